@@ -1,0 +1,281 @@
+"""The same tokens in one place and with several miners: how much of the central improvement each way of merging keeps.
+
+Target: all four domains of the tiny base at once. IID: every miner draws from all of them. Non-IID: a miner sees
+one domain only. A cycle is H local AdamW steps per miner from the state of the cycle, fresh moments, then one merge
+with the project's own aggregators and outer step; no gate. Central: one AdamW run with as many steps in a row as a
+miner makes, each on the batches of all miners together, at the best of three learning rates; it is the same whether
+the miners are IID or not. `kept` is the fall of the held-out loss over central's fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.harness import Options, Result, interval, main, note
+from bench.plots import axes, bars
+from bench.tiny_rig import Rig, Tokens, rig_settings, rigs, spread
+from bench.training_methods import Loop, expert_only
+
+if TYPE_CHECKING:
+    from connito.moe.evaluate import Evaluator
+    from connito.moe.selection import Selection
+
+DOMAINS = ("recipes", "logs", "poems", "ledgers")
+# Both from short pilot runs: the best of 2e-3 to 1.6e-2 for miners, and the neighbourhood of the best for central.
+RATE = 4e-3
+CENTRAL_RATES = (4e-3, 8e-3, 1.6e-2)
+PER_LAYER, QUICK_SEEDS, GOAL = 3, 1, 0.98
+# This arm alone keeps each miner's AdamW moments from cycle to cycle, as DiLoCo does; the platform starts them afresh.
+KEPT_MOMENTS = "Nesterov, moments kept"
+# name -> (aggregator, outer learning rate, outer momentum)
+MERGES = {
+    "mean": ("mean", 1.0, 0.0),
+    "Nesterov": ("mean", 0.7, 0.9),
+    "top-1": ("top-1", 1.0, 0.0),
+    "weighted": ("utility-mean", 1.0, 0.0),
+    KEPT_MOMENTS: ("mean", 0.7, 0.9),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained: C cycles of H steps with B sequences a step, judged on so many sequences of each domain."""
+
+    miners: tuple[int, ...]
+    cycles: int
+    steps: int
+    batch: int
+    held: int
+
+
+def run(options: Options) -> Result:
+    """4 miners (and 8 unless quick), IID and not, every merge, and central training on the same tokens."""
+    scale = Scale((4,), 20, 5, 2, 6) if options.quick else Scale((4, 8), 24, 10, 2, 24)
+    merges = [name for name in MERGES if name != KEPT_MOMENTS or not options.quick]
+    rows: list[dict[str, Any]] = []
+    with rigs(options, quick_seeds=QUICK_SEEDS) as each:
+        for rig in each:
+            for miners in scale.miners:
+                rows += _round(rig, miners, scale, merges)
+    kept = _kept(rows)
+    with axes(options.out / "decentralised.svg", 2) as (share, curve):
+        bars(share, kept, "share of the central improvement kept")
+        share.axvline(GOAL, color="#a63d40", linewidth=0.8)
+        _curves(curve, rows)
+    settings = {
+        "cycles": scale.cycles,
+        "local_steps": scale.steps,
+        "batch_sequences": scale.batch,
+        "miner_learning_rate": RATE,
+        "central_learning_rates": CENTRAL_RATES,
+        "experts_selected": f"{PER_LAYER} of 8 in each of 2 layers",
+        "held_out_sequences": scale.held * len(DOMAINS),
+        "goal": GOAL,
+        **rig_settings(options, QUICK_SEEDS),
+    }
+    figures: dict[str, Any] = {f"kept {name}": [round(value, 4) for value in found] for name, found in kept.items()}
+    figures["central_improvement"] = spread([row["improvement"] for row in rows if row["merge"] == "central"])
+    figures["goal_met_by"] = [name for name, found in kept.items() if found[0] >= GOAL]
+    return Result(settings, rows, figures)
+
+
+def _round(rig: Rig, miners: int, scale: Scale, merges: Sequence[str]) -> list[dict[str, Any]]:
+    from connito.moe.evaluate import Evaluator
+
+    selection = rig.select(DOMAINS, PER_LAYER)
+    evaluator = Evaluator(rig.model(), selection)
+    held = np.concatenate([rig.held(domain, scale.held) for domain in DOMAINS])
+    # Every other sequence gives the utilities that top-1 and the weighted mean use; the other half is reported.
+    score, report = held[::2], held[1::2]
+    start = _loss(evaluator, evaluator.base, report)
+    shards = {kind: _shards(rig, miners, scale, iid=kind == "IID") for kind in ("IID", "non-IID")}
+    note(f"seed {rig.seed}, {miners} miners: central")
+    lr, central = _central(rig, selection, shards["IID"], evaluator, report)
+    common = {"seed": rig.seed, "miners": miners, "start": start}
+    rows = [{**common, "merge": "central", "learning_rate": lr, "curve": central, "improvement": start - central[-1]}]
+    for kind, shard in shards.items():
+        for merge in merges:
+            note(f"seed {rig.seed}, {miners} miners, {kind}: {merge}")
+            curve = _cycles(rig, selection, shard, evaluator, score, report, merge)
+            improvement = start - curve[-1]
+            rows.append({**common, "merge": merge, "data": kind, "curve": curve, "improvement": improvement,
+                         "kept": improvement / (start - central[-1])})  # fmt: skip
+    return rows
+
+
+def _shards(rig: Rig, miners: int, scale: Scale, *, iid: bool) -> Tokens:
+    """[cycles, miners, H, B, L + 1]; both arrangements hold exactly the same sequences."""
+    each = scale.cycles * scale.steps * scale.batch
+    by_domain = [rig.train(domain, each * miners // len(DOMAINS)) for domain in DOMAINS]
+    pool = np.concatenate(by_domain)  # miners // 4 blocks of `each` sequences per domain
+    if iid:
+        pool = pool[np.random.default_rng(rig.seed).permutation(len(pool))]
+    blocks = pool.reshape(miners, scale.cycles, scale.steps, scale.batch, pool.shape[-1])
+    return blocks.swapaxes(0, 1)
+
+
+def _central(
+    rig: Rig, selection: Selection, shards: Tokens, evaluator: Evaluator, report: Tokens
+) -> tuple[float, list[float]]:
+    """(learning rate, loss at the start and after each cycle's worth of steps) of the best of three central runs."""
+    cycles, miners, steps, batch, width = shards.shape
+    batches = shards.swapaxes(1, 2).reshape(cycles * steps, miners * batch, width)
+    found = [(lr, _central_run(rig, selection, batches, steps, lr, evaluator, report)) for lr in CENTRAL_RATES]
+    return min(found, key=lambda pair: pair[1][-1])
+
+
+def _central_run(
+    rig: Rig,
+    selection: Selection,
+    batches: Tokens,
+    every: int,
+    lr: float,
+    evaluator: Evaluator,
+    report: Tokens,
+) -> list[float]:
+    from connito.moe.resident import compress, extract
+    from connito.moe.training import Step, train_local
+
+    model = compress(rig.model(), selection, selection.helpers)
+    curve = [_loss(evaluator, evaluator.base, report)]
+
+    def on_step(step: Step) -> None:
+        if (step.index + 1) % every == 0:
+            curve.append(_loss(evaluator, extract(model), report))
+
+    train_local(model, batches, learning_rate=lr, on_step=on_step)
+    return curve
+
+
+def _cycles(
+    rig: Rig,
+    selection: Selection,
+    shards: Tokens,
+    evaluator: Evaluator,
+    score: Tokens,
+    report: Tokens,
+    merge: str,
+) -> list[float]:
+    """Loss of the published state at the start and after every cycle."""
+    theta, momentum = {name: rows.numpy() for name, rows in evaluator.base.items()}, None
+    curve = [_loss(evaluator, evaluator.base, report)]
+    work = _miners(rig, selection, shards.shape[1], merge)
+    for cycle in shards:
+        states = [miner(_tensors(theta), batches) for miner, batches in zip(work, cycle, strict=True)]
+        utilities = [1.0] * len(states)
+        if MERGES[merge][0] in {"top-1", "utility-mean"}:
+            before = _loss(evaluator, _tensors(theta), score)
+            # Nobody can be rewarded for harm, and a merge needs one positive weight.
+            utilities = [max(1e-9, before - _loss(evaluator, state, score)) for state in states]
+        theta, momentum = _merge(theta, momentum, states, utilities, merge)
+        curve.append(_loss(evaluator, _tensors(theta), report))
+    return curve
+
+
+def _miners(rig: Rig, selection: Selection, count: int, merge: str) -> list[Callable[[Any, Tokens], Any]]:
+    """One function per miner: (state of the cycle, batches [H, B, L + 1]) -> its state."""
+    from connito.moe.resident import compress, extract, insert
+    from connito.moe.training import train_local
+
+    if merge != KEPT_MOMENTS:
+        model = compress(rig.model(), selection, selection.helpers)
+
+        def fresh(theta: Any, batches: Tokens) -> Any:
+            insert(model, theta)
+            return train_local(model, batches, learning_rate=RATE)[0]
+
+        return [fresh] * count
+
+    def keeping(loop: Loop) -> Callable[[Any, Tokens], Any]:
+        def work(theta: Any, batches: Tokens) -> Any:
+            insert(loop.job.model, theta)
+            for batch in batches:
+                loop.step(batch)
+            return extract(loop.job.model)
+
+        return work
+
+    jobs = [expert_only(rig.model, selection.layers, selection.helpers) for _ in range(count)]
+    return [keeping(Loop(job, RATE, weight_decay=0.0)) for job in jobs]
+
+
+@dataclass(frozen=True)
+class StateDeltas:
+    """Pseudo-gradients θ − θ_i of states that are in memory."""
+
+    theta: dict[str, Any]
+    states: Sequence[dict[str, Any]]
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self.theta)
+
+    @property
+    def count(self) -> int:
+        """Number of submissions."""
+        return len(self.states)
+
+    def load(self, index: int, name: str) -> Any:
+        """δ of one tensor of one submission."""
+        return self.theta[name] - self.states[index][name].numpy()
+
+
+def _merge(theta: Any, momentum: Any, states: Any, utilities: list[float], merge: str) -> tuple[Any, Any]:
+    from connito.merge import aggregate, outer_step, plan
+    from connito.pseudo_gradients import gram_matrix
+
+    aggregator, lr, mu = MERGES[merge]
+    deltas = StateDeltas(theta, states)
+    how = plan(aggregator, utilities, [0] * len(states), gram_matrix(deltas))
+    stepped, speed = {}, {}
+    for name in deltas.names:
+        before = None if momentum is None else momentum[name]
+        stepped[name], speed[name] = outer_step(theta[name], aggregate(how, deltas, name), before, lr, mu)
+    return stepped, speed
+
+
+def _tensors(theta: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(rows) for name, rows in theta.items()}
+
+
+def _loss(evaluator: Evaluator, state: Any, table: Tokens) -> float:
+    sums, tokens = evaluator.losses(state, table)
+    return float(sums.sum() / tokens.sum())
+
+
+def _kept(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if "kept" in row:
+            groups.setdefault(f"{row['data']} {row['miners']} {row['merge']}", []).append(row["kept"])
+    return {name: interval(values) for name, values in groups.items()}
+
+
+def _curves(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Mean loss over seeds after every cycle, at the largest number of miners; dashed for non-IID."""
+    most = max(row["miners"] for row in rows)
+    names = ["central", *MERGES]
+    for name, colour in zip(names, ("#333333", "#5b7fa6", "#2f6f4f", "#a63d40", "#b08a2e", "#7a5195"), strict=True):
+        for kind, style in (("IID", "-"), ("non-IID", "--")):
+            curves = [
+                row["curve"]
+                for row in rows
+                if (row["miners"], row["merge"], row.get("data", "IID")) == (most, name, kind)
+            ]
+            if curves:
+                label = name if kind == "IID" else None
+                axis.plot(np.mean(curves, axis=0), style, color=colour, linewidth=1, label=label)
+    axis.set_xlabel(f"cycle ({most} miners; dashed: non-IID)")
+    axis.set_ylabel("held-out loss (nats per token)")
+    axis.legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    main("decentralised", run, doc=__doc__, seeds=5)

@@ -1,0 +1,97 @@
+"""What a token does whose expert is not in memory: every routing mode and choice of helpers, judged on the full model.
+
+Tiny base whose experts were trained on all domains, so that it matters which one a token goes to. Target rows are
+trained in a compressed model, inserted into the full one, and measured there: nats per token on held-out text of
+the target, and the mean of the other domains. `complement` keeps every other expert as a helper and, with natural
+routing, is the full model. `lost` is the share of that reference's gain which the mode loses.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.harness import Options, Result, interval, main, note
+from bench.plots import axes, bars
+from bench.tiny_rig import Rig, batched, everything_else, mean_loss, rig_settings, rigs, spread
+
+TARGET, GENERAL = "recipes", ("logs", "poems", "ledgers")
+PER_LAYER, HELPERS, RATE, BATCH, QUICK_SEEDS = 1, 2, 3e-3, 8, 3
+REFERENCE = "natural, complement"
+ARMS = [
+    ("natural", "complement"),
+    *((mode, helpers) for mode in ("natural", "masked", "restricted") for helpers in (f"{HELPERS} helpers", "targets only")),
+]  # fmt: skip
+
+
+def run(options: Options) -> Result:
+    """Train in every mode on the same batches; loss of the full model afterwards."""
+    steps, held = (24, 16) if options.quick else (120, 48)
+    rows: list[dict[str, Any]] = []
+    with rigs(options, quick_seeds=QUICK_SEEDS, expert_steps=160) as each:
+        for rig in each:
+            note(f"seed {rig.seed}: training in {len(ARMS)} ways")
+            rows += _round(rig, steps, held)
+    names = [f"{mode}, {helpers}" for mode, helpers in ARMS]
+    values = {name: [row["target"] for row in rows if row["arm"] == name] for name in names}
+    before = [row["before"] for row in rows if row["arm"] == REFERENCE]
+    with axes(options.out / "routing_modes.svg") as (axis,):
+        bars(axis, {"before": interval(before), **{name: interval(found) for name, found in values.items()}},
+             "target loss of the full model (nats per token)")  # fmt: skip
+    mass = spread([row["mass"] for row in rows if row["arm"] == REFERENCE])
+    figures: dict[str, Any] = {"before": spread(before), "share_of_tokens_on_targets": mass}
+    gains = [b - after for b, after in zip(before, values[REFERENCE], strict=True)]
+    for name in names:
+        figures[name] = spread(values[name])
+        lost = [(after - best) / gain for after, best, gain in zip(values[name], values[REFERENCE], gains, strict=True)]
+        figures[f"lost, {name}"] = spread(lost)
+        figures[f"elsewhere, {name}"] = spread([row["elsewhere"] for row in rows if row["arm"] == name])
+    settings = {
+        "target": TARGET,
+        "experts_selected": f"{PER_LAYER} of 8 in each of 2 layers",
+        "steps": steps,
+        "batch_sequences": BATCH,
+        "learning_rate": RATE,
+        "held_out_sequences": held,
+        **rig_settings(options, QUICK_SEEDS),
+    }
+    return Result(settings, rows, figures)
+
+
+def _round(rig: Rig, steps: int, held: int) -> list[dict[str, Any]]:
+    from connito.moe.insert import write_rows
+    from connito.moe.resident import compress
+    from connito.moe.training import train_local
+
+    tables = {domain: rig.held(domain, held) for domain in (TARGET, *GENERAL)}
+    model = rig.model()
+    before = {domain: mean_loss(model, table) for domain, table in tables.items()}
+    selection = rig.select([TARGET], PER_LAYER, HELPERS)
+    kinds: dict[str, dict[int, list[int]]] = {
+        "complement": everything_else(selection.layers),
+        f"{HELPERS} helpers": selection.helpers,
+        "targets only": {},
+    }
+    batches = batched(rig.train(TARGET, steps * BATCH), BATCH)
+    rows = []
+    for mode, helpers in ARMS:
+        state, stats = train_local(compress(rig.model(), selection, kinds[helpers], mode), batches, learning_rate=RATE)
+        write_rows(model, selection, state)
+        after = {domain: mean_loss(model, table) for domain, table in tables.items()}
+        rows.append(
+            {
+                "seed": rig.seed,
+                "arm": f"{mode}, {helpers}",
+                "mass": selection.mass,
+                "before": before[TARGET],
+                "target": after[TARGET],
+                "elsewhere": statistics.fmean(after[d] - before[d] for d in GENERAL),
+                "first_training_loss": stats.first_loss,
+                "last_training_loss": stats.last_loss,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main("routing_modes", run, doc=__doc__, seeds=5)

@@ -1,0 +1,32 @@
+{{/*
+Every workload of the release, as JSON {"items": [...]}. One entry is
+  name       suffix of the object names           component  label and service, `python -m services.<component>`
+  image      image name after `connito-`          secret     Secret with the nkey seed
+  conf       the component's values               instance   the entry of `instances`, or empty
+  api        serves gRPC                          stateful   one pod with a key of its own and a cache that stays
+*/}}
+{{- define "connito.components" -}}
+{{- $items := list -}}
+{{- $platform := eq .Values.mode "platform" -}}
+{{- range $component := list "coordinator" "committer" "library" "selector" "aggregator" -}}
+{{- $conf := index $.Values $component -}}
+{{- if and $platform $conf.enabled -}}
+{{- $image := ternary (printf "%s-cuda" $component) $component (eq ($conf.variant | default "cpu") "cuda") -}}
+{{- $secret := required (printf "%s.existingSecret is empty: name the Secret that holds the %s's key under %q" $component $component $.Values.keyName) $conf.existingSecret -}}
+{{- $items = append $items (dict "name" $component "component" $component "image" $image "secret" $secret "conf" $conf "instance" dict "api" (hasKey $conf "service") "stateful" false) -}}
+{{- end -}}
+{{- end -}}
+{{- range $component := list "validator" "trainer" -}}
+{{- $conf := index $.Values $component -}}
+{{- if and $conf.enabled (or $platform (eq $component "trainer")) -}}
+{{- range $conf.instances -}}
+{{- $image := ternary (printf "%s-cuda" $component) $component (eq $conf.variant "cuda") -}}
+{{- $items = append $items (dict "name" (printf "%s-%s" $component .name) "component" $component "image" $image "secret" .existingSecret "conf" $conf "instance" . "api" false "stateful" true) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if not $items -}}
+{{- fail "nothing would be installed: with mode=trainer, name at least one entry in trainer.instances" -}}
+{{- end -}}
+{{- dict "items" $items | toJson -}}
+{{- end -}}

@@ -1,0 +1,1 @@
+"""The aggregator: consensus of scores, rewards, robust merge, outer step, gate, and the next model version."""

@@ -1,0 +1,97 @@
+"""`python -m services.aggregator`: follow the log, stand by for the lease, score and merge while holding it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from connito.bus import Bus
+from connito.compute import ComputeBudget
+from connito.engine import Action, Decision, Engine
+from connito.facts import Fact, Log, RunFacts
+from connito.lease import Lease
+from connito.runner import ServiceContext, run_service
+from connito.v1.cycle_pb2 import ScoreReport
+from connito.v1.run_pb2 import RunEnded
+
+from services.aggregator.actions import Aggregator
+from services.aggregator.handlers import STREAMS, decide
+from services.aggregator.settings import AggregatorSettings
+
+LEASE = "aggregator"
+
+
+class Leadership:
+    """The lease, when this replica holds it."""
+
+    def __init__(self, bus: Bus, seconds: float) -> None:
+        self._bus, self._seconds = bus, seconds
+        self._lease: Lease | None = None
+
+    def lease(self) -> Lease | None:
+        """The lease if it is held right now."""
+        return self._lease if self._lease is not None and self._lease.held else None
+
+    async def keep(self, wake: Callable[[], None]) -> None:
+        """Acquire the lease, and again whenever it is lost; until cancelled."""
+        while True:
+            async with Lease(self._bus, LEASE, self._seconds) as lease:
+                self._lease = lease
+                try:
+                    wake()
+                    await lease.lost.wait()
+                finally:
+                    self._lease = None
+
+
+async def main(context: ServiceContext[AggregatorSettings]) -> None:
+    """Run until told to stop. Raises whatever the engine or the lease died of."""
+    settings = context.settings
+    budget = ComputeBudget(settings.compute_dir, settings.compute_slots)
+    await asyncio.to_thread(_load_torch, settings.torch_threads)
+    leadership = Leadership(context.bus, settings.lease_seconds)
+
+    def on_fact(fact: Fact) -> None:
+        if isinstance(fact.message, ScoreReport):
+            for score in fact.message.scores:
+                # For whoever explains a score; here they would be most of the memory.
+                score.ClearField("losses")
+        if isinstance(fact.message, RunEnded):
+            aggregator.forget(fact.run)
+
+    def decide_while_leading(facts: RunFacts, _now_ms: int) -> Decision:
+        return Decision() if leadership.lease() is None else decide(facts, aggregator.benches)
+
+    async def perform(action: Action) -> None:
+        await aggregator.perform(action)
+
+    engine = Engine(
+        context.bus, Log(context.roster), STREAMS, decide_while_leading, perform, run=settings.run, on_fact=on_fact
+    )
+    aggregator = Aggregator(context.bus, context.store, context.roster, budget, engine.facts, leadership.lease)
+    tasks: list[asyncio.Task[object]] = [
+        asyncio.create_task(context.stop.wait()),
+        asyncio.create_task(engine.run()),
+        asyncio.create_task(leadership.keep(engine.wake)),
+    ]
+    context.ready()
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _load_torch(threads: int) -> None:
+    import torch
+    import transformers.models.auto.modeling_auto  # noqa: F401 - imported ahead of the first run
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    run_service("aggregator", main, AggregatorSettings)

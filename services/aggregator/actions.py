@@ -1,0 +1,196 @@
+"""Scoring and merging a cycle: fetch, compute inside the machine's budget, publish."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from connito import metrics
+from connito.base.manifest import Manifest
+from connito.bus import Bus
+from connito.compute import ComputeBudget
+from connito.consensus import Consensus
+from connito.engine import Action
+from connito.errors import Invalid, reason_name
+from connito.facts import RunFacts
+from connito.lease import Lease
+from connito.merging import STATE_MEDIA_TYPE, Files, Merged, merge_cycle
+from connito.moe.gate_bench import Bench
+from connito.reports import quorum_fault, read_reports
+from connito.roster import Roster
+from connito.store import ArtifactStore
+from connito.telemetry import bind_run, get_logger
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
+from connito.verdicts import Refusals, agree, no_quorum
+
+from services.aggregator.handlers import Merge, Preload
+
+PUBLIC = artifacts_pb2.REALM_PUBLIC
+
+log = get_logger("aggregator")
+
+
+class Aggregator:
+    """Performs what `handlers.decide` asks for. `facts(run)` are the engine's, `lease()` is the one held, or None."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        store: ArtifactStore,
+        roster: Roster,
+        budget: ComputeBudget,
+        facts: Callable[[str], RunFacts],
+        lease: Callable[[], Lease | None],
+    ) -> None:
+        self._bus, self._store, self._roster, self._budget = bus, store, roster, budget
+        self._facts, self._lease = facts, lease
+        self.benches: dict[str, Bench] = {}
+        self._loading = asyncio.Lock()
+
+    def forget(self, run: str) -> None:
+        """Free a finished run's model."""
+        self.benches.pop(run, None)
+
+    async def perform(self, action: Action) -> None:
+        """Raises `Retry` when broker or store are away."""
+        match action.payload:
+            case Preload(run):
+                await self._preload(run)
+            case Merge(run, cycle):
+                bind_run(run, cycle)
+                await self._merge(run, cycle)
+
+    async def _preload(self, run: str) -> None:
+        """Load the model and measure the state that the next merge starts from."""
+        facts = self._facts(run)
+        bench = await self._bench(facts)
+        opened = facts.opened("train", max(facts.cycle, 1))
+        assert facts.selection is not None
+        ref = facts.selection.initial_state if opened is None else opened.state
+        state = await self._store.fetch(ref)
+        async with self._budget.slot("gate"):
+            await asyncio.to_thread(_measure_both, bench, ref.digest, state)
+        log.info("the model is ready", run=run)
+
+    async def _bench(self, facts: RunFacts) -> Bench:
+        async with self._loading:
+            if facts.run not in self.benches:
+                self.benches[facts.run] = await self._load(facts)
+            return self.benches[facts.run]
+
+    async def _load(self, facts: RunFacts) -> Bench:
+        spec, selection = facts.spec, facts.selection
+        assert spec is not None
+        assert selection is not None
+        manifest = Manifest.from_bytes(await self._store.get_bytes(spec.base.manifest))
+        files = {
+            name: await self._store.fetch(
+                artifacts_pb2.ArtifactRef(digest=file.digest, size=file.size, media_type=file.media_type, realm=PUBLIC)
+            )
+            for name, file in manifest.files.items()
+        }
+        corpora = [spec.holdout, *spec.general_holdouts]
+        holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
+        async with self._budget.slot("load"):
+            return await asyncio.to_thread(Bench.load, spec, selection, files, holdouts)
+
+    async def _merge(self, run: str, cycle: int) -> None:
+        facts = self._facts(run)
+        if facts.version(cycle) is not None:
+            return
+        settled = facts.settled("submit", cycle)
+        assert settled is not None
+        submissions = list({entry.miner: entry for entry in settled.submissions}.values())
+        agreed = self._agree(facts, cycle, submissions)
+        bench = await self._bench(facts)
+        with tempfile.TemporaryDirectory(prefix="connito-merge-") as folder:
+            files, unusable = await self._fetch(facts, cycle, submissions)
+            work = partial(merge_cycle, facts, cycle, submissions, agreed, unusable, files, bench.measure, Path(folder))
+            async with self._budget.slot("merge"):
+                merged = await asyncio.to_thread(work)
+            await self._publish(run, cycle, merged)
+
+    def _agree(self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]) -> Consensus:
+        reports = read_reports(facts, cycle)
+        for validator, why in reports.ignored.items():
+            log.warning("a report does not count", validator=validator, why=why)
+        fault = quorum_fault(facts, cycle, reports, self._roster.stake)
+        if fault:
+            log.error("no quorum", why=fault)
+            return no_quorum(facts, cycle, submissions, fault)
+        return agree(facts, cycle, reports, submissions, self._roster.stake)
+
+    async def _fetch(
+        self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]
+    ) -> tuple[Files, Refusals]:
+        """Everything a merge needs, as files. A submission that is gone or damaged is left out with the reason."""
+        opened, previous = facts.opened("train", cycle), facts.version(cycle - 1)
+        assert opened is not None
+        parent = await self._store.fetch(opened.state)
+        momentum = None if previous is None else await self._store.fetch(previous.outer_state)
+        states: dict[str, Path] = {}
+        bases: dict[str, Path] = {}
+        unusable: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+        for entry in submissions:
+            try:
+                states[entry.miner] = await self._store.fetch(entry.artifact)
+                bases[entry.miner] = await self._store.fetch(entry.base_state) if entry.base_state.digest else parent
+            except Invalid as error:
+                states.pop(entry.miner, None)
+                vague = error.reason in (reasons_pb2.REASON_UNSPECIFIED, reasons_pb2.REASON_MALFORMED)
+                reason = reasons_pb2.REASON_ARTIFACT_MISSING if vague else error.reason
+                unusable[entry.miner] = (reason, str(error))
+        return Files(parent, momentum, states, bases), unusable
+
+    async def _publish(self, run: str, cycle: int, merged: Merged) -> None:
+        """Artifacts first: a version that is in the log can be fetched."""
+        lease = self._lease()
+        if lease is None or not lease.held:
+            # Whoever leads now makes the same version out of the same facts.
+            return
+        await self._store.put_file(merged.state, STATE_MEDIA_TYPE, PUBLIC, cache=True)
+        await self._store.put_file(merged.momentum, STATE_MEDIA_TYPE, PUBLIC, cache=True)
+        merged.version.fence = lease.revision
+        await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)
+        if await self._bus.publish_fact(run, "merge", cycle, "version", merged.version):
+            _report(run, merged)
+
+
+def _measure_both(bench: Bench, digest: str, state: Path) -> None:
+    bench.measure("gate", digest, state)
+    bench.measure("report", digest, state)
+
+
+def disagreement(scored: cycle_pb2.CycleScored) -> float:
+    """The largest distance of a validator from consensus, relative to the best agreed utility; at most 1."""
+    best = max((verdict.utility for verdict in scored.verdicts), default=0.0)
+    farthest = max((standing.deviation for standing in scored.validators), default=0.0)
+    return min(1.0, farthest / best) if best > 0.0 else float(farthest > 0.0)
+
+
+def _report(run: str, merged: Merged) -> None:
+    """Metrics and one log line for a version that was written."""
+    version = merged.version
+    gate = cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower()
+    metrics.GATE_DECISIONS.labels(gate).inc()
+    for verdict in merged.scored.verdicts:
+        status = cycle_pb2.VerdictStatus.Name(verdict.status).removeprefix("VERDICT_STATUS_").lower()
+        metrics.SUBMISSIONS.labels(status, reason_name(verdict.reason)).inc()
+    metrics.VALIDATOR_DISAGREEMENT.set(disagreement(merged.scored))
+    losses = list(version.losses)
+    if losses:
+        metrics.TARGET_LOSS.labels(run).set(losses[0].after)
+    if losses[1:]:
+        metrics.GENERAL_LOSS.labels(run).set(sum(loss.after for loss in losses[1:]) / len(losses[1:]))
+    log.info(
+        "version published",
+        version=version.version,
+        gate=gate,
+        detail=version.gate_detail,
+        merged=len(version.merged),
+        target_loss=round(losses[0].after, 4) if losses else None,
+        fence=version.fence,
+    )

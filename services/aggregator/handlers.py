@@ -1,0 +1,47 @@
+"""What the aggregator owes a run, as a pure function of the run's facts."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from connito.engine import Action, Decision
+from connito.facts import RunFacts
+
+STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
+
+
+@dataclass(frozen=True)
+class Preload:
+    """Load the base model and measure the current state, so that the first merge does not wait for it."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Score and merge one cycle."""
+
+    run: str
+    cycle: int
+
+
+def decide(facts: RunFacts, loaded: Container[str]) -> Decision:
+    """What is missing. `loaded` are the runs whose model is in memory; nothing here waits for a time.
+
+    VALIDATE is read in order and its `closed` is written behind everything it includes; so with it, every report that
+    counts is known. `submit.settled` comes on another stream and is waited for by name.
+    """
+    if facts.selection is None or facts.ended is not None:
+        return Decision([], None)
+    actions = [] if facts.run in loaded else [Action(f"{facts.run}/preload", facts.run, Preload(facts.run))]
+    for cycle in facts.cycles():
+        ready = (
+            facts.closed("validate", cycle) is not None
+            and facts.opened("merge", cycle) is not None
+            and facts.settled("submit", cycle) is not None
+        )
+        if ready and facts.version(cycle) is None:
+            actions.append(Action(f"{facts.run}/merge/{cycle}", facts.run, Merge(facts.run, cycle)))
+            break
+    return Decision(actions, None)

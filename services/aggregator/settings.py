@@ -1,0 +1,15 @@
+"""The aggregator's settings."""
+
+from __future__ import annotations
+
+from connito.settings import ServiceSettings
+from connito.streams import LEASE_TTL
+from pydantic import Field
+
+
+class AggregatorSettings(ServiceSettings):
+    """What the aggregator reads beyond what every service has."""
+
+    lease_seconds: float = Field(
+        LEASE_TTL, gt=0, description="a standby takes over when the leader has not renewed its lease for this long"
+    )

@@ -1,0 +1,48 @@
+"""What the committer may decide to do besides answering messages, and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from connito.engine import Action, Decision
+from connito.facts import RunFacts
+from connito.v1.artifacts_pb2 import ArtifactRef
+
+from services.committer import handlers, settlement
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Say what a closed window held."""
+
+    window: str
+    cycle: int
+
+
+@dataclass(frozen=True)
+class Examine:
+    """Look into an artifact whose reveal waits for its turn."""
+
+    artifact: ArtifactRef = field(hash=False)
+
+
+def decide(facts: RunFacts, _now_ms: int) -> Decision:
+    """Windows to settle, and reveals whose artifacts can be examined ahead of their turn."""
+    if facts.spec is None or facts.ended is not None:
+        return Decision()
+    settles = [
+        Action(f"{facts.run}/{window}.{cycle}.settled", facts.run, Settle(window, cycle))
+        for window, cycle in settlement.due(facts)
+    ]
+    return Decision([*settles, *_examinations(facts)])
+
+
+def _examinations(facts: RunFacts) -> list[Action]:
+    actions = []
+    for cycle in (facts.cycle - 1, facts.cycle):
+        for reveal in facts.all("ingress", cycle, "reveal").values():
+            judged = handlers.judge_reveal(facts, reveal)
+            if isinstance(judged, handlers.CheckContent):
+                key = f"{facts.run}/examine.{judged.artifact.digest}"
+                actions.append(Action(key, facts.run, Examine(judged.artifact)))
+    return actions

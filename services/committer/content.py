@@ -1,0 +1,105 @@
+"""Looking into what was uploaded, before a model sees it. Every artifact is examined once, a few at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.facts import RunFacts
+from connito.store import ArtifactStore
+from connito.submission import read_header, validate
+from connito.telemetry import get_logger
+from connito.v1 import reasons_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+
+from services.committer.handlers import Refusal
+
+log = get_logger("committer.content")
+
+REMEMBERED = 10_000
+
+
+class ContentCheck:
+    """`await check(facts, artifact)` is None when the artifact is a well-formed submission, else the refusal.
+
+    Callers that ask for the same artifact share one examination, so that one can be started as soon as a reveal is seen
+    and be ready when its turn comes.
+    """
+
+    def __init__(self, store: ArtifactStore, slots: int) -> None:
+        self._store = store
+        self._slots = asyncio.Semaphore(slots)
+        self._verdicts: OrderedDict[tuple[str, str], asyncio.Task[Refusal | None]] = OrderedDict()
+
+    async def __call__(self, facts: RunFacts, artifact: ArtifactRef) -> Refusal | None:
+        """Raises `Retry` when the store is away, or when the disk here has no room."""
+        key = (facts.run, artifact.digest)
+        task = self._verdicts.get(key)
+        if task is None:
+            task = self._verdicts[key] = asyncio.create_task(self._examine(facts, artifact))
+            task.add_done_callback(lambda done: self._forget_passing(key, done))
+            while len(self._verdicts) > REMEMBERED:
+                self._verdicts.popitem(last=False)
+        # One caller that is cancelled must not take the examination from the others.
+        return await asyncio.shield(task)
+
+    def _forget_passing(self, key: tuple[str, str], task: asyncio.Task[Refusal | None]) -> None:
+        """A fault of the moment, or an object that may yet be uploaded, is looked at again next time."""
+        failed = task.cancelled() or task.exception() is not None
+        refusal = None if failed else task.result()
+        if failed or (refusal is not None and refusal.reason == reasons_pb2.REASON_ARTIFACT_MISSING):
+            self._verdicts.pop(key, None)
+
+    async def close(self) -> None:
+        """Stop what is still being examined."""
+        tasks = list(self._verdicts.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _examine(self, facts: RunFacts, artifact: ArtifactRef) -> Refusal | None:
+        selection, spec = facts.selection, facts.spec
+        assert selection is not None
+        assert spec is not None
+        missing = Refusal(
+            reasons_pb2.REASON_ARTIFACT_MISSING,
+            f"nothing was uploaded as {artifact.digest[:12]}…; ask for an upload, put the file there, then reveal",
+        )
+        try:
+            stored = await self._store.stat(artifact)
+        except Invalid as error:
+            raise Retry(f"the store refuses the committer: {error}", after=10.0) from error
+        if stored is None:
+            return missing
+        if stored != artifact.size:
+            return Refusal(
+                reasons_pb2.REASON_DIGEST_MISMATCH, f"the object has {stored} bytes, you declared {artifact.size}"
+            )
+        async with self._slots:
+            try:
+                path = await self._store.fetch(artifact)
+            except NotFound:
+                return missing
+            except VerificationFailed as error:
+                return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, str(error))
+            except Invalid as error:
+                # The disk here is full, or the like: not the miner's doing.
+                raise Retry(str(error), after=10.0) from error
+            try:
+                base = await self._store.fetch(selection.initial_state)
+            except Invalid as error:
+                raise Retry(f"the initial state of {facts.run} cannot be read: {error}", after=10.0) from error
+            return await asyncio.to_thread(_look_into, str(path), str(base), spec.scoring.max_relative_norm)
+
+
+def _look_into(path: str, base: str, max_relative_norm: float) -> Refusal | None:
+    expected = read_header(base)
+    try:
+        validate(path, expected, base, max_relative_norm)
+    except Invalid as error:
+        return Refusal(error.reason, str(error))
+    except Exception as error:  # a hostile file must not be able to stop the service
+        log.error("an artifact broke its examination", security=True, path=path, error=repr(error))
+        return Refusal(reasons_pb2.REASON_BAD_HEADER, f"the file cannot be read as safetensors: {error!r}")
+    return None

@@ -1,0 +1,139 @@
+"""Answering what miners say, message by message in the order of INGRESS, and settling windows that have closed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from connito import metrics
+from connito.bus import Bus
+from connito.engine import Action
+from connito.errors import NotFound, Retry, reason_name
+from connito.facts import Fact, Record, RunFacts, verify_ingress
+from connito.telemetry import get_logger
+from connito.v1 import cycle_pb2
+
+from services.committer import handlers, settlement
+from services.committer.actions import Examine, Settle
+from services.committer.content import ContentCheck
+from services.committer.settlement import Write
+from services.committer.view import FACTS, View
+
+log = get_logger("committer.intake")
+
+DURABLE = "committer"
+# How often the broker is asked whether the last messages of a window are handled.
+FLOOR_POLL_SECONDS = 0.05
+_ATTEMPTS = 5
+
+
+class Intake:
+    """`handle` is the durable consumer's handler, `perform` the engine's."""
+
+    def __init__(self, bus: Bus, view: View, check: ContentCheck) -> None:
+        self._bus, self._view, self._check = bus, view, check
+        self._handled = asyncio.Event()
+
+    async def handle(self, record: Record) -> None:
+        """Answer one message. Raises `Invalid` for what nobody can be answered about, `Retry` when something is away."""
+        fact = verify_ingress(record)
+        try:
+            # `trained` is for the coordinator.
+            if fact.key.kind != "trained":
+                await self._answer(fact)
+        finally:
+            self._handled.set()
+
+    async def _answer(self, fact: Fact) -> None:
+        """Judge and write; once more on current facts before anything is refused, or when the broker knew better."""
+        current = False
+        for _ in range(_ATTEMPTS):
+            try:
+                write = await self._judge(fact)
+            except NotFound:
+                if current:
+                    raise
+                write, final = None, False
+            else:
+                final = current or write is None or write.kind == "accepted"
+            if final and (write is None or await self._publish(fact.run, write)):
+                return
+            await self._view.refresh(self._bus, FACTS)
+            current = True
+        raise Retry(f"the answer to {fact.key.kind} at INGRESS {fact.sequence} keeps changing")
+
+    async def _judge(self, fact: Fact) -> Write | None:
+        facts = handlers.known_run(self._view.runs.get(fact.run), fact.run)
+        if isinstance(fact.message, cycle_pb2.Commitment):
+            answer = handlers.judge_commitment(facts, fact)
+            if isinstance(answer, cycle_pb2.CommitmentAccepted):
+                return Write("commit", answer.cycle, "accepted", answer.miner, answer)
+            return None if answer is None else settlement.refuse("commit", answer.cycle, answer)
+        return await self._judge_reveal(facts, fact)
+
+    async def _judge_reveal(self, facts: RunFacts, fact: Fact) -> Write | None:
+        judged = handlers.judge_reveal(facts, fact)
+        if judged is None:
+            return None
+        answer = await self._look(facts, fact, judged) if isinstance(judged, handlers.CheckContent) else judged
+        if isinstance(answer, cycle_pb2.RevealAccepted):
+            return Write("submit", answer.cycle, "accepted", answer.submission.miner, answer)
+        return settlement.refuse("submit", answer.cycle, answer)
+
+    async def _look(
+        self, facts: RunFacts, fact: Fact, judged: handlers.CheckContent
+    ) -> cycle_pb2.RevealAccepted | cycle_pb2.Refused:
+        refusal = await self._check(facts, judged.artifact)
+        return judged.then if refusal is None else handlers.refused("submit", fact, refusal)
+
+    async def _publish(self, run: str, write: Write) -> bool:
+        written = await self._bus.publish_fact(run, write.section, write.cycle, write.kind, write.message, write.id)
+        if written:
+            self._report(run, write)
+        return written
+
+    def _report(self, run: str, write: Write) -> None:
+        message = write.message
+        if isinstance(message, cycle_pb2.Refused):
+            metrics.REFUSALS.labels(reason_name(message.reason)).inc()
+            log.info(
+                "refused", run=run, cycle=write.cycle, window=write.section, miner=message.miner,
+                sequence=message.ingress_sequence, why=handlers.describe(message),
+            )  # fmt: skip
+        if write.section == "submit" and isinstance(message, cycle_pb2.Refused):
+            metrics.SUBMISSIONS.labels("refused", reason_name(message.reason)).inc()
+        if isinstance(message, cycle_pb2.RevealAccepted):
+            metrics.SUBMISSIONS.labels("accepted", "").inc()
+            metrics.UPLOAD_BYTES.inc(message.submission.artifact.size)
+        if isinstance(message, cycle_pb2.WindowSettled):
+            log.info(
+                "settled", run=run, cycle=write.cycle, window=write.section, last_sequence=message.last_sequence,
+                committed=len(message.committed), submissions=len(message.submissions),
+            )  # fmt: skip
+
+    async def perform(self, action: Action) -> None:
+        """Do what `services.committer.actions.decide` found. Raises `Retry`."""
+        facts = self._view.runs[action.run]
+        match action.payload:
+            case Settle(window, cycle):
+                await self._settle(facts, window, cycle)
+            case Examine(artifact):
+                await self._check(facts, artifact)
+
+    async def _settle(self, facts: RunFacts, window: str, cycle: int) -> None:
+        closed = facts.closed(window, cycle)
+        assert closed is not None
+        await self._handled_up_to(closed.last_sequence)
+        # Everything inside has its answer in the log by now; wait for it to be in the facts as well.
+        await self._view.refresh(self._bus, FACTS)
+        await self._view.reach("INGRESS", closed.last_sequence)
+        for write in settlement.settle(facts, self._view.reveals[facts.run], window, cycle):
+            await self._publish(facts.run, write)
+
+    async def _handled_up_to(self, sequence: int) -> None:
+        """Until this consumer, shared by all replicas, has acknowledged everything up to `sequence`."""
+        while await self._bus.ack_floor(DURABLE) < sequence:
+            self._handled.clear()
+            try:
+                await asyncio.wait_for(self._handled.wait(), FLOOR_POLL_SECONDS)
+            except TimeoutError:
+                continue

@@ -1,0 +1,15 @@
+"""The committer's settings."""
+
+from __future__ import annotations
+
+from connito.settings import ServiceSettings
+from pydantic import Field
+
+
+class CommitterSettings(ServiceSettings):
+    """What the committer reads beyond what every service has. It serves every run, whatever `run` says."""
+
+    examine_slots: int = Field(2, ge=1, description="uploaded artifacts that are examined at once")
+    presign_seconds: int = Field(900, ge=10, le=604800, description="how long an upload or download link is good for")
+    requests_per_second: float = Field(5.0, gt=0, description="API requests that one miner may make in the long run")
+    requests_burst: float = Field(50.0, ge=1, description="API requests that one miner may make at once")

@@ -1,0 +1,157 @@
+"""What a closed window held: the facts that settle it, as a pure function of the run's facts.
+
+Called when everything up to the close has been handled and the facts are current. Membership is by sequence: an
+accepted message beyond `last_sequence` was accepted before the close was known, and is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from connito.errors import Retry
+from connito.facts import Fact, RunFacts
+from connito.v1 import cycle_pb2, reasons_pb2
+
+from services.committer import handlers
+
+WINDOWS = ("commit", "submit")
+
+
+@dataclass(frozen=True)
+class Write:
+    """One fact to publish."""
+
+    section: str
+    cycle: int
+    kind: str
+    id: str
+    message: cycle_pb2.CommitmentAccepted | cycle_pb2.RevealAccepted | cycle_pb2.Refused | cycle_pb2.WindowSettled
+
+
+def due(facts: RunFacts) -> Iterator[tuple[str, int]]:
+    """Windows that are closed and not settled yet."""
+    if facts.ended is not None:
+        return
+    for cycle in facts.cycles():
+        for window in WINDOWS:
+            if facts.closed(window, cycle) is not None and facts.settled(window, cycle) is None:
+                yield window, cycle
+
+
+def refuse(window: str, cycle: int, answer: cycle_pb2.Refused) -> Write:
+    """The fact of a refusal, at its place."""
+    return Write(window, cycle, "refused", f"{answer.miner}-{answer.ingress_sequence}", answer)
+
+
+def settle(facts: RunFacts, reveals: Mapping[int, Fact], window: str, cycle: int) -> list[Write]:
+    """The facts that settle a window, `settled` last. `reveals` are the run's reveal messages by INGRESS sequence.
+
+    Raises `Retry` when a late reveal that rolls over is not among `reveals` yet.
+    """
+    return _settle_commit(facts, cycle) if window == "commit" else _settle_submit(facts, reveals, cycle)
+
+
+def _settle_commit(facts: RunFacts, cycle: int) -> list[Write]:
+    closed = _closed(facts, "commit", cycle)
+    writes: list[Write] = []
+    committed: list[str] = []
+    for miner in facts.all("commit", cycle, "accepted"):
+        accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
+        assert accepted is not None
+        if accepted.ingress_sequence <= closed.last_sequence:
+            committed.append(miner)
+        else:
+            late = handlers.late_commitment(cycle)
+            writes.append(_late("commit", facts, cycle, miner, accepted.ingress_sequence, late))
+    message = _settled(facts, cycle, cycle_pb2.WINDOW_COMMIT, closed.last_sequence)
+    message.committed.extend(sorted(committed))
+    return [*writes, Write("commit", cycle, "settled", "", message)]
+
+
+def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> list[Write]:
+    closed = _closed(facts, "submit", cycle)
+    writes: list[Write] = []
+    inside: dict[str, cycle_pb2.Submission] = {}
+    for miner in facts.all("submit", cycle, "accepted"):
+        own = handlers.own_reveal(facts, cycle, miner)
+        if own is None:
+            continue
+        if own.reveal_sequence <= closed.last_sequence:
+            inside[miner] = own
+        else:
+            late = handlers.late_reveal(facts, cycle)
+            writes.append(_late("submit", facts, cycle, miner, own.reveal_sequence, late))
+    for miner, rolled in _rolled_over(facts, reveals, cycle).items():
+        if miner not in inside:
+            inside[miner] = rolled
+            accepted = cycle_pb2.RevealAccepted(run=facts.run, cycle=cycle, submission=rolled)
+            writes.append(Write("submit", cycle, "accepted", miner, accepted))
+    writes.extend(_not_revealed(facts, cycle))
+    message = _settled(facts, cycle, cycle_pb2.WINDOW_SUBMIT, closed.last_sequence)
+    message.submissions.extend(sorted(inside.values(), key=lambda item: item.commit_sequence))
+    return [*writes, Write("submit", cycle, "settled", "", message)]
+
+
+def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> dict[str, cycle_pb2.Submission]:
+    """Late reveals of earlier cycles that arrived after the previous submit window closed and before this one did.
+
+    Of several by one miner the newest work counts.
+    """
+    if cycle == 1:
+        return {}
+    after, until = (_closed(facts, "submit", c).last_sequence for c in (cycle - 1, cycle))
+    rolled: dict[str, cycle_pb2.Submission] = {}
+    for origin in range(1, cycle):
+        for fact in facts.all("submit", origin, "refused").values():
+            assert isinstance(fact.message, cycle_pb2.Refused)
+            sequence = fact.message.ingress_sequence
+            if fact.message.reason != reasons_pb2.REASON_LATE_REVEAL or not after < sequence <= until:
+                continue
+            if sequence not in reveals:
+                raise Retry(f"the late reveal at INGRESS {sequence} has not been read yet", after=0.1)
+            rolled[fact.message.miner] = handlers.submission(facts, reveals[sequence])
+    return rolled
+
+
+def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
+    """Refusals for miners whose commitment stands and who never said what it was."""
+    committed = facts.settled("commit", cycle)
+    assert committed is not None, "a submit window opens after the commitments are settled"
+    spoke = {
+        fact.message.miner
+        for fact in facts.all("submit", cycle, "refused").values()
+        if isinstance(fact.message, cycle_pb2.Refused)
+    }
+    for miner in sorted(set(committed.committed) - spoke):
+        if handlers.own_reveal(facts, cycle, miner) is None:
+            refusal = handlers.Refusal(
+                reasons_pb2.REASON_NOT_REVEALED,
+                f"you committed in cycle {cycle} and did not reveal in time; reveal late and the work rolls over",
+            )
+            yield _late("submit", facts, cycle, miner, 0, refusal)
+
+
+def _late(window: str, facts: RunFacts, cycle: int, miner: str, sequence: int, refusal: handlers.Refusal) -> Write:
+    message = cycle_pb2.Refused(
+        run=facts.run,
+        cycle=cycle,
+        window=cycle_pb2.Window.Value(f"WINDOW_{window.upper()}"),
+        miner=miner,
+        reason=refusal.reason,
+        detail=refusal.detail,
+        ingress_sequence=sequence,
+    )
+    return refuse(window, cycle, message)
+
+
+def _settled(
+    facts: RunFacts, cycle: int, window: cycle_pb2.Window.ValueType, last_sequence: int
+) -> cycle_pb2.WindowSettled:
+    return cycle_pb2.WindowSettled(run=facts.run, cycle=cycle, window=window, last_sequence=last_sequence)
+
+
+def _closed(facts: RunFacts, window: str, cycle: int) -> cycle_pb2.WindowClosed:
+    closed = facts.closed(window, cycle)
+    assert closed is not None
+    return closed

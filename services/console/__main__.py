@@ -1,0 +1,78 @@
+"""`python -m services.console`: shows every run on a web page."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from connito.errors import Fatal
+from connito.runner import ServiceContext, run_service
+from connito.tasks import end_tasks
+
+from services.console.settings import ConsoleSettings
+
+
+async def main(context: ServiceContext[ConsoleSettings]) -> None:
+    """Run until told to stop. The page is there at once; until the log has been read, it says so."""
+    settings = context.settings
+    token = settings.check_access()
+    try:
+        import uvicorn
+
+        from services.console.access import Access
+        from services.console.artifacts import Artifacts
+        from services.console.feed import Feed
+        from services.console.pages import Console
+    except ImportError as error:
+        raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error
+
+    class Server(uvicorn.Server):
+        """The runner handles signals."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    feed = Feed(context.bus, context.roster, settings.run)
+    # The store is optional: without it, there are no cards and no bytes to verify.
+    artifacts = Artifacts(context.store if settings.s3_access_key else None)
+    console = Console(feed, Access(token), artifacts, secure_cookie=settings.console_secure_cookie)
+    config = uvicorn.Config(
+        console.app(), log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=2, ws="none",
+    )  # fmt: skip
+    listener, server = _listen(settings.console_host, settings.console_port), Server(config)
+    context.announce_port("console", listener.getsockname()[1])
+    following, serving = asyncio.create_task(feed.follow()), asyncio.create_task(server.serve([listener]))
+    waiting = [asyncio.create_task(context.stop.wait()), asyncio.create_task(feed.caught_up.wait())]
+    try:
+        await asyncio.wait((following, serving, *waiting), return_when=asyncio.FIRST_COMPLETED)
+        if feed.caught_up.is_set():
+            context.ready()
+        await asyncio.wait((following, serving, waiting[0]), return_when=asyncio.FIRST_COMPLETED)
+        for task in (following, serving):
+            if task.done():
+                task.result()
+    finally:
+        feed.close()
+        server.should_exit = True
+        await asyncio.wait((serving,), timeout=settings.drain_seconds)
+        await end_tasks((following, serving, *waiting))
+        listener.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise Fatal(
+            f"cannot listen on {host}:{port}: {error.strerror}; set CONNITO_CONSOLE_HOST and CONNITO_CONSOLE_PORT to "
+            "an address of this machine and a free port"
+        ) from error
+
+
+if __name__ == "__main__":
+    run_service("console", main, ConsoleSettings)

@@ -1,0 +1,77 @@
+"""What the log only points at: bytes in the store, read to be checked, and the cards of experts."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from dataclasses import dataclass
+
+from connito.errors import ConnitoError, Invalid
+from connito.library.record import CARD_MEDIA_TYPE
+from connito.store import ArtifactStore
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+
+CHUNK_BYTES = 4 << 20
+MAX_RECORD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether the store holds the bytes that the log names, in a sentence."""
+
+    holds: bool
+    text: str
+
+
+class Artifacts:
+    """The store as a reader with credentials sees it; without any, `available` is False and nothing can be asked."""
+
+    def __init__(self, store: ArtifactStore | None) -> None:
+        self._store = store
+        # Checking reads all of a model's rows; several at once would only slow each other down.
+        self._one_at_a_time = asyncio.Lock()
+
+    @property
+    def available(self) -> bool:
+        """Whether there is a store to ask."""
+        return self._store is not None
+
+    async def verify(self, ref: ArtifactRef) -> Check:
+        """Read an artifact from the store, never from a cache, and compare size and SHA-256."""
+        assert self._store is not None
+        digest = hashlib.sha256()
+        try:
+            async with self._one_at_a_time:
+                size = await self._store.stat(ref)
+                if size is None:
+                    return Check(False, "The store does not have it.")
+                if size != ref.size:
+                    return Check(False, f"The store holds {size} bytes, the log says {ref.size}.")
+                for start in range(0, ref.size, CHUNK_BYTES):
+                    chunk = await self._store.read_range(ref, start, min(CHUNK_BYTES, ref.size - start))
+                    await asyncio.to_thread(digest.update, chunk)
+        except ConnitoError as error:
+            return Check(False, f"It could not be checked: {error}")
+        if digest.hexdigest() != ref.digest:
+            return Check(False, f"The store's bytes have another digest, {digest.hexdigest()}.")
+        return Check(True, f"The store's {ref.size} bytes have the digest that the log names.")
+
+    async def card(self, record: ArtifactRef) -> str:
+        """The Markdown card that an expert's record names, or the sentence that says why it cannot be shown."""
+        if self._store is None:
+            return "The card is in the store, and this console has no credentials for it."
+        try:
+            if record.size > MAX_RECORD_BYTES:
+                raise Invalid(f"the record has {record.size} bytes")
+            named = json.loads(await self._store.get_bytes(record))["card"]
+            ref = ArtifactRef(
+                digest=str(named["digest"]), size=int(named["bytes"]), media_type=CARD_MEDIA_TYPE, realm=REALM_PUBLIC
+            )
+            if not 0 <= ref.size <= MAX_RECORD_BYTES:
+                raise Invalid(f"the card has {ref.size} bytes")
+            return (await self._store.get_bytes(ref)).decode()
+        except ConnitoError as error:
+            return f"The card could not be read: {error}"
+        except (ValueError, KeyError, TypeError) as error:
+            return f"The record does not name a card: {error!r}"

@@ -1,0 +1,159 @@
+"""What the console knows: every verified fact, the dead letters, and how the reading goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from connito import metrics
+from connito.bus import Bus, CaughtUp
+from connito.engine import now_ms
+from connito.envelope import open_bytes
+from connito.errors import Invalid, Retry, reason_name
+from connito.facts import Log, Record, RunFacts
+from connito.roster import Roster
+from connito.streams import FACT_STREAMS
+from connito.tasks import end_tasks
+from connito.telemetry import get_logger
+from connito.v1.cycle_pb2 import DeadLetter
+
+log = get_logger("feed")
+
+STREAMS = (*FACT_STREAMS, "INGRESS", "DLQ")
+# Services that bury what they cannot handle.
+_BURIERS = ("committer", "selector", "library")
+SAMPLE_SECONDS = 0.5
+SIZE_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A dead letter and where it lies."""
+
+    number: int
+    time_unix_ms: int
+    letter: DeadLetter
+
+
+@dataclass
+class Stream:
+    """How far a stream has been read. `stored` is None until the broker has been asked."""
+
+    read: int = 0
+    stored: int | None = None
+    last_unix_ms: int = 0
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The state of the line to the broker. `since_unix_ms` is when it became so."""
+
+    connected: bool
+    caught_up: bool
+    since_unix_ms: int
+
+
+@dataclass
+class Feed:
+    """Reads the streams from the start and stays. `version` grows with everything that may change a page."""
+
+    bus: Bus
+    roster: Roster
+    run: str = ""
+    clock: Callable[[], int] = now_ms
+    letters: list[Letter] = field(default_factory=list)
+    streams: dict[str, Stream] = field(default_factory=lambda: {name: Stream() for name in STREAMS})
+    rejected: int = 0
+    version: int = 0
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.log = Log(self.roster)
+        self.caught_up = asyncio.Event()
+        self.connection = Connection(self.bus.connected, caught_up=False, since_unix_ms=self.clock())
+        self._moved = asyncio.Event()
+
+    @property
+    def runs(self) -> dict[str, RunFacts]:
+        """The facts of every run."""
+        return self.log.runs
+
+    async def follow(self) -> None:
+        """Read until cancelled. Raises `Invalid` when this key may not read, `Fatal` when the broker is gone for good."""
+        sampling = asyncio.create_task(self._sample())
+        try:
+            async for item in self.bus.follow(STREAMS, self.run):
+                if isinstance(item, CaughtUp):
+                    self.caught_up.set()
+                    self._connection_is(connected=True)
+                else:
+                    self._take(item)
+                self._move()
+        finally:
+            await end_tasks([sampling])
+
+    async def changed(self, seen: int, timeout: float) -> int:
+        """Wait until there is more than version `seen`, for at most `timeout` seconds. Returns the version now."""
+        if self.version == seen and not self.closed:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._moved.wait()
+        return self.version
+
+    def close(self) -> None:
+        """Tell everybody who waits that nothing more will come."""
+        self.closed = True
+        self._move()
+
+    def _move(self) -> None:
+        self.version += 1
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    def _take(self, record: Record) -> None:
+        stream = self.streams[record.stream]
+        stream.read, stream.last_unix_ms = record.sequence, record.time_unix_ms
+        stream.stored = max(record.sequence, stream.stored or 0)
+        try:
+            if record.stream == "DLQ":
+                self.letters.append(Letter(record.sequence, record.time_unix_ms, self._letter(record)))
+            else:
+                self.log.apply(record)
+        except Invalid as error:
+            self.rejected += 1
+            metrics.EVENTS_REJECTED.labels(reason_name(error.reason)).inc()
+            log.warning(
+                "ignored a message that does not verify", security=True, subject=record.subject, error=str(error)
+            )
+
+    def _letter(self, record: Record) -> DeadLetter:
+        opened = open_bytes(record.data, record.subject)
+        if not any(self.roster.permits(role, opened.signer) for role in _BURIERS):
+            raise Invalid(f"{opened.signer[:12]}… may not write dead letters")
+        return opened.read(DeadLetter)
+
+    # The state of the line.
+
+    async def _sample(self) -> None:
+        rounds = 0
+        while True:
+            if self.bus.connected != self.connection.connected:
+                self._connection_is(connected=self.bus.connected)
+                self._move()
+            if rounds % SIZE_EVERY == 0 and self.bus.connected:
+                with suppress(Retry, Invalid):
+                    await self._ask_sizes()
+            rounds += 1
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def _ask_sizes(self) -> None:
+        for name, stream in self.streams.items():
+            stored = await self.bus.last_sequence(name)
+            if stored != stream.stored:
+                stream.stored = max(stored, stream.read)
+                self._move()
+
+    def _connection_is(self, *, connected: bool) -> None:
+        self.connection = Connection(connected, self.caught_up.is_set(), self.clock())

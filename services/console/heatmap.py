@@ -1,0 +1,63 @@
+"""Which experts were selected: layer by expert, from the selection that is in the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from connito.facts import RunFacts
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An expert. `rank` is its place among its layer's selected ones (1 is best); 0: not selected."""
+
+    expert: int
+    rank: int
+    helper: bool
+
+    @property
+    def words(self) -> str:
+        """The cell for somebody who does not see it."""
+        if self.rank:
+            return f"expert {self.expert}: selected, number {self.rank} of its layer"
+        return f"expert {self.expert}: {'frozen helper' if self.helper else 'not selected'}"
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Rows of cells by layer, `columns` wide: as far as the selection reaches. How many experts a layer has in all is in
+    the base's manifest, not in the log; layers without a selected expert are not named there either."""
+
+    layers: tuple[tuple[int, tuple[Cell, ...]], ...]
+    columns: int
+    selected: int
+    total: int
+    target_parameters: int
+    model_parameters: int
+    deepest_rank: int
+    report: str
+
+
+def heatmap(facts: RunFacts) -> Heatmap | None:
+    """The selection; None before it is made."""
+    selection = facts.selection
+    if selection is None:
+        return None
+    seen = [expert for layer in selection.layers for expert in (*layer.experts, *layer.helpers)]
+    columns = max(seen, default=-1) + 1
+    layers = []
+    for layer in sorted(selection.layers, key=lambda layer: layer.layer):
+        ranks = {expert: place for place, expert in enumerate(layer.experts, start=1)}
+        helpers = set(layer.helpers)
+        cells = tuple(Cell(expert, ranks.get(expert, 0), expert in helpers) for expert in range(columns))
+        layers.append((layer.layer, cells))
+    return Heatmap(
+        layers=tuple(layers),
+        columns=columns,
+        selected=selection.selected_experts,
+        total=selection.total_experts,
+        target_parameters=selection.target_parameters,
+        model_parameters=selection.model_parameters,
+        deepest_rank=max((len(layer.experts) for layer in selection.layers), default=0),
+        report=selection.report.digest,
+    )

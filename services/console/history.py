@@ -1,0 +1,54 @@
+"""A run's facts in the order of the broker's clock, and the run as it was at any point of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from connito.facts import Fact, RunFacts
+from connito.local.view import announce
+from connito.report import miner_name
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a replay stands: after the first `position` of `length` facts."""
+
+    position: int
+    length: int
+    time_unix_ms: int
+    seconds: float
+    text: str
+
+    @property
+    def first(self) -> bool:
+        """Whether there is nothing before it."""
+        return self.position <= 1
+
+    @property
+    def last(self) -> bool:
+        """Whether this is all there is."""
+        return self.position >= self.length
+
+
+def in_order(facts: RunFacts) -> list[Fact]:
+    """By the broker's time; streams have clocks of their own only within a millisecond, so ties go by stream."""
+    return sorted(facts.facts.values(), key=lambda fact: (fact.time_unix_ms, fact.stream, fact.sequence))
+
+
+def replay(facts: RunFacts, position: int) -> tuple[RunFacts, Moment]:
+    """The run after its first `position` facts (taken into 1 … number of facts)."""
+    ordered = in_order(facts)
+    position = max(1, min(position, len(ordered)))
+    past = RunFacts(facts.run)
+    for fact in ordered[:position]:
+        past.add(fact)
+    last = ordered[position - 1]
+    seconds = (last.time_unix_ms - ordered[0].time_unix_ms) / 1000
+    return past, Moment(position, len(ordered), last.time_unix_ms, seconds, _say(last, past))
+
+
+def _say(fact: Fact, facts: RunFacts) -> str:
+    key = fact.key
+    where = f"cycle {key.cycle} · " if key.cycle else ""
+    who = f" · {miner_name(facts, key.id)}" if key.id else ""
+    return announce(fact, facts, {}) or f"{where}{key.section} · {key.kind.replace('_', ' ')}{who}"

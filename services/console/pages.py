@@ -1,0 +1,310 @@
+"""The routes. A page is a template and what it shows; asked for as an event stream, the same address sends the page's
+live part again whenever it looks different."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlencode
+
+from connito.facts import RunFacts
+from connito.v1.artifacts_pb2 import ArtifactRef
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from services.console import charts, views, words
+from services.console.access import COOKIE, SESSION_SECONDS, Access, Guard
+from services.console.artifacts import Artifacts
+from services.console.feed import Feed
+from services.console.heatmap import heatmap
+from services.console.history import Moment, replay
+from services.console.lineage import lineage
+from services.console.waterfall import waterfall
+from services.console.why import why
+
+HERE = Path(__file__).parent
+# A browser gets at most this many pictures a second, and a sign of life this often.
+SOONEST_SECONDS = 0.25
+HEARTBEAT_SECONDS = 5.0
+MAX_FORM_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A template and what goes into it. `live` is False where nothing will change any more."""
+
+    template: str
+    title: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    live: bool = True
+
+
+Page = Callable[[Request], Shown]
+
+
+class Console:
+    """The pages over one feed."""
+
+    def __init__(self, feed: Feed, access: Access, artifacts: Artifacts, *, secure_cookie: bool = False) -> None:
+        self.feed, self.access, self.artifacts, self._secure_cookie = feed, access, artifacts, secure_cookie
+        self._templates = Environment(
+            loader=FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters.update(clock=_clock, iso=_iso, loss=_loss, signed=_signed, duration=words.duration)
+
+    def app(self) -> ASGIApp:
+        """The application, behind its guard."""
+        pages: dict[str, Page] = {
+            "/": self._runs,
+            "/runs/{run}": self._run,
+            "/runs/{run}/selection": self._selection,
+            "/runs/{run}/lineage": self._lineage,
+            "/runs/{run}/why/{cycle:int}/{miner}": self._why,
+            "/library": self._library,
+            "/library/compare": self._compare,
+            "/dead-letters": self._dead_letters,
+            "/bus": self._bus,
+        }
+        routes: list[Route | Mount] = [Route(path, self._endpoint(page)) for path, page in pages.items()]
+        routes += [
+            Route("/library/{expert}", self._expert),
+            Route("/runs/{run}/verify/{version:int}", self._verify, methods=["POST"]),
+            Route("/login", self._login, methods=["GET", "POST"]),
+            Route("/logout", self._logout, methods=["POST"]),
+            Mount("/static", StaticFiles(directory=HERE / "static")),
+        ]
+        return Guard(Starlette(routes=routes, exception_handlers={HTTPException: self._problem}), self.access)
+
+    # One page, three ways to send it: whole, as a stream, or as the answer that there is none.
+
+    def _endpoint(self, page: Page) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            shown = page(request)
+            if request.headers.get("accept", "").startswith("text/event-stream"):
+                headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+                return StreamingResponse(self._events(page, request), media_type="text/event-stream", headers=headers)
+            return HTMLResponse(self._render("page.html", request, shown))
+
+        return answer
+
+    async def _events(self, page: Page, request: Request) -> AsyncIterator[str]:
+        """`live` events with the page's live part, each with the server's clock as its id; comments in between."""
+        before, seen = "", -1
+        while not self.feed.closed:
+            seen = self.feed.version
+            html = self._render("live.html", request, page(request))
+            now = f"id: {self.feed.clock()}\n"
+            if html != before:
+                data = "".join(f"data: {line}\n" for line in html.splitlines())
+                yield f"{now}event: live\n{data}\n"
+                before = html
+            else:
+                yield f"{now}event: alive\ndata:\n\n"
+            await asyncio.sleep(SOONEST_SECONDS)
+            await self.feed.changed(seen, HEARTBEAT_SECONDS)
+
+    def _render(self, template: str, request: Request, shown: Shown) -> str:
+        return self._templates.get_template(template).render(
+            page=shown,
+            path=request.url.path,
+            here=str(request.url.path) + (f"?{request.url.query}" if request.url.query else ""),
+            now=self.feed.clock(),
+            connection=self.feed.connection,
+            letters=len(self.feed.letters),
+            logged_in=bool(self.access.token),
+            charts=charts,
+            **shown.values,
+        )
+
+    async def _problem(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if request.url.path.startswith("/static/"):
+            # Also answered to those who have shown no token.
+            return PlainTextResponse(f"{error.detail}\n", error.status_code)
+        shown = Shown("problem.html", str(error.status_code), {"detail": error.detail}, live=False)
+        return HTMLResponse(self._render("page.html", request, shown), error.status_code, error.headers)
+
+    # Pages.
+
+    def _runs(self, request: Request) -> Shown:
+        return Shown("runs.html", "Runs", {"runs": views.run_rows(self.feed.runs, self.feed.clock())})
+
+    def _run(self, request: Request) -> Shown:
+        facts, frame, now = self._facts(request)
+        cycle = _cycle(request, facts)
+        values = {
+            "cycle": cycle,
+            "curves": views.curves(facts),
+            "bars": waterfall(facts, cycle, now),
+            "miners": views.miner_rows(facts, cycle),
+        }
+        return self._of_run("run.html", facts, frame, now, values)
+
+    def _selection(self, request: Request) -> Shown:
+        facts, frame, now = self._facts(request)
+        return self._of_run("selection.html", facts, frame, now, {"grid": heatmap(facts)})
+
+    def _lineage(self, request: Request) -> Shown:
+        facts, frame, now = self._facts(request)
+        return self._of_run(
+            "lineage.html", facts, frame, now, {"versions": lineage(facts), "store": self.artifacts.available}
+        )
+
+    def _why(self, request: Request) -> Shown:
+        facts, frame, now = self._facts(request)
+        found = why(facts, request.path_params["cycle"], request.path_params["miner"])
+        if found is None:
+            raise HTTPException(404, "The log holds nothing about this miner in this cycle.")
+        return self._of_run("why.html", facts, frame, now, {"why": found})
+
+    def _library(self, request: Request) -> Shown:
+        query = request.query_params.get("q", "")
+        total = len(views.library_rows(self.feed.runs))
+        rows = views.library_rows(self.feed.runs, query)
+        return Shown("library.html", "Library", {"experts": rows, "query": query, "total": total})
+
+    def _compare(self, request: Request) -> Shown:
+        wanted = request.query_params.getlist("id")
+        rows = [row for row in views.library_rows(self.feed.runs) if row.expert_id in wanted]
+        values = {"experts": rows, "domains": views.comparison(rows)}
+        return Shown("compare.html", "Comparison", values)
+
+    async def _expert(self, request: Request) -> Response:
+        wanted = request.path_params["expert"]
+        row = next((row for row in views.library_rows(self.feed.runs) if row.expert_id == wanted), None)
+        if row is None:
+            raise HTTPException(404, "There is no such expert in this library.")
+        values = {"expert": row, "card": await self.artifacts.card(row.record)}
+        return HTMLResponse(self._render("page.html", request, Shown("expert.html", row.expert_id, values, live=False)))
+
+    async def _verify(self, request: Request) -> Response:
+        """Reading much is not free, so only this console's own pages may ask for it."""
+        if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
+            raise HTTPException(403, "Only the console's own pages may ask for this.")
+        facts, _, _ = self._facts(request)
+        number, run = request.path_params["version"], facts.run
+        ref = _state_of(facts, number)
+        if ref is None or not self.artifacts.available:
+            raise HTTPException(404, "There is no such version, or the console has no credentials for the store.")
+        values = {"run": run, "version": number, "ref": ref, "check": await self.artifacts.verify(ref)}
+        return HTMLResponse(self._render("page.html", request, Shown("verified.html", run, values, live=False)))
+
+    def _dead_letters(self, request: Request) -> Shown:
+        rows = [
+            {"entry": entry, "letter": entry.letter, "reason": views.reason_pair(entry.letter.reason)}
+            for entry in reversed(self.feed.letters)
+        ]
+        return Shown("dead_letters.html", "Dead letters", {"rows": rows})
+
+    def _bus(self, request: Request) -> Shown:
+        values = {"streams": self.feed.streams, "rejected": self.feed.rejected}
+        return Shown("bus.html", "Bus", values)
+
+    def _of_run(
+        self, template: str, facts: RunFacts, moment: Moment | None, now: int, values: Mapping[str, Any]
+    ) -> Shown:
+        frame = {"head": views.head(facts, now), "moment": moment, "at": _query(at=moment.position if moment else None)}
+        return Shown(template, facts.run, {**frame, "link": _query, **values}, live=moment is None)
+
+    def _facts(self, request: Request) -> tuple[RunFacts, Moment | None, int]:
+        """The run, now or at the point of its past that `?at=` names, and the time it is there."""
+        facts = self.feed.runs.get(request.path_params["run"])
+        if facts is None or facts.spec is None:
+            if not self.feed.connection.caught_up:
+                raise HTTPException(503, "The log is still being read.", {"Refresh": "2"})
+            raise HTTPException(404, "There is no such run.")
+        at = request.query_params.get("at", "")
+        if not at.isdecimal() or len(at) > 9:
+            return facts, None, self.feed.clock()
+        past, moment = replay(facts, int(at))
+        if past.spec is None:
+            raise HTTPException(404, "At this point the run had not been created.")
+        return past, moment, moment.time_unix_ms
+
+    # Coming in and going.
+
+    async def _login(self, request: Request) -> Response:
+        if not self.access.token:
+            return RedirectResponse("/", 303)
+        wrong = False
+        if request.method == "POST":
+            if self.access.knows(await _token_of(request)):
+                answer = RedirectResponse("/", 303)
+                answer.set_cookie(
+                    COOKIE, self.access.cookie(), max_age=SESSION_SECONDS, httponly=True, samesite="strict",
+                    secure=self._secure_cookie or request.url.scheme == "https",
+                )  # fmt: skip
+                return answer
+            wrong = True
+        html = self._templates.get_template("login.html").render(wrong=wrong)
+        return HTMLResponse(html, 403 if wrong else 200)
+
+    async def _logout(self, request: Request) -> Response:
+        answer = RedirectResponse("/login" if self.access.token else "/", 303)
+        answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
+        return answer
+
+
+def _state_of(facts: RunFacts, number: int) -> ArtifactRef | None:
+    """The rows of a version; those of version 0 are the base's."""
+    if number == 0:
+        return None if facts.selection is None else facts.selection.initial_state
+    versions = (facts.version(cycle) for cycle in facts.cycles())
+    return next((found.state for found in versions if found is not None and found.version == number), None)
+
+
+async def _token_of(request: Request) -> str:
+    """The form's token; the empty string for a body that is no such form or too large to be one."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_FORM_BYTES:
+            return ""
+    return parse_qs(body.decode(errors="replace")).get("token", [""])[0].strip()
+
+
+def _cycle(request: Request, facts: RunFacts) -> int:
+    """The cycle asked for, if there is one of that number, else the current one."""
+    asked = request.query_params.get("cycle", "")
+    number = int(asked) if asked.isdecimal() and len(asked) < 6 else 0
+    return number if 1 <= number <= facts.cycle else facts.cycle
+
+
+def _query(**values: object) -> str:
+    """`?a=1&b=2` of those values that are not None; the empty string when there are none."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return f"?{urlencode(given)}" if given else ""
+
+
+def _moment(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _clock(milliseconds: int) -> str:
+    return f"{_moment(milliseconds):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _iso(milliseconds: int) -> str:
+    return _moment(milliseconds).isoformat(timespec="milliseconds")
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}"

@@ -1,0 +1,36 @@
+"""The console's settings."""
+
+from __future__ import annotations
+
+from connito.errors import Fatal
+from connito.settings import ServiceSettings
+from pydantic import Field, SecretStr
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+TOKEN_LENGTH = 16
+
+
+class ConsoleSettings(ServiceSettings):
+    """Where the page is, and who may see it."""
+
+    console_host: str = Field("127.0.0.1", description="address that the page listens on; any other needs a token")
+    console_port: int = Field(0, ge=0, le=65535, description="its port; 0 takes a free one")
+    console_token: SecretStr = Field(
+        SecretStr(""), description="who knows it may read; required unless the page listens on loopback only"
+    )
+    console_secure_cookie: bool = Field(False, description="true where a proxy in front of the console speaks TLS")
+
+    def check_access(self) -> str:
+        """The token, or the empty string where none is needed. Raises `Fatal` where everybody could read."""
+        token = self.console_token.get_secret_value()
+        if not token and self.console_host not in LOOPBACK:
+            raise Fatal(
+                f"the console would show every run to whoever reaches {self.console_host}; set CONNITO_CONSOLE_TOKEN "
+                f"to at least {TOKEN_LENGTH} random characters, or CONNITO_CONSOLE_HOST to 127.0.0.1"
+            )
+        if token and len(token) < TOKEN_LENGTH:
+            raise Fatal(
+                f"CONNITO_CONSOLE_TOKEN has {len(token)} characters and can be guessed; use at least {TOKEN_LENGTH}, "
+                "for example from `openssl rand -hex 24`"
+            )
+        return token

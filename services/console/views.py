@@ -1,0 +1,298 @@
+"""What the pages show, as pure projections of a run's facts. Nothing is shown that is not in a fact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from connito.errors import reason_name
+from connito.facts import Fact, RunFacts
+from connito.local.view import open_window, phase
+from connito.report import miner_name, outcome, submission_rows
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+
+from services.console import words
+
+# A window may close this much after its deadline before somebody should be told.
+OVERDUE_MS = 5000
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A line of the list of runs. Losses are nats per token, None where none was published."""
+
+    run: str
+    domain: str
+    base: str
+    status: str
+    phase: str
+    created_unix_ms: int
+    first_loss: float | None
+    last_loss: float | None
+    miners: int
+    validators: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """The top of a run's pages. `deadline_unix_ms` is 0 where nothing is waited for; `stale` says what is overdue."""
+
+    run: str
+    domain: str
+    base: str
+    status: str
+    phase: str
+    reason: str
+    detail: str
+    window: str
+    deadline_unix_ms: int
+    last_unix_ms: int
+    stale: str
+    cycles: tuple[int, ...]
+    planned: int
+    miners: int
+    validators: int
+
+
+@dataclass(frozen=True)
+class MinerRow:
+    """A miner in one cycle. `rank` 0 is unranked; `utility` is None unless it was judged (nats per token)."""
+
+    key: str
+    name: str
+    status: str
+    reason: str
+    detail: str
+    rank: int
+    utility: float | None
+    reward: int | None
+    total_reward: int
+    origin_cycle: int
+    scored: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A domain's loss on the report subset by version: (version, nats per token)."""
+
+    domain: str
+    target: bool
+    points: tuple[tuple[int, float], ...]
+
+    @property
+    def change(self) -> float:
+        """From the first version to the last; negative is better."""
+        return self.points[-1][1] - self.points[0][1]
+
+
+@dataclass(frozen=True)
+class ExpertRow:
+    """An expert in the library, with what its run says about it."""
+
+    expert_id: str
+    run: str
+    domain: str
+    base: str
+    base_digest: str
+    digest: str
+    size: str
+    record: ArtifactRef
+    deposited_unix_ms: int
+    curves: tuple[Curve, ...]
+
+    @property
+    def target(self) -> Curve | None:
+        """How the loss on the expert's own domain went."""
+        return next((curve for curve in self.curves if curve.target), None)
+
+    def curve(self, domain: str) -> Curve | None:
+        """How the loss on a domain went, if its run measured it."""
+        return next((curve for curve in self.curves if curve.domain == domain), None)
+
+
+def run_rows(runs: Mapping[str, RunFacts], now_ms: int) -> list[RunRow]:
+    """Every run that was created, the newest first."""
+    rows = [_run_row(facts, now_ms) for facts in runs.values() if facts.spec is not None]
+    return sorted(rows, key=lambda row: (-row.created_unix_ms, row.run))
+
+
+def head(facts: RunFacts, now_ms: int) -> Head:
+    """Where a run stands. Raises `AssertionError` for a run that was not created."""
+    spec, ending = facts.spec, outcome(facts)
+    assert spec is not None
+    where = open_window(facts) if facts.ended is None else None
+    opened = None if where is None else facts.opened(*where)
+    deadline = 0 if opened is None else opened.deadline_unix_ms
+    return Head(
+        run=facts.run,
+        domain=spec.domain,
+        base=spec.base.name,
+        status=ending["status"],
+        phase=_phase(facts),
+        reason=words.REASONS.get(ending["reason"], ending["reason"]),
+        detail=ending["detail"],
+        window="" if where is None else where[0],
+        deadline_unix_ms=deadline,
+        last_unix_ms=max(fact.time_unix_ms for fact in facts.facts.values()),
+        stale=_overdue(where, deadline, now_ms),
+        cycles=tuple(facts.cycles()),
+        planned=spec.cycles,
+        miners=len(facts.miners),
+        validators=len(facts.validators),
+    )
+
+
+def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
+    """Everybody who was expected or acted in a cycle: best rank first, then those who were refused."""
+    totals, scored = rewards(facts), judged(facts, cycle)
+    rows = []
+    for row in submission_rows(facts, cycle):
+        verdict = scored.get(row["key"])
+        rows.append(
+            MinerRow(
+                key=row["key"],
+                name=row["miner"],
+                status=row["status"],
+                reason=words.REASONS.get(row["reason"], row["reason"]),
+                detail=row["detail"],
+                rank=row["rank"],
+                utility=None if verdict is None else verdict.utility,
+                reward=None if verdict is None else verdict.reward,
+                total_reward=totals.get(row["key"], 0),
+                origin_cycle=row["origin_cycle"] if row["origin_cycle"] not in (0, cycle) else 0,
+                scored=verdict is not None or row["key"] in _measured(facts, cycle),
+            )
+        )
+    return rows
+
+
+def judged(facts: RunFacts, cycle: int) -> dict[str, cycle_pb2.Verdict]:
+    """The verdicts of a cycle by miner; empty until they are published."""
+    scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    return {} if scored is None else {verdict.miner: verdict for verdict in scored.verdicts}
+
+
+def rewards(facts: RunFacts) -> dict[str, int]:
+    """Units of the emission that each miner was given in the run so far."""
+    totals: dict[str, int] = {}
+    for cycle in facts.cycles():
+        for miner, verdict in judged(facts, cycle).items():
+            totals[miner] = totals.get(miner, 0) + verdict.reward
+    return totals
+
+
+def curves(facts: RunFacts) -> list[Curve]:
+    """Loss by domain, the target first. A cycle's `before` is drawn only at the start and after a gap."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    target = ""
+    for cycle in facts.cycles():
+        version = facts.version(cycle)
+        for index, loss in enumerate(version.losses if version is not None else ()):
+            assert version is not None
+            target = target or (loss.domain if index == 0 else "")
+            line = points.setdefault(loss.domain, [(version.parent, loss.before)])
+            line.append((version.version, loss.after))
+    return [Curve(domain, domain == target, tuple(dict(line).items())) for domain, line in points.items()]
+
+
+def library_rows(runs: Mapping[str, RunFacts], query: str = "") -> list[ExpertRow]:
+    """Experts whose id, run, domain or base holds every word of `query`, the newest first."""
+    rows = [row for facts in runs.values() for row in _expert_rows(facts)]
+    return sorted(_matching(rows, query.lower().split()), key=lambda row: (-row.deposited_unix_ms, row.expert_id))
+
+
+def comparison(rows: Iterable[ExpertRow]) -> list[str]:
+    """The domains that at least one of these experts was measured on, targets first."""
+    found = [curve for row in rows for curve in row.curves]
+    return list(
+        dict.fromkeys(curve.domain for curve in sorted(found, key=lambda curve: (not curve.target, curve.domain)))
+    )
+
+
+def name(facts: RunFacts, key: str) -> str:
+    """A miner's label, or the start of a key."""
+    return miner_name(facts, key)
+
+
+def _matching(rows: Iterable[ExpertRow], terms: list[str]) -> Iterable[ExpertRow]:
+    for row in rows:
+        text = " ".join((row.expert_id, row.run, row.domain, row.base, row.digest)).lower()
+        if all(term in text for term in terms):
+            yield row
+
+
+def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
+    spec, created = facts.spec, facts.fact("run", 0, "created")
+    assert spec is not None
+    assert created is not None
+    first, last = _target_losses(facts)
+    return RunRow(
+        run=facts.run,
+        domain=spec.domain,
+        base=spec.base.name,
+        status="stale" if head(facts, now_ms).stale else outcome(facts)["status"],
+        phase=_phase(facts),
+        created_unix_ms=created.time_unix_ms,
+        first_loss=first,
+        last_loss=last,
+        miners=len(facts.miners),
+        validators=len(facts.validators),
+    )
+
+
+def _phase(facts: RunFacts) -> str:
+    """What happens now, without the time left: that one counts down in the reader's browser."""
+    return phase(facts, 0).partition(" (")[0]
+
+
+def _overdue(where: tuple[str, int] | None, deadline_ms: int, now_ms: int) -> str:
+    if where is None or not deadline_ms or now_ms <= deadline_ms + OVERDUE_MS:
+        return ""
+    return (
+        f"The {where[0]} window should have closed, and nothing was heard since. The coordinator may be down: its log and "
+        "`connito doctor` say more."
+    )
+
+
+def _target_losses(facts: RunFacts) -> tuple[float | None, float | None]:
+    for curve in curves(facts):
+        if curve.target:
+            return curve.points[0][1], curve.points[-1][1]
+    return None, None
+
+
+def _expert_rows(facts: RunFacts) -> Iterable[ExpertRow]:
+    spec = facts.spec
+    for fact in facts.all("library", 0, "deposited").values():
+        yield _expert_row(fact, "" if spec is None else spec.base.name, tuple(curves(facts)))
+
+
+def _expert_row(fact: Fact, base: str, measured: tuple[Curve, ...]) -> ExpertRow:
+    message = fact.message
+    assert isinstance(message, run_pb2.ExpertDeposited)
+    return ExpertRow(
+        expert_id=message.expert_id,
+        run=fact.run,
+        domain=message.domain,
+        base=base,
+        base_digest=message.base_digest,
+        digest=message.expert.digest,
+        size=words.size(message.expert.size),
+        record=message.record,
+        deposited_unix_ms=fact.time_unix_ms,
+        curves=measured,
+    )
+
+
+def _measured(facts: RunFacts, cycle: int) -> set[str]:
+    found: set[str] = set()
+    for fact in facts.all("validate", cycle, "report").values():
+        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+        found.update(score.miner for score in fact.message.scores)
+    return found
+
+
+def reason_pair(reason: reasons_pb2.Reason.ValueType) -> tuple[str, str]:
+    """A reason as code and as words."""
+    return reason_name(reason), words.in_words(reason)

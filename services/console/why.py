@@ -1,0 +1,174 @@
+"""Why a miner's submission scored what it scored: what each validator measured, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from connito.facts import Fact, RunFacts
+from connito.v1 import cycle_pb2
+
+from services.console import words
+from services.console.views import judged, name, reason_pair
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one validator says. Effect and interval in nats per token of the target hold-out, positive is better;
+    `general` is the change on general text, positive is worse. `distance` is the validator's largest distance from
+    consensus in this cycle, None until that is published."""
+
+    validator: str
+    effect: float
+    low: float
+    high: float
+    general: float
+    general_high: float
+    utility: float
+    code: str
+    reason: str
+    detail: str
+    distance: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that was said about or by the miner in this cycle."""
+
+    time_unix_ms: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Why:
+    """Everything the log holds on one miner in one cycle."""
+
+    cycle: int
+    miner: str
+    name: str
+    status: str
+    code: str
+    reason: str
+    detail: str
+    utility: float | None
+    rank: int
+    reward: int | None
+    weight: float | None
+    margin: float
+    confidence: float
+    digest: str
+    measurements: tuple[Measurement, ...]
+    silent: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+
+_STATUS = {
+    cycle_pb2.VERDICT_STATUS_MERGED: "merged",
+    cycle_pb2.VERDICT_STATUS_SCORED: "scored",
+    cycle_pb2.VERDICT_STATUS_REJECTED: "rejected",
+}
+
+
+def why(facts: RunFacts, cycle: int, miner: str) -> Why | None:
+    """The explanation of one score; None where the log holds nothing on this miner in this cycle."""
+    spec, verdict, steps = facts.spec, judged(facts, cycle).get(miner), _steps(facts, cycle, miner)
+    found, silent = _measurements(facts, cycle, miner)
+    if spec is None or (verdict is None and not steps and not found):
+        return None
+    code, reason = ("", "") if verdict is None else reason_pair(verdict.reason)
+    return Why(
+        cycle=cycle,
+        miner=miner,
+        name=name(facts, miner),
+        status="not judged yet" if verdict is None else _STATUS.get(verdict.status, "rejected"),
+        code=code,
+        reason=reason,
+        detail="" if verdict is None else verdict.detail,
+        utility=None if verdict is None else verdict.utility,
+        rank=0 if verdict is None else verdict.rank,
+        reward=None if verdict is None else verdict.reward,
+        weight=None if verdict is None else verdict.weight,
+        margin=spec.scoring.retention_margin,
+        confidence=spec.scoring.confidence,
+        digest=_digest(facts, cycle, miner),
+        measurements=tuple(found),
+        silent=tuple(silent),
+        steps=tuple(steps),
+    )
+
+
+def _measurements(facts: RunFacts, cycle: int, miner: str) -> tuple[list[Measurement], list[str]]:
+    """What the validators measured, and the validators of the draw that said nothing about this miner."""
+    found, spoke = [], set()
+    distances = _distances(facts, cycle)
+    for validator, fact in facts.all("validate", cycle, "report").items():
+        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+        for score in fact.message.scores:
+            if score.miner == miner:
+                spoke.add(validator)
+                found.append(_measurement(facts, validator, score, distances.get(validator)))
+    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    expected = () if drawn is None else (*drawn.validators, *drawn.omitted)
+    return found, [name(facts, key) for key in expected if key not in spoke]
+
+
+def _measurement(
+    facts: RunFacts, validator: str, score: cycle_pb2.SubmissionScore, distance: float | None
+) -> Measurement:
+    code, reason = reason_pair(score.reason)
+    return Measurement(
+        validator=name(facts, validator),
+        effect=score.effect,
+        low=score.effect_low,
+        high=score.effect_high,
+        general=score.general_change,
+        general_high=score.general_change_high,
+        utility=score.utility,
+        code=code,
+        reason=reason,
+        detail=score.detail,
+        distance=distance,
+    )
+
+
+def _distances(facts: RunFacts, cycle: int) -> dict[str, float]:
+    scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    standings = () if scored is None else scored.validators
+    return {standing.validator: standing.deviation for standing in standings if standing.reported}
+
+
+def _digest(facts: RunFacts, cycle: int, miner: str) -> str:
+    settled = facts.settled("submit", cycle)
+    for submission in () if settled is None else settled.submissions:
+        if submission.miner == miner:
+            return submission.artifact.digest
+    return ""
+
+
+def _steps(facts: RunFacts, cycle: int, miner: str) -> list[Step]:
+    said = [
+        fact
+        for kind in ("trained", "commitment", "reveal")
+        if (fact := facts.fact("ingress", cycle, kind, miner)) is not None
+    ]
+    answers = [
+        fact
+        for window in ("commit", "submit")
+        for kind in ("accepted", "refused")
+        for fact in facts.all(window, cycle, kind).values()
+        if fact.key.id.partition("-")[0] == miner
+    ]
+    ordered = sorted((*said, *answers), key=lambda fact: (fact.time_unix_ms, fact.sequence))
+    return [Step(fact.time_unix_ms, _tell(fact)) for fact in ordered]
+
+
+def _tell(fact: Fact) -> str:
+    message = fact.message
+    if isinstance(message, cycle_pb2.TrainingFinished):
+        return f"trained {message.steps} steps over {message.tokens} tokens in {words.duration(message.seconds * 1000)}"
+    if isinstance(message, cycle_pb2.Commitment):
+        return f"committed to {message.digest.hex()[:16]}…"
+    if isinstance(message, cycle_pb2.Reveal):
+        return f"revealed an artifact of {words.size(message.artifact.size)}"
+    if isinstance(message, cycle_pb2.Refused):
+        return f"refused: {words.in_words(message.reason)} ({message.detail})"
+    return "the commitment was accepted" if fact.key.section == "commit" else "the reveal was accepted"

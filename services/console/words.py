@@ -1,0 +1,98 @@
+"""What codes mean to the person who reads them."""
+
+from __future__ import annotations
+
+from connito.errors import reason_name
+from connito.v1 import cycle_pb2
+from connito.v1.reasons_pb2 import Reason
+
+WINDOWS = {
+    "train": "miners train",
+    "commit": "miners commit",
+    "submit": "miners upload and reveal",
+    "validate": "validators score",
+    "merge": "merging and gating",
+}
+
+GATES = {
+    cycle_pb2.GATE_DECISION_ACCEPTED: "accepted: the merge of all",
+    cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS: "accepted: the merge without outliers",
+    cycle_pb2.GATE_DECISION_TOP_1: "accepted: the best one alone",
+    cycle_pb2.GATE_DECISION_KEPT_INCUMBENT: "rejected: the incumbent stays",
+    cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE: "nothing to merge",
+}
+
+REASONS = {
+    "malformed": "the message could not be read",
+    "bad-signature": "the signature does not hold",
+    "unknown-type": "no such message is expected there",
+    "unsupported-schema": "sent by a version that this one does not speak",
+    "not-permitted": "this key may not say that",
+    "unknown-run": "there is no such run",
+    "not-enrolled": "the miner is not enrolled",
+    "wrong-window": "the window for it was not open",
+    "late-commitment": "committed after the window had closed",
+    "late-reveal": "revealed too late; the work rolls over into the next cycle",
+    "duplicate-commitment": "a commitment stood already; the first one counts",
+    "duplicate-reveal": "the commitment was opened already",
+    "no-commitment": "there was no commitment to open",
+    "commitment-mismatch": "what was revealed is not what was committed to",
+    "stale-base": "the work started from another state than the cycle's",
+    "not-revealed": "committed, but not revealed in time",
+    "artifact-missing": "the upload is not in the store",
+    "digest-mismatch": "the upload's bytes are not the ones that were named",
+    "oversized": "larger than the selected experts can be",
+    "bad-header": "the upload is not a well-formed safetensors file",
+    "wrong-tensors": "tensors are missing, or there are others",
+    "wrong-shape": "a tensor has another shape than it should",
+    "wrong-dtype": "a tensor has another type than it should",
+    "non-finite": "a value is NaN or infinite",
+    "norm-exceeded": "the rows moved further than the policy allows",
+    "no-improvement": "held-out loss did not fall",
+    "not-significant": "held-out loss fell, but it may be chance",
+    "retention-broken": "loss on general text rose beyond the margin",
+    "copy": "the same work as an earlier commitment",
+    "unchanged": "the submission is the state the cycle started from",
+    "below-cutoff": "it helped, but others helped more than the policy pays for",
+    "no-quorum": "too few validators; nobody was judged",
+    "outlier": "it scored, but was left out of the merge as an outlier",
+    "gate-rejected": "it scored, but no merge with it passed the gate",
+    "too-few-miners": "fewer miners than the minimum enrolled in time",
+    "bad-spec": "the job cannot be carried out as specified",
+    "selection-failed": "no experts could be selected",
+    "cancelled": "the customer cancelled the run",
+    "store-unavailable": "the object store did not answer",
+    "quota-exceeded": "too many requests by this key",
+}
+
+
+def in_words(reason: Reason.ValueType) -> str:
+    """A reason as a clause; the empty string for none, the code itself for one that is newer than this console."""
+    name = reason_name(reason) if reason in Reason.values() else f"reason {reason}"
+    return REASONS.get(name, name)
+
+
+def gate(decision: cycle_pb2.GateDecision.ValueType) -> str:
+    """What the gate decided."""
+    return GATES.get(decision, f"decision {decision}")
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1536 is `1.5 KiB`."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def duration(milliseconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `4 min 05 s`, `2 h 07 min`."""
+    seconds = max(0.0, milliseconds / 1000)
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,111 @@
+"""Who is waited for: the people a window names when it opens, and those of them who have not acted yet."""
+
+from __future__ import annotations
+
+from connito.beacon import opens
+from connito.facts import RunFacts
+from connito.v1 import cycle_pb2
+from connito.v1.run_pb2 import RunSpec
+
+
+def _named(facts: RunFacts, cycle: int) -> set[str]:
+    opened = facts.opened("train", cycle)
+    return set() if opened is None else set(opened.expected)
+
+
+def _known_before(facts: RunFacts, cycle: int) -> set[str]:
+    return set().union(*(_named(facts, earlier) for earlier in range(1, cycle)))
+
+
+def expected_miners(facts: RunFacts, cycle: int) -> list[str]:
+    """Miners that cycle `cycle` waits for: new ones, and those that committed in the cycle before.
+
+    "New" means that no earlier cycle has named them, which needs no comparison of times between streams. When that
+    leaves nobody, everyone enrolled is given another chance.
+    """
+    settled = facts.settled("commit", cycle - 1)
+    committed = set() if settled is None else set(settled.committed)
+    enrolled = set(facts.miners)
+    current = (enrolled - _known_before(facts, cycle)) | (enrolled & committed)
+    return sorted(current or enrolled)
+
+
+def expected_validators(facts: RunFacts, spec: RunSpec, cycle: int) -> list[str]:
+    """Validators that cycle `cycle` waits for: new ones, and those that reported in the cycle before.
+
+    When these are no quorum, everyone who joined: without the others there would be nothing to score with.
+    """
+    joined = set(facts.validators)
+    reported = joined & set(facts.all("validate", cycle - 1, "report"))
+    current = (joined - _known_before(facts, cycle)) | reported
+    return sorted(current if len(current) >= spec.windows.min_validators else joined)
+
+
+def seeded(facts: RunFacts, cycle: int) -> list[str]:
+    """Validators whose seed commitment is known. The list in `validate.opened` is final: nobody joins a draw later."""
+    return list(facts.all("train", cycle, "seed"))
+
+
+def trained(facts: RunFacts, cycle: int) -> list[str]:
+    """Enrolled miners that said they are done."""
+    enrolled = set(facts.miners)
+    return [miner for miner in facts.all("ingress", cycle, "trained") if miner in enrolled]
+
+
+def committed(facts: RunFacts, cycle: int) -> list[str]:
+    """Miners whose commitment stands."""
+    settled = facts.settled("commit", cycle)
+    return [] if settled is None else sorted(settled.committed)
+
+
+def idle_in_train(facts: RunFacts, cycle: int) -> list[str]:
+    """Expected miners that have not trained and expected validators that have not committed a seed.
+
+    Somebody who was named by another leader and whose enrolment was not read yet counts as idle.
+    """
+    opened = facts.opened("train", cycle)
+    assert opened is not None
+    miners, validators = set(facts.miners), set(facts.validators)
+    return [
+        key
+        for key in opened.expected
+        if key not in miners | validators
+        or (key in miners and not facts.has("ingress", cycle, "trained", key))
+        or (key in validators and not facts.has("train", cycle, "seed", key))
+    ]
+
+
+def unanswered(facts: RunFacts, window: str, cycle: int) -> list[str]:
+    """Who has neither an accepted nor a refused message in a commit or submit window, of those named when it opened
+    and those who, in the case of commit, trained since."""
+    opened = facts.opened(window, cycle)
+    assert opened is not None
+    people = {*opened.expected, *(trained(facts, cycle) if window == "commit" else committed(facts, cycle))}
+    refused = {
+        fact.message.miner
+        for fact in facts.all(window, cycle, "refused").values()
+        if isinstance(fact.message, cycle_pb2.Refused)
+    }
+    return [miner for miner in sorted(people - refused) if not facts.has(window, cycle, "accepted", miner)]
+
+
+def silent(facts: RunFacts, cycle: int, validators: list[str]) -> list[str]:
+    """Those of `validators` whose secret, or the commitment to judge it by, is not known yet."""
+    return [
+        key
+        for key in validators
+        if not facts.has("validate", cycle, "seed", key) or not facts.has("train", cycle, "seed", key)
+    ]
+
+
+def secrets(facts: RunFacts, cycle: int, validators: list[str]) -> dict[str, bytes]:
+    """Revealed secrets of `validators` that match what each committed to during train."""
+    valid: dict[str, bytes] = {}
+    for validator in validators:
+        commitment = facts.get(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator)
+        reveal = facts.get(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator)
+        if commitment is None or reveal is None:
+            continue
+        if opens(commitment.digest, facts.run, cycle, validator, reveal.secret):
+            valid[validator] = reveal.secret
+    return valid

@@ -1,0 +1,232 @@
+"""Checking what a customer asks for: defaults for what was left open, a clear refusal for what cannot work.
+
+A policy that is left out altogether takes every default. In one that is given, a zero means "default" where zero makes
+no sense (a learning rate) and means zero where it does (a weight decay).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from connito.errors import Invalid
+from connito.subjects import check_token
+from connito.v1 import reasons_pb2
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
+from connito.v1.run_pb2 import (
+    CorpusRef,
+    MergePolicy,
+    RunSpec,
+    ScorePolicy,
+    SelectionPolicy,
+    TrainPolicy,
+    WindowPolicy,
+)
+
+METHODS = {"esft-token": 0.2, "esft-gate": 0.1, "differential": 0.2, "des-moe": 0.6}
+ROUTING_MODES = ("natural", "masked", "restricted")
+AGGREGATORS = (
+    "mean",
+    "utility-mean",
+    "top-1",
+    "coordinate-median",
+    "trimmed-mean",
+    "krum",
+    "multi-krum",
+    "geometric-median",
+    "norm-clipped-mean",
+)
+MAX_CYCLES = 1000
+MAX_TEXT = 4000
+
+DEFAULTS = RunSpec(
+    selection=SelectionPolicy(method="esft-token", helpers_per_layer=2),
+    training=TrainPolicy(
+        local_steps=10,
+        sequence_length=128,
+        batch_sequences=4,
+        learning_rate=2e-4,
+        weight_decay=0.01,
+        routing_mode="natural",
+    ),
+    scoring=ScorePolicy(
+        target_sequences=32,
+        general_sequences=16,
+        confidence=0.95,
+        retention_margin=0.02,
+        copy_threshold=0.95,
+        paid_ranks=10,
+        max_relative_norm=0.5,
+    ),
+    merging=MergePolicy(
+        aggregator="utility-mean",
+        outer_learning_rate=0.7,
+        outer_momentum=0.9,
+        gate_target_sequences=32,
+        gate_general_sequences=16,
+        gate_general_margin=0.01,
+        report_target_sequences=32,
+        report_general_sequences=16,
+    ),
+    windows=WindowPolicy(min_miners=1, min_validators=1, floor_seconds=10, ceiling_seconds=1800, assemble_seconds=900),
+    emission=1_000_000,
+)
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Limits of one number. `zero` says that 0 is a value of its own and takes no default."""
+
+    low: float
+    high: float
+    zero: bool = False
+
+
+_RANGES: dict[str, _Range] = {
+    "selection.threshold": _Range(1e-6, 1),
+    "selection.max_experts": _Range(0, 1_000_000, zero=True),
+    "selection.max_bytes": _Range(0, 1 << 50, zero=True),
+    "selection.helpers_per_layer": _Range(0, 4096, zero=True),
+    "training.local_steps": _Range(1, 100_000),
+    "training.sequence_length": _Range(4, 1 << 20),
+    "training.batch_sequences": _Range(1, 65_536),
+    "training.learning_rate": _Range(1e-9, 1),
+    "training.weight_decay": _Range(0, 1, zero=True),
+    "training.replay_share": _Range(0, 0.9, zero=True),
+    "scoring.target_sequences": _Range(1, 1_000_000),
+    "scoring.general_sequences": _Range(1, 1_000_000),
+    "scoring.confidence": _Range(0.5, 0.9999),
+    "scoring.retention_margin": _Range(0, 10, zero=True),
+    "scoring.copy_threshold": _Range(0.1, 1),
+    "scoring.paid_ranks": _Range(1, 1_000_000),
+    "scoring.max_relative_norm": _Range(1e-6, 100),
+    "merging.outer_learning_rate": _Range(1e-6, 10),
+    "merging.outer_momentum": _Range(0, 0.999, zero=True),
+    "merging.gate_target_sequences": _Range(1, 1_000_000),
+    "merging.gate_general_sequences": _Range(1, 1_000_000),
+    "merging.gate_general_margin": _Range(0, 10, zero=True),
+    "merging.report_target_sequences": _Range(1, 1_000_000),
+    "merging.report_general_sequences": _Range(1, 1_000_000),
+    "windows.min_miners": _Range(1, 10_000),
+    "windows.min_validators": _Range(1, 1_000),
+    "windows.floor_seconds": _Range(0.05, 86_400),
+    "windows.ceiling_seconds": _Range(0.1, 604_800),
+    "windows.assemble_seconds": _Range(0.1, 604_800),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "selection.method": tuple(METHODS),
+    "training.routing_mode": ROUTING_MODES,
+    "merging.aggregator": AGGREGATORS,
+}
+
+
+def bad(field: str, problem: str, remedy: str) -> Invalid:
+    """The refusal of one field of a spec."""
+    return Invalid(f"{field} {problem}; {remedy}", reason=reasons_pb2.REASON_BAD_SPEC)
+
+
+def complete(spec: RunSpec, customer: str) -> RunSpec:
+    """A copy with every default filled in and everything checked. Raises `Invalid` naming field and remedy.
+
+    `customer` is the public key that signed the spec; a spec that names another key as its customer is refused.
+    """
+    full = RunSpec()
+    full.CopyFrom(spec)
+    _fill(full, customer)
+    _check_names(full, customer)
+    _check_artifacts(full)
+    for path, limits in _RANGES.items():
+        _check_range(full, path, limits)
+    for path, choices in _CHOICES.items():
+        if _read(full, path) not in choices:
+            raise bad(path, f"is {_read(full, path)!r}", f"choose one of {', '.join(choices)}")
+    windows = full.windows
+    if windows.floor_seconds > windows.ceiling_seconds:
+        raise bad("windows.floor_seconds", "is larger than windows.ceiling_seconds", "swap them or raise the ceiling")
+    if full.training.replay_share > 0 and not full.replay.artifact.digest:
+        raise bad("training.replay_share", "is set but there is no replay corpus", "give `replay` or set it to 0")
+    return full
+
+
+def _fill(spec: RunSpec, customer: str) -> None:
+    for name in ("selection", "training", "scoring", "merging", "windows"):
+        if not spec.HasField(name):
+            getattr(spec, name).CopyFrom(getattr(DEFAULTS, name))
+    for path, limits in _RANGES.items():
+        if not limits.zero and _read(spec, path) == 0 and path != "selection.threshold":
+            _write(spec, path, _read(DEFAULTS, path))
+    for path in _CHOICES:
+        _write(spec, path, _read(spec, path) or _read(DEFAULTS, path))
+    if spec.selection.threshold == 0:
+        spec.selection.threshold = METHODS.get(spec.selection.method, 0.2)
+    spec.emission = spec.emission or DEFAULTS.emission
+    spec.customer = spec.customer or customer
+
+
+def _check_names(spec: RunSpec, customer: str) -> None:
+    check_token(spec.run, "run (the run's id)")
+    check_token(spec.domain, "domain")
+    if not 1 <= spec.cycles <= MAX_CYCLES:
+        raise bad("cycles", f"is {spec.cycles}", f"ask for 1 to {MAX_CYCLES}")
+    if not spec.base.name:
+        raise bad("base.name", "is empty", "name the base model, for example by `connito base show`")
+    if spec.customer != customer:
+        raise bad("customer", f"is {spec.customer!r}, but the spec is signed by {customer}", "leave it empty")
+    if spec.emission > 1 << 53:
+        raise bad("emission", f"is {spec.emission}", "units above 2^53 cannot be shared out exactly; choose fewer")
+    for field in ("license", "data_statement"):
+        if len(getattr(spec, field)) > MAX_TEXT:
+            raise bad(field, f"is longer than {MAX_TEXT} characters", "link to the long text instead")
+
+
+def _check_artifacts(spec: RunSpec) -> None:
+    check_ref("base.manifest", spec.base.manifest, REALM_PUBLIC)
+    _check_corpus("probe", spec.probe, REALM_PUBLIC, REALM_HOLDOUT)
+    _check_corpus("train", spec.train, REALM_PUBLIC)
+    _check_corpus("holdout", spec.holdout, REALM_HOLDOUT)
+    if spec.HasField("replay"):
+        _check_corpus("replay", spec.replay, REALM_PUBLIC)
+    if not spec.general_holdouts:
+        raise bad("general_holdouts", "is empty", "give at least one, or forgetting could not be measured")
+    for index, corpus in enumerate(spec.general_holdouts):
+        _check_corpus(f"general_holdouts[{index}]", corpus, REALM_HOLDOUT)
+    if spec.holdout.domain != spec.domain:
+        raise bad("holdout.domain", f"is {spec.holdout.domain!r}", f"it has to be the run's domain, {spec.domain!r}")
+    domains = [spec.domain, *(corpus.domain for corpus in spec.general_holdouts)]
+    if len(set(domains)) != len(domains):
+        raise bad("general_holdouts", "names a domain twice, or the target's own", "give each general domain once")
+
+
+def _check_corpus(field: str, corpus: CorpusRef, *realms: Realm.ValueType) -> None:
+    check_token(corpus.domain, f"{field}.domain")
+    check_ref(f"{field}.artifact", corpus.artifact, *realms)
+
+
+def check_ref(field: str, ref: ArtifactRef, *realms: Realm.ValueType) -> None:
+    """Raise `Invalid` unless `ref` is a content address in one of `realms`."""
+    if not re.fullmatch(r"[0-9a-f]{64}", ref.digest):
+        raise bad(
+            f"{field}.digest", f"is {ref.digest!r}", "put the artifact into the store and give its SHA-256 in hex"
+        )
+    if ref.size <= 0:
+        raise bad(f"{field}.size", f"is {ref.size}", "give the object's length in bytes")
+    if ref.realm not in realms:
+        allowed = " or ".join(Realm.Name(realm) for realm in realms)
+        raise bad(f"{field}.realm", f"is {Realm.Name(ref.realm)}", f"it has to be {allowed}")
+
+
+def _check_range(spec: RunSpec, path: str, limits: _Range) -> None:
+    value = float(_read(spec, path))  # type: ignore[arg-type]
+    if not (math.isfinite(value) and limits.low <= value <= limits.high):
+        raise bad(path, f"is {value:g}", f"choose {limits.low:g} to {limits.high:g}")
+
+
+def _read(spec: RunSpec, path: str) -> object:
+    policy, name = path.split(".")
+    return getattr(getattr(spec, policy), name)
+
+
+def _write(spec: RunSpec, path: str, value: object) -> None:
+    policy, name = path.split(".")
+    setattr(getattr(spec, policy), name, value)

@@ -1,0 +1,72 @@
+"""How a run is shown: one pure projection of its facts."""
+
+from __future__ import annotations
+
+from connito.facts import RunFacts
+from connito.subjects import WINDOWS
+from connito.v1 import run_pb2, services_pb2
+
+_PHASES = {
+    run_pb2.RUN_OUTCOME_COMPLETED: services_pb2.RUN_PHASE_COMPLETED,
+    run_pb2.RUN_OUTCOME_FAILED: services_pb2.RUN_PHASE_FAILED,
+    run_pb2.RUN_OUTCOME_CANCELLED: services_pb2.RUN_PHASE_CANCELLED,
+}
+
+
+def phase(facts: RunFacts) -> services_pb2.RunPhase.ValueType:
+    """Where a created run stands."""
+    if facts.ended is not None:
+        return _PHASES.get(facts.ended.outcome, services_pb2.RUN_PHASE_FAILED)
+    if facts.selection is None:
+        return services_pb2.RUN_PHASE_SELECTING
+    return services_pb2.RUN_PHASE_RUNNING if facts.cycle else services_pb2.RUN_PHASE_ASSEMBLING
+
+
+def open_window(facts: RunFacts) -> str:
+    """The window of the current cycle that is opened and not closed; empty between windows."""
+    cycle = facts.cycle
+    for window in reversed(WINDOWS):
+        if facts.opened(window, cycle) is not None:
+            return "" if facts.closed(window, cycle) is not None else window
+    return ""
+
+
+def version(facts: RunFacts) -> int:
+    """The newest published version; 0 is the base."""
+    for cycle in (facts.cycle, facts.cycle - 1):
+        published = facts.version(cycle)
+        if published is not None:
+            return published.version
+    return 0
+
+
+def status(facts: RunFacts) -> services_pb2.RunStatus:
+    """What the API answers about a run that was created."""
+    window = "" if facts.ended is not None else open_window(facts)
+    opened = facts.opened(window, facts.cycle) if window else None
+    return services_pb2.RunStatus(
+        spec=facts.spec,
+        phase=phase(facts),
+        cycle=facts.cycle,
+        window=window,
+        deadline_unix_ms=0 if opened is None else opened.deadline_unix_ms,
+        version=version(facts),
+        miners=facts.miners,
+        validators=facts.validators,
+        detail=_detail(facts),
+    )
+
+
+def _detail(facts: RunFacts) -> str:
+    if facts.ended is not None:
+        return facts.ended.detail
+    spec = facts.spec
+    assert spec is not None
+    if phase(facts) == services_pb2.RUN_PHASE_SELECTING:
+        return "waiting for the selector"
+    if phase(facts) == services_pb2.RUN_PHASE_ASSEMBLING:
+        return (
+            f"{len(facts.miners)} of {spec.windows.min_miners} miners and "
+            f"{len(facts.validators)} of {spec.windows.min_validators} validators are here"
+        )
+    return f"cycle {facts.cycle} of {spec.cycles}"

@@ -1,0 +1,91 @@
+"""Depositing an expert: what the pure plan says, done against the store and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito import metrics
+from connito.bus import Bus, CaughtUp
+from connito.errors import Invalid, reason_name
+from connito.facts import Log, Record, RunFacts, verify_fact
+from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
+from connito.library.card import render
+from connito.library.deposit import STREAMS, Deposit, plan
+from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
+from connito.roster import Roster
+from connito.store import ArtifactStore
+from connito.v1 import artifacts_pb2, run_pb2
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+PUBLIC = artifacts_pb2.REALM_PUBLIC
+
+
+class Depositor:
+    """Handles `run.0.ended`. Doing it twice writes the same bytes, and the log admits the deposit once."""
+
+    def __init__(self, bus: Bus, store: ArtifactStore, roster: Roster, log: FilteringBoundLogger) -> None:
+        self._bus, self._store, self._roster, self._log = bus, store, roster, log
+
+    async def handle(self, record: Record) -> None:
+        """Deposit the run's expert, if it has one. Raises `Retry` when broker or store are away."""
+        fact = verify_fact(record, self._roster)
+        facts = await self._read_run(fact.run)
+        decision = plan(facts)
+        if not isinstance(decision, Deposit):
+            self._log.info("nothing to deposit", run=fact.run, why=decision.why)
+            return
+        message = await self._deposit(facts, decision)
+        if await self._bus.publish_fact(fact.run, "library", 0, "deposited", message, message.expert_id):
+            metrics.EXPERTS_DEPOSITED.inc()
+            self._log.info("expert deposited", run=fact.run, expert=message.expert_id, bytes=message.expert.size)
+
+    async def _read_run(self, run: str) -> RunFacts:
+        """All facts of a run. `run.0.ended` is written last, so what is stored now is everything."""
+        log = Log(self._roster)
+        async with aclosing(self._bus.follow(STREAMS, run)) as records:
+            async for item in records:
+                if isinstance(item, CaughtUp):
+                    break
+                self._apply(log, item)
+        return log.runs.get(run, RunFacts(run))
+
+    def _apply(self, log: Log, record: Record) -> None:
+        try:
+            log.apply(record)
+        except Invalid as error:
+            metrics.EVENTS_REJECTED.labels(reason=reason_name(error.reason)).inc()
+            self._log.warning("security", subject=record.subject, sequence=record.sequence, error=str(error))
+
+    async def _deposit(self, facts: RunFacts, decision: Deposit) -> run_pb2.ExpertDeposited:
+        assert facts.selection is not None
+        state = await self._store.fetch(decision.state)
+        report = json.loads(await self._store.get_bytes(facts.selection.report))
+        header = decision.with_base(report.get("base", {}))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "expert.safetensors"
+            digest = await asyncio.to_thread(write_expert, state, path, header)
+            size = path.stat().st_size
+            expert = await self._store.put_file(path, MEDIA_TYPE, PUBLIC)
+        record = build_record(facts, digest, size, tensor_sizes(state)[0])
+        return await self._describe(record, expert)
+
+    async def _describe(self, record: dict[str, Any], expert: artifacts_pb2.ArtifactRef) -> run_pb2.ExpertDeposited:
+        """Store card and record; the record names the card, so that whoever has one has both."""
+        card = await self._store.put_bytes(render(record).encode(), CARD_MEDIA_TYPE, PUBLIC)
+        record["card"] = {"digest": card.digest, "bytes": card.size}
+        ref = await self._store.put_bytes(encode(record), RECORD_MEDIA_TYPE, PUBLIC)
+        return run_pb2.ExpertDeposited(
+            run=record["run"],
+            expert_id=record["expert_id"],
+            expert=expert,
+            record=ref,
+            domain=record["domain"],
+            base_digest=record["base"]["manifest"],
+        )

@@ -1,0 +1,108 @@
+"""Selecting the experts of a run: fetch, compute inside the machine's budget, publish."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+from connito import metrics, subjects, telemetry
+from connito.base.manifest import Manifest
+from connito.bus import Bus
+from connito.compute import ComputeBudget
+from connito.errors import Invalid, Retry
+from connito.facts import Record, verify_fact
+from connito.moe.choose import Chosen, check_holdouts, choose
+from connito.roster import Roster
+from connito.store import ArtifactStore
+from connito.telemetry import Logger
+from connito.v1 import artifacts_pb2, run_pb2
+
+from services.selector import handlers
+
+PUBLIC = artifacts_pb2.REALM_PUBLIC
+STATE_MEDIA_TYPE = "application/vnd.safetensors"
+
+
+class Selector:
+    """Handles `run.0.created`. Selecting again gives the same bytes, and the log admits one selection."""
+
+    def __init__(self, bus: Bus, store: ArtifactStore, roster: Roster, budget: ComputeBudget, log: Logger) -> None:
+        self._bus, self._store, self._roster, self._budget, self._log = bus, store, roster, budget, log
+
+    async def handle(self, record: Record) -> None:
+        """Publish the run's selection, or why there is none. Raises `Retry` when broker or store are away."""
+        fact = verify_fact(record, self._roster)
+        assert isinstance(fact.message, run_pb2.RunCreated)
+        telemetry.bind_run(fact.run)
+        telemetry.use(telemetry.extract(record.headers))
+        if await self._settled(fact.run):
+            return
+        try:
+            message = await self._select(fact.message.spec)
+        except Invalid as error:
+            failure = handlers.failed(fact.run, error)
+            self._log.error("no selection is possible", error=failure.detail)
+            await self._bus.publish_fact(fact.run, "run", 0, "selection_failed", failure)
+            return
+        await self._bus.publish_fact(fact.run, "run", 0, "selected", message)
+        self._log.info("selected", experts=message.selected_experts, of=message.total_experts)
+
+    async def _settled(self, run: str) -> bool:
+        """Whether someone was here before, or the run is over. Forged messages on those subjects do not count."""
+        for kind in handlers.SETTLED:
+            record = await self._bus.last_record(subjects.fact(run, "run", 0, kind))
+            if record is not None and self._holds(record):
+                self._log.info("nothing to select", because=kind)
+                return True
+        return False
+
+    def _holds(self, record: Record) -> bool:
+        try:
+            verify_fact(record, self._roster)
+        except Invalid:
+            return False
+        return True
+
+    async def _select(self, spec: run_pb2.RunSpec) -> run_pb2.SelectionMade:
+        manifest = Manifest.from_bytes(await self._store.get_bytes(spec.base.manifest))
+        files = {
+            name: await self._store.fetch(
+                artifacts_pb2.ArtifactRef(digest=file.digest, size=file.size, media_type=file.media_type, realm=PUBLIC)
+            )
+            for name, file in manifest.files.items()
+        }
+        probe = await self._store.fetch(spec.probe.artifact)
+        replay = await self._store.fetch(spec.replay.artifact) if spec.HasField("replay") else None
+        corpora = [spec.holdout, *spec.general_holdouts]
+        holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
+        await asyncio.to_thread(check_holdouts, spec, holdouts)
+        with tempfile.TemporaryDirectory() as folder:
+            theta = Path(folder) / "theta.safetensors"
+            async with self._budget.slot("select"):
+                began = time.monotonic()
+                chosen = await asyncio.to_thread(_compute, spec, manifest, files, probe, replay, theta)
+                metrics.SELECTION_SECONDS.observe(time.monotonic() - began)
+            return await self._store_all(spec.run, chosen, theta)
+
+    async def _store_all(self, run: str, chosen: Chosen, theta: Path) -> run_pb2.SelectionMade:
+        statistics = await self._store.put_bytes(chosen.statistics, STATE_MEDIA_TYPE, PUBLIC)
+        report = await self._store.put_bytes(chosen.report(statistics.digest), "application/json", PUBLIC)
+        state = await self._store.put_file(theta, STATE_MEDIA_TYPE, PUBLIC, cache=True)
+        return handlers.made(run, chosen, report, state)
+
+
+def _compute(
+    spec: run_pb2.RunSpec, manifest: Manifest, files: dict[str, Path], probe: Path, replay: Path | None, theta: Path
+) -> Chosen:
+    """`choose`, with what a hostile or broken base can raise inside the model turned into a verdict on the run."""
+    try:
+        return choose(spec, manifest, files, probe, replay, theta)
+    except (Invalid, Retry, MemoryError, OSError):
+        raise
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise Invalid(
+            f"the base model {spec.base.name} cannot read the probe text: {type(error).__name__}: {error}; check that "
+            "the corpora were tokenised with this base's tokenizer"
+        ) from error

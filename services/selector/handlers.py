@@ -1,0 +1,33 @@
+"""What the selector says about a run: pure."""
+
+from __future__ import annotations
+
+from connito.errors import Invalid
+from connito.moe.choose import Chosen
+from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
+
+# Kinds of facts after which there is nothing left to select.
+SETTLED = ("selected", "selection_failed", "ended")
+
+
+def made(
+    run: str, chosen: Chosen, report: artifacts_pb2.ArtifactRef, theta: artifacts_pb2.ArtifactRef
+) -> run_pb2.SelectionMade:
+    """The selection, as a fact."""
+    return run_pb2.SelectionMade(
+        run=run,
+        layers=chosen.layers(),
+        report=report,
+        initial_state=theta,
+        selected_experts=chosen.selection.selected,
+        total_experts=chosen.selection.total,
+        target_parameters=chosen.target_parameters,
+        model_parameters=chosen.model_parameters,
+    )
+
+
+def failed(run: str, error: Invalid) -> run_pb2.SelectionFailed:
+    """Why there is none. An error that names no reason of its own is a failed selection."""
+    vague = error.reason in (reasons_pb2.REASON_UNSPECIFIED, reasons_pb2.REASON_MALFORMED)
+    reason = reasons_pb2.REASON_SELECTION_FAILED if vague else error.reason
+    return run_pb2.SelectionFailed(run=run, reason=reason, detail=str(error))

@@ -1,0 +1,9 @@
+"""The selector's settings."""
+
+from __future__ import annotations
+
+from connito.settings import ServiceSettings
+
+
+class SelectorSettings(ServiceSettings):
+    """Nothing beyond what every service has."""

@@ -1,0 +1,76 @@
+"""`python -m services.trainer`: a miner."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from connito.compute import ComputeBudget
+from connito.engine import Decision, Engine
+from connito.facts import Log, RunFacts
+from connito.runner import ServiceContext, run_service
+
+from services.trainer.actions import Miner
+from services.trainer.adapters import Downloads, Services
+from services.trainer.adversary import choose
+from services.trainer.handlers import STREAMS, decide
+from services.trainer.settings import TrainerSettings
+from services.trainer.state import Ledger
+from services.trainer.strategy import Strategy
+from services.trainer.training import LocalTrainer
+
+
+async def main(context: ServiceContext[TrainerSettings]) -> None:
+    """Take part until told to stop."""
+    settings, me = context.settings, context.identity.public
+    strategy = choose(settings)
+    if strategy.name:
+        context.log.warning(
+            f"THIS MINER MISBEHAVES ON PURPOSE ({strategy.name}): for drills on a network of your own only", miner=me
+        )
+    ledger, services = Ledger(settings.work_dir, me), Services(context.bus)
+    downloads = Downloads(services, settings.cache_dir)
+    trainer = LocalTrainer(me, downloads, ComputeBudget(settings.compute_dir, settings.compute_slots), settings)
+    log = Log(context.roster)
+
+    miner = Miner(
+        context.bus, services, downloads, ledger, trainer, strategy, lambda run: log.runs[run], settings.label
+    )
+    engine = Engine(
+        context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform, run=settings.run
+    )
+    context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
+    running = asyncio.create_task(engine.run())
+    try:
+        await _until_caught_up(engine, running, context)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await services.close()
+        ledger.close()
+
+
+def decide_with(me: str, ledger: Ledger, strategy: Strategy, facts: RunFacts, now_ms: int) -> Decision:
+    """`decide` with what the work folder says."""
+    return decide(facts, me, ledger.progress(facts.run), now_ms, strategy)
+
+
+async def _until_caught_up(
+    engine: Engine, running: asyncio.Task[None], context: ServiceContext[TrainerSettings]
+) -> None:
+    """Say ready when the log is read, then wait for the end; raises what the engine died of."""
+    caught_up, stopping = asyncio.create_task(engine.caught_up.wait()), asyncio.create_task(context.stop.wait())
+    try:
+        await asyncio.wait((running, caught_up, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if caught_up.done():
+            context.ready()
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+    finally:
+        caught_up.cancel()
+        stopping.cancel()
+
+
+if __name__ == "__main__":
+    run_service("trainer", main, TrainerSettings)

@@ -1,0 +1,169 @@
+"""Performing what the miner decided. Each effect is marked in the work folder only after it was acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from connito import metrics, telemetry
+from connito.bus import Bus
+from connito.commitment import commitment_digest
+from connito.engine import Action
+from connito.errors import Invalid, Retry, reason_name
+from connito.facts import RunFacts
+from connito.store import put_presigned
+from connito.store.cache import digest_of_file
+from connito.v1 import cycle_pb2, reasons_pb2, services_pb2
+from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+
+from services.trainer.adapters import Downloads, Services
+from services.trainer.handlers import Commit, Enrol, Reveal, SayTrained, Tell, Train
+from services.trainer.state import CycleProgress, Ledger
+from services.trainer.strategy import Effort, Strategy, Work
+
+MEDIA_TYPE = "application/vnd.safetensors"
+
+log = telemetry.get_logger("miner")
+
+
+class Trainer(Protocol):
+    """Makes the honest local steps (`services.trainer.training`)."""
+
+    async def train(self, facts: RunFacts, cycle: int, state: Path, draft: Path) -> Effort:
+        """H steps from the state in `state`; writes the result to `draft`."""
+
+
+@dataclass
+class Miner:
+    """Everything a miner's actions need."""
+
+    bus: Bus
+    services: Services
+    downloads: Downloads
+    ledger: Ledger
+    trainer: Trainer
+    strategy: Strategy
+    facts: Callable[[str], RunFacts]
+    label: str = ""
+
+    @property
+    def me(self) -> str:
+        """This miner's public key."""
+        return self.bus.identity.public
+
+    async def perform(self, action: Action) -> None:
+        """Do one thing. Raises `Retry` and `Invalid` as the engine understands them."""
+        match action.payload:
+            case Enrol():
+                await self._enrol(action.run)
+            case Train(cycle):
+                await self._train(action.run, cycle)
+            case SayTrained(cycle):
+                await self._say_trained(action.run, cycle)
+            case Commit(cycle):
+                await self._commit(action.run, cycle)
+            case Reveal(cycle):
+                await self._reveal(action.run, cycle)
+            case Tell() as tell:
+                self._tell(action.run, tell)
+
+    async def _enrol(self, run: str) -> None:
+        await self.services.enrol(run, self.label)
+        log.info("enrolled", label=self.label)
+
+    async def _train(self, run: str, cycle: int) -> None:
+        telemetry.bind_run(run, cycle)
+        facts, ledger = self.facts(run), self.ledger
+        opened, spec = facts.opened("train", cycle), facts.spec
+        assert opened is not None
+        assert spec is not None
+        ledger.prune(run, before=cycle - 1)
+        state = await self.downloads.fetch(run, opened.state)
+        draft = ledger.folder(run, cycle) / "draft.safetensors"
+
+        async def honest() -> Effort:
+            return await self.trainer.train(facts, cycle, state, draft)
+
+        effort = await self.strategy.produce(Work(run, cycle, self.me, state, draft, spec.training, honest))
+        artifact = ledger.keep_artifact(run, cycle, draft)
+        digest, size = await asyncio.to_thread(digest_of_file, artifact)
+        salt = self._salt(run, cycle, digest)
+        commitment = commitment_digest(run, cycle, self.me, opened.state.digest, digest, salt)
+        ledger.update(
+            run,
+            cycle,
+            base_state=opened.state.digest,
+            artifact=digest,
+            size=size,
+            commitment=commitment.hex(),
+            steps=effort.steps,
+            tokens=effort.tokens,
+            seconds=round(effort.seconds, 3),
+        )
+        log.info("result kept", artifact=digest[:12], bytes=size, seconds=round(effort.seconds, 2))
+
+    async def _say_trained(self, run: str, cycle: int) -> None:
+        mine = self.ledger.cycle(run, cycle)
+        message = cycle_pb2.TrainingFinished(
+            run=run, cycle=cycle, steps=mine.steps, tokens=mine.tokens, seconds=mine.seconds
+        )
+        await self.bus.publish_ingress(run, "trained", message)
+        self.ledger.update(run, cycle, said=True)
+
+    async def _commit(self, run: str, cycle: int) -> None:
+        telemetry.bind_run(run, cycle)
+        digest = bytes.fromhex(self.ledger.cycle(run, cycle).commitment)
+        await self.bus.publish_ingress(run, "commitment", cycle_pb2.Commitment(run=run, cycle=cycle, digest=digest))
+        self.ledger.update(run, cycle, committed=True)
+        log.info("committed", commitment=digest.hex()[:12])
+
+    async def _reveal(self, run: str, cycle: int) -> None:
+        telemetry.bind_run(run, cycle)
+        mine = self.ledger.cycle(run, cycle)
+        salt = self._salt(run, cycle, mine.artifact)
+        artifact = ArtifactRef(digest=mine.artifact, size=mine.size, media_type=MEDIA_TYPE, realm=REALM_SUBMISSION)
+        try:
+            await self._upload(run, mine, artifact, salt)
+        except Invalid as refusal:
+            log.warning(f"upload refused: {reason_name(refusal.reason)}: {refusal}")
+            metrics.REFUSALS.labels(reason_name(refusal.reason)).inc()
+            if not self.strategy.reveals_after(refusal):
+                raise
+        reveal = cycle_pb2.Reveal(run=run, cycle=cycle, artifact=artifact, base_state_digest=mine.base_state, salt=salt)
+        await self.bus.publish_ingress(run, "reveal", reveal)
+        self.ledger.update(run, cycle, revealed=True)
+        log.info("revealed", artifact=mine.artifact[:12])
+
+    async def _upload(self, run: str, mine: CycleProgress, artifact: ArtifactRef, salt: bytes) -> None:
+        slot = await self.services.upload_slot(
+            services_pb2.UploadCommand(
+                run=run, cycle=mine.cycle, artifact=artifact, base_state_digest=mine.base_state, salt=salt
+            )
+        )
+        if slot.present:
+            return
+        try:
+            sent = await put_presigned(slot.url, slot.headers, self.ledger.artifact_path(run, mine.cycle))
+        except Invalid as error:
+            if error.reason == reasons_pb2.REASON_NOT_PERMITTED:
+                raise Retry(f"the upload slot was of no use, asking for a new one: {error}") from error
+            raise
+        if sent:
+            metrics.UPLOAD_BYTES.inc(artifact.size)
+            log.info("uploaded", bytes=artifact.size)
+
+    def _salt(self, run: str, cycle: int, artifact_digest: str) -> bytes:
+        return self.bus.identity.derive("salt", run, str(cycle), artifact_digest)
+
+    def _tell(self, run: str, tell: Tell) -> None:
+        telemetry.bind_run(run, tell.cycle)
+        if tell.reason:
+            metrics.REFUSALS.labels(tell.reason).inc()
+            log.warning(tell.text)
+        else:
+            log.info(tell.text)
+        told = self.ledger.cycle(run, tell.cycle).told
+        self.ledger.update(run, tell.cycle, told=(*told, tell.name))

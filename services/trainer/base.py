@@ -1,0 +1,135 @@
+"""The part of the base model that a miner needs, from wherever it is cheapest.
+
+On the machine that holds the whole base in its cache, tensors are memory-mapped and shared by everybody there.
+Elsewhere only byte ranges are fetched: the shared tensors, and the rows of the selected experts and their helpers. The
+ranges are kept in the cache, by content, for a restart and for other miners on the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.base.manifest import FileEntry, Manifest
+from connito.errors import Retry, VerificationFailed
+from connito.facts import RunFacts
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.v1.run_pb2 import SelectionMade
+
+from services.trainer.adapters import Downloads, RangeReader
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that can be loaded for training: from `files` when all are on this machine, else through `ranges`."""
+
+    manifest: Manifest
+    files: Mapping[str, Path] | None
+    ranges: Ranges | None
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for the log."""
+        return "cached files" if self.files is not None else "byte ranges"
+
+    @classmethod
+    async def fetch(cls, facts: RunFacts, downloads: Downloads) -> Base:
+        """Find out what is here and get the addresses of what is not."""
+        assert facts.spec is not None
+        path = await downloads.fetch(facts.run, facts.spec.base.manifest)
+        manifest = Manifest.from_bytes(path.read_bytes())
+        refs = {name: reference(entry) for name, entry in manifest.files.items()}
+        # In a thread: a file that was not verified yet is read once from front to back.
+        cached = await asyncio.to_thread(lambda: {name: downloads.cached(ref) for name, ref in refs.items()})
+        needed = ("config.json", *{tensor.file for tensor in manifest.tensors.values()})
+        if all(cached[name] is not None for name in needed):
+            return cls(manifest, {name: found for name, found in cached.items() if found is not None}, None)
+        urls = await downloads.urls(facts.run, [refs[name] for name in needed])
+        return cls(manifest, None, Ranges(dict(zip(needed, urls, strict=True)), downloads.cache.folder / "ranges"))
+
+    def load(self, facts: RunFacts, device: Any) -> nn.Module:
+        """The training model on `device`. Blocking. Raises `Retry` when the store is away or damaged bytes came."""
+        from connito.base.loading import load_resident, load_resident_local
+
+        assert facts.selection is not None
+        assert facts.spec is not None
+        targets, helpers = experts_of(facts.selection)
+        mode = facts.spec.training.routing_mode or "natural"
+        if self.files is not None:
+            return load_resident_local(self.files, targets, helpers, mode).to(device)
+        assert self.ranges is not None
+        try:
+            return load_resident(self.manifest, self.ranges.read, targets, helpers, mode).to(device)
+        except VerificationFailed as error:
+            # Whether the cache or the transfer was damaged, a fresh copy is the remedy.
+            self.ranges.forget()
+            raise Retry(
+                f"a part of the base model was damaged and will be fetched again: {error}", after=2.0
+            ) from error
+        finally:
+            self.ranges.close()
+
+
+def reference(entry: FileEntry) -> ArtifactRef:
+    """The address of a base model's file in the store."""
+    return ArtifactRef(digest=entry.digest, size=entry.size, media_type=entry.media_type, realm=REALM_PUBLIC)
+
+
+def experts_of(selection: SelectionMade) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Targets and helpers by layer."""
+    targets = {layer.layer: list(layer.experts) for layer in selection.layers}
+    return targets, {layer.layer: list(layer.helpers) for layer in selection.layers}
+
+
+class Ranges:
+    """Byte ranges of a base's files by presigned URL, each kept in `folder` under its file's digest and position."""
+
+    def __init__(self, urls: Mapping[str, str], folder: Path) -> None:
+        self._urls, self._folder = urls, folder
+        self._readers: dict[str, RangeReader] = {}
+        self._touched: set[Path] = set()
+
+    def read(self, entry: FileEntry, start: int, length: int) -> bytes:
+        """These bytes of a file; `connito.base.manifest` checks their digest. Raises `Retry`."""
+        if length == 0:
+            return b""
+        folder = self._folder / entry.digest
+        path = folder / f"{start}-{length}"
+        self._touched.add(folder)
+        if path.exists():
+            return path.read_bytes()
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return path.read_bytes()
+            data = self._fetch(entry.name, start, length)
+            partial = path.with_name(f"{path.name}.part{os.getpid()}")
+            partial.write_bytes(data)
+            partial.replace(path)
+            return data
+
+    def forget(self) -> None:
+        """Drop what was read from the cache."""
+        for folder in self._touched:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the connections."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def _fetch(self, name: str, start: int, length: int) -> bytes:
+        if name not in self._readers:
+            self._readers[name] = RangeReader(self._urls[name])
+        return self._readers[name].read(start, length)

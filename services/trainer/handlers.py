@@ -1,0 +1,188 @@
+"""What a miner owes a run: a pure function of the run's facts and of what its own work folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from connito.engine import Action, Decision
+from connito.errors import reason_name
+from connito.facts import RunFacts
+from connito.v1 import cycle_pb2, reasons_pb2
+
+from services.trainer.state import CycleProgress, Progress
+from services.trainer.strategy import HONEST, Strategy
+
+STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")
+
+
+@dataclass(frozen=True)
+class Enrol:
+    """Ask the coordinator to take part."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Make the cycle's result and keep it in the work folder."""
+
+    cycle: int
+
+
+@dataclass(frozen=True)
+class SayTrained:
+    """Tell everyone that the local steps are done; the result stays private."""
+
+    cycle: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Publish the commitment to the kept result."""
+
+    cycle: int
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """Upload the kept result and open the commitment."""
+
+    cycle: int
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Log what was decided about this miner; `reason` when it was held against it. `name` is told once."""
+
+    cycle: int
+    name: str
+    text: str
+    reason: str = ""
+
+
+Step = Train | SayTrained | Commit | Reveal
+
+
+def decide(facts: RunFacts, me: str, progress: Progress, now_ms: int, strategy: Strategy = HONEST) -> Decision:
+    """The next step of `me` in a run. `progress` is what its own work folder says; nothing here waits for a time."""
+    del now_ms
+    if facts.spec is None:
+        return Decision([], None)
+    recent = [cycle for cycle in facts.cycles() if cycle >= facts.cycle - 1]
+    actions = [
+        Action(f"{facts.run}/tell/{tell.cycle}/{tell.name}", facts.run, tell)
+        for cycle in recent
+        for tell in news(facts, me, cycle)
+        if tell.name not in _of(progress, me, cycle).told
+    ]
+    if facts.ended is not None:
+        return Decision(actions, None)
+    if me not in facts.miners:
+        return Decision([*actions, Action(f"{facts.run}/enrol", facts.run, Enrol())], None)
+    for cycle in recent:
+        step = _next_step(facts, me, _of(progress, me, cycle), strategy)
+        if step is not None:
+            name = type(step).__name__.lower()
+            actions.append(Action(f"{facts.run}/{cycle}/{name}", facts.run, step))
+    return Decision(actions, None)
+
+
+def _of(progress: Progress, me: str, cycle: int) -> CycleProgress:
+    return progress.get(cycle, CycleProgress(cycle, me))
+
+
+def _next_step(facts: RunFacts, me: str, mine: CycleProgress, strategy: Strategy) -> Step | None:
+    """The one thing to do in a cycle. Each step needs what the step before left behind, so their order is fixed."""
+    cycle = mine.cycle
+    if not mine.said and strategy.may_say_trained(facts, cycle, has_result=bool(mine.artifact)):
+        return SayTrained(cycle)
+    if not mine.artifact:
+        return Train(cycle) if _wants_result(facts, me, cycle, strategy) else None
+    if _may_commit(facts, me, mine):
+        return Commit(cycle)
+    if (
+        not mine.revealed
+        and stands(facts, me, mine)
+        and not _answered(facts, me, cycle)
+        and strategy.may_reveal(facts, cycle)
+    ):
+        return Reveal(cycle)
+    return None
+
+
+def _wants_result(facts: RunFacts, me: str, cycle: int, strategy: Strategy) -> bool:
+    """A result is worth making while it can still be committed to, and no other one has been."""
+    return (
+        cycle == facts.cycle
+        and facts.selection is not None
+        and facts.closed("commit", cycle) is None
+        and not facts.has("commit", cycle, "accepted", me)
+        and strategy.may_produce(facts, cycle)
+    )
+
+
+def _may_commit(facts: RunFacts, me: str, mine: CycleProgress) -> bool:
+    cycle = mine.cycle
+    return (
+        not mine.committed
+        and facts.opened("commit", cycle) is not None
+        and facts.closed("commit", cycle) is None
+        and not facts.has("commit", cycle, "accepted", me)
+        and not refusals(facts, me, "commit", cycle)
+    )
+
+
+def stands(facts: RunFacts, me: str, mine: CycleProgress) -> bool:
+    """Whether the commitment that the committer settled on is the one to the result in the work folder."""
+    settled = facts.settled("commit", mine.cycle)
+    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", mine.cycle, "accepted", me)
+    return (
+        settled is not None
+        and me in settled.committed
+        and accepted is not None
+        and accepted.digest.hex() == mine.commitment
+    )
+
+
+def _answered(facts: RunFacts, me: str, cycle: int) -> bool:
+    """Whether a reveal of cycle `cycle` was accepted, there or in the next one, or refused.
+
+    `not-revealed` is no answer to a reveal but the remark that none came: a late one is still welcome.
+    """
+    scoring = (facts.get(cycle_pb2.RevealAccepted, "submit", later, "accepted", me) for later in (cycle, cycle + 1))
+    accepted = any(reveal is not None and reveal.submission.origin_cycle == cycle for reveal in scoring)
+    refused = refusals(facts, me, "submit", cycle).values()
+    return accepted or any(refusal.reason != reasons_pb2.REASON_NOT_REVEALED for refusal in refused)
+
+
+def refusals(facts: RunFacts, me: str, window: str, cycle: int) -> Mapping[str, cycle_pb2.Refused]:
+    """What the committer refused of this miner, by fact id."""
+    return {
+        id_: fact.message
+        for id_, fact in facts.all(window, cycle, "refused").items()
+        if isinstance(fact.message, cycle_pb2.Refused) and fact.message.miner == me
+    }
+
+
+def news(facts: RunFacts, me: str, cycle: int) -> list[Tell]:
+    """What was decided about `me` in a cycle, in plain words."""
+    told = []
+    for window, what in (("commit", "commitment"), ("submit", "reveal")):
+        if facts.has(window, cycle, "accepted", me):
+            told.append(Tell(cycle, f"{window}-accepted", f"{what} accepted"))
+        for id_, refusal in refusals(facts, me, window, cycle).items():
+            reason = reason_name(refusal.reason)
+            name = f"{window}-refused-{id_.rpartition('-')[2]}"
+            told.append(Tell(cycle, name, f"refused: {reason}: {refusal.detail}", reason))
+    scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    for verdict in scored.verdicts if scored is not None else ():
+        if verdict.miner == me:
+            told.append(Tell(cycle, "verdict", describe(verdict), reason_name(verdict.reason)))
+    return told
+
+
+def describe(verdict: cycle_pb2.Verdict) -> str:
+    """A verdict as one line: what it was worth, or why it was worth nothing."""
+    status = cycle_pb2.VerdictStatus.Name(verdict.status).removeprefix("VERDICT_STATUS_").lower()
+    if verdict.rank:
+        return f"{status}: rank {verdict.rank}, reward {verdict.reward}, utility {verdict.utility:.4f} nats per token"
+    return f"{status}: {reason_name(verdict.reason) or 'no rank'}: {verdict.detail}"

@@ -1,0 +1,152 @@
+"""What this miner has done, in its private work folder: enough to go on after a `kill -9` at any point.
+
+    <work_dir>/lock
+    <work_dir>/miner                               the public key that works here
+    <work_dir>/<run>/<cycle>/progress.json        one small document, replaced atomically
+    <work_dir>/<run>/<cycle>/artifact.safetensors  never changed once progress.json names its digest
+
+The order of writes carries the guarantee: the artifact is on disk before `progress.json` names it, and it is named
+before anything about it is said. So whatever was committed to can be opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from connito.errors import Fatal, Invalid
+
+
+@dataclass(frozen=True)
+class CycleProgress:
+    """One cycle, as far as this miner got. `artifact` and `commitment` are hex digests, empty until there is one."""
+
+    cycle: int
+    miner: str
+    base_state: str = ""
+    artifact: str = ""
+    size: int = 0
+    commitment: str = ""
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    said: bool = False
+    committed: bool = False
+    revealed: bool = False
+    told: tuple[str, ...] = ()
+
+
+Progress = Mapping[int, CycleProgress]
+
+
+class Ledger:
+    """Reads and writes progress. One process at a time may hold a work folder."""
+
+    def __init__(self, work_dir: Path, miner: str) -> None:
+        """Lock `work_dir`. Raises `Fatal` when another trainer holds it or it cannot be written."""
+        self.work_dir, self.miner = work_dir, miner
+        self._known: dict[str, dict[int, CycleProgress]] = {}
+        try:
+            work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = os.open(work_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_durably(work_dir / "miner", miner.encode())
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise Fatal(
+                f"another trainer works in {work_dir}: stop it, or give this one a folder with CONNITO_WORK_DIR"
+            ) from error
+        except OSError as error:
+            raise Fatal(f"cannot use the work folder {work_dir}: {error.strerror}; set CONNITO_WORK_DIR") from error
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        os.close(self._lock)
+
+    def progress(self, run: str) -> Progress:
+        """Everything known of a run, by cycle."""
+        if run not in self._known:
+            folders = (self.work_dir / run).glob("*/progress.json")
+            found = [_present(read_progress(path), path.parent) for path in folders]
+            self._known[run] = {item.cycle: item for item in found if item.miner == self.miner}
+        return self._known[run]
+
+    def cycle(self, run: str, cycle: int) -> CycleProgress:
+        """One cycle's progress; a blank one if nothing was done yet."""
+        return self.progress(run).get(cycle, CycleProgress(cycle, self.miner))
+
+    def update(self, run: str, cycle: int, **changes: object) -> CycleProgress:
+        """Change fields of a cycle's progress, on disk first."""
+        changed = replace(self.cycle(run, cycle), **changes)  # type: ignore[arg-type]
+        folder = self.folder(run, cycle)
+        write_durably(folder / "progress.json", json.dumps(dataclasses.asdict(changed), indent=1).encode())
+        self.progress(run)
+        self._known[run][cycle] = changed
+        return changed
+
+    def folder(self, run: str, cycle: int) -> Path:
+        """The folder of a cycle, made when it is not there."""
+        folder = self.work_dir / run / str(cycle)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
+    def artifact_path(self, run: str, cycle: int) -> Path:
+        """Where a cycle's result is kept."""
+        return self.folder(run, cycle) / "artifact.safetensors"
+
+    def keep_artifact(self, run: str, cycle: int, draft: Path) -> Path:
+        """Make a finished draft the cycle's artifact: synced, then renamed, so that it is whole or not there."""
+        path = self.artifact_path(run, cycle)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+        _sync_folder(path.parent)
+        return path
+
+    def prune(self, run: str, before: int) -> None:
+        """Forget the cycles before `before`: their results are settled and may be large."""
+        for cycle in [known for known in self.progress(run) if known < before]:
+            shutil.rmtree(self.work_dir / run / str(cycle), ignore_errors=True)
+            del self._known[run][cycle]
+
+
+def read_progress(path: Path) -> CycleProgress:
+    """Read a `progress.json`. Raises `Invalid` naming the file when it is not one."""
+    try:
+        raw = json.loads(path.read_text())
+        return CycleProgress(**{**raw, "told": tuple(raw.get("told", ()))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise Invalid(f"{path} is not a miner's progress ({error!r}); remove its folder to skip that cycle") from error
+
+
+def _present(progress: CycleProgress, folder: Path) -> CycleProgress:
+    """The same, without an artifact that somebody has removed."""
+    path = folder / "artifact.safetensors"
+    if not progress.artifact or (path.exists() and path.stat().st_size == progress.size):
+        return progress
+    return replace(progress, artifact="", size=0, commitment="")
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file so that a crash leaves the old or the new content, never a part."""
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,66 @@
+"""How a miner plays: when it acts, and how its result comes to be. This one is honest; drills replace methods of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from connito.errors import Invalid
+from connito.facts import RunFacts
+from connito.v1.run_pb2 import TrainPolicy
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What went into a result."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """One cycle's task: from θ_t in the file `state`, write a result to the file `draft`.
+
+    `train` makes the honest local steps and writes it.
+    """
+
+    run: str
+    cycle: int
+    miner: str
+    state: Path
+    draft: Path
+    policy: TrainPolicy
+    train: Callable[[], Awaitable[Effort]]
+
+
+class Strategy:
+    """The honest miner. The predicates are pure functions of the run's facts."""
+
+    name = ""
+
+    def may_produce(self, facts: RunFacts, cycle: int) -> bool:
+        """Whether to make a result now. A cycle whose train window has closed is left to those who were there."""
+        return facts.opened("train", cycle) is not None and facts.closed("train", cycle) is None
+
+    def may_say_trained(self, facts: RunFacts, cycle: int, *, has_result: bool) -> bool:
+        """Whether to say that the local steps are done."""
+        return has_result and facts.closed("train", cycle) is None
+
+    def may_reveal(self, facts: RunFacts, cycle: int) -> bool:
+        """Whether to upload and reveal a standing commitment. After the window has closed too: it rolls over."""
+        return facts.opened("submit", cycle) is not None
+
+    async def produce(self, work: Work) -> Effort:
+        """Write the result to `work.draft`."""
+        return await work.train()
+
+    def reveals_after(self, refusal: Invalid) -> bool:
+        """Whether to reveal although the upload was refused."""
+        del refusal
+        return False
+
+
+HONEST = Strategy()

@@ -1,0 +1,196 @@
+"""The honest work: H local steps on the target rows, on a model of which only what is needed is in memory.
+
+The model stays between cycles; a new cycle only puts other rows into it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito import telemetry
+from connito.compute import ComputeBudget, in_thread
+from connito.corpus import Corpus, Tokens
+from connito.errors import Retry
+from connito.facts import RunFacts
+from connito.v1.run_pb2 import RunSpec
+
+from services.trainer.adapters import Downloads
+from services.trainer.base import Base
+from services.trainer.metrics import TRAIN_STEP_SECONDS, TRAIN_TOKENS
+from services.trainer.settings import TrainerSettings
+from services.trainer.strategy import Effort
+
+if TYPE_CHECKING:
+    from connito.moe.training import Step
+    from torch import nn
+
+PROGRESS_SECONDS = 2.0
+# Kept of the time until the deadline, to write the result down and to say so.
+MARGIN_SECONDS, MARGIN_SHARE = 5.0, 0.1
+
+log = telemetry.get_logger("training")
+
+
+@dataclass
+class _Loaded:
+    """The training model of one run."""
+
+    run: str
+    model: nn.Module
+
+
+class LocalTrainer:
+    """Trains, one cycle at a time, within the machine's compute budget."""
+
+    def __init__(self, me: str, downloads: Downloads, compute: ComputeBudget, settings: TrainerSettings) -> None:
+        self._me, self._downloads, self._compute, self._settings = me, downloads, compute, settings
+        self._loaded: _Loaded | None = None
+        self._one_at_a_time = asyncio.Lock()
+
+    async def train(self, facts: RunFacts, cycle: int, state: Path, draft: Path) -> Effort:
+        """H steps from the state in `state`; writes the result to `draft`.
+
+        Stops early, shortly before the window's deadline or when it closes, so that what is done can still be announced
+        and committed. Raises `Retry` when even the commit window closed before a step was made.
+        """
+        batches = await self._batches(facts, cycle)
+        base = await Base.fetch(facts, self._downloads)
+        async with self._one_at_a_time, self._compute.slot("train"):
+            if facts.closed("commit", cycle) is not None:
+                raise Retry(f"cycle {cycle} closed while this miner waited for its turn to compute")
+
+            def work(stop: threading.Event) -> Effort:
+                return self._train(
+                    facts,
+                    base,
+                    state,
+                    draft,
+                    batches,
+                    lambda: stop.is_set() or facts.closed("train", cycle) is not None,
+                )
+
+            return await in_thread(work)
+
+    async def _batches(self, facts: RunFacts, cycle: int) -> Tokens:
+        """int32 [H, B, L + 1]: this miner's share of the training text."""
+        opened, spec = facts.opened("train", cycle), facts.spec
+        assert opened is not None
+        assert spec is not None
+        policy = spec.training
+        corpus = await self._corpus(facts.run, spec, replay=False)
+        replay = await self._corpus(facts.run, spec, replay=True) if policy.replay_share > 0 else None
+        assert corpus is not None
+        # Validators are expected in this window too; the text is shared among miners.
+        miners = [key for key in opened.expected if key in facts.miners]
+        return corpus.miner_batches(
+            facts.run,
+            cycle,
+            self._me,
+            miners,
+            policy.local_steps,
+            policy.batch_sequences,
+            policy.sequence_length,
+            replay=replay,
+            replay_share=policy.replay_share,
+        )
+
+    async def _corpus(self, run: str, spec: RunSpec, *, replay: bool) -> Corpus | None:
+        reference = spec.replay if replay else spec.train
+        if not reference.artifact.digest:
+            return None
+        path = await self._downloads.fetch(run, reference.artifact)
+        return await asyncio.to_thread(Corpus.load, path)
+
+    def _train(
+        self, facts: RunFacts, base: Base, state: Path, draft: Path, batches: Tokens, should_stop: Callable[[], bool]
+    ) -> Effort:
+        from connito.moe.resident import insert
+        from connito.moe.state import load_state, save_state
+        from connito.moe.training import train_local
+
+        assert facts.spec is not None
+        policy, begun = facts.spec.training, time.perf_counter()
+        model = self._model(facts, base)
+        insert(model, load_state(state))
+        progress = _Progress(len(batches))
+        result, stats = train_local(
+            model,
+            batches,
+            learning_rate=policy.learning_rate,
+            weight_decay=policy.weight_decay,
+            bf16=self._settings.bf16,
+            on_step=progress,
+            should_stop=should_stop,
+        )
+        save_state(result, draft)
+        log.info(
+            "trained",
+            steps=stats.steps,
+            tokens=stats.tokens,
+            seconds=round(stats.seconds, 2),
+            loss_first=round(stats.first_loss, 4),
+            loss_last=round(stats.last_loss, 4),
+        )
+        return Effort(stats.steps, stats.tokens, time.perf_counter() - begun)
+
+    def _model(self, facts: RunFacts, base: Base) -> nn.Module:
+        """The training model of the run; another run's is let go of first."""
+        if self._loaded is None or self._loaded.run != facts.run:
+            self._loaded = None
+            begun = time.perf_counter()
+            prepare_torch(self._settings.torch_threads)
+            model = base.load(facts, device_of(self._settings.device))
+            log.info("model loaded", source=base.source, seconds=round(time.perf_counter() - begun, 2))
+            self._loaded = _Loaded(facts.run, model)
+        return self._loaded.model
+
+
+class _Progress:
+    """One line every two seconds."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._tokens, self._since = steps, 0, time.monotonic()
+
+    def __call__(self, step: Step) -> None:
+        TRAIN_STEP_SECONDS.observe(step.seconds)
+        TRAIN_TOKENS.inc(step.tokens)
+        self._tokens += step.tokens
+        elapsed = time.monotonic() - self._since
+        if elapsed >= PROGRESS_SECONDS or step.index + 1 == self._steps:
+            rate = round(self._tokens / max(elapsed, 1e-9))
+            log.info("training", step=step.index + 1, of=self._steps, loss=round(step.loss, 4), tokens_per_second=rate)
+            self._tokens, self._since = 0, time.monotonic()
+
+
+def last_call(facts: RunFacts, cycle: int, now: float, monotonic: Callable[[], float]) -> Callable[[], bool]:
+    """Whether to make no further step: the train window has closed, or its deadline is near.
+
+    Only `now` (Unix seconds) is compared with the coordinator's clock. A deadline that seems to have passed already is
+    taken for a difference between clocks and left alone.
+    """
+    opened = facts.opened("train", cycle)
+    left = 0.0 if opened is None else opened.deadline_unix_ms / 1000 - now
+    end = monotonic() + left - min(MARGIN_SECONDS, MARGIN_SHARE * left) if left > 0 else float("inf")
+    return lambda: facts.closed("train", cycle) is not None or monotonic() >= end
+
+
+def prepare_torch(threads: int) -> None:
+    """Import torch and bound its threads; 0 leaves its own choice, one per core."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def device_of(name: str) -> Any:
+    """The device that the settings name, or the best there is."""
+    import torch
+    from connito.moe.training import pick_device
+
+    return torch.device(name) if name else pick_device()

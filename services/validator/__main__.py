@@ -1,0 +1,62 @@
+"""`python -m services.validator`: measures submissions and signs what it found."""
+
+from __future__ import annotations
+
+import asyncio
+
+from connito.compute import ComputeBudget
+from connito.engine import Decision, Engine
+from connito.errors import Fatal
+from connito.facts import Fact, Log, RunFacts
+from connito.runner import ServiceContext, run_service
+from connito.v1.cycle_pb2 import ScoreReport
+
+from services.validator.actions import Validator
+from services.validator.handlers import STREAMS, decide
+from services.validator.settings import ValidatorSettings
+
+
+async def main(context: ServiceContext[ValidatorSettings]) -> None:
+    """Validate until told to stop. Raises `Fatal` for a key that the operator's roster does not list."""
+    settings, log = context.settings, Log(context.roster)
+    if not context.roster.permits("validator", context.identity.public):
+        raise Fatal(
+            f"{context.identity.public} is not a validator in the operator's roster; ask the operator to add the key"
+        )
+    validator = Validator(
+        context.bus,
+        context.store,
+        ComputeBudget(settings.compute_dir, settings.compute_slots),
+        settings,
+        lambda run: log.runs[run],
+    )
+
+    def decide_now(facts: RunFacts, now_ms: int) -> Decision:
+        return decide(facts, validator.me, validator.secret, validator.loaded, now_ms)
+
+    engine = Engine(
+        context.bus, log, STREAMS, decide_now, validator.perform, run=settings.run, on_fact=drop_others_scores
+    )
+    running, stopping = asyncio.create_task(engine.run()), asyncio.create_task(context.stop.wait())
+    caught_up = asyncio.create_task(engine.caught_up.wait())
+    try:
+        await asyncio.wait((running, caught_up, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if caught_up.done():
+            context.ready()
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+    finally:
+        for task in (running, stopping, caught_up):
+            task.cancel()
+        await asyncio.gather(running, stopping, caught_up, return_exceptions=True)
+
+
+def drop_others_scores(fact: Fact) -> None:
+    """Here it matters only who reported; the losses of a long run would fill the memory."""
+    if isinstance(fact.message, ScoreReport):
+        fact.message.ClearField("scores")
+
+
+if __name__ == "__main__":
+    run_service("validator", main, ValidatorSettings)

@@ -1,0 +1,227 @@
+"""Performing what the validator decided."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from connito import telemetry
+from connito.base.manifest import Manifest
+from connito.beacon import secret_digest
+from connito.bus import Bus
+from connito.compute import ComputeBudget, in_thread
+from connito.engine import Action
+from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_name
+from connito.facts import RunFacts
+from connito.identity import Identity
+from connito.moe.score_bench import Bench, SubmissionFiles
+from connito.score_reports import fit, rejected, score
+from connito.store import ArtifactStore
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+
+from services.validator.handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
+from services.validator.metrics import SCORE_SECONDS, SECURITY_EVENTS, SUBMISSIONS
+from services.validator.settings import ValidatorSettings
+
+log = telemetry.get_logger("validator")
+
+# The submission's fault, as opposed to the machine's or the store's.
+_ITS_FAULT = (
+    reasons_pb2.REASON_OVERSIZED,
+    reasons_pb2.REASON_BAD_HEADER,
+    reasons_pb2.REASON_WRONG_TENSORS,
+    reasons_pb2.REASON_WRONG_SHAPE,
+    reasons_pb2.REASON_WRONG_DTYPE,
+    reasons_pb2.REASON_NON_FINITE,
+    reasons_pb2.REASON_ARTIFACT_MISSING,
+    reasons_pb2.REASON_DIGEST_MISMATCH,
+)
+
+Files = dict[str, SubmissionFiles | Invalid]
+
+
+class Validator:
+    """Everything a validator's actions need. `loaded` are the runs whose model is in memory."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        store: ArtifactStore,
+        compute: ComputeBudget,
+        settings: ValidatorSettings,
+        facts: Callable[[str], RunFacts],
+    ) -> None:
+        self._bus, self._store, self._compute, self._settings, self._facts = bus, store, compute, settings, facts
+        self._benches: dict[str, Bench] = {}
+        self._loading: dict[str, asyncio.Lock] = {}
+        self._measuring = asyncio.Lock()
+        self.secret = secret_of(bus.identity)
+
+    @property
+    def me(self) -> str:
+        """This validator's public key."""
+        return self._bus.identity.public
+
+    @property
+    def loaded(self) -> set[str]:
+        """Runs whose model is in memory."""
+        return set(self._benches)
+
+    async def perform(self, action: Action) -> None:
+        """Do one thing. Raises `Retry` and `Invalid` as the engine understands them."""
+        run = action.run
+        match action.payload:
+            case Join():
+                await self._bus.publish_fact(
+                    run, "run", 0, "validator", run_pb2.ValidatorJoined(run=run, validator=self.me), self.me
+                )
+            case Preload():
+                await self._bench(run)
+            case Unload():
+                self._benches.pop(run, None)
+            case CommitSeed(cycle):
+                digest = secret_digest(run, cycle, self.me, self.secret(run, cycle))
+                message = cycle_pb2.SeedCommitted(run=run, cycle=cycle, validator=self.me, digest=digest)
+                await self._bus.publish_fact(run, "train", cycle, "seed", message, self.me)
+            case RevealSeed(cycle):
+                secret = self.secret(run, cycle)
+                revealed = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=self.me, secret=secret)
+                await self._bus.publish_fact(run, "validate", cycle, "seed", revealed, self.me)
+            case Score(cycle):
+                telemetry.bind_run(run, cycle)
+                await self._score(run, cycle)
+
+    async def _bench(self, run: str) -> Bench:
+        """The run's model and hold-outs, loaded once."""
+        async with self._loading.setdefault(run, asyncio.Lock()):
+            if run not in self._benches:
+                self._benches[run] = await self._load(run)
+            return self._benches[run]
+
+    async def _load(self, run: str) -> Bench:
+        facts, begun = self._facts(run), time.perf_counter()
+        spec, selection = facts.spec, facts.selection
+        assert spec is not None
+        assert selection is not None
+        manifest = Manifest.from_bytes((await self._store.fetch(spec.base.manifest)).read_bytes())
+        refs = {
+            name: ArtifactRef(digest=entry.digest, size=entry.size, media_type=entry.media_type, realm=REALM_PUBLIC)
+            for name, entry in manifest.files.items()
+        }
+        files = {name: await self._store.fetch(ref) for name, ref in refs.items()}
+        corpora = [spec.holdout, *spec.general_holdouts]
+        holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
+        async with self._compute.slot("load"):
+            bench = await asyncio.to_thread(self._open_bench, spec, selection, files, holdouts)
+        log.info("model loaded", seconds=round(time.perf_counter() - begun, 2))
+        return bench
+
+    def _open_bench(
+        self,
+        spec: run_pb2.RunSpec,
+        selection: run_pb2.SelectionMade,
+        files: Mapping[str, Path],
+        holdouts: Mapping[str, Path],
+    ) -> Bench:
+        settings = self._settings
+        return Bench.load(
+            spec,
+            selection,
+            files,
+            holdouts,
+            device=settings.device,
+            threads=settings.torch_threads,
+            batch_tokens=settings.batch_tokens,
+            cache_bytes=settings.hidden_cache_bytes,
+        )
+
+    async def _score(self, run: str, cycle: int) -> None:
+        facts = self._facts(run)
+        try:
+            seed = check_draw(facts, cycle)
+        except VerificationFailed as error:
+            SECURITY_EVENTS.labels("wrong_draw").inc()
+            log.error("the draw does not verify", security=True, error=str(error))
+            raise
+        opened, settled = facts.opened("train", cycle), facts.settled("submit", cycle)
+        assert opened is not None
+        assert settled is not None
+        state = await self._store.fetch(opened.state)
+        submissions = list(settled.submissions)
+        fetched = await asyncio.gather(*(self._fetch(item, opened.state) for item in submissions))
+        files: Files = {item.miner: result for item, result in zip(submissions, fetched, strict=True)}
+        bench = await self._bench(run)
+        async with self._measuring, self._compute.slot("score"):
+            report = await in_thread(
+                lambda stop: self._measure(facts, bench, cycle, seed, state, submissions, files, stop)
+            )
+        report.state_digest = opened.state.digest
+        if left_out := fit(report):
+            log.warning("the report is large: per-sequence losses are left out", submissions=left_out)
+        await self._bus.publish_fact(run, "validate", cycle, "report", report, self.me)
+        log.info("reported", submissions=len(submissions), seconds=round(report.seconds, 2))
+
+    async def _fetch(self, submission: cycle_pb2.Submission, current: ArtifactRef) -> SubmissionFiles | Invalid:
+        """The submission's files, or why there are none. Raises `Retry` for what is not the submission's fault."""
+        try:
+            artifact = await self._store.fetch(submission.artifact)
+        except (NotFound, VerificationFailed) as error:
+            reason = (
+                reasons_pb2.REASON_ARTIFACT_MISSING
+                if isinstance(error, NotFound)
+                else reasons_pb2.REASON_DIGEST_MISMATCH
+            )
+            return Invalid(str(error), reason=reason)
+        except Invalid as error:
+            raise Retry(f"cannot read the submissions: {error}", after=5.0) from error
+        origin = submission.base_state
+        if origin.digest in ("", current.digest):
+            return SubmissionFiles(artifact, None)
+        return SubmissionFiles(artifact, await self._store.fetch(origin))
+
+    def _measure(
+        self,
+        facts: RunFacts,
+        bench: Bench,
+        cycle: int,
+        seed: bytes,
+        state: Path,
+        submissions: Sequence[cycle_pb2.Submission],
+        files: Files,
+        stop: threading.Event,
+    ) -> cycle_pb2.ScoreReport:
+        """Score every submission against the incumbent, one after the other, on the drawn sequences."""
+        assert facts.spec is not None
+        begun = time.perf_counter()
+        report = cycle_pb2.ScoreReport(run=facts.run, cycle=cycle, validator=self.me, seed=seed)
+        drawn = bench.draw(seed)
+        before = bench.incumbent(state, drawn, stop) if submissions else {}
+        for submission in submissions:
+            with SCORE_SECONDS.time():
+                found = files[submission.miner]
+                try:
+                    if isinstance(found, Invalid):
+                        raise found
+                    measured = bench.submission(state, found, drawn, before, stop, submission.miner)
+                    item = score(submission, drawn, before, measured, facts.spec)
+                except Invalid as error:
+                    if error.reason not in _ITS_FAULT:
+                        raise
+                    item = rejected(submission, error)
+            report.scores.append(item)
+            reason = reason_name(item.reason)
+            SUBMISSIONS.labels("rejected" if reason else "useful", reason).inc()
+            log.info(
+                "scored", miner=submission.miner, utility=round(item.utility, 5), reason=reason, detail=item.detail
+            )
+        report.seconds = time.perf_counter() - begun
+        return report
+
+
+def secret_of(identity: Identity) -> Callable[[str, int], bytes]:
+    """The beacon secret of each run and cycle: nobody else can compute it, and a restart does not change it."""
+    return lambda run, cycle: identity.derive("beacon", run, str(cycle))

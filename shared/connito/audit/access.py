@@ -1,0 +1,126 @@
+"""How an auditor reaches a log and a store: a platform that runs, or the folder of one that has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from connito.audit.artifacts import Artifacts, Named, Progress, gather
+from connito.audit.evidence import Evidence, read
+from connito.bus import Bus, CaughtUp
+from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.facts import Record
+from connito.local.datadir import DataDir
+from connito.local.servers import NatsServer, ObjectStore
+from connito.local.session import BUCKET, REGION, Session, log_to
+from connito.roster import Roster
+from connito.store import ArtifactStore
+from connito.store.cache import Cache
+from connito.streams import FACT_STREAMS
+from connito.subjects import fact
+from connito.v1 import reasons_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.cycle_pb2 import DeadLetter
+
+
+@dataclass(frozen=True)
+class Access:
+    """A broker, a store that caches into a folder of our own, and the operator's roster.
+
+    `cache` is the platform's own artifact cache where it is on this machine, to be looked into as well.
+    """
+
+    bus: Bus
+    store: ArtifactStore
+    roster: Roster
+    cache: Path
+
+    async def evidence(self, run: str) -> Evidence:
+        """Everything that is stored of a run, verified. Raises `NotFound` and `Retry`.
+
+        Of a run that goes on, everything up to a moment: streams are read side by side, and without the second look an
+        effect could be here without its cause.
+        """
+        streams = (*FACT_STREAMS, "INGRESS")
+        records = [record async for record in self._stored(streams, run)]
+        if records and not any(record.subject == fact(run, "run", 0, "ended") for record in records):
+            last = max(record.time_unix_ms for record in records)
+            records = [record async for record in self._stored(streams, run) if record.time_unix_ms <= last]
+        letters = [DeadLetter.FromString(record.data) async for record in self._stored(("DLQ",), "")]
+        return read(run, records, self.roster, letters)
+
+    async def _stored(self, streams: tuple[str, ...], run: str) -> AsyncIterator[Record]:
+        async with aclosing(self.bus.follow(streams, run)) as stored:
+            async for item in stored:
+                if isinstance(item, CaughtUp):
+                    return
+                yield item
+
+    async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Progress) -> Artifacts:
+        """What the log names and is `wanted`, hashed. Raises `Retry` while the store is away."""
+        return await gather(evidence, self, wanted=wanted, copy_of=self._copy, say=say)
+
+    def _copy(self, ref: ArtifactRef) -> Path:
+        return self.cache / "sha256" / ref.digest[:2] / ref.digest
+
+    async def fetch(self, ref: ArtifactRef) -> Path:
+        """The stored object as a file. Raises `NotFound`, `VerificationFailed`. A size of 0 stands for any."""
+        size = await self.store.stat(ref)
+        if size is None:
+            raise NotFound("is not in the store", reason=reasons_pb2.REASON_ARTIFACT_MISSING)
+        if ref.size not in (0, size):
+            raise VerificationFailed(f"has {size} bytes in the store; the log says {ref.size}")
+        whole = ArtifactRef(digest=ref.digest, size=size, media_type=ref.media_type, realm=ref.realm)
+        try:
+            return await self.store.fetch(whole)
+        except VerificationFailed as error:
+            raise VerificationFailed("does not have this digest in the store", reason=error.reason) from error
+
+
+@asynccontextmanager
+async def opened(folder: Path | None, data_dir: Path | None) -> AsyncIterator[Access]:
+    """Reach the platform: the one that runs, or with `folder`, what an ended `connito up` left there.
+
+    Raises `NotFound` when there is none, `Retry` when the folder is in use.
+    """
+    async with AsyncExitStack() as stack:
+        fresh = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="connito-audit-")))
+        if folder is not None:
+            yield await _reopen(folder, fresh, stack)
+            return
+        session = Session.open(data_dir, role="customer")
+        bus = await stack.enter_async_context(session.bus())
+        store = session.store()
+        cache = store.cache.folder
+        # What lies in a cache says nothing about the store.
+        store.cache = Cache(fresh)
+        yield Access(bus, store, session.roster, cache)
+
+
+async def _reopen(folder: Path, fresh: Path, stack: AsyncExitStack) -> Access:
+    """Start the servers over the folder's data; nothing else is started, and nothing is written but their own files."""
+    secret = folder / "keys" / "store.secret"
+    for needed in (folder / "nats", folder / "objects", folder / "roster.json", secret):
+        if not needed.exists():
+            raise NotFound(f"{folder} is not what `connito up` leaves behind: {needed.name} is missing there")
+    data = DataDir(folder.absolute())
+    stack.enter_context(data.lock())
+    log_to(None)
+    nats = NatsServer(data.root / "nats", log_file=fresh / "nats-server.log")
+    weed = ObjectStore(data.root / "objects", secret_key=secret.read_text().strip(), log_file=fresh / "weed.log")
+    for server in (nats, weed):
+        stack.callback(server.stop)
+    await asyncio.gather(asyncio.to_thread(nats.start), asyncio.to_thread(weed.start))
+    bus = await stack.enter_async_context(await Bus.connect(nats.url, None, "audit"))
+    store = ArtifactStore(weed.url, weed.access_key, weed.secret_key, BUCKET, REGION, fresh)
+    return Access(bus, store, Roster.load(data.roster), data.cache)
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise `Invalid` for a tolerance that is not one."""
+    if not tolerance >= 0:
+        raise Invalid(f"--tolerance is {tolerance:g}; give nats per token, 0 for equal bits")

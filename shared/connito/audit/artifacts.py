@@ -1,0 +1,201 @@
+"""The objects that a run's log names, each by what it is, fetched once and hashed; nothing is taken on trust."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from connito.audit.differences import Difference, Step
+from connito.audit.evidence import Evidence
+from connito.audit.judging import OF_THE_FILE
+from connito.errors import Invalid
+from connito.v1 import cycle_pb2, run_pb2
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+
+if TYPE_CHECKING:
+    from connito.base.manifest import Manifest
+
+Progress = Callable[[str], None]
+
+
+class Source(Protocol):
+    """Where artifacts are read from: `connito.store.ArtifactStore`, over a cache that nobody else can write to."""
+
+    async def fetch(self, ref: ArtifactRef) -> Path:
+        """The verified file. Raises `NotFound` and `VerificationFailed`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Named:
+    """An artifact, what it is, and the cycle it belongs to (0: the run). `miner`: whose submission it is."""
+
+    what: str
+    ref: ArtifactRef
+    cycle: int = 0
+    miner: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.ref.digest[:12]}…)"
+
+
+@dataclass
+class Artifacts:
+    """What came of fetching: files by digest, and why there is none."""
+
+    paths: dict[str, Path] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    named: list[Named] = field(default_factory=list)
+
+    def path(self, ref: ArtifactRef) -> Path:
+        """The file. Raises `Invalid` when it could not be had: what needs it cannot be recomputed."""
+        if ref.digest not in self.paths:
+            why = self.damaged.get(ref.digest, "was never fetched")
+            raise Invalid(f"the artifact {ref.digest[:12]}… {why}")
+        return self.paths[ref.digest]
+
+    def step(self, check: str = "artifacts", miner: str = "") -> Step:
+        """Every object is what the log says it is."""
+        about = [entry for entry in self.named if not miner or entry.miner in ("", miner)]
+        found = [
+            Difference(check, str(entry), self.damaged[entry.ref.digest], entry.cycle, entry.miner)
+            for entry in about
+            if entry.ref.digest in self.damaged
+        ]
+        found += [
+            Difference(check, f"{entry}, cached copy", self.copies[entry.ref.digest], entry.cycle, entry.miner)
+            for entry in about
+            if entry.ref.digest in self.copies
+        ]
+        return Step(check, 0, len({entry.ref.digest for entry in about}), tuple(found))
+
+
+def named(evidence: Evidence) -> Iterator[Named]:
+    """What the facts of a run refer to, in the order in which it came to be."""
+    facts = evidence.facts
+    if facts.spec is not None:
+        yield from _of_spec(facts.spec)
+    if facts.selection is not None:
+        yield Named("selection report", facts.selection.report)
+        yield Named("initial state θ_0", facts.selection.initial_state)
+    for cycle in facts.cycles():
+        settled, version = facts.settled("submit", cycle), facts.version(cycle)
+        for entry in settled.submissions if settled is not None else ():
+            yield Named(f"submission of {evidence.name(entry.miner)}", entry.artifact, cycle, entry.miner)
+        if version is not None:
+            yield Named(f"state of version {version.version}", version.state, cycle)
+            yield Named(f"outer state of version {version.version}", version.outer_state, cycle)
+    for fact in facts.all("library", 0, "deposited").values():
+        assert isinstance(fact.message, run_pb2.ExpertDeposited)
+        yield Named("library expert", fact.message.expert)
+        yield Named("record of the library expert", fact.message.record)
+
+
+def _of_spec(spec: run_pb2.RunSpec) -> Iterator[Named]:
+    yield Named("base manifest", spec.base.manifest)
+    corpora = [("probe", spec.probe), ("training", spec.train), ("hold-out", spec.holdout)]
+    corpora += [("hold-out", corpus) for corpus in spec.general_holdouts]
+    corpora += [("replay", spec.replay)] if spec.HasField("replay") else []
+    for use, corpus in corpora:
+        yield Named(f"{use} corpus of {corpus.domain}", corpus.artifact)
+
+
+def refused_reveals(evidence: Evidence) -> Iterator[Named]:
+    """Artifacts of reveals that were refused for their content. They may be gone; where they are, they are examined."""
+    for cycle in evidence.facts.cycles():
+        for fact in evidence.facts.all("submit", cycle, "refused").values():
+            refused = fact.message
+            assert isinstance(refused, cycle_pb2.Refused)
+            said = evidence.said.get(refused.ingress_sequence) if refused.reason in OF_THE_FILE else None
+            if said is not None and isinstance(said.message, cycle_pb2.Reveal):
+                name = evidence.name(refused.miner)
+                yield Named(f"refused artifact of {name}", said.message.artifact, cycle, refused.miner)
+
+
+async def gather(
+    evidence: Evidence,
+    source: Source,
+    *,
+    wanted: Callable[[Named], bool] = lambda _: True,
+    copy_of: Callable[[ArtifactRef], Path] | None = None,
+    say: Progress = lambda _: None,
+) -> Artifacts:
+    """Fetch everything that the log names, and what those artifacts name in turn. Raises `Retry` while the store is away.
+
+    `wanted` leaves some out, `copy_of` says where a local cache would keep an artifact; a copy that is there is hashed as well.
+    """
+    found = Artifacts()
+    for entry in filter(wanted, named(evidence)):
+        await _take(found, entry, source, copy_of, say)
+        for inner in _inside(entry, found):
+            await _take(found, inner, source, copy_of, say)
+    for entry in filter(wanted, refused_reveals(evidence)):
+        if entry.ref.digest not in found.paths and entry.ref.digest not in found.damaged:
+            try:
+                found.paths[entry.ref.digest] = await source.fetch(entry.ref)
+            except Invalid:
+                say(f"{entry} is not in the store")
+    return found
+
+
+async def _take(
+    found: Artifacts, entry: Named, source: Source, copy_of: Callable[[ArtifactRef], Path] | None, say: Progress
+) -> None:
+    found.named.append(entry)
+    digest = entry.ref.digest
+    if digest in found.paths or digest in found.damaged:
+        return
+    say(f"hashing {entry}")
+    try:
+        found.paths[digest] = await source.fetch(entry.ref)
+    except Invalid as error:
+        found.damaged[digest] = str(error)
+    copy = copy_of(entry.ref) if copy_of is not None else None
+    if copy is not None and copy.exists():
+        from connito.store import ref_of_file
+
+        seen = ref_of_file(copy, "", entry.ref.realm)
+        if seen.digest != digest:
+            found.copies[digest] = f"{copy} hashes to {seen.digest[:12]}…; delete it, it is fetched again when needed"
+
+
+def _inside(entry: Named, found: Artifacts) -> Iterator[Named]:
+    """What an artifact refers to: a manifest its files, a report its statistics, a record its card."""
+    path = found.paths.get(entry.ref.digest)
+    if path is None:
+        return
+    if entry.what == "base manifest":
+        for name, ref in base_files(manifest_of(path)).items():
+            yield Named(f"base model's {name}", ref)
+    if entry.what in ("selection report", "record of the library expert"):
+        yield from _named_by(entry, json.loads(path.read_bytes()), path)
+
+
+def _named_by(entry: Named, document: dict[str, object], path: Path) -> Iterator[Named]:
+    """A digest without a size is taken from the store's own account of it; its bytes are hashed all the same."""
+    statistics, card = document.get("statistics"), document.get("card")
+    if isinstance(statistics, str):
+        yield Named("routing statistics", ArtifactRef(digest=statistics, realm=REALM_PUBLIC))
+    if isinstance(card, dict):
+        yield Named(
+            "card of the library expert", ArtifactRef(digest=card["digest"], size=card["bytes"], realm=REALM_PUBLIC)
+        )
+
+
+def manifest_of(path: Path) -> Manifest:
+    """The base model's manifest."""
+    from connito.base.manifest import Manifest
+
+    return Manifest.from_bytes(path.read_bytes())
+
+
+def base_files(manifest: Manifest) -> dict[str, ArtifactRef]:
+    """The base model's files by name."""
+    return {
+        name: ArtifactRef(digest=file.digest, size=file.size, media_type=file.media_type, realm=REALM_PUBLIC)
+        for name, file in manifest.files.items()
+    }

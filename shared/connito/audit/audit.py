@@ -1,0 +1,162 @@
+"""A whole run in one pass: every check, in the order in which things happened, and the first divergence by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from connito.audit import chain, history, intake, judging, recompute
+from connito.audit.artifacts import Artifacts
+from connito.audit.differences import Difference, Step
+from connito.audit.evidence import Evidence, signatures
+from connito.errors import Invalid
+
+if TYPE_CHECKING:
+    from connito.audit.remeasure import Models
+
+_PURE: dict[str, Callable[[Evidence, int], Step]] = {
+    "commitments": intake.commitments,
+    "submissions": intake.submissions,
+    "beacon": judging.beacon,
+    "reports": judging.reports,
+    "verdicts": judging.verdicts,
+    "gate": judging.gate,
+    "versions": history.versions,
+}
+
+# Nats per token by which a loss measured on another machine may differ.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Options:
+    """`model`: also recompute what needs it. `threads`: for that, 0 as many as there are cores."""
+
+    model: bool = True
+    threads: int = 0
+    tolerance: float = TOLERANCE
+    say: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The outcome. `windows` is the hash chain of the log by window."""
+
+    run: str
+    steps: list[Step]
+    messages: int
+    windows: dict[str, str]
+    model: bool
+    seconds: float
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Everything that was found, in the order of the run."""
+        return [difference for step in self.steps for difference in step.differences]
+
+    @property
+    def first(self) -> Difference | None:
+        """Where the record and what follows from it part for the first time."""
+        return next(iter(self.differences), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `connito audit --json` prints."""
+        return {
+            "run": self.run,
+            "result": "differs" if self.differences else "same",
+            "first": None if self.first is None else self.first.to_json(),
+            "differences": [difference.to_json() for difference in self.differences],
+            "checks": [step.to_json() for step in self.steps],
+            "chain": {"head": chain.head(self.windows), "windows": self.windows},
+            "messages": self.messages,
+            "model": self.model,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def audit(evidence: Evidence, artifacts: Artifacts, options: Options) -> Audit:
+    """Recompute a run. Blocking. A check that cannot be made because something is missing is a difference."""
+    began = time.monotonic()
+    steps = list(_steps(evidence, artifacts, options))
+    return Audit(
+        evidence.run,
+        steps,
+        len(evidence.records),
+        chain.windows_of(evidence.records),
+        options.model,
+        time.monotonic() - began,
+    )
+
+
+def against(audited: Audit, other: dict[str, str]) -> Audit:
+    """The same audit with a comparison with the chain that another auditor found."""
+    broken = chain.first_break(audited.windows, other)
+    what = "the log read here is not the one that the other audit read"
+    found = (Difference("chain", broken, what),) if broken else ()
+    return replace(audited, steps=[*audited.steps, Step("chain", 0, len(other), found)])
+
+
+def attempt(check: str, cycle: int, work: Callable[[], Step]) -> Step:
+    """A check; where the record is such that it cannot even be made, that is what it found."""
+    try:
+        return work()
+    except (Invalid, AssertionError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        why = str(error) or type(error).__name__
+        where = f"cycle {cycle}" if cycle else "run"
+        return Step(check, cycle, 1, (Difference(check, where, f"cannot be recomputed: {why}", cycle),))
+
+
+def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterator[Step]:
+    facts = evidence.facts
+    yield signatures(evidence)
+    yield artifacts.step()
+    if facts.spec is None:
+        what = "is not in the log, or does not verify; nothing can be recomputed without it"
+        yield Step("spec", 0, 1, (Difference("spec", "run.0.created", what),))
+        return
+    bench = recompute.Bench(evidence, artifacts, options.tolerance, say=options.say)
+    yield from _cycles(bench, options)
+    yield attempt("expert", 0, lambda: recompute.expert(bench))
+    yield history.ending(evidence)
+
+
+def _cycles(bench: recompute.Bench, options: Options) -> Iterator[Step]:
+    evidence, models = bench.evidence, None
+    if options.model and evidence.facts.selection is not None:
+        from connito.audit import remeasure
+
+        models = remeasure.Models(evidence, bench.artifacts, options.threads)
+        yield attempt("selection", 0, lambda: remeasure.selection(bench))
+        bench = replace(bench, measure=models.measure)
+    for cycle in cycles_of(evidence):
+        yield from pure(evidence, cycle)
+        if evidence.facts.opened("train", cycle) is not None:
+            yield from recomputed(bench, models, cycle)
+
+
+def recomputed(bench: recompute.Bench, models: Models | None, cycle: int, only: str = "") -> Iterator[Step]:
+    """The checks of one cycle that need its artifacts. `only`: measure this miner's submission again, not everybody's."""
+    yield attempt("content", cycle, lambda: recompute.refused_content(bench, cycle))
+    yield attempt("draws", cycle, lambda: recompute.draws(bench, cycle))
+    if models is not None:
+        from connito.audit import remeasure
+
+        yield attempt("losses", cycle, lambda: remeasure.losses(bench, models, cycle, only))
+    yield attempt("merge", cycle, lambda: recompute.merge(bench, cycle))
+
+
+def cycles_of(evidence: Evidence) -> list[int]:
+    """Every cycle of which the log holds anything, also past one whose opening is missing."""
+    return sorted({key.cycle for key in evidence.facts.facts if key.cycle > 0})
+
+
+def pure(evidence: Evidence, cycle: int) -> Iterator[Step]:
+    """The checks of one cycle that need the log alone, in the order of its windows."""
+    yield history.windows(evidence, cycle)
+    if evidence.facts.opened("train", cycle) is None:
+        return
+    for name, check in _PURE.items():
+        yield attempt(name, cycle, partial(check, evidence, cycle))

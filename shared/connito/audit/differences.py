@@ -1,0 +1,94 @@
+"""What an audit finds: where the record says something else than what follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
+
+MAX_TEXT = 160
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One divergence. `where` is a subject of the log or an artifact, `what` says what was expected and what is there.
+
+    `miner` is the submission it concerns, empty when it concerns everybody.
+    """
+
+    check: str
+    where: str
+    what: str
+    cycle: int = 0
+    miner: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the commands print it."""
+        return {
+            "check": self.check,
+            "cycle": self.cycle,
+            "where": self.where,
+            "what": self.what,
+            "miner": self.miner,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One check of one cycle (0: of the run): how many things were compared, and what differs. `note` qualifies it."""
+
+    check: str
+    cycle: int
+    compared: int
+    differences: tuple[Difference, ...] = ()
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As `connito audit --json` prints it."""
+        return {
+            "check": self.check,
+            "cycle": self.cycle,
+            "compared": self.compared,
+            "differences": len(self.differences),
+            "note": self.note,
+        }
+
+
+def first_difference(expected: Message, found: Message, skip: Container[str] = ()) -> str:
+    """The first field, in the order of their numbers, in which two messages of one type differ, and how; empty when
+    they are equal to the bit. Fields named in `skip` are not looked at, at any depth."""
+    return next(differing(expected, found, skip), "")
+
+
+def differing(expected: Message, found: Message, skip: Container[str] = (), path: str = "") -> Iterator[str]:
+    """Every field in which two messages differ, as `path: … recomputed, … in the log`."""
+    for descriptor in expected.DESCRIPTOR.fields:
+        if descriptor.name in skip:
+            continue
+        here = f"{path}{descriptor.name}"
+        one, other = getattr(expected, descriptor.name), getattr(found, descriptor.name)
+        if not descriptor.is_repeated:
+            yield from _values(one, other, skip, here)
+            continue
+        if len(one) != len(other):
+            yield f"{here}: {len(one)} entries recomputed, {len(other)} in the log"
+        for index, (left, right) in enumerate(zip(one, other, strict=False)):
+            yield from _values(left, right, skip, f"{here}[{index}]")
+
+
+def _values(one: Any, other: Any, skip: Container[str], here: str) -> Iterator[str]:
+    if isinstance(one, Message):
+        yield from differing(one, other, skip, f"{here}.")
+    elif one != other and not (isinstance(one, float) and math.isnan(one) and math.isnan(other)):
+        yield f"{here}: {_text(one)} recomputed, {_text(other)} in the log"
+
+
+def _text(value: Any) -> str:
+    text = value.hex() if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"

@@ -1,0 +1,97 @@
+"""The stored messages of a run, verified one by one: what every other check stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from connito.audit.differences import Difference, Step
+from connito.errors import Invalid, NotFound
+from connito.facts import Fact, Record, RunFacts, verify_fact, verify_ingress
+from connito.roster import Roster
+from connito.streams import FACT_STREAMS, stream_of
+from connito.v1.cycle_pb2 import DeadLetter
+from connito.v1.run_pb2 import MinerEnrolled
+
+# Where a fact's place in the log is looked up: (stream, sequence).
+Place = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run as its log holds it. `said` are the miners' verified messages by their sequence in INGRESS."""
+
+    run: str
+    roster: Roster
+    records: list[Record]
+    facts: RunFacts
+    said: dict[int, Fact]
+    unreadable: list[tuple[Record, Invalid]] = field(default_factory=list)
+    repeated: list[Record] = field(default_factory=list)
+    letters: dict[Place, DeadLetter] = field(default_factory=dict)
+
+    def name(self, key: str) -> str:
+        """The label a miner enrolled with, or the start of its key."""
+        enrolled = self.facts.get(MinerEnrolled, "run", 0, "miner", key)
+        return (enrolled.label if enrolled is not None else "") or f"{key[:12]}…"
+
+    def subject(self, section: str, cycle: int, kind: str, id_: str = "") -> str:
+        """A fact's subject without its common beginning, as people read it."""
+        return f"{section}.{cycle}.{kind}" + (f".{id_}" if id_ else "")
+
+
+def read(run: str, records: Iterable[Record], roster: Roster, letters: Iterable[DeadLetter] = ()) -> Evidence:
+    """Verify every record of a run. Raises `NotFound` when there is none.
+
+    What does not verify is kept apart, never applied; a fact stands as it was first written.
+    """
+    ordered = sorted(records, key=lambda record: (record.stream, record.sequence))
+    if not ordered:
+        raise NotFound(f"the log holds nothing of a run {run!r}; `connito job list` shows the runs")
+    dead = {(letter.stream, letter.sequence): letter for letter in letters}
+    evidence = Evidence(run, roster, ordered, RunFacts(run), {}, letters=dead)
+    for record in ordered:
+        try:
+            _take(evidence, record)
+        except Invalid as error:
+            evidence.unreadable.append((record, error))
+    return evidence
+
+
+def _take(evidence: Evidence, record: Record) -> None:
+    ingress = ".ingress." in record.subject
+    fact = verify_ingress(record) if ingress else verify_fact(record, evidence.roster)
+    if fact.run != evidence.run or stream_of(record.subject) != record.stream:
+        raise Invalid(f"{record.subject} lies in {record.stream}, where it does not belong")
+    new = evidence.facts.add(fact)
+    if ingress:
+        evidence.said[record.sequence] = fact
+    elif not new:
+        evidence.repeated.append(record)
+
+
+def signatures(evidence: Evidence) -> Step:
+    """Every stored message is signed by a key that may say it, on the subject it was said on, and said once.
+
+    What a miner sent may be anything; it has to be among the dead letters then, with the same bytes.
+    """
+    found = tuple(_unverified(evidence))
+    return Step("signatures", 0, len(evidence.records), found)
+
+
+def _unverified(evidence: Evidence) -> Iterator[Difference]:
+    for record, error in evidence.unreadable:
+        letter = evidence.letters.get((record.stream, record.sequence))
+        if record.stream in FACT_STREAMS or letter is None or letter.body != record.data:
+            yield Difference("signatures", _place(record), str(error), _cycle_of(record.subject))
+    for record in evidence.repeated:
+        yield Difference("signatures", _place(record), "a fact is written once, and this one stood already")
+
+
+def _place(record: Record) -> str:
+    return f"{record.subject.split('.', 3)[-1]} ({record.stream} {record.sequence})"
+
+
+def _cycle_of(subject: str) -> int:
+    part = subject.split(".")[4:5]
+    return int(part[0]) if part and part[0].isdigit() else 0

@@ -1,0 +1,172 @@
+"""Whether a run's windows and versions follow each other as they must. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from connito.audit.differences import Difference, Step
+from connito.audit.evidence import Evidence
+from connito.facts import RunFacts
+from connito.subjects import WINDOWS
+from connito.v1 import cycle_pb2, run_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+
+# Where the messages lie that a window's close includes or leaves out.
+CLOSES = {"train": "INGRESS", "commit": "INGRESS", "submit": "INGRESS", "validate": "VALIDATE", "merge": "MERGE"}
+_SETTLED = ("commit", "submit")
+# Broker times of different streams may come from different machines.
+CLOCK_TOLERANCE_MS = 1000
+LOSS_TOLERANCE = 1e-6
+
+
+def finished(facts: RunFacts, cycle: int) -> bool:
+    """Whether a cycle has its outcome in the log, so that everything before it has to be there too."""
+    return facts.version(cycle) is not None
+
+
+def windows(evidence: Evidence, cycle: int) -> Step:
+    """The windows of a cycle: opened, closed and settled in order, each from where the one before left off."""
+    differences = [
+        *_published(evidence, cycle),
+        *_opening(evidence, cycle),
+        *_sequence(evidence, cycle),
+        *_people(evidence, cycle),
+    ]
+    return Step("windows", cycle, 2 * len(WINDOWS) + len(_SETTLED), tuple(differences))
+
+
+def _wrong(evidence: Evidence, where: str, what: str, cycle: int) -> Difference:
+    return Difference("windows", where, what, cycle)
+
+
+def _published(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    """A cycle opens, and a merge closes, when the version before is out."""
+    facts = evidence.facts
+    for due, needed in ((cycle > 1, cycle - 1), (facts.closed("merge", cycle) is not None, cycle)):
+        if due and facts.version(needed) is None:
+            where = evidence.subject("merge", needed, "version")
+            yield _wrong(evidence, where, "is not in the log, but what follows it is", cycle)
+
+
+def _opening(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    facts = evidence.facts
+    version, state = start_of(facts, cycle)
+    for window in WINDOWS:
+        where = evidence.subject(window, cycle, "opened")
+        opened = facts.opened(window, cycle)
+        if opened is None:
+            continue
+        if cycle_pb2.Window.Name(opened.window) != f"WINDOW_{window.upper()}":
+            yield _wrong(evidence, where, f"opens {cycle_pb2.Window.Name(opened.window)}", cycle)
+        if opened.version != version:
+            yield _wrong(evidence, where, f"starts from version {opened.version}; the one before is {version}", cycle)
+        if state is not None and opened.state.digest != state.digest:
+            what = f"starts from state {opened.state.digest[:12]}…; the version before is {state.digest[:12]}…"
+            yield _wrong(evidence, where, what, cycle)
+
+
+def start_of(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef | None]:
+    """The version a cycle has to start from and its state, None when nobody said which that is."""
+    before = facts.version(cycle - 1)
+    if before is not None:
+        return before.version, before.state
+    if cycle == 1 and facts.selection is not None:
+        return 0, facts.selection.initial_state
+    opened = facts.opened("train", cycle)
+    return (0 if opened is None else opened.version), None
+
+
+def _sequence(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    """Opened before closed before the next is opened; a close names its stream, and no sequence that lies ahead."""
+    facts, previous, last = evidence.facts, 0, 0
+    for window in WINDOWS:
+        for kind in ("opened", "closed", *(("settled",) if window in _SETTLED else ())):
+            where = evidence.subject(window, cycle, kind)
+            fact = facts.fact(window, cycle, kind)
+            if fact is None:
+                # The merge is closed after its version is out, which is how far a cycle has to have come.
+                if finished(facts, cycle) and (window, kind) != ("merge", "closed"):
+                    yield _wrong(evidence, where, "is not in the log, but the cycle has a version", cycle)
+                continue
+            if fact.time_unix_ms + CLOCK_TOLERANCE_MS < previous:
+                yield _wrong(evidence, where, "was written before what it follows", cycle)
+            previous = max(previous, fact.time_unix_ms)
+        closed, fact = facts.closed(window, cycle), facts.fact(window, cycle, "closed")
+        if closed is None or fact is None:
+            continue
+        where = evidence.subject(window, cycle, "closed")
+        if cycle_pb2.Window.Name(closed.window) != f"WINDOW_{window.upper()}" or closed.stream != CLOSES[window]:
+            yield _wrong(evidence, where, f"closes {closed.stream}, not {CLOSES[window]}", cycle)
+        if closed.stream == fact.stream and closed.last_sequence >= fact.sequence:
+            yield _wrong(evidence, where, f"includes up to {closed.last_sequence}, beyond itself", cycle)
+        if closed.stream == "INGRESS":
+            if closed.last_sequence < last:
+                yield _wrong(evidence, where, f"ends at {closed.last_sequence}, before {last}", cycle)
+            last = max(last, closed.last_sequence)
+        settled = facts.settled(window, cycle)
+        if settled is not None and settled.last_sequence != closed.last_sequence:
+            where = evidence.subject(window, cycle, "settled")
+            what = f"settles up to {settled.last_sequence}; the window ended at {closed.last_sequence}"
+            yield _wrong(evidence, where, what, cycle)
+
+
+def _people(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    facts = evidence.facts
+    known = {*facts.miners, *facts.validators}
+    for window in WINDOWS:
+        opened = facts.opened(window, cycle)
+        strangers = sorted(set(opened.expected) - known) if opened is not None else []
+        if strangers:
+            what = f"expects {strangers[0][:12]}…, who neither enrolled nor joined"
+            yield _wrong(evidence, evidence.subject(window, cycle, "opened"), what, cycle)
+
+
+def versions(evidence: Evidence, cycle: int) -> Step:
+    """The version of a cycle is the child of the one before, and what was measured on that is what it compares with."""
+    found = tuple(_version(evidence, cycle))
+    return Step("versions", cycle, 1 if finished(evidence.facts, cycle) else 0, found)
+
+
+def _version(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    facts, where = evidence.facts, evidence.subject("merge", cycle, "version")
+    version, opened, before = facts.version(cycle), facts.opened("train", cycle), facts.version(cycle - 1)
+    if version is None or opened is None:
+        return
+
+    def wrong(what: str) -> Difference:
+        return Difference("versions", where, what, cycle)
+
+    if (version.parent, version.version) != (opened.version, opened.version + 1):
+        yield wrong(f"is version {version.version} of {version.parent}; the cycle started from {opened.version}")
+    unmoved = version.gate in (cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE)
+    if unmoved and version.state.digest != opened.state.digest:
+        yield wrong("keeps the incumbent, but names another state")
+    if unmoved and before is not None and version.outer_state.digest != before.outer_state.digest:
+        yield wrong("keeps the incumbent, but names another outer state")
+    if unmoved == bool(version.merged) or len(version.merged) != len(version.weights):
+        names = cycle_pb2.GateDecision.Name(version.gate)
+        yield wrong(f"{names} with {len(version.merged)} merged and {len(version.weights)} weights")
+    if before is not None:
+        left = {loss.domain: (loss.after, loss.tokens) for loss in before.losses}
+        for loss in version.losses:
+            was, tokens = left.get(loss.domain, (math.nan, 0))
+            # Another machine may have measured the same state in between.
+            if tokens != loss.tokens or not math.isclose(was, loss.before, rel_tol=LOSS_TOLERANCE):
+                yield wrong(f"losses of {loss.domain} begin at {loss.before!r}; the version before left {was!r}")
+
+
+def ending(evidence: Evidence) -> Step:
+    """How the run ended follows from how far it came."""
+    facts, ended = evidence.facts, evidence.facts.ended
+    if ended is None or facts.spec is None:
+        return Step("ending", 0, 0, note="the run has not ended")
+    done = [version.version for cycle in facts.cycles() if (version := facts.version(cycle)) is not None]
+    found = []
+    if ended.final_version != (done[-1] if done else 0):
+        what = f"final version {ended.final_version}; the last one published is {done[-1] if done else 0}"
+        found.append(Difference("ending", "run.0.ended", what))
+    if ended.outcome == run_pb2.RUN_OUTCOME_COMPLETED and len(done) != facts.spec.cycles:
+        what = f"completed after {len(done)} of {facts.spec.cycles} cycles"
+        found.append(Difference("ending", "run.0.ended", what))
+    return Step("ending", 0, 1, tuple(found))

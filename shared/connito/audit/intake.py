@@ -1,0 +1,283 @@
+"""Whether the committer answered what miners said as it had to: commitments, reveals, refusals, membership. Pure.
+
+Membership is by sequence alone; commitments open to what was revealed, by whoever made them; a refusal names a reason
+that the log bears out; and nothing that lay inside of a window went without an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from connito.audit.differences import Difference, Step, first_difference
+from connito.audit.evidence import Evidence
+from connito.commitment import opens
+from connito.errors import Invalid, reason_name
+from connito.facts import Fact, RunFacts
+from connito.v1 import cycle_pb2, reasons_pb2
+
+_DIGEST_BYTES = 32
+_LATE = (reasons_pb2.REASON_LATE_COMMITMENT, reasons_pb2.REASON_LATE_REVEAL)
+_KIND = {"commit": "commitment", "submit": "reveal"}
+
+
+def commitments(evidence: Evidence, cycle: int) -> Step:
+    """The commit window: what was accepted was said, first, in time, and by an enrolled miner; and the settlement."""
+    facts = evidence.facts
+    found = [*_accepted_commitments(evidence, cycle), *_refusals(evidence, "commit", cycle)]
+    found += [*_unanswered(evidence, "commit", cycle), *_settled_commit(evidence, cycle)]
+    compared = len(facts.all("commit", cycle, "accepted")) + len(facts.all("commit", cycle, "refused"))
+    return Step("commitments", cycle, compared, tuple(found))
+
+
+def _accepted_commitments(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    for miner, fact in evidence.facts.all("commit", cycle, "accepted").items():
+        accepted = fact.message
+        assert isinstance(accepted, cycle_pb2.CommitmentAccepted)
+        where = evidence.subject("commit", cycle, "accepted", miner)
+
+        def wrong(what: str, where: str = where, miner: str = miner) -> Difference:
+            return Difference("commitments", where, what, cycle, miner)
+
+        said = _said(evidence, accepted.ingress_sequence, "commitment", miner, cycle)
+        if said is None:
+            yield wrong(f"INGRESS {accepted.ingress_sequence} holds no valid commitment of this miner")
+            continue
+        assert isinstance(said.message, cycle_pb2.Commitment)
+        if said.message.digest != accepted.digest:
+            yield wrong(f"{said.message.digest.hex()} was said, {accepted.digest.hex()} is recorded")
+        if miner not in evidence.facts.miners:
+            yield wrong("the miner is not enrolled")
+        yield from (wrong(what) for what in _overtaken(evidence, said))
+
+
+def _overtaken(evidence: Evidence, accepted: Fact) -> Iterator[str]:
+    """An earlier commitment of the same miner that was good, but was refused."""
+    cycle, miner = accepted.key.cycle, accepted.signer
+    for sequence, said in evidence.said.items():
+        same = (said.key.kind, said.key.cycle, said.signer) == ("commitment", cycle, miner)
+        if not same or sequence >= accepted.sequence:
+            continue
+        refused = _refused(evidence.facts, "commit", cycle, miner, sequence)
+        early = (reasons_pb2.REASON_WRONG_WINDOW, reasons_pb2.REASON_NOT_ENROLLED, reasons_pb2.REASON_MALFORMED)
+        if refused is None or refused.reason not in early:
+            yield f"the earlier one at INGRESS {sequence} should stand"
+
+
+def _settled_commit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    facts = evidence.facts
+    settled, closed = facts.settled("commit", cycle), facts.closed("commit", cycle)
+    if settled is None or closed is None:
+        return
+    inside = [
+        miner
+        for miner, fact in facts.all("commit", cycle, "accepted").items()
+        if getattr(fact.message, "ingress_sequence") <= closed.last_sequence  # noqa: B009
+    ]
+    expected = cycle_pb2.WindowSettled(
+        run=facts.run,
+        cycle=cycle,
+        window=cycle_pb2.WINDOW_COMMIT,
+        last_sequence=closed.last_sequence,
+        committed=sorted(inside),
+    )
+    what = first_difference(expected, settled)
+    if what:
+        yield Difference("commitments", evidence.subject("commit", cycle, "settled"), what, cycle)
+
+
+def submissions(evidence: Evidence, cycle: int) -> Step:
+    """The submit window: what was accepted opens its commitment, in time, and the settlement holds just that."""
+    facts = evidence.facts
+    found = [*_accepted_reveals(evidence, cycle), *_refusals(evidence, "submit", cycle)]
+    found += [*_unanswered(evidence, "submit", cycle), *_settled_submit(evidence, cycle)]
+    compared = len(facts.all("submit", cycle, "accepted")) + len(facts.all("submit", cycle, "refused"))
+    return Step("submissions", cycle, compared, tuple(found))
+
+
+def _accepted_reveals(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    for miner, fact in evidence.facts.all("submit", cycle, "accepted").items():
+        assert isinstance(fact.message, cycle_pb2.RevealAccepted)
+        what = opening_fault(evidence, fact.message.submission)
+        if what:
+            where = evidence.subject("submit", cycle, "accepted", miner)
+            yield Difference("submissions", where, what, cycle, miner)
+
+
+def opening_fault(evidence: Evidence, submission: cycle_pb2.Submission) -> str:
+    """Why an accepted submission is not what its miner committed to and revealed; empty when it is."""
+    facts, miner, origin = evidence.facts, submission.miner, submission.origin_cycle
+    said = _said(evidence, submission.reveal_sequence, "reveal", miner, origin)
+    if said is None:
+        return f"INGRESS {submission.reveal_sequence} holds no valid reveal of this miner for cycle {origin}"
+    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", origin, "accepted", miner)
+    settled, opened = facts.settled("commit", origin), facts.opened("train", origin)
+    if accepted is None or settled is None or opened is None or miner not in settled.committed:
+        return f"no commitment of this miner stands in cycle {origin}"
+    expected = _submission(said, accepted, opened)
+    what = first_difference(expected, submission)
+    if what:
+        return what
+    return "" if _opens(said, accepted) else "what was revealed does not open the commitment"
+
+
+def _submission(
+    said: Fact, accepted: cycle_pb2.CommitmentAccepted, opened: cycle_pb2.WindowOpened
+) -> cycle_pb2.Submission:
+    assert isinstance(said.message, cycle_pb2.Reveal)
+    return cycle_pb2.Submission(
+        miner=said.signer,
+        artifact=said.message.artifact,
+        commit_sequence=accepted.ingress_sequence,
+        reveal_sequence=said.sequence,
+        origin_cycle=said.key.cycle,
+        base_state=opened.state,
+    )
+
+
+def _opens(said: Fact, accepted: cycle_pb2.CommitmentAccepted) -> bool:
+    message = said.message
+    assert isinstance(message, cycle_pb2.Reveal)
+    digest, base = message.artifact.digest, message.base_state_digest
+    try:
+        return opens(accepted.digest, said.run, said.key.cycle, said.signer, base, digest, message.salt)
+    except Invalid:
+        return False
+
+
+def _settled_submit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+    facts = evidence.facts
+    settled, closed = facts.settled("submit", cycle), facts.closed("submit", cycle)
+    if settled is None or closed is None:
+        return
+    inside: dict[str, cycle_pb2.Submission] = {}
+    for miner, fact in facts.all("submit", cycle, "accepted").items():
+        assert isinstance(fact.message, cycle_pb2.RevealAccepted)
+        entry = fact.message.submission
+        if entry.origin_cycle == cycle and entry.reveal_sequence <= closed.last_sequence:
+            inside[miner] = entry
+    inside = {**_rolled_over(evidence, cycle, closed.last_sequence), **inside}
+    expected = cycle_pb2.WindowSettled(
+        run=facts.run,
+        cycle=cycle,
+        window=cycle_pb2.WINDOW_SUBMIT,
+        last_sequence=closed.last_sequence,
+        submissions=sorted(inside.values(), key=lambda entry: entry.commit_sequence),
+    )
+    what = first_difference(expected, settled)
+    if what:
+        yield Difference("submissions", evidence.subject("submit", cycle, "settled"), what, cycle)
+
+
+def _rolled_over(evidence: Evidence, cycle: int, until: int) -> dict[str, cycle_pb2.Submission]:
+    """Late reveals of earlier cycles that came after the previous submit window and before this one ended.
+
+    Of several by one miner the newest work counts.
+    """
+    facts, rolled = evidence.facts, {}
+    before = facts.closed("submit", cycle - 1)
+    for origin in range(1, cycle if before is not None else 1):
+        for fact in facts.all("submit", origin, "refused").values():
+            refused = fact.message
+            assert isinstance(refused, cycle_pb2.Refused)
+            assert before is not None
+            inside = before.last_sequence < refused.ingress_sequence <= until
+            if refused.reason != reasons_pb2.REASON_LATE_REVEAL or not inside:
+                continue
+            said = _said(evidence, refused.ingress_sequence, "reveal", refused.miner, origin)
+            accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", origin, "accepted", refused.miner)
+            opened = facts.opened("train", origin)
+            if said is not None and accepted is not None and opened is not None:
+                rolled[refused.miner] = _submission(said, accepted, opened)
+    return rolled
+
+
+def _refusals(evidence: Evidence, window: str, cycle: int) -> Iterator[Difference]:
+    for id_, fact in evidence.facts.all(window, cycle, "refused").items():
+        refused = fact.message
+        assert isinstance(refused, cycle_pb2.Refused)
+        what = refusal_fault(evidence, window, refused)
+        if what:
+            where = evidence.subject(window, cycle, "refused", id_)
+            check = "commitments" if window == "commit" else "submissions"
+            yield Difference(check, where, what, cycle, refused.miner)
+
+
+def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -> str:
+    """Why a refusal does not hold; empty when the log bears it out. What is in an artifact is looked at elsewhere."""
+    facts, cycle, miner, sequence = evidence.facts, refused.cycle, refused.miner, refused.ingress_sequence
+    name = reason_name(refused.reason)
+    if cycle_pb2.Window.Name(refused.window) != f"WINDOW_{window.upper()}":
+        return f"speaks of {cycle_pb2.Window.Name(refused.window)}"
+    if refused.reason == reasons_pb2.REASON_NOT_REVEALED:
+        own = _own(facts, cycle, miner)
+        closed = facts.closed(window, cycle)
+        inside = own is not None and closed is not None and own.reveal_sequence <= closed.last_sequence
+        return "the miner's reveal was accepted" if inside else ""
+    said = _said(evidence, sequence, _KIND[window], miner, cycle)
+    if said is None:
+        return f"INGRESS {sequence} holds no valid {_KIND[window]} of this miner for cycle {cycle}"
+    closed = facts.closed(window, cycle)
+    late = closed is not None and sequence > closed.last_sequence
+    if refused.reason in _LATE and not late:
+        return f"refused as {name}, but INGRESS {sequence} lies inside the window"
+    if refused.reason == reasons_pb2.REASON_UNSPECIFIED:
+        return "a refusal names its reason, this one does not"
+    return _against_commitment(facts, refused, said, name)
+
+
+def _against_commitment(facts: RunFacts, refused: cycle_pb2.Refused, said: Fact, name: str) -> str:
+    cycle, miner = refused.cycle, refused.miner
+    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
+    opened = facts.opened("train", cycle)
+    if refused.reason == reasons_pb2.REASON_DUPLICATE_COMMITMENT:
+        first = accepted is not None and accepted.ingress_sequence < refused.ingress_sequence
+        return "" if first else f"refused as {name}, but no earlier commitment stands"
+    if accepted is None or not isinstance(said.message, cycle_pb2.Reveal):
+        return ""
+    if refused.reason == reasons_pb2.REASON_COMMITMENT_MISMATCH and _opens(said, accepted):
+        return f"refused as {name}, but it opens the commitment"
+    stale = opened is None or said.message.base_state_digest != opened.state.digest
+    if refused.reason == reasons_pb2.REASON_STALE_BASE and not stale:
+        return f"refused as {name}, but it started from the cycle's state"
+    return ""
+
+
+def _unanswered(evidence: Evidence, window: str, cycle: int) -> Iterator[Difference]:
+    """Messages inside of a settled window that were neither accepted nor refused."""
+    facts = evidence.facts
+    closed = facts.closed(window, cycle)
+    if closed is None or facts.settled(window, cycle) is None:
+        return
+    for sequence, said in evidence.said.items():
+        if (said.key.kind, said.key.cycle) != (_KIND[window], cycle) or sequence > closed.last_sequence:
+            continue
+        taken = _taken_sequence(facts, window, cycle, said.signer)
+        if sequence != taken and _refused(facts, window, cycle, said.signer, sequence) is None:
+            where = f"ingress.{said.signer[:12]}….{said.key.kind} (INGRESS {sequence})"
+            check = "commitments" if window == "commit" else "submissions"
+            what = f"lies inside the {window} window and was never answered"
+            yield Difference(check, where, what, cycle, said.signer)
+
+
+def _taken_sequence(facts: RunFacts, window: str, cycle: int, miner: str) -> int:
+    if window == "submit":
+        own = _own(facts, cycle, miner)
+        return 0 if own is None else own.reveal_sequence
+    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
+    return 0 if accepted is None else accepted.ingress_sequence
+
+
+def _own(facts: RunFacts, cycle: int, miner: str) -> cycle_pb2.Submission | None:
+    accepted = facts.get(cycle_pb2.RevealAccepted, "submit", cycle, "accepted", miner)
+    own = accepted is not None and accepted.submission.origin_cycle == cycle
+    return accepted.submission if accepted is not None and own else None
+
+
+def _refused(facts: RunFacts, window: str, cycle: int, miner: str, sequence: int) -> cycle_pb2.Refused | None:
+    return facts.get(cycle_pb2.Refused, window, cycle, "refused", f"{miner}-{sequence}")
+
+
+def _said(evidence: Evidence, sequence: int, kind: str, miner: str, cycle: int) -> Fact | None:
+    said = evidence.said.get(sequence)
+    fits = said is not None and (said.key.kind, said.signer, said.key.cycle) == (kind, miner, cycle)
+    return said if fits else None

@@ -1,0 +1,216 @@
+"""Whether scores, consensus, ranks and rewards follow from the reports, and the draw from the reveals. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from connito.audit.differences import Difference, Step, differing, first_difference
+from connito.audit.evidence import Evidence
+from connito.beacon import draw_seed, opens
+from connito.consensus import Consensus
+from connito.errors import Invalid, reason_name
+from connito.facts import RunFacts
+from connito.gate import Losses, judge
+from connito.reports import quorum_fault, read_reports
+from connito.scoring import score_submission
+from connito.v1 import cycle_pb2, reasons_pb2
+from connito.verdicts import Refusals, agree, no_quorum, score_cycle, without
+
+# Reasons that a file, not a loss, gave.
+OF_THE_FILE = frozenset(
+    {
+        reasons_pb2.REASON_ARTIFACT_MISSING,
+        reasons_pb2.REASON_DIGEST_MISMATCH,
+        reasons_pb2.REASON_OVERSIZED,
+        reasons_pb2.REASON_BAD_HEADER,
+        reasons_pb2.REASON_WRONG_TENSORS,
+        reasons_pb2.REASON_WRONG_SHAPE,
+        reasons_pb2.REASON_WRONG_DTYPE,
+        reasons_pb2.REASON_NON_FINITE,
+        reasons_pb2.REASON_NORM_EXCEEDED,
+    }
+)
+
+
+def beacon(evidence: Evidence, cycle: int) -> Step:
+    """The seed is the hash of the secrets that the drawn validators committed to before anything was submitted."""
+    drawn = evidence.facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    if drawn is None:
+        return Step("beacon", cycle, 0, note="nothing was drawn")
+    return Step("beacon", cycle, 1 + len(drawn.validators), tuple(_draw(evidence, cycle, drawn)))
+
+
+def _draw(evidence: Evidence, cycle: int, drawn: cycle_pb2.SeedDrawn) -> Iterator[Difference]:
+    facts, where = evidence.facts, evidence.subject("validate", cycle, "drawn")
+    secrets: dict[str, bytes] = {}
+    for validator in drawn.validators:
+        committed = facts.get(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator)
+        revealed = facts.get(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator)
+        if committed is None or revealed is None:
+            missing = "commitment" if committed is None else "reveal"
+            yield Difference("beacon", where, f"counts {validator[:12]}…, whose {missing} is not in the log", cycle)
+        elif not opens(committed.digest, facts.run, cycle, validator, revealed.secret):
+            place = evidence.subject("validate", cycle, "seed", validator)
+            yield Difference("beacon", place, "the secret does not open what the validator committed to", cycle)
+        else:
+            secrets[validator] = revealed.secret
+    if not secrets or len(secrets) == len(drawn.validators):
+        seed = draw_seed(facts.run, cycle, secrets) if secrets else b""
+        if seed != drawn.seed:
+            yield Difference("beacon", where, f"seed: {seed.hex()} recomputed, {drawn.seed.hex()} in the log", cycle)
+    opened = facts.opened("validate", cycle)
+    named = [*drawn.validators, *drawn.omitted]
+    if opened is not None and sorted(opened.expected) != sorted(named):
+        yield Difference("beacon", where, "does not name, as drawn or omitted, exactly who was expected", cycle)
+
+
+def reports(evidence: Evidence, cycle: int) -> Step:
+    """Each report covers what was submitted, and its utilities, intervals and reasons follow from its own losses."""
+    found: list[Difference] = []
+    compared = left_out = 0
+    for validator, fact in evidence.facts.all("validate", cycle, "report").items():
+        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+        found += _report(evidence, cycle, validator, fact.message)
+        compared += len(fact.message.scores)
+        left_out += sum(1 for score in fact.message.scores if not score.losses and score.reason not in OF_THE_FILE)
+    note = f"{left_out} without losses: only the model can tell" if left_out else ""
+    return Step("reports", cycle, compared, tuple(found), note)
+
+
+def _report(evidence: Evidence, cycle: int, validator: str, report: cycle_pb2.ScoreReport) -> Iterator[Difference]:
+    facts, where = evidence.facts, evidence.subject("validate", cycle, "report", validator)
+    settled = facts.settled("submit", cycle)
+    counted = read_reports(facts, cycle) if settled is not None and facts.opened("train", cycle) is not None else None
+    if counted is not None and counted.ignored.get(validator, "late") != "late":
+        yield Difference("reports", where, f"does not count: {counted.ignored[validator]}", cycle)
+    given = {score.miner for score in report.scores}
+    for entry in settled.submissions if settled is not None else ():
+        if entry.miner not in given:
+            yield Difference("reports", where, "leaves a submission out", cycle, entry.miner)
+    for score in report.scores:
+        what = score_fault(facts, score)
+        if what:
+            yield Difference("reports", f"{where} on {evidence.name(score.miner)}", what, cycle, score.miner)
+
+
+def score_fault(facts: RunFacts, score: cycle_pb2.SubmissionScore) -> str:
+    """Why a score does not follow from the losses beside it; empty when it does, or when they were left out."""
+    spec = facts.spec
+    assert spec is not None
+    if not score.losses:
+        bare = cycle_pb2.SubmissionScore(miner=score.miner, artifact_digest=score.artifact_digest)
+        return first_difference(bare, score, ("reason", "detail")) if score.reason in OF_THE_FILE else ""
+    unchanged = score.reason == reasons_pb2.REASON_UNCHANGED
+    try:
+        again = score_submission(
+            score.miner, score.artifact_digest, score.losses, spec.holdout.domain, spec.scoring, unchanged=unchanged
+        )
+    except Invalid as error:
+        return str(error)
+    return first_difference(again, score, ("losses",))
+
+
+def consensus_of(evidence: Evidence, cycle: int, submissions: Sequence[cycle_pb2.Submission]) -> Consensus:
+    """What the validators' reports agree on, as the aggregator has to see it."""
+    facts, stake = evidence.facts, evidence.roster.stake
+    given = read_reports(facts, cycle)
+    fault = quorum_fault(facts, cycle, given, stake)
+    return no_quorum(facts, cycle, submissions, fault) if fault else agree(facts, cycle, given, submissions, stake)
+
+
+def submissions_of(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
+    """The settled submissions, one a miner."""
+    settled = facts.settled("submit", cycle)
+    return [] if settled is None else list({entry.miner: entry for entry in settled.submissions}.values())
+
+
+def verdicts(evidence: Evidence, cycle: int) -> Step:
+    """Consensus, ranks, rewards and verdicts, recomputed bit for bit, and the emission is given out to the unit.
+
+    Who copied whom, whose file is unusable and what share of the merge each has come from files: taken over here, and
+    recomputed with the merge.
+    """
+    facts = evidence.facts
+    scored, version = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored"), facts.version(cycle)
+    where = evidence.subject("merge", cycle, "scored")
+    if scored is None or facts.settled("submit", cycle) is None:
+        missing = version is not None
+        found = [Difference("verdicts", where, "is not in the log, but the cycle has a version", cycle)]
+        return Step("verdicts", cycle, 0, tuple(found if missing else ()))
+    if version is None:
+        return Step("verdicts", cycle, 0, note="the version, with each one's share, is not out yet")
+    again = recorded_verdicts(evidence, cycle, scored, version)
+    differences = [
+        Difference("verdicts", where, what, cycle, _miner_of(scored, what)) for what in differing(again, scored)
+    ]
+    spent = sum(verdict.reward for verdict in scored.verdicts) + scored.unallocated
+    assert facts.spec is not None
+    if spent != facts.spec.emission:
+        what = f"rewards and the rest come to {spent} units; a cycle emits {facts.spec.emission}"
+        differences.append(Difference("verdicts", where, what, cycle))
+    return Step("verdicts", cycle, len(scored.verdicts) + len(scored.validators), tuple(differences))
+
+
+def recorded_verdicts(
+    evidence: Evidence, cycle: int, scored: cycle_pb2.CycleScored, version: cycle_pb2.VersionPublished | None
+) -> cycle_pb2.CycleScored:
+    """The cycle's result, given what its record says that files showed."""
+    submissions = submissions_of(evidence.facts, cycle)
+    agreed = without(consensus_of(evidence, cycle, submissions), of_the_file(scored))
+    weights = dict(zip(version.merged, version.weights, strict=False)) if version is not None else {}
+    unmerged: Refusals = {
+        verdict.miner: (verdict.reason, verdict.detail)
+        for verdict in scored.verdicts
+        if verdict.status == cycle_pb2.VERDICT_STATUS_SCORED and verdict.reason != reasons_pb2.REASON_BELOW_CUTOFF
+    }
+    return score_cycle(evidence.facts, cycle, submissions, agreed, _copies(submissions, scored), weights, unmerged)
+
+
+def of_the_file(scored: cycle_pb2.CycleScored) -> Refusals:
+    """Submissions that were rejected for what is in their file, with the reason."""
+    return {
+        verdict.miner: (verdict.reason, verdict.detail)
+        for verdict in scored.verdicts
+        if verdict.status == cycle_pb2.VERDICT_STATUS_REJECTED and verdict.reason in OF_THE_FILE
+    }
+
+
+def _copies(submissions: Sequence[cycle_pb2.Submission], scored: cycle_pb2.CycleScored) -> dict[str, str]:
+    """Copy -> original, as the details name them: `a copy of what <start of the key>… committed earlier`."""
+    found = {}
+    for verdict in scored.verdicts:
+        if verdict.reason == reasons_pb2.REASON_COPY:
+            named = verdict.detail.removeprefix("a copy of what ").partition("…")[0]
+            found[verdict.miner] = next((s.miner for s in submissions if named and s.miner.startswith(named)), "")
+    return found
+
+
+def _miner_of(scored: cycle_pb2.CycleScored, what: str) -> str:
+    """The miner of `verdicts[2].reward: …`."""
+    head = what.partition(":")[0]
+    if not head.startswith("verdicts["):
+        return ""
+    index = int(head[len("verdicts[") :].partition("]")[0])
+    return scored.verdicts[index].miner if index < len(scored.verdicts) else ""
+
+
+def gate(evidence: Evidence, cycle: int) -> Step:
+    """What the gate is said to have measured bears out what it is said to have decided."""
+    facts, version = evidence.facts, evidence.facts.version(cycle)
+    spec = facts.spec
+    if version is None or spec is None or not version.merged:
+        return Step("gate", cycle, 0, note="" if version is None else "the incumbent stayed")
+    before = Losses({loss.domain: (loss.before * loss.tokens, loss.tokens) for loss in version.gate_losses})
+    after = Losses({loss.domain: (loss.after * loss.tokens, loss.tokens) for loss in version.gate_losses})
+    target = version.gate_losses[0].domain if version.gate_losses else ""
+    why = judge(before, after, spec.holdout.domain, spec.merging.gate_general_margin)
+    if target != spec.holdout.domain:
+        why = f"what it measured first is {target or 'nothing'!r}, not the target {spec.holdout.domain!r}"
+    where = evidence.subject("merge", cycle, "version")
+    found = (Difference("gate", where, f"should not have passed: {why}", cycle),) if why else ()
+    return Step("gate", cycle, len(version.gate_losses), found)
+
+
+def reason_of(score: cycle_pb2.SubmissionScore | cycle_pb2.Verdict) -> str:
+    """The reason as people see it; empty for none."""
+    return reason_name(score.reason)

@@ -1,0 +1,312 @@
+"""Doing the computing of a run again, from the artifacts that its log names: merges, and the deposited expert.
+
+These need no model. What does (`remeasure`) is beside it; either is compared with what the log says came out.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from connito.audit.artifacts import Artifacts
+from connito.audit.differences import Difference, Step, differing, first_difference
+from connito.audit.evidence import Evidence
+from connito.audit.judging import OF_THE_FILE, consensus_of, of_the_file, submissions_of
+from connito.corpus import Corpus
+from connito.errors import Invalid, reason_name
+from connito.facts import RunFacts
+from connito.holdout import draw_sequences, subsets
+from connito.merging import Files, Measure, Merged, merge_cycle, remerge_cycle
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
+from connito.verdicts import Refusals
+
+# Fields of a version that are not recomputed: losses have a comparison of their own, a fence is the leader's lease.
+_MEASURED = ("gate_losses", "losses", "fence")
+
+
+@dataclass
+class Distances:
+    """How far recomputed losses are from recorded ones, in nats per token, and how much may be."""
+
+    tolerance: float
+    compared: int = 0
+    exact: int = 0
+    largest: float = 0.0
+
+    def add(self, expected: float, found: float, tokens: int = 1) -> str:
+        """Compare sums over `tokens`; what is wrong when they are too far apart."""
+        self.compared += 1
+        if expected == found or (expected != expected and found != found):
+            self.exact += 1
+            return ""
+        distance = abs(expected - found) / max(tokens, 1)
+        self.largest = max(self.largest, distance if distance == distance else float("inf"))
+        if distance <= self.tolerance:
+            return ""
+        return f"{expected!r} recomputed, {found!r} in the log ({distance:.3g} nats per token apart)"
+
+    def note(self) -> str:
+        """What to say about them."""
+        if not self.compared:
+            return ""
+        if self.exact == self.compared:
+            return f"{self.compared} losses, all equal to the bit"
+        return (
+            f"{self.compared} losses, {self.exact} equal to the bit, the others within {self.largest:.2g} nats per "
+            f"token ({self.tolerance:g} is tolerated)"
+        )
+
+
+@dataclass
+class Bench:
+    """What recomputing stands on. `measure` gives losses of a state for the gate; None where there is no model."""
+
+    evidence: Evidence
+    artifacts: Artifacts
+    tolerance: float
+    measure: Measure | None = None
+    say: Callable[[str], None] = field(default=lambda _: None)
+
+
+def merge(bench: Bench, cycle: int) -> Step:
+    """The cycle's result and version again, bit for bit: copies, weights, outer step, momentum, and the gate."""
+    evidence, facts = bench.evidence, bench.evidence.facts
+    version, scored = facts.version(cycle), facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    if version is None or scored is None or facts.settled("submit", cycle) is None:
+        return Step("merge", cycle, 0, note="nothing was merged yet")
+    bench.say(f"merging cycle {cycle} again")
+    try:
+        with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
+            merged = _merge(bench, cycle, version, scored, Path(folder))
+    except Invalid as error:
+        where = evidence.subject("merge", cycle, "version")
+        return Step("merge", cycle, 1, (Difference("merge", where, f"cannot be recomputed: {error}", cycle),))
+    distances = Distances(bench.tolerance)
+    found = tuple(_compare(bench, cycle, merged, version, scored, distances))
+    note = distances.note() if bench.measure is not None else "the gate's losses are taken from the log"
+    return Step("merge", cycle, 2, found, note)
+
+
+def _merge(
+    bench: Bench,
+    cycle: int,
+    version: cycle_pb2.VersionPublished,
+    scored: cycle_pb2.CycleScored,
+    folder: Path,
+) -> Merged:
+    facts = bench.evidence.facts
+    submissions = submissions_of(facts, cycle)
+    agreed = consensus_of(bench.evidence, cycle, submissions)
+    files, unusable = _files(bench, cycle, submissions, of_the_file(scored))
+    if bench.measure is None:
+        return remerge_cycle(facts, cycle, submissions, agreed, unusable, files, version, folder)
+    return merge_cycle(facts, cycle, submissions, agreed, unusable, files, bench.measure, folder)
+
+
+def _files(
+    bench: Bench, cycle: int, submissions: Sequence[cycle_pb2.Submission], recorded: Refusals
+) -> tuple[Files, Refusals]:
+    """A submission that was gone when it was merged is gone here; one that is gone only here cannot be recomputed."""
+    facts, artifacts = bench.evidence.facts, bench.artifacts
+    opened, previous = facts.opened("train", cycle), facts.version(cycle - 1)
+    assert opened is not None
+    parent = artifacts.path(opened.state)
+    momentum = None if previous is None else artifacts.path(previous.outer_state)
+    states: dict[str, Path] = {}
+    bases: dict[str, Path] = {}
+    unusable: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+    for entry in submissions:
+        if entry.artifact.digest not in artifacts.paths and entry.miner in recorded:
+            unusable[entry.miner] = recorded[entry.miner]
+            continue
+        states[entry.miner] = artifacts.path(entry.artifact)
+        bases[entry.miner] = artifacts.path(entry.base_state) if entry.base_state.digest else parent
+    return Files(parent, momentum, states, bases), unusable
+
+
+def _compare(
+    bench: Bench,
+    cycle: int,
+    merged: Merged,
+    version: cycle_pb2.VersionPublished,
+    scored: cycle_pb2.CycleScored,
+    distances: Distances,
+) -> Iterator[Difference]:
+    evidence = bench.evidence
+    where = evidence.subject("merge", cycle, "version")
+    for kind in ("gate_losses", "losses"):
+        again, recorded = getattr(merged.version, kind), getattr(version, kind)
+        for what in _losses(kind, again, recorded, distances):
+            yield Difference("merge", where, what, cycle)
+    # The sentences quote losses, which are another machine's to the fourth digit.
+    skip = ("detail", "gate_detail") if distances.largest else ()
+    for what in differing(merged.scored, scored, skip):
+        yield Difference("merge", evidence.subject("merge", cycle, "scored"), what, cycle)
+    for what in differing(merged.version, version, (*_MEASURED, *skip)):
+        yield Difference("merge", where, what, cycle)
+
+
+def _losses(
+    kind: str,
+    again: Sequence[cycle_pb2.DomainLoss],
+    recorded: Sequence[cycle_pb2.DomainLoss],
+    distances: Distances,
+) -> Iterator[str]:
+    if [(loss.domain, loss.tokens) for loss in again] != [(loss.domain, loss.tokens) for loss in recorded]:
+        yield f"{kind}: other domains or token counts than recomputed"
+        return
+    for one, other in zip(again, recorded, strict=True):
+        for side in ("before", "after"):
+            what = distances.add(getattr(one, side), getattr(other, side))
+            if what:
+                yield f"{kind} of {one.domain}, {side}: {what}"
+
+
+def draws(bench: Bench, cycle: int) -> Step:
+    """The held-out sequences that reports quote are those that the seed draws from the scoring part of each hold-out."""
+    facts = bench.evidence.facts
+    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    if drawn is None or facts.spec is None:
+        return Step("draws", cycle, 0, note="nothing was drawn")
+    try:
+        expected = draw_of(facts.spec, bench.artifacts, drawn.seed)
+    except Invalid as error:
+        where = bench.evidence.subject("validate", cycle, "drawn")
+        return Step("draws", cycle, 1, (Difference("draws", where, f"cannot be drawn again: {error}", cycle),))
+    found, compared = [], 0
+    for validator, fact in facts.all("validate", cycle, "report").items():
+        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+        for score in fact.message.scores:
+            compared += 1
+            quoted = [(loss.domain, loss.sequence) for loss in score.losses]
+            if quoted and quoted != expected:
+                where = f"{bench.evidence.subject('validate', cycle, 'report', validator)} on "
+                where += bench.evidence.name(score.miner)
+                what = "measured on other sequences than the seed draws"
+                found.append(Difference("draws", where, what, cycle, score.miner))
+    return Step("draws", cycle, compared, tuple(found))
+
+
+def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tuple[str, int]]:
+    """(domain, sequence number) that a seed draws, the target first. Raises `Invalid` without the hold-outs."""
+    drawn: list[tuple[str, int]] = []
+    for corpus in (spec.holdout, *spec.general_holdouts):
+        target = corpus.domain == spec.holdout.domain
+        count = spec.scoring.target_sequences if target else spec.scoring.general_sequences
+        sequences = Corpus.load(artifacts.path(corpus.artifact)).sequences(spec.training.sequence_length)
+        pool = subsets(sequences, spec, corpus.domain).score
+        numbers = draw_sequences(seed, corpus.domain, pool, count) if count else []
+        drawn += [(corpus.domain, number) for number in numbers]
+    return drawn
+
+
+def refused_content(bench: Bench, cycle: int) -> Step:
+    """Reveals that were refused for what is in the artifact: the artifact, where it still is, is examined again."""
+    from connito.audit.artifacts import refused_reveals
+    from connito.submission import read_header, validate
+
+    evidence, facts, found, compared = bench.evidence, bench.evidence.facts, [], 0
+    for entry in refused_reveals(evidence):
+        path = bench.artifacts.paths.get(entry.ref.digest)
+        spec, selection = facts.spec, facts.selection
+        if entry.cycle != cycle or path is None or spec is None or selection is None:
+            continue
+        compared += 1
+        refused = _refusal_of(facts, cycle, entry.miner, entry.ref.digest, evidence)
+        opened = facts.opened("train", cycle)
+        try:
+            base = bench.artifacts.paths.get(opened.state.digest) if opened is not None else None
+            layout = read_header(bench.artifacts.path(selection.initial_state))
+            validate(path, layout, base, spec.scoring.max_relative_norm or float("inf"))
+        except Invalid:
+            continue
+        name = reason_name(refused.reason) if refused is not None else "unknown"
+        where = evidence.subject("submit", cycle, "refused", entry.miner)
+        what = f"refused as {name}, but the artifact {entry.ref.digest[:12]}… is in order"
+        found.append(Difference("content", where, what, cycle, entry.miner))
+    return Step("content", cycle, compared, tuple(found))
+
+
+def _refusal_of(facts: RunFacts, cycle: int, miner: str, digest: str, evidence: Evidence) -> cycle_pb2.Refused | None:
+    for fact in facts.all("submit", cycle, "refused").values():
+        refused = fact.message
+        assert isinstance(refused, cycle_pb2.Refused)
+        said = evidence.said.get(refused.ingress_sequence)
+        if refused.miner == miner and refused.reason in OF_THE_FILE and said is not None:
+            assert isinstance(said.message, cycle_pb2.Reveal)
+            if said.message.artifact.digest == digest:
+                return refused
+    return None
+
+
+def expert(bench: Bench) -> Step:
+    """The library's expert, its record and its card again, byte for byte, from the final version and the log."""
+    deposited = [fact.message for fact in bench.evidence.facts.all("library", 0, "deposited").values()]
+    if not deposited:
+        return Step("expert", 0, 0, note="nothing was deposited")
+    found = []
+    message = deposited[0]
+    assert isinstance(message, run_pb2.ExpertDeposited)
+    where = bench.evidence.subject("library", 0, "deposited", message.expert_id)
+    try:
+        again = deposit_again(bench)
+        what = first_difference(again.message, message) if again is not None else "this run leaves nothing to deposit"
+    except Invalid as error:
+        what = f"cannot be recomputed: {error}"
+    if what:
+        found.append(Difference("expert", where, what))
+    return Step("expert", 0, 3, tuple(found))
+
+
+@dataclass(frozen=True)
+class Deposited:
+    """What the library has to write: the fact, and the expert, its record and its card as bytes."""
+
+    message: run_pb2.ExpertDeposited
+    files: tuple[bytes, ...]
+
+
+def deposit_again(bench: Bench) -> Deposited | None:
+    """The deposit of a run; None when it leaves nothing. Raises `Invalid` without the artifacts that it is made of."""
+    from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
+    from connito.library.card import render
+    from connito.library.deposit import Deposit, plan
+    from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
+    from connito.store import ref_of_bytes
+
+    facts = without_deposits(bench.evidence.facts)
+    decision = plan(facts)
+    if not isinstance(decision, Deposit) or facts.selection is None:
+        return None
+    public = artifacts_pb2.REALM_PUBLIC
+    state = bench.artifacts.path(decision.state)
+    report: Mapping[str, Mapping[str, str]] = json.loads(bench.artifacts.path(facts.selection.report).read_bytes())
+    with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
+        path = Path(folder) / "expert.safetensors"
+        digest = write_expert(state, path, decision.with_base(report.get("base", {})))
+        data = path.read_bytes()
+    record = build_record(facts, digest, len(data), tensor_sizes(state)[0])
+    card = render(record).encode()
+    card_ref = ref_of_bytes(card, CARD_MEDIA_TYPE, public)
+    record["card"] = {"digest": card_ref.digest, "bytes": card_ref.size}
+    message = run_pb2.ExpertDeposited(
+        run=record["run"],
+        expert_id=record["expert_id"],
+        expert=ref_of_bytes(data, MEDIA_TYPE, public),
+        record=ref_of_bytes(encode(record), RECORD_MEDIA_TYPE, public),
+        domain=record["domain"],
+        base_digest=record["base"]["manifest"],
+    )
+    return Deposited(message, (data, encode(record), card))
+
+
+def without_deposits(facts: RunFacts) -> RunFacts:
+    """The run as it was before its expert was deposited."""
+    earlier = RunFacts(facts.run)
+    for fact in facts.facts.values():
+        if fact.key.section != "library":
+            earlier.add(fact)
+    return earlier

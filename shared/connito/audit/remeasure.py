@@ -1,0 +1,188 @@
+"""Measuring again with the model: the selection of a run, and what every submission does to the drawn sequences.
+
+Losses are floating-point sums. On the machine that measured them, with as many threads, they come out to the bit; on
+another one within a tolerance, which is reported. Needs torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from connito.audit.artifacts import Artifacts, base_files, manifest_of
+from connito.audit.differences import Difference, Step, first_difference
+from connito.audit.evidence import Evidence
+from connito.audit.judging import OF_THE_FILE, submissions_of
+from connito.audit.recompute import Bench, Distances
+from connito.errors import Invalid, reason_name
+from connito.gate import Losses as GateLosses
+from connito.gate import Part
+from connito.moe import gate_bench, score_bench
+from connito.moe.score_bench import SubmissionFiles
+from connito.score_reports import Losses, rejected, score
+from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+
+
+class Models:
+    """The full model of a run, as the validators and as the gate use it. Loaded when first asked for.
+
+    Asking raises `Invalid` when an artifact is not there or does not fit.
+    """
+
+    def __init__(self, evidence: Evidence, artifacts: Artifacts, threads: int) -> None:
+        import torch
+
+        self._evidence, self._artifacts = evidence, artifacts
+        if threads:
+            torch.set_num_threads(threads)
+
+    @functools.cached_property
+    def scoring(self) -> score_bench.Bench:
+        """As a validator has it."""
+        return score_bench.Bench.load(*_parts(self._evidence, self._artifacts), device="cpu")
+
+    @functools.cached_property
+    def gating(self) -> gate_bench.Bench:
+        """As the aggregator has it."""
+        return gate_bench.Bench.load(*_parts(self._evidence, self._artifacts))
+
+    def measure(self, part: Part, digest: str, state: Path) -> GateLosses:
+        """What the gate measures of a state."""
+        return self.gating.measure(part, digest, state)
+
+
+_Parts = tuple[run_pb2.RunSpec, run_pb2.SelectionMade, dict[str, Path], dict[str, Path]]
+
+
+def _parts(evidence: Evidence, artifacts: Artifacts) -> _Parts:
+    spec, selection = evidence.facts.spec, evidence.facts.selection
+    assert spec is not None
+    assert selection is not None
+    files = _base(spec, artifacts)
+    corpora = [spec.holdout, *spec.general_holdouts]
+    holdouts = {corpus.domain: artifacts.path(corpus.artifact) for corpus in corpora}
+    return spec, selection, files, holdouts
+
+
+def _base(spec: run_pb2.RunSpec, artifacts: Artifacts) -> dict[str, Path]:
+    manifest = manifest_of(artifacts.path(spec.base.manifest))
+    return {name: artifacts.path(ref) for name, ref in base_files(manifest).items()}
+
+
+def selection(bench: Bench) -> Step:
+    """The selection again: the probe through the base, the map, the report, and θ_0, byte for byte."""
+    facts = bench.evidence.facts
+    spec, made = facts.spec, facts.selection
+    if spec is None or made is None:
+        return Step("selection", 0, 0, note="nothing was selected")
+    bench.say("selecting again")
+    try:
+        what = first_difference(_select(spec, bench.artifacts), made)
+    except Invalid as error:
+        what = f"cannot be recomputed: {error}"
+    found = (Difference("selection", "run.0.selected", what),) if what else ()
+    return Step("selection", 0, sum(len(layer.experts) for layer in made.layers), found)
+
+
+def _select(spec: run_pb2.RunSpec, artifacts: Artifacts) -> run_pb2.SelectionMade:
+    from connito.merging import STATE_MEDIA_TYPE
+    from connito.moe.choose import choose
+    from connito.store import ref_of_bytes, ref_of_file
+
+    public = artifacts_pb2.REALM_PUBLIC
+    manifest = manifest_of(artifacts.path(spec.base.manifest))
+    replay = artifacts.path(spec.replay.artifact) if spec.HasField("replay") else None
+    probe = artifacts.path(spec.probe.artifact)
+    with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
+        theta = Path(folder) / "theta.safetensors"
+        chosen = choose(spec, manifest, _base(spec, artifacts), probe, replay, theta)
+        statistics = ref_of_bytes(chosen.statistics, STATE_MEDIA_TYPE, public)
+        return run_pb2.SelectionMade(
+            run=spec.run,
+            layers=chosen.layers(),
+            report=ref_of_bytes(chosen.report(statistics.digest), "application/json", public),
+            initial_state=ref_of_file(theta, STATE_MEDIA_TYPE, public),
+            selected_experts=chosen.selection.selected,
+            total_experts=chosen.selection.total,
+            target_parameters=chosen.target_parameters,
+            model_parameters=chosen.model_parameters,
+        )
+
+
+def losses(bench: Bench, models: Models, cycle: int, only: str = "") -> Step:
+    """Every report's losses again, on the sequences that the seed draws. `only`: of one miner."""
+    facts = bench.evidence.facts
+    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    opened = facts.opened("train", cycle)
+    if drawn is None or opened is None or facts.settled("submit", cycle) is None:
+        return Step("losses", cycle, 0, note="nothing was drawn")
+    distances = Distances(bench.tolerance)
+    try:
+        again = _measure(bench, models, cycle, drawn.seed, opened, only)
+        found = tuple(_compare(bench, cycle, again, distances))
+    except Invalid as error:
+        where = bench.evidence.subject("validate", cycle, "drawn")
+        found = (Difference("losses", where, f"cannot be measured again: {error}", cycle),)
+    return Step("losses", cycle, distances.compared, found, distances.note())
+
+
+def _measure(
+    bench: Bench, models: Models, cycle: int, seed: bytes, opened: cycle_pb2.WindowOpened, only: str
+) -> dict[str, cycle_pb2.SubmissionScore]:
+    """What an honest validator reports, by miner."""
+    facts, artifacts = bench.evidence.facts, bench.artifacts
+    spec = facts.spec
+    assert spec is not None
+    drawn = models.scoring.draw(seed)
+    state, stop = artifacts.path(opened.state), threading.Event()
+    before: Mapping[str, Losses] = models.scoring.incumbent(state, drawn, stop)
+    found = {}
+    for entry in submissions_of(facts, cycle):
+        if (only and entry.miner != only) or entry.artifact.digest not in artifacts.paths:
+            continue
+        bench.say(f"measuring {bench.evidence.name(entry.miner)} of cycle {cycle} again")
+        same_base = entry.base_state.digest in ("", opened.state.digest)
+        files = SubmissionFiles(artifacts.path(entry.artifact), None if same_base else artifacts.path(entry.base_state))
+        try:
+            measured = models.scoring.submission(state, files, drawn, before, stop, entry.miner)
+            found[entry.miner] = score(entry, drawn, before, measured, spec)
+        except Invalid as error:
+            found[entry.miner] = rejected(entry, error)
+    return found
+
+
+def _compare(
+    bench: Bench, cycle: int, again: Mapping[str, cycle_pb2.SubmissionScore], distances: Distances
+) -> Iterator[Difference]:
+    evidence = bench.evidence
+    for validator, fact in evidence.facts.all("validate", cycle, "report").items():
+        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+        where = evidence.subject("validate", cycle, "report", validator)
+        for given in fact.message.scores:
+            mine = again.get(given.miner)
+            if mine is None:
+                continue
+            what = _score(mine, given, distances)
+            if what:
+                yield Difference("losses", f"{where} on {evidence.name(given.miner)}", what, cycle, given.miner)
+
+
+def _score(mine: cycle_pb2.SubmissionScore, given: cycle_pb2.SubmissionScore, distances: Distances) -> str:
+    """What is wrong with a reported score, given what was measured here."""
+    if mine.reason in OF_THE_FILE or given.reason in OF_THE_FILE:
+        same = mine.reason == given.reason
+        return "" if same else f"{reason_name(mine.reason) or 'sound'} here, {reason_name(given.reason)} in the log"
+    if not given.losses:
+        return distances.add(mine.utility, given.utility)
+    here = [(loss.domain, loss.sequence, loss.tokens) for loss in mine.losses]
+    if here != [(loss.domain, loss.sequence, loss.tokens) for loss in given.losses]:
+        return "measured on other sequences than the seed draws"
+    for one, other in zip(mine.losses, given.losses, strict=True):
+        for side in ("before", "after"):
+            what = distances.add(getattr(one, side), getattr(other, side), one.tokens)
+            if what:
+                return f"sequence {one.sequence} of {one.domain}, {side}: {what}"
+    return ""

@@ -1,0 +1,334 @@
+"""Loading a base model without holding it twice: tensors are memory-mapped, so processes on one machine share pages."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.base.manifest import Manifest, Range, Reader, TensorEntry, checked, stores_singly
+from connito.errors import Invalid, NotFound
+from connito.moe.layout import as_targets, require_moe_layers
+from connito.v1 import reasons_pb2
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def build_empty(config: Any, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A causal language model of `config` whose parameters *are* `tensors`: nothing is initialised and nothing copied.
+
+    Raises `Invalid` naming the first tensor that is missing, surplus or of another shape.
+    """
+    model = build_meta(config)
+    assign(model, tensors)
+    return model
+
+
+def build_meta(config: Any) -> nn.Module:
+    """The model's modules with parameters on the meta device and real buffers (rotary tables). In eval mode, frozen."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), _parameters_on_meta():
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace the model's meta parameters by `tensors`, then tie what the configuration ties."""
+    try:
+        missing, surplus = model.load_state_dict(dict(tensors), strict=False, assign=True)
+    except RuntimeError as error:
+        raise Invalid(
+            f"the checkpoint does not fit its configuration: {error}", reason=reasons_pb2.REASON_WRONG_SHAPE
+        ) from error
+    model.tie_weights()  # type: ignore[operator]
+    model.requires_grad_(False)
+    absent = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
+    if absent or surplus:
+        name = (absent or sorted(surplus))[0]
+        what = "is missing from" if absent else "does not belong in"
+        raise Invalid(
+            f"{name} {what} the checkpoint ({len(absent)} missing, {len(surplus)} surplus): it was saved for another "
+            "architecture than its config.json names",
+            reason=reasons_pb2.REASON_WRONG_TENSORS,
+        )
+    del missing
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter registered inside has no storage. Buffers are left alone: nobody could recompute them later."""
+    import torch
+    from torch import nn
+
+    plain = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        plain(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
+def load_full(source: Path | Mapping[str, Path], *, device: torch.device | None = None) -> nn.Module:
+    """The whole model from a checkpoint directory, or from its files by name (`config.json`, `model.safetensors`, …).
+
+    On the CPU, tensors are memory-mapped copy-on-write: several processes share the page cache, and writing expert rows
+    copies only the pages written. A checkpoint that stores its experts singly cannot be mapped and is converted.
+    """
+    files = files_of(source)
+    config = load_config(files)
+    model = build_meta(config)
+    tensors = mapped_tensors(files)
+    if _same_names(model, tensors):
+        assign(model, tensors)
+    else:
+        model = _converted(files, config)
+    return model if device is None else model.to(device)
+
+
+def load_resident(
+    manifest: Manifest,
+    reader: Reader,
+    selection: Any,
+    helpers: Mapping[int, Iterable[int]] | None = None,
+    routing_mode: str = "natural",
+) -> nn.Module:
+    """`compress(load_full(…))` without ever holding or fetching the full model.
+
+    Reads the shared tensors, and of each adapted layer only the rows of targets and helpers, through `reader`; every
+    range is checked against the manifest. Raises `VerificationFailed` for wrong bytes, `Invalid` for a base whose names
+    differ from the family's (import it with `connito base import`).
+    """
+    config = config_from_json(manifest_file(manifest, reader, "config.json"))
+
+    def rows(layer: int, parameter: str, experts: tuple[int, ...]) -> torch.Tensor:
+        return _fetch_rows(manifest, reader, layer, parameter, experts)
+
+    def shared(names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: _tensor(manifest.read(reader, name), manifest.tensors[name]) for name in names}
+
+    return _resident(config, set(manifest.tensors), shared, rows, selection, helpers or {}, routing_mode)
+
+
+def load_resident_local(
+    source: Path | Mapping[str, Path],
+    selection: Any,
+    helpers: Mapping[int, Iterable[int]] | None = None,
+    routing_mode: str = "natural",
+) -> nn.Module:
+    """`load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows copied."""
+    files = files_of(source)
+    tensors = mapped_tensors(files)
+    config = load_config(files)
+    meta = build_meta(config)
+    if not _same_names(meta, tensors):
+        from connito.moe.resident import compress
+
+        return compress(_converted(files, config), selection, helpers, routing_mode)
+    layers = {index: layer.experts_name for index, layer in require_moe_layers(meta).items()}
+
+    def rows(layer: int, parameter: str, experts: tuple[int, ...]) -> torch.Tensor:
+        return tensors[f"{layers[layer]}.{parameter}"][list(experts)]
+
+    return _resident(
+        config,
+        set(tensors),
+        lambda names: {name: tensors[name] for name in names},
+        rows,
+        selection,
+        helpers or {},
+        routing_mode,
+    )
+
+
+def _resident(
+    config: Any,
+    names: set[str],
+    shared: Callable[[list[str]], dict[str, torch.Tensor]],
+    rows: Callable[[int, str, tuple[int, ...]], torch.Tensor],
+    selection: Any,
+    helpers: Mapping[int, Iterable[int]],
+    routing_mode: str,
+) -> nn.Module:
+    import torch
+
+    from connito.moe.resident import install, resident_plan
+
+    model = build_meta(config)
+    layers = require_moe_layers(model)
+    plan = resident_plan(layers, as_targets(selection), helpers, routing_mode)
+    for index, residents in plan.items():
+
+        def pick(name: str, experts: tuple[int, ...], index: int = index) -> torch.Tensor:
+            bank = getattr(layers[index].experts, name)
+            return rows(index, name, experts) if experts else torch.empty(0, *bank.shape[1:], dtype=bank.dtype)
+
+        banks = {
+            name: (pick(name, residents.targets), pick(name, residents.helpers)) for name in layers[index].parameters
+        }
+        install(layers[index], residents, banks, routing_mode)
+    whole = {
+        f"{layer.experts_name}.{name}": rows(index, name, tuple(range(layer.num_experts)))
+        for index, layer in layers.items()
+        if index not in plan
+        for name in layer.parameters
+        if f"{layer.experts_name}.{name}" not in names and stores_singly(names, index)
+    }
+    wanted = [name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in whole]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    absent = [name for name in wanted if name not in names and name not in tied]
+    if absent:
+        raise Invalid(
+            f"the base has no tensor {absent[0]}: its names differ from the family's; import it once with `connito base import`",
+            reason=reasons_pb2.REASON_WRONG_TENSORS,
+        )
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assign(model, whole | shared([name for name in wanted if name in names]))
+    for name in trainable:
+        model.get_parameter(name).requires_grad_(True)
+    return model
+
+
+def _fetch_rows(
+    manifest: Manifest, reader: Reader, layer: int, parameter: str, experts: tuple[int, ...]
+) -> torch.Tensor:
+    """Rows [len(experts), …] of one fused tensor, whichever way the checkpoint stores its experts."""
+    import torch
+
+    out = []
+    for expert in experts:
+        parts = {part.parameter: part for part in manifest.expert_rows(layer, expert)}
+        if parameter in parts:
+            wanted = [parts[parameter]]
+        else:
+            wanted = [parts[p] for p in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}[parameter]]
+        out.append(torch.cat([_tensor(manifest.read_range(reader, part), part) for part in wanted]))
+    return torch.stack(out)
+
+
+def _tensor(data: bytes, entry: TensorEntry | Range) -> torch.Tensor:
+    import torch
+
+    dtypes = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+    if entry.dtype not in dtypes:
+        raise Invalid(
+            f"tensors of type {entry.dtype} are not supported; convert the base to F32 or BF16",
+            reason=reasons_pb2.REASON_WRONG_DTYPE,
+        )
+    if not data:
+        return torch.empty(entry.shape, dtype=dtypes[entry.dtype])
+    return torch.frombuffer(bytearray(data), dtype=dtypes[entry.dtype]).view(entry.shape)
+
+
+def files_of(source: Path | Mapping[str, Path]) -> dict[str, Path]:
+    """Files by name. Raises `NotFound` when there is no config.json or no safetensors among them."""
+    files = (
+        {path.name: path for path in source.iterdir() if path.is_file()} if isinstance(source, Path) else dict(source)
+    )
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise NotFound(
+            f"{source if isinstance(source, Path) else sorted(files)} is not a checkpoint: it needs config.json and "
+            ".safetensors files; make one with `connito base build`"
+        )
+    return files
+
+
+def load_config(files: Mapping[str, Path]) -> Any:
+    """The configuration from config.json. Raises `Invalid` for a family that transformers does not know."""
+    return config_from_json(files["config.json"].read_bytes())
+
+
+def config_from_json(data: bytes) -> Any:
+    """The same from its bytes. On the CPU experts run in the family's own loop: batched products are far slower there."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values = json.loads(data)
+    family = values.get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise Invalid(
+            f"the model family {family!r} is not part of the installed transformers", reason=reasons_pb2.REASON_BAD_SPEC
+        )
+    config = CONFIG_MAPPING[family].from_dict(values)
+    config._experts_implementation = "eager"
+    return config
+
+
+def manifest_file(manifest: Manifest, reader: Reader, name: str) -> bytes:
+    """A small file of the base, checked. Raises `NotFound` when the base has none of that name."""
+    if name not in manifest.files:
+        raise NotFound(f"the base has no {name}; build or import it again")
+    entry = manifest.files[name]
+    return checked(reader(entry, 0, entry.size), entry.digest, name)
+
+
+def load_tokenizer(source: Path | Mapping[str, Path]) -> Any:
+    """The tokenizer of a checkpoint directory, or of its files by name."""
+    from transformers import AutoTokenizer
+
+    if isinstance(source, Path):
+        return AutoTokenizer.from_pretrained(source)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in source.items():
+            if not name.endswith(".safetensors"):
+                (Path(folder) / name).symlink_to(path.resolve())
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def mapped_tensors(files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
+    """Every tensor of the checkpoint by name, memory-mapped."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(files):
+        if not name.endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(files[name], framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError as error:
+            raise Invalid(f"{files[name]} is damaged: {error}", reason=reasons_pb2.REASON_BAD_HEADER) from error
+    return tensors
+
+
+def _same_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    names = set(model.state_dict())
+    return names - tied <= set(tensors) <= names
+
+
+def _converted(files: Mapping[str, Path], config: Any) -> nn.Module:
+    """Let transformers rename and fuse what the checkpoint stores otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in files.items():
+            (Path(folder) / name).symlink_to(path.resolve())
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=config.dtype, experts_implementation="eager"
+        )
+    model.eval()
+    return model.requires_grad_(False)

@@ -1,0 +1,296 @@
+"""The bus as services use it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from google.protobuf.message import Message
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+from nats.js.errors import APIError, KeyNotFoundError, NotFoundError
+
+from connito import metrics, subjects
+from connito.bus.connection import Connection
+from connito.bus.consume import Worker
+from connito.bus.follow import CaughtUp, follow
+from connito.envelope import MAX_ENVELOPE_BYTES, open_bytes, seal
+from connito.errors import Fatal, Invalid, Retry
+from connito.facts import Record, verify_fact
+from connito.identity import Identity
+from connito.roster import Roster
+from connito.streams import DURABLES, ENDPOINTS, stream_of
+from connito.tasks import end_tasks
+from connito.telemetry import get_logger, inject
+from connito.v1 import reasons_pb2 as reasons
+from connito.v1.cycle_pb2 import DeadLetter
+
+log = get_logger("bus")
+
+_WRONG_LAST_SEQUENCE = (10071, 10164)
+PUBLISH_SECONDS = 8.0
+
+
+class _HasNatsUrl(Protocol):
+    @property
+    def nats_url(self) -> str: ...
+
+
+class Bus:
+    """A connection to the log. Make one with `await Bus.connect(...)`; it is an async context manager."""
+
+    def __init__(self, connection: Connection, roster: Roster | None = None) -> None:
+        self._connection = connection
+        self._roster = roster
+
+    @classmethod
+    async def connect(
+        cls, settings_or_url: _HasNatsUrl | str, identity: Identity | None, name: str, roster: Roster | None = None
+    ) -> Self:
+        """Log in with the identity's nkey, or without one. With a roster, a fact that someone without the role wrote
+        does not keep its true author from writing it.
+
+        Raises `Retry` when the broker is away and `Invalid` when it refuses the key. Later the connection comes back
+        by itself, however long the broker is away.
+        """
+        url = settings_or_url if isinstance(settings_or_url, str) else settings_or_url.nats_url
+        connection = Connection(url, identity, name)
+        await connection.open()
+        return cls(connection, roster)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Flush and disconnect. Followers and consumers should have been cancelled before."""
+        await self._connection.close()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker is there right now."""
+        return self._connection.connected
+
+    @property
+    def identity(self) -> Identity:
+        """Who signs here. Raises `Fatal` on a connection without a key."""
+        if self._connection.identity is None:
+            raise Fatal("this connection has no key to sign with; set CONNITO_KEY_FILE")
+        return self._connection.identity
+
+    @property
+    def js(self) -> JetStreamContext:
+        """JetStream itself, for declaring streams."""
+        return self._connection.js
+
+    # Writing.
+
+    async def publish_fact(
+        self, run: str, section: str, cycle: int, kind: str, message: Message, id_: str = ""
+    ) -> bool:
+        """Sign and write a fact. True: it stands as written here. False: another message stands on that subject.
+
+        Raises `Retry` when no acknowledgement came (it may or may not have been written; writing it again is safe)
+        and `Invalid` when this key may not write there or the message is too large.
+        """
+        subject = subjects.fact(run, section, cycle, kind, id_)
+        return await self._publish_once(subject, self._seal(subject, message), f"{section}.{kind}")
+
+    async def publish_ingress(self, run: str, kind: str, message: Message) -> int:
+        """Sign and send what a miner says; its key names the subject. Returns the sequence in INGRESS.
+
+        Raises as `publish_fact`. After `Retry`, sending again may store it a second time; the first one stands.
+        """
+        subject = subjects.ingress(run, self.identity.public, kind)
+        ack = await self._publish(subject, self._seal(subject, message), {}, f"ingress.{kind}")
+        return int(ack["seq"])
+
+    def _seal(self, subject: str, message: Message) -> bytes:
+        data = seal(self.identity, subject, message).SerializeToString()
+        if len(data) > MAX_ENVELOPE_BYTES:
+            raise Invalid(
+                f"{subject} would be {len(data)} bytes, over the limit of {MAX_ENVELOPE_BYTES}; put the bulk of it in "
+                "an artifact",
+                reason=reasons.REASON_OVERSIZED,
+            )
+        return data
+
+    async def _publish_once(self, subject: str, data: bytes, kind: str, after: int = 0) -> bool:
+        try:
+            await self._publish(subject, data, {"Nats-Expected-Last-Subject-Sequence": str(after)}, kind)
+        except _SubjectTakenError:
+            return await self._settle(subject, data, kind)
+        return True
+
+    async def _settle(self, subject: str, data: bytes, kind: str) -> bool:
+        """Something stands on the subject: ours after all (its acknowledgement was lost), another's, or garbage."""
+        standing = await self.last_record(subject)
+        if standing is None or standing.data == data:
+            if standing is None:
+                raise Retry(f"{subject} was taken and is empty again; the broker is still recovering")
+            return True
+        try:
+            if self._roster is not None and not subject.startswith(subjects.DLQ_ROOT):
+                verify_fact(standing, self._roster)
+            else:
+                open_bytes(standing.data, subject)
+        except Invalid as error:
+            log.error(
+                "a message without authority stood on the subject of a fact, writing after it", security=True,
+                subject=subject, sequence=standing.sequence, error=str(error),
+            )  # fmt: skip
+            metrics.SECURITY_EVENTS.labels("squatted_subject").inc()
+            return await self._publish_once(subject, data, kind, after=standing.sequence)
+        metrics.EVENTS_PUBLISHED.labels(kind, "stood").inc()
+        return False
+
+    async def _publish(self, subject: str, data: bytes, extra: dict[str, str], kind: str) -> dict[str, Any]:
+        """Send the same bytes until they are acknowledged, for at most `PUBLISH_SECONDS`."""
+        headers = inject({"Nats-Msg-Id": hashlib.sha256(data).hexdigest(), **extra})
+        give_up, attempt = time.monotonic() + PUBLISH_SECONDS, 0
+        while True:
+            attempt += 1
+            try:
+                with metrics.PUBLISH_SECONDS.time():
+                    msg = await self._connection.request(subject, data, headers)
+                ack = self._read_ack(json.loads(msg.data), subject)
+            except Retry as error:
+                if time.monotonic() + error.after > give_up:
+                    metrics.EVENTS_PUBLISHED.labels(kind, "retry").inc()
+                    raise
+                await asyncio.sleep(error.after)
+                continue
+            except Invalid:
+                metrics.EVENTS_PUBLISHED.labels(kind, "denied").inc()
+                raise
+            if ack.get("duplicate") and attempt == 1:
+                # The id is the hash of bytes that only we could make: someone replayed our message before we sent it.
+                log.error("the broker took a new message for a duplicate", security=True, subject=subject)
+                metrics.SECURITY_EVENTS.labels("unexpected_duplicate").inc()
+            metrics.EVENTS_PUBLISHED.labels(kind, "written").inc()
+            return ack
+
+    def _read_ack(self, ack: dict[str, Any], subject: str) -> dict[str, Any]:
+        error = ack.get("error")
+        if error is None:
+            return ack
+        if error.get("err_code") in _WRONG_LAST_SEQUENCE:
+            raise _SubjectTakenError
+        description = error.get("description", "")
+        if error.get("err_code") == 10054:
+            raise Invalid(f"the broker finds {subject} too large: {description}", reason=reasons.REASON_OVERSIZED)
+        if "maximum messages per subject" in description:
+            raise Invalid(f"{subject} is full: {description}", reason=reasons.REASON_QUOTA_EXCEEDED)
+        raise Retry(f"the broker cannot store {subject}: {description}")
+
+    # Reading.
+
+    def follow(
+        self, streams: Sequence[str], run: str = "", *, start: Mapping[str, int] | None = None
+    ) -> AsyncGenerator[Record | CaughtUp, None]:
+        """Everything in `streams` (of one run, or of all), from the beginning or from the sequences in `start`.
+
+        In order per stream, each message once; yields `CaughtUp` once, when everything that was stored at the start
+        has been delivered. Goes on for ever, through restarts and stalls of the broker. Raises `Invalid` when this key
+        may not read and `Fatal` when the broker closes the connection for good.
+        """
+        return follow(self._connection, streams, run, dict(start or {}))
+
+    async def consume(
+        self,
+        durable: str,
+        handler: Callable[[Record], Awaitable[None]],
+        *,
+        concurrency: int = 1,
+        heartbeat: float | None = None,
+    ) -> None:
+        """Work off a durable consumer until cancelled, sharing it with every other replica.
+
+        `Retry` from the handler: again after a growing delay. `Invalid`: a signed copy to the DLQ, and done. Anything
+        else is raised here, and the message will be delivered again. While the handler runs, the broker is told so
+        every `heartbeat` seconds (a third of the consumer's acknowledgement time unless given).
+        """
+        beat = heartbeat if heartbeat is not None else DURABLES[durable].ack_wait / 3
+        workers = [
+            asyncio.create_task(Worker(self._connection, durable, handler, self._bury, beat).run())
+            for _ in range(concurrency)
+        ]
+        try:
+            done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            for worker in done:
+                worker.result()
+        finally:
+            await end_tasks(workers)
+
+    async def _bury(self, letter: DeadLetter) -> None:
+        subject = f"{subjects.DLQ_ROOT}.{letter.stream}.{letter.sequence}"
+        await self._publish_once(subject, self._seal(subject, letter), "dlq")
+
+    async def last_record(self, subject: str) -> Record | None:
+        """The last message on a subject, or None."""
+        stream = stream_of(subject)
+        body = json.dumps({"last_by_subj": subject}).encode()
+        reply = json.loads((await self._connection.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
+        if "error" in reply:
+            if reply["error"].get("code") == 404:
+                return None
+            raise Retry(f"the broker cannot read {subject}: {reply['error'].get('description')}")
+        message = reply["message"]
+        return Record(stream, int(message["seq"]), subject, base64.b64decode(message.get("data", "")), 0)
+
+    async def last_sequence(self, stream: str) -> int:
+        """The sequence of the last message that `stream` stored; 0 when it is empty."""
+        info = await self._manage(self.js.stream_info(stream), f"stream {stream}")
+        return int(info.state.last_seq)
+
+    async def ack_floor(self, durable: str) -> int:
+        """The stream sequence up to which everything for this durable consumer has been handled."""
+        info = await self._manage(self.js.consumer_info(DURABLES[durable].stream, durable), f"consumer {durable}")
+        return int(info.ack_floor.stream_seq) if info.ack_floor else 0
+
+    async def _manage(self, call: Awaitable[Any], what: str) -> Any:
+        try:
+            return await call
+        except NotFoundError as error:
+            raise Retry(f"the broker has no {what}; run `connito streams ensure`") from error
+        except (TimeoutError, NatsError, OSError) as error:
+            raise self._connection.explain(error, what) from error
+
+    # Finding each other.
+
+    async def register_endpoint(self, name: str, address: str) -> None:
+        """Say where the API of `name` is reached (host:port)."""
+        bucket = await self._manage(self.js.key_value(ENDPOINTS), f"bucket {ENDPOINTS}")
+        await self._manage(bucket.put(name, address.encode()), f"endpoint {name}")
+
+    async def find_endpoint(self, name: str, timeout: float = 30.0) -> str:
+        """Where the API of `name` is reached; waits until it is known. Raises `Retry` after `timeout` seconds."""
+        give_up = time.monotonic() + timeout
+        while True:
+            try:
+                bucket = await self._manage(self.js.key_value(ENDPOINTS), f"bucket {ENDPOINTS}")
+                entry = await bucket.get(name)
+                return bytes(entry.value or b"").decode()
+            except KeyNotFoundError:
+                problem: Exception = Retry(f"no {name} has registered its address; is the {name} service running?")
+            except Retry as error:
+                problem = error
+            except (TimeoutError, APIError, NatsError, OSError) as error:
+                problem = self._connection.explain(error, f"endpoint {name}")
+            if time.monotonic() >= give_up:
+                raise problem
+            await asyncio.sleep(0.1)
+
+
+class _SubjectTakenError(Exception):
+    """A message stands on the subject already."""

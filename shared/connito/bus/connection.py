@@ -1,0 +1,201 @@
+"""One connection to the broker: login by nkey, reconnects for ever, and what its errors mean here."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from nats.aio.client import Client
+from nats.errors import ConnectionClosedError, NoRespondersError, OutboundBufferLimitError
+from nats.errors import Error as NatsError
+from nats.errors import TimeoutError as NatsTimeoutError
+from nats.js import JetStreamContext
+from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
+
+from connito import metrics
+from connito.errors import Fatal, Invalid, Retry
+from connito.identity import Identity
+from connito.telemetry import get_logger
+from connito.v1 import reasons_pb2 as reasons
+
+log = get_logger("bus")
+
+REQUEST_TIMEOUT = 2.0
+MAX_REFUSALS = 4
+_DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
+
+
+class Connection:
+    """Wraps a NATS client. Subjects of one identity's replies lie under `_INBOX.<public key>`, so that a broker which
+    grants each user its own inbox keeps replies private."""
+
+    def __init__(self, url: str, identity: Identity | None, name: str) -> None:
+        self.url, self.identity, self.name = url, identity, name
+        self.nc = Client()
+        self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_TIMEOUT)
+        self.on_reconnect: set[Callable[[], None]] = set()
+        # Requests under way by subject: answered here when the broker denies one, or when the connection breaks.
+        self._underway: set[tuple[str, asyncio.Future[Exception]]] = set()
+        self._starting, self._closing = True, False
+        self._lost_at = 0.0
+        self._refusals = 0
+
+    async def open(self) -> None:
+        """Log in. Raises `Retry` when the broker is away, `Invalid` when it refuses the key."""
+        options: dict[str, Any] = {}
+        if self.identity is not None:
+            # The client library's own nkey login signs any nonce; ours refuses one that is crafted to be a signature.
+            self.nc._public_nkey = self.identity.public
+            options = {"signature_cb": self._sign, "inbox_prefix": f"_INBOX.{self.identity.public}"}
+        try:
+            await self.nc.connect(
+                servers=self.url.split(","),
+                name=self.name,
+                ping_interval=5,
+                max_outstanding_pings=2,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=0.25,
+                connect_timeout=2,
+                # Nothing waits in a buffer for a broker that may come back much later: the caller decides again.
+                pending_size=0,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnected,
+                reconnected_cb=self._on_reconnected,
+                closed_cb=self._on_closed,
+                **options,
+            )
+        except BaseException:
+            with suppress(Exception):
+                await self.nc.close()
+            raise
+        self._starting = False
+        metrics.BUS_CONNECTED.set(1)
+
+    def _sign(self, nonce: str) -> bytes:
+        assert self.identity is not None
+        return base64.b64encode(self.identity.sign_nonce(nonce.encode()))
+
+    async def close(self) -> None:
+        """Send what is pending and close."""
+        self._closing = True
+        with suppress(NatsError, OSError, asyncio.TimeoutError):
+            if self.nc.is_connected:
+                await self.nc.flush(timeout=1)
+        await self.nc.close()
+        metrics.BUS_CONNECTED.set(0)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands right now."""
+        return bool(self.nc.is_connected)
+
+    def require(self) -> None:
+        """Raise `Retry` while the broker is away, `Fatal` once the connection is closed for good."""
+        if self.nc.is_closed:
+            why = self._refused() if self._refusals >= MAX_REFUSALS else self.nc.last_error or "closed by this side"
+            raise Fatal(f"no connection to the broker any more: {why}")
+        if not self.nc.is_connected:
+            raise Retry(f"the broker at {self.url} is away; reconnecting", after=0.5)
+
+    async def request(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> Any:
+        """Send and wait for the reply (a `Msg`). Raises `Retry` when none comes, `Invalid` when the key may not."""
+        self.require()
+        reply = asyncio.ensure_future(self.nc.request(subject, data, timeout=REQUEST_TIMEOUT, headers=headers))
+        try:
+            with self.failure_of(subject) as failed:
+                await asyncio.wait((reply, failed), return_when=asyncio.FIRST_COMPLETED)
+                if failed.done() and not reply.done():
+                    raise failed.result()
+                return reply.result()
+        except (TimeoutError, NatsError, OSError) as error:
+            raise self.explain(error, subject) from error
+        finally:
+            reply.cancel()
+
+    @contextmanager
+    def failure_of(self, subject: str) -> Iterator[asyncio.Future[Exception]]:
+        """A future that gets the reason when the broker denies a message to `subject`, or the connection breaks."""
+        failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        entry = (subject, failed)
+        self._underway.add(entry)
+        try:
+            yield failed
+        finally:
+            self._underway.discard(entry)
+            failed.cancel()
+
+    def not_permitted(self, subject: str) -> Invalid:
+        """The error for a subject that this key may not use."""
+        who = self.identity.public[:12] + "…" if self.identity else "this connection"
+        return Invalid(
+            f"the broker does not let {who} use {subject}; the operator grants it in the broker's user list",
+            reason=reasons.REASON_NOT_PERMITTED,
+        )
+
+    def explain(self, error: BaseException, what: str) -> Exception:
+        """What an error of the client library means here."""
+        if isinstance(error, ConnectionClosedError):
+            return Fatal(f"the connection to the broker at {self.url} is closed ({what})")
+        if isinstance(error, (NoRespondersError, NoStreamResponseError, ServiceUnavailableError)):
+            return Retry(
+                f"nothing at the broker answers for {what}; if this stays, run `connito streams ensure`", after=0.5
+            )
+        if isinstance(error, (NatsTimeoutError, asyncio.TimeoutError, OutboundBufferLimitError, OSError)):
+            return Retry(f"the broker at {self.url} did not answer for {what} in time", after=0.5)
+        return Fatal(f"unexpected error of the broker for {what}: {error}")
+
+    async def _on_error(self, error: Exception) -> None:
+        text = str(error)
+        refused = "authorization violation" in text.lower()
+        if self._starting:
+            if refused:
+                raise Invalid(self._refused(), reason=reasons.REASON_NOT_PERMITTED) from error
+            raise Retry(f"no broker at {self.url} ({text or type(error).__name__})") from error
+        if refused:
+            # A broker that is just being reconfigured may refuse once; one that keeps doing so means it.
+            self._refusals += 1
+            if self._refusals == MAX_REFUSALS:
+                log.error(self._refused(), security=True)
+                self._closer = asyncio.create_task(self.nc.close())
+        elif match := _DENIED.search(text.lower()):
+            log.error("the broker denied a subject", security=True, action=match[1], subject=match[2])
+            metrics.SECURITY_EVENTS.labels("denied").inc()
+            self._fail(lambda subject: self.not_permitted(subject) if subject.lower() == match[2] else None)
+        else:
+            log.debug("broker connection error", error=text or repr(error))
+
+    def _refused(self) -> str:
+        key = self.identity.public if self.identity else "a connection without a key"
+        return f"the broker at {self.url} refuses {key}; the operator adds the key to its user list"
+
+    async def _on_disconnected(self) -> None:
+        metrics.BUS_CONNECTED.set(0)
+        if not self._closing and not self._starting:
+            log.warning("lost the broker, reconnecting", url=self.url)
+            self._lost_at = time.monotonic()
+            self._fail(lambda subject: Retry(f"lost the broker at {self.url} on the way to {subject}", after=0.2))
+
+    def _fail(self, reason: Callable[[str], Exception | None]) -> None:
+        for subject, failed in list(self._underway):
+            error = reason(subject)
+            if error is not None and not failed.done():
+                failed.set_result(error)
+
+    async def _on_reconnected(self) -> None:
+        metrics.BUS_CONNECTED.set(1)
+        metrics.BUS_RECONNECTS.inc()
+        self._refusals = 0
+        log.info("broker is back", url=self.url, away_seconds=round(time.monotonic() - self._lost_at, 3))
+        for callback in list(self.on_reconnect):
+            callback()
+
+    async def _on_closed(self) -> None:
+        if not self._closing and not self._starting:
+            log.error("the broker closed the connection for good", url=self.url, error=str(self.nc.last_error))
+            for callback in list(self.on_reconnect):
+                callback()

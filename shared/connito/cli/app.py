@@ -1,0 +1,65 @@
+"""The verbs, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from connito.cli import (
+    audit,
+    base,
+    dlq,
+    doctor,
+    explain,
+    job,
+    library,
+    miner,
+    replay,
+    select,
+    shelf,
+    status,
+    streams,
+    up,
+)
+
+app = typer.Typer(
+    name="connito",
+    help="Improve open Mixture-of-Experts language models by pieces: train, judge, merge and keep single experts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Options that stand before a verb."""
+    if version:
+        from connito import __version__
+
+        typer.echo(f"connito {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise typer.Exit(2)
+
+
+app.command("up")(up.up)
+app.command("down")(up.down)
+app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
+app.command("replay")(replay.replay)
+app.command("select")(select.select)
+app.command("explain")(explain.explain)
+app.command("audit")(audit.audit)
+app.add_typer(streams.app, name="streams")
+app.add_typer(dlq.app, name="dlq")
+app.add_typer(base.app, name="base")
+app.add_typer(job.app, name="job")
+app.add_typer(miner.app, name="miner")
+shelf.register(library.app)
+app.add_typer(library.app, name="library")

@@ -1,0 +1,147 @@
+"""`connito audit`: recompute a run from its log and its artifacts, and name the first divergence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from connito.cli.output import DataDirOption, JsonFlag, emit, table
+
+if TYPE_CHECKING:
+    from connito.audit.artifacts import Artifacts, Named
+    from connito.audit.evidence import Evidence
+
+FromOption = Annotated[
+    Path | None,
+    typer.Option("--from", help="Folder that an ended `connito up` left; its servers are started for the audit."),
+]
+NoModelFlag = Annotated[
+    bool,
+    typer.Option(
+        "--no-model", help="Leave out what needs the model: the selection, and losses. Merges are recomputed anyway."
+    ),
+]
+ThreadsOption = Annotated[
+    int,
+    typer.Option("--threads", min=0, help="Threads for the model, 0 for all cores; as the run had, for equal bits."),
+]
+ToleranceOption = Annotated[
+    float,
+    typer.Option("--tolerance", help="Nats per token by which recomputed losses may differ; 0 for equal bits."),
+]
+
+
+def audit(
+    run: Annotated[str, typer.Argument(help="The run's id, as `connito job list` shows it.")],
+    folder: FromOption = None,
+    data_dir: DataDirOption = None,
+    no_model: NoModelFlag = False,
+    threads: ThreadsOption = 0,
+    tolerance: ToleranceOption = 1e-4,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="What `connito audit --json` printed for somebody else, to compare the logs."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Recompute selection, scores, consensus, rewards and every outer step of a run from the log and the store.
+
+    Exits with 6 where anything differs, after naming the first divergence.
+    """
+    from connito.audit.access import check_tolerance
+
+    check_tolerance(tolerance)
+    other = _chain_of(against)
+    evidence, document = asyncio.run(
+        read_and(
+            folder,
+            data_dir,
+            run,
+            as_json,
+            lambda evidence: lambda named: True,
+            lambda evidence, artifacts, say: _audit(
+                evidence, artifacts, other, model=not no_model, threads=threads, tolerance=tolerance, say=say
+            ),
+        )
+    )
+    emit(as_json, document, lambda: _text(document, evidence))
+    settle(document["differences"], f"run {run}")
+
+
+async def read_and(
+    folder: Path | None,
+    data_dir: Path | None,
+    run: str,
+    quiet: bool,
+    choose: Callable[[Evidence], Callable[[Named], bool]],
+    work: Callable[[Evidence, Artifacts, Callable[[str], None]], dict[str, Any]],
+) -> tuple[Evidence, dict[str, Any]]:
+    """Read the log of a run, the artifacts that `choose` wants for it, then do blocking work on them."""
+    from connito.audit.access import opened
+
+    say = _silent if quiet else _progress
+    async with opened(folder, data_dir) as access:
+        evidence = await access.evidence(run)
+        wanted = choose(evidence)
+        say(f"{len(evidence.records)} messages read")
+        artifacts = await access.artifacts(evidence, wanted, say)
+        return evidence, await asyncio.to_thread(work, evidence, artifacts, say)
+
+
+def settle(differences: list[dict[str, Any]], what: str) -> None:
+    """Raise `VerificationFailed` naming the first difference, if there is one."""
+    from connito.errors import VerificationFailed
+
+    if differences:
+        first = differences[0]
+        more = f" ({len(differences) - 1} more)" if len(differences) > 1 else ""
+        raise VerificationFailed(
+            f"{what} differs, here: {first['where']}: {first['what']}{more}; "
+            "compare with another copy of the log and the store to see which one was changed"
+        )
+
+
+def _audit(evidence: Evidence, artifacts: Artifacts, other: dict[str, str], **options: Any) -> dict[str, Any]:
+    from connito.audit.audit import Options, against, audit
+
+    audited = audit(evidence, artifacts, Options(**options))
+    return (against(audited, other) if other else audited).to_json()
+
+
+def _chain_of(path: Path | None) -> dict[str, str]:
+    from connito.errors import Invalid
+
+    if path is None:
+        return {}
+    try:
+        windows: dict[str, str] = json.loads(path.read_text())["chain"]["windows"]
+        return {str(window): str(value) for window, value in windows.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Invalid(f"{path} is not what `connito audit --json` prints: {error!r}") from error
+
+
+def _text(document: dict[str, Any], evidence: Evidence) -> str:
+    rows = [
+        (row["cycle"] or "", row["check"], row["compared"], row["differences"] or "", row["note"])
+        for row in document["checks"]
+    ]
+    lines = [table(("cycle", "check", "compared", "differ", "note"), rows), ""]
+    lines += [f"log {document['chain']['head']} over {document['messages']} messages"]
+    lines += [f"  {difference['where']}: {difference['what']}" for difference in document["differences"]]
+    same = document["result"] == "same"
+    model = "" if document["model"] else " (selection and losses left out)"
+    lines.append(f"{evidence.run}: {'same' if same else 'differs'}{model}, {document['seconds']:.1f} s")
+    return "\n".join(lines)
+
+
+def _progress(text: str) -> None:
+    typer.echo(f"  {text}", err=True)
+
+
+def _silent(_: str) -> None:
+    """With --json nothing is said meanwhile."""

@@ -1,0 +1,102 @@
+"""`connito base`: make, register and look at base models."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from connito.cli.output import DataDirOption, JsonFlag, emit, size
+
+if TYPE_CHECKING:
+    from connito.base.manifest import Manifest
+
+app = typer.Typer(no_args_is_help=True, help="Base models: build, import, show.")
+
+
+@app.command("build")
+def build(
+    source: Annotated[str, typer.Option("--from", metavar="MODEL", help="demo, tiny, or the folder of a dense model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    moe_layers: Annotated[int, typer.Option(help="How many of the last layers get experts.")] = 6,
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts that each token uses.")] = 2,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Text for the routers, one file a domain [the demo's domains].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn a dense model into a Mixture-of-Experts with the same function, whose routers tell domains apart."""
+    from connito.local.bases import Recipe, build_base
+    from connito.local.display import choose_display
+
+    recipe = Recipe(source, moe_layers, experts, top_k, seed, tuple(map(str, data or [])))
+    with choose_display(json=as_json) as display:
+        build_base(recipe, out.absolute(), display.progress)
+    manifest = _manifest(out)
+    emit(as_json, _document(out, manifest), lambda: _text(out, manifest))
+
+
+@app.command("show")
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of a base model.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what a base model consists of: layers, experts, bytes, digest."""
+    manifest = _manifest(folder)
+    emit(as_json, _document(folder, manifest), lambda: _text(folder, manifest))
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder of a base model in the Hugging Face layout.")],
+    name: Annotated[str, typer.Option(help="Its name [the folder's].")] = "",
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Put a base model and its manifest into the platform's store; jobs name it by the manifest's digest."""
+    manifest = _manifest(folder, name)
+    reference = asyncio.run(_store(folder, manifest, data_dir))
+    document = {**_document(folder, manifest), "manifest": reference}
+    emit(as_json, document, lambda: f"{manifest.name} is in the store; manifest {reference['digest']}")
+
+
+async def _store(folder: Path, manifest: Manifest, data_dir: Any) -> dict[str, Any]:
+    from connito.local.materials import upload_base
+    from connito.local.session import Session
+
+    store = Session.open(data_dir, role="customer").store()
+    ref = await upload_base(store, folder, manifest)
+    return {"digest": ref.digest, "size": ref.size, "media_type": ref.media_type}
+
+
+def _manifest(folder: Path, name: str = "") -> Manifest:
+    from connito.base.manifest import build_manifest
+    from connito.errors import NotFound
+
+    if not folder.is_dir():
+        raise NotFound(f"there is no folder {folder}; `connito base build` makes one")
+    return build_manifest(folder, name)
+
+
+def _document(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    sizes = manifest.expert_bytes()
+    return {
+        "name": manifest.name,
+        "folder": str(folder),
+        "digest": manifest.digest,
+        "bytes": manifest.size,
+        "experts": {str(layer): count for layer, count in manifest.experts().items()},
+        "expert_bytes": {str(layer): count for layer, count in sizes.items()},
+        "files": {name: entry.digest for name, entry in sorted(manifest.files.items())},
+    }
+
+
+def _text(folder: Path, manifest: Manifest) -> str:
+    experts, sizes = manifest.experts(), manifest.expert_bytes()
+    lines = [f"{manifest.name} in {folder}: {size(manifest.size)}, digest {manifest.digest}"]
+    lines += [f"  layer {layer:>3}: {count} experts of {size(sizes[layer])}" for layer, count in experts.items()]
+    return "\n".join(lines)

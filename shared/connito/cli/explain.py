@@ -1,0 +1,124 @@
+"""`connito explain`: a submission's receipt, recomputed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from connito.cli.audit import FromOption, NoModelFlag, ThreadsOption, ToleranceOption, read_and, settle
+from connito.cli.output import DataDirOption, JsonFlag, emit
+
+if TYPE_CHECKING:
+    from connito.audit.artifacts import Artifacts, Named
+    from connito.audit.evidence import Evidence
+    from connito.audit.receipts import SubmissionId
+
+
+def explain(
+    submission: Annotated[str, typer.Argument(help="<run>/<cycle>/<miner>: the miner by label or by public key.")],
+    folder: FromOption = None,
+    data_dir: DataDirOption = None,
+    no_model: NoModelFlag = False,
+    threads: ThreadsOption = 0,
+    tolerance: ToleranceOption = 1e-4,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what a submission's result rests on, recompute it from public artifacts, and say same or differs, here.
+
+    Exits with 6 where anything differs.
+    """
+    from connito.audit.access import check_tolerance
+    from connito.audit.receipts import SubmissionId
+
+    check_tolerance(tolerance)
+    wanted = SubmissionId.parse(submission)
+    evidence, document = asyncio.run(
+        read_and(
+            folder,
+            data_dir,
+            wanted.run,
+            as_json,
+            lambda evidence: _choose(evidence, wanted),
+            lambda evidence, artifacts, say: _explain(
+                evidence, artifacts, wanted, model=not no_model, threads=threads, tolerance=tolerance, say=say
+            ),
+        )
+    )
+    emit(as_json, document, lambda: _text(document, evidence))
+    settle(document["differences"], f"submission {submission}")
+
+
+def _choose(evidence: Evidence, wanted: SubmissionId) -> Callable[[Named], bool]:
+    """The artifacts of a cycle; but first of all, whether there is such a submission."""
+    from connito.audit.receipts import find_miner, needs, receipt
+
+    receipt(evidence, wanted.cycle, find_miner(evidence, wanted))
+    return lambda entry: needs(entry, wanted.cycle)
+
+
+def _explain(evidence: Evidence, artifacts: Artifacts, wanted: SubmissionId, **options: Any) -> dict[str, Any]:
+    from connito.audit.audit import Options
+    from connito.audit.receipts import explain, find_miner
+
+    miner = find_miner(evidence, wanted)
+    return explain(evidence, artifacts, wanted.cycle, miner, Options(**options)).to_json()
+
+
+def _text(document: dict[str, Any], evidence: Evidence) -> str:
+    """What a miner wants to know first, then what it rests on."""
+    lines = [f"{document['label']} in cycle {document['cycle']} of {document['run']}", f"  {document['miner']}", ""]
+    if document["origin_cycle"] != document["cycle"]:
+        lines.append(f"late work of cycle {document['origin_cycle']}")
+    lines += _inputs(document["inputs"])
+    if document["draw"] is not None:
+        drawn = len(document["draw"]["validators"])
+        lines.append(f"seed        {document['draw']['seed']} from {drawn} validators")
+    lines += [line for report in document["reports"] for line in _report(report)]
+    lines += [f"refused     {row['reason']} ({row['window']}): {row['detail']}" for row in document["refusals"]]
+    lines += _verdict(document["verdict"])
+    lines += ["", "signed by"]
+    lines += [
+        f"  {row['stream']:<8} {row['sequence']:>5}  {row['signer'][:12]}…  {row['message']}"
+        for row in document["signatures"]
+    ]
+    lines += ["", *(f"  {step['check']}: {step['note']}" for step in document["checks"] if step["note"])]
+    lines += [f"  {difference['where']}: {difference['what']}" for difference in document["differences"]]
+    compared = sum(step["compared"] for step in document["checks"])
+    same = document["result"] == "same"
+    lines.append(f"recomputed: {'same' if same else 'differs'} ({compared} comparisons, {evidence.run})")
+    return "\n".join(lines)
+
+
+def _inputs(inputs: dict[str, Any] | None) -> list[str]:
+    if inputs is None:
+        return ["nothing of it was scored in this cycle"]
+    return [
+        f"artifact    {inputs['artifact']['digest']} ({inputs['artifact']['bytes']} bytes)",
+        f"base state  {inputs['base_state']['digest']}",
+        f"commitment  {inputs['commitment']} (INGRESS {inputs['commit_sequence']})",
+        f"reveal      INGRESS {inputs['reveal_sequence']}",
+    ]
+
+
+def _report(report: dict[str, Any]) -> list[str]:
+    why = f"{report['reason']}: {report['detail']}" if report["reason"] else report["detail"]
+    lines = [f"score       {report['validator'][:12]}…  utility {report['utility']:.5f}  {why}"]
+    batches: dict[str, list[int]] = {}
+    for loss in report["losses"]:
+        batches.setdefault(loss["domain"], []).append(loss["sequence"])
+    if batches:
+        sizes = ", ".join(f"{len(numbers)} of {domain}" for domain, numbers in batches.items())
+        lines.append(f"            on {sizes}")
+    return lines
+
+
+def _verdict(verdict: dict[str, Any] | None) -> list[str]:
+    if verdict is None:
+        return ["verdict     none in this cycle"]
+    why = f"  {verdict['reason']}: {verdict['detail']}" if verdict["reason"] else ""
+    rank = f"rank {verdict['rank']}, " if verdict["rank"] else ""
+    share = f"reward {verdict['reward']}, share of the merge {verdict['weight']:.4f}"
+    return [f"verdict     {verdict['status']}, {rank}utility {verdict['utility']:.5f}, {share}{why}"]

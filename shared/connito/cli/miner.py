@@ -1,0 +1,108 @@
+"""`connito miner`: an identity, taking part, and what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from connito.cli.output import DataDirOption, JsonFlag, emit, table
+
+if TYPE_CHECKING:
+    from connito.facts import RunFacts
+
+app = typer.Typer(no_args_is_help=True, help="Take part as a miner.")
+KeyFile = Annotated[Path, typer.Option("--key", help="The miner's key file.", envvar="CONNITO_KEY_FILE")]
+DEFAULT_KEY = Path("miner.nk")
+
+
+@app.command("init")
+def init(
+    key: KeyFile = DEFAULT_KEY,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make an identity: a key file that only you can read. An existing one is never overwritten."""
+    from connito.errors import Invalid
+    from connito.identity import Identity
+
+    if key.exists():
+        raise Invalid(f"{key} exists, and losing a key loses its rewards: choose another --key, or use this one")
+    identity = Identity.generate()
+    identity.save(key)
+    document = {"key_file": str(key), "public_key": identity.public}
+    emit(
+        as_json,
+        document,
+        lambda: (
+            f"{identity.public}\n\nThe seed is in {key}; keep a copy. Give the line above to the operator, then run\n"
+            f"  CONNITO_NATS_URL=nats://… connito miner run --key {key}"
+        ),
+    )
+
+
+@app.command("run")
+def run(
+    key: KeyFile = DEFAULT_KEY,
+    label: Annotated[str, typer.Option(help="A name to show beside the key.")] = "",
+) -> NoReturn:
+    """Take part until interrupted: `python -m services.trainer` with this key. Other settings: CONNITO_… variables."""
+    import sys
+
+    from connito.errors import Invalid
+    from connito.identity import Identity
+
+    Identity.load(key)  # Says what is wrong before a process is started for it.
+    if not os.environ.get("CONNITO_NATS_URL"):
+        raise Invalid("CONNITO_NATS_URL is not set; the operator tells you the broker's address (nats://host:port)")
+    environment = {**os.environ, "CONNITO_KEY_FILE": str(key.absolute()), "CONNITO_LOG_FORMAT": "console"}
+    if label:
+        environment["CONNITO_LABEL"] = label
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "services.trainer"], environment)  # noqa: S606 - no shell
+
+
+@app.command("status")
+def status(
+    key: KeyFile = DEFAULT_KEY,
+    public_key: Annotated[str, typer.Option(help="Any miner's public key instead of a key file.")] = "",
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what was accepted, what was rejected and why, ranks and rewards, for every run and cycle."""
+    from connito.identity import Identity
+
+    miner = public_key or Identity.load(key).public
+    rows = asyncio.run(_rows(data_dir, miner))
+    headers = ("run", "cycle", "status", "reason", "utility", "rank", "reward", "detail")
+    total = sum(row["reward"] for row in rows)
+    emit(
+        as_json,
+        {"miner": miner, "reward": total, "cycles": rows},
+        lambda: (
+            table(headers, [[row[h] for h in headers] for row in rows], "this miner has taken part in no cycle yet")
+            + f"\n\nreward in all: {total}"
+        ),
+    )
+
+
+async def _rows(data_dir: Any, miner: str) -> list[dict[str, Any]]:
+    from connito.local.log import read_log
+    from connito.local.session import Session
+
+    session = Session.open(data_dir, role="customer")
+    async with session.bus() as bus:
+        log = await read_log(bus, session.roster)
+    return [row for facts in log.runs.values() for row in _cycles(facts, miner)]
+
+
+def _cycles(facts: RunFacts, miner: str) -> list[dict[str, Any]]:
+    from connito.report import submission_rows
+
+    return [
+        {"run": facts.run, "cycle": cycle, **row}
+        for cycle in facts.cycles()
+        for row in submission_rows(facts, cycle)
+        if row["key"] == miner
+    ]

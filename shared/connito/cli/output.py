@@ -1,0 +1,70 @@
+"""What every command prints: one JSON document or something to read, and errors with a meaning."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from connito.errors import ConnitoError
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir", help="Folder of the local platform [CONNITO_DATA_DIR, or .connito].", show_default=False
+    ),
+]
+
+
+def emit(as_json: bool, document: Any, text: Callable[[], str]) -> None:
+    """Print the document, or the text made for people."""
+    typer.echo(json.dumps(document, indent=2) if as_json else text())
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]], empty: str = "nothing yet") -> str:
+    """Columns aligned by their widest cell; numbers to the right."""
+    if not rows:
+        return empty
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(header), *(len(row[i]) for row in cells)) for i, header in enumerate(headers)]
+    right = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+
+    return "\n".join([line([header.upper() for header in headers]), *(line(row) for row in cells)])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn our errors into a message on stderr and the exit code that belongs to them; others keep their traceback."""
+    try:
+        yield
+    except ConnitoError as error:
+        print(f"connito: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
+    except BrokenPipeError as error:
+        raise SystemExit(0) from error
+    except KeyboardInterrupt as error:
+        print("connito: interrupted", file=sys.stderr)
+        raise SystemExit(130) from error

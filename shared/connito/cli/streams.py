@@ -1,0 +1,57 @@
+"""`connito streams`: declare what the services need in the broker, and look at it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+
+from connito.cli.output import DataDirOption, JsonFlag, emit, size, table
+
+app = typer.Typer(no_args_is_help=True, help="Declare and list streams, consumers and buckets.")
+
+
+@app.command("ensure")
+def ensure(
+    replicas: Annotated[int, typer.Option(help="Copies of each stream; 3 in a cluster.")] = 1,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Create or update every stream, consumer and bucket. Safe to repeat."""
+    names = asyncio.run(_ensure(data_dir, replicas))
+    emit(as_json, {"ensured": names}, lambda: f"ensured {', '.join(names)}")
+
+
+async def _ensure(data_dir: Any, replicas: int) -> list[str]:
+    from connito import streams
+    from connito.local.session import Session
+
+    async with Session.open(data_dir, role="operator").bus() as bus:
+        return await streams.ensure(bus.js, replicas)
+
+
+@app.command("ls")
+def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
+    """List the streams: what they hold and who reads them."""
+    rows = asyncio.run(_describe(data_dir))
+    headers = ("name", "messages", "bytes", "consumers", "subject")
+    emit(
+        as_json,
+        {"streams": rows},
+        lambda: table(
+            headers,
+            [
+                (r["name"], r.get("messages", "missing"), size(r.get("bytes", 0)), r.get("consumers", ""), r["subject"])
+                for r in rows
+            ],
+        ),
+    )
+
+
+async def _describe(data_dir: Any) -> list[dict[str, Any]]:
+    from connito import streams
+    from connito.local.session import Session
+
+    async with Session.open(data_dir, role="operator").bus() as bus:
+        return await streams.describe(bus.js)

@@ -1,0 +1,129 @@
+"""`connito.Client`: jobs and the library from a script, without asyncio."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+from google.protobuf.message import Message
+
+from connito.envelope import seal
+from connito.errors import Invalid
+from connito.identity import Identity
+from connito.v1 import services_pb2
+from connito.v1.run_pb2 import RunSpec
+
+DEADLINE_SECONDS = 10.0
+
+
+class Client:
+    """A connection to a platform's APIs.
+
+    Reading needs addresses only; creating and cancelling runs needs the key of a customer in the operator's roster.
+    Every method raises `Retry` when the service is away, `NotFound` and `Invalid` as the service says.
+    """
+
+    def __init__(self, coordinator: str, library: str = "", identity: Identity | None = None) -> None:
+        """`coordinator` and `library` are `host:port`."""
+        import grpc
+
+        from connito.v1 import services_pb2_grpc
+
+        self._identity = identity
+        self._channels = [grpc.insecure_channel(coordinator, options=[("grpc.enable_http_proxy", 0)])]
+        self._run_service = services_pb2_grpc.RunServiceStub(self._channels[0])
+        if library:
+            self._channels.append(grpc.insecure_channel(library, options=[("grpc.enable_http_proxy", 0)]))
+            self._library = services_pb2_grpc.LibraryServiceStub(self._channels[1])
+
+    @classmethod
+    def local(cls, data_dir: Path | str | None = None) -> Self:
+        """A client, as the customer, of the platform that `connito up` runs on this machine."""
+        import asyncio
+
+        from connito.local.session import Session
+
+        session = Session.open(None if data_dir is None else Path(data_dir), role="customer")
+        addresses = asyncio.run(session.endpoints("coordinator", "library"))
+        return cls(addresses["coordinator"], addresses["library"], session.identity)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        for channel in self._channels:
+            channel.close()
+
+    def create_run(self, spec: RunSpec) -> str:
+        """Submit a job; returns the run's id. Raises `Invalid` naming the field that cannot be."""
+        request = services_pb2.CreateRunRequest(envelope=self._seal("rpc.CreateRun", spec))
+        return str(self._call(self._run_service.CreateRun, request).run)
+
+    def get(self, run: str) -> services_pb2.RunStatus:
+        """Where a run stands. Raises `NotFound` for an unknown one."""
+        answer = self._call(self._run_service.GetRun, services_pb2.GetRunRequest(run=run))
+        return cast(services_pb2.RunStatus, answer.status)
+
+    def runs(self) -> list[services_pb2.RunStatus]:
+        """Every run."""
+        return [*self._call(self._run_service.ListRuns, services_pb2.ListRunsRequest()).runs]
+
+    def watch(self, run: str) -> Iterator[services_pb2.RunStatus]:
+        """The run's status whenever it changes, until it has ended."""
+        import grpc
+
+        from connito.rpc import error_of
+
+        try:
+            for answer in self._run_service.WatchRun(services_pb2.WatchRunRequest(run=run)):
+                yield answer.status
+        except grpc.RpcError as error:
+            raise error_of(cast(Any, error)) from error
+
+    def cancel(self, run: str, detail: str = "cancelled by the customer") -> None:
+        """End a run early. What it has published stays."""
+        command = services_pb2.CancelRunCommand(run=run, detail=detail)
+        self._call(
+            self._run_service.CancelRun, services_pb2.CancelRunRequest(envelope=self._seal("rpc.CancelRun", command))
+        )
+
+    def experts(self) -> list[services_pb2.ExpertSummary]:
+        """Everything in the library, in the order of deposit."""
+        found: list[services_pb2.ExpertSummary] = []
+        token = ""
+        while True:
+            request = services_pb2.ListExpertsRequest(page_size=100, page_token=token)
+            page = self._call(self._library.ListExperts, request)
+            found += page.experts
+            token = page.next_page_token
+            if not token:
+                return found
+
+    def expert(self, expert_id: str) -> tuple[services_pb2.ExpertSummary, dict[str, Any]]:
+        """One expert and its record. Raises `NotFound` for an unknown id."""
+        answer = self._call(self._library.GetExpert, services_pb2.GetExpertRequest(expert_id=expert_id))
+        return answer.expert, json.loads(answer.record_json)
+
+    def _seal(self, subject: str, message: Message) -> Any:
+        if self._identity is None:
+            raise Invalid("this needs a customer's key: pass `identity=Identity.load(path)`")
+        return seal(self._identity, subject, message)
+
+    def _call(self, method: Callable[..., Any], request: Message) -> Any:
+        import grpc
+
+        from connito.rpc import error_of
+
+        try:
+            return method(request, timeout=DEADLINE_SECONDS, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise error_of(cast(Any, error)) from error

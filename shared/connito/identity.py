@@ -1,0 +1,114 @@
+"""Who speaks: ed25519 nkeys, one seed for the broker's authentication and, domain-separated, for signatures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import nkeys
+from nacl.exceptions import BadSignatureError
+from nacl.signing import SigningKey, VerifyKey
+
+from connito.errors import Invalid
+
+# Everything that Connito signs starts with this. A broker's login nonce never may (see `sign_nonce`).
+SIGNATURE_TAG = b"connito.v1.signature\x00"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A private key. `public` is the nkey (`U…`, 56 characters) that the rest of the world knows."""
+
+    seed: str
+    public: str
+    _key: SigningKey
+
+    @classmethod
+    def from_seed(cls, seed: str) -> Identity:
+        """Read an nkey user seed (`SU…`). Raises `Invalid` if it is not one."""
+        text = seed.strip()
+        try:
+            prefix, raw = nkeys.decode_seed(text.encode())
+            pair = nkeys.from_seed(bytearray(text.encode()))
+            intact = nkeys.encode_seed(bytes(raw), prefix).decode() == text
+        except (nkeys.NkeysError, ValueError) as error:
+            raise Invalid("this is not an nkey seed; make one with `connito miner init`") from error
+        if prefix != nkeys.PREFIX_BYTE_USER or not intact:
+            raise Invalid(
+                "this seed is damaged or not a user's (SU…); copy it again or make one with `connito miner init`"
+            )
+        return cls(text, pair.public_key.decode(), SigningKey(bytes(raw)))
+
+    @classmethod
+    def generate(cls, entropy: bytes | None = None) -> Identity:
+        """A new identity. `entropy` (32 bytes) makes it reproducible, for tests and seeded runs only."""
+        raw = entropy if entropy is not None else os.urandom(32)
+        return cls.from_seed(nkeys.encode_seed(raw, nkeys.PREFIX_BYTE_USER).decode())
+
+    @classmethod
+    def load(cls, path: Path) -> Identity:
+        """Read a key file. Raises `Invalid` naming the file when it is missing or not a seed."""
+        try:
+            return cls.from_seed(path.read_text())
+        except OSError as error:
+            raise Invalid(
+                f"cannot read the key file {path}: {error.strerror}; make one with `connito miner init`"
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write the seed, readable by the owner only."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(self.seed + "\n")
+
+    def sign(self, message: bytes) -> bytes:
+        """64-byte ed25519 signature over the tag and `message`."""
+        return bytes(self._key.sign(SIGNATURE_TAG + message).signature)
+
+    def sign_nonce(self, nonce: bytes) -> bytes:
+        """Answer a broker's login challenge, unless the challenge is crafted to be one of our signatures."""
+        if nonce.startswith(SIGNATURE_TAG[:8]):
+            raise Invalid("the broker sent a login challenge in the form of a Connito signature: refusing to sign it")
+        return bytes(self._key.sign(nonce).signature)
+
+    def derive(self, *context: str) -> bytes:
+        """32 secret bytes that only this key can produce for `context`: salts and beacon secrets survive a restart."""
+        message = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in context)
+        return hmac.new(
+            hashlib.sha256(b"connito.v1.derive\x00" + bytes(self._key)).digest(), message, hashlib.sha256
+        ).digest()
+
+
+@lru_cache(maxsize=4096)
+def _verify_key(public: str) -> VerifyKey:
+    """Decode `U…`: base32 of prefix byte, 32 key bytes and a little-endian CRC-16."""
+    raw = base64.b32decode(public.encode())
+    if len(raw) != 35 or raw[0] != nkeys.PREFIX_BYTE_USER:
+        raise ValueError("not a public user nkey")
+    if int.from_bytes(raw[33:], "little") != nkeys.crc16(bytearray(raw[:33])):
+        raise ValueError("the public nkey's checksum is wrong")
+    return VerifyKey(raw[1:33])
+
+
+def is_public_key(text: str) -> bool:
+    """Whether `text` is a well-formed public user nkey."""
+    try:
+        _verify_key(text)
+    except ValueError:
+        return False
+    return True
+
+
+def verify(public: str, message: bytes, signature: bytes) -> bool:
+    """Whether `signature` is `public`'s over `message`. Malformed keys and signatures are simply not valid."""
+    try:
+        _verify_key(public).verify(SIGNATURE_TAG + message, signature)
+    except (BadSignatureError, ValueError, TypeError):
+        return False
+    return True

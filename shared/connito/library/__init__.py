@@ -1,0 +1,1 @@
+"""The expert library's formats: the expert file, the record that describes it, and the card people read. No torch."""

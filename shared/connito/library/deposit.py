@@ -1,0 +1,51 @@
+"""What a finished run leaves behind: pure decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from connito.facts import RunFacts
+from connito.library.artifact import ExpertHeader
+from connito.library.record import MERGED, versions
+from connito.v1 import artifacts_pb2, run_pb2
+
+# Everything that the record of an expert tells is in these.
+STREAMS = ("RUNS", "TRAIN", "MERGE", "LIBRARY")
+
+
+@dataclass(frozen=True)
+class Deposit:
+    """An expert to write: the final state of a run and the header of its file."""
+
+    state: artifacts_pb2.ArtifactRef
+    header: ExpertHeader
+
+    def with_base(self, digests: Mapping[str, str]) -> ExpertHeader:
+        """The header with the base model's digests, as the selection report gives them (`rest`, `rows`)."""
+        return replace(self.header, base_fingerprint=digests.get("rest", ""), base_rows=digests.get("rows", ""))
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No expert comes out of this run, and why."""
+
+    why: str
+
+
+def plan(facts: RunFacts) -> Deposit | Nothing:
+    """What to deposit for a run, given all of its facts."""
+    spec, selection, ended = facts.spec, facts.selection, facts.ended
+    if ended is None or ended.outcome != run_pb2.RUN_OUTCOME_COMPLETED:
+        return Nothing("the run did not complete")
+    history = versions(facts)
+    if spec is None or selection is None or not history:
+        return Nothing("the run published no model version")
+    if not any(version.gate in MERGED for version in history):
+        return Nothing("no submission was merged: the final state is the base's own")
+    if facts.all("library", 0, "deposited"):
+        return Nothing("the expert is already deposited")
+    final = next((version for version in history if version.version == ended.final_version), history[-1])
+    layers = {layer.layer: sorted(layer.experts) for layer in selection.layers}
+    header = ExpertHeader(spec.domain, spec.base.name, spec.base.manifest.digest, layers, spec.run, final.version)
+    return Deposit(final.state, header)

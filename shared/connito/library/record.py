@@ -1,0 +1,125 @@
+"""The record of a library expert: where it comes from, what it changes and what it was measured to do.
+
+Everything is taken from the run's facts, so the record of a run is the same bytes whoever builds it, and whenever.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from connito.errors import Invalid, reason_name
+from connito.facts import RunFacts
+from connito.v1 import cycle_pb2, reasons_pb2
+
+RECORD_FORMAT = "connito-record/1"
+RECORD_MEDIA_TYPE = "application/vnd.connito.record+json"
+CARD_MEDIA_TYPE = "text/markdown"
+
+# Gate outcomes under which a version differs from its parent.
+MERGED = frozenset(
+    {cycle_pb2.GATE_DECISION_ACCEPTED, cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS, cycle_pb2.GATE_DECISION_TOP_1}
+)
+
+
+def versions(facts: RunFacts) -> list[cycle_pb2.VersionPublished]:
+    """The versions a run published, oldest first."""
+    found = (facts.version(cycle) for cycle in facts.cycles())
+    return [version for version in found if version is not None]
+
+
+def expert_id(domain: str, digest: str) -> str:
+    """`<domain>-<first 12 hex digits of the expert file's digest>`, with what a subject cannot hold as `-`."""
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', domain)[:60]}-{digest[:12]}"
+
+
+def build_record(facts: RunFacts, digest: str, size: int, parameters: int) -> dict[str, Any]:
+    """The record of the expert file `digest` (`size` bytes, `parameters` numbers) that came out of a run.
+
+    Raises `Invalid` when the run is not finished or published no version.
+    """
+    spec, selection, ended = facts.spec, facts.selection, facts.fact("run", 0, "ended")
+    history = versions(facts)
+    if spec is None or selection is None or ended is None or not history:
+        raise Invalid(f"run {facts.run} has no finished model version to describe; wait until it has ended")
+    return {
+        "format": RECORD_FORMAT,
+        "expert_id": expert_id(spec.domain, digest),
+        "domain": spec.domain,
+        "run": spec.run,
+        "created": datetime.datetime.fromtimestamp(ended.time_unix_ms / 1000, datetime.UTC).isoformat(
+            timespec="milliseconds"
+        ),
+        "base": {"name": spec.base.name, "manifest": spec.base.manifest.digest},
+        "expert": {"digest": digest, "bytes": size, "parameters": parameters},
+        "model_parameters": selection.model_parameters,
+        "selection": {
+            "method": spec.selection.method,
+            "threshold": spec.selection.threshold,
+            "layers": {str(layer.layer): sorted(layer.experts) for layer in selection.layers},
+            "selected": selection.selected_experts,
+            "total": selection.total_experts,
+            "report": selection.report.digest,
+        },
+        "losses": _losses(history),
+        "lineage": _lineage(facts, history),
+        "contributors": _contributors(facts, [version.cycle for version in history]),
+        "license": spec.license,
+        "data_statement": spec.data_statement,
+        "customer": spec.customer,
+        "training_data": spec.train.artifact.digest,
+    }
+
+
+def _losses(history: list[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:
+    """Nats per token on the report subset, target first: before the first version, after the last."""
+    first = {loss.domain: loss.before for loss in history[0].losses}
+    return [
+        {"domain": loss.domain, "before": first.get(loss.domain), "after": loss.after, "tokens": loss.tokens}
+        for loss in history[-1].losses
+    ]
+
+
+def _lineage(facts: RunFacts, history: Iterable[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for version in history:
+        opened = facts.opened("train", version.cycle)
+        rows.append(
+            {
+                "version": version.version,
+                "parent": version.parent,
+                "state": version.state.digest,
+                "parent_state": "" if opened is None else opened.state.digest,
+                "gate": cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower(),
+                "merged": dict(zip(version.merged, version.weights, strict=True)),
+            }
+        )
+    return rows
+
+
+def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[dict[str, Any]]:
+    """Every miner that was ever judged: reward and its share of all that was paid, cycles merged, refusals."""
+    table: dict[str, dict[str, Any]] = {}
+    for cycle in cycles:
+        scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+        for verdict in [] if scored is None else scored.verdicts:
+            row = table.setdefault(verdict.miner, {"miner": verdict.miner, "reward": 0, "merged": 0, "reasons": {}})
+            row["reward"] += verdict.reward
+            row["merged"] += verdict.status == cycle_pb2.VERDICT_STATUS_MERGED
+            if verdict.reason != reasons_pb2.REASON_UNSPECIFIED:
+                name = reason_name(verdict.reason)
+                row["reasons"][name] = row["reasons"].get(name, 0) + 1
+    paid = sum(row["reward"] for row in table.values())
+    for miner, row in table.items():
+        enrolled = facts.fact("run", 0, "miner", miner)
+        row["label"] = "" if enrolled is None else getattr(enrolled.message, "label", "")
+        row["share"] = row["reward"] / paid if paid else 0.0
+    return sorted(table.values(), key=lambda row: (-row["reward"], row["miner"]))
+
+
+def encode(record: dict[str, Any]) -> bytes:
+    """The record's bytes: sorted keys, so that its digest depends on its content alone."""
+    return json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

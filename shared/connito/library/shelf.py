@@ -1,0 +1,153 @@
+"""A library in a folder: experts, a journal that only grows, and the index projected from it. Works without a platform.
+
+`<shelf>/experts/<id>/` holds an export (expert file, record, card), `<shelf>/journal.jsonl` one event a line. The index
+beside them can be deleted: it is built from the journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.library.artifact import CARD_FILE, EXPERT_FILE, RECORD_FILE, read_header
+from connito.library.card import render
+from connito.library.governance import governance
+from connito.library.index import Index, LibraryEvent
+from connito.library.record import encode
+from connito.v1 import reasons_pb2
+
+JOURNAL = "journal.jsonl"
+ORIGIN = "shelf"
+
+
+class Shelf:
+    """The library in `root`. Several processes may use one: the journal is written under a lock."""
+
+    def __init__(self, root: Path) -> None:
+        """The folder is made where it is missing."""
+        self.root = root
+        (root / "experts").mkdir(parents=True, exist_ok=True)
+        (root / JOURNAL).touch()
+
+    def events(self, after: int = 0) -> Iterator[LibraryEvent]:
+        """The journal from entry `after` + 1 on. Raises `VerificationFailed` for a damaged line."""
+        with (self.root / JOURNAL).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number > after:
+                    yield self._read(number, line)
+
+    def _read(self, number: int, line: bytes) -> LibraryEvent:
+        try:
+            entry = json.loads(line)
+            body = entry["body"]
+            if entry["kind"] == "deposited":
+                data = (self.path(entry["subject"]) / RECORD_FILE).read_bytes()
+                if hashlib.sha256(data).hexdigest() != body["record"]:
+                    raise VerificationFailed(
+                        f"the record of {entry['subject']} is not the one that was deposited; restore it",
+                        reason=reasons_pb2.REASON_DIGEST_MISMATCH,
+                    )
+                body = json.loads(data)
+            return LibraryEvent(number, int(entry["at"]), entry["kind"], entry["subject"], body, ORIGIN)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise VerificationFailed(
+                f"entry {number} of {self.root / JOURNAL} cannot be read: {error!r}; restore the shelf from a copy"
+            ) from error
+
+    @contextmanager
+    def index(self) -> Iterator[Index]:
+        """The index, up to date with the journal."""
+        with Index(self.root / "index.sqlite") as index:
+            index.apply(self.events(index.last_sequence(ORIGIN)))
+            yield index
+
+    def path(self, expert_id: str) -> Path:
+        """Where an expert's files are, or would be. `Invalid` for an id that is not a plain name."""
+        if not expert_id or expert_id in (".", "..") or "/" in expert_id or "\\" in expert_id:
+            raise Invalid(f"{expert_id!r} is not an expert id")
+        return self.root / "experts" / expert_id
+
+    def get(self, expert_id: str) -> tuple[Path, dict[str, Any]]:
+        """An expert's folder and record. Raises `NotFound`."""
+        folder = self.path(expert_id)
+        if not (folder / RECORD_FILE).is_file():
+            raise NotFound(f"there is no expert {expert_id!r} on the shelf {self.root}; see `connito library search`")
+        return folder, json.loads((folder / RECORD_FILE).read_bytes())
+
+    def deposit(self, expert: Path, record: Mapping[str, Any], at_unix_ms: int) -> str:
+        """Put an expert file and its record on the shelf; returns the id. The same expert twice is one entry.
+
+        Raises `VerificationFailed` when file and record do not belong together.
+        """
+        check_expert(expert, record)
+        governance(record)
+        name = str(record["expert_id"])
+        folder = self.path(name)
+        data = encode(dict(record))
+        with self._lock():
+            if (folder / RECORD_FILE).is_file():
+                return name
+            partial = folder.with_name(f".{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            shutil.copyfile(expert, partial / EXPERT_FILE)
+            (partial / RECORD_FILE).write_bytes(data)
+            (partial / CARD_FILE).write_text(render(dict(record)))
+            partial.rename(folder)
+            self._append("deposited", name, {"record": hashlib.sha256(data).hexdigest()}, at_unix_ms)
+        return name
+
+    def state(self, kind: str, subject: str, reason: str, at_unix_ms: int) -> None:
+        """Deprecate, yank or restore an expert, or opt a data source out or in again; always with a reason."""
+        if kind not in ("deprecated", "yanked", "restored", "opted-out", "opted-in"):
+            raise Invalid(f"an expert cannot be {kind!r}")
+        if not reason.strip():
+            raise Invalid("say why: a statement without a reason helps nobody (--reason TEXT)")
+        if not kind.startswith("opted"):
+            self.get(subject)
+        with self._lock():
+            self._append(kind, subject, {"reason": reason}, at_unix_ms)
+
+    def meter(self, expert_id: str, verb: str, by: str, at_unix_ms: int, units: int = 1) -> None:
+        """Write down one use."""
+        with self._lock():
+            self._append("used", expert_id, {"verb": verb, "by": by, "units": units}, at_unix_ms)
+
+    def _append(self, kind: str, subject: str, body: Mapping[str, Any], at: int) -> None:
+        line = json.dumps({"at": at, "kind": kind, "subject": subject, "body": body}, sort_keys=True)
+        with (self.root / JOURNAL).open("ab") as file:
+            file.write(line.encode() + b"\n")
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.root / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def check_expert(expert: Path, record: Mapping[str, Any]) -> None:
+    """Raise `VerificationFailed` unless the file is the one its record describes: digest, base, domain and rows."""
+    with expert.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    header = read_header(expert)
+    layers = {int(layer): list(experts) for layer, experts in record["selection"]["layers"].items()}
+    claims = {
+        "digest": (digest, record["expert"]["digest"]),
+        "base": (header.base_digest, record["base"]["manifest"]),
+        "domain": (header.domain, record["domain"]),
+        "rows": (header.layers, layers),
+    }
+    for what, (actual, claimed) in claims.items():
+        if actual != claimed:
+            raise VerificationFailed(
+                f"{expert} and its record disagree about the {what}: {str(actual)[:40]} against {str(claimed)[:40]}; "
+                "get both again from one place",
+                reason=reasons_pb2.REASON_DIGEST_MISMATCH,
+            )

@@ -1,0 +1,111 @@
+"""The corpora of a run on this machine: text of the target and of every general domain, tokenised once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from connito.corpus import Corpus
+from connito.local.bases import cache_root, fresh_folder, source_digest
+
+_MAKERS = ("connito.text.domains", "connito.text.prepare", "connito.text.dedup", "connito.base.tiny", "connito.corpus")
+# Parts of a domain's text, with the share that generated text gives each.
+PARTS = {"probe": 0.05, "train": 0.75, "holdout": 0.2}
+# Enough to be left with the tokens asked for after duplicates are gone.
+_CHARACTERS_PER_TOKEN = 8
+# Text that the tiny base was neither trained nor clustered on.
+_TINY_TEXT_SEED = 77_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is wanted. Sizes are tokens over probe, training and hold-out together."""
+
+    base: str
+    base_digest: str
+    tiny: bool
+    target: str
+    general: tuple[str, ...]
+    target_tokens: int
+    general_tokens: int
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**{**data, "general": tuple(data["general"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @property
+    def folder(self) -> Path:
+        """Where the corpora lie, made or not: named by everything that decides about their bytes."""
+        decisive = {**self.to_json(), "base": "", "code": source_digest(*_MAKERS)}
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return cache_root() / "corpora" / f"{self.target}-{digest[:12]}"
+
+
+def build_corpora(plan: Plan, progress: Callable[[str, float], None]) -> Path:
+    """`<domain>.<part>.safetensors` and `<domain>.json` with statistics, for every domain, unless they are there."""
+    from connito.base.loading import load_tokenizer
+
+    with fresh_folder(plan.folder) as draft:
+        if draft is None:
+            return plan.folder
+        tokenizer = load_tokenizer(Path(plan.base))
+        domains = (plan.target, *plan.general)
+        for index, domain in enumerate(domains):
+            progress(f"preparing text, {domain}", index / len(domains))
+            tokens = plan.target_tokens if domain == plan.target else plan.general_tokens
+            make = _generated if plan.tiny else _found
+            corpora, statistics = make(Path(plan.base), tokenizer, domain, tokens)
+            for part, corpus in corpora.items():
+                corpus.save(draft / f"{domain}.{part}.safetensors")
+            (draft / f"{domain}.json").write_text(statistics)
+        progress("preparing text", 1.0)
+    return plan.folder
+
+
+def _found(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[str, Corpus], str]:
+    """Real text: de-duplicated, split by document hash, decontaminated."""
+    from connito.text.domains import load_domain
+    from connito.text.prepare import prepare_corpora, tokenizer_digest
+
+    prepared = prepare_corpora(
+        domain,
+        load_domain(domain, tokens * _CHARACTERS_PER_TOKEN),
+        lambda texts: _encode(tokenizer, texts),
+        tokenizer_digest=tokenizer_digest(_tokenizer_files(base)),
+        separator=int(tokenizer.eos_token_id),
+        max_tokens=tokens,
+    )
+    parts = {part: getattr(prepared, part) for part in PARTS}
+    return parts, prepared.statistics.to_json()
+
+
+def _generated(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[str, Corpus], str]:
+    """Text of the tiny base's grammars, a seed for each part. Likeness means nothing here: few words make all of it."""
+    from connito.base.tiny import tiny_texts
+    from connito.text.prepare import tokenizer_digest
+
+    digest, corpora = tokenizer_digest(_tokenizer_files(base)), {}
+    for number, (part, share) in enumerate(PARTS.items()):
+        texts = tiny_texts(domain, _TINY_TEXT_SEED + number, max(8, int(tokens * share / 300)))
+        metadata = {"domain": domain, "split": part, "tokenizer": digest, "separator": str(tokenizer.eos_token_id)}
+        corpora[part] = Corpus.from_documents(_encode(tokenizer, texts), metadata)
+    sizes = {f"{part}_tokens": len(corpus.tokens) for part, corpus in corpora.items()}
+    return corpora, json.dumps({"domain": domain, **sizes})
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _tokenizer_files(base: Path) -> list[Path]:
+    return [path for path in base.iterdir() if path.name.startswith(("tokenizer", "special_tokens"))]

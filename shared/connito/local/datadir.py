@@ -1,0 +1,189 @@
+"""The folder that `connito up` owns: who runs in it, where the servers are, and what an interrupted run left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from connito.errors import Invalid, NotFound, Retry
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What other commands need in order to talk to a platform that runs here. The file is readable by its owner only."""
+
+    pid: int
+    nats_url: str
+    s3_endpoint: str
+    s3_access_key: str
+    s3_secret_key: str
+    run: str = ""
+    ready: bool = False
+    finished: bool = False
+    error: str = ""
+
+
+def default_data_dir() -> Path:
+    """`CONNITO_DATA_DIR`, or `.connito/` in the current folder."""
+    return Path(os.environ.get("CONNITO_DATA_DIR") or ".connito")
+
+
+@dataclass(frozen=True)
+class DataDir:
+    """Paths inside the data directory."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, root: Path | None) -> DataDir:
+        """Make the folder where it is missing. Raises `Invalid` naming it when that cannot be done."""
+        path = (root or default_data_dir()).absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "logs").mkdir(exist_ok=True)
+        except OSError as error:
+            raise Invalid(
+                f"cannot make the data directory {path}: {error.strerror}; choose another by --data-dir"
+            ) from error
+        return cls(path)
+
+    @property
+    def keys(self) -> Path:
+        """Seeds, one file a name, mode 0600."""
+        return self.root / "keys"
+
+    @property
+    def roster(self) -> Path:
+        """Who speaks for which role."""
+        return self.root / "roster.json"
+
+    @property
+    def logs(self) -> Path:
+        """One file a service."""
+        return self.root / "logs"
+
+    @property
+    def cache(self) -> Path:
+        """The artifact cache of the services, on one file system with the base, so that linking is possible."""
+        return self.root / "cache"
+
+    @property
+    def report(self) -> Path:
+        """The report of the last run."""
+        return self.root / "report.json"
+
+    @property
+    def pids(self) -> Path:
+        """What runs now: `{name: {"pid", "module", "restarts"}}`."""
+        return self.root / "pids.json"
+
+    @property
+    def platform_file(self) -> Path:
+        """Where the servers are."""
+        return self.root / "platform.json"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder. Raises `Retry` naming the process that already does; the kernel lets go when we die."""
+        with (self.root / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Retry(
+                    f"another `connito up` (process {self.owner() or 'unknown'}) runs in {self.root}; stop it with "
+                    f"`connito down --data-dir {self.root}`, or choose another --data-dir"
+                ) from error
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def owner(self) -> int | None:
+        """The process that holds the folder; None if nobody does."""
+        path = self.root / "lock"
+        if not path.exists():
+            return None
+        with path.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read().strip()
+                return int(text) if text.isdigit() else None
+        return None
+
+    def write_platform(self, platform: Platform) -> None:
+        """Publish where the platform is (atomically, mode 0600)."""
+        write_private(self.platform_file, json.dumps(asdict(platform), indent=1))
+
+    def read_platform(self) -> Platform | None:
+        """What `write_platform` wrote last, whether it still runs or not."""
+        try:
+            return Platform(**json.loads(self.platform_file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def running(self) -> Platform:
+        """The platform that runs here. Raises `NotFound` with the command that starts one."""
+        platform = self.read_platform()
+        if platform is None or self.owner() is None:
+            raise NotFound(f"nothing runs in {self.root}; start it with `connito up --no-wait --data-dir {self.root}`")
+        return platform
+
+    def write_pids(self, processes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Publish what runs now."""
+        write_private(self.pids, json.dumps(processes, indent=1, sort_keys=True))
+
+    def read_pids(self) -> dict[str, dict[str, Any]]:
+        """What `write_pids` wrote last; empty when nothing runs."""
+        try:
+            rows: dict[str, dict[str, Any]] = json.loads(self.pids.read_text())
+        except (OSError, ValueError):
+            return {}
+        return rows
+
+    def end_leftovers(self) -> list[str]:
+        """Kill what an `up` that was itself killed left running; returns the names. Call with the lock held.
+
+        A process is ours only if it still started when pids.json says: numbers are given out again.
+        """
+        ended = []
+        for name, entry in self.read_pids().items():
+            pid = int(entry["pid"])
+            if entry.get("started") is not None and start_time(pid) == entry["started"]:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+                    ended.append(name)
+        self.pids.unlink(missing_ok=True)
+        return ended
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if there is none (or no /proc)."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended (one that nobody has waited for has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file atomically, readable by the owner only."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+    draft.replace(path)

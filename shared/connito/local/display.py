@@ -1,0 +1,129 @@
+"""Where `connito up` shows what happens: a live picture on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Protocol, Self
+
+from connito.facts import Fact, RunFacts
+from connito.local.view import announce, render
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Display(Protocol):
+    """What the run of `up` tells."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        ...
+
+    def progress(self, what: str, share: float) -> None:
+        """How far something long has come, 0 to 1."""
+        ...
+
+    def fact(self, fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> None:
+        """Something new in the run's log."""
+        ...
+
+    def tick(self) -> None:
+        """Time has passed."""
+        ...
+
+
+class PlainDisplay:
+    """One line an event, for logs and pipes."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._began = time.monotonic()
+        self._told: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:6.1f} s] {text}", file=self._stream, flush=True)
+
+    def progress(self, what: str, share: float) -> None:
+        """A line at the start and at every half, so that a log stays short."""
+        topic, step = what.split(",", maxsplit=1)[0], int(share * 2)
+        if self._told.get(topic) != step:
+            self._told[topic] = step
+            self.say(f"{what} ({100 * share:.0f} %)" if share < 1 else f"{what}: done")
+
+    def fact(self, fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> None:
+        line = announce(fact, facts, names)
+        if line is not None:
+            self.say(line)
+
+    def tick(self) -> None:
+        return
+
+
+class LiveDisplay:
+    """A picture of the run at the bottom of the terminal, with the lines that matter above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console()
+        self._live = Live(console=self._console, auto_refresh=False, transient=False)
+        self._facts: RunFacts | None = None
+        self._names: Mapping[str, str] = {}
+        self._work = ""
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._work = ""
+        self.tick()
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def progress(self, what: str, share: float) -> None:
+        width = 24
+        done = int(width * max(0.0, min(1.0, share)))
+        self._work = "" if share >= 1 else f"{'━' * done}{'╌' * (width - done)} {100 * share:3.0f} %  {what}"
+        self.tick()
+
+    def fact(self, fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> None:
+        self._facts, self._names = facts, names
+        self.tick()
+
+    def tick(self) -> None:
+        self._live.update(self._picture(), refresh=True)
+
+    def _picture(self) -> RenderableType:
+        from rich.text import Text
+
+        if self._facts is not None and self._facts.spec is not None:
+            return render(self._facts, self._names, time.time_ns() // 1_000_000)
+        return Text(self._work)
+
+
+def choose_display(*, json: bool) -> Display:
+    """Live on a terminal; plain lines otherwise, on stderr when stdout is for one JSON document."""
+    if json:
+        return PlainDisplay(sys.stderr)
+    return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()

@@ -1,0 +1,73 @@
+"""Who takes part on this machine: one key for each service, miner and validator, and the roster that names them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from connito.errors import Invalid
+from connito.identity import Identity
+from connito.local.datadir import DataDir
+from connito.roster import Roster
+
+SERVICES = ("coordinator", "selector", "committer", "aggregator", "library")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One key. `role` is a role of the roster, `miner`, or `operator`."""
+
+    name: str
+    role: str
+    identity: Identity
+
+
+def cast(miners: int, validators: int, adversaries: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, role) of everybody: services, `validator-1`…, `miner-1`… and adversaries by kind, `copier-1`…"""
+    people = [(name, name) for name in SERVICES]
+    people += [("customer", "customer"), ("operator", "operator")]
+    people += [(f"validator-{number}", "validator") for number in range(1, validators + 1)]
+    people += [(f"miner-{number}", "miner") for number in range(1, miners + 1)]
+    people += [
+        (f"{kind}-{1 + list(adversaries[:index]).count(kind)}", "miner") for index, kind in enumerate(adversaries)
+    ]
+    return people
+
+
+def load_members(data: DataDir, people: Sequence[tuple[str, str]], seed: int | None) -> dict[str, Member]:
+    """Read each key, or make it: at random, or with a seed always the same. Seeds lie in keys/, mode 0600.
+
+    Raises `Invalid` when the folder holds keys of another seed.
+    """
+    return {name: Member(name, role, _identity(data, name, seed)) for name, role in people}
+
+
+def _identity(data: DataDir, name: str, seed: int | None) -> Identity:
+    path = data.keys / f"{name}.nk"
+    wanted = (
+        None if seed is None else Identity.generate(hashlib.sha256(f"connito.local:{seed}:{name}".encode()).digest())
+    )
+    if path.exists():
+        known = Identity.load(path)
+        if wanted is not None and known.public != wanted.public:
+            raise Invalid(
+                f"{data.root} was made with another --seed (or with none), and its keys are different; choose another "
+                "--data-dir, or remove this one"
+            )
+        return known
+    identity = wanted or Identity.generate()
+    data.keys.mkdir(mode=0o700, exist_ok=True)
+    identity.save(path)
+    return identity
+
+
+def write_roster(data: DataDir, members: dict[str, Member]) -> Roster:
+    """Write roster.json for everybody who speaks for a role."""
+    keys: dict[str, set[str]] = {}
+    for member in members.values():
+        if member.role not in ("miner", "operator"):
+            keys.setdefault(member.role, set()).add(member.identity.public)
+    roster = Roster({role: frozenset(names) for role, names in keys.items()})
+    roster.save(data.roster)
+    return roster

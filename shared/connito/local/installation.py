@@ -1,0 +1,212 @@
+"""Servers, keys, permissions and services of one machine: everything that runs while `connito up` does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from connito import streams
+from connito.bus import Bus
+from connito.compute import machine_folder
+from connito.local.datadir import DataDir, Platform
+from connito.local.defaults import Machine
+from connito.local.display import Display
+from connito.local.identities import SERVICES, Member, load_members, write_roster
+from connito.local.permissions import permissions
+from connito.local.processes import PlainLauncher, Program, ZygoteLauncher
+from connito.local.servers import NatsServer, ObjectStore
+from connito.local.session import BUCKET, REGION, local_store
+from connito.local.supervisor import Supervisor
+from connito.store import ArtifactStore
+
+# Services that compute with a model are forked from the preloaded process.
+MODEL_SIDE = ("selector", "trainer", "validator", "aggregator")
+
+
+@dataclass(frozen=True)
+class Role:
+    """A service process to be: who runs it, its module, and the settings that only it gets."""
+
+    member: Member
+    module: str
+    settings: Mapping[str, str]
+
+    @property
+    def preloaded(self) -> bool:
+        """Whether it needs torch."""
+        return self.module.removeprefix("services.") in MODEL_SIDE
+
+
+class Installation:
+    """`async with Installation(...)`: servers are up inside, streams and bucket exist; all of it is gone outside."""
+
+    def __init__(
+        self, data: DataDir, people: Iterable[tuple[str, str]], machine: Machine, seed: int | None, display: Display
+    ):
+        self.data, self.machine, self.display = data, machine, display
+        self.members = load_members(data, list(people), seed)
+        self.roster = write_roster(data, self.members)
+        self._stack = AsyncExitStack()
+        self.platform: Platform
+        self.bus: Bus
+        self.store: ArtifactStore
+        self.zygote: ZygoteLauncher
+        self.supervisor: Supervisor
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What each public key is called here."""
+        return {member.identity.public: member.name for member in self.members.values()}
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _open(self) -> None:
+        self.zygote = await ZygoteLauncher.open(self.data.logs / "zygote.log", self._environment())
+        self._stack.push_async_callback(self.zygote.close)
+        secret = self._store_secret()
+        nats = NatsServer(self.data.root / "nats", users=self._users(), log_file=self.data.logs / "nats-server.log")
+        weed = ObjectStore(self.data.root / "objects", secret_key=secret, log_file=self.data.logs / "weed.log")
+        self.supervisor = Supervisor(self.data, self.display.say)
+        self._stack.push_async_callback(self.supervisor.stop)
+        self.supervisor.note("zygote", self.zygote.pid, self.data.logs / "zygote.log")
+        await asyncio.gather(self.supervisor.serve(nats), self.supervisor.serve(weed))
+        self.platform = Platform(os.getpid(), nats.url, weed.url, weed.access_key, secret)
+        self._stack.callback(self.data.platform_file.unlink, missing_ok=True)
+        self.data.write_platform(self.platform)
+        operator = self.members["operator"].identity
+        self.bus = await self._stack.enter_async_context(await Bus.connect(nats.url, operator, "up", self.roster))
+        self.store = local_store(self.platform, self.data)
+        await asyncio.gather(streams.ensure(self.bus.js), self.store.ensure_bucket())
+
+    def publish(self, **changes: Any) -> None:
+        """Tell other commands more about the platform."""
+        self.platform = replace(self.platform, **changes)
+        self.data.write_platform(self.platform)
+
+    async def start(self, roles: Iterable[Role]) -> None:
+        """Start services and keep them running."""
+        plain = PlainLauncher()
+        for role in roles:
+            await self.supervisor.start(self._program(role), self.zygote if role.preloaded else plain)
+
+    def services(self) -> list[Role]:
+        """One process for each service of the control plane."""
+        return [Role(self.members[name], f"services.{name}", {}) for name in SERVICES]
+
+    def validators(self) -> list[Role]:
+        """One process for each validator."""
+        return [Role(m, "services.validator", {}) for m in self.members.values() if m.role == "validator"]
+
+    def miners(self) -> list[Role]:
+        """One process for each miner. An adversary is a trainer that was told how to misbehave."""
+        return [
+            Role(m, "services.trainer", self._miner_settings(m)) for m in self.members.values() if m.role == "miner"
+        ]
+
+    def _miner_settings(self, member: Member) -> dict[str, str]:
+        work = self.data.root / "miners"
+        kind = member.name.rpartition("-")[0]
+        settings = {"work_dir": str(work / member.name), "label": member.name}
+        if kind != "miner":
+            settings |= {"trainer_adversary": kind, "trainer_victim_dir": str(work / "miner-1")}
+        return settings
+
+    def _program(self, role: Role) -> Program:
+        return Program(
+            name=role.member.name,
+            module=role.module,
+            env=self._service_environment(role),
+            log=self.data.logs / f"{role.member.name}.log",
+            cwd=self.data.root,
+        )
+
+    def _service_environment(self, role: Role) -> dict[str, str]:
+        ports = self.data.root / "ports"
+        ports.mkdir(exist_ok=True)
+        settings = {
+            "nats_url": self.platform.nats_url,
+            "key_file": str(self.data.keys / f"{role.member.name}.nk"),
+            "roster": str(self.data.roster),
+            "cache_dir": str(self.data.cache),
+            "compute_dir": str(machine_folder()),
+            "compute_slots": str(self.machine.slots),
+            "torch_threads": str(self.machine.threads),
+            "port_file": str(ports / f"{role.member.name}.json"),
+        }
+        if role.member.role == "miner":
+            # As anywhere else, a miner has no bucket credentials; and no cache in which held-out text could lie.
+            settings["cache_dir"] = str(self.miner_cache)
+        else:
+            settings |= {
+                "s3_endpoint": self.platform.s3_endpoint,
+                "s3_access_key": self.platform.s3_access_key,
+                "s3_secret_key": self.platform.s3_secret_key,
+                "s3_bucket": BUCKET,
+                "s3_region": REGION,
+            }
+        extra = {f"CONNITO_{name.upper()}": value for name, value in {**settings, **role.settings}.items()}
+        return {**self._environment(), **extra}
+
+    @property
+    def miner_cache(self) -> Path:
+        """Public artifacts only."""
+        return self.data.root / "cache-miners"
+
+    def task_environment(self) -> dict[str, str]:
+        """The environment of a task: where to keep what is kept, and as many threads as one computation gets."""
+        cache = {name: value for name, value in os.environ.items() if name == "CONNITO_CACHE_DIR"}
+        return {**self._environment(), **cache, "CONNITO_TORCH_THREADS": str(self.machine.threads)}
+
+    def _environment(self) -> dict[str, str]:
+        """The surrounding environment without settings that were meant for something else."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CONNITO_")}
+        threads = str(self.machine.threads)
+        return {
+            **inherited,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # A thread that waits for another one sleeps instead of spinning: where the cores are shared with anything
+            # else, spinning made the same work three to five times slower.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def _users(self) -> list[dict[str, Any]]:
+        return [broker_user(member.role, member.identity.public) for member in self.members.values()]
+
+    def _store_secret(self) -> str:
+        """The store's secret key, made once for this data directory."""
+        path = self.data.keys / "store.secret"
+        if not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(20))
+        return path.read_text().strip()
+
+
+def broker_user(role: str, key: str) -> dict[str, Any]:
+    """A user of the broker with its role's permissions, in the server's own syntax."""
+    granted = permissions(role, key)
+    publish: dict[str, list[str]] = {"allow": list(granted.publish)}
+    if granted.deny_publish:
+        publish["deny"] = list(granted.deny_publish)
+    return {"nkey": key, "permissions": {"publish": publish, "subscribe": {"allow": list(granted.subscribe)}}}

@@ -1,0 +1,182 @@
+"""What a run needs before it can be asked for: a base model and corpora, in the cache and in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from connito.base.manifest import FileEntry, Manifest
+from connito.errors import Fatal
+from connito.local.bases import MANIFEST, cached_base
+from connito.local.corpora import Plan
+from connito.local.defaults import Profile, Wish
+from connito.local.display import Display
+from connito.local.installation import Installation
+from connito.local.processes import Program
+from connito.local.supervisor import last_lines
+from connito.local.tasks import read_lines
+from connito.store import ArtifactStore
+from connito.store.cache import Cache
+from connito.v1 import artifacts_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
+
+MANIFEST_TYPE, TENSORS_TYPE = "application/vnd.connito.base+json", "application/vnd.safetensors"
+PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
+
+
+@dataclass(frozen=True)
+class Materials:
+    """A base with its manifest, and the folder with the corpora."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    corpora: Path
+
+    def corpus(self, domain: str, part: str) -> Path:
+        """The file of one corpus."""
+        return self.corpora / f"{domain}.{part}.safetensors"
+
+
+async def run_task(
+    installation: Installation, name: str, params: Mapping[str, Any], progress: Callable[[str, float], None]
+) -> dict[str, Any]:
+    """Run one of `connito.local.tasks` in a fork of the preloaded process. Raises what the task raised, and `Fatal`
+    with the end of its log when it died."""
+    program = Program(
+        name=f"task {name}",
+        module="connito.local.tasks",
+        env=installation.task_environment(),
+        log=installation.data.logs / "tasks.log",
+        cwd=installation.data.root,
+        arguments=(name, json.dumps(params)),
+    )
+    read_end, write_end = os.pipe()
+    try:
+        process = await installation.zygote.start(program, stdout=write_end)
+    finally:
+        os.close(write_end)
+    try:
+        async for line in _lines(read_end):
+            result = read_lines(iter([line]), progress)
+            if result is not None:
+                await process.exited
+                return result
+        code = await process.exited
+    finally:
+        await process.stop(2.0)
+    raise Fatal(f"the task {name} ended with code {code}; its log ends with:\n{last_lines(program.log)}")
+
+
+async def _lines(descriptor: int) -> AsyncIterator[str]:
+    """Lines of a pipe until its other end closes."""
+    loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
+    with os.fdopen(descriptor, "rb") as pipe:
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+        try:
+            while line := await reader.readline():
+                yield line.decode()
+        finally:
+            transport.close()
+
+
+async def prepare(installation: Installation, wish: Wish, profile: Profile, display: Display) -> Materials:
+    """Build, or find, the base and the corpora."""
+    folder, manifest = await _base(installation, wish, display)
+    plan = Plan(
+        base=str(folder),
+        base_digest=manifest.digest,
+        tiny=profile.small,
+        target=wish.target,
+        general=tuple(domain for domain in wish.domains if domain != wish.target),
+        target_tokens=profile.texts.target_tokens,
+        general_tokens=profile.texts.general_tokens,
+    )
+    if not plan.folder.is_dir():
+        await run_task(installation, "corpora", plan.to_json(), display.progress)
+    return Materials(manifest.name, folder, manifest, plan.folder)
+
+
+async def _base(installation: Installation, wish: Wish, display: Display) -> tuple[Path, Manifest]:
+    if wish.base in ("demo", "tiny"):
+        target = cached_base(wish.base)
+        if not target.is_dir():
+            display.say(f"building the {wish.base} base, once for this machine, into {target}")
+            await run_task(installation, "build_base", {"name": wish.base}, display.progress)
+        return target / "model", Manifest.from_bytes((target / MANIFEST).read_bytes())
+    folder, out = Path(wish.base).absolute(), installation.data.root / "base-manifest.json"
+    params = {"folder": str(folder), "name": folder.name, "out": str(out)}
+    await run_task(installation, "manifest", params, display.progress)
+    return folder, Manifest.from_bytes(out.read_bytes())
+
+
+async def upload_base(
+    store: ArtifactStore, folder: Path, manifest: Manifest, progress: Callable[[str, float], None] | None = None
+) -> ArtifactRef:
+    """Put a base's files and its manifest into the store; returns the manifest's reference."""
+    done, total = 0, sum(entry.size for entry in manifest.files.values())
+    for entry in manifest.files.values():
+        ref = base_file(entry.digest, entry.size, entry.media_type)
+        if await store.stat(ref) != entry.size:
+            if progress is not None:
+                progress("putting the base into the store", done / total)
+            await store.put_file(folder / entry.name, entry.media_type, PUBLIC)
+        done += entry.size
+    if progress is not None:
+        progress("putting the base into the store", 1.0)
+    return await store.put_bytes(manifest.to_bytes(), MANIFEST_TYPE, PUBLIC)
+
+
+def base_file(digest: str, size: int, media_type: str) -> ArtifactRef:
+    """The reference of a base's file."""
+    return ArtifactRef(digest=digest, size=size, media_type=media_type, realm=PUBLIC)
+
+
+async def upload(
+    installation: Installation, materials: Materials, profile: Profile, run: str, display: Display
+) -> RunSpec:
+    """Put everything into the store and the local caches, and fill the references into the profile's RunSpec."""
+    store, spec = installation.store, RunSpec()
+    spec.CopyFrom(profile.spec)
+    spec.run = run
+    # Services map the weights from the cache: one copy on disk and in memory for all of them.
+    for cache in (store.cache, Cache(installation.miner_cache)):
+        await asyncio.to_thread(_link_base, cache, materials, materials.manifest.files.values())
+    manifest = await upload_base(store, materials.folder, materials.manifest, display.progress)
+    spec.base.CopyFrom(BaseRef(name=materials.name, manifest=manifest))
+
+    async def corpus(domain: str, part: str, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
+        ref = await store.put_file(materials.corpus(domain, part), TENSORS_TYPE, realm, cache=True)
+        return CorpusRef(domain=domain, artifact=ref)
+
+    spec.probe.CopyFrom(await corpus(spec.domain, "probe", PUBLIC))
+    spec.train.CopyFrom(await corpus(spec.domain, "train", PUBLIC))
+    spec.holdout.CopyFrom(await corpus(spec.domain, "holdout", HOLDOUT))
+    for path in sorted(materials.corpora.glob("*.json")):
+        if path.stem != spec.domain:
+            spec.general_holdouts.append(await corpus(path.stem, "holdout", HOLDOUT))
+    return spec
+
+
+def _link_base(cache: Cache, materials: Materials, entries: Iterable[FileEntry]) -> None:
+    for entry in entries:
+        source = materials.folder / entry.name
+        cache.get(base_file(entry.digest, entry.size, entry.media_type), partial(_link, source))
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it. Ours are never written again; a stranger's folder is copied."""
+    with suppress(OSError):
+        if source.stat().st_mode & 0o222 == 0:
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)

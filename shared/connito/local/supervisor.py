@@ -1,0 +1,162 @@
+"""Keeps servers and services running: restarts what died, stops everything it started."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from connito.errors import Fatal
+from connito.local.datadir import DataDir, start_time
+from connito.local.processes import Launcher, Process, Program
+from connito.local.servers import Server
+
+# What dies this often within the window will not get better by being started once more.
+GIVE_UP_AFTER = 6
+GIVE_UP_WITHIN = 30.0
+_FIRST_DELAY, _LAST_DELAY = 0.2, 5.0
+_LOOK_EVERY = 0.25
+
+
+@dataclass
+class _Kept:
+    """Something that is kept running."""
+
+    name: str
+    log: Path
+    module: str = ""
+    pid: int = 0
+    restarts: int = 0
+    process: Process | None = None
+    deaths: list[float] = field(default_factory=list)
+
+    def died(self, code: int, now: float) -> float:
+        """Seconds until the next start. Raises `Fatal` when there have been too many."""
+        self.deaths = [*(then for then in self.deaths if now - then < GIVE_UP_WITHIN), now]
+        if len(self.deaths) >= GIVE_UP_AFTER:
+            raise Fatal(
+                f"{self.name} ended {len(self.deaths)} times within {GIVE_UP_WITHIN:.0f} s ({describe_exit(code)}). "
+                f"Its log, {self.log}, ends with:\n{last_lines(self.log)}"
+            )
+        return min(_LAST_DELAY, _FIRST_DELAY * 2.0 ** (len(self.deaths) - 1))
+
+
+class Supervisor:
+    """`start` each service once; `failed` resolves when one cannot be kept alive. Always `stop` at the end."""
+
+    def __init__(self, data: DataDir, announce: Callable[[str], None]) -> None:
+        self._data, self._announce = data, announce
+        self._kept: dict[str, _Kept] = {}
+        self._servers: list[Server] = []
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How often each was started again; those that never died are left out."""
+        return {name: kept.restarts for name, kept in self._kept.items() if kept.restarts}
+
+    def note(self, name: str, pid: int, log: Path) -> None:
+        """List a process in pids.json that is not ours to restart."""
+        self._kept[name] = _Kept(name, log, pid=pid)
+        self._write_pids()
+
+    async def serve(self, server: Server) -> None:
+        """Start a broker or store, and start it again on the same ports and data when it dies."""
+        await asyncio.to_thread(server.start)
+        self._servers.append(server)
+        kept = self._kept[server.program] = _Kept(server.program, server.log_file, pid=server.pid)
+        self._write_pids()
+        self._keep(self._watch_server(kept, server))
+
+    async def start(self, program: Program, launcher: Launcher) -> None:
+        """Start a service and keep it running."""
+        kept = self._kept[program.name] = _Kept(program.name, program.log, program.module)
+        await self._launch(kept, program, launcher)
+        self._keep(self._watch_service(kept, program, launcher))
+
+    async def stop(self, grace_seconds: float = 5.0) -> None:
+        """Stop every service, all at the same time; then the servers, which they need until they are done."""
+        self._stopping = True
+        for task in list(self._watchers):
+            task.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        running = [kept.process for kept in self._kept.values() if kept.process is not None]
+        await asyncio.gather(*(process.stop(grace_seconds) for process in running))
+        await asyncio.gather(*(asyncio.to_thread(server.stop) for server in self._servers))
+        if not self.failed.done():
+            self.failed.cancel()
+        self._data.pids.unlink(missing_ok=True)
+
+    async def _launch(self, kept: _Kept, program: Program, launcher: Launcher) -> None:
+        kept.process = await launcher.start(program)
+        kept.pid = kept.process.pid
+        self._write_pids()
+
+    async def _watch_service(self, kept: _Kept, program: Program, launcher: Launcher) -> None:
+        while True:
+            assert kept.process is not None
+            code = await asyncio.shield(kept.process.exited)
+            await asyncio.sleep(kept.died(code, time.monotonic()))
+            self._again(kept, code)
+            await self._launch(kept, program, launcher)
+
+    async def _watch_server(self, kept: _Kept, server: Server) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            if server.running:
+                continue
+            assert server.process is not None
+            code = int(server.process.returncode)
+            await asyncio.sleep(kept.died(code, time.monotonic()))
+            self._again(kept, code)
+            # Not to be left half-way: a server that starts while everything stops must still be stopped.
+            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(server.start)))
+            kept.pid = server.pid
+            self._write_pids()
+
+    def _again(self, kept: _Kept, code: int) -> None:
+        kept.restarts += 1
+        self._announce(f"{kept.name} ended ({describe_exit(code)}) and is started again")
+
+    def _keep(self, watching: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(watching)
+        self._watchers.add(task)
+        task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        self._watchers.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+    def _write_pids(self) -> None:
+        self._data.write_pids(
+            {
+                name: {
+                    "pid": kept.pid,
+                    "module": kept.module,
+                    "restarts": kept.restarts,
+                    "started": start_time(kept.pid),
+                }
+                for name, kept in self._kept.items()
+                if kept.pid
+            }
+        )
+
+
+def last_lines(path: Path, count: int = 8) -> str:
+    """The end of a log, indented; empty when there is none."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()[-count:]
+    except OSError:
+        return ""
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,100 @@
+"""Work that needs torch or much memory, each in a process of its own: `python -m connito.local.tasks NAME JSON`.
+
+What it prints on stdout are JSON lines: `{"progress": [what, share]}` while it works, then `{"result": …}`, or
+`{"error": {"type", "message"}}` for an error that has a meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from connito.errors import ConnitoError
+
+
+def build_base(params: dict[str, Any]) -> dict[str, Any]:
+    """Build a named base into the cache."""
+    from connito.local.bases import build_cached
+
+    return {"folder": str(build_cached(params["name"], _progress))}
+
+
+def manifest(params: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a folder that somebody else made."""
+    from connito.base.manifest import build_manifest
+
+    Path(params["out"]).write_bytes(build_manifest(Path(params["folder"]), params["name"], _progress).to_bytes())
+    return {"manifest": params["out"]}
+
+
+def corpora(params: dict[str, Any]) -> dict[str, Any]:
+    """Tokenised corpora of all domains into the cache."""
+    from connito.local.corpora import Plan, build_corpora
+
+    return {"folder": str(build_corpora(Plan.from_json(params), _progress))}
+
+
+def generate(params: dict[str, Any]) -> dict[str, Any]:
+    """Greedy continuations of one prompt by the base and by the adapted model."""
+    from connito.local.generation import before_and_after
+
+    return before_and_after(
+        Path(params["folder"]),
+        Path(params["state"]),
+        params["layers"],
+        Path(params["holdout"]),
+        params["sequence_length"],
+    )
+
+
+TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "build_base": build_base,
+    "manifest": manifest,
+    "corpora": corpora,
+    "generate": generate,
+}
+
+
+def _progress(what: str, share: float) -> None:
+    _print({"progress": [what, share]})
+
+
+def _print(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def main(name: str, params: dict[str, Any]) -> None:
+    """Run one task."""
+    threads = int(os.environ.get("CONNITO_TORCH_THREADS", "0"))
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    try:
+        _print({"result": TASKS[name](params)})
+    except ConnitoError as error:
+        _print({"error": {"type": type(error).__name__, "message": str(error)}})
+
+
+def read_lines(lines: Iterator[str], progress: Callable[[str, float], None]) -> dict[str, Any] | None:
+    """The result among a task's output lines; None when there is none. Raises the error that the task reported."""
+    from connito import errors
+
+    for line in lines:
+        message = json.loads(line)
+        if "progress" in message:
+            progress(*message["progress"])
+        elif "error" in message:
+            raise getattr(errors, message["error"]["type"])(message["error"]["message"])
+        else:
+            result: dict[str, Any] = message["result"]
+            return result
+    return None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,364 @@
+"""`connito up`: one adaptation job on one machine, from nothing to a deposited expert and a report."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from connito.compute import usable_cores
+from connito.errors import ConnitoError, Fatal, Invalid, Retry
+from connito.local.datadir import DataDir, is_running
+from connito.local.defaults import Profile, Wish, profile
+from connito.local.display import Display, choose_display
+from connito.local.session import log_to
+
+if TYPE_CHECKING:
+    from connito.client import Client
+
+T = TypeVar("T")
+
+START_SECONDS = 900.0
+
+
+def run_here(wish: Wish, *, json: bool) -> dict[str, Any]:
+    """Run in this process until the run has ended and everything is stopped again; returns the report.
+
+    Raises `Retry` when another `up` holds the folder, `Invalid` for what cannot be, `Fatal` when a service cannot be
+    kept alive or the run fails.
+    """
+    data = DataDir.open(wish.data_dir)
+    with data.lock(), choose_display(json=json) as display:
+        return asyncio.run(_interruptible(_Up(wish, data, display).run))
+
+
+def run_detached(wish: Wish, *, json: bool) -> dict[str, Any]:
+    """Run in a process of its own and return when the first cycle is open: `{"run", "data_dir", "pid"}`."""
+    data = DataDir.open(wish.data_dir)
+    with data.lock():
+        pass  # Says now, and here, that another one runs.
+    data.platform_file.unlink(missing_ok=True)
+    wish = replace(wish, data_dir=data.root)
+    with (data.logs / "up.log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "connito.local.up", _encode(wish)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    with choose_display(json=json) as display:
+        _wait_until_ready(data, child, display)
+    platform = data.running()
+    return {"run": platform.run, "data_dir": str(data.root), "pid": child.pid}
+
+
+def stop(data: DataDir, seconds: float = 30.0) -> int | None:
+    """End the `up` that holds the folder and all that it runs; returns its process id, None if nothing runs."""
+    pid = data.owner()
+    if pid is None:
+        data.end_leftovers()
+        return None
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    give_up = time.monotonic() + seconds
+    while data.owner() is not None or is_running(pid):
+        if time.monotonic() > give_up:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # What it started is tied to it and ends with it.
+            give_up += 5
+        time.sleep(0.05)
+    return pid
+
+
+def summary(report: dict[str, Any], wish: Wish) -> str:
+    """The last lines on the terminal: what came out, and where it is."""
+    data, totals = DataDir.open(wish.data_dir), report["totals"]
+    first, last = totals["target_loss_first"], totals["target_loss_last"]
+    lines = [f"\n{report['run']}: {report['outcome']['status']} after {len(report['cycles'])} cycles"]
+    if first is not None:
+        general = totals["general_loss_last"] - totals["general_loss_first"]
+        lines.append(f"  {report['domain']} loss   {first:.4f} → {last:.4f} nats per token ({last - first:+.4f})")
+        lines.append(f"  general loss   {general:+.4f}")
+    if totals["upload_share_of_model"]:
+        upload, share = totals["upload_bytes_per_miner_and_cycle"], 100 * totals["upload_share_of_model"]
+        lines.append(f"  upload         {upload / 1e6:.1f} MB a miner and cycle, {share:.1f} % of the model")
+    if report["library"]:
+        lines.append(f"  expert         {report['library']['expert_id']}")
+    lines.append(
+        f"  time, memory   {totals['seconds']['total']:.0f} s, at most {totals['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+    for name in ("report.json", "loss.svg", "generation.md", "logs"):
+        if (data.root / name).exists():
+            lines.append(f"  {data.root / name}")
+    return "\n".join(lines)
+
+
+def check_outcome(report: dict[str, Any], logs: Path) -> None:
+    """Raise what a run that did not complete means for a command: `Retry` when people or the store were missing,
+    `Invalid` when the job itself cannot be done, `Fatal` otherwise."""
+    outcome = report["outcome"]
+    if outcome["status"] == "completed":
+        return
+    text = f"run {report['run']} {outcome['status']}: {outcome['reason']} ({outcome['detail']}); logs are in {logs}"
+    if outcome["reason"] in ("too-few-miners", "no-quorum", "store-unavailable"):
+        raise Retry(text)
+    if outcome["reason"] in ("bad-spec", "selection-failed"):
+        raise Invalid(text)
+    raise Fatal(text)
+
+
+async def _interruptible(work: Callable[[], Awaitable[T]]) -> T:
+    """Run `work`; SIGINT, SIGTERM and SIGHUP cancel it, so that everything is stopped in order."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work())
+    received: list[int] = []
+
+    def interrupt(number: int) -> None:
+        if not received:
+            received.append(number)
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, interrupt, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if received:
+            raise SystemExit(128 + received[0]) from None
+        raise
+
+
+class _Up:
+    """One `connito up`."""
+
+    def __init__(self, wish: Wish, data: DataDir, display: Display, *, stay: bool = False) -> None:
+        self.wish, self.data, self.display, self.stay = wish, data, display, stay
+        self.seconds: dict[str, float] = {}
+        self.began = time.monotonic()
+
+    async def run(self) -> dict[str, Any]:
+        """Everything; with `stay`, go on serving after the run has ended."""
+        from connito.local.identities import cast
+        from connito.local.installation import Installation
+        from connito.local.memory import PeakMemory
+
+        log_to(self.data.logs / "up.jsonl")
+        for name in self.data.end_leftovers():
+            self.display.say(f"ended {name}, left over from a run that was killed")
+        wish, chosen = self.wish, profile(self.wish)
+        people = cast(wish.miners, wish.validators, wish.adversaries)
+        memory = PeakMemory()
+        sampling = asyncio.create_task(memory.run())
+        installation = Installation(self.data, people, chosen.machine(usable_cores()), wish.seed, self.display)
+        try:
+            self.display.say(f"starting the broker and the store in {self.data.root}")
+            async with installation:
+                self._lap("servers")
+                work = asyncio.ensure_future(self._run_job(installation, chosen, memory))
+                failed: asyncio.Future[Any] = installation.supervisor.failed
+                try:
+                    await asyncio.wait([work, failed], return_when=asyncio.FIRST_COMPLETED)
+                    return await work if work.done() else failed.result()
+                finally:
+                    work.cancel()
+                    await asyncio.gather(work, return_exceptions=True)
+        finally:
+            sampling.cancel()
+
+    async def _run_job(self, installation: Any, chosen: Profile, memory: Any) -> dict[str, Any]:
+        from connito.local.materials import prepare, upload
+
+        wish, display = self.wish, self.display
+        await installation.start(installation.services())
+        materials = await prepare(installation, wish, chosen, display)
+        self._lap("materials")
+        run = await self._run_id(installation)
+        spec = await upload(installation, materials, chosen, run, display)
+        self._lap("upload")
+        await installation.start([*installation.validators(), *installation.miners()])
+        await self._cancel_unfinished(installation)
+        await self._create(installation, spec)
+        display.say(f"run {run}: adapting {materials.name} to {spec.domain}, {spec.cycles} cycles")
+        installation.publish(run=run)
+        facts = await self._follow(installation, run)
+        self._lap("run")
+        report = await self._report(installation, facts, materials, memory)
+        installation.publish(finished=True)
+        if self.stay:
+            display.say("the run has ended; services stay up until `connito down`")
+            await asyncio.Event().wait()
+        check_outcome(report, self.data.logs)
+        return report
+
+    async def _run_id(self, installation: Any) -> str:
+        """The domain and the seed, or the time; numbered where the log already holds a run of that name."""
+        from connito.local.log import read_log
+
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        name = f"{self.wish.target}-{stamp if self.wish.seed is None else f's{self.wish.seed}'}"
+        known = (await read_log(installation.bus, installation.roster)).runs
+        return next(run for run in (name, *(f"{name}-{n}" for n in range(2, 10_000))) if run not in known)
+
+    async def _cancel_unfinished(self, installation: Any) -> None:
+        """A run that an earlier, killed `up` left behind would compete for the machine."""
+        from connito.local.log import read_log
+
+        log = await read_log(installation.bus, installation.roster)
+        for facts in log.runs.values():
+            if facts.spec is not None and facts.ended is None:
+                self.display.say(f"cancelling {facts.run}, which an earlier `connito up` left unfinished")
+                await self._with_client(installation, partial(_cancel, facts.run))
+
+    async def _create(self, installation: Any, spec: Any) -> None:
+        await self._with_client(installation, lambda client: client.create_run(spec))
+
+    async def _with_client(self, installation: Any, call: Callable[[Any], T]) -> T:
+        """Call the coordinator as the customer; it may still be starting."""
+        from connito.client import Client
+
+        give_up = time.monotonic() + 60
+        while True:
+            address = await installation.bus.find_endpoint("coordinator", timeout=60.0)
+            client = Client(address, identity=installation.members["customer"].identity)
+            try:
+                return await asyncio.to_thread(call, client)
+            except Retry as error:
+                if time.monotonic() > give_up:
+                    raise
+                await asyncio.sleep(error.after)
+            finally:
+                client.close()
+
+    async def _follow(self, installation: Any, run: str) -> Any:
+        from connito.local.log import follow_run
+        from connito.v1.run_pb2 import RUN_OUTCOME_COMPLETED
+
+        def noticed(fact: Any, facts: Any) -> None:
+            if fact.key.section == "train" and fact.key.cycle == 1 and fact.key.kind == "opened":
+                self._lap("assembling")
+                installation.publish(ready=True)
+
+        def over(facts: Any) -> bool:
+            if facts.ended is None:
+                return False
+            deposits = facts.ended.outcome == RUN_OUTCOME_COMPLETED and facts.ended.final_version > 0
+            return not deposits or bool(facts.all("library", 0, "deposited"))
+
+        return await follow_run(
+            installation.bus, installation.roster, run, installation.names, self.display, over, noticed
+        )
+
+    async def _report(self, installation: Any, facts: Any, materials: Any, memory: Any) -> dict[str, Any]:
+        """Write report.json, loss.svg and generation.md."""
+        from connito.local.generation import markdown
+        from connito.local.loss_plot import loss_svg
+        from connito.report import run_report
+
+        texts = await self._generate(installation, facts, materials)
+        await asyncio.to_thread(memory.sample)
+        self._lap("report")
+        totals = {
+            "seconds": {**self.seconds, "total": round(time.monotonic() - self.began, 2)},
+            "peak_memory_bytes": memory.peak_bytes,
+            "restarts": installation.supervisor.restarts,
+            "cores": usable_cores(),
+            "seed": self.wish.seed,
+            "adversaries": list(self.wish.adversaries),
+        }
+        report = run_report(facts, model_bytes=materials.manifest.size, totals=totals)
+        text = json.dumps(report, indent=2) + "\n"
+        for path in (self.data.report, self.wish.report):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        (self.data.root / "loss.svg").write_text(loss_svg(report))
+        if texts is not None:
+            (self.data.root / "generation.md").write_text(markdown(report, texts))
+        return report
+
+    async def _generate(self, installation: Any, facts: Any, materials: Any) -> dict[str, Any] | None:
+        from connito.local.materials import run_task
+
+        version = facts.version(facts.cycle)
+        if version is None or facts.selection is None:
+            return None
+        state = await installation.store.fetch(version.state)
+        params = {
+            "folder": str(materials.folder),
+            "state": str(state),
+            "layers": {str(layer.layer): list(layer.experts) for layer in facts.selection.layers},
+            "holdout": str(materials.corpus(facts.spec.domain, "holdout")),
+            "sequence_length": facts.spec.training.sequence_length,
+        }
+        texts: dict[str, Any] = await run_task(installation, "generate", params, self.display.progress)
+        return texts
+
+    def _lap(self, phase: str) -> None:
+        """Seconds since the last lap go to `phase`."""
+        self.seconds[phase] = round(time.monotonic() - self.began - sum(self.seconds.values()), 2)
+
+
+def _cancel(run: str, client: Client) -> None:
+    client.cancel(run, "its `connito up` ended before it did")
+
+
+def _wait_until_ready(data: DataDir, child: subprocess.Popen[bytes], display: Display) -> None:
+    """Show the log of the detached process until it is ready. Raises what it died of."""
+    give_up = time.monotonic() + START_SECONDS
+    with (data.logs / "up.log").open() as log:
+        while time.monotonic() < give_up:
+            for line in log:
+                display.say(line.rstrip("\n"))
+            platform = data.read_platform()
+            if platform is not None and platform.pid == child.pid and (platform.ready or platform.finished):
+                return
+            if child.poll() is not None:
+                raise _DetachedError(
+                    child.returncode, log.read() or f"`connito up` ended; its log is {data.logs / 'up.log'}"
+                )
+            time.sleep(0.1)
+    stop(data)
+    raise Retry(f"the first cycle did not open within {START_SECONDS:.0f} s; see {data.logs}")
+
+
+class _DetachedError(ConnitoError):
+    """The detached process ended before it was ready; its message and exit code are passed on."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+def _encode(wish: Wish) -> str:
+    return json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in asdict(wish).items()})
+
+
+def _decode(text: str) -> Wish:
+    raw = json.loads(text)
+    for name in ("data_dir", "report"):
+        raw[name] = None if raw[name] is None else Path(raw[name])
+    return Wish(**{**raw, "adversaries": tuple(raw["adversaries"])})
+
+
+def _main() -> None:
+    """The detached process of `--no-wait`."""
+    from connito.cli.output import explained
+    from connito.local.display import PlainDisplay
+
+    with explained():
+        wish = _decode(sys.argv[1])
+        data = DataDir.open(wish.data_dir)
+        with data.lock(), PlainDisplay() as display:
+            asyncio.run(_interruptible(_Up(wish, data, display, stay=True).run))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,171 @@
+"""Whole specialists joined: dense branches as experts (BTX), and two small references for joining more than MLPs.
+
+BTX (Sukhbaatar et al. 2024): branches of one dense seed, trained apart, become the experts of an MoE; what is not an MLP
+is averaged. BTS (Zhang et al. 2025): frozen branches run side by side and a stitch layer moves states between them.
+BAM (Zhang et al. 2024): attention is upcycled too, every attention expert runs, and a soft router mixes them. The last
+two are references at the level of one layer: enough to state what they compute and to test their identities.
+
+Shapes: B batch, L length, H hidden size, V branches, E experts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from connito.base.clustering import ROUTER_SCALE
+from connito.base.upcycle import check_source, moe_config
+from connito.errors import Invalid
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def import_branches(
+    seed: Any, branches: Mapping[str, Any], texts: Mapping[str, torch.Tensor], *, moe_layers: int, top_k: int = 2
+) -> nn.Module:
+    """A Qwen2-MoE whose experts are the MLPs of `branches` (Llama-like models of one shape), in their order.
+
+    seed: the model they were branched from, which gives the hidden states that routers are made from; texts: token ids
+    [n, L] by branch name. In the last `moe_layers` layers expert e is branch e's MLP bit for bit; every other tensor is
+    the branches' mean. Copies of one branch give that branch's function. Raises `Invalid` for models that do not fit.
+    """
+    from connito.base.loading import build_empty
+
+    names = list(branches)
+    if len(names) < 2 or set(texts) != set(names):
+        raise Invalid(f"every branch needs text of its own domain: branches {names}, texts {sorted(texts)}")
+    top_k = min(top_k, len(names))
+    for model in (seed, *branches.values()):
+        check_source(model, moe_layers, len(names), top_k)
+    first = len(seed.model.layers) - moe_layers
+    states = [branches[name].state_dict() for name in names]
+    if any(
+        {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in seed.state_dict().items()} for state in states
+    ):
+        raise Invalid("these branches do not have the seed's tensors: they are not branches of it")
+    config = moe_config(seed, first, len(names), top_k)
+    tensors = {name: _mean([state[name] for state in states]) for name in states[0]}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    with torch.no_grad():
+        for index in range(first, len(seed.model.layers)):
+            mlp = f"model.layers.{index}.mlp"
+            for part in ("gate", "up", "down"):
+                del tensors[f"{mlp}.{part}_proj.weight"]
+            router = domain_router([_mlp_inputs(seed, index, texts[name]) for name in names])
+            tensors |= _sparse(mlp, states, torch.from_numpy(router), config.hidden_size)
+    return build_empty(config, tensors)
+
+
+def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean, which is a tensor itself where all are equal."""
+    first = tensors[0].detach()
+    if all(torch.equal(first, other) for other in tensors[1:]):
+        return first.float()
+    return torch.stack([tensor.detach().double() for tensor in tensors]).mean(dim=0).float()
+
+
+def _sparse(
+    mlp: str, states: Sequence[Mapping[str, torch.Tensor]], router: torch.Tensor, hidden: int
+) -> dict[str, torch.Tensor]:
+    def part(name: str) -> torch.Tensor:
+        return torch.stack([state[f"{mlp}.{name}_proj.weight"].detach().float() for state in states])
+
+    return {
+        f"{mlp}.gate.weight": router.float(),
+        f"{mlp}.experts.gate_up_proj": torch.cat([part("gate"), part("up")], dim=1),
+        f"{mlp}.experts.down_proj": part("down"),
+        f"{mlp}.shared_expert.gate_proj.weight": torch.zeros(1, hidden),
+        f"{mlp}.shared_expert.up_proj.weight": torch.zeros(1, hidden),
+        f"{mlp}.shared_expert.down_proj.weight": torch.zeros(hidden, 1),
+        f"{mlp}.shared_expert_gate.weight": torch.zeros(1, hidden),
+    }
+
+
+def domain_router(hidden: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+    """Router weight [E, H] from the MLP inputs [T_e, H] of each expert's own text.
+
+    As in clustered upcycling, with the domain for the cluster: s·(C − (C·μ)/(μ·μ)·μᵀ), C the unit means of (h − μ)/‖h − μ‖.
+    """
+    mean = np.mean([table.mean(axis=0, dtype=np.float64) for table in hidden], axis=0)
+    norms = [np.linalg.norm(table - mean, axis=1) for table in hidden]
+    centroids = np.stack(
+        [((table - mean) / np.maximum(n, 1e-12)[:, None]).mean(axis=0) for table, n in zip(hidden, norms, strict=True)]
+    )
+    centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+    folded = np.outer(centroids @ mean / (mean @ mean), mean)
+    return np.asarray(ROUTER_SCALE / float(np.concatenate(norms).mean()) * (centroids - folded))
+
+
+def _mlp_inputs(model: Any, index: int, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+    seen: list[torch.Tensor] = []
+    handle = model.model.layers[index].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        for row in ids:
+            model(input_ids=row[None].long(), use_cache=False)
+    finally:
+        handle.remove()
+    return np.asarray(torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).float().numpy())
+
+
+class Stitch(nn.Module):
+    """BTS: states of V frozen branches, [B, L, H] each, after a stitch. Branch 0 is the hub.
+
+    The hub gains Σ_v g_v ⊙ (W_v h_v) from the experts and every expert g'_v ⊙ (W'_v h_0) from the hub; gates start at
+    zero, so that an untrained stitch leaves every branch exactly as it was.
+    """
+
+    def __init__(self, branches: int, hidden: int) -> None:
+        super().__init__()
+        self.to_hub = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(branches - 1))
+        self.from_hub = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(branches - 1))
+        self.gates = nn.Parameter(torch.zeros(2, branches - 1, hidden))
+
+    def forward(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same number of states, [B, L, H] each."""
+        hub, experts = states[0], list(states[1:])
+        moved = hub
+        for gate, move, state in zip(self.gates[0], self.to_hub, experts, strict=True):
+            moved = moved + gate * move(state)
+        back = [
+            state + gate * move(hub) for gate, move, state in zip(self.gates[1], self.from_hub, experts, strict=True)
+        ]
+        return [moved, *back]
+
+
+def stitched_states(
+    branches: Sequence[Sequence[Callable[[torch.Tensor], torch.Tensor]]],
+    stitches: Mapping[int, Stitch],
+    states: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Run V branches of equally many layers side by side, with a stitch after the layers that have one."""
+    current = list(states)
+    for index, layers in enumerate(zip(*branches, strict=True)):
+        current = [layer(state) for layer, state in zip(layers, current, strict=True)]
+        if index in stitches:
+            current = stitches[index](current)
+    return current
+
+
+class AttentionMixture(nn.Module):
+    """BAM: E attention modules run on all tokens, y = Σ_e softmax(R x)_e · attn_e(x); every expert takes part.
+
+    Copies of one attention give that attention, and a router that is sure gives the single expert.
+    """
+
+    def __init__(self, attentions: Sequence[nn.Module], hidden: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(attentions)
+        self.router = nn.Linear(hidden, len(attentions), bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[B, L, H] -> [B, L, H]; whatever else the family's attention takes is handed on."""
+        weights = self.router(hidden_states).softmax(dim=-1)
+        outputs = [attention(hidden_states, *args, **kwargs) for attention in self.attentions]
+        tensors = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        return torch.stack([weights[..., e, None] * y for e, y in enumerate(tensors)]).sum(dim=0)

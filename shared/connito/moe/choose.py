@@ -1,0 +1,116 @@
+"""From a base model and a domain's probe text to the targets of a run. Blocking; needs torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.corpus import Corpus
+from connito.errors import Invalid
+from connito.holdout import subsets
+from connito.v1 import reasons_pb2, run_pb2
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from connito.base.manifest import Manifest
+    from connito.moe.selection import Selection
+    from connito.moe.statistics import RoutingStatistics
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The targets of a run, and the bytes of what describes them: the same input always gives the same bytes."""
+
+    selection: Selection
+    statistics: bytes
+    base: dict[str, str]
+    target_parameters: int
+    model_parameters: int
+
+    def layers(self) -> list[run_pb2.LayerSelection]:
+        """The selection map as the log carries it."""
+        helpers = self.selection.helpers
+        return [
+            run_pb2.LayerSelection(layer=layer, experts=experts, helpers=helpers.get(layer, []))
+            for layer, experts in sorted(self.selection.layers.items())
+        ]
+
+    def report(self, statistics_digest: str) -> bytes:
+        """The report: what `connito select --json` prints, with the base's digests and the statistics' address."""
+        content = {**self.selection.to_json(), "base": self.base, "statistics": statistics_digest}
+        return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def choose(
+    spec: run_pb2.RunSpec, manifest: Manifest, files: Mapping[str, Path], probe: Path, replay: Path | None, theta: Path
+) -> Chosen:
+    """Route the probe through the base, select, and write θ_0, the target rows of the base, to `theta`.
+
+    `replay` is public general text: `differential` compares with it, and the diagnostics tell the domains apart by it.
+    Raises `Invalid` with the reason that ends the run.
+    """
+    from connito.base.loading import load_full
+    from connito.expert import base_digests
+    from connito.moe.insert import read_rows
+    from connito.moe.state import save_state
+
+    model = load_full(files)
+    target = _route(model, spec, probe)
+    general = {} if replay is None else {spec.replay.domain: _route(model, spec, replay)}
+    selection = _select(spec, target, general, manifest.expert_bytes())
+    rows = read_rows(model, selection)
+    save_state(rows, theta, {"base": spec.base.manifest.digest, "version": "0"})
+    digests = base_digests(model, selection.layers)
+    return Chosen(
+        selection,
+        target.to_bytes(),
+        {"rest": digests.rest, "rows": digests.rows},
+        sum(tensor.numel() for tensor in rows.values()),
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def check_holdouts(spec: run_pb2.RunSpec, paths: Mapping[str, Path]) -> None:
+    """Raise `Invalid` unless each held-out corpus (by domain) has the sequences that the run's policy asks for.
+
+    Here, because a run that cannot be judged should end before anyone trains for it.
+    """
+    for domain, path in paths.items():
+        subsets(Corpus.load(path).sequences(spec.training.sequence_length), spec, domain)
+
+
+def _route(model: nn.Module, spec: run_pb2.RunSpec, path: Path) -> RoutingStatistics:
+    from connito.moe.statistics import collect
+
+    sequences = Corpus.load(path).sequences(spec.training.sequence_length)
+    return collect(model, sequences[:, :-1])
+
+
+def _select(
+    spec: run_pb2.RunSpec,
+    target: RoutingStatistics,
+    general: Mapping[str, RoutingStatistics],
+    expert_bytes: Mapping[int, int],
+) -> Selection:
+    from connito.moe.selection import select
+
+    policy = spec.selection
+    options: dict[str, Any] = {
+        "general": general or None,
+        "max_experts": policy.max_experts,
+        "max_bytes": policy.max_bytes,
+        "expert_bytes": expert_bytes,
+        "helpers_per_layer": policy.helpers_per_layer,
+        "domain": spec.domain,
+    }
+    if policy.method == "differential" and not general:
+        raise Invalid(
+            "the method `differential` compares with general text, and the job names none; add a replay corpus or "
+            "select with esft-token",
+            reason=reasons_pb2.REASON_BAD_SPEC,
+        )
+    return select(target, policy.method, policy.threshold or None, **options)

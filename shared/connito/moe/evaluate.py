@@ -1,0 +1,219 @@
+"""Per-sequence losses of many expert states on one full model, at the cost of the layers that can differ.
+
+Below the first adapted layer the hidden states of a held-out sequence never change, whatever a miner submits. They are
+computed once per sequence and kept; a state is then judged by running the remaining layers only. How the family wires
+its layers is left to the family: the model's own forward runs, with the layers below replaced by a shortcut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from connito.errors import Invalid
+from connito.moe.head import Head
+from connito.moe.insert import check_state, read_rows
+from connito.moe.layout import as_targets, check_targets, require_moe_layers
+from connito.moe.state import split_name
+from connito.v1 import reasons_pb2
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import nn
+
+
+class Evaluator:
+    """Losses of states of one selection on one full model. Not thread-safe: states are written into the model."""
+
+    def __init__(
+        self, model: nn.Module, selection: Any, *, batch_tokens: int = 2048, cache_bytes: int = 1 << 30
+    ) -> None:
+        """`batch_tokens` run at a time; at most `cache_bytes` of hidden states are kept, least recently used out first.
+
+        Raises `Invalid` when the selection is empty or does not fit the model.
+        """
+        self.model = model.eval()
+        self.targets = as_targets(selection)
+        self._layers = require_moe_layers(model)
+        check_targets(self._layers, self.targets)
+        if not self.targets:
+            raise Invalid(
+                "the selection is empty: there is nothing to evaluate", reason=reasons_pb2.REASON_SELECTION_FAILED
+            )
+        self.base = read_rows(model, self.targets)
+        self._head = Head(model)
+        self._batch_tokens, self._cache_bytes = batch_tokens, cache_bytes
+        self._cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._cached = 0
+        self._device = next(model.parameters()).device
+        self._shortcut = _Shortcut.find(model, self._layers[min(self.targets)].experts_name)
+        if self._shortcut is not None and not self._agrees():
+            self._shortcut = None
+
+    @property
+    def uses_prefix(self) -> bool:
+        """Whether hidden states are cached; False for a family whose layers cannot be entered midway."""
+        return self._shortcut is not None
+
+    def put(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Write `state` into the model. Raises `Invalid`, leaving the model as it was, when it does not fit."""
+        check_state(self._layers, self.targets, state)
+        with torch.no_grad():
+            for name, rows in state.items():
+                index, parameter = split_name(name)
+                bank = getattr(self._layers[index].experts, parameter)
+                for row, expert in zip(rows, self.targets[index], strict=True):
+                    bank[expert].copy_(row)
+
+    def restore(self) -> None:
+        """Put the base rows back."""
+        self.put(self.base)
+
+    def losses(
+        self,
+        state: Mapping[str, torch.Tensor] | None,
+        sequences: npt.NDArray[Any],
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """(sum of negative log-likelihoods in nats, float64 [n]; tokens, int64 [n]) for sequences int32 [n, L + 1].
+
+        `state` None means whatever is in the model. Equals a plain forward of the full model. `on_batch(done, n)`.
+        """
+        if sequences.ndim != 2 or sequences.shape[1] < 2:
+            raise Invalid(
+                f"sequences must be [n, L + 1] with L ≥ 1, not {sequences.shape}", reason=reasons_pb2.REASON_BAD_SPEC
+            )
+        if state is not None:
+            self.put(state)
+        count, length = sequences.shape[0], sequences.shape[1] - 1
+        sums = np.zeros(count, dtype=np.float64)
+        size = max(1, self._batch_tokens // length)
+        for start in range(0, count, size):
+            part = np.ascontiguousarray(sequences[start : start + size])
+            sums[start : start + size] = self._batch(part)
+            if on_batch is not None:
+                on_batch(min(start + size, count), count)
+        return sums, np.full(count, length, dtype=np.int64)
+
+    def warm(self, sequences: npt.NDArray[Any]) -> None:
+        """Compute and keep the hidden states of `sequences` ahead of time."""
+        size = max(1, self._batch_tokens // max(1, sequences.shape[1] - 1))
+        for start in range(0, len(sequences), size):
+            self._hidden(np.ascontiguousarray(sequences[start : start + size]))
+
+    def _batch(self, part: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        ids = torch.from_numpy(part.astype(np.int64)).to(self._device)
+        with torch.inference_mode():
+            hidden = self._hidden(part)
+            with ExitStack() as stack:
+                if hidden is not None and self._shortcut is not None:
+                    stack.enter_context(self._shortcut.enter_with(hidden))
+                nll = self._head.nll(ids[:, :-1], ids[:, 1:])
+            return nll.double().sum(dim=1).cpu().numpy()
+
+    def _hidden(self, part: npt.NDArray[Any]) -> torch.Tensor | None:
+        """Hidden states [n, L, H] that enter the first adapted layer, from the cache where they are."""
+        if self._shortcut is None:
+            return None
+        keys = [hashlib.sha256(row.tobytes()).digest() for row in part]
+        missing = [i for i, key in enumerate(keys) if key not in self._cache]
+        fresh: dict[int, torch.Tensor] = {}
+        if missing:
+            ids = torch.from_numpy(part[missing][:, :-1].astype(np.int64)).to(self._device)
+            with torch.inference_mode():
+                states = self._shortcut.capture(self.model, ids)
+            fresh = dict(zip(missing, states, strict=True))
+        rows = [fresh[i] if i in fresh else self._cache[key] for i, key in enumerate(keys)]
+        for key, row in zip(keys, rows, strict=True):
+            self._remember(key, row)
+        return torch.stack(rows)
+
+    def _remember(self, key: bytes, row: torch.Tensor) -> None:
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return
+        self._cache[key] = row.clone()
+        self._cached += row.numel() * row.element_size()
+        while self._cached > self._cache_bytes and len(self._cache) > 1:
+            _, old = self._cache.popitem(last=False)
+            self._cached -= old.numel() * old.element_size()
+
+    def _agrees(self) -> bool:
+        """Whether the shortcut gives the full model's logits, tried on two short sequences."""
+        assert self._shortcut is not None
+        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        ids = (torch.arange(48, device=self._device).view(2, 24) * 7919) % vocabulary
+        try:
+            with torch.inference_mode():
+                hidden = self._shortcut.capture(self.model, ids[:, :-1])
+                full = self._head.nll(ids[:, :-1], ids[:, 1:])
+                with self._shortcut.enter_with(hidden):
+                    quick = self._head.nll(ids[:, :-1], ids[:, 1:])
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+            return False
+        return bool(torch.allclose(full, quick, rtol=1e-5, atol=1e-6))
+
+
+class _Stop(Exception):  # noqa: N818 - not an error
+    """Leaves a forward pass once the wanted hidden states are there."""
+
+
+class _Shortcut:
+    """Enters a decoder at layer k: the layers below hand their input on, layer k starts from given hidden states."""
+
+    def __init__(self, below: list[nn.Module], entry: nn.Module) -> None:
+        self._below, self._entry = below, entry
+
+    @classmethod
+    def find(cls, model: nn.Module, experts_name: str) -> _Shortcut | None:
+        """The decoder layer list that `experts_name` lies in, or None when there is no such list."""
+        stem, _, rest = experts_name.rpartition("layers.")
+        index = int(rest.split(".")[0])
+        layers = list(model.get_submodule(stem + "layers").children())
+        return cls(layers[:index], layers[index]) if index < len(layers) else None
+
+    def capture(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        """What enters layer k, [n, L, H]."""
+        seen: list[torch.Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            model(input_ids=ids, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @contextmanager
+    def enter_with(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Inside, a forward pass of the model skips the layers below and starts layer k from `hidden`."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
+        for layer in self._below:
+            layer.forward = _hand_on
+        try:
+            yield
+        finally:
+            handle.remove()
+            for layer in self._below:
+                del layer.forward
+
+
+def _hand_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return hidden_states

@@ -1,0 +1,109 @@
+"""The end of a causal language model: hidden states to losses, without the whole table of logits.
+
+With a vocabulary of 49 k words the logits of one batch are the largest tensor of a training step, and the head is
+frozen: its loss and the gradient of its input are computed chunk by chunk, and no logits are kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Logits computed at a time: 2^22 values are 16 MB in fp32.
+CHUNK_VALUES = 1 << 22
+
+
+class Head:
+    """Negative log-likelihoods of a model's next tokens.
+
+    Uses the bare output layer where the family has nothing else between its last hidden state and its logits, which is
+    measured once on four tokens; otherwise (soft-capped, scaled logits) the model's own forward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.body, self.output = _split(model)
+
+    def nll(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Per token, float32 [B, L], for `ids` and next tokens `targets` [B, L]. Differentiable in the body's input."""
+        if self.output is None or self.body is None:
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return _full_nll(logits, targets)
+        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        return self.nll_of_hidden(hidden, targets)
+
+    def nll_of_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The same from last hidden states [B, L, H] (after the final norm)."""
+        assert self.output is not None
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        losses: torch.Tensor = ChunkedNLL.apply(  # type: ignore[no-untyped-call]
+            flat, self.output.weight, self.output.bias, targets.reshape(-1)
+        )
+        return losses.view(targets.shape)
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """−log softmax(h Wᵀ + b)[target] per token, for a frozen output layer.
+
+    h [T, H], W [V, H], targets [T] -> float32 [T]. The backward pass assumes one upstream gradient per token: the input's
+    gradient (softmax − onehot)·W is made in the forward pass, while the chunk's logits are still there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        wanted = hidden.requires_grad
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if wanted else None
+        step = max(1, CHUNK_VALUES // weight.shape[0])
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
+            logits = F.linear(hidden[part], weight, bias).float()
+            target = targets[part, None]
+            logits -= logits.amax(dim=1, keepdim=True)
+            shifted = logits.gather(1, target)
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            losses[part] = (total.log() - shifted).squeeze(1)
+            if gradient is not None:
+                logits /= total
+                logits.scatter_add_(1, target, torch.full_like(shifted, -1.0))
+                gradient[part] = logits.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+def _full_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="none")
+    return flat.view(targets.shape)
+
+
+def _split(model: Any) -> tuple[Any, Any]:
+    """(body, output layer) if the body's last hidden state and a plain linear layer give the model's logits."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
+    if not isinstance(output, torch.nn.Linear) or body is None or body is model:
+        return None, None
+    capped = getattr(model.config, "final_logit_softcapping", None)
+    if output.weight.requires_grad or capped:
+        return None, None
+    ids = torch.arange(4, device=output.weight.device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            return None, None
+        plain = output(hidden.to(output.weight.dtype)).float()
+    same = plain.shape == logits.shape and torch.allclose(plain, logits, rtol=1e-4, atol=1e-5)
+    return (body, output) if same else (None, None)

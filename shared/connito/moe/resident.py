@@ -1,0 +1,282 @@
+"""The training model M(Φ, R, θ ∪ H): only target rows and a few frozen helpers of each adapted layer stay in memory.
+
+The rows of the targets become one trainable parameter per tensor, the helpers a frozen buffer. Masking gradients of a
+whole bank instead would let AdamW's weight decay move frozen experts and keep its moments for every one of them.
+
+Two plugs make this work in every family: a forward hook on the router rewrites what it chose (the routing mode), and an
+implementation in transformers' experts interface finds the rows of the experts that are there.
+
+Shapes: T tokens, k experts per token, N experts in the layer, S targets and H helpers in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from connito.errors import Invalid
+from connito.moe.implementation import Implementation, register
+from connito.moe.layout import MoELayer, as_targets, check_targets, require_moe_layers
+from connito.moe.state import TargetState, split_name, tensor_name
+from connito.v1 import reasons_pb2
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IMPLEMENTATION = "connito_resident"
+ROUTING_MODES = ("natural", "masked", "restricted")
+TARGET = "target_"
+HELPER = "helper_"
+
+# (logits [T, N], weights [T, k], ids [T, k]) -> (weights, ids); id N is the skip slot.
+Reroute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Residents:
+    """Which experts of one layer are in memory, both ascending."""
+
+    targets: tuple[int, ...]
+    helpers: tuple[int, ...]
+    num_experts: int
+
+    def where(self) -> list[tuple[int, str, int]]:
+        """(expert id, prefix of the bank it is in, its row there), ascending by id, as a full model would visit them."""
+        rows = [(e, TARGET, i) for i, e in enumerate(self.targets)] + [
+            (e, HELPER, i) for i, e in enumerate(self.helpers)
+        ]
+        return sorted(rows)
+
+
+def compress(
+    model: nn.Module,
+    selection: Any,
+    helpers: Mapping[int, Iterable[int]] | None = None,
+    routing_mode: str = "natural",
+) -> nn.Module:
+    """Turn a full model into a training model, in place, and return it.
+
+    selection: target experts by layer; helpers: frozen experts that stay beside them. Every layer that is not selected
+    keeps its full bank, frozen. Afterwards the only parameters that require gradients are the target rows.
+
+    Raises `Invalid` for an unknown routing mode, a selection that does not fit, a helper that is a target, or a router
+    that does not report its choice.
+    """
+    layers = require_moe_layers(model)
+    targets = as_targets(selection)
+    plan = resident_plan(layers, targets, helpers or {}, routing_mode)
+    model.requires_grad_(False)
+    for index, residents in plan.items():
+        layer = layers[index]
+        banks = {name: getattr(layer.experts, name).detach() for name in layer.parameters}
+        rows = {name: (bank[list(residents.targets)], bank[list(residents.helpers)]) for name, bank in banks.items()}
+        install(layer, residents, rows, routing_mode)
+    return model
+
+
+def resident_plan(
+    layers: Mapping[int, MoELayer],
+    targets: Mapping[int, list[int]],
+    helpers: Mapping[int, Iterable[int]],
+    routing_mode: str,
+) -> dict[int, Residents]:
+    """What stays in memory per adapted layer, checked."""
+    if routing_mode not in ROUTING_MODES:
+        raise Invalid(
+            f"unknown routing mode {routing_mode!r}: use {', '.join(ROUTING_MODES)}", reason=reasons_pb2.REASON_BAD_SPEC
+        )
+    if not targets:
+        raise Invalid("the selection is empty: there is nothing to train", reason=reasons_pb2.REASON_SELECTION_FAILED)
+    check_targets(layers, dict(targets))
+    plan = {}
+    for index, experts in targets.items():
+        beside = sorted({int(e) for e in helpers.get(index, ())})
+        total = layers[index].num_experts
+        if set(beside) & set(experts) or any(not 0 <= e < total for e in beside):
+            raise Invalid(
+                f"helpers {beside} of layer {index} must be experts 0–{total - 1} that are not targets {experts}",
+                reason=reasons_pb2.REASON_BAD_SPEC,
+            )
+        plan[index] = Residents(tuple(experts), tuple(beside), total)
+    return plan
+
+
+def install(
+    layer: MoELayer,
+    residents: Residents,
+    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    routing_mode: str,
+) -> None:
+    """Replace the full bank of one layer by (target rows, helper rows) per tensor and plug in the routing mode.
+
+    The rows become the model's own storage. Raises `Invalid` when `compress` was here before.
+    """
+    experts: Any = layer.experts
+    if hasattr(experts, "connito_residents"):
+        raise Invalid("this model is compressed already; load the full model again", reason=reasons_pb2.REASON_BAD_SPEC)
+    for name, (targets, beside) in rows.items():
+        delattr(experts, name)
+        experts.register_parameter(TARGET + name, torch.nn.Parameter(targets, requires_grad=True))
+        experts.register_buffer(HELPER + name, beside, persistent=False)
+    experts.connito_residents = residents
+    experts.connito_where = residents.where()
+    # The dispatcher reads the name from the module's configuration at every call; only this layer gets another one.
+    experts.config = Implementation(experts.config, IMPLEMENTATION)
+    layer.router.register_forward_hook(_router_hook(_reroute(layer, residents, routing_mode)))
+    register(IMPLEMENTATION, resident_experts_forward)
+
+
+def extract(model: nn.Module) -> TargetState:
+    """θ of a compressed model: copies of the target rows, on the CPU, named and ordered as everywhere."""
+    from connito.moe.layout import layer_index
+
+    state = {
+        tensor_name(layer_index(name), key.removeprefix(TARGET)): parameter.detach().to("cpu", copy=True)
+        for name, module in model.named_modules()
+        if hasattr(module, "connito_residents")
+        for key, parameter in module.named_parameters(recurse=False)
+        if key.startswith(TARGET)
+    }
+    return {name: state[name] for name in sorted(state)}
+
+
+def insert(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Write θ into a compressed model in place. Raises `Invalid` if names or shapes do not fit."""
+    parameters = target_parameters(model)
+    if set(parameters) != set(state):
+        odd = sorted(set(parameters) ^ set(state))[0]
+        raise Invalid(f"{odd} is not in both the state and the model", reason=reasons_pb2.REASON_WRONG_TENSORS)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if state[name].shape != parameter.shape:
+                raise Invalid(
+                    f"{name} has shape {tuple(state[name].shape)} where the model has {tuple(parameter.shape)}",
+                    reason=reasons_pb2.REASON_WRONG_SHAPE,
+                )
+            parameter.copy_(state[name])
+
+
+def target_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable rows of a compressed model by state name, sorted: exactly its parameters that require gradients."""
+    from connito.moe.layout import layer_index
+
+    found = {
+        tensor_name(layer_index(name), key.removeprefix(TARGET)): parameter
+        for name, module in model.named_modules()
+        if hasattr(module, "connito_residents")
+        for key, parameter in module.named_parameters(recurse=False)
+        if key.startswith(TARGET)
+    }
+    return {name: found[name] for name in sorted(found, key=split_name)} if found else {}
+
+
+def resident_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Σ_k w_k · expert_k(x) over resident experts, [T, hidden]; an id without a resident adds nothing.
+
+    One matrix product per resident expert straight from its bank: no bank is concatenated or indexed per call. Experts
+    are visited by ascending id and summed like the family's own loop, so that parity with the full model is exact.
+    """
+    output = torch.zeros_like(hidden_states)
+    for expert, bank, row in self.connito_where:
+        token, slot = torch.where(top_k_index == expert)
+        if token.numel() == 0:
+            continue
+        current = _expert(self, hidden_states[token], bank, row) * top_k_weights[token, slot, None]
+        output = output.index_add(0, token, current.to(output.dtype))
+    return output
+
+
+def _expert(self: Any, x: torch.Tensor, bank: str, row: int) -> torch.Tensor:
+    """One expert on its tokens [t, hidden], with whatever the family has: gate, biases, transposed weights, post norm."""
+    up = "gate_up_proj" if self.has_gate else "up_proj"
+    x = _linear(self, x, bank, row, up)
+    x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+    x = _linear(self, x, bank, row, "down_proj")
+    return self.post_expert_norm(x) if self.has_post_expert_norm else x
+
+
+def _linear(self: Any, x: torch.Tensor, bank: str, row: int, name: str) -> torch.Tensor:
+    weight: torch.Tensor = getattr(self, bank + name)[row]
+    bias = getattr(self, f"{bank}{name}_bias")[row] if self.has_bias else None
+    if not self.is_transposed:
+        return F.linear(x, weight, bias)
+    product: torch.Tensor = x @ weight
+    return product if bias is None else product + bias
+
+
+def _router_hook(reroute: Reroute) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        logits, weights, ids = choice(output)
+        flat_weights, flat_ids = reroute(logits.reshape(-1, logits.shape[-1]), _rows(weights), _rows(ids))
+        shape = (*ids.shape[:-1], flat_ids.shape[-1])
+        return (output[0], flat_weights.view(shape), flat_ids.view(shape), *output[3:])
+
+    return hook
+
+
+def choice(output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits, weights, ids) that a router reported. Raises `Invalid` for a router that reports something else."""
+    fits = (
+        isinstance(output, tuple)
+        and len(output) >= 3
+        and all(isinstance(part, torch.Tensor) for part in output[:3])
+        and not output[2].is_floating_point()
+        and output[1].shape == output[2].shape
+    )
+    if not fits:
+        raise Invalid(
+            "this family's router does not report (logits, weights, ids), so its routing can be neither measured nor "
+            "replaced; use a family that follows the transformers experts interface",
+            reason=reasons_pb2.REASON_SELECTION_FAILED,
+        )
+    return output[0], output[1], output[2]
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _reroute(layer: MoELayer, residents: Residents, mode: str) -> Reroute:
+    """The routing mode as a function of what the router reported."""
+    total = residents.num_experts
+    present = torch.zeros(total + 1, dtype=torch.bool)
+    present[[*residents.targets, *residents.helpers]] = True
+    helpers = torch.tensor(residents.helpers, dtype=torch.long)
+    resident_ids = torch.tensor(sorted((*residents.targets, *residents.helpers)), dtype=torch.long)
+    scale = float(getattr(layer.router, "routed_scaling_factor", 1.0) or 1.0)
+    renormalise = bool(getattr(layer.router, "norm_topk_prob", False))
+
+    def natural(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        absent = ~present.to(ids.device)[ids]
+        if len(helpers) == 0:
+            return weights.masked_fill(absent, 0), ids.masked_fill(absent, total)
+        beside = helpers.to(ids.device)
+        best = beside[logits.index_select(-1, beside).argmax(dim=-1, keepdim=True)]
+        return weights, torch.where(absent, best.to(ids.dtype), ids)
+
+    def among(
+        logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *, softmax_all: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        here = resident_ids.to(ids.device)
+        if softmax_all:
+            scores = logits.float().softmax(dim=-1).index_select(-1, here)
+        else:
+            scores = logits.index_select(-1, here).float().softmax(dim=-1)
+        top, position = scores.topk(min(ids.shape[-1], len(here)), dim=-1)
+        if renormalise and not softmax_all:
+            top = top / top.sum(dim=-1, keepdim=True)
+        return (top * scale).to(weights.dtype), here[position].to(ids.dtype)
+
+    def masked(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return among(logits, weights, ids, softmax_all=True)
+
+    def restricted(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return among(logits, weights, ids, softmax_all=False)
+
+    return {"natural": natural, "masked": masked, "restricted": restricted}[mode]

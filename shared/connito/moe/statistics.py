@@ -1,0 +1,239 @@
+"""What a router did on some text, counted: the ground that every selection method stands on.
+
+Shapes: T tokens, N experts, k experts per token. Counts are per layer and add up, so corpora can be read in pieces.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from connito.errors import Invalid, NotFound
+from connito.v1 import reasons_pb2
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass
+class LayerRouting:
+    """One layer: how often each expert was chosen, with what total gate weight, and beside whom."""
+
+    tokens: int
+    top_k: int
+    counts: IntArray  # [N] times chosen
+    gate_sums: FloatArray  # [N] gate weight received
+    first: IntArray  # [N] times chosen first
+    together: IntArray  # [N, N] times chosen for the same token; the diagonal equals counts
+
+    @property
+    def token_score(self) -> FloatArray:
+        """r[e] = mean over all tokens of 1[e in top-k] / k, [N]; sums to 1 (ESFT, Wang et al. 2024, eq. 7)."""
+        return np.asarray(self.counts / max(1, self.tokens * self.top_k))
+
+    @property
+    def gate_score(self) -> FloatArray:
+        """g[e] = mean over all tokens of the gate weight given to e, [N] (ESFT, Wang et al. 2024, eq. 6)."""
+        return np.asarray(self.gate_sums / max(1, self.tokens))
+
+
+@dataclass
+class RoutingStatistics:
+    """Routing on one domain's text, by layer."""
+
+    layers: dict[int, LayerRouting] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read (every layer sees the same)."""
+        return max((layer.tokens for layer in self.layers.values()), default=0)
+
+    def add(self, layer: int, num_experts: int, ids: npt.NDArray[Any], weights: npt.NDArray[Any]) -> None:
+        """Count one batch: expert ids and gate weights, both [T, k]. Ids outside 0..N−1 (skipped slots) do not count."""
+        known = self.layers.get(layer) or _empty(num_experts, ids.shape[1])
+        flat_ids, flat_weights = ids.astype(np.int64), weights.astype(np.float64)
+        inside = (flat_ids >= 0) & (flat_ids < num_experts)
+        known.counts += np.bincount(flat_ids[inside], minlength=num_experts)
+        known.gate_sums += np.bincount(flat_ids[inside], weights=flat_weights[inside], minlength=num_experts)
+        strongest = flat_ids[np.arange(len(ids)), flat_weights.argmax(axis=1)] if len(ids) else flat_ids[:, 0]
+        known.first += np.bincount(strongest[(strongest >= 0) & (strongest < num_experts)], minlength=num_experts)
+        for a, b in np.ndindex(ids.shape[1], ids.shape[1]):
+            both = inside[:, a] & inside[:, b]
+            pairs = flat_ids[both, a] * num_experts + flat_ids[both, b]
+            known.together += np.bincount(pairs, minlength=num_experts**2).reshape(num_experts, num_experts)
+        known.tokens += len(ids)
+        self.layers[layer] = known
+
+    def merge(self, other: RoutingStatistics) -> RoutingStatistics:
+        """The statistics of both texts together. Raises `Invalid` when they are of different models."""
+        out = RoutingStatistics(dict(self.layers))
+        for index, theirs in other.layers.items():
+            ours = out.layers.get(index)
+            if ours is not None and (len(ours.counts), ours.top_k) != (len(theirs.counts), theirs.top_k):
+                raise Invalid(
+                    f"layer {index} has {len(ours.counts)} experts in one and {len(theirs.counts)} in the other: these are "
+                    "statistics of different models"
+                )
+            out.layers[index] = (
+                theirs
+                if ours is None
+                else LayerRouting(
+                    ours.tokens + theirs.tokens,
+                    ours.top_k,
+                    ours.counts + theirs.counts,
+                    ours.gate_sums + theirs.gate_sums,
+                    ours.first + theirs.first,
+                    ours.together + theirs.together,
+                )
+            )
+        return out
+
+    def to_bytes(self) -> bytes:
+        """As safetensors."""
+        from safetensors.numpy import save
+
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for index, layer in self.layers.items():
+            tensors |= {
+                f"layers.{index}.size": np.array([layer.tokens, layer.top_k], dtype=np.int64),
+                f"layers.{index}.counts": layer.counts,
+                f"layers.{index}.gate_sums": layer.gate_sums,
+                f"layers.{index}.first": layer.first,
+                f"layers.{index}.together": layer.together,
+            }
+        return bytes(save(tensors))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RoutingStatistics:
+        """The inverse of `to_bytes`."""
+        from safetensors.numpy import load
+
+        tensors = load(data)
+        out = cls()
+        for index in sorted({int(name.split(".")[1]) for name in tensors}):
+            part = {
+                name: tensors[f"layers.{index}.{name}"] for name in ("size", "counts", "gate_sums", "first", "together")
+            }
+            tokens, top_k = (int(x) for x in part["size"])
+            out.layers[index] = LayerRouting(
+                tokens, top_k, part["counts"], part["gate_sums"], part["first"], part["together"]
+            )
+        return out
+
+
+def read_trace(path: Path, num_experts: int = 0) -> RoutingStatistics:
+    """Statistics from a routing trace: an `.npz` with `layer_<l>_ids` and `layer_<l>_weights`, both [tokens, k].
+
+    The number of experts is `num_experts`, else the file's own `num_experts`, else one more than the largest id.
+    Raises `NotFound` or `Invalid` for a file that is not a trace.
+    """
+    if not path.exists():
+        raise NotFound(f"there is no routing trace at {path}")
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError) as error:
+        raise Invalid(
+            f"{path} is not an .npz archive of arrays: {error}", reason=reasons_pb2.REASON_SELECTION_FAILED
+        ) from error
+    return from_arrays(arrays, num_experts, str(path))
+
+
+def from_arrays(arrays: dict[str, npt.NDArray[Any]], num_experts: int, what: str) -> RoutingStatistics:
+    """`read_trace` on arrays that are already in memory; `what` names them in errors."""
+    layers = sorted(
+        int(name[6:-4])
+        for name in arrays
+        if name.startswith("layer_") and name.endswith("_ids") and name[6:-4].isdigit()
+    )
+    if not layers:
+        raise Invalid(
+            f"{what} has no layer_<l>_ids arrays: a routing trace holds layer_<l>_ids and layer_<l>_weights, [tokens, k] each",
+            reason=reasons_pb2.REASON_SELECTION_FAILED,
+        )
+    if not num_experts and "num_experts" in arrays:
+        num_experts = int(arrays["num_experts"])
+    largest = max((int(ids.max()) for layer in layers if (ids := arrays[f"layer_{layer}_ids"]).size), default=-1)
+    total = num_experts or largest + 1
+    if largest >= total:
+        raise Invalid(
+            f"{what} names expert {largest}, but --num-experts is {total}", reason=reasons_pb2.REASON_SELECTION_FAILED
+        )
+    out = RoutingStatistics()
+    for layer in layers:
+        ids, weights = arrays[f"layer_{layer}_ids"], arrays.get(f"layer_{layer}_weights")
+        if weights is None or ids.ndim != 2 or ids.shape != weights.shape:
+            raise Invalid(
+                f"layer {layer} of {what} needs layer_{layer}_ids and layer_{layer}_weights of one shape [tokens, k]",
+                reason=reasons_pb2.REASON_SELECTION_FAILED,
+            )
+        out.add(layer, total, ids, weights)
+    return out
+
+
+def collect(
+    model: nn.Module, sequences: npt.NDArray[Any] | Iterable[npt.NDArray[Any]], batch_tokens: int = 2048
+) -> RoutingStatistics:
+    """Route `sequences` (int32 [n, L], or several such arrays of different L) through `model` and count.
+
+    Reads what the routers report, through forward hooks: some families choose by more than their logits. Raises
+    `Invalid` for a dense model, an unsupported family or an empty probe.
+    """
+    import torch
+
+    from connito.moe.layout import require_moe_layers
+    from connito.moe.resident import choice
+
+    out = RoutingStatistics()
+    handles = []
+    for index, layer in require_moe_layers(model).items():
+
+        def hook(_: nn.Module, __: Any, output: Any, index: int = index, total: int = layer.num_experts) -> None:
+            _logits, weights, ids = choice(output)
+            k = ids.shape[-1]
+            out.add(
+                index, total, ids.reshape(-1, k).cpu().numpy(), weights.detach().reshape(-1, k).float().cpu().numpy()
+            )
+
+        handles.append(layer.router.register_forward_hook(hook))
+    groups = [sequences] if isinstance(sequences, np.ndarray) else list(sequences)
+    device = next(model.parameters()).device
+    body: Any = getattr(model, getattr(model, "base_model_prefix", "") or "model", model)
+    try:
+        with torch.inference_mode():
+            for group in groups:
+                for ids in _batches(group, batch_tokens):
+                    body(input_ids=torch.from_numpy(ids.astype(np.int64)).to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if out.tokens == 0:
+        raise Invalid(
+            "the probe text is empty: give text of the target domain", reason=reasons_pb2.REASON_SELECTION_FAILED
+        )
+    return out
+
+
+def _batches(group: npt.NDArray[Any], batch_tokens: int) -> Iterable[npt.NDArray[Any]]:
+    size = max(1, batch_tokens // max(1, group.shape[1]))
+    return (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _empty(num_experts: int, top_k: int) -> LayerRouting:
+    return LayerRouting(
+        0,
+        top_k,
+        np.zeros(num_experts, dtype=np.int64),
+        np.zeros(num_experts, dtype=np.float64),
+        np.zeros(num_experts, dtype=np.int64),
+        np.zeros((num_experts, num_experts), dtype=np.int64),
+    )

@@ -1,0 +1,81 @@
+"""Which of the validators' reports of a cycle count, and whether they are enough. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from connito.facts import RunFacts
+from connito.v1 import cycle_pb2
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Reports that count, by validator, and why each other one does not."""
+
+    counted: dict[str, cycle_pb2.ScoreReport]
+    ignored: dict[str, str]
+
+
+def read_reports(facts: RunFacts, cycle: int) -> Reports:
+    """Sort a cycle's reports: inside the window, by a drawn validator, on the drawn seed and the cycle's state."""
+    counted: dict[str, cycle_pb2.ScoreReport] = {}
+    ignored: dict[str, str] = {}
+    for validator, fact in facts.all("validate", cycle, "report").items():
+        report = fact.message
+        assert isinstance(report, cycle_pb2.ScoreReport)
+        why = "late" if not facts.inside("validate", cycle, fact) else _fault(facts, cycle, report)
+        if why:
+            ignored[validator] = why
+        else:
+            counted[validator] = report
+    return Reports(counted, ignored)
+
+
+def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> str:
+    """Why a report does not count; empty when it does."""
+    drawn = draw(facts, cycle)
+    opened = facts.opened("train", cycle)
+    settled = facts.settled("submit", cycle)
+    assert opened is not None
+    assert settled is not None
+    artifacts = {submission.miner: submission.artifact.digest for submission in settled.submissions}
+    if drawn is None or report.validator not in drawn.validators:
+        return "not in the draw"
+    if report.seed != drawn.seed:
+        return "scored another seed than the one drawn"
+    if report.state_digest != opened.state.digest:
+        return "scored against another state than the cycle's"
+    if len({score.miner for score in report.scores}) != len(report.scores):
+        return "scores a miner twice"
+    if any(artifacts.get(score.miner) != score.artifact_digest for score in report.scores):
+        return "scores an artifact that was not submitted"
+    if not all(math.isfinite(score.utility) and score.utility >= 0 for score in report.scores):
+        return "holds a utility that is not a finite number of at least 0"
+    return ""
+
+
+def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[[str], float]) -> str:
+    """Why the reports are too few to judge anyone; empty when they suffice.
+
+    The draw had its quorum of validators; of their stake, more than half must have reported. A validator that fell
+    silent after its reveal then costs nobody the cycle, and a lying minority is not made a majority by it.
+    """
+    drawn = draw(facts, cycle)
+    if drawn is None:
+        return "too few validators revealed their seed, so nothing was drawn to score on"
+    total = sum(stake(validator) for validator in drawn.validators)
+    reported = sum(stake(validator) for validator in reports.counted)
+    if reported <= total / 2:
+        return f"validators with {reported:g} of {total:g} stake reported in time; more than half is needed"
+    return ""
+
+
+def draw(facts: RunFacts, cycle: int) -> cycle_pb2.SeedDrawn | None:
+    """The cycle's draw, if it was made inside the validate window."""
+    fact = facts.fact("validate", cycle, "drawn")
+    if fact is None or not facts.inside("validate", cycle, fact):
+        return None
+    assert isinstance(fact.message, cycle_pb2.SeedDrawn)
+    return fact.message

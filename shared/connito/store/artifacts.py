@@ -1,0 +1,286 @@
+"""Reading and writing artifacts by digest, over the S3 API."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import urllib3
+from minio import Minio
+from minio.error import InvalidResponseError, S3Error, ServerError
+
+from connito import metrics
+from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed
+from connito.settings import ServiceSettings
+from connito.store.cache import Cache, digest_of_file
+from connito.store.presigned import Progress, disk_or_network, presign, save_verified, write_once_headers
+from connito.v1 import artifacts_pb2
+from connito.v1 import reasons_pb2 as reasons
+from connito.v1.artifacts_pb2 import ArtifactRef
+
+T = TypeVar("T")
+
+REALMS = {
+    artifacts_pb2.REALM_PUBLIC: "public",
+    artifacts_pb2.REALM_HOLDOUT: "holdout",
+    artifacts_pb2.REALM_SUBMISSION: "submissions",
+}
+_DENIED = {
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "RequestTimeTooSkewed",
+    "AuthorizationHeaderMalformed",
+}
+_MISSING = {"NoSuchKey", "NoSuchObject", "ResourceNotFound"}
+
+
+def key_of(ref: ArtifactRef) -> str:
+    """`<realm>/sha256/<hex>`. Raises `Invalid` for a reference without a realm or with a digest that is none."""
+    if ref.realm not in REALMS:
+        raise Invalid(f"the reference to {ref.digest[:12]}… names no realm")
+    if len(ref.digest) != 64 or not set(ref.digest) <= set("0123456789abcdef"):
+        raise Invalid(f"{ref.digest[:80]!r} is not a SHA-256 in lower-case hex")
+    return f"{REALMS[ref.realm]}/sha256/{ref.digest}"
+
+
+def ref_of_bytes(data: bytes, media_type: str, realm: artifacts_pb2.Realm.ValueType) -> ArtifactRef:
+    """The reference that these bytes have wherever they lie."""
+    return ArtifactRef(digest=hashlib.sha256(data).hexdigest(), size=len(data), media_type=media_type, realm=realm)
+
+
+def ref_of_file(path: Path, media_type: str, realm: artifacts_pb2.Realm.ValueType) -> ArtifactRef:
+    """The reference that a file's bytes have wherever they lie."""
+    digest, size = digest_of_file(path)
+    return ArtifactRef(digest=digest, size=size, media_type=media_type, realm=realm)
+
+
+class ArtifactStore:
+    """One bucket. Every method raises `Retry` while the store is away and `Invalid` when it refuses the credentials."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        access_key: str,
+        secret_key: str,
+        bucket: str,
+        region: str,
+        cache_dir: Path,
+        public_endpoint: str = "",
+    ) -> None:
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise Fatal(f"CONNITO_S3_ENDPOINT must look like http://host:port, not {endpoint!r}")
+        self.endpoint, self.bucket, self.region = endpoint, bucket, region
+        self._public_endpoint = public_endpoint or endpoint
+        self._access_key, self._secret_key = access_key, secret_key
+        self.cache = Cache(cache_dir)
+        self._client = Minio(
+            parts.netloc,
+            access_key=access_key,
+            secret_key=secret_key,
+            secure=parts.scheme == "https",
+            region=region,
+            http_client=urllib3.PoolManager(
+                maxsize=8, timeout=urllib3.Timeout(connect=3, read=60), retries=urllib3.Retry(total=0, redirect=0)
+            ),
+        )
+
+    @classmethod
+    def from_settings(cls, settings: ServiceSettings) -> ArtifactStore:
+        """The store a service is configured for. Raises `Fatal` when it has no credentials."""
+        if not settings.s3_access_key or not settings.s3_secret_key.get_secret_value():
+            raise Fatal("this service needs the store: set CONNITO_S3_ACCESS_KEY and CONNITO_S3_SECRET_KEY")
+        return cls(
+            settings.s3_endpoint,
+            settings.s3_access_key,
+            settings.s3_secret_key.get_secret_value(),
+            settings.s3_bucket,
+            settings.s3_region,
+            settings.cache_dir,
+            settings.s3_public_endpoint,
+        )
+
+    async def ensure_bucket(self) -> None:
+        """Create the bucket unless it exists."""
+
+        def create() -> None:
+            if not self._client.bucket_exists(self.bucket):
+                try:
+                    self._client.make_bucket(self.bucket, self.region)
+                except S3Error as error:
+                    if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                        raise
+
+        await self._call("ensure_bucket", self.bucket, create)
+
+    # Writing.
+
+    async def put_bytes(
+        self, data: bytes, media_type: str, realm: artifacts_pb2.Realm.ValueType = artifacts_pb2.REALM_PUBLIC
+    ) -> ArtifactRef:
+        """Store bytes; a no-op if they are there."""
+        ref = ref_of_bytes(data, media_type, realm)
+        await self._call("put", ref.digest, lambda: self._put(ref, io.BytesIO(data)))
+        return ref
+
+    async def put_file(
+        self,
+        path: Path,
+        media_type: str,
+        realm: artifacts_pb2.Realm.ValueType = artifacts_pb2.REALM_PUBLIC,
+        *,
+        cache: bool = False,
+    ) -> ArtifactRef:
+        """Store a file, streaming; no upload if it is there. `cache`: also put it into the local cache."""
+
+        def put() -> ArtifactRef:
+            ref = ref_of_file(path, media_type, realm)
+            with path.open("rb") as file:
+                self._put(ref, file)
+            if cache:
+                self.cache.adopt(path, ref)
+            return ref
+
+        return await self._call("put", str(path), put)
+
+    def _put(self, ref: ArtifactRef, body: Any) -> None:
+        key = key_of(ref)
+        if self._size(key) == ref.size:
+            return
+        self._client.put_object(
+            self.bucket, key, body, ref.size, content_type=ref.media_type or "application/octet-stream"
+        )
+        metrics.STORE_BYTES.labels("up").inc(ref.size)
+
+    # Reading.
+
+    async def get_bytes(self, ref: ArtifactRef) -> bytes:
+        """The whole artifact in memory. Raises `NotFound`, `VerificationFailed`."""
+        key = key_of(ref)
+        data = await self._call("get", ref.digest, lambda: self._read(key, 0, 0, limit=ref.size + 1))
+        if len(data) != ref.size or hashlib.sha256(data).hexdigest() != ref.digest:
+            raise _damaged("get", ref)
+        return data
+
+    async def fetch(self, ref: ArtifactRef, *, progress: Progress | None = None) -> Path:
+        """The artifact as a read-only file in the local cache, verified. Raises `NotFound`, `VerificationFailed`, and
+        `Invalid` naming the folder when the disk is full. `progress(done, total)` is called from another thread."""
+        key = key_of(ref)
+
+        def download(path: Path) -> None:
+            response = self._client.get_object(self.bucket, key)
+            try:
+                save_verified(response.read, ref, path, progress)
+            finally:
+                response.close()
+                response.release_conn()
+
+        return await self._call("fetch", ref.digest, lambda: self.cache.get(ref, download))
+
+    async def read_range(self, ref: ArtifactRef, start: int, length: int, sha256: str | None = None) -> bytes:
+        """`length` bytes from `start`, checked against their own digest if one is given. Raises `NotFound`,
+        `VerificationFailed`, and `Invalid` for a range outside of the artifact."""
+        if start < 0 or length < 0 or start + length > ref.size:
+            raise Invalid(f"bytes {start} to {start + length} are outside of {ref.digest[:12]}… ({ref.size} bytes)")
+        if length == 0:
+            return b""
+        key = key_of(ref)
+        data = await self._call("range", ref.digest, lambda: self._read(key, start, length, limit=length + 1))
+        if len(data) != length or (sha256 is not None and hashlib.sha256(data).hexdigest() != sha256):
+            raise _damaged("range", ref)
+        return data
+
+    async def stat(self, ref: ArtifactRef) -> int | None:
+        """The size of the stored object, or None if there is none."""
+        key = key_of(ref)
+        return await self._call("stat", ref.digest, lambda: self._size(key))
+
+    def _read(self, key: str, start: int, length: int, limit: int) -> bytes:
+        response = self._client.get_object(self.bucket, key, offset=start, length=length)
+        try:
+            data: bytes = response.read(limit)
+        finally:
+            response.close()
+            response.release_conn()
+        metrics.STORE_BYTES.labels("down").inc(len(data))
+        return data
+
+    def _size(self, key: str) -> int | None:
+        try:
+            return int(self._client.stat_object(self.bucket, key).size or 0)
+        except S3Error as error:
+            if error.code in _MISSING:
+                return None
+            raise
+
+    # For those without credentials.
+
+    def presign_put(self, ref: ArtifactRef, expires_s: int) -> tuple[str, dict[str, str]]:
+        """A URL that stores exactly this artifact, once, and the headers that the PUT must carry."""
+        headers = write_once_headers(ref)
+        return self._presign("PUT", ref, headers, expires_s), headers
+
+    def presign_get(self, ref: ArtifactRef, expires_s: int) -> str:
+        """A URL that reads this artifact."""
+        return self._presign("GET", ref, {}, expires_s)
+
+    def _presign(self, method: str, ref: ArtifactRef, headers: dict[str, str], expires_s: int) -> str:
+        return presign(
+            method,
+            self._public_endpoint,
+            f"/{self.bucket}/{key_of(ref)}",
+            headers,
+            access_key=self._access_key,
+            secret_key=self._secret_key,
+            region=self.region,
+            expires_s=expires_s,
+            now=datetime.datetime.now(datetime.UTC),
+        )
+
+    async def _call(self, operation: str, what: str, work: Callable[[], T]) -> T:
+        """Run blocking work in a thread and translate what it raises."""
+        try:
+            with metrics.STORE_SECONDS.labels(operation).time():
+                return await asyncio.to_thread(work)
+        except Exception as error:
+            meaning = self._explain(error, operation, what)
+            metrics.STORE_ERRORS.labels(operation, type(meaning).__name__).inc()
+            raise meaning from error
+
+    def _explain(self, error: Exception, operation: str, what: str) -> Exception:
+        away = f"the store at {self.endpoint} is away ({operation} {what})"
+        if isinstance(error, ConnitoError):
+            return error
+        if isinstance(error, S3Error):
+            if error.code in _MISSING:
+                return NotFound(f"the store has no {what}", reason=reasons.REASON_ARTIFACT_MISSING)
+            if error.code == "NoSuchBucket":
+                return Retry(f"the store has no bucket {self.bucket} yet; create it or check CONNITO_S3_BUCKET")
+            if error.code in _DENIED:
+                return Invalid(
+                    f"the store at {self.endpoint} denies {operation} on {self.bucket} ({error.code}); "
+                    "check CONNITO_S3_ACCESS_KEY, CONNITO_S3_SECRET_KEY and the key's policy",
+                    reason=reasons.REASON_NOT_PERMITTED,
+                )
+            return Retry(f"{away}: {error.code} {error.message}")
+        if isinstance(error, (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)):
+            return Retry(f"{away}: {error}")
+        if isinstance(error, OSError):
+            return disk_or_network(error, Path(error.filename or what), away)
+        return error
+
+
+def _damaged(operation: str, ref: ArtifactRef) -> VerificationFailed:
+    metrics.STORE_ERRORS.labels(operation, "VerificationFailed").inc()
+    return VerificationFailed(
+        f"what the store returned for {ref.digest} is not it (size or SHA-256 differs); its object is damaged or was "
+        "replaced: restore it from a copy",
+        reason=reasons.REASON_DIGEST_MISMATCH,
+    )

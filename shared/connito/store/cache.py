@@ -1,0 +1,115 @@
+"""The local cache: one file per artifact, shared by every process of the machine, verified once."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from connito import metrics
+from connito.store.presigned import disk_or_network
+from connito.v1.artifacts_pb2 import ArtifactRef
+
+
+def digest_of_file(path: Path) -> tuple[str, int]:
+    """Lower-case hex SHA-256 and size of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return digest.hexdigest(), file.tell()
+
+
+class Cache:
+    """`<folder>/<first two digits>/<digest>`, with a stamp beside it that says for which size and time it was verified.
+
+    A file that was changed since (its stamp no longer matches) is verified again, and fetched again if it is wrong.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, ref: ArtifactRef) -> Path:
+        """Where the artifact is, or would be."""
+        return self.folder / "sha256" / ref.digest[:2] / ref.digest
+
+    def get(self, ref: ArtifactRef, download: Callable[[Path], None]) -> Path:
+        """The verified file. `download` (into the path given, verifying) runs in at most one process at a time."""
+        path = self.path(ref)
+        if self._is_stamped(path, ref):
+            metrics.CACHE.labels("hit").inc()
+            return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_name(path.name + ".lock")):
+                self._fill(path, ref, download)
+        except OSError as error:
+            raise disk_or_network(error, path, f"filling the cache with {ref.digest[:12]}…") from error
+        return path
+
+    def adopt(self, source: Path, ref: ArtifactRef) -> Path:
+        """Put a file whose digest was just computed into the cache, without copying it where the disk allows."""
+
+        def link(target: Path) -> None:
+            # A hard link would let a later write to `source` change the cache; a private copy cannot.
+            shutil.copyfile(source, target)
+
+        return self.get(ref, link)
+
+    def _fill(self, path: Path, ref: ArtifactRef, download: Callable[[Path], None]) -> None:
+        if self._is_stamped(path, ref):
+            metrics.CACHE.labels("hit").inc()
+            return
+        if path.exists():
+            if digest_of_file(path) == (ref.digest, ref.size):
+                metrics.CACHE.labels("verified").inc()
+                self._stamp(path)
+                return
+            metrics.CACHE.labels("corrupt").inc()
+            path.unlink()
+        metrics.CACHE.labels("miss").inc()
+        partial = path.with_name(f"{path.name}.part{os.getpid()}")
+        try:
+            download(partial)
+            partial.chmod(0o444)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._stamp(path)
+
+    def _is_stamped(self, path: Path, ref: ArtifactRef) -> bool:
+        try:
+            status = path.stat()
+            return status.st_size == ref.size and _stamp_path(path).read_text() == _stamp_text(status)
+        except OSError:
+            return False
+
+    def _stamp(self, path: Path) -> None:
+        _stamp_path(path).write_text(_stamp_text(path.stat()))
+
+
+def _stamp_path(path: Path) -> Path:
+    return path.with_name(path.name + ".ok")
+
+
+def _stamp_text(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file lock; the kernel drops it if this process dies."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)

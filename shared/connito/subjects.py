@@ -1,0 +1,68 @@
+"""The subject grammar.
+
+Facts            `connito.v1.<run>.<window>.<cycle>.<kind>[.<id>]`
+What miners say  `connito.v1.<run>.ingress.<miner>.<kind>`
+Dead letters     `connito.dlq.v1.<stream>.<sequence>`
+
+Every fact has a subject of its own, and the broker admits one message per fact subject (see `Bus.publish_fact`): a
+duplicate is impossible rather than detected.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from connito.errors import Invalid
+
+ROOT = "connito.v1"
+DLQ_ROOT = "connito.dlq.v1"
+WINDOWS = ("train", "commit", "submit", "validate", "merge")
+SECTIONS = ("run", *WINDOWS, "library")
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+def check_token(text: str, what: str) -> str:
+    """Return `text` if it can stand as one subject token, else raise `Invalid` naming `what`."""
+    if not _TOKEN.fullmatch(text):
+        raise Invalid(f"{what} {text!r} may hold only letters, digits, '-' and '_' (1 to 80 of them)")
+    return text
+
+
+@dataclass(frozen=True)
+class FactKey:
+    """Where a fact belongs. `section` is `run`, a window, or `library`; `id` is empty for facts of which there is one."""
+
+    section: str
+    cycle: int
+    kind: str
+    id: str = ""
+
+
+def fact(run: str, section: str, cycle: int, kind: str, id_: str = "") -> str:
+    """The subject of a fact."""
+    check_token(run, "run id")
+    base = f"{ROOT}.{run}.{section}.{cycle}.{kind}"
+    return f"{base}.{check_token(id_, 'id')}" if id_ else base
+
+
+def ingress(run: str, miner: str, kind: str) -> str:
+    """The subject on which `miner` (a public key) says `kind`: trained, commitment or reveal."""
+    return f"{ROOT}.{check_token(run, 'run id')}.ingress.{check_token(miner, 'miner')}.{kind}"
+
+
+def parse_fact(subject: str) -> tuple[str, FactKey]:
+    """Run and key of a fact's subject. Raises `Invalid` if it is not one."""
+    parts = subject.split(".")
+    if len(parts) not in (6, 7) or ".".join(parts[:2]) != ROOT or parts[3] not in SECTIONS or not parts[4].isdigit():
+        raise Invalid(f"{subject!r} is not the subject of a fact")
+    return parts[2], FactKey(parts[3], int(parts[4]), parts[5], parts[6] if len(parts) == 7 else "")
+
+
+def parse_ingress(subject: str) -> tuple[str, str, str]:
+    """Run, miner and kind of an ingress subject. Raises `Invalid` if it is not one."""
+    parts = subject.split(".")
+    if len(parts) != 6 or ".".join(parts[:2]) != ROOT or parts[3] != "ingress":
+        raise Invalid(f"{subject!r} is not an ingress subject")
+    return parts[2], parts[4], parts[5]

@@ -1,0 +1,91 @@
+"""What every submission and every validator of a cycle is told. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from connito.consensus import Consensus, consensus
+from connito.facts import RunFacts
+from connito.ranking import verdicts
+from connito.reports import Reports, draw
+from connito.v1 import cycle_pb2, reasons_pb2
+
+Refusals = Mapping[str, tuple[reasons_pb2.Reason.ValueType, str]]
+
+
+def agree(
+    facts: RunFacts,
+    cycle: int,
+    reports: Reports,
+    submissions: Sequence[cycle_pb2.Submission],
+    stake: Callable[[str], float],
+) -> Consensus:
+    """Consensus over the drawn validators. One that did not report claims nothing, but its stake still counts.
+
+    Otherwise a lying minority could become half of those that are left, and half is enough to grant a utility.
+    """
+    drawn = draw(facts, cycle)
+    assert drawn is not None
+    silent = [validator for validator in drawn.validators if validator not in reports.counted]
+    blank = [cycle_pb2.ScoreReport(validator=validator) for validator in silent]
+    stakes = {validator: stake(validator) for validator in drawn.validators}
+    found = consensus([*reports.counted.values(), *blank], stakes, submissions=submissions, expected=drawn.omitted)
+    return replace(found, standings=[_honest(standing, reports) for standing in found.standings])
+
+
+def _honest(standing: cycle_pb2.ValidatorStanding, reports: Reports) -> cycle_pb2.ValidatorStanding:
+    if standing.validator in reports.counted:
+        return standing
+    return cycle_pb2.ValidatorStanding(validator=standing.validator, reported=False)
+
+
+def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission], why: str) -> Consensus:
+    """Nobody is judged: utilities are zero, each with the reason."""
+    drawn = draw(facts, cycle)
+    expected = facts.opened("validate", cycle)
+    names = {*(expected.expected if expected else ()), *(() if drawn is None else (*drawn.validators, *drawn.omitted))}
+    reported = facts.all("validate", cycle, "report")
+    standings = [
+        cycle_pb2.ValidatorStanding(
+            validator=name, reported=name in reported and facts.inside("validate", cycle, reported[name])
+        )
+        for name in sorted(names)
+    ]
+    reasons = {entry.miner: (reasons_pb2.REASON_NO_QUORUM, why) for entry in submissions}
+    return Consensus({entry.miner: 0.0 for entry in submissions}, reasons, standings)
+
+
+def without(agreed: Consensus, refused: Refusals) -> Consensus:
+    """Take submissions out whose artifact turned out to be unusable, whatever validators said about them."""
+    utilities = {miner: 0.0 if miner in refused else utility for miner, utility in agreed.utilities.items()}
+    return replace(agreed, utilities=utilities, reasons={**agreed.reasons, **refused})
+
+
+def score_cycle(
+    facts: RunFacts,
+    cycle: int,
+    submissions: Sequence[cycle_pb2.Submission],
+    agreed: Consensus,
+    copies: Mapping[str, str],
+    weights: Mapping[str, float],
+    unmerged: Refusals,
+) -> cycle_pb2.CycleScored:
+    """The cycle's result. `unmerged` says of those that scored, but have no share in the merge, why."""
+    spec = facts.spec
+    assert spec is not None
+    found, unallocated = verdicts(
+        submissions,
+        agreed,
+        emission=spec.emission,
+        paid_ranks=spec.scoring.paid_ranks,
+        weights=weights,
+        copies=copies,
+    )
+    for verdict in found:
+        scored = verdict.status == cycle_pb2.VERDICT_STATUS_SCORED
+        if scored and verdict.miner in unmerged and verdict.reason == reasons_pb2.REASON_UNSPECIFIED:
+            verdict.reason, verdict.detail = unmerged[verdict.miner]
+    return cycle_pb2.CycleScored(
+        run=facts.run, cycle=cycle, verdicts=found, validators=agreed.standings, unallocated=unallocated
+    )

@@ -1,0 +1,123 @@
+"""SIGKILL for every process of a run, one after the other, in the middle of what it does: nothing is lost, nothing is
+counted twice, and the model that comes out is the same to the last bit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from connito.bus import CaughtUp
+from connito.errors import Invalid, NotFound
+from connito.facts import Log
+from connito.local.datadir import DataDir
+from connito.local.session import Session
+from connito.streams import FACT_STREAMS
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+OPTIONS = ["--base", "tiny", "--cycles", "3", "--miners", "2", "--validators", "2", "--seed", "11", "--json"]
+UP_SECONDS = 280
+
+# (section, cycle, kind) of the fact after which a process is killed: whoever has to act on it, while it does.
+KILLS: dict[tuple[str, int, str], str] = {
+    ("run", 0, "created"): "selector",
+    ("train", 1, "opened"): "miner-1",
+    ("commit", 1, "opened"): "committer",
+    ("validate", 1, "opened"): "validator-1",
+    ("validate", 1, "drawn"): "validator-2",
+    ("merge", 1, "opened"): "aggregator",
+    ("train", 2, "opened"): "coordinator",
+    ("commit", 2, "opened"): "nats-server",
+    ("submit", 2, "opened"): "miner-2",
+    ("train", 3, "opened"): "weed",
+    ("merge", 3, "version"): "library",
+}
+
+
+@dataclass
+class Chaos:
+    """Follows the run's log and kills by the table."""
+
+    data: DataDir
+    killed: list[str] = field(default_factory=list)
+
+    async def run(self) -> None:
+        session = await self._session()
+        log = Log(session.roster)
+        async with session.bus() as bus, aclosing(bus.follow(FACT_STREAMS)) as records:
+            async for item in records:
+                if isinstance(item, CaughtUp):
+                    continue
+                with suppress(Invalid):
+                    fact = log.apply(item)
+                    if fact is not None:
+                        self._kill(KILLS.get((fact.key.section, fact.key.cycle, fact.key.kind)))
+
+    async def _session(self) -> Session:
+        """The platform, as soon as it is there."""
+        while True:
+            with suppress(NotFound):
+                return Session.open(self.data.root, role="operator")
+            await asyncio.sleep(0.02)
+
+    def _kill(self, name: str | None) -> None:
+        if name is not None and name not in self.killed:
+            os.kill(self.data.read_pids()[name]["pid"], signal.SIGKILL)
+            self.killed.append(name)
+
+
+async def run(folder: Path, *, chaos: bool) -> tuple[dict[str, Any], list[str]]:
+    """One `connito up`, undisturbed or not: its report, and who was killed."""
+    data = DataDir.open(folder)
+    env = {name: value for name, value in os.environ.items() if name in ("CONNITO_CACHE_DIR",) or "CONNITO" not in name}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "connito.cli", "up", *OPTIONS, "--data-dir", str(folder),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env,
+    )  # fmt: skip
+    killer = Chaos(data)
+    killing = asyncio.create_task(killer.run()) if chaos else None
+    try:
+        async with asyncio.timeout(UP_SECONDS):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.communicate()
+        if killing is not None:
+            killing.cancel()
+            await asyncio.gather(killing, return_exceptions=True)
+    assert process.returncode == 0, f"{err.decode()}\nkilled: {killer.killed}; logs in {folder}/logs"
+    return json.loads(out), killer.killed
+
+
+def outcome(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What may not depend on who was killed when."""
+    return [
+        {
+            "state": cycle["state_digest"],
+            "merged": cycle["merged"],
+            "gate": cycle["gate"],
+            "losses": cycle["domains"],
+            "verdicts": [(r["miner"], r["status"], r["utility"], r["rank"], r["reward"]) for r in cycle["submissions"]],
+        }
+        for cycle in report["cycles"]
+    ]
+
+
+async def test_killing_every_process_once_changes_nothing(tmp_path: Path) -> None:
+    calm, _ = await run(tmp_path / "calm", chaos=False)
+    stormy, killed = await run(tmp_path / "stormy", chaos=True)
+    assert calm["totals"]["restarts"] == {}
+    assert sorted(killed) == sorted(KILLS.values())
+    assert stormy["totals"]["restarts"] == dict.fromkeys(killed, 1)
+    assert outcome(stormy) == outcome(calm)
+    assert len(calm["cycles"]) == 3
+    assert stormy["library"]["expert_id"].rpartition("-")[0] == calm["library"]["expert_id"].rpartition("-")[0]

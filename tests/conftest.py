@@ -1,0 +1,29 @@
+"""Fixtures for every test.
+
+`identities`  one key per role of the roster, and `miner`
+`roster`      the roster in which these keys have their roles
+`run_id`      a run id that no other test uses
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+from connito.identity import Identity
+from connito.roster import ROLES, Roster
+
+
+@pytest.fixture(scope="session")
+def identities() -> dict[str, Identity]:
+    return {role: Identity.generate() for role in (*ROLES, "miner")}
+
+
+@pytest.fixture(scope="session")
+def roster(identities: dict[str, Identity]) -> Roster:
+    return Roster({role: frozenset({identities[role].public}) for role in ROLES})
+
+
+@pytest.fixture
+def run_id() -> str:
+    return f"run-{secrets.token_hex(6)}"

@@ -1,0 +1,176 @@
+"""`up --no-wait`, every verb that looks at a running platform, `down`; and what a second `up` finds."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from .conftest import environment
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+SMALL = (
+    "--base",
+    "tiny",
+    "--cycles",
+    "1",
+    "--miners",
+    "1",
+    "--validators",
+    "1",
+    "--set",
+    "scoring.confidence=0.9",
+    "--set",
+    "training.local_steps=16",
+)
+
+
+class Platform:
+    """Commands against one data directory."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+
+    def connito(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "connito.cli", *arguments, "--data-dir", str(self.data)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=200)
+
+    def json(self, *arguments: str) -> Any:
+        done = self.connito(*arguments, "--json")
+        assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
+        return json.loads(done.stdout)
+
+    def processes(self) -> list[str]:
+        lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        return [line for line in lines if str(self.data) in line]
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A platform that runs, and whose first run has ended."""
+    platform = Platform(tmp_path_factory.mktemp("detached") / "data")
+    started = platform.json("up", *SMALL, "--no-wait")
+    try:
+        assert started["data_dir"] == str(platform.data)
+        watched = platform.json("job", "watch", started["run"])
+        assert watched["phase"] == "completed"
+        until_finished(platform)
+        yield platform
+    finally:
+        platform.connito("down")
+    assert platform.processes() == []
+
+
+def until_finished(platform: Platform) -> None:
+    """The report is written after the run has ended."""
+    give_up = time.monotonic() + 60
+    while not json.loads((platform.data / "platform.json").read_text())["finished"]:
+        assert time.monotonic() < give_up, (platform.data / "logs" / "up.log").read_text()
+        time.sleep(0.1)
+
+
+def run_of(platform: Platform) -> str:
+    return str(platform.json("job", "list")["runs"][0]["run"])
+
+
+def test_the_services_stay_up_and_are_listed(platform: Platform) -> None:
+    status = platform.json("status")
+    names = {service["name"] for service in status["services"]}
+    assert {"coordinator", "committer", "aggregator", "selector", "library", "validator-1", "miner-1", "weed"} <= names
+    assert all(psutil.pid_exists(service["pid"]) for service in status["services"])
+    assert status["run"]["outcome"]["status"] == "completed"
+    assert status["run"]["cycles"][0]["merged"] == ["miner-1"]
+    assert "miner-1" in platform.connito("status").stdout
+
+
+def test_the_run_and_its_expert_are_found(platform: Platform) -> None:
+    run = run_of(platform)
+    shown = platform.json("job", "show", run)
+    assert (shown["phase"], shown["version"], shown["domain"]) == ("completed", 1, "recipes")
+    experts = platform.json("library", "list")["experts"]
+    assert [expert["run"] for expert in experts] == [run]
+    record = platform.json("library", "show", experts[0]["expert_id"])["record"]
+    assert record["domain"] == "recipes"
+    assert platform.connito("library", "show", experts[0]["expert_id"]).stdout.startswith("#")
+
+
+def test_the_log_can_be_played_back(platform: Platform) -> None:
+    replayed = platform.json("replay", run_of(platform))
+    assert replayed["invalid"] == 0
+    kinds = [message["subject"].split(".", 3)[-1] for message in replayed["messages"]]
+    assert kinds[0] == "run.0.created"
+    assert "merge.1.version" in kinds
+
+
+def test_the_broker_is_declared_and_has_no_dead_letters(platform: Platform) -> None:
+    streams = {stream["name"]: stream for stream in platform.json("streams", "ls")["streams"]}
+    assert streams["RUNS"]["messages"] >= 4
+    assert "RUNS" in platform.json("streams", "ensure")["ensured"]
+    assert platform.json("dlq", "ls") == {"letters": []}
+    assert platform.connito("dlq", "show", "1").returncode == 4
+
+
+def test_doctor_tries_broker_and_store(platform: Platform) -> None:
+    checks = {check["name"]: check["ok"] for check in platform.json("doctor")["checks"]}
+    assert checks["broker"]
+    assert checks["store rights"]
+
+
+def test_a_miner_sees_what_became_of_its_work(platform: Platform) -> None:
+    status = platform.json("miner", "status", "--key", str(platform.data / "keys" / "miner-1.nk"))
+    assert [(row["cycle"], row["status"], row["rank"]) for row in status["cycles"]] == [(1, "merged", 1)]
+    assert status["reward"] == status["cycles"][0]["reward"] > 0
+
+
+def test_unknown_things_are_not_found(platform: Platform) -> None:
+    for verb in (("job", "show", "none"), ("job", "cancel", "none"), ("library", "show", "none"), ("replay", "none")):
+        done = platform.connito(*verb)
+        assert (verb, done.returncode) == (verb, 4)
+        assert "Traceback" not in done.stderr
+
+
+def test_a_second_up_is_refused_while_the_first_one_runs(platform: Platform) -> None:
+    done = platform.connito("up", *SMALL)
+    assert done.returncode == 5
+    assert "connito down" in done.stderr
+
+
+def test_another_up_in_the_same_folder_adds_to_the_library(platform: Platform) -> None:
+    """The last test of this file: it stops the platform of the others."""
+    first = run_of(platform)
+    stopped = platform.json("down")
+    assert stopped["stopped"]
+    assert platform.processes() == []
+    report = platform.json("up", *SMALL, "--domain", "logs")
+    assert report["outcome"]["status"] == "completed"
+    assert report["run"] != first
+    platform.json("up", *SMALL, "--no-wait")
+    deposited = {expert["run"] for expert in platform.json("library", "list")["experts"]}
+    assert {first, report["run"]} <= deposited
+
+
+def test_an_interrupt_stops_everything_and_the_next_up_cancels_what_was_left(tmp_path: Path) -> None:
+    platform = Platform(tmp_path / "data")
+    command = [sys.executable, "-m", "connito.cli", "up", *SMALL, "--data-dir", str(platform.data)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as up:
+        assert up.stdout is not None
+        for line in up.stdout:
+            if "miners train" in line:
+                up.send_signal(signal.SIGINT)
+                break
+        _, errors = up.communicate(timeout=60)
+    assert up.returncode == 130
+    assert "Traceback" not in errors
+    assert platform.processes() == []
+    again = platform.connito("up", *SMALL)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "which an earlier `connito up` left unfinished" in again.stdout

@@ -1,0 +1,338 @@
+"""The aggregator as a process: cycles told by hand up to their merge, with good, copied and harmful submissions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from connito.base.loading import load_full
+from connito.bus import Bus
+from connito.candidates import Attempt, Ingredients, write_candidate
+from connito.errors import NotFound
+from connito.facts import RunFacts
+from connito.identity import Identity
+from connito.local.servers import NatsServer, ObjectStore
+from connito.moe.resident import compress
+from connito.moe.state import load_state, save_state
+from connito.moe.training import train_local
+from connito.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.roster import Roster
+from connito.store import ArtifactStore
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+
+from tests.integration.test_selector import store_env
+from tests.integration.tiny_run import SAFETENSORS, TARGET, Teller, TinyRun, corpus, prepare, telling, tiny_base
+from tests.integration.witness import ServiceProcess
+
+pytestmark = pytest.mark.integration
+
+SEED = b"s" * 32
+MINERS = {name: Identity.generate().public for name in ("anna", "bert", "copier", "wrecker")}
+
+
+@dataclass
+class Stage:
+    """A run whose cycles are told by hand, and the aggregator beside it."""
+
+    tiny: TinyRun
+    teller: Teller
+    store: ArtifactStore
+    validators: list[Identity]
+    folder: Path
+    process: ServiceProcess
+    env: dict[str, str]
+    sequence: int = 0
+    submissions: dict[int, list[cycle_pb2.Submission]] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> RunFacts:
+        return self.teller.facts
+
+    async def begin(self) -> None:
+        await self.teller.say("run", 0, "created", run_pb2.RunCreated(spec=self.tiny.spec))
+        await self.teller.say("run", 0, "selected", self.tiny.selection, role="selector")
+
+    async def submit(self, cycle: int, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Settle the submissions of a cycle in the order in which they are given here."""
+        path = self.folder / f"{cycle}-{name}.safetensors"
+        save_state(state, path)
+        self.sequence += 1
+        entry = cycle_pb2.Submission(
+            miner=MINERS[name],
+            artifact=await self.store.put_file(path, SAFETENSORS, REALM_SUBMISSION),
+            commit_sequence=self.sequence,
+            reveal_sequence=self.sequence,
+            origin_cycle=cycle,
+            base_state=self.state(cycle),
+        )
+        self.submissions.setdefault(cycle, []).append(entry)
+
+    def state(self, cycle: int) -> ArtifactRef:
+        """θ_t of a cycle."""
+        previous = self.facts.version(cycle - 1)
+        return self.tiny.state if previous is None else previous.state
+
+    async def tell(self, cycle: int, utilities: dict[str, float], *, merge: bool = True) -> None:
+        """Tell a cycle from the opening of its train window to that of its merge window."""
+        keys = sorted(validator.public for validator in self.validators)
+        await self.teller.open("train", cycle, keys, self.state(cycle))
+        settled = cycle_pb2.WindowSettled(
+            run=self.tiny.spec.run, cycle=cycle, submissions=self.submissions.get(cycle, [])
+        )
+        await self.teller.say("submit", cycle, "settled", settled, role="committer")
+        await self.teller.open("validate", cycle, keys, self.state(cycle))
+        drawn = cycle_pb2.SeedDrawn(run=self.tiny.spec.run, cycle=cycle, seed=SEED, validators=keys)
+        await self.teller.say("validate", cycle, "drawn", drawn)
+        for validator in self.validators:
+            await self.report(cycle, validator, utilities)
+        await self.teller.close("validate", cycle, "VALIDATE")
+        if merge:
+            await self.teller.open("merge", cycle, [], self.state(cycle))
+
+    async def report(self, cycle: int, validator: Identity, utilities: dict[str, float]) -> None:
+        report = cycle_pb2.ScoreReport(
+            run=self.tiny.spec.run,
+            cycle=cycle,
+            validator=validator.public,
+            seed=SEED,
+            state_digest=self.state(cycle).digest,
+        )
+        for entry in self.submissions.get(cycle, []):
+            name = next(name for name, key in MINERS.items() if key == entry.miner)
+            score = report.scores.add(miner=entry.miner, artifact_digest=entry.artifact.digest)
+            score.utility = utilities[name]
+            if not score.utility:
+                score.reason = reasons_pb2.REASON_NO_IMPROVEMENT
+        await self.teller.say("validate", cycle, "report", report, validator.public, role=validator.public)
+
+    async def version(self, cycle: int) -> cycle_pb2.VersionPublished:
+        await self.teller.until(lambda facts: facts.version(cycle), f"version {cycle}", 240)
+        version = self.facts.version(cycle)
+        assert version is not None
+        return version
+
+    def verdicts(self, cycle: int) -> dict[str, cycle_pb2.Verdict]:
+        scored = self.facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+        assert scored is not None
+        names = {key: name for name, key in MINERS.items()}
+        return {names[verdict.miner]: verdict for verdict in scored.verdicts}
+
+    async def audit(self, cycle: int, utilities: dict[str, float], folder: Path) -> str:
+        """The digest of a cycle's state, built once more out of nothing but the log and the store."""
+        version, previous = self.facts.version(cycle), self.facts.version(cycle - 1)
+        assert version is not None
+        merged = sorted((e for e in self.submissions[cycle] if e.miner in version.merged), key=lambda e: e.miner)
+        states = [await self.store.fetch(entry.artifact) for entry in merged]
+        bases = [await self.store.fetch(entry.base_state) for entry in merged]
+        names = {key: name for name, key in MINERS.items()}
+        deltas = DeltaFiles(states, bases)
+        ingredients = Ingredients(
+            await self.store.fetch(self.state(cycle)),
+            None if previous is None else await self.store.fetch(previous.outer_state),
+            merged,
+            deltas,
+            [utilities[names[entry.miner]] for entry in merged],
+            [cycle - entry.origin_cycle for entry in merged],
+            gram_matrix(deltas),
+        )
+        attempt = Attempt(version.gate, tuple(range(len(merged))))
+        write_candidate(attempt, ingredients, self.tiny.spec.merging, folder / "state", folder / "momentum")
+        state = await self.store.put_file(folder / "state", SAFETENSORS)
+        momentum = await self.store.put_file(folder / "momentum", SAFETENSORS)
+        assert momentum.digest == version.outer_state.digest
+        return state.digest
+
+
+@pytest.fixture
+async def stage(
+    own_nats: NatsServer,
+    object_store: ObjectStore,
+    store: ArtifactStore,
+    tmp_path: Path,
+    identities: dict[str, Identity],
+    roster: Roster,
+    run_id: str,
+) -> AsyncIterator[Stage]:
+    validators = [Identity.generate() for _ in range(3)]
+    everyone = Roster({**roster.keys, "validator": frozenset(key.public for key in validators)})
+    speakers = {role: identities[role] for role in ("coordinator", "selector", "committer")}
+    speakers |= {key.public: key for key in validators}
+    buses = {name: await Bus.connect(own_nats.url, key, "test", everyone) for name, key in speakers.items()}
+    tiny = await prepare(store, run_id, tmp_path)
+    tiny.spec.emission = 1000
+    tiny.spec.windows.min_validators = 2
+    tiny.spec.scoring.copy_threshold = 0.97
+    tiny.spec.scoring.paid_ranks = 3
+    tiny.spec.scoring.max_relative_norm = 100.0
+    tiny.spec.merging.MergeFrom(
+        run_pb2.MergePolicy(
+            aggregator="utility-mean", outer_learning_rate=0.7, outer_momentum=0.9, gate_general_margin=0.05
+        )
+    )
+    env = {"CONNITO_NATS_URL": own_nats.url, "CONNITO_TORCH_THREADS": "1", **store_env(object_store, store)}
+    process = ServiceProcess("aggregator", tmp_path / "aggregator", identities["aggregator"], everyone, env)
+    async with telling(run_id, buses, everyone) as teller:
+        stage = Stage(tiny, teller, store, validators, tmp_path, process, env)
+        await stage.begin()
+        process.start()
+        yield stage
+    process.kill()
+    for bus in buses.values():
+        await bus.close()
+
+
+def train(tiny: TinyRun, seed: int, theta: Path) -> dict[str, torch.Tensor]:
+    """What an honest miner hands in."""
+    from connito.moe.insert import write_rows
+
+    torch.set_num_threads(1)
+    model = load_full(tiny_base())
+    write_rows(model, tiny.targets, load_state(theta))
+    rows = corpus(TARGET, 100 + seed, 40).sequences(64)
+    batches = rows[np.random.default_rng(seed).permutation(len(rows))[:32]].reshape(8, 4, -1)
+    return train_local(compress(model, tiny.targets), batches, learning_rate=3e-3)[0]
+
+
+async def work(stage: Stage, cycle: int, *names: str) -> None:
+    """Submissions of honest miners, and of those that live off them, in the order of their commitments."""
+    theta = await stage.store.fetch(stage.state(cycle))
+    base = load_state(theta)
+    generator = torch.Generator().manual_seed(cycle)
+    for name in names:
+        if name == "copier":
+            noise = {k: 1e-5 * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+            original = load_state(stage.folder / f"{cycle}-anna.safetensors")
+            state = {key: rows + noise[key] for key, rows in original.items()}
+        elif name == "wrecker":
+            state = {key: rows + 2.0 * torch.randn(rows.shape, generator=generator) for key, rows in base.items()}
+        else:
+            seed = 10 * cycle + list(MINERS).index(name)
+            state = await asyncio.to_thread(train, stage.tiny, seed, theta)
+        await stage.submit(cycle, name, state)
+
+
+async def test_good_work_is_merged_copies_and_wreckage_are_not(stage: Stage, tmp_path: Path):
+    await work(stage, 1, "anna", "bert", "copier", "wrecker")
+    utilities = {"anna": 0.3, "bert": 0.2, "copier": 0.31, "wrecker": 0.1}
+    await stage.tell(1, utilities)
+    version = await stage.version(1)
+
+    verdicts = stage.verdicts(1)
+    assert version.gate == cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS, version.gate_detail
+    assert set(version.merged) == {MINERS["anna"], MINERS["bert"]}
+    assert verdicts["copier"].reason == reasons_pb2.REASON_COPY
+    assert MINERS["anna"][:12] in verdicts["copier"].detail
+    assert (verdicts["wrecker"].status, verdicts["wrecker"].reason) == (
+        cycle_pb2.VERDICT_STATUS_SCORED,
+        reasons_pb2.REASON_OUTLIER,
+    )
+    assert verdicts["anna"].reward > verdicts["bert"].reward > verdicts["wrecker"].reward > 0
+    assert sum(verdict.reward for verdict in verdicts.values()) == 1000
+    check_losses(version)
+    assert await stage.audit(1, utilities, tmp_path) == version.state.digest
+
+    await carry_on_after_a_kill(stage, version, tmp_path)
+
+
+def check_losses(version: cycle_pb2.VersionPublished) -> None:
+    """Target first, on two disjoint parts, both better than before."""
+    for losses in (version.gate_losses, version.losses):
+        assert losses[0].domain == TARGET
+        assert losses[0].after < losses[0].before
+        assert len(losses) == 2
+    assert version.gate_losses[0].before != version.losses[0].before
+
+
+async def carry_on_after_a_kill(stage: Stage, first: cycle_pb2.VersionPublished, tmp_path: Path) -> None:
+    """The next cycle is merged by another process, from the log alone, with the momentum of the first."""
+    stage.process.kill()
+    await work(stage, 2, "anna", "bert")
+    utilities = {"anna": 0.1, "bert": 0.2}
+    await stage.tell(2, utilities)
+    stage.process.start()
+    version = await stage.version(2)
+
+    assert (version.version, version.parent) == (2, 1)
+    assert version.gate in (cycle_pb2.GATE_DECISION_ACCEPTED, cycle_pb2.GATE_DECISION_TOP_1), version.gate_detail
+    assert version.fence > first.fence
+    assert version.losses[0].before == pytest.approx(first.losses[0].after, rel=1e-6)
+    assert await stage.audit(2, utilities, tmp_path) == version.state.digest
+
+
+async def test_a_cycle_that_only_does_harm_keeps_the_incumbent(stage: Stage):
+    """Even when every validator was fooled."""
+    await work(stage, 1, "wrecker")
+    await stage.tell(1, {"wrecker": 0.4})
+    version = await stage.version(1)
+
+    assert version.gate == cycle_pb2.GATE_DECISION_KEPT_INCUMBENT
+    assert version.state == stage.tiny.state
+    assert stage.verdicts(1)["wrecker"].reason == reasons_pb2.REASON_GATE_REJECTED
+    assert all(loss.before == loss.after for loss in version.losses)
+    assert not any(rows.any() for rows in load_state(await stage.store.fetch(version.outer_state)).values())
+
+
+async def test_without_quorum_and_without_work_the_run_goes_on(stage: Stage):
+    await work(stage, 1, "wrecker")
+    silent, stage.validators = stage.validators, []
+    await stage.tell(1, {}, merge=False)
+    await stage.teller.open("merge", 1, [], stage.tiny.state)
+    version = await stage.version(1)
+    assert version.gate == cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE
+    assert stage.verdicts(1)["wrecker"].reason == reasons_pb2.REASON_NO_QUORUM
+
+    stage.validators = silent
+    await stage.tell(2, {})
+    version = await stage.version(2)
+
+    assert version.gate == cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE
+    assert version.state == stage.tiny.state
+    assert version.losses[0].before == version.losses[0].after > 0
+
+
+async def test_a_submission_that_vanished_costs_only_its_sender(stage: Stage):
+    await work(stage, 1, "anna")
+    entry = cycle_pb2.Submission()
+    entry.CopyFrom(stage.submissions[1][0])
+    entry.miner, entry.commit_sequence = MINERS["bert"], 9
+    entry.artifact.digest = "0" * 64
+    with pytest.raises(NotFound):
+        await stage.store.fetch(entry.artifact)
+    stage.submissions[1].append(entry)
+    await stage.tell(1, {"anna": 0.2, "bert": 0.9})
+    version = await stage.version(1)
+
+    assert list(version.merged) == [MINERS["anna"]]
+    assert stage.verdicts(1)["bert"].reason == reasons_pb2.REASON_ARTIFACT_MISSING
+
+
+async def test_a_standby_takes_over(stage: Stage, identities: dict[str, Identity], tmp_path: Path):
+    """Two replicas with one lease: the leader is killed with the merge ahead of it, the other one does it."""
+    standby = ServiceProcess(
+        "aggregator", tmp_path / "standby", identities["aggregator"], stage.teller.log.roster, stage.env
+    )
+    try:
+        await until_logged(stage.process, '"leading"')
+        standby.start()
+        await until_logged(standby, "another replica leads")
+        await work(stage, 1, "anna")
+        stage.process.kill()
+        await stage.tell(1, {"anna": 0.2})
+        version = await stage.version(1)
+    finally:
+        standby.kill()
+
+    assert version.fence > 1
+    assert list(version.merged) == [MINERS["anna"]]
+
+
+async def until_logged(process: ServiceProcess, text: str) -> None:
+    async with asyncio.timeout(60):
+        while text not in process.log.read_text():  # noqa: ASYNC110 - another process's log
+            await asyncio.sleep(0.05)

@@ -1,0 +1,487 @@
+"""The bus against a real broker: facts written once, followers that survive restarts, work queues, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+from connito import streams, subjects
+from connito.bus import Bus, CaughtUp
+from connito.envelope import open_bytes, seal
+from connito.errors import Fatal, Invalid, Retry
+from connito.facts import Record
+from connito.identity import Identity
+from connito.local.servers import NatsServer
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+
+pytestmark = pytest.mark.integration
+
+
+def opened(run: str, cycle: int, fence: int = 0) -> cycle_pb2.WindowOpened:
+    return cycle_pb2.WindowOpened(run=run, cycle=cycle, window=cycle_pb2.WINDOW_TRAIN, fence=fence)
+
+
+async def next_record(items: AsyncIterator[Record | CaughtUp], timeout: float = 15) -> Record:
+    async with asyncio.timeout(timeout):
+        async for item in items:
+            if isinstance(item, Record):
+                return item
+    raise AssertionError("the follower ended")
+
+
+async def read_stored(bus: Bus, names: list[str], run: str) -> list[Record]:
+    records = []
+    async with asyncio.timeout(15):
+        async for item in bus.follow(names, run):
+            if isinstance(item, CaughtUp):
+                break
+            records.append(item)
+    return records
+
+
+class TestFacts:
+    async def test_written_once(self, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"])
+        assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=1))
+        assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=2))
+        (record,) = await read_stored(bus, ["TRAIN"], run_id)
+        assert open_bytes(record.data, record.subject).read(cycle_pb2.WindowOpened).fence == 1
+        assert record.headers["traceparent"].startswith("00-")
+
+    async def test_one_of_many_racing_writers_wins(self, bus_factory, identities, run_id):
+        buses = [await bus_factory(identities["coordinator"]) for _ in range(4)]
+        won = await asyncio.gather(
+            *(bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=i)) for i, bus in enumerate(buses))
+        )
+        assert sorted(won) == [False, False, False, True]
+        (record,) = await read_stored(buses[0], ["TRAIN"], run_id)
+        assert open_bytes(record.data, record.subject).read(cycle_pb2.WindowOpened).fence == won.index(True)
+
+    async def test_our_own_message_is_recognised_when_its_acknowledgement_was_lost(
+        self, bus_factory, identities, run_id
+    ):
+        bus = await bus_factory(identities["coordinator"])
+        subject = subjects.fact(run_id, "train", 1, "opened")
+        data = seal(identities["coordinator"], subject, opened(run_id, 1)).SerializeToString()
+        await bus.js.publish(subject, data)
+        assert await bus._publish_once(subject, data, "train.opened")
+
+    async def test_a_squatter_without_the_role_does_not_keep_the_author_out(self, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"])
+        subject = subjects.fact(run_id, "train", 1, "opened")
+        forged = seal(identities["miner"], subject, opened(run_id, 1, fence=666)).SerializeToString()
+        await bus.js.publish(subject, forged)
+        assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=1))
+        assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=2))
+
+    async def test_too_large_is_refused_before_it_is_sent(self, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["validator"])
+        report = cycle_pb2.ScoreReport(run=run_id, cycle=1, seed=b"x" * (1 << 20))
+        with pytest.raises(Invalid, match="artifact") as caught:
+            await bus.publish_fact(run_id, "validate", 1, "report", report, identities["validator"].public)
+        assert caught.value.reason == reasons_pb2.REASON_OVERSIZED
+
+    async def test_broker_away_is_retry_in_seconds(self, own_nats, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"], own_nats.url)
+        own_nats.kill()
+        began = time.monotonic()
+        with pytest.raises(Retry, match=r"broker|answers"):
+            await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
+        assert time.monotonic() - began < 15
+        own_nats.start()
+        async with asyncio.timeout(10):
+            while True:
+                with suppress(Retry):
+                    assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
+                    break
+
+    async def test_no_broker_at_all(self, identities):
+        with pytest.raises(Retry, match="no broker at nats://127"):
+            await Bus.connect("nats://127.0.0.1:1", identities["miner"], "test")
+
+    async def test_an_unexpected_duplicate_is_a_security_event(self, bus_factory, identities, run_id, capsys):
+        bus = await bus_factory(identities["miner"])
+        subject = subjects.ingress(run_id, identities["miner"].public, "trained")
+        data = seal(identities["miner"], subject, cycle_pb2.TrainingFinished(run=run_id)).SerializeToString()
+        await bus._publish(subject, data, {}, "ingress.trained")
+        await bus._publish(subject, data, {}, "ingress.trained")
+        assert "took a new message for a duplicate" in "".join(capsys.readouterr())
+
+
+class TestPermissions:
+    @pytest.fixture
+    def guarded(self, own_nats: NatsServer, identities: dict[str, Identity]) -> NatsServer:
+        miner, operator = identities["miner"].public, identities["customer"].public
+        own_nats.set_users(
+            [
+                {"nkey": operator, "permissions": {"publish": ">", "subscribe": ">"}},
+                {
+                    "nkey": miner,
+                    "permissions": {
+                        # May create consumers on two streams, but draw messages from TRAIN only.
+                        "publish": [
+                            "$JS.API.CONSUMER.MSG.NEXT.TRAIN.*",
+                            f"connito.v1.*.ingress.{miner}.*",
+                            "$JS.API.CONSUMER.CREATE.TRAIN.>",
+                            "$JS.API.CONSUMER.CREATE.MERGE.>",
+                        ],
+                        "subscribe": [f"_INBOX.{miner}.>"],
+                    },
+                },
+            ]
+        )
+        return own_nats
+
+    async def test_denied_publish_names_the_subject_at_once(self, guarded, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["miner"], guarded.url)
+        assert await bus.publish_ingress(run_id, "trained", cycle_pb2.TrainingFinished(run=run_id, cycle=1)) == 1
+        began = time.monotonic()
+        with pytest.raises(Invalid, match=rf"connito\.v1\.{run_id}\.train\.1\.opened") as caught:
+            await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
+        assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+        assert time.monotonic() - began < 1
+
+    async def test_denied_stream_names_it(self, guarded, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["miner"], guarded.url)
+        assert await read_stored(bus, ["TRAIN"], run_id) == []
+        for stream in ("MERGE", "VALIDATE"):
+            with pytest.raises(Invalid, match=stream) as caught:
+                await next_record(bus.follow([stream], run_id))
+            assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+
+    async def test_unknown_key_is_refused(self, guarded, bus_factory):
+        stranger = Identity.generate()
+        with pytest.raises(Invalid, match=stranger.public):
+            await bus_factory(stranger, guarded.url)
+
+    # The client library leaves sockets of refused logins to the garbage collector.
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    async def test_a_key_that_loses_its_place_ends_the_follower(self, guarded, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["miner"], guarded.url)
+        items = bus.follow(["TRAIN"], run_id)
+        assert isinstance(await anext(items), CaughtUp)
+        guarded.set_users([{"nkey": identities["customer"].public}])
+        with pytest.raises(Fatal, match=rf"refuses {identities['miner'].public}"):
+            await next_record(items)
+        await items.aclose()
+
+
+class TestFollow:
+    async def test_in_order_then_caught_up_then_live(self, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"])
+        for cycle in range(1, 601):
+            await bus.publish_fact(run_id, "train", cycle, "opened", opened(run_id, cycle))
+        await bus.publish_fact(run_id, "merge", 1, "opened", opened(run_id, 1))
+        stored = await read_stored(bus, ["TRAIN", "MERGE"], run_id)
+        trained = [record for record in stored if record.stream == "TRAIN"]
+        assert [record.subject.split(".")[4] for record in trained] == [str(n) for n in range(1, 601)]
+        assert len(stored) == 601
+        items = bus.follow(["TRAIN"], run_id, start={"TRAIN": trained[-1].sequence})
+        assert (await next_record(items)).sequence == trained[-1].sequence
+        assert isinstance(await anext(items), CaughtUp)
+        await bus.publish_fact(run_id, "train", 601, "opened", opened(run_id, 601))
+        live = await next_record(items)
+        assert live.subject.endswith("train.601.opened")
+        assert abs(live.time_unix_ms / 1000 - time.time()) < 5
+        await items.aclose()
+
+    async def test_caught_up_comes_once_also_when_nothing_is_there(self, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"])
+        items = bus.follow(streams.FACT_STREAMS, run_id)
+        assert isinstance(await anext(items), CaughtUp)
+        for cycle in (1, 2):
+            await bus.publish_fact(run_id, "merge", cycle, "opened", opened(run_id, cycle))
+            assert isinstance(await anext(items), Record)
+        await items.aclose()
+
+    async def test_another_run_is_not_seen(self, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"])
+        await bus.publish_fact(run_id + "-other", "train", 1, "opened", opened(run_id + "-other", 1))
+        assert await read_stored(bus, ["TRAIN"], run_id) == []
+
+    async def test_continues_across_a_killed_broker(self, own_nats, bus_factory, identities, run_id):
+        writer = await bus_factory(identities["coordinator"], own_nats.url)
+        reader = await bus_factory(identities["miner"], own_nats.url)
+        items = reader.follow(["TRAIN", "MERGE"], run_id)
+        await writer.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
+        assert (await next_record(items)).subject.endswith("train.1.opened")
+        own_nats.kill()
+        own_nats.start()
+        publishing = asyncio.create_task(self._publish_stubbornly(writer, run_id))
+        assert (await next_record(items)).subject.endswith("train.2.opened")
+        assert (await next_record(items)).subject.endswith("train.3.opened")
+        await publishing
+        await items.aclose()
+
+    @staticmethod
+    async def _publish_stubbornly(bus: Bus, run: str) -> None:
+        for cycle in (2, 3):
+            while True:
+                with suppress(Retry):
+                    await bus.publish_fact(run, "train", cycle, "opened", opened(run, cycle))
+                    break
+
+    async def test_notices_a_stalled_broker(self, own_nats, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"], own_nats.url)
+        items = bus.follow(["TRAIN"], run_id)
+        assert isinstance(await anext(items), CaughtUp)
+        os.kill(own_nats.pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(next_record(items, 40))
+        done, _ = await asyncio.wait([waiting], timeout=6)
+        assert not done
+        os.kill(own_nats.pid, signal.SIGCONT)
+        await self._publish_stubbornly(bus, run_id)
+        assert (await waiting).subject.endswith("train.2.opened")
+        await items.aclose()
+
+    async def test_the_position_in_the_log(self, own_nats, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"], own_nats.url)
+        assert await bus.last_sequence("TRAIN") == 0
+        await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
+        assert await bus.last_sequence("TRAIN") == 1
+
+
+async def test_a_hop_takes_milliseconds(bus_factory, identities, run_id, capsys):
+    """A cycle is a chain of about 15 hops: publish, store with sync, deliver, decide."""
+    writer, reader = await bus_factory(identities["coordinator"]), await bus_factory(identities["aggregator"])
+    items = reader.follow(["TRAIN"], run_id)
+    assert isinstance(await anext(items), CaughtUp)
+    hops = []
+    for cycle in range(1, 101):
+        began = time.perf_counter()
+        await writer.publish_fact(run_id, "train", cycle, "opened", opened(run_id, cycle))
+        await anext(items)
+        hops.append(time.perf_counter() - began)
+    await items.aclose()
+    hops.sort()
+    with capsys.disabled():
+        print(f"\nhop publish -> acknowledged and followed: p50 {hops[50] * 1e3:.2f} ms, p95 {hops[95] * 1e3:.2f} ms")
+    assert hops[50] < 0.05
+
+
+class TestConsume:
+    @staticmethod
+    async def say(bus: Bus, run: str, count: int = 1) -> None:
+        for cycle in range(1, count + 1):
+            await bus.publish_ingress(run, "commitment", cycle_pb2.Commitment(run=run, cycle=cycle))
+
+    async def test_in_order_and_the_floor_follows(self, own_nats, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["miner"], own_nats.url)
+        await self.say(bus, run_id, 5)
+        seen: list[int] = []
+        all_seen = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            seen.append(record.sequence)
+            if len(seen) == 5:
+                all_seen.set()
+
+        task = asyncio.create_task(bus.consume("committer", handle))
+        async with asyncio.timeout(10):
+            await all_seen.wait()
+            while await bus.ack_floor("committer") < 5:  # noqa: ASYNC110 - the broker's state, asked for
+                await asyncio.sleep(0.01)
+        assert seen == [1, 2, 3, 4, 5]
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_retry_comes_again_before_what_follows_it(self, own_nats, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["miner"], own_nats.url)
+        await self.say(bus, run_id, 2)
+        seen: list[int] = []
+        done = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            seen.append(record.sequence)
+            if len(seen) < 3:
+                raise Retry("not yet", after=0.05)
+            if record.sequence == 2:
+                done.set()
+
+        task = asyncio.create_task(bus.consume("committer", handle))
+        async with asyncio.timeout(10):
+            await done.wait()
+        assert seen == [1, 1, 1, 2]
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_invalid_goes_to_the_dead_letters_and_the_next_is_handled(
+        self, own_nats, bus_factory, identities, run_id
+    ):
+        bus = await bus_factory(identities["committer"], own_nats.url)
+        await self.say(bus, run_id, 2)
+        done = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            if record.sequence == 1:
+                raise Invalid("no such thing", reason=reasons_pb2.REASON_UNKNOWN_RUN)
+            done.set()
+
+        task = asyncio.create_task(bus.consume("committer", handle))
+        async with asyncio.timeout(10):
+            await done.wait()
+        record = await bus.last_record("connito.dlq.v1.INGRESS.1")
+        assert record is not None
+        letter = open_bytes(record.data, record.subject).read(cycle_pb2.DeadLetter)
+        assert letter.reason == reasons_pb2.REASON_UNKNOWN_RUN
+        assert (letter.stream, letter.sequence, letter.service) == ("INGRESS", 1, "committer")
+        assert open_bytes(letter.body, letter.subject).read(cycle_pb2.Commitment).run == run_id
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_a_bug_is_raised_and_the_message_delivered_again(self, own_nats, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["committer"], own_nats.url)
+        await self.say(bus, run_id)
+
+        async def break_down(record: Record) -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await bus.consume("committer", break_down)
+        again = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            again.set()
+
+        task = asyncio.create_task(bus.consume("committer", handle))
+        async with asyncio.timeout(streams.DURABLES["committer"].ack_wait + 5):
+            await again.wait()
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_headers_of_a_sender_can_not_pass_for_the_servers(self, own_nats, bus_factory, identities, run_id):
+        """A client library that believes them would never hand the message out, and the queue would stand still."""
+        bus = await bus_factory(identities["miner"], own_nats.url)
+        subject = subjects.ingress(run_id, identities["miner"].public, "commitment")
+        hostile = [
+            b"NATS/1.0 503\r\n\r\n",
+            b"NATS/1.0\r\nStatus: 409\r\n\r\n",
+            b"NATS/1.0 100 Idle\r\n\r\n",
+            b"NATS/1.0\r\nno colon\r\n\r\n",
+            b"NATS/1.0\r\nk\xff: v\xfe\r\n\r\n",
+            b"garbage\r\n\r\n",
+        ]
+        reader, writer = await asyncio.open_connection("127.0.0.1", own_nats.port)
+        writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+        for head in hostile:
+            writer.write(f"HPUB {subject} {len(head)} {len(head) + 1}\r\n".encode() + head + b"x\r\n")
+        writer.write(b"PING\r\n")
+        await reader.readuntil(b"PONG")
+        writer.close()
+        await writer.wait_closed()
+        await self.say(bus, run_id)
+        last = len(hostile) + 1
+        assert [record.sequence for record in await read_stored(bus, ["INGRESS"], run_id)] == list(range(1, last + 1))
+        seen: list[int] = []
+        done = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            seen.append(record.sequence)
+            if record.sequence == last:
+                done.set()
+
+        task = asyncio.create_task(bus.consume("committer", handle))
+        async with asyncio.timeout(4):
+            await done.wait()
+        assert seen == list(range(1, last + 1))
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_a_slow_handler_keeps_its_message(self, own_nats, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["committer"], own_nats.url)
+        await self.say(bus, run_id, 2)
+        seen: list[int] = []
+        done = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            seen.append(record.sequence)
+            if record.sequence == 1:
+                await asyncio.sleep(streams.DURABLES["committer"].ack_wait + 1.5)
+            else:
+                done.set()
+
+        task = asyncio.create_task(bus.consume("committer", handle, heartbeat=0.5))
+        async with asyncio.timeout(20):
+            await done.wait()
+        assert seen == [1, 2]
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_replicas_share_the_work_across_a_restart(self, own_nats, bus_factory, identities, run_id):
+        handled: set[str] = set()
+        done = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            handled.add(record.subject)
+            if len(handled) == 6:
+                done.set()
+
+        bus = await bus_factory(identities["coordinator"], own_nats.url)
+        tasks = [asyncio.create_task(bus.consume("selector", handle, concurrency=2)) for _ in range(2)]
+        for number in range(6):
+            if number == 3:
+                own_nats.kill()
+                own_nats.start()
+            run = f"{run_id}-{number}"
+            created = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run))
+            while True:
+                with suppress(Retry):
+                    await bus.publish_fact(run, "run", 0, "created", created)
+                    break
+        async with asyncio.timeout(20):
+            await done.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+class TestEndpoints:
+    async def test_found_once_registered(self, bus_factory, identities, run_id):
+        bus = await bus_factory(identities["coordinator"])
+        name = f"service-{run_id}"
+        finding = asyncio.create_task(bus.find_endpoint(name, timeout=10))
+        await bus.register_endpoint(name, "127.0.0.1:7001")
+        assert await finding == "127.0.0.1:7001"
+
+    async def test_missing_says_who(self, bus_factory, identities):
+        bus = await bus_factory(identities["coordinator"])
+        with pytest.raises(Retry, match="no nobody has registered"):
+            await bus.find_endpoint("nobody", timeout=0.2)
+
+
+async def test_declaring_twice_changes_nothing_and_the_log_is_append_only(own_nats, bus_factory, identities, run_id):
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
+    await streams.ensure(bus.js, lease_ttl=1.0)
+    rows = {row["name"]: row for row in await streams.describe(bus.js)}
+    assert rows["TRAIN"]["messages"] == 1
+    assert set(rows) == set(streams.STREAMS)
+    with pytest.raises(Exception, match="purge not permitted"):
+        await bus.js.purge_stream("TRAIN")
+
+
+async def test_a_message_of_a_queue_that_keeps_failing_is_given_up(
+    own_nats, bus_factory, identities, run_id, monkeypatch
+):
+    monkeypatch.setattr("connito.bus.consume.DELIVERY_LIMIT", 3)
+    bus = await bus_factory(identities["committer"], own_nats.url)
+    await TestConsume.say(bus, run_id)
+    deliveries = 0
+
+    async def handle(record: Record) -> None:
+        nonlocal deliveries
+        deliveries += 1
+        raise Retry("never", after=0.01)
+
+    task = asyncio.create_task(bus.consume("committer", handle))
+    async with asyncio.timeout(10):
+        while await bus.last_record("connito.dlq.v1.INGRESS.1") is None:  # noqa: ASYNC110 - the broker's state, asked for
+            await asyncio.sleep(0.02)
+    assert deliveries == 3
+    task.cancel()
+    await asyncio.wait([task])

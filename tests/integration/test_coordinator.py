@@ -1,0 +1,392 @@
+"""The coordinator as a process against a real broker; everyone else is played by the test."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from connito import rpc
+from connito.beacon import draw_seed, secret_digest
+from connito.bus import Bus, CaughtUp
+from connito.engine import now_ms
+from connito.envelope import seal
+from connito.errors import Invalid, NotFound
+from connito.facts import RunFacts
+from connito.identity import Identity
+from connito.local.servers import NatsServer
+from connito.position import PositionedLog
+from connito.roster import Roster
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
+from connito.v1.services_pb2_grpc import RunServiceStub
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.coordinator.leader import STREAMS, Leader
+from tests.integration.witness import ServiceProcess, Witness, guard
+
+pytestmark = pytest.mark.integration
+
+THETA = ArtifactRef(digest="11" * 32, size=1000, realm=REALM_PUBLIC)
+SECRET = b"r" * 32
+
+
+def corpus(domain: str, realm: Realm.ValueType) -> run_pb2.CorpusRef:
+    return run_pb2.CorpusRef(domain=domain, artifact=ArtifactRef(digest="ab" * 32, size=10, realm=realm))
+
+
+def spec(run: str, cycles: int = 1, **windows: float) -> run_pb2.RunSpec:
+    policy: dict[str, float] = {"floor_seconds": 20, "ceiling_seconds": 60, "assemble_seconds": 60} | windows
+    return run_pb2.RunSpec(
+        run=run,
+        domain="medical",
+        cycles=cycles,
+        base=run_pb2.BaseRef(name="tiny", manifest=THETA),
+        probe=corpus("medical", REALM_PUBLIC),
+        train=corpus("medical", REALM_PUBLIC),
+        holdout=corpus("medical", REALM_HOLDOUT),
+        general_holdouts=[corpus("code", REALM_HOLDOUT)],
+        windows=run_pb2.WindowPolicy(**policy),  # type: ignore[arg-type]
+    )
+
+
+class Stage:
+    """A broker, the coordinator's API, and the other roles."""
+
+    def __init__(self, bus: Bus, identities: dict[str, Identity], roster: Roster, buses: dict[str, Bus]) -> None:
+        self.bus, self.identities, self.roster, self.buses = bus, identities, roster, buses
+
+    @property
+    def miner(self) -> Identity:
+        return self.identities["miner"]
+
+    async def stub(self) -> RunServiceStub:
+        return RunServiceStub(rpc.channel(await self.bus.find_endpoint("coordinator")))
+
+    async def create(self, asked: run_pb2.RunSpec) -> None:
+        envelope = seal(self.identities["customer"], "rpc.CreateRun", asked)
+        await rpc.call((await self.stub()).CreateRun, services_pb2.CreateRunRequest(envelope=envelope))
+
+    async def enrol(self, run: str, identity: Identity | None = None, label: str = "m") -> run_pb2.RunSpec:
+        command = services_pb2.EnrolMinerCommand(run=run, label=label)
+        envelope = seal(identity or self.miner, "rpc.EnrolMiner", command)
+        answer = await rpc.call((await self.stub()).EnrolMiner, services_pb2.EnrolMinerRequest(envelope=envelope))
+        return answer.spec
+
+    async def cancel(self, run: str, who: str = "customer") -> None:
+        envelope = seal(self.identities[who], "rpc.CancelRun", services_pb2.CancelRunCommand(run=run, detail="enough"))
+        await rpc.call((await self.stub()).CancelRun, services_pb2.CancelRunRequest(envelope=envelope))
+
+    async def status(self, run: str) -> services_pb2.RunStatus:
+        return (await rpc.call((await self.stub()).GetRun, services_pb2.GetRunRequest(run=run))).status
+
+    async def assemble(self, run: str) -> None:
+        """Selection, one miner, one validator."""
+        validator = self.identities["validator"].public
+        await self.buses["selector"].publish_fact(
+            run, "run", 0, "selected", run_pb2.SelectionMade(run=run, initial_state=THETA)
+        )
+        await self.enrol(run)
+        joined = run_pb2.ValidatorJoined(run=run, validator=validator)
+        await self.buses["validator"].publish_fact(run, "run", 0, "validator", joined, validator)
+
+    async def play(self, witness: Witness, run: str, cycle: int) -> None:
+        """One whole cycle in which everybody does at once what is theirs."""
+        miner, validator = self.miner.public, self.identities["validator"].public
+        miner_bus, committer = self.buses["miner"], self.buses["committer"]
+        validating, aggregator = self.buses["validator"], self.buses["aggregator"]
+        await witness.has("train", cycle, "opened")
+        await miner_bus.publish_ingress(run, "trained", cycle_pb2.TrainingFinished(run=run, cycle=cycle))
+        digest = secret_digest(run, cycle, validator, SECRET)
+        seed = cycle_pb2.SeedCommitted(run=run, cycle=cycle, validator=validator, digest=digest)
+        await validating.publish_fact(run, "train", cycle, "seed", seed, validator)
+        await witness.has("commit", cycle, "opened")
+        sequence = await miner_bus.publish_ingress(
+            run, "commitment", cycle_pb2.Commitment(run=run, cycle=cycle, digest=b"d" * 32)
+        )
+        accepted = cycle_pb2.CommitmentAccepted(run=run, cycle=cycle, miner=miner, ingress_sequence=sequence)
+        await committer.publish_fact(run, "commit", cycle, "accepted", accepted, miner)
+        closed = (await witness.has("commit", cycle, "closed")).closed("commit", cycle)
+        assert closed is not None
+        assert (closed.stream, closed.cause) == ("INGRESS", cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
+        assert closed.last_sequence >= sequence
+        settled = cycle_pb2.WindowSettled(run=run, cycle=cycle, committed=[miner])
+        await committer.publish_fact(run, "commit", cycle, "settled", settled)
+        await witness.has("submit", cycle, "opened")
+        submission = cycle_pb2.Submission(miner=miner, origin_cycle=cycle)
+        revealed = cycle_pb2.RevealAccepted(run=run, cycle=cycle, submission=submission)
+        await committer.publish_fact(run, "submit", cycle, "accepted", revealed, miner)
+        await witness.has("submit", cycle, "closed")
+        settled = cycle_pb2.WindowSettled(run=run, cycle=cycle, submissions=[submission])
+        await committer.publish_fact(run, "submit", cycle, "settled", settled)
+        await witness.has("validate", cycle, "opened")
+        secret = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=validator, secret=SECRET)
+        await validating.publish_fact(run, "validate", cycle, "seed", secret, validator)
+        drawn = (await witness.has("validate", cycle, "drawn")).get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+        assert drawn is not None
+        assert drawn.seed == draw_seed(run, cycle, {validator: SECRET})
+        report = cycle_pb2.ScoreReport(run=run, cycle=cycle, validator=validator, seed=drawn.seed)
+        await validating.publish_fact(run, "validate", cycle, "report", report, validator)
+        await witness.has("merge", cycle, "opened")
+        version = cycle_pb2.VersionPublished(run=run, cycle=cycle, version=cycle, parent=cycle - 1, state=THETA)
+        await aggregator.publish_fact(run, "merge", cycle, "version", version)
+        await witness.has("merge", cycle, "closed")
+
+
+@pytest.fixture
+async def stage(own_nats: NatsServer, identities: dict[str, Identity], roster: Roster) -> AsyncIterator[Stage]:
+    await asyncio.to_thread(guard, own_nats, identities)
+    names = ("miner", "selector", "validator", "committer", "aggregator")
+    buses = {name: await Bus.connect(own_nats.url, identities[name], name, roster) for name in names}
+    yield Stage(buses["committer"], identities, roster, buses)
+    for bus in buses.values():
+        await bus.close()
+
+
+Start = Callable[[str], ServiceProcess]
+
+
+@pytest.fixture
+def start(own_nats: NatsServer, identities: dict[str, Identity], roster: Roster, tmp_path: Path) -> Iterator[Start]:
+    """`start(replica)` runs a coordinator; killed at the end."""
+    started: list[ServiceProcess] = []
+
+    def begin(replica: str) -> ServiceProcess:
+        env = {"CONNITO_NATS_URL": own_nats.url}
+        service = ServiceProcess("coordinator", tmp_path / replica, identities["coordinator"], roster, env)
+        started.append(service.start())
+        return service
+
+    yield begin
+    for service in started:
+        service.kill()
+
+
+async def test_a_run_from_creation_to_completion(stage: Stage, start: Start, run_id: str) -> None:
+    service = await start("a").ready()
+    stub = await stage.stub()
+    await stage.create(spec(run_id, cycles=2))
+    await stage.create(spec(run_id, cycles=2))  # again is fine
+    seen: list[services_pb2.RunStatus] = []
+
+    first = asyncio.Event()
+
+    async def watch() -> None:
+        async for update in stub.WatchRun(services_pb2.WatchRunRequest(run=run_id)):
+            seen.append(update.status)
+            first.set()
+
+    watching = asyncio.create_task(watch())
+    await asyncio.wait_for(first.wait(), 10)
+    async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
+        await stage.assemble(run_id)
+        for cycle in (1, 2):
+            await stage.play(witness, run_id, cycle)
+        facts = await witness.has("run", 0, "ended")
+    assert facts.ended is not None
+    assert (facts.ended.outcome, facts.ended.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 2)
+    await asyncio.wait_for(watching, 10)
+    assert seen[0].phase == services_pb2.RUN_PHASE_SELECTING
+    assert seen[-1].phase == services_pb2.RUN_PHASE_COMPLETED
+    assert {"train", "commit", "submit", "validate", "merge"} <= {status.window for status in seen}
+    assert (await stage.status(run_id)).version == 2
+    listed = await rpc.call(stub.ListRuns, services_pb2.ListRunsRequest())
+    assert [status.spec.run for status in listed.runs] == [run_id]
+    assert_learned(facts)
+    with pytest.raises(Invalid, match="has ended"):
+        await stage.enrol(run_id, Identity.generate())
+    with pytest.raises(Invalid, match="has ended"):
+        await stage.cancel(run_id)
+    assert service.drain() == 0
+
+
+def assert_learned(facts: RunFacts) -> None:
+    """The second cycle's deadline comes from the first, which was far below the ceiling of a minute."""
+    for window in ("train", "commit", "submit", "validate"):
+        lengths = []
+        for cycle in (1, 2):
+            opened = facts.fact(window, cycle, "opened")
+            assert opened is not None
+            assert isinstance(opened.message, cycle_pb2.WindowOpened)
+            assert opened.message.fence > 0
+            lengths.append(opened.message.deadline_unix_ms - opened.time_unix_ms)
+        assert lengths[0] > 55_000
+        assert lengths[1] < 30_000
+
+
+async def test_bad_requests_are_refused_clearly(stage: Stage, start: Start, run_id: str) -> None:
+    await start("a").ready()
+    with pytest.raises(Invalid, match="cycles is 0; ask for 1 to 1000") as caught:
+        await stage.create(spec(run_id, cycles=0))
+    assert caught.value.reason == reasons_pb2.REASON_BAD_SPEC
+    await stage.create(spec(run_id))
+    with pytest.raises(Invalid, match="choose another run id"):
+        await stage.create(spec(run_id, cycles=7))
+    stranger = seal(Identity.generate(), "rpc.CreateRun", spec("other"))
+    with pytest.raises(Invalid, match="not a customer") as caught:
+        await rpc.call((await stage.stub()).CreateRun, services_pb2.CreateRunRequest(envelope=stranger))
+    assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+    elsewhere = seal(stage.identities["customer"], "rpc.CancelRun", spec("other"))
+    with pytest.raises(Invalid, match="signature"):
+        await rpc.call((await stage.stub()).CreateRun, services_pb2.CreateRunRequest(envelope=elsewhere))
+    with pytest.raises(NotFound, match="no run is called 'nothing'"):
+        await stage.status("nothing")
+    with pytest.raises(NotFound):
+        await stage.enrol("nothing")
+    with pytest.raises(Invalid, match="validator's"):
+        await stage.enrol(run_id, stage.identities["validator"])
+    with pytest.raises(Invalid, match="label"):
+        await stage.enrol(run_id, label="x" * 200)
+    watching = (await stage.stub()).WatchRun(services_pb2.WatchRunRequest(run="nothing"))
+    with pytest.raises(grpc.aio.AioRpcError, match="no run is called 'nothing'"):
+        await watching.read()
+
+
+async def test_cancelling_ends_a_run_once(stage: Stage, start: Start, run_id: str) -> None:
+    await start("a").ready()
+    await stage.create(spec(run_id))
+    await stage.assemble(run_id)
+    async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
+        await witness.has("train", 1, "opened")
+        await stage.cancel(run_id)
+        await stage.cancel(run_id)
+        facts = await witness.has("run", 0, "ended")
+    assert facts.ended is not None
+    assert facts.ended.outcome == run_pb2.RUN_OUTCOME_CANCELLED
+    assert facts.ended.detail == "enough"
+    assert (await stage.status(run_id)).phase == services_pb2.RUN_PHASE_CANCELLED
+
+
+async def test_nobody_comes(stage: Stage, start: Start, run_id: str) -> None:
+    await start("a").ready()
+    await stage.create(spec(run_id, assemble_seconds=0.5, min_miners=2))
+    selected = run_pb2.SelectionMade(run=run_id, initial_state=THETA)
+    async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
+        await stage.buses["selector"].publish_fact(run_id, "run", 0, "selected", selected)
+        facts = await witness.has("run", 0, "ended")
+    assert facts.ended is not None
+    assert facts.ended.reason == reasons_pb2.REASON_TOO_FEW_MINERS
+    assert "0 of 2 miners" in facts.ended.detail
+
+
+async def test_a_standby_takes_over_from_a_killed_leader_in_the_middle_of_a_cycle(
+    stage: Stage, start: Start, run_id: str
+) -> None:
+    first = await start("a").ready()
+    await stage.bus.find_endpoint("coordinator")
+    second = await start("b").ready()
+    await stage.create(spec(run_id))
+    async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
+        await stage.assemble(run_id)
+        facts = await witness.has("train", 1, "opened")
+        first.kill()
+        await stage.play(witness, run_id, 1)
+        facts = await witness.has("run", 0, "ended")
+    before, after = facts.opened("train", 1), facts.opened("merge", 1)
+    assert before is not None
+    assert after is not None
+    assert after.fence > before.fence, "the new leader has a larger fencing token"
+    assert (await stage.bus.find_endpoint("coordinator")).endswith(f":{second.ports['grpc']}")
+    assert (await stage.status(run_id)).phase == services_pb2.RUN_PHASE_COMPLETED
+
+
+async def test_a_leader_that_stalls_loses_the_lease_and_can_lead_again(stage: Stage, start: Start, run_id: str) -> None:
+    first = await start("a").ready()
+    await stage.bus.find_endpoint("coordinator")
+    second = await start("b").ready()
+    await stage.create(spec(run_id, cycles=2))
+    async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
+        await stage.assemble(run_id)
+        await witness.has("train", 1, "opened")
+        first.send(signal.SIGSTOP)
+        await stage.play(witness, run_id, 1)
+        await witness.has("train", 2, "opened")
+        first.send(signal.SIGCONT)
+        second.kill()
+        await stage.play(witness, run_id, 2)
+        facts = await witness.has("run", 0, "ended")
+    assert first.process is not None
+    assert first.process.poll() is None, "losing the lease does not end the process"
+    fences = []
+    for cycle in (1, 2):
+        for window in ("train", "commit", "submit", "validate", "merge"):
+            opened, closed = facts.opened(window, cycle), facts.closed(window, cycle)
+            assert opened is not None
+            assert closed is not None
+            fences += [opened.fence, closed.fence]
+    assert fences == sorted(fences)
+    assert len(set(fences)) == 3
+
+
+async def test_a_broker_restart_in_the_middle_is_survived(
+    stage: Stage, start: Start, own_nats: NatsServer, run_id: str
+) -> None:
+    await start("a").ready()
+    await stage.create(spec(run_id))
+    async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
+        await stage.assemble(run_id)
+        await witness.has("train", 1, "opened")
+        await asyncio.to_thread(own_nats.restart)
+        await stage.play(witness, run_id, 1)
+        await witness.has("run", 0, "ended")
+
+
+async def test_health_and_reflection(stage: Stage, start: Start) -> None:
+    await start("a").ready()
+    channel = rpc.channel(await stage.bus.find_endpoint("coordinator"))
+    request = health_pb2.HealthCheckRequest(service="connito.v1.RunService")
+    answer = await rpc.call(health_pb2_grpc.HealthStub(channel).Check, request)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    await channel.close()
+
+
+async def test_what_was_decided_on_half_the_facts_is_decided_again_on_all_of_them(
+    stage: Stage, own_nats: NatsServer, run_id: str
+) -> None:
+    """A leader whose INGRESS lags has seen train close and nobody train: it would open commit for nobody."""
+    miner, coordinator = stage.miner.public, stage.identities["coordinator"]
+    async with await Bus.connect(own_nats.url, coordinator, "coordinator", stage.roster) as bus:
+        created = run_pb2.RunCreated(spec=spec(run_id))
+        train: dict[str, Message] = {
+            "opened": cycle_pb2.WindowOpened(run=run_id, cycle=1, window=cycle_pb2.WINDOW_TRAIN, expected=[miner]),
+            "closed": cycle_pb2.WindowClosed(run=run_id, cycle=1, window=cycle_pb2.WINDOW_TRAIN, stream="INGRESS"),
+        }
+        await bus.publish_fact(run_id, "run", 0, "created", created)
+        enrolled = run_pb2.MinerEnrolled(run=run_id, miner=miner)
+        await bus.publish_fact(run_id, "run", 0, "miner", enrolled, miner)
+        selected = run_pb2.SelectionMade(run=run_id, initial_state=THETA)
+        await stage.buses["selector"].publish_fact(run_id, "run", 0, "selected", selected)
+        trained = cycle_pb2.TrainingFinished(run=run_id, cycle=1)
+        await stage.buses["miner"].publish_ingress(run_id, "trained", trained)
+        for kind, message in train.items():
+            await bus.publish_fact(run_id, "train", 1, kind, message)
+
+        facts, held_back = PositionedLog(stage.roster), []
+        async for item in bus.follow(STREAMS):
+            if isinstance(item, CaughtUp):
+                break
+            if item.stream == "INGRESS":
+                held_back.append(item)
+            else:
+                facts.apply(item)
+        leader = Leader(bus, facts)
+        elected = asyncio.Event()
+        leading = asyncio.create_task(leader.lead(1.0, "127.0.0.1:1", elected.set))
+        await asyncio.wait_for(elected.wait(), 10)
+        (premature,) = leader.decide(facts.runs[run_id], now_ms()).actions
+        performing = asyncio.create_task(leader.perform(premature))
+        for record in held_back:
+            facts.apply(record)
+        await performing
+        leading.cancel()
+        await asyncio.gather(leading, return_exceptions=True)
+    assert list(premature.payload.message.expected) == []  # type: ignore[attr-defined]
+    async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
+        written = (await witness.has("commit", 1, "opened")).opened("commit", 1)
+    assert written is not None
+    assert list(written.expected) == [miner]
+    assert written.fence > 0

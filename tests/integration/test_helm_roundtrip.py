@@ -1,0 +1,82 @@
+"""What `helm test` runs in the cluster, run against real servers with an operator's real permissions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from connito.identity import Identity
+from connito.local.permissions import permissions
+from connito.local.servers import NatsServer, ObjectStore
+from connito.store import ArtifactStore
+
+SCRIPT = Path(__file__).parents[2] / "helm/connito/files/roundtrip.py"
+
+
+def run(
+    nats: NatsServer, objects: ObjectStore, bucket: str, key: Path, **more: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CONNITO_")}
+    environment |= {
+        "CONNITO_NATS_URL": nats.url,
+        "CONNITO_KEY_FILE": str(key),
+        "CONNITO_S3_ENDPOINT": objects.url,
+        "CONNITO_S3_ACCESS_KEY": objects.access_key,
+        "CONNITO_S3_SECRET_KEY": objects.secret_key,
+        "CONNITO_S3_BUCKET": bucket,
+    }
+    return subprocess.run(
+        [sys.executable, SCRIPT], check=False, env=environment | more, capture_output=True, text=True, timeout=60
+    )
+
+
+async def test_an_event_and_an_object_go_around(
+    own_nats: NatsServer, object_store: ObjectStore, store: ArtifactStore, tmp_path: Path
+) -> None:
+    operator = Identity.generate()
+    operator.save(tmp_path / "operator.nk")
+    granted = permissions("operator", operator.public)
+    users = {"publish": list(granted.publish), "subscribe": list(granted.subscribe)}
+    own_nats.set_users([{"nkey": operator.public, "permissions": users}])
+    for _ in range(2):
+        done = run(own_nats, object_store, store.bucket, tmp_path / "operator.nk")
+        assert done.returncode == 0, done.stderr
+        assert "received unchanged" in done.stdout
+        assert "digest verified" in done.stdout
+
+
+def test_the_test_fails_where_the_store_refuses(
+    nats_server: NatsServer, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    Identity.generate().save(tmp_path / "operator.nk")
+    done = run(nats_server, object_store, "connito", tmp_path / "operator.nk", CONNITO_S3_SECRET_KEY="wrong")
+    assert done.returncode != 0
+    assert "store" in done.stderr
+
+
+def test_operator_keys_are_a_working_bus(tmp_path: Path, object_store: ObjectStore) -> None:
+    """The configuration that `scripts/operator-keys` writes lets its keys in, each with its role's permissions."""
+    root = SCRIPT.parents[3]
+    out = tmp_path / "secrets"
+    for _ in range(2):  # the second time keeps what is there
+        subprocess.run([sys.executable, root / "scripts/operator-keys", out, "--validators", "2"], check=True, cwd=root)
+    users = json.loads((out / "users.json").read_text())
+    assert len({user["nkey"] for user in users}) == len(users) == 9
+    assert json.loads((out / "nats.conf").read_text())["authorization"]["users"] == users
+    miner = Identity.generate().public
+    subprocess.run([sys.executable, root / "scripts/operator-keys", out, "--miner", miner], check=True, cwd=root)
+    users = json.loads((out / "users.json").read_text())
+    assert [user["nkey"] for user in users][-1] == miner
+    with NatsServer(tmp_path / "nats", users=users) as server:
+        for name, permitted in (("operator", True), ("validator-1", False)):
+            environment = os.environ | {
+                "CONNITO_NATS_URL": server.url,
+                "CONNITO_KEY_FILE": str(out / "keys" / f"{name}.nk"),
+                "CONNITO_ROSTER": str(out / "roster.json"),
+            }
+            command = [sys.executable, "-c", "from connito.cli import main; main()", "streams", "ensure"]
+            done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+            assert (done.returncode == 0) == permitted, (name, done.stdout, done.stderr)

@@ -1,0 +1,118 @@
+"""Leader election against a real broker: one holder, a larger token for each, takeover after a death."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import pytest
+from connito.lease import Lease
+
+pytestmark = pytest.mark.integration
+
+TTL = 1.0  # what `own_nats` declares
+
+HOLDER = """
+import asyncio, sys
+from connito.bus import Bus
+from connito.identity import Identity
+from connito.lease import Lease
+
+async def main():
+    async with await Bus.connect(sys.argv[1], Identity.generate(), "holder") as bus:
+        async with Lease(bus, "leader", 1.0) as lease:
+            print(lease.revision, flush=True)
+            await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_one_at_a_time_and_tokens_grow(own_nats, bus_factory, identities):
+    inside = 0
+    tokens: list[int] = []
+
+    async def lead() -> None:
+        nonlocal inside
+        bus = await bus_factory(identities["coordinator"], own_nats.url)
+        async with Lease(bus, "leader", TTL) as lease:
+            inside += 1
+            assert inside == 1
+            assert lease.held
+            tokens.append(lease.revision)
+            await asyncio.sleep(0.05)
+            inside -= 1
+        assert not lease.held
+
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(lead() for _ in range(4)))
+    assert tokens == sorted(set(tokens))
+
+
+async def test_kept_for_longer_than_its_ttl(own_nats, bus_factory, identities):
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    rival = Lease(await bus_factory(identities["aggregator"], own_nats.url), "leader", TTL)
+    async with Lease(bus, "leader", TTL) as lease:
+        token = lease.revision
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2.5 * TTL):
+                await rival.__aenter__()
+        assert lease.held
+        assert lease.revision == token
+
+
+async def test_taken_over_after_sigkill(own_nats, bus_factory, identities):
+    holder = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOLDER, own_nats.url, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None
+        token = int(await holder.stdout.readline())
+    finally:
+        holder.kill()
+        await holder.wait()
+    began = time.monotonic()
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    async with asyncio.timeout(5 * TTL), Lease(bus, "leader", TTL) as lease:
+        assert lease.revision > token
+        assert time.monotonic() - began < 3 * TTL
+
+
+async def test_a_holder_that_was_paused_finds_it_lost(own_nats, bus_factory, identities):
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    async with Lease(bus, "leader", TTL) as lease:
+        time.sleep(1.5 * TTL)  # the whole process stands still  # noqa: ASYNC251
+        assert not lease.held
+        rival_bus = await bus_factory(identities["aggregator"], own_nats.url)
+        async with asyncio.timeout(5), Lease(rival_bus, "leader", TTL) as rival:
+            await asyncio.wait_for(lease.lost.wait(), 5)
+            assert rival.held
+            assert rival.revision > lease.revision
+
+
+async def test_lost_while_the_broker_is_away(own_nats, bus_factory, identities):
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    async with Lease(bus, "leader", TTL) as lease:
+        own_nats.kill()
+        began = time.monotonic()
+        await asyncio.wait_for(lease.lost.wait(), 5)
+        assert time.monotonic() - began < 1.5 * TTL
+        assert not lease.held
+        own_nats.start()
+    again = Lease(bus, "leader", TTL)
+    async with asyncio.timeout(10), again:
+        assert again.revision > lease.revision
+
+
+async def test_waits_for_a_broker_that_comes_back(own_nats, bus_factory, identities):
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    own_nats.kill()
+    lease = Lease(bus, "leader", TTL)
+    acquiring = asyncio.create_task(lease.__aenter__())
+    await asyncio.wait([acquiring], timeout=0.5)
+    assert not acquiring.done()
+    own_nats.start()
+    async with asyncio.timeout(10):
+        await acquiring
+        await lease.__aexit__(None, None, None)

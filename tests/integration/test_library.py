@@ -1,0 +1,216 @@
+"""The library as a process: a run ends, its expert is deposited, found over the API, and loaded into the base."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import connito
+import grpc
+import psutil
+import pytest
+from connito import rpc, streams
+from connito.base.loading import load_full
+from connito.bus import Bus
+from connito.errors import Invalid, NotFound
+from connito.expert import base_digests
+from connito.identity import Identity
+from connito.local.servers import NatsServer, ObjectStore
+from connito.moe.insert import fingerprint, read_rows
+from connito.moe.state import load_state, save_state
+from connito.roster import Roster
+from connito.store import ArtifactStore
+from connito.v1 import cycle_pb2, run_pb2, services_pb2
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.v1.services_pb2_grpc import LibraryServiceStub
+from google.protobuf.message import Message
+from transformers import AutoModelForCausalLM
+
+from tests.integration.test_selector import store_env
+from tests.integration.tiny_run import SAFETENSORS, TARGET, TinyRun, prepare, tiny_base
+from tests.integration.witness import ServiceProcess, Witness
+
+pytestmark = pytest.mark.integration
+
+START_SECONDS = 2.0
+MEMORY_BYTES = 120 << 20
+
+
+@pytest.fixture
+def process(
+    own_nats: NatsServer,
+    object_store: ObjectStore,
+    store: ArtifactStore,
+    tmp_path: Path,
+    identities: dict[str, Identity],
+    roster: Roster,
+) -> Iterator[ServiceProcess]:
+    env = {"CONNITO_NATS_URL": own_nats.url, **store_env(object_store, store)}
+    service = ServiceProcess("library", tmp_path / "library", identities["library"], roster, env)
+    yield service
+    service.kill()
+
+
+@pytest.fixture
+async def buses(own_nats: NatsServer, bus_factory, identities: dict[str, Identity]) -> dict[str, Bus]:
+    roles = ("coordinator", "selector", "aggregator")
+    return {role: await bus_factory(identities[role], own_nats.url) for role in roles}
+
+
+async def finish(
+    buses: dict[str, Bus], store: ArtifactStore, run: str, tmp_path: Path, gate: cycle_pb2.GateDecision.ValueType
+) -> TinyRun:
+    """Tell a run of one cycle from its creation to its end. The merged state is the base's rows, moved a little."""
+    tiny = await prepare(store, run, tmp_path)
+    model = load_full(tiny_base())
+    base = base_digests(model, tiny.targets)
+    report = json.dumps({"base": {"rest": base.rest, "rows": base.rows}}).encode()
+    tiny.selection.report.CopyFrom(await store.put_bytes(report, "application/json", REALM_PUBLIC))
+    state = tmp_path / "final.safetensors"
+    save_state({name: rows * 1.01 for name, rows in read_rows(model, tiny.targets).items()}, state, {"version": "1"})
+    version = cycle_pb2.VersionPublished(
+        run=run,
+        cycle=1,
+        version=1,
+        state=await store.put_file(state, SAFETENSORS, REALM_PUBLIC),
+        gate=gate,
+        losses=[cycle_pb2.DomainLoss(domain=TARGET, before=2.0, after=1.5, tokens=640)],
+        merged=["UA"],
+        weights=[1.0],
+    )
+    verdict = cycle_pb2.Verdict(miner="UA", status=cycle_pb2.VERDICT_STATUS_MERGED, reward=100, rank=1)
+    opened = cycle_pb2.WindowOpened(run=run, cycle=1, state=tiny.state)
+    ended = run_pb2.RunEnded(run=run, outcome=run_pb2.RUN_OUTCOME_COMPLETED, final_version=1)
+    story: list[tuple[str, str, int, str, Message]] = [
+        ("coordinator", "run", 0, "created", run_pb2.RunCreated(spec=tiny.spec)),
+        ("selector", "run", 0, "selected", tiny.selection),
+        ("coordinator", "train", 1, "opened", opened),
+        ("aggregator", "merge", 1, "scored", cycle_pb2.CycleScored(run=run, cycle=1, verdicts=[verdict])),
+        ("aggregator", "merge", 1, "version", version),
+        ("coordinator", "run", 0, "ended", ended),
+    ]
+    for role, section, cycle, kind, message in story:
+        assert await buses[role].publish_fact(run, section, cycle, kind, message)
+    return tiny
+
+
+async def ask(bus: Bus) -> LibraryServiceStub:
+    return LibraryServiceStub(rpc.channel(await bus.find_endpoint("library")))
+
+
+async def deposited(bus: Bus, roster: Roster, run: str) -> run_pb2.ExpertDeposited:
+    async with Witness.reading(bus, roster, run) as witness:
+        facts = await witness.until(lambda facts: facts.all("library", 0, "deposited"))
+    (fact,) = facts.all("library", 0, "deposited").values()
+    assert isinstance(fact.message, run_pb2.ExpertDeposited)
+    return fact.message
+
+
+async def test_a_finished_runs_expert_is_deposited_found_and_loaded(
+    buses: dict[str, Bus], process: ServiceProcess, store: ArtifactStore, roster: Roster, run_id: str, tmp_path: Path
+):
+    bus = buses["coordinator"]
+    await process.start().ready()
+    tiny = await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
+    fact = await deposited(bus, roster, run_id)
+
+    stub = await ask(bus)
+    found = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
+    listed = await rpc.call(stub.ListExperts, services_pb2.ListExpertsRequest())
+    record = json.loads(found.record_json)
+    assert [expert.expert_id for expert in listed.experts] == [fact.expert_id]
+    assert fact.expert_id == f"{TARGET}-{fact.expert.digest[:12]}"
+    assert record["losses"] == [{"domain": TARGET, "before": 2.0, "after": 1.5, "tokens": 640}]
+    assert record["contributors"][0]["share"] == 1.0
+    card = await store.get_bytes(
+        ArtifactRef(digest=record["card"]["digest"], size=record["card"]["bytes"], realm=REALM_PUBLIC)
+    )
+    assert card.decode().startswith(f"# {fact.expert_id}\n")
+    await load_it(tiny, store, fact, found.record_json, tmp_path)
+    with pytest.raises(NotFound, match="connito library list"):
+        await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id="nobody"))
+    with pytest.raises(Invalid, match="page token"):
+        await rpc.call(stub.ListExperts, services_pb2.ListExpertsRequest(page_token="x"))
+
+
+async def load_it(
+    tiny: TinyRun, store: ArtifactStore, fact: run_pb2.ExpertDeposited, record: str, tmp_path: Path
+) -> None:
+    """What the library gives out goes into the base as a stranger loads it, and out again."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    shutil.copy(await store.fetch(fact.expert), folder / "expert.safetensors")
+    (folder / "record.json").write_text(record)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base())
+    before = fingerprint(model)
+
+    loaded = connito.load_expert(model, folder)
+
+    state, rows = load_state(tmp_path / "final.safetensors"), read_rows(model, tiny.targets)
+    assert all(rows[name].equal(state[name]) for name in state)
+    assert loaded.changed
+    loaded.remove()
+    assert fingerprint(model) == before
+
+
+async def test_the_library_is_rebuilt_from_the_log_and_deposits_once(
+    buses: dict[str, Bus], process: ServiceProcess, store: ArtifactStore, roster: Roster, run_id: str, tmp_path: Path
+):
+    """Killed, and the queue made to deliver the run's end once more: the same bytes, one deposit."""
+    bus = buses["coordinator"]
+    await process.start().ready()
+    await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_TOP_1)
+    fact = await deposited(bus, roster, run_id)
+    process.kill()
+    await bus.js.delete_consumer("RUNS", "library")
+    await streams.ensure(bus.js)
+    await process.start().ready()
+    async with asyncio.timeout(30):
+        while await bus.ack_floor("library") < await bus.last_sequence("RUNS"):  # noqa: ASYNC110 - the broker's state
+            await asyncio.sleep(0.05)
+
+    stub = await ask(bus)
+    found = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
+
+    assert found.expert.expert == fact.expert
+    assert await bus.last_sequence("LIBRARY") == 1
+
+
+async def test_a_run_that_merged_nothing_deposits_nothing(
+    buses: dict[str, Bus], process: ServiceProcess, store: ArtifactStore, roster: Roster, run_id: str, tmp_path: Path
+):
+    bus = buses["coordinator"]
+    await process.start().ready()
+    await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_KEPT_INCUMBENT)
+    await finish(buses, store, f"{run_id}-b", tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
+    await deposited(bus, roster, f"{run_id}-b")
+
+    assert "no submission was merged" in process.log.read_text()
+    assert await bus.last_sequence("LIBRARY") == 1
+
+
+async def test_it_starts_fast_and_small(process: ServiceProcess, buses: dict[str, Bus]):
+    """User and system time of the process until its API listens, so that other work on the machine does not count."""
+    await process.start().ready()
+
+    assert process.process is not None
+    running = psutil.Process(process.process.pid)
+    cpu, memory = running.cpu_times(), running.memory_info().rss
+    print(f"library: {cpu.user + cpu.system:.2f} s of CPU until ready, {memory / (1 << 20):.0f} MiB resident")
+    assert cpu.user + cpu.system < START_SECONDS
+    assert memory < MEMORY_BYTES
+    assert process.drain() == 0
+
+
+async def test_reflection_and_health_are_there(process: ServiceProcess, buses: dict[str, Bus]):
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    await process.start().ready()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{process.ports['grpc']}") as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="connito.v1.LibraryService")
+        )
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -1,0 +1,298 @@
+"""The artifact store against a real SeaweedFS: verified reads, the shared cache, write-once uploads, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.local.servers import ObjectStore
+from connito.store import ArtifactStore, get_presigned, key_of, put_presigned, ref_of_bytes
+from connito.v1 import artifacts_pb2, reasons_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+
+pytestmark = pytest.mark.integration
+
+PUBLIC, SUBMISSION = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_SUBMISSION
+
+
+def sibling(store: ArtifactStore, object_store: ObjectStore, cache: Path, secret: str = "") -> ArtifactStore:
+    return ArtifactStore(
+        store.endpoint, object_store.access_key, secret or object_store.secret_key, store.bucket, store.region, cache
+    )
+
+
+async def overwrite(store: ArtifactStore, ref: ArtifactRef, data: bytes) -> None:
+    """What a faulty store, or a thief with its credentials, would do."""
+    import io
+
+    await asyncio.to_thread(store._client.put_object, store.bucket, key_of(ref), io.BytesIO(data), len(data))
+
+
+class TestBytesAndFiles:
+    async def test_round_trip(self, store):
+        data = os.urandom(100_000)
+        ref = await store.put_bytes(data, "application/octet-stream", artifacts_pb2.REALM_HOLDOUT)
+        assert (ref.digest, ref.size) == (hashlib.sha256(data).hexdigest(), 100_000)
+        assert key_of(ref) == f"holdout/sha256/{ref.digest}"
+        assert await store.get_bytes(ref) == data
+        assert await store.stat(ref) == 100_000
+
+    async def test_nothing_is_an_artifact_too(self, store):
+        ref = await store.put_bytes(b"", "text/plain")
+        assert await store.get_bytes(ref) == b""
+        assert (await store.fetch(ref)).read_bytes() == b""
+
+    async def test_large_file_goes_in_parts_and_comes_back(self, store, tmp_path):
+        path = tmp_path / "large"
+        path.write_bytes(os.urandom(1 << 20) * 21)
+        ref = await store.put_file(path, "application/octet-stream")
+        seen: list[tuple[int, int]] = []
+        fetched = await store.fetch(ref, progress=lambda done, total: seen.append((done, total)))
+        assert fetched.read_bytes() == path.read_bytes()
+        assert seen[-1] == (ref.size, ref.size)
+        assert len(seen) >= 21
+
+    async def test_second_upload_is_skipped(self, store, tmp_path, monkeypatch):
+        path = tmp_path / "file"
+        path.write_bytes(b"once")
+        first = await store.put_file(path, "text/plain")
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("uploaded again")
+
+        monkeypatch.setattr(store._client, "put_object", refuse)
+        assert await store.put_file(path, "text/plain") == first
+
+    async def test_put_file_can_fill_the_cache(self, store, tmp_path, monkeypatch):
+        path = tmp_path / "file"
+        path.write_bytes(b"cached")
+        ref = await store.put_file(path, "text/plain", cache=True)
+        path.write_bytes(b"changed later")
+        monkeypatch.setattr(store._client, "get_object", None)
+        assert (await store.fetch(ref)).read_bytes() == b"cached"
+
+    async def test_missing_is_not_found(self, store):
+        ref = ref_of_bytes(b"never stored", "text/plain", PUBLIC)
+        assert await store.stat(ref) is None
+        for read in (store.get_bytes(ref), store.fetch(ref), store.read_range(ref, 0, 2)):
+            with pytest.raises(NotFound) as caught:
+                await read
+            assert caught.value.reason == reasons_pb2.REASON_ARTIFACT_MISSING
+
+    async def test_wrong_bytes_are_never_returned(self, store):
+        ref = await store.put_bytes(b"the truth", "text/plain")
+        for lie in (b"another 1", b"longer than before", b"short"):
+            await overwrite(store, ref, lie)
+            with pytest.raises((VerificationFailed, Retry)):
+                await store.get_bytes(ref)
+            with pytest.raises((VerificationFailed, Retry)):
+                await store.fetch(ref)
+        assert not store.cache.path(ref).exists()
+
+    @pytest.mark.parametrize("digest", ["", "../../etc/passwd", "A" * 64, "a" * 63])
+    async def test_a_digest_that_is_none_is_refused(self, store, digest):
+        with pytest.raises(Invalid, match="SHA-256"):
+            await store.get_bytes(ArtifactRef(digest=digest, size=1, realm=PUBLIC))
+
+    async def test_realm_is_required(self, store):
+        with pytest.raises(Invalid, match="realm"):
+            await store.put_bytes(b"x", "text/plain", artifacts_pb2.REALM_UNSPECIFIED)
+
+
+class TestRanges:
+    async def test_range_with_its_digest(self, store):
+        data = os.urandom(50_000)
+        ref = await store.put_bytes(data, "application/octet-stream")
+        part = data[12_345:20_000]
+        digest = hashlib.sha256(part).hexdigest()
+        assert await store.read_range(ref, 12_345, len(part), digest) == part
+        assert await store.read_range(ref, 49_999, 1) == data[-1:]
+        assert await store.read_range(ref, 10, 0) == b""
+        with pytest.raises(VerificationFailed):
+            await store.read_range(ref, 12_346, len(part), digest)
+
+    @pytest.mark.parametrize(("start", "length"), [(-1, 2), (0, 11), (10, 1), (5, -1)])
+    async def test_outside_is_refused(self, store, start, length):
+        ref = await store.put_bytes(b"0123456789", "text/plain")
+        with pytest.raises(Invalid, match="outside"):
+            await store.read_range(ref, start, length)
+
+
+class TestCache:
+    async def test_hit_needs_no_store(self, store, monkeypatch):
+        ref = await store.put_bytes(b"data" * 1000, "text/plain")
+        path = await store.fetch(ref)
+        assert path.stat().st_mode & 0o222 == 0
+        monkeypatch.setattr(store._client, "get_object", None)
+        assert await store.fetch(ref) == path
+
+    @pytest.mark.parametrize("damage", [b"DATA" * 1000, b"data", b""])
+    async def test_corrupt_is_fetched_again(self, store, damage):
+        ref = await store.put_bytes(b"data" * 1000, "text/plain")
+        path = await store.fetch(ref)
+        path.chmod(0o644)
+        path.write_bytes(damage)
+        assert (await store.fetch(ref)).read_bytes() == b"data" * 1000
+
+    async def test_a_file_without_a_stamp_is_verified_not_fetched(self, store, monkeypatch):
+        ref = await store.put_bytes(b"data" * 1000, "text/plain")
+        path = await store.fetch(ref)
+        path.with_name(path.name + ".ok").unlink()
+        monkeypatch.setattr(store._client, "get_object", None)
+        assert await store.fetch(ref) == path
+
+    async def test_many_fetch_once(self, store, object_store, tmp_path, monkeypatch):
+        ref = await store.put_bytes(os.urandom(2 << 20), "application/octet-stream")
+        others = [sibling(store, object_store, tmp_path / "cache") for _ in range(4)]
+        fetched: list[int] = []
+        for number, other in enumerate(others):
+            original = other._client.get_object
+
+            def count(*args: object, _original=original, _number=number, **options: object) -> object:
+                fetched.append(_number)
+                return _original(*args, **options)
+
+            monkeypatch.setattr(other._client, "get_object", count)
+        paths = await asyncio.gather(*(other.fetch(ref) for other in others))
+        assert len(fetched) == 1
+        assert len(set(paths)) == 1
+
+    async def test_a_folder_that_cannot_be_written_is_named(self, store, object_store, tmp_path):
+        ref = await store.put_bytes(b"data", "text/plain")
+        blocked = tmp_path / "blocked"
+        blocked.write_text("a file where the folder should be")
+        with pytest.raises((Invalid, Retry), match="blocked"):
+            await sibling(store, object_store, blocked).fetch(ref)
+
+    async def test_a_full_disk_names_path_and_remedy(self, store, monkeypatch):
+        ref = await store.put_bytes(b"data", "text/plain")
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("connito.store.artifacts.save_verified", full)
+        with pytest.raises(Invalid, match=r"cache.*No space left.*CONNITO_CACHE_DIR"):
+            await store.fetch(ref)
+
+
+class TestPresigned:
+    @pytest.fixture
+    def work(self, tmp_path: Path) -> tuple[Path, ArtifactRef]:
+        path = tmp_path / "submission"
+        path.write_bytes(os.urandom(300_000))
+        return path, ref_of_bytes(path.read_bytes(), "application/octet-stream", SUBMISSION)
+
+    async def test_written_once_then_present(self, store, work):
+        path, ref = work
+        url, headers = store.presign_put(ref, 60)
+        assert await put_presigned(url, headers, path) is True
+        assert await put_presigned(url, headers, path) is False
+        assert await store.get_bytes(ref) == path.read_bytes()
+
+    async def test_other_bytes_of_the_same_length(self, store, work, tmp_path):
+        _, ref = work
+        url, headers = store.presign_put(ref, 60)
+        other = tmp_path / "other"
+        other.write_bytes(bytes(ref.size))
+        with pytest.raises(VerificationFailed):
+            await put_presigned(url, headers, other)
+        assert await store.stat(ref) is None
+
+    async def test_other_bytes_with_their_own_checksum(self, store, work, tmp_path):
+        _, ref = work
+        url, headers = store.presign_put(ref, 60)
+        other = tmp_path / "other"
+        other.write_bytes(bytes(ref.size))
+        digest = base64.b64encode(hashlib.sha256(bytes(ref.size)).digest()).decode()
+        with pytest.raises(Invalid) as caught:
+            await put_presigned(url, headers | {"x-amz-checksum-sha256": digest}, other)
+        assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+        assert await store.stat(ref) is None
+
+    async def test_another_length(self, store, work, tmp_path):
+        path, ref = work
+        url, headers = store.presign_put(ref, 60)
+        longer = tmp_path / "longer"
+        longer.write_bytes(path.read_bytes() + b"x")
+        with pytest.raises((Invalid, VerificationFailed)):
+            await put_presigned(url, headers | {"content-length": str(ref.size + 1)}, longer)
+        assert await store.stat(ref) is None
+
+    @pytest.mark.parametrize("left_out", ["if-none-match", "x-amz-checksum-sha256"])
+    async def test_leaving_a_condition_out(self, store, work, left_out):
+        path, ref = work
+        url, headers = store.presign_put(ref, 60)
+        with pytest.raises(Invalid):
+            await put_presigned(url, {k: v for k, v in headers.items() if k != left_out}, path)
+        assert await store.stat(ref) is None
+
+    async def test_what_stands_is_not_replaced(self, store, work):
+        path, ref = work
+        await overwrite(store, ref, b"what was there before")
+        url, headers = store.presign_put(ref, 60)
+        assert await put_presigned(url, headers, path) is False
+        assert await store.stat(ref) == len(b"what was there before")
+
+    async def test_expired(self, store, work):
+        path, ref = work
+        url, headers = store.presign_put(ref, 1)
+        await asyncio.sleep(2.1)
+        with pytest.raises(Invalid, match="ask for a new one"):
+            await put_presigned(url, headers, path)
+
+    async def test_download_is_verified(self, store, tmp_path):
+        ref = await store.put_bytes(b"public" * 1000, "text/plain")
+        url, target = store.presign_get(ref, 60), tmp_path / "target"
+        await get_presigned(url, ref, target)
+        assert target.read_bytes() == b"public" * 1000
+        target.unlink()
+        await overwrite(store, ref, b"PUBLIC" * 1000)
+        with pytest.raises(VerificationFailed):
+            await get_presigned(url, ref, target)
+        assert not target.exists()
+
+    async def test_a_url_is_good_for_its_object_only(self, store, tmp_path):
+        secret = await store.put_bytes(b"held out", "text/plain", artifacts_pb2.REALM_HOLDOUT)
+        public = await store.put_bytes(b"for all", "text/plain")
+        url = store.presign_get(public, 60).replace(key_of(public), key_of(secret))
+        with pytest.raises(Invalid):
+            await get_presigned(url, secret, tmp_path / "loot")
+
+    async def test_nothing_listens(self, store, work):
+        path, _ = work
+        with pytest.raises(Retry, match=r"127\.0\.0\.1:1"):
+            await put_presigned("http://127.0.0.1:1/bucket/key?x=1", {}, path)
+
+
+class TestFailures:
+    async def test_store_away_is_retry(self, store, tmp_path):
+        away = ArtifactStore("http://127.0.0.1:1", "key", "secret", "bucket", "us-east-1", tmp_path)
+        ref = ref_of_bytes(b"x", "text/plain", PUBLIC)
+        for call in (away.put_bytes(b"x", "text/plain"), away.fetch(ref), away.stat(ref), away.ensure_bucket()):
+            with pytest.raises(Retry, match="is away"):
+                await call
+
+    async def test_wrong_credentials_say_so(self, store, object_store, tmp_path):
+        stranger = sibling(store, object_store, tmp_path / "c", secret="wrong-secret-key")
+        with pytest.raises(Invalid, match="CONNITO_S3_SECRET_KEY") as caught:
+            await stranger.put_bytes(b"x", "text/plain")
+        assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+
+    async def test_what_was_acknowledged_survives_a_kill(self, tmp_path):
+        with ObjectStore(tmp_path / "weed") as server:
+            artifacts = ArtifactStore(
+                server.url, server.access_key, server.secret_key, "bucket", "us-east-1", tmp_path / "c"
+            )
+            await artifacts.ensure_bucket()
+            data = os.urandom(1 << 20)
+            ref = await artifacts.put_bytes(data, "application/octet-stream")
+            server.kill()
+            with pytest.raises(Retry):
+                await artifacts.get_bytes(ref)
+            await asyncio.to_thread(server.start)
+            assert await artifacts.get_bytes(ref) == data

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import structlog
+from connito import telemetry
+
+
+@pytest.fixture
+def json_lines(capsys):
+    before, root, level = structlog.get_config(), logging.getLogger().handlers[:], logging.getLogger().level
+    telemetry.setup_logging("sample", "json", "info")
+    yield lambda: [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    structlog.contextvars.clear_contextvars()
+    structlog.configure(**before)
+    logging.getLogger().handlers[:] = root
+    logging.getLogger().setLevel(level)
+    telemetry.use("")
+
+
+def test_lines_carry_service_run_cycle_and_trace(json_lines):
+    telemetry.bind_run("r1", 3)
+    trace = telemetry.new()
+    telemetry.use(trace)
+    telemetry.get_logger("part").info("something happened", count=2)
+    (line,) = json_lines()
+    assert line["event"] == "something happened"
+    assert (line["service"], line["component"], line["run"], line["cycle"], line["count"]) == (
+        "sample",
+        "part",
+        "r1",
+        3,
+        2,
+    )
+    assert line["trace_id"] == trace.split("-")[1]
+
+
+def test_levels_below_are_left_out_and_libraries_speak_the_same(json_lines):
+    telemetry.get_logger("part").debug("detail")
+    logging.getLogger("some.library").warning("look %s", "here")
+    logging.getLogger("some.library").info("chatter")
+    assert [(line["component"], line["level"], line["event"]) for line in json_lines()] == [
+        ("some.library", "warning", "look here")
+    ]
+
+
+def test_a_trace_is_continued_with_a_span_of_its_own():
+    first = telemetry.inject({})["traceparent"]
+    telemetry.use(telemetry.extract({"traceparent": first}))
+    second = telemetry.inject({})["traceparent"]
+    telemetry.use("")
+    assert second.split("-")[1] == first.split("-")[1]
+    assert second.split("-")[2] != first.split("-")[2]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "junk", "00-" + "0" * 32 + "-" + "1" * 16 + "-01", "00-" + "a" * 32 + "-" + "1" * 15 + "-01", "a\r\nb"],
+)
+def test_a_malformed_trace_is_ignored(value):
+    assert telemetry.extract({"traceparent": value}) == ""
+    assert telemetry.extract(None) == ""

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+from connito.errors import Invalid
+from connito.library.card import render
+from connito.library.record import build_record, encode, expert_id
+
+
+def test_the_record_tells_losses_lineage_and_who_earned_what(finished):
+    record = build_record(finished, "e" * 64, 1200, 300)
+
+    assert record["expert_id"] == "medical-eeeeeeeeeeee"
+    assert record["losses"][0] == {"domain": "medical", "before": 3.0, "after": 2.5, "tokens": 640}
+    assert [row["gate"] for row in record["lineage"]] == ["accepted", "kept_incumbent"]
+    assert [row["parent_state"][:1] for row in record["lineage"]] == ["0", "1"]
+    shares = {row["miner"]: (row["share"], row["label"], row["reasons"]) for row in record["contributors"]}
+    assert shares == {"UA": (0.6, "anna", {}), "UB": (0.4, "", {}), "UC": (0.0, "", {"copy": 2})}
+
+
+def test_the_time_in_the_record_is_the_logs(pairs, rebuild):
+    one, two = (build_record(rebuild(pairs), "e" * 64, 1, 1) for _ in range(2))
+
+    assert encode(one) == encode(two)
+    assert one["created"] == "2030-03-17T17:46:40.010+00:00"
+
+
+def test_an_unfinished_run_has_no_record(pairs, rebuild):
+    with pytest.raises(Invalid, match="no finished model version"):
+        build_record(rebuild(pairs[:-1]), "e" * 64, 1, 1)
+
+
+def test_an_expert_id_can_stand_in_a_subject():
+    assert expert_id("Français: droit", "a" * 64) == "Fran-ais-droit-aaaaaaaaaaaa"
+
+
+def test_the_card_holds_text_of_the_customer_inside_its_table(finished):
+    card = render(build_record(finished, "e" * 64, 1200, 300))
+
+    assert "| data | definitions \\| of symptoms in one table |" in card
+    assert "| medical | 3.0000 | 2.5000 | -0.5000 | 640 |" in card
+    assert "| anna (UA…) | 60.0% | 1 | – |" in card
+    assert "| UC… | 0.0% | 0 | copy ×2 |" in card
+    assert "None" not in card

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from connito.errors import Invalid
+from connito.expert import base_digests
+from connito.moe.choose import choose
+from connito.moe.insert import read_rows
+from connito.moe.state import load_state
+from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
+
+from services.selector.actions import _compute
+from services.selector.handlers import failed, made
+
+
+def run(inputs, theta, **policy):
+    spec = run_pb2.RunSpec()
+    spec.CopyFrom(inputs.spec)
+    for name, value in policy.items():
+        setattr(spec.selection, name, value)
+    return choose(spec, inputs.manifest, inputs.files, inputs.probe, inputs.replay, theta)
+
+
+def test_targets_helpers_and_theta_fit_the_base(inputs, tmp_path):
+    from connito.base.loading import load_full
+
+    chosen = run(inputs, tmp_path / "theta")
+
+    assert set(chosen.selection.layers) == {1, 2}
+    for layer in chosen.layers():
+        assert 0 < len(layer.experts) < 8
+        assert len(layer.helpers) == 2
+        assert not set(layer.experts) & set(layer.helpers)
+    model = load_full(inputs.files)
+    theta, rows = load_state(tmp_path / "theta"), read_rows(model, chosen.selection)
+    assert theta.keys() == rows.keys()
+    assert all(theta[name].equal(rows[name]) for name in rows)
+    assert chosen.target_parameters == sum(tensor.numel() for tensor in rows.values())
+    assert chosen.model_parameters == sum(parameter.numel() for parameter in model.parameters())
+    digests = base_digests(model, chosen.selection.layers)
+    assert chosen.base == {"rest": digests.rest, "rows": digests.rows}
+
+
+def test_the_same_run_gives_the_same_bytes(inputs, tmp_path):
+    one, two = run(inputs, tmp_path / "one"), run(inputs, tmp_path / "two")
+
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert one.statistics == two.statistics
+    assert one.report("s") == two.report("s")
+
+
+def test_the_report_is_what_the_command_line_prints(inputs, tmp_path):
+    report = json.loads(run(inputs, tmp_path / "theta").report("digest"))
+
+    assert report["method"] == "esft-token"
+    assert report["threshold"] == 0.4
+    assert set(report["layers"]) == {"1", "2"}
+    assert all(len(scores) == 8 for scores in report["scores"].values())
+    assert report["selected"] == sum(map(len, report["layers"].values()))
+    assert report["total"] == 16
+    assert report["statistics"] == "digest"
+    assert set(report["diagnostics"]["mass_by_domain"]) == {"letters", "digits"}
+
+
+def test_caps_hold(inputs, tmp_path):
+    assert run(inputs, tmp_path / "theta", max_experts=3).selection.selected == 3
+    size = inputs.manifest.expert_bytes()[1]
+    assert run(inputs, tmp_path / "theta", max_bytes=2 * size).selection.selected == 2
+
+
+def test_differential_needs_general_text(inputs, tmp_path):
+    assert run(inputs, tmp_path / "theta", method="differential", threshold=0.5).selection.selected > 0
+
+    spec = run_pb2.RunSpec()
+    spec.CopyFrom(inputs.spec)
+    spec.selection.method = "differential"
+    with pytest.raises(Invalid, match="add a replay corpus") as caught:
+        choose(spec, inputs.manifest, inputs.files, inputs.probe, None, tmp_path / "theta")
+    assert failed("run-1", caught.value).reason == reasons_pb2.REASON_BAD_SPEC
+
+
+@pytest.mark.parametrize(("name", "value"), [("method", "guess"), ("threshold", 1.5), ("max_bytes", 1)])
+def test_a_policy_that_cannot_be_ends_the_run_with_a_reason(inputs, tmp_path, name, value):
+    with pytest.raises(Invalid) as caught:
+        run(inputs, tmp_path / "theta", **{name: value})
+
+    failure = failed("run-1", caught.value)
+    assert failure.reason == reasons_pb2.REASON_SELECTION_FAILED
+    assert failure.detail == str(caught.value)
+
+
+def test_a_probe_of_another_tokenizer_is_a_verdict_not_a_crash(inputs, tmp_path):
+    from connito.corpus import Corpus
+
+    Corpus.from_documents([[5000] * 100], {"separator": "256"}).save(tmp_path / "alien")
+
+    with pytest.raises(Invalid, match="tokenised with this base's tokenizer"):
+        _compute(inputs.spec, inputs.manifest, inputs.files, tmp_path / "alien", None, tmp_path / "theta")
+
+
+def test_the_fact_carries_the_map(inputs, tmp_path):
+    chosen = run(inputs, tmp_path / "theta")
+    report, theta = artifacts_pb2.ArtifactRef(digest="r"), artifacts_pb2.ArtifactRef(digest="t")
+
+    fact = made("run-1", chosen, report, theta)
+
+    assert {layer.layer: list(layer.experts) for layer in fact.layers} == chosen.selection.layers
+    assert (fact.selected_experts, fact.total_experts) == (chosen.selection.selected, 16)
+    assert (fact.report, fact.initial_state) == (report, theta)
