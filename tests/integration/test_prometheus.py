@@ -144,7 +144,8 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     connito = [sys.executable, "-c", "from connito.cli import main; main()"]
     server = Prometheus(folder, data / "ports")
     try:
-        # Prometheus first: rates are of what it saw change.
+        # Prometheus first, and more cycles than it can miss: rates are of what it saw change, and a server hands newly
+        # found targets to its scrapers five seconds late.
         server.start()
         up = [
             *connito,
@@ -152,7 +153,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             "--base",
             "tiny",
             "--cycles",
-            "4",
+            "20",
             "--miners",
             "2",
             "--validators",

@@ -40,7 +40,7 @@ def test_learned_weights_are_never_worse_than_the_best_start(full, parts, base, 
 def test_the_expert_of_the_texts_own_domain_ranks_first_predicted_and_measured(full, parts, sequences):
     before = fingerprint(full)
     for domain in parts:
-        texts = sequences(domain, 6, 80)
+        texts = sequences(domain, 12, 80)
         predicted = predict_savings(full, list(parts.values()), texts)
         measured = measure_savings(full, parts.values(), texts)
         assert max(predicted, key=predicted.__getitem__) == domain

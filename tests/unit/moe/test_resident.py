@@ -28,7 +28,9 @@ def test_natural_routing_with_every_other_expert_as_helper_is_the_full_model(
     tiny: Path, full: Any, sequences: Any
 ) -> None:
     text = sequences("logs", 4, 1)
-    assert torch.equal(logits(compress(load_full(tiny), SELECTION, COMPLEMENT), text), logits(full, text))
+    compressed = logits(compress(load_full(tiny), SELECTION, COMPLEMENT), text)
+    # Experts are added up in another order, which some processors round otherwise.
+    torch.testing.assert_close(compressed, logits(full, text), rtol=0, atol=2e-5)
 
 
 def test_only_target_rows_can_be_trained_and_get_gradients(tiny: Path, sequences: Any) -> None:
