@@ -36,7 +36,6 @@ class Selector:
         fact = verify_fact(record, self._roster)
         assert isinstance(fact.message, run_pb2.RunCreated)
         telemetry.bind_run(fact.run)
-        telemetry.use(telemetry.extract(record.headers))
         if await self._settled(fact.run):
             return
         try:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from connito import metrics, telemetry
+from connito import metrics, telemetry, tracing
 from connito.bus import Bus, CaughtUp
 from connito.errors import Invalid, Retry, reason_name
 from connito.facts import Fact, Log, Record, RunFacts
@@ -179,12 +179,14 @@ class Engine:
         state.task = asyncio.create_task(self._act(action, state), name=action.key)
 
     async def _act(self, action: Action, state: _State) -> None:
+        cause = self._traces.get(action.run, "")
         telemetry.bind_run(action.run)
-        telemetry.use(self._traces.get(action.run, ""))
+        telemetry.use(cause)
         name = type(action.payload).__name__ if action.payload is not None else action.key.split(":")[0].split(".")[0]
         outcome, delay = "ok", SETTLE_MS / 1000
         try:
-            await self._perform(action)
+            with tracing.span(f"act {name}", "CONSUMER", cause, system="nats"):
+                await self._perform(action)
             state.failures = 0
         except Retry as error:
             outcome, delay = "retry", min(MAX_DELAY, error.after * 2 ** min(state.failures, 10))

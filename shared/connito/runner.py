@@ -20,7 +20,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from connito import certificates
+from connito import certificates, tracing
 from connito.bus import Bus
 from connito.errors import ConnitoError, Fatal, Retry
 from connito.identity import Identity
@@ -114,6 +114,14 @@ class _Service(Generic[S]):
         self.ports: dict[str, int] = {}
 
     async def run(self) -> None:
+        end_tracing = tracing.start(self.name)
+        try:
+            await self._serve()
+        finally:
+            # Flushing asks the collector and waits; nothing else is left to do here.
+            end_tracing()
+
+    async def _serve(self) -> None:
         identity = Identity.load(self.settings.key_file)
         roster = Roster.load(self.settings.roster) if self.settings.roster is not None else None
         loop = asyncio.get_running_loop()

@@ -80,15 +80,19 @@ def extract(headers: Mapping[str, str] | None) -> str:
     return value if _TRACEPARENT.fullmatch(value) else ""
 
 
+def current() -> str:
+    """The traceparent of the current task, or the empty string."""
+    return _current.get()
+
+
 def use(traceparent: str) -> None:
     """Continue a trace in the current task: what it logs and sends belongs to that trace."""
     _current.set(traceparent)
 
 
 def inject(headers: dict[str, str]) -> dict[str, str]:
-    """Add the current trace, or a new one, as a span of its own to outgoing headers."""
-    version, trace, _, flags = (_current.get() or new()).split("-")
-    headers[TRACEPARENT] = f"{version}-{trace}-{os.urandom(8).hex()}-{flags}"
+    """Add the current trace, or a new one, to outgoing headers."""
+    headers[TRACEPARENT] = _current.get() or new()
     return headers
 
 

@@ -16,7 +16,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, KeyNotFoundError, NotFoundError
 
-from connito import metrics, subjects
+from connito import metrics, subjects, tracing
 from connito.bus.connection import Connection
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow
@@ -27,7 +27,7 @@ from connito.identity import Identity
 from connito.roster import Roster
 from connito.streams import DURABLES, ENDPOINTS, stream_of
 from connito.tasks import end_tasks
-from connito.telemetry import get_logger, inject
+from connito.telemetry import current, get_logger, inject
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter
 
@@ -156,6 +156,10 @@ class Bus:
 
     async def _publish(self, subject: str, data: bytes, extra: dict[str, str], kind: str) -> dict[str, Any]:
         """Send the same bytes until they are acknowledged, for at most `PUBLISH_SECONDS`."""
+        with tracing.span(f"publish {kind}", "PRODUCER", current(), system="nats", destination_name=subject):
+            return await self._send(subject, data, extra, kind)
+
+    async def _send(self, subject: str, data: bytes, extra: dict[str, str], kind: str) -> dict[str, Any]:
         headers = inject({"Nats-Msg-Id": hashlib.sha256(data).hexdigest(), **extra})
         give_up, attempt = time.monotonic() + PUBLISH_SECONDS, 0
         while True:

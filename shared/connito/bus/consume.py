@@ -10,7 +10,7 @@ from typing import Any
 
 from nats.errors import Error as NatsError
 
-from connito import metrics, telemetry
+from connito import metrics, telemetry, tracing
 from connito.bus.connection import Connection
 from connito.bus.follow import record_of
 from connito.errors import Fatal, Invalid, Retry, reason_name
@@ -99,10 +99,21 @@ class Worker:
     async def _handle(self, msg: Any) -> None:
         record, delivered = record_of(msg), msg.metadata.num_delivered
         metrics.CONSUMER_PENDING.labels(self.durable.name).set(msg.metadata.num_pending + 1)
-        telemetry.use(telemetry.extract(record.headers))
+        cause = telemetry.extract(record.headers)
+        telemetry.use(cause)
         beating = asyncio.create_task(self._beat(msg))
         try:
-            with metrics.HANDLER_SECONDS.labels(self.durable.name).time():
+            with (
+                tracing.span(
+                    f"process {self.durable.name}",
+                    "CONSUMER",
+                    cause,
+                    system="nats",
+                    destination_name=record.subject,
+                    message_id=record.sequence,
+                ),
+                metrics.HANDLER_SECONDS.labels(self.durable.name).time(),
+            ):
                 await self.handler(record)
         except Retry as error:
             if delivered >= DELIVERY_LIMIT:
