@@ -57,6 +57,8 @@ REASONS = {
     "no-quorum": "too few validators; nobody was judged",
     "outlier": "it scored, but was left out of the merge as an outlier",
     "gate-rejected": "it scored, but no merge with it passed the gate",
+    "incomplete-report": "it left out a submission that the seed gave it to score, so none of it counts",
+    "not-assigned": "it scored a submission that the seed gave to others, so none of it counts",
     "too-few-miners": "fewer miners than the minimum enrolled in time",
     "bad-spec": "the job cannot be carried out as specified",
     "selection-failed": "no experts could be selected",

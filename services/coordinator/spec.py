@@ -101,6 +101,8 @@ _RANGES: dict[str, _Range] = {
     "scoring.copy_threshold": _Range(0.1, 1),
     "scoring.paid_ranks": _Range(1, 1_000_000),
     "scoring.max_relative_norm": _Range(1e-6, 100),
+    "scoring.validators_per_submission": _Range(0, 1_000, zero=True),
+    "scoring.minimum_sequences": _Range(0, 1_000_000, zero=True),
     "merging.outer_learning_rate": _Range(1e-6, 10),
     "merging.outer_momentum": _Range(0, 0.999, zero=True),
     "merging.gate_target_sequences": _Range(1, 1_000_000),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from connito import telemetry
+from connito.assignment import assigned
 from connito.base.manifest import Manifest
 from connito.beacon import secret_digest
 from connito.bus import Bus
@@ -18,7 +19,7 @@ from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_
 from connito.facts import RunFacts
 from connito.identity import Identity
 from connito.moe.score_bench import Bench, SubmissionFiles
-from connito.score_reports import fit, rejected, score
+from connito.score_reports import Evaluation, fit, rejected, score
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
@@ -151,7 +152,8 @@ class Validator:
         assert opened is not None
         assert settled is not None
         state = await self._store.fetch(opened.state)
-        submissions = list(settled.submissions)
+        duties = assigned(facts, cycle)
+        submissions = [entry for entry in settled.submissions if duties is None or entry.miner in duties[self.me]]
         fetched = await asyncio.gather(*(self._fetch(item, opened.state) for item in submissions))
         files: Files = {item.miner: result for item, result in zip(submissions, fetched, strict=True)}
         bench = await self._bench(run)
@@ -163,7 +165,9 @@ class Validator:
         if left_out := fit(report):
             log.warning("the report is large: per-sequence losses are left out", submissions=left_out)
         await self._bus.publish_fact(run, "validate", cycle, "report", report, self.me)
-        log.info("reported", submissions=len(submissions), seconds=round(report.seconds, 2))
+        log.info(
+            "reported", submissions=len(submissions), of=len(settled.submissions), seconds=round(report.seconds, 2)
+        )
 
     async def _fetch(self, submission: cycle_pb2.Submission, current: ArtifactRef) -> SubmissionFiles | Invalid:
         """The submission's files, or why there are none. Raises `Retry` for what is not the submission's fault."""
@@ -194,20 +198,20 @@ class Validator:
         files: Files,
         stop: threading.Event,
     ) -> cycle_pb2.ScoreReport:
-        """Score every submission against the incumbent, one after the other, on the drawn sequences."""
+        """Score the submissions against the incumbent, one after the other, on the drawn sequences."""
         assert facts.spec is not None
         begun = time.perf_counter()
         report = cycle_pb2.ScoreReport(run=facts.run, cycle=cycle, validator=self.me, seed=seed)
         drawn = bench.draw(seed)
-        before = bench.incumbent(state, drawn, stop) if submissions else {}
+        before = bench.incumbent(state, drawn, stop)
         for submission in submissions:
             with SCORE_SECONDS.time():
                 found = files[submission.miner]
                 try:
                     if isinstance(found, Invalid):
                         raise found
-                    measured = bench.submission(state, found, drawn, before, stop, submission.miner)
-                    item = score(submission, drawn, before, measured, facts.spec)
+                    measurable = bench.submission(state, found, drawn, before, stop, submission.miner)
+                    item = score(submission, Evaluation(drawn, measurable, facts.spec.holdout.domain), facts.spec)
                 except Invalid as error:
                     if error.reason not in _ITS_FAULT:
                         raise
@@ -216,7 +220,12 @@ class Validator:
             reason = reason_name(item.reason)
             SUBMISSIONS.labels("rejected" if reason else "useful", reason).inc()
             log.info(
-                "scored", miner=submission.miner, utility=round(item.utility, 5), reason=reason, detail=item.detail
+                "scored",
+                miner=submission.miner,
+                utility=round(item.utility, 5),
+                reason=reason,
+                detail=item.detail,
+                sequences=len(item.losses),
             )
         report.seconds = time.perf_counter() - begun
         return report

@@ -51,7 +51,7 @@ class RevealSeed:
 
 @dataclass(frozen=True)
 class Score:
-    """Check the draw, score every settled submission and publish the report."""
+    """Check the draw, score the settled submissions that it assigns to this validator, and publish the report."""
 
     cycle: int
 

@@ -8,7 +8,7 @@ others grant. With two validators of equal stake, half is one of them: use three
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from connito.v1 import cycle_pb2, reasons_pb2
@@ -32,13 +32,15 @@ def consensus(
     expected: Iterable[str] = (),
     seed: bytes | None = None,
     state_digest: str | None = None,
+    assigned: Mapping[str, Container[str]] | None = None,
 ) -> Consensus:
     """Combine the reports of a cycle.
 
     stakes: weight by validator; None gives everybody 1, a validator that is not in it counts nothing. submissions: the
     settled ones; scores of anything else, or of another artifact, are ignored, and one that nobody scored is zero. A
     report for another `seed` or `state_digest` counts as not given. Of a miner scored twice in a report, the first
-    stands. Utilities that are negative or no numbers count as zero. A miner that a report leaves out has zero there.
+    stands. Utilities that are negative or no numbers count as zero. assigned: the miners that each validator was to score,
+    None for all of them; only those assigned to a miner are asked about it, and one that leaves it out has zero there.
     """
     valid = {
         report.validator: report
@@ -47,6 +49,10 @@ def consensus(
     }
     weight = {validator: 1.0 if stakes is None else float(stakes.get(validator, 0.0)) for validator in valid}
     scores = {validator: _by_miner(report, submissions) for validator, report in valid.items()}
+
+    def asked(validator: str, miner: str) -> bool:
+        return assigned is None or miner in assigned.get(validator, ())
+
     miners = sorted(
         {submission.miner for submission in submissions}
         if submissions is not None
@@ -55,12 +61,17 @@ def consensus(
     utilities: dict[str, float] = {}
     reasons: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
     for miner in miners:
-        claims = {validator: _claim(given.get(miner)) for validator, given in scores.items()}
-        utilities[miner] = clipped(claims, weight, kappa)
+        heard = {validator: given for validator, given in scores.items() if asked(validator, miner)}
+        utilities[miner] = clipped(
+            {validator: _claim(given.get(miner)) for validator, given in heard.items()}, weight, kappa
+        )
         if utilities[miner] == 0.0:
-            reasons[miner] = _majority_reason(miner, scores, weight)
+            reasons[miner] = _majority_reason(miner, heard, weight)
     everyone = sorted({*expected, *valid})
-    standings = [_standing(validator, scores.get(validator), utilities) for validator in everyone]
+    standings = [
+        _standing(name, scores.get(name), {miner: u for miner, u in utilities.items() if asked(name, miner)})
+        for name in everyone
+    ]
     return Consensus(utilities, reasons, standings)
 
 

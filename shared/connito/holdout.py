@@ -67,11 +67,14 @@ def subsets(sequences: NDArray[np.int32], spec: run_pb2.RunSpec, domain: str) ->
     return split(sequences, gate=gate, report=report, needed=needed, domain=domain)
 
 
-def draw_sequences(seed: bytes, domain: str, pool: Sequence[int], count: int, salt: str = "") -> list[int]:
-    """`count` different indices out of `pool`, ascending: those with the smallest SHA-256 under the cycle's seed.
+def draw_sequences(
+    seed: bytes, domain: str, pool: Sequence[int], count: int, salt: str = "", *, in_order: bool = False
+) -> list[int]:
+    """`count` different indices out of `pool`: those with the smallest SHA-256 under the cycle's seed.
 
-    Without the seed every choice is equally likely; with it everybody gets the same. `salt` gives an independent
-    draw, for example per validator. Raises `Invalid` (BAD_SPEC) when the pool is too small.
+    Without the seed every choice is equally likely; with it everybody gets the same. They come ascending, or with
+    `in_order` in the order of their hashes: any beginning of that is a draw too. `salt` gives an independent draw, for
+    example per validator. Raises `Invalid` (BAD_SPEC) when the pool is too small.
     """
     if count > len(set(pool)):
         raise Invalid(
@@ -79,5 +82,12 @@ def draw_sequences(seed: bytes, domain: str, pool: Sequence[int], count: int, sa
             "scoring.target_sequences and scoring.general_sequences",
             reason=reasons.REASON_BAD_SPEC,
         )
-    ranked = sorted(set(pool), key=lambda index: hash_fields(DRAW_TAG, seed, domain, salt, index))
-    return sorted(ranked[:count])
+    drawn = sorted(set(pool), key=lambda index: hash_fields(DRAW_TAG, seed, domain, salt, index))[:count]
+    return drawn if in_order else sorted(drawn)
+
+
+def draw_to_score(seed: bytes, domain: str, pool: Sequence[int], spec: run_pb2.RunSpec) -> list[int]:
+    """What the seed draws of one domain to score submissions on: ascending, with racing in the order of evaluation."""
+    policy = spec.scoring
+    count = policy.target_sequences if domain == spec.holdout.domain else policy.general_sequences
+    return draw_sequences(seed, domain, pool, count, in_order=policy.minimum_sequences > 0)

@@ -4,33 +4,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from connito.assignment import assigned
 from connito.facts import RunFacts
-from connito.v1 import cycle_pb2
+from connito.v1 import cycle_pb2, reasons_pb2
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Reports that count, by validator, and why each other one does not."""
+    """Reports that count, by validator, and why each other one does not.
+
+    `misassigned` are those of the ignored that do not score exactly what the seed assigned, with the reason.
+    """
 
     counted: dict[str, cycle_pb2.ScoreReport]
     ignored: dict[str, str]
+    misassigned: dict[str, reasons_pb2.Reason.ValueType] = field(default_factory=dict)
 
 
 def read_reports(facts: RunFacts, cycle: int) -> Reports:
-    """Sort a cycle's reports: inside the window, by a drawn validator, on the drawn seed and the cycle's state."""
+    """Sort a cycle's reports: inside the window, by a drawn validator, on the drawn seed and the cycle's state.
+
+    Where the seed assigns submissions, a report also has to score exactly those of its validator: leaving one out, or
+    adding one, would choose whom to judge.
+    """
     counted: dict[str, cycle_pb2.ScoreReport] = {}
     ignored: dict[str, str] = {}
+    misassigned: dict[str, reasons_pb2.Reason.ValueType] = {}
+    duties = assigned(facts, cycle)
     for validator, fact in facts.all("validate", cycle, "report").items():
         report = fact.message
         assert isinstance(report, cycle_pb2.ScoreReport)
         why = "late" if not facts.inside("validate", cycle, fact) else _fault(facts, cycle, report)
+        reason = reasons_pb2.REASON_UNSPECIFIED
+        if not why and duties is not None:
+            reason, why = _off_duty({score.miner for score in report.scores}, duties[validator])
         if why:
             ignored[validator] = why
         else:
             counted[validator] = report
-    return Reports(counted, ignored)
+        if reason:
+            misassigned[validator] = reason
+    return Reports(counted, ignored, misassigned)
+
+
+def _off_duty(scored: set[str], duty: frozenset[str]) -> tuple[reasons_pb2.Reason.ValueType, str]:
+    """What a report scores beyond its validator's assignment, or leaves out of it; no reason when neither."""
+    if added := sorted(scored - duty):
+        return reasons_pb2.REASON_NOT_ASSIGNED, f"scores {_names(added)}, not assigned to it"
+    if missing := sorted(duty - scored):
+        return reasons_pb2.REASON_INCOMPLETE_REPORT, f"leaves out {_names(missing)}, assigned to it"
+    return reasons_pb2.REASON_UNSPECIFIED, ""
+
+
+def _names(miners: list[str]) -> str:
+    return ", ".join(f"{miner[:12]}…" for miner in miners)
 
 
 def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> str:
@@ -60,7 +89,8 @@ def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[
     """Why the reports are too few to judge anyone; empty when they suffice.
 
     The draw had its quorum of validators; of their stake, more than half must have reported. A validator that fell
-    silent after its reveal then costs nobody the cycle, and a lying minority is not made a majority by it.
+    silent after its reveal then costs nobody the cycle, and a lying minority is not made a majority by it. Where the
+    seed assigns submissions, one whose assigned validators mostly fell silent is told so in its verdict.
     """
     drawn = draw(facts, cycle)
     if drawn is None:

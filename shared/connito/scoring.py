@@ -7,16 +7,20 @@ The interval is a t interval on the ratio Σ(before − after) / Σ tokens, with
 residuals. Held-out rows are packed to one length, where this is exactly the paired t interval of the mean difference.
 It is preferred over a bootstrap because n is small (6 to 64): percentile intervals are too narrow there, and a
 bootstrap needs a random stream that every recomputation would have to share.
+
+With racing (`connito.racing`) the sequences are compared look by look until the interval decides. The decision is a
+function of the losses alone, so whoever has a report can tell where its validator had to stop.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from connito.errors import Invalid
+from connito.racing import Look, looks
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 
@@ -141,6 +145,84 @@ def _broken_retention(general: Mapping[str, Paired], policy: run_pb2.ScorePolicy
     return ""
 
 
+def judge_look(
+    look: Look,
+    target: Paired,
+    general: Mapping[str, Paired],
+    policy: run_pb2.ScorePolicy,
+    *,
+    unchanged: bool = False,
+) -> Judgement | None:
+    """What a look decides, from comparisons at its confidence; None when more sequences are needed.
+
+    Before the last look only what is clear is decided: better, with general text retained up to the bound of its
+    change; not better; harmful. From half of the budget on, an effect of at most zero is given up as well: this can
+    only cost a submission its utility, never grant one, so it leaves the error as it is.
+    """
+    found = judge(target, general, policy, unchanged=unchanged)
+    if look.last or found.reason in (reasons_pb2.REASON_NON_FINITE, reasons_pb2.REASON_UNCHANGED):
+        return found
+    if target.high <= 0.0 or (target.effect <= 0.0 and 2 * look.target >= policy.target_sequences):
+        return found
+    change, margin = general_change(general, look.confidence), policy.retention_margin
+    # The interval of the change is symmetric: its lower bound is 2·mean − high.
+    if 2 * change.mean - change.high > margin or any(-domain.high > margin for domain in general.values()):
+        return Judgement(0.0, reasons_pb2.REASON_RETENTION_BROKEN, _broken_retention(general, policy))
+    return found if found.utility > 0.0 and change.high <= margin else None
+
+
+Losses = Mapping[str, Sequence[cycle_pb2.SequenceLoss]]
+
+
+@dataclass(frozen=True)
+class Raced:
+    """A submission as far as it was evaluated: losses and comparisons by domain, the look that decided, and what."""
+
+    losses: Losses
+    target: Paired
+    general: Mapping[str, Paired]
+    look: Look
+    judgement: Judgement
+
+
+def race(
+    measure: Callable[[Look], Losses], target_domain: str, policy: run_pb2.ScorePolicy, *, unchanged: bool = False
+) -> Raced:
+    """Look until a look decides. `measure(look)` gives all losses up to and including those of the look, by domain.
+
+    Raises `Invalid` when no loss is of the target domain.
+    """
+    for look in looks(policy):
+        losses = measure(look)
+        if not losses.get(target_domain):
+            raise Invalid(f"there are no losses of the target domain {target_domain!r} to score a submission by")
+        compared = {name: _compare(of_domain, look.confidence) for name, of_domain in losses.items()}
+        target = compared.pop(target_domain)
+        judgement = judge_look(look, target, compared, policy, unchanged=unchanged)
+        if judgement is not None:
+            return Raced(losses, target, compared, look, judgement)
+    raise AssertionError("the last look decides")
+
+
+def score_of(miner: str, artifact_digest: str, raced: Raced, policy: run_pb2.ScorePolicy) -> cycle_pb2.SubmissionScore:
+    """The signed part of a receipt."""
+    judgement = raced.judgement
+    score = cycle_pb2.SubmissionScore(
+        miner=miner,
+        artifact_digest=artifact_digest,
+        utility=judgement.utility,
+        reason=judgement.reason,
+        detail=judgement.detail,
+        losses=[loss for of_domain in raced.losses.values() for loss in of_domain],
+        evaluated_sequences=raced.target.sequences if policy.minimum_sequences else 0,
+    )
+    if judgement.reason != reasons_pb2.REASON_NON_FINITE:
+        change = general_change(raced.general, raced.look.confidence)
+        score.effect, score.effect_low, score.effect_high = raced.target.effect, raced.target.low, raced.target.high
+        score.general_change, score.general_change_high = change.mean, change.high
+    return score
+
+
 def score_submission(
     miner: str,
     artifact_digest: str,
@@ -152,30 +234,32 @@ def score_submission(
 ) -> cycle_pb2.SubmissionScore:
     """The signed part of a receipt, from per-sequence losses. Recomputing it from a report's losses explains a score.
 
-    Raises `Invalid` when no loss is of the target domain.
+    Raises `Invalid` when no loss is of the target domain, and with racing when the evaluation did not stop at the look
+    that decides.
     """
-    kept = list(losses)
     by_domain: dict[str, list[cycle_pb2.SequenceLoss]] = {}
-    for loss in kept:
+    for loss in losses:
         by_domain.setdefault(loss.domain, []).append(loss)
-    if target_domain not in by_domain:
-        raise Invalid(f"there are no losses of the target domain {target_domain!r} to score {miner[:12]}… by")
-    compared = {name: _compare(of_domain, policy.confidence) for name, of_domain in by_domain.items()}
-    target = compared.pop(target_domain)
-    judgement = judge(target, compared, policy, unchanged=unchanged)
-    score = cycle_pb2.SubmissionScore(
-        miner=miner,
-        artifact_digest=artifact_digest,
-        utility=judgement.utility,
-        reason=judgement.reason,
-        detail=judgement.detail,
-        losses=kept,
-    )
-    if judgement.reason != reasons_pb2.REASON_NON_FINITE:
-        change = general_change(compared, policy.confidence)
-        score.effect, score.effect_low, score.effect_high = target.effect, target.low, target.high
-        score.general_change, score.general_change_high = change.mean, change.high
-    return score
+
+    def recorded(look: Look) -> Losses:
+        if not policy.minimum_sequences:
+            return by_domain
+        wanted = {name: look.target if name == target_domain else look.general for name in by_domain}
+        for name, count in wanted.items():
+            if len(by_domain[name]) < count:
+                raise Invalid(
+                    f"stopped after {len(by_domain[name])} sequences of {name}, before a look had decided; "
+                    f"the next one is at {count}"
+                )
+        return {name: by_domain[name][:count] for name, count in wanted.items()}
+
+    raced = race(recorded, target_domain, policy, unchanged=unchanged)
+    for name, of_domain in by_domain.items():
+        if len(of_domain) > len(raced.losses[name]):
+            raise Invalid(
+                f"went on to {len(of_domain)} sequences of {name}, although the look at {len(raced.losses[name])} decided"
+            )
+    return score_of(miner, artifact_digest, raced, policy)
 
 
 def _compare(losses: Sequence[cycle_pb2.SequenceLoss], confidence: float) -> Paired:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from connito.assignment import assigned
 from connito.consensus import Consensus, consensus
 from connito.facts import RunFacts
 from connito.ranking import verdicts
@@ -23,21 +24,34 @@ def agree(
 ) -> Consensus:
     """Consensus over the drawn validators. One that did not report claims nothing, but its stake still counts.
 
-    Otherwise a lying minority could become half of those that are left, and half is enough to grant a utility.
+    Otherwise a lying minority could become half of those that are left, and half is enough to grant a utility. Where
+    the seed assigns submissions, each is a matter between the validators that it was assigned to.
     """
     drawn = draw(facts, cycle)
     assert drawn is not None
     silent = [validator for validator in drawn.validators if validator not in reports.counted]
     blank = [cycle_pb2.ScoreReport(validator=validator) for validator in silent]
     stakes = {validator: stake(validator) for validator in drawn.validators}
-    found = consensus([*reports.counted.values(), *blank], stakes, submissions=submissions, expected=drawn.omitted)
+    found = consensus(
+        [*reports.counted.values(), *blank],
+        stakes,
+        submissions=submissions,
+        expected=drawn.omitted,
+        assigned=assigned(facts, cycle),
+    )
     return replace(found, standings=[_honest(standing, reports) for standing in found.standings])
 
 
 def _honest(standing: cycle_pb2.ValidatorStanding, reports: Reports) -> cycle_pb2.ValidatorStanding:
     if standing.validator in reports.counted:
         return standing
-    return cycle_pb2.ValidatorStanding(validator=standing.validator, reported=False)
+    name = standing.validator
+    return cycle_pb2.ValidatorStanding(
+        validator=name,
+        reported=False,
+        reason=reports.misassigned.get(name, reasons_pb2.REASON_UNSPECIFIED),
+        detail=reports.ignored[name] if name in reports.misassigned else "",
+    )
 
 
 def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission], why: str) -> Consensus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from connito.assignment import assigned
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.evidence import Evidence
 from connito.beacon import draw_seed, opens
@@ -65,7 +66,7 @@ def _draw(evidence: Evidence, cycle: int, drawn: cycle_pb2.SeedDrawn) -> Iterato
 
 
 def reports(evidence: Evidence, cycle: int) -> Step:
-    """Each report covers what was submitted, and its utilities, intervals and reasons follow from its own losses."""
+    """Each report covers what it has to; its utilities, intervals and reasons follow from its own losses."""
     found: list[Difference] = []
     compared = left_out = 0
     for validator, fact in evidence.facts.all("validate", cycle, "report").items():
@@ -83,9 +84,9 @@ def _report(evidence: Evidence, cycle: int, validator: str, report: cycle_pb2.Sc
     counted = read_reports(facts, cycle) if settled is not None and facts.opened("train", cycle) is not None else None
     if counted is not None and counted.ignored.get(validator, "late") != "late":
         yield Difference("reports", where, f"does not count: {counted.ignored[validator]}", cycle)
-    given = {score.miner for score in report.scores}
+    given, duties = {score.miner for score in report.scores}, assigned(facts, cycle)
     for entry in settled.submissions if settled is not None else ():
-        if entry.miner not in given:
+        if entry.miner not in given and (duties is None or entry.miner in duties.get(validator, ())):
             yield Difference("reports", where, "leaves a submission out", cycle, entry.miner)
     for score in report.scores:
         what = score_fault(facts, score)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from connito.assignment import assigned
 from connito.audit import intake, judging, recompute
 from connito.audit.artifacts import Artifacts, Named
 from connito.audit.audit import Options, pure, recomputed
@@ -134,7 +135,7 @@ def receipt(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any]:
         "label": evidence.name(miner),
         "origin_cycle": cycle if entry is None else entry.origin_cycle or cycle,
         "inputs": None if entry is None else _inputs(evidence, cycle, entry),
-        "draw": _draw(evidence, cycle),
+        "draw": _draw(evidence, cycle, miner),
         "reports": _reports(evidence, cycle, miner),
         "verdict": _verdict(evidence, cycle, miner),
         "refusals": _refusals(evidence, cycle, miner),
@@ -159,11 +160,18 @@ def _inputs(evidence: Evidence, cycle: int, entry: cycle_pb2.Submission) -> dict
     }
 
 
-def _draw(evidence: Evidence, cycle: int) -> dict[str, Any] | None:
+def _draw(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | None:
     drawn = evidence.facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
     if drawn is None:
         return None
-    return {"seed": drawn.seed.hex(), "validators": list(drawn.validators), "omitted": list(drawn.omitted)}
+    duties = assigned(evidence.facts, cycle)
+    chosen = [name for name in drawn.validators if duties is None or miner in duties[name]]
+    return {
+        "seed": drawn.seed.hex(),
+        "validators": list(drawn.validators),
+        "omitted": list(drawn.omitted),
+        "assigned": chosen,
+    }
 
 
 def _reports(evidence: Evidence, cycle: int, miner: str) -> list[dict[str, Any]]:
@@ -182,6 +190,7 @@ def _score(validator: str, score: cycle_pb2.SubmissionScore) -> dict[str, Any]:
         "general_change": [score.general_change, score.general_change_high],
         "reason": judging.reason_of(score),
         "detail": score.detail,
+        "evaluated_sequences": score.evaluated_sequences,
         "losses": [
             {
                 "domain": loss.domain,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from connito.audit.judging import OF_THE_FILE, consensus_of, of_the_file, submis
 from connito.corpus import Corpus
 from connito.errors import Invalid, reason_name
 from connito.facts import RunFacts
-from connito.holdout import draw_sequences, subsets
+from connito.holdout import draw_to_score, subsets
 from connito.merging import Files, Measure, Merged, merge_cycle, remerge_cycle
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.verdicts import Refusals
@@ -176,13 +177,12 @@ def draws(bench: Bench, cycle: int) -> Step:
     except Invalid as error:
         where = bench.evidence.subject("validate", cycle, "drawn")
         return Step("draws", cycle, 1, (Difference("draws", where, f"cannot be drawn again: {error}", cycle),))
-    found, compared = [], 0
+    found, compared, racing = [], 0, facts.spec.scoring.minimum_sequences > 0
     for validator, fact in facts.all("validate", cycle, "report").items():
         assert isinstance(fact.message, cycle_pb2.ScoreReport)
         for score in fact.message.scores:
             compared += 1
-            quoted = [(loss.domain, loss.sequence) for loss in score.losses]
-            if quoted and quoted != expected:
+            if score.losses and not _quotes(score.losses, expected, racing=racing):
                 where = f"{bench.evidence.subject('validate', cycle, 'report', validator)} on "
                 where += bench.evidence.name(score.miner)
                 what = "measured on other sequences than the seed draws"
@@ -190,16 +190,31 @@ def draws(bench: Bench, cycle: int) -> Step:
     return Step("draws", cycle, compared, tuple(found))
 
 
+def _quotes(losses: Sequence[cycle_pb2.SequenceLoss], expected: list[tuple[str, int]], *, racing: bool) -> bool:
+    """Whether losses are of the drawn sequences: all of them, with racing a beginning of each domain's."""
+    quoted = [(loss.domain, loss.sequence) for loss in losses]
+    if not racing:
+        return quoted == expected
+    domains = list(dict.fromkeys(domain for domain, _ in expected))
+    counts = Counter(domain for domain, _ in quoted)
+    began = [
+        pair
+        for domain in domains
+        for pair in [pair for pair in expected if pair[0] == domain][: max(1, counts[domain])]
+    ]
+    return quoted == began
+
+
 def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tuple[str, int]]:
-    """(domain, sequence number) that a seed draws, the target first. Raises `Invalid` without the hold-outs."""
+    """(domain, sequence number) that a seed draws, the target first, in the order in which they are evaluated.
+
+    Raises `Invalid` without the hold-outs.
+    """
     drawn: list[tuple[str, int]] = []
     for corpus in (spec.holdout, *spec.general_holdouts):
-        target = corpus.domain == spec.holdout.domain
-        count = spec.scoring.target_sequences if target else spec.scoring.general_sequences
         sequences = Corpus.load(artifacts.path(corpus.artifact)).sequences(spec.training.sequence_length)
         pool = subsets(sequences, spec, corpus.domain).score
-        numbers = draw_sequences(seed, corpus.domain, pool, count) if count else []
-        drawn += [(corpus.domain, number) for number in numbers]
+        drawn += [(corpus.domain, number) for number in draw_to_score(seed, corpus.domain, pool, spec)]
     return drawn
 
 

@@ -10,6 +10,7 @@ import functools
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from connito.audit.artifacts import Artifacts, base_files, manifest_of
@@ -22,7 +23,8 @@ from connito.gate import Losses as GateLosses
 from connito.gate import Part
 from connito.moe import gate_bench, score_bench
 from connito.moe.score_bench import SubmissionFiles
-from connito.score_reports import Losses, rejected, score
+from connito.racing import Look, looks
+from connito.score_reports import Evaluation, rejected, score
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 
 
@@ -129,16 +131,29 @@ def losses(bench: Bench, models: Models, cycle: int, only: str = "") -> Step:
     return Step("losses", cycle, distances.compared, found, distances.note())
 
 
+@dataclass(frozen=True)
+class _Again:
+    """A submission as an honest validator scores it; `evaluation` is None where its file cannot be measured."""
+
+    score: cycle_pb2.SubmissionScore
+    evaluation: Evaluation | None
+
+    def upto(self, look: Look) -> list[cycle_pb2.SequenceLoss]:
+        """The losses that come up to a look."""
+        by_domain = {} if self.evaluation is None else self.evaluation.upto(look)
+        return [loss for of_domain in by_domain.values() for loss in of_domain]
+
+
 def _measure(
     bench: Bench, models: Models, cycle: int, seed: bytes, opened: cycle_pb2.WindowOpened, only: str
-) -> dict[str, cycle_pb2.SubmissionScore]:
-    """What an honest validator reports, by miner."""
+) -> dict[str, _Again]:
+    """What honest validators report, by miner."""
     facts, artifacts = bench.evidence.facts, bench.artifacts
     spec = facts.spec
     assert spec is not None
     drawn = models.scoring.draw(seed)
     state, stop = artifacts.path(opened.state), threading.Event()
-    before: Mapping[str, Losses] = models.scoring.incumbent(state, drawn, stop)
+    before = models.scoring.incumbent(state, drawn, stop)
     found = {}
     for entry in submissions_of(facts, cycle):
         if (only and entry.miner != only) or entry.artifact.digest not in artifacts.paths:
@@ -147,17 +162,17 @@ def _measure(
         same_base = entry.base_state.digest in ("", opened.state.digest)
         files = SubmissionFiles(artifacts.path(entry.artifact), None if same_base else artifacts.path(entry.base_state))
         try:
-            measured = models.scoring.submission(state, files, drawn, before, stop, entry.miner)
-            found[entry.miner] = score(entry, drawn, before, measured, spec)
+            measurable = models.scoring.submission(state, files, drawn, before, stop, entry.miner)
+            evaluation = Evaluation(drawn, measurable, spec.holdout.domain)
+            found[entry.miner] = _Again(score(entry, evaluation, spec), evaluation)
         except Invalid as error:
-            found[entry.miner] = rejected(entry, error)
+            found[entry.miner] = _Again(rejected(entry, error), None)
     return found
 
 
-def _compare(
-    bench: Bench, cycle: int, again: Mapping[str, cycle_pb2.SubmissionScore], distances: Distances
-) -> Iterator[Difference]:
-    evidence = bench.evidence
+def _compare(bench: Bench, cycle: int, again: Mapping[str, _Again], distances: Distances) -> Iterator[Difference]:
+    evidence, spec = bench.evidence, bench.evidence.facts.spec
+    assert spec is not None
     for validator, fact in evidence.facts.all("validate", cycle, "report").items():
         assert isinstance(fact.message, cycle_pb2.ScoreReport)
         where = evidence.subject("validate", cycle, "report", validator)
@@ -165,22 +180,30 @@ def _compare(
             mine = again.get(given.miner)
             if mine is None:
                 continue
-            what = _score(mine, given, distances)
+            what = _score(mine, given, spec.scoring, distances)
             if what:
                 yield Difference("losses", f"{where} on {evidence.name(given.miner)}", what, cycle, given.miner)
 
 
-def _score(mine: cycle_pb2.SubmissionScore, given: cycle_pb2.SubmissionScore, distances: Distances) -> str:
-    """What is wrong with a reported score, given what was measured here."""
+def _score(again: _Again, given: cycle_pb2.SubmissionScore, policy: run_pb2.ScorePolicy, distances: Distances) -> str:
+    """What is wrong with a reported score, given what was measured here.
+
+    Losses are compared as far as the report went: whether it had to stop there follows from them (`judging.reports`),
+    and here, where they may differ in the last digits, another look could have been the one that decides.
+    """
+    mine = again.score
     if mine.reason in OF_THE_FILE or given.reason in OF_THE_FILE:
         same = mine.reason == given.reason
         return "" if same else f"{reason_name(mine.reason) or 'sound'} here, {reason_name(given.reason)} in the log"
     if not given.losses:
         return distances.add(mine.utility, given.utility)
-    here = [(loss.domain, loss.sequence, loss.tokens) for loss in mine.losses]
-    if here != [(loss.domain, loss.sequence, loss.tokens) for loss in given.losses]:
+    *early, last = looks(policy)
+    here = again.upto(next((look for look in early if look.target == given.evaluated_sequences), last))
+    if [(loss.domain, loss.sequence, loss.tokens) for loss in here] != [
+        (loss.domain, loss.sequence, loss.tokens) for loss in given.losses
+    ]:
         return "measured on other sequences than the seed draws"
-    for one, other in zip(mine.losses, given.losses, strict=True):
+    for one, other in zip(here, given.losses, strict=True):
         for side in ("before", "after"):
             what = distances.add(getattr(one, side), getattr(other, side), one.tokens)
             if what:

@@ -76,6 +76,8 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
     if document["draw"] is not None:
         drawn = len(document["draw"]["validators"])
         lines.append(f"seed        {document['draw']['seed']} from {drawn} validators")
+        if len(document["draw"]["assigned"]) < drawn:
+            lines.append(f"assigned    {', '.join(f'{name[:12]}…' for name in document['draw']['assigned'])}")
     lines += [line for report in document["reports"] for line in _report(report)]
     lines += [f"refused     {row['reason']} ({row['window']}): {row['detail']}" for row in document["refusals"]]
     lines += _verdict(document["verdict"])
@@ -111,7 +113,8 @@ def _report(report: dict[str, Any]) -> list[str]:
         batches.setdefault(loss["domain"], []).append(loss["sequence"])
     if batches:
         sizes = ", ".join(f"{len(numbers)} of {domain}" for domain, numbers in batches.items())
-        lines.append(f"            on {sizes}")
+        decided = ", where the race was decided" if report["evaluated_sequences"] else ""
+        lines.append(f"            on {sizes}{decided}")
     return lines
 
 

@@ -8,8 +8,7 @@ its layers is left to the family: the model's own forward runs, with the layers 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,10 @@ class Evaluator:
     def __init__(
         self, model: nn.Module, selection: Any, *, batch_tokens: int = 2048, cache_bytes: int = 1 << 30
     ) -> None:
-        """`batch_tokens` run at a time; at most `cache_bytes` of hidden states are kept, least recently used out first.
+        """`batch_tokens` run at a time; at most `cache_bytes` of hidden states are kept, those that came first.
+
+        States are evaluated on the same sequences one after the other: were the oldest entry thrown out for the newest,
+        a cache a little too small would hold none of them when it comes to the next state.
 
         Raises `Invalid` when the selection is empty or does not fit the model.
         """
@@ -49,7 +51,7 @@ class Evaluator:
         self.base = read_rows(model, self.targets)
         self._head = Head(model)
         self._batch_tokens, self._cache_bytes = batch_tokens, cache_bytes
-        self._cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._cache: dict[bytes, torch.Tensor] = {}
         self._cached = 0
         self._device = next(model.parameters()).device
         self._shortcut = _Shortcut.find(model, self._layers[min(self.targets)].experts_name)
@@ -121,7 +123,7 @@ class Evaluator:
         """Hidden states [n, L, H] that enter the first adapted layer, from the cache where they are."""
         if self._shortcut is None:
             return None
-        keys = [hashlib.sha256(row.tobytes()).digest() for row in part]
+        keys = [_key(row) for row in part]
         missing = [i for i, key in enumerate(keys) if key not in self._cache]
         fresh: dict[int, torch.Tensor] = {}
         if missing:
@@ -134,15 +136,16 @@ class Evaluator:
             self._remember(key, row)
         return torch.stack(rows)
 
+    def keep_only(self, sequences: Iterable[npt.NDArray[Any]]) -> None:
+        """Let go of the hidden states of all sequences int32 [L + 1] but these, so that there is room for others."""
+        wanted = {_key(row) for row in sequences}
+        self._cache = {key: row for key, row in self._cache.items() if key in wanted}
+        self._cached = sum(_bytes(row) for row in self._cache.values())
+
     def _remember(self, key: bytes, row: torch.Tensor) -> None:
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return
-        self._cache[key] = row.clone()
-        self._cached += row.numel() * row.element_size()
-        while self._cached > self._cache_bytes and len(self._cache) > 1:
-            _, old = self._cache.popitem(last=False)
-            self._cached -= old.numel() * old.element_size()
+        if key not in self._cache and self._cached + _bytes(row) <= self._cache_bytes:
+            self._cache[key] = row.clone()
+            self._cached += _bytes(row)
 
     def _agrees(self) -> bool:
         """Whether the shortcut gives the full model's logits, tried on two short sequences."""
@@ -158,6 +161,14 @@ class Evaluator:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
             return False
         return bool(torch.allclose(full, quick, rtol=1e-5, atol=1e-6))
+
+
+def _key(sequence: npt.NDArray[Any]) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(sequence).tobytes()).digest()
+
+
+def _bytes(row: torch.Tensor) -> int:
+    return row.numel() * row.element_size()
 
 
 class _Stop(Exception):  # noqa: N818 - not an error

@@ -6,9 +6,10 @@ place; the hidden states below the first adapted layer are computed once per cyc
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from connito import telemetry
 from connito.corpus import Corpus, Tokens
 from connito.errors import Retry
-from connito.holdout import draw_sequences, subsets
-from connito.score_reports import Losses, Measured
+from connito.holdout import draw_to_score, subsets
+from connito.score_reports import Losses, Measurable, Part
 from connito.submission import read_header, validate
 from connito.v1.run_pb2 import RunSpec, SelectionMade
 
@@ -89,32 +90,29 @@ class Bench:
 
     def draw(self, seed: bytes) -> dict[str, list[int]]:
         """Numbers of the held-out sequences that the seed gives, by domain, the target first."""
-        policy, target = self._spec.scoring, self._spec.holdout.domain
-        counts = {
-            domain: policy.target_sequences if domain == target else policy.general_sequences
-            for domain in self._holdouts
-        }
-        return {
-            domain: draw_sequences(seed, domain, self._holdouts[domain].pool, count)
-            for domain, count in counts.items()
-            if count
-        }
+        drawn = {name: draw_to_score(seed, name, of.pool, self._spec) for name, of in self._holdouts.items()}
+        return {domain: numbers for domain, numbers in drawn.items() if numbers}
 
-    def incumbent(self, state: Path, drawn: Mapping[str, list[int]], stop: threading.Event) -> dict[str, Losses]:
-        """Losses of the cycle's own state θ_t."""
+    def incumbent(self, state: Path, drawn: Mapping[str, list[int]], stop: threading.Event) -> Callable[[Part], Losses]:
+        """Losses of the cycle's own state θ_t, each part measured once.
+
+        A new cycle begins here: hidden states of sequences that are not drawn make room for those that are.
+        """
         from connito.moe.state import load_state
 
-        return self._losses(load_state(state), drawn, stop, "incumbent")
+        drawn_rows = (self._holdouts[domain].sequences[numbers] for domain, numbers in drawn.items())
+        self._evaluator.keep_only(row for rows in drawn_rows for row in rows)
+        return functools.cache(self._measuring(load_state(state), drawn, stop, "incumbent"))
 
     def submission(
         self,
         state: Path,
         files: SubmissionFiles,
         drawn: Mapping[str, list[int]],
-        before: Mapping[str, Losses],
+        before: Callable[[Part], Losses],
         stop: threading.Event,
         who: str,
-    ) -> Measured:
+    ) -> Measurable:
         """Losses with a submission in the model. Raises `Invalid` with the reason for one that cannot be measured."""
         from connito.moe.state import load_state
 
@@ -122,19 +120,21 @@ class Bench:
         artifact = load_state(files.artifact)
         origin = load_state(files.origin or state)
         if all(artifact[name].equal(rows) for name, rows in origin.items()):
-            return Measured(before, unchanged=True)
+            return Measurable(before, before, unchanged=True)
         candidate = artifact if files.origin is None else rebase(artifact, origin, load_state(state))
-        return Measured(self._losses(candidate, drawn, stop, who), unchanged=False)
+        return Measurable(before, self._measuring(candidate, drawn, stop, who), unchanged=False)
 
-    def _losses(
+    def _measuring(
         self, state: State, drawn: Mapping[str, list[int]], stop: threading.Event, who: str
-    ) -> dict[str, Losses]:
+    ) -> Callable[[Part], Losses]:
         progress = _Progress(who, sum(map(len, drawn.values())), stop)
-        out = {}
-        for domain, numbers in drawn.items():
-            sums, tokens = self._evaluator.losses(state, self._holdouts[domain].sequences[numbers], progress.domain())
-            out[domain] = Losses(sums, tokens)
-        return out
+
+        def measure(part: Part) -> Losses:
+            numbers = drawn[part.domain][part.begin : part.end]
+            sequences = self._holdouts[part.domain].sequences[numbers]
+            return Losses(*self._evaluator.losses(state, sequences, progress.part()))
+
+        return measure
 
 
 def rebase(artifact: State, origin: State, current: State) -> State:
@@ -158,8 +158,8 @@ class _Progress:
         self._who, self._total, self._stop = who, total, stop
         self._finished, self._since = 0, time.monotonic()
 
-    def domain(self) -> Any:
-        """The callback for the next domain."""
+    def part(self) -> Any:
+        """The callback for the next part."""
         base = self._finished
 
         def on_batch(done: int, _: int) -> None:

@@ -616,6 +616,7 @@ class SubmissionScore(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     LOSSES_FIELD_NUMBER: _builtins.int
+    EVALUATED_SEQUENCES_FIELD_NUMBER: _builtins.int
     miner: _builtins.str
     artifact_digest: _builtins.str
     utility: _builtins.float
@@ -629,8 +630,12 @@ class SubmissionScore(_message.Message):
     general_change_high: _builtins.float
     reason: _reasons_pb2.Reason.ValueType
     detail: _builtins.str
+    evaluated_sequences: _builtins.int
+    """With racing, how many target sequences were evaluated when it was decided; 0 without."""
     @_builtins.property
-    def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceLoss]: ...
+    def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceLoss]:
+        """Under a policy without racing ascending by domain; with racing in the order in which the seed draws them."""
+
     def __init__(
         self,
         *,
@@ -645,10 +650,11 @@ class SubmissionScore(_message.Message):
         reason: _reasons_pb2.Reason.ValueType = ...,
         detail: _builtins.str = ...,
         losses: _abc.Iterable[Global___SequenceLoss] | None = ...,
+        evaluated_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_digest", b"artifact_digest", "detail", b"detail", "effect", b"effect", "effect_high", b"effect_high", "effect_low", b"effect_low", "general_change", b"general_change", "general_change_high", b"general_change_high", "losses", b"losses", "miner", b"miner", "reason", b"reason", "utility", b"utility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_digest", b"artifact_digest", "detail", b"detail", "effect", b"effect", "effect_high", b"effect_high", "effect_low", b"effect_low", "evaluated_sequences", b"evaluated_sequences", "general_change", b"general_change", "general_change_high", b"general_change_high", "losses", b"losses", "miner", b"miner", "reason", b"reason", "utility", b"utility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -748,20 +754,27 @@ class ValidatorStanding(_message.Message):
     VALIDATOR_FIELD_NUMBER: _builtins.int
     REPORTED_FIELD_NUMBER: _builtins.int
     DEVIATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     validator: _builtins.str
     reported: _builtins.bool
     deviation: _builtins.float
     """Largest distance of this validator's utilities from consensus, in nats per token."""
+    reason: _reasons_pb2.Reason.ValueType
+    """Why a report that was given does not count, where the assignment of submissions is the cause."""
+    detail: _builtins.str
     def __init__(
         self,
         *,
         validator: _builtins.str = ...,
         reported: _builtins.bool = ...,
         deviation: _builtins.float = ...,
+        reason: _reasons_pb2.Reason.ValueType = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deviation", b"deviation", "reported", b"reported", "validator", b"validator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "deviation", b"deviation", "reason", b"reason", "reported", b"reported", "validator", b"validator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -92,6 +92,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """It scored, but was left out of the merge as an outlier."""
     REASON_GATE_REJECTED: _Reason.ValueType  # 68
     """It scored, but no merge with it passed the gate."""
+    REASON_INCOMPLETE_REPORT: _Reason.ValueType  # 69
+    """The report leaves out a submission that the seed assigned to the validator, so none of it counts."""
+    REASON_NOT_ASSIGNED: _Reason.ValueType  # 70
+    """The report scores a submission that the seed did not assign to the validator, so none of it counts."""
     REASON_TOO_FEW_MINERS: _Reason.ValueType  # 80
     """Fewer miners than the policy's minimum enrolled in time."""
     REASON_BAD_SPEC: _Reason.ValueType  # 81
@@ -178,6 +182,10 @@ REASON_OUTLIER: Reason.ValueType  # 67
 """It scored, but was left out of the merge as an outlier."""
 REASON_GATE_REJECTED: Reason.ValueType  # 68
 """It scored, but no merge with it passed the gate."""
+REASON_INCOMPLETE_REPORT: Reason.ValueType  # 69
+"""The report leaves out a submission that the seed assigned to the validator, so none of it counts."""
+REASON_NOT_ASSIGNED: Reason.ValueType  # 70
+"""The report scores a submission that the seed did not assign to the validator, so none of it counts."""
 REASON_TOO_FEW_MINERS: Reason.ValueType  # 80
 """Fewer miners than the policy's minimum enrolled in time."""
 REASON_BAD_SPEC: Reason.ValueType  # 81

@@ -177,6 +177,8 @@ class ScorePolicy(_message.Message):
     COPY_THRESHOLD_FIELD_NUMBER: _builtins.int
     PAID_RANKS_FIELD_NUMBER: _builtins.int
     MAX_RELATIVE_NORM_FIELD_NUMBER: _builtins.int
+    VALIDATORS_PER_SUBMISSION_FIELD_NUMBER: _builtins.int
+    MINIMUM_SEQUENCES_FIELD_NUMBER: _builtins.int
     target_sequences: _builtins.int
     """Held-out sequences of the target domain that the beacon draws per cycle."""
     general_sequences: _builtins.int
@@ -191,6 +193,12 @@ class ScorePolicy(_message.Message):
     """Submissions ranked below this earn nothing."""
     max_relative_norm: _builtins.float
     """Largest allowed ‖θ_i − θ_base‖ / ‖θ_base‖ per tensor."""
+    validators_per_submission: _builtins.int
+    """Drawing validators that the seed assigns to each submission. 0: all of them."""
+    minimum_sequences: _builtins.int
+    """Racing: look after this many target sequences, then after twice as many and so on, and stop when a look decides.
+    0: the whole budget is evaluated before anything is decided.
+    """
     def __init__(
         self,
         *,
@@ -201,10 +209,12 @@ class ScorePolicy(_message.Message):
         copy_threshold: _builtins.float = ...,
         paid_ranks: _builtins.int = ...,
         max_relative_norm: _builtins.float = ...,
+        validators_per_submission: _builtins.int = ...,
+        minimum_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "copy_threshold", b"copy_threshold", "general_sequences", b"general_sequences", "max_relative_norm", b"max_relative_norm", "paid_ranks", b"paid_ranks", "retention_margin", b"retention_margin", "target_sequences", b"target_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "copy_threshold", b"copy_threshold", "general_sequences", b"general_sequences", "max_relative_norm", b"max_relative_norm", "minimum_sequences", b"minimum_sequences", "paid_ranks", b"paid_ranks", "retention_margin", b"retention_margin", "target_sequences", b"target_sequences", "validators_per_submission", b"validators_per_submission"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
