@@ -16,11 +16,13 @@ from connito.v1 import cycle_pb2, reasons_pb2
 
 @dataclass(frozen=True)
 class Consensus:
-    """Agreed utilities by miner in nats per token, the reason and detail where one is zero, and who deviated."""
+    """Agreed utilities by miner in nats per token, the reason and detail where one is zero, who deviated, and the
+    stake by validator."""
 
     utilities: dict[str, float]
     reasons: dict[str, tuple[reasons_pb2.Reason.ValueType, str]]
     standings: list[cycle_pb2.ValidatorStanding] = field(default_factory=list)
+    stakes: dict[str, float] = field(default_factory=dict)
 
 
 def consensus(
@@ -72,7 +74,7 @@ def consensus(
         _standing(name, scores.get(name), {miner: u for miner, u in utilities.items() if asked(name, miner)})
         for name in everyone
     ]
-    return Consensus(utilities, reasons, standings)
+    return Consensus(utilities, reasons, standings, weight)
 
 
 def clipped(claims: Mapping[str, float], stakes: Mapping[str, float], kappa: float) -> float:

@@ -14,7 +14,8 @@ from connito.errors import Invalid
 from connito.facts import RunFacts
 from connito.gate import Losses, Outcome, Part, choose
 from connito.pseudo_gradients import DeltaFiles, gram_matrix
-from connito.similarity import copies, cosines
+from connito.reports import read_reports
+from connito.similarity import Likeness, find_copies, gains_of
 from connito.store import ref_of_file
 from connito.submission import expected_layout, validate
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
@@ -111,7 +112,8 @@ def _conclude(
     agreed = without(agreed, refused)
     sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
     ingredients = _ingredients(sound, agreed, cycle, files)
-    copied = copies(sound, cosines(ingredients.gram), spec.scoring.copy_threshold)
+    measured = gains_of(read_reports(facts, cycle).counted)
+    copied = find_copies(sound, Likeness(ingredients.gram, measured, agreed.stakes), spec.scoring)
     useful = [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
     merge = merge_of(_only(ingredients, useful))
     outcome = merge.run()

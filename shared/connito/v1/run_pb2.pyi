@@ -179,6 +179,8 @@ class ScorePolicy(_message.Message):
     MAX_RELATIVE_NORM_FIELD_NUMBER: _builtins.int
     VALIDATORS_PER_SUBMISSION_FIELD_NUMBER: _builtins.int
     MINIMUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    COPY_SPAN_THRESHOLD_FIELD_NUMBER: _builtins.int
+    COPY_EFFECT_THRESHOLD_FIELD_NUMBER: _builtins.int
     target_sequences: _builtins.int
     """Held-out sequences of the target domain that the beacon draws per cycle."""
     general_sequences: _builtins.int
@@ -199,6 +201,12 @@ class ScorePolicy(_message.Message):
     """Racing: look after this many target sequences, then after twice as many and so on, and stop when a look decides.
     0: the whole budget is evaluated before anything is decided.
     """
+    copy_span_threshold: _builtins.float
+    """A submission of which this share of the length lies in the span of earlier commitments is a copy. 0: pairs only."""
+    copy_effect_threshold: _builtins.float
+    """One that does to every held-out sequence what one or two earlier ones do, up to scale and to this relative distance,
+    is a copy. 0: effects are not compared.
+    """
     def __init__(
         self,
         *,
@@ -211,10 +219,12 @@ class ScorePolicy(_message.Message):
         max_relative_norm: _builtins.float = ...,
         validators_per_submission: _builtins.int = ...,
         minimum_sequences: _builtins.int = ...,
+        copy_span_threshold: _builtins.float = ...,
+        copy_effect_threshold: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "copy_threshold", b"copy_threshold", "general_sequences", b"general_sequences", "max_relative_norm", b"max_relative_norm", "minimum_sequences", b"minimum_sequences", "paid_ranks", b"paid_ranks", "retention_margin", b"retention_margin", "target_sequences", b"target_sequences", "validators_per_submission", b"validators_per_submission"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "copy_effect_threshold", b"copy_effect_threshold", "copy_span_threshold", b"copy_span_threshold", "copy_threshold", b"copy_threshold", "general_sequences", b"general_sequences", "max_relative_norm", b"max_relative_norm", "minimum_sequences", b"minimum_sequences", "paid_ranks", b"paid_ranks", "retention_margin", b"retention_margin", "target_sequences", b"target_sequences", "validators_per_submission", b"validators_per_submission"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
