@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from connito.enums import name_of
 from connito.errors import Invalid
 from connito.subjects import check_token
 from connito.v1 import reasons_pb2
@@ -219,7 +220,7 @@ def check_ref(field: str, ref: ArtifactRef, *realms: Realm.ValueType) -> None:
         raise bad(f"{field}.size", f"is {ref.size}", "give the object's length in bytes")
     if ref.realm not in realms:
         allowed = " or ".join(Realm.Name(realm) for realm in realms)
-        raise bad(f"{field}.realm", f"is {Realm.Name(ref.realm)}", f"it has to be {allowed}")
+        raise bad(f"{field}.realm", f"is {name_of(Realm, ref.realm)}", f"it has to be {allowed}")
 
 
 def _check_range(spec: RunSpec, path: str, limits: _Range) -> None:

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from connito.enums import name_of
 from connito.envelope import MAX_ENVELOPE_BYTES, check
 from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed, reason_name
 from connito.roster import Roster
@@ -122,7 +123,7 @@ def _stream(method: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
 async def _abort(context: Any, error: ConnitoError) -> None:
     trailer: list[tuple[str, str]] = []
     if isinstance(error, Invalid):
-        trailer.append((REASON_KEY, reasons.Reason.Name(error.reason)))
+        trailer.append((REASON_KEY, name_of(reasons.Reason, error.reason)))
         log.info("refused a call", reason=reason_name(error.reason), error=str(error))
     elif isinstance(error, Retry):
         trailer.append((AFTER_KEY, str(error.after)))

@@ -21,6 +21,8 @@ WINDOWS = ("train", "commit", "submit", "validate", "merge")
 SECTIONS = ("run", *WINDOWS, "library")
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+# As it is written by `fact`: ASCII digits, no leading zero, at most what a uint32 holds.
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def check_token(text: str, what: str) -> str:
@@ -55,7 +57,12 @@ def ingress(run: str, miner: str, kind: str) -> str:
 def parse_fact(subject: str) -> tuple[str, FactKey]:
     """Run and key of a fact's subject. Raises `Invalid` if it is not one."""
     parts = subject.split(".")
-    if len(parts) not in (6, 7) or ".".join(parts[:2]) != ROOT or parts[3] not in SECTIONS or not parts[4].isdigit():
+    if (
+        len(parts) not in (6, 7)
+        or ".".join(parts[:2]) != ROOT
+        or parts[3] not in SECTIONS
+        or not _NUMBER.fullmatch(parts[4])
+    ):
         raise Invalid(f"{subject!r} is not the subject of a fact")
     return parts[2], FactKey(parts[3], int(parts[4]), parts[5], parts[6] if len(parts) == 7 else "")
 

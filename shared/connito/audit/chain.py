@@ -8,6 +8,7 @@ chain of another reader shows it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 
 from connito.facts import Record
@@ -57,5 +58,9 @@ def _window(subject: str) -> str:
 def _order(window: str) -> tuple[int, int, str]:
     section, _, cycle = window.partition(".")
     if section in WINDOWS:
-        return (1, int(cycle) * len(WINDOWS) + WINDOWS.index(section) if cycle.isdigit() else 0, window)
+        return (
+            1,
+            int(cycle) * len(WINDOWS) + WINDOWS.index(section) if re.fullmatch("[0-9]{1,10}", cycle) else 0,
+            window,
+        )
     return ({"run": 0, "library": 2, "ingress": 3}.get(section, 4), 0, window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from connito.streams import FACT_STREAMS, stream_of
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.v1.run_pb2 import MinerEnrolled
 
+_NUMBER = re.compile(r"[0-9]{1,10}")
 # Where a fact's place in the log is looked up: (stream, sequence).
 Place = tuple[str, int]
 
@@ -94,4 +96,4 @@ def _place(record: Record) -> str:
 
 def _cycle_of(subject: str) -> int:
     part = subject.split(".")[4:5]
-    return int(part[0]) if part and part[0].isdigit() else 0
+    return int(part[0]) if part and _NUMBER.fullmatch(part[0]) else 0

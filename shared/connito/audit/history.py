@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
+from connito.enums import name_of
 from connito.facts import RunFacts
 from connito.subjects import WINDOWS
 from connito.v1 import cycle_pb2, run_pb2
@@ -57,8 +58,8 @@ def _opening(evidence: Evidence, cycle: int) -> Iterator[Difference]:
         opened = facts.opened(window, cycle)
         if opened is None:
             continue
-        if cycle_pb2.Window.Name(opened.window) != f"WINDOW_{window.upper()}":
-            yield _wrong(evidence, where, f"opens {cycle_pb2.Window.Name(opened.window)}", cycle)
+        if name_of(cycle_pb2.Window, opened.window) != f"WINDOW_{window.upper()}":
+            yield _wrong(evidence, where, f"opens {name_of(cycle_pb2.Window, opened.window)}", cycle)
         if opened.version != version:
             yield _wrong(evidence, where, f"starts from version {opened.version}; the one before is {version}", cycle)
         if state is not None and opened.state.digest != state.digest:
@@ -96,7 +97,7 @@ def _sequence(evidence: Evidence, cycle: int) -> Iterator[Difference]:
         if closed is None or fact is None:
             continue
         where = evidence.subject(window, cycle, "closed")
-        if cycle_pb2.Window.Name(closed.window) != f"WINDOW_{window.upper()}" or closed.stream != CLOSES[window]:
+        if name_of(cycle_pb2.Window, closed.window) != f"WINDOW_{window.upper()}" or closed.stream != CLOSES[window]:
             yield _wrong(evidence, where, f"closes {closed.stream}, not {CLOSES[window]}", cycle)
         if closed.stream == fact.stream and closed.last_sequence >= fact.sequence:
             yield _wrong(evidence, where, f"includes up to {closed.last_sequence}, beyond itself", cycle)
@@ -145,7 +146,7 @@ def _version(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     if unmoved and before is not None and version.outer_state.digest != before.outer_state.digest:
         yield wrong("keeps the incumbent, but names another outer state")
     if unmoved == bool(version.merged) or len(version.merged) != len(version.weights):
-        names = cycle_pb2.GateDecision.Name(version.gate)
+        names = name_of(cycle_pb2.GateDecision, version.gate)
         yield wrong(f"{names} with {len(version.merged)} merged and {len(version.weights)} weights")
     if before is not None:
         left = {loss.domain: (loss.after, loss.tokens) for loss in before.losses}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.evidence import Evidence
 from connito.commitment import opens
+from connito.enums import name_of
 from connito.errors import Invalid, reason_name
 from connito.facts import Fact, RunFacts
 from connito.v1 import cycle_pb2, reasons_pb2
@@ -206,8 +207,8 @@ def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -
     """Why a refusal does not hold; empty when the log bears it out. What is in an artifact is looked at elsewhere."""
     facts, cycle, miner, sequence = evidence.facts, refused.cycle, refused.miner, refused.ingress_sequence
     name = reason_name(refused.reason)
-    if cycle_pb2.Window.Name(refused.window) != f"WINDOW_{window.upper()}":
-        return f"speaks of {cycle_pb2.Window.Name(refused.window)}"
+    if name_of(cycle_pb2.Window, refused.window) != f"WINDOW_{window.upper()}":
+        return f"speaks of {name_of(cycle_pb2.Window, refused.window)}"
     if refused.reason == reasons_pb2.REASON_NOT_REVEALED:
         own = _own(facts, cycle, miner)
         closed = facts.closed(window, cycle)

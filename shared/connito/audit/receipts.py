@@ -12,6 +12,7 @@ from connito.audit.artifacts import Artifacts, Named
 from connito.audit.audit import Options, pure, recomputed
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
+from connito.enums import name_of
 from connito.errors import Invalid, NotFound, reason_name
 from connito.facts import Fact
 from connito.v1 import cycle_pb2
@@ -30,7 +31,7 @@ class SubmissionId:
     def parse(cls, text: str) -> SubmissionId:
         """Raises `Invalid` saying what an id looks like."""
         parts = text.split("/")
-        if len(parts) != 3 or not parts[1].isdigit() or not all(parts):
+        if len(parts) != 3 or not parts[1].isdecimal() or not all(parts):
             raise Invalid(
                 f"{text!r} does not name a submission; write <run>/<cycle>/<miner>, for example demo/1/miner-1"
             )
@@ -208,7 +209,7 @@ def _verdict(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | Non
     scored = evidence.facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
     for verdict in scored.verdicts if scored is not None else ():
         if verdict.miner == miner:
-            status = cycle_pb2.VerdictStatus.Name(verdict.status).removeprefix("VERDICT_STATUS_").lower()
+            status = name_of(cycle_pb2.VerdictStatus, verdict.status).removeprefix("VERDICT_STATUS_").lower()
             return {
                 "status": status,
                 "reason": judging.reason_of(verdict),
