@@ -27,6 +27,7 @@ from connito.v1.run_pb2 import (
 
 METHODS = {"esft-token": 0.2, "esft-gate": 0.1, "differential": 0.2, "des-moe": 0.6}
 ROUTING_MODES = ("natural", "masked", "restricted")
+SCOPES, RULES = ("global", "layer"), ("share", "duplicate", "exclusive")
 AGGREGATORS = (
     "mean",
     "utility-mean",
@@ -39,10 +40,14 @@ AGGREGATORS = (
     "norm-clipped-mean",
 )
 MAX_CYCLES = 1000
+# What a selection's report holds, since diagnostics by domain and exact statistics.
+REPORT_VERSION = 1
 MAX_TEXT = 4000
 
 DEFAULTS = RunSpec(
-    selection=SelectionPolicy(method="esft-token", helpers_per_layer=2),
+    selection=SelectionPolicy(
+        method="esft-token", helpers_per_layer=2, scope="global", contested="share", causal_effects=4
+    ),
     training=TrainPolicy(
         local_steps=10,
         sequence_length=128,
@@ -91,6 +96,8 @@ _RANGES: dict[str, _Range] = {
     "selection.max_experts": _Range(0, 1_000_000, zero=True),
     "selection.max_bytes": _Range(0, 1 << 50, zero=True),
     "selection.helpers_per_layer": _Range(0, 4096, zero=True),
+    "selection.max_vram": _Range(0, 1 << 50, zero=True),
+    "selection.causal_effects": _Range(0, 4096, zero=True),
     "training.local_steps": _Range(1, 100_000),
     "training.sequence_length": _Range(4, 1 << 20),
     "training.batch_sequences": _Range(1, 65_536),
@@ -123,6 +130,8 @@ _RANGES: dict[str, _Range] = {
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "selection.method": tuple(METHODS),
+    "selection.scope": SCOPES,
+    "selection.contested": RULES,
     "training.routing_mode": ROUTING_MODES,
     "merging.aggregator": AGGREGATORS,
 }
@@ -167,6 +176,7 @@ def _fill(spec: RunSpec, customer: str) -> None:
         _write(spec, path, _read(spec, path) or _read(DEFAULTS, path))
     if spec.selection.threshold == 0:
         spec.selection.threshold = METHODS.get(spec.selection.method, 0.2)
+    spec.selection.report_version = REPORT_VERSION
     spec.emission = spec.emission or DEFAULTS.emission
     spec.customer = spec.customer or customer
 
@@ -194,6 +204,11 @@ def _check_artifacts(spec: RunSpec) -> None:
     _check_corpus("holdout", spec.holdout, REALM_HOLDOUT)
     if spec.HasField("replay"):
         _check_corpus("replay", spec.replay, REALM_PUBLIC)
+    for index, corpus in enumerate(spec.beside):
+        _check_corpus(f"beside[{index}]", corpus, REALM_PUBLIC, REALM_HOLDOUT)
+    together = [spec.domain, *(corpus.domain for corpus in spec.beside)]
+    if len(set(together)) != len(together):
+        raise bad("beside", "names a domain twice, or the target's own", "give each further domain once")
     if not spec.general_holdouts:
         raise bad("general_holdouts", "is empty", "give at least one, or forgetting could not be measured")
     for index, corpus in enumerate(spec.general_holdouts):

@@ -13,7 +13,7 @@ from connito.bus import Bus
 from connito.compute import ComputeBudget
 from connito.errors import Invalid, Retry
 from connito.facts import Record, verify_fact
-from connito.moe.choose import Chosen, check_holdouts, choose
+from connito.moe.choose import Chosen, Probes, check_holdouts, choose
 from connito.roster import Roster
 from connito.store import ArtifactStore
 from connito.telemetry import Logger
@@ -73,7 +73,11 @@ class Selector:
             for name, file in manifest.files.items()
         }
         probe = await self._store.fetch(spec.probe.artifact)
-        replay = await self._store.fetch(spec.replay.artifact) if spec.HasField("replay") else None
+        probes = Probes(
+            probe,
+            await self._store.fetch(spec.replay.artifact) if spec.HasField("replay") else None,
+            {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in spec.beside},
+        )
         corpora = [spec.holdout, *spec.general_holdouts]
         holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
         await asyncio.to_thread(check_holdouts, spec, holdouts)
@@ -81,7 +85,7 @@ class Selector:
             theta = Path(folder) / "theta.safetensors"
             async with self._budget.slot("select"):
                 began = time.monotonic()
-                chosen = await asyncio.to_thread(_compute, spec, manifest, files, probe, replay, theta)
+                chosen = await asyncio.to_thread(_compute, spec, manifest, files, probes, theta)
                 metrics.SELECTION_SECONDS.observe(time.monotonic() - began)
             return await self._store_all(spec.run, chosen, theta)
 
@@ -92,12 +96,10 @@ class Selector:
         return handlers.made(run, chosen, report, state)
 
 
-def _compute(
-    spec: run_pb2.RunSpec, manifest: Manifest, files: dict[str, Path], probe: Path, replay: Path | None, theta: Path
-) -> Chosen:
+def _compute(spec: run_pb2.RunSpec, manifest: Manifest, files: dict[str, Path], probes: Probes, theta: Path) -> Chosen:
     """`choose`, with what a hostile or broken base can raise inside the model turned into a verdict on the run."""
     try:
-        return choose(spec, manifest, files, probe, replay, theta)
+        return choose(spec, manifest, files, probes, theta)
     except (Invalid, Retry, MemoryError, OSError):
         raise
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:

@@ -100,6 +100,7 @@ def _of_spec(spec: run_pb2.RunSpec) -> Iterator[Named]:
     corpora = [("probe", spec.probe), ("training", spec.train), ("hold-out", spec.holdout)]
     corpora += [("hold-out", corpus) for corpus in spec.general_holdouts]
     corpora += [("replay", spec.replay)] if spec.HasField("replay") else []
+    corpora += [("probe", corpus) for corpus in spec.beside]
     for use, corpus in corpora:
         yield Named(f"{use} corpus of {corpus.domain}", corpus.artifact)
 

@@ -7,11 +7,14 @@ another one within a tolerance, which is reported. Needs torch.
 from __future__ import annotations
 
 import functools
+import json
+import math
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from connito.audit.artifacts import Artifacts, base_files, manifest_of
 from connito.audit.differences import Difference, Step, first_difference
@@ -82,36 +85,68 @@ def selection(bench: Bench) -> Step:
         return Step("selection", 0, 0, note="nothing was selected")
     bench.say("selecting again")
     try:
-        what = first_difference(_select(spec, bench.artifacts), made)
+        what = first_difference(_select(spec, bench.artifacts, made), made)
     except Invalid as error:
         what = f"cannot be recomputed: {error}"
     found = (Difference("selection", "run.0.selected", what),) if what else ()
     return Step("selection", 0, sum(len(layer.experts) for layer in made.layers), found)
 
 
-def _select(spec: run_pb2.RunSpec, artifacts: Artifacts) -> run_pb2.SelectionMade:
+def _select(spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.SelectionMade) -> run_pb2.SelectionMade:
+    """The fact as it should be. A report of an older program is taken as it is where what it decides is the same."""
     from connito.merging import STATE_MEDIA_TYPE
-    from connito.moe.choose import choose
+    from connito.moe.choose import Probes, choose
     from connito.store import ref_of_bytes, ref_of_file
 
     public = artifacts_pb2.REALM_PUBLIC
     manifest = manifest_of(artifacts.path(spec.base.manifest))
     replay = artifacts.path(spec.replay.artifact) if spec.HasField("replay") else None
-    probe = artifacts.path(spec.probe.artifact)
+    probes = Probes(
+        artifacts.path(spec.probe.artifact),
+        replay,
+        {corpus.domain: artifacts.path(corpus.artifact) for corpus in spec.beside},
+    )
     with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
         theta = Path(folder) / "theta.safetensors"
-        chosen = choose(spec, manifest, _base(spec, artifacts), probe, replay, theta)
+        chosen = choose(spec, manifest, _base(spec, artifacts), probes, theta)
         statistics = ref_of_bytes(chosen.statistics, STATE_MEDIA_TYPE, public)
+        report = chosen.report(statistics.digest)
+        ref = ref_of_bytes(report, "application/json", public)
+        if ref != made.report and _agrees(artifacts.path(made.report), report, spec.selection.report_version):
+            ref = made.report
         return run_pb2.SelectionMade(
             run=spec.run,
             layers=chosen.layers(),
-            report=ref_of_bytes(chosen.report(statistics.digest), "application/json", public),
+            report=ref,
             initial_state=ref_of_file(theta, STATE_MEDIA_TYPE, public),
             selected_experts=chosen.selection.selected,
             total_experts=chosen.selection.total,
             target_parameters=chosen.target_parameters,
             model_parameters=chosen.model_parameters,
         )
+
+
+def _agrees(made: Path, again: bytes, version: int) -> bool:
+    """Whether a report with other bytes says the same: to the letter what later steps take from it, and within rounding
+    what it tells people. The diagnostics of an older program (version 0) are not compared."""
+    try:
+        there, here = json.loads(made.read_bytes()), json.loads(again)
+    except ValueError:
+        return False
+    decides = ("method", "threshold", "layers", "helpers", "base", "selected", "total")
+    if any(there.get(name) != here.get(name) for name in decides):
+        return False
+    return not version or _close(there | {"statistics": ""}, here | {"statistics": ""})
+
+
+def _close(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_close(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_close, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-5)
+    return bool(one == other)
 
 
 def losses(bench: Bench, models: Models, cycle: int, only: str = "") -> Step:

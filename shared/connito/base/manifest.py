@@ -133,6 +133,11 @@ class Manifest:
         """Size of one expert by layer."""
         return {layer: sum(r.length for r in self.expert_rows(layer, 0)) for layer in self.experts()}
 
+    def expert_value_bytes(self) -> int:
+        """Bytes of one stored value of an expert: 4 for F32, 2 for BF16."""
+        found = [tensor for tensor in self.tensors.values() if is_expert_tensor(tensor.name)]
+        return min((tensor.length // max(1, math.prod(tensor.shape)) for tensor in found), default=4)
+
     def expert_rows(self, layer: int, expert: int) -> list[Range]:
         """The byte ranges of one expert. Raises `NotFound` when the base has no such expert."""
         found = []
@@ -212,6 +217,54 @@ def build_manifest(directory: Path, name: str = "", progress: Callable[[str, flo
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
     return manifest
+
+
+@dataclass(frozen=True)
+class Header:
+    """A tensor as its file's header describes it. `length`: bytes; `values`: how many numbers."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    length: int
+
+    @property
+    def values(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+def headers_of(directory: Path) -> dict[str, Header]:
+    """Every tensor by name, from the headers alone. Raises `Invalid` for a damaged header or a file that was cut."""
+    found: dict[str, Header] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            prefix, entries = _header(path, file.read(8), file.read)
+        for name, entry in entries:
+            first, end = entry["data_offsets"]
+            if len(prefix) + end > path.stat().st_size:
+                raise Invalid(f"{path} ends inside {name}; copy it again", reason=reasons_pb2.REASON_BAD_HEADER)
+            found[name] = Header(path.name, str(entry["dtype"]), tuple(map(int, entry["shape"])), end - first)
+    return found
+
+
+def is_expert_tensor(name: str) -> bool:
+    """Whether a tensor of this name holds routed experts, fused or singly."""
+    return bool(_FUSED.match(name) or _SINGLE.match(name))
+
+
+def expert_sizes(headers: Mapping[str, Header]) -> dict[int, int]:
+    """Bytes of one expert by layer, from headers: what `Manifest.expert_bytes` says without reading a weight."""
+    out: dict[int, int] = {}
+    for name, entry in headers.items():
+        if match := _FUSED.match(name):
+            share = entry.length // max(1, entry.shape[0])
+        elif (match := _SINGLE.match(name)) and match["expert"] == "0":
+            share = entry.length
+        else:
+            continue
+        out[int(match["layer"])] = out.get(int(match["layer"]), 0) + share
+    return dict(sorted(out.items()))
 
 
 def stores_singly(names: Iterable[str], layer: int) -> bool:

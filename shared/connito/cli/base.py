@@ -54,14 +54,36 @@ def show(
 def import_(
     folder: Annotated[Path, typer.Argument(help="Folder of a base model in the Hugging Face layout.")],
     name: Annotated[str, typer.Option(help="Its name [the folder's].")] = "",
+    rewrite: Annotated[
+        Path | None, typer.Option(help="Write the model here with fused experts first; for other ways of storing them.")
+    ] = None,
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Put a base model and its manifest into the platform's store; jobs name it by the manifest's digest."""
+    if rewrite is not None:
+        _rewrite(folder, rewrite)
+        name, folder = name or folder.name, rewrite
     manifest = _manifest(folder, name)
     reference = asyncio.run(_store(folder, manifest, data_dir))
     document = {**_document(folder, manifest), "manifest": reference}
     emit(as_json, document, lambda: f"{manifest.name} is in the store; manifest {reference['digest']}")
+
+
+def _rewrite(folder: Path, out: Path) -> None:
+    """Let transformers rename and fuse, and save the result under the model's own names. Holds the whole model."""
+    from connito.base.checkpoint import save_checkpoint
+    from connito.base.checks import check_files
+    from connito.base.loading import load_full, load_tokenizer
+    from connito.errors import Invalid
+    from connito.moe.layout import require_moe_layers
+
+    check_files(folder)
+    if out.exists():
+        raise Invalid(f"{out} exists; choose another folder for --rewrite, or remove it")
+    model = load_full(folder)
+    require_moe_layers(model)
+    save_checkpoint(model, out, load_tokenizer(folder))
 
 
 async def _store(folder: Path, manifest: Manifest, data_dir: Any) -> dict[str, Any]:
@@ -74,11 +96,14 @@ async def _store(folder: Path, manifest: Manifest, data_dir: Any) -> dict[str, A
 
 
 def _manifest(folder: Path, name: str = "") -> Manifest:
+    """Check the base by its headers, then read it once from front to back."""
+    from connito.base.checks import check_base
     from connito.base.manifest import build_manifest
     from connito.errors import NotFound
 
     if not folder.is_dir():
         raise NotFound(f"there is no folder {folder}; `connito base build` makes one")
+    check_base(folder)
     return build_manifest(folder, name)
 
 

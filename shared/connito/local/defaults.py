@@ -117,7 +117,7 @@ def _demo(wish: Wish) -> Profile:
     spec = RunSpec(
         domain=wish.target,
         cycles=wish.cycles,
-        selection=SelectionPolicy(method="esft-token", threshold=0.5, helpers_per_layer=2),
+        selection=SelectionPolicy(method="esft-token", threshold=0.5, helpers_per_layer=2, causal_effects=4),
         training=TrainPolicy(
             local_steps=6,
             sequence_length=256,
@@ -155,7 +155,7 @@ def _tiny(wish: Wish) -> Profile:
     spec = RunSpec(
         domain=wish.target,
         cycles=wish.cycles,
-        selection=SelectionPolicy(method="esft-token", threshold=0.5, helpers_per_layer=2),
+        selection=SelectionPolicy(method="esft-token", threshold=0.5, helpers_per_layer=2, causal_effects=4),
         training=TrainPolicy(
             local_steps=8,
             sequence_length=64,

@@ -25,8 +25,10 @@ def build_base(params: dict[str, Any]) -> dict[str, Any]:
 
 def manifest(params: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that somebody else made."""
+    from connito.base.checks import check_base
     from connito.base.manifest import build_manifest
 
+    check_base(Path(params["folder"]))
     Path(params["out"]).write_bytes(build_manifest(Path(params["folder"]), params["name"], _progress).to_bytes())
     return {"manifest": params["out"]}
 

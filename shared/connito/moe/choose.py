@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from connito.base.manifest import Manifest
+    from connito.moe.budget import Budget
     from connito.moe.selection import Selection
     from connito.moe.statistics import RoutingStatistics
+
+
+# Tokens of the probe on which interventions are measured: each is a forward pass, and nothing is decided by them.
+PROBED_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -45,29 +50,40 @@ class Chosen:
         return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
-def choose(
-    spec: run_pb2.RunSpec, manifest: Manifest, files: Mapping[str, Path], probe: Path, replay: Path | None, theta: Path
-) -> Chosen:
-    """Route the probe through the base, select, and write θ_0, the target rows of the base, to `theta`.
+@dataclass(frozen=True)
+class Probes:
+    """Corpora to route. `replay` is public general text: `differential` compares with it, and the diagnostics tell the
+    domains apart by it. `beside`: further domains to select together with the run's, by name."""
 
-    `replay` is public general text: `differential` compares with it, and the diagnostics tell the domains apart by it.
+    target: Path
+    replay: Path | None = None
+    beside: Mapping[str, Path] = field(default_factory=dict)
+
+
+def choose(spec: run_pb2.RunSpec, manifest: Manifest, files: Mapping[str, Path], probes: Probes, theta: Path) -> Chosen:
+    """Route the probes through the base, select, and write θ_0, the target rows of the base, to `theta`.
+
     Raises `Invalid` with the reason that ends the run.
     """
     from connito.base.loading import load_full
     from connito.expert import base_digests
     from connito.moe.insert import read_rows
     from connito.moe.state import save_state
+    from connito.moe.statistics import merge_all
 
     model = load_full(files)
-    target = _route(model, spec, probe)
-    general = {} if replay is None else {spec.replay.domain: _route(model, spec, replay)}
-    selection = _select(spec, target, general, manifest.expert_bytes())
+    target = _route(model, spec, probes.target)
+    general = {} if probes.replay is None else {spec.replay.domain: _route(model, spec, probes.replay)}
+    beside = {name: _route(model, spec, path) for name, path in sorted(probes.beside.items())}
+    selection = _select(spec, target, general, beside, _budget(spec, manifest))
+    if spec.selection.causal_effects:
+        selection = _measured(model, spec, probes.target, selection)
     rows = read_rows(model, selection)
     save_state(rows, theta, {"base": spec.base.manifest.digest, "version": "0"})
     digests = base_digests(model, selection.layers)
     return Chosen(
         selection,
-        target.to_bytes(),
+        merge_all([target, *beside.values()]).to_bytes(),
         {"rest": digests.rest, "rows": digests.rows},
         sum(tensor.numel() for tensor in rows.values()),
         sum(parameter.numel() for parameter in model.parameters()),
@@ -90,20 +106,46 @@ def _route(model: nn.Module, spec: run_pb2.RunSpec, path: Path) -> RoutingStatis
     return collect(model, sequences[:, :-1])
 
 
+def _budget(spec: run_pb2.RunSpec, manifest: Manifest) -> Budget:
+    from connito.moe.budget import Budget, of_base
+
+    policy, sizes = spec.selection, manifest.expert_bytes()
+    costs, resident = of_base(
+        sizes,
+        manifest.size,
+        manifest.experts(),
+        value_bytes=manifest.expert_value_bytes(),
+        helpers_per_layer=policy.helpers_per_layer,
+    )
+    return Budget(
+        policy.max_experts, policy.max_bytes, policy.max_vram, policy.scope or "global", costs=costs, resident=resident
+    )
+
+
+def _measured(model: nn.Module, spec: run_pb2.RunSpec, probe: Path, selection: Selection) -> Selection:
+    """The selection with what only interventions in the model can tell, within the run's budget of them."""
+    from connito.moe.diagnostics import measure
+
+    sequences = Corpus.load(probe).sequences(spec.training.sequence_length)
+    found = measure(model, selection.layers, sequences, budget=spec.selection.causal_effects, max_tokens=PROBED_TOKENS)
+    return replace(selection, diagnostics={**selection.diagnostics, **found})
+
+
 def _select(
     spec: run_pb2.RunSpec,
     target: RoutingStatistics,
     general: Mapping[str, RoutingStatistics],
-    expert_bytes: Mapping[int, int],
+    beside: Mapping[str, RoutingStatistics],
+    budget: Budget,
 ) -> Selection:
     from connito.moe.selection import select
 
     policy = spec.selection
     options: dict[str, Any] = {
         "general": general or None,
-        "max_experts": policy.max_experts,
-        "max_bytes": policy.max_bytes,
-        "expert_bytes": expert_bytes,
+        "beside": beside,
+        "contested": policy.contested or "share",
+        "budget": budget,
         "helpers_per_layer": policy.helpers_per_layer,
         "domain": spec.domain,
     }

@@ -18,7 +18,7 @@ import torch
 from connito.errors import Invalid
 from connito.moe.head import Head
 from connito.moe.insert import check_state, read_rows
-from connito.moe.layout import as_targets, check_targets, require_moe_layers
+from connito.moe.layout import as_targets, check_routers, check_targets, require_moe_layers
 from connito.moe.state import split_name
 from connito.v1 import reasons_pb2
 
@@ -44,6 +44,7 @@ class Evaluator:
         self.targets = as_targets(selection)
         self._layers = require_moe_layers(model)
         check_targets(self._layers, self.targets)
+        check_routers(self._layers, selection)
         if not self.targets:
             raise Invalid(
                 "the selection is empty: there is nothing to evaluate", reason=reasons_pb2.REASON_SELECTION_FAILED
@@ -161,6 +162,32 @@ class Evaluator:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
             return False
         return bool(torch.allclose(full, quick, rtol=1e-5, atol=1e-6))
+
+
+class Midway:
+    """Token ids [n, L] of which the layers below one with experts have run; what is above runs as often as asked."""
+
+    def __init__(self, model: nn.Module, experts_name: str, ids: torch.Tensor) -> None:
+        self._model, self._ids = model, ids
+        self._shortcut = _Shortcut.find(model, experts_name)
+        if self._shortcut is not None:
+            self._hidden = self._shortcut.capture(model, ids)
+            try:
+                same = torch.allclose(self._whole(), self.logits(), rtol=1e-4, atol=1e-5)
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+                same = False
+            self._shortcut = self._shortcut if same else None
+
+    def logits(self) -> torch.Tensor:
+        """[n, L, V] of the model as it is now."""
+        if self._shortcut is None:
+            return self._whole()
+        with self._shortcut.enter_with(self._hidden):
+            return self._whole()
+
+    def _whole(self) -> torch.Tensor:
+        out: torch.Tensor = self._model(input_ids=self._ids, use_cache=False).logits
+        return out
 
 
 def _key(sequence: npt.NDArray[Any]) -> bytes:

@@ -27,6 +27,8 @@ ROW_PARAMETERS = (
     "down_proj_bias",
 )
 ROUTER_NAMES = ("gate", "router")
+# What families call an expert that every token passes.
+SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp", "shared_moe")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -79,6 +81,16 @@ def require_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
         why = f"{family!r} is a dense model: it has no routed experts to select"
         remedy = "turn it into one with `connito base build --from MODEL`"
     raise Invalid(f"no trainable experts found: {why}; {remedy}", reason=reasons_pb2.REASON_SELECTION_FAILED)
+
+
+def shared_experts(model: nn.Module) -> list[str]:
+    """Names of the modules that every token passes beside its routed experts. They are in no bank, so no selection can
+    name them; they are listed for people."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if _LAYER.search(name + ".") and name.rpartition(".")[2] in SHARED_NAMES
+    ]
 
 
 def layer_index(module_name: str) -> int:
@@ -137,3 +149,19 @@ def check_targets(layers: Mapping[int, MoELayer], targets: Mapping[int, list[int
                 "made for another base model",
                 reason=reasons_pb2.REASON_SELECTION_FAILED,
             )
+
+
+def check_routers(layers: Mapping[int, MoELayer], selection: Any) -> None:
+    """Raise `Invalid` when a selection says which routers it was made with, and the model's are others.
+
+    A map for another base can fit by its numbers alone; its experts would be the wrong ones all the same.
+    """
+    from connito.moe.statistics import router_digest
+
+    wanted = getattr(selection, "routers", "")
+    if wanted and wanted != router_digest(layers):
+        raise Invalid(
+            "the selection was made for another base model: its routers are not this model's; select again on this base, or "
+            "load the base that the map was made on",
+            reason=reasons_pb2.REASON_SELECTION_FAILED,
+        )

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from connito.errors import Invalid
 from connito.moe.implementation import Implementation, register
-from connito.moe.layout import MoELayer, as_targets, check_targets, require_moe_layers
+from connito.moe.layout import MoELayer, as_targets, check_routers, check_targets, require_moe_layers
 from connito.moe.state import TargetState, split_name, tensor_name
 from connito.v1 import reasons_pb2
 
@@ -68,6 +68,7 @@ def compress(
     """
     layers = require_moe_layers(model)
     targets = as_targets(selection)
+    check_routers(layers, selection)
     plan = resident_plan(layers, targets, helpers or {}, routing_mode)
     model.requires_grad_(False)
     for index, residents in plan.items():

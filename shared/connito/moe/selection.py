@@ -4,20 +4,25 @@ Methods:
   esft-token    shortest prefix by descending token score whose sum reaches p (ESFT, Wang et al. 2024)
   esft-gate     the same with gate scores
   differential  token score of the domain minus γ times that of general text; the prefix covers p of the positive part
-  des-moe       every expert whose score reaches p of the layer's best (DES-MoE map)
+  des-moe       every expert whose score reaches p of the layer's best (DES-MoE map); with earlier statistics, the score is
+                their running mean A ← 0.9·A + 0.1·r
+Several domains: each by itself, then `connito.moe.domains`. Caps: `connito.moe.budget`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from connito.errors import Invalid
-from connito.moe.statistics import FloatArray, RoutingStatistics
+from connito.moe.budget import Budget, Cost
+from connito.moe.diagnostics import diagnose
+from connito.moe.domains import Joint, join, shared, union, within
+from connito.moe.statistics import FloatArray, RoutingStatistics, merge_all
 from connito.v1 import reasons_pb2
 
 METHODS = ("esft-token", "esft-gate", "differential", "des-moe")
@@ -28,7 +33,11 @@ DECIMALS = 4
 
 @dataclass(frozen=True)
 class Selection:
-    """The selection map. `layers`: expert ids best first; `scores`: one score per expert of the layer."""
+    """The selection map. `layers`: expert ids best first; `scores`: one score per expert of the layer.
+
+    domains: what each domain got where several were selected together, shared: what more than one of them has.
+    routers, probes: digests of the routers that chose and of the text they read.
+    """
 
     method: str
     threshold: float
@@ -39,6 +48,10 @@ class Selection:
     mass: float
     helpers: dict[int, list[int]] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    domains: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    shared: dict[int, list[int]] = field(default_factory=dict)
+    routers: str = ""
+    probes: tuple[str, ...] = ()
 
     @property
     def selected(self) -> int:
@@ -57,7 +70,14 @@ class Selection:
             "mass": self.mass,
         }
         if self.helpers:
-            out["helpers"] = {str(layer): experts for layer, experts in self.helpers.items()}
+            out["helpers"] = _named(self.helpers)
+        if self.domains:
+            out["domains"] = {name: _named(layers) for name, layers in self.domains.items()}
+            out["shared"] = _named(self.shared)
+        if self.routers:
+            out["routers"] = self.routers
+        if self.probes:
+            out["probes"] = list(self.probes)
         if self.diagnostics:
             out["diagnostics"] = self.diagnostics
         return out
@@ -70,19 +90,27 @@ class Selection:
     def from_json(cls, data: Mapping[str, Any]) -> Selection:
         """The inverse of `to_json`."""
 
-        def by_layer(name: str) -> dict[int, list[Any]]:
-            return {int(k): list(v) for k, v in data.get(name, {}).items()}
+        def by_layer(found: Mapping[str, Any]) -> dict[int, list[Any]]:
+            return {int(k): list(v) for k, v in found.items()}
 
         return cls(
             data["method"],
             float(data["threshold"]),
-            by_layer("layers"),
-            by_layer("scores"),
+            by_layer(data["layers"]),
+            by_layer(data["scores"]),
             int(data["total"]),
             float(data["mass"]),
-            by_layer("helpers"),
+            by_layer(data.get("helpers", {})),
             dict(data.get("diagnostics", {})),
+            {name: by_layer(layers) for name, layers in data.get("domains", {}).items()},
+            by_layer(data.get("shared", {})),
+            data.get("routers", ""),
+            tuple(data.get("probes", ())),
         )
+
+
+def _named(layers: Mapping[int, list[int]]) -> dict[str, list[int]]:
+    return {str(layer): experts for layer, experts in layers.items()}
 
 
 def select(
@@ -92,6 +120,10 @@ def select(
     *,
     general: Mapping[str, RoutingStatistics] | None = None,
     gamma: float = 1.0,
+    beside: Mapping[str, RoutingStatistics] | None = None,
+    contested: str = "share",
+    earlier: Sequence[RoutingStatistics] = (),
+    budget: Budget | None = None,
     max_experts: int = 0,
     max_bytes: int = 0,
     expert_bytes: Mapping[int, int] | int = 0,
@@ -102,48 +134,91 @@ def select(
     """The experts that `target`'s text uses.
 
     threshold: p of the method, in (0, 1]; None takes the method's own. general: statistics of other domains by name,
-    needed by `differential`, used by every method for the diagnostics. Caps: `max_experts` and `max_bytes` over all
-    layers (best total score first), `max_experts_per_layer`; 0 is no cap; `expert_bytes` is the size of one expert, by
-    layer or for all. helpers_per_layer: frozen experts to keep beside the targets, most used first.
+    needed by `differential`, used by every method for the diagnostics. beside: domains to select together with
+    `domain`, by name; `contested` is the rule for experts that several choose (`connito.moe.domains`). earlier: older
+    statistics of the target, oldest first, which `des-moe` takes into its running mean. budget: caps; `max_experts` and
+    `max_bytes` (with `expert_bytes`, the size of one expert, by layer or for all) are short for a global one,
+    `max_experts_per_layer` cuts each layer before. helpers_per_layer: frozen experts to keep beside the targets, most
+    used first.
 
     Raises `Invalid` (SELECTION_FAILED) with cause and remedy.
     """
     p = DEFAULT_THRESHOLD.get(method, 0.0) if threshold is None else threshold
-    _check(target, method, p, general, max_bytes, expert_bytes)
-    scores = {index: _scores(target, index, method, general, gamma) for index in sorted(target.layers)}
-    layers = {index: _prefix(scores[index], method, p) for index in scores}
-    if max_experts_per_layer:
-        layers = {index: experts[:max_experts_per_layer] for index, experts in layers.items()}
-    sizes = {index: expert_bytes if isinstance(expert_bytes, int) else int(expert_bytes[index]) for index in layers}
-    if max_experts or max_bytes:
-        layers = _budgeted(layers, scores, sizes, max_experts, max_bytes)
-    layers = {index: experts for index, experts in layers.items() if experts}
+    together = {domain: target, **(beside or {})}
+    _check(together, method, p, general, earlier)
+    sizes = {i: expert_bytes if isinstance(expert_bytes, int) else int(expert_bytes[i]) for i in target.layers}
+    budget = budget or Budget(max_experts, max_bytes, costs={i: Cost(size, size) for i, size in sizes.items()})
+    budget.check()
+    scores = {
+        name: {
+            index: _scores(found, index, method, general, gamma, earlier if name == domain else ())
+            for index in sorted(found.layers)
+        }
+        for name, found in together.items()
+    }
+    best = {index: np.max([found[index] for found in scores.values()], axis=0) for index in scores[domain]}
+    alone = {
+        name: {index: _prefix(found[index], method, p)[: max_experts_per_layer or None] for index in found}
+        for name, found in scores.items()
+    }
+    joint = join(alone, scores, contested)
+    maps, layers = _capped(joint, scores, best, contested, budget)
     if not layers:
         raise _invalid(
             "no expert scores above zero: the target text routes exactly as the general text does; use esft-token"
         )
-    usage = {index: target.layers[index].token_score for index in target.layers}
+    usage = {
+        index: np.mean([found.layers[index].token_score for found in together.values()], axis=0) for index in layers
+    }
+    everyone = target if len(together) == 1 else merge_all(together.values())
     return Selection(
         method,
         float(p),
         layers,
-        {index: [float(x) for x in score] for index, score in scores.items()},
-        sum(len(score) for score in scores.values()),
+        {index: [float(x) for x in score] for index, score in best.items()},
+        sum(len(score) for score in best.values()),
         float(np.mean([usage[index][experts].sum() for index, experts in layers.items()])),
-        choose_helpers(target, layers, helpers_per_layer),
-        diagnose({domain: target, **(general or {})}, layers, domain),
+        _helpers(usage, layers, helpers_per_layer),
+        diagnose({**together, **(general or {})}, layers, domain)
+        | ({"contested": contested, "conflicts": joint.conflicts} if len(together) > 1 else {}),
+        maps if len(together) > 1 else {},
+        shared(maps),
+        everyone.routers,
+        everyone.probes,
     )
+
+
+def _capped(
+    joint: Joint, scores: Mapping[str, dict[int, FloatArray]], best: dict[int, FloatArray], rule: str, budget: Budget
+) -> tuple[dict[str, dict[int, list[int]]], dict[int, list[int]]]:
+    """(each domain's map, all together) within the budget, without empty layers."""
+    maps = joint.maps
+    if budget and rule == "duplicate" and len(maps) > 1:
+        part = replace(budget, experts=budget.experts // len(maps), size=budget.size // len(maps))
+        if (budget.experts and not part.experts) or (budget.size and not part.size):
+            raise _invalid(
+                f"the budget shared by {len(maps)} domains leaves nothing for each: raise it, or share experts"
+            )
+        part.check()
+        maps = {name: part.fit(found, scores[name]) for name, found in maps.items()}
+    elif budget:
+        maps = within(maps, budget.fit(union(maps, best), best))
+    maps = {name: {index: experts for index, experts in found.items() if experts} for name, found in maps.items()}
+    return maps, union(maps, best)
 
 
 def choose_helpers(target: RoutingStatistics, layers: Mapping[int, list[int]], count: int) -> dict[int, list[int]]:
     """The `count` experts per layer that the domain uses most after the selected ones, most used first."""
+    return _helpers({index: target.layers[index].token_score for index in layers}, layers, count)
+
+
+def _helpers(usage: Mapping[int, FloatArray], layers: Mapping[int, list[int]], count: int) -> dict[int, list[int]]:
     if count <= 0:
         return {}
-    out = {}
-    for index, experts in layers.items():
-        order = _descending(target.layers[index].token_score)
-        out[index] = [e for e in order if e not in set(experts)][:count]
-    return out
+    return {
+        index: [e for e in _descending(usage[index]) if e not in set(experts)][:count]
+        for index, experts in layers.items()
+    }
 
 
 def des_moe_map(domains: Mapping[str, RoutingStatistics], threshold: float = 0.6) -> dict[int, dict[str, list[int]]]:
@@ -164,49 +239,13 @@ def ema(previous: FloatArray | None, current: FloatArray, decay: float = 0.9) ->
     return current if previous is None else np.asarray(decay * previous + (1 - decay) * current)
 
 
-def diagnose(domains: Mapping[str, RoutingStatistics], layers: Mapping[int, list[int]], domain: str) -> dict[str, Any]:
-    """What a person wants to see beside the map: nothing here decides.
-
-    Per layer: `domain_entropy` H_e = −Σ_d p ln p / ln D of each expert (0 = one domain only, 1 = all alike; needs two
-    domains), `unused` experts of the target, `utilisation` of the others' text, `coactivation` of selected pairs; and
-    `mass_by_domain`, the share of each domain's routing that falls on the selected experts.
-    """
-    out: dict[str, Any] = {
-        "tokens": {name: statistics.tokens for name, statistics in domains.items()},
-        "mass_by_domain": {
-            name: float(np.mean([statistics.layers[i].token_score[e].sum() for i, e in layers.items()]))
-            for name, statistics in domains.items()
-        },
-        "layers": {},
-    }
-    for index, experts in layers.items():
-        own = domains[domain].layers[index]
-        entry: dict[str, Any] = {
-            "unused": [int(e) for e in np.flatnonzero(own.counts == 0)],
-            "first_choice": [float(x) for x in own.first / max(1, own.tokens)],
-            "coactivation": {
-                f"{a}-{b}": float(own.together[a, b] / max(1, own.tokens))
-                for i, a in enumerate(experts)
-                for b in experts[i + 1 :]
-            },
-        }
-        if len(domains) > 1:
-            entry["domain_entropy"] = [
-                float(x) for x in _entropy([s.layers[index].token_score for s in domains.values()])
-            ]
-        out["layers"][str(index)] = entry
-    return out
-
-
-def _entropy(scores: list[FloatArray]) -> FloatArray:
-    table = np.stack(scores)
-    share = table / np.maximum(table.sum(axis=0), 1e-300)
-    logs = np.log(np.where(share > 0, share, 1.0))
-    return np.asarray(-(share * logs).sum(axis=0) / np.log(len(scores)))
-
-
 def _scores(
-    target: RoutingStatistics, index: int, method: str, general: Mapping[str, RoutingStatistics] | None, gamma: float
+    target: RoutingStatistics,
+    index: int,
+    method: str,
+    general: Mapping[str, RoutingStatistics] | None,
+    gamma: float,
+    earlier: Sequence[RoutingStatistics],
 ) -> FloatArray:
     layer = target.layers[index]
     if method == "esft-token":
@@ -217,7 +256,11 @@ def _scores(
         assert general
         others = np.mean([statistics.layers[index].token_score for statistics in general.values()], axis=0)
         return np.asarray(layer.token_score - gamma * others)
-    return layer.token_score
+    running: FloatArray | None = None
+    for statistics in (*earlier, target):
+        running = ema(running, statistics.layers[index].token_score)
+    assert running is not None
+    return running
 
 
 def _prefix(scores: FloatArray, method: str, p: float) -> list[int]:
@@ -244,64 +287,36 @@ def _descending(scores: FloatArray) -> list[int]:
     return [int(e) for e in np.argsort(-scores, kind="stable")]
 
 
-def _budgeted(
-    layers: Mapping[int, list[int]],
-    scores: Mapping[int, FloatArray],
-    sizes: Mapping[int, int],
-    max_experts: int,
-    max_bytes: int,
-) -> dict[int, list[int]]:
-    """Best scores first over all layers, until a cap is met; an expert that does not fit is passed over."""
-    ranked = sorted(
-        ((float(scores[i][e]), i, rank, e) for i, experts in layers.items() for rank, e in enumerate(experts)),
-        key=lambda item: (-item[0], item[1], item[2]),
-    )
-    kept: dict[int, list[int]] = {i: [] for i in layers}
-    count = used = 0
-    for _, index, _, expert in ranked:
-        if max_experts and count >= max_experts:
-            break
-        if max_bytes and used + sizes[index] > max_bytes:
-            continue
-        kept[index].append(expert)
-        count, used = count + 1, used + sizes[index]
-    return kept
-
-
 def _check(
-    target: RoutingStatistics,
+    together: Mapping[str, RoutingStatistics],
     method: str,
     p: float,
     general: Mapping[str, RoutingStatistics] | None,
-    max_bytes: int,
-    expert_bytes: Mapping[int, int] | int,
+    earlier: Sequence[RoutingStatistics],
 ) -> None:
     if method not in METHODS:
         raise _invalid(f"unknown selection method {method!r}: use {', '.join(METHODS)}")
     if not 0 < p <= 1:
         raise _invalid(f"the threshold is {p}, but it is a share: give a number above 0 and at most 1")
-    if not target.layers:
-        raise _invalid(
-            "the statistics hold no MoE layer: the model is dense; turn it into an MoE with `connito base build`"
-        )
-    if target.tokens == 0:
-        raise _invalid("the probe is empty: no token was routed; give text of the target domain")
     if method == "differential" and not general:
         raise _invalid("the differential method compares with general text: give it with --general")
-    for name, statistics in (general or {}).items():
-        if set(statistics.layers) != set(target.layers) or any(
-            len(statistics.layers[i].counts) != len(target.layers[i].counts) for i in target.layers
-        ):
+    if earlier and method != "des-moe":
+        raise _invalid("only des-moe keeps a running mean over earlier statistics: leave them out, or merge them")
+    first = next(iter(together.values()))
+    others = {**together, **(general or {}), **{f"earlier {n + 1}": part for n, part in enumerate(earlier)}}
+    for name, statistics in others.items():
+        if not statistics.layers:
+            raise _invalid(
+                "the statistics hold no MoE layer: the model is dense; turn it into an MoE with `connito base build`"
+            )
+        if statistics.tokens == 0:
+            raise _invalid("the probe is empty: no token was routed; give text of the target domain")
+        same = set(statistics.layers) == set(first.layers) and all(
+            len(statistics.layers[i].counts) == len(first.layers[i].counts) for i in first.layers
+        )
+        if not same or (first.routers and statistics.routers and first.routers != statistics.routers):
             raise _invalid(
                 f"the statistics of {name!r} are of another model than the target's: collect both on one base"
-            )
-    if max_bytes:
-        smallest = expert_bytes if isinstance(expert_bytes, int) else min(expert_bytes.values(), default=0)
-        if smallest <= 0:
-            raise _invalid("a cap in bytes needs the size of an expert: give --base, or cap with --max-experts")
-        if max_bytes < smallest:
-            raise _invalid(
-                f"the budget of {max_bytes} bytes is too small for one expert, which takes {smallest}: raise --max-bytes"
             )
 
 

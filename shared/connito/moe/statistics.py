@@ -1,12 +1,15 @@
 """What a router did on some text, counted: the ground that every selection method stands on.
 
-Shapes: T tokens, N experts, k experts per token. Counts are per layer and add up, so corpora can be read in pieces.
+Shapes: T tokens, N experts, k experts per token. Everything is an integer and adds up: a corpus read in pieces, by
+several workers and in any order gives the same bytes as one reader, in memory that does not depend on its length.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +23,13 @@ from connito.v1 import reasons_pb2
 if TYPE_CHECKING:
     from torch import nn
 
+    from connito.moe.layout import MoELayer
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+
+# Gate weights are counted in units of this size: sums of integers do not depend on the order, sums of floats do.
+GATE_UNIT = 2.0**-30
 
 
 @dataclass
@@ -31,7 +39,7 @@ class LayerRouting:
     tokens: int
     top_k: int
     counts: IntArray  # [N] times chosen
-    gate_sums: FloatArray  # [N] gate weight received
+    gate_units: IntArray  # [N] gate weight received, in units of GATE_UNIT
     first: IntArray  # [N] times chosen first
     together: IntArray  # [N, N] times chosen for the same token; the diagonal equals counts
 
@@ -41,6 +49,11 @@ class LayerRouting:
         return np.asarray(self.counts / max(1, self.tokens * self.top_k))
 
     @property
+    def gate_sums(self) -> FloatArray:
+        """Gate weight received, [N]."""
+        return np.asarray(self.gate_units * GATE_UNIT)
+
+    @property
     def gate_score(self) -> FloatArray:
         """g[e] = mean over all tokens of the gate weight given to e, [N] (ESFT, Wang et al. 2024, eq. 6)."""
         return np.asarray(self.gate_sums / max(1, self.tokens))
@@ -48,9 +61,15 @@ class LayerRouting:
 
 @dataclass
 class RoutingStatistics:
-    """Routing on one domain's text, by layer."""
+    """Routing on one domain's text, by layer.
+
+    `probes`: SHA-256 of each piece of text that was counted, sorted. `routers`: SHA-256 of the routers that chose, which
+    stay what they are in every version of a base; empty where it is not known (a trace).
+    """
 
     layers: dict[int, LayerRouting] = field(default_factory=dict)
+    probes: tuple[str, ...] = ()
+    routers: str = ""
 
     @property
     def tokens(self) -> int:
@@ -61,9 +80,15 @@ class RoutingStatistics:
         """Count one batch: expert ids and gate weights, both [T, k]. Ids outside 0..N−1 (skipped slots) do not count."""
         known = self.layers.get(layer) or _empty(num_experts, ids.shape[1])
         flat_ids, flat_weights = ids.astype(np.int64), weights.astype(np.float64)
+        if not np.isfinite(flat_weights).all():
+            raise Invalid(
+                f"the router of layer {layer} gave weights that are not finite: the model is damaged, or its type overflows; "
+                "load it in F32 or BF16, or copy it again",
+                reason=reasons_pb2.REASON_NON_FINITE,
+            )
         inside = (flat_ids >= 0) & (flat_ids < num_experts)
         known.counts += np.bincount(flat_ids[inside], minlength=num_experts)
-        known.gate_sums += np.bincount(flat_ids[inside], weights=flat_weights[inside], minlength=num_experts)
+        np.add.at(known.gate_units, flat_ids[inside], np.rint(flat_weights[inside] / GATE_UNIT).astype(np.int64))
         strongest = flat_ids[np.arange(len(ids)), flat_weights.argmax(axis=1)] if len(ids) else flat_ids[:, 0]
         known.first += np.bincount(strongest[(strongest >= 0) & (strongest < num_experts)], minlength=num_experts)
         for a, b in np.ndindex(ids.shape[1], ids.shape[1]):
@@ -74,14 +99,30 @@ class RoutingStatistics:
         self.layers[layer] = known
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
-        """The statistics of both texts together. Raises `Invalid` when they are of different models."""
-        out = RoutingStatistics(dict(self.layers))
+        """The statistics of both texts together, exactly: the order of merging does not show in the bytes.
+
+        Raises `Invalid` when they are of different models, or hold the same piece of text.
+        """
+        if self.routers and other.routers and self.routers != other.routers:
+            raise Invalid(
+                f"these are statistics of different models: their routers are {self.routers[:12]} and {other.routers[:12]}; "
+                "collect all of them on one base",
+                reason=reasons_pb2.REASON_SELECTION_FAILED,
+            )
+        if twice := set(self.probes) & set(other.probes):
+            raise Invalid(
+                f"the text {min(twice)[:12]} is in both statistics and would count twice; leave one of them out",
+                reason=reasons_pb2.REASON_SELECTION_FAILED,
+            )
+        probes = tuple(sorted((*self.probes, *other.probes)))
+        out = RoutingStatistics(dict(self.layers), probes, self.routers or other.routers)
         for index, theirs in other.layers.items():
             ours = out.layers.get(index)
             if ours is not None and (len(ours.counts), ours.top_k) != (len(theirs.counts), theirs.top_k):
                 raise Invalid(
                     f"layer {index} has {len(ours.counts)} experts in one and {len(theirs.counts)} in the other: these are "
-                    "statistics of different models"
+                    "statistics of different models",
+                    reason=reasons_pb2.REASON_SELECTION_FAILED,
                 )
             out.layers[index] = (
                 theirs
@@ -90,7 +131,7 @@ class RoutingStatistics:
                     ours.tokens + theirs.tokens,
                     ours.top_k,
                     ours.counts + theirs.counts,
-                    ours.gate_sums + theirs.gate_sums,
+                    ours.gate_units + theirs.gate_units,
                     ours.first + theirs.first,
                     ours.together + theirs.together,
                 )
@@ -98,7 +139,7 @@ class RoutingStatistics:
         return out
 
     def to_bytes(self) -> bytes:
-        """As safetensors."""
+        """As safetensors; what was counted is in the metadata. One metadata key: the writer does not keep their order."""
         from safetensors.numpy import save
 
         tensors: dict[str, npt.NDArray[Any]] = {}
@@ -106,28 +147,48 @@ class RoutingStatistics:
             tensors |= {
                 f"layers.{index}.size": np.array([layer.tokens, layer.top_k], dtype=np.int64),
                 f"layers.{index}.counts": layer.counts,
-                f"layers.{index}.gate_sums": layer.gate_sums,
+                f"layers.{index}.gate_units": layer.gate_units,
                 f"layers.{index}.first": layer.first,
                 f"layers.{index}.together": layer.together,
             }
-        return bytes(save(tensors))
+        about = {"probes": list(self.probes), "routers": self.routers}
+        return bytes(save(tensors, metadata={"connito": json.dumps(about, sort_keys=True)}))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RoutingStatistics:
-        """The inverse of `to_bytes`."""
+        """The inverse of `to_bytes`. Raises `Invalid` for anything else."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        tensors = load(data)
-        out = cls()
-        for index in sorted({int(name.split(".")[1]) for name in tensors}):
-            part = {
-                name: tensors[f"layers.{index}.{name}"] for name in ("size", "counts", "gate_sums", "first", "together")
-            }
-            tokens, top_k = (int(x) for x in part["size"])
-            out.layers[index] = LayerRouting(
-                tokens, top_k, part["counts"], part["gate_sums"], part["first"], part["together"]
-            )
+        try:
+            tensors = load(data)
+            about = json.loads(_metadata(data).get("connito", "{}"))
+            out = cls({}, tuple(about.get("probes", ())), about.get("routers", ""))
+            for index in sorted({int(name.split(".")[1]) for name in tensors}):
+                tokens, top_k = (int(x) for x in tensors[f"layers.{index}.size"])
+                counts, units, first, together = (
+                    tensors[f"layers.{index}.{name}"] for name in ("counts", "gate_units", "first", "together")
+                )
+                out.layers[index] = LayerRouting(tokens, top_k, counts, units, first, together)
+        except (SafetensorError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise Invalid(
+                f"these are not routing statistics: {error!r}; make them with `connito select … --save-statistics FILE`",
+                reason=reasons_pb2.REASON_SELECTION_FAILED,
+            ) from error
         return out
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return dict(header.get("__metadata__", {}))
+
+
+def merge_all(parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
+    """All of them together. Raises `Invalid` as `merge` does."""
+    out = RoutingStatistics()
+    for part in parts:
+        out = out.merge(part)
+    return out
 
 
 def read_trace(path: Path, num_experts: int = 0) -> RoutingStatistics:
@@ -139,13 +200,16 @@ def read_trace(path: Path, num_experts: int = 0) -> RoutingStatistics:
     if not path.exists():
         raise NotFound(f"there is no routing trace at {path}")
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+        data = path.read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError) as error:
         raise Invalid(
             f"{path} is not an .npz archive of arrays: {error}", reason=reasons_pb2.REASON_SELECTION_FAILED
         ) from error
-    return from_arrays(arrays, num_experts, str(path))
+    out = from_arrays(arrays, num_experts, str(path))
+    out.probes = (hashlib.sha256(data).hexdigest(),)
+    return out
 
 
 def from_arrays(arrays: dict[str, npt.NDArray[Any]], num_experts: int, what: str) -> RoutingStatistics:
@@ -185,17 +249,19 @@ def collect(
 ) -> RoutingStatistics:
     """Route `sequences` (int32 [n, L], or several such arrays of different L) through `model` and count.
 
-    Reads what the routers report, through forward hooks: some families choose by more than their logits. Raises
-    `Invalid` for a dense model, an unsupported family or an empty probe.
+    Reads what the routers report, through forward hooks: some families choose by more than their logits. Sequences may
+    come from a generator: one array is in memory at a time. Raises `Invalid` for a dense model, an unsupported family or
+    an empty probe.
     """
     import torch
 
     from connito.moe.layout import require_moe_layers
     from connito.moe.resident import choice
 
-    out = RoutingStatistics()
+    layers = require_moe_layers(model)
+    out, read = RoutingStatistics(routers=router_digest(layers)), hashlib.sha256()
     handles = []
-    for index, layer in require_moe_layers(model).items():
+    for index, layer in layers.items():
 
         def hook(_: nn.Module, __: Any, output: Any, index: int = index, total: int = layer.num_experts) -> None:
             _logits, weights, ids = choice(output)
@@ -205,12 +271,13 @@ def collect(
             )
 
         handles.append(layer.router.register_forward_hook(hook))
-    groups = [sequences] if isinstance(sequences, np.ndarray) else list(sequences)
+    groups = [sequences] if isinstance(sequences, np.ndarray) else sequences
     device = next(model.parameters()).device
     body: Any = getattr(model, getattr(model, "base_model_prefix", "") or "model", model)
     try:
         with torch.inference_mode():
             for group in groups:
+                read.update(f"{group.shape}".encode() + np.ascontiguousarray(group, dtype="<i4").tobytes())
                 for ids in _batches(group, batch_tokens):
                     body(input_ids=torch.from_numpy(ids.astype(np.int64)).to(device), use_cache=False)
     finally:
@@ -220,7 +287,20 @@ def collect(
         raise Invalid(
             "the probe text is empty: give text of the target domain", reason=reasons_pb2.REASON_SELECTION_FAILED
         )
+    out.probes = (read.hexdigest(),)
     return out
+
+
+def router_digest(layers: Mapping[int, MoELayer]) -> str:
+    """SHA-256 over the routers' parameters and buffers: what decides the routing, and what no training here changes."""
+    import torch
+
+    state = hashlib.sha256()
+    for index, layer in sorted(layers.items()):
+        for name, tensor in sorted(layer.router.state_dict().items()):
+            state.update(f"{index}.{name}{tuple(tensor.shape)}".encode())
+            state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
 
 
 def _batches(group: npt.NDArray[Any], batch_tokens: int) -> Iterable[npt.NDArray[Any]]:
@@ -233,7 +313,7 @@ def _empty(num_experts: int, top_k: int) -> LayerRouting:
         0,
         top_k,
         np.zeros(num_experts, dtype=np.int64),
-        np.zeros(num_experts, dtype=np.float64),
+        np.zeros(num_experts, dtype=np.int64),
         np.zeros(num_experts, dtype=np.int64),
         np.zeros((num_experts, num_experts), dtype=np.int64),
     )

@@ -101,6 +101,11 @@ class SelectionPolicy(_message.Message):
     MAX_EXPERTS_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     HELPERS_PER_LAYER_FIELD_NUMBER: _builtins.int
+    MAX_VRAM_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    CONTESTED_FIELD_NUMBER: _builtins.int
+    CAUSAL_EFFECTS_FIELD_NUMBER: _builtins.int
+    REPORT_VERSION_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """esft-token, esft-gate, differential, des-moe."""
     threshold: _builtins.float
@@ -109,6 +114,16 @@ class SelectionPolicy(_message.Message):
     max_bytes: _builtins.int
     helpers_per_layer: _builtins.int
     """Frozen experts that stay resident beside the targets of each layer."""
+    max_vram: _builtins.int
+    """Bytes that a miner's training may take, without activations. 0: no cap."""
+    scope: _builtins.str
+    """Caps hold over all layers (global, the default) or for each (layer)."""
+    contested: _builtins.str
+    """Who gets an expert that several domains chose: share (the default), duplicate, exclusive."""
+    causal_effects: _builtins.int
+    """At most so many selected experts have their causal effect measured for the report, one forward pass each. 0: none."""
+    report_version: _builtins.int
+    """Filled in by the coordinator. 0: the report of an older program, whose diagnostics an audit does not compare."""
     def __init__(
         self,
         *,
@@ -117,10 +132,15 @@ class SelectionPolicy(_message.Message):
         max_experts: _builtins.int = ...,
         max_bytes: _builtins.int = ...,
         helpers_per_layer: _builtins.int = ...,
+        max_vram: _builtins.int = ...,
+        scope: _builtins.str = ...,
+        contested: _builtins.str = ...,
+        causal_effects: _builtins.int = ...,
+        report_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["helpers_per_layer", b"helpers_per_layer", "max_bytes", b"max_bytes", "max_experts", b"max_experts", "method", b"method", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["causal_effects", b"causal_effects", "contested", b"contested", "helpers_per_layer", b"helpers_per_layer", "max_bytes", b"max_bytes", "max_experts", b"max_experts", "max_vram", b"max_vram", "method", b"method", "report_version", b"report_version", "scope", b"scope", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -328,6 +348,7 @@ class RunSpec(_message.Message):
     LICENSE_FIELD_NUMBER: _builtins.int
     DATA_STATEMENT_FIELD_NUMBER: _builtins.int
     EMISSION_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     domain: _builtins.str
     cycles: _builtins.int
@@ -362,6 +383,10 @@ class RunSpec(_message.Message):
     def merging(self) -> Global___MergePolicy: ...
     @_builtins.property
     def windows(self) -> Global___WindowPolicy: ...
+    @_builtins.property
+    def beside(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorpusRef]:
+        """Probes of further domains whose experts are selected together with this one's; `train` then holds text of all of them."""
+
     def __init__(
         self,
         *,
@@ -383,10 +408,11 @@ class RunSpec(_message.Message):
         license: _builtins.str = ...,
         data_statement: _builtins.str = ...,
         emission: _builtins.int = ...,
+        beside: _abc.Iterable[Global___CorpusRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "holdout", b"holdout", "merging", b"merging", "probe", b"probe", "replay", b"replay", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "customer", b"customer", "cycles", b"cycles", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "probe", b"probe", "replay", b"replay", "run", b"run", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "probe", b"probe", "replay", b"replay", "run", b"run", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

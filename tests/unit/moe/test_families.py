@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from connito.errors import Invalid
 from connito.moe.evaluate import Evaluator
 from connito.moe.insert import assert_only_changed, fingerprint, read_rows, write_rows
-from connito.moe.layout import require_moe_layers
+from connito.moe.layout import require_moe_layers, shared_experts
 from connito.moe.resident import compress, target_parameters
+from connito.moe.selection import select
+from connito.moe.statistics import collect
 
 # Whatever of these a family's configuration knows makes it tiny.
 SMALL: dict[str, Any] = {
@@ -142,6 +145,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "solar_open": {},
     "zaya": {"num_experts_per_tok": 1},
 }
+# Families whose layers also have experts that every token passes, by their own default.
+SHARED_TOO = {
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "qwen2_moe",
+    "qwen3_next",
+    "granitemoeshared",
+    "nemotron_h",
+    "hunyuan_v1_moe",
+}
 # Their layers hand more to the next one than hidden states: no entering midway, the whole model runs instead.
 HAND_MORE_ON = {"zaya"}
 IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -216,3 +230,50 @@ def test_family(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_experts_and_dense_layers_cannot_be_selected(family: str) -> None:
+    model = tiny_model(family)
+    layers, common = require_moe_layers(model), shared_experts(model)
+    assert common or family not in SHARED_TOO
+    statistics = collect(model, IDS.numpy().astype("int32"))
+    chosen = select(statistics, "esft-token", 1.0)
+    assert set(statistics.layers) == set(layers)
+    assert chosen.total == 4 * len(layers), "routed experts and nothing else are counted"
+    inside = {f"{layer.experts_name}.{name}" for layer in layers.values() for name in layer.parameters}
+    assert not [name for name in inside if any(name.startswith(other + ".") for other in common)]
+
+    # Training every expert there is to select still leaves all the others as they were.
+    worker = compress(copy.deepcopy(model), chosen)
+    trainable = {name for name, p in worker.named_parameters() if p.requires_grad}
+    assert trainable
+    assert not [name for name in trainable if any(name.startswith(other + ".") for other in common)]
+    kept = dict(worker.named_parameters())
+    for name, _ in model.named_parameters():
+        if name not in inside and name in kept:
+            assert not kept[name].requires_grad
+
+
+def test_a_layer_without_experts_is_not_there_to_select() -> None:
+    FAMILIES["deepseek_v2"], before = {**FAMILIES["deepseek_v2"], "first_k_dense_replace": 1}, FAMILIES["deepseek_v2"]
+    try:
+        model = tiny_model("deepseek_v2")
+    finally:
+        FAMILIES["deepseek_v2"] = before
+    assert list(collect(model, IDS.numpy().astype("int32")).layers) == [1]
+    with pytest.raises(Invalid, match="the model's MoE layers are"):
+        Evaluator(model, {0: [1]})
+
+
+def test_a_map_for_another_base_is_refused_though_its_numbers_fit() -> None:
+    first, second = tiny_model("olmoe"), tiny_model("olmoe")
+    chosen = select(collect(first, IDS.numpy().astype("int32")), "esft-token", 0.3)
+    Evaluator(second, chosen)
+    compress(copy.deepcopy(second), chosen)
+    with torch.no_grad():
+        next(require_moe_layers(second)[1].router.parameters()).mul_(2)
+    for use in (Evaluator, compress):
+        with pytest.raises(Invalid, match="made for another base model"):
+            use(second, chosen)  # type: ignore[operator]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from connito.errors import Invalid
-from connito.moe.statistics import RoutingStatistics, collect
+from connito.moe.layout import require_moe_layers
+from connito.moe.statistics import RoutingStatistics, collect, merge_all
 
 
 def test_counts_add_up_and_survive_storage(full: Any, sequences: Any) -> None:
@@ -54,3 +55,56 @@ def test_statistics_of_different_models_do_not_merge() -> None:
     large.add(0, 3, np.array([[0]]), np.array([[1.0]]))
     with pytest.raises(Invalid, match="different models"):
         small.merge(large)
+
+
+def test_shards_merge_to_the_same_bytes_in_any_order() -> None:
+    rng = np.random.default_rng(0)
+    parts = []
+    for number in range(4):
+        part = RoutingStatistics(probes=(f"{number}" * 64,), routers="r")
+        for layer in (3, 1):
+            ids = rng.permuted(np.tile(np.arange(8), (50, 1)), axis=1)[:, :2]
+            part.add(layer, 8, ids, rng.random((50, 2), dtype=np.float32) * 2.5)
+        parts.append(part)
+    forward, backward = merge_all(parts), merge_all([parts[2].merge(parts[3]), parts[1], parts[0]])
+    assert forward.to_bytes() == backward.to_bytes()
+    assert forward.probes == tuple(f"{n}" * 64 for n in range(4))
+    assert forward.tokens == 200
+
+
+def test_text_is_known_by_its_digest_and_counts_once(full: Any, sequences: Any) -> None:
+    text = sequences("recipes", 4, 3)[:, :-1]
+    first, second = collect(full, text[:2]), collect(full, iter([text[2:]]))
+    assert first.probes != second.probes
+    assert collect(full, text[:2]).probes == first.probes
+    assert RoutingStatistics.from_bytes(first.to_bytes()).probes == first.probes
+    with pytest.raises(Invalid, match="would count twice"):
+        first.merge(collect(full, text[:2]))
+
+
+def test_statistics_know_the_routers_they_came_from(full: Any, sequences: Any) -> None:
+    text = sequences("recipes", 2, 3)[:, :-1]
+    before = collect(full, text)
+    layer = next(iter(require_moe_layers(full).values()))
+    bank: Any = layer.experts.down_proj
+    with torch.no_grad():
+        bank.mul_(1.1)
+    assert collect(full, text).routers == before.routers, "training experts does not change who chooses"
+    with torch.no_grad():
+        next(layer.router.parameters()).mul_(1.1)
+    with pytest.raises(Invalid, match="different models"):
+        before.merge(collect(full, sequences("logs", 2, 3)[:, :-1]))
+
+
+def test_other_files_are_not_statistics() -> None:
+    for data in (b"", b"nothing", b"\x02\0\0\0\0\0\0\0{}"):
+        if data.endswith(b"{}"):
+            assert RoutingStatistics.from_bytes(data).tokens == 0
+            continue
+        with pytest.raises(Invalid, match="--save-statistics"):
+            RoutingStatistics.from_bytes(data)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(Invalid, match="not finite"):
+        RoutingStatistics().add(0, 2, np.array([[0]]), np.array([[np.nan]]))

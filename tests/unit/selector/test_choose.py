@@ -5,7 +5,7 @@ import json
 import pytest
 from connito.errors import Invalid
 from connito.expert import base_digests
-from connito.moe.choose import choose
+from connito.moe.choose import Probes, choose
 from connito.moe.insert import read_rows
 from connito.moe.state import load_state
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
@@ -19,7 +19,7 @@ def run(inputs, theta, **policy):
     spec.CopyFrom(inputs.spec)
     for name, value in policy.items():
         setattr(spec.selection, name, value)
-    return choose(spec, inputs.manifest, inputs.files, inputs.probe, inputs.replay, theta)
+    return choose(spec, inputs.manifest, inputs.files, Probes(inputs.probe, inputs.replay), theta)
 
 
 def test_targets_helpers_and_theta_fit_the_base(inputs, tmp_path):
@@ -76,7 +76,7 @@ def test_differential_needs_general_text(inputs, tmp_path):
     spec.CopyFrom(inputs.spec)
     spec.selection.method = "differential"
     with pytest.raises(Invalid, match="add a replay corpus") as caught:
-        choose(spec, inputs.manifest, inputs.files, inputs.probe, None, tmp_path / "theta")
+        choose(spec, inputs.manifest, inputs.files, Probes(inputs.probe), tmp_path / "theta")
     assert failed("run-1", caught.value).reason == reasons_pb2.REASON_BAD_SPEC
 
 
@@ -96,7 +96,7 @@ def test_a_probe_of_another_tokenizer_is_a_verdict_not_a_crash(inputs, tmp_path)
     Corpus.from_documents([[5000] * 100], {"separator": "256"}).save(tmp_path / "alien")
 
     with pytest.raises(Invalid, match="tokenised with this base's tokenizer"):
-        _compute(inputs.spec, inputs.manifest, inputs.files, tmp_path / "alien", None, tmp_path / "theta")
+        _compute(inputs.spec, inputs.manifest, inputs.files, Probes(tmp_path / "alien"), tmp_path / "theta")
 
 
 def test_the_fact_carries_the_map(inputs, tmp_path):
@@ -108,3 +108,42 @@ def test_the_fact_carries_the_map(inputs, tmp_path):
     assert {layer.layer: list(layer.experts) for layer in fact.layers} == chosen.selection.layers
     assert (fact.selected_experts, fact.total_experts) == (chosen.selection.selected, 16)
     assert (fact.report, fact.initial_state) == (report, theta)
+
+
+def test_several_domains_are_selected_together_and_their_overlap_is_reported(inputs, tmp_path):
+    spec = run_pb2.RunSpec()
+    spec.CopyFrom(inputs.spec)
+    spec.selection.contested = "exclusive"
+    probes = Probes(inputs.probe, beside={"digits": inputs.replay})
+    chosen = choose(spec, inputs.manifest, inputs.files, probes, tmp_path / "theta")
+    report = json.loads(chosen.report("s"))
+
+    assert report["domains"].keys() == {"letters", "digits"}
+    assert report["shared"] == {}
+    assert report["diagnostics"]["contested"] == "exclusive"
+    assert set(report["diagnostics"]["overlap"]) == {"letters|digits"}
+    assert len(report["probes"]) == 2
+    both = {layer: set(experts) for layer, experts in chosen.selection.layers.items()}
+    parts = chosen.selection.domains
+    assert both == {layer: set(parts["letters"][layer]) | set(parts["digits"][layer]) for layer in both}
+
+
+def test_the_report_says_what_removing_an_expert_costs_within_the_budget(inputs, tmp_path):
+    report = json.loads(run(inputs, tmp_path / "theta", causal_effects=3).report("s"))
+
+    effects = report["diagnostics"]["causal_effect"]
+    assert sum(map(len, effects.values())) == 3
+    assert report["diagnostics"]["top1_perplexity_ratio"] > 0
+    assert all(int(e) in report["layers"][i] for i, found in effects.items() for e in found)
+
+
+def test_memory_caps_hold(inputs, tmp_path):
+    from connito.moe.budget import of_base
+
+    sizes = inputs.manifest.expert_bytes()
+    costs, resident = of_base(
+        sizes, inputs.manifest.size, inputs.manifest.experts(), value_bytes=4, helpers_per_layer=2
+    )
+    room = resident + 3 * costs[1].training
+    assert run(inputs, tmp_path / "theta", max_vram=room).selection.selected == 3
+    assert run(inputs, tmp_path / "theta", max_experts=1, scope="layer").selection.selected == 2

@@ -1,0 +1,246 @@
+"""What a person wants to see beside a selection map. Nothing here decides.
+
+From counts: who shares experts with whom, how evenly a layer is used, which experts go together. By intervening in
+the model (after MoE Lens and driver-expert analysis): what the output loses without an expert, and how far a token's
+first expert alone carries it.
+
+Shapes: N experts, D domains, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from connito.errors import Invalid
+from connito.moe.statistics import FloatArray, LayerRouting, RoutingStatistics
+from connito.v1 import reasons_pb2
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+    from torch import nn
+
+# An expert that gets less than this share of what it would get if all were used alike is under-used.
+LOW_SHARE = 0.1
+# Tables of logits held at a time when output distributions are compared: two of so many tokens.
+KL_TOKENS = 256
+
+
+def diagnose(domains: Mapping[str, RoutingStatistics], layers: Mapping[int, list[int]], domain: str) -> dict[str, Any]:
+    """From counts alone.
+
+    Per layer: `domain_entropy` H_e = −Σ_d p ln p / ln D of each expert (0 = one domain only, 1 = all alike; needs two
+    domains), `unused` and `low_use` experts of the target, its `utilisation`, `first_choice` shares, `coactivation` of
+    selected pairs. For all layers: `tokens`, `mass_by_domain`, the share of each domain's routing that falls on the
+    selected experts, `utilisation` and `overlap` of every two domains' routing.
+    """
+    out: dict[str, Any] = {
+        "tokens": {name: statistics.tokens for name, statistics in domains.items()},
+        "mass_by_domain": {name: mass(statistics, layers) for name, statistics in domains.items()},
+        "utilisation": {name: _mean_utilisation(statistics) for name, statistics in domains.items()},
+        "layers": {},
+    }
+    if len(domains) > 1:
+        out["overlap"] = {f"{a}|{b}": overlap(domains[a], domains[b]) for a, b in combinations(domains, 2)}
+    for index, experts in layers.items():
+        own = domains[domain].layers[index]
+        entry: dict[str, Any] = {
+            "unused": [int(e) for e in np.flatnonzero(own.counts == 0)],
+            "low_use": low_use(own),
+            "utilisation": utilisation(own),
+            "first_choice": [float(x) for x in own.first / max(1, own.tokens)],
+            "coactivation": {
+                f"{a}-{b}": float(own.together[a, b] / max(1, own.tokens))
+                for i, a in enumerate(experts)
+                for b in experts[i + 1 :]
+            },
+        }
+        if len(domains) > 1:
+            entry["domain_entropy"] = [
+                float(x) for x in domain_entropy([s.layers[index].token_score for s in domains.values()])
+            ]
+        out["layers"][str(index)] = entry
+    return out
+
+
+def mass(statistics: RoutingStatistics, layers: Mapping[int, list[int]]) -> float:
+    """Share of routing decisions that fall on `layers`' experts, mean over those layers."""
+    return float(np.mean([statistics.layers[i].token_score[e].sum() for i, e in layers.items()]))
+
+
+def domain_entropy(scores: Sequence[FloatArray]) -> FloatArray:
+    """H_e = −Σ_d p_d ln p_d / ln D with p_d = r_d[e] / Σ_d r_d[e], [N], for D ≥ 2 tables of scores [N]."""
+    table = np.stack(scores)
+    share = table / np.maximum(table.sum(axis=0), 1e-300)
+    logs = np.log(np.where(share > 0, share, 1.0))
+    return np.asarray(-(share * logs).sum(axis=0) / np.log(len(scores)))
+
+
+def utilisation(layer: LayerRouting) -> float:
+    """How evenly a layer's experts are used: exp(entropy of the shares) / N. 1 = all alike, 1/N = a single one."""
+    share = layer.counts / max(1, layer.counts.sum())
+    used = share[share > 0]
+    return float(np.exp(-(used * np.log(used)).sum()) / len(share)) if len(used) else 0.0
+
+
+def low_use(layer: LayerRouting) -> list[int]:
+    """Experts that get less than a tenth of an even share."""
+    return [int(e) for e in np.flatnonzero(layer.token_score < LOW_SHARE / len(layer.counts))]
+
+
+def overlap(one: RoutingStatistics, other: RoutingStatistics) -> float:
+    """Σ_e min(r_1[e], r_2[e]), mean over layers: the share of routing that two domains have in common."""
+    common = [np.minimum(layer.token_score, other.layers[i].token_score).sum() for i, layer in one.layers.items()]
+    return float(np.mean(common))
+
+
+def overlaps(domains: Mapping[str, RoutingStatistics]) -> FloatArray:
+    """`overlap` of every two domains, [D, D]."""
+    return np.array([[overlap(a, b) for b in domains.values()] for a in domains.values()])
+
+
+def coactivation(layer: LayerRouting) -> FloatArray:
+    """P(b chosen | a chosen), [N, N]; rows of unused experts are 0. The diagonal, which is 1 by definition, is set to 0."""
+    table = layer.together / np.maximum(1, layer.counts)[:, None]
+    np.fill_diagonal(table, 0.0)
+    return np.asarray(table)
+
+
+def _mean_utilisation(statistics: RoutingStatistics) -> float:
+    return float(np.mean([utilisation(layer) for layer in statistics.layers.values()]))
+
+
+def causal_effects(
+    model: nn.Module,
+    layers: Mapping[int, Sequence[int]],
+    sequences: npt.NDArray[Any],
+    *,
+    budget: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, dict[int, float]]:
+    """CE_e = E[KL(P ‖ P_do(gate_e → 0))] in nats per token, by layer and expert: what the next-token distribution loses
+    when the expert's gate is zero and nothing takes its place. Large ones are driver experts.
+
+    sequences int32 [n, L]. Each expert costs one forward pass from its layer up; `budget` caps how many are measured
+    (0: all of `layers`), best of every layer first. The model is left as it was.
+    """
+    import torch
+
+    from connito.moe.evaluate import Midway
+    from connito.moe.layout import require_moe_layers
+
+    found = require_moe_layers(model)
+    order = _by_rank(layers)[: budget or None]
+    effects: dict[int, dict[int, float]] = {index: {} for index in sorted({index for index, _ in order})}
+    device, size = next(model.parameters()).device, max(1, KL_TOKENS // max(1, sequences.shape[1]))
+    done = 0
+    with torch.inference_mode():
+        for index, measured in effects.items():
+            experts = [expert for i, expert in order if i == index]
+            totals = dict.fromkeys(experts, 0.0)
+            for start in range(0, len(sequences), size):
+                ids = torch.from_numpy(sequences[start : start + size].astype(np.int64)).to(device)
+                from_here = Midway(model, found[index].experts_name, ids)
+                whole = from_here.logits().float().log_softmax(dim=-1)
+                for expert in experts:
+                    with _gates(found[index].router, partial(_without, expert)):
+                        changed = from_here.logits().float().log_softmax(dim=-1)
+                    totals[expert] += float((whole.exp() * (whole - changed)).sum(dim=-1).double().sum())
+            measured |= {expert: max(0.0, total / sequences.size) for expert, total in totals.items()}
+            done += len(experts)
+            if progress is not None:
+                progress(done, len(order))
+    return effects
+
+
+def _without(expert: int, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return weights.masked_fill(ids == expert, 0)
+
+
+def top1_ratio(model: nn.Module, sequences: npt.NDArray[Any], batch_tokens: int = 2048) -> float:
+    """Perplexity when each token's strongest expert takes the weight of all its k, over the model's own; 1 where k is 1.
+
+    sequences int32 [n, L + 1]. Near 1: the layers' first experts carry the text alone.
+    """
+    import torch
+
+    from connito.moe.head import Head
+    from connito.moe.layout import require_moe_layers
+
+    head = Head(model)
+    device = next(model.parameters()).device
+
+    def loss() -> float:
+        total, size = 0.0, max(1, batch_tokens // (sequences.shape[1] - 1))
+        for start in range(0, len(sequences), size):
+            ids = torch.from_numpy(sequences[start : start + size].astype(np.int64)).to(device)
+            total += float(head.nll(ids[:, :-1], ids[:, 1:]).double().sum())
+        return float(total / (sequences.shape[0] * (sequences.shape[1] - 1)))
+
+    with torch.inference_mode(), ExitStack() as stack:
+        whole = loss()
+        for layer in require_moe_layers(model).values():
+            stack.enter_context(_gates(layer.router, _strongest))
+        return math.exp(min(700.0, loss() - whole))
+
+
+def _strongest(weights: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    first = weights.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(weights).scatter(-1, first, weights.sum(dim=-1, keepdim=True))
+
+
+def _by_rank(layers: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
+    deepest = max(map(len, layers.values()), default=0)
+    return [(i, experts[rank]) for rank in range(deepest) for i, experts in layers.items() if rank < len(experts)]
+
+
+@contextmanager
+def _gates(router: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, experts get `change(weights, ids)` instead of the gate weights [T, k] that the router reported."""
+    from connito.moe.resident import choice
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        logits, weights, ids = choice(output)
+        return (logits, change(weights, ids), ids, *output[3:])
+
+    handle = router.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def measure(
+    model: nn.Module,
+    layers: Mapping[int, list[int]],
+    sequences: npt.NDArray[Any],
+    *,
+    budget: int,
+    max_tokens: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """What only the model can tell, on the first `max_tokens` of `sequences` int32 [n, L + 1]: `causal_effect` by layer and
+    expert, of at most `budget` selected experts, `drivers` (more than half of the largest effect), `top1_perplexity_ratio`.
+    """
+    if not len(sequences):
+        raise Invalid(
+            "the probe is shorter than one sequence: give more text", reason=reasons_pb2.REASON_SELECTION_FAILED
+        )
+    rows = sequences[: max(1, max_tokens // max(1, sequences.shape[1] - 1))]
+    effects = causal_effects(model, layers, rows[:, :-1], budget=budget, progress=progress)
+    largest = max((ce for layer in effects.values() for ce in layer.values()), default=0.0)
+    return {
+        "causal_effect": {str(i): {str(e): ce for e, ce in layer.items()} for i, layer in effects.items()},
+        "drivers": [[i, e] for i, layer in effects.items() for e, ce in layer.items() if ce > largest / 2],
+        "measured_on_tokens": int(rows[:, :-1].size),
+        "top1_perplexity_ratio": top1_ratio(model, rows),
+    }
