@@ -28,6 +28,7 @@ from connito.v1.run_pb2 import (
 METHODS = {"esft-token": 0.2, "esft-gate": 0.1, "differential": 0.2, "des-moe": 0.6}
 ROUTING_MODES = ("natural", "masked", "restricted")
 SCOPES, RULES = ("global", "layer"), ("share", "duplicate", "exclusive")
+MOMENTS = ("fresh", "kept")
 AGGREGATORS = (
     "mean",
     "utility-mean",
@@ -55,6 +56,7 @@ DEFAULTS = RunSpec(
         learning_rate=2e-4,
         weight_decay=0.01,
         routing_mode="natural",
+        moments="kept",
     ),
     scoring=ScorePolicy(
         target_sequences=32,
@@ -98,12 +100,18 @@ _RANGES: dict[str, _Range] = {
     "selection.helpers_per_layer": _Range(0, 4096, zero=True),
     "selection.max_vram": _Range(0, 1 << 50, zero=True),
     "selection.causal_effects": _Range(0, 4096, zero=True),
+    "selection.helper_max_bytes": _Range(0, 1 << 50, zero=True),
+    "selection.resident_max_bytes": _Range(0, 1 << 50, zero=True),
     "training.local_steps": _Range(1, 100_000),
     "training.sequence_length": _Range(4, 1 << 20),
     "training.batch_sequences": _Range(1, 65_536),
     "training.learning_rate": _Range(1e-9, 1),
     "training.weight_decay": _Range(0, 1, zero=True),
     "training.replay_share": _Range(0, 0.9, zero=True),
+    "training.final_rate_share": _Range(0, 1, zero=True),
+    "training.warmup_steps": _Range(0, 100_000, zero=True),
+    "training.router_distillation": _Range(0, 1000, zero=True),
+    "training.distillation_share": _Range(0, 1, zero=True),
     "scoring.target_sequences": _Range(1, 1_000_000),
     "scoring.general_sequences": _Range(1, 1_000_000),
     "scoring.confidence": _Range(0.5, 0.9999),
@@ -133,6 +141,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "selection.scope": SCOPES,
     "selection.contested": RULES,
     "training.routing_mode": ROUTING_MODES,
+    "training.moments": MOMENTS,
     "merging.aggregator": AGGREGATORS,
 }
 
@@ -160,6 +169,13 @@ def complete(spec: RunSpec, customer: str) -> RunSpec:
     windows = full.windows
     if windows.floor_seconds > windows.ceiling_seconds:
         raise bad("windows.floor_seconds", "is larger than windows.ceiling_seconds", "swap them or raise the ceiling")
+    training = full.training
+    if training.router_distillation > 0 and training.distillation_share == 0:
+        training.distillation_share = 0.5
+    if full.selection.background and training.routing_mode != "natural":
+        raise bad(
+            "selection.background", f"needs natural routing, not {training.routing_mode}", "leave one of them out"
+        )
     if full.training.replay_share > 0 and not full.replay.artifact.digest:
         raise bad("training.replay_share", "is set but there is no replay corpus", "give `replay` or set it to 0")
     return full

@@ -93,7 +93,10 @@ class Selector:
         statistics = await self._store.put_bytes(chosen.statistics, STATE_MEDIA_TYPE, PUBLIC)
         report = await self._store.put_bytes(chosen.report(statistics.digest), "application/json", PUBLIC)
         state = await self._store.put_file(theta, STATE_MEDIA_TYPE, PUBLIC, cache=True)
-        return handlers.made(run, chosen, report, state)
+        made = handlers.made(run, chosen, report, state)
+        if chosen.background:
+            made.background.CopyFrom(await self._store.put_bytes(chosen.background, STATE_MEDIA_TYPE, PUBLIC))
+        return made
 
 
 def _compute(spec: run_pb2.RunSpec, manifest: Manifest, files: dict[str, Path], probes: Probes, theta: Path) -> Chosen:

@@ -35,6 +35,7 @@ class Base:
     manifest: Manifest
     files: Mapping[str, Path] | None
     ranges: Ranges | None
+    background: Path | None = None
 
     @property
     def source(self) -> str:
@@ -47,17 +48,34 @@ class Base:
         assert facts.spec is not None
         path = await downloads.fetch(facts.run, facts.spec.base.manifest)
         manifest = Manifest.from_bytes(path.read_bytes())
+        background = None
+        if facts.selection is not None and facts.selection.HasField("background"):
+            background = await downloads.fetch(facts.run, facts.selection.background)
         refs = {name: reference(entry) for name, entry in manifest.files.items()}
         # In a thread: a file that was not verified yet is read once from front to back.
         cached = await asyncio.to_thread(lambda: {name: downloads.cached(ref) for name, ref in refs.items()})
         needed = ("config.json", *{tensor.file for tensor in manifest.tensors.values()})
         if all(cached[name] is not None for name in needed):
-            return cls(manifest, {name: found for name, found in cached.items() if found is not None}, None)
+            files = {name: found for name, found in cached.items() if found is not None}
+            return cls(manifest, files, None, background)
         urls = await downloads.urls(facts.run, [refs[name] for name in needed])
-        return cls(manifest, None, Ranges(dict(zip(needed, urls, strict=True)), downloads.cache.folder / "ranges"))
+        ranges = Ranges(dict(zip(needed, urls, strict=True)), downloads.cache.folder / "ranges")
+        return cls(manifest, None, ranges, background)
 
-    def load(self, facts: RunFacts, device: Any) -> nn.Module:
-        """The training model on `device`. Blocking. Raises `Retry` when the store is away or damaged bytes came."""
+    def load(self, facts: RunFacts, device: Any, *, top_k: int = 0, half: bool = False) -> nn.Module:
+        """The training model on `device`. Blocking. Raises `Retry` when the store is away or damaged bytes came.
+
+        top_k and half are the miner's own choice: experts per token, and frozen matrices in bfloat16.
+        """
+        from connito.moe.resident import add_background
+        from connito.moe.state import load_state
+
+        model = self._load(facts, top_k, half).to(device)
+        if self.background is not None:
+            add_background(model, load_state(self.background))
+        return model
+
+    def _load(self, facts: RunFacts, top_k: int, half: bool) -> nn.Module:
         from connito.base.loading import load_resident, load_resident_local
 
         assert facts.selection is not None
@@ -65,10 +83,10 @@ class Base:
         targets, helpers = experts_of(facts.selection)
         mode = facts.spec.training.routing_mode or "natural"
         if self.files is not None:
-            return load_resident_local(self.files, targets, helpers, mode).to(device)
+            return load_resident_local(self.files, targets, helpers, mode, top_k=top_k, half=half)
         assert self.ranges is not None
         try:
-            return load_resident(self.manifest, self.ranges.read, targets, helpers, mode).to(device)
+            return load_resident(self.manifest, self.ranges.read, targets, helpers, mode, top_k=top_k, half=half)
         except VerificationFailed as error:
             # Whether the cache or the transfer was damaged, a fresh copy is the remedy.
             self.ranges.forget()

@@ -24,6 +24,23 @@ class TrainerSettings(ServiceSettings):
     label: str = Field("", max_length=80, description="a name to show beside this miner's key")
     device: str = Field("", description="cpu, cuda, cuda:1, …; empty: the first GPU, or the CPU")
     bf16: bool = Field(False, description="run the forward pass in bfloat16")
+    bf16_parameters: bool = Field(
+        False,
+        description="hold frozen weights in bfloat16 and run the forward pass in it: half the memory of a float32 base",
+    )
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        description="sequences that go through the model at once; gradients add up over the batch. 0: all of it",
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="experts per token in adapted layers, for a miner with less compute. 0: as the model has it",
+    )
+    memory_bytes: int = Field(
+        0, ge=0, description="memory that the training model may take; 0: what is free when it is loaded"
+    )
     trainer_adversary: str = Field(
         "",
         description="for attack drills only: misbehave as copier, noisy-copier, freerider, noise, nan, oversized or late",

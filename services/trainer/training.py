@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING, Any
 from connito import telemetry
 from connito.compute import ComputeBudget, in_thread
 from connito.corpus import Corpus, Tokens
-from connito.errors import Retry
+from connito.errors import Invalid, Retry
 from connito.facts import RunFacts
-from connito.v1.run_pb2 import RunSpec
+from connito.moe.schedule import Schedule
+from connito.v1.run_pb2 import RunSpec, TrainPolicy
 
 from services.trainer.adapters import Downloads
-from services.trainer.base import Base
+from services.trainer.base import Base, experts_of
 from services.trainer.metrics import TRAIN_STEP_SECONDS, TRAIN_TOKENS
 from services.trainer.settings import TrainerSettings
 from services.trainer.strategy import Effort
 
 if TYPE_CHECKING:
+    from connito.moe.distillation import ShadowRouters
+    from connito.moe.moments import Moments
     from connito.moe.training import Step
     from torch import nn
 
@@ -68,6 +71,7 @@ class LocalTrainer:
             def work(stop: threading.Event) -> Effort:
                 return self._train(
                     facts,
+                    cycle,
                     base,
                     state,
                     draft,
@@ -108,7 +112,14 @@ class LocalTrainer:
         return await asyncio.to_thread(Corpus.load, path)
 
     def _train(
-        self, facts: RunFacts, base: Base, state: Path, draft: Path, batches: Tokens, should_stop: Callable[[], bool]
+        self,
+        facts: RunFacts,
+        cycle: int,
+        base: Base,
+        state: Path,
+        draft: Path,
+        batches: Tokens,
+        should_stop: Callable[[], bool],
     ) -> Effort:
         from connito.moe.resident import insert
         from connito.moe.state import load_state, save_state
@@ -119,15 +130,28 @@ class LocalTrainer:
         model = self._model(facts, base)
         insert(model, load_state(state))
         progress = _Progress(len(batches))
-        result, stats = train_local(
-            model,
-            batches,
-            learning_rate=policy.learning_rate,
-            weight_decay=policy.weight_decay,
-            bf16=self._settings.bf16,
-            on_step=progress,
-            should_stop=should_stop,
-        )
+        schedule = schedule_of(facts.spec)
+        moments = Kept(draft.parent).load() if policy.moments == "kept" else None
+        shadow = shadow_of(model, policy)
+        try:
+            result, stats = train_local(
+                model,
+                batches,
+                learning_rate=policy.learning_rate,
+                weight_decay=policy.weight_decay,
+                bf16=self._settings.bf16 or self._settings.bf16_parameters,
+                micro_batch=self._settings.micro_batch,
+                factor=lambda step: schedule.factor(cycle, step),
+                moments=moments,
+                shadow=shadow,
+                on_step=progress,
+                should_stop=should_stop,
+            )
+        finally:
+            if shadow is not None:
+                shadow.close()
+        if moments is not None:
+            Kept(draft.parent).save(moments)
         save_state(result, draft)
         log.info(
             "trained",
@@ -144,8 +168,11 @@ class LocalTrainer:
         if self._loaded is None or self._loaded.run != facts.run:
             self._loaded = None
             begun = time.perf_counter()
-            prepare_torch(self._settings.torch_threads)
-            model = base.load(facts, device_of(self._settings.device))
+            settings = self._settings
+            prepare_torch(settings.torch_threads)
+            device = device_of(settings.device)
+            check_memory(facts, base, device, settings)
+            model = base.load(facts, device, top_k=settings.top_k, half=settings.bf16_parameters)
             log.info("model loaded", source=base.source, seconds=round(time.perf_counter() - begun, 2))
             self._loaded = _Loaded(facts.run, model)
         return self._loaded.model
@@ -166,6 +193,69 @@ class _Progress:
             rate = round(self._tokens / max(elapsed, 1e-9))
             log.info("training", step=step.index + 1, of=self._steps, loss=round(step.loss, 4), tokens_per_second=rate)
             self._tokens, self._since = 0, time.monotonic()
+
+
+class Kept:
+    """The optimiser's moments, in the cycle's folder beside its result. A new cycle goes on from the one before.
+
+    A cycle that is trained again after a crash starts from the same moments, so it ends in the same result.
+    """
+
+    NAME = "moments.safetensors"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._before = folder, folder.parent / str(int(folder.name) - 1)
+
+    def load(self) -> Moments:
+        """Those that the cycle before ended with; empty ones when it was missed or they cannot be read."""
+        from connito.moe.moments import Moments
+
+        path = self._before / self.NAME
+        if not path.exists():
+            return Moments()
+        try:
+            return Moments.load(path)
+        except Invalid as error:
+            log.warning("starting with empty moments", because=str(error))
+            return Moments()
+
+    def save(self, moments: Moments) -> None:
+        """Keep them for the next cycle."""
+        moments.save(self._folder / self.NAME)
+
+
+def schedule_of(spec: RunSpec) -> Schedule:
+    """The learning rate over the run. A policy that says nothing keeps it."""
+    policy = spec.training
+    return Schedule(spec.cycles, policy.local_steps, policy.final_rate_share or 1.0, policy.warmup_steps)
+
+
+def shadow_of(model: nn.Module, policy: TrainPolicy) -> ShadowRouters | None:
+    """Routers that learn beside the shipped ones for this cycle, where the policy asks for them."""
+    from connito.moe.distillation import Distillation, ShadowRouters
+
+    if policy.router_distillation <= 0:
+        return None
+    return ShadowRouters(model, Distillation(policy.router_distillation, policy.distillation_share))
+
+
+def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSettings) -> None:
+    """Raise `Invalid` (DOES_NOT_FIT) with the numbers when the training model will not fit, before any of it is loaded."""
+    import torch
+    from connito.moe.footprint import Workload, free_bytes, predict, require_fit
+
+    assert facts.selection is not None
+    assert facts.spec is not None
+    policy = facts.spec.training
+    targets, helpers = experts_of(facts.selection)
+    sequences = min(settings.micro_batch or policy.batch_sequences, policy.batch_sequences)
+    work = Workload(sequences, policy.sequence_length, settings.bf16_parameters, base.background is not None)
+    need = predict(base.manifest, targets, helpers, work)
+    have = settings.memory_bytes
+    if not have:
+        have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
+    require_fit(need, have, f"this machine ({device})" if not settings.memory_bytes else "CONNITO_MEMORY_BYTES")
+    log.info("memory predicted", need_bytes=need.total, free_bytes=have)
 
 
 def last_call(facts: RunFacts, cycle: int, now: float, monotonic: Callable[[], float]) -> Callable[[], bool]:

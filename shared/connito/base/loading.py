@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.base.manifest import Manifest, Range, Reader, TensorEntry, checked, stores_singly
+from connito.base.manifest import Manifest, Range, Reader, TensorEntry, checked
+from connito.base.stored import ReadRow, ReadTensor, Stored, locate
 from connito.errors import Invalid, NotFound
 from connito.moe.layout import as_targets, require_moe_layers
 from connito.v1 import reasons_pb2
@@ -107,22 +109,30 @@ def load_resident(
     selection: Any,
     helpers: Mapping[int, Iterable[int]] | None = None,
     routing_mode: str = "natural",
+    *,
+    top_k: int = 0,
+    half: bool = False,
 ) -> nn.Module:
     """`compress(load_full(…))` without ever holding or fetching the full model.
 
     Reads the shared tensors, and of each adapted layer only the rows of targets and helpers, through `reader`; every
-    range is checked against the manifest. Raises `VerificationFailed` for wrong bytes, `Invalid` for a base whose names
-    differ from the family's (import it with `connito base import`).
+    range is checked against the manifest. Fused and one by one, in one file or many: see `connito.base.stored`. Raises
+    `VerificationFailed` for wrong bytes, `Invalid` for a base that lacks a tensor.
+
+    half: matrices that stay frozen are held in bfloat16, routers excepted, each cast as it arrives; train under autocast.
     """
     config = config_from_json(manifest_file(manifest, reader, "config.json"))
 
-    def rows(layer: int, parameter: str, experts: tuple[int, ...]) -> torch.Tensor:
-        return _fetch_rows(manifest, reader, layer, parameter, experts)
+    def tensor(name: str) -> torch.Tensor:
+        return _tensor(manifest.read(reader, name), manifest.tensors[name])
 
-    def shared(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: _tensor(manifest.read(reader, name), manifest.tensors[name]) for name in names}
+    def row(name: str, expert: int) -> torch.Tensor:
+        part = manifest.row(name, expert)
+        return _tensor(manifest.read_range(reader, part), part)
 
-    return _resident(config, set(manifest.tensors), shared, rows, selection, helpers or {}, routing_mode)
+    return _resident(
+        config, _Source(manifest.tensors, tensor, row), selection, helpers or {}, _How(routing_mode, top_k, half)
+    )
 
 
 def load_resident_local(
@@ -130,40 +140,57 @@ def load_resident_local(
     selection: Any,
     helpers: Mapping[int, Iterable[int]] | None = None,
     routing_mode: str = "natural",
+    *,
+    top_k: int = 0,
+    half: bool = False,
 ) -> nn.Module:
-    """`load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows copied."""
+    """`load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows copied.
+
+    Of experts that are stored one by one, those of a layer that is not adapted are copied too, being fused.
+    """
     files = files_of(source)
     tensors = mapped_tensors(files)
-    config = load_config(files)
-    meta = build_meta(config)
-    if not _same_names(meta, tensors):
-        from connito.moe.resident import compress
 
-        return compress(_converted(files, config), selection, helpers, routing_mode)
-    layers = {index: layer.experts_name for index, layer in require_moe_layers(meta).items()}
-
-    def rows(layer: int, parameter: str, experts: tuple[int, ...]) -> torch.Tensor:
-        return tensors[f"{layers[layer]}.{parameter}"][list(experts)]
+    def row(name: str, expert: int) -> torch.Tensor:
+        return tensors[name][expert]
 
     return _resident(
-        config,
-        set(tensors),
-        lambda names: {name: tensors[name] for name in names},
-        rows,
+        load_config(files),
+        _Source(tensors, tensors.__getitem__, row),
         selection,
         helpers or {},
-        routing_mode,
+        _How(routing_mode, top_k, half),
     )
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint: its tensors' names, and how to read one tensor or one expert's row of one."""
+
+    names: Iterable[str]
+    read: ReadTensor
+    read_row: ReadRow
+
+
+@dataclass(frozen=True)
+class _How:
+    """How the training model is to be."""
+
+    routing_mode: str
+    top_k: int
+    half: bool
+
+    def held(self, tensor: torch.Tensor, *, router: bool = False) -> torch.Tensor:
+        """A frozen tensor as it is kept. Routers stay exact: another rounding would choose other experts."""
+        import torch
+
+        if not self.half or router or tensor.dim() < 2 or tensor.dtype not in (torch.float32, torch.float64):
+            return tensor
+        return tensor.to(torch.bfloat16)
+
+
 def _resident(
-    config: Any,
-    names: set[str],
-    shared: Callable[[list[str]], dict[str, torch.Tensor]],
-    rows: Callable[[int, str, tuple[int, ...]], torch.Tensor],
-    selection: Any,
-    helpers: Mapping[int, Iterable[int]],
-    routing_mode: str,
+    config: Any, source: _Source, selection: Any, helpers: Mapping[int, Iterable[int]], how: _How
 ) -> nn.Module:
     import torch
 
@@ -171,54 +198,44 @@ def _resident(
 
     model = build_meta(config)
     layers = require_moe_layers(model)
-    plan = resident_plan(layers, as_targets(selection), helpers, routing_mode)
+    plan = resident_plan(layers, as_targets(selection), helpers, how.routing_mode)
+    stored = locate(model, source.names)
+    routers = {f"{layer.router_name}." for layer in layers.values()}
     for index, residents in plan.items():
 
         def pick(name: str, experts: tuple[int, ...], index: int = index) -> torch.Tensor:
             bank = getattr(layers[index].experts, name)
-            return rows(index, name, experts) if experts else torch.empty(0, *bank.shape[1:], dtype=bank.dtype)
+            if not experts:
+                return torch.empty(0, *bank.shape[1:], dtype=bank.dtype)
+            rows = _found(stored, f"{layers[index].experts_name}.{name}").rows(experts, source.read, source.read_row)
+            return rows.to(bank.dtype)
 
         banks = {
-            name: (pick(name, residents.targets), pick(name, residents.helpers)) for name in layers[index].parameters
+            name: (pick(name, residents.targets), how.held(pick(name, residents.helpers)))
+            for name in layers[index].parameters
         }
-        install(layers[index], residents, banks, routing_mode)
-    whole = {
-        f"{layer.experts_name}.{name}": rows(index, name, tuple(range(layer.num_experts)))
-        for index, layer in layers.items()
-        if index not in plan
-        for name in layer.parameters
-        if f"{layer.experts_name}.{name}" not in names and stores_singly(names, index)
-    }
-    wanted = [name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in whole]
+        install(layers[index], residents, banks, how.routing_mode, how.top_k)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    absent = [name for name in wanted if name not in names and name not in tied]
-    if absent:
-        raise Invalid(
-            f"the base has no tensor {absent[0]}: its names differ from the family's; import it once with `connito base import`",
-            reason=reasons_pb2.REASON_WRONG_TENSORS,
-        )
+    whole = {
+        name: how.held(_found(stored, name).whole(source.read), router=name.startswith(tuple(routers)))
+        for name, tensor in model.state_dict().items()
+        if tensor.is_meta and (name in stored or name not in tied)
+    }
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assign(model, whole | shared([name for name in wanted if name in names]))
+    assign(model, whole)
     for name in trainable:
         model.get_parameter(name).requires_grad_(True)
     return model
 
 
-def _fetch_rows(
-    manifest: Manifest, reader: Reader, layer: int, parameter: str, experts: tuple[int, ...]
-) -> torch.Tensor:
-    """Rows [len(experts), …] of one fused tensor, whichever way the checkpoint stores its experts."""
-    import torch
-
-    out = []
-    for expert in experts:
-        parts = {part.parameter: part for part in manifest.expert_rows(layer, expert)}
-        if parameter in parts:
-            wanted = [parts[parameter]]
-        else:
-            wanted = [parts[p] for p in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}[parameter]]
-        out.append(torch.cat([_tensor(manifest.read_range(reader, part), part) for part in wanted]))
-    return torch.stack(out)
+def _found(stored: Mapping[str, Stored], name: str) -> Stored:
+    if name not in stored:
+        raise Invalid(
+            f"the base has no tensor {name}: it was saved for another architecture than its config.json names, or a file "
+            "of it is missing; build or import it again",
+            reason=reasons_pb2.REASON_WRONG_TENSORS,
+        )
+    return stored[name]
 
 
 def _tensor(data: bytes, entry: TensorEntry | Range) -> torch.Tensor:

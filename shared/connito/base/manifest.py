@@ -165,6 +165,16 @@ class Manifest:
             )
         return sorted(found, key=lambda r: r.parameter)
 
+    def row(self, name: str, expert: int) -> Range:
+        """The byte range of one expert's row of a fused tensor. Raises `NotFound` when it has no such row."""
+        tensor = self.tensors[name]
+        if not 0 <= expert < len(tensor.rows):
+            raise NotFound(
+                f"{name} has {len(tensor.rows)} rows with a digest of their own, none for expert {expert}; import the "
+                "base again"
+            )
+        return _row(tensor, name.rpartition(".")[2], expert)
+
     def is_expert(self, name: str) -> int | None:
         """The layer whose routed experts `name` belongs to, or None for a shared tensor."""
         match = _FUSED.match(name) or _SINGLE.match(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from connito.corpus import Corpus
 from connito.errors import Invalid
 from connito.holdout import subsets
+from connito.moe.helpers import Usage, by_policy
 from connito.v1 import reasons_pb2, run_pb2
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Chosen:
     base: dict[str, str]
     target_parameters: int
     model_parameters: int
+    # The merged experts for what is absent, where the policy wants them: a state with one row per tensor.
+    background: bytes = b""
 
     def layers(self) -> list[run_pb2.LayerSelection]:
         """The selection map as the log carries it."""
@@ -78,6 +81,10 @@ def choose(spec: run_pb2.RunSpec, manifest: Manifest, files: Mapping[str, Path],
     selection = _select(spec, target, general, beside, _budget(spec, manifest))
     if spec.selection.causal_effects:
         selection = _measured(model, spec, probes.target, selection)
+    usage = {index: layer.token_score for index, layer in target.layers.items()}
+    helpers = by_policy(spec, manifest, usage, selection.layers)
+    if helpers is not None:
+        selection = replace(selection, helpers=helpers)
     rows = read_rows(model, selection)
     save_state(rows, theta, {"base": spec.base.manifest.digest, "version": "0"})
     digests = base_digests(model, selection.layers)
@@ -87,7 +94,17 @@ def choose(spec: run_pb2.RunSpec, manifest: Manifest, files: Mapping[str, Path],
         {"rest": digests.rest, "rows": digests.rows},
         sum(tensor.numel() for tensor in rows.values()),
         sum(parameter.numel() for parameter in model.parameters()),
+        _background(model, selection, usage, theta) if spec.selection.background else b"",
     )
+
+
+def _background(model: nn.Module, selection: Selection, usage: Usage, theta: Path) -> bytes:
+    from connito.moe.background import background
+    from connito.moe.state import save_state
+
+    path = theta.with_name("background.safetensors")
+    save_state(background(model, selection, selection.helpers, usage), path)
+    return path.read_bytes()
 
 
 def check_holdouts(spec: run_pb2.RunSpec, paths: Mapping[str, Path]) -> None:

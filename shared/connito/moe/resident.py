@@ -12,7 +12,7 @@ Shapes: T tokens, k experts per token, N experts in the layer, S targets and H h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,15 @@ from torch.nn import functional as F
 
 from connito.errors import Invalid
 from connito.moe.implementation import Implementation, register
-from connito.moe.layout import MoELayer, as_targets, check_routers, check_targets, require_moe_layers
+from connito.moe.layout import (
+    ROUTER_NAMES,
+    MoELayer,
+    as_targets,
+    check_routers,
+    check_targets,
+    layer_index,
+    require_moe_layers,
+)
 from connito.moe.state import TargetState, split_name, tensor_name
 from connito.v1 import reasons_pb2
 
@@ -31,6 +39,7 @@ IMPLEMENTATION = "connito_resident"
 ROUTING_MODES = ("natural", "masked", "restricted")
 TARGET = "target_"
 HELPER = "helper_"
+BACKGROUND = "background_"
 
 # (logits [T, N], weights [T, k], ids [T, k]) -> (weights, ids); id N is the skip slot.
 Reroute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -38,18 +47,22 @@ Reroute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class Residents:
-    """Which experts of one layer are in memory, both ascending."""
+    """Which experts of one layer are in memory, both ascending; `background`: one merged expert stands for the rest."""
 
     targets: tuple[int, ...]
     helpers: tuple[int, ...]
     num_experts: int
+    background: bool = False
 
     def where(self) -> list[tuple[int, str, int]]:
-        """(expert id, prefix of the bank it is in, its row there), ascending by id, as a full model would visit them."""
+        """(expert id, prefix of the bank it is in, its row there), ascending by id, as a full model would visit them.
+
+        The background expert has the id of the skip slot, N: whoever would be skipped goes to it.
+        """
         rows = [(e, TARGET, i) for i, e in enumerate(self.targets)] + [
             (e, HELPER, i) for i, e in enumerate(self.helpers)
         ]
-        return sorted(rows)
+        return sorted(rows) + ([(self.num_experts, BACKGROUND, 0)] if self.background else [])
 
 
 def compress(
@@ -57,11 +70,14 @@ def compress(
     selection: Any,
     helpers: Mapping[int, Iterable[int]] | None = None,
     routing_mode: str = "natural",
+    background: Mapping[str, torch.Tensor] | None = None,
+    top_k: int = 0,
 ) -> nn.Module:
     """Turn a full model into a training model, in place, and return it.
 
-    selection: target experts by layer; helpers: frozen experts that stay beside them. Every layer that is not selected
-    keeps its full bank, frozen. Afterwards the only parameters that require gradients are the target rows.
+    selection: target experts by layer; helpers: frozen experts that stay beside them; background: one merged expert for
+    all that are absent, `[1, …]` per tensor (`connito.moe.background`); top_k: see `thinned`. Every layer that is not
+    selected keeps its full bank, frozen. Afterwards the only parameters that require gradients are the target rows.
 
     Raises `Invalid` for an unknown routing mode, a selection that does not fit, a helper that is a target, or a router
     that does not report its choice.
@@ -75,7 +91,9 @@ def compress(
         layer = layers[index]
         banks = {name: getattr(layer.experts, name).detach() for name in layer.parameters}
         rows = {name: (bank[list(residents.targets)], bank[list(residents.helpers)]) for name, bank in banks.items()}
-        install(layer, residents, rows, routing_mode)
+        install(layer, residents, rows, routing_mode, top_k)
+    if background is not None:
+        add_background(model, background)
     return model
 
 
@@ -111,6 +129,7 @@ def install(
     residents: Residents,
     rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     routing_mode: str,
+    top_k: int = 0,
 ) -> None:
     """Replace the full bank of one layer by (target rows, helper rows) per tensor and plug in the routing mode.
 
@@ -127,14 +146,54 @@ def install(
     experts.connito_where = residents.where()
     # The dispatcher reads the name from the module's configuration at every call; only this layer gets another one.
     experts.config = Implementation(experts.config, IMPLEMENTATION)
-    layer.router.register_forward_hook(_router_hook(_reroute(layer, residents, routing_mode)))
+    reroute: Reroute = _Routing(layer, residents, routing_mode)
+    experts.connito_reroute = reroute
+    if 0 < top_k < layer.top_k:
+        reroute = thinned(reroute, top_k, residents.num_experts, _renormalises(layer.router))
+    layer.router.register_forward_hook(_router_hook(reroute))
     register(IMPLEMENTATION, resident_experts_forward)
+
+
+def add_background(model: nn.Module, background: Mapping[str, torch.Tensor]) -> None:
+    """Give the adapted layers of a compressed model one frozen expert for all that are absent.
+
+    background: `[1, …]` by state name. With natural routing a slot on an absent expert then goes to it, with the weight
+    that the router gave; helpers serve the tokens that are theirs. Raises `Invalid` for tensors that do not fit.
+    """
+    for index, (experts, _) in adapted_layers(model).items():
+        for key, parameter in list(experts.named_parameters(recurse=False)):
+            if not key.startswith(TARGET):
+                continue
+            name = tensor_name(index, key.removeprefix(TARGET))
+            shape = (1, *parameter.shape[1:])
+            if name not in background or tuple(background[name].shape) != shape:
+                raise Invalid(
+                    f"the background expert has no {name} of shape {shape}: it was made for another base or selection",
+                    reason=reasons_pb2.REASON_WRONG_TENSORS,
+                )
+            rows = background[name].to(parameter.device, parameter.dtype)
+            experts.register_buffer(BACKGROUND + key.removeprefix(TARGET), rows, persistent=False)
+        experts.connito_residents = replace(experts.connito_residents, background=True)
+        experts.connito_where = experts.connito_residents.where()
+        experts.connito_reroute.background = True
+
+
+def adapted_layers(model: nn.Module) -> dict[int, tuple[Any, Any]]:
+    """(experts module, router) of every adapted layer of a compressed model, by layer index."""
+    modules = dict(model.named_modules())
+    found = {}
+    for name, module in modules.items():
+        if hasattr(module, "connito_residents"):
+            parent = name.rpartition(".")[0]
+            found[layer_index(name)] = (
+                module,
+                next(modules[f"{parent}.{r}"] for r in ROUTER_NAMES if f"{parent}.{r}" in modules),
+            )
+    return dict(sorted(found.items()))
 
 
 def extract(model: nn.Module) -> TargetState:
     """θ of a compressed model: copies of the target rows, on the CPU, named and ordered as everywhere."""
-    from connito.moe.layout import layer_index
-
     state = {
         tensor_name(layer_index(name), key.removeprefix(TARGET)): parameter.detach().to("cpu", copy=True)
         for name, module in model.named_modules()
@@ -163,8 +222,6 @@ def insert(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 def target_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable rows of a compressed model by state name, sorted: exactly its parameters that require gradients."""
-    from connito.moe.layout import layer_index
-
     found = {
         tensor_name(layer_index(name), key.removeprefix(TARGET)): parameter
         for name, module in model.named_modules()
@@ -243,41 +300,74 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _reroute(layer: MoELayer, residents: Residents, mode: str) -> Reroute:
-    """The routing mode as a function of what the router reported."""
-    total = residents.num_experts
-    present = torch.zeros(total + 1, dtype=torch.bool)
-    present[[*residents.targets, *residents.helpers]] = True
-    helpers = torch.tensor(residents.helpers, dtype=torch.long)
-    resident_ids = torch.tensor(sorted((*residents.targets, *residents.helpers)), dtype=torch.long)
-    scale = float(getattr(layer.router, "routed_scaling_factor", 1.0) or 1.0)
-    renormalise = bool(getattr(layer.router, "norm_topk_prob", False))
+def thinned(reroute: Reroute, top_k: int, total: int, renormalise: bool) -> Reroute:
+    """`reroute`, of which a token keeps its `top_k` heaviest slots; the others go to the skip slot.
 
-    def natural(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        absent = ~present.to(ids.device)[ids]
-        if len(helpers) == 0:
-            return weights.masked_fill(absent, 0), ids.masked_fill(absent, total)
-        beside = helpers.to(ids.device)
+    A miner with less compute takes part with fewer experts per token (FFT-MoE). Where the family normalises its gates to
+    a fixed sum, the kept ones are scaled up to it.
+    """
+
+    def fewer(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = reroute(logits, weights, ids)
+        kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, weights.topk(top_k, dim=-1).indices, True)
+        fewer_weights = weights.masked_fill(~kept, 0)
+        if renormalise:
+            part = fewer_weights.sum(-1, keepdim=True)
+            fewer_weights = fewer_weights * (
+                weights.sum(-1, keepdim=True) / part.where(part != 0, torch.ones_like(part))
+            )
+        # The skip id is the background expert's too, but a weight of zero adds nothing there.
+        return fewer_weights, ids.masked_fill(~kept, total)
+
+    return fewer
+
+
+def _renormalises(router: Any) -> bool:
+    return bool(getattr(router, "norm_topk_prob", False))
+
+
+class _Routing:
+    """A routing mode as a function of what the router reported."""
+
+    def __init__(self, layer: MoELayer, residents: Residents, mode: str) -> None:
+        total = residents.num_experts
+        self.total, self.mode, self.background = total, mode, residents.background
+        self.present = torch.zeros(total + 1, dtype=torch.bool)
+        self.present[[*residents.targets, *residents.helpers]] = True
+        self.helpers = torch.tensor(residents.helpers, dtype=torch.long)
+        self.residents = torch.tensor(sorted((*residents.targets, *residents.helpers)), dtype=torch.long)
+        self.scale = float(getattr(layer.router, "routed_scaling_factor", 1.0) or 1.0)
+        self.renormalise = _renormalises(layer.router)
+
+    def __call__(
+        self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.mode == "natural":
+            return self._natural(logits, weights, ids)
+        return self._among(logits, weights, ids)
+
+    def _natural(
+        self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        absent = ~self.present.to(ids.device)[ids]
+        if self.background:
+            return weights, ids.masked_fill(absent, self.total)
+        if len(self.helpers) == 0:
+            return weights.masked_fill(absent, 0), ids.masked_fill(absent, self.total)
+        beside = self.helpers.to(ids.device)
         best = beside[logits.index_select(-1, beside).argmax(dim=-1, keepdim=True)]
         return weights, torch.where(absent, best.to(ids.dtype), ids)
 
-    def among(
-        logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *, softmax_all: bool
+    def _among(
+        self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        here = resident_ids.to(ids.device)
-        if softmax_all:
+        """`masked`: softmax over all experts, top-k among residents; `restricted`: softmax over residents only."""
+        here, masked = self.residents.to(ids.device), self.mode == "masked"
+        if masked:
             scores = logits.float().softmax(dim=-1).index_select(-1, here)
         else:
             scores = logits.index_select(-1, here).float().softmax(dim=-1)
         top, position = scores.topk(min(ids.shape[-1], len(here)), dim=-1)
-        if renormalise and not softmax_all:
+        if self.renormalise and not masked:
             top = top / top.sum(dim=-1, keepdim=True)
-        return (top * scale).to(weights.dtype), here[position].to(ids.dtype)
-
-    def masked(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return among(logits, weights, ids, softmax_all=True)
-
-    def restricted(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return among(logits, weights, ids, softmax_all=False)
-
-    return {"natural": natural, "masked": masked, "restricted": restricted}[mode]
+        return (top * self.scale).to(weights.dtype), here[position].to(ids.dtype)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from connito.errors import Invalid
+from connito.moe.distillation import ShadowRouters
 from connito.moe.head import Head
+from connito.moe.moments import Moments
 from connito.moe.resident import extract, target_parameters
 from connito.moe.state import TargetState
 from connito.v1 import reasons_pb2
@@ -56,15 +58,24 @@ def train_local(
     betas: tuple[float, float] = (0.9, 0.95),
     gradient_clip: float = 1.0,
     bf16: bool = False,
+    micro_batch: int = 0,
+    factor: Callable[[int], float] | None = None,
+    moments: Moments | None = None,
+    shadow: ShadowRouters | None = None,
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[TargetState, TrainStats]:
     """H steps over `batches`, int32 [H, B, L + 1]: step h predicts [:, 1:] from [:, :-1] of batch h.
 
     `model` comes from `compress` and is trained in place, on the device where its parameters are; bf16 runs the
-    forward pass under autocast, parameters and moments stay as they are. Deterministic for a thread count. Stops before
-    the next step when `should_stop()`; at least one step is made.
+    forward pass under autocast, parameters and moments stay as they are. Rows that are stored in a shorter type than
+    float32 are updated as float32 copies, because AdamW's steps are smaller than such a type resolves.
 
+    micro_batch: sequences per forward and backward pass, gradients add up over the batch; 0 is the whole batch.
+    factor: what the rate is multiplied by at step h. moments: where AdamW starts; left as it ends. shadow: routers that
+    learn beside the shipped ones (`connito.moe.distillation`).
+
+    Deterministic for a thread count. Stops before the next step when `should_stop()`; at least one step is made.
     Raises `Invalid` for an uncompressed model or empty batches, and `NON_FINITE` when the loss leaves the numbers.
     """
     parameters = target_parameters(model)
@@ -73,46 +84,93 @@ def train_local(
             "training needs a compressed model and batches [steps, sequences, length + 1]",
             reason=reasons_pb2.REASON_BAD_SPEC,
         )
+    masters = {name: _master(parameter) for name, parameter in parameters.items()}
+    optimiser = torch.optim.AdamW(list(masters.values()), lr=learning_rate, weight_decay=weight_decay, betas=betas)
+    if moments is not None:
+        moments.install(optimiser, masters)
     device = next(iter(parameters.values())).device
-    optimiser = torch.optim.AdamW(list(parameters.values()), lr=learning_rate, weight_decay=weight_decay, betas=betas)
-    head, losses, tokens, started = Head(model), [], 0, time.perf_counter()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        head = Head(model)
+    work = _Work(head, parameters, masters, optimiser, shadow, gradient_clip, bf16)
+    losses, tokens, started = [], 0, time.perf_counter()
     with _deterministic():
         for index, batch in enumerate(batches):
             if index and should_stop is not None and should_stop():
                 break
             begun = time.perf_counter()
-            ids = torch.from_numpy(batch.astype("int64")).to(device)
-            losses.append(_step(head, optimiser, list(parameters.values()), ids, gradient_clip, bf16))
+            rate = learning_rate * (1.0 if factor is None else factor(index))
+            losses.append(work.step(batch, micro_batch or len(batch), rate, index, len(batches)))
             tokens += batch.shape[0] * (batch.shape[1] - 1)
             if on_step is not None:
                 on_step(Step(index, losses[-1], batch.shape[0] * (batch.shape[1] - 1), time.perf_counter() - begun))
+    if moments is not None:
+        moments.take(optimiser, masters)
     stats = TrainStats(len(losses), tokens, time.perf_counter() - started, losses[0], losses[-1])
     return extract(model), stats
 
 
-def _step(
-    head: Head,
-    optimiser: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    ids: torch.Tensor,
-    clip: float,
-    bf16: bool,
-) -> float:
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=bf16):
-        loss = head.nll(ids[:, :-1], ids[:, 1:]).mean()
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise Invalid(
-            f"the training loss became {value}: the learning rate is too high for this model or its weights are damaged; "
-            "lower learning_rate",
-            reason=reasons_pb2.REASON_NON_FINITE,
-        )
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    if clip > 0:
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
-    optimiser.step()
-    return value
+def _master(parameter: nn.Parameter) -> torch.Tensor:
+    """What the optimiser moves: the parameter, or a float32 copy of one that is stored in a shorter type."""
+    return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_(True)
+
+
+@dataclass
+class _Work:
+    """What a step needs."""
+
+    head: Head
+    parameters: dict[str, nn.Parameter]
+    masters: dict[str, torch.Tensor]
+    optimiser: torch.optim.Optimizer
+    shadow: ShadowRouters | None
+    clip: float
+    bf16: bool
+
+    def step(self, batch: npt.NDArray[Any], size: int, rate: float, index: int, steps: int) -> float:
+        """One AdamW step on a batch [B, L + 1], `size` sequences at a time; the loss before it."""
+        device = next(iter(self.parameters.values())).device
+        if self.shadow is not None:
+            self.shadow.begin(index, steps)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        total = 0.0
+        for start in range(0, len(batch), size):
+            part = torch.from_numpy(batch[start : start + size].astype("int64")).to(device)
+            total += self._accumulate(part, len(part) / len(batch))
+        self._update(rate)
+        return total
+
+    def _accumulate(self, ids: torch.Tensor, share: float) -> float:
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            loss = self.head.nll(ids[:, :-1], ids[:, 1:]).mean() * share
+            value = float(loss.detach())
+            if self.shadow is not None:
+                loss = loss + self.shadow.loss() * share
+        if not math.isfinite(value):
+            raise Invalid(
+                f"the training loss became {value}: the learning rate is too high for this model or its weights are "
+                "damaged; lower learning_rate",
+                reason=reasons_pb2.REASON_NON_FINITE,
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    def _update(self, rate: float) -> None:
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        if self.clip > 0:
+            torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        if self.shadow is not None:
+            self.shadow.step(rate)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
 
 
 class _deterministic:  # noqa: N801 - reads as the statement it is

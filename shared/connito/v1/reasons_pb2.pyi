@@ -108,6 +108,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The object store does not answer."""
     REASON_QUOTA_EXCEEDED: _Reason.ValueType  # 85
     """Too many requests by this key. Slow down."""
+    REASON_DOES_NOT_FIT: _Reason.ValueType  # 110
+    """The training model does not fit into the miner's memory; the detail has the numbers."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why something was refused, left out or scored zero. Shown to the person it concerns, always with a detail text."""
@@ -198,4 +200,6 @@ REASON_STORE_UNAVAILABLE: Reason.ValueType  # 84
 """The object store does not answer."""
 REASON_QUOTA_EXCEEDED: Reason.ValueType  # 85
 """Too many requests by this key. Slow down."""
+REASON_DOES_NOT_FIT: Reason.ValueType  # 110
+"""The training model does not fit into the miner's memory; the detail has the numbers."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

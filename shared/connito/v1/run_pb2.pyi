@@ -106,6 +106,9 @@ class SelectionPolicy(_message.Message):
     CONTESTED_FIELD_NUMBER: _builtins.int
     CAUSAL_EFFECTS_FIELD_NUMBER: _builtins.int
     REPORT_VERSION_FIELD_NUMBER: _builtins.int
+    BACKGROUND_FIELD_NUMBER: _builtins.int
+    HELPER_MAX_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_MAX_BYTES_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """esft-token, esft-gate, differential, des-moe."""
     threshold: _builtins.float
@@ -124,6 +127,12 @@ class SelectionPolicy(_message.Message):
     """At most so many selected experts have their causal effect measured for the report, one forward pass each. 0: none."""
     report_version: _builtins.int
     """Filled in by the coordinator. 0: the report of an older program, whose diagnostics an audit does not compare."""
+    background: _builtins.bool
+    """One merged frozen expert per adapted layer stands for all that are absent: their mean, weighted by use."""
+    helper_max_bytes: _builtins.int
+    """Helpers over all layers together take at most this many bytes, most used first. 0: no cap."""
+    resident_max_bytes: _builtins.int
+    """Helpers are added, most used first, while a miner's predicted memory stays below this many bytes. 0: no such rule."""
     def __init__(
         self,
         *,
@@ -137,10 +146,13 @@ class SelectionPolicy(_message.Message):
         contested: _builtins.str = ...,
         causal_effects: _builtins.int = ...,
         report_version: _builtins.int = ...,
+        background: _builtins.bool = ...,
+        helper_max_bytes: _builtins.int = ...,
+        resident_max_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["causal_effects", b"causal_effects", "contested", b"contested", "helpers_per_layer", b"helpers_per_layer", "max_bytes", b"max_bytes", "max_experts", b"max_experts", "max_vram", b"max_vram", "method", b"method", "report_version", b"report_version", "scope", b"scope", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "causal_effects", b"causal_effects", "contested", b"contested", "helper_max_bytes", b"helper_max_bytes", "helpers_per_layer", b"helpers_per_layer", "max_bytes", b"max_bytes", "max_experts", b"max_experts", "max_vram", b"max_vram", "method", b"method", "report_version", b"report_version", "resident_max_bytes", b"resident_max_bytes", "scope", b"scope", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -157,6 +169,11 @@ class TrainPolicy(_message.Message):
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     ROUTING_MODE_FIELD_NUMBER: _builtins.int
     REPLAY_SHARE_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    FINAL_RATE_SHARE_FIELD_NUMBER: _builtins.int
+    WARMUP_STEPS_FIELD_NUMBER: _builtins.int
+    ROUTER_DISTILLATION_FIELD_NUMBER: _builtins.int
+    DISTILLATION_SHARE_FIELD_NUMBER: _builtins.int
     local_steps: _builtins.int
     """H, the local steps of a cycle."""
     sequence_length: _builtins.int
@@ -167,6 +184,16 @@ class TrainPolicy(_message.Message):
     """natural, masked, restricted."""
     replay_share: _builtins.float
     """Share of general-domain sequences mixed into each batch."""
+    moments: _builtins.str
+    """AdamW's moments at the start of a cycle: kept (a miner goes on with its own) or fresh. Empty: fresh."""
+    final_rate_share: _builtins.float
+    """Over all local steps of the run the rate falls by a cosine to this share of itself. 0: it stays."""
+    warmup_steps: _builtins.int
+    """Local steps at the start of every cycle in which the rate rises linearly."""
+    router_distillation: _builtins.float
+    """Weight of KL(shipped router || shadow router) while a router that is thrown away learns beside the experts. 0: none."""
+    distillation_share: _builtins.float
+    """Share of a cycle's steps, from its start, in which the shadow router takes part."""
     def __init__(
         self,
         *,
@@ -177,10 +204,15 @@ class TrainPolicy(_message.Message):
         weight_decay: _builtins.float = ...,
         routing_mode: _builtins.str = ...,
         replay_share: _builtins.float = ...,
+        moments: _builtins.str = ...,
+        final_rate_share: _builtins.float = ...,
+        warmup_steps: _builtins.int = ...,
+        router_distillation: _builtins.float = ...,
+        distillation_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sequences", b"batch_sequences", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "replay_share", b"replay_share", "routing_mode", b"routing_mode", "sequence_length", b"sequence_length", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sequences", b"batch_sequences", "distillation_share", b"distillation_share", "final_rate_share", b"final_rate_share", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "moments", b"moments", "replay_share", b"replay_share", "router_distillation", b"router_distillation", "routing_mode", b"routing_mode", "sequence_length", b"sequence_length", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -534,6 +566,7 @@ class SelectionMade(_message.Message):
     TOTAL_EXPERTS_FIELD_NUMBER: _builtins.int
     TARGET_PARAMETERS_FIELD_NUMBER: _builtins.int
     MODEL_PARAMETERS_FIELD_NUMBER: _builtins.int
+    BACKGROUND_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     selected_experts: _builtins.int
     total_experts: _builtins.int
@@ -549,6 +582,10 @@ class SelectionMade(_message.Message):
     def initial_state(self) -> _artifacts_pb2.ArtifactRef:
         """θ_0: the target rows of the base, as safetensors."""
 
+    @_builtins.property
+    def background(self) -> _artifacts_pb2.ArtifactRef:
+        """The background experts, one row per tensor, when the policy asks for them."""
+
     def __init__(
         self,
         *,
@@ -560,10 +597,11 @@ class SelectionMade(_message.Message):
         total_experts: _builtins.int = ...,
         target_parameters: _builtins.int = ...,
         model_parameters: _builtins.int = ...,
+        background: _artifacts_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["initial_state", b"initial_state", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_state", b"initial_state", "layers", b"layers", "model_parameters", b"model_parameters", "report", b"report", "run", b"run", "selected_experts", b"selected_experts", "target_parameters", b"target_parameters", "total_experts", b"total_experts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "layers", b"layers", "model_parameters", b"model_parameters", "report", b"report", "run", b"run", "selected_experts", b"selected_experts", "target_parameters", b"target_parameters", "total_experts", b"total_experts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,133 @@
+"""What a training model will take in memory, from the base's manifest alone: predicted before a byte of it is loaded.
+
+Weights, gradients and moments are exact, since every tensor's size is in the manifest. Activations are an estimate; the
+number says so. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from connito.base.manifest import Manifest
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Values that a decoder layer keeps per token for its backward pass, in multiples of the hidden size: the inputs of two
+# norms, of attention's four projections, of the router and the experts, and what the experts keep inside.
+KEPT_PER_LAYER = 18
+# The output layer works on this many logits at a time, in float32 and in the weights' type.
+HEAD_BYTES = 8 << 22
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How a miner trains. `sequences` go through the model at once; `half` holds what is frozen in bfloat16."""
+
+    sequences: int
+    length: int
+    half: bool = False
+    background: bool = False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a training model at work."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.moments + self.activations
+
+    def to_json(self) -> dict[str, int]:
+        """The parts and their sum, in bytes."""
+        return {**asdict(self), "total": self.total}
+
+
+def predict(
+    manifest: Manifest, targets: Mapping[int, Sequence[int]], helpers: Mapping[int, Sequence[int]], work: Workload
+) -> Footprint:
+    """The footprint of the training model M(Φ, R, θ ∪ H). Raises `Invalid` for a selection of another base."""
+    sizes, counts = manifest.expert_bytes(), manifest.experts()
+    odd = [layer for layer in targets if layer not in counts]
+    if odd:
+        raise Invalid(
+            f"the selection names layer {odd[0]}, and the base's MoE layers are {sorted(counts)}: it was made for another "
+            "base model",
+            reason=reasons_pb2.REASON_SELECTION_FAILED,
+        )
+    frozen, item = 0, 4
+    for tensor in manifest.tensors.values():
+        layer = manifest.is_expert(tensor.name)
+        if layer is None or layer not in targets:
+            frozen += _halved(tensor.length, tensor.dtype, work.half)
+        elif layer in targets:
+            item = ITEM_BYTES.get(tensor.dtype, 4)
+    trained = sum(sizes[layer] * len(set(experts)) for layer, experts in targets.items())
+    beside = sum(sizes[layer] * (len(set(helpers.get(layer, ()))) + int(work.background)) for layer in targets)
+    frozen += beside * 2 // item if work.half and item > 2 else beside
+    numbers = trained // item
+    # A copy in float32 beside rows that are stored shorter, and gradients of both.
+    masters = 4 * numbers if item < 4 else 0
+    return Footprint(
+        weights=frozen + trained + masters,
+        gradients=trained + masters,
+        moments=8 * numbers,
+        activations=_activations(manifest, min(targets, default=0), work),
+    )
+
+
+def _halved(length: int, dtype: str, half: bool) -> int:
+    return length * 2 // ITEM_BYTES[dtype] if half and ITEM_BYTES.get(dtype, 0) > 2 else length
+
+
+def _activations(manifest: Manifest, first: int, work: Workload) -> int:
+    """Estimate: what the layers from the first adapted one upward keep, and the output layer's chunk."""
+    layers = 1 + max((int(m[1]) for name in manifest.tensors if (m := _LAYER.search(name))), default=0)
+    hidden = min(
+        (tensor.shape[-1] for name, tensor in manifest.tensors.items() if "embed" in name and len(tensor.shape) == 2),
+        default=0,
+    )
+    per_layer = work.sequences * work.length * hidden * KEPT_PER_LAYER * (2 if work.half else 4)
+    return per_layer * max(1, layers - first) + HEAD_BYTES
+
+
+def require_fit(need: Footprint, have: int, where: str) -> None:
+    """Raise `Invalid` (DOES_NOT_FIT) with the numbers and what would make it fit, unless `have` bytes are enough."""
+    if need.total <= have:
+        return
+    raise Invalid(
+        f"the training model needs {_gb(need.total)} (weights {_gb(need.weights)}, gradients {_gb(need.gradients)}, moments "
+        f"{_gb(need.moments)}, activations about {_gb(need.activations)}) and {where} has {_gb(have)} free; set "
+        "CONNITO_MICRO_BATCH=1 and CONNITO_BF16_PARAMETERS=true, use a larger machine, or ask for fewer helpers "
+        "(selection.helpers_per_layer, selection.resident_max_bytes)",
+        reason=reasons_pb2.REASON_DOES_NOT_FIT,
+    )
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take: what the system has available, or less where a control group says so."""
+    available: float = math.inf
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (group / name for name in ("memory.max", "memory.current"))
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return 1 << 62 if available == math.inf else int(available)
+
+
+def _gb(value: int) -> str:
+    return f"{value / 1e9:.2f} GB"
