@@ -65,6 +65,7 @@ REASONS = {
     "cancelled": "the customer cancelled the run",
     "store-unavailable": "the object store did not answer",
     "quota-exceeded": "too many requests by this key",
+    "does-not-fit": "the training model does not fit into the miner's memory",
 }
 
 
