@@ -24,6 +24,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
         from services.console.access import Access
         from services.console.artifacts import Artifacts
         from services.console.feed import Feed
+        from services.console.figures import ExpertFigures
         from services.console.pages import Console
     except ImportError as error:
         raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error
@@ -37,8 +38,10 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
 
     feed = Feed(context.bus, context.roster, settings.run)
     # The store is optional: without it, there are no cards and no bytes to verify.
-    artifacts = Artifacts(context.store if settings.s3_access_key else None)
-    console = Console(feed, Access(token), artifacts, secure_cookie=settings.console_secure_cookie)
+    store = context.store if settings.s3_access_key else None
+    figures = ExpertFigures(store, feed.move)
+    access = Access(token, user_header=settings.console_user_header, proxies=settings.proxies())
+    console = Console(feed, access, Artifacts(store), figures, secure_cookie=settings.console_secure_cookie)
     config = uvicorn.Config(
         console.app(), log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=2, ws="none",
@@ -60,6 +63,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
         server.should_exit = True
         await asyncio.wait((serving,), timeout=settings.drain_seconds)
         await end_tasks((following, serving, *waiting))
+        await figures.close()
         listener.close()
 
 

@@ -1,4 +1,7 @@
-"""Who may read: on loopback everybody who sits there, elsewhere whoever knows the token. There is no third way in.
+"""Who may read: on loopback everybody who sits there, elsewhere whoever knows the token or whom the operator's proxy names.
+
+The proxy speaks OpenID Connect with the operator's identity provider and names the user in a header. That header counts
+only in a connection that comes from the proxy's own address: anybody can send one.
 
 The cookie holds no token, only an expiry and a MAC of it under the token: a stolen cookie ends, and cannot be turned
 into the token. Without a token the `Host` must be a loopback name, or any web page could read the console through a
@@ -10,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -39,10 +43,19 @@ HEADERS = {
 
 
 class Access:
-    """Checks what a request shows for itself. An empty token means that none is needed."""
+    """Checks what a request shows for itself. Without a token and a header, nothing is needed on loopback."""
 
-    def __init__(self, token: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, token: str, clock: Callable[[], float] = time.time, *, user_header: str = "",
+        proxies: Sequence[IPv4Network | IPv6Network] = (),
+    ) -> None:  # fmt: skip
         self.token, self._clock = token, clock
+        self._user_header, self._proxies = user_header, tuple(proxies)
+
+    @property
+    def open(self) -> bool:
+        """Whether whoever sits at this machine may read."""
+        return not self.token and not self._user_header
 
     def knows(self, token: str) -> bool:
         """Whether this is the token, in constant time."""
@@ -53,10 +66,24 @@ class Access:
         expiry = str(int(self._clock()) + SESSION_SECONDS)
         return f"{expiry}.{self._mac(expiry)}"
 
-    def admits(self, headers: Headers, cookies: dict[str, str]) -> bool:
-        """Whether a request may read: it has a valid cookie, or the token as a bearer."""
-        if not self.token:
+    def user(self, headers: Headers, peer: str) -> str:
+        """Whom the operator's proxy names, if `peer` is that proxy; else the empty string."""
+        named = headers.getlist(self._user_header) if self._user_header else []
+        try:
+            trusted = any(ip_address(peer) in network for network in self._proxies)
+        except ValueError:
+            return ""
+        # Two of them: somebody's own beside the proxy's.
+        return named[0].strip() if trusted and len(named) == 1 else ""
+
+    def admits(self, headers: Headers, cookies: dict[str, str], peer: str = "") -> bool:
+        """Whether a request may read: a valid cookie, the token as a bearer, or a user that the proxy names."""
+        if self.open:
             return (urlsplit(f"//{headers.get('host', '')}").hostname or "") in LOOPBACK
+        if self.user(headers, peer):
+            return True
+        if not self.token:
+            return False
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self.knows(bearer.strip()):
             return True
@@ -91,10 +118,13 @@ class Guard:
         await self._choose(HTTPConnection(scope))(scope, receive, with_headers)
 
     def _choose(self, request: HTTPConnection) -> ASGIApp:
-        if self._access.admits(request.headers, request.cookies):
+        peer = request.client.host if request.client else ""
+        if self._access.admits(request.headers, request.cookies, peer):
             return self._app
-        if not self._access.token:
+        if self._access.open:
             return PlainTextResponse("this console answers to 127.0.0.1 and localhost only\n", 421)
+        if not self._access.token:
+            return PlainTextResponse("come through the operator's proxy, which asks who you are\n", 401)
         path = request.scope["path"]
         if path == "/login" or path.startswith("/static/"):
             return self._app

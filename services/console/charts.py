@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup
 
-from services.console.heatmap import Heatmap
+from services.console.heatmap import Heatmap, Warmth
 from services.console.views import Curve
 from services.console.waterfall import Bar
 from services.console.why import Measurement
@@ -25,7 +25,7 @@ STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600
 CELL = Markup(
     '<rect class="cell {}" x="{}" y="{}" width="{size}" height="{size}" rx="2"><title>layer {}, {}</title></rect>'
 )
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 22
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 22
 
 
 def sparkline(curve: Curve) -> Markup:
@@ -101,18 +101,42 @@ def intervals(measurements: Sequence[Measurement]) -> Markup:
 
 def selection(grid: Heatmap) -> Markup:
     """Layer by expert; the better its place in the layer, the stronger the colour; helpers have one of their own."""
-    left, cell, top = 62, 18 if grid.columns <= 40 else 9, 4
-    width, height = left + cell * max(1, grid.columns) + 4, top + cell * len(grid.layers) + 22
-    parts = [_title(f"{grid.selected} of {grid.total} experts selected in {len(grid.layers)} layers")]
-    for row, (layer, cells) in enumerate(grid.layers):
+    title = f"{grid.selected} of {grid.total} experts selected in {len(grid.layers)} layers"
+    rows = [
+        (layer, [(item.expert, _shade(item.rank, item.helper, grid), item.words) for item in cells])
+        for layer, cells in grid.layers
+    ]
+    return _cells(title, rows, grid.columns)
+
+
+def warmth(figures: Warmth) -> Markup:
+    """Layer by expert; the larger the figure, the stronger the colour. What has no figure is not drawn."""
+    leaders = ", ".join(f"layer {layer} expert {expert} {figure:.3f}" for layer, expert, figure in figures.leaders)
+    rows = [
+        (layer, [(expert, _heat(figure, figures.highest), f"expert {expert}: {figure:.4f}") for expert, figure in row])
+        for layer, row in figures.layers
+    ]
+    return _cells(f"{figures.what}; largest: {leaders}", rows, figures.columns)
+
+
+def _cells(title: str, rows: Sequence[tuple[int, Sequence[tuple[int, str, str]]]], columns: int) -> Markup:
+    """Rows of (expert, class, words) by layer, with an axis of experts."""
+    left, cell, top = 62, 18 if columns <= 40 else 9, 4
+    width, height = left + cell * max(1, columns) + 4, top + cell * len(rows) + 22
+    parts = [_title(title)]
+    for row, (layer, cells) in enumerate(rows):
         y = top + row * cell
         parts.append(_text(left - 8, y + cell - 5, f"layer {layer}", "end"))
-        for item in cells:
-            x, kind = left + item.expert * cell, _shade(item.rank, item.helper, grid)
-            parts.append(CELL.format(kind, x, y, layer, item.words, size=cell - 2))
-    for expert in range(0, grid.columns, max(1, math.ceil(grid.columns / 12))):
+        for expert, kind, text in cells:
+            parts.append(CELL.format(kind, left + expert * cell, y, layer, text, size=cell - 2))
+    for expert in range(0, columns, max(1, math.ceil(columns / 12))):
         parts.append(_text(left + expert * cell + (cell - 2) / 2, height - 6, str(expert), "middle"))
     return _svg(width, height, parts)
+
+
+def _heat(figure: float, highest: float) -> str:
+    """The strongest of four shades for the largest figure, none for zero."""
+    return "none" if figure <= 0 or highest <= 0 else f"s{4 - min(3, int(4 * figure / highest))}"
 
 
 def _bar(bar: Bar, y: float, height: float, x: _Place) -> Iterable[Markup]:

@@ -90,7 +90,7 @@ class Feed:
                     self._connection_is(connected=True)
                 else:
                     self._take(item)
-                self._move()
+                self.move()
         finally:
             await end_tasks([sampling])
 
@@ -105,9 +105,10 @@ class Feed:
     def close(self) -> None:
         """Tell everybody who waits that nothing more will come."""
         self.closed = True
-        self._move()
+        self.move()
 
-    def _move(self) -> None:
+    def move(self) -> None:
+        """Say that a page may look different now."""
         self.version += 1
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
@@ -141,7 +142,7 @@ class Feed:
         while True:
             if self.bus.connected != self.connection.connected:
                 self._connection_is(connected=self.bus.connected)
-                self._move()
+                self.move()
             if rounds % SIZE_EVERY == 0 and self.bus.connected:
                 with suppress(Retry, Invalid):
                     await self._ask_sizes()
@@ -153,7 +154,7 @@ class Feed:
             stored = await self.bus.last_sequence(name)
             if stored != stream.stored:
                 stream.stored = max(stored, stream.read)
-                self._move()
+                self.move()
 
     def _connection_is(self, *, connected: bool) -> None:
         self.connection = Connection(connected, self.caught_up.is_set(), self.clock())

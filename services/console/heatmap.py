@@ -1,7 +1,8 @@
-"""Which experts were selected: layer by expert, from the selection that is in the log."""
+"""Experts layer by layer: which were selected, from the log, and figures about them, from what it names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from connito.facts import RunFacts
@@ -36,6 +37,38 @@ class Heatmap:
     model_parameters: int
     deepest_rank: int
     report: str
+
+    def experts(self) -> dict[int, list[int]]:
+        """The selected experts by layer."""
+        return {layer: [cell.expert for cell in cells if cell.rank] for layer, cells in self.layers}
+
+
+@dataclass(frozen=True)
+class Warmth:
+    """A figure for each expert that has one: rows by layer, `columns` wide, `highest` the largest of all."""
+
+    what: str
+    layers: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
+    columns: int
+    highest: float
+
+    @property
+    def leaders(self) -> tuple[tuple[int, int, float], ...]:
+        """(layer, expert, figure) of the three largest."""
+        cells = [(layer, expert, figure) for layer, row in self.layers for expert, figure in row]
+        return tuple(sorted(cells, key=lambda cell: (-cell[2], cell[:2]))[:3])
+
+
+def warmth(what: str, figures: Mapping[int, Mapping[int, float]]) -> Warmth:
+    """Figures by layer and expert, to be drawn."""
+    layers = tuple((layer, tuple(sorted(row.items()))) for layer, row in sorted(figures.items()))
+    cells = [(expert, figure) for _, row in layers for expert, figure in row]
+    return Warmth(
+        what=what,
+        layers=layers,
+        columns=max((expert for expert, _ in cells), default=-1) + 1,
+        highest=max((figure for _, figure in cells), default=0.0),
+    )
 
 
 def heatmap(facts: RunFacts) -> Heatmap | None:

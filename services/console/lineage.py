@@ -62,6 +62,12 @@ def lineage(facts: RunFacts) -> list[Version]:
     return versions
 
 
+def latest_version(facts: RunFacts) -> cycle_pb2.VersionPublished | None:
+    """The newest version that a cycle published; None before the first."""
+    published = [version for cycle in facts.cycles() if (version := facts.version(cycle)) is not None]
+    return published[-1] if published else None
+
+
 def _version(
     facts: RunFacts, cycle: int, published: cycle_pb2.VersionPublished, known: dict[int, ArtifactRef]
 ) -> Version:

@@ -26,9 +26,10 @@ from services.console import charts, views, words
 from services.console.access import COOKIE, SESSION_SECONDS, Access, Guard
 from services.console.artifacts import Artifacts
 from services.console.feed import Feed
-from services.console.heatmap import heatmap
+from services.console.figures import ExpertFigures
+from services.console.heatmap import Heatmap, Warmth, heatmap, warmth
 from services.console.history import Moment, replay
-from services.console.lineage import lineage
+from services.console.lineage import latest_version, lineage
 from services.console.waterfall import waterfall
 from services.console.why import why
 
@@ -55,8 +56,11 @@ Page = Callable[[Request], Shown]
 class Console:
     """The pages over one feed."""
 
-    def __init__(self, feed: Feed, access: Access, artifacts: Artifacts, *, secure_cookie: bool = False) -> None:
-        self.feed, self.access, self.artifacts, self._secure_cookie = feed, access, artifacts, secure_cookie
+    def __init__(
+        self, feed: Feed, access: Access, artifacts: Artifacts, figures: ExpertFigures, *, secure_cookie: bool = False
+    ) -> None:
+        self.feed, self.access, self.artifacts, self.figures = feed, access, artifacts, figures
+        self._secure_cookie = secure_cookie
         self._templates = Environment(
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -156,7 +160,25 @@ class Console:
 
     def _selection(self, request: Request) -> Shown:
         facts, frame, now = self._facts(request)
-        return self._of_run("selection.html", facts, frame, now, {"grid": heatmap(facts)})
+        grid = heatmap(facts)
+        values = {"grid": grid, "use": None, "change": None, "version": 0}
+        if grid is not None:
+            values |= self._about_experts(facts, grid)
+        return self._of_run("selection.html", facts, frame, now, values)
+
+    def _about_experts(self, facts: RunFacts, grid: Heatmap) -> dict[str, Any]:
+        """How much experts are used and how far they moved since the base: drawn, or in a sentence why not."""
+        assert facts.selection is not None
+        newest = latest_version(facts)
+        use: Warmth | str = "It is not in the log."
+        if facts.selection.report.digest:
+            found = self.figures.use(facts.selection.report)
+            use = found if isinstance(found, str) else warmth("share of the probe", found)
+        change: Warmth | str = "No version has been published yet."
+        if newest is not None:
+            found = self.figures.change(grid.experts(), facts.selection.initial_state, newest.state)
+            change = found if isinstance(found, str) else warmth("relative change since the base", found)
+        return {"use": use, "change": change, "version": 0 if newest is None else newest.version}
 
     def _lineage(self, request: Request) -> Shown:
         facts, frame, now = self._facts(request)

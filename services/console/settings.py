@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network, ip_network
+
 from connito.errors import Fatal
 from connito.settings import ServiceSettings
 from pydantic import Field, SecretStr
@@ -18,12 +20,30 @@ class ConsoleSettings(ServiceSettings):
     console_token: SecretStr = Field(
         SecretStr(""), description="who knows it may read; required unless the page listens on loopback only"
     )
+    console_user_header: str = Field(
+        "", description="header in which a proxy that speaks OpenID Connect names the user, e.g. X-Forwarded-Email"
+    )
+    console_proxies: str = Field(
+        "", description="addresses or networks of that proxy, by commas; from elsewhere the header counts for nothing"
+    )
     console_secure_cookie: bool = Field(False, description="true where a proxy in front of the console speaks TLS")
+
+    def proxies(self) -> list[IPv4Network | IPv6Network]:
+        """The networks that may name a user. Raises `Fatal` for what is no network."""
+        try:
+            return [ip_network(part.strip()) for part in self.console_proxies.split(",") if part.strip()]
+        except ValueError as error:
+            raise Fatal(f"CONNITO_CONSOLE_PROXIES: {error}; write addresses or networks, e.g. 10.1.0.0/16") from error
 
     def check_access(self) -> str:
         """The token, or the empty string where none is needed. Raises `Fatal` where everybody could read."""
         token = self.console_token.get_secret_value()
-        if not token and self.console_host not in LOOPBACK:
+        if self.console_user_header and not self.proxies():
+            raise Fatal(
+                f"anybody can send {self.console_user_header}; set CONNITO_CONSOLE_PROXIES to the address of the proxy that "
+                "does, or leave CONNITO_CONSOLE_USER_HEADER out"
+            )
+        if not token and not self.console_user_header and self.console_host not in LOOPBACK:
             raise Fatal(
                 f"the console would show every run to whoever reaches {self.console_host}; set CONNITO_CONSOLE_TOKEN "
                 f"to at least {TOKEN_LENGTH} random characters, or CONNITO_CONSOLE_HOST to 127.0.0.1"

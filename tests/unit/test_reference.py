@@ -16,7 +16,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("page", ["events.md", "reason-codes.md", "settings.md"])
+@pytest.mark.parametrize("page", ["cli.md", "events.md", "reason-codes.md", "settings.md"])
 def test_the_reference_is_current(fresh: Path, page: str) -> None:
     current = (ROOT / "docs/reference" / page).read_text()
     assert (fresh / page).read_text() == current, "run scripts/generate-reference and commit the result"

@@ -9,6 +9,7 @@ import typer
 from connito.cli import (
     audit,
     base,
+    console,
     dlq,
     doctor,
     explain,
@@ -28,7 +29,6 @@ app = typer.Typer(
     help="Improve open Mixture-of-Experts language models by pieces: train, judge, merge and keep single experts.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -52,6 +52,7 @@ app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
+app.command("console")(console.console)
 app.command("replay")(replay.replay)
 app.command("select")(select.select)
 app.command("explain")(explain.explain)

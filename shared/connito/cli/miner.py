@@ -47,6 +47,9 @@ def init(
 def run(
     key: KeyFile = DEFAULT_KEY,
     label: Annotated[str, typer.Option(help="A name to show beside the key.")] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document, and log JSON lines on stderr from then on.")
+    ] = False,
 ) -> NoReturn:
     """Take part until interrupted: `python -m services.trainer` with this key. Other settings: CONNITO_… variables."""
     import sys
@@ -54,10 +57,15 @@ def run(
     from connito.errors import Invalid
     from connito.identity import Identity
 
-    Identity.load(key)  # Says what is wrong before a process is started for it.
+    identity = Identity.load(key)  # Says what is wrong before a process is started for it.
     if not os.environ.get("CONNITO_NATS_URL"):
         raise Invalid("CONNITO_NATS_URL is not set; the operator tells you the broker's address (nats://host:port)")
-    environment = {**os.environ, "CONNITO_KEY_FILE": str(key.absolute()), "CONNITO_LOG_FORMAT": "console"}
+    form = "json" if as_json else "console"
+    environment = {**os.environ, "CONNITO_KEY_FILE": str(key.absolute()), "CONNITO_LOG_FORMAT": form}
+    document = {"miner": identity.public, "bus": os.environ["CONNITO_NATS_URL"], "key_file": str(key.absolute())}
+    if as_json:
+        emit(as_json, document, str)
+        sys.stdout.flush()
     if label:
         environment["CONNITO_LABEL"] = label
     os.execve(sys.executable, [sys.executable, "-P", "-m", "services.trainer"], environment)  # noqa: S606 - no shell

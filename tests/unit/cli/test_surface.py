@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -39,10 +40,19 @@ VERBS = {
     "job watch": {"--json"},
     "job cancel": {"--json"},
     "miner init": {"--json"},
-    "miner run": set(),
+    "miner run": {"--key", "--label", "--json"},
+    "console": {"--port", "--data-dir", "--json"},
     "miner status": {"--json"},
     "library list": {"--json"},
     "library show": {"--json"},
+    "library search": {"--domain", "--like", "--base", "--json"},
+    "library deposit": {"--json"},
+    "library verify": {"--base", "--json"},
+    "library compose": {"--base", "--out", "--method", "--weight", "--json"},
+    "library remove": {"--base", "--out", "--json"},
+    "library prune": {"--base", "--data", "--out", "--method", "--max-experts", "--max-bytes", "--json"},
+    "library extract": {"--base", "--data", "--out", "--json"},
+    "library export": {"--base", "--out", "--as", "--json"},
 }  # fmt: skip
 
 
@@ -65,6 +75,46 @@ def options(verb: str) -> set[str]:
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_and_their_options_stay(verb: str) -> None:
     assert VERBS[verb] <= options(verb)
+
+
+def every_verb() -> set[str]:
+    from connito.cli.app import app
+    from typer.main import get_command
+
+    def walk(command: object, path: tuple[str, ...]) -> set[str]:
+        children = getattr(command, "commands", None)
+        if children is None:
+            return {" ".join(path)}
+        return set().union(*(walk(child, (*path, name)) for name, child in children.items()))
+
+    return walk(get_command(app), ())
+
+
+def test_every_verb_is_promised_and_prints_json() -> None:
+    verbs = every_verb()
+    assert set(VERBS) <= verbs
+    assert [verb for verb in verbs if "--json" not in options(verb)] == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_and_options(shell: str) -> None:
+    shown = connito("--show-completion", shell)
+    assert shown.returncode == 0
+    assert "connito" in shown.stdout
+
+    def complete(line: str) -> str:
+        asked = {
+            "_CONNITO_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split(" ")) - 1),
+        }
+        asked |= {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        code = "import sys; sys.argv = ['connito']; from connito.cli import main; main()"
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **asked}).stdout
+
+    assert {"verify", "search"} <= set(re.findall(r"[a-z]+", complete("connito library ")))
+    assert "--threshold" in complete("connito select --th")
 
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:

@@ -64,3 +64,32 @@ def test_a_cookie_lasts_its_time_and_cannot_be_prolonged():
 
 def test_no_token_is_never_known():
     assert not Access("").knows("")
+
+
+HEADER = "X-Forwarded-Email"
+
+
+def test_a_user_header_counts_only_from_the_proxy():
+    with pytest.raises(Fatal, match="CONNITO_CONSOLE_PROXIES"):
+        settings(console_host="0.0.0.0", console_user_header=HEADER).check_access()
+    with pytest.raises(Fatal, match="addresses or networks"):
+        settings(console_user_header=HEADER, console_proxies="proxy.example.com").check_access()
+    named = settings(console_host="0.0.0.0", console_user_header=HEADER, console_proxies="10.1.0.0/16, ::1")
+    assert named.check_access() == ""
+    access = Access("", user_header=HEADER, proxies=named.proxies())
+    user = Headers({HEADER: "ada@example.com"})
+    for proxy in ("10.1.2.3", "::1"):
+        assert access.admits(user, {}, proxy)
+    for elsewhere in ("10.2.0.1", "127.0.0.1", "", "unix:"):
+        assert not access.admits(user, {}, elsewhere)
+    # Nobody is named, or one by the proxy and one by somebody else.
+    twice = Headers(raw=[(b"x-forwarded-email", b"ada@example.com"), (b"x-forwarded-email", b"eve@example.com")])
+    for nobody in (Headers(), Headers({HEADER: " "}), twice, Headers({"host": "127.0.0.1"})):
+        assert not access.admits(nobody, {}, "10.1.2.3")
+
+
+def test_a_token_opens_beside_the_proxy():
+    access = Access(TOKEN, user_header=HEADER, proxies=settings(console_proxies="10.1.0.0/16").proxies())
+    assert access.admits(Headers({"authorization": f"Bearer {TOKEN}"}), {}, "192.0.2.1")
+    assert access.admits(Headers({HEADER: "ada"}), {}, "10.1.0.1")
+    assert not access.admits(Headers({HEADER: "ada"}), {}, "192.0.2.1")

@@ -1,0 +1,180 @@
+"""The console as people use it: seen, by keyboard, by a screen reader, and while things go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+from connito.v1 import run_pb2
+
+from tests.browser.chromium import Chromium
+from tests.browser.conftest import Bench, Site
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+
+SHOTS = os.environ.get("CONNITO_SCREENSHOTS")
+EVENTS_A_MINUTE = 10_000
+
+
+def created(run: str) -> run_pb2.RunCreated:
+    return run_pb2.RunCreated(
+        spec=run_pb2.RunSpec(run=run, domain="medical", cycles=2, base=run_pb2.BaseRef(name="tiny"))
+    )
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_no_page_has_barriers_or_errors(browser: Chromium, site: Site, axe: Path, dark: bool) -> None:
+    found: dict[str, list[str]] = {}
+    for name, path in site.pages().items():
+        with browser.page(site.address + path, dark=dark) as page:
+            page.until("document.querySelector('main h1')", "a heading")
+            page.until("!document.body.innerText.includes('being read')", "what is in the store")
+            if SHOTS:
+                page.screenshot(Path(SHOTS) / f"{name}-{'dark' if dark else 'light'}.png")
+            barriers = page.barriers(axe)
+            # The one thing that a browser reports about a page that is rightly not there.
+            errors = [text for text in page.problems() if not (name == "problem" and "404" in text)]
+            if barriers or errors:
+                found[name] = [*barriers, *errors]
+    assert found == {}
+
+
+def test_pages_fit_a_narrow_screen(browser: Chromium, site: Site) -> None:
+    for name, path in site.pages().items():
+        with browser.page(site.address + path, width=400) as page:
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
+
+
+def test_a_barrier_would_be_found(browser: Chromium, site: Site, axe: Path) -> None:
+    with browser.page(site.address) as page:
+        page.evaluate("document.querySelector('header').insertAdjacentHTML('beforeend', '<img src=/static/icon.svg>')")
+        assert any(barrier.startswith("image-alt") for barrier in page.barriers(axe))
+
+
+def test_everything_is_reached_by_keyboard(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/runs/{site.run}") as page:
+        page.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        page.press("Enter")
+        page.until("document.activeElement.id === 'main'", "the content to be focused")
+        reached = []
+        for _ in range(60):
+            page.press("Tab")
+            if page.evaluate("document.activeElement === document.body"):
+                break
+            reached.append(page.evaluate("document.activeElement.innerText || document.activeElement.id"))
+            outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline != "none", f"{reached[-1]} has no visible focus"
+        assert {"Lineage", "Replay", "why this score", "The numbers"} <= set(reached)
+
+
+def test_the_scrubber_replays_the_finished_run(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/runs/{site.run}?at=1") as page:
+        length = page.evaluate("Number(document.getElementById('at').max)")
+        assert length > 40
+        assert "selecting the experts" in page.evaluate("document.body.innerText").lower()
+        page.evaluate("document.getElementById('at').focus()")
+        page.press("ArrowRight")
+        page.until("location.search === '?at=2' && document.getElementById('at').value === '2'", "the second fact")
+        assert page.evaluate("document.activeElement.id") == "at"
+        page.press("End")
+        page.until(f"location.search === '?at={length}'", "the last fact")
+        assert "Run completed" in page.evaluate("document.body.innerText")
+        # A screen reader is told where the slider stands.
+        assert "library" in page.evaluate("document.getElementById('at').getAttribute('aria-valuetext')")
+        page.evaluate("[...document.querySelectorAll('.tabs a')].find((one) => one.innerText === 'Lineage').click()")
+        page.until(f"location.pathname.endsWith('/lineage') && location.search === '?at={length}'", "lineage, then")
+        assert page.problems() == []
+
+
+def test_a_versions_bytes_are_verified_by_a_button(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/runs/{site.run}/lineage") as page:
+        page.evaluate("document.getElementById('verify-1').click()")
+        page.until("document.body.innerText.includes('The bytes hold.')", "the answer")
+
+
+def test_experts_are_shown_with_use_and_change(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/runs/{site.run}/selection") as page:
+        cells = "[...document.querySelectorAll('section[aria-labelledby={}] rect title')].map((one) => one.textContent)"
+        page.until(f"{cells.format('change')}.length", "what changed")
+        used, changed = (page.evaluate(cells.format(section)) for section in ("use", "change"))
+        selected = page.evaluate("document.querySelectorAll('section[aria-labelledby=selection] title').length") - 1
+        assert len(used) >= selected > len(changed) > 0
+        assert all(float(text.rpartition(": ")[2]) > 0 for text in changed)
+
+
+def test_the_library_is_searched_and_experts_are_compared(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/library") as page:
+        page.evaluate("document.getElementById('q').focus()")
+        page.call("Input.insertText", text="recipes")
+        page.press("Enter")
+        page.until("location.search === '?q=recipes'", "the search")
+        page.until(f"document.querySelector('main').innerText.includes('{site.expert}')", "the expert")
+
+
+async def test_an_empty_console_says_so_and_comes_alive(browser: Chromium, bench: Bench) -> None:
+    with browser.page(bench.address) as page:
+        assert "There is no run yet" in page.evaluate("document.body.innerText")
+        assert await bench.bus.publish_fact("run-a", "run", 0, "created", created("run-a"))
+        page.until("document.body.innerText.includes('run-a')", "the run")
+        assert page.problems() == []
+
+
+async def test_it_says_that_the_broker_or_the_console_is_gone(browser: Chromium, bench: Bench) -> None:
+    visible = "document.getElementById('line').checkVisibility()"
+    with browser.page(bench.address) as page:
+        assert not page.evaluate(visible)
+        bench.nats.kill()
+        page.until("document.body.innerText.includes('The broker does not answer')", "a word about the broker")
+        bench.nats.start()
+        page.until("!document.body.innerText.includes('The broker does not answer')", "the broker again", 30)
+        bench.console.kill()
+        page.until(visible, "a word about the console", 30)
+
+
+async def test_it_stays_live_under_ten_thousand_events_a_minute(browser: Chromium, bench: Bench) -> None:
+    """For ten seconds; a run is created each second, and what counts is when an open page shows it."""
+    delays: list[float] = []
+    with browser.page(bench.address) as page:
+        async with asyncio.TaskGroup() as group:
+            began, each = time.monotonic(), 10
+            for second in range(each):
+                run = f"run-{second}"
+                assert await bench.bus.publish_fact(run, "run", 0, "created", created(run))
+                published = time.monotonic()
+                for number in range(EVENTS_A_MINUTE // 60):
+                    miner = f"UMINER{number}"
+                    enrolled = run_pb2.MinerEnrolled(run=run, miner=miner)
+                    group.create_task(bench.bus.publish_fact(run, "run", 0, "miner", enrolled, miner))
+                await asyncio.to_thread(page.until, f"document.body.innerText.includes('{run}')", run)
+                delays.append(time.monotonic() - published)
+                await asyncio.sleep(max(0.0, began + second + 1 - time.monotonic()))
+        stored = sum([await bench.bus.last_sequence("RUNS")])
+        assert stored == each * (1 + EVENTS_A_MINUTE // 60)
+        page.until(f"document.body.innerText.includes('{EVENTS_A_MINUTE // 60}')", "every miner")
+        assert page.problems() == []
+    print(f"shown after {sorted(delays)[len(delays) // 2]:.2f} s (median), {max(delays):.2f} s (longest)")
+    assert max(delays) < 5
+
+
+async def test_the_login_has_no_barriers(browser: Chromium, bench: Bench, axe: Path) -> None:
+    token = "a-token-for-this-test"
+    bench.console.kill()
+    bench.console._env["CONNITO_CONSOLE_TOKEN"] = token
+    bench.console.log.write_text("")
+    bench.console.start()
+    bench.wait_until_it_listens()
+    with browser.page(bench.address) as page:
+        assert page.evaluate("location.pathname") == "/login"
+        assert page.barriers(axe) == []
+        page.call("Input.insertText", text="wrong")
+        page.press("Enter")
+        page.until("document.body.innerText.includes('This is not the token')", "a refusal")
+        assert page.barriers(axe) == []
+        page.evaluate("document.getElementById('token').focus()")
+        page.call("Input.insertText", text=token)
+        page.press("Enter")
+        page.until("location.pathname === '/'", "the runs")
