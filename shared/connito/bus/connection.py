@@ -171,7 +171,7 @@ class Connection:
 
     def _refused(self) -> str:
         key = self.identity.public if self.identity else "a connection without a key"
-        return f"the broker at {self.url} refuses {key}; the operator adds the key to its user list"
+        return f"the broker at {self.url} refuses {key}; the operator has to admit that key, start again then"
 
     async def _on_disconnected(self) -> None:
         metrics.BUS_CONNECTED.set(0)

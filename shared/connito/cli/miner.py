@@ -38,7 +38,8 @@ def init(
         document,
         lambda: (
             f"{identity.public}\n\nThe seed is in {key}; keep a copy. Give the line above to the operator, then run\n"
-            f"  CONNITO_NATS_URL=nats://… connito miner run --key {key}"
+            f"  CONNITO_NATS_URL=nats://… CONNITO_ROSTER=roster.json connito miner run --key {key}\n"
+            "with the address and the roster that the operator gives you."
         ),
     )
 
@@ -82,6 +83,9 @@ def status(
     from connito.identity import Identity
 
     miner = public_key or Identity.load(key).public
+    if not public_key:
+        # Elsewhere than on the platform's own machine, the miner's key is the one to read with.
+        os.environ.setdefault("CONNITO_KEY_FILE", str(key))
     rows = asyncio.run(_rows(data_dir, miner))
     headers = ("run", "cycle", "status", "reason", "utility", "rank", "reward", "detail")
     total = sum(row["reward"] for row in rows)
@@ -97,11 +101,16 @@ def status(
 
 async def _rows(data_dir: Any, miner: str) -> list[dict[str, Any]]:
     from connito.local.log import read_log
+    from connito.local.permissions import MINER_STREAMS
     from connito.local.session import Session
+    from connito.roster import ROLES
+    from connito.streams import FACT_STREAMS
 
     session = Session.open(data_dir, role="customer")
+    reader = any(session.roster.permits(role, session.identity.public) for role in ROLES)
     async with session.bus() as bus:
-        log = await read_log(bus, session.roster)
+        # A miner hears verdicts, but not what validators tell each other.
+        log = await read_log(bus, session.roster, streams=FACT_STREAMS if reader else MINER_STREAMS)
     return [row for facts in log.runs.values() for row in _cycles(facts, miner)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 
 from connito.bus import Bus, CaughtUp
@@ -16,10 +16,10 @@ from connito.streams import FACT_STREAMS
 _TICK_SECONDS = 0.5
 
 
-async def read_log(bus: Bus, roster: Roster, run: str = "") -> Log:
+async def read_log(bus: Bus, roster: Roster, run: str = "", streams: Sequence[str] = FACT_STREAMS) -> Log:
     """Everything stored at this moment, of one run or of all. What does not verify is left out, as everywhere."""
     log = Log(roster)
-    async with aclosing(bus.follow(FACT_STREAMS, run)) as records:
+    async with aclosing(bus.follow(streams, run)) as records:
         async for item in records:
             if isinstance(item, CaughtUp):
                 break
