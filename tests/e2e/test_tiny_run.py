@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from xml.etree import ElementTree
@@ -147,6 +148,9 @@ def test_what_is_left_behind_can_be_read(run: Finished) -> None:
     text = (run.data / "generation.md").read_text()
     assert "## Before: tiny" in text
     assert "## After 2 cycles on recipes" in text
+    losses = [float(loss) for loss in re.findall(r"Loss of the real text: (\S+) nats", text)]
+    assert len(losses) == 6
+    assert sum(losses[1::2]) < sum(losses[::2])
     for key in (run.data / "keys").iterdir():
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
 

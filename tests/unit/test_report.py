@@ -175,9 +175,16 @@ def test_the_plot_is_well_formed_and_shows_each_value_and_domain() -> None:
 
 
 def test_the_generation_file_quotes_every_line() -> None:
-    texts = {"prompt": "one\ntwo", "before": "b", "after": "a", "reference": ""}
-    text = markdown(run_report(finished().facts), texts)
-    assert "> one\n> two" in text
+    example = {
+        "prompt": "one\ntwo",
+        "reference": "",
+        "before": {"text": "b", "loss": 3.25},
+        "after": {"text": "a", "loss": None},
+    }
+    text = markdown(run_report(finished().facts), [example, example])
+    assert text.count("> one\n> two") == 2
+    assert text.count("> b\n\nLoss of the real text: 3.250") == 2
+    assert "None" not in text
     assert "3.0000 → 2.9000" in text
 
 

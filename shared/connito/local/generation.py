@@ -1,4 +1,4 @@
-"""What the adapted model writes where the base wrote something else: greedy, from the same held-out prompt."""
+"""What the adapted model writes where the base wrote something else, on held-out documents: greedy, so that it repeats."""
 
 from __future__ import annotations
 
@@ -6,38 +6,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PROMPT_TOKENS, NEW_TOKENS = 24, 40
+EXAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 40
 
 
 def before_and_after(
-    base: Path, state: Path, layers: Mapping[str, Sequence[int]], holdout: Path, sequence_length: int
-) -> dict[str, Any]:
-    """`{"prompt", "before", "after", "reference"}`: the start of a held-out document, its continuation by the base, by
-    the base with the expert state inserted, and as it really goes on. Imports torch."""
+    base: Path, state: Path, layers: Mapping[str, Sequence[int]], holdout: Path
+) -> list[dict[str, Any]]:
+    """For the first held-out documents that are long enough, `{"prompt", "reference", "before", "after"}`.
+
+    `prompt` is the start of the document and `reference` how it goes on. `before` is `{"text", "loss"}` of the base: its
+    own greedy continuation, and the loss of the reference given the prompt in nats per token; `after` the same with the
+    expert state inserted. Imports torch.
+    """
     from connito.base.loading import load_full, load_tokenizer
     from connito.corpus import Corpus
     from connito.moe.insert import write_rows
     from connito.moe.state import load_state
 
     corpus = Corpus.load(holdout)
-    index = next((i for i in range(corpus.documents) if len(corpus.document(i)) >= PROMPT_TOKENS + NEW_TOKENS), 0)
-    document = corpus.document(index).tolist()
-    prompt, rest = document[:PROMPT_TOKENS], document[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]
+    length = PROMPT_TOKENS + NEW_TOKENS
+    long_enough = [index for index in range(corpus.documents) if len(corpus.document(index)) >= length]
+    documents = [corpus.document(index)[:length].tolist() for index in (long_enough or [0])[:EXAMPLES]]
     model, tokenizer = load_full(base), load_tokenizer(base)
-    before = _continue(model, tokenizer, prompt)
+    before = [_continue(model, tokenizer, document) for document in documents]
     write_rows(model, {int(layer): list(experts) for layer, experts in layers.items()}, load_state(state))
-    after = _continue(model, tokenizer, prompt)
-    return {
-        "prompt": tokenizer.decode(prompt),
-        "before": before,
-        "after": after,
-        "reference": tokenizer.decode(rest),
-    }
+    after = [_continue(model, tokenizer, document) for document in documents]
+    return [
+        {
+            "prompt": tokenizer.decode(document[:PROMPT_TOKENS]),
+            "reference": tokenizer.decode(document[PROMPT_TOKENS:]),
+            "before": old,
+            "after": new,
+        }
+        for document, old, new in zip(documents, before, after, strict=True)
+    ]
 
 
-def _continue(model: Any, tokenizer: Any, prompt: list[int]) -> str:
+def _continue(model: Any, tokenizer: Any, document: list[int]) -> dict[str, Any]:
     import torch
 
+    from connito.moe.head import Head
+
+    prompt = document[:PROMPT_TOKENS]
     with torch.no_grad():
         out = model.generate(
             input_ids=torch.tensor([prompt]),
@@ -46,23 +56,34 @@ def _continue(model: Any, tokenizer: Any, prompt: list[int]) -> str:
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )
-    return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+        ids = torch.tensor([document])
+        losses = Head(model).nll(ids[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :]
+    text = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    return {"text": str(text), "loss": float(losses.mean()) if len(losses) else None}
 
 
-def markdown(report: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+def markdown(report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> str:
     """`generation.md`."""
     first, last = report["totals"]["target_loss_first"], report["totals"]["target_loss_last"]
-    losses = f"Held-out loss {first:.4f} → {last:.4f} nats per token.\n\n" if first is not None else ""
-    sections = "".join(
-        f"## {title}\n\n{_quote(texts[key])}\n\n"
-        for key, title in (
-            ("prompt", "Prompt, from a held-out document"),
-            ("before", f"Before: {report['base']}"),
-            ("after", f"After {len(report['cycles'])} cycles on {report['domain']}"),
-            ("reference", "How the document goes on"),
-        )
+    losses = (
+        f" Over the whole hold-out the loss went {first:.4f} → {last:.4f} nats per token." if first is not None else ""
     )
-    return f"# {report['run']}: what changed in the model's writing\n\nGreedy decoding. {losses}{sections}"
+    adapted = f"After {len(report['cycles'])} cycles on {report['domain']}"
+    sections = "".join(
+        f"## Document {number}\n\nIt begins\n\n{_quote(example['prompt'])}\n\nand goes on\n\n{_quote(example['reference'])}\n\n"
+        f"### Before: {report['base']}\n\n{_side(example['before'])}### {adapted}\n\n{_side(example['after'])}"
+        for number, example in enumerate(examples, start=1)
+    )
+    return (
+        f"# {report['run']}: what changed in the model's writing\n\n"
+        "The first held-out documents, not chosen ones. Greedy decoding; beside each text, the loss of how the document "
+        f"really goes on.{losses}\n\n{sections}"
+    )
+
+
+def _side(written: Mapping[str, Any]) -> str:
+    loss = "" if written["loss"] is None else f"Loss of the real text: {written['loss']:.3f} nats per token.\n\n"
+    return f"{_quote(written['text'])}\n\n{loss}"
 
 
 def _quote(text: str) -> str:

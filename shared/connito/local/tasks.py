@@ -41,16 +41,13 @@ def corpora(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate(params: dict[str, Any]) -> dict[str, Any]:
-    """Greedy continuations of one prompt by the base and by the adapted model."""
+    """Continuations of held-out documents by the base and by the adapted model."""
     from connito.local.generation import before_and_after
 
-    return before_and_after(
-        Path(params["folder"]),
-        Path(params["state"]),
-        params["layers"],
-        Path(params["holdout"]),
-        params["sequence_length"],
+    examples = before_and_after(
+        Path(params["folder"]), Path(params["state"]), params["layers"], Path(params["holdout"])
     )
+    return {"examples": examples}
 
 
 TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

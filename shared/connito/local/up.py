@@ -284,7 +284,7 @@ class _Up:
             (self.data.root / "generation.md").write_text(markdown(report, texts))
         return report
 
-    async def _generate(self, installation: Any, facts: Any, materials: Any) -> dict[str, Any] | None:
+    async def _generate(self, installation: Any, facts: Any, materials: Any) -> list[dict[str, Any]] | None:
         from connito.local.materials import run_task
 
         version = facts.version(facts.cycle)
@@ -296,10 +296,10 @@ class _Up:
             "state": str(state),
             "layers": {str(layer.layer): list(layer.experts) for layer in facts.selection.layers},
             "holdout": str(materials.corpus(facts.spec.domain, "holdout")),
-            "sequence_length": facts.spec.training.sequence_length,
         }
-        texts: dict[str, Any] = await run_task(installation, "generate", params, self.display.progress)
-        return texts
+        texts = await run_task(installation, "generate", params, self.display.progress)
+        examples: list[dict[str, Any]] = texts["examples"]
+        return examples
 
     def _lap(self, phase: str) -> None:
         """Seconds since the last lap go to `phase`."""
