@@ -180,6 +180,17 @@ def _report(run: str, merged: Merged) -> None:
         status = cycle_pb2.VerdictStatus.Name(verdict.status).removeprefix("VERDICT_STATUS_").lower()
         metrics.SUBMISSIONS.labels(status, reason_name(verdict.reason)).inc()
     metrics.VALIDATOR_DISAGREEMENT.set(disagreement(merged.scored))
+    for standing in merged.scored.validators:
+        if merged.scored.bonded or standing.trust:
+            metrics.VALIDATOR_TRUST.labels(run, standing.validator).set(standing.trust)
+        if standing.reason:
+            log.warning(
+                "a validator loses weight",
+                validator=standing.validator,
+                reason=reason_name(standing.reason),
+                detail=standing.detail,
+                trust=round(standing.trust, 4),
+            )
     losses = list(version.losses)
     if losses:
         metrics.TARGET_LOSS.labels(run).set(losses[0].after)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from connito.errors import Retry
 from connito.facts import Fact, RunFacts
+from connito.newcomers import over_quota, quota_detail
 from connito.v1 import cycle_pb2, reasons_pb2
 
 from services.committer import handlers
@@ -82,11 +83,15 @@ def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> 
         else:
             late = handlers.late_reveal(facts, cycle)
             writes.append(_late("submit", facts, cycle, miner, own.reveal_sequence, late))
-    for miner, rolled in _rolled_over(facts, reveals, cycle).items():
-        if miner not in inside:
-            inside[miner] = rolled
-            accepted = cycle_pb2.RevealAccepted(run=facts.run, cycle=cycle, submission=rolled)
-            writes.append(Write("submit", cycle, "accepted", miner, accepted))
+    rolled = {m: entry for m, entry in _rolled_over(facts, reveals, cycle).items() if m not in inside}
+    inside |= rolled
+    for entry in over_quota(facts, cycle, inside.values()):
+        refusal = handlers.Refusal(reasons_pb2.REASON_NEWCOMER_QUOTA, quota_detail(facts, cycle))
+        writes.append(_late("submit", facts, cycle, entry.miner, entry.reveal_sequence, refusal))
+        del inside[entry.miner]
+    for miner in sorted(rolled.keys() & inside.keys()):
+        accepted = cycle_pb2.RevealAccepted(run=facts.run, cycle=cycle, submission=rolled[miner])
+        writes.append(Write("submit", cycle, "accepted", miner, accepted))
     writes.extend(_not_revealed(facts, cycle))
     message = _settled(facts, cycle, cycle_pb2.WINDOW_SUBMIT, closed.last_sequence)
     message.submissions.extend(sorted(inside.values(), key=lambda item: item.commit_sequence))

@@ -155,6 +155,7 @@ class Console:
             "curves": views.curves(facts),
             "bars": waterfall(facts, cycle, now),
             "miners": views.miner_rows(facts, cycle),
+            "validators": views.validator_rows(facts, cycle),
         }
         return self._of_run("run.html", facts, frame, now, values)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from connito import standings
 from connito.errors import reason_name
 from connito.facts import Fact, RunFacts
 from connito.local.view import open_window, phase
 from connito.report import miner_name, outcome, submission_rows
+from connito.standings import rating_text
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 
@@ -70,6 +72,23 @@ class MinerRow:
     total_reward: int
     origin_cycle: int
     scored: bool
+    rating: str = ""
+
+
+@dataclass(frozen=True)
+class ValidatorRow:
+    """A validator in one cycle that was judged. Numbers are None where the run's policy does not move trust."""
+
+    key: str
+    name: str
+    reported: bool
+    idle: bool
+    agreement: float | None
+    weight: float | None
+    trust: float | None
+    reward: int
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -162,9 +181,29 @@ def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
                 total_reward=totals.get(row["key"], 0),
                 origin_cycle=row["origin_cycle"] if row["origin_cycle"] not in (0, cycle) else 0,
                 scored=verdict is not None or row["key"] in _measured(facts, cycle),
+                rating=rating_text(row["rating"]),
             )
         )
     return rows
+
+
+def validator_rows(facts: RunFacts, cycle: int) -> list[ValidatorRow]:
+    """How each validator stands after a cycle; nothing until it is judged."""
+    return [
+        ValidatorRow(
+            key=row["validator"],
+            name=name(facts, row["validator"]),
+            reported=row["reported"],
+            idle=row["idle"],
+            agreement=row["agreement"],
+            weight=row["weight"],
+            trust=row["trust"],
+            reward=row["reward"],
+            reason=words.REASONS.get(row["reason"], row["reason"]),
+            detail=row["detail"],
+        )
+        for row in standings.validator_rows(facts, cycle)
+    ]
 
 
 def judged(facts: RunFacts, cycle: int) -> dict[str, cycle_pb2.Verdict]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from connito.facts import Fact, RunFacts
+from connito.standings import rating_text, ratings, validator_rows
 from connito.v1 import cycle_pb2
 
 from services.console import words
@@ -15,7 +17,8 @@ from services.console.views import judged, name, reason_pair
 class Measurement:
     """What one validator says. Effect and interval in nats per token of the target hold-out, positive is better;
     `general` is the change on general text, positive is worse. `distance` is the validator's largest distance from
-    consensus in this cycle, None until that is published."""
+    consensus in this cycle, None until that is published; `weight` is what its vote weighed, `trust` what the cycle left of
+    it, and `standing` says why it lost some."""
 
     validator: str
     effect: float
@@ -28,6 +31,10 @@ class Measurement:
     reason: str
     detail: str
     distance: float | None
+    weight: float | None = None
+    agreement: float | None = None
+    trust: float | None = None
+    standing: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Why:
     utility: float | None
     rank: int
     reward: int | None
+    withheld: int
+    rating: str
     weight: float | None
     margin: float
     confidence: float
@@ -86,6 +95,8 @@ def why(facts: RunFacts, cycle: int, miner: str) -> Why | None:
         utility=None if verdict is None else verdict.utility,
         rank=0 if verdict is None else verdict.rank,
         reward=None if verdict is None else verdict.reward,
+        withheld=0 if verdict is None else verdict.withheld,
+        rating=rating_text(ratings(facts, cycle).get(miner)),
         weight=None if verdict is None else verdict.weight,
         margin=spec.scoring.retention_margin,
         confidence=spec.scoring.confidence,
@@ -100,12 +111,14 @@ def _measurements(facts: RunFacts, cycle: int, miner: str) -> tuple[list[Measure
     """What the validators measured, and the validators of the draw that said nothing about this miner."""
     found, spoke = [], set()
     distances = _distances(facts, cycle)
+    standings = {row["validator"]: row for row in validator_rows(facts, cycle)}
     for validator, fact in facts.all("validate", cycle, "report").items():
         assert isinstance(fact.message, cycle_pb2.ScoreReport)
         for score in fact.message.scores:
             if score.miner == miner:
                 spoke.add(validator)
-                found.append(_measurement(facts, validator, score, distances.get(validator)))
+                measured = _measurement(facts, validator, score, distances.get(validator))
+                found.append(_weighed(measured, standings.get(validator)))
     drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
     expected = () if drawn is None else (*drawn.validators, *drawn.omitted)
     return found, [name(facts, key) for key in expected if key not in spoke]
@@ -128,6 +141,15 @@ def _measurement(
         detail=score.detail,
         distance=distance,
     )
+
+
+def _weighed(measured: Measurement, row: dict[str, Any] | None) -> Measurement:
+    """With what the cycle's result says of the validator."""
+    if row is None:
+        return measured
+    told = words.REASONS.get(row["reason"], row["reason"])
+    standing = f"{told} ({row['detail']})" if row["detail"] else told
+    return replace(measured, weight=row["weight"], agreement=row["agreement"], trust=row["trust"], standing=standing)
 
 
 def _distances(facts: RunFacts, cycle: int) -> dict[str, float]:

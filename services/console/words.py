@@ -65,6 +65,11 @@ REASONS = {
     "cancelled": "the customer cancelled the run",
     "store-unavailable": "the object store did not answer",
     "quota-exceeded": "too many requests by this key",
+    "seed-withheld": "it committed to a secret and did not reveal it; it loses weight",
+    "no-report": "no report of it counts in this cycle; it loses weight",
+    "deviated": "its report is far from consensus; it loses weight",
+    "probation": "it is on probation: a part of the reward is withheld",
+    "newcomer-quota": "more new keys than the policy scores in one cycle; earlier commitments went first",
     "does-not-fit": "the training model does not fit into the miner's memory",
 }
 

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from connito import payout
 from connito.enums import name_of
 from connito.errors import Invalid
 from connito.subjects import check_token
@@ -18,6 +19,7 @@ from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, R
 from connito.v1.run_pb2 import (
     CorpusRef,
     MergePolicy,
+    RewardPolicy,
     RunSpec,
     ScorePolicy,
     SelectionPolicy,
@@ -44,6 +46,7 @@ MAX_CYCLES = 1000
 # What a selection's report holds, since diagnostics by domain and exact statistics.
 REPORT_VERSION = 1
 MAX_TEXT = 4000
+MAX_RANKS = 10_000
 
 DEFAULTS = RunSpec(
     selection=SelectionPolicy(
@@ -80,6 +83,8 @@ DEFAULTS = RunSpec(
         report_general_sequences=16,
     ),
     windows=WindowPolicy(min_miners=1, min_validators=1, floor_seconds=10, ceiling_seconds=1800, assemble_seconds=900),
+    # Yuma's rate. A new key is one more miner, so that a stranger is not punished for being one; see the trust model.
+    rewards=RewardPolicy(payout=payout.DEFAULT, bond_rate=0.1, probation_pay=0.5),
     emission=1_000_000,
 )
 
@@ -130,6 +135,11 @@ _RANGES: dict[str, _Range] = {
     "merging.gate_general_margin": _Range(0, 10, zero=True),
     "merging.report_target_sequences": _Range(1, 1_000_000),
     "merging.report_general_sequences": _Range(1, 1_000_000),
+    "rewards.validator_share": _Range(0, 0.9, zero=True),
+    "rewards.bond_rate": _Range(0, 1, zero=True),
+    "rewards.probation_cycles": _Range(0, 1_000, zero=True),
+    "rewards.probation_pay": _Range(0, 1, zero=True),
+    "rewards.newcomers_per_cycle": _Range(0, 1_000_000, zero=True),
     "windows.min_miners": _Range(1, 10_000),
     "windows.min_validators": _Range(1, 1_000),
     "windows.floor_seconds": _Range(0.05, 86_400),
@@ -166,6 +176,7 @@ def complete(spec: RunSpec, customer: str) -> RunSpec:
     for path, choices in _CHOICES.items():
         if _read(full, path) not in choices:
             raise bad(path, f"is {_read(full, path)!r}", f"choose one of {', '.join(choices)}")
+    _check_payout(full.rewards)
     windows = full.windows
     if windows.floor_seconds > windows.ceiling_seconds:
         raise bad("windows.floor_seconds", "is larger than windows.ceiling_seconds", "swap them or raise the ceiling")
@@ -182,7 +193,7 @@ def complete(spec: RunSpec, customer: str) -> RunSpec:
 
 
 def _fill(spec: RunSpec, customer: str) -> None:
-    for name in ("selection", "training", "scoring", "merging", "windows"):
+    for name in ("selection", "training", "scoring", "merging", "windows", "rewards"):
         if not spec.HasField(name):
             getattr(spec, name).CopyFrom(getattr(DEFAULTS, name))
     for path, limits in _RANGES.items():
@@ -192,9 +203,24 @@ def _fill(spec: RunSpec, customer: str) -> None:
         _write(spec, path, _read(spec, path) or _read(DEFAULTS, path))
     if spec.selection.threshold == 0:
         spec.selection.threshold = METHODS.get(spec.selection.method, 0.2)
+    spec.rewards.payout = spec.rewards.payout or DEFAULTS.rewards.payout
+    # Here 0 is a value of its own, and leaving it out is another.
+    if not spec.rewards.HasField("bond_rate"):
+        spec.rewards.bond_rate = DEFAULTS.rewards.bond_rate
+    if not spec.rewards.HasField("probation_pay"):
+        spec.rewards.probation_pay = DEFAULTS.rewards.probation_pay
     spec.selection.report_version = REPORT_VERSION
     spec.emission = spec.emission or DEFAULTS.emission
     spec.customer = spec.customer or customer
+
+
+def _check_payout(rewards: RewardPolicy) -> None:
+    if rewards.payout not in payout.names():
+        known = ", ".join(payout.names())
+        raise bad("rewards.payout", f"is {rewards.payout!r}", f"choose one of {known}, or install what registers it")
+    table = list(rewards.rank_shares)
+    if table and (len(table) > MAX_RANKS or table != sorted(table, reverse=True) or not table[0]):
+        raise bad("rewards.rank_shares", f"is {table[:8]}", f"give up to {MAX_RANKS} shares, the largest first")
 
 
 def _check_names(spec: RunSpec, customer: str) -> None:

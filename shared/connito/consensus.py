@@ -17,12 +17,19 @@ from connito.v1 import cycle_pb2, reasons_pb2
 @dataclass(frozen=True)
 class Consensus:
     """Agreed utilities by miner in nats per token, the reason and detail where one is zero, who deviated, and the
-    stake by validator."""
+    weight of each validator's vote.
+
+    `claims` are what each validator granted the submissions that it was to score, and `agreed` what consensus granted
+    them, whatever became of them afterwards. `judged` is False where too few validators reported to judge anyone.
+    """
 
     utilities: dict[str, float]
     reasons: dict[str, tuple[reasons_pb2.Reason.ValueType, str]]
     standings: list[cycle_pb2.ValidatorStanding] = field(default_factory=list)
     stakes: dict[str, float] = field(default_factory=dict)
+    claims: dict[str, dict[str, float]] = field(default_factory=dict)
+    agreed: dict[str, float] = field(default_factory=dict)
+    judged: bool = True
 
 
 def consensus(
@@ -74,7 +81,11 @@ def consensus(
         _standing(name, scores.get(name), {miner: u for miner, u in utilities.items() if asked(name, miner)})
         for name in everyone
     ]
-    return Consensus(utilities, reasons, standings, weight)
+    claims = {
+        name: {miner: _claim(given.get(miner)) for miner in miners if asked(name, miner)}
+        for name, given in scores.items()
+    }
+    return Consensus(utilities, reasons, standings, weight, claims, dict(utilities))
 
 
 def clipped(claims: Mapping[str, float], stakes: Mapping[str, float], kappa: float) -> float:

@@ -278,6 +278,13 @@ VALIDATOR_DISAGREEMENT = declare(
     "Largest distance of a validator from consensus in the last merge, relative to the best agreed utility",
     when_bad="above 0.3: a validator lies, or scores another model; `connito explain` names whose receipt differs",
 )
+VALIDATOR_TRUST = declare(
+    Gauge,
+    "validator_trust_ratio",
+    "Moving average of a validator's agreement with consensus after the last merge, 0 to 1",
+    ("run", "validator"),
+    when_bad="falling: the validator deviates or leaves duties; `merge.scored` names the reason, `connito explain` shows it",
+)
 CERTIFICATE_EXPIRY = declare(
     Gauge,
     "certificate_expiry_timestamp_seconds",

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+from connito import payout
 from connito.consensus import Consensus
-from connito.v1 import cycle_pb2, reasons_pb2
-
-# Each paid rank earns half of the one before it.
-DECAY = Fraction(1, 2)
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 
 def rank(submissions: Sequence[cycle_pb2.Submission], utilities: Mapping[str, float]) -> list[str]:
@@ -19,19 +17,14 @@ def rank(submissions: Sequence[cycle_pb2.Submission], utilities: Mapping[str, fl
     return [entry.miner for entry in useful]
 
 
-def rewards(ranked: int, emission: int, paid_ranks: int, decay: Fraction = DECAY) -> list[int]:
+def rewards(ranked: int, emission: int, paid_ranks: int, decay: Fraction = payout.HALVING) -> list[int]:
     """Units for ranks 1, 2, …: geometric over the first `paid_ranks`, zero below, summing to `emission` exactly.
 
     Fractions of a unit go to the largest remainders, then to the better rank. Nobody ranked or paid: all zero, and
     the emission stays unallocated.
     """
     paid = min(ranked, paid_ranks)
-    shares = [decay**place for place in range(paid)]
-    exact = [emission * share / sum(shares) for share in shares]
-    units = [int(amount) for amount in exact]
-    by_remainder = sorted(range(paid), key=lambda place: (units[place] - exact[place], place))
-    for place in by_remainder[: emission - sum(units) if paid else 0]:
-        units[place] += 1
+    units = payout.apportion(emission, [decay**place for place in range(paid)])
     # Rounding can lift a rank by one unit above a better one when their exact shares are close; order is restored.
     return sorted(units, reverse=True) + [0] * (ranked - paid)
 
@@ -44,16 +37,18 @@ def verdicts(
     paid_ranks: int,
     weights: Mapping[str, float],
     copies: Mapping[str, str] | None = None,
+    policy: run_pb2.RewardPolicy | None = None,
 ) -> tuple[list[cycle_pb2.Verdict], int]:
     """One verdict per submission, in the order of `submissions`, and the units that nobody earned.
 
     weights: share of the merge by miner; above zero means merged. copies: copy -> original, blamed on the later
-    commitment: a copy has no utility, rank or reward, its original keeps its own.
+    commitment: a copy has no utility, rank or reward, its original keeps its own. policy: how units are shared out, None
+    for the rank table. Raises `Invalid` for a payout policy that is not installed here.
     """
     copied = copies or {}
     utilities = {miner: 0.0 if miner in copied else value for miner, value in agreed.utilities.items()}
     ranked = rank(submissions, utilities)
-    units = rewards(len(ranked), emission, paid_ranks)
+    units = payout.pay([utilities[miner] for miner in ranked], emission, paid_ranks, policy or run_pb2.RewardPolicy())
     found = []
     for entry in submissions:
         verdict = cycle_pb2.Verdict(miner=entry.miner, origin_cycle=entry.origin_cycle)

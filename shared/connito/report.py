@@ -11,6 +11,7 @@ from typing import Any
 
 from connito.errors import reason_name
 from connito.facts import Fact, RunFacts
+from connito.standings import paid, ratings, validator_rows
 from connito.subjects import WINDOWS
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
@@ -67,6 +68,8 @@ def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
         "general_loss_after": _mean([loss.after for loss in general]),
         "domains": {loss.domain: {"before": loss.before, "after": loss.after} for loss in version.losses},
         "submissions": rows,
+        "validators": validator_rows(facts, cycle),
+        "paid": paid(facts, cycle),
         "merged": [miner_name(facts, key) for key in sorted(version.merged, key=lambda key: rank.get(key) or 1 << 30)],
         "gate": cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower().replace("_", "-"),
         "gate_detail": version.gate_detail,
@@ -91,6 +94,9 @@ def submission_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
     scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
     for verdict in scored.verdicts if scored is not None else ():
         rows[verdict.miner] = _judged(facts, verdict)
+    rated = ratings(facts, cycle)
+    for row in rows.values():
+        row["rating"] = rated.get(row["key"])
     return sorted(rows.values(), key=lambda row: (row["rank"] or 1 << 30, row["status"], row["miner"]))
 
 
@@ -129,6 +135,7 @@ def _row(facts: RunFacts, miner: str, status: str, reason: str = "", detail: str
         "utility": 0.0,
         "rank": 0,
         "reward": 0,
+        "withheld": 0,
         "origin_cycle": 0,
     }
 
@@ -138,6 +145,7 @@ def _judged(facts: RunFacts, verdict: cycle_pb2.Verdict) -> dict[str, Any]:
         facts, verdict.miner, _STATUS.get(verdict.status, "rejected"), reason_name(verdict.reason), verdict.detail
     )
     measured = {"utility": verdict.utility, "rank": verdict.rank, "reward": verdict.reward}
+    measured["withheld"] = verdict.withheld
     return {**row, **measured, "origin_cycle": verdict.origin_cycle}
 
 
@@ -154,6 +162,7 @@ def _refuse(facts: RunFacts, rows: dict[str, dict[str, Any]], fact: Fact) -> Non
     assert isinstance(refused, cycle_pb2.Refused)
     known = rows.get(refused.miner)
     told = known is not None and (known["status"] == "revealed" or known["reason"] not in ("", _NOT_REVEALED))
+    told = told and refused.reason != reasons_pb2.REASON_NEWCOMER_QUOTA
     still_standing = known is not None and known["status"] == "committed" and refused.window == cycle_pb2.WINDOW_COMMIT
     if not told and not still_standing:
         rows[refused.miner] = _row(facts, refused.miner, "refused", reason_name(refused.reason), refused.detail)
@@ -181,6 +190,7 @@ def _selection(selection: run_pb2.SelectionMade) -> dict[str, Any]:
 
 def _totals(facts: RunFacts, cycles: list[dict[str, Any]], model_bytes: int) -> dict[str, Any]:
     rewards: dict[str, int] = {}
+    rated = ratings(facts, cycles[-1]["cycle"]) if cycles else {}
     for cycle in cycles:
         for row in cycle["submissions"]:
             rewards[row["miner"]] = rewards.get(row["miner"], 0) + row["reward"]
@@ -192,6 +202,7 @@ def _totals(facts: RunFacts, cycles: list[dict[str, Any]], model_bytes: int) -> 
         "general_loss_first": cycles[0]["general_loss_before"] if cycles else None,
         "general_loss_last": cycles[-1]["general_loss_after"] if cycles else None,
         "rewards": rewards,
+        "ratings": {miner_name(facts, key): rating for key, rating in rated.items()},
         "upload_bytes_per_miner_and_cycle": upload,
         "model_bytes": model_bytes,
         "upload_share_of_model": upload / model_bytes if model_bytes else None,

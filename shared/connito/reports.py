@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from connito.assignment import assigned
 from connito.facts import RunFacts
+from connito.trust import votes
 from connito.v1 import cycle_pb2, reasons_pb2
 
 
@@ -88,15 +89,16 @@ def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> str:
 def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[[str], float]) -> str:
     """Why the reports are too few to judge anyone; empty when they suffice.
 
-    The draw had its quorum of validators; of their stake, more than half must have reported. A validator that fell
+    The draw had its quorum of validators; of the weight of their votes, more than half must have reported. A validator that fell
     silent after its reveal then costs nobody the cycle, and a lying minority is not made a majority by it. Where the
     seed assigns submissions, one whose assigned validators mostly fell silent is told so in its verdict.
     """
     drawn = draw(facts, cycle)
     if drawn is None:
         return "too few validators revealed their seed, so nothing was drawn to score on"
-    total = sum(stake(validator) for validator in drawn.validators)
-    reported = sum(stake(validator) for validator in reports.counted)
+    weight = votes(facts, cycle, stake)
+    total = sum(weight(validator) for validator in drawn.validators)
+    reported = sum(weight(validator) for validator in reports.counted)
     if reported <= total / 2:
         return f"validators with {reported:g} of {total:g} stake reported in time; more than half is needed"
     return ""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
+from connito import newcomers, ratings, trust
 from connito.assignment import assigned
 from connito.consensus import Consensus, consensus
 from connito.facts import RunFacts
@@ -31,7 +33,8 @@ def agree(
     assert drawn is not None
     silent = [validator for validator in drawn.validators if validator not in reports.counted]
     blank = [cycle_pb2.ScoreReport(validator=validator) for validator in silent]
-    stakes = {validator: stake(validator) for validator in drawn.validators}
+    votes = trust.votes(facts, cycle, stake)
+    stakes = {validator: votes(validator) for validator in drawn.validators}
     found = consensus(
         [*reports.counted.values(), *blank],
         stakes,
@@ -39,18 +42,24 @@ def agree(
         expected=drawn.omitted,
         assigned=assigned(facts, cycle),
     )
-    return replace(found, standings=[_honest(standing, reports) for standing in found.standings])
+    weighed = stakes if trust.rate(facts) > 0.0 else {}
+    return replace(found, standings=[_honest(standing, reports, weighed) for standing in found.standings])
 
 
-def _honest(standing: cycle_pb2.ValidatorStanding, reports: Reports) -> cycle_pb2.ValidatorStanding:
-    if standing.validator in reports.counted:
-        return standing
+def _honest(
+    standing: cycle_pb2.ValidatorStanding, reports: Reports, weighed: Mapping[str, float]
+) -> cycle_pb2.ValidatorStanding:
     name = standing.validator
+    if name in reports.counted:
+        standing.weight = weighed.get(name, 0.0)
+        return standing
+    told = name in reports.ignored and (name in reports.misassigned or name in weighed)
     return cycle_pb2.ValidatorStanding(
         validator=name,
         reported=False,
         reason=reports.misassigned.get(name, reasons_pb2.REASON_UNSPECIFIED),
-        detail=reports.ignored[name] if name in reports.misassigned else "",
+        detail=reports.ignored[name] if told else "",
+        weight=weighed.get(name, 0.0),
     )
 
 
@@ -67,7 +76,7 @@ def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submi
         for name in sorted(names)
     ]
     reasons = {entry.miner: (reasons_pb2.REASON_NO_QUORUM, why) for entry in submissions}
-    return Consensus({entry.miner: 0.0 for entry in submissions}, reasons, standings)
+    return Consensus({entry.miner: 0.0 for entry in submissions}, reasons, standings, judged=False)
 
 
 def without(agreed: Consensus, refused: Refusals) -> Consensus:
@@ -88,18 +97,29 @@ def score_cycle(
     """The cycle's result. `unmerged` says of those that scored, but have no share in the merge, why."""
     spec = facts.spec
     assert spec is not None
-    found, unallocated = verdicts(
+    pot = round(spec.emission * Fraction(spec.rewards.validator_share))
+    found, _ = verdicts(
         submissions,
         agreed,
-        emission=spec.emission,
+        emission=spec.emission - pot,
         paid_ranks=spec.scoring.paid_ranks,
         weights=weights,
         copies=copies,
+        policy=spec.rewards,
     )
     for verdict in found:
         scored = verdict.status == cycle_pb2.VERDICT_STATUS_SCORED
         if scored and verdict.miner in unmerged and verdict.reason == reasons_pb2.REASON_UNSPECIFIED:
             verdict.reason, verdict.detail = unmerged[verdict.miner]
+        newcomers.withhold(facts, cycle, verdict)
+    standings, bonded = trust.stand(facts, cycle, agreed, found, pot)
+    paid = sum(verdict.reward for verdict in found) + sum(standing.reward for standing in standings)
     return cycle_pb2.CycleScored(
-        run=facts.run, cycle=cycle, verdicts=found, validators=agreed.standings, unallocated=unallocated
+        run=facts.run,
+        cycle=cycle,
+        verdicts=found,
+        validators=standings,
+        unallocated=spec.emission - paid,
+        bonded=bonded,
+        miners=ratings.rate(facts, cycle, found),
     )

@@ -14,6 +14,7 @@ from connito.commitment import opens
 from connito.enums import name_of
 from connito.errors import Invalid, reason_name
 from connito.facts import Fact, RunFacts
+from connito.newcomers import over_quota
 from connito.v1 import cycle_pb2, reasons_pb2
 
 _DIGEST_BYTES = 32
@@ -150,13 +151,12 @@ def _settled_submit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     settled, closed = facts.settled("submit", cycle), facts.closed("submit", cycle)
     if settled is None or closed is None:
         return
-    inside: dict[str, cycle_pb2.Submission] = {}
-    for miner, fact in facts.all("submit", cycle, "accepted").items():
-        assert isinstance(fact.message, cycle_pb2.RevealAccepted)
-        entry = fact.message.submission
-        if entry.origin_cycle == cycle and entry.reveal_sequence <= closed.last_sequence:
-            inside[miner] = entry
-    inside = {**_rolled_over(evidence, cycle, closed.last_sequence), **inside}
+    inside = _inside(evidence, cycle, closed.last_sequence)
+    for entry in over_quota(facts, cycle, inside.values()):
+        del inside[entry.miner]
+        if _refused(facts, "submit", cycle, entry.miner, entry.reveal_sequence) is None:
+            where = evidence.subject("submit", cycle, "settled")
+            yield Difference("submissions", where, "a newcomer beyond the quota was not told", cycle, entry.miner)
     expected = cycle_pb2.WindowSettled(
         run=facts.run,
         cycle=cycle,
@@ -167,6 +167,17 @@ def _settled_submit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     what = first_difference(expected, settled)
     if what:
         yield Difference("submissions", evidence.subject("submit", cycle, "settled"), what, cycle)
+
+
+def _inside(evidence: Evidence, cycle: int, last: int) -> dict[str, cycle_pb2.Submission]:
+    """Each miner's submission that lay inside of a submit window, or rolled over into it."""
+    inside: dict[str, cycle_pb2.Submission] = {}
+    for miner, fact in evidence.facts.all("submit", cycle, "accepted").items():
+        assert isinstance(fact.message, cycle_pb2.RevealAccepted)
+        entry = fact.message.submission
+        if entry.origin_cycle == cycle and entry.reveal_sequence <= last:
+            inside[miner] = entry
+    return {**_rolled_over(evidence, cycle, last), **inside}
 
 
 def _rolled_over(evidence: Evidence, cycle: int, until: int) -> dict[str, cycle_pb2.Submission]:
@@ -214,6 +225,8 @@ def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -
         closed = facts.closed(window, cycle)
         inside = own is not None and closed is not None and own.reveal_sequence <= closed.last_sequence
         return "the miner's reveal was accepted" if inside else ""
+    if refused.reason == reasons_pb2.REASON_NEWCOMER_QUOTA:
+        return _quota_fault(evidence, cycle, miner, sequence)
     said = _said(evidence, sequence, _KIND[window], miner, cycle)
     if said is None:
         return f"INGRESS {sequence} holds no valid {_KIND[window]} of this miner for cycle {cycle}"
@@ -224,6 +237,13 @@ def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -
     if refused.reason == reasons_pb2.REASON_UNSPECIFIED:
         return "a refusal names its reason, this one does not"
     return _against_commitment(facts, refused, said, name)
+
+
+def _quota_fault(evidence: Evidence, cycle: int, miner: str, sequence: int) -> str:
+    closed = evidence.facts.closed("submit", cycle)
+    inside = _inside(evidence, cycle, closed.last_sequence) if closed is not None else {}
+    beyond = [(entry.miner, entry.reveal_sequence) for entry in over_quota(evidence.facts, cycle, inside.values())]
+    return "" if (miner, sequence) in beyond else "refused as newcomer-quota, but the quota had a place for this miner"
 
 
 def _against_commitment(facts: RunFacts, refused: cycle_pb2.Refused, said: Fact, name: str) -> str:

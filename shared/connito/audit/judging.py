@@ -32,6 +32,9 @@ OF_THE_FILE = frozenset(
     }
 )
 
+# Reasons that the ranking gave, not the merge.
+_OF_THE_REWARD = frozenset({reasons_pb2.REASON_BELOW_CUTOFF, reasons_pb2.REASON_PROBATION})
+
 
 def beacon(evidence: Evidence, cycle: int) -> Step:
     """The seed is the hash of the secrets that the drawn validators committed to before anything was submitted."""
@@ -145,6 +148,7 @@ def verdicts(evidence: Evidence, cycle: int) -> Step:
         Difference("verdicts", where, what, cycle, _miner_of(scored, what)) for what in differing(again, scored)
     ]
     spent = sum(verdict.reward for verdict in scored.verdicts) + scored.unallocated
+    spent += sum(standing.reward for standing in scored.validators)
     assert facts.spec is not None
     if spent != facts.spec.emission:
         what = f"rewards and the rest come to {spent} units; a cycle emits {facts.spec.emission}"
@@ -162,7 +166,7 @@ def recorded_verdicts(
     unmerged: Refusals = {
         verdict.miner: (verdict.reason, verdict.detail)
         for verdict in scored.verdicts
-        if verdict.status == cycle_pb2.VERDICT_STATUS_SCORED and verdict.reason != reasons_pb2.REASON_BELOW_CUTOFF
+        if verdict.status == cycle_pb2.VERDICT_STATUS_SCORED and verdict.reason not in _OF_THE_REWARD
     }
     return score_cycle(evidence.facts, cycle, submissions, agreed, _copies(submissions, scored), weights, unmerged)
 

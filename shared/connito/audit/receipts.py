@@ -15,6 +15,7 @@ from connito.audit.evidence import Evidence, signatures
 from connito.enums import name_of
 from connito.errors import Invalid, NotFound, reason_name
 from connito.facts import Fact
+from connito.standings import ratings, validator_rows
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 
@@ -138,6 +139,7 @@ def receipt(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any]:
         "inputs": None if entry is None else _inputs(evidence, cycle, entry),
         "draw": _draw(evidence, cycle, miner),
         "reports": _reports(evidence, cycle, miner),
+        "validators": validator_rows(facts, cycle),
         "verdict": _verdict(evidence, cycle, miner),
         "refusals": _refusals(evidence, cycle, miner),
         "version": None if version is None else {"version": version.version, "state": _ref(version.state)},
@@ -217,6 +219,8 @@ def _verdict(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | Non
                 "utility": verdict.utility,
                 "rank": verdict.rank,
                 "reward": verdict.reward,
+                "withheld": verdict.withheld,
+                "rating": ratings(evidence.facts, cycle).get(miner),
                 "weight": verdict.weight,
             }
     return None

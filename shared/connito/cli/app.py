@@ -14,6 +14,7 @@ from connito.cli import (
     doctor,
     explain,
     job,
+    ledger,
     library,
     miner,
     replay,
@@ -57,6 +58,7 @@ app.command("replay")(replay.replay)
 app.command("select")(select.select)
 app.command("explain")(explain.explain)
 app.command("audit")(audit.audit)
+app.command("ledger")(ledger.ledger)
 app.add_typer(streams.app, name="streams")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(base.app, name="base")

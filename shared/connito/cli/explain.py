@@ -79,6 +79,7 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
         if len(document["draw"]["assigned"]) < drawn:
             lines.append(f"assigned    {', '.join(f'{name[:12]}…' for name in document['draw']['assigned'])}")
     lines += [line for report in document["reports"] for line in _report(report)]
+    lines += [line for row in document["validators"] for line in _standing(row)]
     lines += [f"refused     {row['reason']} ({row['window']}): {row['detail']}" for row in document["refusals"]]
     lines += _verdict(document["verdict"])
     lines += ["", "signed by"]
@@ -118,10 +119,24 @@ def _report(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _standing(row: dict[str, Any]) -> list[str]:
+    """What a validator's word weighed, and what this cycle did to that; nothing where trust does not move."""
+    if row["trust"] is None or row["idle"]:
+        return []
+    why = f"  {row['reason']}: {row['detail']}" if row["reason"] else ""
+    said = f"weight {row['weight']:.3f}, agrees to {row['agreement']:.1%}, trust now {row['trust']:.3f}"
+    return [f"validator   {row['validator'][:12]}…  {said}{why}"]
+
+
 def _verdict(verdict: dict[str, Any] | None) -> list[str]:
+    from connito.standings import rating_text
+
     if verdict is None:
         return ["verdict     none in this cycle"]
     why = f"  {verdict['reason']}: {verdict['detail']}" if verdict["reason"] else ""
     rank = f"rank {verdict['rank']}, " if verdict["rank"] else ""
-    share = f"reward {verdict['reward']}, share of the merge {verdict['weight']:.4f}"
+    withheld = f" ({verdict['withheld']} withheld)" if verdict["withheld"] else ""
+    share = f"reward {verdict['reward']}{withheld}, share of the merge {verdict['weight']:.4f}"
+    rating = rating_text(verdict["rating"])
+    share += f", rating {rating}" if rating else ""
     return [f"verdict     {verdict['status']}, {rank}utility {verdict['utility']:.5f}, {share}{why}"]

@@ -79,7 +79,7 @@ def status(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what was accepted, what was rejected and why, ranks and rewards, for every run and cycle."""
+    """Show what was accepted, what was rejected and why, ranks, rewards and ratings (μ ± σ), for every run and cycle."""
     from connito.identity import Identity
 
     miner = public_key or Identity.load(key).public
@@ -87,16 +87,22 @@ def status(
         # Elsewhere than on the platform's own machine, the miner's key is the one to read with.
         os.environ.setdefault("CONNITO_KEY_FILE", str(key))
     rows = asyncio.run(_rows(data_dir, miner))
-    headers = ("run", "cycle", "status", "reason", "utility", "rank", "reward", "detail")
+    headers = ("run", "cycle", "status", "reason", "utility", "rank", "reward", "rating", "detail")
     total = sum(row["reward"] for row in rows)
     emit(
         as_json,
         {"miner": miner, "reward": total, "cycles": rows},
         lambda: (
-            table(headers, [[row[h] for h in headers] for row in rows], "this miner has taken part in no cycle yet")
+            table(headers, [_cells(row, headers) for row in rows], "this miner has taken part in no cycle yet")
             + f"\n\nreward in all: {total}"
         ),
     )
+
+
+def _cells(row: dict[str, Any], headers: tuple[str, ...]) -> list[Any]:
+    from connito.standings import rating_text
+
+    return [rating_text(row["rating"]) if header == "rating" else row[header] for header in headers]
 
 
 async def _rows(data_dir: Any, miner: str) -> list[dict[str, Any]]:

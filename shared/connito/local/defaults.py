@@ -14,7 +14,7 @@ ADVERSARIES = ("copier", "noisy-copier", "freerider", "noise", "nan", "oversized
 DEMO_DOMAINS = ("medical", "code", "legal", "speeches", "math")
 TINY_DOMAINS = ("recipes", "logs", "poems", "ledgers")
 MAX_PEOPLE = 64
-OVERRIDABLE = ("selection", "training", "scoring", "merging", "windows")
+OVERRIDABLE = ("selection", "training", "scoring", "merging", "windows", "rewards")
 
 
 @dataclass(frozen=True)

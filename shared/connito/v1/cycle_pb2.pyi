@@ -713,6 +713,7 @@ class Verdict(_message.Message):
     REWARD_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     ORIGIN_CYCLE_FIELD_NUMBER: _builtins.int
+    WITHHELD_FIELD_NUMBER: _builtins.int
     miner: _builtins.str
     status: Global___VerdictStatus.ValueType
     reason: _reasons_pb2.Reason.ValueType
@@ -726,6 +727,8 @@ class Verdict(_message.Message):
     weight: _builtins.float
     """Share of the merge."""
     origin_cycle: _builtins.int
+    withheld: _builtins.int
+    """Units of its reward that a miner on probation was not paid."""
     def __init__(
         self,
         *,
@@ -738,14 +741,50 @@ class Verdict(_message.Message):
         reward: _builtins.int = ...,
         weight: _builtins.float = ...,
         origin_cycle: _builtins.int = ...,
+        withheld: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "miner", b"miner", "origin_cycle", b"origin_cycle", "rank", b"rank", "reason", b"reason", "reward", b"reward", "status", b"status", "utility", b"utility", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "miner", b"miner", "origin_cycle", b"origin_cycle", "rank", b"rank", "reason", b"reason", "reward", b"reward", "status", b"status", "utility", b"utility", "weight", b"weight", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
+@_typing.final
+class MinerStanding(_message.Message):
+    """What is known of a miner after a cycle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MINER_FIELD_NUMBER: _builtins.int
+    MU_FIELD_NUMBER: _builtins.int
+    SIGMA_FIELD_NUMBER: _builtins.int
+    JUDGED_FIELD_NUMBER: _builtins.int
+    USEFUL_FIELD_NUMBER: _builtins.int
+    miner: _builtins.str
+    mu: _builtins.float
+    """OpenSkill rating: skill is μ ± σ."""
+    sigma: _builtins.float
+    judged: _builtins.int
+    """Cycles in which a submission of the miner was judged, and in which it was useful."""
+    useful: _builtins.int
+    def __init__(
+        self,
+        *,
+        miner: _builtins.str = ...,
+        mu: _builtins.float = ...,
+        sigma: _builtins.float = ...,
+        judged: _builtins.int = ...,
+        useful: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["judged", b"judged", "miner", b"miner", "mu", b"mu", "sigma", b"sigma", "useful", b"useful"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MinerStanding: _TypeAlias = MinerStanding  # noqa: Y015
 
 @_typing.final
 class ValidatorStanding(_message.Message):
@@ -756,13 +795,33 @@ class ValidatorStanding(_message.Message):
     DEVIATION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    BONDS_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
     validator: _builtins.str
     reported: _builtins.bool
     deviation: _builtins.float
     """Largest distance of this validator's utilities from consensus, in nats per token."""
     reason: _reasons_pb2.Reason.ValueType
-    """Why a report that was given does not count, where the assignment of submissions is the cause."""
+    """Why it lost weight: its report does not count, is missing or is far from consensus, or its secret was withheld."""
     detail: _builtins.str
+    agreement: _builtins.float
+    """How far its report agrees with consensus, 0 to 1: Σ_j min(W_ij, W̄_j) / Σ_j max(W_ij, W̄_j). 0 where a duty was left."""
+    trust: _builtins.float
+    """Moving average of agreement, with this cycle."""
+    weight: _builtins.float
+    """Weight of its vote in this cycle: stake times the trust it had."""
+    reward: _builtins.int
+    """Units of the cycle's emission."""
+    idle: _builtins.bool
+    """It had no duty in this cycle; its trust and bonds are carried over."""
+    @_builtins.property
+    def bonds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """What it holds of each miner in `CycleScored.bonded`."""
+
     def __init__(
         self,
         *,
@@ -771,10 +830,16 @@ class ValidatorStanding(_message.Message):
         deviation: _builtins.float = ...,
         reason: _reasons_pb2.Reason.ValueType = ...,
         detail: _builtins.str = ...,
+        agreement: _builtins.float = ...,
+        trust: _builtins.float = ...,
+        weight: _builtins.float = ...,
+        reward: _builtins.int = ...,
+        bonds: _abc.Iterable[_builtins.float] | None = ...,
+        idle: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "deviation", b"deviation", "reason", b"reason", "reported", b"reported", "validator", b"validator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "bonds", b"bonds", "detail", b"detail", "deviation", b"deviation", "idle", b"idle", "reason", b"reason", "reported", b"reported", "reward", b"reward", "trust", b"trust", "validator", b"validator", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -791,6 +856,8 @@ class CycleScored(_message.Message):
     VERDICTS_FIELD_NUMBER: _builtins.int
     VALIDATORS_FIELD_NUMBER: _builtins.int
     UNALLOCATED_FIELD_NUMBER: _builtins.int
+    BONDED_FIELD_NUMBER: _builtins.int
+    MINERS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     unallocated: _builtins.int
@@ -798,6 +865,14 @@ class CycleScored(_message.Message):
     def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Verdict]: ...
     @_builtins.property
     def validators(self) -> _containers.RepeatedCompositeFieldContainer[Global___ValidatorStanding]: ...
+    @_builtins.property
+    def bonded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The miners that validators hold bonds of. Sorted."""
+
+    @_builtins.property
+    def miners(self) -> _containers.RepeatedCompositeFieldContainer[Global___MinerStanding]:
+        """Everybody who was judged in the run so far. Sorted by miner."""
+
     def __init__(
         self,
         *,
@@ -806,10 +881,12 @@ class CycleScored(_message.Message):
         verdicts: _abc.Iterable[Global___Verdict] | None = ...,
         validators: _abc.Iterable[Global___ValidatorStanding] | None = ...,
         unallocated: _builtins.int = ...,
+        bonded: _abc.Iterable[_builtins.str] | None = ...,
+        miners: _abc.Iterable[Global___MinerStanding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "run", b"run", "unallocated", b"unallocated", "validators", b"validators", "verdicts", b"verdicts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bonded", b"bonded", "cycle", b"cycle", "miners", b"miners", "run", b"run", "unallocated", b"unallocated", "validators", b"validators", "verdicts", b"verdicts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

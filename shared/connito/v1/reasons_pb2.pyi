@@ -108,6 +108,16 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The object store does not answer."""
     REASON_QUOTA_EXCEEDED: _Reason.ValueType  # 85
     """Too many requests by this key. Slow down."""
+    REASON_SEED_WITHHELD: _Reason.ValueType  # 90
+    """The validator committed to a secret and did not reveal it. It loses weight."""
+    REASON_NO_REPORT: _Reason.ValueType  # 91
+    """No report of the validator counts in this cycle; the detail says why. It loses weight."""
+    REASON_DEVIATED: _Reason.ValueType  # 92
+    """The validator's report is far from consensus. It loses weight."""
+    REASON_PROBATION: _Reason.ValueType  # 93
+    """The miner is on probation: a part of its reward is withheld."""
+    REASON_NEWCOMER_QUOTA: _Reason.ValueType  # 94
+    """More new keys submitted than the policy scores in one cycle; earlier commitments went first. Commit again."""
     REASON_DOES_NOT_FIT: _Reason.ValueType  # 110
     """The training model does not fit into the miner's memory; the detail has the numbers."""
 
@@ -200,6 +210,16 @@ REASON_STORE_UNAVAILABLE: Reason.ValueType  # 84
 """The object store does not answer."""
 REASON_QUOTA_EXCEEDED: Reason.ValueType  # 85
 """Too many requests by this key. Slow down."""
+REASON_SEED_WITHHELD: Reason.ValueType  # 90
+"""The validator committed to a secret and did not reveal it. It loses weight."""
+REASON_NO_REPORT: Reason.ValueType  # 91
+"""No report of the validator counts in this cycle; the detail says why. It loses weight."""
+REASON_DEVIATED: Reason.ValueType  # 92
+"""The validator's report is far from consensus. It loses weight."""
+REASON_PROBATION: Reason.ValueType  # 93
+"""The miner is on probation: a part of its reward is withheld."""
+REASON_NEWCOMER_QUOTA: Reason.ValueType  # 94
+"""More new keys submitted than the policy scores in one cycle; earlier commitments went first. Commit again."""
 REASON_DOES_NOT_FIT: Reason.ValueType  # 110
 """The training model does not fit into the miner's memory; the detail has the numbers."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

@@ -326,6 +326,63 @@ class MergePolicy(_message.Message):
 Global___MergePolicy: _TypeAlias = MergePolicy  # noqa: Y015
 
 @_typing.final
+class RewardPolicy(_message.Message):
+    """What a cycle's emission is paid for, and how much keys count that have not proven themselves. A log without it pays by
+    the rank table, and leaves every validator the weight of its stake.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAYOUT_FIELD_NUMBER: _builtins.int
+    RANK_SHARES_FIELD_NUMBER: _builtins.int
+    VALIDATOR_SHARE_FIELD_NUMBER: _builtins.int
+    BOND_RATE_FIELD_NUMBER: _builtins.int
+    PROBATION_CYCLES_FIELD_NUMBER: _builtins.int
+    PROBATION_PAY_FIELD_NUMBER: _builtins.int
+    NEWCOMERS_PER_CYCLE_FIELD_NUMBER: _builtins.int
+    payout: _builtins.str
+    """rank-table, proportional (to utility), or a policy that the installation registers."""
+    validator_share: _builtins.float
+    """Share of the emission that goes to validators, by the bonds they hold of the miners that earn."""
+    bond_rate: _builtins.float
+    """How fast a validator's trust, and its bonds, follow its last reports (exponential moving average). 0: never."""
+    probation_cycles: _builtins.int
+    """A miner is on probation until this many of its submissions were useful. 0: no probation."""
+    probation_pay: _builtins.float
+    """Share of its reward that a miner on probation is paid; the rest stays unallocated."""
+    newcomers_per_cycle: _builtins.int
+    """Submissions by keys that were never scored before, per cycle; the earliest commitments come first. 0: any number."""
+    @_builtins.property
+    def rank_shares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """rank-table: relative pay of rank 1, 2, …; ranks beyond it earn nothing. Empty: each earns half of the one before."""
+
+    def __init__(
+        self,
+        *,
+        payout: _builtins.str = ...,
+        rank_shares: _abc.Iterable[_builtins.int] | None = ...,
+        validator_share: _builtins.float = ...,
+        bond_rate: _builtins.float | None = ...,
+        probation_cycles: _builtins.int = ...,
+        probation_pay: _builtins.float | None = ...,
+        newcomers_per_cycle: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bond_rate", b"_bond_rate", "_probation_pay", b"_probation_pay", "bond_rate", b"bond_rate", "probation_pay", b"probation_pay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bond_rate", b"_bond_rate", "_probation_pay", b"_probation_pay", "bond_rate", b"bond_rate", "newcomers_per_cycle", b"newcomers_per_cycle", "payout", b"payout", "probation_cycles", b"probation_cycles", "probation_pay", b"probation_pay", "rank_shares", b"rank_shares", "validator_share", b"validator_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bond_rate: _TypeAlias = _typing.Literal["bond_rate"]  # noqa: Y015
+    _WhichOneofArgType__bond_rate: _TypeAlias = _typing.Literal["_bond_rate", b"_bond_rate"]  # noqa: Y015
+    _WhichOneofReturnType__probation_pay: _TypeAlias = _typing.Literal["probation_pay"]  # noqa: Y015
+    _WhichOneofArgType__probation_pay: _TypeAlias = _typing.Literal["_probation_pay", b"_probation_pay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bond_rate) -> _WhichOneofReturnType__bond_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probation_pay) -> _WhichOneofReturnType__probation_pay | None: ...
+
+Global___RewardPolicy: _TypeAlias = RewardPolicy  # noqa: Y015
+
+@_typing.final
 class WindowPolicy(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,6 +437,7 @@ class RunSpec(_message.Message):
     LICENSE_FIELD_NUMBER: _builtins.int
     DATA_STATEMENT_FIELD_NUMBER: _builtins.int
     EMISSION_FIELD_NUMBER: _builtins.int
+    REWARDS_FIELD_NUMBER: _builtins.int
     BESIDE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     domain: _builtins.str
@@ -416,6 +474,8 @@ class RunSpec(_message.Message):
     @_builtins.property
     def windows(self) -> Global___WindowPolicy: ...
     @_builtins.property
+    def rewards(self) -> Global___RewardPolicy: ...
+    @_builtins.property
     def beside(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorpusRef]:
         """Probes of further domains whose experts are selected together with this one's; `train` then holds text of all of them."""
 
@@ -440,11 +500,12 @@ class RunSpec(_message.Message):
         license: _builtins.str = ...,
         data_statement: _builtins.str = ...,
         emission: _builtins.int = ...,
+        rewards: Global___RewardPolicy | None = ...,
         beside: _abc.Iterable[Global___CorpusRef] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "holdout", b"holdout", "merging", b"merging", "probe", b"probe", "replay", b"replay", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "holdout", b"holdout", "merging", b"merging", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "probe", b"probe", "replay", b"replay", "run", b"run", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -164,7 +164,10 @@ def corpus(domain: str, salt: int) -> bytes:
     return Corpus.from_documents(documents, {"domain": domain, "separator": "255", "split": "holdout"}).to_bytes()
 
 
-def spec_of(world: World) -> run_pb2.RunSpec:
+REWARDS = run_pb2.RewardPolicy(payout="proportional", bond_rate=0.1)
+
+
+def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
     config = world.put(b"{}")
     entry = FileEntry("config.json", config.digest, config.size, "application/json")
     manifest = world.put(Manifest({"config.json": entry}, {}, "tiny").to_bytes())
@@ -192,6 +195,7 @@ def spec_of(world: World) -> run_pb2.RunSpec:
             gate_target_sequences=2, gate_general_sequences=2, report_target_sequences=2, report_general_sequences=2,
         ),
         windows=run_pb2.WindowPolicy(min_miners=1, min_validators=2),
+        rewards=rewards,
     )  # fmt: skip
 
 
@@ -362,11 +366,11 @@ class Cycle:
         return merged.version
 
 
-def tell(folder: Path) -> World:
+def tell(folder: Path, rewards: run_pb2.RewardPolicy = REWARDS) -> World:
     """The whole run."""
     world = World()
     world.folder = folder
-    spec = spec_of(world)
+    spec = spec_of(world, rewards)
     world.say("coordinator", "run", 0, "created", run_pb2.RunCreated(spec=spec))
     for name, key in MINERS.items():
         message = run_pb2.MinerEnrolled(run=RUN, miner=key, label=f"miner-{name}")

@@ -34,6 +34,7 @@ VERBS = {
                "--max-vram", "--scope", "--domain", "--helpers", "--diagnostics", "--effects", "--plots"},
     "explain": {"--from", "--no-model", "--json"},
     "audit": {"--from", "--no-model", "--against", "--json"},
+    "ledger": {"--from", "--account", "--data-dir", "--json"},
     "job submit": {"--json"},
     "job list": {"--json"},
     "job show": {"--json"},
@@ -178,6 +179,7 @@ def test_a_wish_that_cannot_be_is_refused_before_anything_starts(
         "library list",
         "replay some-run",
         "audit some-run",
+        "ledger some-run",
         "explain some-run/1/miner-1",
     ],
 )

@@ -178,3 +178,34 @@ def test_every_good_reveal_is_scored_once_at_most_and_replay_settles_the_same(
         rebuilt.add(stored)
     for cycle, item in settled.items():
         assert settlement.settle(rebuilt, ledger.reveals, "submit", cycle)[-1].message == item
+
+
+def test_new_keys_beyond_the_quota_are_told_and_come_first_no_more(ledger: Ledger) -> None:
+    spec = ledger.facts.spec
+    assert spec is not None
+    spec.rewards.newcomers_per_cycle = 1
+    to_submit(ledger, miners=("mb", "ma"))
+    told = {miner: ledger.reveal(miner, 1) for miner in ("ma", "mb")}
+    for said in told.values():
+        reveal(ledger, said)
+    assert who(finish(ledger, 1)) == [("mb", 1)]
+    assert refusals(ledger, "submit", 1) == {f"ma-{told['ma'].sequence}": reasons_pb2.REASON_NEWCOMER_QUOTA}
+    to_submit(ledger, 2, miners=("mb", "ma"))
+    for miner in ("ma", "mb"):
+        reveal(ledger, ledger.reveal(miner, 2))
+    assert who(finish(ledger, 2)) == [("mb", 2), ("ma", 2)]
+
+
+def test_late_work_of_a_new_key_has_no_place_of_its_own(ledger: Ledger) -> None:
+    spec = ledger.facts.spec
+    assert spec is not None
+    spec.rewards.newcomers_per_cycle = 1
+    to_submit(ledger, miners=("ma",))
+    finish(ledger, 1)
+    late = ledger.reveal("ma", 1)
+    reveal(ledger, late)
+    to_submit(ledger, 2, miners=("mb",))
+    reveal(ledger, ledger.reveal("mb", 2))
+    # What was committed in the first cycle came before.
+    assert who(finish(ledger, 2)) == [("ma", 1)]
+    assert reasons_pb2.REASON_NEWCOMER_QUOTA in refusals(ledger, "submit", 2).values()

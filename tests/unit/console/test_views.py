@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from connito.facts import RunFacts
-from connito.v1 import reasons_pb2, run_pb2
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 from services.console import views, words
 from services.console.heatmap import heatmap
@@ -126,6 +126,25 @@ def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Story)
     assert found.silent == (views.name(story.facts, V2),)
     assert (found.status, found.code, found.utility, found.margin) == ("rejected", "not-significant", 0.0, 0.02)
     assert [step.text.split()[0] for step in found.steps] == ["trained", "committed", "the", "revealed", "the"]
+
+
+def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Story):
+    spec, scored = story.facts.spec, story.facts.get(cycle_pb2.CycleScored, "merge", 1, "scored")
+    assert spec is not None
+    assert scored is not None
+    spec.rewards.bond_rate = 0.1
+    for standing, trust in zip(scored.validators, (1.0, 0.9), strict=True):
+        standing.trust, standing.weight, standing.agreement = trust, 1.0, trust
+    scored.validators[1].reason = reasons_pb2.REASON_SEED_WITHHELD
+    scored.miners.append(cycle_pb2.MinerStanding(miner=MERGED, mu=27.5, sigma=8.1, judged=1, useful=1))
+    first, second = views.validator_rows(story.facts, 1)
+    assert (first.reported, first.trust, first.reason) == (True, 1.0, "")
+    assert (second.reported, second.trust, second.reason) == (False, 0.9, words.REASONS["seed-withheld"])
+    found = why(story.facts, 1, MERGED)
+    assert found is not None
+    assert (found.rating, found.measurements[0].weight, found.measurements[0].trust) == ("27.5 ± 8.1", 1.0, 1.0)
+    rows = {row.key: row for row in views.miner_rows(story.facts, 1)}
+    assert (rows[MERGED].rating, rows[UNSURE].rating) == ("27.5 ± 8.1", "")
 
 
 def test_why_of_somebody_who_was_refused_or_is_unknown(story: Story):

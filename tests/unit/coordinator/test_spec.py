@@ -43,6 +43,7 @@ def test_the_least_is_enough_and_takes_every_default() -> None:
     assert spec.scoring == DEFAULTS.scoring
     assert spec.merging == DEFAULTS.merging
     assert spec.windows == DEFAULTS.windows
+    assert spec.rewards == DEFAULTS.rewards
     assert (spec.selection.method, spec.selection.threshold) == ("esft-token", 0.2)
     assert spec.customer == CUSTOMER
     assert spec.emission == DEFAULTS.emission
@@ -64,6 +65,15 @@ def test_in_a_policy_that_is_given_zero_means_zero_where_zero_makes_sense() -> N
     assert spec.training.weight_decay == 0
     assert spec.selection.threshold == METHODS["esft-gate"]
     assert spec.selection.helpers_per_layer == 0
+
+
+def test_leaving_a_rate_out_is_not_setting_it_to_zero() -> None:
+    asked = minimal()
+    asked.rewards.payout = "proportional"
+    assert complete(asked, CUSTOMER).rewards.bond_rate == DEFAULTS.rewards.bond_rate
+    asked.rewards.bond_rate = asked.rewards.probation_pay = 0
+    spec = complete(asked, CUSTOMER)
+    assert (spec.rewards.payout, spec.rewards.bond_rate, spec.rewards.probation_pay) == ("proportional", 0, 0)
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -115,6 +125,12 @@ def set_(path: str, value: object) -> Callable[[RunSpec], None]:
         (set_("scoring.confidence", 1.0), r"scoring\.confidence"),
         (set_("merging.aggregator", "sum"), r"krum"),
         (set_("merging.outer_momentum", 1.0), r"merging\.outer_momentum"),
+        (set_("rewards.payout", "lottery"), r"rewards\.payout is 'lottery'; choose one of proportional, rank-table"),
+        (set_("rewards.validator_share", 1.0), r"rewards\.validator_share"),
+        (set_("rewards.bond_rate", -0.1), r"rewards\.bond_rate"),
+        (set_("rewards.probation_pay", 2.0), r"rewards\.probation_pay"),
+        (lambda spec: spec.rewards.rank_shares.extend([1, 2]), r"rewards\.rank_shares is \[1, 2\].*largest first"),
+        (lambda spec: spec.rewards.rank_shares.append(0), r"rewards\.rank_shares"),
         (set_("windows.floor_seconds", 5000.0), r"windows\.floor_seconds is larger"),
         (set_("windows.min_miners", 1_000_000), r"windows\.min_miners"),
         (set_("customer", "somebody"), "customer"),
