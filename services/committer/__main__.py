@@ -8,6 +8,7 @@ import time
 from connito import rpc
 from connito.engine import Engine
 from connito.errors import Retry
+from connito.limits import RateLimit
 from connito.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
 
@@ -15,7 +16,6 @@ from services.committer.actions import decide
 from services.committer.api import NAME, SubmissionApi
 from services.committer.content import ContentCheck
 from services.committer.intake import DURABLE, Intake
-from services.committer.limits import RateLimit
 from services.committer.settings import CommitterSettings
 from services.committer.view import STREAMS, View
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from connito import bans
 from connito.bus import Bus
 from connito.errors import ConnitoError, Invalid, NotFound, reason_name
 from connito.facts import RunFacts
+from connito.limits import RateLimit
 from connito.metrics import REFUSALS
 from connito.rpc import open_request
 from connito.store import ArtifactStore
@@ -14,11 +16,11 @@ from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 from services.committer import handlers
-from services.committer.limits import RateLimit
 from services.committer.view import FACTS, View
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["SubmissionService"].full_name
 MAX_DIGESTS = 256
+DIGESTS_PER_REQUEST = 16
 
 
 class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
@@ -61,7 +63,8 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         command, miner = open_request(request.envelope, "rpc.RequestDownloads", services_pb2.DownloadsCommand)
         if len(command.digests) > MAX_DIGESTS:
             raise Invalid(f"{len(command.digests)} digests at once; ask for at most {MAX_DIGESTS}")
-        self._limit.take(miner)
+        # A look at the store for each: asking for many at once is not cheaper than asking often.
+        self._limit.take(miner, max(1.0, len(command.digests) / DIGESTS_PER_REQUEST))
         await self._permit_downloads(miner, command.run)
         urls = {digest: await self._public_url(digest) for digest in command.digests}
         return services_pb2.RequestDownloadsResponse(urls=urls)
@@ -74,6 +77,9 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
             self._check_enrolled(miner, run)
 
     def _check_enrolled(self, miner: str, run: str) -> None:
+        ban = bans.standing(self._facts(run), miner)
+        if ban is not None and not ban.lifted:
+            raise Invalid(bans.why(ban), reason=reasons_pb2.REASON_BANNED)
         if not self._facts(run).has("run", 0, "miner", miner):
             raise Invalid(
                 f"you are not enrolled in run {run}; `connito miner run` enrols you",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from connito import bans
 from connito.commitment import opens
 from connito.errors import Invalid, NotFound, reason_name
 from connito.facts import Fact, RunFacts
@@ -56,6 +57,27 @@ def refused(window: str, fact: Fact, refusal: Refusal) -> cycle_pb2.Refused:
         detail=refusal.detail,
         ingress_sequence=fact.sequence,
     )
+
+
+def window_of(fact: Fact) -> str:
+    """The window that a message is for."""
+    return "commit" if fact.key.kind == "commitment" else "submit"
+
+
+def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
+    """The answer to a message beyond the policy's number: a refusal the first time, and then none any more."""
+    window, spec = window_of(fact), facts.spec
+    assert spec is not None
+    for other in facts.all(window, fact.key.cycle, "refused").values():
+        assert isinstance(other.message, cycle_pb2.Refused)
+        if (other.message.miner, other.message.reason) == (fact.signer, reasons_pb2.REASON_QUOTA_EXCEEDED):
+            return None
+    refusal = Refusal(
+        reasons_pb2.REASON_QUOTA_EXCEEDED,
+        f"more than {spec.enrolment.messages_per_cycle} {fact.key.kind} messages in cycle {fact.key.cycle}; further "
+        "ones are dropped without an answer, try again in the next cycle",
+    )
+    return refused(window, fact, refusal)
 
 
 def judge_commitment(facts: RunFacts, fact: Fact) -> cycle_pb2.CommitmentAccepted | cycle_pb2.Refused | None:
@@ -213,6 +235,9 @@ def _answered(facts: RunFacts, window: str, fact: Fact) -> bool:
 
 
 def _barred(facts: RunFacts, miner: str) -> Refusal | None:
+    ban = bans.standing(facts, miner)
+    if ban is not None and not ban.lifted:
+        return Refusal(reasons_pb2.REASON_BANNED, bans.why(ban))
     if not facts.has("run", 0, "miner", miner):
         return Refusal(
             reasons_pb2.REASON_NOT_ENROLLED, f"you are not enrolled in run {facts.run}; `connito miner run` enrols you"

@@ -10,7 +10,7 @@ from connito.engine import Action
 from connito.errors import NotFound, Retry, reason_name
 from connito.facts import Fact, Record, RunFacts, verify_ingress
 from connito.telemetry import get_logger
-from connito.v1 import cycle_pb2
+from connito.v1 import cycle_pb2, reasons_pb2
 
 from services.committer import handlers, settlement
 from services.committer.actions import Examine, Settle
@@ -63,12 +63,22 @@ class Intake:
 
     async def _judge(self, fact: Fact) -> Write | None:
         facts = handlers.known_run(self._view.runs.get(fact.run), fact.run)
+        assert facts.spec is not None
+        if self._view.said[fact.run].over(fact, facts.spec):
+            return self._over_quota(facts, fact)
         if isinstance(fact.message, cycle_pb2.Commitment):
             answer = handlers.judge_commitment(facts, fact)
             if isinstance(answer, cycle_pb2.CommitmentAccepted):
                 return Write("commit", answer.cycle, "accepted", answer.miner, answer)
             return None if answer is None else settlement.refuse("commit", answer.cycle, answer)
         return await self._judge_reveal(facts, fact)
+
+    def _over_quota(self, facts: RunFacts, fact: Fact) -> Write | None:
+        """One refusal that says so; what follows in the same cycle is dropped."""
+        metrics.REFUSALS.labels(reason_name(reasons_pb2.REASON_QUOTA_EXCEEDED)).inc()
+        answer = handlers.judge_quota(facts, fact)
+        window = handlers.window_of(fact)
+        return None if answer is None else settlement.refuse(window, answer.cycle, answer)
 
     async def _judge_reveal(self, facts: RunFacts, fact: Fact) -> Write | None:
         judged = handlers.judge_reveal(facts, fact)

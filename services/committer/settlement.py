@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from connito import bans
 from connito.errors import Retry
 from connito.facts import Fact, RunFacts
 from connito.newcomers import over_quota, quota_detail
@@ -57,10 +58,13 @@ def _settle_commit(facts: RunFacts, cycle: int) -> list[Write]:
     closed = _closed(facts, "commit", cycle)
     writes: list[Write] = []
     committed: list[str] = []
+    out = bans.at_close(facts, "commit", cycle)
     for miner in facts.all("commit", cycle, "accepted"):
         accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
         assert accepted is not None
-        if accepted.ingress_sequence <= closed.last_sequence:
+        if miner in out:
+            writes.append(_late("commit", facts, cycle, miner, accepted.ingress_sequence, _banned(out[miner])))
+        elif accepted.ingress_sequence <= closed.last_sequence:
             committed.append(miner)
         else:
             late = handlers.late_commitment(cycle)
@@ -74,16 +78,19 @@ def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> 
     closed = _closed(facts, "submit", cycle)
     writes: list[Write] = []
     inside: dict[str, cycle_pb2.Submission] = {}
+    out = bans.at_close(facts, "submit", cycle)
     for miner in facts.all("submit", cycle, "accepted"):
         own = handlers.own_reveal(facts, cycle, miner)
         if own is None:
             continue
-        if own.reveal_sequence <= closed.last_sequence:
+        if miner in out:
+            writes.append(_late("submit", facts, cycle, miner, own.reveal_sequence, _banned(out[miner])))
+        elif own.reveal_sequence <= closed.last_sequence:
             inside[miner] = own
         else:
             late = handlers.late_reveal(facts, cycle)
             writes.append(_late("submit", facts, cycle, miner, own.reveal_sequence, late))
-    rolled = {m: entry for m, entry in _rolled_over(facts, reveals, cycle).items() if m not in inside}
+    rolled = {m: entry for m, entry in _rolled_over(facts, reveals, cycle).items() if m not in inside and m not in out}
     inside |= rolled
     for entry in over_quota(facts, cycle, inside.values()):
         refusal = handlers.Refusal(reasons_pb2.REASON_NEWCOMER_QUOTA, quota_detail(facts, cycle))
@@ -123,6 +130,7 @@ def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
     """Refusals for miners whose commitment stands and who never said what it was."""
     committed = facts.settled("commit", cycle)
     assert committed is not None, "a submit window opens after the commitments are settled"
+    out = bans.at_close(facts, "submit", cycle)
     spoke = {
         fact.message.miner
         for fact in facts.all("submit", cycle, "refused").values()
@@ -134,7 +142,13 @@ def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
                 reasons_pb2.REASON_NOT_REVEALED,
                 f"you committed in cycle {cycle} and did not reveal in time; reveal late and the work rolls over",
             )
+            if miner in out:
+                refusal = _banned(out[miner])
             yield _late("submit", facts, cycle, miner, 0, refusal)
+
+
+def _banned(why: str) -> handlers.Refusal:
+    return handlers.Refusal(reasons_pb2.REASON_BANNED, why)
 
 
 def _late(window: str, facts: RunFacts, cycle: int, miner: str, sequence: int, refusal: handlers.Refusal) -> Write:

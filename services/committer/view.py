@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from connito.facts import Fact, Record, verify_ingress
 from connito.position import PositionedLog
+from connito.quota import Said
 from connito.roster import Roster
 from connito.v1 import cycle_pb2
 
@@ -15,18 +16,22 @@ STREAMS = (*FACTS, "INGRESS")
 
 
 class View(PositionedLog):
-    """`reveals` holds every reveal by run and INGRESS sequence: of several by one miner `RunFacts` keeps the first."""
+    """`said` counts what each miner says.
+
+    `reveals` holds every reveal by run and INGRESS sequence: of several by one miner `RunFacts` keeps the first."""
 
     def __init__(self, roster: Roster) -> None:
         super().__init__(roster)
+        self.said: defaultdict[str, Said] = defaultdict(Said)
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
 
     def apply(self, record: Record) -> Fact | None:
         """As `PositionedLog.apply`, keeping reveals."""
-        said = super().apply(record)
-        if not record.subject.endswith(".reveal"):
-            return said
-        reveal = said or verify_ingress(record)
-        if isinstance(reveal.message, cycle_pb2.Reveal):
-            self.reveals[reveal.run][record.sequence] = reveal
-        return said
+        new = super().apply(record)
+        if not record.subject.endswith((".reveal", ".commitment")):
+            return new
+        said = new or verify_ingress(record)
+        self.said[said.run].add(said)
+        if isinstance(said.message, cycle_pb2.Reveal):
+            self.reveals[said.run][record.sequence] = said
+        return new

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from connito import rpc
 from connito.engine import Engine
 from connito.facts import Fact
+from connito.limits import RateLimit
 from connito.position import PositionedLog
 from connito.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
@@ -42,7 +44,8 @@ async def main(ctx: ServiceContext[CoordinatorSettings]) -> None:
         await _first(*tasks)
         if ctx.stop.is_set():
             return
-        api = RunApi(ctx.bus, facts, ctx.roster, changes)
+        limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
+        api = RunApi(ctx.bus, facts, ctx.roster, changes, limit)
         servicer = (services_pb2_grpc.add_RunServiceServicer_to_server, api, NAME)
         async with rpc.serve([servicer], settings.grpc_host, settings.grpc_port) as port:
             ctx.announce_port("grpc", port)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from connito import bans
 from connito.bus import Bus
+from connito.engine import now_ms
 from connito.errors import Invalid, NotFound, Retry
 from connito.facts import Log, RunFacts
-from connito.roster import ROLES, Roster
+from connito.identity import is_public_key
+from connito.limits import RateLimit
+from connito.roster import OPERATOR, Roster
 from connito.rpc import open_request
+from connito.subjects import INSTALLATION
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
+from connito.v1.envelope_pb2 import Envelope
 
+from services.coordinator import enrolment
 from services.coordinator.changes import Changes
 from services.coordinator.spec import complete
 from services.coordinator.status import status, version
@@ -20,14 +29,23 @@ from services.coordinator.status import status, version
 NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
 # How long a mutation waits to see its own fact in this replica's projection.
 SEE_SECONDS = 5.0
-MAX_LABEL = 80
+MAX_WHY = 500
 
 
 class RunApi(services_pb2_grpc.RunServiceServicer):
     """`connito.v1.RunService`. Errors are raised as `connito.errors` and mapped by `connito.rpc`."""
 
-    def __init__(self, bus: Bus, log: Log, roster: Roster, changes: Changes) -> None:
-        self._bus, self._log, self._roster, self._changes = bus, log, roster, changes
+    def __init__(
+        self,
+        bus: Bus,
+        log: Log,
+        roster: Roster,
+        changes: Changes,
+        limit: RateLimit | None = None,
+        clock: Callable[[], int] = now_ms,
+    ) -> None:
+        self._bus, self._log, self._roster, self._changes, self._clock = bus, log, roster, changes, clock
+        self._limit = limit or RateLimit(math.inf, math.inf, time.monotonic)
 
     async def CreateRun(self, request: services_pb2.CreateRunRequest, context: Any) -> services_pb2.CreateRunResponse:  # noqa: N802
         """Create a run; again with the same spec is fine. Raises `Invalid` naming the field that is wrong."""
@@ -95,28 +113,82 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     ) -> services_pb2.EnrolMinerResponse:
         """Let the signer take part; again is fine. Raises `NotFound`, and `Invalid` for a run that has ended."""
         command, miner = open_request(request.envelope, "rpc.EnrolMiner", services_pb2.EnrolMinerCommand)
-        self._check_enrolment(command, miner)
+        self._limit.take(miner)
+        enrolment.check_key(command, miner, self._roster)
         facts = self._known(command.run)
+        enrolment.check_ban(facts, self._everywhere, miner)
         if not facts.has("run", 0, "miner", miner):
             if facts.ended is not None:
                 raise _over(facts)
-            enrolled = run_pb2.MinerEnrolled(run=command.run, miner=miner, label=command.label)
-            await self._bus.publish_fact(command.run, "run", 0, "miner", enrolled, miner)
+            await self._enrol(facts, command, miner)
             facts = await self._wait(command.run, lambda facts: facts.has("run", 0, "miner", miner))
         if facts.ended is not None:
             raise _over(facts)
         return services_pb2.EnrolMinerResponse(spec=facts.spec)
 
-    def _check_enrolment(self, command: services_pb2.EnrolMinerCommand, miner: str) -> None:
-        if len(command.label) > MAX_LABEL or not command.label.isprintable():
-            raise Invalid(f"label may have up to {MAX_LABEL} printable characters; shorten it")
-        for role in ROLES:
-            # Who judges, merges or keeps the books does not compete. A customer may.
-            if role != "customer" and self._roster.permits(role, miner):
-                raise Invalid(
-                    f"this key is a {role}'s and cannot mine; make another with `connito miner init`",
-                    reason=reasons_pb2.REASON_NOT_PERMITTED,
-                )
+    async def _enrol(self, facts: RunFacts, command: services_pb2.EnrolMinerCommand, miner: str) -> None:
+        enrolled = run_pb2.MinerEnrolled(run=command.run, miner=miner, label=command.label)
+        invite = enrolment.invite_for(facts, command, miner, self._roster, self._clock())
+        if invite is not None:
+            await self._use(invite, miner)
+            enrolled.invite.CopyFrom(command.invite)
+        await self._bus.publish_fact(command.run, "run", 0, "miner", enrolled, miner)
+
+    async def _use(self, invite: run_pb2.Invite, miner: str) -> None:
+        """Write down one use of an invite, the first number that is free. Raises `Invalid` when none is."""
+        where = invite.run or INSTALLATION
+        while (use := enrolment.free_use(invite, self._log.runs.get(where) or RunFacts(where), miner)) is not None:
+            id_ = f"{use.invite}-{use.number}"
+            await self._bus.publish_fact(where, "run", 0, "invited", use, id_)
+            # Whose it became shows in the log; if it is another's, the next number is tried.
+            await self._wait(where, lambda facts, id_=id_: facts.has("run", 0, "invited", id_))  # type: ignore[misc]
+
+    async def BanMiner(self, request: services_pb2.BanMinerRequest, context: Any) -> services_pb2.BanMinerResponse:  # noqa: N802
+        """Shut a key out of a run or, on an operator's order, of every run; or take it back. Again is fine.
+
+        Raises `NotFound` for an unknown run, and `Invalid` for somebody who may not order it.
+        """
+        order, signer = open_request(request.envelope, bans.ORDER_SUBJECT, run_pb2.BanOrder)
+        self._limit.take(signer)
+        if not is_public_key(order.miner):
+            raise Invalid(f"{order.miner[:80]!r} is not a public key (U…); `connito status` shows miners' keys")
+        if len(order.why) > MAX_WHY or not order.why.isprintable():
+            raise Invalid(f"the reason may have up to {MAX_WHY} printable characters; shorten it")
+        operator = self._roster.permits(OPERATOR, signer)
+        spec = None if order.run == "" else self._known(order.run).spec
+        if not operator and (spec is None or spec.customer != signer):
+            raise Invalid(
+                f"{signer} is neither an operator in the roster nor this run's customer; ask one of them",
+                reason=reasons_pb2.REASON_NOT_PERMITTED,
+            )
+        # The place that new enrolments look at comes first: a key that is put out cannot slip into another run.
+        where = [order.run] if order.run else [INSTALLATION, *self._going_on()]
+        for run in where:
+            await self._ban(run, order, request.envelope)
+        return services_pb2.BanMinerResponse(runs=where)
+
+    async def _ban(self, run: str, order: run_pb2.BanOrder, envelope: Envelope) -> None:
+        """Write the order into one run's log, unless it holds there already."""
+        while True:
+            facts = self._log.runs.get(run) or RunFacts(run)
+            last = bans.standing(facts, order.miner)
+            if (last is None and order.lifted) or (last is not None and last.lifted == order.lifted):
+                return
+            number = bans.number_after(facts, order.miner)
+            ban = run_pb2.MinerBan(
+                run=run, miner=order.miner, number=number, lifted=order.lifted, why=order.why, order=envelope
+            )
+            id_ = f"{order.miner}-{number}"
+            await self._bus.publish_fact(run, "run", 0, "ban", ban, id_)
+            await self._wait(run, lambda facts, id_=id_: facts.has("run", 0, "ban", id_))  # type: ignore[misc]
+
+    def _going_on(self) -> list[str]:
+        runs = self._log.runs.values()
+        return sorted(facts.run for facts in runs if facts.spec is not None and facts.ended is None)
+
+    @property
+    def _everywhere(self) -> RunFacts:
+        return self._log.runs.get(INSTALLATION) or RunFacts(INSTALLATION)
 
     def _known(self, run: str) -> RunFacts:
         facts = self._log.runs.get(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from connito.bans import banned
 from connito.beacon import opens
 from connito.facts import RunFacts
 from connito.v1 import cycle_pb2
@@ -17,6 +18,11 @@ def _known_before(facts: RunFacts, cycle: int) -> set[str]:
     return set().union(*(_named(facts, earlier) for earlier in range(1, cycle)))
 
 
+def active(facts: RunFacts) -> set[str]:
+    """Enrolled miners that are not banned, as far as is known. Nobody waits for the others."""
+    return set(facts.miners) - set(banned(facts))
+
+
 def expected_miners(facts: RunFacts, cycle: int) -> list[str]:
     """Miners that cycle `cycle` waits for: new ones, and those that committed in the cycle before.
 
@@ -25,7 +31,7 @@ def expected_miners(facts: RunFacts, cycle: int) -> list[str]:
     """
     settled = facts.settled("commit", cycle - 1)
     committed = set() if settled is None else set(settled.committed)
-    enrolled = set(facts.miners)
+    enrolled = active(facts)
     current = (enrolled - _known_before(facts, cycle)) | (enrolled & committed)
     return sorted(current or enrolled)
 
@@ -48,7 +54,7 @@ def seeded(facts: RunFacts, cycle: int) -> list[str]:
 
 def trained(facts: RunFacts, cycle: int) -> list[str]:
     """Enrolled miners that said they are done."""
-    enrolled = set(facts.miners)
+    enrolled = active(facts)
     return [miner for miner in facts.all("ingress", cycle, "trained") if miner in enrolled]
 
 
@@ -65,12 +71,12 @@ def idle_in_train(facts: RunFacts, cycle: int) -> list[str]:
     """
     opened = facts.opened("train", cycle)
     assert opened is not None
-    miners, validators = set(facts.miners), set(facts.validators)
+    miners, validators, out = set(facts.miners), set(facts.validators), set(banned(facts))
     return [
         key
         for key in opened.expected
-        if key not in miners | validators
-        or (key in miners and not facts.has("ingress", cycle, "trained", key))
+        if (key not in miners | validators and key not in out)
+        or (key in miners - out and not facts.has("ingress", cycle, "trained", key))
         or (key in validators and not facts.has("train", cycle, "seed", key))
     ]
 
@@ -86,7 +92,8 @@ def unanswered(facts: RunFacts, window: str, cycle: int) -> list[str]:
         for fact in facts.all(window, cycle, "refused").values()
         if isinstance(fact.message, cycle_pb2.Refused)
     }
-    return [miner for miner in sorted(people - refused) if not facts.has(window, cycle, "accepted", miner)]
+    out = set(banned(facts))
+    return [miner for miner in sorted(people - refused - out) if not facts.has(window, cycle, "accepted", miner)]
 
 
 def silent(facts: RunFacts, cycle: int, validators: list[str]) -> list[str]:

@@ -69,7 +69,7 @@ def _in_window(facts: RunFacts, spec: run_pb2.RunSpec, window: str, cycle: int, 
 
 
 def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int) -> Decision:
-    policy, miners, validators = spec.windows, len(facts.miners), len(facts.validators)
+    policy, miners, validators = spec.windows, len(expected.active(facts)), len(facts.validators)
     if miners >= policy.min_miners and validators >= policy.min_validators:
         return _open(facts, spec, "train", 1, now_ms)
     selected = facts.fact("run", 0, "selected")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from connito import metrics
+from connito.bans import banned
 from connito.bus import Bus
 from connito.engine import Action, Decision, now_ms
 from connito.errors import Retry, reason_name
@@ -93,6 +94,9 @@ class Leader:
                 await self._close(action.run, action.payload)
 
     async def _close(self, run: str, close: CloseWindow) -> None:
+        """Bans that stand in RUNS by now count in the window; the log here has to be that far to name them."""
+        bans_until = await self._bus.last_sequence("RUNS")
+        await self._facts.reach("RUNS", bans_until)
         message = cycle_pb2.WindowClosed(
             run=run,
             cycle=close.cycle,
@@ -100,6 +104,8 @@ class Leader:
             stream=close.stream,
             last_sequence=await self._bus.last_sequence(close.stream),
             cause=close.cause,
+            runs_sequence=bans_until,
+            banned=sorted(banned(self._facts.runs[run], bans_until)),
         )
         await self._publish(run, close.window, close.cycle, "closed", message)
 

@@ -13,3 +13,7 @@ class CoordinatorSettings(ServiceSettings):
     lease_seconds: float = Field(
         LEASE_TTL, gt=0, description="a standby takes over when the leader has not renewed its lease for this long"
     )
+    requests_per_second: float = Field(
+        5.0, gt=0, description="enrolments and bans that one key may ask for in the long run"
+    )
+    requests_burst: float = Field(50.0, ge=1, description="enrolments and bans that one key may ask for at once")

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from connito import payout
 from connito.enums import name_of
 from connito.errors import Invalid
-from connito.subjects import check_token
+from connito.identity import is_public_key
+from connito.subjects import INSTALLATION, check_token
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
 from connito.v1.run_pb2 import (
     CorpusRef,
+    EnrolmentPolicy,
     MergePolicy,
     RewardPolicy,
     RunSpec,
@@ -47,6 +49,8 @@ MAX_CYCLES = 1000
 REPORT_VERSION = 1
 MAX_TEXT = 4000
 MAX_RANKS = 10_000
+ENROLMENT = ("open", "allow-list", "invite")
+MAX_ALLOWED = 10_000
 
 DEFAULTS = RunSpec(
     selection=SelectionPolicy(
@@ -86,6 +90,7 @@ DEFAULTS = RunSpec(
     # Yuma's rate. A new key is one more miner, so that a stranger is not punished for being one; see the trust model.
     rewards=RewardPolicy(payout=payout.DEFAULT, bond_rate=0.1, probation_pay=0.5),
     emission=1_000_000,
+    enrolment=EnrolmentPolicy(mode="open", messages_per_cycle=16),
 )
 
 
@@ -140,6 +145,8 @@ _RANGES: dict[str, _Range] = {
     "rewards.probation_cycles": _Range(0, 1_000, zero=True),
     "rewards.probation_pay": _Range(0, 1, zero=True),
     "rewards.newcomers_per_cycle": _Range(0, 1_000_000, zero=True),
+    "enrolment.max_miners": _Range(0, 100_000, zero=True),
+    "enrolment.messages_per_cycle": _Range(0, 100_000, zero=True),
     "windows.min_miners": _Range(1, 10_000),
     "windows.min_validators": _Range(1, 1_000),
     "windows.floor_seconds": _Range(0.05, 86_400),
@@ -153,6 +160,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "training.routing_mode": ROUTING_MODES,
     "training.moments": MOMENTS,
     "merging.aggregator": AGGREGATORS,
+    "enrolment.mode": ENROLMENT,
 }
 
 
@@ -177,6 +185,7 @@ def complete(spec: RunSpec, customer: str) -> RunSpec:
         if _read(full, path) not in choices:
             raise bad(path, f"is {_read(full, path)!r}", f"choose one of {', '.join(choices)}")
     _check_payout(full.rewards)
+    _check_enrolment(full)
     windows = full.windows
     if windows.floor_seconds > windows.ceiling_seconds:
         raise bad("windows.floor_seconds", "is larger than windows.ceiling_seconds", "swap them or raise the ceiling")
@@ -193,7 +202,7 @@ def complete(spec: RunSpec, customer: str) -> RunSpec:
 
 
 def _fill(spec: RunSpec, customer: str) -> None:
-    for name in ("selection", "training", "scoring", "merging", "windows", "rewards"):
+    for name in ("selection", "training", "scoring", "merging", "windows", "rewards", "enrolment"):
         if not spec.HasField(name):
             getattr(spec, name).CopyFrom(getattr(DEFAULTS, name))
     for path, limits in _RANGES.items():
@@ -225,6 +234,8 @@ def _check_payout(rewards: RewardPolicy) -> None:
 
 def _check_names(spec: RunSpec, customer: str) -> None:
     check_token(spec.run, "run (the run's id)")
+    if spec.run == INSTALLATION:
+        raise bad("run", f"is {spec.run!r}, which stands for every run", "choose another id")
     check_token(spec.domain, "domain")
     if not 1 <= spec.cycles <= MAX_CYCLES:
         raise bad("cycles", f"is {spec.cycles}", f"ask for 1 to {MAX_CYCLES}")
@@ -237,6 +248,25 @@ def _check_names(spec: RunSpec, customer: str) -> None:
     for field in ("license", "data_statement"):
         if len(getattr(spec, field)) > MAX_TEXT:
             raise bad(field, f"is longer than {MAX_TEXT} characters", "link to the long text instead")
+
+
+def _check_enrolment(spec: RunSpec) -> None:
+    policy = spec.enrolment
+    if policy.mode == "open" and policy.allowed:
+        raise bad(
+            "enrolment.allowed", "names keys, but the mode is open", "choose allow-list or invite, or leave it out"
+        )
+    if policy.mode == "allow-list" and not policy.allowed:
+        raise bad("enrolment.allowed", "is empty", "an allow-list of nobody lets nobody in; name keys or choose invite")
+    if len(policy.allowed) > MAX_ALLOWED:
+        raise bad("enrolment.allowed", f"names {len(policy.allowed)} keys", f"up to {MAX_ALLOWED}; use invites beyond")
+    for key in policy.allowed:
+        if not is_public_key(key):
+            raise bad(
+                "enrolment.allowed", f"holds {key[:80]!r}", "give public keys (U…) as `connito miner init` prints"
+            )
+    if policy.max_miners and policy.max_miners < spec.windows.min_miners:
+        raise bad("enrolment.max_miners", "is below windows.min_miners", "raise it, or the run can never start")
 
 
 def _check_artifacts(spec: RunSpec) -> None:

@@ -34,7 +34,15 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
     log = Log(context.roster)
 
     miner = Miner(
-        context.bus, services, downloads, ledger, trainer, strategy, lambda run: log.runs[run], settings.label
+        context.bus,
+        services,
+        downloads,
+        ledger,
+        trainer,
+        strategy,
+        lambda run: log.runs[run],
+        settings.label,
+        settings.invite,
     )
     engine = Engine(
         context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform, run=settings.run

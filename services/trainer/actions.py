@@ -48,6 +48,7 @@ class Miner:
     strategy: Strategy
     facts: Callable[[str], RunFacts]
     label: str = ""
+    invite: str = ""
 
     @property
     def me(self) -> str:
@@ -71,7 +72,7 @@ class Miner:
                 self._tell(action.run, tell)
 
     async def _enrol(self, run: str) -> None:
-        await self.services.enrol(run, self.label)
+        await self.services.enrol(run, self.label, self.invite)
         log.info("enrolled", label=self.label)
 
     async def _train(self, run: str, cycle: int) -> None:

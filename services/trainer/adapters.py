@@ -16,6 +16,7 @@ from connito import rpc
 from connito.bus import Bus
 from connito.envelope import seal
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.invites import parse
 from connito.store import get_presigned
 from connito.store.cache import Cache
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
@@ -45,9 +46,11 @@ class Services:
         for channel in self._channels.values():
             await channel.close(None)
 
-    async def enrol(self, run: str, label: str) -> None:
-        """Take part in a run."""
+    async def enrol(self, run: str, label: str, invite: str = "") -> None:
+        """Take part in a run, with an invite's token if there is one. Raises `Invalid` with the reason if not let in."""
         command = services_pb2.EnrolMinerCommand(run=run, label=label)
+        if invite:
+            command.invite.CopyFrom(parse(invite))
         request = services_pb2.EnrolMinerRequest(envelope=self._seal("EnrolMiner", command))
         await self._call("coordinator", services_pb2_grpc.RunServiceStub, "EnrolMiner", request)
 
@@ -76,7 +79,7 @@ class Services:
             return await rpc.call(getattr(stub(self._channels[address]), method), request)
         except Invalid as error:
             if error.reason in _CATCHING_UP:
-                raise Retry(f"the {service} does not say yes yet: {error}", after=0.3) from error
+                raise Retry(f"the {service} does not say yes yet: {error}", after=max(0.3, error.after)) from error
             raise
 
 

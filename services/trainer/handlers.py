@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from connito.bans import banned
 from connito.engine import Action, Decision
 from connito.errors import reason_name
 from connito.facts import RunFacts
@@ -75,6 +76,9 @@ def decide(facts: RunFacts, me: str, progress: Progress, now_ms: int, strategy: 
         if tell.name not in _of(progress, me, cycle).told
     ]
     if facts.ended is not None:
+        return Decision(actions, None)
+    if me in banned(facts):
+        # What was decided is still told; work would be refused.
         return Decision(actions, None)
     if me not in facts.miners:
         return Decision([*actions, Action(f"{facts.run}/enrol", facts.run, Enrol())], None)

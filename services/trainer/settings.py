@@ -22,6 +22,7 @@ class TrainerSettings(ServiceSettings):
         description="private folder of this miner: results that are committed to but not revealed. Losing it loses them",
     )
     label: str = Field("", max_length=80, description="a name to show beside this miner's key")
+    invite: str = Field("", description="the token for runs that are by invitation, from their customer or operator")
     device: str = Field("", description="cpu, cuda, cuda:1, …; empty: the first GPU, or the CPU")
     bf16: bool = Field(False, description="run the forward pass in bfloat16")
     bf16_parameters: bool = Field(

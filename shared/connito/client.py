@@ -14,7 +14,7 @@ from connito.envelope import seal
 from connito.errors import Invalid
 from connito.identity import Identity
 from connito.v1 import services_pb2
-from connito.v1.run_pb2 import RunSpec
+from connito.v1.run_pb2 import BanOrder, RunSpec
 
 DEADLINE_SECONDS = 10.0
 
@@ -40,13 +40,14 @@ class Client:
             self._library = services_pb2_grpc.LibraryServiceStub(self._channels[1])
 
     @classmethod
-    def local(cls, data_dir: Path | str | None = None) -> Self:
-        """A client, as the customer, of the platform that `connito up` runs on this machine."""
+    def local(cls, data_dir: Path | str | None = None, role: str = "customer") -> Self:
+        """A client, as the customer or another `role`, of the platform that `connito up` runs on this machine, or of
+        the one that CONNITO_NATS_URL names, with the key in CONNITO_KEY_FILE."""
         import asyncio
 
         from connito.local.session import Session
 
-        session = Session.open(None if data_dir is None else Path(data_dir), role="customer")
+        session = Session.open(None if data_dir is None else Path(data_dir), role=role)
         addresses = asyncio.run(session.endpoints("coordinator", "library"))
         return cls(addresses["coordinator"], addresses["library"], session.identity)
 
@@ -95,6 +96,15 @@ class Client:
         self._call(
             self._run_service.CancelRun, services_pb2.CancelRunRequest(envelope=self._seal("rpc.CancelRun", command))
         )
+
+    def ban(self, miner: str, why: str, run: str = "", *, lifted: bool = False) -> list[str]:
+        """Shut a key out of one run or, as an operator, of every run; or take that back. The runs it stands in.
+
+        Raises `NotFound` for an unknown run, `Invalid` when this key may not order it.
+        """
+        order = BanOrder(run=run, miner=miner, lifted=lifted, why=why)
+        request = services_pb2.BanMinerRequest(envelope=self._seal("rpc.BanMiner", order))
+        return [*self._call(self._run_service.BanMiner, request).runs]
 
     def experts(self) -> list[services_pb2.ExpertSummary]:
         """Everything in the library, in the order of deposit."""

@@ -26,6 +26,8 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     ("run", "created"): (run_pb2.RunCreated, "coordinator", ""),
     ("run", "miner"): (run_pb2.MinerEnrolled, "coordinator", "miner"),
     ("run", "validator"): (run_pb2.ValidatorJoined, "validator", "validator"),
+    ("run", "invited"): (run_pb2.InviteUsed, "coordinator", "invite+number"),
+    ("run", "ban"): (run_pb2.MinerBan, "coordinator", "miner+number"),
     ("run", "selected"): (run_pb2.SelectionMade, "selector", ""),
     ("run", "selection_failed"): (run_pb2.SelectionFailed, "selector", ""),
     ("run", "ended"): (run_pb2.RunEnded, "coordinator", ""),
@@ -86,8 +88,8 @@ class Fact:
 
 
 def _subject_id(message: Message, path: str) -> str:
-    if path == "miner+ingress_sequence":
-        return f"{getattr(message, 'miner')}-{getattr(message, 'ingress_sequence')}"  # noqa: B009
+    if "+" in path:
+        return "-".join(str(getattr(message, name)) for name in path.split("+"))
     value: object = message
     for name in path.split("."):
         value = getattr(value, name)
@@ -102,7 +104,7 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
         raise Invalid(f"no fact is called {key.section}.{key.kind}", reason=reasons_pb2.REASON_UNKNOWN_TYPE)
     message_type, role, id_path = entry
     opened = open_bytes(record.data, record.subject)
-    if not roster.permits(role, opened.signer):
+    if not roster.permitted(role, opened.signer, record.time_unix_ms):
         raise Invalid(
             f"{opened.signer[:12]}… is not a {role} in the roster, and only a {role} may write {key.section}.{key.kind}",
             reason=reasons_pb2.REASON_NOT_PERMITTED,

@@ -48,7 +48,8 @@ def status_of(error: ConnitoError) -> grpc.StatusCode:
         return grpc.StatusCode.FAILED_PRECONDITION
     if isinstance(error, Invalid):
         denied = error.reason in (
-            reasons.REASON_NOT_PERMITTED, reasons.REASON_BAD_SIGNATURE, reasons.REASON_NOT_ENROLLED
+            reasons.REASON_NOT_PERMITTED, reasons.REASON_BAD_SIGNATURE, reasons.REASON_NOT_ENROLLED,
+            reasons.REASON_BANNED, reasons.REASON_NOT_INVITED, reasons.REASON_INVITE_INVALID,
         )  # fmt: skip
         return grpc.StatusCode.PERMISSION_DENIED if denied else grpc.StatusCode.INVALID_ARGUMENT
     return grpc.StatusCode.INTERNAL
@@ -70,7 +71,7 @@ def error_of(error: grpc.aio.AioRpcError) -> ConnitoError:
     if code is grpc.StatusCode.PERMISSION_DENIED:
         return Invalid(text, reason=reason if name else reasons.REASON_NOT_PERMITTED)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        return Invalid(text, reason=reason)
+        return Invalid(text, reason=reason, after=float(trailer.get(AFTER_KEY, 0.0)))
     return Fatal(f"the call failed on the other side: {text}")
 
 
@@ -124,6 +125,8 @@ async def _abort(context: Any, error: ConnitoError) -> None:
     trailer: list[tuple[str, str]] = []
     if isinstance(error, Invalid):
         trailer.append((REASON_KEY, name_of(reasons.Reason, error.reason)))
+        if error.after:
+            trailer.append((AFTER_KEY, str(error.after)))
         log.info("refused a call", reason=reason_name(error.reason), error=str(error))
     elif isinstance(error, Retry):
         trailer.append((AFTER_KEY, str(error.after)))

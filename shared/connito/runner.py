@@ -34,6 +34,7 @@ S = TypeVar("S", bound=ServiceSettings)
 
 PORT_FILE = "CONNITO_PORT_FILE"
 CONNECT_EVERY = 1.0
+ROSTER_EVERY = 2.0
 
 
 @dataclass
@@ -47,6 +48,7 @@ class ServiceContext(Generic[S]):
     log: Logger
     stop: asyncio.Event
     ports: dict[str, int]
+    loaded_roster: Roster | None = None
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     def ready(self) -> None:
@@ -68,10 +70,10 @@ class ServiceContext(Generic[S]):
 
     @cached_property
     def roster(self) -> Roster:
-        """The operator's roster. Raises `Fatal` when the service was given none."""
+        """The operator's roster; it follows the file. Raises `Fatal` when the service was given none."""
         if self.settings.roster is None:
             raise Fatal("this service needs the operator's roster: set CONNITO_ROSTER")
-        return Roster.load(self.settings.roster)
+        return self.loaded_roster or Roster.load(self.settings.roster)
 
 
 def run_service(name: str, main: Callable[[ServiceContext[S]], Awaitable[None]], settings_cls: type[S]) -> NoReturn:
@@ -133,18 +135,43 @@ class _Service(Generic[S]):
             if bus is None:
                 return
             async with bus:
-                self.context = ServiceContext(self.name, self.settings, identity, bus, self.log, self.stop, self.ports)
-                watching = asyncio.create_task(certificates.watch((self.settings.nats_url, self.settings.s3_endpoint)))
+                self.context = ServiceContext(
+                    self.name, self.settings, identity, bus, self.log, self.stop, self.ports, roster
+                )
+                watching = [
+                    asyncio.create_task(certificates.watch((self.settings.nats_url, self.settings.s3_endpoint))),
+                    asyncio.create_task(self._follow_roster(roster)),
+                ]
                 try:
                     await self._run_main(self.context)
                 finally:
-                    watching.cancel()
+                    await end_tasks(watching)
         finally:
             server.close()
             await server.wait_closed()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
         self.log.info("stopped")
+
+    async def _follow_roster(self, roster: Roster | None) -> None:
+        """Take over what the operator changes, so that keys come and go without a restart."""
+        path = self.settings.roster
+        if path is None or roster is None:
+            return
+        known = path.read_bytes()
+        while True:
+            await asyncio.sleep(ROSTER_EVERY)
+            try:
+                content = path.read_bytes()
+                if content == known:
+                    continue
+                roster.replace(Roster.load(path))
+            except (OSError, ConnitoError) as error:
+                # It may be half written; a file that stays wrong is told of at every look.
+                self.log.warning("the roster cannot be taken over, keeping the old one", error=str(error))
+            else:
+                known = content
+                self.log.info("took over the changed roster", path=str(path))
 
     def _on_signal(self, number: int) -> None:
         if self.stop.is_set():

@@ -18,6 +18,8 @@ from connito.errors import Invalid
 ROOT = "connito.v1"
 DLQ_ROOT = "connito.dlq.v1"
 WINDOWS = ("train", "commit", "submit", "validate", "merge")
+# Where facts stand that are about every run; no run may be called so.
+INSTALLATION = "installation"
 SECTIONS = ("run", *WINDOWS, "library")
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,80}")

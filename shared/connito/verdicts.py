@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from connito import newcomers, ratings, trust
 from connito.assignment import assigned
+from connito.bans import at_close
 from connito.consensus import Consensus, consensus
 from connito.facts import RunFacts
 from connito.ranking import verdicts
@@ -43,7 +44,13 @@ def agree(
         assigned=assigned(facts, cycle),
     )
     weighed = stakes if trust.rate(facts) > 0.0 else {}
-    return replace(found, standings=[_honest(standing, reports, weighed) for standing in found.standings])
+    found = replace(found, standings=[_honest(standing, reports, weighed) for standing in found.standings])
+    out = at_close(facts, "validate", cycle)
+    return without(found, {entry.miner: _banned(out[entry.miner]) for entry in submissions if entry.miner in out})
+
+
+def _banned(why: str) -> tuple[reasons_pb2.Reason.ValueType, str]:
+    return reasons_pb2.REASON_BANNED, why
 
 
 def _honest(

@@ -13,7 +13,7 @@ from connito.bus import Bus, CaughtUp
 from connito.errors import Invalid, Retry
 from connito.identity import Identity
 from connito.lease import Lease
-from connito.local.installation import broker_user
+from connito.local.permissions import broker_user
 from connito.local.servers import NatsServer
 from connito.roster import Roster
 from connito.v1 import cycle_pb2, run_pb2

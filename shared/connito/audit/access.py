@@ -12,6 +12,7 @@ from pathlib import Path
 from connito.audit.artifacts import Artifacts, Named, Progress, gather
 from connito.audit.evidence import Evidence, read
 from connito.bus import Bus, CaughtUp
+from connito.envelope import open_bytes
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.facts import Record
 from connito.local.datadir import DataDir
@@ -21,7 +22,7 @@ from connito.roster import Roster
 from connito.store import ArtifactStore
 from connito.store.cache import Cache
 from connito.streams import FACT_STREAMS
-from connito.subjects import fact
+from connito.subjects import DLQ_ROOT, fact
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.cycle_pb2 import DeadLetter
@@ -50,8 +51,18 @@ class Access:
         if records and not any(record.subject == fact(run, "run", 0, "ended") for record in records):
             last = max(record.time_unix_ms for record in records)
             records = [record async for record in self._stored(streams, run) if record.time_unix_ms <= last]
-        letters = [DeadLetter.FromString(record.data) async for record in self._stored(("DLQ",), "")]
+        letters = [letter async for record in self._stored(("DLQ",), "") if (letter := self._letter(record))]
         return read(run, records, self.roster, letters)
+
+    def _letter(self, record: Record) -> DeadLetter | None:
+        """A dead letter that the service of its queue has signed; None for what anybody else put there."""
+        try:
+            opened = open_bytes(record.data, record.subject)
+            letter = opened.read(DeadLetter)
+        except Invalid:
+            return None
+        mine = self.roster.permits(letter.service, opened.signer)
+        return letter if mine and record.subject == f"{DLQ_ROOT}.{letter.stream}.{letter.sequence}" else None
 
     async def _stored(self, streams: tuple[str, ...], run: str) -> AsyncIterator[Record]:
         async with aclosing(self.bus.follow(streams, run)) as stored:

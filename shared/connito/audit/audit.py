@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from connito.audit import chain, history, intake, judging, recompute
+from connito.audit import admission, chain, history, intake, judging, recompute
 from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
@@ -117,6 +117,7 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
         what = "is not in the log, or does not verify; nothing can be recomputed without it"
         yield Step("spec", 0, 1, (Difference("spec", "run.0.created", what),))
         return
+    yield attempt("admission", 0, lambda: admission.admission(evidence))
     bench = recompute.Bench(evidence, artifacts, options.tolerance, say=options.say)
     yield from _cycles(bench, options)
     yield attempt("expert", 0, lambda: recompute.expert(bench))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
+from connito.bans import banned
 from connito.enums import name_of
 from connito.facts import RunFacts
 from connito.subjects import WINDOWS
@@ -105,6 +106,11 @@ def _sequence(evidence: Evidence, cycle: int) -> Iterator[Difference]:
             if closed.last_sequence < last:
                 yield _wrong(evidence, where, f"ends at {closed.last_sequence}, before {last}", cycle)
             last = max(last, closed.last_sequence)
+        if closed.runs_sequence and list(closed.banned) != sorted(banned(facts, closed.runs_sequence)):
+            what = f"names {len(closed.banned)} banned miners; the bans up to RUNS {closed.runs_sequence} are others"
+            yield _wrong(evidence, where, what, cycle)
+        if closed.banned and not closed.runs_sequence:
+            yield _wrong(evidence, where, "names banned miners, but not up to where bans count", cycle)
         settled = facts.settled(window, cycle)
         if settled is not None and settled.last_sequence != closed.last_sequence:
             where = evidence.subject(window, cycle, "settled")

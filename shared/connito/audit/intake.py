@@ -10,15 +10,23 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.evidence import Evidence
+from connito.bans import at_close
 from connito.commitment import opens
 from connito.enums import name_of
 from connito.errors import Invalid, reason_name
 from connito.facts import Fact, RunFacts
 from connito.newcomers import over_quota
-from connito.v1 import cycle_pb2, reasons_pb2
+from connito.quota import Said
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 _DIGEST_BYTES = 32
 _LATE = (reasons_pb2.REASON_LATE_COMMITMENT, reasons_pb2.REASON_LATE_REVEAL)
+_EARLY = (
+    reasons_pb2.REASON_WRONG_WINDOW,
+    reasons_pb2.REASON_NOT_ENROLLED,
+    reasons_pb2.REASON_MALFORMED,
+    reasons_pb2.REASON_BANNED,
+)
 _KIND = {"commit": "commitment", "submit": "reveal"}
 
 
@@ -60,8 +68,7 @@ def _overtaken(evidence: Evidence, accepted: Fact) -> Iterator[str]:
         if not same or sequence >= accepted.sequence:
             continue
         refused = _refused(evidence.facts, "commit", cycle, miner, sequence)
-        early = (reasons_pb2.REASON_WRONG_WINDOW, reasons_pb2.REASON_NOT_ENROLLED, reasons_pb2.REASON_MALFORMED)
-        if refused is None or refused.reason not in early:
+        if refused is None or refused.reason not in _EARLY:
             yield f"the earlier one at INGRESS {sequence} should stand"
 
 
@@ -70,10 +77,11 @@ def _settled_commit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     settled, closed = facts.settled("commit", cycle), facts.closed("commit", cycle)
     if settled is None or closed is None:
         return
+    out = at_close(facts, "commit", cycle)
     inside = [
         miner
         for miner, fact in facts.all("commit", cycle, "accepted").items()
-        if getattr(fact.message, "ingress_sequence") <= closed.last_sequence  # noqa: B009
+        if miner not in out and getattr(fact.message, "ingress_sequence") <= closed.last_sequence  # noqa: B009
     ]
     expected = cycle_pb2.WindowSettled(
         run=facts.run,
@@ -170,14 +178,16 @@ def _settled_submit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
 
 
 def _inside(evidence: Evidence, cycle: int, last: int) -> dict[str, cycle_pb2.Submission]:
-    """Each miner's submission that lay inside of a submit window, or rolled over into it."""
+    """Each miner's submission that lay inside of a submit window, or rolled over into it; nobody's who is banned."""
+    out = at_close(evidence.facts, "submit", cycle)
     inside: dict[str, cycle_pb2.Submission] = {}
     for miner, fact in evidence.facts.all("submit", cycle, "accepted").items():
         assert isinstance(fact.message, cycle_pb2.RevealAccepted)
         entry = fact.message.submission
         if entry.origin_cycle == cycle and entry.reveal_sequence <= last:
             inside[miner] = entry
-    return {**_rolled_over(evidence, cycle, last), **inside}
+    inside = {**_rolled_over(evidence, cycle, last), **inside}
+    return {miner: entry for miner, entry in inside.items() if miner not in out}
 
 
 def _rolled_over(evidence: Evidence, cycle: int, until: int) -> dict[str, cycle_pb2.Submission]:
@@ -220,6 +230,8 @@ def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -
     name = reason_name(refused.reason)
     if name_of(cycle_pb2.Window, refused.window) != f"WINDOW_{window.upper()}":
         return f"speaks of {name_of(cycle_pb2.Window, refused.window)}"
+    if refused.reason == reasons_pb2.REASON_BANNED:
+        return "" if _ever_banned(facts, miner) else f"refused as {name}, but no ban of this key is in the log"
     if refused.reason == reasons_pb2.REASON_NOT_REVEALED:
         own = _own(facts, cycle, miner)
         closed = facts.closed(window, cycle)
@@ -234,6 +246,8 @@ def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -
     late = closed is not None and sequence > closed.last_sequence
     if refused.reason in _LATE and not late:
         return f"refused as {name}, but INGRESS {sequence} lies inside the window"
+    if refused.reason == reasons_pb2.REASON_QUOTA_EXCEEDED and not _over(evidence, said):
+        return f"refused as {name}, but the policy answers this many"
     if refused.reason == reasons_pb2.REASON_UNSPECIFIED:
         return "a refusal names its reason, this one does not"
     return _against_commitment(facts, refused, said, name)
@@ -244,6 +258,14 @@ def _quota_fault(evidence: Evidence, cycle: int, miner: str, sequence: int) -> s
     inside = _inside(evidence, cycle, closed.last_sequence) if closed is not None else {}
     beyond = [(entry.miner, entry.reveal_sequence) for entry in over_quota(evidence.facts, cycle, inside.values())]
     return "" if (miner, sequence) in beyond else "refused as newcomer-quota, but the quota had a place for this miner"
+
+
+def _ever_banned(facts: RunFacts, miner: str) -> bool:
+    """A message may be refused the moment a ban is known; whether it counts in a window is settled at its close."""
+    return any(
+        isinstance(fact.message, run_pb2.MinerBan) and fact.message.miner == miner and not fact.message.lifted
+        for fact in facts.all("run", 0, "ban").values()
+    )
 
 
 def _against_commitment(facts: RunFacts, refused: cycle_pb2.Refused, said: Fact, name: str) -> str:
@@ -272,12 +294,34 @@ def _unanswered(evidence: Evidence, window: str, cycle: int) -> Iterator[Differe
     for sequence, said in evidence.said.items():
         if (said.key.kind, said.key.cycle) != (_KIND[window], cycle) or sequence > closed.last_sequence:
             continue
+        if _dropped(evidence, window, said):
+            continue
         taken = _taken_sequence(facts, window, cycle, said.signer)
         if sequence != taken and _refused(facts, window, cycle, said.signer, sequence) is None:
             where = f"ingress.{said.signer[:12]}….{said.key.kind} (INGRESS {sequence})"
             check = "commitments" if window == "commit" else "submissions"
             what = f"lies inside the {window} window and was never answered"
             yield Difference(check, where, what, cycle, said.signer)
+
+
+def _over(evidence: Evidence, said: Fact) -> bool:
+    """Whether a message is beyond the number that the run's policy answers one by one."""
+    counted = Said()
+    for _, earlier in sorted(evidence.said.items()):
+        if earlier.key.kind == said.key.kind and earlier.signer == said.signer:
+            counted.add(earlier)
+    return evidence.facts.spec is not None and counted.over(said, evidence.facts.spec)
+
+
+def _dropped(evidence: Evidence, window: str, said: Fact) -> bool:
+    """Whether a message may go without an answer: it is beyond the quota, and its miner was told so."""
+    told = any(
+        isinstance(fact.message, cycle_pb2.Refused)
+        and fact.message.miner == said.signer
+        and fact.message.reason == reasons_pb2.REASON_QUOTA_EXCEEDED
+        for fact in evidence.facts.all(window, said.key.cycle, "refused").values()
+    )
+    return told and _over(evidence, said)
 
 
 def _taken_sequence(facts: RunFacts, window: str, cycle: int, miner: str) -> int:

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from connito.cli import (
+    access,
+    admission,
     audit,
     base,
     console,
@@ -59,6 +61,9 @@ app.command("select")(select.select)
 app.command("explain")(explain.explain)
 app.command("audit")(audit.audit)
 app.command("ledger")(ledger.ledger)
+app.command("ban")(admission.ban)
+app.command("invite")(admission.invite)
+app.add_typer(access.app, name="access")
 app.add_typer(streams.app, name="streams")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(base.app, name="base")

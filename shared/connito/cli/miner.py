@@ -51,6 +51,7 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document, and log JSON lines on stderr from then on.")
     ] = False,
+    invite: Annotated[str, typer.Option(help="The token for runs that are by invitation.")] = "",
 ) -> NoReturn:
     """Take part until interrupted: `python -m services.trainer` with this key. Other settings: CONNITO_… variables."""
     import sys
@@ -67,6 +68,11 @@ def run(
     if as_json:
         emit(as_json, document, str)
         sys.stdout.flush()
+    if invite:
+        from connito.invites import parse
+
+        parse(invite)
+        environment["CONNITO_INVITE"] = invite
     if label:
         environment["CONNITO_LABEL"] = label
     os.execve(sys.executable, [sys.executable, "-P", "-m", "services.trainer"], environment)  # noqa: S606 - no shell

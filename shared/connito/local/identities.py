@@ -66,7 +66,7 @@ def write_roster(data: DataDir, members: dict[str, Member]) -> Roster:
     """Write roster.json for everybody who speaks for a role."""
     keys: dict[str, set[str]] = {}
     for member in members.values():
-        if member.role not in ("miner", "operator"):
+        if member.role != "miner":
             keys.setdefault(member.role, set()).add(member.identity.public)
     roster = Roster({role: frozenset(names) for role, names in keys.items()})
     roster.save(data.roster)

@@ -19,7 +19,7 @@ from connito.local.datadir import DataDir, Platform
 from connito.local.defaults import Machine
 from connito.local.display import Display
 from connito.local.identities import SERVICES, Member, load_members, write_roster
-from connito.local.permissions import permissions
+from connito.local.permissions import broker_user
 from connito.local.processes import PlainLauncher, Program, ZygoteLauncher
 from connito.local.servers import NatsServer, ObjectStore
 from connito.local.session import BUCKET, REGION, local_store
@@ -201,12 +201,3 @@ class Installation:
             with os.fdopen(descriptor, "w") as file:
                 file.write(secrets.token_hex(20))
         return path.read_text().strip()
-
-
-def broker_user(role: str, key: str) -> dict[str, Any]:
-    """A user of the broker with its role's permissions, in the server's own syntax."""
-    granted = permissions(role, key)
-    publish: dict[str, list[str]] = {"allow": list(granted.publish)}
-    if granted.deny_publish:
-        publish["deny"] = list(granted.deny_publish)
-    return {"nkey": key, "permissions": {"publish": publish, "subscribe": {"allow": list(granted.subscribe)}}}

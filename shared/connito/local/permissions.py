@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from connito.facts import CATALOGUE, INGRESS
 from connito.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES
@@ -110,3 +111,12 @@ def _reach_into(durables: Iterable[str]) -> Iterable[str]:
         stream = DURABLES[name].stream
         yield f"$JS.API.CONSUMER.CREATE.{stream}.{name}.>"
         yield f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}"
+
+
+def broker_user(role: str, key: str) -> dict[str, Any]:
+    """A user of the broker with its role's permissions, in the server's own syntax."""
+    granted = permissions(role, key)
+    publish: dict[str, list[str]] = {"allow": list(granted.publish)}
+    if granted.deny_publish:
+        publish["deny"] = list(granted.deny_publish)
+    return {"nkey": key, "permissions": {"publish": publish, "subscribe": {"allow": list(granted.subscribe)}}}

@@ -165,6 +165,8 @@ class WindowClosed(_message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     FENCE_FIELD_NUMBER: _builtins.int
+    RUNS_SEQUENCE_FIELD_NUMBER: _builtins.int
+    BANNED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     window: Global___Window.ValueType
@@ -172,6 +174,12 @@ class WindowClosed(_message.Message):
     last_sequence: _builtins.int
     cause: Global___CloseCause.ValueType
     fence: _builtins.int
+    runs_sequence: _builtins.int
+    """Bans count in this window iff their sequence in RUNS is ≤ `runs_sequence`. 0: this coordinator knew of no bans."""
+    @_builtins.property
+    def banned(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Miners that are banned by then. Sorted."""
+
     def __init__(
         self,
         *,
@@ -182,10 +190,12 @@ class WindowClosed(_message.Message):
         last_sequence: _builtins.int = ...,
         cause: Global___CloseCause.ValueType = ...,
         fence: _builtins.int = ...,
+        runs_sequence: _builtins.int = ...,
+        banned: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "cycle", b"cycle", "fence", b"fence", "last_sequence", b"last_sequence", "run", b"run", "stream", b"stream", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["banned", b"banned", "cause", b"cause", "cycle", b"cycle", "fence", b"fence", "last_sequence", b"last_sequence", "run", b"run", "runs_sequence", b"runs_sequence", "stream", b"stream", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1028,3 +1038,52 @@ class DeadLetter(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015
+
+@_typing.final
+class SecurityEvent(_message.Message):
+    """ADVISORIES: `connito.security.v1.<kind>.<reporter>`: something that happens only under attack or misconfiguration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    REPORTER_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    AT_UNIX_MS_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """denied, unexpected-duplicate, squatted-subject, bad-signature, not-permitted, banned-key, quota, wrong-draw, certificate."""
+    service: _builtins.str
+    """Who reports it: service and public key."""
+    reporter: _builtins.str
+    key: _builtins.str
+    """The key it is about, where one is known."""
+    subject: _builtins.str
+    reason: _reasons_pb2.Reason.ValueType
+    detail: _builtins.str
+    at_unix_ms: _builtins.int
+    count: _builtins.int
+    """How often since the last report of the same kind about the same key."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        service: _builtins.str = ...,
+        reporter: _builtins.str = ...,
+        key: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        reason: _reasons_pb2.Reason.ValueType = ...,
+        detail: _builtins.str = ...,
+        at_unix_ms: _builtins.int = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_ms", b"at_unix_ms", "count", b"count", "detail", b"detail", "key", b"key", "kind", b"kind", "reason", b"reason", "reporter", b"reporter", "service", b"service", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecurityEvent: _TypeAlias = SecurityEvent  # noqa: Y015

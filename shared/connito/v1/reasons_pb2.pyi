@@ -120,6 +120,20 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """More new keys submitted than the policy scores in one cycle; earlier commitments went first. Commit again."""
     REASON_DOES_NOT_FIT: _Reason.ValueType  # 110
     """The training model does not fit into the miner's memory; the detail has the numbers."""
+    REASON_BANNED: _Reason.ValueType  # 95
+    """The operator, or the run's customer, has banned this key; the detail says why. Ask them."""
+    REASON_INVITE_INVALID: _Reason.ValueType  # 96
+    """The invite is not valid here, has expired or is used up. Ask for another one."""
+    REASON_NOT_INVITED: _Reason.ValueType  # 97
+    """The run takes only keys that were named or invited. Ask the customer, or join with `--invite`."""
+    REASON_RUN_FULL: _Reason.ValueType  # 98
+    """The run has as many miners as its policy allows."""
+    REASON_CERTIFICATE_UNTRUSTED: _Reason.ValueType  # 99
+    """The other side's certificate is not signed by an authority that is trusted here. Set CONNITO_TLS_CA."""
+    REASON_CERTIFICATE_EXPIRED: _Reason.ValueType  # 100
+    """A certificate has expired, or is not valid yet. Renew it, and check the clock."""
+    REASON_CERTIFICATE_REQUIRED: _Reason.ValueType  # 101
+    """The other side asks for a client certificate. Set CONNITO_TLS_CERT and CONNITO_TLS_KEY."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why something was refused, left out or scored zero. Shown to the person it concerns, always with a detail text."""
@@ -222,4 +236,18 @@ REASON_NEWCOMER_QUOTA: Reason.ValueType  # 94
 """More new keys submitted than the policy scores in one cycle; earlier commitments went first. Commit again."""
 REASON_DOES_NOT_FIT: Reason.ValueType  # 110
 """The training model does not fit into the miner's memory; the detail has the numbers."""
+REASON_BANNED: Reason.ValueType  # 95
+"""The operator, or the run's customer, has banned this key; the detail says why. Ask them."""
+REASON_INVITE_INVALID: Reason.ValueType  # 96
+"""The invite is not valid here, has expired or is used up. Ask for another one."""
+REASON_NOT_INVITED: Reason.ValueType  # 97
+"""The run takes only keys that were named or invited. Ask the customer, or join with `--invite`."""
+REASON_RUN_FULL: Reason.ValueType  # 98
+"""The run has as many miners as its policy allows."""
+REASON_CERTIFICATE_UNTRUSTED: Reason.ValueType  # 99
+"""The other side's certificate is not signed by an authority that is trusted here. Set CONNITO_TLS_CA."""
+REASON_CERTIFICATE_EXPIRED: Reason.ValueType  # 100
+"""A certificate has expired, or is not valid yet. Renew it, and check the clock."""
+REASON_CERTIFICATE_REQUIRED: Reason.ValueType  # 101
+"""The other side asks for a client certificate. Set CONNITO_TLS_CERT and CONNITO_TLS_KEY."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from connito.v1 import artifacts_pb2 as _artifacts_pb2
+from connito.v1 import envelope_pb2 as _envelope_pb2
 from connito.v1 import reasons_pb2 as _reasons_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -416,6 +417,44 @@ class WindowPolicy(_message.Message):
 Global___WindowPolicy: _TypeAlias = WindowPolicy  # noqa: Y015
 
 @_typing.final
+class EnrolmentPolicy(_message.Message):
+    """Who may mine, and how much one key may say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
+    MAX_MINERS_FIELD_NUMBER: _builtins.int
+    MESSAGES_PER_CYCLE_FIELD_NUMBER: _builtins.int
+    mode: _builtins.str
+    """open, allow-list, invite. Empty: open."""
+    max_miners: _builtins.int
+    """0: any number."""
+    messages_per_cycle: _builtins.int
+    """Commitments, and likewise reveals, by one key in one cycle that are answered one by one. The next one is refused as
+    QUOTA_EXCEEDED, and what follows it is dropped without an answer. 0: everything is answered.
+    """
+    @_builtins.property
+    def allowed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Public keys that need no invite (allow-list, invite)."""
+
+    def __init__(
+        self,
+        *,
+        mode: _builtins.str = ...,
+        allowed: _abc.Iterable[_builtins.str] | None = ...,
+        max_miners: _builtins.int = ...,
+        messages_per_cycle: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed", b"allowed", "max_miners", b"max_miners", "messages_per_cycle", b"messages_per_cycle", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnrolmentPolicy: _TypeAlias = EnrolmentPolicy  # noqa: Y015
+
+@_typing.final
 class RunSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -439,6 +478,7 @@ class RunSpec(_message.Message):
     EMISSION_FIELD_NUMBER: _builtins.int
     REWARDS_FIELD_NUMBER: _builtins.int
     BESIDE_FIELD_NUMBER: _builtins.int
+    ENROLMENT_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     domain: _builtins.str
     cycles: _builtins.int
@@ -479,6 +519,8 @@ class RunSpec(_message.Message):
     def beside(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorpusRef]:
         """Probes of further domains whose experts are selected together with this one's; `train` then holds text of all of them."""
 
+    @_builtins.property
+    def enrolment(self) -> Global___EnrolmentPolicy: ...
     def __init__(
         self,
         *,
@@ -502,10 +544,11 @@ class RunSpec(_message.Message):
         emission: _builtins.int = ...,
         rewards: Global___RewardPolicy | None = ...,
         beside: _abc.Iterable[Global___CorpusRef] | None = ...,
+        enrolment: Global___EnrolmentPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "holdout", b"holdout", "merging", b"merging", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "enrolment", b"enrolment", "holdout", b"holdout", "merging", b"merging", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -542,23 +585,168 @@ class MinerEnrolled(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     MINER_FIELD_NUMBER: _builtins.int
     LABEL_FIELD_NUMBER: _builtins.int
+    INVITE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     miner: _builtins.str
     label: _builtins.str
+    @_builtins.property
+    def invite(self) -> _envelope_pb2.Envelope:
+        """The invite that the miner came with, where the policy asks for one: a signed `Invite`, subject `token.Invite`."""
+
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
         miner: _builtins.str = ...,
         label: _builtins.str = ...,
+        invite: _envelope_pb2.Envelope | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["invite", b"invite"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "miner", b"miner", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invite", b"invite", "label", b"label", "miner", b"miner", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MinerEnrolled: _TypeAlias = MinerEnrolled  # noqa: Y015
+
+@_typing.final
+class Invite(_message.Message):
+    """A token that lets keys in. Signed by the run's customer or an operator; for every run (`run` empty) by an operator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    EXPIRES_UNIX_MS_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    run: _builtins.str
+    expires_unix_ms: _builtins.int
+    uses: _builtins.int
+    """Keys that may use it."""
+    note: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        run: _builtins.str = ...,
+        expires_unix_ms: _builtins.int = ...,
+        uses: _builtins.int = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_unix_ms", b"expires_unix_ms", "id", b"id", "note", b"note", "run", b"run", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Invite: _TypeAlias = Invite  # noqa: Y015
+
+@_typing.final
+class InviteUsed(_message.Message):
+    """RUNS: `<run>.run.0.invited.<invite>-<number>`, signed by the coordinator: one use of an invite. `run` is the reserved
+    name `installation` for an invite to every run.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    INVITE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MINER_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    invite: _builtins.str
+    number: _builtins.int
+    """1 to the invite's uses."""
+    miner: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        invite: _builtins.str = ...,
+        number: _builtins.int = ...,
+        miner: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invite", b"invite", "miner", b"miner", "number", b"number", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InviteUsed: _TypeAlias = InviteUsed  # noqa: Y015
+
+@_typing.final
+class BanOrder(_message.Message):
+    """What an operator, or a run's customer, orders about a key. Signed by them, subject `rpc.BanMiner`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    MINER_FIELD_NUMBER: _builtins.int
+    LIFTED_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Empty: every run, present and future."""
+    miner: _builtins.str
+    lifted: _builtins.bool
+    """Take an earlier ban back."""
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        miner: _builtins.str = ...,
+        lifted: _builtins.bool = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lifted", b"lifted", "miner", b"miner", "run", b"run", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BanOrder: _TypeAlias = BanOrder  # noqa: Y015
+
+@_typing.final
+class MinerBan(_message.Message):
+    """RUNS: `<run>.run.0.ban.<miner>-<number>`, signed by the coordinator. Of several about a miner the last number holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    MINER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    LIFTED_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    miner: _builtins.str
+    number: _builtins.int
+    """From 1."""
+    lifted: _builtins.bool
+    why: _builtins.str
+    @_builtins.property
+    def order(self) -> _envelope_pb2.Envelope:
+        """The signed `BanOrder` that this follows."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        miner: _builtins.str = ...,
+        number: _builtins.int = ...,
+        lifted: _builtins.bool = ...,
+        why: _builtins.str = ...,
+        order: _envelope_pb2.Envelope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lifted", b"lifted", "miner", b"miner", "number", b"number", "order", b"order", "run", b"run", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MinerBan: _TypeAlias = MinerBan  # noqa: Y015
 
 @_typing.final
 class ValidatorJoined(_message.Message):

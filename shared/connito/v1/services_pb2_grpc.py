@@ -65,6 +65,11 @@ class RunServiceStub:
                 request_serializer=connito_dot_v1_dot_services__pb2.EnrolMinerRequest.SerializeToString,
                 response_deserializer=connito_dot_v1_dot_services__pb2.EnrolMinerResponse.FromString,
                 _registered_method=True)
+        self.BanMiner = channel.unary_unary(
+                '/connito.v1.RunService/BanMiner',
+                request_serializer=connito_dot_v1_dot_services__pb2.BanMinerRequest.SerializeToString,
+                response_deserializer=connito_dot_v1_dot_services__pb2.BanMinerResponse.FromString,
+                _registered_method=True)
 
 
 class RunServiceServicer:
@@ -107,6 +112,13 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BanMiner(self, request, context):
+        """Shut a key out of a run, or of every run, or take that back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -139,6 +151,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.EnrolMiner,
                     request_deserializer=connito_dot_v1_dot_services__pb2.EnrolMinerRequest.FromString,
                     response_serializer=connito_dot_v1_dot_services__pb2.EnrolMinerResponse.SerializeToString,
+            ),
+            'BanMiner': grpc.unary_unary_rpc_method_handler(
+                    servicer.BanMiner,
+                    request_deserializer=connito_dot_v1_dot_services__pb2.BanMinerRequest.FromString,
+                    response_serializer=connito_dot_v1_dot_services__pb2.BanMinerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +321,33 @@ class RunService:
             '/connito.v1.RunService/EnrolMiner',
             connito_dot_v1_dot_services__pb2.EnrolMinerRequest.SerializeToString,
             connito_dot_v1_dot_services__pb2.EnrolMinerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BanMiner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/connito.v1.RunService/BanMiner',
+            connito_dot_v1_dot_services__pb2.BanMinerRequest.SerializeToString,
+            connito_dot_v1_dot_services__pb2.BanMinerResponse.FromString,
             options,
             channel_credentials,
             insecure,

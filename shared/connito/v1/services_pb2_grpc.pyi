@@ -39,6 +39,8 @@ class RunServiceStub:
     CancelRun: _grpc.UnaryUnaryMultiCallable[_services_pb2.CancelRunRequest, _services_pb2.CancelRunResponse]
     WatchRun: _grpc.UnaryStreamMultiCallable[_services_pb2.WatchRunRequest, _services_pb2.WatchRunResponse]
     EnrolMiner: _grpc.UnaryUnaryMultiCallable[_services_pb2.EnrolMinerRequest, _services_pb2.EnrolMinerResponse]
+    BanMiner: _grpc.UnaryUnaryMultiCallable[_services_pb2.BanMinerRequest, _services_pb2.BanMinerResponse]
+    """Shut a key out of a run, or of every run, or take that back."""
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
@@ -51,6 +53,8 @@ class RunServiceAsyncStub(RunServiceStub):
     CancelRun: _aio.UnaryUnaryMultiCallable[_services_pb2.CancelRunRequest, _services_pb2.CancelRunResponse]  # type: ignore[assignment]
     WatchRun: _aio.UnaryStreamMultiCallable[_services_pb2.WatchRunRequest, _services_pb2.WatchRunResponse]  # type: ignore[assignment]
     EnrolMiner: _aio.UnaryUnaryMultiCallable[_services_pb2.EnrolMinerRequest, _services_pb2.EnrolMinerResponse]  # type: ignore[assignment]
+    BanMiner: _aio.UnaryUnaryMultiCallable[_services_pb2.BanMinerRequest, _services_pb2.BanMinerResponse]  # type: ignore[assignment]
+    """Shut a key out of a run, or of every run, or take that back."""
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """The coordinator's API. Mutations carry a signed envelope whose payload is the message named in the comment."""
@@ -96,6 +100,14 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _services_pb2.EnrolMinerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_services_pb2.EnrolMinerResponse, _abc.Awaitable[_services_pb2.EnrolMinerResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def BanMiner(
+        self,
+        request: _services_pb2.BanMinerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_services_pb2.BanMinerResponse, _abc.Awaitable[_services_pb2.BanMinerResponse]]:
+        """Shut a key out of a run, or of every run, or take that back."""
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from connito import bans
 from connito.audit import recompute
 from connito.audit.artifacts import Artifacts, gather
 from connito.audit.evidence import Evidence, read
@@ -56,7 +57,7 @@ MINERS = {name: identity(f"miner {name}").public for name in WORK}
 VALIDATORS = {name: identity(f"validator {name}").public for name in "123"}
 ROSTER = Roster(
     {role: frozenset({identity(role).public}) for role in ROLES if role != "validator"}
-    | {"validator": frozenset(VALIDATORS.values())}
+    | {"validator": frozenset(VALIDATORS.values()), "operator": frozenset({identity("operator").public})}
 )
 
 
@@ -151,6 +152,7 @@ class World:
 
 def _everybody() -> Iterable[Identity]:
     yield from (identity(role) for role in ROLES)
+    yield identity("operator")
     yield from (identity(f"miner {name}") for name in MINERS)
     yield from (identity(f"validator {name}") for name in VALIDATORS)
 
@@ -221,6 +223,8 @@ class Cycle:
             run=RUN, cycle=self.number, window=f"WINDOW_{window.upper()}", stream=CLOSE[window], last_sequence=last,
             cause=cycle_pb2.CLOSE_CAUSE_ALL_ACTED,
         )  # fmt: skip
+        if banned := bans.banned(self.world.evidence().facts):
+            message.runs_sequence, message.banned[:] = self.world.last("RUNS"), sorted(banned)
         self.world.say("coordinator", window, self.number, "closed", message)
         return last
 
@@ -285,6 +289,8 @@ class Cycle:
             self.submissions.append(self.submission(name, sequence))
             self.accept(self.submissions[-1])
         last = self.close("submit")
+        for name in ("A", "B", "C"):
+            self.leave_out(name)
         for entry in rolled:
             self.submissions.append(entry)
             self.accept(entry)
@@ -296,6 +302,21 @@ class Cycle:
             submissions=self.submissions,
         )  # fmt: skip
         self.world.say("committer", "submit", self.number, "settled", settled)
+
+    def leave_out(self, name: str) -> None:
+        """What was accepted of a miner that is banned by the close does not count."""
+        own = next(entry for entry in self.submissions if entry.miner == MINERS[name])
+        if MINERS[name] in bans.at_close(self.world.evidence().facts, "submit", self.number):
+            self.submissions.remove(own)
+            self.refuse("submit", name, own.reveal_sequence, "REASON_BANNED")
+
+    def ban(self, name: str, by: str = "operator", *, lifted: bool = False) -> None:
+        miner = MINERS[name]
+        order = run_pb2.BanOrder(run=RUN, miner=miner, why="floods", lifted=lifted)
+        number = bans.number_after(self.world.evidence().facts, miner)
+        message = run_pb2.MinerBan(run=RUN, miner=miner, number=number, why="floods", lifted=lifted)
+        message.order.CopyFrom(seal(identity(by), bans.ORDER_SUBJECT, order))
+        self.world.say("coordinator", "run", 0, "ban", message, f"{miner}-{number}")
 
     def submission(self, name: str, sequence: int) -> cycle_pb2.Submission:
         return cycle_pb2.Submission(
@@ -366,7 +387,7 @@ class Cycle:
         return merged.version
 
 
-def tell(folder: Path, rewards: run_pb2.RewardPolicy = REWARDS) -> World:
+def tell(folder: Path, rewards: run_pb2.RewardPolicy = REWARDS, story: type[Cycle] = Cycle) -> World:
     """The whole run."""
     world = World()
     world.folder = folder
@@ -387,7 +408,7 @@ def tell(folder: Path, rewards: run_pb2.RewardPolicy = REWARDS) -> World:
     world.say("selector", "run", 0, "selected", selected)
     version, rolled = 0, []
     for number in (1, 2):
-        cycle = Cycle(world, spec, number, version, theta)
+        cycle = story(world, spec, number, version, theta)
         cycle.train()
         cycle.commit()
         cycle.submit(rolled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from connito.bans import banned
 from connito.commitment import commitment_digest
 from connito.facts import Fact, RunFacts
 from connito.streams import stream_of
@@ -61,6 +62,10 @@ class Ledger:
         for miner in miners:
             self.publish("run", 0, "miner", run_pb2.MinerEnrolled(run=RUN, miner=miner), miner)
 
+    def ban(self, miner: str, number: int = 1, *, lifted: bool = False) -> None:
+        message = run_pb2.MinerBan(run=RUN, miner=miner, number=number, why="floods", lifted=lifted)
+        self.publish("run", 0, "ban", message, f"{miner}-{number}")
+
     def open(self, window: str, cycle: int) -> None:
         message = cycle_pb2.WindowOpened(run=RUN, cycle=cycle, state=theta(cycle))
         self.publish(window, cycle, "opened", message)
@@ -68,6 +73,8 @@ class Ledger:
     def close(self, window: str, cycle: int) -> None:
         last = self.sequences.get("INGRESS", 0)
         message = cycle_pb2.WindowClosed(run=RUN, cycle=cycle, stream="INGRESS", last_sequence=last)
+        message.runs_sequence = self.sequences["RUNS"]
+        message.banned.extend(banned(self.facts))
         self.publish(window, cycle, "closed", message)
 
     def end(self) -> None:

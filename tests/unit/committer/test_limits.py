@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from connito import limits
 from connito.errors import Invalid
+from connito.limits import RateLimit
 from connito.v1 import reasons_pb2
-
-from services.committer import limits
-from services.committer.limits import RateLimit
 
 
 class Clock:

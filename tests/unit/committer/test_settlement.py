@@ -209,3 +209,42 @@ def test_late_work_of_a_new_key_has_no_place_of_its_own(ledger: Ledger) -> None:
     # What was committed in the first cycle came before.
     assert who(finish(ledger, 2)) == [("ma", 1)]
     assert reasons_pb2.REASON_NEWCOMER_QUOTA in refusals(ledger, "submit", 2).values()
+
+
+def test_a_ban_before_the_close_takes_the_submission_out(ledger: Ledger) -> None:
+    to_submit(ledger, miners=("ma", "mb", "mc"))
+    said = ledger.reveal("ma", 1)
+    reveal(ledger, said)
+    reveal(ledger, ledger.reveal("mb", 1))
+    ledger.ban("ma")
+    ledger.ban("mc")
+    assert who(finish(ledger, 1)) == [("mb", 1)]
+    assert refusals(ledger, "submit", 1) == {
+        f"ma-{said.sequence}": reasons_pb2.REASON_BANNED,
+        "mc-0": reasons_pb2.REASON_BANNED,
+    }
+
+
+def test_a_ban_after_the_close_counts_from_the_next_window_on(ledger: Ledger) -> None:
+    to_submit(ledger, miners=("ma",))
+    reveal(ledger, ledger.reveal("ma", 1))
+    ledger.close("submit", 1)
+    ledger.ban("ma")
+    assert who(settle(ledger, "submit", 1)) == [("ma", 1)]
+
+
+def test_a_ban_takes_out_a_commitment_and_a_late_reveal(ledger: Ledger) -> None:
+    to_submit(ledger, miners=("ma", "mb"))
+    finish(ledger, 1)
+    reveal(ledger, ledger.reveal("mb", 1))
+    ledger.ban("mb")
+    to_submit(ledger, 2, miners=("ma",))
+    assert who(finish(ledger, 2)) == []
+
+
+def test_a_ban_that_was_lifted_counts_no_more(ledger: Ledger) -> None:
+    to_submit(ledger, miners=("ma",))
+    reveal(ledger, ledger.reveal("ma", 1))
+    ledger.ban("ma")
+    ledger.ban("ma", 2, lifted=True)
+    assert who(finish(ledger, 1)) == [("ma", 1)]

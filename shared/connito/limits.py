@@ -1,4 +1,4 @@
-"""How often one key may ask."""
+"""How often one key may ask, and how much it may say."""
 
 from __future__ import annotations
 
@@ -31,5 +31,7 @@ class RateLimit:
         if tokens < cost:
             self._buckets[key] = (tokens, now)
             wait = (cost - tokens) / self.per_second
-            raise Invalid(f"too many requests; try again in {wait:.1f} s", reason=reasons_pb2.REASON_QUOTA_EXCEEDED)
+            raise Invalid(
+                f"too many requests; try again in {wait:.1f} s", reason=reasons_pb2.REASON_QUOTA_EXCEEDED, after=wait
+            )
         self._buckets[key] = (tokens - cost, now)

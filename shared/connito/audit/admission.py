@@ -1,0 +1,55 @@
+"""Whether those took part who were let in: enrolments against the run's policy, and bans against their orders. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from connito import bans, invites
+from connito.audit.differences import Difference, Step
+from connito.audit.evidence import Evidence
+from connito.errors import Invalid
+from connito.facts import Fact
+from connito.v1 import run_pb2
+
+# An invite may expire while its use is being written down.
+TOLERANCE_MS = 10_000
+
+
+def admission(evidence: Evidence) -> Step:
+    """Everyone enrolled was named or had an invite that was good at that moment; every ban was ordered by who may."""
+    facts = evidence.facts
+    enrolled, banned = facts.all("run", 0, "miner"), facts.all("run", 0, "ban")
+    found = [*_enrolments(evidence, enrolled), *_bans(evidence, banned)]
+    return Step("admission", 0, len(enrolled) + len(banned), tuple(found))
+
+
+def _enrolments(evidence: Evidence, enrolled: dict[str, Fact]) -> Iterator[Difference]:
+    spec = evidence.facts.spec
+    assert spec is not None
+    used: dict[str, set[str]] = {}
+    for miner, fact in enrolled.items():
+        message = fact.message
+        assert isinstance(message, run_pb2.MinerEnrolled)
+        try:
+            if invites.needs_invite(spec.enrolment, miner):
+                invite = invites.verify(
+                    message.invite, evidence.run, spec.customer, evidence.roster, fact.time_unix_ms - TOLERANCE_MS
+                )
+                used.setdefault(invite.id, set()).add(miner)
+                if len(used[invite.id]) > invite.uses:
+                    raise Invalid(f"invite {invite.id} is for {invite.uses}, and this is one more")
+        except Invalid as error:
+            where = evidence.subject("run", 0, "miner", miner)
+            yield Difference("admission", where, f"should not have been enrolled: {error}", miner=miner)
+
+
+def _bans(evidence: Evidence, banned: dict[str, Fact]) -> Iterator[Difference]:
+    spec = evidence.facts.spec
+    assert spec is not None
+    for id_, fact in banned.items():
+        assert isinstance(fact.message, run_pb2.MinerBan)
+        try:
+            bans.check_order(fact.message, evidence.roster, spec.customer)
+        except Invalid as error:
+            where = evidence.subject("run", 0, "ban", id_)
+            yield Difference("admission", where, f"no order bears this out: {error}", miner=fact.message.miner)

@@ -1,0 +1,143 @@
+"""`connito access`: an installation's keys, and whom its broker lets in."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from connito.cli.output import JsonFlag, emit, table
+
+if TYPE_CHECKING:
+    from connito.access import Access
+
+app = typer.Typer(no_args_is_help=True, help="Keys of an installation: make, admit, put out, rotate. Without downtime.")
+Folder = Annotated[Path, typer.Argument(help="The folder with the keys, for example deploy/secrets.")]
+Keys = Annotated[list[str], typer.Argument(help="Miners' public keys, as `connito miner init` prints them.")]
+PidFile = Annotated[
+    Path | None,
+    typer.Option("--reload", help="The nats-server's pid file: tell it at once to read its users again."),
+]
+
+
+@app.command("export")
+def export(
+    folder: Folder,
+    validators: Annotated[int, typer.Option(help="Validators that have a key.")] = 3,
+    miner: Annotated[list[str] | None, typer.Option(help="Admit this miner; repeatable.")] = None,
+    tls_cert: Annotated[str, typer.Option(help="The broker's certificate, as the broker sees the path.")] = "",
+    tls_key: Annotated[str, typer.Option(help="Its key.")] = "",
+    tls_client_ca: Annotated[str, typer.Option(help="Ask clients for certificates of this authority (mTLS).")] = "",
+    reload: PidFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make keys, roster and the broker's configuration; what is there already stays. Safe to repeat."""
+    from connito.access import Access, Tls
+    from connito.errors import Invalid
+
+    if bool(tls_cert) != bool(tls_key) or (tls_client_ca and not tls_cert):
+        raise Invalid("TLS needs both --tls-cert and --tls-key; --tls-client-ca comes on top of them")
+    access = Access(folder)
+    access.export(validators, miner or (), Tls(tls_cert, tls_key, tls_client_ca) if tls_cert else None)
+    _tell(access, {"action": "export"}, reload, as_json)
+
+
+@app.command("add")
+def add(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = False) -> None:
+    """Admit miners."""
+    from connito.access import Access
+
+    access = Access.open(folder)
+    _tell(access, {"action": "add", "keys": access.add(keys)}, reload, as_json)
+
+
+@app.command("revoke")
+def revoke(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = False) -> None:
+    """Put miners out. The broker closes their connections when it reads its users again."""
+    from connito.access import Access
+
+    access = Access.open(folder)
+    _tell(access, {"action": "revoke", "keys": access.revoke(keys)}, reload, as_json)
+
+
+@app.command("rotate")
+def rotate(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="coordinator, validator-2, …: as `connito access list` shows them.")],
+    finish: Annotated[
+        bool, typer.Option("--finish", help="The new key is in use everywhere: retire the old one.")
+    ] = False,
+    reload: PidFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Replace a key in two steps, between which both are good. What the old one has written stays valid."""
+    from connito.access import Access
+
+    access = Access.open(folder)
+    member = access.finish(name) if finish else access.rotate(name)
+    document = {"action": "rotate", "name": name, "key": member.key, "previous": member.previous, "finished": finish}
+    _tell(access, document, reload, as_json)
+
+
+@app.command("list")
+def list_(folder: Folder, as_json: JsonFlag = False) -> None:
+    """Show who has which key, and what became of rotated ones."""
+    from connito.access import Access
+
+    access = Access.open(folder)
+    rows = [{"name": m.name, "role": m.role, "key": m.key, "previous": m.previous} for m in access.members()]
+    rows += [{"name": "", "role": "miner", "key": key, "previous": ""} for key in access.miners]
+    retired = {key: {"role": role, "until_unix_ms": at} for key, (role, at) in access.roster().retired.items()}
+    headers = ("name", "role", "key", "previous")
+    emit(
+        as_json,
+        {"keys": rows, "retired": retired},
+        lambda: "\n".join(
+            [
+                table(headers, [[row[h] for h in headers] for row in rows]),
+                *(f"retired  {row['role']}  {key}" for key, row in retired.items()),
+            ]
+        ),
+    )
+
+
+def _tell(access: Access, document: dict[str, Any], pid_file: Path | None, as_json: bool) -> None:
+    document |= {"folder": str(access.folder), "members": len(access.members()), "miners": len(access.miners)}
+    document["reloaded"] = _reload(pid_file)
+    emit(as_json, document, lambda: "\n".join(_next_steps(access, document)))
+
+
+def _reload(pid_file: Path | None) -> bool:
+    """Send the server SIGHUP. Raises `Retry` when it is not there."""
+    if pid_file is None:
+        return False
+    from connito.errors import Retry
+
+    try:
+        os.kill(int(pid_file.read_text()), signal.SIGHUP)
+    except (OSError, ValueError) as error:
+        raise Retry(
+            f"the files are written, but the nats-server of {pid_file} cannot be told ({error}); send it SIGHUP yourself"
+        ) from error
+    return True
+
+
+def _next_steps(access: Access, document: dict[str, Any]) -> list[str]:
+    folder, action = access.folder, document["action"]
+    lines = [f"{document['members']} keys and {document['miners']} admitted miners in {folder}"]
+    if action == "rotate" and not document["finished"]:
+        lines += [
+            f"{document['name']}: {document['key']} beside {document['previous']}",
+            f"1. give everybody {folder}/roster.json, and the broker its users (below); services take both over by themselves",
+            f"2. give the service keys/{document['name']}.nk and restart its replicas one by one",
+            f"3. connito access rotate {folder} {document['name']} --finish, and step 1 once more",
+        ]
+    if not document["reloaded"]:
+        lines.append(
+            "the broker reads its users on a reload: `docker compose kill -s HUP nats`, `helm upgrade -f nats-values.yaml`, "
+            "or --reload PIDFILE"
+        )
+    return lines

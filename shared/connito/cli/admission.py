@@ -1,0 +1,106 @@
+"""`connito invite` and `connito ban`: who gets in, and who is put out."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from connito.cli.output import DataDirOption, JsonFlag, emit
+
+if TYPE_CHECKING:
+    from connito.client import Client
+
+_UNITS = {"m": 60, "h": 3600, "d": 86400}
+Run = Annotated[str, typer.Option("--run", help="This run only; without it every run, which only an operator may say.")]
+
+
+def invite(
+    run: Run = "",
+    uses: Annotated[int, typer.Option(help="Keys that may use it.")] = 1,
+    expires: Annotated[str, typer.Option(help="How long it is good: 30m, 12h, 7d.")] = "7d",
+    note: Annotated[str, typer.Option(help="For whom it is; readable by whoever has it.")] = "",
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a token that lets miners into runs by invitation. Signed by the run's customer, or by an operator."""
+    import secrets
+
+    from connito.invites import issue
+    from connito.local.session import Session
+    from connito.v1.run_pb2 import Invite
+
+    session = Session.open(data_dir, role="customer" if run else "operator")
+    until = time.time() + seconds(expires)
+    message = Invite(id=secrets.token_hex(8), run=run, expires_unix_ms=int(until * 1000), uses=uses, note=note)
+    token = issue(session.identity, message)
+    document = {
+        "token": token,
+        "id": message.id,
+        "run": run,
+        "uses": uses,
+        "expires_unix_ms": message.expires_unix_ms,
+        "note": note,
+    }
+    where = f"run {run}" if run else "every run by invitation"
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(until))
+    emit(
+        as_json,
+        document,
+        lambda: f"{token}\n\nfor {where}, {uses} key{'s' * (uses != 1)}, until {when}\n  connito miner run --invite …",
+    )
+
+
+def ban(
+    key: Annotated[str, typer.Argument(help="The miner's public key, or its beginning if that names one miner.")],
+    why: Annotated[str, typer.Option(help="What the miner and every auditor read.")] = "",
+    run: Run = "",
+    lift: Annotated[bool, typer.Option("--lift", help="Take a ban back.")] = False,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Put a key out at once: what it says from now on is refused, and what is not merged yet does not count."""
+    from connito.client import Client
+    from connito.errors import Invalid
+
+    if not why and not lift:
+        raise Invalid("say why: the miner and whoever audits the run read it (--why TEXT)")
+    with Client.local(data_dir, role="customer" if run else "operator") as client:
+        miner = _resolve(client, key)
+        runs = client.ban(miner, why, run, lifted=lift)
+    word = "readmitted to" if lift else "banned from"
+    emit(
+        as_json,
+        {"miner": miner, "lifted": lift, "why": why, "runs": runs},
+        lambda: (
+            f"{miner} is {word} {', '.join('every new run' if name == 'installation' else name for name in runs)}"
+            + ("" if lift else "\nto close the broker to it as well: connito access revoke …")
+        ),
+    )
+
+
+def seconds(text: str) -> float:
+    """`30m`, `12h`, `7d` as seconds. Raises `Invalid`."""
+    from connito.errors import Invalid
+
+    match = re.fullmatch(r"(\d{1,6})([mhd])", text.strip())
+    if match is None or int(match[1]) == 0:
+        raise Invalid(f"{text!r} is no length of time; write 30m, 12h or 7d")
+    return float(int(match[1]) * _UNITS[match[2]])
+
+
+def _resolve(client: Client, key: str) -> str:
+    """The one miner whose public key begins so. Raises `NotFound` for none and `Invalid` for several."""
+    from connito.errors import Invalid, NotFound
+    from connito.identity import is_public_key
+
+    if is_public_key(key):
+        return key
+    found = sorted({miner for status in client.runs() for miner in status.miners if miner.startswith(key)})
+    if not found:
+        raise NotFound(f"no miner's key begins with {key!r}; `connito job show RUN` lists them")
+    if len(found) > 1:
+        raise Invalid(f"{len(found)} miners' keys begin with {key!r}; give more of it")
+    return found[0]

@@ -1,0 +1,209 @@
+"""Keys that come, go and are replaced while a run goes on: one real broker, reloaded, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from connito import streams
+from connito.access import Access
+from connito.bus import Bus
+from connito.errors import ConnitoError, Invalid
+from connito.facts import Log, Record
+from connito.identity import Identity
+from connito.local.servers import NatsServer
+from connito.roster import Roster
+from connito.v1 import cycle_pb2, run_pb2
+
+# The client library leaves sockets of refused logins to the garbage collector.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+
+
+class Broker(NatsServer):
+    """A server whose users are those of an access folder's nats.conf, as in production."""
+
+    def __init__(self, data_dir: Path, access: Access) -> None:
+        super().__init__(data_dir)
+        self.access = access
+        self.pid_file = data_dir / "nats.pid"
+
+    def _write_config(self) -> Path:
+        path = super()._write_config()
+        config = json.loads(path.read_text())
+        # What `connito access` writes, but for where the data lies and which port is free here.
+        conf = json.loads((self.access.folder / "nats.conf").read_text())
+        config["authorization"] = conf["authorization"]
+        config["pid_file"] = str(self.pid_file)
+        path.write_text(json.dumps(config))
+        return path
+
+
+async def cut_off(bus: Bus) -> None:
+    """Until the broker has closed a connection."""
+    closed = asyncio.Event()
+
+    async def on_disconnected() -> None:
+        closed.set()
+
+    bus._connection.nc._disconnected_cb = on_disconnected
+    if bus.connected:
+        await asyncio.wait_for(closed.wait(), 5)
+
+
+class Follower:
+    """Reads RUNS for ever and counts how often its connection broke."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus, self.seen, self.broken = bus, [], 0
+        self.moved = asyncio.Event()
+        bus._connection.on_reconnect.add(self._break)
+        self.task = asyncio.create_task(self._read())
+
+    def _break(self) -> None:
+        self.broken += 1
+
+    async def _read(self) -> None:
+        async with aclosing(self.bus.follow(("RUNS",))) as records:
+            async for item in records:
+                if isinstance(item, Record):
+                    self.seen.append(item)
+                    self.moved.set()
+
+    async def count(self, wanted: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.seen) < wanted:
+                self.moved.clear()
+                await self.moved.wait()
+
+
+Connect = Callable[[Identity, str], Awaitable[Bus]]
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
+    access = Access(tmp_path / "secrets")
+    access.export(validators=1)
+    with Broker(tmp_path / "nats", access) as server:
+        operator = Identity.load(access.folder / "keys" / "operator.nk")
+        async with await Bus.connect(server.url, operator, "operator") as bus:
+            await streams.ensure(bus.js)
+        yield server
+
+
+@pytest.fixture
+async def connect(broker: Broker) -> AsyncIterator[Connect]:
+    opened: list[Bus] = []
+
+    async def connect(identity: Identity, name: str) -> Bus:
+        opened.append(await Bus.connect(broker.url, identity, name, broker.access.roster()))
+        return opened[-1]
+
+    yield connect
+    for bus in opened:
+        await bus.close()
+
+
+def key_of(access: Access, name: str) -> Identity:
+    return Identity.load(access.folder / "keys" / f"{name}.nk")
+
+
+def run_verb(broker: Broker, *arguments: str) -> dict[str, object]:
+    """`connito access …` with a reload, and wait for the server to have taken it."""
+    before = broker._reloads()
+    broker._write_config()
+    command = [sys.executable, "-m", "connito.cli", "access", *arguments, "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    broker.set_users(())
+    assert broker._reloads() > before
+    return dict(json.loads(done.stdout))
+
+
+async def verb(broker: Broker, *arguments: str) -> dict[str, object]:
+    return await asyncio.to_thread(run_verb, broker, *arguments)
+
+
+async def write(bus: Bus, run: str) -> bool:
+    return await bus.publish_fact(run, "run", 0, "created", run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run)))
+
+
+async def test_a_miner_comes_and_goes_and_nobody_else_notices(broker: Broker, connect: Connect) -> None:
+    access, folder = broker.access, str(broker.access.folder)
+    staying, leaving = Identity.generate(), Identity.generate()
+    with pytest.raises(ConnitoError):
+        await Bus.connect(broker.url, leaving, "stranger")
+    assert (await verb(broker, "add", folder, staying.public, leaving.public))["keys"] == [
+        staying.public, leaving.public
+    ]  # fmt: skip
+    coordinator = await connect(key_of(access, "coordinator"), "coordinator")
+    followers = [Follower(coordinator), Follower(await connect(staying, "staying"))]
+    gone = Follower(await connect(leaving, "leaving"))
+    await write(coordinator, "r1")
+    for follower in (*followers, gone):
+        await follower.count(1)
+
+    assert (await verb(broker, "revoke", folder, leaving.public))["miners"] == 1
+    await cut_off(gone.bus)
+    await write(coordinator, "r2")
+    for follower in followers:
+        await follower.count(2)
+        assert follower.broken == 0
+    with pytest.raises(ConnitoError):
+        await gone.bus.publish_ingress("r2", "trained", cycle_pb2.TrainingFinished(run="r2", cycle=1))
+    with pytest.raises(ConnitoError):
+        await Bus.connect(broker.url, leaving, "again")
+    await followers[1].bus.publish_ingress("r2", "trained", cycle_pb2.TrainingFinished(run="r2", cycle=1))
+    assert len(gone.seen) == 1, "nothing that was written after the revocation reached the revoked key"
+    for follower in (*followers, gone):
+        follower.task.cancel()
+
+
+async def test_a_service_key_is_replaced_while_both_are_good(broker: Broker, connect: Connect) -> None:
+    access, folder = broker.access, str(broker.access.folder)
+    validator = Follower(await connect(key_of(access, "validator-1"), "validator"))
+    first_key = key_of(access, "coordinator")
+    first = await connect(first_key, "coordinator-a")
+    await write(first, "r1")
+
+    told = await verb(broker, "rotate", folder, "coordinator")
+    second_key = key_of(access, "coordinator")
+    assert (told["previous"], told["key"]) == (first_key.public, second_key.public)
+    second = await connect(second_key, "coordinator-b")
+    await write(first, "r2")
+    await write(second, "r3")
+    with pytest.raises(subprocess.CalledProcessError):
+        await verb(broker, "rotate", folder, "coordinator")
+
+    await verb(broker, "rotate", folder, "coordinator", "--finish")
+    await cut_off(first)
+    await write(second, "r4")
+    await validator.count(4)
+    assert validator.broken == 0
+    log = Log(access.roster())
+    for record in validator.seen:
+        log.apply(record)
+    assert set(log.runs) == {"r1", "r2", "r3", "r4"}, "what the old key has written stays valid"
+    late = Record(validator.seen[0].stream, 99, validator.seen[0].subject, validator.seen[0].data, 1 << 60)
+    with pytest.raises(Invalid, match="is not a coordinator"):
+        Log(access.roster()).apply(late)
+    validator.task.cancel()
+
+
+def test_a_roster_file_keeps_retired_keys(tmp_path: Path) -> None:
+    access = Access(tmp_path)
+    access.export(validators=2)
+    validator = access.member("validator-2")
+    stakes = Roster(access.roster().keys, {validator.key: 4.0})
+    stakes.save(tmp_path / "roster.json")
+    access.rotate("validator-2")
+    access.finish("validator-2", now_ms=1000)
+    roster = Roster.load(tmp_path / "roster.json")
+    assert roster.permitted("validator", validator.key, 1000)
+    assert not roster.permitted("validator", validator.key, 1001)
+    assert not roster.permitted("coordinator", validator.key, 1000)
+    assert roster.stake(access.member("validator-2").key) == 4.0
