@@ -71,6 +71,13 @@ REASONS = {
     "probation": "it is on probation: a part of the reward is withheld",
     "newcomer-quota": "more new keys than the policy scores in one cycle; earlier commitments went first",
     "does-not-fit": "the training model does not fit into the miner's memory",
+    "banned": "an operator, or the run's customer, has put this key out; the detail says why",
+    "invite-invalid": "the invite is for another run, used up or expired",
+    "not-invited": "the run takes only keys that were named or invited",
+    "run-full": "the run has as many miners as its policy allows",
+    "certificate-untrusted": "a certificate is not signed by an authority that is trusted here",
+    "certificate-expired": "a certificate has expired, or is not valid yet",
+    "certificate-required": "the other side asks for a client certificate",
 }
 
 
