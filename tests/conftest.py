@@ -12,6 +12,11 @@ import secrets
 import pytest
 from connito.identity import Identity
 from connito.roster import ROLES, Roster
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ REASONS = {
     "certificate-untrusted": "a certificate is not signed by an authority that is trusted here",
     "certificate-expired": "a certificate has expired, or is not valid yet",
     "certificate-required": "the other side asks for a client certificate",
+    "start-impossible": "the library expert to start from is not there, or its terms do not allow it",
 }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from connito.beacon import draw_seed
 from connito.engine import Action, Decision
 from connito.facts import RunFacts
+from connito.objective import reached
 from connito.subjects import WINDOWS
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -51,6 +52,9 @@ def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, cycle: int, now_ms: int) -> D
             return _in_window(facts, spec, window, cycle, now_ms)
         if window in _SETTLED and facts.settled(window, cycle) is None:
             return Decision([], None)
+    enough = reached(facts, cycle)
+    if enough:
+        return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, enough)
     if cycle < spec.cycles:
         return _open(facts, spec, "train", cycle + 1, now_ms)
     return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, f"all {spec.cycles} cycles done")

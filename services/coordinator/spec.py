@@ -14,6 +14,7 @@ from connito import payout
 from connito.enums import name_of
 from connito.errors import Invalid
 from connito.identity import is_public_key
+from connito.library.governance import VISIBILITIES
 from connito.subjects import INSTALLATION, check_token
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
@@ -147,6 +148,7 @@ _RANGES: dict[str, _Range] = {
     "rewards.newcomers_per_cycle": _Range(0, 1_000_000, zero=True),
     "enrolment.max_miners": _Range(0, 100_000, zero=True),
     "enrolment.messages_per_cycle": _Range(0, 100_000, zero=True),
+    "objective.improvement": _Range(0, 100, zero=True),
     "windows.min_miners": _Range(1, 10_000),
     "windows.min_validators": _Range(1, 1_000),
     "windows.floor_seconds": _Range(0.05, 86_400),
@@ -162,6 +164,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "merging.aggregator": AGGREGATORS,
     "enrolment.mode": ENROLMENT,
 }
+MAX_SOURCES, MAX_SOURCE_NAME = 100, 200
 
 
 def bad(field: str, problem: str, remedy: str) -> Invalid:
@@ -245,6 +248,18 @@ def _check_names(spec: RunSpec, customer: str) -> None:
         raise bad("customer", f"is {spec.customer!r}, but the spec is signed by {customer}", "leave it empty")
     if spec.emission > 1 << 53:
         raise bad("emission", f"is {spec.emission}", "units above 2^53 cannot be shared out exactly; choose fewer")
+    if spec.start_from:
+        check_token(spec.start_from, "start_from (auto, none, or an expert's id)")
+    if spec.visibility not in ("", *VISIBILITIES):
+        raise bad("visibility", f"is {spec.visibility!r}", f"choose one of {', '.join(VISIBILITIES)}")
+    if spec.visibility == "organisation" and not spec.organisation:
+        raise bad("organisation", "is empty", "name the organisation that may see the expert")
+    if len(spec.data_sources) > MAX_SOURCES or any(not 0 < len(name) <= MAX_SOURCE_NAME for name in spec.data_sources):
+        raise bad(
+            "data_sources",
+            "names too many sources, or one without a name or with too long a one",
+            f"give at most {MAX_SOURCES} of 1 to {MAX_SOURCE_NAME} characters",
+        )
     for field in ("license", "data_statement"):
         if len(getattr(spec, field)) > MAX_TEXT:
             raise bad(field, f"is longer than {MAX_TEXT} characters", "link to the long text instead")
@@ -283,8 +298,9 @@ def _check_artifacts(spec: RunSpec) -> None:
         raise bad("beside", "names a domain twice, or the target's own", "give each further domain once")
     if not spec.general_holdouts:
         raise bad("general_holdouts", "is empty", "give at least one, or forgetting could not be measured")
-    for index, corpus in enumerate(spec.general_holdouts):
-        _check_corpus(f"general_holdouts[{index}]", corpus, REALM_HOLDOUT)
+    for field, corpora in (("general_holdouts", spec.general_holdouts), ("benchmarks", spec.benchmarks)):
+        for index, corpus in enumerate(corpora):
+            _check_corpus(f"{field}[{index}]", corpus, REALM_HOLDOUT)
     if spec.holdout.domain != spec.domain:
         raise bad("holdout.domain", f"is {spec.holdout.domain!r}", f"it has to be the run's domain, {spec.domain!r}")
     domains = [spec.domain, *(corpus.domain for corpus in spec.general_holdouts)]

@@ -88,4 +88,5 @@ class Depositor:
             record=ref,
             domain=record["domain"],
             base_digest=record["base"]["manifest"],
+            parents=[record["started_from"]["expert_id"]] if "started_from" in record else [],
         )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 import time
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 from connito import metrics, subjects, telemetry
 from connito.base.manifest import Manifest
-from connito.bus import Bus
+from connito.bus import Bus, CaughtUp
 from connito.compute import ComputeBudget
 from connito.errors import Invalid, Retry
 from connito.facts import Record, verify_fact
-from connito.moe.choose import Chosen, Probes, check_holdouts, choose
+from connito.library.start import Shelved, deposits, wants_start
+from connito.moe.choose import Chosen, Library, Probes, check_holdouts, choose
 from connito.roster import Roster
 from connito.store import ArtifactStore
 from connito.telemetry import Logger
@@ -26,7 +29,8 @@ STATE_MEDIA_TYPE = "application/vnd.safetensors"
 
 
 class Selector:
-    """Handles `run.0.created`. Selecting again gives the same bytes, and the log admits one selection."""
+    """Handles `run.0.created`. Selecting again gives the same bytes, unless the library that a job starts from has grown
+    in between, and the log admits one selection."""
 
     def __init__(self, bus: Bus, store: ArtifactStore, roster: Roster, budget: ComputeBudget, log: Logger) -> None:
         self._bus, self._store, self._roster, self._budget, self._log = bus, store, roster, budget, log
@@ -81,13 +85,30 @@ class Selector:
         corpora = [spec.holdout, *spec.general_holdouts]
         holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
         await asyncio.to_thread(check_holdouts, spec, holdouts)
+        library = await self._library(spec) if wants_start(spec) else None
         with tempfile.TemporaryDirectory() as folder:
             theta = Path(folder) / "theta.safetensors"
             async with self._budget.slot("select"):
                 began = time.monotonic()
-                chosen = await asyncio.to_thread(_compute, spec, manifest, files, probes, theta)
+                chosen = await asyncio.to_thread(_compute, spec, manifest, files, probes, theta, library)
                 metrics.SELECTION_SECONDS.observe(time.monotonic() - began)
             return await self._store_all(spec.run, chosen, theta)
+
+    async def _library(self, spec: run_pb2.RunSpec) -> Library:
+        """Every expert of the run's base that is deposited by now."""
+        facts, last = [], 0
+        async with aclosing(self._bus.follow(["LIBRARY"])) as records:
+            async for item in records:
+                if isinstance(item, CaughtUp):
+                    break
+                last = max(last, item.sequence)
+                with suppress(Invalid):
+                    facts.append(verify_fact(item, self._roster))
+        shelf = []
+        for deposit in deposits(facts, spec, last):
+            record = json.loads(await self._store.get_bytes(deposit.record))
+            shelf.append(Shelved(deposit, record, await self._store.fetch(deposit.expert)))
+        return Library(shelf, last)
 
     async def _store_all(self, run: str, chosen: Chosen, theta: Path) -> run_pb2.SelectionMade:
         statistics = await self._store.put_bytes(chosen.statistics, STATE_MEDIA_TYPE, PUBLIC)
@@ -99,10 +120,17 @@ class Selector:
         return made
 
 
-def _compute(spec: run_pb2.RunSpec, manifest: Manifest, files: dict[str, Path], probes: Probes, theta: Path) -> Chosen:
+def _compute(
+    spec: run_pb2.RunSpec,
+    manifest: Manifest,
+    files: dict[str, Path],
+    probes: Probes,
+    theta: Path,
+    library: Library | None = None,
+) -> Chosen:
     """`choose`, with what a hostile or broken base can raise inside the model turned into a verdict on the run."""
     try:
-        return choose(spec, manifest, files, probes, theta)
+        return choose(spec, manifest, files, probes, theta, library)
     except (Invalid, Retry, MemoryError, OSError):
         raise
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:

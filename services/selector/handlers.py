@@ -23,6 +23,7 @@ def made(
         total_experts=chosen.selection.total,
         target_parameters=chosen.target_parameters,
         model_parameters=chosen.model_parameters,
+        start=chosen.start,
     )
 
 

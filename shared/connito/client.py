@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from google.protobuf.message import Message
 
@@ -15,6 +15,10 @@ from connito.errors import Invalid
 from connito.identity import Identity
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import BanOrder, RunSpec
+
+if TYPE_CHECKING:
+    from connito.jobs.check import Checked
+    from connito.jobs.quote import Quote
 
 DEADLINE_SECONDS = 10.0
 
@@ -33,6 +37,7 @@ class Client:
         from connito.v1 import services_pb2_grpc
 
         self._identity = identity
+        self._data_dir: Path | None = None
         self._channels = [grpc.insecure_channel(coordinator, options=[("grpc.enable_http_proxy", 0)])]
         self._run_service = services_pb2_grpc.RunServiceStub(self._channels[0])
         if library:
@@ -47,9 +52,12 @@ class Client:
 
         from connito.local.session import Session
 
-        session = Session.open(None if data_dir is None else Path(data_dir), role=role)
+        folder = None if data_dir is None else Path(data_dir)
+        session = Session.open(folder, role=role)
         addresses = asyncio.run(session.endpoints("coordinator", "library"))
-        return cls(addresses["coordinator"], addresses["library"], session.identity)
+        client = cls(addresses["coordinator"], addresses["library"], session.identity)
+        client._data_dir = folder
+        return client
 
     def __enter__(self) -> Self:
         return self
@@ -68,6 +76,34 @@ class Client:
         """Submit a job; returns the run's id. Raises `Invalid` naming the field that cannot be."""
         request = services_pb2.CreateRunRequest(envelope=self._seal("rpc.CreateRun", spec))
         return str(self._call(self._run_service.CreateRun, request).run)
+
+    def check_job(self, file: Path | str) -> Checked:
+        """What `connito job check` finds out about a job.yaml; `.ok`, `.findings`. Raises as that command does."""
+        from connito.jobs.check import check_file
+
+        return check_file(Path(file), self._data_dir)
+
+    def quote_job(self, file: Path | str, *, pilot: bool = True) -> Quote:
+        """What a job.yaml will take. Raises `Invalid` for one that cannot be submitted. Imports torch."""
+        from connito.jobs.quote import quote
+
+        return quote(self.check_job(file), pilot=pilot)
+
+    def submit_job(self, file: Path | str) -> str:
+        """Check a job.yaml, upload its corpora, create its run; returns the run's id."""
+        from connito.jobs.submit import submit
+
+        return submit(self.check_job(file), self).run
+
+    def report_job(self, run: str, out: Path | str | None = None, *, measure: bool = True) -> dict[str, Any]:
+        """The delivery report of a run that has ended, as `job report --json` prints it; with `out`, written there too."""
+        from connito.jobs.delivery import deliver, write
+        from connito.local.session import Session
+
+        delivered = deliver(Session.open(self._data_dir, role="customer"), run, measure=measure)
+        if out is not None:
+            write(delivered, Path(out))
+        return delivered.document
 
     def get(self, run: str) -> services_pb2.RunStatus:
         """Where a run stands. Raises `NotFound` for an unknown one."""

@@ -52,7 +52,8 @@ class Access:
             last = max(record.time_unix_ms for record in records)
             records = [record async for record in self._stored(streams, run) if record.time_unix_ms <= last]
         letters = [letter async for record in self._stored(("DLQ",), "") if (letter := self._letter(record))]
-        return read(run, records, self.roster, letters)
+        library = [record async for record in self._stored(("LIBRARY",), "")]
+        return read(run, records, self.roster, letters, library)
 
     def _letter(self, record: Record) -> DeadLetter | None:
         """A dead letter that the service of its queue has signed; None for what anybody else put there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,6 +13,7 @@ from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE
 from connito.errors import Invalid
+from connito.library.start import deposits, wants_start
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
@@ -82,6 +84,7 @@ def named(evidence: Evidence) -> Iterator[Named]:
     if facts.selection is not None:
         yield Named("selection report", facts.selection.report)
         yield Named("initial state θ_0", facts.selection.initial_state)
+        yield from _considered(evidence)
     for cycle in facts.cycles():
         settled, version = facts.settled("submit", cycle), facts.version(cycle)
         for entry in settled.submissions if settled is not None else ():
@@ -95,10 +98,22 @@ def named(evidence: Evidence) -> Iterator[Named]:
         yield Named("record of the library expert", fact.message.record)
 
 
+def _considered(evidence: Evidence) -> Iterator[Named]:
+    """Experts that the run may have started from, all of them: one that was left out would have to be found."""
+    spec, made = evidence.facts.spec, evidence.facts.selection
+    if spec is None or made is None or not wants_start(spec):
+        return
+    with suppress(Invalid):
+        for deposit in deposits(evidence.library, spec, made.start.library_sequence):
+            yield Named(f"library expert {deposit.expert_id}", deposit.expert)
+            yield Named(f"record of {deposit.expert_id}", deposit.record)
+
+
 def _of_spec(spec: run_pb2.RunSpec) -> Iterator[Named]:
     yield Named("base manifest", spec.base.manifest)
     corpora = [("probe", spec.probe), ("training", spec.train), ("hold-out", spec.holdout)]
     corpora += [("hold-out", corpus) for corpus in spec.general_holdouts]
+    corpora += [("benchmark", corpus) for corpus in spec.benchmarks]
     corpora += [("replay", spec.replay)] if spec.HasField("replay") else []
     corpora += [("probe", corpus) for corpus in spec.beside]
     for use, corpus in corpora:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from connito.audit.differences import Difference, Step
@@ -31,6 +32,8 @@ class Evidence:
     unreadable: list[tuple[Record, Invalid]] = field(default_factory=list)
     repeated: list[Record] = field(default_factory=list)
     letters: dict[Place, DeadLetter] = field(default_factory=dict)
+    # Deposits of every run: what a run may have started from.
+    library: list[Fact] = field(default_factory=list)
 
     def name(self, key: str) -> str:
         """The label a miner enrolled with, or the start of its key."""
@@ -42,7 +45,13 @@ class Evidence:
         return f"{section}.{cycle}.{kind}" + (f".{id_}" if id_ else "")
 
 
-def read(run: str, records: Iterable[Record], roster: Roster, letters: Iterable[DeadLetter] = ()) -> Evidence:
+def read(
+    run: str,
+    records: Iterable[Record],
+    roster: Roster,
+    letters: Iterable[DeadLetter] = (),
+    library: Iterable[Record] = (),
+) -> Evidence:
     """Verify every record of a run. Raises `NotFound` when there is none.
 
     What does not verify is kept apart, never applied; a fact stands as it was first written.
@@ -57,6 +66,9 @@ def read(run: str, records: Iterable[Record], roster: Roster, letters: Iterable[
             _take(evidence, record)
         except Invalid as error:
             evidence.unreadable.append((record, error))
+    for record in library:
+        with suppress(Invalid):
+            evidence.library.append(verify_fact(record, roster))
     return evidence
 
 

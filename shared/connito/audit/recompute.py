@@ -314,6 +314,7 @@ def deposit_again(bench: Bench) -> Deposited | None:
         record=ref_of_bytes(encode(record), RECORD_MEDIA_TYPE, public),
         domain=record["domain"],
         base_digest=record["base"]["manifest"],
+        parents=[record["started_from"]["expert_id"]] if "started_from" in record else [],
     )
     return Deposited(message, (data, encode(record), card))
 

@@ -24,7 +24,9 @@ from connito.audit.recompute import Bench, Distances
 from connito.errors import Invalid, reason_name
 from connito.gate import Losses as GateLosses
 from connito.gate import Part
+from connito.library.start import Shelved, deposits, wants_start
 from connito.moe import gate_bench, score_bench
+from connito.moe.choose import Library
 from connito.moe.score_bench import SubmissionFiles
 from connito.racing import Look, looks
 from connito.score_reports import Evaluation, rejected, score
@@ -85,14 +87,28 @@ def selection(bench: Bench) -> Step:
         return Step("selection", 0, 0, note="nothing was selected")
     bench.say("selecting again")
     try:
-        what = first_difference(_select(spec, bench.artifacts, made), made)
+        what = first_difference(_select(spec, bench.artifacts, made, _library(bench, spec, made)), made)
     except Invalid as error:
         what = f"cannot be recomputed: {error}"
     found = (Difference("selection", "run.0.selected", what),) if what else ()
     return Step("selection", 0, sum(len(layer.experts) for layer in made.layers), found)
 
 
-def _select(spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.SelectionMade) -> run_pb2.SelectionMade:
+def _library(bench: Bench, spec: run_pb2.RunSpec, made: run_pb2.SelectionMade) -> Library | None:
+    """What the selector had to choose a start from: every deposit of the base up to the sequence that it names."""
+    if not wants_start(spec):
+        return None
+    last, artifacts = made.start.library_sequence, bench.artifacts
+    shelf = [
+        Shelved(deposit, json.loads(artifacts.path(deposit.record).read_bytes()), artifacts.path(deposit.expert))
+        for deposit in deposits(bench.evidence.library, spec, last)
+    ]
+    return Library(shelf, last)
+
+
+def _select(
+    spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.SelectionMade, library: Library | None
+) -> run_pb2.SelectionMade:
     """The fact as it should be. A report of an older program is taken as it is where what it decides is the same."""
     from connito.merging import STATE_MEDIA_TYPE
     from connito.moe.choose import Probes, choose
@@ -108,7 +124,7 @@ def _select(spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.Selection
     )
     with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
         theta = Path(folder) / "theta.safetensors"
-        chosen = choose(spec, manifest, _base(spec, artifacts), probes, theta)
+        chosen = choose(spec, manifest, _base(spec, artifacts), probes, theta, library)
         statistics = ref_of_bytes(chosen.statistics, STATE_MEDIA_TYPE, public)
         report = chosen.report(statistics.digest)
         ref = ref_of_bytes(report, "application/json", public)
@@ -123,6 +139,7 @@ def _select(spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.Selection
             total_experts=chosen.selection.total,
             target_parameters=chosen.target_parameters,
             model_parameters=chosen.model_parameters,
+            start=chosen.start,
         )
 
 

@@ -12,6 +12,8 @@ from connito.cli import (
     audit,
     base,
     console,
+    demand,
+    desk,
     dlq,
     doctor,
     explain,
@@ -67,7 +69,9 @@ app.add_typer(access.app, name="access")
 app.add_typer(streams.app, name="streams")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(base.app, name="base")
+desk.register(job.app)
 app.add_typer(job.app, name="job")
 app.add_typer(miner.app, name="miner")
 shelf.register(library.app)
+library.app.command("demand")(demand.demand)
 app.add_typer(library.app, name="library")

@@ -20,17 +20,41 @@ Run = Annotated[str, typer.Argument(help="The run's id.")]
 
 @app.command("submit")
 def submit(
-    file: Annotated[Path, typer.Argument(help="The job, YAML: the fields of RunSpec.")],
+    file: Annotated[Path, typer.Argument(help="The job: job.yaml, or YAML with the fields of RunSpec.")],
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Submit a job. What is left out takes its default; what cannot be is refused, naming the field."""
     from connito.client import Client
+    from connito.jobs.spec import is_job, read_yaml
 
-    spec = read_spec(file)
-    with Client.local(data_dir) as client:
-        run = client.create_run(spec)
-    emit(as_json, {"run": run}, lambda: f"run {run} is created; follow it with `connito job watch {run}`")
+    if is_job(read_yaml(file)):
+        document = _submit_job(file, data_dir, quiet=as_json)
+    else:
+        spec = read_spec(file)
+        with Client.local(data_dir) as client:
+            document = {"run": client.create_run(spec)}
+    run = document["run"]
+    emit(as_json, document, lambda: f"run {run} is created; follow it with `connito job watch {run}`")
+
+
+def _submit_job(file: Path, data_dir: Path | None, *, quiet: bool) -> dict[str, Any]:
+    """Check, upload, create."""
+    from connito.cli.desk import findings_text, progress
+    from connito.client import Client
+    from connito.jobs.check import check_file
+    from connito.jobs.findings import require
+    from connito.jobs.submit import submit as send
+
+    with progress(quiet=quiet) as tell:
+        checked = check_file(file, data_dir, tell)
+        require(checked.findings, str(file))
+        with Client.local(data_dir) as client:
+            done = send(checked, client, tell)
+    warnings = [finding for finding in checked.findings if finding.level == "warning"]
+    if warnings and not quiet:
+        typer.echo(findings_text(warnings), err=True)
+    return {**done.to_json(), "warnings": [finding.to_json() for finding in warnings]}
 
 
 @app.command("list")
@@ -82,22 +106,14 @@ def cancel(
 
 def read_spec(file: Path) -> Any:
     """A RunSpec from YAML. Raises `NotFound` for a missing file, `Invalid` for a field that does not exist."""
-    import yaml
     from google.protobuf.json_format import ParseDict, ParseError
 
-    from connito.errors import Invalid, NotFound
+    from connito.errors import Invalid
+    from connito.jobs.spec import read_yaml
     from connito.v1.run_pb2 import RunSpec
 
     try:
-        content = yaml.safe_load(file.read_text())
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no file {file}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise Invalid(f"{file} cannot be read as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise Invalid(f"{file} holds no mapping; write one `field: value` a line, as in the reference of RunSpec")
-    try:
-        return ParseDict(content, RunSpec())
+        return ParseDict(read_yaml(file), RunSpec())
     except ParseError as error:
         raise Invalid(f"{file}: {error}; the reference of RunSpec lists the fields") from error
 

@@ -68,7 +68,7 @@ def search(
 
     if like and base is None:
         raise Invalid("--like measures on a model: add --base DIR")
-    with _shelf(shelf, data_dir).index() as index:
+    with open_shelf(shelf, data_dir).index() as index:
         if shelf is None:
             index.apply(_platform_events(data_dir, index.last_sequence()))
         count = max(limit, 200) if like else limit
@@ -77,10 +77,28 @@ def search(
     if like:
         assert base is not None
         ranked = _by_example(hits, base, like, measure, shelf, data_dir)[:limit]
+        best = max((row.measured for row in ranked if row.measured is not None), default=0.0)
+        _remember(words, domain, len(ranked), shelf, data_dir, best)
         rows = [vars(row) for row in ranked]
         emit(as_json, {"experts": rows}, lambda: _ranking(ranked))
         return
+    _remember(words, domain, len(hits), shelf, data_dir)
     emit(as_json, {"experts": [hit.to_json() for hit in hits]}, lambda: _hits(hits))
+
+
+def _remember(
+    words: list[str] | None,
+    domain: str,
+    hits: int,
+    shelf: Path | None,
+    data_dir: Path | None,
+    best: float | None = None,
+) -> None:
+    """Count a search: what is asked for and not found is demand."""
+    from connito.library.searches import remember
+
+    if words or domain or best is not None:
+        remember(open_shelf(shelf, data_dir).root, words or [], domain, hits, _now(), best)
 
 
 def deposit(
@@ -93,7 +111,7 @@ def deposit(
     from connito.library.artifact import EXPERT_FILE
 
     folder, record = _folder(expert)
-    name = _shelf(shelf, data_dir).deposit(folder / EXPERT_FILE, record, _now())
+    name = open_shelf(shelf, data_dir).deposit(folder / EXPERT_FILE, record, _now())
     emit(as_json, {"expert_id": name, "digest": record["expert"]["digest"]}, lambda: f"deposited {name}")
 
 
@@ -106,7 +124,7 @@ def mark(
     as_json: JsonFlag = False,
 ) -> None:
     """Deprecate, yank or restore an expert, or take a data source out of the library."""
-    _shelf(shelf, data_dir).state(status, subject, reason, _now())
+    open_shelf(shelf, data_dir).state(status, subject, reason, _now())
     emit(as_json, {"subject": subject, "status": status, "reason": reason}, lambda: f"{subject} is {status}: {reason}")
 
 
@@ -265,7 +283,8 @@ def export(
     emit(as_json, document, lambda: "\n".join([f"written to {out}", *_obligations(permission)]))
 
 
-def _shelf(shelf: Path | None, data_dir: Path | None) -> Shelf:
+def open_shelf(shelf: Path | None, data_dir: Path | None) -> Shelf:
+    """The local library: `--shelf`, else `CONNITO_SHELF`, else the one in the data directory."""
     from connito.library.shelf import Shelf
     from connito.local.datadir import default_data_dir
 
@@ -304,7 +323,7 @@ def _expert(name: str, shelf: Path | None, data_dir: Path | None) -> tuple[Path,
 
     if Path(name).is_dir():
         return _folder(Path(name))
-    local = _shelf(shelf, data_dir)
+    local = open_shelf(shelf, data_dir)
     try:
         return local.get(name)
     except NotFound as error:
@@ -356,14 +375,14 @@ def _permit(
 ) -> Permission:
     from connito.library.governance import check_use
 
-    with _shelf(shelf, data_dir).index() as index:
+    with open_shelf(shelf, data_dir).index() as index:
         standings = {str(record["expert_id"]): index.standing(str(record["expert_id"])) for _, record in found}
     records = [record for _, record in found]
     return check_use(records, use, standings=standings, viewer=viewer, allow_yanked=allow_yanked)
 
 
 def _meter(record: dict[str, Any], verb: str, who: str, shelf: Path | None, data_dir: Path | None) -> None:
-    _shelf(shelf, data_dir).meter(str(record["expert_id"]), verb, who, _now())
+    open_shelf(shelf, data_dir).meter(str(record["expert_id"]), verb, who, _now())
 
 
 def _compose(

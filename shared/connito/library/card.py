@@ -17,7 +17,7 @@ An expert for **{domain}**: {selected} of the {total} routed experts of `{base_n
 | made by | run `{run}`, {versions} versions, finished {created} |
 | licence | {license} |
 | data | {data_statement} |
-
+{start}
 ## Measured effect
 
 Held-out loss in nats per token, on sequences that decided nothing in the run. Lower is better.
@@ -85,6 +85,17 @@ def _contributor_row(row: dict[str, Any]) -> str:
     return f"| {name} | {row['share']:.1%} | {row['merged']} | {why} |"
 
 
+def _start(start: dict[str, Any] | None) -> str:
+    """Where the run started, when not from the base: the losses below then begin there."""
+    if start is None:
+        return ""
+    low, high = start["interval"]
+    return (
+        f"| started from | `{start['expert_id']}`: {start['rows']} of its experts, which saved {start['saved_on_probe']:.4f} "
+        f"nats per token on the probe ({low:.4f} to {high:.4f}); losses below begin there |\n"
+    )
+
+
 def render(record: dict[str, Any]) -> str:
     """The Markdown card of a record."""
     selection, expert, model = record["selection"], record["expert"], record["model_parameters"]
@@ -105,6 +116,7 @@ def render(record: dict[str, Any]) -> str:
         created=record["created"],
         license=_text(record["license"]),
         data_statement=_text(record["data_statement"]),
+        start=_start(record.get("started_from")),
         method=selection["method"],
         threshold=selection["threshold"],
         losses="\n".join(map(_loss_row, record["losses"])),

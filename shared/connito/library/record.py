@@ -13,7 +13,8 @@ from typing import Any
 
 from connito.errors import Invalid, reason_name
 from connito.facts import RunFacts
-from connito.v1 import cycle_pb2, reasons_pb2
+from connito.library.start import start_record
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 RECORD_FORMAT = "connito-record/1"
 RECORD_MEDIA_TYPE = "application/vnd.connito.record+json"
@@ -45,7 +46,7 @@ def build_record(facts: RunFacts, digest: str, size: int, parameters: int) -> di
     history = versions(facts)
     if spec is None or selection is None or ended is None or not history:
         raise Invalid(f"run {facts.run} has no finished model version to describe; wait until it has ended")
-    return {
+    record = {
         "format": RECORD_FORMAT,
         "expert_id": expert_id(spec.domain, digest),
         "domain": spec.domain,
@@ -72,6 +73,23 @@ def build_record(facts: RunFacts, digest: str, size: int, parameters: int) -> di
         "customer": spec.customer,
         "training_data": spec.train.artifact.digest,
     }
+    return record | _asked(spec, selection)
+
+
+def _asked(spec: run_pb2.RunSpec, selection: run_pb2.SelectionMade) -> dict[str, Any]:
+    """What only a job that asked for it has: terms of its own, and the expert that the run started from."""
+    found: dict[str, Any] = {}
+    if spec.visibility or spec.data_sources:
+        found["governance"] = {
+            "visibility": spec.visibility or "public",
+            "organisation": spec.organisation,
+            "owner": spec.customer,
+            "sources": sorted({*spec.data_sources, spec.train.artifact.digest}),
+        }
+    start = start_record(selection)
+    if start is not None:
+        found["started_from"] = start
+    return found
 
 
 def _losses(history: list[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,23 @@ if TYPE_CHECKING:
     from torch import nn
 
     from connito.base.manifest import Manifest
+    from connito.library.start import Shelved
     from connito.moe.budget import Budget
     from connito.moe.selection import Selection
+    from connito.moe.start import Start
     from connito.moe.statistics import RoutingStatistics
 
 
 # Tokens of the probe on which interventions are measured: each is a forward pass, and nothing is decided by them.
 PROBED_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Library:
+    """The experts that a run may start from: everything of its base up to a sequence of LIBRARY."""
+
+    shelf: Sequence[Shelved]
+    sequence: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Chosen:
     model_parameters: int
     # The merged experts for what is absent, where the policy wants them: a state with one row per tensor.
     background: bytes = b""
+    start: run_pb2.StartChoice | None = None
 
     def layers(self) -> list[run_pb2.LayerSelection]:
         """The selection map as the log carries it."""
@@ -63,8 +74,17 @@ class Probes:
     beside: Mapping[str, Path] = field(default_factory=dict)
 
 
-def choose(spec: run_pb2.RunSpec, manifest: Manifest, files: Mapping[str, Path], probes: Probes, theta: Path) -> Chosen:
+def choose(
+    spec: run_pb2.RunSpec,
+    manifest: Manifest,
+    files: Mapping[str, Path],
+    probes: Probes,
+    theta: Path,
+    library: Library | None = None,
+) -> Chosen:
     """Route the probes through the base, select, and write θ_0, the target rows of the base, to `theta`.
+
+    With a `library` to start from, θ_0 has the rows of the expert in it that measures best on the probe, if one helps.
 
     Raises `Invalid` with the reason that ends the run.
     """
@@ -86,7 +106,11 @@ def choose(spec: run_pb2.RunSpec, manifest: Manifest, files: Mapping[str, Path],
     if helpers is not None:
         selection = replace(selection, helpers=helpers)
     rows = read_rows(model, selection)
-    save_state(rows, theta, {"base": spec.base.manifest.digest, "version": "0"})
+    start = None if library is None else _start(model, spec, selection, probes.target, library)
+    metadata = {"base": spec.base.manifest.digest, "version": "0"}
+    if start is not None and start.state is not None:
+        rows, metadata = start.state, {**metadata, "start": start.choice.expert_id}
+    save_state(rows, theta, metadata)
     digests = base_digests(model, selection.layers)
     return Chosen(
         selection,
@@ -95,6 +119,7 @@ def choose(spec: run_pb2.RunSpec, manifest: Manifest, files: Mapping[str, Path],
         sum(tensor.numel() for tensor in rows.values()),
         sum(parameter.numel() for parameter in model.parameters()),
         _background(model, selection, usage, theta) if spec.selection.background else b"",
+        None if start is None else start.choice,
     )
 
 
@@ -105,6 +130,13 @@ def _background(model: nn.Module, selection: Selection, usage: Usage, theta: Pat
     path = theta.with_name("background.safetensors")
     save_state(background(model, selection, selection.helpers, usage), path)
     return path.read_bytes()
+
+
+def _start(model: nn.Module, spec: run_pb2.RunSpec, selection: Selection, probe: Path, library: Library) -> Start:
+    from connito.moe.start import propose
+
+    sequences = Corpus.load(probe).sequences(spec.training.sequence_length)
+    return propose(model, spec, selection, sequences, library.shelf, library.sequence)
 
 
 def check_holdouts(spec: run_pb2.RunSpec, paths: Mapping[str, Path]) -> None:

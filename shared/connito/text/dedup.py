@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,15 @@ _GOLDEN = 0x9E37_79B9_7F4A_7C15
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """What is left, as indices into the documents, and how many fell to either cause."""
+    """What is left, as indices into the documents, and how many fell to either cause.
+
+    `twin` says of each document that fell which kept one it repeats.
+    """
 
     kept: list[int]
     exact: int
     near: int
+    twin: dict[int, int] = field(default_factory=dict)
 
 
 def shingles(documents: Sequence[str]) -> list[Shingles]:
@@ -88,24 +92,28 @@ def deduplicate(documents: Sequence[str], threshold: float = 0.7) -> Deduplicate
     salts = _mix(np.arange(1, BANDS * ROWS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
     grams = shingles(documents)
     buckets: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
-    texts: set[bytes] = set()
+    texts: dict[bytes, int] = {}
+    twin: dict[int, int] = {}
     kept: list[int] = []
     exact = near = 0
     for index, gram in enumerate(grams):
         raw = gram.tobytes()
         if raw in texts:
             exact += 1
+            twin[index] = texts[raw]
             continue
         keys = _buckets(gram, salts)
         candidates = {other for band, key in enumerate(keys) for other in buckets[band].get(key, ())}
-        if any(jaccard(gram, grams[other]) >= threshold for other in candidates):
+        like = next((other for other in sorted(candidates) if jaccard(gram, grams[other]) >= threshold), None)
+        if like is not None:
             near += 1
+            twin[index] = like
             continue
-        texts.add(raw)
+        texts[raw] = index
         kept.append(index)
         for band, key in enumerate(keys):
             buckets[band].setdefault(key, []).append(index)
-    return Deduplicated(kept, exact, near)
+    return Deduplicated(kept, exact, near, twin)
 
 
 def contaminated(documents: Sequence[str], holdout: Sequence[str], threshold: float = 0.5) -> list[int]:

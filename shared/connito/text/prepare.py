@@ -171,8 +171,8 @@ def read_documents(paths: Iterable[Path]) -> list[str]:
     found: list[str] = []
     for path in paths:
         for file in _files(path):
-            text = _read(file)
-            documents = _json_lines(file, text) if file.suffix.lower() == ".jsonl" else _passages(text)
+            text = read_text(file)
+            documents = _json_lines(file, text) if file.suffix.lower() == ".jsonl" else passages(text)
             if not documents:
                 raise Invalid(f"{file} holds no text; remove it or fill it", reason=reasons.REASON_BAD_SPEC)
             found += documents
@@ -189,7 +189,8 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises `NotFound`, and `Invalid` naming the line of the first byte that is not UTF-8."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -225,18 +226,18 @@ def _json_lines(path: Path, text: str) -> list[str]:
     return found
 
 
-def _passages(text: str) -> list[str]:
+def passages(text: str) -> list[str]:
     """Paragraphs joined until a passage has enough of them; a paragraph that is too long by itself is cut."""
-    passages: list[str] = []
+    found: list[str] = []
     current = ""
     for paragraph in text.replace("\r\n", "\n").split("\n\n"):
         for start in range(0, len(paragraph), 2 * _PASSAGE_CHARACTERS):
             piece = paragraph[start : start + 2 * _PASSAGE_CHARACTERS].strip("\n")
             if current and len(current) + len(piece) > _PASSAGE_CHARACTERS:
-                passages.append(current)
+                found.append(current)
                 current = ""
             current = f"{current}\n\n{piece}" if current else piece
-    return [passage for passage in [*passages, current] if passage.strip()]
+    return [passage for passage in [*found, current] if passage.strip()]
 
 
 def tokenizer_digest(files: Iterable[Path]) -> str:

@@ -134,6 +134,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """A certificate has expired, or is not valid yet. Renew it, and check the clock."""
     REASON_CERTIFICATE_REQUIRED: _Reason.ValueType  # 101
     """The other side asks for a client certificate. Set CONNITO_TLS_CERT and CONNITO_TLS_KEY."""
+    REASON_START_IMPOSSIBLE: _Reason.ValueType  # 116
+    """The expert that the job wants to start from is not there, is of another base, or its terms do not allow it."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why something was refused, left out or scored zero. Shown to the person it concerns, always with a detail text."""
@@ -250,4 +252,6 @@ REASON_CERTIFICATE_EXPIRED: Reason.ValueType  # 100
 """A certificate has expired, or is not valid yet. Renew it, and check the clock."""
 REASON_CERTIFICATE_REQUIRED: Reason.ValueType  # 101
 """The other side asks for a client certificate. Set CONNITO_TLS_CERT and CONNITO_TLS_KEY."""
+REASON_START_IMPOSSIBLE: Reason.ValueType  # 116
+"""The expert that the job wants to start from is not there, is of another base, or its terms do not allow it."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

@@ -455,6 +455,30 @@ class EnrolmentPolicy(_message.Message):
 Global___EnrolmentPolicy: _TypeAlias = EnrolmentPolicy  # noqa: Y015
 
 @_typing.final
+class Objective(_message.Message):
+    """When a run has done enough, beside the number of its cycles."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMPROVEMENT_FIELD_NUMBER: _builtins.int
+    improvement: _builtins.float
+    """End after the cycle whose version has the target's gate loss this many nats per token below the first version's
+    start. 0: all cycles are run.
+    """
+    def __init__(
+        self,
+        *,
+        improvement: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["improvement", b"improvement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Objective: _TypeAlias = Objective  # noqa: Y015
+
+@_typing.final
 class RunSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -479,6 +503,12 @@ class RunSpec(_message.Message):
     REWARDS_FIELD_NUMBER: _builtins.int
     BESIDE_FIELD_NUMBER: _builtins.int
     ENROLMENT_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    START_FROM_FIELD_NUMBER: _builtins.int
+    BENCHMARKS_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
+    ORGANISATION_FIELD_NUMBER: _builtins.int
+    DATA_SOURCES_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     domain: _builtins.str
     cycles: _builtins.int
@@ -487,6 +517,13 @@ class RunSpec(_message.Message):
     data_statement: _builtins.str
     emission: _builtins.int
     """Total reward units emitted per cycle."""
+    start_from: _builtins.str
+    """Where θ_0 comes from: auto (the library expert that measures best on the probe, if one helps), the id of a library
+    expert, or none. Empty: none.
+    """
+    visibility: _builtins.str
+    """Who sees the expert that comes out: public (also when empty), organisation, private to the customer."""
+    organisation: _builtins.str
     @_builtins.property
     def base(self) -> Global___BaseRef: ...
     @_builtins.property
@@ -521,6 +558,16 @@ class RunSpec(_message.Message):
 
     @_builtins.property
     def enrolment(self) -> Global___EnrolmentPolicy: ...
+    @_builtins.property
+    def objective(self) -> Global___Objective: ...
+    @_builtins.property
+    def benchmarks(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorpusRef]:
+        """Held-out text of the customer that decides nothing and is reported on. REALM_HOLDOUT."""
+
+    @_builtins.property
+    def data_sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the data's sources, by which their owners can later take it out of the library."""
+
     def __init__(
         self,
         *,
@@ -545,10 +592,16 @@ class RunSpec(_message.Message):
         rewards: Global___RewardPolicy | None = ...,
         beside: _abc.Iterable[Global___CorpusRef] | None = ...,
         enrolment: Global___EnrolmentPolicy | None = ...,
+        objective: Global___Objective | None = ...,
+        start_from: _builtins.str = ...,
+        benchmarks: _abc.Iterable[Global___CorpusRef] | None = ...,
+        visibility: _builtins.str = ...,
+        organisation: _builtins.str = ...,
+        data_sources: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "enrolment", b"enrolment", "holdout", b"holdout", "merging", b"merging", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "enrolment", b"enrolment", "holdout", b"holdout", "merging", b"merging", "objective", b"objective", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "benchmarks", b"benchmarks", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_sources", b"data_sources", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "objective", b"objective", "organisation", b"organisation", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "start_from", b"start_from", "train", b"train", "training", b"training", "visibility", b"visibility", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -802,6 +855,99 @@ class LayerSelection(_message.Message):
 Global___LayerSelection: _TypeAlias = LayerSelection  # noqa: Y015
 
 @_typing.final
+class StartCandidate(_message.Message):
+    """A library expert that the selector considered as the start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_ID_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    SHARED_ROWS_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    expert_id: _builtins.str
+    refused: _builtins.str
+    """Why it was not considered further; empty if it was."""
+    shared_rows: _builtins.int
+    """Rows of the selection that it has trained. The others stay the base's."""
+    predicted: _builtins.float
+    """Nats per token saved on the probe, to first order."""
+    measured: _builtins.bool
+    """The same, measured on the full model, with its interval. Only where `measured`."""
+    saved: _builtins.float
+    low: _builtins.float
+    high: _builtins.float
+    @_builtins.property
+    def expert(self) -> _artifacts_pb2.ArtifactRef: ...
+    @_builtins.property
+    def record(self) -> _artifacts_pb2.ArtifactRef: ...
+    def __init__(
+        self,
+        *,
+        expert_id: _builtins.str = ...,
+        expert: _artifacts_pb2.ArtifactRef | None = ...,
+        record: _artifacts_pb2.ArtifactRef | None = ...,
+        refused: _builtins.str = ...,
+        shared_rows: _builtins.int = ...,
+        predicted: _builtins.float = ...,
+        measured: _builtins.bool = ...,
+        saved: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "expert_id", b"expert_id", "high", b"high", "low", b"low", "measured", b"measured", "predicted", b"predicted", "record", b"record", "refused", b"refused", "saved", b"saved", "shared_rows", b"shared_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartCandidate: _TypeAlias = StartCandidate  # noqa: Y015
+
+@_typing.final
+class StartChoice(_message.Message):
+    """How the selector came by θ_0 when the job asked for a start from the library."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_ID_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    LIBRARY_SEQUENCE_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    SHARED_ROWS_FIELD_NUMBER: _builtins.int
+    expert_id: _builtins.str
+    """The expert whose rows θ_0 has; empty: the base's own."""
+    detail: _builtins.str
+    library_sequence: _builtins.int
+    """Deposits up to this sequence of LIBRARY were considered."""
+    shared_rows: _builtins.int
+    """The chosen expert's rows in the selection, for the lineage."""
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartCandidate]:
+        """Best first."""
+
+    def __init__(
+        self,
+        *,
+        expert_id: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        library_sequence: _builtins.int = ...,
+        candidates: _abc.Iterable[Global___StartCandidate] | None = ...,
+        shared_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "detail", b"detail", "expert_id", b"expert_id", "library_sequence", b"library_sequence", "shared_rows", b"shared_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartChoice: _TypeAlias = StartChoice  # noqa: Y015
+
+@_typing.final
 class SelectionMade(_message.Message):
     """RUNS: `<run>.run.0.selected`, signed by the selector."""
 
@@ -816,6 +962,7 @@ class SelectionMade(_message.Message):
     TARGET_PARAMETERS_FIELD_NUMBER: _builtins.int
     MODEL_PARAMETERS_FIELD_NUMBER: _builtins.int
     BACKGROUND_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     selected_experts: _builtins.int
     total_experts: _builtins.int
@@ -829,12 +976,14 @@ class SelectionMade(_message.Message):
 
     @_builtins.property
     def initial_state(self) -> _artifacts_pb2.ArtifactRef:
-        """θ_0: the target rows of the base, as safetensors."""
+        """θ_0: the target rows of the base, or of the library expert that `start` names, as safetensors."""
 
     @_builtins.property
     def background(self) -> _artifacts_pb2.ArtifactRef:
         """The background experts, one row per tensor, when the policy asks for them."""
 
+    @_builtins.property
+    def start(self) -> Global___StartChoice: ...
     def __init__(
         self,
         *,
@@ -847,10 +996,11 @@ class SelectionMade(_message.Message):
         target_parameters: _builtins.int = ...,
         model_parameters: _builtins.int = ...,
         background: _artifacts_pb2.ArtifactRef | None = ...,
+        start: Global___StartChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "report", b"report", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "layers", b"layers", "model_parameters", b"model_parameters", "report", b"report", "run", b"run", "selected_experts", b"selected_experts", "target_parameters", b"target_parameters", "total_experts", b"total_experts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "layers", b"layers", "model_parameters", b"model_parameters", "report", b"report", "run", b"run", "selected_experts", b"selected_experts", "start", b"start", "target_parameters", b"target_parameters", "total_experts", b"total_experts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -928,6 +1078,7 @@ class ExpertDeposited(_message.Message):
     RECORD_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    PARENTS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     expert_id: _builtins.str
     domain: _builtins.str
@@ -938,6 +1089,10 @@ class ExpertDeposited(_message.Message):
     def record(self) -> _artifacts_pb2.ArtifactRef:
         """JSON record; the Markdown card is rendered from it."""
 
+    @_builtins.property
+    def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Experts that this one was made from."""
+
     def __init__(
         self,
         *,
@@ -947,10 +1102,11 @@ class ExpertDeposited(_message.Message):
         record: _artifacts_pb2.ArtifactRef | None = ...,
         domain: _builtins.str = ...,
         base_digest: _builtins.str = ...,
+        parents: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "record", b"record", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "parents", b"parents", "record", b"record", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

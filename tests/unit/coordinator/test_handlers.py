@@ -351,6 +351,22 @@ def test_after_the_last_cycle_the_run_is_completed(world: World) -> None:
     assert nothing(world) is None
 
 
+def test_a_run_ends_when_its_objective_is_met() -> None:
+    world = World(improvement=0.5)
+    world.create()
+    world.select()
+    world.enrol("ma")
+    world.join("va")
+    to_window(world, "merge", 1)
+    everybody_acts(world)
+    closed(world, "merge", 1)
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, run_pb2.RunEnded)
+    assert (action.message.outcome, action.message.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 1)
+    assert "the objective is met after cycle 1 of 2" in action.message.detail
+
+
 def test_a_cancelled_run_is_left_alone(world: World) -> None:
     opened(world, "train", 1)
     world.cancel()

@@ -35,6 +35,7 @@ class World:
     cycles: int = 2
     min_miners: int = 1
     min_validators: int = 1
+    improvement: float = 0.0
     now: int = 1_000_000
     log: list[Fact] = field(default_factory=list)
     sequences: dict[str, int] = field(default_factory=dict)
@@ -48,7 +49,11 @@ class World:
             ceiling_seconds=100,
             assemble_seconds=50,
         )
-        return run_pb2.RunSpec(run=RUN, domain="medical", cycles=self.cycles, windows=windows)
+        spec = run_pb2.RunSpec(run=RUN, domain="medical", cycles=self.cycles, windows=windows)
+        spec.holdout.domain = "medical"
+        if self.improvement:
+            spec.objective.improvement = self.improvement
+        return spec
 
     def publish(self, section: str, cycle: int, kind: str, message: Message, id_: str = "") -> bool:
         """What `Bus.publish_fact` does: the first message on a subject stands."""
@@ -148,4 +153,5 @@ class World:
 
     def merge(self, cycle: int) -> None:
         message = cycle_pb2.VersionPublished(run=RUN, cycle=cycle, version=cycle, parent=cycle - 1, state=theta(cycle))
+        message.gate_losses.add(domain="medical", before=3.0, after=2.4, tokens=64)
         self.publish("merge", cycle, "version", message)

@@ -1,0 +1,153 @@
+"""Checking a job before anything is spent: every problem at once, with the numbers and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from connito.jobs.corpora import Corpora, build
+from connito.jobs.findings import Finding, worst
+from connito.jobs.ground import Ground, open_ground, policies
+from connito.jobs.memory import least
+from connito.jobs.spec import Job, read_job
+from connito.jobs.texts import Texts, sort_texts
+from connito.library.governance import TERMS
+from connito.v1.run_pb2 import RunSpec
+
+Progress = Callable[[str, float], None]
+
+_PERSONAL = {
+    "e-mail addresses": re.compile(r"[\w.+-]+@[\w-]+\.[\w.]{2,}"),
+    "telephone numbers": re.compile(r"(?<![\w.])\+\d{1,3}[ -]?(?:\d[ -]?){7,12}(?!\w)"),
+    "private keys": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "access keys": re.compile(r"\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|sk-[A-Za-z0-9]{32,})\b"),
+}
+
+
+@dataclass
+class Checked:
+    """A job with everything that was found out about it. `corpora` is None where the text could not be prepared."""
+
+    job: Job
+    spec: RunSpec
+    ground: Ground
+    texts: Texts
+    corpora: Corpora | None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it may be submitted."""
+        return worst(self.findings) != "error"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `connito job check --json` prints."""
+        return {
+            "domain": self.job.domain,
+            "base": self.ground.name,
+            "ok": self.ok,
+            "findings": [finding.to_json() for finding in self.findings],
+            "parts": {} if self.corpora is None else self.corpora.sizes(),
+            "fit": {} if self.corpora is None else {name: vars(fit) for name, fit in self.corpora.fit.items()},
+        }
+
+
+def check_file(file: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None) -> Checked:
+    """`check` for a file; paths in it are relative to its folder."""
+    return check(read_job(file), file.absolute().parent, data_dir, progress)
+
+
+def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None) -> Checked:
+    """Look at everything that can be wrong with a job's text and terms. Problems with either are findings.
+
+    Raises `NotFound` when the base is nowhere, `Retry` when broker or store are away, `Invalid` for a policy override
+    that does not exist.
+    """
+    progress("looking for the base", 0.0)
+    ground = open_ground(job, root, data_dir, progress)
+    spec = policies(job, ground)
+    progress("reading and comparing the texts", 0.2)
+    texts = sort_texts(job, root)
+    checked = Checked(job, spec, ground, texts, None, [*texts.findings, *_terms(job), *_people(job), *_personal(texts)])
+    checked.findings += _budget(job, spec, ground)
+    if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
+        progress("tokenising", 0.6)
+        checked.corpora = build(texts, spec, ground)
+        checked.findings += checked.corpora.findings
+    progress("checked", 1.0)
+    return checked
+
+
+def _terms(job: Job) -> Iterator[Finding]:
+    """The licence has to be one that a program can hold people to, or an own one that is named as such."""
+    name = job.license
+    if name in TERMS:
+        terms = TERMS[name]
+        limits = [word for word, allowed in (("commercial use", terms.commercial), ("derivatives", terms.derivatives),
+                                             ("redistribution", terms.redistribution)) if not allowed]  # fmt: skip
+        detail = f"{name}" + (f": no {', no '.join(limits)}" if limits else "")
+        if not terms.derivatives:
+            remedy = "an expert is a derivative of its text: get the right to make one, or leave the text out"
+            yield Finding("licence", "error", detail, remedy)
+            return
+        yield Finding("licence", "ok", detail)
+    elif re.fullmatch(r"LicenseRef-[A-Za-z0-9.-]+", name):
+        remedy = "whoever uses the expert has to accept it by name (--accept-license)"
+        yield Finding("licence", "warning", f"{name} is a licence of your own, whose terms no program knows", remedy)
+    else:
+        near = difflib.get_close_matches(name, [*TERMS, "LicenseRef-…"], n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        remedy = f"{hint}use one of {', '.join(TERMS)}, or LicenseRef-<name> for terms of your own"
+        yield Finding("licence", "error", f"{name!r} is not a licence identifier that is known here", remedy)
+    if not job.data_statement.strip():
+        remedy = "write in `data_statement` what the text is and where it comes from; it goes into the expert's record"
+        yield Finding("licence", "warning", "there is no data statement", remedy)
+
+
+def _budget(job: Job, spec: RunSpec, ground: Ground) -> Iterator[Finding]:
+    """Whether any job at all fits; what this one takes is the quote's to say."""
+    floor = least(ground.manifest, spec.selection.helpers_per_layer)
+    for name, cap, minimum, what in (
+        ("upload", job.budget.upload, floor.upload, "one expert of this base has"),
+        ("memory", job.budget.memory, floor.memory, "a miner that trains one expert of this base keeps at least"),
+    ):
+        if not cap:
+            continue
+        numbers = {"budget": cap, "least": minimum}
+        detail = f"budget.{name} is {cap / 1e6:.3g} MB; {what} {minimum / 1e6:.3g} MB"
+        if cap < minimum:
+            remedy = f"allow at least {minimum / 1e6:.3g} MB (`connito job quote` says what this job takes), or a smaller base"
+            yield Finding("budget", "error", detail, remedy, numbers)
+        else:
+            yield Finding("budget", "ok", detail, "", numbers)
+
+
+def _people(job: Job) -> Iterator[Finding]:
+    shown = {
+        "public": "everyone",
+        "organisation": f"the organisation {job.privacy.organisation}",
+        "private": "you alone",
+    }
+    detail = f"the expert is shown to {shown[job.privacy.visibility]}; the training text is read by every miner that takes part"
+    yield Finding("privacy", "ok", detail, "", {"visibility": job.privacy.visibility})
+
+
+def _personal(texts: Texts) -> Iterator[Finding]:
+    """Patterns, not understanding: what they find deserves a look, and what they miss may still be there."""
+    counts = dict.fromkeys(_PERSONAL, 0)
+    first: dict[str, str] = {}
+    for document in (*texts.train, *texts.probe):
+        for kind, pattern in _PERSONAL.items():
+            hits = len(pattern.findall(document.text))
+            if hits:
+                counts[kind] += hits
+                first.setdefault(kind, document.where)
+    found = {kind: count for kind, count in counts.items() if count}
+    if found:
+        what = ", ".join(f"{count} {kind} (first in {first[kind]})" for kind, count in found.items())
+        remedy = "miners read this text: take out what must not leave your house"
+        yield Finding("privacy", "warning", f"the training text seems to hold {what}", remedy, found)

@@ -1,0 +1,220 @@
+"""From a job's sorted texts to token corpora, and what the base's tokenizer makes of the text."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from connito.corpus import Corpus
+from connito.errors import Invalid
+from connito.holdout import subsets
+from connito.jobs.findings import Finding
+from connito.jobs.ground import Ground
+from connito.jobs.sources import Document
+from connito.jobs.texts import Texts
+from connito.v1.run_pb2 import RunSpec
+
+_WORD = re.compile(r"\w+")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Enough text for a ratio to two digits.
+_SAMPLE_CHARACTERS = 400_000
+# From here on the base reads the text much worse than its own general text.
+POOR_FIT, POOR_FALLBACK = 1.5, 0.05
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a tokenizer makes of a text. `fallback` is the share of tokens that are a piece of a character, or unknown."""
+
+    tokens_per_word: float
+    bytes_per_token: float
+    fallback: float
+    tokens: int
+
+
+@dataclass
+class Corpora:
+    """The corpora of a job; `general` and `benchmarks` by name."""
+
+    probe: Corpus
+    train: Corpus
+    holdout: Corpus
+    general: dict[str, Corpus] = field(default_factory=dict)
+    replay: Corpus | None = None
+    benchmarks: dict[str, Corpus] = field(default_factory=dict)
+    fit: dict[str, Fit] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Documents and tokens of every part."""
+        parts = {"probe": self.probe, "train": self.train, "holdout": self.holdout}
+        parts |= {f"general {name}": corpus for name, corpus in self.general.items()}
+        parts |= {f"benchmark {name}": corpus for name, corpus in self.benchmarks.items()}
+        if self.replay is not None:
+            parts["replay"] = self.replay
+        return {name: {"documents": corpus.documents, "tokens": len(corpus.tokens)} for name, corpus in parts.items()}
+
+
+def build(texts: Texts, spec: RunSpec, ground: Ground) -> Corpora:
+    """Tokenise every part and look at the result: sizes against the policy, lengths, and the tokenizer's fit."""
+
+    def corpus(domain: str, split: str, documents: Sequence[Document]) -> Corpus:
+        metadata = {
+            "domain": domain, "split": split, "tokenizer": ground.tokenizer_digest,
+            "separator": str(ground.tokenizer.eos_token_id),
+        }  # fmt: skip
+        return Corpus.from_documents(ground.encode([document.text for document in documents]), metadata)
+
+    found = Corpora(
+        corpus(spec.domain, "probe", texts.probe),
+        corpus(spec.domain, "train", texts.train),
+        corpus(spec.domain, "holdout", texts.holdout),
+        {domain: corpus(domain, "holdout", documents) for domain, documents in texts.general.items()},
+        benchmarks={name: corpus(name, "benchmark", documents) for name, documents in texts.benchmarks.items()},
+    )
+    if texts.replay:
+        found.replay = corpus("general", "replay", [document for part in texts.replay.values() for document in part])
+    held = found.general if texts.general else dict(ground.general_corpora())
+    found.findings += _sizes(found, held, spec)
+    found.findings += _lengths(found.train, spec.training.sequence_length)
+    found.findings += _fit(found, texts, held, ground)
+    return found
+
+
+def _sizes(found: Corpora, held: dict[str, Corpus], spec: RunSpec) -> list[Finding]:
+    length = spec.training.sequence_length
+    sizes = [_enough("probe", found.probe, length, 1), _enough("train", found.train, length, _wanted(spec))]
+    sizes.append(_holdout(found.holdout, spec, spec.domain))
+    if not held:
+        remedy = "give `general` text, or submit to a platform that has run another domain on this base"
+        sizes.append(Finding("size", "error", "there is no general text, so forgetting could not be measured", remedy))
+    sizes += [_holdout(corpus, spec, domain) for domain, corpus in held.items()]
+    sizes += [_enough(f"benchmark {name}", corpus, length, 2) for name, corpus in found.benchmarks.items()]
+    if spec.training.replay_share and (found.replay is None or len(found.replay.tokens) <= length):
+        remedy = "give more general text, or set replay to 0"
+        sizes.append(Finding("size", "error", "there is too little general text to replay", remedy))
+    return sizes
+
+
+def _wanted(spec: RunSpec) -> int:
+    """Sequences that one miner goes through in a cycle."""
+    return max(1, spec.training.local_steps * spec.training.batch_sequences)
+
+
+def _enough(part: str, corpus: Corpus, length: int, wanted: int) -> Finding:
+    """An error where there is not one sequence (two for a benchmark, or it had no interval); a warning where a miner
+    would see text again within a cycle."""
+    tokens = len(corpus.tokens) + corpus.documents
+    rows = tokens // (length + 1)
+    numbers = {"tokens": len(corpus.tokens), "documents": corpus.documents, "sequences": rows}
+    needed = 2 if part.startswith("benchmark") else 1
+    detail = f"{part}: {corpus.documents} documents, {len(corpus.tokens)} tokens, {rows} sequences of {length}"
+    if rows < needed:
+        missing = needed * (length + 1) - tokens
+        remedy = f"add about {missing} tokens of text, or lower policies.training.sequence_length"
+        return Finding("size", "error", f"{detail}; {needed} needed", remedy, numbers)
+    if rows < wanted:
+        remedy = (
+            f"a miner reads {wanted} sequences a cycle and sees this text again; more text helps more than more cycles"
+        )
+        return Finding("size", "warning", detail, remedy, numbers)
+    return Finding("size", "ok", detail, "", numbers)
+
+
+def _holdout(corpus: Corpus, spec: RunSpec, domain: str) -> Finding:
+    numbers = {"tokens": len(corpus.tokens), "documents": corpus.documents}
+    aim = RunSpec()
+    aim.CopyFrom(spec)
+    aim.holdout.domain = spec.domain
+    try:
+        parts = subsets(corpus.sequences(spec.training.sequence_length), aim, domain)
+    except Invalid as error:
+        remedy = (
+            "hold out more text (`split.holdout`, `holdout` or `general`), or lower the numbers it names in `policies`"
+        )
+        return Finding("size", "error", f"hold-out of {domain}: {error}", remedy, numbers)
+    sequences = {"score": len(parts.score), "gate": len(parts.gate), "report": len(parts.report)}
+    what = ", ".join(f"{count} to {use}" for use, count in sequences.items())
+    detail = f"hold-out of {domain}: {corpus.documents} documents, {len(corpus.tokens)} tokens; sequences: {what}"
+    return Finding("size", "ok", detail, "", {**numbers, **sequences})
+
+
+def _lengths(corpus: Corpus, length: int) -> list[Finding]:
+    sizes = sorted(int(size) for size in corpus.offsets[1:] - corpus.offsets[:-1])
+    if len(sizes) < 2:
+        return []
+    cut = sum(size > length for size in sizes) / len(sizes)
+    numbers = {
+        "shortest": sizes[0], "median": statistics.median(sizes), "p95": sizes[int(0.95 * (len(sizes) - 1))],
+        "longest": sizes[-1], "longer_than_a_sequence": cut,
+    }  # fmt: skip
+    detail = (
+        f"documents have {numbers['shortest']} to {numbers['longest']} tokens, half of them at most {numbers['median']:g}; "
+        f"{100 * cut:.0f} % are longer than a sequence of {length} and are read in pieces"
+    )
+    return [Finding("length", "ok", detail, "", numbers)]
+
+
+def _fit(found: Corpora, texts: Texts, held: dict[str, Corpus], ground: Ground) -> list[Finding]:
+    """The target's text beside the general text, as this tokenizer sees them."""
+    mine = fit_of([document.text for document in texts.train], ground.encode, ground.tokenizer)
+    if mine is None:
+        return []
+    found.fit["target"] = mine
+    general = fit_of(_decoded(held, ground.tokenizer), ground.encode, ground.tokenizer)
+    numbers: dict[str, Any] = {"target": vars(mine)}
+    detail = f"{mine.tokens_per_word:.2f} tokens a word, {mine.bytes_per_token:.2f} bytes a token"
+    detail += f", {100 * mine.fallback:.1f} % of tokens are pieces of characters or unknown"
+    if general is None:
+        return [Finding("tokenizer", "ok", detail, "", numbers)]
+    found.fit["general"], numbers["general"] = general, vars(general)
+    detail += (
+        f" (general text: {general.tokens_per_word:.2f}, {general.bytes_per_token:.2f}, {100 * general.fallback:.1f} %)"
+    )
+    poor = mine.bytes_per_token * POOR_FIT < general.bytes_per_token
+    if poor or mine.fallback > general.fallback + POOR_FALLBACK:
+        remedy = (
+            "the base's tokenizer cuts this text into many small pieces: sequences hold less of it and training costs "
+            "more; check language and encoding of the text, or choose a base made for it"
+        )
+        return [Finding("tokenizer", "warning", detail, remedy, numbers)]
+    return [Finding("tokenizer", "ok", detail, "", numbers)]
+
+
+def _decoded(held: dict[str, Corpus], tokenizer: Any) -> list[str]:
+    found: list[str] = []
+    characters = 0
+    for corpus in held.values():
+        for index in range(corpus.documents):
+            if characters > _SAMPLE_CHARACTERS:
+                return found
+            found.append(str(tokenizer.decode(corpus.document(index).tolist())))
+            characters += len(found[-1])
+    return found
+
+
+def fit_of(texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]], tokenizer: Any) -> Fit | None:
+    """Tokens per word, bytes per token and fallback rate over a beginning of `texts`; None without words."""
+    sample: list[str] = []
+    for text in texts:
+        if sum(map(len, sample)) > _SAMPLE_CHARACTERS:
+            break
+        sample.append(text)
+    ids = [token for document in encode(sample) for token in document]
+    words = sum(len(_WORD.findall(text)) for text in sample)
+    if not ids or not words:
+        return None
+    pieces = {token: _is_piece(token, tokenizer) for token in set(ids)}
+    size = sum(len(text.encode()) for text in sample)
+    return Fit(len(ids) / words, size / len(ids), sum(pieces[token] for token in ids) / len(ids), len(ids))
+
+
+def _is_piece(token: int, tokenizer: Any) -> bool:
+    """Whether a token is no whole character: a fallback byte, part of a character's bytes, or the unknown token."""
+    if token == tokenizer.unk_token_id and token != tokenizer.eos_token_id:
+        return True
+    name = tokenizer.convert_ids_to_tokens(token)
+    return bool(_BYTE_TOKEN.fullmatch(str(name))) or "\ufffd" in tokenizer.decode([token])

@@ -1,0 +1,225 @@
+"""The delivery report of a run: what the customer gets, measured again on the customer's side of the table.
+
+The log has sums of losses; intervals need the sequences. So the report fetches the base, the hold-outs and the states,
+measures base and result on the report part of every hold-out and on the customer's own benchmarks, pairs them sequence by
+sequence, and says how far its own figures are from the aggregator's. Needs torch, unless it is told not to measure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.base.manifest import Manifest
+from connito.corpus import Corpus
+from connito.errors import Invalid, NotFound, Retry
+from connito.holdout import subsets
+from connito.jobs.ground import Ground
+from connito.report import run_report
+from connito.scoring import paired
+from connito.v1 import run_pb2
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from connito.facts import RunFacts
+    from connito.local.session import Session
+
+Progress = Callable[[str, float], None]
+CONFIDENCE = 0.95
+# Sequences of a benchmark that are measured; the first ones, so that the figure is the same again.
+BENCHMARK_SEQUENCES = 512
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """The report as data, and where the expert lies when there is one."""
+
+    document: dict[str, Any]
+    record: dict[str, Any] | None
+    expert: Path | None
+    ground: Ground
+
+
+def deliver(
+    session: Session, run: str, *, measure: bool = True, progress: Progress = lambda what, share: None
+) -> Delivered:
+    """The report of a run that has ended. Raises `NotFound` for an unknown run, `Retry` for one that goes on."""
+    progress("reading the log", 0.0)
+    facts = asyncio.run(_read(session, run))
+    if facts.spec is None:
+        raise NotFound(f"there is no run {run!r}; `connito job list` shows the runs")
+    if facts.ended is None:
+        raise Retry(f"run {run} goes on; wait for its end with `connito job watch {run}`")
+    manifest_ref = facts.spec.base.manifest
+    store = session.store()
+    manifest = Manifest.from_bytes(asyncio.run(store.get_bytes(manifest_ref)))
+    ground = Ground(facts.spec.base.name, manifest, manifest_ref=manifest_ref, session=session)
+    expert, record = _expert(ground, facts)
+    document = _document(facts, record, manifest.size)
+    if measure and facts.selection is not None:
+        document["measured"] = measured(facts, ground, progress)
+    progress("written", 1.0)
+    return Delivered(document, record, expert, ground)
+
+
+async def _read(session: Session, run: str) -> RunFacts:
+    from connito.facts import RunFacts
+    from connito.local.log import read_log
+
+    async with session.bus() as bus:
+        return (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
+
+
+def _expert(ground: Ground, facts: RunFacts) -> tuple[Path | None, dict[str, Any] | None]:
+    import json
+
+    for fact in facts.all("library", 0, "deposited").values():
+        assert isinstance(fact.message, run_pb2.ExpertDeposited)
+        record: dict[str, Any] = json.loads(ground.fetch(fact.message.record).read_bytes())
+        return ground.fetch(fact.message.expert), record
+    return None, None
+
+
+def _document(facts: RunFacts, record: Mapping[str, Any] | None, model_bytes: int) -> dict[str, Any]:
+    spec = facts.spec
+    assert spec is not None
+    report = run_report(facts, model_bytes=model_bytes)
+    start = None if facts.selection is None or not facts.selection.HasField("start") else facts.selection.start
+    return {
+        "run": facts.run,
+        "domain": spec.domain,
+        "base": {"name": spec.base.name, "manifest": spec.base.manifest.digest},
+        "outcome": report["outcome"],
+        "expert": None if record is None else {"expert_id": record["expert_id"], **record["expert"]},
+        "license": spec.license,
+        "data_statement": spec.data_statement,
+        "visibility": spec.visibility or "public",
+        "selection": report["selection"],
+        "start": None if start is None else {"expert_id": start.expert_id, "detail": start.detail},
+        "objective": {"improvement": spec.objective.improvement, "cycles": spec.cycles},
+        "cycles": report["cycles"],
+        "contributors": [] if record is None else record["contributors"],
+        "totals": report["totals"],
+        "measured": None,
+        "commands": _commands(facts.run, None if record is None else record["expert_id"], spec.base.name),
+    }
+
+
+def _commands(run: str, expert_id: str | None, base: str) -> dict[str, str]:
+    found = {"audit": f"connito audit {run}"}
+    if expert_id is not None:
+        found |= {
+            "take": f"connito job report {run} --out delivery --with-base",
+            "verify": "connito library verify delivery/expert --base delivery/base",
+            "export": f"connito library export {expert_id} --out expert",
+        }
+    return found
+
+
+def measured(facts: RunFacts, ground: Ground, progress: Progress) -> dict[str, Any]:
+    """Base against result: the target, every general domain, every benchmark, with paired intervals."""
+    from connito.base.loading import load_full
+    from connito.moe.evaluate import Evaluator
+    from connito.moe.state import load_state
+
+    spec, selection = facts.spec, facts.selection
+    assert spec is not None
+    assert selection is not None
+    last = facts.version(facts.cycle) or facts.version(facts.cycle - 1)
+    final = selection.initial_state if last is None else last.state
+    progress("loading the base", 0.1)
+    layers = {layer.layer: list(layer.experts) for layer in selection.layers}
+    evaluator = Evaluator(load_full(ground.files()), layers)
+    state, origin = load_state(ground.fetch(final)), load_state(ground.fetch(selection.initial_state))
+    rows: list[dict[str, Any]] = []
+    parts = list(_parts(spec, ground))
+    for number, (use, name, sequences) in enumerate(parts):
+        progress(f"measuring {name}", 0.2 + 0.8 * number / len(parts))
+        before, tokens = evaluator.losses(evaluator.base, sequences)
+        after, _ = evaluator.losses(state, sequences)
+        row = {"use": use, "name": name, **_row(before, after, tokens)}
+        if selection.start.expert_id:
+            begun, _ = evaluator.losses(origin, sequences)
+            row["start"] = float(begun.sum() / tokens.sum())
+        rows.append(row)
+    evaluator.restore()
+    return {"confidence": CONFIDENCE, "rows": rows, "apart": _apart(facts, rows)}
+
+
+def _parts(spec: run_pb2.RunSpec, ground: Ground) -> list[tuple[str, str, npt.NDArray[Any]]]:
+    length = spec.training.sequence_length
+    found = []
+    for corpus in (spec.holdout, *spec.general_holdouts):
+        sequences = Corpus.load(ground.fetch(corpus.artifact)).sequences(length)
+        use = "target" if corpus.domain == spec.holdout.domain else "general"
+        found.append((use, corpus.domain, sequences[subsets(sequences, spec, corpus.domain).report]))
+    for corpus in spec.benchmarks:
+        sequences = Corpus.load(ground.fetch(corpus.artifact)).sequences(length)
+        found.append(("benchmark", corpus.domain, sequences[:BENCHMARK_SEQUENCES]))
+    return found
+
+
+def _row(before: npt.NDArray[Any], after: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> dict[str, Any]:
+    """Nats per token; `change` is after − before, with its interval."""
+    found, total = paired(before.tolist(), after.tolist(), tokens.tolist(), CONFIDENCE), float(tokens.sum())
+    return {
+        "before": float(before.sum()) / total,
+        "after": float(after.sum()) / total,
+        "change": -found.effect,
+        "low": -found.high,
+        "high": -found.low,
+        "sequences": found.sequences,
+        "tokens": found.tokens,
+    }
+
+
+def _apart(facts: RunFacts, rows: list[dict[str, Any]]) -> float | None:
+    """Largest distance of a final loss measured here from the one that the aggregator published, nats per token."""
+    last = facts.version(facts.cycle) or facts.version(facts.cycle - 1)
+    if last is None:
+        return None
+    published = {loss.domain: loss.after for loss in last.losses}
+    apart = [
+        abs(row["after"] - published[row["name"]])
+        for row in rows
+        if row["use"] != "benchmark" and row["name"] in published
+    ]
+    return max(apart, default=None)
+
+
+def write(delivered: Delivered, out: Path, *, with_base: bool = False) -> list[Path]:
+    """`report.md`, `report.json`, `loss.svg`, the expert with record and card in `expert/`, and with `with_base` the base
+    it belongs to in `base/`. Raises `Invalid` when `out` holds something else."""
+    import json
+    import shutil
+
+    from connito.jobs.pages import markdown
+    from connito.library.artifact import CARD_FILE, EXPERT_FILE, RECORD_FILE
+    from connito.library.card import render
+    from connito.library.record import encode
+    from connito.local.loss_plot import loss_svg
+
+    if out.exists() and any(out.iterdir()) and not (out / "report.json").is_file():
+        raise Invalid(f"{out} holds something else than a delivery: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(delivered.document, indent=2) + "\n")
+    (out / "report.md").write_text(markdown(delivered.document))
+    (out / "loss.svg").write_text(loss_svg(delivered.document))
+    written = [out / "report.md", out / "report.json", out / "loss.svg"]
+    if delivered.expert is not None and delivered.record is not None:
+        folder = out / "expert"
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(delivered.expert, folder / EXPERT_FILE)
+        (folder / RECORD_FILE).write_bytes(encode(delivered.record))
+        (folder / CARD_FILE).write_text(render(delivered.record))
+        written.append(folder)
+    if with_base:
+        (out / "base").mkdir(exist_ok=True)
+        for name, path in delivered.ground.files().items():
+            shutil.copyfile(path, out / "base" / name)
+        written.append(out / "base")
+    return written

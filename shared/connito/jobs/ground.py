@@ -1,0 +1,189 @@
+"""What a job stands on: the base model it names, and the platform, where one runs.
+
+A job can be checked without a platform when the base is on this machine. With one, the base may be any that a run used,
+and the domains of earlier runs are there to measure forgetting on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.base.manifest import Manifest
+from connito.corpus import Corpus
+from connito.errors import NotFound
+from connito.jobs.spec import Job
+from connito.local.session import Session
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.v1.run_pb2 import CorpusRef, RunSpec
+
+if TYPE_CHECKING:
+    from connito.facts import Log, RunFacts
+
+Progress = Callable[[str, float], None]
+NAMED = ("demo", "tiny")
+_TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
+
+
+@dataclass
+class Ground:
+    """`folder` where the base is a folder of this machine, `manifest_ref` where the platform has it; at least one is set.
+
+    `general` are the general hold-outs of earlier runs on this base, `history` those runs, newest first.
+    """
+
+    name: str
+    manifest: Manifest
+    folder: Path | None = None
+    manifest_ref: ArtifactRef | None = None
+    session: Session | None = None
+    general: list[CorpusRef] = field(default_factory=list)
+    history: list[RunFacts] = field(default_factory=list)
+    _files: dict[str, Path] = field(default_factory=dict)
+
+    def file(self, name: str) -> Path:
+        """One file of the base, fetched where it is not here. Raises `Retry` while the store is away."""
+        if self.folder is not None:
+            return self.folder / name
+        if name not in self._files:
+            entry = self.manifest.files[name]
+            ref = ArtifactRef(digest=entry.digest, size=entry.size, media_type=entry.media_type, realm=REALM_PUBLIC)
+            self._files[name] = self.fetch(ref)
+        return self._files[name]
+
+    def files(self) -> dict[str, Path]:
+        """Every file of the base, as a model is loaded from."""
+        return {name: self.file(name) for name in self.manifest.files}
+
+    def fetch(self, ref: ArtifactRef) -> Path:
+        """An artifact of the platform."""
+        if self.session is None:
+            raise NotFound("there is no platform to fetch from; start one with `connito up --no-wait`")
+        return asyncio.run(self.session.store().fetch(ref))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        from connito.base.loading import load_tokenizer
+
+        small = [name for name in self.manifest.files if not name.endswith(".safetensors")]
+        return load_tokenizer({name: self.file(name) for name in small})
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """Which tokenizer a corpus was made with."""
+        from connito.text.prepare import tokenizer_digest
+
+        return tokenizer_digest(self.file(name) for name in self.manifest.files if name.startswith(_TOKENIZER[:2]))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def general_corpora(self) -> Mapping[str, Corpus]:
+        """The platform's general hold-outs by domain."""
+        return {ref.domain: Corpus.load(self.fetch(ref.artifact)) for ref in self.general}
+
+
+def open_ground(job: Job, root: Path, data_dir: Path | None, progress: Progress = lambda what, share: None) -> Ground:
+    """Find the base that the job names: among the runs of the platform, then on this machine. Imports torch only where
+    a base has to be built. Raises `NotFound` naming both places when it is in neither."""
+    session = _session(data_dir)
+    log = asyncio.run(_read(session)) if session is not None else None
+    ground = _from_platform(job, session, log) if session is not None and log is not None else None
+    if ground is not None:
+        return ground
+    folder = _folder(job.base, root, progress)
+    manifest = _manifest(job.base, folder, progress)
+    return Ground(manifest.name, manifest, folder=folder, session=session)
+
+
+def _session(data_dir: Path | None) -> Session | None:
+    try:
+        return Session.open(data_dir, role="customer")
+    except NotFound:
+        return None
+
+
+async def _read(session: Session) -> Log:
+    from connito.local.log import read_log
+
+    async with session.bus() as bus:
+        return await read_log(bus, session.roster)
+
+
+def _from_platform(job: Job, session: Session, log: Log) -> Ground | None:
+    """The base as the newest run used it that names it so, and the general domains of all runs on it."""
+    created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.fact("run", 0, "created"))]
+    newest = [facts for _, facts in sorted(created, key=lambda pair: -pair[0])]
+    runs = [facts for facts in newest if facts.spec is not None and facts.spec.base.name == job.base]
+    if not runs or runs[0].spec is None:
+        return None
+    ref = runs[0].spec.base.manifest
+    same = [facts for facts in runs if facts.spec is not None and facts.spec.base.manifest.digest == ref.digest]
+    path = asyncio.run(session.store().fetch(ref))
+    manifest = Manifest.from_bytes(path.read_bytes())
+    general: dict[str, CorpusRef] = {}
+    for facts in same:
+        assert facts.spec is not None
+        for corpus in (facts.spec.holdout, *facts.spec.general_holdouts):
+            if corpus.domain != job.domain:
+                general.setdefault(corpus.domain, corpus)
+    ordered = [general[domain] for domain in sorted(general)]
+    return Ground(job.base, manifest, manifest_ref=ref, session=session, general=ordered, history=same)
+
+
+def _folder(base: str, root: Path, progress: Progress) -> Path:
+    if base in NAMED:
+        from connito.local.bases import build_cached, cached_base
+
+        target = cached_base(base)
+        return (target if target.is_dir() else build_cached(base, progress)) / "model"
+    folder = root / base
+    if not (folder / "config.json").is_file():
+        raise NotFound(
+            f"the base {base!r} is neither one that a run of the platform used, nor demo or tiny, nor a folder with a "
+            f"model ({folder}); `connito job list` shows the platform's runs, `connito base build` makes a base"
+        )
+    return folder
+
+
+def _manifest(base: str, folder: Path, progress: Progress) -> Manifest:
+    from connito.base.manifest import build_manifest
+    from connito.local.bases import MANIFEST
+
+    if base in NAMED:
+        return Manifest.from_bytes((folder.parent / MANIFEST).read_bytes())
+    return build_manifest(folder, folder.name, progress)
+
+
+def policies(job: Job, ground: Ground) -> RunSpec:
+    """The run that the job means, with every policy filled in and no artifact yet. Raises `Invalid` naming an override
+    that does not fit."""
+    from connito.local.defaults import Wish, profile
+
+    spec = RunSpec()
+    kind = ground.name if ground.name in NAMED else "demo"
+    spec.CopyFrom(profile(Wish(base=kind, overrides=tuple(_overrides(job)))).spec)
+    spec.run, spec.domain, spec.cycles = job.run, job.domain, job.cycles
+    spec.windows.min_miners, spec.windows.min_validators = job.people.miners, job.people.validators
+    spec.license, spec.data_statement, spec.emission = job.license, job.data_statement, job.budget.emission
+    spec.training.replay_share = job.replay
+    spec.objective.improvement = job.objective.improvement
+    spec.start_from = job.start_from
+    spec.visibility, spec.organisation = job.privacy.visibility, job.privacy.organisation
+    if job.budget.upload:
+        cap = min(job.budget.upload, spec.selection.max_bytes or job.budget.upload)
+        spec.selection.max_bytes = cap
+    return spec
+
+
+def _overrides(job: Job) -> list[str]:
+    return [f"{section}.{name}={value}" for section, fields in job.policies.items() for name, value in fields.items()]

@@ -1,0 +1,177 @@
+"""The delivery report as a page that people read. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Document = Mapping[str, Any]
+
+
+def markdown(document: Document) -> str:
+    """The report of `jobs.delivery` in Markdown."""
+    parts = [
+        _head(document),
+        _result(document),
+        _changed(document),
+        _cycles(document),
+        _people(document),
+        _use(document),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(document: Document) -> str:
+    outcome, expert = document["outcome"], document["expert"]
+    lines = [f"# Delivery: {document['domain']}", ""]
+    lines.append(f"Run `{document['run']}` on `{document['base']['name']}` {outcome['status']}: {outcome['detail']}.")
+    if expert is None:
+        lines += [
+            "",
+            "No expert came out of it: nothing that was submitted passed the gate, or the run did not complete.",
+        ]
+        return "\n".join(lines)
+    lines += [
+        "",
+        "| | |",
+        "|---|---|",
+        f"| expert | `{expert['expert_id']}`, {expert['bytes']:,} bytes, {expert['parameters']:,} parameters |",
+        f"| SHA-256 | `{expert['digest']}` |",
+        f"| base | `{document['base']['name']}`, manifest `{document['base']['manifest']}` |",
+        f"| licence | {document['license'] or 'not stated'} |",
+        f"| shown to | {document['visibility']} |",
+        f"| data | {document['data_statement'] or 'not stated'} |",
+    ]
+    if document["start"] is not None:
+        lines.append(f"| start | {document['start']['detail']} |")
+    return "\n".join(lines)
+
+
+def _result(document: Document) -> str:
+    """Measured rows where there are any, else what the log says, which has no intervals."""
+    found = document["measured"]
+    if found is None:
+        return _from_log(document)
+    level = f"{100 * found['confidence']:.0f} %"
+    lines = [
+        "## Before and after",
+        "",
+        (
+            "Held-out loss in nats per token, base against result, measured by whoever wrote this report; paired "
+            f"{level} intervals over sequences. Lower is better. None of this text decided anything in the run."
+        ),
+        "",
+        "| text | use | before | after | change | interval | sequences | |",
+        "|---|---|---:|---:|---:|---|---:|---|",
+    ]
+    lines += [_row(row) for row in found["rows"]]
+    if any("start" in row for row in found["rows"]):
+        begun = ", ".join(f"{row['name']} {row['start']:.4f}" for row in found["rows"])
+        lines += ["", f"The run began at its start expert, not at the base: {begun}."]
+    if found["apart"] is not None:
+        lines += ["", f"These losses are within {found['apart']:.2g} nats per token of those that the run published."]
+    return "\n".join(lines)
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    return (
+        f"| {row['name']} | {row['use']} | {row['before']:.4f} | {row['after']:.4f} | {row['change']:+.4f} "
+        f"| {row['low']:+.4f} to {row['high']:+.4f} | {row['sequences']} | {verdict(row)} |"
+    )
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Better, worse, or not told apart from chance."""
+    if row["high"] < 0:
+        return "better"
+    return "worse" if row["low"] > 0 else "no difference that this much text can show"
+
+
+def _from_log(document: Document) -> str:
+    cycles = document["cycles"]
+    if not cycles:
+        return ""
+    first, last = cycles[0]["domains"], cycles[-1]["domains"]
+    lines = [
+        "## Before and after",
+        "",
+        "Held-out loss in nats per token as the run published it, without intervals (they need `--measure`).",
+        "",
+        "| text | before | after | change |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, losses in last.items():
+        before = first[name]["before"]
+        lines.append(f"| {name} | {before:.4f} | {losses['after']:.4f} | {losses['after'] - before:+.4f} |")
+    return "\n".join(lines)
+
+
+def _changed(document: Document) -> str:
+    chosen = document["selection"]
+    if chosen is None:
+        return ""
+    share = chosen["target_parameters"] / max(1, chosen["model_parameters"])
+    lines = [
+        "## What changed",
+        "",
+        (
+            f"{chosen['selected']} of {chosen['total']} routed experts, {share:.1%} of the model's parameters. Every "
+            "other tensor is the base's, bit for bit."
+        ),
+        "",
+        "| layer | experts |",
+        "|---:|---|",
+    ]
+    lines += [f"| {layer} | {', '.join(map(str, sorted(experts)))} |" for layer, experts in chosen["layers"].items()]
+    return "\n".join(lines)
+
+
+def _cycles(document: Document) -> str:
+    if not document["cycles"]:
+        return ""
+    lines = ["## Cycles", "", "| cycle | target loss | gate | merged | refused or unpaid |", "|---:|---|---|---|---|"]
+    for cycle in document["cycles"]:
+        refused = [f"{row['miner']} ({row['reason']})" for row in cycle["submissions"] if row["reason"]]
+        loss = f"{cycle['target_loss_before']:.4f} → {cycle['target_loss_after']:.4f}"
+        lines.append(
+            f"| {cycle['cycle']} | {loss} | {cycle['gate']} | {', '.join(cycle['merged']) or '–'} | {', '.join(refused) or '–'} |"
+        )
+    upload = document["totals"]["upload_bytes_per_miner_and_cycle"]
+    if upload:
+        lines += ["", f"A miner uploaded {upload / 1e6:.2f} MB a cycle."]
+    return "\n".join(lines)
+
+
+def _people(document: Document) -> str:
+    if not document["contributors"]:
+        return ""
+    lines = ["## Who contributed", "", "| miner | share of the reward | cycles merged in |", "|---|---:|---:|"]
+    for row in document["contributors"]:
+        name = f"{row['label']} (`{row['miner'][:12]}…`)" if row["label"] else f"`{row['miner'][:12]}…`"
+        lines.append(f"| {name} | {row['share']:.1%} | {row['merged']} |")
+    return "\n".join(lines)
+
+
+def _use(document: Document) -> str:
+    commands = document["commands"]
+    lines = list(_load(document))
+    lines += ["## Verify it", "", "```bash"]
+    if "verify" in commands:
+        lines += [f"{commands['take']}", f"{commands['verify']}     # offline: file, record, base"]
+    lines += [f"{commands['audit']}     # every score, merge and version again, from the log", "```"]
+    return "\n".join(lines)
+
+
+def _load(document: Document) -> Iterator[str]:
+    if document["expert"] is None:
+        return
+    yield from (
+        "## Use it",
+        "",
+        "```python",
+        "import connito, transformers",
+        'model = transformers.AutoModelForCausalLM.from_pretrained("delivery/base")',
+        'loaded = connito.load_expert(model, "delivery/expert")  # loaded.remove() gives the base back, bit for bit',
+        "```",
+        "",
+    )

@@ -1,0 +1,272 @@
+"""What a job will take: experts, bytes, memory, and how many cycles and how long, with where each figure comes from.
+
+Experts and bytes are those that the selector will choose, by the same code on the same probe. Steps are not guessed: the
+quote makes one cycle's local steps as one miner would, on the job's own text, and measures what they do to the hold-out.
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from connito.jobs.check import Checked
+from connito.jobs.findings import Finding, require
+from connito.jobs.memory import Needs, needs
+from connito.report import window_seconds
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import nn
+
+    from connito.jobs.ground import Ground
+    from connito.moe.selection import Selection
+
+Progress = Callable[[str, float], None]
+# Sequences of the hold-out's scoring part that the pilot is measured on.
+_PILOT_SEQUENCES = 32
+_PILOT_MINER = "pilot"
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """One miner's local steps of one cycle on this machine. Losses are nats per token of the full model."""
+
+    steps: int
+    seconds: float
+    loss_before: float
+    loss_after: float
+    low: float
+    high: float
+
+    @property
+    def gain(self) -> float:
+        """Nats per token that the steps saved."""
+        return self.loss_before - self.loss_after
+
+
+@dataclass
+class Quote:
+    """`cycles_needed` is None where it cannot be told; `seconds` is for the job's cycles at most."""
+
+    domain: str
+    layers: dict[int, list[int]]
+    total_experts: int
+    needs: Needs
+    cycles: int
+    upload_total: int
+    pilot: Pilot | None = None
+    cycles_needed: int | None = None
+    seconds: float | None = None
+    seconds_from: str = ""
+    findings: list[Finding] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `connito job quote --json` prints."""
+        return {
+            "domain": self.domain,
+            "experts": {"selected": sum(map(len, self.layers.values())), "total": self.total_experts},
+            "layers": {str(layer): experts for layer, experts in sorted(self.layers.items())},
+            "bytes": {**self.needs.to_json(), "upload_per_miner": self.upload_total},
+            "cycles": {"at_most": self.cycles, "needed": self.cycles_needed},
+            "seconds": {"at_most": self.seconds, "from": self.seconds_from},
+            "pilot": None if self.pilot is None else {**asdict(self.pilot), "gain": self.pilot.gain},
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
+
+def quote(checked: Checked, *, pilot: bool = True, progress: Progress = lambda what, share: None) -> Quote:
+    """Price a checked job. Raises `Invalid` when the job has errors or nothing can be selected within its budget."""
+    require(checked.findings)
+    corpora, spec, ground = checked.corpora, checked.spec, checked.ground
+    assert corpora is not None
+    progress("routing the probe through the base", 0.1)
+    selection = _select(checked)
+    activations, trial = 0, None
+    if pilot:
+        progress("training as one miner would, for one cycle", 0.4)
+        activations, trial = _pilot(checked, selection, progress)
+    counts = {layer: len(experts) for layer, experts in selection.layers.items()}
+    size = needs(ground.manifest, counts, spec.selection.helpers_per_layer, activations)
+    made = Quote(spec.domain, selection.layers, selection.total, size, spec.cycles, size.upload * spec.cycles, trial)
+    made.cycles_needed = _cycles_needed(checked, trial)
+    made.seconds, made.seconds_from = _duration(ground, checked, trial)
+    made.findings += _budget(checked, made)
+    progress("priced", 1.0)
+    return made
+
+
+def _select(checked: Checked) -> Selection:
+    """What the selector will choose, by the selector's own code on the same corpora."""
+    from connito.moe.choose import Probes, choose
+    from connito.v1.run_pb2 import RunSpec
+
+    corpora, ground, spec = checked.corpora, checked.ground, RunSpec()
+    assert corpora is not None
+    spec.CopyFrom(checked.spec)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpora.probe.save(folder / "probe")
+        replay = None
+        if corpora.replay is not None:
+            spec.replay.domain = corpora.replay.domain
+            replay = folder / "replay"
+            corpora.replay.save(replay)
+        probes = Probes(folder / "probe", replay)
+        return choose(spec, ground.manifest, ground.files(), probes, folder / "theta").selection
+
+
+def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[int, Pilot]:
+    """(bytes that autograd keeps in a step, what the steps did)."""
+    from connito.base.loading import load_full
+    from connito.moe.evaluate import Evaluator
+    from connito.moe.resident import compress
+    from connito.moe.training import Step, train_local
+    from connito.scoring import paired
+
+    corpora, spec = checked.corpora, checked.spec
+    assert corpora is not None
+    policy = spec.training
+    batches = corpora.train.miner_batches(
+        "quote", 1, _PILOT_MINER, [_PILOT_MINER], policy.local_steps, policy.batch_sequences, policy.sequence_length,
+        replay=corpora.replay, replay_share=policy.replay_share,
+    )  # fmt: skip
+    held = _score_part(checked)
+    evaluator = Evaluator(load_full(checked.ground.files()), selection)
+    before, tokens = evaluator.losses(None, held)
+    local = compress(load_full(checked.ground.files()), selection.layers, selection.helpers, policy.routing_mode)
+    kept = _activations(local, batches[0])
+    began = time.perf_counter()
+
+    def on_step(step: Step) -> None:
+        progress("training as one miner would, for one cycle", 0.4 + 0.5 * (step.index + 1) / policy.local_steps)
+
+    state, _ = train_local(
+        local, batches, learning_rate=policy.learning_rate, weight_decay=policy.weight_decay, on_step=on_step
+    )
+    seconds = time.perf_counter() - began
+    after, _ = evaluator.losses(state, held)
+    evaluator.restore()
+    found = paired(before.tolist(), after.tolist(), tokens.tolist(), spec.scoring.confidence or 0.95)
+    total = float(tokens.sum())
+    return kept, Pilot(
+        policy.local_steps, seconds, float(before.sum()) / total, float(after.sum()) / total, found.low, found.high
+    )
+
+
+def _score_part(checked: Checked) -> npt.NDArray[Any]:
+    """The first sequences of the part of the hold-out that submissions are scored on: never the gate's or the report's."""
+    from connito.holdout import subsets
+    from connito.v1.run_pb2 import RunSpec
+
+    assert checked.corpora is not None
+    spec = RunSpec()
+    spec.CopyFrom(checked.spec)
+    spec.holdout.domain = spec.domain
+    rows = checked.corpora.holdout.sequences(spec.training.sequence_length)
+    return rows[subsets(rows, spec, spec.domain).score[:_PILOT_SEQUENCES]]
+
+
+def _activations(model: nn.Module, batch: npt.NDArray[Any]) -> int:
+    """Bytes that autograd keeps between forward and backward pass of one step, each storage once, parameters apart."""
+    import torch
+
+    from connito.moe.head import Head
+
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.from_numpy(batch.astype("int64"))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        Head(model).nll(ids[:, :-1], ids[:, 1:]).mean()
+    return sum(kept.values())
+
+
+def _cycles_needed(checked: Checked, pilot: Pilot | None) -> int | None:
+    """Cycles until the objective, if every further cycle saves as much as earlier runs on this base say: the ratio of a
+    cycle's gain to the one before, 1 without such runs. None without an objective, without a pilot that surely helped, or
+    where the objective is out of reach at that ratio."""
+    wanted = checked.job.objective.improvement
+    if not wanted or pilot is None or pilot.low <= 0:
+        return None
+    return cycles_until(wanted, pilot.gain, decay(checked.ground))
+
+
+def cycles_until(wanted: float, first: float, ratio: float) -> int | None:
+    """The least n with first·(1 + r + … + r^(n−1)) ≥ wanted; None if the sum never gets there."""
+    if ratio >= 1:
+        return math.ceil(wanted / first)
+    if first / (1 - ratio) <= wanted:
+        return None
+    return max(1, math.ceil(math.log(1 - wanted * (1 - ratio) / first) / math.log(ratio)))
+
+
+def decay(ground: Ground) -> float:
+    """Median over runs on this base of a cycle's gain over the one before, as the demand signal has it; never 0, or one
+    cycle that gained nothing would mean that none ever will."""
+    from connito.library.demand import decay as ratio_of
+    from connito.library.demand import training_of
+
+    found = [training for facts in ground.history if (training := training_of(facts)) is not None]
+    return max(0.05, ratio_of(found))
+
+
+def _duration(ground: Ground, checked: Checked, pilot: Pilot | None) -> tuple[float | None, str]:
+    """Seconds for all cycles: from runs on this base where there are any, scaled by the steps; else from the pilot's
+    steps alone, which leaves validation out."""
+    spec = checked.spec
+    work = spec.training.local_steps * spec.training.batch_sequences * spec.training.sequence_length
+    found: list[float] = []
+    for facts in ground.history:
+        policy = None if facts.spec is None else facts.spec.training
+        for cycle in facts.cycles() if policy is not None else ():
+            seconds = window_seconds(facts, cycle)
+            if len(seconds) == 5 and policy is not None:
+                theirs = policy.local_steps * policy.batch_sequences * policy.sequence_length
+                found.append(sum(seconds.values()) - seconds["train"] + seconds["train"] * work / max(1, theirs))
+    if found:
+        return median(found) * spec.cycles, f"{len(found)} cycles that this platform has run on this base"
+    if pilot is not None:
+        return (
+            pilot.seconds * spec.cycles,
+            "the pilot's training steps on this machine; scoring and merging come on top",
+        )
+    return None, "nothing to go by: no run on this base, and no pilot"
+
+
+def _budget(checked: Checked, made: Quote) -> list[Finding]:
+    budget, found = checked.job.budget, list[Finding]()
+    if budget.memory and made.needs.memory > budget.memory:
+        detail = f"a miner needs {made.needs.memory / 1e6:.4g} MB, budget.memory allows {budget.memory / 1e6:.4g} MB"
+        remedy = (
+            "allow more, select fewer experts (budget.upload, policies.selection.max_experts), or shorten the batch"
+        )
+        numbers = {"memory": made.needs.memory, "budget": budget.memory}
+        found.append(Finding("budget", "error", detail, remedy, numbers))
+    wanted, pilot = checked.job.objective.improvement, made.pilot
+    if wanted and pilot is not None and pilot.low > 0 and (made.cycles_needed or math.inf) > made.cycles:
+        reach = made.cycles_needed if made.cycles_needed is not None else "more cycles than any number"
+        detail = (
+            f"{wanted:g} nats per token would take {reach} cycles at the pilot's {pilot.gain:.4f} a cycle; the job has "
+            f"{made.cycles}"
+        )
+        found.append(Finding("objective", "warning", detail, "allow more cycles, or ask for less"))
+    if pilot is not None and pilot.low <= 0:
+        detail = f"one miner's {pilot.steps} steps change the hold-out by {-pilot.gain:+.4f} nats per token, which may be chance"
+        remedy = (
+            "raise policies.training.local_steps or learning_rate, or give more text; several miners together see more"
+        )
+        found.append(Finding("objective", "warning", detail, remedy))
+    return found

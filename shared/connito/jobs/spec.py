@@ -1,0 +1,216 @@
+"""`job.yaml`: what a customer asks for, in the customer's words. Everything the platform can fill in may be left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from connito.errors import Invalid, NotFound
+from connito.v1 import reasons_pb2 as reasons
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_NAME = r"^[A-Za-z0-9_-]{1,64}$"
+
+
+def parse_size(value: object) -> object:
+    """Bytes of `20 MB`, `1.5 GiB` or a number. Raises `ValueError` for anything else."""
+    if not isinstance(value, str):
+        return value
+    found = _SIZE.fullmatch(value)
+    if found is None or found[2].upper() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size; write for example 20 MB, 1.5 GB or 512 MiB")
+    return round(float(found[1]) * _UNITS[found[2].upper()])
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=0.9)]
+
+
+class _Strict(BaseModel):
+    """A typing mistake in a job costs a run: unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """Text: a file, a folder or a glob. `text` is a template over the columns of a .jsonl or .csv row."""
+
+    path: str = Field(min_length=1)
+    text: str = ""
+    # How often a document of this source is seen, against one of weight 1.
+    weight: float = Field(default=1.0, gt=0, le=100)
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """How findings call it."""
+        return self.name or self.path
+
+
+class General(Source):
+    """Text of a domain that must not be forgotten."""
+
+    domain: str = Field(pattern=_NAME)
+
+
+class Benchmark(Source):
+    """Held-out text that the delivery report measures on and that decides nothing."""
+
+    name: str = Field(pattern=_NAME)
+
+
+class Objective(_Strict):
+    """When to stop: after `max_cycles`, or as soon as the gate's held-out loss is `improvement` nats per token lower."""
+
+    improvement: float = Field(default=0.0, ge=0, le=100)
+    max_cycles: int = Field(default=4, ge=1, le=1000)
+
+
+class Budget(_Strict):
+    """What may be spent. 0 is no cap. `upload` is what one miner sends in one cycle, `memory` what a miner needs."""
+
+    cycles: int = Field(default=0, ge=0, le=1000)
+    upload: Size = 0
+    memory: Size = 0
+    emission: int = Field(default=0, ge=0, le=1 << 53)
+
+
+class Privacy(_Strict):
+    """Who sees the expert. The training text itself is read by every miner that takes part, whatever is said here."""
+
+    visibility: Literal["public", "organisation", "private"] = "public"
+    organisation: str = ""
+
+
+class People(_Strict):
+    """How many must be there before the first cycle opens."""
+
+    miners: int = Field(default=1, ge=1, le=10_000)
+    validators: int = Field(default=1, ge=1, le=1_000)
+
+
+class Shares(_Strict):
+    """How the data is split, by the hash of each document, where no hold-out is given. What is left of 1 trains."""
+
+    probe: float = Field(default=0.08, gt=0, lt=0.5)
+    holdout: float = Field(default=0.2, gt=0, lt=0.9)
+
+
+class Job(_Strict):
+    """A whole `job.yaml`."""
+
+    domain: str = Field(pattern=_NAME)
+    base: str = Field(default="demo", min_length=1)
+    run: str = Field(default="", pattern=r"^$|^[A-Za-z0-9_-]{1,64}$")
+    data: list[Source] = Field(min_length=1)
+    holdout: list[Source] = []
+    split: Shares = Shares()
+    general: list[General] = []
+    # Share of general text mixed into each batch; needs `general`.
+    replay: Share = 0.0
+    benchmarks: list[Benchmark] = []
+    objective: Objective = Objective()
+    budget: Budget = Budget()
+    privacy: Privacy = Privacy()
+    people: People = People()
+    license: str = Field(min_length=1)
+    data_statement: str = Field(default="", max_length=4000)
+    start_from: str = "auto"
+    # Held-out text that also occurs in the training data: refuse the job, or drop it from the training data.
+    contamination: Literal["refuse", "drop"] = "refuse"
+    # Fields of the run's policies, for those who know them: {training: {local_steps: 20}}.
+    policies: dict[str, dict[str, Any]] = {}
+
+    @property
+    def cycles(self) -> int:
+        """The cap on cycles: the smaller of objective and budget."""
+        return min(self.objective.max_cycles, self.budget.cycles or self.objective.max_cycles)
+
+
+def is_job(content: object) -> bool:
+    """Whether YAML content is a `job.yaml` and not a RunSpec: only the former has `data`."""
+    return isinstance(content, dict) and "data" in content
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises `NotFound` for a missing one, `Invalid` for something else."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text())
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no file {file}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _bad(f"{file} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise _bad(f"{file} holds no mapping; write one `field: value` a line, beginning with `domain:` and `data:`")
+    return content
+
+
+def read_job(file: Path) -> Job:
+    """The job in `file`. Raises `NotFound`, or `Invalid` that names every field that is wrong and what would be right."""
+    return parse_job(read_yaml(file), str(file))
+
+
+def parse_job(content: object, where: str = "the job") -> Job:
+    """A job from plain data. Raises `Invalid` naming every field that is wrong."""
+    try:
+        job = Job.model_validate(content)
+    except ValidationError as error:
+        raise _bad("\n".join([f"{where} is not a job:", *(_explain(row) for row in error.errors())])) from error
+    if job.replay and not job.general:
+        raise _bad(
+            f"{where}: replay is {job.replay:g}, but no general text is given to replay; add `general`, or drop it"
+        )
+    if job.privacy.visibility == "organisation" and not job.privacy.organisation:
+        raise _bad(f"{where}: privacy.visibility is organisation; say which in privacy.organisation")
+    _unique(where, "general", [entry.domain for entry in job.general], job.domain)
+    _unique(where, "benchmarks", [entry.name for entry in job.benchmarks])
+    return job
+
+
+def _unique(where: str, field: str, names: Sequence[str], taken: str = "") -> None:
+    for name in names:
+        if name == taken or names.count(name) > 1:
+            raise _bad(f"{where}: {field} names {name!r} twice, or the job's own domain; give each its own name")
+
+
+def _explain(row: Any) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in row["loc"]).lstrip(".")
+    if row["type"] == "extra_forbidden":
+        return f"  {path}: there is no such field; {_known(row['loc'])}"
+    if row["type"] == "missing":
+        return f"  {path}: is missing; {_MISSING.get(path, 'give it a value')}"
+    given = f" (given: {row['input']!r})" if not isinstance(row.get("input"), (dict, list)) else ""
+    return f"  {path}: {row['msg']}{given}"
+
+
+_MISSING = {
+    "domain": "name what the expert is for, in one word",
+    "data": "list the text to train on: `data: [{path: texts/}]`",
+    "license": "give the SPDX identifier of your text's licence, for example CC-BY-4.0",
+}
+
+
+def _known(path: tuple[Any, ...]) -> str:
+    """The fields that the mapping at `path`'s parent has."""
+    model: Any = Job
+    for part in path[:-1]:
+        if isinstance(part, str):
+            model = _NESTED.get(part, model)
+    return f"known fields: {', '.join(sorted(model.model_fields))}"
+
+
+_NESTED: dict[str, type[BaseModel]] = {
+    "data": Source, "holdout": Source, "general": General, "benchmarks": Benchmark, "objective": Objective,
+    "budget": Budget, "privacy": Privacy, "people": People, "split": Shares,
+}  # fmt: skip
+
+
+def _bad(message: str) -> Invalid:
+    return Invalid(message, reason=reasons.REASON_BAD_SPEC)

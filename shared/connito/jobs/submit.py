@@ -1,0 +1,94 @@
+"""Submitting a checked job: its corpora go into the store, each into the realm of those who may read it, and the run is
+asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.corpus import Corpus
+from connito.errors import NotFound
+from connito.jobs.check import Checked
+from connito.jobs.findings import require
+from connito.v1 import artifacts_pb2
+from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
+
+if TYPE_CHECKING:
+    from connito.client import Client
+    from connito.store import ArtifactStore
+
+TENSORS_TYPE = "application/vnd.safetensors"
+PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run that was asked for, and what it was asked with."""
+
+    run: str
+    spec: RunSpec
+    uploaded_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What `connito job submit --json` prints."""
+        return {"run": self.run, "domain": self.spec.domain, "cycles": self.spec.cycles, "bytes": self.uploaded_bytes}
+
+
+def submit(checked: Checked, client: Client, progress: Progress = lambda what, share: None) -> Submitted:
+    """Upload and create the run. Raises `Invalid` for a job with errors, `NotFound` without a platform, `Retry` while
+    broker or store are away. Submitting the same run id with the same job again is fine."""
+    require(checked.findings)
+    if checked.ground.session is None:
+        raise NotFound("no platform runs here; start one with `connito up --no-wait`, or set CONNITO_NATS_URL")
+    spec = asyncio.run(_upload(checked, checked.ground.session.store(), progress))
+    run = client.create_run(spec)
+    total = sum(ref.artifact.size for ref in (spec.probe, spec.train, spec.holdout, *spec.general_holdouts))
+    return Submitted(run, spec, total)
+
+
+async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) -> RunSpec:
+    corpora, ground, job = checked.corpora, checked.ground, checked.job
+    assert corpora is not None, "a job without errors has corpora"
+    spec = RunSpec()
+    spec.CopyFrom(checked.spec)
+    spec.run = job.run or _run_id(job.domain)
+    spec.base.CopyFrom(await _base(checked, store, progress))
+
+    async def put(domain: str, corpus: Corpus, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
+        progress(f"uploading {domain}", 0.5)
+        return CorpusRef(domain=domain, artifact=await store.put_bytes(corpus.to_bytes(), TENSORS_TYPE, realm))
+
+    spec.probe.CopyFrom(await put(job.domain, corpora.probe, PUBLIC))
+    spec.train.CopyFrom(await put(job.domain, corpora.train, PUBLIC))
+    spec.holdout.CopyFrom(await put(job.domain, corpora.holdout, HOLDOUT))
+    for domain, corpus in corpora.general.items():
+        spec.general_holdouts.append(await put(domain, corpus, HOLDOUT))
+    if not corpora.general:
+        spec.general_holdouts.extend(ground.general)
+    if corpora.replay is not None:
+        spec.replay.CopyFrom(await put("general", corpora.replay, PUBLIC))
+    for name, corpus in corpora.benchmarks.items():
+        spec.benchmarks.append(await put(name, corpus, HOLDOUT))
+    spec.data_sources.extend(sorted({source.name or Path(source.path).stem or source.path for source in job.data}))
+    return spec
+
+
+async def _base(checked: Checked, store: ArtifactStore, progress: Progress) -> BaseRef:
+    """The platform's base, or the one from this machine, put into its store."""
+    from connito.local.materials import upload_base
+
+    ground = checked.ground
+    if ground.manifest_ref is not None:
+        return BaseRef(name=ground.name, manifest=ground.manifest_ref)
+    assert ground.folder is not None
+    manifest = await upload_base(store, ground.folder, ground.manifest, progress)
+    return BaseRef(name=ground.name, manifest=manifest)
+
+
+def _run_id(domain: str) -> str:
+    return f"{domain}-{datetime.datetime.now(datetime.UTC).strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,191 @@
+"""A job's text, sorted: what trains, what probes, what is held out; duplicates gone, contamination found. No model yet.
+
+Everything is decided by the text and the job alone, so the same job prepared anywhere gives the same corpora.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from connito.commitment import hash_fields
+from connito.errors import Invalid
+from connito.jobs.findings import Finding
+from connito.jobs.sources import Document, Reach, read_source
+from connito.jobs.spec import Job, Source
+from connito.text.dedup import contaminated, deduplicate
+from connito.text.prepare import Split, part_of
+
+WEIGHT_TAG = b"connito.v1.job.weight"
+# Shared passages (a header, a licence notice) make a few documents look alike; above this share it is no accident.
+TOLERATED = 0.02
+# From here on a source is more copies than text.
+MANY_DUPLICATES = 0.5
+_EXAMPLES = 5
+
+
+@dataclass
+class Texts:
+    """The parts of a job's text. `general` and `replay` by domain, `benchmarks` by name."""
+
+    reaches: list[Reach] = field(default_factory=list)
+    probe: list[Document] = field(default_factory=list)
+    train: list[Document] = field(default_factory=list)
+    holdout: list[Document] = field(default_factory=list)
+    general: dict[str, list[Document]] = field(default_factory=dict)
+    replay: dict[str, list[Document]] = field(default_factory=dict)
+    benchmarks: dict[str, list[Document]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def note(self, check: str, level: str, detail: str, remedy: str = "", **numbers: float | str | list[str]) -> None:
+        """Add a finding."""
+        self.findings.append(Finding(check, level, detail, remedy, numbers))
+
+
+def sort_texts(job: Job, root: Path) -> Texts:
+    """Read everything the job names (paths relative to `root`) and part it. Never raises for the customer's text:
+    what is wrong with it is among the findings, all of it at once."""
+    texts = Texts()
+    data = _read_all(texts, "data", job.data, root)
+    held = _read_all(texts, "holdout", job.holdout, root)
+    for entry in job.general:
+        texts.general[entry.domain] = _unique(_read_all(texts, f"general {entry.domain}", [entry], root))
+    for benchmark in job.benchmarks:
+        read = _read_all(texts, f"benchmark {benchmark.name}", [benchmark], root)
+        texts.benchmarks[benchmark.name] = _unique(read)
+    kept = _deduplicate(texts, job, data)
+    _part(texts, job, kept, _unique(held))
+    _decontaminate(texts, job)
+    _part_general(texts, job)
+    texts.train = weighted(texts.train, [source.weight for source in job.data])
+    return texts
+
+
+def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) -> list[Document]:
+    found: list[Document] = []
+    for number, source in enumerate(sources):
+        try:
+            reach = read_source(source, number, root)
+        except (Invalid, OSError) as error:
+            texts.note("reach", "error", f"{what}: {error}", "correct the path, the template or the file")
+            continue
+        texts.reaches.append(reach)
+        numbers = {"files": reach.files, "rows": reach.rows, "empty": reach.empty, "characters": reach.characters}
+        if not reach.documents:
+            detail = f"{what}: {reach.label} holds no text ({reach.files} files, {reach.empty} empty rows)"
+            texts.note("reach", "error", detail, "fill it, or take it out of the job", **numbers)
+            continue
+        empty = f", {reach.empty} of them empty" if reach.empty else ""
+        detail = (
+            f"{what}: {reach.label}: {reach.rows} rows in {reach.files} files{empty}, {reach.characters} characters"
+        )
+        level = "warning" if reach.empty > reach.rows / 10 else "ok"
+        remedy = "look at the template: many rows come out empty" if level == "warning" else ""
+        texts.note("reach", level, detail, remedy, **numbers)
+        found += reach.documents
+    return found
+
+
+def _unique(documents: list[Document]) -> list[Document]:
+    return [documents[index] for index in deduplicate([document.text for document in documents]).kept]
+
+
+def _deduplicate(texts: Texts, job: Job, documents: list[Document]) -> list[Document]:
+    """Keep the first of equal or nearly equal documents; say how many fell within and across sources."""
+    if not documents:
+        return []
+    unique = deduplicate([document.text for document in documents])
+    within, across = Counter[int](), Counter[int]()
+    for index, twin in unique.twin.items():
+        source = documents[index].source
+        (within if documents[twin].source == source else across)[source] += 1
+    lost, share = len(unique.twin), len(unique.twin) / len(documents)
+    per_source = [
+        f"{source.label}: {within[number]} repeat a document of its own, {across[number]} one of another source"
+        for number, source in enumerate(job.data)
+        if within[number] or across[number]
+    ]
+    detail = f"{lost} of {len(documents)} documents repeat another one ({unique.exact} exactly, {unique.near} nearly)"
+    if per_source:
+        detail += "; " + "; ".join(per_source)
+    numbers: dict[str, float] = {
+        "documents": len(documents),
+        "exact": unique.exact,
+        "near": unique.near,
+        "share": share,
+    }
+    if len(unique.kept) < 4:
+        remedy = f"only {len(unique.kept)} different documents are left: add text that is not a copy"
+        texts.note("duplicates", "error", detail, remedy, **numbers)
+    elif share > MANY_DUPLICATES:
+        texts.note("duplicates", "warning", detail, "they are dropped; more different text would help", **numbers)
+    else:
+        texts.note("duplicates", "ok", detail, "they are dropped" if lost else "", **numbers)
+    return [documents[index] for index in unique.kept]
+
+
+def _part(texts: Texts, job: Job, kept: list[Document], held: list[Document]) -> None:
+    """By the hash of the text alone, so that adding documents never moves another one."""
+    split = Split(job.split.probe, job.split.holdout)
+    if job.holdout:
+        # The smallest share that a split can have: the hold-out is given.
+        split, texts.holdout = Split(job.split.probe, 1e-12), held
+    parts: dict[str, list[Document]] = {"probe": texts.probe, "train": texts.train, "holdout": texts.holdout}
+    for document in kept:
+        parts[part_of(document.text, split)].append(document)
+
+
+def _decontaminate(texts: Texts, job: Job) -> None:
+    """Training text that also occurs in the hold-out or a benchmark is dropped; where it is more than an accident, and
+    the customer gave the held-out text, the job is refused unless it says `contamination: drop`."""
+    held = {"hold-out": texts.holdout, **{f"benchmark {name}": docs for name, docs in texts.benchmarks.items()}}
+    for name, documents in held.items():
+        given = name != "hold-out" or bool(job.holdout)
+        trained = [*texts.train, *texts.probe]
+        if not documents or not trained:
+            continue
+        hit = contaminated([document.text for document in documents], [document.text for document in trained])
+        before = len(trained)
+        texts.train, texts.probe = _without(texts.train, documents), _without(texts.probe, documents)
+        dropped, share = before - len(texts.train) - len(texts.probe), len(hit) / len(documents)
+        numbers: dict[str, float | list[str]] = {"share": share, "found": len(hit), "dropped": dropped}
+        detail = f"{len(hit)} of the {len(documents)} documents of the {name} also occur in the training data"
+        if given and share > TOLERATED and job.contamination == "refuse":
+            examples = [documents[index].where for index in hit[:_EXAMPLES]]
+            remedy = f"take them out of one of the two (first: {', '.join(examples)}), or write `contamination: drop`"
+            texts.note("contamination", "error", detail, remedy, **numbers, examples=examples)
+        else:
+            remedy = f"{dropped} training documents were dropped" if dropped else ""
+            texts.note("contamination", "warning" if given and hit else "ok", detail, remedy, **numbers)
+
+
+def _without(documents: list[Document], held: list[Document]) -> list[Document]:
+    dirty = set(contaminated([document.text for document in documents], [document.text for document in held]))
+    return [document for index, document in enumerate(documents) if index not in dirty]
+
+
+def _part_general(texts: Texts, job: Job) -> None:
+    """Without replay all general text is held out; with it, most may be replayed, and none of that is held out."""
+    if not job.replay:
+        return
+    for domain, documents in texts.general.items():
+        held = [document for document in documents if part_of(document.text, Split(0.01, 0.4)) == "holdout"]
+        rest = [document for document in documents if document not in held]
+        texts.general[domain], texts.replay[domain] = held, _without(rest, held)
+
+
+def weighted(documents: list[Document], weights: Sequence[float]) -> list[Document]:
+    """Each document as often as its source's weight says, the fraction by the hash of its text. Order is kept.
+
+    A batch draws sequences evenly, so a source of weight 2 is seen twice as often a document as one of weight 1.
+    """
+    found = []
+    for document in documents:
+        weight = weights[document.source]
+        place = int.from_bytes(hash_fields(WEIGHT_TAG, document.text)[:8], "big") / 2**64
+        copies = math.floor(weight) + (place < weight - math.floor(weight))
+        found += [document] * copies
+    return found

@@ -1,0 +1,104 @@
+"""Which library experts a run may start from: what the log held, what the terms allow. Pure; measuring is in `moe.start`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from connito.errors import Invalid
+from connito.facts import Fact
+from connito.library.governance import TERMS, Viewer
+from connito.v1 import reasons_pb2, run_pb2
+
+AUTO, NONE = "auto", "none"
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """A deposit with its record and its file."""
+
+    deposit: run_pb2.ExpertDeposited
+    record: Mapping[str, Any]
+    path: Path
+
+
+def wants_start(spec: run_pb2.RunSpec) -> bool:
+    """Whether the job asks for a start from the library at all. A spec that says nothing does not."""
+    return spec.start_from not in ("", NONE)
+
+
+def deposits(library: Iterable[Fact], spec: run_pb2.RunSpec, upto: int) -> list[run_pb2.ExpertDeposited]:
+    """Deposits of the run's base at or before sequence `upto` of LIBRARY, each expert once, in the order of the log.
+
+    Only the expert that the job names, if it names one. Raises `Invalid` (START_IMPOSSIBLE) when that one is not there.
+    """
+    found: dict[str, run_pb2.ExpertDeposited] = {}
+    other_bases: dict[str, str] = {}
+    for fact in sorted(library, key=lambda fact: fact.sequence):
+        message = fact.message
+        if not isinstance(message, run_pb2.ExpertDeposited) or fact.sequence > upto:
+            continue
+        if message.base_digest == spec.base.manifest.digest:
+            found.setdefault(message.expert_id, message)
+        else:
+            other_bases[message.expert_id] = message.base_digest
+    if spec.start_from == AUTO:
+        return list(found.values())
+    if spec.start_from in found:
+        return [found[spec.start_from]]
+    if spec.start_from in other_bases:
+        raise _impossible(
+            f"{spec.start_from} is of another base ({other_bases[spec.start_from][:12]}…) than this job's "
+            f"({spec.base.manifest.digest[:12]}…); start from one of the same base, or write start_from: auto"
+        )
+    raise _impossible(
+        f"there is no expert {spec.start_from!r} in the library; `connito library list` shows them, or write "
+        "start_from: auto"
+    )
+
+
+def refusal(record: Mapping[str, Any], spec: run_pb2.RunSpec) -> str:
+    """Why the terms of an expert do not allow the run to start from it; empty where they do.
+
+    What is trained further is a derivative: it may be shown no wider than its parent, and carries share-alike terms on.
+    """
+    organisations = frozenset({spec.organisation} if spec.organisation else ())
+    if not Viewer(spec.customer, organisations).sees(record):
+        return "it may not be seen by this customer"
+    shown = str(record.get("governance", {}).get("visibility", "public"))
+    if shown != "public" and (spec.visibility or "public") == "public":
+        return f"it is {shown}, and what is made of it would be public"
+    licence = str(record.get("license", ""))
+    terms = TERMS.get(licence)
+    if terms is None:
+        return "" if licence and licence == spec.license else f"its licence {licence!r} is not known here"
+    if not terms.derivatives:
+        return f"{licence} allows no derivatives"
+    if terms.share_alike and spec.license != licence:
+        return f"{licence} demands that what is made of it carries it, and the job's licence is {spec.license!r}"
+    mine = TERMS.get(spec.license)
+    if not terms.commercial and (mine is None or mine.commercial):
+        return f"{licence} forbids commercial use, and the job's licence {spec.license!r} does not"
+    return ""
+
+
+def start_record(selection: run_pb2.SelectionMade | None) -> dict[str, Any] | None:
+    """What the record of an expert says about where its run started; None where it was the base."""
+    if selection is None or not selection.start.expert_id:
+        return None
+    start = selection.start
+    chosen = next(row for row in start.candidates if row.expert_id == start.expert_id)
+    return {
+        "expert_id": start.expert_id,
+        "digest": chosen.expert.digest,
+        "rows": start.shared_rows,
+        "saved_on_probe": chosen.saved,
+        "interval": [chosen.low, chosen.high],
+        "considered": len(start.candidates),
+    }
+
+
+def _impossible(message: str) -> Invalid:
+    return Invalid(message, reason=reasons_pb2.REASON_START_IMPOSSIBLE)

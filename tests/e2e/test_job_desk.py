@@ -1,0 +1,205 @@
+"""A customer's way through the platform: check, quote, submit, watch, report; then again, starting from the shelf."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from .test_detached import SMALL, Platform, until_finished
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+POLICIES = {"scoring": {"confidence": 0.9}, "training": {"local_steps": 24}}
+
+
+def functions(*modules: ModuleType) -> list[str]:
+    """Real text: the source of functions of the standard library."""
+    return [
+        textwrap.dedent(inspect.getsource(thing))
+        for module in modules
+        for _, thing in sorted(inspect.getmembers(module, inspect.isfunction))
+        if thing.__module__ == module.__name__
+    ]
+
+
+def docstrings(*modules: ModuleType) -> list[str]:
+    found = [
+        ast.get_docstring(node) or ""
+        for module in modules
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    ]
+    return [text for text in found if len(text) > 100]
+
+
+def rows(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"name": text[:20], "body": text}) + "\n" for text in texts))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A customer's folder: two sources, general text, a benchmark, and jobs over them."""
+    import argparse
+    import decimal
+    import email.message
+    import pathlib
+    import shutil
+    import statistics
+    import tarfile
+    import zipfile
+
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "files").mkdir()
+    for number, text in enumerate(functions(statistics, shutil)):
+        (folder / "files" / f"{number:03}.txt").write_text(text)
+    rows(folder / "more.jsonl", functions(argparse, tarfile, zipfile, ast))
+    rows(folder / "exam.jsonl", functions(inspect)[:40])
+    rows(folder / "prose.jsonl", docstrings(decimal, pathlib, email.message, argparse, statistics, inspect))
+    job(folder)
+    return folder
+
+
+def job(folder: Path, name: str = "job.yaml", **changes: Any) -> Path:
+    content: dict[str, Any] = {
+        "domain": "python",
+        "base": "tiny",
+        "data": [{"path": "files/"}, {"path": "more.jsonl", "text": "# {name}\n{body}", "weight": 2, "name": "more"}],
+        "general": [{"domain": "prose", "path": "prose.jsonl", "text": "{body}"}],
+        "benchmarks": [{"name": "exam", "path": "exam.jsonl", "text": "{body}"}],
+        "objective": {"max_cycles": 1},
+        "budget": {"upload": "2 MB", "memory": "500 MB"},
+        "privacy": {"visibility": "private"},
+        "license": "PSF-2.0",
+        "data_statement": "Functions of the Python standard library.",
+        "policies": POLICIES,
+        **changes,
+    }
+    (folder / name).write_text(json.dumps(content))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """What `up --no-wait` leaves running."""
+    platform = Platform(tmp_path_factory.mktemp("desk-up") / "data")
+    platform.json("up", *SMALL, "--no-wait")
+    try:
+        until_finished(platform)
+        yield platform
+    finally:
+        platform.connito("down")
+
+
+@pytest.fixture(scope="module")
+def run(platform: Platform, desk: Path) -> str:
+    """A job that went through check, quote, submit and watch."""
+    checked = platform.json("job", "check", str(desk / "job.yaml"))
+    assert checked["ok"]
+    assert {"probe", "train", "holdout", "general prose", "benchmark exam"} <= set(checked["parts"])
+    quoted = platform.json("job", "quote", str(desk / "job.yaml"))
+    submitted = platform.json("job", "submit", str(desk / "job.yaml"))
+    watched = platform.json("job", "watch", submitted["run"])
+    assert watched["phase"] == "completed", watched
+    made = platform.json("job", "report", submitted["run"], "--no-measure")
+    # The quote's experts and bytes are the run's: the same code on the same probe.
+    assert quoted["layers"] == made["selection"]["layers"]
+    upload = made["totals"]["upload_bytes_per_miner_and_cycle"]
+    assert quoted["bytes"]["upload"] <= upload < 1.05 * quoted["bytes"]["upload"] + 4096
+    assert quoted["pilot"]["low"] < quoted["pilot"]["gain"] < quoted["pilot"]["high"]
+    return str(submitted["run"])
+
+
+def test_the_delivery_report_measures_and_the_expert_loads(platform: Platform, run: str, tmp_path: Path) -> None:
+    import connito
+    from connito.base.loading import load_full
+
+    out = tmp_path / "delivery"
+    report = platform.json("job", "report", run, "--out", str(out), "--with-base")
+    measured = {row["name"]: row for row in report["measured"]["rows"]}
+    assert [measured[name]["use"] for name in ("python", "prose", "exam")] == ["target", "general", "benchmark"]
+    assert measured["python"]["low"] <= measured["python"]["change"] <= measured["python"]["high"] < 0
+    assert report["measured"]["apart"] < 1e-5
+    assert report["license"] == "PSF-2.0"
+    assert [row["label"] for row in report["contributors"]] == ["miner-1"]
+    page = (out / "report.md").read_text()
+    assert "connito.load_expert" in page
+    assert "| exam | benchmark |" in page
+    loaded = connito.load_expert(load_full(out / "base"), out / "expert")
+    assert loaded.changed
+    verified = platform.json("library", "verify", str(out / "expert"), "--base", str(out / "base"))
+    assert len(verified["verified"]) == 2
+    record = json.loads((out / "expert" / "record.json").read_text())
+    assert record["governance"]["visibility"] == "private"
+    assert {"files", "more"} < set(record["governance"]["sources"])
+
+
+def test_the_next_job_starts_from_the_shelf_and_the_audit_chooses_again(
+    platform: Platform, desk: Path, run: str
+) -> None:
+    platform.json("job", "report", run, "--no-measure")
+    again = job(desk, "again.yaml", objective={"max_cycles": 1}, start_from="auto")
+    submitted = platform.json("job", "submit", str(again))
+    assert platform.json("job", "watch", submitted["run"])["phase"] == "completed"
+    report = platform.json("job", "report", submitted["run"])
+    parent = platform.json("job", "report", run, "--no-measure")["expert"]["expert_id"]
+    assert report["start"]["expert_id"] == parent
+    target = report["measured"]["rows"][0]
+    assert target["start"] < target["before"]
+    experts = {expert["run"]: expert["expert_id"] for expert in platform.json("library", "list")["experts"]}
+    if report["expert"] is not None:
+        record = platform.json("library", "show", experts[submitted["run"]])["record"]
+        assert record["started_from"]["expert_id"] == parent
+    audited = platform.json("audit", submitted["run"])
+    assert audited["differences"] == []
+
+
+def test_the_demand_signal_knows_what_was_trained_and_searched_for(platform: Platform, run: str) -> None:
+    platform.connito("library", "search", "astronomy")
+    domains = {row["domain"]: row for row in platform.json("library", "demand")["domains"]}
+    assert domains["python"]["last_cycle"] > 0
+    assert domains["python"]["expected"] > 0
+    assert (domains["astronomy"]["misses"], domains["astronomy"]["experts"]) == (1, 0)
+    assert domains["astronomy"]["basis"].startswith("never trained")
+
+
+def test_from_python(platform: Platform, desk: Path, run: str) -> None:
+    import connito
+
+    with connito.Client.local(platform.data) as client:
+        assert client.check_job(desk / "job.yaml").ok
+        assert client.report_job(run, measure=False)["run"] == run
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"data": [{"path": "nowhere/*.txt"}]}, "nothing matches"),
+    ({"data": [{"path": "empty.txt"}]}, "holds no text"),
+    ({"data": [{"path": "copies.jsonl", "text": "{body}"}]}, "49 of 50 documents repeat another one"),
+    ({"holdout": [{"path": "more.jsonl", "text": "{body}"}]}, "also occur in the training data"),
+    ({"data": [{"path": "more.jsonl", "text": "{corpse}"}]}, "no field 'corpse' that the template asks for"),
+    ({"license": "Apache 2.0"}, "did you mean Apache-2.0?"),
+    ({"budget": {"upload": "1 kB"}}, "one expert of this base has"),
+    ({"data": [{"path": "prose.jsonl", "text": "{name}"}]}, "sequences"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD)
+def test_a_job_that_cannot_be_is_refused_before_anything_is_spent(
+    platform: Platform, desk: Path, change: dict[str, Any], said: str
+) -> None:
+    (desk / "empty.txt").write_text("")
+    rows(desk / "copies.jsonl", ["def same(x):\n    return x + 1 if x else other(x, 2, 3, 4)\n"] * 50)
+    before = platform.json("job", "list")
+    for verb in ("check", "submit"):
+        done = platform.connito("job", verb, str(job(desk, "bad.yaml", **change)))
+        assert (verb, done.returncode) == (verb, 3), done.stdout + done.stderr
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+    assert platform.json("job", "list") == before

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from connito.errors import Invalid, NotFound
+from connito.jobs.sources import read_source
+from connito.jobs.spec import Source
+
+
+def read(root, path, text=""):
+    return [document.text for document in read_source(Source(path=path, text=text), 0, root).documents]
+
+
+def test_files_folders_and_globs(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "b.txt").write_text("second")
+    (tmp_path / "in" / "a.md").write_text("first")
+    (tmp_path / "in" / "deep" / "c.jsonl").write_text('{"text": "third"}\n"fourth"\n')
+    (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG")
+
+    assert read(tmp_path, "in") == ["first", "second", "third", "fourth"]
+    assert read(tmp_path, "in/**/*.jsonl") == ["third", "fourth"]
+    assert read(tmp_path, "in/*.txt") == ["second"]
+    assert read(tmp_path, str(tmp_path / "in" / "a.md")) == ["first"]
+
+
+def test_a_template_makes_one_text_of_a_row(tmp_path):
+    row = {"q": "Why?", "a": {"long": "Because.", "score": 3}, "tags": ["x"], "none": None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (tmp_path / "rows.csv").write_text('q,a\n"Who, me?",You\n')
+
+    assert read(tmp_path, "rows.jsonl", "{{Q}}: {q}\nA: {a.long} {a.score} {tags}{none}") == [
+        '{Q}: Why?\nA: Because. 3 ["x"]'
+    ]
+    assert read(tmp_path, "rows.csv", "{q} {a}") == ["Who, me? You"]
+
+
+def test_empty_rows_are_counted(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "  "}\n{"text": "x"}\n\n')
+
+    reach = read_source(Source(path="rows.jsonl"), 0, tmp_path)
+
+    assert (reach.rows, reach.empty, reach.documents[0].where) == (2, 1, f"{tmp_path / 'rows.jsonl'}:2")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text", "said"),
+    [
+        ("r.jsonl", '{"title": "x"}', "", "r.jsonl:1 has no `text`; its fields are title"),
+        (
+            "r.jsonl",
+            '{"title": "x"}',
+            "{titel}",
+            "r.jsonl:1 has no field 'titel' that the template asks for; it has title",
+        ),
+        ("r.jsonl", '{"a": 1}', "{a.b}", "no field 'a.b'"),
+        ("r.jsonl", '{"a": 1}', "all the same", "names no field in braces"),
+        ("r.jsonl", "{", "", "r.jsonl:1 is not JSON"),
+        ("r.jsonl", "[1]", "{a}", "r.jsonl:1 is list, not an object"),
+        ("r.txt", "text", "{a}", "is plain text and has no fields"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, text, said):
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(Invalid) as caught:
+        read(tmp_path, name, text)
+
+    assert said in str(caught.value)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(NotFound, match="no file or folder"):
+        read(tmp_path, "missing.txt")
+    with pytest.raises(NotFound, match="nothing matches"):
+        read(tmp_path, "*.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFound, match="holds no text"):
+        read(tmp_path, "empty")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin1"))
+    with pytest.raises(Invalid, match="not UTF-8"):
+        read(tmp_path, "latin.txt")

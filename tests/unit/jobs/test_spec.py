@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+from connito.errors import Invalid, NotFound
+from connito.jobs.spec import parse_job, parse_size, read_job
+
+SMALL = {"domain": "contracts", "data": [{"path": "texts/"}], "license": "CC-BY-4.0"}
+
+
+def test_three_fields_are_a_job():
+    job = parse_job(SMALL)
+
+    assert (job.base, job.cycles, job.start_from, job.privacy.visibility) == ("demo", 4, "auto", "public")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"domain": "two words"}, "domain: "),
+        ({"licence": "MIT"}, "licence: there is no such field; known fields: base, benchmarks"),
+        ({"data": []}, "data: "),
+        ({"data": [{"path": "x", "weigth": 2}]}, "data[0].weigth: there is no such field; known fields: name, path"),
+        ({"data": [{"path": "x", "weight": 0}]}, "data[0].weight: "),
+        ({"budget": {"upload": "a lot"}}, "'a lot' is not a size; write for example 20 MB"),
+        ({"replay": 0.1}, "no general text is given to replay"),
+        ({"privacy": {"visibility": "secret"}}, "privacy.visibility: "),
+        ({"privacy": {"visibility": "organisation"}}, "say which in privacy.organisation"),
+        ({"general": [{"domain": "contracts", "path": "y"}]}, "twice, or the job's own domain"),
+        ({"benchmarks": [{"name": "a", "path": "y"}, {"name": "a", "path": "z"}]}, "benchmarks names 'a' twice"),
+    ],
+)
+def test_what_cannot_be_is_named(change, said):
+    with pytest.raises(Invalid) as caught:
+        parse_job({**SMALL, **change}, "job.yaml")
+
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_every_mistake_is_told_at_once():
+    with pytest.raises(Invalid) as caught:
+        parse_job({"domain": "x", "colour": "red"}, "job.yaml")
+
+    assert "data: is missing; list the text to train on" in str(caught.value)
+    assert "license: is missing; give the SPDX identifier" in str(caught.value)
+    assert "colour: there is no such field" in str(caught.value)
+
+
+def test_a_file_that_is_none(tmp_path):
+    with pytest.raises(NotFound, match="there is no file"):
+        read_job(tmp_path / "job.yaml")
+    (tmp_path / "job.yaml").write_text("- just a list")
+    with pytest.raises(Invalid, match="holds no mapping"):
+        read_job(tmp_path / "job.yaml")
+    (tmp_path / "job.yaml").write_text("a: [")
+    with pytest.raises(Invalid, match="cannot be read as YAML"):
+        read_job(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize(("text", "size"), [("20 MB", 20_000_000), ("1.5GiB", 1_610_612_736), ("7", 7), (12, 12)])
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_size(text) == size
+
+
+def test_the_smaller_cap_on_cycles_holds():
+    assert parse_job({**SMALL, "budget": {"cycles": 2}, "objective": {"max_cycles": 6}}).cycles == 2

@@ -1,0 +1,152 @@
+"""How a job's text is parted, on real text: the source of the standard library."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+
+import pytest
+from connito.jobs.findings import require
+from connito.jobs.spec import parse_job
+from connito.jobs.texts import sort_texts, weighted
+
+
+def functions(*modules):
+    found = []
+    for module in modules:
+        for _, thing in inspect.getmembers(module, inspect.isfunction):
+            source = textwrap.dedent(inspect.getsource(thing))
+            if thing.__module__ == module.__name__ and len(source) > 200:
+                found.append(source)
+    return found
+
+
+@pytest.fixture(scope="session")
+def code():
+    import argparse
+    import ast
+    import shutil
+    import statistics
+    import tarfile
+    import textwrap as wrap
+
+    return functions(statistics, shutil, argparse, ast, tarfile, wrap)
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def job(**fields):
+    return parse_job({"domain": "code", "data": [{"path": "data.jsonl"}], "license": "PSF-2.0", **fields})
+
+
+def found(texts, check):
+    return [finding for finding in texts.findings if finding.check == check]
+
+
+def test_parts_are_disjoint_and_the_same_again(code, tmp_path):
+    write(tmp_path / "data.jsonl", code)
+
+    one, two = sort_texts(job(), tmp_path), sort_texts(job(), tmp_path)
+
+    parts = [{document.text for document in part} for part in (one.probe, one.train, one.holdout)]
+    assert all(parts)
+    assert len(set.union(*parts)) == sum(map(len, parts))
+    assert one.train == two.train
+    assert not [finding for finding in one.findings if finding.level == "error"]
+
+
+def test_copies_are_found_within_and_across_sources(code, tmp_path):
+    write(tmp_path / "data.jsonl", [*code[:20], code[0].upper()])
+    write(tmp_path / "more.jsonl", [code[3], *code[20:30]])
+
+    texts = sort_texts(job(data=[{"path": "data.jsonl"}, {"path": "more.jsonl"}]), tmp_path)
+
+    (finding,) = found(texts, "duplicates")
+    assert finding.level == "ok"
+    assert "data.jsonl: 1 repeat a document of its own, 0 one of another source" in finding.detail
+    assert "more.jsonl: 0 repeat a document of its own, 1 one of another source" in finding.detail
+
+
+def test_all_duplicates_is_an_error(code, tmp_path):
+    write(tmp_path / "data.jsonl", [code[0]] * 50)
+
+    texts = sort_texts(job(), tmp_path)
+
+    (finding,) = found(texts, "duplicates")
+    assert finding.level == "error"
+    assert "49 of 50 documents repeat another one (49 exactly" in finding.detail
+    assert "only 1 different documents are left" in finding.remedy
+
+
+def test_a_contaminated_hold_out_is_refused_with_examples_or_dropped_from_training(code, tmp_path):
+    write(tmp_path / "data.jsonl", code[:40])
+    write(tmp_path / "held.jsonl", [*code[40:50], *code[:10]])
+
+    refused = sort_texts(job(holdout=[{"path": "held.jsonl"}]), tmp_path)
+    dropped = sort_texts(job(holdout=[{"path": "held.jsonl"}], contamination="drop"), tmp_path)
+
+    (finding,) = found(refused, "contamination")
+    assert finding.level == "error"
+    assert finding.numbers["found"] >= 10
+    assert f"{tmp_path / 'held.jsonl'}:11" in finding.remedy
+    assert "contamination: drop" in finding.remedy
+    (finding,) = found(dropped, "contamination")
+    assert finding.level == "warning"
+    held, trained = {document.text for document in dropped.holdout}, {document.text for document in dropped.train}
+    assert len(held) == 20
+    assert not held & trained
+
+
+def test_a_benchmark_in_the_training_data_is_found(code, tmp_path):
+    write(tmp_path / "data.jsonl", code[:40])
+    write(tmp_path / "exam.jsonl", code[:5])
+
+    texts = sort_texts(job(benchmarks=[{"name": "exam", "path": "exam.jsonl"}]), tmp_path)
+
+    finding = next(finding for finding in found(texts, "contamination") if "benchmark exam" in finding.detail)
+    assert finding.level == "error"
+    assert finding.numbers["share"] >= 0.5
+
+
+def test_every_unreadable_source_is_told_at_once(code, tmp_path):
+    write(tmp_path / "data.jsonl", code[:20])
+    (tmp_path / "empty.txt").write_text("")
+    sources = [{"path": "missing.txt"}, {"path": "empty.txt"}, {"path": "data.jsonl", "text": "{body}"}]
+
+    texts = sort_texts(job(data=sources), tmp_path)
+
+    said = [finding.detail for finding in texts.findings if finding.level == "error"]
+    assert any("there is no file or folder" in line for line in said)
+    assert any("empty.txt holds no text" in line for line in said)
+    assert any("has no field 'body'" in line for line in said)
+    with pytest.raises(Exception, match="the job has 3 problems"):
+        require(texts.findings)
+
+
+def test_replay_text_is_not_held_out(code, tmp_path):
+    write(tmp_path / "data.jsonl", code[:20])
+    write(tmp_path / "general.jsonl", code[20:])
+
+    general = [{"domain": "other", "path": "general.jsonl"}]
+    whole = sort_texts(job(general=general), tmp_path)
+    parted = sort_texts(job(general=general, replay=0.2), tmp_path)
+
+    assert not whole.replay
+    held, replayed = set(parted.general["other"]), set(parted.replay["other"])
+    assert held
+    assert replayed
+    assert not held & replayed
+    assert held | replayed <= set(whole.general["other"])
+
+
+def test_weights_are_how_often_a_document_is_seen(code, tmp_path):
+    write(tmp_path / "data.jsonl", code)
+    documents = sort_texts(job(), tmp_path).train
+
+    assert weighted(documents, [1.0]) == documents
+    assert len(weighted(documents, [3.0])) == 3 * len(documents)
+    half = len(weighted(documents, [0.5])) / len(documents)
+    assert 0.3 < half < 0.7
