@@ -98,10 +98,10 @@ def _quote_text(made: Quote) -> str:
             f"  pilot       {pilot.steps} steps: {pilot.loss_before:.4f} → {pilot.loss_after:.4f} nats per token "
             f"(saved {pilot.gain:.4f}, {pilot.low:.4f} to {pilot.high:.4f})"
         )
-    needed = "cannot be told" if made.cycles_needed is None else f"about {made.cycles_needed} to the objective"
+    needed = f"about {made.cycles_needed} to the objective" if made.cycles_needed else "no estimate to an objective"
     lines.append(f"  cycles      at most {made.cycles}; {needed}")
     if made.seconds is not None:
-        lines.append(f"  time        about {made.seconds:.0f} s for {made.cycles} cycles, from {made.seconds_from}")
+        lines.append(f"  time        about {made.seconds:.3g} s for {made.cycles} cycles, from {made.seconds_from}")
     return "\n".join([*lines, findings_text(made.findings)]).rstrip()
 
 
