@@ -1,7 +1,10 @@
-"""Smaller models for one domain: what each way of leaving experts out, or making them smaller, costs in held-out loss.
+"""Smaller models for one domain: held-out loss against bytes, for every way of leaving experts out or making them smaller.
 
-Tiny base whose experts were trained on all four domains, so that they differ. Calibration and measurement are on
-recipes, on different text. `cost` is nats per token above the full model; `random` is the mean of ten random choices.
+Two tiny bases of one seed and as much training: `standard`, every expert and router trained on all four domains, and
+`emo`, the same with each document held to four of the eight experts of a layer. Calibration and measurement are on
+recipes, on different text. `cost` is nats per token above the base's own full model, `bytes` what the checkpoint's
+tensors take as stored (zeros as a bitmap beside what is left, low rank as two factors). `random` is the mean of ten
+random choices, `tuned` trains what is left on the calibration text after each halving.
 """
 
 from __future__ import annotations
@@ -9,82 +12,189 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.compose_setup import base, text
-from bench.harness import Options, Result, main, note
+from bench.compose_setup import text, trained_base
+from bench.harness import Options, Result, interval, main, note
+from bench.plots import axes
 
 DOMAIN = "recipes"
+BASES = {"standard": 0, "emo": 4}
+EXPERTS, LAYERS = 8, (2, 3)
+Row = dict[str, Any]
 
 
 def run(options: Options) -> Result:
-    """Budgets of a half and a quarter of the experts, and one a layer."""
+    """A half and a quarter of the experts, one a layer, and each expert at a half and a quarter of its size."""
     import torch
 
     torch.set_num_threads(1)
-    count, steps = (6, 40) if options.quick else (24, 160)
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    count, steps = (6, 30) if options.quick else (24, 160)
+    seeds = min(options.seeds, 1) if options.quick else options.seeds
+    rows: list[Row] = []
+    for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
-            note(f"seed {seed}: base")
-            source = base(Path(folder), seed, steps)
-            note(f"seed {seed}: leaving experts out")
-            rows += [{"seed": seed, **row} for row in (*_pruned(source, seed, count), *_smaller(source, seed, count))]
-    keys = sorted({row["method"] for row in rows})
-    figures: dict[str, Any] = {
-        f"cost_{key}": statistics.fmean(r["cost"] for r in rows if r["method"] == key) for key in keys
-    }
-    figures["full_loss"] = statistics.fmean(row["full"] for row in rows)
-    return Result({"domain": DOMAIN, "held_out_sequences": count, "length": 64, "experts": 16}, rows, figures)
+            for name, pool in BASES.items():
+                note(f"seed {seed}: {name} base")
+                source = trained_base(Path(folder), seed, steps, pool)
+                note(f"seed {seed}: {name}: leaving experts out")
+                rows += [{"seed": seed, "base": name, **row} for row in _all(source, seed, count)]
+    _plot(rows, options.out)
+    settings = {"domain": DOMAIN, "held_out_sequences": count, "length": 64, "training_batches": steps, "seeds": seeds}
+    return Result(settings, rows, _figures(rows))
 
 
-def _pruned(source: Path, seed: int, count: int) -> list[dict[str, Any]]:
+def _all(source: Path, seed: int, count: int) -> Iterator[Row]:
+    yield from _pruned(source, seed, count)
+    yield from _extracted(source, seed, count)
+    yield from _smaller(source, seed, count)
+    yield from _lone(source, seed, count)
+
+
+def size(model: Any) -> int:
+    """Bytes of a model's tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in dict(model.named_parameters()).values())
+
+
+def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
     from connito.moe import prune
-    from connito.moe.extraction import extract
+    from connito.moe.layout import require_moe_layers
 
     model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
-    full, rng, rows = prune.loss(model, held), random.Random(seed), []
+    full, rng, whole = prune.loss(model, held), random.Random(seed), size(model)
+    each = prune.expert_bytes(next(iter(require_moe_layers(model).values())))
+    yield {"method": "full", "full": full, "cost": 0.0, "bytes": whole}
 
-    def cost(keep: prune.Keep) -> float:
+    def row(method: str, keep: prune.Keep) -> Row:
+        gone = EXPERTS * len(LAYERS) - sum(map(len, keep.values()))
         with prune.masked(model, keep):
-            return prune.loss(model, held) - full
+            cost = prune.loss(model, held) - full
+        return {"method": method, "full": full, "cost": cost, "bytes": whole - gone * each, "keep": keep}
 
-    for budget in (8, 4):
+    for budget in (8, 4, 2):
         for method in prune.METHODS:
-            keep = prune.choose(model, probe, method, max_experts=budget)
-            rows.append({"method": f"{method}_{budget}", "full": full, "cost": cost(keep), "keep": keep})
-        draws = [cost({i: sorted(rng.sample(range(8), budget // 2)) for i in (2, 3)}) for _ in range(10)]
-        rows.append({"method": f"random_{budget}", "full": full, "cost": statistics.fmean(draws)})
-    found = extract(model, probe, held, margin=0.05, accept_loss=True)
-    rows.append({"method": "extracted", "full": full, "cost": found.cost, "kept": found.kept, "tried": found.tried})
+            yield row(f"{method}_{budget}", prune.choose(model, probe, method, max_experts=budget))
+        draws = [row("", {i: sorted(rng.sample(range(EXPERTS), budget // 2)) for i in LAYERS}) for _ in range(10)]
+        yield {**draws[0], "method": f"random_{budget}", "cost": statistics.fmean(draw["cost"] for draw in draws)}
     betas = prune.skip_thresholds(model, probe[:, :-1])
     with prune.skipping(model, betas) as skipped:
-        rows.append({"method": "skipping", "full": full, "cost": prune.loss(model, held) - full})
-    rows[-1]["skipped_share"] = skipped.share
-    return rows
+        cost = prune.loss(model, held) - full
+    yield {"method": "skipping", "full": full, "cost": cost, "bytes": whole, "skipped_share": skipped.share}
 
 
-def _smaller(source: Path, seed: int, count: int) -> list[dict[str, Any]]:
+def _extracted(source: Path, seed: int, count: int) -> Iterator[Row]:
+    from connito.base.loading import load_full
+    from connito.moe.extraction import extract
+    from connito.moe.layout import require_moe_layers
+    from connito.moe.prune import expert_bytes
+
+    model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
+    whole, each = size(model), expert_bytes(next(iter(require_moe_layers(model).values())))
+    for per_layer in (4, 2, 1, 0):
+        found = extract(model, probe, held, margin=0.02, per_layer=per_layer, accept_loss=True)
+        name = f"extracted_{2 * per_layer}" if per_layer else "extracted_within_0.02"
+        yield {"method": name, "full": found.full_loss, "cost": found.cost, "kept": found.kept, "tried": found.tried,
+               "bytes": whole - (found.total - found.kept) * each}  # fmt: skip
+
+
+def _smaller(source: Path, seed: int, count: int) -> Iterator[Row]:
+    from connito.base.loading import load_full
+    from connito.moe.layout import require_moe_layers
+    from connito.moe.lowrank import MAPS, low_rank, sparsify
+    from connito.moe.prune import loss
+
+    probe, held = text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
+    full, whole = loss(load_full(source), held), size(load_full(source))
+    for share in (0.5, 0.75):
+        model = load_full(source)
+        sparsify(model, probe[:, :-1], share)
+        banks = [getattr(x.experts, n) for x in require_moe_layers(model).values() for n in x.parameters if n in MAPS]
+        numbers, zeros = sum(b.numel() for b in banks), sum(int((b == 0).sum()) for b in banks)
+        yield {"method": f"zeros_{share:.0%}", "full": full, "cost": loss(model, held) - full,
+               "bytes": whole - 4 * zeros + numbers // 8}  # fmt: skip
+        model = load_full(source)
+        factors, _ = low_rank(model, probe[:, :-1], 1 - share)
+        stored = sum(factor.numel() for factor in factors.values())
+        yield {"method": f"low_rank_{1 - share:.0%}", "full": full, "cost": loss(model, held) - full,
+               "bytes": whole - 4 * (numbers - stored)}  # fmt: skip
+
+
+def _lone(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
     from connito.moe.export import to_dense
-    from connito.moe.lowrank import low_rank, sparsify
     from connito.moe.prune import loss, progressive
 
     probe, held = text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
-    full, rows = loss(load_full(source), held), []
-    sparse, thin, lone = load_full(source), load_full(source), load_full(source)
-    sparsify(sparse, probe[:, :-1], 0.5)
-    rows.append({"method": "zeros_50", "full": full, "cost": loss(sparse, held) - full})
-    factors, _ = low_rank(thin, probe[:, :-1], 0.5)
-    numbers = sum(factor.numel() for factor in factors.values())
-    rows.append({"method": "low_rank_50", "full": full, "cost": loss(thin, held) - full, "numbers": numbers})
-    keep, history = progressive(lone, probe)
-    rows.append({"method": "one_expert_dense", "full": full, "cost": loss(to_dense(lone), held) - full, "keep": keep,
-                 "history": history})  # fmt: skip
-    return rows
+    full = loss(load_full(source), held)
+    for method, tune in (("one_expert_dense", None), ("one_expert_dense_tuned", _tune(seed, count))):
+        model = load_full(source)
+        keep, history = progressive(model, probe, tune=tune)
+        dense = to_dense(model)
+        yield {"method": method, "full": full, "cost": loss(dense, held) - full, "bytes": size(dense), "keep": keep,
+               "history": history}  # fmt: skip
+
+
+def _tune(seed: int, count: int) -> Any:
+    """Eight batches of four on the experts that are left, on text of the calibration's domain, after each halving."""
+    from connito.moe.insert import write_rows
+    from connito.moe.layout import require_moe_layers
+    from connito.moe.resident import compress
+    from connito.moe.training import train_local
+
+    def tune(model: Any) -> None:
+        import copy
+
+        places = {index: list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
+        table = text(DOMAIN, 32 if count > 6 else 8, 300 + seed)
+        batches = table.reshape(-1, 4, table.shape[1])
+        state, _ = train_local(compress(copy.deepcopy(model), places), batches, learning_rate=1e-3)
+        write_rows(model, places, state)
+
+    return tune
+
+
+def _figures(rows: list[Row]) -> dict[str, Any]:
+    """[mean, low, high] over seeds."""
+    figures: dict[str, Any] = {}
+    for base in BASES:
+        of_base = [row for row in rows if row["base"] == base]
+        for method in dict.fromkeys(row["method"] for row in of_base):
+            costs = [row["cost"] for row in of_base if row["method"] == method]
+            figures[f"{base}_cost_{method}"] = [round(value, 4) for value in interval(costs)]
+        figures[f"{base}_full_loss"] = [
+            round(v, 4) for v in interval([r["full"] for r in of_base if r["method"] == "full"])
+        ]
+        for method in dict.fromkeys(row["method"] for row in of_base):
+            figures[f"{base}_bytes_{method}"] = round(
+                statistics.fmean(row["bytes"] for row in of_base if row["method"] == method)
+            )
+        figures[f"{base}_skipped_share"] = statistics.fmean(r["skipped_share"] for r in of_base if "skipped_share" in r)
+    return figures
+
+
+FAMILIES = ("naee", "router-weighted", "moe-i2", "random", "extracted", "zeros", "low_rank", "one_expert")
+
+
+def _plot(rows: list[Row], out: Path) -> None:
+    with axes(out / "lifecycle.svg", panels=2) as panels:
+        for panel, base in zip(panels, BASES, strict=True):
+            for family in FAMILIES:
+                points: dict[str, list[Row]] = {}
+                for row in rows:
+                    if row["base"] == base and row["method"].startswith(family) and "within" not in row["method"]:
+                        points.setdefault(row["method"], []).append(row)
+                line = sorted(
+                    (statistics.fmean(r["bytes"] for r in p) / 1e3, statistics.fmean(r["cost"] for r in p))
+                    for p in points.values()
+                )
+                panel.plot(*zip(*line, strict=True), marker="o", markersize=3, linewidth=1, label=family)
+            panel.set(title=base, xlabel="kilobytes", ylabel="nats per token above the full model", yscale="symlog")
+            panel.axhline(0, color="#999999", linewidth=0.5)
+        panels[0].legend(fontsize=6)
 
 
 if __name__ == "__main__":
-    main("lifecycle", run, doc=__doc__)
+    main("lifecycle", run, doc=__doc__, seeds=5)

@@ -48,6 +48,7 @@ AGGREGATORS = (
 MAX_CYCLES = 1000
 # What a selection's report holds, since diagnostics by domain and exact statistics.
 REPORT_VERSION = 1
+MAX_SOURCES, MAX_SOURCE_NAME = 100, 200
 MAX_TEXT = 4000
 MAX_RANKS = 10_000
 ENROLMENT = ("open", "allow-list", "invite")

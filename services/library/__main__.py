@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
+import time
+from pathlib import Path
 
 from connito.bus import CaughtUp
-from connito.errors import Invalid
-from connito.facts import verify_fact
+from connito.errors import Invalid, Retry, VerificationFailed
+from connito.facts import Fact, verify_fact
+from connito.library.index import Index
 from connito.rpc import serve
 from connito.runner import ServiceContext, run_service
-from connito.v1 import services_pb2_grpc
+from connito.v1 import run_pb2, services_pb2_grpc
 
 from services.library.actions import Depositor
 from services.library.projection import Catalogue
@@ -22,9 +26,12 @@ SERVICE = "connito.v1.LibraryService"
 async def main(context: ServiceContext[LibrarySettings]) -> None:
     """Run until told to stop. The API opens when the catalogue is complete."""
     settings = context.settings
-    catalogue, complete = Catalogue(), asyncio.Event()
+    scratch = tempfile.TemporaryDirectory(prefix="connito-library-")
+    path = Path(settings.index_path or f"{scratch.name}/index.sqlite")
+    catalogue, complete = Catalogue(Index(path)), asyncio.Event()
     depositor = Depositor(context.bus, context.store, context.roster, context.log)
-    servicer = (services_pb2_grpc.add_LibraryServiceServicer_to_server, Library(catalogue, context.store), SERVICE)
+    library = Library(catalogue, context.store, context.bus, context.roster, lambda: time.time_ns() // 1_000_000)
+    servicer = (services_pb2_grpc.add_LibraryServiceServicer_to_server, library, SERVICE)
     work: set[asyncio.Task[None]] = {
         asyncio.create_task(_read_catalogue(context, catalogue, complete)),
         asyncio.create_task(context.bus.consume("library", depositor.handle)),
@@ -46,6 +53,8 @@ async def main(context: ServiceContext[LibrarySettings]) -> None:
         for task in (*work, opening, stopping):
             task.cancel()
         await asyncio.gather(*work, opening, stopping, return_exceptions=True)
+        catalogue.index.close()
+        scratch.cleanup()
 
 
 async def _read_catalogue(
@@ -56,9 +65,23 @@ async def _read_catalogue(
             complete.set()
             continue
         try:
-            catalogue.add(verify_fact(item, context.roster))
-        except Invalid as error:
+            fact = verify_fact(item, context.roster)
+            record = await _record(context, fact)
+            catalogue.add(fact, record, (item.subject, item.data))
+        except (Invalid, VerificationFailed) as error:
             context.log.warning("security", subject=item.subject, sequence=item.sequence, error=str(error))
+
+
+async def _record(context: ServiceContext[LibrarySettings], fact: Fact) -> bytes | None:
+    """The record of a deposit; waits while the store is away. None for other facts."""
+    if not isinstance(fact.message, run_pb2.ExpertDeposited):
+        return None
+    while True:
+        try:
+            return await context.store.get_bytes(fact.message.record)
+        except Retry as error:
+            context.log.warning("the store is away", expert=fact.message.expert_id, error=str(error))
+            await asyncio.sleep(error.after or 1.0)
 
 
 if __name__ == "__main__":

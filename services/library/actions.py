@@ -9,11 +9,13 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito import metrics
+from connito import metrics, subjects
 from connito.bus import Bus, CaughtUp
 from connito.errors import Invalid, reason_name
 from connito.facts import Log, Record, RunFacts, verify_fact
 from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
+from connito.library.attestation import attest
+from connito.library.attestation import encode as encode_attestation
 from connito.library.card import render
 from connito.library.deposit import STREAMS, Deposit, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
@@ -36,34 +38,39 @@ class Depositor:
     async def handle(self, record: Record) -> None:
         """Deposit the run's expert, if it has one. Raises `Retry` when broker or store are away."""
         fact = verify_fact(record, self._roster)
-        facts = await self._read_run(fact.run)
+        facts, envelopes = await self._read_run(fact.run)
         decision = plan(facts)
         if not isinstance(decision, Deposit):
             self._log.info("nothing to deposit", run=fact.run, why=decision.why)
             return
-        message = await self._deposit(facts, decision)
+        message = await self._deposit(facts, decision, envelopes)
         if await self._bus.publish_fact(fact.run, "library", 0, "deposited", message, message.expert_id):
             metrics.EXPERTS_DEPOSITED.inc()
             self._log.info("expert deposited", run=fact.run, expert=message.expert_id, bytes=message.expert.size)
 
-    async def _read_run(self, run: str) -> RunFacts:
-        """All facts of a run. `run.0.ended` is written last, so what is stored now is everything."""
-        log = Log(self._roster)
+    async def _read_run(self, run: str) -> tuple[RunFacts, dict[str, bytes]]:
+        """All facts of a run, and its versions' envelopes by subject. `run.0.ended` is written last, so what is stored
+        now is everything."""
+        log, envelopes = Log(self._roster), dict[str, bytes]()
         async with aclosing(self._bus.follow(STREAMS, run)) as records:
             async for item in records:
                 if isinstance(item, CaughtUp):
                     break
-                self._apply(log, item)
-        return log.runs.get(run, RunFacts(run))
+                if self._apply(log, item) and item.subject.endswith(".version"):
+                    envelopes[item.subject] = item.data
+        return log.runs.get(run, RunFacts(run)), envelopes
 
-    def _apply(self, log: Log, record: Record) -> None:
+    def _apply(self, log: Log, record: Record) -> bool:
         try:
-            log.apply(record)
+            return log.apply(record) is not None
         except Invalid as error:
             metrics.EVENTS_REJECTED.labels(reason=reason_name(error.reason)).inc()
             self._log.warning("security", subject=record.subject, sequence=record.sequence, error=str(error))
+            return False
 
-    async def _deposit(self, facts: RunFacts, decision: Deposit) -> run_pb2.ExpertDeposited:
+    async def _deposit(
+        self, facts: RunFacts, decision: Deposit, envelopes: dict[str, bytes]
+    ) -> run_pb2.ExpertDeposited:
         assert facts.selection is not None
         state = await self._store.fetch(decision.state)
         report = json.loads(await self._store.get_bytes(facts.selection.report))
@@ -73,8 +80,15 @@ class Depositor:
             digest = await asyncio.to_thread(write_expert, state, path, header)
             size = path.stat().st_size
             expert = await self._store.put_file(path, MEDIA_TYPE, PUBLIC)
-        record = build_record(facts, digest, size, tensor_sizes(state)[0])
-        return await self._describe(record, expert)
+        signature = None
+        if facts.selection.HasField("signature"):
+            signature = json.loads(await self._store.get_bytes(facts.selection.signature))
+        record = build_record(facts, digest, size, tensor_sizes(state)[0], signature)
+        message = await self._describe(record, expert)
+        subject = subjects.fact(facts.run, "merge", decision.cycle, "version")
+        attestation = encode_attestation(attest(subject, envelopes[subject], state))
+        message.attestation.CopyFrom(await self._store.put_bytes(attestation, "application/json", PUBLIC))
+        return message
 
     async def _describe(self, record: dict[str, Any], expert: artifacts_pb2.ArtifactRef) -> run_pb2.ExpertDeposited:
         """Store card and record; the record names the card, so that whoever has one has both."""

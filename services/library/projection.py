@@ -1,16 +1,28 @@
-"""What has been deposited, in the order of the log."""
+"""What has been deposited, said and used, in the order of the log: the library's index, and who may see what of it."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from connito.errors import Invalid, NotFound
 from connito.facts import Fact
+from connito.library.governance import Standing, Viewer, attribute
+from connito.library.index import Index, LibraryEvent, deposit_event
+from connito.library.search import Hit, search, visible
 from connito.v1 import run_pb2, services_pb2
 
 PAGE_SIZE = 50
 MAX_PAGE_SIZE = 500
+# What a notice says of its subject, in the words of the index.
+NOTICES = {
+    run_pb2.NOTICE_KIND_DEPRECATED: "deprecated",
+    run_pb2.NOTICE_KIND_YANKED: "yanked",
+    run_pb2.NOTICE_KIND_RESTORED: "restored",
+    run_pb2.NOTICE_KIND_OPTED_OUT: "opted-out",
+    run_pb2.NOTICE_KIND_OPTED_IN: "opted-in",
+}
 
 
 def summarise(fact: Fact) -> services_pb2.ExpertSummary:
@@ -28,51 +40,140 @@ def summarise(fact: Fact) -> services_pb2.ExpertSummary:
     )
 
 
+def event_of(fact: Fact) -> LibraryEvent | None:
+    """A notice or a use as an entry of the index; None for other facts."""
+    message = fact.message
+    if isinstance(message, run_pb2.ExpertNotice) and message.kind in NOTICES:
+        body = {"reason": message.reason, "by": message.by}
+        return LibraryEvent(fact.sequence, fact.time_unix_ms, NOTICES[message.kind], message.subject, body, fact.stream)
+    if isinstance(message, run_pb2.ExpertUsed):
+        use = {"verb": message.verb, "by": message.by, "units": int(message.units)}
+        return LibraryEvent(fact.sequence, fact.time_unix_ms, "used", message.expert_id, use, fact.stream)
+    return None
+
+
 @dataclass
 class Catalogue:
-    """Deposits by expert id. Adding a deposit twice, or in another order, makes no difference."""
+    """Deposits by expert id over the index. Adding a fact twice, or in another order, makes no difference.
 
+    An expert that `viewer` may not see is answered as one that does not exist. `envelopes` are the deposits as signed.
+    """
+
+    index: Index = field(default_factory=Index)
     facts: dict[str, Fact] = field(default_factory=dict)
+    envelopes: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
-    def add(self, fact: Fact) -> None:
-        """Insert a deposit; other facts are not the catalogue's. Of two runs with one expert, the first stands."""
-        if isinstance(fact.message, run_pb2.ExpertDeposited):
-            known = self.facts.get(fact.message.expert_id)
-            if known is None or fact.sequence < known.sequence:
-                self.facts[fact.message.expert_id] = fact
+    def add(self, fact: Fact, record: bytes | None = None, envelope: tuple[str, bytes] | None = None) -> None:
+        """Insert a fact of the library. Of two runs with one expert, the first stands.
 
-    def get(self, expert_id: str) -> services_pb2.ExpertSummary:
-        """One expert. Raises `NotFound`."""
+        `record`: the bytes of a deposit's record; without them the expert is public and known by its domain alone.
+        Raises `VerificationFailed` for another record than the one deposited.
+        """
+        message = fact.message
+        if not isinstance(message, run_pb2.ExpertDeposited):
+            event = event_of(fact)
+            self.index.apply([] if event is None else [event])
+            return
+        if record is None:
+            body = {"expert_id": message.expert_id, "domain": message.domain}
+            event = LibraryEvent(fact.sequence, fact.time_unix_ms, "deposited", message.expert_id, body, fact.stream)
+        else:
+            event = deposit_event(fact, record)
+        self.index.apply([event])
+        known = self.facts.get(message.expert_id)
+        if known is None or fact.sequence < known.sequence:
+            self.facts[message.expert_id] = fact
+            if envelope is not None:
+                self.envelopes[message.expert_id] = envelope
+
+    def fact(self, expert_id: str, viewer: Viewer | None = None) -> Fact:
+        """The deposit of one expert. Raises `NotFound`."""
         fact = self.facts.get(expert_id)
-        if fact is None:
+        if fact is None or not (viewer or Viewer()).sees(self.index.record(expert_id)):
             raise NotFound(f"there is no expert {expert_id!r} in this library; see `connito library list`")
-        return summarise(fact)
+        return fact
 
-    def page(self, size: int, token: str) -> tuple[list[services_pb2.ExpertSummary], str]:
+    def get(self, expert_id: str, viewer: Viewer | None = None) -> services_pb2.ExpertSummary:
+        """One expert. Raises `NotFound`."""
+        return summarise(self.fact(expert_id, viewer))
+
+    def standing(self, expert_id: str) -> Standing:
+        """What the library says about an expert now."""
+        return self.index.standing(expert_id)
+
+    def page(self, size: int, token: str, viewer: Viewer | None = None) -> tuple[list[services_pb2.ExpertSummary], str]:
         """Up to `size` experts after the one `token` stands for, oldest first, and the token of the next page.
 
         A token names the last sequence shown, so that deposits made between two pages shift nothing. `Invalid` for
         a token that is not one of ours.
         """
-        after = _decode_token(token)
         size = min(size or PAGE_SIZE, MAX_PAGE_SIZE)
-        rest = sorted((fact for fact in self.facts.values() if fact.sequence > after), key=lambda fact: fact.sequence)
-        shown = rest[:size]
-        following = _encode_token(shown[-1].sequence) if len(rest) > size else ""
+        rest = visible(self.index, viewer or Viewer(), after=_decode_token(token, "after"), limit=size + 1)
+        shown = [self.facts[name] for _, name in rest[:size] if name in self.facts]
+        following = _encode_token("after", rest[size - 1][0]) if len(rest) > size else ""
         return [summarise(fact) for fact in shown], following
 
+    def search(
+        self, request: services_pb2.SearchExpertsRequest, viewer: Viewer
+    ) -> tuple[list[services_pb2.ExpertHit], str]:
+        """A page of hits, best first, and the token of the next. Deposits between two pages may shift later ones."""
+        size = min(request.page_size or PAGE_SIZE, MAX_PAGE_SIZE)
+        start = _decode_token(request.page_token, "from")
+        hits = search(
+            self.index,
+            request.text,
+            domain=request.domain,
+            base_digest=request.base_digest,
+            viewer=viewer,
+            everything=request.everything,
+            limit=size + 1,
+            offset=start,
+        )
+        return self._rows(hits[:size]), _encode_token("from", start + size) if len(hits) > size else ""
 
-def _encode_token(sequence: int) -> str:
-    return base64.urlsafe_b64encode(f"after:{sequence}".encode()).decode()
+    def _rows(self, hits: Sequence[Hit]) -> list[services_pb2.ExpertHit]:
+        return [
+            services_pb2.ExpertHit(
+                expert=summarise(self.facts[hit.expert_id]),
+                license=hit.license,
+                saving=hit.saving,
+                score=hit.score,
+                status=hit.standing.status,
+                reason=hit.standing.reason,
+            )
+            for hit in hits
+            if hit.expert_id in self.facts
+        ]
+
+    def ledger(self, expert_id: str, viewer: Viewer) -> services_pb2.GetLedgerResponse:
+        """What was used how often, and the miners that it is credited to. Raises `NotFound`."""
+        self.fact(expert_id, viewer)
+        uses = self.index.usage(expert_id)
+        credit = attribute(self.index.record(expert_id), sum(uses.values()), self.index.lookup)
+        return services_pb2.GetLedgerResponse(uses=uses, credited=credit.units, uncredited=credit.uncredited)
+
+    def may_state(self, signer: str, kind: int, subject: str) -> bool:
+        """Whether `signer` owns the expert, or an expert that was made from the data source, that is spoken about."""
+        if kind in (run_pb2.NOTICE_KIND_OPTED_OUT, run_pb2.NOTICE_KIND_OPTED_IN):
+            owners = self.index.select(
+                "SELECT DISTINCT e.owner FROM sources s JOIN experts e USING (expert_id) WHERE s.source = ?", (subject,)
+            )
+        else:
+            owners = self.index.select("SELECT owner FROM experts WHERE expert_id = ?", (subject,))
+        return (signer,) in owners
 
 
-def _decode_token(token: str) -> int:
+def _encode_token(word: str, number: int) -> str:
+    return base64.urlsafe_b64encode(f"{word}:{number}".encode()).decode()
+
+
+def _decode_token(token: str, word: str) -> int:
     if not token:
         return 0
     try:
         text = base64.urlsafe_b64decode(token.encode()).decode()
         prefix, _, number = text.partition(":")
-        if prefix == "after" and number.isdecimal():
+        if prefix == word and number.isdecimal():
             return int(number)
     except ValueError:
         pass

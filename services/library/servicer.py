@@ -2,31 +2,145 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from typing import Any
 
+from connito import rpc
+from connito.bus import Bus
+from connito.errors import Invalid
+from connito.library.attestation import countersign
+from connito.library.governance import Viewer
+from connito.roster import Roster
 from connito.store import ArtifactStore
-from connito.v1 import services_pb2, services_pb2_grpc
+from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
+from connito.v1.envelope_pb2 import Envelope
 
-from services.library.projection import Catalogue
+from services.library.projection import NOTICES, Catalogue
+
+# A read request older or newer than this is refused, so that a copied one soon opens nothing.
+FRESH_MS = 300_000
+# Roles whose holders speak for the operator, who may say anything about any expert.
+OPERATORS = ("library", "coordinator")
+# The run that facts on data sources, which belong to no run, are written under.
+NO_RUN = "library"
 
 
 class Library(services_pb2_grpc.LibraryServiceServicer):
-    """Reads only: everything written comes out of runs."""
+    """Reads what the viewer may see; statements and uses become facts of the log, and only then show."""
 
-    def __init__(self, catalogue: Catalogue, store: ArtifactStore) -> None:
-        self._catalogue, self._store = catalogue, store
+    def __init__(
+        self, catalogue: Catalogue, store: ArtifactStore, bus: Bus, roster: Roster, now_ms: Callable[[], int]
+    ) -> None:
+        self._catalogue, self._store, self._bus, self._roster = catalogue, store, bus, roster
+        self._now_ms = now_ms
 
     async def GetExpert(  # noqa: N802 - the name in the proto
         self, request: services_pb2.GetExpertRequest, context: Any
     ) -> services_pb2.GetExpertResponse:
         """One expert with its record. `NotFound` for an unknown id, `Retry` when the store is away."""
-        expert = self._catalogue.get(request.expert_id)
+        fact = self._catalogue.fact(request.expert_id, self._viewer(request, "viewer"))
+        expert = self._catalogue.get(request.expert_id, self._viewer(request, "viewer"))
         record = await self._store.get_bytes(expert.record)
-        return services_pb2.GetExpertResponse(expert=expert, record_json=record.decode())
+        attestation, standing = "", self._catalogue.standing(request.expert_id)
+        envelope = self._catalogue.envelopes.get(request.expert_id)
+        assert isinstance(fact.message, run_pb2.ExpertDeposited)
+        if fact.message.HasField("attestation") and envelope is not None:
+            part = json.loads(await self._store.get_bytes(fact.message.attestation))
+            attestation = json.dumps(countersign(part, *envelope), sort_keys=True)
+        return services_pb2.GetExpertResponse(
+            expert=expert,
+            record_json=record.decode(),
+            attestation_json=attestation,
+            status=standing.status,
+            reason=standing.reason,
+        )
 
     async def ListExperts(  # noqa: N802
         self, request: services_pb2.ListExpertsRequest, context: Any
     ) -> services_pb2.ListExpertsResponse:
         """A page of experts in the order of their deposit. `Invalid` for a foreign page token."""
-        experts, token = self._catalogue.page(request.page_size, request.page_token)
+        experts, token = self._catalogue.page(request.page_size, request.page_token, self._viewer(request, "viewer"))
         return services_pb2.ListExpertsResponse(experts=experts, next_page_token=token)
+
+    async def SearchExperts(  # noqa: N802
+        self, request: services_pb2.SearchExpertsRequest, context: Any
+    ) -> services_pb2.SearchExpertsResponse:
+        """A page of experts by words and domain, best first. `Invalid` for a foreign page token."""
+        hits, token = self._catalogue.search(request, self._viewer(request, "viewer"))
+        return services_pb2.SearchExpertsResponse(hits=hits, next_page_token=token)
+
+    async def MarkExpert(  # noqa: N802
+        self, request: services_pb2.MarkExpertRequest, context: Any
+    ) -> services_pb2.MarkExpertResponse:
+        """Write a notice into the log. Its owner may, and the operator. Raises `Invalid`, `NotFound`."""
+        command, signer = rpc.open_request(request.envelope, "rpc.MarkExpert", services_pb2.MarkExpertCommand)
+        self._fresh(request.envelope)
+        if command.kind not in NOTICES or not command.reason.strip():
+            raise Invalid("say what of it and why: a statement without a reason helps nobody")
+        of_source = command.kind in (run_pb2.NOTICE_KIND_OPTED_OUT, run_pb2.NOTICE_KIND_OPTED_IN)
+        if not of_source and command.subject not in self._catalogue.facts:
+            self._catalogue.get(command.subject)
+        allowed = self._catalogue.may_state(signer, command.kind, command.subject)
+        if not allowed and not any(self._roster.permits(role, signer) for role in OPERATORS):
+            raise Invalid(
+                f"{command.subject} is not yours to speak about: its owner or the operator may",
+                reason=reasons_pb2.REASON_NOT_PERMITTED,
+            )
+        run = NO_RUN if of_source else self._catalogue.facts[command.subject].run
+        notice = run_pb2.ExpertNotice(
+            run=run,
+            id=_id(request.envelope),
+            subject=command.subject,
+            kind=command.kind,
+            reason=command.reason,
+            by=signer,
+        )
+        await self._bus.publish_fact(run, "library", 0, "notice", notice, notice.id)
+        return services_pb2.MarkExpertResponse()
+
+    async def MeterUse(  # noqa: N802
+        self, request: services_pb2.MeterUseRequest, context: Any
+    ) -> services_pb2.MeterUseResponse:
+        """Write a use into the log, once however often it is sent. Raises `Invalid`, `NotFound`."""
+        command, signer = rpc.open_request(request.envelope, "rpc.MeterUse", services_pb2.MeterUseCommand)
+        self._fresh(request.envelope)
+        if not any(signer in members for members in self._roster.keys.values()):
+            raise Invalid(f"{signer} is not in the operator's roster", reason=reasons_pb2.REASON_NOT_PERMITTED)
+        if not command.verb or not 1 <= command.units <= 1_000_000:
+            raise Invalid("a use has a verb and 1 to 1,000,000 units")
+        expert = self._catalogue.get(command.expert_id, Viewer(signer, self._roster.memberships(signer)))
+        used = run_pb2.ExpertUsed(
+            run=expert.run,
+            id=_id(request.envelope),
+            expert_id=expert.expert_id,
+            verb=command.verb,
+            units=command.units,
+            by=signer,
+        )
+        await self._bus.publish_fact(expert.run, "library", 0, "used", used, used.id)
+        return services_pb2.MeterUseResponse()
+
+    async def GetLedger(  # noqa: N802
+        self, request: services_pb2.GetLedgerRequest, context: Any
+    ) -> services_pb2.GetLedgerResponse:
+        """Uses of an expert and whom they are credited to. `NotFound` for an unknown id."""
+        return self._catalogue.ledger(request.expert_id, self._viewer(request, "viewer"))
+
+    def _viewer(self, request: Any, name: str) -> Viewer:
+        """Whoever signed the request; nobody where nobody did."""
+        if not request.HasField(name):
+            return Viewer()
+        envelope = getattr(request, name)
+        _, signer = rpc.open_request(envelope, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand)
+        self._fresh(envelope)
+        return Viewer(signer, self._roster.memberships(signer))
+
+    def _fresh(self, envelope: Envelope) -> None:
+        if abs(self._now_ms() - envelope.issued_at_unix_ms) > FRESH_MS:
+            raise Invalid("the request was signed more than five minutes ago or from now: check the clock, sign again")
+
+
+def _id(envelope: Envelope) -> str:
+    return hashlib.sha256(envelope.SerializeToString()).hexdigest()[:40]

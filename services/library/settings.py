@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from connito.settings import ServiceSettings
+from pydantic import Field
 
 
 class LibrarySettings(ServiceSettings):
-    """Nothing beyond what every service has."""
+    """What every service has, and where its index lies."""
+
+    index_path: str = Field("", description="File of the search index; empty: a temporary one, built at each start.")

@@ -113,8 +113,9 @@ class Selector:
     async def _store_all(self, run: str, chosen: Chosen, theta: Path) -> run_pb2.SelectionMade:
         statistics = await self._store.put_bytes(chosen.statistics, STATE_MEDIA_TYPE, PUBLIC)
         report = await self._store.put_bytes(chosen.report(statistics.digest), "application/json", PUBLIC)
+        signature = await self._store.put_bytes(chosen.signature_bytes(), "application/json", PUBLIC)
         state = await self._store.put_file(theta, STATE_MEDIA_TYPE, PUBLIC, cache=True)
-        made = handlers.made(run, chosen, report, state)
+        made = handlers.made(run, chosen, report, state, signature)
         if chosen.background:
             made.background.CopyFrom(await self._store.put_bytes(chosen.background, STATE_MEDIA_TYPE, PUBLIC))
         return made

@@ -11,13 +11,18 @@ SETTLED = ("selected", "selection_failed", "ended")
 
 
 def made(
-    run: str, chosen: Chosen, report: artifacts_pb2.ArtifactRef, theta: artifacts_pb2.ArtifactRef
+    run: str,
+    chosen: Chosen,
+    report: artifacts_pb2.ArtifactRef,
+    theta: artifacts_pb2.ArtifactRef,
+    signature: artifacts_pb2.ArtifactRef | None = None,
 ) -> run_pb2.SelectionMade:
     """The selection, as a fact."""
     return run_pb2.SelectionMade(
         run=run,
         layers=chosen.layers(),
         report=report,
+        signature=signature,
         initial_state=theta,
         selected_experts=chosen.selection.selected,
         total_experts=chosen.selection.total,

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from google.protobuf.message import Message
 
 from connito.envelope import seal
-from connito.errors import Invalid
+from connito.errors import Invalid, NotFound
 from connito.identity import Identity
-from connito.v1 import services_pb2
+from connito.v1 import run_pb2, services_pb2
 from connito.v1.run_pb2 import BanOrder, RunSpec
 
 if TYPE_CHECKING:
     from connito.jobs.check import Checked
     from connito.jobs.quote import Quote
+    from connito.library.governance import Standing
+    from connito.library.search import Hit
 
 DEADLINE_SECONDS = 10.0
 
@@ -143,21 +145,88 @@ class Client:
         return [*self._call(self._run_service.BanMiner, request).runs]
 
     def experts(self) -> list[services_pb2.ExpertSummary]:
-        """Everything in the library, in the order of deposit."""
+        """Everything in the library that this client's identity may see, in the order of deposit."""
         found: list[services_pb2.ExpertSummary] = []
         token = ""
         while True:
-            request = services_pb2.ListExpertsRequest(page_size=100, page_token=token)
+            request = services_pb2.ListExpertsRequest(page_size=100, page_token=token, viewer=self._viewer())
             page = self._call(self._library.ListExperts, request)
             found += page.experts
             token = page.next_page_token
             if not token:
                 return found
 
+    def search(self, text: str = "", *, domain: str = "", everything: bool = False, limit: int = 20) -> list[Hit]:
+        """Experts by words and domain, best first, as `connito.library.search.search` ranks them."""
+        from connito.library.governance import Standing
+        from connito.library.search import Hit
+
+        found: list[Hit] = []
+        request = services_pb2.SearchExpertsRequest(
+            text=text, domain=domain, everything=everything, page_size=min(limit, 100), viewer=self._viewer()
+        )
+        while len(found) < limit:
+            page = self._call(self._library.SearchExperts, request)
+            for hit in page.hits:
+                expert, saving = hit.expert, hit.saving if hit.HasField("saving") else None
+                standing = Standing(hit.status, hit.reason)
+                found.append(Hit(expert.expert_id, expert.domain, hit.license, saving, hit.score, standing, {}))
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                break
+        return found[:limit]
+
     def expert(self, expert_id: str) -> tuple[services_pb2.ExpertSummary, dict[str, Any]]:
         """One expert and its record. Raises `NotFound` for an unknown id."""
-        answer = self._call(self._library.GetExpert, services_pb2.GetExpertRequest(expert_id=expert_id))
+        answer = self._expert(expert_id)
         return answer.expert, json.loads(answer.record_json)
+
+    def attestation(self, expert_id: str) -> str:
+        """The signatures behind an expert, JSON for `attestation.json`; empty for deposits older than they are."""
+        return str(self._expert(expert_id).attestation_json)
+
+    def standing(self, expert_id: str) -> Standing:
+        """What the library says about an expert now."""
+        from connito.library.governance import Standing
+
+        answer = self._expert(expert_id)
+        return Standing(answer.status or "good", answer.reason)
+
+    def mark(self, subject: str, status: str, reason: str) -> bool:
+        """Deprecate, yank or restore an expert, or opt a data source out or in. False where the library has no such expert.
+
+        Raises `Invalid` for what is not the client's own to speak about.
+        """
+        kind = run_pb2.NoticeKind.Value(f"NOTICE_KIND_{status.upper().replace('-', '_')}")
+        command = services_pb2.MarkExpertCommand(subject=subject, kind=kind, reason=reason)
+        try:
+            self._call(
+                self._library.MarkExpert, services_pb2.MarkExpertRequest(envelope=self._seal("rpc.MarkExpert", command))
+            )
+        except NotFound:
+            return False
+        return True
+
+    def meter(self, expert_id: str, verb: str, units: int = 1) -> None:
+        """Write one use down. Raises `NotFound` for an unknown id."""
+        command = services_pb2.MeterUseCommand(expert_id=expert_id, verb=verb, units=units)
+        self._call(self._library.MeterUse, services_pb2.MeterUseRequest(envelope=self._seal("rpc.MeterUse", command)))
+
+    def ledger(self, expert_id: str) -> dict[str, Any]:
+        """Uses of an expert by verb, and whom they are credited to. Raises `NotFound`."""
+        request = services_pb2.GetLedgerRequest(expert_id=expert_id, viewer=self._viewer())
+        answer = self._call(self._library.GetLedger, request)
+        return {"uses": dict(answer.uses), "credited": dict(answer.credited), "uncredited": int(answer.uncredited)}
+
+    def _expert(self, expert_id: str) -> services_pb2.GetExpertResponse:
+        request = services_pb2.GetExpertRequest(expert_id=expert_id, viewer=self._viewer())
+        return cast(services_pb2.GetExpertResponse, self._call(self._library.GetExpert, request))
+
+    def _viewer(self) -> Any:
+        """Who reads, signed; nothing without a key, which sees what is public."""
+        if self._identity is None:
+            return None
+        return seal(self._identity, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand(purpose="read"))
 
     def _seal(self, subject: str, message: Message) -> Any:
         if self._identity is None:

@@ -44,6 +44,8 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     ("merge", "scored"): (cycle_pb2.CycleScored, "aggregator", ""),
     ("merge", "version"): (cycle_pb2.VersionPublished, "aggregator", ""),
     ("library", "deposited"): (run_pb2.ExpertDeposited, "library", "expert_id"),
+    ("library", "notice"): (run_pb2.ExpertNotice, "library", "id"),
+    ("library", "used"): (run_pb2.ExpertUsed, "library", "id"),
     **{
         (window, "opened"): (cycle_pb2.WindowOpened, "coordinator", "")
         for window in ("train", "commit", "submit", "validate", "merge")

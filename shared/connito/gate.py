@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from connito.candidates import Attempt
@@ -19,6 +19,8 @@ class Losses:
     """Held-out loss by domain, the target first: sum of token negative log-likelihoods in nats, and tokens."""
 
     sums: dict[str, tuple[float, int]]
+    # The same by sequence, where it is known: (sums, tokens).
+    rows: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def per_token(self) -> dict[str, float]:
         """Nats per token, of the domains that were measured at all."""

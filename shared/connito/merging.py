@@ -241,7 +241,14 @@ class _Merge:
         return self._compare(self._parent_losses("gate"), outcome.after) if outcome.after.sums else []
 
     def _report_losses(self, digest: str, state: Path) -> list[cycle_pb2.DomainLoss]:
-        return self._compare(self._parent_losses("report"), self.measure("report", digest, state))
+        before, after = self._parent_losses("report"), self.measure("report", digest, state)
+        losses = self._compare(before, after)
+        for loss in losses:
+            if loss.domain in before.rows and loss.domain in after.rows:
+                loss.before_sums.extend(before.rows[loss.domain][0])
+                loss.after_sums.extend(after.rows[loss.domain][0])
+                loss.sequence_tokens.extend(before.rows[loss.domain][1])
+        return losses
 
     def _unmoved(self) -> tuple[Path, Path]:
         """The incumbent, with the momentum it came with."""

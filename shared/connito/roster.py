@@ -25,6 +25,12 @@ class Roster:
     keys: dict[str, frozenset[str]] = field(default_factory=dict)
     stakes: dict[str, float] = field(default_factory=dict)
     retired: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """`keys[role]` are the public keys of a role; `stakes[validator]` weighs its vote (default 1); `organisations[name]`
+    are the keys whose holders see what the library keeps to an organisation."""
+
+    keys: dict[str, frozenset[str]] = field(default_factory=dict)
+    stakes: dict[str, float] = field(default_factory=dict)
+    organisations: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def permits(self, role: str, signer: str) -> bool:
         """Whether `signer` may speak as `role`."""
@@ -41,6 +47,10 @@ class Roster:
             mine.clear()
             mine.update(theirs)  # type: ignore[arg-type]
 
+    def memberships(self, signer: str) -> frozenset[str]:
+        """The organisations that `signer` belongs to."""
+        return frozenset(name for name, members in self.organisations.items() if signer in members)
+
     def stake(self, validator: str) -> float:
         """The weight of a validator's vote; 0 for a key that is not a validator's."""
         spoke = self.permits("validator", validator) or self.retired.get(validator, ("",))[0] == "validator"
@@ -54,6 +64,9 @@ class Roster:
             keys = {str(role): frozenset(map(str, members)) for role, members in raw["keys"].items()}
             stakes = {str(key): float(value) for key, value in raw.get("stakes", {}).items()}
             retired = {str(k): (str(v["role"]), int(v["until_unix_ms"])) for k, v in raw.get("retired", {}).items()}
+            organisations = {
+                str(name): frozenset(map(str, members)) for name, members in raw.get("organisations", {}).items()
+            }
         except OSError as error:
             raise Invalid(
                 f"cannot read the roster {path}: {error.strerror}; set CONNITO_ROSTER to the operator's file"
@@ -77,6 +90,13 @@ class Roster:
 
     def save(self, path: Path) -> None:
         """Write the file that `load` reads."""
+        return cls(keys, stakes, organisations)
+
+    def save(self, path: Path) -> None:
+        """Write the file that `load` reads."""
+        raw = {"keys": {role: sorted(members) for role, members in self.keys.items()}, "stakes": self.stakes}
+        if self.organisations:
+            raw["organisations"] = {name: sorted(members) for name, members in self.organisations.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_json())
 

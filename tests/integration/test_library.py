@@ -15,9 +15,11 @@ import pytest
 from connito import rpc, streams
 from connito.base.loading import load_full
 from connito.bus import Bus
+from connito.envelope import seal
 from connito.errors import Invalid, NotFound
 from connito.expert import base_digests
 from connito.identity import Identity
+from connito.library.attestation import check_attestation
 from connito.local.servers import NatsServer, ObjectStore
 from connito.moe.insert import fingerprint, read_rows
 from connito.moe.state import load_state, save_state
@@ -25,6 +27,7 @@ from connito.roster import Roster
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.v1.envelope_pb2 import Envelope
 from connito.v1.services_pb2_grpc import LibraryServiceStub
 from google.protobuf.message import Message
 from transformers import AutoModelForCausalLM
@@ -61,10 +64,18 @@ async def buses(own_nats: NatsServer, bus_factory, identities: dict[str, Identit
 
 
 async def finish(
-    buses: dict[str, Bus], store: ArtifactStore, run: str, tmp_path: Path, gate: cycle_pb2.GateDecision.ValueType
+    buses: dict[str, Bus],
+    store: ArtifactStore,
+    run: str,
+    tmp_path: Path,
+    gate: cycle_pb2.GateDecision.ValueType,
+    owner: Identity | None = None,
 ) -> TinyRun:
-    """Tell a run of one cycle from its creation to its end. The merged state is the base's rows, moved a little."""
+    """Tell a run of one cycle from its creation to its end. The merged state is the base's rows, moved a little; with an
+    `owner`, the expert is private to them."""
     tiny = await prepare(store, run, tmp_path)
+    if owner is not None:
+        tiny.spec.customer, tiny.spec.visibility = owner.public, "private"
     model = load_full(tiny_base())
     base = base_digests(model, tiny.targets)
     report = json.dumps({"base": {"rest": base.rest, "rows": base.rows}}).encode()
@@ -128,12 +139,79 @@ async def test_a_finished_runs_expert_is_deposited_found_and_loaded(
     card = await store.get_bytes(
         ArtifactRef(digest=record["card"]["digest"], size=record["card"]["bytes"], realm=REALM_PUBLIC)
     )
-    assert card.decode().startswith(f"# {fact.expert_id}\n")
+    assert card.decode().startswith("---\nlibrary_name: connito\n")
+    assert f"\n---\n\n# {fact.expert_id}\n" in card.decode()
     await load_it(tiny, store, fact, found.record_json, tmp_path)
     with pytest.raises(NotFound, match="connito library list"):
         await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id="nobody"))
     with pytest.raises(Invalid, match="page token"):
         await rpc.call(stub.ListExperts, services_pb2.ListExpertsRequest(page_token="x"))
+
+
+async def test_it_is_searched_marked_metered_and_private_things_stay_so(
+    buses: dict[str, Bus],
+    process: ServiceProcess,
+    store: ArtifactStore,
+    roster: Roster,
+    identities: dict[str, Identity],
+    run_id: str,
+    tmp_path: Path,
+):
+    """Statements and uses are facts, so they show again after the index is gone and the process was killed."""
+    bus, customer = buses["coordinator"], identities["customer"]
+    await process.start().ready()
+    await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED, customer)
+    fact = await deposited(bus, roster, run_id)
+    stub, name = await ask(bus), fact.expert_id
+    public = await rpc.call(stub.SearchExperts, services_pb2.SearchExpertsRequest(text=TARGET))
+    assert not public.hits
+    with pytest.raises(NotFound):
+        await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=name))
+
+    def viewer() -> Envelope:
+        return seal(customer, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand())
+
+    async def own() -> services_pb2.ExpertHit:
+        request = services_pb2.SearchExpertsRequest(text=TARGET, everything=True, viewer=viewer())
+        (hit,) = (await rpc.call(stub.SearchExperts, request)).hits
+        return hit
+
+    assert (await own()).saving == pytest.approx(0.5)
+    found = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=name, viewer=viewer()))
+    check_it(await store.fetch(fact.expert), found, roster, tmp_path / "home")
+    stale = seal(customer, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand(), now_ms=1)
+    with pytest.raises(Invalid, match="five minutes"):
+        await rpc.call(stub.ListExperts, services_pb2.ListExpertsRequest(viewer=stale))
+    command = services_pb2.MarkExpertCommand(subject=name, kind=run_pb2.NOTICE_KIND_YANKED, reason="leak")
+    stranger = seal(Identity.generate(), "rpc.MarkExpert", command)
+    with pytest.raises(Invalid, match="not yours"):
+        await rpc.call(stub.MarkExpert, services_pb2.MarkExpertRequest(envelope=stranger))
+    await rpc.call(stub.MarkExpert, services_pb2.MarkExpertRequest(envelope=seal(customer, "rpc.MarkExpert", command)))
+    use = seal(customer, "rpc.MeterUse", services_pb2.MeterUseCommand(expert_id=name, verb="export", units=2))
+    for _ in range(2):  # sent again, it is the same use
+        await rpc.call(stub.MeterUse, services_pb2.MeterUseRequest(envelope=use))
+
+    for _ in range(2):
+        ledger = services_pb2.GetLedgerRequest(expert_id=name, viewer=viewer())
+        async with asyncio.timeout(20):
+            while not (await rpc.call(stub.GetLedger, ledger)).uses:  # noqa: ASYNC110 - the log's progress
+                await asyncio.sleep(0.05)
+        hit, answer = await own(), await rpc.call(stub.GetLedger, ledger)
+        assert (hit.status, hit.reason) == ("yanked", "leak")
+        assert (dict(answer.uses), dict(answer.credited)) == ({"export": 2}, {"UA": 2})
+        process.kill()
+        await process.start().ready()
+        stub = await ask(bus)
+    assert await bus.last_sequence("LIBRARY") == 3
+
+
+def check_it(file: Path, found: services_pb2.GetExpertResponse, roster: Roster, folder: Path) -> None:
+    """What the API gives out verifies offline, against the operator's roster."""
+    folder.mkdir()
+    shutil.copy(file, folder / "expert.safetensors")
+    (folder / "record.json").write_text(found.record_json)
+    (folder / "attestation.json").write_text(found.attestation_json)
+    assert len(check_attestation(folder, roster)) == 2
 
 
 async def load_it(

@@ -84,6 +84,8 @@ def named(evidence: Evidence) -> Iterator[Named]:
     if facts.selection is not None:
         yield Named("selection report", facts.selection.report)
         yield Named("initial state θ_0", facts.selection.initial_state)
+        if facts.selection.HasField("signature"):
+            yield Named("routing signature", facts.selection.signature)
         yield from _considered(evidence)
     for cycle in facts.cycles():
         settled, version = facts.settled("submit", cycle), facts.version(cycle)
@@ -96,6 +98,8 @@ def named(evidence: Evidence) -> Iterator[Named]:
         assert isinstance(fact.message, run_pb2.ExpertDeposited)
         yield Named("library expert", fact.message.expert)
         yield Named("record of the library expert", fact.message.record)
+        if fact.message.HasField("attestation"):
+            yield Named("attestation of the library expert", fact.message.attestation)
 
 
 def _considered(evidence: Evidence) -> Iterator[Named]:

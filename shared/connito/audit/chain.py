@@ -15,6 +15,8 @@ from connito.facts import Record
 from connito.subjects import WINDOWS
 
 TAG = b"connito.v1.audit.chain"
+# What the library hears of an expert once its run has ended: new ones do not make another run of it.
+_AFTERWARDS = re.compile(r"connito\.v1\.[^.]+\.library\.0\.(notice|used)\.")
 
 
 def windows_of(records: Iterable[Record]) -> dict[str, str]:
@@ -25,6 +27,8 @@ def windows_of(records: Iterable[Record]) -> dict[str, str]:
     """
     heads: dict[str, bytes] = {}
     for record in sorted(records, key=lambda record: (record.stream, record.sequence)):
+        if _AFTERWARDS.match(record.subject):
+            continue
         window = _window(record.subject)
         head = heads.get(window) or hashlib.sha256(TAG + window.encode()).digest()
         heads[window] = hashlib.sha256(head + record.sequence.to_bytes(8, "big") + _bytes(record)).digest()

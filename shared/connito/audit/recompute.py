@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from connito import subjects
 from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.evidence import Evidence
@@ -164,6 +165,26 @@ def _losses(
             what = distances.add(getattr(one, side), getattr(other, side))
             if what:
                 yield f"{kind} of {one.domain}, {side}: {what}"
+        yield from _sequences(kind, one, other, distances)
+
+
+def _sequences(
+    kind: str, again: cycle_pb2.DomainLoss, recorded: cycle_pb2.DomainLoss, distances: Distances
+) -> Iterator[str]:
+    """What differs sequence by sequence, where the version says it that finely: older ones do not."""
+    if not recorded.sequence_tokens:
+        return
+    if list(again.sequence_tokens) != list(recorded.sequence_tokens):
+        yield f"{kind} of {again.domain}: other sequences than recomputed"
+        return
+    for side in ("before_sums", "after_sums"):
+        for one, other, tokens in zip(
+            getattr(again, side), getattr(recorded, side), again.sequence_tokens, strict=False
+        ):
+            what = distances.add(one / tokens, other / tokens)
+            if what:
+                yield f"{kind} of {again.domain}, {side}: {what}"
+                return
 
 
 def draws(bench: Bench, cycle: int) -> Step:
@@ -268,7 +289,12 @@ def expert(bench: Bench) -> Step:
     where = bench.evidence.subject("library", 0, "deposited", message.expert_id)
     try:
         again = deposit_again(bench)
-        what = first_difference(again.message, message) if again is not None else "this run leaves nothing to deposit"
+        if again is None:
+            what = "this run leaves nothing to deposit"
+        elif message.HasField("attestation"):
+            what = first_difference(again.message, message)
+        else:
+            what = _as_older(again, bench.artifacts.path(message.record).read_bytes(), message)
     except Invalid as error:
         what = f"cannot be recomputed: {error}"
     if what:
@@ -276,12 +302,32 @@ def expert(bench: Bench) -> Step:
     return Step("expert", 0, 3, tuple(found))
 
 
+def _as_older(again: Deposited, recorded: bytes, message: run_pb2.ExpertDeposited) -> str:
+    """What is wrong with a deposit from before there were attestations: its record has to say, as far as it goes, what
+    the log says, and its card is taken as it is."""
+    try:
+        there, here = json.loads(recorded), json.loads(again.record)
+    except ValueError:
+        return "the record is not JSON"
+    odd = sorted(key for key in there if key != "card" and there[key] != here.get(key))
+    if odd:
+        return f"the record says another {odd[0]} than the log"
+    again.message.record.CopyFrom(message.record)
+    again.message.ClearField("attestation")
+    return first_difference(again.message, message)
+
+
 @dataclass(frozen=True)
 class Deposited:
-    """What the library has to write: the fact, and the expert, its record and its card as bytes."""
+    """What the library has to write: the fact, and the expert, its record, its card and its attestation as bytes."""
 
     message: run_pb2.ExpertDeposited
     files: tuple[bytes, ...]
+
+    @property
+    def record(self) -> bytes:
+        """The record's bytes."""
+        return self.files[1]
 
 
 def deposit_again(bench: Bench) -> Deposited | None:
@@ -303,7 +349,11 @@ def deposit_again(bench: Bench) -> Deposited | None:
         path = Path(folder) / "expert.safetensors"
         digest = write_expert(state, path, decision.with_base(report.get("base", {})))
         data = path.read_bytes()
-    record = build_record(facts, digest, len(data), tensor_sizes(state)[0])
+    signature = None
+    if facts.selection.HasField("signature"):
+        signature = json.loads(bench.artifacts.path(facts.selection.signature).read_bytes())
+    record = build_record(facts, digest, len(data), tensor_sizes(state)[0], signature)
+    attestation = _attest(bench, decision.cycle, state)
     card = render(record).encode()
     card_ref = ref_of_bytes(card, CARD_MEDIA_TYPE, public)
     record["card"] = {"digest": card_ref.digest, "bytes": card_ref.size}
@@ -315,8 +365,21 @@ def deposit_again(bench: Bench) -> Deposited | None:
         domain=record["domain"],
         base_digest=record["base"]["manifest"],
         parents=[record["started_from"]["expert_id"]] if "started_from" in record else [],
+        attestation=ref_of_bytes(attestation, "application/json", public),
     )
-    return Deposited(message, (data, encode(record), card))
+    return Deposited(message, (data, encode(record), card, attestation))
+
+
+def _attest(bench: Bench, cycle: int, state: Path) -> bytes:
+    """The aggregator's part of the attestation, from its envelope in the log."""
+    from connito.library.attestation import attest
+    from connito.library.attestation import encode as encode_attestation
+
+    subject = subjects.fact(bench.evidence.run, "merge", cycle, "version")
+    envelope = next((record.data for record in bench.evidence.records if record.subject == subject), None)
+    if envelope is None:
+        raise Invalid(f"the log does not hold {subject}")
+    return encode_attestation(attest(subject, envelope, state))
 
 
 def without_deposits(facts: RunFacts) -> RunFacts:

@@ -87,7 +87,10 @@ def selection(bench: Bench) -> Step:
         return Step("selection", 0, 0, note="nothing was selected")
     bench.say("selecting again")
     try:
-        what = first_difference(_select(spec, bench.artifacts, made, _library(bench, spec, made)), made)
+        again = _select(spec, bench.artifacts, made, _library(bench, spec, made))
+        if not made.HasField("signature"):  # logs from before selections had one
+            again.ClearField("signature")
+        what = first_difference(again, made)
     except Invalid as error:
         what = f"cannot be recomputed: {error}"
     found = (Difference("selection", "run.0.selected", what),) if what else ()
@@ -134,6 +137,7 @@ def _select(
             run=spec.run,
             layers=chosen.layers(),
             report=ref,
+            signature=ref_of_bytes(chosen.signature_bytes(), "application/json", public),
             initial_state=ref_of_file(theta, STATE_MEDIA_TYPE, public),
             selected_experts=chosen.selection.selected,
             total_experts=chosen.selection.total,

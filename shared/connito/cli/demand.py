@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from connito.cli.experts import ShelfOption, open_shelf
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
-from connito.cli.shelf import ShelfOption, open_shelf
 
 if TYPE_CHECKING:
     from connito.library.demand import Demand, Training

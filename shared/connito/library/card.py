@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from connito.library.artifact import CARD_FILE, MODEL_FORMAT
+from connito.library.governance import TERMS, governance
+from connito.library.plots import EXPERTS, LOSSES, plots
+
 _CARD = """\
+---
+{front}
+---
+
 # {expert_id}
 
 An expert for **{domain}**: {selected} of the {total} routed experts of `{base_name}`, {parameters:,} parameters
@@ -15,16 +25,20 @@ An expert for **{domain}**: {selected} of the {total} routed experts of `{base_n
 | base model | `{base_name}`, manifest `{manifest}` |
 | expert file | `{digest}`, {bytes:,} bytes |
 | made by | run `{run}`, {versions} versions, finished {created} |
+| version | {version} |
+| made from | {parents} |
 | licence | {license} |
+| visible to | {visibility} |
 | data | {data_statement} |
 {start}
 ## Measured effect
 
 Held-out loss in nats per token, on sequences that decided nothing in the run. Lower is better.
 
-| domain | before | after | change | tokens |
-|---|---:|---:|---:|---:|
+| domain | before | after | change | tokens | 95 % interval of the change |
+|---|---:|---:|---:|---:|---|
 {losses}
+{losses_plot}
 
 ## What it changes
 
@@ -33,6 +47,7 @@ Selected by {method} at threshold {threshold:g}.
 | layer | experts |
 |---:|---|
 {layers}
+{experts_plot}
 
 ## Lineage
 
@@ -48,6 +63,10 @@ Selected by {method} at threshold {threshold:g}.
 
 ## Use
 
+{use}
+"""
+
+_USE = """\
 ```python
 import connito
 from transformers import AutoModelForCausalLM
@@ -56,6 +75,18 @@ model = AutoModelForCausalLM.from_pretrained("{base_name}")
 loaded = connito.load_expert(model, "{expert_id}/")
 loaded.remove()  # the base again, bit for bit
 ```
+
+`connito library verify {expert_id}/` checks file, record and signatures without a network.
+"""
+
+_USE_MODEL = """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{expert_id}/")
+```
+
+`connito library verify {expert_id}/` checks every file without a network.
 """
 
 
@@ -71,7 +102,57 @@ def _number(value: float | None) -> str:
 def _loss_row(row: dict[str, Any]) -> str:
     before, after = row["before"], row["after"]
     change = "–" if before is None or after is None else f"{after - before:+.4f}"
-    return f"| {_text(row['domain'])} | {_number(before)} | {_number(after)} | {change} | {row['tokens']:,} |"
+    interval = f"{row['change_low']:+.4f} to {row['change_high']:+.4f}" if "change_low" in row else "–"
+    return (
+        f"| {_text(row['domain'])} | {_number(before)} | {_number(after)} | {change} | {row['tokens']:,} | {interval} |"
+    )
+
+
+def _front(record: dict[str, Any]) -> str:
+    """The YAML head that model hubs read. Every value is JSON, which is YAML."""
+    domain, base = str(record["domain"]), str(record["base"]["name"])
+    lines = [
+        "library_name: connito",
+        f"license: {_hub_license(str(record.get('license', '')))}",
+        f"base_model: {json.dumps(base, ensure_ascii=False)}",
+        f"base_model_relation: {'merge' if record.get('derived', {}).get('verb') == 'compose' else 'finetune'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(
+            f"- {json.dumps(tag, ensure_ascii=False)}"
+            for tag in ("mixture-of-experts", "expert", "safetensors", domain)
+        ),
+    ]
+    measured = [row for row in record["losses"] if row.get("after") is not None]
+    if measured:
+        lines += ["model-index:", f"- name: {json.dumps(record['expert_id'])}", "  results:"]
+    for row in measured:
+        name = json.dumps(str(row["domain"]), ensure_ascii=False)
+        lines += [
+            "  - task: {type: text-generation}",
+            f"    dataset: {{name: {name}, type: held-out}}",
+            f"    metrics: [{{type: loss, name: nats per token, value: {float(row['after']):.6f}}}]",
+        ]
+    return "\n".join(lines)
+
+
+def _hub_license(license_: str) -> str:
+    """Hubs know licences by lower-case SPDX names; what is not one of those is `other`."""
+    return license_.lower() if license_ in TERMS and not license_.startswith("LicenseRef") else "other"
+
+
+def _parents(record: dict[str, Any]) -> str:
+    derived = record.get("derived", {})
+    named = [f"`{parent['expert_id']}` × {parent.get('weight', 1.0):g}" for parent in derived.get("parents", [])]
+    how = f"{derived['verb']} of " if derived.get("verb") else ""
+    return how + (
+        ", ".join([*named, *(f"`{name}`" for name in record.get("parents", []) if not derived)]) or "the base"
+    )
+
+
+def _visibility(record: dict[str, Any]) -> str:
+    rules = governance(record)
+    return rules["organisation"] if rules["visibility"] == "organisation" else str(rules["visibility"])
 
 
 def _lineage_row(row: dict[str, Any]) -> str:
@@ -99,8 +180,17 @@ def _start(start: dict[str, Any] | None) -> str:
 def render(record: dict[str, Any]) -> str:
     """The Markdown card of a record."""
     selection, expert, model = record["selection"], record["expert"], record["model_parameters"]
+    drawn = plots(record)
+    use = _USE_MODEL if record.get("format") == MODEL_FORMAT else _USE
     layers = sorted(selection["layers"].items(), key=lambda item: int(item[0]))
     return _CARD.format(
+        front=_front(record),
+        version=record.get("version") or "–",
+        parents=_parents(record),
+        visibility=_text(_visibility(record)),
+        losses_plot=f"\n![change of the loss]({LOSSES})\n" if LOSSES in drawn else "",
+        experts_plot=f"\n![experts by layer]({EXPERTS})\n" if EXPERTS in drawn else "",
+        use=use.format(base_name=_text(record["base"]["name"]), expert_id=record["expert_id"]),
         expert_id=record["expert_id"],
         domain=_text(record["domain"]),
         selected=selection["selected"],
@@ -124,3 +214,10 @@ def render(record: dict[str, Any]) -> str:
         lineage="\n".join(map(_lineage_row, record["lineage"])),
         contributors="\n".join(map(_contributor_row, record["contributors"])) or "| – | – | – | – |",
     )
+
+
+def write_card(record: dict[str, Any], folder: Path) -> None:
+    """The card and its plots, into the folder of an expert."""
+    (folder / CARD_FILE).write_text(render(record))
+    for name, drawn in plots(record).items():
+        (folder / name).write_text(drawn)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from connito.facts import RunFacts
 from connito.library.artifact import ExpertHeader
-from connito.library.record import MERGED, versions
+from connito.library.record import MERGED, ended_at, versions
 from connito.v1 import artifacts_pb2, run_pb2
 
 # Everything that the record of an expert tells is in these.
@@ -16,10 +16,11 @@ STREAMS = ("RUNS", "TRAIN", "MERGE", "LIBRARY")
 
 @dataclass(frozen=True)
 class Deposit:
-    """An expert to write: the final state of a run and the header of its file."""
+    """An expert to write: the final state of a run, the header of its file, and the cycle that published the state."""
 
     state: artifacts_pb2.ArtifactRef
     header: ExpertHeader
+    cycle: int = 0
 
     def with_base(self, digests: Mapping[str, str]) -> ExpertHeader:
         """The header with the base model's digests, as the selection report gives them (`rest`, `rows`)."""
@@ -45,7 +46,7 @@ def plan(facts: RunFacts) -> Deposit | Nothing:
         return Nothing("no submission was merged: the final state is the base's own")
     if facts.all("library", 0, "deposited"):
         return Nothing("the expert is already deposited")
-    final = next((version for version in history if version.version == ended.final_version), history[-1])
+    final = ended_at(facts, history)
     layers = {layer.layer: sorted(layer.experts) for layer in selection.layers}
     header = ExpertHeader(spec.domain, spec.base.name, spec.base.manifest.digest, layers, spec.run, final.version)
-    return Deposit(final.state, header)
+    return Deposit(final.state, header, final.cycle)

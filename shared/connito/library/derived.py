@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from connito.errors import Invalid
-from connito.library.artifact import ExpertHeader
+from connito.library.artifact import MODEL_FORMAT, ExpertHeader
 from connito.library.governance import VISIBILITIES, governance
 from connito.library.record import RECORD_FORMAT, expert_id
+from connito.library.signature import joint_signature
 
 Record = Mapping[str, Any]
 
@@ -41,6 +42,8 @@ def derived_record(
         "format": RECORD_FORMAT,
         "expert_id": expert_id(header.domain, digest),
         "domain": header.domain,
+        "version": 0,
+        "parents": [str(record["expert_id"]) for record in records],
         "run": "",
         "created": created,
         "base": dict(first["base"]),
@@ -61,6 +64,7 @@ def derived_record(
         "data_statement": " / ".join(sorted({str(r["data_statement"]) for r in records if r.get("data_statement")})),
         "customer": "",
         "training_data": "",
+        "signature": joint_signature([(record.get("signature"), weight) for record, weight in parents]),
         "governance": joint_governance(records),
         "derived": {
             "verb": verb,
@@ -68,6 +72,66 @@ def derived_record(
             "parents": [
                 {"expert_id": record["expert_id"], "digest": record["expert"]["digest"], "weight": weight}
                 for record, weight in parents
+            ],
+        },
+    }
+
+
+def model_record(
+    verb: str,
+    domain: str,
+    base: Mapping[str, str],
+    parents: Sequence[Record],
+    *,
+    digest: str,
+    size: int,
+    parameters: int,
+    keep: Mapping[int, Sequence[int]],
+    created: str,
+    license: str,  # noqa: A002 - the record's word
+    settings: Mapping[str, Any],
+    losses: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What an exported model's record has in common with an expert's, so that the library keeps and finds both.
+
+    `digest`, `size`, `parameters` are of the model file. `parents`: the experts that were in the base before; without
+    any, nobody is credited and the model is public. Raises `Invalid` for private owners that differ.
+    """
+    even = [(parent, 1.0) for parent in parents]
+    return {
+        "format": MODEL_FORMAT,
+        "expert_id": expert_id(f"{domain or 'model'}-{verb}", digest),
+        "domain": domain,
+        "version": 0,
+        "parents": [str(parent["expert_id"]) for parent in parents],
+        "run": "",
+        "created": created,
+        "base": dict(base),
+        "expert": {"digest": digest, "bytes": size, "parameters": parameters},
+        "model_parameters": parameters,
+        "selection": {
+            "method": verb,
+            "threshold": 0.0,
+            "layers": {str(layer): list(experts) for layer, experts in sorted(keep.items())},
+            "selected": sum(map(len, keep.values())),
+            "total": sum(map(len, keep.values())),
+            "report": "",
+        },
+        "losses": [dict(row) for row in losses],
+        "lineage": [],
+        "contributors": joint_contributors(even),
+        "license": license,
+        "data_statement": " / ".join(sorted({str(p["data_statement"]) for p in parents if p.get("data_statement")})),
+        "customer": "",
+        "training_data": "",
+        "signature": joint_signature([(parent.get("signature"), 1.0) for parent in parents]),
+        "governance": joint_governance(parents) if parents else {},
+        "derived": {
+            "verb": verb,
+            "settings": dict(settings),
+            "parents": [
+                {"expert_id": parent["expert_id"], "digest": parent["expert"]["digest"], "weight": 1.0}
+                for parent in parents
             ],
         },
     }

@@ -20,7 +20,7 @@ from connito.facts import Fact
 from connito.library.governance import Standing, governance
 from connito.v1 import reasons_pb2, run_pb2
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KINDS = ("deposited", "deprecated", "yanked", "restored", "opted-out", "opted-in", "used")
 
 _SCHEMA = """
@@ -32,6 +32,7 @@ CREATE TABLE experts (
   visibility TEXT NOT NULL, organisation TEXT NOT NULL, owner TEXT NOT NULL, saving REAL);
 CREATE TABLE records (id INTEGER PRIMARY KEY, record TEXT NOT NULL);
 CREATE INDEX experts_domain ON experts (domain);
+CREATE INDEX experts_sequence ON experts (sequence);
 CREATE TABLE notices (
   expert_id TEXT PRIMARY KEY, origin TEXT NOT NULL, sequence INTEGER NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL
 ) WITHOUT ROWID;

@@ -8,13 +8,14 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from connito.errors import Invalid, reason_name
 from connito.facts import RunFacts
+from connito.library.interval import change_interval
 from connito.library.start import start_record
-from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import cycle_pb2, reasons_pb2
 
 RECORD_FORMAT = "connito-record/1"
 RECORD_MEDIA_TYPE = "application/vnd.connito.record+json"
@@ -37,19 +38,24 @@ def expert_id(domain: str, digest: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', domain)[:60]}-{digest[:12]}"
 
 
-def build_record(facts: RunFacts, digest: str, size: int, parameters: int) -> dict[str, Any]:
+def build_record(
+    facts: RunFacts, digest: str, size: int, parameters: int, signature: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The record of the expert file `digest` (`size` bytes, `parameters` numbers) that came out of a run.
 
+    `signature`: the routing signature that the selection names, where it does.
     Raises `Invalid` when the run is not finished or published no version.
     """
     spec, selection, ended = facts.spec, facts.selection, facts.fact("run", 0, "ended")
     history = versions(facts)
     if spec is None or selection is None or ended is None or not history:
         raise Invalid(f"run {facts.run} has no finished model version to describe; wait until it has ended")
-    record = {
+    record: dict[str, Any] = {
         "format": RECORD_FORMAT,
         "expert_id": expert_id(spec.domain, digest),
         "domain": spec.domain,
+        "version": ended_at(facts, history).version,
+        "parents": [],
         "run": spec.run,
         "created": datetime.datetime.fromtimestamp(ended.time_unix_ms / 1000, datetime.UTC).isoformat(
             timespec="milliseconds"
@@ -72,33 +78,42 @@ def build_record(facts: RunFacts, digest: str, size: int, parameters: int) -> di
         "data_statement": spec.data_statement,
         "customer": spec.customer,
         "training_data": spec.train.artifact.digest,
-    }
-    return record | _asked(spec, selection)
-
-
-def _asked(spec: run_pb2.RunSpec, selection: run_pb2.SelectionMade) -> dict[str, Any]:
-    """What only a job that asked for it has: terms of its own, and the expert that the run started from."""
-    found: dict[str, Any] = {}
-    if spec.visibility or spec.data_sources:
-        found["governance"] = {
+        "signature": None if signature is None else dict(signature),
+        "governance": {
             "visibility": spec.visibility or "public",
             "organisation": spec.organisation,
             "owner": spec.customer,
-            "sources": sorted({*spec.data_sources, spec.train.artifact.digest}),
-        }
+            "sources": sorted({*spec.data_sources, *filter(None, [spec.train.artifact.digest])}),
+        },
+    }
     start = start_record(selection)
-    if start is not None:
-        found["started_from"] = start
-    return found
+    return record if start is None else {**record, "parents": [start["expert_id"]], "started_from": start}
+
+
+def ended_at(facts: RunFacts, history: Sequence[cycle_pb2.VersionPublished]) -> cycle_pb2.VersionPublished:
+    """The version that a run ended with."""
+    final = 0 if facts.ended is None else facts.ended.final_version
+    return next((version for version in history if version.version == final), history[-1])
 
 
 def _losses(history: list[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:
-    """Nats per token on the report subset, target first: before the first version, after the last."""
-    first = {loss.domain: loss.before for loss in history[0].losses}
-    return [
-        {"domain": loss.domain, "before": first.get(loss.domain), "after": loss.after, "tokens": loss.tokens}
-        for loss in history[-1].losses
-    ]
+    """Nats per token on the report subset, target first: before the first version, after the last, and the paired 95 %
+    interval of the change where the versions tell the losses sequence by sequence."""
+    first = {loss.domain: loss for loss in history[0].losses}
+    rows = []
+    for loss in history[-1].losses:
+        began = first.get(loss.domain)
+        interval = began and change_interval(began.before_sums, loss.after_sums, loss.sequence_tokens)
+        rows.append(
+            {
+                "domain": loss.domain,
+                "before": None if began is None else began.before,
+                "after": loss.after,
+                "tokens": loss.tokens,
+                **({"change_low": interval[0], "change_high": interval[1]} if interval else {}),
+            }
+        )
+    return rows
 
 
 def _lineage(facts: RunFacts, history: Iterable[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:

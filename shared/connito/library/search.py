@@ -48,6 +48,7 @@ def search(
     viewer: Viewer | None = None,
     everything: bool = False,
     limit: int = 20,
+    offset: int = 0,
 ) -> list[Hit]:
     """Experts whose record has all words of `text` (else any of them), best match first; without words, by saving.
 
@@ -56,10 +57,19 @@ def search(
     """
     words = _WORD.findall(text)
     for joiner in (" AND ", " OR ") if len(words) > 1 else (" ",):
-        hits = _query(index, joiner.join(_terms(words)), domain, base_digest, viewer or Viewer(), everything, limit)
-        if hits:
+        match = joiner.join(_terms(words))
+        hits = _query(index, match, domain, base_digest, viewer or Viewer(), everything, limit, offset)
+        # A later page that is empty belongs to a search that had a first one: it has ended, and is not widened.
+        if hits or (offset and _query(index, match, domain, base_digest, viewer or Viewer(), everything, 1, 0)):
             return hits
     return []
+
+
+def visible(index: Index, viewer: Viewer, *, after: int = 0, limit: int = 50) -> list[tuple[int, str]]:
+    """(sequence, expert id) of what `viewer` may see beyond the sequence `after`, oldest first, whatever its standing."""
+    where, parameters = _conditions("", "", viewer, everything=True)
+    sql = f"SELECT e.sequence, e.expert_id FROM experts e WHERE e.sequence > ? AND {where} ORDER BY e.sequence LIMIT ?"  # noqa: S608
+    return [(int(row[0]), str(row[1])) for row in index.select(sql, (after, *parameters, limit))]
 
 
 def _terms(words: Sequence[str]) -> list[str]:
@@ -67,7 +77,7 @@ def _terms(words: Sequence[str]) -> list[str]:
 
 
 def _query(
-    index: Index, match: str, domain: str, base_digest: str, viewer: Viewer, everything: bool, limit: int
+    index: Index, match: str, domain: str, base_digest: str, viewer: Viewer, everything: bool, limit: int, offset: int
 ) -> list[Hit]:
     where, parameters = _conditions(domain, base_digest, viewer, everything)
     columns = "e.id, e.expert_id, e.domain, e.license, e.saving"
@@ -75,12 +85,12 @@ def _query(
         weights = ", ".join(map(str, _WEIGHTS))
         sql = (
             f"SELECT {columns}, -bm25(words, {weights}) AS score FROM words JOIN experts e ON e.id = words.rowid "  # noqa: S608
-            f"WHERE words MATCH ? AND {where} ORDER BY score DESC, e.saving DESC, e.expert_id LIMIT ?"
+            f"WHERE words MATCH ? AND {where} ORDER BY score DESC, e.saving DESC, e.expert_id LIMIT ? OFFSET ?"
         )
-        rows = index.select(sql, (match, *parameters, limit))
+        rows = index.select(sql, (match, *parameters, limit, offset))
     else:
-        sql = f"SELECT {columns}, 0.0 FROM experts e WHERE {where} ORDER BY e.saving DESC, e.expert_id LIMIT ?"  # noqa: S608
-        rows = index.select(sql, (*parameters, limit))
+        sql = f"SELECT {columns}, 0.0 FROM experts e WHERE {where} ORDER BY e.saving DESC, e.expert_id LIMIT ? OFFSET ?"  # noqa: S608
+        rows = index.select(sql, (*parameters, limit, offset))
     # Records are long: only those that are shown are read.
     places = ", ".join("?" * len(rows))
     texts = dict(index.select(f"SELECT id, record FROM records WHERE id IN ({places})", [row[0] for row in rows]))  # noqa: S608

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.library.artifact import CARD_FILE, EXPERT_FILE, RECORD_FILE, read_header
-from connito.library.card import render
+from connito.library.artifact import EXPERT_FILE, MODEL_FORMAT, RECORD_FILE, read_header
+from connito.library.attestation import ATTESTATION_FILE
+from connito.library.card import write_card
 from connito.library.governance import governance
 from connito.library.index import Index, LibraryEvent
 from connito.library.record import encode
@@ -81,13 +82,17 @@ class Shelf:
             raise NotFound(f"there is no expert {expert_id!r} on the shelf {self.root}; see `connito library search`")
         return folder, json.loads((folder / RECORD_FILE).read_bytes())
 
-    def deposit(self, expert: Path, record: Mapping[str, Any], at_unix_ms: int) -> str:
-        """Put an expert file and its record on the shelf; returns the id. The same expert twice is one entry.
+    def deposit(self, expert: Path, record: Mapping[str, Any], at_unix_ms: int, attestation: str | None = None) -> str:
+        """Put an expert file, its record and the signatures behind it on the shelf; returns the id. The same expert twice
+        is one entry. Without `attestation`, the one that lies beside the file is taken, where it is of this record.
 
         Raises `VerificationFailed` when file and record do not belong together.
         """
         check_expert(expert, record)
         governance(record)
+        beside = expert.with_name(ATTESTATION_FILE)
+        if attestation is None and beside.is_file():
+            attestation = beside.read_text()
         name = str(record["expert_id"])
         folder = self.path(name)
         data = encode(dict(record))
@@ -99,8 +104,41 @@ class Shelf:
             partial.mkdir()
             shutil.copyfile(expert, partial / EXPERT_FILE)
             (partial / RECORD_FILE).write_bytes(data)
-            (partial / CARD_FILE).write_text(render(dict(record)))
+            if attestation:
+                (partial / ATTESTATION_FILE).write_text(attestation)
+            write_card(dict(record), partial)
             partial.rename(folder)
+            self._append("deposited", name, {"record": hashlib.sha256(data).hexdigest()}, at_unix_ms)
+        return name
+
+    def deposit_model(self, folder: Path, at_unix_ms: int) -> str:
+        """Put a model made of experts, as pruning and extraction export it, on the shelf; returns the id.
+
+        Raises `VerificationFailed` for a folder whose files are not those of its record.
+        """
+        data = (folder / RECORD_FILE).read_bytes()
+        record = json.loads(data)
+        if record.get("format") != MODEL_FORMAT or "expert_id" not in record:
+            raise Invalid(f"{folder} is not a model of the library: its record is {record.get('format')!r}")
+        governance(record)
+        name = str(record["expert_id"])
+        for entry, described in record["files"].items():
+            with (folder / entry).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != described["digest"]:
+                    raise VerificationFailed(
+                        f"{folder / entry} is not the file that was exported; export it again",
+                        reason=reasons_pb2.REASON_DIGEST_MISMATCH,
+                    )
+        target = self.path(name)
+        with self._lock():
+            if (target / RECORD_FILE).is_file():
+                return name
+            partial = target.with_name(f".{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for entry in (*record["files"], RECORD_FILE):
+                shutil.copyfile(folder / entry, partial / entry)
+            partial.rename(target)
             self._append("deposited", name, {"record": hashlib.sha256(data).hexdigest()}, at_unix_ms)
         return name
 

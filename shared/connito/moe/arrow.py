@@ -19,6 +19,7 @@ import torch
 
 from connito.errors import Invalid
 from connito.moe.compose import Part, Recipe, RowKey, Rows, layers_of, merge
+from connito.moe.head import Head
 from connito.moe.implementation import Implementation, register
 from connito.moe.layout import MoELayer, require_moe_layers
 from connito.v1 import reasons_pb2
@@ -113,6 +114,44 @@ def linear_router(gates: Mapping[int, torch.Tensor]) -> Mixing:
         return (x.float() @ gates[layer].T).softmax(dim=-1)
 
     return mix
+
+
+def train_router(
+    model: nn.Module,
+    parts: Sequence[Part],
+    base: Mapping[RowKey, torch.Tensor],
+    sequences: npt.NDArray[Any],
+    *,
+    steps: int = 40,
+    learning_rate: float = 0.05,
+) -> dict[int, torch.Tensor]:
+    """Gates G_l [V, H] of MoLoRA's router, trained on `sequences` int32 [n, L + 1] with everything else frozen.
+
+    Starts at zero, the uniform mixture; each step is one sequence, in their order. Adam. Deterministic.
+    """
+    if not len(sequences):
+        raise Invalid("there is no text to train the router on: give some of every expert's domain")
+    touched = layers_of({key: None for part in parts for key in part.rows})
+    layers = require_moe_layers(model)
+    gates = {
+        index: torch.zeros(len(parts), _width(layers[index].router), requires_grad=True)
+        for index in touched
+        if index in layers
+    }
+    optimiser = torch.optim.Adam(list(gates.values()), lr=learning_rate)
+    head = Head(model)
+    with variants(model, parts, base, linear_router(gates)):
+        for step in range(steps):
+            ids = torch.from_numpy(sequences[step % len(sequences)][None].astype("int64"))
+            loss = head.nll(ids[:, :-1], ids[:, 1:]).mean()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+    return {index: gate.detach() for index, gate in gates.items()}
+
+
+def _width(router: Any) -> int:
+    return int(router.weight.shape[-1])
 
 
 @contextmanager

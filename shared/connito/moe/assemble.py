@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from connito.errors import Invalid, VerificationFailed
 from connito.expert import base_digests, check_base
-from connito.library.artifact import CARD_FILE, EXPERT_FILE, RECORD_FILE, ExpertHeader, tensor_sizes, write_expert
-from connito.library.card import render
+from connito.library.artifact import EXPERT_FILE, RECORD_FILE, ExpertHeader, tensor_sizes, write_expert
+from connito.library.card import write_card
 from connito.library.derived import derived_record
 from connito.library.governance import Permission
 from connito.library.record import encode
 from connito.moe.compose import Part, Recipe, Rows, base_rows, conflicts, layers_of, merge, read_part, state_of
-from connito.moe.insert import fingerprint
+from connito.moe.insert import fingerprint, write_rows
+from connito.moe.measure import Before, Texts
 from connito.moe.state import save_state
 from connito.v1 import reasons_pb2
 
@@ -40,11 +41,14 @@ def compose_experts(
     weights: Mapping[str, float] | None = None,
     permission: Permission,
     created: str,
-    losses: Sequence[Mapping[str, Any]] = (),
+    texts: Texts | None = None,
+    verb: str = "compose",
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Merge `experts` (weights by expert id) on the bare base `model` and write the result to the folder `out`.
 
-    Returns its record; `derived.settings` holds recipe and conflicts. The same experts, recipe and weights give the
+    Returns its record; `derived.settings` holds recipe, conflicts and `extra`. `texts`, int32 [n, L + 1] by domain, are
+    measured without and with the result. The same experts, recipe and weights give the
     same expert file, byte for byte. Raises `Invalid` for experts of another base than `model`.
     """
     parts, base = _read(model, experts)
@@ -53,10 +57,11 @@ def compose_experts(
         raise Invalid(f"there is a weight for {unknown[0]}, which is not among the experts {', '.join(chosen)}")
     rows = merge(parts, base, recipe, chosen)
     header = _header(model, parts, rows)
+    losses = _measured(model, rows, base, texts or {})
     out.mkdir(parents=True, exist_ok=True)
     digest = _write(rows, header, out / EXPERT_FILE)
     record = derived_record(
-        "compose",
+        verb,
         header,
         [(record, chosen[part.name]) for part, (_, record) in zip(parts, experts, strict=True)],
         digest=digest,
@@ -64,12 +69,28 @@ def compose_experts(
         parameters=tensor_sizes(out / EXPERT_FILE)[0],
         created=created,
         license=permission.license,
-        settings={**asdict(recipe), "conflicts": [asdict(conflict) for conflict in conflicts(parts, base)]},
+        settings={
+            **asdict(recipe),
+            "conflicts": [asdict(conflict) for conflict in conflicts(parts, base)],
+            **(extra or {}),
+        },
         losses=losses,
     )
     (out / RECORD_FILE).write_bytes(encode(record))
-    (out / CARD_FILE).write_text(render(record))
+    write_card(record, out)
     return record
+
+
+def _measured(model: nn.Module, rows: Rows, base: Rows, texts: Texts) -> list[dict[str, Any]]:
+    """Losses by domain without and with `rows`; the model is the base again afterwards."""
+    if not texts:
+        return []
+    before = Before.of(model, texts)
+    write_rows(model, layers_of(rows), state_of(rows))
+    try:
+        return before.compare(model)
+    finally:
+        write_rows(model, layers_of(rows), state_of({key: base[key] for key in rows}))
 
 
 def verify_composition(model: nn.Module, folder: Path, parents: Sequence[Expert]) -> dict[str, Any]:
@@ -80,7 +101,7 @@ def verify_composition(model: nn.Module, folder: Path, parents: Sequence[Expert]
     """
     record: dict[str, Any] = json.loads((folder / RECORD_FILE).read_bytes())
     derived = record.get("derived", {})
-    if derived.get("verb") != "compose":
+    if derived.get("verb") not in ("compose", "upgrade"):
         raise Invalid(f"{record.get('expert_id')} is not a composition: there is nothing to recompute")
     parts, base = _read(model, parents)
     wanted = {parent["expert_id"]: parent for parent in derived["parents"]}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from connito.corpus import Corpus
 from connito.errors import Invalid
 from connito.holdout import subsets
+from connito.library.signature import encode_signature
 from connito.moe.helpers import Usage, by_policy
 from connito.v1 import reasons_pb2, run_pb2
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from connito.moe.budget import Budget
     from connito.moe.selection import Selection
     from connito.moe.start import Start
-    from connito.moe.statistics import RoutingStatistics
+    from connito.moe.statistics import FloatArray, RoutingStatistics
 
 
 # Tokens of the probe on which interventions are measured: each is a forward pass, and nothing is decided by them.
@@ -46,6 +47,7 @@ class Chosen:
     base: dict[str, str]
     target_parameters: int
     model_parameters: int
+    signature: dict[str, Any]
     # The merged experts for what is absent, where the policy wants them: a state with one row per tensor.
     background: bytes = b""
     start: run_pb2.StartChoice | None = None
@@ -57,6 +59,10 @@ class Chosen:
             run_pb2.LayerSelection(layer=layer, experts=experts, helpers=helpers.get(layer, []))
             for layer, experts in sorted(self.selection.layers.items())
         ]
+
+    def signature_bytes(self) -> bytes:
+        """The routing signature as JSON."""
+        return json.dumps(self.signature, sort_keys=True, separators=(",", ":")).encode()
 
     def report(self, statistics_digest: str) -> bytes:
         """The report: what `connito select --json` prints, with the base's digests and the statistics' address."""
@@ -95,7 +101,8 @@ def choose(
     from connito.moe.statistics import merge_all
 
     model = load_full(files)
-    target = _route(model, spec, probes.target)
+    served: dict[int, FloatArray] = {}
+    target = _route(model, spec, probes.target, served)
     general = {} if probes.replay is None else {spec.replay.domain: _route(model, spec, probes.replay)}
     beside = {name: _route(model, spec, path) for name, path in sorted(probes.beside.items())}
     selection = _select(spec, target, general, beside, _budget(spec, manifest))
@@ -118,6 +125,7 @@ def choose(
         {"rest": digests.rest, "rows": digests.rows},
         sum(tensor.numel() for tensor in rows.values()),
         sum(parameter.numel() for parameter in model.parameters()),
+        signature_of(target, served, selection.layers),
         _background(model, selection, usage, theta) if spec.selection.background else b"",
         None if start is None else start.choice,
     )
@@ -139,6 +147,19 @@ def _start(model: nn.Module, spec: run_pb2.RunSpec, selection: Selection, probe:
     return propose(model, spec, selection, sequences, library.shelf, library.sequence)
 
 
+def signature_of(
+    statistics: RoutingStatistics, served: Mapping[int, FloatArray], layers: Mapping[int, Sequence[int]]
+) -> dict[str, Any]:
+    """The routing signature of the experts `layers`, from what `collect` counted and summed."""
+    vectors, tokens = dict[int, list[float]](), dict[int, int]()
+    for layer, experts in layers.items():
+        count = int(statistics.layers[layer].counts[list(experts)].sum()) if experts else 0
+        if count:
+            vectors[layer] = [float(x) for x in served[layer][list(experts)].sum(axis=0) / count]
+            tokens[layer] = count
+    return encode_signature(vectors, tokens)
+
+
 def check_holdouts(spec: run_pb2.RunSpec, paths: Mapping[str, Path]) -> None:
     """Raise `Invalid` unless each held-out corpus (by domain) has the sequences that the run's policy asks for.
 
@@ -148,11 +169,13 @@ def check_holdouts(spec: run_pb2.RunSpec, paths: Mapping[str, Path]) -> None:
         subsets(Corpus.load(path).sequences(spec.training.sequence_length), spec, domain)
 
 
-def _route(model: nn.Module, spec: run_pb2.RunSpec, path: Path) -> RoutingStatistics:
+def _route(
+    model: nn.Module, spec: run_pb2.RunSpec, path: Path, served: dict[int, FloatArray] | None = None
+) -> RoutingStatistics:
     from connito.moe.statistics import collect
 
     sequences = Corpus.load(path).sequences(spec.training.sequence_length)
-    return collect(model, sequences[:, :-1])
+    return collect(model, sequences[:, :-1], served=served)
 
 
 def _budget(spec: run_pb2.RunSpec, manifest: Manifest) -> Budget:

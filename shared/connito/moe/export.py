@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
 from connito.base.checkpoint import save_checkpoint
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.library.artifact import RECORD_FILE
+from connito.library.artifact import MODEL_FILE, MODEL_FORMAT, RECORD_FILE, tensor_sizes
+from connito.library.card import write_card
+from connito.library.derived import model_record
+from connito.library.record import encode
 from connito.moe.layout import require_moe_layers
 from connito.moe.prune import Keep
 from connito.v1 import reasons_pb2
@@ -24,7 +28,7 @@ from connito.v1 import reasons_pb2
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = "connito-model/1"
+FORMAT = MODEL_FORMAT
 
 
 def export_model(
@@ -37,14 +41,19 @@ def export_model(
     keep: Keep,
     settings: Mapping[str, Any],
     measured: Mapping[str, float],
-    parents: list[Mapping[str, Any]] | None = None,
+    parents: Sequence[Mapping[str, Any]] = (),
     license: str = "",  # noqa: A002 - the record's word
+    losses: Sequence[Mapping[str, Any]] = (),
+    domain: str = "",
+    created: str = "",
+    extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Write `model` to the new folder `out`; returns its record.
 
     base: `{"name", "manifest"}`; keep: the base's expert ids inside, by layer, in the order of the rows (empty: dense).
-    parents: experts that were composed in before. Raises `Invalid` when layers differ in their number of experts or
-    the folder is not empty.
+    parents: the records of experts that were put in before; losses: as `Before.compare` measures them; extra: more
+    tensors, by file name. The record is a library record: `library deposit` puts the folder on a shelf. Raises `Invalid`
+    when layers differ in their number of experts or the folder is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise Invalid(f"{out} is not empty: choose another folder")
@@ -55,18 +64,22 @@ def export_model(
             reason=reasons_pb2.REASON_WRONG_SHAPE,
         )
     save_checkpoint(model, out, tokenizer)
-    record = {
-        "format": FORMAT,
+    for name, tensors in (extra or {}).items():
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / name)
+    digest, file = _digest(out / MODEL_FILE), out / MODEL_FILE
+    record = model_record(
+        verb, domain, base, parents, digest=digest, size=file.stat().st_size, parameters=tensor_sizes(file)[0],
+        keep=keep, created=created, license=license, settings=settings, losses=losses,
+    )  # fmt: skip
+    write_card(record, out)
+    record |= {
         "verb": verb,
-        "base": dict(base),
         "experts": {str(index): list(experts) for index, experts in sorted(keep.items())},
         "settings": dict(settings),
         "measured": dict(measured),
-        "parents": [dict(parent) for parent in parents or []],
-        "license": license,
         "files": {path.name: {"digest": _digest(path), "bytes": path.stat().st_size} for path in sorted(out.iterdir())},
     }
-    (out / RECORD_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    (out / RECORD_FILE).write_bytes(encode(record))
     return record
 
 

@@ -9,24 +9,32 @@ Shapes: N anchor experts, m additions to a layer, H hidden size.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from connito.errors import Invalid, NotFound
+from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.moe.layout import require_moe_layers
 from connito.moe.prune import Keep, check_prunable, prune
-from connito.moe.state import raw_bytes
+from connito.moe.resident import choice, compress
+from connito.moe.state import raw_bytes, split_name
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from torch import nn
 
 # Router tensors with a row per expert that an addition may bring; `weight` [N, H] it must.
 ROUTER = "router."
+FORMAT = "connito-addition/1"
 
 
 @dataclass(frozen=True)
@@ -118,3 +126,95 @@ def _count(owner: Any, total: int, more: int) -> None:
     for name in ("num_experts", "n_routed_experts", "num_local_experts"):
         if getattr(owner, name, None) == total:
             setattr(owner, name, total + more)
+
+
+def grow(
+    model: nn.Module,
+    name: str,
+    batches: npt.NDArray[Any],
+    anchor_text: npt.NDArray[Any],
+    *,
+    learning_rate: float,
+) -> Addition:
+    """Train one addition to the anchor `model`, which is not touched, on a contributor's own text.
+
+    batches: int32 [H, B, L + 1]; anchor_text: public text int32 [n, L], the same for every contributor, whose mean hidden
+    state the router rows are centred on. The expert starts as the anchor's most used one on the text; its router row is
+    the direction of the text's hidden states from the anchor's mean, as long as the anchor's rows are on average.
+    Raises `Invalid` for families whose router has more tables per expert than its weight.
+    """
+    from connito.moe.training import train_local
+
+    own = batches.reshape(-1, batches.shape[-1])[:, :-1]
+    start = _start(model, name, own, anchor_text)
+    grown = copy.deepcopy(model)
+    ids = opt_in(grown, [start])[name]
+    others = {index: list(range(experts[0])) for index, experts in ids.items()}
+    state, _ = train_local(compress(grown, ids, others), batches, learning_rate=learning_rate)
+    rows = {index: dict(table) for index, table in start.rows.items()}
+    for key, tensor in state.items():
+        index, parameter = split_name(key)
+        rows[index][parameter] = tensor[0].detach().clone()
+    return Addition(name, rows)
+
+
+def _start(model: nn.Module, name: str, own: npt.NDArray[Any], anchor_text: npt.NDArray[Any]) -> Addition:
+    theirs, general = router_inputs(model, own), router_inputs(model, anchor_text)
+    rows: dict[int, dict[str, torch.Tensor]] = {}
+    for index, layer in require_moe_layers(model).items():
+        weight: Any = layer.router.weight
+        with torch.inference_mode():
+            _, _, chosen = choice(layer.router(theirs[index]))
+        first = int(torch.bincount(chosen.flatten(), minlength=layer.num_experts).argmax())
+        mean = general[index].double().mean(dim=0)
+        away = theirs[index].double() - mean
+        direction = (away / away.norm(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
+        direction = direction - (direction @ mean) / (mean @ mean) * mean
+        row = direction / direction.norm().clamp_min(1e-12) * weight.double().norm(dim=1).mean()
+        rows[index] = {p: getattr(layer.experts, p)[first].detach().clone() for p in layer.parameters}
+        rows[index][f"{ROUTER}weight"] = row.to(weight.dtype)
+    return Addition(name, rows)
+
+
+def router_inputs(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, torch.Tensor]:
+    """What enters each MoE layer's router on `sequences` int32 [n, L]: [T, H] by layer."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    with ExitStack() as stack, torch.inference_mode():
+        for index, layer in require_moe_layers(model).items():
+
+            def hook(_: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+                seen.setdefault(index, []).append(args[0].reshape(-1, args[0].shape[-1]))
+
+            stack.callback(layer.router.register_forward_pre_hook(hook).remove)
+        for row in sequences:
+            model(input_ids=torch.from_numpy(row[None].astype("int64")), use_cache=False)
+    if not seen:
+        raise Invalid("there is no text to look at: give some of the domain")
+    return {index: torch.cat(parts) for index, parts in seen.items()}
+
+
+def save_addition(addition: Addition, path: Path) -> None:
+    """Write an addition as safetensors, tensors `layers.<l>.<name>`."""
+    tensors = {f"layers.{i}.{n}": row.contiguous() for i, rows in addition.rows.items() for n, row in rows.items()}
+    save_file(tensors, path, {"format": FORMAT, "name": addition.name, "digest": addition.digest})
+
+
+def load_addition(path: Path) -> Addition:
+    """Read an addition back. Raises `NotFound`, `Invalid`, or `VerificationFailed` when its rows are others now."""
+    if not path.is_file():
+        raise NotFound(f"there is no addition {path}; train one with `connito library grow`")
+    try:
+        with safe_open(path, "pt") as file:
+            head = file.metadata() or {}
+            rows: dict[int, dict[str, torch.Tensor]] = {}
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                _, index, parameter = name.split(".", 2)
+                rows.setdefault(int(index), {})[parameter] = file.get_tensor(name)
+    except (SafetensorError, ValueError) as error:
+        raise Invalid(f"{path} is damaged: {error}; train it again", reason=reasons_pb2.REASON_BAD_HEADER) from error
+    if head.get("format") != FORMAT:
+        raise Invalid(f"{path} is not an addition", reason=reasons_pb2.REASON_BAD_HEADER)
+    found = Addition(head["name"], rows)
+    if found.digest != head["digest"]:
+        raise VerificationFailed(f"the rows in {path} are not those that were trained; get it again")
+    return found

@@ -67,8 +67,10 @@ class Bench:
     def _measure(self, part: Part, state: Path) -> Losses:
         tensors = load_state(state)
         sums: dict[str, tuple[float, int]] = {}
+        rows: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {}
         for domain, sequences in self.sequences[part].items():
             if len(sequences):
                 nll, tokens = self.evaluator.losses(tensors, sequences)
                 sums[domain] = (math.fsum(nll), int(tokens.sum()))
-        return Losses(sums)
+                rows[domain] = (tuple(map(float, nll)), tuple(map(int, tokens)))
+        return Losses(sums, rows)

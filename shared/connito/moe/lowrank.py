@@ -87,9 +87,23 @@ def ranks(importance: Sequence[float], shape: tuple[int, int], share: float) -> 
     """
     out, width = shape
     limit = out * width // (out + width)
-    budget = int(share * len(importance) * out * width / (out + width))
-    total = sum(importance) or 1.0
-    return [max(1, min(limit, int(budget * value / total))) for value in importance]
+    budget = max(len(importance), int(share * len(importance) * out * width / (out + width)))
+    chosen = [1] * len(importance)
+    left = min(budget, limit * len(importance)) - len(importance)
+    # What an expert at the limit cannot use goes to the others, in proportion again.
+    while left > 0:
+        open_ = [i for i, rank in enumerate(chosen) if rank < limit and importance[i] > 0]
+        if not open_:
+            break  # the rest is never used: more of it would be stored for nothing
+        total = sum(importance[i] for i in open_)
+        wanted = {i: left * importance[i] / total for i in open_}
+        given = {i: min(limit - chosen[i], int(wanted[i])) for i in open_}
+        if not any(given.values()):
+            given = dict.fromkeys(sorted(open_, key=lambda i: (-wanted[i], i))[:left], 1)
+        for i, more in given.items():
+            chosen[i] += more
+        left -= sum(given.values())
+    return chosen
 
 
 def low_rank(

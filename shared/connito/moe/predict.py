@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from connito.errors import Invalid
+from connito.library.index import saving
+from connito.library.signature import Vectors, decode_signature, nearest
 from connito.moe.compose import Part, Rows, base_rows, layers_of, state_of
 from connito.moe.evaluate import Evaluator
 from connito.moe.head import Head
 from connito.moe.layout import require_moe_layers
+from connito.moe.statistics import collect
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -76,3 +79,24 @@ def measure_savings(model: nn.Module, parts: Iterable[Part], sequences: npt.NDAr
             evaluator.restore()
         saved[part.name] = float((before.sum() - after.sum()) / tokens.sum())
     return saved
+
+
+def text_vectors(model: nn.Module, sequences: npt.NDArray[Any]) -> Vectors:
+    """The mean hidden state at each layer's router on `sequences` int32 [n, L + 1]: what signatures are compared with."""
+    served: dict[int, Any] = {}
+    statistics = collect(model, sequences[:, :-1], served=served)
+    return {i: [float(x) for x in sums.sum(axis=0) / statistics.layers[i].counts.sum()] for i, sums in served.items()}
+
+
+def nearest_experts(
+    model: nn.Module, records: Mapping[str, Mapping[str, Any]], sequences: npt.NDArray[Any]
+) -> list[str]:
+    """Expert ids by how near their routing signatures are to the texts', nearest first. No expert file is read.
+
+    Of equally near ones, those that saved most on their own domain come first. Those without a signature come last.
+    """
+    signed = {name: decode_signature(r["signature"]) for name, r in records.items() if r.get("signature")}
+    saved = {name: saving(record) or 0.0 for name, record in records.items()}
+    near = nearest(text_vectors(model, sequences), signed)
+    ordered = sorted(near, key=lambda item: (-round(item[1], 6), -saved[item[0]], item[0]))
+    return [name for name, _ in ordered] + sorted(records.keys() - signed.keys(), key=lambda name: (-saved[name], name))

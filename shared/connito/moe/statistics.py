@@ -245,10 +245,14 @@ def from_arrays(arrays: dict[str, npt.NDArray[Any]], num_experts: int, what: str
 
 
 def collect(
-    model: nn.Module, sequences: npt.NDArray[Any] | Iterable[npt.NDArray[Any]], batch_tokens: int = 2048
+    model: nn.Module,
+    sequences: npt.NDArray[Any] | Iterable[npt.NDArray[Any]],
+    batch_tokens: int = 2048,
+    served: dict[int, FloatArray] | None = None,
 ) -> RoutingStatistics:
     """Route `sequences` (int32 [n, L], or several such arrays of different L) through `model` and count.
 
+    `served` is filled with the sums [N, H], by layer, of the hidden states that each expert was chosen for.
     Reads what the routers report, through forward hooks: some families choose by more than their logits. Sequences may
     come from a generator: one array is in memory at a time. Raises `Invalid` for a dense model, an unsupported family or
     an empty probe.
@@ -263,9 +267,16 @@ def collect(
     handles = []
     for index, layer in layers.items():
 
-        def hook(_: nn.Module, __: Any, output: Any, index: int = index, total: int = layer.num_experts) -> None:
+        def hook(_: nn.Module, args: Any, output: Any, index: int = index, total: int = layer.num_experts) -> None:
             _logits, weights, ids = choice(output)
             k = ids.shape[-1]
+            if served is not None:
+                states = args[0].reshape(-1, args[0].shape[-1]).double()
+                sums = states.new_zeros(total, states.shape[1])
+                for slot in ids.reshape(-1, k).T:
+                    inside = (slot >= 0) & (slot < total)
+                    sums.index_add_(0, slot[inside], states[inside])
+                served[index] = served.get(index, 0.0) + sums.cpu().numpy()
             out.add(
                 index, total, ids.reshape(-1, k).cpu().numpy(), weights.detach().reshape(-1, k).float().cpu().numpy()
             )

@@ -910,11 +910,24 @@ class DomainLoss(_message.Message):
     BEFORE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    BEFORE_SUMS_FIELD_NUMBER: _builtins.int
+    AFTER_SUMS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
     domain: _builtins.str
     before: _builtins.float
     """Nats per token."""
     after: _builtins.float
     tokens: _builtins.int
+    @_builtins.property
+    def before_sums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The report subset sequence by sequence, in its order: sums of token negative log-likelihoods, and tokens. From the
+        first version's `before` and the last one's `after` follows the interval of what the whole run changed.
+        """
+
+    @_builtins.property
+    def after_sums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def sequence_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -922,10 +935,13 @@ class DomainLoss(_message.Message):
         before: _builtins.float = ...,
         after: _builtins.float = ...,
         tokens: _builtins.int = ...,
+        before_sums: _abc.Iterable[_builtins.float] | None = ...,
+        after_sums: _abc.Iterable[_builtins.float] | None = ...,
+        sequence_tokens: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "domain", b"domain", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "after_sums", b"after_sums", "before", b"before", "before_sums", b"before_sums", "domain", b"domain", "sequence_tokens", b"sequence_tokens", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,31 @@ RUN_OUTCOME_FAILED: RunOutcome.ValueType  # 2
 RUN_OUTCOME_CANCELLED: RunOutcome.ValueType  # 3
 Global___RunOutcome: _TypeAlias = RunOutcome  # noqa: Y015
 
+class _NoticeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NoticeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoticeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NOTICE_KIND_UNSPECIFIED: _NoticeKind.ValueType  # 0
+    NOTICE_KIND_DEPRECATED: _NoticeKind.ValueType  # 1
+    NOTICE_KIND_YANKED: _NoticeKind.ValueType  # 2
+    NOTICE_KIND_RESTORED: _NoticeKind.ValueType  # 3
+    NOTICE_KIND_OPTED_OUT: _NoticeKind.ValueType  # 4
+    """The subject is a data source."""
+    NOTICE_KIND_OPTED_IN: _NoticeKind.ValueType  # 5
+
+class NoticeKind(_NoticeKind, metaclass=_NoticeKindEnumTypeWrapper): ...
+
+NOTICE_KIND_UNSPECIFIED: NoticeKind.ValueType  # 0
+NOTICE_KIND_DEPRECATED: NoticeKind.ValueType  # 1
+NOTICE_KIND_YANKED: NoticeKind.ValueType  # 2
+NOTICE_KIND_RESTORED: NoticeKind.ValueType  # 3
+NOTICE_KIND_OPTED_OUT: NoticeKind.ValueType  # 4
+"""The subject is a data source."""
+NOTICE_KIND_OPTED_IN: NoticeKind.ValueType  # 5
+Global___NoticeKind: _TypeAlias = NoticeKind  # noqa: Y015
+
 @_typing.final
 class CorpusRef(_message.Message):
     """One text corpus, tokenised once when the job is prepared."""
@@ -963,6 +988,7 @@ class SelectionMade(_message.Message):
     MODEL_PARAMETERS_FIELD_NUMBER: _builtins.int
     BACKGROUND_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     selected_experts: _builtins.int
     total_experts: _builtins.int
@@ -984,6 +1010,10 @@ class SelectionMade(_message.Message):
 
     @_builtins.property
     def start(self) -> Global___StartChoice: ...
+    @_builtins.property
+    def signature(self) -> _artifacts_pb2.ArtifactRef:
+        """JSON: by layer, the mean hidden state of the probe's tokens that the router sends to the selected experts."""
+
     def __init__(
         self,
         *,
@@ -997,10 +1027,11 @@ class SelectionMade(_message.Message):
         model_parameters: _builtins.int = ...,
         background: _artifacts_pb2.ArtifactRef | None = ...,
         start: Global___StartChoice | None = ...,
+        signature: _artifacts_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "report", b"report", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "report", b"report", "signature", b"signature", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "layers", b"layers", "model_parameters", b"model_parameters", "report", b"report", "run", b"run", "selected_experts", b"selected_experts", "start", b"start", "target_parameters", b"target_parameters", "total_experts", b"total_experts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "layers", b"layers", "model_parameters", b"model_parameters", "report", b"report", "run", b"run", "selected_experts", b"selected_experts", "signature", b"signature", "start", b"start", "target_parameters", b"target_parameters", "total_experts", b"total_experts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1079,6 +1110,7 @@ class ExpertDeposited(_message.Message):
     DOMAIN_FIELD_NUMBER: _builtins.int
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
     PARENTS_FIELD_NUMBER: _builtins.int
+    ATTESTATION_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     expert_id: _builtins.str
     domain: _builtins.str
@@ -1093,6 +1125,10 @@ class ExpertDeposited(_message.Message):
     def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Experts that this one was made from."""
 
+    @_builtins.property
+    def attestation(self) -> _artifacts_pb2.ArtifactRef:
+        """JSON: the aggregator's envelope on the state, and what is needed to see that the expert file holds that state."""
+
     def __init__(
         self,
         *,
@@ -1103,11 +1139,88 @@ class ExpertDeposited(_message.Message):
         domain: _builtins.str = ...,
         base_digest: _builtins.str = ...,
         parents: _abc.Iterable[_builtins.str] | None = ...,
+        attestation: _artifacts_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "record", b"record"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attestation", b"attestation", "expert", b"expert", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "parents", b"parents", "record", b"record", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation", b"attestation", "base_digest", b"base_digest", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "parents", b"parents", "record", b"record", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExpertDeposited: _TypeAlias = ExpertDeposited  # noqa: Y015
+
+@_typing.final
+class ExpertNotice(_message.Message):
+    """LIBRARY: `library.library.0.notice.<id>`, signed by the library for the customer `by`. What is said of an expert, or of a
+    data source, with the reason; of several the last stands.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    id: _builtins.str
+    """Hex SHA-256 of the customer's envelope: saying a thing again is saying it once."""
+    subject: _builtins.str
+    kind: Global___NoticeKind.ValueType
+    reason: _builtins.str
+    by: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        id: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        kind: Global___NoticeKind.ValueType = ...,
+        reason: _builtins.str = ...,
+        by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "id", b"id", "kind", b"kind", "reason", b"reason", "run", b"run", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertNotice: _TypeAlias = ExpertNotice  # noqa: Y015
+
+@_typing.final
+class ExpertUsed(_message.Message):
+    """LIBRARY: `library.library.0.used.<id>`, signed by the library. One use of an expert: the ledger that only grows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    EXPERT_ID_FIELD_NUMBER: _builtins.int
+    VERB_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    id: _builtins.str
+    expert_id: _builtins.str
+    verb: _builtins.str
+    """export, compose, ..."""
+    units: _builtins.int
+    by: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        id: _builtins.str = ...,
+        expert_id: _builtins.str = ...,
+        verb: _builtins.str = ...,
+        units: _builtins.int = ...,
+        by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "expert_id", b"expert_id", "id", b"id", "run", b"run", "units", b"units", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertUsed: _TypeAlias = ExpertUsed  # noqa: Y015

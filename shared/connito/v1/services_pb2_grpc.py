@@ -499,6 +499,26 @@ class LibraryServiceStub:
                 request_serializer=connito_dot_v1_dot_services__pb2.ListExpertsRequest.SerializeToString,
                 response_deserializer=connito_dot_v1_dot_services__pb2.ListExpertsResponse.FromString,
                 _registered_method=True)
+        self.SearchExperts = channel.unary_unary(
+                '/connito.v1.LibraryService/SearchExperts',
+                request_serializer=connito_dot_v1_dot_services__pb2.SearchExpertsRequest.SerializeToString,
+                response_deserializer=connito_dot_v1_dot_services__pb2.SearchExpertsResponse.FromString,
+                _registered_method=True)
+        self.MarkExpert = channel.unary_unary(
+                '/connito.v1.LibraryService/MarkExpert',
+                request_serializer=connito_dot_v1_dot_services__pb2.MarkExpertRequest.SerializeToString,
+                response_deserializer=connito_dot_v1_dot_services__pb2.MarkExpertResponse.FromString,
+                _registered_method=True)
+        self.MeterUse = channel.unary_unary(
+                '/connito.v1.LibraryService/MeterUse',
+                request_serializer=connito_dot_v1_dot_services__pb2.MeterUseRequest.SerializeToString,
+                response_deserializer=connito_dot_v1_dot_services__pb2.MeterUseResponse.FromString,
+                _registered_method=True)
+        self.GetLedger = channel.unary_unary(
+                '/connito.v1.LibraryService/GetLedger',
+                request_serializer=connito_dot_v1_dot_services__pb2.GetLedgerRequest.SerializeToString,
+                response_deserializer=connito_dot_v1_dot_services__pb2.GetLedgerResponse.FromString,
+                _registered_method=True)
 
 
 class LibraryServiceServicer:
@@ -517,6 +537,34 @@ class LibraryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SearchExperts(self, request, context):
+        """By words and domain, best first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MarkExpert(self, request, context):
+        """Deprecate, yank or restore an expert, or opt a data source out or in.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeterUse(self, request, context):
+        """Write one use down.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLedger(self, request, context):
+        """Uses of an expert and whom they are credited to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LibraryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -529,6 +577,26 @@ def add_LibraryServiceServicer_to_server(servicer, server):
                     servicer.ListExperts,
                     request_deserializer=connito_dot_v1_dot_services__pb2.ListExpertsRequest.FromString,
                     response_serializer=connito_dot_v1_dot_services__pb2.ListExpertsResponse.SerializeToString,
+            ),
+            'SearchExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchExperts,
+                    request_deserializer=connito_dot_v1_dot_services__pb2.SearchExpertsRequest.FromString,
+                    response_serializer=connito_dot_v1_dot_services__pb2.SearchExpertsResponse.SerializeToString,
+            ),
+            'MarkExpert': grpc.unary_unary_rpc_method_handler(
+                    servicer.MarkExpert,
+                    request_deserializer=connito_dot_v1_dot_services__pb2.MarkExpertRequest.FromString,
+                    response_serializer=connito_dot_v1_dot_services__pb2.MarkExpertResponse.SerializeToString,
+            ),
+            'MeterUse': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeterUse,
+                    request_deserializer=connito_dot_v1_dot_services__pb2.MeterUseRequest.FromString,
+                    response_serializer=connito_dot_v1_dot_services__pb2.MeterUseResponse.SerializeToString,
+            ),
+            'GetLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLedger,
+                    request_deserializer=connito_dot_v1_dot_services__pb2.GetLedgerRequest.FromString,
+                    response_serializer=connito_dot_v1_dot_services__pb2.GetLedgerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -586,6 +654,114 @@ class LibraryService:
             '/connito.v1.LibraryService/ListExperts',
             connito_dot_v1_dot_services__pb2.ListExpertsRequest.SerializeToString,
             connito_dot_v1_dot_services__pb2.ListExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/connito.v1.LibraryService/SearchExperts',
+            connito_dot_v1_dot_services__pb2.SearchExpertsRequest.SerializeToString,
+            connito_dot_v1_dot_services__pb2.SearchExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MarkExpert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/connito.v1.LibraryService/MarkExpert',
+            connito_dot_v1_dot_services__pb2.MarkExpertRequest.SerializeToString,
+            connito_dot_v1_dot_services__pb2.MarkExpertResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeterUse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/connito.v1.LibraryService/MeterUse',
+            connito_dot_v1_dot_services__pb2.MeterUseRequest.SerializeToString,
+            connito_dot_v1_dot_services__pb2.MeterUseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/connito.v1.LibraryService/GetLedger',
+            connito_dot_v1_dot_services__pb2.GetLedgerRequest.SerializeToString,
+            connito_dot_v1_dot_services__pb2.GetLedgerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -163,6 +163,14 @@ class LibraryServiceStub:
     def __new__(cls, channel: _aio.Channel) -> LibraryServiceAsyncStub: ...
     GetExpert: _grpc.UnaryUnaryMultiCallable[_services_pb2.GetExpertRequest, _services_pb2.GetExpertResponse]
     ListExperts: _grpc.UnaryUnaryMultiCallable[_services_pb2.ListExpertsRequest, _services_pb2.ListExpertsResponse]
+    SearchExperts: _grpc.UnaryUnaryMultiCallable[_services_pb2.SearchExpertsRequest, _services_pb2.SearchExpertsResponse]
+    """By words and domain, best first."""
+    MarkExpert: _grpc.UnaryUnaryMultiCallable[_services_pb2.MarkExpertRequest, _services_pb2.MarkExpertResponse]
+    """Deprecate, yank or restore an expert, or opt a data source out or in."""
+    MeterUse: _grpc.UnaryUnaryMultiCallable[_services_pb2.MeterUseRequest, _services_pb2.MeterUseResponse]
+    """Write one use down."""
+    GetLedger: _grpc.UnaryUnaryMultiCallable[_services_pb2.GetLedgerRequest, _services_pb2.GetLedgerResponse]
+    """Uses of an expert and whom they are credited to."""
 
 @_typing.type_check_only
 class LibraryServiceAsyncStub(LibraryServiceStub):
@@ -171,6 +179,14 @@ class LibraryServiceAsyncStub(LibraryServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetExpert: _aio.UnaryUnaryMultiCallable[_services_pb2.GetExpertRequest, _services_pb2.GetExpertResponse]  # type: ignore[assignment]
     ListExperts: _aio.UnaryUnaryMultiCallable[_services_pb2.ListExpertsRequest, _services_pb2.ListExpertsResponse]  # type: ignore[assignment]
+    SearchExperts: _aio.UnaryUnaryMultiCallable[_services_pb2.SearchExpertsRequest, _services_pb2.SearchExpertsResponse]  # type: ignore[assignment]
+    """By words and domain, best first."""
+    MarkExpert: _aio.UnaryUnaryMultiCallable[_services_pb2.MarkExpertRequest, _services_pb2.MarkExpertResponse]  # type: ignore[assignment]
+    """Deprecate, yank or restore an expert, or opt a data source out or in."""
+    MeterUse: _aio.UnaryUnaryMultiCallable[_services_pb2.MeterUseRequest, _services_pb2.MeterUseResponse]  # type: ignore[assignment]
+    """Write one use down."""
+    GetLedger: _aio.UnaryUnaryMultiCallable[_services_pb2.GetLedgerRequest, _services_pb2.GetLedgerResponse]  # type: ignore[assignment]
+    """Uses of an expert and whom they are credited to."""
 
 class LibraryServiceServicer(metaclass=_abc_1.ABCMeta):
     """The library's API."""
@@ -188,5 +204,37 @@ class LibraryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _services_pb2.ListExpertsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_services_pb2.ListExpertsResponse, _abc.Awaitable[_services_pb2.ListExpertsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SearchExperts(
+        self,
+        request: _services_pb2.SearchExpertsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_services_pb2.SearchExpertsResponse, _abc.Awaitable[_services_pb2.SearchExpertsResponse]]:
+        """By words and domain, best first."""
+
+    @_abc_1.abstractmethod
+    def MarkExpert(
+        self,
+        request: _services_pb2.MarkExpertRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_services_pb2.MarkExpertResponse, _abc.Awaitable[_services_pb2.MarkExpertResponse]]:
+        """Deprecate, yank or restore an expert, or opt a data source out or in."""
+
+    @_abc_1.abstractmethod
+    def MeterUse(
+        self,
+        request: _services_pb2.MeterUseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_services_pb2.MeterUseResponse, _abc.Awaitable[_services_pb2.MeterUseResponse]]:
+        """Write one use down."""
+
+    @_abc_1.abstractmethod
+    def GetLedger(
+        self,
+        request: _services_pb2.GetLedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_services_pb2.GetLedgerResponse, _abc.Awaitable[_services_pb2.GetLedgerResponse]]:
+        """Uses of an expert and whom they are credited to."""
 
 def add_LibraryServiceServicer_to_server(servicer: LibraryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

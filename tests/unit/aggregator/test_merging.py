@@ -99,6 +99,23 @@ def test_the_mean_of_good_work_is_published(desk):
     assert read_header(merged.state).metadata == {"version": "0"}
 
 
+def test_the_report_is_told_sequence_by_sequence(desk, monkeypatch):
+    plain = distance
+
+    def by_sequence(part, digest, path):
+        whole = plain(part, digest, path)
+        rows = {domain: ((nll / 2, nll / 2), (1, 1)) for domain, (nll, _) in whole.sums.items()}
+        return Losses({domain: (nll, 2) for domain, (nll, _) in whole.sums.items()}, rows)
+
+    desk.submit("MA", START + 0.5, 0.2)
+    monkeypatch.setitem(Desk.merge.__globals__, "distance", by_sequence)
+    version = desk.merge(aggregator="mean", outer_learning_rate=1.0).version
+    for loss in version.losses:
+        assert sum(loss.before_sums) / sum(loss.sequence_tokens) == loss.before
+        assert sum(loss.after_sums) / sum(loss.sequence_tokens) == loss.after
+    assert not any(loss.before_sums for loss in version.gate_losses)
+
+
 def test_momentum_of_the_parent_carries_on(desk):
     desk.submit("MA", START + 0.2, 0.2)
     desk.momentum = desk.folder / "momentum"

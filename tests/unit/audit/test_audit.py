@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from connito.audit.recompute import Bench, draws, merge
 from connito.v1 import cycle_pb2 as c
 from connito.v1 import run_pb2 as r
 
-from tests.unit.audit.world import MINERS, World, distance, tell
+from tests.unit.audit.world import MINERS, RUN, World, distance, tell
 
 QUICK = Options(model=False, tolerance=0.0)
 
@@ -290,3 +291,36 @@ async def test_what_cannot_be_recomputed_breaks_the_chain(world: World, tmp_path
     assert compared.first is not None
     assert (compared.first.check, compared.first.where) == ("chain", "validate.1")
     assert chain.head(found.windows) != chain.head(before)
+
+
+async def test_a_deposit_from_before_attestations_is_held_to_what_it_says(world: World, tmp_path: Path) -> None:
+    def older(message: r.ExpertDeposited, **changes: object) -> None:
+        record = json.loads(world.objects[message.record.digest])
+        for new in ("version", "parents", "signature", "governance"):
+            del record[new]
+        ref = world.put(json.dumps({**record, **changes}).encode())
+        message.record.CopyFrom(ref)
+        message.ClearField("attestation")
+
+    subject = next(s for record in world.records if ".deposited." in (s := record.subject)).removeprefix("connito.v1.")
+    world.resign(subject.partition(".")[2], older, r.ExpertDeposited)
+    for name in ("honest", "forged"):
+        (tmp_path / name).mkdir()
+    assert (await look(world, tmp_path / "honest")).first is None
+    world.resign(subject.partition(".")[2], lambda m: _repeat(world, m, license="mine"), r.ExpertDeposited)
+    found = await look(world, tmp_path / "forged")
+    assert found.first is not None
+    assert found.first.what == "the record says another license than the log"
+
+
+def _repeat(world: World, message: r.ExpertDeposited, **changes: object) -> None:
+    record = {**json.loads(world.objects[message.record.digest]), **changes}
+    message.record.CopyFrom(world.put(json.dumps(record).encode()))
+
+
+async def test_what_is_said_of_an_expert_later_makes_no_other_run_of_it(world: World) -> None:
+    before = chain.windows_of(world.records)
+    world.say(
+        "library", "library", 0, "used", r.ExpertUsed(run=RUN, id="a", expert_id="x", verb="export", units=1), "a"
+    )
+    assert chain.windows_of(world.records) == before

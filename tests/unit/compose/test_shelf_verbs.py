@@ -13,6 +13,7 @@ import typer
 from connito.base.loading import load_full
 from connito.base.manifest import build_manifest
 from connito.base.tiny import tiny_texts
+from connito.cli import experts
 from connito.cli import shelf as verbs
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.expert import base_digests
@@ -158,7 +159,7 @@ def test_terms_and_standings_are_checked_and_use_is_metered(run, stocked, tiny, 
     run("mark", "corpus-poems", "opted-out", "--reason", "asked", "--shelf", shelf)
     with pytest.raises(Invalid, match="opted out"):
         run("compose", ids["poems"], ids["recipes"], "--base", tiny, "--out", tmp_path / "no", "--shelf", shelf)
-    with verbs._shelf(shelf, None).index() as index:
+    with experts.open_shelf(shelf, None).index() as index:
         assert index.usage(ids["logs"]) == {"export": 1}
     with pytest.raises(NotFound):
         run("export", "nobody-1", "--out", tmp_path / "none", "--shelf", shelf, "--data-dir", tmp_path / "nowhere")

@@ -23,6 +23,17 @@ def test_saved_and_loaded_again(tmp_path):
     assert Roster.load(tmp_path / "deep" / "roster.json") == roster
 
 
+def test_organisations_are_kept_and_tell_memberships(tmp_path):
+    roster = Roster(
+        {"customer": frozenset({KEY})}, {}, {"clinic": frozenset({KEY, OTHER}), "court": frozenset({OTHER})}
+    )
+    roster.save(tmp_path / "roster.json")
+    again = Roster.load(tmp_path / "roster.json")
+    assert again == roster
+    assert (again.memberships(KEY), again.memberships(OTHER)) == ({"clinic"}, {"clinic", "court"})
+    assert again.memberships("U" * 56) == frozenset()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -136,6 +136,9 @@ def set_(path: str, value: object) -> Callable[[RunSpec], None]:
         (set_("customer", "somebody"), "customer"),
         (set_("emission", 1 << 60), "emission"),
         (set_("license", "x" * 5000), "license"),
+        (set_("visibility", "secret"), "visibility.*organisation, private"),
+        (set_("visibility", "organisation"), "organisation is empty"),
+        (lambda spec: spec.data_sources.append(""), "data_sources"),
     ],
 )
 def test_what_cannot_work_is_refused_with_field_and_remedy(change: Callable[[RunSpec], object], says: str) -> None:

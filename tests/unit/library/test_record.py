@@ -24,6 +24,29 @@ def test_the_time_in_the_record_is_the_logs(pairs, rebuild):
     assert one["created"] == "2030-03-17T17:46:40.010+00:00"
 
 
+def test_what_the_whole_run_changed_has_an_interval(pairs, rebuild):
+    for key, message in pairs:
+        if (key.section, key.kind) == ("merge", "version"):
+            for loss in message.losses:
+                loss.sequence_tokens.extend([10, 10, 20])
+                # The second version began where the first one ended: what counts is the first's before.
+                loss.before_sums.extend([30.0, 28.0, 62.0] if key.cycle == 1 else [25.0, 26.0, 49.0])
+                loss.after_sums.extend([25.0, 26.0, 49.0])
+    row = build_record(rebuild(pairs), "e" * 64, 1, 1)["losses"][0]
+    assert row["change_low"] < (25 + 26 + 49 - 30 - 28 - 62) / 40 < row["change_high"]
+
+
+def test_a_record_says_whose_it_is_and_who_sees_it(pairs, rebuild):
+    spec = pairs[0][1].spec
+    spec.visibility, spec.organisation, spec.customer = "organisation", "clinic", "UO"
+    spec.data_sources.append("atlas")
+    record = build_record(rebuild(pairs), "e" * 64, 1, 1, {"layers": {}, "tokens": {}})
+    assert record["governance"] == {
+        "visibility": "organisation", "organisation": "clinic", "owner": "UO", "sources": ["atlas"],
+    }  # fmt: skip
+    assert (record["version"], record["parents"], record["signature"]) == (2, [], {"layers": {}, "tokens": {}})
+
+
 def test_an_unfinished_run_has_no_record(pairs, rebuild):
     with pytest.raises(Invalid, match="no finished model version"):
         build_record(rebuild(pairs[:-1]), "e" * 64, 1, 1)

@@ -41,7 +41,9 @@ def test_a_deposit_is_an_export_in_a_folder_and_is_found(tmp_path, make):
     folder, stored = shelf.get(name)
     assert stored == record
     assert (folder / "expert.safetensors").read_bytes() == path.read_bytes()
-    assert (folder / "README.md").read_text().startswith(f"# {name}")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: connito\n")
+    assert f"\n---\n\n# {name}\n" in card
     assert len(list(shelf.events())) == 1
     with shelf.index() as index:
         assert [hit.expert_id for hit in search(index, "symptoms")] == [name]

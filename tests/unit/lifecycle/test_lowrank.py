@@ -24,6 +24,12 @@ def test_full_rank_factors_are_the_matrix_and_error_falls_with_rank():
         factorise(w, 9)
 
 
+def test_ranks_that_an_expert_cannot_use_go_to_the_others():
+    chosen = ranks([0.9, 0.05, 0.05], (64, 32), 0.5)
+    assert chosen[0] == 64 * 32 // (64 + 32)
+    assert sum(chosen) == int(0.5 * 3 * 64 * 32 / (64 + 32))
+
+
 def test_ranks_follow_importance_within_the_budget():
     chosen = ranks([0.6, 0.3, 0.1], (64, 32), 0.5)
     assert chosen == sorted(chosen, reverse=True)

@@ -110,6 +110,28 @@ def test_the_fact_carries_the_map(inputs, tmp_path):
     assert (fact.report, fact.initial_state) == (report, theta)
 
 
+def test_the_signature_is_the_mean_hidden_state_of_what_the_experts_serve(inputs, tmp_path):
+    import torch
+    from connito.base.loading import load_full
+    from connito.corpus import Corpus
+    from connito.library.signature import decode_signature
+    from connito.moe.flex import router_inputs
+    from connito.moe.layout import require_moe_layers
+    from connito.moe.prune import route
+
+    chosen = run(inputs, tmp_path / "theta")
+    vectors = decode_signature(chosen.signature)
+    model = load_full(inputs.files)
+    sequences = Corpus.load(inputs.probe).sequences(inputs.spec.training.sequence_length)[:, :-1]
+    states = router_inputs(model, sequences)
+    for index, experts in chosen.selection.layers.items():
+        ids, _ = route(require_moe_layers(model)[index].router, states[index])
+        slots = torch.isin(ids, torch.tensor(experts)).sum(dim=1).double()
+        expected = (states[index].double() * slots[:, None]).sum(dim=0) / slots.sum()
+        torch.testing.assert_close(torch.tensor(vectors[index]).double(), expected, rtol=1e-4, atol=1e-5)
+        assert chosen.signature["tokens"][str(index)] == int(slots.sum())
+
+
 def test_several_domains_are_selected_together_and_their_overlap_is_reported(inputs, tmp_path):
     spec = run_pb2.RunSpec()
     spec.CopyFrom(inputs.spec)

@@ -1,0 +1,112 @@
+"""What stands behind an expert: the aggregator's signature on its state and the library's on its deposit, to check offline.
+
+An attestation is JSON: the two signed envelopes as they stand in the log with the subjects they were signed for, and the
+head of the state file that the aggregator signed the digest of. The expert file holds that state's tensors under a header
+of its own; with the old head in front, its data must hash to what was signed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from connito.envelope import Opened, open_bytes
+from connito.errors import ConnitoError, VerificationFailed
+from connito.library.artifact import EXPERT_FILE, RECORD_FILE, read_safetensors_header
+from connito.roster import Roster
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+
+FORMAT = "connito-attestation/1"
+ATTESTATION_FILE = "attestation.json"
+
+
+def attest(version_subject: str, version: bytes, state: Path) -> dict[str, Any]:
+    """The aggregator's part: its envelope on the final version, and the head of the state file that it names."""
+    _, start = read_safetensors_header(state)
+    with state.open("rb") as file:
+        head = file.read(start)
+    return {"format": FORMAT, "aggregator": _entry(version_subject, version), "state_head": _text(head)}
+
+
+def encode(attestation: Mapping[str, Any]) -> bytes:
+    """An attestation's bytes: sorted keys, so that its digest depends on its content alone."""
+    return json.dumps(attestation, sort_keys=True).encode()
+
+
+def countersign(attestation: Mapping[str, Any], subject: str, deposited: bytes) -> dict[str, Any]:
+    """The whole: with the library's envelope on the deposit, which names record and file."""
+    return {**attestation, "library": _entry(subject, deposited)}
+
+
+def _entry(subject: str, envelope: bytes) -> dict[str, str]:
+    return {"subject": subject, "envelope": _text(envelope)}
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def check_attestation(folder: Path, roster: Roster | None = None) -> list[str]:
+    """Check the attestation in an expert's folder; returns what holds, in words. Needs no network.
+
+    Without a `roster` it is shown who signed, not that they were entitled to. Raises `VerificationFailed`.
+    """
+    try:
+        attestation = json.loads((folder / ATTESTATION_FILE).read_bytes())
+        library, aggregator = _open(attestation["library"]), _open(attestation["aggregator"])
+        deposit = library.read(run_pb2.ExpertDeposited)
+        version = aggregator.read(cycle_pb2.VersionPublished)
+        head = base64.b64decode(attestation["state_head"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _broken(f"{folder / ATTESTATION_FILE} cannot be read: {error!r}") from error
+    except ConnitoError as error:
+        raise _broken(f"a signature in {folder / ATTESTATION_FILE} does not hold: {error}") from error
+    if _digest(folder / RECORD_FILE) != deposit.record.digest or _digest(folder / EXPERT_FILE) != deposit.expert.digest:
+        raise _broken(f"record or expert file in {folder} are not those that the library signed")
+    if version.run != deposit.run or _state_digest(folder / EXPERT_FILE, head) != version.state.digest:
+        raise _broken(f"the tensors in {folder / EXPERT_FILE} are not the state that the aggregator signed")
+    for role, opened in (("library", library), ("aggregator", aggregator)):
+        if roster is not None and not roster.permits(role, opened.signer):
+            raise _broken(f"{opened.signer} signed as the {role}, which the roster does not have")
+    known = "" if roster is not None else "; no roster was given to check the key against"
+    return [
+        f"the library {_short(library)} signed the record and the file{known}",
+        f"the aggregator {_short(aggregator)} signed their tensors as version {version.version} of run {version.run}{known}",
+    ]
+
+
+def _open(entry: Mapping[str, str]) -> Opened:
+    return open_bytes(base64.b64decode(entry["envelope"]), entry["subject"])
+
+
+def _short(opened: Opened) -> str:
+    return f"{opened.signer[:12]}…"
+
+
+def _state_digest(expert: Path, head: bytes) -> str:
+    """SHA-256 of the state file: the old head, if it describes the same tensors, and the expert's data."""
+    described, start = read_safetensors_header(expert)
+    before = json.loads(head[8:])
+    if {k: v for k, v in before.items() if k != "__metadata__"} != {
+        k: v for k, v in described.items() if k != "__metadata__"
+    }:
+        return ""
+    digest = hashlib.sha256(head)
+    with expert.open("rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _broken(what: str) -> VerificationFailed:
+    return VerificationFailed(f"{what}; export the expert again", reason=reasons_pb2.REASON_DIGEST_MISMATCH)

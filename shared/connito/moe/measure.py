@@ -1,0 +1,62 @@
+"""What a change of a model does to its losses, by domain and with paired intervals, as records hold it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from connito.library.interval import change_interval
+from connito.moe.head import Head
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import nn
+
+Texts = Mapping[str, "npt.NDArray[Any]"]
+
+
+def sequence_losses(model: nn.Module, sequences: npt.NDArray[Any]) -> list[float]:
+    """Σ nats of each of `sequences` int32 [n, L + 1]."""
+    head, sums = Head(model), []
+    with torch.inference_mode():
+        for row in sequences:
+            ids = torch.from_numpy(row[None].astype(np.int64))
+            sums.append(float(head.nll(ids[:, :-1], ids[:, 1:]).double().sum()))
+    return sums
+
+
+@dataclass(frozen=True)
+class Before:
+    """The losses of a model as it was, for comparing later."""
+
+    texts: Texts
+    sums: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, model: nn.Module, texts: Texts) -> Before:
+        """Measure `texts`, int32 [n, L + 1] by domain."""
+        return cls(dict(texts), {domain: sequence_losses(model, table) for domain, table in texts.items()})
+
+    def compare(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Rows of a record: by domain the loss before and after, in nats per token, and the change's 95 % interval."""
+        rows = []
+        for domain, table in self.texts.items():
+            before, after = self.sums[domain], sequence_losses(model, table)
+            counts = [int(table.shape[1]) - 1] * len(table)
+            total = max(1, sum(counts))
+            interval = change_interval(before, after, counts)
+            rows.append(
+                {
+                    "domain": domain,
+                    "before": math.fsum(before) / total,
+                    "after": math.fsum(after) / total,
+                    "tokens": total,
+                    **({"change_low": interval[0], "change_high": interval[1]} if interval else {}),
+                }
+            )
+        return rows

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+from connito.library.card import render, write_card
+from connito.library.record import build_record
+
+
+def test_the_head_is_yaml_that_model_hubs_read(finished):
+    from yaml import safe_load
+
+    record = build_record(finished, "e" * 64, 1200, 300)
+    head = safe_load(render(record).split("---\n")[1])
+    assert (head["license"], head["base_model"], head["library_name"]) == ("cc-by-4.0", "smol", "connito")
+    assert "medical" in head["tags"]
+    results = head["model-index"][0]["results"]
+    assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in results] == [("medical", 2.5), ("code", 2.001)]
+
+
+def test_intervals_parents_and_plots_are_in_it(finished, tmp_path):
+    record = build_record(finished, "e" * 64, 1200, 300)
+    record["losses"][0] |= {"change_low": -0.6, "change_high": -0.4}
+    write_card(record, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| medical | 3.0000 | 2.5000 | -0.5000 | 640 | -0.6000 to -0.4000 |" in card
+    assert "| made from | the base |" in card
+    for name in ("losses.svg", "experts.svg"):
+        assert f"]({name})" in card
+        ElementTree.parse(tmp_path / name)
+
+
+def test_what_people_wrote_cannot_leave_its_place(finished, tmp_path):
+    record = json.loads(json.dumps(build_record(finished, "e" * 64, 1200, 300)))
+    record["base"]["name"] = 'a"\n---\n<script>'
+    record["losses"][0]["domain"] = "<script>"
+    write_card(record, tmp_path)
+    assert "\n---\n<script>" not in (tmp_path / "README.md").read_text()
+    assert "<script>" not in (tmp_path / "losses.svg").read_text()
