@@ -12,7 +12,7 @@ from connito.bus import Bus
 from connito.errors import Invalid
 from connito.library.attestation import countersign
 from connito.library.governance import Viewer
-from connito.roster import Roster
+from connito.roster import OPERATOR, Roster
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
@@ -22,7 +22,7 @@ from services.library.projection import NOTICES, Catalogue
 # A read request older or newer than this is refused, so that a copied one soon opens nothing.
 FRESH_MS = 300_000
 # Roles whose holders speak for the operator, who may say anything about any expert.
-OPERATORS = ("library", "coordinator")
+OPERATORS = ("library", "coordinator", OPERATOR)
 # The run that facts on data sources, which belong to no run, are written under.
 NO_RUN = "library"
 

@@ -25,11 +25,7 @@ class Roster:
     keys: dict[str, frozenset[str]] = field(default_factory=dict)
     stakes: dict[str, float] = field(default_factory=dict)
     retired: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """`keys[role]` are the public keys of a role; `stakes[validator]` weighs its vote (default 1); `organisations[name]`
-    are the keys whose holders see what the library keeps to an organisation."""
-
-    keys: dict[str, frozenset[str]] = field(default_factory=dict)
-    stakes: dict[str, float] = field(default_factory=dict)
+    # By name, the keys whose holders see what the library keeps to that organisation.
     organisations: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def permits(self, role: str, signer: str) -> bool:
@@ -43,7 +39,13 @@ class Roster:
 
     def replace(self, other: Roster) -> None:
         """Become like `other`, for everybody who holds this one: the operator's file has changed."""
-        for mine, theirs in ((self.keys, other.keys), (self.stakes, other.stakes), (self.retired, other.retired)):
+        pairs = (
+            (self.keys, other.keys),
+            (self.stakes, other.stakes),
+            (self.retired, other.retired),
+            (self.organisations, other.organisations),
+        )
+        for mine, theirs in pairs:
             mine.clear()
             mine.update(theirs)  # type: ignore[arg-type]
 
@@ -86,17 +88,10 @@ class Roster:
         for key, (role, _) in retired.items():
             if role not in (*ROLES, OPERATOR) or not is_public_key(key):
                 raise Invalid(f"the roster {path} retires {key!r} as {role!r}, which is no key or no role")
-        return cls(keys, stakes, retired)
+        return cls(keys, stakes, retired, organisations)
 
     def save(self, path: Path) -> None:
         """Write the file that `load` reads."""
-        return cls(keys, stakes, organisations)
-
-    def save(self, path: Path) -> None:
-        """Write the file that `load` reads."""
-        raw = {"keys": {role: sorted(members) for role, members in self.keys.items()}, "stakes": self.stakes}
-        if self.organisations:
-            raw["organisations"] = {name: sorted(members) for name, members in self.organisations.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_json())
 
@@ -108,4 +103,6 @@ class Roster:
         }
         if self.retired:
             raw["retired"] = {key: {"role": role, "until_unix_ms": at} for key, (role, at) in self.retired.items()}
+        if self.organisations:
+            raw["organisations"] = {name: sorted(members) for name, members in self.organisations.items()}
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"

@@ -263,9 +263,10 @@ def _tensor(data: bytes, entry: TensorEntry | Range) -> torch.Tensor:
 
 def files_of(source: Path | Mapping[str, Path]) -> dict[str, Path]:
     """Files by name. Raises `NotFound` when there is no config.json or no safetensors among them."""
-    files = (
-        {path.name: path for path in source.iterdir() if path.is_file()} if isinstance(source, Path) else dict(source)
-    )
+    if isinstance(source, Path):
+        files = {path.name: path for path in source.iterdir() if path.is_file()} if source.is_dir() else {}
+    else:
+        files = dict(source)
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise NotFound(
             f"{source if isinstance(source, Path) else sorted(files)} is not a checkpoint: it needs config.json and "

@@ -43,12 +43,15 @@ YankedFlag = Annotated[bool, typer.Option("--allow-yanked", help="Use experts th
 LENGTH = 128
 
 
-def open_shelf(shelf: Path | None, data_dir: Path | None) -> Shelf:
-    """The local library that is meant."""
+def open_shelf(shelf: Path | None, data_dir: Path | None, *, make: bool = False) -> Shelf:
+    """The local library that is meant. `NotFound` for a folder that was named and is not there, unless to `make` it."""
+    from connito.errors import NotFound
     from connito.library.shelf import Shelf
     from connito.local.datadir import default_data_dir
 
     given = os.environ.get("CONNITO_SHELF")
+    if shelf is not None and not make and not shelf.is_dir():
+        raise NotFound(f"there is no shelf at {shelf}; put an expert there with `connito library deposit`")
     return Shelf(shelf or (Path(given) if given and data_dir is None else (data_dir or default_data_dir()) / "shelf"))
 
 

@@ -46,6 +46,10 @@ def list_(
     known = {row["expert_id"] for row in rows}
     local = _on_shelf(open_shelf(shelf, data_dir), viewer_of(who, organisation))
     rows += [row for row in local if row["expert_id"] not in known]
+    if not rows and client is None and shelf is None:
+        from connito.client import Client
+
+        Client.local(data_dir).close()  # says how to start one
     emit(
         as_json,
         {"experts": rows},

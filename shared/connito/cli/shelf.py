@@ -113,7 +113,7 @@ def deposit(
     from connito.library.artifact import EXPERT_FILE
 
     folder, record = read_folder(expert)
-    local = open_shelf(shelf, data_dir)
+    local = open_shelf(shelf, data_dir, make=True)
     if (folder / EXPERT_FILE).is_file():
         name = local.deposit(folder / EXPERT_FILE, record, now_ms())
     else:

@@ -227,15 +227,17 @@ def _export_pruned(
 ) -> dict[str, Any]:  # fmt: skip
     from connito.base.manifest import build_manifest
     from connito.moe.export import export_model, to_dense
+    from connito.moe.layout import require_moe_layers
     from connito.moe.prune import prune as shrink
 
     manifest = build_manifest(source.base)
+    total = sum(layer.num_experts for layer in require_moe_layers(source.model).values())
     model: Any = shrink(source.model, keep)
     if dense:
         model, settings, keep = to_dense(model), {**settings, "dense": True, "experts": keep}, {}
     return export_model(
         model, out, source.tokenizer, verb=verb, base={"name": manifest.name, "manifest": manifest.digest}, keep=keep,
-        settings=settings, measured=measured, losses=source.before.compare(model), domain=source.domain,
+        settings=settings, measured=measured, losses=source.before.compare(model), domain=source.domain, total=total,
         parents=source.parents, license=source.permission.license if source.permission else "", created=now_iso(),
         extra=extra or {},
     )  # fmt: skip

@@ -17,14 +17,13 @@ _CARD = """\
 
 # {expert_id}
 
-An expert for **{domain}**: {selected} of the {total} routed experts of `{base_name}`, {parameters:,} parameters
-({share:.1%} of the model). Every other tensor of the base stays as it is.
+{intro}
 
 | | |
 |---|---|
 | base model | `{base_name}`, manifest `{manifest}` |
 | expert file | `{digest}`, {bytes:,} bytes |
-| made by | run `{run}`, {versions} versions, finished {created} |
+| made by | {maker} |
 | version | {version} |
 | made from | {parents} |
 | licence | {license} |
@@ -42,20 +41,12 @@ Held-out loss in nats per token, on sequences that decided nothing in the run. L
 
 ## What it changes
 
-Selected by {method} at threshold {threshold:g}.
-
-| layer | experts |
+{selected_by}| layer | experts |
 |---:|---|
 {layers}
 {experts_plot}
 
-## Lineage
-
-| version | from | gate | merged | state |
-|---:|---:|---|---|---|
-{lineage}
-
-## Contributors
+{lineage}## Contributors
 
 | miner | share of the reward | merged in | refused or unpaid for |
 |---|---:|---:|---|
@@ -64,6 +55,25 @@ Selected by {method} at threshold {threshold:g}.
 ## Use
 
 {use}
+"""
+
+_EXPERT = """\
+An expert for **{domain}**: {selected} of the {total} routed experts of `{base_name}`, {parameters:,} parameters
+({share:.1%} of the model). Every other tensor of the base stays as it is."""
+
+_MODEL = """\
+A model for **{domain}**, made by `{verb}`: {selected} of the {total} routed experts of `{base_name}`, in all
+{parameters:,} parameters."""
+
+_SELECTED = "Selected by {method} at threshold {threshold:g}.\n\n"
+
+_LINEAGE = """\
+## Lineage
+
+| version | from | gate | merged | state |
+|---:|---:|---|---|---|
+{rows}
+
 """
 
 _USE = """\
@@ -141,6 +151,25 @@ def _hub_license(license_: str) -> str:
     return license_.lower() if license_ in TERMS and not license_.startswith("LicenseRef") else "other"
 
 
+def _intro(record: dict[str, Any]) -> str:
+    selection, expert, model = record["selection"], record["expert"], record["model_parameters"]
+    return (_MODEL if record.get("format") == MODEL_FORMAT else _EXPERT).format(
+        domain=_text(record["domain"]),
+        base_name=_text(record["base"]["name"]),
+        selected=selection["selected"] or "one",
+        total=selection["total"],
+        parameters=expert["parameters"],
+        share=expert["parameters"] / model if model else 0.0,
+        verb=record.get("derived", {}).get("verb", ""),
+    )
+
+
+def _maker(record: dict[str, Any]) -> str:
+    if "derived" in record:
+        return f"`{record['derived']['verb']}`, {record['created']}"
+    return f"run `{record['run']}`, {len(record['lineage'])} versions, finished {record['created']}"
+
+
 def _parents(record: dict[str, Any]) -> str:
     derived = record.get("derived", {})
     named = [f"`{parent['expert_id']}` × {parent.get('weight', 1.0):g}" for parent in derived.get("parents", [])]
@@ -179,7 +208,7 @@ def _start(start: dict[str, Any] | None) -> str:
 
 def render(record: dict[str, Any]) -> str:
     """The Markdown card of a record."""
-    selection, expert, model = record["selection"], record["expert"], record["model_parameters"]
+    selection, expert = record["selection"], record["expert"]
     drawn = plots(record)
     use = _USE_MODEL if record.get("format") == MODEL_FORMAT else _USE
     layers = sorted(selection["layers"].items(), key=lambda item: int(item[0]))
@@ -193,25 +222,19 @@ def render(record: dict[str, Any]) -> str:
         use=use.format(base_name=_text(record["base"]["name"]), expert_id=record["expert_id"]),
         expert_id=record["expert_id"],
         domain=_text(record["domain"]),
-        selected=selection["selected"],
-        total=selection["total"],
+        intro=_intro(record),
+        maker=_maker(record),
         base_name=_text(record["base"]["name"]),
         manifest=record["base"]["manifest"],
-        parameters=expert["parameters"],
-        share=expert["parameters"] / model if model else 0.0,
         digest=expert["digest"],
         bytes=expert["bytes"],
-        run=record["run"],
-        versions=len(record["lineage"]),
-        created=record["created"],
         license=_text(record["license"]),
         data_statement=_text(record["data_statement"]),
         start=_start(record.get("started_from")),
-        method=selection["method"],
-        threshold=selection["threshold"],
+        selected_by="" if "derived" in record else _SELECTED.format(**selection),
         losses="\n".join(map(_loss_row, record["losses"])),
         layers="\n".join(f"| {layer} | {', '.join(map(str, ids))} |" for layer, ids in layers),
-        lineage="\n".join(map(_lineage_row, record["lineage"])),
+        lineage=_LINEAGE.format(rows="\n".join(map(_lineage_row, record["lineage"]))) if record["lineage"] else "",
         contributors="\n".join(map(_contributor_row, record["contributors"])) or "| – | – | – | – |",
     )
 

@@ -87,6 +87,7 @@ def model_record(
     size: int,
     parameters: int,
     keep: Mapping[int, Sequence[int]],
+    total: int,
     created: str,
     license: str,  # noqa: A002 - the record's word
     settings: Mapping[str, Any],
@@ -94,8 +95,9 @@ def model_record(
 ) -> dict[str, Any]:
     """What an exported model's record has in common with an expert's, so that the library keeps and finds both.
 
-    `digest`, `size`, `parameters` are of the model file. `parents`: the experts that were in the base before; without
-    any, nobody is credited and the model is public. Raises `Invalid` for private owners that differ.
+    `digest`, `size`, `parameters` are of the model file; `total`: routed experts of the base. `parents`: the experts that
+    were in the base before; without any, nobody is credited and the model is public. Raises `Invalid` for private owners
+    that differ.
     """
     even = [(parent, 1.0) for parent in parents]
     return {
@@ -114,7 +116,7 @@ def model_record(
             "threshold": 0.0,
             "layers": {str(layer): list(experts) for layer, experts in sorted(keep.items())},
             "selected": sum(map(len, keep.values())),
-            "total": sum(map(len, keep.values())),
+            "total": total or sum(map(len, keep.values())),
             "report": "",
         },
         "losses": [dict(row) for row in losses],

@@ -45,6 +45,7 @@ def export_model(
     license: str = "",  # noqa: A002 - the record's word
     losses: Sequence[Mapping[str, Any]] = (),
     domain: str = "",
+    total: int = 0,
     created: str = "",
     extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> dict[str, Any]:
@@ -52,8 +53,8 @@ def export_model(
 
     base: `{"name", "manifest"}`; keep: the base's expert ids inside, by layer, in the order of the rows (empty: dense).
     parents: the records of experts that were put in before; losses: as `Before.compare` measures them; extra: more
-    tensors, by file name. The record is a library record: `library deposit` puts the folder on a shelf. Raises `Invalid`
-    when layers differ in their number of experts or the folder is not empty.
+    tensors, by file name; total: routed experts of the base. The record is a library record: `library deposit` puts the
+    folder on a shelf. Raises `Invalid` when layers differ in their number of experts or the folder is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise Invalid(f"{out} is not empty: choose another folder")
@@ -69,7 +70,7 @@ def export_model(
     digest, file = _digest(out / MODEL_FILE), out / MODEL_FILE
     record = model_record(
         verb, domain, base, parents, digest=digest, size=file.stat().st_size, parameters=tensor_sizes(file)[0],
-        keep=keep, created=created, license=license, settings=settings, losses=losses,
+        keep=keep, total=total, created=created, license=license, settings=settings, losses=losses,
     )  # fmt: skip
     write_card(record, out)
     record |= {

@@ -203,3 +203,11 @@ def test_by_example_a_long_shelf_is_first_cut_down_by_signatures(monkeypatch, ru
     found = run("search", "--like", texts["recipes"], "--base", tiny, "--shelf", shelf)["experts"]
     assert len(found) == 2
     assert Shelf(shelf).get(ids["recipes"])
+
+
+def test_what_is_not_there_is_said_without_a_traceback(run, listing, stocked, tmp_path, texts):  # noqa: F811
+    _, ids = stocked
+    with pytest.raises(NotFound, match="not a checkpoint"):
+        run("skip", "--base", tmp_path / "nowhere", "--data", texts["recipes"])
+    with pytest.raises(NotFound, match="no shelf"):
+        run("export", ids["logs"], "--out", tmp_path / "x", "--shelf", tmp_path / "nowhere")
