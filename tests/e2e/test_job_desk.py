@@ -191,15 +191,29 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "said"), BAD)
-def test_a_job_that_cannot_be_is_refused_before_anything_is_spent(
+def test_what_is_wrong_with_a_job_is_told_with_a_remedy(
     platform: Platform, desk: Path, change: dict[str, Any], said: str
 ) -> None:
+    from connito.errors import Invalid
+    from connito.jobs.check import check_file
+    from connito.jobs.findings import require
+
     (desk / "empty.txt").write_text("")
     rows(desk / "copies.jsonl", ["def same(x):\n    return x + 1 if x else other(x, 2, 3, 4)\n"] * 50)
+    checked = check_file(job(desk, "bad.yaml", **change), platform.data)
+    assert not checked.ok
+    with pytest.raises(Invalid) as caught:
+        require(checked.findings)
+    assert said in str(caught.value)
+    assert all(finding.remedy for finding in checked.findings if finding.level == "error")
+
+
+def test_a_bad_job_is_refused_before_anything_is_spent(platform: Platform, desk: Path) -> None:
     before = platform.json("job", "list")
+    bad = str(job(desk, "refused.yaml", license="Apache 2.0"))
     for verb in ("check", "submit"):
-        done = platform.connito("job", verb, str(job(desk, "bad.yaml", **change)))
+        done = platform.connito("job", verb, bad)
         assert (verb, done.returncode) == (verb, 3), done.stdout + done.stderr
-        assert said in done.stderr
+        assert "did you mean Apache-2.0?" in done.stderr
         assert "Traceback" not in done.stderr
     assert platform.json("job", "list") == before

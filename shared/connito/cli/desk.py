@@ -80,16 +80,16 @@ def report(
 
 
 def _quote_text(made: Quote) -> str:
-    needs, chosen = made.needs, sum(map(len, made.layers.values()))
+    memory, chosen = made.memory, sum(map(len, made.layers.values()))
     lines = [
         f"{made.domain}: {chosen} of {made.total_experts} experts, in {len(made.layers)} layers",
         (
-            f"  upload      {size(needs.upload)} a miner and cycle ({needs.upload / needs.model:.1%} of the model), "
-            f"{size(made.upload_total)} over {made.cycles} cycles"
+            f"  upload      {size(made.upload)} a miner and cycle ({made.upload / made.model:.1%} of the model), "
+            f"{size(made.upload * made.cycles)} over {made.cycles} cycles"
         ),
         (
-            f"  memory      {size(needs.memory)} a miner: weights {size(needs.shared_weights + needs.resident_experts)}, "
-            f"training state {size(needs.training_state)}, activations {size(needs.activations)}; and torch itself"
+            f"  memory      {size(memory.total)} a miner: weights {size(memory.weights)}, training state "
+            f"{size(memory.gradients + memory.moments)}, activations {size(memory.activations)}; and torch itself"
         ),
     ]
     if made.pilot is not None:

@@ -12,10 +12,10 @@ from typing import Any
 from connito.jobs.corpora import Corpora, build
 from connito.jobs.findings import Finding, worst
 from connito.jobs.ground import Ground, open_ground, policies
-from connito.jobs.memory import least
 from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
 from connito.library.governance import TERMS
+from connito.moe.footprint import Workload, predict
 from connito.v1.run_pb2 import RunSpec
 
 Progress = Callable[[str, float], None]
@@ -73,7 +73,7 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     progress("reading and comparing the texts", 0.2)
     texts = sort_texts(job, root)
     checked = Checked(job, spec, ground, texts, None, [*texts.findings, *_terms(job), *_people(job), *_personal(texts)])
-    checked.findings += _budget(job, spec, ground)
+    checked.findings += _budget(job, ground)
     if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
         progress("tokenising", 0.6)
         checked.corpora = build(texts, spec, ground)
@@ -108,12 +108,13 @@ def _terms(job: Job) -> Iterator[Finding]:
         yield Finding("licence", "warning", "there is no data statement", remedy)
 
 
-def _budget(job: Job, spec: RunSpec, ground: Ground) -> Iterator[Finding]:
+def _budget(job: Job, ground: Ground) -> Iterator[Finding]:
     """Whether any job at all fits; what this one takes is the quote's to say."""
-    floor = least(ground.manifest, spec.selection.helpers_per_layer)
+    sizes = ground.manifest.expert_bytes()
+    smallest = predict(ground.manifest, {layer: [0] for layer in sizes}, {}, Workload(1, 1))
     for name, cap, minimum, what in (
-        ("upload", job.budget.upload, floor.upload, "one expert of this base has"),
-        ("memory", job.budget.memory, floor.memory, "a miner that trains one expert of this base keeps at least"),
+        ("upload", job.budget.upload, min(sizes.values()), "one expert of this base has"),
+        ("memory", job.budget.memory, smallest.weights, "with one expert a layer, the weights alone take"),
     ):
         if not cap:
             continue

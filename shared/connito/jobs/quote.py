@@ -11,14 +11,14 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from connito.jobs.check import Checked
 from connito.jobs.findings import Finding, require
-from connito.jobs.memory import Needs, needs
+from connito.moe.footprint import Footprint, Workload, predict
 from connito.report import window_seconds
 
 if TYPE_CHECKING:
@@ -58,9 +58,10 @@ class Quote:
     domain: str
     layers: dict[int, list[int]]
     total_experts: int
-    needs: Needs
+    upload: int
+    model: int
+    memory: Footprint
     cycles: int
-    upload_total: int
     pilot: Pilot | None = None
     cycles_needed: int | None = None
     seconds: float | None = None
@@ -73,7 +74,12 @@ class Quote:
             "domain": self.domain,
             "experts": {"selected": sum(map(len, self.layers.values())), "total": self.total_experts},
             "layers": {str(layer): experts for layer, experts in sorted(self.layers.items())},
-            "bytes": {**self.needs.to_json(), "upload_per_miner": self.upload_total},
+            "bytes": {
+                "upload": self.upload,
+                "upload_per_miner": self.upload * self.cycles,
+                "model": self.model,
+                "memory": self.memory.to_json(),
+            },
             "cycles": {"at_most": self.cycles, "needed": self.cycles_needed},
             "seconds": {"at_most": self.seconds, "from": self.seconds_from},
             "pilot": None if self.pilot is None else {**asdict(self.pilot), "gain": self.pilot.gain},
@@ -92,9 +98,16 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = lambda w
     if pilot:
         progress("training as one miner would, for one cycle", 0.4)
         activations, trial = _pilot(checked, selection, progress)
-    counts = {layer: len(experts) for layer, experts in selection.layers.items()}
-    size = needs(ground.manifest, counts, spec.selection.helpers_per_layer, activations)
-    made = Quote(spec.domain, selection.layers, selection.total, size, spec.cycles, size.upload * spec.cycles, trial)
+    expert = ground.manifest.expert_bytes()
+    upload = sum(expert[layer] * len(experts) for layer, experts in selection.layers.items())
+    policy = spec.training
+    work = Workload(policy.batch_sequences, policy.sequence_length, background=spec.selection.background)
+    memory = predict(ground.manifest, selection.layers, selection.helpers, work)
+    if trial is not None:
+        memory = replace(memory, activations=activations)
+    made = Quote(
+        spec.domain, selection.layers, selection.total, upload, ground.manifest.size, memory, spec.cycles, trial
+    )
     made.cycles_needed = _cycles_needed(checked, trial)
     made.seconds, made.seconds_from = _duration(ground, checked, trial)
     made.findings += _budget(checked, made)
@@ -248,12 +261,12 @@ def _duration(ground: Ground, checked: Checked, pilot: Pilot | None) -> tuple[fl
 
 def _budget(checked: Checked, made: Quote) -> list[Finding]:
     budget, found = checked.job.budget, list[Finding]()
-    if budget.memory and made.needs.memory > budget.memory:
-        detail = f"a miner needs {made.needs.memory / 1e6:.4g} MB, budget.memory allows {budget.memory / 1e6:.4g} MB"
+    if budget.memory and made.memory.total > budget.memory:
+        detail = f"a miner needs {made.memory.total / 1e6:.4g} MB, budget.memory allows {budget.memory / 1e6:.4g} MB"
         remedy = (
             "allow more, select fewer experts (budget.upload, policies.selection.max_experts), or shorten the batch"
         )
-        numbers = {"memory": made.needs.memory, "budget": budget.memory}
+        numbers = {"memory": made.memory.total, "budget": budget.memory}
         found.append(Finding("budget", "error", detail, remedy, numbers))
     wanted, pilot = checked.job.objective.improvement, made.pilot
     if wanted and pilot is not None and pilot.low > 0 and (made.cycles_needed or math.inf) > made.cycles:

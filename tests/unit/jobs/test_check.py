@@ -135,7 +135,7 @@ def test_the_quote_is_what_the_selector_chooses_and_the_pilot_measures(customer:
     assert document["experts"]["total"] == 8
     assert 0 < document["experts"]["selected"] <= 8
     assert document["bytes"]["upload_per_miner"] == 3 * document["bytes"]["upload"]
-    assert document["bytes"]["activations"] > 0
+    assert document["bytes"]["memory"]["activations"] > 0
     assert document["pilot"]["steps"] == 4
     assert document["seconds"]["from"].startswith("the pilot's")
     assert made.pilot is not None
@@ -147,7 +147,7 @@ def test_the_quote_is_what_the_selector_chooses_and_the_pilot_measures(customer:
 
 def test_a_memory_budget_is_held_against_the_quote(customer: Path) -> None:
     checked = run(customer)
-    need = quote(checked, pilot=False).needs.memory
+    need = quote(checked, pilot=False).memory.total
 
     tight = quote(run(customer, budget={"memory": need - 1}), pilot=False)
 
