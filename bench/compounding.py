@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from connito.library.start import Shelved
     from connito.moe.selection import Selection
 
-DIALECTS, QUICK_SEEDS = 5, 1
-STEPS, LOOK, BATCH, RATE = 48, 2, 4, 3e-3
-PER_LAYER, HELPERS, HELD, PROBE = 4, 2, 32, 24
+DIALECTS, QUICK_SEEDS = 4, 1
+STEPS, LOOK, BATCH, RATE = 40, 4, 4, 3e-3
+PER_LAYER, HELPERS, HELD, PROBE = 4, 2, 24, 24
 SHARE = 0.9
 _WORDS = """
 anchor barrel candle dagger engine falcon garnet hammer island jacket kettle lantern magnet needle orchid pepper
@@ -98,7 +98,7 @@ def run(options: Options) -> Result:
 def _chains(options: Options) -> list[Chain]:
     from connito.base.tiny import DOMAINS
 
-    dialects = [f"dialect-{number}" for number in range(4 if options.quick else DIALECTS)]
+    dialects = [f"dialect-{number}" for number in range(DIALECTS)]
     return [Chain("dialects", dialects), Chain("strangers", list(DOMAINS))]
 
 

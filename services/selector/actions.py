@@ -15,7 +15,7 @@ from connito.bus import Bus, CaughtUp
 from connito.compute import ComputeBudget
 from connito.errors import Invalid, Retry
 from connito.facts import Record, verify_fact
-from connito.library.start import Shelved, deposits, wants_start
+from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.moe.choose import Chosen, Library, Probes, check_holdouts, choose
 from connito.roster import Roster
 from connito.store import ArtifactStore
@@ -104,10 +104,11 @@ class Selector:
                 last = max(last, item.sequence)
                 with suppress(Invalid):
                     facts.append(verify_fact(item, self._roster))
-        shelf = []
+        shelf, against = [], notices(facts, last)
         for deposit in deposits(facts, spec, last):
             record = json.loads(await self._store.get_bytes(deposit.record))
-            shelf.append(Shelved(deposit, record, await self._store.fetch(deposit.expert)))
+            notice = notice_of(record, deposit.expert_id, against)
+            shelf.append(Shelved(deposit, record, await self._store.fetch(deposit.expert), notice))
         return Library(shelf, last)
 
     async def _store_all(self, run: str, chosen: Chosen, theta: Path) -> run_pb2.SelectionMade:

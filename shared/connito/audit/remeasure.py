@@ -24,7 +24,7 @@ from connito.audit.recompute import Bench, Distances
 from connito.errors import Invalid, reason_name
 from connito.gate import Losses as GateLosses
 from connito.gate import Part
-from connito.library.start import Shelved, deposits, wants_start
+from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.moe import gate_bench, score_bench
 from connito.moe.choose import Library
 from connito.moe.score_bench import SubmissionFiles
@@ -101,11 +101,12 @@ def _library(bench: Bench, spec: run_pb2.RunSpec, made: run_pb2.SelectionMade) -
     """What the selector had to choose a start from: every deposit of the base up to the sequence that it names."""
     if not wants_start(spec):
         return None
-    last, artifacts = made.start.library_sequence, bench.artifacts
-    shelf = [
-        Shelved(deposit, json.loads(artifacts.path(deposit.record).read_bytes()), artifacts.path(deposit.expert))
-        for deposit in deposits(bench.evidence.library, spec, last)
-    ]
+    last, artifacts, library = made.start.library_sequence, bench.artifacts, bench.evidence.library
+    shelf, against = [], notices(library, last)
+    for deposit in deposits(library, spec, last):
+        record = json.loads(artifacts.path(deposit.record).read_bytes())
+        notice = notice_of(record, deposit.expert_id, against)
+        shelf.append(Shelved(deposit, record, artifacts.path(deposit.expert), notice))
     return Library(shelf, last)
 
 

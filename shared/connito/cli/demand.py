@@ -26,7 +26,8 @@ def demand(
     from connito.library.searches import recall
 
     local = open_shelf(shelf, data_dir)
-    trainings = {training.expert_id or f"run {training.at}": training for training in _of_platform(data_dir)}
+    trained, used = _of_platform(data_dir)
+    trainings = {training.expert_id or f"run {training.at}": training for training in trained}
     uses: dict[str, int] = {}
     domains = {training.expert_id: training.domain for training in trainings.values()}
     with local.index():
@@ -35,8 +36,10 @@ def demand(
                 _shelved(event.body, event.sequence, trainings)
                 domains[event.subject] = str(event.body["domain"])
             elif event.kind == "used":
-                domain = domains.get(event.subject, event.subject)
-                uses[domain] = uses.get(domain, 0) + int(event.body.get("units", 1))
+                used.append((event.subject, int(event.body.get("units", 1))))
+    for expert_id, units in used:
+        domain = domains.get(expert_id, expert_id)
+        uses[domain] = uses.get(domain, 0) + units
     rows = rank(list(trainings.values()), uses, recall(local.root), cycles=cycles)
     document = {"cycles": cycles, "formula": FORMULA, "domains": [row.to_json() for row in rows]}
     emit(as_json, document, lambda: _text(rows, cycles))
@@ -54,25 +57,32 @@ def _shelved(record: Mapping[str, Any], at: int, trainings: dict[str, Training])
         trainings[name] = training_of_record(record, at)
 
 
-def _of_platform(data_dir: Path | None) -> list[Training]:
-    """Every run of the platform that runs here; none without one."""
+def _of_platform(data_dir: Path | None) -> tuple[list[Training], list[tuple[str, int]]]:
+    """Every run of the platform that runs here, and the metered uses (expert id, units); nothing without one."""
     import asyncio
 
     from connito.errors import NotFound
     from connito.library.demand import training_of
     from connito.local.log import read_log
     from connito.local.session import Session
+    from connito.v1.run_pb2 import ExpertUsed
 
     try:
         session = Session.open(data_dir, role="customer")
     except NotFound:
-        return []
+        return [], []
 
-    async def read() -> list[Training]:
+    async def read() -> tuple[list[Training], list[tuple[str, int]]]:
         async with session.bus() as bus:
             log = await read_log(bus, session.roster)
         found = [training_of(facts) for facts in log.runs.values()]
-        return [training for training in found if training is not None]
+        used = [
+            (fact.message.expert_id, int(fact.message.units))
+            for facts in log.runs.values()
+            for fact in facts.all("library", 0, "used").values()
+            if isinstance(fact.message, ExpertUsed)
+        ]
+        return [training for training in found if training is not None], used
 
     return asyncio.run(read())
 

@@ -17,11 +17,12 @@ AUTO, NONE = "auto", "none"
 
 @dataclass(frozen=True)
 class Shelved:
-    """A deposit with its record and its file."""
+    """A deposit with its record and its file. `notice`: why the library says that it is not to be used, if it does."""
 
     deposit: run_pb2.ExpertDeposited
     record: Mapping[str, Any]
     path: Path
+    notice: str = ""
 
 
 def wants_start(spec: run_pb2.RunSpec) -> bool:
@@ -57,6 +58,33 @@ def deposits(library: Iterable[Fact], spec: run_pb2.RunSpec, upto: int) -> list[
         f"there is no expert {spec.start_from!r} in the library; `connito library list` shows them, or write "
         "start_from: auto"
     )
+
+
+def notices(library: Iterable[Fact], upto: int) -> dict[str, str]:
+    """What stands against experts and data sources at sequence `upto` of LIBRARY: by subject, with the reason."""
+    against: dict[str, str] = {}
+    for fact in sorted(library, key=lambda fact: fact.sequence):
+        message = fact.message
+        if not isinstance(message, run_pb2.ExpertNotice) or fact.sequence > upto:
+            continue
+        if message.kind in _AGAINST:
+            against[message.subject] = f"{_AGAINST[message.kind]}: {message.reason}"
+        else:
+            against.pop(message.subject, None)
+    return against
+
+
+_AGAINST = {
+    run_pb2.NOTICE_KIND_DEPRECATED: "deprecated",
+    run_pb2.NOTICE_KIND_YANKED: "yanked",
+    run_pb2.NOTICE_KIND_OPTED_OUT: "the owner of a source of its data has opted out",
+}
+
+
+def notice_of(record: Mapping[str, Any], expert_id: str, against: Mapping[str, str]) -> str:
+    """What stands against one expert, or against a source of its data; empty where nothing does."""
+    subjects = (expert_id, *record.get("governance", {}).get("sources", []))
+    return next((against[subject] for subject in subjects if subject in against), "")
 
 
 def refusal(record: Mapping[str, Any], spec: run_pb2.RunSpec) -> str:

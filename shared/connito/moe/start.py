@@ -99,7 +99,7 @@ class _Row:
             expert_id=entry.deposit.expert_id,
             expert=entry.deposit.expert,
             record=entry.deposit.record,
-            refused=refusal(entry.record, spec),
+            refused=entry.notice or refusal(entry.record, spec),
             shared_rows=len(places),
         )
         if not candidate.refused and not places:

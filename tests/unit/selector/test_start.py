@@ -10,7 +10,7 @@ import torch
 from connito.corpus import Corpus
 from connito.errors import Invalid
 from connito.library.artifact import ExpertHeader, write_expert
-from connito.library.start import Shelved, deposits, refusal
+from connito.library.start import Shelved, deposits, notice_of, notices, refusal
 from connito.moe.choose import Library, Probes, choose
 from connito.moe.insert import read_rows
 from connito.moe.state import load_state, save_state
@@ -167,3 +167,26 @@ def test_only_deposits_of_the_base_that_were_there_count(inputs):
     spec.start_from = "late"
     with pytest.raises(Invalid, match="no expert 'late'"):
         deposits(log, spec, 2)
+
+
+def test_what_the_library_says_against_an_expert_counts_from_when_it_was_said(inputs, shelf, tmp_path):
+    from connito.facts import Fact, FactKey
+
+    def notice(sequence, subject, kind):
+        message = run_pb2.ExpertNotice(run="library", id=str(sequence), subject=subject, kind=kind, reason="asked")
+        key = FactKey("library", 0, "notice", str(sequence))
+        return Fact("library", key, message, "L", "LIBRARY", sequence, 0)
+
+    log = [
+        notice(1, "letters-1", run_pb2.NOTICE_KIND_YANKED),
+        notice(3, "letters-1", run_pb2.NOTICE_KIND_RESTORED),
+        notice(4, "diary", run_pb2.NOTICE_KIND_OPTED_OUT),
+    ]
+
+    assert notices(log, 2) == {"letters-1": "yanked: asked"}
+    assert notices(log, 3) == {}
+    assert "opted out" in notice_of({"governance": {"sources": ["diary"]}}, "letters-1", notices(log, 4))
+    yanked = Shelved(shelf[0].deposit, shelf[0].record, shelf[0].path, "yanked: asked")
+    chosen = start(inputs, tmp_path / "theta", [yanked, shelf[1]])
+    assert chosen.start.expert_id == ""
+    assert {row.expert_id: row.refused for row in chosen.start.candidates}["letters-1"] == "yanked: asked"
