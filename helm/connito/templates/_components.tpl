@@ -4,16 +4,17 @@ Every workload of the release, as JSON {"items": [...]}. One entry is
   image      image name after `connito-`          secret     Secret with the nkey seed
   conf       the component's values               instance   the entry of `instances`, or empty
   api        serves gRPC                          stateful   one pod with a key of its own and a cache that stays
+  page       serves the web page
 */}}
 {{- define "connito.components" -}}
 {{- $items := list -}}
 {{- $platform := eq .Values.mode "platform" -}}
-{{- range $component := list "coordinator" "committer" "library" "selector" "aggregator" -}}
+{{- range $component := list "coordinator" "committer" "library" "selector" "aggregator" "console" -}}
 {{- $conf := index $.Values $component -}}
 {{- if and $platform $conf.enabled -}}
 {{- $image := ternary (printf "%s-cuda" $component) $component (eq ($conf.variant | default "cpu") "cuda") -}}
 {{- $secret := required (printf "%s.existingSecret is empty: name the Secret that holds the %s's key under %q" $component $component $.Values.keyName) $conf.existingSecret -}}
-{{- $items = append $items (dict "name" $component "component" $component "image" $image "secret" $secret "conf" $conf "instance" dict "api" (hasKey $conf "service") "stateful" false) -}}
+{{- $items = append $items (dict "name" $component "component" $component "image" $image "secret" $secret "conf" $conf "instance" dict "api" (and (hasKey $conf "service") (ne $component "console")) "page" (eq $component "console") "stateful" false) -}}
 {{- end -}}
 {{- end -}}
 {{- range $component := list "validator" "trainer" -}}
@@ -21,7 +22,7 @@ Every workload of the release, as JSON {"items": [...]}. One entry is
 {{- if and $conf.enabled (or $platform (eq $component "trainer")) -}}
 {{- range $conf.instances -}}
 {{- $image := ternary (printf "%s-cuda" $component) $component (eq $conf.variant "cuda") -}}
-{{- $items = append $items (dict "name" (printf "%s-%s" $component .name) "component" $component "image" $image "secret" .existingSecret "conf" $conf "instance" . "api" false "stateful" true) -}}
+{{- $items = append $items (dict "name" (printf "%s-%s" $component .name) "component" $component "image" $image "secret" .existingSecret "conf" $conf "instance" . "api" false "page" false "stateful" true) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

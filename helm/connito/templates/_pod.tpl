@@ -24,6 +24,12 @@ capabilities: { drop: [ALL] }
 {{- end }}
 - { name: CONNITO_LOG_FORMAT, value: {{ .root.Values.logs.format | quote }} }
 - { name: CONNITO_LOG_LEVEL, value: {{ .root.Values.logs.level | quote }} }
+{{- with .root.Values.tracing.endpoint }}
+- { name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ . | quote }} }
+- { name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio }
+- { name: OTEL_TRACES_SAMPLER_ARG, value: {{ $.root.Values.tracing.samplingRatio | quote }} }
+- { name: OTEL_RESOURCE_ATTRIBUTES, value: {{ printf "k8s.namespace.name=%s" $.root.Release.Namespace | quote }} }
+{{- end }}
 {{- end -}}
 
 {{- define "connito.storeEnv" -}}
@@ -132,6 +138,22 @@ spec:
         - { name: CONNITO_GRPC_ADVERTISE, value: "{{ include "connito.fullname" $root }}-{{ $item.name }}.{{ $root.Release.Namespace }}.svc:9090" }
         {{- end }}
         {{- end }}
+        {{- if $item.page }}
+        {{- if not (or $conf.tokenSecret $conf.userHeader) }}
+        {{- fail "the console would show every run to whoever reaches it: set console.tokenSecret, or console.userHeader and console.proxies" }}
+        {{- end }}
+        - { name: CONNITO_CONSOLE_HOST, value: 0.0.0.0 }
+        - { name: CONNITO_CONSOLE_PORT, value: "8088" }
+        - { name: CONNITO_CONSOLE_SECURE_COOKIE, value: {{ $conf.secureCookie | quote }} }
+        {{- with $conf.tokenSecret }}
+        - name: CONNITO_CONSOLE_TOKEN
+          valueFrom: { secretKeyRef: { name: {{ . | quote }}, key: {{ $conf.tokenKey | quote }} } }
+        {{- end }}
+        {{- with $conf.userHeader }}
+        - { name: CONNITO_CONSOLE_USER_HEADER, value: {{ . | quote }} }
+        - { name: CONNITO_CONSOLE_PROXIES, value: {{ required "console.proxies is empty: name the proxy's networks, or anybody could send the header" (join "," $conf.proxies) | quote }} }
+        {{- end }}
+        {{- end }}
         {{- with $item.instance.run }}
         - { name: CONNITO_RUN, value: {{ . | quote }} }
         {{- end }}
@@ -142,6 +164,9 @@ spec:
         - { name: http, containerPort: 8080 }
         {{- if $item.api }}
         - { name: grpc, containerPort: 9090 }
+        {{- end }}
+        {{- if $item.page }}
+        - { name: page, containerPort: 8088 }
         {{- end }}
       # Restarting does not bring a broker back: liveness asks the process alone, readiness also asks for the bus.
       startupProbe:

@@ -15,7 +15,7 @@ from connito.settings import ServiceSettings
 
 from .conftest import ROOT, Object, environment, pod_specs
 
-SERVICES = ("coordinator", "selector", "committer", "aggregator", "library", "trainer", "validator")
+SERVICES = ("coordinator", "selector", "committer", "aggregator", "library", "console", "trainer", "validator")
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
 TRAINER = yaml.safe_load((ROOT / "deploy/trainer/compose.yaml").read_text())
 OURS = {name: body for name, body in COMPOSE["services"].items() if body["image"].startswith("connito-")}
