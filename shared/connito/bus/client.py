@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -256,6 +257,16 @@ class Bus:
         """The sequence of the last message that `stream` stored; 0 when it is empty."""
         info = await self._manage(self.js.stream_info(stream), f"stream {stream}")
         return int(info.state.last_seq)
+
+    async def time(self) -> float:
+        """The broker's clock, in unix seconds. Raises `Retry` when it does not answer."""
+        reply = await self._connection.request("$JS.API.STREAM.INFO.RUNS", b"")
+        stamp = str(json.loads(reply.data).get("ts", ""))
+        if not stamp:
+            raise Retry("the broker does not say what time it has; run `connito streams ensure`")
+        # Nanoseconds are more than Python reads.
+        whole, _, fraction = stamp.rstrip("Z").partition(".")
+        return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
 
     async def ack_floor(self, durable: str) -> int:
         """The stream sequence up to which everything for this durable consumer has been handled."""

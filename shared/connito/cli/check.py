@@ -1,0 +1,16 @@
+"""What `connito doctor` says about one thing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `remedy` is what to do when it is not `ok`; a `warning` does not fail."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    warning: bool = False

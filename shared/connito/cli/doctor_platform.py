@@ -1,0 +1,131 @@
+"""`connito doctor` over a platform: broker, clock, where runs stand, certificates, store rights and bandwidth."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from connito import certificates
+from connito.cli.check import Check
+from connito.errors import ConnitoError
+
+if TYPE_CHECKING:
+    from connito.bus import Bus
+    from connito.facts import RunFacts
+    from connito.local.session import Session
+
+# Presigned links and envelopes carry times; a store refuses a request that is a quarter of an hour off.
+MAX_SKEW_SECONDS = 5.0
+PROBE_BYTES = 4 << 20
+SLOW_BYTES_PER_SECOND = 1_000_000
+EXPIRY_WARNING_DAYS = 14
+
+
+async def look(session: Session, *, with_store: bool) -> list[Check]:
+    """Every check, in an order in which the first that fails explains those after it."""
+    checks = await _broker(session)
+    checks += await _expiries(session)
+    if with_store:
+        checks += await _store(session)
+    return checks
+
+
+async def _broker(session: Session) -> list[Check]:
+    try:
+        async with session.bus() as bus:
+            last = await bus.last_sequence("RUNS")
+            checks = [Check("broker", True, f"{session.nats_url}, {last} messages in RUNS"), await _clock(bus)]
+            checks.append(await _resume(session, bus))
+            return checks
+    except ConnitoError as error:
+        return [Check("broker", False, str(error), "see the message; `connito down` and `connito up` start it anew")]
+
+
+async def _clock(bus: Bus) -> Check:
+    """This machine's clock against the broker's, which numbers and dates every message."""
+    began = time.time()
+    now = await bus.time()
+    skew = now - (began + time.time()) / 2
+    remedy = "let NTP or chrony set this machine's clock; the store refuses requests that are too far off"
+    return Check("clock", abs(skew) <= MAX_SKEW_SECONDS, f"{skew:+.2f} s from the broker's", remedy)
+
+
+async def _resume(session: Session, bus: Bus) -> Check:
+    """Where services that start now would go on: the runs that have not ended, and what they wait for."""
+    from connito.local.log import read_log
+    from connito.local.permissions import MINER_STREAMS
+    from connito.roster import ROLES
+    from connito.streams import FACT_STREAMS
+
+    reader = session.data is not None or any(session.roster.permits(role, session.identity.public) for role in ROLES)
+    log = await read_log(bus, session.roster, streams=FACT_STREAMS if reader else MINER_STREAMS)
+    runs = [facts for facts in log.runs.values() if facts.spec is not None and facts.ended is None]
+    stuck = [facts for facts in runs if _overdue(facts)]
+    found = "; ".join(f"{facts.run}: {_where(facts)}" for facts in runs) or "no run is under way"
+    remedy = "nothing closed the window: see the coordinator's log, and whether one leads (`connito status`)"
+    return Check("resume point", not stuck, found, remedy if stuck else "", warning=True)
+
+
+def _where(facts: RunFacts) -> str:
+    from connito.local.view import phase
+
+    return phase(facts, int(time.time() * 1000))
+
+
+def _overdue(facts: RunFacts) -> bool:
+    from connito.local.view import open_window
+
+    where = open_window(facts)
+    opened = None if where is None else facts.opened(*where)
+    return bool(opened and opened.deadline_unix_ms and time.time() * 1000 > opened.deadline_unix_ms + 60_000)
+
+
+async def _expiries(session: Session) -> list[Check]:
+    store = session.platform.s3_endpoint if session.platform else os.environ.get("CONNITO_S3_ENDPOINT", "")
+    checks = []
+    for scheme, host, port in certificates.endpoints([session.nats_url, store]):
+        name, remedy = f"certificate of {host}:{port}", "renew it, and reload the server that shows it"
+        try:
+            end = await certificates.expiry(scheme, host, port, ssl.create_default_context())
+        except (OSError, TimeoutError) as error:
+            checks.append(Check(name, False, str(error), "see the message; SSL_CERT_FILE names the authority to trust"))
+            continue
+        days = (end - time.time()) / 86400
+        found = f"valid until {datetime.fromtimestamp(end, UTC):%Y-%m-%d}, {days:.0f} days"
+        checks.append(Check(name, days > EXPIRY_WARNING_DAYS, found, remedy, warning=days > 0))
+    return checks
+
+
+async def _store(session: Session) -> list[Check]:
+    """An object written and read back: the rights, and how fast the way there is."""
+    from connito.store.artifacts import ref_of_bytes
+    from connito.v1.artifacts_pb2 import REALM_PUBLIC
+
+    remedy = "check the store's address, keys and the bucket's policy"
+    try:
+        store: Any = session.store()
+        # The same bytes each time: a store that has them does not grow.
+        data = bytes(range(256)) * (PROBE_BYTES // 256)
+        await store.put_bytes(b"connito doctor", "text/plain", REALM_PUBLIC)
+        there = await store.stat(ref_of_bytes(data, "application/octet-stream", REALM_PUBLIC)) is not None
+        began = time.monotonic()
+        ref = await store.put_bytes(data, "application/octet-stream", REALM_PUBLIC)
+        written = time.monotonic()
+        await store.read_range(ref, 0, ref.size)
+        read = time.monotonic()
+    except ConnitoError as error:
+        return [Check("store rights", False, str(error), remedy)]
+    down, up = PROBE_BYTES / max(read - written, 1e-6), PROBE_BYTES / max(written - began, 1e-6)
+    slow = "the submit window waits for the slowest uplink: use a closer store, or a faster line"
+    # An artifact is uploaded once; what an earlier look measured is not measured again.
+    uplink = "up not measured, the probe is there already" if there else f"{up / 1e6:.1f} MB/s up"
+    enough = down >= SLOW_BYTES_PER_SECOND and (there or up >= SLOW_BYTES_PER_SECOND)
+    return [
+        Check("store rights", True, "an object was written and read back"),
+        Check(
+            "bandwidth", enough, f"{down / 1e6:.1f} MB/s down, {uplink} ({PROBE_BYTES >> 20} MiB)", slow, warning=True
+        ),
+    ]
