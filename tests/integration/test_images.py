@@ -25,7 +25,7 @@ from connito.roster import Roster
 pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-CONTROL, MODEL = ("coordinator", "committer", "library", "tools"), ("trainer",)
+CONTROL, MODEL = ("coordinator", "committer", "library", "console", "tools"), ("trainer",)
 CONTROL_LIMIT_BYTES = 250_000_000
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "cpp", "as", "ld", "make", "rustc", "go", "nvcc")
 # A file system of its own for the process: read-only, with the two folders of the image that may be written.
@@ -186,7 +186,7 @@ def test_the_root_file_system_cannot_be_written(control: Images, tmp_path: Path)
     assert (done.returncode, done.stdout) == (0, "10001\n"), done.stderr
 
 
-@pytest.mark.parametrize("target", ["coordinator", "committer", "library"])
+@pytest.mark.parametrize("target", ["coordinator", "committer", "library", "console"])
 def test_a_control_plane_service_starts_from_its_image(
     control: Images, target: str, tmp_path: Path, nats_server: NatsServer, object_store: ObjectStore
 ) -> None:
@@ -203,7 +203,8 @@ def start_and_stop(images: Images, target: str, shared: Path, nats: NatsServer, 
     """Start the image's own command, wait until it is ready, look at its metrics, stop it as a supervisor would."""
     identity = Identity.generate()
     identity.save(shared / "key.nk")
-    Roster({target: frozenset({identity.public})} if target != "trainer" else {}).save(shared / "roster.json")
+    role = {"console": "customer"}.get(target, target)
+    Roster({role: frozenset({identity.public})} if target != "trainer" else {}).save(shared / "roster.json")
     for path in (shared, shared / "key.nk"):
         shutil.chown(path, 10001, 10001)
     http, grpc = free_ports(2)
