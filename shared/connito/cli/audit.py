@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,8 +28,14 @@ NoModelFlag = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int,
-    typer.Option("--threads", min=0, help="Threads for the model, 0 for all cores; as the run had, for equal bits."),
+    int | None,
+    typer.Option(
+        "--threads",
+        min=0,
+        help="Threads for the model, 0 for all cores; equal bits need as many as the run had, which is the default "
+        "where `connito up` ran it.",
+        show_default=False,
+    ),
 ]
 ToleranceOption = Annotated[
     float,
@@ -41,7 +48,7 @@ def audit(
     folder: FromOption = None,
     data_dir: DataDirOption = None,
     no_model: NoModelFlag = False,
-    threads: ThreadsOption = 0,
+    threads: ThreadsOption = None,
     tolerance: ToleranceOption = 1e-4,
     against: Annotated[
         Path | None,
@@ -65,12 +72,29 @@ def audit(
             as_json,
             lambda evidence: lambda named: True,
             lambda evidence, artifacts, say: _audit(
-                evidence, artifacts, other, model=not no_model, threads=threads, tolerance=tolerance, say=say
+                evidence,
+                artifacts,
+                other,
+                model=not no_model,
+                threads=as_the_run_had(threads, folder, data_dir),
+                tolerance=tolerance,
+                say=say,
             ),
         )
     )
     emit(as_json, document, lambda: _text(document, evidence))
     settle(document["differences"], f"run {run}")
+
+
+def as_the_run_had(threads: int | None, folder: Path | None, data_dir: Path | None) -> int:
+    """How many threads to compute with: what was asked for, else what `connito up` used in that folder, else 0, all cores."""
+    from connito.local.datadir import DataDir, default_data_dir
+
+    if threads is not None:
+        return threads
+    if os.environ.get("CONNITO_NATS_URL") and folder is None and data_dir is None:
+        return 0
+    return DataDir((folder or data_dir or default_data_dir()).absolute()).threads
 
 
 async def read_and(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connito.cli.audit import FromOption, NoModelFlag, ThreadsOption, ToleranceOption, read_and, settle
+from connito.cli.audit import FromOption, NoModelFlag, ThreadsOption, ToleranceOption, as_the_run_had, read_and, settle
 from connito.cli.output import DataDirOption, JsonFlag, emit
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def explain(
     folder: FromOption = None,
     data_dir: DataDirOption = None,
     no_model: NoModelFlag = False,
-    threads: ThreadsOption = 0,
+    threads: ThreadsOption = None,
     tolerance: ToleranceOption = 1e-4,
     as_json: JsonFlag = False,
 ) -> None:
@@ -43,7 +43,13 @@ def explain(
             as_json,
             lambda evidence: _choose(evidence, wanted),
             lambda evidence, artifacts, say: _explain(
-                evidence, artifacts, wanted, model=not no_model, threads=threads, tolerance=tolerance, say=say
+                evidence,
+                artifacts,
+                wanted,
+                model=not no_model,
+                threads=as_the_run_had(threads, folder, data_dir),
+                tolerance=tolerance,
+                say=say,
             ),
         )
     )

@@ -89,6 +89,18 @@ class DataDir:
         """Where the servers are."""
         return self.root / "platform.json"
 
+    @property
+    def threads(self) -> int:
+        """Threads of each computation here, 0 where nobody said: sums come out to the bit only with as many."""
+        try:
+            return int((self.root / "threads").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def keep_threads(self, threads: int) -> None:
+        """Say for later how many threads a computation had."""
+        (self.root / "threads").write_text(f"{threads}\n")
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder. Raises `Retry` naming the process that already does; the kernel lets go when we die."""

@@ -89,6 +89,7 @@ class Installation:
         self.supervisor.note("zygote", self.zygote.pid, self.data.logs / "zygote.log")
         await asyncio.gather(self.supervisor.serve(nats), self.supervisor.serve(weed))
         self.platform = Platform(os.getpid(), nats.url, weed.url, weed.access_key, secret)
+        self.data.keep_threads(self.machine.threads)
         self._stack.callback(self.data.platform_file.unlink, missing_ok=True)
         self.data.write_platform(self.platform)
         operator = self.members["operator"].identity

@@ -86,3 +86,18 @@ def test_leftovers_are_ended_and_strangers_with_the_same_number_are_not(data: Da
     stranger.communicate(b"\n")
     mine.communicate()
     assert data.end_leftovers() == []
+
+
+def test_what_a_run_computed_with_is_what_an_audit_computes_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from connito.cli.audit import as_the_run_had
+
+    monkeypatch.delenv("CONNITO_NATS_URL", raising=False)
+    DataDir.open(tmp_path).keep_threads(1)
+    assert as_the_run_had(None, tmp_path, None) == as_the_run_had(None, None, tmp_path) == 1
+    assert as_the_run_had(3, tmp_path, None) == 3
+    assert as_the_run_had(None, tmp_path / "elsewhere", None) == 0
+    monkeypatch.setenv("CONNITO_NATS_URL", "nats://127.0.0.1:4222")
+    monkeypatch.setenv("CONNITO_DATA_DIR", str(tmp_path))
+    assert as_the_run_had(None, None, None) == 0
