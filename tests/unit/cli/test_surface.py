@@ -188,6 +188,7 @@ def test_a_wish_that_cannot_be_is_refused_before_anything_starts(
         "dlq ls",
         "job list",
         "library list",
+        "console",
         "replay some-run",
         "audit some-run",
         "ledger some-run",
