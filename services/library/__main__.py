@@ -66,15 +66,15 @@ async def _read_catalogue(
             continue
         try:
             fact = verify_fact(item, context.roster)
-            record = await _record(context, fact)
+            record = await _record(context, catalogue, fact)
             catalogue.add(fact, record, (item.subject, item.data))
         except (Invalid, VerificationFailed) as error:
             context.log.warning("security", subject=item.subject, sequence=item.sequence, error=str(error))
 
 
-async def _record(context: ServiceContext[LibrarySettings], fact: Fact) -> bytes | None:
-    """The record of a deposit; waits while the store is away. None for other facts."""
-    if not isinstance(fact.message, run_pb2.ExpertDeposited):
+async def _record(context: ServiceContext[LibrarySettings], catalogue: Catalogue, fact: Fact) -> bytes | None:
+    """The record of a deposit; waits while the store is away. None for other facts, and for what a kept index has."""
+    if not isinstance(fact.message, run_pb2.ExpertDeposited) or catalogue.index.lookup(fact.message.expert_id):
         return None
     while True:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,9 +74,12 @@ def search(
     with open_shelf(shelf, data_dir).index() as index:
         hits = find(index, text, domain=domain, viewer=viewer, everything=everything, limit=count)
     if shelf is None:
-        known = {hit.expert_id for hit in hits}
-        served = _served(data_dir, text, domain, everything, count)
-        hits = sorted([*hits, *(hit for hit in served if hit.expert_id not in known)], key=_better)[:count]
+        # What the platform says of an expert now outweighs what the shelf's copy of it says.
+        local = {hit.expert_id: hit for hit in hits}
+        served = {hit.expert_id: hit for hit in _served(data_dir, text, domain, everything, count)}
+        records = {name: hit.record for name, hit in local.items()}
+        both = [replace(hit, record=records.get(name, {})) for name, hit in {**local, **served}.items()]
+        hits = sorted(both, key=_better)[:count]
     if like:
         assert base is not None
         ranked = _by_example(hits, base, like, measure, shelf, data_dir)[:limit]

@@ -24,9 +24,8 @@ def test_saved_and_loaded_again(tmp_path):
 
 
 def test_organisations_are_kept_and_tell_memberships(tmp_path):
-    roster = Roster(
-        {"customer": frozenset({KEY})}, {}, {"clinic": frozenset({KEY, OTHER}), "court": frozenset({OTHER})}
-    )
+    organisations = {"clinic": frozenset({KEY, OTHER}), "court": frozenset({OTHER})}
+    roster = Roster({"customer": frozenset({KEY})}, organisations=organisations)
     roster.save(tmp_path / "roster.json")
     again = Roster.load(tmp_path / "roster.json")
     assert again == roster
