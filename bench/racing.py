@@ -20,8 +20,9 @@ from bench.harness import Options, Result, main, note
 
 TOKENS = 256
 BUDGET, GENERAL, FIRST, CONFIDENCE, MARGIN = 32, 16, 8, 0.95, 0.02
-# Standard deviation of a sequence's gain, nats per token, on the target and on general text.
-NOISE, GENERAL_NOISE = 0.08, 0.02
+# Standard deviation of a sequence's gain, nats per token, on the target and on general text. Reports of real runs have
+# 0.017 to 0.047 on the target and 0.0001 to 0.002 on general text (demo and tiny base, honest miners).
+NOISE, GENERAL_NOISE = 0.04, 0.002
 CYCLE = ("honest",) * 6 + ("nothing", "nothing", "harmful", "backdoor")
 
 FIXED = run_pb2.ScorePolicy(
@@ -34,8 +35,8 @@ RACING = run_pb2.ScorePolicy(
 
 # Kind -> (true effect on the target, true change of general loss), nats per token.
 KINDS: dict[str, Callable[[Generator], tuple[float, float]]] = {
-    "honest": lambda rng: (float(rng.uniform(0.03, 0.15)), 0.0),
-    "weak": lambda rng: (float(rng.uniform(0.005, 0.03)), 0.0),
+    "honest": lambda rng: (float(rng.uniform(0.02, 0.12)), 0.0),
+    "weak": lambda rng: (float(rng.uniform(0.002, 0.02)), 0.0),
     "nothing": lambda rng: (0.0, 0.0),
     "harmful": lambda rng: (-0.05, 0.0),
     "backdoor": lambda rng: (0.1, 0.1),

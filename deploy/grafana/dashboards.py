@@ -219,6 +219,11 @@ RUN = Dashboard(
                 "percentunit",
                 (("max(connito_validator_disagreement_ratio)", "farthest from consensus"),),
             ),
+            Panel(
+                "Trust in validators",
+                "percentunit",
+                (("min by (validator) (connito_validator_trust_ratio)", "{{validator}}"),),
+            ),
             Panel("Gate", "none", (("sum by (decision) (connito_gate_decisions_total)", "{{decision}}"),)),
         ),
         "Start": (

@@ -211,6 +211,18 @@ def test_late_work_of_a_new_key_has_no_place_of_its_own(ledger: Ledger) -> None:
     assert reasons_pb2.REASON_NEWCOMER_QUOTA in refusals(ledger, "submit", 2).values()
 
 
+def test_a_miner_that_joins_in_mid_run_is_scored_in_its_first_cycle(ledger: Ledger) -> None:
+    to_submit(ledger, miners=("ma",))
+    reveal(ledger, ledger.reveal("ma", 1))
+    finish(ledger, 1)
+    ledger.enrol("new")
+    to_submit(ledger, 2, miners=("ma", "new"))
+    for miner in ("ma", "new"):
+        reveal(ledger, ledger.reveal(miner, 2))
+    settled = finish(ledger, 2)
+    assert who(settled) == [("ma", 2), ("new", 2)]
+    # It started from the current version, not from the first one.
+    assert settled.submissions[1].base_state == settled.submissions[0].base_state
 def test_a_ban_before_the_close_takes_the_submission_out(ledger: Ledger) -> None:
     to_submit(ledger, miners=("ma", "mb", "mc"))
     said = ledger.reveal("ma", 1)
