@@ -105,8 +105,11 @@ def _override(spec: RunSpec, override: str) -> None:
     if section not in OVERRIDABLE or not field_name or not value:
         raise Invalid(f"--set {override!r} is not SECTION.FIELD=VALUE with a section of {', '.join(OVERRIDABLE)}")
     policy = getattr(spec, section)
+    known_field = policy.DESCRIPTOR.fields_by_name.get(field_name)
+    several = known_field is not None and known_field.is_repeated
+    given = value.strip().split(",") if several else value.strip()
     try:
-        ParseDict({field_name: value.strip()}, policy)
+        ParseDict({field_name: given}, policy)
     except ParseError as error:
         known = ", ".join(sorted(policy.DESCRIPTOR.fields_by_name))
         raise Invalid(f"--set {override!r} does not fit {section} ({error}); its fields: {known}") from error

@@ -99,7 +99,13 @@ def _scored(scored: cycle_pb2.CycleScored, facts: RunFacts, names: Mapping[str, 
     for verdict in sorted(scored.verdicts, key=lambda verdict: verdict.rank or 1 << 30):
         name, reason = who(facts, verdict.miner, names), reason_name(verdict.reason)
         parts.append(f"{name} +{verdict.utility:.4f} nats" if verdict.rank else f"{name} {reason or 'unranked'}")
-    return f"cycle {scored.cycle} · scored: {', '.join(parts) or 'nothing to score'}"
+    doubted = [
+        f"{who(facts, standing.validator, names)} {reason_name(standing.reason)}, trust {standing.trust:.2f}"
+        for standing in scored.validators
+        if standing.reason and standing.trust
+    ]
+    lost = f"; loses weight: {', '.join(doubted)}" if doubted else ""
+    return f"cycle {scored.cycle} · scored: {', '.join(parts) or 'nothing to score'}{lost}"
 
 
 def _published(version: cycle_pb2.VersionPublished, facts: RunFacts, names: Mapping[str, str]) -> str:

@@ -87,3 +87,14 @@ def test_no_policy_can_break_the_order_or_the_sum(custom, shares):
 def test_an_unknown_policy_is_refused_with_those_that_there_are():
     with pytest.raises(Invalid, match=r"lottery.*proportional, rank-table"):
         payout.find("lottery")
+
+
+def test_a_package_registers_a_policy_as_an_entry_point(tmp_path, monkeypatch):
+    (tmp_path / "fair_shares.py").write_text("def equal(utilities, policy):\n    return [1] * len(utilities)\n")
+    info = tmp_path / "fair_shares-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fair-shares\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[connito.payouts]\nequal = fair_shares:equal\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert payout.names() == ["equal", "proportional", "rank-table"]
+    assert payout.pay([9.0, 2.0, 1.0], 100, 10, RewardPolicy(payout="equal")) == [34, 33, 33]

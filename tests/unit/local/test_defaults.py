@@ -12,7 +12,25 @@ def test_a_policy_can_be_overridden():
     assert (spec.training.local_steps, spec.merging.aggregator) == (3, "top-1")
 
 
-@pytest.mark.parametrize("override", ["training", "base.name=x", "training.steps=3", "training.local_steps=many"])
+def test_rewards_and_assignment_are_policies_too():
+    overrides = (
+        "rewards.rank_shares=5,3,2",
+        "rewards.payout=proportional",
+        "rewards.bond_rate=0",
+        "scoring.validators_per_submission=2",
+        "scoring.minimum_sequences=4",
+    )
+    spec = profile(Wish(base="tiny", overrides=overrides)).spec
+    assert list(spec.rewards.rank_shares) == [5, 3, 2]
+    assert (spec.rewards.payout, spec.rewards.bond_rate) == ("proportional", 0)
+    assert spec.rewards.HasField("bond_rate")
+    assert (spec.scoring.validators_per_submission, spec.scoring.minimum_sequences) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["training", "base.name=x", "training.steps=3", "training.local_steps=many", "rewards.rank_shares=many,few"],
+)
 def test_an_override_that_does_not_fit_is_named(override):
     with pytest.raises(Invalid, match=re.escape(override)):
         profile(Wish(base="tiny", overrides=(override,)))
