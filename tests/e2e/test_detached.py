@@ -129,10 +129,25 @@ def test_a_miner_sees_what_became_of_its_work(platform: Platform) -> None:
     status = platform.json("miner", "status", "--key", str(platform.data / "keys" / "miner-1.nk"))
     assert [(row["cycle"], row["status"], row["rank"]) for row in status["cycles"]] == [(1, "merged", 1)]
     assert status["reward"] == status["cycles"][0]["reward"] > 0
+    assert status["cycles"][0]["rating"]["judged"] == 1
+    assert "±" in platform.connito("miner", "status", "--key", str(platform.data / "keys" / "miner-1.nk")).stdout
+
+
+def test_the_ledger_of_a_run_adds_up(platform: Platform) -> None:
+    ledger = platform.json("ledger", run_of(platform))
+    assert ledger["conserved"]
+    assert sum(entry["units"] for entry in ledger["entries"]) == ledger["emission"]
+    assert {entry["role"] for entry in ledger["entries"]} == {"miner", "validator", "unallocated"}
 
 
 def test_unknown_things_are_not_found(platform: Platform) -> None:
-    for verb in (("job", "show", "none"), ("job", "cancel", "none"), ("library", "show", "none"), ("replay", "none")):
+    for verb in (
+        ("ledger", "none"),
+        ("job", "show", "none"),
+        ("job", "cancel", "none"),
+        ("library", "show", "none"),
+        ("replay", "none"),
+    ):
         done = platform.connito(*verb)
         assert (verb, done.returncode) == (verb, 4)
         assert "Traceback" not in done.stderr
