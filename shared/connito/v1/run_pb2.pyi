@@ -274,7 +274,9 @@ class ScorePolicy(_message.Message):
     max_relative_norm: _builtins.float
     """Largest allowed ‖θ_i − θ_base‖ / ‖θ_base‖ per tensor."""
     validators_per_submission: _builtins.int
-    """Drawing validators that the seed assigns to each submission. 0: all of them."""
+    """Drawing validators that the seed assigns to each submission. 0: all of them. Fewer than half of these may lie about it,
+    so with 1 or 2 none of them.
+    """
     minimum_sequences: _builtins.int
     """Racing: look after this many target sequences, then after twice as many and so on, and stop when a look decides.
     0: the whole budget is evaluated before anything is decided.
