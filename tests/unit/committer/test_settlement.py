@@ -223,6 +223,8 @@ def test_a_miner_that_joins_in_mid_run_is_scored_in_its_first_cycle(ledger: Ledg
     assert who(settled) == [("ma", 2), ("new", 2)]
     # It started from the current version, not from the first one.
     assert settled.submissions[1].base_state == settled.submissions[0].base_state
+
+
 def test_a_ban_before_the_close_takes_the_submission_out(ledger: Ledger) -> None:
     to_submit(ledger, miners=("ma", "mb", "mc"))
     said = ledger.reveal("ma", 1)
