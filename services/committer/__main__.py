@@ -35,7 +35,7 @@ async def main(ctx: ServiceContext[CommitterSettings]) -> None:
         limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
         api = SubmissionApi(ctx.bus, view, ctx.store, limit, settings.presign_seconds)
         servicer = (services_pb2_grpc.add_SubmissionServiceServicer_to_server, api, NAME)
-        async with rpc.serve([servicer], settings.grpc_host, settings.grpc_port) as port:
+        async with rpc.serve([servicer], settings.grpc_host, settings.grpc_port, tls=settings.tls) as port:
             ctx.announce_port("grpc", port)
             address = settings.grpc_advertise or f"{settings.grpc_host}:{port}"
             consuming = asyncio.create_task(ctx.bus.consume(DURABLE, intake.handle))

@@ -47,7 +47,7 @@ async def main(ctx: ServiceContext[CoordinatorSettings]) -> None:
         limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
         api = RunApi(ctx.bus, facts, ctx.roster, changes, limit)
         servicer = (services_pb2_grpc.add_RunServiceServicer_to_server, api, NAME)
-        async with rpc.serve([servicer], settings.grpc_host, settings.grpc_port) as port:
+        async with rpc.serve([servicer], settings.grpc_host, settings.grpc_port, tls=settings.tls) as port:
             ctx.announce_port("grpc", port)
             address = settings.grpc_advertise or f"{settings.grpc_host}:{port}"
             leading = asyncio.create_task(leader.lead(settings.lease_seconds, address, engine.wake))

@@ -40,7 +40,7 @@ async def main(context: ServiceContext[LibrarySettings]) -> None:
     try:
         await asyncio.wait({*work, opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
-            async with serve([servicer], settings.grpc_host, settings.grpc_port) as port:
+            async with serve([servicer], settings.grpc_host, settings.grpc_port, tls=settings.tls) as port:
                 context.announce_port("grpc", port)
                 address = settings.grpc_advertise or f"{settings.grpc_host}:{port}"
                 await context.bus.register_endpoint("library", address)

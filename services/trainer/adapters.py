@@ -74,9 +74,11 @@ class Services:
     async def _call(self, service: str, stub: Callable[[Any], Any], method: str, request: Message) -> Any:
         address = await self._bus.find_endpoint(service)
         if address not in self._channels:
-            self._channels[address] = rpc.channel(address)
+            self._channels[address] = rpc.channel(address, self._bus.tls)
         try:
             return await rpc.call(getattr(stub(self._channels[address]), method), request)
+        except Retry as error:
+            raise await rpc.explained(error, address, self._bus.tls) from error
         except Invalid as error:
             if error.reason in _CATCHING_UP:
                 raise Retry(f"the {service} does not say yes yet: {error}", after=max(0.3, error.after)) from error

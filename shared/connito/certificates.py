@@ -10,6 +10,7 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 from connito import metrics
+from connito.tls import PLAIN, Tls
 
 INTERVAL_S = 3600.0
 # The NATS protocol speaks first in clear text and turns to TLS after the server's INFO line.
@@ -64,10 +65,10 @@ async def look(watched: Iterable[tuple[str, str, int]], context: ssl.SSLContext)
             continue
 
 
-async def watch(urls: Iterable[str], interval_s: float = INTERVAL_S) -> None:
+async def watch(urls: Iterable[str], interval_s: float = INTERVAL_S, tls: Tls = PLAIN) -> None:
     """`look` for ever; returns at once where nothing uses TLS."""
     watched = endpoints(urls)
-    context = ssl.create_default_context()
+    context = tls.context()
     while watched:
         await look(watched, context)
         await asyncio.sleep(interval_s)

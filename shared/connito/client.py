@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from google.protobuf.message import Message
 
 from connito.envelope import seal
-from connito.errors import Invalid, NotFound
+from connito.errors import Invalid, NotFound, Retry
 from connito.identity import Identity
+from connito.tls import PLAIN, Tls
 from connito.v1 import run_pb2, services_pb2
 from connito.v1.run_pb2 import BanOrder, RunSpec
 
@@ -32,18 +33,18 @@ class Client:
     Every method raises `Retry` when the service is away, `NotFound` and `Invalid` as the service says.
     """
 
-    def __init__(self, coordinator: str, library: str = "", identity: Identity | None = None) -> None:
-        """`coordinator` and `library` are `host:port`."""
-        import grpc
+    def __init__(self, coordinator: str, library: str = "", identity: Identity | None = None, tls: Tls = PLAIN) -> None:
+        """`coordinator` and `library` are `host:port`; `tls` says how they are spoken to."""
 
         from connito.v1 import services_pb2_grpc
 
         self._identity = identity
         self._data_dir: Path | None = None
-        self._channels = [grpc.insecure_channel(coordinator, options=[("grpc.enable_http_proxy", 0)])]
+        self._tls, self._coordinator = tls, coordinator
+        self._channels = [_channel(coordinator, tls)]
         self._run_service = services_pb2_grpc.RunServiceStub(self._channels[0])
         if library:
-            self._channels.append(grpc.insecure_channel(library, options=[("grpc.enable_http_proxy", 0)]))
+            self._channels.append(_channel(library, tls))
             self._library = services_pb2_grpc.LibraryServiceStub(self._channels[1])
 
     @classmethod
@@ -57,7 +58,7 @@ class Client:
         folder = None if data_dir is None else Path(data_dir)
         session = Session.open(folder, role=role)
         addresses = asyncio.run(session.endpoints("coordinator", "library"))
-        client = cls(addresses["coordinator"], addresses["library"], session.identity)
+        client = cls(addresses["coordinator"], addresses["library"], session.identity, session.tls)
         client._data_dir = folder
         return client
 
@@ -241,4 +242,15 @@ class Client:
         try:
             return method(request, timeout=DEADLINE_SECONDS, wait_for_ready=True)
         except grpc.RpcError as error:
-            raise error_of(cast(Any, error)) from error
+            found = error_of(cast(Any, error))
+            certificate = self._tls.diagnose(self._coordinator) if isinstance(found, Retry) else None
+            raise certificate or found from error
+
+
+def _channel(address: str, tls: Tls) -> Any:
+    import grpc
+
+    options = [("grpc.enable_http_proxy", 0)]
+    if tls.api == "off":
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, tls.channel_credentials(), options=options)

@@ -18,6 +18,7 @@ from connito.envelope import MAX_ENVELOPE_BYTES, check
 from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed, reason_name
 from connito.roster import Roster
 from connito.telemetry import extract, get_logger, inject, use
+from connito.tls import PLAIN, Tls
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.envelope_pb2 import Envelope
 
@@ -136,7 +137,9 @@ async def _abort(context: Any, error: ConnitoError) -> None:
 
 
 @asynccontextmanager
-async def serve(servicers: Sequence[Servicer], host: str, port: int, *, drain_s: float = 2.0) -> AsyncIterator[int]:
+async def serve(
+    servicers: Sequence[Servicer], host: str, port: int, *, drain_s: float = 2.0, tls: Tls = PLAIN
+) -> AsyncIterator[int]:
     """Serve until the block is left, with health and reflection; yields the port (a free one for 0).
 
     Raises `Fatal` when the address is taken. Calls in flight get `drain_s` to finish.
@@ -150,7 +153,9 @@ async def serve(servicers: Sequence[Servicer], host: str, port: int, *, drain_s:
     await checks.set("", health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection([name for _, _, name in servicers] + [reflection.SERVICE_NAME], server)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        where = f"{host}:{port}"
+        plain = tls.api == "off"
+        bound = server.add_insecure_port(where) if plain else server.add_secure_port(where, tls.server_credentials())
     except RuntimeError as error:
         raise Fatal(f"cannot listen on {host}:{port}: {error}; set CONNITO_GRPC_PORT to a free port") from error
     await server.start()
@@ -161,18 +166,23 @@ async def serve(servicers: Sequence[Servicer], host: str, port: int, *, drain_s:
         await server.stop(drain_s)
 
 
-def channel(address: str) -> grpc.aio.Channel:
+def channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:
     """A client channel to `host:port`; reconnects by itself within a second."""
-    return grpc.aio.insecure_channel(
-        address,
-        options=[
-            *_OPTIONS[:1],
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1000),
-            ("grpc.enable_http_proxy", 0),
-        ],
-    )
+    options = [
+        *_OPTIONS[:1],
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.enable_http_proxy", 0),
+    ]
+    if tls.api == "off":
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=options)
+
+
+async def explained(error: Retry, address: str, tls: Tls) -> ConnitoError:
+    """The reason why an API is unavailable, where that is a certificate; else the error as it is."""
+    return await asyncio.to_thread(tls.diagnose, address) or error
 
 
 async def call(method: Callable[..., Any], request: Message, deadline_s: float = 10.0) -> Any:

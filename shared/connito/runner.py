@@ -139,7 +139,9 @@ class _Service(Generic[S]):
                     self.name, self.settings, identity, bus, self.log, self.stop, self.ports, roster
                 )
                 watching = [
-                    asyncio.create_task(certificates.watch((self.settings.nats_url, self.settings.s3_endpoint))),
+                    asyncio.create_task(
+                        certificates.watch((self.settings.nats_url, self.settings.s3_endpoint), tls=self.settings.tls)
+                    ),
                     asyncio.create_task(self._follow_roster(roster)),
                 ]
                 try:

@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from connito.errors import Fatal
+from connito.tls import Tls
 
 PREFIX = "CONNITO_"
 
@@ -40,6 +41,15 @@ class ServiceSettings(BaseSettings):
     grpc_host: str = Field("127.0.0.1", description="address that the API listens on, where there is one")
     grpc_port: int = Field(0, ge=0, le=65535, description="its port; 0 takes a free one")
     grpc_advertise: str = Field("", description="host:port that others reach the API at; empty: where it listens")
+    tls_ca: Path | None = Field(
+        None, description="authorities that bus and APIs are trusted by; empty: the machine's own"
+    )
+    tls_cert: Path | None = Field(None, description="certificate of this process, for the bus and for APIs")
+    tls_key: Path | None = Field(None, description="its key")
+    grpc_tls: Literal["off", "tls", "mtls"] = Field(
+        "off",
+        description="how APIs are served and called: in clear, with a server's certificate, with one on both sides",
+    )
     log_format: Literal["json", "console"] = Field("json", description="json lines, or coloured text")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least that is logged")
     compute_dir: Path | None = Field(None, description="folder of the machine-wide compute budget; empty: no budget")
@@ -47,6 +57,11 @@ class ServiceSettings(BaseSettings):
     torch_threads: int = Field(0, ge=0, description="threads per computation; 0: one per core")
     run: str = Field("", description="take part in this run only; empty: in every run")
     drain_seconds: float = Field(10.0, ge=0, description="time to finish what was started after SIGTERM")
+
+    @property
+    def tls(self) -> Tls:
+        """Whom to trust and who we are. Raises `Invalid` for a certificate without its key."""
+        return Tls(self.tls_ca, self.tls_cert, self.tls_key, self.grpc_tls)
 
     @classmethod
     def load(cls) -> Self:

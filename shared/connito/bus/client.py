@@ -29,6 +29,7 @@ from connito.roster import Roster
 from connito.streams import DURABLES, ENDPOINTS, stream_of
 from connito.tasks import end_tasks
 from connito.telemetry import current, get_logger, inject
+from connito.tls import PLAIN, Tls
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter
 
@@ -52,7 +53,12 @@ class Bus:
 
     @classmethod
     async def connect(
-        cls, settings_or_url: _HasNatsUrl | str, identity: Identity | None, name: str, roster: Roster | None = None
+        cls,
+        settings_or_url: _HasNatsUrl | str,
+        identity: Identity | None,
+        name: str,
+        roster: Roster | None = None,
+        tls: Tls | None = None,
     ) -> Self:
         """Log in with the identity's nkey, or without one. With a roster, a fact that someone without the role wrote
         does not keep its true author from writing it.
@@ -61,7 +67,7 @@ class Bus:
         by itself, however long the broker is away.
         """
         url = settings_or_url if isinstance(settings_or_url, str) else settings_or_url.nats_url
-        connection = Connection(url, identity, name)
+        connection = Connection(url, identity, name, tls or getattr(settings_or_url, "tls", PLAIN))
         await connection.open()
         return cls(connection, roster)
 
@@ -88,6 +94,11 @@ class Bus:
         if self._connection.identity is None:
             raise Fatal("this connection has no key to sign with; set CONNITO_KEY_FILE")
         return self._connection.identity
+
+    @property
+    def tls(self) -> Tls:
+        """How this process speaks TLS: with the bus, and with the APIs that it finds there."""
+        return self._connection.tls
 
     @property
     def js(self) -> JetStreamContext:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from connito import metrics
 from connito.errors import Fatal, Invalid, Retry
 from connito.identity import Identity
 from connito.telemetry import get_logger
+from connito.tls import PLAIN, Tls, refusal
 from connito.v1 import reasons_pb2 as reasons
 
 log = get_logger("bus")
@@ -34,8 +36,10 @@ class Connection:
     """Wraps a NATS client. Subjects of one identity's replies lie under `_INBOX.<public key>`, so that a broker which
     grants each user its own inbox keeps replies private."""
 
-    def __init__(self, url: str, identity: Identity | None, name: str) -> None:
-        self.url, self.identity, self.name = url, identity, name
+    def __init__(self, url: str, identity: Identity | None, name: str, tls: Tls = PLAIN) -> None:
+        self.url, self.identity, self.name, self.tls = url, identity, name, tls
+        self._context: ssl.SSLContext | None = None
+        self._refused_certificate: Invalid | None = None
         self.nc = Client()
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_TIMEOUT)
         self.on_reconnect: set[Callable[[], None]] = set()
@@ -52,6 +56,8 @@ class Connection:
             # The client library's own nkey login signs any nonce; ours refuses one that is crafted to be a signature.
             self.nc._public_nkey = self.identity.public
             options = {"signature_cb": self._sign, "inbox_prefix": f"_INBOX.{self.identity.public}"}
+        if self.tls.own or self.url.startswith("tls://"):
+            self._context = options["tls"] = self.tls.context()
         try:
             await self.nc.connect(
                 servers=self.url.split(","),
@@ -152,6 +158,10 @@ class Connection:
     async def _on_error(self, error: Exception) -> None:
         text = str(error)
         refused = "authorization violation" in text.lower()
+        if (certificate := refusal(error, f"the broker at {self.url}")) is not None:
+            self._report_certificate(certificate)
+            if self._starting:
+                raise certificate from error
         if self._starting:
             if refused:
                 raise Invalid(self._refused(), reason=reasons.REASON_NOT_PERMITTED) from error
@@ -169,12 +179,22 @@ class Connection:
         else:
             log.debug("broker connection error", error=text or repr(error))
 
+    def _report_certificate(self, refused: Invalid) -> None:
+        """Told once, not at every attempt: a certificate may be renewed, so the attempts go on."""
+        if self._refused_certificate is None or self._refused_certificate.reason != refused.reason:
+            log.error(str(refused), security=True)
+            metrics.SECURITY_EVENTS.labels("certificate").inc()
+        self._refused_certificate = refused
+
     def _refused(self) -> str:
         key = self.identity.public if self.identity else "a connection without a key"
         return f"the broker at {self.url} refuses {key}; the operator has to admit that key, start again then"
 
     async def _on_disconnected(self) -> None:
         metrics.BUS_CONNECTED.set(0)
+        if self._context is not None:
+            with suppress(Fatal):  # What is being renewed just now is read at the next loss.
+                self.tls.renew(self._context)
         if not self._closing and not self._starting:
             log.warning("lost the broker, reconnecting", url=self.url)
             self._lost_at = time.monotonic()
@@ -189,7 +209,7 @@ class Connection:
     async def _on_reconnected(self) -> None:
         metrics.BUS_CONNECTED.set(1)
         metrics.BUS_RECONNECTS.inc()
-        self._refusals = 0
+        self._refusals, self._refused_certificate = 0, None
         log.info("broker is back", url=self.url, away_seconds=round(time.monotonic() - self._lost_at, 3))
         for callback in list(self.on_reconnect):
             callback()

@@ -13,6 +13,7 @@ from connito.errors import Invalid
 from connito.identity import Identity
 from connito.local.datadir import DataDir, Platform
 from connito.roster import Roster
+from connito.tls import PLAIN, Tls
 
 if TYPE_CHECKING:
     from connito.bus import Bus
@@ -28,6 +29,7 @@ class Session:
     roster: Roster
     data: DataDir | None = None
     platform: Platform | None = None
+    tls: Tls = PLAIN
 
     @classmethod
     def open(cls, data_dir: Path | None, *, role: str) -> Self:
@@ -35,7 +37,12 @@ class Session:
         else the platform of the data directory, as its `role`. Raises `NotFound` when none runs there."""
         url = os.environ.get("CONNITO_NATS_URL", "")
         if url and data_dir is None:
-            return cls(url, Identity.load(_path("CONNITO_KEY_FILE")), Roster.load(_path("CONNITO_ROSTER")))
+            return cls(
+                url,
+                Identity.load(_path("CONNITO_KEY_FILE")),
+                Roster.load(_path("CONNITO_ROSTER")),
+                tls=Tls.from_environment(os.environ),
+            )
         data = DataDir.open(data_dir)
         platform = data.running()
         identity = Identity.load(data.keys / f"{role}.nk")
@@ -47,7 +54,7 @@ class Session:
         from connito.bus import Bus
 
         log_to(None)
-        async with await Bus.connect(self.nats_url, self.identity, "cli", self.roster) as bus:
+        async with await Bus.connect(self.nats_url, self.identity, "cli", self.roster, self.tls) as bus:
             yield bus
 
     async def endpoints(self, *names: str) -> dict[str, str]:

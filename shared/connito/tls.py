@@ -1,0 +1,158 @@
+"""TLS for the bus and the APIs: an authority of one's own, client certificates, and what a refusal means.
+
+Files are read again at every new connection (the bus) or handshake (an API): a renewed certificate needs no restart.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self, cast
+
+from connito.errors import Fatal, Invalid
+from connito.v1 import reasons_pb2 as reasons
+
+if TYPE_CHECKING:
+    import grpc
+
+Mode = Literal["off", "tls", "mtls"]
+# X.509 verification results: not yet valid, expired.
+_OUT_OF_TIME = (9, 10)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """`ca`: whom to trust, None: this machine's authorities. `certificate` and `key`: who we are, where one is asked.
+
+    `api` is how gRPC is spoken: in clear, with a server's certificate, or with one on both sides.
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    api: Mode = "off"
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise Invalid("a certificate needs its key: set both CONNITO_TLS_CERT and CONNITO_TLS_KEY, or neither")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """What the same variables say to a command that they say to a service. Raises `Invalid`."""
+        paths = [environment.get(f"CONNITO_TLS_{name}", "") for name in ("CA", "CERT", "KEY")]
+        mode = environment.get("CONNITO_GRPC_TLS", "") or "off"
+        if mode not in ("off", "tls", "mtls"):
+            raise Invalid(f"CONNITO_GRPC_TLS is {mode!r}; it is off, tls or mtls")
+        return cls(*(Path(path) if path else None for path in paths), cast(Mode, mode))
+
+    @property
+    def own(self) -> bool:
+        """Whether anything differs from what the machine does by itself."""
+        return self.ca is not None or self.certificate is not None
+
+    def context(self) -> ssl.SSLContext:
+        """A client's context. Raises `Fatal` naming the file that cannot be read."""
+        try:
+            context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        except (OSError, ssl.SSLError) as error:
+            raise Fatal(f"cannot read the authorities in {self.ca}: {error}; see CONNITO_TLS_CA") from error
+        self.renew(context)
+        return context
+
+    def renew(self, context: ssl.SSLContext) -> None:
+        """Read our own certificate again, for the next handshake. Raises `Fatal` when it cannot be read."""
+        if self.certificate is None or self.key is None:
+            return
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise Fatal(
+                f"cannot read {self.certificate} with {self.key}: {error}; see CONNITO_TLS_CERT and CONNITO_TLS_KEY"
+            ) from error
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """What an API is served with. Raises `Fatal` without a certificate, or for mTLS without an authority."""
+        if self.certificate is None:
+            raise Fatal("CONNITO_GRPC_TLS asks for a certificate: set CONNITO_TLS_CERT and CONNITO_TLS_KEY")
+        if self.api == "mtls" and self.ca is None:
+            raise Fatal("CONNITO_GRPC_TLS=mtls asks clients for certificates: say of which authority, CONNITO_TLS_CA")
+        import grpc
+
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(), self._configuration, require_client_authentication=self.api == "mtls"
+        )
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        import grpc
+
+        roots = _read(self.ca) if self.api == "mtls" else None
+        return grpc.ssl_server_certificate_configuration([(_read(self.key), _read(self.certificate))], roots)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """What an API is called with. Raises `Fatal` naming the file that cannot be read."""
+        import grpc
+
+        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
+
+    def diagnose(self, address: str, timeout_s: float = 3.0) -> Invalid | None:
+        """Shake hands with an API at `host:port` to learn why calls fail: gRPC itself only says that it is unavailable.
+
+        Blocking. None when certificates are not the reason.
+        """
+        if self.api == "off":
+            return None
+        host, _, port = address.rpartition(":")
+        context = self.context()
+        context.set_alpn_protocols(["h2"])
+        try:
+            with (
+                socket.create_connection((host, int(port)), timeout_s) as plain,
+                context.wrap_socket(plain, server_hostname=host) as wrapped,
+            ):
+                # With TLS 1.3 a server refuses a client's certificate after the handshake.
+                wrapped.recv(1)
+        except (OSError, ValueError) as error:
+            return refusal(error, f"the API at {address}")
+        return None
+
+
+PLAIN = Tls()
+
+
+def _read(path: Path | None) -> bytes | None:
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise Fatal(f"cannot read {path}: {error.strerror}; see CONNITO_TLS_CA, _CERT and _KEY") from error
+
+
+def refusal(error: BaseException | str, who: str) -> Invalid | None:
+    """What a failed handshake with `who` means; None when the failure is about something else than certificates."""
+    text = str(error).lower()
+    code = error.verify_code if isinstance(error, ssl.SSLCertVerificationError) else 0
+    if code in _OUT_OF_TIME or "has expired" in text or "not yet valid" in text or "certificate expired" in text:
+        return Invalid(
+            f"a certificate between here and {who} has expired or is not valid yet ({_short(text)}); renew it, and check "
+            "the clocks",
+            reason=reasons.REASON_CERTIFICATE_EXPIRED,
+        )
+    if any(alert in text for alert in ("certificate required", "certificate_required", "bad certificate")):
+        return Invalid(
+            f"{who} asks for a client certificate of its authority; set CONNITO_TLS_CERT and CONNITO_TLS_KEY",
+            reason=reasons.REASON_CERTIFICATE_REQUIRED,
+        )
+    if code or "certificate_verify_failed" in text or "certificate verify failed" in text or "unknown ca" in text:
+        return Invalid(
+            f"the certificate of {who} is not to be trusted here ({_short(text)}); set CONNITO_TLS_CA to the authority "
+            "that signed it, and use the name that it was made for",
+            reason=reasons.REASON_CERTIFICATE_UNTRUSTED,
+        )
+    return None
+
+
+def _short(text: str) -> str:
+    return text.rpartition("certificate verify failed: ")[2].partition(" (_ssl")[0][-160:]
