@@ -42,11 +42,14 @@ class Tls:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
         """What the same variables say to a command that they say to a service. Raises `Invalid`."""
-        paths = [environment.get(f"CONNITO_TLS_{name}", "") for name in ("CA", "CERT", "KEY")]
+        ca, certificate, key = (
+            Path(path) if (path := environment.get(f"CONNITO_TLS_{name}", "")) else None
+            for name in ("CA", "CERT", "KEY")
+        )
         mode = environment.get("CONNITO_GRPC_TLS", "") or "off"
         if mode not in ("off", "tls", "mtls"):
             raise Invalid(f"CONNITO_GRPC_TLS is {mode!r}; it is off, tls or mtls")
-        return cls(*(Path(path) if path else None for path in paths), cast(Mode, mode))
+        return cls(ca, certificate, key, cast(Mode, mode))
 
     @property
     def own(self) -> bool:
@@ -89,8 +92,11 @@ class Tls:
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         import grpc
 
+        assert self.key is not None
+        assert self.certificate is not None
+        pair = (_read(self.key) or b"", _read(self.certificate) or b"")
         roots = _read(self.ca) if self.api == "mtls" else None
-        return grpc.ssl_server_certificate_configuration([(_read(self.key), _read(self.certificate))], roots)
+        return grpc.ssl_server_certificate_configuration([pair], roots)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """What an API is called with. Raises `Fatal` naming the file that cannot be read."""
@@ -113,11 +119,9 @@ class Tls:
                 socket.create_connection((host, int(port)), timeout_s) as plain,
                 context.wrap_socket(plain, server_hostname=host) as wrapped,
             ):
-                # With TLS 1.3 a server refuses a client's certificate after the handshake.
-                wrapped.recv(1)
+                return None if _greeted(wrapped) else required(f"the API at {address}")
         except (OSError, ValueError) as error:
             return refusal(error, f"the API at {address}")
-        return None
 
 
 PLAIN = Tls()
@@ -140,18 +144,32 @@ def refusal(error: BaseException | str, who: str) -> Invalid | None:
             "the clocks",
             reason=reasons.REASON_CERTIFICATE_EXPIRED,
         )
-    if any(alert in text for alert in ("certificate required", "certificate_required", "bad certificate")):
-        return Invalid(
-            f"{who} asks for a client certificate of its authority; set CONNITO_TLS_CERT and CONNITO_TLS_KEY",
-            reason=reasons.REASON_CERTIFICATE_REQUIRED,
-        )
-    if code or "certificate_verify_failed" in text or "certificate verify failed" in text or "unknown ca" in text:
+    if any(alert in text for alert in ("certificate required", "bad certificate", "alert unknown ca")):
+        return required(who)
+    if code or "certificate_verify_failed" in text or "certificate verify failed" in text:
         return Invalid(
             f"the certificate of {who} is not to be trusted here ({_short(text)}); set CONNITO_TLS_CA to the authority "
             "that signed it, and use the name that it was made for",
             reason=reasons.REASON_CERTIFICATE_UNTRUSTED,
         )
     return None
+
+
+def required(who: str) -> Invalid:
+    """The other side took our hand and let go of it: what it wants to see is a certificate that it can check."""
+    return Invalid(
+        f"{who} asks for a client certificate that its authority has signed and that is valid now; set CONNITO_TLS_CERT "
+        "and CONNITO_TLS_KEY, or renew them",
+        reason=reasons.REASON_CERTIFICATE_REQUIRED,
+    )
+
+
+def _greeted(wrapped: ssl.SSLSocket) -> bool:
+    """With TLS 1.3 a server looks at the client's certificate after the handshake: then it speaks, or hangs up."""
+    try:
+        return bool(wrapped.recv(1))
+    except ConnectionResetError:
+        return False
 
 
 def _short(text: str) -> str:

@@ -22,6 +22,17 @@ capabilities: { drop: [ALL] }
 {{- if .root.Values.bus.existingCaConfigMap }}
 - { name: SSL_CERT_FILE, value: /etc/connito/ca/ca.crt }
 {{- end }}
+{{- with .root.Values.tls }}
+{{- if .existingSecret }}
+- { name: CONNITO_TLS_CA, value: /etc/connito/tls/ca.crt }
+- { name: CONNITO_TLS_CERT, value: /etc/connito/tls/tls.crt }
+- { name: CONNITO_TLS_KEY, value: /etc/connito/tls/tls.key }
+{{- end }}
+{{- if ne .grpc "off" }}
+{{- $_ := required "tls.grpc asks for certificates: name the Secret that holds them in tls.existingSecret" .existingSecret }}
+- { name: CONNITO_GRPC_TLS, value: {{ .grpc | quote }} }
+{{- end }}
+{{- end }}
 - { name: CONNITO_LOG_FORMAT, value: {{ .root.Values.logs.format | quote }} }
 - { name: CONNITO_LOG_LEVEL, value: {{ .root.Values.logs.level | quote }} }
 {{- with .root.Values.tracing.endpoint }}
@@ -54,6 +65,9 @@ capabilities: { drop: [ALL] }
 {{- if .root.Values.bus.existingCaConfigMap }}
 - { name: ca, mountPath: /etc/connito/ca, readOnly: true }
 {{- end }}
+{{- if .root.Values.tls.existingSecret }}
+- { name: tls, mountPath: /etc/connito/tls, readOnly: true }
+{{- end }}
 {{- end -}}
 
 {{- define "connito.commonVolumes" -}}
@@ -69,6 +83,10 @@ capabilities: { drop: [ALL] }
 {{- with .root.Values.bus.existingCaConfigMap }}
 - name: ca
   configMap: { name: {{ . | quote }} }
+{{- end }}
+{{- with .root.Values.tls.existingSecret }}
+- name: tls
+  projected: { defaultMode: 0440, sources: [{ secret: { name: {{ . | quote }} } }] }
 {{- end }}
 {{- end -}}
 

@@ -39,6 +39,12 @@ _WRONG_LAST_SEQUENCE = (10071, 10164)
 PUBLISH_SECONDS = 8.0
 
 
+def _tls_of(settings_or_url: object) -> Tls:
+    tls = getattr(settings_or_url, "tls", PLAIN)
+    assert isinstance(tls, Tls)
+    return tls
+
+
 class _HasNatsUrl(Protocol):
     @property
     def nats_url(self) -> str: ...
@@ -67,7 +73,7 @@ class Bus:
         by itself, however long the broker is away.
         """
         url = settings_or_url if isinstance(settings_or_url, str) else settings_or_url.nats_url
-        connection = Connection(url, identity, name, tls or getattr(settings_or_url, "tls", PLAIN))
+        connection = Connection(url, identity, name, tls if tls is not None else _tls_of(settings_or_url))
         await connection.open()
         return cls(connection, roster)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from nats.aio.client import Client
 from nats.errors import ConnectionClosedError, NoRespondersError, OutboundBufferLimitError
@@ -22,12 +23,13 @@ from connito import metrics
 from connito.errors import Fatal, Invalid, Retry
 from connito.identity import Identity
 from connito.telemetry import get_logger
-from connito.tls import PLAIN, Tls, refusal
+from connito.tls import PLAIN, Tls, refusal, required
 from connito.v1 import reasons_pb2 as reasons
 
 log = get_logger("bus")
 
 REQUEST_TIMEOUT = 2.0
+CLOSE_SECONDS = 0.5
 MAX_REFUSALS = 4
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
@@ -75,12 +77,35 @@ class Connection:
                 closed_cb=self._on_closed,
                 **options,
             )
-        except BaseException:
+        except BaseException as error:
             with suppress(Exception):
-                await self.nc.close()
+                # After a failed handshake the library waits for a goodbye that never comes.
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self.nc.close()
+            if isinstance(error, Retry) and self._context is not None and (why := await self._why_hung_up()):
+                self._report_certificate(why)
+                raise why from error
             raise
         self._starting = False
         metrics.BUS_CONNECTED.set(1)
+
+    async def _why_hung_up(self) -> Invalid | None:
+        """Shake hands once more, by hand: a broker that wants a certificate may hang up before its alert is read."""
+        asks, split = False, urlsplit(self.url.split(",")[0])
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                reader, writer = await asyncio.open_connection(split.hostname, split.port or 4222)
+                try:
+                    asks = b'"tls_verify":true' in await reader.readline()
+                    await writer.start_tls(self._context, server_hostname=split.hostname)  # type: ignore[arg-type]
+                    # One that is content waits for us to speak.
+                    return required(f"the broker at {self.url}") if asks and not await reader.read(1) else None
+                finally:
+                    writer.transport.abort()
+        except ConnectionResetError:
+            return required(f"the broker at {self.url}") if asks else None
+        except (OSError, TimeoutError) as error:
+            return refusal(error, f"the broker at {self.url}")
 
     def _sign(self, nonce: str) -> bytes:
         assert self.identity is not None

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from connito.settings import ServiceSettings
+from helm_python.errors import HelmError
 
-from .conftest import ROOT, Object, environment, pod_specs
+from .conftest import ROOT, Object, environment, pod_specs, render, values_of
 
 SERVICES = ("coordinator", "selector", "committer", "aggregator", "library", "console", "trainer", "validator")
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
@@ -119,3 +120,19 @@ def test_hadolint_finds_nothing() -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     done = subprocess.run([hadolint, ROOT / "deploy/Dockerfile"], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_certificates_reach_every_service_and_are_asked_for_where_they_are_needed() -> None:
+    values = values_of("platform")
+    with pytest.raises(HelmError, match=r"tls\.existingSecret"):
+        render(values | {"tls": {"grpc": "mtls"}})
+    for spec in pod_specs(render(values | {"tls": {"existingSecret": "certs", "grpc": "mtls"}})).values():
+        container = spec["containers"][0]
+        variables = environment(container)
+        if "CONNITO_NATS_URL" not in variables:
+            continue
+        assert variables["CONNITO_GRPC_TLS"] == "mtls"
+        folder = next(m["mountPath"] for m in container["volumeMounts"] if m["name"] == "tls")
+        assert all(variables[f"CONNITO_TLS_{name}"].startswith(f"{folder}/") for name in ("CA", "CERT", "KEY"))
+        volume = next(v["projected"] for v in spec["volumes"] if v["name"] == "tls")
+        assert volume["sources"] == [{"secret": {"name": "certs"}}]
