@@ -6,8 +6,9 @@ import asyncio
 
 from connito import metrics
 from connito.bus import Bus
+from connito.bus.offences import kind_of, report
 from connito.engine import Action
-from connito.errors import NotFound, Retry, reason_name
+from connito.errors import Invalid, NotFound, Retry, reason_name
 from connito.facts import Fact, Record, RunFacts, verify_ingress
 from connito.telemetry import get_logger
 from connito.v1 import cycle_pb2, reasons_pb2
@@ -35,7 +36,13 @@ class Intake:
 
     async def handle(self, record: Record) -> None:
         """Answer one message. Raises `Invalid` for what nobody can be answered about, `Retry` when something is away."""
-        fact = verify_ingress(record)
+        try:
+            fact = verify_ingress(record)
+        except Invalid as error:
+            # The broker let only the subject's owner write there.
+            owner = record.subject.split(".")[4]
+            report(kind_of(error.reason), key=owner, subject=record.subject, reason=error.reason, detail=str(error))
+            raise
         try:
             # `trained` is for the coordinator.
             if fact.key.kind != "trained":
@@ -105,6 +112,8 @@ class Intake:
         message = write.message
         if isinstance(message, cycle_pb2.Refused):
             metrics.REFUSALS.labels(reason_name(message.reason)).inc()
+            if message.reason in (reasons_pb2.REASON_BANNED, reasons_pb2.REASON_QUOTA_EXCEEDED):
+                report(kind_of(message.reason), key=message.miner, reason=message.reason, detail=message.detail)
             log.info(
                 "refused", run=run, cycle=write.cycle, window=write.section, miner=message.miner,
                 sequence=message.ingress_sequence, why=handlers.describe(message),

@@ -12,7 +12,7 @@ from connito import telemetry
 from connito.assignment import assigned
 from connito.base.manifest import Manifest
 from connito.beacon import secret_digest
-from connito.bus import Bus
+from connito.bus import Bus, offences
 from connito.compute import ComputeBudget, in_thread
 from connito.engine import Action
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_name
@@ -25,7 +25,7 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 from services.validator.handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
-from services.validator.metrics import SCORE_SECONDS, SECURITY_EVENTS, SUBMISSIONS
+from services.validator.metrics import SCORE_SECONDS, SUBMISSIONS
 from services.validator.settings import ValidatorSettings
 
 log = telemetry.get_logger("validator")
@@ -145,7 +145,7 @@ class Validator:
         try:
             seed = check_draw(facts, cycle)
         except VerificationFailed as error:
-            SECURITY_EVENTS.labels("wrong_draw").inc()
+            offences.report("wrong_draw", subject=f"{run}.validate.{cycle}.drawn", detail=str(error))
             log.error("the draw does not verify", security=True, error=str(error))
             raise
         opened, settled = facts.opened("train", cycle), facts.settled("submit", cycle)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from connito import metrics, telemetry, tracing
 from connito.bus import Bus, CaughtUp
+from connito.bus.offences import kind_of, report
 from connito.errors import Invalid, Retry, reason_name
 from connito.facts import Fact, Log, Record, RunFacts
 from connito.tasks import end_tasks
@@ -124,6 +125,9 @@ class Engine:
         except Invalid as error:
             reason = reason_name(error.reason)
             metrics.EVENTS_REJECTED.labels(reason).inc()
+            if self.caught_up.is_set():
+                # What lay there before was reported when it came.
+                report(kind_of(error.reason), subject=record.subject, reason=error.reason, detail=str(error))
             log.warning(
                 "ignored a message that does not verify",
                 security=True,

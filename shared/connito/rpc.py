@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from connito.bus.offences import kind_of, report
 from connito.enums import name_of
 from connito.envelope import MAX_ENVELOPE_BYTES, check
 from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed, reason_name
@@ -128,6 +129,8 @@ async def _abort(context: Any, error: ConnitoError) -> None:
         trailer.append((REASON_KEY, name_of(reasons.Reason, error.reason)))
         if error.after:
             trailer.append((AFTER_KEY, str(error.after)))
+        if error.reason in (reasons.REASON_BAD_SIGNATURE, reasons.REASON_NOT_PERMITTED, reasons.REASON_BANNED):
+            report(kind_of(error.reason), subject="rpc", reason=error.reason, detail=str(error))
         log.info("refused a call", reason=reason_name(error.reason), error=str(error))
     elif isinstance(error, Retry):
         trailer.append((AFTER_KEY, str(error.after)))

@@ -20,7 +20,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from connito import certificates, tracing
+from connito import certificates, security, tracing
 from connito.bus import Bus
 from connito.errors import ConnitoError, Fatal, Retry
 from connito.identity import Identity
@@ -143,6 +143,7 @@ class _Service(Generic[S]):
                         certificates.watch((self.settings.nats_url, self.settings.s3_endpoint), tls=self.settings.tls)
                     ),
                     asyncio.create_task(self._follow_roster(roster)),
+                    asyncio.create_task(security.publish(bus, self.name)),
                 ]
                 try:
                     await self._run_main(self.context)

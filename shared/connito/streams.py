@@ -11,7 +11,7 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
 from connito.errors import Invalid, Retry
-from connito.subjects import DLQ_ROOT, ROOT
+from connito.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT
 
 LEASES = "LEASES"
 ENDPOINTS = "ENDPOINTS"
@@ -29,6 +29,8 @@ class Stream:
     max_message_bytes: int = 1 << 20
     # A miner writes to its own subjects only; this bounds what one key can store there.
     max_per_subject: int = -1
+    # Subjects that are stored too, and not followed.
+    beside: tuple[str, ...] = ()
 
     def filter(self, run: str = "") -> str:
         """The subject filter for one run, or for all."""
@@ -58,7 +60,13 @@ STREAMS: dict[str, Stream] = {
         Stream("LIBRARY", f"{ROOT}.{{run}}.library.>"),
         Stream("INGRESS", f"{ROOT}.{{run}}.ingress.*.*", max_message_bytes=1 << 14, max_per_subject=100_000),
         Stream("DLQ", f"{DLQ_ROOT}.>", append_only=False, max_message_bytes=1 << 20),
-        Stream("ADVISORIES", "$JS.EVENT.ADVISORY.CONSUMER.>", append_only=False),
+        Stream(
+            "ADVISORIES",
+            f"{SECURITY_ROOT}.>",
+            append_only=False,
+            max_per_subject=10_000,
+            beside=("$JS.EVENT.ADVISORY.CONSUMER.>",),
+        ),
     )
 }
 
@@ -80,6 +88,8 @@ def stream_of(subject: str) -> str:
     """The stream that stores `subject`. Raises `Invalid` if none does."""
     if subject.startswith(DLQ_ROOT + "."):
         return "DLQ"
+    if subject.startswith(SECURITY_ROOT + "."):
+        return "ADVISORIES"
     parts = subject.split(".")
     section = parts[3] if len(parts) > 4 and ".".join(parts[:2]) == ROOT else ""
     name = "RUNS" if section == "run" else section.upper()
@@ -135,12 +145,12 @@ async def describe(js: JetStreamContext) -> list[dict[str, Any]]:
 def _stream_config(stream: Stream, replicas: int, max_bytes: int) -> api.StreamConfig:
     return api.StreamConfig(
         name=stream.name,
-        subjects=[stream.filter()],
+        subjects=[stream.filter(), *stream.beside],
         storage=api.StorageType.FILE,
         retention=api.RetentionPolicy.LIMITS,
         # A full log refuses; it never forgets what was acknowledged.
         discard=api.DiscardPolicy.NEW if stream.append_only else api.DiscardPolicy.OLD,
-        discard_new_per_subject=stream.max_per_subject > 0,
+        discard_new_per_subject=stream.append_only and stream.max_per_subject > 0,
         max_msgs_per_subject=stream.max_per_subject,
         max_msg_size=stream.max_message_bytes + (1 << 12),
         max_bytes=max_bytes,

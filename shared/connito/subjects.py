@@ -17,6 +17,7 @@ from connito.errors import Invalid
 
 ROOT = "connito.v1"
 DLQ_ROOT = "connito.dlq.v1"
+SECURITY_ROOT = "connito.security.v1"
 WINDOWS = ("train", "commit", "submit", "validate", "merge")
 # Where facts stand that are about every run; no run may be called so.
 INSTALLATION = "installation"

@@ -21,6 +21,7 @@ from connito import metrics, subjects, tracing
 from connito.bus.connection import Connection
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow
+from connito.bus.offences import report
 from connito.envelope import MAX_ENVELOPE_BYTES, open_bytes, seal
 from connito.errors import Fatal, Invalid, Retry
 from connito.facts import Record, verify_fact
@@ -31,7 +32,7 @@ from connito.tasks import end_tasks
 from connito.telemetry import current, get_logger, inject
 from connito.tls import PLAIN, Tls
 from connito.v1 import reasons_pb2 as reasons
-from connito.v1.cycle_pb2 import DeadLetter
+from connito.v1.cycle_pb2 import DeadLetter, SecurityEvent
 
 log = get_logger("bus")
 
@@ -133,6 +134,11 @@ class Bus:
         ack = await self._publish(subject, self._seal(subject, message), {}, f"ingress.{kind}")
         return int(ack["seq"])
 
+    async def publish_security(self, event: SecurityEvent) -> None:
+        """Tell the operator. Raises `Retry`, and `Invalid` for a key that is no service's."""
+        subject = f"{subjects.SECURITY_ROOT}.{subjects.check_token(event.kind, 'kind')}.{self.identity.public}"
+        await self._publish(subject, self._seal(subject, event), {}, "security")
+
     def _seal(self, subject: str, message: Message) -> bytes:
         data = seal(self.identity, subject, message).SerializeToString()
         if len(data) > MAX_ENVELOPE_BYTES:
@@ -167,7 +173,7 @@ class Bus:
                 "a message without authority stood on the subject of a fact, writing after it", security=True,
                 subject=subject, sequence=standing.sequence, error=str(error),
             )  # fmt: skip
-            metrics.SECURITY_EVENTS.labels("squatted_subject").inc()
+            report("squatted_subject", subject=subject, reason=error.reason, detail=str(error))
             return await self._publish_once(subject, data, kind, after=standing.sequence)
         metrics.EVENTS_PUBLISHED.labels(kind, "stood").inc()
         return False
@@ -198,7 +204,12 @@ class Bus:
             if ack.get("duplicate") and attempt == 1:
                 # The id is the hash of bytes that only we could make: someone replayed our message before we sent it.
                 log.error("the broker took a new message for a duplicate", security=True, subject=subject)
-                metrics.SECURITY_EVENTS.labels("unexpected_duplicate").inc()
+                report(
+                    "unexpected_duplicate", subject=subject, detail="somebody had used the id of this message before"
+                )
+                # What is under that id is not on record as ours; without an id the broker compares nothing.
+                headers.pop("Nats-Msg-Id")
+                continue
             metrics.EVENTS_PUBLISHED.labels(kind, "written").inc()
             return ack
 

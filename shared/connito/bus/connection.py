@@ -20,8 +20,10 @@ from nats.js import JetStreamContext
 from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 
 from connito import metrics
+from connito.bus.offences import report
 from connito.errors import Fatal, Invalid, Retry
 from connito.identity import Identity
+from connito.subjects import SECURITY_ROOT
 from connito.telemetry import get_logger
 from connito.tls import PLAIN, Tls, refusal, required
 from connito.v1 import reasons_pb2 as reasons
@@ -199,7 +201,10 @@ class Connection:
                 self._closer = asyncio.create_task(self.nc.close())
         elif match := _DENIED.search(text.lower()):
             log.error("the broker denied a subject", security=True, action=match[1], subject=match[2])
-            metrics.SECURITY_EVENTS.labels("denied").inc()
+            who = self.identity.public if self.identity else ""
+            # A report that is denied must not be the cause of the next one.
+            if not match[2].startswith(SECURITY_ROOT):
+                report("denied", key=who, subject=match[2], reason=reasons.REASON_NOT_PERMITTED, detail=match[1])
             self._fail(lambda subject: self.not_permitted(subject) if subject.lower() == match[2] else None)
         else:
             log.debug("broker connection error", error=text or repr(error))
@@ -208,7 +213,7 @@ class Connection:
         """Told once, not at every attempt: a certificate may be renewed, so the attempts go on."""
         if self._refused_certificate is None or self._refused_certificate.reason != refused.reason:
             log.error(str(refused), security=True)
-            metrics.SECURITY_EVENTS.labels("certificate").inc()
+            report("certificate", reason=refused.reason, detail=str(refused))
         self._refused_certificate = refused
 
     def _refused(self) -> str:

@@ -9,6 +9,7 @@ import typer
 from connito.cli import (
     access,
     admission,
+    advisories,
     audit,
     base,
     console,
@@ -63,6 +64,7 @@ app.command("select")(select.select)
 app.command("explain")(explain.explain)
 app.command("audit")(audit.audit)
 app.command("ledger")(ledger.ledger)
+app.command("advisories")(advisories.advisories)
 app.command("ban")(admission.ban)
 app.command("invite")(admission.invite)
 app.add_typer(access.app, name="access")

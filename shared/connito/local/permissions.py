@@ -16,7 +16,7 @@ from typing import Any
 
 from connito.facts import CATALOGUE, INGRESS
 from connito.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES
-from connito.subjects import DLQ_ROOT, ROOT
+from connito.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT
 
 # What a miner needs in order to take part: not what validators tell each other, nor what other miners say.
 MINER_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")
@@ -61,6 +61,8 @@ def permissions(role: str, key: str) -> Permissions:
     if durables:
         # A dead letter that was written before a crash is read back, to see that it stands.
         publish += [f"{DLQ_ROOT}.>", "$JS.API.STREAM.MSG.GET.DLQ"]
+    if role not in ("miner", "customer"):
+        publish.append(f"{SECURITY_ROOT}.*.{key}")
     others = [name for name in DURABLES if name not in durables]
     return Permissions(tuple(publish), (f"{inbox_prefix(key)}.>",), tuple(_reach_into(others)))
 

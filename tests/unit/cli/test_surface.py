@@ -35,6 +35,7 @@ VERBS = {
     "explain": {"--from", "--no-model", "--json"},
     "audit": {"--from", "--no-model", "--against", "--json"},
     "ledger": {"--from", "--account", "--data-dir", "--json"},
+    "advisories": {"--since", "--broker-log", "--json"},
     "ban": {"--why", "--run", "--lift", "--json"},
     "invite": {"--run", "--uses", "--expires", "--json"},
     "access export": {"--validators", "--miner", "--json"},

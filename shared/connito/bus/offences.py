@@ -1,0 +1,69 @@
+"""Offences that were noticed and not reported yet, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from connito import metrics
+from connito.v1 import reasons_pb2 as reasons
+
+# Beyond so many different (kind, key) at once, only the counters go on.
+MAX_WAITING = 256
+
+
+@dataclass(frozen=True)
+class Offence:
+    """`count` times the same kind by the same key; subject and detail are the first one's."""
+
+    kind: str
+    key: str = ""
+    subject: str = ""
+    reason: reasons.Reason.ValueType = reasons.REASON_UNSPECIFIED
+    detail: str = ""
+    count: int = 1
+
+
+_waiting: dict[tuple[str, str], Offence] = {}
+
+
+def report(
+    kind: str,
+    *,
+    key: str = "",
+    subject: str = "",
+    reason: reasons.Reason.ValueType = reasons.REASON_UNSPECIFIED,
+    detail: str = "",
+) -> None:
+    """Count an offence, and remember it for the operator."""
+    metrics.SECURITY_EVENTS.labels(kind).inc()
+    put_back([Offence(kind, key, subject, reason, detail)])
+
+
+def collect() -> list[Offence]:
+    """Everything that waits; nothing waits any more."""
+    found = list(_waiting.values())
+    _waiting.clear()
+    return found
+
+
+def put_back(offences: Iterable[Offence]) -> None:
+    """Let them wait (again)."""
+    for offence in offences:
+        place = (offence.kind, offence.key)
+        known = _waiting.get(place)
+        if known is not None:
+            _waiting[place] = replace(known, count=known.count + offence.count)
+        elif len(_waiting) < MAX_WAITING:
+            _waiting[place] = offence
+
+
+def kind_of(reason: reasons.Reason.ValueType) -> str:
+    """What a message that does not verify is called."""
+    named = {
+        reasons.REASON_BAD_SIGNATURE: "bad_signature",
+        reasons.REASON_NOT_PERMITTED: "not_permitted",
+        reasons.REASON_BANNED: "banned_key",
+        reasons.REASON_QUOTA_EXCEEDED: "quota",
+    }
+    return named.get(reason, "malformed")
