@@ -10,15 +10,16 @@ from pathlib import Path
 
 from connito import metrics
 from connito.base.manifest import Manifest
-from connito.bus import Bus
+from connito.bus import Bus, offences
 from connito.compute import ComputeBudget
 from connito.consensus import Consensus
 from connito.engine import Action
-from connito.errors import Invalid, reason_name
+from connito.errors import Invalid, VerificationFailed, reason_name
 from connito.facts import RunFacts
 from connito.lease import Lease
 from connito.merging import STATE_MEDIA_TYPE, Files, Merged, merge_cycle
 from connito.moe.gate_bench import Bench
+from connito.provenance import check_settled, check_start
 from connito.reports import quorum_fault, read_reports
 from connito.roster import Roster
 from connito.store import ArtifactStore
@@ -103,6 +104,12 @@ class Aggregator:
             return
         settled = facts.settled("submit", cycle)
         assert settled is not None
+        try:
+            check_start(facts, cycle)
+            check_settled(facts, cycle)
+        except VerificationFailed as error:
+            offences.report("wrong_settlement", subject=f"{run}.submit.{cycle}.settled", detail=str(error))
+            raise
         submissions = list({entry.miner: entry for entry in settled.submissions}.values())
         agreed = self._agree(facts, cycle, submissions)
         bench = await self._bench(facts)

@@ -14,6 +14,7 @@ from connito.commitment import commitment_digest
 from connito.engine import Action
 from connito.errors import Invalid, Retry, reason_name
 from connito.facts import RunFacts
+from connito.provenance import check_start
 from connito.store import put_presigned
 from connito.store.cache import digest_of_file
 from connito.v1 import cycle_pb2, reasons_pb2, services_pb2
@@ -81,6 +82,7 @@ class Miner:
         opened, spec = facts.opened("train", cycle), facts.spec
         assert opened is not None
         assert spec is not None
+        check_start(facts, cycle)
         ledger.prune(run, before=cycle - 1)
         state = await self.downloads.fetch(run, opened.state)
         draft = ledger.folder(run, cycle) / "draft.safetensors"

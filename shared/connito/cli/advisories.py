@@ -37,15 +37,21 @@ def advisories(
 
     after = time.time() - seconds(since)
     session = Session.open(data_dir, role="operator")
-    path = broker_log or (session.data.logs / "nats-server.log" if session.data is not None else None)
-    rows = [*asyncio.run(_events(session, after)), *(_violations(path, after) if path is not None else [])]
-    rows.sort(key=lambda row: row["at"])
+    rows = gather(session, after, broker_log)
     headers = ("at", "kind", "count", "key", "reporter", "subject", "detail")
     emit(
         as_json,
         {"events": rows},
         lambda: table(headers, [[row[h] for h in headers] for row in rows], f"nothing in the last {since}"),
     )
+
+
+def gather(session: Session, after: float, broker_log: Path | None) -> list[dict[str, Any]]:
+    """Reports and denials since `after` (Unix seconds), oldest first. Raises `Retry`, and `NotFound` for a log that is not
+    there."""
+    path = broker_log or (session.data.logs / "nats-server.log" if session.data is not None else None)
+    rows = [*asyncio.run(_events(session, after)), *(_violations(path, after) if path is not None else [])]
+    return sorted(rows, key=lambda row: str(row["at"]))
 
 
 async def _events(session: Session, after: float) -> list[dict[str, Any]]:

@@ -29,8 +29,29 @@ def status(
         asyncio.run(_watch(session, run))
         return
     facts = asyncio.run(_read(session, run))
-    document = {"services": _services(session), "run": None if facts is None else _document(facts)}
+    document = {
+        "services": _services(session),
+        "security_events": _security(session),
+        "run": None if facts is None else _document(facts),
+    }
     emit(as_json, document, lambda: _text(document))
+
+
+def _security(session: Session) -> dict[str, int]:
+    """Security events of the last day by kind; only who may read them is shown any."""
+    from connito.cli.advisories import gather
+    from connito.errors import ConnitoError
+    from connito.local.session import Session
+
+    counts: dict[str, int] = {}
+    if session.data is None:
+        return counts
+    try:
+        for row in gather(Session.open(session.data.root, role="operator"), time.time() - 86400, None):
+            counts[row["kind"]] = counts.get(row["kind"], 0) + row["count"]
+    except ConnitoError:
+        return counts
+    return counts
 
 
 async def _read(session: Session, run: str) -> RunFacts | None:
@@ -80,6 +101,9 @@ def _text(document: dict[str, Any]) -> str:
     parts = [
         table(("service", "pid", "restarts"), [(s["name"], s["pid"], s["restarts"]) for s in document["services"]])
     ]
+    if document["security_events"]:
+        seen = ", ".join(f"{count} × {kind}" for kind, count in sorted(document["security_events"].items()))
+        parts += ["", f"security: {seen} in the last day; `connito advisories` shows them"]
     run = document["run"]
     if run is None:
         return "\n".join([*parts, "", "no run yet"])
