@@ -19,7 +19,6 @@ from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_
 from connito.facts import RunFacts
 from connito.identity import Identity
 from connito.moe.score_bench import Bench, SubmissionFiles
-from connito.provenance import check_settled, check_start
 from connito.score_reports import Evaluation, fit, rejected, score
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
@@ -144,12 +143,10 @@ class Validator:
     async def _score(self, run: str, cycle: int) -> None:
         facts = self._facts(run)
         try:
-            check_start(facts, cycle)
-            check_settled(facts, cycle)
             seed = check_draw(facts, cycle)
         except VerificationFailed as error:
             offences.report("wrong_draw", subject=f"{run}.validate.{cycle}.drawn", detail=str(error))
-            log.error("what is to be scored does not verify", security=True, error=str(error))
+            log.error("the draw does not verify", security=True, error=str(error))
             raise
         opened, settled = facts.opened("train", cycle), facts.settled("submit", cycle)
         assert opened is not None

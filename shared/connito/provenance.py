@@ -1,7 +1,7 @@
 """Whether what coordinator and committer hand on follows from what they themselves wrote before. Pure.
 
-A validator, the aggregator and a miner work on a state and on submissions that somebody else named. Each of them looks,
-where it uses them, whether these agree with the rest of the log as far as it has read it: a signature says who is
+The aggregator and a miner work on a state and on submissions that somebody else named. Each of them looks, where it uses
+them, whether these agree with the rest of the log as far as it has read it: a signature says who is
 responsible for a claim, and not that it is true. What has not been read yet is not held against anybody; an auditor has
 everything.
 """
