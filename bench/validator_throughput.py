@@ -5,6 +5,9 @@ Every way reads each submission from its file and gives the same per-sequence lo
 cache is charged to the last way. Models: the tiny base's shape, and 30 layers of which the last 6 have experts,
 like the demo base, at a smaller width; a full run adds the demo base's own shape. Weights are random: speed does
 not depend on them.
+
+How early a race ends does depend on what submissions do, so racing is measured apart, on the tiny base with trained
+ones (`bench.validator_racing`): six honest miners, one that trained on another domain and one that sent noise.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from bench.harness import Options, Result, interval, main, note
 from bench.plots import axes, bars
 from bench.random_moe import DEEP, DEMO, Shape, build
 from bench.tiny_rig import Tokens
+from bench.validator_racing import race_round
 
 TINY = Shape(layers=4, dense_layers=2, hidden=64, intermediate=128, experts=8, top_k=2, vocabulary=258)
 PER_LAYER, LENGTH, GOAL = 2, 128, 4.0
@@ -59,7 +63,17 @@ def run(options: Options) -> Result:
         figures[f"{model}: times faster"] = round(rates[f"{model}: {last}"][0] / plain, 2)
         figures[f"{model}: at most, by arithmetic"] = round(ceiling(shapes[model][0]), 2)
         figures[f"{model}: times faster, cache built"] = round(built / plain, 2)
-    figures["largest_difference_of_losses"] = max(row["difference"] for row in rows)
+    raced = [race_round(seed, sequences=32 if options.quick else 64) for seed in range(repeats)]
+    rows += [{"model": "tiny, trained", "seed": seed, **row} for seed, row in enumerate(raced)]
+    for key in (
+        "per_minute_whole_copy",
+        "per_minute_raced",
+        "times_faster",
+        "share_of_sequences_read",
+        "verdicts_agree",
+    ):
+        figures[f"raced: {key}"] = [round(value, 2) for value in interval([row[key] for row in raced])]
+    figures["largest_difference_of_losses"] = max(row["difference"] for row in rows if "difference" in row)
     figures["goal_times_faster"] = GOAL
     settings = {
         "experts_selected": f"{PER_LAYER} of 8 in each MoE layer",

@@ -39,3 +39,18 @@ def test_the_bare_output_layer_is_used_only_where_it_is_the_whole_head(full: Any
     got = head.Head(scaled).nll(ids[:, :-1], ids[:, 1:])
     wanted = functional.cross_entropy(scaled(input_ids=ids[:, :-1]).logits[0], ids[0, 1:], reduction="none")
     torch.testing.assert_close(got[0], wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses_by_blocks_of_words_are_those_of_cross_entropy(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    monkeypatch.setattr(head, "TILE_TOKENS", 4)
+    monkeypatch.setattr(head, "BLOCK_WORDS", 7)
+    draw = torch.Generator().manual_seed(1)
+    weight, offset = torch.randn(50, 8, generator=draw), torch.randn(50, generator=draw) if bias else None
+    hidden, targets = 5 * torch.randn(10, 8, generator=draw), torch.arange(10) * 5
+    got: Any = head.ChunkedNLL.apply(hidden, weight, offset, targets)  # type: ignore[no-untyped-call]
+    wanted = functional.cross_entropy(functional.linear(hidden, weight, offset), targets, reduction="none")
+    torch.testing.assert_close(got, wanted)
+    hidden[3] = torch.nan
+    broken: Any = head.ChunkedNLL.apply(hidden, weight, offset, targets)  # type: ignore[no-untyped-call]
+    assert broken.isnan().nonzero().flatten().tolist() == [3]

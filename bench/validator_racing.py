@@ -1,0 +1,160 @@
+"""Judging trained submissions, with and without a race: part of `bench.validator_throughput`.
+
+The whole budget of a policy is 64 target sequences and a quarter as many of each general domain (half of that in a quick
+run). Without racing, every submission is evaluated on all of it by copying the model and running it whole. With racing, rows are
+swapped, the frozen prefix is cached, and evaluation stops at the look that decides, at the same error level.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.compose_setup import base, text, train
+from bench.tiny_rig import Tokens
+
+TARGET, GENERAL = "recipes", ("logs", "poems", "ledgers")
+LENGTH, HONEST, STEPS, PER_LAYER = 128, 6, 6, 2
+
+
+def race_round(seed: int, sequences: int) -> dict[str, Any]:
+    """Submissions a minute either way, the share of the budget that a race reads, and whether verdicts agree."""
+    from connito.base.loading import load_full
+    from connito.moe.selection import select
+    from connito.moe.statistics import collect
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = base(Path(folder), seed, 40)
+        model = load_full(source)
+        counted = collect(model, text(TARGET, 8, 6000 + seed, LENGTH)[:, :-1])
+        layers = select(counted, "esft-token", 1.0, max_experts_per_layer=PER_LAYER).layers
+        layers = {index: sorted(experts) for index, experts in layers.items()}
+        states = _population(source, model, layers, seed)
+    held = {TARGET: text(TARGET, sequences, 9000 + seed, LENGTH)}
+    held |= {domain: text(domain, sequences // 4, 9000 + seed, LENGTH) for domain in GENERAL}
+    whole_seconds, whole = _timed(lambda: _whole(model, layers, states, held))
+    raced_seconds, (raced, read) = _timed(lambda: _raced(model, layers, states, held))
+    budget = sum(map(len, held.values())) * len(states)
+    return {
+        "submissions": len(states),
+        "per_minute_whole_copy": 60 * len(states) / whole_seconds,
+        "per_minute_raced": 60 * len(states) / raced_seconds,
+        "times_faster": whole_seconds / raced_seconds,
+        "share_of_sequences_read": read / budget,
+        "verdicts_agree": sum(a == b for a, b in zip(whole, raced, strict=True)) / len(states),
+        "useful": sum(reason == 0 for reason in whole),
+    }
+
+
+def _population(source: Path, model: Any, layers: dict[int, list[int]], seed: int) -> list[Any]:
+    import torch
+    from connito.moe.insert import read_rows
+
+    rows = read_rows(model, layers)
+    generator = torch.Generator().manual_seed(seed)
+    honest = [train(source, layers, text(TARGET, 4 * STEPS, 2000 + 50 * seed + n), lr=2e-3) for n in range(HONEST)]
+    astray = train(source, layers, text(GENERAL[0], 4 * STEPS, 2000 + seed), lr=2e-3)
+    noise = {name: row + 0.02 * torch.randn(row.shape, generator=generator) for name, row in rows.items()}
+    return [*honest, astray, noise]
+
+
+def _policy(held: dict[str, Tokens], minimum: int) -> Any:
+    from connito.v1.run_pb2 import RunSpec
+
+    spec = RunSpec(domain=TARGET)
+    spec.holdout.domain = TARGET
+    spec.scoring.target_sequences, spec.scoring.general_sequences = len(held[TARGET]), len(held[GENERAL[0]])
+    spec.scoring.confidence, spec.scoring.retention_margin = 0.95, 0.02
+    spec.scoring.minimum_sequences = minimum
+    return spec
+
+
+def _whole(model: Any, layers: dict[int, list[int]], states: list[Any], held: dict[str, Tokens]) -> list[int]:
+    """The reasons (0: useful) with everything evaluated on a copy of the model each."""
+    from connito.moe.insert import write_rows
+
+    def measure(state: Any) -> dict[str, Any]:
+        mine = copy.deepcopy(model)
+        if state is not None:
+            write_rows(mine, layers, state)
+        return {domain: _losses(mine, table) for domain, table in held.items()}
+
+    before = measure(None)
+    reasons = []
+    for state in states:
+        after = measure(state)
+        reasons.append(
+            _score(held, 0, lambda d, i, j: before[d][i:j], lambda d, i, j, after=after: after[d][i:j]).reason
+        )
+    return reasons
+
+
+def _raced(
+    model: Any, layers: dict[int, list[int]], states: list[Any], held: dict[str, Tokens]
+) -> tuple[list[int], int]:
+    """(reasons, sequences read) as a validator does it, the prefix and the incumbent included in the time."""
+    from connito.moe.evaluate import Evaluator
+
+    evaluator, known = Evaluator(model, layers), dict[tuple[str, int, int], Any]()
+    read = 0
+
+    def before(domain: str, begin: int, end: int) -> Any:
+        key = (domain, begin, end)
+        if key not in known:
+            known[key] = evaluator.losses(evaluator.base, held[domain][begin:end])[0]
+        return known[key]
+
+    def after(state: Any) -> Callable[[str, int, int], Any]:
+        def measure(domain: str, begin: int, end: int) -> Any:
+            nonlocal read
+            read += end - begin
+            return evaluator.losses(state, held[domain][begin:end])[0]
+
+        return measure
+
+    reasons = [_score(held, 8, before, after(state)).reason for state in states]
+    evaluator.restore()
+    return reasons, read
+
+
+def _score(held: dict[str, Tokens], minimum: int, before: Callable[..., Any], after: Callable[..., Any]) -> Any:
+    from connito.score_reports import Evaluation, Losses, Measurable, score
+    from connito.v1.cycle_pb2 import Submission
+
+    def part(measure: Callable[..., Any]) -> Callable[[Any], Losses]:
+        def losses(asked: Any) -> Losses:
+            sums = measure(asked.domain, asked.begin, asked.end)
+            return Losses(sums, np.full(len(sums), LENGTH, dtype=np.int64))
+
+        return losses
+
+    drawn = {domain: list(range(len(table))) for domain, table in held.items()}
+    measurable = Measurable(part(before), part(after), unchanged=False)
+    return score(Submission(miner="m"), Evaluation(drawn, measurable, TARGET), _policy(held, minimum))
+
+
+def _losses(model: Any, table: Tokens, batch: int = 16) -> Any:
+    """Sums of negative log-likelihoods per sequence, from the model's own table of logits."""
+    import torch
+
+    sums = []
+    with torch.inference_mode():
+        for start in range(0, len(table), batch):
+            ids = torch.from_numpy(table[start : start + batch].astype(np.int64))
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+            nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            sums.append(nll.view(len(ids), -1).double().sum(dim=1).numpy())
+    return np.concatenate(sums)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(processor seconds of this process, result): other things run on the machine."""
+    began = time.process_time()
+    result = work()
+    return time.process_time() - began, result
