@@ -107,7 +107,7 @@ def build_tiny(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            dense = _pretrain(seed, steps, progress)
+            dense = pretrain(seed, steps, progress)
             texts = {domain: blocks(tiny_texts(domain, seed, 24))[:12] for domain in DOMAINS}
             held = blocks([text for domain in DOMAINS for text in tiny_texts(domain, seed + 1, 2)])
             made = upcycle(
@@ -126,7 +126,8 @@ def blocks(texts: list[str], length: int = LENGTH) -> torch.Tensor:
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def _pretrain(seed: int, steps: int, progress: Progress) -> nn.Module:
+def pretrain(seed: int, steps: int, progress: Progress) -> nn.Module:
+    """A dense byte-level model of four layers after `steps` on all domains, frozen. Draws its weights from torch's own seed."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -18,7 +18,9 @@ app = typer.Typer(no_args_is_help=True, help="Base models: build, import, show."
 
 @app.command("build")
 def build(
-    source: Annotated[str, typer.Option("--from", metavar="MODEL", help="demo, tiny, or the folder of a dense model.")],
+    source: Annotated[
+        str, typer.Option("--from", metavar="MODEL", help="demo, tiny, tiny-emo, or the folder of a dense model.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     moe_layers: Annotated[int, typer.Option(help="How many of the last layers get experts.")] = 6,
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
@@ -26,18 +28,36 @@ def build(
     data: Annotated[
         list[Path] | None, typer.Option(help="Text for the routers, one file a domain [the demo's domains].")
     ] = None,
+    branch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR", help="A dense model that was trained apart from MODEL, to become one expert; repeat."
+        ),
+    ] = None,
+    router_steps: Annotated[int, typer.Option(help="With --branch: train the routers so many steps.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Turn a dense model into a Mixture-of-Experts with the same function, whose routers tell domains apart."""
+    """Turn a dense model into a Mixture-of-Experts with the same function, whose routers tell domains apart; or join dense
+    branches of one seed into one, an expert each."""
     from connito.local.bases import Recipe, build_base
     from connito.local.display import choose_display
 
-    recipe = Recipe(source, moe_layers, experts, top_k, seed, tuple(map(str, data or [])))
+    branches = tuple(_branch(entry) for entry in branch or [])
+    recipe = Recipe(source, moe_layers, experts, top_k, seed, tuple(map(str, data or [])), branches, router_steps)
     with choose_display(json=as_json) as display:
         build_base(recipe, out.absolute(), display.progress)
     manifest = _manifest(out)
     emit(as_json, _document(out, manifest), lambda: _text(out, manifest))
+
+
+def _branch(entry: str) -> tuple[str, str]:
+    from connito.errors import Invalid
+
+    name, _, folder = entry.partition("=")
+    if not (name and folder):
+        raise Invalid(f"--branch {entry!r} is not NAME=DIR; write for example --branch medical=models/medical")
+    return name, folder
 
 
 @app.command("show")

@@ -22,12 +22,16 @@ MANIFEST = "manifest.json"
 _MAKERS = {
     "demo": ("connito.base.smollm", "connito.base.upcycle", "connito.base.checkpoint", "connito.text.domains"),
     "tiny": ("connito.base.tiny", "connito.base.upcycle", "connito.base.checkpoint"),
+    "tiny-emo": ("connito.base.emo", "connito.base.tiny", "connito.base.upcycle", "connito.base.checkpoint"),
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a base. `source`: demo, tiny, or the folder of a dense model; `data`: text files, one a domain."""
+    """How to make a base. `source`: demo, tiny, tiny-emo, or the folder of a dense model; `data`: text files, one a domain.
+
+    branches: (domain, folder) of dense models that were trained apart from `source`; with them, they are the experts.
+    """
 
     source: str
     moe_layers: int = 6
@@ -35,6 +39,8 @@ class Recipe:
     top_k: int = 2
     seed: int = 0
     data: tuple[str, ...] = ()
+    branches: tuple[tuple[str, str], ...] = ()
+    router_steps: int = 0
 
 
 def cache_root() -> Path:
@@ -43,7 +49,7 @@ def cache_root() -> Path:
 
 
 def cached_base(name: str) -> Path:
-    """Where the base called `name` (demo or tiny) lies, built or not."""
+    """Where the base called `name` (demo, tiny or tiny-emo) lies, built or not."""
     return cache_root() / "bases" / f"{name}-{source_digest(*_MAKERS[name])[:12]}"
 
 
@@ -95,7 +101,7 @@ def build_base(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def build_cached(name: str, progress: Progress) -> Path:
-    """The demo or tiny base, built if this machine has none yet, with its manifest beside the weights. Imports torch."""
+    """The base of that name, built if this machine has none yet, with its manifest beside the weights. Imports torch."""
     target = cached_base(name)
     with fresh_folder(target) as draft:
         if draft is not None:
@@ -112,6 +118,14 @@ def _build(recipe: Recipe, out: Path, progress: Progress) -> None:
 
         build_tiny(out, recipe.seed, progress=progress)
         return
+    if recipe.source == "tiny-emo":
+        from connito.base.emo import build_tiny_emo
+
+        build_tiny_emo(out, recipe.seed, progress=progress)
+        return
+    if recipe.branches:
+        _join_branches(recipe, out, progress)
+        return
     shape = {"moe_layers": recipe.moe_layers, "experts": recipe.experts, "top_k": recipe.top_k, "seed": recipe.seed}
     if recipe.source == "demo":
         from connito.base.smollm import build_demo_base
@@ -119,6 +133,41 @@ def _build(recipe: Recipe, out: Path, progress: Progress) -> None:
         build_demo_base(out, _texts(recipe), progress, **shape)
         return
     _upcycle_folder(Path(recipe.source), out, _texts(recipe), shape, progress)
+
+
+def _join_branches(recipe: Recipe, out: Path, progress: Progress) -> None:
+    """BTX: the branches' MLPs become experts, everything else their mean, routers come from their texts' centroids."""
+    from connito.base.checkpoint import save_checkpoint
+    from connito.base.loading import load_full, load_tokenizer
+    from connito.base.smollm import probe_blocks
+    from connito.moe.branches import import_branches, train_router
+
+    folders = {"the seed model, --from": recipe.source, **dict(recipe.branches)}
+    for name, folder in folders.items():
+        if not (Path(folder) / "config.json").is_file():
+            raise NotFound(f"{folder} ({name}) is not the folder of a model in the Hugging Face layout")
+    named, given = sorted(dict(recipe.branches)), sorted(Path(file).stem for file in recipe.data)
+    if named != given:
+        raise Invalid(
+            f"the branches are {', '.join(named)}, but there is text for {', '.join(given) or 'none'}: give --data NAME.txt for "
+            "each --branch NAME=DIR, which its router is made from"
+        )
+    tokenizer = load_tokenizer(Path(recipe.source))
+    probe, _ = probe_blocks(tokenizer, _texts(recipe))
+    progress("reading the branches", 0.0)
+    branches = {name: load_full(Path(folder)) for name, folder in recipe.branches}
+    model = import_branches(
+        load_full(Path(recipe.source)), branches, probe, moe_layers=recipe.moe_layers, top_k=recipe.top_k
+    )
+    progress("reading the branches", 1.0)
+    if recipe.router_steps:
+        train_router(model, probe, recipe.router_steps, seed=recipe.seed)
+    card = {
+        "built_from": Path(recipe.source).name,
+        "branches": ", ".join(branches),
+        "router": f"centroids, then {recipe.router_steps} steps" if recipe.router_steps else "centroids",
+    }
+    save_checkpoint(model, out, tokenizer, card, lambda share: progress("writing the base", share))
 
 
 def _upcycle_folder(
@@ -131,7 +180,7 @@ def _upcycle_folder(
 
     if not source.is_dir():
         raise NotFound(
-            f"{source} is not a folder; give demo, tiny, or the folder of a dense model (Hugging Face layout)"
+            f"{source} is not a folder; give demo, tiny, tiny-emo, or the folder of a dense model (Hugging Face layout)"
         )
     tokenizer = load_tokenizer(source)
     probe, held = probe_blocks(tokenizer, texts)

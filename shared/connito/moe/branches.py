@@ -113,6 +113,34 @@ def _mlp_inputs(model: Any, index: int, ids: torch.Tensor) -> npt.NDArray[np.flo
     return np.asarray(torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).float().numpy())
 
 
+def train_router(
+    model: Any, texts: Mapping[str, torch.Tensor], steps: int, *, learning_rate: float = 1e-3, seed: int = 0
+) -> list[float]:
+    """Train the routers alone for some steps on all domains' texts (ids [n, L] by name) in turn; returns the losses.
+
+    BTX trains its router on the branches' data after joining them; from centroids it starts near and needs little.
+    """
+    from connito.moe.layout import require_moe_layers
+
+    routers = [p for layer in require_moe_layers(model).values() for p in layer.router.parameters()]
+    optimiser = torch.optim.AdamW(routers, lr=learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    rows, losses = torch.cat([texts[name] for name in sorted(texts)]), []
+    for parameter in routers:
+        parameter.requires_grad_(True)
+    try:
+        for _ in range(steps):
+            ids = rows[torch.randint(len(rows), (min(4, len(rows)),), generator=generator)].long()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+    finally:
+        model.requires_grad_(False)
+    return losses
+
+
 class Stitch(nn.Module):
     """BTS: states of V frozen branches, [B, L, H] each, after a stitch. Branch 0 is the hub.
 

@@ -198,3 +198,100 @@ def test_statistics_of_another_base_are_refused(tiny: Path, tmp_path: Path, call
     done = call("select", "--base", other, "--data", tmp_path / "t.txt", "--general", out)
     assert done.code == 3
     assert "another model" in done.err
+
+
+@pytest.fixture
+def branches(tmp_path: Path) -> dict[str, Path]:
+    """A dense seed, two branches of it, and their texts."""
+    import copy
+
+    import torch
+    from connito.base.checkpoint import save_checkpoint
+    from connito.base.tiny import tiny_texts, tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.2, bos_token_id=None, eos_token_id=256, max_position_embeddings=512,
+    )  # fmt: skip
+    seed = LlamaForCausalLM(config).eval()
+    folders = {"seed": save_checkpoint(seed, tmp_path / "seed", tokenizer())}
+    for name in ("recipes", "logs"):
+        mine = copy.deepcopy(seed)
+        with torch.no_grad():
+            for parameter in mine.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+        folders[name] = save_checkpoint(mine, tmp_path / name, tokenizer())
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(tiny_texts(name, 0, 200)))
+    return folders
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_branches_become_experts_and_the_base_is_ready_to_select_from(
+    steps: int, branches: dict[str, Path], tmp_path: Path, call: Call
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    out = tmp_path / "joined"
+    done = call(
+        "base", "build", "--from", branches["seed"], "--branch", f"recipes={branches['recipes']}", "--branch",
+        f"logs={branches['logs']}", "--data", tmp_path / "recipes.txt", "--data", tmp_path / "logs.txt",
+        "--moe-layers", "2", "--top-k", "1", "--router-steps", steps, "--out", out, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["experts"] == {"1": 2, "2": 2}
+    joined, logs = load_file(out / "model.safetensors"), load_file(branches["logs"] / "model.safetensors")
+    assert joined["model.layers.2.mlp.experts.down_proj"][1].equal(logs["model.layers.2.mlp.down_proj.weight"])
+    assert torch.isfinite(joined["model.layers.2.mlp.gate.weight"]).all()
+    chosen = call("select", "--base", out, "--data", tmp_path / "logs.txt", "--threshold", "0.6", "--json")
+    assert chosen.code == 0, chosen.err
+    if not steps:
+        assert {experts[0] for experts in json.loads(chosen.out)["layers"].values()} == {1}, (
+            "logs go to the branch of logs"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--branch", "recipes"], 3, "NAME=DIR"),
+        (["--branch", "recipes=nowhere"], 4, "nowhere"),
+        (["--branch", "recipes={recipes}", "--branch", "logs={logs}"], 3, "give --data NAME.txt"),
+        (["--branch", "recipes={recipes}", "--data", "{tmp}/recipes.txt"], 3, "every branch needs text"),
+    ],
+)
+def test_branches_that_cannot_be_joined(
+    options: list[str], code: int, says: str, branches: dict[str, Path], tmp_path: Path, call: Call
+) -> None:
+    values = {**{name: str(path) for name, path in branches.items()}, "tmp": str(tmp_path)}
+    filled = [option.format(**values) for option in options]
+    done = call("base", "build", "--from", branches["seed"], *filled, "--out", tmp_path / "out")
+    assert done.code == code, done.err
+    assert says in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about kernels that are not installed
+def test_a_checkpoint_with_names_of_its_own_is_written_anew(tmp_path: Path, call: Call) -> None:
+    from connito.base.tiny import tokenizer
+    from connito.cli.base import _rewrite
+    from safetensors import safe_open
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+    config = GraniteMoeConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, eos_token_id=256, pad_token_id=257,
+    )  # fmt: skip
+    GraniteMoeForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    tokenizer().save_pretrained(tmp_path / "theirs")
+    with safe_open(tmp_path / "theirs" / "model.safetensors", framework="pt") as file:
+        assert not any(".experts." in name for name in file.keys())  # noqa: SIM118 - not a mapping
+    refused = call("base", "show", tmp_path / "theirs")
+    assert refused.code == 3
+    assert "--rewrite" in refused.err
+    _rewrite(tmp_path / "theirs", tmp_path / "ours")
+    shown = call("base", "show", tmp_path / "ours", "--json")
+    assert shown.code == 0, shown.err
+    assert json.loads(shown.out)["experts"] == {"0": 4, "1": 4}

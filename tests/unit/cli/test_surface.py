@@ -26,7 +26,7 @@ VERBS = {
     "dlq show": {"--json"},
     "dlq retry": {"--json"},
     "replay": {"--json"},
-    "base build": {"--from", "--moe-layers", "--experts", "--top-k", "--data", "--out", "--json"},
+    "base build": {"--from", "--branch", "--router-steps", "--moe-layers", "--experts", "--top-k", "--data", "--out", "--json"},
     "base import": {"--json"},
     "base show": {"--json"},
     "select": {"--base", "--data", "--routing-trace", "--general", "--method", "--threshold", "--max-experts",
