@@ -1,8 +1,9 @@
 """Judging trained submissions, with and without a race: part of `bench.validator_throughput`.
 
-The whole budget of a policy is 64 target sequences and a quarter as many of each general domain (half of that in a quick
-run). Without racing, every submission is evaluated on all of it by copying the model and running it whole. With racing, rows are
-swapped, the frozen prefix is cached, and evaluation stops at the look that decides, at the same error level.
+The whole budget of a policy is 64 target sequences on the tiny base (32 in a quick run and on the demo base) and a quarter
+as many of each general domain. Without racing, every submission is evaluated on all of it by copying the model and
+running it whole. With racing, rows are swapped, the frozen prefix is cached, and evaluation stops at the look that
+decides, at the same error level.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,19 @@ TARGET, GENERAL = "recipes", ("logs", "poems", "ledgers")
 LENGTH, HONEST, STEPS, PER_LAYER = 128, 6, 6, 2
 
 
-def race_round(seed: int, sequences: int) -> dict[str, Any]:
-    """Submissions a minute either way, the share of the budget that a race reads, and whether verdicts agree."""
-    from connito.base.loading import load_full
-    from connito.moe.selection import select
-    from connito.moe.statistics import collect
+@dataclass(frozen=True)
+class Case:
+    """A base, the experts that were adapted, the states that miners submitted, and held-out sequences, the target first."""
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = base(Path(folder), seed, 40)
-        model = load_full(source)
-        counted = collect(model, text(TARGET, 8, 6000 + seed, LENGTH)[:, :-1])
-        layers = select(counted, "esft-token", 1.0, max_experts_per_layer=PER_LAYER).layers
-        layers = {index: sorted(experts) for index, experts in layers.items()}
-        states = _population(source, model, layers, seed)
-    held = {TARGET: text(TARGET, sequences, 9000 + seed, LENGTH)}
-    held |= {domain: text(domain, sequences // 4, 9000 + seed, LENGTH) for domain in GENERAL}
+    model: Any
+    layers: dict[int, list[int]]
+    states: list[Any]
+    held: dict[str, Tokens]
+
+
+def race_round(case: Case) -> dict[str, Any]:
+    """Submissions a minute of processor time either way, the share of the budget that a race reads, whether verdicts agree."""
+    model, layers, states, held = case.model, case.layers, case.states, case.held
     whole_seconds, whole = _timed(lambda: _whole(model, layers, states, held))
     raced_seconds, (raced, read) = _timed(lambda: _raced(model, layers, states, held))
     budget = sum(map(len, held.values())) * len(states)
@@ -52,24 +52,76 @@ def race_round(seed: int, sequences: int) -> dict[str, Any]:
     }
 
 
-def _population(source: Path, model: Any, layers: dict[int, list[int]], seed: int) -> list[Any]:
+def tiny_case(seed: int, sequences: int) -> Case:
+    """Six honest miners, one that trained on another domain, one that sent noise."""
+    from connito.base.loading import load_full
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = base(Path(folder), seed, 40)
+        model = load_full(source)
+        layers = _selected(model, text(TARGET, 8, 6000 + seed, LENGTH))
+        honest = [train(source, layers, text(TARGET, 4 * STEPS, 2000 + 50 * seed + n), lr=2e-3) for n in range(HONEST)]
+        astray = train(source, layers, text(GENERAL[0], 4 * STEPS, 2000 + seed), lr=2e-3)
+    held = {TARGET: text(TARGET, sequences, 9000 + seed, LENGTH)}
+    held |= {domain: text(domain, sequences // 4, 9000 + seed, LENGTH) for domain in GENERAL}
+    return Case(model, layers, [*honest, astray, _noise(model, layers, seed)], held)
+
+
+def demo_case(sequences: int) -> Case:
+    """The demo base: one miner that trained four steps on medical text, one that sent noise."""
+    from connito.base.loading import load_full, load_tokenizer
+    from connito.local.bases import build_cached
+    from connito.moe.resident import compress
+    from connito.moe.training import train_local
+    from connito.text.domains import load_domain
+    from connito.text.prepare import Split, part_of
+
+    source = build_cached("demo", lambda *_: None) / "model"
+    tokenizer, domains = load_tokenizer(source), ("medical", "code", "legal", "speeches", "math")
+
+    def sequences_of(domain: str, part: str, count: int) -> Tokens:
+        ids: list[int] = []
+        for document in load_domain(domain, 1_000_000):
+            if part_of(document.strip(), Split()) == part:
+                ids += [*tokenizer(document, verbose=False).input_ids, tokenizer.eos_token_id]
+            if len(ids) >= count * (LENGTH + 1):
+                break
+        return np.asarray(ids[: count * (LENGTH + 1)], dtype=np.int32).reshape(-1, LENGTH + 1)
+
+    model = load_full(source)
+    layers = _selected(model, sequences_of("medical", "probe", 8))
+    others = {index: [e for e in range(8) if e not in experts] for index, experts in layers.items()}
+    batches = sequences_of("medical", "train", 16).reshape(4, 4, LENGTH + 1)
+    honest, _ = train_local(compress(load_full(source), layers, others), batches, learning_rate=2e-4)
+    held = {d: sequences_of(d, "holdout", sequences if d == "medical" else sequences // 4) for d in domains}
+    return Case(model, layers, [honest, _noise(model, layers, 0)], held)
+
+
+def _selected(model: Any, probe: Tokens) -> dict[int, list[int]]:
+    from connito.moe.selection import select
+    from connito.moe.statistics import collect
+
+    chosen = select(collect(model, probe[:, :-1]), "esft-token", 1.0, max_experts_per_layer=PER_LAYER).layers
+    return {index: sorted(experts) for index, experts in chosen.items()}
+
+
+def _noise(model: Any, layers: dict[int, list[int]], seed: int) -> Any:
     import torch
     from connito.moe.insert import read_rows
 
-    rows = read_rows(model, layers)
     generator = torch.Generator().manual_seed(seed)
-    honest = [train(source, layers, text(TARGET, 4 * STEPS, 2000 + 50 * seed + n), lr=2e-3) for n in range(HONEST)]
-    astray = train(source, layers, text(GENERAL[0], 4 * STEPS, 2000 + seed), lr=2e-3)
-    noise = {name: row + 0.02 * torch.randn(row.shape, generator=generator) for name, row in rows.items()}
-    return [*honest, astray, noise]
+    return {
+        name: row + 0.02 * torch.randn(row.shape, generator=generator) for name, row in read_rows(model, layers).items()
+    }
 
 
 def _policy(held: dict[str, Tokens], minimum: int) -> Any:
     from connito.v1.run_pb2 import RunSpec
 
-    spec = RunSpec(domain=TARGET)
-    spec.holdout.domain = TARGET
-    spec.scoring.target_sequences, spec.scoring.general_sequences = len(held[TARGET]), len(held[GENERAL[0]])
+    target, *others = held
+    spec = RunSpec(domain=target)
+    spec.holdout.domain = target
+    spec.scoring.target_sequences, spec.scoring.general_sequences = len(held[target]), len(held[others[0]])
     spec.scoring.confidence, spec.scoring.retention_margin = 0.95, 0.02
     spec.scoring.minimum_sequences = minimum
     return spec
@@ -136,7 +188,7 @@ def _score(held: dict[str, Tokens], minimum: int, before: Callable[..., Any], af
 
     drawn = {domain: list(range(len(table))) for domain, table in held.items()}
     measurable = Measurable(part(before), part(after), unchanged=False)
-    return score(Submission(miner="m"), Evaluation(drawn, measurable, TARGET), _policy(held, minimum))
+    return score(Submission(miner="m"), Evaluation(drawn, measurable, next(iter(held))), _policy(held, minimum))
 
 
 def _losses(model: Any, table: Tokens, batch: int = 16) -> Any:
