@@ -118,12 +118,12 @@ def branches(seed: int, texts: dict[str, npt.NDArray[np.int32]] | Any, lr: float
     import copy
 
     import torch
-    from connito.base.tiny import _pretrain
+    from connito.base.tiny import pretrain
     from connito.moe.branches import import_branches
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dense = _pretrain(seed, 120, lambda *_: None)
+        dense = pretrain(seed, 120, lambda *_: None)
     specialists = {}
     for domain, table in texts.items():
         model: Any = copy.deepcopy(dense)
