@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -132,9 +132,16 @@ class Job(_Strict):
         return min(self.objective.max_cycles, self.budget.cycles or self.objective.max_cycles)
 
 
-def is_job(content: object) -> bool:
-    """Whether YAML content is a `job.yaml` and not a RunSpec: only the former has `data`."""
-    return isinstance(content, dict) and "data" in content
+# Fields that a RunSpec has and a job has not, in either spelling of protobuf's JSON.
+_OF_RUN_SPEC = {
+    "cycles", "probe", "train", "selection", "training", "scoring", "merging", "windows", "general_holdouts",
+    "generalHoldouts",
+}  # fmt: skip
+
+
+def is_job(content: Mapping[str, Any]) -> bool:
+    """Whether YAML content is meant as a `job.yaml`: unless it has what only a RunSpec has."""
+    return "data" in content or not _OF_RUN_SPEC & content.keys()
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def sort_texts(job: Job, root: Path) -> Texts:
     kept = _deduplicate(texts, job, data)
     _part(texts, job, kept, _unique(held))
     _decontaminate(texts, job)
+    _overlap(texts)
     _part_general(texts, job)
     texts.train = weighted(texts.train, [source.weight for source in job.data])
     return texts
@@ -160,6 +161,21 @@ def _decontaminate(texts: Texts, job: Job) -> None:
         else:
             remedy = f"{dropped} training documents were dropped" if dropped else ""
             texts.note("contamination", "warning" if given and hit else "ok", detail, remedy, **numbers)
+
+
+def _overlap(texts: Texts) -> None:
+    """A benchmark that is mostly the hold-out measures what the hold-out measures already, and says nothing more."""
+    held = [document.text for document in texts.holdout]
+    for name, documents in texts.benchmarks.items():
+        hit = contaminated([document.text for document in documents], held) if documents else []
+        if hit:
+            share = len(hit) / len(documents)
+            detail = f"{len(hit)} of the {len(documents)} documents of the benchmark {name} are also in the hold-out"
+            level = "warning" if share > TOLERATED else "ok"
+            remedy = (
+                "that part of it measures the same thing twice; use text of another source" if level != "ok" else ""
+            )
+            texts.note("contamination", level, detail, remedy, share=share, found=len(hit))
 
 
 def _without(documents: list[Document], held: list[Document]) -> list[Document]:

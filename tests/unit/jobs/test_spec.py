@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from connito.errors import Invalid, NotFound
-from connito.jobs.spec import parse_job, parse_size, read_job
+from connito.jobs.spec import is_job, parse_job, parse_size, read_job
 
 SMALL = {"domain": "contracts", "data": [{"path": "texts/"}], "license": "CC-BY-4.0"}
 
@@ -64,3 +64,16 @@ def test_sizes_are_read_as_people_write_them(text, size):
 
 def test_the_smaller_cap_on_cycles_holds():
     assert parse_job({**SMALL, "budget": {"cycles": 2}, "objective": {"max_cycles": 6}}).cycles == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "job"),
+    [
+        (SMALL, True),
+        ({"domain": "x", "license": "MIT"}, True),
+        ({"domain": "x", "cycles": 2, "probe": {}}, False),
+        ({"domain": "x", "generalHoldouts": []}, False),
+    ],
+)
+def test_a_job_that_lacks_its_data_is_still_a_job_and_not_a_run_spec(content, job):
+    assert is_job(content) is job

@@ -111,6 +111,17 @@ def test_a_benchmark_in_the_training_data_is_found(code, tmp_path):
     assert finding.numbers["share"] >= 0.5
 
 
+def test_a_benchmark_that_is_the_hold_out_is_told(code, tmp_path):
+    write(tmp_path / "data.jsonl", code[:40])
+    write(tmp_path / "held.jsonl", code[40:60])
+
+    benchmarks = [{"name": "exam", "path": "held.jsonl"}]
+    texts = sort_texts(job(holdout=[{"path": "held.jsonl"}], benchmarks=benchmarks), tmp_path)
+
+    told = [finding for finding in found(texts, "contamination") if "also in the hold-out" in finding.detail]
+    assert [(finding.level, finding.numbers["share"]) for finding in told] == [("warning", 1.0)]
+
+
 def test_every_unreadable_source_is_told_at_once(code, tmp_path):
     write(tmp_path / "data.jsonl", code[:20])
     (tmp_path / "empty.txt").write_text("")
