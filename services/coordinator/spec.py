@@ -33,7 +33,7 @@ from connito.v1.run_pb2 import (
 METHODS = {"esft-token": 0.2, "esft-gate": 0.1, "differential": 0.2, "des-moe": 0.6}
 ROUTING_MODES = ("natural", "masked", "restricted")
 SCOPES, RULES = ("global", "layer"), ("share", "duplicate", "exclusive")
-MOMENTS = ("fresh", "kept")
+MOMENTS = ("fresh", "kept", "second")
 AGGREGATORS = (
     "mean",
     "utility-mean",
@@ -65,7 +65,7 @@ DEFAULTS = RunSpec(
         learning_rate=2e-4,
         weight_decay=0.01,
         routing_mode="natural",
-        moments="kept",
+        moments="second",
     ),
     scoring=ScorePolicy(
         target_sequences=32,

@@ -131,7 +131,9 @@ class LocalTrainer:
         insert(model, load_state(state))
         progress = _Progress(len(batches))
         schedule = schedule_of(facts.spec)
-        moments = Kept(draft.parent).load() if policy.moments == "kept" else None
+        moments = (
+            None if policy.moments in ("", "fresh") else Kept(draft.parent).load(second_only=policy.moments == "second")
+        )
         shadow = shadow_of(model, policy)
         try:
             result, stats = train_local(
@@ -206,18 +208,18 @@ class Kept:
     def __init__(self, folder: Path) -> None:
         self._folder, self._before = folder, folder.parent / str(int(folder.name) - 1)
 
-    def load(self) -> Moments:
+    def load(self, *, second_only: bool) -> Moments:
         """Those that the cycle before ended with; empty ones when it was missed or they cannot be read."""
         from connito.moe.moments import Moments
 
         path = self._before / self.NAME
         if not path.exists():
-            return Moments()
+            return Moments(second_only=second_only)
         try:
-            return Moments.load(path)
+            return Moments.load(path, second_only=second_only)
         except Invalid as error:
             log.warning("starting with empty moments", because=str(error))
-            return Moments()
+            return Moments(second_only=second_only)
 
     def save(self, moments: Moments) -> None:
         """Keep them for the next cycle."""

@@ -2,8 +2,9 @@
 
 With H local steps a cycle and moments that start at zero, most of a cycle passes before the second moment means anything:
 its first steps have the size of the learning rate whatever the gradient. DiLoCo (Douillard et al., 2023, section 2) lets
-every worker keep its inner optimiser's state; so does a miner here. It never leaves the miner: nobody needs it to check a
-submission, and losing it costs a few steps, not a result.
+every worker keep its inner optimiser's state. Here a miner keeps all of it or, by default, the second moment alone: the
+first one points where that miner was going before the merge, which outer momentum already says better. It never leaves the
+miner: nobody needs it to check a submission, and losing it costs a few steps, not a result.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Moments:
     steps: int = 0
     first: TargetState = field(default_factory=dict)
     second: TargetState = field(default_factory=dict)
+    # Whether the first moment starts at zero whatever was kept.
+    second_only: bool = False
 
     def fit(self, parameters: Mapping[str, torch.Tensor]) -> bool:
         """Whether they belong to these tensors, by name and shape."""
@@ -38,18 +41,31 @@ class Moments:
             for moment in (self.first, self.second)
         )
 
-    def install(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Let `optimiser` go on from here. Moments of other tensors are no use and are left out."""
+    def install(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> bool:
+        """Let `optimiser` go on from here; whether it does. Moments of other tensors are no use and are left out."""
         import torch
 
         if not self.fit(parameters):
-            return
+            return False
         for name, parameter in parameters.items():
             optimiser.state[parameter] = {
                 "step": torch.tensor(float(self.steps)),
-                "exp_avg": self.first[name].to(parameter.device, torch.float32, copy=True),
+                "exp_avg": torch.zeros_like(parameter, dtype=torch.float32)
+                if self.second_only
+                else self.first[name].to(parameter.device, torch.float32, copy=True),
                 "exp_avg_sq": self.second[name].to(parameter.device, torch.float32, copy=True),
             }
+        return True
+
+    def correction(self, step: int, beta: float) -> float:
+        """What the rate of local step `step` (from 0) is multiplied by where only the second moment was kept.
+
+        AdamW counts one number of steps t for both moments and divides the first one by 1 − β₁^t, as if it were that old;
+        (1 − β₁^t) / (1 − β₁^{step + 1}) makes that right.
+        """
+        if not (self.second_only and self.steps):
+            return 1.0
+        return float((1.0 - beta ** (self.steps + step + 1)) / (1.0 - beta ** (step + 1)))
 
     def take(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> None:
         """Become what `optimiser` has now, on the CPU. A tensor without a gradient so far has zeros."""
@@ -75,7 +91,7 @@ class Moments:
         write_safetensors(path, tensors, {**(metadata or {}), "steps": str(self.steps)})
 
     @classmethod
-    def load(cls, path: Path) -> Moments:
+    def load(cls, path: Path, *, second_only: bool = False) -> Moments:
         """Read them. Raises `Invalid` (BAD_HEADER) for a file that holds something else."""
         from safetensors import SafetensorError, safe_open
 
@@ -91,4 +107,4 @@ class Moments:
             {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
             for kind in (FIRST, SECOND)
         )
-        return cls(steps, first, second)
+        return cls(steps, first, second, second_only)

@@ -86,8 +86,7 @@ def train_local(
         )
     masters = {name: _master(parameter) for name, parameter in parameters.items()}
     optimiser = torch.optim.AdamW(list(masters.values()), lr=learning_rate, weight_decay=weight_decay, betas=betas)
-    if moments is not None:
-        moments.install(optimiser, masters)
+    going_on = moments is not None and moments.install(optimiser, masters)
     device = next(iter(parameters.values())).device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         head = Head(model)
@@ -99,6 +98,8 @@ def train_local(
                 break
             begun = time.perf_counter()
             rate = learning_rate * (1.0 if factor is None else factor(index))
+            if moments is not None and going_on:
+                rate *= moments.correction(index, betas[0])
             losses.append(work.step(batch, micro_batch or len(batch), rate, index, len(batches)))
             tokens += batch.shape[0] * (batch.shape[1] - 1)
             if on_step is not None:

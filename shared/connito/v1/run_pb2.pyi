@@ -211,7 +211,9 @@ class TrainPolicy(_message.Message):
     replay_share: _builtins.float
     """Share of general-domain sequences mixed into each batch."""
     moments: _builtins.str
-    """AdamW's moments at the start of a cycle: kept (a miner goes on with its own) or fresh. Empty: fresh."""
+    """AdamW's moments at the start of a cycle: a miner goes on with its own (kept), with its own second moment and an empty
+    first one (second), or with empty ones (fresh). Empty: fresh.
+    """
     final_rate_share: _builtins.float
     """Over all local steps of the run the rate falls by a cosine to this share of itself. 0: it stays."""
     warmup_steps: _builtins.int

@@ -59,6 +59,24 @@ def test_two_cycles_with_kept_moments_are_one_run_of_adamw(tiny: Path, sequences
     assert distance(train_local(fresh, text[3:], learning_rate=1e-3)[0], at_once) > 0
 
 
+def test_a_kept_second_moment_has_a_first_one_of_its_own_age(tiny: Path, sequences: Any) -> None:
+    """The step after the restart is g / sqrt(v): not the tenth of it that AdamW's own count would make of an empty first
+    moment, and not the sign of g that an empty second one gives."""
+    text = batches(sequences("logs", 20, 1), 6, 2)
+    model, moments = compress(load_full(tiny), SELECTION, HELPERS), Moments(second_only=True)
+    train_local(model, text[:5], learning_rate=1e-3, moments=moments)
+    before, kept = extract(model), {name: value.clone() for name, value in moments.second.items()}
+    after, _ = train_local(model, text[5:], learning_rate=1e-3, gradient_clip=0.0, moments=moments)
+    assert moments.steps == 6
+    name = "layers.2.down_proj"
+    gradient = ((moments.second[name] - 0.95 * kept[name]) / 0.05).clamp_min(0).sqrt()
+    expected = 1e-3 * gradient / ((moments.second[name] / (1 - 0.95**6)).sqrt() + 1e-8)
+    moved, seen = (before[name] - after[name]).abs(), gradient > 1e-6
+    torch.testing.assert_close(moved[seen], expected[seen], rtol=2e-2, atol=2e-6)
+    assert Moments(300, second_only=True).correction(0, 0.9) == pytest.approx(10.0)
+    assert Moments(second_only=True).correction(0, 0.9) == Moments(3).correction(0, 0.9) == 1.0
+
+
 def test_moments_of_another_selection_are_left_out(tiny: Path, sequences: Any, tmp_path: Path) -> None:
     text, moments = batches(sequences("logs", 20, 1), 2, 2), Moments()
     train_local(compress(load_full(tiny), {2: [1]}), text, learning_rate=1e-3, moments=moments)
