@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -76,6 +77,51 @@ def run(
     if label:
         environment["CONNITO_LABEL"] = label
     os.execve(sys.executable, [sys.executable, "-P", "-m", "services.trainer"], environment)  # noqa: S606 - no shell
+
+
+@app.command("fits")
+def fits(
+    base: Annotated[Path, typer.Option(help="Folder of the base model.")],
+    selection: Annotated[Path, typer.Option(help="What `connito select --json` printed.")],
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that go through the model at once.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
+    bf16_parameters: Annotated[bool, typer.Option(help="Frozen weights in bfloat16.")] = False,
+    memory_bytes: Annotated[int, typer.Option(min=0, help="Memory to fit into; 0: what is free here.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Predict the memory of training a selection, before anything is loaded; exit 3 when it does not fit."""
+    from connito.base.manifest import build_manifest
+    from connito.cli.output import size
+    from connito.moe.footprint import Workload, free_bytes, predict, require_fit
+
+    targets, helpers = _experts(selection)
+    need = predict(build_manifest(base), targets, helpers, Workload(sequences, length, bf16_parameters))
+    have = memory_bytes or free_bytes()
+    emit(
+        as_json,
+        {**need.to_json(), "available": have, "fits": need.total <= have},
+        lambda: "\n".join(
+            f"{name:<12}{size(value):>10}" for name, value in {**need.to_json(), "available": have}.items()
+        ),
+    )
+    require_fit(need, have, "--memory-bytes" if memory_bytes else "this machine")
+
+
+def _experts(path: Path) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Targets and helpers by layer from the file. Raises `Invalid` when it is no selection."""
+    from connito.errors import Invalid
+
+    try:
+        data = json.loads(path.read_text())
+        targets, helpers = (
+            {int(layer): [int(e) for e in experts] for layer, experts in data.get(name, {}).items()}
+            for name in ("layers", "helpers")
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise Invalid(f"{path} is not a selection ({error}); make one with `connito select --json > FILE`") from error
+    if not targets:
+        raise Invalid(f"{path} selects no expert; make one with `connito select --json > FILE`")
+    return targets, helpers
 
 
 @app.command("status")

@@ -52,6 +52,7 @@ VERBS = {
     "job show": {"--json"},
     "job watch": {"--json"},
     "job cancel": {"--json"},
+    "miner fits": {"--json", "--base", "--selection", "--sequences", "--length", "--bf16-parameters", "--memory-bytes"},
     "miner init": {"--json"},
     "miner run": {"--key", "--label", "--json"},
     "console": {"--port", "--data-dir", "--json"},
@@ -216,6 +217,28 @@ def test_doctor_prints_one_document_with_a_remedy_for_what_is_missing(tmp_path: 
     assert {"python", "nats-server", "weed", "data directory disk", "memory", "local ports", "platform"} <= set(checks)
     assert done.returncode == (0 if document["ok"] else 5)
     assert all(check["ok"] or check["remedy"] for check in checks.values())
+
+
+def test_whether_a_selection_fits_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    import numpy as np
+    from connito.tensors import tensor_bytes
+
+    experts = "model.layers.0.mlp.experts"
+    bank, words = np.zeros((4, 4, 2), np.float32), np.zeros((8, 4), np.float32)
+    weights = {"model.embed_tokens.weight": words, f"{experts}.down_proj": bank}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(tensor_bytes(weights, {}))
+    selection = tmp_path / "selection.json"
+    selection.write_text(json.dumps({"layers": {"0": [1, 2]}, "helpers": {"0": [3]}}))
+    asked = ("miner", "fits", "--base", tmp_path, "--selection", selection, "--json", "--memory-bytes")
+    done = connito(*asked, 10**9)
+    said = json.loads(done.stdout)
+    assert (said["weights"], said["gradients"], said["moments"], said["fits"]) == (8 * 16 + 3 * 32, 64, 128, True)
+    refused = connito(*asked, 1000)
+    assert refused.returncode == 3
+    assert "CONNITO_MICRO_BATCH=1" in refused.stderr
+    selection.write_text("{}")
+    assert "connito select --json" in connito(*asked, 1000).stderr
 
 
 def test_a_miner_key_is_private_and_never_overwritten(tmp_path: Path) -> None:
