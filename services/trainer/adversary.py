@@ -21,8 +21,10 @@ from services.trainer.strategy import HONEST, Effort, Strategy, Work
 if TYPE_CHECKING:
     import torch
 
-# Of the delta's norm, per tensor: too little to hide a copy, enough that its digest differs.
-COPY_NOISE = 0.01
+# A copy that was stretched gains more than its original while local steps are few.
+STRETCH = 1.5
+# Lengths of the state that a submission of `large-norm` moves by.
+LEAP = 10.0
 
 
 class _Idle(Strategy):
@@ -80,13 +82,89 @@ class NoisyCopier(Copier):
     """A copier that blurs what it took, so that its digest differs. Similarity of the deltas gives it away: `copy`."""
 
     name = "noisy-copier"
+    # Of the delta's norm, per tensor: too little to hide a copy, enough that its digest differs.
+    noise = 0.01
 
     def forge(self, work: Work) -> None:
         from connito.moe.state import load_state
 
         start, taken = load_state(work.state), load_state(self.stolen(work))
-        sizes = {name: float((taken[name] - start[name]).float().norm()) * COPY_NOISE for name in taken}
+        sizes = {name: float((taken[name] - start[name]).float().norm()) * self.noise for name in taken}
         _write(work, taken, lambda name, tensor: _noise(tensor, sizes[name], work, name))
+
+
+class MaskedCopier(NoisyCopier):
+    """A copier under so much noise that the directions are no longer alike, for nothing in utility.
+
+    What it does to every held-out sequence is what its victim does: `copy`.
+    """
+
+    name = "masked-copier"
+    noise = 1.0
+
+
+class ScaledCopier(Copier):
+    """A copier that goes further into its victim's direction. Length hides nothing: `copy`."""
+
+    name = "scaled-copier"
+
+    def forge(self, work: Work) -> None:
+        from connito.moe.state import load_state
+
+        start, taken = load_state(work.state), load_state(self.stolen(work))
+        _write(work, start, lambda name, tensor: STRETCH * (taken[name] - tensor))
+
+
+class MixedCopier(Copier):
+    """A copier of two, half of each: better than either and like neither. It lies in their span: `copy`."""
+
+    name = "mixed-copier"
+
+    def __init__(self, victim_dir: Path, second_dir: Path) -> None:
+        super().__init__(victim_dir)
+        self._second = Copier(second_dir)
+
+    def may_produce(self, facts: RunFacts, cycle: int) -> bool:
+        return super().may_produce(facts, cycle) and self._second.may_produce(facts, cycle)
+
+    def forge(self, work: Work) -> None:
+        from connito.moe.state import load_state
+
+        one, other = load_state(self.stolen(work)), load_state(self._second.stolen(work))
+        _write(work, one, lambda name, tensor: 0.5 * (other[name] - tensor))
+
+
+class SignFlip(Strategy):
+    """Trains, and hands in the opposite. It raises the loss: `no-improvement`."""
+
+    name = "sign-flip"
+
+    async def produce(self, work: Work) -> Effort:
+        from connito.moe.state import load_state
+
+        effort = await work.train()
+        start, trained = load_state(work.state), load_state(work.draft)
+        _write(work, start, lambda name, tensor: tensor - trained[name])
+        return effort
+
+
+class LargeNorm(Strategy):
+    """Trains, and goes ten times the state's own length in that direction: `norm-exceeded`."""
+
+    name = "large-norm"
+
+    async def produce(self, work: Work) -> Effort:
+        from connito.moe.state import load_state
+
+        effort = await work.train()
+        start, trained = load_state(work.state), load_state(work.draft)
+
+        def leap(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            moved = trained[name] - tensor
+            return moved * (LEAP * float(tensor.norm()) / max(float(moved.norm()), 1e-12))
+
+        _write(work, start, leap)
+        return effort
 
 
 class FreeRider(_Idle):
@@ -157,16 +235,21 @@ class Late(Strategy):
 def choose(settings: TrainerSettings) -> Strategy:
     """The strategy that the settings name. Raises `Fatal` for an unknown one, or a copier without a victim."""
     name, victim = settings.trainer_adversary, settings.trainer_victim_dir
+    second = settings.trainer_second_victim_dir or victim
     if not name:
         return HONEST
-    copiers: dict[str, Callable[[Path], Strategy]] = {"copier": Copier, "noisy-copier": NoisyCopier}
-    if name in copiers:
-        if victim is None:
+    kinds = (Copier, NoisyCopier, MaskedCopier, ScaledCopier)
+    copiers: dict[str, Callable[[Path], Strategy]] = {kind.name: kind for kind in kinds}
+    if name in copiers or name == MixedCopier.name:
+        if victim is None or second is None:
             raise Fatal(f"the {name} needs CONNITO_TRAINER_VICTIM_DIR, the work folder of the miner it takes from")
-        return copiers[name](victim)
-    others: dict[str, Callable[[], Strategy]] = {kind.name: kind for kind in (FreeRider, Noise, NaN, Oversized, Late)}
+        return copiers[name](victim) if name in copiers else MixedCopier(victim, second)
+    solo = (FreeRider, Noise, NaN, Oversized, Late, SignFlip, LargeNorm)
+    others: dict[str, Callable[[], Strategy]] = {kind.name: kind for kind in solo}
     if name not in others:
-        raise Fatal(f"CONNITO_TRAINER_ADVERSARY is {name!r}; known: {', '.join(sorted({*copiers, *others}))}")
+        raise Fatal(
+            f"CONNITO_TRAINER_ADVERSARY is {name!r}; known: {', '.join(sorted({*copiers, MixedCopier.name, *others}))}"
+        )
     return others[name]()
 
 

@@ -44,8 +44,12 @@ class TrainerSettings(ServiceSettings):
     )
     trainer_adversary: str = Field(
         "",
-        description="for attack drills only: misbehave as copier, noisy-copier, freerider, noise, nan, oversized or late",
+        description="for attack drills only: misbehave as copier, noisy-copier, masked-copier, scaled-copier, "
+        "mixed-copier, freerider, noise, sign-flip, large-norm, nan, oversized or late",
     )
     trainer_victim_dir: Path | None = Field(
         None, description="for the copiers: the work folder of the miner whose result leaked"
+    )
+    trainer_second_victim_dir: Path | None = Field(
+        None, description="for the mixed-copier: the work folder of another one; empty: the same"
     )

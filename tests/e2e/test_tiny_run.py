@@ -16,7 +16,10 @@ from .conftest import Finished, Up
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-ADVERSARIES = ("copier", "noisy-copier", "freerider", "noise", "nan", "oversized", "late")
+ADVERSARIES = (
+    "copier", "noisy-copier", "masked-copier", "scaled-copier", "mixed-copier", "freerider", "noise", "sign-flip",
+    "large-norm", "nan", "oversized", "late",
+)  # fmt: skip
 HONEST = {"miner-1", "miner-2", "miner-3"}
 CYCLES = (1, 2)
 
@@ -55,6 +58,11 @@ def test_honest_work_is_merged_and_paid_and_nothing_else_is(run: Finished, cycle
     [
         ("copier-1", "rejected", {"copy"}),
         ("noisy-copier-1", "rejected", {"copy"}),
+        ("masked-copier-1", "rejected", {"copy"}),
+        ("scaled-copier-1", "rejected", {"copy"}),
+        ("mixed-copier-1", "rejected", {"copy"}),
+        ("sign-flip-1", "rejected", {"no-improvement", "not-significant", "retention-broken", "copy"}),
+        ("large-norm-1", "refused", {"norm-exceeded"}),
         ("freerider-1", "rejected", {"unchanged"}),
         ("noise-1", "rejected", {"no-improvement", "not-significant"}),
         ("nan-1", "refused", {"non-finite"}),

@@ -10,7 +10,10 @@ from google.protobuf.json_format import ParseDict, ParseError
 from connito.errors import Invalid
 from connito.v1.run_pb2 import MergePolicy, RunSpec, ScorePolicy, SelectionPolicy, TrainPolicy, WindowPolicy
 
-ADVERSARIES = ("copier", "noisy-copier", "freerider", "noise", "nan", "oversized", "late")
+ADVERSARIES = (
+    "copier", "noisy-copier", "masked-copier", "scaled-copier", "mixed-copier", "freerider", "noise", "sign-flip",
+    "large-norm", "nan", "oversized", "late",
+)  # fmt: skip
 DEMO_DOMAINS = ("medical", "code", "legal", "speeches", "math")
 TINY_DOMAINS = ("recipes", "logs", "poems", "ledgers")
 MAX_PEOPLE = 64

@@ -128,6 +128,8 @@ class Installation:
         settings = {"work_dir": str(work / member.name), "label": member.name}
         if kind != "miner":
             settings |= {"trainer_adversary": kind, "trainer_victim_dir": str(work / "miner-1")}
+            second = "miner-2" if "miner-2" in self.members else "miner-1"
+            settings |= {"trainer_second_victim_dir": str(work / second)}
         return settings
 
     def _program(self, role: Role) -> Program:

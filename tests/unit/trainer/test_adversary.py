@@ -14,7 +14,7 @@ from connito.submission import expected_layout, validate
 from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import TrainPolicy
 
-from services.trainer.adversary import Copier, choose
+from services.trainer.adversary import Copier, MixedCopier, choose
 from services.trainer.handlers import Commit, Reveal, SayTrained, Tell, Train, decide
 from services.trainer.settings import TrainerSettings
 from services.trainer.state import CycleProgress, Ledger
@@ -77,14 +77,20 @@ def test_nobody_misbehaves_by_default() -> None:
     assert strategy("") is HONEST
 
 
-@pytest.mark.parametrize("name", ["copier", "noisy-copier"])
+@pytest.mark.parametrize("name", ["copier", "noisy-copier", "masked-copier", "scaled-copier", "mixed-copier"])
 def test_copiers_need_a_victim(name: str) -> None:
     with pytest.raises(Fatal, match="CONNITO_TRAINER_VICTIM_DIR"):
         strategy(name)
 
 
 def test_an_unknown_adversary_is_named_with_those_there_are() -> None:
-    with pytest.raises(Fatal, match="copier, freerider, late, nan, noise, noisy-copier, oversized"):
+    with pytest.raises(
+        Fatal,
+        match=(
+            "copier, freerider, large-norm, late, masked-copier, mixed-copier, nan, noise, noisy-copier, oversized, "
+            "scaled-copier, sign-flip"
+        ),
+    ):
         strategy("saboteur")
 
 
@@ -113,6 +119,59 @@ async def test_the_noisy_copier_differs_by_one_percent_of_the_delta(work: Work, 
         assert float((tensor - stolen[name]).norm()) / honest == pytest.approx(0.01, rel=0.02)
         cosine = torch.cosine_similarity(delta(work)[name].flatten(), torch.ones(tensor.numel()), dim=0)
         assert float(cosine) > 0.999
+
+
+async def test_the_masked_copier_is_not_alike_by_direction(work: Work, victim: Path) -> None:
+    await strategy("masked-copier", victim).produce(work)
+    for tensor in delta(work).values():
+        cosine = torch.cosine_similarity(tensor.flatten(), torch.ones(tensor.numel()), dim=0)
+        assert 0.4 < float(cosine) < 0.95
+
+
+async def test_the_scaled_copier_goes_further_the_same_way(work: Work, victim: Path) -> None:
+    await strategy("scaled-copier", victim).produce(work)
+    for tensor in delta(work).values():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, 1.5 * HONEST_DELTA), rtol=1e-4, atol=1e-6)
+
+
+async def test_the_mixed_copier_is_half_of_each(work: Work, victim: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    ledger = Ledger(second, "UOTHER")
+    save_state(load_state(work.state), ledger.folder(RUN, 1) / "draft")
+    ledger.keep_artifact(RUN, 1, ledger.folder(RUN, 1) / "draft")
+    ledger.update(RUN, 1, artifact="cd" * 32, size=1)
+    ledger.close()
+    settings = TrainerSettings(
+        key_file=Path("k"),
+        trainer_adversary="mixed-copier",
+        trainer_victim_dir=victim,
+        trainer_second_victim_dir=second,
+    )
+    await choose(settings).produce(work)
+    for tensor in delta(work).values():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, HONEST_DELTA / 2), rtol=1e-4, atol=1e-6)
+
+
+def test_the_mixed_copier_waits_for_both_of_its_victims(story: Story, victim: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    Ledger(second, "UOTHER").close()
+    player = MixedCopier(victim, second)
+    story.opened("train").closed("train").opened("commit").commitment_accepted("ab" * 32, miner=VICTIM)
+    assert not player.may_produce(story.facts, 1)
+    story.commitment_accepted("cd" * 32, miner="UOTHER")
+    assert player.may_produce(story.facts, 1)
+
+
+async def test_the_sign_flip_is_the_opposite_of_honest_work(work: Work) -> None:
+    effort = await strategy("sign-flip").produce(work)
+    assert effort.steps == 10
+    for tensor in delta(work).values():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, -HONEST_DELTA), rtol=1e-4, atol=1e-6)
+
+
+async def test_the_large_norm_is_refused_for_it(work: Work) -> None:
+    await strategy("large-norm").produce(work)
+    assert why_refused(work) == reasons_pb2.REASON_NORM_EXCEEDED
 
 
 async def test_a_copier_waits_for_a_result_to_steal(work: Work, tmp_path: Path) -> None:
