@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from connito.chain import Chains
 from connito.compute import ComputeBudget
 from connito.engine import Decision, Engine
 from connito.errors import Fatal
@@ -11,7 +12,7 @@ from connito.facts import Fact, Log, RunFacts
 from connito.runner import ServiceContext, run_service
 from connito.v1.cycle_pb2 import ScoreReport
 
-from services.validator.actions import Validator
+from services.validator.actions import Validator, anchors_of
 from services.validator.handlers import STREAMS, decide
 from services.validator.settings import ValidatorSettings
 
@@ -29,6 +30,7 @@ async def main(context: ServiceContext[ValidatorSettings]) -> None:
         ComputeBudget(settings.compute_dir, settings.compute_slots),
         settings,
         lambda run: log.runs[run],
+        lambda run, cycle: anchors_of(log.chains.get(run, Chains()), cycle),
     )
 
     def decide_now(facts: RunFacts, now_ms: int) -> Decision:

@@ -13,6 +13,7 @@ from connito.assignment import assigned
 from connito.base.manifest import Manifest
 from connito.beacon import secret_digest
 from connito.bus import Bus, offences
+from connito.chain import Chains, anchored_windows
 from connito.compute import ComputeBudget, in_thread
 from connito.engine import Action
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_name
@@ -55,8 +56,10 @@ class Validator:
         compute: ComputeBudget,
         settings: ValidatorSettings,
         facts: Callable[[str], RunFacts],
+        anchors: Callable[[str, int], list[cycle_pb2.WindowAnchor]] = lambda run, cycle: [],
     ) -> None:
         self._bus, self._store, self._compute, self._settings, self._facts = bus, store, compute, settings, facts
+        self._anchors = anchors
         self._benches: dict[str, Bench] = {}
         self._loading: dict[str, asyncio.Lock] = {}
         self._measuring = asyncio.Lock()
@@ -86,7 +89,9 @@ class Validator:
                 self._benches.pop(run, None)
             case CommitSeed(cycle):
                 digest = secret_digest(run, cycle, self.me, self.secret(run, cycle))
-                message = cycle_pb2.SeedCommitted(run=run, cycle=cycle, validator=self.me, digest=digest)
+                message = cycle_pb2.SeedCommitted(
+                    run=run, cycle=cycle, validator=self.me, digest=digest, anchors=self._anchors(run, cycle)
+                )
                 await self._bus.publish_fact(run, "train", cycle, "seed", message, self.me)
             case RevealSeed(cycle):
                 secret = self.secret(run, cycle)
@@ -229,6 +234,16 @@ class Validator:
             )
         report.seconds = time.perf_counter() - begun
         return report
+
+
+def anchors_of(chains: Chains, cycle: int) -> list[cycle_pb2.WindowAnchor]:
+    """What this validator vouches for with its commitment of a cycle: the windows before, as far as it has read them."""
+    known = ((window, chains.heads.get(window)) for window in anchored_windows(cycle))
+    return [
+        cycle_pb2.WindowAnchor(window=window, last_sequence=head[0], head=head[1])
+        for window, head in known
+        if head is not None
+    ]
 
 
 def secret_of(identity: Identity) -> Callable[[str, int], bytes]:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
+from connito.chain import Chains
 from connito.envelope import open_bytes
 from connito.errors import Invalid
 from connito.roster import Roster
@@ -242,9 +243,13 @@ class Log:
     def __init__(self, roster: Roster) -> None:
         self.roster = roster
         self.runs: dict[str, RunFacts] = {}
+        self.chains: dict[str, Chains] = {}
 
     def apply(self, record: Record) -> Fact | None:
         """Verify and insert. Returns the fact if it was new, None if known. Raises `Invalid` if it does not verify."""
+        if ".ingress." not in record.subject:
+            run = record.subject.split(".")[2:3]
+            self.chains.setdefault("".join(run), Chains()).extend(record.subject, record.sequence, record.data)
         fact = verify_ingress(record) if ".ingress." in record.subject else verify_fact(record, self.roster)
         facts = self.runs.setdefault(fact.run, RunFacts(fact.run))
         return fact if facts.add(fact) else None

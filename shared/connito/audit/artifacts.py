@@ -87,6 +87,8 @@ def named(evidence: Evidence) -> Iterator[Named]:
         if facts.selection.HasField("signature"):
             yield Named("routing signature", facts.selection.signature)
         yield from _considered(evidence)
+        if facts.selection.background.digest:
+            yield Named("background experts", facts.selection.background)
     for cycle in facts.cycles():
         settled, version = facts.settled("submit", cycle), facts.version(cycle)
         for entry in settled.submissions if settled is not None else ():

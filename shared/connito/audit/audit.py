@@ -112,6 +112,7 @@ def attempt(check: str, cycle: int, work: Callable[[], Step]) -> Step:
 def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterator[Step]:
     facts = evidence.facts
     yield signatures(evidence)
+    yield chain.anchors(evidence)
     yield artifacts.step()
     if facts.spec is None:
         what = "is not in the log, or does not verify; nothing can be recomputed without it"
