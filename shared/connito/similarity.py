@@ -5,9 +5,10 @@ somebody's work:
 
 pair    Two pseudo-gradients point the same way: scaling does not hide a copy.
 span    A pseudo-gradient is a linear combination of earlier ones: neither does mixing victims, in any proportion.
-effect  It does to every held-out sequence what one or two earlier ones do, up to scale. Random noise of twice the
-        victim's length hides a direction in so many dimensions, but costs no utility; noise that is free leaves the
-        losses, sequence by sequence, as they were, and those are in the validators' signed reports.
+effect  It does to every held-out sequence what one or two earlier ones do, up to scale, and is far closer to them in
+        this than any other miner. Random noise of twice the victim's length hides a direction in so many dimensions,
+        but costs no utility; noise that is free leaves the losses, sequence by sequence, as they were, and those are
+        in the validators' signed reports.
 
 What honest work looks like under each of them, and where the limits come from: `bench/copies.py`.
 """
@@ -32,6 +33,8 @@ Gains = Mapping[tuple[str, int], float]
 MIN_SEQUENCES = 12
 # Victims that are tried together, out of so many that share most with a submission's weights.
 VICTIMS, CANDIDATES = 2, 4
+# A copy is so much closer to its victim's effect than the next one is; how close that is depends on model and text.
+CLOSER = 0.5
 # Effects alone convict nobody: honest miners may learn the same. Weights have to share something too.
 SHARED_FLOOR = 0.2
 # A library's last digits must not decide.
@@ -170,8 +173,9 @@ def _by_effect(
     near = [int(place) for place in np.argsort(-parts, kind="stable")[:CANDIDATES] if parts[place] > 0.0]
     for victims in _groups(near):
         miners = [submissions[firsts[place]].miner for place in victims]
+        others = [submissions[first].miner for place, first in enumerate(firsts) if place not in victims]
         # Each further victim fits by chance what one does not.
-        if _agreed(submissions[later].miner, miners, likeness, limit / len(victims)):
+        if _agreed(submissions[later].miner, miners, others, likeness, limit / len(victims)):
             return victims[0]
     return None
 
@@ -181,15 +185,27 @@ def _groups(candidates: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield from itertools.combinations(candidates, count)
 
 
-def _agreed(later: str, miners: Sequence[str], likeness: Likeness, limit: float) -> bool:
+def _agreed(later: str, miners: Sequence[str], others: Sequence[str], likeness: Likeness, limit: float) -> bool:
     """Whether most of the stake that measured all of them finds the effects alike."""
-    found: dict[str, float] = {}
+    alike = asked = 0.0
     for validator, gains in likeness.gains.items():
         if all(miner in gains for miner in (later, *miners)):
-            found[validator] = distance(gains[later], [gains[miner] for miner in miners])
-    weighed = {validator: likeness.stakes.get(validator, 1.0) for validator in found}
-    alike = sum(weighed[validator] for validator, value in found.items() if value <= limit)
-    return alike > sum(weighed.values()) / 2
+            weight = likeness.stakes.get(validator, 1.0)
+            asked += weight
+            alike += weight if _alike_in_effect(gains, later, miners, others, limit) else 0.0
+    return alike > asked / 2
+
+
+def _alike_in_effect(
+    gains: Mapping[str, Gains], later: str, miners: Sequence[str], others: Sequence[str], limit: float
+) -> bool:
+    """By the limit, and by how far other miners are. Without any there is half of the limit to go by."""
+    victims = [gains[miner] for miner in miners]
+    value = distance(gains[later], victims)
+    if value > limit:
+        return False
+    apart = [distance(gains[other], victims) for other in others if other in gains]
+    return value <= CLOSER * min((each for each in apart if each < float("inf")), default=limit)
 
 
 def _in_commit_order(submissions: Sequence[cycle_pb2.Submission]) -> list[int]:

@@ -182,3 +182,12 @@ def test_nothing_committed_later_makes_a_copy_of_earlier_work(seed: int, later: 
     found = find_copies(entries(*range(len(rows))), Likeness(deltas @ deltas.T, gains(*effects)), POLICY)
     assert set(found).isdisjoint({"U0", "U1", "U2", "U3"})
     assert all(f"U{4 + i}" in found for i, kind in enumerate(later) if kind in ("copy", "mix"))
+
+
+def test_where_everybody_learns_the_same_an_effect_convicts_nobody():
+    """A model and a text on which all miners' gains are within 5 % of each other."""
+    deltas = honest(6)
+    measured = gains(*(effect(1) + 0.05 * (effect(10 + i) - 1.0) for i in range(6)))
+    assert find_copies(entries(*range(6)), Likeness(deltas @ deltas.T, measured), POLICY) == {}
+    two = Likeness(deltas[:2] @ deltas[:2].T, measured)
+    assert find_copies(entries(1, 2), two, POLICY) == {}
