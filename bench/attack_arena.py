@@ -147,6 +147,11 @@ class Arena:
             GateBench(Evaluator(self.rig.model(), self.selection), {"gate": gate, "report": report}),
         )
 
+    @property
+    def score_bench(self) -> ScoreBench:
+        """The full model and hold-outs of a validator."""
+        return self._benches[0]
+
     @cached_property
     def _training_model(self) -> Any:
         from connito.moe.resident import compress

@@ -76,7 +76,7 @@ def _noise(know: Knowledge, length: float) -> State:
     return {name: rows * scale for name, rows in drawn.items()}
 
 
-def _mixed(know: Knowledge, parts: Mapping[int, float], noise: float = 0.0, own: float = 0.0) -> State:
+def mixed(know: Knowledge, parts: Mapping[int, float], noise: float = 0.0, own: float = 0.0) -> State:
     """θ_t plus a combination of what victims did, plus noise in units of the first one's length, plus own work."""
     deltas = {victim: _delta(know, victim) for victim in parts}
     blur = _noise(know, noise * _length(deltas[next(iter(parts))])) if noise else None
@@ -221,22 +221,22 @@ _COPY = ("copy",)
 _USELESS = ("no-improvement", "not-significant", "unchanged")
 
 ATTACKS: tuple[Attack, ...] = (
-    Attack("copier", lambda k: [_mixed(k, {0: 1.0})], _COPY),
-    Attack("griefing copier", lambda k: [_mixed(k, {v: 1.0}) for v in range(3)], _COPY, note="copies three to void them"),
-    Attack("noisy copier, 0.1", lambda k: [_mixed(k, {0: 1.0}, 0.1)], _COPY, note="noise over length"),
-    Attack("noisy copier, 0.5", lambda k: [_mixed(k, {0: 1.0}, 0.5)], _COPY),
-    Attack("noisy copier, 1", lambda k: [_mixed(k, {0: 1.0}, 1.0)], _COPY),
-    Attack("noisy copier, 2", lambda k: [_mixed(k, {0: 1.0}, 2.0)], _COPY),
-    Attack("scaled copier, 1.5", lambda k: [_mixed(k, {0: 1.5})], _COPY),
-    Attack("scaled copier, 0.5", lambda k: [_mixed(k, {0: 0.5})], _COPY),
-    Attack("mixed copier, two", lambda k: [_mixed(k, {0: 0.5, 1: 0.5})], _COPY),
-    Attack("mixed copier, all", lambda k: [_mixed(k, dict.fromkeys(range(HONEST), 1 / HONEST))], _COPY),
-    Attack("mixed copier, two, noise 1", lambda k: [_mixed(k, {0: 0.5, 1: 0.5}, 1.0)], _COPY),
-    Attack("half stolen, half own", lambda k: [_mixed(k, {0: 0.5}, own=0.5)], _COPY),
+    Attack("copier", lambda k: [mixed(k, {0: 1.0})], _COPY),
+    Attack("griefing copier", lambda k: [mixed(k, {v: 1.0}) for v in range(3)], _COPY, note="copies three to void them"),
+    Attack("noisy copier, 0.1", lambda k: [mixed(k, {0: 1.0}, 0.1)], _COPY, note="noise over length"),
+    Attack("noisy copier, 0.5", lambda k: [mixed(k, {0: 1.0}, 0.5)], _COPY),
+    Attack("noisy copier, 1", lambda k: [mixed(k, {0: 1.0}, 1.0)], _COPY),
+    Attack("noisy copier, 2", lambda k: [mixed(k, {0: 1.0}, 2.0)], _COPY),
+    Attack("scaled copier, 1.5", lambda k: [mixed(k, {0: 1.5})], _COPY),
+    Attack("scaled copier, 0.5", lambda k: [mixed(k, {0: 0.5})], _COPY),
+    Attack("mixed copier, two", lambda k: [mixed(k, {0: 0.5, 1: 0.5})], _COPY),
+    Attack("mixed copier, all", lambda k: [mixed(k, dict.fromkeys(range(HONEST), 1 / HONEST))], _COPY),
+    Attack("mixed copier, two, noise 1", lambda k: [mixed(k, {0: 0.5, 1: 0.5}, 1.0)], _COPY),
+    Attack("half stolen, half own", lambda k: [mixed(k, {0: 0.5}, own=0.5)], _COPY),
     Attack("free-rider", lambda k: [dict(k.theta)], ("unchanged",)),
     Attack("free-rider, last step again", lambda k: [_extrapolated(k)], (*_USELESS, "copy"), note="from cycle 2"),
     Attack("random noise", lambda k: [_map(k, lambda n, r: r + _noise_like(k)[n])], _USELESS),
-    Attack("sign flip", lambda k: [_mixed(k, {0: -1.0})], (*_USELESS, "retention-broken", "copy")),
+    Attack("sign flip", lambda k: [mixed(k, {0: -1.0})], (*_USELESS, "retention-broken", "copy")),
     Attack("large norm, × 200", lambda k: [_scaled_own(k, 200.0)], ("norm-exceeded",)),
     Attack("large norm, × 5", lambda k: [_scaled_own(k, 5.0)], (*_USELESS, "retention-broken", "norm-exceeded")),
     Attack("backdoor", lambda k: [_backdoor(k)], ("retention-broken", *_USELESS)),
