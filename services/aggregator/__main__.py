@@ -11,11 +11,10 @@ from connito.engine import Action, Decision, Engine
 from connito.facts import Fact, Log, RunFacts
 from connito.lease import Lease
 from connito.runner import ServiceContext, run_service
-from connito.v1.cycle_pb2 import ScoreReport
 from connito.v1.run_pb2 import RunEnded
 
 from services.aggregator.actions import Aggregator
-from services.aggregator.handlers import STREAMS, decide
+from services.aggregator.handlers import STREAMS, decide, drop_losses
 from services.aggregator.settings import AggregatorSettings
 
 LEASE = "aggregator"
@@ -52,10 +51,7 @@ async def main(context: ServiceContext[AggregatorSettings]) -> None:
     leadership = Leadership(context.bus, settings.lease_seconds)
 
     def on_fact(fact: Fact) -> None:
-        if isinstance(fact.message, ScoreReport):
-            for score in fact.message.scores:
-                # For whoever explains a score; here they would be most of the memory.
-                score.ClearField("losses")
+        drop_losses(engine.facts(fact.run), fact)
         if isinstance(fact.message, RunEnded):
             aggregator.forget(fact.run)
 

@@ -6,7 +6,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from connito.engine import Action, Decision
-from connito.facts import RunFacts
+from connito.facts import Fact, RunFacts
+from connito.v1 import cycle_pb2
 
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
 
@@ -45,3 +46,18 @@ def decide(facts: RunFacts, loaded: Container[str]) -> Decision:
             actions.append(Action(f"{facts.run}/merge/{cycle}", facts.run, Merge(facts.run, cycle)))
             break
     return Decision(actions, None)
+
+
+def drop_losses(facts: RunFacts, fact: Fact) -> None:
+    """Forget the losses of a cycle whose version is out: copies are found by them, and they would be most of the memory.
+
+    `fact` has just arrived. Streams are read side by side, so a report may come after the version.
+    """
+    if isinstance(fact.message, cycle_pb2.VersionPublished):
+        reports = [report.message for report in facts.all("validate", fact.key.cycle, "report").values()]
+    else:
+        reports = [fact.message] if facts.version(fact.key.cycle) is not None else []
+    for report in reports:
+        if isinstance(report, cycle_pb2.ScoreReport):
+            for score in report.scores:
+                score.ClearField("losses")

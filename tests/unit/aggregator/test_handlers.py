@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from connito.facts import Fact, RunFacts
 from connito.reports import draw, quorum_fault, read_reports
+from connito.subjects import FactKey
 from connito.v1 import cycle_pb2, run_pb2
 
-from services.aggregator.handlers import Merge, Preload, decide
+from services.aggregator.handlers import Merge, Preload, decide, drop_losses
 
 RUN = "run-1"
 
@@ -123,3 +125,25 @@ def test_a_draw_behind_the_close_is_none(stage):
     stage.world.put("validate", 1, "drawn", cycle_pb2.SeedDrawn(run=RUN, cycle=1, validators=["VA"]))
 
     assert draw(stage.world.facts(), 1) is None
+
+
+def test_losses_are_kept_until_the_version_is_out(stage):
+    """Copies are found by them: an aggregator without them decides otherwise than an auditor."""
+    losses = [cycle_pb2.SequenceLoss(domain="medical", before=2.0, after=1.0)]
+
+    def told(*kinds):
+        facts = RunFacts(RUN)
+        for kind in kinds:
+            if kind == "report":
+                message = cycle_pb2.ScoreReport(scores=[cycle_pb2.SubmissionScore(miner="MA", losses=losses)])
+                key = FactKey("validate", 1, "report", "VA")
+            else:
+                message, key = cycle_pb2.VersionPublished(), FactKey("merge", 1, "version")
+            fact = Fact(RUN, key, message, "UX", "X", 1, 0)
+            facts.add(fact)
+            drop_losses(facts, fact)
+        return len(facts.all("validate", 1, "report")["VA"].message.scores[0].losses)
+
+    assert told("report") == 1
+    assert told("report", "version") == 0
+    assert told("version", "report") == 0
