@@ -76,7 +76,9 @@ def _compared(rig: Rig, world: str, steps: int, folder: Path) -> list[dict[str, 
     arena = Arena(rig, world, folder)
     standing = arena.start()
     theta = load_state(standing.state)
-    honest = [arena.train(standing.state, arena.shard(miner, 1, steps)) for miner in range(MINERS)]
+    # Text of their own: a thief's own work, where it does some, is on the shard of number `HONEST`.
+    shards = [arena.shard(10 + miner, 1, steps) for miner in range(MINERS)]
+    honest = [arena.train(standing.state, shard) for shard in shards]
     know = Knowledge(arena, 1, standing, theta, honest, np.random.default_rng([rig.seed, steps]))
     gains = [_gains(know, state, place) for place, state in enumerate(honest)]
     common = {"world": world, "steps": steps, "seed": rig.seed}
