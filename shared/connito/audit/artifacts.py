@@ -87,6 +87,9 @@ def named(evidence: Evidence) -> Iterator[Named]:
         if facts.selection.HasField("signature"):
             yield Named("routing signature", facts.selection.signature)
         yield from _considered(evidence)
+        for candidate in facts.selection.start.candidates:
+            yield Named("expert to start from", candidate.expert)
+            yield Named("record of the expert to start from", candidate.record)
         if facts.selection.background.digest:
             yield Named("background experts", facts.selection.background)
     for cycle in facts.cycles():

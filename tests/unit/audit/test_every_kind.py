@@ -23,6 +23,8 @@ from google.protobuf.message import Message
 
 from tests.unit.audit.world import MINERS, RUN, VALIDATORS, World, identity, tell
 
+# Said of an expert once its run has ended: a new one does not make another run of it, so the chain leaves them out.
+AFTERWARDS = {("library", "notice"), ("library", "used")}
 KINDS = [*sorted(CATALOGUE), *(("ingress", kind) for kind in sorted(INGRESS))]
 
 
@@ -70,7 +72,7 @@ def test_a_flipped_byte_in_a_message_is_found_and_named(told: World, kind: tuple
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=".".join)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in AFTERWARDS], ids=".".join)
 def test_a_message_that_was_signed_again_breaks_the_chain_in_its_window(told: World, kind: tuple[str, str]) -> None:
     """Whatever the change, be it only to what nothing can be recomputed from."""
     world = told.copy()
