@@ -322,10 +322,14 @@ def _verify(
 
     folder = Path(target) if Path(target).is_dir() else find_expert(target, shelf, data_dir)[0]
     if not (folder / EXPERT_FILE).is_file():
-        from connito.moe.export import verify_export
+        from connito.moe.export import verify_export, verify_insertion
 
         record = verify_export(folder, base)
         done = [f"{len(record['files'])} files have their recorded digests"]
+        if base is not None and record["verb"] == "export" and "derived" in record:
+            names = [parent["expert_id"] for parent in record["derived"]["parents"]]
+            verify_insertion(folder, base, [find_expert(name, shelf, data_dir)[0] for name in names])
+            return [*done, f"every tensor is the base's own, or that of {', '.join(names)}"]
         return [*done, "every tensor is the base's own"] if base is not None and not record["parents"] else done
     _, record = read_folder(folder)
     check_expert(folder / EXPERT_FILE, record)

@@ -111,6 +111,23 @@ def verify_export(folder: Path, base: Path | None = None) -> dict[str, Any]:
     return record
 
 
+def verify_insertion(folder: Path, base: Path, experts: Sequence[Path]) -> None:
+    """Check that a whole exported model is the base with these experts in it, tensor for tensor. Raises
+    `VerificationFailed`, and `Invalid` where an expert is not of this base."""
+    from connito.base.loading import load_full
+    from connito.expert import load_expert
+
+    model, made = load_full(base), dict(load_full(folder).state_dict())
+    for expert in experts:
+        load_expert(model, expert)
+    for name, tensor in model.state_dict().items():
+        if name not in made or not torch.equal(made[name], tensor):
+            raise VerificationFailed(
+                f"{name} is neither the base's nor the expert's; export it again",
+                reason=reasons_pb2.REASON_DIGEST_MISMATCH,
+            )
+
+
 def _compare_with_base(folder: Path, base: Path, record: Mapping[str, Any]) -> None:
     from connito.base.loading import load_full
     from connito.base.manifest import build_manifest

@@ -13,6 +13,8 @@ from connito.base.tiny import tiny_texts
 from connito.cli import library
 from connito.cli import shelf as verbs
 from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.library.governance import Standing
+from connito.library.search import Hit
 from connito.library.shelf import Shelf
 from connito.moe.compose import base_rows, read_part
 from connito.moe.flex import load_addition
@@ -211,3 +213,12 @@ def test_what_is_not_there_is_said_without_a_traceback(run, listing, stocked, tm
         run("skip", "--base", tmp_path / "nowhere", "--data", texts["recipes"])
     with pytest.raises(NotFound, match="no shelf"):
         run("export", ids["logs"], "--out", tmp_path / "x", "--shelf", tmp_path / "nowhere")
+
+
+def test_what_the_platform_says_now_outweighs_the_shelfs_copy(monkeypatch, run, stocked, tmp_path):  # noqa: F811
+    shelf, ids = stocked
+    said = Hit(ids["logs"], "logs", "CC0-1.0", 0.5, 1.0, Standing("deprecated", "a better one is there"), {})
+    monkeypatch.setattr(verbs, "_served", lambda *_: [said])
+    monkeypatch.setenv("CONNITO_SHELF", str(shelf))
+    (found,) = run("search", "--domain", "logs")["experts"]
+    assert (found["expert_id"], found["status"]) == (ids["logs"], "deprecated")

@@ -176,6 +176,7 @@ def test_the_whole_model_with_an_expert_in_it_loads_in_stock_transformers(run, s
         stock = AutoModelForCausalLM.from_pretrained(out).eval()(input_ids=ids_).logits
         torch.testing.assert_close(stock, model(input_ids=ids_).logits, rtol=1e-4, atol=1e-4)
     assert run("verify", out)["verified"]
+    assert ids["recipes"] in run("verify", out, "--base", tiny, "--shelf", shelf)["verified"][1]
 
 
 def test_extract_and_prune_write_verified_checkpoints(run, tiny, tmp_path, recipes_text):
