@@ -21,6 +21,9 @@ from connito.local.session import Session
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
 
+# What the coordinator fills in where a policy leaves enrolment out.
+MESSAGES_PER_CYCLE = 16
+
 if TYPE_CHECKING:
     from connito.facts import Log, RunFacts
 
@@ -174,6 +177,10 @@ def policies(job: Job, ground: Ground) -> RunSpec:
     spec.CopyFrom(profile(Wish(base=kind, overrides=tuple(_overrides(job)))).spec)
     spec.run, spec.domain, spec.cycles = job.run, job.domain, job.cycles
     spec.windows.min_miners, spec.windows.min_validators = job.people.miners, job.people.validators
+    if job.people.enrolment != "open" or job.people.at_most:
+        spec.enrolment.mode, spec.enrolment.max_miners = job.people.enrolment, job.people.at_most
+        spec.enrolment.allowed[:] = job.people.allowed
+        spec.enrolment.messages_per_cycle = spec.enrolment.messages_per_cycle or MESSAGES_PER_CYCLE
     spec.license, spec.data_statement, spec.emission = job.license, job.data_statement, job.budget.emission
     spec.training.replay_share = job.replay
     spec.objective.improvement = job.objective.improvement

@@ -88,10 +88,15 @@ class Privacy(_Strict):
 
 
 class People(_Strict):
-    """How many must be there before the first cycle opens."""
+    """How many must be there before the first cycle opens, and who may mine: anybody, keys on a list, or by invite."""
 
     miners: int = Field(default=1, ge=1, le=10_000)
     validators: int = Field(default=1, ge=1, le=1_000)
+    enrolment: Literal["open", "allow-list", "invite"] = "open"
+    # Public keys: the list, or those that need no invite.
+    allowed: list[str] = []
+    # Miners at most; 0 is no cap.
+    at_most: int = Field(default=0, ge=0, le=100_000)
 
 
 class Shares(_Strict):

@@ -77,3 +77,11 @@ def test_the_smaller_cap_on_cycles_holds():
 )
 def test_a_job_that_lacks_its_data_is_still_a_job_and_not_a_run_spec(content, job):
     assert is_job(content) is job
+
+
+def test_who_may_mine_is_the_customer_s_to_say():
+    people = {"enrolment": "invite", "allowed": ["UA"], "at_most": 5}
+
+    assert parse_job({**SMALL, "people": people}).people.enrolment == "invite"
+    with pytest.raises(Invalid, match=r"people\.enrolment"):
+        parse_job({**SMALL, "people": {"enrolment": "friends"}}, "job.yaml")

@@ -92,3 +92,11 @@ def test_only_leaders_hold_leases_and_only_services_with_an_api_are_found() -> N
     assert leads == {"coordinator", "aggregator"}
     assert found == {"coordinator", "committer", "library"}
     assert not may_publish(permissions("committer", KEY), f"$KV.{streams.ENDPOINTS}.coordinator")
+
+
+@pytest.mark.parametrize("role", [*ROLES, "miner"])
+def test_services_and_validators_report_offences_under_their_own_key_and_nobody_else_does(role: str) -> None:
+    granted = permissions(role, KEY)
+    reports = role not in ("miner", "customer")
+    assert may_publish(granted, f"connito.security.v1.denied.{KEY}") == reports
+    assert not may_publish(granted, f"connito.security.v1.denied.{OTHER}")
