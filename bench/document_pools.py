@@ -39,6 +39,10 @@ def run(options: Options) -> Result:
                 figures[f"cost, {name}, {kept} of {EXPERTS} kept"] = [round(value, 4) for value in found]
             losses = [row["full_loss"] for row in rows if row["way"] == name]
             figures[f"full loss, {name}"] = round(statistics.fmean(losses), 4)
+        for kept in KEPT:
+            pooled, free = (_by_seed(rows, name, kept) for name in POOLS)
+            saved = interval([b - a for a, b in zip(pooled, free, strict=True)])
+            figures[f"saved by pools, {kept} of {EXPERTS} kept"] = [round(value, 4) for value in saved]
         bars(axis, shown, "rise of the held-out loss (nats per token)")
     return Result({"steps": steps, "seeds": seeds, "base": "tiny, upcycled", "torch_threads": 1}, rows, figures)
 
