@@ -17,6 +17,7 @@ from connito.bus import Bus
 from connito.errors import Invalid, Retry
 from connito.facts import Fact, RunFacts
 from connito.identity import Identity
+from connito.moe.moments import Moments
 from connito.moe.resident import extract
 from connito.store import ArtifactStore
 from connito.subjects import FactKey
@@ -26,6 +27,7 @@ from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 from services.trainer.adapters import RangeReader
 from services.trainer.base import Base, Ranges, reference
+from services.trainer.training import Kept
 from tests.integration.tiny_run import Teller, TinyRun, prepare, telling, tiny_base
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -226,6 +228,8 @@ async def test_a_cycle_with_kill_9_after_every_promise(
             await teller.open("train", 2, [me], tiny.state)
             await teller.until(lambda facts: facts.has("ingress", 2, "trained", me), "trained in cycle 2")
             assert await process.end(signal.SIGTERM) == 0
+            kept = {cycle: Moments.load(process.work_dir / run_id / cycle / Kept.NAME).steps for cycle in ("1", "2")}
+            assert kept == {"1": 6, "2": 12}, "the second cycle went on from the first one's moments"
             assert "merged: rank 1, reward 700, utility 0.0310" in process.text()
     # Nothing was said twice.
     subjects = [record.subject for record in await stored(buses["coordinator"], run_id)]

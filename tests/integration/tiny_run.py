@@ -90,7 +90,12 @@ async def prepare(store: ArtifactStore, run: str, folder: Path, *, steps: int = 
         general_holdouts=[await text(GENERAL, 13, 40, REALM_HOLDOUT)],
         replay=await text(GENERAL, 14, 20, REALM_PUBLIC),
         training=run_pb2.TrainPolicy(
-            local_steps=steps, sequence_length=64, batch_sequences=4, learning_rate=2e-3, replay_share=0.25
+            local_steps=steps,
+            sequence_length=64,
+            batch_sequences=4,
+            learning_rate=2e-3,
+            replay_share=0.25,
+            moments="second",
         ),
         scoring=run_pb2.ScorePolicy(
             target_sequences=24, general_sequences=8, confidence=0.95, retention_margin=0.05, max_relative_norm=0.5
