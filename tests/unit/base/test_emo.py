@@ -15,6 +15,8 @@ from connito.errors import Invalid
 from connito.moe.extraction import extract
 from connito.moe.statistics import collect
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def start() -> Any:

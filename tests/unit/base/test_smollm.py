@@ -36,6 +36,7 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.data
 @pytest.mark.filterwarnings("ignore")  # of the general loader
+@pytest.mark.slow
 def test_the_direct_reader_equals_transformers() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -26,6 +26,8 @@ from typer.testing import CliRunner
 
 from tests.unit.compose.test_shelf_verbs import exports, run, stocked  # noqa: F401 - fixtures
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def listing():

@@ -25,6 +25,8 @@ from connito.moe.state import save_state
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path):

@@ -21,6 +21,8 @@ from connito.moe.state import load_state, save_state
 from connito.moe.statistics import collect
 from connito.moe.training import train_local
 
+pytestmark = pytest.mark.slow
+
 # Whatever of these a family's configuration knows makes it tiny.
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
