@@ -9,6 +9,8 @@ from connito.moe.arrow import arrow, cluster, cluster_and_merge, fixed, linear_r
 from connito.moe.compose import Part, layers_of, state_of
 from connito.moe.insert import fingerprint, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def ids(sequences):

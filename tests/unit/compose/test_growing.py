@@ -13,6 +13,8 @@ from connito.moe.flex import ROUTER, grow, opt_in, opt_out
 from connito.moe.insert import fingerprint
 from connito.moe.prune import loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def anchor_text(sequences):

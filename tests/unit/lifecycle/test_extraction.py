@@ -16,6 +16,8 @@ from connito.moe.prune import loss, masked, progressive, prune
 from connito.moe.statistics import collect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 KEEP = {2: [0, 3, 5], 3: [1, 2, 6]}
 
 

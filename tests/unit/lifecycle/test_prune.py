@@ -28,6 +28,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
+pytestmark = pytest.mark.slow
+
 ALL = {2: list(range(8)), 3: list(range(8))}
 KEEP = {2: [0, 3, 5], 3: [1, 2, 6]}
 

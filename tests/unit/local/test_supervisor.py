@@ -67,7 +67,8 @@ async def until(holds: Callable[[], bool]) -> None:
 async def test_a_program_gets_its_environment_arguments_and_log(
     launcher: Launcher, program: Callable[..., Program]
 ) -> None:
-    source = "import os, sys; print(sys.argv[1:], os.getcwd(), 'HOME' in os.environ); sys.stderr.write('err\\n'); sys.exit(7)"
+    said = "print(sys.argv[1:], os.getcwd(), 'HOME' in os.environ, flush=True)"
+    source = f"import os, sys; {said}; sys.stderr.write('err\\n'); sys.exit(7)"
     wanted = program("argv", source, "a", "b c")
     process = await launcher.start(wanted)
     assert await process.exited == 7

@@ -15,6 +15,8 @@ from connito.moe.plots import write_plots
 from connito.moe.selection import select
 from connito.moe.statistics import RoutingStatistics, collect
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def varied(full: Any) -> Any:

@@ -14,6 +14,8 @@ from connito.moe.helpers import by_policy, most_used
 from connito.moe.resident import target_parameters
 from connito.v1.run_pb2 import RunSpec, SelectionPolicy, TrainPolicy
 
+pytestmark = pytest.mark.slow
+
 SELECTION, HELPERS = {2: [1, 6], 3: [4]}, {2: [0], 3: [0, 7]}
 
 

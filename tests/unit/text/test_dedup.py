@@ -71,6 +71,7 @@ def test_training_text_made_of_held_out_text_is_found():
     assert contaminated([], ["anything"]) == []
 
 
+@pytest.mark.slow
 def test_twenty_thousand_documents_take_seconds():
     rng = random.Random(4)
     documents = [text(document(rng, 50)) for _ in range(20_000)]
