@@ -33,9 +33,9 @@ test: $(READY) ## every check that CI runs
 
 bench: $(READY) ## print every published figure, quick; `python -m bench.<name>` is the full run
 	@$(PIP) install --quiet --no-deps -c constraints.txt peft
-	@for name in overhead selection cost forgetting decentralised routing_modes validator_throughput \
-	  composition lifecycle search racing trust; do $(PY) -m bench.$$name --quick || exit 1; done
-	  composition lifecycle search console; do $(PY) -m bench.$$name --quick || exit 1; done
+	@for name in overhead selection cost forgetting decentralised routing_modes document_pools validator_throughput \
+	  validator_racing attacks copies racing trust composition compounding lifecycle search console; do \
+	  $(PY) -m bench.$$name --quick || exit 1; done
 
 fmt: $(READY) ## format the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
