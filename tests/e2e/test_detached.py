@@ -100,7 +100,9 @@ def test_the_run_and_its_expert_are_found(platform: Platform) -> None:
     assert [expert["run"] for expert in experts] == [run]
     record = platform.json("library", "show", experts[0]["expert_id"])["record"]
     assert record["domain"] == "recipes"
-    assert platform.connito("library", "show", experts[0]["expert_id"]).stdout.startswith("#")
+    card = platform.connito("library", "show", experts[0]["expert_id"]).stdout
+    assert card.startswith("---\nlibrary_name: connito\n")
+    assert f"\n# {experts[0]['expert_id']}" in card
 
 
 def test_the_log_can_be_played_back(platform: Platform) -> None:
