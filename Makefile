@@ -33,8 +33,8 @@ test: $(READY) ## every check that CI runs
 
 bench: $(READY) ## print every published figure, quick; `python -m bench.<name>` is the full run
 	@$(PIP) install --quiet --no-deps -c constraints.txt peft
-	@for name in overhead selection cost forgetting decentralised routing_modes document_pools validator_throughput \
-	  validator_racing attacks copies racing trust composition compounding lifecycle search console; do \
+	@for name in overhead selection cost forgetting decentralised routing_modes document_pools \
+	  validator_throughput attacks copies racing trust composition compounding lifecycle search console; do \
 	  $(PY) -m bench.$$name --quick || exit 1; done
 
 fmt: $(READY) ## format the code

@@ -20,12 +20,13 @@ from connito.holdout import subsets
 from connito.jobs.ground import Ground
 from connito.report import run_report
 from connito.scoring import paired
+from connito.subjects import fact as fact_subject
 from connito.v1 import run_pb2
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from connito.facts import RunFacts
+    from connito.facts import Record, RunFacts
     from connito.local.session import Session
 
 Progress = Callable[[str, float], None]
@@ -36,12 +37,20 @@ BENCHMARK_SEQUENCES = 512
 
 @dataclass(frozen=True)
 class Delivered:
-    """The report as data, and where the expert lies when there is one."""
+    """The report as data, and the deposited expert when there is one."""
 
     document: dict[str, Any]
-    record: dict[str, Any] | None
-    expert: Path | None
+    expert: Deposit | None
     ground: Ground
+
+
+@dataclass(frozen=True)
+class Deposit:
+    """What the library took in: its record, the expert's file, and what signatures are behind it, where it has them."""
+
+    record: dict[str, Any]
+    expert: Path
+    attestation: dict[str, Any] | None
 
 
 def deliver(
@@ -49,7 +58,7 @@ def deliver(
 ) -> Delivered:
     """The report of a run that has ended. Raises `NotFound` for an unknown run, `Retry` for one that goes on."""
     progress("reading the log", 0.0)
-    facts = asyncio.run(_read(session, run))
+    facts, signed = asyncio.run(_read(session, run))
     if facts.spec is None:
         raise NotFound(f"there is no run {run!r}; `connito job list` shows the runs")
     if facts.ended is None:
@@ -58,30 +67,41 @@ def deliver(
     store = session.store()
     manifest = Manifest.from_bytes(asyncio.run(store.get_bytes(manifest_ref)))
     ground = Ground(facts.spec.base.name, manifest, manifest_ref=manifest_ref, session=session)
-    expert, record = _expert(ground, facts)
-    document = _document(facts, record, manifest.size)
+    expert = _deposit(ground, facts, signed)
+    document = _document(facts, None if expert is None else expert.record, manifest.size)
     if measure and facts.selection is not None:
         document["measured"] = measured(facts, ground, progress)
     progress("written", 1.0)
-    return Delivered(document, record, expert, ground)
+    return Delivered(document, expert, ground)
 
 
-async def _read(session: Session, run: str) -> RunFacts:
+async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
+    """The run's facts, and the library's message on its deposit as it is stored."""
     from connito.facts import RunFacts
     from connito.local.log import read_log
 
     async with session.bus() as bus:
-        return (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
+        facts = (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
+        deposits = list(facts.all("library", 0, "deposited"))
+        subject = fact_subject(run, "library", 0, "deposited", deposits[0]) if deposits else ""
+        return facts, await bus.last_record(subject) if deposits else None
 
 
-def _expert(ground: Ground, facts: RunFacts) -> tuple[Path | None, dict[str, Any] | None]:
+def _deposit(ground: Ground, facts: RunFacts, signed: Record | None) -> Deposit | None:
     import json
 
+    from connito.library.attestation import countersign
+
     for fact in facts.all("library", 0, "deposited").values():
-        assert isinstance(fact.message, run_pb2.ExpertDeposited)
-        record: dict[str, Any] = json.loads(ground.fetch(fact.message.record).read_bytes())
-        return ground.fetch(fact.message.expert), record
-    return None, None
+        deposited = fact.message
+        assert isinstance(deposited, run_pb2.ExpertDeposited)
+        record: dict[str, Any] = json.loads(ground.fetch(deposited.record).read_bytes())
+        attestation = None
+        if deposited.HasField("attestation") and signed is not None:
+            part = json.loads(ground.fetch(deposited.attestation).read_bytes())
+            attestation = countersign(part, signed.subject, signed.data)
+        return Deposit(record, ground.fetch(deposited.expert), attestation)
+    return None
 
 
 def _document(facts: RunFacts, record: Mapping[str, Any] | None, model_bytes: int) -> dict[str, Any]:
@@ -199,6 +219,8 @@ def write(delivered: Delivered, out: Path, *, with_base: bool = False) -> list[P
 
     from connito.jobs.pages import markdown
     from connito.library.artifact import CARD_FILE, EXPERT_FILE, RECORD_FILE
+    from connito.library.attestation import ATTESTATION_FILE
+    from connito.library.attestation import encode as attested
     from connito.library.card import render
     from connito.library.record import encode
     from connito.local.loss_plot import loss_svg
@@ -210,12 +232,15 @@ def write(delivered: Delivered, out: Path, *, with_base: bool = False) -> list[P
     (out / "report.md").write_text(markdown(delivered.document))
     (out / "loss.svg").write_text(loss_svg(delivered.document))
     written = [out / "report.md", out / "report.json", out / "loss.svg"]
-    if delivered.expert is not None and delivered.record is not None:
+    deposit = delivered.expert
+    if deposit is not None:
         folder = out / "expert"
         folder.mkdir(exist_ok=True)
-        shutil.copyfile(delivered.expert, folder / EXPERT_FILE)
-        (folder / RECORD_FILE).write_bytes(encode(delivered.record))
-        (folder / CARD_FILE).write_text(render(delivered.record))
+        shutil.copyfile(deposit.expert, folder / EXPERT_FILE)
+        (folder / RECORD_FILE).write_bytes(encode(deposit.record))
+        (folder / CARD_FILE).write_text(render(deposit.record))
+        if deposit.attestation is not None:
+            (folder / ATTESTATION_FILE).write_bytes(attested(deposit.attestation))
         written.append(folder)
     if with_base:
         (out / "base").mkdir(exist_ok=True)
