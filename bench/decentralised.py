@@ -54,6 +54,7 @@ MERGES = {
 # What the largest number of miners is measured with, and what is measured on IID data alone, for time.
 FEW = ("Nesterov", "top-1")
 IID_ONLY = ("mean", "weighted")
+QUICK_ONLY = ("Nesterov", "mean", "top-1")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def run(options: Options) -> Result:
     with rigs(options, quick_seeds=QUICK_SEEDS) as each:
         for rig in each:
             for miners in scale.miners:
-                rows += _round(rig, miners, scale, MERGES if miners == scale.miners[0] else FEW)
+                every = QUICK_ONLY if options.quick else MERGES
+                rows += _round(rig, miners, scale, every if miners == scale.miners[0] else FEW)
     return _result(options, scale, rows)
 
 
