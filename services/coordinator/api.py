@@ -51,6 +51,12 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         """Create a run; again with the same spec is fine. Raises `Invalid` naming the field that is wrong."""
         asked, customer = open_request(request.envelope, "rpc.CreateRun", run_pb2.RunSpec, self._roster, "customer")
         spec = complete(asked, customer)
+        if spec.organisation and spec.organisation not in self._roster.memberships(customer):
+            raise Invalid(
+                f"organisation is {spec.organisation!r}, to which the roster does not count {customer}; leave it out, or have "
+                "the operator add the key to the organisation",
+                reason=reasons_pb2.REASON_NOT_PERMITTED,
+            )
         await self._bus.publish_fact(spec.run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
         facts = await self._wait(spec.run, lambda facts: facts.spec is not None)
         if facts.spec != spec:

@@ -19,6 +19,7 @@ from connito.library.attestation import encode as encode_attestation
 from connito.library.card import render
 from connito.library.deposit import STREAMS, Deposit, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
+from connito.library.start import start_ref
 from connito.roster import Roster
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
@@ -83,7 +84,9 @@ class Depositor:
         signature = None
         if facts.selection.HasField("signature"):
             signature = json.loads(await self._store.get_bytes(facts.selection.signature))
-        record = build_record(facts, digest, size, tensor_sizes(state)[0], signature)
+        started = start_ref(facts.selection)
+        parent = None if started is None else json.loads(await self._store.get_bytes(started))
+        record = build_record(facts, digest, size, tensor_sizes(state)[0], signature, parent)
         message = await self._describe(record, expert)
         subject = subjects.fact(facts.run, "merge", decision.cycle, "version")
         attestation = encode_attestation(attest(subject, envelopes[subject], state))

@@ -153,14 +153,17 @@ class Catalogue:
         return services_pb2.GetLedgerResponse(uses=uses, credited=credit.units, uncredited=credit.uncredited)
 
     def may_state(self, signer: str, kind: int, subject: str) -> bool:
-        """Whether `signer` owns the expert, or an expert that was made from the data source, that is spoken about."""
+        """Whether `signer` owns the expert that is spoken about, or every expert that names the data source.
+
+        Sources are named by customers: whoever names another's source does not get a say over the other's experts.
+        """
         if kind in (run_pb2.NOTICE_KIND_OPTED_OUT, run_pb2.NOTICE_KIND_OPTED_IN):
             owners = self.index.select(
                 "SELECT DISTINCT e.owner FROM sources s JOIN experts e USING (expert_id) WHERE s.source = ?", (subject,)
             )
         else:
             owners = self.index.select("SELECT owner FROM experts WHERE expert_id = ?", (subject,))
-        return (signer,) in owners
+        return bool(owners) and all(owner == (signer,) for owner in owners)
 
 
 def _encode_token(word: str, number: int) -> str:

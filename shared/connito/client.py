@@ -198,7 +198,12 @@ class Client:
 
         Raises `Invalid` for what is not the client's own to speak about.
         """
-        kind = run_pb2.NoticeKind.Value(f"NOTICE_KIND_{status.upper().replace('-', '_')}")
+        try:
+            kind = run_pb2.NoticeKind.Value(f"NOTICE_KIND_{status.upper().replace('-', '_')}")
+        except ValueError as error:
+            raise Invalid(
+                f"an expert cannot be {status!r}; say deprecated, yanked, restored, opted-out or opted-in"
+            ) from error
         command = services_pb2.MarkExpertCommand(subject=subject, kind=kind, reason=reason)
         try:
             self._call(

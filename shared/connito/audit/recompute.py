@@ -336,6 +336,7 @@ def deposit_again(bench: Bench) -> Deposited | None:
     from connito.library.card import render
     from connito.library.deposit import Deposit, plan
     from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
+    from connito.library.start import start_ref
     from connito.store import ref_of_bytes
 
     facts = without_deposits(bench.evidence.facts)
@@ -352,7 +353,9 @@ def deposit_again(bench: Bench) -> Deposited | None:
     signature = None
     if facts.selection.HasField("signature"):
         signature = json.loads(bench.artifacts.path(facts.selection.signature).read_bytes())
-    record = build_record(facts, digest, len(data), tensor_sizes(state)[0], signature)
+    started = start_ref(facts.selection)
+    parent = None if started is None else json.loads(bench.artifacts.path(started).read_bytes())
+    record = build_record(facts, digest, len(data), tensor_sizes(state)[0], signature, parent)
     attestation = _attest(bench, decision.cycle, state)
     card = render(record).encode()
     card_ref = ref_of_bytes(card, CARD_MEDIA_TYPE, public)

@@ -308,7 +308,11 @@ def load_tokenizer(source: Path | Mapping[str, Path]) -> Any:
     from transformers import AutoTokenizer
 
     if isinstance(source, Path):
-        return AutoTokenizer.from_pretrained(source)
+        if not source.is_dir():
+            raise NotFound(
+                f"{source} is not a folder; give the folder of a base model, as `connito base build` makes it"
+            )
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, path in source.items():
             if not name.endswith(".safetensors"):

@@ -25,7 +25,7 @@ def grow(
     data: DataOption,
     anchor: Annotated[list[Path], typer.Option(help="Public text, the same for every contributor.")],
     out: Annotated[Path, typer.Option("--out", help="New file for the addition, safetensors.")],
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 30,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
     as_json: JsonFlag = False,
 ) -> None:

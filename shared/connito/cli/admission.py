@@ -19,7 +19,7 @@ Run = Annotated[str, typer.Option("--run", help="This run only; without it every
 
 def invite(
     run: Run = "",
-    uses: Annotated[int, typer.Option(help="Keys that may use it.")] = 1,
+    uses: Annotated[int, typer.Option(min=1, help="Keys that may use it.")] = 1,
     expires: Annotated[str, typer.Option(help="How long it is good: 30m, 12h, 7d.")] = "7d",
     note: Annotated[str, typer.Option(help="For whom it is; readable by whoever has it.")] = "",
     data_dir: DataDirOption = None,

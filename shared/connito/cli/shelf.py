@@ -55,7 +55,7 @@ def search(
     ] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base model, with --like.")] = None,
     measure: Annotated[int, typer.Option(help="How many of the best predicted to measure, with --like.")] = 5,
-    limit: Annotated[int, typer.Option(help="At most this many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="Yanked and opted-out experts too.")] = False,
     who: AsOption = "",
     organisation: OrganisationOption = None,

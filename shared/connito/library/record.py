@@ -13,6 +13,7 @@ from typing import Any
 
 from connito.errors import Invalid, reason_name
 from connito.facts import RunFacts
+from connito.library.governance import governance
 from connito.library.interval import change_interval
 from connito.library.start import start_record
 from connito.v1 import cycle_pb2, reasons_pb2
@@ -39,11 +40,17 @@ def expert_id(domain: str, digest: str) -> str:
 
 
 def build_record(
-    facts: RunFacts, digest: str, size: int, parameters: int, signature: Mapping[str, Any] | None = None
+    facts: RunFacts,
+    digest: str,
+    size: int,
+    parameters: int,
+    signature: Mapping[str, Any] | None = None,
+    parent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record of the expert file `digest` (`size` bytes, `parameters` numbers) that came out of a run.
 
-    `signature`: the routing signature that the selection names, where it does.
+    `signature`: the routing signature that the selection names, where it does. `parent`: the record of the expert that
+    the run started from; whoever may take data out of that one may take it out of this one.
     Raises `Invalid` when the run is not finished or published no version.
     """
     spec, selection, ended = facts.spec, facts.selection, facts.fact("run", 0, "ended")
@@ -83,7 +90,13 @@ def build_record(
             "visibility": spec.visibility or "public",
             "organisation": spec.organisation,
             "owner": spec.customer,
-            "sources": sorted({*spec.data_sources, *filter(None, [spec.train.artifact.digest])}),
+            "sources": sorted(
+                {
+                    *spec.data_sources,
+                    *filter(None, [spec.train.artifact.digest]),
+                    *([] if parent is None else governance(parent)["sources"]),
+                }
+            ),
         },
     }
     start = start_record(selection)

@@ -9,8 +9,8 @@ from typing import Any
 
 from connito.errors import Invalid
 from connito.facts import Fact
-from connito.library.governance import TERMS, Viewer
-from connito.v1 import reasons_pb2, run_pb2
+from connito.library.governance import TERMS, VISIBILITIES, Viewer
+from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
 
 AUTO, NONE = "auto", "none"
 
@@ -54,10 +54,21 @@ def deposits(library: Iterable[Fact], spec: run_pb2.RunSpec, upto: int) -> list[
             f"{spec.start_from} is of another base ({other_bases[spec.start_from][:12]}…) than this job's "
             f"({spec.base.manifest.digest[:12]}…); start from one of the same base, or write start_from: auto"
         )
-    raise _impossible(
+    raise unknown(spec)
+
+
+def unknown(spec: run_pb2.RunSpec) -> Invalid:
+    """The library has no such expert, or none that the customer may know of: the answer is the same."""
+    return _impossible(
         f"there is no expert {spec.start_from!r} in the library; `connito library list` shows them, or write "
         "start_from: auto"
     )
+
+
+def seen_by(spec: run_pb2.RunSpec, record: Mapping[str, Any]) -> bool:
+    """Whether the run's customer may know of an expert. What a run says of its start is read by every miner."""
+    organisations = frozenset({spec.organisation} if spec.organisation else ())
+    return Viewer(spec.customer, organisations).sees(record)
 
 
 def notices(library: Iterable[Fact], upto: int) -> dict[str, str]:
@@ -92,12 +103,12 @@ def refusal(record: Mapping[str, Any], spec: run_pb2.RunSpec) -> str:
 
     What is trained further is a derivative: it may be shown no wider than its parent, and carries share-alike terms on.
     """
-    organisations = frozenset({spec.organisation} if spec.organisation else ())
-    if not Viewer(spec.customer, organisations).sees(record):
+    if not seen_by(spec, record):
         return "it may not be seen by this customer"
     shown = str(record.get("governance", {}).get("visibility", "public"))
-    if shown != "public" and (spec.visibility or "public") == "public":
-        return f"it is {shown}, and what is made of it would be public"
+    wanted = spec.visibility or "public"
+    if VISIBILITIES.index(wanted) < VISIBILITIES.index(shown):
+        return f"it is {shown}, and what is made of it would be {wanted}"
     licence = str(record.get("license", ""))
     terms = TERMS.get(licence)
     if terms is None:
@@ -110,6 +121,13 @@ def refusal(record: Mapping[str, Any], spec: run_pb2.RunSpec) -> str:
     if not terms.commercial and (mine is None or mine.commercial):
         return f"{licence} forbids commercial use, and the job's licence {spec.license!r} does not"
     return ""
+
+
+def start_ref(selection: run_pb2.SelectionMade | None) -> artifacts_pb2.ArtifactRef | None:
+    """The record of the expert that a run started from; None where it was the base."""
+    if selection is None or not selection.start.expert_id:
+        return None
+    return next(row.record for row in selection.start.candidates if row.expert_id == selection.start.expert_id)
 
 
 def start_record(selection: run_pb2.SelectionMade | None) -> dict[str, Any] | None:

@@ -122,10 +122,13 @@ def free_bytes() -> int:
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError):
         group = Path("/sys/fs/cgroup")
-        limit, used = (group / name for name in ("memory.max", "memory.current"))
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        # The group's use counts what it read from disk, which the kernel gives back when memory is asked for.
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(counts["active_file"]) + int(counts["inactive_file"])
+        available = min(available, limit - max(0, used - cached))
     return 1 << 62 if available == math.inf else int(available)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from connito.errors import Invalid
-from connito.library.start import AUTO, Shelved, refusal
+from connito.library.start import AUTO, Shelved, refusal, seen_by, unknown
 from connito.moe.compose import Part, read_part, rows_of, state_of
 from connito.moe.evaluate import Evaluator
 from connito.moe.insert import read_rows
@@ -54,10 +54,14 @@ def propose(
 ) -> Start:
     """Choose among `shelf`, experts of `model`'s base. `probe` int32 [n, L + 1]. The model is left as it was.
 
-    Raises `Invalid` (START_IMPOSSIBLE) when the job names an expert that its terms or rows rule out.
+    Experts that the customer may not see are as if they were not there. Raises `Invalid` (START_IMPOSSIBLE) when the job
+    names an expert that its terms or rows rule out.
     """
     sequences = probe[:SEQUENCES]
-    rows = [_Row.of(entry, spec, selection) for entry in shelf]
+    visible = [entry for entry in shelf if seen_by(spec, entry.record)]
+    if spec.start_from != AUTO and shelf and not visible:
+        raise unknown(spec)
+    rows = [_Row.of(entry, spec, selection) for entry in visible]
     if spec.start_from != AUTO and rows and rows[0].candidate.refused:
         raise Invalid(
             f"the job cannot start from {spec.start_from}: {rows[0].candidate.refused}; write start_from: auto or none",

@@ -59,8 +59,8 @@ def private(number: int) -> bytes:
     return json.dumps(record).encode()
 
 
-def law(number: int) -> tuple[Fact, bytes]:
-    record = private(number)
+def law(number: int, owner: str = "UO") -> tuple[Fact, bytes]:
+    record = private(number).replace(b'"UO"', f'"{owner}"'.encode())
     ref = artifacts_pb2.ArtifactRef(digest=hashlib.sha256(record).hexdigest())
     message = run_pb2.ExpertDeposited(run="run-9", expert_id=f"law-{number}", domain="law", record=ref)
     return Fact("run-9", FactKey("library", 0, "deposited"), message, "UL", "LIBRARY", number, number), record
@@ -114,6 +114,13 @@ def test_an_owner_speaks_of_the_own_expert_and_of_sources_in_it(catalogue):
     assert catalogue.may_state("UO", run_pb2.NOTICE_KIND_OPTED_OUT, "corpus")
     assert not catalogue.may_state("UX", run_pb2.NOTICE_KIND_YANKED, "law-7")
     assert not catalogue.may_state("UO", run_pb2.NOTICE_KIND_OPTED_OUT, "another")
+
+
+def test_whoever_names_anothers_source_gets_no_say_over_it(catalogue):
+    catalogue.add(*law(7))
+    catalogue.add(*law(8, "UX"))
+    assert not catalogue.may_state("UX", run_pb2.NOTICE_KIND_OPTED_OUT, "corpus")
+    assert not catalogue.may_state("UO", run_pb2.NOTICE_KIND_OPTED_OUT, "corpus")
 
 
 def test_an_unknown_expert_is_not_found(catalogue):

@@ -17,6 +17,13 @@ def test_the_record_tells_losses_lineage_and_who_earned_what(finished):
     assert shares == {"UA": (0.6, "anna", {}), "UB": (0.4, "", {}), "UC": (0.0, "", {"copy": 2})}
 
 
+def test_data_that_went_into_the_start_is_in_the_record(finished):
+    parent = {"governance": {"visibility": "public", "owner": "UP", "sources": ["diary"]}}
+    alone = build_record(finished, "e" * 64, 1, 1)["governance"]["sources"]
+    started = build_record(finished, "e" * 64, 1, 1, parent=parent)["governance"]["sources"]
+    assert started == sorted([*alone, "diary"])
+
+
 def test_the_time_in_the_record_is_the_logs(pairs, rebuild):
     one, two = (build_record(rebuild(pairs), "e" * 64, 1, 1) for _ in range(2))
 

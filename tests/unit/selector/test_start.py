@@ -190,3 +190,13 @@ def test_what_the_library_says_against_an_expert_counts_from_when_it_was_said(in
     chosen = start(inputs, tmp_path / "theta", [yanked, shelf[1]])
     assert chosen.start.expert_id == ""
     assert {row.expert_id: row.refused for row in chosen.start.candidates}["letters-1"] == "yanked: asked"
+
+
+def test_an_expert_that_the_customer_may_not_see_leaves_no_trace(inputs, shelf, tmp_path):
+    """What a run says of its start is read by every miner, and an artifact that is named can be fetched."""
+    secret = {"license": "Apache-2.0", "governance": {"visibility": "private", "owner": "SOMEBODY"}}
+    hidden = [Shelved(shelf[0].deposit, secret, shelf[0].path), shelf[1]]
+    chosen = start(inputs, tmp_path / "theta", hidden)
+    assert [row.expert_id for row in chosen.start.candidates] == ["noise-1"]
+    with pytest.raises(Invalid, match="there is no expert 'letters-1' in the library"):
+        start(inputs, tmp_path / "theta", hidden[:1], start_from="letters-1")
