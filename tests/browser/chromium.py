@@ -10,6 +10,7 @@ import json
 import os
 import select
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,14 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
     "--no-proxy-server", "--remote-debugging-pipe",
 )  # fmt: skip
+# Becomes the command behind its first two arguments, which are the descriptors to have as 3 and 4. A shell would do only
+# below ten: what dash says to `3<&12` is "Bad fd number".
+AS_3_AND_4 = (
+    "import fcntl, os, sys; "
+    "read, write = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]); "
+    "os.dup2(read, 3); os.dup2(write, 4); "
+    "os.execvp(sys.argv[3], sys.argv[3:])"
+)
 KEYS = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, " ": 32}
 
 
@@ -42,9 +51,9 @@ class Chromium:
     def __enter__(self) -> Chromium:
         read, self._write = os.pipe()
         self._read, write = os.pipe()
-        arguments = " ".join([*FLAGS, "'--user-data-dir=$0'".replace("'", '"'), "about:blank"])
+        arguments = [*FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", f"exec chromium {arguments} 3<&{read} 4>&{write}", str(self._profile)],
+            [sys.executable, "-c", AS_3_AND_4, str(read), str(write), "chromium", *arguments],
             pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(read)

@@ -71,6 +71,15 @@ def test_everything_is_reached_by_keyboard(browser: Chromium, site: Site) -> Non
         assert {"Lineage", "Replay", "why this score", "The numbers"} <= set(reached)
 
 
+def test_what_has_the_focus_keeps_it_while_the_page_is_replaced(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/runs/{site.run}") as page:
+        for held in ("#loss-table summary", "#main [id^=why-]", "#main a[href]:not([id])"):
+            page.evaluate(f"document.querySelector('{held}').focus()")
+            before = page.evaluate("document.activeElement.outerHTML")
+            page.evaluate("replace(main.innerHTML)")
+            assert page.evaluate("document.activeElement.outerHTML") == before, held
+
+
 def test_the_scrubber_replays_the_finished_run(browser: Chromium, site: Site) -> None:
     with browser.page(f"{site.address}/runs/{site.run}?at=1") as page:
         length = page.evaluate("Number(document.getElementById('at').max)")

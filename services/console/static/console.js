@@ -11,7 +11,7 @@ document.documentElement.classList.add("scripted");
 // Replacing must not take away what the reader holds: focus, opened details, scroll positions, a half-typed search.
 function replace(html) {
   const active = document.activeElement;
-  const held = main.contains(active) ? { id: active.id, href: active.getAttribute("href") } : null;
+  const held = main.contains(active) ? place(active) : null;
   if (held && active.matches("input:not([type=range])")) return;
   const open = [...main.querySelectorAll("details[open][id]")].map((one) => one.id);
   const scrolled = [...main.querySelectorAll(".scroll")].map((one) => one.scrollLeft);
@@ -19,13 +19,21 @@ function replace(html) {
   main.innerHTML = html;
   open.forEach((id) => document.getElementById(id)?.setAttribute("open", ""));
   main.querySelectorAll(".scroll").forEach((one, index) => { one.scrollLeft = scrolled[index] || 0; });
-  if (held) {
-    const again = held.id ? document.getElementById(held.id)
-      : [...main.querySelectorAll("a[href]")].find((one) => one.getAttribute("href") === held.href);
-    again?.focus({ preventScroll: true });
-  }
+  if (held) found(held)?.focus({ preventScroll: true });
   if (said() !== before) announce.textContent = said();
   tick();
+}
+
+// Where an element is: by its id, a link by where it leads, anything else by its number among its kind.
+function place(one) {
+  const kind = one.tagName;
+  return { id: one.id, href: one.getAttribute("href"), kind, number: [...main.querySelectorAll(kind)].indexOf(one) };
+}
+
+function found(held) {
+  if (held.id) return document.getElementById(held.id);
+  const alike = [...main.querySelectorAll(held.kind)];
+  return held.href === null ? alike[held.number] : alike.find((one) => one.getAttribute("href") === held.href);
 }
 
 function said() {
