@@ -68,6 +68,9 @@ def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
     """The answer to a message beyond the policy's number: a refusal the first time, and then none any more."""
     window, spec = window_of(fact), facts.spec
     assert spec is not None
+    if not 1 <= fact.key.cycle <= spec.cycles:
+        # Of a cycle that the run does not have there is no next one, and no end of numbers to be refused under.
+        return None
     for other in facts.all(window, fact.key.cycle, "refused").values():
         assert isinstance(other.message, cycle_pb2.Refused)
         if (other.message.miner, other.message.reason) == (fact.signer, reasons_pb2.REASON_QUOTA_EXCEEDED):

@@ -30,6 +30,8 @@ NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
 # How long a mutation waits to see its own fact in this replica's projection.
 SEE_SECONDS = 5.0
 MAX_WHY = 500
+# How old, or how far ahead, an order about a key may be.
+ORDER_MS = 300_000
 
 
 class RunApi(services_pb2_grpc.RunServiceServicer):
@@ -156,6 +158,13 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         """
         order, signer = open_request(request.envelope, bans.ORDER_SUBJECT, run_pb2.BanOrder)
         self._limit.take(signer)
+        # Orders stand in the log, where everybody reads them: an old one is no order any more.
+        issued = request.envelope.issued_at_unix_ms
+        if abs(self._clock() - issued) > ORDER_MS:
+            raise Invalid(
+                "the order was not signed just now; sign it again, and check the clock with `connito doctor`",
+                reason=reasons_pb2.REASON_NOT_PERMITTED,
+            )
         if not is_public_key(order.miner):
             raise Invalid(f"{order.miner[:80]!r} is not a public key (U…); `connito status` shows miners' keys")
         if len(order.why) > MAX_WHY or not order.why.isprintable():
@@ -180,6 +189,11 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
             last = bans.standing(facts, order.miner)
             if (last is None and order.lifted) or (last is not None and last.lifted == order.lifted):
                 return
+            if last is not None and last.order.issued_at_unix_ms >= envelope.issued_at_unix_ms:
+                raise Invalid(
+                    f"a later order about {order.miner} stands in run {run}; sign a new one",
+                    reason=reasons_pb2.REASON_NOT_PERMITTED,
+                )
             number = bans.number_after(facts, order.miner)
             ban = run_pb2.MinerBan(
                 run=run, miner=order.miner, number=number, lifted=order.lifted, why=order.why, order=envelope

@@ -11,6 +11,9 @@ from connito.facts import RunFacts
 from connito.trust import votes
 from connito.v1 import cycle_pb2, reasons_pb2
 
+# Losses are a few nats per token; a sum of larger claims would not be a number any more.
+MAX_UTILITY = 1000.0
+
 
 @dataclass(frozen=True)
 class Reports:
@@ -83,6 +86,8 @@ def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> str:
         return "scores an artifact that was not submitted"
     if not all(math.isfinite(score.utility) and score.utility >= 0 for score in report.scores):
         return "holds a utility that is not a finite number of at least 0"
+    if any(score.utility > MAX_UTILITY for score in report.scores):
+        return f"holds a utility above {MAX_UTILITY:g} nats per token"
     return ""
 
 

@@ -151,6 +151,26 @@ async def test_who_may_ban_and_where_it_stands(api: Api, run_id: str) -> None:
     await api.enrol(run_id + "-c", one)
 
 
+async def test_an_order_of_old_cannot_be_given_again(api: Api, run_id: str) -> None:
+    """Orders stand in the log, where the banned key reads them too."""
+    miner = MINERS[0]
+    await api.create(run_id, run_pb2.EnrolmentPolicy())
+
+    def signed(*, lifted: bool, ago_ms: int = 0) -> services_pb2.BanMinerRequest:
+        order = run_pb2.BanOrder(run=run_id, miner=miner.public, why="floods", lifted=lifted)
+        now_ms = time.time_ns() // 1_000_000 - ago_ms
+        return services_pb2.BanMinerRequest(envelope=seal(api.people["operator"], "rpc.BanMiner", order, now_ms=now_ms))
+
+    await rpc.call(api.stub.BanMiner, signed(lifted=False, ago_ms=3000))
+    lift = signed(lifted=True, ago_ms=2000)
+    await rpc.call(api.stub.BanMiner, lift)
+    await rpc.call(api.stub.BanMiner, signed(lifted=False, ago_ms=1000))
+    await refused(rpc.call(api.stub.BanMiner, lift), reasons_pb2.REASON_NOT_PERMITTED, "a later order")
+    stale = rpc.call(api.stub.BanMiner, signed(lifted=True, ago_ms=3_600_000))
+    await refused(stale, reasons_pb2.REASON_NOT_PERMITTED, "not signed just now")
+    await refused(api.enrol(run_id, miner), reasons_pb2.REASON_BANNED, "floods")
+
+
 async def test_a_ban_in_mid_cycle_takes_effect_at_once_and_holds_under_audit(
     own_nats: NatsServer,
     object_store: ObjectStore,

@@ -71,6 +71,10 @@ def test_an_ended_run_needs_nothing(ready):
             {"scores": [cycle_pb2.SubmissionScore(miner="MA", artifact_digest="artifact-0", utility=-0.1)]},
             "at least 0",
         ),
+        (
+            {"scores": [cycle_pb2.SubmissionScore(miner="MA", artifact_digest="artifact-0", utility=1.7e308)]},
+            "above 1000 nats",
+        ),
     ],
 )
 def test_a_report_on_something_else_does_not_count(stage, changes, why):
