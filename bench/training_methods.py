@@ -142,7 +142,8 @@ class Loop:
         ids = torch.from_numpy(batch.astype(np.int64))
         loss = self._head.nll(ids[:, :-1], ids[:, 1:]).mean()
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # no token went to a trained expert, which rarely used ones do not rule out
+            loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def step(self, batch: Tokens) -> float:

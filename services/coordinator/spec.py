@@ -66,6 +66,7 @@ DEFAULTS = RunSpec(
         weight_decay=0.01,
         routing_mode="natural",
         moments="second",
+        beta1=0.5,
     ),
     scoring=ScorePolicy(
         target_sequences=32,
@@ -122,6 +123,7 @@ _RANGES: dict[str, _Range] = {
     "training.replay_share": _Range(0, 0.9, zero=True),
     "training.final_rate_share": _Range(0, 1, zero=True),
     "training.warmup_steps": _Range(0, 100_000, zero=True),
+    "training.beta1": _Range(0, 0.999, zero=True),
     "training.router_distillation": _Range(0, 1000, zero=True),
     "training.distillation_share": _Range(0, 1, zero=True),
     "scoring.target_sequences": _Range(1, 1_000_000),
@@ -218,6 +220,8 @@ def _fill(spec: RunSpec, customer: str) -> None:
         spec.selection.threshold = METHODS.get(spec.selection.method, 0.2)
     spec.rewards.payout = spec.rewards.payout or DEFAULTS.rewards.payout
     # Here 0 is a value of its own, and leaving it out is another.
+    if not spec.training.HasField("beta1"):
+        spec.training.beta1 = DEFAULTS.training.beta1
     if not spec.rewards.HasField("bond_rate"):
         spec.rewards.bond_rate = DEFAULTS.rewards.bond_rate
     if not spec.rewards.HasField("probation_pay"):

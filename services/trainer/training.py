@@ -123,7 +123,7 @@ class LocalTrainer:
     ) -> Effort:
         from connito.moe.resident import insert
         from connito.moe.state import load_state, save_state
-        from connito.moe.training import train_local
+        from connito.moe.training import betas_of, train_local
 
         assert facts.spec is not None
         policy, begun = facts.spec.training, time.perf_counter()
@@ -141,6 +141,7 @@ class LocalTrainer:
                 batches,
                 learning_rate=policy.learning_rate,
                 weight_decay=policy.weight_decay,
+                betas=betas_of(policy),
                 bf16=self._settings.bf16 or self._settings.bf16_parameters,
                 micro_batch=self._settings.micro_batch,
                 factor=lambda step: schedule.factor(cycle, step),

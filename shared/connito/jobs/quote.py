@@ -140,7 +140,7 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
     from connito.base.loading import load_full
     from connito.moe.evaluate import Evaluator
     from connito.moe.resident import compress
-    from connito.moe.training import Step, train_local
+    from connito.moe.training import Step, betas_of, train_local
     from connito.scoring import paired
 
     corpora, spec = checked.corpora, checked.spec
@@ -161,7 +161,12 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
         progress("training as one miner would, for one cycle", 0.4 + 0.5 * (step.index + 1) / policy.local_steps)
 
     state, _ = train_local(
-        local, batches, learning_rate=policy.learning_rate, weight_decay=policy.weight_decay, on_step=on_step
+        local,
+        batches,
+        learning_rate=policy.learning_rate,
+        weight_decay=policy.weight_decay,
+        betas=betas_of(policy),
+        on_step=on_step,
     )
     seconds = time.perf_counter() - began
     after, _ = evaluator.losses(state, held)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import nn
 
+    from connito.v1.run_pb2 import TrainPolicy
+
 
 @dataclass(frozen=True)
 class TrainStats:
@@ -47,6 +49,11 @@ class Step:
 def pick_device() -> torch.device:
     """The first CUDA device, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def betas_of(policy: TrainPolicy) -> tuple[float, float]:
+    """AdamW's (β₁, β₂) under a policy; a run of before `beta1` existed trains as it did then."""
+    return (policy.beta1 if policy.HasField("beta1") else 0.9), 0.95
 
 
 def train_local(
@@ -153,7 +160,10 @@ class _Work:
                 "damaged; lower learning_rate",
                 reason=reasons_pb2.REASON_NON_FINITE,
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        if (
+            loss.requires_grad
+        ):  # no token of a small batch may have gone to a target, and then there is nothing to learn
+            loss.backward()  # type: ignore[no-untyped-call]
         return value
 
     def _update(self, rate: float) -> None:

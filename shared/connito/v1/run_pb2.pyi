@@ -200,6 +200,7 @@ class TrainPolicy(_message.Message):
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
     ROUTER_DISTILLATION_FIELD_NUMBER: _builtins.int
     DISTILLATION_SHARE_FIELD_NUMBER: _builtins.int
+    BETA1_FIELD_NUMBER: _builtins.int
     local_steps: _builtins.int
     """H, the local steps of a cycle."""
     sequence_length: _builtins.int
@@ -222,6 +223,10 @@ class TrainPolicy(_message.Message):
     """Weight of KL(shipped router || shadow router) while a router that is thrown away learns beside the experts. 0: none."""
     distillation_share: _builtins.float
     """Share of a cycle's steps, from its start, in which the shadow router takes part."""
+    beta1: _builtins.float
+    """β₁, how much of AdamW's first moment a local step keeps. Outer momentum points the same way, so the two overshoot together
+    when cycles are short. Absent, as in runs of before it existed: 0.9.
+    """
     def __init__(
         self,
         *,
@@ -237,12 +242,15 @@ class TrainPolicy(_message.Message):
         warmup_steps: _builtins.int = ...,
         router_distillation: _builtins.float = ...,
         distillation_share: _builtins.float = ...,
+        beta1: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "beta1", b"beta1"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sequences", b"batch_sequences", "distillation_share", b"distillation_share", "final_rate_share", b"final_rate_share", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "moments", b"moments", "replay_share", b"replay_share", "router_distillation", b"router_distillation", "routing_mode", b"routing_mode", "sequence_length", b"sequence_length", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "batch_sequences", b"batch_sequences", "beta1", b"beta1", "distillation_share", b"distillation_share", "final_rate_share", b"final_rate_share", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "moments", b"moments", "replay_share", b"replay_share", "router_distillation", b"router_distillation", "routing_mode", b"routing_mode", "sequence_length", b"sequence_length", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
+    _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta1) -> _WhichOneofReturnType__beta1 | None: ...
 
 Global___TrainPolicy: _TypeAlias = TrainPolicy  # noqa: Y015
 

@@ -71,9 +71,13 @@ def test_leaving_a_rate_out_is_not_setting_it_to_zero() -> None:
     asked = minimal()
     asked.rewards.payout = "proportional"
     assert complete(asked, CUSTOMER).rewards.bond_rate == DEFAULTS.rewards.bond_rate
+    assert complete(asked, CUSTOMER).training.beta1 == DEFAULTS.training.beta1
+    asked.training.beta1 = 0
     asked.rewards.bond_rate = asked.rewards.probation_pay = 0
     spec = complete(asked, CUSTOMER)
     assert (spec.rewards.payout, spec.rewards.bond_rate, spec.rewards.probation_pay) == ("proportional", 0, 0)
+    assert spec.training.HasField("beta1")
+    assert spec.training.beta1 == 0
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)

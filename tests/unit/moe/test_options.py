@@ -16,7 +16,9 @@ from connito.moe.insert import fingerprint
 from connito.moe.moments import Moments
 from connito.moe.resident import adapted_layers, add_background, compress, extract, insert
 from connito.moe.schedule import Schedule
-from connito.moe.training import train_local
+from connito.moe.statistics import collect
+from connito.moe.training import betas_of, train_local
+from connito.v1.run_pb2 import TrainPolicy
 
 SELECTION, HELPERS = {2: [1, 6], 3: [4]}, {2: [0], 3: [0]}
 
@@ -259,3 +261,34 @@ def test_training_leaves_every_other_tensor_of_the_model_as_it_was(tiny: Path, s
 def _tensor(out: Any) -> torch.Tensor:
     value: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return value
+
+
+def test_a_batch_that_no_target_sees_teaches_nothing(tiny: Path, sequences: Any) -> None:
+    short = sequences("logs", 1, 1)[:, :5]
+    usage = collect(load_full(tiny), short[:, :-1]).layers
+    unused = {index: [int(np.argmin(layer.token_score))] for index, layer in usage.items()}
+    assert all(usage[index].token_score[experts].sum() == 0 for index, experts in unused.items()), "4 tokens, 8 experts"
+    model, moments = compress(load_full(tiny), unused), Moments()
+    before = extract(model)
+    after, stats = train_local(model, short[None], learning_rate=1e-3, moments=moments)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert stats.steps == 1
+    assert moments.steps == 0
+
+
+def test_beta1_is_the_policys_and_older_runs_keep_theirs(tiny: Path, sequences: Any) -> None:
+    assert betas_of(TrainPolicy()) == (0.9, 0.95)
+    assert betas_of(TrainPolicy(beta1=0)) == (0.0, 0.95)
+    table = sequences("logs", 20, 1)
+    first = batches(table, 1, 4)
+    one, other = (
+        train_local(
+            compress(load_full(tiny), SELECTION, HELPERS),
+            first,
+            learning_rate=1e-3,
+            betas=betas_of(TrainPolicy(beta1=b)),
+        )[0]
+        for b in (0.0, 0.9)
+    )
+    assert distance(one, other) < 1e-6, "the first step knows no earlier one"
+    assert distance(train(tiny, table, betas=(0.0, 0.95)), train(tiny, table)) > 1e-4
