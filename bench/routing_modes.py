@@ -6,8 +6,9 @@ pass loses. Arms with the same number of frozen experts in memory are the ones t
 
 Tiny base whose experts were trained on all domains, so that it matters which one a token goes to. Target rows are
 trained in a compressed model, inserted into the full one, and measured there: nats per token on held-out text of
-the target, and the mean of the other domains. `complement` keeps every other expert as a helper and, with natural
-routing, is the full model. `lost` is the share of that reference's gain which the mode loses.
+the target, and the mean of the other domains. Differences between arms of equal memory are paired by seed. `complement`
+keeps every other expert as a helper and, with natural routing, is the full model. `lost` is the share of that
+reference's gain which the mode loses.
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ ARMS = [
     ("natural", "background"),
     *((mode, helpers) for mode in ("natural", "masked", "restricted") for helpers in (f"{HELPERS} helpers", "targets only")),
 ]  # fmt: skip
+# With as many frozen experts in memory: what each costs over the other, seed by seed.
+PAIRS = (
+    (f"natural, {HELPERS - 1} helper + background", f"natural, {HELPERS} helpers"),
+    ("natural, background", f"natural, {HELPERS - 1} helper"),
+    (f"masked, {HELPERS} helpers", f"natural, {HELPERS} helpers"),
+    (f"restricted, {HELPERS} helpers", f"natural, {HELPERS} helpers"),
+)
 
 
 def run(options: Options) -> Result:
@@ -54,6 +62,10 @@ def run(options: Options) -> Result:
         figures[f"lost, {name}"] = spread(lost)
         figures[f"strayed, {name}"] = spread([row["strayed"] for row in rows if row["arm"] == name])
         figures[f"elsewhere, {name}"] = spread([row["elsewhere"] for row in rows if row["arm"] == name])
+    for one, other in PAIRS:
+        for what in ("target", "strayed"):
+            pair = [[row[what] for row in rows if row["arm"] == arm] for arm in (one, other)]
+            figures[f"{what}, {one} minus {other}"] = spread([a - b for a, b in zip(*pair, strict=True)])
     settings = {
         "target": TARGET,
         "experts_selected": f"{PER_LAYER} of 8 in each of 2 layers",

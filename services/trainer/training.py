@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROGRESS_SECONDS = 2.0
-# Kept of the time until the deadline, to write the result down and to say so.
-MARGIN_SECONDS, MARGIN_SHARE = 5.0, 0.1
 
 log = telemetry.get_logger("training")
 
@@ -59,8 +57,8 @@ class LocalTrainer:
     async def train(self, facts: RunFacts, cycle: int, state: Path, draft: Path) -> Effort:
         """H steps from the state in `state`; writes the result to `draft`.
 
-        Stops early, shortly before the window's deadline or when it closes, so that what is done can still be announced
-        and committed. Raises `Retry` when even the commit window closed before a step was made.
+        Stops early when the train window closes: the commit window opens then, and what is done can still be committed.
+        Raises `Retry` when even the commit window closed before a step was made.
         """
         batches = await self._batches(facts, cycle)
         base = await Base.fetch(facts, self._downloads)
@@ -259,18 +257,6 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
     require_fit(need, have, f"this machine ({device})" if not settings.memory_bytes else "CONNITO_MEMORY_BYTES")
     log.info("memory predicted", need_bytes=need.total, free_bytes=have)
-
-
-def last_call(facts: RunFacts, cycle: int, now: float, monotonic: Callable[[], float]) -> Callable[[], bool]:
-    """Whether to make no further step: the train window has closed, or its deadline is near.
-
-    Only `now` (Unix seconds) is compared with the coordinator's clock. A deadline that seems to have passed already is
-    taken for a difference between clocks and left alone.
-    """
-    opened = facts.opened("train", cycle)
-    left = 0.0 if opened is None else opened.deadline_unix_ms / 1000 - now
-    end = monotonic() + left - min(MARGIN_SECONDS, MARGIN_SHARE * left) if left > 0 else float("inf")
-    return lambda: facts.closed("train", cycle) is not None or monotonic() >= end
 
 
 def prepare_torch(threads: int) -> None:
