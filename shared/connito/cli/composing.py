@@ -210,13 +210,15 @@ def route(
     from connito.moe.prune import loss
     from connito.moe.routing import Routing, variants_of
 
+    if method == "molora" and not train:
+        raise Invalid("molora trains a router: give it text with --train FILE")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     found = [find_expert(name, shelf, data_dir) for name in experts]
     use = Use("compose", accepted=frozenset(accept_license or []))
     permit(found, use, viewer_of("", None), shelf, data_dir, allow_yanked=False)
     parts, model, tokenizer = parts_of(found), load_full(base), load_tokenizer(base)
     origin = base_rows(model, parts)
-    if method == "molora" and not train:
-        raise Invalid("molora trains a router: give it text with --train FILE")
     text = cut_sequences(tokenizer, train) if train else None
     routing = Routing.make(method, model, parts, origin, top_k=top_k, text=text, steps=steps)
     texts = {name: cut_sequences(tokenizer, [path]) for name, path in named_texts(measure).items()}

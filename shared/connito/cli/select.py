@@ -71,6 +71,8 @@ def select(
 
     asked = _asked(base, data or [], routing_trace, statistics or [], domain or [], num_experts)
     _check(asked, diagnostics, max_bytes, max_vram)
+    if save_statistics is not None:
+        save_statistics.parent.mkdir(parents=True, exist_ok=True)
     general_files: Files = {path.stem: [path] for path in general or []}
     with choose_display(json=as_json) as display:
         budget = _budget(base, max_experts, max_bytes, max_vram, scope, helpers)

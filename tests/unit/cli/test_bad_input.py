@@ -193,7 +193,7 @@ def test_statistics_of_another_base_are_refused(tiny: Path, tmp_path: Path, call
             n: torch.randn(t.shape, generator=draw) if n.endswith("mlp.gate.weight") else t for n, t in found.items()
         },
     )
-    out = tmp_path / "s.safetensors"
+    out = tmp_path / "not there yet" / "s.safetensors"
     assert call("select", "--base", tiny, "--data", tmp_path / "t.txt", "--save-statistics", out).code == 0
     done = call("select", "--base", other, "--data", tmp_path / "t.txt", "--general", out)
     assert done.code == 3
