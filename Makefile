@@ -31,7 +31,7 @@ check: $(READY) ## the fast loop: lint, types, architecture, contract, unit test
 test: $(READY) ## every check that CI runs
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ./scripts/test
 
-bench: $(READY) ## print every published figure, quick; `python -m bench.<name>` is the full run
+bench: $(READY) ## quick runs of the benchmarks; `python -m bench.<name>` is a full one, `bench.demo` the demo
 	@$(PIP) install --quiet --no-deps -c constraints.txt peft
 	@for name in overhead selection cost forgetting decentralised routing_modes document_pools \
 	  validator_throughput attacks copies racing trust composition compounding lifecycle search console; do \

@@ -1,0 +1,280 @@
+"""The page of evidence, made from what the benchmarks wrote: `python -m bench.evidence [--out out/bench]`.
+
+Copies JSON and plots of the full runs to `docs/evidence` and renders `docs/explanation/evidence.md` from them, so
+that no figure
+on that page is typed. A quick run is refused. A unit test renders the page again from the copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, COPIES = ROOT / "docs/explanation/evidence.md", ROOT / "docs/evidence"
+NAMES = ("selection", "routing_modes", "forgetting", "decentralised", "cost", "validator_throughput")
+Document = Mapping[str, Any]
+
+
+def render(documents: Mapping[str, Document]) -> str:
+    """The page, from the documents of `NAMES`."""
+    page = "\n".join([_HEAD, *(_SECTIONS[name](documents[name]) for name in NAMES)])
+    return "\n\n".join(filter(None, map(_wrapped, page.split("\n\n")))) + "\n"
+
+
+def _wrapped(paragraph: str) -> str:
+    """Lines of one length; tables, headings and pictures as they are."""
+    text = paragraph.strip()
+    plain = not text.startswith(("|", "#", "!"))
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) if plain else text
+
+
+def load(folder: Path) -> dict[str, Document]:
+    """The documents in a folder. Raises `ValueError` where one is missing or is of a quick run."""
+    found = {}
+    for name in NAMES:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            raise ValueError(f"{path} is missing: run `python -m bench.{name} --out {folder}` first")
+        found[name] = json.loads(path.read_text())
+        if found[name]["settings"]["quick"]:
+            raise ValueError(f"{path} is of a quick run, which publishes nothing: run it without --quick")
+    return found
+
+
+def main() -> int:
+    """Render and copy; 2 with the reason on stderr where a document is missing."""
+    parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/bench"), help="where the benchmarks wrote (default %(default)s)"
+    )
+    folder = parser.parse_args().out
+    try:
+        page = render(load(folder))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    COPIES.mkdir(exist_ok=True)
+    for name in NAMES:
+        for kind in ("json", "svg"):
+            shutil.copyfile(folder / f"{name}.{kind}", COPIES / f"{name}.{kind}")
+    PAGE.write_text(page)
+    print(f"written: {PAGE.relative_to(ROOT)}, {COPIES.relative_to(ROOT)}")
+    return 0
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def nats(found: Sequence[float]) -> str:
+    """`0.319 (0.265 to 0.373)` from [mean, low, high]."""
+    mean, low, high = (f"{value:.3f}".replace("-", "−") for value in found)
+    return f"{mean} ({low} to {high})"
+
+
+def percent(found: Sequence[float]) -> str:
+    """`102 % (99 to 104)` from [mean, low, high] as shares."""
+    mean, low, high = (f"{100 * value:.0f}".replace("-", "−") for value in found)
+    return f"{mean} % ({low} to {high})"
+
+
+def _ran(document: Document) -> str:
+    machine, what = document["machine"], "repetitions" if document["name"] == "cost" else "seeds"
+    return (
+        f"{document['settings']['seeds']} {what}, {machine['cores']} cores of an {machine['cpu']}, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, no GPU, {document['seconds'] / 60:.0f} minutes. "
+        f"[Every number](../evidence/{document['name']}.json).\n\n![{document['name']}](../evidence/{document['name']}.svg)\n"
+    )
+
+
+_HEAD = """# What the model side keeps, measured
+
+Written by `python -m bench.evidence` from full runs; do not edit. Means over seeds with 95 % t intervals; losses
+are held-out nats
+per token of the full model. The base is tiny (0.5 M parameters, generated text in four small languages, one base
+a seed): figures
+say how choices compare, and do not carry over to large models as numbers.
+"""
+
+
+def _selection(document: Document) -> str:
+    found, settings = document["figures"], document["settings"]
+    names = ("selected", "random", "least used", "all at equal bytes", "all")
+    rows = [
+        [name, nats(found[f"gain_{key}"]), nats(found[f"elsewhere_{key}"]), f"{found[f'bytes_{key}'] / 2**20:.0f} MiB"]
+        for name in names
+        for key in [name.replace(" ", "_")]
+    ]
+    return f"""
+## Are they the right experts?
+
+`bench.selection`: {settings["experts_per_layer"]} experts a layer, {settings["steps"]} steps, everything else a
+frozen helper. *Gain* is the fall of the
+target's loss, *elsewhere* the change on the other domains (positive is worse), *sent* what a miner uploads in all.
+
+{table(("trained", "gain", "elsewhere", "sent"), rows)}
+Ahead of random by {nats(found["selected_over_random"])}, of the least used by
+{nats(found["selected_over_least_used"])}, of training
+everything until as many bytes are sent by {nats(found["selected_over_all_at_equal_bytes"])}.
+
+{_ran(document)}"""
+
+
+def _routing(document: Document) -> str:
+    found = document["figures"]
+    arms = [key.removeprefix("lost, ") for key in found if key.startswith("lost, ")]
+    rows = [[arm, nats(found[f"strayed, {arm}"]), percent(found[f"lost, {arm}"])] for arm in arms]
+    pairs = [
+        [key.removeprefix("target, "), nats(found[key]), nats(found[key.replace("target, ", "strayed, ")])]
+        for key in found
+        if key.startswith("target, ") and " minus " in key
+    ]
+    return f"""
+## What a token does whose expert is not in memory
+
+`bench.routing_modes`: one expert a layer is trained; *strayed* is KL(full model || compressed one) before
+training, *lost* the share
+of the gain that full residence (`complement`) has and the arm has not, after inserting the rows into the full model.
+
+{table(("routing, frozen experts in memory", "strayed", "lost"), rows)}
+Arms with as much in memory, paired by seed; positive means that the first one ends with the higher loss, or
+strays further:
+
+{table(("difference", "target loss", "strayed"), pairs)}
+Hence the defaults: `natural` routing and real helpers. A merged background expert beside one helper cannot be
+told from two helpers;
+alone it is worse than one.
+
+{_ran(document)}"""
+
+
+def _forgetting(document: Document) -> str:
+    found = document["figures"]
+    rows = []
+    for method in ("expert-only", "full fine-tuning", "LoRA"):
+        key = method.replace(" ", "_")
+        for label, point in (
+            ("lowest target loss", found[f"{key}_lowest_target"]),
+            (f"general loss kept within {document['settings']['margin']}", found[f"{key}_lowest_target_general_kept"]),
+        ):
+            if point is not None:
+                rows.append(
+                    [
+                        method,
+                        label,
+                        f"{point['learning_rate']:g}",
+                        f"{100 * point['replay']:g} %",
+                        nats(point["target"]),
+                        nats(point["general"]),
+                    ]
+                )
+    return f"""
+## What the target's gain costs elsewhere
+
+`bench.forgetting`: {document["settings"]["steps"]} steps on the same batches, every learning rate and replay
+share of its grid; two settings of each method.
+
+{table(("method", "chosen for", "rate", "replay", "change of target loss", "change of general loss"), rows)}
+At its worst setting general loss rose by {found["expert-only_worst_general"]:.2f} (expert-only),
+{found["full_fine-tuning_worst_general"]:.2f} (full fine-tuning)
+and {found["LoRA_worst_general"]:.2f} (LoRA). So expert-only training is hard to misuse. It is not the lowest loss
+that replay can buy: where general
+text is at hand and every weight may change, full fine-tuning with replay went further on both sides of the
+frontier on this base, which is
+small, had not finished learning its general text either, and pays for it with the whole model (see the costs below).
+
+{_ran(document)}"""
+
+
+def _decentralised(document: Document) -> str:
+    found, settings = document["figures"], document["settings"]
+    names = [key.removeprefix("kept ") for key in found if key.startswith("kept ")]
+    met = ", ".join(found["goal_met_by"]) or "none"
+    return f"""
+## The same tokens with several miners
+
+`bench.decentralised`: {settings["cycles"]} cycles of {settings["local_steps"]} local steps,
+{settings["batch_sequences"]} sequences a step and miner; *kept* is the fall of
+the loss over that of one AdamW run with as many steps, each on the batches of all miners together, at the better
+of two rates. Rates and β₁ were
+chosen on other seeds. Central improvement: {nats(found["central_improvement"])}. The goal is
+{100 * settings["goal"]:.0f} %; met by: {met}.
+
+{table(("data, miners, merge", "kept"), [[name, percent(found[f"kept {name}"])] for name in names])}
+Above 100 %, averaging and outer momentum did better than AdamW alone at any of the rates tried. What made the
+difference is β₁: with
+AdamW's usual 0.9 and short cycles, local and outer momentum push the same way twice, and overshoot
+(`training.beta1`, 0.5 by default). Miners
+that each see one domain only (non-IID) stay short of the goal; the platform shares out one corpus, which is the
+IID case. Paying only
+the best submission's way (top-1) wastes the others' work, as shown.
+
+{_ran(document)}"""
+
+
+def _cost(document: Document) -> str:
+    return f"""
+## What it costs
+
+Upload, memory and compute are three claims, told apart in [costs](costs.md).
+
+{_ran(document)}"""
+
+
+def _throughput(document: Document) -> str:
+    found = document["figures"]
+    shapes = [key.removesuffix(": times faster") for key in found if key.endswith(": times faster")]
+    rows = [
+        [
+            shape,
+            f"{found[f'{shape}: times faster']:.1f}",
+            f"{found[f'{shape}: times faster, cache built']:.1f}",
+            f"{found[f'{shape}: at most, by arithmetic']:.1f}",
+        ]
+        for shape in shapes
+    ]
+    raced = [key.removesuffix(", raced: times_faster") for key in found if key.endswith(", raced: times_faster")]
+    races = [
+        [
+            name,
+            f"{found[f'{name}, raced: times_faster'][0]:.1f}",
+            percent(found[f"{name}, raced: share_of_sequences_read"]),
+            percent(found[f"{name}, raced: verdicts_agree"]),
+        ]
+        for name in raced
+    ]
+    return f"""
+## Submissions judged per minute
+
+`bench.validator_throughput`, against copying the model and running all of it for each submission; the aim is
+{found["goal_times_faster"]:.0f} times. Swapping rows in place
+and keeping what lies below the first adapted layer:
+
+{table(("shape", "times faster", "once the cache is built", "what a cache can save"), rows)}
+With a race on top (`scoring.minimum_sequences`), on trained submissions:
+
+{table(("base", "times faster", "share of the budget read", "same verdict"), races)}
+{_ran(document)}"""
+
+
+_SECTIONS: dict[str, Callable[[Document], str]] = {
+    "selection": _selection,
+    "routing_modes": _routing,
+    "forgetting": _forgetting,
+    "decentralised": _decentralised,
+    "cost": _cost,
+    "validator_throughput": _throughput,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
