@@ -167,6 +167,8 @@ def _tiny(wish: Wish) -> Profile:
             sequence_length=64,
             batch_sequences=4,
             learning_rate=2e-3,
+            # A few short cycles: outer momentum has not built up, and the usual value tells sooner that honest work helps.
+            beta1=0.9,
             routing_mode="natural",
         ),
         scoring=ScorePolicy(
