@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from connito.moe.training import BETAS
 
 from bench.harness import Options, Result, interval, main, note
 from bench.plots import axes, bars
 from bench.tiny_rig import Rig, Tokens, rig_settings, rigs, spread
+from services.coordinator.spec import DEFAULTS
 
 if TYPE_CHECKING:
     from connito.moe.evaluate import Evaluator
@@ -32,7 +34,7 @@ DOMAINS = ("recipes", "logs", "poems", "ledgers")
 RATE = 8e-3
 CENTRAL_RATES = (8e-3, 1.6e-2)
 PER_LAYER, QUICK_SEEDS, GOAL = 3, 1, 0.98
-MOMENTS, BETA1, USUAL_BETA1 = "second", 0.5, 0.9
+MOMENTS, BETA1 = DEFAULTS.training.moments, DEFAULTS.training.beta1
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ class Merge:
 
 
 FRESH = "Nesterov, fresh moments"
-USUAL = "Nesterov, β₁ 0.9"
+USUAL = f"Nesterov, β₁ {BETAS[0]}"
 MERGES = {
     "Nesterov": Merge("mean", 0.7, 0.9),
     FRESH: Merge("mean", 0.7, 0.9, "fresh"),
-    USUAL: Merge("mean", 0.7, 0.9, beta1=USUAL_BETA1),
+    USUAL: Merge("mean", 0.7, 0.9, beta1=BETAS[0]),
     "mean": Merge("mean"),
     "weighted": Merge("utility-mean"),
     "top-1": Merge("top-1"),
@@ -215,11 +217,11 @@ def _miners(rig: Rig, selection: Selection, count: int, merge: str) -> list[Call
     def miner(moments: Moments | None) -> Callable[[Any, Tokens], Any]:
         def work(theta: Any, batches: Tokens) -> Any:
             insert(model, theta)
-            return train_local(model, batches, learning_rate=RATE, moments=moments, betas=(beta1, 0.95))[0]
+            return train_local(model, batches, learning_rate=RATE, moments=moments, betas=betas)[0]
 
         return work
 
-    kind, beta1 = MERGES[merge].moments, MERGES[merge].beta1
+    kind, betas = MERGES[merge].moments, (MERGES[merge].beta1, BETAS[1])
     return [miner(None if kind == "fresh" else Moments(second_only=kind == "second")) for _ in range(count)]
 
 

@@ -1,8 +1,7 @@
 """The page of evidence, made from what the benchmarks wrote: `python -m bench.evidence [--out out/bench]`.
 
-Copies JSON and plots of the full runs to `docs/evidence` and renders `docs/explanation/evidence.md` from them, so
-that no figure
-on that page is typed. A quick run is refused. A unit test renders the page again from the copies.
+Copies JSON and plots of the full runs to `docs/evidence` and renders `docs/explanation/evidence.md` from them, so that no
+figure on that page is typed. A quick run is refused. A unit test renders the page again from the copies.
 """
 
 from __future__ import annotations
@@ -99,32 +98,29 @@ def _ran(document: Document) -> str:
 _HEAD = """# What the model side keeps, measured
 
 Written by `python -m bench.evidence` from full runs; do not edit. Means over seeds with 95 % t intervals; losses
-are held-out nats
-per token of the full model. The base is tiny (0.5 M parameters, generated text in four small languages, one base
-a seed): figures
-say how choices compare, and do not carry over to large models as numbers.
+are held-out nats per token of the full model. The base is tiny (0.5 M parameters, generated text in four small
+languages, one base a seed): figures say how choices compare, and do not carry over to large models as numbers.
 """
 
 
 def _selection(document: Document) -> str:
     found, settings = document["figures"], document["settings"]
-    names = ("selected", "random", "least used", "all at equal bytes", "all")
-    rows = [
-        [name, nats(found[f"gain_{key}"]), nats(found[f"elsewhere_{key}"]), f"{found[f'bytes_{key}'] / 2**20:.0f} MiB"]
-        for name in names
-        for key in [name.replace(" ", "_")]
-    ]
+    rows = []
+    for name in ("selected", "random", "least used", "all at equal bytes", "all"):
+        key = name.replace(" ", "_")
+        sent = f"{found[f'bytes_{key}'] / 2**20:.0f} MiB"
+        rows.append([name, nats(found[f"gain_{key}"]), nats(found[f"elsewhere_{key}"]), sent])
     return f"""
 ## Are they the right experts?
 
 `bench.selection`: {settings["experts_per_layer"]} experts a layer, {settings["steps"]} steps, everything else a
-frozen helper. *Gain* is the fall of the
-target's loss, *elsewhere* the change on the other domains (positive is worse), *sent* what a miner uploads in all.
+frozen helper. *Gain* is the fall of the target's loss, *elsewhere* the change on the other domains (positive is
+worse), *sent* what a miner uploads in all.
 
 {table(("trained", "gain", "elsewhere", "sent"), rows)}
 Ahead of random by {nats(found["selected_over_random"])}, of the least used by
-{nats(found["selected_over_least_used"])}, of training
-everything until as many bytes are sent by {nats(found["selected_over_all_at_equal_bytes"])}.
+{nats(found["selected_over_least_used"])}, of training everything until as many bytes are sent by
+{nats(found["selected_over_all_at_equal_bytes"])}.
 
 {_ran(document)}"""
 
@@ -141,18 +137,17 @@ def _routing(document: Document) -> str:
     return f"""
 ## What a token does whose expert is not in memory
 
-`bench.routing_modes`: one expert a layer is trained; *strayed* is KL(full model || compressed one) before
-training, *lost* the share
-of the gain that full residence (`complement`) has and the arm has not, after inserting the rows into the full model.
+`bench.routing_modes`: one expert a layer is trained; *strayed* is KL(full model || compressed one) before training,
+*lost* the share of the gain that full residence (`complement`) has and the arm has not, after inserting the rows
+into the full model.
 
 {table(("routing, frozen experts in memory", "strayed", "lost"), rows)}
-Arms with as much in memory, paired by seed; positive means that the first one ends with the higher loss, or
-strays further:
+Arms with as much in memory, paired by seed; positive means that the first one ends with the higher loss, or strays
+further:
 
 {table(("difference", "target loss", "strayed"), pairs)}
-Hence the defaults: `natural` routing and real helpers. A merged background expert beside one helper cannot be
-told from two helpers;
-alone it is worse than one.
+Hence the defaults: `natural` routing and real helpers. A merged background expert beside one helper cannot be told
+from two helpers; alone it is worse than one.
 
 {_ran(document)}"""
 
@@ -180,17 +175,16 @@ def _forgetting(document: Document) -> str:
     return f"""
 ## What the target's gain costs elsewhere
 
-`bench.forgetting`: {document["settings"]["steps"]} steps on the same batches, every learning rate and replay
-share of its grid; two settings of each method.
+`bench.forgetting`: {document["settings"]["steps"]} steps on the same batches, every learning rate and replay share
+of its grid; two settings of each method.
 
 {table(("method", "chosen for", "rate", "replay", "change of target loss", "change of general loss"), rows)}
 At its worst setting general loss rose by {found["expert-only_worst_general"]:.2f} (expert-only),
-{found["full_fine-tuning_worst_general"]:.2f} (full fine-tuning)
-and {found["LoRA_worst_general"]:.2f} (LoRA). So expert-only training is hard to misuse. It is not the lowest loss
-that replay can buy: where general
-text is at hand and every weight may change, full fine-tuning with replay went further on both sides of the
-frontier on this base, which is
-small, had not finished learning its general text either, and pays for it with the whole model (see the costs below).
+{found["full_fine-tuning_worst_general"]:.2f} (full fine-tuning) and {found["LoRA_worst_general"]:.2f} (LoRA). So
+expert-only training is hard to misuse. It is not the lowest loss that replay can buy: where general text is at hand
+and every weight may change, full fine-tuning with replay went further on both sides of the frontier on this base,
+which is small, had not finished learning its general text either, and pays for it with the whole model (see the
+costs below).
 
 {_ran(document)}"""
 
@@ -203,20 +197,17 @@ def _decentralised(document: Document) -> str:
 ## The same tokens with several miners
 
 `bench.decentralised`: {settings["cycles"]} cycles of {settings["local_steps"]} local steps,
-{settings["batch_sequences"]} sequences a step and miner; *kept* is the fall of
-the loss over that of one AdamW run with as many steps, each on the batches of all miners together, at the better
-of two rates. Rates and β₁ were
-chosen on other seeds. Central improvement: {nats(found["central_improvement"])}. The goal is
-{100 * settings["goal"]:.0f} %; met by: {met}.
+{settings["batch_sequences"]} sequences a step and miner; *kept* is the fall of the loss over that of one AdamW run
+with as many steps, each on the batches of all miners together, at the better of two rates. Rates and β₁ were chosen
+on other seeds. Central improvement: {nats(found["central_improvement"])}. The goal is {100 * settings["goal"]:.0f}
+%; met by: {met}.
 
 {table(("data, miners, merge", "kept"), [[name, percent(found[f"kept {name}"])] for name in names])}
 Above 100 %, averaging and outer momentum did better than AdamW alone at any of the rates tried. What made the
-difference is β₁: with
-AdamW's usual 0.9 and short cycles, local and outer momentum push the same way twice, and overshoot
-(`training.beta1`, 0.5 by default). Miners
-that each see one domain only (non-IID) stay short of the goal; the platform shares out one corpus, which is the
-IID case. Paying only
-the best submission's way (top-1) wastes the others' work, as shown.
+difference is β₁: with AdamW's usual 0.9 and short cycles, local and outer momentum push the same way twice, and
+overshoot (`training.beta1`, {settings["miner_beta1"]} by default). Miners that each see one domain only (non-IID)
+stay short of the goal; the platform shares out one corpus, which is the IID case. Paying only the best submission's
+way (top-1) wastes the others' work, as shown.
 
 {_ran(document)}"""
 
@@ -256,8 +247,7 @@ def _throughput(document: Document) -> str:
 ## Submissions judged per minute
 
 `bench.validator_throughput`, against copying the model and running all of it for each submission; the aim is
-{found["goal_times_faster"]:.0f} times. Swapping rows in place
-and keeping what lies below the first adapted layer:
+{found["goal_times_faster"]:.0f} times. Swapping rows in place and keeping what lies below the first adapted layer:
 
 {table(("shape", "times faster", "once the cache is built", "what a cache can save"), rows)}
 With a race on top (`scoring.minimum_sequences`), on trained submissions:

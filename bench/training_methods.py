@@ -142,7 +142,8 @@ class Loop:
         ids = torch.from_numpy(batch.astype(np.int64))
         loss = self._head.nll(ids[:, :-1], ids[:, 1:]).mean()
         self.optimiser.zero_grad(set_to_none=True)
-        if loss.requires_grad:  # no token went to a trained expert, which rarely used ones do not rule out
+        # Where no token went to a trained expert there is nothing to learn.
+        if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 

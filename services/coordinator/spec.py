@@ -212,23 +212,25 @@ def _fill(spec: RunSpec, customer: str) -> None:
         if not spec.HasField(name):
             getattr(spec, name).CopyFrom(getattr(DEFAULTS, name))
     for path, limits in _RANGES.items():
-        if not limits.zero and _read(spec, path) == 0 and path != "selection.threshold":
+        if _left_out(spec, path, limits) and path != "selection.threshold":
             _write(spec, path, _read(DEFAULTS, path))
     for path in _CHOICES:
         _write(spec, path, _read(spec, path) or _read(DEFAULTS, path))
     if spec.selection.threshold == 0:
         spec.selection.threshold = METHODS.get(spec.selection.method, 0.2)
     spec.rewards.payout = spec.rewards.payout or DEFAULTS.rewards.payout
-    # Here 0 is a value of its own, and leaving it out is another.
-    if not spec.training.HasField("beta1"):
-        spec.training.beta1 = DEFAULTS.training.beta1
-    if not spec.rewards.HasField("bond_rate"):
-        spec.rewards.bond_rate = DEFAULTS.rewards.bond_rate
-    if not spec.rewards.HasField("probation_pay"):
-        spec.rewards.probation_pay = DEFAULTS.rewards.probation_pay
     spec.selection.report_version = REPORT_VERSION
     spec.emission = spec.emission or DEFAULTS.emission
     spec.customer = spec.customer or customer
+
+
+def _left_out(spec: RunSpec, path: str, limits: _Range) -> bool:
+    """Whether a number takes its default: it is absent where the schema tells that from 0, or is 0 where 0 is no value."""
+    policy, name = path.split(".")
+    part = getattr(spec, policy)
+    if part.DESCRIPTOR.fields_by_name[name].has_presence:
+        return not part.HasField(name)
+    return not limits.zero and _read(spec, path) == 0
 
 
 def _check_payout(rewards: RewardPolicy) -> None:

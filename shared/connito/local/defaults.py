@@ -167,7 +167,7 @@ def _tiny(wish: Wish) -> Profile:
             sequence_length=64,
             batch_sequences=4,
             learning_rate=2e-3,
-            # A few short cycles: outer momentum has not built up, and the usual value tells sooner that honest work helps.
+            # Over a few short cycles outer momentum has hardly built up; with less, an honest miner can stay below significance.
             beta1=0.9,
             routing_mode="natural",
         ),

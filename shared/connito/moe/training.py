@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from connito.v1.run_pb2 import TrainPolicy
 
+# AdamW's usual (β₁, β₂) for language models.
+BETAS = (0.9, 0.95)
+
 
 @dataclass(frozen=True)
 class TrainStats:
@@ -53,7 +56,7 @@ def pick_device() -> torch.device:
 
 def betas_of(policy: TrainPolicy) -> tuple[float, float]:
     """AdamW's (β₁, β₂) under a policy; a run of before `beta1` existed trains as it did then."""
-    return (policy.beta1 if policy.HasField("beta1") else 0.9), 0.95
+    return (policy.beta1 if policy.HasField("beta1") else BETAS[0]), BETAS[1]
 
 
 def train_local(
@@ -62,7 +65,7 @@ def train_local(
     *,
     learning_rate: float,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[float, float] = BETAS,
     gradient_clip: float = 1.0,
     bf16: bool = False,
     micro_batch: int = 0,
@@ -160,9 +163,8 @@ class _Work:
                 "damaged; lower learning_rate",
                 reason=reasons_pb2.REASON_NON_FINITE,
             )
-        if (
-            loss.requires_grad
-        ):  # no token of a small batch may have gone to a target, and then there is nothing to learn
+        # Where no token of a small batch went to a target there is nothing to learn.
+        if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         return value
 
