@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from connito.candidates import Attempt, Ingredients, write_candidate
+from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.errors import Invalid
-from connito.facts import Fact, RunFacts
-from connito.holdout import subsets
 from connito.local.defaults import Wish, profile
-from connito.merging import Files, Merged, merge_cycle
-from connito.pseudo_gradients import DeltaFiles, gram_matrix
-from connito.reports import read_reports
-from connito.score_reports import Evaluation, score
+from connito.protocol.holdout import subsets
+from connito.protocol.merging.candidates import Attempt, Ingredients, write_candidate
+from connito.protocol.merging.cycle import Files, Merged, merge_cycle
+from connito.protocol.scoring.counted_reports import read_reports
+from connito.protocol.scoring.evaluation import Evaluation, score
+from connito.protocol.scoring.verdicts import agree
 from connito.store import ref_of_file
-from connito.subjects import FactKey
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
-from connito.verdicts import agree
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import FactKey
 
 from bench.compose_setup import text
 from bench.tiny_rig import LENGTH, Rig, Tokens, batched
@@ -37,9 +37,9 @@ from services.committer.handlers import Refusal
 
 if TYPE_CHECKING:
     import torch
-    from connito.moe.gate_bench import Bench as GateBench
-    from connito.moe.score_bench import Bench as ScoreBench
     from connito.moe.selection import Selection
+    from connito.workloads.gating import Bench as GateBench
+    from connito.workloads.scoring import Bench as ScoreBench
     from google.protobuf.message import Message
 
     State = dict[str, torch.Tensor]
@@ -134,9 +134,9 @@ class Arena:
     @cached_property
     def _benches(self) -> tuple[ScoreBench, GateBench]:
         from connito.moe.evaluate import Evaluator
-        from connito.moe.gate_bench import Bench as GateBench
-        from connito.moe.score_bench import Bench as ScoreBench
-        from connito.moe.score_bench import Holdout
+        from connito.workloads.gating import Bench as GateBench
+        from connito.workloads.scoring import Bench as ScoreBench
+        from connito.workloads.scoring import Holdout
 
         parts = {domain: subsets(rows, self.spec, domain) for domain, rows in self.held.items()}
         holdouts = {domain: Holdout(rows, parts[domain].score) for domain, rows in self.held.items()}
@@ -285,7 +285,7 @@ class Arena:
         validators: int,
         lies: Mapping[int, Lie],
     ) -> None:
-        from connito.moe.score_bench import SubmissionFiles
+        from connito.workloads.scoring import SubmissionFiles
 
         bench, seed, stop = self._benches[0], _seed(self.rig.seed, cycle), threading.Event()
         drawn = bench.draw(seed)

@@ -18,19 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from connito import streams
-from connito.beacon import draw_seed
-from connito.bus import Bus
-from connito.commitment import commitment_digest
-from connito.envelope import seal
+from connito.bus import Bus, streams
+from connito.bus.permissions import permissions
 from connito.errors import Invalid, reason_name
-from connito.facts import Fact, Record, RunFacts, verify_ingress
-from connito.identity import Identity
-from connito.local.permissions import permissions
-from connito.local.servers import NatsServer
-from connito.subjects import FactKey, ingress
+from connito.platform.servers import NatsServer
+from connito.protocol.beacon import draw_seed
+from connito.protocol.commitment import commitment_digest
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+from connito.wire.envelope import seal
+from connito.wire.facts import Fact, Record, RunFacts, verify_ingress
+from connito.wire.identity import Identity
+from connito.wire.subjects import FactKey, ingress
 from google.protobuf.message import Message
 
 from services.committer import handlers

@@ -23,7 +23,7 @@ def base(folder: Path, seed: int, steps: int = 0) -> Path:
     from connito.base.checkpoint import save_checkpoint
     from connito.base.loading import load_full, load_tokenizer
     from connito.base.tiny import DOMAINS, build_tiny
-    from connito.moe.insert import write_rows
+    from connito.moe.rows import write_rows
 
     plain = build_tiny(folder / f"plain-{seed}", seed=seed)
     if not steps:
@@ -118,8 +118,8 @@ def branches(seed: int, texts: dict[str, npt.NDArray[np.int32]] | Any, lr: float
     import copy
 
     import torch
+    from connito.base.branches import import_branches
     from connito.base.tiny import pretrain
-    from connito.moe.branches import import_branches
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -24,7 +24,7 @@ from bench.harness import Options, Result, interval, main, note
 from bench.plots import axes, bars
 
 if TYPE_CHECKING:
-    from connito.moe.compose import Part, Rows
+    from connito.experts.compose import Part, Rows
 
 DOMAINS = ("recipes", "logs", "poems")
 MEASURED = (*DOMAINS, "ledgers")
@@ -64,9 +64,9 @@ class Bench:
 
     def measure(self, rows: Rows | None = None) -> Losses:
         """Losses by domain with `rows` in the model, which is the base again afterwards."""
-        from connito.moe.compose import layers_of, state_of
+        from connito.experts.compose import layers_of, state_of
+        from connito.experts.upgrade import mean_loss
         from connito.moe.evaluate import Evaluator
-        from connito.moe.upgrade import mean_loss
 
         evaluator = Evaluator(self.model, layers_of(self.origin))
         evaluator.put(state_of({**self.origin, **(rows or {})}))
@@ -77,14 +77,14 @@ class Bench:
 
     def running(self, model: Any | None = None) -> Losses:
         """Losses of a model as it runs."""
-        from connito.moe.prune import loss
+        from connito.experts.prune import loss
 
         return {domain: loss(self.model if model is None else model, table) for domain, table in self.held.items()}
 
 
 def _round(source: Path, seed: int, steps: int, count: int, quick: bool) -> list[dict[str, Any]]:
     from connito.base.loading import load_full
-    from connito.moe.compose import Part, base_rows, rows_of
+    from connito.experts.compose import Part, base_rows, rows_of
 
     texts = {domain: text(domain, 4 * steps, 50 + seed) for domain in DOMAINS}
     model = load_full(source)
@@ -111,7 +111,7 @@ def _round(source: Path, seed: int, steps: int, count: int, quick: bool) -> list
 
 def _places(model: Any, seed: int) -> Places:
     """The two experts of each layer that a domain uses most; recipes and logs train each other's first as well."""
-    from connito.moe.extraction import ranking
+    from connito.experts.extraction import ranking
     from connito.moe.statistics import collect
 
     used = {domain: ranking(collect(model, text(domain, 8, 600 + seed)[:, :-1])) for domain in DOMAINS}
@@ -134,10 +134,10 @@ def _summary(losses: Losses, plain: Losses, single: Losses) -> dict[str, float]:
 
 
 def _merged(bench: Bench) -> dict[str, Losses]:
-    from connito.moe.compose import Recipe, layers_of, merge, state_of
+    from connito.experts.compose import Recipe, layers_of, merge, state_of
+    from connito.experts.lorahub import learn_weights
+    from connito.experts.upgrade import mean_loss
     from connito.moe.evaluate import Evaluator
-    from connito.moe.lorahub import learn_weights
-    from connito.moe.upgrade import mean_loss
 
     parts, origin = bench.parts, bench.origin
     evaluator = Evaluator(bench.model, layers_of(origin))
@@ -157,8 +157,8 @@ def _merged(bench: Bench) -> dict[str, Losses]:
 
 
 def _routed(bench: Bench, steps: int) -> dict[str, Losses]:
-    from connito.moe.arrow import arrow, cluster_and_merge, fixed, linear_router, train_router, variants
-    from connito.moe.compose import Part
+    from connito.experts.arrow import arrow, cluster_and_merge, fixed, linear_router, train_router, variants
+    from connito.experts.compose import Part
 
     parts, origin = bench.parts, bench.origin
     gates = train_router(bench.model, parts, origin, np.concatenate(list(bench.few.values())), steps=steps)
@@ -182,7 +182,7 @@ def _routed(bench: Bench, steps: int) -> dict[str, Losses]:
 
 def _jointly(source: Path, places: Places, texts: Mapping[str, Any], seed: int) -> Rows:
     """The union of the experts' rows, trained on the union of their text in one go: as many tokens in all."""
-    from connito.moe.compose import rows_of
+    from connito.experts.compose import rows_of
 
     layers = {layer: sorted({e for x in places.values() for e in x[layer]}) for layer in (2, 3)}
     table = np.concatenate(list(texts.values()))
@@ -192,7 +192,7 @@ def _jointly(source: Path, places: Places, texts: Mapping[str, Any], seed: int) 
 def _flex(bench: Bench, texts: Mapping[str, Any], seed: int) -> Losses:
     import copy
 
-    from connito.moe.flex import grow, opt_in
+    from connito.experts.flex import grow, opt_in
 
     anchor = np.concatenate([text(domain, 4, 300 + seed)[:, :-1] for domain in MEASURED])
     additions = [
@@ -206,7 +206,7 @@ def _flex(bench: Bench, texts: Mapping[str, Any], seed: int) -> Losses:
 
 def _removals(bench: Bench) -> list[dict[str, Any]]:
     """What taking one expert out of the composition does to every domain."""
-    from connito.moe.compose import merge
+    from connito.experts.compose import merge
 
     whole, rows = bench.measure(merge(bench.parts, bench.origin)), []
     for gone in bench.parts:
@@ -218,8 +218,8 @@ def _removals(bench: Bench) -> list[dict[str, Any]]:
 def _upgrade(bench: Bench, source: Path, texts: Mapping[str, Any]) -> dict[str, Any]:
     """BAR: the poems expert, trained on, replaces the one in the composition; the others' digests stay."""
     from connito.errors import Invalid
-    from connito.moe.compose import Composition, Part, rows_of
-    from connito.moe.upgrade import upgrade
+    from connito.experts.compose import Composition, Part, rows_of
+    from connito.experts.upgrade import upgrade
 
     composition = Composition(bench.model)
     for part in bench.parts:
@@ -238,7 +238,7 @@ def _upgrade(bench: Bench, source: Path, texts: Mapping[str, Any]) -> dict[str, 
 
 
 def _predictions(bench: Bench) -> list[dict[str, Any]]:
-    from connito.moe.predict import measure_savings, predict_savings
+    from connito.experts.predict import measure_savings, predict_savings
 
     rows = []
     for domain in DOMAINS:
@@ -250,8 +250,8 @@ def _predictions(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _identity(bench: Bench) -> dict[str, Any]:
-    from connito.moe.compose import Composition
-    from connito.moe.insert import fingerprint
+    from connito.experts.compose import Composition
+    from connito.moe.rows import fingerprint
 
     before, composition = fingerprint(bench.model), Composition(bench.model)
     for part in bench.parts:

@@ -1,7 +1,7 @@
 """Does a shelf of experts make the next domain cheaper? Steps to a target loss, from the base against from the shelf.
 
 A chain of domains is learnt one after the other on one base. For each, the same training text in the same order is
-trained twice: from the base's own rows, and from what the selector's rule (`connito.moe.start`) picks among the experts
+trained twice: from the base's own rows, and from what the selector's rule (`connito.experts.start`) picks among the experts
 that the chain has left so far, which may be none. The target is 90 % of the way that training from the base comes in its
 budget of steps; what counts is the first of the regular looks at held-out loss that is at or below it.
 
@@ -140,7 +140,7 @@ def _select(rig: Rig, chain: Chain, domain: str) -> Selection:
 
 def _start(rig: Rig, chain: Chain, domain: str, selection: Selection) -> tuple[str, Any]:
     """What the selector would start from: (expert id or "", θ_0 or None)."""
-    from connito.moe.start import propose
+    from connito.experts.start import propose
     from connito.v1 import run_pb2
 
     spec = run_pb2.RunSpec(domain=domain, start_from="auto", license="CC0-1.0")

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from connito import streams
-from connito.bus import Bus
-from connito.identity import Identity
-from connito.local.servers import NatsServer
-from connito.roster import ROLES, Roster
+from connito.bus import Bus, streams
+from connito.platform.servers import NatsServer
 from connito.v1 import run_pb2
+from connito.wire.identity import Identity
+from connito.wire.roster import ROLES, Roster
 
 from bench.harness import Options, Result, main, note
 

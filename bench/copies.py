@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from connito.score_reports import Part
-from connito.similarity import cosines, distance, explained
+from connito.protocol.scoring.copies import cosines, distance, explained
+from connito.protocol.scoring.evaluation import Part
 
 from bench.attack_arena import HONEST, WORLDS, Arena
 from bench.attack_kinds import Knowledge, mixed, upload
@@ -98,7 +98,7 @@ Gains = dict[tuple[str, int], float]
 
 def _gains(know: Knowledge, state: State, place: int) -> Gains:
     """By (domain, sequence), as a validator's report has them."""
-    from connito.moe.score_bench import SubmissionFiles
+    from connito.workloads.scoring import SubmissionFiles
 
     bench, stop = know.arena.score_bench, threading.Event()
     path = upload(know, state, know.arena.folder / f"compared-{place}")

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from connito.moe.training import BETAS
+from connito.protocol.policy import DEFAULTS
 
 from bench.harness import Options, Result, interval, main, note
 from bench.plots import axes, bars
 from bench.tiny_rig import Rig, Tokens, rig_settings, rigs, spread
-from services.coordinator.spec import DEFAULTS
 
 if TYPE_CHECKING:
     from connito.moe.evaluate import Evaluator
@@ -248,8 +248,8 @@ class StateDeltas:
 
 
 def _merge(theta: Any, momentum: Any, states: Any, utilities: list[float], merge: str) -> tuple[Any, Any]:
-    from connito.merge import aggregate, outer_step, plan
-    from connito.pseudo_gradients import gram_matrix
+    from connito.data.pseudo_gradients import gram_matrix
+    from connito.protocol.merging.aggregators import aggregate, outer_step, plan
 
     how_to = MERGES[merge]
     deltas = StateDeltas(theta, states)

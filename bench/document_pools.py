@@ -52,7 +52,7 @@ def _round(seed: int, steps: int) -> list[dict[str, Any]]:
     from connito.base.emo import train_pooled
     from connito.base.tiny import DOMAINS, blocks, pretrain, tiny_texts
     from connito.base.upcycle import silent, upcycle
-    from connito.moe.extraction import extract
+    from connito.experts.extraction import extract
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -19,11 +19,11 @@ def by_example(seed: int, *, quick: bool) -> list[dict[str, Any]]:
     import torch
     from connito.base.loading import load_full
     from connito.base.tiny import DOMAINS
-    from connito.moe.choose import signature_of
-    from connito.moe.compose import Part, rows_of
-    from connito.moe.extraction import ranking
-    from connito.moe.predict import measure_savings, nearest_experts, predict_savings
+    from connito.experts.compose import Part, rows_of
+    from connito.experts.extraction import ranking
+    from connito.experts.predict import measure_savings, nearest_experts, predict_savings
     from connito.moe.statistics import collect
+    from connito.workloads.selecting import signature_of
 
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

@@ -60,7 +60,7 @@ def size(model: Any) -> int:
 
 def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
-    from connito.moe import prune
+    from connito.experts import prune
     from connito.moe.layout import require_moe_layers
 
     model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
@@ -87,9 +87,9 @@ def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 def _extracted(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
-    from connito.moe.extraction import extract
+    from connito.experts.extraction import extract
+    from connito.experts.prune import expert_bytes
     from connito.moe.layout import require_moe_layers
-    from connito.moe.prune import expert_bytes
 
     model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
     whole, each = size(model), expert_bytes(next(iter(require_moe_layers(model).values())))
@@ -102,9 +102,9 @@ def _extracted(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 def _smaller(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
+    from connito.experts.lowrank import MAPS, low_rank, sparsify
+    from connito.experts.prune import loss
     from connito.moe.layout import require_moe_layers
-    from connito.moe.lowrank import MAPS, low_rank, sparsify
-    from connito.moe.prune import loss
 
     probe, held = text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
     full, whole = loss(load_full(source), held), size(load_full(source))
@@ -124,8 +124,8 @@ def _smaller(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 def _lone(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
-    from connito.moe.export import to_dense
-    from connito.moe.prune import loss, progressive
+    from connito.experts.export import to_dense
+    from connito.experts.prune import loss, progressive
 
     probe, held = text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
     full = loss(load_full(source), held)
@@ -139,9 +139,9 @@ def _lone(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 def _tune(seed: int, count: int) -> Any:
     """Eight batches of four on the experts that are left, on text of the calibration's domain, after each halving."""
-    from connito.moe.insert import write_rows
     from connito.moe.layout import require_moe_layers
     from connito.moe.resident import compress
+    from connito.moe.rows import write_rows
     from connito.moe.training import train_local
 
     def tune(model: Any) -> None:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable
 
 import numpy as np
-from connito.scoring import Raced, race
+from connito.protocol.scoring.proof_of_loss import Raced, race
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from numpy.random import Generator
 

@@ -80,8 +80,8 @@ def run(options: Options) -> Result:
 
 def _round(rig: Rig, steps: int, held: int) -> list[dict[str, Any]]:
     from connito.moe.background import background
-    from connito.moe.insert import write_rows
     from connito.moe.resident import compress
+    from connito.moe.rows import write_rows
     from connito.moe.statistics import collect
     from connito.moe.training import train_local
 

@@ -39,8 +39,8 @@ class Job:
 
 def expert_only(load: Load, targets: Targets, helpers: Mapping[int, Iterable[int]], name: str = "expert-only") -> Job:
     """Target rows trainable, helpers frozen, the rest of each adapted bank not in memory."""
-    from connito.moe.insert import write_rows
     from connito.moe.resident import compress, extract, target_parameters
+    from connito.moe.rows import write_rows
 
     model = compress(load(), targets, helpers)
 
@@ -66,8 +66,8 @@ def gradient_masking(load: Load, targets: Targets, name: str = "gradient masking
     A worker could still upload the selected rows alone, and `upload` counts those: masking loses in memory, not there.
     """
     import torch
-    from connito.moe.insert import read_rows
     from connito.moe.layout import require_moe_layers
+    from connito.moe.rows import read_rows
 
     model = load()
     model.requires_grad_(False)

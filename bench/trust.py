@@ -12,13 +12,13 @@ import statistics
 from itertools import product
 
 import numpy as np
-from connito.assignment import assign
-from connito.consensus import consensus
-from connito.facts import Fact, RunFacts
-from connito.subjects import FactKey
-from connito.trust import votes
+from connito.protocol.assignment import assign
+from connito.protocol.scoring.consensus import consensus
+from connito.protocol.scoring.trust import votes
+from connito.protocol.scoring.verdicts import score_cycle
 from connito.v1 import cycle_pb2, run_pb2
-from connito.verdicts import score_cycle
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import FactKey
 from numpy.random import Generator
 
 from bench.harness import Options, Result, main, note

@@ -70,11 +70,11 @@ def tiny_case(seed: int, sequences: int) -> Case:
 def demo_case(sequences: int) -> Case:
     """The demo base: one miner that trained four steps on medical text, one that sent noise."""
     from connito.base.loading import load_full, load_tokenizer
-    from connito.local.bases import build_cached
+    from connito.base.recipes import build_cached
+    from connito.data.domains import load_domain
+    from connito.data.prepare import Split, part_of
     from connito.moe.resident import compress
     from connito.moe.training import train_local
-    from connito.text.domains import load_domain
-    from connito.text.prepare import Split, part_of
 
     source = build_cached("demo", lambda *_: None) / "model"
     tokenizer, domains = load_tokenizer(source), ("medical", "code", "legal", "speeches", "math")
@@ -107,7 +107,7 @@ def _selected(model: Any, probe: Tokens) -> dict[int, list[int]]:
 
 def _noise(model: Any, layers: dict[int, list[int]], seed: int) -> Any:
     import torch
-    from connito.moe.insert import read_rows
+    from connito.moe.rows import read_rows
 
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -129,7 +129,7 @@ def _policy(held: dict[str, Tokens], minimum: int) -> Any:
 
 def _whole(model: Any, layers: dict[int, list[int]], states: list[Any], held: dict[str, Tokens]) -> list[int]:
     """The reasons (0: useful) with everything evaluated on a copy of the model each."""
-    from connito.moe.insert import write_rows
+    from connito.moe.rows import write_rows
 
     def measure(state: Any) -> dict[str, Any]:
         mine = copy.deepcopy(model)
@@ -176,7 +176,7 @@ def _raced(
 
 
 def _score(held: dict[str, Tokens], minimum: int, before: Callable[..., Any], after: Callable[..., Any]) -> Any:
-    from connito.score_reports import Evaluation, Losses, Measurable, score
+    from connito.protocol.scoring.evaluation import Evaluation, Losses, Measurable, score
     from connito.v1.cycle_pb2 import Submission
 
     def part(measure: Callable[..., Any]) -> Callable[[Any], Losses]:

@@ -123,7 +123,7 @@ def _round(shape: Shape, submissions: int, sequences: int, seed: int) -> list[di
 def _submissions(model: Any, targets: dict[int, list[int]], folder: Path, count: int, seed: int) -> list[Path]:
     """Files of the base's rows with a little noise."""
     import torch
-    from connito.moe.insert import read_rows
+    from connito.moe.rows import read_rows
     from connito.moe.state import save_state
 
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +138,7 @@ def _submissions(model: Any, targets: dict[int, list[int]], folder: Path, count:
 def copy_and_full_forward(model: Any, targets: Any, files: list[Path], table: Tokens) -> list[Losses]:
     """A fresh copy per submission, the model's own forward pass, and the cross entropy of its table of logits."""
     import torch
-    from connito.moe.insert import write_rows
+    from connito.moe.rows import write_rows
     from connito.moe.state import load_state
 
     out = []
@@ -158,7 +158,7 @@ def copy_and_full_forward(model: Any, targets: Any, files: list[Path], table: To
 def swap_and_full_forward(model: Any, targets: Any, files: list[Path], table: Tokens) -> list[Losses]:
     """Rows written in place; every layer runs."""
     from connito.moe.head import Head
-    from connito.moe.insert import read_rows, write_rows
+    from connito.moe.rows import read_rows, write_rows
     from connito.moe.state import load_state
 
     before, head, out = read_rows(model, targets), Head(model), []

@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from connito.tls import Tls
+from connito.wire.tls import Tls
 
 
 @dataclass(frozen=True)

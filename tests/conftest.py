@@ -10,8 +10,8 @@ from __future__ import annotations
 import secrets
 
 import pytest
-from connito.identity import Identity
-from connito.roster import ROLES, Roster
+from connito.wire.identity import Identity
+from connito.wire.roster import ROLES, Roster
 from hypothesis import HealthCheck, settings
 
 # How long an example takes says how busy the machine is, not whether the code is right.

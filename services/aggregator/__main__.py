@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Callable
 
 from connito.bus import Bus
-from connito.compute import ComputeBudget
-from connito.engine import Action, Decision, Engine
-from connito.facts import Fact, Log, RunFacts
-from connito.lease import Lease
-from connito.runner import ServiceContext, run_service
+from connito.bus.lease import Lease
+from connito.runtime.compute import ComputeBudget
+from connito.service.engine import Action, Decision, Engine
+from connito.service.runner import ServiceContext, run_service
 from connito.v1.run_pb2 import RunEnded
+from connito.wire.facts import Fact, Log, RunFacts
 
 from services.aggregator.actions import Aggregator
 from services.aggregator.handlers import STREAMS, decide, drop_losses

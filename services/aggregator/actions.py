@@ -8,24 +8,24 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from connito import metrics
-from connito.base.manifest import Manifest
 from connito.bus import Bus, offences
-from connito.compute import ComputeBudget
-from connito.consensus import Consensus
-from connito.engine import Action
+from connito.bus.lease import Lease
+from connito.data.manifest import Manifest
 from connito.errors import Invalid, VerificationFailed, reason_name
-from connito.facts import RunFacts
-from connito.lease import Lease
-from connito.merging import STATE_MEDIA_TYPE, Files, Merged, merge_cycle
-from connito.moe.gate_bench import Bench
-from connito.provenance import check_settled, check_start
-from connito.reports import quorum_fault, read_reports
-from connito.roster import Roster
+from connito.protocol.merging.cycle import STATE_MEDIA_TYPE, Files, Merged, merge_cycle
+from connito.protocol.provenance import check_settled, check_start
+from connito.protocol.scoring.consensus import Consensus
+from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
+from connito.protocol.scoring.verdicts import Refusals, agree, no_quorum
+from connito.runtime import metrics
+from connito.runtime.compute import ComputeBudget
+from connito.runtime.logs import bind_run, get_logger
+from connito.service.engine import Action
 from connito.store import ArtifactStore
-from connito.telemetry import bind_run, get_logger
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
-from connito.verdicts import Refusals, agree, no_quorum
+from connito.wire.facts import RunFacts
+from connito.wire.roster import Roster
+from connito.workloads.gating import Bench
 
 from services.aggregator.handlers import Merge, Preload
 

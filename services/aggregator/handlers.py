@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from connito.engine import Action, Decision
-from connito.facts import Fact, RunFacts
+from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2
+from connito.wire.facts import Fact, RunFacts
 
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
 

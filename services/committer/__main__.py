@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 
-from connito import rpc
-from connito.engine import Engine
 from connito.errors import Retry
-from connito.limits import RateLimit
-from connito.runner import ServiceContext, run_service
+from connito.runtime.limits import RateLimit
+from connito.service import rpc
+from connito.service.engine import Engine
+from connito.service.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
 
 from services.committer.actions import decide

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from connito.engine import Action, Decision
-from connito.facts import RunFacts
+from connito.service.engine import Action, Decision
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
 
 from services.committer import handlers, settlement
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from connito import bans
 from connito.bus import Bus
 from connito.errors import ConnitoError, Invalid, NotFound, reason_name
-from connito.facts import RunFacts
-from connito.limits import RateLimit
-from connito.metrics import REFUSALS
-from connito.rpc import open_request
+from connito.protocol import bans
+from connito.runtime.limits import RateLimit
+from connito.runtime.metrics import REFUSALS
+from connito.service.rpc import open_request
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.wire.facts import RunFacts
 
 from services.committer import handlers
 from services.committer.view import FACTS, View
@@ -24,7 +24,7 @@ DIGESTS_PER_REQUEST = 16
 
 
 class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
-    """`connito.v1.SubmissionService`. Errors are raised as `connito.errors` and mapped by `connito.rpc`."""
+    """`connito.v1.SubmissionService`. Errors are raised as `connito.errors` and mapped by `connito.service.rpc`."""
 
     def __init__(self, bus: Bus, view: View, store: ArtifactStore, limit: RateLimit, presign_seconds: int) -> None:
         self._bus, self._view, self._store = bus, view, store

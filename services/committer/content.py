@@ -6,12 +6,12 @@ import asyncio
 from collections import OrderedDict
 
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
-from connito.facts import RunFacts
+from connito.protocol.submission import read_header, validate
+from connito.runtime.logs import get_logger
 from connito.store import ArtifactStore
-from connito.submission import read_header, validate
-from connito.telemetry import get_logger
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
 
 from services.committer.handlers import Refusal
 

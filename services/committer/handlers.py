@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from connito import bans
-from connito.commitment import opens
 from connito.errors import Invalid, NotFound, reason_name
-from connito.facts import Fact, RunFacts
+from connito.protocol import bans
+from connito.protocol.commitment import opens
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.v1.services_pb2 import UploadCommand
+from connito.wire.facts import Fact, RunFacts
 
 DIGEST_BYTES = 32
 # A submission has the tensors of the initial state; only its header's metadata may differ in length.

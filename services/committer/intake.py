@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from connito import metrics
 from connito.bus import Bus
 from connito.bus.offences import kind_of, report
-from connito.engine import Action
 from connito.errors import Invalid, NotFound, Retry, reason_name
-from connito.facts import Fact, Record, RunFacts, verify_ingress
-from connito.telemetry import get_logger
+from connito.runtime import metrics
+from connito.runtime.logs import get_logger
+from connito.service.engine import Action
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.wire.facts import Fact, Record, RunFacts, verify_ingress
 
 from services.committer import handlers, settlement
 from services.committer.actions import Examine, Settle

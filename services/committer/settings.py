@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from connito.settings import ServiceSettings
+from connito.runtime.settings import ServiceSettings
 from pydantic import Field
 
 

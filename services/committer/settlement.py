@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from connito import bans
 from connito.errors import Retry
-from connito.facts import Fact, RunFacts
-from connito.newcomers import over_quota, quota_detail
+from connito.protocol import bans
+from connito.protocol.scoring.newcomers import over_quota, quota_detail
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.wire.facts import Fact, RunFacts
 
 from services.committer import handlers
 

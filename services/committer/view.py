@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from connito.facts import Fact, Record, verify_ingress
-from connito.position import PositionedLog
-from connito.quota import Said
-from connito.roster import Roster
+from connito.bus.position import PositionedLog
+from connito.protocol.quota import Said
 from connito.v1 import cycle_pb2
+from connito.wire.facts import Fact, Record, verify_ingress
+from connito.wire.roster import Roster
 
 # What a judgement rests on.
 FACTS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT")

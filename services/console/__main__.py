@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from connito.errors import Fatal
-from connito.runner import ServiceContext, run_service
-from connito.tasks import end_tasks
+from connito.runtime.tasks import end_tasks
+from connito.service.runner import ServiceContext, run_service
 
 from services.console.settings import ConsoleSettings
 

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from connito import metrics
 from connito.bus import Bus, CaughtUp
-from connito.engine import now_ms
-from connito.envelope import open_bytes
+from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, Retry, reason_name
-from connito.facts import Log, Record, RunFacts
-from connito.roster import Roster
-from connito.streams import FACT_STREAMS
-from connito.tasks import end_tasks
-from connito.telemetry import get_logger
+from connito.runtime import metrics
+from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
+from connito.service.engine import now_ms
 from connito.v1.cycle_pb2 import DeadLetter
+from connito.wire.envelope import open_bytes
+from connito.wire.facts import Log, Record, RunFacts
+from connito.wire.roster import Roster
 
 log = get_logger("feed")
 

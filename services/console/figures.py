@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from connito.data.tensors import Array, read_header, read_tensors, to_float32
 from connito.errors import ConnitoError, Invalid
+from connito.runtime.tasks import end_tasks
 from connito.store import ArtifactStore
-from connito.tasks import end_tasks
-from connito.tensors import Array, read_header, read_tensors, to_float32
 from connito.v1.artifacts_pb2 import ArtifactRef
 
 Figures = dict[int, dict[int, float]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from connito.facts import RunFacts
+from connito.wire.facts import RunFacts
 
 
 @dataclass(frozen=True)

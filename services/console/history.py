@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from connito.facts import Fact, RunFacts
-from connito.local.view import announce
-from connito.report import miner_name
+from connito.views.live import announce
+from connito.views.run_report import miner_name
+from connito.wire.facts import Fact, RunFacts
 
 
 @dataclass(frozen=True)

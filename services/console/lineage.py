@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from connito.facts import RunFacts
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
 
 from services.console import words
 from services.console.views import name

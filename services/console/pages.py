@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from connito.facts import RunFacts
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from connito.errors import Fatal
-from connito.settings import ServiceSettings
+from connito.runtime.settings import ServiceSettings
 from pydantic import Field, SecretStr
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from connito import standings
 from connito.errors import reason_name
-from connito.facts import Fact, RunFacts
-from connito.local.view import open_window, phase
-from connito.report import miner_name, outcome, submission_rows
-from connito.standings import rating_text
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views import standings
+from connito.views.live import phase
+from connito.views.run_report import miner_name, outcome, submission_rows
+from connito.views.standings import rating_text
+from connito.wire.facts import Fact, RunFacts, open_window
 
 from services.console import words
 

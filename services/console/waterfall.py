@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from connito.facts import Fact, RunFacts
-from connito.subjects import WINDOWS
 from connito.v1 import cycle_pb2
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import WINDOWS
 
 from services.console.views import name
 from services.console.words import duration

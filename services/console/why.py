@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from connito.facts import Fact, RunFacts
-from connito.standings import rating_text, ratings, validator_rows
 from connito.v1 import cycle_pb2
+from connito.views.standings import rating_text, ratings, validator_rows
+from connito.wire.facts import Fact, RunFacts
 
 from services.console import words
 from services.console.views import judged, name, reason_pair

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 
-from connito import rpc
-from connito.engine import Engine
-from connito.facts import Fact
-from connito.limits import RateLimit
-from connito.position import PositionedLog
-from connito.runner import ServiceContext, run_service
+from connito.bus.position import PositionedLog
+from connito.runtime.limits import RateLimit
+from connito.service import rpc
+from connito.service.engine import Engine
+from connito.service.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
 from connito.v1.cycle_pb2 import ScoreReport
+from connito.wire.facts import Fact
 
 from services.coordinator.api import NAME, RunApi
 from services.coordinator.changes import Changes

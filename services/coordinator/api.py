@@ -8,22 +8,22 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from connito import bans
 from connito.bus import Bus
-from connito.engine import now_ms
 from connito.errors import Invalid, NotFound, Retry
-from connito.facts import Log, RunFacts
-from connito.identity import is_public_key
-from connito.limits import RateLimit
-from connito.roster import OPERATOR, Roster
-from connito.rpc import open_request
-from connito.subjects import INSTALLATION
+from connito.protocol import bans
+from connito.protocol.policy import complete
+from connito.runtime.limits import RateLimit
+from connito.service.engine import now_ms
+from connito.service.rpc import open_request
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
+from connito.wire.facts import Log, RunFacts
+from connito.wire.identity import is_public_key
+from connito.wire.roster import OPERATOR, Roster
+from connito.wire.subjects import INSTALLATION
 
 from services.coordinator import enrolment
 from services.coordinator.changes import Changes
-from services.coordinator.spec import complete
 from services.coordinator.status import status, version
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
@@ -35,7 +35,7 @@ ORDER_MS = 300_000
 
 
 class RunApi(services_pb2_grpc.RunServiceServicer):
-    """`connito.v1.RunService`. Errors are raised as `connito.errors` and mapped by `connito.rpc`."""
+    """`connito.v1.RunService`. Errors are raised as `connito.errors` and mapped by `connito.service.rpc`."""
 
     def __init__(
         self,

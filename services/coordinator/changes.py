@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from connito.facts import Fact
+from connito.wire.facts import Fact
 
 
 class Changes:

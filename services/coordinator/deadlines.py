@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from connito.facts import Fact, RunFacts
 from connito.v1 import cycle_pb2
 from connito.v1.run_pb2 import WindowPolicy
+from connito.wire.facts import Fact, RunFacts
 
 # Facts whose arrival is somebody acting in a window.
 _ACTS: dict[str, tuple[tuple[str, str], ...]] = {

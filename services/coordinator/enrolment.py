@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from connito.bans import standing, why
 from connito.errors import Invalid
-from connito.facts import RunFacts
-from connito.invites import needs_invite, verify
-from connito.roster import OPERATOR, ROLES, Roster
-from connito.subjects import INSTALLATION
+from connito.protocol.bans import standing, why
 from connito.v1 import reasons_pb2, run_pb2, services_pb2
+from connito.wire.facts import RunFacts
+from connito.wire.invites import needs_invite, verify
+from connito.wire.roster import OPERATOR, ROLES, Roster
+from connito.wire.subjects import INSTALLATION
 
 MAX_LABEL = 80
 

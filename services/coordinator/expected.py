@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from connito.bans import banned
-from connito.beacon import opens
-from connito.facts import RunFacts
+from connito.protocol.bans import banned
+from connito.protocol.beacon import opens
 from connito.v1 import cycle_pb2
 from connito.v1.run_pb2 import RunSpec
+from connito.wire.facts import RunFacts
 
 
 def _named(facts: RunFacts, cycle: int) -> set[str]:

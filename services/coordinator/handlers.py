@@ -10,13 +10,13 @@ for having acted who has not.
 
 from __future__ import annotations
 
-from connito.beacon import draw_seed
-from connito.engine import Action, Decision
-from connito.facts import RunFacts
-from connito.objective import reached
-from connito.subjects import WINDOWS
+from connito.protocol.beacon import draw_seed
+from connito.protocol.objective import reached
+from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
+from connito.wire.subjects import WINDOWS
 
 from services.coordinator import expected
 from services.coordinator.actions import CloseWindow, PublishFact

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from connito import metrics
-from connito.bans import banned
 from connito.bus import Bus
-from connito.engine import Action, Decision, now_ms
+from connito.bus.lease import Lease
+from connito.bus.position import PositionedLog
 from connito.errors import Retry, reason_name
-from connito.facts import RunFacts
-from connito.lease import Lease
-from connito.position import PositionedLog
-from connito.telemetry import get_logger
+from connito.protocol.bans import banned
+from connito.runtime import metrics
+from connito.runtime.logs import get_logger
+from connito.service.engine import Action, Decision, now_ms
 from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.facts import RunFacts
 from google.protobuf.message import Message
 
 from services.coordinator import handlers

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from connito.settings import ServiceSettings
-from connito.streams import LEASE_TTL
+from connito.bus.streams import LEASE_TTL
+from connito.runtime.settings import ServiceSettings
 from pydantic import Field
 
 

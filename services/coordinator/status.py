@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from connito.facts import RunFacts
-from connito.subjects import WINDOWS
 from connito.v1 import run_pb2, services_pb2
+from connito.wire.facts import RunFacts
+from connito.wire.subjects import WINDOWS
 
 _PHASES = {
     run_pb2.RUN_OUTCOME_COMPLETED: services_pb2.RUN_PHASE_COMPLETED,

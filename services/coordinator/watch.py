@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from connito import metrics
-from connito.facts import RunFacts
-from connito.subjects import WINDOWS
+from connito.runtime import metrics
+from connito.wire.facts import RunFacts
+from connito.wire.subjects import WINDOWS
 
 from services.coordinator.status import open_window
 

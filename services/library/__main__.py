@@ -9,11 +9,11 @@ from pathlib import Path
 
 from connito.bus import CaughtUp
 from connito.errors import Invalid, Retry, VerificationFailed
-from connito.facts import Fact, verify_fact
 from connito.library.index import Index
-from connito.rpc import serve
-from connito.runner import ServiceContext, run_service
+from connito.service.rpc import serve
+from connito.service.runner import ServiceContext, run_service
 from connito.v1 import run_pb2, services_pb2_grpc
+from connito.wire.facts import Fact, verify_fact
 
 from services.library.actions import Depositor
 from services.library.projection import Catalogue

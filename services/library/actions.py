@@ -9,10 +9,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito import metrics, subjects
 from connito.bus import Bus, CaughtUp
 from connito.errors import Invalid, reason_name
-from connito.facts import Log, Record, RunFacts, verify_fact
 from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
 from connito.library.attestation import attest
 from connito.library.attestation import encode as encode_attestation
@@ -20,9 +18,12 @@ from connito.library.card import render
 from connito.library.deposit import STREAMS, Deposit, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
 from connito.library.start import start_ref
-from connito.roster import Roster
+from connito.runtime import metrics
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
+from connito.wire import subjects
+from connito.wire.facts import Log, Record, RunFacts, verify_fact
+from connito.wire.roster import Roster
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

@@ -7,15 +7,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from connito import rpc
 from connito.bus import Bus
 from connito.errors import Invalid
 from connito.library.attestation import countersign
 from connito.library.governance import Viewer
-from connito.roster import OPERATOR, Roster
+from connito.service import rpc
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
+from connito.wire.roster import OPERATOR, Roster
 
 from services.library.projection import NOTICES, Catalogue
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from connito.compute import ComputeBudget
-from connito.runner import ServiceContext, run_service
+from connito.runtime.compute import ComputeBudget
+from connito.service.runner import ServiceContext, run_service
 
 from services.selector.actions import Selector
 from services.selector.settings import SelectorSettings

@@ -9,18 +9,19 @@ import time
 from contextlib import aclosing, suppress
 from pathlib import Path
 
-from connito import metrics, subjects, telemetry
-from connito.base.manifest import Manifest
 from connito.bus import Bus, CaughtUp
-from connito.compute import ComputeBudget
+from connito.data.manifest import Manifest
 from connito.errors import Invalid, Retry
-from connito.facts import Record, verify_fact
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
-from connito.moe.choose import Chosen, Library, Probes, check_holdouts, choose
-from connito.roster import Roster
+from connito.runtime import logs, metrics
+from connito.runtime.compute import ComputeBudget
+from connito.runtime.logs import Logger
 from connito.store import ArtifactStore
-from connito.telemetry import Logger
 from connito.v1 import artifacts_pb2, run_pb2
+from connito.wire import subjects
+from connito.wire.facts import Record, verify_fact
+from connito.wire.roster import Roster
+from connito.workloads.selecting import Chosen, Library, Probes, check_holdouts, choose
 
 from services.selector import handlers
 
@@ -39,7 +40,7 @@ class Selector:
         """Publish the run's selection, or why there is none. Raises `Retry` when broker or store are away."""
         fact = verify_fact(record, self._roster)
         assert isinstance(fact.message, run_pb2.RunCreated)
-        telemetry.bind_run(fact.run)
+        logs.bind_run(fact.run)
         if await self._settled(fact.run):
             return
         try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from connito.errors import Invalid
-from connito.moe.choose import Chosen
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
+from connito.workloads.selecting import Chosen
 
 # Kinds of facts after which there is nothing left to select.
 SETTLED = ("selected", "selection_failed", "ended")

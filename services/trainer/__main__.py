@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from connito.compute import ComputeBudget
-from connito.engine import Decision, Engine
-from connito.facts import Log, RunFacts
-from connito.runner import ServiceContext, run_service
+from connito.runtime.compute import ComputeBudget
+from connito.service.engine import Decision, Engine
+from connito.service.runner import ServiceContext, run_service
+from connito.wire.facts import Log, RunFacts
 
 from services.trainer.actions import Miner
 from services.trainer.adapters import Downloads, Services

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from connito import metrics, telemetry
 from connito.bus import Bus
-from connito.commitment import commitment_digest
-from connito.engine import Action
 from connito.errors import Invalid, Retry, reason_name
-from connito.facts import RunFacts
-from connito.provenance import check_start
+from connito.protocol.commitment import commitment_digest
+from connito.protocol.provenance import check_start
+from connito.runtime import logs, metrics
+from connito.service.engine import Action
 from connito.store import put_presigned
 from connito.store.cache import digest_of_file
 from connito.v1 import cycle_pb2, reasons_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+from connito.wire.facts import RunFacts
 
 from services.trainer.adapters import Downloads, Services
 from services.trainer.handlers import Commit, Enrol, Reveal, SayTrained, Tell, Train
@@ -27,7 +27,7 @@ from services.trainer.strategy import Effort, Strategy, Work
 
 MEDIA_TYPE = "application/vnd.safetensors"
 
-log = telemetry.get_logger("miner")
+log = logs.get_logger("miner")
 
 
 class Trainer(Protocol):
@@ -77,7 +77,7 @@ class Miner:
         log.info("enrolled", label=self.label)
 
     async def _train(self, run: str, cycle: int) -> None:
-        telemetry.bind_run(run, cycle)
+        logs.bind_run(run, cycle)
         facts, ledger = self.facts(run), self.ledger
         opened, spec = facts.opened("train", cycle), facts.spec
         assert opened is not None
@@ -117,14 +117,14 @@ class Miner:
         self.ledger.update(run, cycle, said=True)
 
     async def _commit(self, run: str, cycle: int) -> None:
-        telemetry.bind_run(run, cycle)
+        logs.bind_run(run, cycle)
         digest = bytes.fromhex(self.ledger.cycle(run, cycle).commitment)
         await self.bus.publish_ingress(run, "commitment", cycle_pb2.Commitment(run=run, cycle=cycle, digest=digest))
         self.ledger.update(run, cycle, committed=True)
         log.info("committed", commitment=digest.hex()[:12])
 
     async def _reveal(self, run: str, cycle: int) -> None:
-        telemetry.bind_run(run, cycle)
+        logs.bind_run(run, cycle)
         mine = self.ledger.cycle(run, cycle)
         salt = self._salt(run, cycle, mine.artifact)
         artifact = ArtifactRef(digest=mine.artifact, size=mine.size, media_type=MEDIA_TYPE, realm=REALM_SUBMISSION)
@@ -162,7 +162,7 @@ class Miner:
         return self.bus.identity.derive("salt", run, str(cycle), artifact_digest)
 
     def _tell(self, run: str, tell: Tell) -> None:
-        telemetry.bind_run(run, tell.cycle)
+        logs.bind_run(run, tell.cycle)
         if tell.reason:
             metrics.REFUSALS.labels(tell.reason).inc()
             log.warning(tell.text)

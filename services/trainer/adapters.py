@@ -12,15 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import grpc.aio
-from connito import rpc
 from connito.bus import Bus
-from connito.envelope import seal
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
-from connito.invites import parse
+from connito.service import rpc
 from connito.store import get_presigned
 from connito.store.cache import Cache
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.envelope import seal
+from connito.wire.invites import parse
 from google.protobuf.message import Message
 
 # The facts that a request rests on may reach the other side a moment after they reached us.

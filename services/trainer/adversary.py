@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connito.errors import Fatal, Invalid, Retry
-from connito.facts import RunFacts
+from connito.wire.facts import RunFacts
 
 from services.trainer.settings import TrainerSettings
 from services.trainer.state import read_progress

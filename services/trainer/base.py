@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.base.manifest import FileEntry, Manifest
+from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Retry, VerificationFailed
-from connito.facts import RunFacts
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import SelectionMade
+from connito.wire.facts import RunFacts
 
 from services.trainer.adapters import Downloads, RangeReader
 
@@ -117,7 +117,7 @@ class Ranges:
         self._touched: set[Path] = set()
 
     def read(self, entry: FileEntry, start: int, length: int) -> bytes:
-        """These bytes of a file; `connito.base.manifest` checks their digest. Raises `Retry`."""
+        """These bytes of a file; `connito.data.manifest` checks their digest. Raises `Retry`."""
         if length == 0:
             return b""
         folder = self._folder / entry.digest

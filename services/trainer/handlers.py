@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from connito.bans import banned
-from connito.engine import Action, Decision
 from connito.errors import reason_name
-from connito.facts import RunFacts
+from connito.protocol.bans import banned
+from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.wire.facts import RunFacts
 
 from services.trainer.state import CycleProgress, Progress
 from services.trainer.strategy import HONEST, Strategy

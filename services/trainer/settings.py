@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from connito.settings import ServiceSettings
+from connito.runtime.settings import ServiceSettings
 from pydantic import Field
 
 

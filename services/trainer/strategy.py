@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connito.errors import Invalid
-from connito.facts import RunFacts
 from connito.v1.run_pb2 import TrainPolicy
+from connito.wire.facts import RunFacts
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito import telemetry
-from connito.compute import ComputeBudget, in_thread
-from connito.corpus import Corpus, Tokens
+from connito.data.corpus import Corpus, Tokens
 from connito.errors import Invalid, Retry
-from connito.facts import RunFacts
 from connito.moe.schedule import Schedule
+from connito.runtime import logs
+from connito.runtime.compute import ComputeBudget, in_thread
 from connito.v1.run_pb2 import RunSpec, TrainPolicy
+from connito.wire.facts import RunFacts
 
 from services.trainer.adapters import Downloads
 from services.trainer.base import Base, experts_of
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 2.0
 
-log = telemetry.get_logger("training")
+log = logs.get_logger("training")
 
 
 @dataclass

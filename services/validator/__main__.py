@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from connito.chain import Chains
-from connito.compute import ComputeBudget
-from connito.engine import Decision, Engine
 from connito.errors import Fatal
-from connito.facts import Fact, Log, RunFacts
-from connito.runner import ServiceContext, run_service
+from connito.runtime.compute import ComputeBudget
+from connito.service.engine import Decision, Engine
+from connito.service.runner import ServiceContext, run_service
 from connito.v1.cycle_pb2 import ScoreReport
+from connito.wire.chain import Chains
+from connito.wire.facts import Fact, Log, RunFacts
 
 from services.validator.actions import Validator, anchors_of
 from services.validator.handlers import STREAMS, decide

@@ -8,28 +8,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from connito import telemetry
-from connito.assignment import assigned
-from connito.base.manifest import Manifest
-from connito.beacon import secret_digest
 from connito.bus import Bus, offences
-from connito.chain import Chains, anchored_windows
-from connito.compute import ComputeBudget, in_thread
-from connito.engine import Action
+from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_name
-from connito.facts import RunFacts
-from connito.identity import Identity
-from connito.moe.score_bench import Bench, SubmissionFiles
-from connito.score_reports import Evaluation, fit, rejected, score
+from connito.protocol.assignment import assigned
+from connito.protocol.beacon import secret_digest
+from connito.protocol.scoring.evaluation import Evaluation, fit, rejected, score
+from connito.runtime import logs
+from connito.runtime.compute import ComputeBudget, in_thread
+from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.wire.chain import Chains, anchored_windows
+from connito.wire.facts import RunFacts
+from connito.wire.identity import Identity
+from connito.workloads.scoring import Bench, SubmissionFiles
 
 from services.validator.handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
 from services.validator.metrics import SCORE_SECONDS, SUBMISSIONS
 from services.validator.settings import ValidatorSettings
 
-log = telemetry.get_logger("validator")
+log = logs.get_logger("validator")
 
 # The submission's fault, as opposed to the machine's or the store's.
 _ITS_FAULT = (
@@ -98,7 +98,7 @@ class Validator:
                 revealed = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=self.me, secret=secret)
                 await self._bus.publish_fact(run, "validate", cycle, "seed", revealed, self.me)
             case Score(cycle):
-                telemetry.bind_run(run, cycle)
+                logs.bind_run(run, cycle)
                 await self._score(run, cycle)
 
     async def _bench(self, run: str) -> Bench:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-from connito.beacon import draw_seed, secret_digest
-from connito.engine import Action, Decision
 from connito.errors import VerificationFailed
-from connito.facts import RunFacts
+from connito.protocol.beacon import draw_seed, secret_digest
+from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2
+from connito.wire.facts import RunFacts
 
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
 

@@ -9,34 +9,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from connito.base.branches import import_branches as import_branches
     from connito.client import Client as Client
-    from connito.expert import load_expert as load_expert
-    from connito.moe.arrow import variants as variants
-    from connito.moe.branches import import_branches as import_branches
-    from connito.moe.compose import Composition as Composition
-    from connito.moe.compose import read_part as read_part
-    from connito.moe.extraction import extract as extract
-    from connito.moe.flex import opt_in as opt_in
-    from connito.moe.flex import opt_out as opt_out
+    from connito.experts.arrow import variants as variants
+    from connito.experts.compose import Composition as Composition
+    from connito.experts.compose import read_part as read_part
+    from connito.experts.extraction import extract as extract
+    from connito.experts.flex import opt_in as opt_in
+    from connito.experts.flex import opt_out as opt_out
+    from connito.experts.load import load_expert as load_expert
+    from connito.experts.upgrade import upgrade as upgrade
     from connito.moe.resident import compress as compress
     from connito.moe.selection import select as select
-    from connito.moe.upgrade import upgrade as upgrade
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Client": "connito.client",
-    "Composition": "connito.moe.compose",
+    "Composition": "connito.experts.compose",
     "compress": "connito.moe.resident",
-    "extract": "connito.moe.extraction",
-    "import_branches": "connito.moe.branches",
-    "load_expert": "connito.expert",
-    "opt_in": "connito.moe.flex",
-    "opt_out": "connito.moe.flex",
-    "read_part": "connito.moe.compose",
+    "extract": "connito.experts.extraction",
+    "import_branches": "connito.base.branches",
+    "load_expert": "connito.experts.load",
+    "opt_in": "connito.experts.flex",
+    "opt_out": "connito.experts.flex",
+    "read_part": "connito.experts.compose",
     "select": "connito.moe.selection",
-    "upgrade": "connito.moe.upgrade",
-    "variants": "connito.moe.arrow",
+    "upgrade": "connito.experts.upgrade",
+    "variants": "connito.experts.arrow",
 }
 
 __all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - names of the table below resolve through __getattr__

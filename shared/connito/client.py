@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from google.protobuf.message import Message
 
-from connito.envelope import seal
 from connito.errors import Invalid, NotFound, Retry
-from connito.identity import Identity
-from connito.tls import PLAIN, Tls
 from connito.v1 import run_pb2, services_pb2
 from connito.v1.run_pb2 import BanOrder, RunSpec
+from connito.wire.envelope import seal
+from connito.wire.identity import Identity
+from connito.wire.tls import PLAIN, Tls
 
 if TYPE_CHECKING:
     from connito.jobs.check import Checked
@@ -53,7 +53,7 @@ class Client:
         the one that CONNITO_NATS_URL names, with the key in CONNITO_KEY_FILE."""
         import asyncio
 
-        from connito.local.session import Session
+        from connito.platform.session import Session
 
         folder = None if data_dir is None else Path(data_dir)
         session = Session.open(folder, role=role)
@@ -96,12 +96,12 @@ class Client:
         """Check a job.yaml, upload its corpora, create its run; returns the run's id."""
         from connito.jobs.submit import submit
 
-        return submit(self.check_job(file), self).run
+        return submit(self.check_job(file), self.create_run).run
 
     def report_job(self, run: str, out: Path | str | None = None, *, measure: bool = True) -> dict[str, Any]:
         """The delivery report of a run that has ended, as `job report --json` prints it; with `out`, written there too."""
         from connito.jobs.delivery import deliver, write
-        from connito.local.session import Session
+        from connito.platform.session import Session
 
         delivered = deliver(Session.open(self._data_dir, role="customer"), run, measure=measure)
         if out is not None:
@@ -121,7 +121,7 @@ class Client:
         """The run's status whenever it changes, until it has ended."""
         import grpc
 
-        from connito.rpc import error_of
+        from connito.service.rpc import error_of
 
         try:
             for answer in self._run_service.WatchRun(services_pb2.WatchRunRequest(run=run)):
@@ -242,7 +242,7 @@ class Client:
     def _call(self, method: Callable[..., Any], request: Message) -> Any:
         import grpc
 
-        from connito.rpc import error_of
+        from connito.service.rpc import error_of
 
         try:
             return method(request, timeout=DEADLINE_SECONDS, wait_for_ready=True)

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito import streams
-from connito.bus import Bus
-from connito.identity import Identity
-from connito.local.servers import NatsServer
-from connito.roster import Roster
+from connito.bus import Bus, streams
+from connito.platform.servers import NatsServer
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 from tests.browser.chromium import Chromium
 from tests.e2e.conftest import environment

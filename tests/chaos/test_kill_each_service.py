@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from connito.bus import CaughtUp
+from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound
-from connito.facts import Log
-from connito.local.datadir import DataDir
-from connito.local.session import Session
-from connito.streams import FACT_STREAMS
+from connito.platform.datadir import DataDir
+from connito.platform.session import Session
+from connito.wire.facts import Log
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 

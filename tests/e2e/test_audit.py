@@ -16,22 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito import streams
 from connito.audit.artifacts import Named, gather
 from connito.audit.evidence import read
-from connito.bus import Bus, CaughtUp
-from connito.envelope import seal
-from connito.facts import Record
-from connito.identity import Identity
-from connito.local.servers import NatsServer, ObjectStore
-from connito.local.session import BUCKET, REGION
-from connito.roster import Roster
-from connito.scoring import score_submission
+from connito.bus import Bus, CaughtUp, streams
+from connito.bus.streams import FACT_STREAMS
+from connito.platform.servers import NatsServer, ObjectStore
+from connito.platform.session import BUCKET, REGION
+from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.store import ArtifactStore, key_of
-from connito.streams import FACT_STREAMS
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
+from connito.wire.envelope import seal
+from connito.wire.facts import Record
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 from .conftest import Finished, Up, environment
 

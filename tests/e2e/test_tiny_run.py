@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import psutil
 import pytest
-from connito.local.bases import cached_base
+from connito.base.recipes import cached_base
 
 from .conftest import Finished, Up
 
@@ -135,7 +135,7 @@ def deposited(run: Finished, digest: str) -> Path:
     path = run.artifact(digest)
     if path.exists():
         return path
-    from connito.local.servers import ObjectStore
+    from connito.platform.servers import ObjectStore
     from connito.store import ArtifactStore
     from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
@@ -174,7 +174,7 @@ def test_nothing_keeps_running_and_nothing_had_to_be_restarted(run: Finished) ->
 
 def test_a_miner_has_no_held_out_text_and_no_credentials(run: Finished) -> None:
     """Its cache holds public artifacts only; its log shows that it had no reason to look for more."""
-    from connito.corpus import Corpus
+    from connito.data.corpus import Corpus
 
     kept = [path for path in (run.data / "cache-miners").rglob("*") if path.is_file() and len(path.name) == 64]
     splits = set()

@@ -16,12 +16,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from connito import streams
-from connito.bus import Bus
-from connito.identity import Identity
-from connito.local.servers import NatsServer, ObjectStore
-from connito.roster import Roster
+from connito.bus import Bus, streams
+from connito.platform.servers import NatsServer, ObjectStore
 from connito.store import ArtifactStore
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 BusFactory = Callable[..., Awaitable[Bus]]
 

@@ -11,15 +11,14 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from connito import streams
-from connito.access import Access
-from connito.bus import Bus
+from connito.bus import Bus, streams
 from connito.errors import ConnitoError, Invalid
-from connito.facts import Log, Record
-from connito.identity import Identity
-from connito.local.servers import NatsServer
-from connito.roster import Roster
+from connito.platform.access import Access
+from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.facts import Log, Record
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 # The client library leaves sockets of refused logins to the garbage collector.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]

@@ -8,18 +8,19 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from connito import invites, rpc
 from connito.audit import access
 from connito.bus import Bus
-from connito.envelope import seal
 from connito.errors import Invalid, NotFound
-from connito.identity import Identity
-from connito.local.servers import NatsServer, ObjectStore
-from connito.roster import Roster
+from connito.platform.servers import NatsServer, ObjectStore
+from connito.service import rpc
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC
 from connito.v1.services_pb2_grpc import RunServiceStub
+from connito.wire import invites
+from connito.wire.envelope import seal
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 from safetensors.numpy import save
 
 from tests.integration import test_coordinator

@@ -12,19 +12,19 @@ import pytest
 import torch
 from connito.base.loading import load_full
 from connito.bus import Bus
-from connito.candidates import Attempt, Ingredients, write_candidate
+from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.errors import NotFound
-from connito.facts import RunFacts
-from connito.identity import Identity
-from connito.local.servers import NatsServer, ObjectStore
 from connito.moe.resident import compress
 from connito.moe.state import load_state, save_state
 from connito.moe.training import train_local
-from connito.pseudo_gradients import DeltaFiles, gram_matrix
-from connito.roster import Roster
+from connito.platform.servers import NatsServer, ObjectStore
+from connito.protocol.merging.candidates import Attempt, Ingredients, write_candidate
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+from connito.wire.facts import RunFacts
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 from tests.integration.test_selector import store_env
 from tests.integration.tiny_run import SAFETENSORS, TARGET, Teller, TinyRun, corpus, prepare, telling, tiny_base
@@ -189,7 +189,7 @@ async def stage(
 
 def train(tiny: TinyRun, seed: int, theta: Path) -> dict[str, torch.Tensor]:
     """What an honest miner hands in."""
-    from connito.moe.insert import write_rows
+    from connito.moe.rows import write_rows
 
     torch.set_num_threads(1)
     model = load_full(tiny_base())

@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import pytest
-from connito import streams, subjects
-from connito.bus import Bus, CaughtUp
-from connito.envelope import open_bytes, seal
+from connito.bus import Bus, CaughtUp, streams
 from connito.errors import Fatal, Invalid, Retry
-from connito.facts import Record
-from connito.identity import Identity
-from connito.local.servers import NatsServer
+from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.wire import subjects
+from connito.wire.envelope import open_bytes, seal
+from connito.wire.facts import Record
+from connito.wire.identity import Identity
 
 pytestmark = pytest.mark.integration
 

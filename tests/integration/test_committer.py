@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from connito import rpc
 from connito.bus import Bus
-from connito.commitment import commitment_digest
-from connito.envelope import open_bytes, seal
 from connito.errors import Invalid, NotFound
-from connito.facts import RunFacts
-from connito.identity import Identity
-from connito.local.servers import NatsServer, ObjectStore
-from connito.roster import Roster
+from connito.platform.servers import NatsServer, ObjectStore
+from connito.protocol.commitment import commitment_digest
+from connito.service import rpc
 from connito.store import ArtifactStore, get_presigned, put_presigned
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.v1.services_pb2_grpc import SubmissionServiceStub
+from connito.wire.envelope import open_bytes, seal
+from connito.wire.facts import RunFacts
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 from safetensors.numpy import save
 
 from tests.integration.witness import ServiceProcess, Witness, guard

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from connito import streams
-from connito.bus import Bus
-from connito.identity import Identity
+from connito.bus import Bus, streams
 from connito.local.installation import broker_user
-from connito.local.servers import NatsServer, ObjectStore
-from connito.roster import Roster
+from connito.platform.servers import NatsServer, ObjectStore
 from connito.store import ArtifactStore
-from connito.subjects import DLQ_ROOT
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.reasons_pb2 import REASON_COPY, REASON_MALFORMED
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
+from connito.wire.subjects import DLQ_ROOT
 
 from tests.integration.test_selector import store_env
 from tests.integration.witness import ServiceProcess

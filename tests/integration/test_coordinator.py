@@ -9,20 +9,20 @@ from pathlib import Path
 
 import grpc
 import pytest
-from connito import rpc
-from connito.beacon import draw_seed, secret_digest
 from connito.bus import Bus, CaughtUp
-from connito.engine import now_ms
-from connito.envelope import seal
+from connito.bus.position import PositionedLog
 from connito.errors import Invalid, NotFound
-from connito.facts import RunFacts
-from connito.identity import Identity
-from connito.local.servers import NatsServer
-from connito.position import PositionedLog
-from connito.roster import Roster
+from connito.platform.servers import NatsServer
+from connito.protocol.beacon import draw_seed, secret_digest
+from connito.service import rpc
+from connito.service.engine import now_ms
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
 from connito.v1.services_pb2_grpc import RunServiceStub
+from connito.wire.envelope import seal
+from connito.wire.facts import RunFacts
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.identity import Identity
-from connito.local.servers import NatsServer, ObjectStore, free_ports
-from connito.roster import Roster
+from connito.platform.servers import NatsServer, ObjectStore, free_ports
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 from tests.integration.test_selector import store_env
 

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 
 import pytest
-from connito import subjects
-from connito.engine import Action, Decision, Engine
-from connito.envelope import seal
 from connito.errors import Fatal, Invalid, Retry
-from connito.facts import Fact, Log, RunFacts
+from connito.service.engine import Action, Decision, Engine
 from connito.v1 import cycle_pb2
+from connito.wire import subjects
+from connito.wire.envelope import seal
+from connito.wire.facts import Fact, Log, RunFacts
 
 pytestmark = pytest.mark.integration
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from connito.identity import Identity
-from connito.local.permissions import permissions
-from connito.local.servers import NatsServer, ObjectStore
+from connito.bus.permissions import permissions
+from connito.platform.servers import NatsServer, ObjectStore
 from connito.store import ArtifactStore
+from connito.wire.identity import Identity
 
 SCRIPT = Path(__file__).parents[2] / "helm/connito/files/roundtrip.py"
 

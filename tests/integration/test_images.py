@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.identity import Identity
-from connito.local.servers import NatsServer, ObjectStore, free_ports
-from connito.roster import Roster
+from connito.platform.servers import NatsServer, ObjectStore, free_ports
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 

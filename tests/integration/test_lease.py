@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from connito.lease import Lease
+from connito.bus.lease import Lease
 
 pytestmark = pytest.mark.integration
 
@@ -16,8 +16,8 @@ TTL = 1.0  # what `own_nats` declares
 HOLDER = """
 import asyncio, sys
 from connito.bus import Bus
-from connito.identity import Identity
-from connito.lease import Lease
+from connito.wire.identity import Identity
+from connito.bus.lease import Lease
 
 async def main():
     async with await Bus.connect(sys.argv[1], Identity.generate(), "holder") as bus:

@@ -12,23 +12,22 @@ import connito
 import grpc
 import psutil
 import pytest
-from connito import rpc, streams
 from connito.base.loading import load_full
-from connito.bus import Bus
-from connito.envelope import seal
+from connito.bus import Bus, streams
 from connito.errors import Invalid, NotFound
-from connito.expert import base_digests
-from connito.identity import Identity
 from connito.library.attestation import check_attestation
-from connito.local.servers import NatsServer, ObjectStore
-from connito.moe.insert import fingerprint, read_rows
+from connito.moe.rows import base_digests, fingerprint, read_rows
 from connito.moe.state import load_state, save_state
-from connito.roster import Roster
+from connito.platform.servers import NatsServer, ObjectStore
+from connito.service import rpc
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
 from connito.v1.services_pb2_grpc import LibraryServiceStub
+from connito.wire.envelope import seal
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 from google.protobuf.message import Message
 from transformers import AutoModelForCausalLM
 

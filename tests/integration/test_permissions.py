@@ -8,15 +8,14 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from connito import streams
-from connito.bus import Bus, CaughtUp
+from connito.bus import Bus, CaughtUp, streams
+from connito.bus.lease import Lease
+from connito.bus.permissions import broker_user
 from connito.errors import Invalid, Retry
-from connito.identity import Identity
-from connito.lease import Lease
-from connito.local.permissions import broker_user
-from connito.local.servers import NatsServer
-from connito.roster import Roster
+from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 pytestmark = pytest.mark.integration
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-from connito.local.servers import free_ports
-from connito.metrics import CATALOGUE
+from connito.platform.servers import free_ports
+from connito.runtime.metrics import CATALOGUE
 
 pytestmark = [pytest.mark.monitoring, pytest.mark.timeout(900)]
 

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-from connito import rpc
-from connito.envelope import seal
 from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed
+from connito.service import rpc
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
+from connito.wire.envelope import seal
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 

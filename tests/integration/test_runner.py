@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.identity import Identity
-from connito.local.servers import NatsServer, free_ports
+from connito.platform.servers import NatsServer, free_ports
+from connito.wire.identity import Identity
 
 pytestmark = pytest.mark.integration
 
@@ -23,8 +23,8 @@ SERVICE = """
 import asyncio, sys
 from pydantic import Field
 from connito.errors import Fatal
-from connito.runner import run_service
-from connito.settings import ServiceSettings
+from connito.service.runner import run_service
+from connito.runtime.settings import ServiceSettings
 
 class Settings(ServiceSettings):
     mode: str = Field("wait", description="what the service does")

@@ -9,19 +9,19 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
-from connito import security, streams
-from connito.bus import Bus
+from connito.bus import Bus, streams
 from connito.bus.offences import collect
+from connito.bus.permissions import broker_user
 from connito.cli.advisories import _violations
-from connito.envelope import open_bytes
 from connito.errors import Invalid
-from connito.facts import Record
-from connito.identity import Identity
-from connito.local.permissions import broker_user
-from connito.local.servers import NatsServer
-from connito.roster import Roster
+from connito.platform.servers import NatsServer
+from connito.service import security
 from connito.v1 import run_pb2
 from connito.v1.cycle_pb2 import SecurityEvent
+from connito.wire.envelope import open_bytes
+from connito.wire.facts import Record
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 pytestmark = pytest.mark.integration
 

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from connito import subjects
 from connito.bus import Bus
-from connito.expert import base_digests
-from connito.identity import Identity
-from connito.local.servers import NatsServer, ObjectStore
+from connito.moe.rows import base_digests
 from connito.moe.state import load_state
-from connito.roster import Roster
+from connito.platform.servers import NatsServer, ObjectStore
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.wire import subjects
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 from tests.integration.tiny_run import SAFETENSORS, TARGET, TinyRun, corpus, prepare
 from tests.integration.witness import ServiceProcess, Witness

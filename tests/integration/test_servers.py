@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from connito.bus import Bus
 from connito.errors import Invalid, Retry
-from connito.identity import Identity
-from connito.local.servers import NatsServer
+from connito.platform.servers import NatsServer
+from connito.wire.identity import Identity
 
 pytestmark = pytest.mark.integration
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from connito.local.servers import NatsServer
+from connito.platform.servers import NatsServer
 server = NatsServer(Path(sys.argv[1])).start()
 print(server.pid, flush=True)
 time.sleep(60)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
-from connito.local.servers import ObjectStore
+from connito.platform.servers import ObjectStore
 from connito.store import ArtifactStore, get_presigned, key_of, put_presigned, ref_of_bytes
 from connito.v1 import artifacts_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef

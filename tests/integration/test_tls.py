@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from connito import rpc, streams
-from connito.bus import Bus
+from connito.bus import Bus, streams
 from connito.errors import Fatal, Invalid, Retry
-from connito.identity import Identity
-from connito.local.servers import NatsServer
-from connito.tls import Tls
+from connito.platform.servers import NatsServer
+from connito.service import rpc
 from connito.v1 import reasons_pb2
+from connito.wire.identity import Identity
+from connito.wire.tls import Tls
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.authority import Authority

@@ -10,12 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from connito import telemetry, tracing
 from connito.errors import Fatal
-from connito.identity import Identity
-from connito.local.servers import NatsServer
-from connito.roster import Roster
+from connito.platform.servers import NatsServer
+from connito.runtime import logs, tracing
 from connito.v1 import run_pb2
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
@@ -103,7 +103,7 @@ async def test_a_message_and_its_handling_in_another_process_are_one_trace(
         bus = await bus_factory(identities["coordinator"], own_nats.url)
         spec = run_pb2.RunSpec(run=run_id, domain="medical", cycles=1)
         with tracing.span("a customer's job", "INTERNAL", ""):
-            asked = telemetry.current()
+            asked = logs.current()
             assert await bus.publish_fact(run_id, "run", 0, "created", run_pb2.RunCreated(spec=spec))
         async with Witness.reading(bus, roster, run_id) as witness:
             await witness.until(lambda facts: facts.fact("run", 0, "selection_failed"), 60)
@@ -138,9 +138,9 @@ def test_without_an_endpoint_nothing_is_imported_or_sent(monkeypatch: pytest.Mon
     for name in tracing.ENDPOINTS:
         monkeypatch.delenv(name, raising=False)
     tracing.start("test")()
-    traceparent = telemetry.new()
+    traceparent = logs.new()
     with tracing.span("work", "INTERNAL", traceparent):
-        assert telemetry.current() == traceparent
+        assert logs.current() == traceparent
 
 
 def test_an_endpoint_without_the_packages_is_an_error_that_names_them(monkeypatch: pytest.MonkeyPatch):

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito import commitment, rpc
 from connito.bus import Bus
 from connito.errors import Invalid, Retry
-from connito.facts import Fact, RunFacts
-from connito.identity import Identity
 from connito.moe.moments import Moments
 from connito.moe.resident import extract
+from connito.protocol import commitment
+from connito.protocol.submission import read_header, validate
+from connito.service import rpc
 from connito.store import ArtifactStore
-from connito.subjects import FactKey
-from connito.submission import read_header, validate
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.identity import Identity
+from connito.wire.subjects import FactKey
 
 from services.trainer.adapters import RangeReader
 from services.trainer.base import Base, Ranges, reference

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from connito.beacon import draw_seed, secret_digest
 from connito.bus import Bus
-from connito.corpus import Corpus
-from connito.holdout import draw_sequences, subsets
-from connito.identity import Identity
+from connito.data.corpus import Corpus
+from connito.protocol.beacon import draw_seed, secret_digest
+from connito.protocol.holdout import draw_sequences, subsets
 from connito.store import ArtifactStore, ref_of_bytes
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
+from connito.wire.identity import Identity
 
 from tests.integration.tiny_run import GENERAL, SAFETENSORS, TARGET, Teller, TinyRun, prepare, telling, tiny_base
 
@@ -100,7 +100,7 @@ def losses_of_full_model(tiny: TinyRun, state: Any, sequences: np.ndarray) -> li
     """Sums of token negative log-likelihoods by a plain forward pass of the full model."""
     import torch
     from connito.base.loading import load_full
-    from connito.moe.insert import write_rows
+    from connito.moe.rows import write_rows
 
     model = load_full(tiny_base())
     write_rows(model, tiny.targets, state)

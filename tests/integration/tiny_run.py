@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from connito.base.manifest import Manifest, build_manifest
 from connito.base.tiny import EOS, build_tiny, tiny_texts
 from connito.bus import Bus, CaughtUp
-from connito.corpus import Corpus
-from connito.facts import Log, RunFacts
-from connito.roster import Roster
+from connito.data.corpus import Corpus
+from connito.data.manifest import Manifest, build_manifest
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
+from connito.wire.facts import Log, RunFacts
+from connito.wire.roster import Roster
 from google.protobuf.message import Message
 
 TARGET, GENERAL = "recipes", "logs"
@@ -117,7 +117,7 @@ async def prepare(store: ArtifactStore, run: str, folder: Path, *, steps: int = 
 
 def _select(base: Path, theta: Path) -> tuple[list[run_pb2.LayerSelection], int]:
     from connito.base.loading import load_full
-    from connito.moe.insert import read_rows
+    from connito.moe.rows import read_rows
     from connito.moe.state import save_state
     from connito.moe.statistics import collect
 

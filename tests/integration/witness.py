@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Self
 
 from connito.bus import Bus, CaughtUp
+from connito.bus.permissions import permissions
+from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid
-from connito.facts import Log, RunFacts
-from connito.identity import Identity
-from connito.local.permissions import permissions
-from connito.local.servers import NatsServer
-from connito.roster import Roster
-from connito.streams import FACT_STREAMS
+from connito.platform.servers import NatsServer
+from connito.wire.facts import Log, RunFacts
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 
 class Witness:

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 
 from connito.bus import Bus
-from connito.identity import Identity
-from connito.settings import ServiceSettings
+from connito.runtime.settings import ServiceSettings
 from connito.store import ArtifactStore
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.wire.identity import Identity
 from nats.js import api
 
 OBJECT = b"connito helm test\n"

@@ -12,20 +12,20 @@ from pathlib import Path
 from connito.audit.artifacts import Artifacts, Named, Progress, gather
 from connito.audit.evidence import Evidence, read
 from connito.bus import Bus, CaughtUp
-from connito.envelope import open_bytes
+from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.facts import Record
-from connito.local.datadir import DataDir
-from connito.local.servers import NatsServer, ObjectStore
-from connito.local.session import BUCKET, REGION, Session, log_to
-from connito.roster import Roster
+from connito.platform.datadir import DataDir
+from connito.platform.servers import NatsServer, ObjectStore
+from connito.platform.session import BUCKET, REGION, Session, log_to
 from connito.store import ArtifactStore
 from connito.store.cache import Cache
-from connito.streams import FACT_STREAMS
-from connito.subjects import DLQ_ROOT, fact
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.cycle_pb2 import DeadLetter
+from connito.wire.envelope import open_bytes
+from connito.wire.facts import Record
+from connito.wire.roster import Roster
+from connito.wire.subjects import DLQ_ROOT, fact
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from connito import bans, invites
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
 from connito.errors import Invalid
-from connito.facts import Fact
+from connito.protocol import bans
 from connito.v1 import run_pb2
+from connito.wire import invites
+from connito.wire.facts import Fact
 
 # An invite may expire while its use is being written down.
 TOLERANCE_MS = 10_000

@@ -18,7 +18,7 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 if TYPE_CHECKING:
-    from connito.base.manifest import Manifest
+    from connito.data.manifest import Manifest
 
 Progress = Callable[[str], None]
 
@@ -213,7 +213,7 @@ def _named_by(entry: Named, document: dict[str, object], path: Path) -> Iterator
 
 def manifest_of(path: Path) -> Manifest:
     """The base model's manifest."""
-    from connito.base.manifest import Manifest
+    from connito.data.manifest import Manifest
 
     return Manifest.from_bytes(path.read_bytes())
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
-from connito.chain import Chains
-from connito.facts import Record
-from connito.subjects import WINDOWS
 from connito.v1 import cycle_pb2
+from connito.wire.chain import Chains
+from connito.wire.facts import Record
+from connito.wire.subjects import WINDOWS
 
 # What the library hears of an expert once its run has ended: new ones do not make another run of it.
 _AFTERWARDS = re.compile(r"connito\.v1\.[^.]+\.library\.0\.(notice|used)\.")

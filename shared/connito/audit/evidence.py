@@ -8,12 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from connito.audit.differences import Difference, Step
+from connito.bus.streams import FACT_STREAMS, stream_of
 from connito.errors import Invalid, NotFound
-from connito.facts import Fact, Record, RunFacts, verify_fact, verify_ingress
-from connito.roster import Roster
-from connito.streams import FACT_STREAMS, stream_of
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.v1.run_pb2 import MinerEnrolled
+from connito.wire.facts import Fact, Record, RunFacts, verify_fact, verify_ingress
+from connito.wire.roster import Roster
 
 _NUMBER = re.compile(r"[0-9]{1,10}")
 # Where a fact's place in the log is looked up: (stream, sequence).

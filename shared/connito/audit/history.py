@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
-from connito.bans import banned
 from connito.enums import name_of
-from connito.facts import RunFacts
-from connito.objective import reached
-from connito.subjects import WINDOWS
+from connito.protocol.bans import banned
+from connito.protocol.objective import reached
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
+from connito.wire.subjects import WINDOWS
 
 # Where the messages lie that a window's close includes or leaves out.
 CLOSES = {"train": "INGRESS", "commit": "INGRESS", "submit": "INGRESS", "validate": "VALIDATE", "merge": "MERGE"}

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.evidence import Evidence
-from connito.bans import at_close
-from connito.commitment import opens
 from connito.enums import name_of
 from connito.errors import Invalid, reason_name
-from connito.facts import Fact, RunFacts
-from connito.newcomers import over_quota
-from connito.quota import Said
+from connito.protocol.bans import at_close
+from connito.protocol.commitment import opens
+from connito.protocol.quota import Said
+from connito.protocol.scoring.newcomers import over_quota
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.wire.facts import Fact, RunFacts
 
 _DIGEST_BYTES = 32
 _LATE = (reasons_pb2.REASON_LATE_COMMITMENT, reasons_pb2.REASON_LATE_REVEAL)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from connito.assignment import assigned
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.evidence import Evidence
-from connito.beacon import draw_seed, opens
-from connito.consensus import Consensus
 from connito.errors import Invalid, reason_name
-from connito.facts import RunFacts
-from connito.gate import Losses, judge
-from connito.reports import quorum_fault, read_reports
-from connito.scoring import score_submission
+from connito.protocol.assignment import assigned
+from connito.protocol.beacon import draw_seed, opens
+from connito.protocol.merging.gate import Losses, judge
+from connito.protocol.scoring.consensus import Consensus
+from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
+from connito.protocol.scoring.proof_of_loss import score_submission
+from connito.protocol.scoring.verdicts import Refusals, agree, no_quorum, score_cycle, without
 from connito.v1 import cycle_pb2, reasons_pb2
-from connito.verdicts import Refusals, agree, no_quorum, score_cycle, without
+from connito.wire.facts import RunFacts
 
 # Reasons that a file, not a loss, gave.
 OF_THE_FILE = frozenset(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from connito.assignment import assigned
 from connito.audit import intake, judging, recompute
 from connito.audit.artifacts import Artifacts, Named
 from connito.audit.audit import Options, pure, recomputed
@@ -14,10 +13,11 @@ from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.enums import name_of
 from connito.errors import Invalid, NotFound, reason_name
-from connito.facts import Fact
-from connito.standings import ratings, validator_rows
+from connito.protocol.assignment import assigned
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views.standings import ratings, validator_rows
+from connito.wire.facts import Fact
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from connito import subjects
 from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE, consensus_of, of_the_file, submissions_of
-from connito.corpus import Corpus
+from connito.data.corpus import Corpus
 from connito.errors import Invalid, reason_name
-from connito.facts import RunFacts
-from connito.holdout import draw_to_score, subsets
-from connito.merging import Files, Measure, Merged, merge_cycle, remerge_cycle
+from connito.protocol.holdout import draw_to_score, subsets
+from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle, remerge_cycle
+from connito.protocol.scoring.verdicts import Refusals
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
-from connito.verdicts import Refusals
+from connito.wire import subjects
+from connito.wire.facts import RunFacts
 
 # Fields of a version that are not recomputed: losses have a comparison of their own, a fence is the leader's lease.
 _MEASURED = ("gate_losses", "losses", "fence")
@@ -242,7 +242,7 @@ def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tu
 def refused_content(bench: Bench, cycle: int) -> Step:
     """Reveals that were refused for what is in the artifact: the artifact, where it still is, is examined again."""
     from connito.audit.artifacts import refused_reveals
-    from connito.submission import read_header, validate
+    from connito.protocol.submission import read_header, validate
 
     evidence, facts, found, compared = bench.evidence, bench.evidence.facts, [], 0
     for entry in refused_reveals(evidence):

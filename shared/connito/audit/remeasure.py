@@ -22,15 +22,15 @@ from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE, submissions_of
 from connito.audit.recompute import Bench, Distances
 from connito.errors import Invalid, reason_name
-from connito.gate import Losses as GateLosses
-from connito.gate import Part
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
-from connito.moe import gate_bench, score_bench
-from connito.moe.choose import Library
-from connito.moe.score_bench import SubmissionFiles
-from connito.racing import Look, looks
-from connito.score_reports import Evaluation, rejected, score
+from connito.protocol.merging.gate import Losses as GateLosses
+from connito.protocol.merging.gate import Part
+from connito.protocol.scoring.evaluation import Evaluation, rejected, score
+from connito.protocol.scoring.racing import Look, looks
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+from connito.workloads import gating, scoring
+from connito.workloads.scoring import SubmissionFiles
+from connito.workloads.selecting import Library
 
 
 class Models:
@@ -47,14 +47,14 @@ class Models:
             torch.set_num_threads(threads)
 
     @functools.cached_property
-    def scoring(self) -> score_bench.Bench:
+    def scoring(self) -> scoring.Bench:
         """As a validator has it."""
-        return score_bench.Bench.load(*_parts(self._evidence, self._artifacts), device="cpu")
+        return scoring.Bench.load(*_parts(self._evidence, self._artifacts), device="cpu")
 
     @functools.cached_property
-    def gating(self) -> gate_bench.Bench:
+    def gating(self) -> gating.Bench:
         """As the aggregator has it."""
-        return gate_bench.Bench.load(*_parts(self._evidence, self._artifacts))
+        return gating.Bench.load(*_parts(self._evidence, self._artifacts))
 
     def measure(self, part: Part, digest: str, state: Path) -> GateLosses:
         """What the gate measures of a state."""
@@ -114,9 +114,9 @@ def _select(
     spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.SelectionMade, library: Library | None
 ) -> run_pb2.SelectionMade:
     """The fact as it should be. A report of an older program is taken as it is where what it decides is the same."""
-    from connito.merging import STATE_MEDIA_TYPE
-    from connito.moe.choose import Probes, choose
+    from connito.protocol.merging.cycle import STATE_MEDIA_TYPE
     from connito.store import ref_of_bytes, ref_of_file
+    from connito.workloads.selecting import Probes, choose
 
     public = artifacts_pb2.REALM_PUBLIC
     manifest = manifest_of(artifacts.path(spec.base.manifest))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connito.base.manifest import headers_of, is_expert_tensor
+from connito.data.manifest import headers_of, is_expert_tensor
 from connito.errors import Invalid, NotFound
 from connito.v1 import reasons_pb2
 

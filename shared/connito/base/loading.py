@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.base.manifest import Manifest, Range, Reader, TensorEntry, checked
 from connito.base.stored import ReadRow, ReadTensor, Stored, locate
+from connito.data.manifest import Manifest, Range, Reader, TensorEntry, checked
 from connito.errors import Invalid, NotFound
 from connito.moe.layout import as_targets, require_moe_layers
 from connito.v1 import reasons_pb2

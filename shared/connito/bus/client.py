@@ -17,22 +17,23 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, KeyNotFoundError, NotFoundError
 
-from connito import metrics, subjects, tracing
 from connito.bus.connection import Connection
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow
 from connito.bus.offences import report
-from connito.envelope import MAX_ENVELOPE_BYTES, open_bytes, seal
+from connito.bus.streams import DURABLES, ENDPOINTS, stream_of
 from connito.errors import Fatal, Invalid, Retry
-from connito.facts import Record, verify_fact
-from connito.identity import Identity
-from connito.roster import Roster
-from connito.streams import DURABLES, ENDPOINTS, stream_of
-from connito.tasks import end_tasks
-from connito.telemetry import current, get_logger, inject
-from connito.tls import PLAIN, Tls
+from connito.runtime import metrics, tracing
+from connito.runtime.logs import current, get_logger, inject
+from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter, SecurityEvent
+from connito.wire import subjects
+from connito.wire.envelope import MAX_ENVELOPE_BYTES, open_bytes, seal
+from connito.wire.facts import Record, verify_fact
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
+from connito.wire.tls import PLAIN, Tls
 
 log = get_logger("bus")
 

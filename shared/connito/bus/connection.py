@@ -19,14 +19,14 @@ from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext
 from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 
-from connito import metrics
 from connito.bus.offences import report
 from connito.errors import Fatal, Invalid, Retry
-from connito.identity import Identity
-from connito.subjects import SECURITY_ROOT
-from connito.telemetry import get_logger
-from connito.tls import PLAIN, Tls, refusal, required
+from connito.runtime import metrics
+from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
+from connito.wire.identity import Identity
+from connito.wire.subjects import SECURITY_ROOT
+from connito.wire.tls import PLAIN, Tls, refusal, required
 
 log = get_logger("bus")
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from nats.errors import Error as NatsError
 
-from connito import metrics, telemetry, tracing
 from connito.bus.connection import Connection
 from connito.bus.follow import record_of
+from connito.bus.streams import DURABLES, Durable
 from connito.errors import Fatal, Invalid, Retry, reason_name
-from connito.facts import Record
-from connito.streams import DURABLES, Durable
-from connito.telemetry import get_logger
+from connito.runtime import logs, metrics, tracing
+from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter
+from connito.wire.facts import Record
 
 log = get_logger("bus.consume")
 
@@ -99,8 +99,8 @@ class Worker:
     async def _handle(self, msg: Any) -> None:
         record, delivered = record_of(msg), msg.metadata.num_delivered
         metrics.CONSUMER_PENDING.labels(self.durable.name).set(msg.metadata.num_pending + 1)
-        cause = telemetry.extract(record.headers)
-        telemetry.use(cause)
+        cause = logs.extract(record.headers)
+        logs.use(cause)
         beating = asyncio.create_task(self._beat(msg))
         try:
             with (

@@ -17,13 +17,13 @@ from typing import Any
 from nats.errors import Error as NatsError
 from nats.js import api
 
-from connito import metrics
 from connito.bus.connection import Connection
+from connito.bus.streams import STREAMS
 from connito.errors import Fatal, Retry
-from connito.facts import Record
-from connito.streams import STREAMS
-from connito.tasks import end_tasks
-from connito.telemetry import get_logger
+from connito.runtime import metrics
+from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
+from connito.wire.facts import Record
 
 log = get_logger("bus.follow")
 

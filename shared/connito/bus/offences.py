@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from connito import metrics
+from connito.runtime import metrics
 from connito.v1 import reasons_pb2 as reasons
 
 # Beyond so many different (kind, key) at once, only the counters go on.

@@ -12,7 +12,7 @@ import typer
 from connito.cli.output import JsonFlag, emit, table
 
 if TYPE_CHECKING:
-    from connito.access import Access
+    from connito.platform.access import Access
 
 app = typer.Typer(no_args_is_help=True, help="Keys of an installation: make, admit, put out, rotate. Without downtime.")
 Folder = Annotated[Path, typer.Argument(help="The folder with the keys, for example deploy/secrets.")]
@@ -35,8 +35,8 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Make keys, roster and the broker's configuration; what is there already stays. Safe to repeat."""
-    from connito.access import Access, Tls
     from connito.errors import Invalid
+    from connito.platform.access import Access, Tls
 
     if bool(tls_cert) != bool(tls_key) or (tls_client_ca and not tls_cert):
         raise Invalid("TLS needs both --tls-cert and --tls-key; --tls-client-ca comes on top of them")
@@ -48,7 +48,7 @@ def export(
 @app.command("add")
 def add(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = False) -> None:
     """Admit miners."""
-    from connito.access import Access
+    from connito.platform.access import Access
 
     access = Access.open(folder)
     _tell(access, {"action": "add", "keys": access.add(keys)}, reload, as_json)
@@ -57,7 +57,7 @@ def add(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = 
 @app.command("revoke")
 def revoke(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = False) -> None:
     """Put miners out. The broker closes their connections when it reads its users again."""
-    from connito.access import Access
+    from connito.platform.access import Access
 
     access = Access.open(folder)
     _tell(access, {"action": "revoke", "keys": access.revoke(keys)}, reload, as_json)
@@ -74,7 +74,7 @@ def rotate(
     as_json: JsonFlag = False,
 ) -> None:
     """Replace a key in two steps, between which both are good. What the old one has written stays valid."""
-    from connito.access import Access
+    from connito.platform.access import Access
 
     access = Access.open(folder)
     member = access.finish(name) if finish else access.rotate(name)
@@ -85,7 +85,7 @@ def rotate(
 @app.command("list")
 def list_(folder: Folder, as_json: JsonFlag = False) -> None:
     """Show who has which key, and what became of rotated ones."""
-    from connito.access import Access
+    from connito.platform.access import Access
 
     access = Access.open(folder)
     rows = [{"name": m.name, "role": m.role, "key": m.key, "previous": m.previous} for m in access.members()]

@@ -28,9 +28,9 @@ def invite(
     """Make a token that lets miners into runs by invitation. Signed by the run's customer, or by an operator."""
     import secrets
 
-    from connito.invites import issue
-    from connito.local.session import Session
+    from connito.platform.session import Session
     from connito.v1.run_pb2 import Invite
+    from connito.wire.invites import issue
 
     session = Session.open(data_dir, role="customer" if run else "operator")
     until = time.time() + seconds(expires)
@@ -94,7 +94,7 @@ def seconds(text: str) -> float:
 def _resolve(client: Client, key: str) -> str:
     """The one miner whose public key begins so. Raises `NotFound` for none and `Invalid` for several."""
     from connito.errors import Invalid, NotFound
-    from connito.identity import is_public_key
+    from connito.wire.identity import is_public_key
 
     if is_public_key(key):
         return key

@@ -14,7 +14,7 @@ import typer
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 
 if TYPE_CHECKING:
-    from connito.local.session import Session
+    from connito.platform.session import Session
 
 _VIOLATION = re.compile(
     r'(\d{4})/(\d\d)/(\d\d) (\d\d:\d\d:\d\d)\S* \[ERR\] .*?(U[A-Z2-7]{55})".* - '
@@ -33,7 +33,7 @@ def advisories(
 ) -> None:
     """Show security events, newest last: denied subjects, bad signatures, banned keys, floods, poisoned message ids."""
     from connito.cli.admission import seconds
-    from connito.local.session import Session
+    from connito.platform.session import Session
 
     after = time.time() - seconds(since)
     session = Session.open(data_dir, role="operator")
@@ -57,9 +57,9 @@ def gather(session: Session, after: float, broker_log: Path | None) -> list[dict
 async def _events(session: Session, after: float) -> list[dict[str, Any]]:
     """Reports that a key of the roster has signed."""
     from connito.bus import CaughtUp
-    from connito.envelope import open_bytes
     from connito.errors import Invalid, reason_name
     from connito.v1.cycle_pb2 import SecurityEvent
+    from connito.wire.envelope import open_bytes
 
     rows = []
     async with session.bus() as bus, aclosing(bus.follow(("ADVISORIES",))) as records:

@@ -13,22 +13,20 @@ from connito.cli import (
     audit,
     base,
     console,
-    demand,
-    desk,
     dlq,
     doctor,
     explain,
     job,
+    job_desk,
     ledger,
-    library,
     miner,
     replay,
     select,
-    shelf,
     status,
     streams,
     up,
 )
+from connito.cli.library import browse, demand, shelf
 
 app = typer.Typer(
     name="connito",
@@ -71,9 +69,9 @@ app.add_typer(access.app, name="access")
 app.add_typer(streams.app, name="streams")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(base.app, name="base")
-desk.register(job.app)
+job_desk.register(job.app)
 app.add_typer(job.app, name="job")
 app.add_typer(miner.app, name="miner")
-shelf.register(library.app)
-library.app.command("demand")(demand.demand)
-app.add_typer(library.app, name="library")
+shelf.register(browse.app)
+browse.app.command("demand")(demand.demand)
+app.add_typer(browse.app, name="library")

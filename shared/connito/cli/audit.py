@@ -88,7 +88,7 @@ def audit(
 
 def as_the_run_had(threads: int | None, folder: Path | None, data_dir: Path | None) -> int:
     """How many threads to compute with: what was asked for, else what `connito up` used in that folder, else 0, all cores."""
-    from connito.local.datadir import DataDir, default_data_dir
+    from connito.platform.datadir import DataDir, default_data_dir
 
     if threads is not None:
         return threads

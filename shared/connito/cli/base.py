@@ -11,7 +11,7 @@ import typer
 from connito.cli.output import DataDirOption, JsonFlag, emit, size
 
 if TYPE_CHECKING:
-    from connito.base.manifest import Manifest
+    from connito.data.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Base models: build, import, show.")
 
@@ -40,7 +40,7 @@ def build(
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts with the same function, whose routers tell domains apart; or join dense
     branches of one seed into one, an expert each."""
-    from connito.local.bases import Recipe, build_base
+    from connito.base.recipes import Recipe, build_base
     from connito.local.display import choose_display
 
     branches = tuple(_branch(entry) for entry in branch or [])
@@ -107,8 +107,8 @@ def _rewrite(folder: Path, out: Path) -> None:
 
 
 async def _store(folder: Path, manifest: Manifest, data_dir: Any) -> dict[str, Any]:
-    from connito.local.materials import upload_base
-    from connito.local.session import Session
+    from connito.base.upload import upload_base
+    from connito.platform.session import Session
 
     store = Session.open(data_dir, role="customer").store()
     ref = await upload_base(store, folder, manifest)
@@ -118,7 +118,7 @@ async def _store(folder: Path, manifest: Manifest, data_dir: Any) -> dict[str, A
 def _manifest(folder: Path, name: str = "") -> Manifest:
     """Check the base by its headers, then read it once from front to back."""
     from connito.base.checks import check_base
-    from connito.base.manifest import build_manifest
+    from connito.data.manifest import build_manifest
     from connito.errors import NotFound
 
     if not folder.is_dir():

@@ -12,7 +12,7 @@ import typer
 from connito.cli.output import DataDirOption, emit
 
 if TYPE_CHECKING:
-    from connito.local.datadir import DataDir, Platform
+    from connito.platform.datadir import DataDir, Platform
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document with the page's address, then serve in silence.")
@@ -26,8 +26,8 @@ def console(
 ) -> NoReturn:
     """Show every run on a web page on 127.0.0.1, until interrupted. Reads only; other settings: CONNITO_… variables."""
     from connito.errors import Invalid
-    from connito.local.servers import free_ports
-    from connito.local.session import Session
+    from connito.platform.servers import free_ports
+    from connito.platform.session import Session
 
     session = Session.open(data_dir, role="customer")
     environment = dict(os.environ)

@@ -53,7 +53,7 @@ async def _retry(data_dir: Any, number: int) -> DeadLetter:
     from nats.js.errors import APIError
 
     from connito.errors import Invalid
-    from connito.local.session import Session
+    from connito.platform.session import Session
 
     letter = await _one(data_dir, number)
     async with Session.open(data_dir, role="operator").bus() as bus:
@@ -67,7 +67,7 @@ async def _retry(data_dir: Any, number: int) -> DeadLetter:
 
 
 async def _all(data_dir: Any) -> list[tuple[int, DeadLetter]]:
-    from connito.local.session import Session
+    from connito.platform.session import Session
 
     async with Session.open(data_dir, role="operator").bus() as bus:
         return await _letters(bus)
@@ -84,8 +84,8 @@ async def _one(data_dir: Any, number: int) -> DeadLetter:
 
 async def _letters(bus: Bus) -> list[tuple[int, DeadLetter]]:
     from connito.bus import CaughtUp
-    from connito.envelope import open_bytes
     from connito.v1.cycle_pb2 import DeadLetter
+    from connito.wire.envelope import open_bytes
 
     letters: list[tuple[int, DeadLetter]] = []
     async with aclosing(bus.follow(("DLQ",))) as records:
@@ -111,8 +111,8 @@ def _row(number: int, letter: DeadLetter) -> dict[str, Any]:
 
 
 def _read(letter: DeadLetter) -> str:
-    from connito.envelope import open_bytes
     from connito.errors import Invalid
+    from connito.wire.envelope import open_bytes
 
     try:
         opened = open_bytes(letter.body, letter.subject)

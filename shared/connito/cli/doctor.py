@@ -27,7 +27,7 @@ _NEEDED_DISK, _NEEDED_MEMORY = 6_000_000_000, 4_000_000_000
 def doctor(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     """Look at versions, disk, memory and ports, and, where a platform is known, at its broker, clock, store, bandwidth,
     certificates and where its runs stand; exit 5 when something is missing."""
-    from connito.local.datadir import default_data_dir
+    from connito.platform.datadir import default_data_dir
 
     root = (data_dir or default_data_dir()).absolute()
     checks = [check for look in CHECKS for check in look(root)]
@@ -78,7 +78,7 @@ def _version_of(program: str) -> str:
 
 
 def _disk(root: Path) -> Iterator[Check]:
-    from connito.local.bases import cache_root
+    from connito.base.recipes import cache_root
 
     for what, path in (("data directory", root), ("cache", cache_root())):
         there = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -129,8 +129,8 @@ def _platform(root: Path) -> Iterator[Check]:
     import asyncio
 
     from connito.errors import ConnitoError
-    from connito.local.datadir import DataDir
-    from connito.local.session import Session
+    from connito.platform.datadir import DataDir
+    from connito.platform.session import Session
 
     in_environment = bool(os.environ.get("CONNITO_NATS_URL"))
     if not in_environment and (not root.exists() or DataDir(root).owner() is None):

@@ -8,14 +8,14 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from connito import certificates
 from connito.cli.check import Check
 from connito.errors import ConnitoError
+from connito.service import certificates
 
 if TYPE_CHECKING:
     from connito.bus import Bus
-    from connito.facts import RunFacts
-    from connito.local.session import Session
+    from connito.platform.session import Session
+    from connito.wire.facts import RunFacts
 
 # Presigned links and envelopes carry times; a store refuses a request that is a quarter of an hour off.
 MAX_SKEW_SECONDS = 5.0
@@ -55,10 +55,10 @@ async def _clock(bus: Bus) -> Check:
 
 async def _resume(session: Session, bus: Bus) -> Check:
     """Where services that start now would go on: the runs that have not ended, and what they wait for."""
-    from connito.local.log import read_log
-    from connito.local.permissions import MINER_STREAMS
-    from connito.roster import ROLES
-    from connito.streams import FACT_STREAMS
+    from connito.bus.permissions import MINER_STREAMS
+    from connito.bus.streams import FACT_STREAMS
+    from connito.platform.log import read_log
+    from connito.wire.roster import ROLES
 
     reader = session.data is not None or any(session.roster.permits(role, session.identity.public) for role in ROLES)
     log = await read_log(bus, session.roster, streams=FACT_STREAMS if reader else MINER_STREAMS)
@@ -70,13 +70,13 @@ async def _resume(session: Session, bus: Bus) -> Check:
 
 
 def _where(facts: RunFacts) -> str:
-    from connito.local.view import phase
+    from connito.views.live import phase
 
     return phase(facts, int(time.time() * 1000))
 
 
 def _overdue(facts: RunFacts) -> bool:
-    from connito.local.view import open_window
+    from connito.wire.facts import open_window
 
     where = open_window(facts)
     opened = None if where is None else facts.opened(*where)

@@ -135,7 +135,7 @@ def _standing(row: dict[str, Any]) -> list[str]:
 
 
 def _verdict(verdict: dict[str, Any] | None) -> list[str]:
-    from connito.standings import rating_text
+    from connito.views.standings import rating_text
 
     if verdict is None:
         return ["verdict     none in this cycle"]

@@ -40,7 +40,7 @@ def submit(
 
 def _submit_job(file: Path, data_dir: Path | None, *, quiet: bool) -> dict[str, Any]:
     """Check, upload, create."""
-    from connito.cli.desk import findings_text, progress
+    from connito.cli.job_desk import findings_text, progress
     from connito.client import Client
     from connito.jobs.check import check_file
     from connito.jobs.findings import require
@@ -50,7 +50,7 @@ def _submit_job(file: Path, data_dir: Path | None, *, quiet: bool) -> dict[str, 
         checked = check_file(file, data_dir, tell)
         require(checked.findings, str(file))
         with Client.local(data_dir) as client:
-            done = send(checked, client, tell)
+            done = send(checked, client.create_run, tell)
     warnings = [finding for finding in checked.findings if finding.level == "warning"]
     if warnings and not quiet:
         typer.echo(findings_text(warnings), err=True)

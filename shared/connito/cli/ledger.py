@@ -12,7 +12,7 @@ from connito.cli.audit import FromOption
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 
 if TYPE_CHECKING:
-    from connito.facts import RunFacts
+    from connito.wire.facts import RunFacts
 
 
 def ledger(
@@ -24,7 +24,7 @@ def ledger(
 ) -> None:
     """Show what every cycle of a run paid to whom, from its log. Exits with 6 where a cycle does not come to its emission."""
     from connito.errors import VerificationFailed
-    from connito.ledger import balances, check, entries
+    from connito.views.ledger import balances, check, entries
 
     facts = asyncio.run(_read(folder, data_dir, run))
     book = entries(facts)
@@ -51,8 +51,8 @@ def ledger(
 
 async def _read(folder: Path | None, data_dir: Path | None, run: str) -> RunFacts:
     from connito.errors import NotFound
-    from connito.local.log import read_log
-    from connito.local.session import Session
+    from connito.platform.log import read_log
+    from connito.platform.session import Session
 
     if folder is not None:
         from connito.audit.access import opened

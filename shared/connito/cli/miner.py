@@ -13,7 +13,7 @@ import typer
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 
 if TYPE_CHECKING:
-    from connito.facts import RunFacts
+    from connito.wire.facts import RunFacts
 
 app = typer.Typer(no_args_is_help=True, help="Take part as a miner.")
 KeyFile = Annotated[Path, typer.Option("--key", help="The miner's key file.", envvar="CONNITO_KEY_FILE")]
@@ -27,7 +27,7 @@ def init(
 ) -> None:
     """Make an identity: a key file that only you can read. An existing one is never overwritten."""
     from connito.errors import Invalid
-    from connito.identity import Identity
+    from connito.wire.identity import Identity
 
     if key.exists():
         raise Invalid(f"{key} exists, and losing a key loses its rewards: choose another --key, or use this one")
@@ -58,7 +58,7 @@ def run(
     import sys
 
     from connito.errors import Invalid
-    from connito.identity import Identity
+    from connito.wire.identity import Identity
 
     identity = Identity.load(key)  # Says what is wrong before a process is started for it.
     if not os.environ.get("CONNITO_NATS_URL"):
@@ -70,7 +70,7 @@ def run(
         emit(as_json, document, str)
         sys.stdout.flush()
     if invite:
-        from connito.invites import parse
+        from connito.wire.invites import parse
 
         parse(invite)
         environment["CONNITO_INVITE"] = invite
@@ -90,8 +90,8 @@ def fits(
     as_json: JsonFlag = False,
 ) -> None:
     """Predict the memory of training a selection, before anything is loaded; exit 3 when it does not fit."""
-    from connito.base.manifest import build_manifest
     from connito.cli.output import size
+    from connito.data.manifest import build_manifest
     from connito.moe.footprint import Workload, free_bytes, predict, require_fit
 
     targets, helpers = _experts(selection)
@@ -132,7 +132,7 @@ def status(
     as_json: JsonFlag = False,
 ) -> None:
     """Show what was accepted, what was rejected and why, ranks, rewards and ratings (μ ± σ), for every run and cycle."""
-    from connito.identity import Identity
+    from connito.wire.identity import Identity
 
     miner = public_key or Identity.load(key).public
     if not public_key:
@@ -152,17 +152,17 @@ def status(
 
 
 def _cells(row: dict[str, Any], headers: tuple[str, ...]) -> list[Any]:
-    from connito.standings import rating_text
+    from connito.views.standings import rating_text
 
     return [rating_text(row["rating"]) if header == "rating" else row[header] for header in headers]
 
 
 async def _rows(data_dir: Any, miner: str) -> list[dict[str, Any]]:
-    from connito.local.log import read_log
-    from connito.local.permissions import MINER_STREAMS
-    from connito.local.session import Session
-    from connito.roster import ROLES
-    from connito.streams import FACT_STREAMS
+    from connito.bus.permissions import MINER_STREAMS
+    from connito.bus.streams import FACT_STREAMS
+    from connito.platform.log import read_log
+    from connito.platform.session import Session
+    from connito.wire.roster import ROLES
 
     session = Session.open(data_dir, role="customer")
     reader = any(session.roster.permits(role, session.identity.public) for role in ROLES)
@@ -173,7 +173,7 @@ async def _rows(data_dir: Any, miner: str) -> list[dict[str, Any]]:
 
 
 def _cycles(facts: RunFacts, miner: str) -> list[dict[str, Any]]:
-    from connito.report import submission_rows
+    from connito.views.run_report import submission_rows
 
     return [
         {"run": facts.run, "cycle": cycle, **row}

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from connito.errors import ConnitoError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DataDirOption = Annotated[
@@ -53,18 +49,3 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Turn our errors into a message on stderr and the exit code that belongs to them; others keep their traceback."""
-    try:
-        yield
-    except ConnitoError as error:
-        print(f"connito: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
-    except BrokenPipeError as error:
-        raise SystemExit(0) from error
-    except KeyboardInterrupt as error:
-        print("connito: interrupted", file=sys.stderr)
-        raise SystemExit(130) from error

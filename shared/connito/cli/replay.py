@@ -29,10 +29,10 @@ async def _rows(data_dir: Any, run: str) -> list[dict[str, Any]]:
     from contextlib import aclosing
 
     from connito.bus import CaughtUp
+    from connito.bus.streams import FACT_STREAMS
     from connito.errors import NotFound
-    from connito.facts import Log
-    from connito.local.session import Session
-    from connito.streams import FACT_STREAMS
+    from connito.platform.session import Session
+    from connito.wire.facts import Log
 
     session = Session.open(data_dir, role="customer")
     records = []
@@ -51,7 +51,7 @@ async def _rows(data_dir: Any, run: str) -> list[dict[str, Any]]:
 
 def _row(log: Any, record: Any, first_ms: int) -> dict[str, Any]:
     from connito.errors import Invalid
-    from connito.local.view import announce
+    from connito.views.live import announce
 
     row = {
         "seconds": (record.time_unix_ms - first_ms) / 1000,

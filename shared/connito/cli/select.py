@@ -13,9 +13,9 @@ from connito.cli.output import JsonFlag, emit
 if TYPE_CHECKING:
     from connito.local.display import Display
     from connito.moe.budget import Budget
-    from connito.moe.gather import Router
     from connito.moe.selection import Selection
     from connito.moe.statistics import RoutingStatistics
+    from connito.workloads.gather import Router
 
 Files = dict[str, list[Path]]
 MEASURED_TOKENS = 1024
@@ -66,8 +66,8 @@ def select(
 ) -> None:
     """Select the experts that a domain's text uses, from a model and text, a routing trace or saved statistics."""
     from connito.local.display import choose_display
-    from connito.moe.gather import gather
     from connito.moe.selection import select as choose
+    from connito.workloads.gather import gather
 
     asked = _asked(base, data or [], routing_trace, statistics or [], domain or [], num_experts)
     _check(asked, diagnostics, max_bytes, max_vram)
@@ -115,7 +115,7 @@ class _Asked:
 
     def texts(self) -> Files:
         """The files that have to be routed."""
-        from connito.moe.gather import recorded
+        from connito.workloads.gather import recorded
 
         found = {name: [path for path in paths if not recorded(path)] for name, paths in self.domains.items()}
         return {name: paths for name, paths in found.items() if paths}
@@ -169,7 +169,7 @@ def _budget(base: Path | None, experts: int, size: int, vram: int, scope: str, h
     budget = Budget(experts, size, vram, scope)
     if base is not None and (size or vram):
         from connito.base.checks import check_base
-        from connito.base.manifest import expert_sizes, headers_of
+        from connito.data.manifest import expert_sizes, headers_of
 
         layout, sizes = check_base(base), expert_sizes(headers_of(base))
         costs, resident = of_base(
@@ -186,7 +186,7 @@ def _budget(base: Path | None, experts: int, size: int, vram: int, scope: str, h
 
 def _router(asked: _Asked, general: Files) -> Router | None:
     """The loaded base, when there is text to route. Imports torch."""
-    from connito.moe.gather import Router, recorded
+    from connito.workloads.gather import Router, recorded
 
     texts = [*asked.texts().values(), *([p for p in paths if not recorded(p)] for paths in general.values())]
     texts = [paths for paths in texts if paths]

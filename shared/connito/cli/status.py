@@ -11,8 +11,8 @@ import typer
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 
 if TYPE_CHECKING:
-    from connito.facts import RunFacts
-    from connito.local.session import Session
+    from connito.platform.session import Session
+    from connito.wire.facts import RunFacts
 
 
 def status(
@@ -22,7 +22,7 @@ def status(
     as_json: JsonFlag = False,
 ) -> None:
     """Show the services, the newest run's phase, losses and miners."""
-    from connito.local.session import Session
+    from connito.platform.session import Session
 
     session = Session.open(data_dir, role="customer")
     if watch and not as_json:
@@ -41,7 +41,7 @@ def _security(session: Session) -> dict[str, int]:
     """Security events of the last day by kind; only who may read them is shown any."""
     from connito.cli.advisories import gather
     from connito.errors import ConnitoError
-    from connito.local.session import Session
+    from connito.platform.session import Session
 
     counts: dict[str, int] = {}
     if session.data is None:
@@ -56,7 +56,7 @@ def _security(session: Session) -> dict[str, int]:
 
 async def _read(session: Session, run: str) -> RunFacts | None:
     """The facts of one run: the one named, or the one created last."""
-    from connito.local.log import newest, read_log
+    from connito.platform.log import newest, read_log
 
     async with session.bus() as bus:
         log = await read_log(bus, session.roster, run)
@@ -65,7 +65,8 @@ async def _read(session: Session, run: str) -> RunFacts | None:
 
 async def _watch(session: Session, run: str) -> None:
     from connito.local.display import choose_display
-    from connito.local.log import follow_run, newest, read_log
+    from connito.local.log import follow_run
+    from connito.platform.log import newest, read_log
 
     async with session.bus() as bus:
         if not run:
@@ -77,8 +78,9 @@ async def _watch(session: Session, run: str) -> None:
 
 
 def _document(facts: RunFacts) -> dict[str, Any]:
-    from connito.local.view import open_window, phase
-    from connito.report import run_report
+    from connito.views.live import phase
+    from connito.views.run_report import run_report
+    from connito.wire.facts import open_window
 
     where = open_window(facts)
     now = time.time_ns() // 1_000_000

@@ -24,8 +24,8 @@ def ensure(
 
 
 async def _ensure(data_dir: Any, replicas: int) -> list[str]:
-    from connito import streams
-    from connito.local.session import Session
+    from connito.bus import streams
+    from connito.platform.session import Session
 
     async with Session.open(data_dir, role="operator").bus() as bus:
         return await streams.ensure(bus.js, replicas)
@@ -50,8 +50,8 @@ def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
 
 
 async def _describe(data_dir: Any) -> list[dict[str, Any]]:
-    from connito import streams
-    from connito.local.session import Session
+    from connito.bus import streams
+    from connito.platform.session import Session
 
     async with Session.open(data_dir, role="operator").bus() as bus:
         return await streams.describe(bus.js)

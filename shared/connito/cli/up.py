@@ -70,8 +70,8 @@ def up(
 
 def down(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     """Stop what `connito up --no-wait` left running. What it wrote stays."""
-    from connito.local.datadir import DataDir
     from connito.local.up import stop
+    from connito.platform.datadir import DataDir
 
     data = DataDir.open(data_dir)
     pid = stop(data)

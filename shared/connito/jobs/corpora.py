@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from connito.corpus import Corpus
+from connito.data.corpus import Corpus
 from connito.errors import Invalid
-from connito.holdout import subsets
 from connito.jobs.findings import Finding
 from connito.jobs.ground import Ground
 from connito.jobs.sources import Document
 from connito.jobs.texts import Texts
+from connito.protocol.holdout import subsets
 from connito.v1.run_pb2 import RunSpec
 
 _WORD = re.compile(r"\w+")

@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.base.manifest import Manifest
-from connito.corpus import Corpus
+from connito.data.corpus import Corpus
+from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound, Retry
-from connito.holdout import subsets
 from connito.jobs.ground import Ground
-from connito.report import run_report
-from connito.scoring import paired
-from connito.subjects import fact as fact_subject
+from connito.protocol.holdout import subsets
+from connito.protocol.scoring.proof_of_loss import paired
 from connito.v1 import run_pb2
+from connito.views.run_report import run_report
+from connito.wire.subjects import fact as fact_subject
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from connito.facts import Record, RunFacts
-    from connito.local.session import Session
+    from connito.platform.session import Session
+    from connito.wire.facts import Record, RunFacts
 
 Progress = Callable[[str, float], None]
 CONFIDENCE = 0.95
@@ -77,8 +77,8 @@ def deliver(
 
 async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
     """The run's facts, and the library's message on its deposit as it is stored."""
-    from connito.facts import RunFacts
-    from connito.local.log import read_log
+    from connito.platform.log import read_log
+    from connito.wire.facts import RunFacts
 
     async with session.bus() as bus:
         facts = (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
@@ -223,7 +223,7 @@ def write(delivered: Delivered, out: Path, *, with_base: bool = False) -> list[P
     from connito.library.attestation import encode as attested
     from connito.library.card import render
     from connito.library.record import encode
-    from connito.local.loss_plot import loss_svg
+    from connito.views.loss_plot import loss_svg
 
     if out.exists() and any(out.iterdir()) and not (out / "report.json").is_file():
         raise Invalid(f"{out} holds something else than a delivery: choose another --out")

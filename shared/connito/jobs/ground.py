@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.base.manifest import Manifest
-from connito.corpus import Corpus
+from connito.data.corpus import Corpus
+from connito.data.manifest import Manifest
 from connito.errors import NotFound
 from connito.jobs.spec import Job
-from connito.local.session import Session
+from connito.platform.session import Session
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
 
@@ -25,7 +25,7 @@ from connito.v1.run_pb2 import CorpusRef, RunSpec
 MESSAGES_PER_CYCLE = 16
 
 if TYPE_CHECKING:
-    from connito.facts import Log, RunFacts
+    from connito.wire.facts import Log, RunFacts
 
 Progress = Callable[[str, float], None]
 NAMED = ("demo", "tiny")
@@ -79,7 +79,7 @@ class Ground:
     @cached_property
     def tokenizer_digest(self) -> str:
         """Which tokenizer a corpus was made with."""
-        from connito.text.prepare import tokenizer_digest
+        from connito.data.prepare import tokenizer_digest
 
         return tokenizer_digest(self.file(name) for name in self.manifest.files if name.startswith(_TOKENIZER[:2]))
 
@@ -116,7 +116,7 @@ def _session(data_dir: Path | None) -> Session | None:
 
 
 async def _read(session: Session) -> Log:
-    from connito.local.log import read_log
+    from connito.platform.log import read_log
 
     async with session.bus() as bus:
         return await read_log(bus, session.roster)
@@ -145,7 +145,7 @@ def _from_platform(job: Job, session: Session, log: Log) -> Ground | None:
 
 def _folder(base: str, root: Path, progress: Progress) -> Path:
     if base in NAMED:
-        from connito.local.bases import build_cached, cached_base
+        from connito.base.recipes import build_cached, cached_base
 
         target = cached_base(base)
         return (target if target.is_dir() else build_cached(base, progress)) / "model"
@@ -159,8 +159,8 @@ def _folder(base: str, root: Path, progress: Progress) -> Path:
 
 
 def _manifest(base: str, folder: Path, progress: Progress) -> Manifest:
-    from connito.base.manifest import build_manifest
-    from connito.local.bases import MANIFEST
+    from connito.base.recipes import MANIFEST
+    from connito.data.manifest import build_manifest
 
     if base in NAMED:
         return Manifest.from_bytes((folder.parent / MANIFEST).read_bytes())

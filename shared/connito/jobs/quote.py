@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from connito.jobs.check import Checked
 from connito.jobs.findings import Finding, require
 from connito.moe.footprint import Footprint, Workload, predict
-from connito.report import window_seconds
+from connito.views.run_report import window_seconds
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -117,8 +117,8 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = lambda w
 
 def _select(checked: Checked) -> Selection:
     """What the selector will choose, by the selector's own code on the same corpora."""
-    from connito.moe.choose import Probes, choose
     from connito.v1.run_pb2 import RunSpec
+    from connito.workloads.selecting import Probes, choose
 
     corpora, ground, spec = checked.corpora, checked.ground, RunSpec()
     assert corpora is not None
@@ -141,7 +141,7 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
     from connito.moe.evaluate import Evaluator
     from connito.moe.resident import compress
     from connito.moe.training import Step, betas_of, train_local
-    from connito.scoring import paired
+    from connito.protocol.scoring.proof_of_loss import paired
 
     corpora, spec = checked.corpora, checked.spec
     assert corpora is not None
@@ -180,7 +180,7 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
 
 def _score_part(checked: Checked) -> npt.NDArray[Any]:
     """The first sequences of the part of the hold-out that submissions are scored on: never the gate's or the report's."""
-    from connito.holdout import subsets
+    from connito.protocol.holdout import subsets
     from connito.v1.run_pb2 import RunSpec
 
     assert checked.corpora is not None

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from connito.data.prepare import passages, read_text
 from connito.errors import Invalid, NotFound
 from connito.jobs.spec import Source
-from connito.text.prepare import passages, read_text
 from connito.v1 import reasons_pb2 as reasons
 
 # What is taken out of a folder. A file that is named, by itself or through a glob, may have any name.

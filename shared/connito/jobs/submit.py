@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.corpus import Corpus
+from connito.data.corpus import Corpus
 from connito.errors import NotFound
 from connito.jobs.check import Checked
 from connito.jobs.findings import require
@@ -18,7 +18,6 @@ from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 
 if TYPE_CHECKING:
-    from connito.client import Client
     from connito.store import ArtifactStore
 
 TENSORS_TYPE = "application/vnd.safetensors"
@@ -39,14 +38,16 @@ class Submitted:
         return {"run": self.run, "domain": self.spec.domain, "cycles": self.spec.cycles, "bytes": self.uploaded_bytes}
 
 
-def submit(checked: Checked, client: Client, progress: Progress = lambda what, share: None) -> Submitted:
-    """Upload and create the run. Raises `Invalid` for a job with errors, `NotFound` without a platform, `Retry` while
+def submit(
+    checked: Checked, create_run: Callable[[RunSpec], str], progress: Progress = lambda what, share: None
+) -> Submitted:
+    """Upload the corpora and ask for the run by `create_run`, which returns its id. Raises `Invalid` for a job with errors, `NotFound` without a platform, `Retry` while
     broker or store are away. Submitting the same run id with the same job again is fine."""
     require(checked.findings)
     if checked.ground.session is None:
         raise NotFound("no platform runs here; start one with `connito up --no-wait`, or set CONNITO_NATS_URL")
     spec = asyncio.run(_upload(checked, checked.ground.session.store(), progress))
-    run = client.create_run(spec)
+    run = create_run(spec)
     total = sum(ref.artifact.size for ref in (spec.probe, spec.train, spec.holdout, *spec.general_holdouts))
     return Submitted(run, spec, total)
 
@@ -80,7 +81,7 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
 
 async def _base(checked: Checked, store: ArtifactStore, progress: Progress) -> BaseRef:
     """The platform's base, or the one from this machine, put into its store."""
-    from connito.local.materials import upload_base
+    from connito.base.upload import upload_base
 
     ground = checked.ground
     if ground.manifest_ref is not None:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from connito.commitment import hash_fields
+from connito.data.dedup import contaminated, deduplicate
+from connito.data.prepare import Split, part_of
 from connito.errors import Invalid
 from connito.jobs.findings import Finding
 from connito.jobs.sources import Document, Reach, read_source
 from connito.jobs.spec import Job, Source
-from connito.text.dedup import contaminated, deduplicate
-from connito.text.prepare import Split, part_of
+from connito.wire.hashing import hash_fields
 
 WEIGHT_TAG = b"connito.v1.job.weight"
 # Shared passages (a header, a licence notice) make a few documents look alike; above this share it is no accident.

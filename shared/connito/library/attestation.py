@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from connito.envelope import Opened, open_bytes
 from connito.errors import ConnitoError, VerificationFailed
 from connito.library.artifact import EXPERT_FILE, RECORD_FILE, read_safetensors_header
-from connito.roster import Roster
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.wire.envelope import Opened, open_bytes
+from connito.wire.roster import Roster
 
 FORMAT = "connito-attestation/1"
 ATTESTATION_FILE = "attestation.json"

@@ -23,7 +23,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from connito.facts import RunFacts
+from connito.wire.facts import RunFacts
 
 # A search by example whose best expert saves less than this has found nothing worth using.
 WORTH = 0.01

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from connito.facts import RunFacts
 from connito.library.artifact import ExpertHeader
 from connito.library.record import MERGED, ended_at, versions
 from connito.v1 import artifacts_pb2, run_pb2
+from connito.wire.facts import RunFacts
 
 # Everything that the record of an expert tells is in these.
 STREAMS = ("RUNS", "TRAIN", "MERGE", "LIBRARY")

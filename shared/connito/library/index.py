@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
-from connito.facts import Fact
 from connito.library.governance import Standing, governance
 from connito.v1 import reasons_pb2, run_pb2
+from connito.wire.facts import Fact
 
 SCHEMA_VERSION = 2
 KINDS = ("deposited", "deprecated", "yanked", "restored", "opted-out", "opted-in", "used")

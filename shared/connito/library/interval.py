@@ -1,6 +1,7 @@
 """Paired intervals of a change in loss, without numeric packages: the library's image has none.
 
-The same arithmetic as `connito.scoring.paired`; Student's quantile comes from its distribution function by bisection.
+The same arithmetic as `connito.protocol.scoring.proof_of_loss.paired`; Student's quantile comes from its distribution
+function by bisection.
 """
 
 from __future__ import annotations

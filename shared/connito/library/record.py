@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from connito.errors import Invalid, reason_name
-from connito.facts import RunFacts
 from connito.library.governance import governance
 from connito.library.interval import change_interval
 from connito.library.start import start_record
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.wire.facts import RunFacts
 
 RECORD_FORMAT = "connito-record/1"
 RECORD_MEDIA_TYPE = "application/vnd.connito.record+json"

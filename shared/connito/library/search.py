@@ -1,6 +1,6 @@
 """Finding experts: by words, by domain, and ranked by the loss they would save on a few texts.
 
-The last one needs a model and happens elsewhere (`connito.moe.predict`); here its candidates are chosen and its two
+The last one needs a model and happens elsewhere (`connito.experts.predict`); here its candidates are chosen and its two
 rankings, predicted and measured, are put side by side.
 """
 

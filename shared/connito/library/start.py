@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import Invalid
-from connito.facts import Fact
 from connito.library.governance import TERMS, VISIBILITIES, Viewer
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
+from connito.wire.facts import Fact
 
 AUTO, NONE = "auto", "none"
 

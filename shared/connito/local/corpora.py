@@ -9,10 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from connito.corpus import Corpus
-from connito.local.bases import cache_root, fresh_folder, source_digest
+from connito.base.recipes import cache_root, fresh_folder, source_digest
+from connito.data.corpus import Corpus
 
-_MAKERS = ("connito.text.domains", "connito.text.prepare", "connito.text.dedup", "connito.base.tiny", "connito.corpus")
+_MAKERS = (
+    "connito.data.domains",
+    "connito.data.prepare",
+    "connito.data.dedup",
+    "connito.base.tiny",
+    "connito.data.corpus",
+)
 # Parts of a domain's text, with the share that generated text gives each.
 PARTS = {"probe": 0.05, "train": 0.75, "holdout": 0.2}
 # Enough to be left with the tokens asked for after duplicates are gone.
@@ -73,8 +79,8 @@ def build_corpora(plan: Plan, progress: Callable[[str, float], None]) -> Path:
 
 def _found(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[str, Corpus], str]:
     """Real text: de-duplicated, split by document hash, decontaminated."""
-    from connito.text.domains import load_domain
-    from connito.text.prepare import prepare_corpora, tokenizer_digest
+    from connito.data.domains import load_domain
+    from connito.data.prepare import prepare_corpora, tokenizer_digest
 
     prepared = prepare_corpora(
         domain,
@@ -91,7 +97,7 @@ def _found(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[s
 def _generated(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[str, Corpus], str]:
     """Text of the tiny base's grammars, a seed for each part. Likeness means nothing here: few words make all of it."""
     from connito.base.tiny import tiny_texts
-    from connito.text.prepare import tokenizer_digest
+    from connito.data.prepare import tokenizer_digest
 
     digest, corpora = tokenizer_digest(_tokenizer_files(base)), {}
     for number, (part, share) in enumerate(PARTS.items()):

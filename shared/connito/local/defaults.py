@@ -7,6 +7,7 @@ from pathlib import Path
 
 from google.protobuf.json_format import ParseDict, ParseError
 
+from connito.data.domains import DEMO_DOMAINS
 from connito.errors import Invalid
 from connito.v1.run_pb2 import MergePolicy, RunSpec, ScorePolicy, SelectionPolicy, TrainPolicy, WindowPolicy
 
@@ -14,7 +15,6 @@ ADVERSARIES = (
     "copier", "noisy-copier", "masked-copier", "scaled-copier", "mixed-copier", "freerider", "noise", "sign-flip",
     "large-norm", "nan", "oversized", "late",
 )  # fmt: skip
-DEMO_DOMAINS = ("medical", "code", "legal", "speeches", "math")
 TINY_DOMAINS = ("recipes", "logs", "poems", "ledgers")
 MAX_PEOPLE = 64
 OVERRIDABLE = ("selection", "training", "scoring", "merging", "windows", "rewards")

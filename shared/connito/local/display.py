@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
-from connito.facts import Fact, RunFacts
-from connito.local.view import announce, render
+from connito.views.live import announce, render
+from connito.wire.facts import Fact, RunFacts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -19,8 +19,8 @@ def before_and_after(
     expert state inserted. Imports torch.
     """
     from connito.base.loading import load_full, load_tokenizer
-    from connito.corpus import Corpus
-    from connito.moe.insert import write_rows
+    from connito.data.corpus import Corpus
+    from connito.moe.rows import write_rows
     from connito.moe.state import load_state
 
     corpus = Corpus.load(holdout)

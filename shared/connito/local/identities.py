@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from connito.errors import Invalid
-from connito.identity import Identity
-from connito.local.datadir import DataDir
-from connito.roster import Roster
+from connito.platform.datadir import DataDir
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 SERVICES = ("coordinator", "selector", "committer", "aggregator", "library")
 

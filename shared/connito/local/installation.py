@@ -12,18 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from connito import streams
-from connito.bus import Bus
-from connito.compute import machine_folder
-from connito.local.datadir import DataDir, Platform
+from connito.bus import Bus, streams
+from connito.bus.permissions import broker_user
 from connito.local.defaults import Machine
 from connito.local.display import Display
 from connito.local.identities import SERVICES, Member, load_members, write_roster
-from connito.local.permissions import broker_user
 from connito.local.processes import PlainLauncher, Program, ZygoteLauncher
-from connito.local.servers import NatsServer, ObjectStore
-from connito.local.session import BUCKET, REGION, local_store
 from connito.local.supervisor import Supervisor
+from connito.platform.datadir import DataDir, Platform
+from connito.platform.servers import NatsServer, ObjectStore
+from connito.platform.session import BUCKET, REGION, local_store
+from connito.runtime.compute import machine_folder
 from connito.store import ArtifactStore
 
 # Services that compute with a model are forked from the preloaded process.

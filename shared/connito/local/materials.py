@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from connito.base.manifest import FileEntry, Manifest
+from connito.base.recipes import MANIFEST, cached_base
+from connito.base.upload import HOLDOUT, PUBLIC, TENSORS_TYPE, base_file, upload_base
+from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Fatal
-from connito.local.bases import MANIFEST, cached_base
 from connito.local.corpora import Plan
 from connito.local.defaults import Profile, Wish
 from connito.local.display import Display
@@ -23,14 +24,9 @@ from connito.local.installation import Installation
 from connito.local.processes import Program
 from connito.local.supervisor import last_lines
 from connito.local.tasks import read_lines
-from connito.store import ArtifactStore
 from connito.store.cache import Cache
 from connito.v1 import artifacts_pb2
-from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
-
-MANIFEST_TYPE, TENSORS_TYPE = "application/vnd.connito.base+json", "application/vnd.safetensors"
-PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
 
 
 @dataclass(frozen=True)
@@ -117,28 +113,6 @@ async def _base(installation: Installation, wish: Wish, display: Display) -> tup
     params = {"folder": str(folder), "name": folder.name, "out": str(out)}
     await run_task(installation, "manifest", params, display.progress)
     return folder, Manifest.from_bytes(out.read_bytes())
-
-
-async def upload_base(
-    store: ArtifactStore, folder: Path, manifest: Manifest, progress: Callable[[str, float], None] | None = None
-) -> ArtifactRef:
-    """Put a base's files and its manifest into the store; returns the manifest's reference."""
-    done, total = 0, sum(entry.size for entry in manifest.files.values())
-    for entry in manifest.files.values():
-        ref = base_file(entry.digest, entry.size, entry.media_type)
-        if await store.stat(ref) != entry.size:
-            if progress is not None:
-                progress("putting the base into the store", done / total)
-            await store.put_file(folder / entry.name, entry.media_type, PUBLIC)
-        done += entry.size
-    if progress is not None:
-        progress("putting the base into the store", 1.0)
-    return await store.put_bytes(manifest.to_bytes(), MANIFEST_TYPE, PUBLIC)
-
-
-def base_file(digest: str, size: int, media_type: str) -> ArtifactRef:
-    """The reference of a base's file."""
-    return ArtifactRef(digest=digest, size=size, media_type=media_type, realm=PUBLIC)
 
 
 async def upload(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import Fatal
-from connito.local.datadir import DataDir, start_time
 from connito.local.processes import Launcher, Process, Program
-from connito.local.servers import Server
+from connito.platform.datadir import DataDir, start_time
+from connito.platform.servers import Server
 
 # What dies this often within the window will not get better by being started once more.
 GIVE_UP_AFTER = 6

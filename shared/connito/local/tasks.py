@@ -18,7 +18,7 @@ from connito.errors import ConnitoError
 
 def build_base(params: dict[str, Any]) -> dict[str, Any]:
     """Build a named base into the cache."""
-    from connito.local.bases import build_cached
+    from connito.base.recipes import build_cached
 
     return {"folder": str(build_cached(params["name"], _progress))}
 
@@ -26,7 +26,7 @@ def build_base(params: dict[str, Any]) -> dict[str, Any]:
 def manifest(params: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that somebody else made."""
     from connito.base.checks import check_base
-    from connito.base.manifest import build_manifest
+    from connito.data.manifest import build_manifest
 
     check_base(Path(params["folder"]))
     Path(params["out"]).write_bytes(build_manifest(Path(params["folder"]), params["name"], _progress).to_bytes())

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from connito.compute import usable_cores
 from connito.errors import ConnitoError, Fatal, Invalid, Retry
-from connito.local.datadir import DataDir, is_running
 from connito.local.defaults import Profile, Wish, profile
 from connito.local.display import Display, choose_display
-from connito.local.session import log_to
+from connito.platform.datadir import DataDir, is_running
+from connito.platform.session import log_to
+from connito.runtime.compute import usable_cores
 
 if TYPE_CHECKING:
     from connito.client import Client
@@ -200,7 +200,7 @@ class _Up:
 
     async def _run_id(self, installation: Any) -> str:
         """The domain and the seed, or the time; numbered where the log already holds a run of that name."""
-        from connito.local.log import read_log
+        from connito.platform.log import read_log
 
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         name = f"{self.wish.target}-{stamp if self.wish.seed is None else f's{self.wish.seed}'}"
@@ -209,7 +209,7 @@ class _Up:
 
     async def _cancel_unfinished(self, installation: Any) -> None:
         """A run that an earlier, killed `up` left behind would compete for the machine."""
-        from connito.local.log import read_log
+        from connito.platform.log import read_log
 
         log = await read_log(installation.bus, installation.roster)
         for facts in log.runs.values():
@@ -259,8 +259,8 @@ class _Up:
     async def _report(self, installation: Any, facts: Any, materials: Any, memory: Any) -> dict[str, Any]:
         """Write report.json, loss.svg and generation.md."""
         from connito.local.generation import markdown
-        from connito.local.loss_plot import loss_svg
-        from connito.report import run_report
+        from connito.views.loss_plot import loss_svg
+        from connito.views.run_report import run_report
 
         texts = await self._generate(installation, facts, materials)
         await asyncio.to_thread(memory.sample)
@@ -350,8 +350,8 @@ def _decode(text: str) -> Wish:
 
 def _main() -> None:
     """The detached process of `--no-wait`."""
-    from connito.cli.output import explained
     from connito.local.display import PlainDisplay
+    from connito.runtime.exits import explained
 
     with explained():
         wish = _decode(sys.argv[1])

@@ -17,8 +17,8 @@ import torch
 
 from connito.errors import Invalid
 from connito.moe.head import Head
-from connito.moe.insert import check_state, read_rows
 from connito.moe.layout import as_targets, check_routers, check_targets, require_moe_layers
+from connito.moe.rows import check_state, read_rows
 from connito.moe.state import split_name
 from connito.v1 import reasons_pb2
 

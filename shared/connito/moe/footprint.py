@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from connito.base.manifest import Manifest
+from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2
 

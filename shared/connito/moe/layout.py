@@ -6,6 +6,7 @@ in some sixty families. Whatever follows that interface is found here by its sha
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def check_routers(layers: Mapping[int, MoELayer], selection: Any) -> None:
 
     A map for another base can fit by its numbers alone; its experts would be the wrong ones all the same.
     """
-    from connito.moe.statistics import router_digest
+    from connito.moe.layout import router_digest
 
     wanted = getattr(selection, "routers", "")
     if wanted and wanted != router_digest(layers):
@@ -165,3 +166,15 @@ def check_routers(layers: Mapping[int, MoELayer], selection: Any) -> None:
             "load the base that the map was made on",
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
+
+
+def router_digest(layers: Mapping[int, MoELayer]) -> str:
+    """SHA-256 over the routers' parameters and buffers: what decides the routing, and what no training here changes."""
+    import torch
+
+    state = hashlib.sha256()
+    for index, layer in sorted(layers.items()):
+        for name, tensor in sorted(layer.router.state_dict().items()):
+            state.update(f"{index}.{name}{tuple(tensor.shape)}".encode())
+            state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from connito.errors import Invalid, NotFound
+from connito.moe.layout import router_digest
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from connito.moe.layout import MoELayer
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -300,18 +300,6 @@ def collect(
         )
     out.probes = (read.hexdigest(),)
     return out
-
-
-def router_digest(layers: Mapping[int, MoELayer]) -> str:
-    """SHA-256 over the routers' parameters and buffers: what decides the routing, and what no training here changes."""
-    import torch
-
-    state = hashlib.sha256()
-    for index, layer in sorted(layers.items()):
-        for name, tensor in sorted(layer.router.state_dict().items()):
-            state.update(f"{index}.{name}{tuple(tensor.shape)}".encode())
-            state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()
 
 
 def _batches(group: npt.NDArray[Any], batch_tokens: int) -> Iterable[npt.NDArray[Any]]:

@@ -15,9 +15,9 @@ import urllib3
 from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
 
-from connito import metrics
 from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed
-from connito.settings import ServiceSettings
+from connito.runtime import metrics
+from connito.runtime.settings import ServiceSettings
 from connito.store.cache import Cache, digest_of_file
 from connito.store.presigned import Progress, disk_or_network, presign, save_verified, write_once_headers
 from connito.v1 import artifacts_pb2

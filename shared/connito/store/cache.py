@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from connito import metrics
+from connito.runtime import metrics
 from connito.store.presigned import disk_or_network
 from connito.v1.artifacts_pb2 import ArtifactRef
 

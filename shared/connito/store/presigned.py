@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from connito import metrics
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.runtime import metrics
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.artifacts_pb2 import ArtifactRef
 

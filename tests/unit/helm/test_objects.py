@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from connito.streams import DURABLES
+from connito.bus.streams import DURABLES
 
 from .conftest import CHART, Object, environment, find, of_kind, pod_specs, render, rendered, values_of
 

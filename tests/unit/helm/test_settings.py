@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from connito.settings import ServiceSettings
+from connito.runtime.settings import ServiceSettings
 from helm_python.errors import HelmError
 
 from .conftest import ROOT, Object, environment, pod_specs, render, values_of

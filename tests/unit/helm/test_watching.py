@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from connito.metrics import CATALOGUE
+from connito.runtime.metrics import CATALOGUE
 
 from .conftest import CHART, ROOT
 

@@ -13,26 +13,26 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
-from connito.envelope import open_bytes, seal
+from connito.bus.streams import stream_of
+from connito.data.tensors import MAX_HEADER_BYTES, read_header, tensor_bytes
 from connito.errors import ConnitoError, Invalid, Retry, reason_name
-from connito.facts import CATALOGUE, INGRESS, Record, verify_fact, verify_ingress
-from connito.identity import Identity
-from connito.roster import ROLES, Roster
-from connito.rpc import open_request
+from connito.protocol.submission import expected_layout, validate
+from connito.service.rpc import open_request
 from connito.store.artifacts import key_of
-from connito.streams import stream_of
-from connito.subjects import ingress, parse_fact, parse_ingress
-from connito.submission import expected_layout, validate
-from connito.tensors import MAX_HEADER_BYTES, read_header, tensor_bytes
 from connito.v1 import artifacts_pb2, cycle_pb2, services_pb2
 from connito.v1.envelope_pb2 import Envelope
+from connito.wire.envelope import open_bytes, seal
+from connito.wire.facts import CATALOGUE, INGRESS, Record, verify_fact, verify_ingress
+from connito.wire.identity import Identity
+from connito.wire.roster import ROLES, Roster
+from connito.wire.subjects import ingress, parse_fact, parse_ingress
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.committer import handlers
-from tests.unit.committer.ledger import RUN, Ledger
 from tests.unit.hostile.messages import messages
+from tests.unit.services.committer.ledger import RUN, Ledger
 
 MINER = Identity.generate(b"hostile miner".ljust(32, b"."))
 SERVICE = Identity.generate(b"hostile service".ljust(32, b"."))

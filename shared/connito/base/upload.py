@@ -1,0 +1,36 @@
+"""Put a base model into the store: its files as they are, and a manifest of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from connito.data.manifest import Manifest
+from connito.store import ArtifactStore
+from connito.v1 import artifacts_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+
+MANIFEST_TYPE, TENSORS_TYPE = "application/vnd.connito.base+json", "application/vnd.safetensors"
+PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
+
+
+async def upload_base(
+    store: ArtifactStore, folder: Path, manifest: Manifest, progress: Callable[[str, float], None] | None = None
+) -> ArtifactRef:
+    """Put a base's files and its manifest into the store; returns the manifest's reference."""
+    done, total = 0, sum(entry.size for entry in manifest.files.values())
+    for entry in manifest.files.values():
+        ref = base_file(entry.digest, entry.size, entry.media_type)
+        if await store.stat(ref) != entry.size:
+            if progress is not None:
+                progress("putting the base into the store", done / total)
+            await store.put_file(folder / entry.name, entry.media_type, PUBLIC)
+        done += entry.size
+    if progress is not None:
+        progress("putting the base into the store", 1.0)
+    return await store.put_bytes(manifest.to_bytes(), MANIFEST_TYPE, PUBLIC)
+
+
+def base_file(digest: str, size: int, media_type: str) -> ArtifactRef:
+    """The reference of a base's file."""
+    return ArtifactRef(digest=digest, size=size, media_type=media_type, realm=PUBLIC)

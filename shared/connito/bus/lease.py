@@ -1,0 +1,130 @@
+"""One leader at a time: a key in a bucket whose entries expire, renewed by compare-and-swap."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+from nats.errors import Error as NatsError
+from nats.js.errors import BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
+
+from connito.bus import Bus
+from connito.bus.streams import LEASE_TTL, LEASES
+from connito.errors import Retry
+from connito.runtime import metrics
+from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
+
+log = get_logger("lease")
+
+
+class Lease:
+    """`async with Lease(bus, "coordinator") as lease:` blocks until this process is the leader.
+
+    `revision` is the fencing token: whoever leads later has a larger one. `held` turns false and `lost` is set when the
+    lease could not be renewed in time, measured on this side's clock from before the last renewal was sent, so it is
+    never believed for longer than the broker grants it. `ttl` must be the bucket's (see `connito.bus.streams`), or less.
+    """
+
+    def __init__(self, bus: Bus, name: str, ttl: float = LEASE_TTL) -> None:
+        self._bus, self.name, self.ttl = bus, name, ttl
+        self.revision = 0
+        self.lost = asyncio.Event()
+        # Tells our own entry from that of a replica with the same key.
+        self._token = f"{bus.identity.public}.{secrets.token_hex(8)}".encode()
+        self._last = 0
+        self._good_until = 0.0
+        self._renewing: asyncio.Task[None] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this process leads, right now."""
+        return self.revision > 0 and not self.lost.is_set() and time.monotonic() < self._good_until
+
+    async def __aenter__(self) -> Self:
+        waiting = False
+        while not await self._try_acquire():
+            if not waiting:
+                log.info("another replica leads, standing by", lease=self.name)
+                waiting = True
+            await asyncio.sleep(self.ttl / 12)
+        self.revision = self._last
+        self._renewing = asyncio.create_task(self._renew())
+        metrics.LEADER.labels(self.name).set(1)
+        log.info("leading", lease=self.name, fence=self.revision)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._renewing is not None
+        await end_tasks([self._renewing])
+        metrics.LEADER.labels(self.name).set(0)
+        if self.held:
+            # Give it back, so that the next leader need not wait for the expiry.
+            with suppress(NatsError, OSError, asyncio.TimeoutError, Retry):
+                await (await self._bucket()).delete(self.name, last=self._last)
+        self._good_until = 0.0
+
+    async def _bucket(self) -> Any:
+        return await self._bus.js.key_value(LEASES)
+
+    async def _try_acquire(self) -> bool:
+        asked = time.monotonic()
+        try:
+            bucket = await self._bucket()
+            self._last = await bucket.create(self.name, self._token)
+        except KeyWrongLastSequenceError:
+            if not await self._is_ours(bucket):
+                return False
+        except BucketNotFoundError:
+            log.warning("the broker has no lease bucket; run `connito streams ensure`", lease=self.name)
+            await asyncio.sleep(1.0)
+            return False
+        except (TimeoutError, NatsError, OSError) as error:
+            log.warning("cannot ask for the lease, trying again", lease=self.name, error=str(error))
+            await asyncio.sleep(0.5)
+            return False
+        self._good_until = asked + self.ttl
+        return True
+
+    async def _is_ours(self, bucket: Any) -> bool:
+        """Whether the entry was written by us, in a write whose acknowledgement was lost."""
+        try:
+            entry = await bucket.get(self.name)
+        except KeyNotFoundError:
+            return False
+        if entry.value != self._token:
+            return False
+        self._last = entry.revision
+        return True
+
+    async def _renew(self) -> None:
+        """Renew three times per ttl; give up when it is over or someone else has it."""
+        while True:
+            await asyncio.sleep(self.ttl / 3)
+            asked = time.monotonic()
+            try:
+                async with asyncio.timeout(max(0.05, self._good_until - asked)):
+                    bucket = await self._bucket()
+                    try:
+                        self._last = await bucket.update(self.name, self._token, last=self._last)
+                    except KeyWrongLastSequenceError:
+                        if not await self._is_ours(bucket):
+                            return self._lose("someone else took it, or it expired")
+                self._good_until = asked + self.ttl
+            except (NatsError, OSError, TimeoutError) as error:
+                if time.monotonic() >= self._good_until:
+                    return self._lose(f"not renewed in time: {str(error) or type(error).__name__}")
+                await asyncio.sleep(0.05)
+
+    def _lose(self, why: str) -> None:
+        log.error("lost the lease", lease=self.name, fence=self.revision, why=why)
+        metrics.LEADER.labels(self.name).set(0)
+        metrics.LEASE_LOST.labels(self.name).inc()
+        self._good_until = 0.0
+        self.lost.set()

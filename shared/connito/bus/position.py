@@ -1,0 +1,51 @@
+"""A log that knows how far each stream was read, so that a reader can wait until it has seen what the broker has.
+
+Streams are read side by side, and one may lag behind the others by any amount. Where that matters (refusing somebody,
+closing a window), `refresh` turns "as far as I know" into "as of now".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from connito.bus import Bus
+from connito.errors import Retry
+from connito.wire.facts import Fact, Log, Record
+from connito.wire.roster import Roster
+
+
+class PositionedLog(Log):
+    """`facts.Log` with positions. Fill it from followers of whole streams: one that is filtered to a run never gets
+    to the end of a stream."""
+
+    def __init__(self, roster: Roster, *, patience_s: float = 10.0) -> None:
+        super().__init__(roster)
+        self._patience_s = patience_s
+        self._seen: dict[str, int] = {}
+        self._moved = asyncio.Event()
+
+    def apply(self, record: Record) -> Fact | None:
+        """As `Log.apply`; a record that does not verify still counts as read."""
+        try:
+            return super().apply(record)
+        finally:
+            self._seen[record.stream] = max(record.sequence, self._seen.get(record.stream, 0))
+            self._moved.set()
+
+    async def reach(self, stream: str, sequence: int) -> None:
+        """Wait until `stream` has been read up to `sequence`. Raises `Retry` when that takes unusually long."""
+        try:
+            async with asyncio.timeout(self._patience_s):
+                while self._seen.get(stream, 0) < sequence:
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError as error:
+            raise Retry(
+                f"{stream} was read up to {self._seen.get(stream, 0)} of {sequence}; the broker is slow or away"
+            ) from error
+
+    async def refresh(self, bus: Bus, streams: Sequence[str]) -> None:
+        """Wait until everything that the broker has stored in `streams` by now is in the facts. Raises `Retry`."""
+        ends = await asyncio.gather(*(bus.last_sequence(stream) for stream in streams))
+        await asyncio.gather(*(self.reach(stream, end) for stream, end in zip(streams, ends, strict=True)))

@@ -1,0 +1,1 @@
+"""The commands of `connito library`, one module for each kind of work."""

@@ -1,0 +1,1 @@
+"""Tensors, corpora, manifests and pseudo-gradients as bytes, and text on its way to a corpus. No torch."""

@@ -1,0 +1,115 @@
+"""δ_i = θ_base − θ_i: what a submission says the target experts should move by, read one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connito.data.tensors import read_header, read_tensors, to_float32
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2 as reasons
+
+# Elements per miner that are held as float64 at once while inner products are summed.
+CHUNK = 1 << 18
+
+
+class Deltas(Protocol):
+    """Something that hands out pseudo-gradients of `count` submissions, float32, tensor by tensor."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Tensor names, sorted."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Number of submissions."""
+        ...
+
+    def load(self, index: int, name: str) -> NDArray[np.float32]:
+        """δ of one tensor of one submission."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeltaFiles:
+    """Pseudo-gradients from validated state files. states[i] was trained from bases[i]; all have one layout."""
+
+    states: Sequence[Path]
+    bases: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        layouts = [
+            {name: (entry.dtype, entry.shape) for name, entry in read_header(path).entries.items()}
+            for path in (*self.states, *self.bases)
+        ]
+        if len(self.states) != len(self.bases) or any(layout != layouts[0] for layout in layouts):
+            raise Invalid(
+                "these states do not have the same tensors and cannot be compared", reason=reasons.REASON_WRONG_TENSORS
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(read_header(self.states[0]).entries) if self.states else []
+
+    @property
+    def count(self) -> int:
+        """Number of submissions."""
+        return len(self.states)
+
+    def load(self, index: int, name: str) -> NDArray[np.float32]:
+        """δ of one tensor of one submission."""
+        return load_float32(self.bases[index], name) - load_float32(self.states[index], name)
+
+
+@dataclass(frozen=True)
+class DeltaSubset:
+    """Some of the submissions of another source, in the order of `members`."""
+
+    source: Deltas
+    members: Sequence[int]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Tensor names, sorted."""
+        return self.source.names
+
+    @property
+    def count(self) -> int:
+        """Number of submissions."""
+        return len(self.members)
+
+    def load(self, index: int, name: str) -> NDArray[np.float32]:
+        """δ of one tensor of one submission."""
+        return self.source.load(self.members[index], name)
+
+
+def load_float32(path: Path, name: str) -> NDArray[np.float32]:
+    """One floating-point tensor of a state file as float32."""
+    arrays, _ = read_tensors(path, [name])
+    return to_float32(arrays[name], read_header(path).entries[name].dtype)
+
+
+def gram_matrix(deltas: Deltas) -> NDArray[np.float64]:
+    """Inner products ⟨δ_i, δ_j⟩ over all tensors: float64 [n, n], symmetric.
+
+    Relative to the product of norms, entries are rounded to 12 digits: a BLAS sums in an order of its own, and what is
+    decided on these numbers should not depend on the machine.
+    """
+    total = np.zeros((deltas.count, deltas.count))
+    for name in deltas.names if deltas.count else ():
+        rows = [deltas.load(index, name).reshape(-1) for index in range(deltas.count)]
+        for start in range(0, len(rows[0]), CHUNK):
+            block = np.stack([row[start : start + CHUNK].astype(np.float64) for row in rows])
+            total += block @ block.T
+    norms = np.array([float(f"{value:.12e}") for value in np.sqrt(np.diag(total))])
+    scale = np.outer(norms, norms)
+    relative = np.divide(total, scale, out=np.zeros_like(total), where=scale > 0)
+    relative = np.round((relative + relative.T) / 2, 12)
+    return np.asarray(relative * scale)

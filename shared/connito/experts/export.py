@@ -1,0 +1,197 @@
+"""Models made of library experts, pruned or extracted: ordinary checkpoints that stock transformers loads, with a record.
+
+The folder holds config.json, model.safetensors, the tokenizer, and `record.json`, which names every file's digest, the
+base, which of its experts are inside, and what was measured. It can be verified offline, with or without the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from connito.base.checkpoint import save_checkpoint
+from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.experts.prune import Keep
+from connito.library.artifact import MODEL_FILE, MODEL_FORMAT, RECORD_FILE, tensor_sizes
+from connito.library.card import write_card
+from connito.library.derived import model_record
+from connito.library.record import encode
+from connito.moe.layout import require_moe_layers
+from connito.v1 import reasons_pb2
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = MODEL_FORMAT
+
+
+def export_model(
+    model: nn.Module,
+    out: Path,
+    tokenizer: Any,
+    *,
+    verb: str,
+    base: Mapping[str, str],
+    keep: Keep,
+    settings: Mapping[str, Any],
+    measured: Mapping[str, float],
+    parents: Sequence[Mapping[str, Any]] = (),
+    license: str = "",  # noqa: A002 - the record's word
+    losses: Sequence[Mapping[str, Any]] = (),
+    domain: str = "",
+    total: int = 0,
+    created: str = "",
+    extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> dict[str, Any]:
+    """Write `model` to the new folder `out`; returns its record.
+
+    base: `{"name", "manifest"}`; keep: the base's expert ids inside, by layer, in the order of the rows (empty: dense).
+    parents: the records of experts that were put in before; losses: as `Before.compare` measures them; extra: more
+    tensors, by file name; total: routed experts of the base. The record is a library record: `library deposit` puts the
+    folder on a shelf. Raises `Invalid` when layers differ in their number of experts or the folder is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise Invalid(f"{out} is not empty: choose another folder")
+    counts = {len(experts) for experts in keep.values()}
+    if len(counts) > 1:
+        raise Invalid(
+            f"layers keep {sorted(counts)} experts, and this family stores one number: pad them with `equalise` first",
+            reason=reasons_pb2.REASON_WRONG_SHAPE,
+        )
+    save_checkpoint(model, out, tokenizer)
+    for name, tensors in (extra or {}).items():
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / name)
+    digest, file = _digest(out / MODEL_FILE), out / MODEL_FILE
+    record = model_record(
+        verb, domain, base, parents, digest=digest, size=file.stat().st_size, parameters=tensor_sizes(file)[0],
+        keep=keep, total=total, created=created, license=license, settings=settings, losses=losses,
+    )  # fmt: skip
+    write_card(record, out)
+    record |= {
+        "verb": verb,
+        "experts": {str(index): list(experts) for index, experts in sorted(keep.items())},
+        "settings": dict(settings),
+        "measured": dict(measured),
+        "files": {path.name: {"digest": _digest(path), "bytes": path.stat().st_size} for path in sorted(out.iterdir())},
+    }
+    (out / RECORD_FILE).write_bytes(encode(record))
+    return record
+
+
+def verify_export(folder: Path, base: Path | None = None) -> dict[str, Any]:
+    """Check an exported model offline; returns its record.
+
+    Every file against its digest, and nothing in the folder that the record does not name. With the `base` folder, and
+    where no expert was composed in and nothing was trained, also that every kept expert and every other tensor is the base's, bit
+    for bit. Raises `NotFound` or `VerificationFailed`.
+    """
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        raise NotFound(f"there is no {RECORD_FILE} in {folder}: it is not an export")
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record.get("format") != FORMAT:
+        raise VerificationFailed(f"{path} is not the record of a model, but {record.get('format')!r}")
+    present = {file.name for file in folder.iterdir()} - {RECORD_FILE}
+    if odd := sorted(present ^ set(record["files"])):
+        raise VerificationFailed(f"{folder} and its record disagree about the file {odd[0]}; export it again")
+    for name, entry in record["files"].items():
+        if _digest(folder / name) != entry["digest"]:
+            raise VerificationFailed(
+                f"{folder / name} is not the file that was exported; export it again",
+                reason=reasons_pb2.REASON_DIGEST_MISMATCH,
+            )
+    if base is not None and not record["parents"] and not record["settings"].get("tuned"):
+        _compare_with_base(folder, base, record)
+    return record
+
+
+def verify_insertion(folder: Path, base: Path, experts: Sequence[Path]) -> None:
+    """Check that a whole exported model is the base with these experts in it, tensor for tensor. Raises
+    `VerificationFailed`, and `Invalid` where an expert is not of this base."""
+    from connito.base.loading import load_full
+    from connito.experts.load import load_expert
+
+    model, made = load_full(base), dict(load_full(folder).state_dict())
+    for expert in experts:
+        load_expert(model, expert)
+    for name, tensor in model.state_dict().items():
+        if name not in made or not torch.equal(made[name], tensor):
+            raise VerificationFailed(
+                f"{name} is neither the base's nor the expert's; export it again",
+                reason=reasons_pb2.REASON_DIGEST_MISMATCH,
+            )
+
+
+def _compare_with_base(folder: Path, base: Path, record: Mapping[str, Any]) -> None:
+    from connito.base.loading import load_full
+    from connito.data.manifest import build_manifest
+
+    if build_manifest(base, record["base"]["name"]).digest != record["base"]["manifest"]:
+        raise VerificationFailed(f"{base} is not the base {record['base']['name']} of this model")
+    source, made = load_full(base), dict(load_full(folder).state_dict())
+    keep = {int(index): experts for index, experts in record["experts"].items()}
+    layers = {layer.experts_name: layer for layer in require_moe_layers(source).values()}
+    routers = {layer.router_name: layer for layer in layers.values()}
+    if not keep:
+        return
+    for name, whole in source.state_dict().items():
+        owner, _, _ = name.rpartition(".")
+        layer = layers.get(owner) or routers.get(owner)
+        by_expert = layer is not None and layer.index in keep and whole.ndim and whole.shape[0] == layer.num_experts
+        tensor = whole[keep[layer.index]] if layer is not None and by_expert else whole
+        if name not in made or not torch.equal(made[name], tensor):
+            raise VerificationFailed(f"{name} is not the base's own", reason=reasons_pb2.REASON_DIGEST_MISMATCH)
+
+
+def to_dense(model: Any) -> nn.Module:
+    """A dense model with the function of one whose every layer has one expert and an empty shared expert.
+
+    A Llama (Qwen2 where attention has biases) with the expert as its MLP. Raises `Invalid` for a model with more
+    experts, with a shared expert that does something, or whose gate weight of a lone expert is not 1.
+    """
+    from transformers import LlamaConfig, Qwen2Config
+
+    from connito.base.loading import build_empty
+
+    source = model.config
+    layers = require_moe_layers(model)
+    if source.model_type != "qwen2_moe" or any(layer.num_experts != 1 for layer in layers.values()):
+        raise Invalid("only a Qwen2-MoE with one expert in every layer has a dense form here; prune it to one first")
+    if not source.norm_topk_prob:
+        raise Invalid("a lone expert's gate weight is only 1 in a family that normalises its top-k weights")
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for layer in layers.values():
+        mlp = layer.experts_name.rpartition(".")[0]
+        if tensors[f"{mlp}.shared_expert.down_proj.weight"].any():
+            raise Invalid(f"the shared expert of layer {layer.index} is not empty: a dense MLP cannot hold it too")
+        gate, up = tensors[f"{mlp}.experts.gate_up_proj"][0].chunk(2)
+        down = tensors[f"{mlp}.experts.down_proj"][0]
+        for name in [name for name in tensors if name.startswith(f"{mlp}.")]:
+            del tensors[name]
+        tensors |= {f"{mlp}.gate_proj.weight": gate.contiguous(), f"{mlp}.up_proj.weight": up.contiguous(),
+                    f"{mlp}.down_proj.weight": down.contiguous()}  # fmt: skip
+    if source.moe_intermediate_size != source.intermediate_size and len(layers) != source.num_hidden_layers:
+        raise Invalid("dense and sparse layers of this model have MLPs of different widths")
+    if source.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    family = Qwen2Config if source.qkv_bias else LlamaConfig
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+             "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id",
+             "eos_token_id", "pad_token_id", "dtype")  # fmt: skip
+    config = family(
+        **{name: getattr(source, name) for name in names},
+        intermediate_size=source.moe_intermediate_size,
+        architectures=["Qwen2ForCausalLM" if source.qkv_bias else "LlamaForCausalLM"],
+    )
+    return build_empty(config, tensors)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,138 @@
+"""Smaller experts instead of fewer: weights set to zero by use, and experts stored as products of two thin matrices.
+
+MoE-Pruner (Xie et al. 2024, eq. 6): score |W_ij| · ‖x_j · g‖ over calibration tokens, where g is the gate weight with
+which the token came; the lowest share of every output row is set to zero.
+MoE-I² (Yang et al. 2024, section 3.2): W ≈ A B by truncated SVD, with more rank for experts that are used more.
+
+Shapes: N experts, W [N, out, in], rank r: A [N, out, r], B [N, r, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from connito.errors import Invalid
+from connito.experts.prune import Tape, record
+from connito.moe.layout import MoELayer, require_moe_layers
+from connito.v1 import reasons_pb2
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import nn
+
+MAPS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def sparsify(model: nn.Module, sequences: npt.NDArray[Any], share: float) -> dict[int, float]:
+    """Set `share` of every output row of every expert to zero, in place; returns the zeros' share by layer.
+
+    Experts that no calibration token reached are pruned by magnitude alone. share 0 changes no bit.
+    """
+    if not 0 <= share < 1:
+        raise Invalid(f"the share of weights to drop is {share}: give a number from 0 to below 1")
+    zeros = {}
+    for index, tape in record(model, sequences).items():
+        if tape.layer.experts.is_transposed:
+            raise Invalid(
+                "experts with transposed weights are not supported here", reason=reasons_pb2.REASON_WRONG_SHAPE
+            )
+        for expert in range(tape.layer.num_experts):
+            _sparsify_expert(tape, expert, share)
+        banks = [getattr(tape.layer.experts, name) for name in tape.layer.parameters if name in MAPS]
+        zeros[index] = float(sum((bank == 0).sum() for bank in banks)) / sum(bank.numel() for bank in banks)
+    return zeros
+
+
+def _sparsify_expert(tape: Tape, expert: int, share: float) -> None:
+    experts: Any = tape.layer.experts
+    token, slot = torch.where(tape.ids == expert)
+    x, gate = tape.inputs[token], tape.weights[token, slot, None]
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    with torch.no_grad():
+        _zero_lowest(getattr(experts, up)[expert], _input_norm(x * gate), share)
+        if len(x):
+            hidden = torch.nn.functional.linear(x, getattr(experts, up)[expert])
+            x = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+        width = getattr(experts, "down_proj").shape[-1]  # noqa: B009
+        _zero_lowest(experts.down_proj[expert], _input_norm(x * gate) if len(x) else torch.ones(width), share)
+
+
+def _input_norm(x: torch.Tensor) -> torch.Tensor:
+    return x.float().norm(dim=0) if len(x) else torch.ones(x.shape[-1])
+
+
+def _zero_lowest(weight: torch.Tensor, norm: torch.Tensor, share: float) -> None:
+    count = int(share * weight.shape[-1])
+    if count:
+        scores = weight.abs().float() * norm
+        weight.scatter_(-1, scores.topk(count, dim=-1, largest=False).indices, 0)
+
+
+def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [out, r], B [r, in] with the least ‖W − A B‖_F (Eckart–Young); exact, up to rounding, at full rank."""
+    if not 1 <= rank <= min(weight.shape):
+        raise Invalid(f"a matrix of shape {tuple(weight.shape)} has no factors of rank {rank}")
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return (u[:, :rank] * root).to(weight.dtype), (root[:, None] * vh[:rank]).to(weight.dtype)
+
+
+def ranks(importance: Sequence[float], shape: tuple[int, int], share: float) -> list[int]:
+    """A rank per expert, in proportion to importance, such that all factors together hold `share` of the numbers of W.
+
+    At least 1 and at most where the factors stop being smaller than the matrix, out·in / (out + in).
+    """
+    out, width = shape
+    limit = out * width // (out + width)
+    budget = max(len(importance), int(share * len(importance) * out * width / (out + width)))
+    chosen = [1] * len(importance)
+    left = min(budget, limit * len(importance)) - len(importance)
+    # What an expert at the limit cannot use goes to the others, in proportion again.
+    while left > 0:
+        open_ = [i for i, rank in enumerate(chosen) if rank < limit and importance[i] > 0]
+        if not open_:
+            break  # the rest is never used: more of it would be stored for nothing
+        total = sum(importance[i] for i in open_)
+        wanted = {i: left * importance[i] / total for i in open_}
+        given = {i: min(limit - chosen[i], int(wanted[i])) for i in open_}
+        if not any(given.values()):
+            given = dict.fromkeys(sorted(open_, key=lambda i: (-wanted[i], i))[:left], 1)
+        for i, more in given.items():
+            chosen[i] += more
+        left -= sum(given.values())
+    return chosen
+
+
+def low_rank(
+    model: nn.Module, sequences: npt.NDArray[Any], share: float
+) -> tuple[dict[str, torch.Tensor], dict[int, list[int]]]:
+    """Replace every expert's maps by their low-rank approximation, in place, so that any family's code runs them.
+
+    Returns the factors, `layers.<l>.<map>.<expert>.a|b`, which are what has to be stored, and the ranks by layer.
+    """
+    factors: dict[str, torch.Tensor] = {}
+    chosen: dict[int, list[int]] = {}
+    for index, tape in record(model, sequences).items():
+        importance = [float(x) for x in tape.importance()]
+        for name in (name for name in tape.layer.parameters if name in MAPS):
+            bank = getattr(tape.layer.experts, name)
+            chosen[index] = ranks(importance, tuple(bank.shape[1:]), share)
+            for expert, rank in enumerate(chosen[index]):
+                a, b = factorise(bank[expert], rank)
+                with torch.no_grad():
+                    bank[expert].copy_(a @ b)
+                factors |= {f"layers.{index}.{name}.{expert}.a": a, f"layers.{index}.{name}.{expert}.b": b}
+    return factors, chosen
+
+
+def restore(model: nn.Module, factors: Mapping[str, torch.Tensor]) -> None:
+    """Write stored factors into a model of the same shape: the inverse of what `low_rank` returned."""
+    layers: dict[int, MoELayer] = require_moe_layers(model)
+    for name in (name for name in factors if name.endswith(".a")):
+        _, index, parameter, expert, _ = name.split(".")
+        with torch.no_grad():
+            bank = getattr(layers[int(index)].experts, parameter)
+            bank[int(expert)].copy_(factors[name] @ factors[name[:-1] + "b"])

@@ -1,0 +1,348 @@
+"""The real broker and the real store on one machine: `nats-server` and SeaweedFS, as their wheels ship them.
+
+Both are plain objects that block, so that tests, benchmarks and the command line can own them; from a coroutine, call
+them through `asyncio.to_thread`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from connito.errors import Fatal, Invalid, Retry
+from connito.platform.spawning import spawn
+
+Progress = Callable[[str], None]
+User = Mapping[str, Any]  # {"nkey": public key, "permissions": {"publish": …, "subscribe": …}}
+
+START_SECONDS = 60.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def find_program(name: str) -> str:
+    """The program beside this interpreter, or on PATH. Raises `Fatal` saying what to install."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise Fatal(f"{name} is not installed; `pip install 'connito[demo]'` brings it")
+    return found
+
+
+class Server:
+    """A child process with a log file; a subclass says how to start it and when it is ready."""
+
+    program = ""
+
+    def __init__(self, data_dir: Path, log_file: Path | None = None, *, die_with_parent: bool = True) -> None:
+        self.data_dir = data_dir
+        self.log_file = log_file if log_file is not None else data_dir / f"{self.program}.log"
+        self.die_with_parent = die_with_parent
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running server."""
+        assert self.process is not None, "the server was not started"
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self.process is not None and self.process.poll() is None
+
+    def start(self, progress: Progress | None = None) -> Self:
+        """Start, and return once it really serves. Raises `Invalid` with the last lines of its log when it ends
+        instead, `Retry` when it is not ready within a minute."""
+        assert not self.running, "the server is running already"
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._check_ports()
+        command = self._prepare()
+        if progress is not None:
+            progress(f"starting {self.program}")
+        with self.log_file.open("ab") as log:
+            self.process = spawn(command, log.fileno(), self.data_dir, self.die_with_parent)
+        atexit.register(self.kill)
+        self._wait_ready(progress)
+        return self
+
+    def stop(self, grace: float = 2.0) -> None:
+        """Ask it to end; kill it after `grace` seconds. What it acknowledged is on disk either way."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(grace)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self._reap()
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+        self._reap()
+
+    def restart(self, progress: Progress | None = None) -> None:
+        """Stop if running, and start on the same ports with the same data."""
+        self.stop()
+        self.start(progress)
+
+    def __enter__(self) -> Self:
+        return self if self.running else self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _reap(self) -> None:
+        atexit.unregister(self.kill)
+        if self.process is not None:
+            self.process.wait()
+        self._clean_up()
+
+    def _wait_ready(self, progress: Progress | None) -> None:
+        began, told = time.monotonic(), 0.0
+        problem = ""
+        while time.monotonic() - began < START_SECONDS:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                code = self.process.returncode
+                self._reap()
+                raise Invalid(
+                    f"{self.program} ended with code {code} while starting; its log ends with:\n{self._tail()}"
+                )
+            problem = self._not_ready()
+            if not problem:
+                return
+            if progress is not None and time.monotonic() - told > 1.0:
+                told = time.monotonic()
+                progress(f"waiting for {self.program}: {problem}")
+            time.sleep(0.03)
+        self.kill()
+        raise Retry(f"{self.program} is not ready after {START_SECONDS:.0f} s: {problem}; see {self.log_file}")
+
+    def _tail(self, lines: int = 8) -> str:
+        with suppress(OSError):
+            return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
+        return "(no log)"
+
+    def _check_ports(self) -> None:
+        for what, port in self._ports().items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError as error:
+                    raise Invalid(
+                        f"{self.program} needs port {port} ({what}), and another program has it; "
+                        "stop that one (an earlier `connito up`? then `connito down`) or choose another port"
+                    ) from error
+
+    def _ports(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    def _prepare(self) -> list[str]:
+        """Write configuration files; the command line."""
+        raise NotImplementedError
+
+    def _not_ready(self) -> str:
+        """What is missing, or the empty string."""
+        raise NotImplementedError
+
+    def _clean_up(self) -> None:
+        """After the process has ended."""
+
+
+class NatsServer(Server):
+    """nats-server with JetStream that syncs every acknowledged message to disk.
+
+    `users` are the only ones let in, each with an nkey and the server's own permission syntax; None lets everybody in.
+    """
+
+    program = "nats-server"
+
+    def __init__(
+        self,
+        data_dir: Path,
+        port: int = 0,
+        users: Sequence[User] | None = None,
+        log_file: Path | None = None,
+        *,
+        die_with_parent: bool = True,
+    ) -> None:
+        super().__init__(data_dir, log_file, die_with_parent=die_with_parent)
+        self.port = port or free_ports(1)[0]
+        self.users = users
+
+    @property
+    def url(self) -> str:
+        """What CONNITO_NATS_URL is set to."""
+        return f"nats://127.0.0.1:{self.port}"
+
+    def set_users(self, users: Sequence[User]) -> None:
+        """Replace the users of the running server without a restart. Raises `Retry` when it does not confirm."""
+        before = self._reloads()
+        self.users = users
+        self._write_config()
+        assert self.process is not None
+        self.process.send_signal(signal.SIGHUP)
+        give_up = time.monotonic() + 5
+        while self._reloads() == before:
+            if time.monotonic() > give_up:
+                raise Retry(f"nats-server did not take its new users; its log ends with:\n{self._tail()}")
+            time.sleep(0.02)
+
+    def _reloads(self) -> int:
+        return self.log_file.read_text(errors="replace").count("Reloaded server configuration")
+
+    def _ports(self) -> dict[str, int]:
+        return {"clients": self.port}
+
+    def _prepare(self) -> list[str]:
+        return [find_program(self.program), "-c", str(self._write_config())]
+
+    def _write_config(self) -> Path:
+        config: dict[str, Any] = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "server_name": "connito-local",
+            "max_payload": 2 << 20,
+            "jetstream": {"store_dir": str(self.data_dir / "jetstream"), "sync_interval": "always"},
+        }
+        if self.users is not None:
+            config["authorization"] = {"users": [dict(user) for user in self.users]}
+        path = self.data_dir / "nats-server.conf"
+        path.write_text(json.dumps(config, indent=2))
+        return path
+
+    def _not_ready(self) -> str:
+        """The server lets clients in only after JetStream has recovered its streams."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                greeting = connection.recv(4096)
+        except OSError as error:
+            return str(error)
+        return "" if greeting.startswith(b"INFO ") and b'"jetstream":true' in greeting else "no greeting"
+
+
+class ObjectStore(Server):
+    """SeaweedFS in one process: master, volume server, filer and S3 gateway."""
+
+    program = "weed"
+
+    def __init__(
+        self,
+        data_dir: Path,
+        access_key: str = "connito",
+        secret_key: str = "connito-local-secret",  # noqa: S107 - guards a port on the loopback interface
+        port: int = 0,
+        log_file: Path | None = None,
+        *,
+        identities: Sequence[Mapping[str, Any]] | None = None,
+        die_with_parent: bool = True,
+    ) -> None:
+        super().__init__(data_dir, log_file, die_with_parent=die_with_parent)
+        self.access_key, self.secret_key = access_key, secret_key
+        self.identities = identities
+        names = ("s3", "master", "volume", "filer")
+        chosen = free_ports(2 * len(names))
+        self.ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], chosen, strict=True))
+        if port:
+            self.ports["s3"] = port
+
+    @property
+    def url(self) -> str:
+        """What CONNITO_S3_ENDPOINT is set to."""
+        return f"http://127.0.0.1:{self.ports['s3']}"
+
+    def _ports(self) -> dict[str, int]:
+        return self.ports
+
+    def _prepare(self) -> list[str]:
+        identities = self.identities or [
+            {
+                "name": "connito",
+                "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
+                "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+            }
+        ]
+        config = self.data_dir / "s3.json"
+        config.write_text(json.dumps({"identities": list(identities)}, indent=2))
+        config.chmod(0o600)
+        (self.data_dir / "objects").mkdir(exist_ok=True)
+        arguments = {
+            "dir": self.data_dir / "objects",
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            # One master: no election, which would take two more seconds.
+            "master.peers": "none",
+            "master.telemetry": "false",
+            "master.volumeSizeLimitMB": 1024,
+            # Volumes grow as they fill; counting them in advance against the free disk runs out after a few buckets.
+            "volume.max": 10000,
+            "volume.preStopSeconds": 0,
+            "filer": "true",
+            "s3": "true",
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "s3.config": config,
+        }
+        for name, port in self.ports.items():
+            service, _, grpc = name.partition(".")
+            arguments[f"{service}.port{'.grpc' if grpc else ''}"] = port
+        return [find_program(self.program), "server", *(f"-{name}={value}" for name, value in arguments.items())]
+
+    def _not_ready(self) -> str:
+        """The gateway answers seconds before it can store anything: ready is when an object came back."""
+        import urllib3
+        from minio import Minio
+        from minio.error import MinioException
+
+        client = Minio(
+            f"127.0.0.1:{self.ports['s3']}",
+            access_key=self.access_key,
+            secret_key=self.secret_key,
+            secure=False,
+            region="us-east-1",
+            http_client=urllib3.PoolManager(timeout=2, retries=False),
+        )
+        bucket, body = "connito-probe", b"ready?"
+        try:
+            if not client.bucket_exists(bucket):
+                client.make_bucket(bucket)
+            client.put_object(bucket, "probe", io.BytesIO(body), len(body))
+            response = client.get_object(bucket, "probe")
+            try:
+                return "" if response.read() == body else "the probe object came back changed"
+            finally:
+                response.close()
+                response.release_conn()
+        except (MinioException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            return f"no object can be stored yet ({type(error).__name__})"
+
+    def _clean_up(self) -> None:
+        for name, port in self.ports.items():
+            service = name.partition(".")[0]
+            for path in (f"seaweedfs-{service}-grpc-{port}.sock", f"seaweedfs-{service}-{port}.sock"):
+                (Path("/tmp") / path).unlink(missing_ok=True)  # noqa: S108 - where the server puts them

@@ -1,0 +1,107 @@
+"""How a command reaches a platform: the environment of a production installation, or what `connito up` left to find."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from connito.errors import Invalid
+from connito.platform.datadir import DataDir, Platform
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
+from connito.wire.tls import PLAIN, Tls
+
+if TYPE_CHECKING:
+    from connito.bus import Bus
+    from connito.store import ArtifactStore
+
+
+@dataclass(frozen=True)
+class Session:
+    """Who we are and where the broker is. `data` and `platform` are None for an installation elsewhere."""
+
+    nats_url: str
+    identity: Identity
+    roster: Roster
+    data: DataDir | None = None
+    platform: Platform | None = None
+    tls: Tls = PLAIN
+
+    @classmethod
+    def open(cls, data_dir: Path | None, *, role: str) -> Self:
+        """`CONNITO_NATS_URL`, `CONNITO_KEY_FILE` and `CONNITO_ROSTER` where the first is set and no folder was named,
+        else the platform of the data directory, as its `role`. Raises `NotFound` when none runs there."""
+        url = os.environ.get("CONNITO_NATS_URL", "")
+        if url and data_dir is None:
+            return cls(
+                url,
+                Identity.load(_path("CONNITO_KEY_FILE")),
+                Roster.load(_path("CONNITO_ROSTER")),
+                tls=Tls.from_environment(os.environ),
+            )
+        data = DataDir.open(data_dir)
+        platform = data.running()
+        identity = Identity.load(data.keys / f"{role}.nk")
+        return cls(platform.nats_url, identity, Roster.load(data.roster), data, platform)
+
+    @asynccontextmanager
+    async def bus(self) -> AsyncIterator[Bus]:
+        """A connection to the broker. Raises `Retry` when it is away."""
+        from connito.bus import Bus
+
+        log_to(None)
+        async with await Bus.connect(self.nats_url, self.identity, "cli", self.roster, self.tls) as bus:
+            yield bus
+
+    async def endpoints(self, *names: str) -> dict[str, str]:
+        """Where the APIs of services are reached."""
+        async with self.bus() as bus:
+            return {name: await bus.find_endpoint(name, timeout=5.0) for name in names}
+
+    def store(self) -> ArtifactStore:
+        """The artifact store. Raises `Fatal` without credentials for it."""
+        from connito.store import ArtifactStore
+
+        platform, data = self.platform, self.data
+        if platform is None or data is None:
+            from connito.runtime.settings import ServiceSettings
+
+            return ArtifactStore.from_settings(ServiceSettings.load())
+        return local_store(platform, data)
+
+
+def local_store(platform: Platform, data: DataDir) -> ArtifactStore:
+    """The store that `connito up` runs."""
+    from connito.store import ArtifactStore
+
+    return ArtifactStore(
+        platform.s3_endpoint, platform.s3_access_key, platform.s3_secret_key, BUCKET, REGION, data.cache
+    )
+
+
+def log_to(path: Path | None) -> None:
+    """Send what the library logs to a file, or nowhere: a command's own output is not the place for it."""
+    import structlog
+
+    from connito.runtime.logs import setup_logging
+
+    setup_logging("cli", "json", "info" if path is not None else "error")
+    if path is None:
+        structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+        return
+    stream = path.open("a")  # As long as the process.
+    structlog.configure(logger_factory=lambda *_: structlog.WriteLogger(stream))
+
+
+BUCKET, REGION = "connito", "us-east-1"
+
+
+def _path(variable: str) -> Path:
+    value = os.environ.get(variable, "")
+    if not value:
+        raise Invalid(f"CONNITO_NATS_URL is set, but {variable} is not; set it to the file's path")
+    return Path(value)

@@ -1,0 +1,74 @@
+"""Who is shut out, from when on: a pure reading of a run's facts.
+
+A ban is a fact in RUNS and so has a sequence; a window's close names the last sequence of RUNS that counts in it and the
+miners that are banned by then. Whoever settles, scores or audits a window goes by that list, so that all of them agree
+on whether a ban came in time, whatever they had read when they decided.
+"""
+
+from __future__ import annotations
+
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2, run_pb2
+from connito.wire.envelope import check
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.roster import OPERATOR, Roster
+
+ORDER_SUBJECT = "rpc.BanMiner"
+
+
+def standing(facts: RunFacts, miner: str, until: int | None = None) -> run_pb2.MinerBan | None:
+    """The last word about a key, a ban or its lifting, among what RUNS holds up to sequence `until`; None if none."""
+    return _last_words(facts, until).get(miner)
+
+
+def number_after(facts: RunFacts, miner: str) -> int:
+    """The number of the next ban, or lifting, of a key."""
+    last = standing(facts, miner)
+    return 1 if last is None else last.number + 1
+
+
+def banned(facts: RunFacts, until: int | None = None) -> dict[str, run_pb2.MinerBan]:
+    """Miners that are banned by sequence `until` of RUNS (all that is known, if None), with the ban."""
+    return {miner: ban for miner, ban in sorted(_last_words(facts, until).items()) if not ban.lifted}
+
+
+def at_close(facts: RunFacts, window: str, cycle: int) -> dict[str, str]:
+    """Miners whose ban counts in a closed window, with what they are told. Nobody while it is open."""
+    closed = facts.closed(window, cycle)
+    known = banned(facts, closed.runs_sequence) if closed is not None else {}
+    return {} if closed is None else {miner: why(known.get(miner)) for miner in closed.banned}
+
+
+def why(ban: run_pb2.MinerBan | None) -> str:
+    """What a banned miner is told."""
+    said = ban.why if ban is not None and ban.why else "no reason was given"
+    return f"this key is banned: {said}; ask the operator, or the run's customer, to lift it"
+
+
+def check_order(ban: run_pb2.MinerBan, roster: Roster, customer: str) -> None:
+    """Raise `Invalid` unless an operator, or the run's customer, has ordered just this."""
+    opened = check(ban.order, ORDER_SUBJECT)
+    order = opened.read(run_pb2.BanOrder)
+    may = roster.permits(OPERATOR, opened.signer) or (order.run != "" and opened.signer == customer)
+    if not may:
+        raise Invalid(
+            f"{opened.signer[:12]}… is neither an operator nor the run's customer",
+            reason=reasons_pb2.REASON_NOT_PERMITTED,
+        )
+    if (order.miner, order.lifted) != (ban.miner, ban.lifted) or order.run not in ("", ban.run):
+        raise Invalid("the order is about something else", reason=reasons_pb2.REASON_NOT_PERMITTED)
+
+
+def _last_words(facts: RunFacts, until: int | None) -> dict[str, run_pb2.MinerBan]:
+    last: dict[str, run_pb2.MinerBan] = {}
+    for fact in facts.all("run", 0, "ban").values():
+        ban = _ban(fact)
+        counts = until is None or fact.sequence <= until
+        if counts and (ban.miner not in last or last[ban.miner].number < ban.number):
+            last[ban.miner] = ban
+    return last
+
+
+def _ban(fact: Fact) -> run_pb2.MinerBan:
+    assert isinstance(fact.message, run_pb2.MinerBan)
+    return fact.message

@@ -1,0 +1,257 @@
+"""Aggregating pseudo-gradients and taking the outer step.
+
+Every aggregator but two is a weighted sum Δ = Σ c_i δ_i whose coefficients follow from inner products between the
+submissions (their Gram matrix), so one pass over the tensors measures and a second one merges. The coordinate-wise two
+look at every number by itself.
+
+What is published must be recomputable bit for bit: arrays are combined in the order of the submissions given (sort them
+by miner), one element-wise operation at a time in float64, rounded once at the end. Only element-wise operations touch
+the weights, so no library's order of summation shows in them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connito.data.pseudo_gradients import Deltas, load_float32
+from connito.data.tensors import Layout, TensorWriter, from_float32, read_header, to_float32
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2 as reasons
+
+Gram = NDArray[np.float64]
+
+# Share of submissions that trimmed-mean drops at either end of every coordinate.
+TRIM = 0.2
+_WEISZFELD_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to merge. `weights` are the shares of the merge, non-negative and summing to 1; `factors` scale single δ_i
+    (clipping). For coordinate-wise kinds the weights say who takes part."""
+
+    kind: str
+    weights: tuple[float, ...]
+    factors: tuple[float, ...]
+
+
+def staleness_weights(raw: Sequence[float], staleness: Sequence[int]) -> list[float]:
+    """Divide by 1 + staleness (cycles between the work and the merge) and normalise to sum 1."""
+    scaled = [value / (1 + age) for value, age in zip(raw, staleness, strict=True)]
+    total = math.fsum(scaled)
+    if not total > 0.0:
+        raise Invalid("there is nothing to merge: every weight is zero", reason=reasons.REASON_BAD_SPEC)
+    return [value / total for value in scaled]
+
+
+def plan(aggregator: str, utilities: Sequence[float], staleness: Sequence[int], gram: Gram) -> Plan:
+    """Weights and factors for submissions 0..n-1, from agreed utilities, staleness in cycles and inner products [n, n].
+
+    Raises `Invalid` (BAD_SPEC) for an unknown aggregator or without submissions.
+    """
+    if aggregator not in AGGREGATORS:
+        raise Invalid(
+            f"no aggregator is called {aggregator!r}; there are {', '.join(AGGREGATORS)}",
+            reason=reasons.REASON_BAD_SPEC,
+        )
+    if not utilities or len(utilities) != len(staleness) or gram.shape != (len(utilities),) * 2:
+        raise Invalid("there is nothing to merge, or utilities, staleness and inner products differ in number")
+    even = staleness_weights([1.0] * len(utilities), staleness)
+    weights, factors = AGGREGATORS[aggregator](utilities, staleness, even, gram)
+    return Plan(aggregator, tuple(weights), tuple(factors))
+
+
+_Weighing = tuple[list[float], list[float]]
+
+
+def _mean(utilities: Sequence[float], staleness: Sequence[int], even: list[float], gram: Gram) -> _Weighing:
+    return even, [1.0] * len(even)
+
+
+def _utility_mean(utilities: Sequence[float], staleness: Sequence[int], even: list[float], gram: Gram) -> _Weighing:
+    return staleness_weights(utilities, staleness), [1.0] * len(even)
+
+
+def _top_1(utilities: Sequence[float], staleness: Sequence[int], even: list[float], gram: Gram) -> _Weighing:
+    best = max(range(len(even)), key=lambda i: (utilities[i], -staleness[i], -i))
+    return _only({best: 1.0}, len(even))
+
+
+def _only(kept: dict[int, float], count: int) -> _Weighing:
+    total = math.fsum(kept.values())
+    return [kept.get(i, 0.0) / total for i in range(count)], [1.0] * count
+
+
+def _krum_order(gram: Gram) -> tuple[list[int], int]:
+    """Indices by Krum score, best first, and f, the number of faulty ones assumed: the most that n ≥ 2f + 3 admits.
+
+    The score of i is the sum of squared distances to its n − f − 2 nearest (Blanchard et al., "Machine Learning with
+    Adversaries", 2017).
+    """
+    count = len(gram)
+    faulty = max(0, (count - 3) // 2)
+    near = max(1, count - faulty - 2)
+    squared = np.diag(gram)[:, None] + np.diag(gram)[None, :] - 2 * gram
+    scores = []
+    for i in range(count):
+        distances = sorted(max(0.0, float(squared[i, j])) for j in range(count) if j != i)
+        scores.append(math.fsum(distances[:near]))
+    return sorted(range(count), key=lambda i: (scores[i], i)), faulty
+
+
+def _krum(utilities: Sequence[float], staleness: Sequence[int], even: list[float], gram: Gram) -> _Weighing:
+    # Two submissions are equally far from each other: distances decide nothing, utilities do.
+    if len(even) <= 2:
+        return _top_1(utilities, staleness, even, gram)
+    return _only({_krum_order(gram)[0][0]: 1.0}, len(even))
+
+
+def _multi_krum(utilities: Sequence[float], staleness: Sequence[int], even: list[float], gram: Gram) -> _Weighing:
+    if len(even) <= 2:
+        return even, [1.0] * len(even)
+    order, faulty = _krum_order(gram)
+    # The last one is always left out: with f = 0 multi-Krum would otherwise be the mean.
+    kept = order[: len(even) - max(faulty, 1)]
+    return _only({i: even[i] for i in kept}, len(even))
+
+
+def _geometric_median(utilities: Sequence[float], staleness: Sequence[int], even: list[float], gram: Gram) -> _Weighing:
+    """Smoothed Weiszfeld iterations (Pillutla et al., "Robust Aggregation for Federated Learning", 2022).
+
+    The median is a convex combination of the δ_i, so the iteration runs on its coefficients: with w,
+    ‖δ_i − Σ w_k δ_k‖² = G_ii − 2 (G w)_i + wᵀ G w. Rounded to 12 digits before use.
+    """
+    count = len(even)
+    smooth = 1e-6 * math.sqrt(max(float(np.diag(gram).max()), 1e-300))
+    weights = list(even)
+    for _ in range(_WEISZFELD_ROUNDS):
+        products = [math.fsum(float(gram[i, k]) * weights[k] for k in range(count)) for i in range(count)]
+        centre = math.fsum(weights[i] * products[i] for i in range(count))
+        squares = [max(0.0, float(gram[i, i]) - 2 * products[i] + centre) for i in range(count)]
+        pulls = [even[i] / max(smooth, math.sqrt(squares[i])) for i in range(count)]
+        total = math.fsum(pulls)
+        updated = [pull / total for pull in pulls]
+        settled = max(abs(a - b) for a, b in zip(updated, weights, strict=True)) < 1e-12
+        weights = updated
+        if settled:
+            break
+    return _only({i: round(weight, 12) for i, weight in enumerate(weights)}, count)
+
+
+def _norm_clipped(utilities: Sequence[float], staleness: Sequence[int], even: list[float], gram: Gram) -> _Weighing:
+    norms = np.sqrt(np.diag(gram))
+    median = float(np.median(norms))
+    return even, [min(1.0, median / float(norm)) if norm > 0 else 1.0 for norm in norms]
+
+
+AGGREGATORS: dict[str, Callable[[Sequence[float], Sequence[int], list[float], Gram], _Weighing]] = {
+    "mean": _mean,
+    "utility-mean": _utility_mean,
+    "top-1": _top_1,
+    "coordinate-median": _mean,
+    "trimmed-mean": _mean,
+    "krum": _krum,
+    "multi-krum": _multi_krum,
+    "geometric-median": _geometric_median,
+    "norm-clipped-mean": _norm_clipped,
+}
+
+
+def aggregate(how: Plan, deltas: Deltas, name: str) -> NDArray[np.float64]:
+    """Δ of one tensor, float64."""
+    if how.kind in {"coordinate-median", "trimmed-mean"}:
+        stacked = np.sort(np.stack([deltas.load(i, name) for i in range(deltas.count)]), axis=0)
+        return _middle(stacked, _trimmed(deltas.count, how.kind))
+    total: NDArray[np.float64] | None = None
+    for index, (weight, factor) in enumerate(zip(how.weights, how.factors, strict=True)):
+        if weight > 0.0:
+            term = deltas.load(index, name).astype(np.float64) * (weight * factor)
+            total = term if total is None else total + term
+    assert total is not None, "the weights of a plan sum to 1"
+    return total
+
+
+def _trimmed(count: int, kind: str) -> int:
+    """How many sorted values to drop at either end; trimmed-mean drops at least one from three on."""
+    if kind == "coordinate-median":
+        return (count - 1) // 2
+    return min(max(int(TRIM * count), 1), (count - 1) // 2)
+
+
+def _middle(ordered: NDArray[np.float32], dropped: int) -> NDArray[np.float64]:
+    kept = ordered[dropped : len(ordered) - dropped]
+    total = kept[0].astype(np.float64)
+    for row in kept[1:]:
+        total = total + row
+    return np.asarray(total / len(kept))
+
+
+def outer_step(
+    theta: NDArray[np.float32],
+    delta: NDArray[np.float64],
+    momentum: NDArray[np.float32] | None,
+    learning_rate: float,
+    mu: float,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """One outer step on a tensor: (θ_{t+1}, momentum), as `torch.optim.SGD(nesterov=True)` with Δ as the gradient.
+
+    b ← μ·b + Δ;  θ ← θ − lr·(Δ + μ·b). None for momentum means zero, how a run and new rows start. lr 1, μ 0 is the
+    weighted average of the θ_i (DiLoCo, Douillard et al., 2023).
+    """
+    velocity = delta if momentum is None else mu * momentum.astype(np.float64) + delta
+    stepped = theta.astype(np.float64) - learning_rate * (delta + mu * velocity)
+    return stepped.astype(np.float32), velocity.astype(np.float32)
+
+
+def write_step(
+    how: Plan,
+    deltas: Deltas,
+    parent: Path,
+    momentum: Path | None,
+    learning_rate: float,
+    mu: float,
+    out_state: Path,
+    out_momentum: Path,
+) -> None:
+    """θ_{t+1} and the new outer momentum as files, one tensor in memory at a time.
+
+    The state keeps the parent's names, shapes, dtypes and metadata; momentum is float32 over the same rows. Raises
+    `Invalid` (NON_FINITE) where a number overflows.
+    """
+    header = read_header(parent)
+    layout: Layout = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
+    speeds: Layout = {name: ("F32", shape) for name, (_, shape) in layout.items()}
+    with TensorWriter(out_state, layout, header.metadata) as state, TensorWriter(out_momentum, speeds) as velocity:
+        # Same dtype everywhere in a state, hence the same order in both files.
+        assert state.names == velocity.names, "a state has one dtype"
+        for name in state.names:
+            before = None if momentum is None else load_float32(momentum, name)
+            with np.errstate(over="ignore", invalid="ignore"):
+                delta = aggregate(how, deltas, name)
+                stepped, speed = outer_step(load_float32(parent, name), delta, before, learning_rate, mu)
+                rounded = from_float32(stepped, layout[name][0])
+            if not (np.isfinite(to_float32(rounded, layout[name][0])).all() and np.isfinite(speed).all()):
+                raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE)
+            state.write(name, rounded)
+            velocity.write(name, speed)
+
+
+def realign_momentum(
+    momentum: NDArray[np.float32], old_experts: Sequence[int], new_experts: Sequence[int]
+) -> NDArray[np.float32]:
+    """Momentum rows [n_old, …] after a re-selection: rows that stay keep theirs, new ones start at zero.
+
+    Both lists are the experts of the rows, in row order (ascending ids).
+    """
+    place = {expert: row for row, expert in enumerate(old_experts)}
+    moved = np.zeros((len(new_experts), *momentum.shape[1:]), np.float32)
+    for row, expert in enumerate(new_experts):
+        if expert in place:
+            moved[row] = momentum[place[expert]]
+    return moved

@@ -1,0 +1,125 @@
+"""The candidates for the next model version, in the order the gate tries them, and how each is built.
+
+1. The policy's aggregator over every submission that scored.
+2. The same without outliers: deltas longer than twice the median norm, or pointing against the others (their median
+   cosine with the rest is negative).
+3. The best submission alone, stepped to directly: θ_{t+1} = θ_t − δ_best, a state that the validators measured. The
+   outer momentum restarts with it, as a rejected accelerated step calls for (O'Donoghue and Candès, "Adaptive restart
+   for accelerated gradient schemes", 2015): b = δ_best.
+
+If none passes, the incumbent stays and its momentum with it: a rejected candidate leaves no trace. Whoever audits a run
+builds the same candidates from the log and the store, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset
+from connito.data.tensors import TensorWriter, read_header
+from connito.protocol.merging.aggregators import Gram, Plan, plan, write_step
+from connito.v1 import cycle_pb2, run_pb2
+
+# A delta this many times longer than the median one is an outlier.
+NORM_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a merge is made of. Submissions are in the order of their miners' keys; `gram` [n, n] are inner products.
+
+    `staleness` counts cycles between the work and the merge. `momentum` is None before the first version.
+    """
+
+    parent: Path
+    momentum: Path | None
+    submissions: Sequence[cycle_pb2.Submission]
+    deltas: DeltaFiles
+    utilities: Sequence[float]
+    staleness: Sequence[int]
+    gram: Gram
+
+    @property
+    def best(self) -> int:
+        """The submission with the highest utility; of equal ones the one committed first."""
+        return min(
+            range(len(self.submissions)),
+            key=lambda i: (-self.utilities[i], self.submissions[i].commit_sequence, self.submissions[i].miner),
+        )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One candidate: what publishing it would be called, and which submissions (indices) go into it."""
+
+    decision: cycle_pb2.GateDecision.ValueType
+    members: tuple[int, ...]
+
+
+def outliers(gram: Gram) -> list[int]:
+    """Indices of outlying deltas, from their inner products [n, n]."""
+    norms: NDArray[np.float64] = np.sqrt(np.diag(gram))
+    scale = np.where(norms > 0, norms, 1.0)
+    cosines = gram / np.outer(scale, scale)
+    found = []
+    for i in range(len(norms)):
+        rest = [float(cosines[i, j]) for j in range(len(norms)) if j != i]
+        if norms[i] > NORM_FACTOR * float(np.median(norms)) or (rest and float(np.median(rest)) < 0):
+            found.append(i)
+    return found
+
+
+def attempts(ingredients: Ingredients) -> Iterator[Attempt]:
+    """The candidates in order; nothing without submissions."""
+    everyone = tuple(range(len(ingredients.submissions)))
+    if not everyone:
+        return
+    yield Attempt(cycle_pb2.GATE_DECISION_ACCEPTED, everyone)
+    odd = set(outliers(ingredients.gram))
+    calm = tuple(index for index in everyone if index not in odd)
+    if calm and odd:
+        yield Attempt(cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS, calm)
+    yield Attempt(cycle_pb2.GATE_DECISION_TOP_1, (ingredients.best,))
+
+
+def plan_of(attempt: Attempt, ingredients: Ingredients, policy: run_pb2.MergePolicy) -> Plan:
+    """Weights and factors of an attempt's members. Raises `Invalid` for an aggregator that does not exist."""
+    members = list(attempt.members)
+    direct = attempt.decision == cycle_pb2.GATE_DECISION_TOP_1
+    return plan(
+        "top-1" if direct else policy.aggregator,
+        [ingredients.utilities[index] for index in members],
+        [ingredients.staleness[index] for index in members],
+        ingredients.gram[np.ix_(members, members)],
+    )
+
+
+def write_candidate(
+    attempt: Attempt, ingredients: Ingredients, policy: run_pb2.MergePolicy, out_state: Path, out_momentum: Path
+) -> dict[str, float]:
+    """Write the candidate's state and outer momentum; returns the share of the merge by miner (those above zero).
+
+    Memory: one tensor of each member. Raises `Invalid` (NON_FINITE) when the step overflows.
+    """
+    how = plan_of(attempt, ingredients, policy)
+    deltas = DeltaSubset(ingredients.deltas, attempt.members)
+    if attempt.decision == cycle_pb2.GATE_DECISION_TOP_1:
+        momentum, learning_rate, mu = None, 1.0, 0.0
+    else:
+        momentum, learning_rate, mu = ingredients.momentum, policy.outer_learning_rate, policy.outer_momentum
+    write_step(how, deltas, ingredients.parent, momentum, learning_rate, mu, out_state, out_momentum)
+    miners = [ingredients.submissions[index].miner for index in attempt.members]
+    return {miner: weight for miner, weight in zip(miners, how.weights, strict=True) if weight > 0.0}
+
+
+def write_resting_momentum(parent: Path, out: Path) -> None:
+    """The outer momentum of a version that nothing has moved yet: zeros over the parent's rows, float32."""
+    layout = {name: ("F32", entry.shape) for name, entry in read_header(parent).entries.items()}
+    with TensorWriter(out, layout) as writer:
+        for name in writer.names:
+            writer.write(name, np.zeros(layout[name][1], np.float32))

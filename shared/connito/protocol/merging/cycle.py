@@ -1,0 +1,308 @@
+"""One cycle's scoring and merge over files, from consensus to a gated version. Blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.errors import Invalid
+from connito.protocol.merging.candidates import Attempt, Ingredients, attempts, write_candidate, write_resting_momentum
+from connito.protocol.merging.gate import Losses, Outcome, Part, choose
+from connito.protocol.scoring.consensus import Consensus
+from connito.protocol.scoring.copies import Likeness, find_copies, gains_of
+from connito.protocol.scoring.counted_reports import read_reports
+from connito.protocol.scoring.verdicts import Refusals, score_cycle, without
+from connito.protocol.submission import expected_layout, validate
+from connito.store import ref_of_file
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
+from connito.wire.facts import RunFacts
+
+STATE_MEDIA_TYPE = "application/vnd.safetensors"
+
+# (part of the hold-out, digest of a state, its file) -> losses
+Measure = Callable[[Part, str, Path], Losses]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a cycle's artifacts are on this machine. `states` and `bases` are by miner."""
+
+    parent: Path
+    momentum: Path | None
+    states: Mapping[str, Path]
+    bases: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The result of a cycle. `state` and `momentum` are files to publish; `state` is the parent's where nothing changed."""
+
+    scored: cycle_pb2.CycleScored
+    version: cycle_pb2.VersionPublished
+    state: Path
+    momentum: Path
+
+
+def merge_cycle(
+    facts: RunFacts,
+    cycle: int,
+    submissions: Sequence[cycle_pb2.Submission],
+    agreed: Consensus,
+    unusable: Refusals,
+    files: Files,
+    measure: Measure,
+    folder: Path,
+) -> Merged:
+    """Score and merge a cycle; `unusable` are submissions that could not be fetched. New files go to `folder`.
+
+    The same facts and files give the same bytes.
+    """
+    return _conclude(
+        facts,
+        cycle,
+        submissions,
+        agreed,
+        unusable,
+        files,
+        lambda useful: _Merge(facts, cycle, useful, measure, folder),
+    )
+
+
+def remerge_cycle(
+    facts: RunFacts,
+    cycle: int,
+    submissions: Sequence[cycle_pb2.Submission],
+    agreed: Consensus,
+    unusable: Refusals,
+    files: Files,
+    published: cycle_pb2.VersionPublished,
+    folder: Path,
+) -> Merged:
+    """What `merge_cycle` gives when the gate decides as `published` says it did, whose losses are taken over.
+
+    No model is needed. A decision that these facts and files do not even offer comes out as another one.
+    """
+    return _conclude(
+        facts,
+        cycle,
+        submissions,
+        agreed,
+        unusable,
+        files,
+        lambda useful: _Remerge(facts, cycle, useful, published, folder),
+    )
+
+
+def _conclude(
+    facts: RunFacts,
+    cycle: int,
+    submissions: Sequence[cycle_pb2.Submission],
+    agreed: Consensus,
+    unusable: Refusals,
+    files: Files,
+    merge_of: Callable[[Ingredients], _Merge],
+) -> Merged:
+    spec = facts.spec
+    assert spec is not None
+    refused = {**unusable, **_inspect(facts, submissions, files)}
+    agreed = without(agreed, refused)
+    sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
+    ingredients = _ingredients(sound, agreed, cycle, files)
+    measured = gains_of(read_reports(facts, cycle).counted)
+    copied = find_copies(sound, Likeness(ingredients.gram, measured, agreed.stakes), spec.scoring)
+    useful = [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
+    merge = merge_of(_only(ingredients, useful))
+    outcome = merge.run()
+    unmerged = merge.unmerged(outcome)
+    scored = score_cycle(facts, cycle, submissions, agreed, copied, merge.weights(outcome), unmerged)
+    return merge.result(outcome, scored)
+
+
+def _inspect(facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files: Files) -> Refusals:
+    """Look at every file once more before it is merged: what goes into a version is checked where it is made."""
+    spec = facts.spec
+    assert spec is not None
+    layout = expected_layout(files.parent)
+    refused: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+    for entry in submissions:
+        if entry.miner in files.states:
+            try:
+                path, base = files.states[entry.miner], files.bases[entry.miner]
+                validate(path, layout, base, spec.scoring.max_relative_norm or float("inf"))
+            except Invalid as error:
+                refused[entry.miner] = (error.reason, str(error))
+    return refused
+
+
+def _ingredients(sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle: int, files: Files) -> Ingredients:
+    deltas = DeltaFiles([files.states[entry.miner] for entry in sound], [files.bases[entry.miner] for entry in sound])
+    return Ingredients(
+        files.parent,
+        files.momentum,
+        sound,
+        deltas,
+        [agreed.utilities.get(entry.miner, 0.0) for entry in sound],
+        [max(0, cycle - (entry.origin_cycle or cycle)) for entry in sound],
+        gram_matrix(deltas),
+    )
+
+
+def _only(all_: Ingredients, members: Sequence[int]) -> Ingredients:
+    rows = list(members)
+    return Ingredients(
+        all_.parent,
+        all_.momentum,
+        [all_.submissions[i] for i in rows],
+        DeltaFiles([all_.deltas.states[i] for i in rows], [all_.deltas.bases[i] for i in rows]),
+        [all_.utilities[i] for i in rows],
+        [all_.staleness[i] for i in rows],
+        all_.gram[np.ix_(rows, rows)],
+    )
+
+
+class _Merge:
+    """Candidates of one cycle: built on demand, measured by the gate, the accepted one published."""
+
+    def __init__(self, facts: RunFacts, cycle: int, ingredients: Ingredients, measure: Measure, folder: Path) -> None:
+        assert facts.spec is not None
+        opened = facts.opened("train", cycle)
+        assert opened is not None
+        self.facts, self.cycle, self.spec, self.opened = facts, cycle, facts.spec, opened
+        self.ingredients, self.measure, self.folder = ingredients, measure, folder
+        self._weights: dict[Attempt, dict[str, float]] = {}
+
+    def run(self) -> Outcome:
+        """Try the candidates. Without any, nothing is measured."""
+        tries = list(attempts(self.ingredients))
+        incumbent = self._parent_losses("gate") if tries else Losses({})
+        margin = self.spec.merging.gate_general_margin
+        return choose(tries, incumbent, self._try, self.spec.holdout.domain, margin)
+
+    def _parent_losses(self, part: Part) -> Losses:
+        return self.measure(part, self.opened.state.digest, self.ingredients.parent)
+
+    def _paths(self, attempt: Attempt) -> tuple[Path, Path]:
+        stem = f"{self.cycle}-{attempt.decision}"
+        return self.folder / f"{stem}-state.safetensors", self.folder / f"{stem}-momentum.safetensors"
+
+    def _try(self, attempt: Attempt) -> Losses | str:
+        state, momentum = self._paths(attempt)
+        try:
+            self._weights[attempt] = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
+        except Invalid as error:
+            if error.reason != reasons_pb2.REASON_NON_FINITE:
+                raise
+            return str(error)
+        return self.measure("gate", _digest(state), state)
+
+    def weights(self, outcome: Outcome) -> dict[str, float]:
+        """Shares of the merge that stands."""
+        return self._weights.get(outcome.attempt, {})
+
+    def unmerged(self, outcome: Outcome) -> Refusals:
+        """Why a submission that scored has no share in the merge."""
+        decision, merging = outcome.attempt.decision, self.spec.merging
+        found: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+        for index, entry in enumerate(self.ingredients.submissions):
+            if decision == cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS and index not in outcome.attempt.members:
+                found[entry.miner] = (reasons_pb2.REASON_OUTLIER, "its delta lies far from the others'")
+            elif decision == cycle_pb2.GATE_DECISION_ACCEPTED:
+                found[entry.miner] = (reasons_pb2.REASON_UNSPECIFIED, f"{merging.aggregator} merges others")
+            else:
+                found[entry.miner] = (reasons_pb2.REASON_GATE_REJECTED, outcome.detail)
+        return found
+
+    def result(self, outcome: Outcome, scored: cycle_pb2.CycleScored) -> Merged:
+        """The messages and the files that go with them."""
+        weights = self.weights(outcome)
+        state, momentum = self._paths(outcome.attempt) if weights else self._unmoved()
+        ref = ref_of_file(state, STATE_MEDIA_TYPE, artifacts_pb2.REALM_PUBLIC)
+        version = cycle_pb2.VersionPublished(
+            run=self.facts.run,
+            cycle=self.cycle,
+            version=self.opened.version + 1,
+            parent=self.opened.version,
+            state=ref,
+            outer_state=ref_of_file(momentum, STATE_MEDIA_TYPE, artifacts_pb2.REALM_PUBLIC),
+            gate=outcome.attempt.decision,
+            gate_detail=outcome.detail,
+            gate_losses=self._gate_losses(outcome),
+            losses=self._report_losses(ref.digest, state),
+            merged=list(weights),
+            weights=list(weights.values()),
+        )
+        return Merged(scored, version, state, momentum)
+
+    def _gate_losses(self, outcome: Outcome) -> list[cycle_pb2.DomainLoss]:
+        return self._compare(self._parent_losses("gate"), outcome.after) if outcome.after.sums else []
+
+    def _report_losses(self, digest: str, state: Path) -> list[cycle_pb2.DomainLoss]:
+        before, after = self._parent_losses("report"), self.measure("report", digest, state)
+        losses = self._compare(before, after)
+        for loss in losses:
+            if loss.domain in before.rows and loss.domain in after.rows:
+                loss.before_sums.extend(before.rows[loss.domain][0])
+                loss.after_sums.extend(after.rows[loss.domain][0])
+                loss.sequence_tokens.extend(before.rows[loss.domain][1])
+        return losses
+
+    def _unmoved(self) -> tuple[Path, Path]:
+        """The incumbent, with the momentum it came with."""
+        momentum = self.ingredients.momentum
+        if momentum is None:
+            momentum = self.folder / "resting-momentum.safetensors"
+            write_resting_momentum(self.ingredients.parent, momentum)
+        return self.ingredients.parent, momentum
+
+    @staticmethod
+    def _compare(before: Losses, after: Losses) -> list[cycle_pb2.DomainLoss]:
+        old, new = before.per_token(), after.per_token()
+        return [
+            cycle_pb2.DomainLoss(domain=domain, before=old[domain], after=new[domain], tokens=before.sums[domain][1])
+            for domain in old
+        ]
+
+
+class _Remerge(_Merge):
+    """The candidate that a published version names, built without measuring anything."""
+
+    def __init__(
+        self,
+        facts: RunFacts,
+        cycle: int,
+        ingredients: Ingredients,
+        published: cycle_pb2.VersionPublished,
+        folder: Path,
+    ) -> None:
+        super().__init__(facts, cycle, ingredients, _never, folder)
+        self._published = published
+
+    def run(self) -> Outcome:
+        """Take the recorded decision."""
+        tries, detail = list(attempts(self.ingredients)), self._published.gate_detail
+        if not tries:
+            return Outcome(Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ()), Losses({}), "")
+        for attempt in tries:
+            if attempt.decision == self._published.gate:
+                state, momentum = self._paths(attempt)
+                self._weights[attempt] = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
+                return Outcome(attempt, Losses({}), detail)
+        return Outcome(Attempt(cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, ()), Losses({}), detail)
+
+    def _gate_losses(self, outcome: Outcome) -> list[cycle_pb2.DomainLoss]:
+        return list(self._published.gate_losses)
+
+    def _report_losses(self, digest: str, state: Path) -> list[cycle_pb2.DomainLoss]:
+        return list(self._published.losses)
+
+
+def _never(part: Part, digest: str, state: Path) -> Losses:
+    raise AssertionError("nothing is measured here")
+
+
+def _digest(path: Path) -> str:
+    return ref_of_file(path, "", artifacts_pb2.REALM_PUBLIC).digest

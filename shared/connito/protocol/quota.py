@@ -1,0 +1,44 @@
+"""How many messages of one key are answered one by one. The log decides, so that an auditor can count them again.
+
+A refusal is a fact, and facts are for ever: without a bound, one key that floods its own subject would write as many
+of them as it likes, and everybody's answers would wait behind them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from connito.v1.run_pb2 import RunSpec
+from connito.wire.facts import Fact
+
+# More than any policy allows (`enrolment.messages_per_cycle`): later ones are not told apart.
+COUNTED = 100_001
+
+
+@dataclass
+class Said:
+    """Sequences of a run's commitments and reveals, by kind, miner and cycle. Cycles that the run does not have are one."""
+
+    _sequences: defaultdict[tuple[str, str, int], list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, fact: Fact) -> None:
+        """Note a message. They come in the order of INGRESS; one that comes again is not counted twice."""
+        known = self._sequences[fact.key.kind, fact.signer, fact.key.cycle]
+        if len(known) < COUNTED and (not known or known[-1] < fact.sequence):
+            known.append(fact.sequence)
+
+    def before(self, fact: Fact, spec: RunSpec) -> int:
+        """How many messages of the same kind, miner and cycle were said before this one."""
+        if 1 <= fact.key.cycle <= spec.cycles:
+            cycles = [fact.key.cycle]
+        else:
+            known = [cycle for kind, miner, cycle in self._sequences if (kind, miner) == (fact.key.kind, fact.signer)]
+            cycles = [cycle for cycle in known if not 1 <= cycle <= spec.cycles]
+        lists = (self._sequences.get((fact.key.kind, fact.signer, cycle), []) for cycle in cycles)
+        return sum(sum(1 for sequence in known if sequence < fact.sequence) for known in lists)
+
+    def over(self, fact: Fact, spec: RunSpec) -> bool:
+        """Whether a message is beyond what the run's policy answers one by one."""
+        limit = spec.enrolment.messages_per_cycle
+        return limit > 0 and self.before(fact, spec) >= limit

@@ -1,0 +1,116 @@
+"""From losses to the signed report: pure arithmetic over what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from connito.errors import Invalid
+from connito.protocol.scoring.proof_of_loss import race, score_of
+from connito.protocol.scoring.racing import Look
+from connito.v1 import cycle_pb2
+from connito.v1.run_pb2 import RunSpec
+
+# The envelope around a report may have 1 MiB; this leaves room for it and the broker's headers.
+MAX_REPORT_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of some drawn sequences of one domain: sums of token negative log-likelihoods in nats [n], and tokens [n]."""
+
+    sums: npt.NDArray[Any]
+    tokens: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The drawn sequences of a domain from place `begin` up to, without it, place `end` of the draw."""
+
+    domain: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Measurable:
+    """What one submission does to drawn sequences. Each part is measured when it is asked for.
+
+    `before` and `after` are the losses without and with the submission. `unchanged`: it is the base state itself.
+    """
+
+    before: Callable[[Part], Losses]
+    after: Callable[[Part], Losses]
+    unchanged: bool
+
+
+class Evaluation:
+    """Losses of one submission on the drawn sequences, evaluated part by part as far as somebody looks."""
+
+    def __init__(self, drawn: Mapping[str, Sequence[int]], measurable: Measurable, target: str) -> None:
+        """`drawn` are the hold-outs' sequence numbers by domain, in the order of evaluation."""
+        self._drawn, self._measurable, self._target = drawn, measurable, target
+        self._found: dict[str, list[cycle_pb2.SequenceLoss]] = {domain: [] for domain in drawn}
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the submission is the base state itself."""
+        return self._measurable.unchanged
+
+    def upto(self, look: Look) -> dict[str, list[cycle_pb2.SequenceLoss]]:
+        """Losses by domain of the sequences that come up to a look. Looks are taken in their order."""
+        wanted = {domain: self._count(domain, look) for domain in self._drawn}
+        for domain, count in wanted.items():
+            part = Part(domain, len(self._found[domain]), count)
+            if part.begin < part.end:
+                self._found[domain] += _losses(part, self._drawn[domain], self._measurable)
+        return {domain: self._found[domain][:count] for domain, count in wanted.items()}
+
+    def _count(self, domain: str, look: Look) -> int:
+        drawn = len(self._drawn[domain])
+        return drawn if look.last else min(drawn, look.target if domain == self._target else look.general)
+
+
+def score(submission: cycle_pb2.Submission, evaluation: Evaluation, spec: RunSpec) -> cycle_pb2.SubmissionScore:
+    """The score of one submission, evaluated until a look of the policy decides."""
+    raced = race(evaluation.upto, spec.holdout.domain, spec.scoring, unchanged=evaluation.unchanged)
+    return score_of(submission.miner, submission.artifact.digest, raced, spec.scoring)
+
+
+def _losses(part: Part, numbers: Sequence[int], measurable: Measurable) -> list[cycle_pb2.SequenceLoss]:
+    before, after = measurable.before(part), measurable.after(part)
+    rows = zip(numbers[part.begin : part.end], before.sums, after.sums, before.tokens, strict=True)
+    return [
+        cycle_pb2.SequenceLoss(
+            domain=part.domain, sequence=number, before=float(old), after=float(new), tokens=int(tokens)
+        )
+        for number, old, new, tokens in rows
+    ]
+
+
+def rejected(submission: cycle_pb2.Submission, error: Invalid) -> cycle_pb2.SubmissionScore:
+    """The score of a submission that cannot be measured, with the reason."""
+    return cycle_pb2.SubmissionScore(
+        miner=submission.miner,
+        artifact_digest=submission.artifact.digest,
+        reason=error.reason,
+        detail=str(error),
+    )
+
+
+def fit(report: cycle_pb2.ScoreReport, limit: int = MAX_REPORT_BYTES) -> int:
+    """Leave out per-sequence losses, of the least useful submissions first, until `report` is small enough.
+
+    Returns of how many. What is left out can be recomputed from the seed and the store.
+    """
+    left_out = 0
+    for item in sorted(report.scores, key=lambda item: item.utility):
+        if report.ByteSize() <= limit:
+            break
+        if item.losses:
+            del item.losses[:]
+            left_out += 1
+    return left_out

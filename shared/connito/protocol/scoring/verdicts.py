@@ -1,0 +1,132 @@
+"""What every submission and every validator of a cycle is told. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from connito.protocol.assignment import assigned
+from connito.protocol.bans import at_close
+from connito.protocol.scoring import newcomers, ratings, trust
+from connito.protocol.scoring.consensus import Consensus, consensus
+from connito.protocol.scoring.counted_reports import Reports, draw
+from connito.protocol.scoring.ranking import verdicts
+from connito.v1 import cycle_pb2, reasons_pb2
+from connito.wire.facts import RunFacts
+
+Refusals = Mapping[str, tuple[reasons_pb2.Reason.ValueType, str]]
+
+
+def agree(
+    facts: RunFacts,
+    cycle: int,
+    reports: Reports,
+    submissions: Sequence[cycle_pb2.Submission],
+    stake: Callable[[str], float],
+) -> Consensus:
+    """Consensus over the drawn validators. One that did not report claims nothing, but its stake still counts.
+
+    Otherwise a lying minority could become half of those that are left, and half is enough to grant a utility. Where
+    the seed assigns submissions, each is a matter between the validators that it was assigned to.
+    """
+    drawn = draw(facts, cycle)
+    assert drawn is not None
+    silent = [validator for validator in drawn.validators if validator not in reports.counted]
+    blank = [cycle_pb2.ScoreReport(validator=validator) for validator in silent]
+    votes = trust.votes(facts, cycle, stake)
+    stakes = {validator: votes(validator) for validator in drawn.validators}
+    found = consensus(
+        [*reports.counted.values(), *blank],
+        stakes,
+        submissions=submissions,
+        expected=drawn.omitted,
+        assigned=assigned(facts, cycle),
+    )
+    weighed = stakes if trust.rate(facts) > 0.0 else {}
+    found = replace(found, standings=[_honest(standing, reports, weighed) for standing in found.standings])
+    out = at_close(facts, "validate", cycle)
+    return without(found, {entry.miner: _banned(out[entry.miner]) for entry in submissions if entry.miner in out})
+
+
+def _banned(why: str) -> tuple[reasons_pb2.Reason.ValueType, str]:
+    return reasons_pb2.REASON_BANNED, why
+
+
+def _honest(
+    standing: cycle_pb2.ValidatorStanding, reports: Reports, weighed: Mapping[str, float]
+) -> cycle_pb2.ValidatorStanding:
+    name = standing.validator
+    if name in reports.counted:
+        standing.weight = weighed.get(name, 0.0)
+        return standing
+    told = name in reports.ignored and (name in reports.misassigned or name in weighed)
+    return cycle_pb2.ValidatorStanding(
+        validator=name,
+        reported=False,
+        reason=reports.misassigned.get(name, reasons_pb2.REASON_UNSPECIFIED),
+        detail=reports.ignored[name] if told else "",
+        weight=weighed.get(name, 0.0),
+    )
+
+
+def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission], why: str) -> Consensus:
+    """Nobody is judged: utilities are zero, each with the reason."""
+    drawn = draw(facts, cycle)
+    expected = facts.opened("validate", cycle)
+    names = {*(expected.expected if expected else ()), *(() if drawn is None else (*drawn.validators, *drawn.omitted))}
+    reported = facts.all("validate", cycle, "report")
+    standings = [
+        cycle_pb2.ValidatorStanding(
+            validator=name, reported=name in reported and facts.inside("validate", cycle, reported[name])
+        )
+        for name in sorted(names)
+    ]
+    reasons = {entry.miner: (reasons_pb2.REASON_NO_QUORUM, why) for entry in submissions}
+    return Consensus({entry.miner: 0.0 for entry in submissions}, reasons, standings, judged=False)
+
+
+def without(agreed: Consensus, refused: Refusals) -> Consensus:
+    """Take submissions out whose artifact turned out to be unusable, whatever validators said about them."""
+    utilities = {miner: 0.0 if miner in refused else utility for miner, utility in agreed.utilities.items()}
+    return replace(agreed, utilities=utilities, reasons={**agreed.reasons, **refused})
+
+
+def score_cycle(
+    facts: RunFacts,
+    cycle: int,
+    submissions: Sequence[cycle_pb2.Submission],
+    agreed: Consensus,
+    copies: Mapping[str, str],
+    weights: Mapping[str, float],
+    unmerged: Refusals,
+) -> cycle_pb2.CycleScored:
+    """The cycle's result. `unmerged` says of those that scored, but have no share in the merge, why."""
+    spec = facts.spec
+    assert spec is not None
+    pot = round(spec.emission * Fraction(spec.rewards.validator_share))
+    found, _ = verdicts(
+        submissions,
+        agreed,
+        emission=spec.emission - pot,
+        paid_ranks=spec.scoring.paid_ranks,
+        weights=weights,
+        copies=copies,
+        policy=spec.rewards,
+    )
+    for verdict in found:
+        scored = verdict.status == cycle_pb2.VERDICT_STATUS_SCORED
+        if scored and verdict.miner in unmerged and verdict.reason == reasons_pb2.REASON_UNSPECIFIED:
+            verdict.reason, verdict.detail = unmerged[verdict.miner]
+        newcomers.withhold(facts, cycle, verdict)
+    standings, bonded = trust.stand(facts, cycle, agreed, found, pot)
+    paid = sum(verdict.reward for verdict in found) + sum(standing.reward for standing in standings)
+    return cycle_pb2.CycleScored(
+        run=facts.run,
+        cycle=cycle,
+        verdicts=found,
+        validators=standings,
+        unallocated=spec.emission - paid,
+        bonded=bonded,
+        miners=ratings.rate(facts, cycle, found),
+    )

@@ -1,0 +1,162 @@
+"""Judging a stranger's file before any model sees it.
+
+Header first, then names, shapes and dtypes against the target experts of the run, then the numbers in small pieces.
+Every violation is an `Invalid` with its own reason and the tensor's name; memory stays bounded whatever the file says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from connito.data.tensors import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    Array,
+    Header,
+    TensorEntry,
+    read_header,
+    to_float32,
+    view_tensor,
+)
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2 as reasons
+
+__all__ = ["Layout", "expected_layout", "max_submission_bytes", "read_header", "validate"]
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> (dtype, shape)."""
+
+_CHUNK = 1 << 20  # elements looked at together
+# Per dtype: unsigned type of the same width, and the exponent bits that are all ones in infinities and NaNs.
+_EXPONENT: dict[str, tuple[np.dtype[np.unsignedinteger[Any]], int]] = {
+    "F32": (np.dtype("<u4"), 0x7F80_0000),
+    "F16": (np.dtype("<u2"), 0x7C00),
+    "BF16": (np.dtype("<u2"), 0x7F80),
+}
+
+
+def expected_layout(initial_state: Path | str | bytes | Header) -> Layout:
+    """Names, dtypes and shapes that every submission of a run must have: those of θ_0."""
+    header = initial_state if isinstance(initial_state, Header) else read_header(initial_state)
+    return {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
+
+
+def max_submission_bytes(layout: Layout) -> int:
+    """The size cap of a submission: the tensors' bytes plus the largest header that is parsed."""
+    data = sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in layout.values())
+    return 8 + MAX_HEADER_BYTES + data
+
+
+def validate(
+    source: Path | str | bytes,
+    layout: Layout | Header,
+    base: Path | str | bytes | None = None,
+    max_relative_norm: float = 0.0,
+    *,
+    max_bytes: int = 0,
+) -> Header:
+    """Check a submission against the layout (or the header) of θ_0; returns its own header.
+
+    Raises `Invalid` with REASON_OVERSIZED, BAD_HEADER, WRONG_TENSORS, WRONG_DTYPE, WRONG_SHAPE, NON_FINITE, or, where
+    `base` is given, NORM_EXCEEDED if ‖θ_i − θ_base‖ > `max_relative_norm` · ‖θ_base‖ for one tensor (L2 norms; a base
+    tensor of zeros counts as norm 1). `max_bytes` 0 means `max_submission_bytes(layout)`.
+    """
+    layout = expected_layout(layout) if isinstance(layout, Header) else layout
+    size = len(source) if isinstance(source, bytes) else _size(Path(source))
+    limit = max_bytes or max_submission_bytes(layout)
+    if size > limit:
+        raise Invalid(f"the file has {size} bytes, at most {limit} are possible", reason=reasons.REASON_OVERSIZED)
+    header = read_header(source)
+    _check_layout(header, layout)
+    reader = _Reader(source, header)
+    origin = None if base is None else _Reader(base, read_header(base))
+    if origin is not None:
+        _check_base(origin.header, layout)
+    for name in sorted(layout):
+        _check_values(name, reader, origin, max_relative_norm)
+    return header
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise Invalid(f"cannot read {path}: {error.strerror}", reason=reasons.REASON_ARTIFACT_MISSING) from error
+
+
+def _check_layout(header: Header, layout: Layout) -> None:
+    missing, extra = sorted(layout.keys() - header.entries.keys()), sorted(header.entries.keys() - layout.keys())
+    if missing or extra:
+        what = f"{missing[0]} is missing" if missing else f"{extra[0]} does not belong in it"
+        raise Invalid(
+            f"{what}; a submission holds exactly the {len(layout)} target tensors of the run",
+            reason=reasons.REASON_WRONG_TENSORS,
+        )
+    for name, (dtype, shape) in sorted(layout.items()):
+        entry = header.entries[name]
+        if entry.shape != shape:
+            raise Invalid(
+                f"{name} has shape {list(entry.shape)}, the selection needs {list(shape)}",
+                reason=reasons.REASON_WRONG_SHAPE,
+            )
+        if entry.dtype != dtype:
+            raise Invalid(f"{name} is {entry.dtype}, the run uses {dtype}", reason=reasons.REASON_WRONG_DTYPE)
+
+
+def _check_base(header: Header, layout: Layout) -> None:
+    found = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
+    assert found == layout, "the base state of a run has the layout of the run"
+
+
+def _check_values(name: str, reader: _Reader, origin: _Reader | None, max_relative_norm: float) -> None:
+    moved = norm = 0.0
+    dtype = reader.header.entries[name].dtype
+    if dtype not in _EXPONENT:
+        raise Invalid(f"{name} is {dtype}; expert weights are F32, F16 or BF16", reason=reasons.REASON_WRONG_DTYPE)
+    bases = iter(()) if origin is None else origin.chunks(name)
+    for chunk in reader.chunks(name):
+        _check_finite(name, chunk, dtype)
+        if origin is not None:
+            before = to_float32(next(bases), dtype).astype(np.float64)
+            moved += float(np.square(to_float32(chunk, dtype) - before).sum())
+            norm += float(np.square(before).sum())
+    relative = math.sqrt(moved) / (math.sqrt(norm) or 1.0)
+    if origin is not None and relative > max_relative_norm:
+        raise Invalid(
+            f"{name} moved by {relative:.4g} of its norm in one cycle; the run allows {max_relative_norm:.4g}",
+            reason=reasons.REASON_NORM_EXCEEDED,
+        )
+
+
+def _check_finite(name: str, chunk: Array, dtype: str) -> None:
+    """By bit pattern: no arithmetic touches the numbers before they are known to be numbers."""
+    unsigned, exponent = _EXPONENT[dtype]
+    bits = chunk.view(unsigned)
+    if bool(np.any((bits & exponent) == exponent)):
+        raise Invalid(f"{name} holds infinities or NaNs", reason=reasons.REASON_NON_FINITE)
+
+
+class _Reader:
+    """One file, read in chunks of raw values."""
+
+    def __init__(self, source: Path | str | bytes, header: Header) -> None:
+        self.source = source if isinstance(source, bytes) else Path(source)
+        self.header = header
+
+    def chunks(self, name: str) -> Iterator[Array]:
+        entry: TensorEntry = self.header.entries[name]
+        if isinstance(self.source, bytes):
+            flat = view_tensor(self.source, self.header, name).reshape(-1)
+            for start in range(0, len(flat), _CHUNK):
+                yield flat[start : start + _CHUNK]
+            return
+        with self.source.open("rb") as file:
+            file.seek(self.header.data_start + entry.start)
+            for start in range(0, math.prod(entry.shape), _CHUNK):
+                count = min(_CHUNK, math.prod(entry.shape) - start)
+                yield np.fromfile(file, DTYPES[entry.dtype], count)

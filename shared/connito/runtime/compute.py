@@ -1,0 +1,111 @@
+"""A machine-wide budget for heavy computation: at most so many torch jobs at once, whatever process they are in.
+
+Oversubscribed cores are not shared but lost: three processes with two threads each on two cores ran 20 times slower.
+A slot is made of cores, and a core is a lock on a file: budgets with different numbers of slots that share a folder
+share the cores, and the kernel gives a core back when its holder is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from connito.runtime import metrics
+
+R = TypeVar("R")
+
+_POLL_SECONDS = 0.03
+
+
+class ComputeBudget:
+    """`async with budget.slot("train"):` waits for one of `slots`. Without a folder there is no limit.
+
+    Those who wait line up: only the holder of the queue lock looks for a free slot, so a service that computes in a
+    tight loop cannot starve the others.
+    """
+
+    def __init__(self, folder: Path | None, slots: int = 1) -> None:
+        cores = max(usable_cores(), slots)
+        self._folder, self._cores, self._cores_per_slot = folder, cores, cores // slots
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @asynccontextmanager
+    async def slot(self, purpose: str) -> AsyncIterator[None]:
+        """Hold a slot. The wait is measured under `purpose`; the event loop stays free meanwhile."""
+        if self._folder is None:
+            yield
+            return
+        began = time.monotonic()
+        queue = await self._lock(["queue"], 1)
+        try:
+            held = await self._lock([f"core-{number}" for number in range(self._cores)], self._cores_per_slot)
+        finally:
+            _release(queue)
+        metrics.COMPUTE_WAIT_SECONDS.labels(purpose).observe(time.monotonic() - began)
+        try:
+            yield
+        finally:
+            _release(held)
+
+    async def _lock(self, names: list[str], count: int) -> list[int]:
+        """Lock `count` of the files as they come free; the descriptors hold the locks until they are closed."""
+        held: dict[str, int] = {}
+        try:
+            while True:
+                for name in names:
+                    if name not in held and (descriptor := self._try(name)) is not None:
+                        held[name] = descriptor
+                        if len(held) == count:
+                            return list(held.values())
+                await asyncio.sleep(_POLL_SECONDS)
+        except BaseException:
+            _release(list(held.values()))
+            raise
+
+    def _try(self, name: str) -> int | None:
+        assert self._folder is not None
+        descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        os.close(descriptor)
+        return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_folder() -> Path:
+    """The budget's folder that everything one user runs on this machine shares."""
+    return Path(tempfile.gettempdir()) / f"connito-compute-{os.getuid()}"
+
+
+def _release(descriptors: list[int]) -> None:
+    # Unlock before closing: a child that was forked meanwhile has a copy of the descriptor, and with it the lock.
+    for descriptor in descriptors:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+async def in_thread(work: Callable[[threading.Event], R]) -> R:
+    """Run blocking work in a thread. When the caller is cancelled, the event given to `work` is set, and the thread is
+    waited for: a slot is not given back, nor the process ended, while it still computes."""
+    stop = threading.Event()
+    task = asyncio.ensure_future(asyncio.to_thread(work, stop))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([task])
+        raise

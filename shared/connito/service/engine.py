@@ -1,0 +1,214 @@
+"""The level-triggered loop (ADR 1): follow the log, decide on the whole set of facts, act, and let the result be a fact.
+
+`decide` is pure and says what is missing. Each action runs as a task of its own, one at a time per key; what was
+decided but not finished when the process died is decided again by the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from connito.bus import Bus, CaughtUp
+from connito.bus.offences import kind_of, report
+from connito.errors import Invalid, Retry, reason_name
+from connito.runtime import logs, metrics, tracing
+from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
+from connito.wire.facts import Fact, Log, Record, RunFacts
+
+log = get_logger("engine")
+
+# A finished action whose result has not come back through the log yet is not started again before this.
+SETTLE_MS = 1000
+SOONEST_MS = 20
+MAX_DELAY = 30.0
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something to do. `key` names it uniquely among everything this service ever does; equal keys are one action."""
+
+    key: str
+    run: str
+    payload: object = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is missing now, and when to look again even if nothing arrives (Unix milliseconds)."""
+
+    actions: Sequence[Action] = ()
+    wake_at_ms: int | None = None
+
+
+@dataclass
+class _State:
+    """What is known of one action key."""
+
+    not_before_ms: int = 0
+    failures: int = 0
+    blocked: bool = False
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class Engine:
+    """Runs one service's deciders over every run it follows."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        facts: Log,
+        streams: Sequence[str],
+        decide: Callable[[RunFacts, int], Decision],
+        perform: Callable[[Action], Awaitable[None]],
+        *,
+        run: str = "",
+        clock: Callable[[], int] = now_ms,
+        on_fact: Callable[[Fact], None] | None = None,
+    ) -> None:
+        self.caught_up = asyncio.Event()
+        self.log = facts
+        self._bus, self._streams, self._run = bus, tuple(streams), run
+        self._decide, self._perform, self._clock, self._on_fact = decide, perform, clock, on_fact
+        self._changed: set[str] = set()
+        self._wake_at: dict[str, int] = {}
+        self._actions: dict[str, _State] = {}
+        self._traces: dict[str, str] = {}
+        self._something = asyncio.Event()
+        self._failure: asyncio.Future[None] | None = None
+
+    def facts(self, run: str) -> RunFacts:
+        """The facts of a run; empty if none is known."""
+        return self.log.runs.get(run) or RunFacts(run)
+
+    def wake(self, run: str = "") -> None:
+        """Decide again, for one run or for all, though no fact arrived."""
+        self._changed.update([run] if run else self.log.runs)
+        self._something.set()
+
+    async def run(self) -> None:
+        """Follow, decide and act until cancelled; then cancel what is in flight and wait for it to end.
+
+        Raises `Fatal`, or whatever else an action, the decider or the follower died of.
+        """
+        self._failure = asyncio.get_running_loop().create_future()
+        loops = [asyncio.create_task(self._follow()), asyncio.create_task(self._schedule())]
+        try:
+            done, _ = await asyncio.wait([*loops, self._failure], return_when=asyncio.FIRST_COMPLETED)
+            for finished in done:
+                finished.result()
+        finally:
+            running = [state.task for state in self._actions.values() if state.task is not None]
+            await end_tasks([*loops, *running])
+            self._failure.cancel()
+
+    async def _follow(self) -> None:
+        async for item in self._bus.follow(self._streams, self._run):
+            if isinstance(item, CaughtUp):
+                self.caught_up.set()
+                self.wake()
+            else:
+                self._apply(item)
+
+    def _apply(self, record: Record) -> None:
+        try:
+            fact = self.log.apply(record)
+        except Invalid as error:
+            reason = reason_name(error.reason)
+            metrics.EVENTS_REJECTED.labels(reason).inc()
+            if self.caught_up.is_set():
+                # What lay there before was reported when it came.
+                report(kind_of(error.reason), subject=record.subject, reason=error.reason, detail=str(error))
+            log.warning(
+                "ignored a message that does not verify",
+                security=True,
+                subject=record.subject,
+                sequence=record.sequence,
+                reason=reason,
+                error=str(error),
+            )
+            return
+        if fact is None:
+            return
+        if trace := logs.extract(record.headers):
+            self._traces[fact.run] = trace
+        if self._on_fact is not None:
+            self._on_fact(fact)
+        self._changed.add(fact.run)
+        self._something.set()
+
+    async def _schedule(self) -> None:
+        await self.caught_up.wait()
+        while True:
+            now = self._clock()
+            due = self._changed | {run for run, at in self._wake_at.items() if at <= now}
+            self._changed = set()
+            self._something.clear()
+            for run in sorted(due):
+                self._decide_run(run, now)
+            next_at = min(self._wake_at.values(), default=None)
+            wait = None if next_at is None else max(0.0, (next_at - self._clock()) / 1000)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._something.wait()
+
+    def _decide_run(self, run: str, now: int) -> None:
+        with metrics.DECIDE_SECONDS.time():
+            decision = self._decide(self.facts(run), now)
+        wakes = [] if decision.wake_at_ms is None else [decision.wake_at_ms]
+        for action in decision.actions:
+            state = self._actions.setdefault(action.key, _State())
+            if state.blocked or state.task is not None:
+                continue
+            if state.not_before_ms > now:
+                wakes.append(state.not_before_ms)
+            else:
+                self._start(action, state)
+        self._wake_at.pop(run, None)
+        if wakes:
+            # A time that has passed already must not become a busy loop.
+            self._wake_at[run] = max(min(wakes), now + SOONEST_MS)
+
+    def _start(self, action: Action, state: _State) -> None:
+        metrics.ACTIONS_RUNNING.inc()
+        state.task = asyncio.create_task(self._act(action, state), name=action.key)
+
+    async def _act(self, action: Action, state: _State) -> None:
+        cause = self._traces.get(action.run, "")
+        logs.bind_run(action.run)
+        logs.use(cause)
+        name = type(action.payload).__name__ if action.payload is not None else action.key.split(":")[0].split(".")[0]
+        outcome, delay = "ok", SETTLE_MS / 1000
+        try:
+            with tracing.span(f"act {name}", "CONSUMER", cause, system="nats"):
+                await self._perform(action)
+            state.failures = 0
+        except Retry as error:
+            outcome, delay = "retry", min(MAX_DELAY, error.after * 2 ** min(state.failures, 10))
+            state.failures += 1
+            log.warning("action will be tried again", action=action.key, error=str(error), delay=round(delay, 2))
+        except Invalid as error:
+            outcome, state.blocked = "invalid", True
+            log.error("action is not possible", action=action.key, reason=reason_name(error.reason), error=str(error))
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except Exception as error:
+            outcome = "failed"
+            if self._failure is not None and not self._failure.done():
+                self._failure.set_exception(error)
+        finally:
+            metrics.ACTIONS.labels(name, outcome).inc()
+            metrics.ACTIONS_RUNNING.dec()
+            state.task = None
+            state.not_before_ms = self._clock() + int(delay * 1000)
+            self.wake(action.run)

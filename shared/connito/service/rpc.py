@@ -1,0 +1,216 @@
+"""gRPC with the error taxonomy on both sides, health and reflection, and signed requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from connito.bus.offences import kind_of, report
+from connito.enums import name_of
+from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed, reason_name
+from connito.runtime.logs import extract, get_logger, inject, use
+from connito.v1 import reasons_pb2 as reasons
+from connito.v1.envelope_pb2 import Envelope
+from connito.wire.envelope import MAX_ENVELOPE_BYTES, check
+from connito.wire.roster import Roster
+from connito.wire.tls import PLAIN, Tls
+
+log = get_logger("rpc")
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+REASON_KEY = "connito-reason"
+_REASONS = frozenset(reasons.Reason.keys())
+AFTER_KEY = "connito-retry-after"
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 2 * MAX_ENVELOPE_BYTES),
+    ("grpc.so_reuseport", 0),
+]
+
+# (register function of the generated code, implementation, full name of the service)
+Servicer = tuple[Callable[[Any, Any], None], object, str]
+
+
+def status_of(error: ConnitoError) -> grpc.StatusCode:
+    """The status that says what `error` says."""
+    if isinstance(error, NotFound):
+        return grpc.StatusCode.NOT_FOUND
+    if isinstance(error, Retry):
+        return grpc.StatusCode.UNAVAILABLE
+    if isinstance(error, VerificationFailed):
+        return grpc.StatusCode.FAILED_PRECONDITION
+    if isinstance(error, Invalid):
+        denied = error.reason in (
+            reasons.REASON_NOT_PERMITTED, reasons.REASON_BAD_SIGNATURE, reasons.REASON_NOT_ENROLLED,
+            reasons.REASON_BANNED, reasons.REASON_NOT_INVITED, reasons.REASON_INVITE_INVALID,
+        )  # fmt: skip
+        return grpc.StatusCode.PERMISSION_DENIED if denied else grpc.StatusCode.INVALID_ARGUMENT
+    return grpc.StatusCode.INTERNAL
+
+
+def error_of(error: grpc.aio.AioRpcError) -> ConnitoError:
+    """Our error for a failed call: the inverse of `status_of`."""
+    code, text = error.code(), error.details() or error.code().name.lower()
+    pairs: Any = error.trailing_metadata() or ()
+    trailer = {str(name): str(value) for name, value in pairs}
+    name = trailer.get(REASON_KEY, "")
+    reason = reasons.Reason.Value(name) if name in _REASONS else reasons.REASON_MALFORMED
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        return Retry(text, after=float(trailer.get(AFTER_KEY, 1.0)))
+    if code is grpc.StatusCode.NOT_FOUND:
+        return NotFound(text, reason=reason)
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return VerificationFailed(text, reason=reason)
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return Invalid(text, reason=reason if name else reasons.REASON_NOT_PERMITTED)
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return Invalid(text, reason=reason, after=float(trailer.get(AFTER_KEY, 0.0)))
+    return Fatal(f"the call failed on the other side: {text}")
+
+
+class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,type-arg,unused-ignore]
+    """Turns what a method raises into a status, and continues the caller's trace."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.unary_stream is not None and not details.method.startswith("/grpc."):
+            return grpc.unary_stream_rpc_method_handler(
+                _stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+
+def _continue_trace(context: Any) -> None:
+    use(extract({str(name): str(value) for name, value in context.invocation_metadata() or ()}))
+
+
+def _unary(method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: Any) -> Any:
+        _continue_trace(context)
+        try:
+            answer = method(request, context)
+            return await answer if asyncio.iscoroutine(answer) else answer
+        except ConnitoError as error:
+            await _abort(context, error)
+
+    return call
+
+
+def _stream(method: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        _continue_trace(context)
+        try:
+            async for item in method(request, context):
+                yield item
+        except ConnitoError as error:
+            await _abort(context, error)
+
+    return call
+
+
+async def _abort(context: Any, error: ConnitoError) -> None:
+    trailer: list[tuple[str, str]] = []
+    if isinstance(error, Invalid):
+        trailer.append((REASON_KEY, name_of(reasons.Reason, error.reason)))
+        if error.after:
+            trailer.append((AFTER_KEY, str(error.after)))
+        if error.reason in (reasons.REASON_BAD_SIGNATURE, reasons.REASON_NOT_PERMITTED, reasons.REASON_BANNED):
+            report(kind_of(error.reason), subject="rpc", reason=error.reason, detail=str(error))
+        log.info("refused a call", reason=reason_name(error.reason), error=str(error))
+    elif isinstance(error, Retry):
+        trailer.append((AFTER_KEY, str(error.after)))
+    else:
+        log.error("a call failed", error=str(error))
+    await context.abort(status_of(error), str(error), tuple(trailer))
+
+
+@asynccontextmanager
+async def serve(
+    servicers: Sequence[Servicer], host: str, port: int, *, drain_s: float = 2.0, tls: Tls = PLAIN
+) -> AsyncIterator[int]:
+    """Serve until the block is left, with health and reflection; yields the port (a free one for 0).
+
+    Raises `Fatal` when the address is taken. Calls in flight get `drain_s` to finish.
+    """
+    server = grpc.aio.server(interceptors=[_Interceptor()], options=_OPTIONS)
+    checks: Any = health.aio.HealthServicer()  # type: ignore[attr-defined,unused-ignore]
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    for register, implementation, name in servicers:
+        register(implementation, server)
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await checks.set("", health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection([name for _, _, name in servicers] + [reflection.SERVICE_NAME], server)
+    try:
+        where = f"{host}:{port}"
+        plain = tls.api == "off"
+        bound = server.add_insecure_port(where) if plain else server.add_secure_port(where, tls.server_credentials())
+    except RuntimeError as error:
+        raise Fatal(f"cannot listen on {host}:{port}: {error}; set CONNITO_GRPC_PORT to a free port") from error
+    await server.start()
+    try:
+        yield bound
+    finally:
+        await checks.enter_graceful_shutdown()
+        await server.stop(drain_s)
+
+
+def channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:
+    """A client channel to `host:port`; reconnects by itself within a second."""
+    options = [
+        *_OPTIONS[:1],
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.enable_http_proxy", 0),
+    ]
+    if tls.api == "off":
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=options)
+
+
+async def explained(error: Retry, address: str, tls: Tls) -> ConnitoError:
+    """The reason why an API is unavailable, where that is a certificate; else the error as it is."""
+    return await asyncio.to_thread(tls.diagnose, address) or error
+
+
+async def call(method: Callable[..., Any], request: Message, deadline_s: float = 10.0) -> Any:
+    """Call a unary method; its failure comes out as the error that the server raised.
+
+    A server that is not there is `Retry` after `deadline_s` at the latest.
+    """
+    metadata = tuple(inject({}).items())
+    try:
+        return await method(request, timeout=deadline_s, metadata=metadata)
+    except grpc.aio.AioRpcError as error:
+        raise error_of(error) from error
+
+
+def open_request(
+    envelope: Envelope, subject: str, message_type: type[M], roster: Roster | None = None, role: str = ""
+) -> tuple[M, str]:
+    """Message and signer of a signed request, for example with subject `rpc.CreateRun`.
+
+    With a role, the signer must have it in the roster. Raises `Invalid` with the reason that applies.
+    """
+    opened = check(envelope, subject)
+    if role and (roster is None or not roster.permits(role, opened.signer)):
+        raise Invalid(
+            f"{opened.signer} is not a {role} in the operator's roster; ask the operator to add the key",
+            reason=reasons.REASON_NOT_PERMITTED,
+        )
+    return opened.read(message_type), opened.signer

@@ -1,1 +1,0 @@
-"""Text on its way to a corpus: where it comes from, what is dropped, and how it is split."""

@@ -1,0 +1,174 @@
+"""What a run looks like while it runs: a table on a terminal, one line per event elsewhere. Both are pure projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from connito.errors import reason_name
+from connito.v1 import cycle_pb2, run_pb2
+from connito.views.run_report import miner_name, submission_rows
+from connito.wire.facts import Fact, RunFacts, open_window
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_DOING = {
+    "train": "miners train",
+    "commit": "miners commit",
+    "submit": "miners upload and reveal",
+    "validate": "validators score",
+    "merge": "merging and gating",
+}
+
+
+def who(facts: RunFacts, key: str, names: Mapping[str, str]) -> str:
+    """The name a key is known by on this machine, or its label, or its start."""
+    return names.get(key) or miner_name(facts, key)
+
+
+def phase(facts: RunFacts, now_ms: int) -> str:
+    """One sentence: what happens now, and how long it may take."""
+    spec = facts.spec
+    if spec is None:
+        return "submitting the job"
+    if facts.ended is not None:
+        return f"run {run_pb2.RunOutcome.Name(facts.ended.outcome).removeprefix('RUN_OUTCOME_').lower()}"
+    if facts.selection is None:
+        return "selecting the experts that the domain uses"
+    if facts.cycle == 0:
+        return (
+            f"waiting for people: {len(facts.miners)} of {spec.windows.min_miners} miners, "
+            f"{len(facts.validators)} of {spec.windows.min_validators} validators"
+        )
+    where = open_window(facts)
+    if where is None:
+        return f"cycle {facts.cycle} of {spec.cycles}: between windows"
+    window, cycle = where
+    return f"cycle {cycle} of {spec.cycles}: {window}, {_DOING[window]}{_left(facts, window, cycle, now_ms)}"
+
+
+def _left(facts: RunFacts, window: str, cycle: int, now_ms: int) -> str:
+    opened, fact = facts.opened(window, cycle), facts.fact(window, cycle, "opened")
+    if opened is None or fact is None:
+        return ""
+    elapsed = max(0.0, (now_ms - fact.time_unix_ms) / 1000)
+    if not opened.deadline_unix_ms:
+        return f" ({elapsed:.0f} s)"
+    return f" ({elapsed:.0f} s; closes at the latest in {max(0.0, (opened.deadline_unix_ms - now_ms) / 1000):.0f} s)"
+
+
+def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | None:
+    """The line for a fact that just arrived; None for those that nobody waits for."""
+    message = fact.message
+    if isinstance(message, run_pb2.SelectionMade):
+        return (
+            f"selected {message.selected_experts} of {message.total_experts} experts in {len(message.layers)} layers "
+            f"({100 * message.target_parameters / max(1, message.model_parameters):.1f} % of the model)"
+        )
+    if isinstance(message, cycle_pb2.WindowOpened):
+        window = fact.key.section
+        return f"cycle {fact.key.cycle} · {window}: {_DOING[window]}"
+    if isinstance(message, cycle_pb2.WindowClosed) and message.cause == cycle_pb2.CLOSE_CAUSE_DEADLINE:
+        return f"cycle {fact.key.cycle} · {fact.key.section}: closed at its deadline"
+    if isinstance(message, cycle_pb2.Refused):
+        why = reason_name(message.reason)
+        return f"cycle {fact.key.cycle} · {who(facts, message.miner, names)} refused: {why} ({message.detail})"
+    if isinstance(message, cycle_pb2.CycleScored):
+        return _scored(message, facts, names)
+    if isinstance(message, cycle_pb2.VersionPublished):
+        return _published(message, facts, names)
+    if isinstance(message, (run_pb2.RunEnded, run_pb2.ExpertDeposited, run_pb2.SelectionFailed)):
+        return _ending(message)
+    return None
+
+
+def _scored(scored: cycle_pb2.CycleScored, facts: RunFacts, names: Mapping[str, str]) -> str:
+    parts = []
+    for verdict in sorted(scored.verdicts, key=lambda verdict: verdict.rank or 1 << 30):
+        name, reason = who(facts, verdict.miner, names), reason_name(verdict.reason)
+        parts.append(f"{name} +{verdict.utility:.4f} nats" if verdict.rank else f"{name} {reason or 'unranked'}")
+    doubted = [
+        f"{who(facts, standing.validator, names)} {reason_name(standing.reason)}, trust {standing.trust:.2f}"
+        for standing in scored.validators
+        if standing.reason and standing.trust
+    ]
+    lost = f"; loses weight: {', '.join(doubted)}" if doubted else ""
+    return f"cycle {scored.cycle} · scored: {', '.join(parts) or 'nothing to score'}{lost}"
+
+
+def _published(version: cycle_pb2.VersionPublished, facts: RunFacts, names: Mapping[str, str]) -> str:
+    merged = ", ".join(who(facts, key, names) for key in version.merged) or "nobody"
+    target = "".join(f"{loss.domain} loss {loss.before:.4f} → {loss.after:.4f}" for loss in list(version.losses)[:1])
+    gate = cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower().replace("_", " ")
+    return f"cycle {version.cycle} · version {version.version}: {target}; merged {merged}; gate: {gate}"
+
+
+def _ending(message: run_pb2.RunEnded | run_pb2.ExpertDeposited | run_pb2.SelectionFailed) -> str:
+    if isinstance(message, run_pb2.RunEnded):
+        return f"run {run_pb2.RunOutcome.Name(message.outcome).removeprefix('RUN_OUTCOME_').lower()}: {message.detail}"
+    if isinstance(message, run_pb2.ExpertDeposited):
+        return f"the library took in expert {message.expert_id}"
+    return f"the selection failed: {reason_name(message.reason)} ({message.detail})"
+
+
+def render(facts: RunFacts, names: Mapping[str, str], now_ms: int) -> RenderableType:
+    """The whole picture for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(f"{facts.run} · {phase(facts, now_ms)}", style="bold")]
+    if any(facts.version(cycle) is not None for cycle in facts.cycles()):
+        parts.append(_loss_table(facts))
+    if facts.cycle:
+        parts.append(_miner_table(facts, names))
+    return Group(*parts)
+
+
+def _loss_table(facts: RunFacts) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), title="held-out loss, nats per token", title_justify="left")
+    for name in ("cycle", "target", "", "general", "", "gate", "merged"):
+        table.add_column(name, justify="right")
+    for cycle in facts.cycles():
+        version = facts.version(cycle)
+        if version is None or not version.losses:
+            continue
+        target, general = version.losses[0], list(version.losses)[1:]
+        before = sum(loss.before for loss in general) / max(1, len(general))
+        after = sum(loss.after for loss in general) / max(1, len(general))
+        gate = cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower().replace("_", " ")
+        table.add_row(
+            str(cycle), f"{target.after:.4f}", _change(target.after - target.before),
+            f"{after:.4f}", _change(after - before), gate, str(len(version.merged)),
+        )  # fmt: skip
+    return table
+
+
+def _change(value: float) -> str:
+    colour = "green" if value < 0 else "red" if value > 0 else "dim"
+    return f"[{colour}]{value:+.4f}[/]"
+
+
+def _miner_table(facts: RunFacts, names: Mapping[str, str]) -> Table:
+    """The newest cycle that has news about miners."""
+    from rich.table import Table
+
+    cycle = facts.cycle
+    if facts.opened("commit", cycle) is None and cycle > 1:
+        cycle -= 1
+    table = Table(box=None, padding=(0, 2), title=f"miners, cycle {cycle}", title_justify="left")
+    for name, justify in (("miner", "left"), ("status", "left"), ("reason", "left"), ("utility", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("rank", justify="right")
+    table.add_column("reward", justify="right")
+    colours = {"merged": "green", "refused": "red", "rejected": "red", "absent": "yellow"}
+    for row in submission_rows(facts, cycle):
+        style = colours.get(row["status"], "")
+        table.add_row(
+            who(facts, row["key"], names), row["status"], row["reason"], f"{row['utility']:.4f}" if row["rank"] else "",
+            str(row["rank"] or ""), str(row["reward"] or ""), style=style,
+        )  # fmt: skip
+    return table

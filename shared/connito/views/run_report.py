@@ -1,0 +1,215 @@
+"""What a run came to, as one JSON document: a pure projection of its facts.
+
+The layout is part of the public interface: keys are added, never renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from connito.errors import reason_name
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.views.standings import paid, ratings, validator_rows
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import WINDOWS
+
+_STATUS = {
+    cycle_pb2.VERDICT_STATUS_MERGED: "merged",
+    cycle_pb2.VERDICT_STATUS_SCORED: "scored",
+    cycle_pb2.VERDICT_STATUS_REJECTED: "rejected",
+}
+
+_NOT_REVEALED = reason_name(reasons_pb2.REASON_NOT_REVEALED)
+
+
+def run_report(facts: RunFacts, *, model_bytes: int = 0, totals: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The report of a run, finished or not. `model_bytes` is the size of the base; `totals` adds what was measured
+    outside of the log (seconds, memory, restarts)."""
+    spec, selection = facts.spec, facts.selection
+    assert spec is not None, "a report needs the run's specification"
+    cycles = [cycle_report(facts, cycle) for cycle in facts.cycles() if facts.version(cycle) is not None]
+    return {
+        "run": facts.run,
+        "base": spec.base.name,
+        "domain": spec.domain,
+        "outcome": outcome(facts),
+        "cycles": cycles,
+        "library": library_entry(facts),
+        "selection": None if selection is None else _selection(selection),
+        "totals": {**_totals(facts, cycles, model_bytes), **(totals or {})},
+    }
+
+
+def outcome(facts: RunFacts) -> dict[str, str]:
+    """How the run ended: `{"status", "reason", "detail"}`; status `running` while it has not."""
+    if facts.ended is None:
+        return {"status": "running", "reason": "", "detail": ""}
+    status = run_pb2.RunOutcome.Name(facts.ended.outcome).removeprefix("RUN_OUTCOME_").lower()
+    return {"status": status, "reason": reason_name(facts.ended.reason), "detail": facts.ended.detail}
+
+
+def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
+    """One cycle: losses in nats per token on the report subset, everybody's result, and where the time went."""
+    version = facts.version(cycle)
+    assert version is not None, "a cycle is reported once its version is published"
+    target, general = list(version.losses[:1]), list(version.losses[1:])
+    rows = submission_rows(facts, cycle)
+    rank = {row["key"]: row["rank"] for row in rows}
+    sizes = [item.artifact.size for item in _submissions(facts, cycle) if item.origin_cycle in (0, cycle)]
+    return {
+        "cycle": cycle,
+        "model_version": version.version,
+        "state_digest": version.state.digest,
+        "target_loss_before": _mean([loss.before for loss in target]),
+        "target_loss_after": _mean([loss.after for loss in target]),
+        "general_loss_before": _mean([loss.before for loss in general]),
+        "general_loss_after": _mean([loss.after for loss in general]),
+        "domains": {loss.domain: {"before": loss.before, "after": loss.after} for loss in version.losses},
+        "submissions": rows,
+        "validators": validator_rows(facts, cycle),
+        "paid": paid(facts, cycle),
+        "merged": [miner_name(facts, key) for key in sorted(version.merged, key=lambda key: rank.get(key) or 1 << 30)],
+        "gate": cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower().replace("_", "-"),
+        "gate_detail": version.gate_detail,
+        "upload_bytes_per_miner": round(fmean(sizes)) if sizes else 0,
+        "seconds": window_seconds(facts, cycle),
+    }
+
+
+def submission_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
+    """Everybody who was expected or acted in a cycle: best rank first, then those who were refused.
+
+    A verdict outweighs a refusal: whoever sent a second commitment still has the first one scored.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for miner in _expected_miners(facts, cycle):
+        rows[miner] = _row(facts, miner, "absent" if facts.version(cycle) else "working")
+    for window in ("commit", "submit"):
+        for fact in facts.all(window, cycle, "accepted").values():
+            _advance(facts, rows, window, fact)
+        for fact in sorted(facts.all(window, cycle, "refused").values(), key=lambda fact: fact.sequence):
+            _refuse(facts, rows, fact)
+    scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    for verdict in scored.verdicts if scored is not None else ():
+        rows[verdict.miner] = _judged(facts, verdict)
+    rated = ratings(facts, cycle)
+    for row in rows.values():
+        row["rating"] = rated.get(row["key"])
+    return sorted(rows.values(), key=lambda row: (row["rank"] or 1 << 30, row["status"], row["miner"]))
+
+
+def miner_name(facts: RunFacts, key: str) -> str:
+    """The label a miner enrolled with, or the start of its key."""
+    enrolled = facts.get(run_pb2.MinerEnrolled, "run", 0, "miner", key)
+    return (enrolled.label if enrolled is not None else "") or f"{key[:12]}…"
+
+
+def window_seconds(facts: RunFacts, cycle: int) -> dict[str, float]:
+    """Length of each closed window by the broker's clock."""
+    seconds = {}
+    for window in WINDOWS:
+        opened, closed = facts.fact(window, cycle, "opened"), facts.fact(window, cycle, "closed")
+        if opened is not None and closed is not None:
+            seconds[window] = round((closed.time_unix_ms - opened.time_unix_ms) / 1000, 3)
+    return seconds
+
+
+def library_entry(facts: RunFacts) -> dict[str, Any] | None:
+    """`{"expert_id", "digest", "bytes"}` of what the run left in the library; None before, or where nothing was deposited."""
+    for fact in facts.all("library", 0, "deposited").values():
+        assert isinstance(fact.message, run_pb2.ExpertDeposited)
+        expert = fact.message.expert
+        return {"expert_id": fact.message.expert_id, "digest": expert.digest, "bytes": expert.size}
+    return None
+
+
+def _row(facts: RunFacts, miner: str, status: str, reason: str = "", detail: str = "") -> dict[str, Any]:
+    return {
+        "miner": miner_name(facts, miner),
+        "key": miner,
+        "status": status,
+        "reason": reason,
+        "detail": detail,
+        "utility": 0.0,
+        "rank": 0,
+        "reward": 0,
+        "withheld": 0,
+        "origin_cycle": 0,
+    }
+
+
+def _judged(facts: RunFacts, verdict: cycle_pb2.Verdict) -> dict[str, Any]:
+    row = _row(
+        facts, verdict.miner, _STATUS.get(verdict.status, "rejected"), reason_name(verdict.reason), verdict.detail
+    )
+    measured = {"utility": verdict.utility, "rank": verdict.rank, "reward": verdict.reward}
+    measured["withheld"] = verdict.withheld
+    return {**row, **measured, "origin_cycle": verdict.origin_cycle}
+
+
+def _advance(facts: RunFacts, rows: dict[str, dict[str, Any]], window: str, fact: Fact) -> None:
+    """While a cycle runs, an accepted commitment or reveal is how far a miner has come."""
+    message = fact.message
+    miner = message.submission.miner if isinstance(message, cycle_pb2.RevealAccepted) else getattr(message, "miner", "")
+    rows[miner] = _row(facts, miner, "committed" if window == "commit" else "revealed")
+
+
+def _refuse(facts: RunFacts, rows: dict[str, dict[str, Any]], fact: Fact) -> None:
+    """The first refusal tells; "not revealed" gives way to what became of the reveal that came after all."""
+    refused = fact.message
+    assert isinstance(refused, cycle_pb2.Refused)
+    known = rows.get(refused.miner)
+    told = known is not None and (known["status"] == "revealed" or known["reason"] not in ("", _NOT_REVEALED))
+    told = told and refused.reason != reasons_pb2.REASON_NEWCOMER_QUOTA
+    still_standing = known is not None and known["status"] == "committed" and refused.window == cycle_pb2.WINDOW_COMMIT
+    if not told and not still_standing:
+        rows[refused.miner] = _row(facts, refused.miner, "refused", reason_name(refused.reason), refused.detail)
+
+
+def _expected_miners(facts: RunFacts, cycle: int) -> list[str]:
+    opened, enrolled = facts.opened("train", cycle), set(facts.miners)
+    return [] if opened is None else [key for key in opened.expected if key in enrolled]
+
+
+def _submissions(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
+    settled = facts.settled("submit", cycle)
+    return [] if settled is None else list(settled.submissions)
+
+
+def _selection(selection: run_pb2.SelectionMade) -> dict[str, Any]:
+    return {
+        "layers": {str(layer.layer): list(layer.experts) for layer in selection.layers},
+        "selected": selection.selected_experts,
+        "total": selection.total_experts,
+        "target_parameters": selection.target_parameters,
+        "model_parameters": selection.model_parameters,
+    }
+
+
+def _totals(facts: RunFacts, cycles: list[dict[str, Any]], model_bytes: int) -> dict[str, Any]:
+    rewards: dict[str, int] = {}
+    rated = ratings(facts, cycles[-1]["cycle"]) if cycles else {}
+    for cycle in cycles:
+        for row in cycle["submissions"]:
+            rewards[row["miner"]] = rewards.get(row["miner"], 0) + row["reward"]
+    uploads = [cycle["upload_bytes_per_miner"] for cycle in cycles if cycle["upload_bytes_per_miner"]]
+    upload = round(fmean(uploads)) if uploads else 0
+    return {
+        "target_loss_first": cycles[0]["target_loss_before"] if cycles else None,
+        "target_loss_last": cycles[-1]["target_loss_after"] if cycles else None,
+        "general_loss_first": cycles[0]["general_loss_before"] if cycles else None,
+        "general_loss_last": cycles[-1]["general_loss_after"] if cycles else None,
+        "rewards": rewards,
+        "ratings": {miner_name(facts, key): rating for key, rating in rated.items()},
+        "upload_bytes_per_miner_and_cycle": upload,
+        "model_bytes": model_bytes,
+        "upload_share_of_model": upload / model_bytes if model_bytes else None,
+        "validators": len(facts.validators),
+        "miners": len(facts.miners),
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return fmean(values) if values else None

@@ -1,0 +1,64 @@
+"""How validators and miners stand after a cycle, as people read it: a pure projection of the cycle's result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from connito.errors import reason_name
+from connito.v1 import cycle_pb2
+from connito.wire.facts import RunFacts
+
+
+def _scored(facts: RunFacts, cycle: int) -> cycle_pb2.CycleScored:
+    return facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored") or cycle_pb2.CycleScored()
+
+
+def validator_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
+    """Each validator's report, agreement with consensus, trust, weight and reward in a cycle, sorted by key.
+
+    `agreement`, `trust` and `weight` are None in a run whose policy does not move trust. Nothing before the cycle's result.
+    """
+    moves = facts.spec is not None and facts.spec.rewards.bond_rate > 0
+    return [
+        {
+            "validator": standing.validator,
+            "reported": standing.reported,
+            "idle": standing.idle,
+            "deviation": standing.deviation,
+            "agreement": standing.agreement if moves and not standing.idle else None,
+            "trust": standing.trust if moves else None,
+            "weight": standing.weight if moves and not standing.idle else None,
+            "reward": standing.reward,
+            "reason": reason_name(standing.reason),
+            "detail": standing.detail,
+        }
+        for standing in _scored(facts, cycle).validators
+    ]
+
+
+def ratings(facts: RunFacts, cycle: int) -> dict[str, dict[str, Any]]:
+    """Each judged miner's rating after a cycle, by key: μ, σ, and in how many cycles it was judged and useful."""
+    return {
+        standing.miner: {
+            "mu": standing.mu,
+            "sigma": standing.sigma,
+            "judged": standing.judged,
+            "useful": standing.useful,
+        }
+        for standing in _scored(facts, cycle).miners
+    }
+
+
+def rating_text(rating: dict[str, Any] | None) -> str:
+    """`31.2 ± 7.9`; empty for none."""
+    return "" if rating is None else f"{rating['mu']:.1f} ± {rating['sigma']:.1f}"
+
+
+def paid(facts: RunFacts, cycle: int) -> dict[str, int]:
+    """Where a cycle's emission went: units for miners, for validators, and what nobody earned."""
+    scored = _scored(facts, cycle)
+    return {
+        "miners": sum(verdict.reward for verdict in scored.verdicts),
+        "validators": sum(standing.reward for standing in scored.validators),
+        "unallocated": scored.unallocated,
+    }

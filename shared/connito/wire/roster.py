@@ -1,0 +1,108 @@
+"""Which keys speak for which role. The operator's file; every reader checks each fact against it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from connito.errors import Invalid
+from connito.wire.identity import is_public_key
+
+ROLES = ("coordinator", "selector", "committer", "aggregator", "library", "validator", "customer")
+# Writes no facts; orders bans and invites, which a coordinator then writes down.
+OPERATOR = "operator"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """`keys[role]` are the public keys of a role; `stakes[validator]` weighs its vote (default 1).
+
+    `retired[key]` is a key that spoke for a role until a moment (Unix ms, by the broker's clock): what it has written
+    by then stays valid, or a rotated key would take its part of the log with it.
+    """
+
+    keys: dict[str, frozenset[str]] = field(default_factory=dict)
+    stakes: dict[str, float] = field(default_factory=dict)
+    retired: dict[str, tuple[str, int]] = field(default_factory=dict)
+    # By name, the keys whose holders see what the library keeps to that organisation.
+    organisations: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def permits(self, role: str, signer: str) -> bool:
+        """Whether `signer` may speak as `role`."""
+        return signer in self.keys.get(role, frozenset())
+
+    def permitted(self, role: str, signer: str, time_unix_ms: int) -> bool:
+        """Whether `signer` might write as `role` when the broker stored its message."""
+        was, until = self.retired.get(signer, ("", 0))
+        return self.permits(role, signer) or (was == role and time_unix_ms <= until)
+
+    def replace(self, other: Roster) -> None:
+        """Become like `other`, for everybody who holds this one: the operator's file has changed."""
+        pairs = (
+            (self.keys, other.keys),
+            (self.stakes, other.stakes),
+            (self.retired, other.retired),
+            (self.organisations, other.organisations),
+        )
+        for mine, theirs in pairs:
+            mine.clear()
+            mine.update(theirs)  # type: ignore[arg-type]
+
+    def memberships(self, signer: str) -> frozenset[str]:
+        """The organisations that `signer` belongs to."""
+        return frozenset(name for name, members in self.organisations.items() if signer in members)
+
+    def stake(self, validator: str) -> float:
+        """The weight of a validator's vote; 0 for a key that is not a validator's."""
+        spoke = self.permits("validator", validator) or self.retired.get(validator, ("",))[0] == "validator"
+        return self.stakes.get(validator, 1.0) if spoke else 0.0
+
+    @classmethod
+    def load(cls, path: Path) -> Roster:
+        """Read `{"keys": {role: [public key]}, "stakes": {public key: number}}`. Raises `Invalid` naming what is wrong."""
+        try:
+            raw = json.loads(path.read_text())
+            keys = {str(role): frozenset(map(str, members)) for role, members in raw["keys"].items()}
+            stakes = {str(key): float(value) for key, value in raw.get("stakes", {}).items()}
+            retired = {str(k): (str(v["role"]), int(v["until_unix_ms"])) for k, v in raw.get("retired", {}).items()}
+            organisations = {
+                str(name): frozenset(map(str, members)) for name, members in raw.get("organisations", {}).items()
+            }
+        except OSError as error:
+            raise Invalid(
+                f"cannot read the roster {path}: {error.strerror}; set CONNITO_ROSTER to the operator's file"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Invalid(
+                f"the roster {path} is not of the form {{'keys': {{role: [public keys]}}}}: {error!r}"
+            ) from error
+        for role, members in keys.items():
+            if role not in (*ROLES, OPERATOR):
+                raise Invalid(f"the roster {path} names an unknown role {role!r}; known: {', '.join(ROLES)}")
+            for key in members:
+                if not is_public_key(key):
+                    raise Invalid(f"the roster {path} holds {key!r} under {role}, which is not a public nkey")
+        if any(stake < 0 for stake in stakes.values()):
+            raise Invalid(f"the roster {path} holds a negative stake")
+        for key, (role, _) in retired.items():
+            if role not in (*ROLES, OPERATOR) or not is_public_key(key):
+                raise Invalid(f"the roster {path} retires {key!r} as {role!r}, which is no key or no role")
+        return cls(keys, stakes, retired, organisations)
+
+    def save(self, path: Path) -> None:
+        """Write the file that `load` reads."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json())
+
+    def to_json(self) -> str:
+        """The file's content."""
+        raw: dict[str, object] = {
+            "keys": {role: sorted(members) for role, members in self.keys.items()},
+            "stakes": self.stakes,
+        }
+        if self.retired:
+            raw["retired"] = {key: {"role": role, "until_unix_ms": at} for key, (role, at) in self.retired.items()}
+        if self.organisations:
+            raw["organisations"] = {name: sorted(members) for name, members in self.organisations.items()}
+        return json.dumps(raw, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,76 @@
+"""Losses of expert states on the full model. Blocking; needs torch."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from connito.data.corpus import Corpus
+from connito.data.tensors import Array
+from connito.moe.state import load_state
+from connito.protocol.holdout import subsets
+from connito.protocol.merging.gate import Losses, Part
+from connito.v1 import run_pb2
+
+if TYPE_CHECKING:
+    from connito.moe.evaluate import Evaluator
+
+
+@dataclass
+class Bench:
+    """A run's full model with the sequences of the gate and the report.
+
+    Those never change, so the layers below the first adapted one run once per run; and a state is measured once,
+    since what the gate let through is the next cycle's incumbent.
+    """
+
+    evaluator: Evaluator
+    # By domain, the target first: int32 [n, length + 1].
+    sequences: Mapping[Part, Mapping[str, Array]]
+    _known: dict[tuple[str, Part], Losses] = field(default_factory=dict)
+    # States are written into the model in place: one thread at a time.
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def load(
+        cls,
+        spec: run_pb2.RunSpec,
+        selection: run_pb2.SelectionMade,
+        files: Mapping[str, Path],
+        holdouts: Mapping[str, Path],
+    ) -> Bench:
+        """`files` are the base model's by name, `holdouts` the held-out corpora by domain. Raises `Invalid`."""
+        from connito.base.loading import load_full
+        from connito.moe.evaluate import Evaluator
+
+        sequences: dict[Part, dict[str, Array]] = {"gate": {}, "report": {}}
+        for domain, path in holdouts.items():
+            rows = Corpus.load(path).sequences(spec.training.sequence_length)
+            parts = subsets(rows, spec, domain)
+            sequences["gate"][domain] = rows[parts.gate]
+            sequences["report"][domain] = rows[parts.report]
+        layers = {layer.layer: list(layer.experts) for layer in selection.layers}
+        return cls(Evaluator(load_full(files), layers), sequences)
+
+    def measure(self, part: Part, digest: str, state: Path) -> Losses:
+        """Losses of the state with this digest. Loads the file only if it was not measured before."""
+        with self._lock:
+            known = self._known.get((digest, part))
+            if known is None:
+                known = self._known[digest, part] = self._measure(part, state)
+            return known
+
+    def _measure(self, part: Part, state: Path) -> Losses:
+        tensors = load_state(state)
+        sums: dict[str, tuple[float, int]] = {}
+        rows: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {}
+        for domain, sequences in self.sequences[part].items():
+            if len(sequences):
+                nll, tokens = self.evaluator.losses(tensors, sequences)
+                sums[domain] = (math.fsum(nll), int(tokens.sum()))
+                rows[domain] = (tuple(map(float, nll)), tuple(map(int, tokens)))
+        return Losses(sums, rows)

@@ -1,0 +1,173 @@
+"""The full model of a run and its hold-outs in memory: what a state does to the sequences that were drawn.
+
+Submissions are judged on the full model, because the training model can be gamed. Their rows are written into it in
+place; the hidden states below the first adapted layer are computed once per cycle.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.data.corpus import Corpus, Tokens
+from connito.errors import Retry
+from connito.protocol.holdout import draw_to_score, subsets
+from connito.protocol.scoring.evaluation import Losses, Measurable, Part
+from connito.protocol.submission import read_header, validate
+from connito.runtime import logs
+from connito.v1.run_pb2 import RunSpec, SelectionMade
+
+if TYPE_CHECKING:
+    import torch
+
+    from connito.moe.evaluate import Evaluator
+
+    State = dict[str, torch.Tensor]
+
+PROGRESS_SECONDS = 2.0
+
+log = logs.get_logger("measuring")
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """All sequences of a domain's hold-out, int32 [n, L + 1], and the numbers of those that may be drawn to score."""
+
+    sequences: Tokens
+    pool: list[int]
+
+
+@dataclass(frozen=True)
+class SubmissionFiles:
+    """A submission on disk. `origin` is the state it started from, if that is not the cycle's: a late reveal."""
+
+    artifact: Path
+    origin: Path | None
+
+
+class Bench:
+    """The model and the hold-outs of one run. Blocking, for one thread at a time."""
+
+    def __init__(self, evaluator: Evaluator, holdouts: Mapping[str, Holdout], spec: RunSpec) -> None:
+        self._evaluator, self._holdouts, self._spec = evaluator, holdouts, spec
+
+    @classmethod
+    def load(
+        cls,
+        spec: RunSpec,
+        selection: SelectionMade,
+        files: Mapping[str, Path],
+        holdouts: Mapping[str, Path],
+        *,
+        device: str = "",
+        threads: int = 0,
+        batch_tokens: int = 2048,
+        cache_bytes: int = 1 << 30,
+    ) -> Bench:
+        """Map the base from `files` and read the hold-outs by domain. Raises `Invalid` for data that does not fit.
+
+        device: empty for the first GPU, or the CPU. threads: 0 leaves them as they are. The rest is `Evaluator`'s.
+        """
+        import torch
+
+        from connito.base.loading import load_full
+        from connito.moe.evaluate import Evaluator
+        from connito.moe.training import pick_device
+
+        if threads:
+            torch.set_num_threads(threads)
+        where = torch.device(device) if device else pick_device()
+        read = {domain: read_holdout(path, spec, domain) for domain, path in holdouts.items()}
+        model = load_full(files, device=None if where.type == "cpu" else where)
+        targets = {layer.layer: list(layer.experts) for layer in selection.layers}
+        evaluator = Evaluator(model, targets, batch_tokens=batch_tokens, cache_bytes=cache_bytes)
+        return cls(evaluator, read, spec)
+
+    def draw(self, seed: bytes) -> dict[str, list[int]]:
+        """Numbers of the held-out sequences that the seed gives, by domain, the target first."""
+        drawn = {name: draw_to_score(seed, name, of.pool, self._spec) for name, of in self._holdouts.items()}
+        return {domain: numbers for domain, numbers in drawn.items() if numbers}
+
+    def incumbent(self, state: Path, drawn: Mapping[str, list[int]], stop: threading.Event) -> Callable[[Part], Losses]:
+        """Losses of the cycle's own state θ_t, each part measured once.
+
+        A new cycle begins here: hidden states of sequences that are not drawn make room for those that are.
+        """
+        from connito.moe.state import load_state
+
+        drawn_rows = (self._holdouts[domain].sequences[numbers] for domain, numbers in drawn.items())
+        self._evaluator.keep_only(row for rows in drawn_rows for row in rows)
+        return functools.cache(self._measuring(load_state(state), drawn, stop, "incumbent"))
+
+    def submission(
+        self,
+        state: Path,
+        files: SubmissionFiles,
+        drawn: Mapping[str, list[int]],
+        before: Callable[[Part], Losses],
+        stop: threading.Event,
+        who: str,
+    ) -> Measurable:
+        """Losses with a submission in the model. Raises `Invalid` with the reason for one that cannot be measured."""
+        from connito.moe.state import load_state
+
+        validate(files.artifact, read_header(state))
+        artifact = load_state(files.artifact)
+        origin = load_state(files.origin or state)
+        if all(artifact[name].equal(rows) for name, rows in origin.items()):
+            return Measurable(before, before, unchanged=True)
+        candidate = artifact if files.origin is None else rebase(artifact, origin, load_state(state))
+        return Measurable(before, self._measuring(candidate, drawn, stop, who), unchanged=False)
+
+    def _measuring(
+        self, state: State, drawn: Mapping[str, list[int]], stop: threading.Event, who: str
+    ) -> Callable[[Part], Losses]:
+        progress = _Progress(who, sum(map(len, drawn.values())), stop)
+
+        def measure(part: Part) -> Losses:
+            numbers = drawn[part.domain][part.begin : part.end]
+            sequences = self._holdouts[part.domain].sequences[numbers]
+            return Losses(*self._evaluator.losses(state, sequences, progress.part()))
+
+        return measure
+
+
+def rebase(artifact: State, origin: State, current: State) -> State:
+    """θ_t − δ with δ = origin − artifact: late work on the state that stands now, computed in float32."""
+    return {
+        name: (rows.float() + (artifact[name].float() - origin[name].float())).to(rows.dtype)
+        for name, rows in current.items()
+    }
+
+
+def read_holdout(path: Path, spec: RunSpec, domain: str) -> Holdout:
+    """A hold-out corpus as sequences of the run's length, and the part of it that scores submissions."""
+    sequences = Corpus.load(path).sequences(spec.training.sequence_length)
+    return Holdout(sequences, subsets(sequences, spec, domain).score)
+
+
+class _Progress:
+    """One line every two seconds, and the place where a stop is noticed."""
+
+    def __init__(self, who: str, total: int, stop: threading.Event) -> None:
+        self._who, self._total, self._stop = who, total, stop
+        self._finished, self._since = 0, time.monotonic()
+
+    def part(self) -> Any:
+        """The callback for the next part."""
+        base = self._finished
+
+        def on_batch(done: int, _: int) -> None:
+            if self._stop.is_set():
+                raise Retry("stopped while scoring")
+            self._finished = base + done
+            if time.monotonic() - self._since >= PROGRESS_SECONDS:
+                self._since = time.monotonic()
+                log.info("scoring", submission=self._who, sequences=self._finished, of=self._total)
+
+        return on_batch

@@ -1,0 +1,134 @@
+"""Bans and invites in a run's record: what follows from them is recomputed, and what nobody ordered is found."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from connito.audit.admission import admission
+from connito.audit.audit import Audit, Options, audit
+from connito.v1 import cycle_pb2 as c
+from connito.v1 import reasons_pb2
+from connito.v1 import run_pb2 as r
+from connito.wire import invites
+from connito.wire.identity import Identity
+
+from tests.unit.connito.audit.world import MINERS, RUN, Cycle, World, identity, tell
+
+QUICK = Options(model=False, tolerance=0.0)
+
+
+class BannedWhileSubmitting(Cycle):
+    """C is put out in cycle 2, after its reveal was accepted and before the window closes."""
+
+    def accept(self, entry: c.Submission) -> None:
+        super().accept(entry)
+        if (entry.miner, entry.origin_cycle) == (MINERS["C"], 2):
+            self.ban("C")
+
+
+class BannedWhileScored(Cycle):
+    """A, the best, is put out in cycle 2 while validators score."""
+
+    def validate(self, artifacts: object) -> None:
+        if self.number == 2:
+            self.ban("A")
+        super().validate(artifacts)  # type: ignore[arg-type]
+
+
+class BannedByNobody(Cycle):
+    """The coordinator bans on the order of a miner."""
+
+    def commit(self) -> None:
+        if self.number == 2:
+            self.ban("B", by="miner A")
+            self.ban("B", by="miner A", lifted=True)
+        super().commit()
+
+
+def look(world: World, folder: Path) -> Audit:
+    return audit(world.evidence(), asyncio.run(world.artifacts(folder)), QUICK)
+
+
+def test_a_ban_in_mid_cycle_is_recomputed(tmp_path: Path) -> None:
+    world = tell(tmp_path, story=BannedWhileSubmitting)
+    facts = world.evidence().facts
+    settled = facts.settled("submit", 2)
+    assert settled is not None
+    assert MINERS["C"] not in {entry.miner for entry in settled.submissions}
+    assert look(world, tmp_path).differences == []
+
+
+def test_a_ban_while_validators_score_leaves_the_work_unmerged_and_unpaid(tmp_path: Path) -> None:
+    world = tell(tmp_path, story=BannedWhileScored)
+    facts = world.evidence().facts
+    scored, version = facts.get(c.CycleScored, "merge", 2, "scored"), facts.version(2)
+    assert scored is not None
+    assert version is not None
+    (verdict,) = [verdict for verdict in scored.verdicts if verdict.miner == MINERS["A"]]
+    assert (verdict.reason, verdict.reward, verdict.status) == (
+        reasons_pb2.REASON_BANNED, 0, c.VERDICT_STATUS_REJECTED
+    )  # fmt: skip
+    assert "floods" in verdict.detail
+    assert MINERS["A"] not in version.merged
+    assert sum(v.reward for v in scored.verdicts) + scored.unallocated == 1000
+    assert look(world, tmp_path).differences == []
+
+
+def test_letting_a_banned_miner_in_is_found(tmp_path: Path) -> None:
+    world = tell(tmp_path, story=BannedWhileSubmitting)
+    world.resign("submit.2.closed", lambda m: m.banned.__delitem__(slice(None)), c.WindowClosed)
+    first = look(world, tmp_path).first
+    assert first is not None
+    assert (first.check, first.cycle) == ("windows", 2)
+    assert "banned" in first.what
+
+
+def test_a_ban_that_nobody_ordered_is_found(tmp_path: Path) -> None:
+    found = admission(tell(tmp_path, story=BannedByNobody).evidence()).differences
+    assert [difference.miner for difference in found] == [MINERS["B"], MINERS["B"]]
+    assert "neither an operator nor the run's customer" in found[0].what
+
+
+@pytest.mark.parametrize(
+    ("issuer", "run", "uses", "expires", "fault"),
+    [
+        ("operator", "", 4, 10**15, ""),
+        ("customer", RUN, 4, 10**15, ""),
+        ("operator", "another", 4, 10**15, "is for run 'another'"),
+        ("miner A", RUN, 4, 10**15, "signed by neither"),
+        ("operator", RUN, 4, 1, "has expired"),
+        ("operator", RUN, 3, 10**15, "is for 3, and this is one more"),
+    ],
+)
+def test_invites_are_checked_again(tmp_path: Path, issuer: str, run: str, uses: int, expires: int, fault: str) -> None:
+    invite = invites.parse(
+        invites.issue(identity(issuer), r.Invite(id="i1", run=run, uses=uses, expires_unix_ms=expires))
+    )
+
+    def by_invitation(created: r.RunCreated) -> None:
+        created.spec.enrolment.mode = "invite"
+        created.spec.customer = identity("customer").public
+
+    world = tell(tmp_path)
+    world.resign("run.0.created", by_invitation, r.RunCreated)
+    for name in MINERS:
+        world.resign(f"run.0.miner.{{{name}}}", lambda m: m.invite.CopyFrom(invite), r.MinerEnrolled)
+    found = admission(world.evidence()).differences
+    assert bool(found) == bool(fault)
+    assert all(fault in difference.what for difference in found)
+
+
+def test_a_token_that_was_cut_or_changed_is_none() -> None:
+    token = invites.issue(Identity.generate(), r.Invite(id="i1", uses=1))
+    for broken in ("", token[:-9], "x" * 5000, "not base64!", token[:40] + "A" + token[41:]):
+        with pytest.raises(invites.Invalid) as caught:
+            invites.verify(invites.parse(broken), RUN, "", tell_roster(), 0)
+        assert caught.value.reason == reasons_pb2.REASON_INVITE_INVALID
+
+
+def tell_roster() -> object:
+    from tests.unit.connito.audit.world import ROSTER
+
+    return ROSTER

@@ -1,0 +1,223 @@
+"""Nothing that can be said or stored is out of an auditor's sight: every kind of message and artifact there is.
+
+The lists come from the catalogue and from the wire contract, so a new kind is tried, or missed here by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from connito.audit import chain
+from connito.audit.audit import Options, against, audit
+from connito.audit.evidence import signatures
+from connito.v1 import cycle_pb2 as c
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.chain import Chains, anchored_windows
+from connito.wire.facts import CATALOGUE, INGRESS, Record
+from connito.wire.subjects import fact
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+
+from tests.unit.connito.audit.world import MINERS, RUN, VALIDATORS, World, identity, tell
+
+# Said of an expert once its run has ended: a new one does not make another run of it, so the chain leaves them out.
+AFTERWARDS = {("library", "notice"), ("library", "used")}
+KINDS = [*sorted(CATALOGUE), *(("ingress", kind) for kind in sorted(INGRESS))]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return tell(tmp_path_factory.mktemp("told"))
+
+
+def kind_of(record: Record) -> tuple[str, str]:
+    parts = record.subject.split(".")[3:]
+    return ("ingress", parts[2]) if parts[0] == "ingress" else (parts[0], parts[2])
+
+
+def index_of(world: World, kind: tuple[str, str]) -> int:
+    """The first message of a kind; one that the story does not have is written at its end, with what its subject needs."""
+    found = [i for i, record in enumerate(world.records) if kind_of(record) == kind]
+    if not found:
+        section, name = kind
+        message_type, role, path = CATALOGUE[kind]
+        cycle = 0 if section in ("run", "library") else 1
+        message = message_type()
+        who = VALIDATORS["1"] if role == "validator" else MINERS["A"]
+        for field, value in (("run", RUN), ("cycle", cycle), (path.split("+")[0], who)):
+            if field in message_type.DESCRIPTOR.fields_by_name:
+                setattr(message, field, value)
+        id_ = "" if not path else f"{who}-0" if "+" in path else who
+        world.write(
+            identity("validator 1" if role == "validator" else role), fact(RUN, section, cycle, name, id_), message
+        )
+        found = [len(world.records) - 1]
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=".".join)
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_a_flipped_byte_in_a_message_is_found_and_named(told: World, kind: tuple[str, str], place: float) -> None:
+    world = told.copy()
+    index = index_of(world, kind)
+    assert signatures(world.evidence()).differences == ()
+    record = world.records[index]
+    world.flip(index, int(len(record.data) * place))
+    found = signatures(world.evidence()).differences
+    assert [difference.where for difference in found] == [
+        f"{record.subject.split('.', 3)[-1]} ({record.stream} {record.sequence})"
+    ]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in AFTERWARDS], ids=".".join)
+def test_a_message_that_was_signed_again_breaks_the_chain_in_its_window(told: World, kind: tuple[str, str]) -> None:
+    """Whatever the change, be it only to what nothing can be recomputed from."""
+    world = told.copy()
+    index = index_of(world, kind)
+    before = chain.windows_of(world.records)
+    subject = world.records[index].subject.split(".", 3)[-1]
+    type_ = INGRESS[kind[1]] if kind[0] == "ingress" else CATALOGUE[kind][0]
+    world.resign(subject, lambda message: None, type_)
+    assert world.records[index].data != told.records[index].data if index < len(told.records) else True
+    parts = subject.split(".")
+    window = f"{parts[0]}.{parts[1]}" if parts[0] in ("train", "commit", "submit", "validate", "merge") else parts[0]
+    assert chain.first_break(chain.windows_of(world.records), before) == window
+
+
+def anchored(told: World) -> World:
+    """The same run, in which validators vouch for the windows of the first cycle when the second opens."""
+    world = told.copy()
+    position = next(i for i, record in enumerate(world.records) if record.subject.endswith(".train.2.opened"))
+    chains = Chains()
+    for record in world.records[:position]:
+        if ".ingress." not in record.subject:
+            chains.extend(record.subject, record.sequence, record.data)
+    anchors = [
+        c.WindowAnchor(window=window, last_sequence=chains.heads[window][0], head=chains.heads[window][1])
+        for window in anchored_windows(2)
+    ]
+    assert len(anchors) == 6
+    for name in VALIDATORS:
+        world.resign(f"train.2.seed.{{v{name}}}", lambda message: message.anchors.extend(anchors), c.SeedCommitted)
+    return world
+
+
+REWRITTEN = [
+    ("run.0.miner.{A}", "run"), ("train.1.closed", "train.1"), ("commit.1.accepted.{A}", "commit.1"),
+    ("submit.1.settled", "submit.1"), ("validate.1.report.{v1}", "validate.1"), ("merge.1.scored", "merge.1"),
+]  # fmt: skip
+
+
+def type_of(subject: str) -> type[Message]:
+    section, _, kind, *_ = subject.split(".")
+    return CATALOGUE[section, kind][0]
+
+
+@pytest.mark.parametrize(("subject", "window"), REWRITTEN)
+def test_a_past_that_was_signed_again_is_found_in_the_log_itself(told: World, subject: str, window: str) -> None:
+    world = anchored(told)
+    step = chain.anchors(world.evidence())
+    assert (step.differences, step.compared, step.note) == ((), 18, "")
+    world.resign(subject, lambda message: None, type_of(subject))
+    step = chain.anchors(world.evidence())
+    assert [(d.check, d.where, d.cycle) for d in step.differences] == [("anchors", window, 2)]
+    assert "vouched for" in step.differences[0].what
+
+
+def test_a_message_that_was_taken_out_of_the_past_is_missed(told: World) -> None:
+    world = anchored(told)
+    del world.records[
+        world.find("commit.1.refused." + world.records[index_of(world, ("commit", "refused"))].subject.split(".")[-1])
+    ]
+    assert [d.where for d in chain.anchors(world.evidence()).differences] == ["commit.1"]
+
+
+def test_one_validator_alone_cannot_make_the_past_look_forged(told: World) -> None:
+    world = anchored(told)
+
+    def lie(message: c.SeedCommitted) -> None:
+        message.anchors[2].head = b"x" * 32
+
+    world.resign("train.2.seed.{v1}", lie, c.SeedCommitted)
+    step = chain.anchors(world.evidence())
+    assert step.differences == ()
+    assert f"{VALIDATORS['1'][:12]}… vouches for another commit.1" in step.note
+
+
+async def test_the_anchors_are_part_of_an_audit(told: World, tmp_path: Path) -> None:
+    world = anchored(told)
+    artifacts = await world.artifacts(tmp_path)
+    quick = Options(model=False, tolerance=0.0)
+    found = audit(world.evidence(), artifacts, quick)
+    assert found.differences == []
+    world.resign("validate.1.report.{v1}", lambda message: setattr(message, "seconds", 99.0), c.ScoreReport)
+    found = audit(world.evidence(), artifacts, quick)
+    assert [(d.check, d.where) for d in found.differences] == [("anchors", "validate.1")]
+    assert against(found, found.windows).differences == found.differences
+
+
+def references(descriptor: Descriptor, path: str, seen: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths of every `ArtifactRef` within a message type."""
+    for field in descriptor.fields:
+        inner = field.message_type
+        if inner is None or inner.full_name in seen:
+            continue
+        here = f"{path}.{field.name}"
+        if inner.full_name == ArtifactRef.DESCRIPTOR.full_name:
+            yield here
+        else:
+            yield from references(inner, here, (*seen, inner.full_name))
+
+
+def values(message: Any, path: list[str]) -> Iterator[ArtifactRef]:
+    if not path:
+        yield message
+        return
+    value, field = getattr(message, path[0]), message.DESCRIPTOR.fields_by_name[path[0]]
+    for entry in value if field.is_repeated else [value]:
+        yield from values(entry, path[1:])
+
+
+PATHS = sorted({path for type_, _, _ in CATALOGUE.values() for path in references(type_.DESCRIPTOR, type_.__name__)})
+
+
+def test_the_contract_is_walked_through() -> None:
+    assert {"RunCreated.spec.base.manifest", "VersionPublished.state", "ExpertDeposited.record"} <= set(PATHS)
+
+
+def told_with(told: World, path: str) -> tuple[World, set[str]]:
+    """The run and the digests that it has at a path; where the story has none, one is put there and signed."""
+    type_, _, rest = path.partition(".")
+    fields, world = rest.split("."), told.copy()
+    facts = [f for f in told.evidence().facts.facts.values() if type(f.message).__name__ == type_]
+    digests = {ref.digest for f in facts for ref in values(f.message, fields)} - {""}
+    if digests:
+        return world, digests
+    made = world.put(b"what " + path.encode())
+
+    def add(message: Any) -> None:
+        for field in fields[:-1]:
+            message = getattr(message, field)
+            message = message.add() if hasattr(message, "add") else message
+        getattr(message, fields[-1]).CopyFrom(made)
+
+    key = facts[0].key
+    subject = ".".join(part for part in (key.section, str(key.cycle), key.kind, key.id) if part)
+    world.resign(subject, add, type(facts[0].message))
+    return world, {made.digest}
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_every_artifact_that_a_fact_can_name_is_hashed(told: World, tmp_path: Path, path: str) -> None:
+    """And where one byte of it is another one, that is found by what it is."""
+    whole, digests = told_with(told, path)
+    for digest in sorted(digests):
+        world = whole.copy()
+        data = bytearray(world.objects[digest])
+        data[len(data) // 2] ^= 1
+        world.objects[digest] = bytes(data)
+        artifacts = await world.artifacts(tmp_path)
+        assert any(digest[:12] in difference.where for difference in artifacts.step().differences)

@@ -1,0 +1,443 @@
+"""A run of two cycles, told message by message and signed, with its artifacts: what an auditor is given.
+
+Three validators; miner A and B do honest work, C copies A, L reveals its first work late. The model is not there: a
+state's loss is its distance to a point, and what validators measured is a table.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from connito.audit import recompute
+from connito.audit.artifacts import Artifacts, gather
+from connito.audit.evidence import Evidence, read
+from connito.bus.streams import stream_of
+from connito.data.corpus import Corpus
+from connito.data.manifest import FileEntry, Manifest
+from connito.data.tensors import read_tensors, tensor_bytes
+from connito.errors import NotFound, VerificationFailed
+from connito.protocol import bans
+from connito.protocol.beacon import draw_seed, secret_digest
+from connito.protocol.commitment import commitment_digest
+from connito.protocol.merging.cycle import Files, merge_cycle
+from connito.protocol.merging.gate import Losses
+from connito.protocol.scoring.proof_of_loss import score_submission
+from connito.store import ref_of_bytes
+from connito.v1 import cycle_pb2, run_pb2
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
+from connito.v1.envelope_pb2 import Envelope
+from connito.wire.envelope import seal
+from connito.wire.facts import Record
+from connito.wire.identity import Identity
+from connito.wire.roster import ROLES, Roster
+from connito.wire.subjects import WINDOWS, fact, ingress
+from google.protobuf.message import Message
+
+RUN = "run-1"
+TARGET, GENERAL = "recipes", "logs"
+LENGTH = 4
+TENSOR = "layers.0.down_proj"
+GOAL = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], np.float32)
+WORK = {"A": [0.3, 0.3, 0.2], "B": [0.1, 0.3, 0.4], "C": [0.3, 0.3, 0.2], "L": [0.2, 0.2, 0.2]}
+GAIN = {"A": 0.30, "B": 0.20, "C": 0.30, "L": 0.10}
+CLOSE = {"train": "INGRESS", "commit": "INGRESS", "submit": "INGRESS", "validate": "VALIDATE", "merge": "MERGE"}
+
+
+@functools.cache
+def identity(name: str) -> Identity:
+    return Identity.generate(name.encode().ljust(32, b"."))
+
+
+MINERS = {name: identity(f"miner {name}").public for name in WORK}
+VALIDATORS = {name: identity(f"validator {name}").public for name in "123"}
+ROSTER = Roster(
+    {role: frozenset({identity(role).public}) for role in ROLES if role != "validator"}
+    | {"validator": frozenset(VALIDATORS.values()), "operator": frozenset({identity("operator").public})}
+)
+
+
+def distance(part: str, digest: str, path: Path) -> Losses:
+    """What the gate measures: squared distance to the goal, and for general text how far the state went beyond 40."""
+    value = read_tensors(path, [TENSOR])[0][TENSOR]
+    away = max(0.0, float(np.square(value).sum()) - 40.0)
+    return Losses({TARGET: (float(np.square(value - GOAL).sum()), 7), GENERAL: (away, 5)})
+
+
+class World:
+    """The log as records and the store as bytes by digest; `source` has what a `Source` has."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.objects: dict[str, bytes] = {}
+        self._sequences: dict[str, int] = {}
+        self._clock = 1_700_000_000_000
+
+    def put(self, data: bytes, realm: Any = REALM_PUBLIC, media_type: str = "") -> ArtifactRef:
+        ref = ref_of_bytes(data, media_type, realm)
+        self.objects[ref.digest] = data
+        return ref
+
+    def write(self, signer: Identity, subject: str, message: Message) -> int:
+        stream = stream_of(subject)
+        self._sequences[stream] = self._sequences.get(stream, 0) + 1
+        self._clock += 10
+        data = seal(signer, subject, message, now_ms=self._clock).SerializeToString()
+        self.records.append(Record(stream, self._sequences[stream], subject, data, self._clock))
+        return self._sequences[stream]
+
+    def say(self, role: str, section: str, cycle: int, kind: str, message: Message, id_: str = "") -> int:
+        signer = identity(role)
+        return self.write(signer, fact(RUN, section, cycle, kind, id_), message)
+
+    def ingress(self, miner: str, kind: str, message: Message) -> int:
+        return self.write(identity(f"miner {miner}"), ingress(RUN, MINERS[miner], kind), message)
+
+    def last(self, stream: str) -> int:
+        return self._sequences.get(stream, 0)
+
+    def evidence(self) -> Evidence:
+        return read(RUN, self.records, ROSTER)
+
+    async def fetch(self, ref: ArtifactRef) -> Path:
+        if ref.digest not in self.objects:
+            raise NotFound("is not in the store")
+        data = self.objects[ref.digest]
+        if ref_of_bytes(data, "", ref.realm).digest != ref.digest:
+            raise VerificationFailed("does not have this digest in the store")
+        path = self.folder / ref.digest
+        path.write_bytes(data)
+        return path
+
+    folder: Path
+
+    async def artifacts(self, folder: Path) -> Artifacts:
+        self.folder = folder
+        return await gather(self.evidence(), self)
+
+    def copy(self) -> World:
+        other = World()
+        other.records, other.objects = list(self.records), dict(self.objects)
+        other._sequences, other._clock = dict(self._sequences), self._clock
+        return other
+
+    def find(self, ending: str) -> int:
+        """Index of the first record whose subject ends so (after the run), `{A}` standing for miner A's key."""
+        wanted = ending.format(**MINERS, **{f"v{name}": key for name, key in VALIDATORS.items()})
+        found = [i for i, r in enumerate(self.records) if r.subject.split(".", 3)[-1] == wanted]
+        assert found, wanted
+        return found[0]
+
+    def flip(self, index: int, at: int) -> None:
+        record = self.records[index]
+        data = bytearray(record.data)
+        data[at % len(data)] ^= 1
+        self.records[index] = replace(record, data=bytes(data))
+
+    def resign(self, ending: str, change: Callable[[Any], object], message_type: type[Message]) -> None:
+        """Change a message and sign it again with the key that signed it: what whoever holds that key can do."""
+        index = self.find(ending)
+        record = self.records[index]
+        envelope = Envelope.FromString(record.data)
+        message = message_type.FromString(envelope.payload)
+        change(message)
+        signer = next(i for i in _everybody() if i.public == envelope.signer)
+        data = seal(signer, record.subject, message, now_ms=record.time_unix_ms).SerializeToString()
+        self.records[index] = replace(record, data=data)
+
+
+def _everybody() -> Iterable[Identity]:
+    yield from (identity(role) for role in ROLES)
+    yield identity("operator")
+    yield from (identity(f"miner {name}") for name in MINERS)
+    yield from (identity(f"validator {name}") for name in VALIDATORS)
+
+
+def state(value: Any, version: str = "") -> bytes:
+    return tensor_bytes({TENSOR: np.asarray(value, np.float32)}, {"version": version} if version else {})
+
+
+def corpus(domain: str, salt: int) -> bytes:
+    documents = [[(salt * 31 + 7 * i + j) % 250 for j in range(9)] for i in range(40)]
+    return Corpus.from_documents(documents, {"domain": domain, "separator": "255", "split": "holdout"}).to_bytes()
+
+
+REWARDS = run_pb2.RewardPolicy(payout="proportional", bond_rate=0.1)
+
+
+def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
+    config = world.put(b"{}")
+    entry = FileEntry("config.json", config.digest, config.size, "application/json")
+    manifest = world.put(Manifest({"config.json": entry}, {}, "tiny").to_bytes())
+
+    def text(domain: str, salt: int, realm: Any) -> run_pb2.CorpusRef:
+        return run_pb2.CorpusRef(domain=domain, artifact=world.put(corpus(domain, salt), realm))
+
+    return run_pb2.RunSpec(
+        run=RUN,
+        domain=TARGET,
+        cycles=2,
+        emission=1000,
+        base=run_pb2.BaseRef(name="tiny", manifest=manifest),
+        probe=text(TARGET, 1, REALM_PUBLIC),
+        train=text(TARGET, 2, REALM_PUBLIC),
+        holdout=text(TARGET, 3, REALM_HOLDOUT),
+        general_holdouts=[text(GENERAL, 4, REALM_HOLDOUT)],
+        training=run_pb2.TrainPolicy(sequence_length=LENGTH),
+        scoring=run_pb2.ScorePolicy(
+            target_sequences=6, general_sequences=4, confidence=0.9, retention_margin=0.1, copy_threshold=0.999,
+            paid_ranks=2, max_relative_norm=10,
+        ),
+        merging=run_pb2.MergePolicy(
+            aggregator="mean", outer_learning_rate=0.7, outer_momentum=0.9, gate_general_margin=0.1,
+            gate_target_sequences=2, gate_general_sequences=2, report_target_sequences=2, report_general_sequences=2,
+        ),
+        windows=run_pb2.WindowPolicy(min_miners=1, min_validators=2),
+        rewards=rewards,
+    )  # fmt: skip
+
+
+class Cycle:
+    """One cycle, told in the order in which it happens."""
+
+    def __init__(self, world: World, spec: run_pb2.RunSpec, number: int, version: int, theta: ArtifactRef) -> None:
+        self.world, self.spec, self.number = world, spec, number
+        self.version, self.theta = version, theta
+        self.miners = list(WORK) if number == 1 else ["A", "B", "C"]
+        self.reveals: dict[str, cycle_pb2.Reveal] = {}
+
+    def open(self, window: str, expected: Iterable[str] = ()) -> None:
+        message = cycle_pb2.WindowOpened(
+            run=RUN, cycle=self.number, window=f"WINDOW_{window.upper()}", version=self.version, state=self.theta,
+            expected=sorted(expected),
+        )  # fmt: skip
+        self.world.say("coordinator", window, self.number, "opened", message)
+
+    def close(self, window: str) -> int:
+        last = self.world.last(CLOSE[window])
+        message = cycle_pb2.WindowClosed(
+            run=RUN, cycle=self.number, window=f"WINDOW_{window.upper()}", stream=CLOSE[window], last_sequence=last,
+            cause=cycle_pb2.CLOSE_CAUSE_ALL_ACTED,
+        )  # fmt: skip
+        if banned := bans.banned(self.world.evidence().facts):
+            message.runs_sequence, message.banned[:] = self.world.last("RUNS"), sorted(banned)
+        self.world.say("coordinator", window, self.number, "closed", message)
+        return last
+
+    def secret(self, validator: str) -> bytes:
+        return f"{validator}/{self.number}".encode().ljust(32, b".")
+
+    def train(self) -> None:
+        self.open("train", [*(MINERS[name] for name in self.miners), *VALIDATORS.values()])
+        for name in self.miners:
+            self.world.ingress(name, "trained", cycle_pb2.TrainingFinished(run=RUN, cycle=self.number, steps=3))
+        for name, key in VALIDATORS.items():
+            digest = secret_digest(RUN, self.number, key, self.secret(name))
+            message = cycle_pb2.SeedCommitted(run=RUN, cycle=self.number, validator=key, digest=digest)
+            self.world.say(f"validator {name}", "train", self.number, "seed", message, key)
+        self.close("train")
+
+    def commit(self) -> None:
+        self.open("commit", [MINERS[name] for name in self.miners])
+        self.accepted: dict[str, cycle_pb2.CommitmentAccepted] = {}
+        start = read_tensors(self.world.objects[self.theta.digest], [TENSOR])[0][TENSOR]
+        for name in self.miners:
+            artifact = self.world.put(state(start + np.array(WORK[name], np.float32), name), REALM_SUBMISSION)
+            salt = name.encode().ljust(16, b"-")
+            miner, base = MINERS[name], self.theta.digest
+            digest = commitment_digest(RUN, self.number, miner, base, artifact.digest, salt)
+            self.reveals[name] = cycle_pb2.Reveal(
+                run=RUN, cycle=self.number, artifact=artifact, base_state_digest=base, salt=salt
+            )
+            said = cycle_pb2.Commitment(run=RUN, cycle=self.number, digest=digest)
+            sequence = self.world.ingress(name, "commitment", said)
+            self.accepted[name] = cycle_pb2.CommitmentAccepted(
+                run=RUN, cycle=self.number, miner=miner, digest=digest, ingress_sequence=sequence
+            )
+            self.world.say("committer", "commit", self.number, "accepted", self.accepted[name], miner)
+        self.again("A")
+        last = self.close("commit")
+        settled = cycle_pb2.WindowSettled(
+            run=RUN, cycle=self.number, window=cycle_pb2.WINDOW_COMMIT, last_sequence=last,
+            committed=sorted(MINERS[name] for name in self.miners),
+        )  # fmt: skip
+        self.world.say("committer", "commit", self.number, "settled", settled)
+
+    def again(self, name: str) -> None:
+        """A second commitment, which is refused."""
+        sequence = self.world.ingress(
+            name, "commitment", cycle_pb2.Commitment(run=RUN, cycle=self.number, digest=b"2" * 32)
+        )
+        self.refuse("commit", name, sequence, "REASON_DUPLICATE_COMMITMENT")
+
+    def refuse(self, window: str, name: str, sequence: int, reason: str) -> None:
+        message = cycle_pb2.Refused(
+            run=RUN, cycle=self.number, window=f"WINDOW_{window.upper()}", miner=MINERS[name], reason=reason,
+            detail="no", ingress_sequence=sequence,
+        )  # fmt: skip
+        self.world.say("committer", window, self.number, "refused", message, f"{MINERS[name]}-{sequence}")
+
+    def submit(self, rolled: Iterable[cycle_pb2.Submission]) -> None:
+        self.open("submit", [MINERS[name] for name in self.miners])
+        self.submissions = []
+        for name in ("A", "B", "C"):
+            sequence = self.world.ingress(name, "reveal", self.reveals[name])
+            self.submissions.append(self.submission(name, sequence))
+            self.accept(self.submissions[-1])
+        last = self.close("submit")
+        for name in ("A", "B", "C"):
+            self.leave_out(name)
+        for entry in rolled:
+            self.submissions.append(entry)
+            self.accept(entry)
+        if "L" in self.miners:
+            self.refuse("submit", "L", 0, "REASON_NOT_REVEALED")
+        self.submissions.sort(key=lambda entry: entry.commit_sequence)
+        settled = cycle_pb2.WindowSettled(
+            run=RUN, cycle=self.number, window=cycle_pb2.WINDOW_SUBMIT, last_sequence=last,
+            submissions=self.submissions,
+        )  # fmt: skip
+        self.world.say("committer", "submit", self.number, "settled", settled)
+
+    def leave_out(self, name: str) -> None:
+        """What was accepted of a miner that is banned by the close does not count."""
+        own = next(entry for entry in self.submissions if entry.miner == MINERS[name])
+        if MINERS[name] in bans.at_close(self.world.evidence().facts, "submit", self.number):
+            self.submissions.remove(own)
+            self.refuse("submit", name, own.reveal_sequence, "REASON_BANNED")
+
+    def ban(self, name: str, by: str = "operator", *, lifted: bool = False) -> None:
+        miner = MINERS[name]
+        order = run_pb2.BanOrder(run=RUN, miner=miner, why="floods", lifted=lifted)
+        number = bans.number_after(self.world.evidence().facts, miner)
+        message = run_pb2.MinerBan(run=RUN, miner=miner, number=number, why="floods", lifted=lifted)
+        message.order.CopyFrom(seal(identity(by), bans.ORDER_SUBJECT, order))
+        self.world.say("coordinator", "run", 0, "ban", message, f"{miner}-{number}")
+
+    def submission(self, name: str, sequence: int) -> cycle_pb2.Submission:
+        return cycle_pb2.Submission(
+            miner=MINERS[name], artifact=self.reveals[name].artifact, origin_cycle=self.number,
+            commit_sequence=self.accepted[name].ingress_sequence, reveal_sequence=sequence, base_state=self.theta,
+        )  # fmt: skip
+
+    def accept(self, entry: cycle_pb2.Submission) -> None:
+        message = cycle_pb2.RevealAccepted(run=RUN, cycle=self.number, submission=entry)
+        self.world.say("committer", "submit", self.number, "accepted", message, entry.miner)
+
+    def late(self) -> cycle_pb2.Submission:
+        """L reveals after the window: refused here, scored in the next cycle."""
+        sequence = self.world.ingress("L", "reveal", self.reveals["L"])
+        self.refuse("submit", "L", sequence, "REASON_LATE_REVEAL")
+        return self.submission("L", sequence)
+
+    def validate(self, artifacts: Artifacts) -> None:
+        self.open("validate", VALIDATORS.values())
+        for name, key in VALIDATORS.items():
+            revealed = cycle_pb2.SeedRevealed(run=RUN, cycle=self.number, validator=key, secret=self.secret(name))
+            self.world.say(f"validator {name}", "validate", self.number, "seed", revealed, key)
+        seed = draw_seed(RUN, self.number, {key: self.secret(name) for name, key in VALIDATORS.items()})
+        drawn = cycle_pb2.SeedDrawn(run=RUN, cycle=self.number, seed=seed, validators=sorted(VALIDATORS.values()))
+        self.world.say("coordinator", "validate", self.number, "drawn", drawn)
+        numbers = recompute.draw_of(self.spec, artifacts, seed)
+        for name, key in VALIDATORS.items():
+            report = cycle_pb2.ScoreReport(
+                run=RUN, cycle=self.number, validator=key, seed=seed, state_digest=self.theta.digest,
+                scores=[self.score(entry, numbers) for entry in self.submissions], seconds=1.5,
+            )  # fmt: skip
+            self.world.say(f"validator {name}", "validate", self.number, "report", report, key)
+        self.close("validate")
+
+    def score(self, entry: cycle_pb2.Submission, numbers: list[tuple[str, int]]) -> cycle_pb2.SubmissionScore:
+        name = next(name for name, key in MINERS.items() if key == entry.miner)
+        losses = []
+        for domain, number in numbers:
+            before = 10.0 + number * 0.01
+            gain = LENGTH * GAIN[name] * (1 + 0.01 * number) if domain == TARGET else 0.01
+            loss = {"domain": domain, "sequence": number, "tokens": LENGTH, "before": before, "after": before - gain}
+            losses.append(cycle_pb2.SequenceLoss(**loss))
+        return score_submission(entry.miner, entry.artifact.digest, losses, TARGET, self.spec.scoring)
+
+    def merge(self, folder: Path) -> cycle_pb2.VersionPublished:
+        from connito.audit.judging import consensus_of, submissions_of
+
+        self.open("merge")
+        evidence = self.world.evidence()
+        for digest, data in self.world.objects.items():
+            (folder / digest).write_bytes(data)
+        previous = evidence.facts.version(self.number - 1)
+        files = Files(
+            folder / self.theta.digest,
+            None if previous is None else folder / previous.outer_state.digest,
+            {entry.miner: folder / entry.artifact.digest for entry in self.submissions},
+            {entry.miner: folder / entry.base_state.digest for entry in self.submissions},
+        )
+        submissions = submissions_of(evidence.facts, self.number)
+        agreed = consensus_of(evidence, self.number, submissions)
+        merged = merge_cycle(evidence.facts, self.number, submissions, agreed, {}, files, distance, folder)
+        for path in (merged.state, merged.momentum):
+            self.world.put(path.read_bytes())
+        merged.version.fence = 3
+        self.world.say("aggregator", "merge", self.number, "scored", merged.scored)
+        self.world.say("aggregator", "merge", self.number, "version", merged.version)
+        self.close("merge")
+        return merged.version
+
+
+def tell(folder: Path, rewards: run_pb2.RewardPolicy = REWARDS, story: type[Cycle] = Cycle) -> World:
+    """The whole run."""
+    world = World()
+    world.folder = folder
+    spec = spec_of(world, rewards)
+    world.say("coordinator", "run", 0, "created", run_pb2.RunCreated(spec=spec))
+    for name, key in MINERS.items():
+        message = run_pb2.MinerEnrolled(run=RUN, miner=key, label=f"miner-{name}")
+        world.say("coordinator", "run", 0, "miner", message, key)
+    for name, key in VALIDATORS.items():
+        world.say(f"validator {name}", "run", 0, "validator", run_pb2.ValidatorJoined(run=RUN, validator=key), key)
+    theta = world.put(state(np.zeros((2, 3)), "0"))
+    statistics = world.put(b"statistics")
+    report = world.put(b'{"base":{"rest":"r","rows":"s"},"statistics":"%s"}' % statistics.digest.encode())
+    selected = run_pb2.SelectionMade(
+        run=RUN, layers=[run_pb2.LayerSelection(layer=0, experts=[1, 0])], report=report, initial_state=theta,
+        selected_experts=2, total_experts=4, target_parameters=6, model_parameters=100,
+    )  # fmt: skip
+    world.say("selector", "run", 0, "selected", selected)
+    version, rolled = 0, []
+    for number in (1, 2):
+        cycle = story(world, spec, number, version, theta)
+        cycle.train()
+        cycle.commit()
+        cycle.submit(rolled)
+        rolled = [cycle.late()] if number == 1 else []
+        paths = {digest: folder / digest for digest in world.objects}
+        for digest, path in paths.items():
+            path.write_bytes(world.objects[digest])
+        cycle.validate(Artifacts(paths))
+        published = cycle.merge(folder)
+        version, theta = published.version, published.state
+    ended = run_pb2.RunEnded(run=RUN, outcome=run_pb2.RUN_OUTCOME_COMPLETED, final_version=version)
+    world.say("coordinator", "run", 0, "ended", ended)
+    deposit(world, folder)
+    return world
+
+
+def deposit(world: World, folder: Path) -> None:
+    """The expert, made as the library makes it."""
+    from connito.audit.recompute import Bench, deposit_again
+
+    paths = {digest: folder / digest for digest in world.objects}
+    for digest, path in paths.items():
+        path.write_bytes(world.objects[digest])
+    bench = Bench(world.evidence(), Artifacts(paths), 0.0)
+    made = deposit_again(bench)
+    assert made is not None
+    for data in made.files:
+        world.put(data)
+    world.say("library", "library", 0, "deposited", made.message, made.message.expert_id)
+
+
+assert set(WINDOWS) == set(CLOSE)

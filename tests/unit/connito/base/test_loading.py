@@ -1,0 +1,112 @@
+"""Loading whole and in part, from every way a checkpoint may be stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from connito.base.checkpoint import save_checkpoint
+from connito.base.loading import load_full, load_resident
+from connito.base.tiny import tokenizer
+from connito.data.manifest import build_manifest, directory_reader
+from connito.errors import Invalid, NotFound
+from connito.moe.resident import compress, extract
+from connito.moe.rows import write_rows
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+SELECTION, HELPERS = {1: [3, 0]}, {1: [2]}
+
+
+def model_of(tied: bool) -> Any:
+    torch.manual_seed(0)
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=IDS).logits
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", ["fused", "single", "sharded"])
+def test_full_and_ranged_loading_agree_with_transformers(tmp_path: Path, layout: str, tied: bool) -> None:
+    """`fused` is how this project saves; transformers itself stores a Qwen2-MoE's experts singly."""
+    model = model_of(tied)
+    if layout == "fused":
+        save_checkpoint(model, tmp_path, tokenizer())
+    else:
+        model.save_pretrained(tmp_path, max_shard_size="8KB" if layout == "sharded" else "5GB")
+    reference = logits(AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval())
+    full = load_full(tmp_path)
+    assert torch.equal(logits(full), reference)
+    assert not any(parameter.requires_grad for parameter in full.parameters())
+    manifest = build_manifest(tmp_path)
+    assert manifest.experts() == {0: 4, 1: 4}
+    ranged = load_resident(manifest, directory_reader(tmp_path), SELECTION, HELPERS)
+    whole = compress(load_full(tmp_path), SELECTION, HELPERS)
+    assert all(torch.equal(value, extract(whole)[name]) for name, value in extract(ranged).items())
+    if layout == "fused":
+        assert torch.equal(logits(ranged), logits(whole))
+
+
+def test_writing_rows_into_a_mapped_model_leaves_the_file_alone(tmp_path: Path) -> None:
+    save_checkpoint(model_of(True), tmp_path, tokenizer())
+    before = (tmp_path / "model.safetensors").read_bytes()
+    full = load_full(tmp_path)
+    write_rows(
+        full, SELECTION, {name: rows + 1 for name, rows in extract(compress(load_full(tmp_path), SELECTION)).items()}
+    )
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not torch.equal(logits(full), logits(load_full(tmp_path)))
+
+
+def test_a_mixtral_checkpoint_is_converted_on_the_way(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    ).eval()
+    model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_full(tmp_path)), logits(model))
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"config\.json"):
+        load_full(tmp_path)
+    save_checkpoint(model_of(True), tmp_path, tokenizer())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    with pytest.raises(Invalid, match="unheard_of"):
+        load_full(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 32}))
+    with pytest.raises(Invalid, match="does not fit"):
+        load_full(tmp_path)

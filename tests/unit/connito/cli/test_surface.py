@@ -1,0 +1,332 @@
+"""The command line as people and programs meet it. Verbs and options may be added; what is here stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+VERBS = {
+    "up": {"--cycles", "--miners", "--validators", "--adversaries", "--domain", "--base", "--data-dir", "--report",
+           "--seed", "--no-wait", "--json"},
+    "down": {"--data-dir", "--json"},
+    "status": {"--watch", "--data-dir", "--json"},
+    "doctor": {"--json"},
+    "streams ensure": {"--json"},
+    "streams ls": {"--json"},
+    "dlq ls": {"--json"},
+    "dlq show": {"--json"},
+    "dlq retry": {"--json"},
+    "replay": {"--json"},
+    "base build": {"--from", "--branch", "--router-steps", "--moe-layers", "--experts", "--top-k", "--data", "--out", "--json"},
+    "base import": {"--json"},
+    "base show": {"--json"},
+    "select": {"--base", "--data", "--routing-trace", "--general", "--method", "--threshold", "--max-experts",
+               "--max-bytes", "--num-experts", "--json", "--statistics", "--save-statistics", "--earlier", "--contested",
+               "--max-vram", "--scope", "--domain", "--helpers", "--diagnostics", "--effects", "--plots"},
+    "explain": {"--from", "--no-model", "--json"},
+    "audit": {"--from", "--no-model", "--against", "--json"},
+    "ledger": {"--from", "--account", "--data-dir", "--json"},
+    "advisories": {"--since", "--broker-log", "--json"},
+    "ban": {"--why", "--run", "--lift", "--json"},
+    "invite": {"--run", "--uses", "--expires", "--json"},
+    "access export": {"--validators", "--miner", "--json"},
+    "access add": {"--json"},
+    "access revoke": {"--json"},
+    "access rotate": {"--finish", "--json"},
+    "access list": {"--json"},
+    "job check": {"--json"},
+    "job quote": {"--pilot", "--json"},
+    "job report": {"--out", "--with-base", "--measure", "--json"},
+    "library demand": {"--cycles", "--json"},
+    "job submit": {"--json"},
+    "job list": {"--json"},
+    "job show": {"--json"},
+    "job watch": {"--json"},
+    "job cancel": {"--json"},
+    "miner fits": {"--json", "--base", "--selection", "--sequences", "--length", "--bf16-parameters", "--memory-bytes"},
+    "miner init": {"--json"},
+    "miner run": {"--key", "--label", "--json"},
+    "console": {"--port", "--data-dir", "--json"},
+    "miner status": {"--json"},
+    "library list": {"--json"},
+    "library show": {"--json"},
+    "library search": {"--domain", "--like", "--base", "--json"},
+    "library deposit": {"--json"},
+    "library verify": {"--base", "--json"},
+    "library compose": {"--base", "--out", "--method", "--weight", "--json"},
+    "library remove": {"--base", "--out", "--json"},
+    "library prune": {"--base", "--data", "--out", "--method", "--max-experts", "--max-bytes", "--json"},
+    "library extract": {"--base", "--data", "--out", "--json"},
+    "library export": {"--base", "--out", "--as", "--json"},
+}  # fmt: skip
+
+
+def connito(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CONNITO_")}
+    command = [sys.executable, "-m", "connito.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
+
+
+def options(verb: str) -> set[str]:
+    from connito.cli.app import app
+    from typer.main import get_command
+
+    command = get_command(app)
+    for name in verb.split():
+        command = command.commands[name]  # type: ignore[attr-defined]
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_and_their_options_stay(verb: str) -> None:
+    assert VERBS[verb] <= options(verb)
+
+
+def every_verb() -> set[str]:
+    from connito.cli.app import app
+    from typer.main import get_command
+
+    def walk(command: object, path: tuple[str, ...]) -> set[str]:
+        children = getattr(command, "commands", None)
+        if children is None:
+            return {" ".join(path)}
+        return set().union(*(walk(child, (*path, name)) for name, child in children.items()))
+
+    return walk(get_command(app), ())
+
+
+def test_every_verb_is_promised_and_prints_json() -> None:
+    verbs = every_verb()
+    assert set(VERBS) <= verbs
+    assert [verb for verb in verbs if "--json" not in options(verb)] == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_and_options(shell: str) -> None:
+    shown = connito("--show-completion", shell)
+    assert shown.returncode == 0
+    assert "connito" in shown.stdout
+
+    def complete(line: str) -> str:
+        asked = {
+            "_CONNITO_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split(" ")) - 1),
+        }
+        asked |= {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        code = "import sys; sys.argv = ['connito']; from connito.cli import main; main()"
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **asked}).stdout
+
+    assert {"verify", "search"} <= set(re.findall(r"[a-z]+", complete("connito library ")))
+    assert "--threshold" in complete("connito select --th")
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    code = """
+import sys
+sys.argv = ["connito", "--help"]
+try:
+    from connito.cli import main
+    main()
+finally:
+    print(sorted(sys.modules))
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = time.monotonic() - began
+    loaded = set(done.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", "))
+    assert not loaded & {"torch", "transformers", "numpy", "nats", "grpc", "minio"}
+    assert seconds < 5  # Half a second on an idle machine.
+
+
+def test_a_wrong_option_is_a_usage_error() -> None:
+    done = connito("up", "--no-such-option")
+    assert done.returncode == 2
+    assert "--no-such-option" in done.stderr
+    assert connito().returncode == 2
+
+
+def test_the_version_is_printed() -> None:
+    from connito import __version__
+
+    assert connito("--version").stdout == f"connito {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cycles", "0"), "--cycles is 0; choose 1 to 1000"),
+        (("--adversaries", "copier,ghost"), "--adversaries names 'ghost'; known kinds: copier"),
+        (("--base", "tiny", "--domain", "medical"), "--domain medical is not known for this base; choose recipes"),
+        (("--base", "nowhere/at/all"), "--base nowhere/at/all is neither"),
+    ],
+)
+def test_a_wish_that_cannot_be_is_refused_before_anything_starts(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = connito("up", *arguments, "--data-dir", tmp_path / "data")
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "status",
+        "streams ls",
+        "dlq ls",
+        "job list",
+        "library list",
+        "console",
+        "replay some-run",
+        "audit some-run",
+        "ledger some-run",
+        "explain some-run/1/miner-1",
+    ],
+)
+def test_without_a_platform_the_command_that_starts_one_is_named(verb: str, tmp_path: Path) -> None:
+    done = connito(*verb.split(), "--json", "--data-dir", tmp_path)
+    assert done.returncode == 4
+    assert done.stdout == ""
+    assert "start it with `connito up --no-wait" in done.stderr
+
+
+def test_down_where_nothing_runs_is_no_error(tmp_path: Path) -> None:
+    done = connito("down", "--json", "--data-dir", tmp_path)
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {"data_dir": str(tmp_path), "stopped": None}
+
+
+def test_doctor_prints_one_document_with_a_remedy_for_what_is_missing(tmp_path: Path) -> None:
+    done = connito("doctor", "--json", "--data-dir", tmp_path)
+    document = json.loads(done.stdout)
+    checks = {check["name"]: check for check in document["checks"]}
+    assert {"python", "nats-server", "weed", "data directory disk", "memory", "local ports", "platform"} <= set(checks)
+    assert done.returncode == (0 if document["ok"] else 5)
+    assert all(check["ok"] or check["remedy"] for check in checks.values())
+
+
+def test_whether_a_selection_fits_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    import numpy as np
+    from connito.data.tensors import tensor_bytes
+
+    experts = "model.layers.0.mlp.experts"
+    bank, words = np.zeros((4, 4, 2), np.float32), np.zeros((8, 4), np.float32)
+    weights = {"model.embed_tokens.weight": words, f"{experts}.down_proj": bank}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(tensor_bytes(weights, {}))
+    selection = tmp_path / "selection.json"
+    selection.write_text(json.dumps({"layers": {"0": [1, 2]}, "helpers": {"0": [3]}}))
+    asked = ("miner", "fits", "--base", tmp_path, "--selection", selection, "--json", "--memory-bytes")
+    done = connito(*asked, 10**9)
+    said = json.loads(done.stdout)
+    assert (said["weights"], said["gradients"], said["moments"], said["fits"]) == (8 * 16 + 3 * 32, 64, 128, True)
+    refused = connito(*asked, 1000)
+    assert refused.returncode == 3
+    assert "CONNITO_MICRO_BATCH=1" in refused.stderr
+    selection.write_text("{}")
+    assert "connito select --json" in connito(*asked, 1000).stderr
+
+
+def test_a_miner_key_is_private_and_never_overwritten(tmp_path: Path) -> None:
+    key = tmp_path / "miner.nk"
+    made = json.loads(connito("miner", "init", "--key", key, "--json").stdout)
+    assert made["public_key"].startswith("U")
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    seed = key.read_text()
+    again = connito("miner", "init", "--key", key)
+    assert again.returncode == 3
+    assert "losing a key loses its rewards" in again.stderr
+    assert key.read_text() == seed
+
+
+def test_running_a_miner_without_a_broker_says_which_variable(tmp_path: Path) -> None:
+    key = tmp_path / "miner.nk"
+    connito("miner", "init", "--key", key)
+    done = connito("miner", "run", "--key", key)
+    assert done.returncode == 3
+    assert "CONNITO_NATS_URL" in done.stderr
+    assert connito("miner", "run", "--key", tmp_path / "none").returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ("cycles: [1", 3, "YAML"),
+        ("- a\n- b\n", 3, "no mapping"),
+        ("domian: medical\n", 3, "domian"),
+        (None, 4, "no file"),
+    ],
+)
+def test_a_job_that_cannot_be_read_is_refused_with_the_place(
+    text: str | None, code: int, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "job.yaml"
+    if text is not None:
+        path.write_text(text)
+    done = connito("job", "submit", path)
+    assert done.returncode == code
+    assert message in done.stderr
+
+
+def test_a_job_file_fills_the_spec(tmp_path: Path) -> None:
+    from connito.cli.job import read_spec
+
+    path = tmp_path / "job.yaml"
+    path.write_text("run: r1\ndomain: medical\ncycles: 2\ntraining:\n  local_steps: 5\n  learning_rate: 2e-4\n")
+    spec = read_spec(path)
+    assert (spec.run, spec.cycles, spec.training.local_steps) == ("r1", 2, 5)
+    assert spec.training.learning_rate == pytest.approx(2e-4)
+
+
+def trace(path: Path) -> Path:
+    """Ten tokens, top-2 of 4: expert 2 takes every first slot, 0 and 3 share the second."""
+    ids = np.array([[2, 0]] * 6 + [[2, 3]] * 4)
+    weights = np.full((10, 2), 0.5)
+    np.savez(path, layer_1_ids=ids, layer_1_weights=weights)
+    return path
+
+
+def test_select_from_a_trace_prints_the_published_layout(tmp_path: Path) -> None:
+    done = connito(
+        "select", "--routing-trace", trace(tmp_path / "t.npz"), "--threshold", "0.6", "--num-experts", "4", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["method"] == "esft-token"
+    assert document["threshold"] == 0.6
+    assert document["layers"] == {"1": [2, 0]}
+    assert document["scores"] == {"1": [0.3, 0.0, 0.5, 0.2]}
+    assert (document["selected"], document["total"]) == (2, 4)
+    assert document["mass"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 3, "either --base with --data, or --routing-trace"),
+        (("--base", "."), 3, "--data"),
+        (("--routing-trace", "none.npz"), 4, "none.npz"),
+        (("--routing-trace", "t.npz", "--max-bytes", "5"), 3, "--max-bytes needs"),
+        (("--routing-trace", "t.npz", "--method", "guess", "--num-experts", "4"), 3, "guess"),
+    ],
+)
+def test_select_refuses_what_it_cannot_do(arguments: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
+    trace(tmp_path / "t.npz")
+    done = connito("select", *arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from connito.data.manifest import Manifest, build_manifest, directory_reader
+from connito.errors import Invalid, NotFound, VerificationFailed
+from safetensors.numpy import save_file
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def fused(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """Two shards, one fused MoE layer of three experts."""
+    tensors = {
+        "model.embed_tokens.weight": RNG.normal(size=(5, 4)).astype(np.float32),
+        "model.layers.1.mlp.gate.weight": RNG.normal(size=(3, 4)).astype(np.float32),
+        "model.layers.1.mlp.experts.gate_up_proj": RNG.normal(size=(3, 6, 4)).astype(np.float32),
+        "model.layers.1.mlp.experts.down_proj": RNG.normal(size=(3, 4, 3)).astype(np.float32),
+    }
+    names = list(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path, tensors
+
+
+def test_every_tensor_and_every_expert_is_where_the_manifest_says(fused: tuple[Path, dict[str, Any]]) -> None:
+    folder, tensors = fused
+    manifest, read = build_manifest(folder), directory_reader(folder)
+    assert manifest.tensors.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert manifest.read(read, name) == value.tobytes()
+    assert manifest.experts() == {1: 3}
+    assert manifest.expert_bytes() == {1: (24 + 12) * 4}
+    for expert in range(3):
+        for part in manifest.expert_rows(1, expert):
+            row = tensors[f"model.layers.1.mlp.experts.{part.parameter}"][expert]
+            assert manifest.read_range(read, part) == row.tobytes()
+            assert part.shape == row.shape
+    for name, entry in manifest.files.items():
+        data = (folder / name).read_bytes()
+        assert (entry.digest, entry.size) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_a_manifest_survives_storage_and_has_an_identity(fused: tuple[Path, dict[str, Any]]) -> None:
+    manifest = build_manifest(fused[0], name="base")
+    again = Manifest.from_bytes(manifest.to_bytes())
+    assert again == manifest
+    assert again.digest == manifest.digest == hashlib.sha256(manifest.to_bytes()).hexdigest()
+    for junk in (b"", b"[]", b'{"version": 2}', b'{"version": 1}'):
+        with pytest.raises(Invalid):
+            Manifest.from_bytes(junk)
+
+
+@pytest.mark.parametrize("parts", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_experts_that_are_stored_singly_have_three_ranges(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    tensors = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight": RNG.normal(size=(2, 2)).astype(np.float32)
+        for layer in (0, 11)
+        for expert in range(12)
+        for part in parts
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    manifest, read = build_manifest(tmp_path), directory_reader(tmp_path)
+    assert manifest.experts() == {0: 12, 11: 12}
+    ranges = {part.parameter: part for part in manifest.expert_rows(11, 10)}
+    assert list(ranges) == ["down", "gate", "up"]
+    wanted = tensors[f"model.layers.11.mlp.experts.10.{parts[1]}.weight"]
+    assert manifest.read_range(read, ranges["up"]) == wanted.tobytes()
+
+
+def test_damage_is_noticed(fused: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = fused
+    manifest = build_manifest(folder)
+    part = manifest.expert_rows(1, 2)[0]
+    path = folder / part.file
+    data = bytearray(path.read_bytes())
+    data[part.start] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(VerificationFailed, match="other bytes"):
+        manifest.read_range(directory_reader(folder), part)
+
+
+def test_what_is_no_base_is_refused(tmp_path: Path, fused: tuple[Path, dict[str, Any]]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(NotFound, match=r"no \.safetensors"):
+        build_manifest(empty)
+    save_file({"model.norm.weight": np.ones(2, dtype=np.float32)}, empty / "model.safetensors")
+    with pytest.raises(Invalid, match="dense model"):
+        build_manifest(empty)
+    whole = (empty / "model.safetensors").read_bytes()
+    for junk in (
+        b"",
+        b"\xff" * 20,
+        (5).to_bytes(8, "little") + b"{bad}",
+        (60).to_bytes(8, "little") + b"{}",
+        whole[:-1],
+    ):
+        (empty / "model.safetensors").write_bytes(junk)
+        with pytest.raises(Invalid, match=r"header|not a safetensors|ends inside"):
+            build_manifest(empty)
+    with pytest.raises(NotFound, match="no expert 3"):
+        build_manifest(fused[0]).expert_rows(1, 3)
+
+
+def test_gaps_between_tensors_are_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x00\x01")
+    with pytest.raises(Invalid, match="gaps"):
+        build_manifest(tmp_path)

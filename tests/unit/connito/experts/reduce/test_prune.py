@@ -1,0 +1,215 @@
+"""Experts left out: the choice is the best there is, seen and real pruning agree, and keeping all changes nothing."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import connito.experts.prune as prune_module
+import pytest
+import torch
+from connito.errors import Invalid
+from connito.experts.prune import (
+    choose,
+    deal,
+    expert_bytes,
+    layer_costs,
+    loss,
+    masked,
+    naee,
+    progressive,
+    prune,
+    record,
+    skip_thresholds,
+    skipping,
+)
+from connito.moe.layout import find_moe_layers
+from connito.moe.rows import fingerprint
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+pytestmark = pytest.mark.slow
+
+ALL = {2: list(range(8)), 3: list(range(8))}
+KEEP = {2: [0, 3, 5], 3: [1, 2, 6]}
+
+
+def mixtral():
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_local_experts=6,
+                      num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2)
+    ).eval()  # fmt: skip
+
+
+def olmoe():
+    torch.manual_seed(0)
+    return OlmoeForCausalLM(
+        OlmoeConfig(vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_experts=6,
+                    num_experts_per_tok=3, num_attention_heads=2, num_key_value_heads=2, norm_topk_prob=False,
+                    pad_token_id=None, eos_token_id=None)
+    ).eval()  # fmt: skip
+
+
+def test_keeping_every_expert_changes_nothing(full, logits):
+    plain, before = logits(full), fingerprint(full)
+    with masked(full, ALL):
+        assert torch.equal(logits(full), plain)
+    prune(full, ALL)
+    assert fingerprint(full) == before
+    assert torch.equal(logits(full), plain)
+
+
+def test_masking_leaves_no_trace_and_equals_removal(full, logits):
+    plain = logits(full)
+    with masked(full, KEEP):
+        seen = logits(full)
+    assert torch.equal(logits(full), plain)
+    assert not torch.equal(seen, plain)
+    prune(full, KEEP)
+    assert torch.equal(logits(full), seen)
+    assert {layer.num_experts for layer in find_moe_layers(full).values()} == {3}
+    assert full.config.num_experts == 3
+
+
+@pytest.mark.parametrize("build", [mixtral, olmoe])
+def test_other_families_prune_alike(build, logits):
+    model = build()
+    keep = {0: [0, 2, 5], 1: [1, 3, 4]}
+    with masked(model, keep):
+        seen = logits(model)
+    assert torch.allclose(logits(prune(model, keep)), seen, atol=1e-6)
+
+
+def test_fewer_experts_than_slots_lower_top_k(full, logits):
+    with masked(full, {2: [4], 3: [0]}):
+        seen = logits(full)
+    prune(full, {2: [4], 3: [0]})
+    assert torch.equal(logits(full), seen)
+    assert full.config.num_experts_per_tok == 1
+
+
+def test_the_layer_error_is_that_of_the_real_layer(full, sequences):
+    """What the search minimises is what the pruned layer does."""
+    tape = record(full, sequences("recipes", 2, 60)[:, :-1])[2]
+    keep = [1, 4, 6]
+    block = full.model.layers[2].mlp
+    with torch.inference_mode():
+        whole = block(tape.inputs[None])[0]
+        with masked(full, {2: keep}):
+            part = block(tape.inputs[None])[0]
+    assert tape.error(list(range(8))) == pytest.approx(0, abs=1e-4)
+    assert tape.error(keep) == pytest.approx(float((whole - part).norm()), rel=1e-3)
+
+
+def test_naee_finds_the_best_subset_and_greedy_is_no_better(full, sequences, monkeypatch):
+    tape = record(full, sequences("recipes", 2, 60)[:, :-1])[3]
+    best = naee(tape, 3)
+    assert tape.error(best) == min(tape.error(list(c)) for c in combinations(range(8), 3))
+    monkeypatch.setattr(prune_module, "EXACT_SUBSETS", 1)
+    greedy = naee(tape, 3)
+    assert len(greedy) == 3
+    assert tape.error(greedy) >= tape.error(best)
+    assert naee(tape, 8) == list(range(8))
+
+
+@pytest.mark.parametrize("method", ["naee", "router-weighted", "moe-i2"])
+def test_budgets_are_met_in_experts_and_bytes(full, sequences, method):
+    text = sequences("recipes", 3, 60)
+    by_count = choose(full, text, method, max_experts=7)
+    size = expert_bytes(find_moe_layers(full)[2])
+    by_bytes = choose(full, text, method, max_bytes=7 * size + size // 2)
+    assert by_bytes == by_count
+    assert 2 <= sum(map(len, by_count.values())) <= 7
+    assert all(experts == sorted(set(experts)) and experts for experts in by_count.values())
+    if method != "naee":
+        assert sum(map(len, by_count.values())) == 7
+
+
+def test_pruning_for_a_domain_beats_pruning_the_other_way_round(full, sequences):
+    text, held = sequences("recipes", 4, 60), sequences("recipes", 4, 61)
+    for method in ("naee", "router-weighted"):
+        keep = choose(full, text, method, max_experts=6)
+        worst = {index: [e for e in range(8) if e not in experts][:3] for index, experts in keep.items()}
+        with masked(full, keep):
+            good = loss(full, held)
+        with masked(full, worst):
+            bad = loss(full, held)
+        assert good < bad - 0.05
+
+
+def test_budgets_that_cannot_be_met_and_nonsense_are_refused(full, sequences):
+    text = sequences("recipes", 1, 60)
+    with pytest.raises(Invalid, match="need one each"):
+        choose(full, text, max_experts=1)
+    with pytest.raises(Invalid, match="need one each"):
+        choose(full, text, max_bytes=10)
+    with pytest.raises(Invalid, match="no way of pruning"):
+        choose(full, text, "lottery", max_experts=4)
+    for keep in ({2: []}, {2: [8]}, {2: [1, 0]}, {7: [0]}):
+        with pytest.raises(Invalid, match="cannot keep"):
+            prune(full, keep)
+
+
+def test_layer_costs_are_those_of_leaving_one_out(full, sequences):
+    text = sequences("recipes", 1, 60)
+    costs = layer_costs(full, text)
+    whole, rises = loss(full, text), []
+    for expert in range(8):
+        with masked(full, {3: [e for e in range(8) if e != expert]}):
+            rises.append(max(0.0, loss(full, text) - whole))
+    assert costs[3] == pytest.approx(sum(rises) / 8)
+
+
+@given(st.dictionaries(st.integers(0, 9), st.floats(0, 10), min_size=1, max_size=6), st.data())
+def test_every_place_is_dealt_within_bounds(costs, data):
+    totals = {index: data.draw(st.integers(1, 8)) for index in costs}
+    budget = data.draw(st.integers(len(costs), 50))
+    counts = deal(costs, totals, budget)
+    assert sum(counts.values()) == min(budget, sum(totals.values()))
+    assert all(1 <= counts[index] <= totals[index] for index in costs)
+
+
+def test_progressive_pruning_ends_with_one_expert_and_its_ids_are_the_bases(full, tiny, sequences, logits):
+    from connito.base.loading import load_full
+
+    tuned = []
+    keep, history = progressive(full, sequences("recipes", 3, 60), tune=lambda _: tuned.append(1))
+    assert [size for size, _ in history] == [8, 4, 2, 1]
+    assert len(tuned) == 3
+    assert all(len(experts) == 1 for experts in keep.values())
+    again = load_full(tiny)
+    with masked(again, keep):
+        assert torch.equal(logits(again), logits(full))
+
+
+def test_skipping_nothing_is_the_model_itself(full, logits):
+    plain = logits(full)
+    with skipping(full, 0.0) as count:
+        assert torch.equal(logits(full), plain)
+    assert count.share == 0
+    assert torch.equal(logits(full), plain)
+
+
+def test_skipping_everything_but_the_first_is_top_1(full, tiny, logits):
+    from connito.base.loading import load_full
+
+    with skipping(full, 1.1) as count:
+        seen = logits(full)
+    assert count.share == 1.0 or seen is not None
+    one = load_full(tiny)
+    for layer in find_moe_layers(one).values():
+        layer.router.top_k = 1
+    with skipping(full, 0.9999999) as count:
+        torch.testing.assert_close(logits(full), logits(one), rtol=1e-4, atol=1e-4)
+    assert count.share == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_median_threshold_skips_about_half_of_the_second_experts(full, sequences):
+    text = sequences("recipes", 4, 60)
+    betas = skip_thresholds(full, text[:, :-1])
+    assert all(0 < beta < 1 for beta in betas.values())
+    with skipping(full, betas) as count:
+        skipped = loss(full, text)
+    assert 0.2 < count.share < 0.3
+    assert skipped < loss(full, text) + 0.5

@@ -1,0 +1,114 @@
+"""Specialists joined: their identities."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from connito.base.branches import AttentionMixture, Stitch, import_branches, stitched_states
+from connito.errors import Invalid
+from connito.moe.layout import find_moe_layers
+from connito.moe.statistics import collect
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture
+def dense():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+                         num_key_value_heads=2, initializer_range=0.2, bos_token_id=None, eos_token_id=256)  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def texts(sequences):
+    return {
+        domain: torch.from_numpy(sequences(domain, 6, 60)[:, :-1].astype("int64"))
+        for domain in ("recipes", "logs", "poems")
+    }
+
+
+def noisy(model, seed):
+    out, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for parameter in out.parameters():
+        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return out
+
+
+def test_copies_of_one_branch_are_that_branch(dense, texts):
+    moe = import_branches(dense, dict.fromkeys(texts, dense), texts, moe_layers=2)
+    ids = texts["logs"][:2]
+    difference = (moe(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max()
+    assert float(difference) < 1e-4
+
+
+def test_experts_are_the_branches_mlps_and_the_rest_their_mean(dense, texts):
+    branches = {domain: noisy(dense, seed) for seed, domain in enumerate(texts)}
+    moe = import_branches(dense, branches, texts, moe_layers=2)
+    layers = find_moe_layers(moe)
+    assert sorted(layers) == [1, 2]
+    for number, branch in enumerate(branches.values()):
+        mlp = branch.model.layers[2].mlp
+        assert torch.equal(layers[2].experts.down_proj[number], mlp.down_proj.weight)
+        assert torch.equal(
+            layers[2].experts.gate_up_proj[number], torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        )
+    mean = torch.stack([b.model.layers[0].self_attn.q_proj.weight for b in branches.values()]).mean(dim=0)
+    torch.testing.assert_close(moe.model.layers[0].self_attn.q_proj.weight, mean)
+
+
+def test_tokens_of_a_domain_go_to_its_own_branch_first(dense, texts):
+    moe = import_branches(dense, dict.fromkeys(texts, dense), texts, moe_layers=1)
+    for number, domain in enumerate(texts):
+        first = collect(moe, texts[domain].numpy()).layers[2].first
+        assert int(first.argmax()) == number
+
+
+def test_strangers_are_refused(dense, texts):
+    with pytest.raises(Invalid, match="text of its own"):
+        import_branches(dense, {"recipes": dense, "maths": dense}, texts, moe_layers=1)
+    config = copy.deepcopy(dense.config)
+    config.intermediate_size = 64
+    other = LlamaForCausalLM(config)
+    with pytest.raises(Invalid, match="not branches of it"):
+        import_branches(dense, {**dict.fromkeys(texts, dense), "logs": other}, texts, moe_layers=1)
+
+
+def test_an_untrained_stitch_changes_no_branch():
+    torch.manual_seed(0)
+    branches = [[torch.nn.Linear(8, 8) for _ in range(3)] for _ in range(3)]
+    states = [torch.randn(2, 5, 8) for _ in range(3)]
+    stitches = {0: Stitch(3, 8), 2: Stitch(3, 8)}
+    apart = stitched_states(branches, {}, states)
+    joined = stitched_states(branches, stitches, states)
+    assert all(torch.equal(a, b) for a, b in zip(apart, joined, strict=True))
+    with torch.no_grad():
+        stitches[2].gates[0, 1] = 1.0
+    moved = stitched_states(branches, stitches, states)
+    torch.testing.assert_close(moved[0], apart[0] + stitches[2].to_hub[1](apart[2]))
+    assert torch.equal(moved[1], apart[1])
+
+
+def test_a_stitch_can_learn():
+    torch.manual_seed(0)
+    stitch, states = Stitch(2, 4), [torch.randn(3, 2, 4), torch.randn(3, 2, 4)]
+    sum(state.square().mean() for state in stitch(states)).backward()
+    assert stitch.gates.grad.abs().sum() > 0
+
+
+def test_mixed_attention_identities(dense):
+    torch.manual_seed(1)
+    x = torch.randn(2, 5, 32)
+    embeddings = dense.model.rotary_emb(x, torch.arange(5)[None])
+    own, other = dense.model.layers[0].self_attn, dense.model.layers[1].self_attn
+    options = {"position_embeddings": embeddings, "attention_mask": None}
+    single = own(x, **options)[0]
+    copies = AttentionMixture([own, copy.deepcopy(own), copy.deepcopy(own)], 32)
+    torch.testing.assert_close(copies(x, **options), single)
+    sure = AttentionMixture([own, other], 32)
+    sure.router = torch.nn.Linear(32, 2)
+    with torch.no_grad():
+        sure.router.weight.zero_()
+        sure.router.bias.copy_(torch.tensor([0.0, -1e9]))
+    assert torch.equal(sure(x, **options), single)

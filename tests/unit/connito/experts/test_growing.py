@@ -1,0 +1,64 @@
+"""Additions that are trained against an anchor, and a router that is trained over variants."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from connito.errors import Invalid
+from connito.experts.arrow import linear_router, train_router, variants
+from connito.experts.flex import ROUTER, grow, opt_in, opt_out
+from connito.experts.prune import loss
+from connito.moe.rows import fingerprint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def anchor_text(sequences):
+    return np.concatenate([sequences(d, 3, 31)[:, :-1] for d in ("recipes", "logs", "poems", "ledgers")])
+
+
+@pytest.fixture
+def additions(full, sequences, anchor_text):
+    return [
+        grow(full, d, sequences(d, 48, 50).reshape(12, 4, -1), anchor_text, learning_rate=3e-3)
+        for d in ("recipes", "logs")
+    ]
+
+
+def test_grown_additions_help_their_domain_in_any_order_and_leave_the_anchor_alone(full, additions, sequences):
+    before, held = fingerprint(full), {d: sequences(d, 8, 90) for d in ("recipes", "logs")}
+    plain = {d: loss(full, table) for d, table in held.items()}
+    models = [copy.deepcopy(full) for _ in range(2)]
+    ids = [opt_in(model, order) for model, order in zip(models, (additions, additions[::-1]), strict=True)]
+    assert fingerprint(models[0]) == fingerprint(models[1])
+    assert ids[0] == ids[1]
+    assert all(loss(models[0], table) < plain[d] - 0.01 for d, table in held.items())
+    for row, addition in zip(additions[0].rows.values(), additions[1].rows.values(), strict=True):
+        assert not torch.equal(row[f"{ROUTER}weight"], addition[f"{ROUTER}weight"])
+    opt_out(models[0], ids[0], ["recipes", "logs"])
+    assert fingerprint(models[0]) == fingerprint(full) == before
+
+
+def test_growing_twice_gives_the_same_addition(full, additions, sequences, anchor_text):
+    again = grow(full, "recipes", sequences("recipes", 48, 50).reshape(12, 4, -1), anchor_text, learning_rate=3e-3)
+    assert again.digest == additions[0].digest
+
+
+def test_a_trained_router_beats_the_uniform_mixture_and_touches_nothing(full, base, parts, sequences):
+    before = fingerprint(full)
+    members = [parts["recipes"], parts["logs"]]
+    text = np.concatenate([sequences(d, 4, 70) for d in ("recipes", "logs")])
+    held = np.concatenate([sequences(d, 4, 90) for d in ("recipes", "logs")])
+    gates = train_router(full, members, base, text, steps=24)
+    losses = []
+    for table in ({layer: torch.zeros_like(gate) for layer, gate in gates.items()}, gates):
+        with variants(full, members, base, linear_router(table)):
+            losses.append(loss(full, held))
+    assert losses[1] < losses[0]
+    assert fingerprint(full) == before
+    with pytest.raises(Invalid, match="no text"):
+        train_router(full, members, base, text[:0])

@@ -1,0 +1,79 @@
+"""Learned weights, upgrades of one expert, and predictions of what an expert would save."""
+
+from __future__ import annotations
+
+import pytest
+from connito.errors import Invalid
+from connito.experts.compose import Part, Recipe, layers_of, merge, state_of
+from connito.experts.lorahub import learn_weights
+from connito.experts.predict import measure_savings, predict_savings
+from connito.experts.upgrade import upgrade
+from connito.moe.evaluate import Evaluator
+from connito.moe.rows import fingerprint
+
+
+def test_weights_of_a_known_bowl_are_found():
+    def bowl(weights):
+        return (weights["a"] - 0.7) ** 2 + (weights["b"] + 0.3) ** 2
+
+    learned = learn_weights(["a", "b"], bowl, budget=120, l1=0.0)
+    assert learned.weights == pytest.approx({"a": 0.7, "b": -0.3}, abs=0.01)
+    assert learned.evaluations <= 125
+    with pytest.raises(Invalid):
+        learn_weights([], bowl)
+
+
+def test_learned_weights_are_never_worse_than_the_best_start(full, parts, base, sequences):
+    examples = sequences("recipes", 4, 70)
+    evaluator = Evaluator(full, layers_of(base))
+
+    def loss(weights):
+        rows = merge(list(parts.values()), base, Recipe("sum"), weights)
+        sums, tokens = evaluator.losses(state_of(rows), examples)
+        return float(sums.sum() / tokens.sum())
+
+    learned = learn_weights(list(parts), loss, budget=12, l1=0.0)
+    assert learned.loss <= min(learned.losses.values())
+    assert learned.losses["recipes"] < learned.losses["base"]
+
+
+def test_the_expert_of_the_texts_own_domain_ranks_first_predicted_and_measured(full, parts, sequences):
+    before = fingerprint(full)
+    for domain in parts:
+        texts = sequences(domain, 12, 80)
+        predicted = predict_savings(full, list(parts.values()), texts)
+        measured = measure_savings(full, parts.values(), texts)
+        assert max(predicted, key=predicted.__getitem__) == domain
+        assert max(measured, key=measured.__getitem__) == domain
+        assert measured[domain] > 0
+    assert fingerprint(full) == before
+    assert not any(parameter.requires_grad for parameter in full.parameters())
+
+
+def test_small_steps_save_what_is_predicted(full, parts, base, sequences):
+    """The prediction is the first-order term: for a hundredth of δ it is nearly all there is."""
+    part, texts = parts["recipes"], sequences("recipes", 6, 80)
+    small = Part("small", "0", {key: base[key] + 0.01 * (row - base[key]) for key, row in part.rows.items()})
+    predicted = predict_savings(full, [small], texts)["small"]
+    assert measure_savings(full, [small], texts)["small"] == pytest.approx(predicted, rel=0.1)
+
+
+def test_an_upgrade_changes_one_expert_and_nothing_else(full, parts, sequences):
+    tables = {domain: sequences(domain, 4, 90) for domain in ("recipes", "poems")}
+    digests = fingerprint(full)
+    done = upgrade(full, parts["poems"], "poems", tables, margin=0.05)
+    after = fingerprint(full)
+    assert done.after["poems"] < done.before["poems"]
+    assert sorted(name for name in after if after[name] != digests[name]) == done.changed
+    assert len(done.changed) == len(parts["poems"].rows)
+
+
+def test_an_upgrade_that_hurts_is_undone(full, parts, base, sequences):
+    tables = {domain: sequences(domain, 4, 90) for domain in ("recipes", "poems")}
+    digests = fingerprint(full)
+    backwards = {key: base[key] - 3 * (row - base[key]) for key, row in parts["poems"].rows.items()}
+    with pytest.raises(Invalid, match="this is no upgrade"):
+        upgrade(full, Part("backwards", "0", backwards), "poems", tables)
+    with pytest.raises(Invalid, match="costs recipes"):
+        upgrade(full, parts["poems"], "poems", tables, margin=-10.0)
+    assert fingerprint(full) == digests

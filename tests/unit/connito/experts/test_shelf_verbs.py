@@ -1,0 +1,210 @@
+"""The library's verbs from end to end on the tiny base: deposit, search, compose, remove, export, verify, extract, prune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import connito
+import pytest
+import torch
+import typer
+from connito.base.loading import load_full
+from connito.base.tiny import tiny_texts
+from connito.cli.library import experts
+from connito.cli.library import shelf as verbs
+from connito.data.manifest import build_manifest
+from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.experts.compose import layers_of, state_of
+from connito.library.artifact import ExpertHeader, tensor_sizes, write_expert
+from connito.library.record import encode, expert_id
+from connito.moe.rows import base_digests, fingerprint
+from connito.moe.state import save_state
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run(tmp_path):
+    app = typer.Typer()
+    verbs.register(app)
+
+    def invoke(*arguments: object) -> Any:
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return invoke
+
+
+@pytest.fixture
+def exports(tiny, parts, tmp_path) -> dict[str, Path]:
+    """One folder an expert, as an export leaves it."""
+    model, manifest = load_full(tiny), build_manifest(tiny)
+    folders = {}
+    for domain, part in parts.items():
+        folder = tmp_path / "exports" / domain
+        folder.mkdir(parents=True)
+        layers = layers_of(part.rows)
+        base = base_digests(model, layers)
+        header = ExpertHeader(domain, manifest.name, manifest.digest, layers, "run-1", 1, base.rest, base.rows)
+        save_state(state_of(part.rows), folder / "state")
+        digest = write_expert(folder / "state", folder / "expert.safetensors", header)
+        (folder / "state").unlink()
+        record = {
+            "format": "connito-record/1", "expert_id": expert_id(domain, digest), "domain": domain, "run": "run-1",
+            "created": "2031-01-01T00:00:00.000+00:00", "base": {"name": manifest.name, "manifest": manifest.digest},
+            "expert": {"digest": digest, "bytes": (folder / "expert.safetensors").stat().st_size,
+                       "parameters": tensor_sizes(folder / "expert.safetensors")[0]},
+            "model_parameters": 1000,
+            "selection": {"method": "esft-token", "threshold": 0.2, "layers": {str(k): v for k, v in layers.items()},
+                          "selected": 5, "total": 16, "report": ""},
+            "losses": [{"domain": domain, "before": 2.0, "after": 1.5, "tokens": 100}], "lineage": [],
+            "contributors": [{"miner": f"U-{domain}", "label": domain, "reward": 10, "merged": 1, "share": 1.0, "reasons": {}}],
+            "license": "CC0-1.0" if domain == "logs" else "CC-BY-4.0", "data_statement": f"generated {domain}",
+            "customer": "", "training_data": f"corpus-{domain}",
+        }  # fmt: skip
+        (folder / "record.json").write_bytes(encode(record))
+        folders[domain] = folder
+    return folders
+
+
+@pytest.fixture
+def stocked(run, exports, tmp_path):
+    """(shelf folder, expert ids by domain)."""
+    shelf = tmp_path / "shelf"
+    return shelf, {d: run("deposit", folder, "--shelf", shelf)["expert_id"] for d, folder in exports.items()}
+
+
+@pytest.fixture
+def recipes_text(tmp_path):
+    path = tmp_path / "recipes.txt"
+    path.write_text("\n".join(tiny_texts("recipes", 77, 16)))
+    return path
+
+
+def test_search_by_words_and_by_example(run, stocked, tiny, recipes_text):
+    shelf, ids = stocked
+    assert [e["expert_id"] for e in run("search", "generated", "poems", "--shelf", shelf)["experts"]] == [ids["poems"]]
+    like = run("search", "--like", recipes_text, "--base", tiny, "--measure", 2, "--shelf", shelf)["experts"]
+    assert like[0]["expert_id"] == ids["recipes"]
+    assert like[0]["measured"] > 0
+    assert [row["measured"] is None for row in like] == [False, False, True]
+    with pytest.raises(Invalid, match="--base"):
+        run("search", "--like", recipes_text, "--shelf", shelf)
+
+
+def test_compose_verify_remove(run, stocked, tiny, tmp_path):
+    shelf, ids = stocked
+    names = [ids["recipes"], ids["logs"], ids["poems"]]
+    out = tmp_path / "all"
+    record = run(
+        "compose", *names, "--base", tiny, "--out", out, "--method", "ties", "--density", 0.5, "--shelf", shelf
+    )
+    assert record["license"] == "CC-BY-4.0 AND CC0-1.0"
+    assert {(c["layer"], c["expert"]) for c in record["derived"]["settings"]["conflicts"]} == {(2, 1), (2, 2), (3, 4)}
+    assert sum(row["share"] for row in record["contributors"]) == pytest.approx(1)
+    assert record["governance"]["sources"] == ["corpus-logs", "corpus-poems", "corpus-recipes"]
+    again = run("compose", *names[::-1], "--base", tiny, "--out", tmp_path / "again", "--method", "ties", "--density", 0.5,
+                "--shelf", shelf)  # fmt: skip
+    assert again["expert"]["digest"] == record["expert"]["digest"]
+    assert "recomputed" in run("verify", out, "--base", tiny, "--shelf", shelf)["verified"][1]
+    model = load_full(tiny)
+    before = fingerprint(model)
+    loaded = connito.load_expert(model, out)
+    loaded.remove()
+    assert fingerprint(model) == before
+    made = run("deposit", out, "--shelf", shelf)["expert_id"]
+    less = run("remove", made, ids["logs"], "--base", tiny, "--out", tmp_path / "less", "--shelf", shelf)
+    fresh = run("compose", ids["recipes"], ids["poems"], "--base", tiny, "--out", tmp_path / "fresh", "--method", "ties",
+                "--density", 0.5, "--shelf", shelf)  # fmt: skip
+    assert less["expert"]["digest"] == fresh["expert"]["digest"]
+
+
+def test_a_tampered_composition_is_found_out(run, stocked, tiny, tmp_path):
+    shelf, ids = stocked
+    out = tmp_path / "two"
+    run("compose", ids["recipes"], ids["poems"], "--base", tiny, "--out", out, "--shelf", shelf)
+    record = json.loads((out / "record.json").read_text())
+    record["derived"]["settings"] |= {"method": "ties", "density": 0.1}
+    (out / "record.json").write_bytes(encode(record))
+    with pytest.raises(VerificationFailed, match="recomputed from its parents"):
+        run("verify", out, "--base", tiny, "--shelf", shelf)
+    data = bytearray((out / "expert.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "expert.safetensors").write_bytes(data)
+    with pytest.raises(VerificationFailed, match="digest"):
+        run("verify", out, "--shelf", shelf)
+
+
+def test_weights_learned_on_a_few_texts_favour_their_domain(run, stocked, tiny, tmp_path, recipes_text):
+    shelf, ids = stocked
+    record = run("compose", ids["recipes"], ids["logs"], "--base", tiny, "--out", tmp_path / "hub", "--learn", recipes_text,
+                 "--shelf", shelf)  # fmt: skip
+    weights = {parent["expert_id"]: parent["weight"] for parent in record["derived"]["parents"]}
+    assert weights[ids["recipes"]] > abs(weights[ids["logs"]])
+
+
+def test_terms_and_standings_are_checked_and_use_is_metered(run, stocked, tiny, tmp_path):
+    shelf, ids = stocked
+    assert run("export", ids["logs"], "--out", tmp_path / "home", "--shelf", shelf)["attribution"] == []
+    assert "leaves no trace" in run("verify", tmp_path / "home", "--base", tiny, "--shelf", shelf)["verified"][1]
+    run("mark", ids["logs"], "yanked", "--reason", "leak", "--shelf", shelf)
+    with pytest.raises(Invalid, match="was yanked: leak"):
+        run("export", ids["logs"], "--out", tmp_path / "again", "--shelf", shelf)
+    run("mark", "corpus-poems", "opted-out", "--reason", "asked", "--shelf", shelf)
+    with pytest.raises(Invalid, match="opted out"):
+        run("compose", ids["poems"], ids["recipes"], "--base", tiny, "--out", tmp_path / "no", "--shelf", shelf)
+    with experts.open_shelf(shelf, None).index() as index:
+        assert index.usage(ids["logs"]) == {"export": 1}
+    with pytest.raises(NotFound):
+        run("export", "nobody-1", "--out", tmp_path / "none", "--shelf", shelf, "--data-dir", tmp_path / "nowhere")
+
+
+def test_the_whole_model_with_an_expert_in_it_loads_in_stock_transformers(run, stocked, tiny, tmp_path, sequences):
+    shelf, ids = stocked
+    out = tmp_path / "whole"
+    run("export", ids["recipes"], "--base", tiny, "--out", out, "--shelf", shelf)
+    ids_ = torch.from_numpy(sequences("recipes", 1, 60)[:, :-1].astype("int64"))
+    model = load_full(tiny)
+    connito.load_expert(model, shelf / "experts" / ids["recipes"])
+    with torch.inference_mode():
+        stock = AutoModelForCausalLM.from_pretrained(out).eval()(input_ids=ids_).logits
+        torch.testing.assert_close(stock, model(input_ids=ids_).logits, rtol=1e-4, atol=1e-4)
+    assert run("verify", out)["verified"]
+    assert ids["recipes"] in run("verify", out, "--base", tiny, "--shelf", shelf)["verified"][1]
+
+
+def test_extract_and_prune_write_verified_checkpoints(run, tiny, tmp_path, recipes_text):
+    small = run(
+        "extract",
+        "--base",
+        tiny,
+        "--data",
+        recipes_text,
+        "--out",
+        tmp_path / "small",
+        "--per-layer",
+        3,
+        "--margin",
+        1.0,
+    )
+    assert [len(experts) for experts in small["experts"].values()] == [3, 3]
+    assert "every tensor is the base's own" in run("verify", tmp_path / "small", "--base", tiny)["verified"]
+    pruned = run("prune", "--base", tiny, "--data", recipes_text, "--out", tmp_path / "pruned", "--method", "router-weighted",
+                 "--max-experts", 5)  # fmt: skip
+    sizes = {len(experts) for experts in pruned["experts"].values()}
+    assert len(sizes) == 1
+    assert sum(map(len, pruned["settings"]["padding"].values())) == 2 * sizes.pop() - 5
+    dense = run(
+        "prune", "--base", tiny, "--data", recipes_text, "--out", tmp_path / "dense", "--method", "task", "--dense"
+    )
+    assert dense["experts"] == {}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config.model_type == "llama"
+    with pytest.raises(Invalid, match="how small"):
+        run("prune", "--base", tiny, "--data", recipes_text, "--out", tmp_path / "x")

@@ -1,0 +1,185 @@
+"""Real processes, started, killed, restarted and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from connito.errors import Fatal
+from connito.local import supervisor as supervising
+from connito.local.processes import Launcher, PlainLauncher, Program, ZygoteLauncher
+from connito.local.supervisor import Supervisor
+from connito.local.zygote import check_fork_safe
+from connito.platform.datadir import DataDir, is_running
+
+ENDLESS = "import time; print('up', flush=True)\nwhile True: time.sleep(60)"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{ENDLESS}"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataDir:
+    return DataDir.open(tmp_path / "data")
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[..., Program]:
+    def make(name: str, source: str, *arguments: str) -> Program:
+        (tmp_path / f"probe_{name}.py").write_text(textwrap.dedent(source))
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return Program(name, f"probe_{name}", env, tmp_path / f"{name}.log", tmp_path, arguments)
+
+    return make
+
+
+@pytest.fixture(params=["plain", "zygote"])
+async def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Launcher]:
+    if request.param == "plain":
+        yield PlainLauncher()
+        return
+    zygote = await ZygoteLauncher.open(tmp_path / "zygote.log", {**os.environ, "PYTHONPATH": str(tmp_path)}, ["json"])
+    yield zygote
+    await zygote.close()
+
+
+async def said(path: Path, text: str, times: int = 1) -> None:
+    """Wait until a log holds `text` so often."""
+    await until(lambda: path.exists() and path.read_text().count(text) >= times)
+
+
+async def gone(pid: int) -> None:
+    await until(lambda: not is_running(pid))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_a_program_gets_its_environment_arguments_and_log(
+    launcher: Launcher, program: Callable[..., Program]
+) -> None:
+    said = "print(sys.argv[1:], os.getcwd(), 'HOME' in os.environ, flush=True)"
+    source = f"import os, sys; {said}; sys.stderr.write('err\\n'); sys.exit(7)"
+    wanted = program("argv", source, "a", "b c")
+    process = await launcher.start(wanted)
+    assert await process.exited == 7
+    assert wanted.log.read_text().splitlines() == [f"['a', 'b c'] {wanted.cwd} True", "err"]
+
+
+async def test_an_unhandled_exception_is_in_the_log_and_the_exit_code(
+    launcher: Launcher, program: Callable[..., Program]
+) -> None:
+    wanted = program("raises", "raise ValueError('broken on purpose')")
+    assert await (await launcher.start(wanted)).exited == 1
+    assert "broken on purpose" in wanted.log.read_text()
+
+
+async def test_stop_kills_what_does_not_listen(launcher: Launcher, program: Callable[..., Program]) -> None:
+    wanted = program("stubborn", STUBBORN)
+    process = await launcher.start(wanted)
+    await said(wanted.log, "up")
+    assert await process.stop(0.2) == -signal.SIGKILL
+    assert await process.stop(0.2) == -signal.SIGKILL  # Again, and nothing happens.
+
+
+async def test_a_killed_service_is_started_again_and_stopped_for_good(
+    data: DataDir, launcher: Launcher, program: Callable[..., Program]
+) -> None:
+    lines: list[str] = []
+    supervisor = Supervisor(data, lines.append)
+    wanted = program("endless", ENDLESS)
+    await supervisor.start(wanted, launcher)
+    await said(wanted.log, "up")
+    first = data.read_pids()["endless"]["pid"]
+    os.kill(first, signal.SIGKILL)
+    await said(wanted.log, "up", times=2)
+    # The new process may speak before the list of processes has been written again.
+    await until(lambda: data.read_pids()["endless"]["pid"] != first)
+    second = data.read_pids()["endless"]
+    assert second["restarts"] == 1
+    assert supervisor.restarts == {"endless": 1}
+    assert lines == ["endless ended (signal 9) and is started again"]
+    await supervisor.stop()
+    await gone(second["pid"])
+    assert not data.pids.exists()
+
+
+async def test_a_service_that_cannot_live_fails_with_the_end_of_its_log(
+    data: DataDir, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(supervising, "GIVE_UP_AFTER", 3)
+    supervisor = Supervisor(data, lambda _: None)
+    await supervisor.start(program("doomed", "import sys; sys.exit('the disk is on fire')"), PlainLauncher())
+    with pytest.raises(Fatal, match=r"doomed ended 3 times(.|\n)*the disk is on fire"):
+        await asyncio.wait_for(supervisor.failed, 20)
+    await supervisor.stop()
+
+
+async def test_forked_services_end_with_the_preloaded_process(tmp_path: Path, program: Callable[..., Program]) -> None:
+    zygote = await ZygoteLauncher.open(tmp_path / "zygote.log", {**os.environ, "PYTHONPATH": str(tmp_path)}, ["json"])
+    wanted = program("child", ENDLESS)
+    process = await zygote.start(wanted)
+    await said(wanted.log, "up")
+    os.kill(zygote.pid, signal.SIGKILL)
+    assert await process.exited == -signal.SIGKILL
+    await gone(process.pid)
+    with pytest.raises(Fatal, match=r"zygote\.log"):
+        await zygote.start(wanted)
+    await zygote.close()
+
+
+async def test_an_import_that_fails_is_reported_with_its_log(tmp_path: Path, program: Callable[..., Program]) -> None:
+    zygote = await ZygoteLauncher.open(tmp_path / "zygote.log", dict(os.environ), ["no_such_module_here"])
+    with pytest.raises(Fatal, match=r"zygote\.log"):
+        await zygote.start(program("never", ENDLESS))
+    assert "no_such_module_here" in (tmp_path / "zygote.log").read_text()
+    await zygote.close()
+
+
+async def test_everything_dies_with_a_supervisor_that_is_killed(
+    tmp_path: Path, program: Callable[..., Program]
+) -> None:
+    """SIGKILL leaves no chance to clean up: the kernel has to do it."""
+    wanted = program("orphan", ENDLESS)
+    boss = f"""
+        import asyncio, os
+        from pathlib import Path
+        from connito.local.processes import PlainLauncher, Program, ZygoteLauncher
+        async def main():
+            env = {{**os.environ, "PYTHONPATH": {str(tmp_path)!r}}}
+            zygote = await ZygoteLauncher.open(Path("zygote.log"), env, ["json"])
+            for name, launcher in (("plain", PlainLauncher()), ("forked", zygote)):
+                program = Program(name, {wanted.module!r}, env, Path({str(tmp_path)!r}) / f"{{name}}.log", Path.cwd())
+                process = await launcher.start(program)
+                print(process.pid, flush=True)
+            print(zygote.pid, flush=True)
+            await asyncio.Event().wait()
+        asyncio.run(main())
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(boss), stdout=asyncio.subprocess.PIPE, cwd=tmp_path
+    )
+    assert process.stdout is not None
+    pids = [int(await asyncio.wait_for(process.stdout.readline(), 20)) for _ in range(3)]
+    process.kill()
+    await process.wait()
+    for pid in pids:
+        await gone(pid)
+
+
+def test_a_process_with_threads_refuses_to_fork(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    check_fork_safe(tmp_path)
+    (tmp_path / "2").mkdir()
+    with pytest.raises(Fatal, match="2 threads"):
+        check_fork_safe(tmp_path)

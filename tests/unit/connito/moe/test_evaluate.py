@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from connito.errors import Invalid
+from connito.moe.evaluate import Evaluator
+from connito.moe.rows import fingerprint, write_rows
+
+SELECTION = {3: [0, 5]}
+
+
+def plain(model: Any, table: Any) -> Any:
+    ids = torch.from_numpy(table).long()
+    with torch.no_grad():
+        scores = model(input_ids=ids[:, :-1]).logits.log_softmax(-1)
+    return -scores.gather(-1, ids[:, 1:, None]).squeeze(-1).double().sum(1).numpy()
+
+
+def other_state(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: rows + 0.05 * torch.randn(rows.shape, generator=draw) for name, rows in base.items()}
+
+
+def test_losses_equal_a_plain_forward_for_every_state(full: Any, sequences: Any) -> None:
+    judge = Evaluator(full, SELECTION, batch_tokens=150)
+    assert judge.uses_prefix
+    text = sequences("logs", 5, 1)
+    for state in (judge.base, other_state(judge.base, 1), other_state(judge.base, 2), judge.base):
+        sums, tokens = judge.losses(state, text)
+        write_rows(full, SELECTION, state)
+        np.testing.assert_allclose(sums, plain(full, text), rtol=1e-5)
+        assert tokens.tolist() == [64] * 5
+        assert sums.dtype == np.float64
+
+
+def test_hidden_states_are_computed_once_and_the_cache_is_bounded(full: Any, sequences: Any) -> None:
+    text = sequences("logs", 4, 1)
+    calls: list[int] = []
+    full.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *_: calls.append(1))
+    judge = Evaluator(full, SELECTION)
+    judge.warm(text)
+    calls.clear()
+    first, _ = judge.losses(judge.base, text)
+    again, _ = judge.losses(other_state(judge.base, 1), text)
+    assert not calls, "layers below the first adapted one ran again"
+    assert not np.array_equal(first, again)
+    small = Evaluator(full, SELECTION, cache_bytes=2 * 64 * 64 * 4)
+    np.testing.assert_allclose(small.losses(judge.base, text)[0], first, rtol=1e-6)
+    assert len(small._cache) == 2
+
+
+def test_restoring_leaves_the_model_as_it_was(full: Any, sequences: Any) -> None:
+    before = fingerprint(full)
+    judge = Evaluator(full, SELECTION)
+    judge.losses(other_state(judge.base, 1), sequences("logs", 2, 1))
+    assert fingerprint(full) != before
+    judge.restore()
+    assert fingerprint(full) == before
+
+
+def test_non_finite_states_give_non_finite_losses_and_nothing_sticks(full: Any, sequences: Any) -> None:
+    text = sequences("logs", 2, 1)
+    judge = Evaluator(full, {2: list(range(8))})
+    good, _ = judge.losses(judge.base, text)
+    broken, _ = judge.losses({name: rows * float("nan") for name, rows in judge.base.items()}, text)
+    assert not np.isfinite(broken).any()
+    np.testing.assert_array_equal(judge.losses(judge.base, text)[0], good)
+
+
+def test_what_does_not_fit_is_refused_before_the_model_changes(full: Any, sequences: Any) -> None:
+    judge = Evaluator(full, SELECTION)
+    before = fingerprint(full)
+    with pytest.raises(Invalid, match="missing"):
+        judge.losses({}, sequences("logs", 1, 1))
+    with pytest.raises(Invalid, match="shape"):
+        judge.losses({name: rows[:1] for name, rows in judge.base.items()}, sequences("logs", 1, 1))
+    with pytest.raises(Invalid, match="L"):
+        judge.losses(judge.base, np.zeros((1, 1), dtype=np.int32))
+    assert fingerprint(full) == before
+    with pytest.raises(Invalid, match="empty"):
+        Evaluator(full, {})

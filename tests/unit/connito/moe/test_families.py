@@ -1,0 +1,344 @@
+"""One implementation, every family: parity, gradients and saving over tiny random models of the fused-experts families."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from connito.base.loading import load_resident
+from connito.data.manifest import FileEntry, build_manifest, directory_reader
+from connito.errors import Invalid
+from connito.moe.evaluate import Evaluator
+from connito.moe.layout import require_moe_layers, shared_experts
+from connito.moe.resident import compress, target_parameters
+from connito.moe.rows import assert_only_changed, fingerprint, write_rows
+from connito.moe.selection import select
+from connito.moe.state import load_state, save_state
+from connito.moe.statistics import collect
+from connito.moe.training import train_local
+
+pytestmark = pytest.mark.slow
+
+# Whatever of these a family's configuration knows makes it tiny.
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "expert_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "top_k_experts": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "first_k_dense_replace": 0,
+    "num_dense_layers": 0,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "attn_layer_period": 1,
+    "attn_layer_offset": 0,
+    "moe_layer_start_index": 0,
+    "moe_layer_interval": 1,
+    "enable_moe_block": True,
+    "hidden_size_per_layer_input": 0,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "o_lora_rank": 16,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 1,
+    "ssm_state_size": 8,
+    "chunk_size": 8,
+    "sliding_window": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# model_type -> what differs from SMALL.
+MULTI_HEAD_LATENT = {"num_key_value_heads": 4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "afmoe": {},
+    "aria_text": {},
+    "axk1": MULTI_HEAD_LATENT,
+    "axk2": MULTI_HEAD_LATENT,
+    "bailing_hybrid": {},
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "cohere2_moe": {},
+    "deepseek_v2": MULTI_HEAD_LATENT,
+    "deepseek_v3": MULTI_HEAD_LATENT,
+    "deepseek_v32": MULTI_HEAD_LATENT,
+    "deepseek_v4": {},
+    "dots1": {},
+    "dots3_note_text": MULTI_HEAD_LATENT,
+    "ernie4_5_moe": {},
+    "exaone_moe": {},
+    "flex_olmo": {},
+    "flint": {},
+    "gemma4_text": {},
+    "glm4_moe": {},
+    "glm4_moe_lite": MULTI_HEAD_LATENT,
+    "glm_moe_dsa": MULTI_HEAD_LATENT,
+    "gpt_oss": {},
+    "granitemoe": {},
+    "granitemoe_swa": {},
+    "granitemoehybrid": {},
+    "granitemoeshared": {},
+    "hunyuan_v1_moe": {},
+    "hy_v3": {},
+    "hy_v4": {},
+    "inkling_text": {},
+    "inkling2_text": {},
+    "jamba": {},
+    "kimi_linear": {},
+    "kolibri1": {},
+    "laguna": {},
+    "lfm2_moe": {"layer_types": ["full_attention", "full_attention"]},
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minimax": {},
+    "minimax_m2": {},
+    "minimax_m3_vl_text": {},
+    "mixtral": {},
+    "nemotron_h": {},
+    "olmoe": {},
+    "phimoe": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "qwen3_5_moe_text": {},
+    "qwen3_next": {},
+    "qwen4_exp_text": {},
+    "solar_open": {},
+    "zaya": {"num_experts_per_tok": 1},
+}
+# Families whose layers also have experts that every token passes, by their own default.
+SHARED_TOO = {
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "qwen2_moe",
+    "qwen3_next",
+    "granitemoeshared",
+    "nemotron_h",
+    "hunyuan_v1_moe",
+}
+# Modules of transformers with fused experts that no family above stands for, and why they are left out.
+LEFT_OUT = {
+    "deepseek_ocr2": "reads images: no causal language model by itself",
+    "diffusion_gemma": "denoises text: no causal language model",
+    "ernie4_5_vl_moe": "reads images: no causal language model by itself",
+    "glm4v_moe": "reads images: no causal language model by itself",
+    "glm5_next": "reads images: no causal language model by itself",
+    "mistral4": "its causal language model is not registered with AutoModelForCausalLM",
+    "mistral_large4": "reads images: no causal language model by itself",
+    "muse_spark": "no causal language model by itself",
+    "openai_privacy_filter": "labels tokens: no causal language model",
+    "qwen3_omni_moe": "speaks and listens: no causal language model by itself",
+    "qwen3_vl_moe": "reads images: no causal language model by itself",
+    "unlimited_ocr": "reads images: no causal language model by itself",
+}
+# Checkpoints of these name their experts otherwise than the manifest knows: whole loading works, ranged reads do not.
+NO_RANGES = {
+    "aria_text",
+    "granitemoe",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "granitemoe_swa",
+    "inkling2_text",
+    "nemotron_h",
+}
+# Their layers hand more to the next one than hidden states: no entering midway, the whole model runs instead.
+HAND_MORE_ON = {"zaya"}
+IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def tiny_model(family: str) -> Any:
+    """A random model of the family, eager, with values large enough for every part to matter."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[family]
+    known = {
+        *inspect.signature(kind.__init__).parameters,
+        *getattr(kind, "__dataclass_fields__", {}),
+        *kind.attribute_map,
+    }
+    wanted = {**SMALL, **FAMILIES[family]}
+    model = AutoModelForCausalLM.from_config(
+        kind(**{k: v for k, v in wanted.items() if k in known or hasattr(kind, k)})
+    )
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+    model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return out
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about kernels that are not installed
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(family)
+    layers = require_moe_layers(model)
+    top, count = max(layers), layers[max(layers)].num_experts
+    assert count == 4
+    selection = {top: [0, 2]}
+    reference = logits(model)
+    assert torch.isfinite(reference).all()
+
+    # Natural routing with every other expert beside the targets is the full model.
+    worker = compress(copy.deepcopy(model), selection, {top: [e for e in range(count) if e not in (0, 2)]})
+    torch.testing.assert_close(logits(worker), reference, rtol=1e-5, atol=1e-6)
+
+    # Only selected rows get gradients.
+    worker(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    moved = {id(p) for p in worker.parameters() if p.grad is not None}
+    assert moved == {id(p) for p in target_parameters(worker).values()}
+
+    # The other modes run without helpers.
+    for mode in ("masked", "restricted", "natural"):
+        assert torch.isfinite(logits(compress(copy.deepcopy(model), selection, {}, mode))).all()
+
+    # A step of training, written and read, put back: nothing but the selected rows of the full model differs.
+    trained, _ = train_local(worker, IDS.numpy()[None], learning_rate=0.05, weight_decay=0.1)
+    save_state(trained, tmp_path / "state.safetensors")
+    rows = load_state(tmp_path / "state.safetensors")
+    judge = Evaluator(model, selection)
+    assert judge.uses_prefix == (family not in HAND_MORE_ON)
+    sums, _ = judge.losses(rows, IDS.numpy())
+    judge.restore()
+    before = fingerprint(model)
+    write_rows(model, selection, rows)
+    assert len(assert_only_changed(before, model, selection)) == 2 * len(layers[top].parameters)
+
+    # States are judged as by a plain forward, and what is written is what a plain transformers load sees.
+    plain = logits(model, IDS[:, :-1]).log_softmax(-1).gather(-1, IDS[:, 1:, None]).squeeze(-1).double().sum(dim=1)
+    torch.testing.assert_close(torch.from_numpy(-sums), plain, rtol=1e-5, atol=1e-5)
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    again = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+
+    # The checkpoint as the family stores it, in shards: read by ranges, an absent expert's bytes are not.
+    if family not in NO_RANGES:
+        manifest, disk, read = build_manifest(folder), directory_reader(folder), []
+
+        def reader(entry: FileEntry, start: int, length: int) -> bytes:
+            read.append(length if entry.name.endswith(".safetensors") else 0)
+            return disk(entry, start, length)
+
+        ranged = load_resident(manifest, reader, selection, {top: [1]})
+        resident = compress(copy.deepcopy(model), selection, {top: [1]})
+        torch.testing.assert_close(logits(ranged), logits(resident), rtol=1e-5, atol=1e-6)
+        absent = sum(getattr(layers[top].experts, name)[3].nbytes for name in layers[top].parameters)
+        assert sum(read) <= manifest.size - absent
+
+
+def test_every_module_with_fused_experts_is_covered_or_left_out_for_a_reason() -> None:
+    import transformers.models
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    marker, root = "use_experts_implementation", Path(transformers.models.__path__[0])
+    fused = {path.parent.name for path in root.glob("*/modeling_*.py") if marker in path.read_text()}
+    covered = {CONFIG_MAPPING[family].__module__.split(".")[-2] for family in FAMILIES}
+    assert fused == (covered & fused) | set(LEFT_OUT)
+    assert not covered & set(LEFT_OUT)
+    assert len(FAMILIES) >= 40
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_experts_and_dense_layers_cannot_be_selected(family: str) -> None:
+    model = tiny_model(family)
+    layers, common = require_moe_layers(model), shared_experts(model)
+    assert common or family not in SHARED_TOO
+    statistics = collect(model, IDS.numpy().astype("int32"))
+    chosen = select(statistics, "esft-token", 1.0)
+    assert set(statistics.layers) == set(layers)
+    assert chosen.total == 4 * len(layers), "routed experts and nothing else are counted"
+    inside = {f"{layer.experts_name}.{name}" for layer in layers.values() for name in layer.parameters}
+    assert not [name for name in inside if any(name.startswith(other + ".") for other in common)]
+
+    # Training every expert there is to select still leaves all the others as they were.
+    worker = compress(copy.deepcopy(model), chosen)
+    trainable = {name for name, p in worker.named_parameters() if p.requires_grad}
+    assert trainable
+    assert not [name for name in trainable if any(name.startswith(other + ".") for other in common)]
+    kept = dict(worker.named_parameters())
+    for name, _ in model.named_parameters():
+        if name not in inside and name in kept:
+            assert not kept[name].requires_grad
+
+
+def test_a_layer_without_experts_is_not_there_to_select() -> None:
+    FAMILIES["deepseek_v2"], before = {**FAMILIES["deepseek_v2"], "first_k_dense_replace": 1}, FAMILIES["deepseek_v2"]
+    try:
+        model = tiny_model("deepseek_v2")
+    finally:
+        FAMILIES["deepseek_v2"] = before
+    assert list(collect(model, IDS.numpy().astype("int32")).layers) == [1]
+    with pytest.raises(Invalid, match="the model's MoE layers are"):
+        Evaluator(model, {0: [1]})
+
+
+def test_a_map_for_another_base_is_refused_though_its_numbers_fit() -> None:
+    first, second = tiny_model("olmoe"), tiny_model("olmoe")
+    chosen = select(collect(first, IDS.numpy().astype("int32")), "esft-token", 0.3)
+    Evaluator(second, chosen)
+    compress(copy.deepcopy(second), chosen)
+    with torch.no_grad():
+        next(require_moe_layers(second)[1].router.parameters()).mul_(2)
+    for use in (Evaluator, compress):
+        with pytest.raises(Invalid, match="made for another base model"):
+            use(second, chosen)  # type: ignore[operator]

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.data.tensors import from_float32, read_header, read_tensors, write_tensors
+from connito.errors import Invalid
+from connito.protocol.merging.aggregators import AGGREGATORS, aggregate, outer_step, plan, realign_momentum, write_step
+from connito.v1 import reasons_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@dataclass
+class Arrays:
+    """Pseudo-gradients in memory: rows [n, d] as one tensor `w`."""
+
+    rows: np.ndarray
+    names = ("w",)
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def load(self, index: int, name: str) -> np.ndarray:
+        assert name == "w"
+        return self.rows[index]
+
+
+def merged(kind: str, rows: np.ndarray, utilities=None, staleness=None) -> np.ndarray:
+    deltas = Arrays(np.asarray(rows, np.float32))
+    how = plan(kind, utilities or [1.0] * len(rows), staleness or [0] * len(rows), gram_matrix(deltas))
+    assert sum(how.weights) == pytest.approx(1.0)
+    assert min(how.weights) >= 0.0
+    return aggregate(how, deltas, "w")
+
+
+RNG = np.random.default_rng(5)
+HONEST = (np.ones(64) + 0.1 * RNG.normal(size=(5, 64))).astype(np.float32)
+
+
+def test_means_and_the_best():
+    rows = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+    np.testing.assert_allclose(merged("mean", rows), [1, 1], rtol=1e-7)
+    np.testing.assert_allclose(merged("utility-mean", rows, [0.3, 0.1, 0.0]), [0.75, 0.25])
+    np.testing.assert_array_equal(merged("top-1", rows, [0.1, 0.3, 0.2]), [0, 1])
+
+
+def test_the_weight_of_stale_work_is_divided():
+    rows = np.array([[1.0], [0.0]])
+    assert merged("mean", rows, staleness=[1, 0]) == pytest.approx([1 / 3])
+    assert merged("utility-mean", rows, [0.3, 0.3], [2, 0]) == pytest.approx([0.25])
+
+
+def test_coordinates_by_themselves():
+    rows = np.array([[0.0, 5.0], [1.0, 6.0], [100.0, -100.0], [2.0, 7.0], [3.0, 8.0]])
+    np.testing.assert_array_equal(merged("coordinate-median", rows), [2, 6])
+    np.testing.assert_array_equal(merged("coordinate-median", rows[:4]), np.median(rows[:4], 0))
+    np.testing.assert_array_equal(merged("trimmed-mean", rows), [2, 6])
+    np.testing.assert_array_equal(merged("trimmed-mean", rows[:2]), rows[:2].mean(0))
+
+
+def test_clipping_keeps_directions_and_bounds_lengths():
+    rows = np.array([[3.0, 0.0], [0.0, 4.0], [0.0, 4000.0]])
+    np.testing.assert_allclose(merged("norm-clipped-mean", rows), [1.0, 8 / 3], rtol=1e-9)
+
+
+def test_the_geometric_median_is_where_distances_are_least():
+    from scipy.optimize import minimize
+
+    rows = RNG.normal(size=(7, 3)).astype(np.float32)
+    found = merged("geometric-median", rows)
+
+    def distances(point: np.ndarray) -> float:
+        return float(np.linalg.norm(rows - point, axis=1).sum())
+
+    best = minimize(distances, rows.mean(0), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12})
+    assert distances(found) == pytest.approx(best.fun, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["coordinate-median", "trimmed-mean", "krum", "multi-krum", "geometric-median"])
+def test_one_liar_among_six_does_not_move_the_robust_ones(kind):
+    rows = np.concatenate([HONEST, [-50 * np.ones(64)]])
+    honest = HONEST.mean(0)
+    assert np.linalg.norm(merged("mean", rows) - honest) > 10
+    assert np.linalg.norm(merged(kind, rows) - honest) < 2.5
+
+
+def test_krum_takes_one_that_was_submitted():
+    rows = np.concatenate([HONEST, [-50 * np.ones(64)]])
+    assert any(np.array_equal(merged("krum", rows), row) for row in HONEST)
+
+
+@pytest.mark.parametrize("kind", AGGREGATORS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_submissions_and_equal_ones(kind, count):
+    row = np.array([1.5, -2.0, 0.25])
+    np.testing.assert_allclose(merged(kind, np.tile(row, (count, 1))), row, rtol=1e-9)
+    np.testing.assert_array_equal(merged(kind, np.zeros((count, 3))), np.zeros(3))
+
+
+@pytest.mark.parametrize("kind", AGGREGATORS)
+@given(shift=st.integers(0, 4))
+def test_a_merge_lies_within_what_was_submitted(kind, shift):
+    rows = np.roll(HONEST, shift, 0)
+    found = merged(kind, rows, [0.1, 0.2, 0.3, 0.4, 0.5], [0, 1, 0, 2, 0])
+    low = 0 if kind == "norm-clipped-mean" else rows.min(0)
+    assert np.all(found <= rows.max(0) + 1e-6)
+    assert np.all(found >= low - 1e-6)
+
+
+def test_unknown_names_and_nothing_to_merge_are_refused():
+    with pytest.raises(Invalid, match="coordinate-median") as raised:
+        plan("average", [1.0], [0], np.eye(1))
+    assert raised.value.reason == reasons_pb2.REASON_BAD_SPEC
+    with pytest.raises(Invalid, match="nothing to merge"):
+        plan("mean", [], [], np.zeros((0, 0)))
+    with pytest.raises(Invalid, match="nothing to merge"):
+        plan("utility-mean", [0.0], [0], np.eye(1))
+
+
+@pytest.mark.parametrize(("lr", "mu"), [(0.7, 0.9), (1.0, 0.0), (0.5, 0.5)])
+def test_the_outer_step_is_torchs_nesterov(lr, mu):
+    torch = pytest.importorskip("torch")
+    theta = RNG.normal(size=50).astype(np.float32)
+    parameter = torch.nn.Parameter(torch.from_numpy(theta.astype(np.float64)))
+    reference = torch.optim.SGD([parameter], lr=lr, momentum=mu, nesterov=mu > 0)
+    momentum = None
+    for _ in range(6):
+        delta = RNG.normal(size=50)
+        parameter.grad = torch.from_numpy(delta)
+        reference.step()
+        theta, momentum = outer_step(theta, delta, momentum, lr, mu)
+    np.testing.assert_allclose(theta, parameter.detach().numpy(), atol=3e-6)
+
+
+def test_plain_steps_are_the_weighted_average_of_the_states():
+    theta = RNG.normal(size=64).astype(np.float32)
+    states = theta - HONEST
+    deltas = Arrays(theta - states)
+    how = plan("utility-mean", [1.0, 2.0, 3.0, 4.0, 5.0], [0] * 5, gram_matrix(deltas))
+    stepped, _ = outer_step(theta, aggregate(how, deltas, "w"), None, 1.0, 0.0)
+    np.testing.assert_allclose(stepped, np.average(states, 0, [1, 2, 3, 4, 5]), atol=1e-6)
+
+
+def states(folder, dtype: str, count: int = 3) -> tuple:
+    shapes = {"layers.0.down_proj": (2, 4, 6), "layers.0.gate_up_proj": (2, 12, 4)}
+    paths = []
+    for index in range(count + 1):
+        values = {n: from_float32(RNG.normal(size=s).astype(np.float32), dtype) for n, s in shapes.items()}
+        paths.append(folder / f"state{index}")
+        write_tensors(paths[-1], values, {"kind": "state"}, dtypes=dict.fromkeys(values, dtype))
+    return paths[0], DeltaFiles(paths[1:], [paths[0]] * count)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_a_step_over_files_keeps_the_layout_and_repeats_bit_for_bit(tmp_path, dtype):
+    parent, deltas = states(tmp_path, dtype)
+    how = plan("mean", [1.0] * 3, [0] * 3, gram_matrix(deltas))
+    outputs = []
+    for attempt in ("x", "y"):
+        state, momentum = tmp_path / f"{attempt}s", tmp_path / f"{attempt}m"
+        write_step(how, deltas, parent, None, 0.7, 0.9, state, momentum)
+        write_step(how, deltas, state, momentum, 0.7, 0.9, tmp_path / f"{attempt}s2", tmp_path / f"{attempt}m2")
+        outputs.append([(tmp_path / f"{attempt}{kind}").read_bytes() for kind in ("s", "m", "s2", "m2")])
+    assert outputs[0] == outputs[1]
+    assert read_header(tmp_path / "xs").entries == read_header(parent).entries
+    assert read_header(tmp_path / "xs").metadata == {"kind": "state"}
+    assert {entry.dtype for entry in read_header(tmp_path / "xm").entries.values()} == {"F32"}
+
+
+def test_plain_step_over_files_is_the_mean_of_the_files(tmp_path):
+    parent, deltas = states(tmp_path, "F32")
+    how = plan("mean", [1.0] * 3, [0] * 3, gram_matrix(deltas))
+    write_step(how, deltas, parent, None, 1.0, 0.0, tmp_path / "s", tmp_path / "m")
+    found, _ = read_tensors(tmp_path / "s")
+    for name, array in found.items():
+        mean = np.mean([read_tensors(path)[0][name] for path in deltas.states], axis=0)
+        np.testing.assert_allclose(array, mean, atol=1e-6)
+
+
+def test_overflow_is_refused_and_leaves_no_file(tmp_path):
+    large = np.full(4, 3e38, np.float32)
+    write_tensors(tmp_path / "a", {"w": large})
+    write_tensors(tmp_path / "b", {"w": large * np.float32(0.5)})
+    deltas = DeltaFiles([tmp_path / "a"], [tmp_path / "b"])
+    how = plan("mean", [1.0], [0], gram_matrix(deltas))
+    with pytest.raises(Invalid, match="overflows") as raised:
+        write_step(how, deltas, tmp_path / "b", None, 5.0, 0.9, tmp_path / "s", tmp_path / "m")
+    assert raised.value.reason == reasons_pb2.REASON_NON_FINITE
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_momentum_follows_its_experts_through_a_reselection():
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    moved = realign_momentum(rows, [1, 4, 7], [0, 4, 7])
+    np.testing.assert_array_equal(moved, [[0, 0], [2, 3], [4, 5]])

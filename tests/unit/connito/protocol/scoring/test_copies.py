@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, gram_matrix
+from connito.data.tensors import write_tensors
+from connito.errors import Invalid
+from connito.protocol.scoring.copies import Likeness, copies, distance, explained, find_copies, pairwise_cosines
+from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+RNG = np.random.default_rng(3)
+SHAPES = {"layers.0.a": (3, 40, 10), "layers.1.a": (2, 40, 10)}
+
+
+def files(folder: Path, deltas: list[dict[str, np.ndarray]]) -> DeltaFiles:
+    base = {name: RNG.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+    write_tensors(folder / "base", base)
+    for index, delta in enumerate(deltas):
+        write_tensors(folder / str(index), {name: base[name] - delta[name] for name in base})
+    return DeltaFiles([folder / str(index) for index in range(len(deltas))], [folder / "base"] * len(deltas))
+
+
+def noise(scale: float = 1.0) -> dict[str, np.ndarray]:
+    return {name: (scale * RNG.normal(size=shape)).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def entries(*order: int, digests: tuple[str, ...] = ()) -> list[cycle_pb2.Submission]:
+    return [
+        cycle_pb2.Submission(
+            miner=f"U{i}",
+            commit_sequence=sequence,
+            artifact=artifacts_pb2.ArtifactRef(digest=digests[i] if digests else str(i)),
+        )
+        for i, sequence in enumerate(order)
+    ]
+
+
+def test_the_gram_matrix_is_that_of_the_flattened_deltas(tmp_path):
+    deltas = files(tmp_path, [noise(), noise(2.0), noise(0.1)])
+    flat = np.stack(
+        [np.concatenate([deltas.load(i, n).reshape(-1) for n in deltas.names]).astype(np.float64) for i in range(3)]
+    )
+    gram = gram_matrix(deltas)
+    np.testing.assert_allclose(gram, flat @ flat.T, rtol=1e-9, atol=1e-8)
+    np.testing.assert_array_equal(gram, gram.T)
+    subset = gram_matrix(DeltaSubset(deltas, (2, 0)))
+    np.testing.assert_allclose(subset, gram[np.ix_([2, 0], [2, 0])], rtol=1e-9, atol=1e-8)
+
+
+def test_noise_and_scaling_do_not_hide_a_copy(tmp_path):
+    original, extra = noise(), noise(0.05)
+    copied = {name: 0.5 * original[name] + extra[name] for name in original}
+    similarity = pairwise_cosines(files(tmp_path, [copied, original, noise()]))
+    assert similarity[0, 1] > 0.98
+    assert abs(similarity[1, 2]) < 0.1
+    # The copy stands first in the list but committed later.
+    assert copies(entries(7, 3, 5), similarity, 0.98) == {"U0": "U1"}
+
+
+def test_a_chain_of_copies_is_traced_to_the_first_and_never_blames_it():
+    similarity = np.array([[1, 0.99, 0.5], [0.99, 1, 0.99], [0.5, 0.99, 1]])
+    assert copies(entries(1, 2, 3), similarity, 0.98) == {"U1": "U0", "U2": "U0"}
+    assert copies(entries(3, 2, 1), similarity, 0.98) == {"U1": "U2", "U0": "U2"}
+
+
+def test_the_same_file_is_a_copy_at_any_threshold():
+    assert copies(entries(1, 2, digests=("x", "x")), np.eye(2), 0.0) == {"U1": "U0"}
+    assert copies(entries(1, 2), np.ones((2, 2)), 0.0) == {}
+
+
+def test_doing_nothing_is_similar_to_nothing(tmp_path):
+    still = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    similarity = pairwise_cosines(files(tmp_path, [still, still, noise()]))
+    assert similarity[0].tolist() == [0, 0, 0]
+
+
+def test_states_of_different_layout_are_refused(tmp_path):
+    deltas = files(tmp_path, [noise()])
+    write_tensors(tmp_path / "other", {"layers.0.a": np.zeros(3, np.float32)})
+    with pytest.raises(Invalid, match="same tensors"):
+        DeltaFiles([*deltas.states, tmp_path / "other"], [*deltas.bases, tmp_path / "base"])
+
+
+POLICY = run_pb2.ScorePolicy(copy_threshold=0.95, copy_span_threshold=0.95, copy_effect_threshold=0.08)
+SEQUENCES = [("medical", number) for number in range(30)]
+
+
+def honest(count: int, shared: float = 0.8, seed: int = 0) -> np.ndarray:
+    """Pseudo-gradients [count, d] of which any two have a cosine of about `shared`."""
+    rng = np.random.default_rng(seed)
+    common, own = rng.normal(size=4000), rng.normal(size=(count, 4000))
+    return np.sqrt(shared) * common + np.sqrt(1 - shared) * own
+
+
+def gains(*effects: np.ndarray, validators: str = "ABC") -> dict[str, dict[str, dict[tuple[str, int], float]]]:
+    """What every validator measured of miners U0, U1, …"""
+    of = {f"U{i}": dict(zip(SEQUENCES, map(float, effect), strict=True)) for i, effect in enumerate(effects)}
+    return dict.fromkeys(validators, of)
+
+
+def effect(seed: int) -> np.ndarray:
+    """Half of it is what everybody learns."""
+    return 1.0 + np.random.default_rng(seed).normal(size=len(SEQUENCES))
+
+
+def test_a_mix_of_victims_lies_in_their_span_though_it_is_like_none_of_them():
+    one, two, three = honest(3, shared=0.6)
+    deltas = np.stack([one, two, three, 0.6 * one + 0.4 * two])
+    similarity = deltas @ deltas.T
+    assert copies(entries(1, 2, 3, 4), np.corrcoef(deltas), 0.95) == {}
+    assert find_copies(entries(1, 2, 3, 4), Likeness(similarity), POLICY) == {"U3": "U0"}
+    assert find_copies(entries(2, 3, 4, 1), Likeness(similarity), POLICY) == {"U1": "U3"}, (
+        "what is left of it is stolen"
+    )
+    off = run_pb2.ScorePolicy(copy_threshold=0.95)
+    assert find_copies(entries(1, 2, 3, 4), Likeness(similarity), off) == {}
+
+
+def test_honest_work_that_is_much_alike_is_nobodys_copy():
+    deltas = honest(16, shared=0.8)
+    assert find_copies(entries(*range(16)), Likeness(deltas @ deltas.T), POLICY) == {}
+    shared, parts = explained(np.corrcoef(deltas), range(15), 15)
+    assert 0.8 < shared < 0.95
+    assert (np.abs(parts) < 0.3).all()
+
+
+def test_free_noise_hides_the_direction_but_not_the_effect():
+    deltas = honest(3)
+    noise = 1.5 * np.random.default_rng(9).normal(size=deltas.shape[1])
+    deltas = np.vstack([deltas, deltas[1] + noise])
+    measured = gains(effect(1), effect(2), effect(3), 1.01 * effect(2) + 0.01 * effect(4))
+    blind = Likeness(deltas @ deltas.T)
+    assert find_copies(entries(1, 2, 3, 4), blind, POLICY) == {}
+    assert find_copies(entries(1, 2, 3, 4), Likeness(blind.gram, measured), POLICY) == {"U3": "U1"}
+
+
+def test_two_victims_under_noise_are_found_by_what_their_mix_does():
+    deltas = honest(3)
+    deltas = np.vstack([deltas, (deltas[0] + deltas[2]) / 2 + np.random.default_rng(9).normal(size=deltas.shape[1])])
+    measured = gains(effect(1), effect(2), effect(3), 0.5 * effect(1) + 0.5 * effect(3))
+    assert set(find_copies(entries(1, 2, 3, 4), Likeness(deltas @ deltas.T, measured), POLICY)) == {"U3"}
+
+
+def test_a_lying_minority_frames_nobody_and_equal_effects_alone_convict_nobody():
+    deltas = honest(3)
+    truth, lie = gains(effect(1), effect(2), effect(3)), gains(effect(1), effect(2), effect(1), validators="C")
+    framed = Likeness(deltas @ deltas.T, {**truth, **lie})
+    assert find_copies(entries(1, 2, 3), framed, POLICY) == {}
+    weighty = Likeness(framed.gram, framed.gains, {"A": 1.0, "B": 1.0, "C": 5.0})
+    assert find_copies(entries(1, 2, 3), weighty, POLICY) == {"U2": "U0"}
+    strangers = np.random.default_rng(4).normal(size=(2, 4000))
+    same = Likeness(strangers @ strangers.T, gains(effect(1), effect(1)))
+    assert find_copies(entries(1, 2), same, POLICY) == {}
+
+
+def test_too_few_sequences_and_opposite_effects_say_nothing():
+    few = dict.fromkeys(SEQUENCES[:11], 1.0)
+    assert distance(few, [few]) == float("inf")
+    many = dict.fromkeys(SEQUENCES, 1.0)
+    assert distance(many, [many]) == 0.0
+    assert distance(many, [dict.fromkeys(SEQUENCES, -1.0)]) == float("inf")
+    assert distance(dict.fromkeys(SEQUENCES, 0.0), [many]) == float("inf")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.sampled_from(["own", "copy", "mix", "noise", "minus"]), max_size=6))
+def test_nothing_committed_later_makes_a_copy_of_earlier_work(seed: int, later: list[str]):
+    """The griefer's hope: whatever it commits after them, honest work stays what it was."""
+    rng, mine = np.random.default_rng(seed), honest(4, seed=seed)
+    rows, effects = list(mine), [effect(seed + i) for i in range(4)]
+    for kind in later:
+        a, b = rng.choice(4, 2, replace=False)
+        made = {"own": rng.normal(size=4000), "copy": mine[a], "mix": mine[a] + rng.normal() * mine[b],
+                "noise": mine[a] + rng.normal(size=4000), "minus": mine[a] - mine[b]}[kind]  # fmt: skip
+        rows.append(made)
+        effects.append(effects[a])
+    deltas = np.stack(rows)
+    found = find_copies(entries(*range(len(rows))), Likeness(deltas @ deltas.T, gains(*effects)), POLICY)
+    assert set(found).isdisjoint({"U0", "U1", "U2", "U3"})
+    assert all(f"U{4 + i}" in found for i, kind in enumerate(later) if kind in ("copy", "mix"))
+
+
+def test_where_everybody_learns_the_same_an_effect_convicts_nobody():
+    """A model and a text on which all miners' gains are within 5 % of each other."""
+    deltas = honest(6)
+    measured = gains(*(effect(1) + 0.05 * (effect(10 + i) - 1.0) for i in range(6)))
+    assert find_copies(entries(*range(6)), Likeness(deltas @ deltas.T, measured), POLICY) == {}
+    two = Likeness(deltas[:2] @ deltas[:2].T, measured)
+    assert find_copies(entries(1, 2), two, POLICY) == {}

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from connito.runtime.compute import ComputeBudget, in_thread
+
+HOLDER = """
+import asyncio, sys
+from pathlib import Path
+from connito.runtime.compute import ComputeBudget
+
+async def main():
+    async with ComputeBudget(Path(sys.argv[1]), 1).slot("test"):
+        print("held", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+async def test_no_more_at_once_than_slots_and_everyone_gets_a_turn(tmp_path, slots):
+    inside = peak = turns = 0
+
+    async def work() -> None:
+        nonlocal inside, peak, turns
+        # Each worker as if in a process of its own: budgets share nothing but the folder.
+        async with ComputeBudget(tmp_path, slots).slot("test"):
+            inside += 1
+            peak = max(peak, inside)
+            await asyncio.sleep(0.01)
+            inside -= 1
+            turns += 1
+
+    await asyncio.gather(*(work() for _ in range(6)))
+    assert (peak, turns) == (slots, 6)
+
+
+async def test_no_folder_no_limit():
+    budget, both = ComputeBudget(None), False
+    async with asyncio.timeout(1), budget.slot("a"), budget.slot("b"):
+        both = True
+    assert both
+
+
+async def test_the_kernel_gives_back_what_a_killed_process_held(tmp_path):
+    holder = await asyncio.create_subprocess_exec(sys.executable, "-c", HOLDER, tmp_path, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert await holder.stdout.readline() == b"held\n"
+    waiting = asyncio.ensure_future(_take(ComputeBudget(tmp_path, 1)))
+    await asyncio.wait([waiting], timeout=0.2)
+    assert not waiting.done()
+    holder.kill()
+    await holder.wait()
+    async with asyncio.timeout(5):
+        await waiting
+
+
+async def test_given_back_after_an_error_and_after_a_cancelled_wait(tmp_path):
+    budget = ComputeBudget(tmp_path, 1)
+    with pytest.raises(ZeroDivisionError):
+        async with budget.slot("test"):
+            raise ZeroDivisionError
+    async with budget.slot("test"):
+        waiting = asyncio.ensure_future(_take(budget))
+        await asyncio.wait([waiting], timeout=0.1)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    async with asyncio.timeout(2):
+        await _take(budget)
+
+
+async def test_a_cancelled_thread_is_told_and_waited_for():
+    began, ended = threading.Event(), threading.Event()
+
+    def work(stop: threading.Event) -> None:
+        began.set()
+        stop.wait(10)
+        time.sleep(0.05)
+        ended.set()
+
+    task = asyncio.ensure_future(in_thread(work))
+    await asyncio.to_thread(began.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+
+
+async def _take(budget: ComputeBudget) -> None:
+    async with budget.slot("test"):
+        pass
+
+
+async def test_a_job_that_wants_every_core_waits_for_one_that_has_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("connito.runtime.compute.usable_cores", lambda: 2)
+    wide, narrow = ComputeBudget(tmp_path, 1), ComputeBudget(tmp_path, 2)
+    async with narrow.slot("a"):
+        waiting = asyncio.ensure_future(_take(wide))
+        await asyncio.wait([waiting], timeout=0.2)
+        assert not waiting.done()
+    async with asyncio.timeout(5):
+        await waiting

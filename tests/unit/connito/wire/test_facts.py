@@ -1,0 +1,160 @@
+"""What becomes a fact, and that the order in which facts arrive does not matter."""
+
+from __future__ import annotations
+
+import pytest
+from connito.errors import Invalid
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.wire import subjects
+from connito.wire.envelope import seal
+from connito.wire.facts import CATALOGUE, Log, Record, RunFacts, verify_fact, verify_ingress
+from connito.wire.identity import Identity
+from connito.wire.roster import ROLES, Roster
+from hypothesis import given
+from hypothesis import strategies as st
+
+PEOPLE = {role: Identity.generate(role.encode().ljust(32)) for role in (*ROLES, "miner")}
+ROSTER = Roster({role: frozenset({PEOPLE[role].public}) for role in ROLES})
+RUN = "r1"
+
+
+def record(signer, section, cycle, kind, message, id_="", sequence=1, stream="TRAIN") -> Record:
+    subject = subjects.fact(RUN, section, cycle, kind, id_)
+    return Record(stream, sequence, subject, seal(PEOPLE[signer], subject, message).SerializeToString(), 0)
+
+
+def said(signer, miner, kind, message, sequence=1) -> Record:
+    subject = subjects.ingress(RUN, PEOPLE[miner].public, kind)
+    return Record("INGRESS", sequence, subject, seal(PEOPLE[signer], subject, message).SerializeToString(), 0)
+
+
+def opened(cycle=1, fence=0) -> cycle_pb2.WindowOpened:
+    return cycle_pb2.WindowOpened(run=RUN, cycle=cycle, window=cycle_pb2.WINDOW_TRAIN, fence=fence)
+
+
+def test_every_kind_of_fact_has_a_role_of_the_roster():
+    assert {role for _, role, _ in CATALOGUE.values()} <= set(ROLES)
+
+
+def test_a_good_fact():
+    fact = verify_fact(record("coordinator", "train", 1, "opened", opened(), sequence=7), ROSTER)
+    assert (fact.run, fact.key.cycle, fact.signer, fact.sequence) == (RUN, 1, PEOPLE["coordinator"].public, 7)
+
+
+@pytest.mark.parametrize("role", [role for role in PEOPLE if role != "coordinator"])
+def test_only_its_role_may_write_it(role):
+    with pytest.raises(Invalid, match="only a coordinator") as caught:
+        verify_fact(record(role, "train", 1, "opened", opened()), ROSTER)
+    assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+
+
+@pytest.mark.parametrize(
+    "message", [cycle_pb2.WindowOpened(run="other", cycle=1), cycle_pb2.WindowOpened(run=RUN, cycle=2)]
+)
+def test_payload_and_subject_agree_on_run_and_cycle(message):
+    with pytest.raises(Invalid, match="another run or cycle"):
+        verify_fact(record("coordinator", "train", 1, "opened", message), ROSTER)
+
+
+def test_payload_and_subject_agree_on_the_id():
+    message = cycle_pb2.CommitmentAccepted(run=RUN, cycle=1, miner="somebody")
+    with pytest.raises(Invalid, match="another id"):
+        verify_fact(record("committer", "commit", 1, "accepted", message, "else"), ROSTER)
+    refused = cycle_pb2.Refused(run=RUN, cycle=1, miner="m", ingress_sequence=9)
+    assert verify_fact(record("committer", "commit", 1, "refused", refused, "m-9"), ROSTER).key.id == "m-9"
+
+
+def test_the_run_of_a_creation_is_in_its_spec():
+    created = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=RUN))
+    assert verify_fact(record("coordinator", "run", 0, "created", created, stream="RUNS"), ROSTER).run == RUN
+
+
+def test_a_validator_speaks_for_itself_only():
+    second = Identity.generate(b"second".ljust(32))
+    roster = Roster({"validator": frozenset({PEOPLE["validator"].public, second.public})})
+    message = cycle_pb2.SeedCommitted(run=RUN, cycle=1, validator=second.public)
+    with pytest.raises(Invalid, match="itself") as caught:
+        verify_fact(record("validator", "train", 1, "seed", message, second.public), roster)
+    assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+
+
+def test_a_kind_that_does_not_exist():
+    with pytest.raises(Invalid, match=r"train\.lunch") as caught:
+        verify_fact(record("coordinator", "train", 1, "lunch", opened()), ROSTER)
+    assert caught.value.reason == reasons_pb2.REASON_UNKNOWN_TYPE
+
+
+def test_a_miner_speaks_for_itself_only():
+    commitment = cycle_pb2.Commitment(run=RUN, cycle=2, digest=b"x" * 32)
+    assert verify_ingress(said("miner", "miner", "commitment", commitment)).key.cycle == 2
+    with pytest.raises(Invalid, match="another key") as caught:
+        verify_ingress(said("validator", "miner", "commitment", commitment))
+    assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("commitment", cycle_pb2.Commitment(run="other", cycle=2)),
+        ("commitment", cycle_pb2.Reveal(run=RUN, cycle=2)),
+        ("gossip", cycle_pb2.Commitment(run=RUN, cycle=2)),
+    ],
+)
+def test_other_things_said_are_refused(kind, message):
+    with pytest.raises(Invalid):
+        verify_ingress(said("miner", "miner", kind, message))
+
+
+RECORDS = [
+    *(record("coordinator", "train", cycle, "opened", opened(cycle), sequence=cycle) for cycle in (1, 2, 3)),
+    # A second message on a subject, and a second thing said: the smaller sequence stands.
+    record("coordinator", "train", 1, "opened", opened(1, fence=9), sequence=8),
+    said("miner", "miner", "commitment", cycle_pb2.Commitment(run=RUN, cycle=1, digest=b"first"), sequence=4),
+    said("miner", "miner", "commitment", cycle_pb2.Commitment(run=RUN, cycle=1, digest=b"second"), sequence=5),
+    record("committer", "commit", 1, "settled", cycle_pb2.WindowSettled(run=RUN, cycle=1), stream="COMMIT"),
+    record("aggregator", "merge", 1, "version", cycle_pb2.VersionPublished(run=RUN, cycle=1), stream="MERGE"),
+]
+
+
+@given(st.lists(st.sampled_from(RECORDS)).flatmap(lambda extra: st.permutations(RECORDS + extra)))
+def test_order_and_repetition_do_not_matter(records):
+    log = Log(ROSTER)
+    for each in records:
+        log.apply(each)
+    facts = log.runs[RUN]
+    assert len(facts.facts) == 6
+    assert facts.opened("train", 1).fence == 0
+    assert facts.get(cycle_pb2.Commitment, "ingress", 1, "commitment", PEOPLE["miner"].public).digest == b"first"
+    assert facts.cycle == 3
+    assert facts.settled("commit", 1) is not None
+    assert facts.version(1) is not None
+
+
+def test_applying_tells_what_was_new():
+    log = Log(ROSTER)
+    assert log.apply(RECORDS[0]) is not None
+    assert log.apply(RECORDS[0]) is None
+
+
+def test_inside_is_decided_by_sequence():
+    log = Log(ROSTER)
+    inside, outside = (
+        log.apply(said("miner", "miner", kind, message, sequence))
+        for kind, message, sequence in (
+            ("commitment", cycle_pb2.Commitment(run=RUN, cycle=1), 10),
+            ("reveal", cycle_pb2.Reveal(run=RUN, cycle=1), 11),
+        )
+    )
+    facts = log.runs[RUN]
+    assert facts.inside("commit", 1, outside)
+    closed = cycle_pb2.WindowClosed(
+        run=RUN, cycle=1, window=cycle_pb2.WINDOW_COMMIT, stream="INGRESS", last_sequence=10
+    )
+    log.apply(record("coordinator", "commit", 1, "closed", closed, stream="COMMIT", sequence=99))
+    assert facts.inside("commit", 1, inside)
+    assert not facts.inside("commit", 1, outside)
+
+
+def test_an_unknown_run_is_empty():
+    facts = RunFacts("none")
+    assert (facts.spec, facts.selection, facts.ended, facts.cycle, facts.miners) == (None, None, None, 0, [])

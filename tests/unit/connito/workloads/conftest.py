@@ -1,0 +1,60 @@
+"""A base of random weights, big enough to route, and text to route through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from connito.base.checkpoint import save_checkpoint
+from connito.base.tiny import tokenizer
+from connito.data.corpus import Corpus
+from connito.data.manifest import Manifest, build_manifest
+from connito.v1 import run_pb2
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the selector is given."""
+
+    manifest: Manifest
+    files: dict[str, Path]
+    probe: Path
+    replay: Path
+    spec: run_pb2.RunSpec
+
+
+def corpus(path: Path, domain: str, tokens: np.ndarray) -> Path:
+    documents = [list(map(int, part)) for part in np.array_split(tokens, 8)]
+    Corpus.from_documents(documents, {"domain": domain, "separator": "256"}).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = Qwen2MoeConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3,
+        num_experts=8, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2,
+        shared_expert_intermediate_size=16, decoder_sparse_step=1, mlp_only_layers=[0],
+    )  # fmt: skip
+    save_checkpoint(Qwen2MoeForCausalLM(config).eval(), folder / "model", tokenizer())
+    rng = np.random.default_rng(0)
+    spec = run_pb2.RunSpec(run="run-1", domain="letters")
+    spec.base.name = "random"
+    spec.base.manifest.digest = "b" * 64
+    spec.training.sequence_length = 16
+    spec.selection.MergeFrom(run_pb2.SelectionPolicy(method="esft-token", threshold=0.4, helpers_per_layer=2))
+    spec.replay.domain = "digits"
+    return Inputs(
+        build_manifest(folder / "model", "random"),
+        {path.name: path for path in (folder / "model").iterdir()},
+        corpus(folder / "probe", "letters", rng.integers(97, 123, 400)),
+        corpus(folder / "replay", "digits", rng.integers(48, 58, 400)),
+        spec,
+    )

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from connito.data.pseudo_gradients import DeltaFiles
+from connito.protocol.merging.candidates import Attempt, Ingredients, attempts, outliers, plan_of
+from connito.v1 import cycle_pb2, run_pb2
+
+ALL = cycle_pb2.GATE_DECISION_ACCEPTED
+CALM = cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS
+BEST = cycle_pb2.GATE_DECISION_TOP_1
+
+
+def ingredients(deltas, utilities, staleness=None, commits=None):
+    deltas = np.asarray(deltas, float)
+    commits = commits or range(len(deltas))
+    submissions = [cycle_pb2.Submission(miner=f"M{i}", commit_sequence=c + 1) for i, c in enumerate(commits)]
+    staleness = staleness or [0] * len(deltas)
+    gram = deltas @ deltas.T if len(deltas) else np.zeros((0, 0))
+    return Ingredients(Path("p"), None, submissions, DeltaFiles([], []), utilities, staleness, gram)
+
+
+def test_outliers_are_long_or_point_against_the_rest():
+    deltas = np.array([[1.0, 0.1, 0.0], [1.0, 0.0, 0.1], [0.9, 0.1, 0.1], [9.0, 0.5, 0.5], [-1.0, 0.0, 0.0]])
+
+    assert outliers(deltas @ deltas.T) == [3, 4]
+
+
+def test_two_that_disagree_are_both_outliers_and_one_is_none():
+    assert outliers(np.array([[1.0, -1.0], [-1.0, 1.0]])) == [0, 1]
+    assert outliers(np.array([[4.0]])) == []
+    assert outliers(np.zeros((3, 3))) == []
+
+
+def test_fallbacks_come_in_order():
+    calm = ingredients([[1, 0], [1, 0.1]], [0.1, 0.2])
+    wild = ingredients([[1, 0], [1, 0.1], [9, 0]], [0.1, 0.2, 0.1])
+    torn = ingredients([[1, 0], [-1, 0]], [0.2, 0.1])
+
+    assert list(attempts(calm)) == [Attempt(ALL, (0, 1)), Attempt(BEST, (1,))]
+    assert list(attempts(wild)) == [Attempt(ALL, (0, 1, 2)), Attempt(CALM, (0, 1)), Attempt(BEST, (1,))]
+    assert list(attempts(torn)) == [Attempt(ALL, (0, 1)), Attempt(BEST, (0,))]
+    assert list(attempts(ingredients([], []))) == []
+
+
+def test_the_earlier_commitment_is_the_best_of_equals():
+    assert ingredients([[1, 0], [0, 1]], [0.2, 0.2], commits=[5, 3]).best == 1
+
+
+def test_stale_work_weighs_less():
+    how = plan_of(
+        Attempt(ALL, (0, 1)),
+        ingredients([[1, 0], [0, 1]], [0.2, 0.2], staleness=[0, 1]),
+        run_pb2.MergePolicy(aggregator="utility-mean"),
+    )
+
+    assert how.weights == pytest.approx((2 / 3, 1 / 3))
+
+
+def test_the_best_alone_is_the_best_whatever_the_policy():
+    how = plan_of(
+        Attempt(BEST, (1,)), ingredients([[1, 0], [0, 1]], [0.1, 0.2]), run_pb2.MergePolicy(aggregator="krum")
+    )
+
+    assert how.weights == (1.0,)

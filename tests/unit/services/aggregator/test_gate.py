@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+from connito.protocol.merging.candidates import Attempt
+from connito.protocol.merging.gate import Losses, choose, judge
+from connito.v1 import cycle_pb2
+
+ALL = cycle_pb2.GATE_DECISION_ACCEPTED
+CALM = cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS
+BEST = cycle_pb2.GATE_DECISION_TOP_1
+KEPT = cycle_pb2.GATE_DECISION_KEPT_INCUMBENT
+TRIES = [Attempt(ALL, (0, 1, 2)), Attempt(CALM, (0, 1)), Attempt(BEST, (1,))]
+
+
+def losses(target: float, **general: float) -> Losses:
+    return Losses({name: (value * 100, 100) for name, value in {"medical": target, **general}.items()})
+
+
+@pytest.mark.parametrize(
+    ("after", "why"),
+    [
+        (losses(2.9, code=2.0, law=2.0), ""),
+        (losses(3.0, code=2.0, law=2.0), ""),
+        (losses(2.9, code=2.05, law=2.0), ""),
+        (losses(3.0001, code=1.0, law=1.0), "medical loss would rise"),
+        (losses(2.0, code=2.0, law=2.06), "law loss would rise by 0.0600, over the margin of 0.0500"),
+        (losses(float("nan"), code=2.0, law=2.0), "medical loss would not be a number"),
+        (losses(2.0, code=float("nan"), law=2.0), "code loss would not be a number"),
+        (losses(2.0, code=float("inf"), law=2.0), "code loss would rise by inf"),
+    ],
+)
+def test_a_candidate_passes_only_if_target_and_every_general_domain_agree(after, why):
+    verdict = judge(losses(3.0, code=2.0, law=2.0), after, "medical", 0.0500001)
+
+    assert verdict.startswith(why)
+    assert bool(verdict) == bool(why)
+
+
+def test_a_domain_without_gate_sequences_is_not_judged():
+    before, after = Losses({"medical": (0.0, 0), "code": (2.0, 1)}), Losses({"medical": (0.0, 0), "code": (2.0, 1)})
+
+    assert judge(before, after, "medical", 0.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("good", "decision"), [({ALL, CALM}, ALL), ({CALM, BEST}, CALM), ({BEST}, BEST), (set(), KEPT)]
+)
+def test_the_first_attempt_that_passes_stands(good, decision):
+    tried = []
+
+    def measure(attempt: Attempt) -> Losses:
+        tried.append(attempt.decision)
+        return losses(2.5 if attempt.decision in good else 3.5)
+
+    outcome = choose(TRIES, losses(3.0), measure, "medical", 0.0)
+
+    assert outcome.attempt.decision == decision
+    assert outcome.after.per_token()["medical"] == (3.0 if decision == KEPT else 2.5)
+    refused = len(tried) - (decision != KEPT)
+    assert outcome.detail.count("medical loss would rise from 3.0000 to 3.5000") == refused
+    assert tried == [ALL, CALM, BEST][: len(tried)]
+
+
+def test_a_candidate_that_cannot_be_built_is_refused_with_the_reason():
+    outcome = choose(
+        TRIES[:2], losses(3.0), lambda a: "overflows" if a.decision == ALL else losses(2.0), "medical", 0.0
+    )
+
+    assert (outcome.attempt.decision, outcome.detail) == (CALM, "all together: overflows")
+
+
+def test_without_candidates_there_is_nothing_to_merge():
+    outcome = choose([], Losses({}), lambda _: losses(0.0), "medical", 0.0)
+
+    assert outcome.attempt == Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ())

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+from connito.protocol.scoring.counted_reports import draw, quorum_fault, read_reports
+from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import FactKey
+
+from services.aggregator.handlers import Merge, Preload, decide, drop_losses
+
+RUN = "run-1"
+
+
+def payloads(facts, loaded=(RUN,)):
+    return [action.payload for action in decide(facts, loaded).actions]
+
+
+def test_the_model_is_loaded_as_soon_as_the_targets_are_known(stage):
+    assert payloads(stage.world.facts(), ()) == [Preload(RUN)]
+    assert payloads(stage.world.facts()) == []
+
+    stage.world.drop("run", 0, "selected")
+    assert payloads(stage.world.facts(), ()) == []
+
+
+def test_a_cycle_is_merged_once_everything_it_rests_on_is_known(ready):
+    assert payloads(ready.world.facts()) == [Merge(RUN, 1)]
+
+
+@pytest.mark.parametrize(
+    "missing", [("validate", "closed"), ("merge", "opened"), ("submit", "settled"), ("train", "opened")]
+)
+def test_nothing_is_merged_before(ready, missing):
+    section, kind = missing
+    ready.world.drop(section, 1, kind)
+
+    assert payloads(ready.world.facts()) == []
+
+
+def test_a_published_version_is_not_made_again(ready):
+    ready.world.put("merge", 1, "version", cycle_pb2.VersionPublished(run=RUN, cycle=1))
+
+    assert payloads(ready.world.facts()) == []
+
+
+def test_scores_without_a_version_are_finished_after_a_crash(ready):
+    ready.world.put("merge", 1, "scored", cycle_pb2.CycleScored(run=RUN, cycle=1))
+
+    assert payloads(ready.world.facts()) == [Merge(RUN, 1)]
+
+
+def test_an_ended_run_needs_nothing(ready):
+    ready.world.put("run", 0, "ended", run_pb2.RunEnded(run=RUN))
+
+    assert payloads(ready.world.facts(), ()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"seed": b"x" * 32}, "another seed"),
+        ({"state_digest": "state-1"}, "another state"),
+        ({"scores": [cycle_pb2.SubmissionScore(miner="MA", artifact_digest="forged")]}, "not submitted"),
+        ({"scores": [cycle_pb2.SubmissionScore(miner="MX", artifact_digest="artifact-0")]}, "not submitted"),
+        ({"scores": [cycle_pb2.SubmissionScore(miner="MA", artifact_digest="artifact-0")] * 2}, "twice"),
+        (
+            {"scores": [cycle_pb2.SubmissionScore(miner="MA", artifact_digest="artifact-0", utility=float("nan"))]},
+            "not a finite number",
+        ),
+        (
+            {"scores": [cycle_pb2.SubmissionScore(miner="MA", artifact_digest="artifact-0", utility=-0.1)]},
+            "at least 0",
+        ),
+        (
+            {"scores": [cycle_pb2.SubmissionScore(miner="MA", artifact_digest="artifact-0", utility=1.7e308)]},
+            "above 1000 nats",
+        ),
+    ],
+)
+def test_a_report_on_something_else_does_not_count(stage, changes, why):
+    stage.add("VA", {}, **changes)
+    stage.add("VB", {"MA": 0.1})
+    stage.close()
+
+    reports = read_reports(stage.world.facts(), 1)
+
+    assert list(reports.counted) == ["VB"]
+    assert why in reports.ignored["VA"]
+
+
+def test_a_report_behind_the_close_is_late(ready):
+    ready.add("VC", {"MA": 0.9})
+
+    reports = read_reports(ready.world.facts(), 1)
+
+    assert (list(reports.counted), reports.ignored) == (["VA", "VB"], {"VC": "late"})
+
+
+def test_a_validator_that_was_not_drawn_does_not_count(stage):
+    stage.add("VX", {"MA": 0.1})
+    stage.close()
+
+    assert read_reports(stage.world.facts(), 1).ignored == {"VX": "not in the draw"}
+
+
+def even(validator: str) -> float:
+    return 1.0
+
+
+def test_more_than_half_of_the_drawn_stake_must_have_reported(stage):
+    stage.add("VA", {"MA": 0.1})
+    stage.close()
+    facts = stage.world.facts()
+    reports = read_reports(facts, 1)
+
+    assert quorum_fault(facts, 1, reports, even).startswith("validators with 1 of 3 stake reported in time")
+    assert quorum_fault(facts, 1, reports, {"VA": 3.0, "VB": 1.0, "VC": 1.0}.__getitem__) == ""
+
+
+def test_without_a_draw_there_is_no_quorum(ready):
+    ready.world.drop("validate", 1, "drawn")
+    facts = ready.world.facts()
+
+    assert "nothing was drawn" in quorum_fault(facts, 1, read_reports(facts, 1), even)
+
+
+def test_a_draw_behind_the_close_is_none(stage):
+    stage.close()
+    stage.world.put("validate", 1, "drawn", cycle_pb2.SeedDrawn(run=RUN, cycle=1, validators=["VA"]))
+
+    assert draw(stage.world.facts(), 1) is None
+
+
+def test_losses_are_kept_until_the_version_is_out(stage):
+    """Copies are found by them: an aggregator without them decides otherwise than an auditor."""
+    losses = [cycle_pb2.SequenceLoss(domain="medical", before=2.0, after=1.0)]
+
+    def told(*kinds):
+        facts = RunFacts(RUN)
+        for kind in kinds:
+            if kind == "report":
+                message = cycle_pb2.ScoreReport(scores=[cycle_pb2.SubmissionScore(miner="MA", losses=losses)])
+                key = FactKey("validate", 1, "report", "VA")
+            else:
+                message, key = cycle_pb2.VersionPublished(), FactKey("merge", 1, "version")
+            fact = Fact(RUN, key, message, "UX", "X", 1, 0)
+            facts.add(fact)
+            drop_losses(facts, fact)
+        return len(facts.all("validate", 1, "report")["VA"].message.scores[0].losses)
+
+    assert told("report") == 1
+    assert told("report", "version") == 0
+    assert told("version", "report") == 0

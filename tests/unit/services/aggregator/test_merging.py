@@ -1,0 +1,265 @@
+"""A cycle's merge over small states. The held-out loss is a function of the state: distance to a point."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from connito.data.tensors import read_header, read_tensors, write_tensors
+from connito.protocol.merging.cycle import Files, merge_cycle
+from connito.protocol.merging.gate import Losses
+from connito.protocol.scoring.counted_reports import read_reports
+from connito.protocol.scoring.verdicts import agree
+from connito.v1 import cycle_pb2, reasons_pb2
+
+NAME = "layers.0.down_proj"
+START = np.zeros((2, 3), np.float32)
+GOAL = np.full((2, 3), 1.0, np.float32)
+
+
+def row(values):
+    """Both rows of the state, three numbers away from the start."""
+    return START + np.array(values, np.float32)
+
+
+def load(path):
+    return read_tensors(path, [NAME])[0][NAME]
+
+
+def distance(part, digest, path):
+    """Target: squared distance to GOAL. General: how far the state is from the origin, beyond 4."""
+    value = load(path)
+    return Losses(
+        {
+            "medical": (float(np.square(value - GOAL).sum()), 1),
+            "code": (max(0.0, float(np.square(value).sum()) - 4.0), 1),
+        }
+    )
+
+
+class Desk:
+    """Facts and files of one cycle."""
+
+    def __init__(self, stage, folder):
+        self.stage, self.folder = stage, folder
+        stage.world.facts().spec.holdout.domain = "medical"
+        self.parent = folder / "parent"
+        write_tensors(self.parent, {NAME: START}, {"version": "0"})
+        self.states = {}
+        self.momentum = None
+
+    def submit(self, miner, value, utility):
+        path = self.folder / f"{miner}.state"
+        write_tensors(path, {NAME: np.asarray(value, np.float32)})
+        self.states[miner] = path
+        self.utilities = {**getattr(self, "utilities", {}), miner: utility}
+
+    def merge(self, out="out", submissions=None, bases=None, **merging):
+        for validator in ("VA", "VB", "VC"):
+            self.stage.add(validator, self.utilities)
+        self.stage.close()
+        facts = self.stage.world.facts()
+        for name, value in merging.items():
+            setattr(facts.spec.merging, name, value)
+        settled = submissions or [s for s in facts.settled("submit", 1).submissions if s.miner in self.states]
+        agreed = agree(facts, 1, read_reports(facts, 1), settled, lambda _: 1.0)
+        folder = self.folder / out
+        folder.mkdir()
+        origins = {**dict.fromkeys(self.states, self.parent), **(bases or {})}
+        files = Files(self.parent, self.momentum, self.states, origins)
+        return merge_cycle(facts, 1, settled, agreed, {}, files, distance, folder)
+
+
+@pytest.fixture
+def desk(stage, tmp_path):
+    return Desk(stage, tmp_path)
+
+
+def verdicts(merged):
+    return {verdict.miner: verdict for verdict in merged.scored.verdicts}
+
+
+def test_the_mean_of_good_work_is_published(desk):
+    desk.submit("MA", START + 0.5, 0.2)
+    desk.submit("MB", row([0.9, 0.5, 0.1]), 0.1)
+    desk.submit("MC", START - 5.0, 0.0)
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+
+    version = merged.version
+    assert version.gate == cycle_pb2.GATE_DECISION_ACCEPTED
+    assert (version.version, version.parent) == (1, 0)
+    assert dict(zip(version.merged, version.weights, strict=True)) == {"MA": 0.5, "MB": 0.5}
+    np.testing.assert_allclose(load(merged.state), row([0.7, 0.5, 0.3]), rtol=1e-6)
+    np.testing.assert_allclose(load(merged.momentum), -(row([0.7, 0.5, 0.3])), rtol=1e-6)
+    assert [(loss.domain, loss.before > loss.after) for loss in version.losses] == [("medical", True), ("code", False)]
+    assert verdicts(merged)["MC"].status == cycle_pb2.VERDICT_STATUS_REJECTED
+    assert version.state.digest == hashlib.sha256(merged.state.read_bytes()).hexdigest()
+    assert read_header(merged.state).metadata == {"version": "0"}
+
+
+def test_the_report_is_told_sequence_by_sequence(desk, monkeypatch):
+    plain = distance
+
+    def by_sequence(part, digest, path):
+        whole = plain(part, digest, path)
+        rows = {domain: ((nll / 2, nll / 2), (1, 1)) for domain, (nll, _) in whole.sums.items()}
+        return Losses({domain: (nll, 2) for domain, (nll, _) in whole.sums.items()}, rows)
+
+    desk.submit("MA", START + 0.5, 0.2)
+    monkeypatch.setitem(Desk.merge.__globals__, "distance", by_sequence)
+    version = desk.merge(aggregator="mean", outer_learning_rate=1.0).version
+    for loss in version.losses:
+        assert sum(loss.before_sums) / sum(loss.sequence_tokens) == loss.before
+        assert sum(loss.after_sums) / sum(loss.sequence_tokens) == loss.after
+    assert not any(loss.before_sums for loss in version.gate_losses)
+
+
+def test_momentum_of_the_parent_carries_on(desk):
+    desk.submit("MA", START + 0.2, 0.2)
+    desk.momentum = desk.folder / "momentum"
+    write_tensors(desk.momentum, {NAME: np.full((2, 3), -0.1, np.float32)})
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=0.5, outer_momentum=0.9)
+
+    velocity = 0.9 * -0.1 - 0.2
+    np.testing.assert_allclose(load(merged.momentum), np.full((2, 3), velocity), rtol=1e-6)
+    np.testing.assert_allclose(load(merged.state), np.full((2, 3), -0.5 * (-0.2 + 0.9 * velocity)), rtol=1e-6)
+
+
+def test_a_copy_is_blamed_on_the_later_commitment_and_not_merged(desk):
+    desk.submit("MA", START + 0.5, 0.2)
+    desk.submit("MB", START + 0.5001, 0.21)
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+
+    assert verdicts(merged)["MB"].reason == reasons_pb2.REASON_COPY
+    assert "MA" in verdicts(merged)["MB"].detail
+    assert list(merged.version.merged) == ["MA"]
+    assert verdicts(merged)["MA"].reward == 100
+
+
+def test_an_outlier_that_scored_is_left_out_when_the_gate_says_so(desk):
+    desk.submit("MA", row([0.5, 0.4, 0.3]), 0.2)
+    desk.submit("MB", row([0.3, 0.4, 0.6]), 0.1)
+    desk.submit("MC", row([9.0, 0.0, 1.0]), 0.15)
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+
+    assert merged.version.gate == cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS
+    assert list(merged.version.merged) == ["MA", "MB"]
+    assert verdicts(merged)["MC"].status == cycle_pb2.VERDICT_STATUS_SCORED
+    assert verdicts(merged)["MC"].reason == reasons_pb2.REASON_OUTLIER
+    assert verdicts(merged)["MC"].reward > 0
+    assert merged.version.gate_detail.startswith("all together: medical loss would rise")
+
+
+def test_the_best_alone_is_the_state_that_was_measured(desk):
+    desk.submit("MA", row([0.5, 0.4, 0.3]), 0.1)
+    desk.submit("MB", row([0.3, 0.6, 0.4]), 0.2)
+    desk.momentum = desk.folder / "momentum"
+    write_tensors(desk.momentum, {NAME: np.full((2, 3), 50.0, np.float32)})
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0, outer_momentum=0.9)
+
+    assert merged.version.gate == cycle_pb2.GATE_DECISION_TOP_1
+    np.testing.assert_allclose(load(merged.state), load(desk.states["MB"]), atol=1e-7)
+    np.testing.assert_allclose(load(merged.momentum), -load(desk.states["MB"]), atol=1e-7)
+    assert verdicts(merged)["MA"].reason == reasons_pb2.REASON_GATE_REJECTED
+
+
+def test_a_refused_merge_leaves_incumbent_and_momentum_as_they_were(desk):
+    desk.submit("MA", START - 1.0, 0.2)
+    desk.momentum = desk.folder / "momentum"
+    write_tensors(desk.momentum, {NAME: np.full((2, 3), 0.25, np.float32)})
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+
+    version = merged.version
+    assert version.gate == cycle_pb2.GATE_DECISION_KEPT_INCUMBENT
+    assert (merged.state, merged.momentum) == (desk.parent, desk.momentum)
+    assert list(version.merged) == []
+    assert all(loss.before == loss.after for loss in version.losses)
+    assert verdicts(merged)["MA"].reason == reasons_pb2.REASON_GATE_REJECTED
+    assert "the best alone" in version.gate_detail
+
+
+def test_retention_is_the_gates_business_too(desk):
+    desk.submit("MA", START + 0.95, 0.2)
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0, gate_general_margin=0.1)
+
+    assert merged.version.gate == cycle_pb2.GATE_DECISION_KEPT_INCUMBENT
+    assert "code loss would rise" in merged.version.gate_detail
+
+
+def test_nothing_that_scored_is_nothing_to_merge(desk):
+    desk.submit("MA", START + 0.5, 0.0)
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+
+    assert merged.version.gate == cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE
+    assert merged.version.state.digest == hashlib.sha256(desk.parent.read_bytes()).hexdigest()
+    assert merged.scored.unallocated == 100
+    assert (merged.version.gate_detail, list(merged.version.gate_losses)) == ("", [])
+    assert not load(merged.momentum).any()
+    assert [loss.before == loss.after for loss in merged.version.losses] == [True, True]
+
+
+def test_no_submission_at_all_is_nothing_to_merge(desk):
+    desk.utilities = {}
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+
+    assert merged.version.gate == cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE
+    assert list(merged.scored.verdicts) == []
+
+
+def test_hostile_files_cost_only_their_senders(desk):
+    desk.submit("MA", START + 0.5, 0.2)
+    desk.submit("MB", np.full((2, 3), np.nan), 0.9)
+    desk.submit("MC", np.zeros((2, 4)), 0.9)
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+
+    assert list(merged.version.merged) == ["MA"]
+    assert verdicts(merged)["MB"].reason == reasons_pb2.REASON_NON_FINITE
+    assert verdicts(merged)["MC"].reason == reasons_pb2.REASON_WRONG_SHAPE
+    assert verdicts(merged)["MA"].reward == 100
+
+
+def test_a_step_that_overflows_is_refused_like_any_other(desk):
+    desk.submit("MA", START + 0.5, 0.2)
+
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1e39, outer_momentum=0.9)
+
+    assert merged.version.gate == cycle_pb2.GATE_DECISION_TOP_1
+    assert "overflow" in merged.version.gate_detail
+
+
+def test_late_work_counts_by_what_it_learnt_from_its_own_base(desk):
+    """Its base was 0.5 above the parent, so of its 0.8 only 0.3 is what the miner trained."""
+    desk.submit("MA", row([0.4, 0.2, 0.3]), 0.2)
+    desk.submit("MB", START + 0.8, 0.2)
+    base = desk.folder / "old"
+    write_tensors(base, {NAME: START + 0.5})
+
+    merged = desk.merge(bases={"MB": base}, aggregator="mean", outer_learning_rate=1.0)
+
+    expected = (np.array([0.4, 0.2, 0.3]) + 0.3) / 2
+    np.testing.assert_allclose(load(merged.state), np.broadcast_to(expected, (2, 3)), rtol=1e-6)
+
+
+def test_restarting_gives_the_same_bytes(desk, stage, tmp_path):
+    rng = np.random.default_rng(3)
+    for miner in ("MA", "MB", "MC"):
+        desk.submit(miner, START + rng.normal(0.5, 0.1, (2, 3)), 0.1)
+
+    one = desk.merge("one", aggregator="geometric-median", outer_learning_rate=0.7, outer_momentum=0.9)
+    settled = list(stage.world.facts().settled("submit", 1).submissions)[::-1]
+    two = desk.merge("two", settled, aggregator="geometric-median", outer_learning_rate=0.7, outer_momentum=0.9)
+
+    assert one.state.read_bytes() == two.state.read_bytes()
+    assert one.momentum.read_bytes() == two.momentum.read_bytes()
+    assert one.version == two.version

@@ -1,0 +1,141 @@
+"""Looking into artifacts: once each, and whatever is in them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.v1 import reasons_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
+from safetensors.numpy import save
+
+from services.committer import content
+from services.committer.content import ContentCheck
+from tests.unit.services.committer.ledger import Ledger, artifact
+
+STATE = {"layers.0.up_proj": np.ones((2, 4, 4), dtype=np.float32)}
+
+
+class Shelf:
+    """A store that is a folder, and that fails on demand. What the real one does is in tests/integration."""
+
+    def __init__(self, folder: Path, good: bytes) -> None:
+        self.good, self.upload = folder / "good", folder / "upload"
+        self.good.write_bytes(good)
+        self.fetched = 0
+        self.failure: Exception | None = None
+
+    async def stat(self, ref: ArtifactRef) -> int | None:
+        return ref.size if self.upload.exists() else None
+
+    async def fetch(self, ref: ArtifactRef) -> Path:
+        if ref.digest != artifact("ma", 1).digest:
+            return self.good
+        self.fetched += 1
+        await asyncio.sleep(0)
+        if self.failure is not None:
+            raise self.failure
+        return self.upload
+
+
+@pytest.fixture
+def facts() -> RunFacts:
+    ledger = Ledger()
+    spec = ledger.facts.spec
+    assert spec is not None
+    spec.scoring.max_relative_norm = 0.5
+    return ledger.facts
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path, save(STATE))
+
+
+@pytest.fixture
+def check(shelf: Shelf) -> ContentCheck:
+    return ContentCheck(shelf, 2)  # type: ignore[arg-type]
+
+
+async def test_a_good_artifact_is_examined_once_however_many_ask(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck
+) -> None:
+    shelf.upload.write_bytes(save(STATE))
+    answers = await asyncio.gather(*(check(facts, artifact("ma", 1)) for _ in range(5)))
+    assert answers == [None] * 5
+    assert await check(facts, artifact("ma", 1)) is None
+    assert shelf.fetched == 1
+
+
+async def test_what_is_missing_is_looked_for_again(facts: RunFacts, shelf: Shelf, check: ContentCheck) -> None:
+    refusal = await check(facts, artifact("ma", 1))
+    assert refusal is not None
+    assert refusal.reason == reasons_pb2.REASON_ARTIFACT_MISSING
+    shelf.upload.write_bytes(save(STATE))
+    assert await check(facts, artifact("ma", 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", reasons_pb2.REASON_BAD_HEADER),
+        (b"\xff" * 64, reasons_pb2.REASON_BAD_HEADER),
+        (save({"layers.0.up_proj": STATE["layers.0.up_proj"] * np.inf}), reasons_pb2.REASON_NON_FINITE),
+        (save({"layers.0.up_proj": STATE["layers.0.up_proj"] * 2}), reasons_pb2.REASON_NORM_EXCEEDED),
+        (save({"layers.1.up_proj": STATE["layers.0.up_proj"]}), reasons_pb2.REASON_WRONG_TENSORS),
+        (save({"layers.0.up_proj": STATE["layers.0.up_proj"].astype(np.float16)}), reasons_pb2.REASON_WRONG_DTYPE),
+    ],
+)
+async def test_bad_content_is_refused_with_its_reason(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck, data: bytes, expected: int
+) -> None:
+    shelf.upload.write_bytes(data)
+    refusal = await check(facts, artifact("ma", 1))
+    assert refusal is not None
+    assert refusal.reason == expected
+
+
+async def test_a_file_that_breaks_the_examination_is_refused_too(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def burst(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(content, "validate", burst)
+    shelf.upload.write_bytes(save(STATE))
+    refusal = await check(facts, artifact("ma", 1))
+    assert refusal is not None
+    assert refusal.reason == reasons_pb2.REASON_BAD_HEADER
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (VerificationFailed("other bytes"), reasons_pb2.REASON_DIGEST_MISMATCH),
+        (NotFound("gone"), reasons_pb2.REASON_ARTIFACT_MISSING),
+    ],
+)
+async def test_what_the_store_says_about_the_artifact_is_told_to_the_miner(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck, failure: Exception, expected: int
+) -> None:
+    shelf.upload.write_bytes(save(STATE))
+    shelf.failure = failure
+    refusal = await check(facts, artifact("ma", 1))
+    assert refusal is not None
+    assert refusal.reason == expected
+
+
+@pytest.mark.parametrize("failure", [Retry("the store is away"), Invalid("the disk is full")])
+async def test_trouble_on_this_side_is_nobody_s_fault_and_passes(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck, failure: Exception
+) -> None:
+    shelf.upload.write_bytes(save(STATE))
+    shelf.failure = failure
+    with pytest.raises(Retry):
+        await check(facts, artifact("ma", 1))
+    shelf.failure = None
+    assert await check(facts, artifact("ma", 1)) is None

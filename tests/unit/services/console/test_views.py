@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import pytest
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.wire.facts import RunFacts
+
+from services.console import views, words
+from services.console.heatmap import heatmap
+from services.console.history import in_order, replay
+from services.console.lineage import lineage
+from services.console.waterfall import waterfall
+from services.console.why import why
+from tests.unit.services.console.world import LATE, MERGED, RUN, START, UNSURE, V1, V2, Story, a_run, state
+
+
+@pytest.fixture
+def story() -> Story:
+    return a_run()
+
+
+def test_every_reason_has_words():
+    names = {words.reason_name(number) for number in reasons_pb2.Reason.values() if number}
+    assert set(words.REASONS) == names
+    assert words.in_words(9999) == "reason 9999"
+
+
+def test_a_list_of_runs_shows_where_each_stands(story: Story):
+    (row,) = views.run_rows({RUN: story.facts, "unborn": RunFacts("unborn")}, story.now)
+    assert (row.run, row.domain, row.base, row.status) == (RUN, "medical", "tiny", "running")
+    assert row.phase == "cycle 2 of 3: validate, validators score"
+    assert (row.first_loss, row.last_loss, row.miners, row.validators) == (2.0, 1.9, 3, 2)
+
+
+def test_no_loss_is_shown_before_one_was_published():
+    story = Story()
+    story.begin()
+    (row,) = views.run_rows({RUN: story.facts}, story.now)
+    assert (row.first_loss, row.last_loss) == (None, None)
+    assert views.curves(story.facts) == []
+
+
+def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Story):
+    head = views.head(story.facts, story.now)
+    assert head.window == "validate"
+    assert head.deadline_unix_ms > story.now
+    assert head.stale == ""
+    assert "validate" in views.head(story.facts, head.deadline_unix_ms + views.OVERDUE_MS + 1).stale
+    assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + views.OVERDUE_MS + 1)[0].status == "stale"
+
+
+def test_an_ended_run_waits_for_nothing(story: Story):
+    story.end()
+    head = views.head(story.facts, story.now + 10**9)
+    assert (head.status, head.window, head.deadline_unix_ms, head.stale) == ("completed", "", 0, "")
+
+
+def test_a_failed_run_says_why_in_words():
+    story = Story()
+    story.begin()
+    failed = run_pb2.RunEnded(
+        run=RUN,
+        outcome=run_pb2.RUN_OUTCOME_FAILED,
+        reason=reasons_pb2.REASON_TOO_FEW_MINERS,
+        detail="1 of 3 came",
+    )
+    story.tell("run", 0, "ended", failed)
+    head = views.head(story.facts, story.now)
+    assert (head.status, head.detail) == ("failed", "1 of 3 came")
+    assert head.reason == words.REASONS["too-few-miners"]
+
+
+def test_miners_have_a_status_a_reason_in_words_and_no_invented_figures(story: Story):
+    rows = {row.key: row for row in views.miner_rows(story.facts, 1)}
+    assert [rows[MERGED].name, rows[MERGED].status, rows[MERGED].rank, rows[MERGED].reward] == [
+        "alice",
+        "merged",
+        1,
+        100,
+    ]
+    assert rows[UNSURE].status == "rejected"
+    assert rows[UNSURE].reason == words.REASONS["not-significant"]
+    assert rows[LATE].status == "refused"
+    assert rows[LATE].detail == "1.0 s late"
+    # It was never judged: no utility and no reward, rather than zero.
+    assert (rows[LATE].utility, rows[LATE].reward, rows[LATE].scored) == (None, None, False)
+    running = {row.key: row for row in views.miner_rows(story.facts, 2)}
+    assert (running[MERGED].status, running[MERGED].reward, running[MERGED].total_reward) == ("revealed", None, 100)
+    assert running[MERGED].scored
+
+
+def test_curves_begin_at_the_base_and_have_the_target_first(story: Story):
+    target, general = views.curves(story.facts)
+    assert (target.domain, target.target, target.points) == ("medical", True, ((0, 2.0), (1, 1.9)))
+    assert (general.domain, general.target) == ("code", False)
+    assert general.change == pytest.approx(0.01)
+
+
+def test_a_waterfall_names_the_last_and_the_missing(story: Story):
+    bars = {bar.window: bar for bar in waterfall(story.facts, 1, story.now)}
+    assert list(bars) == ["train", "commit", "submit", "validate", "merge"]
+    train, commit = bars["train"], bars["commit"]
+    assert (train.start_ms, train.end_ms, train.missing) == (0, 13_000, ())
+    assert train.last is not None
+    assert (train.last.who, train.last.at_ms) == ("ULATE…", 12_000)
+    assert commit.by_deadline
+    assert commit.missing == ("ULATE…",)
+    assert "did not act: ULATE…" in commit.summary
+
+
+def test_an_open_window_reaches_to_now_and_not_past_its_deadline(story: Story):
+    (validate,) = [bar for bar in waterfall(story.facts, 2, story.now + 5000) if bar.window == "validate"]
+    assert validate.open
+    assert validate.end_ms - validate.start_ms == 7000
+    assert validate.missing == ("UVALIDATORTW…",)
+    (late,) = [bar for bar in waterfall(story.facts, 2, story.now + 10**9) if bar.window == "validate"]
+    assert late.end_ms - late.start_ms == 60_000
+
+
+def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Story):
+    found = why(story.facts, 1, UNSURE)
+    assert found is not None
+    (measured,) = found.measurements
+    assert (measured.effect, measured.low, measured.high) == (0.01, -0.02, 0.04)
+    assert measured.reason == words.REASONS["not-significant"]
+    assert measured.distance == 0.003
+    assert found.silent == (views.name(story.facts, V2),)
+    assert (found.status, found.code, found.utility, found.margin) == ("rejected", "not-significant", 0.0, 0.02)
+    assert [step.text.split()[0] for step in found.steps] == ["trained", "committed", "the", "revealed", "the"]
+
+
+def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Story):
+    spec, scored = story.facts.spec, story.facts.get(cycle_pb2.CycleScored, "merge", 1, "scored")
+    assert spec is not None
+    assert scored is not None
+    spec.rewards.bond_rate = 0.1
+    for standing, trust in zip(scored.validators, (1.0, 0.9), strict=True):
+        standing.trust, standing.weight, standing.agreement = trust, 1.0, trust
+    scored.validators[1].reason = reasons_pb2.REASON_SEED_WITHHELD
+    scored.miners.append(cycle_pb2.MinerStanding(miner=MERGED, mu=27.5, sigma=8.1, judged=1, useful=1))
+    first, second = views.validator_rows(story.facts, 1)
+    assert (first.reported, first.trust, first.reason) == (True, 1.0, "")
+    assert (second.reported, second.trust, second.reason) == (False, 0.9, words.REASONS["seed-withheld"])
+    found = why(story.facts, 1, MERGED)
+    assert found is not None
+    assert (found.rating, found.measurements[0].weight, found.measurements[0].trust) == ("27.5 ± 8.1", 1.0, 1.0)
+    rows = {row.key: row for row in views.miner_rows(story.facts, 1)}
+    assert (rows[MERGED].rating, rows[UNSURE].rating) == ("27.5 ± 8.1", "")
+
+
+def test_why_of_somebody_who_was_refused_or_is_unknown(story: Story):
+    refused = why(story.facts, 1, LATE)
+    assert refused is not None
+    assert (refused.status, refused.utility, refused.measurements) == ("not judged yet", None, ())
+    assert refused.steps[-1].text.startswith("refused: committed after the window had closed")
+    assert why(story.facts, 1, "USTRANGER") is None
+    assert why(story.facts, 7, MERGED) is None
+
+
+def test_before_the_verdict_a_score_is_not_judged_yet(story: Story):
+    found = why(story.facts, 2, MERGED)
+    assert found is not None
+    assert (found.status, found.utility, found.reward, found.weight) == ("not judged yet", None, None, None)
+    assert [item.validator for item in found.measurements] == [views.name(story.facts, V1)]
+    assert found.measurements[0].distance is None
+
+
+def test_a_heatmap_reaches_as_far_as_the_selection(story: Story):
+    grid = heatmap(story.facts)
+    assert grid is not None
+    assert [layer for layer, _ in grid.layers] == [0, 1]
+    assert grid.columns == 6
+    cells = dict(grid.layers)[1]
+    assert [(cell.expert, cell.rank, cell.helper) for cell in cells if cell.rank or cell.helper] == [
+        (0, 0, True), (2, 2, False), (5, 1, False),
+    ]  # fmt: skip
+    assert heatmap(RunFacts(RUN)) is None
+
+
+def test_a_lineage_that_holds_and_one_that_does_not(story: Story):
+    base, first = lineage(story.facts)
+    assert (base.version, base.parent, base.broken) == (0, None, "")
+    assert (first.version, first.parent, first.digest, first.merged) == (1, 0, state(1).digest, (("alice", 1.0),))
+    assert first.broken == ""
+    other = Story(now=story.now, facts=RunFacts(RUN))
+    for fact in in_order(story.facts):
+        if (opened := story.facts.opened("train", 2)) is not None and fact.message == opened:
+            opened.state.CopyFrom(state(77))
+        other.facts.add(fact)
+    assert "cycle 2 started from version 1 with another state" in lineage(other.facts)[1].broken
+
+
+def test_the_library_is_searched_by_every_word(story: Story):
+    assert views.library_rows({RUN: story.facts}) == []
+    story.end()
+    (row,) = views.library_rows({RUN: story.facts}, "MEDICAL tiny")
+    assert (row.expert_id, row.size) == ("medical-1", "2.0 KiB")
+    assert row.target is not None
+    assert row.target.points == ((0, 2.0), (1, 1.9))
+    assert views.comparison([row]) == ["medical", "code"]
+    assert row.curve("legal") is None
+    assert views.library_rows({RUN: story.facts}, "medical legal") == []
+
+
+def test_a_replay_is_the_run_as_it_was(story: Story):
+    story.end()
+    length = len(story.facts.facts)
+    past, moment = replay(story.facts, 1)
+    assert (len(past.facts), moment.first, moment.time_unix_ms, moment.seconds) == (1, True, START, 0.0)
+    before_version = next(
+        place for place, fact in enumerate(in_order(story.facts)) if fact.key.kind == "version"
+    )  # so many facts come before it
+    past, _ = replay(story.facts, before_version)
+    assert past.version(1) is None
+    past, moment = replay(story.facts, before_version + 1)
+    assert past.version(1) is not None
+    assert "version 1" in moment.text
+    past, moment = replay(story.facts, 10**6)
+    assert (moment.position, moment.last) == (length, True)
+    assert past.facts == story.facts.facts
+
+
+def test_sizes_and_durations_are_for_people():
+    assert [words.size(count) for count in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+    assert [words.duration(value) for value in (420, 12_300, 245_000, 7_620_000)] == [
+        "0.42 s", "12.3 s", "4 min 05 s", "2 h 07 min",
+    ]  # fmt: skip

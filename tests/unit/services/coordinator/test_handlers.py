@@ -1,0 +1,464 @@
+"""The coordinator's decisions, one situation at a time."""
+
+from __future__ import annotations
+
+import pytest
+from connito.protocol.beacon import draw_seed
+from connito.service.engine import Decision
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+
+from services.coordinator.actions import CloseWindow, PublishFact
+from services.coordinator.handlers import decide
+from tests.unit.services.coordinator.world import RUN, THETA_0, World, secret, theta
+
+
+def only(decision: Decision) -> PublishFact | CloseWindow:
+    assert len(decision.actions) == 1
+    payload = decision.actions[0].payload
+    assert isinstance(payload, PublishFact | CloseWindow)
+    return payload
+
+
+def step(world: World) -> PublishFact | CloseWindow:
+    """Decide, do it, and say what it was."""
+    decision = decide(world.facts, world.now)
+    world.perform(decision)
+    return only(decision)
+
+
+def opened(world: World, window: str, cycle: int) -> cycle_pb2.WindowOpened:
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert (action.section, action.cycle, action.kind) == (window, cycle, "opened")
+    assert isinstance(action.message, cycle_pb2.WindowOpened)
+    return action.message
+
+
+def closed(world: World, window: str, cycle: int) -> cycle_pb2.CloseCause.ValueType:
+    action = step(world)
+    assert isinstance(action, CloseWindow)
+    assert (action.window, action.cycle) == (window, cycle)
+    return action.cause
+
+
+def nothing(world: World) -> int | None:
+    """Assert that nothing is due. Returns when to look again."""
+    decision = decide(world.facts, world.now)
+    assert decision.actions == []
+    return decision.wake_at_ms
+
+
+@pytest.fixture
+def world() -> World:
+    """Selected, with two miners and two validators, first cycle not opened."""
+    world = World(min_miners=2, min_validators=2)
+    world.create()
+    world.select()
+    for name in ("a", "b"):
+        world.enrol(f"m{name}")
+        world.join(f"v{name}")
+    return world
+
+
+def to_window(world: World, window: str, cycle: int) -> None:
+    """Everybody acts at once until `window` of `cycle` is open."""
+    for _ in range(200):
+        if world.facts.opened(window, cycle) is not None:
+            return
+        world.now += 10
+        world.perform(decide(world.facts, world.now))
+        everybody_acts(world)
+    raise AssertionError(f"{window} of cycle {cycle} never opened")
+
+
+def everybody_acts(world: World) -> None:
+    cycle = world.facts.cycle
+    for miner in world.facts.miners:
+        if world.facts.opened("train", cycle):
+            world.train(miner, cycle)
+        if world.facts.opened("commit", cycle) and not world.facts.closed("commit", cycle):
+            world.commit(miner, cycle)
+        if world.facts.opened("submit", cycle) and not world.facts.closed("submit", cycle):
+            world.reveal(miner, cycle)
+    for validator in world.facts.validators:
+        if world.facts.opened("train", cycle):
+            world.commit_seed(validator, cycle)
+        if world.facts.opened("validate", cycle):
+            world.reveal_seed(validator, cycle)
+        if world.facts.has("validate", cycle, "drawn"):
+            world.report(validator, cycle)
+    for window in ("commit", "submit"):
+        world.settle(window, cycle)
+    if world.facts.opened("merge", cycle):
+        world.merge(cycle)
+
+
+def test_nothing_is_decided_before_a_run_is_created_and_selected() -> None:
+    world = World()
+    assert nothing(world) is None
+    world.create()
+    world.enrol("ma")
+    world.join("va")
+    assert nothing(world) is None
+
+
+def test_a_failed_selection_ends_the_run_with_its_reason() -> None:
+    world = World()
+    world.create()
+    failed = run_pb2.SelectionFailed(run=RUN, reason=reasons_pb2.REASON_BAD_SPEC, detail="no expert reaches it")
+    world.publish("run", 0, "selection_failed", failed)
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert action.message == run_pb2.RunEnded(
+        run=RUN,
+        outcome=run_pb2.RUN_OUTCOME_FAILED,
+        reason=reasons_pb2.REASON_BAD_SPEC,
+        detail="no expert reaches it",
+    )
+    assert nothing(world) is None
+
+
+def test_a_run_that_does_not_assemble_fails_and_says_who_is_missing() -> None:
+    world = World(min_miners=3, min_validators=2)
+    world.create()
+    world.now += 500_000  # the selection may take its time
+    world.select()
+    world.enrol("ma")
+    assert nothing(world) == world.now + 50_000
+    world.now += 50_000
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, run_pb2.RunEnded)
+    assert action.message.reason == reasons_pb2.REASON_TOO_FEW_MINERS
+    assert "1 of 3 miners and 0 of 2 validators" in action.message.detail
+
+
+def test_missing_validators_are_a_missing_quorum(world: World) -> None:
+    few = World(min_miners=1, min_validators=2)
+    few.create()
+    few.select()
+    few.enrol("ma")
+    few.join("va")
+    few.now += 50_001
+    action = step(few)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, run_pb2.RunEnded)
+    assert action.message.reason == reasons_pb2.REASON_NO_QUORUM
+
+
+def test_the_first_cycle_opens_from_the_selection_with_the_ceiling_as_deadline(world: World) -> None:
+    message = opened(world, "train", 1)
+    assert (message.version, message.state) == (0, THETA_0)
+    assert list(message.expected) == ["ma", "mb", "va", "vb"]
+    assert message.deadline_unix_ms == world.now + 100_000
+    assert nothing(world) == message.deadline_unix_ms
+
+
+def test_train_closes_when_every_miner_trained_and_every_validator_committed_a_seed(world: World) -> None:
+    opened(world, "train", 1)
+    for act in (
+        lambda: world.train("ma", 1),
+        lambda: world.commit_seed("va", 1),
+        lambda: world.train("mb", 1),
+        lambda: world.train("stranger", 1),
+    ):
+        act()
+        assert nothing(world) is not None
+    world.commit_seed("vb", 1)
+    assert closed(world, "train", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+    assert world.facts.closed("train", 1).stream == "INGRESS"  # type: ignore[union-attr]
+    assert list(opened(world, "commit", 1).expected) == ["ma", "mb"]
+
+
+def test_train_closes_at_the_deadline_without_the_absent(world: World) -> None:
+    deadline = opened(world, "train", 1).deadline_unix_ms
+    world.train("ma", 1)
+    world.commit_seed("va", 1)
+    world.now = deadline - 1
+    assert nothing(world) == deadline
+    world.now = deadline
+    assert closed(world, "train", 1) == cycle_pb2.CLOSE_CAUSE_DEADLINE
+    assert list(opened(world, "commit", 1).expected) == ["ma"]
+    world.commit("ma", 1)
+    assert closed(world, "commit", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+
+
+def test_a_refused_commitment_is_an_act(world: World) -> None:
+    to_window(world, "commit", 1)
+    world = fresh_at(world, "commit")
+    world.commit("ma", 1)
+    refused = cycle_pb2.Refused(run=RUN, cycle=1, miner="mb", ingress_sequence=9)
+    assert nothing(world) is not None
+    world.publish("commit", 1, "refused", refused, "mb-9")
+    assert closed(world, "commit", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+
+
+def fresh_at(world: World, window: str) -> World:
+    """The same run with nobody having acted in `window` yet."""
+    fresh = World(min_miners=2, min_validators=2, now=world.now)
+    for stored in world.log:
+        if stored.key.section == window and stored.key.kind != "opened":
+            continue
+        if stored.key.kind == {"commit": "commitment", "submit": "reveal"}.get(window):
+            continue
+        fresh.log.append(stored)
+        fresh.facts.add(stored)
+        fresh.sequences[stored.stream] = stored.sequence
+    return fresh
+
+
+def test_commit_and_submit_wait_for_the_committer_to_settle(world: World) -> None:
+    to_window(world, "commit", 1)
+    everybody_acts(world)
+    assert closed(world, "commit", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+    assert nothing(world) is None
+    world.settle("commit", 1)
+    assert list(opened(world, "submit", 1).expected) == ["ma", "mb"]
+    world.reveal("ma", 1)
+    assert nothing(world) is not None
+    world.reveal("mb", 1)
+    assert closed(world, "submit", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+    assert nothing(world) is None
+    world.settle("submit", 1)
+    assert list(opened(world, "validate", 1).expected) == ["va", "vb"]
+
+
+def test_the_seed_is_drawn_from_all_reveals_and_reports_close_the_window(world: World) -> None:
+    to_window(world, "validate", 1)
+    world = fresh_at(world, "validate")
+    world.reveal_seed("va", 1)
+    assert nothing(world) is not None
+    world.reveal_seed("vb", 1)
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert action.message == cycle_pb2.SeedDrawn(
+        run=RUN,
+        cycle=1,
+        seed=draw_seed(RUN, 1, {v: secret(v, 1) for v in ("va", "vb")}),
+        validators=["va", "vb"],
+    )
+    world.report("va", 1)
+    assert nothing(world) is not None
+    world.report("vb", 1)
+    assert closed(world, "validate", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+    assert world.facts.closed("validate", 1).stream == "VALIDATE"  # type: ignore[union-attr]
+
+
+def quorum_of_one(validators: int = 2) -> World:
+    world = World(min_miners=1, min_validators=1)
+    world.create()
+    world.select()
+    world.enrol("ma")
+    for index in range(validators):
+        world.join(f"v{index}")
+    to_window(world, "validate", 1)
+    fresh = fresh_at(world, "validate")
+    fresh.min_validators = 1
+    return fresh
+
+
+def test_half_way_the_seed_is_drawn_without_the_silent() -> None:
+    world = quorum_of_one()
+    start = world.facts.fact("validate", 1, "opened")
+    assert start is not None
+    assert isinstance(start.message, cycle_pb2.WindowOpened)
+    world.reveal_seed("v0", 1)
+    half = start.time_unix_ms + (start.message.deadline_unix_ms - start.time_unix_ms) // 2
+    assert nothing(world) == half
+    world.now = half
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, cycle_pb2.SeedDrawn)
+    assert (list(action.message.validators), list(action.message.omitted)) == (["v0"], ["v1"])
+
+
+def test_a_reveal_that_was_not_committed_to_is_left_out() -> None:
+    world = quorum_of_one()
+    world.reveal_seed("v0", 1)
+    world.reveal_seed("v1", 1, b"x" * 32)
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, cycle_pb2.SeedDrawn)
+    assert (list(action.message.validators), list(action.message.omitted)) == (["v0"], ["v1"])
+
+
+def test_a_seed_committed_after_the_reveals_began_cannot_enter_the_draw() -> None:
+    world = quorum_of_one(validators=1)
+    world.join("v9")
+    world.commit_seed("v9", 1)
+    world.reveal_seed("v9", 1)
+    assert nothing(world) is not None, "v0 has not revealed, and v9 is no substitute"
+    world.reveal_seed("v0", 1)
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, cycle_pb2.SeedDrawn)
+    assert list(action.message.validators) == ["v0"]
+
+
+def test_below_quorum_the_window_closes_at_the_deadline_without_a_draw(world: World) -> None:
+    to_window(world, "validate", 1)
+    world = fresh_at(world, "validate")
+    world.reveal_seed("va", 1)
+    deadline = world.facts.opened("validate", 1).deadline_unix_ms  # type: ignore[union-attr]
+    world.now = deadline - 1
+    assert nothing(world) == deadline
+    world.now = deadline
+    assert closed(world, "validate", 1) == cycle_pb2.CLOSE_CAUSE_DEADLINE
+    assert not world.facts.has("validate", 1, "drawn")
+    opened(world, "merge", 1)
+
+
+def test_a_quorum_that_has_become_impossible_is_not_waited_for(world: World) -> None:
+    to_window(world, "validate", 1)
+    world = fresh_at(world, "validate")
+    world.reveal_seed("va", 1)
+    world.reveal_seed("vb", 1, b"x" * 32)
+    assert closed(world, "validate", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+
+
+def test_a_draw_after_an_outage_leaves_time_to_score() -> None:
+    world = quorum_of_one(validators=1)
+    start = world.facts.fact("validate", 1, "opened")
+    assert start is not None
+    assert isinstance(start.message, cycle_pb2.WindowOpened)
+    span = start.message.deadline_unix_ms - start.time_unix_ms
+    world.reveal_seed("v0", 1)
+    world.now = start.message.deadline_unix_ms + 5 * span
+    assert step(world).kind == "drawn"  # type: ignore[union-attr]
+    assert nothing(world) == world.now + span // 2
+
+
+def test_merge_has_no_deadline_and_the_next_cycle_starts_from_the_version(world: World) -> None:
+    to_window(world, "merge", 1)
+    world = fresh_at(world, "merge")
+    assert world.facts.opened("merge", 1).deadline_unix_ms == 0  # type: ignore[union-attr]
+    world.now += 10**9
+    assert nothing(world) is None
+    world.merge(1)
+    assert closed(world, "merge", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+    message = opened(world, "train", 2)
+    assert (message.version, message.state) == (1, theta(1))
+
+
+def test_after_the_last_cycle_the_run_is_completed(world: World) -> None:
+    to_window(world, "merge", 2)
+    everybody_acts(world)
+    assert closed(world, "merge", 2) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, run_pb2.RunEnded)
+    assert (action.message.outcome, action.message.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 2)
+    assert nothing(world) is None
+
+
+def test_a_run_ends_when_its_objective_is_met() -> None:
+    world = World(improvement=0.5)
+    world.create()
+    world.select()
+    world.enrol("ma")
+    world.join("va")
+    to_window(world, "merge", 1)
+    everybody_acts(world)
+    closed(world, "merge", 1)
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, run_pb2.RunEnded)
+    assert (action.message.outcome, action.message.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 1)
+    assert "the objective is met after cycle 1 of 2" in action.message.detail
+
+
+def test_a_cancelled_run_is_left_alone(world: World) -> None:
+    opened(world, "train", 1)
+    world.cancel()
+    world.now += 10**9
+    assert nothing(world) is None
+
+
+def test_a_miner_that_went_away_is_waited_for_once_and_a_new_one_is_expected() -> None:
+    world = World(cycles=4, min_miners=2)
+    world.create()
+    world.select()
+    for miner in ("gone", "stays"):
+        world.enrol(miner)
+    world.join("v0")
+    assert "gone" in opened(world, "train", 1).expected
+    world.enrol("new")
+    for cycle in (1, 2):
+        finish_cycle(world, cycle, ["stays"] if cycle == 1 else ["stays", "new"])
+    assert list(world.facts.opened("train", 2).expected) == ["new", "stays", "v0"]  # type: ignore[union-attr]
+    assert list(opened(world, "train", 3).expected) == ["new", "stays", "v0"]
+
+
+def finish_cycle(world: World, cycle: int, miners: list[str]) -> None:
+    """Run a cycle in which only `miners` act; ends with the merge window closed."""
+    for _ in range(100):
+        decision = decide(world.facts, world.now)
+        if world.facts.closed("merge", cycle) is not None:
+            return
+        world.perform(decision)
+        if decision.actions == [] and decision.wake_at_ms is not None:
+            world.now = decision.wake_at_ms
+        world.now += 1
+        facts = world.facts
+        for miner in miners:
+            if facts.opened("train", cycle):
+                world.train(miner, cycle)
+            if facts.opened("commit", cycle) and not facts.closed("commit", cycle):
+                world.commit(miner, cycle)
+            if facts.opened("submit", cycle) and not facts.closed("submit", cycle):
+                world.reveal(miner, cycle)
+        for validator in facts.validators:
+            if facts.opened("train", cycle):
+                world.commit_seed(validator, cycle)
+            if facts.opened("validate", cycle):
+                world.reveal_seed(validator, cycle)
+            if facts.has("validate", cycle, "drawn"):
+                world.report(validator, cycle)
+        world.settle("commit", cycle)
+        world.settle("submit", cycle)
+        if facts.opened("merge", cycle):
+            world.merge(cycle)
+    raise AssertionError(f"cycle {cycle} did not finish")
+
+
+def test_when_nobody_would_be_expected_everyone_gets_another_chance() -> None:
+    world = World(cycles=3, min_miners=1)
+    world.create()
+    world.select()
+    world.enrol("ma")
+    world.join("v0")
+    opened(world, "train", 1)
+    finish_cycle(world, 1, [])
+    assert list(opened(world, "train", 2).expected) == ["ma", "v0"]
+
+
+# Streams are read side by side: a replica may know of a window's opening and not yet of what came before it.
+
+
+def without(world: World, *streams: str) -> World:
+    """The same run as a replica sees it that has not read `streams` beyond what starts a run."""
+    lagging = World(min_miners=2, min_validators=2, now=world.now)
+    for stored in world.log:
+        if stored.stream not in streams or stored.key.kind in ("created", "selected", "opened", "closed"):
+            lagging.facts.add(stored)
+    return lagging
+
+
+def test_an_expected_miner_whose_enrolment_was_not_read_yet_has_not_acted(world: World) -> None:
+    opened(world, "train", 1)
+    assert nothing(without(world, "RUNS")) is not None
+
+
+def test_a_commit_window_does_not_close_because_nobody_is_known_to_have_trained(world: World) -> None:
+    to_window(world, "commit", 1)
+    world = fresh_at(world, "commit")
+    assert nothing(without(world, "INGRESS")) is not None
+
+
+def test_a_secret_whose_commitment_was_not_read_yet_is_not_left_out_of_the_draw(world: World) -> None:
+    to_window(world, "validate", 1)
+    world = fresh_at(world, "validate")
+    for validator in ("va", "vb"):
+        world.reveal_seed(validator, 1)
+    assert nothing(without(world, "TRAIN")) is not None
+    assert step(world).kind == "drawn"  # type: ignore[union-attr]

@@ -1,0 +1,234 @@
+"""The cycle under arbitrary interleavings: two replicas with partial views, crashes, and everyone acting in any order."""
+
+from __future__ import annotations
+
+import random
+
+from connito.v1 import cycle_pb2
+from connito.wire.facts import RunFacts
+from connito.wire.subjects import WINDOWS
+from hypothesis import event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from services.coordinator.handlers import decide
+from tests.unit.services.coordinator.world import RUN, World
+
+MINERS = ("ma", "mb", "mc")
+VALIDATORS = ("va", "vb", "vc")
+ORDER = [(cycle, window) for cycle in (1, 2) for window in WINDOWS]
+
+
+class Cycle(RuleBasedStateMachine):
+    """Replicas read streams at their own pace and decide on what they have; the broker admits each fact once."""
+
+    @initialize(
+        min_miners=st.integers(1, 2),
+        min_validators=st.integers(1, 3),
+        cancellable=st.sampled_from((False, False, True)),
+    )
+    def start(self, min_miners: int, min_validators: int, cancellable: bool) -> None:
+        self.cancellable = cancellable
+        self.world = World(min_miners=min_miners, min_validators=min_validators)
+        self.views = [RunFacts(RUN), RunFacts(RUN)]
+        self.read: list[set[int]] = [set(), set()]
+        self.world.create()
+
+    # What others do.
+    @rule(miner=st.sampled_from(MINERS))
+    def enrol(self, miner: str) -> None:
+        self.world.enrol(miner)
+
+    @rule(validator=st.sampled_from(VALIDATORS))
+    def join(self, validator: str) -> None:
+        self.world.join(validator)
+
+    @rule()
+    def select(self) -> None:
+        self.world.select()
+
+    @rule(miners=st.sets(st.sampled_from(MINERS)), behaviour=st.sampled_from(("trained", "commit", "reveal")))
+    def miners_act(self, miners: set[str], behaviour: str) -> None:
+        world, cycle = self.world, self.world.facts.cycle
+        for miner in sorted(miners & set(world.facts.miners)):
+            if behaviour == "trained" and world.facts.opened("train", cycle):
+                world.train(miner, cycle)
+            if behaviour == "commit" and world.facts.opened("commit", cycle):
+                world.commit(miner, cycle)
+            if behaviour == "reveal" and world.facts.opened("submit", cycle):
+                world.reveal(miner, cycle)
+
+    @rule(
+        validators=st.sets(st.sampled_from(VALIDATORS)), behaviour=st.sampled_from(("seed", "reveal", "lie", "report"))
+    )
+    def validators_act(self, validators: set[str], behaviour: str) -> None:
+        world, cycle = self.world, self.world.facts.cycle
+        for validator in sorted(validators & set(world.facts.validators)):
+            if behaviour == "seed" and world.facts.opened("train", cycle):
+                world.commit_seed(validator, cycle)
+            if behaviour in ("reveal", "lie") and world.facts.opened("validate", cycle):
+                world.reveal_seed(validator, cycle, b"lie" if behaviour == "lie" else None)
+            if behaviour == "report" and world.facts.has("validate", cycle, "drawn"):
+                world.report(validator, cycle)
+
+    @rule(
+        absent=st.sets(st.sampled_from((*MINERS, *VALIDATORS)), max_size=2),
+        replica=st.integers(0, 1),
+        steps=st.integers(1, 10),
+    )
+    def most_people_act(self, absent: set[str], replica: int, steps: int) -> None:
+        """What usually happens, so that runs get far."""
+        self.world.select()
+        for miner, validator in zip(MINERS, VALIDATORS, strict=True):
+            self.world.enrol(miner)
+            self.world.join(validator)
+        for _ in range(steps):
+            for behaviour in ("trained", "commit", "reveal"):
+                self.miners_act(set(MINERS) - absent, behaviour)
+            for behaviour in ("seed", "reveal", "report"):
+                self.validators_act(set(VALIDATORS) - absent, behaviour)
+            self.others_work()
+            self.read_everything_and_decide(replica)
+
+    @rule()
+    def others_work(self) -> None:
+        cycle = self.world.facts.cycle
+        self.world.settle("commit", cycle)
+        self.world.settle("submit", cycle)
+        if self.world.facts.opened("merge", cycle):
+            self.world.merge(cycle)
+
+    @rule(milliseconds=st.integers(1, 60_000))
+    def time_passes(self, milliseconds: int) -> None:
+        self.world.now += milliseconds
+
+    @precondition(lambda self: self.cancellable)
+    @rule()
+    def cancel(self) -> None:
+        self.world.cancel()
+
+    # What the replicas do.
+    @rule(replica=st.integers(0, 1), data=st.data())
+    def read_some(self, replica: int, data: st.DataObject) -> None:
+        """Each stream advances by some messages: in order within a stream, in any order between streams."""
+        for stream in sorted(self.world.sequences):
+            pending = [i for i, f in enumerate(self.world.log) if f.stream == stream and i not in self.read[replica]]
+            self._apply(replica, pending[: data.draw(st.integers(0, len(pending)))])
+
+    @rule(replica=st.integers(0, 1))
+    def read_everything_and_decide(self, replica: int) -> None:
+        self._apply(replica, list(range(len(self.world.log))))
+        self.decide(replica)
+
+    @rule(replica=st.integers(0, 1))
+    def decide(self, replica: int) -> None:
+        view = self.views[replica]
+        decision = decide(view, self.world.now)
+        assert decision == decide(view, self.world.now)
+        assert len(decision.actions) <= 1
+        if view.ended is not None:
+            assert decision.actions == []
+            assert decision.wake_at_ms is None
+        if decision.wake_at_ms is not None:
+            assert decision.wake_at_ms > self.world.now, "a deadline in the past is acted on, not slept to"
+        self.world.perform(decision)
+
+    @rule(replica=st.integers(0, 1), seed=st.integers(0, 2**32))
+    def crash(self, replica: int, seed: int) -> None:
+        """A rebuilt projection, whatever the order and with duplicates, decides as the one that was lost."""
+        known = [self.world.log[index] for index in sorted(self.read[replica])]
+        again = known + known[::2]
+        random.Random(seed).shuffle(again)
+        rebuilt = RunFacts(RUN)
+        for stored in again:
+            rebuilt.add(stored)
+        assert decide(rebuilt, self.world.now) == decide(self.views[replica], self.world.now)
+        self.views[replica] = rebuilt
+
+    def _apply(self, replica: int, indices: list[int]) -> None:
+        for index in indices:
+            self.views[replica].add(self.world.log[index])
+            self.read[replica].add(index)
+
+    # What must hold in the log.
+    @invariant()
+    def windows_open_in_order_and_one_at_a_time(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        facts, still_open = self.world.facts, 0
+        expected_next = True
+        for cycle, window in ORDER:
+            is_open = facts.opened(window, cycle) is not None
+            assert expected_next or not is_open, f"{window} of {cycle} opened before the window before it was closed"
+            is_closed = facts.closed(window, cycle) is not None
+            assert is_open or not is_closed
+            expected_next = is_closed
+            still_open += is_open and not is_closed
+        assert still_open <= 1
+
+    @invariant()
+    def a_window_closes_for_a_reason(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        for cycle, window in ORDER:
+            opened, closed = (self.world.facts.fact(window, cycle, kind) for kind in ("opened", "closed"))
+            if opened is None or closed is None:
+                continue
+            assert isinstance(opened.message, cycle_pb2.WindowOpened)
+            assert isinstance(closed.message, cycle_pb2.WindowClosed)
+            if closed.message.cause == cycle_pb2.CLOSE_CAUSE_DEADLINE:
+                assert closed.time_unix_ms >= opened.message.deadline_unix_ms
+            else:
+                self._all_acted(window, cycle, opened.message)
+
+    def _all_acted(self, window: str, cycle: int, opened: cycle_pb2.WindowOpened) -> None:
+        facts = self.world.facts
+        drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+        for key in opened.expected:
+            if window == "train":
+                assert facts.has("train", cycle, "seed", key) or facts.has("ingress", cycle, "trained", key)
+            if window in ("commit", "submit"):
+                assert facts.has(window, cycle, "accepted", key)
+            if window == "validate" and drawn is not None and key in drawn.validators:
+                assert facts.has("validate", cycle, "report", key)
+        if window == "merge":
+            assert facts.version(cycle) is not None
+
+    @invariant()
+    def a_draw_is_a_quorum_of_those_who_committed_in_time(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        for cycle in (1, 2):
+            drawn = self.world.facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+            if drawn is None:
+                continue
+            opened = self.world.facts.opened("validate", cycle)
+            assert opened is not None
+            assert len(drawn.validators) >= self.world.min_validators
+            assert sorted([*drawn.validators, *drawn.omitted]) == sorted(opened.expected)
+
+    def teardown(self) -> None:
+        """Whatever happened, a coordinator that reads on brings the run to an end once people act."""
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        event(f"reached cycle {world.facts.cycle}, ended {world.facts.ended is not None}")
+        for miner, validator in zip(MINERS, VALIDATORS, strict=True):
+            if world.facts.ended is None:
+                world.enrol(miner)
+                world.join(validator)
+                world.select()
+        for _ in range(400):
+            if world.facts.ended is not None:
+                break
+            decision = decide(world.facts, world.now)
+            world.perform(decision)
+            if not decision.actions and decision.wake_at_ms is not None:
+                world.now = decision.wake_at_ms
+            self.others_work()
+        assert world.facts.ended is not None
+        assert decide(world.facts, world.now + 10**9).actions == []
+
+
+TestCycle = Cycle.TestCase
+TestCycle.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)

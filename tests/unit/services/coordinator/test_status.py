@@ -1,0 +1,64 @@
+"""How a run is shown."""
+
+from __future__ import annotations
+
+from connito.v1 import cycle_pb2, run_pb2, services_pb2
+
+from services.coordinator.handlers import decide
+from services.coordinator.status import open_window, status, version
+from tests.unit.services.coordinator.world import RUN, World
+
+
+def assembled() -> World:
+    world = World()
+    world.create()
+    return world
+
+
+def test_phases_up_to_the_first_cycle() -> None:
+    world = assembled()
+    shown = status(world.facts)
+    assert (shown.phase, shown.cycle, shown.window) == (services_pb2.RUN_PHASE_SELECTING, 0, "")
+    assert shown.spec == world.spec()
+    world.select()
+    world.enrol("ma")
+    shown = status(world.facts)
+    assert shown.phase == services_pb2.RUN_PHASE_ASSEMBLING
+    assert shown.detail == "1 of 1 miners and 0 of 1 validators are here"
+    world.join("va")
+    world.perform(decide(world.facts, world.now))
+    shown = status(world.facts)
+    assert (shown.phase, shown.cycle, shown.window) == (services_pb2.RUN_PHASE_RUNNING, 1, "train")
+    assert shown.deadline_unix_ms == world.now + 100_000
+    assert (list(shown.miners), list(shown.validators), shown.version) == (["ma"], ["va"], 0)
+
+
+def test_between_windows_there_is_none() -> None:
+    world = assembled()
+    for kind, message in (("opened", cycle_pb2.WindowOpened()), ("closed", cycle_pb2.WindowClosed())):
+        world.publish("train", 1, kind, message)
+    assert open_window(world.facts) == ""
+    world.publish("commit", 1, "opened", cycle_pb2.WindowOpened())
+    assert open_window(world.facts) == "commit"
+
+
+def test_the_version_is_the_last_one_published() -> None:
+    world = assembled()
+    world.select()
+    world.publish("train", 1, "opened", cycle_pb2.WindowOpened())
+    assert version(world.facts) == 0
+    world.merge(1)
+    assert version(world.facts) == 1
+    world.publish("train", 2, "opened", cycle_pb2.WindowOpened())
+    assert version(world.facts) == 1
+
+
+def test_an_ended_run_shows_its_outcome_and_no_window() -> None:
+    world = assembled()
+    world.select()
+    world.publish("train", 1, "opened", cycle_pb2.WindowOpened(deadline_unix_ms=5))
+    ended = run_pb2.RunEnded(run=RUN, outcome=run_pb2.RUN_OUTCOME_FAILED, detail="why")
+    world.publish("run", 0, "ended", ended)
+    shown = status(world.facts)
+    assert (shown.phase, shown.window, shown.deadline_unix_ms) == (services_pb2.RUN_PHASE_FAILED, "", 0)
+    assert shown.detail == "why"

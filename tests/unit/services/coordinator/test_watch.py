@@ -1,0 +1,45 @@
+"""The gauges of open windows follow the facts."""
+
+from __future__ import annotations
+
+from connito.runtime import metrics
+from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.facts import Fact, FactKey, RunFacts
+from google.protobuf.message import Message
+
+from services.coordinator.watch import OpenWindows
+
+
+def _add(facts: RunFacts, section: str, kind: str, message: Message, at_ms: int, cycle: int = 1) -> None:
+    sequence = len(facts.facts) + 1
+    assert facts.add(Fact(facts.run, FactKey(section, cycle, kind), message, "signer", "", sequence, at_ms))
+
+
+def _gauges(window: str) -> tuple[float, float]:
+    return metrics.WINDOW_OPENED.labels(window)._value.get(), metrics.WINDOW_DEADLINE.labels(window)._value.get()
+
+
+def test_the_oldest_open_window_of_all_runs_counts() -> None:
+    windows, old, new = OpenWindows(), RunFacts("old"), RunFacts("new")
+    _add(new, "train", "opened", cycle_pb2.WindowOpened(run="new", cycle=1, deadline_unix_ms=90_000), 50_000)
+    windows.notice(new)
+    assert _gauges("train") == (50.0, 90.0)
+    _add(old, "train", "opened", cycle_pb2.WindowOpened(run="old", cycle=1, deadline_unix_ms=70_000), 30_000)
+    windows.notice(old)
+    assert _gauges("train") == (30.0, 70.0)
+    _add(old, "train", "closed", cycle_pb2.WindowClosed(run="old", cycle=1), 60_000)
+    windows.notice(old)
+    assert _gauges("train") == (50.0, 90.0)
+
+
+def test_no_window_is_open_after_the_end_and_a_merge_has_no_deadline() -> None:
+    windows, facts = OpenWindows(), RunFacts("one")
+    _add(facts, "train", "opened", cycle_pb2.WindowOpened(run="one", cycle=1, deadline_unix_ms=9_000), 1_000)
+    _add(facts, "train", "closed", cycle_pb2.WindowClosed(run="one", cycle=1), 9_000)
+    _add(facts, "merge", "opened", cycle_pb2.WindowOpened(run="one", cycle=1), 10_000)
+    windows.notice(facts)
+    assert _gauges("train") == (0.0, 0.0)
+    assert _gauges("merge") == (10.0, 0.0)
+    _add(facts, "run", "ended", run_pb2.RunEnded(run="one"), 11_000, cycle=0)
+    windows.notice(facts)
+    assert _gauges("merge") == (0.0, 0.0)

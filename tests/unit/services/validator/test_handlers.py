@@ -1,0 +1,160 @@
+"""What the validator decides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container
+
+import pytest
+from connito.errors import VerificationFailed
+from connito.protocol.beacon import draw_seed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.validator.handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw, decide
+from tests.unit.services.validator.story import ME, OTHER, RUN, Story, my_secret, secret_of
+
+
+def steps(story: Story, loaded: Container[str] = (RUN,)) -> list[object]:
+    return [action.payload for action in decide(story.facts, ME, my_secret, loaded, 0).actions]
+
+
+def in_run() -> Story:
+    return Story().created().joined().selected()
+
+
+def scoring() -> Story:
+    """Up to the draw, with two validators that revealed."""
+    story = in_run().opened("train").seed_committed().seed_committed(OTHER).closed("train")
+    story.opened("validate").submit_settled().seed_revealed().seed_revealed(OTHER)
+    return story.drawn(ME, OTHER)
+
+
+def test_joins_every_run_once() -> None:
+    assert steps(Story()) == []
+    assert steps(Story().created()) == [Join()]
+    assert steps(Story().created().joined()) == []
+
+
+def test_loads_the_model_as_soon_as_the_selection_is_known_and_lets_go_of_it_at_the_end() -> None:
+    assert steps(Story().created().joined(), ()) == []
+    assert steps(in_run(), ()) == [Preload()]
+    assert steps(in_run().ended(), ()) == []
+    assert steps(in_run().ended(), (RUN,)) == [Unload()]
+
+
+def test_commits_a_seed_in_the_train_window_only() -> None:
+    assert steps(in_run()) == []
+    assert steps(in_run().opened("train")) == [CommitSeed(1)]
+    assert steps(in_run().opened("train"), ()) == [Preload(), CommitSeed(1)]
+    assert steps(in_run().opened("train").seed_committed()) == []
+    assert steps(in_run().opened("train").closed("train")) == []
+
+
+def test_reveals_only_after_submissions_are_settled_and_validate_opened() -> None:
+    story = in_run().opened("train").seed_committed().closed("train")
+    assert steps(story) == []
+    assert steps(story.opened("validate")) == []
+    assert steps(story.submit_settled()) == [RevealSeed(1)]
+    assert steps(story.seed_revealed()) == []
+
+
+@pytest.mark.parametrize("missing", ["opened", "settled"])
+def test_one_of_the_two_is_not_enough(missing: str) -> None:
+    story = in_run().opened("train").seed_committed().closed("train")
+    story = story.submit_settled() if missing == "opened" else story.opened("validate")
+    assert steps(story) == []
+
+
+def test_does_not_reveal_after_the_draw_nor_when_not_expected_nor_what_it_did_not_commit_to() -> None:
+    story = in_run().opened("train").seed_committed().closed("train").submit_settled()
+    assert steps(story.opened("validate", expected=[OTHER])) == []
+    late = in_run().opened("train").seed_committed().closed("train").submit_settled().opened("validate")
+    assert steps(late.drawn(OTHER)) == []
+    foreign = in_run().opened("train").seed_committed(secret=b"x" * 32).closed("train").submit_settled()
+    assert steps(foreign.opened("validate")) == []
+
+
+def test_scores_when_drawn_and_reports_once() -> None:
+    assert steps(scoring()) == [Score(1)]
+    assert steps(scoring().reported()) == []
+    assert steps(scoring().reported(OTHER)) == [Score(1)]
+    assert steps(scoring().closed("validate")) == []
+
+
+def test_the_omitted_do_not_score() -> None:
+    story = in_run().opened("train").seed_committed().seed_committed(OTHER).opened("validate").submit_settled()
+    assert steps(story.seed_revealed().seed_revealed(OTHER).drawn(OTHER)) == []
+
+
+def test_waits_for_the_commitments_that_the_draw_is_checked_against() -> None:
+    story = in_run().opened("train").seed_committed().closed("train").opened("validate").submit_settled()
+    story.seed_revealed().seed_revealed(OTHER).drawn(ME, OTHER)
+    assert steps(story) == []
+    assert steps(story.seed_committed(OTHER)) == [Score(1)]
+
+
+def test_a_seed_is_checked_by_recomputing_it() -> None:
+    assert check_draw(scoring().facts, 1) == draw_seed(RUN, 1, {ME: secret_of(ME), OTHER: secret_of(OTHER)})
+
+
+def test_a_wrong_seed_is_refused() -> None:
+    story = in_run().opened("train").seed_committed().seed_committed(OTHER).seed_revealed().seed_revealed(OTHER)
+    with pytest.raises(VerificationFailed, match="not the one"):
+        check_draw(story.drawn(ME, OTHER, seed=b"\x01" * 32).facts, 1)
+
+
+def test_a_seed_drawn_over_fewer_than_it_names_is_refused() -> None:
+    story = in_run().opened("train").seed_committed().seed_committed(OTHER).seed_revealed()
+    with pytest.raises(VerificationFailed, match="revealed no seed"):
+        check_draw(story.drawn(ME, OTHER).facts, 1)
+
+
+def test_a_reveal_that_opens_another_commitment_is_refused() -> None:
+    story = in_run().opened("train").seed_committed().seed_committed(OTHER, secret=b"y" * 32)
+    story.seed_revealed().seed_revealed(OTHER)
+    with pytest.raises(VerificationFailed, match="does not open"):
+        check_draw(story.drawn(ME, OTHER).facts, 1)
+
+
+def test_a_draw_of_nobody_is_refused() -> None:
+    with pytest.raises(VerificationFailed):
+        check_draw(in_run().opened("train").drawn(seed=b"\x02" * 32).facts, 1)
+
+
+_TELLING = (
+    lambda story: story.opened("train"),
+    lambda story: story.seed_committed(),
+    lambda story: story.seed_committed(OTHER),
+    lambda story: story.closed("train"),
+    lambda story: story.submit_settled(),
+    lambda story: story.opened("validate"),
+    lambda story: story.seed_revealed(),
+    lambda story: story.seed_revealed(OTHER),
+    lambda story: story.drawn(ME, OTHER),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(order=st.permutations(range(len(_TELLING))))
+def test_in_whatever_order_streams_are_read_nothing_is_said_too_early(order: list[int]) -> None:
+    story = in_run()
+    for position, index in enumerate(order):
+        _TELLING[index](story)
+        known = set(order[: position + 1])
+        for step in steps(story):
+            if isinstance(step, RevealSeed):
+                assert {0, 1, 4, 5} <= known, "the seed was revealed while submissions could still change"
+                assert not {6, 8} & known
+            if isinstance(step, Score):
+                assert {0, 1, 2, 4, 8} <= known
+            if isinstance(step, CommitSeed):
+                assert not {1, 3} & known
+    assert steps(story) == [Score(1)]
+
+
+def test_keys_are_unique_per_run_cycle_and_step() -> None:
+    stories = [in_run().opened("train"), scoring(), in_run().opened("train").closed("train").opened("train", 2)]
+    keys = [[action.key for action in decide(s.facts, ME, my_secret, (), 0).actions] for s in stories]
+    flat = list(itertools.chain(*keys))
+    assert {"r1/0/preload", "r1/1/commitseed", "r1/1/score", "r1/2/commitseed"} <= set(flat)
