@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.errors import Invalid
-from connito.local.defaults import Wish, profile
+from connito.local.defaults import UpOptions, profile
 from connito.protocol.holdout import subsets
 from connito.protocol.merging.candidates import Attempt, Ingredients, write_candidate
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
@@ -38,8 +38,8 @@ from services.committer.handlers import Refusal
 if TYPE_CHECKING:
     import torch
     from connito.moe.selection import Selection
-    from connito.workloads.gating import Bench as GateBench
-    from connito.workloads.scoring import Bench as ScoreBench
+    from connito.workloads.gating import GateEvaluator
+    from connito.workloads.scoring import SubmissionEvaluator
     from google.protobuf.message import Message
 
     State = dict[str, torch.Tensor]
@@ -110,7 +110,7 @@ class Arena:
     @cached_property
     def spec(self) -> run_pb2.RunSpec:
         """The policy that `connito up --base tiny` takes, over this world's domains."""
-        spec = profile(Wish(base="tiny", miners=HONEST).checked()).spec
+        spec = profile(UpOptions(base="tiny", miners=HONEST).checked()).spec
         spec.run, spec.domain, spec.emission = RUN, TARGET, EMISSION
         spec.holdout.domain = TARGET
         return spec
@@ -132,23 +132,22 @@ class Arena:
         return {TARGET: target, **{domain: self.rig.held(domain, 48) for domain in GENERAL}}
 
     @cached_property
-    def _benches(self) -> tuple[ScoreBench, GateBench]:
+    def _benches(self) -> tuple[SubmissionEvaluator, GateEvaluator]:
         from connito.moe.evaluate import Evaluator
-        from connito.workloads.gating import Bench as GateBench
-        from connito.workloads.scoring import Bench as ScoreBench
-        from connito.workloads.scoring import Holdout
+        from connito.workloads.gating import GateEvaluator
+        from connito.workloads.scoring import Holdout, SubmissionEvaluator
 
         parts = {domain: subsets(rows, self.spec, domain) for domain, rows in self.held.items()}
         holdouts = {domain: Holdout(rows, parts[domain].score) for domain, rows in self.held.items()}
         gate = {domain: rows[parts[domain].gate] for domain, rows in self.held.items()}
         report = {domain: rows[parts[domain].report] for domain, rows in self.held.items()}
         return (
-            ScoreBench(Evaluator(self.rig.model(), self.selection), holdouts, self.spec),
-            GateBench(Evaluator(self.rig.model(), self.selection), {"gate": gate, "report": report}),
+            SubmissionEvaluator(Evaluator(self.rig.model(), self.selection), holdouts, self.spec),
+            GateEvaluator(Evaluator(self.rig.model(), self.selection), {"gate": gate, "report": report}),
         )
 
     @property
-    def score_bench(self) -> ScoreBench:
+    def score_bench(self) -> SubmissionEvaluator:
         """The full model and hold-outs of a validator."""
         return self._benches[0]
 

@@ -134,9 +134,9 @@ def _flat(theta: State, state: State) -> Any:
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from connito.local.defaults import Wish, profile
+    from connito.local.defaults import UpOptions, profile
 
-    policy = profile(Wish(base="tiny").checked()).spec.scoring
+    policy = profile(UpOptions(base="tiny").checked()).spec.scoring
     limits = {
         "pair": policy.copy_threshold,
         "span": policy.copy_span_threshold,

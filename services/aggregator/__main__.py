@@ -56,7 +56,7 @@ async def main(context: ServiceContext[AggregatorSettings]) -> None:
             aggregator.forget(fact.run)
 
     def decide_while_leading(facts: RunFacts, _now_ms: int) -> Decision:
-        return Decision() if leadership.lease() is None else decide(facts, aggregator.benches)
+        return Decision() if leadership.lease() is None else decide(facts, aggregator.evaluators)
 
     async def perform(action: Action) -> None:
         await aggregator.perform(action)

@@ -25,7 +25,7 @@ from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
-from connito.workloads.gating import Bench
+from connito.workloads.gating import GateEvaluator
 
 from services.aggregator.handlers import Merge, Preload
 
@@ -48,12 +48,12 @@ class Aggregator:
     ) -> None:
         self._bus, self._store, self._roster, self._budget = bus, store, roster, budget
         self._facts, self._lease = facts, lease
-        self.benches: dict[str, Bench] = {}
+        self.evaluators: dict[str, GateEvaluator] = {}
         self._loading = asyncio.Lock()
 
     def forget(self, run: str) -> None:
         """Free a finished run's model."""
-        self.benches.pop(run, None)
+        self.evaluators.pop(run, None)
 
     async def perform(self, action: Action) -> None:
         """Raises `Retry` when broker or store are away."""
@@ -67,22 +67,22 @@ class Aggregator:
     async def _preload(self, run: str) -> None:
         """Load the model and measure the state that the next merge starts from."""
         facts = self._facts(run)
-        bench = await self._bench(facts)
+        evaluator = await self._evaluator(facts)
         opened = facts.opened("train", max(facts.cycle, 1))
         assert facts.selection is not None
         ref = facts.selection.initial_state if opened is None else opened.state
         state = await self._store.fetch(ref)
         async with self._budget.slot("gate"):
-            await asyncio.to_thread(_measure_both, bench, ref.digest, state)
+            await asyncio.to_thread(_measure_both, evaluator, ref.digest, state)
         log.info("the model is ready", run=run)
 
-    async def _bench(self, facts: RunFacts) -> Bench:
+    async def _evaluator(self, facts: RunFacts) -> GateEvaluator:
         async with self._loading:
-            if facts.run not in self.benches:
-                self.benches[facts.run] = await self._load(facts)
-            return self.benches[facts.run]
+            if facts.run not in self.evaluators:
+                self.evaluators[facts.run] = await self._load(facts)
+            return self.evaluators[facts.run]
 
-    async def _load(self, facts: RunFacts) -> Bench:
+    async def _load(self, facts: RunFacts) -> GateEvaluator:
         spec, selection = facts.spec, facts.selection
         assert spec is not None
         assert selection is not None
@@ -96,7 +96,7 @@ class Aggregator:
         corpora = [spec.holdout, *spec.general_holdouts]
         holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
         async with self._budget.slot("load"):
-            return await asyncio.to_thread(Bench.load, spec, selection, files, holdouts)
+            return await asyncio.to_thread(GateEvaluator.load, spec, selection, files, holdouts)
 
     async def _merge(self, run: str, cycle: int) -> None:
         facts = self._facts(run)
@@ -112,10 +112,12 @@ class Aggregator:
             raise
         submissions = list({entry.miner: entry for entry in settled.submissions}.values())
         agreed = self._agree(facts, cycle, submissions)
-        bench = await self._bench(facts)
+        evaluator = await self._evaluator(facts)
         with tempfile.TemporaryDirectory(prefix="connito-merge-") as folder:
             files, unusable = await self._fetch(facts, cycle, submissions)
-            work = partial(merge_cycle, facts, cycle, submissions, agreed, unusable, files, bench.measure, Path(folder))
+            work = partial(
+                merge_cycle, facts, cycle, submissions, agreed, unusable, files, evaluator.measure, Path(folder)
+            )
             async with self._budget.slot("merge"):
                 merged = await asyncio.to_thread(work)
             await self._publish(run, cycle, merged)
@@ -166,9 +168,9 @@ class Aggregator:
             _report(run, merged)
 
 
-def _measure_both(bench: Bench, digest: str, state: Path) -> None:
-    bench.measure("gate", digest, state)
-    bench.measure("report", digest, state)
+def _measure_both(evaluator: GateEvaluator, digest: str, state: Path) -> None:
+    evaluator.measure("gate", digest, state)
+    evaluator.measure("report", digest, state)
 
 
 def disagreement(scored: cycle_pb2.CycleScored) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from connito.bus.position import PositionedLog
-from connito.protocol.quota import Said
+from connito.protocol.quota import MessageCounter
 from connito.v1 import cycle_pb2
 from connito.wire.facts import Fact, Record, verify_ingress
 from connito.wire.roster import Roster
@@ -22,7 +22,7 @@ class View(PositionedLog):
 
     def __init__(self, roster: Roster) -> None:
         super().__init__(roster)
-        self.said: defaultdict[str, Said] = defaultdict(Said)
+        self.said: defaultdict[str, MessageCounter] = defaultdict(MessageCounter)
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
 
     def apply(self, record: Record) -> Fact | None:

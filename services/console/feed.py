@@ -22,14 +22,14 @@ from connito.wire.roster import Roster
 log = get_logger("feed")
 
 STREAMS = (*FACT_STREAMS, "INGRESS", "DLQ")
-# Services that bury what they cannot handle.
-_BURIERS = ("committer", "selector", "library")
+# Services that put what they cannot handle into the dead-letter stream.
+_DEAD_LETTER_SIGNERS = ("committer", "selector", "library")
 SAMPLE_SECONDS = 0.5
 SIZE_EVERY = 10
 
 
 @dataclass(frozen=True)
-class Letter:
+class StoredLetter:
     """A dead letter and where it lies."""
 
     number: int
@@ -63,7 +63,7 @@ class Feed:
     roster: Roster
     run: str = ""
     clock: Callable[[], int] = now_ms
-    letters: list[Letter] = field(default_factory=list)
+    letters: list[StoredLetter] = field(default_factory=list)
     streams: dict[str, Stream] = field(default_factory=lambda: {name: Stream() for name in STREAMS})
     rejected: int = 0
     version: int = 0
@@ -119,7 +119,7 @@ class Feed:
         stream.stored = max(record.sequence, stream.stored or 0)
         try:
             if record.stream == "DLQ":
-                self.letters.append(Letter(record.sequence, record.time_unix_ms, self._letter(record)))
+                self.letters.append(StoredLetter(record.sequence, record.time_unix_ms, self._letter(record)))
             else:
                 self.log.apply(record)
         except Invalid as error:
@@ -131,7 +131,7 @@ class Feed:
 
     def _letter(self, record: Record) -> DeadLetter:
         opened = open_bytes(record.data, record.subject)
-        if not any(self.roster.permits(role, opened.signer) for role in _BURIERS):
+        if not any(self.roster.permits(role, opened.signer) for role in _DEAD_LETTER_SIGNERS):
             raise Invalid(f"{opened.signer[:12]}… may not write dead letters")
         return opened.read(DeadLetter)
 

@@ -21,7 +21,7 @@ from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.wire.facts import RunFacts
 
 from services.trainer.adapters import Downloads, Services
-from services.trainer.handlers import Commit, Enrol, Reveal, SayTrained, Tell, Train
+from services.trainer.handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train
 from services.trainer.state import CycleProgress, Ledger
 from services.trainer.strategy import Effort, Strategy, Work
 
@@ -63,13 +63,13 @@ class Miner:
                 await self._enrol(action.run)
             case Train(cycle):
                 await self._train(action.run, cycle)
-            case SayTrained(cycle):
+            case ReportTrained(cycle):
                 await self._say_trained(action.run, cycle)
             case Commit(cycle):
                 await self._commit(action.run, cycle)
             case Reveal(cycle):
                 await self._reveal(action.run, cycle)
-            case Tell() as tell:
+            case LogDecision() as tell:
                 self._tell(action.run, tell)
 
     async def _enrol(self, run: str) -> None:
@@ -161,7 +161,7 @@ class Miner:
     def _salt(self, run: str, cycle: int, artifact_digest: str) -> bytes:
         return self.bus.identity.derive("salt", run, str(cycle), artifact_digest)
 
-    def _tell(self, run: str, tell: Tell) -> None:
+    def _tell(self, run: str, tell: LogDecision) -> None:
         logs.bind_run(run, tell.cycle)
         if tell.reason:
             metrics.REFUSALS.labels(tell.reason).inc()

@@ -30,7 +30,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class SayTrained:
+class ReportTrained:
     """Tell everyone that the local steps are done; the result stays private."""
 
     cycle: int
@@ -51,7 +51,7 @@ class Reveal:
 
 
 @dataclass(frozen=True)
-class Tell:
+class LogDecision:
     """Log what was decided about this miner; `reason` when it was held against it. `name` is told once."""
 
     cycle: int
@@ -60,7 +60,7 @@ class Tell:
     reason: str = ""
 
 
-Step = Train | SayTrained | Commit | Reveal
+Step = Train | ReportTrained | Commit | Reveal
 
 
 def decide(facts: RunFacts, me: str, progress: Progress, now_ms: int, strategy: Strategy = HONEST) -> Decision:
@@ -98,7 +98,7 @@ def _next_step(facts: RunFacts, me: str, mine: CycleProgress, strategy: Strategy
     """The one thing to do in a cycle. Each step needs what the step before left behind, so their order is fixed."""
     cycle = mine.cycle
     if not mine.said and strategy.may_say_trained(facts, cycle, has_result=bool(mine.artifact)):
-        return SayTrained(cycle)
+        return ReportTrained(cycle)
     if not mine.artifact:
         return Train(cycle) if _wants_result(facts, me, cycle, strategy) else None
     if _may_commit(facts, me, mine):
@@ -167,20 +167,20 @@ def refusals(facts: RunFacts, me: str, window: str, cycle: int) -> Mapping[str, 
     }
 
 
-def news(facts: RunFacts, me: str, cycle: int) -> list[Tell]:
+def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:
     """What was decided about `me` in a cycle, in plain words."""
     told = []
     for window, what in (("commit", "commitment"), ("submit", "reveal")):
         if facts.has(window, cycle, "accepted", me):
-            told.append(Tell(cycle, f"{window}-accepted", f"{what} accepted"))
+            told.append(LogDecision(cycle, f"{window}-accepted", f"{what} accepted"))
         for id_, refusal in refusals(facts, me, window, cycle).items():
             reason = reason_name(refusal.reason)
             name = f"{window}-refused-{id_.rpartition('-')[2]}"
-            told.append(Tell(cycle, name, f"refused: {reason}: {refusal.detail}", reason))
+            told.append(LogDecision(cycle, name, f"refused: {reason}: {refusal.detail}", reason))
     scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
     for verdict in scored.verdicts if scored is not None else ():
         if verdict.miner == me:
-            told.append(Tell(cycle, "verdict", describe(verdict), reason_name(verdict.reason)))
+            told.append(LogDecision(cycle, "verdict", describe(verdict), reason_name(verdict.reason)))
     return told
 
 

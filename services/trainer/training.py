@@ -130,7 +130,9 @@ class LocalTrainer:
         progress = _Progress(len(batches))
         schedule = schedule_of(facts.spec)
         moments = (
-            None if policy.moments in ("", "fresh") else Kept(draft.parent).load(second_only=policy.moments == "second")
+            None
+            if policy.moments in ("", "fresh")
+            else OptimizerState(draft.parent).load(second_only=policy.moments == "second")
         )
         shadow = shadow_of(model, policy)
         try:
@@ -152,7 +154,7 @@ class LocalTrainer:
             if shadow is not None:
                 shadow.close()
         if moments is not None:
-            Kept(draft.parent).save(moments)
+            OptimizerState(draft.parent).save(moments)
         save_state(result, draft)
         log.info(
             "trained",
@@ -196,7 +198,7 @@ class _Progress:
             self._tokens, self._since = 0, time.monotonic()
 
 
-class Kept:
+class OptimizerState:
     """The optimiser's moments, in the cycle's folder beside its result. A new cycle goes on from the one before.
 
     A cycle that is trained again after a crash starts from the same moments, so it ends in the same result.

@@ -23,7 +23,7 @@ from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.chain import Chains, anchored_windows
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
-from connito.workloads.scoring import Bench, SubmissionFiles
+from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
 from services.validator.handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
 from services.validator.metrics import SCORE_SECONDS, SUBMISSIONS
@@ -60,7 +60,7 @@ class Validator:
     ) -> None:
         self._bus, self._store, self._compute, self._settings, self._facts = bus, store, compute, settings, facts
         self._anchors = anchors
-        self._benches: dict[str, Bench] = {}
+        self._evaluators: dict[str, SubmissionEvaluator] = {}
         self._loading: dict[str, asyncio.Lock] = {}
         self._measuring = asyncio.Lock()
         self.secret = secret_of(bus.identity)
@@ -73,7 +73,7 @@ class Validator:
     @property
     def loaded(self) -> set[str]:
         """Runs whose model is in memory."""
-        return set(self._benches)
+        return set(self._evaluators)
 
     async def perform(self, action: Action) -> None:
         """Do one thing. Raises `Retry` and `Invalid` as the engine understands them."""
@@ -84,9 +84,9 @@ class Validator:
                     run, "run", 0, "validator", run_pb2.ValidatorJoined(run=run, validator=self.me), self.me
                 )
             case Preload():
-                await self._bench(run)
+                await self._evaluator(run)
             case Unload():
-                self._benches.pop(run, None)
+                self._evaluators.pop(run, None)
             case CommitSeed(cycle):
                 digest = secret_digest(run, cycle, self.me, self.secret(run, cycle))
                 message = cycle_pb2.SeedCommitted(
@@ -101,14 +101,14 @@ class Validator:
                 logs.bind_run(run, cycle)
                 await self._score(run, cycle)
 
-    async def _bench(self, run: str) -> Bench:
+    async def _evaluator(self, run: str) -> SubmissionEvaluator:
         """The run's model and hold-outs, loaded once."""
         async with self._loading.setdefault(run, asyncio.Lock()):
-            if run not in self._benches:
-                self._benches[run] = await self._load(run)
-            return self._benches[run]
+            if run not in self._evaluators:
+                self._evaluators[run] = await self._load(run)
+            return self._evaluators[run]
 
-    async def _load(self, run: str) -> Bench:
+    async def _load(self, run: str) -> SubmissionEvaluator:
         facts, begun = self._facts(run), time.perf_counter()
         spec, selection = facts.spec, facts.selection
         assert spec is not None
@@ -122,9 +122,9 @@ class Validator:
         corpora = [spec.holdout, *spec.general_holdouts]
         holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
         async with self._compute.slot("load"):
-            bench = await asyncio.to_thread(self._open_bench, spec, selection, files, holdouts)
+            evaluator = await asyncio.to_thread(self._open_bench, spec, selection, files, holdouts)
         log.info("model loaded", seconds=round(time.perf_counter() - begun, 2))
-        return bench
+        return evaluator
 
     def _open_bench(
         self,
@@ -132,9 +132,9 @@ class Validator:
         selection: run_pb2.SelectionMade,
         files: Mapping[str, Path],
         holdouts: Mapping[str, Path],
-    ) -> Bench:
+    ) -> SubmissionEvaluator:
         settings = self._settings
-        return Bench.load(
+        return SubmissionEvaluator.load(
             spec,
             selection,
             files,
@@ -161,10 +161,10 @@ class Validator:
         submissions = [entry for entry in settled.submissions if duties is None or entry.miner in duties[self.me]]
         fetched = await asyncio.gather(*(self._fetch(item, opened.state) for item in submissions))
         files: Files = {item.miner: result for item, result in zip(submissions, fetched, strict=True)}
-        bench = await self._bench(run)
+        evaluator = await self._evaluator(run)
         async with self._measuring, self._compute.slot("score"):
             report = await in_thread(
-                lambda stop: self._measure(facts, bench, cycle, seed, state, submissions, files, stop)
+                lambda stop: self._measure(facts, evaluator, cycle, seed, state, submissions, files, stop)
             )
         report.state_digest = opened.state.digest
         if left_out := fit(report):
@@ -195,7 +195,7 @@ class Validator:
     def _measure(
         self,
         facts: RunFacts,
-        bench: Bench,
+        evaluator: SubmissionEvaluator,
         cycle: int,
         seed: bytes,
         state: Path,
@@ -207,15 +207,15 @@ class Validator:
         assert facts.spec is not None
         begun = time.perf_counter()
         report = cycle_pb2.ScoreReport(run=facts.run, cycle=cycle, validator=self.me, seed=seed)
-        drawn = bench.draw(seed)
-        before = bench.incumbent(state, drawn, stop)
+        drawn = evaluator.draw(seed)
+        before = evaluator.incumbent(state, drawn, stop)
         for submission in submissions:
             with SCORE_SECONDS.time():
                 found = files[submission.miner]
                 try:
                     if isinstance(found, Invalid):
                         raise found
-                    measurable = bench.submission(state, found, drawn, before, stop, submission.miner)
+                    measurable = evaluator.submission(state, found, drawn, before, stop, submission.miner)
                     item = score(submission, Evaluation(drawn, measurable, facts.spec.holdout.domain), facts.spec)
                 except Invalid as error:
                     if error.reason not in _ITS_FAULT:

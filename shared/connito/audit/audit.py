@@ -119,35 +119,35 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
         yield Step("spec", 0, 1, (Difference("spec", "run.0.created", what),))
         return
     yield attempt("admission", 0, lambda: admission.admission(evidence))
-    bench = recompute.Bench(evidence, artifacts, options.tolerance, say=options.say)
-    yield from _cycles(bench, options)
-    yield attempt("expert", 0, lambda: recompute.expert(bench))
+    work = recompute.Recomputation(evidence, artifacts, options.tolerance, say=options.say)
+    yield from _cycles(work, options)
+    yield attempt("expert", 0, lambda: recompute.expert(work))
     yield history.ending(evidence)
 
 
-def _cycles(bench: recompute.Bench, options: Options) -> Iterator[Step]:
-    evidence, models = bench.evidence, None
+def _cycles(work: recompute.Recomputation, options: Options) -> Iterator[Step]:
+    evidence, models = work.evidence, None
     if options.model and evidence.facts.selection is not None:
         from connito.audit import remeasure
 
-        models = remeasure.Models(evidence, bench.artifacts, options.threads)
-        yield attempt("selection", 0, lambda: remeasure.selection(bench))
-        bench = replace(bench, measure=models.measure)
+        models = remeasure.Models(evidence, work.artifacts, options.threads)
+        yield attempt("selection", 0, lambda: remeasure.selection(work))
+        work = replace(work, measure=models.measure)
     for cycle in cycles_of(evidence):
         yield from pure(evidence, cycle)
         if evidence.facts.opened("train", cycle) is not None:
-            yield from recomputed(bench, models, cycle)
+            yield from recomputed(work, models, cycle)
 
 
-def recomputed(bench: recompute.Bench, models: Models | None, cycle: int, only: str = "") -> Iterator[Step]:
+def recomputed(work: recompute.Recomputation, models: Models | None, cycle: int, only: str = "") -> Iterator[Step]:
     """The checks of one cycle that need its artifacts. `only`: measure this miner's submission again, not everybody's."""
-    yield attempt("content", cycle, lambda: recompute.refused_content(bench, cycle))
-    yield attempt("draws", cycle, lambda: recompute.draws(bench, cycle))
+    yield attempt("content", cycle, lambda: recompute.refused_content(work, cycle))
+    yield attempt("draws", cycle, lambda: recompute.draws(work, cycle))
     if models is not None:
         from connito.audit import remeasure
 
-        yield attempt("losses", cycle, lambda: remeasure.losses(bench, models, cycle, only))
-    yield attempt("merge", cycle, lambda: recompute.merge(bench, cycle))
+        yield attempt("losses", cycle, lambda: remeasure.losses(work, models, cycle, only))
+    yield attempt("merge", cycle, lambda: recompute.merge(work, cycle))
 
 
 def cycles_of(evidence: Evidence) -> list[int]:

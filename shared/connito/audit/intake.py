@@ -14,7 +14,7 @@ from connito.enums import name_of
 from connito.errors import Invalid, reason_name
 from connito.protocol.bans import at_close
 from connito.protocol.commitment import opens
-from connito.protocol.quota import Said
+from connito.protocol.quota import MessageCounter
 from connito.protocol.scoring.newcomers import over_quota
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.facts import Fact, RunFacts
@@ -306,7 +306,7 @@ def _unanswered(evidence: Evidence, window: str, cycle: int) -> Iterator[Differe
 
 def _over(evidence: Evidence, said: Fact) -> bool:
     """Whether a message is beyond the number that the run's policy answers one by one."""
-    counted = Said()
+    counted = MessageCounter()
     for _, earlier in sorted(evidence.said.items()):
         if earlier.key.kind == said.key.kind and earlier.signer == said.signer:
             counted.add(earlier)

@@ -97,13 +97,13 @@ def _steps(evidence: Evidence, artifacts: Artifacts, cycle: int, miner: str, opt
     yield from pure(evidence, cycle)
     if evidence.facts.spec is None or evidence.facts.opened("train", cycle) is None:
         return
-    bench = recompute.Bench(evidence, artifacts, options.tolerance, say=options.say)
+    work = recompute.Recomputation(evidence, artifacts, options.tolerance, say=options.say)
     models = None
     if options.model and submission is not None and evidence.facts.selection is not None:
         from connito.audit import remeasure
 
         models = remeasure.Models(evidence, artifacts, options.threads)
-    yield from recomputed(bench, models, cycle, miner)
+    yield from recomputed(work, models, cycle, miner)
 
 
 def _about(step: Step, cycle: int, miner: str) -> Step:

@@ -63,7 +63,7 @@ class Distances:
 
 
 @dataclass
-class Bench:
+class Recomputation:
     """What recomputing stands on. `measure` gives losses of a state for the gate; None where there is no model."""
 
     evidence: Evidence
@@ -73,46 +73,46 @@ class Bench:
     say: Callable[[str], None] = field(default=lambda _: None)
 
 
-def merge(bench: Bench, cycle: int) -> Step:
+def merge(work: Recomputation, cycle: int) -> Step:
     """The cycle's result and version again, bit for bit: copies, weights, outer step, momentum, and the gate."""
-    evidence, facts = bench.evidence, bench.evidence.facts
+    evidence, facts = work.evidence, work.evidence.facts
     version, scored = facts.version(cycle), facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
     if version is None or scored is None or facts.settled("submit", cycle) is None:
         return Step("merge", cycle, 0, note="nothing was merged yet")
-    bench.say(f"merging cycle {cycle} again")
+    work.say(f"merging cycle {cycle} again")
     try:
         with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
-            merged = _merge(bench, cycle, version, scored, Path(folder))
+            merged = _merge(work, cycle, version, scored, Path(folder))
     except Invalid as error:
         where = evidence.subject("merge", cycle, "version")
         return Step("merge", cycle, 1, (Difference("merge", where, f"cannot be recomputed: {error}", cycle),))
-    distances = Distances(bench.tolerance)
-    found = tuple(_compare(bench, cycle, merged, version, scored, distances))
-    note = distances.note() if bench.measure is not None else "the gate's losses are taken from the log"
+    distances = Distances(work.tolerance)
+    found = tuple(_compare(work, cycle, merged, version, scored, distances))
+    note = distances.note() if work.measure is not None else "the gate's losses are taken from the log"
     return Step("merge", cycle, 2, found, note)
 
 
 def _merge(
-    bench: Bench,
+    work: Recomputation,
     cycle: int,
     version: cycle_pb2.VersionPublished,
     scored: cycle_pb2.CycleScored,
     folder: Path,
 ) -> Merged:
-    facts = bench.evidence.facts
+    facts = work.evidence.facts
     submissions = submissions_of(facts, cycle)
-    agreed = consensus_of(bench.evidence, cycle, submissions)
-    files, unusable = _files(bench, cycle, submissions, of_the_file(scored))
-    if bench.measure is None:
+    agreed = consensus_of(work.evidence, cycle, submissions)
+    files, unusable = _files(work, cycle, submissions, of_the_file(scored))
+    if work.measure is None:
         return remerge_cycle(facts, cycle, submissions, agreed, unusable, files, version, folder)
-    return merge_cycle(facts, cycle, submissions, agreed, unusable, files, bench.measure, folder)
+    return merge_cycle(facts, cycle, submissions, agreed, unusable, files, work.measure, folder)
 
 
 def _files(
-    bench: Bench, cycle: int, submissions: Sequence[cycle_pb2.Submission], recorded: Refusals
+    work: Recomputation, cycle: int, submissions: Sequence[cycle_pb2.Submission], recorded: Refusals
 ) -> tuple[Files, Refusals]:
     """A submission that was gone when it was merged is gone here; one that is gone only here cannot be recomputed."""
-    facts, artifacts = bench.evidence.facts, bench.artifacts
+    facts, artifacts = work.evidence.facts, work.artifacts
     opened, previous = facts.opened("train", cycle), facts.version(cycle - 1)
     assert opened is not None
     parent = artifacts.path(opened.state)
@@ -130,14 +130,14 @@ def _files(
 
 
 def _compare(
-    bench: Bench,
+    work: Recomputation,
     cycle: int,
     merged: Merged,
     version: cycle_pb2.VersionPublished,
     scored: cycle_pb2.CycleScored,
     distances: Distances,
 ) -> Iterator[Difference]:
-    evidence = bench.evidence
+    evidence = work.evidence
     where = evidence.subject("merge", cycle, "version")
     for kind in ("gate_losses", "losses"):
         again, recorded = getattr(merged.version, kind), getattr(version, kind)
@@ -187,16 +187,16 @@ def _sequences(
                 return
 
 
-def draws(bench: Bench, cycle: int) -> Step:
+def draws(work: Recomputation, cycle: int) -> Step:
     """The held-out sequences that reports quote are those that the seed draws from the scoring part of each hold-out."""
-    facts = bench.evidence.facts
+    facts = work.evidence.facts
     drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
     if drawn is None or facts.spec is None:
         return Step("draws", cycle, 0, note="nothing was drawn")
     try:
-        expected = draw_of(facts.spec, bench.artifacts, drawn.seed)
+        expected = draw_of(facts.spec, work.artifacts, drawn.seed)
     except Invalid as error:
-        where = bench.evidence.subject("validate", cycle, "drawn")
+        where = work.evidence.subject("validate", cycle, "drawn")
         return Step("draws", cycle, 1, (Difference("draws", where, f"cannot be drawn again: {error}", cycle),))
     found, compared, racing = [], 0, facts.spec.scoring.minimum_sequences > 0
     for validator, fact in facts.all("validate", cycle, "report").items():
@@ -204,8 +204,8 @@ def draws(bench: Bench, cycle: int) -> Step:
         for score in fact.message.scores:
             compared += 1
             if score.losses and not _quotes(score.losses, expected, racing=racing):
-                where = f"{bench.evidence.subject('validate', cycle, 'report', validator)} on "
-                where += bench.evidence.name(score.miner)
+                where = f"{work.evidence.subject('validate', cycle, 'report', validator)} on "
+                where += work.evidence.name(score.miner)
                 what = "measured on other sequences than the seed draws"
                 found.append(Difference("draws", where, what, cycle, score.miner))
     return Step("draws", cycle, compared, tuple(found))
@@ -239,14 +239,14 @@ def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tu
     return drawn
 
 
-def refused_content(bench: Bench, cycle: int) -> Step:
+def refused_content(work: Recomputation, cycle: int) -> Step:
     """Reveals that were refused for what is in the artifact: the artifact, where it still is, is examined again."""
     from connito.audit.artifacts import refused_reveals
     from connito.protocol.submission import read_header, validate
 
-    evidence, facts, found, compared = bench.evidence, bench.evidence.facts, [], 0
+    evidence, facts, found, compared = work.evidence, work.evidence.facts, [], 0
     for entry in refused_reveals(evidence):
-        path = bench.artifacts.paths.get(entry.ref.digest)
+        path = work.artifacts.paths.get(entry.ref.digest)
         spec, selection = facts.spec, facts.selection
         if entry.cycle != cycle or path is None or spec is None or selection is None:
             continue
@@ -254,8 +254,8 @@ def refused_content(bench: Bench, cycle: int) -> Step:
         refused = _refusal_of(facts, cycle, entry.miner, entry.ref.digest, evidence)
         opened = facts.opened("train", cycle)
         try:
-            base = bench.artifacts.paths.get(opened.state.digest) if opened is not None else None
-            layout = read_header(bench.artifacts.path(selection.initial_state))
+            base = work.artifacts.paths.get(opened.state.digest) if opened is not None else None
+            layout = read_header(work.artifacts.path(selection.initial_state))
             validate(path, layout, base, spec.scoring.max_relative_norm or float("inf"))
         except Invalid:
             continue
@@ -278,23 +278,23 @@ def _refusal_of(facts: RunFacts, cycle: int, miner: str, digest: str, evidence: 
     return None
 
 
-def expert(bench: Bench) -> Step:
+def expert(work: Recomputation) -> Step:
     """The library's expert, its record and its card again, byte for byte, from the final version and the log."""
-    deposited = [fact.message for fact in bench.evidence.facts.all("library", 0, "deposited").values()]
+    deposited = [fact.message for fact in work.evidence.facts.all("library", 0, "deposited").values()]
     if not deposited:
         return Step("expert", 0, 0, note="nothing was deposited")
     found = []
     message = deposited[0]
     assert isinstance(message, run_pb2.ExpertDeposited)
-    where = bench.evidence.subject("library", 0, "deposited", message.expert_id)
+    where = work.evidence.subject("library", 0, "deposited", message.expert_id)
     try:
-        again = deposit_again(bench)
+        again = deposit_again(work)
         if again is None:
             what = "this run leaves nothing to deposit"
         elif message.HasField("attestation"):
             what = first_difference(again.message, message)
         else:
-            what = _as_older(again, bench.artifacts.path(message.record).read_bytes(), message)
+            what = _as_older(again, work.artifacts.path(message.record).read_bytes(), message)
     except Invalid as error:
         what = f"cannot be recomputed: {error}"
     if what:
@@ -330,7 +330,7 @@ class Deposited:
         return self.files[1]
 
 
-def deposit_again(bench: Bench) -> Deposited | None:
+def deposit_again(work: Recomputation) -> Deposited | None:
     """The deposit of a run; None when it leaves nothing. Raises `Invalid` without the artifacts that it is made of."""
     from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
     from connito.library.card import render
@@ -339,24 +339,24 @@ def deposit_again(bench: Bench) -> Deposited | None:
     from connito.library.start import start_ref
     from connito.store import ref_of_bytes
 
-    facts = without_deposits(bench.evidence.facts)
+    facts = without_deposits(work.evidence.facts)
     decision = plan(facts)
     if not isinstance(decision, Deposit) or facts.selection is None:
         return None
     public = artifacts_pb2.REALM_PUBLIC
-    state = bench.artifacts.path(decision.state)
-    report: Mapping[str, Mapping[str, str]] = json.loads(bench.artifacts.path(facts.selection.report).read_bytes())
+    state = work.artifacts.path(decision.state)
+    report: Mapping[str, Mapping[str, str]] = json.loads(work.artifacts.path(facts.selection.report).read_bytes())
     with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
         path = Path(folder) / "expert.safetensors"
         digest = write_expert(state, path, decision.with_base(report.get("base", {})))
         data = path.read_bytes()
     signature = None
     if facts.selection.HasField("signature"):
-        signature = json.loads(bench.artifacts.path(facts.selection.signature).read_bytes())
+        signature = json.loads(work.artifacts.path(facts.selection.signature).read_bytes())
     started = start_ref(facts.selection)
-    parent = None if started is None else json.loads(bench.artifacts.path(started).read_bytes())
+    parent = None if started is None else json.loads(work.artifacts.path(started).read_bytes())
     record = build_record(facts, digest, len(data), tensor_sizes(state)[0], signature, parent)
-    attestation = _attest(bench, decision.cycle, state)
+    attestation = _attest(work, decision.cycle, state)
     card = render(record).encode()
     card_ref = ref_of_bytes(card, CARD_MEDIA_TYPE, public)
     record["card"] = {"digest": card_ref.digest, "bytes": card_ref.size}
@@ -373,13 +373,13 @@ def deposit_again(bench: Bench) -> Deposited | None:
     return Deposited(message, (data, encode(record), card, attestation))
 
 
-def _attest(bench: Bench, cycle: int, state: Path) -> bytes:
+def _attest(work: Recomputation, cycle: int, state: Path) -> bytes:
     """The aggregator's part of the attestation, from its envelope in the log."""
     from connito.library.attestation import attest
     from connito.library.attestation import encode as encode_attestation
 
-    subject = subjects.fact(bench.evidence.run, "merge", cycle, "version")
-    envelope = next((record.data for record in bench.evidence.records if record.subject == subject), None)
+    subject = subjects.fact(work.evidence.run, "merge", cycle, "version")
+    envelope = next((record.data for record in work.evidence.records if record.subject == subject), None)
     if envelope is None:
         raise Invalid(f"the log does not hold {subject}")
     return encode_attestation(attest(subject, envelope, state))

@@ -20,13 +20,13 @@ from connito.audit.artifacts import Artifacts, base_files, manifest_of
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE, submissions_of
-from connito.audit.recompute import Bench, Distances
+from connito.audit.recompute import Distances, Recomputation
 from connito.errors import Invalid, reason_name
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.protocol.merging.gate import Losses as GateLosses
 from connito.protocol.merging.gate import Part
 from connito.protocol.scoring.evaluation import Evaluation, rejected, score
-from connito.protocol.scoring.racing import Look, looks
+from connito.protocol.scoring.racing import InterimLook, looks
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from connito.workloads import gating, scoring
 from connito.workloads.scoring import SubmissionFiles
@@ -47,14 +47,14 @@ class Models:
             torch.set_num_threads(threads)
 
     @functools.cached_property
-    def scoring(self) -> scoring.Bench:
+    def scoring(self) -> scoring.SubmissionEvaluator:
         """As a validator has it."""
-        return scoring.Bench.load(*_parts(self._evidence, self._artifacts), device="cpu")
+        return scoring.SubmissionEvaluator.load(*_parts(self._evidence, self._artifacts), device="cpu")
 
     @functools.cached_property
-    def gating(self) -> gating.Bench:
+    def gating(self) -> gating.GateEvaluator:
         """As the aggregator has it."""
-        return gating.Bench.load(*_parts(self._evidence, self._artifacts))
+        return gating.GateEvaluator.load(*_parts(self._evidence, self._artifacts))
 
     def measure(self, part: Part, digest: str, state: Path) -> GateLosses:
         """What the gate measures of a state."""
@@ -79,15 +79,15 @@ def _base(spec: run_pb2.RunSpec, artifacts: Artifacts) -> dict[str, Path]:
     return {name: artifacts.path(ref) for name, ref in base_files(manifest).items()}
 
 
-def selection(bench: Bench) -> Step:
+def selection(work: Recomputation) -> Step:
     """The selection again: the probe through the base, the map, the report, and θ_0, byte for byte."""
-    facts = bench.evidence.facts
+    facts = work.evidence.facts
     spec, made = facts.spec, facts.selection
     if spec is None or made is None:
         return Step("selection", 0, 0, note="nothing was selected")
-    bench.say("selecting again")
+    work.say("selecting again")
     try:
-        again = _select(spec, bench.artifacts, made, _library(bench, spec, made))
+        again = _select(spec, work.artifacts, made, _library(work, spec, made))
         if not made.HasField("signature"):  # logs from before selections had one
             again.ClearField("signature")
         what = first_difference(again, made)
@@ -97,11 +97,11 @@ def selection(bench: Bench) -> Step:
     return Step("selection", 0, sum(len(layer.experts) for layer in made.layers), found)
 
 
-def _library(bench: Bench, spec: run_pb2.RunSpec, made: run_pb2.SelectionMade) -> Library | None:
+def _library(work: Recomputation, spec: run_pb2.RunSpec, made: run_pb2.SelectionMade) -> Library | None:
     """What the selector had to choose a start from: every deposit of the base up to the sequence that it names."""
     if not wants_start(spec):
         return None
-    last, artifacts, library = made.start.library_sequence, bench.artifacts, bench.evidence.library
+    last, artifacts, library = made.start.library_sequence, work.artifacts, work.evidence.library
     shelf, against = [], notices(library, last)
     for deposit in deposits(library, spec, last):
         record = json.loads(artifacts.path(deposit.record).read_bytes())
@@ -171,19 +171,19 @@ def _close(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def losses(bench: Bench, models: Models, cycle: int, only: str = "") -> Step:
+def losses(work: Recomputation, models: Models, cycle: int, only: str = "") -> Step:
     """Every report's losses again, on the sequences that the seed draws. `only`: of one miner."""
-    facts = bench.evidence.facts
+    facts = work.evidence.facts
     drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
     opened = facts.opened("train", cycle)
     if drawn is None or opened is None or facts.settled("submit", cycle) is None:
         return Step("losses", cycle, 0, note="nothing was drawn")
-    distances = Distances(bench.tolerance)
+    distances = Distances(work.tolerance)
     try:
-        again = _measure(bench, models, cycle, drawn.seed, opened, only)
-        found = tuple(_compare(bench, cycle, again, distances))
+        again = _measure(work, models, cycle, drawn.seed, opened, only)
+        found = tuple(_compare(work, cycle, again, distances))
     except Invalid as error:
-        where = bench.evidence.subject("validate", cycle, "drawn")
+        where = work.evidence.subject("validate", cycle, "drawn")
         found = (Difference("losses", where, f"cannot be measured again: {error}", cycle),)
     return Step("losses", cycle, distances.compared, found, distances.note())
 
@@ -195,17 +195,17 @@ class _Again:
     score: cycle_pb2.SubmissionScore
     evaluation: Evaluation | None
 
-    def upto(self, look: Look) -> list[cycle_pb2.SequenceLoss]:
+    def upto(self, look: InterimLook) -> list[cycle_pb2.SequenceLoss]:
         """The losses that come up to a look."""
         by_domain = {} if self.evaluation is None else self.evaluation.upto(look)
         return [loss for of_domain in by_domain.values() for loss in of_domain]
 
 
 def _measure(
-    bench: Bench, models: Models, cycle: int, seed: bytes, opened: cycle_pb2.WindowOpened, only: str
+    work: Recomputation, models: Models, cycle: int, seed: bytes, opened: cycle_pb2.WindowOpened, only: str
 ) -> dict[str, _Again]:
     """What honest validators report, by miner."""
-    facts, artifacts = bench.evidence.facts, bench.artifacts
+    facts, artifacts = work.evidence.facts, work.artifacts
     spec = facts.spec
     assert spec is not None
     drawn = models.scoring.draw(seed)
@@ -215,7 +215,7 @@ def _measure(
     for entry in submissions_of(facts, cycle):
         if (only and entry.miner != only) or entry.artifact.digest not in artifacts.paths:
             continue
-        bench.say(f"measuring {bench.evidence.name(entry.miner)} of cycle {cycle} again")
+        work.say(f"measuring {work.evidence.name(entry.miner)} of cycle {cycle} again")
         same_base = entry.base_state.digest in ("", opened.state.digest)
         files = SubmissionFiles(artifacts.path(entry.artifact), None if same_base else artifacts.path(entry.base_state))
         try:
@@ -227,8 +227,10 @@ def _measure(
     return found
 
 
-def _compare(bench: Bench, cycle: int, again: Mapping[str, _Again], distances: Distances) -> Iterator[Difference]:
-    evidence, spec = bench.evidence, bench.evidence.facts.spec
+def _compare(
+    work: Recomputation, cycle: int, again: Mapping[str, _Again], distances: Distances
+) -> Iterator[Difference]:
+    evidence, spec = work.evidence, work.evidence.facts.spec
     assert spec is not None
     for validator, fact in evidence.facts.all("validate", cycle, "report").items():
         assert isinstance(fact.message, cycle_pb2.ScoreReport)

@@ -40,11 +40,11 @@ def up(
     as_json: JsonFlag = False,
 ) -> None:
     """Run everything on this machine: brokers, store, services, validators and miners, and one adaptation job."""
-    from connito.local.defaults import Wish
+    from connito.local.defaults import UpOptions
     from connito.local.up import run_detached, run_here, summary
 
     kinds = tuple(kind.strip() for kind in adversaries.split(",") if kind.strip())
-    wish = Wish(
+    options = UpOptions(
         cycles=cycles,
         miners=miners,
         validators=validators,
@@ -57,15 +57,15 @@ def up(
         overrides=tuple(policy or ()),
     ).checked()
     if no_wait:
-        started = run_detached(wish, json=as_json)
+        started = run_detached(options, json=as_json)
         emit(
             as_json,
             started,
             lambda: f"run {started['run']} is under way in {started['data_dir']}; stop it with `connito down`",
         )
         return
-    document = run_here(wish, json=as_json)
-    emit(as_json, document, lambda: summary(document, wish))
+    document = run_here(options, json=as_json)
+    emit(as_json, document, lambda: summary(document, options))
 
 
 def down(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:

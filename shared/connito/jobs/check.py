@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from connito.jobs.context import JobContext, open_context, policies
 from connito.jobs.corpora import Corpora, build
 from connito.jobs.findings import Finding, worst
-from connito.jobs.ground import Ground, open_ground, policies
 from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
 from connito.library.governance import TERMS
@@ -34,7 +34,7 @@ class Checked:
 
     job: Job
     spec: RunSpec
-    ground: Ground
+    context: JobContext
     texts: Texts
     corpora: Corpora | None
     findings: list[Finding] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Checked:
         """What `connito job check --json` prints."""
         return {
             "domain": self.job.domain,
-            "base": self.ground.name,
+            "base": self.context.name,
             "ok": self.ok,
             "findings": [finding.to_json() for finding in self.findings],
             "parts": {} if self.corpora is None else self.corpora.sizes(),
@@ -68,15 +68,17 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     that does not exist.
     """
     progress("looking for the base", 0.0)
-    ground = open_ground(job, root, data_dir, progress)
-    spec = policies(job, ground)
+    context = open_context(job, root, data_dir, progress)
+    spec = policies(job, context)
     progress("reading and comparing the texts", 0.2)
     texts = sort_texts(job, root)
-    checked = Checked(job, spec, ground, texts, None, [*texts.findings, *_terms(job), *_people(job), *_personal(texts)])
-    checked.findings += _budget(job, ground)
+    checked = Checked(
+        job, spec, context, texts, None, [*texts.findings, *_terms(job), *_people(job), *_personal(texts)]
+    )
+    checked.findings += _budget(job, context)
     if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
         progress("tokenising", 0.6)
-        checked.corpora = build(texts, spec, ground)
+        checked.corpora = build(texts, spec, context)
         checked.findings += checked.corpora.findings
     progress("checked", 1.0)
     return checked
@@ -108,10 +110,10 @@ def _terms(job: Job) -> Iterator[Finding]:
         yield Finding("licence", "warning", "there is no data statement", remedy)
 
 
-def _budget(job: Job, ground: Ground) -> Iterator[Finding]:
+def _budget(job: Job, context: JobContext) -> Iterator[Finding]:
     """Whether any job at all fits; what this one takes is the quote's to say."""
-    sizes = ground.manifest.expert_bytes()
-    smallest = predict(ground.manifest, {layer: [0] for layer in sizes}, {}, Workload(1, 1))
+    sizes = context.manifest.expert_bytes()
+    smallest = predict(context.manifest, {layer: [0] for layer in sizes}, {}, Workload(1, 1))
     for name, cap, minimum, what in (
         ("upload", job.budget.upload, min(sizes.values()), "one expert of this base has"),
         ("memory", job.budget.memory, smallest.weights, "with one expert a layer, the weights alone take"),

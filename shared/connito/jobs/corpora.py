@@ -10,8 +10,8 @@ from typing import Any
 
 from connito.data.corpus import Corpus
 from connito.errors import Invalid
+from connito.jobs.context import JobContext
 from connito.jobs.findings import Finding
-from connito.jobs.ground import Ground
 from connito.jobs.sources import Document
 from connito.jobs.texts import Texts
 from connito.protocol.holdout import subsets
@@ -58,15 +58,15 @@ class Corpora:
         return {name: {"documents": corpus.documents, "tokens": len(corpus.tokens)} for name, corpus in parts.items()}
 
 
-def build(texts: Texts, spec: RunSpec, ground: Ground) -> Corpora:
+def build(texts: Texts, spec: RunSpec, context: JobContext) -> Corpora:
     """Tokenise every part and look at the result: sizes against the policy, lengths, and the tokenizer's fit."""
 
     def corpus(domain: str, split: str, documents: Sequence[Document]) -> Corpus:
         metadata = {
-            "domain": domain, "split": split, "tokenizer": ground.tokenizer_digest,
-            "separator": str(ground.tokenizer.eos_token_id),
+            "domain": domain, "split": split, "tokenizer": context.tokenizer_digest,
+            "separator": str(context.tokenizer.eos_token_id),
         }  # fmt: skip
-        return Corpus.from_documents(ground.encode([document.text for document in documents]), metadata)
+        return Corpus.from_documents(context.encode([document.text for document in documents]), metadata)
 
     found = Corpora(
         corpus(spec.domain, "probe", texts.probe),
@@ -77,10 +77,10 @@ def build(texts: Texts, spec: RunSpec, ground: Ground) -> Corpora:
     )
     if texts.replay:
         found.replay = corpus("general", "replay", [document for part in texts.replay.values() for document in part])
-    held = found.general if texts.general else dict(ground.general_corpora())
+    held = found.general if texts.general else dict(context.general_corpora())
     found.findings += _sizes(found, held, spec)
     found.findings += _lengths(found.train, spec.training.sequence_length)
-    found.findings += _fit(found, texts, held, ground)
+    found.findings += _fit(found, texts, held, context)
     return found
 
 
@@ -158,13 +158,13 @@ def _lengths(corpus: Corpus, length: int) -> list[Finding]:
     return [Finding("length", "ok", detail, "", numbers)]
 
 
-def _fit(found: Corpora, texts: Texts, held: dict[str, Corpus], ground: Ground) -> list[Finding]:
+def _fit(found: Corpora, texts: Texts, held: dict[str, Corpus], context: JobContext) -> list[Finding]:
     """The target's text beside the general text, as this tokenizer sees them."""
-    mine = fit_of([document.text for document in texts.train], ground.encode, ground.tokenizer)
+    mine = fit_of([document.text for document in texts.train], context.encode, context.tokenizer)
     if mine is None:
         return []
     found.fit["target"] = mine
-    general = fit_of(_decoded(held, ground.tokenizer), ground.encode, ground.tokenizer)
+    general = fit_of(_decoded(held, context.tokenizer), context.encode, context.tokenizer)
     numbers: dict[str, Any] = {"target": vars(mine)}
     detail = f"{mine.tokens_per_word:.2f} tokens a word, {mine.bytes_per_token:.2f} bytes a token"
     detail += f", {100 * mine.fallback:.1f} % of tokens are pieces of characters or unknown"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound, Retry
-from connito.jobs.ground import Ground
+from connito.jobs.context import JobContext
 from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
 from connito.v1 import run_pb2
@@ -41,7 +41,7 @@ class Delivered:
 
     document: dict[str, Any]
     expert: Deposit | None
-    ground: Ground
+    context: JobContext
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ def deliver(
     manifest_ref = facts.spec.base.manifest
     store = session.store()
     manifest = Manifest.from_bytes(asyncio.run(store.get_bytes(manifest_ref)))
-    ground = Ground(facts.spec.base.name, manifest, manifest_ref=manifest_ref, session=session)
-    expert = _deposit(ground, facts, signed)
+    context = JobContext(facts.spec.base.name, manifest, manifest_ref=manifest_ref, session=session)
+    expert = _deposit(context, facts, signed)
     document = _document(facts, None if expert is None else expert.record, manifest.size)
     if measure and facts.selection is not None:
-        document["measured"] = measured(facts, ground, progress)
+        document["measured"] = measured(facts, context, progress)
     progress("written", 1.0)
-    return Delivered(document, expert, ground)
+    return Delivered(document, expert, context)
 
 
 async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
@@ -87,7 +87,7 @@ async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
         return facts, await bus.last_record(subject) if deposits else None
 
 
-def _deposit(ground: Ground, facts: RunFacts, signed: Record | None) -> Deposit | None:
+def _deposit(context: JobContext, facts: RunFacts, signed: Record | None) -> Deposit | None:
     import json
 
     from connito.library.attestation import countersign
@@ -95,12 +95,12 @@ def _deposit(ground: Ground, facts: RunFacts, signed: Record | None) -> Deposit 
     for fact in facts.all("library", 0, "deposited").values():
         deposited = fact.message
         assert isinstance(deposited, run_pb2.ExpertDeposited)
-        record: dict[str, Any] = json.loads(ground.fetch(deposited.record).read_bytes())
+        record: dict[str, Any] = json.loads(context.fetch(deposited.record).read_bytes())
         attestation = None
         if deposited.HasField("attestation") and signed is not None:
-            part = json.loads(ground.fetch(deposited.attestation).read_bytes())
+            part = json.loads(context.fetch(deposited.attestation).read_bytes())
             attestation = countersign(part, signed.subject, signed.data)
-        return Deposit(record, ground.fetch(deposited.expert), attestation)
+        return Deposit(record, context.fetch(deposited.expert), attestation)
     return None
 
 
@@ -140,7 +140,7 @@ def _commands(run: str, expert_id: str | None, base: str) -> dict[str, str]:
     return found
 
 
-def measured(facts: RunFacts, ground: Ground, progress: Progress) -> dict[str, Any]:
+def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[str, Any]:
     """Base against result: the target, every general domain, every benchmark, with paired intervals."""
     from connito.base.loading import load_full
     from connito.moe.evaluate import Evaluator
@@ -153,10 +153,10 @@ def measured(facts: RunFacts, ground: Ground, progress: Progress) -> dict[str, A
     final = selection.initial_state if last is None else last.state
     progress("loading the base", 0.1)
     layers = {layer.layer: list(layer.experts) for layer in selection.layers}
-    evaluator = Evaluator(load_full(ground.files()), layers)
-    state, origin = load_state(ground.fetch(final)), load_state(ground.fetch(selection.initial_state))
+    evaluator = Evaluator(load_full(context.files()), layers)
+    state, origin = load_state(context.fetch(final)), load_state(context.fetch(selection.initial_state))
     rows: list[dict[str, Any]] = []
-    parts = list(_parts(spec, ground))
+    parts = list(_parts(spec, context))
     for number, (use, name, sequences) in enumerate(parts):
         progress(f"measuring {name}", 0.2 + 0.8 * number / len(parts))
         before, tokens = evaluator.losses(evaluator.base, sequences)
@@ -170,15 +170,15 @@ def measured(facts: RunFacts, ground: Ground, progress: Progress) -> dict[str, A
     return {"confidence": CONFIDENCE, "rows": rows, "apart": _apart(facts, rows)}
 
 
-def _parts(spec: run_pb2.RunSpec, ground: Ground) -> list[tuple[str, str, npt.NDArray[Any]]]:
+def _parts(spec: run_pb2.RunSpec, context: JobContext) -> list[tuple[str, str, npt.NDArray[Any]]]:
     length = spec.training.sequence_length
     found = []
     for corpus in (spec.holdout, *spec.general_holdouts):
-        sequences = Corpus.load(ground.fetch(corpus.artifact)).sequences(length)
+        sequences = Corpus.load(context.fetch(corpus.artifact)).sequences(length)
         use = "target" if corpus.domain == spec.holdout.domain else "general"
         found.append((use, corpus.domain, sequences[subsets(sequences, spec, corpus.domain).report]))
     for corpus in spec.benchmarks:
-        sequences = Corpus.load(ground.fetch(corpus.artifact)).sequences(length)
+        sequences = Corpus.load(context.fetch(corpus.artifact)).sequences(length)
         found.append(("benchmark", corpus.domain, sequences[:BENCHMARK_SEQUENCES]))
     return found
 
@@ -244,7 +244,7 @@ def write(delivered: Delivered, out: Path, *, with_base: bool = False) -> list[P
         written.append(folder)
     if with_base:
         (out / "base").mkdir(exist_ok=True)
-        for name, path in delivered.ground.files().items():
+        for name, path in delivered.context.files().items():
             shutil.copyfile(path, out / "base" / name)
         written.append(out / "base")
     return written

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import nn
 
-    from connito.jobs.ground import Ground
+    from connito.jobs.context import JobContext
     from connito.moe.selection import Selection
 
 Progress = Callable[[str, float], None]
@@ -90,7 +90,7 @@ class Quote:
 def quote(checked: Checked, *, pilot: bool = True, progress: Progress = lambda what, share: None) -> Quote:
     """Price a checked job. Raises `Invalid` when the job has errors or nothing can be selected within its budget."""
     require(checked.findings)
-    corpora, spec, ground = checked.corpora, checked.spec, checked.ground
+    corpora, spec, context = checked.corpora, checked.spec, checked.context
     assert corpora is not None
     progress("routing the probe through the base", 0.1)
     selection = _select(checked)
@@ -98,18 +98,18 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = lambda w
     if pilot:
         progress("training as one miner would, for one cycle", 0.4)
         activations, trial = _pilot(checked, selection, progress)
-    expert = ground.manifest.expert_bytes()
+    expert = context.manifest.expert_bytes()
     upload = sum(expert[layer] * len(experts) for layer, experts in selection.layers.items())
     policy = spec.training
     work = Workload(policy.batch_sequences, policy.sequence_length, background=spec.selection.background)
-    memory = predict(ground.manifest, selection.layers, selection.helpers, work)
+    memory = predict(context.manifest, selection.layers, selection.helpers, work)
     if trial is not None:
         memory = replace(memory, activations=activations)
     made = Quote(
-        spec.domain, selection.layers, selection.total, upload, ground.manifest.size, memory, spec.cycles, trial
+        spec.domain, selection.layers, selection.total, upload, context.manifest.size, memory, spec.cycles, trial
     )
     made.cycles_needed = _cycles_needed(checked, trial)
-    made.seconds, made.seconds_from = _duration(ground, checked, trial)
+    made.seconds, made.seconds_from = _duration(context, checked, trial)
     made.findings += _budget(checked, made)
     progress("priced", 1.0)
     return made
@@ -120,7 +120,7 @@ def _select(checked: Checked) -> Selection:
     from connito.v1.run_pb2 import RunSpec
     from connito.workloads.selecting import Probes, choose
 
-    corpora, ground, spec = checked.corpora, checked.ground, RunSpec()
+    corpora, context, spec = checked.corpora, checked.context, RunSpec()
     assert corpora is not None
     spec.CopyFrom(checked.spec)
     with tempfile.TemporaryDirectory() as name:
@@ -132,7 +132,7 @@ def _select(checked: Checked) -> Selection:
             replay = folder / "replay"
             corpora.replay.save(replay)
         probes = Probes(folder / "probe", replay)
-        return choose(spec, ground.manifest, ground.files(), probes, folder / "theta").selection
+        return choose(spec, context.manifest, context.files(), probes, folder / "theta").selection
 
 
 def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[int, Pilot]:
@@ -151,9 +151,9 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
         replay=corpora.replay, replay_share=policy.replay_share,
     )  # fmt: skip
     held = _score_part(checked)
-    evaluator = Evaluator(load_full(checked.ground.files()), selection)
+    evaluator = Evaluator(load_full(checked.context.files()), selection)
     before, tokens = evaluator.losses(None, held)
-    local = compress(load_full(checked.ground.files()), selection.layers, selection.helpers, policy.routing_mode)
+    local = compress(load_full(checked.context.files()), selection.layers, selection.helpers, policy.routing_mode)
     kept = _activations(local, batches[0])
     began = time.perf_counter()
 
@@ -219,7 +219,7 @@ def _cycles_needed(checked: Checked, pilot: Pilot | None) -> int | None:
     wanted = checked.job.objective.improvement
     if not wanted or pilot is None or pilot.low <= 0:
         return None
-    return cycles_until(wanted, pilot.gain, decay(checked.ground))
+    return cycles_until(wanted, pilot.gain, decay(checked.context))
 
 
 def cycles_until(wanted: float, first: float, ratio: float) -> int | None:
@@ -231,23 +231,23 @@ def cycles_until(wanted: float, first: float, ratio: float) -> int | None:
     return max(1, math.ceil(math.log(1 - wanted * (1 - ratio) / first) / math.log(ratio)))
 
 
-def decay(ground: Ground) -> float:
+def decay(context: JobContext) -> float:
     """Median over runs on this base of a cycle's gain over the one before, as the demand signal has it; never 0, or one
     cycle that gained nothing would mean that none ever will."""
     from connito.library.demand import decay as ratio_of
     from connito.library.demand import training_of
 
-    found = [training for facts in ground.history if (training := training_of(facts)) is not None]
+    found = [training for facts in context.history if (training := training_of(facts)) is not None]
     return max(0.05, ratio_of(found))
 
 
-def _duration(ground: Ground, checked: Checked, pilot: Pilot | None) -> tuple[float | None, str]:
+def _duration(context: JobContext, checked: Checked, pilot: Pilot | None) -> tuple[float | None, str]:
     """Seconds for all cycles: from runs on this base where there are any, scaled by the steps; else from the pilot's
     steps alone, which leaves validation out."""
     spec = checked.spec
     work = spec.training.local_steps * spec.training.batch_sequences * spec.training.sequence_length
     found: list[float] = []
-    for facts in ground.history:
+    for facts in context.history:
         policy = None if facts.spec is None else facts.spec.training
         for cycle in facts.cycles() if policy is not None else ():
             seconds = window_seconds(facts, cycle)

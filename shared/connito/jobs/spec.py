@@ -87,7 +87,7 @@ class Privacy(_Strict):
     organisation: str = ""
 
 
-class People(_Strict):
+class Quorum(_Strict):
     """How many must be there before the first cycle opens, and who may mine: anybody, keys on a list, or by invite."""
 
     miners: int = Field(default=1, ge=1, le=10_000)
@@ -122,7 +122,7 @@ class Job(_Strict):
     objective: Objective = Objective()
     budget: Budget = Budget()
     privacy: Privacy = Privacy()
-    people: People = People()
+    people: Quorum = Quorum()
     license: str = Field(min_length=1)
     data_statement: str = Field(default="", max_length=4000)
     start_from: str = "auto"
@@ -220,7 +220,7 @@ def _known(path: tuple[Any, ...]) -> str:
 
 _NESTED: dict[str, type[BaseModel]] = {
     "data": Source, "holdout": Source, "general": General, "benchmarks": Benchmark, "objective": Objective,
-    "budget": Budget, "privacy": Privacy, "people": People, "split": Shares,
+    "budget": Budget, "privacy": Privacy, "people": Quorum, "split": Shares,
 }  # fmt: skip
 
 

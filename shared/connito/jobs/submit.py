@@ -41,19 +41,22 @@ class Submitted:
 def submit(
     checked: Checked, create_run: Callable[[RunSpec], str], progress: Progress = lambda what, share: None
 ) -> Submitted:
-    """Upload the corpora and ask for the run by `create_run`, which returns its id. Raises `Invalid` for a job with errors, `NotFound` without a platform, `Retry` while
-    broker or store are away. Submitting the same run id with the same job again is fine."""
+    """Upload the corpora and ask for the run by `create_run`, which returns its id.
+
+    Raises `Invalid` for a job with errors, `NotFound` without a platform, `Retry` while broker or store are away.
+    Submitting the same run id with the same job again is fine.
+    """
     require(checked.findings)
-    if checked.ground.session is None:
+    if checked.context.session is None:
         raise NotFound("no platform runs here; start one with `connito up --no-wait`, or set CONNITO_NATS_URL")
-    spec = asyncio.run(_upload(checked, checked.ground.session.store(), progress))
+    spec = asyncio.run(_upload(checked, checked.context.session.store(), progress))
     run = create_run(spec)
     total = sum(ref.artifact.size for ref in (spec.probe, spec.train, spec.holdout, *spec.general_holdouts))
     return Submitted(run, spec, total)
 
 
 async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) -> RunSpec:
-    corpora, ground, job = checked.corpora, checked.ground, checked.job
+    corpora, context, job = checked.corpora, checked.context, checked.job
     assert corpora is not None, "a job without errors has corpora"
     spec = RunSpec()
     spec.CopyFrom(checked.spec)
@@ -70,7 +73,7 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
     for domain, corpus in corpora.general.items():
         spec.general_holdouts.append(await put(domain, corpus, HOLDOUT))
     if not corpora.general:
-        spec.general_holdouts.extend(ground.general)
+        spec.general_holdouts.extend(context.general)
     if corpora.replay is not None:
         spec.replay.CopyFrom(await put("general", corpora.replay, PUBLIC))
     for name, corpus in corpora.benchmarks.items():
@@ -83,12 +86,12 @@ async def _base(checked: Checked, store: ArtifactStore, progress: Progress) -> B
     """The platform's base, or the one from this machine, put into its store."""
     from connito.base.upload import upload_base
 
-    ground = checked.ground
-    if ground.manifest_ref is not None:
-        return BaseRef(name=ground.name, manifest=ground.manifest_ref)
-    assert ground.folder is not None
-    manifest = await upload_base(store, ground.folder, ground.manifest, progress)
-    return BaseRef(name=ground.name, manifest=manifest)
+    context = checked.context
+    if context.manifest_ref is not None:
+        return BaseRef(name=context.name, manifest=context.manifest_ref)
+    assert context.folder is not None
+    manifest = await upload_base(store, context.folder, context.manifest, progress)
+    return BaseRef(name=context.name, manifest=manifest)
 
 
 def _run_id(domain: str) -> str:

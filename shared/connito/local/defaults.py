@@ -21,7 +21,7 @@ OVERRIDABLE = ("selection", "training", "scoring", "merging", "windows", "reward
 
 
 @dataclass(frozen=True)
-class Wish:
+class UpOptions:
     """What was asked of `connito up`."""
 
     cycles: int = 3
@@ -36,7 +36,7 @@ class Wish:
     # `section.field=value` of the run's policies, for example `training.local_steps=1`.
     overrides: tuple[str, ...] = ()
 
-    def checked(self) -> Wish:
+    def checked(self) -> UpOptions:
         """Raises `Invalid` naming the option that cannot be."""
         for name, value, low, high in (
             ("--cycles", self.cycles, 1, 1000),
@@ -94,10 +94,10 @@ class Profile:
         return Machine(cores, 1) if self.small else Machine(1, cores)
 
 
-def profile(wish: Wish) -> Profile:
+def profile(options: UpOptions) -> Profile:
     """The profile for a base. Raises `Invalid` naming an override that does not fit."""
-    chosen = _tiny(wish) if wish.base == "tiny" else _demo(wish)
-    for override in wish.overrides:
+    chosen = _tiny(options) if options.base == "tiny" else _demo(options)
+    for override in options.overrides:
         _override(chosen.spec, override)
     return chosen
 
@@ -118,11 +118,11 @@ def _override(spec: RunSpec, override: str) -> None:
         raise Invalid(f"--set {override!r} does not fit {section} ({error}); its fields: {known}") from error
 
 
-def _demo(wish: Wish) -> Profile:
+def _demo(options: UpOptions) -> Profile:
     """SmolLM2 upcycled: a step of 512 tokens takes some 2 s on two cores, so six of them for three miners 40 s."""
     spec = RunSpec(
-        domain=wish.target,
-        cycles=wish.cycles,
+        domain=options.target,
+        cycles=options.cycles,
         selection=SelectionPolicy(method="esft-token", threshold=0.5, helpers_per_layer=2, causal_effects=4),
         training=TrainPolicy(
             local_steps=6,
@@ -154,13 +154,13 @@ def _demo(wish: Wish) -> Profile:
         ),
         windows=WindowPolicy(floor_seconds=20, ceiling_seconds=900, assemble_seconds=300),
     )
-    return Profile(_people(spec, wish), Texts(target_tokens=160_000, general_tokens=40_000))
+    return Profile(_people(spec, options), Texts(target_tokens=160_000, general_tokens=40_000))
 
 
-def _tiny(wish: Wish) -> Profile:
+def _tiny(options: UpOptions) -> Profile:
     spec = RunSpec(
-        domain=wish.target,
-        cycles=wish.cycles,
+        domain=options.target,
+        cycles=options.cycles,
         selection=SelectionPolicy(method="esft-token", threshold=0.5, helpers_per_layer=2, causal_effects=4),
         training=TrainPolicy(
             local_steps=8,
@@ -194,16 +194,16 @@ def _tiny(wish: Wish) -> Profile:
         ),
         windows=WindowPolicy(floor_seconds=20, ceiling_seconds=30, assemble_seconds=60),
     )
-    return Profile(_people(spec, wish), Texts(target_tokens=130_000, general_tokens=50_000), small=True)
+    return Profile(_people(spec, options), Texts(target_tokens=130_000, general_tokens=50_000), small=True)
 
 
-def _people(spec: RunSpec, wish: Wish) -> RunSpec:
+def _people(spec: RunSpec, options: UpOptions) -> RunSpec:
     """Wait for everyone who was started, so that the first cycle has all of them."""
-    spec.windows.min_miners = wish.miners + len(wish.adversaries)
-    spec.windows.min_validators = wish.validators
+    spec.windows.min_miners = options.miners + len(options.adversaries)
+    spec.windows.min_validators = options.validators
     spec.customer = ""
-    spec.license = _LICENCES.get(wish.target, "Apache-2.0")
-    spec.data_statement = _STATEMENTS.get(wish.target, "")
+    spec.license = _LICENCES.get(options.target, "Apache-2.0")
+    spec.data_statement = _STATEMENTS.get(options.target, "")
     return spec
 
 

@@ -17,7 +17,7 @@ from connito.bus.permissions import broker_user
 from connito.local.defaults import Machine
 from connito.local.display import Display
 from connito.local.identities import SERVICES, Member, load_members, write_roster
-from connito.local.processes import PlainLauncher, Program, ZygoteLauncher
+from connito.local.processes import ForkLauncher, PlainLauncher, Program
 from connito.local.supervisor import Supervisor
 from connito.platform.datadir import DataDir, Platform
 from connito.platform.servers import NatsServer, ObjectStore
@@ -56,7 +56,7 @@ class Installation:
         self.platform: Platform
         self.bus: Bus
         self.store: ArtifactStore
-        self.zygote: ZygoteLauncher
+        self.fork_server: ForkLauncher
         self.supervisor: Supervisor
 
     @property
@@ -78,14 +78,14 @@ class Installation:
         await self._stack.aclose()
 
     async def _open(self) -> None:
-        self.zygote = await ZygoteLauncher.open(self.data.logs / "zygote.log", self._environment())
-        self._stack.push_async_callback(self.zygote.close)
+        self.fork_server = await ForkLauncher.open(self.data.logs / "fork-server.log", self._environment())
+        self._stack.push_async_callback(self.fork_server.close)
         secret = self._store_secret()
         nats = NatsServer(self.data.root / "nats", users=self._users(), log_file=self.data.logs / "nats-server.log")
         weed = ObjectStore(self.data.root / "objects", secret_key=secret, log_file=self.data.logs / "weed.log")
         self.supervisor = Supervisor(self.data, self.display.say)
         self._stack.push_async_callback(self.supervisor.stop)
-        self.supervisor.note("zygote", self.zygote.pid, self.data.logs / "zygote.log")
+        self.supervisor.note("fork server", self.fork_server.pid, self.data.logs / "fork-server.log")
         await asyncio.gather(self.supervisor.serve(nats), self.supervisor.serve(weed))
         self.platform = Platform(os.getpid(), nats.url, weed.url, weed.access_key, secret)
         self.data.keep_threads(self.machine.threads)
@@ -105,7 +105,7 @@ class Installation:
         """Start services and keep them running."""
         plain = PlainLauncher()
         for role in roles:
-            await self.supervisor.start(self._program(role), self.zygote if role.preloaded else plain)
+            await self.supervisor.start(self._program(role), self.fork_server if role.preloaded else plain)
 
     def services(self) -> list[Role]:
         """One process for each service of the control plane."""

@@ -18,7 +18,7 @@ from connito.base.upload import HOLDOUT, PUBLIC, TENSORS_TYPE, base_file, upload
 from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Fatal
 from connito.local.corpora import Plan
-from connito.local.defaults import Profile, Wish
+from connito.local.defaults import Profile, UpOptions
 from connito.local.display import Display
 from connito.local.installation import Installation
 from connito.local.processes import Program
@@ -58,7 +58,7 @@ async def run_task(
     )
     read_end, write_end = os.pipe()
     try:
-        process = await installation.zygote.start(program, stdout=write_end)
+        process = await installation.fork_server.start(program, stdout=write_end)
     finally:
         os.close(write_end)
     try:
@@ -85,15 +85,15 @@ async def _lines(descriptor: int) -> AsyncIterator[str]:
             transport.close()
 
 
-async def prepare(installation: Installation, wish: Wish, profile: Profile, display: Display) -> Materials:
+async def prepare(installation: Installation, options: UpOptions, profile: Profile, display: Display) -> Materials:
     """Build, or find, the base and the corpora."""
-    folder, manifest = await _base(installation, wish, display)
+    folder, manifest = await _base(installation, options, display)
     plan = Plan(
         base=str(folder),
         base_digest=manifest.digest,
         tiny=profile.small,
-        target=wish.target,
-        general=tuple(domain for domain in wish.domains if domain != wish.target),
+        target=options.target,
+        general=tuple(domain for domain in options.domains if domain != options.target),
         target_tokens=profile.texts.target_tokens,
         general_tokens=profile.texts.general_tokens,
     )
@@ -102,14 +102,14 @@ async def prepare(installation: Installation, wish: Wish, profile: Profile, disp
     return Materials(manifest.name, folder, manifest, plan.folder)
 
 
-async def _base(installation: Installation, wish: Wish, display: Display) -> tuple[Path, Manifest]:
-    if wish.base in ("demo", "tiny"):
-        target = cached_base(wish.base)
+async def _base(installation: Installation, options: UpOptions, display: Display) -> tuple[Path, Manifest]:
+    if options.base in ("demo", "tiny"):
+        target = cached_base(options.base)
         if not target.is_dir():
-            display.say(f"building the {wish.base} base, once for this machine, into {target}")
-            await run_task(installation, "build_base", {"name": wish.base}, display.progress)
+            display.say(f"building the {options.base} base, once for this machine, into {target}")
+            await run_task(installation, "build_base", {"name": options.base}, display.progress)
         return target / "model", Manifest.from_bytes((target / MANIFEST).read_bytes())
-    folder, out = Path(wish.base).absolute(), installation.data.root / "base-manifest.json"
+    folder, out = Path(options.base).absolute(), installation.data.root / "base-manifest.json"
     params = {"folder": str(folder), "name": folder.name, "out": str(out)}
     await run_task(installation, "manifest", params, display.progress)
     return folder, Manifest.from_bytes(out.read_bytes())

@@ -1,4 +1,4 @@
-"""Starting processes on a leash: what the supervisor holds in its hands, however a process came to be."""
+"""Start processes that end with the supervisor, however each came to be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
 from connito.errors import Fatal
-from connito.local.zygote import PACKET_BYTES
+from connito.local.fork_server import PACKET_BYTES
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PlainLauncher:
         """Start `program`. Its stdout goes to `stdout` if given, else with stderr into the log."""
         with program.log.open("ab") as log:
             child = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "connito.local.leash", str(os.getpid()), program.module, *program.arguments,
+                sys.executable, "-P", "-m", "connito.local.bound_process", str(os.getpid()), program.module, *program.arguments,
                 stdin=asyncio.subprocess.DEVNULL, stdout=log if stdout is None else stdout, stderr=log,
                 env=dict(program.env), cwd=program.cwd, start_new_session=True,
             )  # fmt: skip
@@ -85,8 +85,8 @@ class PlainLauncher:
         return process
 
 
-class ZygoteLauncher:
-    """Forks programs from the preloaded process of `connito.local.zygote`."""
+class ForkLauncher:
+    """Forks programs from the preloaded process of `connito.local.fork_server`."""
 
     def __init__(self, process: asyncio.subprocess.Process, control: socket.socket, log: Path) -> None:
         self.pid, self._process, self._control, self._log = process.pid, process, control, log
@@ -105,7 +105,7 @@ class ZygoteLauncher:
             number.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_BYTES)
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "connito.local.zygote", str(os.getpid()), str(theirs.fileno()), *modules,
+                sys.executable, "-P", "-m", "connito.local.fork_server", str(os.getpid()), str(theirs.fileno()), *modules,
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(theirs.fileno(),),
                 # One thread per BLAS, so that importing starts none and forking stays safe.
                 env={**env, "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,

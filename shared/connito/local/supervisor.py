@@ -22,7 +22,7 @@ _LOOK_EVERY = 0.25
 
 
 @dataclass
-class _Kept:
+class _Supervised:
     """Something that is kept running."""
 
     name: str
@@ -49,7 +49,7 @@ class Supervisor:
 
     def __init__(self, data: DataDir, announce: Callable[[str], None]) -> None:
         self._data, self._announce = data, announce
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, _Supervised] = {}
         self._servers: list[Server] = []
         self._watchers: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -62,20 +62,20 @@ class Supervisor:
 
     def note(self, name: str, pid: int, log: Path) -> None:
         """List a process in pids.json that is not ours to restart."""
-        self._kept[name] = _Kept(name, log, pid=pid)
+        self._kept[name] = _Supervised(name, log, pid=pid)
         self._write_pids()
 
     async def serve(self, server: Server) -> None:
         """Start a broker or store, and start it again on the same ports and data when it dies."""
         await asyncio.to_thread(server.start)
         self._servers.append(server)
-        kept = self._kept[server.program] = _Kept(server.program, server.log_file, pid=server.pid)
+        kept = self._kept[server.program] = _Supervised(server.program, server.log_file, pid=server.pid)
         self._write_pids()
         self._keep(self._watch_server(kept, server))
 
     async def start(self, program: Program, launcher: Launcher) -> None:
         """Start a service and keep it running."""
-        kept = self._kept[program.name] = _Kept(program.name, program.log, program.module)
+        kept = self._kept[program.name] = _Supervised(program.name, program.log, program.module)
         await self._launch(kept, program, launcher)
         self._keep(self._watch_service(kept, program, launcher))
 
@@ -92,12 +92,12 @@ class Supervisor:
             self.failed.cancel()
         self._data.pids.unlink(missing_ok=True)
 
-    async def _launch(self, kept: _Kept, program: Program, launcher: Launcher) -> None:
+    async def _launch(self, kept: _Supervised, program: Program, launcher: Launcher) -> None:
         kept.process = await launcher.start(program)
         kept.pid = kept.process.pid
         self._write_pids()
 
-    async def _watch_service(self, kept: _Kept, program: Program, launcher: Launcher) -> None:
+    async def _watch_service(self, kept: _Supervised, program: Program, launcher: Launcher) -> None:
         while True:
             assert kept.process is not None
             code = await asyncio.shield(kept.process.exited)
@@ -105,7 +105,7 @@ class Supervisor:
             self._again(kept, code)
             await self._launch(kept, program, launcher)
 
-    async def _watch_server(self, kept: _Kept, server: Server) -> None:
+    async def _watch_server(self, kept: _Supervised, server: Server) -> None:
         while True:
             await asyncio.sleep(_LOOK_EVERY)
             if server.running:
@@ -119,7 +119,7 @@ class Supervisor:
             kept.pid = server.pid
             self._write_pids()
 
-    def _again(self, kept: _Kept, code: int) -> None:
+    def _again(self, kept: _Supervised, code: int) -> None:
         kept.restarts += 1
         self._announce(f"{kept.name} ended ({describe_exit(code)}) and is started again")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from connito.errors import ConnitoError, Fatal, Invalid, Retry
-from connito.local.defaults import Profile, Wish, profile
+from connito.local.defaults import Profile, UpOptions, profile
 from connito.local.display import Display, choose_display
 from connito.platform.datadir import DataDir, is_running
 from connito.platform.session import log_to
@@ -32,27 +32,27 @@ T = TypeVar("T")
 START_SECONDS = 900.0
 
 
-def run_here(wish: Wish, *, json: bool) -> dict[str, Any]:
+def run_here(options: UpOptions, *, json: bool) -> dict[str, Any]:
     """Run in this process until the run has ended and everything is stopped again; returns the report.
 
     Raises `Retry` when another `up` holds the folder, `Invalid` for what cannot be, `Fatal` when a service cannot be
     kept alive or the run fails.
     """
-    data = DataDir.open(wish.data_dir)
+    data = DataDir.open(options.data_dir)
     with data.lock(), choose_display(json=json) as display:
-        return asyncio.run(_interruptible(_Up(wish, data, display).run))
+        return asyncio.run(_interruptible(_Up(options, data, display).run))
 
 
-def run_detached(wish: Wish, *, json: bool) -> dict[str, Any]:
+def run_detached(options: UpOptions, *, json: bool) -> dict[str, Any]:
     """Run in a process of its own and return when the first cycle is open: `{"run", "data_dir", "pid"}`."""
-    data = DataDir.open(wish.data_dir)
+    data = DataDir.open(options.data_dir)
     with data.lock():
         pass  # Says now, and here, that another one runs.
     data.platform_file.unlink(missing_ok=True)
-    wish = replace(wish, data_dir=data.root)
+    options = replace(options, data_dir=data.root)
     with (data.logs / "up.log").open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "connito.local.up", _encode(wish)],
+            [sys.executable, "-P", "-m", "connito.local.up", _encode(options)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     with choose_display(json=json) as display:
@@ -79,9 +79,9 @@ def stop(data: DataDir, seconds: float = 30.0) -> int | None:
     return pid
 
 
-def summary(report: dict[str, Any], wish: Wish) -> str:
+def summary(report: dict[str, Any], options: UpOptions) -> str:
     """The last lines on the terminal: what came out, and where it is."""
-    data, totals = DataDir.open(wish.data_dir), report["totals"]
+    data, totals = DataDir.open(options.data_dir), report["totals"]
     first, last = totals["target_loss_first"], totals["target_loss_last"]
     lines = [f"\n{report['run']}: {report['outcome']['status']} after {len(report['cycles'])} cycles"]
     if first is not None:
@@ -139,8 +139,8 @@ async def _interruptible(work: Callable[[], Awaitable[T]]) -> T:
 class _Up:
     """One `connito up`."""
 
-    def __init__(self, wish: Wish, data: DataDir, display: Display, *, stay: bool = False) -> None:
-        self.wish, self.data, self.display, self.stay = wish, data, display, stay
+    def __init__(self, options: UpOptions, data: DataDir, display: Display, *, stay: bool = False) -> None:
+        self.options, self.data, self.display, self.stay = options, data, display, stay
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
 
@@ -153,11 +153,11 @@ class _Up:
         log_to(self.data.logs / "up.jsonl")
         for name in self.data.end_leftovers():
             self.display.say(f"ended {name}, left over from a run that was killed")
-        wish, chosen = self.wish, profile(self.wish)
-        people = cast(wish.miners, wish.validators, wish.adversaries)
+        options, chosen = self.options, profile(self.options)
+        people = cast(options.miners, options.validators, options.adversaries)
         memory = PeakMemory()
         sampling = asyncio.create_task(memory.run())
-        installation = Installation(self.data, people, chosen.machine(usable_cores()), wish.seed, self.display)
+        installation = Installation(self.data, people, chosen.machine(usable_cores()), options.seed, self.display)
         try:
             self.display.say(f"starting the broker and the store in {self.data.root}")
             async with installation:
@@ -176,9 +176,9 @@ class _Up:
     async def _run_job(self, installation: Any, chosen: Profile, memory: Any) -> dict[str, Any]:
         from connito.local.materials import prepare, upload
 
-        wish, display = self.wish, self.display
+        options, display = self.options, self.display
         await installation.start(installation.services())
-        materials = await prepare(installation, wish, chosen, display)
+        materials = await prepare(installation, options, chosen, display)
         self._lap("materials")
         run = await self._run_id(installation)
         spec = await upload(installation, materials, chosen, run, display)
@@ -203,7 +203,7 @@ class _Up:
         from connito.platform.log import read_log
 
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        name = f"{self.wish.target}-{stamp if self.wish.seed is None else f's{self.wish.seed}'}"
+        name = f"{self.options.target}-{stamp if self.options.seed is None else f's{self.options.seed}'}"
         known = (await read_log(installation.bus, installation.roster)).runs
         return next(run for run in (name, *(f"{name}-{n}" for n in range(2, 10_000))) if run not in known)
 
@@ -270,12 +270,12 @@ class _Up:
             "peak_memory_bytes": memory.peak_bytes,
             "restarts": installation.supervisor.restarts,
             "cores": usable_cores(),
-            "seed": self.wish.seed,
-            "adversaries": list(self.wish.adversaries),
+            "seed": self.options.seed,
+            "adversaries": list(self.options.adversaries),
         }
         report = run_report(facts, model_bytes=materials.manifest.size, totals=totals)
         text = json.dumps(report, indent=2) + "\n"
-        for path in (self.data.report, self.wish.report):
+        for path in (self.data.report, self.options.report):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
@@ -337,15 +337,15 @@ class _DetachedError(ConnitoError):
         self.exit_code = code
 
 
-def _encode(wish: Wish) -> str:
-    return json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in asdict(wish).items()})
+def _encode(options: UpOptions) -> str:
+    return json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()})
 
 
-def _decode(text: str) -> Wish:
+def _decode(text: str) -> UpOptions:
     raw = json.loads(text)
     for name in ("data_dir", "report"):
         raw[name] = None if raw[name] is None else Path(raw[name])
-    return Wish(**{**raw, "adversaries": tuple(raw["adversaries"])})
+    return UpOptions(**{**raw, "adversaries": tuple(raw["adversaries"])})
 
 
 def _main() -> None:
@@ -354,10 +354,10 @@ def _main() -> None:
     from connito.runtime.exits import explained
 
     with explained():
-        wish = _decode(sys.argv[1])
-        data = DataDir.open(wish.data_dir)
+        options = _decode(sys.argv[1])
+        data = DataDir.open(options.data_dir)
         with data.lock(), PlainDisplay() as display:
-            asyncio.run(_interruptible(_Up(wish, data, display, stay=True).run))
+            asyncio.run(_interruptible(_Up(options, data, display, stay=True).run))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ COUNTED = 100_001
 
 
 @dataclass
-class Said:
+class MessageCounter:
     """Sequences of a run's commitments and reveals, by kind, miner and cycle. Cycles that the run does not have are one."""
 
     _sequences: defaultdict[tuple[str, str, int], list[int]] = field(default_factory=lambda: defaultdict(list))

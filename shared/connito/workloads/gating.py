@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Bench:
+class GateEvaluator:
     """A run's full model with the sequences of the gate and the report.
 
     Those never change, so the layers below the first adapted one run once per run; and a state is measured once,
@@ -42,7 +42,7 @@ class Bench:
         selection: run_pb2.SelectionMade,
         files: Mapping[str, Path],
         holdouts: Mapping[str, Path],
-    ) -> Bench:
+    ) -> GateEvaluator:
         """`files` are the base model's by name, `holdouts` the held-out corpora by domain. Raises `Invalid`."""
         from connito.base.loading import load_full
         from connito.moe.evaluate import Evaluator

@@ -50,7 +50,7 @@ class SubmissionFiles:
     origin: Path | None
 
 
-class Bench:
+class SubmissionEvaluator:
     """The model and the hold-outs of one run. Blocking, for one thread at a time."""
 
     def __init__(self, evaluator: Evaluator, holdouts: Mapping[str, Holdout], spec: RunSpec) -> None:
@@ -68,7 +68,7 @@ class Bench:
         threads: int = 0,
         batch_tokens: int = 2048,
         cache_bytes: int = 1 << 30,
-    ) -> Bench:
+    ) -> SubmissionEvaluator:
         """Map the base from `files` and read the hold-outs by domain. Raises `Invalid` for data that does not fit.
 
         device: empty for the first GPU, or the CPU. threads: 0 leaves them as they are. The rest is `Evaluator`'s.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from connito.errors import Invalid
 from connito.protocol.scoring.proof_of_loss import race, score_of
-from connito.protocol.scoring.racing import Look
+from connito.protocol.scoring.racing import InterimLook
 from connito.v1 import cycle_pb2
 from connito.v1.run_pb2 import RunSpec
 
@@ -60,7 +60,7 @@ class Evaluation:
         """Whether the submission is the base state itself."""
         return self._measurable.unchanged
 
-    def upto(self, look: Look) -> dict[str, list[cycle_pb2.SequenceLoss]]:
+    def upto(self, look: InterimLook) -> dict[str, list[cycle_pb2.SequenceLoss]]:
         """Losses by domain of the sequences that come up to a look. Looks are taken in their order."""
         wanted = {domain: self._count(domain, look) for domain in self._drawn}
         for domain, count in wanted.items():
@@ -69,7 +69,7 @@ class Evaluation:
                 self._found[domain] += _losses(part, self._drawn[domain], self._measurable)
         return {domain: self._found[domain][:count] for domain, count in wanted.items()}
 
-    def _count(self, domain: str, look: Look) -> int:
+    def _count(self, domain: str, look: InterimLook) -> int:
         drawn = len(self._drawn[domain])
         return drawn if look.last else min(drawn, look.target if domain == self._target else look.general)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from connito.errors import Invalid
-from connito.protocol.scoring.racing import Look, looks
+from connito.protocol.scoring.racing import InterimLook, looks
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 
@@ -146,7 +146,7 @@ def _broken_retention(general: Mapping[str, Paired], policy: run_pb2.ScorePolicy
 
 
 def judge_look(
-    look: Look,
+    look: InterimLook,
     target: Paired,
     general: Mapping[str, Paired],
     policy: run_pb2.ScorePolicy,
@@ -181,12 +181,16 @@ class Raced:
     losses: Losses
     target: Paired
     general: Mapping[str, Paired]
-    look: Look
+    look: InterimLook
     judgement: Judgement
 
 
 def race(
-    measure: Callable[[Look], Losses], target_domain: str, policy: run_pb2.ScorePolicy, *, unchanged: bool = False
+    measure: Callable[[InterimLook], Losses],
+    target_domain: str,
+    policy: run_pb2.ScorePolicy,
+    *,
+    unchanged: bool = False,
 ) -> Raced:
     """Look until a look decides. `measure(look)` gives all losses up to and including those of the look, by domain.
 
@@ -241,7 +245,7 @@ def score_submission(
     for loss in losses:
         by_domain.setdefault(loss.domain, []).append(loss)
 
-    def recorded(look: Look) -> Losses:
+    def recorded(look: InterimLook) -> Losses:
         if not policy.minimum_sequences:
             return by_domain
         wanted = {name: look.target if name == target_domain else look.general for name in by_domain}

@@ -17,7 +17,7 @@ from connito.v1 import run_pb2
 
 
 @dataclass(frozen=True)
-class Look:
+class InterimLook:
     """So many sequences, of the target and of each general domain, and the confidence that a decision needs."""
 
     target: int
@@ -26,16 +26,16 @@ class Look:
     last: bool
 
 
-def looks(policy: run_pb2.ScorePolicy) -> list[Look]:
+def looks(policy: run_pb2.ScorePolicy) -> list[InterimLook]:
     """The looks of a policy, the last one at its whole budget. Just that one without racing."""
     budget, size = policy.target_sequences, policy.minimum_sequences
-    found: list[Look] = []
+    found: list[InterimLook] = []
     spent = 0.0
     while 0 < size < budget:
         share = (size / budget) ** 2
         # Two sequences are the fewest that have an interval.
         general = min(policy.general_sequences, max(2, -(-policy.general_sequences * size // budget)))
-        found.append(Look(size, general, 1.0 - (1.0 - policy.confidence) * (share - spent), last=False))
+        found.append(InterimLook(size, general, 1.0 - (1.0 - policy.confidence) * (share - spent), last=False))
         spent, size = share, 2 * size
     confidence = 1.0 - (1.0 - policy.confidence) * (1.0 - spent) if found else policy.confidence
-    return [*found, Look(budget, policy.general_sequences, confidence, last=True)]
+    return [*found, InterimLook(budget, policy.general_sequences, confidence, last=True)]

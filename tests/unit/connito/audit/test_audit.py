@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from connito.audit import chain
 from connito.audit.audit import Audit, Options, against, audit, pure
-from connito.audit.recompute import Bench, draws, merge
+from connito.audit.recompute import Recomputation, draws, merge
 from connito.v1 import cycle_pb2 as c
 from connito.v1 import run_pb2 as r
 
@@ -198,7 +198,7 @@ async def test_another_state_is_found_by_merging_again(world: World, tmp_path: P
 
 async def test_the_gate_is_recomputed_where_states_can_be_measured(world: World, tmp_path: Path) -> None:
     artifacts = await world.artifacts(tmp_path)
-    bench = Bench(world.evidence(), artifacts, 0.0, measure=distance)
+    bench = Recomputation(world.evidence(), artifacts, 0.0, measure=distance)
     assert [merge(bench, cycle).differences for cycle in (1, 2)] == [(), ()]
     world.resign("merge.1.version", lambda m: setattr(m.losses[0], "after", 0.25), c.VersionPublished)
     step = merge(dataclasses.replace(bench, evidence=world.evidence()), 1)
@@ -210,7 +210,7 @@ async def test_sequences_that_the_seed_does_not_draw_are_found(world: World, tmp
         message.scores[1].losses[0].sequence += 1
 
     world.resign("validate.1.report.{v2}", elsewhere, c.ScoreReport)
-    bench = Bench(world.evidence(), await world.artifacts(tmp_path), 0.0)
+    bench = Recomputation(world.evidence(), await world.artifacts(tmp_path), 0.0)
     assert len(draws(bench, 1).differences) == 1
     assert draws(bench, 2).differences == ()
 

@@ -427,12 +427,12 @@ def tell(folder: Path, rewards: run_pb2.RewardPolicy = REWARDS, story: type[Cycl
 
 def deposit(world: World, folder: Path) -> None:
     """The expert, made as the library makes it."""
-    from connito.audit.recompute import Bench, deposit_again
+    from connito.audit.recompute import Recomputation, deposit_again
 
     paths = {digest: folder / digest for digest in world.objects}
     for digest, path in paths.items():
         path.write_bytes(world.objects[digest])
-    bench = Bench(world.evidence(), Artifacts(paths), 0.0)
+    bench = Recomputation(world.evidence(), Artifacts(paths), 0.0)
     made = deposit_again(bench)
     assert made is not None
     for data in made.files:

@@ -4,11 +4,11 @@ import re
 
 import pytest
 from connito.errors import Invalid
-from connito.local.defaults import Wish, profile
+from connito.local.defaults import UpOptions, profile
 
 
 def test_a_policy_can_be_overridden():
-    spec = profile(Wish(base="tiny", overrides=("training.local_steps=3", "merging.aggregator=top-1"))).spec
+    spec = profile(UpOptions(base="tiny", overrides=("training.local_steps=3", "merging.aggregator=top-1"))).spec
     assert (spec.training.local_steps, spec.merging.aggregator) == (3, "top-1")
 
 
@@ -20,7 +20,7 @@ def test_rewards_and_assignment_are_policies_too():
         "scoring.validators_per_submission=2",
         "scoring.minimum_sequences=4",
     )
-    spec = profile(Wish(base="tiny", overrides=overrides)).spec
+    spec = profile(UpOptions(base="tiny", overrides=overrides)).spec
     assert list(spec.rewards.rank_shares) == [5, 3, 2]
     assert (spec.rewards.payout, spec.rewards.bond_rate) == ("proportional", 0)
     assert spec.rewards.HasField("bond_rate")
@@ -33,4 +33,4 @@ def test_rewards_and_assignment_are_policies_too():
 )
 def test_an_override_that_does_not_fit_is_named(override):
     with pytest.raises(Invalid, match=re.escape(override)):
-        profile(Wish(base="tiny", overrides=(override,)))
+        profile(UpOptions(base="tiny", overrides=(override,)))

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from connito.errors import Fatal
 from connito.local import supervisor as supervising
-from connito.local.processes import Launcher, PlainLauncher, Program, ZygoteLauncher
+from connito.local.fork_server import check_fork_safe
+from connito.local.processes import ForkLauncher, Launcher, PlainLauncher, Program
 from connito.local.supervisor import Supervisor
-from connito.local.zygote import check_fork_safe
 from connito.platform.datadir import DataDir, is_running
 
 ENDLESS = "import time; print('up', flush=True)\nwhile True: time.sleep(60)"
@@ -37,14 +37,16 @@ def program(tmp_path: Path) -> Callable[..., Program]:
     return make
 
 
-@pytest.fixture(params=["plain", "zygote"])
+@pytest.fixture(params=["plain", "fork-server"])
 async def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Launcher]:
     if request.param == "plain":
         yield PlainLauncher()
         return
-    zygote = await ZygoteLauncher.open(tmp_path / "zygote.log", {**os.environ, "PYTHONPATH": str(tmp_path)}, ["json"])
-    yield zygote
-    await zygote.close()
+    fork_server = await ForkLauncher.open(
+        tmp_path / "fork-server.log", {**os.environ, "PYTHONPATH": str(tmp_path)}, ["json"]
+    )
+    yield fork_server
+    await fork_server.close()
 
 
 async def said(path: Path, text: str, times: int = 1) -> None:
@@ -126,24 +128,26 @@ async def test_a_service_that_cannot_live_fails_with_the_end_of_its_log(
 
 
 async def test_forked_services_end_with_the_preloaded_process(tmp_path: Path, program: Callable[..., Program]) -> None:
-    zygote = await ZygoteLauncher.open(tmp_path / "zygote.log", {**os.environ, "PYTHONPATH": str(tmp_path)}, ["json"])
+    fork_server = await ForkLauncher.open(
+        tmp_path / "fork-server.log", {**os.environ, "PYTHONPATH": str(tmp_path)}, ["json"]
+    )
     wanted = program("child", ENDLESS)
-    process = await zygote.start(wanted)
+    process = await fork_server.start(wanted)
     await said(wanted.log, "up")
-    os.kill(zygote.pid, signal.SIGKILL)
+    os.kill(fork_server.pid, signal.SIGKILL)
     assert await process.exited == -signal.SIGKILL
     await gone(process.pid)
-    with pytest.raises(Fatal, match=r"zygote\.log"):
-        await zygote.start(wanted)
-    await zygote.close()
+    with pytest.raises(Fatal, match=r"fork-server\.log"):
+        await fork_server.start(wanted)
+    await fork_server.close()
 
 
 async def test_an_import_that_fails_is_reported_with_its_log(tmp_path: Path, program: Callable[..., Program]) -> None:
-    zygote = await ZygoteLauncher.open(tmp_path / "zygote.log", dict(os.environ), ["no_such_module_here"])
-    with pytest.raises(Fatal, match=r"zygote\.log"):
-        await zygote.start(program("never", ENDLESS))
-    assert "no_such_module_here" in (tmp_path / "zygote.log").read_text()
-    await zygote.close()
+    fork_server = await ForkLauncher.open(tmp_path / "fork-server.log", dict(os.environ), ["no_such_module_here"])
+    with pytest.raises(Fatal, match=r"fork-server\.log"):
+        await fork_server.start(program("never", ENDLESS))
+    assert "no_such_module_here" in (tmp_path / "fork-server.log").read_text()
+    await fork_server.close()
 
 
 async def test_everything_dies_with_a_supervisor_that_is_killed(
@@ -154,15 +158,15 @@ async def test_everything_dies_with_a_supervisor_that_is_killed(
     boss = f"""
         import asyncio, os
         from pathlib import Path
-        from connito.local.processes import PlainLauncher, Program, ZygoteLauncher
+        from connito.local.processes import PlainLauncher, Program, ForkLauncher
         async def main():
             env = {{**os.environ, "PYTHONPATH": {str(tmp_path)!r}}}
-            zygote = await ZygoteLauncher.open(Path("zygote.log"), env, ["json"])
-            for name, launcher in (("plain", PlainLauncher()), ("forked", zygote)):
+            forker = await ForkLauncher.open(Path("fork-server.log"), env, ["json"])
+            for name, launcher in (("plain", PlainLauncher()), ("forked", forker)):
                 program = Program(name, {wanted.module!r}, env, Path({str(tmp_path)!r}) / f"{{name}}.log", Path.cwd())
                 process = await launcher.start(program)
                 print(process.pid, flush=True)
-            print(zygote.pid, flush=True)
+            print(forker.pid, flush=True)
             await asyncio.Event().wait()
         asyncio.run(main())
     """

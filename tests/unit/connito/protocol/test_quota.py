@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from connito.protocol.quota import Said
+from connito.protocol.quota import MessageCounter
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.facts import Fact
 from connito.wire.subjects import FactKey
@@ -14,8 +14,8 @@ def said(sequence: int, cycle: int = 1, miner: str = "m", kind: str = "commitmen
     return Fact("r", FactKey("ingress", cycle, kind, miner), cycle_pb2.Commitment(), miner, "INGRESS", sequence, 0)
 
 
-def counted(*facts: Fact) -> Said:
-    known = Said()
+def counted(*facts: Fact) -> MessageCounter:
+    known = MessageCounter()
     for fact in facts:
         known.add(fact)
     return known

@@ -15,7 +15,7 @@ from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import TrainPolicy
 
 from services.trainer.adversary import Copier, MixedCopier, choose
-from services.trainer.handlers import Commit, Reveal, SayTrained, Tell, Train, decide
+from services.trainer.handlers import Commit, LogDecision, ReportTrained, Reveal, Train, decide
 from services.trainer.settings import TrainerSettings
 from services.trainer.state import CycleProgress, Ledger
 from services.trainer.strategy import HONEST, Effort, Strategy, Work
@@ -195,13 +195,13 @@ async def test_oversized_is_over_the_cap_and_reveals_in_spite_of_the_refusal(wor
 
 def steps(story: Story, player: Strategy, *progress: CycleProgress) -> list[object]:
     decision = decide(story.facts, ME, {item.cycle: item for item in progress}, 0, player)
-    return [action.payload for action in decision.actions if not isinstance(action.payload, Tell)]
+    return [action.payload for action in decision.actions if not isinstance(action.payload, LogDecision)]
 
 
 def test_the_copier_lies_about_training_then_takes_what_its_victim_committed_to(story: Story, victim: Path) -> None:
     player = Copier(victim)
     story.opened("train")
-    assert steps(story, player) == [SayTrained(1)]
+    assert steps(story, player) == [ReportTrained(1)]
     said = CycleProgress(1, ME, said=True)
     story.closed("train").opened("commit")
     assert steps(story, player, said) == []

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from connito.v1 import cycle_pb2, reasons_pb2
 
-from services.trainer.handlers import Commit, Enrol, Reveal, SayTrained, Tell, Train, decide, describe
+from services.trainer.handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train, decide, describe
 from services.trainer.state import CycleProgress
 from tests.unit.services.trainer.story import ME, Story
 
@@ -20,12 +20,12 @@ COMMITTED = replace(SAID, committed=True)
 def steps(story: Story, *progress: CycleProgress, me: str = ME) -> list[object]:
     """What is decided, without what is only told."""
     decision = decide(story.facts, me, {item.cycle: item for item in progress}, 0)
-    return [action.payload for action in decision.actions if not isinstance(action.payload, Tell)]
+    return [action.payload for action in decision.actions if not isinstance(action.payload, LogDecision)]
 
 
-def tells(story: Story, *progress: CycleProgress) -> list[Tell]:
+def tells(story: Story, *progress: CycleProgress) -> list[LogDecision]:
     decision = decide(story.facts, ME, {item.cycle: item for item in progress}, 0)
-    return [action.payload for action in decision.actions if isinstance(action.payload, Tell)]
+    return [action.payload for action in decision.actions if isinstance(action.payload, LogDecision)]
 
 
 def committed_story(story: Story) -> Story:
@@ -61,7 +61,7 @@ def test_a_cycle_that_is_past_training_is_left_and_the_next_one_taken_up(story: 
 
 def test_says_trained_once(story: Story) -> None:
     story.opened("train")
-    assert steps(story, TRAINED) == [SayTrained(1)]
+    assert steps(story, TRAINED) == [ReportTrained(1)]
     assert steps(story, SAID) == []
 
 

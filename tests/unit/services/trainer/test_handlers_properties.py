@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.handlers import Commit, Reveal, SayTrained, Tell, Train, decide
+from services.trainer.handlers import Commit, LogDecision, ReportTrained, Reveal, Train, decide
 from services.trainer.state import CycleProgress
 from services.trainer.strategy import HONEST, Strategy
 from tests.unit.services.trainer.story import ME, Story
@@ -42,7 +42,7 @@ class Miner:
 
     def perform(self, step: object, crash: int) -> None:
         facts = self.story.facts
-        if crash == BEFORE or isinstance(step, Tell):
+        if crash == BEFORE or isinstance(step, LogDecision):
             return
         match step:
             case Train(cycle):
@@ -50,7 +50,7 @@ class Miner:
                 assert cycle not in self.commitments, "made another result after committing to one"
                 self.trained += 1
                 self.mark(cycle, crash, artifact=f"{self.trained:02x}", commitment=f"{self.trained:02x}" * 32)
-            case SayTrained(cycle):
+            case ReportTrained(cycle):
                 self.mark(cycle, crash, said=True)
             case Commit(cycle):
                 assert facts.opened("commit", cycle)
@@ -160,7 +160,9 @@ def test_the_order_in_which_streams_are_read_does_not_matter(order: list[int]) -
     ]
     for position, index in enumerate(order):
         turns[index]()
-        got = [a.payload for a in decide(story.facts, ME, {1: mine}, 0).actions if not isinstance(a.payload, Tell)]
+        got = [
+            a.payload for a in decide(story.facts, ME, {1: mine}, 0).actions if not isinstance(a.payload, LogDecision)
+        ]
         known = set(order[: position + 1])
         ready = {0, 3, 5, 6} <= known and 7 not in known
         assert got == ([Reveal(1)] if ready else [])

@@ -8,22 +8,22 @@ import torch
 from connito.moe.moments import Moments
 from connito.v1.run_pb2 import RunSpec, TrainPolicy
 
-from services.trainer.training import Kept, schedule_of
+from services.trainer.training import OptimizerState, schedule_of
 
 
 def test_moments_go_from_a_cycle_to_the_next_one_and_only_there(tmp_path: Path) -> None:
     for cycle in (1, 2, 3):
         (tmp_path / str(cycle)).mkdir()
-    assert Kept(tmp_path / "1").load(second_only=True) == Moments(second_only=True), "nothing was kept yet"
+    assert OptimizerState(tmp_path / "1").load(second_only=True) == Moments(second_only=True), "nothing was kept yet"
     one = torch.ones(2, 2)
-    Kept(tmp_path / "1").save(Moments(4, {"layers.0.down_proj": one}, {"layers.0.down_proj": 2 * one}))
-    kept = Kept(tmp_path / "2").load(second_only=False)
+    OptimizerState(tmp_path / "1").save(Moments(4, {"layers.0.down_proj": one}, {"layers.0.down_proj": 2 * one}))
+    kept = OptimizerState(tmp_path / "2").load(second_only=False)
     assert (kept.steps, kept.second_only) == (4, False)
     assert torch.equal(kept.second["layers.0.down_proj"], 2 * one)
-    assert Kept(tmp_path / "2").load(second_only=True).second_only
-    assert Kept(tmp_path / "3").load(second_only=True).steps == 0, "cycle 2 left nothing"
-    (tmp_path / "2" / Kept.NAME).write_bytes(b"torn by a power cut")
-    assert Kept(tmp_path / "3").load(second_only=True).steps == 0
+    assert OptimizerState(tmp_path / "2").load(second_only=True).second_only
+    assert OptimizerState(tmp_path / "3").load(second_only=True).steps == 0, "cycle 2 left nothing"
+    (tmp_path / "2" / OptimizerState.NAME).write_bytes(b"torn by a power cut")
+    assert OptimizerState(tmp_path / "3").load(second_only=True).steps == 0
 
 
 def test_a_policy_without_a_schedule_keeps_its_rate() -> None:

@@ -33,7 +33,7 @@ _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
 
 
 @dataclass
-class Ground:
+class JobContext:
     """`folder` where the base is a folder of this machine, `manifest_ref` where the platform has it; at least one is set.
 
     `general` are the general hold-outs of earlier runs on this base, `history` those runs, newest first.
@@ -95,17 +95,19 @@ class Ground:
         return {ref.domain: Corpus.load(self.fetch(ref.artifact)) for ref in self.general}
 
 
-def open_ground(job: Job, root: Path, data_dir: Path | None, progress: Progress = lambda what, share: None) -> Ground:
+def open_context(
+    job: Job, root: Path, data_dir: Path | None, progress: Progress = lambda what, share: None
+) -> JobContext:
     """Find the base that the job names: among the runs of the platform, then on this machine. Imports torch only where
     a base has to be built. Raises `NotFound` naming both places when it is in neither."""
     session = _session(data_dir)
     log = asyncio.run(_read(session)) if session is not None else None
-    ground = _from_platform(job, session, log) if session is not None and log is not None else None
-    if ground is not None:
-        return ground
+    context = _from_platform(job, session, log) if session is not None and log is not None else None
+    if context is not None:
+        return context
     folder = _folder(job.base, root, progress)
     manifest = _manifest(job.base, folder, progress)
-    return Ground(manifest.name, manifest, folder=folder, session=session)
+    return JobContext(manifest.name, manifest, folder=folder, session=session)
 
 
 def _session(data_dir: Path | None) -> Session | None:
@@ -122,7 +124,7 @@ async def _read(session: Session) -> Log:
         return await read_log(bus, session.roster)
 
 
-def _from_platform(job: Job, session: Session, log: Log) -> Ground | None:
+def _from_platform(job: Job, session: Session, log: Log) -> JobContext | None:
     """The base as the newest run used it that names it so, and the general domains of all runs on it."""
     created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.fact("run", 0, "created"))]
     newest = [facts for _, facts in sorted(created, key=lambda pair: -pair[0])]
@@ -140,7 +142,7 @@ def _from_platform(job: Job, session: Session, log: Log) -> Ground | None:
             if corpus.domain != job.domain:
                 general.setdefault(corpus.domain, corpus)
     ordered = [general[domain] for domain in sorted(general)]
-    return Ground(job.base, manifest, manifest_ref=ref, session=session, general=ordered, history=same)
+    return JobContext(job.base, manifest, manifest_ref=ref, session=session, general=ordered, history=same)
 
 
 def _folder(base: str, root: Path, progress: Progress) -> Path:
@@ -167,14 +169,14 @@ def _manifest(base: str, folder: Path, progress: Progress) -> Manifest:
     return build_manifest(folder, folder.name, progress)
 
 
-def policies(job: Job, ground: Ground) -> RunSpec:
+def policies(job: Job, context: JobContext) -> RunSpec:
     """The run that the job means, with every policy filled in and no artifact yet. Raises `Invalid` naming an override
     that does not fit."""
-    from connito.local.defaults import Wish, profile
+    from connito.local.defaults import UpOptions, profile
 
     spec = RunSpec()
-    kind = ground.name if ground.name in NAMED else "demo"
-    spec.CopyFrom(profile(Wish(base=kind, overrides=tuple(_overrides(job)))).spec)
+    kind = context.name if context.name in NAMED else "demo"
+    spec.CopyFrom(profile(UpOptions(base=kind, overrides=tuple(_overrides(job)))).spec)
     spec.run, spec.domain, spec.cycles = job.run, job.domain, job.cycles
     spec.windows.min_miners, spec.windows.min_validators = job.people.miners, job.people.validators
     if job.people.enrolment != "open" or job.people.at_most:

@@ -87,7 +87,7 @@ def check_fork_safe(tasks: Path = Path("/proc/self/task")) -> None:
         )
 
 
-class Zygote:
+class ForkServer:
     """The loop: spawn on request, report exits, end with the supervisor."""
 
     def __init__(self, control: socket.socket) -> None:
@@ -204,7 +204,7 @@ def main(parent: int, descriptor: int, modules: Sequence[str] = PRELOAD) -> None
     die_with_parent(parent)
     preload(modules)
     check_fork_safe()
-    Zygote(socket.socket(fileno=descriptor)).run()
+    ForkServer(socket.socket(fileno=descriptor)).run()
 
 
 if __name__ == "__main__":
