@@ -21,7 +21,7 @@ from connito.v1 import reasons_pb2 as reasons
 
 FORMAT = "connito-expert/1"
 MODEL_FORMAT = "connito-model/1"
-MEDIA_TYPE = "application/vnd.connito.experts.load+safetensors"
+MEDIA_TYPE = "application/vnd.connito.expert+safetensors"
 EXPERT_FILE = "expert.safetensors"
 MODEL_FILE = "model.safetensors"
 RECORD_FILE = "record.json"
