@@ -1,0 +1,31 @@
+"""Services without a model start without the model libraries and stay small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "safetensors", "gguf", "scipy", "openskill", "matplotlib"}
+ARRAYS = HEAVY | {"numpy"}
+PROBE = """
+import json, re, sys
+import services.{name}.__main__
+# Not getrusage: its maximum outlives exec, so it would tell the size of whoever started this.
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+print(json.dumps({{"modules": sorted(sys.modules), "mb": peak / 1024}}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "forbidden"),
+    # The committer looks into what miners upload.
+    [("coordinator", ARRAYS), ("committer", HEAVY), ("library", ARRAYS), ("console", ARRAYS)],
+)
+def test_no_model_library_is_imported_and_memory_is_small(name: str, forbidden: set[str]) -> None:
+    probe = [sys.executable, "-c", PROBE.format(name=name)]
+    found = json.loads(subprocess.run(probe, capture_output=True, check=True).stdout)
+    assert forbidden & set(found["modules"]) == set()
+    assert found["mb"] < 120
