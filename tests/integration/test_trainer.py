@@ -28,7 +28,7 @@ from connito.wire.subjects import FactKey
 
 from services.trainer.adapters import RangeReader
 from services.trainer.base import Base, Ranges, reference
-from services.trainer.training import Kept
+from services.trainer.training import OptimizerState
 from tests.integration.tiny_run import Teller, TinyRun, prepare, telling, tiny_base
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -229,7 +229,10 @@ async def test_a_cycle_with_kill_9_after_every_promise(
             await teller.open("train", 2, [me], tiny.state)
             await teller.until(lambda facts: facts.has("ingress", 2, "trained", me), "trained in cycle 2")
             assert await process.end(signal.SIGTERM) == 0
-            kept = {cycle: Moments.load(process.work_dir / run_id / cycle / Kept.NAME).steps for cycle in ("1", "2")}
+            kept = {
+                cycle: Moments.load(process.work_dir / run_id / cycle / OptimizerState.NAME).steps
+                for cycle in ("1", "2")
+            }
             assert kept == {"1": 6, "2": 12}, "the second cycle went on from the first one's moments"
             assert "merged: rank 1, reward 700, utility 0.0310" in process.text()
     # Nothing was said twice.
