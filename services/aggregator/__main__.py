@@ -13,9 +13,9 @@ from connito.service.runner import ServiceContext, run_service
 from connito.v1.run_pb2 import RunEnded
 from connito.wire.facts import Fact, Log, RunFacts
 
-from services.aggregator.actions import Aggregator
-from services.aggregator.handlers import STREAMS, decide, drop_losses
-from services.aggregator.settings import AggregatorSettings
+from .actions import Aggregator
+from .handlers import STREAMS, decide, drop_losses
+from .settings import AggregatorSettings
 
 LEASE = "aggregator"
 

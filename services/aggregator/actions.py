@@ -27,7 +27,7 @@ from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
 from connito.workloads.gating import GateEvaluator
 
-from services.aggregator.handlers import Merge, Preload
+from .handlers import Merge, Preload
 
 PUBLIC = artifacts_pb2.REALM_PUBLIC
 

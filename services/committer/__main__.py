@@ -12,12 +12,12 @@ from connito.service.engine import Engine
 from connito.service.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
 
-from services.committer.actions import decide
-from services.committer.api import NAME, SubmissionApi
-from services.committer.content import ContentCheck
-from services.committer.intake import DURABLE, Intake
-from services.committer.settings import CommitterSettings
-from services.committer.view import STREAMS, View
+from .actions import decide
+from .api import NAME, SubmissionApi
+from .content import ContentCheck
+from .intake import DURABLE, Intake
+from .settings import CommitterSettings
+from .view import STREAMS, View
 
 
 async def main(ctx: ServiceContext[CommitterSettings]) -> None:

@@ -8,7 +8,7 @@ from connito.service.engine import Action, Decision
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 
-from services.committer import handlers, settlement
+from . import handlers, settlement
 
 
 @dataclass(frozen=True)

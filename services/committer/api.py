@@ -15,8 +15,8 @@ from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.facts import RunFacts
 
-from services.committer import handlers
-from services.committer.view import FACTS, View
+from . import handlers
+from .view import FACTS, View
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["SubmissionService"].full_name
 MAX_DIGESTS = 256

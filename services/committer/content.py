@@ -13,7 +13,7 @@ from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 
-from services.committer.handlers import Refusal
+from .handlers import Refusal
 
 log = get_logger("committer.content")
 

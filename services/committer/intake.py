@@ -13,11 +13,11 @@ from connito.service.engine import Action
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import Fact, Record, RunFacts, verify_ingress
 
-from services.committer import handlers, settlement
-from services.committer.actions import Examine, Settle
-from services.committer.content import ContentCheck
-from services.committer.settlement import Write
-from services.committer.view import FACTS, View
+from . import handlers, settlement
+from .actions import Examine, Settle
+from .content import ContentCheck
+from .settlement import Write
+from .view import FACTS, View
 
 log = get_logger("committer.intake")
 

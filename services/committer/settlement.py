@@ -15,7 +15,7 @@ from connito.protocol.scoring.newcomers import over_quota, quota_detail
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import Fact, RunFacts
 
-from services.committer import handlers
+from . import handlers
 
 WINDOWS = ("commit", "submit")
 

@@ -11,7 +11,7 @@ from connito.errors import Fatal
 from connito.runtime.tasks import end_tasks
 from connito.service.runner import ServiceContext, run_service
 
-from services.console.settings import ConsoleSettings
+from .settings import ConsoleSettings
 
 
 async def main(context: ServiceContext[ConsoleSettings]) -> None:
@@ -21,11 +21,11 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     try:
         import uvicorn
 
-        from services.console.access import Access
-        from services.console.artifacts import Artifacts
-        from services.console.feed import Feed
-        from services.console.figures import ExpertFigures
-        from services.console.pages import Console
+        from .access import Access
+        from .artifacts import Artifacts
+        from .feed import Feed
+        from .figures import ExpertFigures
+        from .pages import Console
     except ImportError as error:
         raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error
 

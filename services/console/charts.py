@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup
 
-from services.console.heatmap import Heatmap, Warmth
-from services.console.views import Curve
-from services.console.waterfall import Bar
-from services.console.why import Measurement
-from services.console.words import duration
+from .heatmap import Heatmap, Warmth
+from .views import Curve
+from .waterfall import Bar
+from .why import Measurement
+from .words import duration
 
 _Place = Callable[[float], float]
 _Point = Callable[[int, float], tuple[float, float]]

@@ -8,8 +8,8 @@ from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 
-from services.console import words
-from services.console.views import name
+from . import words
+from .views import name
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,16 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from services.console import charts, views, words
-from services.console.access import COOKIE, SESSION_SECONDS, Access, Guard
-from services.console.artifacts import Artifacts
-from services.console.feed import Feed
-from services.console.figures import ExpertFigures
-from services.console.heatmap import Heatmap, Warmth, heatmap, warmth
-from services.console.history import Moment, replay
-from services.console.lineage import latest_version, lineage
-from services.console.waterfall import waterfall
-from services.console.why import why
+from . import charts, views, words
+from .access import COOKIE, SESSION_SECONDS, Access, Guard
+from .artifacts import Artifacts
+from .feed import Feed
+from .figures import ExpertFigures
+from .heatmap import Heatmap, Warmth, heatmap, warmth
+from .history import Moment, replay
+from .lineage import latest_version, lineage
+from .waterfall import waterfall
+from .why import why
 
 HERE = Path(__file__).parent
 # A browser gets at most this many pictures a second, and a sign of life this often.

@@ -14,7 +14,7 @@ from connito.views.run_report import miner_name, outcome, submission_rows
 from connito.views.standings import rating_text
 from connito.wire.facts import Fact, RunFacts, open_window
 
-from services.console import words
+from . import words
 
 # A window may close this much after its deadline before somebody should be told.
 OVERDUE_MS = 5000

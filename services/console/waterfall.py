@@ -9,8 +9,8 @@ from connito.v1 import cycle_pb2
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import WINDOWS
 
-from services.console.views import name
-from services.console.words import duration
+from .views import name
+from .words import duration
 
 # Facts that are somebody acting in a window, and whether the id of the key says who.
 _ACTS = {

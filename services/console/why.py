@@ -9,8 +9,8 @@ from connito.v1 import cycle_pb2
 from connito.views.standings import rating_text, ratings, validator_rows
 from connito.wire.facts import Fact, RunFacts
 
-from services.console import words
-from services.console.views import judged, name, reason_pair
+from . import words
+from .views import judged, name, reason_pair
 
 
 @dataclass(frozen=True)

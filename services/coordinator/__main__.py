@@ -14,11 +14,11 @@ from connito.v1 import services_pb2_grpc
 from connito.v1.cycle_pb2 import ScoreReport
 from connito.wire.facts import Fact
 
-from services.coordinator.api import NAME, RunApi
-from services.coordinator.changes import Changes
-from services.coordinator.leader import STREAMS, Leader, observe
-from services.coordinator.settings import CoordinatorSettings
-from services.coordinator.watch import OpenWindows
+from .api import NAME, RunApi
+from .changes import Changes
+from .leader import STREAMS, Leader, observe
+from .settings import CoordinatorSettings
+from .watch import OpenWindows
 
 
 async def main(ctx: ServiceContext[CoordinatorSettings]) -> None:

@@ -22,9 +22,9 @@ from connito.wire.identity import is_public_key
 from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import INSTALLATION
 
-from services.coordinator import enrolment
-from services.coordinator.changes import Changes
-from services.coordinator.status import status, version
+from . import enrolment
+from .changes import Changes
+from .status import status, version
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
 # How long a mutation waits to see its own fact in this replica's projection.

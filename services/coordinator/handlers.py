@@ -18,9 +18,9 @@ from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS
 
-from services.coordinator import expected
-from services.coordinator.actions import CloseWindow, PublishFact
-from services.coordinator.deadlines import deadline_ms
+from . import expected
+from .actions import CloseWindow, PublishFact
+from .deadlines import deadline_ms
 
 # Where the messages lie that a window's close includes or leaves out.
 STREAMS = {"train": "INGRESS", "commit": "INGRESS", "submit": "INGRESS", "validate": "VALIDATE", "merge": "MERGE"}

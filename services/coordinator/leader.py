@@ -17,9 +17,9 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.facts import RunFacts
 from google.protobuf.message import Message
 
-from services.coordinator import handlers
-from services.coordinator.actions import CloseWindow, PublishFact
-from services.coordinator.deadlines import window_ms
+from . import handlers
+from .actions import CloseWindow, PublishFact
+from .deadlines import window_ms
 
 log = get_logger("coordinator")
 

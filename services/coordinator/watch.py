@@ -6,7 +6,7 @@ from connito.runtime import metrics
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS
 
-from services.coordinator.status import open_window
+from .status import open_window
 
 
 class OpenWindows:

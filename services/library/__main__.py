@@ -15,10 +15,10 @@ from connito.service.runner import ServiceContext, run_service
 from connito.v1 import run_pb2, services_pb2_grpc
 from connito.wire.facts import Fact, verify_fact
 
-from services.library.actions import Depositor
-from services.library.projection import Catalogue
-from services.library.servicer import Library
-from services.library.settings import LibrarySettings
+from .actions import Depositor
+from .projection import Catalogue
+from .servicer import Library
+from .settings import LibrarySettings
 
 SERVICE = "connito.v1.LibraryService"
 

@@ -17,7 +17,7 @@ from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.roster import OPERATOR, Roster
 
-from services.library.projection import NOTICES, Catalogue
+from .projection import NOTICES, Catalogue
 
 # A read request older or newer than this is refused, so that a copied one soon opens nothing.
 FRESH_MS = 300_000

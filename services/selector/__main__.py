@@ -7,8 +7,8 @@ import asyncio
 from connito.runtime.compute import ComputeBudget
 from connito.service.runner import ServiceContext, run_service
 
-from services.selector.actions import Selector
-from services.selector.settings import SelectorSettings
+from .actions import Selector
+from .settings import SelectorSettings
 
 
 async def main(context: ServiceContext[SelectorSettings]) -> None:

@@ -23,7 +23,7 @@ from connito.wire.facts import Record, verify_fact
 from connito.wire.roster import Roster
 from connito.workloads.selecting import Chosen, Library, Probes, check_holdouts, choose
 
-from services.selector import handlers
+from . import handlers
 
 PUBLIC = artifacts_pb2.REALM_PUBLIC
 STATE_MEDIA_TYPE = "application/vnd.safetensors"

@@ -10,14 +10,14 @@ from connito.service.engine import Decision, Engine
 from connito.service.runner import ServiceContext, run_service
 from connito.wire.facts import Log, RunFacts
 
-from services.trainer.actions import Miner
-from services.trainer.adapters import Downloads, Services
-from services.trainer.adversary import choose
-from services.trainer.handlers import STREAMS, decide
-from services.trainer.settings import TrainerSettings
-from services.trainer.state import Ledger
-from services.trainer.strategy import Strategy
-from services.trainer.training import LocalTrainer
+from .actions import Miner
+from .adapters import Downloads, Services
+from .adversary import choose
+from .handlers import STREAMS, decide
+from .settings import TrainerSettings
+from .state import Ledger
+from .strategy import Strategy
+from .training import LocalTrainer
 
 
 async def main(context: ServiceContext[TrainerSettings]) -> None:

@@ -20,10 +20,10 @@ from connito.v1 import cycle_pb2, reasons_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.wire.facts import RunFacts
 
-from services.trainer.adapters import Downloads, Services
-from services.trainer.handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train
-from services.trainer.state import CycleProgress, Ledger
-from services.trainer.strategy import Effort, Strategy, Work
+from .adapters import Downloads, Services
+from .handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train
+from .state import CycleProgress, Ledger
+from .strategy import Effort, Strategy, Work
 
 MEDIA_TYPE = "application/vnd.safetensors"
 

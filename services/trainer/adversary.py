@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from connito.errors import Fatal, Invalid, Retry
 from connito.wire.facts import RunFacts
 
-from services.trainer.settings import TrainerSettings
-from services.trainer.state import read_progress
-from services.trainer.strategy import HONEST, Effort, Strategy, Work
+from .settings import TrainerSettings
+from .state import read_progress
+from .strategy import HONEST, Effort, Strategy, Work
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import SelectionMade
 from connito.wire.facts import RunFacts
 
-from services.trainer.adapters import Downloads, RangeReader
+from .adapters import Downloads, RangeReader
 
 if TYPE_CHECKING:
     from torch import nn

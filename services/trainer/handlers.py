@@ -11,8 +11,8 @@ from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import RunFacts
 
-from services.trainer.state import CycleProgress, Progress
-from services.trainer.strategy import HONEST, Strategy
+from .state import CycleProgress, Progress
+from .strategy import HONEST, Strategy
 
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")
 

@@ -21,11 +21,11 @@ from connito.runtime.compute import ComputeBudget, in_thread
 from connito.v1.run_pb2 import RunSpec, TrainPolicy
 from connito.wire.facts import RunFacts
 
-from services.trainer.adapters import Downloads
-from services.trainer.base import Base, experts_of
-from services.trainer.metrics import TRAIN_STEP_SECONDS, TRAIN_TOKENS
-from services.trainer.settings import TrainerSettings
-from services.trainer.strategy import Effort
+from .adapters import Downloads
+from .base import Base, experts_of
+from .metrics import TRAIN_STEP_SECONDS, TRAIN_TOKENS
+from .settings import TrainerSettings
+from .strategy import Effort
 
 if TYPE_CHECKING:
     from connito.moe.distillation import ShadowRouters

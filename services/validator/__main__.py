@@ -12,9 +12,9 @@ from connito.v1.cycle_pb2 import ScoreReport
 from connito.wire.chain import Chains
 from connito.wire.facts import Fact, Log, RunFacts
 
-from services.validator.actions import Validator, anchors_of
-from services.validator.handlers import STREAMS, decide
-from services.validator.settings import ValidatorSettings
+from .actions import Validator, anchors_of
+from .handlers import STREAMS, decide
+from .settings import ValidatorSettings
 
 
 async def main(context: ServiceContext[ValidatorSettings]) -> None:

@@ -25,9 +25,9 @@ from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
-from services.validator.handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
-from services.validator.metrics import SCORE_SECONDS, SUBMISSIONS
-from services.validator.settings import ValidatorSettings
+from .handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
+from .metrics import SCORE_SECONDS, SUBMISSIONS
+from .settings import ValidatorSettings
 
 log = logs.get_logger("validator")
 

@@ -28,6 +28,7 @@ def console(
     from connito.errors import Invalid
     from connito.platform.servers import free_ports
     from connito.platform.session import Session
+    from connito.runtime.programs import service_module
 
     session = Session.open(data_dir, role="customer")
     environment = dict(os.environ)
@@ -43,7 +44,8 @@ def console(
     address = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
     emit(as_json, {"address": address, "bus": session.nats_url}, lambda: f"{address}  (stop it with Ctrl-C)")
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "services.console"], environment)  # noqa: S606 - no shell
+    command = [sys.executable, "-P", "-m", service_module("console")]
+    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell
 
 
 def _local(data: DataDir, platform: Platform) -> dict[str, str]:

@@ -54,10 +54,11 @@ def run(
     ] = False,
     invite: Annotated[str, typer.Option(help="The token for runs that are by invitation.")] = "",
 ) -> NoReturn:
-    """Take part until interrupted: `python -m services.trainer` with this key. Other settings: CONNITO_… variables."""
+    """Take part until interrupted: run the trainer with this key. Other settings: CONNITO_… variables."""
     import sys
 
     from connito.errors import Invalid
+    from connito.runtime.programs import service_module
     from connito.wire.identity import Identity
 
     identity = Identity.load(key)  # Says what is wrong before a process is started for it.
@@ -76,7 +77,8 @@ def run(
         environment["CONNITO_INVITE"] = invite
     if label:
         environment["CONNITO_LABEL"] = label
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "services.trainer"], environment)  # noqa: S606 - no shell
+    command = [sys.executable, "-P", "-m", service_module("trainer")]
+    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell
 
 
 @app.command("fits")

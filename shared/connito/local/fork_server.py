@@ -83,7 +83,7 @@ def check_fork_safe(tasks: Path = Path("/proc/self/task")) -> None:
     if threads != 1:
         raise Fatal(
             f"the process that forks services has {threads} threads after its imports, so forking is not safe; "
-            "set OPENBLAS_NUM_THREADS=1, or start the services with `python -m services.<name>`"
+            "set OPENBLAS_NUM_THREADS=1"
         )
 
 

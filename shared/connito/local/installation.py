@@ -23,6 +23,7 @@ from connito.platform.datadir import DataDir, Platform
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.platform.session import BUCKET, REGION, local_store
 from connito.runtime.compute import machine_folder
+from connito.runtime.programs import service_module
 from connito.store import ArtifactStore
 
 # Services that compute with a model are forked from the preloaded process.
@@ -31,16 +32,16 @@ MODEL_SIDE = ("selector", "trainer", "validator", "aggregator")
 
 @dataclass(frozen=True)
 class Role:
-    """A service process to be: who runs it, its module, and the settings that only it gets."""
+    """A service process to be: who runs it, which service, and the settings that only it gets."""
 
     member: Member
-    module: str
+    service: str
     settings: Mapping[str, str]
 
     @property
     def preloaded(self) -> bool:
         """Whether it needs torch."""
-        return self.module.removeprefix("services.") in MODEL_SIDE
+        return self.service in MODEL_SIDE
 
 
 class Installation:
@@ -109,17 +110,15 @@ class Installation:
 
     def services(self) -> list[Role]:
         """One process for each service of the control plane."""
-        return [Role(self.members[name], f"services.{name}", {}) for name in SERVICES]
+        return [Role(self.members[name], name, {}) for name in SERVICES]
 
     def validators(self) -> list[Role]:
         """One process for each validator."""
-        return [Role(m, "services.validator", {}) for m in self.members.values() if m.role == "validator"]
+        return [Role(m, "validator", {}) for m in self.members.values() if m.role == "validator"]
 
     def miners(self) -> list[Role]:
         """One process for each miner. An adversary is a trainer that was told how to misbehave."""
-        return [
-            Role(m, "services.trainer", self._miner_settings(m)) for m in self.members.values() if m.role == "miner"
-        ]
+        return [Role(m, "trainer", self._miner_settings(m)) for m in self.members.values() if m.role == "miner"]
 
     def _miner_settings(self, member: Member) -> dict[str, str]:
         work = self.data.root / "miners"
@@ -134,7 +133,7 @@ class Installation:
     def _program(self, role: Role) -> Program:
         return Program(
             name=role.member.name,
-            module=role.module,
+            module=service_module(role.service),
             env=self._service_environment(role),
             log=self.data.logs / f"{role.member.name}.log",
             cwd=self.data.root,

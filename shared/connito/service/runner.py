@@ -1,6 +1,6 @@
 """The frame around every service: settings, logs, connections, probes, and an orderly end.
 
-`python -m services.<name>` runs `run_service`. Liveness says that the event loop turns; it never depends on the broker,
+`python -m services.<name>` calls `run_service`. Liveness says that the event loop turns; it never depends on the broker,
 or a broker outage would become a restart storm. Readiness says that the service said `ready()` and the broker is there.
 """
 
@@ -24,6 +24,7 @@ from connito.bus import Bus
 from connito.errors import ConnitoError, Fatal, Retry
 from connito.runtime import tracing
 from connito.runtime.logs import Logger, get_logger, setup_logging
+from connito.runtime.programs import service_module
 from connito.runtime.settings import ServiceSettings
 from connito.runtime.tasks import end_tasks
 from connito.service import certificates, security
@@ -100,7 +101,7 @@ def run_service(name: str, main: Callable[[ServiceContext[S]], Awaitable[None]],
 def _help(name: str, settings_cls: type[ServiceSettings]) -> str:
     rows = settings_cls.describe()
     width = max(len(row[0]) for row in rows)
-    lines = [f"usage: python -m services.{name}", "", "Settings, from the environment:", ""]
+    lines = [f"usage: python -m {service_module(name)}", "", "Settings, from the environment:", ""]
     for variable, default, description in rows:
         shown = "" if not default else f" [{default}]"
         lines.append(f"  {variable:<{width}}  {description}{shown}")
