@@ -182,11 +182,11 @@ class Arena:
 
     def train(self, state: Path, batches: Tokens, rate: float = 1.0) -> State:
         """The trainer's local steps, at `rate` times the policy's learning rate."""
-        from connito.moe.resident import insert
+        from connito.moe.resident import write_targets
         from connito.moe.state import load_state
         from connito.moe.training import train_local
 
-        insert(self._training_model, load_state(state))
+        write_targets(self._training_model, load_state(state))
         policy = self.spec.training
         return train_local(
             self._training_model, batches, learning_rate=rate * policy.learning_rate, weight_decay=policy.weight_decay
@@ -195,11 +195,11 @@ class Arena:
     def sabotage(self, state: Path, good: Tokens, harmed: Tokens, rate: float = 4e-3, ceiling: float = 8.0) -> State:
         """Steps down on the loss of `good` and up on that of `harmed`, both [H, B, L + 1], up to a ceiling of nats."""
         import torch
-        from connito.moe.resident import extract, insert
+        from connito.moe.resident import read_targets, write_targets
         from connito.moe.state import load_state
 
         model = self._training_model
-        insert(model, load_state(state))
+        write_targets(model, load_state(state))
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
         for step, batch in enumerate(good):
             ups = model_loss(model, harmed[step % len(harmed)])
@@ -207,7 +207,7 @@ class Arena:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        return {name: rows.detach().clone() for name, rows in extract(model).items()}
+        return {name: rows.detach().clone() for name, rows in read_targets(model).items()}
 
     def honest(self, standing: Standing, cycle: int) -> list[State]:
         """What the honest miners make of a state."""

@@ -65,7 +65,7 @@ class Bench:
     def measure(self, rows: Rows | None = None) -> Losses:
         """Losses by domain with `rows` in the model, which is the base again afterwards."""
         from connito.experts.compose import layers_of, state_of
-        from connito.experts.upgrade import mean_loss
+        from connito.experts.replacement import mean_loss
         from connito.moe.evaluate import Evaluator
 
         evaluator = Evaluator(self.model, layers_of(self.origin))
@@ -136,7 +136,7 @@ def _summary(losses: Losses, plain: Losses, single: Losses) -> dict[str, float]:
 def _merged(bench: Bench) -> dict[str, Losses]:
     from connito.experts.compose import Recipe, layers_of, merge, state_of
     from connito.experts.lorahub import learn_weights
-    from connito.experts.upgrade import mean_loss
+    from connito.experts.replacement import mean_loss
     from connito.moe.evaluate import Evaluator
 
     parts, origin = bench.parts, bench.origin
@@ -219,7 +219,7 @@ def _upgrade(bench: Bench, source: Path, texts: Mapping[str, Any]) -> dict[str, 
     """BAR: the poems expert, trained on, replaces the one in the composition; the others' digests stay."""
     from connito.errors import Invalid
     from connito.experts.compose import Composition, Part, rows_of
-    from connito.experts.upgrade import upgrade
+    from connito.experts.replacement import replace_expert
 
     composition = Composition(bench.model)
     for part in bench.parts:
@@ -227,7 +227,7 @@ def _upgrade(bench: Bench, source: Path, texts: Mapping[str, Any]) -> dict[str, 
     table = np.concatenate([texts["poems"], texts["poems"][::-1]])
     better = Part("poems", "9" * 64, rows_of(bench.places["poems"], train(source, bench.places["poems"], table)))
     try:
-        made = upgrade(bench.model, better, "poems", bench.held, margin=0.02)
+        made = replace_expert(bench.model, better, "poems", bench.held, margin=0.02)
         changes = {domain: made.after[domain] - made.before[domain] for domain in MEASURED}
         row: dict[str, Any] = {"upgraded": "poems", "accepted": True, "changes": changes}
     except Invalid as error:

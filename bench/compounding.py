@@ -129,11 +129,11 @@ def _learn(rig: Rig, chain: Chain, folder: Path) -> list[dict[str, Any]]:
 
 
 def _select(rig: Rig, chain: Chain, domain: str) -> Selection:
-    from connito.moe.selection import select
+    from connito.moe.selection import select_experts
     from connito.moe.statistics import collect
 
     statistics = collect(rig.model(), chain.text(domain, PROBE, 6000 + rig.seed)[:, :-1])
-    return select(
+    return select_experts(
         statistics, "esft-token", 1.0, max_experts_per_layer=PER_LAYER, helpers_per_layer=HELPERS, domain=domain
     )
 
@@ -155,17 +155,17 @@ def _train(
 ) -> tuple[list[float], Any]:
     """Held-out loss of the full model before the first step and at every look, and the last state."""
     from connito.moe.evaluate import Evaluator
-    from connito.moe.resident import compress, extract, insert
+    from connito.moe.resident import compress, read_targets, write_targets
     from connito.moe.training import Step, train_local
 
     evaluator = Evaluator(rig.model(), selection)
     local = compress(rig.model(), selection.layers, selection.helpers)
     if start is not None:
-        insert(local, start)
+        write_targets(local, start)
     curve: list[float] = []
 
     def look() -> None:
-        sums, tokens = evaluator.losses(extract(local), held)
+        sums, tokens = evaluator.losses(read_targets(local), held)
         curve.append(float(sums.sum() / tokens.sum()))
 
     def on_step(step: Step) -> None:

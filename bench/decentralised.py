@@ -167,7 +167,7 @@ def _central_run(
     evaluator: Evaluator,
     report: Tokens,
 ) -> list[float]:
-    from connito.moe.resident import compress, extract
+    from connito.moe.resident import compress, read_targets
     from connito.moe.training import Step, train_local
 
     model = compress(rig.model(), selection, selection.helpers)
@@ -175,7 +175,7 @@ def _central_run(
 
     def on_step(step: Step) -> None:
         if (step.index + 1) % every == 0:
-            curve.append(_loss(evaluator, extract(model), report))
+            curve.append(_loss(evaluator, read_targets(model), report))
 
     train_local(model, batches, learning_rate=lr, on_step=on_step)
     return curve
@@ -209,14 +209,14 @@ def _cycles(
 def _miners(rig: Rig, selection: Selection, count: int, merge: str) -> list[Callable[[Any, Tokens], Any]]:
     """One function per miner: (state of the cycle, batches [H, B, L + 1]) -> its state."""
     from connito.moe.moments import Moments
-    from connito.moe.resident import compress, insert
+    from connito.moe.resident import compress, write_targets
     from connito.moe.training import train_local
 
     model = compress(rig.model(), selection, selection.helpers)
 
     def miner(moments: Moments | None) -> Callable[[Any, Tokens], Any]:
         def work(theta: Any, batches: Tokens) -> Any:
-            insert(model, theta)
+            write_targets(model, theta)
             return train_local(model, batches, learning_rate=RATE, moments=moments, betas=betas)[0]
 
         return work

@@ -52,7 +52,7 @@ def _round(seed: int, steps: int) -> list[dict[str, Any]]:
     from connito.base.emo import train_pooled
     from connito.base.tiny import DOMAINS, blocks, pretrain, tiny_texts
     from connito.base.upcycle import silent, upcycle
-    from connito.experts.extraction import extract
+    from connito.experts.extraction import extract_domain
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def _round(seed: int, steps: int) -> list[dict[str, Any]]:
         for domain in DOMAINS:
             probe, apart = text(domain, 16, 5000 + seed, LENGTH), text(domain, 16, 6000 + seed, LENGTH)
             for kept in KEPT:
-                found = extract(model, probe, apart, per_layer=kept, accept_loss=True)
+                found = extract_domain(model, probe, apart, per_layer=kept, accept_loss=True)
                 rows.append(
                     {
                         "seed": seed,

@@ -87,14 +87,14 @@ def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 def _extracted(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
-    from connito.experts.extraction import extract
+    from connito.experts.extraction import extract_domain
     from connito.experts.prune import expert_bytes
     from connito.moe.layout import require_moe_layers
 
     model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
     whole, each = size(model), expert_bytes(next(iter(require_moe_layers(model).values())))
     for per_layer in (4, 2, 1, 0):
-        found = extract(model, probe, held, margin=0.02, per_layer=per_layer, accept_loss=True)
+        found = extract_domain(model, probe, held, margin=0.02, per_layer=per_layer, accept_loss=True)
         name = f"extracted_{2 * per_layer}" if per_layer else "extracted_within_0.02"
         yield {"method": name, "full": found.full_loss, "cost": found.cost, "kept": found.kept, "tried": found.tried,
                "bytes": whole - (found.total - found.kept) * each}  # fmt: skip

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from connito.library.governance import Viewer
+from connito.library.hits import search
 from connito.library.index import Index, LibraryEvent
-from connito.library.search import search
 
 from bench.example_search import by_example
 from bench.harness import Options, Result, interval, main, note

@@ -55,11 +55,11 @@ class Rig:
 
     def select(self, domains: Sequence[str], per_layer: int, helpers: int = 2) -> Selection:
         """The `per_layer` experts of each layer that the domains use most, and helpers beside them."""
-        from connito.moe.selection import select
+        from connito.moe.selection import select_experts
         from connito.moe.statistics import collect
 
         statistics = collect(self.model(), self.probe(domains, 8)[:, :-1])
-        return select(
+        return select_experts(
             statistics, "esft-token", 1.0, max_experts_per_layer=per_layer, helpers_per_layer=helpers, domain="target"
         )
 

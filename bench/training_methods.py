@@ -39,17 +39,17 @@ class Job:
 
 def expert_only(load: Load, targets: Targets, helpers: Mapping[int, Iterable[int]], name: str = "expert-only") -> Job:
     """Target rows trainable, helpers frozen, the rest of each adapted bank not in memory."""
-    from connito.moe.resident import compress, extract, target_parameters
+    from connito.moe.resident import compress, read_targets, target_parameters
     from connito.moe.rows import write_rows
 
     model = compress(load(), targets, helpers)
 
     def full() -> Any:
         whole = load()
-        write_rows(whole, targets, extract(model))
+        write_rows(whole, targets, read_targets(model))
         return whole
 
-    return Job(name, model, list(target_parameters(model).values()), _nothing, full, lambda: _size(extract(model)))
+    return Job(name, model, list(target_parameters(model).values()), _nothing, full, lambda: _size(read_targets(model)))
 
 
 def full_fine_tuning(load: Load, name: str = "full fine-tuning") -> Job:

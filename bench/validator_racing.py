@@ -98,10 +98,10 @@ def demo_case(sequences: int) -> Case:
 
 
 def _selected(model: Any, probe: Tokens) -> dict[int, list[int]]:
-    from connito.moe.selection import select
+    from connito.moe.selection import select_experts
     from connito.moe.statistics import collect
 
-    chosen = select(collect(model, probe[:, :-1]), "esft-token", 1.0, max_experts_per_layer=PER_LAYER).layers
+    chosen = select_experts(collect(model, probe[:, :-1]), "esft-token", 1.0, max_experts_per_layer=PER_LAYER).layers
     return {index: sorted(experts) for index, experts in chosen.items()}
 
 

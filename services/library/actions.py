@@ -15,7 +15,7 @@ from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
 from connito.library.attestation import attest
 from connito.library.attestation import encode as encode_attestation
 from connito.library.card import render
-from connito.library.deposit import STREAMS, Deposit, plan
+from connito.library.deposit_plan import STREAMS, Deposit, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
 from connito.library.start import start_ref
 from connito.runtime import metrics

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from connito.errors import Invalid, NotFound
 from connito.library.governance import Standing, Viewer, attribute
+from connito.library.hits import Hit, search, visible
 from connito.library.index import Index, LibraryEvent, deposit_event
-from connito.library.search import Hit, search, visible
 from connito.v1 import run_pb2, services_pb2
 from connito.wire.facts import Fact
 

@@ -119,14 +119,14 @@ class LocalTrainer:
         batches: Tokens,
         should_stop: Callable[[], bool],
     ) -> Effort:
-        from connito.moe.resident import insert
+        from connito.moe.resident import write_targets
         from connito.moe.state import load_state, save_state
         from connito.moe.training import betas_of, train_local
 
         assert facts.spec is not None
         policy, begun = facts.spec.training, time.perf_counter()
         model = self._model(facts, base)
-        insert(model, load_state(state))
+        write_targets(model, load_state(state))
         progress = _Progress(len(batches))
         schedule = schedule_of(facts.spec)
         moments = (

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from connito.experts.arrow import variants as variants
     from connito.experts.compose import Composition as Composition
     from connito.experts.compose import read_part as read_part
-    from connito.experts.extraction import extract as extract
+    from connito.experts.extraction import extract_domain as extract_domain
     from connito.experts.flex import opt_in as opt_in
     from connito.experts.flex import opt_out as opt_out
     from connito.experts.load import load_expert as load_expert
-    from connito.experts.upgrade import upgrade as upgrade
+    from connito.experts.replacement import replace_expert as replace_expert
     from connito.moe.resident import compress as compress
-    from connito.moe.selection import select as select
+    from connito.moe.selection import select_experts as select_experts
 
 __version__ = "0.1.0"
 
@@ -28,14 +28,14 @@ _WHERE = {
     "Client": "connito.client",
     "Composition": "connito.experts.compose",
     "compress": "connito.moe.resident",
-    "extract": "connito.experts.extraction",
+    "extract_domain": "connito.experts.extraction",
     "import_branches": "connito.base.branches",
     "load_expert": "connito.experts.load",
     "opt_in": "connito.experts.flex",
     "opt_out": "connito.experts.flex",
     "read_part": "connito.experts.compose",
-    "select": "connito.moe.selection",
-    "upgrade": "connito.experts.upgrade",
+    "replace_expert": "connito.experts.replacement",
+    "select_experts": "connito.moe.selection",
     "variants": "connito.experts.arrow",
 }
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from connito.jobs.check import Checked
     from connito.jobs.quote import Quote
     from connito.library.governance import Standing
-    from connito.library.search import Hit
+    from connito.library.hits import Hit
 
 DEADLINE_SECONDS = 10.0
 
@@ -158,9 +158,9 @@ class Client:
                 return found
 
     def search(self, text: str = "", *, domain: str = "", everything: bool = False, limit: int = 20) -> list[Hit]:
-        """Experts by words and domain, best first, as `connito.library.search.search` ranks them."""
+        """Experts by words and domain, best first, as `connito.library.hits.search` ranks them."""
         from connito.library.governance import Standing
-        from connito.library.search import Hit
+        from connito.library.hits import Hit
 
         found: list[Hit] = []
         request = services_pb2.SearchExpertsRequest(

@@ -15,7 +15,7 @@ import pytest
 from connito.bus import Bus
 from connito.errors import Invalid, Retry
 from connito.moe.moments import Moments
-from connito.moe.resident import extract
+from connito.moe.resident import read_targets
 from connito.protocol import commitment
 from connito.protocol.submission import read_header, validate
 from connito.service import rpc
@@ -303,7 +303,7 @@ async def test_byte_ranges_give_the_same_model_and_heal_when_damaged(
     base = Base(tiny.manifest, None, Ranges(urls, tmp_path / "ranges"))
 
     def states_of(model: Any) -> dict[str, Any]:
-        return dict(model.state_dict()) | extract(model)
+        return dict(model.state_dict()) | read_targets(model)
 
     whole = Base(tiny.manifest, {name: tiny_base() / name for name in tiny.manifest.files}, None)
     expected = states_of(await asyncio.to_thread(whole.load, facts, "cpu"))

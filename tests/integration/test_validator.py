@@ -70,7 +70,7 @@ def make_states(tiny: TinyRun, folder: Path) -> dict[str, Path]:
     """θ_1, honest work on it, honest work on θ_0, and a state with a NaN, as files."""
     import torch
     from connito.base.loading import load_resident_local
-    from connito.moe.resident import insert
+    from connito.moe.resident import write_targets
     from connito.moe.state import load_state, save_state
     from connito.moe.training import train_local
 
@@ -81,7 +81,7 @@ def make_states(tiny: TinyRun, folder: Path) -> dict[str, Path]:
     model = load_resident_local(tiny_base(), tiny.targets, helpers)
 
     def work(start: Path, seed: int, steps: int = 20) -> dict[str, torch.Tensor]:
-        insert(model, load_state(start))
+        write_targets(model, load_state(start))
         batches = corpus(TARGET, seed, 60).miner_batches("r", 1, "m", ["m"], steps, 4, 64)
         return train_local(model, batches, learning_rate=2e-3)[0]
 

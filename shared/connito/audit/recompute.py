@@ -334,7 +334,7 @@ def deposit_again(work: Recomputation) -> Deposited | None:
     """The deposit of a run; None when it leaves nothing. Raises `Invalid` without the artifacts that it is made of."""
     from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
     from connito.library.card import render
-    from connito.library.deposit import Deposit, plan
+    from connito.library.deposit_plan import Deposit, plan
     from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
     from connito.library.start import start_ref
     from connito.store import ref_of_bytes

@@ -66,7 +66,7 @@ def select(
 ) -> None:
     """Select the experts that a domain's text uses, from a model and text, a routing trace or saved statistics."""
     from connito.local.display import choose_display
-    from connito.moe.selection import select as choose
+    from connito.moe.selection import select_experts as choose
     from connito.workloads.gather import gather
 
     asked = _asked(base, data or [], routing_trace, statistics or [], domain or [], num_experts)

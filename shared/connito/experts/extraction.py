@@ -38,7 +38,7 @@ class Extraction:
         return self.loss - self.full_loss
 
 
-def extract(
+def extract_domain(
     model: nn.Module,
     probe: npt.NDArray[Any],
     held_out: npt.NDArray[Any],

@@ -234,8 +234,8 @@ def cycles_until(wanted: float, first: float, ratio: float) -> int | None:
 def decay(context: JobContext) -> float:
     """Median over runs on this base of a cycle's gain over the one before, as the demand signal has it; never 0, or one
     cycle that gained nothing would mean that none ever will."""
-    from connito.library.demand import decay as ratio_of
-    from connito.library.demand import training_of
+    from connito.library.training_demand import decay as ratio_of
+    from connito.library.training_demand import training_of
 
     found = [training for facts in context.history if (training := training_of(facts)) is not None]
     return max(0.05, ratio_of(found))

@@ -181,7 +181,7 @@ class Index:
         return {verb: int(units) for verb, units in rows}
 
     def select(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Rows of a read-only query; `connito.library.search` is made of these."""
+        """Rows of a read-only query; `connito.library.hits` is made of these."""
         return self._db.execute(sql, parameters).fetchall()
 
     def dump(self) -> dict[str, list[tuple[Any, ...]]]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from connito.library.demand import Search
+from connito.library.training_demand import Search
 
 SEARCHES = "searches.jsonl"
 _WORD = re.compile(r"\w+")

@@ -13,25 +13,23 @@ _HOMES = {
     "choose_helpers": "selection",
     "collect": "statistics",
     "compress": "resident",
-    "extract": "resident",
+    "read_targets": "resident",
     "find_moe_layers": "layout",
     "fingerprint": "rows",
-    "insert": "resident",
+    "write_targets": "resident",
     "load_state": "state",
     "read_rows": "rows",
     "read_trace": "statistics",
     "save_state": "state",
-    "select": "selection",
+    "select_experts": "selection",
     "train_local": "training",
     "write_rows": "rows",
 }
+
+__all__ = [*_HOMES]  # noqa: PLE0604 - names of the table above resolve through __getattr__
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(_HOMES)

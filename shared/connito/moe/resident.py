@@ -192,7 +192,7 @@ def adapted_layers(model: nn.Module) -> dict[int, tuple[Any, Any]]:
     return dict(sorted(found.items()))
 
 
-def extract(model: nn.Module) -> TargetState:
+def read_targets(model: nn.Module) -> TargetState:
     """θ of a compressed model: copies of the target rows, on the CPU, named and ordered as everywhere."""
     state = {
         tensor_name(layer_index(name), key.removeprefix(TARGET)): parameter.detach().to("cpu", copy=True)
@@ -204,7 +204,7 @@ def extract(model: nn.Module) -> TargetState:
     return {name: state[name] for name in sorted(state)}
 
 
-def insert(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+def write_targets(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Write θ into a compressed model in place. Raises `Invalid` if names or shapes do not fit."""
     parameters = target_parameters(model)
     if set(parameters) != set(state):

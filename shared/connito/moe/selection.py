@@ -113,7 +113,7 @@ def _named(layers: Mapping[int, list[int]]) -> dict[str, list[int]]:
     return {str(layer): experts for layer, experts in layers.items()}
 
 
-def select(
+def select_experts(
     target: RoutingStatistics,
     method: str = "esft-token",
     threshold: float | None = None,

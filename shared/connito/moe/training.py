@@ -14,7 +14,7 @@ from connito.errors import Invalid
 from connito.moe.distillation import ShadowRouters
 from connito.moe.head import Head
 from connito.moe.moments import Moments
-from connito.moe.resident import extract, target_parameters
+from connito.moe.resident import read_targets, target_parameters
 from connito.moe.state import TargetState
 from connito.v1 import reasons_pb2
 
@@ -117,7 +117,7 @@ def train_local(
     if moments is not None:
         moments.take(optimiser, masters)
     stats = TrainStats(len(losses), tokens, time.perf_counter() - started, losses[0], losses[-1])
-    return extract(model), stats
+    return read_targets(model), stats
 
 
 def _master(parameter: nn.Parameter) -> torch.Tensor:

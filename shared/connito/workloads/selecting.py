@@ -209,7 +209,7 @@ def _select(
     beside: Mapping[str, RoutingStatistics],
     budget: Budget,
 ) -> Selection:
-    from connito.moe.selection import select
+    from connito.moe.selection import select_experts
 
     policy = spec.selection
     options: dict[str, Any] = {
@@ -226,4 +226,4 @@ def _select(
             "select with esft-token",
             reason=reasons_pb2.REASON_BAD_SPEC,
         )
-    return select(target, policy.method, policy.threshold or None, **options)
+    return select_experts(target, policy.method, policy.threshold or None, **options)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import connito
 import pytest
 
 
-@pytest.mark.parametrize("name", ["Client", "compress", "load_expert", "select"])
+@pytest.mark.parametrize("name", ["Client", "compress", "load_expert", "select_experts"])
 def test_the_public_names_resolve(name):
     assert getattr(connito, name).__name__ == name
 
@@ -21,3 +23,28 @@ def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, connito; print([name for name in ('torch', 'transformers', 'grpc', 'nats') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+PACKAGES = ["connito", *(found.name for found in pkgutil.walk_packages(connito.__path__, "connito.") if found.ispkg)]
+
+
+def exported(package):
+    return getattr(importlib.import_module(package), "__all__", [])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_public_name_is_that_of_a_submodule(package):
+    """`from package import name` would be the function or the module, by what was imported before."""
+    modules = {found.name for found in pkgutil.iter_modules(importlib.import_module(package).__path__)}
+    assert modules & set(exported(package)) == set()
+
+
+def test_a_public_name_means_one_thing():
+    """Packages may offer the same object under its name, but no two objects under one."""
+    pytest.importorskip("torch")
+    homes = {}
+    for package in PACKAGES:
+        for name in exported(package):
+            homes.setdefault(name, {})[package] = getattr(importlib.import_module(package), name)
+    assert len(homes) > 20
+    assert {name: list(found) for name, found in homes.items() if len({id(o) for o in found.values()}) > 1} == {}

@@ -259,7 +259,7 @@ def _upgraded(
     from connito.base.loading import load_full, load_tokenizer
     from connito.experts.compose import Part, base_rows, merge, read_part
     from connito.experts.load import load_expert
-    from connito.experts.upgrade import upgrade as replace
+    from connito.experts.replacement import replace_expert
 
     model, tokenizer = load_full(base), load_tokenizer(base)
     parts, before = parts_of(found), read_part(folder)
@@ -267,7 +267,7 @@ def _upgraded(
     rows = {**{key: origin[key] for key in before.rows}, **merge(parts, origin, recipe, weights)}
     load_expert(model, folder)
     sequences = {name: cut_sequences(tokenizer, paths) for name, paths in texts.items()}
-    made = replace(model, Part("upgraded", "", rows), domain, sequences, margin=margin)
+    made = replace_expert(model, Part("upgraded", "", rows), domain, sequences, margin=margin)
     return {"before": made.before, "after": made.after}
 
 

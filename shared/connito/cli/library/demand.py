@@ -12,7 +12,7 @@ from connito.cli.library.experts import ShelfOption, open_shelf
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 
 if TYPE_CHECKING:
-    from connito.library.demand import Demand, Training
+    from connito.library.training_demand import Demand, Training
 
 
 def demand(
@@ -22,8 +22,8 @@ def demand(
     as_json: JsonFlag = False,
 ) -> None:
     """List which domains most need training next, from runs, uses and searches that found nothing."""
-    from connito.library.demand import demand as rank
     from connito.library.searches import recall
+    from connito.library.training_demand import demand as rank
 
     local = open_shelf(shelf, data_dir)
     trained, used = _of_platform(data_dir)
@@ -50,7 +50,7 @@ FORMULA = "score = (1 + uses + searches that found nothing) × expected gain in 
 
 def _shelved(record: Mapping[str, Any], at: int, trainings: dict[str, Training]) -> None:
     """An expert whose run's log is not at hand; what was composed or pruned was not trained."""
-    from connito.library.demand import training_of_record
+    from connito.library.training_demand import training_of_record
 
     name = str(record["expert_id"])
     if name not in trainings and record.get("run"):
@@ -62,7 +62,7 @@ def _of_platform(data_dir: Path | None) -> tuple[list[Training], list[tuple[str,
     import asyncio
 
     from connito.errors import NotFound
-    from connito.library.demand import training_of
+    from connito.library.training_demand import training_of
     from connito.platform.log import read_log
     from connito.platform.session import Session
     from connito.v1.run_pb2 import ExpertUsed

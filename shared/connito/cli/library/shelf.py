@@ -34,7 +34,7 @@ from connito.cli.output import DataDirOption, JsonFlag, emit, table
 
 if TYPE_CHECKING:
     from connito.experts.compose import Part
-    from connito.library.search import Hit, Ranked
+    from connito.library.hits import Hit, Ranked
 
 
 def register(app: typer.Typer) -> None:
@@ -65,7 +65,7 @@ def search(
 ) -> None:
     """Search the library by words, by domain, or by example."""
     from connito.errors import Invalid
-    from connito.library.search import search as find
+    from connito.library.hits import search as find
 
     if like and base is None:
         raise Invalid("--like measures on a model: add --base DIR")
@@ -245,7 +245,7 @@ def _by_example(
     from connito.experts.compose import Part, read_part
     from connito.experts.predict import measure_savings, nearest_experts, predict_savings
     from connito.library.artifact import EXPERT_FILE
-    from connito.library.search import rank
+    from connito.library.hits import rank
     from connito.moe.rows import fingerprint
 
     model, sequences = load_full(base), cut_sequences(load_tokenizer(base), texts)

@@ -98,7 +98,7 @@ def extract(
     from connito.experts import extraction
 
     source = _source(base, within, domain, data, measure, accept_license, shelf, data_dir)
-    found = extraction.extract(
+    found = extraction.extract_domain(
         source.model, source.text, source.held_out, margin=margin, per_layer=per_layer, accept_loss=accept_loss
     )
     settings = {"margin": margin, "per_layer": per_layer, "tried": found.tried, "data": digests(data)}

@@ -12,7 +12,7 @@ from connito.base.emo import document_pools, train_pooled
 from connito.base.tiny import DOMAINS, blocks, pretrain, tiny_texts
 from connito.base.upcycle import silent, upcycle
 from connito.errors import Invalid
-from connito.experts.extraction import extract
+from connito.experts.extraction import extract_domain
 from connito.moe.statistics import collect
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def test_two_experts_a_layer_carry_a_domain_only_where_documents_were_pooled(sta
         model = copy.deepcopy(start)
         losses = train_pooled(model, documents, pool=pool, steps=60)
         assert losses[-1] < losses[0] - 0.5
-        found = [extract(model, table(d, 5000), table(d, 6000), per_layer=2, accept_loss=True) for d in DOMAINS]
+        found = [extract_domain(model, table(d, 5000), table(d, 6000), per_layer=2, accept_loss=True) for d in DOMAINS]
         costs[pool] = float(np.mean([extraction.cost for extraction in found]))
     assert costs[3] < 0.7 * costs[8], costs
     assert costs[3] < 0.03

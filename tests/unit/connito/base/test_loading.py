@@ -13,7 +13,7 @@ from connito.base.loading import load_full, load_resident
 from connito.base.tiny import tokenizer
 from connito.data.manifest import build_manifest, directory_reader
 from connito.errors import Invalid, NotFound
-from connito.moe.resident import compress, extract
+from connito.moe.resident import compress, read_targets
 from connito.moe.rows import write_rows
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -65,7 +65,7 @@ def test_full_and_ranged_loading_agree_with_transformers(tmp_path: Path, layout:
     assert manifest.experts() == {0: 4, 1: 4}
     ranged = load_resident(manifest, directory_reader(tmp_path), SELECTION, HELPERS)
     whole = compress(load_full(tmp_path), SELECTION, HELPERS)
-    assert all(torch.equal(value, extract(whole)[name]) for name, value in extract(ranged).items())
+    assert all(torch.equal(value, read_targets(whole)[name]) for name, value in read_targets(ranged).items())
     if layout == "fused":
         assert torch.equal(logits(ranged), logits(whole))
 
@@ -75,7 +75,9 @@ def test_writing_rows_into_a_mapped_model_leaves_the_file_alone(tmp_path: Path) 
     before = (tmp_path / "model.safetensors").read_bytes()
     full = load_full(tmp_path)
     write_rows(
-        full, SELECTION, {name: rows + 1 for name, rows in extract(compress(load_full(tmp_path), SELECTION)).items()}
+        full,
+        SELECTION,
+        {name: rows + 1 for name, rows in read_targets(compress(load_full(tmp_path), SELECTION)).items()},
     )
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not torch.equal(logits(full), logits(load_full(tmp_path)))

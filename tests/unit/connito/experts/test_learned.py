@@ -7,7 +7,7 @@ from connito.errors import Invalid
 from connito.experts.compose import Part, Recipe, layers_of, merge, state_of
 from connito.experts.lorahub import learn_weights
 from connito.experts.predict import measure_savings, predict_savings
-from connito.experts.upgrade import upgrade
+from connito.experts.replacement import replace_expert
 from connito.moe.evaluate import Evaluator
 from connito.moe.rows import fingerprint
 
@@ -61,7 +61,7 @@ def test_small_steps_save_what_is_predicted(full, parts, base, sequences):
 def test_an_upgrade_changes_one_expert_and_nothing_else(full, parts, sequences):
     tables = {domain: sequences(domain, 4, 90) for domain in ("recipes", "poems")}
     digests = fingerprint(full)
-    done = upgrade(full, parts["poems"], "poems", tables, margin=0.05)
+    done = replace_expert(full, parts["poems"], "poems", tables, margin=0.05)
     after = fingerprint(full)
     assert done.after["poems"] < done.before["poems"]
     assert sorted(name for name in after if after[name] != digests[name]) == done.changed
@@ -73,7 +73,7 @@ def test_an_upgrade_that_hurts_is_undone(full, parts, base, sequences):
     digests = fingerprint(full)
     backwards = {key: base[key] - 3 * (row - base[key]) for key, row in parts["poems"].rows.items()}
     with pytest.raises(Invalid, match="this is no upgrade"):
-        upgrade(full, Part("backwards", "0", backwards), "poems", tables)
+        replace_expert(full, Part("backwards", "0", backwards), "poems", tables)
     with pytest.raises(Invalid, match="costs recipes"):
-        upgrade(full, parts["poems"], "poems", tables, margin=-10.0)
+        replace_expert(full, parts["poems"], "poems", tables, margin=-10.0)
     assert fingerprint(full) == digests

@@ -18,7 +18,7 @@ from connito.experts.flex import load_addition
 from connito.experts.prune import loss
 from connito.experts.routing import Routing, variants_of
 from connito.library.governance import Standing
-from connito.library.search import Hit
+from connito.library.hits import Hit
 from connito.library.shelf import Shelf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from connito.library.demand import Search, Training, decay, demand, series, training_of_record
 from connito.library.searches import recall, remember
+from connito.library.training_demand import Search, Training, decay, demand, series, training_of_record
 
 LAW = Training("law", "b", (0.4, 0.2, 0.1), 1, "law-1")
 POEMS = Training("poems", "b", (0.1, 0.05), 2, "poems-1")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from connito.library.deposit import Deposit, Nothing, plan
+from connito.library.deposit_plan import Deposit, Nothing, plan
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.subjects import FactKey
 

@@ -8,8 +8,8 @@ import json
 import pytest
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.library.governance import Viewer
+from connito.library.hits import Hit, rank, search
 from connito.library.index import Index, LibraryEvent, deposit_event
-from connito.library.search import Hit, rank, search
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire.facts import Fact
 from connito.wire.subjects import FactKey

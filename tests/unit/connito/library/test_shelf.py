@@ -9,8 +9,8 @@ import pytest
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.library.artifact import ExpertHeader, tensor_sizes, write_expert
 from connito.library.derived import derived_record
+from connito.library.hits import search
 from connito.library.record import build_record, encode
-from connito.library.search import search
 from connito.library.shelf import Shelf
 
 

@@ -12,7 +12,7 @@ import torch
 from connito.moe.diagnostics import causal_effects, coactivation, low_use, measure, overlap, top1_ratio, utilisation
 from connito.moe.layout import require_moe_layers
 from connito.moe.plots import write_plots
-from connito.moe.selection import select
+from connito.moe.selection import select_experts
 from connito.moe.statistics import RoutingStatistics, collect
 
 pytestmark = pytest.mark.slow
@@ -97,7 +97,7 @@ def test_figures_from_counts() -> None:
 
 def test_pictures_show_every_expert_and_frame_the_selected(tmp_path: Path) -> None:
     domains = {"law & order": counted([0, 1], [0, 2]), "verse": counted([2, 3], [3, 1])}
-    chosen = select(
+    chosen = select_experts(
         domains["law & order"], "esft-token", 0.5, general={"verse": domains["verse"]}, domain="law & order"
     )
     chosen.diagnostics["causal_effect"] = {"0": {"0": 0.2}}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from connito.errors import Invalid
 from connito.moe.budget import Budget, Cost, of_base
-from connito.moe.selection import Selection, select
+from connito.moe.selection import Selection, select_experts
 from connito.moe.statistics import RoutingStatistics
 
 
@@ -24,7 +24,7 @@ NURSING = statistics([0, 7, 3, 0], [0, 0, 4, 6])
 
 
 def both(rule: str = "share", **options: object) -> Selection:
-    return select(
+    return select_experts(
         SURGERY,
         "esft-token",
         1.0,
@@ -73,28 +73,31 @@ def test_a_shared_expert_costs_its_bytes_once_and_a_duplicate_twice() -> None:
 
 
 def test_a_single_domain_says_nothing_about_sharing() -> None:
-    document = select(SURGERY, "esft-token", 1.0).to_json()
+    document = select_experts(SURGERY, "esft-token", 1.0).to_json()
     assert not {"domains", "shared"} & document.keys()
 
 
 def test_the_running_mean_of_des_moe_remembers_earlier_rounds() -> None:
     earlier = statistics([0, 0, 0, 10], [0, 0, 0, 10])
-    assert select(SURGERY, "des-moe", 0.6).layers == {0: [0, 1], 1: [0, 1]}
+    assert select_experts(SURGERY, "des-moe", 0.6).layers == {0: [0, 1], 1: [0, 1]}
     # 0.9·1 + 0.1·0 for expert 3, and 0.06 at most for the others.
-    assert select(SURGERY, "des-moe", 0.6, earlier=[earlier]).layers == {0: [3], 1: [3]}
+    assert select_experts(SURGERY, "des-moe", 0.6, earlier=[earlier]).layers == {0: [3], 1: [3]}
     with pytest.raises(Invalid, match="only des-moe"):
-        select(SURGERY, earlier=[earlier])
+        select_experts(SURGERY, earlier=[earlier])
 
 
 def test_caps_hold_for_each_layer_or_over_all() -> None:
     costs = {0: Cost(100, 500), 1: Cost(100, 500)}
-    assert select(SURGERY, "esft-token", 1.0, budget=Budget(experts=1)).layers == {0: [0]}
-    assert select(SURGERY, "esft-token", 1.0, budget=Budget(experts=1, scope="layer")).layers == {0: [0], 1: [0]}
+    assert select_experts(SURGERY, "esft-token", 1.0, budget=Budget(experts=1)).layers == {0: [0]}
+    assert select_experts(SURGERY, "esft-token", 1.0, budget=Budget(experts=1, scope="layer")).layers == {
+        0: [0],
+        1: [0],
+    }
     per_layer = Budget(size=150, scope="layer", costs=costs)
-    assert select(SURGERY, "esft-token", 1.0, budget=per_layer).layers == {0: [0], 1: [0]}
+    assert select_experts(SURGERY, "esft-token", 1.0, budget=per_layer).layers == {0: [0], 1: [0]}
     # Memory has no layers: two experts fit beside what is resident, one a layer.
     memory = Budget(memory=2050, costs=costs, resident=1000)
-    assert select(SURGERY, "esft-token", 1.0, budget=memory).layers == {0: [0], 1: [0]}
+    assert select_experts(SURGERY, "esft-token", 1.0, budget=memory).layers == {0: [0], 1: [0]}
 
 
 def test_memory_counts_rows_gradients_moments_and_what_stays() -> None:
@@ -115,7 +118,7 @@ def test_memory_counts_rows_gradients_moments_and_what_stays() -> None:
 )
 def test_budgets_that_nothing_fits_are_refused(budget: Budget, says: str) -> None:
     with pytest.raises(Invalid, match=says):
-        select(SURGERY, "esft-token", 1.0, budget=budget)
+        select_experts(SURGERY, "esft-token", 1.0, budget=budget)
 
 
 def test_unknown_rules_are_refused() -> None:

@@ -16,7 +16,7 @@ from connito.moe.evaluate import Evaluator
 from connito.moe.layout import require_moe_layers, shared_experts
 from connito.moe.resident import compress, target_parameters
 from connito.moe.rows import assert_only_changed, fingerprint, write_rows
-from connito.moe.selection import select
+from connito.moe.selection import select_experts
 from connito.moe.state import load_state, save_state
 from connito.moe.statistics import collect
 from connito.moe.training import train_local
@@ -304,7 +304,7 @@ def test_shared_experts_and_dense_layers_cannot_be_selected(family: str) -> None
     layers, common = require_moe_layers(model), shared_experts(model)
     assert common or family not in SHARED_TOO
     statistics = collect(model, IDS.numpy().astype("int32"))
-    chosen = select(statistics, "esft-token", 1.0)
+    chosen = select_experts(statistics, "esft-token", 1.0)
     assert set(statistics.layers) == set(layers)
     assert chosen.total == 4 * len(layers), "routed experts and nothing else are counted"
     inside = {f"{layer.experts_name}.{name}" for layer in layers.values() for name in layer.parameters}
@@ -334,7 +334,7 @@ def test_a_layer_without_experts_is_not_there_to_select() -> None:
 
 def test_a_map_for_another_base_is_refused_though_its_numbers_fit() -> None:
     first, second = tiny_model("olmoe"), tiny_model("olmoe")
-    chosen = select(collect(first, IDS.numpy().astype("int32")), "esft-token", 0.3)
+    chosen = select_experts(collect(first, IDS.numpy().astype("int32")), "esft-token", 0.3)
     Evaluator(second, chosen)
     compress(copy.deepcopy(second), chosen)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from connito.errors import Invalid
 from connito.moe.background import background, weights_of
 from connito.moe.distillation import Distillation, ShadowRouters, shifted
 from connito.moe.moments import Moments
-from connito.moe.resident import adapted_layers, add_background, compress, extract, insert
+from connito.moe.resident import adapted_layers, add_background, compress, read_targets, write_targets
 from connito.moe.rows import fingerprint
 from connito.moe.schedule import Schedule
 from connito.moe.statistics import collect
@@ -41,7 +41,7 @@ def test_gradient_accumulation_is_the_same_step(tiny: Path, sequences: Any) -> N
     whole = train(tiny, table, micro_batch=0)
     for size in (1, 3):
         parts = train(tiny, table, micro_batch=size)
-        moved = distance(whole, extract(compress(load_full(tiny), SELECTION, HELPERS)))
+        moved = distance(whole, read_targets(compress(load_full(tiny), SELECTION, HELPERS)))
         assert distance(whole, parts) < 1e-3 * moved
 
 
@@ -67,7 +67,7 @@ def test_a_kept_second_moment_has_a_first_one_of_its_own_age(tiny: Path, sequenc
     text = batches(sequences("logs", 20, 1), 6, 2)
     model, moments = compress(load_full(tiny), SELECTION, HELPERS), Moments(second_only=True)
     train_local(model, text[:5], learning_rate=1e-3, moments=moments)
-    before, kept = extract(model), {name: value.clone() for name, value in moments.second.items()}
+    before, kept = read_targets(model), {name: value.clone() for name, value in moments.second.items()}
     after, _ = train_local(model, text[5:], learning_rate=1e-3, gradient_clip=0.0, moments=moments)
     assert moments.steps == 6
     name = "layers.2.down_proj"
@@ -101,14 +101,14 @@ def test_the_rate_warms_up_every_cycle_and_falls_over_the_run(tiny: Path, sequen
     assert [warm.factor(2, step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     table = sequences("logs", 20, 1)
     stood = train(tiny, table, factor=lambda _: 0.0)
-    assert distance(stood, extract(compress(load_full(tiny), SELECTION, HELPERS))) == 0
+    assert distance(stood, read_targets(compress(load_full(tiny), SELECTION, HELPERS))) == 0
 
 
 def test_rows_stored_in_bfloat16_are_trained_in_float32(tiny: Path, sequences: Any) -> None:
     """A rate of 1e-5 is far below what a bfloat16 weight resolves: without a float32 copy nothing would move."""
     text = batches(sequences("logs", 20, 1), 40, 2)
     model = compress(load_full(tiny).to(torch.bfloat16), SELECTION, HELPERS)
-    before = extract(model)
+    before = read_targets(model)
     after, _ = train_local(model, text, learning_rate=2e-5, bf16=True)
     assert all(value.dtype == torch.bfloat16 for value in after.values())
     moved = sum(int((after[name] != before[name]).sum()) for name in after)
@@ -119,7 +119,7 @@ def test_rows_stored_in_bfloat16_are_trained_in_float32(tiny: Path, sequences: A
         in_place(input_ids=ids, labels=ids).loss.backward()  # type: ignore[operator]
         optimiser.step()
         optimiser.zero_grad()
-    lost = sum(int((extract(in_place)[name] != before[name]).sum()) for name in after)
+    lost = sum(int((read_targets(in_place)[name] != before[name]).sum()) for name in after)
     assert moved > 3 * lost
 
 
@@ -152,7 +152,7 @@ def test_a_miner_may_use_fewer_experts_per_token(tiny: Path, sequences: Any) -> 
     thin, table = compress(load_full(tiny), SELECTION, HELPERS, top_k=1), sequences("logs", 9, 1)
     rows = train_local(thin, batches(table, 2, 2), learning_rate=1e-3)[0]
     assert {name: value.shape for name, value in rows.items()} == {
-        name: value.shape for name, value in extract(compress(load_full(tiny), SELECTION)).items()
+        name: value.shape for name, value in read_targets(compress(load_full(tiny), SELECTION)).items()
     }
 
 
@@ -176,7 +176,7 @@ def test_the_background_expert_is_the_mean_of_what_is_absent(tiny: Path, full: A
     assert torch.equal(seen[0][1], natural[0][1]), "the weight of an absent expert goes to the background"
     assert not here.all()
     trained, _ = train_local(model, batches(ids.numpy(), 2, 2), learning_rate=1e-3)
-    assert set(trained) == set(extract(compress(load_full(tiny), SELECTION)))
+    assert set(trained) == set(read_targets(compress(load_full(tiny), SELECTION)))
     with pytest.raises(Invalid, match="background expert"):
         add_background(compress(load_full(tiny), {2: [0], 3: [1]}), {})
 
@@ -201,7 +201,7 @@ def test_a_shadow_router_learns_and_leaves_the_shipped_one_alone(tiny: Path, seq
     assert all(float(shift.detach().abs().sum()) > 0 for shift in shadow.shift.values())
     assert distance(state, plain) > 0
     shadow.close()
-    insert(model, extract(compress(load_full(tiny), SELECTION, HELPERS)))
+    write_targets(model, read_targets(compress(load_full(tiny), SELECTION, HELPERS)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "no router moved"
 
 
@@ -269,7 +269,7 @@ def test_a_batch_that_no_target_sees_teaches_nothing(tiny: Path, sequences: Any)
     unused = {index: [int(np.argmin(layer.token_score))] for index, layer in usage.items()}
     assert all(usage[index].token_score[experts].sum() == 0 for index, experts in unused.items()), "4 tokens, 8 experts"
     model, moments = compress(load_full(tiny), unused), Moments()
-    before = extract(model)
+    before = read_targets(model)
     after, stats = train_local(model, short[None], learning_rate=1e-3, moments=moments)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert stats.steps == 1

@@ -11,7 +11,7 @@ import torch
 from connito.base.loading import load_full, load_resident, load_resident_local
 from connito.data.manifest import build_manifest, directory_reader
 from connito.errors import Invalid, VerificationFailed
-from connito.moe.resident import compress, extract, insert, target_parameters
+from connito.moe.resident import compress, read_targets, target_parameters, write_targets
 from connito.moe.rows import read_rows
 
 SELECTION = {2: [6, 1], 3: [4]}
@@ -137,14 +137,14 @@ def test_states_go_in_and_come_out(tiny: Path, full: Any) -> None:
     model = compress(load_full(tiny), SELECTION)
     rows = read_rows(full, SELECTION)
     assert list(rows) == sorted(rows)
-    assert all(torch.equal(extract(model)[name], rows[name]) for name in rows)
+    assert all(torch.equal(read_targets(model)[name], rows[name]) for name in rows)
     changed = {name: value + 1 for name, value in rows.items()}
-    insert(model, changed)
-    assert all(torch.equal(extract(model)[name], changed[name]) for name in rows)
+    write_targets(model, changed)
+    assert all(torch.equal(read_targets(model)[name], changed[name]) for name in rows)
     with pytest.raises(Invalid, match="not in both"):
-        insert(model, {})
+        write_targets(model, {})
     with pytest.raises(Invalid, match="shape"):
-        insert(model, {name: value[:1] for name, value in rows.items()})
+        write_targets(model, {name: value[:1] for name, value in rows.items()})
 
 
 @pytest.mark.parametrize(

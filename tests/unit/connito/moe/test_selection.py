@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from connito.errors import Invalid, NotFound
-from connito.moe.selection import Selection, choose_helpers, des_moe_map, ema, select
+from connito.moe.selection import Selection, choose_helpers, des_moe_map, ema, select_experts
 from connito.moe.statistics import RoutingStatistics, read_trace
 
 PUBLISHED = Path(os.environ.get("CONNITO_TEST_DATA", Path(__file__).parents[5] / "shared" / "data")) / "esft-traces"
@@ -29,7 +29,7 @@ def statistics(*layers: list[list[int]], num_experts: int = 4) -> RoutingStatist
 def test_the_published_sets_are_reproduced_in_every_layer_and_in_order(task: str) -> None:
     if not PUBLISHED.exists():
         pytest.skip(f"NOT CHECKED: the published routing traces are not at {PUBLISHED}; set CONNITO_TEST_DATA")
-    chosen = select(read_trace(PUBLISHED / f"{task}.npz", num_experts=64), "esft-token", 0.2)
+    chosen = select_experts(read_trace(PUBLISHED / f"{task}.npz", num_experts=64), "esft-token", 0.2)
     published = json.loads((PUBLISHED / f"{task}.selected.json").read_text())
     assert {str(layer): experts for layer, experts in chosen.layers.items()} == published
 
@@ -37,9 +37,9 @@ def test_the_published_sets_are_reproduced_in_every_layer_and_in_order(task: str
 def test_the_prefix_ends_where_the_threshold_is_reached() -> None:
     # Scores 0.5, 0.25, 0.25, 0 of experts 1, 0, 2, 3; equal scores by id.
     counted = statistics([[1], [1], [0], [2]])
-    assert select(counted, "esft-token", 0.5).layers == {0: [1]}
-    assert select(counted, "esft-token", 0.51).layers == {0: [1, 0]}
-    everything = select(counted, "esft-token", 1.0)
+    assert select_experts(counted, "esft-token", 0.5).layers == {0: [1]}
+    assert select_experts(counted, "esft-token", 0.51).layers == {0: [1, 0]}
+    everything = select_experts(counted, "esft-token", 1.0)
     assert everything.layers == {0: [1, 0, 2]}, "p = 1 need not select experts that were never used"
     assert everything.mass == pytest.approx(1.0)
 
@@ -47,7 +47,7 @@ def test_the_prefix_ends_where_the_threshold_is_reached() -> None:
 def test_gate_scores_are_means_over_all_tokens() -> None:
     out = RoutingStatistics()
     out.add(0, 3, np.array([[0, 1], [0, 2]]), np.array([[0.3, 0.1], [0.2, 0.1]]))
-    chosen = select(out, "esft-gate", 0.26)
+    chosen = select_experts(out, "esft-gate", 0.26)
     assert chosen.scores[0] == pytest.approx([0.25, 0.05, 0.05])
     assert chosen.layers == {0: [0, 1]}
 
@@ -55,13 +55,13 @@ def test_gate_scores_are_means_over_all_tokens() -> None:
 def test_differential_leaves_out_what_general_text_uses_as_much() -> None:
     target = statistics([[0, 1], [0, 1], [0, 2], [0, 1]])
     general = statistics([[0, 3], [0, 3], [0, 2], [0, 3]])
-    assert select(target, "esft-token", 0.5).layers == {0: [0]}
-    assert select(target, "differential", 1.0, general={"general": general}).layers == {0: [1]}
+    assert select_experts(target, "esft-token", 0.5).layers == {0: [0]}
+    assert select_experts(target, "differential", 1.0, general={"general": general}).layers == {0: [1]}
 
 
 def test_des_moe_takes_everything_near_the_best() -> None:
     target = statistics([[0], [0], [0], [1], [1], [2]])
-    assert select(target, "des-moe", 0.6).layers == {0: [0, 1]}
+    assert select_experts(target, "des-moe", 0.6).layers == {0: [0, 1]}
     maps = des_moe_map({"a": target, "b": statistics([[3], [3]])})
     assert maps == {0: {"a": [0, 1], "b": [3]}}
     assert ema(None, np.array([1.0])) == pytest.approx([1.0])
@@ -70,15 +70,18 @@ def test_des_moe_takes_everything_near_the_best() -> None:
 
 def test_budgets_keep_the_best_scores_over_all_layers() -> None:
     target = statistics([[0], [0], [0], [1]], [[2], [2], [3], [1]])
-    assert select(target, "esft-token", 1.0, max_experts=2).layers == {0: [0], 1: [2]}
-    assert select(target, "esft-token", 1.0, max_experts_per_layer=1).layers == {0: [0], 1: [2]}
-    assert select(target, "esft-token", 1.0, max_bytes=250, expert_bytes={0: 100, 1: 150}).layers == {0: [0], 1: [2]}
-    assert select(target, "esft-token", 1.0, max_bytes=120, expert_bytes={0: 100, 1: 150}).layers == {0: [0]}
+    assert select_experts(target, "esft-token", 1.0, max_experts=2).layers == {0: [0], 1: [2]}
+    assert select_experts(target, "esft-token", 1.0, max_experts_per_layer=1).layers == {0: [0], 1: [2]}
+    assert select_experts(target, "esft-token", 1.0, max_bytes=250, expert_bytes={0: 100, 1: 150}).layers == {
+        0: [0],
+        1: [2],
+    }
+    assert select_experts(target, "esft-token", 1.0, max_bytes=120, expert_bytes={0: 100, 1: 150}).layers == {0: [0]}
 
 
 def test_helpers_are_the_most_used_experts_that_were_not_selected() -> None:
     target = statistics([[1], [1], [1], [0], [0], [2]])
-    chosen = select(target, "esft-token", 0.5, helpers_per_layer=2)
+    chosen = select_experts(target, "esft-token", 0.5, helpers_per_layer=2)
     assert chosen.layers == {0: [1]}
     assert chosen.helpers == {0: [0, 2]}
     assert choose_helpers(target, chosen.layers, 0) == {}
@@ -86,7 +89,7 @@ def test_helpers_are_the_most_used_experts_that_were_not_selected() -> None:
 
 def test_json_has_the_published_surface_and_comes_back_whole() -> None:
     target, other = statistics([[0, 1], [0, 2]]), statistics([[2, 3], [2, 3]])
-    chosen = select(target, "esft-token", 0.6, general={"other": other}, helpers_per_layer=1, domain="law")
+    chosen = select_experts(target, "esft-token", 0.6, general={"other": other}, helpers_per_layer=1, domain="law")
     shown = json.loads(chosen.to_bytes())
     assert shown["layers"] == {"0": [0, 1]}
     assert {"method", "threshold", "layers", "scores", "selected", "total", "mass"} <= shown.keys()
@@ -96,7 +99,7 @@ def test_json_has_the_published_surface_and_comes_back_whole() -> None:
 
 def test_diagnostics_tell_domains_apart() -> None:
     target, other = statistics([[0, 1], [0, 2]]), statistics([[2, 3], [2, 3]])
-    seen = select(target, "esft-token", 0.5, general={"other": other}, domain="law").diagnostics
+    seen = select_experts(target, "esft-token", 0.5, general={"other": other}, domain="law").diagnostics
     assert seen["mass_by_domain"] == {"law": 0.5, "other": 0.0}
     # Expert 0 serves one domain only; expert 2 serves both, unevenly.
     entropy = seen["layers"]["0"]["domain_entropy"]
@@ -119,14 +122,14 @@ def test_diagnostics_tell_domains_apart() -> None:
 )
 def test_refusals_say_why_and_what_to_do(arguments: dict[str, object], says: str) -> None:
     with pytest.raises(Invalid, match=says):
-        select(statistics([[0, 1]]), **arguments)  # type: ignore[arg-type]
+        select_experts(statistics([[0, 1]]), **arguments)  # type: ignore[arg-type]
 
 
 def test_empty_and_dense_statistics_are_refused() -> None:
     with pytest.raises(Invalid, match="dense"):
-        select(RoutingStatistics())
+        select_experts(RoutingStatistics())
     with pytest.raises(Invalid, match="probe is empty"):
-        select(statistics(np.zeros((0, 2), dtype=int)))  # type: ignore[arg-type]
+        select_experts(statistics(np.zeros((0, 2), dtype=int)))  # type: ignore[arg-type]
 
 
 def test_traces_are_read_and_broken_ones_refused(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from connito.base.loading import load_full
 from connito.errors import Invalid
 from connito.moe.evaluate import Evaluator
-from connito.moe.resident import compress, insert
+from connito.moe.resident import compress, write_targets
 from connito.moe.rows import assert_only_changed, fingerprint, write_rows
-from connito.moe.selection import select
+from connito.moe.selection import select_experts
 from connito.moe.statistics import collect
 from connito.moe.training import train_local
 
@@ -25,7 +25,7 @@ def batches(table: Any, steps: int, size: int, seed: int) -> Any:
 def test_three_cycles_lower_the_held_out_loss_of_the_domain_and_of_no_other(tiny: Path, sequences: Any) -> None:
     """The whole point, small: select, train three miners on the experts, average, and look at the full model."""
     routed = {domain: collect(load_full(tiny), sequences(domain, 12, 500)[:, :-1]) for domain in DOMAINS}
-    chosen = select(routed["recipes"], "esft-token", 0.5, helpers_per_layer=2)
+    chosen = select_experts(routed["recipes"], "esft-token", 0.5, helpers_per_layer=2)
     judge = Evaluator(load_full(tiny), chosen)
     held = {domain: sequences(domain, 24, 900) for domain in DOMAINS}
     before = {domain: judge.losses(judge.base, held[domain])[0] for domain in DOMAINS}
@@ -33,7 +33,7 @@ def test_three_cycles_lower_the_held_out_loss_of_the_domain_and_of_no_other(tiny
     for cycle in range(3):
         results = []
         for miner in range(2):
-            insert(worker, state)
+            write_targets(worker, state)
             results.append(train_local(worker, batches(train, 20, 6, 10 * cycle + miner), learning_rate=5e-4)[0])
         state = {name: (results[0][name] + results[1][name]) / 2 for name in state}
     change = {domain: (judge.losses(state, held[domain])[0] - before[domain]) / 64 for domain in DOMAINS}

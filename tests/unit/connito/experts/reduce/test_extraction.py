@@ -11,7 +11,7 @@ from connito.base.loading import load_tokenizer
 from connito.data.manifest import build_manifest
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.export import export_model, to_dense, verify_export
-from connito.experts.extraction import equalise, extract, ranking
+from connito.experts.extraction import equalise, extract_domain, ranking
 from connito.experts.prune import loss, masked, progressive, prune
 from connito.moe.statistics import collect
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +23,7 @@ KEEP = {2: [0, 3, 5], 3: [1, 2, 6]}
 
 def test_the_smallest_subset_within_the_margin_is_found(full, sequences):
     probe, held = sequences("recipes", 4, 60), sequences("recipes", 4, 61)
-    found = extract(full, probe, held, margin=0.3)
+    found = extract_domain(full, probe, held, margin=0.3)
     sizes = [size for size, _ in found.tried]
     assert sizes == list(range(1, len(sizes) + 1))
     full_loss = loss(full, probe)
@@ -37,7 +37,7 @@ def test_the_smallest_subset_within_the_margin_is_found(full, sequences):
 
 def test_all_experts_cost_nothing(full, sequences):
     probe, held = sequences("recipes", 2, 60), sequences("recipes", 2, 61)
-    found = extract(full, probe, held, margin=0.0, per_layer=8)
+    found = extract_domain(full, probe, held, margin=0.0, per_layer=8)
     assert found.cost == 0
     assert found.kept == found.total
 
@@ -45,8 +45,8 @@ def test_all_experts_cost_nothing(full, sequences):
 def test_a_subset_that_hurts_must_be_accepted(full, sequences):
     probe, held = sequences("recipes", 3, 60), sequences("recipes", 3, 61)
     with pytest.raises(Invalid, match="--accept-loss") as caught:
-        extract(full, probe, held, margin=-1.0, per_layer=2)
-    taken = extract(full, probe, held, margin=-1.0, per_layer=2, accept_loss=True)
+        extract_domain(full, probe, held, margin=-1.0, per_layer=2)
+    taken = extract_domain(full, probe, held, margin=-1.0, per_layer=2, accept_loss=True)
     assert f"{taken.cost:+.4f}" in str(caught.value)
     assert taken.kept == 4
 

@@ -26,7 +26,7 @@ class Upgrade:
     changed: list[str]
 
 
-def upgrade(
+def replace_expert(
     model: nn.Module, part: Part, domain: str, sequences: Mapping[str, npt.NDArray[Any]], *, margin: float = 0.01
 ) -> Upgrade:
     """Replace the rows of `part` in `model`, which may hold other experts elsewhere. `sequences` [n, L + 1] by domain.
