@@ -4,7 +4,6 @@ live part again whenever it looks different."""
 from __future__ import annotations
 
 import asyncio
-import scipy
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
