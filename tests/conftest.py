@@ -32,3 +32,9 @@ def roster(identities: dict[str, Identity]) -> Roster:
 @pytest.fixture
 def run_id() -> str:
     return f"run-{secrets.token_hex(6)}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how to run the tests in this order again; `-p no:randomly` runs them in the order of the files."""
+    if seed := terminalreporter.config.getoption("randomly_seed", None):
+        terminalreporter.write_line(f"in the order of --randomly-seed={seed}")

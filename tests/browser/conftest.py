@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from connito.wire.roster import Roster
 from tests.browser.chromium import Chromium
 from tests.e2e.conftest import environment
 from tests.integration.witness import ServiceProcess
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,14 +86,13 @@ def connito(*arguments: str, data: Path) -> Any:
 
 def until_read(address: str, run: str) -> None:
     """Wait until the console answers and knows the run."""
-    give_up = time.monotonic() + 60
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while True:
-        with suppress(OSError), opener.open(address, timeout=5) as answer:
-            if run in answer.read().decode():
-                return
-        assert time.monotonic() < give_up, f"{address} does not show {run}"
-        time.sleep(0.1)
+
+    def shown() -> bool:
+        with opener.open(address, timeout=5) as answer:
+            return run in answer.read().decode()
+
+    wait_until(shown, f"{address} to show {run}")
 
 
 @pytest.fixture(scope="session")

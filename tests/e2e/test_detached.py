@@ -6,13 +6,14 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from tests.support.waiting import wait_until
 
 from .conftest import environment
 
@@ -72,10 +73,8 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
 def until_finished(platform: Platform) -> None:
     """The report is written after the run has ended."""
-    give_up = time.monotonic() + 60
-    while not json.loads((platform.data / "platform.json").read_text())["finished"]:
-        assert time.monotonic() < give_up, (platform.data / "logs" / "up.log").read_text()
-        time.sleep(0.1)
+    state = platform.data / "platform.json"
+    wait_until(lambda: json.loads(state.read_text())["finished"], f"the report of the run; see {platform.data}/logs")
 
 
 def run_of(platform: Platform) -> str:
@@ -161,18 +160,17 @@ def test_a_second_up_is_refused_while_the_first_one_runs(platform: Platform) -> 
     assert "connito down" in done.stderr
 
 
-def test_another_up_in_the_same_folder_adds_to_the_library(platform: Platform) -> None:
-    """The last test of this file: it stops the platform of the others."""
-    first = run_of(platform)
-    stopped = platform.json("down")
-    assert stopped["stopped"]
-    assert platform.processes() == []
+def test_another_up_in_the_same_folder_adds_to_the_library(tmp_path: Path) -> None:
+    platform = Platform(tmp_path / "data")
+    first = platform.json("up", *SMALL)["run"]
     report = platform.json("up", *SMALL, "--domain", "logs")
     assert report["outcome"]["status"] == "completed"
     assert report["run"] != first
     platform.json("up", *SMALL, "--no-wait")
     deposited = {expert["run"] for expert in platform.json("library", "list")["experts"]}
     assert {first, report["run"]} <= deposited
+    assert platform.json("down")["stopped"]
+    assert platform.processes() == []
 
 
 def test_an_interrupt_stops_everything_and_the_next_up_cancels_what_was_left(tmp_path: Path) -> None:
@@ -184,7 +182,7 @@ def test_an_interrupt_stops_everything_and_the_next_up_cancels_what_was_left(tmp
             if "miners train" in line:
                 up.send_signal(signal.SIGINT)
                 break
-        _, errors = up.communicate(timeout=60)
+        _, errors = up.communicate(timeout=120)
     assert up.returncode == 130
     assert "Traceback" not in errors
     assert platform.processes() == []

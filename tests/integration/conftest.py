@@ -25,9 +25,9 @@ from connito.wire.roster import Roster
 BusFactory = Callable[..., Awaitable[Bus]]
 
 
-async def declare_streams(url: str, lease_ttl: float = streams.LEASE_TTL) -> None:
+async def declare_streams(url: str) -> None:
     async with await Bus.connect(url, None, "declare") as bus:
-        await streams.ensure(bus.js, lease_ttl=lease_ttl)
+        await streams.ensure(bus.js)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer
 @pytest.fixture
 def own_nats(tmp_path: Path) -> Iterator[NatsServer]:
     with NatsServer(tmp_path / "nats") as server:
-        asyncio.run(declare_streams(server.url, lease_ttl=1.0))
+        asyncio.run(declare_streams(server.url))
         yield server
 
 

@@ -20,6 +20,8 @@ from connito.wire.facts import Log, Record
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.support.waiting import PATIENCE
+
 # The client library leaves sockets of refused logins to the garbage collector.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
@@ -52,7 +54,7 @@ async def cut_off(bus: Bus) -> None:
 
     bus._connection.nc._disconnected_cb = on_disconnected
     if bus.connected:
-        await asyncio.wait_for(closed.wait(), 5)
+        await asyncio.wait_for(closed.wait(), PATIENCE)
 
 
 class Follower:
@@ -75,7 +77,7 @@ class Follower:
                     self.moved.set()
 
     async def count(self, wanted: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while len(self.seen) < wanted:
                 self.moved.clear()
                 await self.moved.wait()

@@ -29,6 +29,7 @@ from connito.wire.roster import Roster
 from tests.integration.test_selector import store_env
 from tests.integration.tiny_run import SAFETENSORS, TARGET, Teller, TinyRun, corpus, prepare, telling, tiny_base
 from tests.integration.witness import ServiceProcess
+from tests.support.waiting import until_logged
 
 pytestmark = pytest.mark.integration
 
@@ -318,9 +319,9 @@ async def test_a_standby_takes_over(stage: Stage, identities: dict[str, Identity
         "aggregator", tmp_path / "standby", identities["aggregator"], stage.teller.log.roster, stage.env
     )
     try:
-        await until_logged(stage.process, '"leading"')
+        await until_logged(stage.process.log, '"leading"')
         standby.start()
-        await until_logged(standby, "another replica leads")
+        await until_logged(standby.log, "another replica leads")
         await work(stage, 1, "anna")
         stage.process.kill()
         await stage.tell(1, {"anna": 0.2})
@@ -330,9 +331,3 @@ async def test_a_standby_takes_over(stage: Stage, identities: dict[str, Identity
 
     assert version.fence > 1
     assert list(version.merged) == [MINERS["anna"]]
-
-
-async def until_logged(process: ServiceProcess, text: str) -> None:
-    async with asyncio.timeout(60):
-        while text not in process.log.read_text():  # noqa: ASYNC110 - another process's log
-            await asyncio.sleep(0.05)

@@ -23,6 +23,7 @@ from connito.wire.subjects import DLQ_ROOT
 
 from tests.integration.test_selector import store_env
 from tests.integration.witness import ServiceProcess
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
 
@@ -35,7 +36,7 @@ class Console(ServiceProcess):
 
     async def listening(self) -> str:
         """Wait for the page; its address."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while "console" not in self.ports:
                 assert self.process is not None
                 assert self.process.poll() is None, self.log.read_text()
@@ -151,14 +152,14 @@ async def test_a_fact_arrives_on_an_open_page(
     process: Console, buses: dict[str, Bus], browser: httpx2.AsyncClient, run_id: str
 ):
     address = await process.start().read_everything()
-    async with asyncio.timeout(20), aclosing(pictures(browser, address + "/")) as live:
+    async with asyncio.timeout(PATIENCE), aclosing(pictures(browser, address + "/")) as live:
         assert "There is no run yet" in await anext(live)
         await create(buses, run_id)
         while run_id not in (picture := await anext(live)):
             pass
         assert "selecting the experts" in picture
     # An open stream does not keep the service from ending.
-    async with asyncio.timeout(20), aclosing(pictures(browser, f"{address}/runs/{run_id}")) as live:
+    async with asyncio.timeout(PATIENCE), aclosing(pictures(browser, f"{address}/runs/{run_id}")) as live:
         await anext(live)
         assert await asyncio.to_thread(process.drain) == 0
 
@@ -167,7 +168,7 @@ async def test_an_open_page_says_that_the_broker_is_gone_and_goes_on_when_it_is_
     process: Console, own_nats: NatsServer, buses: dict[str, Bus], browser: httpx2.AsyncClient, run_id: str
 ):
     address = await process.start().read_everything()
-    async with asyncio.timeout(60), aclosing(pictures(browser, address + "/")) as live:
+    async with asyncio.timeout(PATIENCE), aclosing(pictures(browser, address + "/")) as live:
         await asyncio.to_thread(own_nats.kill)
         while "The broker does not answer" not in await anext(live):
             pass
@@ -305,5 +306,5 @@ def test_open_to_the_network_without_a_token_it_does_not_start(process: Console)
     process._env["CONNITO_CONSOLE_HOST"] = "0.0.0.0"
     process.start()
     assert process.process is not None
-    assert process.process.wait(20) == 1
+    assert process.process.wait(PATIENCE) == 1
     assert "CONNITO_CONSOLE_TOKEN" in process.log.read_text()

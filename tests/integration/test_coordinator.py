@@ -11,6 +11,7 @@ import grpc
 import pytest
 from connito.bus import Bus, CaughtUp
 from connito.bus.position import PositionedLog
+from connito.bus.streams import LEASE_TTL
 from connito.errors import Invalid, NotFound
 from connito.platform.servers import NatsServer
 from connito.protocol.beacon import draw_seed, secret_digest
@@ -28,6 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.coordinator.leader import STREAMS, Leader
 from tests.integration.witness import ServiceProcess, Witness, guard
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
 
@@ -181,7 +183,7 @@ async def test_a_run_from_creation_to_completion(stage: Stage, start: Start, run
             first.set()
 
     watching = asyncio.create_task(watch())
-    await asyncio.wait_for(first.wait(), 10)
+    await asyncio.wait_for(first.wait(), PATIENCE)
     async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
         await stage.assemble(run_id)
         for cycle in (1, 2):
@@ -189,7 +191,7 @@ async def test_a_run_from_creation_to_completion(stage: Stage, start: Start, run
         facts = await witness.has("run", 0, "ended")
     assert facts.ended is not None
     assert (facts.ended.outcome, facts.ended.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 2)
-    await asyncio.wait_for(watching, 10)
+    await asyncio.wait_for(watching, PATIENCE)
     assert seen[0].phase == services_pb2.RUN_PHASE_SELECTING
     assert seen[-1].phase == services_pb2.RUN_PHASE_COMPLETED
     assert {"train", "commit", "submit", "validate", "merge"} <= {status.window for status in seen}
@@ -375,8 +377,8 @@ async def test_what_was_decided_on_half_the_facts_is_decided_again_on_all_of_the
                 facts.apply(item)
         leader = Leader(bus, facts)
         elected = asyncio.Event()
-        leading = asyncio.create_task(leader.lead(1.0, "127.0.0.1:1", elected.set))
-        await asyncio.wait_for(elected.wait(), 10)
+        leading = asyncio.create_task(leader.lead(LEASE_TTL, "127.0.0.1:1", elected.set))
+        await asyncio.wait_for(elected.wait(), PATIENCE)
         (premature,) = leader.decide(facts.runs[run_id], now_ms()).actions
         performing = asyncio.create_task(leader.perform(premature))
         for record in held_back:

@@ -16,6 +16,8 @@ from connito.wire import subjects
 from connito.wire.envelope import seal
 from connito.wire.facts import Fact, Log, RunFacts
 
+from tests.support.waiting import PATIENCE, until
+
 pytestmark = pytest.mark.integration
 
 
@@ -31,12 +33,6 @@ async def running(engine: Engine) -> AsyncIterator[asyncio.Task[None]]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the condition has no event
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture
@@ -60,7 +56,8 @@ async def test_a_chain_of_decisions_runs_to_its_end(bus, roster, run_id):
         await engine.caught_up.wait()
         began = time.perf_counter()
         await until(lambda: engine.facts(run_id).cycle == 21)
-        assert time.perf_counter() - began < 2
+        # Whoever looked only every `SETTLE_MS` would need twenty seconds.
+        assert time.perf_counter() - began < 10
 
 
 async def test_nothing_is_decided_before_everything_stored_is_known(bus, roster, run_id):
@@ -129,8 +126,8 @@ async def test_retry_comes_again_with_growing_delay(bus, roster, run_id):
         await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id))
         await until(lambda: len(times) == 4)
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    assert gaps[0] < gaps[1] < gaps[2]
-    assert gaps[2] >= 0.39
+    # A busy machine adds to each gap; none is shorter than it was told.
+    assert all(gap >= 0.95 * least for gap, least in zip(gaps, (0.1, 0.2, 0.4), strict=True)), gaps
 
 
 async def test_invalid_blocks_its_key_and_nothing_else(bus, roster, run_id):
@@ -170,7 +167,7 @@ async def test_anything_else_ends_the_service_and_cancels_the_rest(bus, roster, 
     engine = Engine(bus, Log(roster), ["TRAIN"], decide, perform, run=run_id)
     await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id))
     with pytest.raises(type(error)):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await engine.run()
     assert cancelled.is_set()
 
@@ -181,7 +178,7 @@ async def test_a_decider_that_breaks_ends_the_service(bus, roster, run_id):
 
     await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id))
     with pytest.raises(KeyError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await Engine(bus, Log(roster), ["TRAIN"], decide, _nothing, run=run_id).run()
 
 
@@ -196,7 +193,7 @@ async def test_wakes_at_the_time_it_was_told(bus, roster, run_id):
     async with running(engine):
         await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id))
         await until(lambda: any(now >= calls[0] + 300 for now in calls))
-    assert min(now for now in calls if now >= calls[0] + 300) < calls[0] + 1500
+    assert len([now for now in calls if now < calls[0] + 300]) <= 3  # and not all the time until then
 
 
 async def test_what_does_not_verify_is_reported_and_never_applied(bus, roster, identities, run_id, capsys):

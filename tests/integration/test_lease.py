@@ -8,20 +8,24 @@ import time
 
 import pytest
 from connito.bus.lease import Lease
+from connito.bus.streams import LEASE_TTL
+
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
 
-TTL = 1.0  # what `own_nats` declares
+TTL = LEASE_TTL
 
 HOLDER = """
 import asyncio, sys
 from connito.bus import Bus
 from connito.wire.identity import Identity
 from connito.bus.lease import Lease
+from connito.bus.streams import LEASE_TTL
 
 async def main():
     async with await Bus.connect(sys.argv[1], Identity.generate(), "holder") as bus:
-        async with Lease(bus, "leader", 1.0) as lease:
+        async with Lease(bus, "leader") as lease:
             print(lease.revision, flush=True)
             await asyncio.Event().wait()
 
@@ -45,7 +49,7 @@ async def test_one_at_a_time_and_tokens_grow(own_nats, bus_factory, identities):
             inside -= 1
         assert not lease.held
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*(lead() for _ in range(4)))
     assert tokens == sorted(set(tokens))
 
@@ -85,8 +89,8 @@ async def test_a_holder_that_was_paused_finds_it_lost(own_nats, bus_factory, ide
         time.sleep(1.5 * TTL)  # the whole process stands still  # noqa: ASYNC251
         assert not lease.held
         rival_bus = await bus_factory(identities["aggregator"], own_nats.url)
-        async with asyncio.timeout(5), Lease(rival_bus, "leader", TTL) as rival:
-            await asyncio.wait_for(lease.lost.wait(), 5)
+        async with asyncio.timeout(PATIENCE), Lease(rival_bus, "leader", TTL) as rival:
+            await asyncio.wait_for(lease.lost.wait(), PATIENCE)
             assert rival.held
             assert rival.revision > lease.revision
 
@@ -96,12 +100,12 @@ async def test_lost_while_the_broker_is_away(own_nats, bus_factory, identities):
     async with Lease(bus, "leader", TTL) as lease:
         own_nats.kill()
         began = time.monotonic()
-        await asyncio.wait_for(lease.lost.wait(), 5)
+        await asyncio.wait_for(lease.lost.wait(), PATIENCE)
         assert time.monotonic() - began < 1.5 * TTL
         assert not lease.held
         own_nats.start()
     again = Lease(bus, "leader", TTL)
-    async with asyncio.timeout(10), again:
+    async with asyncio.timeout(PATIENCE), again:
         assert again.revision > lease.revision
 
 
@@ -113,6 +117,6 @@ async def test_waits_for_a_broker_that_comes_back(own_nats, bus_factory, identit
     await asyncio.wait([acquiring], timeout=0.5)
     assert not acquiring.done()
     own_nats.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await acquiring
         await lease.__aexit__(None, None, None)

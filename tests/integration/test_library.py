@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM
 from tests.integration.test_selector import store_env
 from tests.integration.tiny_run import SAFETENSORS, TARGET, TinyRun, prepare, tiny_base
 from tests.integration.witness import ServiceProcess, Witness
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
 
@@ -192,7 +193,7 @@ async def test_it_is_searched_marked_metered_and_private_things_stay_so(
 
     for _ in range(2):
         ledger = services_pb2.GetLedgerRequest(expert_id=name, viewer=viewer())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not (await rpc.call(stub.GetLedger, ledger)).uses:  # noqa: ASYNC110 - the log's progress
                 await asyncio.sleep(0.05)
         hit, answer = await own(), await rpc.call(stub.GetLedger, ledger)
@@ -245,7 +246,7 @@ async def test_the_library_is_rebuilt_from_the_log_and_deposits_once(
     await bus.js.delete_consumer("RUNS", "library")
     await streams.ensure(bus.js)
     await process.start().ready()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while await bus.ack_floor("library") < await bus.last_sequence("RUNS"):  # noqa: ASYNC110 - the broker's state
             await asyncio.sleep(0.05)
 

@@ -17,6 +17,8 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.support.waiting import PATIENCE
+
 pytestmark = pytest.mark.integration
 
 Connect = Callable[[str], Awaitable[Bus]]
@@ -44,7 +46,7 @@ async def connect(tmp_path: Path, identities: dict[str, Identity], roster: Roste
 async def read(bus: Bus, *names: str) -> int:
     """How many messages these streams hold, as a follower sees it."""
     count = 0
-    async with asyncio.timeout(10), aclosing(bus.follow(names)) as records:
+    async with asyncio.timeout(PATIENCE), aclosing(bus.follow(names)) as records:
         async for item in records:
             if isinstance(item, CaughtUp):
                 break
@@ -58,7 +60,7 @@ async def test_every_role_does_its_work(connect: Connect, identities: dict[str, 
     ]
     async with Lease(coordinator, "coordinator"):
         await coordinator.register_endpoint("coordinator", "127.0.0.1:1")
-        assert await miner.find_endpoint("coordinator", timeout=5) == "127.0.0.1:1"
+        assert await miner.find_endpoint("coordinator", timeout=PATIENCE) == "127.0.0.1:1"
         created = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run_id))
         assert await coordinator.publish_fact(run_id, "run", 0, "created", created)
         assert not await coordinator.publish_fact(run_id, "run", 0, "created", created)
@@ -73,11 +75,9 @@ async def test_every_role_does_its_work(connect: Connect, identities: dict[str, 
         handled.set()
 
     work = asyncio.create_task(committer.consume("committer", handle))
-    await asyncio.wait_for(handled.wait(), 10)
-    async with asyncio.timeout(10):
-        while True:
-            if await committer.ack_floor("committer") >= 1:
-                break
+    await asyncio.wait_for(handled.wait(), PATIENCE)
+    async with asyncio.timeout(PATIENCE):
+        while await committer.ack_floor("committer") < 1:  # noqa: ASYNC110 - the broker's state, asked for
             await asyncio.sleep(0.02)
     work.cancel()
     assert await read(miner, "RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE") == 2
@@ -116,7 +116,7 @@ async def test_a_miner_cannot_take_messages_from_a_work_queue(connect: Connect, 
         taken.set()
 
     work = asyncio.create_task((await connect("selector")).consume("selector", handle))
-    await asyncio.wait_for(taken.wait(), 10)
+    await asyncio.wait_for(taken.wait(), PATIENCE)
     work.cancel()
 
 

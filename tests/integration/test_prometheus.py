@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import pytest
 import yaml
 from connito.platform.servers import free_ports
 from connito.runtime.metrics import CATALOGUE
+
+from tests.support.waiting import PATIENCE, wait_until
 
 pytestmark = [pytest.mark.monitoring, pytest.mark.timeout(900)]
 
@@ -119,20 +121,7 @@ class Prometheus:
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()
-            self.process.wait(20)
-
-
-def wait_until(true: Callable[[], object], what: str, seconds: float) -> None:
-    """Poll what other processes say; fail naming what did not happen."""
-    give_up = time.monotonic() + seconds
-    while True:
-        try:
-            if true():
-                return
-        except OSError:
-            pass
-        assert time.monotonic() < give_up, f"waited {seconds} s for {what}"
-        time.sleep(0.5)
+            self.process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +157,12 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             time.sleep(0.1)
         assert starting.returncode == 0, (folder / "up.log").read_text()[-2000:]
         # Five services, three validators, two miners.
-        wait_until(lambda: server.find_targets() == 10, "ten services to announce their ports", 60)
-        wait_until(lambda: len(server.ask("up == 1")) == 10, "ten targets to be scraped", 60)
+        wait_until(lambda: server.find_targets() == 10, "ten services to announce their ports")
+        wait_until(lambda: len(server.ask("up == 1")) == 10, "ten targets to be scraped")
         wait_until(lambda: server.ask("connito_experts_deposited_total > 0"), "the run's expert in the library", 400)
         # Rates need two scrapes after the last event.
         seen = time.time()
-        wait_until(lambda: server.ask(f"min(timestamp(up)) > {seen + 3}"), "another scrape", 30)
+        wait_until(lambda: server.ask(f"min(timestamp(up)) > {seen + 3}"), "another scrape")
         yield server
     finally:
         server.stop()

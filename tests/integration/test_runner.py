@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 from connito.platform.servers import NatsServer, free_ports
 from connito.wire.identity import Identity
+
+from tests.support.waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -62,7 +64,7 @@ class Service:
         )
 
     def get(self, path: str) -> tuple[int, str]:
-        wait_for(self.port_file.exists)
+        wait_until(self.port_file.exists)
         connection = http.client.HTTPConnection("127.0.0.1", json.loads(self.port_file.read_text())["http"], timeout=5)
         try:
             connection.request("GET", path)
@@ -74,15 +76,8 @@ class Service:
     def end(self, number: int | None = None) -> tuple[int, str]:
         if number is not None:
             self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=20)
+        _, said = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, said
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 15) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -104,7 +99,7 @@ def start(tmp_path: Path, nats_server: NatsServer) -> Iterator[Callable[..., Ser
 
 def test_probes_metrics_and_a_drained_end(start):
     service = start()
-    wait_for(lambda: service.get("/readyz")[0] == 200)
+    wait_until(lambda: service.get("/readyz")[0] == 200)
     assert service.get("/healthz") == (200, "alive\n")
     status, text = service.get("/metrics")
     assert status == 200
@@ -119,10 +114,10 @@ def test_probes_metrics_and_a_drained_end(start):
 
 def test_a_main_that_ignores_the_drain_is_cancelled(start):
     service = start(CONNITO_MODE="hang", CONNITO_DRAIN_SECONDS="0.3")
-    wait_for(lambda: service.get("/readyz")[0] == 200)
+    wait_until(lambda: service.get("/readyz")[0] == 200)
     began = time.monotonic()
     assert service.end(signal.SIGTERM)[0] == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10  # what it would wait without the setting
 
 
 def test_not_ready_but_alive_until_the_broker_comes(start, tmp_path):
@@ -131,12 +126,12 @@ def test_not_ready_but_alive_until_the_broker_comes(start, tmp_path):
     assert service.get("/readyz") == (503, "not ready: no broker\n")
     assert service.get("/healthz")[0] == 200
     with NatsServer(tmp_path / "late", port=port) as server:
-        wait_for(lambda: service.get("/readyz")[0] == 200)
+        wait_until(lambda: service.get("/readyz")[0] == 200)
         server.kill()
-        wait_for(lambda: service.get("/readyz")[0] == 503)
+        wait_until(lambda: service.get("/readyz")[0] == 503)
         assert service.get("/healthz")[0] == 200
         server.start()
-        wait_for(lambda: service.get("/readyz")[0] == 200)
+        wait_until(lambda: service.get("/readyz")[0] == 200)
         code, said = service.end(signal.SIGTERM)
     assert code == 0
     assert "waiting for the broker" in said
@@ -195,12 +190,11 @@ def test_help_lists_every_variable(tmp_path):
 
 
 def test_a_control_plane_process_is_small_and_starts_quickly(start):
-    began = time.monotonic()
     service = start()
-    wait_for(lambda: service.get("/readyz")[0] == 200)
-    seconds = time.monotonic() - began
+    wait_until(lambda: service.get("/readyz")[0] == 200)
+    cpu = psutil.Process(service.process.pid).cpu_times()
     status = Path(f"/proc/{service.process.pid}/status").read_text()
     (resident,) = (int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmRSS"))
     assert resident < 120
-    assert seconds < 5
+    assert cpu.user + cpu.system < 5
     assert service.end(signal.SIGTERM)[0] == 0

@@ -23,12 +23,14 @@ from connito.wire.facts import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.support.waiting import PATIENCE
+
 pytestmark = pytest.mark.integration
 
 
 async def events(bus: Bus, wanted: int) -> list[SecurityEvent]:
     found = []
-    async with asyncio.timeout(15), aclosing(bus.follow(("ADVISORIES",))) as records:
+    async with asyncio.timeout(PATIENCE), aclosing(bus.follow(("ADVISORIES",))) as records:
         async for item in records:
             if isinstance(item, Record):
                 found.append(open_bytes(item.data, item.subject).read(SecurityEvent))

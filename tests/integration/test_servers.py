@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ from connito.bus import Bus
 from connito.errors import Invalid, Retry
 from connito.platform.servers import NatsServer
 from connito.wire.identity import Identity
+
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -42,10 +43,7 @@ def test_dies_with_a_killed_owner(tmp_path: Path) -> None:
         server = int(owner.stdout.readline())
         assert not gone(server)
         owner.kill()
-    give_up = time.monotonic() + 5
-    while not gone(server):
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+    wait_until(lambda: gone(server), "the server to end")
 
 
 def test_outlives_the_thread_that_started_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from connito.v1.artifacts_pb2 import REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.wire.identity import Identity
 
 from tests.integration.tiny_run import GENERAL, SAFETENSORS, TARGET, Teller, TinyRun, prepare, telling, tiny_base
+from tests.support.waiting import until_logged
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -228,13 +229,6 @@ async def check_receipt(
             assert {row.tokens for row in rows[miner]} == {64}
 
 
-async def logged(process: Process, text: str, seconds: float = 60) -> None:
-    """Wait for a line in the process's log."""
-    async with asyncio.timeout(seconds):
-        while text not in process.log.read_text():  # noqa: ASYNC110 - a file says nothing when it grows
-            await asyncio.sleep(0.05)
-
-
 async def test_a_false_draw_is_not_scored(
     nats_server: Any, store: ArtifactStore, buses: Any, identities: Any, roster: Any, run_id: str, tmp_path: Path
 ) -> None:
@@ -252,7 +246,7 @@ async def test_a_false_draw_is_not_scored(
             await teller.until(lambda facts: facts.has("validate", 1, "seed", me), "the seed")
             false = cycle_pb2.SeedDrawn(run=run_id, cycle=1, seed=b"\x07" * 32, validators=[me])
             await teller.say("validate", 1, "drawn", false)
-            await logged(process, "the draw does not verify")
+            await until_logged(process.log, "the draw does not verify")
             # What the validator says after this shows that it goes on, without a report.
             await teller.close("validate", 1, "VALIDATE")
             await teller.open("train", 2, [me], tiny.state)

@@ -23,6 +23,8 @@ from connito.wire.facts import Log, RunFacts
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.support.waiting import PATIENCE
+
 
 class Witness:
     """The facts of one run as they come in."""
@@ -57,7 +59,7 @@ class Witness:
     def facts(self) -> RunFacts:
         return self._log.runs.get(self._run) or RunFacts(self._run)
 
-    async def until(self, satisfied: Callable[[RunFacts], object], timeout: float = 30) -> RunFacts:
+    async def until(self, satisfied: Callable[[RunFacts], object], timeout: float = PATIENCE) -> RunFacts:
         """Wait until the facts satisfy."""
         try:
             async with asyncio.timeout(timeout):
@@ -71,7 +73,7 @@ class Witness:
             raise AssertionError(f"waited {timeout} s in vain; the facts are {keys}") from None
         return self.facts
 
-    async def has(self, section: str, cycle: int, kind: str, id_: str = "", timeout: float = 30) -> RunFacts:
+    async def has(self, section: str, cycle: int, kind: str, id_: str = "", timeout: float = PATIENCE) -> RunFacts:
         """Wait for one fact."""
         return await self.until(lambda facts: facts.has(section, cycle, kind, id_), timeout)
 
@@ -104,7 +106,6 @@ class ServiceProcess:
             "CONNITO_ROSTER": str(folder / "roster.json"),
             "CONNITO_CACHE_DIR": str(folder / "cache"),
             "CONNITO_PORT_FILE": str(self.ports_file),
-            "CONNITO_LEASE_SECONDS": "1.0",
             **env,
         }
         self.process: subprocess.Popen[bytes] | None = None
@@ -115,7 +116,7 @@ class ServiceProcess:
             self.process = subprocess.Popen([sys.executable, "-m", f"services.{self.name}"], env=self._env, stderr=log)
         return self
 
-    async def ready(self, timeout: float = 30) -> Self:
+    async def ready(self, timeout: float = PATIENCE) -> Self:
         """Wait until the API listens, which is when the service has read the log."""
         try:
             async with asyncio.timeout(timeout):
@@ -133,7 +134,7 @@ class ServiceProcess:
             return dict(json.loads(self.ports_file.read_text()))
         return {}
 
-    def wait_for_log(self, text: str, timeout: float = 30) -> None:
+    def wait_for_log(self, text: str, timeout: float = PATIENCE) -> None:
         """Block until the service has logged `text`."""
         give_up = time.monotonic() + timeout
         while text not in self.log.read_text():
@@ -154,4 +155,4 @@ class ServiceProcess:
         """SIGTERM; the exit code."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(15)
+        return self.process.wait(PATIENCE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import io
 import json
+import random
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,18 +28,21 @@ Progress = Callable[[str], None]
 User = Mapping[str, Any]  # {"nkey": public key, "permissions": {"publish": …, "subscribe": …}}
 
 START_SECONDS = 60.0
+EPHEMERAL = 32_768  # where Linux begins to give ports to connections; others begin higher
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports that nobody listens on at this moment, from below those that the kernel gives to connections: one of these
+    could be taken before its server listens."""
+    candidates = random.SystemRandom().sample(range(10_240, EPHEMERAL), 1000)
+    with ExitStack() as held:
+        found: list[int] = []
+        while len(found) < count:
+            one = held.enter_context(socket.socket())
+            with suppress(OSError):
+                one.bind(("127.0.0.1", candidates.pop()))
+                found.append(one.getsockname()[1])
+        return found
 
 
 def find_program(name: str) -> str:

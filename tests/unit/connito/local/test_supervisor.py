@@ -18,6 +18,8 @@ from connito.local.processes import ForkLauncher, Launcher, PlainLauncher, Progr
 from connito.local.supervisor import Supervisor
 from connito.platform.datadir import DataDir, is_running
 
+from tests.support.waiting import PATIENCE, until, until_logged
+
 ENDLESS = "import time; print('up', flush=True)\nwhile True: time.sleep(60)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{ENDLESS}"
 
@@ -49,21 +51,8 @@ async def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
     await fork_server.close()
 
 
-async def said(path: Path, text: str, times: int = 1) -> None:
-    """Wait until a log holds `text` so often."""
-    await until(lambda: path.exists() and path.read_text().count(text) >= times)
-
-
 async def gone(pid: int) -> None:
     await until(lambda: not is_running(pid))
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            if holds():
-                return
-            await asyncio.sleep(0.01)
 
 
 async def test_a_program_gets_its_environment_arguments_and_log(
@@ -88,7 +77,7 @@ async def test_an_unhandled_exception_is_in_the_log_and_the_exit_code(
 async def test_stop_kills_what_does_not_listen(launcher: Launcher, program: Callable[..., Program]) -> None:
     wanted = program("stubborn", STUBBORN)
     process = await launcher.start(wanted)
-    await said(wanted.log, "up")
+    await until_logged(wanted.log, "up")
     assert await process.stop(0.2) == -signal.SIGKILL
     assert await process.stop(0.2) == -signal.SIGKILL  # Again, and nothing happens.
 
@@ -100,10 +89,10 @@ async def test_a_killed_service_is_started_again_and_stopped_for_good(
     supervisor = Supervisor(data, lines.append)
     wanted = program("endless", ENDLESS)
     await supervisor.start(wanted, launcher)
-    await said(wanted.log, "up")
+    await until_logged(wanted.log, "up")
     first = data.read_pids()["endless"]["pid"]
     os.kill(first, signal.SIGKILL)
-    await said(wanted.log, "up", times=2)
+    await until_logged(wanted.log, "up", times=2)
     # The new process may speak before the list of processes has been written again.
     await until(lambda: data.read_pids()["endless"]["pid"] != first)
     second = data.read_pids()["endless"]
@@ -123,7 +112,7 @@ async def test_a_service_that_cannot_live_fails_with_the_end_of_its_log(
     supervisor = Supervisor(data, lambda _: None)
     await supervisor.start(program("doomed", "import sys; sys.exit('the disk is on fire')"), PlainLauncher())
     with pytest.raises(Fatal, match=r"doomed ended 3 times(.|\n)*the disk is on fire"):
-        await asyncio.wait_for(supervisor.failed, 20)
+        await asyncio.wait_for(supervisor.failed, PATIENCE)
     await supervisor.stop()
 
 
@@ -133,7 +122,7 @@ async def test_forked_services_end_with_the_preloaded_process(tmp_path: Path, pr
     )
     wanted = program("child", ENDLESS)
     process = await fork_server.start(wanted)
-    await said(wanted.log, "up")
+    await until_logged(wanted.log, "up")
     os.kill(fork_server.pid, signal.SIGKILL)
     assert await process.exited == -signal.SIGKILL
     await gone(process.pid)
@@ -174,7 +163,7 @@ async def test_everything_dies_with_a_supervisor_that_is_killed(
         sys.executable, "-c", textwrap.dedent(boss), stdout=asyncio.subprocess.PIPE, cwd=tmp_path
     )
     assert process.stdout is not None
-    pids = [int(await asyncio.wait_for(process.stdout.readline(), 20)) for _ in range(3)]
+    pids = [int(await asyncio.wait_for(process.stdout.readline(), PATIENCE)) for _ in range(3)]
     process.kill()
     await process.wait()
     for pid in pids:

@@ -9,6 +9,8 @@ import time
 import pytest
 from connito.runtime.compute import ComputeBudget, in_thread
 
+from tests.support.waiting import PATIENCE
+
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
@@ -26,6 +28,7 @@ asyncio.run(main())
 @pytest.mark.parametrize("slots", [1, 2])
 async def test_no_more_at_once_than_slots_and_everyone_gets_a_turn(tmp_path, slots):
     inside = peak = turns = 0
+    full = asyncio.Event()
 
     async def work() -> None:
         nonlocal inside, peak, turns
@@ -33,17 +36,20 @@ async def test_no_more_at_once_than_slots_and_everyone_gets_a_turn(tmp_path, slo
         async with ComputeBudget(tmp_path, slots).slot("test"):
             inside += 1
             peak = max(peak, inside)
-            await asyncio.sleep(0.01)
+            if inside == slots:
+                full.set()
+            await full.wait()
             inside -= 1
             turns += 1
 
-    await asyncio.gather(*(work() for _ in range(6)))
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.gather(*(work() for _ in range(6)))
     assert (peak, turns) == (slots, 6)
 
 
 async def test_no_folder_no_limit():
     budget, both = ComputeBudget(None), False
-    async with asyncio.timeout(1), budget.slot("a"), budget.slot("b"):
+    async with asyncio.timeout(PATIENCE), budget.slot("a"), budget.slot("b"):
         both = True
     assert both
 
@@ -57,7 +63,7 @@ async def test_the_kernel_gives_back_what_a_killed_process_held(tmp_path):
     assert not waiting.done()
     holder.kill()
     await holder.wait()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await waiting
 
 
@@ -71,7 +77,7 @@ async def test_given_back_after_an_error_and_after_a_cancelled_wait(tmp_path):
         await asyncio.wait([waiting], timeout=0.1)
         waiting.cancel()
         await asyncio.wait([waiting])
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         await _take(budget)
 
 
@@ -104,5 +110,5 @@ async def test_a_job_that_wants_every_core_waits_for_one_that_has_one(tmp_path, 
         waiting = asyncio.ensure_future(_take(wide))
         await asyncio.wait([waiting], timeout=0.2)
         assert not waiting.done()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await waiting

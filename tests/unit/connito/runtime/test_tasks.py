@@ -4,6 +4,8 @@ import asyncio
 
 from connito.runtime.tasks import end_tasks
 
+from tests.support.waiting import PATIENCE
+
 
 async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same():
     lost = 0
@@ -23,7 +25,7 @@ async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same():
 
     tasks = [asyncio.create_task(stubborn()), asyncio.create_task(fails())]
     await asyncio.sleep(0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await end_tasks(tasks)
     assert lost == 2
     assert all(task.done() for task in tasks)
