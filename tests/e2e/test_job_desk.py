@@ -175,8 +175,8 @@ def test_from_python(platform: Platform, desk: Path, run: str) -> None:
     import connito
 
     with connito.Client.local(platform.data) as client:
-        assert client.check_job(desk / "job.yaml").ok
-        assert client.report_job(run, measure=False)["run"] == run
+        assert client.job.check(desk / "job.yaml").ok
+        assert client.job.report(run, measure=False)["run"] == run
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

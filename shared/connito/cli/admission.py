@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit
-
-if TYPE_CHECKING:
-    from connito.client import Client
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400}
 Run = Annotated[str, typer.Option("--run", help="This run only; without it every run, which only an operator may say.")]
@@ -68,7 +65,7 @@ def ban(
     if not why and not lift:
         raise Invalid("say why: the miner and whoever audits the run read it (--why TEXT)")
     with Client.local(data_dir, role="customer" if run else "operator") as client:
-        miner = _resolve(client, key)
+        miner = client.job.miner(key)
         runs = client.ban(miner, why, run, lifted=lift)
     word = "readmitted to" if lift else "banned from"
     emit(
@@ -89,18 +86,3 @@ def seconds(text: str) -> float:
     if match is None or int(match[1]) == 0:
         raise Invalid(f"{text!r} is no length of time; write 30m, 12h or 7d")
     return float(int(match[1]) * _UNITS[match[2]])
-
-
-def _resolve(client: Client, key: str) -> str:
-    """The one miner whose public key begins so. Raises `NotFound` for none and `Invalid` for several."""
-    from connito.errors import Invalid, NotFound
-    from connito.wire.identity import is_public_key
-
-    if is_public_key(key):
-        return key
-    found = sorted({miner for status in client.runs() for miner in status.miners if miner.startswith(key)})
-    if not found:
-        raise NotFound(f"no miner's key begins with {key!r}; `connito job show RUN` lists them")
-    if len(found) > 1:
-        raise Invalid(f"{len(found)} miners' keys begin with {key!r}; give more of it")
-    return found[0]

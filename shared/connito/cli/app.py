@@ -17,7 +17,6 @@ from connito.cli import (
     doctor,
     explain,
     job,
-    job_desk,
     ledger,
     miner,
     replay,
@@ -69,7 +68,6 @@ app.add_typer(access.app, name="access")
 app.add_typer(streams.app, name="streams")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(base.app, name="base")
-job_desk.register(job.app)
 app.add_typer(job.app, name="job")
 app.add_typer(miner.app, name="miner")
 shelf.register(browse.app)

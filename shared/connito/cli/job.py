@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.cli.output import DataDirOption, JsonFlag, emit, progress, size, table
 
 if TYPE_CHECKING:
+    from connito.jobs.findings import Finding
+    from connito.jobs.quote import Quote
     from connito.v1.services_pb2 import RunStatus
 
 app = typer.Typer(no_args_is_help=True, help="Submit, list, show, watch and cancel adaptation jobs.")
 Run = Annotated[str, typer.Argument(help="The run's id.")]
+File = Annotated[Path, typer.Argument(help="The job: job.yaml.")]
 
 
 @app.command("submit")
@@ -26,35 +29,15 @@ def submit(
 ) -> None:
     """Submit a job. What is left out takes its default; what cannot be is refused, naming the field."""
     from connito.client import Client
-    from connito.jobs.spec import is_job, read_yaml
+    from connito.jobs.submit import prepare
 
-    if is_job(read_yaml(file)):
-        document = _submit_job(file, data_dir, quiet=as_json)
-    else:
-        spec = read_spec(file)
+    with progress(quiet=as_json) as tell:
+        job = prepare(file, data_dir, tell)
         with Client.local(data_dir) as client:
-            document = {"run": client.create_run(spec)}
-    run = document["run"]
-    emit(as_json, document, lambda: f"run {run} is created; follow it with `connito job watch {run}`")
-
-
-def _submit_job(file: Path, data_dir: Path | None, *, quiet: bool) -> dict[str, Any]:
-    """Check, upload, create."""
-    from connito.cli.job_desk import findings_text, progress
-    from connito.client import Client
-    from connito.jobs.check import check_file
-    from connito.jobs.findings import require
-    from connito.jobs.submit import submit as send
-
-    with progress(quiet=quiet) as tell:
-        checked = check_file(file, data_dir, tell)
-        require(checked.findings, str(file))
-        with Client.local(data_dir) as client:
-            done = send(checked, client.create_run, tell)
-    warnings = [finding for finding in checked.findings if finding.level == "warning"]
-    if warnings and not quiet:
-        typer.echo(findings_text(warnings), err=True)
-    return {**done.to_json(), "warnings": [finding.to_json() for finding in warnings]}
+            done = client.job.submit(job, progress=tell)
+    if done.warnings and not as_json:
+        typer.echo(_findings_text(done.warnings), err=True)
+    emit(as_json, done.to_json(), lambda: f"run {done.run} is created; follow it with `connito job watch {done.run}`")
 
 
 @app.command("list")
@@ -63,7 +46,7 @@ def list_(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     from connito.client import Client
 
     with Client.local(data_dir) as client:
-        rows = [_row(status) for status in client.runs()]
+        rows = [_row(status) for status in client.job.list()]
     headers = ("run", "domain", "phase", "cycle", "cycles", "version")
     emit(as_json, {"runs": rows}, lambda: table(headers, [[row[h] for h in headers] for row in rows], "no runs yet"))
 
@@ -74,7 +57,7 @@ def show(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) ->
     from connito.client import Client
 
     with Client.local(data_dir) as client:
-        row = _row(client.get(run))
+        row = _row(client.job.show(run))
     emit(as_json, row, lambda: "\n".join(f"{key:<11} {_plain(value)}" for key, value in row.items()))
 
 
@@ -84,7 +67,7 @@ def watch(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) -
     from connito.client import Client
 
     with Client.local(data_dir) as client:
-        seen = [_row(status) for status in _told(client.watch(run), quiet=as_json)]
+        seen = [_row(status) for status in _told(client.job.watch(run), quiet=as_json)]
     if as_json:
         typer.echo(json.dumps(seen[-1] if seen else {}, indent=2))
 
@@ -100,22 +83,65 @@ def cancel(
     from connito.client import Client
 
     with Client.local(data_dir) as client:
-        client.cancel(run, why)
+        client.job.cancel(run, why)
     emit(as_json, {"cancelled": run}, lambda: f"run {run} is cancelled")
 
 
-def read_spec(file: Path) -> Any:
-    """A RunSpec from YAML. Raises `NotFound` for a missing file, `Invalid` for a field that does not exist."""
-    from google.protobuf.json_format import ParseDict, ParseError
+@app.command("check")
+def check(file: File, data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
+    """Check a job before anything is spent: text, duplicates, contamination, tokenizer, sizes, licence, budget."""
+    from connito.jobs.check import check_file
+    from connito.jobs.findings import require
 
+    with progress(quiet=as_json) as tell:
+        checked = check_file(file, data_dir, tell)
+    emit(as_json, checked.to_json(), lambda: _findings_text(checked.findings))
+    require(checked.findings, str(file))
+
+
+@app.command("quote")
+def quote(
+    file: File,
+    pilot: Annotated[
+        bool, typer.Option("--pilot/--no-pilot", help="Make one cycle's local steps here and measure them.")
+    ] = True,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what a job will take: experts, upload, memory, cycles, time. Loads the base."""
+    from connito.jobs.check import check_file
+    from connito.jobs.findings import require
+    from connito.jobs.quote import quote as price
+
+    with progress(quiet=as_json) as tell:
+        made = price(check_file(file, data_dir, tell), pilot=pilot, progress=tell)
+    emit(as_json, made.to_json(), lambda: _quote_text(made))
+    require(made.findings, str(file))
+
+
+@app.command("report")
+def report(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    out: Annotated[Path | None, typer.Option(help="Write report, plot and expert into this folder.")] = None,
+    with_base: Annotated[bool, typer.Option("--with-base", help="With --out: the base as well.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure base and result here, with intervals.")
+    ] = True,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """The delivery report of a run that has ended: what it gained, what changed, who contributed, how to use it."""
     from connito.errors import Invalid
-    from connito.jobs.spec import read_yaml
-    from connito.v1.run_pb2 import RunSpec
+    from connito.jobs.delivery import deliver, write
+    from connito.jobs.pages import markdown
+    from connito.platform.session import Session
 
-    try:
-        return ParseDict(read_yaml(file), RunSpec())
-    except ParseError as error:
-        raise Invalid(f"{file}: {error}; the reference of RunSpec lists the fields") from error
+    if with_base and out is None:
+        raise Invalid("--with-base needs a folder to write to: add --out DIR")
+    with progress(quiet=as_json) as tell:
+        delivered = deliver(Session.open(data_dir, role="customer"), run, measure=measure, progress=tell)
+        written = [] if out is None else write(delivered, out, with_base=with_base)
+    emit(as_json, delivered.document, lambda: "\n".join([markdown(delivered.document), *map(str, written)]))
 
 
 def _told(updates: Iterator[RunStatus], *, quiet: bool) -> Iterator[RunStatus]:
@@ -148,3 +174,40 @@ def _row(status: RunStatus) -> dict[str, Any]:
 
 def _plain(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _quote_text(made: Quote) -> str:
+    memory, chosen = made.memory, sum(map(len, made.layers.values()))
+    lines = [
+        f"{made.domain}: {chosen} of {made.total_experts} experts, in {len(made.layers)} layers",
+        (
+            f"  upload      {size(made.upload)} a miner and cycle ({made.upload / made.model:.1%} of the model), "
+            f"{size(made.upload * made.cycles)} over {made.cycles} cycles"
+        ),
+        (
+            f"  memory      {size(memory.total)} a miner: weights {size(memory.weights)}, training state "
+            f"{size(memory.gradients + memory.moments)}, activations {size(memory.activations)}; and torch itself"
+        ),
+    ]
+    if made.pilot is not None:
+        pilot = made.pilot
+        lines.append(
+            f"  pilot       {pilot.steps} steps: {pilot.loss_before:.4f} → {pilot.loss_after:.4f} nats per token "
+            f"(saved {pilot.gain:.4f}, {pilot.low:.4f} to {pilot.high:.4f})"
+        )
+    needed = f"about {made.cycles_needed} to the objective" if made.cycles_needed else "no estimate to an objective"
+    lines.append(f"  cycles      at most {made.cycles}; {needed}")
+    if made.seconds is not None:
+        lines.append(f"  time        about {made.seconds:.3g} s for {made.cycles} cycles, from {made.seconds_from}")
+    return "\n".join([*lines, _findings_text(made.findings)]).rstrip()
+
+
+def _findings_text(findings: Sequence[Finding]) -> str:
+    """One line a finding, gravest last, so that it is what stays on the screen."""
+    marks = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
+    lines = []
+    for finding in sorted(findings, key=lambda finding: list(marks).index(finding.level)):
+        lines.append(f"{marks[finding.level]}  {finding.check:<13} {finding.detail}")
+        if finding.remedy:
+            lines.append(f"{'':<23} → {finding.remedy}")
+    return "\n".join(lines)

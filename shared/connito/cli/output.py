@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,3 +51,24 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """Report progress on stderr: in place on a terminal, a line a step elsewhere, nothing if `quiet`."""
+    last = [""]
+
+    def tell(what: str, share: float) -> None:
+        if quiet or what == last[0]:
+            return
+        last[0] = what
+        if sys.stderr.isatty():
+            print(f"\r\033[K{100 * share:3.0f} %  {what}", end="", file=sys.stderr, flush=True)
+        else:
+            print(what, file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if last[0] and sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

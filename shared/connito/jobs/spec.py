@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from google.protobuf.json_format import ParseDict, ParseError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from connito.errors import Invalid, NotFound
 from connito.v1 import reasons_pb2 as reasons
+from connito.v1.run_pb2 import RunSpec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
@@ -167,6 +169,14 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def read_job(file: Path) -> Job:
     """The job in `file`. Raises `NotFound`, or `Invalid` that names every field that is wrong and what would be right."""
     return parse_job(read_yaml(file), str(file))
+
+
+def read_run_spec(file: Path) -> RunSpec:
+    """Read a RunSpec from YAML. Raises `NotFound` for a missing file, `Invalid` for a field that does not exist."""
+    try:
+        return ParseDict(read_yaml(file), RunSpec())
+    except ParseError as error:
+        raise Invalid(f"{file}: {error}; the reference of RunSpec lists the fields") from error
 
 
 def parse_job(content: object, where: str = "the job") -> Job:

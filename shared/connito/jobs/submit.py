@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.data.corpus import Corpus
 from connito.errors import NotFound
-from connito.jobs.check import Checked
-from connito.jobs.findings import require
+from connito.jobs.check import Checked, check_file
+from connito.jobs.findings import Finding, require
+from connito.jobs.spec import is_job, read_run_spec, read_yaml
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 
@@ -27,15 +28,32 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run that was asked for, and what it was asked with."""
+    """A run that was created. `uploaded_bytes` is None for a bare RunSpec, which is neither checked nor uploaded."""
 
     run: str
     spec: RunSpec
-    uploaded_bytes: int
+    uploaded_bytes: int | None = None
+    warnings: Sequence[Finding] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `connito job submit --json` prints."""
-        return {"run": self.run, "domain": self.spec.domain, "cycles": self.spec.cycles, "bytes": self.uploaded_bytes}
+        if self.uploaded_bytes is None:
+            return {"run": self.run}
+        return {
+            "run": self.run, "domain": self.spec.domain, "cycles": self.spec.cycles, "bytes": self.uploaded_bytes,
+            "warnings": [finding.to_json() for finding in self.warnings],
+        }  # fmt: skip
+
+
+def prepare(
+    file: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None
+) -> Checked | RunSpec:
+    """Read what is to be submitted: a job.yaml, checked, or a RunSpec as YAML. Raises `Invalid` for errors in either."""
+    if not is_job(read_yaml(file)):
+        return read_run_spec(file)
+    checked = check_file(file, data_dir, progress)
+    require(checked.findings, str(file))
+    return checked
 
 
 def submit(
@@ -52,7 +70,7 @@ def submit(
     spec = asyncio.run(_upload(checked, checked.context.session.store(), progress))
     run = create_run(spec)
     total = sum(ref.artifact.size for ref in (spec.probe, spec.train, spec.holdout, *spec.general_holdouts))
-    return Submitted(run, spec, total)
+    return Submitted(run, spec, total, [finding for finding in checked.findings if finding.level == "warning"])
 
 
 async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) -> RunSpec:

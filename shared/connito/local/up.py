@@ -218,7 +218,7 @@ class _Up:
                 await self._with_client(installation, partial(_cancel, facts.run))
 
     async def _create(self, installation: Any, spec: Any) -> None:
-        await self._with_client(installation, lambda client: client.create_run(spec))
+        await self._with_client(installation, lambda client: client.job.submit(spec))
 
     async def _with_client(self, installation: Any, call: Callable[[Any], T]) -> T:
         """Call the coordinator as the customer; it may still be starting."""
@@ -307,7 +307,7 @@ class _Up:
 
 
 def _cancel(run: str, client: Client) -> None:
-    client.cancel(run, "its `connito up` ended before it did")
+    client.job.cancel(run, "its `connito up` ended before it did")
 
 
 def _wait_until_ready(data: DataDir, child: subprocess.Popen[bytes], display: Display) -> None:

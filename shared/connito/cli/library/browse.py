@@ -42,7 +42,7 @@ def list_(
     rows: list[dict[str, Any]] = []
     if client is not None:
         with client:
-            rows = [_row(expert) for expert in client.experts()]
+            rows = [_row(expert) for expert in client.library.list()]
     known = {row["expert_id"] for row in rows}
     local = _on_shelf(open_shelf(shelf, data_dir), viewer_of(who, organisation))
     rows += [row for row in local if row["expert_id"] not in known]
@@ -84,7 +84,7 @@ def _shown(
     client = platform(data_dir) if shelf is None and not Path(expert_id).is_dir() else None
     if client is not None:
         with client, suppress(NotFound):
-            summary, record = client.expert(expert_id)
+            summary, record = client.library.show(expert_id)
             return {**_row(summary), "record": record}
     if Path(expert_id).is_dir():
         record = read_folder(Path(expert_id))[1]

@@ -146,9 +146,11 @@ def platform(data_dir: Path | None) -> Client | None:
     from connito.errors import NotFound, Retry
 
     try:
-        return Client.local(data_dir)
+        client = Client.local(data_dir)
+        client.library.reach()
     except (NotFound, Retry):
         return None
+    return client
 
 
 def fetch(name: str, local: Shelf, data_dir: Path | None) -> None:
@@ -160,8 +162,8 @@ def fetch(name: str, local: Shelf, data_dir: Path | None) -> None:
 
     session = Session.open(data_dir, role="customer")
     with Client.local(data_dir) as client:
-        summary, record = client.expert(name)
-        attestation = client.attestation(name)
+        summary, record = client.library.show(name)
+        attestation = client.library.attestation(name)
     file = asyncio.run(session.store().fetch(summary.expert))
     local.deposit(file, record, summary.deposited_at_unix_ms, attestation or None)
 
@@ -186,7 +188,7 @@ def permit(
         with client:
             for name in names:
                 with suppress(NotFound):
-                    said = client.standing(name)
+                    said = client.library.standing(name)
                     standings[name] = said if said.status != "good" else standings[name]
     records = [record for _, record in found]
     return check_use(records, use, standings=standings, viewer=viewer, allow_yanked=allow_yanked)
@@ -202,7 +204,7 @@ def meter(records: list[dict[str, Any]], verb: str, who: str, shelf: Path | None
         local.meter(name, verb, who, now_ms())
         if client is not None:
             with suppress(NotFound):
-                client.meter(name, verb)
+                client.library.meter(name, verb)
     if client is not None:
         client.close()
 

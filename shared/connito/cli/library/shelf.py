@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -134,11 +135,14 @@ def mark(
     as_json: JsonFlag = False,
 ) -> None:
     """Deprecate, yank or restore an expert, or take a data source out of the library."""
+    from connito.errors import NotFound
+
     client = platform(data_dir) if shelf is None else None
     said = False
     if client is not None:
-        with client:
-            said = client.mark(subject, status, reason)
+        with client, suppress(NotFound):
+            client.library.mark(subject, status, reason)
+            said = True
     if not said:
         open_shelf(shelf, data_dir).state(status, subject, reason, now_ms())
     emit(as_json, {"subject": subject, "status": status, "reason": reason}, lambda: f"{subject} is {status}: {reason}")
@@ -159,7 +163,7 @@ def ledger(
     client, document = platform(data_dir) if shelf is None else None, None
     if client is not None:
         with client, suppress(NotFound):
-            document = client.ledger(expert)
+            document = client.library.ledger(expert)
     if document is None:
         with open_shelf(shelf, data_dir).index() as index:
             record, uses = index.record(expert), index.usage(expert)
@@ -221,13 +225,13 @@ def export(
     emit(as_json, document, lambda: "\n".join([f"written to {out}", *obligations(permission)]))
 
 
-def _served(data_dir: Path | None, text: str, domain: str, everything: bool, count: int) -> list[Hit]:
+def _served(data_dir: Path | None, text: str, domain: str, everything: bool, count: int) -> Sequence[Hit]:
     """What the platform that runs here finds; nothing where none does."""
     client = platform(data_dir)
     if client is None:
         return []
     with client:
-        return client.search(text, domain=domain, everything=everything, limit=count)
+        return client.library.search(text, domain=domain, everything=everything, limit=count)
 
 
 def _better(hit: Hit) -> tuple[float, float, str]:

@@ -285,11 +285,11 @@ def test_a_job_that_cannot_be_read_is_refused_with_the_place(
 
 
 def test_a_job_file_fills_the_spec(tmp_path: Path) -> None:
-    from connito.cli.job import read_spec
+    from connito.jobs.spec import read_run_spec
 
     path = tmp_path / "job.yaml"
     path.write_text("run: r1\ndomain: medical\ncycles: 2\ntraining:\n  local_steps: 5\n  learning_rate: 2e-4\n")
-    spec = read_spec(path)
+    spec = read_run_spec(path)
     assert (spec.run, spec.cycles, spec.training.local_steps) == ("r1", 2, 5)
     assert spec.training.learning_rate == pytest.approx(2e-4)
 

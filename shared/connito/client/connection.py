@@ -1,0 +1,92 @@
+"""Calls to a platform's gRPC services, with the project's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from google.protobuf.message import Message
+
+from connito.errors import Invalid, Retry
+from connito.v1 import services_pb2
+from connito.v1.envelope_pb2 import Envelope
+from connito.wire.envelope import seal
+from connito.wire.identity import Identity
+from connito.wire.tls import Tls
+
+DEADLINE_SECONDS = 10.0
+_STUBS = {"coordinator": "RunServiceStub", "library": "LibraryServiceStub"}
+
+
+class Connection:
+    """Channels to services by name, opened when they are first called."""
+
+    def __init__(self, find: Callable[[str], str], identity: Identity | None, tls: Tls) -> None:
+        """`find` returns the `host:port` of a service; `identity` signs what has to be signed."""
+        self._find, self._identity, self._tls = find, identity, tls
+        self._open: dict[str, tuple[str, Any, Any]] = {}
+
+    def call(self, service: str, method: str, request: Message) -> Any:
+        """Return the answer. Raises `Retry` when the service is away, else what it refused the call with."""
+        import grpc
+
+        from connito.service.rpc import error_of
+
+        address, _, stub = self._reach(service)
+        try:
+            return getattr(stub, method)(request, timeout=DEADLINE_SECONDS, wait_for_ready=True)
+        except grpc.RpcError as error:
+            found = error_of(cast(Any, error))
+            certificate = self._tls.diagnose(address) if isinstance(found, Retry) else None
+            raise certificate or found from error
+
+    def stream(self, service: str, method: str, request: Message) -> Iterator[Any]:
+        """Yield every answer of a call that goes on. Raises as `call`."""
+        import grpc
+
+        from connito.service.rpc import error_of
+
+        try:
+            yield from getattr(self._reach(service)[2], method)(request)
+        except grpc.RpcError as error:
+            raise error_of(cast(Any, error)) from error
+
+    def seal(self, subject: str, message: Message) -> Envelope:
+        """Sign a command. Raises `Invalid` without an identity."""
+        if self._identity is None:
+            raise Invalid("this needs a customer's key: pass `identity=Identity.load(path)`")
+        return seal(self._identity, subject, message)
+
+    def viewer(self) -> Envelope | None:
+        """Sign who reads; None without an identity, which reads what is public."""
+        if self._identity is None:
+            return None
+        return seal(self._identity, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand(purpose="read"))
+
+    def reach(self, service: str) -> None:
+        """Find a service. Raises `Invalid` when nobody said where it is, `Retry` when it is away."""
+        self._reach(service)
+
+    def close(self) -> None:
+        """Close the channels."""
+        for _, channel, _ in self._open.values():
+            channel.close()
+        self._open.clear()
+
+    def _reach(self, service: str) -> tuple[str, Any, Any]:
+        from connito.v1 import services_pb2_grpc
+
+        if service not in self._open:
+            address = self._find(service)
+            channel = _channel(address, self._tls)
+            self._open[service] = address, channel, getattr(services_pb2_grpc, _STUBS[service])(channel)
+        return self._open[service]
+
+
+def _channel(address: str, tls: Tls) -> Any:
+    import grpc
+
+    options = [("grpc.enable_http_proxy", 0)]
+    if tls.api == "off":
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, tls.channel_credentials(), options=options)

@@ -1,0 +1,111 @@
+"""The verbs of `connito job`: `client.job.submit("job.yaml")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.client.connection import Connection
+from connito.errors import Invalid, NotFound
+from connito.v1 import services_pb2
+from connito.v1.run_pb2 import RunSpec
+from connito.v1.services_pb2 import RunStatus
+from connito.wire.identity import is_public_key
+
+if TYPE_CHECKING:
+    from connito.jobs.check import Checked
+    from connito.jobs.quote import Quote
+    from connito.jobs.submit import Submitted
+
+Progress = Callable[[str, float], None]
+
+
+def _quiet(what: str, share: float) -> None:
+    """Progress that nobody asked for."""
+
+
+class Jobs:
+    """A customer's runs. Every verb raises as `Client` says."""
+
+    def __init__(self, connection: Connection, data_dir: Path | None) -> None:
+        """`data_dir`: folder of the local platform whose base and store a job.yaml may use."""
+        self._connection, self._data_dir = connection, data_dir
+
+    def check(self, file: Path | str, *, progress: Progress = _quiet) -> Checked:
+        """Check a job.yaml before anything is spent; `.ok`, `.findings`."""
+        from connito.jobs.check import check_file
+
+        return check_file(Path(file), self._data_dir, progress)
+
+    def quote(self, file: Path | str, *, pilot: bool = True, progress: Progress = _quiet) -> Quote:
+        """Return what a job.yaml will take. Raises `Invalid` for one that cannot be submitted. Imports torch."""
+        from connito.jobs.quote import quote
+
+        return quote(self.check(file, progress=progress), pilot=pilot, progress=progress)
+
+    def submit(self, job: Path | str | Checked | RunSpec, *, progress: Progress = _quiet) -> Submitted:
+        """Create a run; `.run` is its id. `job`: a job.yaml or what its check found, whose corpora are uploaded; or a
+        RunSpec, also as a YAML file. Raises `Invalid` naming the field that cannot be."""
+        from connito.jobs.submit import Submitted, prepare, submit
+
+        if isinstance(job, (Path, str)):
+            job = prepare(Path(job), self._data_dir, progress)
+        if isinstance(job, RunSpec):
+            return Submitted(self._create(job), job)
+        return submit(job, self._create, progress)
+
+    def list(self) -> Sequence[RunStatus]:
+        """Return where every run stands."""
+        return [*self._connection.call("coordinator", "ListRuns", services_pb2.ListRunsRequest()).runs]
+
+    def show(self, run: str) -> RunStatus:
+        """Return where a run stands. Raises `NotFound` for an unknown one."""
+        status: RunStatus = self._connection.call("coordinator", "GetRun", services_pb2.GetRunRequest(run=run)).status
+        return status
+
+    def watch(self, run: str) -> Iterator[RunStatus]:
+        """Yield the run's status whenever it changes, until it has ended."""
+        for answer in self._connection.stream("coordinator", "WatchRun", services_pb2.WatchRunRequest(run=run)):
+            yield answer.status
+
+    def cancel(self, run: str, why: str = "cancelled by the customer") -> None:
+        """End a run early. What it has published stays."""
+        sealed = self._connection.seal("rpc.CancelRun", services_pb2.CancelRunCommand(run=run, detail=why))
+        self._connection.call("coordinator", "CancelRun", services_pb2.CancelRunRequest(envelope=sealed))
+
+    def report(
+        self,
+        run: str,
+        out: Path | str | None = None,
+        *,
+        with_base: bool = False,
+        measure: bool = True,
+        progress: Progress = _quiet,
+    ) -> dict[str, Any]:
+        """Return the delivery report of a run that has ended; with `out`, write it there with plot and expert too."""
+        from connito.jobs.delivery import deliver, write
+        from connito.platform.session import Session
+
+        if with_base and out is None:
+            raise Invalid("--with-base needs a folder to write to: add --out DIR")
+        session = Session.open(self._data_dir, role="customer")
+        delivered = deliver(session, run, measure=measure, progress=progress)
+        if out is not None:
+            write(delivered, Path(out), with_base=with_base)
+        return delivered.document
+
+    def miner(self, key: str) -> str:
+        """Return the one miner of all runs whose public key begins so. Raises `NotFound` for none, `Invalid` for several."""
+        if is_public_key(key):
+            return key
+        found = sorted({miner for status in self.list() for miner in status.miners if miner.startswith(key)})
+        if not found:
+            raise NotFound(f"no miner's key begins with {key!r}; `connito job show RUN` lists them")
+        if len(found) > 1:
+            raise Invalid(f"{len(found)} miners' keys begin with {key!r}; give more of it")
+        return found[0]
+
+    def _create(self, spec: RunSpec) -> str:
+        request = services_pb2.CreateRunRequest(envelope=self._connection.seal("rpc.CreateRun", spec))
+        return str(self._connection.call("coordinator", "CreateRun", request).run)
