@@ -62,7 +62,7 @@ def _round(seed: int, records: int, queries: int) -> dict[str, Any]:
     events = list(_events(rng, words, zipf, records))
     with tempfile.TemporaryDirectory() as folder, Index(Path(folder) / "index.sqlite") as index:
         started = time.perf_counter()
-        index.rebuild(events)
+        index.apply(events)
         rebuild = time.perf_counter() - started
         latencies, found, busy = [], 0, time.process_time()
         viewer = Viewer("somebody", frozenset({"org-1", "org-2"}))

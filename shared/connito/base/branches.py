@@ -1,16 +1,14 @@
-"""Whole specialists joined: dense branches as experts (BTX), and two small references for joining more than MLPs.
+"""Join whole specialists: dense branches become the experts of one MoE (BTX).
 
 BTX (Sukhbaatar et al. 2024): branches of one dense seed, trained apart, become the experts of an MoE; what is not an MLP
-is averaged. BTS (Zhang et al. 2025): frozen branches run side by side and a stitch layer moves states between them.
-BAM (Zhang et al. 2024): attention is upcycled too, every attention expert runs, and a soft router mixes them. The last
-two are references at the level of one layer: enough to state what they compute and to test their identities.
+is averaged.
 
 Shapes: B batch, L length, H hidden size, V branches, E experts, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,61 +137,3 @@ def train_router(
     finally:
         model.requires_grad_(False)
     return losses
-
-
-class Stitch(nn.Module):
-    """BTS: states of V frozen branches, [B, L, H] each, after a stitch. Branch 0 is the hub.
-
-    The hub gains Σ_v g_v ⊙ (W_v h_v) from the experts and every expert g'_v ⊙ (W'_v h_0) from the hub; gates start at
-    zero, so that an untrained stitch leaves every branch exactly as it was.
-    """
-
-    def __init__(self, branches: int, hidden: int) -> None:
-        super().__init__()
-        self.to_hub = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(branches - 1))
-        self.from_hub = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(branches - 1))
-        self.gates = nn.Parameter(torch.zeros(2, branches - 1, hidden))
-
-    def forward(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The same number of states, [B, L, H] each."""
-        hub, experts = states[0], list(states[1:])
-        moved = hub
-        for gate, move, state in zip(self.gates[0], self.to_hub, experts, strict=True):
-            moved = moved + gate * move(state)
-        back = [
-            state + gate * move(hub) for gate, move, state in zip(self.gates[1], self.from_hub, experts, strict=True)
-        ]
-        return [moved, *back]
-
-
-def stitched_states(
-    branches: Sequence[Sequence[Callable[[torch.Tensor], torch.Tensor]]],
-    stitches: Mapping[int, Stitch],
-    states: Sequence[torch.Tensor],
-) -> list[torch.Tensor]:
-    """Run V branches of equally many layers side by side, with a stitch after the layers that have one."""
-    current = list(states)
-    for index, layers in enumerate(zip(*branches, strict=True)):
-        current = [layer(state) for layer, state in zip(layers, current, strict=True)]
-        if index in stitches:
-            current = stitches[index](current)
-    return current
-
-
-class AttentionMixture(nn.Module):
-    """BAM: E attention modules run on all tokens, y = Σ_e softmax(R x)_e · attn_e(x); every expert takes part.
-
-    Copies of one attention give that attention, and a router that is sure gives the single expert.
-    """
-
-    def __init__(self, attentions: Sequence[nn.Module], hidden: int) -> None:
-        super().__init__()
-        self.attentions = nn.ModuleList(attentions)
-        self.router = nn.Linear(hidden, len(attentions), bias=False)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """[B, L, H] -> [B, L, H]; whatever else the family's attention takes is handed on."""
-        weights = self.router(hidden_states).softmax(dim=-1)
-        outputs = [attention(hidden_states, *args, **kwargs) for attention in self.attentions]
-        tensors = [output[0] if isinstance(output, tuple) else output for output in outputs]
-        return torch.stack([weights[..., e, None] * y for e, y in enumerate(tensors)]).sum(dim=0)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,22 +275,6 @@ def expert_sizes(headers: Mapping[str, Header]) -> dict[int, int]:
             continue
         out[int(match["layer"])] = out.get(int(match["layer"]), 0) + share
     return dict(sorted(out.items()))
-
-
-def stores_singly(names: Iterable[str], layer: int) -> bool:
-    """Whether these tensor names hold the layer's experts one by one instead of fused."""
-    return any((match := _SINGLE.match(name)) and int(match["layer"]) == layer for name in names)
-
-
-def directory_reader(directory: Path) -> Reader:
-    """Reads ranges from a local directory."""
-
-    def read(entry: FileEntry, start: int, length: int) -> bytes:
-        with (directory / entry.name).open("rb") as file:
-            file.seek(start)
-            return file.read(length)
-
-    return read
 
 
 def _read(path: Path) -> tuple[str, dict[str, TensorEntry]]:

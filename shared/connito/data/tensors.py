@@ -267,19 +267,6 @@ def tensor_bytes(
     return b"".join(parts)
 
 
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Array],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    dtypes: Mapping[str, str] | None = None,
-) -> None:
-    """Write a safetensors file: the bytes of `tensor_bytes`, one tensor at a time."""
-    with TensorWriter(path, _layout(tensors, dtypes or {}), metadata) as writer:
-        for name in writer.names:
-            writer.write(name, tensors[name])
-
-
 def _layout(tensors: Mapping[str, Array], dtypes: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     layout = {}
     for name, array in tensors.items():

@@ -130,13 +130,6 @@ class Index:
                     new += 1
         return new
 
-    def rebuild(self, events: Iterable[LibraryEvent]) -> int:
-        """Forget everything and apply `events`; returns how many."""
-        with self._transaction():
-            for table in ("seen", "experts", "records", "notices", "sources", "opt_outs", "uses", "words"):
-                self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from this file
-        return self.apply(events)
-
     def last_sequence(self, origin: str = "LIBRARY") -> int:
         """The highest sequence of a log that was applied, 0 for none: where to read on."""
         row = self._db.execute("SELECT max(sequence) FROM seen WHERE origin = ?", (origin,)).fetchone()
@@ -183,21 +176,6 @@ class Index:
     def select(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Rows of a read-only query; `connito.library.hits` is made of these."""
         return self._db.execute(sql, parameters).fetchall()
-
-    def dump(self) -> dict[str, list[tuple[Any, ...]]]:
-        """Everything the index holds, in an order of its own: two indexes of one log are equal."""
-        columns = {
-            "experts JOIN records USING (id)": "expert_id, origin, sequence, deposited_at, saving, record",
-            "notices": "*",
-            "sources": "*",
-            "opt_outs": "*",
-            "uses": "*",
-            "words": "*",
-        }
-        return {
-            table: sorted(self._db.execute(f"SELECT {names} FROM {table}"), key=repr)  # noqa: S608
-            for table, names in columns.items()
-        }
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

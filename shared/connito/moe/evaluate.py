@@ -59,11 +59,6 @@ class Evaluator:
         if self._shortcut is not None and not self._agrees():
             self._shortcut = None
 
-    @property
-    def uses_prefix(self) -> bool:
-        """Whether hidden states are cached; False for a family whose layers cannot be entered midway."""
-        return self._shortcut is not None
-
     def put(self, state: Mapping[str, torch.Tensor]) -> None:
         """Write `state` into the model. Raises `Invalid`, leaving the model as it was, when it does not fit."""
         check_state(self._layers, self.targets, state)

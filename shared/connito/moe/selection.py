@@ -221,19 +221,6 @@ def _helpers(usage: Mapping[int, FloatArray], layers: Mapping[int, list[int]], c
     }
 
 
-def des_moe_map(domains: Mapping[str, RoutingStatistics], threshold: float = 0.6) -> dict[int, dict[str, list[int]]]:
-    """M[d, e] = 1 iff A[d, e] ≥ threshold · max_e A[d, e], by layer and domain, best first, for several domains at once."""
-    indices = sorted({index for statistics in domains.values() for index in statistics.layers})
-    return {
-        index: {
-            name: _prefix(statistics.layers[index].token_score, "des-moe", threshold)
-            for name, statistics in domains.items()
-            if index in statistics.layers
-        }
-        for index in indices
-    }
-
-
 def ema(previous: FloatArray | None, current: FloatArray, decay: float = 0.9) -> FloatArray:
     """A ← decay·A + (1 − decay)·current, the running activation map of DES-MoE; the first observation starts it."""
     return current if previous is None else np.asarray(decay * previous + (1 - decay) * current)

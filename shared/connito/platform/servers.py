@@ -108,11 +108,6 @@ class Server:
             self.process.kill()
         self._reap()
 
-    def restart(self, progress: Progress | None = None) -> None:
-        """Stop if running, and start on the same ports with the same data."""
-        self.stop()
-        self.start(progress)
-
     def __enter__(self) -> Self:
         return self if self.running else self.start()
 

@@ -11,11 +11,13 @@ import torch
 from connito.base.checkpoint import save_checkpoint
 from connito.base.loading import load_full, load_resident
 from connito.base.tiny import tokenizer
-from connito.data.manifest import build_manifest, directory_reader
+from connito.data.manifest import build_manifest
 from connito.errors import Invalid, NotFound
 from connito.moe.resident import compress, read_targets
 from connito.moe.rows import write_rows
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from tests.support.files import directory_reader
 
 IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 SELECTION, HELPERS = {1: [3, 0]}, {1: [2]}

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from connito.data.manifest import Manifest, build_manifest, directory_reader
+from connito.data.manifest import Manifest, build_manifest
 from connito.errors import Invalid, NotFound, VerificationFailed
 from safetensors.numpy import save_file
+
+from tests.support.files import directory_reader
 
 RNG = np.random.default_rng(0)
 

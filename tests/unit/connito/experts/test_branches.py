@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from connito.base.branches import AttentionMixture, Stitch, import_branches, stitched_states
+from connito.base.branches import import_branches
 from connito.errors import Invalid
 from connito.moe.layout import find_moe_layers
 from connito.moe.statistics import collect
@@ -73,42 +73,3 @@ def test_strangers_are_refused(dense, texts):
     other = LlamaForCausalLM(config)
     with pytest.raises(Invalid, match="not branches of it"):
         import_branches(dense, {**dict.fromkeys(texts, dense), "logs": other}, texts, moe_layers=1)
-
-
-def test_an_untrained_stitch_changes_no_branch():
-    torch.manual_seed(0)
-    branches = [[torch.nn.Linear(8, 8) for _ in range(3)] for _ in range(3)]
-    states = [torch.randn(2, 5, 8) for _ in range(3)]
-    stitches = {0: Stitch(3, 8), 2: Stitch(3, 8)}
-    apart = stitched_states(branches, {}, states)
-    joined = stitched_states(branches, stitches, states)
-    assert all(torch.equal(a, b) for a, b in zip(apart, joined, strict=True))
-    with torch.no_grad():
-        stitches[2].gates[0, 1] = 1.0
-    moved = stitched_states(branches, stitches, states)
-    torch.testing.assert_close(moved[0], apart[0] + stitches[2].to_hub[1](apart[2]))
-    assert torch.equal(moved[1], apart[1])
-
-
-def test_a_stitch_can_learn():
-    torch.manual_seed(0)
-    stitch, states = Stitch(2, 4), [torch.randn(3, 2, 4), torch.randn(3, 2, 4)]
-    sum(state.square().mean() for state in stitch(states)).backward()
-    assert stitch.gates.grad.abs().sum() > 0
-
-
-def test_mixed_attention_identities(dense):
-    torch.manual_seed(1)
-    x = torch.randn(2, 5, 32)
-    embeddings = dense.model.rotary_emb(x, torch.arange(5)[None])
-    own, other = dense.model.layers[0].self_attn, dense.model.layers[1].self_attn
-    options = {"position_embeddings": embeddings, "attention_mask": None}
-    single = own(x, **options)[0]
-    copies = AttentionMixture([own, copy.deepcopy(own), copy.deepcopy(own)], 32)
-    torch.testing.assert_close(copies(x, **options), single)
-    sure = AttentionMixture([own, other], 32)
-    sure.router = torch.nn.Linear(32, 2)
-    with torch.no_grad():
-        sure.router.weight.zero_()
-        sure.router.bias.copy_(torch.tensor([0.0, -1e9]))
-    assert torch.equal(sure(x, **options), single)

@@ -13,6 +13,8 @@ from connito.library.hits import search
 from connito.library.record import build_record, encode
 from connito.library.shelf import Shelf
 
+from tests.support.library import contents
+
 
 def state_file(path, fill: int):
     data = bytes([fill]) * 16
@@ -59,10 +61,10 @@ def test_the_index_follows_the_journal_and_can_be_deleted(tmp_path, make):
     shelf.meter(name, "export", "anna", 7)
     with shelf.index() as index:
         assert search(index, "medical") == []
-        before = index.dump()
+        before = contents(index)
     (tmp_path / "shelf" / "index.sqlite").unlink()
     with shelf.index() as index:
-        assert index.dump() == before
+        assert contents(index) == before
         assert index.usage(name) == {"export": 1}
 
 

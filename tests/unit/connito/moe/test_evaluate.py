@@ -26,7 +26,7 @@ def other_state(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Ten
 
 def test_losses_equal_a_plain_forward_for_every_state(full: Any, sequences: Any) -> None:
     judge = Evaluator(full, SELECTION, batch_tokens=150)
-    assert judge.uses_prefix
+    assert judge._shortcut is not None
     text = sequences("logs", 5, 1)
     for state in (judge.base, other_state(judge.base, 1), other_state(judge.base, 2), judge.base):
         sums, tokens = judge.losses(state, text)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from connito.base.loading import load_resident
-from connito.data.manifest import FileEntry, build_manifest, directory_reader
+from connito.data.manifest import FileEntry, build_manifest
 from connito.errors import Invalid
 from connito.moe.evaluate import Evaluator
 from connito.moe.layout import require_moe_layers, shared_experts
@@ -20,6 +20,8 @@ from connito.moe.selection import select_experts
 from connito.moe.state import load_state, save_state
 from connito.moe.statistics import collect
 from connito.moe.training import train_local
+
+from tests.support.files import directory_reader
 
 pytestmark = pytest.mark.slow
 
@@ -255,7 +257,7 @@ def test_family(family: str, tmp_path: Path) -> None:
     save_state(trained, tmp_path / "state.safetensors")
     rows = load_state(tmp_path / "state.safetensors")
     judge = Evaluator(model, selection)
-    assert judge.uses_prefix == (family not in HAND_MORE_ON)
+    assert (judge._shortcut is not None) == (family not in HAND_MORE_ON)
     sums, _ = judge.losses(rows, IDS.numpy())
     judge.restore()
     before = fingerprint(model)

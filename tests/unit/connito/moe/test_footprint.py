@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from connito.base.loading import load_resident, load_resident_local
-from connito.data.manifest import build_manifest, directory_reader
+from connito.data.manifest import build_manifest
 from connito.errors import Invalid, reason_name
 from connito.moe.footprint import Footprint, Workload, free_bytes, predict, require_fit
 from connito.moe.helper_experts import by_policy, most_used
 from connito.moe.resident import target_parameters
 from connito.v1.run_pb2 import RunSpec, SelectionPolicy, TrainPolicy
+
+from tests.support.files import directory_reader
 
 pytestmark = pytest.mark.slow
 

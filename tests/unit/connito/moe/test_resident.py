@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from connito.base.loading import load_full, load_resident, load_resident_local
-from connito.data.manifest import build_manifest, directory_reader
+from connito.data.manifest import build_manifest
 from connito.errors import Invalid, VerificationFailed
 from connito.moe.resident import compress, read_targets, target_parameters, write_targets
 from connito.moe.rows import read_rows
+
+from tests.support.files import directory_reader
 
 SELECTION = {2: [6, 1], 3: [4]}
 COMPLEMENT = {layer: [e for e in range(8) if e not in experts] for layer, experts in SELECTION.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from connito.errors import Invalid, NotFound
-from connito.moe.selection import Selection, choose_helpers, des_moe_map, ema, select_experts
+from connito.moe.selection import Selection, choose_helpers, ema, select_experts
 from connito.moe.statistics import RoutingStatistics, read_trace
 
 PUBLISHED = Path(os.environ.get("CONNITO_TEST_DATA", Path(__file__).parents[5] / "shared" / "data")) / "esft-traces"
@@ -62,8 +62,6 @@ def test_differential_leaves_out_what_general_text_uses_as_much() -> None:
 def test_des_moe_takes_everything_near_the_best() -> None:
     target = statistics([[0], [0], [0], [1], [1], [2]])
     assert select_experts(target, "des-moe", 0.6).layers == {0: [0, 1]}
-    maps = des_moe_map({"a": target, "b": statistics([[3], [3]])})
-    assert maps == {0: {"a": [0, 1], "b": [3]}}
     assert ema(None, np.array([1.0])) == pytest.approx([1.0])
     assert ema(np.array([1.0]), np.array([0.0])) == pytest.approx([0.9])
 

@@ -6,12 +6,14 @@ import hashlib
 
 import numpy as np
 import pytest
-from connito.data.tensors import read_header, read_tensors, write_tensors
+from connito.data.tensors import read_header, read_tensors
 from connito.protocol.merging.cycle import Files, merge_cycle
 from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree
 from connito.v1 import cycle_pb2, reasons_pb2
+
+from tests.support.files import write_tensors
 
 NAME = "layers.0.down_proj"
 START = np.zeros((2, 3), np.float32)

@@ -5,13 +5,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from connito.data.tensors import write_tensors
 from connito.errors import Invalid
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 from services.console import charts
 from services.console.figures import NO_STORE, ExpertFigures, change
 from services.console.heatmap import warmth
+from tests.support.files import write_tensors
 
 
 def state(path: Path, scale: float, *, experts: int = 2) -> Path:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
-from connito.data.tensors import from_float32, read_header, read_tensors, write_tensors
+from connito.data.tensors import from_float32, read_header, read_tensors
 from connito.errors import Invalid
 from connito.protocol.merging.aggregators import AGGREGATORS, aggregate, outer_step, plan, realign_momentum, write_step
 from connito.v1 import reasons_pb2
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.support.files import write_tensors
 
 
 @dataclass

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
-from connito.data.tensors import write_tensors
 from connito.protocol.merging.aggregators import AGGREGATORS, aggregate, plan, write_step
 from numpy.typing import NDArray
 from scipy import optimize, stats
+
+from tests.support.files import write_tensors
 
 Rows = NDArray[np.float64]
 SIZES = {"layers.0.a": (3, 5), "layers.1.b": (4,)}

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, gram_matrix
-from connito.data.tensors import write_tensors
 from connito.errors import Invalid
 from connito.protocol.scoring.copies import Likeness, copies, distance, explained, find_copies, pairwise_cosines
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.support.files import write_tensors
 
 RNG = np.random.default_rng(3)
 SHAPES = {"layers.0.a": (3, 40, 10), "layers.1.a": (2, 40, 10)}
