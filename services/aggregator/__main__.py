@@ -11,7 +11,8 @@ from connito.runtime.compute import ComputeBudget
 from connito.service.engine import Action, Decision, Engine
 from connito.service.runner import ServiceContext, run_service
 from connito.v1.run_pb2 import RunEnded
-from connito.wire.facts import Fact, Log, RunFacts
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.log import Log
 
 from .actions import Aggregator
 from .handlers import STREAMS, decide, drop_losses

@@ -68,7 +68,7 @@ class Aggregator:
         """Load the model and measure the state that the next merge starts from."""
         facts = self._facts(run)
         evaluator = await self._evaluator(facts)
-        opened = facts.opened("train", max(facts.cycle, 1))
+        opened = facts.window("train", max(facts.cycle, 1)).opened
         assert facts.selection is not None
         ref = facts.selection.initial_state if opened is None else opened.state
         state = await self._store.fetch(ref)
@@ -102,7 +102,7 @@ class Aggregator:
         facts = self._facts(run)
         if facts.version(cycle) is not None:
             return
-        settled = facts.settled("submit", cycle)
+        settled = facts.window("submit", cycle).settled
         assert settled is not None
         try:
             check_start(facts, cycle)
@@ -136,7 +136,7 @@ class Aggregator:
         self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]
     ) -> tuple[Files, Refusals]:
         """Everything a merge needs, as files. A submission that is gone or damaged is left out with the reason."""
-        opened, previous = facts.opened("train", cycle), facts.version(cycle - 1)
+        opened, previous = facts.window("train", cycle).opened, facts.version(cycle - 1)
         assert opened is not None
         parent = await self._store.fetch(opened.state)
         momentum = None if previous is None else await self._store.fetch(previous.outer_state)

@@ -38,9 +38,9 @@ def decide(facts: RunFacts, loaded: Container[str]) -> Decision:
     actions = [] if facts.run in loaded else [Action(f"{facts.run}/preload", facts.run, Preload(facts.run))]
     for cycle in facts.cycles():
         ready = (
-            facts.closed("validate", cycle) is not None
-            and facts.opened("merge", cycle) is not None
-            and facts.settled("submit", cycle) is not None
+            facts.window("validate", cycle).closed is not None
+            and facts.window("merge", cycle).opened is not None
+            and facts.window("submit", cycle).settled is not None
         )
         if ready and facts.version(cycle) is None:
             actions.append(Action(f"{facts.run}/merge/{cycle}", facts.run, Merge(facts.run, cycle)))
@@ -53,11 +53,7 @@ def drop_losses(facts: RunFacts, fact: Fact) -> None:
 
     `fact` has just arrived. Streams are read side by side, so a report may come after the version.
     """
-    if isinstance(fact.message, cycle_pb2.VersionPublished):
-        reports = [report.message for report in facts.all("validate", fact.key.cycle, "report").values()]
-    else:
-        reports = [fact.message] if facts.version(fact.key.cycle) is not None else []
-    for report in reports:
-        if isinstance(report, cycle_pb2.ScoreReport):
-            for score in report.scores:
+    if isinstance(fact.message, (cycle_pb2.VersionPublished, cycle_pb2.ScoreReport)) and facts.version(fact.key.cycle):
+        for report in facts.reports(fact.key.cycle).values():
+            for score in report.message.scores:
                 score.ClearField("losses")

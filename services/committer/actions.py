@@ -40,7 +40,7 @@ def decide(facts: RunFacts, _now_ms: int) -> Decision:
 def _examinations(facts: RunFacts) -> list[Action]:
     actions = []
     for cycle in (facts.cycle - 1, facts.cycle):
-        for reveal in facts.all("ingress", cycle, "reveal").values():
+        for reveal in facts.reveals_sent(cycle).values():
             judged = handlers.judge_reveal(facts, reveal)
             if isinstance(judged, handlers.CheckContent):
                 key = f"{facts.run}/examine.{judged.artifact.digest}"

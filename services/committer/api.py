@@ -80,7 +80,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         ban = bans.standing(self._facts(run), miner)
         if ban is not None and not ban.lifted:
             raise Invalid(bans.why(ban), reason=reasons_pb2.REASON_BANNED)
-        if not self._facts(run).has("run", 0, "miner", miner):
+        if miner not in self._facts(run).enrolled:
             raise Invalid(
                 f"you are not enrolled in run {run}; `connito miner run` enrols you",
                 reason=reasons_pb2.REASON_NOT_ENROLLED,

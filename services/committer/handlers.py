@@ -15,6 +15,7 @@ from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.v1.services_pb2 import UploadCommand
 from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import window_value
 
 DIGEST_BYTES = 32
 # A submission has the tensors of the initial state; only its header's metadata may differ in length.
@@ -51,7 +52,7 @@ def refused(window: str, fact: Fact, refusal: Refusal) -> cycle_pb2.Refused:
     return cycle_pb2.Refused(
         run=fact.run,
         cycle=fact.key.cycle,
-        window=cycle_pb2.Window.Value(f"WINDOW_{window.upper()}"),
+        window=window_value(window),
         miner=fact.signer,
         reason=refusal.reason,
         detail=refusal.detail,
@@ -71,8 +72,7 @@ def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
     if not 1 <= fact.key.cycle <= spec.cycles:
         # Of a cycle that the run does not have there is no next one, and no end of numbers to be refused under.
         return None
-    for other in facts.all(window, fact.key.cycle, "refused").values():
-        assert isinstance(other.message, cycle_pb2.Refused)
+    for other in facts.window(window, fact.key.cycle).refused.values():
         if (other.message.miner, other.message.reason) == (fact.signer, reasons_pb2.REASON_QUOTA_EXCEEDED):
             return None
     refusal = Refusal(
@@ -86,7 +86,7 @@ def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
 def judge_commitment(facts: RunFacts, fact: Fact) -> cycle_pb2.CommitmentAccepted | cycle_pb2.Refused | None:
     """The answer to a `commitment` message."""
     cycle, miner = fact.key.cycle, fact.signer
-    standing = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
+    standing = facts.commitment(cycle, miner)
     if _answered(facts, "commit", fact) or (standing is not None and standing.ingress_sequence == fact.sequence):
         return None
     assert isinstance(fact.message, cycle_pb2.Commitment)
@@ -128,8 +128,8 @@ def check_opening(
     facts: RunFacts, cycle: int, miner: str, artifact: ArtifactRef, base_state_digest: str, salt: bytes
 ) -> Refusal | None:
     """Whether these values open the miner's standing commitment of `cycle` to an artifact that may be uploaded."""
-    settled = facts.settled("commit", cycle)
-    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
+    settled = facts.window("commit", cycle).settled
+    accepted = facts.commitment(cycle, miner)
     if settled is None or accepted is None or miner not in settled.committed:
         return Refusal(
             reasons_pb2.REASON_NO_COMMITMENT,
@@ -144,7 +144,7 @@ def check_opening(
             reasons_pb2.REASON_COMMITMENT_MISMATCH,
             "artifact, base state and salt do not open your commitment; reveal exactly what you committed to",
         )
-    opened = facts.opened("train", cycle)
+    opened = facts.window("train", cycle).opened
     assert opened is not None, "a commitment stands in a cycle that was opened"
     if base_state_digest != opened.state.digest:
         return Refusal(
@@ -185,15 +185,15 @@ def judge_upload(facts: RunFacts, miner: str, command: UploadCommand) -> None:
 
 def own_reveal(facts: RunFacts, cycle: int, miner: str) -> cycle_pb2.Submission | None:
     """The accepted submission of a cycle that was made in that cycle, not one that rolled over into it."""
-    accepted = facts.get(cycle_pb2.RevealAccepted, "submit", cycle, "accepted", miner)
+    accepted = facts.reveal(cycle, miner)
     return accepted.submission if accepted is not None and accepted.submission.origin_cycle == cycle else None
 
 
 def submission(facts: RunFacts, reveal: Fact) -> cycle_pb2.Submission:
     """What will be scored when `reveal` is taken."""
     cycle, miner, message = reveal.key.cycle, reveal.signer, reveal.message
-    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
-    opened = facts.opened("train", cycle)
+    accepted = facts.commitment(cycle, miner)
+    opened = facts.window("train", cycle).opened
     assert isinstance(message, cycle_pb2.Reveal)
     assert accepted is not None
     assert opened is not None
@@ -234,14 +234,14 @@ def describe(answer: cycle_pb2.Refused) -> str:
 
 
 def _answered(facts: RunFacts, window: str, fact: Fact) -> bool:
-    return facts.has(window, fact.key.cycle, "refused", f"{fact.signer}-{fact.sequence}")
+    return f"{fact.signer}-{fact.sequence}" in facts.window(window, fact.key.cycle).refused
 
 
 def _barred(facts: RunFacts, miner: str) -> Refusal | None:
     ban = bans.standing(facts, miner)
     if ban is not None and not ban.lifted:
         return Refusal(reasons_pb2.REASON_BANNED, bans.why(ban))
-    if not facts.has("run", 0, "miner", miner):
+    if miner not in facts.enrolled:
         return Refusal(
             reasons_pb2.REASON_NOT_ENROLLED, f"you are not enrolled in run {facts.run}; `connito miner run` enrols you"
         )
@@ -251,13 +251,13 @@ def _barred(facts: RunFacts, miner: str) -> Refusal | None:
 
 
 def _commit_window(facts: RunFacts, cycle: int, sequence: int) -> Refusal | None:
-    if facts.opened("commit", cycle) is None:
+    if facts.window("commit", cycle).opened is None:
         return Refusal(
             reasons_pb2.REASON_WRONG_WINDOW,
             f"the commit window of cycle {cycle} is not open (the run is in cycle {facts.cycle}); "
             "commit after commit.opened",
         )
-    closed = facts.closed("commit", cycle)
+    closed = facts.window("commit", cycle).closed
     if closed is not None and sequence > closed.last_sequence:
         return late_commitment(cycle)
     return None
@@ -265,8 +265,8 @@ def _commit_window(facts: RunFacts, cycle: int, sequence: int) -> Refusal | None
 
 def _submit_window(facts: RunFacts, cycle: int) -> Refusal | None:
     # The streams are read side by side: what made the window possible may arrive a moment after its opening.
-    known = facts.selection is not None and facts.opened("train", cycle) is not None
-    if not known or facts.opened("submit", cycle) is None:
+    known = facts.selection is not None and facts.window("train", cycle).opened is not None
+    if not known or facts.window("submit", cycle).opened is None:
         return Refusal(
             reasons_pb2.REASON_WRONG_WINDOW,
             f"the submit window of cycle {cycle} is not open (the run is in cycle {facts.cycle}); "
@@ -280,7 +280,7 @@ def _second_reveal(facts: RunFacts, cycle: int, miner: str) -> Refusal | None:
         isinstance(fact.message, cycle_pb2.Refused)
         and fact.message.miner == miner
         and fact.message.reason == reasons_pb2.REASON_LATE_REVEAL
-        for fact in facts.all("submit", cycle, "refused").values()
+        for fact in facts.window("submit", cycle).refused.values()
     )
     if not late and own_reveal(facts, cycle, miner) is None:
         return None
@@ -289,7 +289,7 @@ def _second_reveal(facts: RunFacts, cycle: int, miner: str) -> Refusal | None:
 
 def _conclude(facts: RunFacts, fact: Fact) -> cycle_pb2.RevealAccepted | cycle_pb2.Refused:
     cycle = fact.key.cycle
-    closed = facts.closed("submit", cycle)
+    closed = facts.window("submit", cycle).closed
     if closed is not None and fact.sequence > closed.last_sequence:
         return refused("submit", fact, late_reveal(facts, cycle))
     return cycle_pb2.RevealAccepted(run=fact.run, cycle=cycle, submission=submission(facts, fact))

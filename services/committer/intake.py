@@ -11,7 +11,8 @@ from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action
 from connito.v1 import cycle_pb2, reasons_pb2
-from connito.wire.facts import Fact, Record, RunFacts, verify_ingress
+from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.verification import verify_ingress
 
 from . import handlers, settlement
 from .actions import Examine, Settle
@@ -139,7 +140,7 @@ class Intake:
                 await self._check(facts, artifact)
 
     async def _settle(self, facts: RunFacts, window: str, cycle: int) -> None:
-        closed = facts.closed(window, cycle)
+        closed = facts.window(window, cycle).closed
         assert closed is not None
         await self._handled_up_to(closed.last_sequence)
         # Everything inside has its answer in the log by now; wait for it to be in the facts as well.

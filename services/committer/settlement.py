@@ -14,6 +14,7 @@ from connito.protocol import bans
 from connito.protocol.scoring.newcomers import over_quota, quota_detail
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import window_value
 
 from . import handlers
 
@@ -37,7 +38,7 @@ def due(facts: RunFacts) -> Iterator[tuple[str, int]]:
         return
     for cycle in facts.cycles():
         for window in WINDOWS:
-            if facts.closed(window, cycle) is not None and facts.settled(window, cycle) is None:
+            if facts.window(window, cycle).closed is not None and facts.window(window, cycle).settled is None:
                 yield window, cycle
 
 
@@ -59,8 +60,8 @@ def _settle_commit(facts: RunFacts, cycle: int) -> list[Write]:
     writes: list[Write] = []
     committed: list[str] = []
     out = bans.at_close(facts, "commit", cycle)
-    for miner in facts.all("commit", cycle, "accepted"):
-        accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
+    for miner in facts.commitments(cycle):
+        accepted = facts.commitment(cycle, miner)
         assert accepted is not None
         if miner in out:
             writes.append(_late("commit", facts, cycle, miner, accepted.ingress_sequence, _banned(out[miner])))
@@ -79,7 +80,7 @@ def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> 
     writes: list[Write] = []
     inside: dict[str, cycle_pb2.Submission] = {}
     out = bans.at_close(facts, "submit", cycle)
-    for miner in facts.all("submit", cycle, "accepted"):
+    for miner in facts.reveals(cycle):
         own = handlers.own_reveal(facts, cycle, miner)
         if own is None:
             continue
@@ -115,8 +116,7 @@ def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> di
     after, until = (_closed(facts, "submit", c).last_sequence for c in (cycle - 1, cycle))
     rolled: dict[str, cycle_pb2.Submission] = {}
     for origin in range(1, cycle):
-        for fact in facts.all("submit", origin, "refused").values():
-            assert isinstance(fact.message, cycle_pb2.Refused)
+        for fact in facts.window("submit", origin).refused.values():
             sequence = fact.message.ingress_sequence
             if fact.message.reason != reasons_pb2.REASON_LATE_REVEAL or not after < sequence <= until:
                 continue
@@ -128,12 +128,12 @@ def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> di
 
 def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
     """Refusals for miners whose commitment stands and who never said what it was."""
-    committed = facts.settled("commit", cycle)
+    committed = facts.window("commit", cycle).settled
     assert committed is not None, "a submit window opens after the commitments are settled"
     out = bans.at_close(facts, "submit", cycle)
     spoke = {
         fact.message.miner
-        for fact in facts.all("submit", cycle, "refused").values()
+        for fact in facts.window("submit", cycle).refused.values()
         if isinstance(fact.message, cycle_pb2.Refused)
     }
     for miner in sorted(set(committed.committed) - spoke):
@@ -155,7 +155,7 @@ def _late(window: str, facts: RunFacts, cycle: int, miner: str, sequence: int, r
     message = cycle_pb2.Refused(
         run=facts.run,
         cycle=cycle,
-        window=cycle_pb2.Window.Value(f"WINDOW_{window.upper()}"),
+        window=window_value(window),
         miner=miner,
         reason=refusal.reason,
         detail=refusal.detail,
@@ -171,6 +171,6 @@ def _settled(
 
 
 def _closed(facts: RunFacts, window: str, cycle: int) -> cycle_pb2.WindowClosed:
-    closed = facts.closed(window, cycle)
+    closed = facts.window(window, cycle).closed
     assert closed is not None
     return closed

@@ -44,7 +44,7 @@ class Version:
 
 def lineage(facts: RunFacts) -> list[Version]:
     """Every version, from the base on."""
-    selected = facts.fact("run", 0, "selected")
+    selected = facts.selected_fact
     selection = facts.selection
     if selected is None or selection is None:
         return []
@@ -71,7 +71,7 @@ def latest_version(facts: RunFacts) -> cycle_pb2.VersionPublished | None:
 def _version(
     facts: RunFacts, cycle: int, published: cycle_pb2.VersionPublished, known: dict[int, ArtifactRef]
 ) -> Version:
-    fact = facts.fact("merge", cycle, "version")
+    fact = facts.version_fact(cycle)
     assert fact is not None
     kept = published.gate in (cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE)
     return Version(
@@ -103,7 +103,7 @@ def _contradiction(published: cycle_pb2.VersionPublished, kept: bool, known: dic
 
 def _opening(facts: RunFacts, cycle: int, version: int, state: ArtifactRef) -> str:
     """The cycle that follows must start from what this one published."""
-    opened = facts.opened("train", cycle)
+    opened = facts.window("train", cycle).opened
     if opened is None or (opened.version == version and opened.state.digest == state.digest):
         return ""
     return f"cycle {cycle} started from version {opened.version} with another state"

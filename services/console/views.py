@@ -12,7 +12,7 @@ from connito.views import standings
 from connito.views.live import phase
 from connito.views.run_report import miner_name, outcome, submission_rows
 from connito.views.standings import rating_text
-from connito.wire.facts import Fact, RunFacts, open_window
+from connito.wire.facts import Fact, RunFacts, Window
 
 from . import words
 
@@ -140,9 +140,8 @@ def head(facts: RunFacts, now_ms: int) -> Head:
     """Where a run stands. Raises `AssertionError` for a run that was not created."""
     spec, ending = facts.spec, outcome(facts)
     assert spec is not None
-    where = open_window(facts) if facts.ended is None else None
-    opened = None if where is None else facts.opened(*where)
-    deadline = 0 if opened is None else opened.deadline_unix_ms
+    window = facts.open_window if facts.ended is None else None
+    deadline = 0 if window is None else window.deadline_unix_ms
     return Head(
         run=facts.run,
         domain=spec.domain,
@@ -151,10 +150,10 @@ def head(facts: RunFacts, now_ms: int) -> Head:
         phase=_phase(facts),
         reason=words.REASONS.get(ending["reason"], ending["reason"]),
         detail=ending["detail"],
-        window="" if where is None else where[0],
+        window="" if window is None else window.name,
         deadline_unix_ms=deadline,
         last_unix_ms=max(fact.time_unix_ms for fact in facts.facts.values()),
-        stale=_overdue(where, deadline, now_ms),
+        stale=_overdue(window, deadline, now_ms),
         cycles=tuple(facts.cycles()),
         planned=spec.cycles,
         miners=len(facts.miners),
@@ -208,7 +207,7 @@ def validator_rows(facts: RunFacts, cycle: int) -> list[ValidatorRow]:
 
 def judged(facts: RunFacts, cycle: int) -> dict[str, cycle_pb2.Verdict]:
     """The verdicts of a cycle by miner; empty until they are published."""
-    scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    scored = facts.scored(cycle)
     return {} if scored is None else {verdict.miner: verdict for verdict in scored.verdicts}
 
 
@@ -262,7 +261,7 @@ def _matching(rows: Iterable[ExpertRow], terms: list[str]) -> Iterable[ExpertRow
 
 
 def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
-    spec, created = facts.spec, facts.fact("run", 0, "created")
+    spec, created = facts.spec, facts.created_fact
     assert spec is not None
     assert created is not None
     first, last = _target_losses(facts)
@@ -285,11 +284,11 @@ def _phase(facts: RunFacts) -> str:
     return phase(facts, 0).partition(" (")[0]
 
 
-def _overdue(where: tuple[str, int] | None, deadline_ms: int, now_ms: int) -> str:
-    if where is None or not deadline_ms or now_ms <= deadline_ms + OVERDUE_MS:
+def _overdue(window: Window | None, deadline_ms: int, now_ms: int) -> str:
+    if window is None or not deadline_ms or now_ms <= deadline_ms + OVERDUE_MS:
         return ""
     return (
-        f"The {where[0]} window should have closed, and nothing was heard since. The coordinator may be down: its log and "
+        f"The {window.name} window should have closed, and nothing was heard since. The coordinator may be down: its log and "
         "`connito doctor` say more."
     )
 
@@ -303,13 +302,12 @@ def _target_losses(facts: RunFacts) -> tuple[float | None, float | None]:
 
 def _expert_rows(facts: RunFacts) -> Iterable[ExpertRow]:
     spec = facts.spec
-    for fact in facts.all("library", 0, "deposited").values():
+    for fact in facts.deposits.values():
         yield _expert_row(fact, "" if spec is None else spec.base.name, tuple(curves(facts)))
 
 
-def _expert_row(fact: Fact, base: str, measured: tuple[Curve, ...]) -> ExpertRow:
+def _expert_row(fact: Fact[run_pb2.ExpertDeposited], base: str, measured: tuple[Curve, ...]) -> ExpertRow:
     message = fact.message
-    assert isinstance(message, run_pb2.ExpertDeposited)
     return ExpertRow(
         expert_id=message.expert_id,
         run=fact.run,
@@ -326,8 +324,7 @@ def _expert_row(fact: Fact, base: str, measured: tuple[Curve, ...]) -> ExpertRow
 
 def _measured(facts: RunFacts, cycle: int) -> set[str]:
     found: set[str] = set()
-    for fact in facts.all("validate", cycle, "report").values():
-        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+    for fact in facts.reports(cycle).values():
         found.update(score.miner for score in fact.message.scores)
     return found
 

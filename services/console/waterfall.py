@@ -68,21 +68,20 @@ class Bar:
 
 def waterfall(facts: RunFacts, cycle: int, now_ms: int) -> list[Bar]:
     """The windows of a cycle that were opened. An open one reaches to `now_ms`, or to its deadline when that is over."""
-    began = facts.fact("train", cycle, "opened")
+    began = facts.window("train", cycle).opened_fact
     if began is None:
         return []
     return [bar for window in WINDOWS if (bar := _bar(facts, window, cycle, began.time_unix_ms, now_ms)) is not None]
 
 
 def _bar(facts: RunFacts, window: str, cycle: int, zero: int, now_ms: int) -> Bar | None:
-    opening, closing = facts.fact(window, cycle, "opened"), facts.fact(window, cycle, "closed")
+    opening, closing = facts.window(window, cycle).opened_fact, facts.window(window, cycle).closed_fact
     if opening is None:
         return None
-    assert isinstance(opening.message, cycle_pb2.WindowOpened)
     acts = tuple(_acts(facts, window, cycle, zero))
     end = _end(facts, opening, closing, acts, zero, now_ms)
     acted = {fact.key.id for fact in _facts(facts, window, cycle) if fact.key.kind in _FINISHING}
-    closed = facts.closed(window, cycle)
+    closed = facts.window(window, cycle).closed
     return Bar(
         window=window,
         start_ms=opening.time_unix_ms - zero,
@@ -94,12 +93,18 @@ def _bar(facts: RunFacts, window: str, cycle: int, zero: int, now_ms: int) -> Ba
     )
 
 
-def _end(facts: RunFacts, opening: Fact, closing: Fact | None, acts: tuple[Act, ...], zero: int, now_ms: int) -> int:
+def _end(
+    facts: RunFacts,
+    opening: Fact[cycle_pb2.WindowOpened],
+    closing: Fact | None,
+    acts: tuple[Act, ...],
+    zero: int,
+    now_ms: int,
+) -> int:
     if closing is not None:
         return closing.time_unix_ms
-    if (ended := facts.fact("run", 0, "ended")) is not None:
+    if (ended := facts.ended_fact) is not None:
         return ended.time_unix_ms
-    assert isinstance(opening.message, cycle_pb2.WindowOpened)
     limit = opening.message.deadline_unix_ms or now_ms
     latest = max((zero + act.at_ms for act in acts), default=opening.time_unix_ms)
     return max(opening.time_unix_ms, latest, min(now_ms, limit))
@@ -112,7 +117,7 @@ def _acts(facts: RunFacts, window: str, cycle: int, zero: int) -> Iterator[Act]:
 
 
 def _facts(facts: RunFacts, window: str, cycle: int) -> Iterator[Fact]:
-    closed = facts.fact(window, cycle, "closed")
+    closed = facts.window(window, cycle).closed_fact
     for section, kind in _ACTS[window]:
         for fact in facts.all(section, cycle, kind).values():
             # A late one belongs to no window; the miners' table says so.

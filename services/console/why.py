@@ -112,14 +112,13 @@ def _measurements(facts: RunFacts, cycle: int, miner: str) -> tuple[list[Measure
     found, spoke = [], set()
     distances = _distances(facts, cycle)
     standings = {row["validator"]: row for row in validator_rows(facts, cycle)}
-    for validator, fact in facts.all("validate", cycle, "report").items():
-        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+    for validator, fact in facts.reports(cycle).items():
         for score in fact.message.scores:
             if score.miner == miner:
                 spoke.add(validator)
                 measured = _measurement(facts, validator, score, distances.get(validator))
                 found.append(_weighed(measured, standings.get(validator)))
-    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    drawn = facts.drawn(cycle)
     expected = () if drawn is None else (*drawn.validators, *drawn.omitted)
     return found, [name(facts, key) for key in expected if key not in spoke]
 
@@ -153,13 +152,13 @@ def _weighed(measured: Measurement, row: dict[str, Any] | None) -> Measurement:
 
 
 def _distances(facts: RunFacts, cycle: int) -> dict[str, float]:
-    scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    scored = facts.scored(cycle)
     standings = () if scored is None else scored.validators
     return {standing.validator: standing.deviation for standing in standings if standing.reported}
 
 
 def _digest(facts: RunFacts, cycle: int, miner: str) -> str:
-    settled = facts.settled("submit", cycle)
+    settled = facts.window("submit", cycle).settled
     for submission in () if settled is None else settled.submissions:
         if submission.miner == miner:
             return submission.artifact.digest

@@ -17,8 +17,9 @@ from connito.service.engine import now_ms
 from connito.service.rpc import open_request
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
-from connito.wire.facts import Log, RunFacts
+from connito.wire.facts import RunFacts
 from connito.wire.identity import is_public_key
+from connito.wire.log import Log
 from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import INSTALLATION
 
@@ -74,7 +75,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
 
     async def ListRuns(self, request: services_pb2.ListRunsRequest, context: Any) -> services_pb2.ListRunsResponse:  # noqa: N802
         """Every run, oldest first."""
-        created = [(facts.fact("run", 0, "created"), facts) for facts in self._log.runs.values()]
+        created = [(facts.created_fact, facts) for facts in self._log.runs.values()]
         known = sorted((fact.sequence, facts.run) for fact, facts in created if fact is not None)
         return services_pb2.ListRunsResponse(runs=[status(self._log.runs[run]) for _, run in known])
 
@@ -125,11 +126,11 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         enrolment.check_key(command, miner, self._roster)
         facts = self._known(command.run)
         enrolment.check_ban(facts, self._everywhere, miner)
-        if not facts.has("run", 0, "miner", miner):
+        if miner not in facts.enrolled:
             if facts.ended is not None:
                 raise _over(facts)
             await self._enrol(facts, command, miner)
-            facts = await self._wait(command.run, lambda facts: facts.has("run", 0, "miner", miner))
+            facts = await self._wait(command.run, lambda facts: miner in facts.enrolled)
         if facts.ended is not None:
             raise _over(facts)
         return services_pb2.EnrolMinerResponse(spec=facts.spec)
@@ -149,7 +150,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
             id_ = f"{use.invite}-{use.number}"
             await self._bus.publish_fact(where, "run", 0, "invited", use, id_)
             # Whose it became shows in the log; if it is another's, the next number is tried.
-            await self._wait(where, lambda facts, id_=id_: facts.has("run", 0, "invited", id_))  # type: ignore[misc]
+            await self._wait(where, lambda facts, id_=id_: id_ in facts.invites_used)  # type: ignore[misc]
 
     async def BanMiner(self, request: services_pb2.BanMinerRequest, context: Any) -> services_pb2.BanMinerResponse:  # noqa: N802
         """Shut a key out of a run or, on an operator's order, of every run; or take it back. Again is fine.
@@ -200,7 +201,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
             )
             id_ = f"{order.miner}-{number}"
             await self._bus.publish_fact(run, "run", 0, "ban", ban, id_)
-            await self._wait(run, lambda facts, id_=id_: facts.has("run", 0, "ban", id_))  # type: ignore[misc]
+            await self._wait(run, lambda facts, id_=id_: id_ in facts.bans)  # type: ignore[misc]
 
     def _going_on(self) -> list[str]:
         runs = self._log.runs.values()

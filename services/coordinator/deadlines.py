@@ -26,11 +26,10 @@ def window_ms(facts: RunFacts, window: str, cycle: int) -> int | None:
     A window that ran into its deadline is measured to the last act inside it. Its own length says only how long one
     absentee was waited for, and would teach the ceiling to every later cycle.
     """
-    opened, closed = facts.fact(window, cycle, "opened"), facts.fact(window, cycle, "closed")
+    opened, closed = facts.window(window, cycle).opened_fact, facts.window(window, cycle).closed_fact
     if opened is None or closed is None:
         return None
     end = closed.time_unix_ms
-    assert isinstance(closed.message, cycle_pb2.WindowClosed)
     if closed.message.cause == cycle_pb2.CLOSE_CAUSE_DEADLINE:
         end = max((fact.time_unix_ms for fact in _acts(facts, window, cycle) if fact.time_unix_ms <= end), default=end)
     return max(0, end - opened.time_unix_ms)

@@ -66,7 +66,7 @@ def free_use(invite: run_pb2.Invite, log: RunFacts, miner: str) -> run_pb2.Invit
     """
     used = {
         fact.message.number: fact.message.miner
-        for fact in log.all("run", 0, "invited").values()
+        for fact in log.invites_used.values()
         if isinstance(fact.message, run_pb2.InviteUsed) and fact.message.invite == invite.id
     }
     if miner in used.values():

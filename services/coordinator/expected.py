@@ -10,7 +10,7 @@ from connito.wire.facts import RunFacts
 
 
 def _named(facts: RunFacts, cycle: int) -> set[str]:
-    opened = facts.opened("train", cycle)
+    opened = facts.window("train", cycle).opened
     return set() if opened is None else set(opened.expected)
 
 
@@ -29,7 +29,7 @@ def expected_miners(facts: RunFacts, cycle: int) -> list[str]:
     "New" means that no earlier cycle has named them, which needs no comparison of times between streams. When that
     leaves nobody, everyone enrolled is given another chance.
     """
-    settled = facts.settled("commit", cycle - 1)
+    settled = facts.window("commit", cycle - 1).settled
     committed = set() if settled is None else set(settled.committed)
     enrolled = active(facts)
     current = (enrolled - _known_before(facts, cycle)) | (enrolled & committed)
@@ -42,25 +42,25 @@ def expected_validators(facts: RunFacts, spec: RunSpec, cycle: int) -> list[str]
     When these are no quorum, everyone who joined: without the others there would be nothing to score with.
     """
     joined = set(facts.validators)
-    reported = joined & set(facts.all("validate", cycle - 1, "report"))
+    reported = joined & set(facts.reports(cycle - 1))
     current = (joined - _known_before(facts, cycle)) | reported
     return sorted(current if len(current) >= spec.windows.min_validators else joined)
 
 
 def seeded(facts: RunFacts, cycle: int) -> list[str]:
     """Validators whose seed commitment is known. The list in `validate.opened` is final: nobody joins a draw later."""
-    return list(facts.all("train", cycle, "seed"))
+    return list(facts.seed_commitments(cycle))
 
 
 def trained(facts: RunFacts, cycle: int) -> list[str]:
     """Enrolled miners that said they are done."""
     enrolled = active(facts)
-    return [miner for miner in facts.all("ingress", cycle, "trained") if miner in enrolled]
+    return [miner for miner in facts.trained(cycle) if miner in enrolled]
 
 
 def committed(facts: RunFacts, cycle: int) -> list[str]:
     """Miners whose commitment stands."""
-    settled = facts.settled("commit", cycle)
+    settled = facts.window("commit", cycle).settled
     return [] if settled is None else sorted(settled.committed)
 
 
@@ -69,39 +69,37 @@ def idle_in_train(facts: RunFacts, cycle: int) -> list[str]:
 
     Somebody who was named by another leader and whose enrolment was not read yet counts as idle.
     """
-    opened = facts.opened("train", cycle)
+    opened = facts.window("train", cycle).opened
     assert opened is not None
     miners, validators, out = set(facts.miners), set(facts.validators), set(banned(facts))
     return [
         key
         for key in opened.expected
         if (key not in miners | validators and key not in out)
-        or (key in miners - out and not facts.has("ingress", cycle, "trained", key))
-        or (key in validators and not facts.has("train", cycle, "seed", key))
+        or (key in miners - out and key not in facts.trained(cycle))
+        or (key in validators and key not in facts.seed_commitments(cycle))
     ]
 
 
 def unanswered(facts: RunFacts, window: str, cycle: int) -> list[str]:
     """Who has neither an accepted nor a refused message in a commit or submit window, of those named when it opened
     and those who, in the case of commit, trained since."""
-    opened = facts.opened(window, cycle)
+    opened = facts.window(window, cycle).opened
     assert opened is not None
     people = {*opened.expected, *(trained(facts, cycle) if window == "commit" else committed(facts, cycle))}
     refused = {
         fact.message.miner
-        for fact in facts.all(window, cycle, "refused").values()
+        for fact in facts.window(window, cycle).refused.values()
         if isinstance(fact.message, cycle_pb2.Refused)
     }
     out = set(banned(facts))
-    return [miner for miner in sorted(people - refused - out) if not facts.has(window, cycle, "accepted", miner)]
+    return [miner for miner in sorted(people - refused - out) if miner not in facts.window(window, cycle).accepted]
 
 
 def silent(facts: RunFacts, cycle: int, validators: list[str]) -> list[str]:
     """Those of `validators` whose secret, or the commitment to judge it by, is not known yet."""
     return [
-        key
-        for key in validators
-        if not facts.has("validate", cycle, "seed", key) or not facts.has("train", cycle, "seed", key)
+        key for key in validators if key not in facts.seed_reveals(cycle) or key not in facts.seed_commitments(cycle)
     ]
 
 
@@ -109,8 +107,8 @@ def secrets(facts: RunFacts, cycle: int, validators: list[str]) -> dict[str, byt
     """Revealed secrets of `validators` that match what each committed to during train."""
     valid: dict[str, bytes] = {}
     for validator in validators:
-        commitment = facts.get(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator)
-        reveal = facts.get(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator)
+        commitment = facts.seed_commitment(cycle, validator)
+        reveal = facts.seed_reveal(cycle, validator)
         if commitment is None or reveal is None:
             continue
         if opens(commitment.digest, facts.run, cycle, validator, reveal.secret):

@@ -16,7 +16,7 @@ from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
-from connito.wire.subjects import WINDOWS
+from connito.wire.subjects import WINDOWS, window_value
 
 from . import expected
 from .actions import CloseWindow, PublishFact
@@ -33,7 +33,7 @@ def decide(facts: RunFacts, now_ms: int) -> Decision:
     spec = facts.spec
     if spec is None or facts.ended is not None:
         return Decision([], None)
-    failed = facts.get(run_pb2.SelectionFailed, "run", 0, "selection_failed")
+    failed = facts.selection_failed
     if failed is not None:
         reason = failed.reason or reasons_pb2.REASON_SELECTION_FAILED
         return _end(facts, run_pb2.RUN_OUTCOME_FAILED, reason, failed.detail)
@@ -46,11 +46,11 @@ def decide(facts: RunFacts, now_ms: int) -> Decision:
 
 def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, cycle: int, now_ms: int) -> Decision:
     for window in WINDOWS:
-        if facts.opened(window, cycle) is None:
+        if facts.window(window, cycle).opened is None:
             return _open(facts, spec, window, cycle, now_ms)
-        if facts.closed(window, cycle) is None:
+        if facts.window(window, cycle).closed is None:
             return _in_window(facts, spec, window, cycle, now_ms)
-        if window in _SETTLED and facts.settled(window, cycle) is None:
+        if window in _SETTLED and facts.window(window, cycle).settled is None:
             return Decision([], None)
     enough = reached(facts, cycle)
     if enough:
@@ -76,7 +76,7 @@ def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int) -> Decision:
     policy, miners, validators = spec.windows, len(expected.active(facts)), len(facts.validators)
     if miners >= policy.min_miners and validators >= policy.min_validators:
         return _open(facts, spec, "train", 1, now_ms)
-    selected = facts.fact("run", 0, "selected")
+    selected = facts.selected_fact
     assert selected is not None
     deadline = selected.time_unix_ms + round(policy.assemble_seconds * 1000)
     if now_ms < deadline:
@@ -93,15 +93,14 @@ def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int) -> Decision:
 
 
 def _validate(facts: RunFacts, spec: run_pb2.RunSpec, cycle: int, now_ms: int) -> Decision:
-    opened = facts.fact("validate", cycle, "opened")
+    opened = facts.window("validate", cycle).opened_fact
     assert opened is not None
     deadline = _opened(facts, "validate", cycle).deadline_unix_ms
     half = max(0, deadline - opened.time_unix_ms) // 2
-    drawn = facts.fact("validate", cycle, "drawn")
+    drawn = facts.drawn_fact(cycle)
     if drawn is None:
         return _draw(facts, spec, cycle, opened.time_unix_ms + half, deadline, now_ms)
-    assert isinstance(drawn.message, cycle_pb2.SeedDrawn)
-    waiting = [key for key in drawn.message.validators if not facts.has("validate", cycle, "report", key)]
+    waiting = [key for key in drawn.message.validators if key not in facts.reports(cycle)]
     # A draw that an outage delayed leaves as much time to score as one made in time.
     return _close_or_wait(facts, "validate", cycle, waiting, max(deadline, drawn.time_unix_ms + half), now_ms)
 
@@ -143,7 +142,7 @@ def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: str, cycle: int, now_m
     message = cycle_pb2.WindowOpened(
         run=facts.run,
         cycle=cycle,
-        window=cycle_pb2.Window.Value(f"WINDOW_{window.upper()}"),
+        window=window_value(window),
         deadline_unix_ms=0 if window == "merge" else deadline_ms(facts, window, cycle, now_ms, spec.windows),
         expected=_people(facts, spec, window, cycle),
         version=version,
@@ -168,7 +167,7 @@ def _start(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef]:
     published = facts.version(cycle - 1)
     if published is not None:
         return published.version, published.state
-    opened, selection = facts.opened("train", cycle), facts.selection
+    opened, selection = facts.window("train", cycle).opened, facts.selection
     if opened is not None:
         return opened.version, opened.state
     assert cycle == 1, "a cycle after the first opens when the one before has published its version"
@@ -177,7 +176,7 @@ def _start(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef]:
 
 
 def _opened(facts: RunFacts, window: str, cycle: int) -> cycle_pb2.WindowOpened:
-    opened = facts.opened(window, cycle)
+    opened = facts.window(window, cycle).opened
     assert opened is not None
     return opened
 

@@ -15,6 +15,7 @@ from connito.runtime.logs import get_logger
 from connito.service.engine import Action, Decision, now_ms
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.facts import RunFacts
+from connito.wire.subjects import window_value
 from google.protobuf.message import Message
 
 from . import handlers
@@ -100,7 +101,7 @@ class Leader:
         message = cycle_pb2.WindowClosed(
             run=run,
             cycle=close.cycle,
-            window=cycle_pb2.Window.Value(f"WINDOW_{close.window.upper()}"),
+            window=window_value(close.window),
             stream=close.stream,
             last_sequence=await self._bus.last_sequence(close.stream),
             cause=close.cause,
@@ -133,7 +134,7 @@ class Leader:
 
 def observe(facts: RunFacts, window: str, cycle: int) -> None:
     """Count the length of a window that was closed."""
-    length, closed = window_ms(facts, window, cycle), facts.closed(window, cycle)
+    length, closed = window_ms(facts, window, cycle), facts.window(window, cycle).closed
     if length is not None and closed is not None:
         cause = cycle_pb2.CloseCause.Name(closed.cause).removeprefix("CLOSE_CAUSE_").lower()
         metrics.WINDOW_SECONDS.labels(window, cause).observe(length / 1000)

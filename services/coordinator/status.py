@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from connito.v1 import run_pb2, services_pb2
 from connito.wire.facts import RunFacts
-from connito.wire.subjects import WINDOWS
 
 _PHASES = {
     run_pb2.RUN_OUTCOME_COMPLETED: services_pb2.RUN_PHASE_COMPLETED,
@@ -22,15 +21,6 @@ def phase(facts: RunFacts) -> services_pb2.RunPhase.ValueType:
     return services_pb2.RUN_PHASE_RUNNING if facts.cycle else services_pb2.RUN_PHASE_ASSEMBLING
 
 
-def open_window(facts: RunFacts) -> str:
-    """The window of the current cycle that is opened and not closed; empty between windows."""
-    cycle = facts.cycle
-    for window in reversed(WINDOWS):
-        if facts.opened(window, cycle) is not None:
-            return "" if facts.closed(window, cycle) is not None else window
-    return ""
-
-
 def version(facts: RunFacts) -> int:
     """The newest published version; 0 is the base."""
     for cycle in (facts.cycle, facts.cycle - 1):
@@ -42,14 +32,13 @@ def version(facts: RunFacts) -> int:
 
 def status(facts: RunFacts) -> services_pb2.RunStatus:
     """What the API answers about a run that was created."""
-    window = "" if facts.ended is not None else open_window(facts)
-    opened = facts.opened(window, facts.cycle) if window else None
+    window = facts.open_window if facts.ended is None else None
     return services_pb2.RunStatus(
         spec=facts.spec,
         phase=phase(facts),
         cycle=facts.cycle,
-        window=window,
-        deadline_unix_ms=0 if opened is None else opened.deadline_unix_ms,
+        window="" if window is None else window.name,
+        deadline_unix_ms=0 if window is None else window.deadline_unix_ms,
         version=version(facts),
         miners=facts.miners,
         validators=facts.validators,

@@ -6,8 +6,6 @@ from connito.runtime import metrics
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS
 
-from .status import open_window
-
 
 class OpenWindows:
     """Keeps the gauges of the oldest open window of each kind. Every replica does, leading or not."""
@@ -18,13 +16,12 @@ class OpenWindows:
 
     def notice(self, facts: RunFacts) -> None:
         """Look at a run after one of its windows was opened or closed, or after its end."""
-        window = "" if facts.ended is not None else open_window(facts)
-        opened = facts.fact(window, facts.cycle, "opened") if window else None
-        message = facts.opened(window, facts.cycle) if window else None
-        if opened is None or message is None:
+        window = facts.open_window if facts.ended is None else None
+        opened = None if window is None else window.opened_fact
+        if window is None or opened is None:
             self._open.pop(facts.run, None)
         else:
-            self._open[facts.run] = (window, opened.time_unix_ms / 1000, message.deadline_unix_ms / 1000)
+            self._open[facts.run] = (window.name, opened.time_unix_ms / 1000, window.deadline_unix_ms / 1000)
         self._report()
 
     def _report(self) -> None:

@@ -13,7 +13,8 @@ from connito.library.index import Index
 from connito.service.rpc import serve
 from connito.service.runner import ServiceContext, run_service
 from connito.v1 import run_pb2, services_pb2_grpc
-from connito.wire.facts import Fact, verify_fact
+from connito.wire.facts import Fact
+from connito.wire.verification import verify_fact
 
 from .actions import Depositor
 from .projection import Catalogue

@@ -22,8 +22,10 @@ from connito.runtime import metrics
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
-from connito.wire.facts import Log, Record, RunFacts, verify_fact
+from connito.wire.facts import Record, RunFacts
+from connito.wire.log import Log
 from connito.wire.roster import Roster
+from connito.wire.verification import verify_fact
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

@@ -25,10 +25,9 @@ NOTICES = {
 }
 
 
-def summarise(fact: Fact) -> services_pb2.ExpertSummary:
+def summarise(fact: Fact[run_pb2.ExpertDeposited]) -> services_pb2.ExpertSummary:
     """One row of the catalogue."""
     message = fact.message
-    assert isinstance(message, run_pb2.ExpertDeposited)
     return services_pb2.ExpertSummary(
         expert_id=message.expert_id,
         run=message.run,
@@ -60,7 +59,7 @@ class Catalogue:
     """
 
     index: Index = field(default_factory=Index)
-    facts: dict[str, Fact] = field(default_factory=dict)
+    facts: dict[str, Fact[run_pb2.ExpertDeposited]] = field(default_factory=dict)
     envelopes: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
     def add(self, fact: Fact, record: bytes | None = None, envelope: tuple[str, bytes] | None = None) -> None:
@@ -69,24 +68,25 @@ class Catalogue:
         `record`: the bytes of a deposit's record; without them the expert is public and known by its domain alone.
         Raises `VerificationFailed` for another record than the one deposited.
         """
-        message = fact.message
-        if not isinstance(message, run_pb2.ExpertDeposited):
+        deposit = fact.of(run_pb2.ExpertDeposited)
+        if deposit is None:
             event = event_of(fact)
             self.index.apply([] if event is None else [event])
             return
+        message = deposit.message
         if record is None:
             body = {"expert_id": message.expert_id, "domain": message.domain}
             event = LibraryEvent(fact.sequence, fact.time_unix_ms, "deposited", message.expert_id, body, fact.stream)
         else:
-            event = deposit_event(fact, record)
+            event = deposit_event(deposit, record)
         self.index.apply([event])
         known = self.facts.get(message.expert_id)
         if known is None or fact.sequence < known.sequence:
-            self.facts[message.expert_id] = fact
+            self.facts[message.expert_id] = deposit
             if envelope is not None:
                 self.envelopes[message.expert_id] = envelope
 
-    def fact(self, expert_id: str, viewer: Viewer | None = None) -> Fact:
+    def fact(self, expert_id: str, viewer: Viewer | None = None) -> Fact[run_pb2.ExpertDeposited]:
         """The deposit of one expert. Raises `NotFound`."""
         fact = self.facts.get(expert_id)
         if fact is None or not (viewer or Viewer()).sees(self.index.record(expert_id)):

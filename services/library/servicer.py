@@ -45,7 +45,6 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         record = await self._store.get_bytes(expert.record)
         attestation, standing = "", self._catalogue.standing(request.expert_id)
         envelope = self._catalogue.envelopes.get(request.expert_id)
-        assert isinstance(fact.message, run_pb2.ExpertDeposited)
         if fact.message.HasField("attestation") and envelope is not None:
             part = json.loads(await self._store.get_bytes(fact.message.attestation))
             attestation = json.dumps(countersign(part, *envelope), sort_keys=True)

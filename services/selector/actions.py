@@ -19,8 +19,9 @@ from connito.runtime.logs import Logger
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
-from connito.wire.facts import Record, verify_fact
+from connito.wire.facts import Record
 from connito.wire.roster import Roster
+from connito.wire.verification import verify_fact
 from connito.workloads.selecting import Chosen, Library, Probes, check_holdouts, choose
 
 from . import handlers

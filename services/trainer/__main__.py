@@ -8,7 +8,8 @@ from functools import partial
 from connito.runtime.compute import ComputeBudget
 from connito.service.engine import Decision, Engine
 from connito.service.runner import ServiceContext, run_service
-from connito.wire.facts import Log, RunFacts
+from connito.wire.facts import RunFacts
+from connito.wire.log import Log
 
 from .actions import Miner
 from .adapters import Downloads, Services

@@ -79,7 +79,7 @@ class Miner:
     async def _train(self, run: str, cycle: int) -> None:
         logs.bind_run(run, cycle)
         facts, ledger = self.facts(run), self.ledger
-        opened, spec = facts.opened("train", cycle), facts.spec
+        opened, spec = facts.window("train", cycle).opened, facts.spec
         assert opened is not None
         assert spec is not None
         check_start(facts, cycle)

@@ -53,11 +53,11 @@ class Copier(_Idle):
 
     def may_produce(self, facts: RunFacts, cycle: int) -> bool:
         victim = self.victim()
-        return bool(victim) and facts.has("commit", cycle, "accepted", victim)
+        return bool(victim) and victim in facts.commitments(cycle)
 
     def may_say_trained(self, facts: RunFacts, cycle: int, *, has_result: bool) -> bool:
         """A lie that keeps the commit window open until the victim has committed."""
-        return facts.opened("train", cycle) is not None and facts.closed("train", cycle) is None
+        return facts.window("train", cycle).opened is not None and facts.window("train", cycle).closed is None
 
     def victim(self) -> str:
         """The victim's public key; empty while its work folder is not there."""
@@ -229,7 +229,7 @@ class Late(Strategy):
     name = "late"
 
     def may_reveal(self, facts: RunFacts, cycle: int) -> bool:
-        return facts.closed("submit", cycle) is not None
+        return facts.window("submit", cycle).closed is not None
 
 
 def choose(settings: TrainerSettings) -> Strategy:

@@ -118,8 +118,8 @@ def _wants_result(facts: RunFacts, me: str, cycle: int, strategy: Strategy) -> b
     return (
         cycle == facts.cycle
         and facts.selection is not None
-        and facts.closed("commit", cycle) is None
-        and not facts.has("commit", cycle, "accepted", me)
+        and facts.window("commit", cycle).closed is None
+        and me not in facts.commitments(cycle)
         and strategy.may_produce(facts, cycle)
     )
 
@@ -128,17 +128,17 @@ def _may_commit(facts: RunFacts, me: str, mine: CycleProgress) -> bool:
     cycle = mine.cycle
     return (
         not mine.committed
-        and facts.opened("commit", cycle) is not None
-        and facts.closed("commit", cycle) is None
-        and not facts.has("commit", cycle, "accepted", me)
+        and facts.window("commit", cycle).opened is not None
+        and facts.window("commit", cycle).closed is None
+        and me not in facts.commitments(cycle)
         and not refusals(facts, me, "commit", cycle)
     )
 
 
 def stands(facts: RunFacts, me: str, mine: CycleProgress) -> bool:
     """Whether the commitment that the committer settled on is the one to the result in the work folder."""
-    settled = facts.settled("commit", mine.cycle)
-    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", mine.cycle, "accepted", me)
+    settled = facts.window("commit", mine.cycle).settled
+    accepted = facts.commitment(mine.cycle, me)
     return (
         settled is not None
         and me in settled.committed
@@ -152,7 +152,7 @@ def _answered(facts: RunFacts, me: str, cycle: int) -> bool:
 
     `not-revealed` is no answer to a reveal but the remark that none came: a late one is still welcome.
     """
-    scoring = (facts.get(cycle_pb2.RevealAccepted, "submit", later, "accepted", me) for later in (cycle, cycle + 1))
+    scoring = (facts.reveal(later, me) for later in (cycle, cycle + 1))
     accepted = any(reveal is not None and reveal.submission.origin_cycle == cycle for reveal in scoring)
     refused = refusals(facts, me, "submit", cycle).values()
     return accepted or any(refusal.reason != reasons_pb2.REASON_NOT_REVEALED for refusal in refused)
@@ -162,7 +162,7 @@ def refusals(facts: RunFacts, me: str, window: str, cycle: int) -> Mapping[str, 
     """What the committer refused of this miner, by fact id."""
     return {
         id_: fact.message
-        for id_, fact in facts.all(window, cycle, "refused").items()
+        for id_, fact in facts.window(window, cycle).refused.items()
         if isinstance(fact.message, cycle_pb2.Refused) and fact.message.miner == me
     }
 
@@ -171,13 +171,13 @@ def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:
     """What was decided about `me` in a cycle, in plain words."""
     told = []
     for window, what in (("commit", "commitment"), ("submit", "reveal")):
-        if facts.has(window, cycle, "accepted", me):
+        if me in facts.window(window, cycle).accepted:
             told.append(LogDecision(cycle, f"{window}-accepted", f"{what} accepted"))
         for id_, refusal in refusals(facts, me, window, cycle).items():
             reason = reason_name(refusal.reason)
             name = f"{window}-refused-{id_.rpartition('-')[2]}"
             told.append(LogDecision(cycle, name, f"refused: {reason}: {refusal.detail}", reason))
-    scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    scored = facts.scored(cycle)
     for verdict in scored.verdicts if scored is not None else ():
         if verdict.miner == me:
             told.append(LogDecision(cycle, "verdict", describe(verdict), reason_name(verdict.reason)))

@@ -43,15 +43,15 @@ class Strategy:
 
     def may_produce(self, facts: RunFacts, cycle: int) -> bool:
         """Whether to make a result now. A cycle whose train window has closed is left to those who were there."""
-        return facts.opened("train", cycle) is not None and facts.closed("train", cycle) is None
+        return facts.window("train", cycle).opened is not None and facts.window("train", cycle).closed is None
 
     def may_say_trained(self, facts: RunFacts, cycle: int, *, has_result: bool) -> bool:
         """Whether to say that the local steps are done."""
-        return has_result and facts.closed("train", cycle) is None
+        return has_result and facts.window("train", cycle).closed is None
 
     def may_reveal(self, facts: RunFacts, cycle: int) -> bool:
         """Whether to upload and reveal a standing commitment. After the window has closed too: it rolls over."""
-        return facts.opened("submit", cycle) is not None
+        return facts.window("submit", cycle).opened is not None
 
     async def produce(self, work: Work) -> Effort:
         """Write the result to `work.draft`."""

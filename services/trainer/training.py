@@ -63,7 +63,7 @@ class LocalTrainer:
         batches = await self._batches(facts, cycle)
         base = await Base.fetch(facts, self._downloads)
         async with self._one_at_a_time, self._compute.slot("train"):
-            if facts.closed("commit", cycle) is not None:
+            if facts.window("commit", cycle).closed is not None:
                 raise Retry(f"cycle {cycle} closed while this miner waited for its turn to compute")
 
             def work(stop: threading.Event) -> Effort:
@@ -74,14 +74,14 @@ class LocalTrainer:
                     state,
                     draft,
                     batches,
-                    lambda: stop.is_set() or facts.closed("train", cycle) is not None,
+                    lambda: stop.is_set() or facts.window("train", cycle).closed is not None,
                 )
 
             return await in_thread(work)
 
     async def _batches(self, facts: RunFacts, cycle: int) -> Tokens:
         """int32 [H, B, L + 1]: this miner's share of the training text."""
-        opened, spec = facts.opened("train", cycle), facts.spec
+        opened, spec = facts.window("train", cycle).opened, facts.spec
         assert opened is not None
         assert spec is not None
         policy = spec.training

@@ -10,7 +10,8 @@ from connito.service.engine import Decision, Engine
 from connito.service.runner import ServiceContext, run_service
 from connito.v1.cycle_pb2 import ScoreReport
 from connito.wire.chain import Chains
-from connito.wire.facts import Fact, Log, RunFacts
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.log import Log
 
 from .actions import Validator, anchors_of
 from .handlers import STREAMS, decide

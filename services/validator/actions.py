@@ -153,7 +153,7 @@ class Validator:
             offences.report("wrong_draw", subject=f"{run}.validate.{cycle}.drawn", detail=str(error))
             log.error("the draw does not verify", security=True, error=str(error))
             raise
-        opened, settled = facts.opened("train", cycle), facts.settled("submit", cycle)
+        opened, settled = facts.window("train", cycle).opened, facts.window("submit", cycle).settled
         assert opened is not None
         assert settled is not None
         state = await self._store.fetch(opened.state)

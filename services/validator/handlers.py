@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from connito.errors import VerificationFailed
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.service.engine import Action, Decision
-from connito.v1 import cycle_pb2
 from connito.wire.facts import RunFacts
 
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
@@ -67,7 +66,7 @@ def decide(facts: RunFacts, me: str, secret: Secret, loaded: Container[str], now
         return Decision([], None)
     if facts.ended is not None:
         steps = [Unload()] if facts.run in loaded else []
-    elif not facts.has("run", 0, "validator", me):
+    elif me not in facts.joined:
         steps = [Join()]
     else:
         if facts.selection is not None and facts.run not in loaded:
@@ -84,7 +83,7 @@ def _key(run: str, step: Step) -> str:
 
 def _cycle(facts: RunFacts, me: str, secret: Secret) -> list[Step]:
     cycle = facts.cycle
-    if facts.closed("train", cycle) is None and not facts.has("train", cycle, "seed", me):
+    if facts.window("train", cycle).closed is None and me not in facts.seed_commitments(cycle):
         return [CommitSeed(cycle)]
     if _may_reveal(facts, me, cycle, secret):
         return [RevealSeed(cycle)]
@@ -95,30 +94,30 @@ def _cycle(facts: RunFacts, me: str, secret: Secret) -> list[Step]:
 
 def _may_reveal(facts: RunFacts, me: str, cycle: int, secret: Secret) -> bool:
     """Only when no submission can change any more: from then on the seed may be known."""
-    opened = facts.opened("validate", cycle)
-    committed = facts.get(cycle_pb2.SeedCommitted, "train", cycle, "seed", me)
+    opened = facts.window("validate", cycle).opened
+    committed = facts.seed_commitment(cycle, me)
     return (
         opened is not None
         and me in opened.expected
-        and facts.closed("validate", cycle) is None
-        and facts.settled("submit", cycle) is not None
-        and not facts.has("validate", cycle, "seed", me)
-        and not facts.has("validate", cycle, "drawn")
+        and facts.window("validate", cycle).closed is None
+        and facts.window("submit", cycle).settled is not None
+        and me not in facts.seed_reveals(cycle)
+        and facts.drawn(cycle) is None
         and committed is not None
         and committed.digest == secret_digest(facts.run, cycle, me, secret(facts.run, cycle))
     )
 
 
 def _may_score(facts: RunFacts, me: str, cycle: int) -> bool:
-    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    drawn = facts.drawn(cycle)
     return (
         drawn is not None
         and me in drawn.validators
-        and facts.closed("validate", cycle) is None
-        and facts.settled("submit", cycle) is not None
-        and not facts.has("validate", cycle, "report", me)
+        and facts.window("validate", cycle).closed is None
+        and facts.window("submit", cycle).settled is not None
+        and me not in facts.reports(cycle)
         # TRAIN is another stream than VALIDATE: what the draw is checked against may still be on its way.
-        and all(facts.has("train", cycle, "seed", validator) for validator in drawn.validators)
+        and all(validator in facts.seed_commitments(cycle) for validator in drawn.validators)
     )
 
 
@@ -127,7 +126,7 @@ def check_draw(facts: RunFacts, cycle: int) -> bytes:
 
     Raises `VerificationFailed` when a reveal is missing or opens another commitment, or the seed is another one.
     """
-    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    drawn = facts.drawn(cycle)
     assert drawn is not None
     secrets = {validator: _opened_secret(facts, cycle, validator) for validator in drawn.validators}
     if not secrets or draw_seed(facts.run, cycle, secrets) != drawn.seed:
@@ -139,8 +138,8 @@ def check_draw(facts: RunFacts, cycle: int) -> bytes:
 
 
 def _opened_secret(facts: RunFacts, cycle: int, validator: str) -> bytes:
-    committed = facts.get(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator)
-    revealed = facts.get(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator)
+    committed = facts.seed_commitment(cycle, validator)
+    revealed = facts.seed_reveal(cycle, validator)
     if committed is None or revealed is None:
         raise VerificationFailed(f"{validator[:12]}… is in the draw of cycle {cycle} but revealed no seed")
     if secret_digest(facts.run, cycle, validator, revealed.secret) != committed.digest:

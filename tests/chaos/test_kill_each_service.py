@@ -19,7 +19,7 @@ from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound
 from connito.platform.datadir import DataDir
 from connito.platform.session import Session
-from connito.wire.facts import Log
+from connito.wire.log import Log
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 

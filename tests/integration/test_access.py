@@ -16,8 +16,9 @@ from connito.errors import ConnitoError, Invalid
 from connito.platform.access import Access
 from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, run_pb2
-from connito.wire.facts import Log, Record
+from connito.wire.facts import Record
 from connito.wire.identity import Identity
+from connito.wire.log import Log
 from connito.wire.roster import Roster
 
 from tests.support.waiting import PATIENCE

@@ -236,7 +236,7 @@ async def test_a_ban_in_mid_cycle_takes_effect_at_once_and_holds_under_audit(
         committer.kill()
         for bus in (*buses.values(), *mining.values()):
             await bus.close()
-    settled, closed = facts.settled("submit", 1), facts.closed("submit", 1)
+    settled, closed = facts.window("submit", 1).settled, facts.window("submit", 1).closed
     assert settled is not None
     assert closed is not None
     assert [entry.miner for entry in settled.submissions] == [good.public]
@@ -244,7 +244,7 @@ async def test_a_ban_in_mid_cycle_takes_effect_at_once_and_holds_under_audit(
     refusals = {
         fact.message.ingress_sequence: fact.message.reason
         for window in ("commit", "submit")
-        for fact in facts.all(window, 1, "refused").values()
+        for fact in facts.window(window, 1).refused.values()
         if isinstance(fact.message, cycle_pb2.Refused) and fact.message.miner == bad.public
     }
     assert refusals == {

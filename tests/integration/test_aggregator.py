@@ -119,7 +119,7 @@ class Stage:
         return version
 
     def verdicts(self, cycle: int) -> dict[str, cycle_pb2.Verdict]:
-        scored = self.facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+        scored = self.facts.scored(cycle)
         assert scored is not None
         names = {key: name for name, key in MINERS.items()}
         return {names[verdict.miner]: verdict for verdict in scored.verdicts}

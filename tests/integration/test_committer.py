@@ -214,7 +214,7 @@ def start(
 
 
 def refusal(facts: RunFacts, window: str, cycle: int, miner: Miner, sequence: int) -> int:
-    refused = facts.get(cycle_pb2.Refused, window, cycle, "refused", f"{miner.key}-{sequence}")
+    refused = facts.window(window, cycle).refusal(miner.key, sequence)
     assert refused is not None
     assert refused.detail
     return refused.reason
@@ -234,7 +234,7 @@ async def test_a_whole_cycle_and_a_late_reveal_that_rolls_over(
     assert (await honest.ask_upload(1, trained(0.01))).present
     await honest.reveal(1, trained(0.01))
     facts = await witness.has("submit", 1, "accepted", honest.key)
-    accepted = facts.get(cycle_pb2.RevealAccepted, "submit", 1, "accepted", honest.key)
+    accepted = facts.reveal(1, honest.key)
     assert accepted is not None
     assert await stage.store.get_bytes(accepted.submission.artifact) == trained(0.01)
     assert await stage.settle(witness, 1) == [(honest.key, 1)]
@@ -268,7 +268,7 @@ async def test_commitments_count_by_sequence_although_they_are_handled_after_the
     assert late > last
     await start("a").ready()
     facts = await witness.has("commit", 1, "settled")
-    settled = facts.settled("commit", 1)
+    settled = facts.window("commit", 1).settled
     assert settled is not None
     assert list(settled.committed) == [early.key]
     facts = await witness.has("commit", 1, "refused", f"{tardy.key}-{late}")
@@ -288,7 +288,7 @@ async def test_a_close_that_excludes_what_was_accepted_before_it_was_known(
     await witness.has("commit", 1, "accepted", second.key)
     await stage.close("commit", 1, last=inside)
     facts = await witness.has("commit", 1, "settled")
-    settled = facts.settled("commit", 1)
+    settled = facts.window("commit", 1).settled
     assert settled is not None
     assert list(settled.committed) == [first.key]
     assert refusal(facts, "commit", 1, second, outside) == reasons_pb2.REASON_LATE_COMMITMENT
@@ -363,8 +363,8 @@ async def test_killed_between_everything_nothing_is_lost_or_done_twice(
     last = await stage.close("submit", 1)
     service.start()
     assert await stage.settle(witness, 1, last) == [(miner.key, 1) for miner in miners]
-    assert witness.facts.all("commit", 1, "refused") == {}
-    assert witness.facts.all("submit", 1, "refused") == {}
+    assert witness.facts.window("commit", 1).refused == {}
+    assert witness.facts.window("submit", 1).refused == {}
 
 
 async def test_what_nobody_can_be_answered_about_goes_to_the_dead_letters(
@@ -444,7 +444,7 @@ async def test_two_committers_share_the_work_and_agree(
     assert await stage.to_submit(witness, 1) == sorted(miner.key for miner in miners)
     sequences = []
     for miner in miners:
-        accepted = witness.facts.get(cycle_pb2.CommitmentAccepted, "commit", 1, "accepted", miner.key)
+        accepted = witness.facts.commitment(1, miner.key)
         assert accepted is not None
         sequences.append(accepted.ingress_sequence)
     assert sequences == [1 + 2 * index for index in range(8)], "the first of two commitments stands"
@@ -478,10 +478,10 @@ async def test_while_the_store_is_away_a_reveal_waits_and_nobody_is_blamed(
         await miner.reveal(1, trained(0.01))
         last = await stage.close("submit", 1)
         await asyncio.to_thread(service.wait_for_log, "is away")
-        assert not witness.facts.has("submit", 1, "settled")
+        assert witness.facts.window("submit", 1).settled is None
         await asyncio.to_thread(other.start)
         assert await stage.settle(witness, 1, last) == [(miner.key, 1)]
-        assert witness.facts.all("submit", 1, "refused") == {}
+        assert witness.facts.window("submit", 1).refused == {}
 
 
 async def test_killed_after_the_dead_letter_and_before_the_end_of_its_message(

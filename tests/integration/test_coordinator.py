@@ -128,7 +128,7 @@ class Stage:
         await witness.has("validate", cycle, "opened")
         secret = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=validator, secret=SECRET)
         await validating.publish_fact(run, "validate", cycle, "seed", secret, validator)
-        drawn = (await witness.has("validate", cycle, "drawn")).get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+        drawn = (await witness.has("validate", cycle, "drawn")).drawn(cycle)
         assert drawn is not None
         assert drawn.seed == draw_seed(run, cycle, {validator: SECRET})
         report = cycle_pb2.ScoreReport(run=run, cycle=cycle, validator=validator, seed=drawn.seed)
@@ -211,7 +211,7 @@ def assert_learned(facts: RunFacts) -> None:
     for window in ("train", "commit", "submit", "validate"):
         lengths = []
         for cycle in (1, 2):
-            opened = facts.fact(window, cycle, "opened")
+            opened = facts.window(window, cycle).opened_fact
             assert opened is not None
             assert isinstance(opened.message, cycle_pb2.WindowOpened)
             assert opened.message.fence > 0
@@ -288,7 +288,7 @@ async def test_a_standby_takes_over_from_a_killed_leader_in_the_middle_of_a_cycl
         first.kill()
         await stage.play(witness, run_id, 1)
         facts = await witness.has("run", 0, "ended")
-    before, after = facts.opened("train", 1), facts.opened("merge", 1)
+    before, after = facts.window("train", 1).opened, facts.window("merge", 1).opened
     assert before is not None
     assert after is not None
     assert after.fence > before.fence, "the new leader has a larger fencing token"
@@ -316,7 +316,7 @@ async def test_a_leader_that_stalls_loses_the_lease_and_can_lead_again(stage: St
     fences = []
     for cycle in (1, 2):
         for window in ("train", "commit", "submit", "validate", "merge"):
-            opened, closed = facts.opened(window, cycle), facts.closed(window, cycle)
+            opened, closed = facts.window(window, cycle).opened, facts.window(window, cycle).closed
             assert opened is not None
             assert closed is not None
             fences += [opened.fence, closed.fence]

@@ -14,7 +14,8 @@ from connito.service.engine import Action, Decision, Engine
 from connito.v1 import cycle_pb2
 from connito.wire import subjects
 from connito.wire.envelope import seal
-from connito.wire.facts import Fact, Log, RunFacts
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.log import Log
 
 from tests.support.waiting import PATIENCE, until
 
@@ -240,7 +241,7 @@ async def test_a_new_process_decides_again_what_the_old_one_left(bus, roster, ru
         await bus.publish_fact(run_id, "train", 2, "opened", opened(run_id, 2))
 
     def decide(facts: RunFacts, now: int) -> Decision:
-        return Decision([] if facts.has("train", 2, "opened") else [Action("open.2", run_id)])
+        return Decision([] if facts.window("train", 2).opened is not None else [Action("open.2", run_id)])
 
     for who, hang in (("first", True), ("second", False)):
         engine = Engine(bus, Log(roster), ["TRAIN"], decide, lambda action, w=who, h=hang: publish(w, h), run=run_id)

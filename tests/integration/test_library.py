@@ -114,8 +114,8 @@ async def ask(bus: Bus) -> LibraryServiceStub:
 
 async def deposited(bus: Bus, roster: Roster, run: str) -> run_pb2.ExpertDeposited:
     async with Witness.reading(bus, roster, run) as witness:
-        facts = await witness.until(lambda facts: facts.all("library", 0, "deposited"))
-    (fact,) = facts.all("library", 0, "deposited").values()
+        facts = await witness.until(lambda facts: facts.deposits)
+    (fact,) = facts.deposits.values()
     assert isinstance(fact.message, run_pb2.ExpertDeposited)
     return fact.message
 

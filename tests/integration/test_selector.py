@@ -149,11 +149,11 @@ async def test_jobs_that_cannot_be_end_with_a_reason(bus: Bus, process: ServiceP
         async with Witness.reading(bus, roster, spec.run) as witness:
             await create(bus, spec)
             facts = await witness.has("run", 0, "selection_failed", timeout=90)
-        failed = facts.get(run_pb2.SelectionFailed, "run", 0, "selection_failed")
+        failed = facts.selection_failed
         assert failed is not None
         assert failed.reason == reason, failed.detail
         assert text in failed.detail
-        assert not facts.has("run", 0, "selected")
+        assert facts.selection is None
 
 
 async def test_a_run_that_is_over_is_not_selected_for(

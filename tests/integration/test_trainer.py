@@ -50,7 +50,7 @@ class Apis(services_pb2_grpc.RunServiceServicer, services_pb2_grpc.SubmissionSer
 
     async def RequestUpload(self, request: services_pb2.RequestUploadRequest, context: Any) -> Any:  # noqa: N802
         command, miner = rpc.open_request(request.envelope, "rpc.RequestUpload", services_pb2.UploadCommand)
-        accepted = self.teller.facts.get(cycle_pb2.CommitmentAccepted, "commit", command.cycle, "accepted", miner)
+        accepted = self.teller.facts.commitment(command.cycle, miner)
         assert accepted is not None
         if not commitment.opens(
             accepted.digest,
@@ -162,9 +162,7 @@ async def accept_commitment(teller: Teller, miner: str, cycle: int = 1) -> bytes
 
 
 def reveal_of(facts: RunFacts, miner: str, cycle: int = 1) -> cycle_pb2.Reveal:
-    reveal = facts.get(cycle_pb2.Reveal, "ingress", cycle, "reveal", miner)
-    assert reveal is not None
-    return reveal
+    return facts.reveals_sent(cycle)[miner].message
 
 
 async def check_submission(store: ArtifactStore, tiny: TinyRun, reveal: cycle_pb2.Reveal) -> None:
@@ -193,9 +191,8 @@ async def test_a_cycle_with_kill_9_after_every_promise(
             trainer(tmp_path, run_id, nats_server.url, miner, roster) as process,
         ):
             await tell_the_beginning(teller, tiny, me)
-            await teller.until(lambda facts: facts.has("ingress", 1, "trained", me), "trained")
-            said = teller.facts.get(cycle_pb2.TrainingFinished, "ingress", 1, "trained", me)
-            assert said is not None
+            await teller.until(lambda facts: me in facts.trained(1), "trained")
+            said = teller.facts.trained(1)[me].message
             assert (said.steps, said.tokens) == (6, 6 * 4 * 64)
             # The base came as byte ranges: no whole file of weights was downloaded.
             assert not list(
@@ -212,7 +209,7 @@ async def test_a_cycle_with_kill_9_after_every_promise(
             await process.end(signal.SIGKILL)
             await teller.open("submit", 1, [me], tiny.state)
             await process.start()
-            await teller.until(lambda facts: facts.has("ingress", 1, "reveal", me), "the reveal")
+            await teller.until(lambda facts: me in facts.reveals_sent(1), "the reveal")
             reveal = reveal_of(teller.facts, me)
             assert commitment.opens(
                 digest, run_id, 1, me, reveal.base_state_digest, reveal.artifact.digest, reveal.salt
@@ -227,7 +224,7 @@ async def test_a_cycle_with_kill_9_after_every_promise(
             await teller.say("merge", 1, "scored", scored, role="aggregator")
             # The next cycle: the trainer goes on from its new state.
             await teller.open("train", 2, [me], tiny.state)
-            await teller.until(lambda facts: facts.has("ingress", 2, "trained", me), "trained in cycle 2")
+            await teller.until(lambda facts: me in facts.trained(2), "trained in cycle 2")
             assert await process.end(signal.SIGTERM) == 0
             kept = {
                 cycle: Moments.load(process.work_dir / run_id / cycle / OptimizerState.NAME).steps
@@ -261,14 +258,14 @@ async def test_a_refusal_is_shown_in_plain_words_and_a_free_rider_warns_about_it
         trainer(tmp_path, run_id, nats_server.url, miner, roster, CONNITO_TRAINER_ADVERSARY="freerider") as process,
     ):
         await tell_the_beginning(teller, tiny, me)
-        await teller.until(lambda facts: facts.has("ingress", 1, "trained", me), "trained")
+        await teller.until(lambda facts: me in facts.trained(1), "trained")
         await teller.close("train", 1)
         await teller.open("commit", 1, [me], tiny.state)
         await accept_commitment(teller, me)
         await teller.open("submit", 1, [me], tiny.state)
-        await teller.until(lambda facts: facts.has("ingress", 1, "reveal", me), "the reveal")
+        await teller.until(lambda facts: me in facts.reveals_sent(1), "the reveal")
         assert reveal_of(teller.facts, me).artifact.digest == tiny.state.digest
-        fact = teller.facts.fact("ingress", 1, "reveal", me)
+        fact = teller.facts.reveals_sent(1).get(me)
         assert fact is not None
         refused = cycle_pb2.Refused(
             run=run_id,
@@ -281,7 +278,7 @@ async def test_a_refusal_is_shown_in_plain_words_and_a_free_rider_warns_about_it
         )
         await teller.say("submit", 1, "refused", refused, f"{me}-{fact.sequence}", role="committer")
         await teller.open("train", 2, [me], tiny.state)
-        await teller.until(lambda facts: facts.has("ingress", 2, "trained", me), "cycle 2")
+        await teller.until(lambda facts: me in facts.trained(2), "cycle 2")
         assert await process.end(signal.SIGTERM) == 0
         assert "THIS MINER MISBEHAVES ON PURPOSE (freerider)" in process.text()
         assert "refused: late-reveal: the submit window is closed" in process.text()

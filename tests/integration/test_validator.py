@@ -121,7 +121,7 @@ async def up_to_settled(
 ) -> None:
     """From the train window, in which the validator commits its seed, to the settled submissions."""
     await teller.open("train", 1, [me], state)
-    await teller.until(lambda facts: facts.has("train", 1, "seed", me), "the seed's commitment")
+    await teller.until(lambda facts: me in facts.seed_commitments(1), "the seed's commitment")
     await teller.close("train", 1)
     for window in ("commit", "submit"):
         await teller.open(window, 1, [], state)
@@ -161,14 +161,14 @@ async def test_a_cycle_is_scored_on_the_full_model_across_a_kill_9(
             await teller.until(lambda facts: me in facts.validators, "the validator to join")
             await teller.say("run", 0, "selected", tiny.selection, role="selector")
             await up_to_settled(teller, tiny, me, theta_1, submissions)
-            assert not teller.facts.has("validate", 1, "seed", me)
+            assert me not in teller.facts.seed_reveals(1)
 
             await process.end(signal.SIGKILL)
             await teller.open("validate", 1, [me], theta_1)
             await process.start()
-            await teller.until(lambda facts: facts.has("validate", 1, "seed", me), "the seed")
-            secret = teller.facts.get(cycle_pb2.SeedRevealed, "validate", 1, "seed", me)
-            committed = teller.facts.get(cycle_pb2.SeedCommitted, "train", 1, "seed", me)
+            await teller.until(lambda facts: me in facts.seed_reveals(1), "the seed")
+            secret = teller.facts.seed_reveal(1, me)
+            committed = teller.facts.seed_commitment(1, me)
             assert secret is not None
             assert committed is not None
             assert secret_digest(run_id, 1, me, secret.secret) == committed.digest
@@ -177,8 +177,9 @@ async def test_a_cycle_is_scored_on_the_full_model_across_a_kill_9(
             await teller.say(
                 "validate", 1, "drawn", cycle_pb2.SeedDrawn(run=run_id, cycle=1, seed=seed, validators=[me])
             )
-            await teller.until(lambda facts: facts.has("validate", 1, "report", me), "the report")
-            report = teller.facts.get(cycle_pb2.ScoreReport, "validate", 1, "report", me)
+            await teller.until(lambda facts: me in facts.reports(1), "the report")
+            fact = teller.facts.reports(1).get(me)
+            report = None if fact is None else fact.message
             assert report is not None
             await teller.say("run", 0, "ended", run_pb2.RunEnded(run=run_id))
             assert await process.end(signal.SIGTERM) == 0
@@ -243,15 +244,15 @@ async def test_a_false_draw_is_not_scored(
             await teller.say("run", 0, "selected", tiny.selection, role="selector")
             await up_to_settled(teller, tiny, me, tiny.state, [])
             await teller.open("validate", 1, [me], tiny.state)
-            await teller.until(lambda facts: facts.has("validate", 1, "seed", me), "the seed")
+            await teller.until(lambda facts: me in facts.seed_reveals(1), "the seed")
             false = cycle_pb2.SeedDrawn(run=run_id, cycle=1, seed=b"\x07" * 32, validators=[me])
             await teller.say("validate", 1, "drawn", false)
             await until_logged(process.log, "the draw does not verify")
             # What the validator says after this shows that it goes on, without a report.
             await teller.close("validate", 1, "VALIDATE")
             await teller.open("train", 2, [me], tiny.state)
-            await teller.until(lambda facts: facts.has("train", 2, "seed", me), "the next cycle's seed")
-            assert not teller.facts.has("validate", 1, "report", me)
+            await teller.until(lambda facts: me in facts.seed_commitments(2), "the next cycle's seed")
+            assert me not in teller.facts.reports(1)
             assert await process.end(signal.SIGTERM) == 0
     finally:
         await process.end(signal.SIGKILL)

@@ -21,7 +21,8 @@ from connito.data.manifest import Manifest, build_manifest
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
-from connito.wire.facts import Log, RunFacts
+from connito.wire.facts import RunFacts
+from connito.wire.log import Log
 from connito.wire.roster import Roster
 from google.protobuf.message import Message
 

@@ -19,8 +19,9 @@ from connito.bus.permissions import permissions
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid
 from connito.platform.servers import NatsServer
-from connito.wire.facts import Log, RunFacts
+from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
+from connito.wire.log import Log
 from connito.wire.roster import Roster
 
 from tests.support.waiting import PATIENCE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
@@ -19,18 +19,17 @@ TOLERANCE_MS = 10_000
 def admission(evidence: Evidence) -> Step:
     """Everyone enrolled was named or had an invite that was good at that moment; every ban was ordered by who may."""
     facts = evidence.facts
-    enrolled, banned = facts.all("run", 0, "miner"), facts.all("run", 0, "ban")
+    enrolled, banned = facts.enrolled, facts.bans
     found = [*_enrolments(evidence, enrolled), *_bans(evidence, banned)]
     return Step("admission", 0, len(enrolled) + len(banned), tuple(found))
 
 
-def _enrolments(evidence: Evidence, enrolled: dict[str, Fact]) -> Iterator[Difference]:
+def _enrolments(evidence: Evidence, enrolled: Mapping[str, Fact[run_pb2.MinerEnrolled]]) -> Iterator[Difference]:
     spec = evidence.facts.spec
     assert spec is not None
     used: dict[str, set[str]] = {}
     for miner, fact in enrolled.items():
         message = fact.message
-        assert isinstance(message, run_pb2.MinerEnrolled)
         try:
             if invites.needs_invite(spec.enrolment, miner):
                 invite = invites.verify(
@@ -44,11 +43,10 @@ def _enrolments(evidence: Evidence, enrolled: dict[str, Fact]) -> Iterator[Diffe
             yield Difference("admission", where, f"should not have been enrolled: {error}", miner=miner)
 
 
-def _bans(evidence: Evidence, banned: dict[str, Fact]) -> Iterator[Difference]:
+def _bans(evidence: Evidence, banned: Mapping[str, Fact[run_pb2.MinerBan]]) -> Iterator[Difference]:
     spec = evidence.facts.spec
     assert spec is not None
     for id_, fact in banned.items():
-        assert isinstance(fact.message, run_pb2.MinerBan)
         try:
             bans.check_order(fact.message, evidence.roster, spec.customer)
         except Invalid as error:

@@ -93,14 +93,13 @@ def named(evidence: Evidence) -> Iterator[Named]:
         if facts.selection.background.digest:
             yield Named("background experts", facts.selection.background)
     for cycle in facts.cycles():
-        settled, version = facts.settled("submit", cycle), facts.version(cycle)
+        settled, version = facts.window("submit", cycle).settled, facts.version(cycle)
         for entry in settled.submissions if settled is not None else ():
             yield Named(f"submission of {evidence.name(entry.miner)}", entry.artifact, cycle, entry.miner)
         if version is not None:
             yield Named(f"state of version {version.version}", version.state, cycle)
             yield Named(f"outer state of version {version.version}", version.outer_state, cycle)
-    for fact in facts.all("library", 0, "deposited").values():
-        assert isinstance(fact.message, run_pb2.ExpertDeposited)
+    for fact in facts.deposits.values():
         yield Named("library expert", fact.message.expert)
         yield Named("record of the library expert", fact.message.record)
         if fact.message.HasField("attestation"):
@@ -132,9 +131,8 @@ def _of_spec(spec: run_pb2.RunSpec) -> Iterator[Named]:
 def refused_reveals(evidence: Evidence) -> Iterator[Named]:
     """Artifacts of reveals that were refused for their content. They may be gone; where they are, they are examined."""
     for cycle in evidence.facts.cycles():
-        for fact in evidence.facts.all("submit", cycle, "refused").values():
+        for fact in evidence.facts.window("submit", cycle).refused.values():
             refused = fact.message
-            assert isinstance(refused, cycle_pb2.Refused)
             said = evidence.said.get(refused.ingress_sequence) if refused.reason in OF_THE_FILE else None
             if said is not None and isinstance(said.message, cycle_pb2.Reveal):
                 name = evidence.name(refused.miner)

@@ -135,7 +135,7 @@ def _cycles(work: recompute.Recomputation, options: Options) -> Iterator[Step]:
         work = replace(work, measure=models.measure)
     for cycle in cycles_of(evidence):
         yield from pure(evidence, cycle)
-        if evidence.facts.opened("train", cycle) is not None:
+        if evidence.facts.window("train", cycle).opened is not None:
             yield from recomputed(work, models, cycle)
 
 
@@ -158,7 +158,7 @@ def cycles_of(evidence: Evidence) -> list[int]:
 def pure(evidence: Evidence, cycle: int) -> Iterator[Step]:
     """The checks of one cycle that need the log alone, in the order of its windows."""
     yield history.windows(evidence, cycle)
-    if evidence.facts.opened("train", cycle) is None:
+    if evidence.facts.window("train", cycle).opened is None:
         return
     for name, check in _PURE.items():
         yield attempt(name, cycle, partial(check, evidence, cycle))

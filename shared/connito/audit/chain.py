@@ -43,8 +43,7 @@ def anchors(evidence: Evidence) -> Step:
     compared, alone = 0, []
     for cycle in evidence.facts.cycles():
         votes: dict[str, dict[str, str]] = {}
-        for validator, fact in evidence.facts.all("train", cycle, "seed").items():
-            assert isinstance(fact.message, cycle_pb2.SeedCommitted)
+        for validator, fact in evidence.facts.seed_commitments(cycle).items():
             for anchor in fact.message.anchors:
                 here = places.get((anchor.window, anchor.last_sequence))
                 votes.setdefault(anchor.window, {})[validator] = "" if here == anchor.head else _what(anchor, here)

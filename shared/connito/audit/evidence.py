@@ -11,9 +11,9 @@ from connito.audit.differences import Difference, Step
 from connito.bus.streams import FACT_STREAMS, stream_of
 from connito.errors import Invalid, NotFound
 from connito.v1.cycle_pb2 import DeadLetter
-from connito.v1.run_pb2 import MinerEnrolled
-from connito.wire.facts import Fact, Record, RunFacts, verify_fact, verify_ingress
+from connito.wire.facts import Fact, Record, RunFacts
 from connito.wire.roster import Roster
+from connito.wire.verification import verify_fact, verify_ingress
 
 _NUMBER = re.compile(r"[0-9]{1,10}")
 # Where a fact's place in the log is looked up: (stream, sequence).
@@ -37,8 +37,7 @@ class Evidence:
 
     def name(self, key: str) -> str:
         """The label a miner enrolled with, or the start of its key."""
-        enrolled = self.facts.get(MinerEnrolled, "run", 0, "miner", key)
-        return (enrolled.label if enrolled is not None else "") or f"{key[:12]}…"
+        return self.facts.label(key) or f"{key[:12]}…"
 
     def subject(self, section: str, cycle: int, kind: str, id_: str = "") -> str:
         """A fact's subject without its common beginning, as people read it."""

@@ -13,7 +13,7 @@ from connito.protocol.objective import reached
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
-from connito.wire.subjects import WINDOWS
+from connito.wire.subjects import WINDOWS, window_value
 
 # Where the messages lie that a window's close includes or leaves out.
 CLOSES = {"train": "INGRESS", "commit": "INGRESS", "submit": "INGRESS", "validate": "VALIDATE", "merge": "MERGE"}
@@ -46,7 +46,7 @@ def _wrong(evidence: Evidence, where: str, what: str, cycle: int) -> Difference:
 def _published(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     """A cycle opens, and a merge closes, when the version before is out."""
     facts = evidence.facts
-    for due, needed in ((cycle > 1, cycle - 1), (facts.closed("merge", cycle) is not None, cycle)):
+    for due, needed in ((cycle > 1, cycle - 1), (facts.window("merge", cycle).closed is not None, cycle)):
         if due and facts.version(needed) is None:
             where = evidence.subject("merge", needed, "version")
             yield _wrong(evidence, where, "is not in the log, but what follows it is", cycle)
@@ -57,10 +57,10 @@ def _opening(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     version, state = start_of(facts, cycle)
     for window in WINDOWS:
         where = evidence.subject(window, cycle, "opened")
-        opened = facts.opened(window, cycle)
+        opened = facts.window(window, cycle).opened
         if opened is None:
             continue
-        if name_of(cycle_pb2.Window, opened.window) != f"WINDOW_{window.upper()}":
+        if opened.window != window_value(window):
             yield _wrong(evidence, where, f"opens {name_of(cycle_pb2.Window, opened.window)}", cycle)
         if opened.version != version:
             yield _wrong(evidence, where, f"starts from version {opened.version}; the one before is {version}", cycle)
@@ -76,7 +76,7 @@ def start_of(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef | None]:
         return before.version, before.state
     if cycle == 1 and facts.selection is not None:
         return 0, facts.selection.initial_state
-    opened = facts.opened("train", cycle)
+    opened = facts.window("train", cycle).opened
     return (0 if opened is None else opened.version), None
 
 
@@ -95,11 +95,11 @@ def _sequence(evidence: Evidence, cycle: int) -> Iterator[Difference]:
             if fact.time_unix_ms + CLOCK_TOLERANCE_MS < previous:
                 yield _wrong(evidence, where, "was written before what it follows", cycle)
             previous = max(previous, fact.time_unix_ms)
-        closed, fact = facts.closed(window, cycle), facts.fact(window, cycle, "closed")
+        closed, fact = facts.window(window, cycle).closed, facts.window(window, cycle).closed_fact
         if closed is None or fact is None:
             continue
         where = evidence.subject(window, cycle, "closed")
-        if name_of(cycle_pb2.Window, closed.window) != f"WINDOW_{window.upper()}" or closed.stream != CLOSES[window]:
+        if closed.window != window_value(window) or closed.stream != CLOSES[window]:
             yield _wrong(evidence, where, f"closes {closed.stream}, not {CLOSES[window]}", cycle)
         if closed.stream == fact.stream and closed.last_sequence >= fact.sequence:
             yield _wrong(evidence, where, f"includes up to {closed.last_sequence}, beyond itself", cycle)
@@ -112,7 +112,7 @@ def _sequence(evidence: Evidence, cycle: int) -> Iterator[Difference]:
             yield _wrong(evidence, where, what, cycle)
         if closed.banned and not closed.runs_sequence:
             yield _wrong(evidence, where, "names banned miners, but not up to where bans count", cycle)
-        settled = facts.settled(window, cycle)
+        settled = facts.window(window, cycle).settled
         if settled is not None and settled.last_sequence != closed.last_sequence:
             where = evidence.subject(window, cycle, "settled")
             what = f"settles up to {settled.last_sequence}; the window ended at {closed.last_sequence}"
@@ -123,7 +123,7 @@ def _people(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     facts = evidence.facts
     known = {*facts.miners, *facts.validators}
     for window in WINDOWS:
-        opened = facts.opened(window, cycle)
+        opened = facts.window(window, cycle).opened
         strangers = sorted(set(opened.expected) - known) if opened is not None else []
         if strangers:
             what = f"expects {strangers[0][:12]}…, who neither enrolled nor joined"
@@ -138,7 +138,7 @@ def versions(evidence: Evidence, cycle: int) -> Step:
 
 def _version(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     facts, where = evidence.facts, evidence.subject("merge", cycle, "version")
-    version, opened, before = facts.version(cycle), facts.opened("train", cycle), facts.version(cycle - 1)
+    version, opened, before = facts.version(cycle), facts.window("train", cycle).opened, facts.version(cycle - 1)
     if version is None or opened is None:
         return
 

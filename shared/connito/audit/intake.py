@@ -18,6 +18,7 @@ from connito.protocol.quota import MessageCounter
 from connito.protocol.scoring.newcomers import over_quota
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import window_value
 
 _DIGEST_BYTES = 32
 _LATE = (reasons_pb2.REASON_LATE_COMMITMENT, reasons_pb2.REASON_LATE_REVEAL)
@@ -35,14 +36,13 @@ def commitments(evidence: Evidence, cycle: int) -> Step:
     facts = evidence.facts
     found = [*_accepted_commitments(evidence, cycle), *_refusals(evidence, "commit", cycle)]
     found += [*_unanswered(evidence, "commit", cycle), *_settled_commit(evidence, cycle)]
-    compared = len(facts.all("commit", cycle, "accepted")) + len(facts.all("commit", cycle, "refused"))
+    compared = len(facts.commitments(cycle)) + len(facts.window("commit", cycle).refused)
     return Step("commitments", cycle, compared, tuple(found))
 
 
 def _accepted_commitments(evidence: Evidence, cycle: int) -> Iterator[Difference]:
-    for miner, fact in evidence.facts.all("commit", cycle, "accepted").items():
+    for miner, fact in evidence.facts.commitments(cycle).items():
         accepted = fact.message
-        assert isinstance(accepted, cycle_pb2.CommitmentAccepted)
         where = evidence.subject("commit", cycle, "accepted", miner)
 
         def wrong(what: str, where: str = where, miner: str = miner) -> Difference:
@@ -74,13 +74,13 @@ def _overtaken(evidence: Evidence, accepted: Fact) -> Iterator[str]:
 
 def _settled_commit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     facts = evidence.facts
-    settled, closed = facts.settled("commit", cycle), facts.closed("commit", cycle)
+    settled, closed = facts.window("commit", cycle).settled, facts.window("commit", cycle).closed
     if settled is None or closed is None:
         return
     out = at_close(facts, "commit", cycle)
     inside = [
         miner
-        for miner, fact in facts.all("commit", cycle, "accepted").items()
+        for miner, fact in facts.commitments(cycle).items()
         if miner not in out and getattr(fact.message, "ingress_sequence") <= closed.last_sequence  # noqa: B009
     ]
     expected = cycle_pb2.WindowSettled(
@@ -100,13 +100,12 @@ def submissions(evidence: Evidence, cycle: int) -> Step:
     facts = evidence.facts
     found = [*_accepted_reveals(evidence, cycle), *_refusals(evidence, "submit", cycle)]
     found += [*_unanswered(evidence, "submit", cycle), *_settled_submit(evidence, cycle)]
-    compared = len(facts.all("submit", cycle, "accepted")) + len(facts.all("submit", cycle, "refused"))
+    compared = len(facts.reveals(cycle)) + len(facts.window("submit", cycle).refused)
     return Step("submissions", cycle, compared, tuple(found))
 
 
 def _accepted_reveals(evidence: Evidence, cycle: int) -> Iterator[Difference]:
-    for miner, fact in evidence.facts.all("submit", cycle, "accepted").items():
-        assert isinstance(fact.message, cycle_pb2.RevealAccepted)
+    for miner, fact in evidence.facts.reveals(cycle).items():
         what = opening_fault(evidence, fact.message.submission)
         if what:
             where = evidence.subject("submit", cycle, "accepted", miner)
@@ -119,8 +118,8 @@ def opening_fault(evidence: Evidence, submission: cycle_pb2.Submission) -> str:
     said = _said(evidence, submission.reveal_sequence, "reveal", miner, origin)
     if said is None:
         return f"INGRESS {submission.reveal_sequence} holds no valid reveal of this miner for cycle {origin}"
-    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", origin, "accepted", miner)
-    settled, opened = facts.settled("commit", origin), facts.opened("train", origin)
+    accepted = facts.commitment(origin, miner)
+    settled, opened = facts.window("commit", origin).settled, facts.window("train", origin).opened
     if accepted is None or settled is None or opened is None or miner not in settled.committed:
         return f"no commitment of this miner stands in cycle {origin}"
     expected = _submission(said, accepted, opened)
@@ -156,7 +155,7 @@ def _opens(said: Fact, accepted: cycle_pb2.CommitmentAccepted) -> bool:
 
 def _settled_submit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     facts = evidence.facts
-    settled, closed = facts.settled("submit", cycle), facts.closed("submit", cycle)
+    settled, closed = facts.window("submit", cycle).settled, facts.window("submit", cycle).closed
     if settled is None or closed is None:
         return
     inside = _inside(evidence, cycle, closed.last_sequence)
@@ -181,8 +180,7 @@ def _inside(evidence: Evidence, cycle: int, last: int) -> dict[str, cycle_pb2.Su
     """Each miner's submission that lay inside of a submit window, or rolled over into it; nobody's who is banned."""
     out = at_close(evidence.facts, "submit", cycle)
     inside: dict[str, cycle_pb2.Submission] = {}
-    for miner, fact in evidence.facts.all("submit", cycle, "accepted").items():
-        assert isinstance(fact.message, cycle_pb2.RevealAccepted)
+    for miner, fact in evidence.facts.reveals(cycle).items():
         entry = fact.message.submission
         if entry.origin_cycle == cycle and entry.reveal_sequence <= last:
             inside[miner] = entry
@@ -196,27 +194,25 @@ def _rolled_over(evidence: Evidence, cycle: int, until: int) -> dict[str, cycle_
     Of several by one miner the newest work counts.
     """
     facts, rolled = evidence.facts, {}
-    before = facts.closed("submit", cycle - 1)
+    before = facts.window("submit", cycle - 1).closed
     for origin in range(1, cycle if before is not None else 1):
-        for fact in facts.all("submit", origin, "refused").values():
+        for fact in facts.window("submit", origin).refused.values():
             refused = fact.message
-            assert isinstance(refused, cycle_pb2.Refused)
             assert before is not None
             inside = before.last_sequence < refused.ingress_sequence <= until
             if refused.reason != reasons_pb2.REASON_LATE_REVEAL or not inside:
                 continue
             said = _said(evidence, refused.ingress_sequence, "reveal", refused.miner, origin)
-            accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", origin, "accepted", refused.miner)
-            opened = facts.opened("train", origin)
+            accepted = facts.commitment(origin, refused.miner)
+            opened = facts.window("train", origin).opened
             if said is not None and accepted is not None and opened is not None:
                 rolled[refused.miner] = _submission(said, accepted, opened)
     return rolled
 
 
 def _refusals(evidence: Evidence, window: str, cycle: int) -> Iterator[Difference]:
-    for id_, fact in evidence.facts.all(window, cycle, "refused").items():
+    for id_, fact in evidence.facts.window(window, cycle).refused.items():
         refused = fact.message
-        assert isinstance(refused, cycle_pb2.Refused)
         what = refusal_fault(evidence, window, refused)
         if what:
             where = evidence.subject(window, cycle, "refused", id_)
@@ -228,13 +224,13 @@ def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -
     """Why a refusal does not hold; empty when the log bears it out. What is in an artifact is looked at elsewhere."""
     facts, cycle, miner, sequence = evidence.facts, refused.cycle, refused.miner, refused.ingress_sequence
     name = reason_name(refused.reason)
-    if name_of(cycle_pb2.Window, refused.window) != f"WINDOW_{window.upper()}":
+    if refused.window != window_value(window):
         return f"speaks of {name_of(cycle_pb2.Window, refused.window)}"
     if refused.reason == reasons_pb2.REASON_BANNED:
         return "" if _ever_banned(facts, miner) else f"refused as {name}, but no ban of this key is in the log"
     if refused.reason == reasons_pb2.REASON_NOT_REVEALED:
         own = _own(facts, cycle, miner)
-        closed = facts.closed(window, cycle)
+        closed = facts.window(window, cycle).closed
         inside = own is not None and closed is not None and own.reveal_sequence <= closed.last_sequence
         return "the miner's reveal was accepted" if inside else ""
     if refused.reason == reasons_pb2.REASON_NEWCOMER_QUOTA:
@@ -242,7 +238,7 @@ def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -
     said = _said(evidence, sequence, _KIND[window], miner, cycle)
     if said is None:
         return f"INGRESS {sequence} holds no valid {_KIND[window]} of this miner for cycle {cycle}"
-    closed = facts.closed(window, cycle)
+    closed = facts.window(window, cycle).closed
     late = closed is not None and sequence > closed.last_sequence
     if refused.reason in _LATE and not late:
         return f"refused as {name}, but INGRESS {sequence} lies inside the window"
@@ -254,7 +250,7 @@ def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -
 
 
 def _quota_fault(evidence: Evidence, cycle: int, miner: str, sequence: int) -> str:
-    closed = evidence.facts.closed("submit", cycle)
+    closed = evidence.facts.window("submit", cycle).closed
     inside = _inside(evidence, cycle, closed.last_sequence) if closed is not None else {}
     beyond = [(entry.miner, entry.reveal_sequence) for entry in over_quota(evidence.facts, cycle, inside.values())]
     return "" if (miner, sequence) in beyond else "refused as newcomer-quota, but the quota had a place for this miner"
@@ -264,14 +260,14 @@ def _ever_banned(facts: RunFacts, miner: str) -> bool:
     """A message may be refused the moment a ban is known; whether it counts in a window is settled at its close."""
     return any(
         isinstance(fact.message, run_pb2.MinerBan) and fact.message.miner == miner and not fact.message.lifted
-        for fact in facts.all("run", 0, "ban").values()
+        for fact in facts.bans.values()
     )
 
 
 def _against_commitment(facts: RunFacts, refused: cycle_pb2.Refused, said: Fact, name: str) -> str:
     cycle, miner = refused.cycle, refused.miner
-    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
-    opened = facts.opened("train", cycle)
+    accepted = facts.commitment(cycle, miner)
+    opened = facts.window("train", cycle).opened
     if refused.reason == reasons_pb2.REASON_DUPLICATE_COMMITMENT:
         first = accepted is not None and accepted.ingress_sequence < refused.ingress_sequence
         return "" if first else f"refused as {name}, but no earlier commitment stands"
@@ -288,8 +284,8 @@ def _against_commitment(facts: RunFacts, refused: cycle_pb2.Refused, said: Fact,
 def _unanswered(evidence: Evidence, window: str, cycle: int) -> Iterator[Difference]:
     """Messages inside of a settled window that were neither accepted nor refused."""
     facts = evidence.facts
-    closed = facts.closed(window, cycle)
-    if closed is None or facts.settled(window, cycle) is None:
+    closed = facts.window(window, cycle).closed
+    if closed is None or facts.window(window, cycle).settled is None:
         return
     for sequence, said in evidence.said.items():
         if (said.key.kind, said.key.cycle) != (_KIND[window], cycle) or sequence > closed.last_sequence:
@@ -319,7 +315,7 @@ def _dropped(evidence: Evidence, window: str, said: Fact) -> bool:
         isinstance(fact.message, cycle_pb2.Refused)
         and fact.message.miner == said.signer
         and fact.message.reason == reasons_pb2.REASON_QUOTA_EXCEEDED
-        for fact in evidence.facts.all(window, said.key.cycle, "refused").values()
+        for fact in evidence.facts.window(window, said.key.cycle).refused.values()
     )
     return told and _over(evidence, said)
 
@@ -328,18 +324,18 @@ def _taken_sequence(facts: RunFacts, window: str, cycle: int, miner: str) -> int
     if window == "submit":
         own = _own(facts, cycle, miner)
         return 0 if own is None else own.reveal_sequence
-    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner)
+    accepted = facts.commitment(cycle, miner)
     return 0 if accepted is None else accepted.ingress_sequence
 
 
 def _own(facts: RunFacts, cycle: int, miner: str) -> cycle_pb2.Submission | None:
-    accepted = facts.get(cycle_pb2.RevealAccepted, "submit", cycle, "accepted", miner)
+    accepted = facts.reveal(cycle, miner)
     own = accepted is not None and accepted.submission.origin_cycle == cycle
     return accepted.submission if accepted is not None and own else None
 
 
 def _refused(facts: RunFacts, window: str, cycle: int, miner: str, sequence: int) -> cycle_pb2.Refused | None:
-    return facts.get(cycle_pb2.Refused, window, cycle, "refused", f"{miner}-{sequence}")
+    return facts.window(window, cycle).refusal(miner, sequence)
 
 
 def _said(evidence: Evidence, sequence: int, kind: str, miner: str, cycle: int) -> Fact | None:

@@ -38,7 +38,7 @@ _OF_THE_REWARD = frozenset({reasons_pb2.REASON_BELOW_CUTOFF, reasons_pb2.REASON_
 
 def beacon(evidence: Evidence, cycle: int) -> Step:
     """The seed is the hash of the secrets that the drawn validators committed to before anything was submitted."""
-    drawn = evidence.facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    drawn = evidence.facts.drawn(cycle)
     if drawn is None:
         return Step("beacon", cycle, 0, note="nothing was drawn")
     return Step("beacon", cycle, 1 + len(drawn.validators), tuple(_draw(evidence, cycle, drawn)))
@@ -48,8 +48,8 @@ def _draw(evidence: Evidence, cycle: int, drawn: cycle_pb2.SeedDrawn) -> Iterato
     facts, where = evidence.facts, evidence.subject("validate", cycle, "drawn")
     secrets: dict[str, bytes] = {}
     for validator in drawn.validators:
-        committed = facts.get(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator)
-        revealed = facts.get(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator)
+        committed = facts.seed_commitment(cycle, validator)
+        revealed = facts.seed_reveal(cycle, validator)
         if committed is None or revealed is None:
             missing = "commitment" if committed is None else "reveal"
             yield Difference("beacon", where, f"counts {validator[:12]}…, whose {missing} is not in the log", cycle)
@@ -62,7 +62,7 @@ def _draw(evidence: Evidence, cycle: int, drawn: cycle_pb2.SeedDrawn) -> Iterato
         seed = draw_seed(facts.run, cycle, secrets) if secrets else b""
         if seed != drawn.seed:
             yield Difference("beacon", where, f"seed: {seed.hex()} recomputed, {drawn.seed.hex()} in the log", cycle)
-    opened = facts.opened("validate", cycle)
+    opened = facts.window("validate", cycle).opened
     named = [*drawn.validators, *drawn.omitted]
     if opened is not None and sorted(opened.expected) != sorted(named):
         yield Difference("beacon", where, "does not name, as drawn or omitted, exactly who was expected", cycle)
@@ -72,8 +72,7 @@ def reports(evidence: Evidence, cycle: int) -> Step:
     """Each report covers what it has to; its utilities, intervals and reasons follow from its own losses."""
     found: list[Difference] = []
     compared = left_out = 0
-    for validator, fact in evidence.facts.all("validate", cycle, "report").items():
-        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+    for validator, fact in evidence.facts.reports(cycle).items():
         found += _report(evidence, cycle, validator, fact.message)
         compared += len(fact.message.scores)
         left_out += sum(1 for score in fact.message.scores if not score.losses and score.reason not in OF_THE_FILE)
@@ -83,8 +82,10 @@ def reports(evidence: Evidence, cycle: int) -> Step:
 
 def _report(evidence: Evidence, cycle: int, validator: str, report: cycle_pb2.ScoreReport) -> Iterator[Difference]:
     facts, where = evidence.facts, evidence.subject("validate", cycle, "report", validator)
-    settled = facts.settled("submit", cycle)
-    counted = read_reports(facts, cycle) if settled is not None and facts.opened("train", cycle) is not None else None
+    settled = facts.window("submit", cycle).settled
+    counted = (
+        read_reports(facts, cycle) if settled is not None and facts.window("train", cycle).opened is not None else None
+    )
     if counted is not None and counted.ignored.get(validator, "late") != "late":
         yield Difference("reports", where, f"does not count: {counted.ignored[validator]}", cycle)
     given, duties = {score.miner for score in report.scores}, assigned(facts, cycle)
@@ -124,7 +125,7 @@ def consensus_of(evidence: Evidence, cycle: int, submissions: Sequence[cycle_pb2
 
 def submissions_of(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
     """The settled submissions, one a miner."""
-    settled = facts.settled("submit", cycle)
+    settled = facts.window("submit", cycle).settled
     return [] if settled is None else list({entry.miner: entry for entry in settled.submissions}.values())
 
 
@@ -135,9 +136,9 @@ def verdicts(evidence: Evidence, cycle: int) -> Step:
     recomputed with the merge.
     """
     facts = evidence.facts
-    scored, version = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored"), facts.version(cycle)
+    scored, version = facts.scored(cycle), facts.version(cycle)
     where = evidence.subject("merge", cycle, "scored")
-    if scored is None or facts.settled("submit", cycle) is None:
+    if scored is None or facts.window("submit", cycle).settled is None:
         missing = version is not None
         found = [Difference("verdicts", where, "is not in the log, but the cycle has a version", cycle)]
         return Step("verdicts", cycle, 0, tuple(found if missing else ()))

@@ -95,7 +95,7 @@ def _steps(evidence: Evidence, artifacts: Artifacts, cycle: int, miner: str, opt
     if submission is not None and submission.origin_cycle not in (0, cycle):
         yield intake.commitments(evidence, submission.origin_cycle)
     yield from pure(evidence, cycle)
-    if evidence.facts.spec is None or evidence.facts.opened("train", cycle) is None:
+    if evidence.facts.spec is None or evidence.facts.window("train", cycle).opened is None:
         return
     work = recompute.Recomputation(evidence, artifacts, options.tolerance, say=options.say)
     models = None
@@ -153,7 +153,7 @@ def _ref(ref: ArtifactRef) -> dict[str, Any]:
 
 def _inputs(evidence: Evidence, cycle: int, entry: cycle_pb2.Submission) -> dict[str, Any]:
     origin = entry.origin_cycle or cycle
-    accepted = evidence.facts.get(cycle_pb2.CommitmentAccepted, "commit", origin, "accepted", entry.miner)
+    accepted = evidence.facts.commitment(origin, entry.miner)
     return {
         "artifact": _ref(entry.artifact),
         "base_state": _ref(entry.base_state),
@@ -164,7 +164,7 @@ def _inputs(evidence: Evidence, cycle: int, entry: cycle_pb2.Submission) -> dict
 
 
 def _draw(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | None:
-    drawn = evidence.facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    drawn = evidence.facts.drawn(cycle)
     if drawn is None:
         return None
     duties = assigned(evidence.facts, cycle)
@@ -179,8 +179,7 @@ def _draw(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | None:
 
 def _reports(evidence: Evidence, cycle: int, miner: str) -> list[dict[str, Any]]:
     rows = []
-    for validator, fact in evidence.facts.all("validate", cycle, "report").items():
-        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+    for validator, fact in evidence.facts.reports(cycle).items():
         rows += [_score(validator, score) for score in fact.message.scores if score.miner == miner]
     return rows
 
@@ -208,7 +207,7 @@ def _score(validator: str, score: cycle_pb2.SubmissionScore) -> dict[str, Any]:
 
 
 def _verdict(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | None:
-    scored = evidence.facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    scored = evidence.facts.scored(cycle)
     for verdict in scored.verdicts if scored is not None else ():
         if verdict.miner == miner:
             status = name_of(cycle_pb2.VerdictStatus, verdict.status).removeprefix("VERDICT_STATUS_").lower()
@@ -229,9 +228,8 @@ def _verdict(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | Non
 def _refusals(evidence: Evidence, cycle: int, miner: str) -> list[dict[str, Any]]:
     rows = []
     for window in ("commit", "submit"):
-        for fact in evidence.facts.all(window, cycle, "refused").values():
+        for fact in evidence.facts.window(window, cycle).refused.values():
             refused = fact.message
-            assert isinstance(refused, cycle_pb2.Refused)
             if refused.miner == miner:
                 name, sequence = reason_name(refused.reason), refused.ingress_sequence
                 rows.append({"window": window, "reason": name, "detail": refused.detail, "sequence": sequence})
@@ -250,9 +248,9 @@ def _signatures(evidence: Evidence, cycle: int, miner: str, entry: cycle_pb2.Sub
     answers = [fact for place in places if (fact := evidence.facts.fact(*place)) is not None]
     if not said and not answers:
         return []
-    judged = [*evidence.facts.all("validate", cycle, "report").values()]
+    judged: list[Fact] = [*evidence.facts.reports(cycle).values()]
     judged += [f for kind in ("scored", "version") if (f := evidence.facts.fact("merge", cycle, kind)) is not None]
-    drawn = evidence.facts.fact("validate", cycle, "drawn")
+    drawn = evidence.facts.drawn_fact(cycle)
     unique = {(fact.stream, fact.sequence): fact for fact in (*said, *answers, *((drawn,) if drawn else ()), *judged)}
     return [_signature(fact) for fact in unique.values()]
 

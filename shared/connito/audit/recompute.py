@@ -76,8 +76,8 @@ class Recomputation:
 def merge(work: Recomputation, cycle: int) -> Step:
     """The cycle's result and version again, bit for bit: copies, weights, outer step, momentum, and the gate."""
     evidence, facts = work.evidence, work.evidence.facts
-    version, scored = facts.version(cycle), facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
-    if version is None or scored is None or facts.settled("submit", cycle) is None:
+    version, scored = facts.version(cycle), facts.scored(cycle)
+    if version is None or scored is None or facts.window("submit", cycle).settled is None:
         return Step("merge", cycle, 0, note="nothing was merged yet")
     work.say(f"merging cycle {cycle} again")
     try:
@@ -113,7 +113,7 @@ def _files(
 ) -> tuple[Files, Refusals]:
     """A submission that was gone when it was merged is gone here; one that is gone only here cannot be recomputed."""
     facts, artifacts = work.evidence.facts, work.artifacts
-    opened, previous = facts.opened("train", cycle), facts.version(cycle - 1)
+    opened, previous = facts.window("train", cycle).opened, facts.version(cycle - 1)
     assert opened is not None
     parent = artifacts.path(opened.state)
     momentum = None if previous is None else artifacts.path(previous.outer_state)
@@ -190,7 +190,7 @@ def _sequences(
 def draws(work: Recomputation, cycle: int) -> Step:
     """The held-out sequences that reports quote are those that the seed draws from the scoring part of each hold-out."""
     facts = work.evidence.facts
-    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    drawn = facts.drawn(cycle)
     if drawn is None or facts.spec is None:
         return Step("draws", cycle, 0, note="nothing was drawn")
     try:
@@ -199,8 +199,7 @@ def draws(work: Recomputation, cycle: int) -> Step:
         where = work.evidence.subject("validate", cycle, "drawn")
         return Step("draws", cycle, 1, (Difference("draws", where, f"cannot be drawn again: {error}", cycle),))
     found, compared, racing = [], 0, facts.spec.scoring.minimum_sequences > 0
-    for validator, fact in facts.all("validate", cycle, "report").items():
-        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+    for validator, fact in facts.reports(cycle).items():
         for score in fact.message.scores:
             compared += 1
             if score.losses and not _quotes(score.losses, expected, racing=racing):
@@ -252,7 +251,7 @@ def refused_content(work: Recomputation, cycle: int) -> Step:
             continue
         compared += 1
         refused = _refusal_of(facts, cycle, entry.miner, entry.ref.digest, evidence)
-        opened = facts.opened("train", cycle)
+        opened = facts.window("train", cycle).opened
         try:
             base = work.artifacts.paths.get(opened.state.digest) if opened is not None else None
             layout = read_header(work.artifacts.path(selection.initial_state))
@@ -267,9 +266,8 @@ def refused_content(work: Recomputation, cycle: int) -> Step:
 
 
 def _refusal_of(facts: RunFacts, cycle: int, miner: str, digest: str, evidence: Evidence) -> cycle_pb2.Refused | None:
-    for fact in facts.all("submit", cycle, "refused").values():
+    for fact in facts.window("submit", cycle).refused.values():
         refused = fact.message
-        assert isinstance(refused, cycle_pb2.Refused)
         said = evidence.said.get(refused.ingress_sequence)
         if refused.miner == miner and refused.reason in OF_THE_FILE and said is not None:
             assert isinstance(said.message, cycle_pb2.Reveal)
@@ -280,12 +278,11 @@ def _refusal_of(facts: RunFacts, cycle: int, miner: str, digest: str, evidence: 
 
 def expert(work: Recomputation) -> Step:
     """The library's expert, its record and its card again, byte for byte, from the final version and the log."""
-    deposited = [fact.message for fact in work.evidence.facts.all("library", 0, "deposited").values()]
+    deposited = [fact.message for fact in work.evidence.facts.deposits.values()]
     if not deposited:
         return Step("expert", 0, 0, note="nothing was deposited")
     found = []
     message = deposited[0]
-    assert isinstance(message, run_pb2.ExpertDeposited)
     where = work.evidence.subject("library", 0, "deposited", message.expert_id)
     try:
         again = deposit_again(work)

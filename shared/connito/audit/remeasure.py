@@ -174,9 +174,9 @@ def _close(one: Any, other: Any) -> bool:
 def losses(work: Recomputation, models: Models, cycle: int, only: str = "") -> Step:
     """Every report's losses again, on the sequences that the seed draws. `only`: of one miner."""
     facts = work.evidence.facts
-    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
-    opened = facts.opened("train", cycle)
-    if drawn is None or opened is None or facts.settled("submit", cycle) is None:
+    drawn = facts.drawn(cycle)
+    opened = facts.window("train", cycle).opened
+    if drawn is None or opened is None or facts.window("submit", cycle).settled is None:
         return Step("losses", cycle, 0, note="nothing was drawn")
     distances = Distances(work.tolerance)
     try:
@@ -232,8 +232,7 @@ def _compare(
 ) -> Iterator[Difference]:
     evidence, spec = work.evidence, work.evidence.facts.spec
     assert spec is not None
-    for validator, fact in evidence.facts.all("validate", cycle, "report").items():
-        assert isinstance(fact.message, cycle_pb2.ScoreReport)
+    for validator, fact in evidence.facts.reports(cycle).items():
         where = evidence.subject("validate", cycle, "report", validator)
         for given in fact.message.scores:
             mine = again.get(given.miner)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES
-from connito.wire.facts import CATALOGUE, INGRESS
 from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT
+from connito.wire.verification import CATALOGUE, INGRESS
 
 # What a miner needs in order to take part: not what validators tell each other, nor what other miners say.
 MINER_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")

@@ -76,11 +76,9 @@ def _where(facts: RunFacts) -> str:
 
 
 def _overdue(facts: RunFacts) -> bool:
-    from connito.wire.facts import open_window
-
-    where = open_window(facts)
-    opened = None if where is None else facts.opened(*where)
-    return bool(opened and opened.deadline_unix_ms and time.time() * 1000 > opened.deadline_unix_ms + 60_000)
+    window = facts.open_window
+    deadline = 0 if window is None else window.deadline_unix_ms
+    return bool(deadline and time.time() * 1000 > deadline + 60_000)
 
 
 async def _expiries(session: Session) -> list[Check]:

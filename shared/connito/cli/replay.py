@@ -32,7 +32,7 @@ async def _rows(data_dir: Any, run: str) -> list[dict[str, Any]]:
     from connito.bus.streams import FACT_STREAMS
     from connito.errors import NotFound
     from connito.platform.session import Session
-    from connito.wire.facts import Log
+    from connito.wire.log import Log
 
     session = Session.open(data_dir, role="customer")
     records = []

@@ -80,14 +80,13 @@ async def _watch(session: Session, run: str) -> None:
 def _document(facts: RunFacts) -> dict[str, Any]:
     from connito.views.live import phase
     from connito.views.run_report import run_report
-    from connito.wire.facts import open_window
 
-    where = open_window(facts)
+    window = facts.open_window
     now = time.time_ns() // 1_000_000
     return {
         **run_report(facts),
         "phase": phase(facts, now),
-        "window": "" if where is None else where[0],
+        "window": "" if window is None else window.name,
         "cycle": facts.cycle,
         "miners": len(facts.miners),
         "validators": len(facts.validators),

@@ -25,7 +25,8 @@ from connito.v1.run_pb2 import CorpusRef, RunSpec
 MESSAGES_PER_CYCLE = 16
 
 if TYPE_CHECKING:
-    from connito.wire.facts import Log, RunFacts
+    from connito.wire.facts import RunFacts
+    from connito.wire.log import Log
 
 Progress = Callable[[str, float], None]
 NAMED = ("demo", "tiny")
@@ -126,7 +127,7 @@ async def _read(session: Session) -> Log:
 
 def _from_platform(job: Job, session: Session, log: Log) -> JobContext | None:
     """The base as the newest run used it that names it so, and the general domains of all runs on it."""
-    created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.fact("run", 0, "created"))]
+    created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.created_fact)]
     newest = [facts for _, facts in sorted(created, key=lambda pair: -pair[0])]
     runs = [facts for facts in newest if facts.spec is not None and facts.spec.base.name == job.base]
     if not runs or runs[0].spec is None:

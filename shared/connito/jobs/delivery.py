@@ -82,7 +82,7 @@ async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
 
     async with session.bus() as bus:
         facts = (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
-        deposits = list(facts.all("library", 0, "deposited"))
+        deposits = list(facts.deposits)
         subject = fact_subject(run, "library", 0, "deposited", deposits[0]) if deposits else ""
         return facts, await bus.last_record(subject) if deposits else None
 
@@ -92,9 +92,8 @@ def _deposit(context: JobContext, facts: RunFacts, signed: Record | None) -> Dep
 
     from connito.library.attestation import countersign
 
-    for fact in facts.all("library", 0, "deposited").values():
+    for fact in facts.deposits.values():
         deposited = fact.message
-        assert isinstance(deposited, run_pb2.ExpertDeposited)
         record: dict[str, Any] = json.loads(context.fetch(deposited.record).read_bytes())
         attestation = None
         if deposited.HasField("attestation") and signed is not None:

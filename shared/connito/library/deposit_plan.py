@@ -44,7 +44,7 @@ def plan(facts: RunFacts) -> Deposit | Nothing:
         return Nothing("the run published no model version")
     if not any(version.gate in MERGED for version in history):
         return Nothing("no submission was merged: the final state is the base's own")
-    if facts.all("library", 0, "deposited"):
+    if facts.deposits:
         return Nothing("the expert is already deposited")
     final = ended_at(facts, history)
     layers = {layer.layer: sorted(layer.experts) for layer in selection.layers}

@@ -63,10 +63,9 @@ class LibraryEvent:
     origin: str = "LIBRARY"
 
 
-def deposit_event(fact: Fact, record: bytes) -> LibraryEvent:
+def deposit_event(fact: Fact[run_pb2.ExpertDeposited], record: bytes) -> LibraryEvent:
     """The event of a deposit on the `LIBRARY` stream and the record it points to. `VerificationFailed` for other bytes."""
     message = fact.message
-    assert isinstance(message, run_pb2.ExpertDeposited)
     if hashlib.sha256(record).hexdigest() != message.record.digest:
         raise VerificationFailed(
             f"the record of {message.expert_id} is not the one that was deposited; fetch it again",

@@ -53,7 +53,7 @@ def build_record(
     the run started from; whoever may take data out of that one may take it out of this one.
     Raises `Invalid` when the run is not finished or published no version.
     """
-    spec, selection, ended = facts.spec, facts.selection, facts.fact("run", 0, "ended")
+    spec, selection, ended = facts.spec, facts.selection, facts.ended_fact
     history = versions(facts)
     if spec is None or selection is None or ended is None or not history:
         raise Invalid(f"run {facts.run} has no finished model version to describe; wait until it has ended")
@@ -132,7 +132,7 @@ def _losses(history: list[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:
 def _lineage(facts: RunFacts, history: Iterable[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for version in history:
-        opened = facts.opened("train", version.cycle)
+        opened = facts.window("train", version.cycle).opened
         rows.append(
             {
                 "version": version.version,
@@ -150,7 +150,7 @@ def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[dict[str, Any]
     """Every miner that was ever judged: reward and its share of all that was paid, cycles merged, refusals."""
     table: dict[str, dict[str, Any]] = {}
     for cycle in cycles:
-        scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+        scored = facts.scored(cycle)
         for verdict in [] if scored is None else scored.verdicts:
             row = table.setdefault(verdict.miner, {"miner": verdict.miner, "reward": 0, "merged": 0, "reasons": {}})
             row["reward"] += verdict.reward
@@ -160,7 +160,7 @@ def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[dict[str, Any]
                 row["reasons"][name] = row["reasons"].get(name, 0) + 1
     paid = sum(row["reward"] for row in table.values())
     for miner, row in table.items():
-        enrolled = facts.fact("run", 0, "miner", miner)
+        enrolled = facts.enrolled.get(miner)
         row["label"] = "" if enrolled is None else getattr(enrolled.message, "label", "")
         row["share"] = row["reward"] / paid if paid else 0.0
     return sorted(table.values(), key=lambda row: (-row["reward"], row["miner"]))

@@ -156,8 +156,8 @@ def training_of(facts: RunFacts) -> Training | None:
         for cycle in facts.cycles()
         if (version := facts.version(cycle)) is not None and version.losses
     )
-    created = facts.fact("run", 0, "created")
-    ids = [fact.key.id for fact in facts.all("library", 0, "deposited").values()]
+    created = facts.created_fact
+    ids = [fact.key.id for fact in facts.deposits.values()]
     at = 0 if created is None else created.sequence
     return Training(spec.domain, spec.base.manifest.digest, gains, at, ids[0] if ids else "")
 

@@ -10,7 +10,8 @@ from connito.bus import Bus, CaughtUp
 from connito.bus.streams import FACT_STREAMS
 from connito.local.display import Display
 from connito.platform.log import apply
-from connito.wire.facts import Fact, Log, RunFacts
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.log import Log
 from connito.wire.roster import Roster
 
 _TICK_SECONDS = 0.5

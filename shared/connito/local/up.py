@@ -250,7 +250,7 @@ class _Up:
             if facts.ended is None:
                 return False
             deposits = facts.ended.outcome == RUN_OUTCOME_COMPLETED and facts.ended.final_version > 0
-            return not deposits or bool(facts.all("library", 0, "deposited"))
+            return not deposits or bool(facts.deposits)
 
         return await follow_run(
             installation.bus, installation.roster, run, installation.names, self.display, over, noticed

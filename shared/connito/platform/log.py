@@ -8,7 +8,8 @@ from contextlib import aclosing, suppress
 from connito.bus import Bus, CaughtUp
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid
-from connito.wire.facts import Fact, Log, Record, RunFacts
+from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.log import Log
 from connito.wire.roster import Roster
 
 
@@ -32,7 +33,5 @@ def apply(log: Log, record: Record) -> Fact | None:
 
 def newest(log: Log) -> RunFacts | None:
     """The run that was created last."""
-    created = [
-        (fact.sequence, facts) for facts in log.runs.values() if (fact := facts.fact("run", 0, "created")) is not None
-    ]
+    created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.created_fact) is not None]
     return max(created, key=lambda pair: pair[0])[1] if created else None

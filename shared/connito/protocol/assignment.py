@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from connito.v1 import cycle_pb2
 from connito.wire.facts import RunFacts
 from connito.wire.hashing import hash_fields
 
@@ -48,8 +47,8 @@ def assign(seed: bytes, miners: Iterable[str], validators: Iterable[str], each: 
 
 def assigned(facts: RunFacts, cycle: int) -> dict[str, frozenset[str]] | None:
     """Who scores whom in a cycle, by validator of the draw; None when everybody scores everything, or nothing is drawn."""
-    spec, settled = facts.spec, facts.settled("submit", cycle)
-    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    spec, settled = facts.spec, facts.window("submit", cycle).settled
+    drawn = facts.drawn(cycle)
     if spec is None or settled is None or drawn is None or not spec.scoring.validators_per_submission:
         return None
     miners = (entry.miner for entry in settled.submissions)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2, run_pb2
 from connito.wire.envelope import check
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.facts import RunFacts
 from connito.wire.roster import OPERATOR, Roster
 
 ORDER_SUBJECT = "rpc.BanMiner"
@@ -34,7 +34,7 @@ def banned(facts: RunFacts, until: int | None = None) -> dict[str, run_pb2.Miner
 
 def at_close(facts: RunFacts, window: str, cycle: int) -> dict[str, str]:
     """Miners whose ban counts in a closed window, with what they are told. Nobody while it is open."""
-    closed = facts.closed(window, cycle)
+    closed = facts.window(window, cycle).closed
     known = banned(facts, closed.runs_sequence) if closed is not None else {}
     return {} if closed is None else {miner: why(known.get(miner)) for miner in closed.banned}
 
@@ -61,14 +61,9 @@ def check_order(ban: run_pb2.MinerBan, roster: Roster, customer: str) -> None:
 
 def _last_words(facts: RunFacts, until: int | None) -> dict[str, run_pb2.MinerBan]:
     last: dict[str, run_pb2.MinerBan] = {}
-    for fact in facts.all("run", 0, "ban").values():
-        ban = _ban(fact)
+    for fact in facts.bans.values():
+        ban = fact.message
         counts = until is None or fact.sequence <= until
         if counts and (ban.miner not in last or last[ban.miner].number < ban.number):
             last[ban.miner] = ban
     return last
-
-
-def _ban(fact: Fact) -> run_pb2.MinerBan:
-    assert isinstance(fact.message, run_pb2.MinerBan)
-    return fact.message

@@ -18,7 +18,7 @@ from connito.wire.facts import RunFacts
 
 def check_start(facts: RunFacts, cycle: int) -> None:
     """Raise `VerificationFailed` when a cycle starts from another state than the one before has published."""
-    opened, before, selection = facts.opened("train", cycle), facts.version(cycle - 1), facts.selection
+    opened, before, selection = facts.window("train", cycle).opened, facts.version(cycle - 1), facts.selection
     if opened is None:
         return
     if before is not None:
@@ -36,7 +36,7 @@ def check_start(facts: RunFacts, cycle: int) -> None:
 
 def check_settled(facts: RunFacts, cycle: int) -> None:
     """Raise `VerificationFailed` when the settled submissions of a cycle contradict what was committed and accepted."""
-    settled = facts.settled("submit", cycle)
+    settled = facts.window("submit", cycle).settled
     fault = "" if settled is None else next(_faults(facts, cycle, settled), "")
     if fault:
         raise VerificationFailed(
@@ -46,7 +46,7 @@ def check_settled(facts: RunFacts, cycle: int) -> None:
 
 
 def _faults(facts: RunFacts, cycle: int, settled: cycle_pb2.WindowSettled) -> Iterator[str]:
-    closed = facts.closed("submit", cycle)
+    closed = facts.window("submit", cycle).closed
     if closed is not None and settled.last_sequence != closed.last_sequence:
         yield f"settled up to {settled.last_sequence}, closed at {closed.last_sequence}"
     if len({entry.miner for entry in settled.submissions}) != len(settled.submissions):
@@ -67,9 +67,9 @@ def _faults(facts: RunFacts, cycle: int, settled: cycle_pb2.WindowSettled) -> It
 
 def _against_origin(facts: RunFacts, entry: cycle_pb2.Submission) -> Iterator[str]:
     origin = entry.origin_cycle
-    accepted = facts.get(cycle_pb2.CommitmentAccepted, "commit", origin, "accepted", entry.miner)
-    opened, closed = facts.opened("train", origin), facts.closed("commit", origin)
-    committed = facts.settled("commit", origin)
+    accepted = facts.commitment(origin, entry.miner)
+    opened, closed = facts.window("train", origin).opened, facts.window("commit", origin).closed
+    committed = facts.window("commit", origin).settled
     if accepted is not None and accepted.ingress_sequence != entry.commit_sequence:
         yield f"committed at {accepted.ingress_sequence}, not at {entry.commit_sequence}"
     if committed is not None and entry.miner not in committed.committed:

@@ -18,7 +18,8 @@ from connito.errors import Invalid, Retry, reason_name
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
-from connito.wire.facts import Fact, Log, Record, RunFacts
+from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.log import Log
 
 log = get_logger("engine")
 

@@ -44,20 +44,18 @@ def entries(facts: RunFacts) -> list[Entry]:
     balances: dict[tuple[str, str], int] = {}
     found = []
     for cycle in facts.cycles():
-        fact = facts.fact("merge", cycle, "scored")
+        fact = facts.scored_fact(cycle)
+        if fact is None:
+            continue
         for account, role, units, why in _paid(fact):
-            assert fact is not None
             balance = balances[role, account] = balances.get((role, account), 0) + units
             name = miner_name(facts, account) if account else ""
             found.append(Entry(cycle, account, name, role, units, balance, why, fact.sequence))
     return found
 
 
-def _paid(fact: Fact | None) -> Iterator[tuple[str, str, int, str]]:
-    if fact is None:
-        return
+def _paid(fact: Fact[cycle_pb2.CycleScored]) -> Iterator[tuple[str, str, int, str]]:
     scored = fact.message
-    assert isinstance(scored, cycle_pb2.CycleScored)
     for verdict in sorted(scored.verdicts, key=lambda verdict: (verdict.rank or 1 << 30, verdict.miner)):
         yield verdict.miner, MINER, verdict.reward, _why(verdict)
     for standing in scored.validators:

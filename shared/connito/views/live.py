@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from connito.errors import reason_name
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views.run_report import miner_name, submission_rows
-from connito.wire.facts import Fact, RunFacts, open_window
+from connito.wire.facts import Fact, RunFacts, Window
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,21 +42,20 @@ def phase(facts: RunFacts, now_ms: int) -> str:
             f"waiting for people: {len(facts.miners)} of {spec.windows.min_miners} miners, "
             f"{len(facts.validators)} of {spec.windows.min_validators} validators"
         )
-    where = open_window(facts)
-    if where is None:
+    window = facts.open_window
+    if window is None:
         return f"cycle {facts.cycle} of {spec.cycles}: between windows"
-    window, cycle = where
-    return f"cycle {cycle} of {spec.cycles}: {window}, {_DOING[window]}{_left(facts, window, cycle, now_ms)}"
+    return f"cycle {window.cycle} of {spec.cycles}: {window.name}, {_DOING[window.name]}{_left(window, now_ms)}"
 
 
-def _left(facts: RunFacts, window: str, cycle: int, now_ms: int) -> str:
-    opened, fact = facts.opened(window, cycle), facts.fact(window, cycle, "opened")
-    if opened is None or fact is None:
+def _left(window: Window, now_ms: int) -> str:
+    fact = window.opened_fact
+    if fact is None:
         return ""
     elapsed = max(0.0, (now_ms - fact.time_unix_ms) / 1000)
-    if not opened.deadline_unix_ms:
+    if not window.deadline_unix_ms:
         return f" ({elapsed:.0f} s)"
-    return f" ({elapsed:.0f} s; closes at the latest in {max(0.0, (opened.deadline_unix_ms - now_ms) / 1000):.0f} s)"
+    return f" ({elapsed:.0f} s; closes at the latest in {max(0.0, (window.deadline_unix_ms - now_ms) / 1000):.0f} s)"
 
 
 def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | None:
@@ -157,7 +156,7 @@ def _miner_table(facts: RunFacts, names: Mapping[str, str]) -> Table:
     from rich.table import Table
 
     cycle = facts.cycle
-    if facts.opened("commit", cycle) is None and cycle > 1:
+    if facts.window("commit", cycle).opened is None and cycle > 1:
         cycle -= 1
     table = Table(box=None, padding=(0, 2), title=f"miners, cycle {cycle}", title_justify="left")
     for name, justify in (("miner", "left"), ("status", "left"), ("reason", "left"), ("utility", "right")):

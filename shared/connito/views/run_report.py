@@ -87,11 +87,11 @@ def submission_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
     for miner in _expected_miners(facts, cycle):
         rows[miner] = _row(facts, miner, "absent" if facts.version(cycle) else "working")
     for window in ("commit", "submit"):
-        for fact in facts.all(window, cycle, "accepted").values():
+        for fact in facts.window(window, cycle).accepted.values():
             _advance(facts, rows, window, fact)
-        for fact in sorted(facts.all(window, cycle, "refused").values(), key=lambda fact: fact.sequence):
+        for fact in sorted(facts.window(window, cycle).refused.values(), key=lambda fact: fact.sequence):
             _refuse(facts, rows, fact)
-    scored = facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored")
+    scored = facts.scored(cycle)
     for verdict in scored.verdicts if scored is not None else ():
         rows[verdict.miner] = _judged(facts, verdict)
     rated = ratings(facts, cycle)
@@ -102,15 +102,14 @@ def submission_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
 
 def miner_name(facts: RunFacts, key: str) -> str:
     """The label a miner enrolled with, or the start of its key."""
-    enrolled = facts.get(run_pb2.MinerEnrolled, "run", 0, "miner", key)
-    return (enrolled.label if enrolled is not None else "") or f"{key[:12]}…"
+    return facts.label(key) or f"{key[:12]}…"
 
 
 def window_seconds(facts: RunFacts, cycle: int) -> dict[str, float]:
     """Length of each closed window by the broker's clock."""
     seconds = {}
     for window in WINDOWS:
-        opened, closed = facts.fact(window, cycle, "opened"), facts.fact(window, cycle, "closed")
+        opened, closed = facts.window(window, cycle).opened_fact, facts.window(window, cycle).closed_fact
         if opened is not None and closed is not None:
             seconds[window] = round((closed.time_unix_ms - opened.time_unix_ms) / 1000, 3)
     return seconds
@@ -118,8 +117,7 @@ def window_seconds(facts: RunFacts, cycle: int) -> dict[str, float]:
 
 def library_entry(facts: RunFacts) -> dict[str, Any] | None:
     """`{"expert_id", "digest", "bytes"}` of what the run left in the library; None before, or where nothing was deposited."""
-    for fact in facts.all("library", 0, "deposited").values():
-        assert isinstance(fact.message, run_pb2.ExpertDeposited)
+    for fact in facts.deposits.values():
         expert = fact.message.expert
         return {"expert_id": fact.message.expert_id, "digest": expert.digest, "bytes": expert.size}
     return None
@@ -156,10 +154,9 @@ def _advance(facts: RunFacts, rows: dict[str, dict[str, Any]], window: str, fact
     rows[miner] = _row(facts, miner, "committed" if window == "commit" else "revealed")
 
 
-def _refuse(facts: RunFacts, rows: dict[str, dict[str, Any]], fact: Fact) -> None:
+def _refuse(facts: RunFacts, rows: dict[str, dict[str, Any]], fact: Fact[cycle_pb2.Refused]) -> None:
     """The first refusal tells; "not revealed" gives way to what became of the reveal that came after all."""
     refused = fact.message
-    assert isinstance(refused, cycle_pb2.Refused)
     known = rows.get(refused.miner)
     told = known is not None and (known["status"] == "revealed" or known["reason"] not in ("", _NOT_REVEALED))
     told = told and refused.reason != reasons_pb2.REASON_NEWCOMER_QUOTA
@@ -169,12 +166,12 @@ def _refuse(facts: RunFacts, rows: dict[str, dict[str, Any]], fact: Fact) -> Non
 
 
 def _expected_miners(facts: RunFacts, cycle: int) -> list[str]:
-    opened, enrolled = facts.opened("train", cycle), set(facts.miners)
+    opened, enrolled = facts.window("train", cycle).opened, set(facts.miners)
     return [] if opened is None else [key for key in opened.expected if key in enrolled]
 
 
 def _submissions(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
-    settled = facts.settled("submit", cycle)
+    settled = facts.window("submit", cycle).settled
     return [] if settled is None else list(settled.submissions)
 
 

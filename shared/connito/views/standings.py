@@ -10,7 +10,7 @@ from connito.wire.facts import RunFacts
 
 
 def _scored(facts: RunFacts, cycle: int) -> cycle_pb2.CycleScored:
-    return facts.get(cycle_pb2.CycleScored, "merge", cycle, "scored") or cycle_pb2.CycleScored()
+    return facts.scored(cycle) or cycle_pb2.CycleScored()
 
 
 def validator_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:

@@ -7,62 +7,18 @@ pure function of that set and the time (each service's `handlers.py`), evaluated
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar, cast
 
 from google.protobuf.message import Message
+from typing_extensions import TypeVar as DefaultedTypeVar
 
-from connito.errors import Invalid
-from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
-from connito.wire.chain import Chains
-from connito.wire.envelope import open_bytes
-from connito.wire.roster import Roster
-from connito.wire.subjects import WINDOWS, FactKey, parse_fact, parse_ingress
+from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.subjects import WINDOWS, FactKey
 
 M = TypeVar("M", bound=Message)
-
-# (section, kind) -> payload type, role that may sign it, field that must equal the subject's id ("" for no id).
-CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
-    ("run", "created"): (run_pb2.RunCreated, "coordinator", ""),
-    ("run", "miner"): (run_pb2.MinerEnrolled, "coordinator", "miner"),
-    ("run", "validator"): (run_pb2.ValidatorJoined, "validator", "validator"),
-    ("run", "invited"): (run_pb2.InviteUsed, "coordinator", "invite+number"),
-    ("run", "ban"): (run_pb2.MinerBan, "coordinator", "miner+number"),
-    ("run", "selected"): (run_pb2.SelectionMade, "selector", ""),
-    ("run", "selection_failed"): (run_pb2.SelectionFailed, "selector", ""),
-    ("run", "ended"): (run_pb2.RunEnded, "coordinator", ""),
-    ("train", "seed"): (cycle_pb2.SeedCommitted, "validator", "validator"),
-    ("commit", "accepted"): (cycle_pb2.CommitmentAccepted, "committer", "miner"),
-    ("commit", "refused"): (cycle_pb2.Refused, "committer", "miner+ingress_sequence"),
-    ("commit", "settled"): (cycle_pb2.WindowSettled, "committer", ""),
-    ("submit", "accepted"): (cycle_pb2.RevealAccepted, "committer", "submission.miner"),
-    ("submit", "refused"): (cycle_pb2.Refused, "committer", "miner+ingress_sequence"),
-    ("submit", "settled"): (cycle_pb2.WindowSettled, "committer", ""),
-    ("validate", "seed"): (cycle_pb2.SeedRevealed, "validator", "validator"),
-    ("validate", "drawn"): (cycle_pb2.SeedDrawn, "coordinator", ""),
-    ("validate", "report"): (cycle_pb2.ScoreReport, "validator", "validator"),
-    ("merge", "scored"): (cycle_pb2.CycleScored, "aggregator", ""),
-    ("merge", "version"): (cycle_pb2.VersionPublished, "aggregator", ""),
-    ("library", "deposited"): (run_pb2.ExpertDeposited, "library", "expert_id"),
-    ("library", "notice"): (run_pb2.ExpertNotice, "library", "id"),
-    ("library", "used"): (run_pb2.ExpertUsed, "library", "id"),
-    **{
-        (window, "opened"): (cycle_pb2.WindowOpened, "coordinator", "")
-        for window in ("train", "commit", "submit", "validate", "merge")
-    },
-    **{
-        (window, "closed"): (cycle_pb2.WindowClosed, "coordinator", "")
-        for window in ("train", "commit", "submit", "validate", "merge")
-    },
-}
-
-# ingress kind -> payload type; the signer must be the miner of the subject.
-INGRESS: dict[str, type[Message]] = {
-    "trained": cycle_pb2.TrainingFinished,
-    "commitment": cycle_pb2.Commitment,
-    "reveal": cycle_pb2.Reveal,
-}
+M_co = DefaultedTypeVar("M_co", bound=Message, covariant=True, default=Message)
 
 
 @dataclass(frozen=True)
@@ -78,192 +34,341 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Fact:
+class Fact(Generic[M_co]):
     """A verified message and where it stands in the log."""
 
     run: str
     key: FactKey
-    message: Message
+    message: M_co
     signer: str
     stream: str
     sequence: int
     time_unix_ms: int
 
-
-def _subject_id(message: Message, path: str) -> str:
-    if "+" in path:
-        return "-".join(str(getattr(message, name)) for name in path.split("+"))
-    value: object = message
-    for name in path.split("."):
-        value = getattr(value, name)
-    return str(value)
+    def of(self, message_type: type[M]) -> Fact[M] | None:
+        """Return the fact if its message is of that type, else None."""
+        return cast("Fact[M]", self) if isinstance(self.message, message_type) else None
 
 
-def verify_fact(record: Record, roster: Roster) -> Fact:
-    """Check a stored fact: signature, role, type, and that payload and subject agree. Raises `Invalid` with the reason."""
-    run, key = parse_fact(record.subject)
-    entry = CATALOGUE.get((key.section, key.kind))
-    if entry is None:
-        raise Invalid(f"no fact is called {key.section}.{key.kind}", reason=reasons_pb2.REASON_UNKNOWN_TYPE)
-    message_type, role, id_path = entry
-    opened = open_bytes(record.data, record.subject)
-    if not roster.permitted(role, opened.signer, record.time_unix_ms):
-        raise Invalid(
-            f"{opened.signer[:12]}… is not a {role} in the roster, and only a {role} may write {key.section}.{key.kind}",
-            reason=reasons_pb2.REASON_NOT_PERMITTED,
-        )
-    message: Message = opened.read(message_type)
-    claimed_run = message.spec.run if isinstance(message, run_pb2.RunCreated) else getattr(message, "run", "")
-    if claimed_run != run or getattr(message, "cycle", key.cycle) != key.cycle:
-        raise Invalid(f"the payload speaks of another run or cycle than its subject {record.subject}")
-    if id_path and _subject_id(message, id_path) != key.id:
-        raise Invalid(f"the payload speaks of another id than its subject {record.subject}")
-    if role == "validator" and key.id != opened.signer:
-        raise Invalid("a validator speaks for itself only", reason=reasons_pb2.REASON_NOT_PERMITTED)
-    return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
-
-
-def verify_ingress(record: Record) -> Fact:
-    """Check what a miner said: signature, and that the signer is the miner of the subject. Raises `Invalid`."""
-    run, miner, kind = parse_ingress(record.subject)
-    if kind not in INGRESS:
-        raise Invalid(
-            f"miners say {', '.join(INGRESS)}; {kind!r} is none of them", reason=reasons_pb2.REASON_UNKNOWN_TYPE
-        )
-    opened = open_bytes(record.data, record.subject)
-    if opened.signer != miner:
-        raise Invalid("signed by another key than the one in the subject", reason=reasons_pb2.REASON_NOT_PERMITTED)
-    message: Message = opened.read(INGRESS[kind])
-    if getattr(message, "run", "") != run:
-        raise Invalid(f"the payload speaks of another run than its subject {record.subject}")
-    key = FactKey("ingress", int(getattr(message, "cycle", 0)), kind, miner)
-    return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
+class MissingFactError(LookupError):
+    """A fact that has to be known by now is not: the caller asked too early."""
 
 
 @dataclass
 class RunFacts:
-    """All facts of one run, by key. Insertion is idempotent and commutative: the first message on a subject stands."""
+    """All facts of one run, by key. Insertion is idempotent and commutative: the first message on a subject stands.
+
+    Accessors return messages; those called `…_fact` return the message with its place in the log, and plurals map ids to
+    facts in the order of ids. Verification has checked each payload's type against its key, so they do not check again.
+    """
 
     run: str
     facts: dict[FactKey, Fact] = field(default_factory=dict)
     _index: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict)
+    _sorted: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict, compare=False)
+    # The newest cycle whose train window, and that of every cycle before it, was opened; 0 before the first.
+    cycle: int = 0
 
     def add(self, fact: Fact) -> bool:
-        """Insert; whether it was new. Of several ingress messages with one key, the smallest sequence stands."""
+        """Insert and return whether it was new. Of several ingress messages with one key, the smallest sequence stands."""
         known = self.facts.get(fact.key)
         if known is not None and known.sequence <= fact.sequence:
             return False
         self.facts[fact.key] = fact
-        self._index.setdefault((fact.key.section, fact.key.cycle, fact.key.kind), {})[fact.key.id] = fact
+        kind = (fact.key.section, fact.key.cycle, fact.key.kind)
+        self._index.setdefault(kind, {})[fact.key.id] = fact
+        self._sorted.pop(kind, None)
+        while self.fact("train", self.cycle + 1, "opened") is not None:
+            self.cycle += 1
         return True
 
-    def get(self, message_type: type[M], section: str, cycle: int, kind: str, id_: str = "") -> M | None:
-        """The payload of one fact, or None."""
-        fact = self.facts.get(FactKey(section, cycle, kind, id_))
-        if fact is None:
-            return None
-        assert isinstance(fact.message, message_type)
-        return fact.message
-
-    def has(self, section: str, cycle: int, kind: str, id_: str = "") -> bool:
-        """Whether the fact is known."""
-        return FactKey(section, cycle, kind, id_) in self.facts
-
     def fact(self, section: str, cycle: int, kind: str, id_: str = "") -> Fact | None:
-        """One fact with its place in the log, or None."""
+        """Return one fact of any kind, or None. Code that knows the kind uses the accessor of that kind."""
         return self.facts.get(FactKey(section, cycle, kind, id_))
 
-    def all(self, section: str, cycle: int, kind: str) -> dict[str, Fact]:
-        """Facts of a kind by id, in the order of ids."""
-        return dict(sorted(self._index.get((section, cycle, kind), {}).items()))
+    def all(self, section: str, cycle: int, kind: str) -> Mapping[str, Fact]:
+        """Return the facts of any kind by id, as they are now. Code that knows the kind uses the accessor of that kind."""
+        key = (section, cycle, kind)
+        if key not in self._sorted:
+            self._sorted[key] = dict(sorted(self._index.get(key, {}).items()))
+        return self._sorted[key]
+
+    def has(self, section: str, cycle: int, kind: str, id_: str = "") -> bool:
+        """Return whether a fact of any kind is known."""
+        return self.fact(section, cycle, kind, id_) is not None
+
+    def _one(self, of: type[M], section: str, cycle: int, kind: str, id_: str = "") -> Fact[M] | None:
+        return cast("Fact[M] | None", self.facts.get(FactKey(section, cycle, kind, id_)))
+
+    def _many(self, of: type[M], section: str, cycle: int, kind: str) -> Mapping[str, Fact[M]]:
+        return cast("Mapping[str, Fact[M]]", self.all(section, cycle, kind))
+
+    # The run: what was asked for, who takes part, how it ended.
+
+    @property
+    def created_fact(self) -> Fact[run_pb2.RunCreated] | None:
+        """The specification as it was written."""
+        return self._one(run_pb2.RunCreated, "run", 0, "created")
 
     @property
     def spec(self) -> run_pb2.RunSpec | None:
-        """What was asked for."""
-        created = self.get(run_pb2.RunCreated, "run", 0, "created")
-        return None if created is None else created.spec
+        """The run's specification."""
+        created = self.created_fact
+        return None if created is None else created.message.spec
+
+    def require_spec(self) -> run_pb2.RunSpec:
+        """Return the specification of a run that was created. Raises `MissingFactError` for another."""
+        return self._required(self.spec, "specification")
+
+    @property
+    def selected_fact(self) -> Fact[run_pb2.SelectionMade] | None:
+        """The selection as it was written."""
+        return self._one(run_pb2.SelectionMade, "run", 0, "selected")
 
     @property
     def selection(self) -> run_pb2.SelectionMade | None:
         """The target experts."""
-        return self.get(run_pb2.SelectionMade, "run", 0, "selected")
+        return _message(self.selected_fact)
+
+    def require_selection(self) -> run_pb2.SelectionMade:
+        """Return the target experts of a run that was assembled. Raises `MissingFactError` before the selection."""
+        return self._required(self.selection, "selection")
+
+    @property
+    def selection_failed(self) -> run_pb2.SelectionFailed | None:
+        """The reason why no experts could be selected."""
+        return _message(self._one(run_pb2.SelectionFailed, "run", 0, "selection_failed"))
+
+    @property
+    def ended_fact(self) -> Fact[run_pb2.RunEnded] | None:
+        """The end as it was written."""
+        return self._one(run_pb2.RunEnded, "run", 0, "ended")
 
     @property
     def ended(self) -> run_pb2.RunEnded | None:
-        """How the run ended, once it has."""
-        return self.get(run_pb2.RunEnded, "run", 0, "ended")
+        """The outcome, once the run has ended."""
+        return _message(self.ended_fact)
+
+    @property
+    def enrolled(self) -> Mapping[str, Fact[run_pb2.MinerEnrolled]]:
+        """Enrolments by miner."""
+        return self._many(run_pb2.MinerEnrolled, "run", 0, "miner")
 
     @property
     def miners(self) -> list[str]:
         """Enrolled miners, sorted."""
-        return list(self.all("run", 0, "miner"))
+        return list(self.enrolled)
+
+    def label(self, miner: str) -> str:
+        """Return the label that a miner enrolled with; the empty string for none."""
+        enrolled = self.enrolled.get(miner)
+        return "" if enrolled is None else enrolled.message.label
+
+    @property
+    def joined(self) -> Mapping[str, Fact[run_pb2.ValidatorJoined]]:
+        """Validators that joined, by key."""
+        return self._many(run_pb2.ValidatorJoined, "run", 0, "validator")
 
     @property
     def validators(self) -> list[str]:
         """Validators that joined, sorted."""
-        return list(self.all("run", 0, "validator"))
-
-    def opened(self, window: str, cycle: int) -> cycle_pb2.WindowOpened | None:
-        """The opening of a window."""
-        return self.get(cycle_pb2.WindowOpened, window, cycle, "opened")
-
-    def closed(self, window: str, cycle: int) -> cycle_pb2.WindowClosed | None:
-        """The close of a window."""
-        return self.get(cycle_pb2.WindowClosed, window, cycle, "closed")
-
-    def settled(self, window: str, cycle: int) -> cycle_pb2.WindowSettled | None:
-        """What the committer found inside a closed window (commit, submit)."""
-        return self.get(cycle_pb2.WindowSettled, window, cycle, "settled")
-
-    def version(self, cycle: int) -> cycle_pb2.VersionPublished | None:
-        """The model version that a cycle produced."""
-        return self.get(cycle_pb2.VersionPublished, "merge", cycle, "version")
-
-    def cycles(self) -> Iterator[int]:
-        """Numbers of the cycles whose train window was opened, from 1."""
-        cycle = 1
-        while self.opened("train", cycle) is not None:
-            yield cycle
-            cycle += 1
+        return list(self.joined)
 
     @property
-    def cycle(self) -> int:
-        """The current cycle; 0 before the first."""
-        return max(self.cycles(), default=0)
+    def invites_used(self) -> Mapping[str, Fact[run_pb2.InviteUsed]]:
+        """Uses of invites, by invite and number."""
+        return self._many(run_pb2.InviteUsed, "run", 0, "invited")
 
-    def inside(self, window: str, cycle: int, fact: Fact) -> bool:
-        """Whether a fact lies inside a window: not closed yet, or its sequence is at most the last one."""
-        closed = self.closed(window, cycle)
+    @property
+    def bans(self) -> Mapping[str, Fact[run_pb2.MinerBan]]:
+        """Bans and their liftings, by miner and number."""
+        return self._many(run_pb2.MinerBan, "run", 0, "ban")
+
+    @property
+    def deposits(self) -> Mapping[str, Fact[run_pb2.ExpertDeposited]]:
+        """Experts of this run in the library, by expert id."""
+        return self._many(run_pb2.ExpertDeposited, "library", 0, "deposited")
+
+    @property
+    def uses(self) -> Mapping[str, Fact[run_pb2.ExpertUsed]]:
+        """Uses of library experts that were declared, by id."""
+        return self._many(run_pb2.ExpertUsed, "library", 0, "used")
+
+    # One cycle, window by window.
+
+    def cycles(self) -> range:
+        """Return the numbers of the cycles whose train window was opened, from 1."""
+        return range(1, self.cycle + 1)
+
+    def window(self, name: str, cycle: int) -> Window:
+        """Return one window of one cycle."""
+        return Window(self, name, cycle)
+
+    @property
+    def open_window(self) -> Window | None:
+        """The window of the current cycle that is opened and not closed; None between windows."""
+        for name in reversed(WINDOWS):
+            window = self.window(name, self.cycle)
+            if window.opened is not None:
+                return window if window.closed is None else None
+        return None
+
+    def trained(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.TrainingFinished]]:
+        """Return the miners that said their local steps are done."""
+        return self._many(cycle_pb2.TrainingFinished, "ingress", cycle, "trained")
+
+    def reveals_sent(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.Reveal]]:
+        """Return reveals as miners sent them, whether they are accepted or not."""
+        return self._many(cycle_pb2.Reveal, "ingress", cycle, "reveal")
+
+    def seed_commitments(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.SeedCommitted]]:
+        """Return validators' commitments to their secrets."""
+        return self._many(cycle_pb2.SeedCommitted, "train", cycle, "seed")
+
+    def seed_reveals(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.SeedRevealed]]:
+        """Return validators' secrets."""
+        return self._many(cycle_pb2.SeedRevealed, "validate", cycle, "seed")
+
+    def seed_commitment(self, cycle: int, validator: str) -> cycle_pb2.SeedCommitted | None:
+        """Return a validator's commitment to its secret."""
+        return _message(self._one(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator))
+
+    def seed_reveal(self, cycle: int, validator: str) -> cycle_pb2.SeedRevealed | None:
+        """Return a validator's secret."""
+        return _message(self._one(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator))
+
+    def commitments(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.CommitmentAccepted]]:
+        """Return accepted commitments by miner."""
+        return self._many(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted")
+
+    def commitment(self, cycle: int, miner: str) -> cycle_pb2.CommitmentAccepted | None:
+        """Return a miner's accepted commitment."""
+        return _message(self._one(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner))
+
+    def reveals(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.RevealAccepted]]:
+        """Return the accepted reveals that `cycle` scores, by miner."""
+        return self._many(cycle_pb2.RevealAccepted, "submit", cycle, "accepted")
+
+    def reveal(self, cycle: int, miner: str) -> cycle_pb2.RevealAccepted | None:
+        """Return a miner's accepted reveal that `cycle` scores."""
+        return _message(self._one(cycle_pb2.RevealAccepted, "submit", cycle, "accepted", miner))
+
+    def drawn_fact(self, cycle: int) -> Fact[cycle_pb2.SeedDrawn] | None:
+        """Return the draw of a cycle's seed as it was written."""
+        return self._one(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+
+    def drawn(self, cycle: int) -> cycle_pb2.SeedDrawn | None:
+        """Return a cycle's seed and the validators whose secrets are in it."""
+        return _message(self.drawn_fact(cycle))
+
+    def reports(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.ScoreReport]]:
+        """Return score reports by validator."""
+        return self._many(cycle_pb2.ScoreReport, "validate", cycle, "report")
+
+    def scored_fact(self, cycle: int) -> Fact[cycle_pb2.CycleScored] | None:
+        """Return a cycle's result as it was written."""
+        return self._one(cycle_pb2.CycleScored, "merge", cycle, "scored")
+
+    def scored(self, cycle: int) -> cycle_pb2.CycleScored | None:
+        """Return a cycle's verdicts and standings."""
+        return _message(self.scored_fact(cycle))
+
+    def result_before(self, cycle: int) -> cycle_pb2.CycleScored:
+        """Return the result of the cycle before, empty before the first one."""
+        return self.scored(cycle - 1) or cycle_pb2.CycleScored()
+
+    def version_fact(self, cycle: int) -> Fact[cycle_pb2.VersionPublished] | None:
+        """Return the version that a cycle produced as it was written."""
+        return self._one(cycle_pb2.VersionPublished, "merge", cycle, "version")
+
+    def version(self, cycle: int) -> cycle_pb2.VersionPublished | None:
+        """Return the model version that a cycle produced."""
+        return _message(self.version_fact(cycle))
+
+    def _required(self, message: M | None, what: str) -> M:
+        if message is None:
+            raise MissingFactError(f"run {self.run} has no {what} yet")
+        return message
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of one cycle, as far as its facts are known."""
+
+    facts: RunFacts
+    name: str
+    cycle: int
+
+    @property
+    def opened_fact(self) -> Fact[cycle_pb2.WindowOpened] | None:
+        """The opening as it was written."""
+        return self.facts._one(cycle_pb2.WindowOpened, self.name, self.cycle, "opened")
+
+    @property
+    def opened(self) -> cycle_pb2.WindowOpened | None:
+        """The opening."""
+        return _message(self.opened_fact)
+
+    @property
+    def closed_fact(self) -> Fact[cycle_pb2.WindowClosed] | None:
+        """The close as it was written."""
+        return self.facts._one(cycle_pb2.WindowClosed, self.name, self.cycle, "closed")
+
+    @property
+    def closed(self) -> cycle_pb2.WindowClosed | None:
+        """The close."""
+        return _message(self.closed_fact)
+
+    @property
+    def settled(self) -> cycle_pb2.WindowSettled | None:
+        """What the committer found inside once the window was closed (commit, submit)."""
+        return _message(self.facts._one(cycle_pb2.WindowSettled, self.name, self.cycle, "settled"))
+
+    @property
+    def deadline_unix_ms(self) -> int:
+        """The time at which it is closed at the latest; 0 for one that has no deadline or is not opened."""
+        opened = self.opened
+        return 0 if opened is None else opened.deadline_unix_ms
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is opened and not closed."""
+        return self.opened is not None and self.closed is None
+
+    @property
+    def accepted(self) -> Mapping[str, Fact]:
+        """Accepted messages by miner (commit, submit)."""
+        return self.facts.all(self.name, self.cycle, "accepted")
+
+    @property
+    def refused(self) -> Mapping[str, Fact[cycle_pb2.Refused]]:
+        """Refused messages, by miner and ingress sequence (commit, submit)."""
+        return self.facts._many(cycle_pb2.Refused, self.name, self.cycle, "refused")
+
+    def refusal(self, miner: str, ingress_sequence: int) -> cycle_pb2.Refused | None:
+        """Return why a message of a miner was refused (commit, submit); None for one that was not."""
+        return _message(self.refused.get(f"{miner}-{ingress_sequence}"))
+
+    def inside(self, fact: Fact) -> bool:
+        """Return whether a fact lies inside: not closed yet, or its sequence is at most the last one."""
+        closed = self.closed
         return closed is None or (fact.stream == closed.stream and fact.sequence <= closed.last_sequence)
 
+    def require_opened(self) -> cycle_pb2.WindowOpened:
+        """Return the opening. Raises `MissingFactError` before it."""
+        return self._required(self.opened, "opening")
 
-class Log:
-    """Facts of every run seen, filled from records. Invalid records are reported through `rejected`, never applied."""
+    def require_closed(self) -> cycle_pb2.WindowClosed:
+        """Return the close. Raises `MissingFactError` before it."""
+        return self._required(self.closed, "close")
 
-    def __init__(self, roster: Roster) -> None:
-        self.roster = roster
-        self.runs: dict[str, RunFacts] = {}
-        self.chains: dict[str, Chains] = {}
+    def require_settled(self) -> cycle_pb2.WindowSettled:
+        """Return what was inside. Raises `MissingFactError` before the committer has settled it."""
+        return self._required(self.settled, "settlement")
 
-    def apply(self, record: Record) -> Fact | None:
-        """Verify and insert. Returns the fact if it was new, None if known. Raises `Invalid` if it does not verify."""
-        if ".ingress." not in record.subject:
-            run = record.subject.split(".")[2:3]
-            self.chains.setdefault("".join(run), Chains()).extend(record.subject, record.sequence, record.data)
-        fact = verify_ingress(record) if ".ingress." in record.subject else verify_fact(record, self.roster)
-        facts = self.runs.setdefault(fact.run, RunFacts(fact.run))
-        return fact if facts.add(fact) else None
+    def _required(self, message: M | None, what: str) -> M:
+        return self.facts._required(message, f"{what} of {self.name} in cycle {self.cycle}")
 
 
-def before(facts: RunFacts, cycle: int) -> cycle_pb2.CycleScored:
-    """The result of the cycle before, empty before the first one."""
-    return facts.get(cycle_pb2.CycleScored, "merge", cycle - 1, "scored") or cycle_pb2.CycleScored()
-
-
-def open_window(facts: RunFacts) -> tuple[str, int] | None:
-    """The window that is open, and its cycle."""
-    cycle = facts.cycle
-    for window in reversed(WINDOWS):
-        if facts.opened(window, cycle) is not None:
-            return None if facts.closed(window, cycle) is not None else (window, cycle)
-    return None
+def _message(fact: Fact[M] | None) -> M | None:
+    return None if fact is None else fact.message

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 
 from connito.errors import Invalid
+from connito.v1 import cycle_pb2
 
 ROOT = "connito.v1"
 DLQ_ROOT = "connito.dlq.v1"
@@ -45,6 +46,11 @@ class FactKey:
     id: str = ""
 
 
+def window_value(window: str) -> cycle_pb2.Window.ValueType:
+    """Return the value on the wire of a window's name."""
+    return cycle_pb2.Window.Value(f"WINDOW_{window.upper()}")
+
+
 def fact(run: str, section: str, cycle: int, kind: str, id_: str = "") -> str:
     """The subject of a fact."""
     check_token(run, "run id")
@@ -68,6 +74,16 @@ def parse_fact(subject: str) -> tuple[str, FactKey]:
     ):
         raise Invalid(f"{subject!r} is not the subject of a fact")
     return parts[2], FactKey(parts[3], int(parts[4]), parts[5], parts[6] if len(parts) == 7 else "")
+
+
+def is_ingress(subject: str) -> bool:
+    """Return whether a miner's message stands there, well formed or not."""
+    return ".ingress." in subject
+
+
+def run_of(subject: str) -> str:
+    """Return the run that a subject belongs to, well formed or not; the empty string where it names none."""
+    return "".join(subject.split(".")[2:3])
 
 
 def parse_ingress(subject: str) -> tuple[str, str, str]:

@@ -22,10 +22,11 @@ from connito.store.artifacts import key_of
 from connito.v1 import artifacts_pb2, cycle_pb2, services_pb2
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.envelope import open_bytes, seal
-from connito.wire.facts import CATALOGUE, INGRESS, Record, verify_fact, verify_ingress
+from connito.wire.facts import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import ROLES, Roster
 from connito.wire.subjects import ingress, parse_fact, parse_ingress
+from connito.wire.verification import CATALOGUE, INGRESS, verify_fact, verify_ingress
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

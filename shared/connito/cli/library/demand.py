@@ -79,7 +79,7 @@ def _of_platform(data_dir: Path | None) -> tuple[list[Training], list[tuple[str,
         used = [
             (fact.message.expert_id, int(fact.message.units))
             for facts in log.runs.values()
-            for fact in facts.all("library", 0, "used").values()
+            for fact in facts.uses.values()
             if isinstance(fact.message, ExpertUsed)
         ]
         return [training for training in found if training is not None], used

@@ -169,7 +169,7 @@ class _Merge:
 
     def __init__(self, facts: RunFacts, cycle: int, ingredients: Ingredients, measure: Measure, folder: Path) -> None:
         assert facts.spec is not None
-        opened = facts.opened("train", cycle)
+        opened = facts.window("train", cycle).opened
         assert opened is not None
         self.facts, self.cycle, self.spec, self.opened = facts, cycle, facts.spec, opened
         self.ingredients, self.measure, self.folder = ingredients, measure, folder

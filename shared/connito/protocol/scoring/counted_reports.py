@@ -37,10 +37,9 @@ def read_reports(facts: RunFacts, cycle: int) -> Reports:
     ignored: dict[str, str] = {}
     misassigned: dict[str, reasons_pb2.Reason.ValueType] = {}
     duties = assigned(facts, cycle)
-    for validator, fact in facts.all("validate", cycle, "report").items():
+    for validator, fact in facts.reports(cycle).items():
         report = fact.message
-        assert isinstance(report, cycle_pb2.ScoreReport)
-        why = "late" if not facts.inside("validate", cycle, fact) else _fault(facts, cycle, report)
+        why = "late" if not facts.window("validate", cycle).inside(fact) else _fault(facts, cycle, report)
         reason = reasons_pb2.REASON_UNSPECIFIED
         if not why and duties is not None:
             reason, why = _off_duty({score.miner for score in report.scores}, duties[validator])
@@ -69,8 +68,8 @@ def _names(miners: list[str]) -> str:
 def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> str:
     """Why a report does not count; empty when it does."""
     drawn = draw(facts, cycle)
-    opened = facts.opened("train", cycle)
-    settled = facts.settled("submit", cycle)
+    opened = facts.window("train", cycle).opened
+    settled = facts.window("submit", cycle).settled
     assert opened is not None
     assert settled is not None
     artifacts = {submission.miner: submission.artifact.digest for submission in settled.submissions}
@@ -111,8 +110,7 @@ def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[
 
 def draw(facts: RunFacts, cycle: int) -> cycle_pb2.SeedDrawn | None:
     """The cycle's draw, if it was made inside the validate window."""
-    fact = facts.fact("validate", cycle, "drawn")
-    if fact is None or not facts.inside("validate", cycle, fact):
+    fact = facts.drawn_fact(cycle)
+    if fact is None or not facts.window("validate", cycle).inside(fact):
         return None
-    assert isinstance(fact.message, cycle_pb2.SeedDrawn)
     return fact.message

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from connito.v1 import cycle_pb2, reasons_pb2
-from connito.wire.facts import RunFacts, before
+from connito.wire.facts import RunFacts
 
 
 def over_quota(facts: RunFacts, cycle: int, submissions: Iterable[cycle_pb2.Submission]) -> list[cycle_pb2.Submission]:
@@ -22,7 +22,7 @@ def over_quota(facts: RunFacts, cycle: int, submissions: Iterable[cycle_pb2.Subm
     quota = facts.spec.rewards.newcomers_per_cycle if facts.spec is not None else 0
     if not quota:
         return []
-    settled = (facts.settled("submit", earlier) for earlier in range(1, cycle))
+    settled = (facts.window("submit", earlier).settled for earlier in range(1, cycle))
     known = {entry.miner for found in settled if found is not None for entry in found.submissions}
     new = sorted((entry for entry in submissions if entry.miner not in known), key=lambda entry: entry.commit_sequence)
     return new[quota:]
@@ -43,7 +43,7 @@ def withhold(facts: RunFacts, cycle: int, verdict: cycle_pb2.Verdict) -> None:
     policy = facts.spec.rewards
     if not policy.probation_cycles or not verdict.reward:
         return
-    useful = next((entry.useful for entry in before(facts, cycle).miners if entry.miner == verdict.miner), 0)
+    useful = next((entry.useful for entry in facts.result_before(cycle).miners if entry.miner == verdict.miner), 0)
     if useful >= policy.probation_cycles:
         return
     full = verdict.reward

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from connito.v1 import cycle_pb2, reasons_pb2
-from connito.wire.facts import RunFacts, before
+from connito.wire.facts import RunFacts
 
 # A stranger's rating.
 MU, SIGMA = 25.0, 25.0 / 3
@@ -27,7 +27,7 @@ def rate(facts: RunFacts, cycle: int, verdicts: Iterable[cycle_pb2.Verdict]) -> 
     """Everybody's rating after a cycle, sorted by miner; nothing in a run without a reward policy."""
     if facts.spec is None or not facts.spec.HasField("rewards"):
         return []
-    known = {standing.miner: standing for standing in before(facts, cycle).miners}
+    known = {standing.miner: standing for standing in facts.result_before(cycle).miners}
     games = {verdict.miner: verdict for verdict in verdicts if verdict.reason not in _NO_GAME}
     played = _play(known, games)
     found = []

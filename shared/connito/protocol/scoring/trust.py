@@ -28,7 +28,7 @@ from fractions import Fraction
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.payout import apportion
 from connito.v1 import cycle_pb2, reasons_pb2
-from connito.wire.facts import RunFacts, before
+from connito.wire.facts import RunFacts
 
 # The least part of its stake that a validator's vote keeps.
 FLOOR = 0.25
@@ -47,7 +47,7 @@ def votes(facts: RunFacts, cycle: int, stake: Votes) -> Votes:
     """The weight of each validator's vote in a cycle: its stake, by the trust that earlier cycles left it."""
     if rate(facts) <= 0.0:
         return stake
-    trust = {standing.validator: standing.trust for standing in before(facts, cycle).validators}
+    trust = {standing.validator: standing.trust for standing in facts.result_before(cycle).validators}
     return lambda validator: stake(validator) * max(FLOOR, trust.get(validator, 1.0))
 
 
@@ -69,12 +69,12 @@ def stand(
     alpha = rate(facts)
     if alpha <= 0.0:
         return list(agreed.standings), []
-    earlier = {standing.validator: standing for standing in before(facts, cycle).validators}
+    earlier = {standing.validator: standing for standing in facts.result_before(cycle).validators}
     found = [_stepped(facts, cycle, agreed, standing, earlier, alpha) for standing in agreed.standings]
     named = {standing.validator for standing in found}
     found += [_idle(standing) for name, standing in earlier.items() if name not in named]
     found.sort(key=lambda standing: standing.validator)
-    bonded = _bonds(before(facts, cycle), agreed, verdicts, found, alpha)
+    bonded = _bonds(facts.result_before(cycle), agreed, verdicts, found, alpha)
     for standing, units in zip(found, apportion(pot, _dividends(found, bonded, verdicts)), strict=True):
         standing.reward = units
     return found, bonded
@@ -109,13 +109,13 @@ def _stepped(
 
 
 def _revealed_in_vain(facts: RunFacts, cycle: int, validator: str) -> bool:
-    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
-    return (drawn is None or not drawn.validators) and facts.has("validate", cycle, "seed", validator)
+    drawn = facts.drawn(cycle)
+    return (drawn is None or not drawn.validators) and validator in facts.seed_reveals(cycle)
 
 
 def _left(facts: RunFacts, cycle: int, validator: str) -> tuple[reasons_pb2.Reason.ValueType, str]:
     """Which duty was not done."""
-    drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    drawn = facts.drawn(cycle)
     if drawn is not None and validator in drawn.validators:
         return reasons_pb2.REASON_NO_REPORT, "was drawn, and no report of it counts"
     return reasons_pb2.REASON_SEED_WITHHELD, "committed to a secret and did not reveal it"

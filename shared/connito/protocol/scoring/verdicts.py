@@ -73,12 +73,12 @@ def _honest(
 def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission], why: str) -> Consensus:
     """Nobody is judged: utilities are zero, each with the reason."""
     drawn = draw(facts, cycle)
-    expected = facts.opened("validate", cycle)
+    expected = facts.window("validate", cycle).opened
     names = {*(expected.expected if expected else ()), *(() if drawn is None else (*drawn.validators, *drawn.omitted))}
-    reported = facts.all("validate", cycle, "report")
+    reported = facts.reports(cycle)
     standings = [
         cycle_pb2.ValidatorStanding(
-            validator=name, reported=name in reported and facts.inside("validate", cycle, reported[name])
+            validator=name, reported=name in reported and facts.window("validate", cycle).inside(reported[name])
         )
         for name in sorted(names)
     ]

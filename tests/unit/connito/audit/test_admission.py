@@ -54,7 +54,7 @@ def look(world: World, folder: Path) -> Audit:
 def test_a_ban_in_mid_cycle_is_recomputed(tmp_path: Path) -> None:
     world = tell(tmp_path, story=BannedWhileSubmitting)
     facts = world.evidence().facts
-    settled = facts.settled("submit", 2)
+    settled = facts.window("submit", 2).settled
     assert settled is not None
     assert MINERS["C"] not in {entry.miner for entry in settled.submissions}
     assert look(world, tmp_path).differences == []
@@ -63,7 +63,7 @@ def test_a_ban_in_mid_cycle_is_recomputed(tmp_path: Path) -> None:
 def test_a_ban_while_validators_score_leaves_the_work_unmerged_and_unpaid(tmp_path: Path) -> None:
     world = tell(tmp_path, story=BannedWhileScored)
     facts = world.evidence().facts
-    scored, version = facts.get(c.CycleScored, "merge", 2, "scored"), facts.version(2)
+    scored, version = facts.scored(2), facts.version(2)
     assert scored is not None
     assert version is not None
     (verdict,) = [verdict for verdict in scored.verdicts if verdict.miner == MINERS["A"]]

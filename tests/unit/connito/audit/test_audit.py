@@ -43,13 +43,13 @@ async def test_an_untouched_run_is_the_same(world: World, tmp_path: Path) -> Non
 
 async def test_the_story_holds_what_it_is_meant_to_try(world: World) -> None:
     facts = world.evidence().facts
-    first = facts.get(c.CycleScored, "merge", 1, "scored")
+    first = facts.scored(1)
     assert first is not None
     by_miner = {verdict.miner: verdict for verdict in first.verdicts}
     assert by_miner[MINERS["C"]].status == c.VERDICT_STATUS_REJECTED
     assert by_miner[MINERS["A"]].rank == 1
     assert by_miner[MINERS["A"]].reward + by_miner[MINERS["B"]].reward == 1000
-    settled = facts.settled("submit", 2)
+    settled = facts.window("submit", 2).settled
     assert settled is not None
     assert [entry.origin_cycle for entry in settled.submissions].count(1) == 1
 
@@ -103,7 +103,7 @@ async def test_every_artifact_is_hashed(told: World, tmp_path: Path) -> None:
 
 
 def told_late(world: World) -> str:
-    settled = world.evidence().facts.settled("submit", 2)
+    settled = world.evidence().facts.window("submit", 2).settled
     assert settled is not None
     return next(entry.artifact.digest for entry in settled.submissions if entry.origin_cycle == 1)
 

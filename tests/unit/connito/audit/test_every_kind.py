@@ -16,8 +16,9 @@ from connito.audit.evidence import signatures
 from connito.v1 import cycle_pb2 as c
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.chain import Chains, anchored_windows
-from connito.wire.facts import CATALOGUE, INGRESS, Record
+from connito.wire.facts import Record
 from connito.wire.subjects import fact
+from connito.wire.verification import CATALOGUE, INGRESS
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 

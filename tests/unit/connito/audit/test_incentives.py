@@ -32,7 +32,7 @@ async def test_an_untouched_run_is_the_same(world: World, tmp_path: Path) -> Non
 
 def test_the_story_has_something_of_everything(world: World) -> None:
     facts = world.evidence().facts
-    first, second = (facts.get(c.CycleScored, "merge", cycle, "scored") for cycle in (1, 2))
+    first, second = (facts.scored(cycle) for cycle in (1, 2))
     assert first is not None
     assert second is not None
     assert [v.withheld > 0 for v in first.verdicts if v.reward] == [True, True]

@@ -63,7 +63,7 @@ async def test_someone_elses_trouble_is_not_in_it(world: World, tmp_path: Path) 
 
 
 async def test_a_damaged_artifact_is_the_difference(world: World, tmp_path: Path) -> None:
-    settled = world.evidence().facts.settled("submit", 1)
+    settled = world.evidence().facts.window("submit", 1).settled
     assert settled is not None
     digest = next(entry.artifact.digest for entry in settled.submissions if entry.miner == MINERS["B"])
     world.objects[digest] += b"!"

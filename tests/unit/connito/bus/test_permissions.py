@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from connito.bus import streams
 from connito.bus.permissions import Permissions, permissions
-from connito.wire.facts import CATALOGUE, INGRESS
 from connito.wire.identity import Identity
 from connito.wire.roster import ROLES
+from connito.wire.verification import CATALOGUE, INGRESS
 
 KEY, OTHER = (Identity.generate(bytes([n]) * 32).public for n in (1, 2))
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from connito.bus import streams
 from connito.errors import Invalid
-from connito.wire.facts import CATALOGUE
 from connito.wire.subjects import fact, ingress
+from connito.wire.verification import CATALOGUE
 
 
 def matches(pattern: str, subject: str) -> bool:

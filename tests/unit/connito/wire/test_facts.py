@@ -7,9 +7,11 @@ from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire import subjects
 from connito.wire.envelope import seal
-from connito.wire.facts import CATALOGUE, Log, Record, RunFacts, verify_fact, verify_ingress
+from connito.wire.facts import Record, RunFacts
 from connito.wire.identity import Identity
+from connito.wire.log import Log
 from connito.wire.roster import ROLES, Roster
+from connito.wire.verification import CATALOGUE, verify_fact, verify_ingress
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,10 +125,10 @@ def test_order_and_repetition_do_not_matter(records):
         log.apply(each)
     facts = log.runs[RUN]
     assert len(facts.facts) == 6
-    assert facts.opened("train", 1).fence == 0
-    assert facts.get(cycle_pb2.Commitment, "ingress", 1, "commitment", PEOPLE["miner"].public).digest == b"first"
+    assert facts.window("train", 1).opened.fence == 0
+    assert facts.fact("ingress", 1, "commitment", PEOPLE["miner"].public).message.digest == b"first"
     assert facts.cycle == 3
-    assert facts.settled("commit", 1) is not None
+    assert facts.window("commit", 1).settled is not None
     assert facts.version(1) is not None
 
 
@@ -146,13 +148,13 @@ def test_inside_is_decided_by_sequence():
         )
     )
     facts = log.runs[RUN]
-    assert facts.inside("commit", 1, outside)
+    assert facts.window("commit", 1).inside(outside)
     closed = cycle_pb2.WindowClosed(
         run=RUN, cycle=1, window=cycle_pb2.WINDOW_COMMIT, stream="INGRESS", last_sequence=10
     )
     log.apply(record("coordinator", "commit", 1, "closed", closed, stream="COMMIT", sequence=99))
-    assert facts.inside("commit", 1, inside)
-    assert not facts.inside("commit", 1, outside)
+    assert facts.window("commit", 1).inside(inside)
+    assert not facts.window("commit", 1).inside(outside)
 
 
 def test_an_unknown_run_is_empty():

@@ -146,7 +146,7 @@ def test_losses_are_kept_until_the_version_is_out(stage):
             fact = Fact(RUN, key, message, "UX", "X", 1, 0)
             facts.add(fact)
             drop_losses(facts, fact)
-        return len(facts.all("validate", 1, "report")["VA"].message.scores[0].losses)
+        return len(facts.reports(1)["VA"].message.scores[0].losses)
 
     assert told("report") == 1
     assert told("report", "version") == 0

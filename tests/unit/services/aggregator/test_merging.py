@@ -64,7 +64,7 @@ class Desk:
         facts = self.stage.world.facts()
         for name, value in merging.items():
             setattr(facts.spec.merging, name, value)
-        settled = submissions or [s for s in facts.settled("submit", 1).submissions if s.miner in self.states]
+        settled = submissions or [s for s in facts.window("submit", 1).settled.submissions if s.miner in self.states]
         agreed = agree(facts, 1, read_reports(facts, 1), settled, lambda _: 1.0)
         folder = self.folder / out
         folder.mkdir()
@@ -259,7 +259,7 @@ def test_restarting_gives_the_same_bytes(desk, stage, tmp_path):
         desk.submit(miner, START + rng.normal(0.5, 0.1, (2, 3)), 0.1)
 
     one = desk.merge("one", aggregator="geometric-median", outer_learning_rate=0.7, outer_momentum=0.9)
-    settled = list(stage.world.facts().settled("submit", 1).submissions)[::-1]
+    settled = list(stage.world.facts().window("submit", 1).settled.submissions)[::-1]
     two = desk.merge("two", settled, aggregator="geometric-median", outer_learning_rate=0.7, outer_momentum=0.9)
 
     assert one.state.read_bytes() == two.state.read_bytes()

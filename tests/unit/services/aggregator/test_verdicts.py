@@ -16,7 +16,7 @@ def even(validator: str) -> float:
 
 def consensus_of(stage):
     facts = stage.world.facts()
-    settled = facts.settled("submit", 1)
+    settled = facts.window("submit", 1).settled
     return facts, list(settled.submissions), agree(facts, 1, read_reports(facts, 1), settled.submissions, even)
 
 
@@ -94,7 +94,7 @@ def test_without_a_quorum_nobody_is_judged_and_nothing_is_paid(ready, drawn):
     if not drawn:
         ready.world.drop("validate", 1, "drawn")
     facts = ready.world.facts()
-    submissions = list(facts.settled("submit", 1).submissions)
+    submissions = list(facts.window("submit", 1).settled.submissions)
 
     result = score_cycle(facts, 1, submissions, no_quorum(facts, 1, submissions, "too few"), {}, {}, {})
 

@@ -55,7 +55,7 @@ def reveal(ledger: Ledger, said: Fact) -> cycle_pb2.RevealAccepted | cycle_pb2.R
 def settle(ledger: Ledger, window: str, cycle: int) -> cycle_pb2.WindowSettled:
     for write in settlement.settle(ledger.facts, ledger.reveals, window, cycle):
         ledger.publish(write.section, write.cycle, write.kind, write.message, write.id)
-    settled = ledger.facts.settled(window, cycle)
+    settled = ledger.facts.window(window, cycle).settled
     assert settled is not None
     return settled
 
@@ -182,7 +182,7 @@ def test_a_commitment_accepted_before_its_close_was_known_does_not_stand(ledger:
     ledger.publish("commit", 1, "closed", closed)
     ledger.publish("commit", 1, "accepted", accepted, "ma")
     assert list(settle(ledger, "commit", 1).committed) == []
-    refused = ledger.facts.get(cycle_pb2.Refused, "commit", 1, "refused", f"ma-{late.sequence}")
+    refused = ledger.facts.window("commit", 1).refusal("ma", late.sequence)
     assert reason(refused) == reasons_pb2.REASON_LATE_COMMITMENT
     ledger.open("submit", 1)
     assert reason(reveal(ledger, ledger.reveal("ma", 1))) == reasons_pb2.REASON_NO_COMMITMENT

@@ -32,7 +32,7 @@ def who(settled: cycle_pb2.WindowSettled) -> list[tuple[str, int]]:
 def refusals(ledger: Ledger, window: str, cycle: int) -> dict[str, int]:
     """Reasons by id of the refused fact."""
     found = {}
-    for id_, fact in ledger.facts.all(window, cycle, "refused").items():
+    for id_, fact in ledger.facts.window(window, cycle).refused.items():
         assert isinstance(fact.message, cycle_pb2.Refused)
         assert f"{fact.message.miner}-{fact.message.ingress_sequence}" == id_
         found[id_] = fact.message.reason
@@ -46,7 +46,7 @@ def finish(ledger: Ledger, cycle: int) -> cycle_pb2.WindowSettled:
 
 def test_commitments_settle_sorted_by_miner(ledger: Ledger) -> None:
     to_submit(ledger, miners=("mc", "ma"))
-    settled = ledger.facts.settled("commit", 1)
+    settled = ledger.facts.window("commit", 1).settled
     assert settled is not None
     assert list(settled.committed) == ["ma", "mc"]
     assert settled.last_sequence == 2
@@ -80,7 +80,7 @@ def test_a_late_reveal_enters_the_next_cycle_with_its_origin(ledger: Ledger) -> 
     to_submit(ledger, 2, miners=("ma",))
     reveal(ledger, ledger.reveal("ma", 2))
     assert who(finish(ledger, 2)) == [("mb", 1), ("ma", 2)]
-    accepted = ledger.facts.get(cycle_pb2.RevealAccepted, "submit", 2, "accepted", "mb")
+    accepted = ledger.facts.reveal(2, "mb")
     assert accepted is not None
     assert accepted.submission.reveal_sequence == late.sequence
     to_submit(ledger, 3, miners=("ma",))

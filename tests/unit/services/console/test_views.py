@@ -129,7 +129,7 @@ def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Story)
 
 
 def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Story):
-    spec, scored = story.facts.spec, story.facts.get(cycle_pb2.CycleScored, "merge", 1, "scored")
+    spec, scored = story.facts.spec, story.facts.scored(1)
     assert spec is not None
     assert scored is not None
     spec.rewards.bond_rate = 0.1
@@ -183,7 +183,7 @@ def test_a_lineage_that_holds_and_one_that_does_not(story: Story):
     assert first.broken == ""
     other = Story(now=story.now, facts=RunFacts(RUN))
     for fact in in_order(story.facts):
-        if (opened := story.facts.opened("train", 2)) is not None and fact.message == opened:
+        if (opened := story.facts.window("train", 2).opened) is not None and fact.message == opened:
             opened.state.CopyFrom(state(77))
         other.facts.add(fact)
     assert "cycle 2 started from version 1 with another state" in lineage(other.facts)[1].broken

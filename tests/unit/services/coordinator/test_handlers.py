@@ -63,7 +63,7 @@ def world() -> World:
 def to_window(world: World, window: str, cycle: int) -> None:
     """Everybody acts at once until `window` of `cycle` is open."""
     for _ in range(200):
-        if world.facts.opened(window, cycle) is not None:
+        if world.facts.window(window, cycle).opened is not None:
             return
         world.now += 10
         world.perform(decide(world.facts, world.now))
@@ -74,22 +74,22 @@ def to_window(world: World, window: str, cycle: int) -> None:
 def everybody_acts(world: World) -> None:
     cycle = world.facts.cycle
     for miner in world.facts.miners:
-        if world.facts.opened("train", cycle):
+        if world.facts.window("train", cycle).opened:
             world.train(miner, cycle)
-        if world.facts.opened("commit", cycle) and not world.facts.closed("commit", cycle):
+        if world.facts.window("commit", cycle).opened and not world.facts.window("commit", cycle).closed:
             world.commit(miner, cycle)
-        if world.facts.opened("submit", cycle) and not world.facts.closed("submit", cycle):
+        if world.facts.window("submit", cycle).opened and not world.facts.window("submit", cycle).closed:
             world.reveal(miner, cycle)
     for validator in world.facts.validators:
-        if world.facts.opened("train", cycle):
+        if world.facts.window("train", cycle).opened:
             world.commit_seed(validator, cycle)
-        if world.facts.opened("validate", cycle):
+        if world.facts.window("validate", cycle).opened:
             world.reveal_seed(validator, cycle)
-        if world.facts.has("validate", cycle, "drawn"):
+        if world.facts.drawn(cycle) is not None:
             world.report(validator, cycle)
     for window in ("commit", "submit"):
         world.settle(window, cycle)
-    if world.facts.opened("merge", cycle):
+    if world.facts.window("merge", cycle).opened:
         world.merge(cycle)
 
 
@@ -166,7 +166,7 @@ def test_train_closes_when_every_miner_trained_and_every_validator_committed_a_s
         assert nothing(world) is not None
     world.commit_seed("vb", 1)
     assert closed(world, "train", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
-    assert world.facts.closed("train", 1).stream == "INGRESS"  # type: ignore[union-attr]
+    assert world.facts.window("train", 1).closed.stream == "INGRESS"  # type: ignore[union-attr]
     assert list(opened(world, "commit", 1).expected) == ["ma", "mb"]
 
 
@@ -241,7 +241,7 @@ def test_the_seed_is_drawn_from_all_reveals_and_reports_close_the_window(world: 
     assert nothing(world) is not None
     world.report("vb", 1)
     assert closed(world, "validate", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
-    assert world.facts.closed("validate", 1).stream == "VALIDATE"  # type: ignore[union-attr]
+    assert world.facts.window("validate", 1).closed.stream == "VALIDATE"  # type: ignore[union-attr]
 
 
 def quorum_of_one(validators: int = 2) -> World:
@@ -259,7 +259,7 @@ def quorum_of_one(validators: int = 2) -> World:
 
 def test_half_way_the_seed_is_drawn_without_the_silent() -> None:
     world = quorum_of_one()
-    start = world.facts.fact("validate", 1, "opened")
+    start = world.facts.window("validate", 1).opened_fact
     assert start is not None
     assert isinstance(start.message, cycle_pb2.WindowOpened)
     world.reveal_seed("v0", 1)
@@ -299,12 +299,12 @@ def test_below_quorum_the_window_closes_at_the_deadline_without_a_draw(world: Wo
     to_window(world, "validate", 1)
     world = fresh_at(world, "validate")
     world.reveal_seed("va", 1)
-    deadline = world.facts.opened("validate", 1).deadline_unix_ms  # type: ignore[union-attr]
+    deadline = world.facts.window("validate", 1).opened.deadline_unix_ms  # type: ignore[union-attr]
     world.now = deadline - 1
     assert nothing(world) == deadline
     world.now = deadline
     assert closed(world, "validate", 1) == cycle_pb2.CLOSE_CAUSE_DEADLINE
-    assert not world.facts.has("validate", 1, "drawn")
+    assert world.facts.drawn(1) is None
     opened(world, "merge", 1)
 
 
@@ -318,7 +318,7 @@ def test_a_quorum_that_has_become_impossible_is_not_waited_for(world: World) -> 
 
 def test_a_draw_after_an_outage_leaves_time_to_score() -> None:
     world = quorum_of_one(validators=1)
-    start = world.facts.fact("validate", 1, "opened")
+    start = world.facts.window("validate", 1).opened_fact
     assert start is not None
     assert isinstance(start.message, cycle_pb2.WindowOpened)
     span = start.message.deadline_unix_ms - start.time_unix_ms
@@ -331,7 +331,7 @@ def test_a_draw_after_an_outage_leaves_time_to_score() -> None:
 def test_merge_has_no_deadline_and_the_next_cycle_starts_from_the_version(world: World) -> None:
     to_window(world, "merge", 1)
     world = fresh_at(world, "merge")
-    assert world.facts.opened("merge", 1).deadline_unix_ms == 0  # type: ignore[union-attr]
+    assert world.facts.window("merge", 1).opened.deadline_unix_ms == 0  # type: ignore[union-attr]
     world.now += 10**9
     assert nothing(world) is None
     world.merge(1)
@@ -385,7 +385,7 @@ def test_a_miner_that_went_away_is_waited_for_once_and_a_new_one_is_expected() -
     world.enrol("new")
     for cycle in (1, 2):
         finish_cycle(world, cycle, ["stays"] if cycle == 1 else ["stays", "new"])
-    assert list(world.facts.opened("train", 2).expected) == ["new", "stays", "v0"]  # type: ignore[union-attr]
+    assert list(world.facts.window("train", 2).opened.expected) == ["new", "stays", "v0"]  # type: ignore[union-attr]
     assert list(opened(world, "train", 3).expected) == ["new", "stays", "v0"]
 
 
@@ -393,7 +393,7 @@ def finish_cycle(world: World, cycle: int, miners: list[str]) -> None:
     """Run a cycle in which only `miners` act; ends with the merge window closed."""
     for _ in range(100):
         decision = decide(world.facts, world.now)
-        if world.facts.closed("merge", cycle) is not None:
+        if world.facts.window("merge", cycle).closed is not None:
             return
         world.perform(decision)
         if decision.actions == [] and decision.wake_at_ms is not None:
@@ -401,22 +401,22 @@ def finish_cycle(world: World, cycle: int, miners: list[str]) -> None:
         world.now += 1
         facts = world.facts
         for miner in miners:
-            if facts.opened("train", cycle):
+            if facts.window("train", cycle).opened:
                 world.train(miner, cycle)
-            if facts.opened("commit", cycle) and not facts.closed("commit", cycle):
+            if facts.window("commit", cycle).opened and not facts.window("commit", cycle).closed:
                 world.commit(miner, cycle)
-            if facts.opened("submit", cycle) and not facts.closed("submit", cycle):
+            if facts.window("submit", cycle).opened and not facts.window("submit", cycle).closed:
                 world.reveal(miner, cycle)
         for validator in facts.validators:
-            if facts.opened("train", cycle):
+            if facts.window("train", cycle).opened:
                 world.commit_seed(validator, cycle)
-            if facts.opened("validate", cycle):
+            if facts.window("validate", cycle).opened:
                 world.reveal_seed(validator, cycle)
-            if facts.has("validate", cycle, "drawn"):
+            if facts.drawn(cycle) is not None:
                 world.report(validator, cycle)
         world.settle("commit", cycle)
         world.settle("submit", cycle)
-        if facts.opened("merge", cycle):
+        if facts.window("merge", cycle).opened:
             world.merge(cycle)
     raise AssertionError(f"cycle {cycle} did not finish")
 

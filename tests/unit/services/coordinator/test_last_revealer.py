@@ -41,8 +41,8 @@ def before_the_last(min_validators: int = 2) -> World:
 def finish(world: World) -> cycle_pb2.SeedDrawn | None:
     """Let time pass until the seed is drawn, or until the window closed without one."""
     for _ in range(20):
-        drawn = world.facts.get(cycle_pb2.SeedDrawn, "validate", 1, "drawn")
-        if drawn is not None or world.facts.closed("validate", 1) is not None:
+        drawn = world.facts.drawn(1)
+        if drawn is not None or world.facts.window("validate", 1).closed is not None:
             return drawn
         decision = decide(world.facts, world.now)
         world.perform(decision)
@@ -129,7 +129,7 @@ def test_without_its_seat_its_report_does_not_count_and_it_loses_weight() -> Non
 
 
 def _state(facts: RunFacts) -> str:
-    opened = facts.opened("train", 1)
+    opened = facts.window("train", 1).opened
     assert opened is not None
     return opened.state.digest
 
@@ -138,4 +138,4 @@ def test_where_the_quorum_needs_everybody_silence_costs_the_cycle_and_chooses_no
     """Why a quorum is chosen below the number of validators: here the last one can void the cycle, at the same price."""
     world = before_the_last(min_validators=3)
     assert finish(world) is None
-    assert world.facts.closed("validate", 1) is not None
+    assert world.facts.window("validate", 1).closed is not None

@@ -51,11 +51,11 @@ class Cycle(RuleBasedStateMachine):
     def miners_act(self, miners: set[str], behaviour: str) -> None:
         world, cycle = self.world, self.world.facts.cycle
         for miner in sorted(miners & set(world.facts.miners)):
-            if behaviour == "trained" and world.facts.opened("train", cycle):
+            if behaviour == "trained" and world.facts.window("train", cycle).opened:
                 world.train(miner, cycle)
-            if behaviour == "commit" and world.facts.opened("commit", cycle):
+            if behaviour == "commit" and world.facts.window("commit", cycle).opened:
                 world.commit(miner, cycle)
-            if behaviour == "reveal" and world.facts.opened("submit", cycle):
+            if behaviour == "reveal" and world.facts.window("submit", cycle).opened:
                 world.reveal(miner, cycle)
 
     @rule(
@@ -64,11 +64,11 @@ class Cycle(RuleBasedStateMachine):
     def validators_act(self, validators: set[str], behaviour: str) -> None:
         world, cycle = self.world, self.world.facts.cycle
         for validator in sorted(validators & set(world.facts.validators)):
-            if behaviour == "seed" and world.facts.opened("train", cycle):
+            if behaviour == "seed" and world.facts.window("train", cycle).opened:
                 world.commit_seed(validator, cycle)
-            if behaviour in ("reveal", "lie") and world.facts.opened("validate", cycle):
+            if behaviour in ("reveal", "lie") and world.facts.window("validate", cycle).opened:
                 world.reveal_seed(validator, cycle, b"lie" if behaviour == "lie" else None)
-            if behaviour == "report" and world.facts.has("validate", cycle, "drawn"):
+            if behaviour == "report" and world.facts.drawn(cycle) is not None:
                 world.report(validator, cycle)
 
     @rule(
@@ -95,7 +95,7 @@ class Cycle(RuleBasedStateMachine):
         cycle = self.world.facts.cycle
         self.world.settle("commit", cycle)
         self.world.settle("submit", cycle)
-        if self.world.facts.opened("merge", cycle):
+        if self.world.facts.window("merge", cycle).opened:
             self.world.merge(cycle)
 
     @rule(milliseconds=st.integers(1, 60_000))
@@ -158,9 +158,9 @@ class Cycle(RuleBasedStateMachine):
         facts, still_open = self.world.facts, 0
         expected_next = True
         for cycle, window in ORDER:
-            is_open = facts.opened(window, cycle) is not None
+            is_open = facts.window(window, cycle).opened is not None
             assert expected_next or not is_open, f"{window} of {cycle} opened before the window before it was closed"
-            is_closed = facts.closed(window, cycle) is not None
+            is_closed = facts.window(window, cycle).closed is not None
             assert is_open or not is_closed
             expected_next = is_closed
             still_open += is_open and not is_closed
@@ -183,14 +183,14 @@ class Cycle(RuleBasedStateMachine):
 
     def _all_acted(self, window: str, cycle: int, opened: cycle_pb2.WindowOpened) -> None:
         facts = self.world.facts
-        drawn = facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+        drawn = facts.drawn(cycle)
         for key in opened.expected:
             if window == "train":
-                assert facts.has("train", cycle, "seed", key) or facts.has("ingress", cycle, "trained", key)
+                assert key in facts.seed_commitments(cycle) or key in facts.trained(cycle)
             if window in ("commit", "submit"):
-                assert facts.has(window, cycle, "accepted", key)
+                assert key in facts.window(window, cycle).accepted
             if window == "validate" and drawn is not None and key in drawn.validators:
-                assert facts.has("validate", cycle, "report", key)
+                assert key in facts.reports(cycle)
         if window == "merge":
             assert facts.version(cycle) is not None
 
@@ -199,10 +199,10 @@ class Cycle(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         for cycle in (1, 2):
-            drawn = self.world.facts.get(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+            drawn = self.world.facts.drawn(cycle)
             if drawn is None:
                 continue
-            opened = self.world.facts.opened("validate", cycle)
+            opened = self.world.facts.window("validate", cycle).opened
             assert opened is not None
             assert len(drawn.validators) >= self.world.min_validators
             assert sorted([*drawn.validators, *drawn.omitted]) == sorted(opened.expected)

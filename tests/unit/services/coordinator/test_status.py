@@ -5,7 +5,7 @@ from __future__ import annotations
 from connito.v1 import cycle_pb2, run_pb2, services_pb2
 
 from services.coordinator.handlers import decide
-from services.coordinator.status import open_window, status, version
+from services.coordinator.status import status, version
 from tests.unit.services.coordinator.world import RUN, World
 
 
@@ -37,9 +37,9 @@ def test_between_windows_there_is_none() -> None:
     world = assembled()
     for kind, message in (("opened", cycle_pb2.WindowOpened()), ("closed", cycle_pb2.WindowClosed())):
         world.publish("train", 1, kind, message)
-    assert open_window(world.facts) == ""
+    assert world.facts.open_window is None
     world.publish("commit", 1, "opened", cycle_pb2.WindowOpened())
-    assert open_window(world.facts) == "commit"
+    assert world.facts.open_window.name == "commit"
 
 
 def test_the_version_is_the_last_one_published() -> None:

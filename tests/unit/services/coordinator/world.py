@@ -139,11 +139,11 @@ class World:
 
     def settle(self, window: str, cycle: int) -> None:
         """What the committer writes once a window is closed."""
-        closed = self.facts.closed(window, cycle)
+        closed = self.facts.window(window, cycle).closed
         if closed is None:
             return
         message = cycle_pb2.WindowSettled(run=RUN, cycle=cycle, last_sequence=closed.last_sequence)
-        for miner, accepted in self.facts.all(window, cycle, "accepted").items():
+        for miner, accepted in self.facts.window(window, cycle).accepted.items():
             if isinstance(accepted.message, cycle_pb2.CommitmentAccepted):
                 if accepted.message.ingress_sequence <= closed.last_sequence:
                     message.committed.append(miner)

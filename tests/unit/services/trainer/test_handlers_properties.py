@@ -46,22 +46,22 @@ class Miner:
             return
         match step:
             case Train(cycle):
-                assert not facts.closed("commit", cycle)
+                assert not facts.window("commit", cycle).closed
                 assert cycle not in self.commitments, "made another result after committing to one"
                 self.trained += 1
                 self.mark(cycle, crash, artifact=f"{self.trained:02x}", commitment=f"{self.trained:02x}" * 32)
             case ReportTrained(cycle):
                 self.mark(cycle, crash, said=True)
             case Commit(cycle):
-                assert facts.opened("commit", cycle)
+                assert facts.window("commit", cycle).opened
                 self.commitments.setdefault(cycle, set()).add(self.mine(cycle).commitment)
                 self.mark(cycle, crash, committed=True)
             case Reveal(cycle):
-                accepted = facts.fact("commit", cycle, "accepted", ME)
+                accepted = facts.commitments(cycle).get(ME)
                 assert accepted is not None, "revealed before its commitment was accepted"
                 assert accepted.message.digest.hex() == self.mine(cycle).commitment
-                assert facts.opened("submit", cycle), "revealed before the submit window opened"
-                assert ME in facts.settled("commit", cycle).committed
+                assert facts.window("submit", cycle).opened, "revealed before the submit window opened"
+                assert ME in facts.window("commit", cycle).settled.committed
                 self.reveals.append(cycle)
                 self.mark(cycle, crash, revealed=True)
 
@@ -76,7 +76,7 @@ def world(miner: Miner, cycle: int) -> list[Callable[[], object]]:
             story.commitment_accepted(sorted(said)[0], cycle)
 
     def settle() -> None:
-        story.commit_settled(*([ME] if story.facts.has("commit", cycle, "accepted", ME) else []), cycle=cycle)
+        story.commit_settled(*([ME] if ME in story.facts.commitments(cycle) else []), cycle=cycle)
 
     return [
         lambda: story.opened("train", cycle),
@@ -100,7 +100,7 @@ class _Hasty(Strategy):
         return True
 
     def may_reveal(self, facts: Any, cycle: int) -> bool:
-        return facts.opened("submit", cycle) is not None
+        return facts.window("submit", cycle).opened is not None
 
 
 @settings(deadline=None, max_examples=200)
@@ -136,7 +136,7 @@ def test_with_time_enough_every_cycle_is_revealed_in_spite_of_crashes(crashes: l
         for _ in range(len(crashes) + pause):
             for action in decide(story.facts, ME, miner.progress, 0).actions:
                 miner.perform(action.payload, next(outcomes, DONE))
-    committed = {c for c in miner.commitments if story.facts.has("commit", c, "accepted", ME)}
+    committed = {c for c in miner.commitments if ME in story.facts.commitments(c)}
     assert committed <= set(miner.reveals)
     if len(crashes) < pause:
         assert committed == set(range(1, CYCLES + 1))

@@ -1,0 +1,30 @@
+"""Project a log of stored messages into the facts of every run."""
+
+from __future__ import annotations
+
+from connito.wire.chain import Chains
+from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.roster import Roster
+from connito.wire.subjects import is_ingress, run_of
+from connito.wire.verification import verify_fact, verify_ingress
+
+
+class Log:
+    """Facts of every run seen, filled from records. Invalid records are reported through `rejected`, never applied."""
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+        self.runs: dict[str, RunFacts] = {}
+        self.chains: dict[str, Chains] = {}
+
+    def apply(self, record: Record) -> Fact | None:
+        """Verify and insert. Returns the fact if it was new, None if known. Raises `Invalid` if it does not verify."""
+        if is_ingress(record.subject):
+            fact = verify_ingress(record)
+        else:
+            # A chain links every stored message, also one that does not verify.
+            chain = self.chains.setdefault(run_of(record.subject), Chains())
+            chain.extend(record.subject, record.sequence, record.data)
+            fact = verify_fact(record, self.roster)
+        facts = self.runs.setdefault(fact.run, RunFacts(fact.run))
+        return fact if facts.add(fact) else None

@@ -1,0 +1,98 @@
+"""Verify stored messages: the type of each kind of fact, the role that may sign it, and its subject."""
+
+from __future__ import annotations
+
+from google.protobuf.message import Message
+
+from connito.errors import Invalid
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.wire.envelope import open_bytes
+from connito.wire.facts import Fact, Record
+from connito.wire.roster import Roster
+from connito.wire.subjects import WINDOWS, FactKey, parse_fact, parse_ingress
+
+# (section, kind) -> payload type, role that may sign it, field that must equal the subject's id ("" for no id).
+CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
+    ("run", "created"): (run_pb2.RunCreated, "coordinator", ""),
+    ("run", "miner"): (run_pb2.MinerEnrolled, "coordinator", "miner"),
+    ("run", "validator"): (run_pb2.ValidatorJoined, "validator", "validator"),
+    ("run", "invited"): (run_pb2.InviteUsed, "coordinator", "invite+number"),
+    ("run", "ban"): (run_pb2.MinerBan, "coordinator", "miner+number"),
+    ("run", "selected"): (run_pb2.SelectionMade, "selector", ""),
+    ("run", "selection_failed"): (run_pb2.SelectionFailed, "selector", ""),
+    ("run", "ended"): (run_pb2.RunEnded, "coordinator", ""),
+    ("train", "seed"): (cycle_pb2.SeedCommitted, "validator", "validator"),
+    ("commit", "accepted"): (cycle_pb2.CommitmentAccepted, "committer", "miner"),
+    ("commit", "refused"): (cycle_pb2.Refused, "committer", "miner+ingress_sequence"),
+    ("commit", "settled"): (cycle_pb2.WindowSettled, "committer", ""),
+    ("submit", "accepted"): (cycle_pb2.RevealAccepted, "committer", "submission.miner"),
+    ("submit", "refused"): (cycle_pb2.Refused, "committer", "miner+ingress_sequence"),
+    ("submit", "settled"): (cycle_pb2.WindowSettled, "committer", ""),
+    ("validate", "seed"): (cycle_pb2.SeedRevealed, "validator", "validator"),
+    ("validate", "drawn"): (cycle_pb2.SeedDrawn, "coordinator", ""),
+    ("validate", "report"): (cycle_pb2.ScoreReport, "validator", "validator"),
+    ("merge", "scored"): (cycle_pb2.CycleScored, "aggregator", ""),
+    ("merge", "version"): (cycle_pb2.VersionPublished, "aggregator", ""),
+    ("library", "deposited"): (run_pb2.ExpertDeposited, "library", "expert_id"),
+    ("library", "notice"): (run_pb2.ExpertNotice, "library", "id"),
+    ("library", "used"): (run_pb2.ExpertUsed, "library", "id"),
+    **{(window, "opened"): (cycle_pb2.WindowOpened, "coordinator", "") for window in WINDOWS},
+    **{(window, "closed"): (cycle_pb2.WindowClosed, "coordinator", "") for window in WINDOWS},
+}
+
+# ingress kind -> payload type; the signer must be the miner of the subject.
+INGRESS: dict[str, type[Message]] = {
+    "trained": cycle_pb2.TrainingFinished,
+    "commitment": cycle_pb2.Commitment,
+    "reveal": cycle_pb2.Reveal,
+}
+
+
+def _subject_id(message: Message, path: str) -> str:
+    if "+" in path:
+        return "-".join(str(getattr(message, name)) for name in path.split("+"))
+    value: object = message
+    for name in path.split("."):
+        value = getattr(value, name)
+    return str(value)
+
+
+def verify_fact(record: Record, roster: Roster) -> Fact:
+    """Check a stored fact: signature, role, type, and that payload and subject agree. Raises `Invalid` with the reason."""
+    run, key = parse_fact(record.subject)
+    entry = CATALOGUE.get((key.section, key.kind))
+    if entry is None:
+        raise Invalid(f"no fact is called {key.section}.{key.kind}", reason=reasons_pb2.REASON_UNKNOWN_TYPE)
+    message_type, role, id_path = entry
+    opened = open_bytes(record.data, record.subject)
+    if not roster.permitted(role, opened.signer, record.time_unix_ms):
+        raise Invalid(
+            f"{opened.signer[:12]}… is not a {role} in the roster, and only a {role} may write {key.section}.{key.kind}",
+            reason=reasons_pb2.REASON_NOT_PERMITTED,
+        )
+    message: Message = opened.read(message_type)
+    claimed_run = message.spec.run if isinstance(message, run_pb2.RunCreated) else getattr(message, "run", "")
+    if claimed_run != run or getattr(message, "cycle", key.cycle) != key.cycle:
+        raise Invalid(f"the payload speaks of another run or cycle than its subject {record.subject}")
+    if id_path and _subject_id(message, id_path) != key.id:
+        raise Invalid(f"the payload speaks of another id than its subject {record.subject}")
+    if role == "validator" and key.id != opened.signer:
+        raise Invalid("a validator speaks for itself only", reason=reasons_pb2.REASON_NOT_PERMITTED)
+    return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
+
+
+def verify_ingress(record: Record) -> Fact:
+    """Check what a miner said: signature, and that the signer is the miner of the subject. Raises `Invalid`."""
+    run, miner, kind = parse_ingress(record.subject)
+    if kind not in INGRESS:
+        raise Invalid(
+            f"miners say {', '.join(INGRESS)}; {kind!r} is none of them", reason=reasons_pb2.REASON_UNKNOWN_TYPE
+        )
+    opened = open_bytes(record.data, record.subject)
+    if opened.signer != miner:
+        raise Invalid("signed by another key than the one in the subject", reason=reasons_pb2.REASON_NOT_PERMITTED)
+    message: Message = opened.read(INGRESS[kind])
+    if getattr(message, "run", "") != run:
+        raise Invalid(f"the payload speaks of another run than its subject {record.subject}")
+    key = FactKey("ingress", int(getattr(message, "cycle", 0)), kind, miner)
+    return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
