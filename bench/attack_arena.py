@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid
 from connito.local.defaults import UpOptions, profile
 from connito.protocol.holdout import subsets
@@ -319,7 +320,7 @@ def _seed(seed: int, cycle: int) -> bytes:
 
 
 def _ref(path: Path) -> artifacts_pb2.ArtifactRef:
-    return ref_of_file(path, "application/vnd.safetensors", artifacts_pb2.REALM_SUBMISSION)
+    return ref_of_file(path, SAFETENSORS, artifacts_pb2.REALM_SUBMISSION)
 
 
 def _digest(path: Path) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from connito.bus import Bus, offences
 from connito.bus.lease import Lease
 from connito.data.manifest import Manifest
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, VerificationFailed, reason_name
-from connito.protocol.merging.cycle import STATE_MEDIA_TYPE, Files, Merged, merge_cycle
+from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.provenance import check_settled, check_start
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
@@ -160,8 +161,8 @@ class Aggregator:
         if lease is None or not lease.held:
             # Whoever leads now makes the same version out of the same facts.
             return
-        await self._store.put_file(merged.state, STATE_MEDIA_TYPE, PUBLIC, cache=True)
-        await self._store.put_file(merged.momentum, STATE_MEDIA_TYPE, PUBLIC, cache=True)
+        await self._store.put_file(merged.state, SAFETENSORS, PUBLIC, cache=True)
+        await self._store.put_file(merged.momentum, SAFETENSORS, PUBLIC, cache=True)
         merged.version.fence = lease.revision
         await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)
         if await self._bus.publish_fact(run, "merge", cycle, "version", merged.version):

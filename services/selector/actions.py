@@ -11,6 +11,7 @@ from pathlib import Path
 
 from connito.bus import Bus, CaughtUp
 from connito.data.manifest import Manifest
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, Retry
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.runtime import logs, metrics
@@ -27,7 +28,6 @@ from connito.workloads.selecting import Chosen, Library, Probes, check_holdouts,
 from . import handlers
 
 PUBLIC = artifacts_pb2.REALM_PUBLIC
-STATE_MEDIA_TYPE = "application/vnd.safetensors"
 
 
 class Selector:
@@ -114,13 +114,13 @@ class Selector:
         return Library(shelf, last)
 
     async def _store_all(self, run: str, chosen: Chosen, theta: Path) -> run_pb2.SelectionMade:
-        statistics = await self._store.put_bytes(chosen.statistics, STATE_MEDIA_TYPE, PUBLIC)
+        statistics = await self._store.put_bytes(chosen.statistics, SAFETENSORS, PUBLIC)
         report = await self._store.put_bytes(chosen.report(statistics.digest), "application/json", PUBLIC)
         signature = await self._store.put_bytes(chosen.signature_bytes(), "application/json", PUBLIC)
-        state = await self._store.put_file(theta, STATE_MEDIA_TYPE, PUBLIC, cache=True)
+        state = await self._store.put_file(theta, SAFETENSORS, PUBLIC, cache=True)
         made = handlers.made(run, chosen, report, state, signature)
         if chosen.background:
-            made.background.CopyFrom(await self._store.put_bytes(chosen.background, STATE_MEDIA_TYPE, PUBLIC))
+            made.background.CopyFrom(await self._store.put_bytes(chosen.background, SAFETENSORS, PUBLIC))
         return made
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from connito.bus import Bus
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, Retry, reason_name
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.provenance import check_start
@@ -24,8 +25,6 @@ from .adapters import Downloads, Services
 from .handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train
 from .state import CycleProgress, Ledger
 from .strategy import Effort, Strategy, Work
-
-MEDIA_TYPE = "application/vnd.safetensors"
 
 log = logs.get_logger("miner")
 
@@ -127,7 +126,7 @@ class Miner:
         logs.bind_run(run, cycle)
         mine = self.ledger.cycle(run, cycle)
         salt = self._salt(run, cycle, mine.artifact)
-        artifact = ArtifactRef(digest=mine.artifact, size=mine.size, media_type=MEDIA_TYPE, realm=REALM_SUBMISSION)
+        artifact = ArtifactRef(digest=mine.artifact, size=mine.size, media_type=SAFETENSORS, realm=REALM_SUBMISSION)
         try:
             await self._upload(run, mine, artifact, salt)
         except Invalid as refusal:

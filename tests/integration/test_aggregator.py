@@ -13,6 +13,7 @@ import torch
 from connito.base.loading import load_full
 from connito.bus import Bus
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import NotFound
 from connito.moe.resident import compress
 from connito.moe.state import load_state, save_state
@@ -27,7 +28,7 @@ from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
 from tests.integration.test_selector import store_env
-from tests.integration.tiny_run import SAFETENSORS, TARGET, Teller, TinyRun, corpus, prepare, telling, tiny_base
+from tests.integration.tiny_run import TARGET, Teller, TinyRun, corpus, prepare, telling, tiny_base
 from tests.integration.witness import ServiceProcess
 from tests.support.waiting import until_logged
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from connito.base.loading import load_full
 from connito.bus import Bus, streams
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, NotFound
 from connito.library.attestation import check_attestation
 from connito.moe.rows import base_digests, fingerprint, read_rows
@@ -32,7 +33,7 @@ from google.protobuf.message import Message
 from transformers import AutoModelForCausalLM
 
 from tests.integration.test_selector import store_env
-from tests.integration.tiny_run import SAFETENSORS, TARGET, TinyRun, prepare, tiny_base
+from tests.integration.tiny_run import TARGET, TinyRun, prepare, tiny_base
 from tests.integration.witness import ServiceProcess, Witness
 from tests.support.waiting import PATIENCE
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from connito.bus import Bus
+from connito.data.safetensors_header import SAFETENSORS
 from connito.moe.rows import base_digests
 from connito.moe.state import load_state
 from connito.platform.servers import NatsServer, ObjectStore
@@ -18,7 +19,7 @@ from connito.wire import subjects
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
-from tests.integration.tiny_run import SAFETENSORS, TARGET, TinyRun, corpus, prepare
+from tests.integration.tiny_run import TARGET, TinyRun, corpus, prepare
 from tests.integration.witness import ServiceProcess, Witness
 
 pytestmark = pytest.mark.integration

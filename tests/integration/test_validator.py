@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from connito.bus import Bus
 from connito.data.corpus import Corpus
+from connito.data.safetensors_header import SAFETENSORS
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.protocol.holdout import draw_sequences, subsets
 from connito.store import ArtifactStore, ref_of_bytes
@@ -20,7 +21,7 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.wire.identity import Identity
 
-from tests.integration.tiny_run import GENERAL, SAFETENSORS, TARGET, Teller, TinyRun, prepare, telling, tiny_base
+from tests.integration.tiny_run import GENERAL, TARGET, Teller, TinyRun, prepare, telling, tiny_base
 from tests.support.waiting import until_logged
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]

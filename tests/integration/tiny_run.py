@@ -18,6 +18,7 @@ from connito.base.tiny import EOS, build_tiny, tiny_texts
 from connito.bus import Bus, CaughtUp
 from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest, build_manifest
+from connito.data.safetensors_header import SAFETENSORS
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
@@ -28,7 +29,6 @@ from google.protobuf.message import Message
 
 TARGET, GENERAL = "recipes", "logs"
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "INGRESS")
-SAFETENSORS = "application/vnd.safetensors"
 
 
 @functools.cache

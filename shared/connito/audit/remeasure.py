@@ -21,6 +21,7 @@ from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE, submissions_of
 from connito.audit.recompute import Distances, Recomputation
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, reason_name
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.protocol.merging.gate import Losses as GateLosses
@@ -114,7 +115,6 @@ def _select(
     spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.SelectionMade, library: Library | None
 ) -> run_pb2.SelectionMade:
     """The fact as it should be. A report of an older program is taken as it is where what it decides is the same."""
-    from connito.protocol.merging.cycle import STATE_MEDIA_TYPE
     from connito.store import ref_of_bytes, ref_of_file
     from connito.workloads.selecting import Probes, choose
 
@@ -129,7 +129,7 @@ def _select(
     with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
         theta = Path(folder) / "theta.safetensors"
         chosen = choose(spec, manifest, _base(spec, artifacts), probes, theta, library)
-        statistics = ref_of_bytes(chosen.statistics, STATE_MEDIA_TYPE, public)
+        statistics = ref_of_bytes(chosen.statistics, SAFETENSORS, public)
         report = chosen.report(statistics.digest)
         ref = ref_of_bytes(report, "application/json", public)
         if ref != made.report and _agrees(artifacts.path(made.report), report, spec.selection.report_version):
@@ -139,7 +139,7 @@ def _select(
             layers=chosen.layers(),
             report=ref,
             signature=ref_of_bytes(chosen.signature_bytes(), "application/json", public),
-            initial_state=ref_of_file(theta, STATE_MEDIA_TYPE, public),
+            initial_state=ref_of_file(theta, SAFETENSORS, public),
             selected_experts=chosen.selection.selected,
             total_experts=chosen.selection.total,
             target_parameters=chosen.target_parameters,

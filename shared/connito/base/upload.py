@@ -10,7 +10,7 @@ from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 
-MANIFEST_TYPE, TENSORS_TYPE = "application/vnd.connito.base+json", "application/vnd.safetensors"
+MANIFEST_TYPE = "application/vnd.connito.base+json"
 PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
 
 

@@ -13,12 +13,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from connito.data.safetensors_header import SAFETENSORS, bad_header, read_header_text
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.v1 import reasons_pb2
 
-MEDIA_TYPES = {".safetensors": "application/vnd.safetensors", ".json": "application/json"}
+MEDIA_TYPES = {".safetensors": SAFETENSORS, ".json": "application/json"}
 # Files of a checkpoint directory that belong to the model. Weights in other formats are left out.
 PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
@@ -249,7 +250,7 @@ def headers_of(directory: Path) -> dict[str, Header]:
     found: dict[str, Header] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
-            prefix, entries = _header(path, file.read(8), file.read)
+            prefix, entries = _header(path, file)
         for name, entry in entries:
             first, end = entry["data_offsets"]
             if len(prefix) + end > path.stat().st_size:
@@ -283,7 +284,7 @@ def _read(path: Path) -> tuple[str, dict[str, TensorEntry]]:
     tensors: dict[str, TensorEntry] = {}
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
-            header, start = _header(path, file.read(8), file.read)
+            header, start = _header(path, file)
             whole.update(header)
             for name, entry in start:
                 data = file.read(entry["data_offsets"][1] - entry["data_offsets"][0])
@@ -296,18 +297,9 @@ def _read(path: Path) -> tuple[str, dict[str, TensorEntry]]:
     return whole.hexdigest(), tensors
 
 
-def _header(
-    path: Path, prefix: bytes, read: Callable[[int], bytes]
-) -> tuple[bytes, list[tuple[str, Mapping[str, Any]]]]:
+def _header(path: Path, file: BinaryIO) -> tuple[bytes, list[tuple[str, Mapping[str, Any]]]]:
     """Header bytes with their length prefix, and the entries in file order, which must leave no gap."""
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or not 2 <= length < 1 << 30:
-        raise Invalid(
-            f"{path} is not a safetensors file: its header says {length} bytes", reason=reasons_pb2.REASON_BAD_HEADER
-        )
-    text = read(length)
-    if len(text) != length:
-        raise Invalid(f"{path} ends inside its header; copy it again", reason=reasons_pb2.REASON_BAD_HEADER)
+    text = read_header_text(file, 1 << 30, path)
     try:
         parsed = json.loads(text)
         entries = sorted(
@@ -315,10 +307,10 @@ def _header(
         )
         edges = [e["data_offsets"] for _, e in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Invalid(f"{path} has a damaged header: {error!r}", reason=reasons_pb2.REASON_BAD_HEADER) from error
+        raise bad_header(f"its header is damaged ({error!r})", path) from error
     if any(a != b for (_, a), (b, _) in zip([(0, 0), *edges], edges, strict=False)):
-        raise Invalid(f"{path} has gaps or overlaps between its tensors", reason=reasons_pb2.REASON_BAD_HEADER)
-    return prefix + text, entries
+        raise bad_header("there are gaps or overlaps between its tensors", path)
+    return len(text).to_bytes(8, "little") + text, entries
 
 
 def _entry(file: str, name: str, entry: Mapping[str, Any], offset: int, data: bytes) -> TensorEntry:

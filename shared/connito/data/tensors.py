@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -19,8 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from connito.data.safetensors_header import bad_header, header_bytes, read_header_text
 from connito.errors import Invalid, NotFound
-from connito.v1 import reasons_pb2 as reasons
 
 Array = NDArray[Any]
 
@@ -43,8 +44,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 
 MAX_HEADER_BYTES = 1 << 20
-# Data starts at a multiple of this, so that a mapped tensor is aligned for every kernel.
-ALIGNMENT = 64
 _MAX_DIMENSIONS = 8
 _NAME = re.compile(r"[!-~]{1,256}")
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
@@ -70,25 +69,23 @@ class Header:
     data_bytes: int
 
 
-def _bad(detail: str) -> Invalid:
-    return Invalid(f"not a well-formed safetensors file: {detail}", reason=reasons.REASON_BAD_HEADER)
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _bad("a key occurs twice in the header")
+        raise bad_header("a key occurs twice in the header")
     return found
 
 
 def _integer(text: str) -> int:
     if not _INTEGER.fullmatch(text):
-        raise _bad(f"the header holds the number {text[:24]}, which is negative, too large or not written plainly")
+        raise bad_header(
+            f"the header holds the number {text[:24]}, which is negative, too large or not written plainly"
+        )
     return int(text)
 
 
 def _no_number(text: str) -> Any:
-    raise _bad(f"the header holds {text[:24]} where only whole numbers may stand")
+    raise bad_header(f"the header holds {text[:24]} where only whole numbers may stand")
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
@@ -101,40 +98,40 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
             parse_constant=_no_number,
         )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _bad(f"the header is not JSON ({type(error).__name__})") from error
+        raise bad_header(f"the header is not JSON ({type(error).__name__})") from error
     if not isinstance(parsed, dict):
-        raise _bad("the header is not a JSON object")
+        raise bad_header("the header is not a JSON object")
     return parsed
 
 
 def _parse_entry(name: str, raw: Any) -> TensorEntry:
     if not _NAME.fullmatch(name):
-        raise _bad(f"the tensor name {name[:64]!a} is not 1 to 256 printable ASCII characters")
+        raise bad_header(f"the tensor name {name[:64]!a} is not 1 to 256 printable ASCII characters")
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
-        raise _bad(f"{name} must have dtype, shape and data_offsets, and nothing else")
+        raise bad_header(f"{name} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _bad(f"{name} has an unknown dtype")
+        raise bad_header(f"{name} has an unknown dtype")
     # `type(...) is int`: True is an int to isinstance, and JSON has booleans.
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or any(type(size) is not int for size in shape):
-        raise _bad(f"the shape of {name} is not a list of at most {_MAX_DIMENSIONS} whole numbers")
+        raise bad_header(f"the shape of {name} is not a list of at most {_MAX_DIMENSIONS} whole numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
-        raise _bad(f"the data_offsets of {name} are not two whole numbers")
+        raise bad_header(f"the data_offsets of {name} are not two whole numbers")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
-        raise _bad(f"{name} is {offsets[1] - offsets[0]} bytes long, its dtype and shape need {expected}")
+        raise bad_header(f"{name} is {offsets[1] - offsets[0]} bytes long, its dtype and shape need {expected}")
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _parse_metadata(raw: Any) -> dict[str, str]:
     if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
-        raise _bad("__metadata__ must map text to text")
+        raise bad_header("__metadata__ must map text to text")
     return raw
 
 
 def _parse_header(raw: bytes, data_bytes: int) -> Header:
     if raw[:1] != b"{":
-        raise _bad("the header does not begin with a brace")
+        raise bad_header("the header does not begin with a brace")
     parsed = _parse_json(raw.rstrip(b" "))
     metadata = _parse_metadata(parsed.pop("__metadata__", {}))
     entries = {name: _parse_entry(name, entry) for name, entry in parsed.items()}
@@ -143,10 +140,10 @@ def _parse_header(raw: bytes, data_bytes: int) -> Header:
     for name, entry in ordered.items():
         if entry.start != position:
             kind = "overlaps what comes before it" if entry.start < position else "leaves a gap before it"
-            raise _bad(f"{name} {kind}")
+            raise bad_header(f"{name} {kind}")
         position = entry.stop
     if position != data_bytes:
-        raise _bad(f"the tensors end at byte {position}, the file holds {data_bytes} bytes of data")
+        raise bad_header(f"the tensors end at byte {position}, the file holds {data_bytes} bytes of data")
     return Header(ordered, metadata, 8 + len(raw), data_bytes)
 
 
@@ -157,21 +154,12 @@ def read_header(source: Path | str | bytes, *, max_header_bytes: int = MAX_HEADE
     keys, fields that do not belong, unknown dtypes, numbers that are not plain and non-negative, sizes that do not
     follow from dtype and shape, gaps, overlaps and trailing bytes. `NotFound` if there is no such file.
     """
-    if isinstance(source, bytes):
-        prefix, size = source[: 8 + max_header_bytes], len(source)
-    else:
-        try:
-            with Path(source).open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                prefix = file.read(8)
-                prefix += file.read(min(int.from_bytes(prefix, "little"), max_header_bytes))
-        except OSError as error:
-            raise NotFound(f"cannot read {source}: {error.strerror}") from error
-    length = int.from_bytes(prefix[:8], "little")
-    if len(prefix) < 8 or length < 2 or length > max_header_bytes or 8 + length > size:
-        raise _bad(f"it claims a header of {length} bytes; the file has {size} and the limit is {max_header_bytes}")
-    return _parse_header(prefix[8 : 8 + length], size - 8 - length)
+    try:
+        with BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+            text = read_header_text(file, max_header_bytes)
+            return _parse_header(text, file.seek(0, 2) - 8 - len(text))
+    except OSError as error:
+        raise NotFound(f"cannot read {source!r}: {error.strerror}") from error
 
 
 def read_tensors(
@@ -289,9 +277,7 @@ def _header_bytes(layout: Layout, metadata: Mapping[str, str]) -> bytes:
         stop = position + math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
         position = stop
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    return header_bytes(header)
 
 
 def _raw(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.data.corpus import Corpus
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import NotFound
 from connito.jobs.check import Checked, check_file
 from connito.jobs.findings import Finding, require
@@ -21,7 +22,6 @@ from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 if TYPE_CHECKING:
     from connito.store import ArtifactStore
 
-TENSORS_TYPE = "application/vnd.safetensors"
 PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
 Progress = Callable[[str, float], None]
 
@@ -83,7 +83,7 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
 
     async def put(domain: str, corpus: Corpus, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
         progress(f"uploading {domain}", 0.5)
-        return CorpusRef(domain=domain, artifact=await store.put_bytes(corpus.to_bytes(), TENSORS_TYPE, realm))
+        return CorpusRef(domain=domain, artifact=await store.put_bytes(corpus.to_bytes(), SAFETENSORS, realm))
 
     spec.probe.CopyFrom(await put(job.domain, corpora.probe, PUBLIC))
     spec.train.CopyFrom(await put(job.domain, corpora.train, PUBLIC))

@@ -3,8 +3,6 @@
 The tensors are those of the model version they come from, byte for byte and in the same order; only the header's
 `__metadata__` differs. Copying the data section instead of parsing it keeps the library free of numeric packages and
 of dtypes it would have to know, and its memory at one block.
-
-safetensors: 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from connito.data.safetensors_header import bad_header, header_bytes, read_header_text
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
 
@@ -90,18 +89,14 @@ class ExpertHeader:
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and the offset of its data. Raises `Invalid` if it is not one."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, max(path.stat().st_size - 8, 0)):
-            raise Invalid(f"{path} is not a safetensors file", reason=reasons.REASON_BAD_HEADER)
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise Invalid(
-                f"{path} has a damaged safetensors header: {error}", reason=reasons.REASON_BAD_HEADER
-            ) from error
+        text = read_header_text(file, _MAX_HEADER_BYTES, path)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise bad_header(str(error), path) from error
     if not isinstance(header, dict):
-        raise Invalid(f"{path} has a safetensors header that is not an object", reason=reasons.REASON_BAD_HEADER)
-    return header, 8 + length
+        raise bad_header("its header is not an object", path)
+    return header, 8 + len(text)
 
 
 def read_header(path: Path) -> ExpertHeader:
@@ -114,12 +109,10 @@ def write_expert(state: Path, out: Path, header: ExpertHeader) -> str:
     """Write the expert file `out` from a model version's state file. Returns its SHA-256, which is deterministic."""
     tensors, start = read_safetensors_header(state)
     tensors["__metadata__"] = header.metadata()
-    text = json.dumps(tensors, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data section stays aligned to 8 bytes, as writers of the format keep it
     digest = hashlib.sha256()
     with state.open("rb") as source, out.open("wb") as target:
         source.seek(start)
-        block = len(text).to_bytes(8, "little") + text
+        block = header_bytes(tensors, alignment=8)
         while block:
             digest.update(block)
             target.write(block)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from connito.base.recipes import MANIFEST, cached_base
-from connito.base.upload import HOLDOUT, PUBLIC, TENSORS_TYPE, base_file, upload_base
+from connito.base.upload import HOLDOUT, PUBLIC, base_file, upload_base
 from connito.data.manifest import FileEntry, Manifest
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Fatal
 from connito.local.corpora import Plan
 from connito.local.defaults import Profile, UpOptions
@@ -129,7 +130,7 @@ async def upload(
     spec.base.CopyFrom(BaseRef(name=materials.name, manifest=manifest))
 
     async def corpus(domain: str, part: str, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
-        ref = await store.put_file(materials.corpus(domain, part), TENSORS_TYPE, realm, cache=True)
+        ref = await store.put_file(materials.corpus(domain, part), SAFETENSORS, realm, cache=True)
         return CorpusRef(domain=domain, artifact=ref)
 
     spec.probe.CopyFrom(await corpus(spec.domain, "probe", PUBLIC))

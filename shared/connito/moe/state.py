@@ -6,11 +6,11 @@ metadata in a hash map, whose order differs from process to process, and a state
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from connito.data.safetensors_header import header_bytes
 from connito.errors import Invalid, NotFound
 from connito.v1 import reasons_pb2
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 TargetState = dict[str, "torch.Tensor"]
-
-# Data starts at a multiple of this, so that a memory-mapped tensor is aligned for every kernel.
-ALIGNMENT = 64
 
 
 def tensor_name(layer: int, parameter: str) -> str:
@@ -77,12 +74,10 @@ def write_safetensors(
             "data_offsets": [offset, offset + size],
         }
         offset += size
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     partial = path.with_name(path.name + ".partial")
     written = 0
     with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes(header))
         for name in order:
             data = raw_bytes(tensors[name])
             file.write(data)

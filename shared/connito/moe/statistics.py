@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from connito.data.safetensors_header import read_header_text
 from connito.errors import Invalid, NotFound
 from connito.moe.layout import router_digest
 from connito.v1 import reasons_pb2
@@ -162,7 +163,8 @@ class RoutingStatistics:
 
         try:
             tensors = load(data)
-            about = json.loads(_metadata(data).get("connito", "{}"))
+            header = json.loads(read_header_text(io.BytesIO(data), len(data)))
+            about = json.loads(header.get("__metadata__", {}).get("connito", "{}"))
             out = cls({}, tuple(about.get("probes", ())), about.get("routers", ""))
             for index in sorted({int(name.split(".")[1]) for name in tensors}):
                 tokens, top_k = (int(x) for x in tensors[f"layers.{index}.size"])
@@ -176,11 +178,6 @@ class RoutingStatistics:
                 reason=reasons_pb2.REASON_SELECTION_FAILED,
             ) from error
         return out
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(header.get("__metadata__", {}))
 
 
 def merge_all(parts: Iterable[RoutingStatistics]) -> RoutingStatistics:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid
 from connito.protocol.merging.candidates import Attempt, Ingredients, attempts, write_candidate, write_resting_momentum
 from connito.protocol.merging.gate import Losses, Outcome, Part, choose
@@ -20,8 +21,6 @@ from connito.protocol.submission import expected_layout, validate
 from connito.store import ref_of_file
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.wire.facts import RunFacts
-
-STATE_MEDIA_TYPE = "application/vnd.safetensors"
 
 # (part of the hold-out, digest of a state, its file) -> losses
 Measure = Callable[[Part, str, Path], Losses]
@@ -220,14 +219,14 @@ class _Merge:
         """The messages and the files that go with them."""
         weights = self.weights(outcome)
         state, momentum = self._paths(outcome.attempt) if weights else self._unmoved()
-        ref = ref_of_file(state, STATE_MEDIA_TYPE, artifacts_pb2.REALM_PUBLIC)
+        ref = ref_of_file(state, SAFETENSORS, artifacts_pb2.REALM_PUBLIC)
         version = cycle_pb2.VersionPublished(
             run=self.facts.run,
             cycle=self.cycle,
             version=self.opened.version + 1,
             parent=self.opened.version,
             state=ref,
-            outer_state=ref_of_file(momentum, STATE_MEDIA_TYPE, artifacts_pb2.REALM_PUBLIC),
+            outer_state=ref_of_file(momentum, SAFETENSORS, artifacts_pb2.REALM_PUBLIC),
             gate=outcome.attempt.decision,
             gate_detail=outcome.detail,
             gate_losses=self._gate_losses(outcome),
