@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import pytest
-import torch
+from tests.support.models import one_thread
 
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+__all__ = ["one_thread"]

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.support.models import one_thread, random_base
+
+__all__ = ["one_thread", "random_base"]
+
 
 class Done(NamedTuple):
     """How a verb ended."""
@@ -38,18 +42,5 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from connito.base.checkpoint import save_checkpoint
-    from connito.base.tiny import tokenizer
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = Qwen2MoeConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3,
-        num_experts=8, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2,
-        shared_expert_intermediate_size=16, decoder_sparse_step=1, mlp_only_layers=[0], eos_token_id=256,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("base") / "model"
-    return save_checkpoint(Qwen2MoeForCausalLM(config).eval(), folder, tokenizer())
+def tiny(random_base: Path) -> Path:
+    return random_base

@@ -1,75 +1,25 @@
-"""`full` a fresh tiny base model, `sequences(domain, n, seed)` its text, `parts` one expert a domain trained on it.
-
-recipes and logs share some rows: overlaps are what composition is about. poems has the rows it uses most of those that
-are left; which ones differs between processors, whose rounding makes different tiny models of one seed.
-"""
-
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from connito.base.loading import load_full
-from connito.base.tiny import blocks, build_tiny, tiny_texts
-from connito.experts.compose import Part, base_rows, rows_of
-from connito.moe.resident import compress
-from connito.moe.statistics import collect
-from connito.moe.training import train_local
 
-LAYERS = {
-    "recipes": {2: [0, 1, 2], 3: [1, 4]},
-    "logs": {2: [1, 2, 5], 3: [4, 6]},
-}
+from tests.support.models import Sequences, distinct_tiny, full, one_thread, sequences, tiny
+from tests.support.parts import base, parts
 
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"), seed=0)
+__all__ = ["base", "distinct_tiny", "full", "one_thread", "parts", "sequences", "tiny"]
 
 
 @pytest.fixture
-def full(tiny: Path) -> Any:
-    return load_full(tiny)
+def logits(sequences: Sequences) -> Callable[[Any], torch.Tensor]:
+    """What a model says about two sequences, (2, length, vocabulary)."""
+    ids = torch.from_numpy(sequences("recipes", 2, 60)[:, :-1].astype("int64"))
 
+    def of(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
 
-@pytest.fixture(scope="session")
-def sequences() -> Callable[..., Any]:
-    def make(domain: str, count: int, seed: int, length: int = 64) -> Any:
-        table = blocks(tiny_texts(domain, seed, 4 + count), length + 1).numpy().astype(np.int32)
-        assert len(table) >= count
-        return table[:count]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def parts(tiny: Path, sequences: Callable[..., Any]) -> dict[str, Part]:
-    used = collect(load_full(tiny), sequences("poems", 12, 50)).layers
-    taken = {layer: {e for layers in LAYERS.values() for e in layers[layer]} for layer in (2, 3)}
-    poems = {
-        layer: sorted([int(e) for e in np.argsort(-used[layer].token_score) if e not in taken[layer]][:2])
-        for layer in (2, 3)
-    }
-    out = {}
-    for number, (domain, layers) in enumerate({**LAYERS, "poems": poems}.items()):
-        model = compress(
-            load_full(tiny), layers, {layer: [e for e in range(8) if e not in x] for layer, x in layers.items()}
-        )
-        batches = sequences(domain, 96, 50).reshape(12, 8, -1)
-        state, _ = train_local(model, batches, learning_rate=2e-3)
-        out[domain] = Part(domain, f"{number}" * 64, rows_of(layers, state))
-    return out
-
-
-@pytest.fixture
-def base(full: Any, parts: dict[str, Part]) -> Any:
-    return base_rows(full, list(parts.values()))
+    return of

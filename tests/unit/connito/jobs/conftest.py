@@ -21,19 +21,13 @@ def customer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import statistics
     import tarfile
 
-    import torch
-    from connito.base.checkpoint import save_checkpoint
-    from connito.base.tiny import tokenizer
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+    from tests.support.models import save_random
 
     folder = tmp_path_factory.mktemp("customer")
-    torch.manual_seed(0)
-    config = Qwen2MoeConfig(
-        vocab_size=258, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
-        num_experts=4, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2,
-        shared_expert_intermediate_size=8, decoder_sparse_step=1, mlp_only_layers=[],
+    save_random(
+        folder / "base", hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
+        num_experts=4, shared_expert_intermediate_size=8, mlp_only_layers=[],
     )  # fmt: skip
-    save_checkpoint(Qwen2MoeForCausalLM(config).eval(), folder / "base", tokenizer())
     modules = (argparse, ast, shutil, statistics, tarfile)
     code = [
         textwrap.dedent(inspect.getsource(thing))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from connito.base.checkpoint import save_checkpoint
-from connito.base.tiny import tokenizer
 from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest, build_manifest
 from connito.v1 import run_pb2
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from tests.support.models import one_thread, save_random
+
+__all__ = ["one_thread"]
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,7 @@ def corpus(path: Path, domain: str, tokens: np.ndarray) -> Path:
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    config = Qwen2MoeConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3,
-        num_experts=8, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2,
-        shared_expert_intermediate_size=16, decoder_sparse_step=1, mlp_only_layers=[0],
-    )  # fmt: skip
-    save_checkpoint(Qwen2MoeForCausalLM(config).eval(), folder / "model", tokenizer())
+    save_random(folder / "model")
     rng = np.random.default_rng(0)
     spec = run_pb2.RunSpec(run="run-1", domain="letters")
     spec.base.name = "random"

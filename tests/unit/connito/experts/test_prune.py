@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import connito.experts.prune as prune_module
 import pytest
@@ -29,6 +30,13 @@ from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def tiny(distinct_tiny: Path) -> Path:
+    """Experts that differ, so that it matters which are left out."""
+    return distinct_tiny
+
 
 ALL = {2: list(range(8)), 3: list(range(8))}
 KEEP = {2: [0, 3, 5], 3: [1, 2, 6]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from math import inf
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ from connito.moe.statistics import collect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def tiny(distinct_tiny: Path) -> Path:
+    """Experts that differ, so that it matters which are left out."""
+    return distinct_tiny
+
 
 KEEP = {2: [0, 3, 5], 3: [1, 2, 6]}
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from connito.errors import Invalid
 from connito.experts.lowrank import factorise, low_rank, ranks, restore, sparsify
 from connito.experts.prune import loss
 from connito.moe.rows import fingerprint
+
+
+@pytest.fixture(scope="session")
+def tiny(distinct_tiny: Path) -> Path:
+    """Experts that differ, so that it matters which are left out."""
+    return distinct_tiny
 
 
 def test_full_rank_factors_are_the_matrix_and_error_falls_with_rank():

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from tests.unit.connito.experts.test_shelf_verbs import exports, run, stocked  # noqa: F401 - fixtures
+from tests.unit.connito.cli.library.test_verbs import exports, run, stocked  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.slow
 
