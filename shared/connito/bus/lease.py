@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -128,3 +129,27 @@ class Lease:
         metrics.LEASE_LOST.labels(self.name).inc()
         self._good_until = 0.0
         self.lost.set()
+
+
+class LeaseKeeper:
+    """Stand by for a lease, and again whenever it is lost."""
+
+    def __init__(self, bus: Bus, name: str, seconds: float = LEASE_TTL) -> None:
+        self._bus, self._name, self._seconds = bus, name, seconds
+        self._lease: Lease | None = None
+
+    @property
+    def leading(self) -> bool:
+        """Tell whether this process leads, right now."""
+        return self._lease is not None and self._lease.held
+
+    async def keep(self, begin: Callable[[], Awaitable[None]]) -> None:
+        """Acquire the lease, run `begin`, and start over when the lease is lost; until cancelled."""
+        while True:
+            async with Lease(self._bus, self._name, self._seconds) as lease:
+                self._lease = lease
+                try:
+                    await begin()
+                    await lease.lost.wait()
+                finally:
+                    self._lease = None
