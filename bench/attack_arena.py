@@ -34,7 +34,7 @@ from connito.wire.subjects import FactKey
 from bench.compose_setup import text
 from bench.tiny_rig import LENGTH, Rig, Tokens, batched
 from services.committer.content import look_into
-from services.committer.handlers import Refusal
+from services.committer.judging import Refusal
 
 if TYPE_CHECKING:
     import torch

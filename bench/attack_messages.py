@@ -33,7 +33,7 @@ from connito.wire.subjects import FactKey, ingress
 from connito.wire.verification import verify_ingress
 from google.protobuf.message import Message
 
-from services.committer import handlers
+from services.committer import judging
 
 RUN, SIZE = "attacks", 4096
 
@@ -84,7 +84,7 @@ class Desk:
             fact = verify_ingress(Record("INGRESS", self.sequence, subject, data, 0))
         except Invalid as error:
             return reason_name(error.reason) or "malformed"
-        judge = handlers.judge_commitment if fact.key.kind == "commitment" else handlers.judge_reveal
+        judge = judging.judge_commitment if fact.key.kind == "commitment" else judging.judge_reveal
         answer = judge(self.facts, fact)
         if isinstance(answer, cycle_pb2.CommitmentAccepted):
             self.put("commit", answer.cycle, "accepted", answer, answer.miner)

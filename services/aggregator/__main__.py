@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
-from connito.bus import Bus
-from connito.bus.lease import Lease
-from connito.runtime.compute import ComputeBudget
-from connito.service.engine import Action, Decision, Engine
+from connito.bus.lease import LeaseKeeper
+from connito.runtime.compute import ComputeBudget, load_torch
+from connito.service.engine import Decision, Engine
+from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 from connito.v1.run_pb2 import RunEnded
 from connito.wire.facts import Fact, RunFacts
@@ -18,76 +17,33 @@ from .actions import Aggregator
 from .handlers import STREAMS, decide, drop_losses
 from .settings import AggregatorSettings
 
-LEASE = "aggregator"
 
-
-class Leadership:
-    """The lease, when this replica holds it."""
-
-    def __init__(self, bus: Bus, seconds: float) -> None:
-        self._bus, self._seconds = bus, seconds
-        self._lease: Lease | None = None
-
-    def lease(self) -> Lease | None:
-        """The lease if it is held right now."""
-        return self._lease if self._lease is not None and self._lease.held else None
-
-    async def keep(self, wake: Callable[[], None]) -> None:
-        """Acquire the lease, and again whenever it is lost; until cancelled."""
-        while True:
-            async with Lease(self._bus, LEASE, self._seconds) as lease:
-                self._lease = lease
-                try:
-                    wake()
-                    await lease.lost.wait()
-                finally:
-                    self._lease = None
-
-
-async def main(context: ServiceContext[AggregatorSettings]) -> None:
+async def main(ctx: ServiceContext[AggregatorSettings]) -> None:
     """Run until told to stop. Raises whatever the engine or the lease died of."""
-    settings = context.settings
+    settings, log = ctx.settings, Log(ctx.roster)
+    await asyncio.to_thread(load_torch, settings.torch_threads)
+    keeper = LeaseKeeper(ctx.bus, "aggregator", settings.lease_seconds)
     budget = ComputeBudget(settings.compute_dir, settings.compute_slots)
-    await asyncio.to_thread(_load_torch, settings.torch_threads)
-    leadership = Leadership(context.bus, settings.lease_seconds)
+    aggregator = Aggregator(ctx.bus, ctx.store, ctx.roster, budget, log.runs.__getitem__, lambda: keeper.leading)
 
     def on_fact(fact: Fact) -> None:
-        drop_losses(engine.facts(fact.run), fact)
+        drop_losses(log.runs[fact.run], fact)
         if isinstance(fact.message, RunEnded):
             aggregator.forget(fact.run)
 
     def decide_while_leading(facts: RunFacts, _now_ms: int) -> Decision:
-        return Decision() if leadership.lease() is None else decide(facts, aggregator.evaluators)
+        return decide(facts, aggregator.evaluators) if keeper.leading else Decision()
 
-    async def perform(action: Action) -> None:
-        await aggregator.perform(action)
+    engine = Engine(ctx.bus, log, STREAMS, decide_while_leading, aggregator.perform, run=settings.run, on_fact=on_fact)
 
-    engine = Engine(
-        context.bus, Log(context.roster), STREAMS, decide_while_leading, perform, run=settings.run, on_fact=on_fact
-    )
-    aggregator = Aggregator(context.bus, context.store, context.roster, budget, engine.facts, leadership.lease)
-    tasks: list[asyncio.Task[object]] = [
-        asyncio.create_task(context.stop.wait()),
-        asyncio.create_task(engine.run()),
-        asyncio.create_task(leadership.keep(engine.wake)),
-    ]
-    context.ready()
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def begin() -> None:
+        engine.wake()
 
-
-def _load_torch(threads: int) -> None:
-    import torch
-    import transformers.models.auto.modeling_auto  # noqa: F401 - imported ahead of the first run
-
-    if threads:
-        torch.set_num_threads(threads)
+    async with Lifecycle(ctx.stop) as life:
+        life.start(engine.run())
+        life.start(keeper.keep(begin))
+        ctx.ready()
+        await life.over()
 
 
 if __name__ == "__main__":

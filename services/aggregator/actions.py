@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from connito.bus import Bus, offences
-from connito.bus.lease import Lease
 from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, VerificationFailed, reason_name
@@ -36,7 +35,7 @@ log = get_logger("aggregator")
 
 
 class Aggregator:
-    """Performs what `handlers.decide` asks for. `facts(run)` are the engine's, `lease()` is the one held, or None."""
+    """Performs what `handlers.decide` asks for. `facts(run)` are the engine's; `leading()`: may this replica publish?"""
 
     def __init__(
         self,
@@ -45,10 +44,10 @@ class Aggregator:
         roster: Roster,
         budget: ComputeBudget,
         facts: Callable[[str], RunFacts],
-        lease: Callable[[], Lease | None],
+        leading: Callable[[], bool],
     ) -> None:
         self._bus, self._store, self._roster, self._budget = bus, store, roster, budget
-        self._facts, self._lease = facts, lease
+        self._facts, self._leading = facts, leading
         self.evaluators: dict[str, GateEvaluator] = {}
         self._loading = asyncio.Lock()
 
@@ -157,13 +156,11 @@ class Aggregator:
 
     async def _publish(self, run: str, cycle: int, merged: Merged) -> None:
         """Artifacts first: a version that is in the log can be fetched."""
-        lease = self._lease()
-        if lease is None or not lease.held:
+        if not self._leading():
             # Whoever leads now makes the same version out of the same facts.
             return
         await self._store.put_file(merged.state, SAFETENSORS, PUBLIC, cache=True)
         await self._store.put_file(merged.momentum, SAFETENSORS, PUBLIC, cache=True)
-        merged.version.fence = lease.revision
         await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)
         if await self._bus.publish_fact(run, "merge", cycle, "version", merged.version):
             _report(run, merged)
@@ -213,5 +210,4 @@ def _report(run: str, merged: Merged) -> None:
         detail=version.gate_detail,
         merged=len(version.merged),
         target_loss=round(losses[0].after, 4) if losses else None,
-        fence=version.fence,
     )

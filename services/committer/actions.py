@@ -1,48 +1,159 @@
-"""What the committer may decide to do besides answering messages, and when."""
+"""Answer miners' messages in the order of INGRESS, and settle windows that have closed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import asyncio
 
-from connito.service.engine import Action, Decision
-from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.wire.facts import RunFacts
+from connito.bus import Bus
+from connito.bus.offences import kind_of, report
+from connito.errors import Invalid, NotFound, Retry, reason_name
+from connito.runtime import metrics
+from connito.runtime.logs import get_logger
+from connito.service.engine import Action
+from connito.v1 import cycle_pb2, reasons_pb2
+from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.verification import verify_ingress
 
-from . import handlers, settlement
+from . import judging, settlement
+from .content import ContentCheck
+from .handlers import Examine, Settle
+from .settlement import Write
+from .state import FACTS, State
 
+log = get_logger("committer")
 
-@dataclass(frozen=True)
-class Settle:
-    """Say what a closed window held."""
-
-    window: str
-    cycle: int
-
-
-@dataclass(frozen=True)
-class Examine:
-    """Look into an artifact whose reveal waits for its turn."""
-
-    artifact: ArtifactRef = field(hash=False)
-
-
-def decide(facts: RunFacts, _now_ms: int) -> Decision:
-    """Windows to settle, and reveals whose artifacts can be examined ahead of their turn."""
-    if facts.spec is None or facts.ended is not None:
-        return Decision()
-    settles = [
-        Action(f"{facts.run}/{window}.{cycle}.settled", facts.run, Settle(window, cycle))
-        for window, cycle in settlement.due(facts)
-    ]
-    return Decision([*settles, *_examinations(facts)])
+DURABLE = "committer"
+# How often the broker is asked whether the last messages of a window are handled.
+FLOOR_POLL_SECONDS = 0.05
+_ATTEMPTS = 5
 
 
-def _examinations(facts: RunFacts) -> list[Action]:
-    actions = []
-    for cycle in (facts.cycle - 1, facts.cycle):
-        for reveal in facts.reveals_sent(cycle).values():
-            judged = handlers.judge_reveal(facts, reveal)
-            if isinstance(judged, handlers.CheckContent):
-                key = f"{facts.run}/examine.{judged.artifact.digest}"
-                actions.append(Action(key, facts.run, Examine(judged.artifact)))
-    return actions
+class Committer:
+    """`handle` is the durable consumer's handler, `perform` the engine's."""
+
+    def __init__(self, bus: Bus, state: State, check: ContentCheck) -> None:
+        self._bus, self._state, self._check = bus, state, check
+        self._handled = asyncio.Event()
+
+    async def handle(self, record: Record) -> None:
+        """Answer one message. Raises `Invalid` for what nobody can be answered about, `Retry` when something is away."""
+        try:
+            fact = verify_ingress(record)
+        except Invalid as error:
+            # The broker let only the subject's owner write there.
+            owner = record.subject.split(".")[4]
+            report(kind_of(error.reason), key=owner, subject=record.subject, reason=error.reason, detail=str(error))
+            raise
+        try:
+            # `trained` is for the coordinator.
+            if fact.key.kind != "trained":
+                await self._answer(fact)
+        finally:
+            self._handled.set()
+
+    async def _answer(self, fact: Fact) -> None:
+        """Judge and write; once more on current facts before anything is refused, or when the broker knew better."""
+        current = False
+        for _ in range(_ATTEMPTS):
+            try:
+                write = await self._judge(fact)
+            except NotFound:
+                if current:
+                    raise
+                write, final = None, False
+            else:
+                final = current or write is None or write.kind == "accepted"
+            if final and (write is None or await self._publish(fact.run, write)):
+                return
+            await self._state.refresh(self._bus, FACTS)
+            current = True
+        raise Retry(f"the answer to {fact.key.kind} at INGRESS {fact.sequence} keeps changing")
+
+    async def _judge(self, fact: Fact) -> Write | None:
+        facts = judging.known_run(self._state.runs.get(fact.run), fact.run)
+        assert facts.spec is not None
+        if self._state.said[fact.run].over(fact, facts.spec):
+            return self._over_quota(facts, fact)
+        if isinstance(fact.message, cycle_pb2.Commitment):
+            answer = judging.judge_commitment(facts, fact)
+            if isinstance(answer, cycle_pb2.CommitmentAccepted):
+                return Write("commit", answer.cycle, "accepted", answer.miner, answer)
+            return None if answer is None else settlement.refuse("commit", answer.cycle, answer)
+        return await self._judge_reveal(facts, fact)
+
+    def _over_quota(self, facts: RunFacts, fact: Fact) -> Write | None:
+        """One refusal that says so; what follows in the same cycle is dropped."""
+        metrics.REFUSALS.labels(reason_name(reasons_pb2.REASON_QUOTA_EXCEEDED)).inc()
+        answer = judging.judge_quota(facts, fact)
+        window = judging.window_of(fact)
+        return None if answer is None else settlement.refuse(window, answer.cycle, answer)
+
+    async def _judge_reveal(self, facts: RunFacts, fact: Fact) -> Write | None:
+        judged = judging.judge_reveal(facts, fact)
+        if judged is None:
+            return None
+        answer = await self._look(facts, fact, judged) if isinstance(judged, judging.CheckContent) else judged
+        if isinstance(answer, cycle_pb2.RevealAccepted):
+            return Write("submit", answer.cycle, "accepted", answer.submission.miner, answer)
+        return settlement.refuse("submit", answer.cycle, answer)
+
+    async def _look(
+        self, facts: RunFacts, fact: Fact, judged: judging.CheckContent
+    ) -> cycle_pb2.RevealAccepted | cycle_pb2.Refused:
+        refusal = await self._check(facts, judged.artifact)
+        return judged.then if refusal is None else judging.refused("submit", fact, refusal)
+
+    async def _publish(self, run: str, write: Write) -> bool:
+        written = await self._bus.publish_fact(run, write.section, write.cycle, write.kind, write.message, write.id)
+        if written:
+            self._report(run, write)
+        return written
+
+    def _report(self, run: str, write: Write) -> None:
+        message = write.message
+        if isinstance(message, cycle_pb2.Refused):
+            metrics.REFUSALS.labels(reason_name(message.reason)).inc()
+            if message.reason in (reasons_pb2.REASON_BANNED, reasons_pb2.REASON_QUOTA_EXCEEDED):
+                report(kind_of(message.reason), key=message.miner, reason=message.reason, detail=message.detail)
+            log.info(
+                "refused", run=run, cycle=write.cycle, window=write.section, miner=message.miner,
+                sequence=message.ingress_sequence, why=judging.describe(message),
+            )  # fmt: skip
+        if write.section == "submit" and isinstance(message, cycle_pb2.Refused):
+            metrics.SUBMISSIONS.labels("refused", reason_name(message.reason)).inc()
+        if isinstance(message, cycle_pb2.RevealAccepted):
+            metrics.SUBMISSIONS.labels("accepted", "").inc()
+            metrics.UPLOAD_BYTES.inc(message.submission.artifact.size)
+        if isinstance(message, cycle_pb2.WindowSettled):
+            log.info(
+                "settled", run=run, cycle=write.cycle, window=write.section, last_sequence=message.last_sequence,
+                committed=len(message.committed), submissions=len(message.submissions),
+            )  # fmt: skip
+
+    async def perform(self, action: Action) -> None:
+        """Do what `handlers.decide` found. Raises `Retry`."""
+        facts = self._state.runs[action.run]
+        match action.payload:
+            case Settle(window, cycle):
+                await self._settle(facts, window, cycle)
+            case Examine(artifact):
+                await self._check(facts, artifact)
+
+    async def _settle(self, facts: RunFacts, window: str, cycle: int) -> None:
+        closed = facts.window(window, cycle).closed
+        assert closed is not None
+        await self._handled_up_to(closed.last_sequence)
+        # Everything inside has its answer in the log by now; wait for it to be in the facts as well.
+        await self._state.refresh(self._bus, FACTS)
+        await self._state.reach("INGRESS", closed.last_sequence)
+        for write in settlement.settle(facts, self._state.reveals[facts.run], window, cycle):
+            await self._publish(facts.run, write)
+
+    async def _handled_up_to(self, sequence: int) -> None:
+        """Until this consumer, shared by all replicas, has acknowledged everything up to `sequence`."""
+        while await self._bus.ack_floor(DURABLE) < sequence:
+            self._handled.clear()
+            try:
+                await asyncio.wait_for(self._handled.wait(), FLOOR_POLL_SECONDS)
+            except TimeoutError:
+                continue

@@ -15,8 +15,8 @@ from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.facts import RunFacts
 
-from . import handlers
-from .view import FACTS, View
+from . import judging
+from .state import FACTS, State
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["SubmissionService"].full_name
 MAX_DIGESTS = 256
@@ -26,8 +26,8 @@ DIGESTS_PER_REQUEST = 16
 class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
     """`connito.v1.SubmissionService`. Errors are raised as `connito.errors` and mapped by `connito.service.rpc`."""
 
-    def __init__(self, bus: Bus, view: View, store: ArtifactStore, limit: RateLimit, presign_seconds: int) -> None:
-        self._bus, self._view, self._store = bus, view, store
+    def __init__(self, bus: Bus, state: State, store: ArtifactStore, limit: RateLimit, presign_seconds: int) -> None:
+        self._bus, self._state, self._store = bus, state, store
         self._limit, self._presign_seconds = limit, presign_seconds
 
     async def RequestUpload(  # noqa: N802
@@ -50,11 +50,11 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
 
     async def _permit_upload(self, miner: str, command: services_pb2.UploadCommand) -> None:
         try:
-            handlers.judge_upload(self._facts(command.run), miner, command)
+            judging.judge_upload(self._facts(command.run), miner, command)
         except Invalid:
             # The facts here may be a moment behind what the miner has already seen.
-            await self._view.refresh(self._bus, FACTS)
-            handlers.judge_upload(self._facts(command.run), miner, command)
+            await self._state.refresh(self._bus, FACTS)
+            judging.judge_upload(self._facts(command.run), miner, command)
 
     async def RequestDownloads(  # noqa: N802
         self, request: services_pb2.RequestDownloadsRequest, context: Any
@@ -73,7 +73,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         try:
             self._check_enrolled(miner, run)
         except ConnitoError:
-            await self._view.refresh(self._bus, ("RUNS",))
+            await self._state.refresh(self._bus, ("RUNS",))
             self._check_enrolled(miner, run)
 
     def _check_enrolled(self, miner: str, run: str) -> None:
@@ -96,4 +96,4 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         return self._store.presign_get(ref, self._presign_seconds)
 
     def _facts(self, run: str) -> RunFacts:
-        return handlers.known_run(self._view.runs.get(run), run)
+        return judging.known_run(self._state.runs.get(run), run)

@@ -8,12 +8,13 @@ from collections import OrderedDict
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.protocol.submission import read_header, validate
 from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 
-from .handlers import Refusal
+from .judging import Refusal
 
 log = get_logger("committer.content")
 
@@ -51,12 +52,9 @@ class ContentCheck:
         if failed or (refusal is not None and refusal.reason == reasons_pb2.REASON_ARTIFACT_MISSING):
             self._verdicts.pop(key, None)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Stop what is still being examined."""
-        tasks = list(self._verdicts.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self._verdicts.values())
 
     async def _examine(self, facts: RunFacts, artifact: ArtifactRef) -> Refusal | None:
         selection, spec = facts.selection, facts.spec

@@ -16,7 +16,7 @@ from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import window_value
 
-from . import handlers
+from . import judging
 
 WINDOWS = ("commit", "submit")
 
@@ -68,7 +68,7 @@ def _settle_commit(facts: RunFacts, cycle: int) -> list[Write]:
         elif accepted.ingress_sequence <= closed.last_sequence:
             committed.append(miner)
         else:
-            late = handlers.late_commitment(cycle)
+            late = judging.late_commitment(cycle)
             writes.append(_late("commit", facts, cycle, miner, accepted.ingress_sequence, late))
     message = _settled(facts, cycle, cycle_pb2.WINDOW_COMMIT, closed.last_sequence)
     message.committed.extend(sorted(committed))
@@ -81,7 +81,7 @@ def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> 
     inside: dict[str, cycle_pb2.Submission] = {}
     out = bans.at_close(facts, "submit", cycle)
     for miner in facts.reveals(cycle):
-        own = handlers.own_reveal(facts, cycle, miner)
+        own = judging.own_reveal(facts, cycle, miner)
         if own is None:
             continue
         if miner in out:
@@ -89,12 +89,12 @@ def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> 
         elif own.reveal_sequence <= closed.last_sequence:
             inside[miner] = own
         else:
-            late = handlers.late_reveal(facts, cycle)
+            late = judging.late_reveal(facts, cycle)
             writes.append(_late("submit", facts, cycle, miner, own.reveal_sequence, late))
     rolled = {m: entry for m, entry in _rolled_over(facts, reveals, cycle).items() if m not in inside and m not in out}
     inside |= rolled
     for entry in over_quota(facts, cycle, inside.values()):
-        refusal = handlers.Refusal(reasons_pb2.REASON_NEWCOMER_QUOTA, quota_detail(facts, cycle))
+        refusal = judging.Refusal(reasons_pb2.REASON_NEWCOMER_QUOTA, quota_detail(facts, cycle))
         writes.append(_late("submit", facts, cycle, entry.miner, entry.reveal_sequence, refusal))
         del inside[entry.miner]
     for miner in sorted(rolled.keys() & inside.keys()):
@@ -122,7 +122,7 @@ def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> di
                 continue
             if sequence not in reveals:
                 raise Retry(f"the late reveal at INGRESS {sequence} has not been read yet", after=0.1)
-            rolled[fact.message.miner] = handlers.submission(facts, reveals[sequence])
+            rolled[fact.message.miner] = judging.submission(facts, reveals[sequence])
     return rolled
 
 
@@ -137,8 +137,8 @@ def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
         if isinstance(fact.message, cycle_pb2.Refused)
     }
     for miner in sorted(set(committed.committed) - spoke):
-        if handlers.own_reveal(facts, cycle, miner) is None:
-            refusal = handlers.Refusal(
+        if judging.own_reveal(facts, cycle, miner) is None:
+            refusal = judging.Refusal(
                 reasons_pb2.REASON_NOT_REVEALED,
                 f"you committed in cycle {cycle} and did not reveal in time; reveal late and the work rolls over",
             )
@@ -147,11 +147,11 @@ def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
             yield _late("submit", facts, cycle, miner, 0, refusal)
 
 
-def _banned(why: str) -> handlers.Refusal:
-    return handlers.Refusal(reasons_pb2.REASON_BANNED, why)
+def _banned(why: str) -> judging.Refusal:
+    return judging.Refusal(reasons_pb2.REASON_BANNED, why)
 
 
-def _late(window: str, facts: RunFacts, cycle: int, miner: str, sequence: int, refusal: handlers.Refusal) -> Write:
+def _late(window: str, facts: RunFacts, cycle: int, miner: str, sequence: int, refusal: judging.Refusal) -> Write:
     message = cycle_pb2.Refused(
         run=facts.run,
         cycle=cycle,

@@ -1,28 +1,97 @@
-"""What the coordinator may decide to do, and how it is done."""
+"""Decide only while leading, and perform what was decided."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from connito.v1 import cycle_pb2
+from connito.bus import Bus
+from connito.bus.position import PositionedLog
+from connito.errors import reason_name
+from connito.protocol.bans import banned
+from connito.runtime.logs import get_logger
+from connito.service.engine import Action, Decision, now_ms
+from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.facts import RunFacts
+from connito.wire.subjects import window_value
 from google.protobuf.message import Message
 
+from . import handlers
+from .handlers import CloseWindow, PublishFact
 
-@dataclass(frozen=True)
-class PublishFact:
-    """Write one fact. `fence` is filled in by whoever performs it, under its lease."""
+log = get_logger("coordinator")
 
-    section: str
-    cycle: int
-    kind: str
-    message: Message
+# What decisions rest on.
+STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "INGRESS")
 
 
-@dataclass(frozen=True)
-class CloseWindow:
-    """Close a window at the last sequence that `stream` has when this is performed."""
+class Coordinator:
+    """`decide` and `perform` are the engine's. Both do nothing on a replica that does not lead.
 
-    window: str
-    cycle: int
-    stream: str
-    cause: cycle_pb2.CloseCause.ValueType
+    `run` limits it to one run; empty: every run.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        facts: PositionedLog,
+        leading: Callable[[], bool],
+        clock: Callable[[], int] = now_ms,
+        run: str = "",
+    ) -> None:
+        self._bus, self._facts, self._leading, self._clock, self._run = bus, facts, leading, clock, run
+
+    def decide(self, facts: RunFacts, now_ms: int) -> Decision:
+        """`handlers.decide` while leading."""
+        mine = self._run in ("", facts.run)
+        return handlers.decide(facts, now_ms) if mine and self._leading() else Decision()
+
+    async def perform(self, action: Action) -> None:
+        """Decide once more on all that the broker has by now, and do it if it is still the same action.
+
+        One stream may have been read less far than another; who is expected, and whether everyone acted, must not
+        depend on that. Raises `Retry` when the broker is away.
+        """
+        await self._facts.refresh(self._bus, STREAMS)
+        again = self.decide(self._facts.runs[action.run], self._clock())
+        for confirmed in again.actions:
+            if confirmed.key == action.key:
+                await self._do(confirmed)
+
+    async def _do(self, action: Action) -> None:
+        match action.payload:
+            case PublishFact(section, cycle, kind, message):
+                await self._publish(action.run, section, cycle, kind, message)
+            case CloseWindow():
+                await self._close(action.run, action.payload)
+
+    async def _close(self, run: str, close: CloseWindow) -> None:
+        """Bans that stand in RUNS by now count in the window; the log here has to be that far to name them."""
+        bans_until = await self._bus.last_sequence("RUNS")
+        await self._facts.reach("RUNS", bans_until)
+        message = cycle_pb2.WindowClosed(
+            run=run,
+            cycle=close.cycle,
+            window=window_value(close.window),
+            stream=close.stream,
+            last_sequence=await self._bus.last_sequence(close.stream),
+            cause=close.cause,
+            runs_sequence=bans_until,
+            banned=sorted(banned(self._facts.runs[run], bans_until)),
+        )
+        await self._publish(run, close.window, close.cycle, "closed", message)
+
+    async def _publish(self, run: str, section: str, cycle: int, kind: str, message: Message) -> None:
+        if not self._leading():
+            # Whoever leads now has decided on the same facts; what is written late would only be refused.
+            return
+        if await self._bus.publish_fact(run, section, cycle, kind, message):
+            self._report(run, section, cycle, kind, message)
+
+    def _report(self, run: str, section: str, cycle: int, kind: str, message: Message) -> None:
+        extra: dict[str, object] = {}
+        if isinstance(message, cycle_pb2.WindowClosed):
+            extra["cause"] = cycle_pb2.CloseCause.Name(message.cause).removeprefix("CLOSE_CAUSE_").lower()
+        if isinstance(message, run_pb2.RunEnded):
+            outcome = run_pb2.RunOutcome.Name(message.outcome).removeprefix("RUN_OUTCOME_").lower()
+            extra |= {"outcome": outcome, "reason": reason_name(message.reason), "detail": message.detail}
+        log.info(f"{section} {kind}", run=run, cycle=cycle, **extra)

@@ -24,7 +24,7 @@ from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import INSTALLATION
 
 from . import enrolment
-from .changes import Changes
+from .state import Changes
 from .status import status, version
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name

@@ -10,6 +10,8 @@ for having acted who has not.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from connito.protocol.beacon import draw_seed
 from connito.protocol.objective import reached
 from connito.service.engine import Action, Decision
@@ -17,15 +19,35 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS, window_value
+from google.protobuf.message import Message
 
 from . import expected
-from .actions import CloseWindow, PublishFact
 from .deadlines import deadline_ms
 
 # Where the messages lie that a window's close includes or leaves out.
 STREAMS = {"train": "INGRESS", "commit": "INGRESS", "submit": "INGRESS", "validate": "VALIDATE", "merge": "MERGE"}
 # Windows after whose close the committer says what was inside.
 _SETTLED = ("commit", "submit")
+
+
+@dataclass(frozen=True)
+class PublishFact:
+    """Write one fact."""
+
+    section: str
+    cycle: int
+    kind: str
+    message: Message
+
+
+@dataclass(frozen=True)
+class CloseWindow:
+    """Close a window at the last sequence that `stream` has when this is performed."""
+
+    window: str
+    cycle: int
+    stream: str
+    cause: cycle_pb2.CloseCause.ValueType
 
 
 def decide(facts: RunFacts, now_ms: int) -> Decision:

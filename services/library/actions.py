@@ -1,4 +1,4 @@
-"""Depositing an expert: what the pure plan says, done against the store and the log."""
+"""Deposit the experts of runs that have ended, and read the catalogue of those that are deposited."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.bus import Bus, CaughtUp
-from connito.errors import Invalid, reason_name
+from connito.bus import Bus, CaughtUp, offences
+from connito.errors import Invalid, Retry
 from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
 from connito.library.attestation import attest
 from connito.library.attestation import encode as encode_attestation
@@ -22,10 +22,12 @@ from connito.runtime import metrics
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
-from connito.wire.facts import Record, RunFacts
+from connito.wire.facts import Fact, Record, RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact
+
+from .state import Catalogue
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -68,8 +70,7 @@ class Depositor:
         try:
             return log.apply(record) is not None
         except Invalid as error:
-            metrics.EVENTS_REJECTED.labels(reason=reason_name(error.reason)).inc()
-            self._log.warning("security", subject=record.subject, sequence=record.sequence, error=str(error))
+            offences.ignore(record, error, new=False)
             return False
 
     async def _deposit(
@@ -110,3 +111,37 @@ class Depositor:
             base_digest=record["base"]["manifest"],
             parents=[record["started_from"]["expert_id"]] if "started_from" in record else [],
         )
+
+
+class CatalogueReader:
+    """Follows the library's stream into the catalogue. `complete` is set once everything stored by now is in it."""
+
+    def __init__(
+        self, bus: Bus, store: ArtifactStore, roster: Roster, catalogue: Catalogue, log: FilteringBoundLogger
+    ) -> None:
+        self._bus, self._store, self._roster, self._catalogue, self._log = bus, store, roster, catalogue, log
+        self.complete = asyncio.Event()
+
+    async def follow(self) -> None:
+        """Read until cancelled."""
+        async for item in self._bus.follow(["LIBRARY"]):
+            if isinstance(item, CaughtUp):
+                self.complete.set()
+                continue
+            try:
+                fact = verify_fact(item, self._roster)
+                self._catalogue.add(fact, await self._record(fact), (item.subject, item.data))
+            except Invalid as error:
+                offences.ignore(item, error, new=self.complete.is_set())
+
+    async def _record(self, fact: Fact) -> bytes | None:
+        """Fetch the record of a deposit, however long the store is away. None where a kept index has it, or none is due."""
+        deposit = fact.message
+        if not isinstance(deposit, run_pb2.ExpertDeposited) or self._catalogue.index.lookup(deposit.expert_id):
+            return None
+        while True:
+            try:
+                return await self._store.get_bytes(deposit.record)
+            except Retry as error:
+                self._log.warning("the store is away", expert=deposit.expert_id, error=str(error))
+                await asyncio.sleep(error.after or 1.0)

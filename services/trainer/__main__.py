@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 from connito.runtime.compute import ComputeBudget
 from connito.service.engine import Decision, Engine
+from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
@@ -49,12 +49,13 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform, run=settings.run
     )
     context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
-    running = asyncio.create_task(engine.run())
     try:
-        await _until_caught_up(engine, running, context)
+        async with Lifecycle(context.stop) as life:
+            life.start(engine.run())
+            if await life.finishes(engine.caught_up.wait()):
+                context.ready()
+            await life.over()
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
         await services.close()
         ledger.close()
 
@@ -62,23 +63,6 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
 def decide_with(me: str, ledger: Ledger, strategy: Strategy, facts: RunFacts, now_ms: int) -> Decision:
     """`decide` with what the work folder says."""
     return decide(facts, me, ledger.progress(facts.run), now_ms, strategy)
-
-
-async def _until_caught_up(
-    engine: Engine, running: asyncio.Task[None], context: ServiceContext[TrainerSettings]
-) -> None:
-    """Say ready when the log is read, then wait for the end; raises what the engine died of."""
-    caught_up, stopping = asyncio.create_task(engine.caught_up.wait()), asyncio.create_task(context.stop.wait())
-    try:
-        await asyncio.wait((running, caught_up, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if caught_up.done():
-            context.ready()
-        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            running.result()
-    finally:
-        caught_up.cancel()
-        stopping.cancel()
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from connito.data.corpus import Corpus, Tokens
 from connito.errors import Invalid, Retry
 from connito.moe.schedule import Schedule
-from connito.runtime import logs
+from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
 from connito.v1.run_pb2 import RunSpec, TrainPolicy
 from connito.wire.facts import RunFacts
 
 from .adapters import Downloads
 from .base import Base, experts_of
-from .metrics import TRAIN_STEP_SECONDS, TRAIN_TOKENS
 from .settings import TrainerSettings
 from .strategy import Effort
 
@@ -188,8 +187,8 @@ class _Progress:
         self._steps, self._tokens, self._since = steps, 0, time.monotonic()
 
     def __call__(self, step: Step) -> None:
-        TRAIN_STEP_SECONDS.observe(step.seconds)
-        TRAIN_TOKENS.inc(step.tokens)
+        metrics.TRAIN_STEP_SECONDS.observe(step.seconds)
+        metrics.TRAIN_TOKENS.inc(step.tokens)
         self._tokens += step.tokens
         elapsed = time.monotonic() - self._since
         if elapsed >= PROGRESS_SECONDS or step.index + 1 == self._steps:

@@ -1,12 +1,11 @@
-"""`python -m services.validator`: measures submissions and signs what it found."""
+"""`python -m services.validator`: measure submissions and sign the reports."""
 
 from __future__ import annotations
-
-import asyncio
 
 from connito.errors import Fatal
 from connito.runtime.compute import ComputeBudget
 from connito.service.engine import Decision, Engine
+from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 from connito.v1.cycle_pb2 import ScoreReport
 from connito.wire.chain import Chains
@@ -40,19 +39,11 @@ async def main(context: ServiceContext[ValidatorSettings]) -> None:
     engine = Engine(
         context.bus, log, STREAMS, decide_now, validator.perform, run=settings.run, on_fact=drop_others_scores
     )
-    running, stopping = asyncio.create_task(engine.run()), asyncio.create_task(context.stop.wait())
-    caught_up = asyncio.create_task(engine.caught_up.wait())
-    try:
-        await asyncio.wait((running, caught_up, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if caught_up.done():
+    async with Lifecycle(context.stop) as life:
+        life.start(engine.run())
+        if await life.finishes(engine.caught_up.wait()):
             context.ready()
-        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            running.result()
-    finally:
-        for task in (running, stopping, caught_up):
-            task.cancel()
-        await asyncio.gather(running, stopping, caught_up, return_exceptions=True)
+        await life.over()
 
 
 def drop_others_scores(fact: Fact) -> None:

@@ -14,7 +14,7 @@ from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
 from connito.protocol.scoring.evaluation import Evaluation, fit, rejected, score
-from connito.runtime import logs
+from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
 from connito.service.engine import Action
 from connito.store import ArtifactStore
@@ -26,7 +26,6 @@ from connito.wire.identity import Identity
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
 from .handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
-from .metrics import SCORE_SECONDS, SUBMISSIONS
 from .settings import ValidatorSettings
 
 log = logs.get_logger("validator")
@@ -210,7 +209,7 @@ class Validator:
         drawn = evaluator.draw(seed)
         before = evaluator.incumbent(state, drawn, stop)
         for submission in submissions:
-            with SCORE_SECONDS.time():
+            with metrics.SCORE_SECONDS.time():
                 found = files[submission.miner]
                 try:
                     if isinstance(found, Invalid):
@@ -223,7 +222,7 @@ class Validator:
                     item = rejected(submission, error)
             report.scores.append(item)
             reason = reason_name(item.reason)
-            SUBMISSIONS.labels("rejected" if reason else "useful", reason).inc()
+            metrics.SUBMISSIONS.labels("rejected" if reason else "useful", reason).inc()
             log.info(
                 "scored",
                 miner=submission.miner,

@@ -10,11 +10,13 @@ from pathlib import Path
 import grpc
 import pytest
 from connito.bus import Bus, CaughtUp
+from connito.bus.lease import LeaseKeeper
 from connito.bus.position import PositionedLog
 from connito.bus.streams import LEASE_TTL
 from connito.errors import Invalid, NotFound
 from connito.platform.servers import NatsServer
 from connito.protocol.beacon import draw_seed, secret_digest
+from connito.runtime.tasks import end_tasks
 from connito.service import rpc
 from connito.service.engine import now_ms
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
@@ -27,7 +29,7 @@ from connito.wire.roster import Roster
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.coordinator.leader import STREAMS, Leader
+from services.coordinator.actions import STREAMS, Coordinator
 from tests.integration.witness import ServiceProcess, Witness, guard
 from tests.support.waiting import PATIENCE
 
@@ -375,17 +377,20 @@ async def test_what_was_decided_on_half_the_facts_is_decided_again_on_all_of_the
                 held_back.append(item)
             else:
                 facts.apply(item)
-        leader = Leader(bus, facts)
-        elected = asyncio.Event()
-        leading = asyncio.create_task(leader.lead(LEASE_TTL, "127.0.0.1:1", elected.set))
+        keeper, elected = LeaseKeeper(bus, "coordinator", LEASE_TTL), asyncio.Event()
+        leader = Coordinator(bus, facts, lambda: keeper.leading)
+
+        async def begin() -> None:
+            elected.set()
+
+        leading = asyncio.create_task(keeper.keep(begin))
         await asyncio.wait_for(elected.wait(), PATIENCE)
         (premature,) = leader.decide(facts.runs[run_id], now_ms()).actions
         performing = asyncio.create_task(leader.perform(premature))
         for record in held_back:
             facts.apply(record)
         await performing
-        leading.cancel()
-        await asyncio.gather(leading, return_exceptions=True)
+        await end_tasks([leading])
     assert list(premature.payload.message.expected) == []  # type: ignore[attr-defined]
     async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
         written = (await witness.has("commit", 1, "opened")).opened("commit", 1)

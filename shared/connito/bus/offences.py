@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from connito.errors import Invalid, reason_name
 from connito.runtime import metrics
+from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
+from connito.wire.facts import Record
+
+log = get_logger("offences")
 
 # Beyond so many different (kind, key) at once, only the counters go on.
 MAX_WAITING = 256
@@ -38,6 +43,22 @@ def report(
     """Count an offence, and remember it for the operator."""
     metrics.SECURITY_EVENTS.labels(kind).inc()
     put_back([Offence(kind, key, subject, reason, detail)])
+
+
+def ignore(record: Record, error: Invalid, *, new: bool) -> None:
+    """Count and log a message that does not verify, and report it where it is `new`: older ones were when they came."""
+    reason = reason_name(error.reason)
+    metrics.EVENTS_REJECTED.labels(reason).inc()
+    if new:
+        report(kind_of(error.reason), subject=record.subject, reason=error.reason, detail=str(error))
+    log.warning(
+        "ignored a message that does not verify",
+        security=True,
+        subject=record.subject,
+        sequence=record.sequence,
+        reason=reason,
+        error=str(error),
+    )
 
 
 def collect() -> list[Offence]:

@@ -109,3 +109,12 @@ async def in_thread(work: Callable[[threading.Event], R]) -> R:
         stop.set()
         await asyncio.wait([task])
         raise
+
+
+def load_torch(threads: int) -> None:
+    """Import what computing with a model needs, ahead of its first use, and set the threads of a computation. Blocking."""
+    import torch
+    import transformers.models.auto.modeling_auto  # noqa: F401 - imported for its side effect
+
+    if threads:
+        torch.set_num_threads(threads)

@@ -12,8 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from connito.bus import Bus, CaughtUp
-from connito.bus.offences import kind_of, report
+from connito.bus import Bus, CaughtUp, offences
 from connito.errors import Invalid, Retry, reason_name
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
@@ -124,19 +123,8 @@ class Engine:
         try:
             fact = self.log.apply(record)
         except Invalid as error:
-            reason = reason_name(error.reason)
-            metrics.EVENTS_REJECTED.labels(reason).inc()
-            if self.caught_up.is_set():
-                # What lay there before was reported when it came.
-                report(kind_of(error.reason), subject=record.subject, reason=error.reason, detail=str(error))
-            log.warning(
-                "ignored a message that does not verify",
-                security=True,
-                subject=record.subject,
-                sequence=record.sequence,
-                reason=reason,
-                error=str(error),
-            )
+            # What lay there before was reported when it came.
+            offences.ignore(record, error, new=self.caught_up.is_set())
             return
         if fact is None:
             return

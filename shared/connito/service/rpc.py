@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -22,6 +22,10 @@ from connito.v1.envelope_pb2 import Envelope
 from connito.wire.envelope import MAX_ENVELOPE_BYTES, check
 from connito.wire.roster import Roster
 from connito.wire.tls import PLAIN, Tls
+
+if TYPE_CHECKING:
+    from connito.bus import Bus
+    from connito.service.runner import ServiceContext
 
 log = get_logger("rpc")
 
@@ -167,6 +171,27 @@ async def serve(
     finally:
         await checks.enter_graceful_shutdown()
         await server.stop(drain_s)
+
+
+@asynccontextmanager
+async def serve_api(context: ServiceContext[Any], servicer: Servicer) -> AsyncIterator[str]:
+    """Serve a service's API where its settings say; yields the address that others reach it at. Raises `Fatal`."""
+    settings = context.settings
+    async with serve([servicer], settings.grpc_host, settings.grpc_port, tls=settings.tls) as port:
+        context.announce_port("grpc", port)
+        yield settings.grpc_advertise or f"{settings.grpc_host}:{port}"
+
+
+async def register(bus: Bus, name: str, address: str, wanted: Callable[[], bool] = lambda: True) -> None:
+    """Tell others where the API of `name` is, however long the broker is away, as long as that is `wanted`."""
+    while wanted():
+        try:
+            await bus.register_endpoint(name, address)
+        except Retry as error:
+            log.warning("cannot register the API's address, trying again", error=str(error))
+            await asyncio.sleep(error.after)
+        else:
+            return
 
 
 def channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:

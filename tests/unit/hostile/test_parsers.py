@@ -31,7 +31,7 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.committer import handlers
+from services.committer import judging
 from tests.unit.hostile.messages import messages
 from tests.unit.services.committer.ledger import RUN, Ledger
 
@@ -105,9 +105,9 @@ def test_what_a_miner_signs_is_answered_or_refused(said: tuple[str, Message], na
     with suppress(Invalid):
         fact = verify_ingress(record)
         if kind == "commitment":
-            answer = handlers.judge_commitment(TOLD.facts, fact)
+            answer = judging.judge_commitment(TOLD.facts, fact)
         elif kind == "reveal":
-            answer = handlers.judge_reveal(TOLD.facts, fact)
+            answer = judging.judge_reveal(TOLD.facts, fact)
     if isinstance(answer, cycle_pb2.Refused):
         assert answer.reason
         assert reason_name(answer.reason)
@@ -134,7 +134,7 @@ def test_upload_requests(command: services_pb2.UploadCommand, named: bool, subje
     with suppress(Invalid, Retry):
         opened, miner = open_request(envelope, "rpc.RequestUpload", services_pb2.UploadCommand)
         facts = TOLD.facts if opened.run == RUN else None
-        handlers.judge_upload(handlers.known_run(facts, opened.run), miner, opened)
+        judging.judge_upload(judging.known_run(facts, opened.run), miner, opened)
 
 
 @QUICK

@@ -55,14 +55,17 @@ async def test_what_a_lasting_task_died_of_ends_the_service_and_its_other_tasks(
     async def dies() -> None:
         raise Fatal("the lease is gone")
 
-    other = None
-    with pytest.raises(Fatal, match="the lease is gone"):
+    others = []
+
+    async def serve() -> None:
         async with Lifecycle(asyncio.Event()) as life:
-            other = life.start(forever())
+            others.append(life.start(forever()))
             life.start(dies())
             await life.over()
-    assert other is not None
-    assert other.cancelled()
+
+    with pytest.raises(Fatal, match="the lease is gone"):
+        await serve()
+    assert others[0].cancelled()
 
 
 async def test_a_lasting_task_that_returns_ends_the_service_without_an_error():
@@ -85,6 +88,6 @@ async def test_what_a_step_raises_comes_out():
     async def refused() -> None:
         raise Fatal("the address is taken")
 
-    with pytest.raises(Fatal, match="the address is taken"):
-        async with Lifecycle(asyncio.Event()) as life:
+    async with Lifecycle(asyncio.Event()) as life:
+        with pytest.raises(Fatal, match="the address is taken"):
             await life.finishes(refused())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from services.committer import settlement
 from tests.unit.services.committer.ledger import RUN, Ledger
-from tests.unit.services.committer.test_handlers import commit, reveal, settle, to_submit
+from tests.unit.services.committer.test_judging import commit, reveal, settle, to_submit
 
 MINERS = ("ma", "mb", "mc")
 

@@ -7,8 +7,7 @@ from connito.protocol.beacon import draw_seed
 from connito.service.engine import Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
-from services.coordinator.actions import CloseWindow, PublishFact
-from services.coordinator.handlers import decide
+from services.coordinator.handlers import CloseWindow, PublishFact, decide
 from tests.unit.services.coordinator.world import RUN, THETA_0, World, secret, theta
 
 

@@ -13,7 +13,7 @@ from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import FactKey, fact, ingress
 from google.protobuf.message import Message
 
-from services.coordinator.actions import CloseWindow, PublishFact
+from services.coordinator.handlers import CloseWindow, PublishFact
 
 RUN = "r1"
 THETA_0 = ArtifactRef(digest="0" * 64, size=1000, media_type="application/octet-stream", realm=REALM_PUBLIC)

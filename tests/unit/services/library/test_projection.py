@@ -10,7 +10,7 @@ from connito.v1 import artifacts_pb2, run_pb2, services_pb2
 from connito.wire.facts import Fact
 from connito.wire.subjects import FactKey
 
-from services.library.projection import Catalogue
+from services.library.state import Catalogue
 
 
 def deposit(number: int) -> Fact:

@@ -7,7 +7,7 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.facts import Fact, FactKey, RunFacts
 from google.protobuf.message import Message
 
-from services.coordinator.watch import OpenWindows
+from services.coordinator.state import OpenWindows
 
 
 def _add(facts: RunFacts, section: str, kind: str, message: Message, at_ms: int, cycle: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The library's API over gRPC."""
+"""Serve the library over gRPC."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.roster import OPERATOR, Roster
 
-from .projection import NOTICES, Catalogue
+from .state import NOTICES, Catalogue
 
+NAME = services_pb2.DESCRIPTOR.services_by_name["LibraryService"].full_name
 # A read request older or newer than this is refused, so that a copied one soon opens nothing.
 FRESH_MS = 300_000
 # Roles whose holders speak for the operator, who may say anything about any expert.

@@ -10,7 +10,7 @@ from connito.v1.services_pb2 import UploadCommand
 from connito.wire.facts import Fact, RunFacts
 
 from services.committer import settlement
-from services.committer.handlers import (
+from services.committer.judging import (
     SIZE_TOLERANCE,
     CheckContent,
     judge_commitment,

@@ -1,4 +1,4 @@
-"""The committer's projection: the facts of every run, each reveal that was said, and how far each stream was read."""
+"""Keep the facts of every run, each reveal that was sent, and how far each stream was read."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FACTS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT")
 STREAMS = (*FACTS, "INGRESS")
 
 
-class View(PositionedLog):
-    """`said` counts what each miner says.
+class State(PositionedLog):
+    """`said` counts each miner's messages.
 
     `reveals` holds every reveal by run and INGRESS sequence: of several by one miner `RunFacts` keeps the first."""
 

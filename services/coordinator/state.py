@@ -1,0 +1,86 @@
+"""Keep what the coordinator knows of every run: its facts, its open windows for alerts, and who waits for news of it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from connito.bus.position import PositionedLog
+from connito.runtime import metrics
+from connito.v1 import cycle_pb2
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.roster import Roster
+from connito.wire.subjects import WINDOWS
+
+from .deadlines import window_ms
+
+
+class State(PositionedLog):
+    """The facts of every run, and how far each stream was read. `notice` is the engine's hook."""
+
+    def __init__(self, roster: Roster) -> None:
+        super().__init__(roster)
+        self.changes, self._windows = Changes(), OpenWindows()
+
+    def notice(self, fact: Fact, *, live: bool) -> None:
+        """Take over a fact that has just been applied; `live` when it was not there before this process."""
+        if isinstance(fact.message, cycle_pb2.ScoreReport):
+            # The losses are for the aggregator; here it matters only who reported.
+            fact.message.ClearField("scores")
+        self.changes.notice(fact)
+        facts, kind = self.runs[fact.run], fact.key.kind
+        if kind in ("opened", "closed", "ended"):
+            self._windows.notice(facts)
+        if kind == "closed" and live:
+            _observe(facts, fact.key.section, fact.key.cycle)
+
+
+def _observe(facts: RunFacts, window: str, cycle: int) -> None:
+    """Count the length of a window that was closed."""
+    length, closed = window_ms(facts, window, cycle), facts.window(window, cycle).closed
+    if length is not None and closed is not None:
+        cause = cycle_pb2.CloseCause.Name(closed.cause).removeprefix("CLOSE_CAUSE_").lower()
+        metrics.WINDOW_SECONDS.labels(window, cause).observe(length / 1000)
+
+
+class Changes:
+    """Take an event with `of`, look at the facts, and if they do not satisfy yet, wait for the event.
+
+    In that order nothing is missed: a fact that arrives between looking and waiting has set the event.
+    """
+
+    def __init__(self) -> None:
+        self._events: dict[str, asyncio.Event] = {}
+
+    def of(self, run: str) -> asyncio.Event:
+        """Set at the next fact of `run`."""
+        return self._events.setdefault(run, asyncio.Event())
+
+    def notice(self, fact: Fact) -> None:
+        """The engine's hook: a fact arrived."""
+        event = self._events.pop(fact.run, None)
+        if event is not None:
+            event.set()
+
+
+class OpenWindows:
+    """Keeps the gauges of the oldest open window of each kind. Every replica does, leading or not."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[str, float, float]] = {}
+        self._report()
+
+    def notice(self, facts: RunFacts) -> None:
+        """Take over a run after one of its windows was opened or closed, or after its end."""
+        window = facts.open_window if facts.ended is None else None
+        opened = None if window is None else window.opened_fact
+        if window is None or opened is None:
+            self._open.pop(facts.run, None)
+        else:
+            self._open[facts.run] = (window.name, opened.time_unix_ms / 1000, window.deadline_unix_ms / 1000)
+        self._report()
+
+    def _report(self) -> None:
+        for window in WINDOWS:
+            mine = [(opened, deadline) for kind, opened, deadline in self._open.values() if kind == window]
+            metrics.WINDOW_OPENED.labels(window).set(min((opened for opened, _ in mine), default=0))
+            metrics.WINDOW_DEADLINE.labels(window).set(min((deadline for _, deadline in mine if deadline), default=0))
