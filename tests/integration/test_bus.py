@@ -24,8 +24,8 @@ from tests.support.waiting import PATIENCE
 pytestmark = pytest.mark.integration
 
 
-def opened(run: str, cycle: int, fence: int = 0) -> cycle_pb2.WindowOpened:
-    return cycle_pb2.WindowOpened(run=run, cycle=cycle, window=cycle_pb2.WINDOW_TRAIN, fence=fence)
+def opened(run: str, cycle: int, version: int = 0) -> cycle_pb2.WindowOpened:
+    return cycle_pb2.WindowOpened(run=run, cycle=cycle, window=cycle_pb2.WINDOW_TRAIN, version=version)
 
 
 async def next_record(items: AsyncIterator[Record | CaughtUp], timeout: float = PATIENCE) -> Record:
@@ -49,20 +49,23 @@ async def read_stored(bus: Bus, names: list[str], run: str) -> list[Record]:
 class TestFacts:
     async def test_written_once(self, bus_factory, identities, run_id):
         bus = await bus_factory(identities["coordinator"])
-        assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=1))
-        assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=2))
+        assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=1))
+        assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=2))
         (record,) = await read_stored(bus, ["TRAIN"], run_id)
-        assert open_bytes(record.data, record.subject).read(cycle_pb2.WindowOpened).fence == 1
+        assert open_bytes(record.data, record.subject).read(cycle_pb2.WindowOpened).version == 1
         assert record.headers["traceparent"].startswith("00-")
 
     async def test_one_of_many_racing_writers_wins(self, bus_factory, identities, run_id):
         buses = [await bus_factory(identities["coordinator"]) for _ in range(4)]
         won = await asyncio.gather(
-            *(bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=i)) for i, bus in enumerate(buses))
+            *(
+                bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=i))
+                for i, bus in enumerate(buses)
+            )
         )
         assert sorted(won) == [False, False, False, True]
         (record,) = await read_stored(buses[0], ["TRAIN"], run_id)
-        assert open_bytes(record.data, record.subject).read(cycle_pb2.WindowOpened).fence == won.index(True)
+        assert open_bytes(record.data, record.subject).read(cycle_pb2.WindowOpened).version == won.index(True)
 
     async def test_our_own_message_is_recognised_when_its_acknowledgement_was_lost(
         self, bus_factory, identities, run_id
@@ -76,10 +79,10 @@ class TestFacts:
     async def test_a_squatter_without_the_role_does_not_keep_the_author_out(self, bus_factory, identities, run_id):
         bus = await bus_factory(identities["coordinator"])
         subject = subjects.fact(run_id, "train", 1, "opened")
-        forged = seal(identities["miner"], subject, opened(run_id, 1, fence=666)).SerializeToString()
+        forged = seal(identities["miner"], subject, opened(run_id, 1, version=666)).SerializeToString()
         await bus.js.publish(subject, forged)
-        assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=1))
-        assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, fence=2))
+        assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=1))
+        assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=2))
 
     async def test_too_large_is_refused_before_it_is_sent(self, bus_factory, identities, run_id):
         bus = await bus_factory(identities["validator"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import grpc
@@ -208,6 +210,24 @@ async def test_a_run_from_creation_to_completion(stage: Stage, start: Start, run
     assert service.drain() == 0
 
 
+def writers(facts: RunFacts, *processes: ServiceProcess) -> list[ServiceProcess]:
+    """Who opened and closed the run's windows, in order and each term once, as far as the processes' logs tell."""
+    told = {
+        (line["event"], line["cycle"]): process
+        for process in processes
+        for line in map(json.loads, process.log.read_text().splitlines())
+        if line.get("run") == facts.run and "cycle" in line
+    }
+    written = [
+        told.get((f"{window} {what}", cycle))
+        for cycle in range(1, facts.cycle + 1)
+        for window in ("train", "commit", "submit", "validate", "merge")
+        for what in ("opened", "closed")
+    ]
+    # A process that was killed on the spot may not have logged its last one.
+    return [process for process, _ in groupby(process for process in written if process is not None)]
+
+
 def assert_learned(facts: RunFacts) -> None:
     """The second cycle's deadline comes from the first, which was far below the ceiling of a minute."""
     for window in ("train", "commit", "submit", "validate"):
@@ -216,7 +236,6 @@ def assert_learned(facts: RunFacts) -> None:
             opened = facts.window(window, cycle).opened_fact
             assert opened is not None
             assert isinstance(opened.message, cycle_pb2.WindowOpened)
-            assert opened.message.fence > 0
             lengths.append(opened.message.deadline_unix_ms - opened.time_unix_ms)
         assert lengths[0] > 55_000
         assert lengths[1] < 30_000
@@ -290,10 +309,9 @@ async def test_a_standby_takes_over_from_a_killed_leader_in_the_middle_of_a_cycl
         first.kill()
         await stage.play(witness, run_id, 1)
         facts = await witness.has("run", 0, "ended")
-    before, after = facts.window("train", 1).opened, facts.window("merge", 1).opened
-    assert before is not None
-    assert after is not None
-    assert after.fence > before.fence, "the new leader has a larger fencing token"
+    assert facts.window("train", 1).opened is not None
+    assert facts.window("merge", 1).opened is not None
+    assert writers(facts, first, second) == [first, second], "the new leader wrote what followed"
     assert (await stage.bus.find_endpoint("coordinator")).endswith(f":{second.ports['grpc']}")
     assert (await stage.status(run_id)).phase == services_pb2.RUN_PHASE_COMPLETED
 
@@ -315,15 +333,11 @@ async def test_a_leader_that_stalls_loses_the_lease_and_can_lead_again(stage: St
         facts = await witness.has("run", 0, "ended")
     assert first.process is not None
     assert first.process.poll() is None, "losing the lease does not end the process"
-    fences = []
     for cycle in (1, 2):
         for window in ("train", "commit", "submit", "validate", "merge"):
-            opened, closed = facts.window(window, cycle).opened, facts.window(window, cycle).closed
-            assert opened is not None
-            assert closed is not None
-            fences += [opened.fence, closed.fence]
-    assert fences == sorted(fences)
-    assert len(set(fences)) == 3
+            assert facts.window(window, cycle).opened is not None
+            assert facts.window(window, cycle).closed is not None
+    assert writers(facts, first, second) == [first, second, first]
 
 
 async def test_a_broker_restart_in_the_middle_is_survived(
@@ -396,4 +410,3 @@ async def test_what_was_decided_on_half_the_facts_is_decided_again_on_all_of_the
         written = (await witness.has("commit", 1, "opened")).opened("commit", 1)
     assert written is not None
     assert list(written.expected) == [miner]
-    assert written.fence > 0

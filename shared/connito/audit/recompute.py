@@ -25,8 +25,8 @@ from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.wire import subjects
 from connito.wire.facts import RunFacts
 
-# Fields of a version that are not recomputed: losses have a comparison of their own, a fence is the leader's lease.
-_MEASURED = ("gate_losses", "losses", "fence")
+# Fields of a version that are not recomputed: losses have a comparison of their own.
+_MEASURED = ("gate_losses", "losses")
 
 
 @dataclass

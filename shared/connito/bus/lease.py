@@ -26,7 +26,7 @@ log = get_logger("lease")
 class Lease:
     """`async with Lease(bus, "coordinator") as lease:` blocks until this process is the leader.
 
-    `revision` is the fencing token: whoever leads later has a larger one. `held` turns false and `lost` is set when the
+    `revision` numbers the terms: whoever leads later has a larger one. `held` turns false and `lost` is set when the
     lease could not be renewed in time, measured on this side's clock from before the last renewal was sent, so it is
     never believed for longer than the broker grants it. `ttl` must be the bucket's (see `connito.bus.streams`), or less.
     """
@@ -56,7 +56,7 @@ class Lease:
         self.revision = self._last
         self._renewing = asyncio.create_task(self._renew())
         metrics.LEADER.labels(self.name).set(1)
-        log.info("leading", lease=self.name, fence=self.revision)
+        log.info("leading", lease=self.name, revision=self.revision)
         return self
 
     async def __aexit__(
@@ -124,7 +124,7 @@ class Lease:
                 await asyncio.sleep(0.05)
 
     def _lose(self, why: str) -> None:
-        log.error("lost the lease", lease=self.name, fence=self.revision, why=why)
+        log.error("lost the lease", lease=self.name, revision=self.revision, why=why)
         metrics.LEADER.labels(self.name).set(0)
         metrics.LEASE_LOST.labels(self.name).inc()
         self._good_until = 0.0

@@ -113,7 +113,6 @@ class WindowOpened(_message.Message):
     CYCLE_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
-    FENCE_FIELD_NUMBER: _builtins.int
     EXPECTED_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -122,8 +121,6 @@ class WindowOpened(_message.Message):
     window: Global___Window.ValueType
     deadline_unix_ms: _builtins.int
     """When the coordinator will close the window if nothing closes it earlier. Informative: membership is by sequence."""
-    fence: _builtins.int
-    """Lease revision under which the leader wrote this."""
     version: _builtins.int
     """The model version the cycle starts from, and its target-expert state θ_t."""
     @_builtins.property
@@ -139,14 +136,13 @@ class WindowOpened(_message.Message):
         cycle: _builtins.int = ...,
         window: Global___Window.ValueType = ...,
         deadline_unix_ms: _builtins.int = ...,
-        fence: _builtins.int = ...,
         expected: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.int = ...,
         state: _artifacts_pb2.ArtifactRef | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "deadline_unix_ms", b"deadline_unix_ms", "expected", b"expected", "fence", b"fence", "run", b"run", "state", b"state", "version", b"version", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "deadline_unix_ms", b"deadline_unix_ms", "expected", b"expected", "run", b"run", "state", b"state", "version", b"version", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -164,7 +160,6 @@ class WindowClosed(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
-    FENCE_FIELD_NUMBER: _builtins.int
     RUNS_SEQUENCE_FIELD_NUMBER: _builtins.int
     BANNED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
@@ -173,7 +168,6 @@ class WindowClosed(_message.Message):
     stream: _builtins.str
     last_sequence: _builtins.int
     cause: Global___CloseCause.ValueType
-    fence: _builtins.int
     runs_sequence: _builtins.int
     """Bans count in this window iff their sequence in RUNS is ≤ `runs_sequence`. 0: this coordinator knew of no bans."""
     @_builtins.property
@@ -189,13 +183,12 @@ class WindowClosed(_message.Message):
         stream: _builtins.str = ...,
         last_sequence: _builtins.int = ...,
         cause: Global___CloseCause.ValueType = ...,
-        fence: _builtins.int = ...,
         runs_sequence: _builtins.int = ...,
         banned: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["banned", b"banned", "cause", b"cause", "cycle", b"cycle", "fence", b"fence", "last_sequence", b"last_sequence", "run", b"run", "runs_sequence", b"runs_sequence", "stream", b"stream", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["banned", b"banned", "cause", b"cause", "cycle", b"cycle", "last_sequence", b"last_sequence", "run", b"run", "runs_sequence", b"runs_sequence", "stream", b"stream", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -582,11 +575,9 @@ class SeedDrawn(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     VALIDATORS_FIELD_NUMBER: _builtins.int
     OMITTED_FIELD_NUMBER: _builtins.int
-    FENCE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     seed: _builtins.bytes
-    fence: _builtins.int
     @_builtins.property
     def validators(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -601,11 +592,10 @@ class SeedDrawn(_message.Message):
         seed: _builtins.bytes = ...,
         validators: _abc.Iterable[_builtins.str] | None = ...,
         omitted: _abc.Iterable[_builtins.str] | None = ...,
-        fence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "fence", b"fence", "omitted", b"omitted", "run", b"run", "seed", b"seed", "validators", b"validators"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "omitted", b"omitted", "run", b"run", "seed", b"seed", "validators", b"validators"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -998,14 +988,12 @@ class VersionPublished(_message.Message):
     LOSSES_FIELD_NUMBER: _builtins.int
     MERGED_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
-    FENCE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     version: _builtins.int
     parent: _builtins.int
     gate: Global___GateDecision.ValueType
     gate_detail: _builtins.str
-    fence: _builtins.int
     @_builtins.property
     def state(self) -> _artifacts_pb2.ArtifactRef:
         """θ_{t+1} and the outer optimiser's momentum, both safetensors over the same rows."""
@@ -1039,11 +1027,10 @@ class VersionPublished(_message.Message):
         losses: _abc.Iterable[Global___DomainLoss] | None = ...,
         merged: _abc.Iterable[_builtins.str] | None = ...,
         weights: _abc.Iterable[_builtins.float] | None = ...,
-        fence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["outer_state", b"outer_state", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "fence", b"fence", "gate", b"gate", "gate_detail", b"gate_detail", "gate_losses", b"gate_losses", "losses", b"losses", "merged", b"merged", "outer_state", b"outer_state", "parent", b"parent", "run", b"run", "state", b"state", "version", b"version", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "gate", b"gate", "gate_detail", b"gate_detail", "gate_losses", b"gate_losses", "losses", b"losses", "merged", b"merged", "outer_state", b"outer_state", "parent", b"parent", "run", b"run", "state", b"state", "version", b"version", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

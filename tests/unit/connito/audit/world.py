@@ -380,7 +380,6 @@ class Cycle:
         merged = merge_cycle(evidence.facts, self.number, submissions, agreed, {}, files, distance, folder)
         for path in (merged.state, merged.momentum):
             self.world.put(path.read_bytes())
-        merged.version.fence = 3
         self.world.say("aggregator", "merge", self.number, "scored", merged.scored)
         self.world.say("aggregator", "merge", self.number, "version", merged.version)
         self.close("merge")

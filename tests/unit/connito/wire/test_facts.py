@@ -30,8 +30,8 @@ def said(signer, miner, kind, message, sequence=1) -> Record:
     return Record("INGRESS", sequence, subject, seal(PEOPLE[signer], subject, message).SerializeToString(), 0)
 
 
-def opened(cycle=1, fence=0) -> cycle_pb2.WindowOpened:
-    return cycle_pb2.WindowOpened(run=RUN, cycle=cycle, window=cycle_pb2.WINDOW_TRAIN, fence=fence)
+def opened(cycle=1, version=0) -> cycle_pb2.WindowOpened:
+    return cycle_pb2.WindowOpened(run=RUN, cycle=cycle, window=cycle_pb2.WINDOW_TRAIN, version=version)
 
 
 def test_every_kind_of_fact_has_a_role_of_the_roster():
@@ -110,7 +110,7 @@ def test_other_things_said_are_refused(kind, message):
 RECORDS = [
     *(record("coordinator", "train", cycle, "opened", opened(cycle), sequence=cycle) for cycle in (1, 2, 3)),
     # A second message on a subject, and a second thing said: the smaller sequence stands.
-    record("coordinator", "train", 1, "opened", opened(1, fence=9), sequence=8),
+    record("coordinator", "train", 1, "opened", opened(1, version=9), sequence=8),
     said("miner", "miner", "commitment", cycle_pb2.Commitment(run=RUN, cycle=1, digest=b"first"), sequence=4),
     said("miner", "miner", "commitment", cycle_pb2.Commitment(run=RUN, cycle=1, digest=b"second"), sequence=5),
     record("committer", "commit", 1, "settled", cycle_pb2.WindowSettled(run=RUN, cycle=1), stream="COMMIT"),
@@ -125,7 +125,7 @@ def test_order_and_repetition_do_not_matter(records):
         log.apply(each)
     facts = log.runs[RUN]
     assert len(facts.facts) == 6
-    assert facts.window("train", 1).opened.fence == 0
+    assert facts.window("train", 1).opened.version == 0
     assert facts.fact("ingress", 1, "commitment", PEOPLE["miner"].public).message.digest == b"first"
     assert facts.cycle == 3
     assert facts.window("commit", 1).settled is not None
