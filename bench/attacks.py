@@ -28,7 +28,7 @@ from bench.attack_arena import HONEST, TARGET, WORLDS, Arena, Played, Standing, 
 from bench.attack_kinds import ATTACKS, Attack, Knowledge, upload
 from bench.attack_messages import MESSAGE_ATTACKS
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes
+from bench.plots import Axes, axes
 from bench.tiny_rig import Rig, rig_settings, rigs
 
 QUICK_SEEDS, CYCLES = 1, 2
@@ -186,11 +186,10 @@ def _figures(rows: list[dict[str, Any]], table: Mapping[tuple[str, str], Mapping
     return figures
 
 
-def _draw(panels: list[Any], table: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+def _draw(panels: list[Axes], table: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
     earned, model = panels
     entries = {attack: entry for (attack, world), entry in table.items() if world == "IID" and attack != "nobody"}
-    names = list(entries)[::-1]
-    places = np.arange(len(names))
+    names = list(entries)
     for axis, pair, label in (
         (earned, ("earned_naive", "earned"), "earned, honest miners' mean = 1"),
         (model, ("model_naive", "model"), "rise of target loss (nats per token)"),
@@ -199,10 +198,11 @@ def _draw(panels: list[Any], table: Mapping[tuple[str, str], Mapping[str, Any]])
             raw = [entries[name][key] for name in names]
             values = [value[0] if isinstance(value, list) else value for value in raw]
             shown = [min(value, 1.0) if key == "model_naive" else value for value in values]
-            axis.barh(places + 0.2 - 0.4 * offset, shown, 0.38, color=colour, label=key.replace("_", " "))
-        axis.set_yticks(places, names if axis is earned else [], fontsize=4)
-        axis.set_xlabel(label)
-        axis.legend(fontsize=6)
+            for row, value in enumerate(shown):
+                axis.bar(row - 0.2 + 0.4 * offset, value, 0.38, colour)
+            axis.key(key.replace("_", " "), colour)
+        axis.rows(names)
+        axis.x_label = label
 
 
 if __name__ == "__main__":

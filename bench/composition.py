@@ -21,7 +21,7 @@ import numpy as np
 
 from bench.compose_setup import base, branches, text, train
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes, bars
+from bench.plots import axes
 
 if TYPE_CHECKING:
     from connito.experts.compose import Part, Rows
@@ -307,9 +307,9 @@ def _rounded(values: list[float]) -> list[float]:
 def _plot(rows: list[dict[str, Any]], out: Path) -> None:
     shown = {m: interval(v) for m, v in _by_method(rows, lambda row: row["union"]).items()}
     kept = {m: interval(v) for m, v in _by_method(rows, lambda row: row["kept"]).items() if m != "base"}
-    with axes(out / "composition.svg", panels=2) as (left, right):
-        bars(left, dict(sorted(shown.items(), key=lambda item: item[1][0])), "loss on the union, nats per token")
-        bars(right, dict(sorted(kept.items(), key=lambda item: -item[1][0])), "share of the experts' savings kept")
+    with axes(out / "composition.svg", 2) as (left, right):
+        left.bars(dict(sorted(shown.items(), key=lambda item: item[1][0])), "loss on the union, nats per token")
+        right.bars(dict(sorted(kept.items(), key=lambda item: -item[1][0])), "share of the experts' savings kept")
 
 
 if __name__ == "__main__":

@@ -234,18 +234,16 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
                 ("steps_from_shelf", "from the shelf", "#0b6e99"),
             ):
                 bands = [interval([float(row[key]) for row in mine if row["place"] == place]) for place in places]
-                means = [band[0] for band in bands]
-                axis.plot([place + 1 for place in places], means, marker="o", color=color, label=label)
-                axis.fill_between(
-                    [place + 1 for place in places], [max(0, b[1]) for b in bands], [b[2] for b in bands],
-                    color=color, alpha=0.15,
-                )  # fmt: skip
-            axis.set_title(chain)
-            axis.set_xlabel("domain of the chain")
-            axis.set_xticks([place + 1 for place in places])
-            axis.set_ylim(0)
-        panels[0].set_ylabel(f"steps to {SHARE:.0%} of the base's gain")
-        panels[0].legend()
+                numbered = list(zip([place + 1 for place in places], bands, strict=True))
+                axis.line([(n, mean) for n, (mean, _, _) in numbered], color, label, dots=True)
+                axis.band(
+                    [(n, max(0, low)) for n, (_, low, _) in numbered],
+                    [(n, high) for n, (_, _, high) in numbered],
+                    color,
+                )
+            axis.title, axis.x_label = chain, "domain of the chain"
+            axis.level(0)
+        panels[0].y_label = f"steps to {SHARE:.0%} of the base's gain"
 
 
 if __name__ == "__main__":

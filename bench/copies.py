@@ -28,7 +28,7 @@ from connito.protocol.scoring.evaluation import Part
 from bench.attack_arena import HONEST, WORLDS, Arena
 from bench.attack_kinds import Knowledge, mixed, upload
 from bench.harness import Options, Result, main, note
-from bench.plots import axes
+from bench.plots import GREEN, RED, Axes, axes
 from bench.tiny_rig import Rig, rig_settings, rigs
 
 if TYPE_CHECKING:
@@ -166,14 +166,14 @@ def _beyond(row: Mapping[str, Any], sign: str, limits: Mapping[str, float]) -> b
     return bool(row[sign] <= limits[sign] if sign == "effect" else row[sign] >= limits[sign])
 
 
-def _draw(panels: Sequence[Any], rows: list[dict[str, Any]]) -> None:
-    kinds = ["honest", *FORGERIES][::-1]
+def _draw(panels: Sequence[Axes], rows: list[dict[str, Any]]) -> None:
+    kinds = ["honest", *FORGERIES]
     for axis, sign in zip(panels, SIGNS, strict=True):
         for place, kind in enumerate(kinds):
             values = [min(row[sign], 1.0) for row in rows if row["kind"] == kind]
-            axis.plot(values, [place] * len(values), "|", color="#2f6f4f" if kind == "honest" else "#a63d40")
-        axis.set_yticks(range(len(kinds)), kinds if sign == "pair" else [], fontsize=7)
-        axis.set_xlabel(sign)
+            axis.ticks(place, values, GREEN if kind == "honest" else RED)
+        axis.rows(kinds)
+        axis.x_label = sign
 
 
 if __name__ == "__main__":

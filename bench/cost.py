@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes, bars
+from bench.plots import axes
 from bench.published_models import CONFIGS, Assumed, rows
 from bench.tiny_rig import Tokens, everything_else
 from bench.training_methods import (
@@ -221,7 +221,7 @@ def _plot(measured: list[dict[str, Any]], path: Path) -> None:
             strict=True,
         ):
             base = whole[key][0] if isinstance(whole[key], list) else whole[key]
-            bars(axis, {row["method"]: _scaled(row[key], base) for row in group}, f"{label} (full = 1)")
+            axis.bars({row["method"]: _scaled(row[key], base) for row in group}, f"{label} (full = 1)")
 
 
 def _scaled(value: Any, base: float) -> tuple[float, float, float]:

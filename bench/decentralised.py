@@ -20,7 +20,7 @@ from connito.moe.training import BETAS
 from connito.protocol.policy import DEFAULTS
 
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes, bars
+from bench.plots import RED, Axes, axes
 from bench.tiny_rig import Rig, Tokens, rig_settings, rigs, spread
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def run(options: Options) -> Result:
 def _result(options: Options, scale: Scale, rows: list[dict[str, Any]]) -> Result:
     kept = _kept(rows)
     with axes(options.out / "decentralised.svg", 2) as (share, curve):
-        bars(share, kept, "share of the central improvement kept")
-        share.axvline(GOAL, color="#a63d40", linewidth=0.8)
+        share.bars(kept, "share of the central improvement kept")
+        share.upright(GOAL, RED)
         _curves(curve, rows)
     settings = {
         "cycles": scale.cycles,
@@ -282,25 +282,24 @@ def _kept(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
     return {name: interval(values) for name, values in groups.items()}
 
 
-def _curves(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _curves(axis: Axes, rows: list[dict[str, Any]]) -> None:
     """Mean loss over seeds after every cycle, at the largest number of miners; dashed for non-IID."""
     most = max(row["miners"] for row in rows)
     names = ["central", *MERGES]
     for name, colour in zip(
         names, ("#333333", "#5b7fa6", "#2f6f4f", "#8c8c8c", "#a63d40", "#b08a2e", "#7a5195"), strict=True
     ):
-        for kind, style in (("IID", "-"), ("non-IID", "--")):
+        for kind in ("IID", "non-IID"):
             curves = [
                 row["curve"]
                 for row in rows
                 if (row["miners"], row["merge"], row.get("data", "IID")) == (most, name, kind)
             ]
             if curves:
-                label = name if kind == "IID" else None
-                axis.plot(np.mean(curves, axis=0), style, color=colour, linewidth=1, label=label)
-    axis.set_xlabel(f"cycle ({most} miners; dashed: non-IID)")
-    axis.set_ylabel("held-out loss (nats per token)")
-    axis.legend(fontsize=8)
+                points = list(enumerate(np.mean(curves, axis=0).tolist()))
+                axis.line(points, colour, name if kind == "IID" else "", dashed=kind == "non-IID")
+    axis.x_label = f"cycle ({most} miners; dashed: non-IID)"
+    axis.y_label = "held-out loss (nats per token)"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.compose_setup import text
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes, bars
+from bench.plots import axes
 
 POOLS, KEPT, EXPERTS, LENGTH = {"document pools of 3": 3, "every token for itself": 8}, (2, 3), 8, 127
 
@@ -43,7 +43,7 @@ def run(options: Options) -> Result:
             pooled, free = (_by_seed(rows, name, kept) for name in POOLS)
             saved = interval([b - a for a, b in zip(pooled, free, strict=True)])
             figures[f"saved by pools, {kept} of {EXPERTS} kept"] = [round(value, 4) for value in saved]
-        bars(axis, shown, "rise of the held-out loss (nats per token)")
+        axis.bars(shown, "rise of the held-out loss (nats per token)")
     return Result({"steps": steps, "seeds": seeds, "base": "tiny, upcycled", "torch_threads": 1}, rows, figures)
 
 

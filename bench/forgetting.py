@@ -149,24 +149,12 @@ def _plot(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
     with axes(path) as (axis,):
         for (method, group), colour in zip(points.items(), ("#2f6f4f", "#a63d40", "#5b7fa6"), strict=False):
             for point in group:
-                (g, g_low, g_high), (t, t_low, t_high) = point["general"], point["target"]
-                axis.errorbar(
-                    g,
-                    t,
-                    xerr=[[g - g_low], [g_high - g]],
-                    yerr=[[t - t_low], [t_high - t]],
-                    fmt="o" if not point["replay"] else "s",
-                    color=colour,
-                    markersize=4,
-                    linewidth=0.6,
-                )
-            line = frontier(group)
-            axis.plot([p["general"][0] for p in line], [p["target"][0] for p in line], color=colour, label=method)
-        axis.axvline(0, color="#999999", linewidth=0.6)
-        axis.set_xscale("symlog", linthresh=0.05)
-        axis.set_xlabel("change of general loss (nats per token)")
-        axis.set_ylabel("change of target loss (nats per token)")
-        axis.legend(fontsize=8)
+                axis.estimate(point["general"], point["target"], colour, filled=not point["replay"])
+            axis.line([(p["general"][0], p["target"][0]) for p in frontier(group)], colour, method)
+        axis.upright(0)
+        axis.x_linear = 0.05
+        axis.x_label = "change of general loss (nats per token)"
+        axis.y_label = "change of target loss (nats per token)"
 
 
 if __name__ == "__main__":

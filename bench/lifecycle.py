@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from connito.render import svg
+
 from bench.compose_setup import text, trained_base
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes
+from bench.plots import BLUE, GREEN, axes
 
 DOMAIN = "recipes"
 BASES = {"standard": 0, "emo": 4}
@@ -179,9 +181,9 @@ FAMILIES = ("naee", "router-weighted", "moe-i2", "random", "extracted", "zeros",
 
 
 def _plot(rows: list[Row], out: Path) -> None:
-    with axes(out / "lifecycle.svg", panels=2) as panels:
+    with axes(out / "lifecycle.svg", 2) as panels:
         for panel, base in zip(panels, BASES, strict=True):
-            for family in FAMILIES:
+            for family, colour in zip(FAMILIES, (*svg.PALETTE, BLUE, GREEN), strict=True):
                 points: dict[str, list[Row]] = {}
                 for row in rows:
                     if row["base"] == base and row["method"].startswith(family) and "within" not in row["method"]:
@@ -190,10 +192,10 @@ def _plot(rows: list[Row], out: Path) -> None:
                     (statistics.fmean(r["bytes"] for r in p) / 1e3, statistics.fmean(r["cost"] for r in p))
                     for p in points.values()
                 )
-                panel.plot(*zip(*line, strict=True), marker="o", markersize=3, linewidth=1, label=family)
-            panel.set(title=base, xlabel="kilobytes", ylabel="nats per token above the full model", yscale="symlog")
-            panel.axhline(0, color="#999999", linewidth=0.5)
-        panels[0].legend(fontsize=6)
+                panel.line(line, colour, family, dots=True)
+            panel.title, panel.x_label, panel.y_label = base, "kilobytes", "nats per token above the full model"
+            panel.y_linear = 1.0
+            panel.level(0)
 
 
 if __name__ == "__main__":

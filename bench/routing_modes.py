@@ -17,7 +17,7 @@ import statistics
 from typing import Any
 
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes, bars
+from bench.plots import axes
 from bench.tiny_rig import Rig, Tokens, batched, everything_else, mean_loss, rig_settings, rigs, spread
 
 TARGET, GENERAL = "recipes", ("logs", "poems", "ledgers")
@@ -51,7 +51,7 @@ def run(options: Options) -> Result:
     values = {name: [row["target"] for row in rows if row["arm"] == name] for name in names}
     before = [row["before"] for row in rows if row["arm"] == REFERENCE]
     with axes(options.out / "routing_modes.svg") as (axis,):
-        bars(axis, {"before": interval(before), **{name: interval(found) for name, found in values.items()}},
+        axis.bars({"before": interval(before), **{name: interval(found) for name, found in values.items()}},
              "target loss of the full model (nats per token)")  # fmt: skip
     mass = spread([row["mass"] for row in rows if row["arm"] == REFERENCE])
     figures: dict[str, Any] = {"before": spread(before), "share_of_tokens_on_targets": mass}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes, bars
+from bench.plots import axes
 from bench.tiny_rig import Rig, batched, everything_else, mean_loss, rig_settings, rigs, spread
 from bench.training_methods import Loop, expert_only
 
@@ -38,7 +38,7 @@ def run(options: Options) -> Result:
     choices = list(dict.fromkeys(row["choice"] for row in rows))
     gains = {choice: interval(_by_seed(rows, choice, "gain")) for choice in choices}
     with axes(options.out / "selection.svg") as (axis,):
-        bars(axis, gains, "fall of the target loss (nats per token)")
+        axis.bars(gains, "fall of the target loss (nats per token)")
     figures: dict[str, Any] = {}
     for choice in choices:
         key = choice.replace(" ", "_")

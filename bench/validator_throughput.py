@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import axes, bars
+from bench.plots import axes
 from bench.random_moe import DEEP, DEMO, Shape, build
 from bench.tiny_rig import Tokens
 from bench.validator_racing import demo_case, race_round, tiny_case
@@ -55,7 +55,7 @@ def run(options: Options) -> Result:
     }
     with axes(options.out / "validator_throughput.svg", len(shapes)) as panels:
         for axis, model in zip(panels, shapes, strict=True):
-            bars(axis, {way: rates[f"{model}: {way}"] for way in WAYS}, f"submissions a minute, {model}")
+            axis.bars({way: rates[f"{model}: {way}"] for way in WAYS}, f"submissions a minute, {model}")
     figures: dict[str, Any] = {key: [round(value, 1) for value in found] for key, found in rates.items()}
     first, *_, last = WAYS
     for model in shapes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
@@ -50,7 +51,7 @@ def lineage(facts: RunFacts) -> list[Version]:
         return []
     state = selection.initial_state
     versions = [
-        Version(0, None, 0, state.digest, words.size(state.size), "", "", False, (), (), selected.time_unix_ms,
+        Version(0, None, 0, state.digest, formats.size(state.size), "", "", False, (), (), selected.time_unix_ms,
                 _opening(facts, 1, 0, state))
     ]  # fmt: skip
     known = {0: state}
@@ -79,7 +80,7 @@ def _version(
         parent=published.parent,
         cycle=cycle,
         digest=published.state.digest,
-        size=words.size(published.state.size),
+        size=formats.size(published.state.size),
         gate=words.gate(published.gate),
         gate_detail=published.gate_detail,
         kept=kept,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
+from connito.render import formats
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,7 +23,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from . import charts, views, words
+from . import charts, views
 from .access import COOKIE, SESSION_SECONDS, Access, Guard
 from .artifacts import Artifacts
 from .feed import Feed
@@ -68,7 +69,9 @@ class Console:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters.update(clock=_clock, iso=_iso, loss=_loss, signed=_signed, duration=words.duration)
+        self._templates.filters.update(
+            clock=formats.moment, iso=_iso, loss=formats.loss, signed=formats.change, duration=formats.duration
+        )
 
     def app(self) -> ASGIApp:
         """The application, behind its guard."""
@@ -313,21 +316,5 @@ def _query(**values: object) -> str:
     return f"?{urlencode(given)}" if given else ""
 
 
-def _moment(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)
-
-
-def _clock(milliseconds: int) -> str:
-    return f"{_moment(milliseconds):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _iso(milliseconds: int) -> str:
-    return _moment(milliseconds).isoformat(timespec="milliseconds")
-
-
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}"
+def _iso(unix_ms: int) -> str:
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from connito.errors import reason_name
+from connito.render import formats
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views import standings
@@ -315,7 +316,7 @@ def _expert_row(fact: Fact[run_pb2.ExpertDeposited], base: str, measured: tuple[
         base=base,
         base_digest=message.base_digest,
         digest=message.expert.digest,
-        size=words.size(message.expert.size),
+        size=formats.size(message.expert.size),
         record=message.record,
         deposited_unix_ms=fact.time_unix_ms,
         curves=measured,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from connito.render.formats import duration
 from connito.v1 import cycle_pb2
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import WINDOWS
 
 from .views import name
-from .words import duration
 
 # Facts that are somebody acting in a window, and whether the id of the key says who.
 _ACTS = {
@@ -53,10 +53,10 @@ class Bar:
     @property
     def summary(self) -> str:
         """The bar as a sentence."""
-        parts = [f"{self.window}: {duration(self.end_ms - self.start_ms)}{' so far' if self.open else ''}"]
+        parts = [f"{self.window}: {duration((self.end_ms - self.start_ms) / 1000)}{' so far' if self.open else ''}"]
         if self.last is not None:
             parts.append(
-                f"last was {self.last.who} ({self.last.what}) after {duration(self.last.at_ms - self.start_ms)}"
+                f"last was {self.last.who} ({self.last.what}) after {duration((self.last.at_ms - self.start_ms) / 1000)}"
             )
         if self.missing:
             verb = "waiting for" if self.open else "did not act:"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.views.standings import rating_text, ratings, validator_rows
 from connito.wire.facts import Fact, RunFacts
@@ -185,11 +186,11 @@ def _steps(facts: RunFacts, cycle: int, miner: str) -> list[Step]:
 def _tell(fact: Fact) -> str:
     message = fact.message
     if isinstance(message, cycle_pb2.TrainingFinished):
-        return f"trained {message.steps} steps over {message.tokens} tokens in {words.duration(message.seconds * 1000)}"
+        return f"trained {message.steps} steps over {message.tokens} tokens in {formats.duration(message.seconds)}"
     if isinstance(message, cycle_pb2.Commitment):
         return f"committed to {message.digest.hex()[:16]}…"
     if isinstance(message, cycle_pb2.Reveal):
-        return f"revealed an artifact of {words.size(message.artifact.size)}"
+        return f"revealed an artifact of {formats.size(message.artifact.size)}"
     if isinstance(message, cycle_pb2.Refused):
         return f"refused: {words.in_words(message.reason)} ({message.detail})"
     return "the commitment was accepted" if fact.key.section == "commit" else "the reveal was accepted"

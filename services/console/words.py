@@ -91,24 +91,3 @@ def in_words(reason: Reason.ValueType) -> str:
 def gate(decision: cycle_pb2.GateDecision.ValueType) -> str:
     """What the gate decided."""
     return GATES.get(decision, f"decision {decision}")
-
-
-def size(count: int) -> str:
-    """Bytes for people: 1536 is `1.5 KiB`."""
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def duration(milliseconds: float) -> str:
-    """`0.42 s`, `12.3 s`, `4 min 05 s`, `2 h 07 min`."""
-    seconds = max(0.0, milliseconds / 1000)
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

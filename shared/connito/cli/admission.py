@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400}
 Run = Annotated[str, typer.Option("--run", help="This run only; without it every run, which only an operator may say.")]
@@ -42,7 +43,7 @@ def invite(
         "note": note,
     }
     where = f"run {run}" if run else "every run by invitation"
-    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(until))
+    when = formats.moment(1000 * until)
     emit(
         as_json,
         document,

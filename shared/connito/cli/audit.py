@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.render import formats
 
 if TYPE_CHECKING:
     from connito.audit.artifacts import Artifacts, Named
@@ -159,7 +160,7 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
     lines += [f"  {difference['where']}: {difference['what']}" for difference in document["differences"]]
     same = document["result"] == "same"
     model = "" if document["model"] else " (selection and losses left out)"
-    lines.append(f"{evidence.run}: {'same' if same else 'differs'}{model}, {document['seconds']:.1f} s")
+    lines.append(f"{evidence.run}: {'same' if same else 'differs'}{model}, {formats.duration(document['seconds'])}")
     return "\n".join(lines)
 
 

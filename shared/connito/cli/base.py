@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connito.cli.output import DataDirOption, JsonFlag, emit, size
+from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 
 if TYPE_CHECKING:
     from connito.data.manifest import Manifest
@@ -142,6 +143,8 @@ def _document(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _text(folder: Path, manifest: Manifest) -> str:
     experts, sizes = manifest.experts(), manifest.expert_bytes()
-    lines = [f"{manifest.name} in {folder}: {size(manifest.size)}, digest {manifest.digest}"]
-    lines += [f"  layer {layer:>3}: {count} experts of {size(sizes[layer])}" for layer, count in experts.items()]
+    lines = [f"{manifest.name} in {folder}: {formats.size(manifest.size)}, digest {manifest.digest}"]
+    lines += [
+        f"  layer {layer:>3}: {count} experts of {formats.size(sizes[layer])}" for layer, count in experts.items()
+    ]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ import typer
 
 from connito.cli.check import Check
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 
 # JetStream behaves as the bus needs it from here on.
 _OLDEST = {"nats-server": (2, 11)}
@@ -87,14 +88,14 @@ def _disk(root: Path) -> Iterator[Check]:
             f"{what} writable", writable, str(path), f"choose a folder that you may write to instead of {there}"
         )
         free = shutil.disk_usage(there).free
-        remedy = f"free {(_NEEDED_DISK - free) / 1e9:.1f} GB, or move the {what} to another disk"
-        yield Check(f"{what} disk", free >= _NEEDED_DISK, f"{free / 1e9:.1f} GB free", remedy, warning=True)
+        remedy = f"free {formats.size(_NEEDED_DISK - free)}, or move the {what} to another disk"
+        yield Check(f"{what} disk", free >= _NEEDED_DISK, f"{formats.size(free)} free", remedy, warning=True)
 
 
 def _memory(_: Path) -> Iterator[Check]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     remedy = "the demo base needs 4 GB; use `--base tiny`, or fewer miners and validators"
-    yield Check("memory", pages >= _NEEDED_MEMORY, f"{pages / 1e9:.1f} GB", remedy, warning=True)
+    yield Check("memory", pages >= _NEEDED_MEMORY, formats.size(pages), remedy, warning=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Check("cores", cores >= 2, str(cores), "two cores or more keep the demo within minutes", warning=True)
 

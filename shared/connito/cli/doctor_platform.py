@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import ssl
 import time
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from connito.cli.check import Check
 from connito.errors import ConnitoError
+from connito.render import formats
 from connito.service import certificates
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ async def _expiries(session: Session) -> list[Check]:
             checks.append(Check(name, False, str(error), "see the message; SSL_CERT_FILE names the authority to trust"))
             continue
         days = (end - time.time()) / 86400
-        found = f"valid until {datetime.fromtimestamp(end, UTC):%Y-%m-%d}, {days:.0f} days"
+        found = f"valid until {formats.day(1000 * end)}, {days:.0f} days"
         checks.append(Check(name, days > EXPIRY_WARNING_DAYS, found, remedy, warning=days > 0))
     return checks
 
@@ -119,11 +119,15 @@ async def _store(session: Session) -> list[Check]:
     down, up = PROBE_BYTES / max(read - written, 1e-6), PROBE_BYTES / max(written - began, 1e-6)
     slow = "the submit window waits for the slowest uplink: use a closer store, or a faster line"
     # An artifact is uploaded once; what an earlier look measured is not measured again.
-    uplink = "up not measured, the probe is there already" if there else f"{up / 1e6:.1f} MB/s up"
+    uplink = "up not measured, the probe is there already" if there else f"{formats.size(up)}/s up"
     enough = down >= SLOW_BYTES_PER_SECOND and (there or up >= SLOW_BYTES_PER_SECOND)
     return [
         Check("store rights", True, "an object was written and read back"),
         Check(
-            "bandwidth", enough, f"{down / 1e6:.1f} MB/s down, {uplink} ({PROBE_BYTES >> 20} MiB)", slow, warning=True
+            "bandwidth",
+            enough,
+            f"{formats.size(down)}/s down, {uplink} ({formats.size(PROBE_BYTES)})",
+            slow,
+            warning=True,
         ),
     ]

@@ -10,6 +10,7 @@ import typer
 
 from connito.cli.audit import FromOption, NoModelFlag, ThreadsOption, ToleranceOption, as_the_run_had, read_and, settle
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 
 if TYPE_CHECKING:
     from connito.audit.artifacts import Artifacts, Named
@@ -130,7 +131,7 @@ def _standing(row: dict[str, Any]) -> list[str]:
     if row["trust"] is None or row["idle"]:
         return []
     why = f"  {row['reason']}: {row['detail']}" if row["reason"] else ""
-    said = f"weight {row['weight']:.3f}, agrees to {row['agreement']:.1%}, trust now {row['trust']:.3f}"
+    said = f"weight {row['weight']:.3f}, agrees to {formats.percent(row['agreement'])}, trust now {row['trust']:.3f}"
     return [f"validator   {row['validator'][:12]}…  {said}{why}"]
 
 

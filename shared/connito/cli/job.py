@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connito.cli.output import DataDirOption, JsonFlag, emit, progress, size, table
+from connito.cli.output import DataDirOption, JsonFlag, emit, progress, table
+from connito.render.formats import duration, percent, size
 
 if TYPE_CHECKING:
     from connito.jobs.findings import Finding
@@ -181,7 +182,7 @@ def _quote_text(made: Quote) -> str:
     lines = [
         f"{made.domain}: {chosen} of {made.total_experts} experts, in {len(made.layers)} layers",
         (
-            f"  upload      {size(made.upload)} a miner and cycle ({made.upload / made.model:.1%} of the model), "
+            f"  upload      {size(made.upload)} a miner and cycle ({percent(made.upload / made.model)} of the model), "
             f"{size(made.upload * made.cycles)} over {made.cycles} cycles"
         ),
         (
@@ -198,7 +199,7 @@ def _quote_text(made: Quote) -> str:
     needed = f"about {made.cycles_needed} to the objective" if made.cycles_needed else "no estimate to an objective"
     lines.append(f"  cycles      at most {made.cycles}; {needed}")
     if made.seconds is not None:
-        lines.append(f"  time        about {made.seconds:.3g} s for {made.cycles} cycles, from {made.seconds_from}")
+        lines.append(f"  time        about {duration(made.seconds)} for {made.cycles} cycles, from {made.seconds_from}")
     return "\n".join([*lines, _findings_text(made.findings)]).rstrip()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.render import formats
 
 if TYPE_CHECKING:
     from connito.wire.facts import RunFacts
@@ -92,7 +93,6 @@ def fits(
     as_json: JsonFlag = False,
 ) -> None:
     """Predict the memory of training a selection, before anything is loaded; exit 3 when it does not fit."""
-    from connito.cli.output import size
     from connito.data.manifest import build_manifest
     from connito.moe.footprint import Workload, free_bytes, predict, require_fit
 
@@ -103,7 +103,7 @@ def fits(
         as_json,
         {**need.to_json(), "available": have, "fits": need.total <= have},
         lambda: "\n".join(
-            f"{name:<12}{size(value):>10}" for name, value in {**need.to_json(), "available": have}.items()
+            f"{name:<12}{formats.size(value):>10}" for name, value in {**need.to_json(), "available": have}.items()
         ),
     )
     require_fit(need, have, "--memory-bytes" if memory_bytes else "this machine")

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from connito.render.formats import percent
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DataDirOption = Annotated[
     Path | None,
@@ -43,16 +45,6 @@ def _cell(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
-
-
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
     """Report progress on stderr: in place on a terminal, a line a step elsewhere, nothing if `quiet`."""
@@ -63,7 +55,7 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
             return
         last[0] = what
         if sys.stderr.isatty():
-            print(f"\r\033[K{100 * share:3.0f} %  {what}", end="", file=sys.stderr, flush=True)
+            print(f"\r\033[K{percent(share, 0):>5}  {what}", end="", file=sys.stderr, flush=True)
         else:
             print(what, file=sys.stderr, flush=True)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import JsonFlag, emit
+from connito.render import formats
 
 if TYPE_CHECKING:
     from connito.local.display import Display
@@ -224,7 +225,7 @@ def _save(path: Path, found: dict[str, RoutingStatistics]) -> None:
 def _text(chosen: Selection) -> str:
     seen = chosen.diagnostics
     lines = [f"{chosen.method} at p = {chosen.threshold:g}: {chosen.selected} of {chosen.total} experts"]
-    lines.append(f"  {100 * chosen.mass:.1f} % of the domain's routing in the layers they are in")
+    lines.append(f"  {formats.percent(chosen.mass)} of the domain's routing in the layers they are in")
     for layer, experts in sorted(chosen.layers.items()):
         scores = chosen.scores[layer]
         lines.append(f"  layer {layer:>3}: " + ", ".join(f"{e} ({scores[e]:.4f})" for e in experts))
@@ -237,7 +238,7 @@ def _text(chosen: Selection) -> str:
             f"  layer {conflict['layer']:>3} expert {conflict['expert']}: wanted by {wanted}; {seen['contested']}: {to}"
         )
     for pair, share in seen.get("overlap", {}).items():
-        lines.append(f"  {' and '.join(pair.split('|'))} have {100 * share:.1f} % of their routing in common")
+        lines.append(f"  {' and '.join(pair.split('|'))} have {formats.percent(share)} of their routing in common")
     if "causal_effect" in seen:
         drivers = ", ".join(f"{layer}/{expert}" for layer, expert in seen["drivers"])
         lines.append(f"  drivers (layer/expert whose removal changes the output most): {drivers}")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from connito.cli.output import DataDirOption, JsonFlag, emit, size, table
+from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.render import formats
 
 app = typer.Typer(no_args_is_help=True, help="Declare and list streams, consumers and buckets.")
 
@@ -42,7 +43,13 @@ def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
         lambda: table(
             headers,
             [
-                (r["name"], r.get("messages", "missing"), size(r.get("bytes", 0)), r.get("consumers", ""), r["subject"])
+                (
+                    r["name"],
+                    r.get("messages", "missing"),
+                    formats.size(r.get("bytes", 0)),
+                    r.get("consumers", ""),
+                    r["subject"],
+                )
                 for r in rows
             ],
         ),

@@ -16,6 +16,7 @@ from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
 from connito.library.governance import TERMS
 from connito.moe.footprint import Workload, predict
+from connito.render import formats
 from connito.v1.run_pb2 import RunSpec
 
 Progress = Callable[[str, float], None]
@@ -121,9 +122,9 @@ def _budget(job: Job, context: JobContext) -> Iterator[Finding]:
         if not cap:
             continue
         numbers = {"budget": cap, "least": minimum}
-        detail = f"budget.{name} is {cap / 1e6:.3g} MB; {what} {minimum / 1e6:.3g} MB"
+        detail = f"budget.{name} is {formats.size(cap)}; {what} {formats.size(minimum)}"
         if cap < minimum:
-            remedy = f"allow at least {minimum / 1e6:.3g} MB (`connito job quote` says what this job takes), or a smaller base"
+            remedy = f"allow at least {formats.size(minimum)} (`connito job quote` says what this job takes), or a smaller base"
             yield Finding("budget", "error", detail, remedy, numbers)
         else:
             yield Finding("budget", "ok", detail, "", numbers)

@@ -15,6 +15,7 @@ from connito.jobs.findings import Finding
 from connito.jobs.sources import Document
 from connito.jobs.texts import Texts
 from connito.protocol.holdout import subsets
+from connito.render import formats
 from connito.v1.run_pb2 import RunSpec
 
 _WORD = re.compile(r"\w+")
@@ -153,7 +154,7 @@ def _lengths(corpus: Corpus, length: int) -> list[Finding]:
     }  # fmt: skip
     detail = (
         f"documents have {numbers['shortest']} to {numbers['longest']} tokens, half of them at most {numbers['median']:g}; "
-        f"{100 * cut:.0f} % are longer than a sequence of {length} and are read in pieces"
+        f"{formats.percent(cut, 0)} are longer than a sequence of {length} and are read in pieces"
     )
     return [Finding("length", "ok", detail, "", numbers)]
 
@@ -167,13 +168,12 @@ def _fit(found: Corpora, texts: Texts, held: dict[str, Corpus], context: JobCont
     general = fit_of(_decoded(held, context.tokenizer), context.encode, context.tokenizer)
     numbers: dict[str, Any] = {"target": vars(mine)}
     detail = f"{mine.tokens_per_word:.2f} tokens a word, {mine.bytes_per_token:.2f} bytes a token"
-    detail += f", {100 * mine.fallback:.1f} % of tokens are pieces of characters or unknown"
+    detail += f", {formats.percent(mine.fallback)} of tokens are pieces of characters or unknown"
     if general is None:
         return [Finding("tokenizer", "ok", detail, "", numbers)]
     found.fit["general"], numbers["general"] = general, vars(general)
-    detail += (
-        f" (general text: {general.tokens_per_word:.2f}, {general.bytes_per_token:.2f}, {100 * general.fallback:.1f} %)"
-    )
+    pieces = formats.percent(general.fallback)
+    detail += f" (general text: {general.tokens_per_word:.2f}, {general.bytes_per_token:.2f}, {pieces})"
     poor = mine.bytes_per_token * POOR_FIT < general.bytes_per_token
     if poor or mine.fallback > general.fallback + POOR_FALLBACK:
         remedy = (

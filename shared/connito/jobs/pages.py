@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from connito.render import formats
+
 Document = Mapping[str, Any]
 
 
@@ -52,7 +54,7 @@ def _result(document: Document) -> str:
     found = document["measured"]
     if found is None:
         return _from_log(document)
-    level = f"{100 * found['confidence']:.0f} %"
+    level = formats.percent(found["confidence"], 0)
     lines = [
         "## Before and after",
         "",
@@ -110,12 +112,12 @@ def _changed(document: Document) -> str:
     chosen = document["selection"]
     if chosen is None:
         return ""
-    share = chosen["target_parameters"] / max(1, chosen["model_parameters"])
+    share = formats.percent(chosen["target_parameters"] / max(1, chosen["model_parameters"]))
     lines = [
         "## What changed",
         "",
         (
-            f"{chosen['selected']} of {chosen['total']} routed experts, {share:.1%} of the model's parameters. Every "
+            f"{chosen['selected']} of {chosen['total']} routed experts, {share} of the model's parameters. Every "
             "other tensor is the base's, bit for bit."
         ),
         "",
@@ -138,7 +140,7 @@ def _cycles(document: Document) -> str:
         )
     upload = document["totals"]["upload_bytes_per_miner_and_cycle"]
     if upload:
-        lines += ["", f"A miner uploaded {upload / 1e6:.2f} MB a cycle."]
+        lines += ["", f"A miner uploaded {formats.size(upload)} a cycle."]
     return "\n".join(lines)
 
 
@@ -148,7 +150,7 @@ def _people(document: Document) -> str:
     lines = ["## Who contributed", "", "| miner | share of the reward | cycles merged in |", "|---|---:|---:|"]
     for row in document["contributors"]:
         name = f"{row['label']} (`{row['miner'][:12]}…`)" if row["label"] else f"`{row['miner'][:12]}…`"
-        lines.append(f"| {name} | {row['share']:.1%} | {row['merged']} |")
+        lines.append(f"| {name} | {formats.percent(row['share'])} | {row['merged']} |")
     return "\n".join(lines)
 
 

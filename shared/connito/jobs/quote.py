@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from connito.jobs.check import Checked
 from connito.jobs.findings import Finding, require
 from connito.moe.footprint import Footprint, Workload, predict
+from connito.render import formats
 from connito.views.run_report import window_seconds
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def _duration(context: JobContext, checked: Checked, pilot: Pilot | None) -> tup
 def _budget(checked: Checked, made: Quote) -> list[Finding]:
     budget, found = checked.job.budget, list[Finding]()
     if budget.memory and made.memory.total > budget.memory:
-        detail = f"a miner needs {made.memory.total / 1e6:.4g} MB, budget.memory allows {budget.memory / 1e6:.4g} MB"
+        detail = f"a miner needs {formats.size(made.memory.total)}, budget.memory allows {formats.size(budget.memory)}"
         remedy = (
             "allow more, select fewer experts (budget.upload, policies.selection.max_experts), or shorten the batch"
         )

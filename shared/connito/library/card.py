@@ -9,6 +9,7 @@ from typing import Any
 from connito.library.artifact import CARD_FILE, MODEL_FORMAT
 from connito.library.governance import TERMS, governance
 from connito.library.plots import EXPERTS, LOSSES, plots
+from connito.render import formats
 
 _CARD = """\
 ---
@@ -59,7 +60,7 @@ Held-out loss in nats per token, on sequences that decided nothing in the run. L
 
 _EXPERT = """\
 An expert for **{domain}**: {selected} of the {total} routed experts of `{base_name}`, {parameters:,} parameters
-({share:.1%} of the model). Every other tensor of the base stays as it is."""
+({share} of the model). Every other tensor of the base stays as it is."""
 
 _MODEL = """\
 A model for **{domain}**, made by `{verb}`: {selected} of the {total} routed experts of `{base_name}`, in all
@@ -105,17 +106,11 @@ def _text(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|") or "not stated"
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
 def _loss_row(row: dict[str, Any]) -> str:
     before, after = row["before"], row["after"]
     change = "–" if before is None or after is None else f"{after - before:+.4f}"
     interval = f"{row['change_low']:+.4f} to {row['change_high']:+.4f}" if "change_low" in row else "–"
-    return (
-        f"| {_text(row['domain'])} | {_number(before)} | {_number(after)} | {change} | {row['tokens']:,} | {interval} |"
-    )
+    return f"| {_text(row['domain'])} | {formats.loss(before)} | {formats.loss(after)} | {change} | {row['tokens']:,} | {interval} |"
 
 
 def _front(record: dict[str, Any]) -> str:
@@ -159,7 +154,7 @@ def _intro(record: dict[str, Any]) -> str:
         selected=selection["selected"] or "one",
         total=selection["total"],
         parameters=expert["parameters"],
-        share=expert["parameters"] / model if model else 0.0,
+        share=formats.percent(expert["parameters"] / model if model else 0.0),
         verb=record.get("derived", {}).get("verb", ""),
     )
 
@@ -192,7 +187,7 @@ def _lineage_row(row: dict[str, Any]) -> str:
 def _contributor_row(row: dict[str, Any]) -> str:
     name = f"{_text(row['label'])} ({row['miner'][:8]}…)" if row["label"] else f"{row['miner'][:8]}…"
     why = ", ".join(f"{reason} ×{count}" for reason, count in sorted(row["reasons"].items())) or "–"
-    return f"| {name} | {row['share']:.1%} | {row['merged']} | {why} |"
+    return f"| {name} | {formats.percent(row['share'])} | {row['merged']} | {why} |"
 
 
 def _start(start: dict[str, Any] | None) -> str:

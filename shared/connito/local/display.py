@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
+from connito.render import formats
 from connito.views.live import announce, render
 from connito.wire.facts import Fact, RunFacts
 
@@ -63,7 +64,7 @@ class PlainDisplay:
         topic, step = what.split(",", maxsplit=1)[0], int(share * 2)
         if self._told.get(topic) != step:
             self._told[topic] = step
-            self.say(f"{what} ({100 * share:.0f} %)" if share < 1 else f"{what}: done")
+            self.say(f"{what} ({formats.percent(share, 0)})" if share < 1 else f"{what}: done")
 
     def fact(self, fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> None:
         line = announce(fact, facts, names)
@@ -104,7 +105,7 @@ class LiveDisplay:
     def progress(self, what: str, share: float) -> None:
         width = 24
         done = int(width * max(0.0, min(1.0, share)))
-        self._work = "" if share >= 1 else f"{'━' * done}{'╌' * (width - done)} {100 * share:3.0f} %  {what}"
+        self._work = "" if share >= 1 else f"{'━' * done}{'╌' * (width - done)} {formats.percent(share, 0):>5}  {what}"
         self.tick()
 
     def fact(self, fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> None:

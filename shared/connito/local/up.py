@@ -22,6 +22,7 @@ from connito.local.defaults import Profile, UpOptions, profile
 from connito.local.display import Display, choose_display
 from connito.platform.datadir import DataDir, is_running
 from connito.platform.session import log_to
+from connito.render import formats
 from connito.runtime.compute import usable_cores
 
 if TYPE_CHECKING:
@@ -89,12 +90,14 @@ def summary(report: dict[str, Any], options: UpOptions) -> str:
         lines.append(f"  {report['domain']} loss   {first:.4f} → {last:.4f} nats per token ({last - first:+.4f})")
         lines.append(f"  general loss   {general:+.4f}")
     if totals["upload_share_of_model"]:
-        upload, share = totals["upload_bytes_per_miner_and_cycle"], 100 * totals["upload_share_of_model"]
-        lines.append(f"  upload         {upload / 1e6:.1f} MB a miner and cycle, {share:.1f} % of the model")
+        upload, share = totals["upload_bytes_per_miner_and_cycle"], totals["upload_share_of_model"]
+        lines.append(
+            f"  upload         {formats.size(upload)} a miner and cycle, {formats.percent(share)} of the model"
+        )
     if report["library"]:
         lines.append(f"  expert         {report['library']['expert_id']}")
     lines.append(
-        f"  time, memory   {totals['seconds']['total']:.0f} s, at most {totals['peak_memory_bytes'] / 1e9:.1f} GB"
+        f"  time, memory   {formats.duration(totals['seconds']['total'])}, at most {formats.size(totals['peak_memory_bytes'])}"
     )
     for name in ("report.json", "loss.svg", "generation.md", "logs"):
         if (data.root / name).exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
+from connito.render.formats import size
 from connito.v1 import reasons_pb2
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -108,8 +109,8 @@ def require_fit(need: Footprint, have: int, where: str) -> None:
     if need.total <= have:
         return
     raise Invalid(
-        f"the training model needs {_gb(need.total)} (weights {_gb(need.weights)}, gradients {_gb(need.gradients)}, moments "
-        f"{_gb(need.moments)}, activations about {_gb(need.activations)}) and {where} has {_gb(have)} free; set "
+        f"the training model needs {size(need.total)} (weights {size(need.weights)}, gradients {size(need.gradients)}, moments "
+        f"{size(need.moments)}, activations about {size(need.activations)}) and {where} has {size(have)} free; set "
         "CONNITO_MICRO_BATCH=1 and CONNITO_BF16_PARAMETERS=true, use a larger machine, or ask for fewer helpers "
         "(selection.helpers_per_layer, selection.resident_max_bytes)",
         reason=reasons_pb2.REASON_DOES_NOT_FIT,
@@ -130,7 +131,3 @@ def free_bytes() -> int:
         cached = int(counts["active_file"]) + int(counts["inactive_file"])
         available = min(available, limit - max(0, used - cached))
     return 1 << 62 if available == math.inf else int(available)
-
-
-def _gb(value: int) -> str:
-    return f"{value / 1e9:.2f} GB"

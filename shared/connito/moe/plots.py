@@ -1,9 +1,8 @@
-"""A selection and its diagnostics as pictures: plain SVG, written by hand so that no plotting library is needed."""
+"""Draw a selection and its diagnostics as heatmaps (SVG)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from connito.moe.diagnostics import coactivation, domain_entropy, overlaps
 from connito.moe.statistics import FloatArray, RoutingStatistics
+from connito.render import svg
 
 if TYPE_CHECKING:
     from connito.moe.selection import Selection
 
-# From nearly white to dark blue; selected cells get a frame.
+# Colours run from nearly white to dark blue; selected cells get a frame.
 _LOW, _HIGH, _FRAME = (244, 247, 250), (11, 78, 120), "#d1495b"
 _WIDTH, _LEFT, _TOP = 760, 92, 46
 
@@ -39,7 +39,7 @@ def write_plots(folder: Path, selection: Selection, domains: Mapping[str, Routin
 
 
 def routing_svg(selection: Selection, domains: Mapping[str, RoutingStatistics]) -> str:
-    """Token score by layer and expert, a panel a domain on one colour scale; selected experts are framed."""
+    """Return the token score by layer and expert, a panel a domain on one colour scale; selected experts are framed."""
     tables = {
         name: _table({i: layer.token_score for i, layer in statistics.layers.items()})
         for name, statistics in domains.items()
@@ -85,7 +85,7 @@ def _causal_svg(selection: Selection, effects: Mapping[str, Mapping[str, float]]
 
 
 def _table(rows: Mapping[int, FloatArray]) -> FloatArray:
-    """[layers, most experts of a layer]; cells that a layer does not have are NaN."""
+    """Return [layers, most experts of a layer]; cells that a layer does not have are NaN."""
     out = np.full((len(rows), max(map(len, rows.values()))), np.nan)
     for place, index in enumerate(sorted(rows)):
         out[place, : len(rows[index])] = rows[index]
@@ -99,65 +99,52 @@ def _framed(selection: Selection, rows: Sequence[int]) -> set[tuple[int, int]]:
 def _panel(
     title: str,
     table: FloatArray,
-    rows: Iterable[Any],
+    rows: Sequence[Any],
     framed: set[tuple[int, int]],
     *,
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str] = (),
     numbers: bool = False,
     top: float = 0.0,
-) -> tuple[int, str]:
-    """(height, SVG) of one heatmap. `top`: the value of the darkest colour, 0 for the largest there is."""
+) -> tuple[float, str]:
+    """Return (height, SVG) of one heatmap. `top`: the value of the darkest colour, 0 for the largest there is."""
     count, width = table.shape
     top = top or float(np.nanmax(table, initial=0.0)) or 1.0
     across = (_WIDTH - _LEFT - 12) / max(width, 4)
     down = min(across, 26.0) if not numbers else 40.0
-    parts = [f'<text x="{_LEFT}" y="14" fill="#555">{escape(title)} (darkest {top:.3g})</text>']
-    for row, label in enumerate(rows):
-        middle = 22 + row * down + down / 2 + 4
-        parts.append(
-            f'<text x="{_LEFT - 8}" y="{middle:.1f}" text-anchor="end" fill="#777">{escape(str(label))}</text>'
+    grid = [
+        (
+            str(label),
+            [
+                svg.Cell(column, f"{label}, {column}: {value:.4f}", _look(value / top, (row, column) in framed))
+                for column, value in enumerate(table[row].tolist())
+                if not np.isnan(value)
+            ],
         )
-        for column in range(width):
-            value = table[row, column]
-            if not np.isnan(value):
-                parts.append(_cell(row, column, float(value), top, (across, down), (row, column) in framed, numbers))
-    height = 22 + count * down + 8
-    for column, label in enumerate(columns or []):
-        middle = _LEFT + (column + 0.5) * across
-        parts.append(_middle(middle, height + 8, "#777", escape(label)))
-    return int(height + (20 if columns else 6)), "\n".join(parts)
-
-
-def _cell(
-    row: int, column: int, value: float, top: float, size: tuple[float, float], framed: bool, number: bool
-) -> str:
-    share = min(1.0, max(0.0, value / top))
-    red, green, blue = (round(low + (high - low) * share) for low, high in zip(_LOW, _HIGH, strict=True))
-    x, y = _LEFT + column * size[0], 22 + row * size[1]
-    frame = f' stroke="{_FRAME}" stroke-width="1.5"' if framed else ""
-    drawn = (
-        f'<rect x="{x + 0.75:.2f}" y="{y + 0.75:.2f}" width="{size[0] - 1.5:.2f}" height="{size[1] - 1.5:.2f}" '
-        f'fill="rgb({red},{green},{blue})"{frame}><title>{row}, {column}: {value:.4f}</title></rect>'
-    )
-    if number:
-        drawn += _middle(x + size[0] / 2, y + size[1] / 2 + 4, "#fff" if share > 0.5 else "#222", f"{value:.2f}")
-    return drawn
-
-
-def _middle(x: float, y: float, colour: str, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" fill="{colour}">{text}</text>'
-
-
-def _page(title: str, panels: Sequence[tuple[int, str]]) -> str:
-    height = _TOP + sum(tall for tall, _ in panels) + 8
-    size = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif" font-size="12" fill="#222">',
-        '<rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="20" y="26" font-size="15" font-weight="600">{escape(title)}</text>',
+        for row, label in enumerate(rows)
     ]
-    offset = _TOP
+    parts = [svg.text(_LEFT, 14, f"{title} (darkest {top:.3g})", fill=svg.DIM)]
+    parts += svg.cells(grid, (_LEFT, 22), (across, down))
+    for row, column in np.argwhere(~np.isnan(table)) if numbers else ():
+        ink = "#ffffff" if table[row, column] > top / 2 else svg.INK
+        middle = _LEFT + (column + 0.5) * across, 22 + (row + 0.5) * down + 4
+        parts.append(svg.text(*middle, f"{table[row, column]:.2f}", "middle", fill=ink))
+    height = 30 + count * down
+    parts += [
+        svg.text(_LEFT + (column + 0.5) * across, height + 8, label, "middle") for column, label in enumerate(columns)
+    ]
+    return height + (20 if columns else 6), "\n".join(parts)
+
+
+def _look(share: float, framed: bool) -> svg.Look:
+    share = min(1.0, max(0.0, share))
+    red, green, blue = (round(low + (high - low) * share) for low, high in zip(_LOW, _HIGH, strict=True))
+    frame: svg.Look = {"stroke": _FRAME, "stroke_width": 1.5} if framed else {}
+    return {"fill": f"rgb({red},{green},{blue})", **frame}
+
+
+def _page(title: str, panels: Sequence[tuple[float, str]]) -> str:
+    parts, offset = [], float(_TOP)
     for tall, drawn in panels:
-        parts.append(f'<g transform="translate(0 {offset})">\n{drawn}\n</g>')
+        parts.append(svg.element("g", drawn, transform=f"translate(0 {offset:.0f})"))
         offset += tall
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return svg.figure(_WIDTH, round(offset) + 8, title, parts)

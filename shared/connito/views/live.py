@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from connito.errors import reason_name
+from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views.run_report import miner_name, submission_rows
 from connito.wire.facts import Fact, RunFacts, Window
@@ -52,10 +53,10 @@ def _left(window: Window, now_ms: int) -> str:
     fact = window.opened_fact
     if fact is None:
         return ""
-    elapsed = max(0.0, (now_ms - fact.time_unix_ms) / 1000)
+    elapsed = formats.duration((now_ms - fact.time_unix_ms) / 1000)
     if not window.deadline_unix_ms:
-        return f" ({elapsed:.0f} s)"
-    return f" ({elapsed:.0f} s; closes at the latest in {max(0.0, (window.deadline_unix_ms - now_ms) / 1000):.0f} s)"
+        return f" ({elapsed})"
+    return f" ({elapsed}; closes at the latest in {formats.duration((window.deadline_unix_ms - now_ms) / 1000)})"
 
 
 def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | None:
@@ -64,7 +65,7 @@ def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | Non
     if isinstance(message, run_pb2.SelectionMade):
         return (
             f"selected {message.selected_experts} of {message.total_experts} experts in {len(message.layers)} layers "
-            f"({100 * message.target_parameters / max(1, message.model_parameters):.1f} % of the model)"
+            f"({formats.percent(message.target_parameters / max(1, message.model_parameters))} of the model)"
         )
     if isinstance(message, cycle_pb2.WindowOpened):
         window = fact.key.section

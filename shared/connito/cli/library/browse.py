@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,8 @@ from connito.cli.library.experts import (
     read_folder,
     viewer_of,
 )
-from connito.cli.output import DataDirOption, JsonFlag, emit, size, table
+from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.render.formats import moment, size
 
 if TYPE_CHECKING:
     from connito.library.governance import Viewer
@@ -55,7 +55,10 @@ def list_(
         {"experts": rows},
         lambda: table(
             ("expert", "domain", "run", "size", "deposited"),
-            [(r["expert_id"], r["domain"], r["run"], size(r["bytes"]), _day(r["deposited_at_unix_ms"])) for r in rows],
+            [
+                (r["expert_id"], r["domain"], r["run"], size(r["bytes"]), moment(r["deposited_at_unix_ms"]))
+                for r in rows
+            ],
             "the library is empty; a run that completes leaves an expert here",
         ),
     )
@@ -132,7 +135,3 @@ def _card(record: dict[str, Any]) -> str:
         return render(record)
     except (KeyError, TypeError):
         return json.dumps(record, indent=2)
-
-
-def _day(unix_ms: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_ms / 1000))

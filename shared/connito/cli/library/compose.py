@@ -29,6 +29,7 @@ from connito.cli.library.experts import (
     viewer_of,
 )
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.render import formats
 
 if TYPE_CHECKING:
     from connito.experts.compose import Part
@@ -325,6 +326,6 @@ def _composed(record: dict[str, Any], permission: Permission, out: Path) -> str:
     for conflict in derived["settings"]["conflicts"]:
         lines.append(
             f"  layer {conflict['layer']} expert {conflict['expert']}: {' and '.join(conflict['names'])} both change it, "
-            f"cosine {conflict['cosine']:+.3f}, signs agree on {100 * conflict['sign_agreement']:.0f} %"
+            f"cosine {conflict['cosine']:+.3f}, signs agree on {formats.percent(conflict['sign_agreement'], 0)}"
         )
     return "\n".join([*lines, *obligations(permission)])

@@ -26,6 +26,7 @@ from connito.cli.library.experts import (
     viewer_of,
 )
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 
 if TYPE_CHECKING:
     from connito.experts.measure import Before
@@ -131,8 +132,8 @@ def skip(
         "skipped_share": skipped.share,
         "measured": {"full": full, "skipping": loss},
     }
-    text_ = f"{skipped.share:.1%} of the slots skipped; loss {loss:.4f}, full {full:.4f} ({loss - full:+.4f} nats per token)"
-    emit(as_json, document, lambda: text_)
+    losses = f"loss {loss:.4f}, full {full:.4f} ({loss - full:+.4f} nats per token)"
+    emit(as_json, document, lambda: f"{formats.percent(skipped.share)} of the slots skipped; {losses}")
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Quantities and figures for people: `formats` writes numbers as text, `svg` draws pictures."""

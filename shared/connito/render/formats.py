@@ -1,0 +1,52 @@
+"""Write quantities for people, one form each: sizes, shares, durations, losses and moments."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def size(count: float) -> str:
+    """Return bytes in decimal units with three significant digits: `842 B`, `1.50 kB`, `12.3 MB`."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if round(value, 0 if unit == "B" else 1) < 1000:
+            break
+        value, unit = value / 1000, larger
+    digits = 0 if unit == "B" else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Return a share of one in percent: `12.3 %`."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time: `0.42 s`, `12.3 s`, `4 min 05 s`, `2 h 07 min`; a negative one counts as none."""
+    seconds = max(0.0, seconds)
+    if seconds < 9.995:
+        return f"{seconds:.2f} s"
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def loss(nats: float | None) -> str:
+    """Return a loss in nats per token with four decimals, a dash for none."""
+    return "–" if nats is None else f"{nats:.4f}"
+
+
+def change(nats: float | None) -> str:
+    """Return a change of loss in nats per token with its sign, a dash for none."""
+    return "–" if nats is None else f"{nats:+.4f}"
+
+
+def moment(unix_ms: float) -> str:
+    """Return a moment in UTC to the second: `2026-01-31 10:12:52 UTC`."""
+    return f"{datetime.fromtimestamp(unix_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def day(unix_ms: float) -> str:
+    """Return the date of a moment in UTC: `2026-01-31`."""
+    return f"{datetime.fromtimestamp(unix_ms / 1000, UTC):%Y-%m-%d}"
