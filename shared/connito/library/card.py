@@ -108,9 +108,10 @@ def _text(value: object) -> str:
 
 def _loss_row(row: dict[str, Any]) -> str:
     before, after = row["before"], row["after"]
-    change = "–" if before is None or after is None else f"{after - before:+.4f}"
+    change = formats.change(None if before is None or after is None else after - before)
     interval = f"{row['change_low']:+.4f} to {row['change_high']:+.4f}" if "change_low" in row else "–"
-    return f"| {_text(row['domain'])} | {formats.loss(before)} | {formats.loss(after)} | {change} | {row['tokens']:,} | {interval} |"
+    losses = f"{formats.loss(before)} | {formats.loss(after)} | {change}"
+    return f"| {_text(row['domain'])} | {losses} | {row['tokens']:,} | {interval} |"
 
 
 def _front(record: dict[str, Any]) -> str:

@@ -6,16 +6,32 @@ from connito.render import formats
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (9_996, "10.0 kB"), (123_456_789, "123 MB"), (999_990_000, "1.00 GB"), (5e15, "5000 TB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.50 kB"),
+        (9_996, "10.0 kB"),
+        (123_456_789, "123 MB"),
+        (999_990_000, "1.00 GB"),
+        (5e15, "5000 TB"),
+    ],
+)
 def test_a_size_has_three_digits_and_a_decimal_unit(count: float, text: str):
     assert formats.size(count) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(-3, "0.00 s"), (0.42, "0.42 s"), (9.999, "10.0 s"), (12.3, "12.3 s"), (99.99, "1 min 40 s"), (245, "4 min 05 s"), (7620, "2 h 07 min")],
-)  # fmt: skip
+    [
+        (-3, "0.00 s"),
+        (0.42, "0.42 s"),
+        (9.999, "10.0 s"),
+        (12.3, "12.3 s"),
+        (99.99, "1 min 40 s"),
+        (245, "4 min 05 s"),
+        (7620, "2 h 07 min"),
+    ],
+)
 def test_a_duration_has_the_units_of_its_length(seconds: float, text: str):
     assert formats.duration(seconds) == text
 
