@@ -21,13 +21,14 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def duration(seconds: float) -> str:
-    """Return a length of time: `0.42 s`, `12.3 s`, `4 min 05 s`, `2 h 07 min`; a negative one counts as none."""
+def duration(seconds: float, *, whole: bool = False) -> str:
+    """Return a length of time: `0.42 s`, `12.3 s`, `4 min 05 s`, `2 h 07 min`; a negative one counts as none.
+
+    `whole`: no fractions of a second, for a display that counts.
+    """
     seconds = max(0.0, seconds)
-    if seconds < 9.995:
-        return f"{seconds:.2f} s"
     if seconds < 99.95:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.{0 if whole else 2 if seconds < 9.995 else 1}f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 

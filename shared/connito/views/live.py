@@ -53,10 +53,11 @@ def _left(window: Window, now_ms: int) -> str:
     fact = window.opened_fact
     if fact is None:
         return ""
-    elapsed = formats.duration((now_ms - fact.time_unix_ms) / 1000)
+    elapsed = formats.duration((now_ms - fact.time_unix_ms) / 1000, whole=True)
     if not window.deadline_unix_ms:
         return f" ({elapsed})"
-    return f" ({elapsed}; closes at the latest in {formats.duration((window.deadline_unix_ms - now_ms) / 1000)})"
+    left = formats.duration((window.deadline_unix_ms - now_ms) / 1000, whole=True)
+    return f" ({elapsed}; closes at the latest in {left})"
 
 
 def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | None:

@@ -21,7 +21,7 @@ def test_everybody_sees_who_lost_weight_and_why():
     assert (rows["VC"]["weight"], round(rows["VC"]["trust"], 6)) == (0.9, 0.81)
     (line,) = _standing(rows["VC"])
     assert line.endswith(
-        "weight 0.900, agrees to 0.0%, trust now 0.810  no-report: was drawn, and no report of it counts"
+        "weight 0.900, agrees to 0.0 %, trust now 0.810  no-report: was drawn, and no report of it counts"
     )
 
 
