@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from connito.moe.training import BETAS
-from connito.protocol.policy import DEFAULTS
+from connito.protocol.policy.law import DEFAULTS
 
 from bench.harness import Options, Result, interval, main, note
 from bench.plots import RED, Axes, axes

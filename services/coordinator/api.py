@@ -11,7 +11,7 @@ from typing import Any
 from connito.bus import Bus
 from connito.errors import Invalid, NotFound, Retry
 from connito.protocol import bans
-from connito.protocol.policy import complete
+from connito.protocol.policy.check import complete
 from connito.runtime.limits import RateLimit
 from connito.service.engine import now_ms
 from connito.service.rpc import open_request
@@ -53,13 +53,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     async def CreateRun(self, request: services_pb2.CreateRunRequest, context: Any) -> services_pb2.CreateRunResponse:  # noqa: N802
         """Create a run; again with the same spec is fine. Raises `Invalid` naming the field that is wrong."""
         asked, customer = open_request(request.envelope, "rpc.CreateRun", run_pb2.RunSpec, self._roster, "customer")
-        spec = complete(asked, customer)
-        if spec.organisation and spec.organisation not in self._roster.memberships(customer):
-            raise Invalid(
-                f"organisation is {spec.organisation!r}, to which the roster does not count {customer}; leave it out, or have "
-                "the operator add the key to the organisation",
-                reason=reasons_pb2.REASON_NOT_PERMITTED,
-            )
+        spec = complete(asked, customer, self._roster.memberships(customer))
         await self._bus.publish_fact(spec.run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
         facts = await self._wait(spec.run, lambda facts: facts.spec is not None)
         if facts.spec != spec:

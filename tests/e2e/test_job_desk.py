@@ -71,6 +71,7 @@ def job(folder: Path, name: str = "job.yaml", **changes: Any) -> Path:
     content: dict[str, Any] = {
         "domain": "python",
         "base": "tiny",
+        "profile": "tiny",
         "data": [{"path": "files/"}, {"path": "more.jsonl", "text": "# {name}\n{body}", "weight": 2, "name": "more"}],
         "general": [{"domain": "prose", "path": "prose.jsonl", "text": "{body}"}],
         "benchmarks": [{"name": "exam", "path": "exam.jsonl", "text": "{body}"}],

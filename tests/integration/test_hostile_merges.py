@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from connito.protocol.merging.aggregators import AGGREGATORS
+from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import cycle_pb2, reasons_pb2
 
 from bench.attack_arena import GENERAL, TARGET, Arena, Played, Standing, Upload

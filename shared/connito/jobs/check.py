@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from connito.jobs.context import JobContext, open_context, policies
+from connito.jobs.context import JobContext, open_context
 from connito.jobs.corpora import Corpora, build
 from connito.jobs.findings import Finding, worst
+from connito.jobs.policies import check_policies, run_spec
 from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
 from connito.library.governance import TERMS
@@ -68,15 +69,15 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     Raises `NotFound` when the base is nowhere, `Retry` when broker or store are away, `Invalid` for a policy override
     that does not exist.
     """
+    spec = run_spec(job)
     progress("looking for the base", 0.0)
     context = open_context(job, root, data_dir, progress)
-    spec = policies(job, context)
     progress("reading and comparing the texts", 0.2)
     texts = sort_texts(job, root)
     checked = Checked(
         job, spec, context, texts, None, [*texts.findings, *_terms(job), *_people(job), *_personal(texts)]
     )
-    checked.findings += _budget(job, context)
+    checked.findings += [*check_policies(job, spec, context), *_budget(job, context)]
     if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
         progress("tokenising", 0.6)
         checked.corpora = build(texts, spec, context)

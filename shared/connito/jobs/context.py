@@ -21,9 +21,6 @@ from connito.platform.session import Session
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
 
-# What the coordinator fills in where a policy leaves enrolment out.
-MESSAGES_PER_CYCLE = 16
-
 if TYPE_CHECKING:
     from connito.wire.facts import RunFacts
     from connito.wire.log import Log
@@ -37,7 +34,8 @@ _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
 class JobContext:
     """`folder` where the base is a folder of this machine, `manifest_ref` where the platform has it; at least one is set.
 
-    `general` are the general hold-outs of earlier runs on this base, `history` those runs, newest first.
+    `general` are the general hold-outs of earlier runs on this base, `history` those runs, newest first. `taken` is what the
+    run asks for that has the job's id already.
     """
 
     name: str
@@ -47,6 +45,7 @@ class JobContext:
     session: Session | None = None
     general: list[CorpusRef] = field(default_factory=list)
     history: list[RunFacts] = field(default_factory=list)
+    taken: RunSpec | None = None
     _files: dict[str, Path] = field(default_factory=dict)
 
     def file(self, name: str) -> Path:
@@ -104,11 +103,13 @@ def open_context(
     session = _session(data_dir)
     log = asyncio.run(_read(session)) if session is not None else None
     context = _from_platform(job, session, log) if session is not None and log is not None else None
-    if context is not None:
-        return context
-    folder = _folder(job.base, root, progress)
-    manifest = _manifest(job.base, folder, progress)
-    return JobContext(manifest.name, manifest, folder=folder, session=session)
+    if context is None:
+        folder = _folder(job.base, root, progress)
+        manifest = _manifest(job.base, folder, progress)
+        context = JobContext(manifest.name, manifest, folder=folder, session=session)
+    if log is not None and job.run in log.runs:
+        context.taken = log.runs[job.run].spec
+    return context
 
 
 def _session(data_dir: Path | None) -> Session | None:
@@ -168,32 +169,3 @@ def _manifest(base: str, folder: Path, progress: Progress) -> Manifest:
     if base in NAMED:
         return Manifest.from_bytes((folder.parent / MANIFEST).read_bytes())
     return build_manifest(folder, folder.name, progress)
-
-
-def policies(job: Job, context: JobContext) -> RunSpec:
-    """The run that the job means, with every policy filled in and no artifact yet. Raises `Invalid` naming an override
-    that does not fit."""
-    from connito.local.defaults import UpOptions, profile
-
-    spec = RunSpec()
-    kind = context.name if context.name in NAMED else "demo"
-    spec.CopyFrom(profile(UpOptions(base=kind, overrides=tuple(_overrides(job)))).spec)
-    spec.run, spec.domain, spec.cycles = job.run, job.domain, job.cycles
-    spec.windows.min_miners, spec.windows.min_validators = job.people.miners, job.people.validators
-    if job.people.enrolment != "open" or job.people.at_most:
-        spec.enrolment.mode, spec.enrolment.max_miners = job.people.enrolment, job.people.at_most
-        spec.enrolment.allowed[:] = job.people.allowed
-        spec.enrolment.messages_per_cycle = spec.enrolment.messages_per_cycle or MESSAGES_PER_CYCLE
-    spec.license, spec.data_statement, spec.emission = job.license, job.data_statement, job.budget.emission
-    spec.training.replay_share = job.replay
-    spec.objective.improvement = job.objective.improvement
-    spec.start_from = job.start_from
-    spec.visibility, spec.organisation = job.privacy.visibility, job.privacy.organisation
-    if job.budget.upload:
-        cap = min(job.budget.upload, spec.selection.max_bytes or job.budget.upload)
-        spec.selection.max_bytes = cap
-    return spec
-
-
-def _overrides(job: Job) -> list[str]:
-    return [f"{section}.{name}={value}" for section, fields in job.policies.items() for name, value in fields.items()]

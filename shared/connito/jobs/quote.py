@@ -172,7 +172,7 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
     seconds = time.perf_counter() - began
     after, _ = evaluator.losses(state, held)
     evaluator.restore()
-    found = paired(before.tolist(), after.tolist(), tokens.tolist(), spec.scoring.confidence or 0.95)
+    found = paired(before.tolist(), after.tolist(), tokens.tolist(), spec.scoring.confidence)
     total = float(tokens.sum())
     return kept, Pilot(
         policy.local_steps, seconds, float(before.sum()) / total, float(after.sum()) / total, found.low, found.high

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from google.protobuf.json_format import ParseDict, ParseError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from connito.errors import Invalid, NotFound
+from connito.library.governance import VISIBILITIES
+from connito.protocol.policy.choices import ENROLMENT
+from connito.protocol.policy.law import MAX_CYCLES, MAX_EMISSION, MAX_TEXT, choice, number
+from connito.protocol.policy.profiles import PLATFORM, PROFILES
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import RunSpec
 
@@ -29,8 +33,25 @@ def parse_size(value: object) -> object:
     return round(float(found[1]) * _UNITS[found[2].upper()])
 
 
+def _within(path: str) -> Any:
+    """Return the limits that the law of policies sets to a number."""
+    rule = number(path)
+    return Field(ge=rule.low, le=rule.high)
+
+
+def _one_of(choices: Sequence[str]) -> Any:
+    """Return a check that a word is one of the law's."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"choose one of {', '.join(choices)}")
+        return value
+
+    return AfterValidator(check)
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=0.9)]
+Cycles = Annotated[int, Field(le=MAX_CYCLES)]
 
 
 class _Strict(BaseModel):
@@ -69,36 +90,36 @@ class Benchmark(Source):
 class Objective(_Strict):
     """When to stop: after `max_cycles`, or as soon as the gate's held-out loss is `improvement` nats per token lower."""
 
-    improvement: float = Field(default=0.0, ge=0, le=100)
-    max_cycles: int = Field(default=4, ge=1, le=1000)
+    improvement: Annotated[float, _within("objective.improvement")] = 0.0
+    max_cycles: Cycles = Field(default=4, ge=1)
 
 
 class Budget(_Strict):
     """What may be spent. 0 is no cap. `upload` is what one miner sends in one cycle, `memory` what a miner needs."""
 
-    cycles: int = Field(default=0, ge=0, le=1000)
+    cycles: Cycles = Field(default=0, ge=0)
     upload: Size = 0
     memory: Size = 0
-    emission: int = Field(default=0, ge=0, le=1 << 53)
+    emission: int = Field(default=0, ge=0, le=MAX_EMISSION)
 
 
 class Privacy(_Strict):
     """Who sees the expert. The training text itself is read by every miner that takes part, whatever is said here."""
 
-    visibility: Literal["public", "organisation", "private"] = "public"
+    visibility: Annotated[str, _one_of(VISIBILITIES)] = "public"
     organisation: str = ""
 
 
 class Quorum(_Strict):
     """How many must be there before the first cycle opens, and who may mine: anybody, keys on a list, or by invite."""
 
-    miners: int = Field(default=1, ge=1, le=10_000)
-    validators: int = Field(default=1, ge=1, le=1_000)
-    enrolment: Literal["open", "allow-list", "invite"] = "open"
+    miners: Annotated[int, _within("windows.min_miners")] = 1
+    validators: Annotated[int, _within("windows.min_validators")] = 1
+    enrolment: Annotated[str, _one_of(ENROLMENT)] = choice("enrolment.mode").default
     # Public keys: the list, or those that need no invite.
     allowed: list[str] = []
     # Miners at most; 0 is no cap.
-    at_most: int = Field(default=0, ge=0, le=100_000)
+    at_most: Annotated[int, _within("enrolment.max_miners")] = 0
 
 
 class Shares(_Strict):
@@ -119,17 +140,19 @@ class Job(_Strict):
     split: Shares = Shares()
     general: list[General] = []
     # Share of general text mixed into each batch; needs `general`.
-    replay: Share = 0.0
+    replay: Annotated[float, _within("training.replay_share")] = 0.0
     benchmarks: list[Benchmark] = []
     objective: Objective = Objective()
     budget: Budget = Budget()
     privacy: Privacy = Privacy()
     people: Quorum = Quorum()
     license: str = Field(min_length=1)
-    data_statement: str = Field(default="", max_length=4000)
+    data_statement: str = Field(default="", max_length=MAX_TEXT)
     start_from: str = "auto"
     # Held-out text that also occurs in the training data: refuse the job, or drop it from the training data.
     contamination: Literal["refuse", "drop"] = "refuse"
+    # Policies to start from: the platform's, or a named overlay over them.
+    profile: Annotated[str, _one_of(tuple(PROFILES))] = PLATFORM
     # Fields of the run's policies, for those who know them: {training: {local_steps: 20}}.
     policies: dict[str, dict[str, Any]] = {}
 

@@ -96,7 +96,6 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
         spec.replay.CopyFrom(await put("general", corpora.replay, PUBLIC))
     for name, corpus in corpora.benchmarks.items():
         spec.benchmarks.append(await put(name, corpus, HOLDOUT))
-    spec.data_sources.extend(sorted({source.name or Path(source.path).stem or source.path for source in job.data}))
     return spec
 
 

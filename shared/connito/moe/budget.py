@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from connito.errors import Invalid
 from connito.moe.statistics import FloatArray
+from connito.protocol.policy.choices import SCOPES
 from connito.v1 import reasons_pb2
 
-SCOPES = ("global", "layer")
 # Two fp32 AdamW moments per trained parameter.
 MOMENT_BYTES = 8
 

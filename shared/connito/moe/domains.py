@@ -21,9 +21,8 @@ from typing import Any
 
 from connito.errors import Invalid
 from connito.moe.statistics import FloatArray
+from connito.protocol.policy.choices import CONTESTED
 from connito.v1 import reasons_pb2
-
-RULES = ("share", "duplicate", "exclusive")
 
 Map = dict[int, list[int]]
 Scores = Mapping[int, FloatArray]
@@ -40,9 +39,9 @@ class Joint:
 
 def join(maps: Mapping[str, Map], scores: Mapping[str, Scores], rule: str) -> Joint:
     """Settle what several domains chose, each for itself. Raises `Invalid` for an unknown rule."""
-    if rule not in RULES:
+    if rule not in CONTESTED:
         raise Invalid(
-            f"unknown rule {rule!r} for contested experts: use {', '.join(RULES)}",
+            f"unknown rule {rule!r} for contested experts: use {', '.join(CONTESTED)}",
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
     settled = {name: {index: list(experts) for index, experts in found.items()} for name, found in maps.items()}

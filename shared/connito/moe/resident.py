@@ -30,13 +30,13 @@ from connito.moe.layout import (
     require_moe_layers,
 )
 from connito.moe.state import TargetState, split_name, tensor_name
+from connito.protocol.policy.choices import ROUTING_MODES
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
     from torch import nn
 
 IMPLEMENTATION = "connito_resident"
-ROUTING_MODES = ("natural", "masked", "restricted")
 TARGET = "target_"
 HELPER = "helper_"
 BACKGROUND = "background_"

@@ -23,10 +23,9 @@ from connito.moe.budget import Budget, Cost
 from connito.moe.diagnostics import diagnose
 from connito.moe.domains import Joint, join, shared, union, within
 from connito.moe.statistics import FloatArray, RoutingStatistics, merge_all
+from connito.protocol.policy.choices import METHODS
 from connito.v1 import reasons_pb2
 
-METHODS = ("esft-token", "esft-gate", "differential", "des-moe")
-DEFAULT_THRESHOLD = {"esft-token": 0.2, "esft-gate": 0.1, "differential": 0.5, "des-moe": 0.6}
 # The published sets come from scores that were written down with this many decimals.
 DECIMALS = 4
 
@@ -143,7 +142,7 @@ def select_experts(
 
     Raises `Invalid` (SELECTION_FAILED) with cause and remedy.
     """
-    p = DEFAULT_THRESHOLD.get(method, 0.0) if threshold is None else threshold
+    p = METHODS.get(method, 0.0) if threshold is None else threshold
     together = {domain: target, **(beside or {})}
     _check(together, method, p, general, earlier)
     sizes = {i: expert_bytes if isinstance(expert_bytes, int) else int(expert_bytes[i]) for i in target.layers}

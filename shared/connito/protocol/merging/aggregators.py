@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from connito.data.pseudo_gradients import Deltas, load_float32
 from connito.data.tensors import Layout, TensorWriter, from_float32, read_header, to_float32
 from connito.errors import Invalid
+from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import reasons_pb2 as reasons
 
 Gram = NDArray[np.float64]
@@ -63,7 +64,7 @@ def plan(aggregator: str, utilities: Sequence[float], staleness: Sequence[int], 
     if not utilities or len(utilities) != len(staleness) or gram.shape != (len(utilities),) * 2:
         raise Invalid("there is nothing to merge, or utilities, staleness and inner products differ in number")
     even = staleness_weights([1.0] * len(utilities), staleness)
-    weights, factors = AGGREGATORS[aggregator](utilities, staleness, even, gram)
+    weights, factors = _WEIGHINGS[aggregator](utilities, staleness, even, gram)
     return Plan(aggregator, tuple(weights), tuple(factors))
 
 
@@ -150,7 +151,7 @@ def _norm_clipped(utilities: Sequence[float], staleness: Sequence[int], even: li
     return even, [min(1.0, median / float(norm)) if norm > 0 else 1.0 for norm in norms]
 
 
-AGGREGATORS: dict[str, Callable[[Sequence[float], Sequence[int], list[float], Gram], _Weighing]] = {
+_WEIGHINGS: dict[str, Callable[[Sequence[float], Sequence[int], list[float], Gram], _Weighing]] = {
     "mean": _mean,
     "utility-mean": _utility_mean,
     "top-1": _top_1,

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 from connito.errors import Invalid
-from connito.protocol.policy import AGGREGATORS, DEFAULTS, METHODS, complete
+from connito.protocol.policy.check import complete
+from connito.protocol.policy.choices import AGGREGATORS, METHODS
+from connito.protocol.policy.law import DEFAULTS
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef, Realm
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec, TrainPolicy, WindowPolicy

@@ -7,7 +7,8 @@ import pytest
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.tensors import from_float32, read_header, read_tensors
 from connito.errors import Invalid
-from connito.protocol.merging.aggregators import AGGREGATORS, aggregate, outer_step, plan, realign_momentum, write_step
+from connito.protocol.merging.aggregators import aggregate, outer_step, plan, realign_momentum, write_step
+from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import reasons_pb2
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,0 +1,100 @@
+"""The run that a job asks for: its policies, and the check of them against the law that the coordinator follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from connito.jobs.context import JobContext
+from connito.jobs.findings import Finding
+from connito.jobs.spec import Job
+from connito.protocol.policy.check import faults
+from connito.protocol.policy.law import fill
+from connito.protocol.policy.profiles import override, policies
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
+from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
+
+# An id for the check alone, where the job names none: submitting makes one of domain and time.
+_UNNAMED = "unnamed"
+
+
+def run_spec(job: Job) -> RunSpec:
+    """Return the run that the job means: every policy is filled in, artifacts are not there yet.
+
+    Raises `Invalid` naming an override of a field that does not exist.
+    """
+    spec = policies(job.profile)
+    spec.run, spec.domain, spec.cycles = job.run, job.domain, job.cycles
+    spec.windows.min_miners, spec.windows.min_validators = job.people.miners, job.people.validators
+    spec.enrolment.mode, spec.enrolment.max_miners = job.people.enrolment, job.people.at_most
+    spec.enrolment.allowed[:] = job.people.allowed
+    spec.license, spec.data_statement = job.license, job.data_statement
+    spec.emission = job.budget.emission or spec.emission
+    spec.training.replay_share = job.replay
+    if job.objective.improvement:
+        spec.objective.improvement = job.objective.improvement
+    spec.start_from = job.start_from
+    spec.visibility, spec.organisation = job.privacy.visibility, job.privacy.organisation
+    spec.data_sources[:] = sorted({source.name or Path(source.path).stem or source.path for source in job.data})
+    for section, fields in job.policies.items():
+        for name, value in fields.items():
+            override(spec, f"{section}.{name}", value)
+    if job.budget.upload:
+        spec.selection.max_bytes = min(job.budget.upload, spec.selection.max_bytes or job.budget.upload)
+    fill(spec)
+    return spec
+
+
+def check_policies(job: Job, spec: RunSpec, context: JobContext) -> Iterator[Finding]:
+    """Yield an error for everything for which the coordinator would refuse the run once its artifacts are uploaded."""
+    customer, organisations = "", None
+    if context.session is not None:
+        customer = context.session.identity.public
+        organisations = context.session.roster.memberships(customer)
+    asked = _with_stand_ins(job, spec, context)
+    fill(asked, customer)
+    found = list(faults(asked, customer, organisations))
+    for fault in found:
+        yield Finding("policy", "error", f"{fault.field} {fault.problem}", fault.remedy)
+    if context.taken is not None and not _same_policies(context.taken, asked):
+        detail = f"run is {job.run!r}, and a run of that id asks for something else"
+        yield Finding("policy", "error", detail, "choose another id, or leave it out")
+    if not found:
+        over = "the platform's policies" if job.profile == "platform" else f"the policies of the {job.profile} profile"
+        yield Finding("policy", "ok", f"{over}; {sum(map(len, job.policies.values()))} set by the job")
+
+
+def _with_stand_ins(job: Job, spec: RunSpec, context: JobContext) -> RunSpec:
+    """Return a copy in which every artifact that an upload will bring has a reference of the right form."""
+    asked = RunSpec()
+    asked.CopyFrom(spec)
+    asked.run = spec.run or _UNNAMED
+    asked.base.CopyFrom(BaseRef(name=context.name, manifest=_stand_in(REALM_PUBLIC)))
+    asked.probe.CopyFrom(_corpus(job.domain, REALM_PUBLIC))
+    asked.train.CopyFrom(_corpus(job.domain, REALM_PUBLIC))
+    asked.holdout.CopyFrom(_corpus(job.domain, REALM_HOLDOUT))
+    # Where there is no general text at all, the finding about sizes says so.
+    names = [entry.domain for entry in job.general] or [ref.domain for ref in context.general] or ["general"]
+    asked.general_holdouts.extend(_corpus(name, REALM_HOLDOUT) for name in names)
+    if job.replay:
+        asked.replay.CopyFrom(_corpus("general", REALM_PUBLIC))
+    asked.benchmarks.extend(_corpus(entry.name, REALM_HOLDOUT) for entry in job.benchmarks)
+    return asked
+
+
+def _corpus(domain: str, realm: Realm.ValueType) -> CorpusRef:
+    return CorpusRef(domain=domain, artifact=_stand_in(realm))
+
+
+def _stand_in(realm: Realm.ValueType) -> ArtifactRef:
+    return ArtifactRef(digest="0" * 64, size=1, realm=realm)
+
+
+def _same_policies(one: RunSpec, other: RunSpec) -> bool:
+    """Say whether two runs ask for the same, whatever their artifacts are."""
+    first, second = RunSpec(), RunSpec()
+    for spec, copy in ((one, first), (other, second)):
+        copy.CopyFrom(spec)
+        for name in ("base", "probe", "train", "holdout", "general_holdouts", "replay", "benchmarks", "beside"):
+            copy.ClearField(name)
+    return first == second

@@ -1,0 +1,175 @@
+"""Defaults and limits of every run policy, one row a field. What a field means stands in proto/connito/v1/run.proto.
+
+A policy that is left out altogether takes every default. In one that is given, a zero means "default" where zero makes
+no sense (a learning rate) and means zero where it does (a weight decay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from connito.protocol.policy.choices import AGGREGATORS, CONTESTED, ENROLMENT, METHODS, MOMENTS, ROUTING_MODES, SCOPES
+from connito.protocol.scoring import payout
+from connito.v1.run_pb2 import RunSpec
+
+MAX_CYCLES = 1000
+# Units above this cannot be shared out exactly.
+MAX_EMISSION = 1 << 53
+MAX_SOURCES, MAX_SOURCE_NAME = 100, 200
+MAX_TEXT = 4000
+MAX_RANKS = 10_000
+MAX_ALLOWED = 10_000
+# What a selection's report holds, since diagnostics by domain and exact statistics.
+REPORT_VERSION = 1
+# Share of a cycle's steps with a shadow router, where the router is distilled and no share is given.
+DISTILLATION_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Number:
+    """Default and limits of a number. `zero` says that 0 is a value of its own and takes no default."""
+
+    default: float
+    low: float
+    high: float
+    zero: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Default and choices of a word."""
+
+    default: str
+    choices: tuple[str, ...]
+
+
+LAW: Mapping[str, Number | Choice] = {
+    "selection.method": Choice("esft-token", tuple(METHODS)),
+    # 0 here: each method has its own, see METHODS.
+    "selection.threshold": Number(0, 1e-6, 1),
+    "selection.max_experts": Number(0, 0, 1_000_000, zero=True),
+    "selection.max_bytes": Number(0, 0, 1 << 50, zero=True),
+    "selection.helpers_per_layer": Number(2, 0, 4096, zero=True),
+    "selection.max_vram": Number(0, 0, 1 << 50, zero=True),
+    "selection.scope": Choice("global", SCOPES),
+    "selection.contested": Choice("share", CONTESTED),
+    "selection.causal_effects": Number(4, 0, 4096, zero=True),
+    "selection.helper_max_bytes": Number(0, 0, 1 << 50, zero=True),
+    "selection.resident_max_bytes": Number(0, 0, 1 << 50, zero=True),
+    "training.local_steps": Number(10, 1, 100_000),
+    "training.sequence_length": Number(128, 4, 1 << 20),
+    "training.batch_sequences": Number(4, 1, 65_536),
+    "training.learning_rate": Number(2e-4, 1e-9, 1),
+    "training.weight_decay": Number(0.01, 0, 1, zero=True),
+    "training.routing_mode": Choice("natural", ROUTING_MODES),
+    "training.replay_share": Number(0, 0, 0.9, zero=True),
+    "training.moments": Choice("second", MOMENTS),
+    "training.final_rate_share": Number(0, 0, 1, zero=True),
+    "training.warmup_steps": Number(0, 0, 100_000, zero=True),
+    "training.router_distillation": Number(0, 0, 1000, zero=True),
+    "training.distillation_share": Number(0, 0, 1, zero=True),
+    "training.beta1": Number(0.5, 0, 0.999, zero=True),
+    "scoring.target_sequences": Number(32, 1, 1_000_000),
+    "scoring.general_sequences": Number(16, 1, 1_000_000),
+    "scoring.confidence": Number(0.95, 0.5, 0.9999),
+    "scoring.retention_margin": Number(0.02, 0, 10, zero=True),
+    "scoring.copy_threshold": Number(0.95, 0.1, 1),
+    "scoring.paid_ranks": Number(10, 1, 1_000_000),
+    "scoring.max_relative_norm": Number(0.5, 1e-6, 100),
+    "scoring.validators_per_submission": Number(0, 0, 1_000, zero=True),
+    "scoring.minimum_sequences": Number(0, 0, 1_000_000, zero=True),
+    "scoring.copy_span_threshold": Number(0.95, 0.1, 1),
+    "scoring.copy_effect_threshold": Number(0.08, 1e-6, 1),
+    "merging.aggregator": Choice("utility-mean", AGGREGATORS),
+    "merging.outer_learning_rate": Number(0.7, 1e-6, 10),
+    "merging.outer_momentum": Number(0.9, 0, 0.999, zero=True),
+    "merging.gate_target_sequences": Number(32, 1, 1_000_000),
+    "merging.gate_general_sequences": Number(16, 1, 1_000_000),
+    "merging.gate_general_margin": Number(0.01, 0, 10, zero=True),
+    "merging.report_target_sequences": Number(32, 1, 1_000_000),
+    "merging.report_general_sequences": Number(16, 1, 1_000_000),
+    "windows.min_miners": Number(1, 1, 10_000),
+    "windows.min_validators": Number(1, 1, 1_000),
+    "windows.floor_seconds": Number(10, 0.05, 86_400),
+    "windows.ceiling_seconds": Number(1800, 0.1, 604_800),
+    "windows.assemble_seconds": Number(900, 0.1, 604_800),
+    "rewards.validator_share": Number(0, 0, 0.9, zero=True),
+    # Yuma's rate.
+    "rewards.bond_rate": Number(0.1, 0, 1, zero=True),
+    # A new key is one more miner, so that a stranger is not punished for being one; see the trust model.
+    "rewards.probation_cycles": Number(0, 0, 1_000, zero=True),
+    "rewards.probation_pay": Number(0.5, 0, 1, zero=True),
+    "rewards.newcomers_per_cycle": Number(0, 0, 1_000_000, zero=True),
+    "enrolment.mode": Choice("open", ENROLMENT),
+    "enrolment.max_miners": Number(0, 0, 100_000, zero=True),
+    "enrolment.messages_per_cycle": Number(16, 0, 100_000, zero=True),
+    "objective.improvement": Number(0, 0, 100, zero=True),
+}
+
+
+def number(path: str) -> Number:
+    """Return the limits of a number of the law."""
+    found = LAW[path]
+    assert isinstance(found, Number)
+    return found
+
+
+def choice(path: str) -> Choice:
+    """Return the choices of a word of the law."""
+    found = LAW[path]
+    assert isinstance(found, Choice)
+    return found
+
+
+def read(spec: RunSpec, path: str) -> float | str:
+    """Return the field `policy.name` of a spec."""
+    policy, name = path.split(".")
+    value: float | str = getattr(getattr(spec, policy), name)
+    return value
+
+
+def write(spec: RunSpec, path: str, value: float | str) -> None:
+    """Set the field `policy.name` of a spec."""
+    policy, name = path.split(".")
+    setattr(getattr(spec, policy), name, value)
+
+
+def _defaults() -> RunSpec:
+    spec = RunSpec(emission=1_000_000)
+    for path, rule in LAW.items():
+        if rule.default:
+            write(spec, path, rule.default)
+    spec.rewards.payout = payout.DEFAULT
+    return spec
+
+
+# The platform's policies. `selection.threshold` is left open, as it follows from the method.
+DEFAULTS = _defaults()
+
+
+def fill(spec: RunSpec, customer: str = "") -> None:
+    """Write every default into a spec, where the field is left out."""
+    for policy, _ in DEFAULTS.ListFields():
+        if policy.message_type is not None and not spec.HasField(policy.name):  # type: ignore[arg-type]
+            getattr(spec, policy.name).CopyFrom(getattr(DEFAULTS, policy.name))
+    for path, rule in LAW.items():
+        if _left_out(spec, path, rule):
+            write(spec, path, rule.default)
+    if spec.selection.threshold == 0:
+        spec.selection.threshold = METHODS.get(spec.selection.method, METHODS[DEFAULTS.selection.method])
+    if spec.training.router_distillation > 0 and spec.training.distillation_share == 0:
+        spec.training.distillation_share = DISTILLATION_SHARE
+    spec.rewards.payout = spec.rewards.payout or payout.DEFAULT
+    spec.selection.report_version = REPORT_VERSION
+    spec.emission = spec.emission or DEFAULTS.emission
+    spec.customer = spec.customer or customer
+
+
+def _left_out(spec: RunSpec, path: str, rule: Number | Choice) -> bool:
+    """Say whether a field takes its default: absent where the schema tells that from 0, else 0 where 0 is no value."""
+    policy, name = path.split(".")
+    part = getattr(spec, policy)
+    if part.DESCRIPTOR.fields_by_name[name].has_presence:
+        return not part.HasField(name)
+    return not read(spec, path) and not (isinstance(rule, Number) and rule.zero)
