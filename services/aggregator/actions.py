@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from connito.bus import Bus, offences
-from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, VerificationFailed, reason_name
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
@@ -25,6 +24,7 @@ from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
+from connito.workloads.fetching import fetch_base, fetch_holdouts
 from connito.workloads.gating import GateEvaluator
 
 from .handlers import Merge, Preload
@@ -86,17 +86,9 @@ class Aggregator:
         spec, selection = facts.spec, facts.selection
         assert spec is not None
         assert selection is not None
-        manifest = Manifest.from_bytes(await self._store.get_bytes(spec.base.manifest))
-        files = {
-            name: await self._store.fetch(
-                artifacts_pb2.ArtifactRef(digest=file.digest, size=file.size, media_type=file.media_type, realm=PUBLIC)
-            )
-            for name, file in manifest.files.items()
-        }
-        corpora = [spec.holdout, *spec.general_holdouts]
-        holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
+        base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
         async with self._budget.slot("load"):
-            return await asyncio.to_thread(GateEvaluator.load, spec, selection, files, holdouts)
+            return await asyncio.to_thread(GateEvaluator.load, spec, selection, base.files, holdouts)
 
     async def _merge(self, run: str, cycle: int) -> None:
         facts = self._facts(run)

@@ -10,7 +10,6 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 
 from connito.bus import Bus, CaughtUp
-from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, Retry
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
@@ -23,6 +22,7 @@ from connito.wire import subjects
 from connito.wire.facts import Record
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact
+from connito.workloads.fetching import BaseFiles, fetch_base, fetch_holdouts
 from connito.workloads.selecting import Chosen, Library, Probes, check_holdouts, choose
 
 from . import handlers
@@ -71,28 +71,20 @@ class Selector:
         return True
 
     async def _select(self, spec: run_pb2.RunSpec) -> run_pb2.SelectionMade:
-        manifest = Manifest.from_bytes(await self._store.get_bytes(spec.base.manifest))
-        files = {
-            name: await self._store.fetch(
-                artifacts_pb2.ArtifactRef(digest=file.digest, size=file.size, media_type=file.media_type, realm=PUBLIC)
-            )
-            for name, file in manifest.files.items()
-        }
+        base = await fetch_base(self._store, spec)
         probe = await self._store.fetch(spec.probe.artifact)
         probes = Probes(
             probe,
             await self._store.fetch(spec.replay.artifact) if spec.HasField("replay") else None,
             {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in spec.beside},
         )
-        corpora = [spec.holdout, *spec.general_holdouts]
-        holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
-        await asyncio.to_thread(check_holdouts, spec, holdouts)
+        await asyncio.to_thread(check_holdouts, spec, await fetch_holdouts(self._store, spec))
         library = await self._library(spec) if wants_start(spec) else None
         with tempfile.TemporaryDirectory() as folder:
             theta = Path(folder) / "theta.safetensors"
             async with self._budget.slot("select"):
                 began = time.monotonic()
-                chosen = await asyncio.to_thread(_compute, spec, manifest, files, probes, theta, library)
+                chosen = await asyncio.to_thread(_compute, spec, base, probes, theta, library)
                 metrics.SELECTION_SECONDS.observe(time.monotonic() - began)
             return await self._store_all(spec.run, chosen, theta)
 
@@ -126,15 +118,14 @@ class Selector:
 
 def _compute(
     spec: run_pb2.RunSpec,
-    manifest: Manifest,
-    files: dict[str, Path],
+    base: BaseFiles,
     probes: Probes,
     theta: Path,
     library: Library | None = None,
 ) -> Chosen:
     """`choose`, with what a hostile or broken base can raise inside the model turned into a verdict on the run."""
     try:
-        return choose(spec, manifest, files, probes, theta, library)
+        return choose(spec, base.manifest, base.files, probes, theta, library)
     except (Invalid, Retry, MemoryError, OSError):
         raise
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Retry, VerificationFailed
-from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import SelectionMade
 from connito.wire.facts import RunFacts
 
@@ -47,11 +46,11 @@ class Base:
         """Find out what is here and get the addresses of what is not."""
         assert facts.spec is not None
         path = await downloads.fetch(facts.run, facts.spec.base.manifest)
-        manifest = Manifest.from_bytes(path.read_bytes())
+        manifest = Manifest.load(path)
         background = None
         if facts.selection is not None and facts.selection.HasField("background"):
             background = await downloads.fetch(facts.run, facts.selection.background)
-        refs = {name: reference(entry) for name, entry in manifest.files.items()}
+        refs = {name: entry.ref for name, entry in manifest.files.items()}
         # In a thread: a file that was not verified yet is read once from front to back.
         cached = await asyncio.to_thread(lambda: {name: downloads.cached(ref) for name, ref in refs.items()})
         needed = ("config.json", *{tensor.file for tensor in manifest.tensors.values()})
@@ -95,11 +94,6 @@ class Base:
             ) from error
         finally:
             self.ranges.close()
-
-
-def reference(entry: FileEntry) -> ArtifactRef:
-    """The address of a base model's file in the store."""
-    return ArtifactRef(digest=entry.digest, size=entry.size, media_type=entry.media_type, realm=REALM_PUBLIC)
 
 
 def experts_of(selection: SelectionMade) -> tuple[dict[int, list[int]], dict[int, list[int]]]:

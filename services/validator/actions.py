@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from connito.bus import Bus, offences
-from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_name
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
@@ -19,10 +18,11 @@ from connito.runtime.compute import ComputeBudget, in_thread
 from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
-from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.chain import Chains, anchored_windows
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
+from connito.workloads.fetching import fetch_base, fetch_holdouts
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
 from .handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
@@ -112,20 +112,13 @@ class Validator:
         spec, selection = facts.spec, facts.selection
         assert spec is not None
         assert selection is not None
-        manifest = Manifest.from_bytes((await self._store.fetch(spec.base.manifest)).read_bytes())
-        refs = {
-            name: ArtifactRef(digest=entry.digest, size=entry.size, media_type=entry.media_type, realm=REALM_PUBLIC)
-            for name, entry in manifest.files.items()
-        }
-        files = {name: await self._store.fetch(ref) for name, ref in refs.items()}
-        corpora = [spec.holdout, *spec.general_holdouts]
-        holdouts = {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in corpora}
+        base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
         async with self._compute.slot("load"):
-            evaluator = await asyncio.to_thread(self._open_bench, spec, selection, files, holdouts)
+            evaluator = await asyncio.to_thread(self._open_evaluator, spec, selection, base.files, holdouts)
         log.info("model loaded", seconds=round(time.perf_counter() - begun, 2))
         return evaluator
 
-    def _open_bench(
+    def _open_evaluator(
         self,
         spec: run_pb2.RunSpec,
         selection: run_pb2.SelectionMade,

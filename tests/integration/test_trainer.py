@@ -27,7 +27,7 @@ from connito.wire.identity import Identity
 from connito.wire.subjects import FactKey
 
 from services.trainer.adapters import RangeReader
-from services.trainer.base import Base, Ranges, reference
+from services.trainer.base import Base, Ranges
 from services.trainer.training import OptimizerState
 from tests.integration.tiny_run import Teller, TinyRun, prepare, telling, tiny_base
 
@@ -296,7 +296,7 @@ async def test_byte_ranges_give_the_same_model_and_heal_when_damaged(
 ) -> None:
     tiny = await prepare(store, run_id, tmp_path)
     facts, targets = facts_of(tiny), tiny.targets
-    urls = {name: store.presign_get(reference(entry), 600) for name, entry in tiny.manifest.files.items()}
+    urls = {name: store.presign_get(entry.ref, 600) for name, entry in tiny.manifest.files.items()}
     base = Base(tiny.manifest, None, Ranges(urls, tmp_path / "ranges"))
 
     def states_of(model: Any) -> dict[str, Any]:

@@ -7,28 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE
+from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.library.start import deposits, wants_start
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
-
-if TYPE_CHECKING:
-    from connito.data.manifest import Manifest
+from connito.workloads.fetching import Source
 
 Progress = Callable[[str], None]
-
-
-class Source(Protocol):
-    """Where artifacts are read from: `connito.store.ArtifactStore`, over a cache that nobody else can write to."""
-
-    async def fetch(self, ref: ArtifactRef) -> Path:
-        """The verified file. Raises `NotFound` and `VerificationFailed`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -192,8 +182,8 @@ def _inside(entry: Named, found: Artifacts) -> Iterator[Named]:
     if path is None:
         return
     if entry.what == "base manifest":
-        for name, ref in base_files(manifest_of(path)).items():
-            yield Named(f"base model's {name}", ref)
+        for name, file in Manifest.load(path).files.items():
+            yield Named(f"base model's {name}", file.ref)
     if entry.what in ("selection report", "record of the library expert"):
         yield from _named_by(entry, json.loads(path.read_bytes()), path)
 
@@ -207,18 +197,3 @@ def _named_by(entry: Named, document: dict[str, object], path: Path) -> Iterator
         yield Named(
             "card of the library expert", ArtifactRef(digest=card["digest"], size=card["bytes"], realm=REALM_PUBLIC)
         )
-
-
-def manifest_of(path: Path) -> Manifest:
-    """The base model's manifest."""
-    from connito.data.manifest import Manifest
-
-    return Manifest.from_bytes(path.read_bytes())
-
-
-def base_files(manifest: Manifest) -> dict[str, ArtifactRef]:
-    """The base model's files by name."""
-    return {
-        name: ArtifactRef(digest=file.digest, size=file.size, media_type=file.media_type, realm=REALM_PUBLIC)
-        for name, file in manifest.files.items()
-    }

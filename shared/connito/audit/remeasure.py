@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connito.audit.artifacts import Artifacts, base_files, manifest_of
+from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE, submissions_of
 from connito.audit.recompute import Distances, Recomputation
+from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, reason_name
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
@@ -30,6 +31,7 @@ from connito.protocol.scoring.evaluation import Evaluation, rejected, score
 from connito.protocol.scoring.racing import InterimLook, looks
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from connito.workloads import gating, scoring
+from connito.workloads.fetching import holdout_refs
 from connito.workloads.scoring import SubmissionFiles
 from connito.workloads.selecting import Library
 
@@ -70,14 +72,13 @@ def _parts(evidence: Evidence, artifacts: Artifacts) -> _Parts:
     assert spec is not None
     assert selection is not None
     files = _base(spec, artifacts)
-    corpora = [spec.holdout, *spec.general_holdouts]
-    holdouts = {corpus.domain: artifacts.path(corpus.artifact) for corpus in corpora}
+    holdouts = {domain: artifacts.path(ref) for domain, ref in holdout_refs(spec).items()}
     return spec, selection, files, holdouts
 
 
 def _base(spec: run_pb2.RunSpec, artifacts: Artifacts) -> dict[str, Path]:
-    manifest = manifest_of(artifacts.path(spec.base.manifest))
-    return {name: artifacts.path(ref) for name, ref in base_files(manifest).items()}
+    manifest = Manifest.load(artifacts.path(spec.base.manifest))
+    return {name: artifacts.path(file.ref) for name, file in manifest.files.items()}
 
 
 def selection(work: Recomputation) -> Step:
@@ -119,7 +120,7 @@ def _select(
     from connito.workloads.selecting import Probes, choose
 
     public = artifacts_pb2.REALM_PUBLIC
-    manifest = manifest_of(artifacts.path(spec.base.manifest))
+    manifest = Manifest.load(artifacts.path(spec.base.manifest))
     replay = artifacts.path(spec.replay.artifact) if spec.HasField("replay") else None
     probes = Probes(
         artifacts.path(spec.probe.artifact),

@@ -20,8 +20,7 @@ async def upload_base(
     """Put a base's files and its manifest into the store; returns the manifest's reference."""
     done, total = 0, sum(entry.size for entry in manifest.files.values())
     for entry in manifest.files.values():
-        ref = base_file(entry.digest, entry.size, entry.media_type)
-        if await store.stat(ref) != entry.size:
+        if await store.stat(entry.ref) != entry.size:
             if progress is not None:
                 progress("putting the base into the store", done / total)
             await store.put_file(folder / entry.name, entry.media_type, PUBLIC)
@@ -29,8 +28,3 @@ async def upload_base(
     if progress is not None:
         progress("putting the base into the store", 1.0)
     return await store.put_bytes(manifest.to_bytes(), MANIFEST_TYPE, PUBLIC)
-
-
-def base_file(digest: str, size: int, media_type: str) -> ArtifactRef:
-    """The reference of a base's file."""
-    return ArtifactRef(digest=digest, size=size, media_type=media_type, realm=PUBLIC)

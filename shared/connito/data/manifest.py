@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from connito.data.safetensors_header import SAFETENSORS, bad_header, read_header_text
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.v1 import reasons_pb2
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 MEDIA_TYPES = {".safetensors": SAFETENSORS, ".json": "application/json"}
 # Files of a checkpoint directory that belong to the model. Weights in other formats are left out.
@@ -43,6 +44,11 @@ class FileEntry:
     digest: str
     size: int
     media_type: str
+
+    @property
+    def ref(self) -> ArtifactRef:
+        """The file's address in the store."""
+        return ArtifactRef(digest=self.digest, size=self.size, media_type=self.media_type, realm=REALM_PUBLIC)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,11 @@ class Manifest:
             "tensors": [asdict(self.tensors[name]) for name in sorted(self.tensors)],
         }
         return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a manifest's file. Raises `Invalid`."""
+        return cls.from_bytes(path.read_bytes())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:

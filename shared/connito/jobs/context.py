@@ -18,7 +18,7 @@ from connito.data.manifest import Manifest
 from connito.errors import NotFound
 from connito.jobs.spec import Job
 from connito.platform.session import Session
-from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ class JobContext:
         if self.folder is not None:
             return self.folder / name
         if name not in self._files:
-            entry = self.manifest.files[name]
-            ref = ArtifactRef(digest=entry.digest, size=entry.size, media_type=entry.media_type, realm=REALM_PUBLIC)
-            self._files[name] = self.fetch(ref)
+            self._files[name] = self.fetch(self.manifest.files[name].ref)
         return self._files[name]
 
     def files(self) -> dict[str, Path]:
@@ -135,8 +133,7 @@ def _from_platform(job: Job, session: Session, log: Log) -> JobContext | None:
         return None
     ref = runs[0].spec.base.manifest
     same = [facts for facts in runs if facts.spec is not None and facts.spec.base.manifest.digest == ref.digest]
-    path = asyncio.run(session.store().fetch(ref))
-    manifest = Manifest.from_bytes(path.read_bytes())
+    manifest = Manifest.load(asyncio.run(session.store().fetch(ref)))
     general: dict[str, CorpusRef] = {}
     for facts in same:
         assert facts.spec is not None
@@ -167,5 +164,5 @@ def _manifest(base: str, folder: Path, progress: Progress) -> Manifest:
     from connito.data.manifest import build_manifest
 
     if base in NAMED:
-        return Manifest.from_bytes((folder.parent / MANIFEST).read_bytes())
+        return Manifest.load(folder.parent / MANIFEST)
     return build_manifest(folder, folder.name, progress)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.base.recipes import MANIFEST, cached_base
-from connito.base.upload import HOLDOUT, PUBLIC, base_file, upload_base
+from connito.base.upload import HOLDOUT, PUBLIC, upload_base
 from connito.data.manifest import FileEntry, Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Fatal
@@ -109,11 +109,11 @@ async def _base(installation: Installation, options: UpOptions, display: Display
         if not target.is_dir():
             display.say(f"building the {options.base} base, once for this machine, into {target}")
             await run_task(installation, "build_base", {"name": options.base}, display.progress)
-        return target / "model", Manifest.from_bytes((target / MANIFEST).read_bytes())
+        return target / "model", Manifest.load(target / MANIFEST)
     folder, out = Path(options.base).absolute(), installation.data.root / "base-manifest.json"
     params = {"folder": str(folder), "name": folder.name, "out": str(out)}
     await run_task(installation, "manifest", params, display.progress)
-    return folder, Manifest.from_bytes(out.read_bytes())
+    return folder, Manifest.load(out)
 
 
 async def upload(
@@ -145,7 +145,7 @@ async def upload(
 def _link_base(cache: Cache, materials: Materials, entries: Iterable[FileEntry]) -> None:
     for entry in entries:
         source = materials.folder / entry.name
-        cache.get(base_file(entry.digest, entry.size, entry.media_type), partial(_link, source))
+        cache.get(entry.ref, partial(_link, source))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,0 +1,43 @@
+"""Fetch what a run is computed on, from the store or from a cache that was filled before: the base and the hold-outs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from connito.data.manifest import Manifest
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.run_pb2 import RunSpec
+
+
+class Source(Protocol):
+    """Where artifacts are read from: `connito.store.ArtifactStore`, over a cache that nobody else can write to."""
+
+    async def fetch(self, ref: ArtifactRef) -> Path:
+        """Return the verified file. Raises `NotFound` and `VerificationFailed`."""
+        ...
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base model's manifest and its files by name."""
+
+    manifest: Manifest
+    files: dict[str, Path]
+
+
+async def fetch_base(source: Source, spec: RunSpec) -> BaseFiles:
+    """Fetch the run's base model. Raises what `Source.fetch` raises."""
+    manifest = Manifest.load(await source.fetch(spec.base.manifest))
+    return BaseFiles(manifest, {name: await source.fetch(entry.ref) for name, entry in manifest.files.items()})
+
+
+def holdout_refs(spec: RunSpec) -> dict[str, ArtifactRef]:
+    """Return the run's held-out corpora by domain, the target first."""
+    return {corpus.domain: corpus.artifact for corpus in (spec.holdout, *spec.general_holdouts)}
+
+
+async def fetch_holdouts(source: Source, spec: RunSpec) -> dict[str, Path]:
+    """Fetch the run's held-out corpora by domain, the target first. Raises what `Source.fetch` raises."""
+    return {domain: await source.fetch(ref) for domain, ref in holdout_refs(spec).items()}
