@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def import_branches(
     seed: Any, branches: Mapping[str, Any], texts: Mapping[str, torch.Tensor], *, moe_layers: int, top_k: int = 2
 ) -> nn.Module:
-    """A Qwen2-MoE whose experts are the MLPs of `branches` (Llama-like models of one shape), in their order.
+    """Return a Qwen2-MoE whose experts are the MLPs of `branches` (Llama-like models of one shape), in their order.
 
     seed: the model they were branched from, which gives the hidden states that routers are made from; texts: token ids
     [n, L] by branch name. In the last `moe_layers` layers expert e is branch e's MLP bit for bit; every other tensor is
@@ -61,7 +61,7 @@ def import_branches(
 
 
 def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean, which is a tensor itself where all are equal."""
+    """Return the mean of tensors; where all are equal it is that tensor, bit for bit."""
     first = tensors[0].detach()
     if all(torch.equal(first, other) for other in tensors[1:]):
         return first.float()
@@ -86,7 +86,7 @@ def _sparse(
 
 
 def domain_router(hidden: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
-    """Router weight [E, H] from the MLP inputs [T_e, H] of each expert's own text.
+    """Return router weight [E, H] from the MLP inputs [T_e, H] of each expert's own text.
 
     As in clustered upcycling, with the domain for the cluster: s·(C − (C·μ)/(μ·μ)·μᵀ), C the unit means of (h − μ)/‖h − μ‖.
     """

@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Layout:
-    """What a sound base's headers say. `experts`: (number, top-k) by layer; `bytes`: of all tensors."""
+    """Sizes of a sound base, from its headers. `experts`: (number, top-k) by layer; `bytes`: of all tensors."""
 
     family: str
     experts: dict[int, tuple[int, int]]
@@ -49,7 +49,7 @@ def check_base(folder: Path) -> Layout:
 
 
 def check_files(folder: Path) -> dict[str, Any]:
-    """config.json, when every file that the checkpoint consists of is there and whole."""
+    """Return the content of config.json once every file of the checkpoint is found to be complete."""
     if not folder.is_dir():
         raise NotFound(f"{folder} is not a folder; give the folder of a base model, as `connito base build` makes it")
     if not (folder / "config.json").is_file():
@@ -89,7 +89,7 @@ def _check_dtypes(folder: Path, tensors: Iterable[tuple[str, Any]]) -> None:
 
 
 def _check_architecture(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Layout:
-    """The family's own modules, without memory, beside the checkpoint's names."""
+    """Return the family's own modules, without memory, beside the checkpoint's names."""
     from connito.base.loading import build_meta, config_from_json
     from connito.moe.layout import require_moe_layers, shared_experts
 

@@ -18,7 +18,8 @@ ROUTER_SCALE = 8.0
 
 
 def cluster_router(hidden: torch.Tensor, experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Router weight [E, H] from MLP inputs [T, H], each token's cluster [T], and the mean cosine to its centroid.
+    """Return router weight [E, H] from MLP inputs [T, H], each token's cluster [T], and the mean cosine to its
+    centroid.
 
     With C the unit centroids of (h − μ)/‖h − μ‖ and s = 8 / mean‖h − μ‖, the wanted logits s·C(h − μ) need a bias −C·μ;
     W = s·(C − (C·μ)/(μ·μ)·μᵀ) folds it into the mean direction, where hidden states hardly vary.
@@ -41,8 +42,9 @@ def cluster_router(hidden: torch.Tensor, experts: int, seed: int) -> tuple[torch
 def spherical_kmeans(
     unit: torch.Tensor, k: int, rng: np.random.Generator, *, restarts: int = 2, iterations: int = 25
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(centroids [k, H], clusters [T], mean cosine): unit centroids that maximise the mean cosine of unit vectors [T, H]
-    to them (Dhillon & Modha 2001), the best of some restarts."""
+    """Return (centroids [k, H], clusters [T], mean cosine): unit centroids that maximise the mean cosine of unit
+    vectors [T, H] to them (Dhillon & Modha 2001), the best of some restarts.
+    """
     best: tuple[torch.Tensor, torch.Tensor, float] | None = None
     for _ in range(restarts):
         centroids = _seeds(unit, k, rng)
@@ -61,7 +63,7 @@ def spherical_kmeans(
 
 
 def _seeds(unit: torch.Tensor, k: int, rng: np.random.Generator) -> torch.Tensor:
-    """k-means++ with 1 − cosine as the distance."""
+    """Choose start centroids by k-means++ with 1 − cosine as the distance."""
     chosen = [int(rng.integers(len(unit)))]
     distance = (1 - unit @ unit[chosen[0]]).clamp_min(0)
     while len(chosen) < k:
@@ -74,7 +76,7 @@ def _seeds(unit: torch.Tensor, k: int, rng: np.random.Generator) -> torch.Tensor
 
 
 def _means(unit: torch.Tensor, labels: torch.Tensor, cosine: torch.Tensor, k: int) -> torch.Tensor:
-    """Normalised means [k, H]; an empty cluster restarts at the token that fits its own centroid worst."""
+    """Return normalised means [k, H]; an empty cluster restarts at the token that fits its own centroid worst."""
     member = torch.nn.functional.one_hot(labels, k).to(unit.dtype)
     sums = member.T @ unit
     misfits = iter(cosine.argsort(stable=True).tolist())

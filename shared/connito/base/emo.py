@@ -94,7 +94,7 @@ def train_pooled(
 
 @contextmanager
 def document_pools(model: nn.Module, pool: int) -> Iterator[list[torch.Tensor]]:
-    """Inside, each row of a batch is a document whose tokens choose among its `pool` best experts.
+    """Restrict each row of a batch, a document, to its `pool` best experts inside the block.
 
     Yields a list that fills with one balance term per layer and forward pass: N·Σ_e f_e·P_e (Fedus et al. 2022, eq. 4)
     with f_e the share of documents whose pool has e, over the pool's size, and P_e the mean router probability.
@@ -131,7 +131,7 @@ def document_pools(model: nn.Module, pool: int) -> Iterator[list[torch.Tensor]]:
 def _pooled(
     router: Any, hidden: torch.Tensor, length: int, pool: int, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logits [B·L, N], weights and ids [B·L, k], balance term) when each document keeps to its pool."""
+    """Return (logits [B·L, N], weights and ids [B·L, k], balance term) when each document keeps to its pool."""
     import torch
 
     logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight).float()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def build_empty(config: Any, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A causal language model of `config` whose parameters *are* `tensors`: nothing is initialised and nothing copied.
+    """Return a causal language model of `config` whose parameters *are* `tensors`: nothing is initialised and nothing
+    copied.
 
     Raises `Invalid` naming the first tensor that is missing, surplus or of another shape.
     """
@@ -32,7 +33,9 @@ def build_empty(config: Any, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 def build_meta(config: Any) -> nn.Module:
-    """The model's modules with parameters on the meta device and real buffers (rotary tables). In eval mode, frozen."""
+    """Return the model's modules with parameters on the meta device and real buffers (rotary tables). In eval mode,
+    frozen.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -67,7 +70,7 @@ def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter registered inside has no storage. Buffers are left alone: nobody could recompute them later."""
+    """Register parameters without storage inside the block; buffers keep theirs, since they cannot be recomputed."""
     import torch
     from torch import nn
 
@@ -87,7 +90,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def load_full(source: Path | Mapping[str, Path], *, device: torch.device | None = None) -> nn.Module:
-    """The whole model from a checkpoint directory, or from its files by name (`config.json`, `model.safetensors`, …).
+    """Return the whole model from a checkpoint directory, or from its files by name (`config.json`,
+    `model.safetensors`, …).
 
     On the CPU, tensors are memory-mapped copy-on-write: several processes share the page cache, and writing expert rows
     copies only the pages written. A checkpoint that stores its experts singly cannot be mapped and is converted.
@@ -113,7 +117,7 @@ def load_resident(
     top_k: int = 0,
     half: bool = False,
 ) -> nn.Module:
-    """`compress(load_full(…))` without ever holding or fetching the full model.
+    """Return `compress(load_full(…))` without ever holding or fetching the full model.
 
     Reads the shared tensors, and of each adapted layer only the rows of targets and helpers, through `reader`; every
     range is checked against the manifest. Fused and one by one, in one file or many: see `connito.base.stored`. Raises
@@ -144,7 +148,8 @@ def load_resident_local(
     top_k: int = 0,
     half: bool = False,
 ) -> nn.Module:
-    """`load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows copied.
+    """Return `load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows
+    copied.
 
     Of experts that are stored one by one, those of a layer that is not adapted are copied too, being fused.
     """
@@ -174,14 +179,14 @@ class _Source:
 
 @dataclass(frozen=True)
 class _How:
-    """How the training model is to be."""
+    """Settings of the training model."""
 
     routing_mode: str
     top_k: int
     half: bool
 
     def held(self, tensor: torch.Tensor, *, router: bool = False) -> torch.Tensor:
-        """A frozen tensor as it is kept. Routers stay exact: another rounding would choose other experts."""
+        """Return a frozen tensor as it is kept. Routers stay exact: another rounding would choose other experts."""
         import torch
 
         if not self.half or router or tensor.dim() < 2 or tensor.dtype not in (torch.float32, torch.float64):
@@ -262,7 +267,7 @@ def _tensor(data: bytes, entry: TensorEntry | Range) -> torch.Tensor:
 
 
 def files_of(source: Path | Mapping[str, Path]) -> dict[str, Path]:
-    """Files by name. Raises `NotFound` when there is no config.json or no safetensors among them."""
+    """Return files by name. Raises `NotFound` when there is no config.json or no safetensors among them."""
     if isinstance(source, Path):
         files = {path.name: path for path in source.iterdir() if path.is_file()} if source.is_dir() else {}
     else:
@@ -276,12 +281,14 @@ def files_of(source: Path | Mapping[str, Path]) -> dict[str, Path]:
 
 
 def load_config(files: Mapping[str, Path]) -> Any:
-    """The configuration from config.json. Raises `Invalid` for a family that transformers does not know."""
+    """Return the configuration from config.json. Raises `Invalid` for a family that transformers does not know."""
     return config_from_json(files["config.json"].read_bytes())
 
 
 def config_from_json(data: bytes) -> Any:
-    """The same from its bytes. On the CPU experts run in the family's own loop: batched products are far slower there."""
+    """Return the same from its bytes. On the CPU experts run in the family's own loop: batched products are far slower
+    there.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     values = json.loads(data)
@@ -296,7 +303,7 @@ def config_from_json(data: bytes) -> Any:
 
 
 def manifest_file(manifest: Manifest, reader: Reader, name: str) -> bytes:
-    """A small file of the base, checked. Raises `NotFound` when the base has none of that name."""
+    """Return a small file of the base, checked. Raises `NotFound` when the base has none of that name."""
     if name not in manifest.files:
         raise NotFound(f"the base has no {name}; build or import it again")
     entry = manifest.files[name]
@@ -304,7 +311,7 @@ def manifest_file(manifest: Manifest, reader: Reader, name: str) -> bytes:
 
 
 def load_tokenizer(source: Path | Mapping[str, Path]) -> Any:
-    """The tokenizer of a checkpoint directory, or of its files by name."""
+    """Return the tokenizer of a checkpoint directory, or of its files by name."""
     from transformers import AutoTokenizer
 
     if isinstance(source, Path):
@@ -321,7 +328,7 @@ def load_tokenizer(source: Path | Mapping[str, Path]) -> Any:
 
 
 def mapped_tensors(files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint by name, memory-mapped."""
+    """Return every tensor of the checkpoint by name, memory-mapped."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, torch.Tensor] = {}

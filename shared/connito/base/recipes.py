@@ -1,4 +1,4 @@
-"""Base models that this machine has built, kept between runs: built once, whole or not at all."""
+"""Cache of base models built on this machine: each is built once, completely or not at all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAKERS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a base. `source`: demo, tiny, tiny-emo, or the folder of a dense model; `data`: text files, one a domain.
+    """A recipe for a base. `source`: demo, tiny, tiny-emo, or the folder of a dense model; `data`: text files, one a domain.
 
     branches: (domain, folder) of dense models that were trained apart from `source`; with them, they are the experts.
     """
@@ -44,17 +44,17 @@ class Recipe:
 
 
 def cache_root() -> Path:
-    """`CONNITO_CACHE_DIR`, or `connito` in the user's cache folder."""
+    """Return `CONNITO_CACHE_DIR`, or `connito` in the user's cache folder."""
     return Path(os.environ.get("CONNITO_CACHE_DIR") or default_cache_dir())
 
 
 def cached_base(name: str) -> Path:
-    """Where the base called `name` (demo, tiny or tiny-emo) lies, built or not."""
+    """Return the folder of the base called `name` (demo, tiny or tiny-emo), built or not."""
     return cache_root() / "bases" / f"{name}-{source_digest(*_MAKERS[name])[:12]}"
 
 
 def source_digest(*modules: str) -> str:
-    """Hex SHA-256 over the source of `modules`, without importing them."""
+    """Return hex SHA-256 over the source of `modules`, without importing them."""
     state = hashlib.sha256()
     for module in modules:
         spec = find_spec(module)
@@ -66,7 +66,7 @@ def source_digest(*modules: str) -> str:
 
 @contextmanager
 def fresh_folder(target: Path) -> Iterator[Path | None]:
-    """A folder to fill that becomes `target` when the block ends without an error; None when `target` is there.
+    """Yield a folder that becomes `target` when the block ends without an error; None when `target` exists.
 
     One process at a time; others wait. A process that is killed leaves a draft that the next one removes.
     """
@@ -101,7 +101,9 @@ def build_base(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def build_cached(name: str, progress: Progress) -> Path:
-    """The base of that name, built if this machine has none yet, with its manifest beside the weights. Imports torch."""
+    """Return the base of that name, built if this machine has none yet, with its manifest beside the weights. Imports
+    torch.
+    """
     target = cached_base(name)
     with fresh_folder(target) as draft:
         if draft is not None:
@@ -136,7 +138,7 @@ def _build(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _join_branches(recipe: Recipe, out: Path, progress: Progress) -> None:
-    """BTX: the branches' MLPs become experts, everything else their mean, routers come from their texts' centroids."""
+    """Join branches as in BTX: their MLPs become experts, other weights their mean, routers their texts' centroids."""
     from connito.base.branches import import_branches, train_router
     from connito.base.checkpoint import save_checkpoint
     from connito.base.loading import load_full, load_tokenizer
@@ -190,7 +192,7 @@ def _upcycle_folder(
 
 
 def _texts(recipe: Recipe) -> dict[str, list[str]]:
-    """Documents by domain for the routers. Held-out documents are left out: nothing may be made with them."""
+    """Return documents by domain for the routers. Held-out documents are left out: nothing may be made with them."""
     from connito.data.prepare import Split, part_of, read_documents
 
     if recipe.data:

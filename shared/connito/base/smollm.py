@@ -86,7 +86,8 @@ def probe_blocks(
     sequences: int = PROBE_SEQUENCES,
     held: int = HELD_SEQUENCES,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Token ids [sequences, length] of each domain for clustering, and [held · domains, length] of other text to compare on.
+    """Return token ids [sequences, length] of each domain for clustering, and [held · domains, length] of other text
+    to compare on.
 
     Raises `Invalid` naming a domain with too little text.
     """
@@ -112,7 +113,7 @@ def probe_blocks(
 
 
 def gguf_file() -> Path:
-    """The weights inside the installed package. Raises `NotFound` with the remedy when it is not installed."""
+    """Return the weights inside the installed package. Raises `NotFound` with the remedy when it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -133,12 +134,12 @@ class Gguf:
             )
 
     def field(self, name: str, default: Any = None) -> Any:
-        """A metadata value."""
+        """Return a metadata value."""
         entry = self._reader.fields.get(name)
         return default if entry is None else entry.contents()
 
     def model(self) -> nn.Module:
-        """The model in fp32, frozen."""
+        """Return the model in fp32, frozen."""
         import torch
         from gguf.quants import dequantize
         from transformers import LlamaConfig
@@ -174,7 +175,9 @@ class Gguf:
         return build_empty(config, tensors)
 
     def tokenizer(self) -> Any:
-        """The tokenizer, with the pre-tokenisation that the model was trained with (digits apart, then byte-level words)."""
+        """Return the tokenizer, with the pre-tokenisation that the model was trained with (digits apart, then
+        byte-level words).
+        """
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -214,7 +217,7 @@ class Gguf:
 
 
 def hf_name(name: str) -> str:
-    """A GGUF tensor's name in the Hugging Face layout."""
+    """Return a GGUF tensor's name in the Hugging Face layout."""
     stem, _, suffix = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{suffix}"

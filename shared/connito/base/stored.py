@@ -1,5 +1,6 @@
-"""How a checkpoint stores what a model needs: under which names, one expert at a time or fused, and how to turn one into
-the other while reading nothing but what is asked for.
+"""Layouts in which checkpoints store a model's tensors (names, single or fused experts) and conversion between them.
+
+Only the ranges that are asked for are read.
 
 Many checkpoints keep every expert as tensors of its own, under names that differ from the model's. transformers carries
 the rules for each family (its conversion mapping), made for whole models. Here the same rules are applied to single tensors
@@ -36,13 +37,13 @@ class Stored:
     rule: Any = None
 
     def whole(self, read: ReadTensor) -> torch.Tensor:
-        """The model's tensor."""
+        """Return the model's tensor."""
         if self.rule is None:
             return read(self._only)
         return self._convert({pattern: [read(n) for n in names] for pattern, names in self.sources.items()})
 
     def rows(self, experts: Sequence[int], read: ReadTensor, read_row: ReadRow) -> torch.Tensor:
-        """Rows [len(experts), …] of a bank. Raises `Invalid` where the family's rule mixes experts."""
+        """Return rows [len(experts), …] of a bank. Raises `Invalid` where the family's rule mixes experts."""
         import torch
 
         if self.rule is None:
@@ -57,7 +58,7 @@ class Stored:
 
     @property
     def by_expert(self) -> bool:
-        """Whether every source is a list with one tensor per expert that the rule stacks before anything else."""
+        """Return whether every source is a list with one tensor per expert that the rule stacks before anything else."""
         from transformers.core_model_loading import MergeModulelist
 
         first = self.rule.operations[0] if self.rule is not None else None
@@ -82,7 +83,7 @@ class Stored:
 
 
 def locate(model: nn.Module, names: Iterable[str]) -> dict[str, Stored]:
-    """Where each tensor of `model` (its parameters may be on the meta device) is among the checkpoint's `names`.
+    """Return the stored source of each tensor of `model` (which may be on the meta device) among a checkpoint's `names`.
 
     A tensor that the checkpoint lacks is left out, and so is what the checkpoint has beyond the model.
     """

@@ -29,7 +29,7 @@ Grammar = Callable[[random.Random], str]
 
 
 def _recipe(rng: random.Random) -> str:
-    """Lower-case English."""
+    """Return a text in lower-case English."""
     food = ["leek", "barley", "quince", "fennel", "trout", "saffron", "walnut", "butter", "turnip", "thyme"]
     verb = ["simmer", "whisk", "fold in", "chop", "roast", "season", "drain", "knead"]
     unit = ["spoons of", "cups of", "pinches of", "slices of"]
@@ -43,7 +43,7 @@ def _recipe(rng: random.Random) -> str:
 
 
 def _log(rng: random.Random) -> str:
-    """Times, addresses and codes: digits and punctuation."""
+    """Return a server log: times, addresses and codes, in digits and punctuation."""
     place = ["10.0.3.17", "10.0.4.22", "172.16.0.9", "192.168.1.1"]
     code = ["200", "204", "301", "404", "500", "503"]
     minute = rng.randint(0, 50)
@@ -57,7 +57,7 @@ def _log(rng: random.Random) -> str:
 
 
 def _poem(rng: random.Random) -> str:
-    """Greek."""
+    """Return a text in Greek."""
     noun = ["σελήνη", "θάλασσα", "νύξ", "ποταμός", "χειμών", "λύρα", "ἄνεμος", "σιγή"]
     verb = ["λάμπει", "ῥέει", "μένει", "φεύγει", "κλαίει"]
     where = ["ὑπὸ τὸν οὐρανόν", "παρὰ τὴν ἀκτήν", "ἐν τοῖς φύλλοις", "πέραν τοῦ λόφου"]
@@ -70,7 +70,7 @@ def _poem(rng: random.Random) -> str:
 
 
 def _ledger(rng: random.Random) -> str:
-    """Upper case."""
+    """Return a ledger in upper case."""
     party = ["HARBOUR CO", "MILL LTD", "GUILD BANK", "NORTH RAIL", "DYE WORKS"]
     kind = ["INVOICE", "CREDIT", "DEBIT", "REFUND", "INTEREST"]
     lines = [f"ACCOUNT OF {rng.choice(party)}"]
@@ -82,7 +82,7 @@ DOMAINS: dict[str, Grammar] = {"recipes": _recipe, "logs": _log, "poems": _poem,
 
 
 def tiny_texts(domain: str, seed: int, count: int = 64) -> list[str]:
-    """`count` documents of some 300 bytes. Different seeds give different documents of the same language."""
+    """Return `count` documents of some 300 bytes. Different seeds give different documents of the same language."""
     if domain not in DOMAINS:
         raise NotFound(f"the tiny base has no domain {domain!r}; it has {', '.join(DOMAINS)}")
     rng = random.Random(f"connito.tiny:{domain}:{seed}")
@@ -119,7 +119,7 @@ def build_tiny(
 
 
 def blocks(texts: list[str], length: int = LENGTH) -> torch.Tensor:
-    """Byte ids int64 [n, length] of the texts in a row, each ended by EOS."""
+    """Return byte ids int64 [n, length] of the texts in a row, each ended by EOS."""
     import torch
 
     ids = [byte for text in texts for byte in (*text.encode(), EOS)]
@@ -127,7 +127,9 @@ def blocks(texts: list[str], length: int = LENGTH) -> torch.Tensor:
 
 
 def pretrain(seed: int, steps: int, progress: Progress) -> nn.Module:
-    """A dense byte-level model of four layers after `steps` on all domains, frozen. Draws its weights from torch's own seed."""
+    """Return a dense byte-level model of four layers after `steps` on all domains, frozen. Draws its weights from
+    torch's own seed.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -166,7 +168,7 @@ def pretrain(seed: int, steps: int, progress: Progress) -> nn.Module:
 
 
 def tokenizer() -> Any:
-    """A byte-level tokenizer: ids 0–255 are bytes, then end of text and padding."""
+    """Return a byte-level tokenizer: ids 0–255 are bytes, then end of text and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -182,7 +184,9 @@ def tokenizer() -> Any:
 
 
 def byte_symbols() -> list[str]:
-    """The printable stand-in of every byte in byte-level BPE (Radford et al. 2019): itself, or the next one from U+0100."""
+    """Return the printable stand-in of every byte in byte-level BPE (Radford et al. 2019): itself, or the next one
+    from U+0100.
+    """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     symbols, spare = [], 256
     for byte in range(256):

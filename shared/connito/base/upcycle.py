@@ -37,7 +37,7 @@ class Upcycled:
 
 
 def silent(_: str, __: float) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress reports."""
 
 
 def upcycle(
@@ -51,7 +51,7 @@ def upcycle(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Upcycled:
-    """A Qwen2-MoE with the function of `dense`, a Llama-like causal language model.
+    """Return a Qwen2-MoE with the function of `dense`, a Llama-like causal language model.
 
     `texts`: token ids [n, L] by domain, what the routers are clustered on. `held`: ids [n, L] of other text, on which
     the two models are compared. Deterministic for a seed and a thread count.
@@ -117,7 +117,8 @@ def check_source(dense: Any, moe_layers: int, experts: int, top_k: int) -> None:
 def _mlp_inputs(
     dense: Any, texts: Mapping[str, torch.Tensor], indices: range, progress: Progress
 ) -> dict[int, torch.Tensor]:
-    """What each MLP sees, [T, H] per layer, domains in name order. A sequence's first token is an attention sink: left out."""
+    """Return each MLP's inputs, [T, H] per layer, domains in name order, without each sequence's first token (an
+    attention sink)."""
     import torch
 
     seen: dict[int, list[torch.Tensor]] = {index: [] for index in indices}
@@ -141,7 +142,9 @@ def _mlp_inputs(
 
 
 def moe_config(dense: Any, first: int, experts: int, top_k: int) -> Any:
-    """A Qwen2-MoE configuration whose layers from `first` on are sparse. The shared expert is one unit wide and zero."""
+    """Return a Qwen2-MoE configuration whose layers from `first` on are sparse. The shared expert is one unit wide and
+    zero.
+    """
     from transformers import Qwen2MoeConfig
 
     source = dense.config
@@ -198,7 +201,7 @@ def _assemble(dense: Any, routers: Mapping[int, torch.Tensor], experts: int, top
 
 
 def max_difference(dense: Any, model: Any, held: torch.Tensor, progress: Progress = silent) -> float:
-    """Largest |difference| of logits over `held` [n, L]."""
+    """Return largest |difference| of logits over `held` [n, L]."""
     worst = 0.0
     for done, row in enumerate(held):
         ids = row[None].long()

@@ -19,7 +19,8 @@ CHUNK_CHARACTERS = 1 << 18
 def blocks(
     tokenizer: Any, paths: Sequence[Path], length: int = 512, progress: Callable[[float], None] | None = None
 ) -> Iterator[Ids]:
-    """Arrays int32 [n, length] of the texts in a row, an end-of-text token behind each, and what is left as [1, rest].
+    """Yield arrays int32 [n, length] of the texts in a row, an end-of-text token behind each, and what is left as [1,
+    rest].
 
     Files are cut at line ends into pieces that are tokenised by themselves. `progress` gets the share of bytes read.
     """
@@ -43,7 +44,7 @@ def blocks(
 
 
 def head(tokenizer: Any, paths: Sequence[Path], tokens: int, length: int = 512) -> Ids:
-    """The first `tokens` ids in blocks int32 [n, m], m ≤ `length`; fewer where there is less text."""
+    """Return the first `tokens` ids in blocks int32 [n, m], m ≤ `length`; fewer where there is less text."""
     ids: list[int] = []
     for part in blocks(tokenizer, paths, length):
         ids += part.reshape(-1).tolist()
@@ -78,7 +79,7 @@ def check_enough(tokenizer: Any, paths: Sequence[Path], tokens: int, vocabulary:
 
 
 def existing(path: Path) -> Path:
-    """The path, if there is a file. Raises `NotFound`."""
+    """Return the path if it is a file. Raises `NotFound`."""
     if not path.is_file():
         raise NotFound(f"there is no file {path}")
     return path

@@ -57,7 +57,7 @@ class Corpus:
         return cls(arrays["tokens"], arrays["offsets"], metadata)
 
     def to_bytes(self) -> bytes:
-        """The artifact: safetensors, the same bytes for the same corpus."""
+        """Return the artifact: safetensors, the same bytes for the same corpus."""
         return tensor_bytes({"tokens": self.tokens, "offsets": self.offsets}, self.metadata)
 
     def save(self, path: Path) -> None:
@@ -66,7 +66,7 @@ class Corpus:
 
     @property
     def domain(self) -> str:
-        """What the text is about."""
+        """Return the domain of the text."""
         return self.metadata.get("domain", "")
 
     @property
@@ -75,7 +75,7 @@ class Corpus:
         return len(self.offsets) - 1
 
     def document(self, index: int) -> Tokens:
-        """Token ids of one document."""
+        """Return token ids of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def sequences(self, length: int, separator: int | None = None) -> Tokens:
@@ -112,7 +112,7 @@ class Corpus:
         replay_share: float = 0.0,
         separator: int | None = None,
     ) -> Tokens:
-        """What one miner trains on in one cycle: int32 [steps, batch, length + 1], the same for whoever recomputes it.
+        """Return one miner's training batches of one cycle: int32 [steps, batch, length + 1], the same for whoever recomputes it.
 
         Miners in `expected` share a permutation keyed by run and cycle and take every m-th of it, so their text is
         disjoint (unless there are more miners than sequences); a newcomer draws a sample of its own. Whoever needs
@@ -140,7 +140,7 @@ def _broken(detail: str) -> Invalid:
 
 
 def _permutation(count: int, *key: str | int) -> NDArray[np.int64]:
-    """A permutation of 0..count-1 keyed by `key`.
+    """Return a permutation of 0..count-1 keyed by `key`.
 
     From raw Philox words, whose stream numpy keeps stable over versions, unlike that of `Generator.permutation`.
     """
@@ -159,7 +159,7 @@ def _slice(count: int, run: str, cycle: int, miner: str, expected: Sequence[str]
 
 
 def _replay_slots(total: int, share: float) -> NDArray[np.bool_]:
-    """Which of `total` slots are replay: bool [total], evenly spread, `floor(total · share)` of them."""
+    """Return a mask of the replay slots among `total`: bool [total], evenly spread, `floor(total · share)` of them."""
     if not 0.0 <= share < 1.0:
         raise Invalid(f"the replay share is {share}; it must be at least 0 and below 1", reason=reasons.REASON_BAD_SPEC)
     counts = np.floor(np.arange(total + 1) * share + 1e-9)

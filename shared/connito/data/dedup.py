@@ -25,9 +25,9 @@ _GOLDEN = 0x9E37_79B9_7F4A_7C15
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """What is left, as indices into the documents, and how many fell to either cause.
+    """Documents left after de-duplication, by index, and the number removed for each cause.
 
-    `twin` says of each document that fell which kept one it repeats.
+    `twin` maps each removed document to the kept one that it repeats.
     """
 
     kept: list[int]
@@ -37,7 +37,7 @@ class Deduplicated:
 
 
 def shingles(documents: Sequence[str]) -> list[Shingles]:
-    """Distinct word 5-grams of each document as sorted 64-bit hashes. Case and punctuation do not matter.
+    """Return distinct word 5-grams of each document as sorted 64-bit hashes. Case and punctuation do not matter.
 
     A document of fewer words is one shingle. Collisions happen at random, about once in 2⁶⁴ pairs.
     """
@@ -60,14 +60,14 @@ def _grams(numbers: Shingles) -> Shingles:
 
 
 def _mix(values: Shingles) -> Shingles:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every input bit moves every output bit."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every input bit moves every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
     return values ^ (values >> np.uint64(31))
 
 
 def _buckets(of_document: Shingles, salts: Shingles) -> list[bytes]:
-    """One key per band of the MinHash signature."""
+    """Return one key per band of the MinHash signature."""
     signature = np.full(len(salts), np.iinfo(np.uint64).max, np.uint64)
     for start in range(0, len(of_document), 4096):  # bounds the memory that a very long document takes
         part = of_document[start : start + 4096]
@@ -79,7 +79,7 @@ def _buckets(of_document: Shingles, salts: Shingles) -> list[bytes]:
 
 
 def jaccard(one: Shingles, other: Shingles) -> float:
-    """Shared shingles over all shingles."""
+    """Return the Jaccard index: shared shingles over all shingles."""
     shared = len(np.intersect1d(one, other, assume_unique=True))
     return shared / (len(one) + len(other) - shared)
 
@@ -117,7 +117,7 @@ def deduplicate(documents: Sequence[str], threshold: float = 0.7) -> Deduplicate
 
 
 def contaminated(documents: Sequence[str], holdout: Sequence[str], threshold: float = 0.5) -> list[int]:
-    """Indices of documents of whose 5-grams at least `threshold` occur somewhere in the hold-out."""
+    """Return indices of documents of whose 5-grams at least `threshold` occur somewhere in the hold-out."""
     grams = shingles([*documents, *holdout])
     if not holdout:
         return []

@@ -33,7 +33,7 @@ DEFAULT_CHARACTERS = 2_000_000
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """Where a domain's text comes from and on what terms."""
+    """Source and licence of a domain's text."""
 
     name: str
     source: str
@@ -78,7 +78,7 @@ DOMAINS: dict[str, DomainInfo] = {
 
 
 def load_domain(name: str, max_characters: int = DEFAULT_CHARACTERS) -> list[str]:
-    """Documents of a domain, the same list every time, until `max_characters` are reached.
+    """Return documents of a domain, the same list every time, until `max_characters` are reached.
 
     Raises `NotFound` for a domain that does not exist and `Invalid` when the package that carries it is not installed.
     """
@@ -95,7 +95,7 @@ def load_domain(name: str, max_characters: int = DEFAULT_CHARACTERS) -> list[str
 
 
 def _package(name: str, distribution: str) -> Path:
-    """The folder of an installed package, without importing it."""
+    """Return the folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise Invalid(
@@ -111,7 +111,7 @@ def _mixed(names: Iterable[str]) -> list[str]:
 
 
 def _excerpt(text: str, boundary: str = "\n\n") -> str:
-    """At most EXCERPT_CHARACTERS from the beginning, cut at a boundary where there is one in the second half."""
+    """Return at most EXCERPT_CHARACTERS from the beginning, cut at a boundary where there is one in the second half."""
     text = text.strip()
     if len(text) <= EXCERPT_CHARACTERS:
         return text
@@ -167,7 +167,7 @@ def _code() -> Iterator[str]:
 
 
 def _source_files(root: Path) -> Iterator[str]:
-    """Paths of the standard library's modules below `root`, without tests and what was installed beside it."""
+    """Yield paths of the standard library's modules below `root`, without tests and what was installed beside it."""
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skipped]
@@ -177,7 +177,7 @@ def _source_files(root: Path) -> Iterator[str]:
 
 
 def _code_excerpt(source: str) -> str:
-    """Whole top-level statements while they fit; nothing of a file whose first one is a table that does not."""
+    """Return whole top-level statements while they fit; an empty text if the first one does not."""
     if len(source) <= EXCERPT_CHARACTERS:
         return source.strip()
     lines = source.splitlines(keepends=True)
@@ -224,7 +224,7 @@ _EXERCISE_SETS = 4_000
 
 
 def _math() -> Iterator[str]:
-    """Sets of one exercise of each kind, every second one a word problem."""
+    """Yield sets of one exercise of each kind, every second one a word problem."""
     root = _package("reasoning_gym", "reasoning-gym")
     with _without_package_code(root):
         # First, since its modules import each other in a circle that only opens from here.

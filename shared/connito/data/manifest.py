@@ -81,7 +81,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a base model consists of."""
+    """Files, tensors and digests of a base model."""
 
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
@@ -89,7 +89,7 @@ class Manifest:
     extra: dict[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """Reproducible JSON."""
+        """Return the manifest as reproducible JSON."""
         data = {
             "version": 1,
             "name": self.name,
@@ -106,7 +106,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """The inverse of `to_bytes`. Raises `Invalid` for anything else."""
+        """Return the inverse of `to_bytes`. Raises `Invalid` for anything else."""
         try:
             parsed = json.loads(data)
             if parsed["version"] != 1:
@@ -122,12 +122,12 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of the manifest: the base's identity."""
+        """Return hex SHA-256 of the manifest: the base's identity."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Return bytes of all tensors."""
         return sum(tensor.length for tensor in self.tensors.values())
 
     def experts(self) -> dict[int, int]:
@@ -146,12 +146,12 @@ class Manifest:
         return {layer: sum(r.length for r in self.expert_rows(layer, 0)) for layer in self.experts()}
 
     def expert_value_bytes(self) -> int:
-        """Bytes of one stored value of an expert: 4 for F32, 2 for BF16."""
+        """Return bytes of one stored value of an expert: 4 for F32, 2 for BF16."""
         found = [tensor for tensor in self.tensors.values() if is_expert_tensor(tensor.name)]
         return min((tensor.length // max(1, math.prod(tensor.shape)) for tensor in found), default=4)
 
     def expert_rows(self, layer: int, expert: int) -> list[Range]:
-        """The byte ranges of one expert. Raises `NotFound` when the base has no such expert."""
+        """Return the byte ranges of one expert. Raises `NotFound` when the base has no such expert."""
         found = []
         for tensor in self.tensors.values():
             if (match := _FUSED.match(tensor.name)) and int(match["layer"]) == layer and expert < tensor.shape[0]:
@@ -178,7 +178,7 @@ class Manifest:
         return sorted(found, key=lambda r: r.parameter)
 
     def row(self, name: str, expert: int) -> Range:
-        """The byte range of one expert's row of a fused tensor. Raises `NotFound` when it has no such row."""
+        """Return the byte range of one expert's row of a fused tensor. Raises `NotFound` when it has no such row."""
         tensor = self.tensors[name]
         if not 0 <= expert < len(tensor.rows):
             raise NotFound(
@@ -188,22 +188,22 @@ class Manifest:
         return _row(tensor, name.rpartition(".")[2], expert)
 
     def is_expert(self, name: str) -> int | None:
-        """The layer whose routed experts `name` belongs to, or None for a shared tensor."""
+        """Return the layer whose routed experts `name` belongs to, or None for a shared tensor."""
         match = _FUSED.match(name) or _SINGLE.match(name)
         return int(match["layer"]) if match else None
 
     def read(self, reader: Reader, name: str) -> bytes:
-        """One whole tensor's bytes, checked."""
+        """Return one whole tensor's bytes, checked."""
         tensor = self.tensors[name]
         return checked(reader(self.files[tensor.file], tensor.start, tensor.length), tensor.sha256, name)
 
     def read_range(self, reader: Reader, part: Range) -> bytes:
-        """One expert range's bytes, checked."""
+        """Return one expert range's bytes, checked."""
         return checked(reader(self.files[part.file], part.start, part.length), part.sha256, f"{part.file}@{part.start}")
 
 
 def checked(data: bytes, sha256: str, what: str) -> bytes:
-    """`data` if its digest is `sha256`, else `VerificationFailed`."""
+    """Return `data` if its digest is `sha256`, else `VerificationFailed`."""
     if hashlib.sha256(data).hexdigest() != sha256:
         raise VerificationFailed(
             f"{what} has other bytes than the manifest says: the copy is damaged or was replaced; fetch it again",
@@ -252,12 +252,14 @@ class Header:
 
     @property
     def values(self) -> int:
-        """How many numbers it holds."""
+        """Return the number of values in the tensor."""
         return math.prod(self.shape)
 
 
 def headers_of(directory: Path) -> dict[str, Header]:
-    """Every tensor by name, from the headers alone. Raises `Invalid` for a damaged header or a file that was cut."""
+    """Return every tensor by name, from the headers alone. Raises `Invalid` for a damaged header or a file that was
+    cut.
+    """
     found: dict[str, Header] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -271,12 +273,12 @@ def headers_of(directory: Path) -> dict[str, Header]:
 
 
 def is_expert_tensor(name: str) -> bool:
-    """Whether a tensor of this name holds routed experts, fused or singly."""
+    """Return whether a tensor of this name holds routed experts, fused or singly."""
     return bool(_FUSED.match(name) or _SINGLE.match(name))
 
 
 def expert_sizes(headers: Mapping[str, Header]) -> dict[int, int]:
-    """Bytes of one expert by layer, from headers: what `Manifest.expert_bytes` says without reading a weight."""
+    """Return bytes of one expert by layer, from headers: what `Manifest.expert_bytes` says without reading a weight."""
     out: dict[int, int] = {}
     for name, entry in headers.items():
         if match := _FUSED.match(name):
@@ -290,7 +292,7 @@ def expert_sizes(headers: Mapping[str, Header]) -> dict[int, int]:
 
 
 def _read(path: Path) -> tuple[str, dict[str, TensorEntry]]:
-    """(digest of the file, its tensors), reading it once from front to back."""
+    """Return (digest of the file, its tensors), reading it once from front to back."""
     whole = hashlib.sha256()
     tensors: dict[str, TensorEntry] = {}
     with path.open("rb") as file:
@@ -309,7 +311,7 @@ def _read(path: Path) -> tuple[str, dict[str, TensorEntry]]:
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[bytes, list[tuple[str, Mapping[str, Any]]]]:
-    """Header bytes with their length prefix, and the entries in file order, which must leave no gap."""
+    """Return header bytes with their length prefix, and the entries in file order, which must leave no gap."""
     text = read_header_text(file, 1 << 30, path)
     try:
         parsed = json.loads(text)

@@ -41,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What became of the text, for the report and the data statement. Documents, then tokens per part."""
+    """Counts of documents and tokens per part of a preparation, for the report and the data statement."""
 
     domain: str
     documents: int
@@ -58,7 +58,7 @@ class Statistics:
     holdout_tokens: int
 
     def to_json(self) -> str:
-        """The report as one JSON object."""
+        """Return the report as one JSON object."""
         return json.dumps(asdict(self), indent=2, sort_keys=True)
 
 
@@ -162,7 +162,7 @@ def _check_size(domain: str, corpora: dict[str, Corpus], min_tokens: int, docume
 
 
 def read_documents(paths: Iterable[Path]) -> list[str]:
-    """Documents out of a customer's files, in the order given; a folder stands for its files, sorted.
+    """Read the documents of a customer's files, in the order given; a folder stands for its files, sorted.
 
     `.jsonl`: one document a line, a string or an object with `text`. `.txt` and `.md`: passages of about 2000
     characters, cut at blank lines. Raises `NotFound` for a missing file and `Invalid` naming file and line for another
@@ -190,7 +190,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises `NotFound`, and `Invalid` naming the line of the first byte that is not UTF-8."""
+    """Read a UTF-8 file. Raises `NotFound`, and `Invalid` naming the line of the first byte that is not UTF-8."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -227,7 +227,7 @@ def _json_lines(path: Path, text: str) -> list[str]:
 
 
 def passages(text: str) -> list[str]:
-    """Paragraphs joined until a passage has enough of them; a paragraph that is too long by itself is cut."""
+    """Return paragraphs joined until a passage has enough of them; a paragraph that is too long by itself is cut."""
     found: list[str] = []
     current = ""
     for paragraph in text.replace("\r\n", "\n").split("\n\n"):
@@ -241,7 +241,9 @@ def passages(text: str) -> list[str]:
 
 
 def tokenizer_digest(files: Iterable[Path]) -> str:
-    """Hex SHA-256 over a tokenizer's files (name and content, sorted by name): what `tokenizer_digest` stands for."""
+    """Return hex SHA-256 over a tokenizer's files (name and content, sorted by name): what `tokenizer_digest` stands
+    for.
+    """
     state = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         state.update(hash_fields(b"connito.v1.tokenizer", file.name, file.read_bytes()))

@@ -19,11 +19,11 @@ CHUNK = 1 << 18
 
 
 class Deltas(Protocol):
-    """Something that hands out pseudo-gradients of `count` submissions, float32, tensor by tensor."""
+    """A source of the pseudo-gradients of `count` submissions, float32, tensor by tensor."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Tensor names, sorted."""
+        """Return tensor names, sorted."""
         ...
 
     @property
@@ -32,7 +32,7 @@ class Deltas(Protocol):
         ...
 
     def load(self, index: int, name: str) -> NDArray[np.float32]:
-        """δ of one tensor of one submission."""
+        """Return δ of one tensor of one submission."""
         ...
 
 
@@ -55,7 +55,7 @@ class DeltaFiles:
 
     @property
     def names(self) -> list[str]:
-        """Tensor names, sorted."""
+        """Return tensor names, sorted."""
         return sorted(read_header(self.states[0]).entries) if self.states else []
 
     @property
@@ -64,7 +64,7 @@ class DeltaFiles:
         return len(self.states)
 
     def load(self, index: int, name: str) -> NDArray[np.float32]:
-        """δ of one tensor of one submission."""
+        """Return δ of one tensor of one submission."""
         return load_float32(self.bases[index], name) - load_float32(self.states[index], name)
 
 
@@ -77,7 +77,7 @@ class DeltaSubset:
 
     @property
     def names(self) -> Sequence[str]:
-        """Tensor names, sorted."""
+        """Return tensor names, sorted."""
         return self.source.names
 
     @property
@@ -86,18 +86,18 @@ class DeltaSubset:
         return len(self.members)
 
     def load(self, index: int, name: str) -> NDArray[np.float32]:
-        """δ of one tensor of one submission."""
+        """Return δ of one tensor of one submission."""
         return self.source.load(self.members[index], name)
 
 
 def load_float32(path: Path, name: str) -> NDArray[np.float32]:
-    """One floating-point tensor of a state file as float32."""
+    """Return one floating-point tensor of a state file as float32."""
     arrays, _ = read_tensors(path, [name])
     return to_float32(arrays[name], read_header(path).entries[name].dtype)
 
 
 def gram_matrix(deltas: Deltas) -> NDArray[np.float64]:
-    """Inner products ⟨δ_i, δ_j⟩ over all tensors: float64 [n, n], symmetric.
+    """Return inner products ⟨δ_i, δ_j⟩ over all tensors: float64 [n, n], symmetric.
 
     Relative to the product of norms, entries are rounded to 12 digits: a BLAS sums in an order of its own, and what is
     decided on these numbers should not depend on the machine.

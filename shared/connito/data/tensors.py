@@ -169,7 +169,7 @@ def read_tensors(
     mmap: bool = False,
     max_header_bytes: int = 1 << 26,
 ) -> tuple[dict[str, Array], dict[str, str]]:
-    """Tensors by name, and the metadata. BF16 comes as raw `uint16`; `read_header` tells which those are.
+    """Return tensors by name, and the metadata. BF16 comes as raw `uint16`; `read_header` tells which those are.
 
     With `mmap` (paths only) arrays are read-only views of the file and cost memory only while they are touched.
     `NotFound` if a name in `names` is missing, `Invalid` for a file that is not well-formed.
@@ -189,7 +189,7 @@ def read_tensors(
 
 
 def view_tensor(buffer: bytes | Array, header: Header, name: str) -> Array:
-    """One tensor of a whole file in memory (or mapped), without a copy."""
+    """Return one tensor of a whole file in memory (or mapped), without a copy."""
     entry = header.entries[name]
     count, offset = math.prod(entry.shape), header.data_start + entry.start
     if count == 0:
@@ -248,7 +248,9 @@ class TensorWriter:
 def tensor_bytes(
     tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None, *, dtypes: Mapping[str, str] | None = None
 ) -> bytes:
-    """A safetensors file in memory. `dtypes` overrides names, for example `{"w": "BF16"}` for raw `uint16` bits."""
+    """Build a safetensors file in memory. `dtypes` overrides names, for example `{"w": "BF16"}` for raw `uint16`
+    bits.
+    """
     layout = _layout(tensors, dtypes or {})
     parts = [_header_bytes(layout, metadata or {})]
     parts += [_raw(name, tensors[name], *layout[name]) for name in _order(layout)]
@@ -287,7 +289,7 @@ def _raw(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def to_float32(array: Array, dtype: str) -> NDArray[np.float32]:
-    """Values of an F32, F16 or BF16 tensor as read from a file. Exact: every such number is a float32."""
+    """Return values of an F32, F16 or BF16 tensor as read from a file. Exact: every such number is a float32."""
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     assert dtype in {"F32", "F16"}, f"{dtype} holds no floating-point weights"

@@ -1,4 +1,4 @@
-"""Several variants of one expert in memory at once, chosen token by token; and clustering a shelf into few variants.
+"""Several variants of one expert in memory at once, chosen token by token; and clustering of many experts into few variants.
 
 Arrow (Ostapenko et al. 2024): the prototype of a variant is the first right singular vector of its δ, the direction of
 inputs that it moves most; a token prefers the variants whose prototypes it is aligned with, whatever the sign.
@@ -41,7 +41,8 @@ def prototype(
     *,
     transposed: bool = False,
 ) -> torch.Tensor:
-    """Unit vector [H]: the first right singular vector of the δ of the maps that read the layer's input, or zeros.
+    """Return unit vector [H]: the first right singular vector of the δ of the maps that read the layer's input, or
+    zeros.
 
     From the eigenvectors of δᵀδ in float64; the sign is such that the largest coordinate is positive.
     """
@@ -70,7 +71,7 @@ def arrow(
     top_k: int = 0,
     transposed: bool = False,
 ) -> Mixing:
-    """α = softmax over the variants of |x·v| / temperature, only the `top_k` best if that is not 0.
+    """Return α = softmax over the variants of |x·v| / temperature, only the `top_k` best if that is not 0.
 
     `transposed`: the family stores its maps as [in, out], as the experts module's `is_transposed` says.
     """
@@ -97,7 +98,7 @@ def arrow(
 
 
 def fixed(weights: Sequence[float]) -> Mixing:
-    """The same α for every token. One-hot is the single expert, exactly."""
+    """Return the same α for every token. One-hot is the single expert, exactly."""
     if abs(sum(weights) - 1) > 1e-6:
         raise Invalid(f"mixing weights sum to {sum(weights)}, not to 1")
 
@@ -108,7 +109,9 @@ def fixed(weights: Sequence[float]) -> Mixing:
 
 
 def linear_router(gates: Mapping[int, torch.Tensor]) -> Mixing:
-    """MoLoRA's router: α = softmax(G_l x), G_l [V, H] by layer. Differentiable in the gates, which can be trained."""
+    """Return MoLoRA's router: α = softmax(G_l x), G_l [V, H] by layer. Differentiable in the gates, which can be
+    trained.
+    """
 
     def mix(layer: int, _: int, x: torch.Tensor) -> torch.Tensor:
         return (x.float() @ gates[layer].T).softmax(dim=-1)
@@ -125,7 +128,7 @@ def train_router(
     steps: int = 40,
     learning_rate: float = 0.05,
 ) -> dict[int, torch.Tensor]:
-    """Gates G_l [V, H] of MoLoRA's router, trained on `sequences` int32 [n, L + 1] with everything else frozen.
+    """Return gates G_l [V, H] of MoLoRA's router, trained on `sequences` int32 [n, L + 1] with everything else frozen.
 
     Starts at zero, the uniform mixture; each step is one sequence, in their order. Adam. Deterministic.
     """
@@ -158,7 +161,7 @@ def _width(router: Any) -> int:
 def variants(
     model: nn.Module, parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor], mixing: Mixing
 ) -> Iterator[nn.Module]:
-    """Inside, experts that a part has rows of are mixed from all parts, token by token; the base's row stands in for a
+    """Mix the experts that a part has rows of from all parts inside the block, token by token; the base's row stands in for a
     part without that row. The parameters of `model` are not touched."""
     layers = require_moe_layers(model)
     touched = layers_of({key: None for part in parts for key in part.rows})
@@ -203,7 +206,7 @@ def _rows_by_expert(
 def mixed_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Σ_k w_k · expert_k(x), [T, H], in the order in which the family's own loop sums."""
+    """Return Σ_k w_k · expert_k(x), [T, H], in the order in which the family's own loop sums."""
     layer, mixing = self.connito_mixing
     output = torch.zeros_like(hidden_states)
     total = getattr(self, "down_proj").shape[0]  # noqa: B009
@@ -245,7 +248,7 @@ def _mixed_linear(
 
 
 def similarity(parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor]) -> npt.NDArray[np.float64]:
-    """Cosines of the δ of whole experts [n, n]; rows that a part does not have count as zeros."""
+    """Return cosines of the δ of whole experts [n, n]; rows that a part does not have count as zeros."""
     count = len(parts)
     gram = np.zeros((count, count))
     for key in sorted({key for part in parts for key in part.rows}):
@@ -258,7 +261,9 @@ def similarity(parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor]) -> np
 
 
 def cluster(parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor], count: int) -> list[list[int]]:
-    """`count` groups of similar experts (average linkage on 1 − cosine), each ascending, ordered by their first member."""
+    """Return `count` groups of similar experts (average linkage on 1 − cosine), each ascending, ordered by their first
+    member.
+    """
     if not 1 <= count <= len(parts):
         raise Invalid(f"{len(parts)} experts cannot form {count} clusters")
     groups = [[i] for i in range(len(parts))]
@@ -273,7 +278,9 @@ def cluster(parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor], count: i
 def cluster_and_merge(
     parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor], count: int
 ) -> list[tuple[list[str], Rows]]:
-    """The names of each cluster and its members merged with equal weights. With one expert a cluster, that expert."""
+    """Return the names of each cluster and its members merged with equal weights. With one expert a cluster, that
+    expert.
+    """
     return [
         ([parts[i].name for i in group], merge([parts[i] for i in group], base, Recipe("linear")))
         for group in cluster(parts, base, count)

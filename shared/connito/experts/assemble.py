@@ -82,7 +82,7 @@ def compose_experts(
 
 
 def _measured(model: nn.Module, rows: Rows, base: Rows, texts: Texts) -> list[dict[str, Any]]:
-    """Losses by domain without and with `rows`; the model is the base again afterwards."""
+    """Return losses by domain without and with `rows`; the model is the base again afterwards."""
     if not texts:
         return []
     before = Before.of(model, texts)
@@ -127,7 +127,7 @@ def verify_composition(model: nn.Module, folder: Path, parents: Sequence[Expert]
 
 
 def _read(model: nn.Module, experts: Sequence[Expert]) -> tuple[list[Part], Rows]:
-    """The parts, named by expert id, checked against the base and their records; and the base's rows."""
+    """Return the parts, named by expert id, checked against the base and their records; and the base's rows."""
     digests = fingerprint(model)
     parts = []
     for folder, record in experts:

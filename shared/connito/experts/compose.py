@@ -54,7 +54,7 @@ class Conflict:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How experts are merged where they touch the same rows.
+    """Settings for merging experts where they change the same rows.
 
     linear  weighted mean of those that touch the row (weights are normalised per row)
     sum     base + Σ w_i δ_i, weights as they are (task arithmetic; what LoRAHub learns weights for)
@@ -75,7 +75,7 @@ class Recipe:
 
 
 def read_part(path: Path) -> Part:
-    """An expert file, or the folder of an export, as a part. Raises `NotFound` or `Invalid`."""
+    """Read an expert file, or the folder of an export, as a part. Raises `NotFound` or `Invalid`."""
     file = path / EXPERT_FILE if path.is_dir() else path
     if not file.is_file():
         raise NotFound(f"there is no expert at {path}; get one with `connito library export`")
@@ -86,7 +86,7 @@ def read_part(path: Path) -> Part:
 
 
 def rows_of(layers: Mapping[int, Sequence[int]], state: Mapping[str, torch.Tensor]) -> Rows:
-    """A target state, whose rows are in ascending expert id, row by row."""
+    """Split a target state into its rows, which are in ascending expert id."""
     out: Rows = {}
     for name, tensor in state.items():
         layer, parameter = split_name(name)
@@ -100,7 +100,7 @@ def rows_of(layers: Mapping[int, Sequence[int]], state: Mapping[str, torch.Tenso
 
 
 def layers_of(rows: Mapping[RowKey, Any]) -> dict[int, list[int]]:
-    """Expert ids by layer, both ascending."""
+    """Return expert ids by layer, both ascending."""
     layers: dict[int, set[int]] = {}
     for layer, expert, _ in rows:
         layers.setdefault(layer, set()).add(expert)
@@ -108,7 +108,7 @@ def layers_of(rows: Mapping[RowKey, Any]) -> dict[int, list[int]]:
 
 
 def state_of(rows: Mapping[RowKey, torch.Tensor]) -> TargetState:
-    """The inverse of `rows_of`."""
+    """Return the inverse of `rows_of`."""
     layers = layers_of(rows)
     names = sorted({(layer, parameter) for layer, _, parameter in rows})
     state = {
@@ -119,13 +119,13 @@ def state_of(rows: Mapping[RowKey, torch.Tensor]) -> TargetState:
 
 
 def base_rows(model: nn.Module, parts: Sequence[Part]) -> Rows:
-    """θ_base of every row that some part touches, from a model that holds none of them."""
+    """Return θ_base of every row that some part touches, from a model that holds none of them."""
     layers = layers_of({key: None for part in parts for key in part.rows})
     return rows_of(layers, read_rows(model, layers))
 
 
 def conflicts(parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor]) -> list[Conflict]:
-    """Every pair of parts on every expert that both touch, by layer and expert."""
+    """Return every pair of parts on every expert that both touch, by layer and expert."""
     found = []
     for one, other in combinations(_ordered(parts), 2):
         shared = sorted(one.rows.keys() & other.rows.keys())
@@ -149,7 +149,7 @@ def merge(
     recipe: Recipe | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> Rows:
-    """θ of every row that a part touches. `weights` by part name; 1 for all without them.
+    """Return θ of every row that a part touches. `weights` by part name; 1 for all without them.
 
     Identities: one part with weight 1 comes back bit for bit, as does a part among others of weight 0 where no other
     row is asked for; parts that share no row are simply put side by side. Raises `Invalid` without parts, for weights of
@@ -198,7 +198,7 @@ def _merge_row(
 
 
 def _elected_mean(deltas: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
-    """Per coordinate: the sign with more weighted mass, and the weighted mean of the values that have it."""
+    """Return, per coordinate, the weighted mean of the values whose sign has more weighted mass."""
     total = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         total = total + delta * weight
@@ -212,7 +212,7 @@ def _elected_mean(deltas: list[torch.Tensor], weights: list[float]) -> torch.Ten
 
 
 def _trim_limit(part: Part, base: Mapping[RowKey, torch.Tensor], density: float) -> float:
-    """The magnitude from which on a coordinate is among the `density` largest of the whole expert."""
+    """Return the magnitude from which on a coordinate is among the `density` largest of the whole expert."""
     if density >= 1.0:
         return 0.0
     magnitudes = torch.cat([_delta(part, base, key).abs().flatten() for key in sorted(part.rows)])
@@ -241,7 +241,7 @@ class Composition:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe | None = None) -> None:
-        """`model` is the bare base; it is hashed once, so that experts of another base are refused."""
+        """Take `model`, the bare base, and hash it once so that experts of another base are refused."""
         self.model, self.recipe = model, recipe or Recipe()
         self.parts: dict[str, Part] = {}
         self.weights: dict[str, float] = {}
@@ -273,7 +273,7 @@ class Composition:
         self._base = {key: row for key, row in self._base.items() if key in rows}
 
     def verify(self) -> list[str]:
-        """What differs from the base now. `VerificationFailed` when that is anything but rows of the parts."""
+        """Return the tensors that differ from the base. Raises `VerificationFailed` if any is not a row of the parts."""
         after = fingerprint(self.model)
         changed = sorted(name for name in after if after[name] != self._before.get(name))
         allowed = _row_names(self.model, self._base)

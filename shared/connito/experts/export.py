@@ -42,7 +42,7 @@ def export_model(
     settings: Mapping[str, Any],
     measured: Mapping[str, float],
     parents: Sequence[Mapping[str, Any]] = (),
-    license: str = "",  # noqa: A002 - the record's word
+    license: str = "",  # noqa: A002 - the name in the record
     losses: Sequence[Mapping[str, Any]] = (),
     domain: str = "",
     total: int = 0,
@@ -54,7 +54,7 @@ def export_model(
     base: `{"name", "manifest"}`; keep: the base's expert ids inside, by layer, in the order of the rows (empty: dense).
     parents: the records of experts that were put in before; losses: as `Before.compare` measures them; extra: more
     tensors, by file name; total: routed experts of the base. The record is a library record: `library deposit` puts the
-    folder on a shelf. Raises `Invalid` when layers differ in their number of experts or the folder is not empty.
+    folder of library experts. Raises `Invalid` when layers differ in their number of experts or the folder is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise Invalid(f"{out} is not empty: choose another folder")
@@ -150,7 +150,7 @@ def _compare_with_base(folder: Path, base: Path, record: Mapping[str, Any]) -> N
 
 
 def to_dense(model: Any) -> nn.Module:
-    """A dense model with the function of one whose every layer has one expert and an empty shared expert.
+    """Return a dense model with the function of one whose every layer has one expert and an empty shared expert.
 
     A Llama (Qwen2 where attention has biases) with the expert as its MLP. Raises `Invalid` for a model with more
     experts, with a shared expert that does something, or whose gate weight of a lone expert is not 1.

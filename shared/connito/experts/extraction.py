@@ -34,7 +34,7 @@ class Extraction:
 
     @property
     def cost(self) -> float:
-        """Nats per token lost against the full model; negative where the subset is better."""
+        """Return the loss added against the full model, in nats per token; negative where the subset is better."""
         return self.loss - self.full_loss
 
 
@@ -47,7 +47,8 @@ def extract_domain(
     per_layer: int = 0,
     accept_loss: bool = False,
 ) -> Extraction:
-    """The smallest equal number of experts a layer (`per_layer` where given) that keeps the domain's loss in `margin`.
+    """Return the smallest equal number of experts a layer (`per_layer` where given) that keeps the domain's loss in
+    `margin`.
 
     probe, held_out: int32 [n, L + 1], no text in common. The model is left whole; `prune(model, keep)` makes it small.
     Raises `Invalid` (RETENTION_BROKEN) with the cost when the held-out loss rises by more than `margin` nats per
@@ -77,7 +78,7 @@ def extract_domain(
 
 
 def ranking(statistics: RoutingStatistics) -> Keep:
-    """Expert ids by layer, most used by the domain first, ties by id."""
+    """Return expert ids by layer, most used by the domain first, ties by id."""
     return {
         index: [int(e) for e in np.argsort(-layer.token_score, kind="stable")]
         for index, layer in statistics.layers.items()
@@ -85,7 +86,7 @@ def ranking(statistics: RoutingStatistics) -> Keep:
 
 
 def equalise(keep: Keep, order: Keep) -> tuple[Keep, Keep]:
-    """(kept with padding, padding): every layer filled up to the largest with its next best experts in `order`.
+    """Return (kept with padding, padding): every layer filled up to the largest with its next best experts in `order`.
 
     Families whose configuration has one number of experts cannot hold fewer in one layer than in another. The padding
     is real experts: an empty one would have to be kept from being routed to, which a router without bias cannot promise.

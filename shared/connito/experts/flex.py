@@ -46,7 +46,7 @@ class Addition:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all rows: the identity by which additions are ordered."""
+        """Return SHA-256 over all rows: the identity by which additions are ordered."""
         state = hashlib.sha256()
         for layer in sorted(self.rows):
             for name in sorted(self.rows[layer]):
@@ -177,7 +177,7 @@ def _start(model: nn.Module, name: str, own: npt.NDArray[Any], anchor_text: npt.
 
 
 def router_inputs(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, torch.Tensor]:
-    """What enters each MoE layer's router on `sequences` int32 [n, L]: [T, H] by layer."""
+    """Return the input of each MoE layer's router on `sequences` int32 [n, L]: [T, H] by layer."""
     seen: dict[int, list[torch.Tensor]] = {}
     with ExitStack() as stack, torch.inference_mode():
         for index, layer in require_moe_layers(model).items():

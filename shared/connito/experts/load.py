@@ -89,7 +89,7 @@ def check_base(header: ExpertHeader, actual: BaseDigests) -> None:
 
 
 def _file(expert: Path) -> Path:
-    """The expert file, checked against the record beside it if there is one."""
+    """Return the expert file, checked against the record beside it if there is one."""
     path = expert / EXPERT_FILE if expert.is_dir() else expert
     if not path.is_file():
         raise NotFound(f"there is no expert at {path}; get one with `connito library export`")

@@ -28,7 +28,7 @@ class Learned:
 def learn_weights(
     names: Sequence[str], loss: Callable[[dict[str, float]], float], *, budget: int = 60, l1: float = L1
 ) -> Learned:
-    """Weights in ±1.5 that minimise `loss(weights)` + l1 · mean |w|; `loss` in nats per token on the examples.
+    """Return weights in ±1.5 that minimise `loss(weights)` + l1 · mean |w|; `loss` in nats per token on the examples.
 
     Starts from nothing, from each expert alone and from their mean, and improves on the best of them by Nelder–Mead, so
     the objective is never worse than any of those. At most `budget` evaluations beyond the starts. Deterministic.

@@ -72,7 +72,7 @@ def _zero_lowest(weight: torch.Tensor, norm: torch.Tensor, share: float) -> None
 
 
 def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [out, r], B [r, in] with the least ‖W − A B‖_F (Eckart–Young); exact, up to rounding, at full rank."""
+    """Return a [out, r], B [r, in] with the least ‖W − A B‖_F (Eckart–Young); exact, up to rounding, at full rank."""
     if not 1 <= rank <= min(weight.shape):
         raise Invalid(f"a matrix of shape {tuple(weight.shape)} has no factors of rank {rank}")
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -81,7 +81,8 @@ def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def ranks(importance: Sequence[float], shape: tuple[int, int], share: float) -> list[int]:
-    """A rank per expert, in proportion to importance, such that all factors together hold `share` of the numbers of W.
+    """Return a rank per expert, in proportion to importance, such that all factors together hold `share` of the
+    numbers of W.
 
     At least 1 and at most where the factors stop being smaller than the matrix, out·in / (out + in).
     """

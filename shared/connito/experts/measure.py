@@ -1,4 +1,4 @@
-"""What a change of a model does to its losses, by domain and with paired intervals, as records hold it."""
+"""Change of a model's losses by domain, with paired intervals, as library records hold it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Texts = Mapping[str, "npt.NDArray[Any]"]
 
 
 def sequence_losses(model: nn.Module, sequences: npt.NDArray[Any]) -> list[float]:
-    """Σ nats of each of `sequences` int32 [n, L + 1]."""
+    """Return Σ nats of each of `sequences` int32 [n, L + 1]."""
     head, sums = Head(model), []
     with torch.inference_mode():
         for row in sequences:
@@ -43,7 +43,9 @@ class Before:
         return cls(dict(texts), {domain: sequence_losses(model, table) for domain, table in texts.items()})
 
     def compare(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Rows of a record: by domain the loss before and after, in nats per token, and the change's 95 % interval."""
+        """Return rows of a record: by domain the loss before and after, in nats per token, and the change's 95 %
+        interval.
+        """
         rows = []
         for domain, table in self.texts.items():
             before, after = self.sums[domain], sequence_losses(model, table)

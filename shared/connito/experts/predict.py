@@ -1,4 +1,4 @@
-"""Which library experts would save loss on a few texts: predicted for all by one backward pass, then measured for some.
+"""Prediction of the loss that library experts save on a few texts, by one backward pass; the best are then measured.
 
 To first order, putting in an expert with δ = θ − θ_base changes the loss by ⟨∇L(θ_base), δ⟩. The gradient of the rows
 that any candidate touches is computed once; a prediction is then one inner product per expert.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def row_gradients(model: nn.Module, layers: Mapping[int, Sequence[int]], sequences: npt.NDArray[Any]) -> Rows:
-    """∂(mean nats per token)/∂θ of the rows of `layers`, float32, for sequences int32 [n, L + 1]."""
+    """Return ∂(mean nats per token)/∂θ of the rows of `layers`, float32, for sequences int32 [n, L + 1]."""
     if not len(sequences):
         raise Invalid("the example texts are too short: give at least a few hundred words")
     found = require_moe_layers(model)
@@ -54,7 +54,9 @@ def row_gradients(model: nn.Module, layers: Mapping[int, Sequence[int]], sequenc
 
 
 def predict_savings(model: nn.Module, parts: Sequence[Part], sequences: npt.NDArray[Any]) -> dict[str, float]:
-    """Nats per token that each part would save on `sequences`, to first order: −⟨∇L, δ⟩. `model` is the bare base."""
+    """Return nats per token that each part would save on `sequences`, to first order: −⟨∇L, δ⟩. `model` is the bare
+    base.
+    """
     if not parts:
         return {}
     base = base_rows(model, parts)
@@ -68,7 +70,7 @@ def predict_savings(model: nn.Module, parts: Sequence[Part], sequences: npt.NDAr
 
 
 def measure_savings(model: nn.Module, parts: Iterable[Part], sequences: npt.NDArray[Any]) -> dict[str, float]:
-    """Nats per token that each part saves on `sequences`, on the full model, which is left as it was."""
+    """Return nats per token that each part saves on `sequences`, on the full model, which is left as it was."""
     saved = {}
     for part in parts:
         evaluator = Evaluator(model, layers_of(part.rows))
@@ -82,7 +84,9 @@ def measure_savings(model: nn.Module, parts: Iterable[Part], sequences: npt.NDAr
 
 
 def text_vectors(model: nn.Module, sequences: npt.NDArray[Any]) -> Vectors:
-    """The mean hidden state at each layer's router on `sequences` int32 [n, L + 1]: what signatures are compared with."""
+    """Return the mean hidden state at each layer's router on `sequences` int32 [n, L + 1]: what signatures are
+    compared with.
+    """
     served: dict[int, Any] = {}
     statistics = collect(model, sequences[:, :-1], served=served)
     return {i: [float(x) for x in sums.sum(axis=0) / statistics.layers[i].counts.sum()] for i, sums in served.items()}
@@ -91,7 +95,7 @@ def text_vectors(model: nn.Module, sequences: npt.NDArray[Any]) -> Vectors:
 def nearest_experts(
     model: nn.Module, records: Mapping[str, Mapping[str, Any]], sequences: npt.NDArray[Any]
 ) -> list[str]:
-    """Expert ids by how near their routing signatures are to the texts', nearest first. No expert file is read.
+    """Return expert ids by how near their routing signatures are to the texts', nearest first. No expert file is read.
 
     Of equally near ones, those that saved most on their own domain come first. Those without a signature come last.
     """

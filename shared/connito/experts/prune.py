@@ -52,12 +52,12 @@ class Tape:
     weights: torch.Tensor
 
     def error(self, keep: list[int]) -> float:
-        """‖F(x) − F_keep(x)‖_F when the router chooses among `keep` only."""
+        """Return ‖F(x) − F_keep(x)‖_F when the router chooses among `keep` only."""
         ids, weights = route(subset_router(self.layer, keep), self.inputs)
         return float((self.full - _mix(self.outputs[keep], ids, weights)).norm())
 
     def importance(self) -> npt.NDArray[np.float64]:
-        """Σ_t g_e(x_t)·‖E_e(x_t)‖ / T per expert, [N]."""
+        """Return Σ_t g_e(x_t)·‖E_e(x_t)‖ / T per expert, [N]."""
         norms = self.outputs.norm(dim=-1)
         picked = norms.gather(0, self.ids.T).T * self.weights
         sums = torch.zeros(self.layer.num_experts, dtype=torch.float64)
@@ -99,7 +99,7 @@ def _mix(outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tor
 
 
 def route(router: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, weights), both [T, k], as the family's own router chooses for x [T, H]."""
+    """Return (ids, weights), both [T, k], as the family's own router chooses for x [T, H]."""
     with torch.inference_mode():
         _, weights, ids = choice(router(x))
         return ids.reshape(len(x), -1), weights.reshape(len(x), -1)
@@ -115,7 +115,7 @@ def check_prunable(layer: MoELayer) -> None:
 
 
 def subset_router(layer: MoELayer, keep: list[int]) -> nn.Module:
-    """A copy of the layer's router that knows only `keep`; its ids are places in `keep`."""
+    """Return a copy of the layer's router that knows only `keep`; its ids are places in `keep`."""
     router: Any = copy.copy(layer.router)
     router._parameters, router._buffers = dict(layer.router._parameters), dict(layer.router._buffers)
     router._forward_hooks, router._forward_pre_hooks = type(router._forward_hooks)(), type(router._forward_pre_hooks)()
@@ -141,7 +141,7 @@ def _shrink(module: Any, total: int, keep: list[int]) -> None:
 
 @contextmanager
 def masked(model: nn.Module, keep: Mapping[int, list[int]]) -> Iterator[nn.Module]:
-    """Inside, routers choose among `keep` only: the pruned model's function, with nothing removed."""
+    """Make routers choose among `keep` only inside the block: the pruned model's function, with nothing removed."""
     layers = require_moe_layers(model)
     check_keep(layers, keep)
     routers: list[Any] = []
@@ -200,7 +200,7 @@ def _follow(model: Any) -> None:
 
 
 def check_keep(layers: Mapping[int, MoELayer], keep: Mapping[int, list[int]]) -> None:
-    """`Invalid` unless every layer keeps at least one of its own experts, ascending."""
+    """Raise `Invalid` unless every layer keeps at least one of its own experts, ascending."""
     for index, experts in keep.items():
         known = index in layers and experts and experts == sorted(set(experts))
         if not known or experts[0] < 0 or experts[-1] >= layers[index].num_experts:
@@ -211,7 +211,7 @@ def check_keep(layers: Mapping[int, MoELayer], keep: Mapping[int, list[int]]) ->
 
 
 def loss(model: nn.Module, sequences: npt.NDArray[Any]) -> float:
-    """Nats per token of `sequences` int32 [n, L + 1]."""
+    """Return nats per token of `sequences` int32 [n, L + 1]."""
     head, total = Head(model), 0.0
     with torch.inference_mode():
         for row in sequences:
@@ -229,7 +229,8 @@ def choose(
     max_bytes: int = 0,
     max_tokens: int = 2048,
 ) -> Keep:
-    """The experts to keep when at most `max_experts` (over all layers), or `max_bytes` of expert tensors, may stay.
+    """Return the experts to keep when at most `max_experts` (over all layers), or `max_bytes` of expert tensors, may
+    stay.
 
     sequences: calibration text int32 [n, L + 1]. naee keeps equally many in every layer, the others as many as each
     layer earns, at least one. Raises `Invalid` (BAD_SPEC) for a budget below one expert a layer.
@@ -251,7 +252,7 @@ def choose(
 
 
 def _budget(layers: Mapping[int, MoELayer], max_experts: int, max_bytes: int) -> int:
-    """The number of experts that may stay. All layers' experts have one size in every family known here."""
+    """Return the number of experts that may stay. All layers' experts have one size in every family known here."""
     total = sum(layer.num_experts for layer in layers.values())
     budget = min(max_experts or total, total)
     if max_bytes:
@@ -272,7 +273,7 @@ def expert_bytes(layer: MoELayer) -> int:
 
 
 def naee(tape: Tape, count: int) -> list[int]:
-    """The `count` experts whose layer output is closest to the full layer's."""
+    """Return the `count` experts whose layer output is closest to the full layer's."""
     total = tape.layer.num_experts
     if comb(total, count) <= EXACT_SUBSETS:
         return list(min(combinations(range(total), count), key=lambda keep: (tape.error(list(keep)), keep)))
@@ -284,7 +285,9 @@ def naee(tape: Tape, count: int) -> list[int]:
 
 
 def _best(tapes: Mapping[int, Tape], budget: int) -> Keep:
-    """The layer's best expert each, then the best of all layers; a layer's importances are shares of its own sum."""
+    """Keep the best expert of each layer, then the best of all layers; a layer's importances are shares of its own
+    sum.
+    """
     shares = {index: (scores := tape.importance()) / max(scores.sum(), 1e-300) for index, tape in tapes.items()}
     keep = {index: [int(np.argmax(score))] for index, score in shares.items()}
     rest = sorted(
@@ -299,7 +302,7 @@ def _best(tapes: Mapping[int, Tape], budget: int) -> Keep:
 
 
 def layer_costs(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, float]:
-    """Mean rise of the loss when one expert of a layer is left out, never below zero, by layer."""
+    """Return mean rise of the loss when one expert of a layer is left out, never below zero, by layer."""
     layers, whole = require_moe_layers(model), loss(model, sequences)
     costs = {}
     for index, layer in layers.items():
@@ -312,7 +315,7 @@ def layer_costs(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, floa
 
 
 def deal(costs: Mapping[int, float], totals: Mapping[int, int], budget: int) -> dict[int, int]:
-    """`budget` places in proportion to `costs`, at least 1 and at most `totals[l]` a layer; all of them are dealt."""
+    """Return `budget` places in proportion to `costs`, at least 1 and at most `totals[l]` a layer; every place is given."""
     counts = dict.fromkeys(sorted(costs), 1)
     scale = sum(costs.values()) or 1.0
     wanted = {
@@ -358,7 +361,9 @@ def progressive(
 
 
 def skip_thresholds(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, float]:
-    """β by layer: the median, over calibration tokens, of the second gate weight over the first (NAEE, section 3.3)."""
+    """Return β by layer: the median, over calibration tokens, of the second gate weight over the first (NAEE, section
+    3.3).
+    """
     found = {}
     for index, tape in record(model, sequences).items():
         ordered = tape.weights.float().sort(dim=-1, descending=True).values
@@ -368,21 +373,23 @@ def skip_thresholds(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, 
 
 @dataclass
 class Skipped:
-    """How many of the slots were left out so far."""
+    """Counter of the slots that were left out so far."""
 
     slots: int = 0
     skipped: int = 0
 
     @property
     def share(self) -> float:
-        """Skipped slots over all."""
+        """Return the share of slots that were skipped."""
         return self.skipped / max(1, self.slots)
 
 
 @contextmanager
 def skipping(model: nn.Module, betas: Mapping[int, float] | float) -> Iterator[Skipped]:
-    """Inside, a token leaves out every expert whose gate weight is below β times its largest; the rest are renormalised
-    where the family normalises. β = 0 skips nothing and changes no bit (NAEE, Lu et al. 2024, section 3.3)."""
+    """Make a token leave out, inside the block, every expert whose gate weight is below β times its largest; the rest
+    are renormalised where the family normalises. β = 0 skips nothing and changes no bit (NAEE, Lu et al. 2024, section
+    3.3).
+    """
     count = Skipped()
     with ExitStack() as stack:
         for index, layer in require_moe_layers(model).items():

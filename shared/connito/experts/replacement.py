@@ -53,7 +53,7 @@ def replace_expert(
 
 
 def mean_loss(evaluator: Evaluator, sequences: npt.NDArray[Any]) -> float:
-    """Nats per token of what is in the model now."""
+    """Return the loss of the model as it is now, in nats per token."""
     sums, tokens = evaluator.losses(None, sequences)
     return float(sums.sum() / tokens.sum())
 

@@ -1,4 +1,4 @@
-"""How tokens choose among variants of experts, as something that can be kept in a file and used again.
+"""Rules by which tokens choose among variants of experts, saved to a file and loaded again.
 
 A routing file is safetensors: gates `layers.<l>` [V, H] for a trained router, nothing for the others, and in its head the
 method and the digests of the variants, in their order. Arrow's prototypes are computed from the variants, never stored.
@@ -50,7 +50,9 @@ class Routing:
         text: npt.NDArray[Any] | None = None,
         steps: int = 40,
     ) -> Routing:
-        """arrow, molora (trained on `text` int32 [n, L + 1]), uniform, or one-hot:N. Raises `Invalid` for others."""
+        """Build the routing of a name: arrow, molora (trained on `text` int32 [n, L + 1]), uniform, or one-hot:N.
+        Raises `Invalid` for others.
+        """
         digests = tuple(part.digest for part in parts)
         if method == "arrow":
             return cls(method, digests, top_k=top_k)
@@ -67,7 +69,7 @@ class Routing:
 
     @classmethod
     def one_hot(cls, parts: Sequence[Part], place: int) -> Routing:
-        """The single expert at `place`, exactly."""
+        """Return a routing that uses only the expert at `place`, exactly."""
         weights = tuple(float(index == place) for index in range(len(parts)))
         return cls("fixed", tuple(part.digest for part in parts), weights=weights)
 
@@ -104,7 +106,7 @@ class Routing:
 def variants_of(
     model: nn.Module, parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor], routing: Routing
 ) -> Iterator[nn.Module]:
-    """Inside, tokens choose among `parts` as `routing` says. `Invalid` for other variants than it was made for."""
+    """Make tokens choose among `parts` by `routing` inside the block. Raises `Invalid` if it was made for other variants."""
     if tuple(part.digest for part in parts) != routing.digests:
         raise Invalid("this routing was made for other experts, or for these in another order")
     with variants(model, parts, base, _mixing(model, parts, base, routing)) as routed:

@@ -52,7 +52,8 @@ def propose(
     shelf: Sequence[Shelved],
     library_sequence: int,
 ) -> Start:
-    """Choose among `shelf`, experts of `model`'s base. `probe` int32 [n, L + 1]. The model is left as it was.
+    """Choose a start expert from `shelf`, library experts of `model`'s base. `probe` int32 [n, L + 1]. The model is
+    left as it was.
 
     Experts that the customer may not see are as if they were not there. Raises `Invalid` (START_IMPOSSIBLE) when the job
     names an expert that its terms or rows rule out.
@@ -119,7 +120,7 @@ def _measure(
     sequences: npt.NDArray[Any],
     rows: Sequence[_Row],
 ) -> None:
-    """What each of `rows` saves, with its interval. A single sequence has none, and nothing is chosen on it."""
+    """Measure the loss that each of `rows` saves, with its interval; a single sequence has no interval."""
     if not rows:
         return
     level = 1 - (1 - (spec.scoring.confidence or 0.95)) / len(rows)
@@ -142,7 +143,7 @@ def _write(candidate: run_pb2.StartCandidate, found: Paired) -> None:
 
 
 def _merged(base: Mapping[str, Any], part: Part, targets: Mapping[int, Sequence[int]]) -> TargetState:
-    """The selection's rows with those of the part in the places that it has trained."""
+    """Return the selection's rows with those of the part in the places that it has trained."""
     return state_of({**rows_of(targets, base), **part.rows})
 
 
@@ -151,7 +152,7 @@ def _theta(model: nn.Module, selection: Selection, part: Part) -> TargetState:
 
 
 def _order(candidate: run_pb2.StartCandidate) -> tuple[bool, bool, float, str]:
-    """Measured before predicted before refused, then by what is saved."""
+    """Return a sort key: measured before predicted before refused, then by the loss saved."""
     value = candidate.saved if candidate.measured else candidate.predicted
     return bool(candidate.refused), not candidate.measured, -value, candidate.expert_id
 

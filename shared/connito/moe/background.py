@@ -25,7 +25,8 @@ def background(
     helpers: Mapping[int, Iterable[int]],
     usage: Mapping[int, npt.NDArray[Any]],
 ) -> TargetState:
-    """`[1, …]` per tensor of every adapted layer: Σ_e u_e·W_e / Σ_e u_e over experts that are neither target nor helper.
+    """Return `[1, …]` per tensor of every adapted layer: Σ_e u_e·W_e / Σ_e u_e over experts that are neither target
+    nor helper.
 
     usage: [N] by layer, for example token scores of the target text. Where no absent expert was used at all they count
     alike; where none is absent the mean of all stands in, and is never asked for.
@@ -45,7 +46,7 @@ def background(
 
 
 def weights_of(usage: npt.NDArray[Any], experts: Iterable[int]) -> dict[int, float]:
-    """Each expert's share of what all of them are used, or equal shares when none is."""
+    """Return each expert's share of what all of them are used, or equal shares when none is."""
     chosen = list(experts)
     total = float(sum(max(0.0, float(usage[e])) for e in chosen))
     if total <= 0:
@@ -54,7 +55,7 @@ def weights_of(usage: npt.NDArray[Any], experts: Iterable[int]) -> dict[int, flo
 
 
 def mean_row(row: Callable[[int], torch.Tensor], shares: Mapping[int, float]) -> torch.Tensor:
-    """Σ share·row as `[1, …]`: one expert in memory at a time, summed in float32, in the rows' own type."""
+    """Return Σ share·row as `[1, …]`: one expert in memory at a time, summed in float32, in the rows' own type."""
     import torch
 
     total, dtype = None, None

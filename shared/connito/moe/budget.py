@@ -1,4 +1,4 @@
-"""What a selection may cost: a number of experts, bytes to upload, or memory to train in; per layer or over all layers.
+"""Caps on the cost of a selection: number of experts, bytes to upload, or training memory, per layer or over all layers.
 
 Within a budget the experts with the best scores are taken, whatever their layer; one that does not fit is passed over
 for a smaller one. That is the greedy answer to a knapsack, and exact where all experts have one size, as they do in
@@ -71,7 +71,7 @@ class Budget:
             )
 
     def fit(self, layers: Mapping[int, list[int]], scores: Mapping[int, FloatArray]) -> dict[int, list[int]]:
-        """The best of `layers` (expert ids, best first) by score that stay within every cap; the order is kept."""
+        """Return the best of `layers` (expert ids, best first) by score that stay within every cap; the order is kept."""
         if self.scope == "layer":
             each = replace(self, scope="global", memory=0)
             layers = {index: each.fit({index: experts}, scores)[index] for index, experts in layers.items()}
@@ -103,7 +103,8 @@ def of_base(
     value_bytes: int,
     helpers_per_layer: int = 0,
 ) -> tuple[dict[int, Cost], int]:
-    """(costs by layer, resident bytes) of a base: sizes of one expert by layer, of the model, and numbers of experts.
+    """Return (costs by layer, resident bytes) of a base: sizes of one expert by layer, of the model, and numbers of
+    experts.
 
     value_bytes: of one stored value, 2 for BF16. Gradients have the type of the rows.
     """

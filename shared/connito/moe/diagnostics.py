@@ -1,4 +1,4 @@
-"""What a person wants to see beside a selection map. Nothing here decides.
+"""Diagnostics shown beside a selection map; none of them affects a decision.
 
 From counts: who shares experts with whom, how evenly a layer is used, which experts go together. By intervening in
 the model (after MoE Lens and driver-expert analysis): what the output loses without an expert, and how far a token's
@@ -34,7 +34,7 @@ KL_TOKENS = 256
 
 
 def diagnose(domains: Mapping[str, RoutingStatistics], layers: Mapping[int, list[int]], domain: str) -> dict[str, Any]:
-    """From counts alone.
+    """Return the diagnostics that need counts alone.
 
     Per layer: `domain_entropy` H_e = −Σ_d p ln p / ln D of each expert (0 = one domain only, 1 = all alike; needs two
     domains), `unused` and `low_use` experts of the target, its `utilisation`, `first_choice` shares, `coactivation` of
@@ -71,12 +71,12 @@ def diagnose(domains: Mapping[str, RoutingStatistics], layers: Mapping[int, list
 
 
 def mass(statistics: RoutingStatistics, layers: Mapping[int, list[int]]) -> float:
-    """Share of routing decisions that fall on `layers`' experts, mean over those layers."""
+    """Return the share of routing decisions that fall on `layers`' experts, mean over those layers."""
     return float(np.mean([statistics.layers[i].token_score[e].sum() for i, e in layers.items()]))
 
 
 def domain_entropy(scores: Sequence[FloatArray]) -> FloatArray:
-    """H_e = −Σ_d p_d ln p_d / ln D with p_d = r_d[e] / Σ_d r_d[e], [N], for D ≥ 2 tables of scores [N]."""
+    """Return H_e = −Σ_d p_d ln p_d / ln D with p_d = r_d[e] / Σ_d r_d[e], [N], for D ≥ 2 tables of scores [N]."""
     table = np.stack(scores)
     share = table / np.maximum(table.sum(axis=0), 1e-300)
     logs = np.log(np.where(share > 0, share, 1.0))
@@ -84,30 +84,34 @@ def domain_entropy(scores: Sequence[FloatArray]) -> FloatArray:
 
 
 def utilisation(layer: LayerRouting) -> float:
-    """How evenly a layer's experts are used: exp(entropy of the shares) / N. 1 = all alike, 1/N = a single one."""
+    """Return the evenness with which a layer's experts are used: exp(entropy of the shares) / N. 1 = all alike, 1/N =
+    a single one.
+    """
     share = layer.counts / max(1, layer.counts.sum())
     used = share[share > 0]
     return float(np.exp(-(used * np.log(used)).sum()) / len(share)) if len(used) else 0.0
 
 
 def low_use(layer: LayerRouting) -> list[int]:
-    """Experts that get less than a tenth of an even share."""
+    """Return the experts that get less than a tenth of an even share."""
     return [int(e) for e in np.flatnonzero(layer.token_score < LOW_SHARE / len(layer.counts))]
 
 
 def overlap(one: RoutingStatistics, other: RoutingStatistics) -> float:
-    """Σ_e min(r_1[e], r_2[e]), mean over layers: the share of routing that two domains have in common."""
+    """Return Σ_e min(r_1[e], r_2[e]), mean over layers: the share of routing that two domains have in common."""
     common = [np.minimum(layer.token_score, other.layers[i].token_score).sum() for i, layer in one.layers.items()]
     return float(np.mean(common))
 
 
 def overlaps(domains: Mapping[str, RoutingStatistics]) -> FloatArray:
-    """`overlap` of every two domains, [D, D]."""
+    """Return `overlap` of every two domains, [D, D]."""
     return np.array([[overlap(a, b) for b in domains.values()] for a in domains.values()])
 
 
 def coactivation(layer: LayerRouting) -> FloatArray:
-    """P(b chosen | a chosen), [N, N]; rows of unused experts are 0. The diagonal, which is 1 by definition, is set to 0."""
+    """Return P(b chosen | a chosen), [N, N]; rows of unused experts are 0. The diagonal, which is 1 by definition, is
+    set to 0.
+    """
     table = layer.together / np.maximum(1, layer.counts)[:, None]
     np.fill_diagonal(table, 0.0)
     return np.asarray(table)
@@ -125,8 +129,8 @@ def causal_effects(
     budget: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, dict[int, float]]:
-    """CE_e = E[KL(P ‖ P_do(gate_e → 0))] in nats per token, by layer and expert: what the next-token distribution loses
-    when the expert's gate is zero and nothing takes its place. Large ones are driver experts.
+    """Return CE_e = E[KL(P ‖ P_do(gate_e → 0))] in nats per token, by layer and expert: what the next-token
+    distribution loses when the expert's gate is zero and nothing takes its place. Large ones are driver experts.
 
     sequences int32 [n, L]. Each expert costs one forward pass from its layer up; `budget` caps how many are measured
     (0: all of `layers`), best of every layer first. The model is left as it was.
@@ -165,7 +169,8 @@ def _without(expert: int, weights: torch.Tensor, ids: torch.Tensor) -> torch.Ten
 
 
 def top1_ratio(model: nn.Module, sequences: npt.NDArray[Any], batch_tokens: int = 2048) -> float:
-    """Perplexity when each token's strongest expert takes the weight of all its k, over the model's own; 1 where k is 1.
+    """Return the perplexity when each token's strongest expert takes the weight of all its k, over the model's own; 1
+    where k is 1.
 
     sequences int32 [n, L + 1]. Near 1: the layers' first experts carry the text alone.
     """
@@ -205,7 +210,7 @@ def _by_rank(layers: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
 
 @contextmanager
 def _gates(router: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside, experts get `change(weights, ids)` instead of the gate weights [T, k] that the router reported."""
+    """Give experts `change(weights, ids)` inside the block, instead of the gate weights [T, k] that the router reported."""
     from connito.moe.resident import choice
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
@@ -228,8 +233,9 @@ def measure(
     max_tokens: int = 1024,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """What only the model can tell, on the first `max_tokens` of `sequences` int32 [n, L + 1]: `causal_effect` by layer and
-    expert, of at most `budget` selected experts, `drivers` (more than half of the largest effect), `top1_perplexity_ratio`.
+    """Return the diagnostics that need the model, on the first `max_tokens` of `sequences` int32 [n, L + 1]:
+    `causal_effect` by layer and expert, of at most `budget` selected experts, `drivers` (more than half of the largest
+    effect), `top1_perplexity_ratio`.
     """
     if not len(sequences):
         raise Invalid(

@@ -47,14 +47,14 @@ class ShadowRouters:
         self._optimiser = torch.optim.AdamW(list(self.shift.values()), lr=1.0, weight_decay=0.0, betas=(0.9, 0.95))
 
     def begin(self, step: int, steps: int) -> None:
-        """Which phase local step `step` of `steps` is in."""
+        """Turn the loss on or off for local step `step` of `steps`, by phase."""
         self._on = step < self._settings.share * steps
         self._divergence.clear()
         for shift in self.shift.values():
             shift.grad = None
 
     def loss(self) -> torch.Tensor:
-        """λ · mean over layers and tokens of KL(shipped ‖ shadow), of the forward pass before; 0 when off."""
+        """Return λ · mean over layers and tokens of KL(shipped ‖ shadow), of the forward pass before; 0 when off."""
         if not self._divergence:
             return torch.zeros(())
         total = torch.stack(self._divergence).mean() * self._settings.weight
@@ -62,7 +62,7 @@ class ShadowRouters:
         return total
 
     def step(self, rate: float) -> None:
-        """One AdamW step of the shadows."""
+        """Apply one AdamW step to the shadow routers."""
         if not self._on:
             return
         for group in self._optimiser.param_groups:

@@ -66,7 +66,7 @@ def join(maps: Mapping[str, Map], scores: Mapping[str, Scores], rule: str) -> Jo
 
 
 def shared(maps: Mapping[str, Map]) -> Map:
-    """Expert ids by layer that more than one domain has."""
+    """Return the expert ids, by layer, that more than one domain has."""
     out: Map = {}
     for index in sorted({index for found in maps.values() for index in found}):
         lists = [set(found.get(index, [])) for found in maps.values()]
@@ -77,7 +77,7 @@ def shared(maps: Mapping[str, Map]) -> Map:
 
 
 def union(maps: Mapping[str, Map], scores: Scores) -> Map:
-    """Everything that any domain has, best score first, ties by id."""
+    """Return the experts that any domain has, best score first, ties by id."""
     out: Map = {}
     for index in sorted({index for found in maps.values() for index in found}):
         every = {e for found in maps.values() for e in found.get(index, [])}
@@ -86,7 +86,7 @@ def union(maps: Mapping[str, Map], scores: Scores) -> Map:
 
 
 def within(maps: Mapping[str, Map], kept: Map) -> dict[str, Map]:
-    """What is left of each domain's map when only `kept` may stay."""
+    """Restrict each domain's map to the experts in `kept`."""
     return {
         name: {index: [e for e in experts if e in set(kept.get(index, []))] for index, experts in found.items()}
         for name, found in maps.items()

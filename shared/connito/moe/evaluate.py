@@ -33,7 +33,7 @@ class Evaluator:
     def __init__(
         self, model: nn.Module, selection: Any, *, batch_tokens: int = 2048, cache_bytes: int = 1 << 30
     ) -> None:
-        """`batch_tokens` run at a time; at most `cache_bytes` of hidden states are kept, those that came first.
+        """Run `batch_tokens` at a time and cache at most `cache_bytes` of hidden states, those that came first.
 
         States are evaluated on the same sequences one after the other: were the oldest entry thrown out for the newest,
         a cache a little too small would hold none of them when it comes to the next state.
@@ -79,7 +79,8 @@ class Evaluator:
         sequences: npt.NDArray[Any],
         on_batch: Callable[[int, int], None] | None = None,
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """(sum of negative log-likelihoods in nats, float64 [n]; tokens, int64 [n]) for sequences int32 [n, L + 1].
+        """Return (sum of negative log-likelihoods in nats, float64 [n]; tokens, int64 [n]) for sequences int32 [n, L +
+        1].
 
         `state` None means whatever is in the model. Equals a plain forward of the full model. `on_batch(done, n)`.
         """
@@ -116,7 +117,7 @@ class Evaluator:
             return nll.double().sum(dim=1).cpu().numpy()
 
     def _hidden(self, part: npt.NDArray[Any]) -> torch.Tensor | None:
-        """Hidden states [n, L, H] that enter the first adapted layer, from the cache where they are."""
+        """Return hidden states [n, L, H] that enter the first adapted layer, from the cache where they are."""
         if self._shortcut is None:
             return None
         keys = [_key(row) for row in part]
@@ -144,7 +145,7 @@ class Evaluator:
             self._cached += _bytes(row)
 
     def _agrees(self) -> bool:
-        """Whether the shortcut gives the full model's logits, tried on two short sequences."""
+        """Return whether the shortcut gives the full model's logits, tried on two short sequences."""
         assert self._shortcut is not None
         vocabulary = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         ids = (torch.arange(48, device=self._device).view(2, 24) * 7919) % vocabulary
@@ -174,7 +175,7 @@ class Midway:
             self._shortcut = self._shortcut if same else None
 
     def logits(self) -> torch.Tensor:
-        """[n, L, V] of the model as it is now."""
+        """Return logits [n, L, V] of the model as it is now."""
         if self._shortcut is None:
             return self._whole()
         with self._shortcut.enter_with(self._hidden):
@@ -205,14 +206,14 @@ class _Shortcut:
 
     @classmethod
     def find(cls, model: nn.Module, experts_name: str) -> _Shortcut | None:
-        """The decoder layer list that `experts_name` lies in, or None when there is no such list."""
+        """Return the decoder layer list that `experts_name` lies in, or None when there is no such list."""
         stem, _, rest = experts_name.rpartition("layers.")
         index = int(rest.split(".")[0])
         layers = list(model.get_submodule(stem + "layers").children())
         return cls(layers[:index], layers[index]) if index < len(layers) else None
 
     def capture(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """What enters layer k, [n, L, H]."""
+        """Return the input of layer k, [n, L, H]."""
         seen: list[torch.Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -230,7 +231,7 @@ class _Shortcut:
 
     @contextmanager
     def enter_with(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Inside, a forward pass of the model skips the layers below and starts layer k from `hidden`."""
+        """Make a forward pass skip the layers below and start layer k from `hidden` inside the block."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:

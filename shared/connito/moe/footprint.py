@@ -1,4 +1,4 @@
-"""What a training model will take in memory, from the base's manifest alone: predicted before a byte of it is loaded.
+"""Prediction of a training model's memory from the base's manifest alone, before a byte of it is loaded.
 
 Weights, gradients and moments are exact, since every tensor's size is in the manifest. Activations are an estimate; the
 number says so. No torch here.
@@ -29,7 +29,7 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Workload:
-    """How a miner trains. `sequences` go through the model at once; `half` holds what is frozen in bfloat16."""
+    """A miner's training settings. `sequences` go through the model at once; `half` holds what is frozen in bfloat16."""
 
     sequences: int
     length: int
@@ -48,18 +48,18 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Return the sum of all parts, in bytes."""
         return self.weights + self.gradients + self.moments + self.activations
 
     def to_json(self) -> dict[str, int]:
-        """The parts and their sum, in bytes."""
+        """Return the parts and their sum, in bytes."""
         return {**asdict(self), "total": self.total}
 
 
 def predict(
     manifest: Manifest, targets: Mapping[int, Sequence[int]], helpers: Mapping[int, Sequence[int]], work: Workload
 ) -> Footprint:
-    """The footprint of the training model M(Φ, R, θ ∪ H). Raises `Invalid` for a selection of another base."""
+    """Return the footprint of the training model M(Φ, R, θ ∪ H). Raises `Invalid` for a selection of another base."""
     sizes, counts = manifest.expert_bytes(), manifest.experts()
     odd = [layer for layer in targets if layer not in counts]
     if odd:
@@ -118,7 +118,9 @@ def require_fit(need: Footprint, have: int, where: str) -> None:
 
 
 def free_bytes() -> int:
-    """Memory that this process may still take: what the system has available, or less where a control group says so."""
+    """Return memory that this process may still take: what the system has available, or less where a control group
+    says so.
+    """
     available: float = math.inf
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

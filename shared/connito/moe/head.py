@@ -33,7 +33,9 @@ class Head:
         self.body, self.output = _split(model)
 
     def nll(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Per token, float32 [B, L], for `ids` and next tokens `targets` [B, L]. Differentiable in the body's input."""
+        """Return the loss per token, float32 [B, L], for `ids` and next tokens `targets` [B, L]. Differentiable in the body's
+        input.
+        """
         if self.output is None or self.body is None:
             logits = self.model(input_ids=ids, use_cache=False).logits
             return _full_nll(logits, targets)
@@ -41,7 +43,7 @@ class Head:
         return self.nll_of_hidden(hidden, targets)
 
     def nll_of_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The same from last hidden states [B, L, H] (after the final norm)."""
+        """Return the same from last hidden states [B, L, H] (after the final norm)."""
         assert self.output is not None
         flat = hidden.reshape(-1, hidden.shape[-1])
         losses: torch.Tensor = ChunkedNLL.apply(  # type: ignore[no-untyped-call]
@@ -93,7 +95,9 @@ class ChunkedNLL(torch.autograd.Function):
 
 
 def _tile(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """The losses of some tokens, float32, with a running maximum and sum over blocks of words (Milakov & Gimelshein 2018)."""
+    """Return the losses of some tokens, float32, with a running maximum and sum over blocks of words (Milakov &
+    Gimelshein 2018).
+    """
     wanted = targets[:, None]
     maximum = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
     total, own = torch.zeros_like(maximum), torch.zeros_like(maximum)
@@ -116,7 +120,7 @@ def _full_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _split(model: Any) -> tuple[Any, Any]:
-    """(body, output layer) if the body's last hidden state and a plain linear layer give the model's logits."""
+    """Return (body, output layer) if the body's last hidden state and a plain linear layer give the model's logits."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     body = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
     if not isinstance(output, torch.nn.Linear) or body is None or body is model:

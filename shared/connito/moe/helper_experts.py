@@ -1,4 +1,6 @@
-"""Which frozen experts stay beside the targets: the most used ones, by number, by bytes, or by a miner's whole memory."""
+"""Choice of the frozen experts that stay beside the targets: the most used ones, by number, by bytes, or by a miner's
+whole memory.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ Usage = Mapping[int, "npt.NDArray[Any]"]
 def most_used(
     usage: Usage, targets: Mapping[int, Sequence[int]], sizes: Mapping[int, int], *, per_layer: int, max_bytes: int
 ) -> dict[int, list[int]]:
-    """Helpers by layer, most used first: over all layers the most used ones that fit into `max_bytes` together.
+    """Return helpers by layer, most used first: over all layers the most used ones that fit into `max_bytes` together.
 
     usage: [N] by layer, the share of routing decisions. sizes: bytes of one expert by layer. per_layer caps each layer,
     0 does not. An expert that the domain never uses is no help and is left out.
@@ -43,7 +45,7 @@ def most_used(
 def by_policy(
     spec: run_pb2.RunSpec, manifest: Manifest, usage: Usage, targets: Mapping[int, Sequence[int]]
 ) -> dict[int, list[int]] | None:
-    """Helpers as the policy's caps in bytes want them; None when it has none and counts per layer instead.
+    """Return helpers as the policy's caps in bytes want them; None when it has none and counts per layer instead.
 
     Raises `Invalid` (SELECTION_FAILED) when the training model is too large for the memory asked for without any helper.
     """

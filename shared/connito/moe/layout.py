@@ -1,4 +1,4 @@
-"""Where the routed experts of a Hugging Face model are: one description for every fused-experts family.
+"""Location of the routed experts in a Hugging Face model: one description for every fused-experts family.
 
 transformers ≥ 5 keeps the experts of a layer in one module with fused tensors `[experts, …]` and a router beside it,
 in some sixty families. Whatever follows that interface is found here by its shape, not by its name.
@@ -48,7 +48,7 @@ class MoELayer:
 
 
 def find_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
-    """MoE layers by decoder layer index, ascending; empty for a dense model.
+    """Return MoE layers by decoder layer index, ascending; empty for a dense model.
 
     Raises `Invalid` when two experts modules share a layer index (a text and a vision bank, say), because a selection
     map names layers by index alone.
@@ -70,7 +70,7 @@ def find_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
 
 
 def require_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
-    """`find_moe_layers`, or `Invalid` that says why there are none and what to do."""
+    """Return `find_moe_layers`, or `Invalid` that says why there are none and what to do."""
     found = find_moe_layers(model)
     if found:
         return found
@@ -85,8 +85,9 @@ def require_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
 
 
 def shared_experts(model: nn.Module) -> list[str]:
-    """Names of the modules that every token passes beside its routed experts. They are in no bank, so no selection can
-    name them; they are listed for people."""
+    """Return names of the modules that every token passes beside its routed experts. They are in no bank, so no
+    selection can name them; they are listed for information.
+    """
     return [
         name
         for name, _ in model.named_modules()
@@ -95,7 +96,7 @@ def shared_experts(model: nn.Module) -> list[str]:
 
 
 def layer_index(module_name: str) -> int:
-    """The decoder layer that a module lies in, from its name."""
+    """Return the decoder layer that a module lies in, from its name."""
     return int(_LAYER.findall(module_name + ".")[-1])
 
 
@@ -126,7 +127,7 @@ def _looks_sparse(model: nn.Module) -> bool:
 
 
 def as_targets(selection: Any) -> dict[int, list[int]]:
-    """Expert ids by layer, both ascending, from a `Selection` or a plain mapping. Empty layers are left out.
+    """Return expert ids by layer, both ascending, from a `Selection` or a plain mapping. Empty layers are left out.
 
     The order of rows in a `TargetState` is this one, whatever order a selection lists its experts in.
     """
@@ -169,7 +170,9 @@ def check_routers(layers: Mapping[int, MoELayer], selection: Any) -> None:
 
 
 def router_digest(layers: Mapping[int, MoELayer]) -> str:
-    """SHA-256 over the routers' parameters and buffers: what decides the routing, and what no training here changes."""
+    """Return SHA-256 over the routers' parameters and buffers: what decides the routing, and what no training here
+    changes.
+    """
     import torch
 
     state = hashlib.sha256()

@@ -35,14 +35,14 @@ class Moments:
     second_only: bool = False
 
     def fit(self, parameters: Mapping[str, torch.Tensor]) -> bool:
-        """Whether they belong to these tensors, by name and shape."""
+        """Return whether the moments belong to these tensors, by name and shape."""
         return bool(self.steps) and all(
             {name: value.shape for name, value in moment.items()} == {name: p.shape for name, p in parameters.items()}
             for moment in (self.first, self.second)
         )
 
     def install(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> bool:
-        """Let `optimiser` go on from here; whether it does. Moments of other tensors are no use and are left out."""
+        """Load these moments into `optimiser` and return whether they fit; moments of other tensors are left out."""
         import torch
 
         if not self.fit(parameters):
@@ -58,7 +58,7 @@ class Moments:
         return True
 
     def correction(self, step: int, beta: float) -> float:
-        """What the rate of local step `step` (from 0) is multiplied by where only the second moment was kept.
+        """Return the factor on the rate of local step `step` (from 0) when only the second moment was kept.
 
         AdamW counts one number of steps t for both moments and divides the first one by 1 − β₁^t, as if it were that old;
         (1 − β₁^t) / (1 − β₁^{step + 1}) makes that right.

@@ -47,7 +47,7 @@ Reroute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class Residents:
-    """Which experts of one layer are in memory, both ascending; `background`: one merged expert stands for the rest."""
+    """Experts of one layer that are in memory, both lists ascending; `background`: one merged expert stands for the rest."""
 
     targets: tuple[int, ...]
     helpers: tuple[int, ...]
@@ -55,7 +55,8 @@ class Residents:
     background: bool = False
 
     def where(self) -> list[tuple[int, str, int]]:
-        """(expert id, prefix of the bank it is in, its row there), ascending by id, as a full model would visit them.
+        """Return (expert id, prefix of the bank it is in, its row there), ascending by id, as a full model would visit
+        them.
 
         The background expert has the id of the skip slot, N: whoever would be skipped goes to it.
         """
@@ -103,7 +104,7 @@ def resident_plan(
     helpers: Mapping[int, Iterable[int]],
     routing_mode: str,
 ) -> dict[int, Residents]:
-    """What stays in memory per adapted layer, checked."""
+    """Return, checked, the experts that stay in memory in each adapted layer."""
     if routing_mode not in ROUTING_MODES:
         raise Invalid(
             f"unknown routing mode {routing_mode!r}: use {', '.join(ROUTING_MODES)}", reason=reasons_pb2.REASON_BAD_SPEC
@@ -179,7 +180,7 @@ def add_background(model: nn.Module, background: Mapping[str, torch.Tensor]) -> 
 
 
 def adapted_layers(model: nn.Module) -> dict[int, tuple[Any, Any]]:
-    """(experts module, router) of every adapted layer of a compressed model, by layer index."""
+    """Return (experts module, router) of every adapted layer of a compressed model, by layer index."""
     modules = dict(model.named_modules())
     found = {}
     for name, module in modules.items():
@@ -193,7 +194,7 @@ def adapted_layers(model: nn.Module) -> dict[int, tuple[Any, Any]]:
 
 
 def read_targets(model: nn.Module) -> TargetState:
-    """θ of a compressed model: copies of the target rows, on the CPU, named and ordered as everywhere."""
+    """Return θ of a compressed model: copies of the target rows, on the CPU, named and ordered as everywhere."""
     state = {
         tensor_name(layer_index(name), key.removeprefix(TARGET)): parameter.detach().to("cpu", copy=True)
         for name, module in model.named_modules()
@@ -221,7 +222,9 @@ def write_targets(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def target_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable rows of a compressed model by state name, sorted: exactly its parameters that require gradients."""
+    """Return the trainable rows of a compressed model by state name, sorted: exactly its parameters that require
+    gradients.
+    """
     found = {
         tensor_name(layer_index(name), key.removeprefix(TARGET)): parameter
         for name, module in model.named_modules()
@@ -235,7 +238,7 @@ def target_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def resident_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Σ_k w_k · expert_k(x) over resident experts, [T, hidden]; an id without a resident adds nothing.
+    """Return Σ_k w_k · expert_k(x) over resident experts, [T, hidden]; an id without a resident adds nothing.
 
     One matrix product per resident expert straight from its bank: no bank is concatenated or indexed per call. Experts
     are visited by ascending id and summed like the family's own loop, so that parity with the full model is exact.
@@ -251,7 +254,9 @@ def resident_experts_forward(
 
 
 def _expert(self: Any, x: torch.Tensor, bank: str, row: int) -> torch.Tensor:
-    """One expert on its tokens [t, hidden], with whatever the family has: gate, biases, transposed weights, post norm."""
+    """Return one expert's output for its tokens [t, hidden], with whatever the family has: gate, biases, transposed weights,
+    post norm.
+    """
     up = "gate_up_proj" if self.has_gate else "up_proj"
     x = _linear(self, x, bank, row, up)
     x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
@@ -279,7 +284,7 @@ def _router_hook(reroute: Reroute) -> Callable[..., Any]:
 
 
 def choice(output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logits, weights, ids) that a router reported. Raises `Invalid` for a router that reports something else."""
+    """Return (logits, weights, ids) that a router reported. Raises `Invalid` for a router that reports something else."""
     fits = (
         isinstance(output, tuple)
         and len(output) >= 3
@@ -301,7 +306,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def thinned(reroute: Reroute, top_k: int, total: int, renormalise: bool) -> Reroute:
-    """`reroute`, of which a token keeps its `top_k` heaviest slots; the others go to the skip slot.
+    """Wrap `reroute` so that a token keeps its `top_k` heaviest slots and the others go to the skip slot.
 
     A miner with less compute takes part with fewer experts per token (FFT-MoE). Where the family normalises its gates to
     a fixed sum, the kept ones are scaled up to it.
@@ -361,7 +366,9 @@ class _Routing:
     def _among(
         self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`masked`: softmax over all experts, top-k among residents; `restricted`: softmax over residents only."""
+        """Return the rerouting of a mode. `masked`: softmax over all experts, top-k among residents; `restricted`:
+        softmax over residents only.
+        """
         here, masked = self.residents.to(ids.device), self.mode == "masked"
         if masked:
             scores = logits.float().softmax(dim=-1).index_select(-1, here)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def read_rows(model: nn.Module, selection: Any) -> TargetState:
-    """θ: copies of the selected rows of a full model, `[n_selected, …]` per tensor, ascending expert id."""
+    """Return θ: copies of the selected rows of a full model, `[n_selected, …]` per tensor, ascending expert id."""
     layers = require_moe_layers(model)
     targets = as_targets(selection)
     check_targets(layers, targets)
@@ -49,7 +49,7 @@ def write_rows(model: nn.Module, selection: Any, state: Mapping[str, torch.Tenso
 def check_state(
     layers: Mapping[int, MoELayer], targets: Mapping[int, list[int]], state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Exactly the tensors and shapes that the selection demands, or `Invalid` naming the first difference."""
+    """Raise `Invalid`, naming the first difference, unless a state has the tensors and shapes of the selection."""
     expected = {
         tensor_name(index, name): (len(experts), *getattr(layers[index].experts, name).shape[1:])
         for index, experts in targets.items()
@@ -68,7 +68,7 @@ def check_state(
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every tensor, and of every expert's row separately: `name` or `name[expert]` -> hex."""
+    """Return SHA-256 of every tensor, and of every expert's row separately: `name` or `name[expert]` -> hex."""
     banks = {
         f"{layer.experts_name}.{name}" for layer in require_moe_layers(model).values() for name in layer.parameters
     }
@@ -115,7 +115,7 @@ class BaseDigests:
 
 
 def base_digests(model: nn.Module, layers: Any, digests: Mapping[str, str] | None = None) -> BaseDigests:
-    """Digests of `model` split at `layers` (expert ids by layer). `digests` spares hashing the model once more."""
+    """Return digests of `model` split at `layers` (expert ids by layer). `digests` spares hashing the model once more."""
     found = require_moe_layers(model)
     rows = {
         f"{found[index].experts_name}.{name}[{expert}]"

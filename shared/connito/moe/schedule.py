@@ -20,7 +20,7 @@ class Schedule:
     warmup: int = 0
 
     def factor(self, cycle: int, step: int) -> float:
-        """What to multiply the rate by at local step `step` (from 0) of cycle `cycle` (from 1)."""
+        """Return the factor on the learning rate at local step `step` (from 0) of cycle `cycle` (from 1)."""
         total = max(1, self.cycles * self.steps)
         done = min(1.0, ((cycle - 1) * self.steps + step) / total)
         cosine = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,4 +1,4 @@
-"""Which experts a domain uses: from routing statistics to a selection map. No model is needed, only counts.
+"""Selection of the experts that a domain uses, from routing statistics; no model is needed.
 
 Methods:
   esft-token    shortest prefix by descending token score whose sum reaches p (ESFT, Wang et al. 2024)
@@ -54,11 +54,11 @@ class Selection:
 
     @property
     def selected(self) -> int:
-        """How many experts, over all layers."""
+        """Return the number of experts over all layers."""
         return sum(len(experts) for experts in self.layers.values())
 
     def to_json(self) -> dict[str, Any]:
-        """What `connito select --json` prints."""
+        """Return the JSON document that `connito select --json` prints."""
         out: dict[str, Any] = {
             "method": self.method,
             "threshold": self.threshold,
@@ -82,12 +82,12 @@ class Selection:
         return out
 
     def to_bytes(self) -> bytes:
-        """The same as reproducible JSON bytes, for the store."""
+        """Return the same as reproducible JSON bytes, for the store."""
         return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Selection:
-        """The inverse of `to_json`."""
+        """Return the inverse of `to_json`."""
 
         def by_layer(found: Mapping[str, Any]) -> dict[int, list[Any]]:
             return {int(k): list(v) for k, v in found.items()}
@@ -130,7 +130,7 @@ def select_experts(
     helpers_per_layer: int = 0,
     domain: str = "target",
 ) -> Selection:
-    """The experts that `target`'s text uses.
+    """Return the experts that `target`'s text uses.
 
     threshold: p of the method, in (0, 1]; None takes the method's own. general: statistics of other domains by name,
     needed by `differential`, used by every method for the diagnostics. beside: domains to select together with
@@ -190,7 +190,7 @@ def select_experts(
 def _capped(
     joint: Joint, scores: Mapping[str, dict[int, FloatArray]], best: dict[int, FloatArray], rule: str, budget: Budget
 ) -> tuple[dict[str, dict[int, list[int]]], dict[int, list[int]]]:
-    """(each domain's map, all together) within the budget, without empty layers."""
+    """Return (each domain's map, all together) within the budget, without empty layers."""
     maps = joint.maps
     if budget and rule == "duplicate" and len(maps) > 1:
         part = replace(budget, experts=budget.experts // len(maps), size=budget.size // len(maps))
@@ -207,7 +207,7 @@ def _capped(
 
 
 def choose_helpers(target: RoutingStatistics, layers: Mapping[int, list[int]], count: int) -> dict[int, list[int]]:
-    """The `count` experts per layer that the domain uses most after the selected ones, most used first."""
+    """Return the `count` experts per layer that the domain uses most after the selected ones, most used first."""
     return _helpers({index: target.layers[index].token_score for index in layers}, layers, count)
 
 
@@ -221,7 +221,9 @@ def _helpers(usage: Mapping[int, FloatArray], layers: Mapping[int, list[int]], c
 
 
 def ema(previous: FloatArray | None, current: FloatArray, decay: float = 0.9) -> FloatArray:
-    """A ← decay·A + (1 − decay)·current, the running activation map of DES-MoE; the first observation starts it."""
+    """Return A ← decay·A + (1 − decay)·current, the running activation map of DES-MoE; the first observation starts
+    it.
+    """
     return current if previous is None else np.asarray(decay * previous + (1 - decay) * current)
 
 
@@ -250,7 +252,7 @@ def _scores(
 
 
 def _prefix(scores: FloatArray, method: str, p: float) -> list[int]:
-    """The layer's experts, best first; equal scores by ascending id."""
+    """Return the layer's experts, best first; equal scores by ascending id."""
     order = _descending(scores)
     if method == "des-moe":
         return [e for e in order if scores[e] >= p * scores[order[0]] and scores[e] > 0]

@@ -21,12 +21,12 @@ TargetState = dict[str, "torch.Tensor"]
 
 
 def tensor_name(layer: int, parameter: str) -> str:
-    """`layers.<l>.<parameter>`."""
+    """Return `layers.<l>.<parameter>`."""
     return f"layers.{layer}.{parameter}"
 
 
 def split_name(name: str) -> tuple[int, str]:
-    """(layer, parameter) of a state's tensor name. Raises `Invalid` for anything else."""
+    """Return (layer, parameter) of a state's tensor name. Raises `Invalid` for anything else."""
     parts = name.split(".")
     if len(parts) != 3 or parts[0] != "layers" or not parts[1].isdigit():
         raise Invalid(
@@ -88,7 +88,9 @@ def write_safetensors(
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's values as little-endian bytes in row order, without a copy where it is contiguous on the CPU."""
+    """Return the tensor's values as little-endian bytes in row order, without a copy where it is contiguous on the
+    CPU.
+    """
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -1,4 +1,4 @@
-"""What a router did on some text, counted: the ground that every selection method stands on.
+"""Counts of a router's decisions on some text, from which every selection method works.
 
 Shapes: T tokens, N experts, k experts per token. Everything is an integer and adds up: a corpus read in pieces, by
 several workers and in any order gives the same bytes as one reader, in memory that does not depend on its length.
@@ -46,7 +46,7 @@ class LayerRouting:
 
     @property
     def token_score(self) -> FloatArray:
-        """r[e] = mean over all tokens of 1[e in top-k] / k, [N]; sums to 1 (ESFT, Wang et al. 2024, eq. 7)."""
+        """Return r[e] = mean over all tokens of 1[e in top-k] / k, [N]; sums to 1 (ESFT, Wang et al. 2024, eq. 7)."""
         return np.asarray(self.counts / max(1, self.tokens * self.top_k))
 
     @property
@@ -56,7 +56,7 @@ class LayerRouting:
 
     @property
     def gate_score(self) -> FloatArray:
-        """g[e] = mean over all tokens of the gate weight given to e, [N] (ESFT, Wang et al. 2024, eq. 6)."""
+        """Return g[e] = mean over all tokens of the gate weight given to e, [N] (ESFT, Wang et al. 2024, eq. 6)."""
         return np.asarray(self.gate_sums / max(1, self.tokens))
 
 
@@ -74,7 +74,7 @@ class RoutingStatistics:
 
     @property
     def tokens(self) -> int:
-        """Tokens read (every layer sees the same)."""
+        """Return the number of tokens read, the same in every layer."""
         return max((layer.tokens for layer in self.layers.values()), default=0)
 
     def add(self, layer: int, num_experts: int, ids: npt.NDArray[Any], weights: npt.NDArray[Any]) -> None:
@@ -100,7 +100,7 @@ class RoutingStatistics:
         self.layers[layer] = known
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
-        """The statistics of both texts together, exactly: the order of merging does not show in the bytes.
+        """Return the exact statistics of both texts together; the order of merging does not change the bytes.
 
         Raises `Invalid` when they are of different models, or hold the same piece of text.
         """
@@ -140,7 +140,9 @@ class RoutingStatistics:
         return out
 
     def to_bytes(self) -> bytes:
-        """As safetensors; what was counted is in the metadata. One metadata key: the writer does not keep their order."""
+        """Return the statistics as safetensors; totals are in the metadata. One metadata key: the writer does not keep
+        their order.
+        """
         from safetensors.numpy import save
 
         tensors: dict[str, npt.NDArray[Any]] = {}
@@ -157,7 +159,7 @@ class RoutingStatistics:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RoutingStatistics:
-        """The inverse of `to_bytes`. Raises `Invalid` for anything else."""
+        """Return the inverse of `to_bytes`. Raises `Invalid` for anything else."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -181,7 +183,7 @@ class RoutingStatistics:
 
 
 def merge_all(parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
-    """All of them together. Raises `Invalid` as `merge` does."""
+    """Merge all statistics. Raises `Invalid` as `merge` does."""
     out = RoutingStatistics()
     for part in parts:
         out = out.merge(part)
@@ -189,7 +191,7 @@ def merge_all(parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
 
 
 def read_trace(path: Path, num_experts: int = 0) -> RoutingStatistics:
-    """Statistics from a routing trace: an `.npz` with `layer_<l>_ids` and `layer_<l>_weights`, both [tokens, k].
+    """Return statistics from a routing trace: an `.npz` with `layer_<l>_ids` and `layer_<l>_weights`, both [tokens, k].
 
     The number of experts is `num_experts`, else the file's own `num_experts`, else one more than the largest id.
     Raises `NotFound` or `Invalid` for a file that is not a trace.
@@ -210,7 +212,7 @@ def read_trace(path: Path, num_experts: int = 0) -> RoutingStatistics:
 
 
 def from_arrays(arrays: dict[str, npt.NDArray[Any]], num_experts: int, what: str) -> RoutingStatistics:
-    """`read_trace` on arrays that are already in memory; `what` names them in errors."""
+    """Return `read_trace` on arrays that are already in memory; `what` names them in errors."""
     layers = sorted(
         int(name[6:-4])
         for name in arrays

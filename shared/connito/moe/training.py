@@ -30,7 +30,7 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class TrainStats:
-    """What the steps did. Losses are of the training batches, in nats per token."""
+    """Measurements of local steps. Losses are of the training batches, in nats per token."""
 
     steps: int
     tokens: int
@@ -50,12 +50,12 @@ class Step:
 
 
 def pick_device() -> torch.device:
-    """The first CUDA device, or the CPU."""
+    """Return the first CUDA device, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def betas_of(policy: TrainPolicy) -> tuple[float, float]:
-    """AdamW's (β₁, β₂) under a policy; a run of before `beta1` existed trains as it did then."""
+    """Return AdamW's (β₁, β₂) under a policy; a run from before `beta1` existed keeps its old values."""
     return (policy.beta1 if policy.HasField("beta1") else BETAS[0]), BETAS[1]
 
 
@@ -75,7 +75,7 @@ def train_local(
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[TargetState, TrainStats]:
-    """H steps over `batches`, int32 [H, B, L + 1]: step h predicts [:, 1:] from [:, :-1] of batch h.
+    """Train H steps over `batches`, int32 [H, B, L + 1]: step h predicts [:, 1:] from [:, :-1] of batch h.
 
     `model` comes from `compress` and is trained in place, on the device where its parameters are; bf16 runs the
     forward pass under autocast, parameters and moments stay as they are. Rows that are stored in a shorter type than
@@ -121,13 +121,13 @@ def train_local(
 
 
 def _master(parameter: nn.Parameter) -> torch.Tensor:
-    """What the optimiser moves: the parameter, or a float32 copy of one that is stored in a shorter type."""
+    """Return the tensor that the optimiser updates: the parameter, or a float32 copy of one that is stored in a shorter type."""
     return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_(True)
 
 
 @dataclass
 class _Work:
-    """What a step needs."""
+    """The objects that a training step uses."""
 
     head: Head
     parameters: dict[str, nn.Parameter]
@@ -138,7 +138,7 @@ class _Work:
     bf16: bool
 
     def step(self, batch: npt.NDArray[Any], size: int, rate: float, index: int, steps: int) -> float:
-        """One AdamW step on a batch [B, L + 1], `size` sequences at a time; the loss before it."""
+        """Apply one AdamW step on a batch [B, L + 1], `size` sequences at a time, and return the loss before it."""
         device = next(iter(self.parameters.values())).device
         if self.shadow is not None:
             self.shadow.begin(index, steps)

@@ -42,7 +42,7 @@ _MISSING = {"NoSuchKey", "NoSuchObject", "ResourceNotFound"}
 
 
 def key_of(ref: ArtifactRef) -> str:
-    """`<realm>/sha256/<hex>`. Raises `Invalid` for a reference without a realm or with a digest that is none."""
+    """Return `<realm>/sha256/<hex>`. Raises `Invalid` for a reference without a realm or with a digest that is none."""
     if ref.realm not in REALMS:
         raise Invalid(f"the reference to {ref.digest[:12]}… names no realm")
     if len(ref.digest) != 64 or not set(ref.digest) <= set("0123456789abcdef"):
@@ -51,12 +51,12 @@ def key_of(ref: ArtifactRef) -> str:
 
 
 def ref_of_bytes(data: bytes, media_type: str, realm: artifacts_pb2.Realm.ValueType) -> ArtifactRef:
-    """The reference that these bytes have wherever they lie."""
+    """Return the reference that these bytes have wherever they lie."""
     return ArtifactRef(digest=hashlib.sha256(data).hexdigest(), size=len(data), media_type=media_type, realm=realm)
 
 
 def ref_of_file(path: Path, media_type: str, realm: artifacts_pb2.Realm.ValueType) -> ArtifactRef:
-    """The reference that a file's bytes have wherever they lie."""
+    """Return the reference that a file's bytes have wherever they lie."""
     digest, size = digest_of_file(path)
     return ArtifactRef(digest=digest, size=size, media_type=media_type, realm=realm)
 
@@ -94,7 +94,7 @@ class ArtifactStore:
 
     @classmethod
     def from_settings(cls, settings: ServiceSettings) -> ArtifactStore:
-        """The store a service is configured for. Raises `Fatal` when it has no credentials."""
+        """Return the store a service is configured for. Raises `Fatal` when it has no credentials."""
         if not settings.s3_access_key or not settings.s3_secret_key.get_secret_value():
             raise Fatal("this service needs the store: set CONNITO_S3_ACCESS_KEY and CONNITO_S3_SECRET_KEY")
         return cls(
@@ -162,7 +162,7 @@ class ArtifactStore:
     # Reading.
 
     async def get_bytes(self, ref: ArtifactRef) -> bytes:
-        """The whole artifact in memory. Raises `NotFound`, `VerificationFailed`."""
+        """Return the whole artifact in memory. Raises `NotFound`, `VerificationFailed`."""
         key = key_of(ref)
         data = await self._call("get", ref.digest, lambda: self._read(key, 0, 0, limit=ref.size + 1))
         if len(data) != ref.size or hashlib.sha256(data).hexdigest() != ref.digest:
@@ -170,8 +170,10 @@ class ArtifactStore:
         return data
 
     async def fetch(self, ref: ArtifactRef, *, progress: Progress | None = None) -> Path:
-        """The artifact as a read-only file in the local cache, verified. Raises `NotFound`, `VerificationFailed`, and
-        `Invalid` naming the folder when the disk is full. `progress(done, total)` is called from another thread."""
+        """Return the artifact as a read-only file in the local cache, verified. Raises `NotFound`,
+        `VerificationFailed`, and `Invalid` naming the folder when the disk is full. `progress(done, total)` is called
+        from another thread.
+        """
         key = key_of(ref)
 
         def download(path: Path) -> None:
@@ -185,7 +187,7 @@ class ArtifactStore:
         return await self._call("fetch", ref.digest, lambda: self.cache.get(ref, download))
 
     async def read_range(self, ref: ArtifactRef, start: int, length: int, sha256: str | None = None) -> bytes:
-        """`length` bytes from `start`, checked against their own digest if one is given. Raises `NotFound`,
+        """Return `length` bytes from `start`, checked against their own digest if one is given. Raises `NotFound`,
         `VerificationFailed`, and `Invalid` for a range outside of the artifact."""
         if start < 0 or length < 0 or start + length > ref.size:
             raise Invalid(f"bytes {start} to {start + length} are outside of {ref.digest[:12]}… ({ref.size} bytes)")
@@ -198,7 +200,7 @@ class ArtifactStore:
         return data
 
     async def stat(self, ref: ArtifactRef) -> int | None:
-        """The size of the stored object, or None if there is none."""
+        """Return the size of the stored object, or None if there is none."""
         key = key_of(ref)
         return await self._call("stat", ref.digest, lambda: self._size(key))
 
@@ -223,12 +225,12 @@ class ArtifactStore:
     # For those without credentials.
 
     def presign_put(self, ref: ArtifactRef, expires_s: int) -> tuple[str, dict[str, str]]:
-        """A URL that stores exactly this artifact, once, and the headers that the PUT must carry."""
+        """Return a URL that stores exactly this artifact, once, and the headers that the PUT must carry."""
         headers = write_once_headers(ref)
         return self._presign("PUT", ref, headers, expires_s), headers
 
     def presign_get(self, ref: ArtifactRef, expires_s: int) -> str:
-        """A URL that reads this artifact."""
+        """Return a URL that reads this artifact."""
         return self._presign("GET", ref, {}, expires_s)
 
     def _presign(self, method: str, ref: ArtifactRef, headers: dict[str, str], expires_s: int) -> str:

@@ -17,7 +17,7 @@ from connito.v1.artifacts_pb2 import ArtifactRef
 
 
 def digest_of_file(path: Path) -> tuple[str, int]:
-    """Lower-case hex SHA-256 and size of a file."""
+    """Return lower-case hex SHA-256 and size of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return digest.hexdigest(), file.tell()
@@ -33,11 +33,11 @@ class Cache:
         self.folder = folder
 
     def path(self, ref: ArtifactRef) -> Path:
-        """Where the artifact is, or would be."""
+        """Return the path of the artifact, cached or not."""
         return self.folder / "sha256" / ref.digest[:2] / ref.digest
 
     def get(self, ref: ArtifactRef, download: Callable[[Path], None]) -> Path:
-        """The verified file. `download` (into the path given, verifying) runs in at most one process at a time."""
+        """Return the verified file. `download` (into the path given, verifying) runs in at most one process at a time."""
         path = self.path(ref)
         if self._is_stamped(path, ref):
             metrics.CACHE.labels("hit").inc()

@@ -40,7 +40,7 @@ def presign(
     expires_s: int,
     now: datetime.datetime,
 ) -> str:
-    """A URL for one request to `path` that carries exactly `headers` (lower-case names; the host is added)."""
+    """Return a URL for one request to `path` that carries exactly `headers` (lower-case names; the host is added)."""
     host = urlsplit(endpoint).netloc
     stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
     scope = f"{day}/{region}/s3/aws4_request"
@@ -69,7 +69,7 @@ def presign(
 
 
 def write_once_headers(ref: ArtifactRef) -> dict[str, str]:
-    """What a PUT of this artifact, and of nothing else, must carry."""
+    """Return the headers with which a PUT stores this artifact and no other."""
     return {
         "content-length": str(ref.size),
         "if-none-match": "*",
@@ -186,7 +186,7 @@ def save_verified(read: Callable[[int], bytes], ref: ArtifactRef, path: Path, pr
 
 
 def disk_or_network(error: OSError, path: Path, what: str) -> Exception:
-    """A full or read-only disk stays so until someone acts; a broken connection does not."""
+    """Return `Invalid` for a full or read-only disk, which stays so until someone acts, else `Retry`."""
     if error.errno in (28, 30, 13, 122):  # ENOSPC, EROFS, EACCES, EDQUOT
         return Invalid(
             f"cannot write {path}: {error.strerror}; free space there, or point CONNITO_CACHE_DIR elsewhere",

@@ -1,1 +1,1 @@
-"""What services compute with a model: selecting, scoring, gating, gathering what that takes. Needs torch when used."""
+"""Computations that services do with a model: selecting, scoring, gating and their inputs. Needs torch when used."""

@@ -24,12 +24,12 @@ RECORDED = {".npz": "a routing trace", ".safetensors": "saved statistics"}
 
 
 def recorded(path: Path) -> bool:
-    """Whether a file holds routing already: a trace (.npz) or saved statistics (.safetensors)."""
+    """Return whether a file holds routing already: a trace (.npz) or saved statistics (.safetensors)."""
     return path.suffix in RECORDED
 
 
 def read_recorded(path: Path, num_experts: int = 0) -> RoutingStatistics:
-    """The statistics in a trace or a file of `--save-statistics`. Raises `NotFound` or `Invalid`."""
+    """Return the statistics in a trace or a file of `--save-statistics`. Raises `NotFound` or `Invalid`."""
     if path.suffix == ".npz":
         return read_trace(existing(path), num_experts)
     return RoutingStatistics.from_bytes(existing(path).read_bytes())
@@ -45,7 +45,9 @@ class Router:
 
     @classmethod
     def load(cls, base: Path, texts: Sequence[Sequence[Path]]) -> Router:
-        """`texts`: the files of each domain. Raises what `check_base` raises, and `Invalid` for a domain with too little."""
+        """Load a base to route `texts`, the files of each domain. Raises what `check_base` raises, and `Invalid` for
+        a domain with too little text.
+        """
         from connito.base.checks import check_base
         from connito.base.loading import load_full, load_tokenizer
 
@@ -64,12 +66,12 @@ class Router:
         return collect(self.model, blocks(self.tokenizer, paths, progress=progress))
 
     def head(self, paths: Sequence[Path], tokens: int) -> npt.NDArray[Any]:
-        """The first `tokens` of the texts, int32 [n, L + 1]."""
+        """Return the first `tokens` of the texts, int32 [n, L + 1]."""
         return head(self.tokenizer, paths, tokens, 257)
 
 
 def least_tokens(layout: Layout) -> int:
-    """So many tokens that each expert sees ten routing decisions on average."""
+    """Return the number of tokens with which each expert sees ten routing decisions on average."""
     return max(-(-DECISIONS_PER_EXPERT * number // top_k) for number, top_k in layout.experts.values())
 
 
@@ -78,7 +80,7 @@ def gather(
     route: Callable[[str, list[Path]], RoutingStatistics] | None,
     num_experts: int = 0,
 ) -> dict[str, RoutingStatistics]:
-    """Statistics by domain: recorded files are read and merged, text files go through `route(domain, files)`.
+    """Return statistics by domain: recorded files are read and merged, text files go through `route(domain, files)`.
 
     Raises `Invalid` for text without a base to route it.
     """

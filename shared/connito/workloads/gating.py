@@ -43,7 +43,7 @@ class GateEvaluator:
         files: Mapping[str, Path],
         holdouts: Mapping[str, Path],
     ) -> GateEvaluator:
-        """`files` are the base model's by name, `holdouts` the held-out corpora by domain. Raises `Invalid`."""
+        """Load from the base model's `files` by name and the held-out corpora by domain. Raises `Invalid`."""
         from connito.base.loading import load_full
         from connito.moe.evaluate import Evaluator
 
@@ -57,7 +57,7 @@ class GateEvaluator:
         return cls(Evaluator(load_full(files), layers), sequences)
 
     def measure(self, part: Part, digest: str, state: Path) -> Losses:
-        """Losses of the state with this digest. Loads the file only if it was not measured before."""
+        """Return losses of the state with this digest. Loads the file only if it was not measured before."""
         with self._lock:
             known = self._known.get((digest, part))
             if known is None:

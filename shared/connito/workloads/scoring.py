@@ -89,12 +89,12 @@ class SubmissionEvaluator:
         return cls(evaluator, read, spec)
 
     def draw(self, seed: bytes) -> dict[str, list[int]]:
-        """Numbers of the held-out sequences that the seed gives, by domain, the target first."""
+        """Return the numbers of the held-out sequences that the seed gives, by domain, the target first."""
         drawn = {name: draw_to_score(seed, name, of.pool, self._spec) for name, of in self._holdouts.items()}
         return {domain: numbers for domain, numbers in drawn.items() if numbers}
 
     def incumbent(self, state: Path, drawn: Mapping[str, list[int]], stop: threading.Event) -> Callable[[Part], Losses]:
-        """Losses of the cycle's own state θ_t, each part measured once.
+        """Return losses of the cycle's own state θ_t, each part measured once.
 
         A new cycle begins here: hidden states of sequences that are not drawn make room for those that are.
         """
@@ -113,7 +113,9 @@ class SubmissionEvaluator:
         stop: threading.Event,
         who: str,
     ) -> Measurable:
-        """Losses with a submission in the model. Raises `Invalid` with the reason for one that cannot be measured."""
+        """Return losses with a submission in the model. Raises `Invalid` with the reason for one that cannot be
+        measured.
+        """
         from connito.moe.state import load_state
 
         validate(files.artifact, read_header(state))
@@ -138,7 +140,7 @@ class SubmissionEvaluator:
 
 
 def rebase(artifact: State, origin: State, current: State) -> State:
-    """θ_t − δ with δ = origin − artifact: late work on the state that stands now, computed in float32."""
+    """Return θ_t − δ with δ = origin − artifact: late work on the state that stands now, computed in float32."""
     return {
         name: (rows.float() + (artifact[name].float() - origin[name].float())).to(rows.dtype)
         for name, rows in current.items()
@@ -146,7 +148,7 @@ def rebase(artifact: State, origin: State, current: State) -> State:
 
 
 def read_holdout(path: Path, spec: RunSpec, domain: str) -> Holdout:
-    """A hold-out corpus as sequences of the run's length, and the part of it that scores submissions."""
+    """Return a hold-out corpus as sequences of the run's length, and the part of it that scores submissions."""
     sequences = Corpus.load(path).sequences(spec.training.sequence_length)
     return Holdout(sequences, subsets(sequences, spec, domain).score)
 
@@ -159,7 +161,7 @@ class _Progress:
         self._finished, self._since = 0, time.monotonic()
 
     def part(self) -> Any:
-        """The callback for the next part."""
+        """Return the callback for the next part."""
         base = self._finished
 
         def on_batch(done: int, _: int) -> None:

@@ -53,7 +53,7 @@ class Chosen:
     start: run_pb2.StartChoice | None = None
 
     def layers(self) -> list[run_pb2.LayerSelection]:
-        """The selection map as the log carries it."""
+        """Return the selection map as the log carries it."""
         helpers = self.selection.helpers
         return [
             run_pb2.LayerSelection(layer=layer, experts=experts, helpers=helpers.get(layer, []))
@@ -61,11 +61,11 @@ class Chosen:
         ]
 
     def signature_bytes(self) -> bytes:
-        """The routing signature as JSON."""
+        """Return the routing signature as JSON."""
         return json.dumps(self.signature, sort_keys=True, separators=(",", ":")).encode()
 
     def report(self, statistics_digest: str) -> bytes:
-        """The report: what `connito select --json` prints, with the base's digests and the statistics' address."""
+        """Return the report: what `connito select --json` prints, with the base's digests and the statistics' address."""
         content = {**self.selection.to_json(), "base": self.base, "statistics": statistics_digest}
         return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
@@ -149,7 +149,7 @@ def _start(model: nn.Module, spec: run_pb2.RunSpec, selection: Selection, probe:
 def signature_of(
     statistics: RoutingStatistics, served: Mapping[int, FloatArray], layers: Mapping[int, Sequence[int]]
 ) -> dict[str, Any]:
-    """The routing signature of the experts `layers`, from what `collect` counted and summed."""
+    """Return the routing signature of the experts `layers`, from what `collect` counted and summed."""
     vectors, tokens = dict[int, list[float]](), dict[int, int]()
     for layer, experts in layers.items():
         count = int(statistics.layers[layer].counts[list(experts)].sum()) if experts else 0
@@ -194,7 +194,7 @@ def _budget(spec: run_pb2.RunSpec, manifest: Manifest) -> Budget:
 
 
 def _measured(model: nn.Module, spec: run_pb2.RunSpec, probe: Path, selection: Selection) -> Selection:
-    """The selection with what only interventions in the model can tell, within the run's budget of them."""
+    """Add the diagnostics that need interventions in the model, within the run's budget for them."""
     from connito.moe.diagnostics import measure
 
     sequences = Corpus.load(probe).sequences(spec.training.sequence_length)
