@@ -20,6 +20,7 @@ from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid
 from connito.local.defaults import UpOptions, profile
+from connito.protocol.findings import Refusal
 from connito.protocol.holdout import subsets
 from connito.protocol.merging.candidates import Attempt, Ingredients, write_candidate
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
@@ -34,7 +35,6 @@ from connito.wire.subjects import FactKey
 from bench.compose_setup import text
 from bench.tiny_rig import LENGTH, Rig, Tokens, batched
 from services.committer.content import look_into
-from services.committer.judging import Refusal
 
 if TYPE_CHECKING:
     import torch

@@ -11,17 +11,19 @@ from pathlib import Path
 from connito.bus import Bus, offences
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, VerificationFailed, reason_name
+from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.provenance import check_settled, check_start
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
-from connito.protocol.scoring.verdicts import Refusals, agree, no_quorum
+from connito.protocol.scoring.verdicts import agree, no_quorum
 from connito.runtime import metrics
 from connito.runtime.compute import ComputeBudget
 from connito.runtime.logs import bind_run, get_logger
 from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
+from connito.views.sentences import as_recorded, detail_of, sentence
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
 from connito.workloads.fetching import fetch_base, fetch_holdouts
@@ -117,10 +119,10 @@ class Aggregator:
     def _agree(self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]) -> Consensus:
         reports = read_reports(facts, cycle)
         for validator, why in reports.ignored.items():
-            log.warning("a report does not count", validator=validator, why=why)
+            log.warning("a report does not count", validator=validator, why=sentence(why.finding))
         fault = quorum_fault(facts, cycle, reports, self._roster.stake)
-        if fault:
-            log.error("no quorum", why=fault)
+        if fault is not None:
+            log.error("no quorum", why=sentence(fault))
             return no_quorum(facts, cycle, submissions, fault)
         return agree(facts, cycle, reports, submissions, self._roster.stake)
 
@@ -134,7 +136,7 @@ class Aggregator:
         momentum = None if previous is None else await self._store.fetch(previous.outer_state)
         states: dict[str, Path] = {}
         bases: dict[str, Path] = {}
-        unusable: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+        unusable: dict[str, Refusal] = {}
         for entry in submissions:
             try:
                 states[entry.miner] = await self._store.fetch(entry.artifact)
@@ -143,7 +145,7 @@ class Aggregator:
                 states.pop(entry.miner, None)
                 vague = error.reason in (reasons_pb2.REASON_UNSPECIFIED, reasons_pb2.REASON_MALFORMED)
                 reason = reasons_pb2.REASON_ARTIFACT_MISSING if vague else error.reason
-                unusable[entry.miner] = (reason, str(error))
+                unusable[entry.miner] = Refusal(reason, Refusal.of(error).finding)
         return Files(parent, momentum, states, bases), unusable
 
     async def _publish(self, run: str, cycle: int, merged: Merged) -> None:
@@ -153,6 +155,8 @@ class Aggregator:
             return
         await self._store.put_file(merged.state, SAFETENSORS, PUBLIC, cache=True)
         await self._store.put_file(merged.momentum, SAFETENSORS, PUBLIC, cache=True)
+        for message in (merged.scored, merged.version):
+            as_recorded(message, self._facts(run).spec)
         await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)
         if await self._bus.publish_fact(run, "merge", cycle, "version", merged.version):
             _report(run, merged)
@@ -187,7 +191,7 @@ def _report(run: str, merged: Merged) -> None:
                 "a validator loses weight",
                 validator=standing.validator,
                 reason=reason_name(standing.reason),
-                detail=standing.detail,
+                detail=detail_of(standing),
                 trust=round(standing.trust, 4),
             )
     losses = list(version.losses)
@@ -199,7 +203,7 @@ def _report(run: str, merged: Merged) -> None:
         "version published",
         version=version.version,
         gate=gate,
-        detail=version.gate_detail,
+        detail=detail_of(version),
         merged=len(version.merged),
         target_loss=round(losses[0].after, 4) if losses else None,
     )

@@ -11,6 +11,7 @@ from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.views.sentences import as_recorded, detail_of
 from connito.wire.facts import Fact, Record, RunFacts
 from connito.wire.verification import verify_ingress
 
@@ -104,6 +105,7 @@ class Committer:
         return judged.then if refusal is None else judging.refused("submit", fact, refusal)
 
     async def _publish(self, run: str, write: Write) -> bool:
+        as_recorded(write.message, self._state.runs[run].spec)
         written = await self._bus.publish_fact(run, write.section, write.cycle, write.kind, write.message, write.id)
         if written:
             self._report(run, write)
@@ -114,7 +116,7 @@ class Committer:
         if isinstance(message, cycle_pb2.Refused):
             metrics.REFUSALS.labels(reason_name(message.reason)).inc()
             if message.reason in (reasons_pb2.REASON_BANNED, reasons_pb2.REASON_QUOTA_EXCEEDED):
-                report(kind_of(message.reason), key=message.miner, reason=message.reason, detail=message.detail)
+                report(kind_of(message.reason), key=message.miner, reason=message.reason, detail=detail_of(message))
             log.info(
                 "refused", run=run, cycle=write.cycle, window=write.section, miner=message.miner,
                 sequence=message.ingress_sequence, why=judging.describe(message),

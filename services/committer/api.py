@@ -13,6 +13,7 @@ from connito.service.rpc import open_request
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
 
 from . import judging
@@ -79,7 +80,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
     def _check_enrolled(self, miner: str, run: str) -> None:
         ban = bans.standing(self._facts(run), miner)
         if ban is not None and not ban.lifted:
-            raise Invalid(bans.why(ban), reason=reasons_pb2.REASON_BANNED)
+            raise Invalid(sentence(bans.refusal(ban).finding), reason=reasons_pb2.REASON_BANNED)
         if miner not in self._facts(run).enrolled:
             raise Invalid(
                 f"you are not enrolled in run {run}; `connito miner run` enrols you",

@@ -6,15 +6,15 @@ import asyncio
 from collections import OrderedDict
 
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.protocol.findings import Refusal
 from connito.protocol.submission import read_header, validate
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.store import ArtifactStore
-from connito.v1 import reasons_pb2
+from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
-
-from .judging import Refusal
 
 log = get_logger("committer.content")
 
@@ -60,10 +60,8 @@ class ContentCheck:
         selection, spec = facts.selection, facts.spec
         assert selection is not None
         assert spec is not None
-        missing = Refusal(
-            reasons_pb2.REASON_ARTIFACT_MISSING,
-            f"nothing was uploaded as {artifact.digest[:12]}…; ask for an upload, put the file there, then reveal",
-        )
+        finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_UPLOADED, name=artifact.digest)
+        missing = Refusal(reasons_pb2.REASON_ARTIFACT_MISSING, finding)
         try:
             stored = await self._store.stat(artifact)
         except Invalid as error:
@@ -71,16 +69,15 @@ class ContentCheck:
         if stored is None:
             return missing
         if stored != artifact.size:
-            return Refusal(
-                reasons_pb2.REASON_DIGEST_MISMATCH, f"the object has {stored} bytes, you declared {artifact.size}"
-            )
+            finding = Finding(kind=cycle_pb2.FINDING_KIND_OTHER_SIZE, count=stored, limit=artifact.size)
+            return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, finding)
         async with self._slots:
             try:
                 path = await self._store.fetch(artifact)
             except NotFound:
                 return missing
             except VerificationFailed as error:
-                return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, str(error))
+                return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, Refusal.of(error).finding)
             except Invalid as error:
                 # The disk here is full, or the like: not the miner's doing.
                 raise Retry(str(error), after=10.0) from error
@@ -97,8 +94,9 @@ def look_into(path: str, base: str, max_relative_norm: float) -> Refusal | None:
     try:
         validate(path, expected, base, max_relative_norm)
     except Invalid as error:
-        return Refusal(error.reason, str(error))
+        return Refusal.of(error)
     except Exception as error:  # a hostile file must not be able to stop the service
         log.error("an artifact broke its examination", security=True, path=path, error=repr(error))
-        return Refusal(reasons_pb2.REASON_BAD_HEADER, f"the file cannot be read as safetensors: {error!r}")
+        text = f"the file cannot be read as safetensors: {error!r}"
+        return Refusal(reasons_pb2.REASON_BAD_HEADER, Finding(text=text))
     return None

@@ -11,23 +11,18 @@ from dataclasses import dataclass
 from connito.errors import Invalid, NotFound, reason_name
 from connito.protocol import bans
 from connito.protocol.commitment import opens
+from connito.protocol.findings import Refusal, check_version
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+from connito.v1.cycle_pb2 import Finding
 from connito.v1.services_pb2 import UploadCommand
+from connito.views.sentences import detail_of, sentence
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import window_value
 
 DIGEST_BYTES = 32
 # A submission has the tensors of the initial state; only its header's metadata may differ in length.
 SIZE_TOLERANCE = 4096
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why not, and what to do about it."""
-
-    reason: reasons_pb2.Reason.ValueType
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -44,19 +39,25 @@ def known_run(facts: RunFacts | None, run: str) -> RunFacts:
         raise NotFound(
             f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN
         )
+    check_version(facts.spec)
     return facts
 
 
 def refused(window: str, fact: Fact, refusal: Refusal) -> cycle_pb2.Refused:
-    """The fact that tells a miner of a refusal."""
+    """Return the fact that tells a miner of the refusal of a message."""
+    return refused_at(window, fact.run, fact.key.cycle, fact.signer, fact.sequence, refusal)
+
+
+def refused_at(window: str, run: str, cycle: int, miner: str, sequence: int, refusal: Refusal) -> cycle_pb2.Refused:
+    """Return the fact that tells a miner of the refusal of the message at `sequence`, 0 for one that never came."""
     return cycle_pb2.Refused(
-        run=fact.run,
-        cycle=fact.key.cycle,
+        run=run,
+        cycle=cycle,
         window=window_value(window),
-        miner=fact.signer,
+        miner=miner,
         reason=refusal.reason,
-        detail=refusal.detail,
-        ingress_sequence=fact.sequence,
+        finding=refusal.finding,
+        ingress_sequence=sequence,
     )
 
 
@@ -75,11 +76,9 @@ def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
     for other in facts.window(window, fact.key.cycle).refused.values():
         if (other.message.miner, other.message.reason) == (fact.signer, reasons_pb2.REASON_QUOTA_EXCEEDED):
             return None
-    refusal = Refusal(
-        reasons_pb2.REASON_QUOTA_EXCEEDED,
-        f"more than {spec.enrolment.messages_per_cycle} {fact.key.kind} messages in cycle {fact.key.cycle}; further "
-        "ones are dropped without an answer, try again in the next cycle",
-    )
+    kind, limit = cycle_pb2.FINDING_KIND_MESSAGE_QUOTA, spec.enrolment.messages_per_cycle
+    finding = Finding(kind=kind, limit=limit, name=fact.key.kind, cycle=fact.key.cycle)
+    refusal = Refusal(reasons_pb2.REASON_QUOTA_EXCEEDED, finding)
     return refused(window, fact, refusal)
 
 
@@ -92,15 +91,12 @@ def judge_commitment(facts: RunFacts, fact: Fact) -> cycle_pb2.CommitmentAccepte
     assert isinstance(fact.message, cycle_pb2.Commitment)
     refusal = _barred(facts, miner) or _commit_window(facts, cycle, fact.sequence)
     if refusal is None and standing is not None:
-        refusal = Refusal(
-            reasons_pb2.REASON_DUPLICATE_COMMITMENT,
-            f"your commitment at {standing.ingress_sequence} stands for cycle {cycle}; reveal that one",
-        )
+        kind, count = cycle_pb2.FINDING_KIND_COMMITMENT_STANDS, standing.ingress_sequence
+        refusal = Refusal(reasons_pb2.REASON_DUPLICATE_COMMITMENT, Finding(kind=kind, count=count, cycle=cycle))
     if refusal is None and len(fact.message.digest) != DIGEST_BYTES:
-        refusal = Refusal(
-            reasons_pb2.REASON_MALFORMED,
-            f"a commitment is {DIGEST_BYTES} bytes, this one has {len(fact.message.digest)}; send the SHA-256 digest",
-        )
+        kind, count = cycle_pb2.FINDING_KIND_COMMITMENT_LENGTH, len(fact.message.digest)
+        finding = Finding(kind=kind, count=count, limit=DIGEST_BYTES, cycle=cycle)
+        refusal = Refusal(reasons_pb2.REASON_MALFORMED, finding)
     if refusal is not None:
         return refused("commit", fact, refusal)
     return cycle_pb2.CommitmentAccepted(
@@ -131,46 +127,39 @@ def check_opening(
     settled = facts.window("commit", cycle).settled
     accepted = facts.commitment(cycle, miner)
     if settled is None or accepted is None or miner not in settled.committed:
-        return Refusal(
-            reasons_pb2.REASON_NO_COMMITMENT,
-            f"no commitment of yours stands for cycle {cycle}; commit in time in a later cycle",
-        )
+        finding = Finding(kind=cycle_pb2.FINDING_KIND_NO_COMMITMENT, cycle=cycle)
+        return Refusal(reasons_pb2.REASON_NO_COMMITMENT, finding)
     try:
         fits = opens(accepted.digest, facts.run, cycle, miner, base_state_digest, artifact.digest, salt)
     except Invalid as error:
-        return Refusal(error.reason, str(error))
+        return Refusal.of(error)
     if not fits:
-        return Refusal(
-            reasons_pb2.REASON_COMMITMENT_MISMATCH,
-            "artifact, base state and salt do not open your commitment; reveal exactly what you committed to",
-        )
+        finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_OPENED, cycle=cycle)
+        return Refusal(reasons_pb2.REASON_COMMITMENT_MISMATCH, finding)
     opened = facts.window("train", cycle).opened
     assert opened is not None, "a commitment stands in a cycle that was opened"
     if base_state_digest != opened.state.digest:
-        return Refusal(
-            reasons_pb2.REASON_STALE_BASE,
-            f"cycle {cycle} starts from state {opened.state.digest[:12]}…, you trained from {base_state_digest[:12]}…; "
-            "fetch the state that train.opened names",
-        )
-    return _check_ref(facts, artifact)
+        kind, digest = cycle_pb2.FINDING_KIND_OTHER_BASE, opened.state.digest
+        finding = Finding(kind=kind, expected=digest, name=base_state_digest, cycle=cycle)
+        return Refusal(reasons_pb2.REASON_STALE_BASE, finding)
+    return _check_ref(facts, cycle, artifact)
 
 
-def _check_ref(facts: RunFacts, artifact: ArtifactRef) -> Refusal | None:
+def _check_ref(facts: RunFacts, cycle: int, artifact: ArtifactRef) -> Refusal | None:
     if artifact.realm != REALM_SUBMISSION:
-        return Refusal(reasons_pb2.REASON_MALFORMED, "a submission is uploaded to, and named in, REALM_SUBMISSION")
+        finding = Finding(kind=cycle_pb2.FINDING_KIND_WRONG_REALM, cycle=cycle)
+        return Refusal(reasons_pb2.REASON_MALFORMED, finding)
     selection = facts.selection
     assert selection is not None, "cycles are opened after the selection"
     expected = selection.initial_state.size
     if artifact.size > expected + SIZE_TOLERANCE:
-        return Refusal(
-            reasons_pb2.REASON_OVERSIZED,
-            f"{artifact.size} bytes, but the selected experts take {expected}; upload only their tensors",
-        )
+        kind = cycle_pb2.FINDING_KIND_TOO_LARGE
+        finding = Finding(kind=kind, count=artifact.size, limit=expected, cycle=cycle)
+        return Refusal(reasons_pb2.REASON_OVERSIZED, finding)
     if artifact.size < expected - SIZE_TOLERANCE:
-        return Refusal(
-            reasons_pb2.REASON_WRONG_TENSORS,
-            f"{artifact.size} bytes cannot hold the selected experts ({expected}); upload all tensors, unquantised",
-        )
+        kind = cycle_pb2.FINDING_KIND_TOO_SMALL
+        finding = Finding(kind=kind, count=artifact.size, limit=expected, cycle=cycle)
+        return Refusal(reasons_pb2.REASON_WRONG_TENSORS, finding)
     return None
 
 
@@ -180,7 +169,7 @@ def judge_upload(facts: RunFacts, miner: str, command: UploadCommand) -> None:
     refusal = _barred(facts, miner) or _submit_window(facts, cycle)
     refusal = refusal or check_opening(facts, cycle, miner, command.artifact, command.base_state_digest, command.salt)
     if refusal is not None:
-        raise Invalid(refusal.detail, reason=refusal.reason)
+        raise Invalid(sentence(refusal.finding), reason=refusal.reason)
 
 
 def own_reveal(facts: RunFacts, cycle: int, miner: str) -> cycle_pb2.Submission | None:
@@ -211,26 +200,20 @@ def late_reveal(facts: RunFacts, cycle: int) -> Refusal:
     """The refusal of a good reveal that missed its window."""
     spec = facts.spec
     assert spec is not None
-    what = f"the submit window of cycle {cycle} is closed"
-    if cycle >= spec.cycles:
-        return Refusal(reasons_pb2.REASON_LATE_REVEAL, f"{what} and it was the last cycle")
-    return Refusal(
-        reasons_pb2.REASON_LATE_REVEAL,
-        f"{what}; your work rolls over and is scored in the next open cycle, unless you reveal newer work there",
-    )
+    last = cycle >= spec.cycles
+    kind = cycle_pb2.FINDING_KIND_SUBMIT_CLOSED_FOR_GOOD if last else cycle_pb2.FINDING_KIND_SUBMIT_CLOSED
+    return Refusal(reasons_pb2.REASON_LATE_REVEAL, Finding(kind=kind, cycle=cycle))
 
 
 def late_commitment(cycle: int) -> Refusal:
     """The refusal of a commitment that missed its window."""
-    return Refusal(
-        reasons_pb2.REASON_LATE_COMMITMENT,
-        f"the commit window of cycle {cycle} is closed; train on the next cycle's state and commit there",
-    )
+    finding = Finding(kind=cycle_pb2.FINDING_KIND_COMMIT_CLOSED, cycle=cycle)
+    return Refusal(reasons_pb2.REASON_LATE_COMMITMENT, finding)
 
 
 def describe(answer: cycle_pb2.Refused) -> str:
     """One line about a refusal, for the log."""
-    return f"{reason_name(answer.reason)}: {answer.detail}"
+    return f"{reason_name(answer.reason)}: {detail_of(answer)}"
 
 
 def _answered(facts: RunFacts, window: str, fact: Fact) -> bool:
@@ -240,23 +223,19 @@ def _answered(facts: RunFacts, window: str, fact: Fact) -> bool:
 def _barred(facts: RunFacts, miner: str) -> Refusal | None:
     ban = bans.standing(facts, miner)
     if ban is not None and not ban.lifted:
-        return Refusal(reasons_pb2.REASON_BANNED, bans.why(ban))
+        return bans.refusal(ban)
     if miner not in facts.enrolled:
-        return Refusal(
-            reasons_pb2.REASON_NOT_ENROLLED, f"you are not enrolled in run {facts.run}; `connito miner run` enrols you"
-        )
+        finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_ENROLLED, name=facts.run)
+        return Refusal(reasons_pb2.REASON_NOT_ENROLLED, finding)
     if facts.ended is not None:
-        return Refusal(reasons_pb2.REASON_WRONG_WINDOW, f"run {facts.run} has ended; nothing is accepted any more")
+        finding = Finding(kind=cycle_pb2.FINDING_KIND_RUN_ENDED, name=facts.run)
+        return Refusal(reasons_pb2.REASON_WRONG_WINDOW, finding)
     return None
 
 
 def _commit_window(facts: RunFacts, cycle: int, sequence: int) -> Refusal | None:
     if facts.window("commit", cycle).opened is None:
-        return Refusal(
-            reasons_pb2.REASON_WRONG_WINDOW,
-            f"the commit window of cycle {cycle} is not open (the run is in cycle {facts.cycle}); "
-            "commit after commit.opened",
-        )
+        return _not_open(facts, "commit", cycle)
     closed = facts.window("commit", cycle).closed
     if closed is not None and sequence > closed.last_sequence:
         return late_commitment(cycle)
@@ -267,12 +246,13 @@ def _submit_window(facts: RunFacts, cycle: int) -> Refusal | None:
     # The streams are read side by side: what made the window possible may arrive a moment after its opening.
     known = facts.selection is not None and facts.window("train", cycle).opened is not None
     if not known or facts.window("submit", cycle).opened is None:
-        return Refusal(
-            reasons_pb2.REASON_WRONG_WINDOW,
-            f"the submit window of cycle {cycle} is not open (the run is in cycle {facts.cycle}); "
-            "upload and reveal after submit.opened",
-        )
+        return _not_open(facts, "submit", cycle)
     return None
+
+
+def _not_open(facts: RunFacts, window: str, cycle: int) -> Refusal:
+    finding = Finding(kind=cycle_pb2.FINDING_KIND_WINDOW_NOT_OPEN, name=window, cycle=cycle, count=facts.cycle)
+    return Refusal(reasons_pb2.REASON_WRONG_WINDOW, finding)
 
 
 def _second_reveal(facts: RunFacts, cycle: int, miner: str) -> Refusal | None:
@@ -284,7 +264,8 @@ def _second_reveal(facts: RunFacts, cycle: int, miner: str) -> Refusal | None:
     )
     if not late and own_reveal(facts, cycle, miner) is None:
         return None
-    return Refusal(reasons_pb2.REASON_DUPLICATE_REVEAL, f"your reveal for cycle {cycle} was already taken")
+    finding = Finding(kind=cycle_pb2.FINDING_KIND_REVEAL_TAKEN, cycle=cycle)
+    return Refusal(reasons_pb2.REASON_DUPLICATE_REVEAL, finding)
 
 
 def _conclude(facts: RunFacts, fact: Fact) -> cycle_pb2.RevealAccepted | cycle_pb2.Refused:

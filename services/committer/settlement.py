@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from connito.errors import Retry
 from connito.protocol import bans
-from connito.protocol.scoring.newcomers import over_quota, quota_detail
+from connito.protocol.findings import Refusal
+from connito.protocol.scoring.newcomers import over_quota, quota_refusal
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import Fact, RunFacts
-from connito.wire.subjects import window_value
 
 from . import judging
 
@@ -64,7 +65,7 @@ def _settle_commit(facts: RunFacts, cycle: int) -> list[Write]:
         accepted = facts.commitment(cycle, miner)
         assert accepted is not None
         if miner in out:
-            writes.append(_late("commit", facts, cycle, miner, accepted.ingress_sequence, _banned(out[miner])))
+            writes.append(_late("commit", facts, cycle, miner, accepted.ingress_sequence, out[miner]))
         elif accepted.ingress_sequence <= closed.last_sequence:
             committed.append(miner)
         else:
@@ -85,7 +86,7 @@ def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> 
         if own is None:
             continue
         if miner in out:
-            writes.append(_late("submit", facts, cycle, miner, own.reveal_sequence, _banned(out[miner])))
+            writes.append(_late("submit", facts, cycle, miner, own.reveal_sequence, out[miner]))
         elif own.reveal_sequence <= closed.last_sequence:
             inside[miner] = own
         else:
@@ -94,7 +95,7 @@ def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> 
     rolled = {m: entry for m, entry in _rolled_over(facts, reveals, cycle).items() if m not in inside and m not in out}
     inside |= rolled
     for entry in over_quota(facts, cycle, inside.values()):
-        refusal = judging.Refusal(reasons_pb2.REASON_NEWCOMER_QUOTA, quota_detail(facts, cycle))
+        refusal = quota_refusal(facts, cycle)
         writes.append(_late("submit", facts, cycle, entry.miner, entry.reveal_sequence, refusal))
         del inside[entry.miner]
     for miner in sorted(rolled.keys() & inside.keys()):
@@ -138,30 +139,13 @@ def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
     }
     for miner in sorted(set(committed.committed) - spoke):
         if judging.own_reveal(facts, cycle, miner) is None:
-            refusal = judging.Refusal(
-                reasons_pb2.REASON_NOT_REVEALED,
-                f"you committed in cycle {cycle} and did not reveal in time; reveal late and the work rolls over",
-            )
-            if miner in out:
-                refusal = _banned(out[miner])
+            silent = Finding(kind=cycle_pb2.FINDING_KIND_NOT_REVEALED, cycle=cycle)
+            refusal = out.get(miner) or Refusal(reasons_pb2.REASON_NOT_REVEALED, silent)
             yield _late("submit", facts, cycle, miner, 0, refusal)
 
 
-def _banned(why: str) -> judging.Refusal:
-    return judging.Refusal(reasons_pb2.REASON_BANNED, why)
-
-
-def _late(window: str, facts: RunFacts, cycle: int, miner: str, sequence: int, refusal: judging.Refusal) -> Write:
-    message = cycle_pb2.Refused(
-        run=facts.run,
-        cycle=cycle,
-        window=window_value(window),
-        miner=miner,
-        reason=refusal.reason,
-        detail=refusal.detail,
-        ingress_sequence=sequence,
-    )
-    return refuse(window, cycle, message)
+def _late(window: str, facts: RunFacts, cycle: int, miner: str, sequence: int, refusal: Refusal) -> Write:
+    return refuse(window, cycle, judging.refused_at(window, facts.run, cycle, miner, sequence, refusal))
 
 
 def _settled(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views.sentences import detail_of
 from connito.wire.facts import RunFacts
 
 from . import words
@@ -82,7 +83,7 @@ def _version(
         digest=published.state.digest,
         size=formats.size(published.state.size),
         gate=words.gate(published.gate),
-        gate_detail=published.gate_detail,
+        gate_detail=detail_of(published),
         kept=kept,
         merged=tuple(
             (name(facts, key), weight) for key, weight in zip(published.merged, published.weights, strict=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from connito.render import formats
 from connito.v1 import cycle_pb2
+from connito.views.sentences import detail_of
 from connito.views.standings import rating_text, ratings, validator_rows
 from connito.wire.facts import Fact, RunFacts
 
@@ -92,7 +93,7 @@ def why(facts: RunFacts, cycle: int, miner: str) -> Why | None:
         status="not judged yet" if verdict is None else _STATUS.get(verdict.status, "rejected"),
         code=code,
         reason=reason,
-        detail="" if verdict is None else verdict.detail,
+        detail="" if verdict is None else detail_of(verdict),
         utility=None if verdict is None else verdict.utility,
         rank=0 if verdict is None else verdict.rank,
         reward=None if verdict is None else verdict.reward,
@@ -138,7 +139,7 @@ def _measurement(
         utility=score.utility,
         code=code,
         reason=reason,
-        detail=score.detail,
+        detail=detail_of(score),
         distance=distance,
     )
 
@@ -192,5 +193,5 @@ def _tell(fact: Fact) -> str:
     if isinstance(message, cycle_pb2.Reveal):
         return f"revealed an artifact of {formats.size(message.artifact.size)}"
     if isinstance(message, cycle_pb2.Refused):
-        return f"refused: {words.in_words(message.reason)} ({message.detail})"
+        return f"refused: {words.in_words(message.reason)} ({detail_of(message)})"
     return "the commitment was accepted" if fact.key.section == "commit" else "the reveal was accepted"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from connito.errors import Invalid
-from connito.protocol.bans import standing, why
+from connito.protocol.bans import refusal, standing
 from connito.v1 import reasons_pb2, run_pb2, services_pb2
+from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
 from connito.wire.invites import needs_invite, verify
 from connito.wire.roster import OPERATOR, ROLES, Roster
@@ -32,7 +33,7 @@ def check_ban(facts: RunFacts, everywhere: RunFacts, miner: str) -> None:
         if ban is not None:
             if ban.lifted:
                 return
-            raise Invalid(why(ban), reason=reasons_pb2.REASON_BANNED)
+            raise Invalid(sentence(refusal(ban).finding), reason=reasons_pb2.REASON_BANNED)
 
 
 def invite_for(

@@ -17,6 +17,7 @@ from connito.protocol.objective import reached
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS, window_value
 from google.protobuf.message import Message
@@ -75,8 +76,8 @@ def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, cycle: int, now_ms: int) -> D
         if window in _SETTLED and facts.window(window, cycle).settled is None:
             return Decision([], None)
     enough = reached(facts, cycle)
-    if enough:
-        return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, enough)
+    if enough is not None:
+        return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, sentence(enough))
     if cycle < spec.cycles:
         return _open(facts, spec, "train", cycle + 1, now_ms)
     return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, f"all {spec.cycles} cycles done")

@@ -9,6 +9,7 @@ from connito.errors import reason_name
 from connito.protocol.bans import banned
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.views.sentences import detail_of
 from connito.wire.facts import RunFacts
 
 from .state import CycleProgress, Progress
@@ -176,7 +177,7 @@ def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:
         for id_, refusal in refusals(facts, me, window, cycle).items():
             reason = reason_name(refusal.reason)
             name = f"{window}-refused-{id_.rpartition('-')[2]}"
-            told.append(LogDecision(cycle, name, f"refused: {reason}: {refusal.detail}", reason))
+            told.append(LogDecision(cycle, name, f"refused: {reason}: {detail_of(refusal)}", reason))
     scored = facts.scored(cycle)
     for verdict in scored.verdicts if scored is not None else ():
         if verdict.miner == me:
@@ -189,4 +190,4 @@ def describe(verdict: cycle_pb2.Verdict) -> str:
     status = cycle_pb2.VerdictStatus.Name(verdict.status).removeprefix("VERDICT_STATUS_").lower()
     if verdict.rank:
         return f"{status}: rank {verdict.rank}, reward {verdict.reward}, utility {verdict.utility:.4f} nats per token"
-    return f"{status}: {reason_name(verdict.reason) or 'no rank'}: {verdict.detail}"
+    return f"{status}: {reason_name(verdict.reason) or 'no rank'}: {detail_of(verdict)}"

@@ -19,6 +19,7 @@ from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views.sentences import as_recorded, detail_of
 from connito.wire.chain import Chains, anchored_windows
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
@@ -159,6 +160,7 @@ class Validator:
                 lambda stop: self._measure(facts, evaluator, cycle, seed, state, submissions, files, stop)
             )
         report.state_digest = opened.state.digest
+        as_recorded(report, facts.spec)
         if left_out := fit(report):
             log.warning("the report is large: per-sequence losses are left out", submissions=left_out)
         await self._bus.publish_fact(run, "validate", cycle, "report", report, self.me)
@@ -221,7 +223,7 @@ class Validator:
                 miner=submission.miner,
                 utility=round(item.utility, 5),
                 reason=reason,
-                detail=item.detail,
+                detail=detail_of(item),
                 sequences=len(item.losses),
             )
         report.seconds = time.perf_counter() - begun

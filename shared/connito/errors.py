@@ -36,16 +36,21 @@ class Retry(ConnitoError):  # noqa: N818 - reads as the verdict it is
 class Invalid(ConnitoError):  # noqa: N818
     """The input is wrong and will stay wrong. `reason` is shown to whoever sent it.
 
-    `after`: a quota is used up, and the same may be asked again in so many seconds.
+    `after`: a quota is used up, and the same may be asked again in so many seconds. `about`: the tensor at fault.
     """
 
     exit_code = 3
 
     def __init__(
-        self, message: str, *, reason: reasons.Reason.ValueType = reasons.REASON_MALFORMED, after: float = 0.0
+        self,
+        message: str,
+        *,
+        reason: reasons.Reason.ValueType = reasons.REASON_MALFORMED,
+        after: float = 0.0,
+        about: str = "",
     ) -> None:
         super().__init__(message)
-        self.reason, self.after = reason, after
+        self.reason, self.after, self.about = reason, after, about
 
 
 class NotFound(Invalid):

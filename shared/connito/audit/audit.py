@@ -13,6 +13,7 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid
+from connito.protocol.findings import check_version
 
 if TYPE_CHECKING:
     from connito.audit.remeasure import Models
@@ -78,7 +79,8 @@ class Audit:
 
 
 def audit(evidence: Evidence, artifacts: Artifacts, options: Options) -> Audit:
-    """Recompute a run. Blocking. A check that cannot be made because something is missing is a difference."""
+    """Recompute a run under its own rules. Blocking. A check that cannot be made because something is missing is a
+    difference. Raises `Invalid` for rules that are newer than this program."""
     began = time.monotonic()
     steps = list(_steps(evidence, artifacts, options))
     return Audit(
@@ -118,6 +120,7 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
         what = "is not in the log, or does not verify; nothing can be recomputed without it"
         yield Step("spec", 0, 1, (Difference("spec", "run.0.created", what),))
         return
+    check_version(facts.spec)
     yield attempt("admission", 0, lambda: admission.admission(evidence))
     work = recompute.Recomputation(evidence, artifacts, options.tolerance, say=options.say)
     yield from _cycles(work, options)

@@ -174,7 +174,7 @@ def ending(evidence: Evidence) -> Step:
     if ended.final_version != (done[-1] if done else 0):
         what = f"final version {ended.final_version}; the last one published is {done[-1] if done else 0}"
         found.append(Difference("ending", "run.0.ended", what))
-    enough = bool(done) and bool(reached(facts, len(done)))
+    enough = bool(done) and reached(facts, len(done)) is not None
     if ended.outcome == run_pb2.RUN_OUTCOME_COMPLETED and len(done) != facts.spec.cycles and not enough:
         what = f"completed after {len(done)} of {facts.spec.cycles} cycles"
         found.append(Difference("ending", "run.0.ended", what))

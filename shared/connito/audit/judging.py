@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.evidence import Evidence
 from connito.errors import Invalid, reason_name
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import draw_seed, opens
+from connito.protocol.findings import Refusal, Refusals, finding_of
 from connito.protocol.merging.gate import Losses, judge
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
 from connito.protocol.scoring.proof_of_loss import score_submission
-from connito.protocol.scoring.verdicts import Refusals, agree, no_quorum, score_cycle, without
+from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, without
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.views.sentences import as_recorded, sentence
 from connito.wire.facts import RunFacts
 
 # Reasons that a file, not a loss, gave.
@@ -86,8 +88,9 @@ def _report(evidence: Evidence, cycle: int, validator: str, report: cycle_pb2.Sc
     counted = (
         read_reports(facts, cycle) if settled is not None and facts.window("train", cycle).opened is not None else None
     )
-    if counted is not None and counted.ignored.get(validator, "late") != "late":
-        yield Difference("reports", where, f"does not count: {counted.ignored[validator]}", cycle)
+    ignored = None if counted is None else counted.ignored.get(validator)
+    if ignored is not None and ignored.finding.kind != cycle_pb2.FINDING_KIND_REPORT_LATE:
+        yield Difference("reports", where, f"does not count: {sentence(ignored.finding)}", cycle)
     given, duties = {score.miner for score in report.scores}, assigned(facts, cycle)
     for entry in settled.submissions if settled is not None else ():
         if entry.miner not in given and (duties is None or entry.miner in duties.get(validator, ())):
@@ -104,7 +107,7 @@ def score_fault(facts: RunFacts, score: cycle_pb2.SubmissionScore) -> str:
     assert spec is not None
     if not score.losses:
         bare = cycle_pb2.SubmissionScore(miner=score.miner, artifact_digest=score.artifact_digest)
-        return first_difference(bare, score, ("reason", "detail")) if score.reason in OF_THE_FILE else ""
+        return first_difference(bare, score, ("reason", "finding")) if score.reason in OF_THE_FILE else ""
     unchanged = score.reason == reasons_pb2.REASON_UNCHANGED
     try:
         again = score_submission(
@@ -112,6 +115,7 @@ def score_fault(facts: RunFacts, score: cycle_pb2.SubmissionScore) -> str:
         )
     except Invalid as error:
         return str(error)
+    as_recorded(again, spec)
     return first_difference(again, score, ("losses",))
 
 
@@ -120,7 +124,11 @@ def consensus_of(evidence: Evidence, cycle: int, submissions: Sequence[cycle_pb2
     facts, stake = evidence.facts, evidence.roster.stake
     given = read_reports(facts, cycle)
     fault = quorum_fault(facts, cycle, given, stake)
-    return no_quorum(facts, cycle, submissions, fault) if fault else agree(facts, cycle, given, submissions, stake)
+    return (
+        no_quorum(facts, cycle, submissions, fault)
+        if fault is not None
+        else agree(facts, cycle, given, submissions, stake)
+    )
 
 
 def submissions_of(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
@@ -145,9 +153,7 @@ def verdicts(evidence: Evidence, cycle: int) -> Step:
     if version is None:
         return Step("verdicts", cycle, 0, note="the version, with each one's share, is not out yet")
     again = recorded_verdicts(evidence, cycle, scored, version)
-    differences = [
-        Difference("verdicts", where, what, cycle, _miner_of(scored, what)) for what in differing(again, scored)
-    ]
+    differences = [Difference("verdicts", where, what, cycle, miner) for miner, what in _differing(again, scored)]
     spent = sum(verdict.reward for verdict in scored.verdicts) + scored.unallocated
     spent += sum(standing.reward for standing in scored.validators)
     assert facts.spec is not None
@@ -165,39 +171,36 @@ def recorded_verdicts(
     agreed = without(consensus_of(evidence, cycle, submissions), of_the_file(scored))
     weights = dict(zip(version.merged, version.weights, strict=False)) if version is not None else {}
     unmerged: Refusals = {
-        verdict.miner: (verdict.reason, verdict.detail)
+        verdict.miner: Refusal(verdict.reason, finding_of(verdict))
         for verdict in scored.verdicts
         if verdict.status == cycle_pb2.VERDICT_STATUS_SCORED and verdict.reason not in _OF_THE_REWARD
     }
-    return score_cycle(evidence.facts, cycle, submissions, agreed, _copies(submissions, scored), weights, unmerged)
+    copies = _rejected(scored, {reasons_pb2.REASON_COPY})
+    again = score_cycle(evidence.facts, cycle, submissions, agreed, copies, weights, unmerged)
+    as_recorded(again, evidence.facts.spec)
+    return again
 
 
 def of_the_file(scored: cycle_pb2.CycleScored) -> Refusals:
-    """Submissions that were rejected for what is in their file, with the reason."""
+    """Return the submissions that were rejected for what is in their file, with the refusal."""
+    return _rejected(scored, OF_THE_FILE)
+
+
+def _rejected(scored: cycle_pb2.CycleScored, reasons: Container[reasons_pb2.Reason.ValueType]) -> Refusals:
     return {
-        verdict.miner: (verdict.reason, verdict.detail)
+        verdict.miner: Refusal(verdict.reason, finding_of(verdict))
         for verdict in scored.verdicts
-        if verdict.status == cycle_pb2.VERDICT_STATUS_REJECTED and verdict.reason in OF_THE_FILE
+        if verdict.status == cycle_pb2.VERDICT_STATUS_REJECTED and verdict.reason in reasons
     }
 
 
-def _copies(submissions: Sequence[cycle_pb2.Submission], scored: cycle_pb2.CycleScored) -> dict[str, str]:
-    """Copy -> original, as the details name them: `a copy of what <start of the key>… committed earlier`."""
-    found = {}
-    for verdict in scored.verdicts:
-        if verdict.reason == reasons_pb2.REASON_COPY:
-            named = verdict.detail.removeprefix("a copy of what ").partition("…")[0]
-            found[verdict.miner] = next((s.miner for s in submissions if named and s.miner.startswith(named)), "")
-    return found
-
-
-def _miner_of(scored: cycle_pb2.CycleScored, what: str) -> str:
-    """The miner of `verdicts[2].reward: …`."""
-    head = what.partition(":")[0]
-    if not head.startswith("verdicts["):
-        return ""
-    index = int(head[len("verdicts[") :].partition("]")[0])
-    return scored.verdicts[index].miner if index < len(scored.verdicts) else ""
+def _differing(again: cycle_pb2.CycleScored, scored: cycle_pb2.CycleScored) -> Iterator[tuple[str, str]]:
+    """Yield what differs in a cycle's result, with the miner whose verdict it is in."""
+    if len(again.verdicts) != len(scored.verdicts):
+        yield "", f"verdicts: {len(again.verdicts)} entries recomputed, {len(scored.verdicts)} in the log"
+    for index, (one, other) in enumerate(zip(again.verdicts, scored.verdicts, strict=False)):
+        yield from ((other.miner, what) for what in differing(one, other, path=f"verdicts[{index}]."))
+    yield from (("", what) for what in differing(again, scored, ("verdicts",)))
 
 
 def gate(evidence: Evidence, cycle: int) -> Step:
@@ -209,7 +212,8 @@ def gate(evidence: Evidence, cycle: int) -> Step:
     before = Losses({loss.domain: (loss.before * loss.tokens, loss.tokens) for loss in version.gate_losses})
     after = Losses({loss.domain: (loss.after * loss.tokens, loss.tokens) for loss in version.gate_losses})
     target = version.gate_losses[0].domain if version.gate_losses else ""
-    why = judge(before, after, spec.holdout.domain, spec.merging.gate_general_margin)
+    refused = judge(before, after, spec.holdout.domain, spec.merging.gate_general_margin)
+    why = "" if refused is None else sentence(refused)
     if target != spec.holdout.domain:
         why = f"what it measured first is {target or 'nothing'!r}, not the target {spec.holdout.domain!r}"
     where = evidence.subject("merge", cycle, "version")

@@ -16,6 +16,7 @@ from connito.errors import Invalid, NotFound, reason_name
 from connito.protocol.assignment import assigned
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views.sentences import detail_of
 from connito.views.standings import ratings, validator_rows
 from connito.wire.facts import Fact
 
@@ -191,7 +192,7 @@ def _score(validator: str, score: cycle_pb2.SubmissionScore) -> dict[str, Any]:
         "effect": [score.effect_low, score.effect, score.effect_high],
         "general_change": [score.general_change, score.general_change_high],
         "reason": judging.reason_of(score),
-        "detail": score.detail,
+        "detail": detail_of(score),
         "evaluated_sequences": score.evaluated_sequences,
         "losses": [
             {
@@ -214,7 +215,7 @@ def _verdict(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | Non
             return {
                 "status": status,
                 "reason": judging.reason_of(verdict),
-                "detail": verdict.detail,
+                "detail": detail_of(verdict),
                 "utility": verdict.utility,
                 "rank": verdict.rank,
                 "reward": verdict.reward,
@@ -232,7 +233,7 @@ def _refusals(evidence: Evidence, cycle: int, miner: str) -> list[dict[str, Any]
             refused = fact.message
             if refused.miner == miner:
                 name, sequence = reason_name(refused.reason), refused.ingress_sequence
-                rows.append({"window": window, "reason": name, "detail": refused.detail, "sequence": sequence})
+                rows.append({"window": window, "reason": name, "detail": detail_of(refused), "sequence": sequence})
     return rows
 
 

@@ -18,10 +18,11 @@ from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE, consensus_of, of_the_file, submissions_of
 from connito.data.corpus import Corpus
 from connito.errors import Invalid, reason_name
+from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle, remerge_cycle
-from connito.protocol.scoring.verdicts import Refusals
-from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+from connito.views.sentences import as_recorded
 from connito.wire import subjects
 from connito.wire.facts import RunFacts
 
@@ -119,7 +120,7 @@ def _files(
     momentum = None if previous is None else artifacts.path(previous.outer_state)
     states: dict[str, Path] = {}
     bases: dict[str, Path] = {}
-    unusable: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+    unusable: dict[str, Refusal] = {}
     for entry in submissions:
         if entry.artifact.digest not in artifacts.paths and entry.miner in recorded:
             unusable[entry.miner] = recorded[entry.miner]
@@ -143,8 +144,11 @@ def _compare(
         again, recorded = getattr(merged.version, kind), getattr(version, kind)
         for what in _losses(kind, again, recorded, distances):
             yield Difference("merge", where, what, cycle)
-    # The sentences quote losses, which are another machine's to the fourth digit.
-    skip = ("detail", "gate_detail") if distances.largest else ()
+    spec = evidence.facts.spec
+    as_recorded(merged.scored, spec)
+    as_recorded(merged.version, spec)
+    # What the gate refused is told with its losses, which are another machine's to the last digits.
+    skip = ("before", "after", "change") if distances.largest else ()
     for what in differing(merged.scored, scored, skip):
         yield Difference("merge", evidence.subject("merge", cycle, "scored"), what, cycle)
     for what in differing(merged.version, version, (*_MEASURED, *skip)):

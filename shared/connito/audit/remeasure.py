@@ -92,11 +92,18 @@ def selection(work: Recomputation) -> Step:
         again = _select(spec, work.artifacts, made, _library(work, spec, made))
         if not made.HasField("signature"):  # logs from before selections had one
             again.ClearField("signature")
-        what = first_difference(again, made)
+        what = first_difference(again, made) or _ruled_out(again.start, made.start)
     except Invalid as error:
         what = f"cannot be recomputed: {error}"
     found = (Difference("selection", "run.0.selected", what),) if what else ()
     return Step("selection", 0, sum(len(layer.experts) for layer in made.layers), found)
+
+
+def _ruled_out(again: run_pb2.StartChoice, made: run_pb2.StartChoice) -> str:
+    for one, other in zip(again.candidates, made.candidates, strict=True):
+        if bool(one.refused) != bool(other.refused):
+            return f"{one.expert_id} is {'' if one.refused else 'not '}ruled out as a start, the log says otherwise"
+    return ""
 
 
 def _library(work: Recomputation, spec: run_pb2.RunSpec, made: run_pb2.SelectionMade) -> Library | None:

@@ -8,7 +8,9 @@ on whether a ban came in time, whatever they had read when they decided.
 from __future__ import annotations
 
 from connito.errors import Invalid
-from connito.v1 import reasons_pb2, run_pb2
+from connito.protocol.findings import Refusal
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.envelope import check
 from connito.wire.facts import RunFacts
 from connito.wire.roster import OPERATOR, Roster
@@ -32,17 +34,17 @@ def banned(facts: RunFacts, until: int | None = None) -> dict[str, run_pb2.Miner
     return {miner: ban for miner, ban in sorted(_last_words(facts, until).items()) if not ban.lifted}
 
 
-def at_close(facts: RunFacts, window: str, cycle: int) -> dict[str, str]:
-    """Miners whose ban counts in a closed window, with what they are told. Nobody while it is open."""
+def at_close(facts: RunFacts, window: str, cycle: int) -> dict[str, Refusal]:
+    """Return the miners whose ban counts in a closed window, with their refusal. Nobody while it is open."""
     closed = facts.window(window, cycle).closed
     known = banned(facts, closed.runs_sequence) if closed is not None else {}
-    return {} if closed is None else {miner: why(known.get(miner)) for miner in closed.banned}
+    return {} if closed is None else {miner: refusal(known.get(miner)) for miner in closed.banned}
 
 
-def why(ban: run_pb2.MinerBan | None) -> str:
-    """What a banned miner is told."""
-    said = ban.why if ban is not None and ban.why else "no reason was given"
-    return f"this key is banned: {said}; ask the operator, or the run's customer, to lift it"
+def refusal(ban: run_pb2.MinerBan | None) -> Refusal:
+    """The refusal of a banned miner, with the words of whoever banned it."""
+    finding = Finding(kind=cycle_pb2.FINDING_KIND_BANNED, text="" if ban is None else ban.why)
+    return Refusal(reasons_pb2.REASON_BANNED, finding)
 
 
 def check_order(ban: run_pb2.MinerBan, roster: Roster, customer: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from connito.v1 import cycle_pb2
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 
 
@@ -19,17 +20,15 @@ def gained(facts: RunFacts, cycle: int) -> float | None:
     return None if begin is None or end is None else begin.before - end.after
 
 
-def reached(facts: RunFacts, cycle: int) -> str:
-    """The sentence a run ends with when its objective is met after `cycle`; empty while it is not, or has none."""
+def reached(facts: RunFacts, cycle: int) -> Finding | None:
+    """Return that the objective is met after `cycle`; None while it is not, or there is none."""
     spec = facts.spec
     wanted = 0.0 if spec is None else spec.objective.improvement
     gain = gained(facts, cycle) if wanted > 0 else None
     if spec is None or gain is None or not gain >= wanted:
-        return ""
-    return (
-        f"the objective is met after cycle {cycle} of {spec.cycles}: {spec.domain} loss on the gate's text is {gain:.4f} "
-        f"nats per token lower than at the start, {wanted:g} were asked for"
-    )
+        return None
+    kind = cycle_pb2.FINDING_KIND_OBJECTIVE_MET
+    return Finding(kind=kind, domain=spec.domain, effect=gain, margin=wanted, cycle=cycle, limit=spec.cycles)
 
 
 def _target(facts: RunFacts, version: cycle_pb2.VersionPublished) -> cycle_pb2.DomainLoss | None:

@@ -92,10 +92,12 @@ def _size(path: Path) -> int:
 def _check_layout(header: Header, layout: Layout) -> None:
     missing, extra = sorted(layout.keys() - header.entries.keys()), sorted(header.entries.keys() - layout.keys())
     if missing or extra:
-        what = f"{missing[0]} is missing" if missing else f"{extra[0]} does not belong in it"
+        odd = (missing or extra)[0]
+        what = f"{odd} is missing" if missing else f"{odd} does not belong in it"
         raise Invalid(
             f"{what}; a submission holds exactly the {len(layout)} target tensors of the run",
             reason=reasons.REASON_WRONG_TENSORS,
+            about=odd,
         )
     for name, (dtype, shape) in sorted(layout.items()):
         entry = header.entries[name]
@@ -103,9 +105,11 @@ def _check_layout(header: Header, layout: Layout) -> None:
             raise Invalid(
                 f"{name} has shape {list(entry.shape)}, the selection needs {list(shape)}",
                 reason=reasons.REASON_WRONG_SHAPE,
+                about=name,
             )
         if entry.dtype != dtype:
-            raise Invalid(f"{name} is {entry.dtype}, the run uses {dtype}", reason=reasons.REASON_WRONG_DTYPE)
+            what = f"{name} is {entry.dtype}, the run uses {dtype}"
+            raise Invalid(what, reason=reasons.REASON_WRONG_DTYPE, about=name)
 
 
 def _check_base(header: Header, layout: Layout) -> None:
@@ -117,7 +121,8 @@ def _check_values(name: str, reader: _Reader, origin: _Reader | None, max_relati
     moved = norm = 0.0
     dtype = reader.header.entries[name].dtype
     if dtype not in _EXPONENT:
-        raise Invalid(f"{name} is {dtype}; expert weights are F32, F16 or BF16", reason=reasons.REASON_WRONG_DTYPE)
+        what = f"{name} is {dtype}; expert weights are F32, F16 or BF16"
+        raise Invalid(what, reason=reasons.REASON_WRONG_DTYPE, about=name)
     bases = iter(()) if origin is None else origin.chunks(name)
     for chunk in reader.chunks(name):
         _check_finite(name, chunk, dtype)
@@ -130,6 +135,7 @@ def _check_values(name: str, reader: _Reader, origin: _Reader | None, max_relati
         raise Invalid(
             f"{name} moved by {relative:.4g} of its norm in one cycle; the run allows {max_relative_norm:.4g}",
             reason=reasons.REASON_NORM_EXCEEDED,
+            about=name,
         )
 
 
@@ -138,7 +144,7 @@ def _check_finite(name: str, chunk: Array, dtype: str) -> None:
     unsigned, exponent = _EXPONENT[dtype]
     bits = chunk.view(unsigned)
     if bool(np.any((bits & exponent) == exponent)):
-        raise Invalid(f"{name} holds infinities or NaNs", reason=reasons.REASON_NON_FINITE)
+        raise Invalid(f"{name} holds infinities or NaNs", reason=reasons.REASON_NON_FINITE, about=name)
 
 
 class _Reader:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from connito.bus import Bus, CaughtUp, offences
 from connito.errors import Invalid, Retry, reason_name
+from connito.protocol.findings import check_version
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
@@ -83,6 +84,7 @@ class Engine:
         self._wake_at: dict[str, int] = {}
         self._actions: dict[str, _State] = {}
         self._traces: dict[str, str] = {}
+        self._newer: set[str] = set()
         self._something = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
 
@@ -151,6 +153,8 @@ class Engine:
                     await self._something.wait()
 
     def _decide_run(self, run: str, now: int) -> None:
+        if not self._known_rules(run):
+            return
         with metrics.DECIDE_SECONDS.time():
             decision = self._decide(self.facts(run), now)
         wakes = [] if decision.wake_at_ms is None else [decision.wake_at_ms]
@@ -166,6 +170,18 @@ class Engine:
         if wakes:
             # A time that has passed already must not become a busy loop.
             self._wake_at[run] = max(min(wakes), now + SOONEST_MS)
+
+    def _known_rules(self, run: str) -> bool:
+        """Whether this program may act in a run; of one under newer rules, say so once."""
+        spec = self.facts(run).spec
+        try:
+            if spec is not None:
+                check_version(spec)
+        except Invalid as error:
+            if run not in self._newer:
+                log.error("this run is left alone", run=run, reason=reason_name(error.reason), error=str(error))
+            self._newer.add(run)
+        return run not in self._newer
 
     def _start(self, action: Action, state: _State) -> None:
         metrics.ACTIONS_RUNNING.inc()

@@ -61,25 +61,6 @@ CLOSE_CAUSE_ALL_ACTED: CloseCause.ValueType  # 1
 CLOSE_CAUSE_DEADLINE: CloseCause.ValueType  # 2
 Global___CloseCause: _TypeAlias = CloseCause  # noqa: Y015
 
-class _VerdictStatus:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _VerdictStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerdictStatus.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    VERDICT_STATUS_UNSPECIFIED: _VerdictStatus.ValueType  # 0
-    VERDICT_STATUS_MERGED: _VerdictStatus.ValueType  # 1
-    VERDICT_STATUS_SCORED: _VerdictStatus.ValueType  # 2
-    VERDICT_STATUS_REJECTED: _VerdictStatus.ValueType  # 3
-
-class VerdictStatus(_VerdictStatus, metaclass=_VerdictStatusEnumTypeWrapper): ...
-
-VERDICT_STATUS_UNSPECIFIED: VerdictStatus.ValueType  # 0
-VERDICT_STATUS_MERGED: VerdictStatus.ValueType  # 1
-VERDICT_STATUS_SCORED: VerdictStatus.ValueType  # 2
-VERDICT_STATUS_REJECTED: VerdictStatus.ValueType  # 3
-Global___VerdictStatus: _TypeAlias = VerdictStatus  # noqa: Y015
-
 class _GateDecision:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -102,6 +83,233 @@ GATE_DECISION_TOP_1: GateDecision.ValueType  # 3
 GATE_DECISION_KEPT_INCUMBENT: GateDecision.ValueType  # 4
 GATE_DECISION_NOTHING_TO_MERGE: GateDecision.ValueType  # 5
 Global___GateDecision: _TypeAlias = GateDecision  # noqa: Y015
+
+class _FindingKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FindingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINDING_KIND_UNSPECIFIED: _FindingKind.ValueType  # 0
+    """`text` alone."""
+    FINDING_KIND_GAIN: _FindingKind.ValueType  # 1
+    """Held-out loss fell: effect, low, high, sequences."""
+    FINDING_KIND_NO_GAIN: _FindingKind.ValueType  # 2
+    """It did not fall: effect, low, high, sequences."""
+    FINDING_KIND_UNCERTAIN_GAIN: _FindingKind.ValueType  # 3
+    """It fell, but that may be chance: effect, low, high, sequences."""
+    FINDING_KIND_GENERAL_LOSS_ROSE: _FindingKind.ValueType  # 4
+    """Loss on general text rose, over all domains: change, margin, count (of domains)."""
+    FINDING_KIND_DOMAIN_LOSS_ROSE: _FindingKind.ValueType  # 5
+    """It rose significantly on one domain: domain, change, margin."""
+    FINDING_KIND_LOSS_NOT_FINITE: _FindingKind.ValueType  # 6
+    """The model's loss is not a number with the submission."""
+    FINDING_KIND_LOSS_UNCHANGED: _FindingKind.ValueType  # 7
+    """No loss differs at all."""
+    FINDING_KIND_COPY: _FindingKind.ValueType  # 10
+    """An earlier commitment has the same work: copy_of, cosine."""
+    FINDING_KIND_BELOW_CUTOFF: _FindingKind.ValueType  # 11
+    """rank, limit (ranks that are paid)."""
+    FINDING_KIND_PROBATION: _FindingKind.ValueType  # 12
+    """count (useful submissions with this one), limit (those a probation takes), share (of the reward that is paid)."""
+    FINDING_KIND_OUTLIER: _FindingKind.ValueType  # 13
+    """The pseudo-gradient lies far from the others."""
+    FINDING_KIND_NOT_WEIGHTED: _FindingKind.ValueType  # 14
+    """The aggregator gives it no weight: name (of the aggregator)."""
+    FINDING_KIND_BANNED: _FindingKind.ValueType  # 15
+    """text (who banned the key said why)."""
+    FINDING_KIND_NEWCOMER_QUOTA: _FindingKind.ValueType  # 16
+    """limit (new keys that are scored in a cycle), cycle."""
+    FINDING_KIND_NOTHING_DRAWN: _FindingKind.ValueType  # 20
+    """Too few validators revealed a seed."""
+    FINDING_KIND_QUORUM_MISSED: _FindingKind.ValueType  # 21
+    """weight (of the validators that reported), total_weight (of those drawn)."""
+    FINDING_KIND_NO_MAJORITY: _FindingKind.ValueType  # 22
+    """No majority of the validators scored the submission."""
+    FINDING_KIND_GATE_REFUSALS: _FindingKind.ValueType  # 30
+    """Candidates that the gate tried and refused: parts, each with its attempt."""
+    FINDING_KIND_GATE_NOT_FINITE: _FindingKind.ValueType  # 31
+    """attempt, domain."""
+    FINDING_KIND_GATE_TARGET_ROSE: _FindingKind.ValueType  # 32
+    """The target's loss would rise: attempt, domain, before, after."""
+    FINDING_KIND_GATE_GENERAL_ROSE: _FindingKind.ValueType  # 33
+    """A general domain's loss would rise: attempt, domain, change, margin."""
+    FINDING_KIND_GATE_OVERFLOW: _FindingKind.ValueType  # 34
+    """The outer step overflows: attempt, name (of the tensor)."""
+    FINDING_KIND_REPORT_LATE: _FindingKind.ValueType  # 40
+    """Why a report does not count."""
+    FINDING_KIND_REPORT_NOT_DRAWN: _FindingKind.ValueType  # 41
+    FINDING_KIND_REPORT_OTHER_SEED: _FindingKind.ValueType  # 42
+    FINDING_KIND_REPORT_OTHER_STATE: _FindingKind.ValueType  # 43
+    FINDING_KIND_REPORT_TWICE: _FindingKind.ValueType  # 44
+    FINDING_KIND_REPORT_OTHER_ARTIFACT: _FindingKind.ValueType  # 45
+    FINDING_KIND_REPORT_NO_UTILITY: _FindingKind.ValueType  # 46
+    FINDING_KIND_REPORT_HIGH_UTILITY: _FindingKind.ValueType  # 47
+    """limit (nats per token that a utility may have)."""
+    FINDING_KIND_REPORT_NOT_ASSIGNED: _FindingKind.ValueType  # 48
+    """miners (scored, but not assigned)."""
+    FINDING_KIND_REPORT_INCOMPLETE: _FindingKind.ValueType  # 49
+    """miners (assigned, but not scored)."""
+    FINDING_KIND_DEVIATED: _FindingKind.ValueType  # 50
+    """A validator's report is far from consensus: agreement."""
+    FINDING_KIND_NO_REPORT: _FindingKind.ValueType  # 51
+    """It was drawn, and no report of it counts."""
+    FINDING_KIND_SECRET_WITHHELD: _FindingKind.ValueType  # 52
+    """It committed to a secret and did not reveal it."""
+    FINDING_KIND_NOT_ENROLLED: _FindingKind.ValueType  # 60
+    """Why the committer refuses a message; those about a cycle name it."""
+    FINDING_KIND_RUN_ENDED: _FindingKind.ValueType  # 61
+    FINDING_KIND_WINDOW_NOT_OPEN: _FindingKind.ValueType  # 62
+    """name (commit or submit), count (the run's current cycle)."""
+    FINDING_KIND_COMMIT_CLOSED: _FindingKind.ValueType  # 63
+    FINDING_KIND_SUBMIT_CLOSED: _FindingKind.ValueType  # 64
+    """A good reveal came too late; it is scored in the next cycle."""
+    FINDING_KIND_SUBMIT_CLOSED_FOR_GOOD: _FindingKind.ValueType  # 65
+    """The same, after the last cycle."""
+    FINDING_KIND_MESSAGE_QUOTA: _FindingKind.ValueType  # 66
+    """limit (messages of one key that are answered), name (commitment or reveal)."""
+    FINDING_KIND_COMMITMENT_STANDS: _FindingKind.ValueType  # 67
+    """count (the sequence of the commitment that stands)."""
+    FINDING_KIND_COMMITMENT_LENGTH: _FindingKind.ValueType  # 68
+    """count, limit (bytes of a commitment)."""
+    FINDING_KIND_NO_COMMITMENT: _FindingKind.ValueType  # 69
+    FINDING_KIND_NOT_OPENED: _FindingKind.ValueType  # 70
+    FINDING_KIND_OTHER_BASE: _FindingKind.ValueType  # 71
+    """expected, name (digests of the cycle's state, and of the one that the work started from)."""
+    FINDING_KIND_WRONG_REALM: _FindingKind.ValueType  # 72
+    FINDING_KIND_TOO_LARGE: _FindingKind.ValueType  # 73
+    """count, limit (bytes of the artifact, and of the selected experts)."""
+    FINDING_KIND_TOO_SMALL: _FindingKind.ValueType  # 74
+    FINDING_KIND_REVEAL_TAKEN: _FindingKind.ValueType  # 75
+    FINDING_KIND_NOT_REVEALED: _FindingKind.ValueType  # 76
+    FINDING_KIND_NOT_UPLOADED: _FindingKind.ValueType  # 77
+    """name (digest of the artifact)."""
+    FINDING_KIND_OTHER_SIZE: _FindingKind.ValueType  # 78
+    """count, limit (bytes of the object, and those declared)."""
+    FINDING_KIND_OBJECTIVE_MET: _FindingKind.ValueType  # 80
+    """A run ended because its objective is met: domain, effect (gained), margin (asked for), cycle, limit (of cycles)."""
+
+class FindingKind(_FindingKind, metaclass=_FindingKindEnumTypeWrapper):
+    """Which finding an outcome rests on. The comment names the fields of `Finding` that it sets."""
+
+FINDING_KIND_UNSPECIFIED: FindingKind.ValueType  # 0
+"""`text` alone."""
+FINDING_KIND_GAIN: FindingKind.ValueType  # 1
+"""Held-out loss fell: effect, low, high, sequences."""
+FINDING_KIND_NO_GAIN: FindingKind.ValueType  # 2
+"""It did not fall: effect, low, high, sequences."""
+FINDING_KIND_UNCERTAIN_GAIN: FindingKind.ValueType  # 3
+"""It fell, but that may be chance: effect, low, high, sequences."""
+FINDING_KIND_GENERAL_LOSS_ROSE: FindingKind.ValueType  # 4
+"""Loss on general text rose, over all domains: change, margin, count (of domains)."""
+FINDING_KIND_DOMAIN_LOSS_ROSE: FindingKind.ValueType  # 5
+"""It rose significantly on one domain: domain, change, margin."""
+FINDING_KIND_LOSS_NOT_FINITE: FindingKind.ValueType  # 6
+"""The model's loss is not a number with the submission."""
+FINDING_KIND_LOSS_UNCHANGED: FindingKind.ValueType  # 7
+"""No loss differs at all."""
+FINDING_KIND_COPY: FindingKind.ValueType  # 10
+"""An earlier commitment has the same work: copy_of, cosine."""
+FINDING_KIND_BELOW_CUTOFF: FindingKind.ValueType  # 11
+"""rank, limit (ranks that are paid)."""
+FINDING_KIND_PROBATION: FindingKind.ValueType  # 12
+"""count (useful submissions with this one), limit (those a probation takes), share (of the reward that is paid)."""
+FINDING_KIND_OUTLIER: FindingKind.ValueType  # 13
+"""The pseudo-gradient lies far from the others."""
+FINDING_KIND_NOT_WEIGHTED: FindingKind.ValueType  # 14
+"""The aggregator gives it no weight: name (of the aggregator)."""
+FINDING_KIND_BANNED: FindingKind.ValueType  # 15
+"""text (who banned the key said why)."""
+FINDING_KIND_NEWCOMER_QUOTA: FindingKind.ValueType  # 16
+"""limit (new keys that are scored in a cycle), cycle."""
+FINDING_KIND_NOTHING_DRAWN: FindingKind.ValueType  # 20
+"""Too few validators revealed a seed."""
+FINDING_KIND_QUORUM_MISSED: FindingKind.ValueType  # 21
+"""weight (of the validators that reported), total_weight (of those drawn)."""
+FINDING_KIND_NO_MAJORITY: FindingKind.ValueType  # 22
+"""No majority of the validators scored the submission."""
+FINDING_KIND_GATE_REFUSALS: FindingKind.ValueType  # 30
+"""Candidates that the gate tried and refused: parts, each with its attempt."""
+FINDING_KIND_GATE_NOT_FINITE: FindingKind.ValueType  # 31
+"""attempt, domain."""
+FINDING_KIND_GATE_TARGET_ROSE: FindingKind.ValueType  # 32
+"""The target's loss would rise: attempt, domain, before, after."""
+FINDING_KIND_GATE_GENERAL_ROSE: FindingKind.ValueType  # 33
+"""A general domain's loss would rise: attempt, domain, change, margin."""
+FINDING_KIND_GATE_OVERFLOW: FindingKind.ValueType  # 34
+"""The outer step overflows: attempt, name (of the tensor)."""
+FINDING_KIND_REPORT_LATE: FindingKind.ValueType  # 40
+"""Why a report does not count."""
+FINDING_KIND_REPORT_NOT_DRAWN: FindingKind.ValueType  # 41
+FINDING_KIND_REPORT_OTHER_SEED: FindingKind.ValueType  # 42
+FINDING_KIND_REPORT_OTHER_STATE: FindingKind.ValueType  # 43
+FINDING_KIND_REPORT_TWICE: FindingKind.ValueType  # 44
+FINDING_KIND_REPORT_OTHER_ARTIFACT: FindingKind.ValueType  # 45
+FINDING_KIND_REPORT_NO_UTILITY: FindingKind.ValueType  # 46
+FINDING_KIND_REPORT_HIGH_UTILITY: FindingKind.ValueType  # 47
+"""limit (nats per token that a utility may have)."""
+FINDING_KIND_REPORT_NOT_ASSIGNED: FindingKind.ValueType  # 48
+"""miners (scored, but not assigned)."""
+FINDING_KIND_REPORT_INCOMPLETE: FindingKind.ValueType  # 49
+"""miners (assigned, but not scored)."""
+FINDING_KIND_DEVIATED: FindingKind.ValueType  # 50
+"""A validator's report is far from consensus: agreement."""
+FINDING_KIND_NO_REPORT: FindingKind.ValueType  # 51
+"""It was drawn, and no report of it counts."""
+FINDING_KIND_SECRET_WITHHELD: FindingKind.ValueType  # 52
+"""It committed to a secret and did not reveal it."""
+FINDING_KIND_NOT_ENROLLED: FindingKind.ValueType  # 60
+"""Why the committer refuses a message; those about a cycle name it."""
+FINDING_KIND_RUN_ENDED: FindingKind.ValueType  # 61
+FINDING_KIND_WINDOW_NOT_OPEN: FindingKind.ValueType  # 62
+"""name (commit or submit), count (the run's current cycle)."""
+FINDING_KIND_COMMIT_CLOSED: FindingKind.ValueType  # 63
+FINDING_KIND_SUBMIT_CLOSED: FindingKind.ValueType  # 64
+"""A good reveal came too late; it is scored in the next cycle."""
+FINDING_KIND_SUBMIT_CLOSED_FOR_GOOD: FindingKind.ValueType  # 65
+"""The same, after the last cycle."""
+FINDING_KIND_MESSAGE_QUOTA: FindingKind.ValueType  # 66
+"""limit (messages of one key that are answered), name (commitment or reveal)."""
+FINDING_KIND_COMMITMENT_STANDS: FindingKind.ValueType  # 67
+"""count (the sequence of the commitment that stands)."""
+FINDING_KIND_COMMITMENT_LENGTH: FindingKind.ValueType  # 68
+"""count, limit (bytes of a commitment)."""
+FINDING_KIND_NO_COMMITMENT: FindingKind.ValueType  # 69
+FINDING_KIND_NOT_OPENED: FindingKind.ValueType  # 70
+FINDING_KIND_OTHER_BASE: FindingKind.ValueType  # 71
+"""expected, name (digests of the cycle's state, and of the one that the work started from)."""
+FINDING_KIND_WRONG_REALM: FindingKind.ValueType  # 72
+FINDING_KIND_TOO_LARGE: FindingKind.ValueType  # 73
+"""count, limit (bytes of the artifact, and of the selected experts)."""
+FINDING_KIND_TOO_SMALL: FindingKind.ValueType  # 74
+FINDING_KIND_REVEAL_TAKEN: FindingKind.ValueType  # 75
+FINDING_KIND_NOT_REVEALED: FindingKind.ValueType  # 76
+FINDING_KIND_NOT_UPLOADED: FindingKind.ValueType  # 77
+"""name (digest of the artifact)."""
+FINDING_KIND_OTHER_SIZE: FindingKind.ValueType  # 78
+"""count, limit (bytes of the object, and those declared)."""
+FINDING_KIND_OBJECTIVE_MET: FindingKind.ValueType  # 80
+"""A run ended because its objective is met: domain, effect (gained), margin (asked for), cycle, limit (of cycles)."""
+Global___FindingKind: _TypeAlias = FindingKind  # noqa: Y015
+
+class _VerdictStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerdictStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerdictStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERDICT_STATUS_UNSPECIFIED: _VerdictStatus.ValueType  # 0
+    VERDICT_STATUS_MERGED: _VerdictStatus.ValueType  # 1
+    VERDICT_STATUS_SCORED: _VerdictStatus.ValueType  # 2
+    VERDICT_STATUS_REJECTED: _VerdictStatus.ValueType  # 3
+
+class VerdictStatus(_VerdictStatus, metaclass=_VerdictStatusEnumTypeWrapper): ...
+
+VERDICT_STATUS_UNSPECIFIED: VerdictStatus.ValueType  # 0
+VERDICT_STATUS_MERGED: VerdictStatus.ValueType  # 1
+VERDICT_STATUS_SCORED: VerdictStatus.ValueType  # 2
+VERDICT_STATUS_REJECTED: VerdictStatus.ValueType  # 3
+Global___VerdictStatus: _TypeAlias = VerdictStatus  # noqa: Y015
 
 @_typing.final
 class WindowOpened(_message.Message):
@@ -323,6 +531,112 @@ class CommitmentAccepted(_message.Message):
 Global___CommitmentAccepted: _TypeAlias = CommitmentAccepted  # noqa: Y015
 
 @_typing.final
+class Finding(_message.Message):
+    """What an outcome rests on, as data: numbers and names that an auditor compares and of which views make a sentence. `kind`
+    says which of the fields are set.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    COPY_OF_FIELD_NUMBER: _builtins.int
+    COSINE_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    TOTAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
+    MINERS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    CYCLE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    kind: Global___FindingKind.ValueType
+    text: _builtins.str
+    """Words of a person, or of a library about bytes that it could not read. Shown as they are, never compared."""
+    copy_of: _builtins.str
+    """The miner of the earlier commitment, and the cosine of the two pseudo-gradients."""
+    cosine: _builtins.float
+    effect: _builtins.float
+    """Nats per token by which held-out loss fell, the bounds of the interval, and on how many sequences."""
+    low: _builtins.float
+    high: _builtins.float
+    sequences: _builtins.int
+    domain: _builtins.str
+    change: _builtins.float
+    """Nats per token by which a loss rose, and by how much it may."""
+    margin: _builtins.float
+    before: _builtins.float
+    """Nats per token."""
+    after: _builtins.float
+    rank: _builtins.int
+    count: _builtins.int
+    """How many there are, and the policy's number for it."""
+    limit: _builtins.int
+    share: _builtins.float
+    weight: _builtins.float
+    total_weight: _builtins.float
+    agreement: _builtins.float
+    name: _builtins.str
+    cycle: _builtins.int
+    attempt: Global___GateDecision.ValueType
+    expected: _builtins.str
+    @_builtins.property
+    def miners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]: ...
+    def __init__(
+        self,
+        *,
+        kind: Global___FindingKind.ValueType = ...,
+        text: _builtins.str = ...,
+        copy_of: _builtins.str = ...,
+        cosine: _builtins.float = ...,
+        effect: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        sequences: _builtins.int = ...,
+        domain: _builtins.str = ...,
+        change: _builtins.float = ...,
+        margin: _builtins.float = ...,
+        before: _builtins.float = ...,
+        after: _builtins.float = ...,
+        rank: _builtins.int = ...,
+        count: _builtins.int = ...,
+        limit: _builtins.int = ...,
+        share: _builtins.float = ...,
+        weight: _builtins.float = ...,
+        total_weight: _builtins.float = ...,
+        agreement: _builtins.float = ...,
+        miners: _abc.Iterable[_builtins.str] | None = ...,
+        name: _builtins.str = ...,
+        cycle: _builtins.int = ...,
+        attempt: Global___GateDecision.ValueType = ...,
+        parts: _abc.Iterable[Global___Finding] | None = ...,
+        expected: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "agreement", b"agreement", "attempt", b"attempt", "before", b"before", "change", b"change", "copy_of", b"copy_of", "cosine", b"cosine", "count", b"count", "cycle", b"cycle", "domain", b"domain", "effect", b"effect", "expected", b"expected", "high", b"high", "kind", b"kind", "limit", b"limit", "low", b"low", "margin", b"margin", "miners", b"miners", "name", b"name", "parts", b"parts", "rank", b"rank", "sequences", b"sequences", "share", b"share", "text", b"text", "total_weight", b"total_weight", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
+@_typing.final
 class Refused(_message.Message):
     """`<run>.<commit|submit>.<cycle>.refused.<miner>-<ingress sequence>`, signed by the committer."""
 
@@ -335,6 +649,7 @@ class Refused(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     INGRESS_SEQUENCE_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     window: Global___Window.ValueType
@@ -342,6 +657,10 @@ class Refused(_message.Message):
     reason: _reasons_pb2.Reason.ValueType
     detail: _builtins.str
     ingress_sequence: _builtins.int
+    @_builtins.property
+    def finding(self) -> Global___Finding:
+        """What the refusal rests on (protocol_version 1 on; `detail` before)."""
+
     def __init__(
         self,
         *,
@@ -352,10 +671,11 @@ class Refused(_message.Message):
         reason: _reasons_pb2.Reason.ValueType = ...,
         detail: _builtins.str = ...,
         ingress_sequence: _builtins.int = ...,
+        finding: Global___Finding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "detail", b"detail", "ingress_sequence", b"ingress_sequence", "miner", b"miner", "reason", b"reason", "run", b"run", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "detail", b"detail", "finding", b"finding", "ingress_sequence", b"ingress_sequence", "miner", b"miner", "reason", b"reason", "run", b"run", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -650,6 +970,7 @@ class SubmissionScore(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     LOSSES_FIELD_NUMBER: _builtins.int
     EVALUATED_SEQUENCES_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
     miner: _builtins.str
     artifact_digest: _builtins.str
     utility: _builtins.float
@@ -669,6 +990,10 @@ class SubmissionScore(_message.Message):
     def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceLoss]:
         """Under a policy without racing ascending by domain; with racing in the order in which the seed draws them."""
 
+    @_builtins.property
+    def finding(self) -> Global___Finding:
+        """What `reason`, or the lack of one, rests on (protocol_version 1 on; `detail` before)."""
+
     def __init__(
         self,
         *,
@@ -684,10 +1009,11 @@ class SubmissionScore(_message.Message):
         detail: _builtins.str = ...,
         losses: _abc.Iterable[Global___SequenceLoss] | None = ...,
         evaluated_sequences: _builtins.int = ...,
+        finding: Global___Finding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_digest", b"artifact_digest", "detail", b"detail", "effect", b"effect", "effect_high", b"effect_high", "effect_low", b"effect_low", "evaluated_sequences", b"evaluated_sequences", "general_change", b"general_change", "general_change_high", b"general_change_high", "losses", b"losses", "miner", b"miner", "reason", b"reason", "utility", b"utility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_digest", b"artifact_digest", "detail", b"detail", "effect", b"effect", "effect_high", b"effect_high", "effect_low", b"effect_low", "evaluated_sequences", b"evaluated_sequences", "finding", b"finding", "general_change", b"general_change", "general_change_high", b"general_change_high", "losses", b"losses", "miner", b"miner", "reason", b"reason", "utility", b"utility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -747,6 +1073,7 @@ class Verdict(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     ORIGIN_CYCLE_FIELD_NUMBER: _builtins.int
     WITHHELD_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
     miner: _builtins.str
     status: Global___VerdictStatus.ValueType
     reason: _reasons_pb2.Reason.ValueType
@@ -762,6 +1089,10 @@ class Verdict(_message.Message):
     origin_cycle: _builtins.int
     withheld: _builtins.int
     """Units of its reward that a miner on probation was not paid."""
+    @_builtins.property
+    def finding(self) -> Global___Finding:
+        """What `reason`, or the lack of one, rests on (protocol_version 1 on; `detail` before)."""
+
     def __init__(
         self,
         *,
@@ -775,10 +1106,11 @@ class Verdict(_message.Message):
         weight: _builtins.float = ...,
         origin_cycle: _builtins.int = ...,
         withheld: _builtins.int = ...,
+        finding: Global___Finding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "miner", b"miner", "origin_cycle", b"origin_cycle", "rank", b"rank", "reason", b"reason", "reward", b"reward", "status", b"status", "utility", b"utility", "weight", b"weight", "withheld", b"withheld"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "finding", b"finding", "miner", b"miner", "origin_cycle", b"origin_cycle", "rank", b"rank", "reason", b"reason", "reward", b"reward", "status", b"status", "utility", b"utility", "weight", b"weight", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -834,6 +1166,7 @@ class ValidatorStanding(_message.Message):
     REWARD_FIELD_NUMBER: _builtins.int
     BONDS_FIELD_NUMBER: _builtins.int
     IDLE_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
     validator: _builtins.str
     reported: _builtins.bool
     deviation: _builtins.float
@@ -855,6 +1188,10 @@ class ValidatorStanding(_message.Message):
     def bonds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """What it holds of each miner in `CycleScored.bonded`."""
 
+    @_builtins.property
+    def finding(self) -> Global___Finding:
+        """What `reason`, or the lack of one, rests on (protocol_version 1 on; `detail` before)."""
+
     def __init__(
         self,
         *,
@@ -869,10 +1206,11 @@ class ValidatorStanding(_message.Message):
         reward: _builtins.int = ...,
         bonds: _abc.Iterable[_builtins.float] | None = ...,
         idle: _builtins.bool = ...,
+        finding: Global___Finding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "bonds", b"bonds", "detail", b"detail", "deviation", b"deviation", "idle", b"idle", "reason", b"reason", "reported", b"reported", "reward", b"reward", "trust", b"trust", "validator", b"validator", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "bonds", b"bonds", "detail", b"detail", "deviation", b"deviation", "finding", b"finding", "idle", b"idle", "reason", b"reason", "reported", b"reported", "reward", b"reward", "trust", b"trust", "validator", b"validator", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -988,6 +1326,7 @@ class VersionPublished(_message.Message):
     LOSSES_FIELD_NUMBER: _builtins.int
     MERGED_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     version: _builtins.int
@@ -1012,6 +1351,10 @@ class VersionPublished(_message.Message):
     def merged(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def finding(self) -> Global___Finding:
+        """The candidates that the gate refused before it decided (protocol_version 1 on; `gate_detail` before)."""
+
     def __init__(
         self,
         *,
@@ -1027,10 +1370,11 @@ class VersionPublished(_message.Message):
         losses: _abc.Iterable[Global___DomainLoss] | None = ...,
         merged: _abc.Iterable[_builtins.str] | None = ...,
         weights: _abc.Iterable[_builtins.float] | None = ...,
+        finding: Global___Finding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["outer_state", b"outer_state", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "outer_state", b"outer_state", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "gate", b"gate", "gate_detail", b"gate_detail", "gate_losses", b"gate_losses", "losses", b"losses", "merged", b"merged", "outer_state", b"outer_state", "parent", b"parent", "run", b"run", "state", b"state", "version", b"version", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "finding", b"finding", "gate", b"gate", "gate_detail", b"gate_detail", "gate_losses", b"gate_losses", "losses", b"losses", "merged", b"merged", "outer_state", b"outer_state", "parent", b"parent", "run", b"run", "state", b"state", "version", b"version", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -546,6 +546,7 @@ class RunSpec(_message.Message):
     VISIBILITY_FIELD_NUMBER: _builtins.int
     ORGANISATION_FIELD_NUMBER: _builtins.int
     DATA_SOURCES_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     domain: _builtins.str
     cycles: _builtins.int
@@ -561,6 +562,10 @@ class RunSpec(_message.Message):
     visibility: _builtins.str
     """Who sees the expert that comes out: public (also when empty), organisation, private to the customer."""
     organisation: _builtins.str
+    protocol_version: _builtins.int
+    """The rules that the run is under, filled in by the coordinator. 0, a run of before there were versions: outcomes are
+    recorded as sentences. 1: as findings.
+    """
     @_builtins.property
     def base(self) -> Global___BaseRef: ...
     @_builtins.property
@@ -635,10 +640,11 @@ class RunSpec(_message.Message):
         visibility: _builtins.str = ...,
         organisation: _builtins.str = ...,
         data_sources: _abc.Iterable[_builtins.str] | None = ...,
+        protocol_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "enrolment", b"enrolment", "holdout", b"holdout", "merging", b"merging", "objective", b"objective", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "benchmarks", b"benchmarks", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_sources", b"data_sources", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "objective", b"objective", "organisation", b"organisation", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "start_from", b"start_from", "train", b"train", "training", b"training", "visibility", b"visibility", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "benchmarks", b"benchmarks", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_sources", b"data_sources", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "objective", b"objective", "organisation", b"organisation", "probe", b"probe", "protocol_version", b"protocol_version", "replay", b"replay", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "start_from", b"start_from", "train", b"train", "training", b"training", "visibility", b"visibility", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from connito.errors import reason_name
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views.run_report import miner_name, submission_rows
+from connito.views.sentences import detail_of
 from connito.wire.facts import Fact, RunFacts, Window
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | Non
         return f"cycle {fact.key.cycle} · {fact.key.section}: closed at its deadline"
     if isinstance(message, cycle_pb2.Refused):
         why = reason_name(message.reason)
-        return f"cycle {fact.key.cycle} · {who(facts, message.miner, names)} refused: {why} ({message.detail})"
+        return f"cycle {fact.key.cycle} · {who(facts, message.miner, names)} refused: {why} ({detail_of(message)})"
     if isinstance(message, cycle_pb2.CycleScored):
         return _scored(message, facts, names)
     if isinstance(message, cycle_pb2.VersionPublished):

@@ -11,6 +11,7 @@ from typing import Any
 
 from connito.errors import reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.views.sentences import detail_of
 from connito.views.standings import paid, ratings, validator_rows
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import WINDOWS
@@ -72,7 +73,7 @@ def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
         "paid": paid(facts, cycle),
         "merged": [miner_name(facts, key) for key in sorted(version.merged, key=lambda key: rank.get(key) or 1 << 30)],
         "gate": cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower().replace("_", "-"),
-        "gate_detail": version.gate_detail,
+        "gate_detail": detail_of(version),
         "upload_bytes_per_miner": round(fmean(sizes)) if sizes else 0,
         "seconds": window_seconds(facts, cycle),
     }
@@ -140,7 +141,7 @@ def _row(facts: RunFacts, miner: str, status: str, reason: str = "", detail: str
 
 def _judged(facts: RunFacts, verdict: cycle_pb2.Verdict) -> dict[str, Any]:
     row = _row(
-        facts, verdict.miner, _STATUS.get(verdict.status, "rejected"), reason_name(verdict.reason), verdict.detail
+        facts, verdict.miner, _STATUS.get(verdict.status, "rejected"), reason_name(verdict.reason), detail_of(verdict)
     )
     measured = {"utility": verdict.utility, "rank": verdict.rank, "reward": verdict.reward}
     measured["withheld"] = verdict.withheld
@@ -162,7 +163,7 @@ def _refuse(facts: RunFacts, rows: dict[str, dict[str, Any]], fact: Fact[cycle_p
     told = told and refused.reason != reasons_pb2.REASON_NEWCOMER_QUOTA
     still_standing = known is not None and known["status"] == "committed" and refused.window == cycle_pb2.WINDOW_COMMIT
     if not told and not still_standing:
-        rows[refused.miner] = _row(facts, refused.miner, "refused", reason_name(refused.reason), refused.detail)
+        rows[refused.miner] = _row(facts, refused.miner, "refused", reason_name(refused.reason), detail_of(refused))
 
 
 def _expected_miners(facts: RunFacts, cycle: int) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from connito.errors import reason_name
 from connito.v1 import cycle_pb2
+from connito.views.sentences import detail_of
 from connito.wire.facts import RunFacts
 
 
@@ -30,7 +31,7 @@ def validator_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
             "weight": standing.weight if moves and not standing.idle else None,
             "reward": standing.reward,
             "reason": reason_name(standing.reason),
-            "detail": standing.detail,
+            "detail": detail_of(standing),
         }
         for standing in _scored(facts, cycle).validators
     ]

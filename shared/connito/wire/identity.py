@@ -96,6 +96,11 @@ def _verify_key(public: str) -> VerifyKey:
     return VerifyKey(raw[1:33])
 
 
+def short_key(public: str) -> str:
+    """Return the start of a public key, enough to tell people apart."""
+    return f"{public[:12]}…"
+
+
 def is_public_key(text: str) -> bool:
     """Whether `text` is a well-formed public user nkey."""
     try:

@@ -34,7 +34,8 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     entry: Descriptor | None = field.message_type
     if entry is not None and entry.GetOptions().map_entry:
         return st.dictionaries(_TEXT, _TEXT, max_size=3)
-    value = _value(field)
+    nested = entry is not None and entry == field.containing_type
+    value = st.deferred(lambda: _value(field)) if nested else _value(field)
     return st.lists(value, max_size=3) if field.is_repeated else value
 
 

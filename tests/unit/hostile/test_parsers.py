@@ -21,6 +21,7 @@ from connito.service.rpc import open_request
 from connito.store.artifacts import key_of
 from connito.v1 import artifacts_pb2, cycle_pb2, services_pb2
 from connito.v1.envelope_pb2 import Envelope
+from connito.views.sentences import detail_of
 from connito.wire.envelope import open_bytes, seal
 from connito.wire.facts import Record
 from connito.wire.identity import Identity
@@ -111,7 +112,7 @@ def test_what_a_miner_signs_is_answered_or_refused(said: tuple[str, Message], na
     if isinstance(answer, cycle_pb2.Refused):
         assert answer.reason
         assert reason_name(answer.reason)
-        assert 0 < len(answer.detail) < 2000
+        assert 0 < len(detail_of(answer)) < 2000
 
 
 @QUICK

@@ -238,7 +238,7 @@ def write_step(
                 stepped, speed = outer_step(load_float32(parent, name), delta, before, learning_rate, mu)
                 rounded = from_float32(stepped, layout[name][0])
             if not (np.isfinite(to_float32(rounded, layout[name][0])).all() and np.isfinite(speed).all()):
-                raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE)
+                raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE, about=name)
             state.write(name, rounded)
             velocity.write(name, speed)
 

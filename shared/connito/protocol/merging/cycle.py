@@ -11,15 +11,18 @@ import numpy as np
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid
+from connito.protocol.findings import Refusal, Refusals, finding_of
 from connito.protocol.merging.candidates import Attempt, Ingredients, attempts, write_candidate, write_resting_momentum
 from connito.protocol.merging.gate import Losses, Outcome, Part, choose
+from connito.protocol.scoring import copies
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.copies import Likeness, find_copies, gains_of
 from connito.protocol.scoring.counted_reports import read_reports
-from connito.protocol.scoring.verdicts import Refusals, score_cycle, without
+from connito.protocol.scoring.verdicts import score_cycle, without
 from connito.protocol.submission import expected_layout, validate
 from connito.store import ref_of_file
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 
 # (part of the hold-out, digest of a state, its file) -> losses
@@ -112,7 +115,8 @@ def _conclude(
     sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
     ingredients = _ingredients(sound, agreed, cycle, files)
     measured = gains_of(read_reports(facts, cycle).counted)
-    copied = find_copies(sound, Likeness(ingredients.gram, measured, agreed.stakes), spec.scoring)
+    original = find_copies(sound, Likeness(ingredients.gram, measured, agreed.stakes), spec.scoring)
+    copied = copies.refusals(sound, ingredients.gram, original)
     useful = [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
     merge = merge_of(_only(ingredients, useful))
     outcome = merge.run()
@@ -126,14 +130,14 @@ def _inspect(facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files
     spec = facts.spec
     assert spec is not None
     layout = expected_layout(files.parent)
-    refused: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+    refused: dict[str, Refusal] = {}
     for entry in submissions:
         if entry.miner in files.states:
             try:
                 path, base = files.states[entry.miner], files.bases[entry.miner]
                 validate(path, layout, base, spec.scoring.max_relative_norm or float("inf"))
             except Invalid as error:
-                refused[entry.miner] = (error.reason, str(error))
+                refused[entry.miner] = Refusal.of(error)
     return refused
 
 
@@ -188,14 +192,14 @@ class _Merge:
         stem = f"{self.cycle}-{attempt.decision}"
         return self.folder / f"{stem}-state.safetensors", self.folder / f"{stem}-momentum.safetensors"
 
-    def _try(self, attempt: Attempt) -> Losses | str:
+    def _try(self, attempt: Attempt) -> Losses | Finding:
         state, momentum = self._paths(attempt)
         try:
             self._weights[attempt] = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
         except Invalid as error:
             if error.reason != reasons_pb2.REASON_NON_FINITE:
                 raise
-            return str(error)
+            return Finding(kind=cycle_pb2.FINDING_KIND_GATE_OVERFLOW, name=error.about)
         return self.measure("gate", _digest(state), state)
 
     def weights(self, outcome: Outcome) -> dict[str, float]:
@@ -205,14 +209,16 @@ class _Merge:
     def unmerged(self, outcome: Outcome) -> Refusals:
         """Why a submission that scored has no share in the merge."""
         decision, merging = outcome.attempt.decision, self.spec.merging
-        found: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+        found: dict[str, Refusal] = {}
         for index, entry in enumerate(self.ingredients.submissions):
             if decision == cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS and index not in outcome.attempt.members:
-                found[entry.miner] = (reasons_pb2.REASON_OUTLIER, "its delta lies far from the others'")
+                finding = Finding(kind=cycle_pb2.FINDING_KIND_OUTLIER)
+                found[entry.miner] = Refusal(reasons_pb2.REASON_OUTLIER, finding)
             elif decision == cycle_pb2.GATE_DECISION_ACCEPTED:
-                found[entry.miner] = (reasons_pb2.REASON_UNSPECIFIED, f"{merging.aggregator} merges others")
+                finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_WEIGHTED, name=merging.aggregator)
+                found[entry.miner] = Refusal(reasons_pb2.REASON_UNSPECIFIED, finding)
             else:
-                found[entry.miner] = (reasons_pb2.REASON_GATE_REJECTED, outcome.detail)
+                found[entry.miner] = Refusal(reasons_pb2.REASON_GATE_REJECTED, outcome.refused)
         return found
 
     def result(self, outcome: Outcome, scored: cycle_pb2.CycleScored) -> Merged:
@@ -228,7 +234,7 @@ class _Merge:
             state=ref,
             outer_state=ref_of_file(momentum, SAFETENSORS, artifacts_pb2.REALM_PUBLIC),
             gate=outcome.attempt.decision,
-            gate_detail=outcome.detail,
+            finding=outcome.refused if outcome.refused.kind else None,
             gate_losses=self._gate_losses(outcome),
             losses=self._report_losses(ref.digest, state),
             merged=list(weights),
@@ -282,15 +288,15 @@ class _Remerge(_Merge):
 
     def run(self) -> Outcome:
         """Take the recorded decision."""
-        tries, detail = list(attempts(self.ingredients)), self._published.gate_detail
+        tries, refused = list(attempts(self.ingredients)), finding_of(self._published)
         if not tries:
-            return Outcome(Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ()), Losses({}), "")
+            return Outcome(Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ()), Losses({}), Finding())
         for attempt in tries:
             if attempt.decision == self._published.gate:
                 state, momentum = self._paths(attempt)
                 self._weights[attempt] = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
-                return Outcome(attempt, Losses({}), detail)
-        return Outcome(Attempt(cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, ()), Losses({}), detail)
+                return Outcome(attempt, Losses({}), refused)
+        return Outcome(Attempt(cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, ()), Losses({}), refused)
 
     def _gate_losses(self, outcome: Outcome) -> list[cycle_pb2.DomainLoss]:
         return list(self._published.gate_losses)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from connito.protocol.merging.candidates import Attempt
 from connito.v1 import cycle_pb2
+from connito.v1.cycle_pb2 import Finding
 
 # The parts of a hold-out that candidates are measured on: one decides, the other is only reported.
 Part = Literal["gate", "report"]
@@ -29,15 +30,15 @@ class Losses:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the gate decided. `after` are the losses of the state that stands; `detail` says what was refused and why."""
+    """What the gate decided. `after` are the losses of the state that stands; `refused` has what was refused before."""
 
     attempt: Attempt
     after: Losses
-    detail: str
+    refused: Finding
 
 
-def judge(before: Losses, after: Losses, target: str, general_margin: float) -> str:
-    """Why `after` may not replace `before`; empty when it may.
+def judge(before: Losses, after: Losses, target: str, general_margin: float) -> Finding | None:
+    """Return why `after` may not replace `before`; None when it may.
 
     Target loss must not rise. Each general domain, and with that their mean, may rise by `general_margin` nats per
     token. A loss that is not a number is a refusal.
@@ -46,40 +47,40 @@ def judge(before: Losses, after: Losses, target: str, general_margin: float) -> 
     for domain, loss in old.items():
         rise = new[domain] - loss
         if math.isnan(rise):
-            return f"{domain} loss would not be a number"
+            return Finding(kind=cycle_pb2.FINDING_KIND_GATE_NOT_FINITE, domain=domain)
         if domain == target and rise > 0:
-            return f"{domain} loss would rise from {loss:.4f} to {new[domain]:.4f}"
+            kind = cycle_pb2.FINDING_KIND_GATE_TARGET_ROSE
+            return Finding(kind=kind, domain=domain, before=loss, after=new[domain])
         if rise > general_margin and domain != target:
-            return f"{domain} loss would rise by {rise:.4f}, over the margin of {general_margin:.4f}"
-    return ""
+            kind = cycle_pb2.FINDING_KIND_GATE_GENERAL_ROSE
+            return Finding(kind=kind, domain=domain, change=rise, margin=general_margin)
+    return None
 
 
 def choose(
     tries: Iterable[Attempt],
     incumbent: Losses,
-    measure: Callable[[Attempt], Losses | str],
+    measure: Callable[[Attempt], Losses | Finding],
     target: str,
     general_margin: float,
 ) -> Outcome:
     """The first attempt that the gate lets through, else the incumbent.
 
-    `measure` builds a candidate and gives its losses, or says why there is no such candidate.
+    `measure` builds a candidate and gives its losses, or why there is no such candidate.
     """
-    refusals: list[str] = []
+    refused: list[Finding] = []
     for attempt in tries:
         after = measure(attempt)
-        why = after if isinstance(after, str) else judge(incumbent, after, target, general_margin)
-        if not why:
+        why = after if isinstance(after, Finding) else judge(incumbent, after, target, general_margin)
+        if why is None:
             assert isinstance(after, Losses)
-            return Outcome(attempt, after, "; ".join(refusals))
-        refusals.append(f"{_NAMES[attempt.decision]}: {why}")
-    if not refusals:
-        return Outcome(Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ()), incumbent, "")
-    return Outcome(Attempt(cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, ()), incumbent, "; ".join(refusals))
+            return Outcome(attempt, after, _refusals(refused))
+        why.attempt = attempt.decision
+        refused.append(why)
+    if not refused:
+        return Outcome(Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ()), incumbent, Finding())
+    return Outcome(Attempt(cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, ()), incumbent, _refusals(refused))
 
 
-_NAMES: Mapping[int, str] = {
-    cycle_pb2.GATE_DECISION_ACCEPTED: "all together",
-    cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS: "without outliers",
-    cycle_pb2.GATE_DECISION_TOP_1: "the best alone",
-}
+def _refusals(refused: list[Finding]) -> Finding:
+    return Finding(kind=cycle_pb2.FINDING_KIND_GATE_REFUSALS, parts=refused) if refused else Finding()

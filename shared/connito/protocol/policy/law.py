@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.protocol.policy.choices import AGGREGATORS, CONTESTED, ENROLMENT, METHODS, MOMENTS, ROUTING_MODES, SCOPES
 from connito.protocol.scoring import payout
 from connito.v1.run_pb2 import RunSpec
@@ -162,6 +163,7 @@ def fill(spec: RunSpec, customer: str = "") -> None:
         spec.training.distillation_share = DISTILLATION_SHARE
     spec.rewards.payout = spec.rewards.payout or payout.DEFAULT
     spec.selection.report_version = REPORT_VERSION
+    spec.protocol_version = PROTOCOL_VERSION
     spec.emission = spec.emission or DEFAULTS.emission
     spec.customer = spec.customer or customer
 

@@ -11,20 +11,22 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from connito.protocol.findings import Refusal, finding_of
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """Agreed utilities by miner in nats per token, the reason and detail where one is zero, who deviated, and the
-    weight of each validator's vote.
+    """Agreed utilities by miner in nats per token, why one is zero, who deviated, and the weight of each validator's
+    vote.
 
     `claims` are what each validator granted the submissions that it was to score, and `agreed` what consensus granted
     them, whatever became of them afterwards. `judged` is False where too few validators reported to judge anyone.
     """
 
     utilities: dict[str, float]
-    reasons: dict[str, tuple[reasons_pb2.Reason.ValueType, str]]
+    reasons: dict[str, Refusal]
     standings: list[cycle_pb2.ValidatorStanding] = field(default_factory=list)
     stakes: dict[str, float] = field(default_factory=dict)
     claims: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -68,7 +70,7 @@ def consensus(
         else {miner for given in scores.values() for miner in given}
     )
     utilities: dict[str, float] = {}
-    reasons: dict[str, tuple[reasons_pb2.Reason.ValueType, str]] = {}
+    reasons: dict[str, Refusal] = {}
     for miner in miners:
         heard = {validator: given for validator, given in scores.items() if asked(validator, miner)}
         utilities[miner] = clipped(
@@ -119,18 +121,18 @@ def _claim(score: cycle_pb2.SubmissionScore | None) -> float:
 
 def _majority_reason(
     miner: str, scores: Mapping[str, Mapping[str, cycle_pb2.SubmissionScore]], stakes: Mapping[str, float]
-) -> tuple[reasons_pb2.Reason.ValueType, str]:
-    """The reason with most stake behind it, in the words of the validator with most stake that gave it."""
-    given: dict[reasons_pb2.Reason.ValueType, list[tuple[float, str, str]]] = {}
+) -> Refusal:
+    """Return the reason with most stake behind it, as found by the validator with most stake that gave it."""
+    given: dict[reasons_pb2.Reason.ValueType, list[tuple[float, str]]] = {}
     for validator, by_miner in scores.items():
         score = by_miner.get(miner)
         if score is not None and _claim(score) == 0.0 and score.reason != reasons_pb2.REASON_UNSPECIFIED:
-            given.setdefault(score.reason, []).append((-stakes[validator], validator, score.detail))
+            given.setdefault(score.reason, []).append((-stakes[validator], validator))
     if not given:
-        return reasons_pb2.REASON_NO_QUORUM, "no majority of validators scored it"
-    # Entries are (−stake, validator, detail): the smallest sum has most stake, the smallest entry is the heaviest voice.
+        return Refusal(reasons_pb2.REASON_NO_QUORUM, Finding(kind=cycle_pb2.FINDING_KIND_NO_MAJORITY))
+    # Entries are (−stake, validator): the smallest sum has most stake, the smallest entry is the heaviest voice.
     reason = min(given, key=lambda reason: (math.fsum(entry[0] for entry in given[reason]), reason))
-    return reason, min(given[reason])[2]
+    return Refusal(reason, finding_of(scores[min(given[reason])[1]][miner]))
 
 
 def _standing(

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from connito.data.pseudo_gradients import Deltas, gram_matrix
-from connito.v1 import cycle_pb2, run_pb2
+from connito.protocol.findings import Refusal
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1.cycle_pb2 import Finding
 
 Vector = NDArray[np.float64]
 # (domain, number of the held-out sequence) -> by how many nats a submission lowers its loss.
@@ -39,6 +40,7 @@ CLOSER = 0.5
 SHARED_FLOOR = 0.2
 # A library's last digits must not decide.
 _DIGITS = 9
+_COSINE_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,6 @@ def cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     norms = np.sqrt(np.diag(gram))
     scale = np.outer(norms, norms)
     return np.asarray(np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0))
-
-
-def pairwise_cosines(deltas: Deltas) -> NDArray[np.float64]:
-    """Cosine similarities [n, n] of pseudo-gradients, streaming over tensors. Scaling a copy does not hide it."""
-    return cosines(gram_matrix(deltas))
 
 
 def gains_of(reports: Mapping[str, cycle_pb2.ScoreReport]) -> dict[str, dict[str, Gains]]:
@@ -102,6 +99,20 @@ def find_copies(
         if miner not in original:
             firsts.append(later)
     return {miner: _traced(miner, original) for miner in original}
+
+
+def refusals(
+    submissions: Sequence[cycle_pb2.Submission], gram: NDArray[np.float64], original: Mapping[str, str]
+) -> dict[str, Refusal]:
+    """Return the refusal of each copy, with the miner that it copied and how like the two pseudo-gradients are."""
+    row = {entry.miner: index for index, entry in enumerate(submissions)}
+    similarity = cosines(gram)
+    found = {}
+    for miner, first in original.items():
+        cosine = round(float(similarity[row[miner], row[first]]), _COSINE_DIGITS)
+        finding = Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of=first, cosine=cosine)
+        found[miner] = Refusal(reasons_pb2.REASON_COPY, finding)
+    return found
 
 
 def copies(

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from connito.protocol.assignment import assigned
+from connito.protocol.findings import Refusal
 from connito.protocol.scoring.trust import votes
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 
 # Losses are a few nats per token; a sum of larger claims would not be a number any more.
-MAX_UTILITY = 1000.0
+MAX_UTILITY = 1000
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Reports that count, by validator, and why each other one does not.
-
-    `misassigned` are those of the ignored that do not score exactly what the seed assigned, with the reason.
-    """
+    """Reports that count, by validator, and why each other one does not. A reason is given for those that do not score
+    exactly what the seed assigned."""
 
     counted: dict[str, cycle_pb2.ScoreReport]
-    ignored: dict[str, str]
-    misassigned: dict[str, reasons_pb2.Reason.ValueType] = field(default_factory=dict)
+    ignored: dict[str, Refusal]
 
 
 def read_reports(facts: RunFacts, cycle: int) -> Reports:
@@ -34,39 +33,35 @@ def read_reports(facts: RunFacts, cycle: int) -> Reports:
     adding one, would choose whom to judge.
     """
     counted: dict[str, cycle_pb2.ScoreReport] = {}
-    ignored: dict[str, str] = {}
-    misassigned: dict[str, reasons_pb2.Reason.ValueType] = {}
+    ignored: dict[str, Refusal] = {}
     duties = assigned(facts, cycle)
     for validator, fact in facts.reports(cycle).items():
         report = fact.message
-        why = "late" if not facts.window("validate", cycle).inside(fact) else _fault(facts, cycle, report)
-        reason = reasons_pb2.REASON_UNSPECIFIED
-        if not why and duties is not None:
-            reason, why = _off_duty({score.miner for score in report.scores}, duties[validator])
-        if why:
-            ignored[validator] = why
-        else:
+        late = not facts.window("validate", cycle).inside(fact)
+        fault = Finding(kind=cycle_pb2.FINDING_KIND_REPORT_LATE) if late else _fault(facts, cycle, report)
+        why = None if fault is None else Refusal(reasons_pb2.REASON_UNSPECIFIED, fault)
+        if why is None and duties is not None:
+            why = _off_duty({score.miner for score in report.scores}, duties[validator])
+        if why is None:
             counted[validator] = report
-        if reason:
-            misassigned[validator] = reason
-    return Reports(counted, ignored, misassigned)
+        else:
+            ignored[validator] = why
+    return Reports(counted, ignored)
 
 
-def _off_duty(scored: set[str], duty: frozenset[str]) -> tuple[reasons_pb2.Reason.ValueType, str]:
-    """What a report scores beyond its validator's assignment, or leaves out of it; no reason when neither."""
+def _off_duty(scored: set[str], duty: frozenset[str]) -> Refusal | None:
+    """What a report scores beyond its validator's assignment, or leaves out of it; None when neither."""
     if added := sorted(scored - duty):
-        return reasons_pb2.REASON_NOT_ASSIGNED, f"scores {_names(added)}, not assigned to it"
+        kind = cycle_pb2.FINDING_KIND_REPORT_NOT_ASSIGNED
+        return Refusal(reasons_pb2.REASON_NOT_ASSIGNED, Finding(kind=kind, miners=added))
     if missing := sorted(duty - scored):
-        return reasons_pb2.REASON_INCOMPLETE_REPORT, f"leaves out {_names(missing)}, assigned to it"
-    return reasons_pb2.REASON_UNSPECIFIED, ""
+        kind = cycle_pb2.FINDING_KIND_REPORT_INCOMPLETE
+        return Refusal(reasons_pb2.REASON_INCOMPLETE_REPORT, Finding(kind=kind, miners=missing))
+    return None
 
 
-def _names(miners: list[str]) -> str:
-    return ", ".join(f"{miner[:12]}…" for miner in miners)
-
-
-def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> str:
-    """Why a report does not count; empty when it does."""
+def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> Finding | None:
+    """Return why a report does not count; None when it does."""
     drawn = draw(facts, cycle)
     opened = facts.window("train", cycle).opened
     settled = facts.window("submit", cycle).settled
@@ -74,24 +69,24 @@ def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> str:
     assert settled is not None
     artifacts = {submission.miner: submission.artifact.digest for submission in settled.submissions}
     if drawn is None or report.validator not in drawn.validators:
-        return "not in the draw"
+        return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_NOT_DRAWN)
     if report.seed != drawn.seed:
-        return "scored another seed than the one drawn"
+        return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_OTHER_SEED)
     if report.state_digest != opened.state.digest:
-        return "scored against another state than the cycle's"
+        return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_OTHER_STATE)
     if len({score.miner for score in report.scores}) != len(report.scores):
-        return "scores a miner twice"
+        return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_TWICE)
     if any(artifacts.get(score.miner) != score.artifact_digest for score in report.scores):
-        return "scores an artifact that was not submitted"
+        return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_OTHER_ARTIFACT)
     if not all(math.isfinite(score.utility) and score.utility >= 0 for score in report.scores):
-        return "holds a utility that is not a finite number of at least 0"
+        return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_NO_UTILITY)
     if any(score.utility > MAX_UTILITY for score in report.scores):
-        return f"holds a utility above {MAX_UTILITY:g} nats per token"
-    return ""
+        return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_HIGH_UTILITY, limit=MAX_UTILITY)
+    return None
 
 
-def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[[str], float]) -> str:
-    """Why the reports are too few to judge anyone; empty when they suffice.
+def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[[str], float]) -> Finding | None:
+    """Return why the reports are too few to judge anyone; None when they suffice.
 
     The draw had its quorum of validators; of the weight of their votes, more than half must have reported. A validator that fell
     silent after its reveal then costs nobody the cycle, and a lying minority is not made a majority by it. Where the
@@ -99,13 +94,13 @@ def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[
     """
     drawn = draw(facts, cycle)
     if drawn is None:
-        return "too few validators revealed their seed, so nothing was drawn to score on"
+        return Finding(kind=cycle_pb2.FINDING_KIND_NOTHING_DRAWN)
     weight = votes(facts, cycle, stake)
     total = sum(weight(validator) for validator in drawn.validators)
     reported = sum(weight(validator) for validator in reports.counted)
     if reported <= total / 2:
-        return f"validators with {reported:g} of {total:g} stake reported in time; more than half is needed"
-    return ""
+        return Finding(kind=cycle_pb2.FINDING_KIND_QUORUM_MISSED, weight=reported, total_weight=total)
+    return None
 
 
 def draw(facts: RunFacts, cycle: int) -> cycle_pb2.SeedDrawn | None:

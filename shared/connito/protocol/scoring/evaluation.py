@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from connito.errors import Invalid
+from connito.protocol.findings import Refusal
 from connito.protocol.scoring.proof_of_loss import race, score_of
 from connito.protocol.scoring.racing import InterimLook
 from connito.v1 import cycle_pb2
@@ -97,7 +98,7 @@ def rejected(submission: cycle_pb2.Submission, error: Invalid) -> cycle_pb2.Subm
         miner=submission.miner,
         artifact_digest=submission.artifact.digest,
         reason=error.reason,
-        detail=str(error),
+        finding=Refusal.of(error).finding,
     )
 
 

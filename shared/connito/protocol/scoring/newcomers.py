@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 
+from connito.protocol.findings import Refusal
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 
 
@@ -28,13 +30,11 @@ def over_quota(facts: RunFacts, cycle: int, submissions: Iterable[cycle_pb2.Subm
     return new[quota:]
 
 
-def quota_detail(facts: RunFacts, cycle: int) -> str:
-    """What a newcomer without a place is told."""
+def quota_refusal(facts: RunFacts, cycle: int) -> Refusal:
+    """The refusal of a newcomer without a place."""
     assert facts.spec is not None
-    return (
-        f"{facts.spec.rewards.newcomers_per_cycle} new keys are scored per cycle, and others committed before you in cycle "
-        f"{cycle}; commit again in the next one"
-    )
+    kind, quota = cycle_pb2.FINDING_KIND_NEWCOMER_QUOTA, facts.spec.rewards.newcomers_per_cycle
+    return Refusal(reasons_pb2.REASON_NEWCOMER_QUOTA, Finding(kind=kind, limit=quota, cycle=cycle))
 
 
 def withhold(facts: RunFacts, cycle: int, verdict: cycle_pb2.Verdict) -> None:
@@ -51,5 +51,5 @@ def withhold(facts: RunFacts, cycle: int, verdict: cycle_pb2.Verdict) -> None:
     verdict.withheld = full - verdict.reward
     if verdict.reason == reasons_pb2.REASON_UNSPECIFIED:
         verdict.reason = reasons_pb2.REASON_PROBATION
-        number, of = useful + 1, policy.probation_cycles
-        verdict.detail = f"useful work {number} of {of} on probation: {policy.probation_pay:.0%} of its reward is paid"
+        kind, of = cycle_pb2.FINDING_KIND_PROBATION, policy.probation_cycles
+        verdict.finding.CopyFrom(Finding(kind=kind, count=useful + 1, limit=of, share=policy.probation_pay))

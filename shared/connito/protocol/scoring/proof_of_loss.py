@@ -22,6 +22,7 @@ from typing import NamedTuple
 from connito.errors import Invalid
 from connito.protocol.scoring.racing import InterimLook, looks
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1.cycle_pb2 import Finding
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Paired:
 
 
 class Judgement(NamedTuple):
-    """Utility in nats per token (0 with a reason), and the sentence that the miner reads."""
+    """Utility in nats per token (0 with a reason), and what it rests on."""
 
     utility: float
     reason: reasons_pb2.Reason.ValueType
-    detail: str
+    finding: Finding
 
 
 class GeneralChange(NamedTuple):
@@ -119,30 +120,35 @@ def judge(
     significantly (the mean over domains could hide that). `unchanged`: the artifact is the base state itself.
     """
     if not target.finite or not all(domain.finite for domain in general.values()):
-        return Judgement(0.0, reasons_pb2.REASON_NON_FINITE, "the model's loss is not a number with these weights")
+        return Judgement(0.0, reasons_pb2.REASON_NON_FINITE, Finding(kind=cycle_pb2.FINDING_KIND_LOSS_NOT_FINITE))
     if unchanged or not target.changed:
-        return Judgement(0.0, reasons_pb2.REASON_UNCHANGED, "held-out loss is exactly what it was before")
-    interval = f"{target.effect:+.5f} nats per token ({target.low:+.5f} to {target.high:+.5f}, n = {target.sequences})"
+        return Judgement(0.0, reasons_pb2.REASON_UNCHANGED, Finding(kind=cycle_pb2.FINDING_KIND_LOSS_UNCHANGED))
     if target.effect <= 0.0:
-        return Judgement(0.0, reasons_pb2.REASON_NO_IMPROVEMENT, f"held-out loss did not fall: gain {interval}")
+        return Judgement(0.0, reasons_pb2.REASON_NO_IMPROVEMENT, _gain(cycle_pb2.FINDING_KIND_NO_GAIN, target))
     if target.low <= 0.0:
-        return Judgement(0.0, reasons_pb2.REASON_NOT_SIGNIFICANT, f"the gain cannot be told from chance: {interval}")
+        return Judgement(0.0, reasons_pb2.REASON_NOT_SIGNIFICANT, _gain(cycle_pb2.FINDING_KIND_UNCERTAIN_GAIN, target))
     broken = _broken_retention(general, policy)
-    if broken:
+    if broken is not None:
         return Judgement(0.0, reasons_pb2.REASON_RETENTION_BROKEN, broken)
-    return Judgement(target.effect, reasons_pb2.REASON_UNSPECIFIED, f"gain {interval}")
+    return Judgement(target.effect, reasons_pb2.REASON_UNSPECIFIED, _gain(cycle_pb2.FINDING_KIND_GAIN, target))
 
 
-def _broken_retention(general: Mapping[str, Paired], policy: run_pb2.ScorePolicy) -> str:
+def _gain(kind: cycle_pb2.FindingKind.ValueType, target: Paired) -> Finding:
+    return Finding(kind=kind, effect=target.effect, low=target.low, high=target.high, sequences=target.sequences)
+
+
+def _broken_retention(general: Mapping[str, Paired], policy: run_pb2.ScorePolicy) -> Finding | None:
     margin = policy.retention_margin
     mean = general_change(general, policy.confidence).mean
     if mean > margin:
-        return f"general loss rose by {mean:.5f} nats per token over {len(general)} domains; {margin:.5f} is allowed"
+        kind = cycle_pb2.FINDING_KIND_GENERAL_LOSS_ROSE
+        return Finding(kind=kind, change=mean, count=len(general), margin=margin)
     for name, domain in sorted(general.items()):
         # The interval of the change is the mirror image of the interval of the effect.
         if -domain.high > margin:
-            return f"{name} loss rose by {-domain.effect:.5f} nats per token, significantly more than {margin:.5f}"
-    return ""
+            kind = cycle_pb2.FINDING_KIND_DOMAIN_LOSS_ROSE
+            return Finding(kind=kind, domain=name, change=-domain.effect, margin=margin)
+    return None
 
 
 def judge_look(
@@ -167,7 +173,9 @@ def judge_look(
     change, margin = general_change(general, look.confidence), policy.retention_margin
     # The interval of the change is symmetric: its lower bound is 2·mean − high.
     if 2 * change.mean - change.high > margin or any(-domain.high > margin for domain in general.values()):
-        return Judgement(0.0, reasons_pb2.REASON_RETENTION_BROKEN, _broken_retention(general, policy))
+        broken = _broken_retention(general, policy)
+        assert broken is not None, "an estimate lies above its lower bound"
+        return Judgement(0.0, reasons_pb2.REASON_RETENTION_BROKEN, broken)
     return found if found.utility > 0.0 and change.high <= margin else None
 
 
@@ -216,7 +224,7 @@ def score_of(miner: str, artifact_digest: str, raced: Raced, policy: run_pb2.Sco
         artifact_digest=artifact_digest,
         utility=judgement.utility,
         reason=judgement.reason,
-        detail=judgement.detail,
+        finding=judgement.finding,
         losses=[loss for of_domain in raced.losses.values() for loss in of_domain],
         evaluated_sequences=raced.target.sequences if policy.minimum_sequences else 0,
     )

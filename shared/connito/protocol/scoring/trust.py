@@ -25,9 +25,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
+from connito.protocol.findings import Refusal
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.payout import apportion
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 
 # The least part of its stake that a validator's vote keeps.
@@ -100,10 +102,11 @@ def _stepped(
         step.agreement = agreement(agreed.claims[name], agreed.agreed)
         if step.agreement < DEVIATES:
             step.reason = reasons_pb2.REASON_DEVIATED
-            step.detail = f"agrees with consensus to {step.agreement:.0%}"
+            step.finding.CopyFrom(Finding(kind=cycle_pb2.FINDING_KIND_DEVIATED, agreement=step.agreement))
     elif not step.reason:
-        step.reason, detail = _left(facts, cycle, name)
-        step.detail = step.detail or detail
+        step.reason, finding = _left(facts, cycle, name)
+        if not step.HasField("finding"):
+            step.finding.CopyFrom(finding)
     step.trust = (1.0 - alpha) * trust + alpha * step.agreement
     return step
 
@@ -113,12 +116,12 @@ def _revealed_in_vain(facts: RunFacts, cycle: int, validator: str) -> bool:
     return (drawn is None or not drawn.validators) and validator in facts.seed_reveals(cycle)
 
 
-def _left(facts: RunFacts, cycle: int, validator: str) -> tuple[reasons_pb2.Reason.ValueType, str]:
+def _left(facts: RunFacts, cycle: int, validator: str) -> Refusal:
     """Which duty was not done."""
     drawn = facts.drawn(cycle)
     if drawn is not None and validator in drawn.validators:
-        return reasons_pb2.REASON_NO_REPORT, "was drawn, and no report of it counts"
-    return reasons_pb2.REASON_SEED_WITHHELD, "committed to a secret and did not reveal it"
+        return Refusal(reasons_pb2.REASON_NO_REPORT, Finding(kind=cycle_pb2.FINDING_KIND_NO_REPORT))
+    return Refusal(reasons_pb2.REASON_SEED_WITHHELD, Finding(kind=cycle_pb2.FINDING_KIND_SECRET_WITHHELD))
 
 
 def _idle(standing: cycle_pb2.ValidatorStanding) -> cycle_pb2.ValidatorStanding:

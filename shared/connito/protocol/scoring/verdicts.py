@@ -1,4 +1,4 @@
-"""What every submission and every validator of a cycle is told. Pure."""
+"""What every submission and every validator of a cycle is given, and why. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from fractions import Fraction
 
 from connito.protocol.assignment import assigned
 from connito.protocol.bans import at_close
+from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.scoring import newcomers, ratings, trust
 from connito.protocol.scoring.consensus import Consensus, consensus
 from connito.protocol.scoring.counted_reports import Reports, draw
 from connito.protocol.scoring.ranking import verdicts
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
-
-Refusals = Mapping[str, tuple[reasons_pb2.Reason.ValueType, str]]
 
 
 def agree(
@@ -46,11 +46,7 @@ def agree(
     weighed = stakes if trust.rate(facts) > 0.0 else {}
     found = replace(found, standings=[_honest(standing, reports, weighed) for standing in found.standings])
     out = at_close(facts, "validate", cycle)
-    return without(found, {entry.miner: _banned(out[entry.miner]) for entry in submissions if entry.miner in out})
-
-
-def _banned(why: str) -> tuple[reasons_pb2.Reason.ValueType, str]:
-    return reasons_pb2.REASON_BANNED, why
+    return without(found, {entry.miner: out[entry.miner] for entry in submissions if entry.miner in out})
 
 
 def _honest(
@@ -60,17 +56,15 @@ def _honest(
     if name in reports.counted:
         standing.weight = weighed.get(name, 0.0)
         return standing
-    told = name in reports.ignored and (name in reports.misassigned or name in weighed)
-    return cycle_pb2.ValidatorStanding(
-        validator=name,
-        reported=False,
-        reason=reports.misassigned.get(name, reasons_pb2.REASON_UNSPECIFIED),
-        detail=reports.ignored[name] if told else "",
-        weight=weighed.get(name, 0.0),
-    )
+    ignored = reports.ignored.get(name)
+    found = cycle_pb2.ValidatorStanding(validator=name, reported=False, weight=weighed.get(name, 0.0))
+    if ignored is not None and (ignored.reason or name in weighed):
+        found.reason = ignored.reason
+        found.finding.CopyFrom(ignored.finding)
+    return found
 
 
-def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission], why: str) -> Consensus:
+def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission], why: Finding) -> Consensus:
     """Nobody is judged: utilities are zero, each with the reason."""
     drawn = draw(facts, cycle)
     expected = facts.window("validate", cycle).opened
@@ -82,7 +76,7 @@ def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submi
         )
         for name in sorted(names)
     ]
-    reasons = {entry.miner: (reasons_pb2.REASON_NO_QUORUM, why) for entry in submissions}
+    reasons = {entry.miner: Refusal(reasons_pb2.REASON_NO_QUORUM, why) for entry in submissions}
     return Consensus({entry.miner: 0.0 for entry in submissions}, reasons, standings, judged=False)
 
 
@@ -97,7 +91,7 @@ def score_cycle(
     cycle: int,
     submissions: Sequence[cycle_pb2.Submission],
     agreed: Consensus,
-    copies: Mapping[str, str],
+    copies: Refusals,
     weights: Mapping[str, float],
     unmerged: Refusals,
 ) -> cycle_pb2.CycleScored:
@@ -117,7 +111,8 @@ def score_cycle(
     for verdict in found:
         scored = verdict.status == cycle_pb2.VERDICT_STATUS_SCORED
         if scored and verdict.miner in unmerged and verdict.reason == reasons_pb2.REASON_UNSPECIFIED:
-            verdict.reason, verdict.detail = unmerged[verdict.miner]
+            verdict.reason, finding = unmerged[verdict.miner]
+            verdict.finding.CopyFrom(finding)
         newcomers.withhold(facts, cycle, verdict)
     standings, bonded = trust.stand(facts, cycle, agreed, found, pot)
     paid = sum(verdict.reward for verdict in found) + sum(standing.reward for standing in standings)

@@ -24,6 +24,7 @@ from connito.errors import NotFound, VerificationFailed
 from connito.protocol import bans
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.protocol.commitment import commitment_digest
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.protocol.merging.cycle import Files, merge_cycle
 from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring.proof_of_loss import score_submission
@@ -197,7 +198,7 @@ def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
             gate_target_sequences=2, gate_general_sequences=2, report_target_sequences=2, report_general_sequences=2,
         ),
         windows=run_pb2.WindowPolicy(min_miners=1, min_validators=2),
-        rewards=rewards,
+        rewards=rewards, protocol_version=PROTOCOL_VERSION,
     )  # fmt: skip
 
 
@@ -277,7 +278,7 @@ class Cycle:
     def refuse(self, window: str, name: str, sequence: int, reason: str) -> None:
         message = cycle_pb2.Refused(
             run=RUN, cycle=self.number, window=f"WINDOW_{window.upper()}", miner=MINERS[name], reason=reason,
-            detail="no", ingress_sequence=sequence,
+            finding=cycle_pb2.Finding(text="no"), ingress_sequence=sequence,
         )  # fmt: skip
         self.world.say("committer", window, self.number, "refused", message, f"{MINERS[name]}-{sequence}")
 

@@ -31,14 +31,16 @@ def test_the_gain_is_from_the_start_of_the_run_and_on_the_gates_text() -> None:
 
     assert gained(facts, 1) == pytest.approx(0.2)
     assert gained(facts, 2) == pytest.approx(0.6)
-    assert reached(facts, 1) == ""
-    assert "met after cycle 2 of 9" in reached(facts, 2)
+    assert reached(facts, 1) is None
+    met = reached(facts, 2)
+    assert met is not None
+    assert (met.domain, met.effect, met.margin, met.cycle, met.limit) == ("law", pytest.approx(0.6), 0.5, 2, 9)
 
 
 def test_without_an_objective_nothing_is_enough() -> None:
-    assert reached(run(0.0, (3.0, 1.0)), 1) == ""
+    assert reached(run(0.0, (3.0, 1.0)), 1) is None
 
 
 def test_what_was_not_measured_is_not_reached() -> None:
-    assert reached(run(0.1), 1) == ""
-    assert reached(run(0.1, (float("nan"), float("nan"))), 1) == ""
+    assert reached(run(0.1), 1) is None
+    assert reached(run(0.1, (float("nan"), float("nan"))), 1) is None

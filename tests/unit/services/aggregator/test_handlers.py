@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from connito.protocol.scoring.counted_reports import draw, quorum_fault, read_reports
 from connito.v1 import cycle_pb2, run_pb2
+from connito.views.sentences import sentence
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import FactKey
 
@@ -85,7 +86,7 @@ def test_a_report_on_something_else_does_not_count(stage, changes, why):
     reports = read_reports(stage.world.facts(), 1)
 
     assert list(reports.counted) == ["VB"]
-    assert why in reports.ignored["VA"]
+    assert why in sentence(reports.ignored["VA"].finding)
 
 
 def test_a_report_behind_the_close_is_late(ready):
@@ -93,14 +94,18 @@ def test_a_report_behind_the_close_is_late(ready):
 
     reports = read_reports(ready.world.facts(), 1)
 
-    assert (list(reports.counted), reports.ignored) == (["VA", "VB"], {"VC": "late"})
+    assert list(reports.counted) == ["VA", "VB"]
+    assert [(who, why.finding.kind) for who, why in reports.ignored.items()] == [
+        ("VC", cycle_pb2.FINDING_KIND_REPORT_LATE)
+    ]
 
 
 def test_a_validator_that_was_not_drawn_does_not_count(stage):
     stage.add("VX", {"MA": 0.1})
     stage.close()
 
-    assert read_reports(stage.world.facts(), 1).ignored == {"VX": "not in the draw"}
+    (ignored,) = read_reports(stage.world.facts(), 1).ignored.items()
+    assert (ignored[0], ignored[1].finding.kind) == ("VX", cycle_pb2.FINDING_KIND_REPORT_NOT_DRAWN)
 
 
 def even(validator: str) -> float:
@@ -113,15 +118,19 @@ def test_more_than_half_of_the_drawn_stake_must_have_reported(stage):
     facts = stage.world.facts()
     reports = read_reports(facts, 1)
 
-    assert quorum_fault(facts, 1, reports, even).startswith("validators with 1 of 3 stake reported in time")
-    assert quorum_fault(facts, 1, reports, {"VA": 3.0, "VB": 1.0, "VC": 1.0}.__getitem__) == ""
+    fault = quorum_fault(facts, 1, reports, even)
+    assert fault is not None
+    assert (fault.kind, fault.weight, fault.total_weight) == (cycle_pb2.FINDING_KIND_QUORUM_MISSED, 1.0, 3.0)
+    assert quorum_fault(facts, 1, reports, {"VA": 3.0, "VB": 1.0, "VC": 1.0}.__getitem__) is None
 
 
 def test_without_a_draw_there_is_no_quorum(ready):
     ready.world.drop("validate", 1, "drawn")
     facts = ready.world.facts()
 
-    assert "nothing was drawn" in quorum_fault(facts, 1, read_reports(facts, 1), even)
+    fault = quorum_fault(facts, 1, read_reports(facts, 1), even)
+    assert fault is not None
+    assert fault.kind == cycle_pb2.FINDING_KIND_NOTHING_DRAWN
 
 
 def test_a_draw_behind_the_close_is_none(stage):

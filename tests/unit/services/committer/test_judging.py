@@ -7,6 +7,7 @@ from connito.errors import Invalid, NotFound
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.services_pb2 import UploadCommand
+from connito.views.sentences import detail_of
 from connito.wire.facts import Fact, RunFacts
 
 from services.committer import settlement
@@ -73,7 +74,7 @@ def to_submit(ledger: Ledger, cycle: int = 1, miners: tuple[str, ...] = ("ma", "
 
 def reason(answer: object) -> int:
     assert isinstance(answer, cycle_pb2.Refused)
-    assert answer.detail, "a refusal says what to do"
+    assert detail_of(answer), "a refusal says what to do"
     return answer.reason
 
 
@@ -261,7 +262,7 @@ def test_a_good_reveal_that_is_late_says_that_it_rolls_over(ledger: Ledger) -> N
     answer = reveal(ledger, said)
     assert reason(answer) == reasons_pb2.REASON_LATE_REVEAL
     assert isinstance(answer, cycle_pb2.Refused)
-    assert "rolls over" in answer.detail
+    assert "rolls over" in detail_of(answer)
     assert reason(reveal(ledger, ledger.reveal("ma", 1))) == reasons_pb2.REASON_DUPLICATE_REVEAL
 
 
@@ -272,7 +273,7 @@ def test_a_late_reveal_of_the_last_cycle_is_told_so() -> None:
     ledger.close("submit", 1)
     answer = reveal(ledger, ledger.reveal("ma", 1))
     assert isinstance(answer, cycle_pb2.Refused)
-    assert "last cycle" in answer.detail
+    assert "last cycle" in detail_of(answer)
 
 
 def test_facts_that_are_still_arriving_are_not_an_error(ledger: Ledger) -> None:

@@ -91,7 +91,7 @@ def test_a_race_measures_no_further_than_the_look_that_decides() -> None:
 
 def test_what_cannot_be_measured_carries_its_reason() -> None:
     got = rejected(SUBMISSION, Invalid("it is gone", reason=reasons_pb2.REASON_ARTIFACT_MISSING))
-    assert (got.utility, got.reason, got.detail) == (0.0, reasons_pb2.REASON_ARTIFACT_MISSING, "it is gone")
+    assert (got.utility, got.reason, got.finding.text) == (0.0, reasons_pb2.REASON_ARTIFACT_MISSING, "it is gone")
 
 
 def test_a_large_report_loses_the_losses_of_the_least_useful_first() -> None:

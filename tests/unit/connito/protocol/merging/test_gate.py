@@ -4,6 +4,8 @@ import pytest
 from connito.protocol.merging.candidates import Attempt
 from connito.protocol.merging.gate import Losses, choose, judge
 from connito.v1 import cycle_pb2
+from connito.v1.cycle_pb2 import Finding
+from connito.views.sentences import sentence
 
 ALL = cycle_pb2.GATE_DECISION_ACCEPTED
 CALM = cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS
@@ -30,7 +32,8 @@ def losses(target: float, **general: float) -> Losses:
     ],
 )
 def test_a_candidate_passes_only_if_target_and_every_general_domain_agree(after, why):
-    verdict = judge(losses(3.0, code=2.0, law=2.0), after, "medical", 0.0500001)
+    refused = judge(losses(3.0, code=2.0, law=2.0), after, "medical", 0.0500001)
+    verdict = "" if refused is None else sentence(refused)
 
     assert verdict.startswith(why)
     assert bool(verdict) == bool(why)
@@ -39,7 +42,7 @@ def test_a_candidate_passes_only_if_target_and_every_general_domain_agree(after,
 def test_a_domain_without_gate_sequences_is_not_judged():
     before, after = Losses({"medical": (0.0, 0), "code": (2.0, 1)}), Losses({"medical": (0.0, 0), "code": (2.0, 1)})
 
-    assert judge(before, after, "medical", 0.0) == ""
+    assert judge(before, after, "medical", 0.0) is None
 
 
 @pytest.mark.parametrize(
@@ -57,16 +60,17 @@ def test_the_first_attempt_that_passes_stands(good, decision):
     assert outcome.attempt.decision == decision
     assert outcome.after.per_token()["medical"] == (3.0 if decision == KEPT else 2.5)
     refused = len(tried) - (decision != KEPT)
-    assert outcome.detail.count("medical loss would rise from 3.0000 to 3.5000") == refused
+    assert [(part.attempt, part.before, part.after) for part in outcome.refused.parts] == [
+        (decision, 3.0, 3.5) for decision in tried[:refused]
+    ]
     assert tried == [ALL, CALM, BEST][: len(tried)]
 
 
 def test_a_candidate_that_cannot_be_built_is_refused_with_the_reason():
-    outcome = choose(
-        TRIES[:2], losses(3.0), lambda a: "overflows" if a.decision == ALL else losses(2.0), "medical", 0.0
-    )
+    overflow = Finding(kind=cycle_pb2.FINDING_KIND_GATE_OVERFLOW, name="down_proj")
+    outcome = choose(TRIES[:2], losses(3.0), lambda a: overflow if a.decision == ALL else losses(2.0), "medical", 0.0)
 
-    assert (outcome.attempt.decision, outcome.detail) == (CALM, "all together: overflows")
+    assert (outcome.attempt.decision, sentence(outcome.refused)) == (CALM, "all together: merging down_proj overflows")
 
 
 def test_without_candidates_there_is_nothing_to_merge():

@@ -12,6 +12,7 @@ from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.views.sentences import detail_of
 
 from tests.support.files import write_tensors
 
@@ -137,7 +138,9 @@ def test_a_copy_is_blamed_on_the_later_commitment_and_not_merged(desk):
     merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
 
     assert verdicts(merged)["MB"].reason == reasons_pb2.REASON_COPY
-    assert "MA" in verdicts(merged)["MB"].detail
+    found = verdicts(merged)["MB"].finding
+    assert (found.kind, found.copy_of) == (cycle_pb2.FINDING_KIND_COPY, "MA")
+    assert 0.99 < found.cosine <= 1.0
     assert list(merged.version.merged) == ["MA"]
     assert verdicts(merged)["MA"].reward == 100
 
@@ -154,7 +157,7 @@ def test_an_outlier_that_scored_is_left_out_when_the_gate_says_so(desk):
     assert verdicts(merged)["MC"].status == cycle_pb2.VERDICT_STATUS_SCORED
     assert verdicts(merged)["MC"].reason == reasons_pb2.REASON_OUTLIER
     assert verdicts(merged)["MC"].reward > 0
-    assert merged.version.gate_detail.startswith("all together: medical loss would rise")
+    assert detail_of(merged.version).startswith("all together: medical loss would rise")
 
 
 def test_the_best_alone_is_the_state_that_was_measured(desk):
@@ -184,7 +187,7 @@ def test_a_refused_merge_leaves_incumbent_and_momentum_as_they_were(desk):
     assert list(version.merged) == []
     assert all(loss.before == loss.after for loss in version.losses)
     assert verdicts(merged)["MA"].reason == reasons_pb2.REASON_GATE_REJECTED
-    assert "the best alone" in version.gate_detail
+    assert "the best alone" in detail_of(version)
 
 
 def test_retention_is_the_gates_business_too(desk):
@@ -193,7 +196,7 @@ def test_retention_is_the_gates_business_too(desk):
     merged = desk.merge(aggregator="mean", outer_learning_rate=1.0, gate_general_margin=0.1)
 
     assert merged.version.gate == cycle_pb2.GATE_DECISION_KEPT_INCUMBENT
-    assert "code loss would rise" in merged.version.gate_detail
+    assert "code loss would rise" in detail_of(merged.version)
 
 
 def test_nothing_that_scored_is_nothing_to_merge(desk):
@@ -204,7 +207,7 @@ def test_nothing_that_scored_is_nothing_to_merge(desk):
     assert merged.version.gate == cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE
     assert merged.version.state.digest == hashlib.sha256(desk.parent.read_bytes()).hexdigest()
     assert merged.scored.unallocated == 100
-    assert (merged.version.gate_detail, list(merged.version.gate_losses)) == ("", [])
+    assert (detail_of(merged.version), list(merged.version.gate_losses)) == ("", [])
     assert not load(merged.momentum).any()
     assert [loss.before == loss.after for loss in merged.version.losses] == [True, True]
 
@@ -237,7 +240,7 @@ def test_a_step_that_overflows_is_refused_like_any_other(desk):
     merged = desk.merge(aggregator="mean", outer_learning_rate=1e39, outer_momentum=0.9)
 
     assert merged.version.gate == cycle_pb2.GATE_DECISION_TOP_1
-    assert "overflow" in merged.version.gate_detail
+    assert "overflow" in detail_of(merged.version)
 
 
 def test_late_work_counts_by_what_it_learnt_from_its_own_base(desk):

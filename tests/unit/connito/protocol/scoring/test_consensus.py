@@ -63,7 +63,7 @@ def test_the_majority_gives_the_reason():
         ],
         {"V1": 1, "V2": 2, "V3": 2.5},
     )
-    assert agreed.reasons == {"UA": (reasons_pb2.REASON_NOT_SIGNIFICANT, "from V2")}
+    assert agreed.reasons == {"UA": (reasons_pb2.REASON_NOT_SIGNIFICANT, cycle_pb2.Finding(text="from V2"))}
 
 
 def test_only_settled_submissions_count_and_every_one_is_answered():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, gram_matrix
 from connito.errors import Invalid
-from connito.protocol.scoring.copies import Likeness, copies, distance, explained, find_copies, pairwise_cosines
+from connito.protocol.scoring.copies import Likeness, copies, cosines, distance, explained, find_copies
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,7 +55,7 @@ def test_the_gram_matrix_is_that_of_the_flattened_deltas(tmp_path):
 def test_noise_and_scaling_do_not_hide_a_copy(tmp_path):
     original, extra = noise(), noise(0.05)
     copied = {name: 0.5 * original[name] + extra[name] for name in original}
-    similarity = pairwise_cosines(files(tmp_path, [copied, original, noise()]))
+    similarity = cosines(gram_matrix(files(tmp_path, [copied, original, noise()])))
     assert similarity[0, 1] > 0.98
     assert abs(similarity[1, 2]) < 0.1
     # The copy stands first in the list but committed later.
@@ -75,7 +75,7 @@ def test_the_same_file_is_a_copy_at_any_threshold():
 
 def test_doing_nothing_is_similar_to_nothing(tmp_path):
     still = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
-    similarity = pairwise_cosines(files(tmp_path, [still, still, noise()]))
+    similarity = cosines(gram_matrix(files(tmp_path, [still, still, noise()])))
     assert similarity[0].tolist() == [0, 0, 0]
 
 

@@ -51,7 +51,8 @@ def test_a_new_key_is_on_probation_where_an_old_one_no_longer_is(season):
     by_miner = {v.miner: v for v in scored.verdicts}
     assert (by_miner["NEW"].reward, by_miner["NEW"].withheld) == (250, 250)
     assert (by_miner["MA"].reward, by_miner["MA"].withheld) == (300, 0)
-    assert "1 of 2" in by_miner["NEW"].detail
+    told = by_miner["NEW"].finding
+    assert (told.kind, told.count, told.limit, told.share) == (cycle_pb2.FINDING_KIND_PROBATION, 1, 2, 0.5)
 
 
 def test_useless_work_does_not_end_a_probation(season):
@@ -64,6 +65,12 @@ def test_useless_work_does_not_end_a_probation(season):
 
 
 def test_a_reason_that_says_more_stays(season):
-    verdict = cycle_pb2.Verdict(miner="MA", reward=100, reason=reasons_pb2.REASON_GATE_REJECTED, detail="loss rose")
+    verdict = cycle_pb2.Verdict(
+        miner="MA", reward=100, reason=reasons_pb2.REASON_GATE_REJECTED, finding=cycle_pb2.Finding(text="loss rose")
+    )
     withhold(season.facts, 1, verdict)
-    assert (verdict.reason, verdict.detail, verdict.withheld) == (reasons_pb2.REASON_GATE_REJECTED, "loss rose", 50)
+    assert (verdict.reason, verdict.finding.text, verdict.withheld) == (
+        reasons_pb2.REASON_GATE_REJECTED,
+        "loss rose",
+        50,
+    )

@@ -80,7 +80,7 @@ def test_losses_that_do_not_pair_are_refused(lengths):
 def test_verdicts(target, general, reason):
     judgement = judge(target, general, POLICY)
     assert judgement.reason == reason
-    assert judgement.detail
+    assert judgement.finding.kind
     assert judgement.utility == (target.effect if reason == reasons_pb2.REASON_UNSPECIFIED else 0.0)
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
+from connito.protocol.findings import Refusal
+from connito.protocol.scoring import payout
 from connito.protocol.scoring.consensus import Consensus
-from connito.protocol.scoring.ranking import rank, rewards, verdicts
-from connito.v1 import cycle_pb2, reasons_pb2
+from connito.protocol.scoring.ranking import rank, verdicts
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1.cycle_pb2 import Finding
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,9 +21,13 @@ def test_best_first_and_the_earlier_commitment_wins_a_tie():
     assert rank(entries[::-1], {"UA": 0.2, "UB": 0.2, "UC": 0.1, "UD": 0.0}) == ["UB", "UA", "UC"]
 
 
-@given(st.integers(0, 30), st.integers(0, 10**12), st.integers(0, 12), st.integers(1, 9))
-def test_every_unit_is_accounted_for(ranked, emission, paid, tenths):
-    units = rewards(ranked, emission, paid, Fraction(tenths, 10))
+def by_rank(ranked: int, emission: int, paid: int) -> list[int]:
+    return payout.pay([1.0] * ranked, emission, paid, run_pb2.RewardPolicy())
+
+
+@given(st.integers(0, 30), st.integers(0, 10**12), st.integers(0, 12))
+def test_every_unit_is_accounted_for(ranked, emission, paid):
+    units = by_rank(ranked, emission, paid)
     assert len(units) == ranked
     assert sum(units) == (emission if min(ranked, paid) else 0)
     assert units == sorted(units, reverse=True)
@@ -31,19 +36,20 @@ def test_every_unit_is_accounted_for(ranked, emission, paid, tenths):
 
 
 def test_geometric():
-    assert rewards(5, 700, 3) == [400, 200, 100, 0, 0]
-    assert rewards(2, 700, 3) == [467, 233]
-    assert rewards(3, 2, 3) == [1, 1, 0]
+    assert by_rank(5, 700, 3) == [400, 200, 100, 0, 0]
+    assert by_rank(2, 700, 3) == [467, 233]
+    assert by_rank(3, 2, 3) == [1, 1, 0]
 
 
 def test_verdicts_say_everything():
     entries = submissions("UA", "UB", "UC", "UD", "UE", "UF")
     agreed = Consensus(
         {"UA": 0.1, "UB": 0.3, "UC": 0.3, "UD": 0.05, "UE": 0.0, "UF": 0.2},
-        {"UE": (reasons_pb2.REASON_NOT_SIGNIFICANT, "chance")},
+        {"UE": Refusal(reasons_pb2.REASON_NOT_SIGNIFICANT, Finding(text="chance"))},
     )
+    copied = Refusal(reasons_pb2.REASON_COPY, Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of="UB"))
     found, unallocated = verdicts(
-        entries, agreed, emission=900, paid_ranks=2, weights={"UB": 0.75, "UF": 0.25}, copies={"UC": "UB"}
+        entries, agreed, emission=900, paid_ranks=2, weights={"UB": 0.75, "UF": 0.25}, copies={"UC": copied}
     )
     by_miner = {verdict.miner: verdict for verdict in found}
     assert unallocated == 0
@@ -54,10 +60,12 @@ def test_verdicts_say_everything():
     assert by_miner["UB"].weight == 0.75
     assert by_miner["UA"].status == cycle_pb2.VERDICT_STATUS_SCORED
     assert by_miner["UA"].reason == reasons_pb2.REASON_BELOW_CUTOFF
+    assert (by_miner["UA"].finding.rank, by_miner["UA"].finding.limit) == (3, 2)
     assert by_miner["UC"].status == by_miner["UE"].status == cycle_pb2.VERDICT_STATUS_REJECTED
     assert by_miner["UC"].reason == reasons_pb2.REASON_COPY
+    assert by_miner["UC"].finding.copy_of == "UB"
     assert by_miner["UC"].utility == 0.0
-    assert (by_miner["UE"].reason, by_miner["UE"].detail) == (reasons_pb2.REASON_NOT_SIGNIFICANT, "chance")
+    assert (by_miner["UE"].reason, by_miner["UE"].finding.text) == (reasons_pb2.REASON_NOT_SIGNIFICANT, "chance")
 
 
 def test_a_tie_never_zeroes_the_earlier_one():

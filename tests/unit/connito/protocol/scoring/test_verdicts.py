@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import pytest
+from connito.protocol.findings import Refusal
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, without
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
 
 MERGED = cycle_pb2.VERDICT_STATUS_MERGED
 SCORED = cycle_pb2.VERDICT_STATUS_SCORED
 REJECTED = cycle_pb2.VERDICT_STATUS_REJECTED
+COPY = Refusal(reasons_pb2.REASON_COPY, Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of="MA"))
 
 
 def even(validator: str) -> float:
@@ -57,31 +60,31 @@ def test_a_validator_with_a_bad_report_stands_as_silent(stage):
 def test_verdicts_tell_everyone_and_conserve_the_emission(ready):
     facts, submissions, agreed = consensus_of(ready)
 
-    result = score_cycle(facts, 1, submissions, agreed, {"MB": "MA"}, {"MA": 1.0}, {})
+    result = score_cycle(facts, 1, submissions, agreed, {"MB": COPY}, {"MA": 1.0}, {})
 
     by_miner = {verdict.miner: verdict for verdict in result.verdicts}
     assert (by_miner["MA"].status, by_miner["MA"].rank, by_miner["MA"].weight) == (MERGED, 1, 1.0)
     assert (by_miner["MB"].status, by_miner["MB"].reason) == (REJECTED, reasons_pb2.REASON_COPY)
-    assert "MA" in by_miner["MB"].detail
+    assert by_miner["MB"].finding.copy_of == "MA"
     assert by_miner["MC"].status == REJECTED
     assert sum(verdict.reward for verdict in result.verdicts) + result.unallocated == 100
 
 
 def test_who_scored_but_was_not_merged_learns_why(ready):
     facts, submissions, agreed = consensus_of(ready)
-    why = {"MB": (reasons_pb2.REASON_GATE_REJECTED, "all together: code loss would rise")}
+    why = {"MB": Refusal(reasons_pb2.REASON_GATE_REJECTED, Finding(domain="code"))}
 
     result = score_cycle(facts, 1, submissions, agreed, {}, {"MA": 1.0}, why)
 
     verdict = result.verdicts[1]
     assert (verdict.status, verdict.reason) == (SCORED, reasons_pb2.REASON_GATE_REJECTED)
-    assert verdict.detail == "all together: code loss would rise"
+    assert verdict.finding.domain == "code"
     assert verdict.reward > 0
 
 
 def test_an_unusable_artifact_scores_nothing_whatever_validators_said(ready):
     facts, submissions, agreed = consensus_of(ready)
-    agreed = without(agreed, {"MA": (reasons_pb2.REASON_NON_FINITE, "down_proj holds NaNs")})
+    agreed = without(agreed, {"MA": Refusal(reasons_pb2.REASON_NON_FINITE, Finding(name="down_proj"))})
 
     result = score_cycle(facts, 1, submissions, agreed, {}, {"MB": 1.0}, {})
 
@@ -96,8 +99,9 @@ def test_without_a_quorum_nobody_is_judged_and_nothing_is_paid(ready, drawn):
     facts = ready.world.facts()
     submissions = list(facts.window("submit", 1).settled.submissions)
 
-    result = score_cycle(facts, 1, submissions, no_quorum(facts, 1, submissions, "too few"), {}, {}, {})
+    too_few = Finding(kind=cycle_pb2.FINDING_KIND_NOTHING_DRAWN)
+    result = score_cycle(facts, 1, submissions, no_quorum(facts, 1, submissions, too_few), {}, {}, {})
 
     assert [verdict.reason for verdict in result.verdicts] == [reasons_pb2.REASON_NO_QUORUM] * 3
-    assert {verdict.detail for verdict in result.verdicts} == {"too few"}
+    assert [verdict.finding for verdict in result.verdicts] == [too_few] * 3
     assert result.unallocated == 100

@@ -1,0 +1,77 @@
+"""What an outcome rests on, as data: the reason, and a `Finding` with its numbers and names.
+
+People read sentences, which `connito.views.sentences` makes of findings. No rule writes, compares or parses one: the
+fields decide, so a sentence may be reworded or translated at any time, also while a run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+from google.protobuf.message import Message
+
+from connito.errors import Invalid
+from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.cycle_pb2 import Finding
+from connito.v1.run_pb2 import RunSpec
+
+# `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings.
+PROTOCOL_VERSION = 1
+
+Outcome: TypeAlias = (
+    cycle_pb2.Refused
+    | cycle_pb2.SubmissionScore
+    | cycle_pb2.Verdict
+    | cycle_pb2.ValidatorStanding
+    | cycle_pb2.VersionPublished
+)
+_OUTCOMES = (
+    cycle_pb2.Refused,
+    cycle_pb2.SubmissionScore,
+    cycle_pb2.Verdict,
+    cycle_pb2.ValidatorStanding,
+    cycle_pb2.VersionPublished,
+)
+_LISTS = ("scores", "verdicts", "validators")
+
+
+class Refusal(NamedTuple):
+    """Why somebody was refused, left out or not paid: the reason, and what it rests on."""
+
+    reason: reasons_pb2.Reason.ValueType
+    finding: Finding
+
+    @classmethod
+    def of(cls, error: Invalid) -> Refusal:
+        """What an exception says, in its own words, and the tensor that it is about."""
+        return cls(error.reason, Finding(text=str(error), name=error.about))
+
+
+Refusals = Mapping[str, Refusal]
+"""By miner."""
+
+
+def check_version(spec: RunSpec) -> None:
+    """Raise `Invalid` for a run under rules that are newer than this program."""
+    if spec.protocol_version > PROTOCOL_VERSION:
+        raise Invalid(
+            f"run {spec.run} is under protocol version {spec.protocol_version}, this program knows versions up to "
+            f"{PROTOCOL_VERSION}; upgrade it",
+            reason=reasons_pb2.REASON_UNSUPPORTED_SCHEMA,
+        )
+
+
+def finding_of(outcome: Outcome) -> Finding:
+    """Return what an outcome rests on; of one that was recorded as a sentence, the sentence as its text."""
+    if outcome.HasField("finding"):
+        return outcome.finding
+    return Finding(text=outcome.gate_detail if isinstance(outcome, cycle_pb2.VersionPublished) else outcome.detail)
+
+
+def outcomes_of(message: Message) -> Iterator[Outcome]:
+    """Yield the outcomes in a fact's payload: itself, or those of a report or of a cycle's result."""
+    if isinstance(message, _OUTCOMES):
+        yield message
+    for name in _LISTS:
+        yield from getattr(message, name, ())
