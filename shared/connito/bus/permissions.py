@@ -1,7 +1,7 @@
 """What each key may say and hear on the broker: least privilege, derived from the fact catalogue.
 
 A signature says who wrote a message; these permissions say who can put one on the wire at all. A role publishes the
-facts that `connito.wire.facts.CATALOGUE` gives it and nothing else, a validator and a miner only under their own key, and
+facts that `connito.wire.verification.CATALOGUE` gives it and nothing else, a validator and a miner only under their own key, and
 everybody hears replies on an inbox of their own, so that nobody can listen to what the broker answers to others.
 
 Reading a stream means creating a pull consumer on it and asking for messages. Whoever may do that could also change or
