@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Submit, list, show, watch and cancel adaptation jobs.")
 Run = Annotated[str, typer.Argument(help="The run's id.")]
 File = Annotated[Path, typer.Argument(help="The job: job.yaml.")]
+Profile = Annotated[str, typer.Option(help="Policies to start from: platform, laptop or tiny; replaces the file's.")]
 
 
 @app.command("submit")
 def submit(
     file: Annotated[Path, typer.Argument(help="The job: job.yaml, or YAML with the fields of RunSpec.")],
+    profile: Profile = "",
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -33,7 +35,7 @@ def submit(
     from connito.jobs.submit import prepare
 
     with progress(quiet=as_json) as tell:
-        job = prepare(file, data_dir, tell)
+        job = prepare(file, data_dir, tell, profile=profile)
         with Client.local(data_dir) as client:
             done = client.job.submit(job, progress=tell)
     if done.warnings and not as_json:
@@ -89,13 +91,13 @@ def cancel(
 
 
 @app.command("check")
-def check(file: File, data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Check a job before anything is spent: text, duplicates, contamination, tokenizer, sizes, licence, budget."""
+def check(file: File, profile: Profile = "", data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
+    """Check a job before anything is spent: policies, text, duplicates, contamination, tokenizer, sizes, licence, budget."""
     from connito.jobs.check import check_file
     from connito.jobs.findings import require
 
     with progress(quiet=as_json) as tell:
-        checked = check_file(file, data_dir, tell)
+        checked = check_file(file, data_dir, tell, profile=profile)
     emit(as_json, checked.to_json(), lambda: _findings_text(checked.findings))
     require(checked.findings, str(file))
 
@@ -106,6 +108,7 @@ def quote(
     pilot: Annotated[
         bool, typer.Option("--pilot/--no-pilot", help="Make one cycle's local steps here and measure them.")
     ] = True,
+    profile: Profile = "",
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -115,7 +118,7 @@ def quote(
     from connito.jobs.quote import quote as price
 
     with progress(quiet=as_json) as tell:
-        made = price(check_file(file, data_dir, tell), pilot=pilot, progress=tell)
+        made = price(check_file(file, data_dir, tell, profile=profile), pilot=pilot, progress=tell)
     emit(as_json, made.to_json(), lambda: _quote_text(made))
     require(made.findings, str(file))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import JsonFlag, emit
+from connito.protocol.policy.choices import CONTESTED, CONTESTED_RULE, METHOD, METHODS, SCOPE
 from connito.render import formats
 
 if TYPE_CHECKING:
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
     from connito.moe.selection import Selection
     from connito.moe.statistics import RoutingStatistics
     from connito.workloads.gather import Router
+
+
+def _one_of(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}"
+
 
 Files = dict[str, list[Path]]
 MEASURED_TOKENS = 1024
@@ -36,22 +44,22 @@ def select(
         ),
     ] = None,
     contested: Annotated[
-        str, typer.Option(help="Who gets an expert that several domains chose: share, duplicate or exclusive.")
-    ] = "share",
+        str, typer.Option(help=f"Who gets an expert that several domains chose: {_one_of(CONTESTED)}.")
+    ] = CONTESTED_RULE,
     general: Annotated[
         list[Path] | None, typer.Option(help="General text, traces or statistics, to compare with.")
     ] = None,
     earlier: Annotated[
         list[Path] | None, typer.Option(help="des-moe: older statistics, oldest first, for the running mean.")
     ] = None,
-    method: Annotated[str, typer.Option(help="esft-token, esft-gate, differential or des-moe.")] = "esft-token",
+    method: Annotated[str, typer.Option(help=f"{_one_of(METHODS)}.")] = METHOD,
     threshold: Annotated[float | None, typer.Option(help="p of the method; each has its own default.")] = None,
     max_experts: Annotated[int, typer.Option(help="Cap on their number; 0 is none.")] = 0,
     max_bytes: Annotated[int, typer.Option(help="Cap on the experts' bytes; 0 is none. Needs --base.")] = 0,
     max_vram: Annotated[
         int, typer.Option(help="Cap on the bytes that training takes, without activations; 0 is none. Needs --base.")
     ] = 0,
-    scope: Annotated[str, typer.Option(help="Caps hold over all layers (global) or for each one (layer).")] = "global",
+    scope: Annotated[str, typer.Option(help="Caps hold over all layers (global) or for each one (layer).")] = SCOPE,
     helpers: Annotated[int, typer.Option(help="Frozen experts to keep beside the targets of each layer.")] = 0,
     num_experts: Annotated[int, typer.Option(help="Experts per layer, where a trace does not show it.")] = 0,
     diagnostics: Annotated[

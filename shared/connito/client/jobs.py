@@ -32,25 +32,27 @@ class Jobs:
         """`data_dir`: folder of the local platform whose base and store a job.yaml may use."""
         self._connection, self._data_dir = connection, data_dir
 
-    def check(self, file: Path | str, *, progress: Progress = _quiet) -> Checked:
-        """Check a job.yaml before anything is spent; `.ok`, `.findings`."""
+    def check(self, file: Path | str, *, profile: str = "", progress: Progress = _quiet) -> Checked:
+        """Check a job.yaml before anything is spent; `.ok`, `.findings`. `profile` replaces the file's."""
         from connito.jobs.check import check_file
 
-        return check_file(Path(file), self._data_dir, progress)
+        return check_file(Path(file), self._data_dir, progress, profile=profile)
 
-    def quote(self, file: Path | str, *, pilot: bool = True, progress: Progress = _quiet) -> Quote:
+    def quote(self, file: Path | str, *, profile: str = "", pilot: bool = True, progress: Progress = _quiet) -> Quote:
         """Return what a job.yaml will take. Raises `Invalid` for one that cannot be submitted. Imports torch."""
         from connito.jobs.quote import quote
 
-        return quote(self.check(file, progress=progress), pilot=pilot, progress=progress)
+        return quote(self.check(file, profile=profile, progress=progress), pilot=pilot, progress=progress)
 
-    def submit(self, job: Path | str | Checked | RunSpec, *, progress: Progress = _quiet) -> Submitted:
+    def submit(
+        self, job: Path | str | Checked | RunSpec, *, profile: str = "", progress: Progress = _quiet
+    ) -> Submitted:
         """Create a run; `.run` is its id. `job`: a job.yaml or what its check found, whose corpora are uploaded; or a
         RunSpec, also as a YAML file. Raises `Invalid` naming the field that cannot be."""
         from connito.jobs.submit import Submitted, prepare, submit
 
         if isinstance(job, (Path, str)):
-            job = prepare(Path(job), self._data_dir, progress)
+            job = prepare(Path(job), self._data_dir, progress, profile=profile)
         if isinstance(job, RunSpec):
             return Submitted(self._create(job), job)
         return submit(job, self._create, progress)

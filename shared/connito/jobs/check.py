@@ -58,9 +58,13 @@ class Checked:
         }
 
 
-def check_file(file: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None) -> Checked:
-    """`check` for a file; paths in it are relative to its folder."""
-    return check(read_job(file), file.absolute().parent, data_dir, progress)
+def check_file(
+    file: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None, *, profile: str = ""
+) -> Checked:
+    """Check the job in a file; paths in it are relative to its folder. `profile` goes before the file's own."""
+    job = read_job(file)
+    job = job.model_copy(update={"profile": profile or job.profile})
+    return check(job, file.absolute().parent, data_dir, progress)
 
 
 def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None) -> Checked:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from connito.data.corpus import Corpus
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import NotFound
+from connito.errors import Invalid, NotFound
 from connito.jobs.check import Checked, check_file
 from connito.jobs.findings import Finding, require
 from connito.jobs.spec import is_job, read_run_spec, read_yaml
@@ -46,12 +46,14 @@ class Submitted:
 
 
 def prepare(
-    file: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None
+    file: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None, *, profile: str = ""
 ) -> Checked | RunSpec:
     """Read what is to be submitted: a job.yaml, checked, or a RunSpec as YAML. Raises `Invalid` for errors in either."""
     if not is_job(read_yaml(file)):
+        if profile:
+            raise Invalid(f"{file} is a RunSpec, which states its policies itself: leave the profile out")
         return read_run_spec(file)
-    checked = check_file(file, data_dir, progress)
+    checked = check_file(file, data_dir, progress, profile=profile)
     require(checked.findings, str(file))
     return checked
 

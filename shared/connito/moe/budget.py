@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from connito.errors import Invalid
 from connito.moe.statistics import FloatArray
-from connito.protocol.policy.choices import SCOPES
+from connito.protocol.policy.choices import SCOPE, SCOPES
 from connito.v1 import reasons_pb2
 
 # Two fp32 AdamW moments per trained parameter.
@@ -41,7 +41,7 @@ class Budget:
     experts: int = 0
     size: int = 0
     memory: int = 0
-    scope: str = "global"
+    scope: str = SCOPE
     costs: Mapping[int, Cost] = field(default_factory=dict)
     resident: int = 0
 

@@ -23,7 +23,7 @@ from connito.moe.budget import Budget, Cost
 from connito.moe.diagnostics import diagnose
 from connito.moe.domains import Joint, join, shared, union, within
 from connito.moe.statistics import FloatArray, RoutingStatistics, merge_all
-from connito.protocol.policy.choices import METHODS
+from connito.protocol.policy.choices import CONTESTED_RULE, METHOD, METHODS
 from connito.v1 import reasons_pb2
 
 # The published sets come from scores that were written down with this many decimals.
@@ -114,13 +114,13 @@ def _named(layers: Mapping[int, list[int]]) -> dict[str, list[int]]:
 
 def select_experts(
     target: RoutingStatistics,
-    method: str = "esft-token",
+    method: str = METHOD,
     threshold: float | None = None,
     *,
     general: Mapping[str, RoutingStatistics] | None = None,
     gamma: float = 1.0,
     beside: Mapping[str, RoutingStatistics] | None = None,
-    contested: str = "share",
+    contested: str = CONTESTED_RULE,
     earlier: Sequence[RoutingStatistics] = (),
     budget: Budget | None = None,
     max_experts: int = 0,

@@ -13,6 +13,7 @@ from connito.errors import Invalid
 from connito.library.signature import encode_signature
 from connito.moe.helper_experts import Usage, by_policy
 from connito.protocol.holdout import subsets
+from connito.protocol.policy.choices import CONTESTED_RULE
 from connito.v1 import reasons_pb2, run_pb2
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _select(
     options: dict[str, Any] = {
         "general": general or None,
         "beside": beside,
-        "contested": policy.contested or "share",
+        "contested": policy.contested or CONTESTED_RULE,
         "budget": budget,
         "helpers_per_layer": policy.helpers_per_layer,
         "domain": spec.domain,

@@ -1,11 +1,15 @@
-"""What a policy that is a word may say. Imports nothing, so that whoever implements a choice can read it here."""
+"""The words that a policy may say, and the default where more than the law needs it.
+
+Imports nothing: whoever implements a choice reads it here, and so does the command line.
+"""
 
 from __future__ import annotations
 
 # Ways of selecting experts, with the threshold p that each takes when none is given; see docs/explanation/selection.md.
 METHODS = {"esft-token": 0.2, "esft-gate": 0.1, "differential": 0.5, "des-moe": 0.6}
-SCOPES = ("global", "layer")
-CONTESTED = ("share", "duplicate", "exclusive")
+METHOD = "esft-token"
+SCOPES, SCOPE = ("global", "layer"), "global"
+CONTESTED, CONTESTED_RULE = ("share", "duplicate", "exclusive"), "share"
 ROUTING_MODES = ("natural", "masked", "restricted")
 MOMENTS = ("fresh", "kept", "second")
 AGGREGATORS = (

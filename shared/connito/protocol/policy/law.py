@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from connito.protocol.findings import PROTOCOL_VERSION
-from connito.protocol.policy.choices import AGGREGATORS, CONTESTED, ENROLMENT, METHODS, MOMENTS, ROUTING_MODES, SCOPES
+from connito.protocol.policy import choices
 from connito.protocol.scoring import payout
 from connito.v1.run_pb2 import RunSpec
 
@@ -46,15 +46,15 @@ class Choice:
 
 
 LAW: Mapping[str, Number | Choice] = {
-    "selection.method": Choice("esft-token", tuple(METHODS)),
-    # 0 here: each method has its own, see METHODS.
+    "selection.method": Choice(choices.METHOD, tuple(choices.METHODS)),
+    # 0 here: each method has its own, see `choices.METHODS`.
     "selection.threshold": Number(0, 1e-6, 1),
     "selection.max_experts": Number(0, 0, 1_000_000, zero=True),
     "selection.max_bytes": Number(0, 0, 1 << 50, zero=True),
     "selection.helpers_per_layer": Number(2, 0, 4096, zero=True),
     "selection.max_vram": Number(0, 0, 1 << 50, zero=True),
-    "selection.scope": Choice("global", SCOPES),
-    "selection.contested": Choice("share", CONTESTED),
+    "selection.scope": Choice(choices.SCOPE, choices.SCOPES),
+    "selection.contested": Choice(choices.CONTESTED_RULE, choices.CONTESTED),
     "selection.causal_effects": Number(4, 0, 4096, zero=True),
     "selection.helper_max_bytes": Number(0, 0, 1 << 50, zero=True),
     "selection.resident_max_bytes": Number(0, 0, 1 << 50, zero=True),
@@ -63,9 +63,9 @@ LAW: Mapping[str, Number | Choice] = {
     "training.batch_sequences": Number(4, 1, 65_536),
     "training.learning_rate": Number(2e-4, 1e-9, 1),
     "training.weight_decay": Number(0.01, 0, 1, zero=True),
-    "training.routing_mode": Choice("natural", ROUTING_MODES),
+    "training.routing_mode": Choice("natural", choices.ROUTING_MODES),
     "training.replay_share": Number(0, 0, 0.9, zero=True),
-    "training.moments": Choice("second", MOMENTS),
+    "training.moments": Choice("second", choices.MOMENTS),
     "training.final_rate_share": Number(0, 0, 1, zero=True),
     "training.warmup_steps": Number(0, 0, 100_000, zero=True),
     "training.router_distillation": Number(0, 0, 1000, zero=True),
@@ -82,7 +82,7 @@ LAW: Mapping[str, Number | Choice] = {
     "scoring.minimum_sequences": Number(0, 0, 1_000_000, zero=True),
     "scoring.copy_span_threshold": Number(0.95, 0.1, 1),
     "scoring.copy_effect_threshold": Number(0.08, 1e-6, 1),
-    "merging.aggregator": Choice("utility-mean", AGGREGATORS),
+    "merging.aggregator": Choice("utility-mean", choices.AGGREGATORS),
     "merging.outer_learning_rate": Number(0.7, 1e-6, 10),
     "merging.outer_momentum": Number(0.9, 0, 0.999, zero=True),
     "merging.gate_target_sequences": Number(32, 1, 1_000_000),
@@ -102,7 +102,7 @@ LAW: Mapping[str, Number | Choice] = {
     "rewards.probation_cycles": Number(0, 0, 1_000, zero=True),
     "rewards.probation_pay": Number(0.5, 0, 1, zero=True),
     "rewards.newcomers_per_cycle": Number(0, 0, 1_000_000, zero=True),
-    "enrolment.mode": Choice("open", ENROLMENT),
+    "enrolment.mode": Choice("open", choices.ENROLMENT),
     "enrolment.max_miners": Number(0, 0, 100_000, zero=True),
     "enrolment.messages_per_cycle": Number(16, 0, 100_000, zero=True),
     "objective.improvement": Number(0, 0, 100, zero=True),
@@ -158,7 +158,7 @@ def fill(spec: RunSpec, customer: str = "") -> None:
         if _left_out(spec, path, rule):
             write(spec, path, rule.default)
     if spec.selection.threshold == 0:
-        spec.selection.threshold = METHODS.get(spec.selection.method, METHODS[DEFAULTS.selection.method])
+        spec.selection.threshold = choices.METHODS.get(spec.selection.method, choices.METHODS[choices.METHOD])
     if spec.training.router_distillation > 0 and spec.training.distillation_share == 0:
         spec.training.distillation_share = DISTILLATION_SHARE
     spec.rewards.payout = spec.rewards.payout or payout.DEFAULT
