@@ -136,19 +136,21 @@ class SelectionPolicy(_message.Message):
     HELPER_MAX_BYTES_FIELD_NUMBER: _builtins.int
     RESIDENT_MAX_BYTES_FIELD_NUMBER: _builtins.int
     method: _builtins.str
-    """esft-token, esft-gate, differential, des-moe."""
+    """How experts are scored from routing statistics."""
     threshold: _builtins.float
+    """The method's p: a share of the domain's routing, of its positive part, or of the layer's best score."""
     max_experts: _builtins.int
-    """0: no cap."""
+    """Experts at most. 0: no cap."""
     max_bytes: _builtins.int
+    """Bytes of the selected experts, which a miner uploads each cycle. 0: no cap."""
     helpers_per_layer: _builtins.int
     """Frozen experts that stay resident beside the targets of each layer."""
     max_vram: _builtins.int
     """Bytes that a miner's training may take, without activations. 0: no cap."""
     scope: _builtins.str
-    """Caps hold over all layers (global, the default) or for each (layer)."""
+    """Caps hold over all layers (global) or for each (layer)."""
     contested: _builtins.str
-    """Who gets an expert that several domains chose: share (the default), duplicate, exclusive."""
+    """Who gets an expert that several domains chose: all of them one copy, each its own, or the one that leans on it most."""
     causal_effects: _builtins.int
     """At most so many selected experts have their causal effect measured for the report, one forward pass each. 0: none."""
     report_version: _builtins.int
@@ -204,11 +206,17 @@ class TrainPolicy(_message.Message):
     local_steps: _builtins.int
     """H, the local steps of a cycle."""
     sequence_length: _builtins.int
+    """Tokens of a training or held-out sequence."""
     batch_sequences: _builtins.int
+    """Sequences of a local step."""
     learning_rate: _builtins.float
+    """AdamW's."""
     weight_decay: _builtins.float
+    """AdamW's."""
     routing_mode: _builtins.str
-    """natural, masked, restricted."""
+    """Where a training model sends tokens: as the full one, though absent experts add nothing (natural); to the best residents,
+    with weights over all experts (masked), or over residents alone (restricted).
+    """
     replay_share: _builtins.float
     """Share of general-domain sequences mixed into each batch."""
     moments: _builtins.str
@@ -333,16 +341,21 @@ class MergePolicy(_message.Message):
     REPORT_TARGET_SEQUENCES_FIELD_NUMBER: _builtins.int
     REPORT_GENERAL_SEQUENCES_FIELD_NUMBER: _builtins.int
     aggregator: _builtins.str
-    """mean, utility-mean, top-1, coordinate-median, trimmed-mean, krum, multi-krum, geometric-median, norm-clipped-mean."""
+    """How the submissions of a cycle become one pseudo-gradient."""
     outer_learning_rate: _builtins.float
+    """Of the outer step, which applies the pseudo-gradient."""
     outer_momentum: _builtins.float
+    """Of the outer step, Nesterov's."""
     gate_target_sequences: _builtins.int
-    """Held-out sequences of the gate subset, target and per general domain. Disjoint from what scores submissions."""
+    """Held-out target sequences of the gate subset, which is disjoint from what scores submissions."""
     gate_general_sequences: _builtins.int
+    """The same, per general domain."""
     gate_general_margin: _builtins.float
+    """General loss may rise by this many nats per token before the gate refuses a version."""
     report_target_sequences: _builtins.int
-    """Sequences of the report subset, which decides nothing and is what published losses are measured on."""
+    """Target sequences of the report subset, which decides nothing and is what published losses are measured on."""
     report_general_sequences: _builtins.int
+    """The same, per general domain."""
     def __init__(
         self,
         *,
@@ -430,10 +443,13 @@ class WindowPolicy(_message.Message):
     CEILING_SECONDS_FIELD_NUMBER: _builtins.int
     ASSEMBLE_SECONDS_FIELD_NUMBER: _builtins.int
     min_miners: _builtins.int
+    """Miners that have to be there before the first cycle opens."""
     min_validators: _builtins.int
+    """Validators that have to be there before the first cycle opens."""
     floor_seconds: _builtins.float
-    """Deadlines are learned between these bounds."""
+    """Deadlines are learned, but no window has less than this."""
     ceiling_seconds: _builtins.float
+    """Deadlines are learned, but no window has more than this."""
     assemble_seconds: _builtins.float
     """Wait this long for the first miners and validators before the run fails."""
     def __init__(
@@ -464,9 +480,9 @@ class EnrolmentPolicy(_message.Message):
     MAX_MINERS_FIELD_NUMBER: _builtins.int
     MESSAGES_PER_CYCLE_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
-    """open, allow-list, invite. Empty: open."""
+    """Who may mine: anybody, keys on a list, or keys with an invite."""
     max_miners: _builtins.int
-    """0: any number."""
+    """Miners at most. 0: any number."""
     messages_per_cycle: _builtins.int
     """Commitments, and likewise reveals, by one key in one cycle that are answered one by one. The next one is refused as
     QUOTA_EXCEEDED, and what follows it is dropped without an answer. 0: everything is answered.

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from connito.jobs.check import Checked, check
+from connito.errors import Invalid
+from connito.jobs.check import Checked, check, check_file
+from connito.jobs.policies import check_policies
 from connito.jobs.spec import parse_job
+from connito.platform.session import Session
+from connito.protocol.policy.check import complete
+from connito.protocol.policy.choices import METHODS
 from connito.protocol.policy.law import DEFAULTS
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
+from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
+
+JOB = {
+    "domain": "code", "base": "base", "data": [{"path": "code.jsonl"}], "license": "PSF-2.0", "data_statement": "Python.",
+    "general": [{"domain": "prose", "path": "prose.jsonl"}],
+}  # fmt: skip
 
 
 def checked(customer: Path, **fields: Any) -> Checked:
-    job = {
-        "domain": "code", "base": "base", "data": [{"path": "code.jsonl"}], "license": "PSF-2.0",
-        "general": [{"domain": "prose", "path": "prose.jsonl"}], "data_statement": "Python.", **fields,
-    }  # fmt: skip
-    return check(parse_job(job), customer, customer / "no-platform")
+    return check(parse_job({**JOB, **fields}), customer, customer / "no-platform")
 
 
 def test_a_job_on_any_base_takes_the_platform_s_policies(customer: Path) -> None:
@@ -26,11 +37,48 @@ def test_a_job_on_any_base_takes_the_platform_s_policies(customer: Path) -> None
     assert spec.windows.ceiling_seconds == DEFAULTS.windows.ceiling_seconds
 
 
+def test_a_profile_is_taken_only_by_name(customer: Path) -> None:
+    spec = checked(customer, profile="tiny", policies={"training": {"local_steps": 3}}).spec
+    assert (spec.training.local_steps, spec.training.sequence_length) == (3, 64)
+    assert spec.scoring.confidence == 0.99
+    assert spec.merging.aggregator == DEFAULTS.merging.aggregator
+
+
+def test_a_method_brings_its_own_threshold(customer: Path) -> None:
+    spec = checked(customer, policies={"selection": {"method": "differential"}}).spec
+    assert spec.selection.threshold == METHODS["differential"]
+
+
+def test_a_list_is_a_policy_too(customer: Path) -> None:
+    assert checked(customer, policies={"rewards": {"rank_shares": [5, 3]}}).spec.rewards.rank_shares == [5, 3]
+
+
+def test_the_command_line_s_profile_goes_before_the_file_s(customer: Path) -> None:
+    file = customer / "profiled.yaml"
+    file.write_text(json.dumps({**JOB, "profile": "laptop"}))
+    assert check_file(file, customer / "no-platform").spec.scoring.general_sequences == 1
+    assert check_file(file, customer / "no-platform", profile="tiny").spec.training.beta1 == 0.9
+    with pytest.raises(Invalid, match="no profile 'desktop'; choose one of platform, laptop, tiny"):
+        check_file(file, customer / "no-platform", profile="desktop")
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"policies": {"scoring": {"confidence": 2.0}}}, "scoring.confidence is 2"),
         ({"policies": {"training": {"learning_rate": 50}}}, "training.learning_rate is 50"),
+        ({"policies": {"merging": {"aggregator": "sum"}}}, "merging.aggregator is 'sum'"),
+        ({"policies": {"rewards": {"payout": "lottery"}}}, "rewards.payout is 'lottery'"),
+        ({"policies": {"windows": {"floor_seconds": 4000}}}, "windows.floor_seconds is larger than"),
+        ({"policies": {"training": {"replay_share": 0.5}}}, "training.replay_share is set but"),
+        ({"people": {"enrolment": "allow-list"}}, "enrolment.allowed is empty"),
+        ({"people": {"allowed": ["UA"]}}, "enrolment.allowed names keys, but the mode is open"),
+        ({"people": {"enrolment": "invite", "allowed": ["me"]}}, "enrolment.allowed holds 'me'"),
+        ({"people": {"enrolment": "invite", "miners": 3, "at_most": 2}}, "enrolment.max_miners is below"),
+        ({"run": "installation"}, "run is 'installation', which stands for every run"),
+        ({"start_from": "an expert"}, "start_from is 'an expert'"),
+        ({"license": "LicenseRef-" + "x" * 4000}, "license is longer than 4000"),
+        ({"data": [{"path": "code.jsonl", "name": "x" * 300}]}, "data_sources names too many"),
     ],
 )
 def test_what_the_coordinator_would_refuse_is_refused_by_the_check(
@@ -38,4 +86,53 @@ def test_what_the_coordinator_would_refuse_is_refused_by_the_check(
 ) -> None:
     found = checked(customer, **fields)
     assert not found.ok
-    assert said in [row.detail for row in found.findings if row.level == "error"]
+    errors = [row.detail for row in found.findings if row.level == "error"]
+    assert [detail for detail in errors if detail.startswith(said)], errors
+
+
+def test_every_fault_is_told_at_once(customer: Path) -> None:
+    found = checked(customer, policies={"scoring": {"confidence": 2.0}, "training": {"learning_rate": 50}})
+    assert len([row for row in found.findings if (row.check, row.level) == ("policy", "error")]) == 2
+
+
+class Organisations:
+    """A roster as the check reads it."""
+
+    def memberships(self, key: str) -> frozenset[str]:
+        return frozenset({"hospital"})
+
+
+def on_a_platform(customer: Path, taken: RunSpec | None = None, **fields: Any) -> list[str]:
+    found = checked(customer, **fields)
+    session = SimpleNamespace(identity=SimpleNamespace(public="U" + "A" * 55), roster=Organisations())
+    context = replace(found.context, session=cast(Session, session), taken=taken)
+    return [row.detail for row in check_policies(found.job, found.spec, context) if row.level == "error"]
+
+
+def test_an_organisation_has_to_count_the_customer(customer: Path) -> None:
+    privacy = {"visibility": "organisation", "organisation": "hospital"}
+    assert on_a_platform(customer, privacy=privacy) == []
+    (error,) = on_a_platform(customer, privacy={**privacy, "organisation": "court"})
+    assert error.startswith("organisation is 'court', to which the roster does not count")
+
+
+def test_a_run_s_id_is_free_or_the_same_job_s(customer: Path) -> None:
+    asked = checked(customer, run="mine").spec
+    created = complete_with_artifacts(asked)
+    assert on_a_platform(customer, created, run="mine") == []
+    created.training.local_steps += 1
+    (error,) = on_a_platform(customer, created, run="mine")
+    assert error == "run is 'mine', and a run of that id asks for something else"
+
+
+def complete_with_artifacts(asked: RunSpec) -> RunSpec:
+    """What the coordinator writes down for a job that was submitted."""
+    spec = RunSpec()
+    spec.CopyFrom(asked)
+    public, held = (ArtifactRef(digest="ab" * 32, size=9, realm=realm) for realm in (REALM_PUBLIC, REALM_HOLDOUT))
+    spec.base.CopyFrom(BaseRef(name="base", manifest=public))
+    spec.probe.CopyFrom(CorpusRef(domain="code", artifact=public))
+    spec.train.CopyFrom(CorpusRef(domain="code", artifact=public))
+    spec.holdout.CopyFrom(CorpusRef(domain="code", artifact=held))
+    spec.general_holdouts.append(CorpusRef(domain="prose", artifact=held))
+    return complete(spec, "U" + "A" * 55)
