@@ -49,18 +49,18 @@ SUBJECTS = st.lists(WORDS | st.text(max_size=6), max_size=8).map(".".join) | st.
 def ledger() -> Ledger:
     """A run in its second cycle, with every window of the first behind it."""
     told = Ledger()
-    told.enrol(MINER.public)
+    told.miners(MINER.public)
     for cycle in (1, 2):
-        told.open("train", cycle)
-        told.open("commit", cycle)
+        told.opened("train", cycle)
+        told.opened("commit", cycle)
         accepted = cycle_pb2.CommitmentAccepted(run=RUN, cycle=cycle, miner=MINER.public, digest=bytes(32))
         told.publish("commit", cycle, "accepted", accepted, MINER.public)
-        told.close("commit", cycle)
+        told.closed("commit", cycle)
         told.publish(
             "commit", cycle, "settled", cycle_pb2.WindowSettled(run=RUN, cycle=cycle, committed=[MINER.public])
         )
-        told.open("submit", cycle)
-    told.open("commit", 3)
+        told.opened("submit", cycle)
+    told.opened("commit", 3)
     return told
 
 

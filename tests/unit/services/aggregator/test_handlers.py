@@ -17,15 +17,15 @@ def payloads(facts, loaded=(RUN,)):
 
 
 def test_the_model_is_loaded_as_soon_as_the_targets_are_known(stage):
-    assert payloads(stage.world.facts(), ()) == [Preload(RUN)]
-    assert payloads(stage.world.facts()) == []
+    assert payloads(stage.facts, ()) == [Preload(RUN)]
+    assert payloads(stage.facts) == []
 
-    stage.world.drop("run", 0, "selected")
-    assert payloads(stage.world.facts(), ()) == []
+    stage.drop("run", 0, "selected")
+    assert payloads(stage.facts, ()) == []
 
 
 def test_a_cycle_is_merged_once_everything_it_rests_on_is_known(ready):
-    assert payloads(ready.world.facts()) == [Merge(RUN, 1)]
+    assert payloads(ready.facts) == [Merge(RUN, 1)]
 
 
 @pytest.mark.parametrize(
@@ -33,27 +33,27 @@ def test_a_cycle_is_merged_once_everything_it_rests_on_is_known(ready):
 )
 def test_nothing_is_merged_before(ready, missing):
     section, kind = missing
-    ready.world.drop(section, 1, kind)
+    ready.drop(section, 1, kind)
 
-    assert payloads(ready.world.facts()) == []
+    assert payloads(ready.facts) == []
 
 
 def test_a_published_version_is_not_made_again(ready):
-    ready.world.put("merge", 1, "version", cycle_pb2.VersionPublished(run=RUN, cycle=1))
+    ready.put("merge", 1, "version", cycle_pb2.VersionPublished(run=RUN, cycle=1))
 
-    assert payloads(ready.world.facts()) == []
+    assert payloads(ready.facts) == []
 
 
 def test_scores_without_a_version_are_finished_after_a_crash(ready):
-    ready.world.put("merge", 1, "scored", cycle_pb2.CycleScored(run=RUN, cycle=1))
+    ready.put("merge", 1, "scored", cycle_pb2.CycleScored(run=RUN, cycle=1))
 
-    assert payloads(ready.world.facts()) == [Merge(RUN, 1)]
+    assert payloads(ready.facts) == [Merge(RUN, 1)]
 
 
 def test_an_ended_run_needs_nothing(ready):
-    ready.world.put("run", 0, "ended", run_pb2.RunEnded(run=RUN))
+    ready.put("run", 0, "ended", run_pb2.RunEnded(run=RUN))
 
-    assert payloads(ready.world.facts(), ()) == []
+    assert payloads(ready.facts, ()) == []
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_report_on_something_else_does_not_count(stage, changes, why):
     stage.add("VB", {"MA": 0.1})
     stage.close()
 
-    reports = read_reports(stage.world.facts(), 1)
+    reports = read_reports(stage.facts, 1)
 
     assert list(reports.counted) == ["VB"]
     assert why in sentence(reports.ignored["VA"].finding)
@@ -92,7 +92,7 @@ def test_a_report_on_something_else_does_not_count(stage, changes, why):
 def test_a_report_behind_the_close_is_late(ready):
     ready.add("VC", {"MA": 0.9})
 
-    reports = read_reports(ready.world.facts(), 1)
+    reports = read_reports(ready.facts, 1)
 
     assert list(reports.counted) == ["VA", "VB"]
     assert [(who, why.finding.kind) for who, why in reports.ignored.items()] == [
@@ -104,7 +104,7 @@ def test_a_validator_that_was_not_drawn_does_not_count(stage):
     stage.add("VX", {"MA": 0.1})
     stage.close()
 
-    (ignored,) = read_reports(stage.world.facts(), 1).ignored.items()
+    (ignored,) = read_reports(stage.facts, 1).ignored.items()
     assert (ignored[0], ignored[1].finding.kind) == ("VX", cycle_pb2.FINDING_KIND_REPORT_NOT_DRAWN)
 
 
@@ -115,7 +115,7 @@ def even(validator: str) -> float:
 def test_more_than_half_of_the_drawn_stake_must_have_reported(stage):
     stage.add("VA", {"MA": 0.1})
     stage.close()
-    facts = stage.world.facts()
+    facts = stage.facts
     reports = read_reports(facts, 1)
 
     fault = quorum_fault(facts, 1, reports, even)
@@ -125,8 +125,8 @@ def test_more_than_half_of_the_drawn_stake_must_have_reported(stage):
 
 
 def test_without_a_draw_there_is_no_quorum(ready):
-    ready.world.drop("validate", 1, "drawn")
-    facts = ready.world.facts()
+    ready.drop("validate", 1, "drawn")
+    facts = ready.facts
 
     fault = quorum_fault(facts, 1, read_reports(facts, 1), even)
     assert fault is not None
@@ -135,9 +135,9 @@ def test_without_a_draw_there_is_no_quorum(ready):
 
 def test_a_draw_behind_the_close_is_none(stage):
     stage.close()
-    stage.world.put("validate", 1, "drawn", cycle_pb2.SeedDrawn(run=RUN, cycle=1, validators=["VA"]))
+    stage.put("validate", 1, "drawn", cycle_pb2.SeedDrawn(run=RUN, cycle=1, validators=["VA"]))
 
-    assert draw(stage.world.facts(), 1) is None
+    assert draw(stage.facts, 1) is None
 
 
 def test_losses_are_kept_until_the_version_is_out(stage):

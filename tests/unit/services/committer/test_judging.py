@@ -26,9 +26,9 @@ from tests.unit.services.committer.ledger import RUN, SALT, SIZE, Ledger, artifa
 def ledger() -> Ledger:
     """Two miners are enrolled, the commit window of cycle 1 is open."""
     ledger = Ledger()
-    ledger.enrol("ma", "mb")
-    ledger.open("train", 1)
-    ledger.open("commit", 1)
+    ledger.miners("ma", "mb")
+    ledger.opened("train", 1)
+    ledger.opened("commit", 1)
     return ledger
 
 
@@ -63,13 +63,13 @@ def settle(ledger: Ledger, window: str, cycle: int) -> cycle_pb2.WindowSettled:
 
 def to_submit(ledger: Ledger, cycle: int = 1, miners: tuple[str, ...] = ("ma", "mb")) -> None:
     """Everyone commits; the submit window of `cycle` is open."""
-    ledger.open("train", cycle)
-    ledger.open("commit", cycle)
+    ledger.opened("train", cycle)
+    ledger.opened("commit", cycle)
     for miner in miners:
         commit(ledger, ledger.commitment(miner, cycle))
-    ledger.close("commit", cycle)
+    ledger.closed("commit", cycle)
     settle(ledger, "commit", cycle)
-    ledger.open("submit", cycle)
+    ledger.opened("submit", cycle)
 
 
 def reason(answer: object) -> int:
@@ -118,21 +118,21 @@ def test_a_commitment_to_a_cycle_that_is_not_committing_is_refused(ledger: Ledge
 
 def test_a_commitment_during_train_is_too_early() -> None:
     ledger = Ledger()
-    ledger.enrol("ma")
-    ledger.open("train", 1)
+    ledger.miners("ma")
+    ledger.opened("train", 1)
     assert reason(commit(ledger, ledger.commitment("ma", 1))) == reasons_pb2.REASON_WRONG_WINDOW
 
 
 def test_late_is_decided_by_sequence_and_not_by_when_it_is_handled(ledger: Ledger) -> None:
     in_time = ledger.commitment("ma", 1)
-    ledger.close("commit", 1)
+    ledger.closed("commit", 1)
     late = ledger.commitment("mb", 1)
     assert isinstance(commit(ledger, in_time), cycle_pb2.CommitmentAccepted)
     assert reason(commit(ledger, late)) == reasons_pb2.REASON_LATE_COMMITMENT
 
 
 def test_nothing_is_accepted_after_the_end(ledger: Ledger) -> None:
-    ledger.end()
+    ledger.ended()
     assert reason(commit(ledger, ledger.commitment("ma", 1))) == reasons_pb2.REASON_WRONG_WINDOW
 
 
@@ -185,7 +185,7 @@ def test_a_commitment_accepted_before_its_close_was_known_does_not_stand(ledger:
     assert list(settle(ledger, "commit", 1).committed) == []
     refused = ledger.facts.window("commit", 1).refusal("ma", late.sequence)
     assert reason(refused) == reasons_pb2.REASON_LATE_COMMITMENT
-    ledger.open("submit", 1)
+    ledger.opened("submit", 1)
     assert reason(reveal(ledger, ledger.reveal("ma", 1))) == reasons_pb2.REASON_NO_COMMITMENT
 
 
@@ -255,7 +255,7 @@ def test_a_reveal_before_the_submit_window_is_too_early(ledger: Ledger) -> None:
 
 def test_a_good_reveal_that_is_late_says_that_it_rolls_over(ledger: Ledger) -> None:
     to_submit(ledger)
-    ledger.close("submit", 1)
+    ledger.closed("submit", 1)
     said = ledger.reveal("ma", 1)
     judged = judge_reveal(ledger.facts, said)
     assert isinstance(judged, CheckContent), "its content is examined all the same"
@@ -268,9 +268,9 @@ def test_a_good_reveal_that_is_late_says_that_it_rolls_over(ledger: Ledger) -> N
 
 def test_a_late_reveal_of_the_last_cycle_is_told_so() -> None:
     ledger = Ledger(cycles=1)
-    ledger.enrol("ma")
+    ledger.miners("ma")
     to_submit(ledger, miners=("ma",))
-    ledger.close("submit", 1)
+    ledger.closed("submit", 1)
     answer = reveal(ledger, ledger.reveal("ma", 1))
     assert isinstance(answer, cycle_pb2.Refused)
     assert "last cycle" in detail_of(answer)
@@ -303,7 +303,7 @@ def upload(cycle: int = 1, made: ArtifactRef | None = None, salt: bytes = SALT) 
 def test_an_upload_is_permitted_to_who_opens_a_standing_commitment_even_late(ledger: Ledger) -> None:
     to_submit(ledger)
     judge_upload(ledger.facts, "ma", upload())
-    ledger.close("submit", 1)
+    ledger.closed("submit", 1)
     judge_upload(ledger.facts, "ma", upload())
 
 
@@ -326,6 +326,6 @@ def test_other_uploads_are_not(ledger: Ledger, miner: str, command: UploadComman
 
 def test_no_upload_after_the_end(ledger: Ledger) -> None:
     to_submit(ledger)
-    ledger.end()
+    ledger.ended()
     with pytest.raises(Invalid, match="ended"):
         judge_upload(ledger.facts, "ma", upload())

@@ -20,12 +20,12 @@ Change = Callable[[cycle_pb2.WindowSettled], object]
 def settled(change: Change = lambda message: None) -> Ledger:
     """A submit window of one miner who revealed and one who was banned, settled with a change."""
     ledger = Ledger()
-    ledger.enrol("ma", "mb")
+    ledger.miners("ma", "mb")
     to_submit(ledger, miners=("ma", "mb"))
     for miner in ("ma", "mb"):
         reveal(ledger, ledger.reveal(miner, 1))
-    ledger.ban("mb")
-    ledger.close("submit", 1)
+    ledger.banned("mb")
+    ledger.closed("submit", 1)
     *others, last = settlement.settle(ledger.facts, ledger.reveals, "submit", 1)
     for write in others:
         ledger.publish(write.section, write.cycle, write.kind, write.message, write.id)
@@ -72,7 +72,7 @@ def test_a_settlement_that_contradicts_the_log_is_refused(change: Change, fault:
 
 def test_a_cycle_starts_from_what_the_one_before_has_published() -> None:
     ledger = Ledger()
-    ledger.open("train", 1)
+    ledger.opened("train", 1)
     check_start(ledger.facts, 1)
     version = cycle_pb2.VersionPublished(run=RUN, cycle=1, version=1, state=theta(2))
     ledger.publish("merge", 1, "version", version)

@@ -21,7 +21,7 @@ MINERS = ("ma", "mb", "mc")
 @pytest.fixture
 def ledger() -> Ledger:
     ledger = Ledger()
-    ledger.enrol(*MINERS)
+    ledger.miners(*MINERS)
     return ledger
 
 
@@ -40,7 +40,7 @@ def refusals(ledger: Ledger, window: str, cycle: int) -> dict[str, int]:
 
 
 def finish(ledger: Ledger, cycle: int) -> cycle_pb2.WindowSettled:
-    ledger.close("submit", cycle)
+    ledger.closed("submit", cycle)
     return settle(ledger, "submit", cycle)
 
 
@@ -124,24 +124,24 @@ def test_a_late_reveal_that_has_not_been_read_is_waited_for(ledger: Ledger) -> N
     finish(ledger, 1)
     reveal(ledger, ledger.reveal("mb", 1))
     to_submit(ledger, 2, miners=())
-    ledger.close("submit", 2)
+    ledger.closed("submit", 2)
     with pytest.raises(Retry):
         settlement.settle(ledger.facts, {}, "submit", 2)
 
 
 def test_windows_fall_due_once_and_not_after_the_end(ledger: Ledger) -> None:
     assert list(settlement.due(ledger.facts)) == []
-    ledger.open("train", 1)
-    ledger.open("commit", 1)
+    ledger.opened("train", 1)
+    ledger.opened("commit", 1)
     commit(ledger, ledger.commitment("ma", 1))
-    ledger.close("commit", 1)
+    ledger.closed("commit", 1)
     assert list(settlement.due(ledger.facts)) == [("commit", 1)]
     settle(ledger, "commit", 1)
     assert list(settlement.due(ledger.facts)) == []
-    ledger.open("submit", 1)
-    ledger.close("submit", 1)
+    ledger.opened("submit", 1)
+    ledger.closed("submit", 1)
     assert list(settlement.due(ledger.facts)) == [("submit", 1)]
-    ledger.end()
+    ledger.ended()
     assert list(settlement.due(ledger.facts)) == []
 
 
@@ -154,7 +154,7 @@ def test_every_good_reveal_is_scored_once_at_most_and_replay_settles_the_same(
 ) -> None:
     """`revealing` are (miner, origin cycle, cycle in whose submit window it is said)."""
     ledger = Ledger(cycles=4)
-    ledger.enrol(*MINERS)
+    ledger.miners(*MINERS)
     settled = {}
     for cycle in range(1, 5):
         to_submit(ledger, cycle, miners=MINERS)
@@ -215,7 +215,7 @@ def test_a_miner_that_joins_in_mid_run_is_scored_in_its_first_cycle(ledger: Ledg
     to_submit(ledger, miners=("ma",))
     reveal(ledger, ledger.reveal("ma", 1))
     finish(ledger, 1)
-    ledger.enrol("new")
+    ledger.miners("new")
     to_submit(ledger, 2, miners=("ma", "new"))
     for miner in ("ma", "new"):
         reveal(ledger, ledger.reveal(miner, 2))
@@ -230,8 +230,8 @@ def test_a_ban_before_the_close_takes_the_submission_out(ledger: Ledger) -> None
     said = ledger.reveal("ma", 1)
     reveal(ledger, said)
     reveal(ledger, ledger.reveal("mb", 1))
-    ledger.ban("ma")
-    ledger.ban("mc")
+    ledger.banned("ma")
+    ledger.banned("mc")
     assert who(finish(ledger, 1)) == [("mb", 1)]
     assert refusals(ledger, "submit", 1) == {
         f"ma-{said.sequence}": reasons_pb2.REASON_BANNED,
@@ -242,8 +242,8 @@ def test_a_ban_before_the_close_takes_the_submission_out(ledger: Ledger) -> None
 def test_a_ban_after_the_close_counts_from_the_next_window_on(ledger: Ledger) -> None:
     to_submit(ledger, miners=("ma",))
     reveal(ledger, ledger.reveal("ma", 1))
-    ledger.close("submit", 1)
-    ledger.ban("ma")
+    ledger.closed("submit", 1)
+    ledger.banned("ma")
     assert who(settle(ledger, "submit", 1)) == [("ma", 1)]
 
 
@@ -251,7 +251,7 @@ def test_a_ban_takes_out_a_commitment_and_a_late_reveal(ledger: Ledger) -> None:
     to_submit(ledger, miners=("ma", "mb"))
     finish(ledger, 1)
     reveal(ledger, ledger.reveal("mb", 1))
-    ledger.ban("mb")
+    ledger.banned("mb")
     to_submit(ledger, 2, miners=("ma",))
     assert who(finish(ledger, 2)) == []
 
@@ -259,6 +259,6 @@ def test_a_ban_takes_out_a_commitment_and_a_late_reveal(ledger: Ledger) -> None:
 def test_a_ban_that_was_lifted_counts_no_more(ledger: Ledger) -> None:
     to_submit(ledger, miners=("ma",))
     reveal(ledger, ledger.reveal("ma", 1))
-    ledger.ban("ma")
-    ledger.ban("ma", 2, lifted=True)
+    ledger.banned("ma")
+    ledger.banned("ma", 2, lifted=True)
     assert who(finish(ledger, 1)) == [("ma", 1)]

@@ -10,11 +10,12 @@ from services.console.history import in_order, replay
 from services.console.lineage import lineage
 from services.console.waterfall import waterfall
 from services.console.why import why
-from tests.unit.services.console.world import LATE, MERGED, RUN, START, UNSURE, V1, V2, Story, a_run, state
+from tests.support.run import Run, theta
+from tests.unit.services.console.world import LATE, MERGED, RUN, START, UNSURE, V1, V2, a_run, begun, end
 
 
 @pytest.fixture
-def story() -> Story:
+def story() -> Run:
     return a_run()
 
 
@@ -24,7 +25,7 @@ def test_every_reason_has_words():
     assert words.in_words(9999) == "reason 9999"
 
 
-def test_a_list_of_runs_shows_where_each_stands(story: Story):
+def test_a_list_of_runs_shows_where_each_stands(story: Run):
     (row,) = views.run_rows({RUN: story.facts, "unborn": RunFacts("unborn")}, story.now)
     assert (row.run, row.domain, row.base, row.status) == (RUN, "medical", "tiny", "running")
     assert row.phase == "cycle 2 of 3: validate, validators score"
@@ -32,14 +33,13 @@ def test_a_list_of_runs_shows_where_each_stands(story: Story):
 
 
 def test_no_loss_is_shown_before_one_was_published():
-    story = Story()
-    story.begin()
+    story = begun()
     (row,) = views.run_rows({RUN: story.facts}, story.now)
     assert (row.first_loss, row.last_loss) == (None, None)
     assert views.curves(story.facts) == []
 
 
-def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Story):
+def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Run):
     head = views.head(story.facts, story.now)
     assert head.window == "validate"
     assert head.deadline_unix_ms > story.now
@@ -48,28 +48,27 @@ def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Story):
     assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + views.OVERDUE_MS + 1)[0].status == "stale"
 
 
-def test_an_ended_run_waits_for_nothing(story: Story):
-    story.end()
+def test_an_ended_run_waits_for_nothing(story: Run):
+    end(story)
     head = views.head(story.facts, story.now + 10**9)
     assert (head.status, head.window, head.deadline_unix_ms, head.stale) == ("completed", "", 0, "")
 
 
 def test_a_failed_run_says_why_in_words():
-    story = Story()
-    story.begin()
+    story = begun()
     failed = run_pb2.RunEnded(
         run=RUN,
         outcome=run_pb2.RUN_OUTCOME_FAILED,
         reason=reasons_pb2.REASON_TOO_FEW_MINERS,
         detail="1 of 3 came",
     )
-    story.tell("run", 0, "ended", failed)
+    story.publish("run", 0, "ended", failed)
     head = views.head(story.facts, story.now)
     assert (head.status, head.detail) == ("failed", "1 of 3 came")
     assert head.reason == words.REASONS["too-few-miners"]
 
 
-def test_miners_have_a_status_a_reason_in_words_and_no_invented_figures(story: Story):
+def test_miners_have_a_status_a_reason_in_words_and_no_invented_figures(story: Run):
     rows = {row.key: row for row in views.miner_rows(story.facts, 1)}
     assert [rows[MERGED].name, rows[MERGED].status, rows[MERGED].rank, rows[MERGED].reward] == [
         "alice",
@@ -88,14 +87,14 @@ def test_miners_have_a_status_a_reason_in_words_and_no_invented_figures(story: S
     assert running[MERGED].scored
 
 
-def test_curves_begin_at_the_base_and_have_the_target_first(story: Story):
+def test_curves_begin_at_the_base_and_have_the_target_first(story: Run):
     target, general = views.curves(story.facts)
     assert (target.domain, target.target, target.points) == ("medical", True, ((0, 2.0), (1, 1.9)))
     assert (general.domain, general.target) == ("code", False)
     assert general.change == pytest.approx(0.01)
 
 
-def test_a_waterfall_names_the_last_and_the_missing(story: Story):
+def test_a_waterfall_names_the_last_and_the_missing(story: Run):
     bars = {bar.window: bar for bar in waterfall(story.facts, 1, story.now)}
     assert list(bars) == ["train", "commit", "submit", "validate", "merge"]
     train, commit = bars["train"], bars["commit"]
@@ -107,7 +106,7 @@ def test_a_waterfall_names_the_last_and_the_missing(story: Story):
     assert "did not act: ULATE…" in commit.summary
 
 
-def test_an_open_window_reaches_to_now_and_not_past_its_deadline(story: Story):
+def test_an_open_window_reaches_to_now_and_not_past_its_deadline(story: Run):
     (validate,) = [bar for bar in waterfall(story.facts, 2, story.now + 5000) if bar.window == "validate"]
     assert validate.open
     assert validate.end_ms - validate.start_ms == 7000
@@ -116,7 +115,7 @@ def test_an_open_window_reaches_to_now_and_not_past_its_deadline(story: Story):
     assert late.end_ms - late.start_ms == 60_000
 
 
-def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Story):
+def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Run):
     found = why(story.facts, 1, UNSURE)
     assert found is not None
     (measured,) = found.measurements
@@ -128,7 +127,7 @@ def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Story)
     assert [step.text.split()[0] for step in found.steps] == ["trained", "committed", "the", "revealed", "the"]
 
 
-def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Story):
+def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Run):
     spec, scored = story.facts.spec, story.facts.scored(1)
     assert spec is not None
     assert scored is not None
@@ -147,7 +146,7 @@ def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Story):
     assert (rows[MERGED].rating, rows[UNSURE].rating) == ("27.5 ± 8.1", "")
 
 
-def test_why_of_somebody_who_was_refused_or_is_unknown(story: Story):
+def test_why_of_somebody_who_was_refused_or_is_unknown(story: Run):
     refused = why(story.facts, 1, LATE)
     assert refused is not None
     assert (refused.status, refused.utility, refused.measurements) == ("not judged yet", None, ())
@@ -156,7 +155,7 @@ def test_why_of_somebody_who_was_refused_or_is_unknown(story: Story):
     assert why(story.facts, 7, MERGED) is None
 
 
-def test_before_the_verdict_a_score_is_not_judged_yet(story: Story):
+def test_before_the_verdict_a_score_is_not_judged_yet(story: Run):
     found = why(story.facts, 2, MERGED)
     assert found is not None
     assert (found.status, found.utility, found.reward, found.weight) == ("not judged yet", None, None, None)
@@ -164,7 +163,7 @@ def test_before_the_verdict_a_score_is_not_judged_yet(story: Story):
     assert found.measurements[0].distance is None
 
 
-def test_a_heatmap_reaches_as_far_as_the_selection(story: Story):
+def test_a_heatmap_reaches_as_far_as_the_selection(story: Run):
     grid = heatmap(story.facts)
     assert grid is not None
     assert [layer for layer, _ in grid.layers] == [0, 1]
@@ -176,22 +175,22 @@ def test_a_heatmap_reaches_as_far_as_the_selection(story: Story):
     assert heatmap(RunFacts(RUN)) is None
 
 
-def test_a_lineage_that_holds_and_one_that_does_not(story: Story):
+def test_a_lineage_that_holds_and_one_that_does_not(story: Run):
     base, first = lineage(story.facts)
     assert (base.version, base.parent, base.broken) == (0, None, "")
-    assert (first.version, first.parent, first.digest, first.merged) == (1, 0, state(1).digest, (("alice", 1.0),))
+    assert (first.version, first.parent, first.digest, first.merged) == (1, 0, theta(1).digest, (("alice", 1.0),))
     assert first.broken == ""
-    other = Story(now=story.now, facts=RunFacts(RUN))
+    other = Run(now=story.now)
     for fact in in_order(story.facts):
         if (opened := story.facts.window("train", 2).opened) is not None and fact.message == opened:
-            opened.state.CopyFrom(state(77))
+            opened.state.CopyFrom(theta(77))
         other.facts.add(fact)
     assert "cycle 2 started from version 1 with another state" in lineage(other.facts)[1].broken
 
 
-def test_the_library_is_searched_by_every_word(story: Story):
+def test_the_library_is_searched_by_every_word(story: Run):
     assert views.library_rows({RUN: story.facts}) == []
-    story.end()
+    end(story)
     (row,) = views.library_rows({RUN: story.facts}, "MEDICAL tiny")
     assert (row.expert_id, row.size) == ("medical-1", "2.05 kB")
     assert row.target is not None
@@ -201,8 +200,8 @@ def test_the_library_is_searched_by_every_word(story: Story):
     assert views.library_rows({RUN: story.facts}, "medical legal") == []
 
 
-def test_a_replay_is_the_run_as_it_was(story: Story):
-    story.end()
+def test_a_replay_is_the_run_as_it_was(story: Run):
+    end(story)
     length = len(story.facts.facts)
     past, moment = replay(story.facts, 1)
     assert (len(past.facts), moment.first, moment.time_unix_ms, moment.seconds) == (1, True, START, 0.0)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.coordinator.deadlines import deadline_ms, learned_ms, window_ms
-from tests.unit.services.coordinator.world import RUN, World
+from tests.support.run import RUN
+from tests.unit.services.coordinator.world import World
 
 POLICY = WindowPolicy(floor_seconds=1, ceiling_seconds=100)
 
@@ -52,10 +53,10 @@ def test_a_window_is_measured_from_opened_to_closed() -> None:
 def test_a_window_that_ran_into_its_deadline_is_measured_to_the_last_act_inside() -> None:
     world = World()
     world.now = 3_000
-    world.train("ma", 1)
+    world.trained("ma", 1)
     window(world, 1, 1_000, 90_000, cycle_pb2.CLOSE_CAUSE_DEADLINE)
     world.now = 95_000
-    world.train("mb", 1)
+    world.trained("mb", 1)
     assert window_ms(world.facts, "train", 1) == 2_000
 
 

@@ -8,7 +8,8 @@ from connito.service.engine import Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 from services.coordinator.handlers import CloseWindow, PublishFact, decide
-from tests.unit.services.coordinator.world import RUN, THETA_0, World, secret, theta
+from tests.support.run import RUN, secret_of, theta
+from tests.unit.services.coordinator.world import World
 
 
 def only(decision: Decision) -> PublishFact | CloseWindow:
@@ -51,11 +52,11 @@ def nothing(world: World) -> int | None:
 def world() -> World:
     """Selected, with two miners and two validators, first cycle not opened."""
     world = World(min_miners=2, min_validators=2)
-    world.create()
-    world.select()
+    world.created()
+    world.selected()
     for name in ("a", "b"):
-        world.enrol(f"m{name}")
-        world.join(f"v{name}")
+        world.miners(f"m{name}")
+        world.validators(f"v{name}")
     return world
 
 
@@ -74,36 +75,36 @@ def everybody_acts(world: World) -> None:
     cycle = world.facts.cycle
     for miner in world.facts.miners:
         if world.facts.window("train", cycle).opened:
-            world.train(miner, cycle)
+            world.trained(miner, cycle)
         if world.facts.window("commit", cycle).opened and not world.facts.window("commit", cycle).closed:
-            world.commit(miner, cycle)
+            world.committed(miner, cycle)
         if world.facts.window("submit", cycle).opened and not world.facts.window("submit", cycle).closed:
-            world.reveal(miner, cycle)
+            world.submitted(miner, cycle)
     for validator in world.facts.validators:
         if world.facts.window("train", cycle).opened:
-            world.commit_seed(validator, cycle)
+            world.seed_committed(validator, cycle)
         if world.facts.window("validate", cycle).opened:
-            world.reveal_seed(validator, cycle)
+            world.seed_revealed(validator, cycle)
         if world.facts.drawn(cycle) is not None:
-            world.report(validator, cycle)
+            world.reported(validator, cycle)
     for window in ("commit", "submit"):
-        world.settle(window, cycle)
+        world.settled(window, cycle)
     if world.facts.window("merge", cycle).opened:
-        world.merge(cycle)
+        world.merged(cycle)
 
 
 def test_nothing_is_decided_before_a_run_is_created_and_selected() -> None:
     world = World()
     assert nothing(world) is None
-    world.create()
-    world.enrol("ma")
-    world.join("va")
+    world.created()
+    world.miners("ma")
+    world.validators("va")
     assert nothing(world) is None
 
 
 def test_a_failed_selection_ends_the_run_with_its_reason() -> None:
     world = World()
-    world.create()
+    world.created()
     failed = run_pb2.SelectionFailed(run=RUN, reason=reasons_pb2.REASON_BAD_SPEC, detail="no expert reaches it")
     world.publish("run", 0, "selection_failed", failed)
     action = step(world)
@@ -119,10 +120,10 @@ def test_a_failed_selection_ends_the_run_with_its_reason() -> None:
 
 def test_a_run_that_does_not_assemble_fails_and_says_who_is_missing() -> None:
     world = World(min_miners=3, min_validators=2)
-    world.create()
+    world.created()
     world.now += 500_000  # the selection may take its time
-    world.select()
-    world.enrol("ma")
+    world.selected()
+    world.miners("ma")
     assert nothing(world) == world.now + 50_000
     world.now += 50_000
     action = step(world)
@@ -134,10 +135,10 @@ def test_a_run_that_does_not_assemble_fails_and_says_who_is_missing() -> None:
 
 def test_missing_validators_are_a_missing_quorum(world: World) -> None:
     few = World(min_miners=1, min_validators=2)
-    few.create()
-    few.select()
-    few.enrol("ma")
-    few.join("va")
+    few.created()
+    few.selected()
+    few.miners("ma")
+    few.validators("va")
     few.now += 50_001
     action = step(few)
     assert isinstance(action, PublishFact)
@@ -147,7 +148,7 @@ def test_missing_validators_are_a_missing_quorum(world: World) -> None:
 
 def test_the_first_cycle_opens_from_the_selection_with_the_ceiling_as_deadline(world: World) -> None:
     message = opened(world, "train", 1)
-    assert (message.version, message.state) == (0, THETA_0)
+    assert (message.version, message.state) == (0, theta(0))
     assert list(message.expected) == ["ma", "mb", "va", "vb"]
     assert message.deadline_unix_ms == world.now + 100_000
     assert nothing(world) == message.deadline_unix_ms
@@ -156,14 +157,14 @@ def test_the_first_cycle_opens_from_the_selection_with_the_ceiling_as_deadline(w
 def test_train_closes_when_every_miner_trained_and_every_validator_committed_a_seed(world: World) -> None:
     opened(world, "train", 1)
     for act in (
-        lambda: world.train("ma", 1),
-        lambda: world.commit_seed("va", 1),
-        lambda: world.train("mb", 1),
-        lambda: world.train("stranger", 1),
+        lambda: world.trained("ma", 1),
+        lambda: world.seed_committed("va", 1),
+        lambda: world.trained("mb", 1),
+        lambda: world.trained("stranger", 1),
     ):
         act()
         assert nothing(world) is not None
-    world.commit_seed("vb", 1)
+    world.seed_committed("vb", 1)
     assert closed(world, "train", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
     assert world.facts.window("train", 1).closed.stream == "INGRESS"  # type: ignore[union-attr]
     assert list(opened(world, "commit", 1).expected) == ["ma", "mb"]
@@ -171,21 +172,21 @@ def test_train_closes_when_every_miner_trained_and_every_validator_committed_a_s
 
 def test_train_closes_at_the_deadline_without_the_absent(world: World) -> None:
     deadline = opened(world, "train", 1).deadline_unix_ms
-    world.train("ma", 1)
-    world.commit_seed("va", 1)
+    world.trained("ma", 1)
+    world.seed_committed("va", 1)
     world.now = deadline - 1
     assert nothing(world) == deadline
     world.now = deadline
     assert closed(world, "train", 1) == cycle_pb2.CLOSE_CAUSE_DEADLINE
     assert list(opened(world, "commit", 1).expected) == ["ma"]
-    world.commit("ma", 1)
+    world.committed("ma", 1)
     assert closed(world, "commit", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
 
 
 def test_a_refused_commitment_is_an_act(world: World) -> None:
     to_window(world, "commit", 1)
     world = fresh_at(world, "commit")
-    world.commit("ma", 1)
+    world.committed("ma", 1)
     refused = cycle_pb2.Refused(run=RUN, cycle=1, miner="mb", ingress_sequence=9)
     assert nothing(world) is not None
     world.publish("commit", 1, "refused", refused, "mb-9")
@@ -211,45 +212,45 @@ def test_commit_and_submit_wait_for_the_committer_to_settle(world: World) -> Non
     everybody_acts(world)
     assert closed(world, "commit", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
     assert nothing(world) is None
-    world.settle("commit", 1)
+    world.settled("commit", 1)
     assert list(opened(world, "submit", 1).expected) == ["ma", "mb"]
-    world.reveal("ma", 1)
+    world.submitted("ma", 1)
     assert nothing(world) is not None
-    world.reveal("mb", 1)
+    world.submitted("mb", 1)
     assert closed(world, "submit", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
     assert nothing(world) is None
-    world.settle("submit", 1)
+    world.settled("submit", 1)
     assert list(opened(world, "validate", 1).expected) == ["va", "vb"]
 
 
 def test_the_seed_is_drawn_from_all_reveals_and_reports_close_the_window(world: World) -> None:
     to_window(world, "validate", 1)
     world = fresh_at(world, "validate")
-    world.reveal_seed("va", 1)
+    world.seed_revealed("va", 1)
     assert nothing(world) is not None
-    world.reveal_seed("vb", 1)
+    world.seed_revealed("vb", 1)
     action = step(world)
     assert isinstance(action, PublishFact)
     assert action.message == cycle_pb2.SeedDrawn(
         run=RUN,
         cycle=1,
-        seed=draw_seed(RUN, 1, {v: secret(v, 1) for v in ("va", "vb")}),
+        seed=draw_seed(RUN, 1, {v: secret_of(v, 1) for v in ("va", "vb")}),
         validators=["va", "vb"],
     )
-    world.report("va", 1)
+    world.reported("va", 1)
     assert nothing(world) is not None
-    world.report("vb", 1)
+    world.reported("vb", 1)
     assert closed(world, "validate", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
     assert world.facts.window("validate", 1).closed.stream == "VALIDATE"  # type: ignore[union-attr]
 
 
 def quorum_of_one(validators: int = 2) -> World:
     world = World(min_miners=1, min_validators=1)
-    world.create()
-    world.select()
-    world.enrol("ma")
+    world.created()
+    world.selected()
+    world.miners("ma")
     for index in range(validators):
-        world.join(f"v{index}")
+        world.validators(f"v{index}")
     to_window(world, "validate", 1)
     fresh = fresh_at(world, "validate")
     fresh.min_validators = 1
@@ -261,7 +262,7 @@ def test_half_way_the_seed_is_drawn_without_the_silent() -> None:
     start = world.facts.window("validate", 1).opened_fact
     assert start is not None
     assert isinstance(start.message, cycle_pb2.WindowOpened)
-    world.reveal_seed("v0", 1)
+    world.seed_revealed("v0", 1)
     half = start.time_unix_ms + (start.message.deadline_unix_ms - start.time_unix_ms) // 2
     assert nothing(world) == half
     world.now = half
@@ -273,8 +274,8 @@ def test_half_way_the_seed_is_drawn_without_the_silent() -> None:
 
 def test_a_reveal_that_was_not_committed_to_is_left_out() -> None:
     world = quorum_of_one()
-    world.reveal_seed("v0", 1)
-    world.reveal_seed("v1", 1, b"x" * 32)
+    world.seed_revealed("v0", 1)
+    world.seed_revealed("v1", 1, b"x" * 32)
     action = step(world)
     assert isinstance(action, PublishFact)
     assert isinstance(action.message, cycle_pb2.SeedDrawn)
@@ -283,11 +284,11 @@ def test_a_reveal_that_was_not_committed_to_is_left_out() -> None:
 
 def test_a_seed_committed_after_the_reveals_began_cannot_enter_the_draw() -> None:
     world = quorum_of_one(validators=1)
-    world.join("v9")
-    world.commit_seed("v9", 1)
-    world.reveal_seed("v9", 1)
+    world.validators("v9")
+    world.seed_committed("v9", 1)
+    world.seed_revealed("v9", 1)
     assert nothing(world) is not None, "v0 has not revealed, and v9 is no substitute"
-    world.reveal_seed("v0", 1)
+    world.seed_revealed("v0", 1)
     action = step(world)
     assert isinstance(action, PublishFact)
     assert isinstance(action.message, cycle_pb2.SeedDrawn)
@@ -297,7 +298,7 @@ def test_a_seed_committed_after_the_reveals_began_cannot_enter_the_draw() -> Non
 def test_below_quorum_the_window_closes_at_the_deadline_without_a_draw(world: World) -> None:
     to_window(world, "validate", 1)
     world = fresh_at(world, "validate")
-    world.reveal_seed("va", 1)
+    world.seed_revealed("va", 1)
     deadline = world.facts.window("validate", 1).opened.deadline_unix_ms  # type: ignore[union-attr]
     world.now = deadline - 1
     assert nothing(world) == deadline
@@ -310,8 +311,8 @@ def test_below_quorum_the_window_closes_at_the_deadline_without_a_draw(world: Wo
 def test_a_quorum_that_has_become_impossible_is_not_waited_for(world: World) -> None:
     to_window(world, "validate", 1)
     world = fresh_at(world, "validate")
-    world.reveal_seed("va", 1)
-    world.reveal_seed("vb", 1, b"x" * 32)
+    world.seed_revealed("va", 1)
+    world.seed_revealed("vb", 1, b"x" * 32)
     assert closed(world, "validate", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
 
 
@@ -321,7 +322,7 @@ def test_a_draw_after_an_outage_leaves_time_to_score() -> None:
     assert start is not None
     assert isinstance(start.message, cycle_pb2.WindowOpened)
     span = start.message.deadline_unix_ms - start.time_unix_ms
-    world.reveal_seed("v0", 1)
+    world.seed_revealed("v0", 1)
     world.now = start.message.deadline_unix_ms + 5 * span
     assert step(world).kind == "drawn"  # type: ignore[union-attr]
     assert nothing(world) == world.now + span // 2
@@ -333,7 +334,7 @@ def test_merge_has_no_deadline_and_the_next_cycle_starts_from_the_version(world:
     assert world.facts.window("merge", 1).opened.deadline_unix_ms == 0  # type: ignore[union-attr]
     world.now += 10**9
     assert nothing(world) is None
-    world.merge(1)
+    world.merged(1)
     assert closed(world, "merge", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
     message = opened(world, "train", 2)
     assert (message.version, message.state) == (1, theta(1))
@@ -352,10 +353,10 @@ def test_after_the_last_cycle_the_run_is_completed(world: World) -> None:
 
 def test_a_run_ends_when_its_objective_is_met() -> None:
     world = World(improvement=0.5)
-    world.create()
-    world.select()
-    world.enrol("ma")
-    world.join("va")
+    world.created()
+    world.selected()
+    world.miners("ma")
+    world.validators("va")
     to_window(world, "merge", 1)
     everybody_acts(world)
     closed(world, "merge", 1)
@@ -368,20 +369,20 @@ def test_a_run_ends_when_its_objective_is_met() -> None:
 
 def test_a_cancelled_run_is_left_alone(world: World) -> None:
     opened(world, "train", 1)
-    world.cancel()
+    world.ended(run_pb2.RUN_OUTCOME_CANCELLED)
     world.now += 10**9
     assert nothing(world) is None
 
 
 def test_a_miner_that_went_away_is_waited_for_once_and_a_new_one_is_expected() -> None:
     world = World(cycles=4, min_miners=2)
-    world.create()
-    world.select()
+    world.created()
+    world.selected()
     for miner in ("gone", "stays"):
-        world.enrol(miner)
-    world.join("v0")
+        world.miners(miner)
+    world.validators("v0")
     assert "gone" in opened(world, "train", 1).expected
-    world.enrol("new")
+    world.miners("new")
     for cycle in (1, 2):
         finish_cycle(world, cycle, ["stays"] if cycle == 1 else ["stays", "new"])
     assert list(world.facts.window("train", 2).opened.expected) == ["new", "stays", "v0"]  # type: ignore[union-attr]
@@ -401,31 +402,31 @@ def finish_cycle(world: World, cycle: int, miners: list[str]) -> None:
         facts = world.facts
         for miner in miners:
             if facts.window("train", cycle).opened:
-                world.train(miner, cycle)
+                world.trained(miner, cycle)
             if facts.window("commit", cycle).opened and not facts.window("commit", cycle).closed:
-                world.commit(miner, cycle)
+                world.committed(miner, cycle)
             if facts.window("submit", cycle).opened and not facts.window("submit", cycle).closed:
-                world.reveal(miner, cycle)
+                world.submitted(miner, cycle)
         for validator in facts.validators:
             if facts.window("train", cycle).opened:
-                world.commit_seed(validator, cycle)
+                world.seed_committed(validator, cycle)
             if facts.window("validate", cycle).opened:
-                world.reveal_seed(validator, cycle)
+                world.seed_revealed(validator, cycle)
             if facts.drawn(cycle) is not None:
-                world.report(validator, cycle)
-        world.settle("commit", cycle)
-        world.settle("submit", cycle)
+                world.reported(validator, cycle)
+        world.settled("commit", cycle)
+        world.settled("submit", cycle)
         if facts.window("merge", cycle).opened:
-            world.merge(cycle)
+            world.merged(cycle)
     raise AssertionError(f"cycle {cycle} did not finish")
 
 
 def test_when_nobody_would_be_expected_everyone_gets_another_chance() -> None:
     world = World(cycles=3, min_miners=1)
-    world.create()
-    world.select()
-    world.enrol("ma")
-    world.join("v0")
+    world.created()
+    world.selected()
+    world.miners("ma")
+    world.validators("v0")
     opened(world, "train", 1)
     finish_cycle(world, 1, [])
     assert list(opened(world, "train", 2).expected) == ["ma", "v0"]
@@ -458,6 +459,6 @@ def test_a_secret_whose_commitment_was_not_read_yet_is_not_left_out_of_the_draw(
     to_window(world, "validate", 1)
     world = fresh_at(world, "validate")
     for validator in ("va", "vb"):
-        world.reveal_seed(validator, 1)
+        world.seed_revealed(validator, 1)
     assert nothing(without(world, "TRAIN")) is not None
     assert step(world).kind == "drawn"  # type: ignore[union-attr]

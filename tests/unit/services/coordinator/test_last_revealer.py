@@ -13,8 +13,9 @@ from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import RunFacts
 
 from services.coordinator.handlers import decide
+from tests.support.run import RUN, secret_of
 from tests.unit.services.coordinator.test_handlers import fresh_at, to_window
-from tests.unit.services.coordinator.world import RUN, World, secret
+from tests.unit.services.coordinator.world import World
 
 OTHERS, LAST = ("va", "vb"), "vc"
 EVERYBODY = (*OTHERS, LAST)
@@ -23,18 +24,18 @@ EVERYBODY = (*OTHERS, LAST)
 def before_the_last(min_validators: int = 2) -> World:
     """Every secret but the last one's is in the log."""
     world = World(min_miners=1, min_validators=min_validators)
-    world.create()
-    world.select()
-    world.enrol("ma")
+    world.created()
+    world.selected()
+    world.miners("ma")
     for validator in EVERYBODY:
-        world.join(validator)
+        world.validators(validator)
     to_window(world, "validate", 1)
     world = fresh_at(world, "validate")
     spec = world.facts.spec
     assert spec is not None
     spec.windows.min_validators = min_validators
     for validator in OTHERS:
-        world.reveal_seed(validator, 1)
+        world.seed_revealed(validator, 1)
     return world
 
 
@@ -51,7 +52,7 @@ def finish(world: World) -> cycle_pb2.SeedDrawn | None:
 
 
 def seed_of(*validators: str) -> bytes:
-    return draw_seed(RUN, 1, {validator: secret(validator, 1) for validator in validators})
+    return draw_seed(RUN, 1, {validator: secret_of(validator, 1) for validator in validators})
 
 
 def grind(world: World) -> None:
@@ -59,36 +60,36 @@ def grind(world: World) -> None:
     wanted = next(
         value
         for number in range(10_000)
-        if draw_seed(RUN, 1, {**{v: secret(v, 1) for v in OTHERS}, LAST: (value := b"%032d" % number)})[0] == 0
+        if draw_seed(RUN, 1, {**{v: secret_of(v, 1) for v in OTHERS}, LAST: (value := b"%032d" % number)})[0] == 0
     )
-    world.reveal_seed(LAST, 1, wanted)
+    world.seed_revealed(LAST, 1, wanted)
 
 
 def commit_again(world: World) -> None:
     """Another commitment, to a secret chosen now: its place in the log is taken."""
     message = cycle_pb2.SeedCommitted(run=RUN, cycle=1, validator=LAST, digest=secret_digest(RUN, 1, LAST, b"y" * 32))
     assert not world.publish("train", 1, "seed", message, LAST)
-    world.reveal_seed(LAST, 1, b"y" * 32)
+    world.seed_revealed(LAST, 1, b"y" * 32)
 
 
 def wait_for_the_draw(world: World) -> None:
     """Reveal once the seed without it is known."""
     assert finish(world) is not None
-    world.reveal_seed(LAST, 1)
+    world.seed_revealed(LAST, 1)
 
 
 def wrong_then_right(world: World) -> None:
     """Take a wrong secret back."""
-    world.reveal_seed(LAST, 1, b"x" * 32)
-    world.reveal_seed(LAST, 1)
+    world.seed_revealed(LAST, 1, b"x" * 32)
+    world.seed_revealed(LAST, 1)
 
 
 DEEDS: list[tuple[Callable[[World], object], bool]] = [
-    (lambda world: world.reveal_seed(LAST, 1), True),
+    (lambda world: world.seed_revealed(LAST, 1), True),
     (lambda world: None, False),
-    (lambda world: world.reveal_seed(LAST, 1, b"x" * 32), False),
-    (lambda world: world.reveal_seed(LAST, 1, b""), False),
-    (lambda world: world.reveal_seed(LAST, 1, secret(OTHERS[0], 1)), False),
+    (lambda world: world.seed_revealed(LAST, 1, b"x" * 32), False),
+    (lambda world: world.seed_revealed(LAST, 1, b""), False),
+    (lambda world: world.seed_revealed(LAST, 1, secret_of(OTHERS[0], 1)), False),
     (grind, False),
     (commit_again, False),
     (wait_for_the_draw, False),

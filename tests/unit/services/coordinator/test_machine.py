@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from connito.v1 import cycle_pb2
+from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS
 from hypothesis import event, settings
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from services.coordinator.handlers import decide
-from tests.unit.services.coordinator.world import RUN, World
+from tests.support.run import RUN
+from tests.unit.services.coordinator.world import World
 
 MINERS = ("ma", "mb", "mc")
 VALIDATORS = ("va", "vb", "vc")
@@ -32,31 +33,31 @@ class Cycle(RuleBasedStateMachine):
         self.world = World(min_miners=min_miners, min_validators=min_validators)
         self.views = [RunFacts(RUN), RunFacts(RUN)]
         self.read: list[set[int]] = [set(), set()]
-        self.world.create()
+        self.world.created()
 
     # What others do.
     @rule(miner=st.sampled_from(MINERS))
     def enrol(self, miner: str) -> None:
-        self.world.enrol(miner)
+        self.world.miners(miner)
 
     @rule(validator=st.sampled_from(VALIDATORS))
     def join(self, validator: str) -> None:
-        self.world.join(validator)
+        self.world.validators(validator)
 
     @rule()
     def select(self) -> None:
-        self.world.select()
+        self.world.selected()
 
     @rule(miners=st.sets(st.sampled_from(MINERS)), behaviour=st.sampled_from(("trained", "commit", "reveal")))
     def miners_act(self, miners: set[str], behaviour: str) -> None:
         world, cycle = self.world, self.world.facts.cycle
         for miner in sorted(miners & set(world.facts.miners)):
             if behaviour == "trained" and world.facts.window("train", cycle).opened:
-                world.train(miner, cycle)
+                world.trained(miner, cycle)
             if behaviour == "commit" and world.facts.window("commit", cycle).opened:
-                world.commit(miner, cycle)
+                world.committed(miner, cycle)
             if behaviour == "reveal" and world.facts.window("submit", cycle).opened:
-                world.reveal(miner, cycle)
+                world.submitted(miner, cycle)
 
     @rule(
         validators=st.sets(st.sampled_from(VALIDATORS)), behaviour=st.sampled_from(("seed", "reveal", "lie", "report"))
@@ -65,11 +66,11 @@ class Cycle(RuleBasedStateMachine):
         world, cycle = self.world, self.world.facts.cycle
         for validator in sorted(validators & set(world.facts.validators)):
             if behaviour == "seed" and world.facts.window("train", cycle).opened:
-                world.commit_seed(validator, cycle)
+                world.seed_committed(validator, cycle)
             if behaviour in ("reveal", "lie") and world.facts.window("validate", cycle).opened:
-                world.reveal_seed(validator, cycle, b"lie" if behaviour == "lie" else None)
+                world.seed_revealed(validator, cycle, b"lie" if behaviour == "lie" else None)
             if behaviour == "report" and world.facts.drawn(cycle) is not None:
-                world.report(validator, cycle)
+                world.reported(validator, cycle)
 
     @rule(
         absent=st.sets(st.sampled_from((*MINERS, *VALIDATORS)), max_size=2),
@@ -78,10 +79,10 @@ class Cycle(RuleBasedStateMachine):
     )
     def most_people_act(self, absent: set[str], replica: int, steps: int) -> None:
         """What usually happens, so that runs get far."""
-        self.world.select()
+        self.world.selected()
         for miner, validator in zip(MINERS, VALIDATORS, strict=True):
-            self.world.enrol(miner)
-            self.world.join(validator)
+            self.world.miners(miner)
+            self.world.validators(validator)
         for _ in range(steps):
             for behaviour in ("trained", "commit", "reveal"):
                 self.miners_act(set(MINERS) - absent, behaviour)
@@ -93,10 +94,10 @@ class Cycle(RuleBasedStateMachine):
     @rule()
     def others_work(self) -> None:
         cycle = self.world.facts.cycle
-        self.world.settle("commit", cycle)
-        self.world.settle("submit", cycle)
+        self.world.settled("commit", cycle)
+        self.world.settled("submit", cycle)
         if self.world.facts.window("merge", cycle).opened:
-            self.world.merge(cycle)
+            self.world.merged(cycle)
 
     @rule(milliseconds=st.integers(1, 60_000))
     def time_passes(self, milliseconds: int) -> None:
@@ -105,7 +106,7 @@ class Cycle(RuleBasedStateMachine):
     @precondition(lambda self: self.cancellable)
     @rule()
     def cancel(self) -> None:
-        self.world.cancel()
+        self.world.ended(run_pb2.RUN_OUTCOME_CANCELLED)
 
     # What the replicas do.
     @rule(replica=st.integers(0, 1), data=st.data())
@@ -215,9 +216,9 @@ class Cycle(RuleBasedStateMachine):
         event(f"reached cycle {world.facts.cycle}, ended {world.facts.ended is not None}")
         for miner, validator in zip(MINERS, VALIDATORS, strict=True):
             if world.facts.ended is None:
-                world.enrol(miner)
-                world.join(validator)
-                world.select()
+                world.miners(miner)
+                world.validators(validator)
+                world.selected()
         for _ in range(400):
             if world.facts.ended is not None:
                 break

@@ -6,12 +6,13 @@ from connito.v1 import cycle_pb2, run_pb2, services_pb2
 
 from services.coordinator.handlers import decide
 from services.coordinator.status import status, version
-from tests.unit.services.coordinator.world import RUN, World
+from tests.support.run import RUN
+from tests.unit.services.coordinator.world import World
 
 
 def assembled() -> World:
     world = World()
-    world.create()
+    world.created()
     return world
 
 
@@ -20,12 +21,12 @@ def test_phases_up_to_the_first_cycle() -> None:
     shown = status(world.facts)
     assert (shown.phase, shown.cycle, shown.window) == (services_pb2.RUN_PHASE_SELECTING, 0, "")
     assert shown.spec == world.spec()
-    world.select()
-    world.enrol("ma")
+    world.selected()
+    world.miners("ma")
     shown = status(world.facts)
     assert shown.phase == services_pb2.RUN_PHASE_ASSEMBLING
     assert shown.detail == "1 of 1 miners and 0 of 1 validators are here"
-    world.join("va")
+    world.validators("va")
     world.perform(decide(world.facts, world.now))
     shown = status(world.facts)
     assert (shown.phase, shown.cycle, shown.window) == (services_pb2.RUN_PHASE_RUNNING, 1, "train")
@@ -44,10 +45,10 @@ def test_between_windows_there_is_none() -> None:
 
 def test_the_version_is_the_last_one_published() -> None:
     world = assembled()
-    world.select()
+    world.selected()
     world.publish("train", 1, "opened", cycle_pb2.WindowOpened())
     assert version(world.facts) == 0
-    world.merge(1)
+    world.merged(1)
     assert version(world.facts) == 1
     world.publish("train", 2, "opened", cycle_pb2.WindowOpened())
     assert version(world.facts) == 1
@@ -55,7 +56,7 @@ def test_the_version_is_the_last_one_published() -> None:
 
 def test_an_ended_run_shows_its_outcome_and_no_window() -> None:
     world = assembled()
-    world.select()
+    world.selected()
     world.publish("train", 1, "opened", cycle_pb2.WindowOpened(deadline_unix_ms=5))
     ended = run_pb2.RunEnded(run=RUN, outcome=run_pb2.RUN_OUTCOME_FAILED, detail="why")
     world.publish("run", 0, "ended", ended)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.services.trainer.story import Story
+from tests.support.run import ME, Run
 
 
 @pytest.fixture
-def story() -> Story:
-    return Story().created().selected().enrolled()
+def story() -> Run:
+    return Run().created().selected().miners(ME)

@@ -19,7 +19,7 @@ from services.trainer.handlers import Commit, LogDecision, ReportTrained, Reveal
 from services.trainer.settings import TrainerSettings
 from services.trainer.state import CycleProgress, Ledger
 from services.trainer.strategy import HONEST, Effort, Strategy, Work
-from tests.unit.services.trainer.story import ME, RUN, Story
+from tests.support.run import ME, RUN, Run
 
 VICTIM = "UVICTIM"
 POLICY = TrainPolicy(local_steps=10, learning_rate=1e-3)
@@ -152,13 +152,13 @@ async def test_the_mixed_copier_is_half_of_each(work: Work, victim: Path, tmp_pa
         torch.testing.assert_close(tensor, torch.full_like(tensor, HONEST_DELTA / 2), rtol=1e-4, atol=1e-6)
 
 
-def test_the_mixed_copier_waits_for_both_of_its_victims(story: Story, victim: Path, tmp_path: Path) -> None:
+def test_the_mixed_copier_waits_for_both_of_its_victims(story: Run, victim: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     Ledger(second, "UOTHER").close()
     player = MixedCopier(victim, second)
-    story.opened("train").closed("train").opened("commit").commitment_accepted("ab" * 32, miner=VICTIM)
+    story.opened("train").closed("train").opened("commit").committed(VICTIM, digest=bytes.fromhex("ab" * 32))
     assert not player.may_produce(story.facts, 1)
-    story.commitment_accepted("cd" * 32, miner="UOTHER")
+    story.committed("UOTHER", digest=bytes.fromhex("cd" * 32))
     assert player.may_produce(story.facts, 1)
 
 
@@ -193,26 +193,28 @@ async def test_oversized_is_over_the_cap_and_reveals_in_spite_of_the_refusal(wor
     assert not HONEST.reveals_after(Invalid("no slot"))
 
 
-def steps(story: Story, player: Strategy, *progress: CycleProgress) -> list[object]:
+def steps(story: Run, player: Strategy, *progress: CycleProgress) -> list[object]:
     decision = decide(story.facts, ME, {item.cycle: item for item in progress}, 0, player)
     return [action.payload for action in decision.actions if not isinstance(action.payload, LogDecision)]
 
 
-def test_the_copier_lies_about_training_then_takes_what_its_victim_committed_to(story: Story, victim: Path) -> None:
+def test_the_copier_lies_about_training_then_takes_what_its_victim_committed_to(story: Run, victim: Path) -> None:
     player = Copier(victim)
     story.opened("train")
     assert steps(story, player) == [ReportTrained(1)]
     said = CycleProgress(1, ME, said=True)
     story.closed("train").opened("commit")
     assert steps(story, player, said) == []
-    story.commitment_accepted("ab" * 32, miner=VICTIM)
+    story.committed(VICTIM, digest=bytes.fromhex("ab" * 32))
     assert steps(story, player, said) == [Train(1)]
     assert steps(story, player, replace(said, artifact="ab" * 32, commitment="cd" * 32)) == [Commit(1)]
 
 
-def test_the_late_one_reveals_only_after_the_close(story: Story) -> None:
+def test_the_late_one_reveals_only_after_the_close(story: Run) -> None:
     mine = CycleProgress(1, ME, artifact="ab" * 32, commitment="cd" * 32, said=True, committed=True)
-    story.opened("train").closed("train").opened("commit").commitment_accepted("cd" * 32).closed("commit")
-    story.commit_settled(ME).opened("submit")
+    story.opened("train").closed("train").opened("commit").committed(ME, digest=bytes.fromhex("cd" * 32)).closed(
+        "commit"
+    )
+    story.settled("commit", committed=[ME]).opened("submit")
     assert steps(story, strategy("late"), mine) == []
     assert steps(story.closed("submit"), strategy("late"), mine) == [Reveal(1)]

@@ -9,7 +9,7 @@ from connito.v1 import cycle_pb2, reasons_pb2
 
 from services.trainer.handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train, decide, describe
 from services.trainer.state import CycleProgress
-from tests.unit.services.trainer.story import ME, Story
+from tests.support.run import ME, Run
 
 COMMITMENT = "ab" * 32
 TRAINED = CycleProgress(1, ME, base_state="5" * 64, artifact="cd" * 32, size=10, commitment=COMMITMENT)
@@ -17,61 +17,63 @@ SAID = replace(TRAINED, said=True)
 COMMITTED = replace(SAID, committed=True)
 
 
-def steps(story: Story, *progress: CycleProgress, me: str = ME) -> list[object]:
+def steps(story: Run, *progress: CycleProgress, me: str = ME) -> list[object]:
     """What is decided, without what is only told."""
     decision = decide(story.facts, me, {item.cycle: item for item in progress}, 0)
     return [action.payload for action in decision.actions if not isinstance(action.payload, LogDecision)]
 
 
-def tells(story: Story, *progress: CycleProgress) -> list[LogDecision]:
+def tells(story: Run, *progress: CycleProgress) -> list[LogDecision]:
     decision = decide(story.facts, ME, {item.cycle: item for item in progress}, 0)
     return [action.payload for action in decision.actions if isinstance(action.payload, LogDecision)]
 
 
-def committed_story(story: Story) -> Story:
-    story.opened("train").closed("train").opened("commit").commitment_accepted(COMMITMENT).closed("commit")
-    return story.commit_settled(ME)
+def committed_story(story: Run) -> Run:
+    story.opened("train").closed("train").opened("commit").committed(ME, digest=bytes.fromhex(COMMITMENT)).closed(
+        "commit"
+    )
+    return story.settled("commit", committed=[ME])
 
 
-def test_a_run_that_is_not_known_needs_nothing(story: Story) -> None:
+def test_a_run_that_is_not_known_needs_nothing(story: Run) -> None:
     story.facts.facts.clear()
     assert steps(story) == []
 
 
-def test_enrols_when_a_stranger_to_the_run(story: Story) -> None:
+def test_enrols_when_a_stranger_to_the_run(story: Run) -> None:
     assert steps(story, me="UOTHER") == [Enrol()]
 
 
-def test_waits_between_enrolment_and_the_first_cycle(story: Story) -> None:
+def test_waits_between_enrolment_and_the_first_cycle(story: Run) -> None:
     assert steps(story) == []
 
 
-def test_trains_in_an_open_train_window_and_again_when_killed_before_it_finished(story: Story) -> None:
+def test_trains_in_an_open_train_window_and_again_when_killed_before_it_finished(story: Run) -> None:
     story.opened("train")
     assert steps(story) == [Train(1)]
     assert steps(story, CycleProgress(1, ME)) == [Train(1)]
 
 
-def test_a_cycle_that_is_past_training_is_left_and_the_next_one_taken_up(story: Story) -> None:
+def test_a_cycle_that_is_past_training_is_left_and_the_next_one_taken_up(story: Run) -> None:
     story.opened("train").closed("train").opened("commit")
     assert steps(story) == []
     story.closed("commit").opened("train", 2)
     assert steps(story) == [Train(2)]
 
 
-def test_says_trained_once(story: Story) -> None:
+def test_says_trained_once(story: Run) -> None:
     story.opened("train")
     assert steps(story, TRAINED) == [ReportTrained(1)]
     assert steps(story, SAID) == []
 
 
-def test_a_result_that_came_too_late_to_be_announced_is_still_committed(story: Story) -> None:
+def test_a_result_that_came_too_late_to_be_announced_is_still_committed(story: Run) -> None:
     story.opened("train").closed("train").opened("commit")
     assert steps(story, TRAINED) == [Commit(1)]
 
 
 @pytest.mark.parametrize("progress", [TRAINED, SAID])
-def test_commits_only_while_the_commit_window_is_open(story: Story, progress: CycleProgress) -> None:
+def test_commits_only_while_the_commit_window_is_open(story: Run, progress: CycleProgress) -> None:
     story.opened("train").closed("train")
     assert steps(story, progress) == []
     story.opened("commit")
@@ -80,23 +82,23 @@ def test_commits_only_while_the_commit_window_is_open(story: Story, progress: Cy
     assert steps(story, progress) == []
 
 
-def test_a_commitment_that_was_acknowledged_or_answered_is_not_repeated(story: Story) -> None:
+def test_a_commitment_that_was_acknowledged_or_answered_is_not_repeated(story: Run) -> None:
     story.opened("train").closed("train").opened("commit")
     assert steps(story, COMMITTED) == []
-    assert steps(story.commitment_accepted(COMMITMENT), SAID) == []
+    assert steps(story.committed(ME, digest=bytes.fromhex(COMMITMENT)), SAID) == []
 
 
-def test_a_refused_commitment_is_not_repeated(story: Story) -> None:
+def test_a_refused_commitment_is_not_repeated(story: Run) -> None:
     story.opened("train").closed("train").opened("commit").refused("commit")
     assert steps(story, SAID) == []
 
 
-def test_a_refusal_of_someone_else_is_not_mine(story: Story) -> None:
+def test_a_refusal_of_someone_else_is_not_mine(story: Run) -> None:
     story.opened("train").closed("train").opened("commit").refused("commit", miner="UMEN")
     assert steps(story, SAID) == [Commit(1)]
 
 
-def test_reveals_only_when_the_submit_window_is_open_and_the_commitment_stands(story: Story) -> None:
+def test_reveals_only_when_the_submit_window_is_open_and_the_commitment_stands(story: Run) -> None:
     committed_story(story)
     assert steps(story, COMMITTED) == []
     story.opened("submit")
@@ -105,67 +107,69 @@ def test_reveals_only_when_the_submit_window_is_open_and_the_commitment_stands(s
 
 @pytest.mark.parametrize("progress", [SAID, COMMITTED])
 def test_reveals_after_a_restart_in_which_the_mark_of_the_commitment_was_lost(
-    story: Story, progress: CycleProgress
+    story: Run, progress: CycleProgress
 ) -> None:
     assert steps(committed_story(story).opened("submit"), progress) == [Reveal(1)]
 
 
-def test_does_not_reveal_what_the_committer_did_not_settle_on(story: Story) -> None:
-    story.opened("train").closed("train").opened("commit").commitment_accepted(COMMITMENT).closed("commit")
+def test_does_not_reveal_what_the_committer_did_not_settle_on(story: Run) -> None:
+    story.opened("train").closed("train").opened("commit").committed(ME, digest=bytes.fromhex(COMMITMENT)).closed(
+        "commit"
+    )
     story.opened("submit")
     assert steps(story, COMMITTED) == []
-    assert steps(story.commit_settled("UOTHER"), COMMITTED) == []
+    assert steps(story.settled("commit", committed=["UOTHER"]), COMMITTED) == []
 
 
-def test_does_not_reveal_another_result_than_the_committed_one(story: Story) -> None:
+def test_does_not_reveal_another_result_than_the_committed_one(story: Run) -> None:
     """The work folder was lost and the cycle trained again, say: revealing would open nothing."""
     committed_story(story).opened("submit")
     assert steps(story, replace(COMMITTED, commitment="00" * 32)) == []
     assert steps(story) == []
 
 
-def test_an_answered_or_acknowledged_reveal_is_not_repeated(story: Story) -> None:
+def test_an_answered_or_acknowledged_reveal_is_not_repeated(story: Run) -> None:
     committed_story(story).opened("submit")
     assert steps(story, replace(COMMITTED, revealed=True)) == []
-    assert steps(story.reveal_accepted(), COMMITTED) == []
+    assert steps(story.submitted(ME), COMMITTED) == []
 
 
-def test_a_refused_reveal_is_not_repeated(story: Story) -> None:
+def test_a_refused_reveal_is_not_repeated(story: Run) -> None:
     committed_story(story).opened("submit").refused("submit")
     assert steps(story, COMMITTED) == []
 
 
-def test_a_reveal_that_missed_the_window_is_made_late_beside_the_next_cycle(story: Story) -> None:
+def test_a_reveal_that_missed_the_window_is_made_late_beside_the_next_cycle(story: Run) -> None:
     committed_story(story).opened("submit").closed("submit").opened("train", 2)
     assert steps(story, COMMITTED) == [Reveal(1), Train(2)]
 
 
-def test_the_remark_that_nothing_was_revealed_does_not_keep_from_revealing_late(story: Story) -> None:
+def test_the_remark_that_nothing_was_revealed_does_not_keep_from_revealing_late(story: Run) -> None:
     committed_story(story).opened("submit").closed("submit")
     story.refused("submit", reason=reasons_pb2.REASON_NOT_REVEALED)
     assert steps(story, COMMITTED) == [Reveal(1)]
     assert steps(story.refused("submit", reason=reasons_pb2.REASON_LATE_REVEAL), COMMITTED) == []
 
 
-def test_a_rolled_over_reveal_does_not_answer_for_the_cycle_that_scores_it(story: Story) -> None:
+def test_a_rolled_over_reveal_does_not_answer_for_the_cycle_that_scores_it(story: Run) -> None:
     committed_story(story).opened("submit").closed("submit")
-    story.opened("train", 2).closed("train", 2).opened("commit", 2).commitment_accepted("ef" * 32, 2)
-    story.closed("commit", 2).commit_settled(ME, cycle=2).opened("submit", 2).reveal_accepted(2, origin=1)
+    story.opened("train", 2).closed("train", 2).opened("commit", 2).committed(ME, 2, bytes.fromhex("ef" * 32))
+    story.closed("commit", 2).settled("commit", 2, committed=[ME]).opened("submit", 2).submitted(ME, 2, origin_cycle=1)
     mine = replace(COMMITTED, cycle=2, commitment="ef" * 32)
     assert steps(story, COMMITTED, mine) == [Reveal(2)]
 
 
-def test_two_cycles_back_is_past(story: Story) -> None:
+def test_two_cycles_back_is_past(story: Run) -> None:
     committed_story(story).opened("submit").closed("submit").opened("train", 2).closed("train", 2).opened("train", 3)
     assert steps(story, COMMITTED) == [Train(3)]
 
 
-def test_nothing_is_done_for_a_run_that_ended(story: Story) -> None:
+def test_nothing_is_done_for_a_run_that_ended(story: Run) -> None:
     story.opened("train").ended()
     assert steps(story) == []
 
 
-def test_refusals_are_told_once_in_plain_words(story: Story) -> None:
+def test_refusals_are_told_once_in_plain_words(story: Run) -> None:
     committed_story(story).opened("submit").refused("submit", reason=reasons_pb2.REASON_LATE_REVEAL)
     told = {tell.name: tell for tell in tells(story, COMMITTED)}
     (name,) = [name for name in told if name.startswith("submit-refused")]
@@ -174,7 +178,7 @@ def test_refusals_are_told_once_in_plain_words(story: Story) -> None:
     assert tells(story, replace(COMMITTED, told=tuple(told))) == []
 
 
-def test_the_verdict_is_told_even_after_the_end(story: Story) -> None:
+def test_the_verdict_is_told_even_after_the_end(story: Run) -> None:
     verdict = cycle_pb2.Verdict(
         miner=ME, status=cycle_pb2.VERDICT_STATUS_MERGED, rank=2, reward=300, utility=0.0125, weight=0.4
     )
@@ -189,7 +193,7 @@ def test_a_rejection_names_its_reason() -> None:
     assert describe(verdict) == "rejected: copy: of an earlier one"
 
 
-def test_keys_are_unique_per_run_cycle_and_step(story: Story) -> None:
+def test_keys_are_unique_per_run_cycle_and_step(story: Run) -> None:
     committed_story(story).opened("submit").closed("submit").opened("train", 2)
     keys = [action.key for action in decide(story.facts, ME, {1: COMMITTED}, 0).actions]
     assert "r1/1/reveal" in keys

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from services.trainer.handlers import Commit, LogDecision, ReportTrained, Reveal, Train, decide
 from services.trainer.state import CycleProgress
 from services.trainer.strategy import HONEST, Strategy
-from tests.unit.services.trainer.story import ME, Story
+from tests.support.run import ME, Run
 
 CYCLES = 2
 BEFORE, BETWEEN, DONE = range(3)
@@ -27,7 +27,7 @@ BEFORE, BETWEEN, DONE = range(3)
 class Miner:
     """A work folder in memory, and everything that was said in public."""
 
-    story: Story
+    story: Run
     progress: dict[int, CycleProgress] = field(default_factory=dict)
     commitments: dict[int, set[str]] = field(default_factory=dict)
     reveals: list[int] = field(default_factory=list)
@@ -73,10 +73,10 @@ def world(miner: Miner, cycle: int) -> list[Callable[[], object]]:
     def answer() -> None:
         said = miner.commitments.get(cycle)
         if said:
-            story.commitment_accepted(sorted(said)[0], cycle)
+            story.committed(ME, cycle, bytes.fromhex(min(said)))
 
     def settle() -> None:
-        story.commit_settled(*([ME] if ME in story.facts.commitments(cycle) else []), cycle=cycle)
+        story.settled("commit", cycle, committed=[ME] if ME in story.facts.commitments(cycle) else [])
 
     return [
         lambda: story.opened("train", cycle),
@@ -152,11 +152,11 @@ def test_the_order_in_which_streams_are_read_does_not_matter(order: list[int]) -
         lambda: story.opened("train"),
         lambda: story.closed("train"),
         lambda: story.opened("commit"),
-        lambda: story.commitment_accepted("01" * 32),
+        lambda: story.committed(ME, digest=bytes.fromhex("01" * 32)),
         lambda: story.closed("commit"),
-        lambda: story.commit_settled(ME),
+        lambda: story.settled("commit", committed=[ME]),
         lambda: story.opened("submit"),
-        story.reveal_accepted,
+        lambda: story.submitted(ME),
     ]
     for position, index in enumerate(order):
         turns[index]()
@@ -168,5 +168,5 @@ def test_the_order_in_which_streams_are_read_does_not_matter(order: list[int]) -
         assert got == ([Reveal(1)] if ready else [])
 
 
-def _story() -> Story:
-    return Story().created().selected().enrolled()
+def _story() -> Run:
+    return Run().created().selected().miners(ME)

@@ -12,32 +12,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.validator.handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw, decide
-from tests.unit.services.validator.story import ME, OTHER, RUN, Story, my_secret, secret_of
+from tests.support.run import ME, OTHER, RUN, Run, secret_of
 
 
-def steps(story: Story, loaded: Container[str] = (RUN,)) -> list[object]:
+def my_secret(run: str, cycle: int) -> bytes:
+    assert run == RUN
+    return secret_of(ME, cycle)
+
+
+def steps(story: Run, loaded: Container[str] = (RUN,)) -> list[object]:
     return [action.payload for action in decide(story.facts, ME, my_secret, loaded, 0).actions]
 
 
-def in_run() -> Story:
-    return Story().created().joined().selected()
+def in_run() -> Run:
+    return Run().created().validators(ME, OTHER).selected()
 
 
-def scoring() -> Story:
+def scoring() -> Run:
     """Up to the draw, with two validators that revealed."""
     story = in_run().opened("train").seed_committed().seed_committed(OTHER).closed("train")
-    story.opened("validate").submit_settled().seed_revealed().seed_revealed(OTHER)
+    story.opened("validate").settled("submit", submissions=[]).seed_revealed().seed_revealed(OTHER)
     return story.drawn(ME, OTHER)
 
 
 def test_joins_every_run_once() -> None:
-    assert steps(Story()) == []
-    assert steps(Story().created()) == [Join()]
-    assert steps(Story().created().joined()) == []
+    assert steps(Run()) == []
+    assert steps(Run().created()) == [Join()]
+    assert steps(Run().created().validators(ME)) == []
 
 
 def test_loads_the_model_as_soon_as_the_selection_is_known_and_lets_go_of_it_at_the_end() -> None:
-    assert steps(Story().created().joined(), ()) == []
+    assert steps(Run().created().validators(ME), ()) == []
     assert steps(in_run(), ()) == [Preload()]
     assert steps(in_run().ended(), ()) == []
     assert steps(in_run().ended(), (RUN,)) == [Unload()]
@@ -55,23 +60,27 @@ def test_reveals_only_after_submissions_are_settled_and_validate_opened() -> Non
     story = in_run().opened("train").seed_committed().closed("train")
     assert steps(story) == []
     assert steps(story.opened("validate")) == []
-    assert steps(story.submit_settled()) == [RevealSeed(1)]
+    assert steps(story.settled("submit", submissions=[])) == [RevealSeed(1)]
     assert steps(story.seed_revealed()) == []
 
 
 @pytest.mark.parametrize("missing", ["opened", "settled"])
 def test_one_of_the_two_is_not_enough(missing: str) -> None:
     story = in_run().opened("train").seed_committed().closed("train")
-    story = story.submit_settled() if missing == "opened" else story.opened("validate")
+    story = story.settled("submit", submissions=[]) if missing == "opened" else story.opened("validate")
     assert steps(story) == []
 
 
 def test_does_not_reveal_after_the_draw_nor_when_not_expected_nor_what_it_did_not_commit_to() -> None:
-    story = in_run().opened("train").seed_committed().closed("train").submit_settled()
+    story = in_run().opened("train").seed_committed().closed("train").settled("submit", submissions=[])
     assert steps(story.opened("validate", expected=[OTHER])) == []
-    late = in_run().opened("train").seed_committed().closed("train").submit_settled().opened("validate")
+    late = (
+        in_run().opened("train").seed_committed().closed("train").settled("submit", submissions=[]).opened("validate")
+    )
     assert steps(late.drawn(OTHER)) == []
-    foreign = in_run().opened("train").seed_committed(secret=b"x" * 32).closed("train").submit_settled()
+    foreign = (
+        in_run().opened("train").seed_committed(secret=b"x" * 32).closed("train").settled("submit", submissions=[])
+    )
     assert steps(foreign.opened("validate")) == []
 
 
@@ -83,12 +92,21 @@ def test_scores_when_drawn_and_reports_once() -> None:
 
 
 def test_the_omitted_do_not_score() -> None:
-    story = in_run().opened("train").seed_committed().seed_committed(OTHER).opened("validate").submit_settled()
+    story = (
+        in_run()
+        .opened("train")
+        .seed_committed()
+        .seed_committed(OTHER)
+        .opened("validate")
+        .settled("submit", submissions=[])
+    )
     assert steps(story.seed_revealed().seed_revealed(OTHER).drawn(OTHER)) == []
 
 
 def test_waits_for_the_commitments_that_the_draw_is_checked_against() -> None:
-    story = in_run().opened("train").seed_committed().closed("train").opened("validate").submit_settled()
+    story = (
+        in_run().opened("train").seed_committed().closed("train").opened("validate").settled("submit", submissions=[])
+    )
     story.seed_revealed().seed_revealed(OTHER).drawn(ME, OTHER)
     assert steps(story) == []
     assert steps(story.seed_committed(OTHER)) == [Score(1)]
@@ -127,7 +145,7 @@ _TELLING = (
     lambda story: story.seed_committed(),
     lambda story: story.seed_committed(OTHER),
     lambda story: story.closed("train"),
-    lambda story: story.submit_settled(),
+    lambda story: story.settled("submit", submissions=[]),
     lambda story: story.opened("validate"),
     lambda story: story.seed_revealed(),
     lambda story: story.seed_revealed(OTHER),

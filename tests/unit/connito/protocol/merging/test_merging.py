@@ -46,7 +46,7 @@ class Desk:
 
     def __init__(self, stage, folder):
         self.stage, self.folder = stage, folder
-        stage.world.facts().spec.holdout.domain = "medical"
+        stage.facts.spec.holdout.domain = "medical"
         self.parent = folder / "parent"
         write_tensors(self.parent, {NAME: START}, {"version": "0"})
         self.states = {}
@@ -62,7 +62,7 @@ class Desk:
         for validator in ("VA", "VB", "VC"):
             self.stage.add(validator, self.utilities)
         self.stage.close()
-        facts = self.stage.world.facts()
+        facts = self.stage.facts
         for name, value in merging.items():
             setattr(facts.spec.merging, name, value)
         settled = submissions or [s for s in facts.window("submit", 1).settled.submissions if s.miner in self.states]
@@ -262,7 +262,7 @@ def test_restarting_gives_the_same_bytes(desk, stage, tmp_path):
         desk.submit(miner, START + rng.normal(0.5, 0.1, (2, 3)), 0.1)
 
     one = desk.merge("one", aggregator="geometric-median", outer_learning_rate=0.7, outer_momentum=0.9)
-    settled = list(stage.world.facts().window("submit", 1).settled.submissions)[::-1]
+    settled = list(stage.facts.window("submit", 1).settled.submissions)[::-1]
     two = desk.merge("two", settled, aggregator="geometric-median", outer_learning_rate=0.7, outer_momentum=0.9)
 
     assert one.state.read_bytes() == two.state.read_bytes()

@@ -18,7 +18,7 @@ def even(validator: str) -> float:
 
 
 def consensus_of(stage):
-    facts = stage.world.facts()
+    facts = stage.facts
     settled = facts.window("submit", 1).settled
     return facts, list(settled.submissions), agree(facts, 1, read_reports(facts, 1), settled.submissions, even)
 
@@ -95,8 +95,8 @@ def test_an_unusable_artifact_scores_nothing_whatever_validators_said(ready):
 @pytest.mark.parametrize("drawn", [True, False])
 def test_without_a_quorum_nobody_is_judged_and_nothing_is_paid(ready, drawn):
     if not drawn:
-        ready.world.drop("validate", 1, "drawn")
-    facts = ready.world.facts()
+        ready.drop("validate", 1, "drawn")
+    facts = ready.facts
     submissions = list(facts.window("submit", 1).settled.submissions)
 
     too_few = Finding(kind=cycle_pb2.FINDING_KIND_NOTHING_DRAWN)
