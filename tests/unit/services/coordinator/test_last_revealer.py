@@ -118,7 +118,8 @@ def test_without_its_seat_its_report_does_not_count_and_it_loses_weight() -> Non
         world.publish("validate", 1, "report", report, validator)
     found = read_reports(world.facts, 1)
     assert set(found.counted) == set(OTHERS)
-    assert found.ignored == {LAST: "not in the draw"}
+    kinds = {validator: refusal.finding.kind for validator, refusal in found.ignored.items()}
+    assert kinds == {LAST: cycle_pb2.FINDING_KIND_REPORT_NOT_DRAWN}
     spec = world.facts.spec
     assert spec is not None
     spec.rewards.bond_rate = 0.1
