@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connito.errors import Fatal, Invalid, Retry
+from connito.protocol.policy.choices import ADVERSARIES
 from connito.wire.facts import RunFacts
 
 from .settings import TrainerSettings
@@ -247,9 +248,7 @@ def choose(settings: TrainerSettings) -> Strategy:
     solo = (FreeRider, Noise, NaN, Oversized, Late, SignFlip, LargeNorm)
     others: dict[str, Callable[[], Strategy]] = {kind.name: kind for kind in solo}
     if name not in others:
-        raise Fatal(
-            f"CONNITO_TRAINER_ADVERSARY is {name!r}; known: {', '.join(sorted({*copiers, MixedCopier.name, *others}))}"
-        )
+        raise Fatal(f"CONNITO_TRAINER_ADVERSARY is {name!r}; known: {', '.join(ADVERSARIES)}")
     return others[name]()
 
 

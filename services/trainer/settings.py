@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from connito.protocol.policy.choices import ADVERSARIES, one_of
 from connito.runtime.settings import ServiceSettings
 from pydantic import Field
 
@@ -44,8 +45,7 @@ class TrainerSettings(ServiceSettings):
     )
     trainer_adversary: str = Field(
         "",
-        description="for attack drills only: misbehave as copier, noisy-copier, masked-copier, scaled-copier, "
-        "mixed-copier, freerider, noise, sign-flip, large-norm, nan, oversized or late",
+        description=f"for attack drills only: misbehave as {one_of(ADVERSARIES)}",
     )
     trainer_victim_dir: Path | None = Field(
         None, description="for the copiers: the work folder of the miner whose result leaked"

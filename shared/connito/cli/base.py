@@ -46,7 +46,7 @@ def build(
 
     branches = tuple(_branch(entry) for entry in branch or [])
     recipe = Recipe(source, moe_layers, experts, top_k, seed, tuple(map(str, data or [])), branches, router_steps)
-    with choose_display(json=as_json) as display:
+    with choose_display(as_json=as_json) as display:
         build_base(recipe, out.absolute(), display.progress)
     manifest = _manifest(out)
     emit(as_json, _document(out, manifest), lambda: _text(out, manifest))

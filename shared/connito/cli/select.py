@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import JsonFlag, emit
-from connito.protocol.policy.choices import CONTESTED, CONTESTED_RULE, METHOD, METHODS, SCOPE
+from connito.protocol.policy.choices import CONTESTED, CONTESTED_RULE, METHOD, METHODS, SCOPE, one_of
 from connito.render import formats
 
 if TYPE_CHECKING:
@@ -19,12 +18,6 @@ if TYPE_CHECKING:
     from connito.moe.selection import Selection
     from connito.moe.statistics import RoutingStatistics
     from connito.workloads.gather import Router
-
-
-def _one_of(words: Iterable[str]) -> str:
-    *first, last = words
-    return f"{', '.join(first)} or {last}"
-
 
 Files = dict[str, list[Path]]
 MEASURED_TOKENS = 1024
@@ -44,7 +37,7 @@ def select(
         ),
     ] = None,
     contested: Annotated[
-        str, typer.Option(help=f"Who gets an expert that several domains chose: {_one_of(CONTESTED)}.")
+        str, typer.Option(help=f"Who gets an expert that several domains chose: {one_of(CONTESTED)}.")
     ] = CONTESTED_RULE,
     general: Annotated[
         list[Path] | None, typer.Option(help="General text, traces or statistics, to compare with.")
@@ -52,7 +45,7 @@ def select(
     earlier: Annotated[
         list[Path] | None, typer.Option(help="des-moe: older statistics, oldest first, for the running mean.")
     ] = None,
-    method: Annotated[str, typer.Option(help=f"{_one_of(METHODS)}.")] = METHOD,
+    method: Annotated[str, typer.Option(help=f"{one_of(METHODS)}.")] = METHOD,
     threshold: Annotated[float | None, typer.Option(help="p of the method; each has its own default.")] = None,
     max_experts: Annotated[int, typer.Option(help="Cap on their number; 0 is none.")] = 0,
     max_bytes: Annotated[int, typer.Option(help="Cap on the experts' bytes; 0 is none. Needs --base.")] = 0,
@@ -83,7 +76,7 @@ def select(
     if save_statistics is not None:
         save_statistics.parent.mkdir(parents=True, exist_ok=True)
     general_files: Files = {path.stem: [path] for path in general or []}
-    with choose_display(json=as_json) as display:
+    with choose_display(as_json=as_json) as display:
         budget = _budget(base, max_experts, max_bytes, max_vram, scope, helpers)
         router = _router(asked, general_files)
         route = None if router is None else _routing(router, display)

@@ -73,7 +73,7 @@ async def _watch(session: Session, run: str) -> None:
             facts = newest(await read_log(bus, session.roster, ""))
             run = facts.run if facts is not None else ""
         names: dict[str, str] = {}
-        with choose_display(json=False) as display:
+        with choose_display(as_json=False) as display:
             await follow_run(bus, session.roster, run, names, display, until=lambda facts: facts.ended is not None)
 
 

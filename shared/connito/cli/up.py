@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.protocol.policy.choices import ADVERSARIES, one_of
 
 
 def up(
@@ -18,7 +19,7 @@ def up(
         str,
         typer.Option(
             metavar="KIND[,KIND]",
-            help="Misbehaving miners: copier, noisy-copier, freerider, noise, nan, oversized, late.",
+            help=f"Misbehaving miners: {one_of(ADVERSARIES)}.",
         ),
     ] = "",
     domain: Annotated[
@@ -57,14 +58,14 @@ def up(
         overrides=tuple(policy or ()),
     ).checked()
     if no_wait:
-        started = run_detached(options, json=as_json)
+        started = run_detached(options, as_json=as_json)
         emit(
             as_json,
             started,
             lambda: f"run {started['run']} is under way in {started['data_dir']}; stop it with `connito down`",
         )
         return
-    document = run_here(options, json=as_json)
+    document = run_here(options, as_json=as_json)
     emit(as_json, document, lambda: summary(document, options))
 
 

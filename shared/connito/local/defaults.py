@@ -7,16 +7,13 @@ from pathlib import Path
 
 from connito.data.domains import DEMO_DOMAINS
 from connito.errors import Invalid
+from connito.protocol.policy.choices import ADVERSARIES
 from connito.protocol.policy.law import MAX_CYCLES
 from connito.protocol.policy.profiles import override_text, policies
 from connito.v1.run_pb2 import RunSpec
 
-ADVERSARIES = (
-    "copier", "noisy-copier", "masked-copier", "scaled-copier", "mixed-copier", "freerider", "noise", "sign-flip",
-    "large-norm", "nan", "oversized", "late",
-)  # fmt: skip
 TINY_DOMAINS = ("recipes", "logs", "poems", "ledgers")
-MAX_PEOPLE = 64
+MAX_PARTICIPANTS = 64
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class UpOptions:
         """Raises `Invalid` naming the option that cannot be."""
         for name, value, low, high in (
             ("--cycles", self.cycles, 1, MAX_CYCLES),
-            ("--miners", self.miners, 1, MAX_PEOPLE),
-            ("--validators", self.validators, 1, MAX_PEOPLE),
+            ("--miners", self.miners, 1, MAX_PARTICIPANTS),
+            ("--validators", self.validators, 1, MAX_PARTICIPANTS),
         ):
             if not low <= value <= high:
                 raise Invalid(f"{name} is {value}; choose {low} to {high}")

@@ -123,8 +123,8 @@ class LiveDisplay:
         return Text(self._work)
 
 
-def choose_display(*, json: bool) -> Display:
+def choose_display(*, as_json: bool) -> Display:
     """Live on a terminal; plain lines otherwise, on stderr when stdout is for one JSON document."""
-    if json:
+    if as_json:
         return PlainDisplay(sys.stderr)
     return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()

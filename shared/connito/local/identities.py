@@ -23,24 +23,24 @@ class Member:
     identity: Identity
 
 
-def cast(miners: int, validators: int, adversaries: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, role) of everybody: services, `validator-1`…, `miner-1`… and adversaries by kind, `copier-1`…"""
-    people = [(name, name) for name in SERVICES]
-    people += [("customer", "customer"), ("operator", "operator")]
-    people += [(f"validator-{number}", "validator") for number in range(1, validators + 1)]
-    people += [(f"miner-{number}", "miner") for number in range(1, miners + 1)]
-    people += [
+def participants(miners: int, validators: int, adversaries: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (name, role) of every key: services, `validator-1`…, `miner-1`… and adversaries by kind, `copier-1`…"""
+    found = [(name, name) for name in SERVICES]
+    found += [("customer", "customer"), ("operator", "operator")]
+    found += [(f"validator-{number}", "validator") for number in range(1, validators + 1)]
+    found += [(f"miner-{number}", "miner") for number in range(1, miners + 1)]
+    found += [
         (f"{kind}-{1 + list(adversaries[:index]).count(kind)}", "miner") for index, kind in enumerate(adversaries)
     ]
-    return people
+    return found
 
 
-def load_members(data: DataDir, people: Sequence[tuple[str, str]], seed: int | None) -> dict[str, Member]:
+def load_members(data: DataDir, participants: Sequence[tuple[str, str]], seed: int | None) -> dict[str, Member]:
     """Read each key, or make it: at random, or with a seed always the same. Seeds lie in keys/, mode 0600.
 
     Raises `Invalid` when the folder holds keys of another seed.
     """
-    return {name: Member(name, role, _identity(data, name, seed)) for name, role in people}
+    return {name: Member(name, role, _identity(data, name, seed)) for name, role in participants}
 
 
 def _identity(data: DataDir, name: str, seed: int | None) -> Identity:

@@ -48,10 +48,15 @@ class Installation:
     """`async with Installation(...)`: servers are up inside, streams and bucket exist; all of it is gone outside."""
 
     def __init__(
-        self, data: DataDir, people: Iterable[tuple[str, str]], machine: Machine, seed: int | None, display: Display
+        self,
+        data: DataDir,
+        participants: Iterable[tuple[str, str]],
+        machine: Machine,
+        seed: int | None,
+        display: Display,
     ):
         self.data, self.machine, self.display = data, machine, display
-        self.members = load_members(data, list(people), seed)
+        self.members = load_members(data, list(participants), seed)
         self.roster = write_roster(data, self.members)
         self._stack = AsyncExitStack()
         self.platform: Platform

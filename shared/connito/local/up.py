@@ -27,24 +27,29 @@ from connito.runtime.compute import usable_cores
 
 if TYPE_CHECKING:
     from connito.client import Client
+    from connito.local.installation import Installation
+    from connito.local.materials import Materials
+    from connito.local.memory import PeakMemory
+    from connito.v1.run_pb2 import RunSpec
+    from connito.wire.facts import Fact, RunFacts
 
 T = TypeVar("T")
 
 START_SECONDS = 900.0
 
 
-def run_here(options: UpOptions, *, json: bool) -> dict[str, Any]:
+def run_here(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
     """Run in this process until the run has ended and everything is stopped again; returns the report.
 
     Raises `Retry` when another `up` holds the folder, `Invalid` for what cannot be, `Fatal` when a service cannot be
     kept alive or the run fails.
     """
     data = DataDir.open(options.data_dir)
-    with data.lock(), choose_display(json=json) as display:
+    with data.lock(), choose_display(as_json=as_json) as display:
         return asyncio.run(_interruptible(_Up(options, data, display).run))
 
 
-def run_detached(options: UpOptions, *, json: bool) -> dict[str, Any]:
+def run_detached(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
     """Run in a process of its own and return when the first cycle is open: `{"run", "data_dir", "pid"}`."""
     data = DataDir.open(options.data_dir)
     with data.lock():
@@ -56,7 +61,7 @@ def run_detached(options: UpOptions, *, json: bool) -> dict[str, Any]:
             [sys.executable, "-P", "-m", "connito.local.up", _encode(options)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-    with choose_display(json=json) as display:
+    with choose_display(as_json=as_json) as display:
         _wait_until_ready(data, child, display)
     platform = data.running()
     return {"run": platform.run, "data_dir": str(data.root), "pid": child.pid}
@@ -149,7 +154,7 @@ class _Up:
 
     async def run(self) -> dict[str, Any]:
         """Everything; with `stay`, go on serving after the run has ended."""
-        from connito.local.identities import cast
+        from connito.local.identities import participants
         from connito.local.installation import Installation
         from connito.local.memory import PeakMemory
 
@@ -157,10 +162,10 @@ class _Up:
         for name in self.data.end_leftovers():
             self.display.say(f"ended {name}, left over from a run that was killed")
         options, chosen = self.options, profile(self.options)
-        people = cast(options.miners, options.validators, options.adversaries)
+        members = participants(options.miners, options.validators, options.adversaries)
         memory = PeakMemory()
         sampling = asyncio.create_task(memory.run())
-        installation = Installation(self.data, people, chosen.machine(usable_cores()), options.seed, self.display)
+        installation = Installation(self.data, members, chosen.machine(usable_cores()), options.seed, self.display)
         try:
             self.display.say(f"starting the broker and the store in {self.data.root}")
             async with installation:
@@ -169,14 +174,16 @@ class _Up:
                 failed: asyncio.Future[Any] = installation.supervisor.failed
                 try:
                     await asyncio.wait([work, failed], return_when=asyncio.FIRST_COMPLETED)
-                    return await work if work.done() else failed.result()
+                    if not work.done():
+                        failed.result()  # Raises what could not be kept alive.
+                    return await work
                 finally:
                     work.cancel()
                     await asyncio.gather(work, return_exceptions=True)
         finally:
             sampling.cancel()
 
-    async def _run_job(self, installation: Any, chosen: Profile, memory: Any) -> dict[str, Any]:
+    async def _run_job(self, installation: Installation, chosen: Profile, memory: PeakMemory) -> dict[str, Any]:
         from connito.local.materials import prepare, upload
 
         options, display = self.options, self.display
@@ -201,7 +208,7 @@ class _Up:
         check_outcome(report, self.data.logs)
         return report
 
-    async def _run_id(self, installation: Any) -> str:
+    async def _run_id(self, installation: Installation) -> str:
         """The domain and the seed, or the time; numbered where the log already holds a run of that name."""
         from connito.platform.log import read_log
 
@@ -210,7 +217,7 @@ class _Up:
         known = (await read_log(installation.bus, installation.roster)).runs
         return next(run for run in (name, *(f"{name}-{n}" for n in range(2, 10_000))) if run not in known)
 
-    async def _cancel_unfinished(self, installation: Any) -> None:
+    async def _cancel_unfinished(self, installation: Installation) -> None:
         """A run that an earlier, killed `up` left behind would compete for the machine."""
         from connito.platform.log import read_log
 
@@ -220,10 +227,10 @@ class _Up:
                 self.display.say(f"cancelling {facts.run}, which an earlier `connito up` left unfinished")
                 await self._with_client(installation, partial(_cancel, facts.run))
 
-    async def _create(self, installation: Any, spec: Any) -> None:
+    async def _create(self, installation: Installation, spec: RunSpec) -> None:
         await self._with_client(installation, lambda client: client.job.submit(spec))
 
-    async def _with_client(self, installation: Any, call: Callable[[Any], T]) -> T:
+    async def _with_client(self, installation: Installation, call: Callable[[Client], T]) -> T:
         """Call the coordinator as the customer; it may still be starting."""
         from connito.client import Client
 
@@ -240,16 +247,16 @@ class _Up:
             finally:
                 client.close()
 
-    async def _follow(self, installation: Any, run: str) -> Any:
+    async def _follow(self, installation: Installation, run: str) -> RunFacts:
         from connito.local.log import follow_run
         from connito.v1.run_pb2 import RUN_OUTCOME_COMPLETED
 
-        def noticed(fact: Any, facts: Any) -> None:
+        def noticed(fact: Fact, facts: RunFacts) -> None:
             if fact.key.section == "train" and fact.key.cycle == 1 and fact.key.kind == "opened":
                 self._lap("assembling")
                 installation.publish(ready=True)
 
-        def over(facts: Any) -> bool:
+        def over(facts: RunFacts) -> bool:
             if facts.ended is None:
                 return False
             deposits = facts.ended.outcome == RUN_OUTCOME_COMPLETED and facts.ended.final_version > 0
@@ -259,7 +266,9 @@ class _Up:
             installation.bus, installation.roster, run, installation.names, self.display, over, noticed
         )
 
-    async def _report(self, installation: Any, facts: Any, materials: Any, memory: Any) -> dict[str, Any]:
+    async def _report(
+        self, installation: Installation, facts: RunFacts, materials: Materials, memory: PeakMemory
+    ) -> dict[str, Any]:
         """Write report.json, loss.svg and generation.md."""
         from connito.local.generation import markdown
         from connito.views.loss_plot import loss_svg
@@ -287,11 +296,13 @@ class _Up:
             (self.data.root / "generation.md").write_text(markdown(report, texts))
         return report
 
-    async def _generate(self, installation: Any, facts: Any, materials: Any) -> list[dict[str, Any]] | None:
+    async def _generate(
+        self, installation: Installation, facts: RunFacts, materials: Materials
+    ) -> list[dict[str, Any]] | None:
         from connito.local.materials import run_task
 
         version = facts.version(facts.cycle)
-        if version is None or facts.selection is None:
+        if version is None or facts.selection is None or facts.spec is None:
             return None
         state = await installation.store.fetch(version.state)
         params = {

@@ -1,9 +1,11 @@
 """The words that a policy may say, and the default where more than the law needs it.
 
-Imports nothing: whoever implements a choice reads it here, and so does the command line.
+Imports nothing of the project: whoever implements a choice reads it here, and so does the command line.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 # Ways of selecting experts, with the threshold p that each takes when none is given; see docs/explanation/selection.md.
 METHODS = {"esft-token": 0.2, "esft-gate": 0.1, "differential": 0.5, "des-moe": 0.6}
@@ -24,3 +26,15 @@ AGGREGATORS = (
     "norm-clipped-mean",
 )
 ENROLMENT = ("open", "allow-list", "invite")
+
+# No policy: how a miner misbehaves in a drill, see `services.trainer.adversary`.
+ADVERSARIES = (
+    "copier", "noisy-copier", "masked-copier", "scaled-copier", "mixed-copier", "freerider", "noise", "sign-flip",
+    "large-norm", "nan", "oversized", "late",
+)  # fmt: skip
+
+
+def one_of(words: Iterable[str]) -> str:
+    """Return `a, b or c`."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from connito.errors import Fatal, Invalid, Retry
 from connito.moe.state import load_state, save_state
+from connito.protocol.policy.choices import ADVERSARIES
 from connito.protocol.submission import expected_layout, validate
 from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import TrainPolicy
@@ -84,14 +85,13 @@ def test_copiers_need_a_victim(name: str) -> None:
 
 
 def test_an_unknown_adversary_is_named_with_those_there_are() -> None:
-    with pytest.raises(
-        Fatal,
-        match=(
-            "copier, freerider, large-norm, late, masked-copier, mixed-copier, nan, noise, noisy-copier, oversized, "
-            "scaled-copier, sign-flip"
-        ),
-    ):
+    with pytest.raises(Fatal, match=", ".join(ADVERSARIES)):
         strategy("saboteur")
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_every_adversary_that_can_be_asked_for_exists(name: str) -> None:
+    assert strategy(name, Path("victim")).name == name
 
 
 async def test_the_free_rider_hands_in_the_very_state(work: Work) -> None:
