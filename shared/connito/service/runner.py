@@ -18,8 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-
 from connito.bus import Bus
 from connito.errors import ConnitoError, Fatal, Retry
 from connito.runtime import tracing
@@ -28,6 +26,7 @@ from connito.runtime.programs import service_module
 from connito.runtime.settings import ServiceSettings
 from connito.runtime.tasks import end_tasks
 from connito.service import certificates, security
+from connito.service.probes import Probes
 from connito.store import ArtifactStore
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
@@ -131,8 +130,9 @@ class _Service(Generic[S]):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        server = await self._listen()
+        probes = Probes(self.settings.http_host, self.settings.http_port, self._not_ready)
         try:
+            self._announce_probes(probes.port)
             bus = await self._connect(identity, roster)
             if bus is None:
                 return
@@ -152,8 +152,7 @@ class _Service(Generic[S]):
                 finally:
                     await end_tasks(watching)
         finally:
-            server.close()
-            await server.wait_closed()
+            await probes.close()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
         self.log.info("stopped")
@@ -210,49 +209,10 @@ class _Service(Generic[S]):
         if finished:
             work.result()
 
-    # The probe port.
-
-    async def _listen(self) -> asyncio.Server:
-        host, port = self.settings.http_host, self.settings.http_port
-        try:
-            server = await asyncio.start_server(self._answer, host, port)
-        except OSError as error:
-            raise Fatal(
-                f"cannot listen on {host}:{port}: {error.strerror}; set CONNITO_HTTP_PORT to a free port"
-            ) from error
-        self.ports["http"] = server.sockets[0].getsockname()[1]
+    def _announce_probes(self, port: int) -> None:
+        self.ports["http"] = port
         _write_ports(self.ports)
-        self.log.info("listening", kind="http", port=self.ports["http"])
-        return server
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, TimeoutError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            async with asyncio.timeout(5):
-                head = await reader.readuntil(b"\r\n\r\n")
-                parts = head.split(b" ", 2)
-                status, kind, body = self._page(parts[1].decode().partition("?")[0] if len(parts) == 3 else "")
-                reason = {200: "OK", 404: "Not Found", 503: "Service Unavailable"}[status]
-                writer.write(
-                    f"HTTP/1.1 {status} {reason}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
-                    "Connection: close\r\n\r\n".encode()
-                    + body
-                )
-                await writer.drain()
-        writer.close()
-        with suppress(OSError):
-            await writer.wait_closed()
-
-    def _page(self, path: str) -> tuple[int, str, bytes]:
-        if path == "/metrics":
-            return 200, CONTENT_TYPE_LATEST, generate_latest()
-        if path == "/healthz":
-            return 200, "text/plain", b"alive\n"
-        if path == "/readyz":
-            missing = self._not_ready()
-            return (
-                (503, "text/plain", f"not ready: {missing}\n".encode()) if missing else (200, "text/plain", b"ready\n")
-            )
-        return 404, "text/plain", b"/metrics, /healthz and /readyz are here\n"
+        self.log.info("listening", kind="http", port=port)
 
     def _not_ready(self) -> str:
         if self.stop.is_set():
