@@ -23,6 +23,7 @@ from connito.bus.offences import report
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.identity import Identity
 from connito.wire.subjects import SECURITY_ROOT
@@ -148,7 +149,7 @@ class Connection:
         except (TimeoutError, NatsError, OSError) as error:
             raise self.explain(error, subject) from error
         finally:
-            reply.cancel()
+            await end_tasks([reply])
 
     @contextmanager
     def failure_of(self, subject: str) -> Iterator[asyncio.Future[Exception]]:

@@ -16,6 +16,7 @@ from connito.bus.streams import DURABLES, Durable
 from connito.errors import Fatal, Invalid, Retry, reason_name
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.facts import Record
@@ -85,7 +86,7 @@ class Worker:
                     raise failed.result()
                 msg = getting.result() if getting.done() else None
             finally:
-                getting.cancel()
+                await end_tasks([getting])
         if msg is None:
             return
         if msg.reply.startswith("$JS.ACK."):
@@ -131,7 +132,7 @@ class Worker:
             await msg.ack()
             self._count("ok")
         finally:
-            beating.cancel()
+            await end_tasks([beating])
 
     async def _beat(self, msg: Any) -> None:
         while True:

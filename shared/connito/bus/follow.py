@@ -175,7 +175,7 @@ class _Pull:
                     log.warning("the broker fell silent, reading anew", stream=self.reader.stream)
                     return
         finally:
-            ended.cancel()
+            await end_tasks([ended])
 
     async def on_message(self, msg: Any) -> None:
         """A message, or a status line of the server."""

@@ -10,6 +10,7 @@ from connito.bus import Bus, CaughtUp
 from connito.bus.streams import FACT_STREAMS
 from connito.local.display import Display
 from connito.platform.log import apply
+from connito.runtime.tasks import end_tasks
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
@@ -45,5 +46,5 @@ async def follow_run(
                 if until(facts):
                     break
     finally:
-        ticking.cancel()
+        await end_tasks([ticking])
     return facts

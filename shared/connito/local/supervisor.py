@@ -13,6 +13,7 @@ from connito.errors import Fatal
 from connito.local.processes import Launcher, Process, Program
 from connito.platform.datadir import DataDir, start_time
 from connito.platform.servers import Server
+from connito.runtime.tasks import end_tasks
 
 # What dies this often within the window will not get better by being started once more.
 GIVE_UP_AFTER = 6
@@ -82,9 +83,7 @@ class Supervisor:
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Stop every service, all at the same time; then the servers, which they need until they are done."""
         self._stopping = True
-        for task in list(self._watchers):
-            task.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await end_tasks(self._watchers)
         running = [kept.process for kept in self._kept.values() if kept.process is not None]
         await asyncio.gather(*(process.stop(grace_seconds) for process in running))
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in self._servers))

@@ -24,6 +24,7 @@ from connito.platform.datadir import DataDir, is_running
 from connito.platform.session import log_to
 from connito.render import formats
 from connito.runtime.compute import usable_cores
+from connito.runtime.tasks import end_tasks
 
 if TYPE_CHECKING:
     from connito.client import Client
@@ -132,6 +133,7 @@ async def _interruptible(work: Callable[[], Awaitable[T]]) -> T:
     def interrupt(number: int) -> None:
         if not received:
             received.append(number)
+            # Once: what comes after is the stopping itself, which a second one would break off.
             task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -178,10 +180,9 @@ class _Up:
                         failed.result()  # Raises what could not be kept alive.
                     return await work
                 finally:
-                    work.cancel()
-                    await asyncio.gather(work, return_exceptions=True)
+                    await end_tasks([work])
         finally:
-            sampling.cancel()
+            await end_tasks([sampling])
 
     async def _run_job(self, installation: Installation, chosen: Profile, memory: PeakMemory) -> dict[str, Any]:
         from connito.local.materials import prepare, upload

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ast
 import asyncio
+from pathlib import Path
 
 from connito.runtime.tasks import end_tasks
 
 from tests.support.waiting import PATIENCE
+
+ROOT = Path(__file__).parents[4]
 
 
 async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same():
@@ -29,3 +33,26 @@ async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same():
         await end_tasks(tasks)
     assert lost == 2
     assert all(task.done() for task in tasks)
+
+
+# Futures, a timer, and the signal that begins an orderly stop: none of them a task that has to be waited for.
+CANCELS = {
+    "shared/connito/bus/connection.py: failed.cancel",
+    "shared/connito/local/processes.py: self._ready.cancel",
+    "shared/connito/local/supervisor.py: self.failed.cancel",
+    "shared/connito/local/up.py: task.cancel",
+    "shared/connito/runtime/tasks.py: task.cancel",
+    "shared/connito/service/engine.py: self._failure.cancel",
+    "shared/connito/service/probes.py: self._deadline.cancel",
+}
+
+
+def test_tasks_are_ended_by_end_tasks_alone():
+    """A cancellation that is sent once may be lost, and the task would go on for ever."""
+    found = set()
+    for folder in ("shared/connito", "services"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cancel":
+                    found.add(f"{path.relative_to(ROOT)}: {ast.unparse(node.func)}")
+    assert found == CANCELS
