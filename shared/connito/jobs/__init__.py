@@ -1,1 +1,1 @@
-"""The job desk, the customer's side of a run: `job.yaml`, its check, quote, submission and delivery report."""
+"""The customer's side of a run: `job.yaml`, its check, quote, submission and delivery report."""

@@ -1,4 +1,4 @@
-"""Checking a job before anything is spent: every problem at once, with the numbers and the remedy."""
+"""Check a job before anything is spent: every problem at once, with numbers and remedies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PERSONAL = {
 
 @dataclass
 class Checked:
-    """A job with everything that was found out about it. `corpora` is None where the text could not be prepared."""
+    """A checked job with its findings. `corpora` is None where the text could not be prepared."""
 
     job: Job
     spec: RunSpec
@@ -43,11 +43,11 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Whether it may be submitted."""
+        """True if the job may be submitted."""
         return worst(self.findings) != "error"
 
     def to_json(self) -> dict[str, Any]:
-        """What `connito job check --json` prints."""
+        """Return the document that `connito job check --json` prints."""
         return {
             "domain": self.job.domain,
             "base": self.context.name,
@@ -68,7 +68,7 @@ def check_file(
 
 
 def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None) -> Checked:
-    """Look at everything that can be wrong with a job's text and terms. Problems with either are findings.
+    """Check a job's policies, text and terms. Problems with any of them are findings.
 
     Raises `NotFound` when the base is nowhere, `Retry` when broker or store are away, `Invalid` for a policy override
     that does not exist.
@@ -79,7 +79,7 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     progress("reading and comparing the texts", 0.2)
     texts = sort_texts(job, root)
     checked = Checked(
-        job, spec, context, texts, None, [*texts.findings, *_terms(job), *_people(job), *_personal(texts)]
+        job, spec, context, texts, None, [*texts.findings, *_terms(job), *_visibility(job), *_personal(texts)]
     )
     checked.findings += [*check_policies(job, spec, context), *_budget(job, context)]
     if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
@@ -91,7 +91,7 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
 
 
 def _terms(job: Job) -> Iterator[Finding]:
-    """The licence has to be one that a program can hold people to, or an own one that is named as such."""
+    """Check that the licence is a known one, whose terms a program can apply, or a custom one that is marked as such."""
     name = job.license
     if name in TERMS:
         terms = TERMS[name]
@@ -117,7 +117,7 @@ def _terms(job: Job) -> Iterator[Finding]:
 
 
 def _budget(job: Job, context: JobContext) -> Iterator[Finding]:
-    """Whether any job at all fits; what this one takes is the quote's to say."""
+    """Check that the smallest possible job fits the budget. What this job needs is computed by the quote."""
     sizes = context.manifest.expert_bytes()
     smallest = predict(context.manifest, {layer: [0] for layer in sizes}, {}, Workload(1, 1))
     for name, cap, minimum, what in (
@@ -135,7 +135,7 @@ def _budget(job: Job, context: JobContext) -> Iterator[Finding]:
             yield Finding("budget", "ok", detail, "", numbers)
 
 
-def _people(job: Job) -> Iterator[Finding]:
+def _visibility(job: Job) -> Iterator[Finding]:
     shown = {
         "public": "everyone",
         "organisation": f"the organisation {job.privacy.organisation}",
@@ -146,7 +146,7 @@ def _people(job: Job) -> Iterator[Finding]:
 
 
 def _personal(texts: Texts) -> Iterator[Finding]:
-    """Patterns, not understanding: what they find deserves a look, and what they miss may still be there."""
+    """Search the text for personal data by patterns, which can miss some and flag text that is harmless."""
     counts = dict.fromkeys(_PERSONAL, 0)
     first: dict[str, str] = {}
     for document in (*texts.train, *texts.probe):
@@ -158,5 +158,5 @@ def _personal(texts: Texts) -> Iterator[Finding]:
     found = {kind: count for kind, count in counts.items() if count}
     if found:
         what = ", ".join(f"{count} {kind} (first in {first[kind]})" for kind, count in found.items())
-        remedy = "miners read this text: take out what must not leave your house"
+        remedy = "miners read this text: remove what must not be shared"
         yield Finding("privacy", "warning", f"the training text seems to hold {what}", remedy, found)

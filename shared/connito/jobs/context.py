@@ -1,4 +1,4 @@
-"""What a job stands on: the base model it names, and the platform, where one runs.
+"""The context of a job: the base model that it names and, where one runs, the platform.
 
 A job can be checked without a platform when the base is on this machine. With one, the base may be any that a run used,
 and the domains of earlier runs are there to measure forgetting on.
@@ -32,10 +32,11 @@ _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
 
 @dataclass
 class JobContext:
-    """`folder` where the base is a folder of this machine, `manifest_ref` where the platform has it; at least one is set.
+    """Base and platform of a job.
 
-    `general` are the general hold-outs of earlier runs on this base, `history` those runs, newest first. `taken` is what the
-    run asks for that has the job's id already.
+    `folder` is set where the base is a folder of this machine, `manifest_ref` where the platform has it; at least one is.
+    `general` are the general hold-outs of earlier runs on this base, `history` those runs, newest first. `taken` is the
+    spec of an existing run of the job's id.
     """
 
     name: str
@@ -49,7 +50,7 @@ class JobContext:
     _files: dict[str, Path] = field(default_factory=dict)
 
     def file(self, name: str) -> Path:
-        """One file of the base, fetched where it is not here. Raises `Retry` while the store is away."""
+        """Return one file of the base, fetched where it is not here. Raises `Retry` while the store is away."""
         if self.folder is not None:
             return self.folder / name
         if name not in self._files:
@@ -57,11 +58,11 @@ class JobContext:
         return self._files[name]
 
     def files(self) -> dict[str, Path]:
-        """Every file of the base, as a model is loaded from."""
+        """Return every file of the base, by name."""
         return {name: self.file(name) for name in self.manifest.files}
 
     def fetch(self, ref: ArtifactRef) -> Path:
-        """An artifact of the platform."""
+        """Fetch an artifact of the platform."""
         if self.session is None:
             raise NotFound("there is no platform to fetch from; start one with `connito up --no-wait`")
         return asyncio.run(self.session.store().fetch(ref))
@@ -76,20 +77,20 @@ class JobContext:
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """Which tokenizer a corpus was made with."""
+        """Digest of the tokenizer, as a corpus records it."""
         from connito.data.prepare import tokenizer_digest
 
         return tokenizer_digest(self.file(name) for name in self.manifest.files if name.startswith(_TOKENIZER[:2]))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Return the token ids of each text, without special tokens."""
         if not texts:
             return []
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def general_corpora(self) -> Mapping[str, Corpus]:
-        """The platform's general hold-outs by domain."""
+        """Return the platform's general hold-outs by domain."""
         return {ref.domain: Corpus.load(self.fetch(ref.artifact)) for ref in self.general}
 
 
@@ -125,7 +126,7 @@ async def _read(session: Session) -> Log:
 
 
 def _from_platform(job: Job, session: Session, log: Log) -> JobContext | None:
-    """The base as the newest run used it that names it so, and the general domains of all runs on it."""
+    """Return the base as the newest run of that base name used it, and the general domains of all runs on it."""
     created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.created_fact)]
     newest = [facts for _, facts in sorted(created, key=lambda pair: -pair[0])]
     runs = [facts for facts in newest if facts.spec is not None and facts.spec.base.name == job.base]

@@ -1,4 +1,4 @@
-"""From a job's sorted texts to token corpora, and what the base's tokenizer makes of the text."""
+"""Make token corpora of a job's texts, and measure how well the base's tokenizer fits them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POOR_FIT, POOR_FALLBACK = 1.5, 0.05
 
 @dataclass(frozen=True)
 class Fit:
-    """What a tokenizer makes of a text. `fallback` is the share of tokens that are a piece of a character, or unknown."""
+    """How well a tokenizer fits a text. `fallback` is the share of tokens that are a piece of a character, or unknown."""
 
     tokens_per_word: float
     bytes_per_token: float
@@ -50,7 +50,7 @@ class Corpora:
     findings: list[Finding] = field(default_factory=list)
 
     def sizes(self) -> dict[str, dict[str, int]]:
-        """Documents and tokens of every part."""
+        """Return the number of documents and tokens of every part."""
         parts = {"probe": self.probe, "train": self.train, "holdout": self.holdout}
         parts |= {f"general {name}": corpus for name, corpus in self.general.items()}
         parts |= {f"benchmark {name}": corpus for name, corpus in self.benchmarks.items()}
@@ -60,7 +60,7 @@ class Corpora:
 
 
 def build(texts: Texts, spec: RunSpec, context: JobContext) -> Corpora:
-    """Tokenise every part and look at the result: sizes against the policy, lengths, and the tokenizer's fit."""
+    """Tokenise every part and check the result: sizes against the policy, lengths, and the tokenizer's fit."""
 
     def corpus(domain: str, split: str, documents: Sequence[Document]) -> Corpus:
         metadata = {
@@ -101,12 +101,12 @@ def _sizes(found: Corpora, held: dict[str, Corpus], spec: RunSpec) -> list[Findi
 
 
 def _wanted(spec: RunSpec) -> int:
-    """Sequences that one miner goes through in a cycle."""
+    """Return the number of sequences that one miner trains on in a cycle."""
     return max(1, spec.training.local_steps * spec.training.batch_sequences)
 
 
 def _enough(part: str, corpus: Corpus, length: int, wanted: int) -> Finding:
-    """An error where there is not one sequence (two for a benchmark, or it had no interval); a warning where a miner
+    """Return an error where there is not one sequence (two for a benchmark, or it had no interval), a warning where a miner
     would see text again within a cycle."""
     tokens = len(corpus.tokens) + corpus.documents
     rows = tokens // (length + 1)
@@ -160,7 +160,7 @@ def _lengths(corpus: Corpus, length: int) -> list[Finding]:
 
 
 def _fit(found: Corpora, texts: Texts, held: dict[str, Corpus], context: JobContext) -> list[Finding]:
-    """The target's text beside the general text, as this tokenizer sees them."""
+    """Compare the tokenizer's fit to the target's text with its fit to general text."""
     mine = fit_of([document.text for document in texts.train], context.encode, context.tokenizer)
     if mine is None:
         return []
@@ -197,7 +197,7 @@ def _decoded(held: dict[str, Corpus], tokenizer: Any) -> list[str]:
 
 
 def fit_of(texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]], tokenizer: Any) -> Fit | None:
-    """Tokens per word, bytes per token and fallback rate over a beginning of `texts`; None without words."""
+    """Return tokens per word, bytes per token and fallback rate over a beginning of `texts`; None without words."""
     sample: list[str] = []
     for text in texts:
         if sum(map(len, sample)) > _SAMPLE_CHARACTERS:
@@ -213,7 +213,7 @@ def fit_of(texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]],
 
 
 def _is_piece(token: int, tokenizer: Any) -> bool:
-    """Whether a token is no whole character: a fallback byte, part of a character's bytes, or the unknown token."""
+    """Return whether a token is no whole character: a fallback byte, part of a character's bytes, or the unknown token."""
     if token == tokenizer.unk_token_id and token != tokenizer.eos_token_id:
         return True
     name = tokenizer.convert_ids_to_tokens(token)

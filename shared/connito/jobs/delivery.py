@@ -1,4 +1,4 @@
-"""The delivery report of a run: what the customer gets, measured again on the customer's side of the table.
+"""The delivery report of a run, with losses measured again on the customer's machine.
 
 The log has sums of losses; intervals need the sequences. So the report fetches the base, the hold-outs and the states,
 measures base and result on the report part of every hold-out and on the customer's own benchmarks, pairs them sequence by
@@ -46,7 +46,7 @@ class Delivered:
 
 @dataclass(frozen=True)
 class Deposit:
-    """What the library took in: its record, the expert's file, and what signatures are behind it, where it has them."""
+    """An expert of the library: record, file and, where there is one, attestation."""
 
     record: dict[str, Any]
     expert: Path
@@ -56,7 +56,7 @@ class Deposit:
 def deliver(
     session: Session, run: str, *, measure: bool = True, progress: Progress = lambda what, share: None
 ) -> Delivered:
-    """The report of a run that has ended. Raises `NotFound` for an unknown run, `Retry` for one that goes on."""
+    """Return the report of a run that has ended. Raises `NotFound` for an unknown run, `Retry` for one that goes on."""
     progress("reading the log", 0.0)
     facts, signed = asyncio.run(_read(session, run))
     if facts.spec is None:
@@ -76,7 +76,7 @@ def deliver(
 
 
 async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
-    """The run's facts, and the library's message on its deposit as it is stored."""
+    """Return the run's facts, and the library's message on its deposit as it is stored."""
     from connito.platform.log import read_log
     from connito.wire.facts import RunFacts
 
@@ -140,7 +140,7 @@ def _commands(run: str, expert_id: str | None, base: str) -> dict[str, str]:
 
 
 def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[str, Any]:
-    """Base against result: the target, every general domain, every benchmark, with paired intervals."""
+    """Compare base and result on the target, every general domain and every benchmark, with paired intervals."""
     from connito.base.loading import load_full
     from connito.moe.evaluate import Evaluator
     from connito.moe.state import load_state
@@ -183,7 +183,7 @@ def _parts(spec: run_pb2.RunSpec, context: JobContext) -> list[tuple[str, str, n
 
 
 def _row(before: npt.NDArray[Any], after: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> dict[str, Any]:
-    """Nats per token; `change` is after − before, with its interval."""
+    """Return a row in nats per token; `change` is after − before, with its interval."""
     found, total = paired(before.tolist(), after.tolist(), tokens.tolist(), CONFIDENCE), float(tokens.sum())
     return {
         "before": float(before.sum()) / total,
@@ -197,7 +197,7 @@ def _row(before: npt.NDArray[Any], after: npt.NDArray[Any], tokens: npt.NDArray[
 
 
 def _apart(facts: RunFacts, rows: list[dict[str, Any]]) -> float | None:
-    """Largest distance of a final loss measured here from the one that the aggregator published, nats per token."""
+    """Return the largest distance of a final loss measured here from the one that the aggregator published, nats per token."""
     last = facts.version(facts.cycle) or facts.version(facts.cycle - 1)
     if last is None:
         return None
@@ -211,7 +211,7 @@ def _apart(facts: RunFacts, rows: list[dict[str, Any]]) -> float | None:
 
 
 def write(delivered: Delivered, out: Path, *, with_base: bool = False) -> list[Path]:
-    """`report.md`, `report.json`, `loss.svg`, the expert with record and card in `expert/`, and with `with_base` the base
+    """Write `report.md`, `report.json`, `loss.svg`, the expert with record and card in `expert/`, and with `with_base` the base
     it belongs to in `base/`. Raises `Invalid` when `out` holds something else."""
     import json
     import shutil

@@ -1,4 +1,4 @@
-"""What a check says about a job: one sentence a finding, with the numbers it stands on and what to do about it."""
+"""Findings of a check: a sentence each, with the numbers behind it and a remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEVELS = ("ok", "warning", "error")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. An error keeps the job from being submitted, a warning does not."""
+    """Result of one check. An error keeps the job from being submitted, a warning does not."""
 
     check: str
     level: str
@@ -23,7 +23,7 @@ class Finding:
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the finding as plain data."""
         return {
             "check": self.check, "level": self.level, "detail": self.detail, "remedy": self.remedy,
             "numbers": dict(self.numbers),
@@ -31,7 +31,7 @@ class Finding:
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """The gravest level among them; `ok` without any."""
+    """Return the most severe level of the findings; `ok` without any."""
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
 
 

@@ -1,4 +1,4 @@
-"""The delivery report as a page that people read. Pure."""
+"""Render the delivery report as Markdown."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Document = Mapping[str, Any]
 
 
 def markdown(document: Document) -> str:
-    """The report of `jobs.delivery` in Markdown."""
+    """Return the report of `jobs.delivery` in Markdown."""
     parts = [
         _head(document),
         _result(document),
         _changed(document),
         _cycles(document),
-        _people(document),
+        _contributors(document),
         _use(document),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -50,7 +50,7 @@ def _head(document: Document) -> str:
 
 
 def _result(document: Document) -> str:
-    """Measured rows where there are any, else what the log says, which has no intervals."""
+    """Return measured rows where there are any, else the log's figures, which have no intervals."""
     found = document["measured"]
     if found is None:
         return _from_log(document)
@@ -83,7 +83,7 @@ def _row(row: Mapping[str, Any]) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Better, worse, or not told apart from chance."""
+    """Return better, worse, or that the change cannot be told from chance."""
     if row["high"] < 0:
         return "better"
     return "worse" if row["low"] > 0 else "no difference that this much text can show"
@@ -144,7 +144,7 @@ def _cycles(document: Document) -> str:
     return "\n".join(lines)
 
 
-def _people(document: Document) -> str:
+def _contributors(document: Document) -> str:
     if not document["contributors"]:
         return ""
     lines = ["## Who contributed", "", "| miner | share of the reward | cycles merged in |", "|---|---:|---:|"]

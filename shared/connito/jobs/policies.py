@@ -1,4 +1,4 @@
-"""The run that a job asks for: its policies, and the check of them against the law that the coordinator follows."""
+"""Policies of the run that a job asks for, and their check by the rules that the coordinator applies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNNAMED = "unnamed"
 
 
 def run_spec(job: Job) -> RunSpec:
-    """Return the run that the job means: every policy is filled in, artifacts are not there yet.
+    """Return the run that the job asks for, with every policy and without artifacts.
 
     Raises `Invalid` naming an override of a field that does not exist.
     """
@@ -91,7 +91,7 @@ def _stand_in(realm: Realm.ValueType) -> ArtifactRef:
 
 
 def _same_policies(one: RunSpec, other: RunSpec) -> bool:
-    """Say whether two runs ask for the same, whatever their artifacts are."""
+    """Return whether two specs agree, whatever their artifacts are."""
     first, second = RunSpec(), RunSpec()
     for spec, copy in ((one, first), (other, second)):
         copy.CopyFrom(spec)

@@ -1,4 +1,4 @@
-"""What a job will take: experts, bytes, memory, and how many cycles and how long, with where each figure comes from.
+"""Estimate what a job will take: experts, bytes, memory, cycles and time, each with its source.
 
 Experts and bytes are those that the selector will choose, by the same code on the same probe. Steps are not guessed: the
 quote makes one cycle's local steps as one miner would, on the job's own text, and measures what they do to the hold-out.
@@ -48,7 +48,7 @@ class Pilot:
 
     @property
     def gain(self) -> float:
-        """Nats per token that the steps saved."""
+        """Nats per token that the steps saved on the hold-out."""
         return self.loss_before - self.loss_after
 
 
@@ -70,7 +70,7 @@ class Quote:
     findings: list[Finding] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """What `connito job quote --json` prints."""
+        """Return the document that `connito job quote --json` prints."""
         return {
             "domain": self.domain,
             "experts": {"selected": sum(map(len, self.layers.values())), "total": self.total_experts},
@@ -117,7 +117,7 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = lambda w
 
 
 def _select(checked: Checked) -> Selection:
-    """What the selector will choose, by the selector's own code on the same corpora."""
+    """Select experts by the selector's own code on the same corpora."""
     from connito.v1.run_pb2 import RunSpec
     from connito.workloads.selecting import Probes, choose
 
@@ -137,7 +137,7 @@ def _select(checked: Checked) -> Selection:
 
 
 def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[int, Pilot]:
-    """(bytes that autograd keeps in a step, what the steps did)."""
+    """Train for one cycle; return the bytes that autograd keeps in a step, and the pilot."""
     from connito.base.loading import load_full
     from connito.moe.evaluate import Evaluator
     from connito.moe.resident import compress
@@ -180,7 +180,7 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
 
 
 def _score_part(checked: Checked) -> npt.NDArray[Any]:
-    """The first sequences of the part of the hold-out that submissions are scored on: never the gate's or the report's."""
+    """Return the first sequences of the part of the hold-out that submissions are scored on: never the gate's or the report's."""
     from connito.protocol.holdout import subsets
     from connito.v1.run_pb2 import RunSpec
 
@@ -193,7 +193,7 @@ def _score_part(checked: Checked) -> npt.NDArray[Any]:
 
 
 def _activations(model: nn.Module, batch: npt.NDArray[Any]) -> int:
-    """Bytes that autograd keeps between forward and backward pass of one step, each storage once, parameters apart."""
+    """Return the bytes that autograd keeps between forward and backward pass of one step, each storage once, parameters apart."""
     import torch
 
     from connito.moe.head import Head
@@ -214,9 +214,11 @@ def _activations(model: nn.Module, batch: npt.NDArray[Any]) -> int:
 
 
 def _cycles_needed(checked: Checked, pilot: Pilot | None) -> int | None:
-    """Cycles until the objective, if every further cycle saves as much as earlier runs on this base say: the ratio of a
-    cycle's gain to the one before, 1 without such runs. None without an objective, without a pilot that surely helped, or
-    where the objective is out of reach at that ratio."""
+    """Return the cycles until the objective, None where it cannot be told.
+
+    Assumes that every cycle's gain has the ratio to the one before that earlier runs on this base show, 1 without them. That
+    takes an objective that is in reach at this ratio, and a pilot that surely helped.
+    """
     wanted = checked.job.objective.improvement
     if not wanted or pilot is None or pilot.low <= 0:
         return None
@@ -224,7 +226,7 @@ def _cycles_needed(checked: Checked, pilot: Pilot | None) -> int | None:
 
 
 def cycles_until(wanted: float, first: float, ratio: float) -> int | None:
-    """The least n with first·(1 + r + … + r^(n−1)) ≥ wanted; None if the sum never gets there."""
+    """Return the least n with first·(1 + r + … + r^(n−1)) ≥ wanted; None if the sum never gets there."""
     if ratio >= 1:
         return math.ceil(wanted / first)
     if first / (1 - ratio) <= wanted:
@@ -233,7 +235,7 @@ def cycles_until(wanted: float, first: float, ratio: float) -> int | None:
 
 
 def decay(context: JobContext) -> float:
-    """Median over runs on this base of a cycle's gain over the one before, as the demand signal has it; never 0, or one
+    """Return the median ratio of a cycle's gain to the one before, over runs on this base; never 0, or one
     cycle that gained nothing would mean that none ever will."""
     from connito.library.training_demand import decay as ratio_of
     from connito.library.training_demand import training_of
@@ -243,7 +245,7 @@ def decay(context: JobContext) -> float:
 
 
 def _duration(context: JobContext, checked: Checked, pilot: Pilot | None) -> tuple[float | None, str]:
-    """Seconds for all cycles: from runs on this base where there are any, scaled by the steps; else from the pilot's
+    """Return the seconds for all cycles, and their source: runs on this base, scaled by the steps, else the pilot's
     steps alone, which leaves validation out."""
     spec = checked.spec
     work = spec.training.local_steps * spec.training.batch_sequences * spec.training.sequence_length

@@ -1,4 +1,4 @@
-"""Reading a customer's text: files, folders and globs; plain text as passages, rows through a template."""
+"""Read a customer's text from files, folders and globs: plain text as passages, rows through a template."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Document:
 
 @dataclass
 class Reach:
-    """What came out of one source."""
+    """What was read from one source: files, rows, documents."""
 
     label: str
     files: int = 0
@@ -45,7 +45,7 @@ class Reach:
 
 
 def read_source(source: Source, number: int, root: Path) -> Reach:
-    """Every document of a source, in the order of its files' names. Paths are relative to `root`.
+    """Return every document of a source, in the order of its files' names. Paths are relative to `root`.
 
     Raises `NotFound` when no file is there, and `Invalid` naming file and line for what cannot be read: not UTF-8, not
     JSON, a template that asks for a field the row does not have.
@@ -85,7 +85,7 @@ def _files(source: Source, root: Path) -> list[Path]:
 
 
 def _texts(file: Path, template: str) -> Iterator[tuple[str, str]]:
-    """(`file:line`, text) of every row, or of every passage of a plain text."""
+    """Yield (`file:line`, text) of every row, or of every passage of a plain text."""
     kind = file.suffix.lower()
     if kind not in ROWS:
         if template:
@@ -116,7 +116,7 @@ def _csv_rows(file: Path, kind: str) -> Iterator[tuple[int, Any]]:
 
 
 def _plain(row: Any, where: str) -> str:
-    """A row without a template: a string, or an object's `text`."""
+    """Return the text of a row without a template: a string, or an object's `text`."""
     text = row.get("text") if isinstance(row, dict) else row
     if not isinstance(text, str):
         fields = f"; its fields are {', '.join(sorted(row))}" if isinstance(row, dict) else ""
@@ -125,7 +125,7 @@ def _plain(row: Any, where: str) -> str:
 
 
 def _fill(template: str, row: Any, where: str) -> str:
-    """The template with `{field}` and `{field.inner}` replaced; `{{` and `}}` are braces."""
+    """Return the template with `{field}` and `{field.inner}` replaced; `{{` and `}}` are braces."""
     if not isinstance(row, Mapping):
         raise _bad(f"{where} is {type(row).__name__}, not an object with fields for the template")
 

@@ -1,4 +1,4 @@
-"""`job.yaml`: what a customer asks for, in the customer's words. Everything the platform can fill in may be left out."""
+"""Schema of `job.yaml`, a customer's job. Everything that has a default may be left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 
 def parse_size(value: object) -> object:
-    """Bytes of `20 MB`, `1.5 GiB` or a number. Raises `ValueError` for anything else."""
+    """Return the bytes of `20 MB`, `1.5 GiB` or a number. Raises `ValueError` for anything else."""
     if not isinstance(value, str):
         return value
     found = _SIZE.fullmatch(value)
@@ -55,7 +55,7 @@ Cycles = Annotated[int, Field(le=MAX_CYCLES)]
 
 
 class _Strict(BaseModel):
-    """A typing mistake in a job costs a run: unknown fields are refused."""
+    """Refuse unknown fields: a typing mistake in a job costs a run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,7 +71,7 @@ class Source(_Strict):
 
     @property
     def label(self) -> str:
-        """How findings call it."""
+        """Name of the source in findings."""
         return self.name or self.path
 
 
@@ -111,7 +111,7 @@ class Privacy(_Strict):
 
 
 class Quorum(_Strict):
-    """How many must be there before the first cycle opens, and who may mine: anybody, keys on a list, or by invite."""
+    """Miners and validators that the first cycle waits for, and who may mine: anybody, keys on a list, or by invite."""
 
     miners: Annotated[int, _within("windows.min_miners")] = 1
     validators: Annotated[int, _within("windows.min_validators")] = 1
@@ -158,7 +158,7 @@ class Job(_Strict):
 
     @property
     def cycles(self) -> int:
-        """The cap on cycles: the smaller of objective and budget."""
+        """Largest number of cycles: the smaller of objective and budget."""
         return min(self.objective.max_cycles, self.budget.cycles or self.objective.max_cycles)
 
 
@@ -170,12 +170,12 @@ _OF_RUN_SPEC = {
 
 
 def is_job(content: Mapping[str, Any]) -> bool:
-    """Whether YAML content is meant as a `job.yaml`: unless it has what only a RunSpec has."""
+    """Return whether YAML content is a `job.yaml`: it has no field that only a RunSpec has."""
     return "data" in content or not _OF_RUN_SPEC & content.keys()
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `NotFound` for a missing one, `Invalid` for something else."""
+    """Return the mapping in a YAML file. Raises `NotFound` for a missing one, `Invalid` for something else."""
     import yaml
 
     try:
@@ -190,7 +190,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def read_job(file: Path) -> Job:
-    """The job in `file`. Raises `NotFound`, or `Invalid` that names every field that is wrong and what would be right."""
+    """Read the job in `file`. Raises `NotFound`, or `Invalid` that names every field that is wrong and what would be right."""
     return parse_job(read_yaml(file), str(file))
 
 
@@ -203,7 +203,7 @@ def read_run_spec(file: Path) -> RunSpec:
 
 
 def parse_job(content: object, where: str = "the job") -> Job:
-    """A job from plain data. Raises `Invalid` naming every field that is wrong."""
+    """Return a job from plain data. Raises `Invalid` naming every field that is wrong."""
     try:
         job = Job.model_validate(content)
     except ValidationError as error:
@@ -243,7 +243,7 @@ _MISSING = {
 
 
 def _known(path: tuple[Any, ...]) -> str:
-    """The fields that the mapping at `path`'s parent has."""
+    """Return the known fields of the mapping that `path` points into."""
     model: Any = Job
     for part in path[:-1]:
         if isinstance(part, str):

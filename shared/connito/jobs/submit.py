@@ -1,5 +1,4 @@
-"""Submitting a checked job: its corpora go into the store, each into the realm of those who may read it, and the run is
-asked for."""
+"""Submit a checked job: upload its corpora, each into the realm of those who may read it, and create the run."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ class Submitted:
     warnings: Sequence[Finding] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What `connito job submit --json` prints."""
+        """Return the document that `connito job submit --json` prints."""
         if self.uploaded_bytes is None:
             return {"run": self.run}
         return {
@@ -102,7 +101,7 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
 
 
 async def _base(checked: Checked, store: ArtifactStore, progress: Progress) -> BaseRef:
-    """The platform's base, or the one from this machine, put into its store."""
+    """Return the platform's base, or upload the one from this machine."""
     from connito.base.upload import upload_base
 
     context = checked.context

@@ -1,4 +1,4 @@
-"""A job's text, sorted: what trains, what probes, what is held out; duplicates gone, contamination found. No model yet.
+"""Split a job's text into training, probe and held-out text, without duplicates; find contamination. Needs no model.
 
 Everything is decided by the text and the job alone, so the same job prepared anywhere gives the same corpora.
 """
@@ -129,7 +129,7 @@ def _deduplicate(texts: Texts, job: Job, documents: list[Document]) -> list[Docu
 
 
 def _part(texts: Texts, job: Job, kept: list[Document], held: list[Document]) -> None:
-    """By the hash of the text alone, so that adding documents never moves another one."""
+    """Split by the hash of each text alone, so that adding documents never moves another one."""
     split = Split(job.split.probe, job.split.holdout)
     if job.holdout:
         # The smallest share that a split can have: the hold-out is given.
@@ -140,7 +140,7 @@ def _part(texts: Texts, job: Job, kept: list[Document], held: list[Document]) ->
 
 
 def _decontaminate(texts: Texts, job: Job) -> None:
-    """Training text that also occurs in the hold-out or a benchmark is dropped; where it is more than an accident, and
+    """Drop training text that also occurs in the hold-out or a benchmark; where it is more than an accident, and
     the customer gave the held-out text, the job is refused unless it says `contamination: drop`."""
     held = {"hold-out": texts.holdout, **{f"benchmark {name}": docs for name, docs in texts.benchmarks.items()}}
     for name, documents in held.items():
@@ -164,7 +164,7 @@ def _decontaminate(texts: Texts, job: Job) -> None:
 
 
 def _overlap(texts: Texts) -> None:
-    """A benchmark that is mostly the hold-out measures what the hold-out measures already, and says nothing more."""
+    """Warn of a benchmark that is mostly the hold-out, which adds no information."""
     held = [document.text for document in texts.holdout]
     for name, documents in texts.benchmarks.items():
         hit = contaminated([document.text for document in documents], held) if documents else []
@@ -184,7 +184,7 @@ def _without(documents: list[Document], held: list[Document]) -> list[Document]:
 
 
 def _part_general(texts: Texts, job: Job) -> None:
-    """Without replay all general text is held out; with it, most may be replayed, and none of that is held out."""
+    """Split general text: without replay all of it is held out; with it, most may be replayed and none of that is held out."""
     if not job.replay:
         return
     for domain, documents in texts.general.items():
@@ -194,7 +194,7 @@ def _part_general(texts: Texts, job: Job) -> None:
 
 
 def weighted(documents: list[Document], weights: Sequence[float]) -> list[Document]:
-    """Each document as often as its source's weight says, the fraction by the hash of its text. Order is kept.
+    """Repeat each document as its source's weight says, the fraction by the hash of its text. Order is kept.
 
     A batch draws sequences evenly, so a source of weight 2 is seen twice as often a document as one of weight 1.
     """

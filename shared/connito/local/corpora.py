@@ -29,7 +29,7 @@ _TINY_TEXT_SEED = 77_000
 
 @dataclass(frozen=True)
 class Plan:
-    """What is wanted. Sizes are tokens over probe, training and hold-out together."""
+    """Sizes and domains of the corpora to make. Sizes are tokens over probe, training and hold-out together."""
 
     base: str
     base_digest: str
@@ -41,23 +41,23 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse of `to_json`."""
+        """Return the plan of plain data, the inverse of `to_json`."""
         return cls(**{**data, "general": tuple(data["general"])})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the plan as plain data."""
         return asdict(self)
 
     @property
     def folder(self) -> Path:
-        """Where the corpora lie, made or not: named by everything that decides about their bytes."""
+        """Folder of the corpora, named by a digest of everything that determines their bytes."""
         decisive = {**self.to_json(), "base": "", "code": source_digest(*_MAKERS)}
         digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         return cache_root() / "corpora" / f"{self.target}-{digest[:12]}"
 
 
 def build_corpora(plan: Plan, progress: Callable[[str, float], None]) -> Path:
-    """`<domain>.<part>.safetensors` and `<domain>.json` with statistics, for every domain, unless they are there."""
+    """Write `<domain>.<part>.safetensors` and `<domain>.json` with statistics, for every domain, unless they are there."""
     from connito.base.loading import load_tokenizer
 
     with fresh_folder(plan.folder) as draft:
@@ -78,7 +78,7 @@ def build_corpora(plan: Plan, progress: Callable[[str, float], None]) -> Path:
 
 
 def _found(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[str, Corpus], str]:
-    """Real text: de-duplicated, split by document hash, decontaminated."""
+    """Prepare real text: de-duplicated, split by document hash, decontaminated."""
     from connito.data.domains import load_domain
     from connito.data.prepare import prepare_corpora, tokenizer_digest
 
@@ -95,7 +95,7 @@ def _found(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[s
 
 
 def _generated(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[str, Corpus], str]:
-    """Text of the tiny base's grammars, a seed for each part. Likeness means nothing here: few words make all of it."""
+    """Generate text of the tiny base's grammars, a seed for each part; few words make all of it, so likeness is not checked."""
     from connito.base.tiny import tiny_texts
     from connito.data.prepare import tokenizer_digest
 

@@ -1,4 +1,4 @@
-"""What `connito up` asks for when it is not told: sizes that fit two cores and six minutes, or a test."""
+"""Options of `connito up`, and the policies and sizes that go with its base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_PARTICIPANTS = 64
 
 @dataclass(frozen=True)
 class UpOptions:
-    """What was asked of `connito up`."""
+    """Options of `connito up`."""
 
     cycles: int = 3
     miners: int = 3
@@ -33,7 +33,7 @@ class UpOptions:
     overrides: tuple[str, ...] = ()
 
     def checked(self) -> UpOptions:
-        """Raises `Invalid` naming the option that cannot be."""
+        """Return the options if they are valid. Raises `Invalid` naming the one that is not."""
         for name, value, low, high in (
             ("--cycles", self.cycles, 1, MAX_CYCLES),
             ("--miners", self.miners, 1, MAX_PARTICIPANTS),
@@ -63,7 +63,7 @@ class UpOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """How the cores are shared: `slots` computations at a time, each with `threads` threads."""
+    """Share of the cores: `slots` computations at a time, each with `threads` threads."""
 
     slots: int
     threads: int
@@ -71,7 +71,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Texts:
-    """How much text to prepare, in tokens over probe, training and hold-out together."""
+    """Text to prepare, in tokens over probe, training and hold-out together."""
 
     target_tokens: int
     general_tokens: int
@@ -86,7 +86,7 @@ class Profile:
     small: bool = field(default=False)
 
     def machine(self, cores: int) -> Machine:
-        """A small model gains nothing from a second thread; a large one needs all cores for one step at a time."""
+        """Return the shares of the cores: one thread for each step of a small model, all cores for one step of a large one."""
         return Machine(cores, 1) if self.small else Machine(1, cores)
 
 

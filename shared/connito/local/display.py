@@ -1,4 +1,4 @@
-"""Where `connito up` shows what happens: a live picture on a terminal, plain lines anywhere else."""
+"""Progress display of `connito up`: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
 
 
 class Display(Protocol):
-    """What the run of `up` tells."""
+    """Receives the progress of a run."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Show a message."""
         ...
 
     def progress(self, what: str, share: float) -> None:
-        """How far something long has come, 0 to 1."""
+        """Show the progress of a long task, 0 to 1."""
         ...
 
     def fact(self, fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> None:
-        """Something new in the run's log."""
+        """Show a new fact of the run."""
         ...
 
     def tick(self) -> None:
-        """Time has passed."""
+        """Refresh what depends on the time."""
         ...
 
 
 class PlainDisplay:
-    """One line an event, for logs and pipes."""
+    """Prints one line per event, for logs and pipes."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -60,7 +60,7 @@ class PlainDisplay:
         print(f"[{time.monotonic() - self._began:6.1f} s] {text}", file=self._stream, flush=True)
 
     def progress(self, what: str, share: float) -> None:
-        """A line at the start and at every half, so that a log stays short."""
+        """Print a line at the start and at every half, so that a log stays short."""
         topic, step = what.split(",", maxsplit=1)[0], int(share * 2)
         if self._told.get(topic) != step:
             self._told[topic] = step
@@ -76,7 +76,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A picture of the run at the bottom of the terminal, with the lines that matter above it."""
+    """Shows a table of the run at the bottom of the terminal, and messages above it."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -124,7 +124,7 @@ class LiveDisplay:
 
 
 def choose_display(*, as_json: bool) -> Display:
-    """Live on a terminal; plain lines otherwise, on stderr when stdout is for one JSON document."""
+    """Return a live display on a terminal; plain lines otherwise, on stderr when stdout is for one JSON document."""
     if as_json:
         return PlainDisplay(sys.stderr)
     return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()

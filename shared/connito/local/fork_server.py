@@ -1,4 +1,4 @@
-"""One process that has imported torch and transformers, and forks a service whenever it is asked for one.
+"""A process that has imported torch and transformers and forks services on request.
 
 Importing them costs about five seconds of CPU and 400 MB per process; a fork costs milliseconds and shares the pages.
 That is safe as long as this process has never run a tensor operation and has a single thread: a child inherits memory
@@ -78,7 +78,7 @@ def preload(modules: Sequence[str]) -> None:
 
 
 def check_fork_safe(tasks: Path = Path("/proc/self/task")) -> None:
-    """Raises `Fatal` when this process has more than one thread, because a fork would then lose locks."""
+    """Raise `Fatal` when this process has more than one thread, because a fork would then lose locks."""
     threads = len(list(tasks.iterdir())) if tasks.is_dir() else 1
     if threads != 1:
         raise Fatal(
@@ -88,7 +88,7 @@ def check_fork_safe(tasks: Path = Path("/proc/self/task")) -> None:
 
 
 class ForkServer:
-    """The loop: spawn on request, report exits, end with the supervisor."""
+    """Event loop that spawns on request, reports exits and ends with the supervisor."""
 
     def __init__(self, control: socket.socket) -> None:
         self.control = control

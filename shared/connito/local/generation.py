@@ -1,4 +1,4 @@
-"""What the adapted model writes where the base wrote something else, on held-out documents: greedy, so that it repeats."""
+"""Continuations of held-out documents by base and adapted model, by greedy decoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 40
 def before_and_after(
     base: Path, state: Path, layers: Mapping[str, Sequence[int]], holdout: Path
 ) -> list[dict[str, Any]]:
-    """For the first held-out documents that are long enough, `{"prompt", "reference", "before", "after"}`.
+    """Return, for the first held-out documents that are long enough, `{"prompt", "reference", "before", "after"}`.
 
     `prompt` is the start of the document and `reference` how it goes on. `before` is `{"text", "loss"}` of the base: its
     own greedy continuation, and the loss of the reference given the prompt in nats per token; `after` the same with the
@@ -63,7 +63,7 @@ def _continue(model: Any, tokenizer: Any, document: list[int]) -> dict[str, Any]
 
 
 def markdown(report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> str:
-    """`generation.md`."""
+    """Return the text of `generation.md`."""
     first, last = report["totals"]["target_loss_first"], report["totals"]["target_loss_last"]
     losses = (
         f" Over the whole hold-out the loss went {first:.4f} → {last:.4f} nats per token." if first is not None else ""

@@ -1,4 +1,4 @@
-"""Who takes part on this machine: one key for each service, miner and validator, and the roster that names them."""
+"""Identities on this machine: one key for each service, miner and validator, and the roster that names them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _identity(data: DataDir, name: str, seed: int | None) -> Identity:
 
 
 def write_roster(data: DataDir, members: dict[str, Member]) -> Roster:
-    """Write roster.json for everybody who speaks for a role."""
+    """Write roster.json with the keys of every role."""
     keys: dict[str, set[str]] = {}
     for member in members.values():
         if member.role != "miner":

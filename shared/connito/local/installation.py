@@ -32,7 +32,7 @@ MODEL_SIDE = ("selector", "trainer", "validator", "aggregator")
 
 @dataclass(frozen=True)
 class Role:
-    """A service process to be: who runs it, which service, and the settings that only it gets."""
+    """Specification of a service process: its identity, service, and settings of its own."""
 
     member: Member
     service: str
@@ -40,7 +40,7 @@ class Role:
 
     @property
     def preloaded(self) -> bool:
-        """Whether it needs torch."""
+        """True if the service needs torch and is forked from the preloaded process."""
         return self.service in MODEL_SIDE
 
 
@@ -67,7 +67,7 @@ class Installation:
 
     @property
     def names(self) -> dict[str, str]:
-        """What each public key is called here."""
+        """Display names by public key."""
         return {member.identity.public: member.name for member in self.members.values()}
 
     async def __aenter__(self) -> Self:
@@ -103,7 +103,7 @@ class Installation:
         await asyncio.gather(streams.ensure(self.bus.js), self.store.ensure_bucket())
 
     def publish(self, **changes: Any) -> None:
-        """Tell other commands more about the platform."""
+        """Publish properties of the platform to other commands."""
         self.platform = replace(self.platform, **changes)
         self.data.write_platform(self.platform)
 
@@ -114,15 +114,15 @@ class Installation:
             await self.supervisor.start(self._program(role), self.fork_server if role.preloaded else plain)
 
     def services(self) -> list[Role]:
-        """One process for each service of the control plane."""
+        """Return one process for each service of the control plane."""
         return [Role(self.members[name], name, {}) for name in SERVICES]
 
     def validators(self) -> list[Role]:
-        """One process for each validator."""
+        """Return one process for each validator."""
         return [Role(m, "validator", {}) for m in self.members.values() if m.role == "validator"]
 
     def miners(self) -> list[Role]:
-        """One process for each miner. An adversary is a trainer that was told how to misbehave."""
+        """Return one process for each miner. An adversary is a trainer with a setting that makes it misbehave."""
         return [Role(m, "trainer", self._miner_settings(m)) for m in self.members.values() if m.role == "miner"]
 
     def _miner_settings(self, member: Member) -> dict[str, str]:
@@ -173,16 +173,16 @@ class Installation:
 
     @property
     def miner_cache(self) -> Path:
-        """Public artifacts only."""
+        """Cache of the miners, with public artifacts only."""
         return self.data.root / "cache-miners"
 
     def task_environment(self) -> dict[str, str]:
-        """The environment of a task: where to keep what is kept, and as many threads as one computation gets."""
+        """Return the environment of a task: its cache folder, and as many threads as one computation gets."""
         cache = {name: value for name, value in os.environ.items() if name == "CONNITO_CACHE_DIR"}
         return {**self._environment(), **cache, "CONNITO_TORCH_THREADS": str(self.machine.threads)}
 
     def _environment(self) -> dict[str, str]:
-        """The surrounding environment without settings that were meant for something else."""
+        """Return the surrounding environment without Connito's settings, and with the threads of this machine."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CONNITO_")}
         threads = str(self.machine.threads)
         return {
@@ -200,7 +200,7 @@ class Installation:
         return [broker_user(member.role, member.identity.public) for member in self.members.values()]
 
     def _store_secret(self) -> str:
-        """The store's secret key, made once for this data directory."""
+        """Return the store's secret key, made once for this data directory."""
         path = self.data.keys / "store.secret"
         if not path.exists():
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,4 @@
-"""Reading runs from the log: once, or for as long as they last."""
+"""Follow a run in the log until it ends."""
 
 from __future__ import annotations
 

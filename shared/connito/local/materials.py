@@ -1,4 +1,4 @@
-"""What a run needs before it can be asked for: a base model and corpora, in the cache and in the store."""
+"""Prepare base model and corpora of a run, in the cache and in the store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Materials:
     corpora: Path
 
     def corpus(self, domain: str, part: str) -> Path:
-        """The file of one corpus."""
+        """Return the file of one corpus."""
         return self.corpora / f"{domain}.{part}.safetensors"
 
 
@@ -75,7 +75,7 @@ async def run_task(
 
 
 async def _lines(descriptor: int) -> AsyncIterator[str]:
-    """Lines of a pipe until its other end closes."""
+    """Yield the lines of a pipe until its other end closes."""
     loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
     with os.fdopen(descriptor, "rb") as pipe:
         transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
@@ -149,7 +149,7 @@ def _link_base(cache: Cache, materials: Materials, entries: Iterable[FileEntry])
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system allows it. Ours are never written again; a stranger's folder is copied."""
+    """Make a hard link to a read-only file where the file system allows it, else copy."""
     with suppress(OSError):
         if source.stat().st_mode & 0o222 == 0:
             os.link(source, target)

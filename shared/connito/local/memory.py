@@ -1,4 +1,4 @@
-"""How much memory everything together takes: the sum of proportional set sizes, in which a shared page counts once."""
+"""Memory of a process tree: the sum of proportional set sizes, in which a shared page counts once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def tree_bytes(root: int) -> int:
-    """PSS of a process and all its descendants, in bytes; processes that end meanwhile are left out."""
+    """Return the PSS of a process and all its descendants, in bytes; processes that end meanwhile are left out."""
     import psutil
 
     total = 0
@@ -22,7 +22,7 @@ def tree_bytes(root: int) -> int:
 
 
 def pss_bytes(pid: int) -> int:
-    """PSS of one process; its resident size where the kernel has no /proc/<pid>/smaps_rollup; 0 when it is gone."""
+    """Return the PSS of one process; its resident size where the kernel has no /proc/<pid>/smaps_rollup; 0 when it is gone."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -46,13 +46,13 @@ class PeakMemory:
         self.peak_bytes = 0
 
     def sample(self) -> int:
-        """Look once."""
+        """Take one sample; return its bytes."""
         total = tree_bytes(os.getpid())
         self.peak_bytes = max(self.peak_bytes, total)
         return total
 
     async def run(self) -> None:
-        """Look every so often."""
+        """Take samples until cancelled."""
         while True:
             began = time.monotonic()
             await asyncio.to_thread(self.sample)

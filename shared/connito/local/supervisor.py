@@ -1,4 +1,4 @@
-"""Keeps servers and services running: restarts what died, stops everything it started."""
+"""Supervise servers and services: restart what died, stop everything at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOOK_EVERY = 0.25
 
 @dataclass
 class _Supervised:
-    """Something that is kept running."""
+    """State of a supervised process."""
 
     name: str
     log: Path
@@ -35,7 +35,7 @@ class _Supervised:
     deaths: list[float] = field(default_factory=list)
 
     def died(self, code: int, now: float) -> float:
-        """Seconds until the next start. Raises `Fatal` when there have been too many."""
+        """Return the seconds until the next start. Raises `Fatal` when there have been too many."""
         self.deaths = [*(then for then in self.deaths if now - then < GIVE_UP_WITHIN), now]
         if len(self.deaths) >= GIVE_UP_AFTER:
             raise Fatal(
@@ -58,7 +58,7 @@ class Supervisor:
 
     @property
     def restarts(self) -> dict[str, int]:
-        """How often each was started again; those that never died are left out."""
+        """Restarts by name, of processes that were restarted."""
         return {name: kept.restarts for name, kept in self._kept.items() if kept.restarts}
 
     def note(self, name: str, pid: int, log: Path) -> None:
@@ -148,7 +148,7 @@ class Supervisor:
 
 
 def last_lines(path: Path, count: int = 8) -> str:
-    """The end of a log, indented; empty when there is none."""
+    """Return the end of a log, indented; empty when there is none."""
     try:
         lines = path.read_text(errors="replace").splitlines()[-count:]
     except OSError:
@@ -157,5 +157,5 @@ def last_lines(path: Path, count: int = 8) -> str:
 
 
 def describe_exit(code: int) -> str:
-    """An exit code in words."""
+    """Return an exit code in words."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,4 +1,4 @@
-"""Work that needs torch or much memory, each in a process of its own: `python -m connito.local.tasks NAME JSON`.
+"""Run tasks that need torch or much memory, each in a process of its own: `python -m connito.local.tasks NAME JSON`.
 
 What it prints on stdout are JSON lines: `{"progress": [what, share]}` while it works, then `{"result": …}`, or
 `{"error": {"type", "message"}}` for an error that has a meaning.
@@ -24,7 +24,7 @@ def build_base(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def manifest(params: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a folder that somebody else made."""
+    """Write the manifest of a folder with a base model."""
     from connito.base.checks import check_base
     from connito.data.manifest import build_manifest
 
@@ -34,14 +34,14 @@ def manifest(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def corpora(params: dict[str, Any]) -> dict[str, Any]:
-    """Tokenised corpora of all domains into the cache."""
+    """Build the tokenised corpora of all domains in the cache."""
     from connito.local.corpora import Plan, build_corpora
 
     return {"folder": str(build_corpora(Plan.from_json(params), _progress))}
 
 
 def generate(params: dict[str, Any]) -> dict[str, Any]:
-    """Continuations of held-out documents by the base and by the adapted model."""
+    """Continue held-out documents with the base and with the adapted model."""
     from connito.local.generation import before_and_after
 
     examples = before_and_after(
@@ -80,7 +80,7 @@ def main(name: str, params: dict[str, Any]) -> None:
 
 
 def read_lines(lines: Iterator[str], progress: Callable[[str, float], None]) -> dict[str, Any] | None:
-    """The result among a task's output lines; None when there is none. Raises the error that the task reported."""
+    """Return the result among a task's output lines, None without one. Raises the error that the task reported."""
     from connito import errors
 
     for line in lines:

@@ -87,7 +87,7 @@ def stop(data: DataDir, seconds: float = 30.0) -> int | None:
 
 
 def summary(report: dict[str, Any], options: UpOptions) -> str:
-    """The last lines on the terminal: what came out, and where it is."""
+    """Return the summary of a run for the terminal: losses, costs and files."""
     data, totals = DataDir.open(options.data_dir), report["totals"]
     first, last = totals["target_loss_first"], totals["target_loss_last"]
     lines = [f"\n{report['run']}: {report['outcome']['status']} after {len(report['cycles'])} cycles"]
@@ -112,7 +112,7 @@ def summary(report: dict[str, Any], options: UpOptions) -> str:
 
 
 def check_outcome(report: dict[str, Any], logs: Path) -> None:
-    """Raise what a run that did not complete means for a command: `Retry` when people or the store were missing,
+    """Raise the error of a run that did not complete: `Retry` when participants or the store were missing,
     `Invalid` when the job itself cannot be done, `Fatal` otherwise."""
     outcome = report["outcome"]
     if outcome["status"] == "completed":
@@ -147,7 +147,7 @@ async def _interruptible(work: Callable[[], Awaitable[T]]) -> T:
 
 
 class _Up:
-    """One `connito up`."""
+    """State of one `connito up`."""
 
     def __init__(self, options: UpOptions, data: DataDir, display: Display, *, stay: bool = False) -> None:
         self.options, self.data, self.display, self.stay = options, data, display, stay
@@ -155,7 +155,7 @@ class _Up:
         self.began = time.monotonic()
 
     async def run(self) -> dict[str, Any]:
-        """Everything; with `stay`, go on serving after the run has ended."""
+        """Run the whole job and return its report; with `stay`, go on serving after the run has ended."""
         from connito.local.identities import participants
         from connito.local.installation import Installation
         from connito.local.memory import PeakMemory
@@ -210,7 +210,7 @@ class _Up:
         return report
 
     async def _run_id(self, installation: Installation) -> str:
-        """The domain and the seed, or the time; numbered where the log already holds a run of that name."""
+        """Return an id of domain and seed, or time; numbered where the log already holds a run of that name."""
         from connito.platform.log import read_log
 
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
@@ -219,7 +219,7 @@ class _Up:
         return next(run for run in (name, *(f"{name}-{n}" for n in range(2, 10_000))) if run not in known)
 
     async def _cancel_unfinished(self, installation: Installation) -> None:
-        """A run that an earlier, killed `up` left behind would compete for the machine."""
+        """Cancel runs that an earlier, killed `up` left behind: they would compete for the machine."""
         from connito.platform.log import read_log
 
         log = await read_log(installation.bus, installation.roster)
@@ -317,7 +317,7 @@ class _Up:
         return examples
 
     def _lap(self, phase: str) -> None:
-        """Seconds since the last lap go to `phase`."""
+        """Record the seconds since the last phase as those of `phase`."""
         self.seconds[phase] = round(time.monotonic() - self.began - sum(self.seconds.values()), 2)
 
 
@@ -364,7 +364,7 @@ def _decode(text: str) -> UpOptions:
 
 
 def _main() -> None:
-    """The detached process of `--no-wait`."""
+    """Run the detached process of `--no-wait`."""
     from connito.local.display import PlainDisplay
     from connito.runtime.exits import explained
 

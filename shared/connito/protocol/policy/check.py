@@ -1,4 +1,4 @@
-"""What a customer asks for, held against the law: everything that cannot work, each with field and remedy."""
+"""Check a run's spec against the law of policies: every fault, with field and remedy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from connito.wire.subjects import INSTALLATION, check_token
 
 @dataclass(frozen=True)
 class Fault:
-    """One field of a spec that cannot be as it is."""
+    """Fault of one field of a spec."""
 
     field: str
     problem: str

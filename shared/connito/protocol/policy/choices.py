@@ -1,4 +1,4 @@
-"""The words that a policy may say, and the default where more than the law needs it.
+"""Choices of policies, and the default where more than the law needs it.
 
 Imports nothing of the project: whoever implements a choice reads it here, and so does the command line.
 """

@@ -1,4 +1,4 @@
-"""Defaults and limits of every run policy, one row a field. What a field means stands in proto/connito/v1/run.proto.
+"""Defaults and limits of every run policy, one row a field. The meaning of fields is in proto/connito/v1/run.proto.
 
 A policy that is left out altogether takes every default. In one that is given, a zero means "default" where zero makes
 no sense (a learning rate) and means zero where it does (a weight decay).
@@ -169,7 +169,7 @@ def fill(spec: RunSpec, customer: str = "") -> None:
 
 
 def _left_out(spec: RunSpec, path: str, rule: Number | Choice) -> bool:
-    """Say whether a field takes its default: absent where the schema tells that from 0, else 0 where 0 is no value."""
+    """Return whether a field takes its default: absent where the schema tells that from 0, else 0 where 0 is no value."""
     policy, name = path.split(".")
     part = getattr(spec, policy)
     if part.DESCRIPTOR.fields_by_name[name].has_presence:
