@@ -14,7 +14,7 @@ from connito.protocol import bans
 from connito.protocol.policy.check import complete
 from connito.runtime.limits import RateLimit
 from connito.service.engine import now_ms
-from connito.service.rpc import open_request
+from connito.service.rpc import check_fresh, open_request
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.facts import RunFacts
@@ -31,8 +31,6 @@ NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
 # How long a mutation waits to see its own fact in this replica's projection.
 SEE_SECONDS = 5.0
 MAX_WHY = 500
-# How old, or how far ahead, an order about a key may be.
-ORDER_MS = 300_000
 
 
 class RunApi(services_pb2_grpc.RunServiceServicer):
@@ -154,12 +152,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         order, signer = open_request(request.envelope, bans.ORDER_SUBJECT, run_pb2.BanOrder)
         self._limit.take(signer)
         # Orders stand in the log, where everybody reads them: an old one is no order any more.
-        issued = request.envelope.issued_at_unix_ms
-        if abs(self._clock() - issued) > ORDER_MS:
-            raise Invalid(
-                "the order was not signed just now; sign it again, and check the clock with `connito doctor`",
-                reason=reasons_pb2.REASON_NOT_PERMITTED,
-            )
+        check_fresh(request.envelope, self._clock(), reasons_pb2.REASON_NOT_PERMITTED)
         if not is_public_key(order.miner):
             raise Invalid(f"{order.miner[:80]!r} is not a public key (U…); `connito status` shows miners' keys")
         if len(order.why) > MAX_WHY or not order.why.isprintable():

@@ -17,15 +17,20 @@ from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.roster import OPERATOR, Roster
 
-from .state import NOTICES, Catalogue
+from .state import NOTICES, Catalogue, summarise
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["LibraryService"].full_name
-# A read request older or newer than this is refused, so that a copied one soon opens nothing.
-FRESH_MS = 300_000
 # Roles whose holders speak for the operator, who may say anything about any expert.
 OPERATORS = ("library", "coordinator", OPERATOR)
 # The run that facts on data sources, which belong to no run, are written under.
 NO_RUN = "library"
+
+_Read = (
+    services_pb2.GetExpertRequest
+    | services_pb2.ListExpertsRequest
+    | services_pb2.SearchExpertsRequest
+    | services_pb2.GetLedgerRequest
+)
 
 
 class Library(services_pb2_grpc.LibraryServiceServicer):
@@ -41,8 +46,8 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         self, request: services_pb2.GetExpertRequest, context: Any
     ) -> services_pb2.GetExpertResponse:
         """One expert with its record. `NotFound` for an unknown id, `Retry` when the store is away."""
-        fact = self._catalogue.fact(request.expert_id, self._viewer(request, "viewer"))
-        expert = self._catalogue.get(request.expert_id, self._viewer(request, "viewer"))
+        fact = self._catalogue.fact(request.expert_id, self._viewer(request))
+        expert = summarise(fact)
         record = await self._store.get_bytes(expert.record)
         attestation, standing = "", self._catalogue.standing(request.expert_id)
         envelope = self._catalogue.envelopes.get(request.expert_id)
@@ -61,14 +66,14 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         self, request: services_pb2.ListExpertsRequest, context: Any
     ) -> services_pb2.ListExpertsResponse:
         """A page of experts in the order of their deposit. `Invalid` for a foreign page token."""
-        experts, token = self._catalogue.page(request.page_size, request.page_token, self._viewer(request, "viewer"))
+        experts, token = self._catalogue.page(request.page_size, request.page_token, self._viewer(request))
         return services_pb2.ListExpertsResponse(experts=experts, next_page_token=token)
 
     async def SearchExperts(  # noqa: N802
         self, request: services_pb2.SearchExpertsRequest, context: Any
     ) -> services_pb2.SearchExpertsResponse:
         """A page of experts by words and domain, best first. `Invalid` for a foreign page token."""
-        hits, token = self._catalogue.search(request, self._viewer(request, "viewer"))
+        hits, token = self._catalogue.search(request, self._viewer(request))
         return services_pb2.SearchExpertsResponse(hits=hits, next_page_token=token)
 
     async def MarkExpert(  # noqa: N802
@@ -76,7 +81,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
     ) -> services_pb2.MarkExpertResponse:
         """Write a notice into the log. Its owner may, and the operator. Raises `Invalid`, `NotFound`."""
         command, signer = rpc.open_request(request.envelope, "rpc.MarkExpert", services_pb2.MarkExpertCommand)
-        self._fresh(request.envelope)
+        rpc.check_fresh(request.envelope, self._now_ms())
         if command.kind not in NOTICES or not command.reason.strip():
             raise Invalid("say what of it and why: a statement without a reason helps nobody")
         of_source = command.kind in (run_pb2.NOTICE_KIND_OPTED_OUT, run_pb2.NOTICE_KIND_OPTED_IN)
@@ -105,7 +110,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
     ) -> services_pb2.MeterUseResponse:
         """Write a use into the log, once however often it is sent. Raises `Invalid`, `NotFound`."""
         command, signer = rpc.open_request(request.envelope, "rpc.MeterUse", services_pb2.MeterUseCommand)
-        self._fresh(request.envelope)
+        rpc.check_fresh(request.envelope, self._now_ms())
         if not any(signer in members for members in self._roster.keys.values()):
             raise Invalid(f"{signer} is not in the operator's roster", reason=reasons_pb2.REASON_NOT_PERMITTED)
         if not command.verb or not 1 <= command.units <= 1_000_000:
@@ -126,20 +131,15 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         self, request: services_pb2.GetLedgerRequest, context: Any
     ) -> services_pb2.GetLedgerResponse:
         """Uses of an expert and whom they are credited to. `NotFound` for an unknown id."""
-        return self._catalogue.ledger(request.expert_id, self._viewer(request, "viewer"))
+        return self._catalogue.ledger(request.expert_id, self._viewer(request))
 
-    def _viewer(self, request: Any, name: str) -> Viewer:
-        """Whoever signed the request; nobody where nobody did."""
-        if not request.HasField(name):
+    def _viewer(self, request: _Read) -> Viewer:
+        """Return whoever signed the request; nobody where nobody did."""
+        if not request.HasField("viewer"):
             return Viewer()
-        envelope = getattr(request, name)
-        _, signer = rpc.open_request(envelope, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand)
-        self._fresh(envelope)
+        _, signer = rpc.open_request(request.viewer, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand)
+        rpc.check_fresh(request.viewer, self._now_ms())
         return Viewer(signer, self._roster.memberships(signer))
-
-    def _fresh(self, envelope: Envelope) -> None:
-        if abs(self._now_ms() - envelope.issued_at_unix_ms) > FRESH_MS:
-            raise Invalid("the request was signed more than five minutes ago or from now: check the clock, sign again")
 
 
 def _id(envelope: Envelope) -> str:

@@ -26,7 +26,7 @@ from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.identity import Identity
-from connito.wire.subjects import SECURITY_ROOT
+from connito.wire.subjects import SECURITY_ROOT, inbox_prefix
 from connito.wire.tls import PLAIN, Tls, refusal, required
 
 log = get_logger("bus")
@@ -38,7 +38,7 @@ _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"
 
 
 class Connection:
-    """Wraps a NATS client. Subjects of one identity's replies lie under `_INBOX.<public key>`, so that a broker which
+    """Wraps a NATS client. Subjects of one identity's replies lie under its inbox prefix, so that a broker which
     grants each user its own inbox keeps replies private."""
 
     def __init__(self, url: str, identity: Identity | None, name: str, tls: Tls = PLAIN) -> None:
@@ -60,7 +60,7 @@ class Connection:
         if self.identity is not None:
             # The client library's own nkey login signs any nonce; ours refuses one that is crafted to be a signature.
             self.nc._public_nkey = self.identity.public
-            options = {"signature_cb": self._sign, "inbox_prefix": f"_INBOX.{self.identity.public}"}
+            options = {"signature_cb": self._sign, "inbox_prefix": inbox_prefix(self.identity.public)}
         if self.tls.own or self.url.startswith("tls://"):
             self._context = options["tls"] = self.tls.context()
         try:

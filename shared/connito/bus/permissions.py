@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES
-from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT
+from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, inbox_prefix
 from connito.wire.verification import CATALOGUE, INGRESS
 
 # What a miner needs in order to take part: not what validators tell each other, nor what other miners say.
@@ -44,11 +44,6 @@ class Permissions:
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
     deny_publish: tuple[str, ...] = ()
-
-
-def inbox_prefix(key: str) -> str:
-    """Where `key` receives replies. Nobody else may subscribe there."""
-    return f"_INBOX.{key}"
 
 
 def permissions(role: str, key: str) -> Permissions:

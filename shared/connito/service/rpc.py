@@ -35,6 +35,8 @@ R = TypeVar("R")
 REASON_KEY = "connito-reason"
 _REASONS = frozenset(reasons.Reason.keys())
 AFTER_KEY = "connito-retry-after"
+# How old, or how far ahead, a request may be.
+FRESH_MS = 300_000
 _OPTIONS = [
     ("grpc.max_receive_message_length", 2 * MAX_ENVELOPE_BYTES),
     ("grpc.so_reuseport", 0),
@@ -239,3 +241,13 @@ def open_request(
             reason=reasons.REASON_NOT_PERMITTED,
         )
     return opened.read(message_type), opened.signer
+
+
+def check_fresh(envelope: Envelope, now_ms: int, reason: reasons.Reason.ValueType = reasons.REASON_MALFORMED) -> None:
+    """Raise `Invalid` for a request that was not signed just now, so that a copied one soon opens nothing."""
+    if abs(now_ms - envelope.issued_at_unix_ms) > FRESH_MS:
+        raise Invalid(
+            "the request was not signed just now but more than five minutes ago or from now; sign it again, and check "
+            "the clock with `connito doctor`",
+            reason=reason,
+        )

@@ -92,3 +92,8 @@ def parse_ingress(subject: str) -> tuple[str, str, str]:
     if len(parts) != 6 or ".".join(parts[:2]) != ROOT or parts[3] != "ingress":
         raise Invalid(f"{subject!r} is not an ingress subject")
     return parts[2], parts[4], parts[5]
+
+
+def inbox_prefix(key: str) -> str:
+    """Return where `key` receives the broker's replies. Nobody else may subscribe there."""
+    return f"_INBOX.{key}"
