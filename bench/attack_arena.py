@@ -1,4 +1,4 @@
-"""Where attacks are tried: a tiny base, real local training, and the production path from an upload to a new version.
+"""Test bed for attacks: a tiny base, real local training, and the production path from an upload to a new version.
 
 Everything that judges is the code that services run: the committer's look into a file, scoring on the full model by the
 drawn sequences, the validators' reports, consensus, copies, rewards, candidates and the gate. Only the broker and the
@@ -57,7 +57,7 @@ Lie = Callable[[cycle_pb2.ScoreReport], None]
 
 @dataclass(frozen=True)
 class Upload:
-    """What a miner reveals, in the order in which everybody committed."""
+    """A miner's upload, in the order of commitment."""
 
     miner: str
     path: Path
@@ -66,7 +66,7 @@ class Upload:
 
 @dataclass
 class Standing:
-    """Where a run stands before a cycle: state and outer momentum as files, and the state before that."""
+    """The state of a run before a cycle: state and outer momentum as files, and the state before that."""
 
     state: Path
     momentum: Path | None = None
@@ -82,19 +82,19 @@ class Played:
 
     @cached_property
     def verdicts(self) -> dict[str, cycle_pb2.Verdict]:
-        """By miner."""
+        """Return the deltas by miner."""
         return {verdict.miner: verdict for verdict in self.merged.scored.verdicts}
 
     def reason(self, miner: str) -> reasons_pb2.Reason.ValueType:
-        """The reason a miner is told; 0 for work that is merged."""
+        """Return the reason a miner is told; 0 for work that is merged."""
         return self.refused[miner].reason if miner in self.refused else self.verdicts[miner].reason
 
     def reward(self, miner: str) -> int:
-        """Units earned."""
+        """Return units earned."""
         return 0 if miner in self.refused else self.verdicts[miner].reward
 
     def loss(self, domain: str, side: str = "after") -> float:
-        """Of the report subset, nats per token; of the general domains together for `general`."""
+        """Return the loss on the report subset, nats per token; of the general domains together for `general`."""
         wanted = [x for x in self.merged.version.losses if (x.domain == TARGET) == (domain == TARGET)]
         return float(np.mean([getattr(entry, side) for entry in wanted]))
 
@@ -110,7 +110,7 @@ class Arena:
 
     @cached_property
     def spec(self) -> run_pb2.RunSpec:
-        """The policy that `connito up --base tiny` takes, over this world's domains."""
+        """Return the policy that `connito up --base tiny` takes, over this world's domains."""
         spec = profile(UpOptions(base="tiny", miners=HONEST).checked()).spec
         spec.run, spec.domain, spec.emission = RUN, TARGET, EMISSION
         spec.holdout.domain = TARGET
@@ -118,17 +118,17 @@ class Arena:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """What the target is made of."""
+        """Return the domains that the target consists of."""
         return WORLDS[self.world]
 
     @cached_property
     def selection(self) -> Selection:
-        """Experts that the target uses most."""
+        """Return experts that the target uses most."""
         return self.rig.select(self.domains, EXPERTS_PER_LAYER)
 
     @cached_property
     def held(self) -> dict[str, Tokens]:
-        """Held-out sequences by domain, the target first."""
+        """Return held-out sequences by domain, the target first."""
         target = np.concatenate([self.rig.held(domain, 96 // len(self.domains)) for domain in self.domains])
         return {TARGET: target, **{domain: self.rig.held(domain, 48) for domain in GENERAL}}
 
@@ -149,7 +149,7 @@ class Arena:
 
     @property
     def score_bench(self) -> SubmissionEvaluator:
-        """The full model and hold-outs of a validator."""
+        """Return the full model and hold-outs of a validator."""
         return self._benches[0]
 
     @cached_property
@@ -159,7 +159,7 @@ class Arena:
         return compress(self.rig.model(), self.selection, self.selection.helpers)
 
     def start(self) -> Standing:
-        """θ_0."""
+        """Return θ_0."""
         from connito.moe.evaluate import Evaluator
         from connito.moe.state import save_state
 
@@ -169,12 +169,12 @@ class Arena:
         return Standing(path)
 
     def drawn(self, cycle: int) -> Tokens:
-        """The target sequences that the beacon draws in a cycle."""
+        """Return the target sequences that the beacon draws in a cycle."""
         numbers = self._benches[0].draw(_seed(self.rig.seed, cycle))[TARGET]
         return self.held[TARGET][numbers]
 
     def shard(self, miner: int, cycle: int, steps: int = 0) -> Tokens:
-        """A miner's own text [H, B, L + 1]; of one domain where miners differ."""
+        """Return a miner's own text [H, B, L + 1]; of one domain where miners differ."""
         policy = self.spec.training
         domain = self.domains[miner % len(self.domains)]
         count = (steps or policy.local_steps) * policy.batch_sequences
@@ -182,7 +182,7 @@ class Arena:
         return batched(text(domain, count, seed, LENGTH), policy.batch_sequences)
 
     def train(self, state: Path, batches: Tokens, rate: float = 1.0) -> State:
-        """The trainer's local steps, at `rate` times the policy's learning rate."""
+        """Return the trainer's local steps, at `rate` times the policy's learning rate."""
         from connito.moe.resident import write_targets
         from connito.moe.state import load_state
         from connito.moe.training import train_local
@@ -194,7 +194,7 @@ class Arena:
         )[0]
 
     def sabotage(self, state: Path, good: Tokens, harmed: Tokens, rate: float = 4e-3, ceiling: float = 8.0) -> State:
-        """Steps down on the loss of `good` and up on that of `harmed`, both [H, B, L + 1], up to a ceiling of nats."""
+        """Train down on the loss of `good` and up on that of `harmed`, both [H, B, L + 1], up to a ceiling of nats."""
         import torch
         from connito.moe.resident import read_targets, write_targets
         from connito.moe.state import load_state
@@ -211,7 +211,7 @@ class Arena:
         return {name: rows.detach().clone() for name, rows in read_targets(model).items()}
 
     def honest(self, standing: Standing, cycle: int) -> list[State]:
-        """What the honest miners make of a state."""
+        """Return the honest miners' results from a state."""
         digest = _digest(standing.state)
         for miner in range(HONEST):
             if (digest, cycle, miner) not in self._work:
@@ -221,7 +221,7 @@ class Arena:
     def play(
         self, cycle: int, standing: Standing, uploads: Sequence[Upload], validators: int, lies: Mapping[int, Lie]
     ) -> Played:
-        """A cycle from its uploads to its version. The last validators tell the `lies`, by their number."""
+        """Return a cycle from its uploads to its version. The last validators tell the `lies`, by their number."""
         facts = self._facts(cycle, standing, validators)
         refused, settled, files = {}, [], {}
         for place, upload in enumerate(uploads):
@@ -241,7 +241,9 @@ class Arena:
         return Played(merged, refused)
 
     def naive(self, standing: Standing, uploads: Sequence[Upload]) -> tuple[float, float]:
-        """(target, general) loss when every file that loads is averaged and published: nothing is scored or gated."""
+        """Return (target, general) loss when every file that loads is averaged and published: nothing is scored or
+        gated.
+        """
         readable = []
         for upload in uploads:
             try:
@@ -304,7 +306,7 @@ class Arena:
 
 
 def model_loss(model: Any, batch: Tokens) -> Any:
-    """Mean nats per token of sequences [B, L + 1], with its graph."""
+    """Return mean nats per token of sequences [B, L + 1], with its graph."""
     import torch
 
     ids = torch.from_numpy(batch.astype(np.int64))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What an attacker has to work with. `victims` are the honest results of the cycle, in the order of commitment."""
+    """The knowledge of an attacker. `victims` are the honest results of the cycle, in the order of commitment."""
 
     arena: Arena
     cycle: int
@@ -68,7 +68,7 @@ def _length(delta: State) -> float:
 
 
 def _noise(know: Knowledge, length: float) -> State:
-    """Gaussian noise of a given length over all tensors together."""
+    """Return gaussian noise of a given length over all tensors together."""
     import torch
 
     drawn = _map(know, lambda _, rows: torch.from_numpy(know.rng.standard_normal(rows.shape, dtype=np.float32)))
@@ -77,7 +77,7 @@ def _noise(know: Knowledge, length: float) -> State:
 
 
 def mixed(know: Knowledge, parts: Mapping[int, float], noise: float = 0.0, own: float = 0.0) -> State:
-    """θ_t plus a combination of what victims did, plus noise in units of the first one's length, plus own work."""
+    """Return θ_t plus a combination of what victims did, plus noise in units of the first one's length, plus own work."""
     deltas = {victim: _delta(know, victim) for victim in parts}
     blur = _noise(know, noise * _length(deltas[next(iter(parts))])) if noise else None
     mine = know.arena.train(know.standing.state, know.arena.shard(HONEST, know.cycle)) if own else None
@@ -100,7 +100,7 @@ def _scaled_own(know: Knowledge, factor: float) -> State:
 
 
 def _extrapolated(know: Knowledge) -> State:
-    """The last published step once more: nobody has to train for that."""
+    """Return the last published step once more, without training."""
     from connito.moe.state import load_state
 
     if know.standing.previous is None:
@@ -110,20 +110,22 @@ def _extrapolated(know: Knowledge) -> State:
 
 
 def _backdoor(know: Knowledge) -> State:
-    """Down on the target's loss and up on that of general text, in every step: useful work that breaks other domains."""
+    """Return lower the target's loss and raise that of general text, in every step: useful work that breaks other
+    domains.
+    """
     own = know.arena.shard(HONEST, know.cycle, 16)
     general = np.concatenate([text(domain, 32, 70_000 + know.cycle, LENGTH) for domain in GENERAL])
     return know.arena.sabotage(know.standing.state, own, batched(know.rng.permutation(general), own.shape[1]))
 
 
 def _overfitted(know: Knowledge, table: Tokens) -> State:
-    """Three times the honest steps on a few sequences."""
+    """Train three times the honest steps on a few sequences."""
     rows = np.concatenate([table] * 8)[: 24 * 4]
     return know.arena.train(know.standing.state, batched(know.rng.permutation(rows), 4))
 
 
 def _split_sybils(know: Knowledge) -> list[State]:
-    """One share of work, handed in three times with noise of 30 % of its length."""
+    """Return one share of work, handed in three times with noise of 30 % of its length."""
     mine = _own(know)
     delta = {name: mine[name] - rows for name, rows in know.theta.items()}
     blurs = [_noise(know, 0.3 * _length(delta)) for _ in range(3)]
@@ -140,7 +142,7 @@ def _rival(report: cycle_pb2.ScoreReport) -> None:
 
 
 def _frame(report: cycle_pb2.ScoreReport) -> None:
-    """Every later miner seems to do what the first one did."""
+    """Report for every later miner the effect of the first one."""
     first, *others = report.scores
     for entry in others:
         del entry.losses[:]
@@ -180,7 +182,7 @@ def _with_header(text_: bytes, body: bytes) -> bytes:
 
 
 def _bomb(know: Knowledge, data: bytes) -> bytes:
-    """A header that says it is as long as memory is."""
+    """Return a header that says it is as long as memory is."""
     return (1 << 40).to_bytes(8, "little") + data[8:]
 
 
@@ -266,7 +268,7 @@ def _noise_like(know: Knowledge) -> State:
 
 
 def _nudged(know: Knowledge) -> State:
-    """A friend's worthless file: the state with a little noise."""
+    """Return a friend's worthless file: the state with a little noise."""
     blur = _noise(know, 0.1 * _length(_delta(know, 0)))
     return _map(know, lambda name, rows: rows + blur[name])
 

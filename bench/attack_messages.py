@@ -51,34 +51,34 @@ class Desk:
         self.put("run", 0, "selected", run_pb2.SelectionMade(run=RUN, initial_state=_ref("0")))
 
     def put(self, section: str, cycle: int, kind: str, message: Message, id_: str = "") -> None:
-        """A fact of a service."""
+        """Publish a fact of a service."""
         place = len(self.facts.facts) + 1
         self.facts.add(Fact(RUN, FactKey(section, cycle, kind, id_), message, "", section.upper(), place, 0))
 
     def enrol(self) -> Identity:
-        """A new miner."""
+        """Return a new miner."""
         identity = Identity.generate()
         enrolled = run_pb2.MinerEnrolled(run=RUN, miner=identity.public)
         self.put("run", 0, "miner", enrolled, identity.public)
         return identity
 
     def open(self, window: str, cycle: int) -> None:
-        """A window begins."""
+        """Open a window."""
         self.put(window, cycle, "opened", cycle_pb2.WindowOpened(run=RUN, cycle=cycle, state=_ref(str(cycle - 1))))
 
     def close(self, window: str, cycle: int, committed: tuple[str, ...] = ()) -> None:
-        """A window ends here, and is settled."""
+        """Close and settle a window."""
         last = cycle_pb2.WindowClosed(run=RUN, cycle=cycle, stream="INGRESS", last_sequence=self.sequence)
         self.put(window, cycle, "closed", last)
         self.put(window, cycle, "settled", cycle_pb2.WindowSettled(run=RUN, cycle=cycle, committed=committed))
 
     def say(self, identity: Identity, kind: str, message: Message) -> str:
-        """What a miner is answered: `accepted`, or the reason."""
+        """Return the answer to a miner's message: `accepted`, or the reason."""
         subject = ingress(RUN, identity.public, kind)
         return self.store(subject, seal(identity, subject, message).SerializeToString())
 
     def store(self, subject: str, data: bytes) -> str:
-        """The same for bytes that somebody put on a subject."""
+        """Return the same for bytes that somebody put on a subject."""
         self.sequence += 1
         try:
             fact = verify_ingress(Record("INGRESS", self.sequence, subject, data, 0))
@@ -112,7 +112,7 @@ def _rates(hostile: list[bool], honest: list[bool]) -> dict[str, Any]:
 
 
 def replays(quick: bool) -> dict[str, Any]:
-    """Old commitments said again, somebody else's bytes, and somebody else's digest opened with its own opening."""
+    """Replay old commitments, other miners' bytes, and other miners' digests with their own openings."""
     hostile, honest = [], []
     for trial in range(20 if quick else 200):
         desk, salt = Desk(), trial.to_bytes(32, "big")
@@ -137,7 +137,7 @@ def replays(quick: bool) -> dict[str, Any]:
 
 
 def wrong_windows(quick: bool) -> dict[str, Any]:
-    """Too early, too late, unasked."""
+    """Send messages too early, too late and unasked."""
     hostile, honest = [], []
     for trial in range(20 if quick else 200):
         desk, salt = Desk(), trial.to_bytes(32, "big")
@@ -161,7 +161,7 @@ def wrong_windows(quick: bool) -> dict[str, Any]:
 
 
 def withheld(quick: bool) -> dict[str, Any]:
-    """The last of three validators sees both seeds and reveals only where its friend does better.
+    """Let the last of three validators see both seeds and reveal only where its friend does better.
 
     The friend's gain on a draw is standard normal here: `model` is what one choice between two draws is worth in
     standard deviations of a draw (the expected maximum of two is 1/√π = 0.56), at the price of the validator's seat.
@@ -184,7 +184,7 @@ def withheld(quick: bool) -> dict[str, Any]:
 
 
 def poisoned(quick: bool) -> dict[str, Any]:
-    """A message id is taken before its owner uses it: ids that can be guessed, and the ids that are used here."""
+    """Take message ids before their owner uses them: guessable ids, and the ids that are used here."""
     return asyncio.run(_poisoned(10 if quick else 100))
 
 
@@ -220,7 +220,7 @@ async def _raw(bus: Bus, identity: Identity, message_id: str, data: bytes) -> bo
 
 
 def flooded(quick: bool) -> dict[str, Any]:
-    """One key says as much as it can while others commit: their delay, and how long the committer works it off."""
+    """Return flood with one key while others commit; measure their delay and the committer's backlog."""
     return asyncio.run(_flooded(500 if quick else 3000))
 
 

@@ -41,7 +41,7 @@ QUICK = (
 
 
 def run(options: Options) -> Result:
-    """All attacks in both worlds; a quick run takes a dozen of them, one seed, one cycle of the IID world."""
+    """Run all attacks in both worlds; a quick run takes a dozen of them, one seed, one cycle of the IID world."""
     rows: list[dict[str, Any]] = []
     chosen = [attack for attack in ATTACKS if not options.quick or attack.name in QUICK]
     with rigs(options, quick_seeds=QUICK_SEEDS) as each:
@@ -77,7 +77,7 @@ Cycle = tuple[Played, list[str], tuple[float, float]]
 
 
 def _run(arena: Arena, attack: Attack | None, cycles: int) -> list[Cycle]:
-    """(what came out, the attackers, target and general loss without any defence) for each cycle."""
+    """Return (outcome, attackers, target and general loss without any defence) for each cycle."""
     from connito.moe.state import load_state
 
     standing, found = arena.start(), []
@@ -146,7 +146,7 @@ def _messages(options: Options) -> list[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Means by (attack, world)."""
+    """Return means by (attack, world)."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["attack"], row["world"]), []).append(row)

@@ -1,4 +1,4 @@
-"""What the composition and lifecycle figures stand on: the tiny base, its text, and experts trained on it."""
+"""Setup of the composition and lifecycle figures: the tiny base, its text, and experts trained on it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import numpy.typing as npt
 
 
 def text(domain: str, count: int, seed: int, length: int = 64) -> npt.NDArray[np.int32]:
-    """`count` sequences [count, length + 1] of a domain of the tiny base."""
+    """Return `count` sequences [count, length + 1] of a domain of the tiny base."""
     from connito.base.tiny import blocks, tiny_texts
 
     return np.asarray(blocks(tiny_texts(domain, seed, 4 + count), length + 1).numpy()[:count], dtype=np.int32)
 
 
 def base(folder: Path, seed: int, steps: int = 0) -> Path:
-    """The tiny base; with `steps`, all of its experts trained on all domains, so that they differ from one another."""
+    """Return the tiny base; with `steps`, all of its experts trained on all domains, so that they differ from one
+    another.
+    """
     from connito.base.checkpoint import save_checkpoint
     from connito.base.loading import load_full, load_tokenizer
     from connito.base.tiny import DOMAINS, build_tiny
@@ -37,7 +39,7 @@ def base(folder: Path, seed: int, steps: int = 0) -> Path:
 
 
 def trained_base(folder: Path, seed: int, steps: int, pool: int = 0) -> Path:
-    """The tiny base after `steps` batches in which every expert and router learns on all domains.
+    """Return the tiny base after `steps` batches in which every expert and router learns on all domains.
 
     `pool` 0 is ordinary training. With a pool, each document may only use the `pool` experts a layer that it is routed to
     most, as in EMO's document-level pools: experts that a document needs then form a group of their own.
@@ -79,7 +81,7 @@ def trained_base(folder: Path, seed: int, steps: int, pool: int = 0) -> Path:
 
 @contextmanager
 def pooled(model: Any, pool: int) -> Iterator[None]:
-    """Inside, every router's choice is limited to the `pool` experts with the most probability on the document."""
+    """Limit every router to the `pool` experts with the most probability on the document, inside the block."""
     import torch
     from connito.moe.layout import require_moe_layers
     from connito.moe.resident import choice
@@ -102,7 +104,7 @@ def pooled(model: Any, pool: int) -> Iterator[None]:
 
 
 def train(source: Path, layers: dict[int, list[int]], table: npt.NDArray[np.int32], lr: float = 3e-3) -> Any:
-    """Target rows after one pass over `table` in batches of four."""
+    """Return target rows after one pass over `table` in batches of four."""
     from connito.base.loading import load_full
     from connito.moe.resident import compress
     from connito.moe.training import train_local
@@ -114,7 +116,7 @@ def train(source: Path, layers: dict[int, list[int]], table: npt.NDArray[np.int3
 
 
 def branches(seed: int, texts: dict[str, npt.NDArray[np.int32]] | Any, lr: float = 1e-3) -> Any:
-    """BTX on the dense model that the tiny base is made from: one branch a domain, every parameter trained, then joined."""
+    """Make BTX on the dense model that the tiny base is made from: one branch a domain, every parameter trained, then joined."""
     import copy
 
     import torch

@@ -63,7 +63,7 @@ class Bench:
     few: Mapping[str, Any]
 
     def measure(self, rows: Rows | None = None) -> Losses:
-        """Losses by domain with `rows` in the model, which is the base again afterwards."""
+        """Return losses by domain with `rows` in the model, which is the base again afterwards."""
         from connito.experts.compose import layers_of, state_of
         from connito.experts.replacement import mean_loss
         from connito.moe.evaluate import Evaluator
@@ -76,7 +76,7 @@ class Bench:
             evaluator.restore()
 
     def running(self, model: Any | None = None) -> Losses:
-        """Losses of a model as it runs."""
+        """Return losses of a model as it runs."""
         from connito.experts.prune import loss
 
         return {domain: loss(self.model if model is None else model, table) for domain, table in self.held.items()}
@@ -110,7 +110,7 @@ def _round(source: Path, seed: int, steps: int, count: int, quick: bool) -> list
 
 
 def _places(model: Any, seed: int) -> Places:
-    """The two experts of each layer that a domain uses most; recipes and logs train each other's first as well."""
+    """Return the two experts of each layer that a domain uses most; recipes and logs train each other's first as well."""
     from connito.experts.extraction import ranking
     from connito.moe.statistics import collect
 
@@ -181,7 +181,7 @@ def _routed(bench: Bench, steps: int) -> dict[str, Losses]:
 
 
 def _jointly(source: Path, places: Places, texts: Mapping[str, Any], seed: int) -> Rows:
-    """The union of the experts' rows, trained on the union of their text in one go: as many tokens in all."""
+    """Return the union of the experts' rows, trained on the union of their text in one go: as many tokens in all."""
     from connito.experts.compose import rows_of
 
     layers = {layer: sorted({e for x in places.values() for e in x[layer]}) for layer in (2, 3)}
@@ -205,7 +205,7 @@ def _flex(bench: Bench, texts: Mapping[str, Any], seed: int) -> Losses:
 
 
 def _removals(bench: Bench) -> list[dict[str, Any]]:
-    """What taking one expert out of the composition does to every domain."""
+    """Measure the effect on every domain of removing one expert from the composition."""
     from connito.experts.compose import merge
 
     whole, rows = bench.measure(merge(bench.parts, bench.origin)), []
@@ -216,7 +216,7 @@ def _removals(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _upgrade(bench: Bench, source: Path, texts: Mapping[str, Any]) -> dict[str, Any]:
-    """BAR: the poems expert, trained on, replaces the one in the composition; the others' digests stay."""
+    """Replace the poems expert in the composition by one trained further (BAR); the others' digests stay."""
     from connito.errors import Invalid
     from connito.experts.compose import Composition, Part, rows_of
     from connito.experts.replacement import replace_expert
@@ -270,7 +270,7 @@ def _by_method(rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], flo
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """[mean, low, high] over seeds."""
+    """Return [mean, low, high] over seeds."""
     figures: dict[str, Any] = {}
     for method, values in _by_method(rows, lambda row: row["union"]).items():
         figures[f"union_{method}"] = _rounded(values)

@@ -48,7 +48,7 @@ class Chain:
     shelf: list[Shelved] = field(default_factory=list)
 
     def text(self, domain: str, count: int, seed: int) -> Tokens:
-        """`count` sequences [count, LENGTH + 1]."""
+        """Return `count` sequences [count, LENGTH + 1]."""
         from connito.base.tiny import blocks, tiny_texts
 
         documents = (
@@ -70,7 +70,7 @@ _FRAMES = (
 
 
 def _dialect(number: int, seed: int, count: int) -> list[str]:
-    """Sentences over eight words in two frames; four of the words and one frame are the next dialect's too."""
+    """Return sentences over eight words in two frames; four of the words and one frame are the next dialect's too."""
     rng = random.Random(f"bench.compounding:{number}:{seed}")
     words = _WORDS.split()[4 * number : 4 * number + 8]
     frames = _FRAMES[number : number + 2]
@@ -79,7 +79,7 @@ def _dialect(number: int, seed: int, count: int) -> list[str]:
 
 
 def run(options: Options) -> Result:
-    """Both chains, for every seed."""
+    """Run both chains, for every seed."""
     rows: list[dict[str, Any]] = []
     with rigs(options, quick_seeds=QUICK_SEEDS) as found:
         for rig in found:
@@ -103,7 +103,7 @@ def _chains(options: Options) -> list[Chain]:
 
 
 def _learn(rig: Rig, chain: Chain, folder: Path) -> list[dict[str, Any]]:
-    """One row a domain; the shelf grows by what was trained from it."""
+    """Return one row a domain; the shelf grows with each trained expert."""
     rows = []
     for place, domain in enumerate(chain.domains):
         selection = _select(rig, chain, domain)
@@ -139,7 +139,7 @@ def _select(rig: Rig, chain: Chain, domain: str) -> Selection:
 
 
 def _start(rig: Rig, chain: Chain, domain: str, selection: Selection) -> tuple[str, Any]:
-    """What the selector would start from: (expert id or "", θ_0 or None)."""
+    """Return the selector's choice of a start: (expert id or "", θ_0 or None)."""
     from connito.experts.start import propose
     from connito.v1 import run_pb2
 
@@ -153,7 +153,7 @@ def _start(rig: Rig, chain: Chain, domain: str, selection: Selection) -> tuple[s
 def _train(
     rig: Rig, selection: Selection, start: Mapping[str, Any] | None, batches: Tokens, held: Tokens
 ) -> tuple[list[float], Any]:
-    """Held-out loss of the full model before the first step and at every look, and the last state."""
+    """Return held-out loss of the full model before the first step and at every look, and the last state."""
     from connito.moe.evaluate import Evaluator
     from connito.moe.resident import compress, read_targets, write_targets
     from connito.moe.training import Step, train_local
@@ -178,7 +178,7 @@ def _train(
 
 
 def _steps(curve: Sequence[float], target: float) -> int:
-    """Steps at the first look at or below the target; the whole budget where there is none."""
+    """Return steps at the first look at or below the target; the whole budget where there is none."""
     return next((LOOK * number for number, loss in enumerate(curve) if loss <= target), STEPS)
 
 
@@ -199,7 +199,7 @@ def _deposit(folder: Path, domain: str, selection: Selection, state: Any) -> She
 
 
 def _figures(rows: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
-    """Per chain: steps saved over the domains that had a shelf, one value a seed, with intervals over seeds."""
+    """Return, per chain, the steps saved over the domains that had a shelf, one value a seed, with intervals over seeds."""
     figures: dict[str, Any] = {}
     for chain in ("dialects", "strangers"):
         later = [row for row in rows if row["chain"] == chain and row["place"] > 0]
@@ -224,7 +224,7 @@ def _figures(rows: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Steps to the target by place in the chain, from the base and from the shelf, with intervals over seeds."""
+    """Plot the steps to the target by place in the chain, from the base and from a library expert, with intervals over seeds."""
     with axes(path, 2) as panels:
         for axis, chain in zip(panels, ("dialects", "strangers"), strict=True):
             mine = [row for row in rows if row["chain"] == chain]

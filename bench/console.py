@@ -60,7 +60,7 @@ class Reader(threading.Thread):
 
 @contextmanager
 def console(folder: Path, url: str, identity: Identity, roster: Roster) -> Iterator[tuple[psutil.Process, str]]:
-    """The process, and its address."""
+    """Yield the process and its address."""
     identity.save(folder / "key")
     roster.save(folder / "roster.json")
     environment = {
@@ -104,7 +104,7 @@ async def feed(bus: Bus, seconds: int) -> tuple[dict[str, float], int, float]:
 
 
 def run(options: Options) -> Result:
-    """One measurement; the delays of every run at the slowest reader."""
+    """Measure once; the delays of every run are those of the slowest reader."""
     seconds, readers = (15, 4) if options.quick else (60, 8)
     identities = {role: Identity.generate() for role in ROLES}
     roster = Roster({role: frozenset({identity.public}) for role, identity in identities.items()})

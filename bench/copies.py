@@ -1,4 +1,4 @@
-"""How far apart honest work and copies are, in each of the three signs that copies are found by.
+"""Distance between honest work and copies, in each of the three signs that copies are found by.
 
 Six honest miners of a tiny base after few local steps (as `connito up` takes) and after many, alike (IID) or with a
 domain each (non-IID), and what thieves make of the first ones' work: under noise, scaled, mixed, half their own. Each
@@ -57,7 +57,7 @@ FORGERIES: Mapping[str, Callable[[Knowledge], Any]] = {
 
 
 def run(options: Options) -> Result:
-    """Both worlds and both numbers of steps; a quick run takes one seed."""
+    """Run both worlds and both numbers of steps; a quick run takes one seed."""
     rows: list[dict[str, Any]] = []
     with rigs(options, quick_seeds=QUICK_SEEDS) as each:
         for rig in each:
@@ -97,7 +97,7 @@ Gains = dict[tuple[str, int], float]
 
 
 def _gains(know: Knowledge, state: State, place: int) -> Gains:
-    """By (domain, sequence), as a validator's report has them."""
+    """Return losses by (domain, sequence), as a validator's report has them."""
     from connito.workloads.scoring import SubmissionFiles
 
     bench, stop = know.arena.score_bench, threading.Event()

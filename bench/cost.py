@@ -1,5 +1,4 @@
-"""What one worker spends on expert-only training, on full fine-tuning, gradient masking and LoRA: three separate
-claims.
+"""Costs of expert-only training, full fine-tuning, gradient masking and LoRA for one worker: three separate claims.
 
 Communication: bytes of one upload. Memory: weights, gradients, AdamW moments and activations kept for the backward
 pass, summed from the tensors themselves. Compute: multiplications counted by torch, and processor time of a step.
@@ -115,7 +114,7 @@ Times = dict[str, list[tuple[float, float]]]
 
 
 def _race(loops: list[Loop], batches: Tokens) -> dict[str, Times]:
-    """(processor, wall) seconds of each step after the warm-up, by method and experts implementation."""
+    """Return (processor, wall) seconds of each step after the warm-up, by method and experts implementation."""
     times: dict[str, Times] = {loop.job.name: {} for loop in loops}
     for number, batch in enumerate(batches):
         for loop in loops:
@@ -133,7 +132,7 @@ def _race(loops: list[Loop], batches: Tokens) -> dict[str, Times]:
 
 
 def helpers_of(targets: Targets, helpers: dict[int, list[int]]) -> dict[int, list[int]]:
-    """Helpers of the layers that have targets; other layers keep their whole bank."""
+    """Return helpers of the layers that have targets; other layers keep their whole bank."""
     return {layer: helpers[layer] for layer in targets}
 
 
@@ -145,7 +144,7 @@ def _share(name: str, targets: Targets, upper: Targets, total: int) -> str:
 
 
 def _row(loop: Loop, batch: Tokens, times: Times) -> dict[str, Any]:
-    """Everything about one method. The bytes are read right after a backward pass, when they are all there."""
+    """Measure one method. Bytes are read right after a backward pass, when they are at their largest."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -174,7 +173,7 @@ def _row(loop: Loop, batch: Tokens, times: Times) -> dict[str, Any]:
 
 
 def activation_bytes(loop: Loop, batch: Tokens) -> int:
-    """Bytes that autograd keeps between forward and backward pass, parameters not counted, each storage once."""
+    """Return bytes that autograd keeps between forward and backward pass, parameters not counted, each storage once."""
     import torch
 
     own = {parameter.untyped_storage().data_ptr() for parameter in loop.job.model.parameters()}
@@ -192,7 +191,7 @@ def activation_bytes(loop: Loop, batch: Tokens) -> int:
 
 
 def _figures(measured: list[dict[str, Any]], computed: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each claim as a share of full fine-tuning, by model and method."""
+    """Return each claim as a share of full fine-tuning, by model and method."""
     figures: dict[str, Any] = {}
     for model in dict.fromkeys(row["model"] for row in (*measured, *computed)):
         group = [row for row in (*measured, *computed) if row["model"] == model]
@@ -211,7 +210,7 @@ def _figures(measured: list[dict[str, Any]], computed: list[dict[str, Any]]) -> 
 
 
 def _plot(measured: list[dict[str, Any]], path: Path) -> None:
-    """The three claims on the wide model, as shares of full fine-tuning."""
+    """Plot the three claims on the wide model, as shares of full fine-tuning."""
     group = [row for row in measured if row["model"] == "wide"]
     whole = next(row for row in group if row["method"] == REFERENCE)
     with axes(path, 3) as panels:

@@ -39,7 +39,7 @@ MOMENTS, BETA1 = DEFAULTS.training.moments, DEFAULTS.training.beta1
 
 @dataclass(frozen=True)
 class Merge:
-    """How submissions become the next state, and what a miner's AdamW keeps of its moments from cycle to cycle."""
+    """A way to merge submissions, and the moments that a miner's AdamW keeps from cycle to cycle."""
 
     aggregator: str
     rate: float = 1.0
@@ -66,7 +66,7 @@ QUICK_ONLY = ("Nesterov", "mean", "top-1")
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained: C cycles of H steps with B sequences a step, judged on so many sequences of each domain."""
+    """The amount of training: C cycles of H steps with B sequences a step, judged on so many sequences of each domain."""
 
     miners: tuple[int, ...]
     cycles: int
@@ -76,7 +76,7 @@ class Scale:
 
 
 def run(options: Options) -> Result:
-    """4 miners (and 8 unless quick), IID and not, every merge, and central training on the same tokens."""
+    """Run 4 miners (and 8 unless quick), IID and non-IID, every merge, and central training on the same tokens."""
     scale = Scale((4,), 20, 5, 8, 6) if options.quick else Scale((4, 8), 20, 5, 8, 12)
     rows: list[dict[str, Any]] = []
     with rigs(options, quick_seeds=QUICK_SEEDS) as each:
@@ -138,7 +138,7 @@ def _round(rig: Rig, miners: int, scale: Scale, merges: Iterable[str]) -> list[d
 
 
 def _shards(rig: Rig, miners: int, scale: Scale, *, iid: bool) -> Tokens:
-    """[cycles, miners, H, B, L + 1]; both arrangements hold exactly the same sequences."""
+    """Return [cycles, miners, H, B, L + 1]; both arrangements hold exactly the same sequences."""
     each = scale.cycles * scale.steps * scale.batch
     by_domain = [rig.train(domain, each * miners // len(DOMAINS)) for domain in DOMAINS]
     pool = np.concatenate(by_domain)  # miners // 4 blocks of `each` sequences per domain
@@ -151,7 +151,7 @@ def _shards(rig: Rig, miners: int, scale: Scale, *, iid: bool) -> Tokens:
 def _central(
     rig: Rig, selection: Selection, shards: Tokens, evaluator: Evaluator, report: Tokens
 ) -> tuple[float, list[float]]:
-    """(learning rate, loss at the start and after each cycle's worth of steps) of the best of the central runs."""
+    """Return (learning rate, loss at the start and after each cycle's worth of steps) of the best of the central runs."""
     cycles, miners, steps, batch, width = shards.shape
     batches = shards.swapaxes(1, 2).reshape(cycles * steps, miners * batch, width)
     found = [(lr, _central_run(rig, selection, batches, steps, lr, evaluator, report)) for lr in CENTRAL_RATES]
@@ -190,7 +190,7 @@ def _cycles(
     report: Tokens,
     merge: str,
 ) -> list[float]:
-    """Loss of the published state at the start and after every cycle."""
+    """Return loss of the published state at the start and after every cycle."""
     theta, momentum = {name: rows.numpy() for name, rows in evaluator.base.items()}, None
     curve = [_loss(evaluator, evaluator.base, report)]
     work = _miners(rig, selection, shards.shape[1], merge)
@@ -207,7 +207,7 @@ def _cycles(
 
 
 def _miners(rig: Rig, selection: Selection, count: int, merge: str) -> list[Callable[[Any, Tokens], Any]]:
-    """One function per miner: (state of the cycle, batches [H, B, L + 1]) -> its state."""
+    """Return one function per miner: (state of the cycle, batches [H, B, L + 1]) -> its state."""
     from connito.moe.moments import Moments
     from connito.moe.resident import compress, write_targets
     from connito.moe.training import train_local
@@ -234,7 +234,7 @@ class StateDeltas:
 
     @property
     def names(self) -> list[str]:
-        """Tensor names, sorted."""
+        """Return tensor names, sorted."""
         return sorted(self.theta)
 
     @property
@@ -243,7 +243,7 @@ class StateDeltas:
         return len(self.states)
 
     def load(self, index: int, name: str) -> Any:
-        """δ of one tensor of one submission."""
+        """Return δ of one tensor of one submission."""
         return self.theta[name] - self.states[index][name].numpy()
 
 
@@ -283,7 +283,7 @@ def _kept(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
 
 
 def _curves(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    """Mean loss over seeds after every cycle, at the largest number of miners; dashed for non-IID."""
+    """Plot the mean loss over seeds after every cycle, at the largest number of miners; dashed for non-IID."""
     most = max(row["miners"] for row in rows)
     names = ["central", *MERGES]
     for name, colour in zip(

@@ -13,7 +13,7 @@ from bench.platform import run_up
 
 
 def run(options: Options) -> Result:
-    """One run of the demo; with --quick the tiny base."""
+    """Run the demo once; with --quick on the tiny base."""
     base = "tiny" if options.quick else "demo"
     cycles = 2 if options.quick else 3
     with tempfile.TemporaryDirectory(prefix="connito-bench-") as folder:

@@ -1,4 +1,4 @@
-"""What a subset of experts costs a domain, in a tiny base that learned with document pools and in one that learned without.
+"""Loss that a subset of experts adds to a domain, in a tiny base trained with document pools and in one without.
 
 Both start from the same upcycled model and see the same documents for as many steps. The cost is the rise of the domain's
 held-out loss, nats per token, when each layer keeps only the experts that the domain uses most (`connito library extract`).
@@ -20,7 +20,7 @@ POOLS, KEPT, EXPERTS, LENGTH = {"document pools of 3": 3, "every token for itsel
 
 
 def run(options: Options) -> Result:
-    """Both ways on every seed, every domain."""
+    """Run both ways on every seed and domain."""
     import torch
 
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def _round(seed: int, steps: int) -> list[dict[str, Any]]:
 
 
 def _by_seed(rows: list[dict[str, Any]], way: str, kept: int) -> list[float]:
-    """One value a seed: the mean over domains, which are not repetitions of their own."""
+    """Return one value a seed: the mean over domains, which are not repetitions of their own."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if (row["way"], row["kept"]) == (way, kept):

@@ -22,20 +22,20 @@ Document = Mapping[str, Any]
 
 
 def render(documents: Mapping[str, Document]) -> str:
-    """The page, from the documents of `NAMES`."""
+    """Return the page, from the documents of `NAMES`."""
     page = "\n".join([_HEAD, *(_SECTIONS[name](documents[name]) for name in NAMES)])
     return "\n\n".join(filter(None, map(_wrapped, page.split("\n\n")))) + "\n"
 
 
 def _wrapped(paragraph: str) -> str:
-    """Lines of one length; tables, headings and pictures as they are."""
+    """Return lines of one length; tables, headings and pictures as they are."""
     text = paragraph.strip()
     plain = not text.startswith(("|", "#", "!"))
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) if plain else text
 
 
 def load(folder: Path) -> dict[str, Document]:
-    """The documents in a folder. Raises `ValueError` where one is missing or is of a quick run."""
+    """Return the documents in a folder. Raises `ValueError` where one is missing or is of a quick run."""
     found = {}
     for name in NAMES:
         path = folder / f"{name}.json"
@@ -69,19 +69,19 @@ def main() -> int:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def nats(found: Sequence[float]) -> str:
-    """`0.319 (0.265 to 0.373)` from [mean, low, high]."""
+    """Return `0.319 (0.265 to 0.373)` from [mean, low, high]."""
     mean, low, high = (f"{value:.3f}".replace("-", "−") for value in found)
     return f"{mean} ({low} to {high})"
 
 
 def percent(found: Sequence[float]) -> str:
-    """`102 % (99 to 104)` from [mean, low, high] as shares."""
+    """Return `102 % (99 to 104)` from [mean, low, high] as shares."""
     mean, low, high = (f"{100 * value:.0f}".replace("-", "−") for value in found)
     return f"{mean} % ({low} to {high})"
 

@@ -15,7 +15,7 @@ BATCHES = (4, 12, 30)
 
 
 def by_example(seed: int, *, quick: bool) -> list[dict[str, Any]]:
-    """A row for each query and way of ranking; quick: fewer sequences a query."""
+    """Measure each query and way of ranking; quick: fewer sequences a query."""
     import torch
     from connito.base.loading import load_full
     from connito.base.tiny import DOMAINS

@@ -1,4 +1,4 @@
-"""What a domain's gain costs elsewhere: target loss against general loss of expert-only training, full fine-tuning and
+"""Cost of a domain's gain elsewhere: target loss against general loss of expert-only training, full fine-tuning and
 LoRA, over learning rates and replay shares.
 
 Tiny base whose experts were trained on all four of its domains. Target: recipes. General: the mean of the other
@@ -36,7 +36,7 @@ MARGIN = 0.01
 
 
 def run(options: Options) -> Result:
-    """Every method at every learning rate and replay share, on every seed."""
+    """Run every method at every learning rate and replay share, on every seed."""
     steps, held = (16, 16) if options.quick else (100, 48)
     rates = QUICK_RATES if options.quick else RATES
     shares = (0.0, 0.25) if options.quick else (0.0, 0.125, 0.25, 0.5)
@@ -96,7 +96,7 @@ def _job(rig: Rig, method: str, selection: Selection) -> Job:
 
 
 def _batches(rig: Rig, steps: int, share: float) -> Tokens:
-    """[steps, BATCH, L + 1]: the first sequences of a batch are replayed general text."""
+    """Return [steps, BATCH, L + 1]: the first sequences of a batch are replayed general text."""
     general = round(BATCH * share)
     target = batched(rig.train(TARGET, steps * BATCH), BATCH)
     if not general:
@@ -111,7 +111,7 @@ def _losses(model: Any, tables: dict[str, Tokens]) -> dict[str, float]:
 
 
 def _points(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By method: one point per setting, with [mean, low, high] of both changes over seeds."""
+    """Return, by method, one point per setting, with [mean, low, high] of both changes over seeds."""
     groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["learning_rate"], row["replay"]), []).append(row)
@@ -125,7 +125,7 @@ def _points(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def frontier(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that no other one beats in both mean losses, by falling general loss."""
+    """Return the points that no other one beats in both mean losses, by falling general loss."""
     best: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda p: (p["general"][0], p["target"][0])):
         if not best or point["target"][0] < best[-1]["target"][0]:

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its command line, the machine it ran on, and the shape of its output."""
+"""Shared parts of benchmarks: command line, description of the machine, and form of the output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for. `quick` must end within a minute; its figures say that they are quick."""
+    """Options of a benchmark. `quick` must end within a minute; its figures say that they are quick."""
 
     quick: bool
     seeds: int
@@ -34,7 +34,7 @@ class Result:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory in bytes, versions, and whether a GPU took part."""
+    """Return processor, cores, memory in bytes, versions, and whether a GPU took part."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -53,7 +53,7 @@ def machine() -> dict[str, Any]:
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and two-sided t interval over seeds. With one value the interval is that value."""
+    """Return mean and two-sided t interval over seeds. With one value the interval is that value."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, mean, mean
@@ -64,7 +64,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
 
 def note(text: str) -> None:
-    """Progress, on stderr so that `--json` stays clean."""
+    """Print progress on stderr, so that `--json` stays clean."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def run(options: Options) -> Result:
-    """A half and a quarter of the experts, one a layer, and each expert at a half and a quarter of its size."""
+    """Measure a half and a quarter of the experts, one a layer, and each expert at a half and a quarter of its size."""
     import torch
 
     torch.set_num_threads(1)
@@ -56,7 +56,7 @@ def _all(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 
 def size(model: Any) -> int:
-    """Bytes of a model's tensors."""
+    """Return bytes of a model's tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in dict(model.named_parameters()).values())
 
 
@@ -140,7 +140,7 @@ def _lone(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 
 def _tune(seed: int, count: int) -> Any:
-    """Eight batches of four on the experts that are left, on text of the calibration's domain, after each halving."""
+    """Train eight batches of four on the remaining experts, on text of the calibration's domain, after each halving."""
     from connito.moe.layout import require_moe_layers
     from connito.moe.resident import compress
     from connito.moe.rows import write_rows
@@ -159,7 +159,7 @@ def _tune(seed: int, count: int) -> Any:
 
 
 def _figures(rows: list[Row]) -> dict[str, Any]:
-    """[mean, low, high] over seeds."""
+    """Return [mean, low, high] over seeds."""
     figures: dict[str, Any] = {}
     for base in BASES:
         of_base = [row for row in rows if row["base"] == base]

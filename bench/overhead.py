@@ -17,7 +17,7 @@ WINDOWS = ("train", "commit", "submit", "validate", "merge")
 
 
 def run(options: Options) -> Result:
-    """`seeds` runs of several cycles; the median cycle and the median of each window."""
+    """Make `seeds` runs of several cycles; report the median cycle and the median of each window."""
     cycles = 5 if options.quick else 12
     rows = []
     for seed in range(options.seeds):

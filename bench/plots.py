@@ -134,7 +134,7 @@ class Axes:
 
     @property
     def height(self) -> float:
-        """The pixels it needs: rows stay legible however many there are."""
+        """Return the panel's height in pixels, at least what its rows need to stay legible."""
         return max(HEIGHT, TOP + BOTTOM + 17 * len(self._rows))
 
 

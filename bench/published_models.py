@@ -1,4 +1,4 @@
-"""What expert-only training would cost on published models, counted from their configurations; no weight is loaded.
+"""Cost of expert-only training on published models, counted from their configurations; no weight is loaded.
 
 Assumed, and stated with the result: weights and gradients in bfloat16, two fp32 AdamW moments per trained
 parameter, no fp32 master copy, no activations; multiplications per token counted as two per weight used, attention
@@ -70,7 +70,9 @@ class Counts:
 
 
 def count(name: str) -> Counts:
-    """Counted from the modules. Active parameters leave out the table of input embeddings: it is looked up, not multiplied."""
+    """Count parameters from the modules. Active parameters leave out the table of input embeddings: it is looked up,
+    not multiplied.
+    """
     from connito.moe.layout import require_moe_layers
 
     model = from_config(*CONFIGS[name])
@@ -87,7 +89,7 @@ def count(name: str) -> Counts:
 
 
 def rows(name: str, assumed: Assumed) -> list[dict[str, Any]]:
-    """One row per method: bytes to upload, bytes resident by kind, and multiplications per token."""
+    """Return one row per method: bytes to upload, bytes resident by kind, and multiplications per token."""
     c = count(name)
     theta, helpers = int(c.experts * assumed.selected), int(c.experts * assumed.helpers)
     adapters = c.adapter * assumed.rank

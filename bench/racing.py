@@ -1,4 +1,4 @@
-"""What racing saves of a validator's evaluation, and what it costs in errors: races of simulated submissions.
+"""Evaluation that racing saves a validator, and its cost in errors, on simulated submissions.
 
 Each submission has a true effect on the target and on general text; a sequence's gain is that effect plus noise. The
 same sequences are judged twice: by one look at the whole budget, and by racing. Kinds of submissions: honest work of
@@ -53,7 +53,7 @@ def _losses(domain: str, gains: np.ndarray) -> list[cycle_pb2.SequenceLoss]:
 
 
 def both(effect: float, change: float, rng: Generator) -> tuple[Raced, Raced]:
-    """One submission by one look at everything, and by racing, on the same sequences."""
+    """Judge one submission by one look at everything, and by racing, on the same sequences."""
     drawn = {
         "target": _losses("target", rng.normal(effect, NOISE, BUDGET)),
         "general": _losses("general", rng.normal(-change, GENERAL_NOISE, GENERAL)),
@@ -85,7 +85,7 @@ def _kind(kind: str, count: int, rng: Generator) -> dict[str, object]:
 
 
 def _cycle(rng: Generator) -> dict[str, object]:
-    """One cycle: what it evaluated, and whether the truly best useful submission came first."""
+    """Simulate one cycle: the share evaluated, and whether the truly best useful submission came first."""
     truths = [KINDS[kind](rng) for kind in CYCLE]
     found = [both(*truth, rng) for truth in truths]
     best = max(range(len(CYCLE)), key=lambda i: truths[i][0] if CYCLE[i] == "honest" else -1.0)
@@ -106,7 +106,7 @@ def _cycle(rng: Generator) -> dict[str, object]:
 
 
 def run(options: Options) -> Result:
-    """`seeds` times 2,000 races of each kind and 300 cycles of ten; a tenth of it with --quick."""
+    """Run `seeds` times 2,000 races of each kind and 300 cycles of ten; a tenth of it with --quick."""
     races, cycles = (200, 60) if options.quick else (2000, 300)
     rows, told = [], []
     for seed in range(options.seeds):

@@ -30,7 +30,9 @@ DEMO = Shape(30, 24, 576, 1536, 8, 2, 49152, heads=9, kv_heads=3)
 
 
 def build(shape: Shape, seed: int = 0) -> Any:
-    """A frozen model in eval mode; the family's own loop over experts, so that every multiplication can be counted."""
+    """Return a frozen model in eval mode; the family's own loop over experts, so that every multiplication can be
+    counted.
+    """
     import torch
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -59,12 +61,12 @@ def build(shape: Shape, seed: int = 0) -> Any:
 
 
 def copies(model: Any) -> Callable[[], Any]:
-    """A function that gives a fresh copy of `model` each time."""
+    """Return a function that gives a fresh copy of `model` each time."""
     return lambda: copy.deepcopy(model)
 
 
 def from_config(family: str, settings: Mapping[str, Any]) -> Any:
-    """The modules of a published model from its configuration alone: parameters have shapes and no memory."""
+    """Return the modules of a published model from its configuration alone: parameters have shapes and no memory."""
     from connito.base.loading import build_meta
     from transformers import AutoConfig
 

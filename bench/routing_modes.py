@@ -1,4 +1,4 @@
-"""What a token does whose expert is not in memory: every routing mode and choice of helpers, judged on the full model.
+"""Comparison of routing modes and choices of helpers for tokens whose expert is not in memory, judged on the full model.
 
 Beside the modes: one *background* expert, the mean of the absent ones weighted by their use, in place of a helper. `strayed`
 is KL(full model || compressed one) on held-out text of the target before any training, in nats per token: what the forward
@@ -126,7 +126,7 @@ def _round(rig: Rig, steps: int, held: int) -> list[dict[str, Any]]:
 
 
 def divergence(full: Any, compressed: Any, table: Tokens) -> float:
-    """KL(full || compressed) of the next token, mean over the tokens of sequences [n, L + 1]."""
+    """Return KL(full || compressed) of the next token, mean over the tokens of sequences [n, L + 1]."""
     import torch
 
     ids, total = torch.from_numpy(table[:, :-1].astype("int64")), 0.0

@@ -27,7 +27,7 @@ EVERY = 4
 
 
 def run(options: Options) -> Result:
-    """Every choice on both domains and every seed; `random` is the mean of several draws."""
+    """Measure every choice on both domains and every seed; `random` is the mean of several draws."""
     steps, held, draws = (16, 16, 2) if options.quick else (64, 48, 6)
     rows: list[dict[str, Any]] = []
     with rigs(options, quick_seeds=QUICK_SEEDS, expert_steps=40) as each:
@@ -108,7 +108,7 @@ def _round(rig: Rig, target: str, steps: int, held: int, draws: int) -> list[dic
 
 
 def _by_seed(rows: list[dict[str, Any]], choice: str, key: str) -> list[float]:
-    """One value per seed: the mean over targets and draws, which are not repetitions of their own."""
+    """Return one value per seed: the mean over targets and draws, which are not repetitions of their own."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if row["choice"] == choice:

@@ -1,4 +1,4 @@
-"""What the figures on training stand on: tiny bases, text of their domains, selections, and losses of the full model.
+"""Setup of the figures on training: tiny bases, text of their domains, selections, and losses of the full model.
 
 A base per seed in a full run. A quick run builds one base and lets the seeds draw text only, because building takes
 longer than measuring; its settings say so.
@@ -36,25 +36,25 @@ class Rig:
     source: Path
 
     def model(self) -> nn.Module:
-        """A fresh full model, frozen, in memory of its own."""
+        """Return a fresh full model, frozen, in memory of its own."""
         from connito.base.loading import load_full
 
         return load_full(self.source)
 
     def train(self, domain: str, count: int) -> Tokens:
-        """Training sequences [count, LENGTH + 1]."""
+        """Return training sequences [count, LENGTH + 1]."""
         return text(domain, count, TRAIN_OFFSET + self.seed, LENGTH)
 
     def held(self, domain: str, count: int) -> Tokens:
-        """Held-out sequences, drawn apart from everything else."""
+        """Return held-out sequences, drawn apart from everything else."""
         return text(domain, count, HELD_OFFSET + self.seed, LENGTH)
 
     def probe(self, domains: Sequence[str], count: int) -> Tokens:
-        """What a selection looks at: `count` sequences of each domain."""
+        """Return the probe of a selection: `count` sequences of each domain."""
         return np.concatenate([text(domain, count, PROBE_OFFSET + self.seed, LENGTH) for domain in domains])
 
     def select(self, domains: Sequence[str], per_layer: int, helpers: int = 2) -> Selection:
-        """The `per_layer` experts of each layer that the domains use most, and helpers beside them."""
+        """Return the `per_layer` experts of each layer that the domains use most, and helpers beside them."""
         from connito.moe.selection import select_experts
         from connito.moe.statistics import collect
 
@@ -66,7 +66,9 @@ class Rig:
 
 @contextmanager
 def rigs(options: Options, *, quick_seeds: int, expert_steps: int = 0) -> Iterator[Iterator[Rig]]:
-    """One rig per seed, one torch thread. `expert_steps` > 0 trains all experts of the base first, so that they differ."""
+    """Yield one rig per seed, with one torch thread. `expert_steps` > 0 trains all experts of the base first, so that
+    they differ.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -84,12 +86,12 @@ def _each(options: Options, folder: Path, quick_seeds: int, expert_steps: int) -
 
 
 def used_seeds(options: Options, quick_seeds: int) -> int:
-    """How many seeds this run makes: a quick one is capped."""
+    """Return how many seeds this run makes: a quick one is capped."""
     return min(options.seeds, quick_seeds) if options.quick else options.seeds
 
 
 def rig_settings(options: Options, quick_seeds: int) -> dict[str, Any]:
-    """What a reader must know about the rig, for `settings`."""
+    """Return the rig's settings, for the document's `settings`."""
     return {
         "base": "tiny",
         "seeds": used_seeds(options, quick_seeds),
@@ -100,12 +102,12 @@ def rig_settings(options: Options, quick_seeds: int) -> dict[str, Any]:
 
 
 def everything_else(layers: Mapping[int, Sequence[int]], experts: int = 8) -> dict[int, list[int]]:
-    """The complement of a selection: with these as helpers the training model equals the full one."""
+    """Return the complement of a selection: with these as helpers the training model equals the full one."""
     return {layer: [e for e in range(experts) if e not in set(chosen)] for layer, chosen in layers.items()}
 
 
 def mean_loss(model: nn.Module, table: Tokens, batch: int = 16) -> float:
-    """Nats per token of sequences [n, L + 1] under a full model."""
+    """Return nats per token of sequences [n, L + 1] under a full model."""
     import torch
     from connito.moe.head import Head
 
@@ -118,10 +120,10 @@ def mean_loss(model: nn.Module, table: Tokens, batch: int = 16) -> float:
 
 
 def batched(table: Tokens, size: int) -> Tokens:
-    """[n, L + 1] -> [n // size, size, L + 1]."""
+    """Return [n, L + 1] -> [n // size, size, L + 1]."""
     return table[: len(table) // size * size].reshape(-1, size, table.shape[1])
 
 
 def spread(values: Sequence[float], digits: int = 4) -> list[float]:
-    """[mean, low, high] over seeds, rounded, for `figures`."""
+    """Return [mean, low, high] over seeds, rounded, for `figures`."""
     return [round(value, digits) for value in interval(values)]

@@ -38,7 +38,7 @@ class Job:
 
 
 def expert_only(load: Load, targets: Targets, helpers: Mapping[int, Iterable[int]], name: str = "expert-only") -> Job:
-    """Target rows trainable, helpers frozen, the rest of each adapted bank not in memory."""
+    """Train target rows with helpers frozen and the rest of each adapted bank not in memory."""
     from connito.moe.resident import compress, read_targets, target_parameters
     from connito.moe.rows import write_rows
 
@@ -53,7 +53,7 @@ def expert_only(load: Load, targets: Targets, helpers: Mapping[int, Iterable[int
 
 
 def full_fine_tuning(load: Load, name: str = "full fine-tuning") -> Job:
-    """Every parameter."""
+    """Train every parameter."""
     model = load()
     model.requires_grad_(True)
     parameters = list(model.parameters())
@@ -61,7 +61,7 @@ def full_fine_tuning(load: Load, name: str = "full fine-tuning") -> Job:
 
 
 def gradient_masking(load: Load, targets: Targets, name: str = "gradient masking") -> Job:
-    """Whole banks of the adapted layers are parameters; gradients of unselected rows are zeroed.
+    """Train whole banks of the adapted layers with gradients of unselected rows set to zero.
 
     A worker could still upload the selected rows alone, and `upload` counts those: masking loses in memory, not there.
     """
@@ -91,7 +91,7 @@ def gradient_masking(load: Load, targets: Targets, name: str = "gradient masking
 
 
 def lora(load: Load, rank: int, name: str = "LoRA", layers: Iterable[int] | None = None) -> Job:
-    """Adapters of `rank` on the fused tensors of every expert, by peft's `target_parameters`.
+    """Train adapters of `rank` on the fused tensors of every expert, by peft's `target_parameters`.
 
     peft adapts whole fused tensors: rows cannot be chosen. Raises `RuntimeError` when peft is not installed.
     """
@@ -113,7 +113,7 @@ def lora(load: Load, rank: int, name: str = "LoRA", layers: Iterable[int] | None
 
 
 def import_peft() -> Any:
-    """The peft module, or `RuntimeError` that says how to get it."""
+    """Return the peft module, or `RuntimeError` that says how to get it."""
     try:
         return importlib.import_module("peft")
     except ImportError as error:
@@ -136,7 +136,7 @@ class Loop:
         self._head = Head(job.model)
 
     def forward_backward(self, batch: Tokens) -> float:
-        """Loss of a batch [B, L + 1] in nats per token; gradients are left in the parameters."""
+        """Return loss of a batch [B, L + 1] in nats per token; gradients are left in the parameters."""
         import torch
 
         ids = torch.from_numpy(batch.astype(np.int64))
@@ -148,7 +148,7 @@ class Loop:
         return float(loss.detach())
 
     def step(self, batch: Tokens) -> float:
-        """One whole step; returns the loss before it."""
+        """Make one whole step and return the loss before it."""
         import torch
 
         loss = self.forward_backward(batch)
@@ -158,7 +158,7 @@ class Loop:
         return loss
 
     def state_bytes(self) -> int:
-        """Bytes of the optimiser's tensors."""
+        """Return bytes of the optimiser's tensors."""
         import torch
 
         return sum(
@@ -169,7 +169,7 @@ class Loop:
         )
 
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients that lie in memory now."""
+        """Return bytes of the gradients that lie in memory now."""
         return sum(_tensor_bytes(p.grad) for p in self.job.parameters if p.grad is not None)
 
 

@@ -1,4 +1,4 @@
-"""What lying validators get: how often they grant a friend something or sink a rival, and what they weigh and earn.
+"""Success of lying validators: how often they reward a friend or harm a rival, and their weight and reward.
 
 Validators of equal stake judge six honest miners and a friend of the liars whose work is worth nothing. Honest ones claim
 the true utilities, up to what two kinds of processors differ by; liars together grant the friend more than anybody, and
@@ -56,7 +56,7 @@ def _claim(truth: dict[str, float], best: str, lies: bool, rng: Generator) -> di
 def _cycle(
     facts: RunFacts, cycle: int, names: list[str], liars: set[str], each: int, rng: Generator
 ) -> dict[str, float]:
-    """One cycle of the run; what the liars got out of it."""
+    """Simulate one cycle of the run and return the liars' gain."""
     truth = {**{miner: float(rng.uniform(0.02, 0.2)) for miner in MINERS}, FRIEND: 0.0}
     best = max(truth, key=truth.__getitem__)
     entries = [cycle_pb2.Submission(miner=miner, commit_sequence=i) for i, miner in enumerate(truth, 1)]
@@ -105,7 +105,7 @@ def _season(crowd: tuple[int, int], each: int, rate: float, cycles: int, seed: i
 
 
 def run(options: Options) -> Result:
-    """`seeds` runs of each setting."""
+    """Make `seeds` runs of each setting."""
     cycles = 20 if options.quick else 60
     rows = []
     for crowd, each, rate in product(CROWDS, DUTIES, (0.0, 0.1)):

@@ -36,7 +36,9 @@ class Case:
 
 
 def race_round(case: Case) -> dict[str, Any]:
-    """Submissions a minute of processor time either way, the share of the budget that a race reads, whether verdicts agree."""
+    """Measure submissions a minute of processor time either way, the share of the budget that a race reads, whether
+    verdicts agree.
+    """
     model, layers, states, held = case.model, case.layers, case.states, case.held
     whole_seconds, whole = _timed(lambda: _whole(model, layers, states, held))
     raced_seconds, (raced, read) = _timed(lambda: _raced(model, layers, states, held))
@@ -53,7 +55,7 @@ def race_round(case: Case) -> dict[str, Any]:
 
 
 def tiny_case(seed: int, sequences: int) -> Case:
-    """Six honest miners, one that trained on another domain, one that sent noise."""
+    """Return the tiny case: six honest miners, one that trained on another domain, one that sent noise."""
     from connito.base.loading import load_full
 
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +70,7 @@ def tiny_case(seed: int, sequences: int) -> Case:
 
 
 def demo_case(sequences: int) -> Case:
-    """The demo base: one miner that trained four steps on medical text, one that sent noise."""
+    """Return the case of the demo base: one miner that trained four steps on medical text, one that sent noise."""
     from connito.base.loading import load_full, load_tokenizer
     from connito.base.recipes import build_cached
     from connito.data.domains import load_domain
@@ -128,7 +130,7 @@ def _policy(held: dict[str, Tokens], minimum: int) -> Any:
 
 
 def _whole(model: Any, layers: dict[int, list[int]], states: list[Any], held: dict[str, Tokens]) -> list[int]:
-    """The reasons (0: useful) with everything evaluated on a copy of the model each."""
+    """Return the reasons (0: useful) with everything evaluated on a copy of the model each."""
     from connito.moe.rows import write_rows
 
     def measure(state: Any) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _whole(model: Any, layers: dict[int, list[int]], states: list[Any], held: di
 def _raced(
     model: Any, layers: dict[int, list[int]], states: list[Any], held: dict[str, Tokens]
 ) -> tuple[list[int], int]:
-    """(reasons, sequences read) as a validator does it, the prefix and the incumbent included in the time."""
+    """Return (reasons, sequences read) as a validator does it, the prefix and the incumbent included in the time."""
     from connito.moe.evaluate import Evaluator
 
     evaluator, known = Evaluator(model, layers), dict[tuple[str, int, int], Any]()
@@ -192,7 +194,7 @@ def _score(held: dict[str, Tokens], minimum: int, before: Callable[..., Any], af
 
 
 def _losses(model: Any, table: Tokens, batch: int = 16) -> Any:
-    """Sums of negative log-likelihoods per sequence, from the model's own table of logits."""
+    """Return sums of negative log-likelihoods per sequence, from the model's own table of logits."""
     import torch
 
     sums = []
@@ -206,7 +208,7 @@ def _losses(model: Any, table: Tokens, batch: int = 16) -> Any:
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(processor seconds of this process, result): other things run on the machine."""
+    """Return (processor seconds of this process, result): other things run on the machine."""
     began = time.process_time()
     result = work()
     return time.process_time() - began, result

@@ -121,7 +121,7 @@ def _round(shape: Shape, submissions: int, sequences: int, seed: int) -> list[di
 
 
 def _submissions(model: Any, targets: dict[int, list[int]], folder: Path, count: int, seed: int) -> list[Path]:
-    """Files of the base's rows with a little noise."""
+    """Return files of the base's rows with a little noise."""
     import torch
     from connito.moe.rows import read_rows
     from connito.moe.state import save_state
@@ -136,7 +136,7 @@ def _submissions(model: Any, targets: dict[int, list[int]], folder: Path, count:
 
 
 def copy_and_full_forward(model: Any, targets: Any, files: list[Path], table: Tokens) -> list[Losses]:
-    """A fresh copy per submission, the model's own forward pass, and the cross entropy of its table of logits."""
+    """Score with a fresh copy per submission, the model's own forward pass, and the cross entropy of its logits."""
     import torch
     from connito.moe.rows import write_rows
     from connito.moe.state import load_state
@@ -156,7 +156,7 @@ def copy_and_full_forward(model: Any, targets: Any, files: list[Path], table: To
 
 
 def swap_and_full_forward(model: Any, targets: Any, files: list[Path], table: Tokens) -> list[Losses]:
-    """Rows written in place; every layer runs."""
+    """Score with rows written in place and every layer run."""
     from connito.moe.head import Head
     from connito.moe.rows import read_rows, write_rows
     from connito.moe.state import load_state
@@ -170,7 +170,7 @@ def swap_and_full_forward(model: Any, targets: Any, files: list[Path], table: To
 
 
 def swap_and_cached_prefix(model: Any, targets: Any, files: list[Path], table: Tokens) -> list[Losses]:
-    """What validators do: rows written in place, hidden states below the first adapted layer kept."""
+    """Score as validators do: rows written in place, hidden states below the first adapted layer cached."""
     from connito.moe.evaluate import Evaluator
     from connito.moe.state import load_state
 
@@ -192,7 +192,8 @@ CACHED = "swap and cached prefix"
 
 
 def ceiling(shape: Shape) -> float:
-    """Weights a token meets in the whole model over those from the first adapted layer up: what a cache can save.
+    """Return weights a token meets in the whole model over those from the first adapted layer up: what a cache can
+    save.
 
     Attention scores are left out; copying a model comes on top of it.
     """
@@ -205,7 +206,7 @@ def ceiling(shape: Shape) -> float:
 
 
 def _building(model: Any, targets: Any, table: Tokens) -> float:
-    """Seconds to make an evaluator and fill its cache."""
+    """Return seconds to make an evaluator and fill its cache."""
     from connito.moe.evaluate import Evaluator
 
     started = time.process_time()

@@ -58,7 +58,7 @@ class Aggregator:
         self.evaluators.pop(run, None)
 
     async def perform(self, action: Action) -> None:
-        """Raises `Retry` when broker or store are away."""
+        """Perform an action. Raises `Retry` when broker or store are away."""
         match action.payload:
             case Preload(run):
                 await self._preload(run)
@@ -129,7 +129,7 @@ class Aggregator:
     async def _fetch(
         self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]
     ) -> tuple[Files, Refusals]:
-        """Everything a merge needs, as files. A submission that is gone or damaged is left out with the reason."""
+        """Fetch the files that a merge needs. A submission that is gone or damaged is left out with the reason."""
         opened, previous = facts.window("train", cycle).opened, facts.version(cycle - 1)
         assert opened is not None
         parent = await self._store.fetch(opened.state)
@@ -149,7 +149,7 @@ class Aggregator:
         return Files(parent, momentum, states, bases), unusable
 
     async def _publish(self, run: str, cycle: int, merged: Merged) -> None:
-        """Artifacts first: a version that is in the log can be fetched."""
+        """Store the artifacts, then publish the version, so that a version in the log can be fetched."""
         if not self._leading():
             # Whoever leads now makes the same version out of the same facts.
             return
@@ -168,14 +168,14 @@ def _measure_both(evaluator: GateEvaluator, digest: str, state: Path) -> None:
 
 
 def disagreement(scored: cycle_pb2.CycleScored) -> float:
-    """The largest distance of a validator from consensus, relative to the best agreed utility; at most 1."""
+    """Return the largest distance of a validator from consensus, relative to the best agreed utility; at most 1."""
     best = max((verdict.utility for verdict in scored.verdicts), default=0.0)
     farthest = max((standing.deviation for standing in scored.validators), default=0.0)
     return min(1.0, farthest / best) if best > 0.0 else float(farthest > 0.0)
 
 
 def _report(run: str, merged: Merged) -> None:
-    """Metrics and one log line for a version that was written."""
+    """Record metrics and one log line for a version that was written."""
     version = merged.version
     gate = cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower()
     metrics.GATE_DECISIONS.labels(gate).inc()

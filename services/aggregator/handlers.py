@@ -1,4 +1,4 @@
-"""What the aggregator owes a run, as a pure function of the run's facts."""
+"""Actions of the aggregator in a run, as a pure function of the run's facts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Merge:
 
 
 def decide(facts: RunFacts, loaded: Container[str]) -> Decision:
-    """What is missing. `loaded` are the runs whose model is in memory; nothing here waits for a time.
+    """Decide which actions are missing. `loaded` are the runs whose model is in memory; nothing here waits for a time.
 
     VALIDATE is read in order and its `closed` is written behind everything it includes; so with it, every report that
     counts is known. `submit.settled` comes on another stream and is waited for by name.

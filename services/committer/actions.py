@@ -83,7 +83,7 @@ class Committer:
         return await self._judge_reveal(facts, fact)
 
     def _over_quota(self, facts: RunFacts, fact: Fact) -> Write | None:
-        """One refusal that says so; what follows in the same cycle is dropped."""
+        """Return one refusal that says so; what follows in the same cycle is dropped."""
         metrics.REFUSALS.labels(reason_name(reasons_pb2.REASON_QUOTA_EXCEEDED)).inc()
         answer = judging.judge_quota(facts, fact)
         window = judging.window_of(fact)
@@ -152,7 +152,7 @@ class Committer:
             await self._publish(facts.run, write)
 
     async def _handled_up_to(self, sequence: int) -> None:
-        """Until this consumer, shared by all replicas, has acknowledged everything up to `sequence`."""
+        """Wait until this consumer, shared by all replicas, has acknowledged everything up to `sequence`."""
         while await self._bus.ack_floor(DURABLE) < sequence:
             self._handled.clear()
             try:

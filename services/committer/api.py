@@ -34,7 +34,9 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
     async def RequestUpload(  # noqa: N802
         self, request: services_pb2.RequestUploadRequest, context: Any
     ) -> services_pb2.RequestUploadResponse:
-        """One write-once PUT for what the signer committed to. Raises `Invalid` with the reason, `NotFound`, `Retry`."""
+        """Return one write-once PUT for what the signer committed to. Raises `Invalid` with the reason, `NotFound`,
+        `Retry`.
+        """
         command, miner = open_request(request.envelope, "rpc.RequestUpload", services_pb2.UploadCommand)
         self._limit.take(miner)
         try:
@@ -60,7 +62,9 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
     async def RequestDownloads(  # noqa: N802
         self, request: services_pb2.RequestDownloadsRequest, context: Any
     ) -> services_pb2.RequestDownloadsResponse:
-        """GETs for public artifacts, to an enrolled miner. Raises `NotFound` naming the digest that is not public."""
+        """Return GETs for public artifacts, to an enrolled miner. Raises `NotFound` naming the digest that is not
+        public.
+        """
         command, miner = open_request(request.envelope, "rpc.RequestDownloads", services_pb2.DownloadsCommand)
         if len(command.digests) > MAX_DIGESTS:
             raise Invalid(f"{len(command.digests)} digests at once; ask for at most {MAX_DIGESTS}")
@@ -88,7 +92,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
             )
 
     async def _public_url(self, digest: str) -> str:
-        """Only ever a key under the public realm: held-out data and submissions have the same form of digest."""
+        """Return a URL for a key in the public realm only: held-out data and submissions have the same form of digest."""
         ref = ArtifactRef(digest=digest, realm=REALM_PUBLIC)
         if await self._store.stat(ref) is None:
             raise NotFound(

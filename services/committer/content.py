@@ -34,7 +34,7 @@ class ContentCheck:
         self._verdicts: OrderedDict[tuple[str, str], asyncio.Task[Refusal | None]] = OrderedDict()
 
     async def __call__(self, facts: RunFacts, artifact: ArtifactRef) -> Refusal | None:
-        """Raises `Retry` when the store is away, or when the disk here has no room."""
+        """Check an upload. Raises `Retry` when the store is away or the disk is full."""
         key = (facts.run, artifact.digest)
         task = self._verdicts.get(key)
         if task is None:
@@ -46,7 +46,7 @@ class ContentCheck:
         return await asyncio.shield(task)
 
     def _forget_passing(self, key: tuple[str, str], task: asyncio.Task[Refusal | None]) -> None:
-        """A fault of the moment, or an object that may yet be uploaded, is looked at again next time."""
+        """Forget a temporary fault, or an object that may still be uploaded, so that it is checked again."""
         failed = task.cancelled() or task.exception() is not None
         refusal = None if failed else task.result()
         if failed or (refusal is not None and refusal.reason == reasons_pb2.REASON_ARTIFACT_MISSING):
@@ -89,7 +89,7 @@ class ContentCheck:
 
 
 def look_into(path: str, base: str, max_relative_norm: float) -> Refusal | None:
-    """Why the file at `path` is no submission to a run whose θ_0 is at `base`; None when it is one. Raises nothing."""
+    """Return why the file at `path` is no submission to a run whose θ_0 is at `base`; None when it is one. Never raises."""
     expected = read_header(base)
     try:
         validate(path, expected, base, max_relative_norm)

@@ -27,7 +27,7 @@ class Examine:
 
 
 def decide(facts: RunFacts, _now_ms: int) -> Decision:
-    """Windows to settle, and reveals whose artifacts can be examined ahead of their turn."""
+    """Return windows to settle, and reveals whose artifacts can be examined ahead of their turn."""
     if facts.spec is None or facts.ended is not None:
         return Decision()
     settles = [

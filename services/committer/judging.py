@@ -1,4 +1,4 @@
-"""What a commitment or a reveal is worth: pure judgements over a run's facts.
+"""Judgements on commitments and reveals over a run's facts. Pure.
 
 Each returns the fact to write, or None when the message already has its answer. The log may be a moment ahead of the
 facts given here, so a refusal is only final when the facts were current (`actions` sees to that).
@@ -27,14 +27,16 @@ SIZE_TOLERANCE = 4096
 
 @dataclass(frozen=True)
 class CheckContent:
-    """Everything but the artifact's content is in order; when that is too, `then` is the answer."""
+    """A reveal whose artifact's content is still to be checked; if it passes, `then` is the answer."""
 
     artifact: ArtifactRef
     then: cycle_pb2.RevealAccepted | cycle_pb2.Refused
 
 
 def known_run(facts: RunFacts | None, run: str) -> RunFacts:
-    """`facts` if they are of a created run. Raises `NotFound`: an unknown run has no place where a refusal could stand."""
+    """Return `facts` if they are of a created run. Raises `NotFound`: an unknown run has no place where a refusal
+    could stand.
+    """
     if facts is None or facts.spec is None:
         raise NotFound(
             f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN
@@ -62,12 +64,12 @@ def refused_at(window: str, run: str, cycle: int, miner: str, sequence: int, ref
 
 
 def window_of(fact: Fact) -> str:
-    """The window that a message is for."""
+    """Return the window that a message is for."""
     return "commit" if fact.key.kind == "commitment" else "submit"
 
 
 def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
-    """The answer to a message beyond the policy's number: a refusal the first time, and then none any more."""
+    """Return the answer to a message beyond the policy's number: a refusal the first time, and then none any more."""
     window, spec = window_of(fact), facts.spec
     assert spec is not None
     if not 1 <= fact.key.cycle <= spec.cycles:
@@ -83,7 +85,7 @@ def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
 
 
 def judge_commitment(facts: RunFacts, fact: Fact) -> cycle_pb2.CommitmentAccepted | cycle_pb2.Refused | None:
-    """The answer to a `commitment` message."""
+    """Return the answer to a `commitment` message."""
     cycle, miner = fact.key.cycle, fact.signer
     standing = facts.commitment(cycle, miner)
     if _answered(facts, "commit", fact) or (standing is not None and standing.ingress_sequence == fact.sequence):
@@ -105,7 +107,7 @@ def judge_commitment(facts: RunFacts, fact: Fact) -> cycle_pb2.CommitmentAccepte
 
 
 def judge_reveal(facts: RunFacts, fact: Fact) -> CheckContent | cycle_pb2.Refused | None:
-    """The answer to a `reveal` message, as far as it can be given without the artifact."""
+    """Return the answer to a `reveal` message, as far as it can be given without the artifact."""
     cycle, miner = fact.key.cycle, fact.signer
     own = own_reveal(facts, cycle, miner)
     if _answered(facts, "submit", fact) or (own is not None and own.reveal_sequence == fact.sequence):
@@ -123,7 +125,7 @@ def judge_reveal(facts: RunFacts, fact: Fact) -> CheckContent | cycle_pb2.Refuse
 def check_opening(
     facts: RunFacts, cycle: int, miner: str, artifact: ArtifactRef, base_state_digest: str, salt: bytes
 ) -> Refusal | None:
-    """Whether these values open the miner's standing commitment of `cycle` to an artifact that may be uploaded."""
+    """Return whether these values open the miner's standing commitment of `cycle` to an artifact that may be uploaded."""
     settled = facts.window("commit", cycle).settled
     accepted = facts.commitment(cycle, miner)
     if settled is None or accepted is None or miner not in settled.committed:
@@ -173,13 +175,13 @@ def judge_upload(facts: RunFacts, miner: str, command: UploadCommand) -> None:
 
 
 def own_reveal(facts: RunFacts, cycle: int, miner: str) -> cycle_pb2.Submission | None:
-    """The accepted submission of a cycle that was made in that cycle, not one that rolled over into it."""
+    """Return the accepted submission of a cycle that was made in that cycle, not one that rolled over into it."""
     accepted = facts.reveal(cycle, miner)
     return accepted.submission if accepted is not None and accepted.submission.origin_cycle == cycle else None
 
 
 def submission(facts: RunFacts, reveal: Fact) -> cycle_pb2.Submission:
-    """What will be scored when `reveal` is taken."""
+    """Return the submission that will be scored if `reveal` is accepted."""
     cycle, miner, message = reveal.key.cycle, reveal.signer, reveal.message
     accepted = facts.commitment(cycle, miner)
     opened = facts.window("train", cycle).opened
@@ -197,7 +199,7 @@ def submission(facts: RunFacts, reveal: Fact) -> cycle_pb2.Submission:
 
 
 def late_reveal(facts: RunFacts, cycle: int) -> Refusal:
-    """The refusal of a good reveal that missed its window."""
+    """Return the refusal of a good reveal that missed its window."""
     spec = facts.spec
     assert spec is not None
     last = cycle >= spec.cycles
@@ -206,13 +208,13 @@ def late_reveal(facts: RunFacts, cycle: int) -> Refusal:
 
 
 def late_commitment(cycle: int) -> Refusal:
-    """The refusal of a commitment that missed its window."""
+    """Return the refusal of a commitment that missed its window."""
     finding = Finding(kind=cycle_pb2.FINDING_KIND_COMMIT_CLOSED, cycle=cycle)
     return Refusal(reasons_pb2.REASON_LATE_COMMITMENT, finding)
 
 
 def describe(answer: cycle_pb2.Refused) -> str:
-    """One line about a refusal, for the log."""
+    """Return one line about a refusal, for the log."""
     return f"{reason_name(answer.reason)}: {detail_of(answer)}"
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 
 class CommitterSettings(ServiceSettings):
-    """What the committer reads beyond what every service has. It serves every run, whatever `run` says."""
+    """Settings of the committer beyond those of every service. It serves every run, whatever `run` says."""
 
     examine_slots: int = Field(2, ge=1, description="uploaded artifacts that are examined at once")
     presign_seconds: int = Field(900, ge=10, le=604800, description="how long an upload or download link is good for")

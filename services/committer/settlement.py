@@ -1,4 +1,4 @@
-"""What a closed window held: the facts that settle it, as a pure function of the run's facts.
+"""Facts that settle a closed window, as a pure function of the run's facts.
 
 Called when everything up to the close has been handled and the facts are current. Membership is by sequence: an
 accepted message beyond `last_sequence` was accepted before the close was known, and is refused here.
@@ -34,7 +34,7 @@ class Write:
 
 
 def due(facts: RunFacts) -> Iterator[tuple[str, int]]:
-    """Windows that are closed and not settled yet."""
+    """Yield windows that are closed and not settled yet."""
     if facts.ended is not None:
         return
     for cycle in facts.cycles():
@@ -44,12 +44,13 @@ def due(facts: RunFacts) -> Iterator[tuple[str, int]]:
 
 
 def refuse(window: str, cycle: int, answer: cycle_pb2.Refused) -> Write:
-    """The fact of a refusal, at its place."""
+    """Return the fact of a refusal, at its place."""
     return Write(window, cycle, "refused", f"{answer.miner}-{answer.ingress_sequence}", answer)
 
 
 def settle(facts: RunFacts, reveals: Mapping[int, Fact], window: str, cycle: int) -> list[Write]:
-    """The facts that settle a window, `settled` last. `reveals` are the run's reveal messages by INGRESS sequence.
+    """Return the facts that settle a window, `settled` last. `reveals` are the run's reveal messages by INGRESS
+    sequence.
 
     Raises `Retry` when a late reveal that rolls over is not among `reveals` yet.
     """
@@ -108,7 +109,8 @@ def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> 
 
 
 def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> dict[str, cycle_pb2.Submission]:
-    """Late reveals of earlier cycles that arrived after the previous submit window closed and before this one did.
+    """Return late reveals of earlier cycles that arrived after the previous submit window closed and before this one
+    did.
 
     Of several by one miner the newest work counts.
     """
@@ -128,7 +130,7 @@ def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> di
 
 
 def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
-    """Refusals for miners whose commitment stands and who never said what it was."""
+    """Yield refusals for miners whose commitment stands and who never revealed it."""
     committed = facts.window("commit", cycle).settled
     assert committed is not None, "a submit window opens after the commitments are settled"
     out = bans.at_close(facts, "submit", cycle)

@@ -27,7 +27,7 @@ class State(PositionedLog):
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
 
     def apply(self, record: Record) -> Fact | None:
-        """As `PositionedLog.apply`, keeping reveals."""
+        """Apply a record as `PositionedLog.apply` does, and keep reveals."""
         new = super().apply(record)
         if not record.subject.endswith((".reveal", ".commitment")):
             return new

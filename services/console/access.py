@@ -1,4 +1,4 @@
-"""Who may read: on loopback everybody who sits there, elsewhere whoever knows the token or whom the operator's proxy names.
+"""Access control of the console: open on loopback, elsewhere by token or by the user that the operator's proxy names.
 
 The proxy speaks OpenID Connect with the operator's identity provider and names the user in a header. That header counts
 only in a connection that comes from the proxy's own address: anybody can send one.
@@ -54,20 +54,20 @@ class Access:
 
     @property
     def open(self) -> bool:
-        """Whether whoever sits at this machine may read."""
+        """Return whether local requests may read without a token."""
         return not self.token and not self._user_header
 
     def knows(self, token: str) -> bool:
-        """Whether this is the token, in constant time."""
+        """Return whether this is the token, in constant time."""
         return bool(self.token) and hmac.compare_digest(_digest(token), _digest(self.token))
 
     def cookie(self) -> str:
-        """What a browser shows from now on, for `SESSION_SECONDS`."""
+        """Return the value of a session cookie, valid for `SESSION_SECONDS`."""
         expiry = str(int(self._clock()) + SESSION_SECONDS)
         return f"{expiry}.{self._mac(expiry)}"
 
     def user(self, headers: Headers, peer: str) -> str:
-        """Whom the operator's proxy names, if `peer` is that proxy; else the empty string."""
+        """Return the user that the operator's proxy names, if `peer` is that proxy; else the empty string."""
         named = headers.getlist(self._user_header) if self._user_header else []
         try:
             trusted = any(ip_address(peer) in network for network in self._proxies)
@@ -77,7 +77,7 @@ class Access:
         return named[0].strip() if trusted and len(named) == 1 else ""
 
     def admits(self, headers: Headers, cookies: dict[str, str], peer: str = "") -> bool:
-        """Whether a request may read: a valid cookie, the token as a bearer, or a user that the proxy names."""
+        """Return whether a request may read: a valid cookie, the token as a bearer, or a user that the proxy names."""
         if self.open:
             return (urlsplit(f"//{headers.get('host', '')}").hostname or "") in LOOPBACK
         if self.user(headers, peer):

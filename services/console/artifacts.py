@@ -1,4 +1,4 @@
-"""What the log only points at: bytes in the store, read to be checked, and the cards of experts."""
+"""Artifacts that the log names: bytes in the store, read for checks, and the cards of experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_RECORD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Check:
-    """Whether the store holds the bytes that the log names, in a sentence."""
+    """The result, as a sentence, of checking the store for the bytes that the log names."""
 
     holds: bool
     text: str
@@ -34,7 +34,7 @@ class Artifacts:
 
     @property
     def available(self) -> bool:
-        """Whether there is a store to ask."""
+        """Return whether there is a store to ask."""
         return self._store is not None
 
     async def verify(self, ref: ArtifactRef) -> Check:
@@ -58,7 +58,7 @@ class Artifacts:
         return Check(True, f"The store's {ref.size} bytes have the digest that the log names.")
 
     async def card(self, record: ArtifactRef) -> str:
-        """The Markdown card that an expert's record names, or the sentence that says why it cannot be shown."""
+        """Return the Markdown card that an expert's record names, or a sentence on why it cannot be shown."""
         if self._store is None:
             return "The card is in the store, and this console has no credentials for it."
         try:

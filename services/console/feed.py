@@ -1,4 +1,4 @@
-"""What the console knows: every verified fact, the dead letters, and how the reading goes."""
+"""Data of the console: every verified fact, the dead letters, and the progress of reading."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StoredLetter:
 
 @dataclass
 class Stream:
-    """How far a stream has been read. `stored` is None until the broker has been asked."""
+    """The progress of reading a stream. `stored` is None until the broker has been asked."""
 
     read: int = 0
     stored: int | None = None
@@ -78,7 +78,7 @@ class Feed:
 
     @property
     def runs(self) -> dict[str, RunFacts]:
-        """The facts of every run."""
+        """Return the facts of every run."""
         return self.log.runs
 
     async def follow(self) -> None:

@@ -1,4 +1,4 @@
-"""How much each expert is used and how far it moved, from artifacts that the log names: read once, in the background.
+"""Use and change of each expert, from artifacts that the log names; read once, in the background.
 
 A page never waits for the store. What is not there yet is being read, and the page is sent again when it is.
 """
@@ -38,11 +38,13 @@ class ExpertFigures:
         self._one_at_a_time = asyncio.Lock()
 
     def use(self, report: ArtifactRef) -> Figures | str:
-        """Share of the probe's tokens or gate weight that went to each expert of each layer, as the selector scored it."""
+        """Return share of the probe's tokens or gate weight that went to each expert of each layer, as the selector
+        scored it.
+        """
         return self._get((report.digest,), lambda store: _use(store, report))
 
     def change(self, experts: dict[int, list[int]], first: ArtifactRef, last: ArtifactRef) -> Figures | str:
-        """‖θ_last − θ_first‖ / ‖θ_first‖ over all tensors of each selected expert."""
+        """Return ‖θ_last − θ_first‖ / ‖θ_first‖ over all tensors of each selected expert."""
         if first.digest == last.digest:
             return {layer: dict.fromkeys(of_layer, 0.0) for layer, of_layer in experts.items()}
         return self._get((first.digest, last.digest), lambda store: _change(store, experts, first, last))
@@ -94,8 +96,9 @@ async def _change(
 
 
 def change(first: Path, last: Path, experts: dict[int, list[int]]) -> Figures:
-    """The relative change of each expert between two states; rows lie in ascending expert id. `Invalid` when they do
-    not hold the rows of these experts."""
+    """Return the relative change of each expert between two states; rows lie in ascending expert id. `Invalid` when
+    they do not hold the rows of these experts.
+    """
     headers = [read_header(path, max_header_bytes=1 << 26) for path in (first, last)]
     (before, _), (after, _) = (read_tensors(path, mmap=True) for path in (first, last))
     moved: dict[int, Array] = {}

@@ -18,7 +18,7 @@ class Cell:
 
     @property
     def words(self) -> str:
-        """The cell for somebody who does not see it."""
+        """Return the cell in words, for screen readers."""
         if self.rank:
             return f"expert {self.expert}: selected, number {self.rank} of its layer"
         return f"expert {self.expert}: {'frozen helper' if self.helper else 'not selected'}"
@@ -39,7 +39,7 @@ class Heatmap:
     report: str
 
     def experts(self) -> dict[int, list[int]]:
-        """The selected experts by layer."""
+        """Return the selected experts by layer."""
         return {layer: [cell.expert for cell in cells if cell.rank] for layer, cells in self.layers}
 
 
@@ -54,13 +54,13 @@ class Warmth:
 
     @property
     def leaders(self) -> tuple[tuple[int, int, float], ...]:
-        """(layer, expert, figure) of the three largest."""
+        """Return (layer, expert, figure) of the three largest."""
         cells = [(layer, expert, figure) for layer, row in self.layers for expert, figure in row]
         return tuple(sorted(cells, key=lambda cell: (-cell[2], cell[:2]))[:3])
 
 
 def warmth(what: str, figures: Mapping[int, Mapping[int, float]]) -> Warmth:
-    """Figures by layer and expert, to be drawn."""
+    """Return figures by layer and expert, to be drawn."""
     layers = tuple((layer, tuple(sorted(row.items()))) for layer, row in sorted(figures.items()))
     cells = [(expert, figure) for _, row in layers for expert, figure in row]
     return Warmth(
@@ -72,7 +72,7 @@ def warmth(what: str, figures: Mapping[int, Mapping[int, float]]) -> Warmth:
 
 
 def heatmap(facts: RunFacts) -> Heatmap | None:
-    """The selection; None before it is made."""
+    """Return the selection; None before it is made."""
     selection = facts.selection
     if selection is None:
         return None

@@ -11,7 +11,7 @@ from connito.wire.facts import Fact, RunFacts
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a replay stands: after the first `position` of `length` facts."""
+    """The position of a replay: after the first `position` of `length` facts."""
 
     position: int
     length: int
@@ -21,22 +21,22 @@ class Moment:
 
     @property
     def first(self) -> bool:
-        """Whether there is nothing before it."""
+        """Return whether there is nothing before it."""
         return self.position <= 1
 
     @property
     def last(self) -> bool:
-        """Whether this is all there is."""
+        """Return whether this is all there is."""
         return self.position >= self.length
 
 
 def in_order(facts: RunFacts) -> list[Fact]:
-    """By the broker's time; streams have clocks of their own only within a millisecond, so ties go by stream."""
+    """Return facts by the broker's time; ties within a millisecond go by stream."""
     return sorted(facts.facts.values(), key=lambda fact: (fact.time_unix_ms, fact.stream, fact.sequence))
 
 
 def replay(facts: RunFacts, position: int) -> tuple[RunFacts, Moment]:
-    """The run after its first `position` facts (taken into 1 … number of facts)."""
+    """Return the run after its first `position` facts (taken into 1 … number of facts)."""
     ordered = in_order(facts)
     position = max(1, min(position, len(ordered)))
     past = RunFacts(facts.run)

@@ -45,7 +45,7 @@ class Version:
 
 
 def lineage(facts: RunFacts) -> list[Version]:
-    """Every version, from the base on."""
+    """Return every version, from the base on."""
     selected = facts.selected_fact
     selection = facts.selection
     if selected is None or selection is None:
@@ -65,7 +65,7 @@ def lineage(facts: RunFacts) -> list[Version]:
 
 
 def latest_version(facts: RunFacts) -> cycle_pb2.VersionPublished | None:
-    """The newest version that a cycle published; None before the first."""
+    """Return the newest version that a cycle published; None before the first."""
     published = [version for cycle in facts.cycles() if (version := facts.version(cycle)) is not None]
     return published[-1] if published else None
 
@@ -104,7 +104,7 @@ def _contradiction(published: cycle_pb2.VersionPublished, kept: bool, known: dic
 
 
 def _opening(facts: RunFacts, cycle: int, version: int, state: ArtifactRef) -> str:
-    """The cycle that follows must start from what this one published."""
+    """Return whether the next cycle starts from what this one published."""
     opened = facts.window("train", cycle).opened
     if opened is None or (opened.version == version and opened.state.digest == state.digest):
         return ""

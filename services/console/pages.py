@@ -74,7 +74,7 @@ class Console:
         )
 
     def app(self) -> ASGIApp:
-        """The application, behind its guard."""
+        """Return the application, behind its guard."""
         pages: dict[str, Page] = {
             "/": self._runs,
             "/runs/{run}": self._run,
@@ -109,7 +109,7 @@ class Console:
         return answer
 
     async def _events(self, page: Page, request: Request) -> AsyncIterator[str]:
-        """`live` events with the page's live part, each with the server's clock as its id; comments in between."""
+        """Yield `live` events with the page's live part, each with the server's clock as its id; comments in between."""
         before, seen = "", -1
         while not self.feed.closed:
             seen = self.feed.version
@@ -171,7 +171,7 @@ class Console:
         return self._of_run("selection.html", facts, frame, now, values)
 
     def _about_experts(self, facts: RunFacts, grid: Heatmap) -> dict[str, Any]:
-        """How much experts are used and how far they moved since the base: drawn, or in a sentence why not."""
+        """Return the use and change of experts as charts, or a sentence on why there are none."""
         assert facts.selection is not None
         newest = latest_version(facts)
         use: Warmth | str = "It is not in the log."
@@ -218,7 +218,7 @@ class Console:
         return HTMLResponse(self._render("page.html", request, Shown("expert.html", row.expert_id, values, live=False)))
 
     async def _verify(self, request: Request) -> Response:
-        """Reading much is not free, so only this console's own pages may ask for it."""
+        """Return whether a request for much reading comes from this console's own pages."""
         if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
             raise HTTPException(403, "Only the console's own pages may ask for this.")
         facts, _, _ = self._facts(request)
@@ -247,7 +247,7 @@ class Console:
         return Shown(template, facts.run, {**frame, "link": _query, **values}, live=moment is None)
 
     def _facts(self, request: Request) -> tuple[RunFacts, Moment | None, int]:
-        """The run, now or at the point of its past that `?at=` names, and the time it is there."""
+        """Return the run, now or at the point of its past that `?at=` names, and the time it is there."""
         facts = self.feed.runs.get(request.path_params["run"])
         if facts is None or facts.spec is None:
             if not self.feed.connection.caught_up:
@@ -286,7 +286,7 @@ class Console:
 
 
 def _state_of(facts: RunFacts, number: int) -> ArtifactRef | None:
-    """The rows of a version; those of version 0 are the base's."""
+    """Return the rows of a version; those of version 0 are the base's."""
     if number == 0:
         return None if facts.selection is None else facts.selection.initial_state
     versions = (facts.version(cycle) for cycle in facts.cycles())
@@ -294,7 +294,7 @@ def _state_of(facts: RunFacts, number: int) -> ArtifactRef | None:
 
 
 async def _token_of(request: Request) -> str:
-    """The form's token; the empty string for a body that is no such form or too large to be one."""
+    """Return the form's token; the empty string for a body that is no such form or too large to be one."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -304,14 +304,14 @@ async def _token_of(request: Request) -> str:
 
 
 def _cycle(request: Request, facts: RunFacts) -> int:
-    """The cycle asked for, if there is one of that number, else the current one."""
+    """Return the cycle asked for, if there is one of that number, else the current one."""
     asked = request.query_params.get("cycle", "")
     number = int(asked) if asked.isdecimal() and len(asked) < 6 else 0
     return number if 1 <= number <= facts.cycle else facts.cycle
 
 
 def _query(**values: object) -> str:
-    """`?a=1&b=2` of those values that are not None; the empty string when there are none."""
+    """Return `?a=1&b=2` of those values that are not None; the empty string when there are none."""
     given = {key: value for key, value in values.items() if value is not None}
     return f"?{urlencode(given)}" if given else ""
 

@@ -13,7 +13,7 @@ TOKEN_LENGTH = 16
 
 
 class ConsoleSettings(ServiceSettings):
-    """Where the page is, and who may see it."""
+    """Settings of the console: its address and access."""
 
     console_host: str = Field("127.0.0.1", description="address that the page listens on; any other needs a token")
     console_port: int = Field(0, ge=0, le=65535, description="its port; 0 takes a free one")
@@ -29,14 +29,14 @@ class ConsoleSettings(ServiceSettings):
     console_secure_cookie: bool = Field(False, description="true where a proxy in front of the console speaks TLS")
 
     def proxies(self) -> list[IPv4Network | IPv6Network]:
-        """The networks that may name a user. Raises `Fatal` for what is no network."""
+        """Return the networks that may name a user. Raises `Fatal` for what is no network."""
         try:
             return [ip_network(part.strip()) for part in self.console_proxies.split(",") if part.strip()]
         except ValueError as error:
             raise Fatal(f"CONNITO_CONSOLE_PROXIES: {error}; write addresses or networks, e.g. 10.1.0.0/16") from error
 
     def check_access(self) -> str:
-        """The token, or the empty string where none is needed. Raises `Fatal` where everybody could read."""
+        """Return the token, or the empty string where none is needed. Raises `Fatal` where everybody could read."""
         token = self.console_token.get_secret_value()
         if self.console_user_header and not self.proxies():
             raise Fatal(

@@ -1,4 +1,4 @@
-"""What the pages show, as pure projections of a run's facts. Nothing is shown that is not in a fact."""
+"""Data of the pages, as pure projections of a run's facts; nothing is shown that is not in a fact."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Curve:
 
     @property
     def change(self) -> float:
-        """From the first version to the last; negative is better."""
+        """Return the change from the first version to the last; negative is better."""
         return self.points[-1][1] - self.points[0][1]
 
 
@@ -123,22 +123,22 @@ class ExpertRow:
 
     @property
     def target(self) -> Curve | None:
-        """How the loss on the expert's own domain went."""
+        """Return the loss curve on the expert's own domain."""
         return next((curve for curve in self.curves if curve.target), None)
 
     def curve(self, domain: str) -> Curve | None:
-        """How the loss on a domain went, if its run measured it."""
+        """Return the loss curve on a domain, if its run measured it."""
         return next((curve for curve in self.curves if curve.domain == domain), None)
 
 
 def run_rows(runs: Mapping[str, RunFacts], now_ms: int) -> list[RunRow]:
-    """Every run that was created, the newest first."""
+    """Return every run that was created, the newest first."""
     rows = [_run_row(facts, now_ms) for facts in runs.values() if facts.spec is not None]
     return sorted(rows, key=lambda row: (-row.created_unix_ms, row.run))
 
 
 def head(facts: RunFacts, now_ms: int) -> Head:
-    """Where a run stands. Raises `AssertionError` for a run that was not created."""
+    """Return the state of a run. Raises `AssertionError` for a run that was not created."""
     spec, ending = facts.spec, outcome(facts)
     assert spec is not None
     window = facts.open_window if facts.ended is None else None
@@ -163,7 +163,7 @@ def head(facts: RunFacts, now_ms: int) -> Head:
 
 
 def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
-    """Everybody who was expected or acted in a cycle: best rank first, then those who were refused."""
+    """Return the miners that were expected or acted in a cycle: best rank first, then those refused."""
     totals, scored = rewards(facts), judged(facts, cycle)
     rows = []
     for row in submission_rows(facts, cycle):
@@ -188,7 +188,7 @@ def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
 
 
 def validator_rows(facts: RunFacts, cycle: int) -> list[ValidatorRow]:
-    """How each validator stands after a cycle; nothing until it is judged."""
+    """Return the standing of each validator after a cycle; nothing until it is judged."""
     return [
         ValidatorRow(
             key=row["validator"],
@@ -207,13 +207,13 @@ def validator_rows(facts: RunFacts, cycle: int) -> list[ValidatorRow]:
 
 
 def judged(facts: RunFacts, cycle: int) -> dict[str, cycle_pb2.Verdict]:
-    """The verdicts of a cycle by miner; empty until they are published."""
+    """Return the verdicts of a cycle by miner; empty until they are published."""
     scored = facts.scored(cycle)
     return {} if scored is None else {verdict.miner: verdict for verdict in scored.verdicts}
 
 
 def rewards(facts: RunFacts) -> dict[str, int]:
-    """Units of the emission that each miner was given in the run so far."""
+    """Return units of the emission that each miner was given in the run so far."""
     totals: dict[str, int] = {}
     for cycle in facts.cycles():
         for miner, verdict in judged(facts, cycle).items():
@@ -222,7 +222,7 @@ def rewards(facts: RunFacts) -> dict[str, int]:
 
 
 def curves(facts: RunFacts) -> list[Curve]:
-    """Loss by domain, the target first. A cycle's `before` is drawn only at the start and after a gap."""
+    """Return loss by domain, the target first. A cycle's `before` is drawn only at the start and after a gap."""
     points: dict[str, list[tuple[int, float]]] = {}
     target = ""
     for cycle in facts.cycles():
@@ -236,13 +236,13 @@ def curves(facts: RunFacts) -> list[Curve]:
 
 
 def library_rows(runs: Mapping[str, RunFacts], query: str = "") -> list[ExpertRow]:
-    """Experts whose id, run, domain or base holds every word of `query`, the newest first."""
+    """Return experts whose id, run, domain or base holds every word of `query`, the newest first."""
     rows = [row for facts in runs.values() for row in _expert_rows(facts)]
     return sorted(_matching(rows, query.lower().split()), key=lambda row: (-row.deposited_unix_ms, row.expert_id))
 
 
 def comparison(rows: Iterable[ExpertRow]) -> list[str]:
-    """The domains that at least one of these experts was measured on, targets first."""
+    """Return the domains that at least one of these experts was measured on, targets first."""
     found = [curve for row in rows for curve in row.curves]
     return list(
         dict.fromkeys(curve.domain for curve in sorted(found, key=lambda curve: (not curve.target, curve.domain)))
@@ -250,7 +250,7 @@ def comparison(rows: Iterable[ExpertRow]) -> list[str]:
 
 
 def name(facts: RunFacts, key: str) -> str:
-    """A miner's label, or the start of a key."""
+    """Return a miner's label, or the start of a key."""
     return miner_name(facts, key)
 
 
@@ -281,7 +281,7 @@ def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
 
 
 def _phase(facts: RunFacts) -> str:
-    """What happens now, without the time left: that one counts down in the reader's browser."""
+    """Return the current phase without the time left, which the reader's browser counts down."""
     return phase(facts, 0).partition(" (")[0]
 
 
@@ -331,5 +331,5 @@ def _measured(facts: RunFacts, cycle: int) -> set[str]:
 
 
 def reason_pair(reason: reasons_pb2.Reason.ValueType) -> tuple[str, str]:
-    """A reason as code and as words."""
+    """Return a reason as code and as words."""
     return reason_name(reason), words.in_words(reason)

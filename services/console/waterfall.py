@@ -26,7 +26,7 @@ _FINISHING = {"trained", "seed", "commitment", "reveal", "report", "version"}
 
 @dataclass(frozen=True)
 class Act:
-    """Somebody did something, `at_ms` after the cycle began."""
+    """An act of a participant, `at_ms` after the cycle began."""
 
     who: str
     what: str
@@ -47,12 +47,12 @@ class Bar:
 
     @property
     def last(self) -> Act | None:
-        """Whoever acted last: the one that the others waited for."""
+        """Return the last to act, for whom the others waited."""
         return max((act for act in self.acts), key=lambda act: act.at_ms, default=None)
 
     @property
     def summary(self) -> str:
-        """The bar as a sentence."""
+        """Return the bar as a sentence."""
         parts = [f"{self.window}: {duration((self.end_ms - self.start_ms) / 1000)}{' so far' if self.open else ''}"]
         if self.last is not None:
             parts.append(
@@ -67,7 +67,9 @@ class Bar:
 
 
 def waterfall(facts: RunFacts, cycle: int, now_ms: int) -> list[Bar]:
-    """The windows of a cycle that were opened. An open one reaches to `now_ms`, or to its deadline when that is over."""
+    """Return the windows of a cycle that were opened. An open one reaches to `now_ms`, or to its deadline when that is
+    over.
+    """
     began = facts.window("train", cycle).opened_fact
     if began is None:
         return []

@@ -1,4 +1,4 @@
-"""Why a miner's submission scored what it scored: what each validator measured, and what became of it."""
+"""Explanation of a submission's score: each validator's measurement and the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .views import judged, name, reason_pair
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one validator says. Effect and interval in nats per token of the target hold-out, positive is better;
+    """One validator's measurement. Effect and interval in nats per token of the target hold-out, positive is better;
     `general` is the change on general text, positive is worse. `distance` is the validator's largest distance from
     consensus in this cycle, None until that is published; `weight` is what its vote weighed, `trust` what the cycle left of
     it, and `standing` says why it lost some."""
@@ -41,7 +41,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Step:
-    """Something that was said about or by the miner in this cycle."""
+    """A message of or about the miner in this cycle."""
 
     time_unix_ms: int
     text: str
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Why:
-    """Everything the log holds on one miner in one cycle."""
+    """The log's content on one miner in one cycle."""
 
     cycle: int
     miner: str
@@ -80,7 +80,7 @@ _STATUS = {
 
 
 def why(facts: RunFacts, cycle: int, miner: str) -> Why | None:
-    """The explanation of one score; None where the log holds nothing on this miner in this cycle."""
+    """Return the explanation of one score; None where the log holds nothing on this miner in this cycle."""
     spec, verdict, steps = facts.spec, judged(facts, cycle).get(miner), _steps(facts, cycle, miner)
     found, silent = _measurements(facts, cycle, miner)
     if spec is None or (verdict is None and not steps and not found):
@@ -110,7 +110,7 @@ def why(facts: RunFacts, cycle: int, miner: str) -> Why | None:
 
 
 def _measurements(facts: RunFacts, cycle: int, miner: str) -> tuple[list[Measurement], list[str]]:
-    """What the validators measured, and the validators of the draw that said nothing about this miner."""
+    """Return the validators' measurements, and the drawn validators that did not report on this miner."""
     found, spoke = [], set()
     distances = _distances(facts, cycle)
     standings = {row["validator"]: row for row in validator_rows(facts, cycle)}
@@ -145,7 +145,7 @@ def _measurement(
 
 
 def _weighed(measured: Measurement, row: dict[str, Any] | None) -> Measurement:
-    """With what the cycle's result says of the validator."""
+    """Add the cycle's result for the validator to a measurement."""
     if row is None:
         return measured
     told = words.REASONS.get(row["reason"], row["reason"])

@@ -1,4 +1,4 @@
-"""What codes mean to the person who reads them."""
+"""Words for codes."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ REASONS = {
 
 
 def in_words(reason: Reason.ValueType) -> str:
-    """A reason as a clause; the empty string for none, the code itself for one that is newer than this console."""
+    """Return a reason as a clause; the empty string for none, the code itself for one that is newer than this console."""
     name = reason_name(reason) if reason in Reason.values() else f"reason {reason}"
     return REASONS.get(name, name)
 
 
 def gate(decision: cycle_pb2.GateDecision.ValueType) -> str:
-    """What the gate decided."""
+    """Return the gate's decision in words."""
     return GATES.get(decision, f"decision {decision}")

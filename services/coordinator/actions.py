@@ -41,7 +41,7 @@ class Coordinator:
         self._bus, self._facts, self._leading, self._clock, self._run = bus, facts, leading, clock, run
 
     def decide(self, facts: RunFacts, now_ms: int) -> Decision:
-        """`handlers.decide` while leading."""
+        """Return `handlers.decide` while leading."""
         mine = self._run in ("", facts.run)
         return handlers.decide(facts, now_ms) if mine and self._leading() else Decision()
 
@@ -65,7 +65,7 @@ class Coordinator:
                 await self._close(action.run, action.payload)
 
     async def _close(self, run: str, close: CloseWindow) -> None:
-        """Bans that stand in RUNS by now count in the window; the log here has to be that far to name them."""
+        """Close a window. Bans in RUNS up to now apply to it, so the local log has to be read that far."""
         bans_until = await self._bus.last_sequence("RUNS")
         await self._facts.reach("RUNS", bans_until)
         message = cycle_pb2.WindowClosed(

@@ -62,11 +62,11 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         return services_pb2.CreateRunResponse(run=spec.run)
 
     async def GetRun(self, request: services_pb2.GetRunRequest, context: Any) -> services_pb2.GetRunResponse:  # noqa: N802
-        """Where a run stands. Raises `NotFound`."""
+        """Return the status of a run. Raises `NotFound`."""
         return services_pb2.GetRunResponse(status=status(self._known(request.run)))
 
     async def ListRuns(self, request: services_pb2.ListRunsRequest, context: Any) -> services_pb2.ListRunsResponse:  # noqa: N802
-        """Every run, oldest first."""
+        """Return every run, oldest first."""
         created = [(facts.created_fact, facts) for facts in self._log.runs.values()]
         known = sorted((fact.sequence, facts.run) for fact, facts in created if fact is not None)
         return services_pb2.ListRunsResponse(runs=[status(self._log.runs[run]) for _, run in known])
@@ -96,7 +96,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     async def WatchRun(  # noqa: N802
         self, request: services_pb2.WatchRunRequest, context: Any
     ) -> AsyncIterator[services_pb2.WatchRunResponse]:
-        """The status now and whenever it changes, until the run has ended. Raises `NotFound`."""
+        """Yield the status now and whenever it changes, until the run has ended. Raises `NotFound`."""
         sent: services_pb2.RunStatus | None = None
         while True:
             changed = self._changes.of(request.run)
@@ -207,7 +207,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         return facts
 
     async def _wait(self, run: str, satisfied: Callable[[RunFacts], bool]) -> RunFacts:
-        """The facts of a run once they satisfy. Raises `Retry` when that takes unusually long."""
+        """Return the facts of a run once they satisfy. Raises `Retry` when that takes unusually long."""
         try:
             async with asyncio.timeout(SEE_SECONDS):
                 while True:

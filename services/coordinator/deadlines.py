@@ -21,7 +21,7 @@ _SLACK = 6.0
 
 
 def window_ms(facts: RunFacts, window: str, cycle: int) -> int | None:
-    """What a closed window took, in milliseconds of the broker's clock; None while it is not closed.
+    """Return the length of a closed window in milliseconds of the broker's clock; None while it is not closed.
 
     A window that ran into its deadline is measured to the last act inside it. Its own length says only how long one
     absentee was waited for, and would teach the ceiling to every later cycle.
@@ -41,7 +41,8 @@ def _acts(facts: RunFacts, window: str, cycle: int) -> Iterator[Fact]:
 
 
 def learned_ms(history_ms: list[int], policy: WindowPolicy) -> int:
-    """`median + 6·MAD` of earlier cycles between the policy's floor and ceiling; the ceiling when there are none.
+    """Return `median + 6·MAD` of earlier cycles between the policy's floor and ceiling; the ceiling when there are
+    none.
 
     The MAD of two or three cycles is often next to zero, so it is taken as at least a sixth of the median: a deadline
     never falls below twice what the window usually takes.
@@ -55,6 +56,6 @@ def learned_ms(history_ms: list[int], policy: WindowPolicy) -> int:
 
 
 def deadline_ms(facts: RunFacts, window: str, cycle: int, now_ms: int, policy: WindowPolicy) -> int:
-    """When a window that opens now is closed if nothing closes it earlier (unix milliseconds)."""
+    """Return the deadline of a window that opens now (unix milliseconds)."""
     history = [window_ms(facts, window, earlier) for earlier in range(1, cycle)]
     return now_ms + learned_ms([value for value in history if value is not None], policy)

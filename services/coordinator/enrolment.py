@@ -1,4 +1,4 @@
-"""Who may take part in a run. Pure: the facts, the policy and the time come in."""
+"""Admission to a run. Pure: facts, policy and time are arguments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_ban(facts: RunFacts, everywhere: RunFacts, miner: str) -> None:
 def invite_for(
     facts: RunFacts, command: services_pb2.EnrolMinerCommand, miner: str, roster: Roster, now_ms: int
 ) -> run_pb2.Invite | None:
-    """The invite that has to be used up for the key to get in; None when it needs none.
+    """Return the invite that has to be used up for the key to get in; None when it needs none.
 
     Raises `Invalid` (NOT_INVITED, INVITE_INVALID, RUN_FULL) saying what is missing.
     """
@@ -61,7 +61,8 @@ def invite_for(
 
 
 def free_use(invite: run_pb2.Invite, log: RunFacts, miner: str) -> run_pb2.InviteUsed | None:
-    """The next use of an invite to write down; None when this key holds one. Raises `Invalid` when all are taken.
+    """Return the next use of an invite to write down; None when this key holds one. Raises `Invalid` when all are
+    taken.
 
     The broker admits each number once, so that two coordinators cannot both give the last one away.
     """

@@ -1,4 +1,4 @@
-"""Who is waited for: the people a window names when it opens, and those of them who have not acted yet."""
+"""Expected participants: those that a window names when it opens, and those of them who have not acted yet."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def _known_before(facts: RunFacts, cycle: int) -> set[str]:
 
 
 def active(facts: RunFacts) -> set[str]:
-    """Enrolled miners that are not banned, as far as is known. Nobody waits for the others."""
+    """Return the enrolled miners without a known ban; windows do not wait for others."""
     return set(facts.miners) - set(banned(facts))
 
 
 def expected_miners(facts: RunFacts, cycle: int) -> list[str]:
-    """Miners that cycle `cycle` waits for: new ones, and those that committed in the cycle before.
+    """Return miners that cycle `cycle` waits for: new ones, and those that committed in the cycle before.
 
     "New" means that no earlier cycle has named them, which needs no comparison of times between streams. When that
     leaves nobody, everyone enrolled is given another chance.
@@ -37,7 +37,7 @@ def expected_miners(facts: RunFacts, cycle: int) -> list[str]:
 
 
 def expected_validators(facts: RunFacts, spec: RunSpec, cycle: int) -> list[str]:
-    """Validators that cycle `cycle` waits for: new ones, and those that reported in the cycle before.
+    """Return validators that cycle `cycle` waits for: new ones, and those that reported in the cycle before.
 
     When these are no quorum, everyone who joined: without the others there would be nothing to score with.
     """
@@ -48,24 +48,26 @@ def expected_validators(facts: RunFacts, spec: RunSpec, cycle: int) -> list[str]
 
 
 def seeded(facts: RunFacts, cycle: int) -> list[str]:
-    """Validators whose seed commitment is known. The list in `validate.opened` is final: nobody joins a draw later."""
+    """Return validators whose seed commitment is known. The list in `validate.opened` is final: nobody joins a draw
+    later.
+    """
     return list(facts.seed_commitments(cycle))
 
 
 def trained(facts: RunFacts, cycle: int) -> list[str]:
-    """Enrolled miners that said they are done."""
+    """Return enrolled miners that said they are done."""
     enrolled = active(facts)
     return [miner for miner in facts.trained(cycle) if miner in enrolled]
 
 
 def committed(facts: RunFacts, cycle: int) -> list[str]:
-    """Miners whose commitment stands."""
+    """Return miners whose commitment stands."""
     settled = facts.window("commit", cycle).settled
     return [] if settled is None else sorted(settled.committed)
 
 
 def idle_in_train(facts: RunFacts, cycle: int) -> list[str]:
-    """Expected miners that have not trained and expected validators that have not committed a seed.
+    """Return expected miners that have not trained and expected validators that have not committed a seed.
 
     Somebody who was named by another leader and whose enrolment was not read yet counts as idle.
     """
@@ -82,7 +84,7 @@ def idle_in_train(facts: RunFacts, cycle: int) -> list[str]:
 
 
 def unanswered(facts: RunFacts, window: str, cycle: int) -> list[str]:
-    """Who has neither an accepted nor a refused message in a commit or submit window, of those named when it opened
+    """Return the miners without an accepted or refused message in a commit or submit window, of those named when it opened
     and those who, in the case of commit, trained since."""
     opened = facts.window(window, cycle).opened
     assert opened is not None
@@ -97,14 +99,14 @@ def unanswered(facts: RunFacts, window: str, cycle: int) -> list[str]:
 
 
 def silent(facts: RunFacts, cycle: int, validators: list[str]) -> list[str]:
-    """Those of `validators` whose secret, or the commitment to judge it by, is not known yet."""
+    """Return those of `validators` whose secret, or the commitment to judge it by, is not known yet."""
     return [
         key for key in validators if key not in facts.seed_reveals(cycle) or key not in facts.seed_commitments(cycle)
     ]
 
 
 def secrets(facts: RunFacts, cycle: int, validators: list[str]) -> dict[str, bytes]:
-    """Revealed secrets of `validators` that match what each committed to during train."""
+    """Return revealed secrets of `validators` that match what each committed to during train."""
     valid: dict[str, bytes] = {}
     for validator in validators:
         commitment = facts.seed_commitment(cycle, validator)

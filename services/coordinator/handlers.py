@@ -1,4 +1,4 @@
-"""What happens next in a run: one pure function of its facts and the time.
+"""Next step of a run: a pure function of its facts and the time.
 
     created -> selected -> [ train -> commit -> submit -> validate -> merge ] x cycles -> ended
 
@@ -52,7 +52,7 @@ class CloseWindow:
 
 
 def decide(facts: RunFacts, now_ms: int) -> Decision:
-    """The next step of a run, or the time (unix milliseconds) at which one may become due."""
+    """Return the next step of a run, or the time (unix milliseconds) at which one may become due."""
     spec = facts.spec
     if spec is None or facts.ended is not None:
         return Decision([], None)
@@ -186,7 +186,7 @@ def _people(facts: RunFacts, spec: run_pb2.RunSpec, window: str, cycle: int) -> 
 
 
 def _start(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef]:
-    """The model version a cycle starts from and its target-expert state θ_t."""
+    """Return the model version a cycle starts from and its target-expert state θ_t."""
     published = facts.version(cycle - 1)
     if published is not None:
         return published.version, published.state

@@ -8,7 +8,7 @@ from pydantic import Field
 
 
 class CoordinatorSettings(ServiceSettings):
-    """What the coordinator reads beyond what every service has."""
+    """Settings of the coordinator beyond those of every service."""
 
     lease_seconds: float = Field(
         LEASE_TTL, gt=0, description="a standby takes over when the leader has not renewed its lease for this long"

@@ -56,7 +56,7 @@ class Changes:
         return self._events.setdefault(run, asyncio.Event())
 
     def notice(self, fact: Fact) -> None:
-        """The engine's hook: a fact arrived."""
+        """Handle a new fact; called by the engine."""
         event = self._events.pop(fact.run, None)
         if event is not None:
             event.set()

@@ -1,4 +1,4 @@
-"""How a run is shown: one pure projection of its facts."""
+"""Status of a run: a pure projection of its facts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PHASES = {
 
 
 def phase(facts: RunFacts) -> services_pb2.RunPhase.ValueType:
-    """Where a created run stands."""
+    """Return the phase of a created run."""
     if facts.ended is not None:
         return _PHASES.get(facts.ended.outcome, services_pb2.RUN_PHASE_FAILED)
     if facts.selection is None:
@@ -22,7 +22,7 @@ def phase(facts: RunFacts) -> services_pb2.RunPhase.ValueType:
 
 
 def version(facts: RunFacts) -> int:
-    """The newest published version; 0 is the base."""
+    """Return the newest published version; 0 is the base."""
     for cycle in (facts.cycle, facts.cycle - 1):
         published = facts.version(cycle)
         if published is not None:
@@ -31,7 +31,7 @@ def version(facts: RunFacts) -> int:
 
 
 def status(facts: RunFacts) -> services_pb2.RunStatus:
-    """What the API answers about a run that was created."""
+    """Return the API's answer about a created run."""
     window = facts.open_window if facts.ended is None else None
     return services_pb2.RunStatus(
         spec=facts.spec,

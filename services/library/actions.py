@@ -55,8 +55,9 @@ class Depositor:
             self._log.info("expert deposited", run=fact.run, expert=message.expert_id, bytes=message.expert.size)
 
     async def _read_run(self, run: str) -> tuple[RunFacts, dict[str, bytes]]:
-        """All facts of a run, and its versions' envelopes by subject. `run.0.ended` is written last, so what is stored
-        now is everything."""
+        """Return all facts of a run, and its versions' envelopes by subject. `run.0.ended` is written last, so what is
+        stored now is everything.
+        """
         log, envelopes = Log(self._roster), dict[str, bytes]()
         async with aclosing(self._bus.follow(STREAMS, run)) as records:
             async for item in records:

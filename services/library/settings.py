@@ -7,6 +7,6 @@ from pydantic import Field
 
 
 class LibrarySettings(ServiceSettings):
-    """What every service has, and where its index lies."""
+    """Settings of the library: those of every service, and the path of its index."""
 
     index_path: str = Field("", description="File of the search index; empty: a temporary one, built at each start.")

@@ -1,4 +1,4 @@
-"""What has been deposited, said and used, in the order of the log: the library's index, and who may see what of it."""
+"""State of the library, in the order of the log: deposits, notices and uses in an index, with visibility."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTICES = {
 
 
 def summarise(fact: Fact[run_pb2.ExpertDeposited]) -> services_pb2.ExpertSummary:
-    """One row of the catalogue."""
+    """Return one row of the catalogue."""
     message = fact.message
     return services_pb2.ExpertSummary(
         expert_id=message.expert_id,
@@ -40,7 +40,7 @@ def summarise(fact: Fact[run_pb2.ExpertDeposited]) -> services_pb2.ExpertSummary
 
 
 def event_of(fact: Fact) -> LibraryEvent | None:
-    """A notice or a use as an entry of the index; None for other facts."""
+    """Return a notice or a use as an entry of the index; None for other facts."""
     message = fact.message
     if isinstance(message, run_pb2.ExpertNotice) and message.kind in NOTICES:
         body = {"reason": message.reason, "by": message.by}
@@ -87,22 +87,22 @@ class Catalogue:
                 self.envelopes[message.expert_id] = envelope
 
     def fact(self, expert_id: str, viewer: Viewer | None = None) -> Fact[run_pb2.ExpertDeposited]:
-        """The deposit of one expert. Raises `NotFound`."""
+        """Return the deposit of one expert. Raises `NotFound`."""
         fact = self.facts.get(expert_id)
         if fact is None or not (viewer or Viewer()).sees(self.index.record(expert_id)):
             raise NotFound(f"there is no expert {expert_id!r} in this library; see `connito library list`")
         return fact
 
     def get(self, expert_id: str, viewer: Viewer | None = None) -> services_pb2.ExpertSummary:
-        """One expert. Raises `NotFound`."""
+        """Return one expert. Raises `NotFound`."""
         return summarise(self.fact(expert_id, viewer))
 
     def standing(self, expert_id: str) -> Standing:
-        """What the library says about an expert now."""
+        """Return the current status of an expert in the library."""
         return self.index.standing(expert_id)
 
     def page(self, size: int, token: str, viewer: Viewer | None = None) -> tuple[list[services_pb2.ExpertSummary], str]:
-        """Up to `size` experts after the one `token` stands for, oldest first, and the token of the next page.
+        """Return up to `size` experts after the one `token` stands for, oldest first, and the token of the next page.
 
         A token names the last sequence shown, so that deposits made between two pages shift nothing. `Invalid` for
         a token that is not one of ours.
@@ -116,7 +116,9 @@ class Catalogue:
     def search(
         self, request: services_pb2.SearchExpertsRequest, viewer: Viewer
     ) -> tuple[list[services_pb2.ExpertHit], str]:
-        """A page of hits, best first, and the token of the next. Deposits between two pages may shift later ones."""
+        """Return a page of hits, best first, and the token of the next. Deposits between two pages may shift later
+        ones.
+        """
         size = min(request.page_size or PAGE_SIZE, MAX_PAGE_SIZE)
         start = _decode_token(request.page_token, "from")
         hits = search(
@@ -146,14 +148,14 @@ class Catalogue:
         ]
 
     def ledger(self, expert_id: str, viewer: Viewer) -> services_pb2.GetLedgerResponse:
-        """What was used how often, and the miners that it is credited to. Raises `NotFound`."""
+        """Return the uses of experts and the miners that they are credited to. Raises `NotFound`."""
         self.fact(expert_id, viewer)
         uses = self.index.usage(expert_id)
         credit = attribute(self.index.record(expert_id), sum(uses.values()), self.index.lookup)
         return services_pb2.GetLedgerResponse(uses=uses, credited=credit.units, uncredited=credit.uncredited)
 
     def may_state(self, signer: str, kind: int, subject: str) -> bool:
-        """Whether `signer` owns the expert that is spoken about, or every expert that names the data source.
+        """Return whether `signer` owns the expert that is spoken about, or every expert that names the data source.
 
         Sources are named by customers: whoever names another's source does not get a say over the other's experts.
         """

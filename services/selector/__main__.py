@@ -13,7 +13,7 @@ from .settings import SelectorSettings
 
 
 async def main(ctx: ServiceContext[SelectorSettings]) -> None:
-    """Work off the queue until told to stop. Torch is loaded before the first run asks for it."""
+    """Process the queue until told to stop. Torch is loaded before the first run needs it."""
     settings = ctx.settings
     await asyncio.to_thread(load_torch, settings.torch_threads)
     budget = ComputeBudget(settings.compute_dir, settings.compute_slots)

@@ -55,7 +55,7 @@ class Selector:
         self._log.info("selected", experts=message.selected_experts, of=message.total_experts)
 
     async def _settled(self, run: str) -> bool:
-        """Whether someone was here before, or the run is over. Forged messages on those subjects do not count."""
+        """Return whether the selection exists already or the run is over; forged messages on those subjects do not count."""
         for kind in handlers.SETTLED:
             record = await self._bus.last_record(subjects.fact(run, "run", 0, kind))
             if record is not None and self._holds(record):
@@ -89,7 +89,7 @@ class Selector:
             return await self._store_all(spec.run, chosen, theta)
 
     async def _library(self, spec: run_pb2.RunSpec) -> Library:
-        """Every expert of the run's base that is deposited by now."""
+        """Return every expert of the run's base that is deposited by now."""
         facts, last = [], 0
         async with aclosing(self._bus.follow(["LIBRARY"])) as records:
             async for item in records:
@@ -123,7 +123,7 @@ def _compute(
     theta: Path,
     library: Library | None = None,
 ) -> Chosen:
-    """`choose`, with what a hostile or broken base can raise inside the model turned into a verdict on the run."""
+    """Run `choose`, turning errors of a hostile or broken base into a failed selection."""
     try:
         return choose(spec, base.manifest, base.files, probes, theta, library)
     except (Invalid, Retry, MemoryError, OSError):

@@ -1,4 +1,4 @@
-"""What the selector says about a run: pure."""
+"""Facts of the selector about a run. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def made(
     theta: artifacts_pb2.ArtifactRef,
     signature: artifacts_pb2.ArtifactRef | None = None,
 ) -> run_pb2.SelectionMade:
-    """The selection, as a fact."""
+    """Return the selection, as a fact."""
     return run_pb2.SelectionMade(
         run=run,
         layers=chosen.layers(),
@@ -33,7 +33,7 @@ def made(
 
 
 def failed(run: str, error: Invalid) -> run_pb2.SelectionFailed:
-    """Why there is none. An error that names no reason of its own is a failed selection."""
+    """Return the fact of a failed selection, with the error's reason if it has one."""
     vague = error.reason in (reasons_pb2.REASON_UNSPECIFIED, reasons_pb2.REASON_MALFORMED)
     reason = reasons_pb2.REASON_SELECTION_FAILED if vague else error.reason
     return run_pb2.SelectionFailed(run=run, reason=reason, detail=str(error))

@@ -6,4 +6,4 @@ from connito.runtime.settings import ServiceSettings
 
 
 class SelectorSettings(ServiceSettings):
-    """Nothing beyond what every service has."""
+    """Settings of the selector: those of every service."""

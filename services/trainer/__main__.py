@@ -61,7 +61,7 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
 
 
 def decide_with(me: str, ledger: Ledger, strategy: Strategy, facts: RunFacts, now_ms: int) -> Decision:
-    """`decide` with what the work folder says."""
+    """Return the decision of `decide` on the content of the work folder."""
     return decide(facts, me, ledger.progress(facts.run), now_ms, strategy)
 
 

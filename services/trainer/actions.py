@@ -33,12 +33,12 @@ class Trainer(Protocol):
     """Makes the honest local steps (`services.trainer.training`)."""
 
     async def train(self, facts: RunFacts, cycle: int, state: Path, draft: Path) -> Effort:
-        """H steps from the state in `state`; writes the result to `draft`."""
+        """Train H steps from the state in `state` and write the result to `draft`."""
 
 
 @dataclass
 class Miner:
-    """Everything a miner's actions need."""
+    """The dependencies of a miner's actions."""
 
     bus: Bus
     services: Services
@@ -52,7 +52,7 @@ class Miner:
 
     @property
     def me(self) -> str:
-        """This miner's public key."""
+        """Return this miner's public key."""
         return self.bus.identity.public
 
     async def perform(self, action: Action) -> None:

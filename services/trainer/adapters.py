@@ -1,4 +1,4 @@
-"""What the miner asks others for: the coordinator's and the committer's APIs, and artifacts by presigned URLs."""
+"""Requests of a miner to others: the coordinator's and the committer's APIs, and artifacts by presigned URLs."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class Services:
         await self._call("coordinator", services_pb2_grpc.RunServiceStub, "EnrolMiner", request)
 
     async def upload_slot(self, command: services_pb2.UploadCommand) -> services_pb2.RequestUploadResponse:
-        """Where to put what the command opens the commitment to."""
+        """Return the upload slot for the artifact that a commitment opens to."""
         request = services_pb2.RequestUploadRequest(envelope=self._seal("RequestUpload", command))
         answer = await self._call("committer", services_pb2_grpc.SubmissionServiceStub, "RequestUpload", request)
         assert isinstance(answer, services_pb2.RequestUploadResponse)
         return answer
 
     async def download_urls(self, run: str, digests: Sequence[str]) -> Mapping[str, str]:
-        """Digest to URL, for public artifacts of a run."""
+        """Return digest to URL, for public artifacts of a run."""
         command = services_pb2.DownloadsCommand(run=run, digests=digests)
         request = services_pb2.RequestDownloadsRequest(envelope=self._seal("RequestDownloads", command))
         answer = await self._call("committer", services_pb2_grpc.SubmissionServiceStub, "RequestDownloads", request)
@@ -95,14 +95,14 @@ class Downloads:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="download")
 
     def cached(self, ref: ArtifactRef) -> Path | None:
-        """The verified file, if this machine has it already."""
+        """Return the verified file, if this machine has it already."""
         try:
             return self.cache.get(ref, _absent)
         except _AbsentError:
             return None
 
     async def fetch(self, run: str, ref: ArtifactRef) -> Path:
-        """The artifact as a verified file. Raises `Retry`, `NotFound`, `VerificationFailed`."""
+        """Return the artifact as a verified file. Raises `Retry`, `NotFound`, `VerificationFailed`."""
         loop = asyncio.get_running_loop()
         path = await loop.run_in_executor(self._pool, self.cached, ref)
         if path is not None:
@@ -115,7 +115,7 @@ class Downloads:
         return await loop.run_in_executor(self._pool, self.cache.get, ref, download)
 
     async def urls(self, run: str, refs: Sequence[ArtifactRef]) -> list[str]:
-        """Presigned URLs that read `refs`. Raises `NotFound` when the committer serves no such artifact."""
+        """Return presigned URLs that read `refs`. Raises `NotFound` when the committer serves no such artifact."""
         urls = await self._services.download_urls(run, [ref.digest for ref in refs])
         for ref in refs:
             if ref.digest not in urls:
@@ -148,7 +148,7 @@ class RangeReader:
         self._connection.close()
 
     def read(self, start: int, length: int, sha256: str = "") -> bytes:
-        """`length` bytes from `start`, checked against their digest if one is given.
+        """Return `length` bytes from `start`, checked against their digest if one is given.
 
         Raises `Retry` when the store is away and `VerificationFailed` for other bytes than were asked for.
         """

@@ -57,11 +57,11 @@ class Copier(_Idle):
         return bool(victim) and victim in facts.commitments(cycle)
 
     def may_say_trained(self, facts: RunFacts, cycle: int, *, has_result: bool) -> bool:
-        """A lie that keeps the commit window open until the victim has committed."""
+        """Return a false answer that keeps the commit window open until the victim has committed."""
         return facts.window("train", cycle).opened is not None and facts.window("train", cycle).closed is None
 
     def victim(self) -> str:
-        """The victim's public key; empty while its work folder is not there."""
+        """Return the victim's public key; empty while its work folder is not there."""
         path = self.victim_dir / "miner"
         if not self._victim and path.exists():
             self._victim = path.read_text().strip()
@@ -71,7 +71,7 @@ class Copier(_Idle):
         shutil.copyfile(self.stolen(work), work.draft)
 
     def stolen(self, work: Work) -> Path:
-        """The victim's result of this cycle. Raises `Retry` while it is not there."""
+        """Return the victim's result of this cycle. Raises `Retry` while it is not there."""
         folder = self.victim_dir / work.run / str(work.cycle)
         path = folder / "artifact.safetensors"
         if not path.exists() or not read_progress(folder / "progress.json").artifact:
@@ -234,7 +234,7 @@ class Late(Strategy):
 
 
 def choose(settings: TrainerSettings) -> Strategy:
-    """The strategy that the settings name. Raises `Fatal` for an unknown one, or a copier without a victim."""
+    """Return the strategy that the settings name. Raises `Fatal` for an unknown one, or a copier without a victim."""
     name, victim = settings.trainer_adversary, settings.trainer_victim_dir
     second = settings.trainer_second_victim_dir or victim
     if not name:
@@ -259,7 +259,7 @@ def _write(work: Work, state: dict[str, torch.Tensor], noise: Callable[[str, tor
 
 
 def _noise(like: torch.Tensor, norm: float, work: Work, name: str) -> torch.Tensor:
-    """Gaussian noise of an exact Frobenius norm, the same whenever the same miner makes it."""
+    """Return gaussian noise of an exact Frobenius norm, the same whenever the same miner makes it."""
     import hashlib
 
     import torch

@@ -38,7 +38,7 @@ class Base:
 
     @property
     def source(self) -> str:
-        """Where it comes from, for the log."""
+        """Return the source of the bytes, for the log."""
         return "cached files" if self.files is not None else "byte ranges"
 
     @classmethod
@@ -62,7 +62,7 @@ class Base:
         return cls(manifest, None, ranges, background)
 
     def load(self, facts: RunFacts, device: Any, *, top_k: int = 0, half: bool = False) -> nn.Module:
-        """The training model on `device`. Blocking. Raises `Retry` when the store is away or damaged bytes came.
+        """Return the training model on `device`. Blocking. Raises `Retry` when the store is away or damaged bytes came.
 
         top_k and half are the miner's own choice: experts per token, and frozen matrices in bfloat16.
         """
@@ -97,7 +97,7 @@ class Base:
 
 
 def experts_of(selection: SelectionMade) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Targets and helpers by layer."""
+    """Return targets and helpers by layer."""
     targets = {layer.layer: list(layer.experts) for layer in selection.layers}
     return targets, {layer.layer: list(layer.helpers) for layer in selection.layers}
 
@@ -111,7 +111,7 @@ class Ranges:
         self._touched: set[Path] = set()
 
     def read(self, entry: FileEntry, start: int, length: int) -> bytes:
-        """These bytes of a file; `connito.data.manifest` checks their digest. Raises `Retry`."""
+        """Return these bytes of a file; `connito.data.manifest` checks their digest. Raises `Retry`."""
         if length == 0:
             return b""
         folder = self._folder / entry.digest

@@ -1,4 +1,4 @@
-"""What a miner owes a run: a pure function of the run's facts and of what its own work folder holds."""
+"""Next actions of a miner: a pure function of the run's facts and of its own work folder."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ Step = Train | ReportTrained | Commit | Reveal
 
 
 def decide(facts: RunFacts, me: str, progress: Progress, now_ms: int, strategy: Strategy = HONEST) -> Decision:
-    """The next step of `me` in a run. `progress` is what its own work folder says; nothing here waits for a time."""
+    """Return the next step of `me` in a run. `progress` is what its own work folder says; nothing here waits for a
+    time.
+    """
     del now_ms
     if facts.spec is None:
         return Decision([], None)
@@ -96,7 +98,9 @@ def _of(progress: Progress, me: str, cycle: int) -> CycleProgress:
 
 
 def _next_step(facts: RunFacts, me: str, mine: CycleProgress, strategy: Strategy) -> Step | None:
-    """The one thing to do in a cycle. Each step needs what the step before left behind, so their order is fixed."""
+    """Return the one thing to do in a cycle. Each step needs what the step before left behind, so their order is
+    fixed.
+    """
     cycle = mine.cycle
     if not mine.said and strategy.may_say_trained(facts, cycle, has_result=bool(mine.artifact)):
         return ReportTrained(cycle)
@@ -115,7 +119,7 @@ def _next_step(facts: RunFacts, me: str, mine: CycleProgress, strategy: Strategy
 
 
 def _wants_result(facts: RunFacts, me: str, cycle: int, strategy: Strategy) -> bool:
-    """A result is worth making while it can still be committed to, and no other one has been."""
+    """Return whether a result can still be committed to and no other one has been."""
     return (
         cycle == facts.cycle
         and facts.selection is not None
@@ -137,7 +141,7 @@ def _may_commit(facts: RunFacts, me: str, mine: CycleProgress) -> bool:
 
 
 def stands(facts: RunFacts, me: str, mine: CycleProgress) -> bool:
-    """Whether the commitment that the committer settled on is the one to the result in the work folder."""
+    """Return whether the commitment that the committer settled on is the one to the result in the work folder."""
     settled = facts.window("commit", mine.cycle).settled
     accepted = facts.commitment(mine.cycle, me)
     return (
@@ -149,7 +153,7 @@ def stands(facts: RunFacts, me: str, mine: CycleProgress) -> bool:
 
 
 def _answered(facts: RunFacts, me: str, cycle: int) -> bool:
-    """Whether a reveal of cycle `cycle` was accepted, there or in the next one, or refused.
+    """Return whether a reveal of cycle `cycle` was accepted, there or in the next one, or refused.
 
     `not-revealed` is no answer to a reveal but the remark that none came: a late one is still welcome.
     """
@@ -160,7 +164,7 @@ def _answered(facts: RunFacts, me: str, cycle: int) -> bool:
 
 
 def refusals(facts: RunFacts, me: str, window: str, cycle: int) -> Mapping[str, cycle_pb2.Refused]:
-    """What the committer refused of this miner, by fact id."""
+    """Return the committer's refusals of this miner, by fact id."""
     return {
         id_: fact.message
         for id_, fact in facts.window(window, cycle).refused.items()
@@ -169,7 +173,7 @@ def refusals(facts: RunFacts, me: str, window: str, cycle: int) -> Mapping[str, 
 
 
 def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:
-    """What was decided about `me` in a cycle, in plain words."""
+    """Return the decisions about `me` in a cycle, in plain words."""
     told = []
     for window, what in (("commit", "commitment"), ("submit", "reveal")):
         if me in facts.window(window, cycle).accepted:
@@ -186,7 +190,7 @@ def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:
 
 
 def describe(verdict: cycle_pb2.Verdict) -> str:
-    """A verdict as one line: what it was worth, or why it was worth nothing."""
+    """Return a verdict as one line: its reward, or the reason for none."""
     status = cycle_pb2.VerdictStatus.Name(verdict.status).removeprefix("VERDICT_STATUS_").lower()
     if verdict.rank:
         return f"{status}: rank {verdict.rank}, reward {verdict.reward}, utility {verdict.utility:.4f} nats per token"

@@ -11,12 +11,12 @@ from pydantic import Field
 
 
 def default_work_dir() -> Path:
-    """`$XDG_STATE_HOME/connito/miner`, or `~/.local/state/connito/miner`."""
+    """Return `$XDG_STATE_HOME/connito/miner`, or `~/.local/state/connito/miner`."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "connito" / "miner"
 
 
 class TrainerSettings(ServiceSettings):
-    """What a miner may set beside what every service has."""
+    """Settings of a miner beyond those of every service."""
 
     work_dir: Path = Field(
         default_factory=default_work_dir,

@@ -1,4 +1,4 @@
-"""What this miner has done, in its private work folder: enough to go on after a `kill -9` at any point.
+"""Progress of this miner in its private work folder: enough to continue after a `kill -9` at any point.
 
     <work_dir>/lock
     <work_dir>/miner                               the public key that works here
@@ -70,7 +70,7 @@ class Ledger:
         os.close(self._lock)
 
     def progress(self, run: str) -> Progress:
-        """Everything known of a run, by cycle."""
+        """Return the recorded progress of a run, by cycle."""
         if run not in self._known:
             folders = (self.work_dir / run).glob("*/progress.json")
             found = [_present(read_progress(path), path.parent) for path in folders]
@@ -78,7 +78,7 @@ class Ledger:
         return self._known[run]
 
     def cycle(self, run: str, cycle: int) -> CycleProgress:
-        """One cycle's progress; a blank one if nothing was done yet."""
+        """Return one cycle's progress; a blank one if nothing was done yet."""
         return self.progress(run).get(cycle, CycleProgress(cycle, self.miner))
 
     def update(self, run: str, cycle: int, **changes: object) -> CycleProgress:
@@ -91,13 +91,13 @@ class Ledger:
         return changed
 
     def folder(self, run: str, cycle: int) -> Path:
-        """The folder of a cycle, made when it is not there."""
+        """Return the folder of a cycle, made when it is not there."""
         folder = self.work_dir / run / str(cycle)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return folder
 
     def artifact_path(self, run: str, cycle: int) -> Path:
-        """Where a cycle's result is kept."""
+        """Return the path of a cycle's result."""
         return self.folder(run, cycle) / "artifact.safetensors"
 
     def keep_artifact(self, run: str, cycle: int, draft: Path) -> Path:
@@ -126,7 +126,7 @@ def read_progress(path: Path) -> CycleProgress:
 
 
 def _present(progress: CycleProgress, folder: Path) -> CycleProgress:
-    """The same, without an artifact that somebody has removed."""
+    """Return the same, without an artifact that somebody has removed."""
     path = folder / "artifact.safetensors"
     if not progress.artifact or (path.exists() and path.stat().st_size == progress.size):
         return progress

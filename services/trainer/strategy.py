@@ -1,4 +1,4 @@
-"""How a miner plays: when it acts, and how its result comes to be. This one is honest; drills replace methods of it."""
+"""Strategy of a miner: when it acts and how it makes its result. This one is honest; adversaries override its methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from connito.wire.facts import RunFacts
 
 @dataclass(frozen=True)
 class Effort:
-    """What went into a result."""
+    """The effort behind a result."""
 
     steps: int
     tokens: int
@@ -42,15 +42,15 @@ class Strategy:
     name = ""
 
     def may_produce(self, facts: RunFacts, cycle: int) -> bool:
-        """Whether to make a result now. A cycle whose train window has closed is left to those who were there."""
+        """Return whether to make a result now. A cycle whose train window has closed is left to those who were there."""
         return facts.window("train", cycle).opened is not None and facts.window("train", cycle).closed is None
 
     def may_say_trained(self, facts: RunFacts, cycle: int, *, has_result: bool) -> bool:
-        """Whether to say that the local steps are done."""
+        """Return whether to say that the local steps are done."""
         return has_result and facts.window("train", cycle).closed is None
 
     def may_reveal(self, facts: RunFacts, cycle: int) -> bool:
-        """Whether to upload and reveal a standing commitment. After the window has closed too: it rolls over."""
+        """Return whether to upload and reveal a standing commitment. After the window has closed too: it rolls over."""
         return facts.window("submit", cycle).opened is not None
 
     async def produce(self, work: Work) -> Effort:
@@ -58,7 +58,7 @@ class Strategy:
         return await work.train()
 
     def reveals_after(self, refusal: Invalid) -> bool:
-        """Whether to reveal although the upload was refused."""
+        """Return whether to reveal although the upload was refused."""
         del refusal
         return False
 

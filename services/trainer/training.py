@@ -54,7 +54,7 @@ class LocalTrainer:
         self._one_at_a_time = asyncio.Lock()
 
     async def train(self, facts: RunFacts, cycle: int, state: Path, draft: Path) -> Effort:
-        """H steps from the state in `state`; writes the result to `draft`.
+        """Train H steps from the state in `state` and write the result to `draft`.
 
         Stops early when the train window closes: the commit window opens then, and what is done can still be committed.
         Raises `Retry` when even the commit window closed before a step was made.
@@ -79,7 +79,7 @@ class LocalTrainer:
             return await in_thread(work)
 
     async def _batches(self, facts: RunFacts, cycle: int) -> Tokens:
-        """int32 [H, B, L + 1]: this miner's share of the training text."""
+        """Return int32 [H, B, L + 1]: this miner's share of the training text."""
         opened, spec = facts.window("train", cycle).opened, facts.spec
         assert opened is not None
         assert spec is not None
@@ -166,7 +166,7 @@ class LocalTrainer:
         return Effort(stats.steps, stats.tokens, time.perf_counter() - begun)
 
     def _model(self, facts: RunFacts, base: Base) -> nn.Module:
-        """The training model of the run; another run's is let go of first."""
+        """Return the training model of the run; another run's is released first."""
         if self._loaded is None or self._loaded.run != facts.run:
             self._loaded = None
             begun = time.perf_counter()
@@ -209,7 +209,7 @@ class OptimizerState:
         self._folder, self._before = folder, folder.parent / str(int(folder.name) - 1)
 
     def load(self, *, second_only: bool) -> Moments:
-        """Those that the cycle before ended with; empty ones when it was missed or they cannot be read."""
+        """Return those that the cycle before ended with; empty ones when it was missed or they cannot be read."""
         from connito.moe.moments import Moments
 
         path = self._before / self.NAME
@@ -227,13 +227,13 @@ class OptimizerState:
 
 
 def schedule_of(spec: RunSpec) -> Schedule:
-    """The learning rate over the run. A policy that says nothing keeps it."""
+    """Return the learning rate over the run. A policy that says nothing keeps it."""
     policy = spec.training
     return Schedule(spec.cycles, policy.local_steps, policy.final_rate_share or 1.0, policy.warmup_steps)
 
 
 def shadow_of(model: nn.Module, policy: TrainPolicy) -> ShadowRouters | None:
-    """Routers that learn beside the shipped ones for this cycle, where the policy asks for them."""
+    """Return routers that learn beside the shipped ones for this cycle, where the policy asks for them."""
     from connito.moe.distillation import Distillation, ShadowRouters
 
     if policy.router_distillation <= 0:
@@ -269,7 +269,7 @@ def prepare_torch(threads: int) -> None:
 
 
 def device_of(name: str) -> Any:
-    """The device that the settings name, or the best there is."""
+    """Return the device that the settings name, or the best there is."""
     import torch
     from connito.moe.training import pick_device
 

@@ -47,7 +47,7 @@ async def main(context: ServiceContext[ValidatorSettings]) -> None:
 
 
 def drop_others_scores(fact: Fact) -> None:
-    """Here it matters only who reported; the losses of a long run would fill the memory."""
+    """Drop the losses in other validators' reports: only the reporters matter here, and the losses would fill the memory."""
     if isinstance(fact.message, ScoreReport):
         fact.message.ClearField("scores")
 

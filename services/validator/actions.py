@@ -47,7 +47,7 @@ Files = dict[str, SubmissionFiles | Invalid]
 
 
 class Validator:
-    """Everything a validator's actions need. `loaded` are the runs whose model is in memory."""
+    """The dependencies of a validator's actions. `loaded` are the runs whose model is in memory."""
 
     def __init__(
         self,
@@ -67,12 +67,12 @@ class Validator:
 
     @property
     def me(self) -> str:
-        """This validator's public key."""
+        """Return this validator's public key."""
         return self._bus.identity.public
 
     @property
     def loaded(self) -> set[str]:
-        """Runs whose model is in memory."""
+        """Return the runs whose model is in memory."""
         return set(self._evaluators)
 
     async def perform(self, action: Action) -> None:
@@ -102,7 +102,7 @@ class Validator:
                 await self._score(run, cycle)
 
     async def _evaluator(self, run: str) -> SubmissionEvaluator:
-        """The run's model and hold-outs, loaded once."""
+        """Return the run's model and hold-outs, loaded once."""
         async with self._loading.setdefault(run, asyncio.Lock()):
             if run not in self._evaluators:
                 self._evaluators[run] = await self._load(run)
@@ -169,7 +169,7 @@ class Validator:
         )
 
     async def _fetch(self, submission: cycle_pb2.Submission, current: ArtifactRef) -> SubmissionFiles | Invalid:
-        """The submission's files, or why there are none. Raises `Retry` for what is not the submission's fault."""
+        """Return the submission's files, or why there are none. Raises `Retry` for what is not the submission's fault."""
         try:
             artifact = await self._store.fetch(submission.artifact)
         except (NotFound, VerificationFailed) as error:
@@ -231,7 +231,7 @@ class Validator:
 
 
 def anchors_of(chains: Chains, cycle: int) -> list[cycle_pb2.WindowAnchor]:
-    """What this validator vouches for with its commitment of a cycle: the windows before, as far as it has read them."""
+    """Return the digests of earlier windows that this validator signs with its commitment, as far as it has read them."""
     known = ((window, chains.heads.get(window)) for window in anchored_windows(cycle))
     return [
         cycle_pb2.WindowAnchor(window=window, last_sequence=head[0], head=head[1])
@@ -241,5 +241,5 @@ def anchors_of(chains: Chains, cycle: int) -> list[cycle_pb2.WindowAnchor]:
 
 
 def secret_of(identity: Identity) -> Callable[[str, int], bytes]:
-    """The beacon secret of each run and cycle: nobody else can compute it, and a restart does not change it."""
+    """Return the beacon secret of each run and cycle: nobody else can compute it, and a restart does not change it."""
     return lambda run, cycle: identity.derive("beacon", run, str(cycle))

@@ -1,4 +1,4 @@
-"""What a validator owes a run, as a pure function of the run's facts.
+"""Next actions of a validator, as a pure function of the run's facts.
 
 joined -> train: H(secret) -> submit settled, validate opened: secret -> drawn: check, score, report
 """
@@ -59,7 +59,7 @@ Step = Join | Preload | Unload | CommitSeed | RevealSeed | Score
 
 
 def decide(facts: RunFacts, me: str, secret: Secret, loaded: Container[str], now_ms: int) -> Decision:
-    """What is missing. `loaded` are the runs whose model is in memory; nothing here waits for a time."""
+    """Decide which actions are missing. `loaded` are the runs whose model is in memory; nothing here waits for a time."""
     del now_ms
     steps: list[Step] = []
     if facts.spec is None:
@@ -93,7 +93,7 @@ def _cycle(facts: RunFacts, me: str, secret: Secret) -> list[Step]:
 
 
 def _may_reveal(facts: RunFacts, me: str, cycle: int, secret: Secret) -> bool:
-    """Only when no submission can change any more: from then on the seed may be known."""
+    """Return whether no submission can change any more, so that the seed may become known."""
     opened = facts.window("validate", cycle).opened
     committed = facts.seed_commitment(cycle, me)
     return (

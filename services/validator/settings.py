@@ -7,7 +7,7 @@ from pydantic import Field
 
 
 class ValidatorSettings(ServiceSettings):
-    """What the validator reads beyond what every service has."""
+    """Settings of the validator beyond those of every service."""
 
     device: str = Field("", description="cpu, cuda, cuda:1, …; empty: the first GPU, or the CPU")
     batch_tokens: int = Field(2048, ge=1, description="held-out tokens that go through the model at a time")

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def name_of(enum: Any, value: int) -> str:
-    """The name of a value of a generated enum; `REASON_999` for one that the enum does not have."""
+    """Return the name of a value of a generated enum; `REASON_999` for one that the enum does not have."""
     found = enum.DESCRIPTOR.values_by_number.get(value)
     prefix = enum.DESCRIPTOR.values_by_number[0].name.rpartition("_")[0]
     return str(found.name) if found is not None else f"{prefix}_{value}"

@@ -54,7 +54,7 @@ class Invalid(ConnitoError):  # noqa: N818
 
 
 class NotFound(Invalid):
-    """What was asked for does not exist."""
+    """The requested object does not exist."""
 
     exit_code = 4
 
@@ -70,7 +70,7 @@ class Fatal(ConnitoError):  # noqa: N818
 
 
 def reason_name(reason: reasons.Reason.ValueType) -> str:
-    """`REASON_LATE_REVEAL` as people see it: `late-reveal`; the empty string for none."""
+    """Return `REASON_LATE_REVEAL` as people see it: `late-reveal`; the empty string for none."""
     if reason == reasons.REASON_UNSPECIFIED:
         return ""
     return name_of(reasons.Reason, reason).removeprefix("REASON_").lower().replace("_", "-")

@@ -1,4 +1,4 @@
-"""How an auditor reaches a log and a store: a platform that runs, or the folder of one that has ended."""
+"""Access to a log and a store for an audit: a running platform, or the folder of one that has ended."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Access:
     cache: Path
 
     async def evidence(self, run: str) -> Evidence:
-        """Everything that is stored of a run, verified. Raises `NotFound` and `Retry`.
+        """Read and verify the stored messages of a run. Raises `NotFound` and `Retry`.
 
         Of a run that goes on, everything up to a moment: streams are read side by side, and without the second look an
         effect could be here without its cause.
@@ -56,7 +56,7 @@ class Access:
         return read(run, records, self.roster, letters, library)
 
     def _letter(self, record: Record) -> DeadLetter | None:
-        """A dead letter that the service of its queue has signed; None for what anybody else put there."""
+        """Return a dead letter that the service of its queue has signed; None for what anybody else put there."""
         try:
             opened = open_bytes(record.data, record.subject)
             letter = opened.read(DeadLetter)
@@ -73,14 +73,14 @@ class Access:
                 yield item
 
     async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Progress) -> Artifacts:
-        """What the log names and is `wanted`, hashed. Raises `Retry` while the store is away."""
+        """Fetch and hash the artifacts that the log names and that are `wanted`. Raises `Retry` while the store is away."""
         return await gather(evidence, self, wanted=wanted, copy_of=self._copy, say=say)
 
     def _copy(self, ref: ArtifactRef) -> Path:
         return self.cache / "sha256" / ref.digest[:2] / ref.digest
 
     async def fetch(self, ref: ArtifactRef) -> Path:
-        """The stored object as a file. Raises `NotFound`, `VerificationFailed`. A size of 0 stands for any."""
+        """Return the stored object as a file. Raises `NotFound`, `VerificationFailed`. A size of 0 stands for any."""
         size = await self.store.stat(ref)
         if size is None:
             raise NotFound("is not in the store", reason=reasons_pb2.REASON_ARTIFACT_MISSING)

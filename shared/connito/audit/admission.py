@@ -1,4 +1,4 @@
-"""Whether those took part who were let in: enrolments against the run's policy, and bans against their orders. Pure."""
+"""Checks of admission: enrolments against the run's policy, and bans against their orders. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE_MS = 10_000
 
 
 def admission(evidence: Evidence) -> Step:
-    """Everyone enrolled was named or had an invite that was good at that moment; every ban was ordered by who may."""
+    """Check that every enrolled miner was named or had a valid invite, and that every ban was ordered by an authorised key."""
     facts = evidence.facts
     enrolled, banned = facts.enrolled, facts.bans
     found = [*_enrolments(evidence, enrolled), *_bans(evidence, banned)]

@@ -36,7 +36,7 @@ class Named:
 
 @dataclass
 class Artifacts:
-    """What came of fetching: files by digest, and why there is none."""
+    """Fetched artifacts: files by digest, and the reasons for missing ones."""
 
     paths: dict[str, Path] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
@@ -44,14 +44,14 @@ class Artifacts:
     named: list[Named] = field(default_factory=list)
 
     def path(self, ref: ArtifactRef) -> Path:
-        """The file. Raises `Invalid` when it could not be had: what needs it cannot be recomputed."""
+        """Return the file. Raises `Invalid` when it could not be had: what needs it cannot be recomputed."""
         if ref.digest not in self.paths:
             why = self.damaged.get(ref.digest, "was never fetched")
             raise Invalid(f"the artifact {ref.digest[:12]}… {why}")
         return self.paths[ref.digest]
 
     def step(self, check: str = "artifacts", miner: str = "") -> Step:
-        """Every object is what the log says it is."""
+        """Check that every object has the digest that the log names."""
         about = [entry for entry in self.named if not miner or entry.miner in ("", miner)]
         found = [
             Difference(check, str(entry), self.damaged[entry.ref.digest], entry.cycle, entry.miner)
@@ -67,7 +67,7 @@ class Artifacts:
 
 
 def named(evidence: Evidence) -> Iterator[Named]:
-    """What the facts of a run refer to, in the order in which it came to be."""
+    """Yield the artifacts that the facts of a run name, in the order of the run."""
     facts = evidence.facts
     if facts.spec is not None:
         yield from _of_spec(facts.spec)
@@ -97,7 +97,7 @@ def named(evidence: Evidence) -> Iterator[Named]:
 
 
 def _considered(evidence: Evidence) -> Iterator[Named]:
-    """Experts that the run may have started from, all of them: one that was left out would have to be found."""
+    """Yield every expert that the run may have started from, since an omitted one has to be found."""
     spec, made = evidence.facts.spec, evidence.facts.selection
     if spec is None or made is None or not wants_start(spec):
         return
@@ -119,7 +119,7 @@ def _of_spec(spec: run_pb2.RunSpec) -> Iterator[Named]:
 
 
 def refused_reveals(evidence: Evidence) -> Iterator[Named]:
-    """Artifacts of reveals that were refused for their content. They may be gone; where they are, they are examined."""
+    """Yield the artifacts of reveals that were refused for their content; they are examined where they still exist."""
     for cycle in evidence.facts.cycles():
         for fact in evidence.facts.window("submit", cycle).refused.values():
             refused = fact.message
@@ -177,7 +177,7 @@ async def _take(
 
 
 def _inside(entry: Named, found: Artifacts) -> Iterator[Named]:
-    """What an artifact refers to: a manifest its files, a report its statistics, a record its card."""
+    """Yield the artifacts that an artifact names: a manifest its files, a report its statistics, a record its card."""
     path = found.paths.get(entry.ref.digest)
     if path is None:
         return
@@ -189,7 +189,7 @@ def _inside(entry: Named, found: Artifacts) -> Iterator[Named]:
 
 
 def _named_by(entry: Named, document: dict[str, object], path: Path) -> Iterator[Named]:
-    """A digest without a size is taken from the store's own account of it; its bytes are hashed all the same."""
+    """Yield digests that the log names without a size; the store tells the size, and the bytes are hashed all the same."""
     statistics, card = document.get("statistics"), document.get("card")
     if isinstance(statistics, str):
         yield Named("routing statistics", ArtifactRef(digest=statistics, realm=REALM_PUBLIC))

@@ -55,16 +55,16 @@ class Audit:
 
     @property
     def differences(self) -> list[Difference]:
-        """Everything that was found, in the order of the run."""
+        """Return every difference, in the order of the run."""
         return [difference for step in self.steps for difference in step.differences]
 
     @property
     def first(self) -> Difference | None:
-        """Where the record and what follows from it part for the first time."""
+        """Return the first difference; None if there is none."""
         return next(iter(self.differences), None)
 
     def to_json(self) -> dict[str, Any]:
-        """What `connito audit --json` prints."""
+        """Return the JSON document that `connito audit --json` prints."""
         return {
             "run": self.run,
             "result": "differs" if self.differences else "same",
@@ -94,7 +94,7 @@ def audit(evidence: Evidence, artifacts: Artifacts, options: Options) -> Audit:
 
 
 def against(audited: Audit, other: dict[str, str]) -> Audit:
-    """The same audit with a comparison with the chain that another auditor found."""
+    """Add a comparison with the chain that another auditor found."""
     broken = chain.first_break(audited.windows, other)
     what = "the log read here is not the one that the other audit read"
     found = (Difference("chain", broken, what),) if broken else ()
@@ -102,7 +102,7 @@ def against(audited: Audit, other: dict[str, str]) -> Audit:
 
 
 def attempt(check: str, cycle: int, work: Callable[[], Step]) -> Step:
-    """A check; where the record is such that it cannot even be made, that is what it found."""
+    """Make a check; if the record does not allow it, that is its finding."""
     try:
         return work()
     except (Invalid, AssertionError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -143,7 +143,9 @@ def _cycles(work: recompute.Recomputation, options: Options) -> Iterator[Step]:
 
 
 def recomputed(work: recompute.Recomputation, models: Models | None, cycle: int, only: str = "") -> Iterator[Step]:
-    """The checks of one cycle that need its artifacts. `only`: measure this miner's submission again, not everybody's."""
+    """Yield the checks of one cycle that need its artifacts. `only`: measure this miner's submission again, not
+    everybody's.
+    """
     yield attempt("content", cycle, lambda: recompute.refused_content(work, cycle))
     yield attempt("draws", cycle, lambda: recompute.draws(work, cycle))
     if models is not None:
@@ -154,12 +156,12 @@ def recomputed(work: recompute.Recomputation, models: Models | None, cycle: int,
 
 
 def cycles_of(evidence: Evidence) -> list[int]:
-    """Every cycle of which the log holds anything, also past one whose opening is missing."""
+    """Return every cycle of which the log holds anything, also past one whose opening is missing."""
     return sorted({key.cycle for key in evidence.facts.facts if key.cycle > 0})
 
 
 def pure(evidence: Evidence, cycle: int) -> Iterator[Step]:
-    """The checks of one cycle that need the log alone, in the order of its windows."""
+    """Yield the checks of one cycle that need the log alone, in the order of its windows."""
     yield history.windows(evidence, cycle)
     if evidence.facts.window("train", cycle).opened is None:
         return

@@ -32,7 +32,7 @@ def windows_of(records: Iterable[Record]) -> dict[str, str]:
 
 
 def anchors(evidence: Evidence) -> Step:
-    """What validators vouched for while the run went on still stands: nothing that they had read was written anew.
+    """Check that the log still has the digests that validators signed during the run, so that nothing was rewritten.
 
     Each commits with its secret to the hashes of the windows before. Whoever holds the services' keys could sign a
     changed past again, but not the validators' word for what it was. A window is found to differ when most of those
@@ -61,7 +61,7 @@ def anchors(evidence: Evidence) -> Step:
 
 
 def _places(records: Iterable[Record]) -> dict[tuple[str, int], bytes]:
-    """The hash of every window up to each of its messages."""
+    """Return the hash of every window up to each of its messages."""
     chains, places = Chains(), {}
     for record in sorted(records, key=lambda record: (record.stream, record.sequence)):
         window = chains.extend(record.subject, record.sequence, record.data)
@@ -75,12 +75,12 @@ def _what(anchor: cycle_pb2.WindowAnchor, here: bytes | None) -> str:
 
 
 def head(windows: Mapping[str, str]) -> str:
-    """One hash over all windows."""
+    """Return one hash over all windows."""
     return hashlib.sha256("\n".join(f"{name} {value}" for name, value in windows.items()).encode()).hexdigest()
 
 
 def first_break(mine: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """The first window in which two chains differ; empty when they do not."""
+    """Return the first window in which two chains differ; empty when they do not."""
     for window in sorted({*mine, *other}, key=_order):
         if mine.get(window) != other.get(window):
             return window

@@ -1,4 +1,4 @@
-"""What an audit finds: where the record says something else than what follows from it."""
+"""Differences between a record and what follows from its inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Difference:
     miner: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As the commands print it."""
+        """Return the JSON object that the commands print."""
         return {
             "check": self.check,
             "cycle": self.cycle,
@@ -52,7 +52,7 @@ class Step:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As `connito audit --json` prints it."""
+        """Return the JSON object that `connito audit --json` prints."""
         return {
             "check": self.check,
             "cycle": self.cycle,
@@ -63,13 +63,14 @@ class Step:
 
 
 def first_difference(expected: Message, found: Message, skip: Container[str] = ()) -> str:
-    """The first field, in the order of their numbers, in which two messages of one type differ, and how; empty when
-    they are equal to the bit. Sentences, and fields named in `skip`, are not looked at, at any depth."""
+    """Return the first field, in the order of their numbers, in which two messages of one type differ, and how; empty
+    when they are equal to the bit. Sentences, and fields named in `skip`, are not looked at, at any depth.
+    """
     return next(differing(expected, found, skip), "")
 
 
 def differing(expected: Message, found: Message, skip: Container[str] = (), path: str = "") -> Iterator[str]:
-    """Every field in which two messages differ, as `path: … recomputed, … in the log`."""
+    """Yield every field in which two messages differ, as `path: … recomputed, … in the log`."""
     for descriptor in expected.DESCRIPTOR.fields:
         if descriptor.name in skip or descriptor.name in _WORDS:
             continue

@@ -36,11 +36,11 @@ class Evidence:
     library: list[Fact] = field(default_factory=list)
 
     def name(self, key: str) -> str:
-        """The label a miner enrolled with, or the start of its key."""
+        """Return the label a miner enrolled with, or the start of its key."""
         return self.facts.label(key) or f"{key[:12]}…"
 
     def subject(self, section: str, cycle: int, kind: str, id_: str = "") -> str:
-        """A fact's subject without its common beginning, as people read it."""
+        """Return a fact's subject without its common beginning, as people read it."""
         return f"{section}.{cycle}.{kind}" + (f".{id_}" if id_ else "")
 
 
@@ -84,7 +84,7 @@ def _take(evidence: Evidence, record: Record) -> None:
 
 
 def signatures(evidence: Evidence) -> Step:
-    """Every stored message is signed by a key that may say it, on the subject it was said on, and said once.
+    """Check that every stored message is signed by a key with the right to it, for its subject, and published once.
 
     What a miner sent may be anything; it has to be among the dead letters then, with the same bytes.
     """

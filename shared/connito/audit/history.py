@@ -1,4 +1,4 @@
-"""Whether a run's windows and versions follow each other as they must. Pure."""
+"""Checks of the order of a run's windows and versions. Pure."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LOSS_TOLERANCE = 1e-6
 
 
 def finished(facts: RunFacts, cycle: int) -> bool:
-    """Whether a cycle has its outcome in the log, so that everything before it has to be there too."""
+    """Return whether a cycle has its outcome in the log, so that everything before it has to be there too."""
     return facts.version(cycle) is not None
 
 
 def windows(evidence: Evidence, cycle: int) -> Step:
-    """The windows of a cycle: opened, closed and settled in order, each from where the one before left off."""
+    """Check the windows of a cycle: opened, closed and settled in order, each from the end of the one before."""
     differences = [
         *_published(evidence, cycle),
         *_opening(evidence, cycle),
@@ -44,7 +44,7 @@ def _wrong(evidence: Evidence, where: str, what: str, cycle: int) -> Difference:
 
 
 def _published(evidence: Evidence, cycle: int) -> Iterator[Difference]:
-    """A cycle opens, and a merge closes, when the version before is out."""
+    """Yield faults of cycles that opened, or merges that closed, before the version was published."""
     facts = evidence.facts
     for due, needed in ((cycle > 1, cycle - 1), (facts.window("merge", cycle).closed is not None, cycle)):
         if due and facts.version(needed) is None:
@@ -70,7 +70,7 @@ def _opening(evidence: Evidence, cycle: int) -> Iterator[Difference]:
 
 
 def start_of(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef | None]:
-    """The version a cycle has to start from and its state, None when nobody said which that is."""
+    """Return the version a cycle has to start from and its state, None when nobody said which that is."""
     before = facts.version(cycle - 1)
     if before is not None:
         return before.version, before.state
@@ -81,7 +81,7 @@ def start_of(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef | None]:
 
 
 def _sequence(evidence: Evidence, cycle: int) -> Iterator[Difference]:
-    """Opened before closed before the next is opened; a close names its stream, and no sequence that lies ahead."""
+    """Yield faults in the order of windows, and in the stream and sequence that a close names."""
     facts, previous, last = evidence.facts, 0, 0
     for window in WINDOWS:
         for kind in ("opened", "closed", *(("settled",) if window in _SETTLED else ())):
@@ -131,7 +131,7 @@ def _people(evidence: Evidence, cycle: int) -> Iterator[Difference]:
 
 
 def versions(evidence: Evidence, cycle: int) -> Step:
-    """The version of a cycle is the child of the one before, and what was measured on that is what it compares with."""
+    """Check that the version of a cycle is the child of the one before and compares with that one's losses."""
     found = tuple(_version(evidence, cycle))
     return Step("versions", cycle, 1 if finished(evidence.facts, cycle) else 0, found)
 
@@ -165,7 +165,7 @@ def _version(evidence: Evidence, cycle: int) -> Iterator[Difference]:
 
 
 def ending(evidence: Evidence) -> Step:
-    """How the run ended follows from how far it came."""
+    """Check that the run's ending follows from its progress."""
     facts, ended = evidence.facts, evidence.facts.ended
     if ended is None or facts.spec is None:
         return Step("ending", 0, 0, note="the run has not ended")

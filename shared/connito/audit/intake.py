@@ -1,4 +1,4 @@
-"""Whether the committer answered what miners said as it had to: commitments, reveals, refusals, membership. Pure.
+"""Checks of the committer's answers to miners: commitments, reveals, refusals, membership. Pure.
 
 Membership is by sequence alone; commitments open to what was revealed, by whoever made them; a refusal names a reason
 that the log bears out; and nothing that lay inside of a window went without an answer.
@@ -32,7 +32,7 @@ _KIND = {"commit": "commitment", "submit": "reveal"}
 
 
 def commitments(evidence: Evidence, cycle: int) -> Step:
-    """The commit window: what was accepted was said, first, in time, and by an enrolled miner; and the settlement."""
+    """Check the commit window: accepted commitments were sent first, in time, by enrolled miners; and its settlement."""
     facts = evidence.facts
     found = [*_accepted_commitments(evidence, cycle), *_refusals(evidence, "commit", cycle)]
     found += [*_unanswered(evidence, "commit", cycle), *_settled_commit(evidence, cycle)]
@@ -61,7 +61,7 @@ def _accepted_commitments(evidence: Evidence, cycle: int) -> Iterator[Difference
 
 
 def _overtaken(evidence: Evidence, accepted: Fact) -> Iterator[str]:
-    """An earlier commitment of the same miner that was good, but was refused."""
+    """Yield earlier valid commitments of the same miner that were refused."""
     cycle, miner = accepted.key.cycle, accepted.signer
     for sequence, said in evidence.said.items():
         same = (said.key.kind, said.key.cycle, said.signer) == ("commitment", cycle, miner)
@@ -96,7 +96,7 @@ def _settled_commit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
 
 
 def submissions(evidence: Evidence, cycle: int) -> Step:
-    """The submit window: what was accepted opens its commitment, in time, and the settlement holds just that."""
+    """Check the submit window: accepted reveals open their commitments, in time, and the settlement lists just those."""
     facts = evidence.facts
     found = [*_accepted_reveals(evidence, cycle), *_refusals(evidence, "submit", cycle)]
     found += [*_unanswered(evidence, "submit", cycle), *_settled_submit(evidence, cycle)]
@@ -113,7 +113,7 @@ def _accepted_reveals(evidence: Evidence, cycle: int) -> Iterator[Difference]:
 
 
 def opening_fault(evidence: Evidence, submission: cycle_pb2.Submission) -> str:
-    """Why an accepted submission is not what its miner committed to and revealed; empty when it is."""
+    """Return why an accepted submission is not what its miner committed to and revealed; empty when it is."""
     facts, miner, origin = evidence.facts, submission.miner, submission.origin_cycle
     said = _said(evidence, submission.reveal_sequence, "reveal", miner, origin)
     if said is None:
@@ -177,7 +177,7 @@ def _settled_submit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
 
 
 def _inside(evidence: Evidence, cycle: int, last: int) -> dict[str, cycle_pb2.Submission]:
-    """Each miner's submission that lay inside of a submit window, or rolled over into it; nobody's who is banned."""
+    """Return each miner's submission inside a submit window, or rolled over into it; banned miners have none."""
     out = at_close(evidence.facts, "submit", cycle)
     inside: dict[str, cycle_pb2.Submission] = {}
     for miner, fact in evidence.facts.reveals(cycle).items():
@@ -189,7 +189,7 @@ def _inside(evidence: Evidence, cycle: int, last: int) -> dict[str, cycle_pb2.Su
 
 
 def _rolled_over(evidence: Evidence, cycle: int, until: int) -> dict[str, cycle_pb2.Submission]:
-    """Late reveals of earlier cycles that came after the previous submit window and before this one ended.
+    """Return late reveals of earlier cycles that came after the previous submit window and before this one ended.
 
     Of several by one miner the newest work counts.
     """
@@ -221,7 +221,7 @@ def _refusals(evidence: Evidence, window: str, cycle: int) -> Iterator[Differenc
 
 
 def refusal_fault(evidence: Evidence, window: str, refused: cycle_pb2.Refused) -> str:
-    """Why a refusal does not hold; empty when the log bears it out. What is in an artifact is looked at elsewhere."""
+    """Return why a refusal is not justified; empty when the log confirms it. Contents of artifacts are checked elsewhere."""
     facts, cycle, miner, sequence = evidence.facts, refused.cycle, refused.miner, refused.ingress_sequence
     name = reason_name(refused.reason)
     if refused.window != window_value(window):
@@ -257,7 +257,7 @@ def _quota_fault(evidence: Evidence, cycle: int, miner: str, sequence: int) -> s
 
 
 def _ever_banned(facts: RunFacts, miner: str) -> bool:
-    """A message may be refused the moment a ban is known; whether it counts in a window is settled at its close."""
+    """Return whether a ban justifies a refusal: possible once it is known; whether it counts is settled at the close."""
     return any(
         isinstance(fact.message, run_pb2.MinerBan) and fact.message.miner == miner and not fact.message.lifted
         for fact in facts.bans.values()
@@ -282,7 +282,7 @@ def _against_commitment(facts: RunFacts, refused: cycle_pb2.Refused, said: Fact,
 
 
 def _unanswered(evidence: Evidence, window: str, cycle: int) -> Iterator[Difference]:
-    """Messages inside of a settled window that were neither accepted nor refused."""
+    """Yield messages inside of a settled window that were neither accepted nor refused."""
     facts = evidence.facts
     closed = facts.window(window, cycle).closed
     if closed is None or facts.window(window, cycle).settled is None:
@@ -301,7 +301,7 @@ def _unanswered(evidence: Evidence, window: str, cycle: int) -> Iterator[Differe
 
 
 def _over(evidence: Evidence, said: Fact) -> bool:
-    """Whether a message is beyond the number that the run's policy answers one by one."""
+    """Return whether a message is beyond the number that the run's policy answers one by one."""
     counted = MessageCounter()
     for _, earlier in sorted(evidence.said.items()):
         if earlier.key.kind == said.key.kind and earlier.signer == said.signer:
@@ -310,7 +310,7 @@ def _over(evidence: Evidence, said: Fact) -> bool:
 
 
 def _dropped(evidence: Evidence, window: str, said: Fact) -> bool:
-    """Whether a message may go without an answer: it is beyond the quota, and its miner was told so."""
+    """Return whether a message may go without an answer: it is beyond the quota, and its miner was told so."""
     told = any(
         isinstance(fact.message, cycle_pb2.Refused)
         and fact.message.miner == said.signer

@@ -1,4 +1,4 @@
-"""Whether scores, consensus, ranks and rewards follow from the reports, and the draw from the reveals. Pure."""
+"""Checks that scores, consensus, ranks and rewards follow from the reports, and the draw from the reveals. Pure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OF_THE_REWARD = frozenset({reasons_pb2.REASON_BELOW_CUTOFF, reasons_pb2.REASON_
 
 
 def beacon(evidence: Evidence, cycle: int) -> Step:
-    """The seed is the hash of the secrets that the drawn validators committed to before anything was submitted."""
+    """Check that the seed is the hash of the secrets that drawn validators committed to before any submission."""
     drawn = evidence.facts.drawn(cycle)
     if drawn is None:
         return Step("beacon", cycle, 0, note="nothing was drawn")
@@ -71,7 +71,7 @@ def _draw(evidence: Evidence, cycle: int, drawn: cycle_pb2.SeedDrawn) -> Iterato
 
 
 def reports(evidence: Evidence, cycle: int) -> Step:
-    """Each report covers what it has to; its utilities, intervals and reasons follow from its own losses."""
+    """Check that each report covers its assignment and that its results follow from its own losses."""
     found: list[Difference] = []
     compared = left_out = 0
     for validator, fact in evidence.facts.reports(cycle).items():
@@ -102,7 +102,7 @@ def _report(evidence: Evidence, cycle: int, validator: str, report: cycle_pb2.Sc
 
 
 def score_fault(facts: RunFacts, score: cycle_pb2.SubmissionScore) -> str:
-    """Why a score does not follow from the losses beside it; empty when it does, or when they were left out."""
+    """Return why a score does not follow from the losses beside it; empty when it does, or when they were left out."""
     spec = facts.spec
     assert spec is not None
     if not score.losses:
@@ -120,7 +120,7 @@ def score_fault(facts: RunFacts, score: cycle_pb2.SubmissionScore) -> str:
 
 
 def consensus_of(evidence: Evidence, cycle: int, submissions: Sequence[cycle_pb2.Submission]) -> Consensus:
-    """What the validators' reports agree on, as the aggregator has to see it."""
+    """Recompute the consensus of the validators' reports, as the aggregator has to."""
     facts, stake = evidence.facts, evidence.roster.stake
     given = read_reports(facts, cycle)
     fault = quorum_fault(facts, cycle, given, stake)
@@ -132,13 +132,13 @@ def consensus_of(evidence: Evidence, cycle: int, submissions: Sequence[cycle_pb2
 
 
 def submissions_of(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
-    """The settled submissions, one a miner."""
+    """Return the settled submissions, one a miner."""
     settled = facts.window("submit", cycle).settled
     return [] if settled is None else list({entry.miner: entry for entry in settled.submissions}.values())
 
 
 def verdicts(evidence: Evidence, cycle: int) -> Step:
-    """Consensus, ranks, rewards and verdicts, recomputed bit for bit, and the emission is given out to the unit.
+    """Check consensus, ranks, rewards and verdicts bit for bit, and the emission to the unit.
 
     Who copied whom, whose file is unusable and what share of the merge each has come from files: taken over here, and
     recomputed with the merge.
@@ -166,7 +166,7 @@ def verdicts(evidence: Evidence, cycle: int) -> Step:
 def recorded_verdicts(
     evidence: Evidence, cycle: int, scored: cycle_pb2.CycleScored, version: cycle_pb2.VersionPublished | None
 ) -> cycle_pb2.CycleScored:
-    """The cycle's result, given what its record says that files showed."""
+    """Recompute the cycle's result from the log, with the findings on files taken from its record."""
     submissions = submissions_of(evidence.facts, cycle)
     agreed = without(consensus_of(evidence, cycle, submissions), of_the_file(scored))
     weights = dict(zip(version.merged, version.weights, strict=False)) if version is not None else {}
@@ -204,7 +204,7 @@ def _differing(again: cycle_pb2.CycleScored, scored: cycle_pb2.CycleScored) -> I
 
 
 def gate(evidence: Evidence, cycle: int) -> Step:
-    """What the gate is said to have measured bears out what it is said to have decided."""
+    """Check that the gate's published losses support its published decision."""
     facts, version = evidence.facts, evidence.facts.version(cycle)
     spec = facts.spec
     if version is None or spec is None or not version.merged:
@@ -222,5 +222,5 @@ def gate(evidence: Evidence, cycle: int) -> Step:
 
 
 def reason_of(score: cycle_pb2.SubmissionScore | cycle_pb2.Verdict) -> str:
-    """The reason as people see it; empty for none."""
+    """Return the reason as people see it; empty for none."""
     return reason_name(score.reason)

@@ -31,7 +31,7 @@ class SubmissionId:
 
     @classmethod
     def parse(cls, text: str) -> SubmissionId:
-        """Raises `Invalid` saying what an id looks like."""
+        """Parse a submission id. Raises `Invalid` that describes its form."""
         parts = text.split("/")
         if len(parts) != 3 or not parts[1].isdecimal() or not all(parts):
             raise Invalid(
@@ -41,7 +41,7 @@ class SubmissionId:
 
 
 def find_miner(evidence: Evidence, wanted: SubmissionId) -> str:
-    """The key of the miner that is meant. Raises `NotFound` naming those who took part, `Invalid` for several."""
+    """Return the key of the miner that is meant. Raises `NotFound` naming those who took part, `Invalid` for several."""
     people = {key: evidence.name(key) for key in evidence.facts.miners}
     exact = [key for key, label in people.items() if wanted.miner in (key, label)]
     found = exact or [key for key in people if len(wanted.miner) >= 6 and key.startswith(wanted.miner)]
@@ -53,24 +53,26 @@ def find_miner(evidence: Evidence, wanted: SubmissionId) -> str:
 
 
 def needs(entry: Named, cycle: int) -> bool:
-    """Whether an artifact has a part in the result of a cycle: not what other cycles' miners sent, nor what came later."""
+    """Return whether an artifact has a part in the result of a cycle: not what other cycles' miners sent, nor what
+    came later.
+    """
     return entry.cycle == cycle or (entry.cycle < cycle and not entry.miner and "library" not in entry.what)
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What is known of a submission, and the checks that were made on it."""
+    """A submission's inputs and result, and the checks that were made on them."""
 
     content: dict[str, Any]
     steps: list[Step]
 
     @property
     def differences(self) -> list[Difference]:
-        """Where the result does not follow from the receipt."""
+        """Return the differences between the result and the receipt."""
         return [difference for step in self.steps for difference in step.differences]
 
     def to_json(self) -> dict[str, Any]:
-        """What `connito explain --json` prints."""
+        """Return the JSON document that `connito explain --json` prints."""
         return {
             **self.content,
             "result": "differs" if self.differences else "same",
@@ -108,7 +110,7 @@ def _steps(evidence: Evidence, artifacts: Artifacts, cycle: int, miner: str, opt
 
 
 def _about(step: Step, cycle: int, miner: str) -> Step:
-    """A step without what concerns other submissions, and other cycles."""
+    """Return a step without what concerns other submissions, and other cycles."""
     kept = tuple(
         difference
         for difference in step.differences
@@ -118,13 +120,15 @@ def _about(step: Step, cycle: int, miner: str) -> Step:
 
 
 def submission_of(evidence: Evidence, cycle: int, miner: str) -> cycle_pb2.Submission | None:
-    """The miner's settled submission that a cycle scored."""
+    """Return the miner's settled submission that a cycle scored."""
     entries = judging.submissions_of(evidence.facts, cycle)
     return next((entry for entry in entries if entry.miner == miner), None)
 
 
 def receipt(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any]:
-    """Inputs, seed, batches, losses, reason and signatures of a submission. Raises `NotFound` when there is nothing."""
+    """Return inputs, seed, batches, losses, reason and signatures of a submission. Raises `NotFound` when there is
+    nothing.
+    """
     facts, entry = evidence.facts, submission_of(evidence, cycle, miner)
     signed = _signatures(evidence, cycle, miner, entry)
     if not signed:
@@ -238,7 +242,9 @@ def _refusals(evidence: Evidence, cycle: int, miner: str) -> list[dict[str, Any]
 
 
 def _signatures(evidence: Evidence, cycle: int, miner: str, entry: cycle_pb2.Submission | None) -> list[dict[str, Any]]:
-    """Every signed message that the result rests on, in the order of the cycle; empty when there is none by the miner."""
+    """Return every signed message that the result rests on, in the order of the cycle; empty when there is none by the
+    miner.
+    """
     origin = cycle if entry is None else entry.origin_cycle or cycle
     said = [f for f in evidence.said.values() if f.signer == miner and f.key.cycle in (origin, cycle)]
     refused = [f"{miner}-{fact.sequence}" for fact in said] + [f"{miner}-0"]

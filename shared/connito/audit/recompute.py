@@ -32,7 +32,7 @@ _MEASURED = ("gate_losses", "losses")
 
 @dataclass
 class Distances:
-    """How far recomputed losses are from recorded ones, in nats per token, and how much may be."""
+    """Distances of recomputed losses from recorded ones, in nats per token, and the tolerance."""
 
     tolerance: float
     compared: int = 0
@@ -52,7 +52,7 @@ class Distances:
         return f"{expected!r} recomputed, {found!r} in the log ({distance:.3g} nats per token apart)"
 
     def note(self) -> str:
-        """What to say about them."""
+        """Return a note on the differences of losses."""
         if not self.compared:
             return ""
         if self.exact == self.compared:
@@ -65,7 +65,7 @@ class Distances:
 
 @dataclass
 class Recomputation:
-    """What recomputing stands on. `measure` gives losses of a state for the gate; None where there is no model."""
+    """Inputs of a recomputation. `measure` gives losses of a state for the gate; None where there is no model."""
 
     evidence: Evidence
     artifacts: Artifacts
@@ -75,7 +75,7 @@ class Recomputation:
 
 
 def merge(work: Recomputation, cycle: int) -> Step:
-    """The cycle's result and version again, bit for bit: copies, weights, outer step, momentum, and the gate."""
+    """Check the cycle's result and version bit for bit: copies, weights, outer step, momentum, and the gate."""
     evidence, facts = work.evidence, work.evidence.facts
     version, scored = facts.version(cycle), facts.scored(cycle)
     if version is None or scored is None or facts.window("submit", cycle).settled is None:
@@ -112,7 +112,7 @@ def _merge(
 def _files(
     work: Recomputation, cycle: int, submissions: Sequence[cycle_pb2.Submission], recorded: Refusals
 ) -> tuple[Files, Refusals]:
-    """A submission that was gone when it was merged is gone here; one that is gone only here cannot be recomputed."""
+    """Return the files of the submissions that were merged; one that is missing only here cannot be recomputed."""
     facts, artifacts = work.evidence.facts, work.artifacts
     opened, previous = facts.window("train", cycle).opened, facts.version(cycle - 1)
     assert opened is not None
@@ -175,7 +175,7 @@ def _losses(
 def _sequences(
     kind: str, again: cycle_pb2.DomainLoss, recorded: cycle_pb2.DomainLoss, distances: Distances
 ) -> Iterator[str]:
-    """What differs sequence by sequence, where the version says it that finely: older ones do not."""
+    """Yield the differences sequence by sequence, where the version has losses in that detail; older ones do not."""
     if not recorded.sequence_tokens:
         return
     if list(again.sequence_tokens) != list(recorded.sequence_tokens):
@@ -192,7 +192,7 @@ def _sequences(
 
 
 def draws(work: Recomputation, cycle: int) -> Step:
-    """The held-out sequences that reports quote are those that the seed draws from the scoring part of each hold-out."""
+    """Check that reports use the held-out sequences that the seed draws from each hold-out's scoring part."""
     facts = work.evidence.facts
     drawn = facts.drawn(cycle)
     if drawn is None or facts.spec is None:
@@ -215,7 +215,7 @@ def draws(work: Recomputation, cycle: int) -> Step:
 
 
 def _quotes(losses: Sequence[cycle_pb2.SequenceLoss], expected: list[tuple[str, int]], *, racing: bool) -> bool:
-    """Whether losses are of the drawn sequences: all of them, with racing a beginning of each domain's."""
+    """Return whether losses are of the drawn sequences: all of them, with racing a beginning of each domain's."""
     quoted = [(loss.domain, loss.sequence) for loss in losses]
     if not racing:
         return quoted == expected
@@ -230,7 +230,7 @@ def _quotes(losses: Sequence[cycle_pb2.SequenceLoss], expected: list[tuple[str, 
 
 
 def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tuple[str, int]]:
-    """(domain, sequence number) that a seed draws, the target first, in the order in which they are evaluated.
+    """Return (domain, sequence number) that a seed draws, the target first, in the order in which they are evaluated.
 
     Raises `Invalid` without the hold-outs.
     """
@@ -243,7 +243,7 @@ def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tu
 
 
 def refused_content(work: Recomputation, cycle: int) -> Step:
-    """Reveals that were refused for what is in the artifact: the artifact, where it still is, is examined again."""
+    """Check reveals that were refused for their artifact's content, where the artifact still exists."""
     from connito.audit.artifacts import refused_reveals
     from connito.protocol.submission import read_header, validate
 
@@ -281,7 +281,7 @@ def _refusal_of(facts: RunFacts, cycle: int, miner: str, digest: str, evidence: 
 
 
 def expert(work: Recomputation) -> Step:
-    """The library's expert, its record and its card again, byte for byte, from the final version and the log."""
+    """Check the library's expert, record and card, byte for byte, against the final version and the log."""
     deposited = [fact.message for fact in work.evidence.facts.deposits.values()]
     if not deposited:
         return Step("expert", 0, 0, note="nothing was deposited")
@@ -304,8 +304,9 @@ def expert(work: Recomputation) -> Step:
 
 
 def _as_older(again: Deposited, recorded: bytes, message: run_pb2.ExpertDeposited) -> str:
-    """What is wrong with a deposit from before there were attestations: its record has to say, as far as it goes, what
-    the log says, and its card is taken as it is."""
+    """Return the fault of a deposit from before attestations existed: its record has to agree with the log, its card
+    is not checked.
+    """
     try:
         there, here = json.loads(recorded), json.loads(again.record)
     except ValueError:
@@ -320,19 +321,21 @@ def _as_older(again: Deposited, recorded: bytes, message: run_pb2.ExpertDeposite
 
 @dataclass(frozen=True)
 class Deposited:
-    """What the library has to write: the fact, and the expert, its record, its card and its attestation as bytes."""
+    """The deposit that the library has to write: the fact, and the expert, its record, its card and its attestation as bytes."""
 
     message: run_pb2.ExpertDeposited
     files: tuple[bytes, ...]
 
     @property
     def record(self) -> bytes:
-        """The record's bytes."""
+        """Return the record's bytes."""
         return self.files[1]
 
 
 def deposit_again(work: Recomputation) -> Deposited | None:
-    """The deposit of a run; None when it leaves nothing. Raises `Invalid` without the artifacts that it is made of."""
+    """Return the deposit of a run; None when it leaves nothing. Raises `Invalid` without the artifacts that it is made
+    of.
+    """
     from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
     from connito.library.card import render
     from connito.library.deposit_plan import Deposit, plan
@@ -375,7 +378,7 @@ def deposit_again(work: Recomputation) -> Deposited | None:
 
 
 def _attest(work: Recomputation, cycle: int, state: Path) -> bytes:
-    """The aggregator's part of the attestation, from its envelope in the log."""
+    """Return the aggregator's part of the attestation, from its envelope in the log."""
     from connito.library.attestation import attest
     from connito.library.attestation import encode as encode_attestation
 
@@ -387,7 +390,7 @@ def _attest(work: Recomputation, cycle: int, state: Path) -> bytes:
 
 
 def without_deposits(facts: RunFacts) -> RunFacts:
-    """The run as it was before its expert was deposited."""
+    """Return the run as it was before its expert was deposited."""
     earlier = RunFacts(facts.run)
     for fact in facts.facts.values():
         if fact.key.section != "library":

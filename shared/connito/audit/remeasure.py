@@ -51,16 +51,16 @@ class Models:
 
     @functools.cached_property
     def scoring(self) -> scoring.SubmissionEvaluator:
-        """As a validator has it."""
+        """Return the evaluator of submissions that validators use."""
         return scoring.SubmissionEvaluator.load(*_parts(self._evidence, self._artifacts), device="cpu")
 
     @functools.cached_property
     def gating(self) -> gating.GateEvaluator:
-        """As the aggregator has it."""
+        """Return the evaluator that the aggregator's gate uses."""
         return gating.GateEvaluator.load(*_parts(self._evidence, self._artifacts))
 
     def measure(self, part: Part, digest: str, state: Path) -> GateLosses:
-        """What the gate measures of a state."""
+        """Return the gate's losses of a state."""
         return self.gating.measure(part, digest, state)
 
 
@@ -82,7 +82,7 @@ def _base(spec: run_pb2.RunSpec, artifacts: Artifacts) -> dict[str, Path]:
 
 
 def selection(work: Recomputation) -> Step:
-    """The selection again: the probe through the base, the map, the report, and θ_0, byte for byte."""
+    """Check the selection: the probe through the base, the map, the report, and θ_0, byte for byte."""
     facts = work.evidence.facts
     spec, made = facts.spec, facts.selection
     if spec is None or made is None:
@@ -107,7 +107,7 @@ def _ruled_out(again: run_pb2.StartChoice, made: run_pb2.StartChoice) -> str:
 
 
 def _library(work: Recomputation, spec: run_pb2.RunSpec, made: run_pb2.SelectionMade) -> Library | None:
-    """What the selector had to choose a start from: every deposit of the base up to the sequence that it names."""
+    """Return the selector's candidates for a start: every deposit of the base up to the sequence that it names."""
     if not wants_start(spec):
         return None
     last, artifacts, library = made.start.library_sequence, work.artifacts, work.evidence.library
@@ -122,7 +122,7 @@ def _library(work: Recomputation, spec: run_pb2.RunSpec, made: run_pb2.Selection
 def _select(
     spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.SelectionMade, library: Library | None
 ) -> run_pb2.SelectionMade:
-    """The fact as it should be. A report of an older program is taken as it is where what it decides is the same."""
+    """Return the recomputed fact. A report of an older program is accepted if its decisions are the same."""
     from connito.store import ref_of_bytes, ref_of_file
     from connito.workloads.selecting import Probes, choose
 
@@ -157,7 +157,7 @@ def _select(
 
 
 def _agrees(made: Path, again: bytes, version: int) -> bool:
-    """Whether a report with other bytes says the same: to the letter what later steps take from it, and within rounding
+    """Return whether a report with other bytes has the same content: exactly what later steps use, and within rounding
     what it tells people. The diagnostics of an older program (version 0) are not compared."""
     try:
         there, here = json.loads(made.read_bytes()), json.loads(again)
@@ -180,7 +180,7 @@ def _close(one: Any, other: Any) -> bool:
 
 
 def losses(work: Recomputation, models: Models, cycle: int, only: str = "") -> Step:
-    """Every report's losses again, on the sequences that the seed draws. `only`: of one miner."""
+    """Check every report's losses on the sequences that the seed draws. `only`: of one miner."""
     facts = work.evidence.facts
     drawn = facts.drawn(cycle)
     opened = facts.window("train", cycle).opened
@@ -204,7 +204,7 @@ class _Again:
     evaluation: Evaluation | None
 
     def upto(self, look: InterimLook) -> list[cycle_pb2.SequenceLoss]:
-        """The losses that come up to a look."""
+        """Return the losses that come up to a look."""
         by_domain = {} if self.evaluation is None else self.evaluation.upto(look)
         return [loss for of_domain in by_domain.values() for loss in of_domain]
 
@@ -212,7 +212,7 @@ class _Again:
 def _measure(
     work: Recomputation, models: Models, cycle: int, seed: bytes, opened: cycle_pb2.WindowOpened, only: str
 ) -> dict[str, _Again]:
-    """What honest validators report, by miner."""
+    """Return an honest validator's report, by miner."""
     facts, artifacts = work.evidence.facts, work.artifacts
     spec = facts.spec
     assert spec is not None
@@ -252,7 +252,7 @@ def _compare(
 
 
 def _score(again: _Again, given: cycle_pb2.SubmissionScore, policy: run_pb2.ScorePolicy, distances: Distances) -> str:
-    """What is wrong with a reported score, given what was measured here.
+    """Return the fault of a reported score, given the local measurement; empty if there is none.
 
     Losses are compared as far as the report went: whether it had to stop there follows from them (`judging.reports`),
     and here, where they may differ in the last digits, another look could have been the one that decides.

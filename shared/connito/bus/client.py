@@ -94,24 +94,24 @@ class Bus:
 
     @property
     def connected(self) -> bool:
-        """Whether the broker is there right now."""
+        """Return whether the broker is there right now."""
         return self._connection.connected
 
     @property
     def identity(self) -> Identity:
-        """Who signs here. Raises `Fatal` on a connection without a key."""
+        """Return the identity that signs. Raises `Fatal` on a connection without a key."""
         if self._connection.identity is None:
             raise Fatal("this connection has no key to sign with; set CONNITO_KEY_FILE")
         return self._connection.identity
 
     @property
     def tls(self) -> Tls:
-        """How this process speaks TLS: with the bus, and with the APIs that it finds there."""
+        """Return how this process speaks TLS: with the bus, and with the APIs that it finds there."""
         return self._connection.tls
 
     @property
     def js(self) -> JetStreamContext:
-        """JetStream itself, for declaring streams."""
+        """Return JetStream itself, for declaring streams."""
         return self._connection.js
 
     # Writing.
@@ -159,7 +159,7 @@ class Bus:
         return True
 
     async def _settle(self, subject: str, data: bytes, kind: str) -> bool:
-        """Something stands on the subject: ours after all (its acknowledgement was lost), another's, or garbage."""
+        """Resolve a subject that already has a message: our own (its acknowledgement was lost), another's, or an invalid one."""
         standing = await self.last_record(subject)
         if standing is None or standing.data == data:
             if standing is None:
@@ -233,7 +233,7 @@ class Bus:
     def follow(
         self, streams: Sequence[str], run: str = "", *, start: Mapping[str, int] | None = None
     ) -> AsyncGenerator[Record | CaughtUp, None]:
-        """Everything in `streams` (of one run, or of all), from the beginning or from the sequences in `start`.
+        """Yield the records of `streams` (of one run, or of all), from the beginning or from the sequences in `start`.
 
         In order per stream, each message once; yields `CaughtUp` once, when everything that was stored at the start
         has been delivered. Goes on for ever, through restarts and stalls of the broker. Raises `Invalid` when this key
@@ -249,7 +249,7 @@ class Bus:
         concurrency: int = 1,
         heartbeat: float | None = None,
     ) -> None:
-        """Work off a durable consumer until cancelled, sharing it with every other replica.
+        """Process a durable consumer's messages until cancelled, sharing them with every other replica.
 
         `Retry` from the handler: again after a growing delay. `Invalid`: a signed copy to the DLQ, and done. Anything
         else is raised here, and the message will be delivered again. While the handler runs, the broker is told so
@@ -272,7 +272,7 @@ class Bus:
         await self._publish_once(subject, self._seal(subject, letter), "dlq")
 
     async def last_record(self, subject: str) -> Record | None:
-        """The last message on a subject, or None."""
+        """Return the last message on a subject, or None."""
         stream = stream_of(subject)
         body = json.dumps({"last_by_subj": subject}).encode()
         reply = json.loads((await self._connection.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
@@ -284,12 +284,12 @@ class Bus:
         return Record(stream, int(message["seq"]), subject, base64.b64decode(message.get("data", "")), 0)
 
     async def last_sequence(self, stream: str) -> int:
-        """The sequence of the last message that `stream` stored; 0 when it is empty."""
+        """Return the sequence of the last message that `stream` stored; 0 when it is empty."""
         info = await self._manage(self.js.stream_info(stream), f"stream {stream}")
         return int(info.state.last_seq)
 
     async def time(self) -> float:
-        """The broker's clock, in unix seconds. Raises `Retry` when it does not answer."""
+        """Return the broker's clock, in unix seconds. Raises `Retry` when it does not answer."""
         reply = await self._connection.request("$JS.API.STREAM.INFO.RUNS", b"")
         stamp = str(json.loads(reply.data).get("ts", ""))
         if not stamp:
@@ -299,7 +299,7 @@ class Bus:
         return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
 
     async def ack_floor(self, durable: str) -> int:
-        """The stream sequence up to which everything for this durable consumer has been handled."""
+        """Return the stream sequence up to which everything for this durable consumer has been handled."""
         info = await self._manage(self.js.consumer_info(DURABLES[durable].stream, durable), f"consumer {durable}")
         return int(info.ack_floor.stream_seq) if info.ack_floor else 0
 
@@ -319,7 +319,7 @@ class Bus:
         await self._manage(bucket.put(name, address.encode()), f"endpoint {name}")
 
     async def find_endpoint(self, name: str, timeout: float = 30.0) -> str:
-        """Where the API of `name` is reached; waits until it is known. Raises `Retry` after `timeout` seconds."""
+        """Return the address of the API of `name`, waiting until it is known. Raises `Retry` after `timeout` seconds."""
         give_up = time.monotonic() + timeout
         while True:
             try:

@@ -93,7 +93,7 @@ class Connection:
         metrics.BUS_CONNECTED.set(1)
 
     async def _why_hung_up(self) -> Invalid | None:
-        """Shake hands once more, by hand: a broker that wants a certificate may hang up before its alert is read."""
+        """Repeat the handshake by hand: a broker that requires a certificate may close before its alert is read."""
         asks, split = False, urlsplit(self.url.split(",")[0])
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT):
@@ -125,7 +125,7 @@ class Connection:
 
     @property
     def connected(self) -> bool:
-        """Whether the connection stands right now."""
+        """Return whether the connection stands right now."""
         return bool(self.nc.is_connected)
 
     def require(self) -> None:
@@ -153,7 +153,7 @@ class Connection:
 
     @contextmanager
     def failure_of(self, subject: str) -> Iterator[asyncio.Future[Exception]]:
-        """A future that gets the reason when the broker denies a message to `subject`, or the connection breaks."""
+        """Yield a future that gets the reason when the broker denies a message to `subject`, or the connection breaks."""
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         entry = (subject, failed)
         self._underway.add(entry)
@@ -164,7 +164,7 @@ class Connection:
             failed.cancel()
 
     def not_permitted(self, subject: str) -> Invalid:
-        """The error for a subject that this key may not use."""
+        """Return the error for a subject that this key may not use."""
         who = self.identity.public[:12] + "…" if self.identity else "this connection"
         return Invalid(
             f"the broker does not let {who} use {subject}; the operator grants it in the broker's user list",
@@ -172,7 +172,7 @@ class Connection:
         )
 
     def explain(self, error: BaseException, what: str) -> Exception:
-        """What an error of the client library means here."""
+        """Translate an error of the client library."""
         if isinstance(error, ConnectionClosedError):
             return Fatal(f"the connection to the broker at {self.url} is closed ({what})")
         if isinstance(error, (NoRespondersError, NoStreamResponseError, ServiceUnavailableError)):
@@ -211,7 +211,7 @@ class Connection:
             log.debug("broker connection error", error=text or repr(error))
 
     def _report_certificate(self, refused: Invalid) -> None:
-        """Told once, not at every attempt: a certificate may be renewed, so the attempts go on."""
+        """Report a certificate problem once; attempts go on, since a certificate may be renewed."""
         if self._refused_certificate is None or self._refused_certificate.reason != refused.reason:
             log.error(str(refused), security=True)
             report("certificate", reason=refused.reason, detail=str(refused))

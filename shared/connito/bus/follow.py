@@ -34,14 +34,14 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class CaughtUp:
-    """Everything that was stored when the following began has been delivered."""
+    """A marker: everything that was stored when the following began has been delivered."""
 
 
 Item = Record | CaughtUp | BaseException
 
 
 def record_of(msg: Any) -> Record:
-    """A stored message as the broker delivered it."""
+    """Return a stored message as the broker delivered it."""
     meta = msg.metadata
     time_ms = int(meta.timestamp.timestamp() * 1000)
     return Record(meta.stream, meta.sequence.stream, msg.subject, msg.data, time_ms, dict(msg.headers or {}))
@@ -164,7 +164,7 @@ class _Pull:
         await self.reader.connection.nc.publish(self.subject, json.dumps(body).encode(), reply=inbox)
 
     async def watch(self, failed: asyncio.Future[Exception]) -> None:
-        """Until the consumer is of no more use, for whatever reason."""
+        """Wait until the consumer is no longer usable."""
         ended = asyncio.create_task(self.ended.wait())
         try:
             while not self.ended.is_set():
@@ -178,7 +178,7 @@ class _Pull:
             await end_tasks([ended])
 
     async def on_message(self, msg: Any) -> None:
-        """A message, or a status line of the server."""
+        """Handle a message or a status line of the server."""
         self.heard = time.monotonic()
         if self.ended.is_set():
             return

@@ -43,7 +43,7 @@ class Lease:
 
     @property
     def held(self) -> bool:
-        """Whether this process leads, right now."""
+        """Return whether this process leads, right now."""
         return self.revision > 0 and not self.lost.is_set() and time.monotonic() < self._good_until
 
     async def __aenter__(self) -> Self:
@@ -94,7 +94,7 @@ class Lease:
         return True
 
     async def _is_ours(self, bucket: Any) -> bool:
-        """Whether the entry was written by us, in a write whose acknowledgement was lost."""
+        """Return whether the entry was written by us, in a write whose acknowledgement was lost."""
         try:
             entry = await bucket.get(self.name)
         except KeyNotFoundError:

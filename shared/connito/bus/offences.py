@@ -62,7 +62,7 @@ def ignore(record: Record, error: Invalid, *, new: bool) -> None:
 
 
 def collect() -> list[Offence]:
-    """Everything that waits; nothing waits any more."""
+    """Return and clear the waiting offences."""
     found = list(_waiting.values())
     _waiting.clear()
     return found
@@ -80,7 +80,7 @@ def put_back(offences: Iterable[Offence]) -> None:
 
 
 def kind_of(reason: reasons.Reason.ValueType) -> str:
-    """What a message that does not verify is called."""
+    """Return the kind of offence of a message that does not verify."""
     named = {
         reasons.REASON_BAD_SIGNATURE: "bad_signature",
         reasons.REASON_NOT_PERMITTED: "not_permitted",

@@ -1,4 +1,4 @@
-"""What each key may say and hear on the broker: least privilege, derived from the fact catalogue.
+"""Permissions of each key on the broker: least privilege, derived from the fact catalogue.
 
 A signature says who wrote a message; these permissions say who can put one on the wire at all. A role publishes the
 facts that `connito.wire.verification.CATALOGUE` gives it and nothing else, a validator and a miner only under their own key, and
@@ -47,7 +47,7 @@ class Permissions:
 
 
 def permissions(role: str, key: str) -> Permissions:
-    """The permissions of `key` as `role`: one of the roster's roles, `miner`, or `operator` (everything)."""
+    """Return the permissions of `key` as `role`: one of the roster's roles, `miner`, or `operator` (everything)."""
     if role == "operator":
         return Permissions((">",), (">",))
     publish = [*_own_facts(role, key), *_reading(_STREAMS[role]), *_buckets(role)]
@@ -81,7 +81,7 @@ def _reading(streams: Sequence[str]) -> Iterable[str]:
 
 
 def _buckets(role: str) -> Iterable[str]:
-    """Everybody finds services in ENDPOINTS; services that have an API write their own entry; leaders hold leases."""
+    """Return the permissions on buckets: all read ENDPOINTS, services with an API write their own entry, leaders hold leases."""
     yield from _read_bucket(ENDPOINTS)
     if role in _HAS_API:
         yield f"$KV.{ENDPOINTS}.{role}"
@@ -96,7 +96,7 @@ def _read_bucket(bucket: str) -> Iterable[str]:
 
 
 def _durable(name: str) -> Iterable[str]:
-    """A worker asks for messages and acknowledges; only `connito streams ensure` creates and changes the consumer."""
+    """Yield the subjects with which a worker asks for and acknowledges messages, without rights to change the consumer."""
     stream = DURABLES[name].stream
     yield f"$JS.API.CONSUMER.INFO.{stream}.{name}"
     yield f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}"
@@ -111,7 +111,7 @@ def _reach_into(durables: Iterable[str]) -> Iterable[str]:
 
 
 def broker_user(role: str, key: str) -> dict[str, Any]:
-    """A user of the broker with its role's permissions, in the server's own syntax."""
+    """Return a user of the broker with its role's permissions, in the server's own syntax."""
     granted = permissions(role, key)
     publish: dict[str, list[str]] = {"allow": list(granted.publish)}
     if granted.deny_publish:

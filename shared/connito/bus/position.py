@@ -27,7 +27,7 @@ class PositionedLog(Log):
         self._moved = asyncio.Event()
 
     def apply(self, record: Record) -> Fact | None:
-        """As `Log.apply`; a record that does not verify still counts as read."""
+        """Apply a record as `Log.apply` does; a record that does not verify still counts as read."""
         try:
             return super().apply(record)
         finally:

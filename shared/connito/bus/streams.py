@@ -33,7 +33,7 @@ class Stream:
     beside: tuple[str, ...] = ()
 
     def filter(self, run: str = "") -> str:
-        """The subject filter for one run, or for all."""
+        """Return the subject filter for one run, or for all."""
         return self.subject.format(run=run or "*")
 
 
@@ -85,7 +85,7 @@ DURABLES: dict[str, Durable] = {
 
 
 def stream_of(subject: str) -> str:
-    """The stream that stores `subject`. Raises `Invalid` if none does."""
+    """Return the stream that stores `subject`. Raises `Invalid` if none does."""
     if subject.startswith(DLQ_ROOT + "."):
         return "DLQ"
     if subject.startswith(SECURITY_ROOT + "."):
@@ -120,7 +120,7 @@ async def ensure(
 
 
 async def describe(js: JetStreamContext) -> list[dict[str, Any]]:
-    """Messages, bytes and consumers of each declared stream; `exists` is false for those that are missing."""
+    """Return messages, bytes and consumers of each declared stream; `exists` is false for those that are missing."""
     rows: list[dict[str, Any]] = []
     for name, stream in STREAMS.items():
         try:

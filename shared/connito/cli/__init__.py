@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def main() -> None:
-    """Entry point of the `connito` program. Exit codes: 0 done, 2 usage, 3 invalid input, 4 not found, 5 unavailable,
+    """Run the `connito` program. Exit codes: 0 done, 2 usage, 3 invalid input, 4 not found, 5 unavailable,
     6 verification failed, 1 anything else."""
     from connito.cli.app import app
     from connito.runtime.exits import explained

@@ -80,7 +80,7 @@ def ban(
 
 
 def seconds(text: str) -> float:
-    """`30m`, `12h`, `7d` as seconds. Raises `Invalid`."""
+    """Return `30m`, `12h`, `7d` as seconds. Raises `Invalid`."""
     from connito.errors import Invalid
 
     match = re.fullmatch(r"(\d{1,6})([mhd])", text.strip())

@@ -47,15 +47,16 @@ def advisories(
 
 
 def gather(session: Session, after: float, broker_log: Path | None) -> list[dict[str, Any]]:
-    """Reports and denials since `after` (Unix seconds), oldest first. Raises `Retry`, and `NotFound` for a log that is not
-    there."""
+    """Return reports and denials since `after` (Unix seconds), oldest first. Raises `Retry`, and `NotFound` for a log
+    that is not there.
+    """
     path = broker_log or (session.data.logs / "nats-server.log" if session.data is not None else None)
     rows = [*asyncio.run(_events(session, after)), *(_violations(path, after) if path is not None else [])]
     return sorted(rows, key=lambda row: str(row["at"]))
 
 
 async def _events(session: Session, after: float) -> list[dict[str, Any]]:
-    """Reports that a key of the roster has signed."""
+    """Return reports that a key of the roster has signed."""
     from connito.bus import CaughtUp
     from connito.errors import Invalid, reason_name
     from connito.v1.cycle_pb2 import SecurityEvent
@@ -86,7 +87,7 @@ async def _events(session: Session, after: float) -> list[dict[str, Any]]:
 
 
 def _violations(path: Path, after: float) -> list[dict[str, Any]]:
-    """Subjects that the broker denied, from its log. Raises `NotFound` for a file that is not there."""
+    """Return subjects that the broker denied, from its log. Raises `NotFound` for a file that is not there."""
     from connito.errors import NotFound
 
     try:

@@ -41,7 +41,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Options that stand before a verb."""
+    """Accept the options that stand before a verb."""
     if version:
         from connito import __version__
 

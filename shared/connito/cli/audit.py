@@ -88,7 +88,9 @@ def audit(
 
 
 def as_the_run_had(threads: int | None, folder: Path | None, data_dir: Path | None) -> int:
-    """How many threads to compute with: what was asked for, else what `connito up` used in that folder, else 0, all cores."""
+    """Return how many threads to compute with: what was asked for, else what `connito up` used in that folder, else 0,
+    all cores.
+    """
     from connito.platform.datadir import DataDir, default_data_dir
 
     if threads is not None:
@@ -169,4 +171,4 @@ def _progress(text: str) -> None:
 
 
 def _silent(_: str) -> None:
-    """With --json nothing is said meanwhile."""
+    """Ignore progress: with --json nothing else is printed."""

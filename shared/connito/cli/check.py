@@ -1,4 +1,4 @@
-"""What `connito doctor` says about one thing."""
+"""The result of one check of `connito doctor`."""
 
 from __future__ import annotations
 

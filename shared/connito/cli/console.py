@@ -49,7 +49,7 @@ def console(
 
 
 def _local(data: DataDir, platform: Platform) -> dict[str, str]:
-    """What the service needs to read the platform that `connito up` runs."""
+    """Return the environment with which the service reads the platform that `connito up` runs."""
     return {
         "CONNITO_NATS_URL": platform.nats_url,
         "CONNITO_KEY_FILE": str(data.keys / "customer.nk"),

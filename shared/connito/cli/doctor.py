@@ -72,7 +72,7 @@ def _programs(_: Path) -> Iterator[Check]:
 
 
 def _version_of(program: str) -> str:
-    """What `nats-server --version` calls itself; 0.0 where it says nothing."""
+    """Return the version that `nats-server --version` prints; 0.0 if it prints none."""
     done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=20)
     found = re.search(r"\d+\.\d+(\.\d+)?", done.stdout + done.stderr)
     return found.group() if found else "0.0"
@@ -126,7 +126,7 @@ def _port(kind: str, host: str, port: int) -> Check:
 
 
 def _platform(root: Path) -> Iterator[Check]:
-    """What runs here, or where the environment points to, if anything."""
+    """Yield the checks of the platform on this machine, or of the one that the environment names."""
     import asyncio
 
     from connito.errors import ConnitoError

@@ -25,7 +25,7 @@ EXPIRY_WARNING_DAYS = 14
 
 
 async def look(session: Session, *, with_store: bool) -> list[Check]:
-    """Every check, in an order in which the first that fails explains those after it."""
+    """Run every check, in an order in which the first that fails explains those after it."""
     checks = await _broker(session)
     checks += await _expiries(session)
     if with_store:
@@ -45,7 +45,7 @@ async def _broker(session: Session) -> list[Check]:
 
 
 async def _clock(bus: Bus) -> Check:
-    """This machine's clock against the broker's, which numbers and dates every message."""
+    """Check this machine's clock against the broker's, which numbers and dates every message."""
     began = time.time()
     now = await bus.time()
     skew = now - (began + time.time()) / 2
@@ -54,7 +54,7 @@ async def _clock(bus: Bus) -> Check:
 
 
 async def _resume(session: Session, bus: Bus) -> Check:
-    """Where services that start now would go on: the runs that have not ended, and what they wait for."""
+    """Check the runs that have not ended, and what they wait for."""
     from connito.bus.permissions import MINER_STREAMS
     from connito.bus.streams import FACT_STREAMS
     from connito.platform.log import read_log
@@ -98,7 +98,7 @@ async def _expiries(session: Session) -> list[Check]:
 
 
 async def _store(session: Session) -> list[Check]:
-    """An object written and read back: the rights, and how fast the way there is."""
+    """Check the store's rights and bandwidth with an object that is written and read back."""
     from connito.store.artifacts import ref_of_bytes
     from connito.v1.artifacts_pb2 import REALM_PUBLIC
 

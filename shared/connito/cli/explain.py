@@ -59,7 +59,7 @@ def explain(
 
 
 def _choose(evidence: Evidence, wanted: SubmissionId) -> Callable[[Named], bool]:
-    """The artifacts of a cycle; but first of all, whether there is such a submission."""
+    """Return the artifacts of a cycle. Raises first if there is no such submission."""
     from connito.audit.receipts import find_miner, needs, receipt
 
     receipt(evidence, wanted.cycle, find_miner(evidence, wanted))
@@ -75,7 +75,7 @@ def _explain(evidence: Evidence, artifacts: Artifacts, wanted: SubmissionId, **o
 
 
 def _text(document: dict[str, Any], evidence: Evidence) -> str:
-    """What a miner wants to know first, then what it rests on."""
+    """Return the explanation as text: the result first, then its inputs."""
     lines = [f"{document['label']} in cycle {document['cycle']} of {document['run']}", f"  {document['miner']}", ""]
     if document["origin_cycle"] != document["cycle"]:
         lines.append(f"late work of cycle {document['origin_cycle']}")
@@ -127,7 +127,7 @@ def _report(report: dict[str, Any]) -> list[str]:
 
 
 def _standing(row: dict[str, Any]) -> list[str]:
-    """What a validator's word weighed, and what this cycle did to that; nothing where trust does not move."""
+    """Return a validator's weight and trust after the cycle; nothing where trust does not change."""
     if row["trust"] is None or row["idle"]:
         return []
     why = f"  {row['reason']}: {row['detail']}" if row["reason"] else ""

@@ -134,7 +134,7 @@ def report(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """The delivery report of a run that has ended: what it gained, what changed, who contributed, how to use it."""
+    """Write the delivery report of an ended run: gain, changes, contributors and use of the expert."""
     from connito.errors import Invalid
     from connito.jobs.delivery import deliver, write
     from connito.jobs.pages import markdown
@@ -207,7 +207,7 @@ def _quote_text(made: Quote) -> str:
 
 
 def _findings_text(findings: Sequence[Finding]) -> str:
-    """One line a finding, gravest last, so that it is what stays on the screen."""
+    """Return one line a finding, gravest last, so that it is what stays on the screen."""
     marks = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
     lines = []
     for finding in sorted(findings, key=lambda finding: list(marks).index(finding.level)):

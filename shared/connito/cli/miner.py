@@ -110,7 +110,7 @@ def fits(
 
 
 def _experts(path: Path) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Targets and helpers by layer from the file. Raises `Invalid` when it is no selection."""
+    """Return targets and helpers by layer from the file. Raises `Invalid` when it is no selection."""
     from connito.errors import Invalid
 
     try:

@@ -1,4 +1,4 @@
-"""What every command prints: one JSON document or something to read, and errors with a meaning."""
+"""Output of every command: one JSON document or text for people, and typed errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def emit(as_json: bool, document: Any, text: Callable[[], str]) -> None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], empty: str = "nothing yet") -> str:
-    """Columns aligned by their widest cell; numbers to the right."""
+    """Return columns aligned by their widest cell; numbers to the right."""
     if not rows:
         return empty
     cells = [[_cell(value) for value in row] for row in rows]

@@ -110,13 +110,13 @@ def select(
 
 @dataclass(frozen=True)
 class _Asked:
-    """Where the routing comes from, by domain, the target first."""
+    """Sources of the routing statistics by domain, the target first."""
 
     base: Path | None
     domains: Files
 
     def texts(self) -> Files:
-        """The files that have to be routed."""
+        """Return the files that have to be routed."""
         from connito.workloads.gather import recorded
 
         found = {name: [path for path in paths if not recorded(path)] for name, paths in self.domains.items()}
@@ -187,7 +187,7 @@ def _budget(base: Path | None, experts: int, size: int, vram: int, scope: str, h
 
 
 def _router(asked: _Asked, general: Files) -> Router | None:
-    """The loaded base, when there is text to route. Imports torch."""
+    """Return the loaded base, when there is text to route. Imports torch."""
     from connito.workloads.gather import Router, recorded
 
     texts = [*asked.texts().values(), *([p for p in paths if not recorded(p)] for paths in general.values())]

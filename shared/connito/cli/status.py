@@ -38,7 +38,7 @@ def status(
 
 
 def _security(session: Session) -> dict[str, int]:
-    """Security events of the last day by kind; only who may read them is shown any."""
+    """Return security events of the last day by kind; only who may read them is shown any."""
     from connito.cli.advisories import gather
     from connito.errors import ConnitoError
     from connito.platform.session import Session
@@ -55,7 +55,7 @@ def _security(session: Session) -> dict[str, int]:
 
 
 async def _read(session: Session, run: str) -> RunFacts | None:
-    """The facts of one run: the one named, or the one created last."""
+    """Return the facts of one run: the one named, or the one created last."""
     from connito.platform.log import newest, read_log
 
     async with session.bus() as bus:

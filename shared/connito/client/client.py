@@ -26,7 +26,7 @@ class Client:
     def __init__(
         self, coordinator: str = "", library: str = "", identity: Identity | None = None, tls: Tls = PLAIN
     ) -> None:
-        """`coordinator` and `library` are `host:port`; `tls` says how they are spoken to."""
+        """Connect to `coordinator` and `library` (`host:port`) as `tls` says."""
         addresses = {"coordinator": coordinator, "library": library}
 
         def find(service: str) -> str:

@@ -22,7 +22,7 @@ class Connection:
     """Channels to services by name, opened when they are first called."""
 
     def __init__(self, find: Callable[[str], str], identity: Identity | None, tls: Tls) -> None:
-        """`find` returns the `host:port` of a service; `identity` signs what has to be signed."""
+        """Use `find` for the `host:port` of a service and `identity` to sign requests."""
         self._find, self._identity, self._tls = find, identity, tls
         self._open: dict[str, tuple[str, Any, Any]] = {}
 

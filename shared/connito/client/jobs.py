@@ -22,14 +22,14 @@ Progress = Callable[[str, float], None]
 
 
 def _quiet(what: str, share: float) -> None:
-    """Progress that nobody asked for."""
+    """Ignore progress."""
 
 
 class Jobs:
     """A customer's runs. Every verb raises as `Client` says."""
 
     def __init__(self, connection: Connection, data_dir: Path | None) -> None:
-        """`data_dir`: folder of the local platform whose base and store a job.yaml may use."""
+        """Take `data_dir`, the folder of the local platform whose base and store a job.yaml may use."""
         self._connection, self._data_dir = connection, data_dir
 
     def check(self, file: Path | str, *, profile: str = "", progress: Progress = _quiet) -> Checked:

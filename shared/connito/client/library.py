@@ -19,10 +19,10 @@ PAGE = 100
 
 
 class Library:
-    """What the platform's library holds, as far as the client's identity may see it. Raises as `Client` says."""
+    """The platform's library, as far as the client's identity may see it. Raises as `Client` says."""
 
     def __init__(self, connection: Connection) -> None:
-        """`connection` signs with the identity whose rights count."""
+        """Use `connection`, which signs with the identity whose rights apply."""
         self._connection = connection
 
     def reach(self) -> None:

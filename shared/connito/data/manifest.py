@@ -47,7 +47,7 @@ class FileEntry:
 
     @property
     def ref(self) -> ArtifactRef:
-        """The file's address in the store."""
+        """Return the file's address in the store."""
         return ArtifactRef(digest=self.digest, size=self.size, media_type=self.media_type, realm=REALM_PUBLIC)
 
 

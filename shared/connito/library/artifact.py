@@ -32,7 +32,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class ExpertHeader:
-    """What an expert file says about itself. `layers[l]` are the expert ids of the rows of layer l, ascending."""
+    """The header of an expert file. `layers[l]` are the expert ids of the rows of layer l, ascending."""
 
     domain: str
     base_name: str
@@ -45,7 +45,7 @@ class ExpertHeader:
     base_rows: str = ""
 
     def metadata(self) -> dict[str, str]:
-        """The header's `__metadata__`: strings only, as the format demands."""
+        """Return the header's `__metadata__`: strings only, as the format demands."""
         return {
             "format": FORMAT,
             "domain": self.domain,
@@ -87,7 +87,7 @@ class ExpertHeader:
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file and the offset of its data. Raises `Invalid` if it is not one."""
+    """Return the JSON header of a safetensors file and the offset of its data. Raises `Invalid` if it is not one."""
     with path.open("rb") as file:
         text = read_header_text(file, _MAX_HEADER_BYTES, path)
     try:
@@ -100,7 +100,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def read_header(path: Path) -> ExpertHeader:
-    """What the expert file at `path` says about itself. Raises `Invalid` if it is not one."""
+    """Read the header of the expert file at `path`. Raises `Invalid` if it is not one."""
     metadata = read_safetensors_header(path)[0].get("__metadata__", {})
     return ExpertHeader.from_metadata(metadata, path)
 

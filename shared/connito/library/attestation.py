@@ -1,4 +1,4 @@
-"""What stands behind an expert: the aggregator's signature on its state and the library's on its deposit, to check offline.
+"""Attestation of an expert: the aggregator's signature on its state and the library's on its deposit, for offline checks.
 
 An attestation is JSON: the two signed envelopes as they stand in the log with the subjects they were signed for, and the
 head of the state file that the aggregator signed the digest of. The expert file holds that state's tensors under a header
@@ -25,7 +25,7 @@ ATTESTATION_FILE = "attestation.json"
 
 
 def attest(version_subject: str, version: bytes, state: Path) -> dict[str, Any]:
-    """The aggregator's part: its envelope on the final version, and the head of the state file that it names."""
+    """Return the aggregator's part: its envelope on the final version, and the head of the state file that it names."""
     _, start = read_safetensors_header(state)
     with state.open("rb") as file:
         head = file.read(start)
@@ -33,12 +33,12 @@ def attest(version_subject: str, version: bytes, state: Path) -> dict[str, Any]:
 
 
 def encode(attestation: Mapping[str, Any]) -> bytes:
-    """An attestation's bytes: sorted keys, so that its digest depends on its content alone."""
+    """Return an attestation's bytes: sorted keys, so that its digest depends on its content alone."""
     return json.dumps(attestation, sort_keys=True).encode()
 
 
 def countersign(attestation: Mapping[str, Any], subject: str, deposited: bytes) -> dict[str, Any]:
-    """The whole: with the library's envelope on the deposit, which names record and file."""
+    """Return the whole: with the library's envelope on the deposit, which names record and file."""
     return {**attestation, "library": _entry(subject, deposited)}
 
 
@@ -88,7 +88,7 @@ def _short(opened: Opened) -> str:
 
 
 def _state_digest(expert: Path, head: bytes) -> str:
-    """SHA-256 of the state file: the old head, if it describes the same tensors, and the expert's data."""
+    """Return SHA-256 of the state file: the old head, if it describes the same tensors, and the expert's data."""
     described, start = read_safetensors_header(expert)
     before = json.loads(head[8:])
     if {k: v for k, v in before.items() if k != "__metadata__"} != {

@@ -102,7 +102,7 @@ model = AutoModelForCausalLM.from_pretrained("{expert_id}/")
 
 
 def _text(value: object) -> str:
-    """A value of the record inside a table cell: one line, no column of its own."""
+    """Return a value of the record inside a table cell: one line, no column of its own."""
     return " ".join(str(value).split()).replace("|", "\\|") or "not stated"
 
 
@@ -115,7 +115,7 @@ def _loss_row(row: dict[str, Any]) -> str:
 
 
 def _front(record: dict[str, Any]) -> str:
-    """The YAML head that model hubs read. Every value is JSON, which is YAML."""
+    """Return the YAML head that model hubs read. Every value is JSON, which is YAML."""
     domain, base = str(record["domain"]), str(record["base"]["name"])
     lines = [
         "library_name: connito",
@@ -143,7 +143,7 @@ def _front(record: dict[str, Any]) -> str:
 
 
 def _hub_license(license_: str) -> str:
-    """Hubs know licences by lower-case SPDX names; what is not one of those is `other`."""
+    """Return the licence's name on model hubs: lower-case SPDX, else `other`."""
     return license_.lower() if license_ in TERMS and not license_.startswith("LicenseRef") else "other"
 
 
@@ -192,7 +192,7 @@ def _contributor_row(row: dict[str, Any]) -> str:
 
 
 def _start(start: dict[str, Any] | None) -> str:
-    """Where the run started, when not from the base: the losses below then begin there."""
+    """Return the card's row on the expert that the run started from; empty if it was the base."""
     if start is None:
         return ""
     low, high = start["interval"]
@@ -203,7 +203,7 @@ def _start(start: dict[str, Any] | None) -> str:
 
 
 def render(record: dict[str, Any]) -> str:
-    """The Markdown card of a record."""
+    """Return the Markdown card of a record."""
     selection, expert = record["selection"], record["expert"]
     drawn = plots(record)
     use = _USE_MODEL if record.get("format") == MODEL_FORMAT else _USE
@@ -236,7 +236,7 @@ def render(record: dict[str, Any]) -> str:
 
 
 def write_card(record: dict[str, Any], folder: Path) -> None:
-    """The card and its plots, into the folder of an expert."""
+    """Write the card and its plots into the folder of an expert."""
     (folder / CARD_FILE).write_text(render(record))
     for name, drawn in plots(record).items():
         (folder / name).write_text(drawn)

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: pure decisions."""
+"""Decisions on the deposit of a finished run. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Deposit:
     cycle: int = 0
 
     def with_base(self, digests: Mapping[str, str]) -> ExpertHeader:
-        """The header with the base model's digests, as the selection report gives them (`rest`, `rows`)."""
+        """Return the header with the base model's digests, as the selection report gives them (`rest`, `rows`)."""
         return replace(self.header, base_fingerprint=digests.get("rest", ""), base_rows=digests.get("rows", ""))
 
 
@@ -35,7 +35,7 @@ class Nothing:
 
 
 def plan(facts: RunFacts) -> Deposit | Nothing:
-    """What to deposit for a run, given all of its facts."""
+    """Decide what to deposit for a run, given all of its facts."""
     spec, selection, ended = facts.spec, facts.selection, facts.ended
     if ended is None or ended.outcome != run_pb2.RUN_OUTCOME_COMPLETED:
         return Nothing("the run did not complete")

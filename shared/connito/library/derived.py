@@ -28,7 +28,7 @@ def derived_record(
     settings: Mapping[str, Any],
     losses: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The record of an expert file that `verb` made of `parents`, each with the weight it went in with.
+    """Return the record of an expert file that `verb` made of `parents`, each with the weight it went in with.
 
     `created`: ISO time. `settings`: what the verb needs to be repeated. The result is as private as its most private
     parent, carries every parent's data sources, and credits the parents' contributors by weight. Raises `Invalid`
@@ -93,7 +93,7 @@ def model_record(
     settings: Mapping[str, Any],
     losses: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What an exported model's record has in common with an expert's, so that the library keeps and finds both.
+    """Return the part of an exported model's record that experts' records have too, so that the library can find both.
 
     `digest`, `size`, `parameters` are of the model file; `total`: routed experts of the base. `parents`: the experts that
     were in the base before; without any, nobody is credited and the model is public. Raises `Invalid` for private owners
@@ -140,7 +140,7 @@ def model_record(
 
 
 def joint_governance(records: Sequence[Record]) -> dict[str, Any]:
-    """The strictest visibility among them and the union of their sources."""
+    """Return the strictest visibility among them and the union of their sources."""
     rules = [governance(record) for record in records]
     strictest = max(rules, key=lambda rule: VISIBILITIES.index(rule["visibility"]))
     closed = {
@@ -157,7 +157,7 @@ def joint_governance(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def joint_contributors(parents: Sequence[tuple[Record, float]]) -> list[dict[str, Any]]:
-    """Everybody behind the parents, shares weighted by |weight|, best first. Rewards are the parents', not paid again."""
+    """Return the contributors of all parents, shares weighted by |weight|, best first. Parents' rewards are not paid again."""
     total = math.fsum(abs(weight) for _, weight in parents)
     table: dict[str, dict[str, Any]] = {}
     for record, weight in parents:

@@ -1,4 +1,4 @@
-"""Who may see an expert, what its licence allows, whose data is in it, and whom a use of it is credited to.
+"""Visibility, licence, data sources and credit of experts.
 
 A record says these things under `governance` (`visibility`, `organisation`, `owner`, `sources`) and `license`. A record
 that says nothing is public, made from the one training corpus whose digest it names.
@@ -26,7 +26,7 @@ class Viewer:
     organisations: frozenset[str] = frozenset()
 
     def sees(self, record: Record) -> bool:
-        """Public, or of the viewer's organisation, or the viewer's own. An owner sees whatever is theirs."""
+        """Return whether an expert is public, of the viewer's organisation, or the viewer's own."""
         rules = governance(record)
         if rules["visibility"] == "public" or (self.name and rules["owner"] == self.name):
             return True
@@ -34,7 +34,9 @@ class Viewer:
 
 
 def governance(record: Record) -> dict[str, Any]:
-    """`visibility`, `organisation`, `owner` and `sources` of a record, defaults filled in. `Invalid` for nonsense."""
+    """Return `visibility`, `organisation`, `owner` and `sources` of a record, defaults filled in. `Invalid` for
+    nonsense.
+    """
     given = record.get("governance", {})
     training = record.get("training_data", "")
     rules = {
@@ -52,7 +54,7 @@ def governance(record: Record) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a licence allows. `share_alike` binds what is made of the expert to the same licence."""
+    """The terms of a licence. `share_alike` binds derivatives of the expert to the same licence."""
 
     commercial: bool = True
     derivatives: bool = True
@@ -82,7 +84,7 @@ TERMS: dict[str, Terms] = {
 
 @dataclass(frozen=True)
 class Use:
-    """What somebody is about to do. `accepted` are licence texts outside the table that the user has read and accepts."""
+    """An intended use. `accepted` are licence texts outside the table that the user has read and accepts."""
 
     verb: str = "export"
     commercial: bool = False
@@ -101,7 +103,7 @@ class Permission:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the library says about an expert now: `status` is good, deprecated, yanked or opted-out."""
+    """The status of an expert in the library: `status` is good, deprecated, yanked or opted-out."""
 
     status: str = "good"
     reason: str = ""
@@ -115,7 +117,7 @@ def check_use(
     viewer: Viewer | None = None,
     allow_yanked: bool = False,
 ) -> Permission:
-    """Whether `viewer` may `use` these experts together; compositions are derivatives of every one of them.
+    """Return whether `viewer` may `use` these experts together; compositions are derivatives of every one of them.
 
     Raises `Invalid` (NOT_PERMITTED) naming the expert, the term and the way out. An expert that is not visible is
     reported as one that does not exist would be. Deprecated experts pass with a warning, yanked ones only when allowed.
@@ -164,7 +166,9 @@ DERIVING = ("compose", "prune", "extract")
 
 
 def _joint_licence(records: Sequence[Record], use: Use) -> str:
-    """The licence of what is made of all of them: the share-alike one if there is one, else all of them, joined."""
+    """Return the licence of what is made of all of them: the share-alike one if there is one, else all of them,
+    joined.
+    """
     licences = sorted({str(record.get("license", "")) for record in records})
     binding = [name for name in licences if TERMS.get(name, Terms()).share_alike]
     if len(licences) == 1 or use.verb not in DERIVING:

@@ -33,7 +33,7 @@ class Hit:
     record: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """What `library search --json` prints for it, without the record."""
+        """Return the object that `library search --json` prints, without the record."""
         document = asdict(self)
         del document["record"], document["standing"]
         return {**document, "status": self.standing.status, "reason": self.standing.reason}
@@ -50,7 +50,8 @@ def search(
     limit: int = 20,
     offset: int = 0,
 ) -> list[Hit]:
-    """Experts whose record has all words of `text` (else any of them), best match first; without words, by saving.
+    """Return experts whose record has all words of `text` (else any of them), best match first; without words, by
+    saving.
 
     The last word may be the beginning of one. Only what `viewer` may see; yanked experts and those made from data that
     was opted out are left out unless `everything`. Deprecated ones come with their reason.
@@ -66,7 +67,9 @@ def search(
 
 
 def visible(index: Index, viewer: Viewer, *, after: int = 0, limit: int = 50) -> list[tuple[int, str]]:
-    """(sequence, expert id) of what `viewer` may see beyond the sequence `after`, oldest first, whatever its standing."""
+    """Return (sequence, expert id) of what `viewer` may see beyond the sequence `after`, oldest first, whatever its
+    standing.
+    """
     where, parameters = _conditions("", "", viewer, everything=True)
     sql = f"SELECT e.sequence, e.expert_id FROM experts e WHERE e.sequence > ? AND {where} ORDER BY e.sequence LIMIT ?"  # noqa: S608
     return [(int(row[0]), str(row[1])) for row in index.select(sql, (after, *parameters, limit))]
@@ -135,7 +138,7 @@ class Ranked:
 
 
 def rank(hits: Sequence[Hit], predicted: Mapping[str, float], measured: Mapping[str, float]) -> list[Ranked]:
-    """Measured experts first, by what they save; then the rest by what they are predicted to."""
+    """Return measured experts first, by what they save; then the rest by what they are predicted to."""
     rows = [
         Ranked(hit.expert_id, hit.domain, predicted[hit.expert_id], measured.get(hit.expert_id))
         for hit in hits

@@ -64,7 +64,9 @@ class LibraryEvent:
 
 
 def deposit_event(fact: Fact[run_pb2.ExpertDeposited], record: bytes) -> LibraryEvent:
-    """The event of a deposit on the `LIBRARY` stream and the record it points to. `VerificationFailed` for other bytes."""
+    """Return the event of a deposit on the `LIBRARY` stream and the record it points to. `VerificationFailed` for
+    other bytes.
+    """
     message = fact.message
     if hashlib.sha256(record).hexdigest() != message.record.digest:
         raise VerificationFailed(
@@ -80,7 +82,7 @@ class Index:
     """Experts, what is said about them, and their use. One writer; any number of readers."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """`path` None keeps it in memory. A file of another schema, or a damaged one, is started afresh."""
+        """Open the index at `path`, in memory for None. A damaged file, or one of another schema, is rebuilt."""
         self.path = path
         self._db = self._open()
 
@@ -130,16 +132,16 @@ class Index:
         return new
 
     def last_sequence(self, origin: str = "LIBRARY") -> int:
-        """The highest sequence of a log that was applied, 0 for none: where to read on."""
+        """Return the highest sequence of a log that was applied, 0 for none: where to read on."""
         row = self._db.execute("SELECT max(sequence) FROM seen WHERE origin = ?", (origin,)).fetchone()
         return int(row[0] or 0)
 
     def count(self) -> int:
-        """Experts in the index, whatever their standing."""
+        """Return experts in the index, whatever their standing."""
         return int(self._db.execute("SELECT count(*) FROM experts").fetchone()[0])
 
     def record(self, expert_id: str) -> dict[str, Any]:
-        """The record of an expert. Raises `NotFound`."""
+        """Return the record of an expert. Raises `NotFound`."""
         row = self._db.execute(
             "SELECT r.record FROM experts e JOIN records r ON r.id = e.id WHERE e.expert_id = ?", (expert_id,)
         ).fetchone()
@@ -149,14 +151,14 @@ class Index:
         return found
 
     def lookup(self, expert_id: str) -> dict[str, Any] | None:
-        """`record`, or None: what `governance.attribute` walks parents with."""
+        """Return `record`, or None: what `governance.attribute` walks parents with."""
         try:
             return self.record(expert_id)
         except NotFound:
             return None
 
     def standing(self, expert_id: str) -> Standing:
-        """What the library says about an expert now; a source that opted out outweighs everything else."""
+        """Return the current status of an expert; a data source that opted out outweighs everything else."""
         out = self._db.execute(
             "SELECT s.source, o.reason FROM sources s JOIN opt_outs o ON o.source = s.source "
             "WHERE s.expert_id = ? AND o.standing = 1 ORDER BY s.source LIMIT 1",
@@ -168,12 +170,12 @@ class Index:
         return Standing() if row is None or row[0] == "restored" else Standing(row[0], row[1])
 
     def usage(self, expert_id: str) -> dict[str, int]:
-        """Units used by verb."""
+        """Return units used by verb."""
         rows = self._db.execute("SELECT verb, sum(units) FROM uses WHERE expert_id = ? GROUP BY verb", (expert_id,))
         return {verb: int(units) for verb, units in rows}
 
     def select(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Rows of a read-only query; `connito.library.hits` is made of these."""
+        """Return rows of a read-only query; `connito.library.hits` is made of these."""
         return self._db.execute(sql, parameters).fetchall()
 
     @contextmanager
@@ -205,7 +207,7 @@ class Index:
             )
 
     def _newest(self, table: str, key: str, event: LibraryEvent, value: object) -> None:
-        """One statement a subject: the one that stands last in the log."""
+        """Keep one statement per subject: the last one in the log."""
         self._db.execute(
             f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?) ON CONFLICT ({key}) DO UPDATE SET "  # noqa: S608
             f"origin = excluded.origin, sequence = excluded.sequence, reason = excluded.reason, "
@@ -252,7 +254,7 @@ class Index:
 
 
 def saving(record: Mapping[str, Any]) -> float | None:
-    """Held-out nats per token that the expert saved on its own domain; None where nothing was measured."""
+    """Return held-out nats per token that the expert saved on its own domain; None where nothing was measured."""
     for row in record.get("losses", []):
         if row.get("domain") == record.get("domain") and row.get("before") is not None and row.get("after") is not None:
             return float(row["before"]) - float(row["after"])
@@ -260,7 +262,7 @@ def saving(record: Mapping[str, Any]) -> float | None:
 
 
 def searchable(record: Mapping[str, Any]) -> str:
-    """The words by which an expert is found: what people wrote about it, not its digests."""
+    """Return the words by which an expert is found: what people wrote about it, not its digests."""
     selection, derived = record.get("selection", {}), record.get("derived", {})
     parts = [
         record.get("data_statement", ""),

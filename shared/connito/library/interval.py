@@ -15,8 +15,9 @@ CONFIDENCE = 0.95
 def change_interval(
     before: Sequence[float], after: Sequence[float], tokens: Sequence[int], confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:
-    """(low, high) of the change after - before in nats per token, from sums [n] and token counts [n] of one set of
-    sequences; None for fewer than two sequences, for lengths that differ, and for losses that are not numbers."""
+    """Return (low, high) of the change after - before in nats per token, from sums [n] and token counts [n] of one set
+    of sequences; None for fewer than two sequences, for lengths that differ, and for losses that are not numbers.
+    """
     n, total = len(tokens), sum(tokens)
     if n < 2 or len(before) != n or len(after) != n or total <= 0 or not all(map(math.isfinite, (*before, *after))):
         return None
@@ -28,7 +29,7 @@ def change_interval(
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Where Student's distribution function reaches `probability`, which lies in [0.5, 1)."""
+    """Return the quantile of Student's distribution at `probability`, which lies in [0.5, 1)."""
     low, high = 0.0, 1.0
     while t_cdf(high, freedom) < probability:
         high *= 2.0
@@ -39,8 +40,9 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def t_cdf(value: float, freedom: int) -> float:
-    """Student's distribution function for `value` >= 0: the finite sums for whole degrees of freedom (Abramowitz and
-    Stegun 1964, 26.7.3 and 26.7.4)."""
+    """Return Student's distribution function for `value` >= 0: the finite sums for whole degrees of freedom
+    (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+    """
     angle = math.atan(value / math.sqrt(freedom))
     cosine = math.cos(angle)
     term, total = (1.0, 1.0) if freedom % 2 == 0 else (cosine, cosine if freedom > 1 else 0.0)

@@ -29,13 +29,13 @@ MERGED = frozenset(
 
 
 def versions(facts: RunFacts) -> list[cycle_pb2.VersionPublished]:
-    """The versions a run published, oldest first."""
+    """Return the versions a run published, oldest first."""
     found = (facts.version(cycle) for cycle in facts.cycles())
     return [version for version in found if version is not None]
 
 
 def expert_id(domain: str, digest: str) -> str:
-    """`<domain>-<first 12 hex digits of the expert file's digest>`, with what a subject cannot hold as `-`."""
+    """Return `<domain>-<first 12 hex digits of the expert file's digest>`, with what a subject cannot hold as `-`."""
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', domain)[:60]}-{digest[:12]}"
 
 
@@ -47,7 +47,7 @@ def build_record(
     signature: Mapping[str, Any] | None = None,
     parent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The record of the expert file `digest` (`size` bytes, `parameters` numbers) that came out of a run.
+    """Return the record of the expert file `digest` (`size` bytes, `parameters` numbers) that came out of a run.
 
     `signature`: the routing signature that the selection names, where it does. `parent`: the record of the expert that
     the run started from; whoever may take data out of that one may take it out of this one.
@@ -104,14 +104,15 @@ def build_record(
 
 
 def ended_at(facts: RunFacts, history: Sequence[cycle_pb2.VersionPublished]) -> cycle_pb2.VersionPublished:
-    """The version that a run ended with."""
+    """Return the version that a run ended with."""
     final = 0 if facts.ended is None else facts.ended.final_version
     return next((version for version in history if version.version == final), history[-1])
 
 
 def _losses(history: list[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:
-    """Nats per token on the report subset, target first: before the first version, after the last, and the paired 95 %
-    interval of the change where the versions tell the losses sequence by sequence."""
+    """Return nats per token on the report subset, target first: before the first version, after the last, and the
+    paired 95 % interval of the change where the versions tell the losses sequence by sequence.
+    """
     first = {loss.domain: loss for loss in history[0].losses}
     rows = []
     for loss in history[-1].losses:
@@ -147,7 +148,7 @@ def _lineage(facts: RunFacts, history: Iterable[cycle_pb2.VersionPublished]) -> 
 
 
 def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[dict[str, Any]]:
-    """Every miner that was ever judged: reward and its share of all that was paid, cycles merged, refusals."""
+    """Return every miner that was ever judged: reward and its share of all that was paid, cycles merged, refusals."""
     table: dict[str, dict[str, Any]] = {}
     for cycle in cycles:
         scored = facts.scored(cycle)
@@ -167,5 +168,5 @@ def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[dict[str, Any]
 
 
 def encode(record: dict[str, Any]) -> bytes:
-    """The record's bytes: sorted keys, so that its digest depends on its content alone."""
+    """Return the record's bytes: sorted keys, so that its digest depends on its content alone."""
     return json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""What was searched for on a shelf: one line a search, beside the journal. Only counting what is asked shows what is missing."""
+"""Log of searches on a shelf, one line each, beside the journal. It shows which experts are asked for and missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def remember(
 
 
 def recall(root: Path) -> Iterator[Search]:
-    """Every search so far; a line that was cut short by a crash is left out."""
+    """Yield every search so far; a line that was cut short by a crash is left out."""
     path = root / SEARCHES
     if not path.is_file():
         return

@@ -32,13 +32,13 @@ class Shelf:
     """The library in `root`. Several processes may use one: the journal is written under a lock."""
 
     def __init__(self, root: Path) -> None:
-        """The folder is made where it is missing."""
+        """Open the folder, creating it if it is missing."""
         self.root = root
         (root / "experts").mkdir(parents=True, exist_ok=True)
         (root / JOURNAL).touch()
 
     def events(self, after: int = 0) -> Iterator[LibraryEvent]:
-        """The journal from entry `after` + 1 on. Raises `VerificationFailed` for a damaged line."""
+        """Yield the journal from entry `after` + 1 on. Raises `VerificationFailed` for a damaged line."""
         with (self.root / JOURNAL).open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if number > after:
@@ -64,19 +64,19 @@ class Shelf:
 
     @contextmanager
     def index(self) -> Iterator[Index]:
-        """The index, up to date with the journal."""
+        """Yield the index, up to date with the journal."""
         with Index(self.root / "index.sqlite") as index:
             index.apply(self.events(index.last_sequence(ORIGIN)))
             yield index
 
     def path(self, expert_id: str) -> Path:
-        """Where an expert's files are, or would be. `Invalid` for an id that is not a plain name."""
+        """Return the folder of an expert, present or not. Raises `Invalid` for an id that is not a plain name."""
         if not expert_id or expert_id in (".", "..") or "/" in expert_id or "\\" in expert_id:
             raise Invalid(f"{expert_id!r} is not an expert id")
         return self.root / "experts" / expert_id
 
     def get(self, expert_id: str) -> tuple[Path, dict[str, Any]]:
-        """An expert's folder and record. Raises `NotFound`."""
+        """Return an expert's folder and record. Raises `NotFound`."""
         folder = self.path(expert_id)
         if not (folder / RECORD_FILE).is_file():
             raise NotFound(f"there is no expert {expert_id!r} on the shelf {self.root}; see `connito library search`")

@@ -19,7 +19,7 @@ Vectors = dict[int, list[float]]
 
 
 def encode_signature(vectors: Mapping[int, Sequence[float]], tokens: Mapping[int, int]) -> dict[str, Any]:
-    """What a record holds under `signature`. `tokens`: how many tokens the mean of a layer is of."""
+    """Return the `signature` of a record. `tokens`: the number of tokens behind each layer's mean."""
     return {
         "layers": {
             str(layer): base64.b64encode(struct.pack(f"<{len(vectors[layer])}f", *vectors[layer])).decode()
@@ -30,7 +30,7 @@ def encode_signature(vectors: Mapping[int, Sequence[float]], tokens: Mapping[int
 
 
 def decode_signature(signature: Mapping[str, Any]) -> Vectors:
-    """The vectors by layer. Raises `Invalid` for what is no signature."""
+    """Return the vectors by layer. Raises `Invalid` for what is no signature."""
     try:
         found = {}
         for layer, text in signature["layers"].items():
@@ -42,7 +42,9 @@ def decode_signature(signature: Mapping[str, Any]) -> Vectors:
 
 
 def joint_signature(parts: Sequence[tuple[Mapping[str, Any] | None, float]]) -> dict[str, Any] | None:
-    """The signature of experts that went into one with these weights: means by |weight| and tokens; None without any."""
+    """Return the signature of experts that went into one with these weights: means by |weight| and tokens; None
+    without any.
+    """
     sums: dict[int, list[float]] = {}
     mass: dict[int, float] = {}
     tokens: dict[int, int] = {}
@@ -58,7 +60,7 @@ def joint_signature(parts: Sequence[tuple[Mapping[str, Any] | None, float]]) -> 
 
 
 def nearest(query: Vectors, candidates: Mapping[str, Vectors]) -> list[tuple[str, float]]:
-    """Candidates by similarity to `query`, best first: mean cosine over the layers that both have, about the
+    """Return candidates by similarity to `query`, best first: mean cosine over the layers that both have, about the
     candidates' own mean. Those that share no layer with the query come last, with -1."""
     centres = _centres(candidates)
     scored = {name: _similarity(query, vectors, centres) for name, vectors in candidates.items()}

@@ -1,4 +1,4 @@
-"""Which library experts a run may start from: what the log held, what the terms allow. Pure; measuring is in `moe.start`."""
+"""Library experts that a run may start from, by the log and their terms. Pure; measuring is in `experts.start`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class Shelved:
 
 
 def wants_start(spec: run_pb2.RunSpec) -> bool:
-    """Whether the job asks for a start from the library at all. A spec that says nothing does not."""
+    """Return whether the job asks for a start from the library at all. A spec that says nothing does not."""
     return spec.start_from not in ("", NONE)
 
 
 def deposits(library: Iterable[Fact], spec: run_pb2.RunSpec, upto: int) -> list[run_pb2.ExpertDeposited]:
-    """Deposits of the run's base at or before sequence `upto` of LIBRARY, each expert once, in the order of the log.
+    """Return deposits of the run's base at or before sequence `upto` of LIBRARY, each expert once, in the order of the
+    log.
 
     Only the expert that the job names, if it names one. Raises `Invalid` (START_IMPOSSIBLE) when that one is not there.
     """
@@ -58,7 +59,7 @@ def deposits(library: Iterable[Fact], spec: run_pb2.RunSpec, upto: int) -> list[
 
 
 def unknown(spec: run_pb2.RunSpec) -> Invalid:
-    """The library has no such expert, or none that the customer may know of: the answer is the same."""
+    """Return the same error for a missing expert and for one that the customer may not see."""
     return _impossible(
         f"there is no expert {spec.start_from!r} in the library; `connito library list` shows them, or write "
         "start_from: auto"
@@ -66,13 +67,13 @@ def unknown(spec: run_pb2.RunSpec) -> Invalid:
 
 
 def seen_by(spec: run_pb2.RunSpec, record: Mapping[str, Any]) -> bool:
-    """Whether the run's customer may know of an expert. What a run says of its start is read by every miner."""
+    """Return whether the run's customer may know of an expert. What a run says of its start is read by every miner."""
     organisations = frozenset({spec.organisation} if spec.organisation else ())
     return Viewer(spec.customer, organisations).sees(record)
 
 
 def notices(library: Iterable[Fact], upto: int) -> dict[str, str]:
-    """What stands against experts and data sources at sequence `upto` of LIBRARY: by subject, with the reason."""
+    """Return the notices against experts and data sources at sequence `upto` of LIBRARY: by subject, with the reason."""
     against: dict[str, str] = {}
     for fact in sorted(library, key=lambda fact: fact.sequence):
         message = fact.message
@@ -93,13 +94,13 @@ _AGAINST = {
 
 
 def notice_of(record: Mapping[str, Any], expert_id: str, against: Mapping[str, str]) -> str:
-    """What stands against one expert, or against a source of its data; empty where nothing does."""
+    """Return the notice against one expert, or against a source of its data; empty if there is none."""
     subjects = (expert_id, *record.get("governance", {}).get("sources", []))
     return next((against[subject] for subject in subjects if subject in against), "")
 
 
 def refusal(record: Mapping[str, Any], spec: run_pb2.RunSpec) -> str:
-    """Why the terms of an expert do not allow the run to start from it; empty where they do.
+    """Return why the terms of an expert do not allow the run to start from it; empty where they do.
 
     What is trained further is a derivative: it may be shown no wider than its parent, and carries share-alike terms on.
     """
@@ -124,14 +125,14 @@ def refusal(record: Mapping[str, Any], spec: run_pb2.RunSpec) -> str:
 
 
 def start_ref(selection: run_pb2.SelectionMade | None) -> artifacts_pb2.ArtifactRef | None:
-    """The record of the expert that a run started from; None where it was the base."""
+    """Return the record of the expert that a run started from; None where it was the base."""
     if selection is None or not selection.start.expert_id:
         return None
     return next(row.record for row in selection.start.candidates if row.expert_id == selection.start.expert_id)
 
 
 def start_record(selection: run_pb2.SelectionMade | None) -> dict[str, Any] | None:
-    """What the record of an expert says about where its run started; None where it was the base."""
+    """Return the record's entry on the expert that its run started from; None where it was the base."""
     if selection is None or not selection.start.expert_id:
         return None
     start = selection.start

@@ -1,4 +1,4 @@
-"""Which domains most need training next, and what it would gain: the shelf's demand signal. Pure.
+"""Ranking of domains by expected gain of further training. Pure.
 
     score(d) = interest(d) · expected(d)
     interest(d) = 1 + uses(d) + misses(d)
@@ -50,7 +50,7 @@ class Search:
 
     @property
     def missed(self) -> bool:
-        """Whether whoever searched went away without an expert worth using."""
+        """Return whether whoever searched went away without an expert worth using."""
         return self.hits == 0 or (self.best is not None and self.best < WORTH)
 
 
@@ -71,16 +71,16 @@ class Demand:
 
     @property
     def interest(self) -> int:
-        """How often somebody wanted it, and one."""
+        """Return how often somebody wanted it, and one."""
         return 1 + self.uses + self.misses
 
     @property
     def score(self) -> float | None:
-        """Interest times expected gain."""
+        """Return interest times expected gain."""
         return None if self.expected is None else self.interest * self.expected
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return {**asdict(self), "interest": self.interest, "score": self.score}
 
 
@@ -111,7 +111,7 @@ def demand(
 
 
 def _train(row: Demand, training: Training, everything: Sequence[Training], cycles: int) -> None:
-    """Runs come oldest first: the newest decides what the next one may expect."""
+    """Add a run's training. Runs come oldest first: the newest decides the expectation for the next one."""
     row.saved += sum(training.gains)
     if training.expert_id:
         row.experts += 1
@@ -136,18 +136,18 @@ def _never_trained(row: Demand, first: Sequence[float], trainings: Sequence[Trai
 
 
 def decay(trainings: Iterable[Training]) -> float:
-    """r: median ratio of successive savings, between 0 and 1; 1 without two cycles in a row."""
+    """Return r: median ratio of successive savings, between 0 and 1; 1 without two cycles in a row."""
     ratios = [later / earlier for training in trainings for earlier, later in pairwise(training.gains) if earlier > 0]
     return min(1.0, max(0.0, median(ratios))) if ratios else 1.0
 
 
 def series(ratio: float, cycles: int) -> float:
-    """r + r² + … + rᶜ."""
+    """Return r + r² + … + rᶜ."""
     return float(sum(ratio**n for n in range(1, cycles + 1)))
 
 
 def training_of(facts: RunFacts) -> Training | None:
-    """What a run has saved cycle by cycle; None before it was created. A version's first loss is the target's."""
+    """Return the loss that a run saved in each cycle; None before it was created. A version's first loss is the target's."""
     spec = facts.spec
     if spec is None:
         return None
@@ -163,7 +163,9 @@ def training_of(facts: RunFacts) -> Training | None:
 
 
 def training_of_record(record: Mapping[str, Any], at: int) -> Training:
-    """The same of an expert on a shelf whose run's log is not at hand: its whole saving spread evenly over its versions."""
+    """Return the same of an expert on a shelf whose run's log is not at hand: its whole saving spread evenly over its
+    versions.
+    """
     own = next((row for row in record.get("losses", []) if row["domain"] == record["domain"]), None)
     versions = max(1, len(record.get("lineage", [])))
     saved = 0.0 if own is None or own["before"] is None or own["after"] is None else own["before"] - own["after"]

@@ -86,7 +86,7 @@ def union(maps: Mapping[str, Map], scores: Scores) -> Map:
 
 
 def within(maps: Mapping[str, Map], kept: Map) -> dict[str, Map]:
-    """Restrict each domain's map to the experts in `kept`."""
+    """Return restrict each domain's map to the experts in `kept`."""
     return {
         name: {index: [e for e in experts if e in set(kept.get(index, []))] for index, experts in found.items()}
         for name, found in maps.items()

@@ -35,7 +35,7 @@ SERVICES = ("coordinator", "selector", "committer", "aggregator", "library", "cu
 
 @dataclass(frozen=True)
 class Member:
-    """Somebody with a key in the folder."""
+    """A participant with a key in the folder."""
 
     name: str
     role: str
@@ -52,7 +52,7 @@ class Tls:
     client_ca: str = ""
 
     def config(self) -> dict[str, Any]:
-        """The server's `tls` block; empty without a certificate."""
+        """Return the server's `tls` block; empty without a certificate."""
         if not self.certificate:
             return {}
         block: dict[str, Any] = {"cert_file": self.certificate, "key_file": self.key}
@@ -67,7 +67,7 @@ class Access:
 
     @classmethod
     def open(cls, folder: Path) -> Access:
-        """An existing folder. Raises `NotFound`."""
+        """Return an existing folder. Raises `NotFound`."""
         if not (folder / "roster.json").exists():
             raise NotFound(f"{folder} holds no keys; make them with `connito access export {folder}`")
         return cls(folder)
@@ -126,17 +126,17 @@ class Access:
 
     @property
     def miners(self) -> list[str]:
-        """Public keys of admitted miners, in the order of admission."""
+        """Return public keys of admitted miners, in the order of admission."""
         path = self.folder / "miners.txt"
         return path.read_text().split() if path.exists() else []
 
     def members(self) -> list[Member]:
-        """Services, validators, customer and operator."""
+        """Return services, validators, customer and operator."""
         names = [*SERVICES, *(f"validator-{number}" for number in range(1, self._validators() + 1))]
         return [self.member(name) for name in names if self._seed(name).exists()]
 
     def member(self, name: str) -> Member:
-        """One of them. Raises `NotFound`."""
+        """Return one of them. Raises `NotFound`."""
         if not self._seed(name).exists():
             raise NotFound(f"{self.folder} holds no key of {name!r}; `connito access list` shows the names")
         old = self._old_seed(name)
@@ -144,19 +144,19 @@ class Access:
         return Member(name, name.partition("-")[0], Identity.load(self._seed(name)).public, previous)
 
     def roster(self) -> Roster:
-        """The roster as it is written."""
+        """Return the roster as it is written."""
         path = self.folder / "roster.json"
         return Roster.load(path) if path.exists() else Roster()
 
     def users(self) -> list[dict[str, Any]]:
-        """Everybody whom the broker lets in, in its own syntax."""
+        """Return the users that the broker admits, in its own syntax."""
         spoken = [(m.role, key) for m in self.members() for key in (m.key, m.previous) if key]
         return [broker_user(role, key) for role, key in [*spoken, *(("miner", key) for key in self.miners)]]
 
     # Writing.
 
     def write(self, standing: Roster | None = None) -> None:
-        """Roster, users and server configuration, from the keys that are there and what `standing` adds to them."""
+        """Write roster, users and server configuration from the keys in the folder and the additions of `standing`."""
         before = standing or self.roster()
         keys: dict[str, set[str]] = {}
         for member in self.members():
@@ -220,7 +220,7 @@ class Access:
         return self.folder / "keys" / f"{name}.old.nk"
 
     def _write_store(self) -> None:
-        """Credentials for a SeaweedFS that runs beside the services; once made they stay."""
+        """Write credentials for a SeaweedFS beside the services, unless they exist."""
         if (self.folder / "s3.json").exists():
             return
         access, secret = f"connito-{secrets.token_hex(4)}", secrets.token_urlsafe(32)

@@ -17,7 +17,7 @@ from connito.errors import Invalid, NotFound, Retry
 
 @dataclass(frozen=True)
 class Platform:
-    """What other commands need in order to talk to a platform that runs here. The file is readable by its owner only."""
+    """The addresses and keys of a platform that runs here, for other commands. The file is readable by its owner only."""
 
     pid: int
     nats_url: str
@@ -31,7 +31,7 @@ class Platform:
 
 
 def default_data_dir() -> Path:
-    """`CONNITO_DATA_DIR`, or `.connito/` in the current folder."""
+    """Return `CONNITO_DATA_DIR`, or `.connito/` in the current folder."""
     return Path(os.environ.get("CONNITO_DATA_DIR") or ".connito")
 
 
@@ -56,42 +56,42 @@ class DataDir:
 
     @property
     def keys(self) -> Path:
-        """Seeds, one file a name, mode 0600."""
+        """Return seeds, one file a name, mode 0600."""
         return self.root / "keys"
 
     @property
     def roster(self) -> Path:
-        """Who speaks for which role."""
+        """Return the path of the roster, the keys of each role."""
         return self.root / "roster.json"
 
     @property
     def logs(self) -> Path:
-        """One file a service."""
+        """Return one file a service."""
         return self.root / "logs"
 
     @property
     def cache(self) -> Path:
-        """The artifact cache of the services, on one file system with the base, so that linking is possible."""
+        """Return the artifact cache of the services, on one file system with the base, so that linking is possible."""
         return self.root / "cache"
 
     @property
     def report(self) -> Path:
-        """The report of the last run."""
+        """Return the report of the last run."""
         return self.root / "report.json"
 
     @property
     def pids(self) -> Path:
-        """What runs now: `{name: {"pid", "module", "restarts"}}`."""
+        """Return the path of the running processes: `{name: {"pid", "module", "restarts"}}`."""
         return self.root / "pids.json"
 
     @property
     def platform_file(self) -> Path:
-        """Where the servers are."""
+        """Return the path of the file with the servers' addresses."""
         return self.root / "platform.json"
 
     @property
     def threads(self) -> int:
-        """Threads of each computation here, 0 where nobody said: sums come out to the bit only with as many."""
+        """Return threads of each computation here, 0 where nobody said: sums come out to the bit only with as many."""
         try:
             return int((self.root / "threads").read_text())
         except (OSError, ValueError):
@@ -118,7 +118,7 @@ class DataDir:
             yield
 
     def owner(self) -> int | None:
-        """The process that holds the folder; None if nobody does."""
+        """Return the process that holds the folder; None if nobody does."""
         path = self.root / "lock"
         if not path.exists():
             return None
@@ -135,14 +135,14 @@ class DataDir:
         write_private(self.platform_file, json.dumps(asdict(platform), indent=1))
 
     def read_platform(self) -> Platform | None:
-        """What `write_platform` wrote last, whether it still runs or not."""
+        """Return the platform that `write_platform` wrote last, running or not."""
         try:
             return Platform(**json.loads(self.platform_file.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
     def running(self) -> Platform:
-        """The platform that runs here. Raises `NotFound` with the command that starts one."""
+        """Return the platform that runs here. Raises `NotFound` with the command that starts one."""
         platform = self.read_platform()
         if platform is None or self.owner() is None:
             raise NotFound(f"nothing runs in {self.root}; start it with `connito up --no-wait --data-dir {self.root}`")
@@ -153,7 +153,7 @@ class DataDir:
         write_private(self.pids, json.dumps(processes, indent=1, sort_keys=True))
 
     def read_pids(self) -> dict[str, dict[str, Any]]:
-        """What `write_pids` wrote last; empty when nothing runs."""
+        """Return the processes that `write_pids` wrote last; empty when nothing runs."""
         try:
             rows: dict[str, dict[str, Any]] = json.loads(self.pids.read_text())
         except (OSError, ValueError):
@@ -177,7 +177,7 @@ class DataDir:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if there is none (or no /proc)."""
+    """Return the start of a process in clock ticks since boot; None if there is none (or no /proc)."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):
@@ -185,7 +185,7 @@ def start_time(pid: int) -> int | None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and has not ended (one that nobody has waited for has)."""
+    """Return whether a process is there and has not ended (one that nobody has waited for has)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (OSError, IndexError):

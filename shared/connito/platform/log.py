@@ -14,7 +14,7 @@ from connito.wire.roster import Roster
 
 
 async def read_log(bus: Bus, roster: Roster, run: str = "", streams: Sequence[str] = FACT_STREAMS) -> Log:
-    """Everything stored at this moment, of one run or of all. What does not verify is left out, as everywhere."""
+    """Read the stored log of one run or of all; messages that do not verify are left out."""
     log = Log(roster)
     async with aclosing(bus.follow(streams, run)) as records:
         async for item in records:
@@ -32,6 +32,6 @@ def apply(log: Log, record: Record) -> Fact | None:
 
 
 def newest(log: Log) -> RunFacts | None:
-    """The run that was created last."""
+    """Return the run that was created last."""
     created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.created_fact) is not None]
     return max(created, key=lambda pair: pair[0])[1] if created else None

@@ -32,8 +32,9 @@ EPHEMERAL = 32_768  # where Linux begins to give ports to connections; others be
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment, from below those that the kernel gives to connections: one of these
-    could be taken before its server listens."""
+    """Return ports that nobody listens on at this moment, from below those that the kernel gives to connections: one
+    of these could be taken before its server listens.
+    """
     candidates = random.SystemRandom().sample(range(10_240, EPHEMERAL), 1000)
     with ExitStack() as held:
         found: list[int] = []
@@ -46,7 +47,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def find_program(name: str) -> str:
-    """The program beside this interpreter, or on PATH. Raises `Fatal` saying what to install."""
+    """Return the program beside this interpreter, or on PATH. Raises `Fatal` saying what to install."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -73,7 +74,7 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """Return whether the process is there."""
         return self.process is not None and self.process.poll() is None
 
     def start(self, progress: Progress | None = None) -> Self:
@@ -103,7 +104,7 @@ class Server:
         self._reap()
 
     def kill(self) -> None:
-        """SIGKILL, as a power cut would."""
+        """Kill the process with SIGKILL, as a power cut would."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
         self._reap()
@@ -166,11 +167,11 @@ class Server:
         raise NotImplementedError
 
     def _not_ready(self) -> str:
-        """What is missing, or the empty string."""
+        """Return what is missing, or the empty string."""
         raise NotImplementedError
 
     def _clean_up(self) -> None:
-        """After the process has ended."""
+        """Clean up after the process has ended."""
 
 
 class NatsServer(Server):
@@ -196,7 +197,7 @@ class NatsServer(Server):
 
     @property
     def url(self) -> str:
-        """What CONNITO_NATS_URL is set to."""
+        """Return the value of CONNITO_NATS_URL."""
         return f"nats://127.0.0.1:{self.port}"
 
     def set_users(self, users: Sequence[User]) -> None:
@@ -236,7 +237,7 @@ class NatsServer(Server):
         return path
 
     def _not_ready(self) -> str:
-        """The server lets clients in only after JetStream has recovered its streams."""
+        """Return whether the server accepts clients, which it does after JetStream has recovered its streams."""
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
                 greeting = connection.recv(4096)
@@ -272,7 +273,7 @@ class ObjectStore(Server):
 
     @property
     def url(self) -> str:
-        """What CONNITO_S3_ENDPOINT is set to."""
+        """Return the value of CONNITO_S3_ENDPOINT."""
         return f"http://127.0.0.1:{self.ports['s3']}"
 
     def _ports(self) -> dict[str, int]:
@@ -313,7 +314,7 @@ class ObjectStore(Server):
         return [find_program(self.program), "server", *(f"-{name}={value}" for name, value in arguments.items())]
 
     def _not_ready(self) -> str:
-        """The gateway answers seconds before it can store anything: ready is when an object came back."""
+        """Return whether an object can be stored and read back; the gateway answers seconds earlier."""
         import urllib3
         from minio import Minio
         from minio.error import MinioException

@@ -1,4 +1,4 @@
-"""How a command reaches a platform: the environment of a production installation, or what `connito up` left to find."""
+"""Connection of commands to a platform: from the environment, or from the data directory of `connito up`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """Who we are and where the broker is. `data` and `platform` are None for an installation elsewhere."""
+    """An identity and the broker's address. `data` and `platform` are None for an installation elsewhere."""
 
     nats_url: str
     identity: Identity
@@ -33,8 +33,9 @@ class Session:
 
     @classmethod
     def open(cls, data_dir: Path | None, *, role: str) -> Self:
-        """`CONNITO_NATS_URL`, `CONNITO_KEY_FILE` and `CONNITO_ROSTER` where the first is set and no folder was named,
-        else the platform of the data directory, as its `role`. Raises `NotFound` when none runs there."""
+        """Return `CONNITO_NATS_URL`, `CONNITO_KEY_FILE` and `CONNITO_ROSTER` where the first is set and no folder was
+        named, else the platform of the data directory, as its `role`. Raises `NotFound` when none runs there.
+        """
         url = os.environ.get("CONNITO_NATS_URL", "")
         if url and data_dir is None:
             return cls(
@@ -50,7 +51,7 @@ class Session:
 
     @asynccontextmanager
     async def bus(self) -> AsyncIterator[Bus]:
-        """A connection to the broker. Raises `Retry` when it is away."""
+        """Yield a connection to the broker. Raises `Retry` when it is away."""
         from connito.bus import Bus
 
         log_to(None)
@@ -58,12 +59,12 @@ class Session:
             yield bus
 
     async def endpoints(self, *names: str) -> dict[str, str]:
-        """Where the APIs of services are reached."""
+        """Return the addresses of the services' APIs."""
         async with self.bus() as bus:
             return {name: await bus.find_endpoint(name, timeout=5.0) for name in names}
 
     def store(self) -> ArtifactStore:
-        """The artifact store. Raises `Fatal` without credentials for it."""
+        """Return the artifact store. Raises `Fatal` without credentials for it."""
         from connito.store import ArtifactStore
 
         platform, data = self.platform, self.data
@@ -75,7 +76,7 @@ class Session:
 
 
 def local_store(platform: Platform, data: DataDir) -> ArtifactStore:
-    """The store that `connito up` runs."""
+    """Return the store that `connito up` runs."""
     from connito.store import ArtifactStore
 
     return ArtifactStore(

@@ -1,4 +1,4 @@
-"""Which of the drawing validators score which submission: decided by the cycle's seed, so unknown until it is drawn.
+"""Assignment of submissions to validators by the cycle's seed, so unknown until it is drawn.
 
 Submissions are dealt one after the other, each to the validators with least to do so far; among those, to the ones
 that share the fewest submissions with the ones chosen already, so that any two validators soon have some in common.
@@ -16,7 +16,7 @@ ASSIGN_TAG = b"connito.v1.assignment"
 
 
 def assign(seed: bytes, miners: Iterable[str], validators: Iterable[str], each: int) -> dict[str, frozenset[str]]:
-    """The miners whose submissions each validator scores.
+    """Return the miners whose submissions each validator scores.
 
     Every submission goes to min(`each`, n) different ones of the n validators, to all with `each` 0; the numbers of
     submissions of two validators differ by at most one. A pure function of the sets and the seed: the order in which
@@ -46,7 +46,7 @@ def assign(seed: bytes, miners: Iterable[str], validators: Iterable[str], each: 
 
 
 def assigned(facts: RunFacts, cycle: int) -> dict[str, frozenset[str]] | None:
-    """Who scores whom in a cycle, by validator of the draw; None when everybody scores everything, or nothing is drawn."""
+    """Return the miners that each drawn validator scores in a cycle; None when all score all, or nothing is drawn."""
     spec, settled = facts.spec, facts.window("submit", cycle).settled
     drawn = facts.drawn(cycle)
     if spec is None or settled is None or drawn is None or not spec.scoring.validators_per_submission:

@@ -1,4 +1,4 @@
-"""Who is shut out, from when on: a pure reading of a run's facts.
+"""Bans in force at a sequence of the log, from a run's facts. Pure.
 
 A ban is a fact in RUNS and so has a sequence; a window's close names the last sequence of RUNS that counts in it and the
 miners that are banned by then. Whoever settles, scores or audits a window goes by that list, so that all of them agree
@@ -19,18 +19,20 @@ ORDER_SUBJECT = "rpc.BanMiner"
 
 
 def standing(facts: RunFacts, miner: str, until: int | None = None) -> run_pb2.MinerBan | None:
-    """The last word about a key, a ban or its lifting, among what RUNS holds up to sequence `until`; None if none."""
+    """Return the last word about a key, a ban or its lifting, among what RUNS holds up to sequence `until`; None if
+    none.
+    """
     return _last_words(facts, until).get(miner)
 
 
 def number_after(facts: RunFacts, miner: str) -> int:
-    """The number of the next ban, or lifting, of a key."""
+    """Return the number of the next ban, or lifting, of a key."""
     last = standing(facts, miner)
     return 1 if last is None else last.number + 1
 
 
 def banned(facts: RunFacts, until: int | None = None) -> dict[str, run_pb2.MinerBan]:
-    """Miners that are banned by sequence `until` of RUNS (all that is known, if None), with the ban."""
+    """Return miners that are banned by sequence `until` of RUNS (all that is known, if None), with the ban."""
     return {miner: ban for miner, ban in sorted(_last_words(facts, until).items()) if not ban.lifted}
 
 
@@ -42,7 +44,7 @@ def at_close(facts: RunFacts, window: str, cycle: int) -> dict[str, Refusal]:
 
 
 def refusal(ban: run_pb2.MinerBan | None) -> Refusal:
-    """The refusal of a banned miner, with the words of whoever banned it."""
+    """Return the refusal of a banned miner, with the words of whoever banned it."""
     finding = Finding(kind=cycle_pb2.FINDING_KIND_BANNED, text="" if ban is None else ban.why)
     return Refusal(reasons_pb2.REASON_BANNED, finding)
 

@@ -21,7 +21,9 @@ MAX_SECRET_BYTES = 64
 
 
 def secret_digest(run: str, cycle: int, validator: str, secret: bytes) -> bytes:
-    """The 32 bytes a validator commits to during training. Raises `Invalid` for a secret outside 16 to 64 bytes."""
+    """Return the 32 bytes a validator commits to during training. Raises `Invalid` for a secret outside 16 to 64
+    bytes.
+    """
     if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
         raise Invalid(
             f"a beacon secret has {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes, this one {len(secret)}",
@@ -31,7 +33,7 @@ def secret_digest(run: str, cycle: int, validator: str, secret: bytes) -> bytes:
 
 
 def opens(digest: bytes, run: str, cycle: int, validator: str, secret: bytes) -> bool:
-    """Whether `secret` is what the validator committed to. A malformed secret opens nothing."""
+    """Return whether `secret` is what the validator committed to. A malformed secret opens nothing."""
     try:
         return hmac.compare_digest(secret_digest(run, cycle, validator, secret), digest)
     except Invalid:
@@ -39,7 +41,7 @@ def opens(digest: bytes, run: str, cycle: int, validator: str, secret: bytes) ->
 
 
 def draw_seed(run: str, cycle: int, secrets: Mapping[str, bytes]) -> bytes:
-    """The 32-byte seed of a cycle: a hash over the validators' secrets, sorted by validator.
+    """Return the 32-byte seed of a cycle: a hash over the validators' secrets, sorted by validator.
 
     Raises `Invalid` (REASON_NO_QUORUM) when nobody revealed.
     """

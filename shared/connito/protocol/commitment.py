@@ -1,4 +1,4 @@
-"""What a miner publishes before it shows its work: a salted hash that only its owner can open.
+"""Commitment that a miner publishes before it reveals its work: a salted hash that only its owner can open.
 
 The miner's key is inside the hash. Whoever publishes somebody else's commitment as its own has published something
 that opens to nothing.
@@ -22,7 +22,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 def commitment_digest(
     run: str, cycle: int, miner: str, base_state_digest: str, artifact_digest: str, salt: bytes
 ) -> bytes:
-    """The 32 bytes that a miner commits to. Digests are lower-case hex SHA-256.
+    """Return the 32 bytes that a miner commits to. Digests are lower-case hex SHA-256.
 
     Raises `Invalid` for a salt outside 16 to 64 bytes (a short one can be guessed, and the artifact with it) and for
     digests that are not digests.
@@ -50,6 +50,6 @@ def opens(
     artifact_digest: str,
     salt: bytes,
 ) -> bool:
-    """Whether these fields are what `commitment` stands for. Raises `Invalid` like `commitment_digest`."""
+    """Return whether these fields are what `commitment` stands for. Raises `Invalid` like `commitment_digest`."""
     digest = commitment_digest(run, cycle, miner, base_state_digest, artifact_digest, salt)
     return hmac.compare_digest(digest, commitment)

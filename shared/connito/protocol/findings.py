@@ -1,4 +1,4 @@
-"""What an outcome rests on, as data: the reason, and a `Finding` with its numbers and names.
+"""Grounds of an outcome as data: the reason, and a `Finding` with its numbers and names.
 
 People read sentences, which `connito.views.sentences` makes of findings. No rule writes, compares or parses one: the
 fields decide, so a sentence may be reworded or translated at any time, also while a run goes on.
@@ -37,19 +37,19 @@ _LISTS = ("scores", "verdicts", "validators")
 
 
 class Refusal(NamedTuple):
-    """Why somebody was refused, left out or not paid: the reason, and what it rests on."""
+    """The reason why somebody was refused, left out or not paid, and its finding."""
 
     reason: reasons_pb2.Reason.ValueType
     finding: Finding
 
     @classmethod
     def of(cls, error: Invalid) -> Refusal:
-        """What an exception says, in its own words, and the tensor that it is about."""
+        """Return the refusal for an exception, with its text and the tensor that it is about."""
         return cls(error.reason, Finding(text=str(error), name=error.about))
 
 
 Refusals = Mapping[str, Refusal]
-"""By miner."""
+"""Return the deltas by miner."""
 
 
 def check_version(spec: RunSpec) -> None:

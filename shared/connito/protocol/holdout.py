@@ -1,4 +1,4 @@
-"""Who may look at which held-out sequence: one part scores submissions, one is the gate's, one is only reported on.
+"""Split of held-out sequences into parts for scoring, for the gate and for reports only.
 
 The parts are disjoint, so that a state that was chosen on one of them is still judged by text it was not chosen on.
 """
@@ -31,7 +31,7 @@ class Subsets:
 
 
 def split(sequences: NDArray[np.int32], *, gate: int, report: int, needed: int = 1, domain: str = "") -> Subsets:
-    """Part the sequences [n, length + 1] of a hold-out by the SHA-256 of their bytes.
+    """Split the sequences [n, length + 1] of a hold-out by the SHA-256 of their bytes.
 
     `report` sequences are reported on, `gate` decide about a candidate, the rest is the pool that the beacon draws
     from; at least `needed` must be left in it. A sequence that occurs twice counts once. Raises `Invalid` (BAD_SPEC)
@@ -57,7 +57,9 @@ def split(sequences: NDArray[np.int32], *, gate: int, report: int, needed: int =
 
 
 def subsets(sequences: NDArray[np.int32], spec: run_pb2.RunSpec, domain: str) -> Subsets:
-    """`split` with the numbers of a run's policy: those for the target when `domain` is it, else for a general domain."""
+    """Return `split` with the numbers of a run's policy: those for the target when `domain` is it, else for a general
+    domain.
+    """
     merging, scoring = spec.merging, spec.scoring
     if domain == spec.holdout.domain:
         gate, report, needed = merging.gate_target_sequences, merging.report_target_sequences, scoring.target_sequences
@@ -70,7 +72,7 @@ def subsets(sequences: NDArray[np.int32], spec: run_pb2.RunSpec, domain: str) ->
 def draw_sequences(
     seed: bytes, domain: str, pool: Sequence[int], count: int, salt: str = "", *, in_order: bool = False
 ) -> list[int]:
-    """`count` different indices out of `pool`: those with the smallest SHA-256 under the cycle's seed.
+    """Return `count` different indices out of `pool`: those with the smallest SHA-256 under the cycle's seed.
 
     Without the seed every choice is equally likely; with it everybody gets the same. They come ascending, or with
     `in_order` in the order of their hashes: any beginning of that is a draw too. `salt` gives an independent draw, for
@@ -87,7 +89,7 @@ def draw_sequences(
 
 
 def draw_to_score(seed: bytes, domain: str, pool: Sequence[int], spec: run_pb2.RunSpec) -> list[int]:
-    """What the seed draws of one domain to score submissions on: ascending, with racing in the order of evaluation."""
+    """Return the sequences of one domain that the seed draws for scoring: ascending, or with racing in evaluation order."""
     policy = spec.scoring
     count = policy.target_sequences if domain == spec.holdout.domain else policy.general_sequences
     return draw_sequences(seed, domain, pool, count, in_order=policy.minimum_sequences > 0)

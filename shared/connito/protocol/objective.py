@@ -1,4 +1,4 @@
-"""When a run has done enough before its cycles are used up: one rule, for the coordinator and for the audit. Pure."""
+"""Rule by which a run ends early because its objective is met, for the coordinator and for the audit. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from connito.wire.facts import RunFacts
 
 
 def gained(facts: RunFacts, cycle: int) -> float | None:
-    """Nats per token by which the target's gate loss fell from the run's start to the version of `cycle`.
+    """Return nats per token by which the target's gate loss fell from the run's start to the version of `cycle`.
 
     The gate's subset, not the report's: stopping on what is reported would flatter it. None where it was not measured.
     """

@@ -1,4 +1,4 @@
-"""Whether what coordinator and committer hand on follows from what they themselves wrote before. Pure.
+"""Checks that facts of coordinator and committer follow from their own earlier facts. Pure.
 
 The aggregator and a miner work on a state and on submissions that somebody else named. Each of them looks, where it uses
 them, whether these agree with the rest of the log as far as it has read it: a signature says who is

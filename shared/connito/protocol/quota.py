@@ -1,4 +1,4 @@
-"""How many messages of one key are answered one by one. The log decides, so that an auditor can count them again.
+"""Quota of answered messages per key. It is computed from the log, so that an auditor can count them again.
 
 A refusal is a fact, and facts are for ever: without a bound, one key that floods its own subject would write as many
 of them as it likes, and everybody's answers would wait behind them.
@@ -29,7 +29,7 @@ class MessageCounter:
             known.append(fact.sequence)
 
     def before(self, fact: Fact, spec: RunSpec) -> int:
-        """How many messages of the same kind, miner and cycle were said before this one."""
+        """Return how many messages of the same kind, miner and cycle were said before this one."""
         if 1 <= fact.key.cycle <= spec.cycles:
             cycles = [fact.key.cycle]
         else:
@@ -39,6 +39,6 @@ class MessageCounter:
         return sum(sum(1 for sequence in known if sequence < fact.sequence) for known in lists)
 
     def over(self, fact: Fact, spec: RunSpec) -> bool:
-        """Whether a message is beyond what the run's policy answers one by one."""
+        """Return whether a message is beyond what the run's policy answers one by one."""
         limit = spec.enrolment.messages_per_cycle
         return limit > 0 and self.before(fact, spec) >= limit

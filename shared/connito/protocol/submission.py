@@ -41,13 +41,13 @@ _EXPONENT: dict[str, tuple[np.dtype[np.unsignedinteger[Any]], int]] = {
 
 
 def expected_layout(initial_state: Path | str | bytes | Header) -> Layout:
-    """Names, dtypes and shapes that every submission of a run must have: those of θ_0."""
+    """Return names, dtypes and shapes that every submission of a run must have: those of θ_0."""
     header = initial_state if isinstance(initial_state, Header) else read_header(initial_state)
     return {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
 
 
 def max_submission_bytes(layout: Layout) -> int:
-    """The size cap of a submission: the tensors' bytes plus the largest header that is parsed."""
+    """Return the size cap of a submission: the tensors' bytes plus the largest header that is parsed."""
     data = sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in layout.values())
     return 8 + MAX_HEADER_BYTES + data
 
@@ -140,7 +140,7 @@ def _check_values(name: str, reader: _Reader, origin: _Reader | None, max_relati
 
 
 def _check_finite(name: str, chunk: Array, dtype: str) -> None:
-    """By bit pattern: no arithmetic touches the numbers before they are known to be numbers."""
+    """Check for non-finite values by bit pattern, before any arithmetic touches them."""
     unsigned, exponent = _EXPONENT[dtype]
     bits = chunk.view(unsigned)
     if bool(np.any((bits & exponent) == exponent)):

@@ -1,1 +1,1 @@
-"""What every process needs: settings, logs, metrics, traces, tasks, and its share of the machine."""
+"""Basis of every process: settings, logs, metrics, traces, tasks, and its share of the machine."""

@@ -82,12 +82,12 @@ class ComputeBudget:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_folder() -> Path:
-    """The budget's folder that everything one user runs on this machine shares."""
+    """Return the budget's folder that everything one user runs on this machine shares."""
     return Path(tempfile.gettempdir()) / f"connito-compute-{os.getuid()}"
 
 

@@ -1,4 +1,4 @@
-"""How often one key may ask, and how much it may say."""
+"""Rate limits per key."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _add_trace(_logger: object, _method: str, event: structlog.typing.EventDict)
 
 
 def get_logger(name: str) -> Logger:
-    """A logger; `name` says which part of the program speaks."""
+    """Return a logger; `name` says which part of the program speaks."""
     return cast(Logger, structlog.get_logger(component=name))
 
 
@@ -70,18 +70,18 @@ def bind_run(run: str, cycle: int | None = None) -> None:
 
 
 def new() -> str:
-    """A new traceparent: a trace of its own."""
+    """Return a new traceparent: a trace of its own."""
     return f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
 
 
 def extract(headers: Mapping[str, str] | None) -> str:
-    """The sender's traceparent, or the empty string if there is none that is well formed."""
+    """Return the sender's traceparent, or the empty string if there is none that is well formed."""
     value = (headers or {}).get(TRACEPARENT, "")
     return value if _TRACEPARENT.fullmatch(value) else ""
 
 
 def current() -> str:
-    """The traceparent of the current task, or the empty string."""
+    """Return the traceparent of the current task, or the empty string."""
     return _current.get()
 
 

@@ -1,4 +1,4 @@
-"""What a service reads from its environment: `CONNITO_<NAME>`, declared once, checked at start, listed by `--help`."""
+"""Settings that a service reads from `CONNITO_<NAME>` variables: declared once, checked at start, listed by `--help`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PREFIX = "CONNITO_"
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/connito`, or `~/.cache/connito`."""
+    """Return `$XDG_CACHE_HOME/connito`, or `~/.cache/connito`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "connito"
 
 
 class ServiceSettings(BaseSettings):
-    """What every service needs. A service subclasses it for what it alone needs."""
+    """Settings that every service has; a service subclasses it to add its own."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
 
@@ -60,7 +60,7 @@ class ServiceSettings(BaseSettings):
 
     @property
     def tls(self) -> Tls:
-        """Whom to trust and who we are. Raises `Invalid` for a certificate without its key."""
+        """Return the TLS settings. Raises `Invalid` for a certificate without its key."""
         return Tls(self.tls_ca, self.tls_cert, self.tls_key, self.grpc_tls)
 
     @classmethod
@@ -77,7 +77,7 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def describe(cls) -> list[tuple[str, str, str]]:
-        """(variable, default, description) of every setting, in the order of declaration."""
+        """Return (variable, default, description) of every setting, in the order of declaration."""
         rows = []
         for name, field in cls.model_fields.items():
             default = field.get_default(call_default_factory=True, validated_data={})

@@ -1,4 +1,4 @@
-"""When the certificates of the endpoints that a service depends on run out, before they do."""
+"""Monitoring of the expiry of certificates of the endpoints that a service depends on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TLS_AT_ONCE = {"https": 443, "wss": 443}
 
 
 def endpoints(urls: Iterable[str]) -> list[tuple[str, str, int]]:
-    """(scheme, host, port) of those addresses among `urls` (each possibly a comma-separated list) that use TLS."""
+    """Return (scheme, host, port) of those addresses among `urls` (each possibly a comma-separated list) that use TLS."""
     found = []
     for url in (part.strip() for several in urls for part in several.split(",")):
         split = urlsplit(url)
@@ -29,7 +29,9 @@ def endpoints(urls: Iterable[str]) -> list[tuple[str, str, int]]:
 
 
 async def expiry(scheme: str, host: str, port: int, context: ssl.SSLContext, timeout_s: float = 10.0) -> float:
-    """Unix seconds at which the certificate that `host` shows stops being valid. Raises `OSError` when it shows none."""
+    """Return Unix seconds at which the certificate that `host` shows stops being valid. Raises `OSError` when it shows
+    none.
+    """
     async with asyncio.timeout(timeout_s):
         if scheme in _TLS_AT_ONCE:
             _, writer = await asyncio.open_connection(host, port, ssl=context)
@@ -66,7 +68,7 @@ async def look(watched: Iterable[tuple[str, str, int]], context: ssl.SSLContext)
 
 
 async def watch(urls: Iterable[str], interval_s: float = INTERVAL_S, tls: Tls = PLAIN) -> None:
-    """`look` for ever; returns at once where nothing uses TLS."""
+    """Run `look` forever; return at once where nothing uses TLS."""
     watched = endpoints(urls)
     context = tls.context()
     while watched:

@@ -31,7 +31,7 @@ MAX_DELAY = 30.0
 
 @dataclass(frozen=True)
 class Action:
-    """Something to do. `key` names it uniquely among everything this service ever does; equal keys are one action."""
+    """An action to perform. `key` is unique among all actions of the service; equal keys are one action."""
 
     key: str
     run: str
@@ -40,7 +40,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is missing now, and when to look again even if nothing arrives (Unix milliseconds)."""
+    """The missing actions, and the time to decide again even if nothing arrives (Unix milliseconds)."""
 
     actions: Sequence[Action] = ()
     wake_at_ms: int | None = None
@@ -48,7 +48,7 @@ class Decision:
 
 @dataclass
 class _State:
-    """What is known of one action key."""
+    """The state of one action key."""
 
     not_before_ms: int = 0
     failures: int = 0
@@ -57,7 +57,7 @@ class _State:
 
 
 def now_ms() -> int:
-    """Unix time in milliseconds."""
+    """Return Unix time in milliseconds."""
     return time.time_ns() // 1_000_000
 
 
@@ -89,7 +89,7 @@ class Engine:
         self._failure: asyncio.Future[None] | None = None
 
     def facts(self, run: str) -> RunFacts:
-        """The facts of a run; empty if none is known."""
+        """Return the facts of a run; empty if none is known."""
         return self.log.runs.get(run) or RunFacts(run)
 
     def wake(self, run: str = "") -> None:
@@ -172,7 +172,7 @@ class Engine:
             self._wake_at[run] = max(min(wakes), now + SOONEST_MS)
 
     def _known_rules(self, run: str) -> bool:
-        """Whether this program may act in a run; of one under newer rules, say so once."""
+        """Return whether this program may act in a run; of one under newer rules, say so once."""
         spec = self.facts(run).spec
         try:
             if spec is not None:

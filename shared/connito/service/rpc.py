@@ -47,7 +47,7 @@ Servicer = tuple[Callable[[Any, Any], None], object, str]
 
 
 def status_of(error: ConnitoError) -> grpc.StatusCode:
-    """The status that says what `error` says."""
+    """Return the status that says what `error` says."""
     if isinstance(error, NotFound):
         return grpc.StatusCode.NOT_FOUND
     if isinstance(error, Retry):
@@ -64,7 +64,7 @@ def status_of(error: ConnitoError) -> grpc.StatusCode:
 
 
 def error_of(error: grpc.aio.AioRpcError) -> ConnitoError:
-    """Our error for a failed call: the inverse of `status_of`."""
+    """Return the project's error for a failed call: the inverse of `status_of`."""
     code, text = error.code(), error.details() or error.code().name.lower()
     pairs: Any = error.trailing_metadata() or ()
     trailer = {str(name): str(value) for name, value in pairs}
@@ -197,7 +197,7 @@ async def register(bus: Bus, name: str, address: str, wanted: Callable[[], bool]
 
 
 def channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:
-    """A client channel to `host:port`; reconnects by itself within a second."""
+    """Return a client channel to `host:port`; reconnects by itself within a second."""
     options = [
         *_OPTIONS[:1],
         ("grpc.initial_reconnect_backoff_ms", 100),
@@ -211,7 +211,7 @@ def channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:
 
 
 async def explained(error: Retry, address: str, tls: Tls) -> ConnitoError:
-    """The reason why an API is unavailable, where that is a certificate; else the error as it is."""
+    """Return the reason why an API is unavailable, where that is a certificate; else the error as it is."""
     return await asyncio.to_thread(tls.diagnose, address) or error
 
 
@@ -230,7 +230,7 @@ async def call(method: Callable[..., Any], request: Message, deadline_s: float =
 def open_request(
     envelope: Envelope, subject: str, message_type: type[M], roster: Roster | None = None, role: str = ""
 ) -> tuple[M, str]:
-    """Message and signer of a signed request, for example with subject `rpc.CreateRun`.
+    """Return message and signer of a signed request, for example with subject `rpc.CreateRun`.
 
     With a role, the signer must have it in the roster. Raises `Invalid` with the reason that applies.
     """

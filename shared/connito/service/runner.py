@@ -40,7 +40,7 @@ ROSTER_EVERY = 2.0
 
 @dataclass
 class ServiceContext(Generic[S]):
-    """What a service's `main` gets."""
+    """The connections and settings that a service's `main` gets."""
 
     name: str
     settings: S
@@ -66,12 +66,12 @@ class ServiceContext(Generic[S]):
 
     @cached_property
     def store(self) -> ArtifactStore:
-        """The artifact store. Raises `Fatal` when the service was given no credentials for it."""
+        """Return the artifact store. Raises `Fatal` when the service was given no credentials for it."""
         return ArtifactStore.from_settings(self.settings)
 
     @cached_property
     def roster(self) -> Roster:
-        """The operator's roster; it follows the file. Raises `Fatal` when the service was given none."""
+        """Return the operator's roster; it follows the file. Raises `Fatal` when the service was given none."""
         if self.settings.roster is None:
             raise Fatal("this service needs the operator's roster: set CONNITO_ROSTER")
         return self.loaded_roster or Roster.load(self.settings.roster)

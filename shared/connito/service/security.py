@@ -1,4 +1,4 @@
-"""What only happens under attack or misconfiguration: counted, and told to the operator over the bus.
+"""Events of attack or misconfiguration: counted, and reported to the operator over the bus.
 
 Whoever notices something calls `report`; a service's `publish` writes what has gathered to ADVISORIES, one message for
 everything of the same kind about the same key, so that a flood of offences is not a flood of reports.
@@ -25,7 +25,7 @@ EVERY_SECONDS = 1.0
 
 
 def event(offence: Offence, service: str, reporter: str, at_unix_ms: int) -> SecurityEvent:
-    """The message about what has gathered."""
+    """Return the message about what has gathered."""
     return SecurityEvent(
         kind=offence.kind, service=service, reporter=reporter, key=offence.key, subject=offence.subject,
         reason=offence.reason, detail=offence.detail[:500], at_unix_ms=at_unix_ms, count=offence.count,

@@ -35,12 +35,12 @@ class Entry:
     sequence: int
 
     def to_json(self) -> dict[str, Any]:
-        """As `connito ledger --json` prints it."""
+        """Return the JSON object that `connito ledger --json` prints."""
         return asdict(self)
 
 
 def entries(facts: RunFacts) -> list[Entry]:
-    """Every entry of a run in the order of cycles. Nothing paid is an entry too, for everybody that was judged."""
+    """Return every entry of a run in the order of cycles. Nothing paid is an entry too, for everybody that was judged."""
     balances: dict[tuple[str, str], int] = {}
     found = []
     for cycle in facts.cycles():
@@ -71,7 +71,7 @@ def _why(verdict: cycle_pb2.Verdict) -> str:
 
 
 def check(facts: RunFacts, ledger: Iterable[Entry]) -> list[str]:
-    """Cycles whose entries do not come to the run's emission; empty when every unit is accounted for."""
+    """Return cycles whose entries do not come to the run's emission; empty when every unit is accounted for."""
     spent: dict[int, int] = {}
     for entry in ledger:
         spent[entry.cycle] = spent.get(entry.cycle, 0) + entry.units
@@ -80,7 +80,7 @@ def check(facts: RunFacts, ledger: Iterable[Entry]) -> list[str]:
 
 
 def balances(ledger: Iterable[Entry]) -> list[Entry]:
-    """Each account's last entry, the largest balance first."""
+    """Return each account's last entry, the largest balance first."""
     last = {(entry.role, entry.account): entry for entry in ledger}
     order = {MINER: 0, VALIDATOR: 1, UNALLOCATED: 2}
     return sorted(last.values(), key=lambda entry: (order[entry.role], -entry.balance, entry.account))

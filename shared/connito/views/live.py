@@ -1,4 +1,4 @@
-"""What a run looks like while it runs: a table on a terminal, one line per event elsewhere. Both are pure projections."""
+"""Live view of a run: a table on a terminal, one line per event elsewhere. Both are pure projections."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _DOING = {
 
 
 def who(facts: RunFacts, key: str, names: Mapping[str, str]) -> str:
-    """The name a key is known by on this machine, or its label, or its start."""
+    """Return the name a key is known by on this machine, or its label, or its start."""
     return names.get(key) or miner_name(facts, key)
 
 
 def phase(facts: RunFacts, now_ms: int) -> str:
-    """One sentence: what happens now, and how long it may take."""
+    """Return the current phase and the time left, in one sentence."""
     spec = facts.spec
     if spec is None:
         return "submitting the job"
@@ -62,7 +62,7 @@ def _left(window: Window, now_ms: int) -> str:
 
 
 def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | None:
-    """The line for a fact that just arrived; None for those that nobody waits for."""
+    """Return the line for a new fact; None for facts that are not shown."""
     message = fact.message
     if isinstance(message, run_pb2.SelectionMade):
         return (
@@ -116,7 +116,7 @@ def _ending(message: run_pb2.RunEnded | run_pb2.ExpertDeposited | run_pb2.Select
 
 
 def render(facts: RunFacts, names: Mapping[str, str], now_ms: int) -> RenderableType:
-    """The whole picture for a terminal."""
+    """Return the live view for a terminal."""
     from rich.console import Group
     from rich.text import Text
 
@@ -155,7 +155,7 @@ def _change(value: float) -> str:
 
 
 def _miner_table(facts: RunFacts, names: Mapping[str, str]) -> Table:
-    """The newest cycle that has news about miners."""
+    """Return the newest cycle that has news about miners."""
     from rich.table import Table
 
     cycle = facts.cycle

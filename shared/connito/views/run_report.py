@@ -1,4 +1,4 @@
-"""What a run came to, as one JSON document: a pure projection of its facts.
+"""Report of a run as one JSON document: a pure projection of its facts.
 
 The layout is part of the public interface: keys are added, never renamed.
 """
@@ -26,8 +26,9 @@ _NOT_REVEALED = reason_name(reasons_pb2.REASON_NOT_REVEALED)
 
 
 def run_report(facts: RunFacts, *, model_bytes: int = 0, totals: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The report of a run, finished or not. `model_bytes` is the size of the base; `totals` adds what was measured
-    outside of the log (seconds, memory, restarts)."""
+    """Return the report of a run, finished or not. `model_bytes` is the size of the base; `totals` adds what was
+    measured outside of the log (seconds, memory, restarts).
+    """
     spec, selection = facts.spec, facts.selection
     assert spec is not None, "a report needs the run's specification"
     cycles = [cycle_report(facts, cycle) for cycle in facts.cycles() if facts.version(cycle) is not None]
@@ -44,7 +45,7 @@ def run_report(facts: RunFacts, *, model_bytes: int = 0, totals: Mapping[str, An
 
 
 def outcome(facts: RunFacts) -> dict[str, str]:
-    """How the run ended: `{"status", "reason", "detail"}`; status `running` while it has not."""
+    """Return how the run ended: `{"status", "reason", "detail"}`; status `running` while it has not."""
     if facts.ended is None:
         return {"status": "running", "reason": "", "detail": ""}
     status = run_pb2.RunOutcome.Name(facts.ended.outcome).removeprefix("RUN_OUTCOME_").lower()
@@ -52,7 +53,7 @@ def outcome(facts: RunFacts) -> dict[str, str]:
 
 
 def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
-    """One cycle: losses in nats per token on the report subset, everybody's result, and where the time went."""
+    """Return one cycle: losses in nats per token on the report subset, everybody's result, and where the time went."""
     version = facts.version(cycle)
     assert version is not None, "a cycle is reported once its version is published"
     target, general = list(version.losses[:1]), list(version.losses[1:])
@@ -80,7 +81,7 @@ def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
 
 
 def submission_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
-    """Everybody who was expected or acted in a cycle: best rank first, then those who were refused.
+    """Return the miners that were expected or acted in a cycle: best rank first, then those refused.
 
     A verdict outweighs a refusal: whoever sent a second commitment still has the first one scored.
     """
@@ -102,12 +103,12 @@ def submission_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
 
 
 def miner_name(facts: RunFacts, key: str) -> str:
-    """The label a miner enrolled with, or the start of its key."""
+    """Return the label a miner enrolled with, or the start of its key."""
     return facts.label(key) or f"{key[:12]}…"
 
 
 def window_seconds(facts: RunFacts, cycle: int) -> dict[str, float]:
-    """Length of each closed window by the broker's clock."""
+    """Return length of each closed window by the broker's clock."""
     seconds = {}
     for window in WINDOWS:
         opened, closed = facts.window(window, cycle).opened_fact, facts.window(window, cycle).closed_fact
@@ -117,7 +118,9 @@ def window_seconds(facts: RunFacts, cycle: int) -> dict[str, float]:
 
 
 def library_entry(facts: RunFacts) -> dict[str, Any] | None:
-    """`{"expert_id", "digest", "bytes"}` of what the run left in the library; None before, or where nothing was deposited."""
+    """Return `{"expert_id", "digest", "bytes"}` of what the run left in the library; None before, or where nothing was
+    deposited.
+    """
     for fact in facts.deposits.values():
         expert = fact.message.expert
         return {"expert_id": fact.message.expert_id, "digest": expert.digest, "bytes": expert.size}
@@ -149,14 +152,14 @@ def _judged(facts: RunFacts, verdict: cycle_pb2.Verdict) -> dict[str, Any]:
 
 
 def _advance(facts: RunFacts, rows: dict[str, dict[str, Any]], window: str, fact: Fact) -> None:
-    """While a cycle runs, an accepted commitment or reveal is how far a miner has come."""
+    """Set a miner's status to the accepted commitment or reveal while the cycle runs."""
     message = fact.message
     miner = message.submission.miner if isinstance(message, cycle_pb2.RevealAccepted) else getattr(message, "miner", "")
     rows[miner] = _row(facts, miner, "committed" if window == "commit" else "revealed")
 
 
 def _refuse(facts: RunFacts, rows: dict[str, dict[str, Any]], fact: Fact[cycle_pb2.Refused]) -> None:
-    """The first refusal tells; "not revealed" gives way to what became of the reveal that came after all."""
+    """Record the first refusal; "not revealed" is replaced by the outcome of a reveal that came later."""
     refused = fact.message
     known = rows.get(refused.miner)
     told = known is not None and (known["status"] == "revealed" or known["reason"] not in ("", _NOT_REVEALED))

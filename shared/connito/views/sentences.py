@@ -1,4 +1,4 @@
-"""What people read about an outcome: one sentence for each kind of finding. Nothing else in the project words them.
+"""Sentences about outcomes, one for each kind of finding; no other module words them.
 
 Texts are free to change: no rule and no audit reads them. Under protocol version 0 outcomes are recorded as sentences, so
 that `as_recorded` writes these into the facts of such a run.

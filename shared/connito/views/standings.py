@@ -1,4 +1,4 @@
-"""How validators and miners stand after a cycle, as people read it: a pure projection of the cycle's result."""
+"""Standings of validators and miners after a cycle: a pure projection of the cycle's result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _scored(facts: RunFacts, cycle: int) -> cycle_pb2.CycleScored:
 
 
 def validator_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
-    """Each validator's report, agreement with consensus, trust, weight and reward in a cycle, sorted by key.
+    """Return each validator's report, agreement with consensus, trust, weight and reward in a cycle, sorted by key.
 
     `agreement`, `trust` and `weight` are None in a run whose policy does not move trust. Nothing before the cycle's result.
     """
@@ -38,7 +38,7 @@ def validator_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
 
 
 def ratings(facts: RunFacts, cycle: int) -> dict[str, dict[str, Any]]:
-    """Each judged miner's rating after a cycle, by key: μ, σ, and in how many cycles it was judged and useful."""
+    """Return each judged miner's rating after a cycle, by key: μ, σ, and in how many cycles it was judged and useful."""
     return {
         standing.miner: {
             "mu": standing.mu,
@@ -51,12 +51,12 @@ def ratings(facts: RunFacts, cycle: int) -> dict[str, dict[str, Any]]:
 
 
 def rating_text(rating: dict[str, Any] | None) -> str:
-    """`31.2 ± 7.9`; empty for none."""
+    """Return `31.2 ± 7.9`; empty for none."""
     return "" if rating is None else f"{rating['mu']:.1f} ± {rating['sigma']:.1f}"
 
 
 def paid(facts: RunFacts, cycle: int) -> dict[str, int]:
-    """Where a cycle's emission went: units for miners, for validators, and what nobody earned."""
+    """Return a cycle's emission by receiver: units for miners, for validators, and unearned ones."""
     scored = _scored(facts, cycle)
     return {
         "miners": sum(verdict.reward for verdict in scored.verdicts),

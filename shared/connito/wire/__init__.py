@@ -1,1 +1,1 @@
-"""What goes over the wire and into the log: identities, envelopes, subjects, and a run as the set of its facts."""
+"""Contents of the wire and the log: identities, envelopes, subjects, and a run as the set of its facts."""

@@ -21,7 +21,7 @@ class Chains:
     heads: dict[str, tuple[int, bytes]] = field(default_factory=dict)
 
     def extend(self, subject: str, sequence: int, data: bytes) -> str:
-        """Go on by one message; one that was read before changes nothing. Returns the window."""
+        """Add one message and return its window; one that was read before changes nothing."""
         window = window_of(subject)
         last, head = self.heads.get(window, (0, hashlib.sha256(TAG + window.encode()).digest()))
         if sequence > last:
@@ -31,12 +31,12 @@ class Chains:
 
 
 def window_of(subject: str) -> str:
-    """The window that a message belongs to: `commit.2`, or `run`, `library`, `ingress`."""
+    """Return the window that a message belongs to: `commit.2`, or `run`, `library`, `ingress`."""
     parts = subject.split(".")
     section = parts[3] if len(parts) > 3 else ""
     return f"{section}.{parts[4]}" if section in WINDOWS and len(parts) > 4 else section
 
 
 def anchored_windows(cycle: int) -> list[str]:
-    """What validators have read when `cycle` opens, and vouch for with their commitment to a secret."""
+    """Return the windows that validators have read when `cycle` opens and whose digests they sign with their commitment."""
     return ["run", *(f"{window}.{cycle - 1}" for window in WINDOWS)] if cycle > 1 else ["run"]

@@ -107,12 +107,12 @@ class RunFacts:
 
     @property
     def created_fact(self) -> Fact[run_pb2.RunCreated] | None:
-        """The specification as it was written."""
+        """Return the specification as it was written."""
         return self._one(run_pb2.RunCreated, "run", 0, "created")
 
     @property
     def spec(self) -> run_pb2.RunSpec | None:
-        """The run's specification."""
+        """Return the run's specification."""
         created = self.created_fact
         return None if created is None else created.message.spec
 
@@ -122,12 +122,12 @@ class RunFacts:
 
     @property
     def selected_fact(self) -> Fact[run_pb2.SelectionMade] | None:
-        """The selection as it was written."""
+        """Return the selection as it was written."""
         return self._one(run_pb2.SelectionMade, "run", 0, "selected")
 
     @property
     def selection(self) -> run_pb2.SelectionMade | None:
-        """The target experts."""
+        """Return the target experts."""
         return _message(self.selected_fact)
 
     def require_selection(self) -> run_pb2.SelectionMade:
@@ -136,27 +136,27 @@ class RunFacts:
 
     @property
     def selection_failed(self) -> run_pb2.SelectionFailed | None:
-        """The reason why no experts could be selected."""
+        """Return the reason why no experts could be selected."""
         return _message(self._one(run_pb2.SelectionFailed, "run", 0, "selection_failed"))
 
     @property
     def ended_fact(self) -> Fact[run_pb2.RunEnded] | None:
-        """The end as it was written."""
+        """Return the end as it was written."""
         return self._one(run_pb2.RunEnded, "run", 0, "ended")
 
     @property
     def ended(self) -> run_pb2.RunEnded | None:
-        """The outcome, once the run has ended."""
+        """Return the outcome, once the run has ended."""
         return _message(self.ended_fact)
 
     @property
     def enrolled(self) -> Mapping[str, Fact[run_pb2.MinerEnrolled]]:
-        """Enrolments by miner."""
+        """Return enrolments by miner."""
         return self._many(run_pb2.MinerEnrolled, "run", 0, "miner")
 
     @property
     def miners(self) -> list[str]:
-        """Enrolled miners, sorted."""
+        """Return enrolled miners, sorted."""
         return list(self.enrolled)
 
     def label(self, miner: str) -> str:
@@ -166,32 +166,32 @@ class RunFacts:
 
     @property
     def joined(self) -> Mapping[str, Fact[run_pb2.ValidatorJoined]]:
-        """Validators that joined, by key."""
+        """Return validators that joined, by key."""
         return self._many(run_pb2.ValidatorJoined, "run", 0, "validator")
 
     @property
     def validators(self) -> list[str]:
-        """Validators that joined, sorted."""
+        """Return validators that joined, sorted."""
         return list(self.joined)
 
     @property
     def invites_used(self) -> Mapping[str, Fact[run_pb2.InviteUsed]]:
-        """Uses of invites, by invite and number."""
+        """Return uses of invites, by invite and number."""
         return self._many(run_pb2.InviteUsed, "run", 0, "invited")
 
     @property
     def bans(self) -> Mapping[str, Fact[run_pb2.MinerBan]]:
-        """Bans and their liftings, by miner and number."""
+        """Return bans and their liftings, by miner and number."""
         return self._many(run_pb2.MinerBan, "run", 0, "ban")
 
     @property
     def deposits(self) -> Mapping[str, Fact[run_pb2.ExpertDeposited]]:
-        """Experts of this run in the library, by expert id."""
+        """Return experts of this run in the library, by expert id."""
         return self._many(run_pb2.ExpertDeposited, "library", 0, "deposited")
 
     @property
     def uses(self) -> Mapping[str, Fact[run_pb2.ExpertUsed]]:
-        """Uses of library experts that were declared, by id."""
+        """Return uses of library experts that were declared, by id."""
         return self._many(run_pb2.ExpertUsed, "library", 0, "used")
 
     # One cycle, window by window.
@@ -206,7 +206,7 @@ class RunFacts:
 
     @property
     def open_window(self) -> Window | None:
-        """The window of the current cycle that is opened and not closed; None between windows."""
+        """Return the window of the current cycle that is opened and not closed; None between windows."""
         for name in reversed(WINDOWS):
             window = self.window(name, self.cycle)
             if window.opened is not None:
@@ -301,48 +301,48 @@ class Window:
 
     @property
     def opened_fact(self) -> Fact[cycle_pb2.WindowOpened] | None:
-        """The opening as it was written."""
+        """Return the opening as it was written."""
         return self.facts._one(cycle_pb2.WindowOpened, self.name, self.cycle, "opened")
 
     @property
     def opened(self) -> cycle_pb2.WindowOpened | None:
-        """The opening."""
+        """Return the opening."""
         return _message(self.opened_fact)
 
     @property
     def closed_fact(self) -> Fact[cycle_pb2.WindowClosed] | None:
-        """The close as it was written."""
+        """Return the close as it was written."""
         return self.facts._one(cycle_pb2.WindowClosed, self.name, self.cycle, "closed")
 
     @property
     def closed(self) -> cycle_pb2.WindowClosed | None:
-        """The close."""
+        """Return the close."""
         return _message(self.closed_fact)
 
     @property
     def settled(self) -> cycle_pb2.WindowSettled | None:
-        """What the committer found inside once the window was closed (commit, submit)."""
+        """Return the committer's settlement of the closed window (commit, submit)."""
         return _message(self.facts._one(cycle_pb2.WindowSettled, self.name, self.cycle, "settled"))
 
     @property
     def deadline_unix_ms(self) -> int:
-        """The time at which it is closed at the latest; 0 for one that has no deadline or is not opened."""
+        """Return the time at which it is closed at the latest; 0 for one that has no deadline or is not opened."""
         opened = self.opened
         return 0 if opened is None else opened.deadline_unix_ms
 
     @property
     def is_open(self) -> bool:
-        """Whether it is opened and not closed."""
+        """Return whether it is opened and not closed."""
         return self.opened is not None and self.closed is None
 
     @property
     def accepted(self) -> Mapping[str, Fact]:
-        """Accepted messages by miner (commit, submit)."""
+        """Return accepted messages by miner (commit, submit)."""
         return self.facts.all(self.name, self.cycle, "accepted")
 
     @property
     def refused(self) -> Mapping[str, Fact[cycle_pb2.Refused]]:
-        """Refused messages, by miner and ingress sequence (commit, submit)."""
+        """Return refused messages, by miner and ingress sequence (commit, submit)."""
         return self.facts._many(cycle_pb2.Refused, self.name, self.cycle, "refused")
 
     def refusal(self, miner: str, ingress_sequence: int) -> cycle_pb2.Refused | None:

@@ -6,7 +6,7 @@ import hashlib
 
 
 def hash_fields(tag: bytes, *fields: str | int | bytes) -> bytes:
-    """SHA-256 over a domain tag and fields, each behind its length (4 bytes, big-endian).
+    """Return SHA-256 over a domain tag and fields, each behind its length (4 bytes, big-endian).
 
     The lengths make it injective: no two different lists of fields have the same input, as they would when joined.
     Text is UTF-8, numbers are decimal text.

@@ -1,4 +1,4 @@
-"""Who speaks: ed25519 nkeys, one seed for the broker's authentication and, domain-separated, for signatures."""
+"""Identities: ed25519 nkeys, one seed for the broker's authentication and, domain-separated, for signatures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Identity:
 
     @classmethod
     def generate(cls, entropy: bytes | None = None) -> Identity:
-        """A new identity. `entropy` (32 bytes) makes it reproducible, for tests and seeded runs only."""
+        """Return a new identity. `entropy` (32 bytes) makes it reproducible, for tests and seeded runs only."""
         raw = entropy if entropy is not None else os.urandom(32)
         return cls.from_seed(nkeys.encode_seed(raw, nkeys.PREFIX_BYTE_USER).decode())
 
@@ -68,7 +68,7 @@ class Identity:
             file.write(self.seed + "\n")
 
     def sign(self, message: bytes) -> bytes:
-        """64-byte ed25519 signature over the tag and `message`."""
+        """Return 64-byte ed25519 signature over the tag and `message`."""
         return bytes(self._key.sign(SIGNATURE_TAG + message).signature)
 
     def sign_nonce(self, nonce: bytes) -> bytes:
@@ -78,7 +78,9 @@ class Identity:
         return bytes(self._key.sign(nonce).signature)
 
     def derive(self, *context: str) -> bytes:
-        """32 secret bytes that only this key can produce for `context`: salts and beacon secrets survive a restart."""
+        """Return 32 secret bytes that only this key can produce for `context`: salts and beacon secrets survive a
+        restart.
+        """
         message = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in context)
         return hmac.new(
             hashlib.sha256(b"connito.v1.derive\x00" + bytes(self._key)).digest(), message, hashlib.sha256
@@ -102,7 +104,7 @@ def short_key(public: str) -> str:
 
 
 def is_public_key(text: str) -> bool:
-    """Whether `text` is a well-formed public user nkey."""
+    """Return whether `text` is a well-formed public user nkey."""
     try:
         _verify_key(text)
     except ValueError:
@@ -111,7 +113,7 @@ def is_public_key(text: str) -> bool:
 
 
 def verify(public: str, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` is `public`'s over `message`. Malformed keys and signatures are simply not valid."""
+    """Return whether `signature` is `public`'s over `message`. Malformed keys and signatures are simply not valid."""
     try:
         _verify_key(public).verify(SIGNATURE_TAG + message, signature)
     except (BadSignatureError, ValueError, TypeError):

@@ -25,7 +25,7 @@ MAX_TOKEN = 4096
 
 
 def issue(issuer: Identity, invite: Invite) -> str:
-    """The token. Raises `Invalid` for an invite that could never be used."""
+    """Return the token. Raises `Invalid` for an invite that could never be used."""
     check_token(invite.id, "invite id")
     if not 1 <= invite.uses <= MAX_USES:
         raise _wrong(f"an invite is for 1 to {MAX_USES} keys, not {invite.uses}")
@@ -33,7 +33,7 @@ def issue(issuer: Identity, invite: Invite) -> str:
 
 
 def parse(token: str) -> Envelope:
-    """The signed message in a token. Raises `Invalid` (INVITE_INVALID) for anything else."""
+    """Return the signed message in a token. Raises `Invalid` (INVITE_INVALID) for anything else."""
     text = token.strip()
     if not text or len(text) > MAX_TOKEN:
         raise _wrong("this is not an invite; copy all of the token that you were given")
@@ -44,7 +44,7 @@ def parse(token: str) -> Envelope:
 
 
 def verify(envelope: Envelope, run: str, customer: str, roster: Roster, now_ms: int) -> Invite:
-    """The invite, if it lets keys into `run` at `now_ms` (Unix ms). How often it was used is the log's to say.
+    """Return the invite, if it lets keys into `run` at `now_ms` (Unix ms). How often it was used is the log's to say.
 
     Raises `Invalid` (INVITE_INVALID) saying what is wrong.
     """
@@ -66,7 +66,7 @@ def verify(envelope: Envelope, run: str, customer: str, roster: Roster, now_ms: 
 
 
 def needs_invite(policy: EnrolmentPolicy, miner: str) -> bool:
-    """Whether a key gets in by invite only. Raises `Invalid` (NOT_INVITED) where no invite would help."""
+    """Return whether a key gets in by invite only. Raises `Invalid` (NOT_INVITED) where no invite would help."""
     if policy.mode in ("", "open") or miner in policy.allowed:
         return False
     if policy.mode != "invite":

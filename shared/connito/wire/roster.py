@@ -1,4 +1,4 @@
-"""Which keys speak for which role. The operator's file; every reader checks each fact against it."""
+"""Roster of the keys of each role: the operator's file, against which every reader checks each fact."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Roster:
     organisations: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def permits(self, role: str, signer: str) -> bool:
-        """Whether `signer` may speak as `role`."""
+        """Return whether `signer` may speak as `role`."""
         return signer in self.keys.get(role, frozenset())
 
     def permitted(self, role: str, signer: str, time_unix_ms: int) -> bool:
-        """Whether `signer` might write as `role` when the broker stored its message."""
+        """Return whether `signer` might write as `role` when the broker stored its message."""
         was, until = self.retired.get(signer, ("", 0))
         return self.permits(role, signer) or (was == role and time_unix_ms <= until)
 
@@ -50,11 +50,11 @@ class Roster:
             mine.update(theirs)  # type: ignore[arg-type]
 
     def memberships(self, signer: str) -> frozenset[str]:
-        """The organisations that `signer` belongs to."""
+        """Return the organisations that `signer` belongs to."""
         return frozenset(name for name, members in self.organisations.items() if signer in members)
 
     def stake(self, validator: str) -> float:
-        """The weight of a validator's vote; 0 for a key that is not a validator's."""
+        """Return the weight of a validator's vote; 0 for a key that is not a validator's."""
         spoke = self.permits("validator", validator) or self.retired.get(validator, ("",))[0] == "validator"
         return self.stakes.get(validator, 1.0) if spoke else 0.0
 
@@ -96,7 +96,7 @@ class Roster:
         path.write_text(self.to_json())
 
     def to_json(self) -> str:
-        """The file's content."""
+        """Return the file's content."""
         raw: dict[str, object] = {
             "keys": {role: sorted(members) for role, members in self.keys.items()},
             "stakes": self.stakes,

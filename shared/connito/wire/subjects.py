@@ -38,7 +38,7 @@ def check_token(text: str, what: str) -> str:
 
 @dataclass(frozen=True)
 class FactKey:
-    """Where a fact belongs. `section` is `run`, a window, or `library`; `id` is empty for facts of which there is one."""
+    """The key of a fact. `section` is `run`, a window, or `library`; `id` is empty for facts of which there is one."""
 
     section: str
     cycle: int
@@ -52,14 +52,14 @@ def window_value(window: str) -> cycle_pb2.Window.ValueType:
 
 
 def fact(run: str, section: str, cycle: int, kind: str, id_: str = "") -> str:
-    """The subject of a fact."""
+    """Return the subject of a fact."""
     check_token(run, "run id")
     base = f"{ROOT}.{run}.{section}.{cycle}.{kind}"
     return f"{base}.{check_token(id_, 'id')}" if id_ else base
 
 
 def ingress(run: str, miner: str, kind: str) -> str:
-    """The subject on which `miner` (a public key) says `kind`: trained, commitment or reveal."""
+    """Return the subject on which `miner` (a public key) says `kind`: trained, commitment or reveal."""
     return f"{ROOT}.{check_token(run, 'run id')}.ingress.{check_token(miner, 'miner')}.{kind}"
 
 

@@ -41,7 +41,7 @@ class Tls:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """What the same variables say to a command that they say to a service. Raises `Invalid`."""
+        """Read the TLS settings of a command from the variables that services use. Raises `Invalid`."""
         ca, certificate, key = (
             Path(path) if (path := environment.get(f"CONNITO_TLS_{name}", "")) else None
             for name in ("CA", "CERT", "KEY")
@@ -53,11 +53,11 @@ class Tls:
 
     @property
     def own(self) -> bool:
-        """Whether anything differs from what the machine does by itself."""
+        """Return whether anything differs from what the machine does by itself."""
         return self.ca is not None or self.certificate is not None
 
     def context(self) -> ssl.SSLContext:
-        """A client's context. Raises `Fatal` naming the file that cannot be read."""
+        """Return a client's context. Raises `Fatal` naming the file that cannot be read."""
         try:
             context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
             context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -78,7 +78,7 @@ class Tls:
             ) from error
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """What an API is served with. Raises `Fatal` without a certificate, or for mTLS without an authority."""
+        """Return the server credentials of an API. Raises `Fatal` without a certificate, or for mTLS without an authority."""
         if self.certificate is None:
             raise Fatal("CONNITO_GRPC_TLS asks for a certificate: set CONNITO_TLS_CERT and CONNITO_TLS_KEY")
         if self.api == "mtls" and self.ca is None:
@@ -99,13 +99,13 @@ class Tls:
         return grpc.ssl_server_certificate_configuration([pair], roots)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """What an API is called with. Raises `Fatal` naming the file that cannot be read."""
+        """Return the client credentials of an API. Raises `Fatal` naming the file that cannot be read."""
         import grpc
 
         return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
 
     def diagnose(self, address: str, timeout_s: float = 3.0) -> Invalid | None:
-        """Shake hands with an API at `host:port` to learn why calls fail: gRPC itself only says that it is unavailable.
+        """Make a handshake with an API at `host:port` to learn why calls fail: gRPC itself only says that it is unavailable.
 
         Blocking. None when certificates are not the reason.
         """
@@ -135,7 +135,7 @@ def _read(path: Path | None) -> bytes | None:
 
 
 def refusal(error: BaseException | str, who: str) -> Invalid | None:
-    """What a failed handshake with `who` means; None when the failure is about something else than certificates."""
+    """Return the refusal behind a failed handshake with `who`; None when the failure is not about certificates."""
     text = str(error).lower()
     code = error.verify_code if isinstance(error, ssl.SSLCertVerificationError) else 0
     if code in _OUT_OF_TIME or "has expired" in text or "not yet valid" in text or "certificate expired" in text:
@@ -156,7 +156,7 @@ def refusal(error: BaseException | str, who: str) -> Invalid | None:
 
 
 def required(who: str) -> Invalid:
-    """The other side took our hand and let go of it: what it wants to see is a certificate that it can check."""
+    """Return the refusal of a server that closed after the handshake: it requires a certificate that it can check."""
     return Invalid(
         f"{who} asks for a client certificate that its authority has signed and that is valid now; set CONNITO_TLS_CERT "
         "and CONNITO_TLS_KEY, or renew them",
@@ -165,7 +165,7 @@ def required(who: str) -> Invalid:
 
 
 def _greeted(wrapped: ssl.SSLSocket) -> bool:
-    """With TLS 1.3 a server looks at the client's certificate after the handshake: then it speaks, or hangs up."""
+    """Wait for the server's first bytes: with TLS 1.3 it checks the client's certificate after the handshake."""
     try:
         return bool(wrapped.recv(1))
     except ConnectionResetError:

@@ -12,7 +12,7 @@ from connito.v1.run_pb2 import RunSpec
 
 
 class Source(Protocol):
-    """Where artifacts are read from: `connito.store.ArtifactStore`, over a cache that nobody else can write to."""
+    """A source of artifacts: `connito.store.ArtifactStore` over a private cache."""
 
     async def fetch(self, ref: ArtifactRef) -> Path:
         """Return the verified file. Raises `NotFound` and `VerificationFailed`."""

@@ -237,7 +237,7 @@ def route(
 
 
 def recipe_of(record: dict[str, Any]) -> Any:
-    """How a composed expert was merged."""
+    """Return how a composed expert was merged."""
     from connito.experts.compose import Recipe
 
     settings = record["derived"]["settings"]
@@ -245,7 +245,7 @@ def recipe_of(record: dict[str, Any]) -> Any:
 
 
 def parts_of(found: list[Expert]) -> list[Part]:
-    """The experts' rows, named by expert id."""
+    """Return the experts' rows, named by expert id."""
     from connito.experts.compose import Part, read_part
 
     read = [(str(record["expert_id"]), read_part(folder)) for folder, record in found]
@@ -256,7 +256,7 @@ def _upgraded(
     base: Path, folder: Path, found: list[Expert], recipe: Any, weights: dict[str, float], domain: str,
     texts: dict[str, list[Path]], margin: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Losses by domain before and after. Raises `Invalid` (GATE_REJECTED) for what is no upgrade."""
+    """Return losses by domain before and after. Raises `Invalid` (GATE_REJECTED) for what is no upgrade."""
     from connito.base.loading import load_full, load_tokenizer
     from connito.experts.compose import Part, base_rows, merge, read_part
     from connito.experts.load import load_expert

@@ -49,7 +49,7 @@ FORMULA = "score = (1 + uses + searches that found nothing) × expected gain in 
 
 
 def _shelved(record: Mapping[str, Any], at: int, trainings: dict[str, Training]) -> None:
-    """An expert whose run's log is not at hand; what was composed or pruned was not trained."""
+    """Add an expert whose run's log is missing; composed or pruned experts are skipped, since they were not trained."""
     from connito.library.training_demand import training_of_record
 
     name = str(record["expert_id"])
@@ -58,7 +58,7 @@ def _shelved(record: Mapping[str, Any], at: int, trainings: dict[str, Training])
 
 
 def _of_platform(data_dir: Path | None) -> tuple[list[Training], list[tuple[str, int]]]:
-    """Every run of the platform that runs here, and the metered uses (expert id, units); nothing without one."""
+    """Return every run of the platform that runs here, and the metered uses (expert id, units); nothing without one."""
     import asyncio
 
     from connito.errors import NotFound

@@ -1,4 +1,4 @@
-"""How the library's verbs find experts, and what every one of them checks and writes down.
+"""Access to experts for the library's verbs, and the checks and records that all of them make.
 
 Experts are named by their id on the shelf, by their id in the library of the running platform, or by a folder.
 """
@@ -44,7 +44,9 @@ LENGTH = 128
 
 
 def open_shelf(shelf: Path | None, data_dir: Path | None, *, make: bool = False) -> Shelf:
-    """The local library that is meant. `NotFound` for a folder that was named and is not there, unless to `make` it."""
+    """Return the local library that is meant. `NotFound` for a folder that was named and is not there, unless to
+    `make` it.
+    """
     from connito.errors import NotFound
     from connito.library.shelf import Shelf
     from connito.platform.datadir import default_data_dir
@@ -56,24 +58,24 @@ def open_shelf(shelf: Path | None, data_dir: Path | None, *, make: bool = False)
 
 
 def viewer_of(who: str, organisations: list[str] | None) -> Viewer:
-    """Who asks."""
+    """Return the viewer who asks."""
     from connito.library.governance import Viewer
 
     return Viewer(who, frozenset(organisations or []))
 
 
 def now_ms() -> int:
-    """Milliseconds since 1970."""
+    """Return milliseconds since 1970."""
     return int(time.time() * 1000)
 
 
 def now_iso() -> str:
-    """The time as records have it."""
+    """Return the current time in the format of records."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def read_folder(path: Path) -> tuple[Path, dict[str, Any]]:
-    """An export: its folder and record. Raises `NotFound` and `Invalid`."""
+    """Return an export: its folder and record. Raises `NotFound` and `Invalid`."""
     from connito.errors import Invalid, NotFound
     from connito.library.artifact import EXPERT_FILE, MODEL_FILE, RECORD_FILE
 
@@ -90,7 +92,7 @@ def read_folder(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def find_expert(name: str, shelf: Path | None, data_dir: Path | None) -> tuple[Path, dict[str, Any]]:
-    """An expert by folder, or by id: from the shelf, else fetched from the platform onto it."""
+    """Return an expert by folder, or by id: from the shelf, else fetched from the platform onto it."""
     from connito.errors import NotFound
 
     if Path(name).is_dir():
@@ -107,7 +109,7 @@ def find_expert(name: str, shelf: Path | None, data_dir: Path | None) -> tuple[P
 
 
 def cut_sequences(tokenizer: Any, texts: list[Path]) -> Any:
-    """int32 [n, LENGTH + 1] from the texts in a row, or shorter where there is little text."""
+    """Return int32 [n, LENGTH + 1] from the texts in a row, or shorter where there is little text."""
     import numpy as np
 
     from connito.errors import Invalid, NotFound
@@ -124,24 +126,24 @@ def cut_sequences(tokenizer: Any, texts: list[Path]) -> Any:
 
 
 def halves(sequences: Any) -> tuple[Any, Any]:
-    """Every other sequence decides, the rest measures."""
+    """Split sequences: every other one is for calibration, the rest for measurement."""
     return sequences[::2], sequences[1::2]
 
 
 def digests(paths: list[Path]) -> list[str]:
-    """SHA-256 of each file."""
+    """Return SHA-256 of each file."""
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
 
 def obligations(permission: Permission) -> list[str]:
-    """What a use obliges to, line by line."""
+    """Return the obligations of a use, line by line."""
     lines = [f"  licence: {permission.license or 'not stated'}"]
     lines += [f"  credit: {name}" for name in permission.attribution]
     return lines + [f"  warning: {warning}" for warning in permission.warnings]
 
 
 def platform(data_dir: Path | None) -> Client | None:
-    """A client of the platform that runs here, None where none does."""
+    """Return a client of the platform that runs here, None where none does."""
     from connito.client import Client
     from connito.errors import NotFound, Retry
 
@@ -176,7 +178,7 @@ def permit(
     data_dir: Path | None,
     allow_yanked: bool,
 ) -> Permission:
-    """Whether these experts may be used so, by what shelf and platform say of them. Raises `Invalid`."""
+    """Return whether these experts may be used so, by what shelf and platform say of them. Raises `Invalid`."""
     from connito.errors import NotFound
     from connito.library.governance import check_use
 

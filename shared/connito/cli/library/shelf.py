@@ -226,7 +226,7 @@ def export(
 
 
 def _served(data_dir: Path | None, text: str, domain: str, everything: bool, count: int) -> Sequence[Hit]:
-    """What the platform that runs here finds; nothing where none does."""
+    """Return the hits of the platform that runs here; nothing if none runs."""
     client = platform(data_dir)
     if client is None:
         return []
@@ -270,7 +270,7 @@ def _by_example(
 
 
 def _fits(model: Any, part: Part, digests: dict[str, str]) -> bool:
-    """Whether the expert was made for this base."""
+    """Return whether the expert was made for this base."""
     from connito.errors import Invalid
     from connito.experts.load import check_base
     from connito.moe.rows import base_digests

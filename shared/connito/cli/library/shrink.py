@@ -138,7 +138,7 @@ def skip(
 
 @dataclass
 class _Source:
-    """What is made smaller: the base, with experts in it, and the texts that decide and measure."""
+    """The model to shrink: the base with experts in it, and the texts for calibration and measurement."""
 
     base: Path
     model: Any
@@ -204,7 +204,7 @@ def _prune(source: _Source, out: Path, method: str, max_experts: int, max_bytes:
 
 
 def _thin(source: _Source, out: Path, method: str, share: float) -> dict[str, Any]:
-    """Every expert stays, and is made smaller."""
+    """Keep every expert and make it smaller."""
     from connito.experts import prune as pruning
     from connito.experts.lowrank import low_rank, sparsify
     from connito.moe.layout import require_moe_layers

@@ -34,7 +34,7 @@ _WEISZFELD_ROUNDS = 200
 
 @dataclass(frozen=True)
 class Plan:
-    """How to merge. `weights` are the shares of the merge, non-negative and summing to 1; `factors` scale single δ_i
+    """A plan of a merge. `weights` are the shares of the merge, non-negative and summing to 1; `factors` scale single δ_i
     (clipping). For coordinate-wise kinds the weights say who takes part."""
 
     kind: str
@@ -43,7 +43,7 @@ class Plan:
 
 
 def staleness_weights(raw: Sequence[float], staleness: Sequence[int]) -> list[float]:
-    """Divide by 1 + staleness (cycles between the work and the merge) and normalise to sum 1."""
+    """Divide weights by 1 + staleness (cycles between the work and the merge) and normalise to sum 1."""
     scaled = [value / (1 + age) for value, age in zip(raw, staleness, strict=True)]
     total = math.fsum(scaled)
     if not total > 0.0:
@@ -52,7 +52,8 @@ def staleness_weights(raw: Sequence[float], staleness: Sequence[int]) -> list[fl
 
 
 def plan(aggregator: str, utilities: Sequence[float], staleness: Sequence[int], gram: Gram) -> Plan:
-    """Weights and factors for submissions 0..n-1, from agreed utilities, staleness in cycles and inner products [n, n].
+    """Return weights and factors for submissions 0..n-1, from agreed utilities, staleness in cycles and inner products
+    [n, n].
 
     Raises `Invalid` (BAD_SPEC) for an unknown aggregator or without submissions.
     """
@@ -90,7 +91,8 @@ def _only(kept: dict[int, float], count: int) -> _Weighing:
 
 
 def _krum_order(gram: Gram) -> tuple[list[int], int]:
-    """Indices by Krum score, best first, and f, the number of faulty ones assumed: the most that n ≥ 2f + 3 admits.
+    """Return indices by Krum score, best first, and f, the number of faulty ones assumed: the most that n ≥ 2f + 3
+    admits.
 
     The score of i is the sum of squared distances to its n − f − 2 nearest (Blanchard et al., "Machine Learning with
     Adversaries", 2017).
@@ -123,7 +125,8 @@ def _multi_krum(utilities: Sequence[float], staleness: Sequence[int], even: list
 
 
 def _geometric_median(utilities: Sequence[float], staleness: Sequence[int], even: list[float], gram: Gram) -> _Weighing:
-    """Smoothed Weiszfeld iterations (Pillutla et al., "Robust Aggregation for Federated Learning", 2022).
+    """Compute the geometric median by smoothed Weiszfeld iterations (Pillutla et al., "Robust Aggregation for
+    Federated Learning", 2022).
 
     The median is a convex combination of the δ_i, so the iteration runs on its coefficients: with w,
     ‖δ_i − Σ w_k δ_k‖² = G_ii − 2 (G w)_i + wᵀ G w. Rounded to 12 digits before use.
@@ -165,7 +168,7 @@ _WEIGHINGS: dict[str, Callable[[Sequence[float], Sequence[int], list[float], Gra
 
 
 def aggregate(how: Plan, deltas: Deltas, name: str) -> NDArray[np.float64]:
-    """Δ of one tensor, float64."""
+    """Return Δ of one tensor, float64."""
     if how.kind in {"coordinate-median", "trimmed-mean"}:
         stacked = np.sort(np.stack([deltas.load(i, name) for i in range(deltas.count)]), axis=0)
         return _middle(stacked, _trimmed(deltas.count, how.kind))
@@ -179,7 +182,7 @@ def aggregate(how: Plan, deltas: Deltas, name: str) -> NDArray[np.float64]:
 
 
 def _trimmed(count: int, kind: str) -> int:
-    """How many sorted values to drop at either end; trimmed-mean drops at least one from three on."""
+    """Return how many sorted values to drop at either end; trimmed-mean drops at least one from three on."""
     if kind == "coordinate-median":
         return (count - 1) // 2
     return min(max(int(TRIM * count), 1), (count - 1) // 2)
@@ -200,7 +203,8 @@ def outer_step(
     learning_rate: float,
     mu: float,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """One outer step on a tensor: (θ_{t+1}, momentum), as `torch.optim.SGD(nesterov=True)` with Δ as the gradient.
+    """Return one outer step on a tensor: (θ_{t+1}, momentum), as `torch.optim.SGD(nesterov=True)` with Δ as the
+    gradient.
 
     b ← μ·b + Δ;  θ ← θ − lr·(Δ + μ·b). None for momentum means zero, how a run and new rows start. lr 1, μ 0 is the
     weighted average of the θ_i (DiLoCo, Douillard et al., 2023).
@@ -220,7 +224,7 @@ def write_step(
     out_state: Path,
     out_momentum: Path,
 ) -> None:
-    """θ_{t+1} and the new outer momentum as files, one tensor in memory at a time.
+    """Write θ_{t+1} and the new outer momentum to files, one tensor in memory at a time.
 
     The state keeps the parent's names, shapes, dtypes and metadata; momentum is float32 over the same rows. Raises
     `Invalid` (NON_FINITE) where a number overflows.
@@ -246,7 +250,7 @@ def write_step(
 def realign_momentum(
     momentum: NDArray[np.float32], old_experts: Sequence[int], new_experts: Sequence[int]
 ) -> NDArray[np.float32]:
-    """Momentum rows [n_old, …] after a re-selection: rows that stay keep theirs, new ones start at zero.
+    """Return momentum rows [n_old, …] after a re-selection: rows that stay keep theirs, new ones start at zero.
 
     Both lists are the experts of the rows, in row order (ascending ids).
     """

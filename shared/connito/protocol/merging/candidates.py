@@ -31,7 +31,7 @@ NORM_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What a merge is made of. Submissions are in the order of their miners' keys; `gram` [n, n] are inner products.
+    """Inputs of a merge. Submissions are in the order of their miners' keys; `gram` [n, n] are inner products.
 
     `staleness` counts cycles between the work and the merge. `momentum` is None before the first version.
     """
@@ -46,7 +46,7 @@ class Ingredients:
 
     @property
     def best(self) -> int:
-        """The submission with the highest utility; of equal ones the one committed first."""
+        """Return the submission with the highest utility; of equal ones the one committed first."""
         return min(
             range(len(self.submissions)),
             key=lambda i: (-self.utilities[i], self.submissions[i].commit_sequence, self.submissions[i].miner),
@@ -62,7 +62,7 @@ class Attempt:
 
 
 def outliers(gram: Gram) -> list[int]:
-    """Indices of outlying deltas, from their inner products [n, n]."""
+    """Return indices of outlying deltas, from their inner products [n, n]."""
     norms: NDArray[np.float64] = np.sqrt(np.diag(gram))
     scale = np.where(norms > 0, norms, 1.0)
     cosines = gram / np.outer(scale, scale)
@@ -75,7 +75,7 @@ def outliers(gram: Gram) -> list[int]:
 
 
 def attempts(ingredients: Ingredients) -> Iterator[Attempt]:
-    """The candidates in order; nothing without submissions."""
+    """Yield the candidates in order; nothing without submissions."""
     everyone = tuple(range(len(ingredients.submissions)))
     if not everyone:
         return
@@ -88,7 +88,7 @@ def attempts(ingredients: Ingredients) -> Iterator[Attempt]:
 
 
 def plan_of(attempt: Attempt, ingredients: Ingredients, policy: run_pb2.MergePolicy) -> Plan:
-    """Weights and factors of an attempt's members. Raises `Invalid` for an aggregator that does not exist."""
+    """Return weights and factors of an attempt's members. Raises `Invalid` for an aggregator that does not exist."""
     members = list(attempt.members)
     direct = attempt.decision == cycle_pb2.GATE_DECISION_TOP_1
     return plan(
@@ -118,7 +118,7 @@ def write_candidate(
 
 
 def write_resting_momentum(parent: Path, out: Path) -> None:
-    """The outer momentum of a version that nothing has moved yet: zeros over the parent's rows, float32."""
+    """Write the outer momentum of an unmoved version: zeros over the parent's rows, float32."""
     layout = {name: ("F32", entry.shape) for name, entry in read_header(parent).entries.items()}
     with TensorWriter(out, layout) as writer:
         for name in writer.names:

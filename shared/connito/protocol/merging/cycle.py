@@ -31,7 +31,7 @@ Measure = Callable[[Part, str, Path], Losses]
 
 @dataclass(frozen=True)
 class Files:
-    """Where a cycle's artifacts are on this machine. `states` and `bases` are by miner."""
+    """Local files of a cycle's artifacts. `states` and `bases` are by miner."""
 
     parent: Path
     momentum: Path | None
@@ -84,7 +84,7 @@ def remerge_cycle(
     published: cycle_pb2.VersionPublished,
     folder: Path,
 ) -> Merged:
-    """What `merge_cycle` gives when the gate decides as `published` says it did, whose losses are taken over.
+    """Repeat `merge_cycle` with the gate's decision and losses taken from `published`.
 
     No model is needed. A decision that these facts and files do not even offer comes out as another one.
     """
@@ -203,11 +203,11 @@ class _Merge:
         return self.measure("gate", _digest(state), state)
 
     def weights(self, outcome: Outcome) -> dict[str, float]:
-        """Shares of the merge that stands."""
+        """Return shares of the merge that stands."""
         return self._weights.get(outcome.attempt, {})
 
     def unmerged(self, outcome: Outcome) -> Refusals:
-        """Why a submission that scored has no share in the merge."""
+        """Return why each submission that scored has no share in the merge."""
         decision, merging = outcome.attempt.decision, self.spec.merging
         found: dict[str, Refusal] = {}
         for index, entry in enumerate(self.ingredients.submissions):
@@ -222,7 +222,7 @@ class _Merge:
         return found
 
     def result(self, outcome: Outcome, scored: cycle_pb2.CycleScored) -> Merged:
-        """The messages and the files that go with them."""
+        """Return the messages and the files that go with them."""
         weights = self.weights(outcome)
         state, momentum = self._paths(outcome.attempt) if weights else self._unmoved()
         ref = ref_of_file(state, SAFETENSORS, artifacts_pb2.REALM_PUBLIC)
@@ -256,7 +256,7 @@ class _Merge:
         return losses
 
     def _unmoved(self) -> tuple[Path, Path]:
-        """The incumbent, with the momentum it came with."""
+        """Return the incumbent, with the momentum it came with."""
         momentum = self.ingredients.momentum
         if momentum is None:
             momentum = self.folder / "resting-momentum.safetensors"

@@ -24,13 +24,13 @@ class Losses:
     rows: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def per_token(self) -> dict[str, float]:
-        """Nats per token, of the domains that were measured at all."""
+        """Return nats per token, of the domains that were measured at all."""
         return {domain: nll / tokens for domain, (nll, tokens) in self.sums.items() if tokens}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the gate decided. `after` are the losses of the state that stands; `refused` has what was refused before."""
+    """The gate's decision. `after` are the losses of the state that stands; `refused` has what was refused before."""
 
     attempt: Attempt
     after: Losses
@@ -64,7 +64,7 @@ def choose(
     target: str,
     general_margin: float,
 ) -> Outcome:
-    """The first attempt that the gate lets through, else the incumbent.
+    """Return the first attempt that the gate lets through, else the incumbent.
 
     `measure` builds a candidate and gives its losses, or why there is no such candidate.
     """

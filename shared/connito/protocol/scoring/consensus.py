@@ -1,4 +1,4 @@
-"""What validators agree on: stake-weighted consensus that clips a minority (Yuma).
+"""Stake-weighted consensus of validators that clips a minority (Yuma).
 
 W̄_j = max{w : Σ_i s_i·1[W_ij ≥ w] ≥ κ·Σ_i s_i}, κ = ½: the largest utility that validators with at least half of the
 stake would all grant. Whatever a smaller coalition claims above that is cut off, and it cannot push it below what the
@@ -91,7 +91,7 @@ def consensus(
 
 
 def clipped(claims: Mapping[str, float], stakes: Mapping[str, float], kappa: float) -> float:
-    """W̄ of one submission from the utilities that validators claim. Zero without stake."""
+    """Return w̄ of one submission from the utilities that validators claim. Zero without stake."""
     total = math.fsum(stakes[validator] for validator in claims)
     if total <= 0.0:
         return 0.0

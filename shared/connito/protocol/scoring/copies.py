@@ -45,7 +45,7 @@ _COSINE_DIGITS = 6
 
 @dataclass(frozen=True)
 class Likeness:
-    """What submissions are compared by: inner products of their pseudo-gradients [n, n], and what validators measured.
+    """Data by which submissions are compared: inner products of their pseudo-gradients [n, n], and what validators measured.
 
     `gains` by validator and miner. `stakes` by validator: the effect has to be alike for those with more than half of
     the stake that measured both, so a lying minority cannot frame anybody.
@@ -57,14 +57,14 @@ class Likeness:
 
 
 def cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cosine similarities [n, n] from inner products. A zero pseudo-gradient is similar to nothing."""
+    """Return cosine similarities [n, n] from inner products. A zero pseudo-gradient is similar to nothing."""
     norms = np.sqrt(np.diag(gram))
     scale = np.outer(norms, norms)
     return np.asarray(np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0))
 
 
 def gains_of(reports: Mapping[str, cycle_pb2.ScoreReport]) -> dict[str, dict[str, Gains]]:
-    """By validator and miner, from the reports that count. A score without losses has none."""
+    """Return effects by validator and miner, from the reports that count. A score without losses has none."""
     return {
         validator: {
             score.miner: {(loss.domain, loss.sequence): loss.before - loss.after for loss in score.losses}
@@ -118,7 +118,7 @@ def refusals(
 def copies(
     submissions: Sequence[cycle_pb2.Submission], similarity: NDArray[np.float64], threshold: float
 ) -> dict[str, str]:
-    """Copies by pairs alone; `similarity` [n, n] is in the order of `submissions`.
+    """Return copies by pairs alone; `similarity` [n, n] is in the order of `submissions`.
 
     Of two submissions whose similarity reaches the threshold, or whose artifacts are the same, the one committed later
     is the copy, never both. A copy of a copy is traced to the first. A threshold of 0 means exact copies only.
@@ -135,7 +135,8 @@ def copies(
 
 
 def explained(similarity: NDArray[np.float64], earlier: Sequence[int], later: int) -> tuple[float, Vector]:
-    """(R, parts [m]): how much of a pseudo-gradient's length lies in the span of earlier ones, and the coefficients.
+    """Return (R, parts [m]): how much of a pseudo-gradient's length lies in the span of earlier ones, and the
+    coefficients.
 
     From cosines [n, n]: with C those of the earlier ones and b those with the later one, a = C⁺b and R = √(bᵀa), the
     multiple correlation coefficient. `parts` are a, that is in units of each one's own length.
@@ -148,7 +149,8 @@ def explained(similarity: NDArray[np.float64], earlier: Sequence[int], later: in
 
 
 def distance(later: Gains, earlier: Sequence[Gains]) -> float:
-    """How far the effect of a submission is from a combination of others': ‖g − Σ c_k g_k‖ / ‖g‖ with the best c ≥ 0.
+    """Return how far the effect of a submission is from a combination of others': ‖g − Σ c_k g_k‖ / ‖g‖ with the best
+    c ≥ 0.
 
     Over the sequences that all of them were measured on; infinite when those are too few, or a c is not positive.
     """
@@ -178,7 +180,7 @@ def _by_effect(
     likeness: Likeness,
     limit: float,
 ) -> int | None:
-    """The victim, as a place in `firsts`, whose effect a submission has, by itself or with another one's."""
+    """Return the victim, as a place in `firsts`, whose effect a submission has, by itself or with another one's."""
     if limit <= 0.0:
         return None
     near = [int(place) for place in np.argsort(-parts, kind="stable")[:CANDIDATES] if parts[place] > 0.0]
@@ -197,7 +199,7 @@ def _groups(candidates: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _agreed(later: str, miners: Sequence[str], others: Sequence[str], likeness: Likeness, limit: float) -> bool:
-    """Whether most of the stake that measured all of them finds the effects alike."""
+    """Return whether most of the stake that measured all of them finds the effects alike."""
     alike = asked = 0.0
     for validator, gains in likeness.gains.items():
         if all(miner in gains for miner in (later, *miners)):
@@ -210,7 +212,7 @@ def _agreed(later: str, miners: Sequence[str], others: Sequence[str], likeness: 
 def _alike_in_effect(
     gains: Mapping[str, Gains], later: str, miners: Sequence[str], others: Sequence[str], limit: float
 ) -> bool:
-    """By the limit, and by how far other miners are. Without any there is half of the limit to go by."""
+    """Return whether effects are alike: below the limit and closer than other miners'; without others, half the limit."""
     victims = [gains[miner] for miner in miners]
     value = distance(gains[later], victims)
     if value > limit:

@@ -1,4 +1,4 @@
-"""Which of the validators' reports of a cycle count, and whether they are enough. Pure."""
+"""Choice of the validators' reports of a cycle that count, and the quorum. Pure."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_reports(facts: RunFacts, cycle: int) -> Reports:
 
 
 def _off_duty(scored: set[str], duty: frozenset[str]) -> Refusal | None:
-    """What a report scores beyond its validator's assignment, or leaves out of it; None when neither."""
+    """Return the refusal of a report that scores more or less than its validator's assignment; None if it matches."""
     if added := sorted(scored - duty):
         kind = cycle_pb2.FINDING_KIND_REPORT_NOT_ASSIGNED
         return Refusal(reasons_pb2.REASON_NOT_ASSIGNED, Finding(kind=kind, miners=added))
@@ -104,7 +104,7 @@ def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[
 
 
 def draw(facts: RunFacts, cycle: int) -> cycle_pb2.SeedDrawn | None:
-    """The cycle's draw, if it was made inside the validate window."""
+    """Return the cycle's draw, if it was made inside the validate window."""
     fact = facts.drawn_fact(cycle)
     if fact is None or not facts.window("validate", cycle).inside(fact):
         return None

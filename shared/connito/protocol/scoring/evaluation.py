@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Measurable:
-    """What one submission does to drawn sequences. Each part is measured when it is asked for.
+    """Losses of one submission on drawn sequences; each part is measured when it is asked for.
 
     `before` and `after` are the losses without and with the submission. `unchanged`: it is the base state itself.
     """
@@ -52,17 +52,17 @@ class Evaluation:
     """Losses of one submission on the drawn sequences, evaluated part by part as far as somebody looks."""
 
     def __init__(self, drawn: Mapping[str, Sequence[int]], measurable: Measurable, target: str) -> None:
-        """`drawn` are the hold-outs' sequence numbers by domain, in the order of evaluation."""
+        """Take `drawn`, the hold-outs' sequence numbers by domain in the order of evaluation."""
         self._drawn, self._measurable, self._target = drawn, measurable, target
         self._found: dict[str, list[cycle_pb2.SequenceLoss]] = {domain: [] for domain in drawn}
 
     @property
     def unchanged(self) -> bool:
-        """Whether the submission is the base state itself."""
+        """Return whether the submission is the base state itself."""
         return self._measurable.unchanged
 
     def upto(self, look: InterimLook) -> dict[str, list[cycle_pb2.SequenceLoss]]:
-        """Losses by domain of the sequences that come up to a look. Looks are taken in their order."""
+        """Return losses by domain of the sequences that come up to a look. Looks are taken in their order."""
         wanted = {domain: self._count(domain, look) for domain in self._drawn}
         for domain, count in wanted.items():
             part = Part(domain, len(self._found[domain]), count)
@@ -76,7 +76,7 @@ class Evaluation:
 
 
 def score(submission: cycle_pb2.Submission, evaluation: Evaluation, spec: RunSpec) -> cycle_pb2.SubmissionScore:
-    """The score of one submission, evaluated until a look of the policy decides."""
+    """Return the score of one submission, evaluated until a look of the policy decides."""
     raced = race(evaluation.upto, spec.holdout.domain, spec.scoring, unchanged=evaluation.unchanged)
     return score_of(submission.miner, submission.artifact.digest, raced, spec.scoring)
 
@@ -93,7 +93,7 @@ def _losses(part: Part, numbers: Sequence[int], measurable: Measurable) -> list[
 
 
 def rejected(submission: cycle_pb2.Submission, error: Invalid) -> cycle_pb2.SubmissionScore:
-    """The score of a submission that cannot be measured, with the reason."""
+    """Return the score of a submission that cannot be measured, with the reason."""
     return cycle_pb2.SubmissionScore(
         miner=submission.miner,
         artifact_digest=submission.artifact.digest,

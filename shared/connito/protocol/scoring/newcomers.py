@@ -1,4 +1,4 @@
-"""What a new key costs: a place in the queue, and a probation. Otherwise a miner that was caught would be back as another.
+"""Quota and probation of new keys, so that a banned miner gains little by returning under another key.
 
 Each key has one submission a cycle. Keys that were never scored share a quota of places per cycle, earliest commitment
 first; those that do not get one are told, and may commit again. Then a key is on probation until some of its submissions
@@ -17,7 +17,7 @@ from connito.wire.facts import RunFacts
 
 
 def over_quota(facts: RunFacts, cycle: int, submissions: Iterable[cycle_pb2.Submission]) -> list[cycle_pb2.Submission]:
-    """Those of a cycle's `submissions`, one a miner, for which the policy's quota of newcomers leaves no place.
+    """Return those of a cycle's `submissions`, one a miner, for which the policy's quota of newcomers leaves no place.
 
     In commit order. A newcomer has no settled submission in an earlier cycle of the run.
     """
@@ -31,7 +31,7 @@ def over_quota(facts: RunFacts, cycle: int, submissions: Iterable[cycle_pb2.Subm
 
 
 def quota_refusal(facts: RunFacts, cycle: int) -> Refusal:
-    """The refusal of a newcomer without a place."""
+    """Return the refusal of a newcomer without a place."""
     assert facts.spec is not None
     kind, quota = cycle_pb2.FINDING_KIND_NEWCOMER_QUOTA, facts.spec.rewards.newcomers_per_cycle
     return Refusal(reasons_pb2.REASON_NEWCOMER_QUOTA, Finding(kind=kind, limit=quota, cycle=cycle))

@@ -1,4 +1,4 @@
-"""How a cycle's emission is shared out: a policy gives relative shares, this module whole units that add up.
+"""Division of a cycle's emission: a policy gives relative shares, this module whole units that add up.
 
 A policy is a function of the paid miners' utilities, best first, and the run's `RewardPolicy`; it returns one share a
 miner. It decides proportions only: units are apportioned here, so no policy can emit more or less than the cycle has,
@@ -24,7 +24,7 @@ Policy = Callable[[Sequence[Fraction], run_pb2.RewardPolicy], Sequence[Fraction 
 
 
 def rank_table(utilities: Sequence[Fraction], policy: run_pb2.RewardPolicy) -> list[Fraction]:
-    """The table's share for each rank, nothing beyond it; without a table each rank has half of the one before."""
+    """Return the table's share for each rank, nothing beyond it; without a table each rank has half of the one before."""
     if policy.rank_shares:
         table = [Fraction(share) for share in policy.rank_shares]
         return [table[place] if place < len(table) else Fraction(0) for place in range(len(utilities))]
@@ -32,7 +32,7 @@ def rank_table(utilities: Sequence[Fraction], policy: run_pb2.RewardPolicy) -> l
 
 
 def proportional(utilities: Sequence[Fraction], policy: run_pb2.RewardPolicy) -> list[Fraction]:
-    """Each as much as its utility."""
+    """Return shares in proportion to utility."""
     return list(utilities)
 
 
@@ -47,12 +47,12 @@ def register(name: str, policy: Policy) -> None:
 
 
 def names() -> list[str]:
-    """The policies that this installation knows, sorted."""
+    """Return the policies that this installation knows, sorted."""
     return sorted({*_POLICIES, *(point.name for point in entry_points(group=GROUP))})
 
 
 def find(name: str) -> Policy:
-    """A policy by name, the rank table for none. Raises `Invalid` naming those that there are."""
+    """Return a policy by name, the rank table for none. Raises `Invalid` naming those that there are."""
     if (name or DEFAULT) in _POLICIES:
         return _POLICIES[name or DEFAULT]
     for point in entry_points(group=GROUP, name=name):
@@ -66,7 +66,8 @@ def find(name: str) -> Policy:
 
 
 def pay(utilities: Sequence[float], units: int, paid_ranks: int, policy: run_pb2.RewardPolicy) -> list[int]:
-    """Units for miners by their utilities (best first, above zero): nothing below `paid_ranks`, in the order of ranks.
+    """Return units for miners by their utilities (best first, above zero): nothing below `paid_ranks`, in the order of
+    ranks.
 
     They sum to `units` where anybody's share is above zero, else to zero. Raises `Fatal` when a policy gives shares
     that are negative, not finite, not one a miner, or larger for a worse rank: its author has to repair it.
@@ -86,7 +87,8 @@ def pay(utilities: Sequence[float], units: int, paid_ranks: int, policy: run_pb2
 
 
 def apportion(units: int, shares: Sequence[Fraction]) -> list[int]:
-    """Whole units by share: the largest remainders get the units that rounding down leaves, the first of equal ones.
+    """Return whole units by share: the largest remainders get the units that rounding down leaves, the first of equal
+    ones.
 
     They sum to `units`, or to zero where no share is above zero. Shares are ≥ 0.
     """

@@ -112,7 +112,7 @@ def general_change(general: Mapping[str, Paired], confidence: float) -> GeneralC
 def judge(
     target: Paired, general: Mapping[str, Paired], policy: run_pb2.ScorePolicy, *, unchanged: bool = False
 ) -> Judgement:
-    """Utility of a submission, or why it has none.
+    """Return utility of a submission, or why it has none.
 
     u = effect if the lower bound of the target effect is above zero and general text is retained. Retention is broken
     when the *point estimate* of the mean general change exceeds the margin (asking for a significant excess would let
@@ -159,7 +159,7 @@ def judge_look(
     *,
     unchanged: bool = False,
 ) -> Judgement | None:
-    """What a look decides, from comparisons at its confidence; None when more sequences are needed.
+    """Return the judgement of a look, from comparisons at its confidence; None when more sequences are needed.
 
     Before the last look only what is clear is decided: better, with general text retained up to the bound of its
     change; not better; harmful. From half of the budget on, an effect of at most zero is given up as well: this can
@@ -217,7 +217,7 @@ def race(
 
 
 def score_of(miner: str, artifact_digest: str, raced: Raced, policy: run_pb2.ScorePolicy) -> cycle_pb2.SubmissionScore:
-    """The signed part of a receipt."""
+    """Return the signed part of a receipt."""
     judgement = raced.judgement
     score = cycle_pb2.SubmissionScore(
         miner=miner,
@@ -244,7 +244,8 @@ def score_submission(
     *,
     unchanged: bool = False,
 ) -> cycle_pb2.SubmissionScore:
-    """The signed part of a receipt, from per-sequence losses. Recomputing it from a report's losses explains a score.
+    """Return the signed part of a receipt, from per-sequence losses. Recomputing it from a report's losses explains a
+    score.
 
     Raises `Invalid` when no loss is of the target domain, and with racing when the evaluation did not stop at the look
     that decides.

@@ -1,4 +1,4 @@
-"""When to look at a submission's losses, and how sure each look has to be: a race against the evaluation budget.
+"""Schedule of interim looks at a submission's losses and their confidence: racing within the evaluation budget.
 
 Held-out sequences are evaluated in the order in which the seed draws them. After `minimum_sequences` of the target,
 and every time that number has doubled, the paired interval is looked at; what is decided then is not evaluated further.
@@ -27,7 +27,7 @@ class InterimLook:
 
 
 def looks(policy: run_pb2.ScorePolicy) -> list[InterimLook]:
-    """The looks of a policy, the last one at its whole budget. Just that one without racing."""
+    """Return the looks of a policy, the last one at its whole budget. Just that one without racing."""
     budget, size = policy.target_sequences, policy.minimum_sequences
     found: list[InterimLook] = []
     spent = 0.0

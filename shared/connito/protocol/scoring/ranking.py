@@ -14,7 +14,7 @@ _UNSCORED = Refusal(reasons_pb2.REASON_NO_QUORUM, Finding(kind=cycle_pb2.FINDING
 
 
 def rank(submissions: Sequence[cycle_pb2.Submission], utilities: Mapping[str, float]) -> list[str]:
-    """Miners with utility above zero, best first. Equal utilities: the earlier commitment is ahead."""
+    """Return miners with utility above zero, best first. Equal utilities: the earlier commitment is ahead."""
     useful = [entry for entry in submissions if utilities.get(entry.miner, 0.0) > 0.0]
     useful.sort(key=lambda entry: (-utilities[entry.miner], entry.commit_sequence, entry.miner))
     return [entry.miner for entry in useful]
@@ -30,7 +30,7 @@ def verdicts(
     copies: Refusals | None = None,
     policy: run_pb2.RewardPolicy | None = None,
 ) -> tuple[list[cycle_pb2.Verdict], int]:
-    """One verdict per submission, in the order of `submissions`, and the units that nobody earned.
+    """Return one verdict per submission, in the order of `submissions`, and the units that nobody earned.
 
     weights: share of the merge by miner; above zero means merged. copies: blamed on the later
     commitment: a copy has no utility, rank or reward, its original keeps its own. policy: how units are shared out, None

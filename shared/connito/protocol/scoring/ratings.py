@@ -24,7 +24,7 @@ _NO_GAME = frozenset({reasons_pb2.REASON_NO_QUORUM, reasons_pb2.REASON_ARTIFACT_
 
 
 def rate(facts: RunFacts, cycle: int, verdicts: Iterable[cycle_pb2.Verdict]) -> list[cycle_pb2.MinerStanding]:
-    """Everybody's rating after a cycle, sorted by miner; nothing in a run without a reward policy."""
+    """Return everybody's rating after a cycle, sorted by miner; nothing in a run without a reward policy."""
     if facts.spec is None or not facts.spec.HasField("rewards"):
         return []
     known = {standing.miner: standing for standing in facts.result_before(cycle).miners}
@@ -47,7 +47,7 @@ def rate(facts: RunFacts, cycle: int, verdicts: Iterable[cycle_pb2.Verdict]) -> 
 
 
 def conservative(standing: cycle_pb2.MinerStanding) -> float:
-    """μ − 3σ: a miner is better than this almost surely. Strangers have 0."""
+    """Return μ − 3σ: a miner is better than this almost surely. Strangers have 0."""
     return standing.mu - 3.0 * standing.sigma
 
 
@@ -58,7 +58,7 @@ def _absent(mu: float, sigma: float) -> tuple[float, float]:
 def _play(
     known: Mapping[str, cycle_pb2.MinerStanding], games: Mapping[str, cycle_pb2.Verdict]
 ) -> dict[str, tuple[float, float]]:
-    """(μ, σ) of everybody who played. Alone, nobody learns anything."""
+    """Return (μ, σ) of everybody who played. Alone, nobody learns anything."""
     from openskill.models import PlackettLuce
 
     miners = sorted(games)

@@ -1,4 +1,4 @@
-"""How much a validator's word weighs, and what it earns: agreement, trust and bonds, cycle by cycle.
+"""Weights and rewards of validators: agreement, trust and bonds, cycle by cycle.
 
 With utilities W_ij claimed by validator i for submission j, and the consensus W̄_j:
 
@@ -41,12 +41,12 @@ Votes = Callable[[str], float]
 
 
 def rate(facts: RunFacts) -> float:
-    """α of the run's policy; 0 where trust does not move."""
+    """Return α of the run's policy; 0 where trust does not move."""
     return facts.spec.rewards.bond_rate if facts.spec is not None else 0.0
 
 
 def votes(facts: RunFacts, cycle: int, stake: Votes) -> Votes:
-    """The weight of each validator's vote in a cycle: its stake, by the trust that earlier cycles left it."""
+    """Return the weight of each validator's vote in a cycle: its stake, by the trust that earlier cycles left it."""
     if rate(facts) <= 0.0:
         return stake
     trust = {standing.validator: standing.trust for standing in facts.result_before(cycle).validators}
@@ -54,7 +54,7 @@ def votes(facts: RunFacts, cycle: int, stake: Votes) -> Votes:
 
 
 def agreement(claims: Mapping[str, float], utilities: Mapping[str, float]) -> float:
-    """a_i of a validator's claims against the agreed `utilities` of the same submissions."""
+    """Return a_i of a validator's claims against the agreed `utilities` of the same submissions."""
     shared = math.fsum(min(claim, utilities[miner]) for miner, claim in claims.items())
     either = math.fsum(max(claim, utilities[miner]) for miner, claim in claims.items())
     return shared / either if either > 0.0 else 1.0
@@ -63,7 +63,7 @@ def agreement(claims: Mapping[str, float], utilities: Mapping[str, float]) -> fl
 def stand(
     facts: RunFacts, cycle: int, agreed: Consensus, verdicts: Sequence[cycle_pb2.Verdict], pot: int
 ) -> tuple[list[cycle_pb2.ValidatorStanding], list[str]]:
-    """Everybody's standing after a cycle, and the miners that bonds are held of.
+    """Return everybody's standing after a cycle, and the miners that bonds are held of.
 
     `agreed.standings` say who reported and with what weight. `pot` units are shared out by dividends, where there are
     any. Validators without a duty in this cycle keep what they had.
@@ -90,7 +90,7 @@ def _stepped(
     earlier: Mapping[str, cycle_pb2.ValidatorStanding],
     alpha: float,
 ) -> cycle_pb2.ValidatorStanding:
-    """One validator's agreement and trust, with the reason where it lost weight."""
+    """Return one validator's agreement and trust, with the reason where it lost weight."""
     name, step = standing.validator, cycle_pb2.ValidatorStanding()
     step.CopyFrom(standing)
     trust = earlier[name].trust if name in earlier else 1.0
@@ -117,7 +117,7 @@ def _revealed_in_vain(facts: RunFacts, cycle: int, validator: str) -> bool:
 
 
 def _left(facts: RunFacts, cycle: int, validator: str) -> Refusal:
-    """Which duty was not done."""
+    """Return the reason for a duty that was not done."""
     drawn = facts.drawn(cycle)
     if drawn is not None and validator in drawn.validators:
         return Refusal(reasons_pb2.REASON_NO_REPORT, Finding(kind=cycle_pb2.FINDING_KIND_NO_REPORT))
@@ -152,7 +152,7 @@ def _bonds(
 
 
 def _column(miner: str, agreed: Consensus, standings: Sequence[cycle_pb2.ValidatorStanding]) -> dict[str, float]:
-    """ΔB of one miner by validator; empty where nobody backs it."""
+    """Return ΔB of one miner by validator; empty where nobody backs it."""
     backing = {
         standing.validator: standing.weight * min(agreed.claims[standing.validator][miner], agreed.agreed[miner])
         for standing in standings
@@ -165,7 +165,7 @@ def _column(miner: str, agreed: Consensus, standings: Sequence[cycle_pb2.Validat
 def _dividends(
     standings: Sequence[cycle_pb2.ValidatorStanding], bonded: Sequence[str], verdicts: Sequence[cycle_pb2.Verdict]
 ) -> list[Fraction]:
-    """Each validator's share of what validators earn, in the order of `standings`."""
+    """Return each validator's share of what validators earn, in the order of `standings`."""
     income = {verdict.miner: Fraction(verdict.reward) for verdict in verdicts}
     shares = [Fraction(0)] * len(standings)
     for column, miner in enumerate(bonded):

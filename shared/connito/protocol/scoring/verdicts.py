@@ -1,4 +1,4 @@
-"""What every submission and every validator of a cycle is given, and why. Pure."""
+"""Verdicts on the submissions and validators of a cycle, with reasons. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def agree(
     submissions: Sequence[cycle_pb2.Submission],
     stake: Callable[[str], float],
 ) -> Consensus:
-    """Consensus over the drawn validators. One that did not report claims nothing, but its stake still counts.
+    """Compute the consensus over the drawn validators. One that did not report claims nothing, but its stake still counts.
 
     Otherwise a lying minority could become half of those that are left, and half is enough to grant a utility. Where
     the seed assigns submissions, each is a matter between the validators that it was assigned to.
@@ -65,7 +65,7 @@ def _honest(
 
 
 def no_quorum(facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission], why: Finding) -> Consensus:
-    """Nobody is judged: utilities are zero, each with the reason."""
+    """Return a consensus that judges nobody: utilities are zero, each with the reason."""
     drawn = draw(facts, cycle)
     expected = facts.window("validate", cycle).opened
     names = {*(expected.expected if expected else ()), *(() if drawn is None else (*drawn.validators, *drawn.omitted))}
@@ -95,7 +95,7 @@ def score_cycle(
     weights: Mapping[str, float],
     unmerged: Refusals,
 ) -> cycle_pb2.CycleScored:
-    """The cycle's result. `unmerged` says of those that scored, but have no share in the merge, why."""
+    """Return the cycle's result. `unmerged` says of those that scored, but have no share in the merge, why."""
     spec = facts.spec
     assert spec is not None
     pot = round(spec.emission * Fraction(spec.rewards.validator_share))
