@@ -41,7 +41,7 @@ class Coordinator:
         self._bus, self._facts, self._leading, self._clock, self._run = bus, facts, leading, clock, run
 
     def decide(self, facts: RunFacts, now_ms: int) -> Decision:
-        """Return `handlers.decide` while leading."""
+        """Return the decision of `handlers.decide` while leading."""
         mine = self._run in ("", facts.run)
         return handlers.decide(facts, now_ms) if mine and self._leading() else Decision()
 

@@ -43,7 +43,7 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """True if the job may be submitted."""
+        """Return true if the job may be submitted."""
         return worst(self.findings) != "error"
 
     def to_json(self) -> dict[str, Any]:

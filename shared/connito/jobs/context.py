@@ -69,7 +69,7 @@ class JobContext:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer."""
+        """Return the base's tokenizer."""
         from connito.base.loading import load_tokenizer
 
         small = [name for name in self.manifest.files if not name.endswith(".safetensors")]
@@ -77,7 +77,7 @@ class JobContext:
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """Digest of the tokenizer, as a corpus records it."""
+        """Return digest of the tokenizer, as a corpus records it."""
         from connito.data.prepare import tokenizer_digest
 
         return tokenizer_digest(self.file(name) for name in self.manifest.files if name.startswith(_TOKENIZER[:2]))

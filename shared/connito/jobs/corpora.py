@@ -28,7 +28,7 @@ POOR_FIT, POOR_FALLBACK = 1.5, 0.05
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a tokenizer fits a text. `fallback` is the share of tokens that are a piece of a character, or unknown."""
+    """The fit of a tokenizer to a text. `fallback` is the share of tokens that are a piece of a character, or unknown."""
 
     tokens_per_word: float
     bytes_per_token: float

@@ -48,7 +48,7 @@ class Pilot:
 
     @property
     def gain(self) -> float:
-        """Nats per token that the steps saved on the hold-out."""
+        """Return nats per token that the steps saved on the hold-out."""
         return self.loss_before - self.loss_after
 
 

@@ -34,7 +34,7 @@ class Document:
 
 @dataclass
 class Reach:
-    """What was read from one source: files, rows, documents."""
+    """Counts of what was read from one source: files, rows, documents."""
 
     label: str
     files: int = 0

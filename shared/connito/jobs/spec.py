@@ -88,14 +88,14 @@ class Benchmark(Source):
 
 
 class Objective(_Strict):
-    """When to stop: after `max_cycles`, or as soon as the gate's held-out loss is `improvement` nats per token lower."""
+    """The stopping rule: after `max_cycles`, or as soon as the gate's held-out loss is `improvement` nats per token lower."""
 
     improvement: Annotated[float, _within("objective.improvement")] = 0.0
     max_cycles: Cycles = Field(default=4, ge=1)
 
 
 class Budget(_Strict):
-    """What may be spent. 0 is no cap. `upload` is what one miner sends in one cycle, `memory` what a miner needs."""
+    """Caps on cost; 0 is no cap. `upload` is what one miner sends in one cycle, `memory` what a miner needs."""
 
     cycles: Cycles = Field(default=0, ge=0)
     upload: Size = 0
@@ -104,7 +104,7 @@ class Budget(_Strict):
 
 
 class Privacy(_Strict):
-    """Who sees the expert. The training text itself is read by every miner that takes part, whatever is said here."""
+    """Visibility of the expert. The training text itself is read by every miner that takes part, whatever is said here."""
 
     visibility: Annotated[str, _one_of(VISIBILITIES)] = "public"
     organisation: str = ""
@@ -123,7 +123,7 @@ class Quorum(_Strict):
 
 
 class Shares(_Strict):
-    """How the data is split, by the hash of each document, where no hold-out is given. What is left of 1 trains."""
+    """Shares of a split by the hash of each document, used without a given hold-out. The rest is training text."""
 
     probe: float = Field(default=0.08, gt=0, lt=0.5)
     holdout: float = Field(default=0.2, gt=0, lt=0.9)
@@ -158,7 +158,7 @@ class Job(_Strict):
 
     @property
     def cycles(self) -> int:
-        """Largest number of cycles: the smaller of objective and budget."""
+        """Return largest number of cycles: the smaller of objective and budget."""
         return min(self.objective.max_cycles, self.budget.cycles or self.objective.max_cycles)
 
 

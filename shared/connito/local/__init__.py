@@ -1,1 +1,1 @@
-"""Everything on one machine: the supervisor behind `connito up`. The services it starts are the production ones."""
+"""A whole platform on one machine: the supervisor behind `connito up`. It starts the production services."""

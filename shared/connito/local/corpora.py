@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Folder of the corpora, named by a digest of everything that determines their bytes."""
+        """Return folder of the corpora, named by a digest of everything that determines their bytes."""
         decisive = {**self.to_json(), "base": "", "code": source_digest(*_MAKERS)}
         digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         return cache_root() / "corpora" / f"{self.target}-{digest[:12]}"

@@ -52,12 +52,12 @@ class UpOptions:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Domains with text for this base; the first is the default target."""
+        """Return domains with text for this base; the first is the default target."""
         return TINY_DOMAINS if self.base == "tiny" else DEMO_DOMAINS
 
     @property
     def target(self) -> str:
-        """The domain to adapt to."""
+        """Return the domain to adapt to."""
         return self.domain or self.domains[0]
 
 

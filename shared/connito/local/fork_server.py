@@ -200,7 +200,7 @@ def run_module(module: str) -> int:
 
 
 def main(parent: int, descriptor: int, modules: Sequence[str] = PRELOAD) -> None:
-    """Entry point of the forking process: `parent` is the supervisor, `descriptor` our end of the socket pair."""
+    """Run the forking process: `parent` is the supervisor, `descriptor` our end of the socket pair."""
     die_with_parent(parent)
     preload(modules)
     check_fork_safe()

@@ -40,7 +40,7 @@ class Role:
 
     @property
     def preloaded(self) -> bool:
-        """True if the service needs torch and is forked from the preloaded process."""
+        """Return true if the service needs torch and is forked from the preloaded process."""
         return self.service in MODEL_SIDE
 
 

@@ -20,7 +20,7 @@ from connito.local.fork_server import PACKET_BYTES
 
 @dataclass(frozen=True)
 class Program:
-    """What to run: a module, its environment, and where its output goes (appended)."""
+    """A program to run: a module, its environment, and the file to which its output is appended."""
 
     name: str
     module: str
@@ -45,7 +45,7 @@ class Process:
                 os.killpg(self.pid, number)
 
     async def stop(self, grace_seconds: float) -> int:
-        """SIGTERM, time to drain, then SIGKILL. Returns the exit code."""
+        """Stop the process: SIGTERM, time to drain, then SIGKILL. Return the exit code."""
         self.signal(signal.SIGTERM)
         try:
             return await asyncio.wait_for(asyncio.shield(self.exited), grace_seconds)

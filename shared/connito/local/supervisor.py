@@ -58,7 +58,7 @@ class Supervisor:
 
     @property
     def restarts(self) -> dict[str, int]:
-        """Restarts by name, of processes that were restarted."""
+        """Return restarts by name, of processes that were restarted."""
         return {name: kept.restarts for name, kept in self._kept.items() if kept.restarts}
 
     def note(self, name: str, pid: int, log: Path) -> None:

@@ -99,7 +99,7 @@ class _Handler(WSGIRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name in the base class
-        """Probes come every few seconds and are not logged."""
+        """Log nothing: probes come every few seconds."""
 
 
 class _Server(ThreadingWSGIServer):
@@ -112,7 +112,7 @@ class _Server(ThreadingWSGIServer):
         super().__init__((str(address[0]), int(address[1])), _Handler)
 
     def server_bind(self) -> None:
-        """Without asking the resolver for this machine's name, as the base class does."""
+        """Bind without asking the resolver for this machine's name, as the base class does."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
@@ -135,5 +135,5 @@ class _Server(ThreadingWSGIServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away or was cut off is no error of ours."""
+        """Ignore the errors of clients that disconnected."""
         log.debug("a probe broke off", client=str(client_address), exc_info=True)
