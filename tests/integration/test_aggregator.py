@@ -219,7 +219,7 @@ async def work(stage: Stage, cycle: int, *names: str) -> None:
         await stage.submit(cycle, name, state)
 
 
-async def test_good_work_is_merged_copies_and_wreckage_are_not(stage: Stage, tmp_path: Path):
+async def test_good_work_is_merged_copies_and_wreckage_are_not(stage: Stage, tmp_path: Path) -> None:
     await work(stage, 1, "anna", "bert", "copier", "wrecker")
     utilities = {"anna": 0.3, "bert": 0.2, "copier": 0.31, "wrecker": 0.1}
     await stage.tell(1, utilities)
@@ -267,7 +267,7 @@ async def carry_on_after_a_kill(stage: Stage, first: cycle_pb2.VersionPublished,
     assert await stage.audit(2, utilities, tmp_path) == version.state.digest
 
 
-async def test_a_cycle_that_only_does_harm_keeps_the_incumbent(stage: Stage):
+async def test_a_cycle_that_only_does_harm_keeps_the_incumbent(stage: Stage) -> None:
     """Even when every validator was fooled."""
     await work(stage, 1, "wrecker")
     await stage.tell(1, {"wrecker": 0.4})
@@ -280,7 +280,7 @@ async def test_a_cycle_that_only_does_harm_keeps_the_incumbent(stage: Stage):
     assert not any(rows.any() for rows in load_state(await stage.store.fetch(version.outer_state)).values())
 
 
-async def test_without_quorum_and_without_work_the_run_goes_on(stage: Stage):
+async def test_without_quorum_and_without_work_the_run_goes_on(stage: Stage) -> None:
     await work(stage, 1, "wrecker")
     silent, stage.validators = stage.validators, []
     await stage.tell(1, {}, merge=False)
@@ -298,7 +298,7 @@ async def test_without_quorum_and_without_work_the_run_goes_on(stage: Stage):
     assert version.losses[0].before == version.losses[0].after > 0
 
 
-async def test_a_submission_that_vanished_costs_only_its_sender(stage: Stage):
+async def test_a_submission_that_vanished_costs_only_its_sender(stage: Stage) -> None:
     await work(stage, 1, "anna")
     entry = cycle_pb2.Submission()
     entry.CopyFrom(stage.submissions[1][0])
@@ -314,7 +314,7 @@ async def test_a_submission_that_vanished_costs_only_its_sender(stage: Stage):
     assert stage.verdicts(1)["bert"].reason == reasons_pb2.REASON_ARTIFACT_MISSING
 
 
-async def test_a_standby_takes_over(stage: Stage, identities: dict[str, Identity], tmp_path: Path):
+async def test_a_standby_takes_over(stage: Stage, identities: dict[str, Identity], tmp_path: Path) -> None:
     """Two replicas with one lease: the leader is killed with the merge ahead of it, the other one does it."""
     standby = ServiceProcess(
         "aggregator", tmp_path / "standby", identities["aggregator"], stage.teller.log.roster, stage.env

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from connito.bus import Bus, CaughtUp, streams
@@ -19,6 +20,7 @@ from connito.wire.envelope import open_bytes, seal
 from connito.wire.facts import Record
 from connito.wire.identity import Identity
 
+from tests.integration.conftest import BusFactory
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
@@ -47,7 +49,7 @@ async def read_stored(bus: Bus, names: list[str], run: str) -> list[Record]:
 
 
 class TestFacts:
-    async def test_written_once(self, bus_factory, identities, run_id):
+    async def test_written_once(self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str) -> None:
         bus = await bus_factory(identities["coordinator"])
         assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=1))
         assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=2))
@@ -55,7 +57,9 @@ class TestFacts:
         assert open_bytes(record.data, record.subject).read(cycle_pb2.WindowOpened).version == 1
         assert record.headers["traceparent"].startswith("00-")
 
-    async def test_one_of_many_racing_writers_wins(self, bus_factory, identities, run_id):
+    async def test_one_of_many_racing_writers_wins(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         buses = [await bus_factory(identities["coordinator"]) for _ in range(4)]
         won = await asyncio.gather(
             *(
@@ -68,15 +72,17 @@ class TestFacts:
         assert open_bytes(record.data, record.subject).read(cycle_pb2.WindowOpened).version == won.index(True)
 
     async def test_our_own_message_is_recognised_when_its_acknowledgement_was_lost(
-        self, bus_factory, identities, run_id
-    ):
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"])
         subject = subjects.fact(run_id, "train", 1, "opened")
         data = seal(identities["coordinator"], subject, opened(run_id, 1)).SerializeToString()
         await bus.js.publish(subject, data)
         assert await bus._publish_once(subject, data, "train.opened")
 
-    async def test_a_squatter_without_the_role_does_not_keep_the_author_out(self, bus_factory, identities, run_id):
+    async def test_a_squatter_without_the_role_does_not_keep_the_author_out(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"])
         subject = subjects.fact(run_id, "train", 1, "opened")
         forged = seal(identities["miner"], subject, opened(run_id, 1, version=666)).SerializeToString()
@@ -84,14 +90,18 @@ class TestFacts:
         assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=1))
         assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=2))
 
-    async def test_too_large_is_refused_before_it_is_sent(self, bus_factory, identities, run_id):
+    async def test_too_large_is_refused_before_it_is_sent(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["validator"])
         report = cycle_pb2.ScoreReport(run=run_id, cycle=1, seed=b"x" * (1 << 20))
         with pytest.raises(Invalid, match="artifact") as caught:
             await bus.publish_fact(run_id, "validate", 1, "report", report, identities["validator"].public)
         assert caught.value.reason == reasons_pb2.REASON_OVERSIZED
 
-    async def test_broker_away_is_retry_in_seconds(self, own_nats, bus_factory, identities, run_id):
+    async def test_broker_away_is_retry_in_seconds(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"], own_nats.url)
         own_nats.kill()
         began = time.monotonic()
@@ -105,11 +115,13 @@ class TestFacts:
                     assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
                     break
 
-    async def test_no_broker_at_all(self, identities):
+    async def test_no_broker_at_all(self, identities: dict[str, Identity]) -> None:
         with pytest.raises(Retry, match="no broker at nats://127"):
             await Bus.connect("nats://127.0.0.1:1", identities["miner"], "test")
 
-    async def test_an_unexpected_duplicate_is_a_security_event(self, bus_factory, identities, run_id, capsys):
+    async def test_an_unexpected_duplicate_is_a_security_event(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         bus = await bus_factory(identities["miner"])
         subject = subjects.ingress(run_id, identities["miner"].public, "trained")
         data = seal(identities["miner"], subject, cycle_pb2.TrainingFinished(run=run_id)).SerializeToString()
@@ -142,14 +154,18 @@ class TestPermissions:
         )
         return own_nats
 
-    async def test_denied_publish_names_the_subject(self, guarded, bus_factory, identities, run_id):
+    async def test_denied_publish_names_the_subject(
+        self, guarded: Any, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["miner"], guarded.url)
         assert await bus.publish_ingress(run_id, "trained", cycle_pb2.TrainingFinished(run=run_id, cycle=1)) == 1
         with pytest.raises(Invalid, match=rf"connito\.v1\.{run_id}\.train\.1\.opened") as caught:
             await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
         assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
 
-    async def test_denied_stream_names_it(self, guarded, bus_factory, identities, run_id):
+    async def test_denied_stream_names_it(
+        self, guarded: Any, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["miner"], guarded.url)
         assert await read_stored(bus, ["TRAIN"], run_id) == []
         for stream in ("MERGE", "VALIDATE"):
@@ -157,14 +173,16 @@ class TestPermissions:
                 await next_record(bus.follow([stream], run_id))
             assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
 
-    async def test_unknown_key_is_refused(self, guarded, bus_factory):
+    async def test_unknown_key_is_refused(self, guarded: Any, bus_factory: BusFactory) -> None:
         stranger = Identity.generate()
         with pytest.raises(Invalid, match=stranger.public):
             await bus_factory(stranger, guarded.url)
 
     # The client library leaves sockets of refused logins to the garbage collector.
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-    async def test_a_key_that_loses_its_place_ends_the_follower(self, guarded, bus_factory, identities, run_id):
+    async def test_a_key_that_loses_its_place_ends_the_follower(
+        self, guarded: Any, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["miner"], guarded.url)
         items = bus.follow(["TRAIN"], run_id)
         assert isinstance(await anext(items), CaughtUp)
@@ -175,7 +193,9 @@ class TestPermissions:
 
 
 class TestFollow:
-    async def test_in_order_then_caught_up_then_live(self, bus_factory, identities, run_id):
+    async def test_in_order_then_caught_up_then_live(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"])
         for cycle in range(1, 601):
             await bus.publish_fact(run_id, "train", cycle, "opened", opened(run_id, cycle))
@@ -193,7 +213,9 @@ class TestFollow:
         assert abs(live.time_unix_ms / 1000 - time.time()) < PATIENCE
         await items.aclose()
 
-    async def test_caught_up_comes_once_also_when_nothing_is_there(self, bus_factory, identities, run_id):
+    async def test_caught_up_comes_once_also_when_nothing_is_there(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"])
         items = bus.follow(streams.FACT_STREAMS, run_id)
         assert isinstance(await anext(items), CaughtUp)
@@ -202,12 +224,16 @@ class TestFollow:
             assert isinstance(await anext(items), Record)
         await items.aclose()
 
-    async def test_another_run_is_not_seen(self, bus_factory, identities, run_id):
+    async def test_another_run_is_not_seen(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"])
         await bus.publish_fact(run_id + "-other", "train", 1, "opened", opened(run_id + "-other", 1))
         assert await read_stored(bus, ["TRAIN"], run_id) == []
 
-    async def test_continues_across_a_killed_broker(self, own_nats, bus_factory, identities, run_id):
+    async def test_continues_across_a_killed_broker(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         writer = await bus_factory(identities["coordinator"], own_nats.url)
         reader = await bus_factory(identities["miner"], own_nats.url)
         items = reader.follow(["TRAIN", "MERGE"], run_id)
@@ -229,7 +255,9 @@ class TestFollow:
                     await bus.publish_fact(run, "train", cycle, "opened", opened(run, cycle))
                     break
 
-    async def test_notices_a_stalled_broker(self, own_nats, bus_factory, identities, run_id):
+    async def test_notices_a_stalled_broker(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"], own_nats.url)
         items = bus.follow(["TRAIN"], run_id)
         assert isinstance(await anext(items), CaughtUp)
@@ -242,14 +270,18 @@ class TestFollow:
         assert (await waiting).subject.endswith("train.2.opened")
         await items.aclose()
 
-    async def test_the_position_in_the_log(self, own_nats, bus_factory, identities, run_id):
+    async def test_the_position_in_the_log(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"], own_nats.url)
         assert await bus.last_sequence("TRAIN") == 0
         await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
         assert await bus.last_sequence("TRAIN") == 1
 
 
-async def test_a_hop_takes_milliseconds(bus_factory, identities, run_id, capsys):
+async def test_a_hop_takes_milliseconds(
+    bus_factory: BusFactory, identities: dict[str, Identity], run_id: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A cycle is a chain of about 15 hops: publish, store with sync, deliver, decide."""
     writer, reader = await bus_factory(identities["coordinator"]), await bus_factory(identities["aggregator"])
     items = reader.follow(["TRAIN"], run_id)
@@ -274,7 +306,9 @@ class TestConsume:
         for cycle in range(1, count + 1):
             await bus.publish_ingress(run, "commitment", cycle_pb2.Commitment(run=run, cycle=cycle))
 
-    async def test_in_order_and_the_floor_follows(self, own_nats, bus_factory, identities, run_id):
+    async def test_in_order_and_the_floor_follows(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["miner"], own_nats.url)
         await self.say(bus, run_id, 5)
         seen: list[int] = []
@@ -294,7 +328,9 @@ class TestConsume:
         task.cancel()
         await asyncio.wait([task])
 
-    async def test_retry_comes_again_before_what_follows_it(self, own_nats, bus_factory, identities, run_id):
+    async def test_retry_comes_again_before_what_follows_it(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["miner"], own_nats.url)
         await self.say(bus, run_id, 2)
         seen: list[int] = []
@@ -315,8 +351,8 @@ class TestConsume:
         await asyncio.wait([task])
 
     async def test_invalid_goes_to_the_dead_letters_and_the_next_is_handled(
-        self, own_nats, bus_factory, identities, run_id
-    ):
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["committer"], own_nats.url)
         await self.say(bus, run_id, 2)
         done = asyncio.Event()
@@ -338,7 +374,9 @@ class TestConsume:
         task.cancel()
         await asyncio.wait([task])
 
-    async def test_a_bug_is_raised_and_the_message_delivered_again(self, own_nats, bus_factory, identities, run_id):
+    async def test_a_bug_is_raised_and_the_message_delivered_again(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["committer"], own_nats.url)
         await self.say(bus, run_id)
 
@@ -358,7 +396,9 @@ class TestConsume:
         task.cancel()
         await asyncio.wait([task])
 
-    async def test_headers_of_a_sender_can_not_pass_for_the_servers(self, own_nats, bus_factory, identities, run_id):
+    async def test_headers_of_a_sender_can_not_pass_for_the_servers(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         """A client library that believes them would never hand the message out, and the queue would stand still."""
         bus = await bus_factory(identities["miner"], own_nats.url)
         subject = subjects.ingress(run_id, identities["miner"].public, "commitment")
@@ -396,7 +436,9 @@ class TestConsume:
         task.cancel()
         await asyncio.wait([task])
 
-    async def test_a_slow_handler_keeps_its_message(self, own_nats, bus_factory, identities, run_id):
+    async def test_a_slow_handler_keeps_its_message(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["committer"], own_nats.url)
         await self.say(bus, run_id, 2)
         seen: list[int] = []
@@ -416,7 +458,9 @@ class TestConsume:
         task.cancel()
         await asyncio.wait([task])
 
-    async def test_replicas_share_the_work_across_a_restart(self, own_nats, bus_factory, identities, run_id):
+    async def test_replicas_share_the_work_across_a_restart(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         handled: set[str] = set()
         done = asyncio.Event()
 
@@ -445,20 +489,24 @@ class TestConsume:
 
 
 class TestEndpoints:
-    async def test_found_once_registered(self, bus_factory, identities, run_id):
+    async def test_found_once_registered(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
         bus = await bus_factory(identities["coordinator"])
         name = f"service-{run_id}"
         finding = asyncio.create_task(bus.find_endpoint(name, timeout=PATIENCE))
         await bus.register_endpoint(name, "127.0.0.1:7001")
         assert await finding == "127.0.0.1:7001"
 
-    async def test_missing_says_who(self, bus_factory, identities):
+    async def test_missing_says_who(self, bus_factory: BusFactory, identities: dict[str, Identity]) -> None:
         bus = await bus_factory(identities["coordinator"])
         with pytest.raises(Retry, match="no nobody has registered"):
             await bus.find_endpoint("nobody", timeout=0.2)
 
 
-async def test_declaring_twice_changes_nothing_and_the_log_is_append_only(own_nats, bus_factory, identities, run_id):
+async def test_declaring_twice_changes_nothing_and_the_log_is_append_only(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+) -> None:
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
     await streams.ensure(bus.js)
@@ -470,8 +518,12 @@ async def test_declaring_twice_changes_nothing_and_the_log_is_append_only(own_na
 
 
 async def test_a_message_of_a_queue_that_keeps_failing_is_given_up(
-    own_nats, bus_factory, identities, run_id, monkeypatch
-):
+    own_nats: NatsServer,
+    bus_factory: BusFactory,
+    identities: dict[str, Identity],
+    run_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("connito.bus.consume.DELIVERY_LIMIT", 3)
     bus = await bus_factory(identities["committer"], own_nats.url)
     await TestConsume.say(bus, run_id)

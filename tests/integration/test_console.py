@@ -21,6 +21,7 @@ from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 from connito.wire.subjects import DLQ_ROOT
 
+from tests.integration.conftest import BusFactory
 from tests.integration.test_selector import store_env
 from tests.integration.witness import ServiceProcess
 from tests.support.waiting import PATIENCE
@@ -60,7 +61,7 @@ def process(own_nats: NatsServer, tmp_path: Path, identities: dict[str, Identity
 
 
 @pytest.fixture
-async def buses(own_nats: NatsServer, bus_factory, identities: dict[str, Identity]) -> dict[str, Bus]:
+async def buses(own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]) -> dict[str, Bus]:
     roles = ("coordinator", "selector", "aggregator", "validator", "committer")
     return {role: await bus_factory(identities[role], own_nats.url) for role in roles}
 
@@ -120,7 +121,7 @@ async def pictures(browser: httpx2.AsyncClient, address: str) -> AsyncIterator[s
 
 async def test_pages_show_what_is_in_the_log(
     process: Console, buses: dict[str, Bus], browser: httpx2.AsyncClient, run_id: str
-):
+) -> None:
     await create(buses, run_id)
     await one_cycle(buses, run_id)
     address = await process.start().read_everything()
@@ -150,7 +151,7 @@ async def test_pages_show_what_is_in_the_log(
 
 async def test_a_fact_arrives_on_an_open_page(
     process: Console, buses: dict[str, Bus], browser: httpx2.AsyncClient, run_id: str
-):
+) -> None:
     address = await process.start().read_everything()
     async with asyncio.timeout(PATIENCE), aclosing(pictures(browser, address + "/")) as live:
         assert "There is no run yet" in await anext(live)
@@ -166,7 +167,7 @@ async def test_a_fact_arrives_on_an_open_page(
 
 async def test_an_open_page_says_that_the_broker_is_gone_and_goes_on_when_it_is_back(
     process: Console, own_nats: NatsServer, buses: dict[str, Bus], browser: httpx2.AsyncClient, run_id: str
-):
+) -> None:
     address = await process.start().read_everything()
     async with asyncio.timeout(PATIENCE), aclosing(pictures(browser, address + "/")) as live:
         await asyncio.to_thread(own_nats.kill)
@@ -182,7 +183,7 @@ async def test_an_open_page_says_that_the_broker_is_gone_and_goes_on_when_it_is_
 
 async def test_dead_letters_are_shown_and_forged_ones_are_not(
     process: Console, buses: dict[str, Bus], browser: httpx2.AsyncClient, identities: dict[str, Identity]
-):
+) -> None:
     for role, sequence, detail in (("committer", 5, "cannot be read"), ("selector", 6, "nor this")):
         letter = cycle_pb2.DeadLetter(
             stream="INGRESS", sequence=sequence, subject="connito.v1.r.ingress.U.reveal", reason=REASON_MALFORMED,
@@ -201,7 +202,7 @@ async def test_dead_letters_are_shown_and_forged_ones_are_not(
 
 async def test_a_customers_permissions_are_enough(
     tmp_path: Path, identities: dict[str, Identity], roster: Roster, browser: httpx2.AsyncClient, run_id: str
-):
+) -> None:
     operator = Identity.generate()
     people = {"customer": identities["customer"], "coordinator": identities["coordinator"], "operator": operator}
     users = [broker_user(role, who.public) for role, who in people.items()]
@@ -223,9 +224,9 @@ async def test_a_customers_permissions_are_enough(
 
 
 async def test_a_versions_bytes_are_verified_and_an_experts_card_is_shown(
-    own_nats: NatsServer, object_store: ObjectStore, store: ArtifactStore, bus_factory, tmp_path: Path,
+    own_nats: NatsServer, object_store: ObjectStore, store: ArtifactStore, bus_factory: BusFactory, tmp_path: Path,
     identities: dict[str, Identity], roster: Roster, browser: httpx2.AsyncClient, buses: dict[str, Bus], run_id: str,
-):  # fmt: skip
+) -> None:  # fmt: skip
     await create(buses, run_id)
     state = await store.put_bytes(b"rows" * 1000, "application/octet-stream", REALM_PUBLIC)
     missing = ArtifactRef(digest="ab" * 32, size=10, realm=REALM_PUBLIC)
@@ -267,7 +268,7 @@ async def test_a_versions_bytes_are_verified_and_an_experts_card_is_shown(
         console.kill()
 
 
-async def test_with_a_token_nothing_is_shown_without_it(process: Console, browser: httpx2.AsyncClient):
+async def test_with_a_token_nothing_is_shown_without_it(process: Console, browser: httpx2.AsyncClient) -> None:
     process._env["CONNITO_CONSOLE_TOKEN"] = TOKEN
     process._env["CONNITO_CONSOLE_HOST"] = "0.0.0.0"
     address = await process.start().read_everything()
@@ -296,13 +297,13 @@ async def test_with_a_token_nothing_is_shown_without_it(process: Console, browse
     assert TOKEN not in process.log.read_text()
 
 
-async def test_on_loopback_another_sites_name_is_not_answered(process: Console, browser: httpx2.AsyncClient):
+async def test_on_loopback_another_sites_name_is_not_answered(process: Console, browser: httpx2.AsyncClient) -> None:
     address = await process.start().read_everything()
     assert (await browser.get(address)).status_code == 200
     assert (await browser.get(address, headers={"Host": "rebound.example.com"})).status_code == 421
 
 
-def test_open_to_the_network_without_a_token_it_does_not_start(process: Console):
+def test_open_to_the_network_without_a_token_it_does_not_start(process: Console) -> None:
     process._env["CONNITO_CONSOLE_HOST"] = "0.0.0.0"
     process.start()
     assert process.process is not None

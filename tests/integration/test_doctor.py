@@ -17,6 +17,7 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.integration.conftest import BusFactory
 from tests.integration.test_selector import store_env
 
 pytestmark = pytest.mark.integration
@@ -47,7 +48,7 @@ def doctor(environment: dict[str, str], **changes: str) -> tuple[int, dict[str, 
     return done.returncode, checks
 
 
-def test_a_platform_that_is_well(environment: dict[str, str]):
+def test_a_platform_that_is_well(environment: dict[str, str]) -> None:
     code, checks = doctor(environment)
     assert code == 0, checks
     assert checks["nats-server version"]["ok"]
@@ -59,8 +60,12 @@ def test_a_platform_that_is_well(environment: dict[str, str]):
 
 
 async def test_a_run_that_nobody_moves_is_named(
-    environment: dict[str, str], own_nats: NatsServer, bus_factory, identities: dict[str, Identity], run_id: str
-):
+    environment: dict[str, str],
+    own_nats: NatsServer,
+    bus_factory: BusFactory,
+    identities: dict[str, Identity],
+    run_id: str,
+) -> None:
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     created = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run_id, domain="medical", cycles=2))
     assert await bus.publish_fact(run_id, "run", 0, "created", created)
@@ -76,7 +81,7 @@ async def test_a_run_that_nobody_moves_is_named(
     assert "coordinator" in checks["resume point"]["remedy"]
 
 
-def test_what_is_wrong_is_named_with_a_remedy(environment: dict[str, str]):
+def test_what_is_wrong_is_named_with_a_remedy(environment: dict[str, str]) -> None:
     code, checks = doctor(environment, CONNITO_S3_SECRET_KEY="another")
     assert (code, checks["store rights"]["ok"]) == (5, False)
     nobody = free_ports(1)[0]
@@ -88,7 +93,7 @@ def test_what_is_wrong_is_named_with_a_remedy(environment: dict[str, str]):
     assert not checks[f"port {busy} (http)"]["ok"]
 
 
-def test_a_certificate_that_cannot_be_had_is_no_silence(environment: dict[str, str]):
+def test_a_certificate_that_cannot_be_had_is_no_silence(environment: dict[str, str]) -> None:
     """The store speaks no TLS here: where it is said to, the certificate's line says what came instead."""
     plain = environment["CONNITO_S3_ENDPOINT"]
     _, checks = doctor(environment, CONNITO_S3_ENDPOINT=plain.replace("http://", "https://"))

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from connito.errors import Fatal, Invalid, Retry
@@ -15,8 +16,11 @@ from connito.v1 import cycle_pb2
 from connito.wire import subjects
 from connito.wire.envelope import seal
 from connito.wire.facts import Fact, RunFacts
+from connito.wire.identity import Identity
 from connito.wire.log import Log
+from connito.wire.roster import Roster
 
+from tests.integration.conftest import BusFactory
 from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.integration
@@ -37,11 +41,11 @@ async def running(engine: Engine) -> AsyncIterator[asyncio.Task[None]]:
 
 
 @pytest.fixture
-async def bus(bus_factory, identities):
+async def bus(bus_factory: BusFactory, identities: dict[str, Identity]) -> Any:
     return await bus_factory(identities["coordinator"])
 
 
-async def test_a_chain_of_decisions_runs_to_its_end(bus, roster, run_id):
+async def test_a_chain_of_decisions_runs_to_its_end(bus: Any, roster: Roster, run_id: str) -> None:
     """Each fact makes the next one missing: 20 hops of follow, decide, perform and publish."""
     await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id))
 
@@ -61,7 +65,7 @@ async def test_a_chain_of_decisions_runs_to_its_end(bus, roster, run_id):
         assert time.perf_counter() - began < 10
 
 
-async def test_nothing_is_decided_before_everything_stored_is_known(bus, roster, run_id):
+async def test_nothing_is_decided_before_everything_stored_is_known(bus: Any, roster: Roster, run_id: str) -> None:
     for cycle in range(1, 101):
         await bus.publish_fact(run_id, "train", cycle, "opened", opened(run_id, cycle))
     seen: list[int] = []
@@ -76,7 +80,7 @@ async def test_nothing_is_decided_before_everything_stored_is_known(bus, roster,
     assert set(seen) == {100}
 
 
-async def test_one_action_per_key_at_a_time(bus, roster, run_id):
+async def test_one_action_per_key_at_a_time(bus: Any, roster: Roster, run_id: str) -> None:
     started: list[str] = []
     release = asyncio.Event()
 
@@ -101,7 +105,9 @@ async def test_one_action_per_key_at_a_time(bus, roster, run_id):
         await until(lambda: len(started) == 4)
 
 
-async def test_a_finished_action_rests_until_its_result_had_time_to_arrive(bus, roster, run_id):
+async def test_a_finished_action_rests_until_its_result_had_time_to_arrive(
+    bus: Any, roster: Roster, run_id: str
+) -> None:
     times: list[float] = []
 
     async def perform(action: Action) -> None:
@@ -114,7 +120,7 @@ async def test_a_finished_action_rests_until_its_result_had_time_to_arrive(bus, 
     assert times[1] - times[0] >= 0.99
 
 
-async def test_retry_comes_again_with_growing_delay(bus, roster, run_id):
+async def test_retry_comes_again_with_growing_delay(bus: Any, roster: Roster, run_id: str) -> None:
     times: list[float] = []
 
     async def perform(action: Action) -> None:
@@ -131,7 +137,7 @@ async def test_retry_comes_again_with_growing_delay(bus, roster, run_id):
     assert all(gap >= 0.95 * least for gap, least in zip(gaps, (0.1, 0.2, 0.4), strict=True)), gaps
 
 
-async def test_invalid_blocks_its_key_and_nothing_else(bus, roster, run_id):
+async def test_invalid_blocks_its_key_and_nothing_else(bus: Any, roster: Roster, run_id: str) -> None:
     performed: list[str] = []
 
     def decide(facts: RunFacts, now: int) -> Decision:
@@ -151,7 +157,9 @@ async def test_invalid_blocks_its_key_and_nothing_else(bus, roster, run_id):
 
 
 @pytest.mark.parametrize("error", [Fatal("broken"), ZeroDivisionError("a bug")])
-async def test_anything_else_ends_the_service_and_cancels_the_rest(bus, roster, run_id, error):
+async def test_anything_else_ends_the_service_and_cancels_the_rest(
+    bus: Any, roster: Roster, run_id: str, error: Any
+) -> None:
     cancelled = asyncio.Event()
 
     def decide(facts: RunFacts, now: int) -> Decision:
@@ -173,7 +181,7 @@ async def test_anything_else_ends_the_service_and_cancels_the_rest(bus, roster, 
     assert cancelled.is_set()
 
 
-async def test_a_decider_that_breaks_ends_the_service(bus, roster, run_id):
+async def test_a_decider_that_breaks_ends_the_service(bus: Any, roster: Roster, run_id: str) -> None:
     def decide(facts: RunFacts, now: int) -> Decision:
         raise KeyError("bug")
 
@@ -183,7 +191,7 @@ async def test_a_decider_that_breaks_ends_the_service(bus, roster, run_id):
             await Engine(bus, Log(roster), ["TRAIN"], decide, _nothing, run=run_id).run()
 
 
-async def test_wakes_at_the_time_it_was_told(bus, roster, run_id):
+async def test_wakes_at_the_time_it_was_told(bus: Any, roster: Roster, run_id: str) -> None:
     calls: list[int] = []
 
     def decide(facts: RunFacts, now: int) -> Decision:
@@ -197,7 +205,9 @@ async def test_wakes_at_the_time_it_was_told(bus, roster, run_id):
     assert len([now for now in calls if now < calls[0] + 300]) <= 3  # and not all the time until then
 
 
-async def test_what_does_not_verify_is_reported_and_never_applied(bus, roster, identities, run_id, capsys):
+async def test_what_does_not_verify_is_reported_and_never_applied(
+    bus: Any, roster: Roster, identities: dict[str, Identity], run_id: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     subject = subjects.fact(run_id, "train", 1, "opened")
     coordinator, miner = identities["coordinator"], identities["miner"]
     good = seal(coordinator, subject, opened(run_id))
@@ -229,7 +239,7 @@ async def test_what_does_not_verify_is_reported_and_never_applied(bus, roster, i
     assert all(reason in said for reason in lies)
 
 
-async def test_a_new_process_decides_again_what_the_old_one_left(bus, roster, run_id):
+async def test_a_new_process_decides_again_what_the_old_one_left(bus: Any, roster: Roster, run_id: str) -> None:
     """Killed between deciding and publishing: nothing was written, so it is still missing."""
     await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id))
     attempts: list[str] = []

@@ -9,7 +9,10 @@ import time
 import pytest
 from connito.bus.lease import Lease
 from connito.bus.streams import LEASE_TTL
+from connito.platform.servers import NatsServer
+from connito.wire.identity import Identity
 
+from tests.integration.conftest import BusFactory
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
@@ -33,7 +36,9 @@ asyncio.run(main())
 """
 
 
-async def test_one_at_a_time_and_tokens_grow(own_nats, bus_factory, identities):
+async def test_one_at_a_time_and_tokens_grow(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
     inside = 0
     tokens: list[int] = []
 
@@ -54,7 +59,9 @@ async def test_one_at_a_time_and_tokens_grow(own_nats, bus_factory, identities):
     assert tokens == sorted(set(tokens))
 
 
-async def test_kept_for_longer_than_its_ttl(own_nats, bus_factory, identities):
+async def test_kept_for_longer_than_its_ttl(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     rival = Lease(await bus_factory(identities["aggregator"], own_nats.url), "leader", TTL)
     async with Lease(bus, "leader", TTL) as lease:
@@ -66,7 +73,9 @@ async def test_kept_for_longer_than_its_ttl(own_nats, bus_factory, identities):
         assert lease.revision == token
 
 
-async def test_taken_over_after_sigkill(own_nats, bus_factory, identities):
+async def test_taken_over_after_sigkill(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
     holder = await asyncio.create_subprocess_exec(
         sys.executable, "-c", HOLDER, own_nats.url, stdout=asyncio.subprocess.PIPE
     )
@@ -83,7 +92,9 @@ async def test_taken_over_after_sigkill(own_nats, bus_factory, identities):
         assert time.monotonic() - began < 3 * TTL
 
 
-async def test_a_holder_that_was_paused_finds_it_lost(own_nats, bus_factory, identities):
+async def test_a_holder_that_was_paused_finds_it_lost(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     async with Lease(bus, "leader", TTL) as lease:
         time.sleep(1.5 * TTL)  # the whole process stands still  # noqa: ASYNC251
@@ -95,7 +106,9 @@ async def test_a_holder_that_was_paused_finds_it_lost(own_nats, bus_factory, ide
             assert rival.revision > lease.revision
 
 
-async def test_lost_while_the_broker_is_away(own_nats, bus_factory, identities):
+async def test_lost_while_the_broker_is_away(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     async with Lease(bus, "leader", TTL) as lease:
         own_nats.kill()
@@ -109,7 +122,9 @@ async def test_lost_while_the_broker_is_away(own_nats, bus_factory, identities):
         assert again.revision > lease.revision
 
 
-async def test_waits_for_a_broker_that_comes_back(own_nats, bus_factory, identities):
+async def test_waits_for_a_broker_that_comes_back(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     own_nats.kill()
     lease = Lease(bus, "leader", TTL)

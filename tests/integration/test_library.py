@@ -32,6 +32,7 @@ from connito.wire.roster import Roster
 from google.protobuf.message import Message
 from transformers import AutoModelForCausalLM
 
+from tests.integration.conftest import BusFactory
 from tests.integration.test_selector import store_env
 from tests.integration.tiny_run import TARGET, TinyRun, prepare, tiny_base
 from tests.integration.witness import ServiceProcess, Witness
@@ -59,7 +60,7 @@ def process(
 
 
 @pytest.fixture
-async def buses(own_nats: NatsServer, bus_factory, identities: dict[str, Identity]) -> dict[str, Bus]:
+async def buses(own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]) -> dict[str, Bus]:
     roles = ("coordinator", "selector", "aggregator")
     return {role: await bus_factory(identities[role], own_nats.url) for role in roles}
 
@@ -123,7 +124,7 @@ async def deposited(bus: Bus, roster: Roster, run: str) -> run_pb2.ExpertDeposit
 
 async def test_a_finished_runs_expert_is_deposited_found_and_loaded(
     buses: dict[str, Bus], process: ServiceProcess, store: ArtifactStore, roster: Roster, run_id: str, tmp_path: Path
-):
+) -> None:
     bus = buses["coordinator"]
     await process.start().ready()
     tiny = await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
@@ -157,7 +158,7 @@ async def test_it_is_searched_marked_metered_and_private_things_stay_so(
     identities: dict[str, Identity],
     run_id: str,
     tmp_path: Path,
-):
+) -> None:
     """Statements and uses are facts, so they show again after the index is gone and the process was killed."""
     bus, customer = buses["coordinator"], identities["customer"]
     await process.start().ready()
@@ -237,7 +238,7 @@ async def load_it(
 
 async def test_the_library_is_rebuilt_from_the_log_and_deposits_once(
     buses: dict[str, Bus], process: ServiceProcess, store: ArtifactStore, roster: Roster, run_id: str, tmp_path: Path
-):
+) -> None:
     """Killed, and the queue made to deliver the run's end once more: the same bytes, one deposit."""
     bus = buses["coordinator"]
     await process.start().ready()
@@ -260,7 +261,7 @@ async def test_the_library_is_rebuilt_from_the_log_and_deposits_once(
 
 async def test_a_run_that_merged_nothing_deposits_nothing(
     buses: dict[str, Bus], process: ServiceProcess, store: ArtifactStore, roster: Roster, run_id: str, tmp_path: Path
-):
+) -> None:
     bus = buses["coordinator"]
     await process.start().ready()
     await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_KEPT_INCUMBENT)
@@ -271,7 +272,7 @@ async def test_a_run_that_merged_nothing_deposits_nothing(
     assert await bus.last_sequence("LIBRARY") == 1
 
 
-async def test_it_starts_fast_and_small(process: ServiceProcess, buses: dict[str, Bus]):
+async def test_it_starts_fast_and_small(process: ServiceProcess, buses: dict[str, Bus]) -> None:
     """User and system time of the process until its API listens, so that other work on the machine does not count."""
     await process.start().ready()
 
@@ -284,7 +285,7 @@ async def test_it_starts_fast_and_small(process: ServiceProcess, buses: dict[str
     assert process.drain() == 0
 
 
-async def test_reflection_and_health_are_there(process: ServiceProcess, buses: dict[str, Bus]):
+async def test_reflection_and_health_are_there(process: ServiceProcess, buses: dict[str, Bus]) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     await process.start().ready()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -12,6 +13,8 @@ from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, Verifi
 from connito.service import rpc
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.wire.envelope import seal
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -25,25 +28,25 @@ class Runs(services_pb2_grpc.RunServiceServicer):
 
     error: Exception | None = None
 
-    def __init__(self, roster) -> None:
+    def __init__(self, roster: Any) -> None:
         self.roster = roster
 
-    async def CreateRun(self, request, context):  # noqa: N802 - the generated name
+    async def CreateRun(self, request: Any, context: Any) -> Any:  # noqa: N802 - the generated name
         if self.error is not None:
             raise self.error
         spec, _ = rpc.open_request(request.envelope, "rpc.CreateRun", run_pb2.RunSpec, self.roster, "customer")
         return services_pb2.CreateRunResponse(run=spec.run)
 
-    async def GetRun(self, request, context):  # noqa: N802
+    async def GetRun(self, request: Any, context: Any) -> None:  # noqa: N802
         await asyncio.Event().wait()
 
-    async def WatchRun(self, request, context):  # noqa: N802
+    async def WatchRun(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         yield services_pb2.WatchRunResponse(status=services_pb2.RunStatus(cycle=1))
         raise NotFound("the run ended")
 
 
 @pytest.fixture
-async def served(roster) -> AsyncIterator[tuple[Runs, services_pb2_grpc.RunServiceStub, grpc.aio.Channel]]:
+async def served(roster: Roster) -> AsyncIterator[tuple[Runs, services_pb2_grpc.RunServiceStub, grpc.aio.Channel]]:
     runs = Runs(roster)
     registration = (services_pb2_grpc.add_RunServiceServicer_to_server, runs, RUN_SERVICE)
     async with (
@@ -65,7 +68,7 @@ async def served(roster) -> AsyncIterator[tuple[Runs, services_pb2_grpc.RunServi
         Fatal("broken: ünïcode"),
     ],
 )
-async def test_errors_cross_the_wire(served, error: ConnitoError):
+async def test_errors_cross_the_wire(served: Any, error: ConnitoError) -> None:
     runs, stub, _ = served
     runs.error = error
     with pytest.raises(type(error)) as caught:
@@ -76,7 +79,7 @@ async def test_errors_cross_the_wire(served, error: ConnitoError):
     assert getattr(caught.value, "after", None) == getattr(error, "after", None)
 
 
-async def test_a_bug_in_a_method_is_fatal_for_the_caller_only(served, caplog):
+async def test_a_bug_in_a_method_is_fatal_for_the_caller_only(served: Any, caplog: pytest.LogCaptureFixture) -> None:
     runs, stub, _ = served
     runs.error = ZeroDivisionError("secret detail")
     with pytest.raises(Fatal):
@@ -86,7 +89,7 @@ async def test_a_bug_in_a_method_is_fatal_for_the_caller_only(served, caplog):
         await rpc.call(stub.CreateRun, services_pb2.CreateRunRequest())
 
 
-async def test_a_signed_request_is_opened(served, identities):
+async def test_a_signed_request_is_opened(served: Any, identities: dict[str, Identity]) -> None:
     _, stub, _ = served
     envelope = seal(identities["customer"], "rpc.CreateRun", run_pb2.RunSpec(run="r1"))
     answer = await rpc.call(stub.CreateRun, services_pb2.CreateRunRequest(envelope=envelope))
@@ -100,7 +103,9 @@ async def test_a_signed_request_is_opened(served, identities):
         ("customer", "rpc.CancelRun", reasons_pb2.REASON_BAD_SIGNATURE),
     ],
 )
-async def test_a_request_by_another_or_for_another_method_is_refused(served, identities, signer, subject, reason):
+async def test_a_request_by_another_or_for_another_method_is_refused(
+    served: Any, identities: dict[str, Identity], signer: Any, subject: Any, reason: Any
+) -> None:
     _, stub, _ = served
     envelope = seal(identities[signer], subject, run_pb2.RunSpec(run="r1"))
     with pytest.raises(Invalid) as caught:
@@ -108,13 +113,13 @@ async def test_a_request_by_another_or_for_another_method_is_refused(served, ide
     assert caught.value.reason == reason
 
 
-async def test_a_method_that_is_not_implemented(served):
+async def test_a_method_that_is_not_implemented(served: Any) -> None:
     _, stub, _ = served
     with pytest.raises(Fatal):
         await rpc.call(stub.ListRuns, services_pb2.ListRunsRequest())
 
 
-async def test_a_stream_ends_with_its_error(served):
+async def test_a_stream_ends_with_its_error(served: Any) -> None:
     _, stub, _ = served
     stream = stub.WatchRun(services_pb2.WatchRunRequest(run="r"))
     assert (await stream.read()).status.cycle == 1
@@ -123,7 +128,7 @@ async def test_a_stream_ends_with_its_error(served):
     assert isinstance(rpc.error_of(caught.value), NotFound)
 
 
-async def test_deadline_is_retry(served):
+async def test_deadline_is_retry(served: Any) -> None:
     _, stub, _ = served
     began = time.monotonic()
     with pytest.raises(Retry):
@@ -131,13 +136,13 @@ async def test_deadline_is_retry(served):
     assert time.monotonic() - began < 20
 
 
-async def test_nobody_listens_is_retry():
+async def test_nobody_listens_is_retry() -> None:
     async with rpc.channel("127.0.0.1:1") as channel:
         with pytest.raises(Retry):
             await rpc.call(services_pb2_grpc.RunServiceStub(channel).GetRun, services_pb2.GetRunRequest(), deadline_s=1)
 
 
-async def test_health_and_reflection(served):
+async def test_health_and_reflection(served: Any) -> None:
     _, _, channel = served
     check = health_pb2_grpc.HealthStub(channel).Check
     for name in ("", RUN_SERVICE):
@@ -149,7 +154,7 @@ async def test_health_and_reflection(served):
     assert RUN_SERVICE in names
 
 
-async def test_a_taken_port_is_named(served):
+async def test_a_taken_port_is_named(served: Any) -> None:
     async with rpc.serve([], "127.0.0.1", 0) as port:
         with pytest.raises(Fatal, match=str(port)):
             async with rpc.serve([], "127.0.0.1", port):

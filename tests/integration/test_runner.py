@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -97,7 +98,7 @@ def start(tmp_path: Path, nats_server: NatsServer) -> Iterator[Callable[..., Ser
             service.process.stderr.close()
 
 
-def test_probes_metrics_and_a_drained_end(start):
+def test_probes_metrics_and_a_drained_end(start: Any) -> None:
     service = start()
     wait_until(lambda: service.get("/readyz")[0] == 200)
     assert service.get("/healthz") == (200, "alive\n")
@@ -112,7 +113,7 @@ def test_probes_metrics_and_a_drained_end(start):
     assert all(line["service"] == "sample" for line in lines)
 
 
-def test_a_main_that_ignores_the_drain_is_cancelled(start):
+def test_a_main_that_ignores_the_drain_is_cancelled(start: Any) -> None:
     service = start(CONNITO_MODE="hang", CONNITO_DRAIN_SECONDS="0.3")
     wait_until(lambda: service.get("/readyz")[0] == 200)
     began = time.monotonic()
@@ -120,7 +121,7 @@ def test_a_main_that_ignores_the_drain_is_cancelled(start):
     assert time.monotonic() - began < 10  # what it would wait without the setting
 
 
-def test_not_ready_but_alive_until_the_broker_comes(start, tmp_path):
+def test_not_ready_but_alive_until_the_broker_comes(start: Any, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     service = start(f"nats://127.0.0.1:{port}")
     assert service.get("/readyz") == (503, "not ready: no broker\n")
@@ -137,19 +138,19 @@ def test_not_ready_but_alive_until_the_broker_comes(start, tmp_path):
     assert "waiting for the broker" in said
 
 
-def test_stopped_while_it_waits_for_the_broker(start):
+def test_stopped_while_it_waits_for_the_broker(start: Any) -> None:
     service = start("nats://127.0.0.1:1")
     assert service.get("/healthz")[0] == 200
     assert service.end(signal.SIGTERM)[0] == 0
 
 
-def test_fatal_is_one_clear_line_and_a_code(start):
+def test_fatal_is_one_clear_line_and_a_code(start: Any) -> None:
     code, said = start(CONNITO_MODE="fail").end()
     assert code == 1
     assert said.splitlines()[-1] == "sample: the lease is lost"
 
 
-def test_a_bug_ends_the_process(start):
+def test_a_bug_ends_the_process(start: Any) -> None:
     code, said = start(CONNITO_MODE="bug").end()
     assert code == 1
     assert "ZeroDivisionError" in said
@@ -164,21 +165,21 @@ def test_a_bug_ends_the_process(start):
         ("CONNITO_ROSTER", "/nowhere/roster", "/nowhere/roster"),
     ],
 )
-def test_a_bad_setting_is_named(start, setting, value, message):
+def test_a_bad_setting_is_named(start: Any, setting: Any, value: Any, message: Any) -> None:
     code, said = start(**{setting: value}).end()
     assert code in (1, 3)
     assert message in said.splitlines()[-1]
     assert "Traceback" not in said
 
 
-def test_a_taken_port_is_named(start, nats_server):
+def test_a_taken_port_is_named(start: Any, nats_server: NatsServer) -> None:
     code, said = start(CONNITO_HTTP_PORT=str(nats_server.port)).end()
     assert code == 1
     assert str(nats_server.port) in said
     assert "CONNITO_HTTP_PORT" in said
 
 
-def test_help_lists_every_variable(tmp_path):
+def test_help_lists_every_variable(tmp_path: Path) -> None:
     (tmp_path / "service.py").write_text(SERVICE)
     done = subprocess.run(
         [sys.executable, tmp_path / "service.py", "--help"], capture_output=True, text=True, check=True
@@ -189,7 +190,7 @@ def test_help_lists_every_variable(tmp_path):
     assert "required" in done.stdout
 
 
-def test_a_control_plane_process_is_small_and_starts_quickly(start):
+def test_a_control_plane_process_is_small_and_starts_quickly(start: Any) -> None:
     service = start()
     wait_until(lambda: service.get("/readyz")[0] == 200)
     cpu = psutil.Process(service.process.pid).cpu_times()

@@ -19,6 +19,7 @@ from connito.wire import subjects
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.integration.conftest import BusFactory
 from tests.integration.tiny_run import TARGET, TinyRun, corpus, prepare
 from tests.integration.witness import ServiceProcess, Witness
 
@@ -50,7 +51,7 @@ def process(
 
 
 @pytest.fixture
-async def bus(own_nats: NatsServer, bus_factory, identities: dict[str, Identity]) -> Bus:
+async def bus(own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]) -> Bus:
     return await bus_factory(identities["coordinator"], own_nats.url)
 
 
@@ -71,7 +72,7 @@ async def create(bus: Bus, spec: run_pb2.RunSpec) -> None:
 
 async def test_the_targets_of_a_run_are_selected(
     bus: Bus, process: ServiceProcess, store: ArtifactStore, roster: Roster, tiny: TinyRun
-):
+) -> None:
     async with Witness.reading(bus, roster, tiny.spec.run) as witness:
         await create(bus, tiny.spec)
         selection = (await witness.has("run", 0, "selected", timeout=90)).selection
@@ -102,7 +103,7 @@ async def check_base(tiny: TinyRun, store: ArtifactStore, selection: run_pb2.Sel
 
 async def test_a_kill_in_the_middle_loses_nothing_and_changes_nothing(
     bus: Bus, process: ServiceProcess, roster: Roster, tiny: TinyRun, own_nats: NatsServer
-):
+) -> None:
     """Two runs of one spec, one of them through a SIGKILL right after the message was taken: the same selection."""
     async with Witness.reading(bus, roster, tiny.spec.run) as first:
         await create(bus, tiny.spec)
@@ -136,7 +137,9 @@ def broken(spec: run_pb2.RunSpec, number: int, **changes: object) -> run_pb2.Run
     return out
 
 
-async def test_jobs_that_cannot_be_end_with_a_reason(bus: Bus, process: ServiceProcess, roster: Roster, tiny: TinyRun):
+async def test_jobs_that_cannot_be_end_with_a_reason(
+    bus: Bus, process: ServiceProcess, roster: Roster, tiny: TinyRun
+) -> None:
     wrong = [
         ({"selection__threshold": 7.0}, reasons_pb2.REASON_SELECTION_FAILED, "threshold"),
         ({"selection__method": "guess"}, reasons_pb2.REASON_SELECTION_FAILED, "guess"),
@@ -159,7 +162,7 @@ async def test_jobs_that_cannot_be_end_with_a_reason(bus: Bus, process: ServiceP
 
 async def test_a_run_that_is_over_is_not_selected_for(
     bus: Bus, process: ServiceProcess, roster: Roster, tiny: TinyRun, run_id: str
-):
+) -> None:
     ended = run_pb2.RunEnded(run=run_id, outcome=run_pb2.RUN_OUTCOME_CANCELLED)
     await bus.publish_fact(run_id, "run", 0, "ended", ended)
     follower = run_pb2.RunSpec()

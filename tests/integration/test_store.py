@@ -7,6 +7,7 @@ import base64
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
@@ -34,7 +35,7 @@ async def overwrite(store: ArtifactStore, ref: ArtifactRef, data: bytes) -> None
 
 
 class TestBytesAndFiles:
-    async def test_round_trip(self, store):
+    async def test_round_trip(self, store: ArtifactStore) -> None:
         data = os.urandom(100_000)
         ref = await store.put_bytes(data, "application/octet-stream", artifacts_pb2.REALM_HOLDOUT)
         assert (ref.digest, ref.size) == (hashlib.sha256(data).hexdigest(), 100_000)
@@ -42,12 +43,12 @@ class TestBytesAndFiles:
         assert await store.get_bytes(ref) == data
         assert await store.stat(ref) == 100_000
 
-    async def test_nothing_is_an_artifact_too(self, store):
+    async def test_nothing_is_an_artifact_too(self, store: ArtifactStore) -> None:
         ref = await store.put_bytes(b"", "text/plain")
         assert await store.get_bytes(ref) == b""
         assert (await store.fetch(ref)).read_bytes() == b""
 
-    async def test_large_file_goes_in_parts_and_comes_back(self, store, tmp_path):
+    async def test_large_file_goes_in_parts_and_comes_back(self, store: ArtifactStore, tmp_path: Path) -> None:
         path = tmp_path / "large"
         path.write_bytes(os.urandom(1 << 20) * 21)
         ref = await store.put_file(path, "application/octet-stream")
@@ -57,7 +58,9 @@ class TestBytesAndFiles:
         assert seen[-1] == (ref.size, ref.size)
         assert len(seen) >= 21
 
-    async def test_second_upload_is_skipped(self, store, tmp_path, monkeypatch):
+    async def test_second_upload_is_skipped(
+        self, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = tmp_path / "file"
         path.write_bytes(b"once")
         first = await store.put_file(path, "text/plain")
@@ -68,7 +71,9 @@ class TestBytesAndFiles:
         monkeypatch.setattr(store._client, "put_object", refuse)
         assert await store.put_file(path, "text/plain") == first
 
-    async def test_put_file_can_fill_the_cache(self, store, tmp_path, monkeypatch):
+    async def test_put_file_can_fill_the_cache(
+        self, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = tmp_path / "file"
         path.write_bytes(b"cached")
         ref = await store.put_file(path, "text/plain", cache=True)
@@ -76,7 +81,7 @@ class TestBytesAndFiles:
         monkeypatch.setattr(store._client, "get_object", None)
         assert (await store.fetch(ref)).read_bytes() == b"cached"
 
-    async def test_missing_is_not_found(self, store):
+    async def test_missing_is_not_found(self, store: ArtifactStore) -> None:
         ref = ref_of_bytes(b"never stored", "text/plain", PUBLIC)
         assert await store.stat(ref) is None
         for read in (store.get_bytes(ref), store.fetch(ref), store.read_range(ref, 0, 2)):
@@ -84,7 +89,7 @@ class TestBytesAndFiles:
                 await read
             assert caught.value.reason == reasons_pb2.REASON_ARTIFACT_MISSING
 
-    async def test_wrong_bytes_are_never_returned(self, store):
+    async def test_wrong_bytes_are_never_returned(self, store: ArtifactStore) -> None:
         ref = await store.put_bytes(b"the truth", "text/plain")
         for lie in (b"another 1", b"longer than before", b"short"):
             await overwrite(store, ref, lie)
@@ -95,17 +100,17 @@ class TestBytesAndFiles:
         assert not store.cache.path(ref).exists()
 
     @pytest.mark.parametrize("digest", ["", "../../etc/passwd", "A" * 64, "a" * 63])
-    async def test_a_digest_that_is_none_is_refused(self, store, digest):
+    async def test_a_digest_that_is_none_is_refused(self, store: ArtifactStore, digest: Any) -> None:
         with pytest.raises(Invalid, match="SHA-256"):
             await store.get_bytes(ArtifactRef(digest=digest, size=1, realm=PUBLIC))
 
-    async def test_realm_is_required(self, store):
+    async def test_realm_is_required(self, store: ArtifactStore) -> None:
         with pytest.raises(Invalid, match="realm"):
             await store.put_bytes(b"x", "text/plain", artifacts_pb2.REALM_UNSPECIFIED)
 
 
 class TestRanges:
-    async def test_range_with_its_digest(self, store):
+    async def test_range_with_its_digest(self, store: ArtifactStore) -> None:
         data = os.urandom(50_000)
         ref = await store.put_bytes(data, "application/octet-stream")
         part = data[12_345:20_000]
@@ -117,14 +122,14 @@ class TestRanges:
             await store.read_range(ref, 12_346, len(part), digest)
 
     @pytest.mark.parametrize(("start", "length"), [(-1, 2), (0, 11), (10, 1), (5, -1)])
-    async def test_outside_is_refused(self, store, start, length):
+    async def test_outside_is_refused(self, store: ArtifactStore, start: Any, length: Any) -> None:
         ref = await store.put_bytes(b"0123456789", "text/plain")
         with pytest.raises(Invalid, match="outside"):
             await store.read_range(ref, start, length)
 
 
 class TestCache:
-    async def test_hit_needs_no_store(self, store, monkeypatch):
+    async def test_hit_needs_no_store(self, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
         ref = await store.put_bytes(b"data" * 1000, "text/plain")
         path = await store.fetch(ref)
         assert path.stat().st_mode & 0o222 == 0
@@ -132,28 +137,32 @@ class TestCache:
         assert await store.fetch(ref) == path
 
     @pytest.mark.parametrize("damage", [b"DATA" * 1000, b"data", b""])
-    async def test_corrupt_is_fetched_again(self, store, damage):
+    async def test_corrupt_is_fetched_again(self, store: ArtifactStore, damage: Any) -> None:
         ref = await store.put_bytes(b"data" * 1000, "text/plain")
         path = await store.fetch(ref)
         path.chmod(0o644)
         path.write_bytes(damage)
         assert (await store.fetch(ref)).read_bytes() == b"data" * 1000
 
-    async def test_a_file_without_a_stamp_is_verified_not_fetched(self, store, monkeypatch):
+    async def test_a_file_without_a_stamp_is_verified_not_fetched(
+        self, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         ref = await store.put_bytes(b"data" * 1000, "text/plain")
         path = await store.fetch(ref)
         path.with_name(path.name + ".ok").unlink()
         monkeypatch.setattr(store._client, "get_object", None)
         assert await store.fetch(ref) == path
 
-    async def test_many_fetch_once(self, store, object_store, tmp_path, monkeypatch):
+    async def test_many_fetch_once(
+        self, store: ArtifactStore, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         ref = await store.put_bytes(os.urandom(2 << 20), "application/octet-stream")
         others = [sibling(store, object_store, tmp_path / "cache") for _ in range(4)]
         fetched: list[int] = []
         for number, other in enumerate(others):
             original = other._client.get_object
 
-            def count(*args: object, _original=original, _number=number, **options: object) -> object:
+            def count(*args: object, _original: Any = original, _number: Any = number, **options: object) -> object:
                 fetched.append(_number)
                 return _original(*args, **options)
 
@@ -162,14 +171,18 @@ class TestCache:
         assert len(fetched) == 1
         assert len(set(paths)) == 1
 
-    async def test_a_folder_that_cannot_be_written_is_named(self, store, object_store, tmp_path):
+    async def test_a_folder_that_cannot_be_written_is_named(
+        self, store: ArtifactStore, object_store: ObjectStore, tmp_path: Path
+    ) -> None:
         ref = await store.put_bytes(b"data", "text/plain")
         blocked = tmp_path / "blocked"
         blocked.write_text("a file where the folder should be")
         with pytest.raises((Invalid, Retry), match="blocked"):
             await sibling(store, object_store, blocked).fetch(ref)
 
-    async def test_a_full_disk_names_path_and_remedy(self, store, monkeypatch):
+    async def test_a_full_disk_names_path_and_remedy(
+        self, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         ref = await store.put_bytes(b"data", "text/plain")
 
         def full(*_: object, **__: object) -> None:
@@ -187,14 +200,14 @@ class TestPresigned:
         path.write_bytes(os.urandom(300_000))
         return path, ref_of_bytes(path.read_bytes(), "application/octet-stream", SUBMISSION)
 
-    async def test_written_once_then_present(self, store, work):
+    async def test_written_once_then_present(self, store: ArtifactStore, work: Any) -> None:
         path, ref = work
         url, headers = store.presign_put(ref, 60)
         assert await put_presigned(url, headers, path) is True
         assert await put_presigned(url, headers, path) is False
         assert await store.get_bytes(ref) == path.read_bytes()
 
-    async def test_other_bytes_of_the_same_length(self, store, work, tmp_path):
+    async def test_other_bytes_of_the_same_length(self, store: ArtifactStore, work: Any, tmp_path: Path) -> None:
         _, ref = work
         url, headers = store.presign_put(ref, 60)
         other = tmp_path / "other"
@@ -203,7 +216,7 @@ class TestPresigned:
             await put_presigned(url, headers, other)
         assert await store.stat(ref) is None
 
-    async def test_other_bytes_with_their_own_checksum(self, store, work, tmp_path):
+    async def test_other_bytes_with_their_own_checksum(self, store: ArtifactStore, work: Any, tmp_path: Path) -> None:
         _, ref = work
         url, headers = store.presign_put(ref, 60)
         other = tmp_path / "other"
@@ -214,7 +227,7 @@ class TestPresigned:
         assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
         assert await store.stat(ref) is None
 
-    async def test_another_length(self, store, work, tmp_path):
+    async def test_another_length(self, store: ArtifactStore, work: Any, tmp_path: Path) -> None:
         path, ref = work
         url, headers = store.presign_put(ref, 60)
         longer = tmp_path / "longer"
@@ -224,28 +237,28 @@ class TestPresigned:
         assert await store.stat(ref) is None
 
     @pytest.mark.parametrize("left_out", ["if-none-match", "x-amz-checksum-sha256"])
-    async def test_leaving_a_condition_out(self, store, work, left_out):
+    async def test_leaving_a_condition_out(self, store: ArtifactStore, work: Any, left_out: Any) -> None:
         path, ref = work
         url, headers = store.presign_put(ref, 60)
         with pytest.raises(Invalid):
             await put_presigned(url, {k: v for k, v in headers.items() if k != left_out}, path)
         assert await store.stat(ref) is None
 
-    async def test_what_stands_is_not_replaced(self, store, work):
+    async def test_what_stands_is_not_replaced(self, store: ArtifactStore, work: Any) -> None:
         path, ref = work
         await overwrite(store, ref, b"what was there before")
         url, headers = store.presign_put(ref, 60)
         assert await put_presigned(url, headers, path) is False
         assert await store.stat(ref) == len(b"what was there before")
 
-    async def test_expired(self, store, work):
+    async def test_expired(self, store: ArtifactStore, work: Any) -> None:
         path, ref = work
         url, headers = store.presign_put(ref, 1)
         await asyncio.sleep(2.1)
         with pytest.raises(Invalid, match="ask for a new one"):
             await put_presigned(url, headers, path)
 
-    async def test_download_is_verified(self, store, tmp_path):
+    async def test_download_is_verified(self, store: ArtifactStore, tmp_path: Path) -> None:
         ref = await store.put_bytes(b"public" * 1000, "text/plain")
         url, target = store.presign_get(ref, 60), tmp_path / "target"
         await get_presigned(url, ref, target)
@@ -256,34 +269,36 @@ class TestPresigned:
             await get_presigned(url, ref, target)
         assert not target.exists()
 
-    async def test_a_url_is_good_for_its_object_only(self, store, tmp_path):
+    async def test_a_url_is_good_for_its_object_only(self, store: ArtifactStore, tmp_path: Path) -> None:
         secret = await store.put_bytes(b"held out", "text/plain", artifacts_pb2.REALM_HOLDOUT)
         public = await store.put_bytes(b"for all", "text/plain")
         url = store.presign_get(public, 60).replace(key_of(public), key_of(secret))
         with pytest.raises(Invalid):
             await get_presigned(url, secret, tmp_path / "loot")
 
-    async def test_nothing_listens(self, store, work):
+    async def test_nothing_listens(self, store: ArtifactStore, work: Any) -> None:
         path, _ = work
         with pytest.raises(Retry, match=r"127\.0\.0\.1:1"):
             await put_presigned("http://127.0.0.1:1/bucket/key?x=1", {}, path)
 
 
 class TestFailures:
-    async def test_store_away_is_retry(self, store, tmp_path):
+    async def test_store_away_is_retry(self, store: ArtifactStore, tmp_path: Path) -> None:
         away = ArtifactStore("http://127.0.0.1:1", "key", "secret", "bucket", "us-east-1", tmp_path)
         ref = ref_of_bytes(b"x", "text/plain", PUBLIC)
         for call in (away.put_bytes(b"x", "text/plain"), away.fetch(ref), away.stat(ref), away.ensure_bucket()):
             with pytest.raises(Retry, match="is away"):
                 await call
 
-    async def test_wrong_credentials_say_so(self, store, object_store, tmp_path):
+    async def test_wrong_credentials_say_so(
+        self, store: ArtifactStore, object_store: ObjectStore, tmp_path: Path
+    ) -> None:
         stranger = sibling(store, object_store, tmp_path / "c", secret="wrong-secret-key")
         with pytest.raises(Invalid, match="CONNITO_S3_SECRET_KEY") as caught:
             await stranger.put_bytes(b"x", "text/plain")
         assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
 
-    async def test_what_was_acknowledged_survives_a_kill(self, tmp_path):
+    async def test_what_was_acknowledged_survives_a_kill(self, tmp_path: Path) -> None:
         with ObjectStore(tmp_path / "weed") as server:
             artifacts = ArtifactStore(
                 server.url, server.access_key, server.secret_key, "bucket", "us-east-1", tmp_path / "c"

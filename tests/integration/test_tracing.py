@@ -19,6 +19,7 @@ from connito.wire.roster import Roster
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.integration.conftest import BusFactory
 from tests.integration.witness import ServiceProcess, Witness
 
 pytestmark = pytest.mark.integration
@@ -87,9 +88,9 @@ def collector() -> Iterator[Collector]:
 
 
 async def test_a_message_and_its_handling_in_another_process_are_one_trace(
-    collector: Collector, own_nats: NatsServer, bus_factory, tmp_path: Path, identities: dict[str, Identity],
+    collector: Collector, own_nats: NatsServer, bus_factory: BusFactory, tmp_path: Path, identities: dict[str, Identity],
     roster: Roster, run_id: str, monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
+) -> None:  # fmt: skip
     exporter = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}", "OTEL_BSP_SCHEDULE_DELAY": "100"}
     env = {
         "CONNITO_NATS_URL": own_nats.url, "CONNITO_TORCH_THREADS": "1", "CONNITO_S3_ENDPOINT": "http://127.0.0.1:9",
@@ -134,7 +135,7 @@ async def test_a_message_and_its_handling_in_another_process_are_one_trace(
     assert f'"trace_id": "{trace_id.hex()}"' in selector.log.read_text()
 
 
-def test_without_an_endpoint_nothing_is_imported_or_sent(monkeypatch: pytest.MonkeyPatch):
+def test_without_an_endpoint_nothing_is_imported_or_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in tracing.ENDPOINTS:
         monkeypatch.delenv(name, raising=False)
     tracing.start("test")()
@@ -143,7 +144,7 @@ def test_without_an_endpoint_nothing_is_imported_or_sent(monkeypatch: pytest.Mon
         assert logs.current() == traceparent
 
 
-def test_an_endpoint_without_the_packages_is_an_error_that_names_them(monkeypatch: pytest.MonkeyPatch):
+def test_an_endpoint_without_the_packages_is_an_error_that_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setenv(tracing.ENDPOINTS[0], "http://127.0.0.1:9")

@@ -34,7 +34,7 @@ def theta(version: int, size: int = 1000) -> ArtifactRef:
     return ref(f"{version:064x}", size)
 
 
-def ref(digest: str, size: int = 10, realm: artifacts_pb2.Realm = REALM_PUBLIC) -> ArtifactRef:
+def ref(digest: str, size: int = 10, realm: artifacts_pb2.Realm.ValueType = REALM_PUBLIC) -> ArtifactRef:
     return ArtifactRef(digest=digest, size=size, media_type="application/octet-stream", realm=realm)
 
 
@@ -113,7 +113,8 @@ class Run:
     # The run
 
     def spec(self, **fields: Any) -> run_pb2.RunSpec:
-        return run_pb2.RunSpec(**{"run": self.name, "domain": self.domain, "cycles": 3} | fields)
+        given: dict[str, Any] = {"run": self.name, "domain": self.domain, "cycles": 3}
+        return run_pb2.RunSpec(**given | fields)
 
     def created(self, spec: run_pb2.RunSpec | None = None, /, **fields: Any) -> Self:
         return self.say("run", 0, "created", spec=spec or self.spec(**fields))
@@ -134,7 +135,7 @@ class Run:
     def banned(self, miner: str, number: int = 1, *, lifted: bool = False) -> Self:
         return self.say("run", 0, "ban", miner=miner, number=number, why="floods", lifted=lifted)
 
-    def ended(self, outcome: run_pb2.RunOutcome = run_pb2.RUN_OUTCOME_COMPLETED, **fields: Any) -> Self:
+    def ended(self, outcome: run_pb2.RunOutcome.ValueType = run_pb2.RUN_OUTCOME_COMPLETED, **fields: Any) -> Self:
         return self.say("run", 0, "ended", outcome=outcome, **fields)
 
     # Windows
@@ -195,7 +196,7 @@ class Run:
         window: str,
         miner: str = ME,
         cycle: int = 1,
-        reason: reasons_pb2.Reason = reasons_pb2.REASON_MALFORMED,
+        reason: reasons_pb2.Reason.ValueType = reasons_pb2.REASON_MALFORMED,
         **fields: Any,
     ) -> Self:
         given = {"miner": miner, "reason": reason, "detail": "because", "ingress_sequence": len(self.log)}

@@ -12,7 +12,7 @@ def drawn(path: Path, kind: str) -> list[ElementTree.Element]:
     return list(ElementTree.parse(path).iter(f"{SPACE}{kind}"))
 
 
-def test_bars_stand_in_their_order_and_as_long_as_their_means(tmp_path: Path):
+def test_bars_stand_in_their_order_and_as_long_as_their_means(tmp_path: Path) -> None:
     with axes(tmp_path / "bars.svg") as (axis,):
         axis.bars({"full": (1.0, 0.9, 1.1), "half": (0.5, 0.5, 0.5)}, "share")
     bars = drawn(tmp_path / "bars.svg", "rect")[1:]
@@ -22,7 +22,7 @@ def test_bars_stand_in_their_order_and_as_long_as_their_means(tmp_path: Path):
     assert {"full", "half", "share"} <= {element.text for element in drawn(tmp_path / "bars.svg", "text")}
 
 
-def test_panels_stand_side_by_side_with_lines_bands_and_a_legend(tmp_path: Path):
+def test_panels_stand_side_by_side_with_lines_bands_and_a_legend(tmp_path: Path) -> None:
     with axes(tmp_path / "lines.svg", 2) as (left, right):
         left.line([(0, 2.0), (1, 1.0)], GREEN, "falls", dots=True)
         left.band([(0, 1.9), (1, 0.9)], [(0, 2.1), (1, 1.1)], GREEN)

@@ -5,12 +5,12 @@ from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, Verifi
 from connito.v1 import reasons_pb2
 
 
-def test_each_meaning_has_the_exit_code_that_users_rely_on():
+def test_each_meaning_has_the_exit_code_that_users_rely_on() -> None:
     codes = {error: error.exit_code for error in (Invalid, NotFound, Retry, VerificationFailed, Fatal)}
     assert codes == {Invalid: 3, NotFound: 4, Retry: 5, VerificationFailed: 6, Fatal: 1}
 
 
-def test_retry_carries_its_delay_and_invalid_its_reason():
+def test_retry_carries_its_delay_and_invalid_its_reason() -> None:
     assert Retry("later", after=2.5).after == 2.5
     assert Invalid("no").reason == reasons_pb2.REASON_MALFORMED
     assert NotFound("gone", reason=reasons_pb2.REASON_ARTIFACT_MISSING).reason == reasons_pb2.REASON_ARTIFACT_MISSING
@@ -25,5 +25,5 @@ def test_retry_carries_its_delay_and_invalid_its_reason():
         (reasons_pb2.REASON_COPY, "copy"),
     ],
 )
-def test_reasons_are_shown_as_words(reason, name):
+def test_reasons_are_shown_as_words(reason: int, name: str) -> None:
     assert reason_name(reason) == name

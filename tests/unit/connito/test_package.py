@@ -10,16 +10,16 @@ import pytest
 
 
 @pytest.mark.parametrize("name", ["Client", "compress", "load_expert", "select_experts"])
-def test_the_public_names_resolve(name):
+def test_the_public_names_resolve(name: str) -> None:
     assert getattr(connito, name).__name__ == name
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = connito.nonsense
 
 
-def test_importing_the_package_loads_nothing_heavy():
+def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import sys, connito; print([name for name in ('torch', 'transformers', 'grpc', 'nats') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -28,18 +28,18 @@ def test_importing_the_package_loads_nothing_heavy():
 PACKAGES = ["connito", *(found.name for found in pkgutil.walk_packages(connito.__path__, "connito.") if found.ispkg)]
 
 
-def exported(package):
+def exported(package: str) -> list[str]:
     return getattr(importlib.import_module(package), "__all__", [])
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_public_name_is_that_of_a_submodule(package):
+def test_no_public_name_is_that_of_a_submodule(package: str) -> None:
     """`from package import name` would be the function or the module, by what was imported before."""
     modules = {found.name for found in pkgutil.iter_modules(importlib.import_module(package).__path__)}
     assert modules & set(exported(package)) == set()
 
 
-def test_a_public_name_means_one_thing():
+def test_a_public_name_means_one_thing() -> None:
     """Packages may offer the same object under its name, but no two objects under one."""
     pytest.importorskip("torch")
     homes = {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.audit import chain
@@ -172,7 +174,7 @@ RESIGNED = [
 
 @pytest.mark.parametrize(("subject", "kind", "change", "check"), RESIGNED)
 async def test_a_message_that_was_changed_and_signed_again_is_found_by_what_follows_from_it(
-    world: World, tmp_path: Path, subject: str, kind, change, check: str
+    world: World, tmp_path: Path, subject: str, kind: type, change: Callable[..., Any], check: str
 ) -> None:
     world.resign(subject, change, kind)
     found = await look(world, tmp_path)

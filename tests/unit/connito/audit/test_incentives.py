@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.v1 import cycle_pb2 as c
@@ -59,7 +61,9 @@ def test_the_story_has_something_of_everything(world: World) -> None:
         (1, lambda m: setattr(m.validators[0], "reward", m.validators[0].reward + 1)),
     ],
 )
-async def test_what_the_aggregator_changes_and_signs_is_found(world: World, tmp_path: Path, cycle, change) -> None:
+async def test_what_the_aggregator_changes_and_signs_is_found(
+    world: World, tmp_path: Path, cycle: int, change: Callable[..., Any]
+) -> None:
     world.resign(f"merge.{cycle}.scored", change, c.CycleScored)
     found = await look(world, tmp_path)
     assert found.first is not None

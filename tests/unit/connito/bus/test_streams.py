@@ -24,23 +24,23 @@ def subjects() -> list[str]:
 
 
 @pytest.mark.parametrize("subject", subjects())
-def test_each_subject_is_stored_by_exactly_the_stream_that_is_asked_for_it(subject):
+def test_each_subject_is_stored_by_exactly_the_stream_that_is_asked_for_it(subject: str) -> None:
     storing = [stream.name for stream in streams.STREAMS.values() if matches(stream.filter(), subject)]
     assert storing == [streams.stream_of(subject)]
 
 
-def test_a_filter_for_one_run_leaves_the_others_out():
+def test_a_filter_for_one_run_leaves_the_others_out() -> None:
     assert matches(streams.STREAMS["TRAIN"].filter("r"), "connito.v1.r.train.1.opened")
     assert not matches(streams.STREAMS["TRAIN"].filter("r"), "connito.v1.s.train.1.opened")
 
 
 @pytest.mark.parametrize("subject", ["", "other.subject", "connito.v1.r.lunch.1.opened", "connito.v1"])
-def test_no_stream(subject):
+def test_no_stream(subject: str) -> None:
     with pytest.raises(Invalid, match="no stream"):
         streams.stream_of(subject)
 
 
-def test_every_durable_reads_a_declared_stream():
+def test_every_durable_reads_a_declared_stream() -> None:
     for durable in streams.DURABLES.values():
         assert durable.stream in streams.STREAMS
     assert streams.DURABLES["committer"].max_ack_pending == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from connito import Client
 from connito.errors import Invalid, NotFound
@@ -29,7 +31,9 @@ def test_a_status_that_no_expert_can_have_is_refused_with_those_it_can() -> None
         client.library.mark("some-expert", "splendid", "because")
 
 
-def test_without_a_platform_the_command_that_starts_one_is_named(tmp_path, monkeypatch) -> None:
+def test_without_a_platform_the_command_that_starts_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CONNITO_NATS_URL", raising=False)
     with pytest.raises(NotFound, match="connito up"):
         Client.local(tmp_path)

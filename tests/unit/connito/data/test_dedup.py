@@ -18,12 +18,12 @@ def text(words: list[str]) -> str:
     return " ".join(words)
 
 
-def test_case_spacing_and_punctuation_do_not_make_a_document():
+def test_case_spacing_and_punctuation_do_not_make_a_document() -> None:
     found = deduplicate(["The quick, brown fox.", "the quick brown fox", "THE QUICK\nBROWN FOX!", "another one"])
     assert (found.kept, found.exact, found.near) == ([0, 3], 2, 0)
 
 
-def test_near_duplicates_are_dropped_and_the_first_stays():
+def test_near_duplicates_are_dropped_and_the_first_stays() -> None:
     rng = random.Random(1)
     original = document(rng, 100)
     edited = [*original[:50], "inserted", *original[50:]]
@@ -32,7 +32,7 @@ def test_near_duplicates_are_dropped_and_the_first_stays():
     assert (found.kept, found.exact, found.near) == ([0, 2], 0, 1)
 
 
-def test_likely_pairs_are_found_and_unlikely_ones_left_alone():
+def test_likely_pairs_are_found_and_unlikely_ones_left_alone() -> None:
     """Pairs from 0.5 to 0.95 similar: nearly all above the threshold go, none below it."""
     rng = random.Random(2)
     missed = looked_at = 0
@@ -51,14 +51,14 @@ def test_likely_pairs_are_found_and_unlikely_ones_left_alone():
     assert missed <= 2
 
 
-def test_order_of_words_matters_and_short_texts_are_compared_whole():
+def test_order_of_words_matters_and_short_texts_are_compared_whole() -> None:
     assert jaccard(*shingles(["a b c d e f g", "g f e d c b a"])) == 0.0
     assert jaccard(*shingles(["a b", "a b"])) == 1.0
     assert jaccard(*shingles(["a b", "a c"])) == 0.0
     assert jaccard(*shingles(["", "!!"])) == 1.0
 
 
-def test_training_text_made_of_held_out_text_is_found():
+def test_training_text_made_of_held_out_text_is_found() -> None:
     rng = random.Random(3)
     held = [document(rng, 300), document(rng, 30)]
     inside = held[0][100:160]  # a passage of a long held-out document: a small Jaccard, wholly contaminated
@@ -72,7 +72,7 @@ def test_training_text_made_of_held_out_text_is_found():
 
 
 @pytest.mark.slow
-def test_twenty_thousand_documents_take_seconds():
+def test_twenty_thousand_documents_take_seconds() -> None:
     rng = random.Random(4)
     documents = [text(document(rng, 50)) for _ in range(20_000)]
     documents[10_000:10_500] = documents[:500]
@@ -82,7 +82,7 @@ def test_twenty_thousand_documents_take_seconds():
     assert (found.exact, found.near, len(found.kept)) == (500, 0, 19_500)
 
 
-def test_a_very_long_document_is_handled():
+def test_a_very_long_document_is_handled() -> None:
     rng = random.Random(5)
     long = text(document(rng, 200_000))
     assert deduplicate([long, long + " end"]).near == 1
@@ -90,7 +90,7 @@ def test_a_very_long_document_is_handled():
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.99])
-def test_the_threshold_decides(threshold):
+def test_the_threshold_decides(threshold: float) -> None:
     rng = random.Random(6)
     original = document(rng, 100)
     pair = [text(original), text([*original[:92], *document(rng, 8)])]

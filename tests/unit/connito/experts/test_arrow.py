@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from connito.errors import Invalid
@@ -18,20 +20,22 @@ from connito.experts.arrow import (
 from connito.experts.compose import Part, layers_of, state_of
 from connito.moe.rows import fingerprint, write_rows
 
+from tests.support.models import Sequences
+
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def ids(sequences):
+def ids(sequences: Sequences) -> Any:
     return torch.from_numpy(sequences("recipes", 2, 60)[:, :-1].astype("int64"))
 
 
-def logits(model, ids):
+def logits(model: Any, ids: Any) -> Any:
     with torch.inference_mode():
         return model(input_ids=ids, use_cache=False).logits
 
 
-def test_one_hot_mixing_is_the_single_expert_exactly(full, parts, base, ids):
+def test_one_hot_mixing_is_the_single_expert_exactly(full: Any, parts: dict[str, Part], base: Any, ids: Any) -> None:
     three = list(parts.values())
     plain, before = logits(full, ids), fingerprint(full)
     mixed = {}
@@ -46,7 +50,7 @@ def test_one_hot_mixing_is_the_single_expert_exactly(full, parts, base, ids):
         write_rows(full, layers_of(base), state_of(base))
 
 
-def test_mixing_identical_variants_is_any_of_them(full, parts, base, ids):
+def test_mixing_identical_variants_is_any_of_them(full: Any, parts: dict[str, Part], base: Any, ids: Any) -> None:
     twins = [parts["recipes"], Part("twin", "9" * 64, parts["recipes"].rows)]
     gates = {layer: torch.randn(2, 64, generator=torch.Generator().manual_seed(0)) for layer in (2, 3)}
     with variants(full, twins, base, fixed([1.0, 0.0])):
@@ -56,7 +60,9 @@ def test_mixing_identical_variants_is_any_of_them(full, parts, base, ids):
             torch.testing.assert_close(logits(full, ids), single, rtol=1e-4, atol=1e-4)
 
 
-def test_a_variant_whose_prototype_meets_every_token_takes_them_all(full, parts, base, ids):
+def test_a_variant_whose_prototype_meets_every_token_takes_them_all(
+    full: Any, parts: dict[str, Part], base: Any, ids: Any
+) -> None:
     three = list(parts.values())
     sharp = arrow(three, base, temperature=1e-6, top_k=1)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
@@ -67,7 +73,7 @@ def test_a_variant_whose_prototype_meets_every_token_takes_them_all(full, parts,
     assert sharp(2, 5, direction[None] * 3).argmax() == 1  # only logs moved expert 5 of layer 2
 
 
-def test_the_prototype_of_a_rank_one_change_is_its_input_direction(base):
+def test_the_prototype_of_a_rank_one_change_is_its_input_direction(base: Any) -> None:
     key = (2, 0, "gate_up_proj")
     v = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(2)), dim=0)
     u = torch.randn(256, generator=torch.Generator().manual_seed(3))
@@ -76,7 +82,7 @@ def test_the_prototype_of_a_rank_one_change_is_its_input_direction(base):
     assert not prototype({key: base[key]}, base, (2, 0)).any()
 
 
-def test_gates_can_be_learned(full, parts, base, sequences):
+def test_gates_can_be_learned(full: Any, parts: dict[str, Part], base: Any, sequences: Sequences) -> None:
     """MoLoRA's router is trained with everything else frozen."""
     from connito.moe.head import Head
 
@@ -94,7 +100,7 @@ def test_gates_can_be_learned(full, parts, base, sequences):
     assert all(parameter.grad is None for parameter in full.parameters())
 
 
-def test_clusters_join_what_points_the_same_way(parts, base):
+def test_clusters_join_what_points_the_same_way(parts: dict[str, Part], base: Any) -> None:
     near = {key: base[key] + 0.9 * (row - base[key]) for key, row in parts["recipes"].rows.items()}
     shelf = [parts["recipes"], parts["logs"], Part("near", "8" * 64, near), parts["poems"]]
     cosine = similarity(shelf, base)
@@ -109,6 +115,6 @@ def test_clusters_join_what_points_the_same_way(parts, base):
         cluster(shelf, base, 5)
 
 
-def test_weights_must_be_a_share():
+def test_weights_must_be_a_share() -> None:
     with pytest.raises(Invalid, match="not to 1"):
         fixed([0.5, 0.2])

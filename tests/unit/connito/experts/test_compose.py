@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,22 +16,28 @@ from connito.moe.rows import base_digests, fingerprint, read_rows, write_rows
 RECIPES = [Recipe("linear"), Recipe("sum"), Recipe("ties"), Recipe("ties", density=0.3, scale=0.8)]
 
 
-def same(one, other) -> bool:
+def same(
+    one: dict[str | tuple[int, int, str], torch.Tensor], other: dict[str | tuple[int, int, str], torch.Tensor]
+) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_rows_and_states_are_inverses(parts):
+def test_rows_and_states_are_inverses(parts: dict[str, Part]) -> None:
     rows = parts["recipes"].rows
     assert same(rows_of(layers_of(rows), state_of(rows)), rows)
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:3], ids=str)
-def test_one_expert_comes_back_bit_for_bit(parts, base, recipe):
+def test_one_expert_comes_back_bit_for_bit(
+    parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor], recipe: Recipe
+) -> None:
     assert same(merge([parts["recipes"]], base, recipe), parts["recipes"].rows)
 
 
 @pytest.mark.parametrize("method", ["linear", "sum", "ties"])
-def test_one_hot_weights_reproduce_the_single_expert(parts, base, method):
+def test_one_hot_weights_reproduce_the_single_expert(
+    parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor], method: str
+) -> None:
     weights = {"recipes": 1.0, "logs": 0.0, "poems": 0.0}
     merged = merge(list(parts.values()), base, Recipe(method), weights)
     for key, row in merged.items():
@@ -37,24 +45,30 @@ def test_one_hot_weights_reproduce_the_single_expert(parts, base, method):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_the_order_of_experts_makes_no_difference(parts, base, recipe):
+def test_the_order_of_experts_makes_no_difference(
+    parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor], recipe: Recipe
+) -> None:
     results = [merge(list(order), base, recipe) for order in itertools.permutations(parts.values())]
     assert all(same(results[0], other) for other in results[1:])
 
 
-def test_rows_of_one_expert_alone_stay_its_own(parts, base):
+def test_rows_of_one_expert_alone_stay_its_own(
+    parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor]
+) -> None:
     merged = merge(list(parts.values()), base)
     assert all(torch.equal(merged[key], row) for key, row in parts["poems"].rows.items())
 
 
-def test_linear_is_the_weighted_mean_of_those_that_touch_a_row(parts, base):
+def test_linear_is_the_weighted_mean_of_those_that_touch_a_row(
+    parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor]
+) -> None:
     key = (2, 1, "down_proj")
     merged = merge([parts["recipes"], parts["logs"]], base, Recipe("linear"), {"recipes": 3.0, "logs": 1.0})
     wanted = 0.75 * parts["recipes"].rows[key] + 0.25 * parts["logs"].rows[key]
     torch.testing.assert_close(merged[key], wanted, rtol=1e-5, atol=1e-7)
 
 
-def test_ties_on_numbers_worked_by_hand():
+def test_ties_on_numbers_worked_by_hand() -> None:
     key, zero = (0, 0, "down_proj"), {(0, 0, "down_proj"): torch.zeros(4)}
     one = Part("one", "1" * 64, {key: torch.tensor([4.0, -3.0, 1.0, 0.5])})
     two = Part("two", "2" * 64, {key: torch.tensor([2.0, 5.0, -4.0, 0.25])})
@@ -65,7 +79,9 @@ def test_ties_on_numbers_worked_by_hand():
     assert merge([one, two], zero, Recipe("ties", density=0.5, scale=0.5))[key].tolist() == [2.0, 2.5, -2.0, 0.0]
 
 
-def test_conflicts_are_reported_per_shared_expert(parts, base):
+def test_conflicts_are_reported_per_shared_expert(
+    parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor]
+) -> None:
     found = conflicts(list(parts.values()), base)
     assert [(c.layer, c.expert, c.names) for c in found] == [
         (2, 1, ("recipes", "logs")),
@@ -79,7 +95,9 @@ def test_conflicts_are_reported_per_shared_expert(parts, base):
     )
 
 
-def test_what_cannot_be_merged_is_refused(parts, base):
+def test_what_cannot_be_merged_is_refused(
+    parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor]
+) -> None:
     with pytest.raises(Invalid, match="no way of merging"):
         Recipe("blend")
     with pytest.raises(Invalid, match="density"):
@@ -95,7 +113,9 @@ def test_what_cannot_be_merged_is_refused(parts, base):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_adding_and_removing_in_any_order_leaves_the_base_bit_for_bit(full, parts, recipe):
+def test_adding_and_removing_in_any_order_leaves_the_base_bit_for_bit(
+    full: Any, parts: dict[str, Part], recipe: Recipe
+) -> None:
     before = fingerprint(full)
     composition = Composition(full, recipe)
     for name in ("recipes", "logs", "poems"):
@@ -108,7 +128,7 @@ def test_adding_and_removing_in_any_order_leaves_the_base_bit_for_bit(full, part
     assert composition.verify() == []
 
 
-def test_the_model_depends_on_the_set_of_experts_alone(full, tiny, parts):
+def test_the_model_depends_on_the_set_of_experts_alone(full: Any, tiny: Path, parts: dict[str, Part]) -> None:
     from connito.base.loading import load_full
 
     one, other = Composition(full), Composition(load_full(tiny))
@@ -120,7 +140,7 @@ def test_the_model_depends_on_the_set_of_experts_alone(full, tiny, parts):
     assert fingerprint(one.model) == fingerprint(other.model)
 
 
-def test_adding_reports_conflicts_and_refuses_strangers(full, parts):
+def test_adding_reports_conflicts_and_refuses_strangers(full: Any, parts: dict[str, Part]) -> None:
     composition = Composition(full)
     assert composition.add(parts["recipes"]) == []
     assert {c.expert for c in composition.add(parts["logs"])} == {1, 2, 4}
@@ -134,7 +154,7 @@ def test_adding_reports_conflicts_and_refuses_strangers(full, parts):
         composition.verify()
 
 
-def test_an_expert_of_another_base_is_refused_before_any_write(full, parts):
+def test_an_expert_of_another_base_is_refused_before_any_write(full: Any, parts: dict[str, Part]) -> None:
     layers = layers_of(parts["poems"].rows)
     good = base_digests(full, layers)
     composition = Composition(full)
@@ -151,7 +171,9 @@ def test_an_expert_of_another_base_is_refused_before_any_write(full, parts):
     composition.add(with_header(good.rest))
 
 
-def test_writing_a_merge_by_hand_equals_the_composition(full, tiny, parts, base):
+def test_writing_a_merge_by_hand_equals_the_composition(
+    full: Any, tiny: Path, parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor]
+) -> None:
     from connito.base.loading import load_full
 
     merged = merge(list(parts.values()), base)

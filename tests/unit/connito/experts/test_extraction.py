@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from connito.experts.extraction import equalise, extract_domain, ranking
 from connito.experts.prune import loss, masked, progressive, prune
 from connito.moe.statistics import collect
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.models import Sequences
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +32,7 @@ def tiny(distinct_tiny: Path) -> Path:
 KEEP = {2: [0, 3, 5], 3: [1, 2, 6]}
 
 
-def test_the_smallest_subset_within_the_margin_is_found(full, sequences):
+def test_the_smallest_subset_within_the_margin_is_found(full: Any, sequences: Sequences) -> None:
     probe, held = sequences("recipes", 4, 60), sequences("recipes", 4, 61)
     found = extract_domain(full, probe, held, margin=0.3)
     sizes = [size for size, _ in found.tried]
@@ -43,14 +46,14 @@ def test_the_smallest_subset_within_the_margin_is_found(full, sequences):
     assert found.keep == {index: sorted(experts[: sizes[-1]]) for index, experts in order.items()}
 
 
-def test_all_experts_cost_nothing(full, sequences):
+def test_all_experts_cost_nothing(full: Any, sequences: Sequences) -> None:
     probe, held = sequences("recipes", 2, 60), sequences("recipes", 2, 61)
     found = extract_domain(full, probe, held, margin=0.0, per_layer=8)
     assert found.cost == 0
     assert found.kept == found.total
 
 
-def test_a_subset_that_hurts_must_be_accepted(full, sequences):
+def test_a_subset_that_hurts_must_be_accepted(full: Any, sequences: Sequences) -> None:
     probe, held = sequences("recipes", 3, 60), sequences("recipes", 3, 61)
     with pytest.raises(Invalid, match="--accept-loss") as caught:
         extract_domain(full, probe, held, margin=-1.0, per_layer=2)
@@ -59,14 +62,14 @@ def test_a_subset_that_hurts_must_be_accepted(full, sequences):
     assert taken.kept == 4
 
 
-def test_padding_fills_layers_up_with_real_experts():
+def test_padding_fills_layers_up_with_real_experts() -> None:
     kept, padding = equalise({2: [5], 3: [0, 1, 2]}, {2: [5, 7, 1, 0], 3: [0, 1, 2, 3]})
     assert kept == {2: [1, 5, 7], 3: [0, 1, 2]}
     assert padding == {2: [7, 1], 3: []}
 
 
 @pytest.fixture
-def exported(full, tiny, tmp_path, logits):
+def exported(full: Any, tiny: Path, tmp_path: Path, logits: Any) -> Any:
     with masked(full, KEEP):
         seen = logits(full)
     out = tmp_path / "small"
@@ -78,7 +81,7 @@ def exported(full, tiny, tmp_path, logits):
     return out, seen
 
 
-def test_an_export_loads_in_stock_transformers_and_computes_the_same(exported, logits):
+def test_an_export_loads_in_stock_transformers_and_computes_the_same(exported: Any, logits: Any) -> None:
     out, seen = exported
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert model.config.num_experts == 3
@@ -86,14 +89,14 @@ def test_an_export_loads_in_stock_transformers_and_computes_the_same(exported, l
     assert AutoTokenizer.from_pretrained(out)("leek").input_ids == list(b"leek")
 
 
-def test_an_export_is_verified_offline_alone_and_against_its_base(exported, tiny):
+def test_an_export_is_verified_offline_alone_and_against_its_base(exported: Any, tiny: Path) -> None:
     out, _ = exported
     record = verify_export(out)
     assert record["experts"] == {"2": [0, 3, 5], "3": [1, 2, 6]}
     assert verify_export(out, tiny) == record
 
 
-def test_changed_missing_and_added_files_are_noticed(exported):
+def test_changed_missing_and_added_files_are_noticed(exported: Any) -> None:
     out, _ = exported
     (out / "extra.bin").write_bytes(b"x")
     with pytest.raises(VerificationFailed, match=r"extra\.bin"):
@@ -109,7 +112,7 @@ def test_changed_missing_and_added_files_are_noticed(exported):
         verify_export(out)
 
 
-def test_a_record_that_names_other_experts_than_are_inside_is_noticed(exported, tiny):
+def test_a_record_that_names_other_experts_than_are_inside_is_noticed(exported: Any, tiny: Path) -> None:
     out, _ = exported
     record = json.loads((out / "record.json").read_text())
     record["experts"]["2"] = [0, 3, 6]
@@ -119,7 +122,7 @@ def test_a_record_that_names_other_experts_than_are_inside_is_noticed(exported, 
         verify_export(out, tiny)
 
 
-def test_uneven_layers_and_full_folders_are_refused(full, tiny, tmp_path):
+def test_uneven_layers_and_full_folders_are_refused(full: Any, tiny: Path, tmp_path: Path) -> None:
     uneven = {2: [0], 3: [0, 1]}
     options = {"verb": "prune", "base": {}, "settings": {}, "measured": {}}
     with pytest.raises(Invalid, match="equalise"):
@@ -130,7 +133,9 @@ def test_uneven_layers_and_full_folders_are_refused(full, tiny, tmp_path):
         export_model(full, tmp_path / "out", load_tokenizer(tiny), keep={}, **options)
 
 
-def test_one_expert_a_layer_becomes_a_dense_llama_of_the_same_function(full, tiny, tmp_path, sequences, logits):
+def test_one_expert_a_layer_becomes_a_dense_llama_of_the_same_function(
+    full: Any, tiny: Path, tmp_path: Path, sequences: Sequences, logits: Any
+) -> None:
     progressive(full, sequences("recipes", 2, 60))
     seen = logits(full)
     dense = to_dense(full)
@@ -143,6 +148,6 @@ def test_one_expert_a_layer_becomes_a_dense_llama_of_the_same_function(full, tin
     torch.testing.assert_close(logits(model), seen, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_with_experts_has_no_dense_form(full):
+def test_a_model_with_experts_has_no_dense_form(full: Any) -> None:
     with pytest.raises(Invalid, match="prune it to one first"):
         to_dense(full)

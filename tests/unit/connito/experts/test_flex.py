@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from connito.base.loading import load_full, load_tokenizer
@@ -11,9 +15,11 @@ from connito.moe.layout import find_moe_layers
 from connito.moe.rows import fingerprint
 from transformers import AutoModelForCausalLM
 
+from tests.support.models import Sequences
+
 
 @pytest.fixture
-def additions(full):
+def additions(full: Any) -> list[Addition]:
     def make(seed: int) -> Addition:
         generator = torch.Generator().manual_seed(seed)
         rows = {}
@@ -27,20 +33,22 @@ def additions(full):
     return [make(seed) for seed in range(3)]
 
 
-def logits(model, sequences):
+def logits(model: Any, sequences: Callable[..., Any]) -> torch.Tensor:
     with torch.inference_mode():
         return model(
             input_ids=torch.from_numpy(sequences("logs", 2, 60)[:, :-1].astype("int64")), use_cache=False
         ).logits
 
 
-def test_no_addition_is_the_anchor(full):
+def test_no_addition_is_the_anchor(full: Any) -> None:
     before = fingerprint(full)
     assert opt_in(full, []) == {}
     assert fingerprint(full) == before
 
 
-def test_the_order_of_opting_in_makes_no_difference(full, tiny, additions, sequences):
+def test_the_order_of_opting_in_makes_no_difference(
+    full: Any, tiny: Path, additions: list[Addition], sequences: Sequences
+) -> None:
     other = load_full(tiny)
     ids, same = opt_in(full, additions), opt_in(other, additions[::-1])
     assert ids == same
@@ -49,7 +57,9 @@ def test_the_order_of_opting_in_makes_no_difference(full, tiny, additions, seque
     assert torch.equal(logits(full, sequences), logits(other, sequences))
 
 
-def test_opting_everyone_out_is_the_anchor_bit_for_bit(full, additions, sequences):
+def test_opting_everyone_out_is_the_anchor_bit_for_bit(
+    full: Any, additions: list[Addition], sequences: Sequences
+) -> None:
     before, plain = fingerprint(full), logits(full, sequences)
     ids = opt_in(full, additions)
     assert not torch.equal(logits(full, sequences), plain)
@@ -59,7 +69,7 @@ def test_opting_everyone_out_is_the_anchor_bit_for_bit(full, additions, sequence
     assert full.config.num_experts == 8
 
 
-def test_opting_one_out_is_as_if_it_had_never_come(full, tiny, additions):
+def test_opting_one_out_is_as_if_it_had_never_come(full: Any, tiny: Path, additions: list[Addition]) -> None:
     ids = opt_in(full, additions)
     opt_out(full, ids, [additions[1].name])
     other = load_full(tiny)
@@ -67,7 +77,7 @@ def test_opting_one_out_is_as_if_it_had_never_come(full, tiny, additions):
     assert fingerprint(full) == fingerprint(other)
 
 
-def test_the_anchors_own_experts_stay_as_they_are(full, additions):
+def test_the_anchors_own_experts_stay_as_they_are(full: Any, additions: list[Addition]) -> None:
     before = fingerprint(full)
     opt_in(full, additions)
     after = fingerprint(full)
@@ -77,7 +87,9 @@ def test_the_anchors_own_experts_stay_as_they_are(full, additions):
     )
 
 
-def test_the_joined_model_loads_in_stock_transformers(full, tiny, additions, tmp_path, sequences):
+def test_the_joined_model_loads_in_stock_transformers(
+    full: Any, tiny: Path, additions: list[Addition], tmp_path: Path, sequences: Sequences
+) -> None:
     from connito.base.checkpoint import save_checkpoint
 
     opt_in(full, additions)
@@ -86,7 +98,7 @@ def test_the_joined_model_loads_in_stock_transformers(full, tiny, additions, tmp
     torch.testing.assert_close(logits(model, sequences), logits(full, sequences), rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_fit_is_refused_before_any_change(full, additions):
+def test_what_does_not_fit_is_refused_before_any_change(full: Any, additions: list[Addition]) -> None:
     before = fingerprint(full)
     short = Addition("short", {2: additions[0].rows[2]})
     bare = Addition(

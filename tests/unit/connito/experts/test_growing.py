@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from connito.errors import Invalid
 from connito.experts.arrow import linear_router, train_router, variants
+from connito.experts.compose import Part
 from connito.experts.flex import ROUTER, grow, opt_in, opt_out
 from connito.experts.prune import loss
 from connito.moe.rows import fingerprint
+
+from tests.support.models import Sequences
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def anchor_text(sequences):
+def anchor_text(sequences: Sequences) -> Any:
     return np.concatenate([sequences(d, 3, 31)[:, :-1] for d in ("recipes", "logs", "poems", "ledgers")])
 
 
 @pytest.fixture
-def additions(full, sequences, anchor_text):
+def additions(full: Any, sequences: Sequences, anchor_text: Any) -> Any:
     return [
         grow(full, d, sequences(d, 48, 50).reshape(12, 4, -1), anchor_text, learning_rate=3e-3)
         for d in ("recipes", "logs")
     ]
 
 
-def test_grown_additions_help_their_domain_in_any_order_and_leave_the_anchor_alone(full, additions, sequences):
+def test_grown_additions_help_their_domain_in_any_order_and_leave_the_anchor_alone(
+    full: Any, additions: Any, sequences: Sequences
+) -> None:
     before, held = fingerprint(full), {d: sequences(d, 8, 90) for d in ("recipes", "logs")}
     plain = {d: loss(full, table) for d, table in held.items()}
     models = [copy.deepcopy(full) for _ in range(2)]
@@ -43,12 +49,16 @@ def test_grown_additions_help_their_domain_in_any_order_and_leave_the_anchor_alo
     assert fingerprint(models[0]) == fingerprint(full) == before
 
 
-def test_growing_twice_gives_the_same_addition(full, additions, sequences, anchor_text):
+def test_growing_twice_gives_the_same_addition(
+    full: Any, additions: Any, sequences: Sequences, anchor_text: Any
+) -> None:
     again = grow(full, "recipes", sequences("recipes", 48, 50).reshape(12, 4, -1), anchor_text, learning_rate=3e-3)
     assert again.digest == additions[0].digest
 
 
-def test_a_trained_router_beats_the_uniform_mixture_and_touches_nothing(full, base, parts, sequences):
+def test_a_trained_router_beats_the_uniform_mixture_and_touches_nothing(
+    full: Any, base: Any, parts: dict[str, Part], sequences: Sequences
+) -> None:
     before = fingerprint(full)
     members = [parts["recipes"], parts["logs"]]
     text = np.concatenate([sequences(d, 4, 70) for d in ("recipes", "logs")])

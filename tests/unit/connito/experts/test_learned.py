@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from connito.errors import Invalid
 from connito.experts.compose import Part, Recipe, layers_of, merge, state_of
 from connito.experts.lorahub import learn_weights
@@ -11,9 +14,11 @@ from connito.experts.replacement import replace_expert
 from connito.moe.evaluate import Evaluator
 from connito.moe.rows import fingerprint
 
+from tests.support.models import Sequences
 
-def test_weights_of_a_known_bowl_are_found():
-    def bowl(weights):
+
+def test_weights_of_a_known_bowl_are_found() -> None:
+    def bowl(weights: dict[str, float]) -> float:
         return (weights["a"] - 0.7) ** 2 + (weights["b"] + 0.3) ** 2
 
     learned = learn_weights(["a", "b"], bowl, budget=120, l1=0.0)
@@ -23,11 +28,13 @@ def test_weights_of_a_known_bowl_are_found():
         learn_weights([], bowl)
 
 
-def test_learned_weights_are_never_worse_than_the_best_start(full, parts, base, sequences):
+def test_learned_weights_are_never_worse_than_the_best_start(
+    full: Any, parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor], sequences: Sequences
+) -> None:
     examples = sequences("recipes", 4, 70)
     evaluator = Evaluator(full, layers_of(base))
 
-    def loss(weights):
+    def loss(weights: dict[str, float]) -> float:
         rows = merge(list(parts.values()), base, Recipe("sum"), weights)
         sums, tokens = evaluator.losses(state_of(rows), examples)
         return float(sums.sum() / tokens.sum())
@@ -37,7 +44,9 @@ def test_learned_weights_are_never_worse_than_the_best_start(full, parts, base, 
     assert learned.losses["recipes"] < learned.losses["base"]
 
 
-def test_the_expert_of_the_texts_own_domain_ranks_first_predicted_and_measured(full, parts, sequences):
+def test_the_expert_of_the_texts_own_domain_ranks_first_predicted_and_measured(
+    full: Any, parts: dict[str, Part], sequences: Sequences
+) -> None:
     before = fingerprint(full)
     for domain in parts:
         texts = sequences(domain, 12, 80)
@@ -50,7 +59,9 @@ def test_the_expert_of_the_texts_own_domain_ranks_first_predicted_and_measured(f
     assert not any(parameter.requires_grad for parameter in full.parameters())
 
 
-def test_small_steps_save_what_is_predicted(full, parts, base, sequences):
+def test_small_steps_save_what_is_predicted(
+    full: Any, parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor], sequences: Sequences
+) -> None:
     """The prediction is the first-order term: for a hundredth of δ it is nearly all there is."""
     part, texts = parts["recipes"], sequences("recipes", 6, 80)
     small = Part("small", "0", {key: base[key] + 0.01 * (row - base[key]) for key, row in part.rows.items()})
@@ -58,7 +69,9 @@ def test_small_steps_save_what_is_predicted(full, parts, base, sequences):
     assert measure_savings(full, [small], texts)["small"] == pytest.approx(predicted, rel=0.1)
 
 
-def test_an_upgrade_changes_one_expert_and_nothing_else(full, parts, sequences):
+def test_an_upgrade_changes_one_expert_and_nothing_else(
+    full: Any, parts: dict[str, Part], sequences: Sequences
+) -> None:
     tables = {domain: sequences(domain, 4, 90) for domain in ("recipes", "poems")}
     digests = fingerprint(full)
     done = replace_expert(full, parts["poems"], "poems", tables, margin=0.05)
@@ -68,7 +81,9 @@ def test_an_upgrade_changes_one_expert_and_nothing_else(full, parts, sequences):
     assert len(done.changed) == len(parts["poems"].rows)
 
 
-def test_an_upgrade_that_hurts_is_undone(full, parts, base, sequences):
+def test_an_upgrade_that_hurts_is_undone(
+    full: Any, parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor], sequences: Sequences
+) -> None:
     tables = {domain: sequences(domain, 4, 90) for domain in ("recipes", "poems")}
     digests = fingerprint(full)
     backwards = {key: base[key] - 3 * (row - base[key]) for key, row in parts["poems"].rows.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from connito.experts.lowrank import factorise, low_rank, ranks, restore, sparsif
 from connito.experts.prune import loss
 from connito.moe.rows import fingerprint
 
+from tests.support.models import Sequences
+
 
 @pytest.fixture(scope="session")
 def tiny(distinct_tiny: Path) -> Path:
@@ -18,7 +22,7 @@ def tiny(distinct_tiny: Path) -> Path:
     return distinct_tiny
 
 
-def test_full_rank_factors_are_the_matrix_and_error_falls_with_rank():
+def test_full_rank_factors_are_the_matrix_and_error_falls_with_rank() -> None:
     w = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
     errors = []
     for rank in range(1, 9):
@@ -32,20 +36,22 @@ def test_full_rank_factors_are_the_matrix_and_error_falls_with_rank():
         factorise(w, 9)
 
 
-def test_ranks_that_an_expert_cannot_use_go_to_the_others():
+def test_ranks_that_an_expert_cannot_use_go_to_the_others() -> None:
     chosen = ranks([0.9, 0.05, 0.05], (64, 32), 0.5)
     assert chosen[0] == 64 * 32 // (64 + 32)
     assert sum(chosen) == int(0.5 * 3 * 64 * 32 / (64 + 32))
 
 
-def test_ranks_follow_importance_within_the_budget():
+def test_ranks_follow_importance_within_the_budget() -> None:
     chosen = ranks([0.6, 0.3, 0.1], (64, 32), 0.5)
     assert chosen == sorted(chosen, reverse=True)
     assert sum(chosen) * (64 + 32) <= 0.5 * 3 * 64 * 32
     assert ranks([1.0, 0.0], (64, 32), 1.0) == [21, 1]
 
 
-def test_factors_are_smaller_and_rebuild_the_same_model(full, tiny, sequences, logits):
+def test_factors_are_smaller_and_rebuild_the_same_model(
+    full: Any, tiny: Path, sequences: Sequences, logits: Callable[..., Any]
+) -> None:
     from connito.base.loading import load_full
 
     factors, chosen = low_rank(full, sequences("recipes", 2, 60)[:, :-1], 0.5)
@@ -60,13 +66,15 @@ def test_factors_are_smaller_and_rebuild_the_same_model(full, tiny, sequences, l
     assert fingerprint(again) == fingerprint(full)
 
 
-def test_dropping_no_weight_changes_no_bit(full, sequences):
+def test_dropping_no_weight_changes_no_bit(full: Any, sequences: Sequences) -> None:
     before = fingerprint(full)
     sparsify(full, sequences("recipes", 1, 60)[:, :-1], 0.0)
     assert fingerprint(full) == before
 
 
-def test_router_weighted_sparsity_hits_its_share_and_beats_magnitude(full, tiny, sequences):
+def test_router_weighted_sparsity_hits_its_share_and_beats_magnitude(
+    full: Any, tiny: Path, sequences: Sequences
+) -> None:
     from connito.base.loading import load_full
 
     text, held = sequences("recipes", 6, 60), sequences("recipes", 4, 61)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import connito.experts.prune as prune_module
 import pytest
@@ -29,6 +30,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
+from tests.support.models import Sequences
+
 pytestmark = pytest.mark.slow
 
 
@@ -42,7 +45,7 @@ ALL = {2: list(range(8)), 3: list(range(8))}
 KEEP = {2: [0, 3, 5], 3: [1, 2, 6]}
 
 
-def mixtral():
+def mixtral() -> Any:
     torch.manual_seed(0)
     return MixtralForCausalLM(
         MixtralConfig(vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_local_experts=6,
@@ -50,7 +53,7 @@ def mixtral():
     ).eval()  # fmt: skip
 
 
-def olmoe():
+def olmoe() -> Any:
     torch.manual_seed(0)
     return OlmoeForCausalLM(
         OlmoeConfig(vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_experts=6,
@@ -59,7 +62,7 @@ def olmoe():
     ).eval()  # fmt: skip
 
 
-def test_keeping_every_expert_changes_nothing(full, logits):
+def test_keeping_every_expert_changes_nothing(full: Any, logits: Any) -> None:
     plain, before = logits(full), fingerprint(full)
     with masked(full, ALL):
         assert torch.equal(logits(full), plain)
@@ -68,7 +71,7 @@ def test_keeping_every_expert_changes_nothing(full, logits):
     assert torch.equal(logits(full), plain)
 
 
-def test_masking_leaves_no_trace_and_equals_removal(full, logits):
+def test_masking_leaves_no_trace_and_equals_removal(full: Any, logits: Any) -> None:
     plain = logits(full)
     with masked(full, KEEP):
         seen = logits(full)
@@ -81,7 +84,7 @@ def test_masking_leaves_no_trace_and_equals_removal(full, logits):
 
 
 @pytest.mark.parametrize("build", [mixtral, olmoe])
-def test_other_families_prune_alike(build, logits):
+def test_other_families_prune_alike(build: Any, logits: Any) -> None:
     model = build()
     keep = {0: [0, 2, 5], 1: [1, 3, 4]}
     with masked(model, keep):
@@ -89,7 +92,7 @@ def test_other_families_prune_alike(build, logits):
     assert torch.allclose(logits(prune(model, keep)), seen, atol=1e-6)
 
 
-def test_fewer_experts_than_slots_lower_top_k(full, logits):
+def test_fewer_experts_than_slots_lower_top_k(full: Any, logits: Any) -> None:
     with masked(full, {2: [4], 3: [0]}):
         seen = logits(full)
     prune(full, {2: [4], 3: [0]})
@@ -97,7 +100,7 @@ def test_fewer_experts_than_slots_lower_top_k(full, logits):
     assert full.config.num_experts_per_tok == 1
 
 
-def test_the_layer_error_is_that_of_the_real_layer(full, sequences):
+def test_the_layer_error_is_that_of_the_real_layer(full: Any, sequences: Sequences) -> None:
     """What the search minimises is what the pruned layer does."""
     tape = record(full, sequences("recipes", 2, 60)[:, :-1])[2]
     keep = [1, 4, 6]
@@ -110,7 +113,9 @@ def test_the_layer_error_is_that_of_the_real_layer(full, sequences):
     assert tape.error(keep) == pytest.approx(float((whole - part).norm()), rel=1e-3)
 
 
-def test_naee_finds_the_best_subset_and_greedy_is_no_better(full, sequences, monkeypatch):
+def test_naee_finds_the_best_subset_and_greedy_is_no_better(
+    full: Any, sequences: Sequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tape = record(full, sequences("recipes", 2, 60)[:, :-1])[3]
     best = naee(tape, 3)
     assert tape.error(best) == min(tape.error(list(c)) for c in combinations(range(8), 3))
@@ -122,7 +127,7 @@ def test_naee_finds_the_best_subset_and_greedy_is_no_better(full, sequences, mon
 
 
 @pytest.mark.parametrize("method", ["naee", "router-weighted", "moe-i2"])
-def test_budgets_are_met_in_experts_and_bytes(full, sequences, method):
+def test_budgets_are_met_in_experts_and_bytes(full: Any, sequences: Sequences, method: Any) -> None:
     text = sequences("recipes", 3, 60)
     by_count = choose(full, text, method, max_experts=7)
     size = expert_bytes(find_moe_layers(full)[2])
@@ -134,7 +139,7 @@ def test_budgets_are_met_in_experts_and_bytes(full, sequences, method):
         assert sum(map(len, by_count.values())) == 7
 
 
-def test_pruning_for_a_domain_beats_pruning_the_other_way_round(full, sequences):
+def test_pruning_for_a_domain_beats_pruning_the_other_way_round(full: Any, sequences: Sequences) -> None:
     text, held = sequences("recipes", 4, 60), sequences("recipes", 4, 61)
     for method in ("naee", "router-weighted"):
         keep = choose(full, text, method, max_experts=6)
@@ -146,7 +151,7 @@ def test_pruning_for_a_domain_beats_pruning_the_other_way_round(full, sequences)
         assert good < bad - 0.05
 
 
-def test_budgets_that_cannot_be_met_and_nonsense_are_refused(full, sequences):
+def test_budgets_that_cannot_be_met_and_nonsense_are_refused(full: Any, sequences: Sequences) -> None:
     text = sequences("recipes", 1, 60)
     with pytest.raises(Invalid, match="need one each"):
         choose(full, text, max_experts=1)
@@ -159,7 +164,7 @@ def test_budgets_that_cannot_be_met_and_nonsense_are_refused(full, sequences):
             prune(full, keep)
 
 
-def test_layer_costs_are_those_of_leaving_one_out(full, sequences):
+def test_layer_costs_are_those_of_leaving_one_out(full: Any, sequences: Sequences) -> None:
     text = sequences("recipes", 1, 60)
     costs = layer_costs(full, text)
     whole, rises = loss(full, text), []
@@ -170,7 +175,7 @@ def test_layer_costs_are_those_of_leaving_one_out(full, sequences):
 
 
 @given(st.dictionaries(st.integers(0, 9), st.floats(0, 10), min_size=1, max_size=6), st.data())
-def test_every_place_is_dealt_within_bounds(costs, data):
+def test_every_place_is_dealt_within_bounds(costs: Any, data: Any) -> None:
     totals = {index: data.draw(st.integers(1, 8)) for index in costs}
     budget = data.draw(st.integers(len(costs), 50))
     counts = deal(costs, totals, budget)
@@ -178,7 +183,9 @@ def test_every_place_is_dealt_within_bounds(costs, data):
     assert all(1 <= counts[index] <= totals[index] for index in costs)
 
 
-def test_progressive_pruning_ends_with_one_expert_and_its_ids_are_the_bases(full, tiny, sequences, logits):
+def test_progressive_pruning_ends_with_one_expert_and_its_ids_are_the_bases(
+    full: Any, tiny: Path, sequences: Sequences, logits: Any
+) -> None:
     from connito.base.loading import load_full
 
     tuned = []
@@ -191,7 +198,7 @@ def test_progressive_pruning_ends_with_one_expert_and_its_ids_are_the_bases(full
         assert torch.equal(logits(again), logits(full))
 
 
-def test_skipping_nothing_is_the_model_itself(full, logits):
+def test_skipping_nothing_is_the_model_itself(full: Any, logits: Any) -> None:
     plain = logits(full)
     with skipping(full, 0.0) as count:
         assert torch.equal(logits(full), plain)
@@ -199,7 +206,7 @@ def test_skipping_nothing_is_the_model_itself(full, logits):
     assert torch.equal(logits(full), plain)
 
 
-def test_skipping_everything_but_the_first_is_top_1(full, tiny, logits):
+def test_skipping_everything_but_the_first_is_top_1(full: Any, tiny: Path, logits: Any) -> None:
     from connito.base.loading import load_full
 
     with skipping(full, 1.1) as count:
@@ -213,7 +220,7 @@ def test_skipping_everything_but_the_first_is_top_1(full, tiny, logits):
     assert count.share == pytest.approx(0.5, abs=0.01)
 
 
-def test_the_median_threshold_skips_about_half_of_the_second_experts(full, sequences):
+def test_the_median_threshold_skips_about_half_of_the_second_experts(full: Any, sequences: Sequences) -> None:
     text = sequences("recipes", 4, 60)
     betas = skip_thresholds(full, text[:, :-1])
     assert all(0 < beta < 1 for beta in betas.values())

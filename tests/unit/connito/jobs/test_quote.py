@@ -9,7 +9,7 @@ from connito.jobs.quote import cycles_until
     ("wanted", "first", "ratio", "cycles"),
     [(0.5, 0.1, 1.0, 5), (0.5, 0.5, 0.5, 1), (0.7, 0.4, 0.5, 3), (0.8, 0.4, 0.5, None), (0.01, 0.4, 0.5, 1)],
 )
-def test_cycles_until_the_objective(wanted, first, ratio, cycles):
+def test_cycles_until_the_objective(wanted: float, first: float, ratio: float, cycles: int | None) -> None:
     found = cycles_until(wanted, first, ratio)
 
     assert found == cycles
@@ -18,13 +18,13 @@ def test_cycles_until_the_objective(wanted, first, ratio, cycles):
         assert sum(first * ratio**n for n in range(found - 1)) < wanted
 
 
-def test_a_change_is_told_from_chance_or_not():
+def test_a_change_is_told_from_chance_or_not() -> None:
     assert verdict({"low": -0.2, "high": -0.1}) == "better"
     assert verdict({"low": 0.1, "high": 0.2}) == "worse"
     assert "no difference" in verdict({"low": -0.1, "high": 0.1})
 
 
-def test_a_run_without_an_expert_says_so():
+def test_a_run_without_an_expert_says_so() -> None:
     page = markdown(
         {
             "run": "r",

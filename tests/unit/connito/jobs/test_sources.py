@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from connito.errors import Invalid, NotFound
@@ -8,11 +9,11 @@ from connito.jobs.sources import read_source
 from connito.jobs.spec import Source
 
 
-def read(root, path, text=""):
+def read(root: Path, path: str, text: str = "") -> list[str] | None:
     return [document.text for document in read_source(Source(path=path, text=text), 0, root).documents]
 
 
-def test_files_folders_and_globs(tmp_path):
+def test_files_folders_and_globs(tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "b.txt").write_text("second")
     (tmp_path / "in" / "a.md").write_text("first")
@@ -25,7 +26,7 @@ def test_files_folders_and_globs(tmp_path):
     assert read(tmp_path, str(tmp_path / "in" / "a.md")) == ["first"]
 
 
-def test_a_template_makes_one_text_of_a_row(tmp_path):
+def test_a_template_makes_one_text_of_a_row(tmp_path: Path) -> None:
     row = {"q": "Why?", "a": {"long": "Because.", "score": 3}, "tags": ["x"], "none": None}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     (tmp_path / "rows.csv").write_text('q,a\n"Who, me?",You\n')
@@ -36,7 +37,7 @@ def test_a_template_makes_one_text_of_a_row(tmp_path):
     assert read(tmp_path, "rows.csv", "{q} {a}") == ["Who, me? You"]
 
 
-def test_empty_rows_are_counted(tmp_path):
+def test_empty_rows_are_counted(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "  "}\n{"text": "x"}\n\n')
 
     reach = read_source(Source(path="rows.jsonl"), 0, tmp_path)
@@ -61,7 +62,9 @@ def test_empty_rows_are_counted(tmp_path):
         ("r.txt", "text", "{a}", "is plain text and has no fields"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, text, said):
+def test_what_cannot_be_read_is_named_with_its_line(
+    tmp_path: Path, name: str, content: str, text: str, said: str
+) -> None:
     (tmp_path / name).write_text(content)
 
     with pytest.raises(Invalid) as caught:
@@ -70,7 +73,7 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, tex
     assert said in str(caught.value)
 
 
-def test_what_is_not_there(tmp_path):
+def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no file or folder"):
         read(tmp_path, "missing.txt")
     with pytest.raises(NotFound, match="nothing matches"):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from connito.errors import Invalid, NotFound
 from connito.jobs.spec import is_job, parse_job, parse_size, read_job
@@ -7,7 +10,7 @@ from connito.jobs.spec import is_job, parse_job, parse_size, read_job
 SMALL = {"domain": "contracts", "data": [{"path": "texts/"}], "license": "CC-BY-4.0"}
 
 
-def test_three_fields_are_a_job():
+def test_three_fields_are_a_job() -> None:
     job = parse_job(SMALL)
 
     assert (job.base, job.cycles, job.start_from, job.privacy.visibility) == ("demo", 4, "auto", "public")
@@ -29,7 +32,9 @@ def test_three_fields_are_a_job():
         ({"benchmarks": [{"name": "a", "path": "y"}, {"name": "a", "path": "z"}]}, "benchmarks names 'a' twice"),
     ],
 )
-def test_what_cannot_be_is_named(change, said):
+def test_what_cannot_be_is_named(
+    change: dict[str, dict[str, str] | float | list[dict[str, int | str]] | str], said: str
+) -> None:
     with pytest.raises(Invalid) as caught:
         parse_job({**SMALL, **change}, "job.yaml")
 
@@ -37,7 +42,7 @@ def test_what_cannot_be_is_named(change, said):
     assert caught.value.exit_code == 3
 
 
-def test_every_mistake_is_told_at_once():
+def test_every_mistake_is_told_at_once() -> None:
     with pytest.raises(Invalid) as caught:
         parse_job({"domain": "x", "colour": "red"}, "job.yaml")
 
@@ -46,7 +51,7 @@ def test_every_mistake_is_told_at_once():
     assert "colour: there is no such field" in str(caught.value)
 
 
-def test_a_file_that_is_none(tmp_path):
+def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="there is no file"):
         read_job(tmp_path / "job.yaml")
     (tmp_path / "job.yaml").write_text("- just a list")
@@ -58,11 +63,11 @@ def test_a_file_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "size"), [("20 MB", 20_000_000), ("1.5GiB", 1_610_612_736), ("7", 7), (12, 12)])
-def test_sizes_are_read_as_people_write_them(text, size):
+def test_sizes_are_read_as_people_write_them(text: int | str, size: int) -> None:
     assert parse_size(text) == size
 
 
-def test_the_smaller_cap_on_cycles_holds():
+def test_the_smaller_cap_on_cycles_holds() -> None:
     assert parse_job({**SMALL, "budget": {"cycles": 2}, "objective": {"max_cycles": 6}}).cycles == 2
 
 
@@ -75,11 +80,13 @@ def test_the_smaller_cap_on_cycles_holds():
         ({"domain": "x", "generalHoldouts": []}, False),
     ],
 )
-def test_a_job_that_lacks_its_data_is_still_a_job_and_not_a_run_spec(content, job):
+def test_a_job_that_lacks_its_data_is_still_a_job_and_not_a_run_spec(
+    content: dict[str, dict[Any, Any] | int | list[dict[str, str]] | str], job: bool
+) -> None:
     assert is_job(content) is job
 
 
-def test_who_may_mine_is_the_customer_s_to_say():
+def test_who_may_mine_is_the_customer_s_to_say() -> None:
     people = {"enrolment": "invite", "allowed": ["UA"], "at_most": 5}
 
     assert parse_job({**SMALL, "people": people}).people.enrolment == "invite"

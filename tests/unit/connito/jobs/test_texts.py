@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
-from connito.jobs.findings import require
-from connito.jobs.spec import parse_job
-from connito.jobs.texts import sort_texts, weighted
+from connito.jobs.findings import Finding, require
+from connito.jobs.spec import Job, parse_job
+from connito.jobs.texts import Texts, sort_texts, weighted
 
 
-def functions(*modules):
+def functions(*modules: Any) -> list[str]:
     found = []
     for module in modules:
         for _, thing in inspect.getmembers(module, inspect.isfunction):
@@ -23,7 +25,7 @@ def functions(*modules):
 
 
 @pytest.fixture(scope="session")
-def code():
+def code() -> list[str]:
     import argparse
     import ast
     import shutil
@@ -34,19 +36,19 @@ def code():
     return functions(statistics, shutil, argparse, ast, tarfile, wrap)
 
 
-def write(path, texts):
+def write(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def job(**fields):
+def job(**fields: float | list[dict[str, str]] | str) -> Job:
     return parse_job({"domain": "code", "data": [{"path": "data.jsonl"}], "license": "PSF-2.0", **fields})
 
 
-def found(texts, check):
+def found(texts: Texts, check: str) -> list[Finding]:
     return [finding for finding in texts.findings if finding.check == check]
 
 
-def test_parts_are_disjoint_and_the_same_again(code, tmp_path):
+def test_parts_are_disjoint_and_the_same_again(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", code)
 
     one, two = sort_texts(job(), tmp_path), sort_texts(job(), tmp_path)
@@ -58,7 +60,7 @@ def test_parts_are_disjoint_and_the_same_again(code, tmp_path):
     assert not [finding for finding in one.findings if finding.level == "error"]
 
 
-def test_copies_are_found_within_and_across_sources(code, tmp_path):
+def test_copies_are_found_within_and_across_sources(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", [*code[:20], code[0].upper()])
     write(tmp_path / "more.jsonl", [code[3], *code[20:30]])
 
@@ -70,7 +72,7 @@ def test_copies_are_found_within_and_across_sources(code, tmp_path):
     assert "more.jsonl: 0 repeat a document of its own, 1 one of another source" in finding.detail
 
 
-def test_all_duplicates_is_an_error(code, tmp_path):
+def test_all_duplicates_is_an_error(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", [code[0]] * 50)
 
     texts = sort_texts(job(), tmp_path)
@@ -81,7 +83,9 @@ def test_all_duplicates_is_an_error(code, tmp_path):
     assert "only 1 different documents are left" in finding.remedy
 
 
-def test_a_contaminated_hold_out_is_refused_with_examples_or_dropped_from_training(code, tmp_path):
+def test_a_contaminated_hold_out_is_refused_with_examples_or_dropped_from_training(
+    code: list[str], tmp_path: Path
+) -> None:
     write(tmp_path / "data.jsonl", code[:40])
     write(tmp_path / "held.jsonl", [*code[40:50], *code[:10]])
 
@@ -100,7 +104,7 @@ def test_a_contaminated_hold_out_is_refused_with_examples_or_dropped_from_traini
     assert not held & trained
 
 
-def test_a_benchmark_in_the_training_data_is_found(code, tmp_path):
+def test_a_benchmark_in_the_training_data_is_found(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", code[:40])
     write(tmp_path / "exam.jsonl", code[:5])
 
@@ -111,7 +115,7 @@ def test_a_benchmark_in_the_training_data_is_found(code, tmp_path):
     assert finding.numbers["share"] >= 0.5
 
 
-def test_a_benchmark_that_is_the_hold_out_is_told(code, tmp_path):
+def test_a_benchmark_that_is_the_hold_out_is_told(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", code[:40])
     write(tmp_path / "held.jsonl", code[40:60])
 
@@ -122,7 +126,7 @@ def test_a_benchmark_that_is_the_hold_out_is_told(code, tmp_path):
     assert [(finding.level, finding.numbers["share"]) for finding in told] == [("warning", 1.0)]
 
 
-def test_every_unreadable_source_is_told_at_once(code, tmp_path):
+def test_every_unreadable_source_is_told_at_once(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", code[:20])
     (tmp_path / "empty.txt").write_text("")
     sources = [{"path": "missing.txt"}, {"path": "empty.txt"}, {"path": "data.jsonl", "text": "{body}"}]
@@ -137,7 +141,7 @@ def test_every_unreadable_source_is_told_at_once(code, tmp_path):
         require(texts.findings)
 
 
-def test_replay_text_is_not_held_out(code, tmp_path):
+def test_replay_text_is_not_held_out(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", code[:20])
     write(tmp_path / "general.jsonl", code[20:])
 
@@ -153,7 +157,7 @@ def test_replay_text_is_not_held_out(code, tmp_path):
     assert held | replayed <= set(whole.general["other"])
 
 
-def test_weights_are_how_often_a_document_is_seen(code, tmp_path):
+def test_weights_are_how_often_a_document_is_seen(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", code)
     documents = sort_texts(job(), tmp_path).train
 

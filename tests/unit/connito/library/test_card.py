@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 from connito.library.card import render, write_card
 from connito.library.record import build_record
+from connito.wire.facts import RunFacts
 
 
-def test_the_head_is_yaml_that_model_hubs_read(finished):
+def test_the_head_is_yaml_that_model_hubs_read(finished: RunFacts) -> None:
     from yaml import safe_load
 
     record = build_record(finished, "e" * 64, 1200, 300)
@@ -18,7 +20,7 @@ def test_the_head_is_yaml_that_model_hubs_read(finished):
     assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in results] == [("medical", 2.5), ("code", 2.001)]
 
 
-def test_intervals_parents_and_plots_are_in_it(finished, tmp_path):
+def test_intervals_parents_and_plots_are_in_it(finished: RunFacts, tmp_path: Path) -> None:
     record = build_record(finished, "e" * 64, 1200, 300)
     record["losses"][0] |= {"change_low": -0.6, "change_high": -0.4}
     write_card(record, tmp_path)
@@ -30,7 +32,7 @@ def test_intervals_parents_and_plots_are_in_it(finished, tmp_path):
         ElementTree.parse(tmp_path / name)
 
 
-def test_what_people_wrote_cannot_leave_its_place(finished, tmp_path):
+def test_what_people_wrote_cannot_leave_its_place(finished: RunFacts, tmp_path: Path) -> None:
     record = json.loads(json.dumps(build_record(finished, "e" * 64, 1200, 300)))
     record["base"]["name"] = 'a"\n---\n<script>'
     record["losses"][0]["domain"] = "<script>"

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from connito.library.searches import recall, remember
-from connito.library.training_demand import Search, Training, decay, demand, series, training_of_record
+from connito.library.training_demand import Demand, Search, Training, decay, demand, series, training_of_record
 
 LAW = Training("law", "b", (0.4, 0.2, 0.1), 1, "law-1")
 POEMS = Training("poems", "b", (0.1, 0.05), 2, "poems-1")
 
 
-def rows(*args, **kwargs):
+def rows(*args: dict[Any, Any] | list[Search | Training], **kwargs: int) -> dict[str, Demand]:
     return {row.domain: row for row in demand(*args, **kwargs)}
 
 
-def test_the_gain_of_further_cycles_shrinks_by_the_ratio_seen_so_far():
+def test_the_gain_of_further_cycles_shrinks_by_the_ratio_seen_so_far() -> None:
     found = rows([LAW, POEMS], {}, [], cycles=2)
 
     assert decay([LAW, POEMS]) == pytest.approx(0.5)
@@ -22,7 +25,7 @@ def test_the_gain_of_further_cycles_shrinks_by_the_ratio_seen_so_far():
     assert list(found) == ["law", "poems"]
 
 
-def test_interest_can_put_another_domain_first():
+def test_interest_can_put_another_domain_first() -> None:
     found = demand([LAW, POEMS], {"poems": 5}, [Search("poems", 0)], cycles=2)
 
     assert [row.domain for row in found] == ["poems", "law"]
@@ -30,7 +33,7 @@ def test_interest_can_put_another_domain_first():
     assert found[0].score == pytest.approx(7 * 0.05 * 0.75)
 
 
-def test_a_domain_that_was_only_searched_for_is_expected_to_be_like_the_others():
+def test_a_domain_that_was_only_searched_for_is_expected_to_be_like_the_others() -> None:
     found = rows([LAW, POEMS], {}, [Search("stars", 0), Search("stars", 3, 0.2)], cycles=1)
 
     assert (found["stars"].searches, found["stars"].misses) == (2, 1)
@@ -38,13 +41,13 @@ def test_a_domain_that_was_only_searched_for_is_expected_to_be_like_the_others()
     assert found["stars"].basis.startswith("never trained")
 
 
-def test_nothing_to_go_by_comes_last_by_interest():
+def test_nothing_to_go_by_comes_last_by_interest() -> None:
     found = demand([], {}, [Search("a", 0), Search("b", 0), Search("b", 1, 0.0)])
 
     assert [(row.domain, row.score) for row in found] == [("b", None), ("a", None)]
 
 
-def test_the_newest_run_of_a_domain_decides():
+def test_the_newest_run_of_a_domain_decides() -> None:
     worse = Training("law", "b", (0.01,), 9, "law-2")
 
     found = rows([worse, LAW], {}, [], cycles=1)
@@ -53,17 +56,17 @@ def test_the_newest_run_of_a_domain_decides():
     assert found["law"].expert_ids == ["law-1", "law-2"]
 
 
-def test_a_cycle_that_lost_promises_nothing():
+def test_a_cycle_that_lost_promises_nothing() -> None:
     assert rows([Training("law", "b", (0.2, -0.1), 1)], {}, [], cycles=3)["law"].expected == 0.0
 
 
-def test_the_series():
+def test_the_series() -> None:
     assert series(0.5, 3) == pytest.approx(0.875)
     assert series(1.0, 3) == 3
     assert series(0.5, 0) == 0
 
 
-def test_a_record_without_its_log_spreads_its_saving():
+def test_a_record_without_its_log_spreads_its_saving() -> None:
     record = {
         "expert_id": "law-3", "domain": "law", "base": {"manifest": "b"}, "lineage": [{}, {}],
         "losses": [{"domain": "law", "before": 3.0, "after": 2.5}],
@@ -72,7 +75,7 @@ def test_a_record_without_its_log_spreads_its_saving():
     assert training_of_record(record, 4) == Training("law", "b", (0.25, 0.25), 4, "law-3")
 
 
-def test_searches_are_counted_without_keeping_texts(tmp_path):
+def test_searches_are_counted_without_keeping_texts(tmp_path: Path) -> None:
     remember(tmp_path, ["Deep", "Sea!"], "", 0, 1)
     remember(tmp_path, [], "", 2, 2, 0.3)
     with (tmp_path / "searches.jsonl").open("a") as file:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import connito
 import pytest
@@ -26,12 +28,12 @@ def build(seed: int = 0) -> Qwen2MoeForCausalLM:
 
 
 @pytest.fixture
-def model():
+def model() -> Any:
     return build()
 
 
 @pytest.fixture
-def expert(model, tmp_path):
+def expert(model: Any, tmp_path: Path) -> Path:
     """A directory as an export leaves it, for `model` as it is."""
     base = base_digests(model, LAYERS)
     state = {name: rows + 0.25 for name, rows in read_rows(model, LAYERS).items()}
@@ -42,7 +44,7 @@ def expert(model, tmp_path):
     return tmp_path
 
 
-def test_only_the_experts_rows_change_and_removing_restores_the_base(model, expert):
+def test_only_the_experts_rows_change_and_removing_restores_the_base(model: Any, expert: Path) -> None:
     before = fingerprint(model)
     ids = torch.arange(12).view(1, 12)
     plain = model(ids).logits
@@ -57,7 +59,7 @@ def test_only_the_experts_rows_change_and_removing_restores_the_base(model, expe
     assert torch.equal(model(ids).logits, plain)
 
 
-def test_another_base_is_refused_before_anything_is_written(expert):
+def test_another_base_is_refused_before_anything_is_written(expert: Path) -> None:
     other = build(seed=1)
     before = fingerprint(other)
 
@@ -67,7 +69,7 @@ def test_another_base_is_refused_before_anything_is_written(expert):
     assert fingerprint(other) == before
 
 
-def test_a_model_that_holds_another_expert_there_is_refused(model, expert):
+def test_a_model_that_holds_another_expert_there_is_refused(model: Any, expert: Path) -> None:
     rows = read_rows(model, LAYERS)
     write_rows(model, LAYERS, {name: value + 1 for name, value in rows.items()})
 
@@ -75,7 +77,7 @@ def test_a_model_that_holds_another_expert_there_is_refused(model, expert):
         connito.load_expert(model, expert)
 
 
-def test_another_dtype_is_refused(model, expert):
+def test_another_dtype_is_refused(model: Any, expert: Path) -> None:
     header_path = expert / "expert.safetensors"
     connito.load_expert(model, header_path).remove()
 
@@ -83,7 +85,7 @@ def test_another_dtype_is_refused(model, expert):
         connito.load_expert(model.to(torch.bfloat16), expert)
 
 
-def test_a_model_without_these_layers_is_refused(expert):
+def test_a_model_without_these_layers_is_refused(expert: Path) -> None:
     config = build().config
     config.num_hidden_layers = 1
 
@@ -91,7 +93,7 @@ def test_a_model_without_these_layers_is_refused(expert):
         connito.load_expert(Qwen2MoeForCausalLM(config), expert)
 
 
-def test_a_file_that_is_not_what_its_record_says_is_refused(model, expert):
+def test_a_file_that_is_not_what_its_record_says_is_refused(model: Any, expert: Path) -> None:
     path = expert / "expert.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -104,12 +106,12 @@ def test_a_file_that_is_not_what_its_record_says_is_refused(model, expert):
     assert fingerprint(model) == before
 
 
-def test_a_missing_expert_is_not_found(model, tmp_path):
+def test_a_missing_expert_is_not_found(model: Any, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="connito library export"):
         connito.load_expert(model, tmp_path / "nowhere")
 
 
-def test_removing_notices_what_someone_else_changed(model, expert):
+def test_removing_notices_what_someone_else_changed(model: Any, expert: Path) -> None:
     loaded = connito.load_expert(model, expert)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
@@ -118,13 +120,13 @@ def test_removing_notices_what_someone_else_changed(model, expert):
         loaded.remove()
 
 
-def test_a_stray_change_puts_the_base_rows_back(model, expert, monkeypatch):
+def test_a_stray_change_puts_the_base_rows_back(model: Any, expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever writes more than the expert's rows is caught, and what was written is undone."""
     import connito.moe.rows as insert
 
     plain, base = insert.write_rows, read_rows(model, LAYERS)
 
-    def careless(target, selection, state):
+    def careless(target: Any, selection: dict[int, list[int]], state: dict[str, torch.Tensor]) -> None:
         plain(target, selection, state)
         with torch.no_grad():
             target.model.layers[0].mlp.experts.down_proj[0] += 1

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def record(name: str, licence: str = "CC-BY-4.0", miners: tuple[float, ...] = (), parents: tuple = (), **rules) -> dict:
+def record(
+    name: str, licence: str = "CC-BY-4.0", miners: tuple[float, ...] = (), parents: tuple = (), **rules: str
+) -> dict:
     return {
         "expert_id": name,
         "license": licence,
@@ -20,7 +22,7 @@ def record(name: str, licence: str = "CC-BY-4.0", miners: tuple[float, ...] = ()
     }
 
 
-def test_a_permitted_use_names_whom_to_credit():
+def test_a_permitted_use_names_whom_to_credit() -> None:
     permission = check_use([record("a"), record("b", "CC0-1.0")], Use("compose", commercial=True))
     assert permission.license == "CC-BY-4.0 AND CC0-1.0"
     assert permission.attribution == ("a (CC-BY-4.0)",)
@@ -39,26 +41,26 @@ def test_a_permitted_use_names_whom_to_credit():
         ([""], Use("export"), "no licence"),
     ],
 )
-def test_terms_that_forbid_a_use_refuse_it(licences, use, why):
+def test_terms_that_forbid_a_use_refuse_it(licences: list[str], use: Use, why: str) -> None:
     with pytest.raises(Invalid, match=why) as caught:
         check_use([record(f"e{i}", licence) for i, licence in enumerate(licences)], use)
     assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
 
 
-def test_share_alike_binds_a_composition_and_no_mere_collection():
+def test_share_alike_binds_a_composition_and_no_mere_collection() -> None:
     parts = [record("a"), record("b", "CC-BY-SA-4.0")]
     assert check_use(parts, Use("compose")).license == "CC-BY-SA-4.0"
     assert check_use(parts, Use("export")).license == "CC-BY-4.0 AND CC-BY-SA-4.0"
     assert check_use([record("a", "CC-BY-ND-4.0")], Use("export")).license == "CC-BY-ND-4.0"
 
 
-def test_unknown_terms_pass_once_they_were_read():
+def test_unknown_terms_pass_once_they_were_read() -> None:
     use = Use("compose", accepted=frozenset({"HPO licence"}))
     assert check_use([record("a", "HPO licence")], use).license == "HPO licence"
 
 
-def test_standings_warn_or_refuse_with_the_reason():
-    def check(status: str, **options) -> tuple[str, ...]:
+def test_standings_warn_or_refuse_with_the_reason() -> None:
+    def check(status: str, **options: bool) -> tuple[str, ...]:
         return check_use([record("a")], Use(), standings={"a": Standing(status, "bad data")}, **options).warnings
 
     assert check("good") == ()
@@ -70,20 +72,20 @@ def test_standings_warn_or_refuse_with_the_reason():
         check("opted-out", allow_yanked=True)
 
 
-def test_an_invisible_expert_looks_like_none():
+def test_an_invisible_expert_looks_like_none() -> None:
     with pytest.raises(Invalid, match="there is no expert 'a' that you may see"):
         check_use([record("a", visibility="private", owner="anna")], Use())
     assert check_use([record("a", visibility="private", owner="anna")], Use(), viewer=Viewer("anna")).license
 
 
-def test_nonsense_is_refused():
+def test_nonsense_is_refused() -> None:
     with pytest.raises(Invalid, match="unknown visibility"):
         governance(record("a", visibility="secret"))
     with pytest.raises(Invalid, match="must name it"):
         governance(record("a", visibility="organisation"))
 
 
-def test_credit_goes_through_compositions_to_the_miners():
+def test_credit_goes_through_compositions_to_the_miners() -> None:
     shelf = {"a": record("a", miners=(0.75, 0.25)), "b": record("b", miners=(1.0,)), "lost": record("lost")}
     whole = record("ab", parents=(("a", 2.0), ("b", -1.0), ("gone", 1.0)))
     credit = attribute(whole, 1000, shelf.get)
@@ -93,12 +95,12 @@ def test_credit_goes_through_compositions_to_the_miners():
 
 
 @given(st.lists(st.floats(0, 1), max_size=6), st.integers(0, 10_000))
-def test_units_are_conserved(shares, units):
+def test_units_are_conserved(shares: list[float], units: int) -> None:
     credit = attribute(record("a", miners=tuple(shares)), units, lambda _: None)
     assert sum(credit.units.values()) + credit.uncredited == units
     assert all(count > 0 for count in credit.units.values())
 
 
-def test_a_composition_of_itself_ends():
+def test_a_composition_of_itself_ends() -> None:
     loop = record("a", parents=(("a", 1.0),))
     assert attribute(loop, 7, {"a": loop}.get).uncredited == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from connito.errors import Invalid, NotFound, VerificationFailed
@@ -56,19 +57,21 @@ def build(events: list[LibraryEvent]) -> Index:
 
 @settings(max_examples=40, deadline=None)
 @given(st.permutations(LOG), st.lists(st.sampled_from(LOG), max_size=5), st.integers(0, len(LOG)))
-def test_order_repetition_and_pieces_make_no_difference(order, again, cut):
+def test_order_repetition_and_pieces_make_no_difference(
+    order: list[LibraryEvent], again: list[LibraryEvent], cut: int
+) -> None:
     index = Index()
     index.apply(order[:cut])
     index.apply([*again, *order[cut:]])
     assert contents(index) == contents(build(LOG))
 
 
-def test_the_last_sequence_is_where_to_read_on():
+def test_the_last_sequence_is_where_to_read_on() -> None:
     index = build(LOG)
     assert index.last_sequence() == 9
 
 
-def test_a_file_survives_and_a_damaged_one_is_built_again(tmp_path):
+def test_a_file_survives_and_a_damaged_one_is_built_again(tmp_path: Path) -> None:
     path = tmp_path / "index.sqlite"
     with Index(path) as index:
         index.apply(LOG)
@@ -81,7 +84,7 @@ def test_a_file_survives_and_a_damaged_one_is_built_again(tmp_path):
         assert index.apply(LOG) == len(LOG)
 
 
-def test_an_entry_that_cannot_be_read_leaves_the_index_as_it_was():
+def test_an_entry_that_cannot_be_read_leaves_the_index_as_it_was() -> None:
     index = build(LOG)
     before = contents(index)
     with pytest.raises(Invalid, match="of kind 'burnt'"):
@@ -89,7 +92,7 @@ def test_an_entry_that_cannot_be_read_leaves_the_index_as_it_was():
     assert contents(index) == before
 
 
-def test_words_find_experts_best_match_first():
+def test_words_find_experts_best_match_first() -> None:
     index = build(LOG)
     assert [hit.expert_id for hit in search(index, "symptoms")] == ["medical-1", "code-1"]
     assert [hit.expert_id for hit in search(index, "discharge symp")] == ["medical-2", "medical-1", "code-1"]
@@ -98,14 +101,14 @@ def test_words_find_experts_best_match_first():
     assert search(index, "unicorns") == []
 
 
-def test_without_words_the_largest_saving_comes_first_within_a_domain():
+def test_without_words_the_largest_saving_comes_first_within_a_domain() -> None:
     index = build(LOG)
     assert [hit.expert_id for hit in search(index)] == ["medical-2", "code-1", "medical-1"]
     assert [hit.expert_id for hit in search(index, domain="medical")] == ["medical-2", "medical-1"]
     assert search(index, domain="medical", base_digest="c" * 64) == []
 
 
-def test_yanked_and_opted_out_experts_are_not_found_until_they_stand_again():
+def test_yanked_and_opted_out_experts_are_not_found_until_they_stand_again() -> None:
     index = build(LOG[:6])
     assert [hit.expert_id for hit in search(index)] == ["medical-2", "medical-1"]
     index.apply([LibraryEvent(10, 0, "opted-out", "hpo", {"reason": "asked to"})])
@@ -116,7 +119,7 @@ def test_yanked_and_opted_out_experts_are_not_found_until_they_stand_again():
     assert len(search(index)) == 3
 
 
-def test_what_is_not_public_shows_to_its_people_only():
+def test_what_is_not_public_shows_to_its_people_only() -> None:
     private = deposited(1, "mine", visibility="private", owner="anna")
     team = deposited(2, "ours", visibility="organisation", organisation="acme", owner="bert")
     index = build([private, team])
@@ -131,17 +134,17 @@ def test_what_is_not_public_shows_to_its_people_only():
     assert seen(Viewer("", frozenset({""}))) == set()
 
 
-def test_use_is_metered_by_verb():
+def test_use_is_metered_by_verb() -> None:
     assert build(LOG).usage("code-1") == {"export": 4}
     assert build(LOG).usage("medical-1") == {}
 
 
-def test_an_unknown_expert_is_not_found():
+def test_an_unknown_expert_is_not_found() -> None:
     with pytest.raises(NotFound, match="library search"):
         build(LOG).record("nobody-1")
 
 
-def test_a_deposit_on_the_stream_must_bring_its_own_record():
+def test_a_deposit_on_the_stream_must_bring_its_own_record() -> None:
     data = json.dumps(record("medical-1")).encode()
     ref = artifacts_pb2.ArtifactRef(digest=hashlib.sha256(data).hexdigest())
     message = run_pb2.ExpertDeposited(expert_id="medical-1", record=ref)
@@ -155,7 +158,7 @@ def test_a_deposit_on_the_stream_must_bring_its_own_record():
         deposit_event(fact, data + b" ")
 
 
-def test_measured_experts_rank_before_predicted_ones():
+def test_measured_experts_rank_before_predicted_ones() -> None:
     hits: list[Hit] = search(build(LOG))
     ranked = rank(hits, {"medical-1": 0.9, "medical-2": 0.5, "code-1": 0.4}, {"medical-2": 0.1, "code-1": 0.3})
     assert [row.expert_id for row in ranked] == ["code-1", "medical-2", "medical-1"]

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from connito.errors import Invalid
 from connito.library.card import render
 from connito.library.record import build_record, encode, expert_id
+from connito.wire.facts import RunFacts
 
 
-def test_the_record_tells_losses_lineage_and_who_earned_what(finished):
+def test_the_record_tells_losses_lineage_and_who_earned_what(finished: RunFacts) -> None:
     record = build_record(finished, "e" * 64, 1200, 300)
 
     assert record["expert_id"] == "medical-eeeeeeeeeeee"
@@ -17,21 +21,21 @@ def test_the_record_tells_losses_lineage_and_who_earned_what(finished):
     assert shares == {"UA": (0.6, "anna", {}), "UB": (0.4, "", {}), "UC": (0.0, "", {"copy": 2})}
 
 
-def test_data_that_went_into_the_start_is_in_the_record(finished):
+def test_data_that_went_into_the_start_is_in_the_record(finished: RunFacts) -> None:
     parent = {"governance": {"visibility": "public", "owner": "UP", "sources": ["diary"]}}
     alone = build_record(finished, "e" * 64, 1, 1)["governance"]["sources"]
     started = build_record(finished, "e" * 64, 1, 1, parent=parent)["governance"]["sources"]
     assert started == sorted([*alone, "diary"])
 
 
-def test_the_time_in_the_record_is_the_logs(pairs, rebuild):
+def test_the_time_in_the_record_is_the_logs(pairs: list[tuple[Any, ...]], rebuild: Callable[..., Any]) -> None:
     one, two = (build_record(rebuild(pairs), "e" * 64, 1, 1) for _ in range(2))
 
     assert encode(one) == encode(two)
     assert one["created"] == "2030-03-17T17:46:40.010+00:00"
 
 
-def test_what_the_whole_run_changed_has_an_interval(pairs, rebuild):
+def test_what_the_whole_run_changed_has_an_interval(pairs: list[tuple[Any, ...]], rebuild: Callable[..., Any]) -> None:
     for key, message in pairs:
         if (key.section, key.kind) == ("merge", "version"):
             for loss in message.losses:
@@ -43,7 +47,7 @@ def test_what_the_whole_run_changed_has_an_interval(pairs, rebuild):
     assert row["change_low"] < (25 + 26 + 49 - 30 - 28 - 62) / 40 < row["change_high"]
 
 
-def test_a_record_says_whose_it_is_and_who_sees_it(pairs, rebuild):
+def test_a_record_says_whose_it_is_and_who_sees_it(pairs: list[tuple[Any, ...]], rebuild: Callable[..., Any]) -> None:
     spec = pairs[0][1].spec
     spec.visibility, spec.organisation, spec.customer = "organisation", "clinic", "UO"
     spec.data_sources.append("atlas")
@@ -54,16 +58,16 @@ def test_a_record_says_whose_it_is_and_who_sees_it(pairs, rebuild):
     assert (record["version"], record["parents"], record["signature"]) == (2, [], {"layers": {}, "tokens": {}})
 
 
-def test_an_unfinished_run_has_no_record(pairs, rebuild):
+def test_an_unfinished_run_has_no_record(pairs: list[tuple[Any, ...]], rebuild: Callable[..., Any]) -> None:
     with pytest.raises(Invalid, match="no finished model version"):
         build_record(rebuild(pairs[:-1]), "e" * 64, 1, 1)
 
 
-def test_an_expert_id_can_stand_in_a_subject():
+def test_an_expert_id_can_stand_in_a_subject() -> None:
     assert expert_id("Français: droit", "a" * 64) == "Fran-ais-droit-aaaaaaaaaaaa"
 
 
-def test_the_card_holds_text_of_the_customer_inside_its_table(finished):
+def test_the_card_holds_text_of_the_customer_inside_its_table(finished: RunFacts) -> None:
     card = render(build_record(finished, "e" * 64, 1200, 300))
 
     assert "| data | definitions \\| of symptoms in one table |" in card

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.errors import Invalid, NotFound, VerificationFailed
@@ -12,11 +15,12 @@ from connito.library.derived import derived_record
 from connito.library.hits import search
 from connito.library.record import build_record, encode
 from connito.library.shelf import Shelf
+from connito.wire.facts import RunFacts
 
 from tests.support.library import contents
 
 
-def state_file(path, fill: int):
+def state_file(path: Path, fill: int) -> Path:
     data = bytes([fill]) * 16
     header = json.dumps({"layers.2.down_proj": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
@@ -24,10 +28,10 @@ def state_file(path, fill: int):
 
 
 @pytest.fixture
-def make(tmp_path, finished):
+def make(tmp_path: Path, finished: RunFacts) -> Callable[..., Any]:
     """An expert file and the record of the finished run."""
 
-    def build(fill: int = 1):
+    def build(fill: int = 1) -> tuple[Path, ExpertHeader, dict[str, Any]]:
         header = ExpertHeader("medical", "smol", "b" * 64, {2: [1, 5], 3: [0]}, "run-1", 2)
         path = tmp_path / f"expert-{fill}.safetensors"
         digest = write_expert(state_file(tmp_path / "state.safetensors", fill), path, header)
@@ -36,7 +40,7 @@ def make(tmp_path, finished):
     return build
 
 
-def test_a_deposit_is_an_export_in_a_folder_and_is_found(tmp_path, make):
+def test_a_deposit_is_an_export_in_a_folder_and_is_found(tmp_path: Path, make: Callable[..., Any]) -> None:
     shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
     name = shelf.deposit(path, record, 5)
     assert shelf.deposit(path, record, 6) == name
@@ -52,7 +56,7 @@ def test_a_deposit_is_an_export_in_a_folder_and_is_found(tmp_path, make):
         assert index.record(name) == record
 
 
-def test_the_index_follows_the_journal_and_can_be_deleted(tmp_path, make):
+def test_the_index_follows_the_journal_and_can_be_deleted(tmp_path: Path, make: Callable[..., Any]) -> None:
     shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
     name = shelf.deposit(path, record, 5)
     with shelf.index() as index:
@@ -68,7 +72,7 @@ def test_the_index_follows_the_journal_and_can_be_deleted(tmp_path, make):
         assert index.usage(name) == {"export": 1}
 
 
-def test_file_and_record_must_belong_together(tmp_path, make):
+def test_file_and_record_must_belong_together(tmp_path: Path, make: Callable[..., Any]) -> None:
     shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
     with pytest.raises(VerificationFailed, match="digest"):
         shelf.deposit(path, {**record, "expert": {**record["expert"], "digest": "0" * 64}}, 5)
@@ -79,7 +83,7 @@ def test_file_and_record_must_belong_together(tmp_path, make):
     assert list(shelf.events()) == []
 
 
-def test_statements_need_an_expert_and_a_reason(tmp_path, make):
+def test_statements_need_an_expert_and_a_reason(tmp_path: Path, make: Callable[..., Any]) -> None:
     shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
     name = shelf.deposit(path, record, 5)
     with pytest.raises(Invalid, match="say why"):
@@ -88,7 +92,7 @@ def test_statements_need_an_expert_and_a_reason(tmp_path, make):
         shelf.state("yanked", "nobody", "why not", 6)
 
 
-def test_a_record_that_was_changed_on_disk_is_noticed(tmp_path, make):
+def test_a_record_that_was_changed_on_disk_is_noticed(tmp_path: Path, make: Callable[..., Any]) -> None:
     shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
     folder = shelf.path(shelf.deposit(path, record, 5))
     (folder / "record.json").write_bytes(encode({**record, "license": "CC0-1.0"}))
@@ -96,7 +100,7 @@ def test_a_record_that_was_changed_on_disk_is_noticed(tmp_path, make):
         list(shelf.events())
 
 
-def test_a_composition_credits_its_parents_and_keeps_their_rules(tmp_path, make):
+def test_a_composition_credits_its_parents_and_keeps_their_rules(tmp_path: Path, make: Callable[..., Any]) -> None:
     _, header, one = make(1)
     two = make(2)[2]
     two["governance"] = {"visibility": "private", "owner": "anna", "sources": ["letters"]}

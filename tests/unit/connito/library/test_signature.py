@@ -1,23 +1,25 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from connito.errors import Invalid
 from connito.library.signature import decode_signature, encode_signature, joint_signature, nearest
 
 
-def test_written_and_read_again():
+def test_written_and_read_again() -> None:
     signature = encode_signature({3: [1.0, -2.5], 1: [0.5, 0.25]}, {3: 10, 1: 20})
     assert decode_signature(signature) == {1: [0.5, 0.25], 3: [1.0, -2.5]}
     assert signature["tokens"] == {"1": 20, "3": 10}
 
 
 @pytest.mark.parametrize("nonsense", [{}, {"layers": {"1": "?"}}, {"layers": {"x": ""}}, {"layers": []}])
-def test_nonsense_is_refused(nonsense):
+def test_nonsense_is_refused(nonsense: dict[str, dict[str, str] | list[Any]]) -> None:
     with pytest.raises(Invalid, match="no routing signature"):
         decode_signature(nonsense)
 
 
-def test_the_nearest_points_the_same_way_about_the_common_mean():
+def test_the_nearest_points_the_same_way_about_the_common_mean() -> None:
     common = [100.0, 100.0]
     candidates = {
         "right": {1: [101.0, 100.0]},
@@ -30,7 +32,7 @@ def test_the_nearest_points_the_same_way_about_the_common_mean():
     assert ranked[-1][1] == -1.0
 
 
-def test_a_joint_signature_weighs_by_weight_and_tokens():
+def test_a_joint_signature_weighs_by_weight_and_tokens() -> None:
     one, other = (
         encode_signature({1: [1.0, 0.0]}, {1: 30}),
         encode_signature({1: [0.0, 1.0], 2: [4.0, 4.0]}, {1: 10, 2: 5}),

@@ -7,12 +7,12 @@ from connito.errors import Invalid
 from connito.local.defaults import UpOptions, profile
 
 
-def test_a_policy_can_be_overridden():
+def test_a_policy_can_be_overridden() -> None:
     spec = profile(UpOptions(base="tiny", overrides=("training.local_steps=3", "merging.aggregator=top-1"))).spec
     assert (spec.training.local_steps, spec.merging.aggregator) == (3, "top-1")
 
 
-def test_rewards_and_assignment_are_policies_too():
+def test_rewards_and_assignment_are_policies_too() -> None:
     overrides = (
         "rewards.rank_shares=5,3,2",
         "rewards.payout=proportional",
@@ -31,6 +31,6 @@ def test_rewards_and_assignment_are_policies_too():
     "override",
     ["training", "base.name=x", "training.steps=3", "training.local_steps=many", "rewards.rank_shares=many,few"],
 )
-def test_an_override_that_does_not_fit_is_named(override):
+def test_an_override_that_does_not_fit_is_named(override: str) -> None:
     with pytest.raises(Invalid, match=re.escape(override)):
         profile(UpOptions(base="tiny", overrides=(override,)))

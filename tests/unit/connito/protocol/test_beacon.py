@@ -8,7 +8,7 @@ from connito.v1 import reasons_pb2
 SECRETS = {"UA": b"a" * 32, "UB": b"b" * 32}
 
 
-def test_the_seed_depends_on_every_secret_and_not_on_the_order():
+def test_the_seed_depends_on_every_secret_and_not_on_the_order() -> None:
     seed = draw_seed("r", 1, SECRETS)
     assert len(seed) == 32
     assert draw_seed("r", 1, dict(reversed(SECRETS.items()))) == seed
@@ -20,7 +20,7 @@ def test_the_seed_depends_on_every_secret_and_not_on_the_order():
     assert draw_seed("r", 1, {"UA": SECRETS["UB"], "UB": SECRETS["UA"]}) != seed
 
 
-def test_a_secret_opens_its_own_commitment_only():
+def test_a_secret_opens_its_own_commitment_only() -> None:
     digest = secret_digest("r", 1, "UA", SECRETS["UA"])
     assert opens(digest, "r", 1, "UA", SECRETS["UA"])
     assert not opens(digest, "r", 1, "UB", SECRETS["UA"])
@@ -29,7 +29,7 @@ def test_a_secret_opens_its_own_commitment_only():
     assert not opens(digest, "r", 1, "UA", b"")
 
 
-def test_short_secrets_and_empty_draws_are_refused():
+def test_short_secrets_and_empty_draws_are_refused() -> None:
     with pytest.raises(Invalid, match="16 to 64"):
         secret_digest("r", 1, "UA", b"short")
     with pytest.raises(Invalid) as raised:

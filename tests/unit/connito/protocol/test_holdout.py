@@ -13,13 +13,13 @@ def sequences(count: int = 60) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 1000, (count, 9), dtype=np.int32)
 
 
-def test_the_parts_are_disjoint_and_complete():
+def test_the_parts_are_disjoint_and_complete() -> None:
     parts = split(sequences(), gate=12, report=8, needed=10)
     assert [len(parts.score), len(parts.gate), len(parts.report)] == [40, 12, 8]
     assert sorted(parts.score + parts.gate + parts.report) == list(range(60))
 
 
-def test_the_same_text_is_never_in_two_parts():
+def test_the_same_text_is_never_in_two_parts() -> None:
     rows = sequences()
     doubled = np.concatenate([rows, rows])
     parts = split(doubled, gate=12, report=8)
@@ -27,19 +27,19 @@ def test_the_same_text_is_never_in_two_parts():
     assert len(set().union(*texts)) == sum(map(len, texts)) == len(parts.score + parts.gate + parts.report) == 60
 
 
-def test_the_split_follows_the_text_and_not_its_place():
+def test_the_split_follows_the_text_and_not_its_place() -> None:
     rows = sequences()
     one, other = split(rows, gate=12, report=8), split(rows[::-1], gate=12, report=8)
     assert {rows[i].tobytes() for i in one.gate} == {rows[::-1][i].tobytes() for i in other.gate}
 
 
-def test_too_small_a_hold_out_says_what_is_missing():
+def test_too_small_a_hold_out_says_what_is_missing() -> None:
     with pytest.raises(Invalid, match=r"of law has 20 different sequences of 8 tokens.*about 90 tokens") as raised:
         split(sequences(20), gate=12, report=8, needed=10, domain="law")
     assert raised.value.reason == reasons_pb2.REASON_BAD_SPEC
 
 
-def test_policy_has_numbers_for_target_and_general():
+def test_policy_has_numbers_for_target_and_general() -> None:
     spec = run_pb2.RunSpec(
         holdout=run_pb2.CorpusRef(domain="law"),
         scoring=run_pb2.ScorePolicy(target_sequences=4, general_sequences=2),
@@ -53,7 +53,7 @@ def test_policy_has_numbers_for_target_and_general():
 
 
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 30))
-def test_a_draw_is_without_replacement_and_repeatable(seed, count):
+def test_a_draw_is_without_replacement_and_repeatable(seed: bytes, count: int) -> None:
     pool = list(range(100, 160, 2))
     drawn = draw_sequences(seed, "law", pool, count)
     assert len(set(drawn)) == count
@@ -61,7 +61,7 @@ def test_a_draw_is_without_replacement_and_repeatable(seed, count):
     assert drawn == draw_sequences(seed, "law", pool[::-1], count)
 
 
-def test_a_draw_depends_on_seed_domain_and_salt_and_is_fair():
+def test_a_draw_depends_on_seed_domain_and_salt_and_is_fair() -> None:
     pool = list(range(40))
     base = draw_sequences(b"s" * 32, "law", pool, 10)
     assert base != draw_sequences(b"t" * 32, "law", pool, 10)
@@ -74,6 +74,6 @@ def test_a_draw_depends_on_seed_domain_and_salt_and_is_fair():
     assert np.abs(hits - 500).max() < 97
 
 
-def test_drawing_more_than_there_is_is_refused():
+def test_drawing_more_than_there_is_is_refused() -> None:
     with pytest.raises(Invalid, match="cannot draw 3 of 2"):
         draw_sequences(b"s" * 32, "law", [1, 2], 3)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ FILE = tensor_bytes(BASE, {"connito": "state"})
 LAYOUT = expected_layout(FILE)
 
 
-def reason_of(file, **options) -> int:
+def reason_of(file: bytes, **options: bytes | float) -> int:
     with pytest.raises(Invalid) as raised:
         validate(file, LAYOUT, **options)
     assert str(raised.value)
@@ -32,14 +34,14 @@ def changed(name: str = "layers.1.down_proj", value: float = 0.5, **tensors: np.
     return tensor_bytes({**made, **tensors})
 
 
-def test_a_well_formed_submission_passes(tmp_path):
+def test_a_well_formed_submission_passes(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     path.write_bytes(changed())
     assert set(validate(path, LAYOUT, FILE, 0.5).entries) == set(BASE)
     assert set(validate(str(path), read_header(FILE)).entries) == set(BASE)
 
 
-def test_each_violation_has_its_own_reason():
+def test_each_violation_has_its_own_reason() -> None:
     first = dict(list(BASE.items())[:1])
     assert reason_of(tensor_bytes(first)) == reasons_pb2.REASON_WRONG_TENSORS
     assert reason_of(changed(extra=np.zeros(1, np.float32))) == reasons_pb2.REASON_WRONG_TENSORS
@@ -55,7 +57,7 @@ def test_each_violation_has_its_own_reason():
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_numbers_must_be_finite(value, dtype):
+def test_numbers_must_be_finite(value: float, dtype: str) -> None:
     good = {"w": np.array([1.0, 65504.0, -0.0, 6e-8], np.float32)}
     stored = {"F32": np.float32, "F16": np.float16}.get(dtype)
 
@@ -70,18 +72,18 @@ def test_numbers_must_be_finite(value, dtype):
     assert raised.value.reason == reasons_pb2.REASON_NON_FINITE
 
 
-def test_the_norm_is_measured_per_tensor_and_names_it():
+def test_the_norm_is_measured_per_tensor_and_names_it() -> None:
     small = changed(value=0.01)
     validate(small, LAYOUT, FILE, 0.01)
     with pytest.raises(Invalid, match=r"layers\.1\.down_proj moved"):
         validate(changed(value=1.0), LAYOUT, FILE, 0.01)
 
 
-def test_huge_finite_numbers_do_not_overflow_the_check():
+def test_huge_finite_numbers_do_not_overflow_the_check() -> None:
     assert reason_of(changed(value=3e38), base=FILE, max_relative_norm=10.0) == reasons_pb2.REASON_NORM_EXCEEDED
 
 
-def test_memory_stays_bounded(tmp_path):
+def test_memory_stays_bounded(tmp_path: Path) -> None:
     path = tmp_path / "large.safetensors"
     path.write_bytes(tensor_bytes({"w": np.ones(16 << 20, np.float32)}))
     layout = expected_layout(path)
@@ -94,7 +96,7 @@ def test_memory_stays_bounded(tmp_path):
 
 @settings(max_examples=400)
 @given(st.data())
-def test_a_mutated_file_is_refused_or_still_means_the_same(data):
+def test_a_mutated_file_is_refused_or_still_means_the_same(data: Any) -> None:
     """Whatever is done to the bytes: `Invalid`, or a file whose tensors have the layout and finite values."""
     file = bytearray(FILE)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -123,7 +125,7 @@ def test_a_mutated_file_is_refused_or_still_means_the_same(data):
 
 @settings(max_examples=300)
 @given(st.binary(max_size=400))
-def test_arbitrary_bytes_are_refused(noise):
+def test_arbitrary_bytes_are_refused(noise: bytes) -> None:
     with pytest.raises(Invalid):
         validate(noise, LAYOUT)
 
@@ -144,7 +146,7 @@ json_like = st.recursive(
 
 @settings(max_examples=300)
 @given(json_like, st.binary(max_size=64))
-def test_arbitrary_headers_raise_nothing_but_invalid(header, tail):
+def test_arbitrary_headers_raise_nothing_but_invalid(header: Any, tail: bytes) -> None:
     import json
 
     text = json.dumps(header).encode()

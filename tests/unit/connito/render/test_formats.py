@@ -16,7 +16,7 @@ from connito.render import formats
         (5e15, "5000 TB"),
     ],
 )
-def test_a_size_has_three_digits_and_a_decimal_unit(count: float, text: str):
+def test_a_size_has_three_digits_and_a_decimal_unit(count: float, text: str) -> None:
     assert formats.size(count) == text
 
 
@@ -32,11 +32,11 @@ def test_a_size_has_three_digits_and_a_decimal_unit(count: float, text: str):
         (7620, "2 h 07 min"),
     ],
 )
-def test_a_duration_has_the_units_of_its_length(seconds: float, text: str):
+def test_a_duration_has_the_units_of_its_length(seconds: float, text: str) -> None:
     assert formats.duration(seconds) == text
 
 
-def test_shares_losses_and_moments():
+def test_shares_losses_and_moments() -> None:
     assert (formats.percent(0.1234), formats.percent(0.95, 0)) == ("12.3 %", "95 %")
     assert (formats.loss(2.0), formats.loss(None)) == ("2.0000", "–")
     assert (formats.change(-0.01), formats.change(None)) == ("-0.0100", "–")

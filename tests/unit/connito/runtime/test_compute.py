@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from connito.runtime.compute import ComputeBudget, in_thread
@@ -26,7 +27,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("slots", [1, 2])
-async def test_no_more_at_once_than_slots_and_everyone_gets_a_turn(tmp_path, slots):
+async def test_no_more_at_once_than_slots_and_everyone_gets_a_turn(tmp_path: Path, slots: int) -> None:
     inside = peak = turns = 0
     full = asyncio.Event()
 
@@ -47,14 +48,14 @@ async def test_no_more_at_once_than_slots_and_everyone_gets_a_turn(tmp_path, slo
     assert (peak, turns) == (slots, 6)
 
 
-async def test_no_folder_no_limit():
+async def test_no_folder_no_limit() -> None:
     budget, both = ComputeBudget(None), False
     async with asyncio.timeout(PATIENCE), budget.slot("a"), budget.slot("b"):
         both = True
     assert both
 
 
-async def test_the_kernel_gives_back_what_a_killed_process_held(tmp_path):
+async def test_the_kernel_gives_back_what_a_killed_process_held(tmp_path: Path) -> None:
     holder = await asyncio.create_subprocess_exec(sys.executable, "-c", HOLDER, tmp_path, stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert await holder.stdout.readline() == b"held\n"
@@ -67,7 +68,7 @@ async def test_the_kernel_gives_back_what_a_killed_process_held(tmp_path):
         await waiting
 
 
-async def test_given_back_after_an_error_and_after_a_cancelled_wait(tmp_path):
+async def test_given_back_after_an_error_and_after_a_cancelled_wait(tmp_path: Path) -> None:
     budget = ComputeBudget(tmp_path, 1)
     with pytest.raises(ZeroDivisionError):
         async with budget.slot("test"):
@@ -81,7 +82,7 @@ async def test_given_back_after_an_error_and_after_a_cancelled_wait(tmp_path):
         await _take(budget)
 
 
-async def test_a_cancelled_thread_is_told_and_waited_for():
+async def test_a_cancelled_thread_is_told_and_waited_for() -> None:
     began, ended = threading.Event(), threading.Event()
 
     def work(stop: threading.Event) -> None:
@@ -103,7 +104,9 @@ async def _take(budget: ComputeBudget) -> None:
         pass
 
 
-async def test_a_job_that_wants_every_core_waits_for_one_that_has_one(tmp_path, monkeypatch):
+async def test_a_job_that_wants_every_core_waits_for_one_that_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("connito.runtime.compute.usable_cores", lambda: 2)
     wide, narrow = ComputeBudget(tmp_path, 1), ComputeBudget(tmp_path, 2)
     async with narrow.slot("a"):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import structlog
@@ -9,7 +11,7 @@ from connito.runtime import logs
 
 
 @pytest.fixture
-def json_lines(capsys):
+def json_lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
     before, root, level = structlog.get_config(), logging.getLogger().handlers[:], logging.getLogger().level
     logs.setup_logging("sample", "json", "info")
     yield lambda: [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -20,7 +22,7 @@ def json_lines(capsys):
     logs.use("")
 
 
-def test_lines_carry_service_run_cycle_and_trace(json_lines):
+def test_lines_carry_service_run_cycle_and_trace(json_lines: Callable[..., Any]) -> None:
     logs.bind_run("r1", 3)
     trace = logs.new()
     logs.use(trace)
@@ -37,7 +39,7 @@ def test_lines_carry_service_run_cycle_and_trace(json_lines):
     assert line["trace_id"] == trace.split("-")[1]
 
 
-def test_levels_below_are_left_out_and_libraries_speak_the_same(json_lines):
+def test_levels_below_are_left_out_and_libraries_speak_the_same(json_lines: Callable[..., Any]) -> None:
     logs.get_logger("part").debug("detail")
     logging.getLogger("some.library").warning("look %s", "here")
     logging.getLogger("some.library").info("chatter")
@@ -46,7 +48,7 @@ def test_levels_below_are_left_out_and_libraries_speak_the_same(json_lines):
     ]
 
 
-def test_what_is_sent_in_a_trace_belongs_to_it_and_otherwise_begins_one():
+def test_what_is_sent_in_a_trace_belongs_to_it_and_otherwise_begins_one() -> None:
     first = logs.inject({})["traceparent"]
     assert logs.inject({})["traceparent"] != first
     logs.use(logs.extract({"traceparent": first}))
@@ -58,6 +60,6 @@ def test_what_is_sent_in_a_trace_belongs_to_it_and_otherwise_begins_one():
     "value",
     ["", "junk", "00-" + "0" * 32 + "-" + "1" * 16 + "-01", "00-" + "a" * 32 + "-" + "1" * 15 + "-01", "a\r\nb"],
 )
-def test_a_malformed_trace_is_ignored(value):
+def test_a_malformed_trace_is_ignored(value: str) -> None:
     assert logs.extract({"traceparent": value}) == ""
     assert logs.extract(None) == ""

@@ -15,7 +15,7 @@ class Settings(ServiceSettings):
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path):
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     import os
 
     for name in list(os.environ):
@@ -25,7 +25,7 @@ def environment(monkeypatch, tmp_path):
     return monkeypatch
 
 
-def test_defaults_and_values_from_the_environment(environment, tmp_path):
+def test_defaults_and_values_from_the_environment(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment.setenv("CONNITO_PATIENCE", "1.5")
     environment.setenv("CONNITO_S3_SECRET_KEY", "do not show")
     settings = Settings.load()
@@ -33,12 +33,12 @@ def test_defaults_and_values_from_the_environment(environment, tmp_path):
     assert "do not show" not in repr(settings)
 
 
-def test_the_cache_follows_the_desktop_convention(environment):
+def test_the_cache_follows_the_desktop_convention(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("XDG_CACHE_HOME", "/somewhere")
     assert Settings.load().cache_dir == Path("/somewhere/connito")
 
 
-def test_everything_that_is_wrong_is_named_at_once(environment):
+def test_everything_that_is_wrong_is_named_at_once(environment: pytest.MonkeyPatch) -> None:
     environment.delenv("CONNITO_KEY_FILE")
     environment.setenv("CONNITO_PATIENCE", "-1")
     environment.setenv("CONNITO_HTTP_PORT", "99999")
@@ -48,7 +48,7 @@ def test_everything_that_is_wrong_is_named_at_once(environment):
         assert name in str(caught.value)
 
 
-def test_every_setting_is_described():
+def test_every_setting_is_described() -> None:
     rows = Settings.describe()
     assert [name for name, _, description in rows if not description] == []
     assert ("CONNITO_PATIENCE", "3.0", "how long it waits") in rows

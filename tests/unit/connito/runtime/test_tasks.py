@@ -11,7 +11,7 @@ from tests.support.waiting import PATIENCE
 ROOT = Path(__file__).parents[4]
 
 
-async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same():
+async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same() -> None:
     lost = 0
 
     async def stubborn() -> None:
@@ -49,7 +49,7 @@ CANCELS = {
 }
 
 
-def test_tasks_are_ended_by_end_tasks_alone():
+def test_tasks_are_ended_by_end_tasks_alone() -> None:
     """A cancellation that is sent once may be lost, and the task would go on for ever."""
     found = set()
     for folder in ("shared/connito", "services"):

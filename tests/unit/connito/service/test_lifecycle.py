@@ -33,7 +33,7 @@ async def forever() -> None:
     await asyncio.Event().wait()
 
 
-async def test_a_task_that_loses_its_first_cancellation_ends_with_the_service():
+async def test_a_task_that_loses_its_first_cancellation_ends_with_the_service() -> None:
     stop, stubborn = asyncio.Event(), Stubborn()
     async with asyncio.timeout(5):
         async with Lifecycle(stop) as life:
@@ -43,7 +43,7 @@ async def test_a_task_that_loses_its_first_cancellation_ends_with_the_service():
     assert (stubborn.lost, stubborn.ended) == (2, True)
 
 
-async def test_a_step_that_loses_its_first_cancellation_ends_when_the_service_is_told_to_stop():
+async def test_a_step_that_loses_its_first_cancellation_ends_when_the_service_is_told_to_stop() -> None:
     stop, stubborn = asyncio.Event(), Stubborn()
     async with asyncio.timeout(5), Lifecycle(stop) as life:
         asyncio.get_running_loop().call_later(0.01, stop.set)
@@ -51,7 +51,7 @@ async def test_a_step_that_loses_its_first_cancellation_ends_when_the_service_is
     assert stubborn.ended
 
 
-async def test_what_a_lasting_task_died_of_ends_the_service_and_its_other_tasks():
+async def test_what_a_lasting_task_died_of_ends_the_service_and_its_other_tasks() -> None:
     async def dies() -> None:
         raise Fatal("the lease is gone")
 
@@ -68,13 +68,13 @@ async def test_what_a_lasting_task_died_of_ends_the_service_and_its_other_tasks(
     assert others[0].cancelled()
 
 
-async def test_a_lasting_task_that_returns_ends_the_service_without_an_error():
+async def test_a_lasting_task_that_returns_ends_the_service_without_an_error() -> None:
     async with asyncio.timeout(5), Lifecycle(asyncio.Event()) as life:
         life.start(asyncio.sleep(0))
         assert not await life.finishes(forever())
 
 
-async def test_a_step_that_finishes_leaves_the_service_running():
+async def test_a_step_that_finishes_leaves_the_service_running() -> None:
     stop = asyncio.Event()
     async with asyncio.timeout(5), Lifecycle(stop) as life:
         lasting = life.start(forever())
@@ -84,7 +84,7 @@ async def test_a_step_that_finishes_leaves_the_service_running():
         assert not await life.finishes(asyncio.sleep(0)), "no further step once the service is told to stop"
 
 
-async def test_what_a_step_raises_comes_out():
+async def test_what_a_step_raises_comes_out() -> None:
     async def refused() -> None:
         raise Fatal("the address is taken")
 

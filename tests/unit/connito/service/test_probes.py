@@ -50,7 +50,7 @@ async def port(missing: list[str]) -> AsyncIterator[int]:
     await server.close()
 
 
-async def test_paths_status_codes_and_content_types(port: int, missing: list[str]):
+async def test_paths_status_codes_and_content_types(port: int, missing: list[str]) -> None:
     assert await ask(port, "/healthz") == (200, "text/plain", b"alive\n")
     assert await ask(port, "/readyz?verbose=1") == (200, "text/plain", b"ready\n")
     missing.append("no broker")
@@ -62,7 +62,7 @@ async def test_paths_status_codes_and_content_types(port: int, missing: list[str
     assert await ask(port, "/elsewhere") == (404, "text/plain", b"/metrics, /healthz and /readyz are here\n")
 
 
-async def test_a_loop_that_hangs_is_not_healthy(port: int, monkeypatch: pytest.MonkeyPatch):
+async def test_a_loop_that_hangs_is_not_healthy(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "CONNECTION_SECONDS", 0.2)
     asked = asyncio.get_running_loop().run_in_executor(None, get, port, "/healthz")
     time.sleep(1.0)  # noqa: ASYNC251 - the hang is the test
@@ -70,7 +70,7 @@ async def test_a_loop_that_hangs_is_not_healthy(port: int, monkeypatch: pytest.M
     assert (await ask(port, "/healthz"))[0] == 200
 
 
-async def test_slow_clients_hold_nobody_up_and_are_cut_off(port: int, monkeypatch: pytest.MonkeyPatch):
+async def test_slow_clients_hold_nobody_up_and_are_cut_off(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "CONNECTION_SECONDS", 0.0)
     with ExitStack() as stack:
         slow = [stack.enter_context(half_a_request(port)) for _ in range(20)]
@@ -87,7 +87,7 @@ async def test_slow_clients_hold_nobody_up_and_are_cut_off(port: int, monkeypatc
         assert (await ask(port, "/metrics"))[0] == 200
 
 
-async def test_beyond_so_many_connections_the_next_is_hung_up_on(port: int, monkeypatch: pytest.MonkeyPatch):
+async def test_beyond_so_many_connections_the_next_is_hung_up_on(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "MAX_CONNECTIONS", 3)
     crowded = Probes("127.0.0.1", 0, lambda: "")
     try:
@@ -108,6 +108,6 @@ async def test_beyond_so_many_connections_the_next_is_hung_up_on(port: int, monk
         await crowded.close()
 
 
-async def test_a_taken_port_says_what_to_set(port: int):
+async def test_a_taken_port_says_what_to_set(port: int) -> None:
     with pytest.raises(Fatal, match=f"cannot listen on 127.0.0.1:{port}: .*set CONNITO_HTTP_PORT"):
         Probes("127.0.0.1", port, lambda: "")

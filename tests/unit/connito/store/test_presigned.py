@@ -9,7 +9,7 @@ from connito.v1.artifacts_pb2 import ArtifactRef
 NOW = datetime.datetime(2013, 5, 24, tzinfo=datetime.UTC)
 
 
-def test_the_example_of_the_specification():
+def test_the_example_of_the_specification() -> None:
     """Amazon S3 API reference, "Authenticating requests: using query parameters", example."""
     url = presign(
         "GET",
@@ -26,7 +26,7 @@ def test_the_example_of_the_specification():
     assert query["X-Amz-Signature"] == ["aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404"]
 
 
-def test_conditions_are_part_of_the_signature():
+def test_conditions_are_part_of_the_signature() -> None:
     ref = ArtifactRef(digest="ab" * 32, size=7)
     headers = write_once_headers(ref)
     options = {"access_key": "a", "secret_key": "s", "region": "r", "expires_s": 60, "now": NOW}

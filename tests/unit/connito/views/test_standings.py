@@ -3,18 +3,19 @@ from __future__ import annotations
 from connito.cli.explain import _standing
 from connito.v1 import run_pb2
 from connito.views import standings
+from connito.wire.facts import RunFacts
 
 from tests.unit.connito.protocol.scoring.test_trust import TRUTH, Season
 
 
-def told(**policy):
+def told(**policy: float) -> RunFacts:
     season = Season(policy=run_pb2.RewardPolicy(validator_share=0.2, **policy))
     season.play({"VA": TRUTH, "VB": TRUTH, "VC": {"MC": 9.0}})
     season.play({"VA": TRUTH, "VB": TRUTH, "VC": None})
     return season.facts
 
 
-def test_everybody_sees_who_lost_weight_and_why():
+def test_everybody_sees_who_lost_weight_and_why() -> None:
     rows = {row["validator"]: row for row in standings.validator_rows(told(bond_rate=0.1), 2)}
     assert (rows["VA"]["agreement"], rows["VA"]["trust"], rows["VA"]["weight"], rows["VA"]["reason"]) == (1, 1, 1, "")
     assert (rows["VC"]["reported"], rows["VC"]["reason"], rows["VC"]["reward"]) == (False, "no-report", 0)
@@ -25,13 +26,13 @@ def test_everybody_sees_who_lost_weight_and_why():
     )
 
 
-def test_where_trust_does_not_move_nothing_is_said_of_it():
+def test_where_trust_does_not_move_nothing_is_said_of_it() -> None:
     rows = standings.validator_rows(told(), 2)
     assert {(row["agreement"], row["trust"], row["weight"]) for row in rows} == {(None, None, None)}
     assert [_standing(row) for row in rows] == [[], [], []]
 
 
-def test_ratings_and_where_the_emission_went():
+def test_ratings_and_where_the_emission_went() -> None:
     facts = told(bond_rate=0.1)
     rated = standings.ratings(facts, 2)
     assert set(rated) == set(TRUTH)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
@@ -20,31 +22,42 @@ ROSTER = Roster({role: frozenset({PEOPLE[role].public}) for role in ROLES})
 RUN = "r1"
 
 
-def record(signer, section, cycle, kind, message, id_="", sequence=1, stream="TRAIN") -> Record:
+def record(
+    signer: str,
+    section: str,
+    cycle: int,
+    kind: str,
+    message: Any,
+    id_: str = "",
+    sequence: int = 1,
+    stream: str = "TRAIN",
+) -> Record:
     subject = subjects.fact(RUN, section, cycle, kind, id_)
     return Record(stream, sequence, subject, seal(PEOPLE[signer], subject, message).SerializeToString(), 0)
 
 
-def said(signer, miner, kind, message, sequence=1) -> Record:
+def said(
+    signer: str, miner: str, kind: str, message: cycle_pb2.Commitment | cycle_pb2.Reveal, sequence: int = 1
+) -> Record:
     subject = subjects.ingress(RUN, PEOPLE[miner].public, kind)
     return Record("INGRESS", sequence, subject, seal(PEOPLE[signer], subject, message).SerializeToString(), 0)
 
 
-def opened(cycle=1, version=0) -> cycle_pb2.WindowOpened:
+def opened(cycle: int = 1, version: Any = 0) -> cycle_pb2.WindowOpened:
     return cycle_pb2.WindowOpened(run=RUN, cycle=cycle, window=cycle_pb2.WINDOW_TRAIN, version=version)
 
 
-def test_every_kind_of_fact_has_a_role_of_the_roster():
+def test_every_kind_of_fact_has_a_role_of_the_roster() -> None:
     assert {role for _, role, _ in CATALOGUE.values()} <= set(ROLES)
 
 
-def test_a_good_fact():
+def test_a_good_fact() -> None:
     fact = verify_fact(record("coordinator", "train", 1, "opened", opened(), sequence=7), ROSTER)
     assert (fact.run, fact.key.cycle, fact.signer, fact.sequence) == (RUN, 1, PEOPLE["coordinator"].public, 7)
 
 
 @pytest.mark.parametrize("role", [role for role in PEOPLE if role != "coordinator"])
-def test_only_its_role_may_write_it(role):
+def test_only_its_role_may_write_it(role: str) -> None:
     with pytest.raises(Invalid, match="only a coordinator") as caught:
         verify_fact(record(role, "train", 1, "opened", opened()), ROSTER)
     assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
@@ -53,12 +66,12 @@ def test_only_its_role_may_write_it(role):
 @pytest.mark.parametrize(
     "message", [cycle_pb2.WindowOpened(run="other", cycle=1), cycle_pb2.WindowOpened(run=RUN, cycle=2)]
 )
-def test_payload_and_subject_agree_on_run_and_cycle(message):
+def test_payload_and_subject_agree_on_run_and_cycle(message: cycle_pb2.WindowOpened) -> None:
     with pytest.raises(Invalid, match="another run or cycle"):
         verify_fact(record("coordinator", "train", 1, "opened", message), ROSTER)
 
 
-def test_payload_and_subject_agree_on_the_id():
+def test_payload_and_subject_agree_on_the_id() -> None:
     message = cycle_pb2.CommitmentAccepted(run=RUN, cycle=1, miner="somebody")
     with pytest.raises(Invalid, match="another id"):
         verify_fact(record("committer", "commit", 1, "accepted", message, "else"), ROSTER)
@@ -66,12 +79,12 @@ def test_payload_and_subject_agree_on_the_id():
     assert verify_fact(record("committer", "commit", 1, "refused", refused, "m-9"), ROSTER).key.id == "m-9"
 
 
-def test_the_run_of_a_creation_is_in_its_spec():
+def test_the_run_of_a_creation_is_in_its_spec() -> None:
     created = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=RUN))
     assert verify_fact(record("coordinator", "run", 0, "created", created, stream="RUNS"), ROSTER).run == RUN
 
 
-def test_a_validator_speaks_for_itself_only():
+def test_a_validator_speaks_for_itself_only() -> None:
     second = Identity.generate(b"second".ljust(32))
     roster = Roster({"validator": frozenset({PEOPLE["validator"].public, second.public})})
     message = cycle_pb2.SeedCommitted(run=RUN, cycle=1, validator=second.public)
@@ -80,13 +93,13 @@ def test_a_validator_speaks_for_itself_only():
     assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
 
 
-def test_a_kind_that_does_not_exist():
+def test_a_kind_that_does_not_exist() -> None:
     with pytest.raises(Invalid, match=r"train\.lunch") as caught:
         verify_fact(record("coordinator", "train", 1, "lunch", opened()), ROSTER)
     assert caught.value.reason == reasons_pb2.REASON_UNKNOWN_TYPE
 
 
-def test_a_miner_speaks_for_itself_only():
+def test_a_miner_speaks_for_itself_only() -> None:
     commitment = cycle_pb2.Commitment(run=RUN, cycle=2, digest=b"x" * 32)
     assert verify_ingress(said("miner", "miner", "commitment", commitment)).key.cycle == 2
     with pytest.raises(Invalid, match="another key") as caught:
@@ -102,7 +115,7 @@ def test_a_miner_speaks_for_itself_only():
         ("gossip", cycle_pb2.Commitment(run=RUN, cycle=2)),
     ],
 )
-def test_other_things_said_are_refused(kind, message):
+def test_other_things_said_are_refused(kind: str, message: cycle_pb2.Commitment | cycle_pb2.Reveal) -> None:
     with pytest.raises(Invalid):
         verify_ingress(said("miner", "miner", kind, message))
 
@@ -119,7 +132,7 @@ RECORDS = [
 
 
 @given(st.lists(st.sampled_from(RECORDS)).flatmap(lambda extra: st.permutations(RECORDS + extra)))
-def test_order_and_repetition_do_not_matter(records):
+def test_order_and_repetition_do_not_matter(records: list[Record]) -> None:
     log = Log(ROSTER)
     for each in records:
         log.apply(each)
@@ -132,13 +145,13 @@ def test_order_and_repetition_do_not_matter(records):
     assert facts.version(1) is not None
 
 
-def test_applying_tells_what_was_new():
+def test_applying_tells_what_was_new() -> None:
     log = Log(ROSTER)
     assert log.apply(RECORDS[0]) is not None
     assert log.apply(RECORDS[0]) is None
 
 
-def test_inside_is_decided_by_sequence():
+def test_inside_is_decided_by_sequence() -> None:
     log = Log(ROSTER)
     inside, outside = (
         log.apply(said("miner", "miner", kind, message, sequence))
@@ -157,6 +170,6 @@ def test_inside_is_decided_by_sequence():
     assert not facts.window("commit", 1).inside(outside)
 
 
-def test_an_unknown_run_is_empty():
+def test_an_unknown_run_is_empty() -> None:
     facts = RunFacts("none")
     assert (facts.spec, facts.selection, facts.ended, facts.cycle, facts.miners) == (None, None, None, 0, [])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from connito.errors import Invalid
@@ -10,20 +11,20 @@ from connito.wire.roster import Roster
 KEY, OTHER = Identity.generate(b"k" * 32).public, Identity.generate(b"o" * 32).public
 
 
-def test_roles_and_stakes():
+def test_roles_and_stakes() -> None:
     roster = Roster({"validator": frozenset({KEY, OTHER})}, {KEY: 2.5})
     assert roster.permits("validator", KEY)
     assert not roster.permits("coordinator", KEY)
     assert (roster.stake(KEY), roster.stake(OTHER), roster.stake("U" * 56)) == (2.5, 1.0, 0.0)
 
 
-def test_saved_and_loaded_again(tmp_path):
+def test_saved_and_loaded_again(tmp_path: Path) -> None:
     roster = Roster({"validator": frozenset({KEY}), "coordinator": frozenset({OTHER})}, {KEY: 2.0})
     roster.save(tmp_path / "deep" / "roster.json")
     assert Roster.load(tmp_path / "deep" / "roster.json") == roster
 
 
-def test_organisations_are_kept_and_tell_memberships(tmp_path):
+def test_organisations_are_kept_and_tell_memberships(tmp_path: Path) -> None:
     organisations = {"clinic": frozenset({KEY, OTHER}), "court": frozenset({OTHER})}
     roster = Roster({"customer": frozenset({KEY})}, organisations=organisations)
     roster.save(tmp_path / "roster.json")
@@ -45,7 +46,7 @@ def test_organisations_are_kept_and_tell_memberships(tmp_path):
         (json.dumps({"keys": {}, "stakes": {KEY: "much"}}), "form"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, content, message):
+def test_what_is_wrong_is_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "roster.json"
     path.write_text(content)
     with pytest.raises(Invalid, match=message) as caught:
@@ -53,6 +54,6 @@ def test_what_is_wrong_is_named(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_missing_roster_says_which_variable_to_set(tmp_path):
+def test_a_missing_roster_says_which_variable_to_set(tmp_path: Path) -> None:
     with pytest.raises(Invalid, match="CONNITO_ROSTER"):
         Roster.load(tmp_path / "none.json")

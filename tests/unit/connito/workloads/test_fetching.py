@@ -51,7 +51,7 @@ def a_run(folder: Folder) -> RunSpec:
     return spec
 
 
-async def test_the_base_is_every_file_that_its_manifest_names(folder: Folder):
+async def test_the_base_is_every_file_that_its_manifest_names(folder: Folder) -> None:
     base = await fetch_base(folder, a_run(folder))
     assert {name: path.read_bytes() for name, path in base.files.items()} == {
         "config.json": b"config.json",
@@ -60,7 +60,7 @@ async def test_the_base_is_every_file_that_its_manifest_names(folder: Folder):
     assert list(base.manifest.files) == list(base.files)
 
 
-async def test_hold_outs_come_by_domain_with_the_target_first(folder: Folder):
+async def test_hold_outs_come_by_domain_with_the_target_first(folder: Folder) -> None:
     found = await fetch_holdouts(folder, a_run(folder))
     assert [(domain, path.read_bytes()) for domain, path in found.items()] == [
         ("medical", b"m"),
@@ -69,7 +69,7 @@ async def test_hold_outs_come_by_domain_with_the_target_first(folder: Folder):
     ]
 
 
-async def test_what_is_missing_is_named(folder: Folder):
+async def test_what_is_missing_is_named(folder: Folder) -> None:
     spec = a_run(folder)
     spec.holdout.artifact.digest = "0" * 64
     with pytest.raises(NotFound, match="0000"):

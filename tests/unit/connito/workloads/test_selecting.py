@@ -1,27 +1,31 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from connito.errors import Invalid
 from connito.moe.rows import base_digests, read_rows
 from connito.moe.state import load_state
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
-from connito.workloads.selecting import Probes, choose
+from connito.workloads.selecting import Chosen, Probes, choose
 
 from services.selector.actions import _compute
 from services.selector.handlers import failed, made
+from tests.unit.connito.workloads.conftest import Inputs
 
 
-def run(inputs, theta, **policy):
+def run(inputs: Inputs, theta: Path, **policy: float | str) -> Chosen:
     spec = run_pb2.RunSpec()
     spec.CopyFrom(inputs.spec)
     for name, value in policy.items():
         setattr(spec.selection, name, value)
-    return choose(spec, inputs.manifest, inputs.files, Probes(inputs.probe, inputs.replay), theta)
+    chosen = choose(spec, inputs.manifest, inputs.files, Probes(inputs.probe, inputs.replay), theta)
+    assert chosen is not None
+    return chosen
 
 
-def test_targets_helpers_and_theta_fit_the_base(inputs, tmp_path):
+def test_targets_helpers_and_theta_fit_the_base(inputs: Inputs, tmp_path: Path) -> None:
     from connito.base.loading import load_full
 
     chosen = run(inputs, tmp_path / "theta")
@@ -41,7 +45,7 @@ def test_targets_helpers_and_theta_fit_the_base(inputs, tmp_path):
     assert chosen.base == {"rest": digests.rest, "rows": digests.rows}
 
 
-def test_the_same_run_gives_the_same_bytes(inputs, tmp_path):
+def test_the_same_run_gives_the_same_bytes(inputs: Inputs, tmp_path: Path) -> None:
     one, two = run(inputs, tmp_path / "one"), run(inputs, tmp_path / "two")
 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -49,7 +53,7 @@ def test_the_same_run_gives_the_same_bytes(inputs, tmp_path):
     assert one.report("s") == two.report("s")
 
 
-def test_the_report_is_what_the_command_line_prints(inputs, tmp_path):
+def test_the_report_is_what_the_command_line_prints(inputs: Inputs, tmp_path: Path) -> None:
     report = json.loads(run(inputs, tmp_path / "theta").report("digest"))
 
     assert report["method"] == "esft-token"
@@ -62,13 +66,13 @@ def test_the_report_is_what_the_command_line_prints(inputs, tmp_path):
     assert set(report["diagnostics"]["mass_by_domain"]) == {"letters", "digits"}
 
 
-def test_caps_hold(inputs, tmp_path):
+def test_caps_hold(inputs: Inputs, tmp_path: Path) -> None:
     assert run(inputs, tmp_path / "theta", max_experts=3).selection.selected == 3
     size = inputs.manifest.expert_bytes()[1]
     assert run(inputs, tmp_path / "theta", max_bytes=2 * size).selection.selected == 2
 
 
-def test_differential_needs_general_text(inputs, tmp_path):
+def test_differential_needs_general_text(inputs: Inputs, tmp_path: Path) -> None:
     assert run(inputs, tmp_path / "theta", method="differential", threshold=0.5).selection.selected > 0
 
     spec = run_pb2.RunSpec()
@@ -80,7 +84,9 @@ def test_differential_needs_general_text(inputs, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("method", "guess"), ("threshold", 1.5), ("max_bytes", 1)])
-def test_a_policy_that_cannot_be_ends_the_run_with_a_reason(inputs, tmp_path, name, value):
+def test_a_policy_that_cannot_be_ends_the_run_with_a_reason(
+    inputs: Inputs, tmp_path: Path, name: str, value: float | str
+) -> None:
     with pytest.raises(Invalid) as caught:
         run(inputs, tmp_path / "theta", **{name: value})
 
@@ -89,7 +95,7 @@ def test_a_policy_that_cannot_be_ends_the_run_with_a_reason(inputs, tmp_path, na
     assert failure.detail == str(caught.value)
 
 
-def test_a_probe_of_another_tokenizer_is_a_verdict_not_a_crash(inputs, tmp_path):
+def test_a_probe_of_another_tokenizer_is_a_verdict_not_a_crash(inputs: Inputs, tmp_path: Path) -> None:
     from connito.data.corpus import Corpus
 
     Corpus.from_documents([[5000] * 100], {"separator": "256"}).save(tmp_path / "alien")
@@ -98,7 +104,7 @@ def test_a_probe_of_another_tokenizer_is_a_verdict_not_a_crash(inputs, tmp_path)
         _compute(inputs.spec, inputs.manifest, inputs.files, Probes(tmp_path / "alien"), tmp_path / "theta")
 
 
-def test_the_fact_carries_the_map(inputs, tmp_path):
+def test_the_fact_carries_the_map(inputs: Inputs, tmp_path: Path) -> None:
     chosen = run(inputs, tmp_path / "theta")
     report, theta = artifacts_pb2.ArtifactRef(digest="r"), artifacts_pb2.ArtifactRef(digest="t")
 
@@ -109,7 +115,7 @@ def test_the_fact_carries_the_map(inputs, tmp_path):
     assert (fact.report, fact.initial_state) == (report, theta)
 
 
-def test_the_signature_is_the_mean_hidden_state_of_what_the_experts_serve(inputs, tmp_path):
+def test_the_signature_is_the_mean_hidden_state_of_what_the_experts_serve(inputs: Inputs, tmp_path: Path) -> None:
     import torch
     from connito.base.loading import load_full
     from connito.data.corpus import Corpus
@@ -131,7 +137,7 @@ def test_the_signature_is_the_mean_hidden_state_of_what_the_experts_serve(inputs
         assert chosen.signature["tokens"][str(index)] == int(slots.sum())
 
 
-def test_several_domains_are_selected_together_and_their_overlap_is_reported(inputs, tmp_path):
+def test_several_domains_are_selected_together_and_their_overlap_is_reported(inputs: Inputs, tmp_path: Path) -> None:
     spec = run_pb2.RunSpec()
     spec.CopyFrom(inputs.spec)
     spec.selection.contested = "exclusive"
@@ -149,7 +155,7 @@ def test_several_domains_are_selected_together_and_their_overlap_is_reported(inp
     assert both == {layer: set(parts["letters"][layer]) | set(parts["digits"][layer]) for layer in both}
 
 
-def test_the_report_says_what_removing_an_expert_costs_within_the_budget(inputs, tmp_path):
+def test_the_report_says_what_removing_an_expert_costs_within_the_budget(inputs: Inputs, tmp_path: Path) -> None:
     report = json.loads(run(inputs, tmp_path / "theta", causal_effects=3).report("s"))
 
     effects = report["diagnostics"]["causal_effect"]
@@ -158,7 +164,7 @@ def test_the_report_says_what_removing_an_expert_costs_within_the_budget(inputs,
     assert all(int(e) in report["layers"][i] for i, found in effects.items() for e in found)
 
 
-def test_memory_caps_hold(inputs, tmp_path):
+def test_memory_caps_hold(inputs: Inputs, tmp_path: Path) -> None:
     from connito.moe.budget import of_base
 
     sizes = inputs.manifest.expert_bytes()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +16,16 @@ from connito.library.start import Shelved, deposits, notice_of, notices, refusal
 from connito.moe.rows import read_rows
 from connito.moe.state import load_state, save_state
 from connito.v1 import reasons_pb2, run_pb2
-from connito.workloads.selecting import Library, Probes, choose
+from connito.wire.facts import Fact
+from connito.workloads.selecting import Chosen, Library, Probes, choose
+
+from tests.unit.connito.workloads.conftest import Inputs
 
 LAYERS = {1: [0, 1, 2, 3, 4, 5, 6, 7], 2: [0, 2, 4, 6]}
 
 
 @pytest.fixture(scope="session")
-def shelf(inputs, tmp_path_factory):
+def shelf(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[Shelved]:
     """Two experts of the base: one trained on the probe's language, one that is noise."""
     from connito.base.loading import load_full
     from connito.moe.resident import compress
@@ -39,7 +44,7 @@ def shelf(inputs, tmp_path_factory):
     return [shelved(folder, "letters", trained), shelved(folder, "noise", noise)]
 
 
-def shelved(folder, domain, state, **record):
+def shelved(folder: Path, domain: str, state: dict[str, torch.Tensor], **record: Any) -> Shelved:
     save_state(state, folder / f"{domain}.state", {"base": "b" * 64})
     header = ExpertHeader(domain, "random", "b" * 64, LAYERS, f"run-{domain}", 1)
     digest = write_expert(folder / f"{domain}.state", folder / f"{domain}.expert", header)
@@ -48,19 +53,30 @@ def shelved(folder, domain, state, **record):
     return Shelved(deposit, {"license": "Apache-2.0", **record}, folder / f"{domain}.expert")
 
 
-def start(inputs, theta, shelf, start_from="auto", licence="Apache-2.0"):
+def start(
+    inputs: Inputs, theta: Path, shelf: list[Shelved], start_from: str = "auto", licence: str = "Apache-2.0"
+) -> Chosen:
     spec = run_pb2.RunSpec()
     spec.CopyFrom(inputs.spec)
     spec.start_from, spec.license = start_from, licence
-    return choose(spec, inputs.manifest, inputs.files, Probes(inputs.probe, inputs.replay), theta, Library(shelf, 9))
+    chosen = choose(spec, inputs.manifest, inputs.files, Probes(inputs.probe, inputs.replay), theta, Library(shelf, 9))
+    assert chosen is not None
+    return chosen
 
 
-def test_the_expert_that_saves_most_on_the_probe_is_the_start(inputs, shelf, tmp_path):
+def choice_of(chosen: Chosen) -> run_pb2.StartChoice:
+    assert chosen.start is not None
+    return chosen.start
+
+
+def test_the_expert_that_saves_most_on_the_probe_is_the_start(
+    inputs: Inputs, shelf: list[Shelved], tmp_path: Path
+) -> None:
     from connito.base.loading import load_full
 
     chosen = start(inputs, tmp_path / "theta", shelf)
 
-    choice = chosen.start
+    choice = choice_of(chosen)
     assert choice.expert_id == "letters-1"
     assert choice.library_sequence == 9
     best, worst = choice.candidates
@@ -84,41 +100,43 @@ def test_the_expert_that_saves_most_on_the_probe_is_the_start(inputs, shelf, tmp
     assert chosen.base == start(inputs, tmp_path / "none", shelf[1:]).base
 
 
-def test_an_expert_that_does_not_help_is_not_taken(inputs, shelf, tmp_path):
+def test_an_expert_that_does_not_help_is_not_taken(inputs: Inputs, shelf: list[Shelved], tmp_path: Path) -> None:
     from connito.base.loading import load_full
 
     chosen = start(inputs, tmp_path / "theta", shelf[1:])
 
-    assert chosen.start.expert_id == ""
-    assert "from the base" in chosen.start.detail
-    assert not chosen.start.candidates[0].low > 0
+    assert choice_of(chosen).expert_id == ""
+    assert "from the base" in choice_of(chosen).detail
+    assert not choice_of(chosen).candidates[0].low > 0
     theta, base = load_state(tmp_path / "theta"), read_rows(load_full(inputs.files), chosen.selection)
     assert all(theta[name].equal(base[name]) for name in base)
 
 
-def test_a_named_expert_is_taken_whatever_it_measures_and_the_log_says_what(inputs, shelf, tmp_path):
+def test_a_named_expert_is_taken_whatever_it_measures_and_the_log_says_what(
+    inputs: Inputs, shelf: list[Shelved], tmp_path: Path
+) -> None:
     chosen = start(inputs, tmp_path / "theta", shelf[1:], "noise-1")
 
-    assert chosen.start.expert_id == "noise-1"
-    assert chosen.start.candidates[0].measured
-    assert chosen.start.candidates[0].saved < 0
+    assert choice_of(chosen).expert_id == "noise-1"
+    assert choice_of(chosen).candidates[0].measured
+    assert choice_of(chosen).candidates[0].saved < 0
 
 
-def test_choosing_again_gives_the_same_bytes(inputs, shelf, tmp_path):
+def test_choosing_again_gives_the_same_bytes(inputs: Inputs, shelf: list[Shelved], tmp_path: Path) -> None:
     one, two = start(inputs, tmp_path / "one", shelf), start(inputs, tmp_path / "two", shelf)
 
-    assert one.start == two.start
+    assert one.start == choice_of(two)
     digests = {hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("one", "two")}
     assert len(digests) == 1
 
 
-def test_terms_rule_an_expert_out(inputs, shelf, tmp_path):
+def test_terms_rule_an_expert_out(inputs: Inputs, shelf: list[Shelved], tmp_path: Path) -> None:
     closed = Shelved(shelf[0].deposit, {"license": "CC-BY-ND-4.0"}, shelf[0].path)
 
     chosen = start(inputs, tmp_path / "theta", [closed, shelf[1]])
 
-    assert chosen.start.expert_id == ""
-    assert {row.expert_id: row.refused for row in chosen.start.candidates}["letters-1"].startswith("CC-BY-ND-4.0")
+    assert choice_of(chosen).expert_id == ""
+    assert {row.expert_id: row.refused for row in choice_of(chosen).candidates}["letters-1"].startswith("CC-BY-ND-4.0")
     with pytest.raises(Invalid, match="allows no derivatives") as caught:
         start(inputs, tmp_path / "named", [closed], "letters-1")
     assert caught.value.reason == reasons_pb2.REASON_START_IMPOSSIBLE
@@ -141,16 +159,18 @@ def test_terms_rule_an_expert_out(inputs, shelf, tmp_path):
         ),
     ],
 )
-def test_what_the_terms_of_an_expert_allow(record, spec, why):
+def test_what_the_terms_of_an_expert_allow(
+    record: dict[str, dict[str, str] | str], spec: dict[str, str], why: str
+) -> None:
     said = refusal(record, run_pb2.RunSpec(**spec))
 
     assert (why in said) if why else said == ""
 
 
-def test_only_deposits_of_the_base_that_were_there_count(inputs):
+def test_only_deposits_of_the_base_that_were_there_count(inputs: Inputs) -> None:
     from connito.wire.facts import Fact, FactKey
 
-    def fact(sequence, name, base="b" * 64):
+    def fact(sequence: int, name: str, base: str = "b" * 64) -> Fact:
         message = run_pb2.ExpertDeposited(run="r", expert_id=name, base_digest=base)
         key = FactKey("library", 0, "deposited", name)
         return Fact("r", key, message, "L", "LIBRARY", sequence, 0)
@@ -169,10 +189,12 @@ def test_only_deposits_of_the_base_that_were_there_count(inputs):
         deposits(log, spec, 2)
 
 
-def test_what_the_library_says_against_an_expert_counts_from_when_it_was_said(inputs, shelf, tmp_path):
+def test_what_the_library_says_against_an_expert_counts_from_when_it_was_said(
+    inputs: Inputs, shelf: list[Shelved], tmp_path: Path
+) -> None:
     from connito.wire.facts import Fact, FactKey
 
-    def notice(sequence, subject, kind):
+    def notice(sequence: int, subject: str, kind: int) -> Fact:
         message = run_pb2.ExpertNotice(run="library", id=str(sequence), subject=subject, kind=kind, reason="asked")
         key = FactKey("library", 0, "notice", str(sequence))
         return Fact("library", key, message, "L", "LIBRARY", sequence, 0)
@@ -188,15 +210,17 @@ def test_what_the_library_says_against_an_expert_counts_from_when_it_was_said(in
     assert "opted out" in notice_of({"governance": {"sources": ["diary"]}}, "letters-1", notices(log, 4))
     yanked = Shelved(shelf[0].deposit, shelf[0].record, shelf[0].path, "yanked: asked")
     chosen = start(inputs, tmp_path / "theta", [yanked, shelf[1]])
-    assert chosen.start.expert_id == ""
-    assert {row.expert_id: row.refused for row in chosen.start.candidates}["letters-1"] == "yanked: asked"
+    assert choice_of(chosen).expert_id == ""
+    assert {row.expert_id: row.refused for row in choice_of(chosen).candidates}["letters-1"] == "yanked: asked"
 
 
-def test_an_expert_that_the_customer_may_not_see_leaves_no_trace(inputs, shelf, tmp_path):
+def test_an_expert_that_the_customer_may_not_see_leaves_no_trace(
+    inputs: Inputs, shelf: list[Shelved], tmp_path: Path
+) -> None:
     """What a run says of its start is read by every miner, and an artifact that is named can be fetched."""
     secret = {"license": "Apache-2.0", "governance": {"visibility": "private", "owner": "SOMEBODY"}}
     hidden = [Shelved(shelf[0].deposit, secret, shelf[0].path), shelf[1]]
     chosen = start(inputs, tmp_path / "theta", hidden)
-    assert [row.expert_id for row in chosen.start.candidates] == ["noise-1"]
+    assert [row.expert_id for row in choice_of(chosen).candidates] == ["noise-1"]
     with pytest.raises(Invalid, match="there is no expert 'letters-1' in the library"):
         start(inputs, tmp_path / "theta", hidden[:1], start_from="letters-1")

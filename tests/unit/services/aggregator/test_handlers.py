@@ -8,15 +8,16 @@ from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import FactKey
 
 from services.aggregator.handlers import Merge, Preload, decide, drop_losses
+from tests.support.stage import Stage
 
 RUN = "run-1"
 
 
-def payloads(facts, loaded=(RUN,)):
+def payloads(facts: RunFacts, loaded: tuple[str, ...] = (RUN,)) -> list[Merge | Preload]:
     return [action.payload for action in decide(facts, loaded).actions]
 
 
-def test_the_model_is_loaded_as_soon_as_the_targets_are_known(stage):
+def test_the_model_is_loaded_as_soon_as_the_targets_are_known(stage: Stage) -> None:
     assert payloads(stage.facts, ()) == [Preload(RUN)]
     assert payloads(stage.facts) == []
 
@@ -24,33 +25,33 @@ def test_the_model_is_loaded_as_soon_as_the_targets_are_known(stage):
     assert payloads(stage.facts, ()) == []
 
 
-def test_a_cycle_is_merged_once_everything_it_rests_on_is_known(ready):
+def test_a_cycle_is_merged_once_everything_it_rests_on_is_known(ready: Stage) -> None:
     assert payloads(ready.facts) == [Merge(RUN, 1)]
 
 
 @pytest.mark.parametrize(
     "missing", [("validate", "closed"), ("merge", "opened"), ("submit", "settled"), ("train", "opened")]
 )
-def test_nothing_is_merged_before(ready, missing):
+def test_nothing_is_merged_before(ready: Stage, missing: tuple[str, str]) -> None:
     section, kind = missing
     ready.drop(section, 1, kind)
 
     assert payloads(ready.facts) == []
 
 
-def test_a_published_version_is_not_made_again(ready):
+def test_a_published_version_is_not_made_again(ready: Stage) -> None:
     ready.put("merge", 1, "version", cycle_pb2.VersionPublished(run=RUN, cycle=1))
 
     assert payloads(ready.facts) == []
 
 
-def test_scores_without_a_version_are_finished_after_a_crash(ready):
+def test_scores_without_a_version_are_finished_after_a_crash(ready: Stage) -> None:
     ready.put("merge", 1, "scored", cycle_pb2.CycleScored(run=RUN, cycle=1))
 
     assert payloads(ready.facts) == [Merge(RUN, 1)]
 
 
-def test_an_ended_run_needs_nothing(ready):
+def test_an_ended_run_needs_nothing(ready: Stage) -> None:
     ready.put("run", 0, "ended", run_pb2.RunEnded(run=RUN))
 
     assert payloads(ready.facts, ()) == []
@@ -78,7 +79,9 @@ def test_an_ended_run_needs_nothing(ready):
         ),
     ],
 )
-def test_a_report_on_something_else_does_not_count(stage, changes, why):
+def test_a_report_on_something_else_does_not_count(
+    stage: Stage, changes: dict[str, bytes | list[cycle_pb2.SubmissionScore] | str], why: str
+) -> None:
     stage.add("VA", {}, **changes)
     stage.add("VB", {"MA": 0.1})
     stage.close()
@@ -89,7 +92,7 @@ def test_a_report_on_something_else_does_not_count(stage, changes, why):
     assert why in sentence(reports.ignored["VA"].finding)
 
 
-def test_a_report_behind_the_close_is_late(ready):
+def test_a_report_behind_the_close_is_late(ready: Stage) -> None:
     ready.add("VC", {"MA": 0.9})
 
     reports = read_reports(ready.facts, 1)
@@ -100,7 +103,7 @@ def test_a_report_behind_the_close_is_late(ready):
     ]
 
 
-def test_a_validator_that_was_not_drawn_does_not_count(stage):
+def test_a_validator_that_was_not_drawn_does_not_count(stage: Stage) -> None:
     stage.add("VX", {"MA": 0.1})
     stage.close()
 
@@ -112,7 +115,7 @@ def even(validator: str) -> float:
     return 1.0
 
 
-def test_more_than_half_of_the_drawn_stake_must_have_reported(stage):
+def test_more_than_half_of_the_drawn_stake_must_have_reported(stage: Stage) -> None:
     stage.add("VA", {"MA": 0.1})
     stage.close()
     facts = stage.facts
@@ -124,7 +127,7 @@ def test_more_than_half_of_the_drawn_stake_must_have_reported(stage):
     assert quorum_fault(facts, 1, reports, {"VA": 3.0, "VB": 1.0, "VC": 1.0}.__getitem__) is None
 
 
-def test_without_a_draw_there_is_no_quorum(ready):
+def test_without_a_draw_there_is_no_quorum(ready: Stage) -> None:
     ready.drop("validate", 1, "drawn")
     facts = ready.facts
 
@@ -133,18 +136,18 @@ def test_without_a_draw_there_is_no_quorum(ready):
     assert fault.kind == cycle_pb2.FINDING_KIND_NOTHING_DRAWN
 
 
-def test_a_draw_behind_the_close_is_none(stage):
+def test_a_draw_behind_the_close_is_none(stage: Stage) -> None:
     stage.close()
     stage.put("validate", 1, "drawn", cycle_pb2.SeedDrawn(run=RUN, cycle=1, validators=["VA"]))
 
     assert draw(stage.facts, 1) is None
 
 
-def test_losses_are_kept_until_the_version_is_out(stage):
+def test_losses_are_kept_until_the_version_is_out(stage: Stage) -> None:
     """Copies are found by them: an aggregator without them decides otherwise than an auditor."""
     losses = [cycle_pb2.SequenceLoss(domain="medical", before=2.0, after=1.0)]
 
-    def told(*kinds):
+    def told(*kinds: str) -> int:
         facts = RunFacts(RUN)
         for kind in kinds:
             if kind == "report":

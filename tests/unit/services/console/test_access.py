@@ -17,23 +17,23 @@ def settings(**values: object) -> ConsoleSettings:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-def test_loopback_needs_no_token(host: str):
+def test_loopback_needs_no_token(host: str) -> None:
     assert settings(console_host=host).check_access() == ""
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", ""])
-def test_everywhere_else_a_missing_token_ends_the_service_with_the_remedy(host: str):
+def test_everywhere_else_a_missing_token_ends_the_service_with_the_remedy(host: str) -> None:
     with pytest.raises(Fatal, match="CONNITO_CONSOLE_TOKEN"):
         settings(console_host=host).check_access()
     assert settings(console_host=host, console_token=TOKEN).check_access() == TOKEN
 
 
-def test_a_token_that_can_be_guessed_is_none():
+def test_a_token_that_can_be_guessed_is_none() -> None:
     with pytest.raises(Fatal, match="at least 16"):
         settings(console_token="secret").check_access()
 
 
-def test_without_a_token_only_loopback_names_are_answered():
+def test_without_a_token_only_loopback_names_are_answered() -> None:
     access = Access("")
     for host in ("127.0.0.1:8000", "localhost", "[::1]:80"):
         assert access.admits(Headers({"host": host}), {})
@@ -41,14 +41,14 @@ def test_without_a_token_only_loopback_names_are_answered():
         assert not access.admits(Headers({"host": host}), {})
 
 
-def test_a_bearer_is_the_token_or_refused():
+def test_a_bearer_is_the_token_or_refused() -> None:
     access = Access(TOKEN)
     assert access.admits(Headers({"authorization": f"Bearer {TOKEN}"}), {})
     for wrong in ("Bearer", "Bearer ", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer ü"):
         assert not access.admits(Headers({"authorization": wrong, "host": "127.0.0.1"}), {})
 
 
-def test_a_cookie_lasts_its_time_and_cannot_be_prolonged():
+def test_a_cookie_lasts_its_time_and_cannot_be_prolonged() -> None:
     now = 1_000_000.0
     access = Access(TOKEN, lambda: now)
     cookie = access.cookie()
@@ -62,14 +62,14 @@ def test_a_cookie_lasts_its_time_and_cannot_be_prolonged():
     assert not access.admits(Headers(), {COOKIE: cookie})
 
 
-def test_no_token_is_never_known():
+def test_no_token_is_never_known() -> None:
     assert not Access("").knows("")
 
 
 HEADER = "X-Forwarded-Email"
 
 
-def test_a_user_header_counts_only_from_the_proxy():
+def test_a_user_header_counts_only_from_the_proxy() -> None:
     with pytest.raises(Fatal, match="CONNITO_CONSOLE_PROXIES"):
         settings(console_host="0.0.0.0", console_user_header=HEADER).check_access()
     with pytest.raises(Fatal, match="addresses or networks"):
@@ -88,7 +88,7 @@ def test_a_user_header_counts_only_from_the_proxy():
         assert not access.admits(nobody, {}, "10.1.2.3")
 
 
-def test_a_token_opens_beside_the_proxy():
+def test_a_token_opens_beside_the_proxy() -> None:
     access = Access(TOKEN, user_header=HEADER, proxies=settings(console_proxies="10.1.0.0/16").proxies())
     assert access.admits(Headers({"authorization": f"Bearer {TOKEN}"}), {}, "192.0.2.1")
     assert access.admits(Headers({HEADER: "ada"}), {}, "10.1.0.1")

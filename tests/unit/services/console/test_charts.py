@@ -23,7 +23,7 @@ def parse(markup: str) -> ElementTree.Element:
     return root
 
 
-def test_a_falling_loss_goes_down():
+def test_a_falling_loss_goes_down() -> None:
     root = parse(charts.sparkline(Curve("medical", True, ((0, 2.0), (1, 1.9), (2, 1.7)))))
     heights = [float(dot.get("cy", "")) for dot in root.iter("circle")]
     assert heights == sorted(heights)
@@ -31,11 +31,11 @@ def test_a_falling_loss_goes_down():
 
 
 @pytest.mark.parametrize("points", [((3, 2.0),), ((0, 0.0), (1, 0.0))])
-def test_a_curve_without_extent_is_drawn(points: tuple[tuple[int, float], ...]):
+def test_a_curve_without_extent_is_drawn(points: tuple[tuple[int, float], ...]) -> None:
     parse(charts.sparkline(Curve("medical", True, points)))
 
 
-def test_a_waterfall_has_a_bar_a_window_and_marks_the_last_to_act():
+def test_a_waterfall_has_a_bar_a_window_and_marks_the_last_to_act() -> None:
     story = a_run()
     bars = waterfall(story.facts, 1, story.now)
     root = parse(charts.waterfall(bars))
@@ -44,17 +44,17 @@ def test_a_waterfall_has_a_bar_a_window_and_marks_the_last_to_act():
     assert "ULATE…: trained" in last
 
 
-def test_a_waterfall_of_a_window_that_just_opened():
+def test_a_waterfall_of_a_window_that_just_opened() -> None:
     parse(charts.waterfall([Bar("train", 0, 0, True, False, (), ())]))
 
 
-def test_names_from_outside_are_escaped():
+def test_names_from_outside_are_escaped() -> None:
     story = a_run()
     root = parse(charts.waterfall(waterfall(story.facts, 1, story.now)))
     assert "<b>bob: commitment" in [line.findtext("title") for line in root.iter("line")]
 
 
-def test_intervals_say_on_which_side_of_zero_they_are():
+def test_intervals_say_on_which_side_of_zero_they_are() -> None:
     story = a_run()
     for miner, kind in ((MERGED, "good"), (UNSURE, "unsure")):
         found = why(story.facts, 1, miner)
@@ -63,7 +63,7 @@ def test_intervals_say_on_which_side_of_zero_they_are():
         assert [dot.get("class") for dot in root.iter("circle")] == [f"effect {kind}"]
 
 
-def test_an_infinite_interval_stays_inside_the_picture():
+def test_an_infinite_interval_stays_inside_the_picture() -> None:
     endless = Measurement("v", 0.0, float("-inf"), float("inf"), 0, 0, 0, "", "", "", None)
     root = parse(charts.intervals([endless]))
     for line in root.iter("line"):
@@ -71,7 +71,7 @@ def test_an_infinite_interval_stays_inside_the_picture():
         assert 0 <= float(line.get("x2", "")) <= 640
 
 
-def test_a_selection_has_a_cell_an_expert():
+def test_a_selection_has_a_cell_an_expert() -> None:
     grid = heatmap(a_run().facts)
     assert grid is not None
     root = parse(charts.selection(grid))
@@ -81,6 +81,6 @@ def test_a_selection_has_a_cell_an_expert():
     assert "layer 1, expert 0: frozen helper" in titles
 
 
-def test_curves_of_a_run_are_drawn():
+def test_curves_of_a_run_are_drawn() -> None:
     for curve in views.curves(a_run().facts):
         assert curve.domain in (parse(charts.sparkline(curve)).findtext("title") or "")

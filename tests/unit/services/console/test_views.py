@@ -19,27 +19,27 @@ def story() -> Run:
     return a_run()
 
 
-def test_every_reason_has_words():
+def test_every_reason_has_words() -> None:
     names = {words.reason_name(number) for number in reasons_pb2.Reason.values() if number}
     assert set(words.REASONS) == names
     assert words.in_words(9999) == "reason 9999"
 
 
-def test_a_list_of_runs_shows_where_each_stands(story: Run):
+def test_a_list_of_runs_shows_where_each_stands(story: Run) -> None:
     (row,) = views.run_rows({RUN: story.facts, "unborn": RunFacts("unborn")}, story.now)
     assert (row.run, row.domain, row.base, row.status) == (RUN, "medical", "tiny", "running")
     assert row.phase == "cycle 2 of 3: validate, validators score"
     assert (row.first_loss, row.last_loss, row.miners, row.validators) == (2.0, 1.9, 3, 2)
 
 
-def test_no_loss_is_shown_before_one_was_published():
+def test_no_loss_is_shown_before_one_was_published() -> None:
     story = begun()
     (row,) = views.run_rows({RUN: story.facts}, story.now)
     assert (row.first_loss, row.last_loss) == (None, None)
     assert views.curves(story.facts) == []
 
 
-def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Run):
+def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Run) -> None:
     head = views.head(story.facts, story.now)
     assert head.window == "validate"
     assert head.deadline_unix_ms > story.now
@@ -48,13 +48,13 @@ def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Run):
     assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + views.OVERDUE_MS + 1)[0].status == "stale"
 
 
-def test_an_ended_run_waits_for_nothing(story: Run):
+def test_an_ended_run_waits_for_nothing(story: Run) -> None:
     end(story)
     head = views.head(story.facts, story.now + 10**9)
     assert (head.status, head.window, head.deadline_unix_ms, head.stale) == ("completed", "", 0, "")
 
 
-def test_a_failed_run_says_why_in_words():
+def test_a_failed_run_says_why_in_words() -> None:
     story = begun()
     failed = run_pb2.RunEnded(
         run=RUN,
@@ -68,7 +68,7 @@ def test_a_failed_run_says_why_in_words():
     assert head.reason == words.REASONS["too-few-miners"]
 
 
-def test_miners_have_a_status_a_reason_in_words_and_no_invented_figures(story: Run):
+def test_miners_have_a_status_a_reason_in_words_and_no_invented_figures(story: Run) -> None:
     rows = {row.key: row for row in views.miner_rows(story.facts, 1)}
     assert [rows[MERGED].name, rows[MERGED].status, rows[MERGED].rank, rows[MERGED].reward] == [
         "alice",
@@ -87,14 +87,14 @@ def test_miners_have_a_status_a_reason_in_words_and_no_invented_figures(story: R
     assert running[MERGED].scored
 
 
-def test_curves_begin_at_the_base_and_have_the_target_first(story: Run):
+def test_curves_begin_at_the_base_and_have_the_target_first(story: Run) -> None:
     target, general = views.curves(story.facts)
     assert (target.domain, target.target, target.points) == ("medical", True, ((0, 2.0), (1, 1.9)))
     assert (general.domain, general.target) == ("code", False)
     assert general.change == pytest.approx(0.01)
 
 
-def test_a_waterfall_names_the_last_and_the_missing(story: Run):
+def test_a_waterfall_names_the_last_and_the_missing(story: Run) -> None:
     bars = {bar.window: bar for bar in waterfall(story.facts, 1, story.now)}
     assert list(bars) == ["train", "commit", "submit", "validate", "merge"]
     train, commit = bars["train"], bars["commit"]
@@ -106,7 +106,7 @@ def test_a_waterfall_names_the_last_and_the_missing(story: Run):
     assert "did not act: ULATE…" in commit.summary
 
 
-def test_an_open_window_reaches_to_now_and_not_past_its_deadline(story: Run):
+def test_an_open_window_reaches_to_now_and_not_past_its_deadline(story: Run) -> None:
     (validate,) = [bar for bar in waterfall(story.facts, 2, story.now + 5000) if bar.window == "validate"]
     assert validate.open
     assert validate.end_ms - validate.start_ms == 7000
@@ -115,7 +115,7 @@ def test_an_open_window_reaches_to_now_and_not_past_its_deadline(story: Run):
     assert late.end_ms - late.start_ms == 60_000
 
 
-def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Run):
+def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Run) -> None:
     found = why(story.facts, 1, UNSURE)
     assert found is not None
     (measured,) = found.measurements
@@ -127,7 +127,7 @@ def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Run):
     assert [step.text.split()[0] for step in found.steps] == ["trained", "committed", "the", "revealed", "the"]
 
 
-def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Run):
+def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Run) -> None:
     spec, scored = story.facts.spec, story.facts.scored(1)
     assert spec is not None
     assert scored is not None
@@ -146,7 +146,7 @@ def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Run):
     assert (rows[MERGED].rating, rows[UNSURE].rating) == ("27.5 ± 8.1", "")
 
 
-def test_why_of_somebody_who_was_refused_or_is_unknown(story: Run):
+def test_why_of_somebody_who_was_refused_or_is_unknown(story: Run) -> None:
     refused = why(story.facts, 1, LATE)
     assert refused is not None
     assert (refused.status, refused.utility, refused.measurements) == ("not judged yet", None, ())
@@ -155,7 +155,7 @@ def test_why_of_somebody_who_was_refused_or_is_unknown(story: Run):
     assert why(story.facts, 7, MERGED) is None
 
 
-def test_before_the_verdict_a_score_is_not_judged_yet(story: Run):
+def test_before_the_verdict_a_score_is_not_judged_yet(story: Run) -> None:
     found = why(story.facts, 2, MERGED)
     assert found is not None
     assert (found.status, found.utility, found.reward, found.weight) == ("not judged yet", None, None, None)
@@ -163,7 +163,7 @@ def test_before_the_verdict_a_score_is_not_judged_yet(story: Run):
     assert found.measurements[0].distance is None
 
 
-def test_a_heatmap_reaches_as_far_as_the_selection(story: Run):
+def test_a_heatmap_reaches_as_far_as_the_selection(story: Run) -> None:
     grid = heatmap(story.facts)
     assert grid is not None
     assert [layer for layer, _ in grid.layers] == [0, 1]
@@ -175,7 +175,7 @@ def test_a_heatmap_reaches_as_far_as_the_selection(story: Run):
     assert heatmap(RunFacts(RUN)) is None
 
 
-def test_a_lineage_that_holds_and_one_that_does_not(story: Run):
+def test_a_lineage_that_holds_and_one_that_does_not(story: Run) -> None:
     base, first = lineage(story.facts)
     assert (base.version, base.parent, base.broken) == (0, None, "")
     assert (first.version, first.parent, first.digest, first.merged) == (1, 0, theta(1).digest, (("alice", 1.0),))
@@ -188,7 +188,7 @@ def test_a_lineage_that_holds_and_one_that_does_not(story: Run):
     assert "cycle 2 started from version 1 with another state" in lineage(other.facts)[1].broken
 
 
-def test_the_library_is_searched_by_every_word(story: Run):
+def test_the_library_is_searched_by_every_word(story: Run) -> None:
     assert views.library_rows({RUN: story.facts}) == []
     end(story)
     (row,) = views.library_rows({RUN: story.facts}, "MEDICAL tiny")
@@ -200,7 +200,7 @@ def test_the_library_is_searched_by_every_word(story: Run):
     assert views.library_rows({RUN: story.facts}, "medical legal") == []
 
 
-def test_a_replay_is_the_run_as_it_was(story: Run):
+def test_a_replay_is_the_run_as_it_was(story: Run) -> None:
     end(story)
     length = len(story.facts.facts)
     past, moment = replay(story.facts, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from connito.protocol.beacon import draw_seed, secret_digest
@@ -98,7 +99,9 @@ DEEDS: list[tuple[Callable[[World], object], bool]] = [
 
 
 @pytest.mark.parametrize(("deed", "seated"), DEEDS)
-def test_whatever_the_last_one_does_there_are_two_seeds_and_one_of_them_costs_its_seat(deed, seated) -> None:
+def test_whatever_the_last_one_does_there_are_two_seeds_and_one_of_them_costs_its_seat(
+    deed: Callable[..., Any], seated: bool
+) -> None:
     world = before_the_last()
     deed(world)
     drawn = finish(world)

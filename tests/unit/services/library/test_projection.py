@@ -28,7 +28,7 @@ def catalogue() -> Catalogue:
     return found
 
 
-def test_pages_are_in_the_order_of_the_log_and_end(catalogue):
+def test_pages_are_in_the_order_of_the_log_and_end(catalogue: Catalogue) -> None:
     seen, token = [], ""
     for _ in range(3):
         experts, token = catalogue.page(2, token)
@@ -38,7 +38,7 @@ def test_pages_are_in_the_order_of_the_log_and_end(catalogue):
     assert token == ""
 
 
-def test_a_deposit_between_two_pages_shifts_nothing(catalogue):
+def test_a_deposit_between_two_pages_shifts_nothing(catalogue: Catalogue) -> None:
     _, token = catalogue.page(4, "")
     catalogue.add(deposit(6))
 
@@ -48,7 +48,7 @@ def test_a_deposit_between_two_pages_shifts_nothing(catalogue):
 
 
 @pytest.mark.parametrize("token", ["x", "YWZ0ZXI6eA==", "ß"])
-def test_a_foreign_page_token_is_refused(catalogue, token):
+def test_a_foreign_page_token_is_refused(catalogue: Catalogue, token: str) -> None:
     with pytest.raises(Invalid, match="not a page token"):
         catalogue.page(2, token)
 
@@ -66,7 +66,7 @@ def law(number: int, owner: str = "UO") -> tuple[Fact, bytes]:
     return Fact("run-9", FactKey("library", 0, "deposited"), message, "UL", "LIBRARY", number, number), record
 
 
-def test_what_is_private_is_there_for_its_owner_only(catalogue):
+def test_what_is_private_is_there_for_its_owner_only(catalogue: Catalogue) -> None:
     catalogue.add(*law(7))
     owner, everybody = Viewer("UO"), Viewer("UX")
     assert catalogue.get("law-7", owner).domain == "law"
@@ -77,7 +77,7 @@ def test_what_is_private_is_there_for_its_owner_only(catalogue):
     assert [len(catalogue.search(asked, viewer)[0]) for viewer in (owner, everybody)] == [1, 0]
 
 
-def test_searches_come_in_pages(catalogue):
+def test_searches_come_in_pages(catalogue: Catalogue) -> None:
     seen, token = [], ""
     while True:
         request = services_pb2.SearchExpertsRequest(text="code", page_size=2, page_token=token)
@@ -93,7 +93,7 @@ def said(sequence: int, kind: int, subject: str) -> Fact:
     return Fact("run-2", FactKey("library", 0, "notice", notice.id), notice, "UL", "LIBRARY", sequence, sequence)
 
 
-def test_notices_and_uses_are_projected_once(catalogue):
+def test_notices_and_uses_are_projected_once(catalogue: Catalogue) -> None:
     used = run_pb2.ExpertUsed(run="run-2", id="a", expert_id="code-2", verb="export", units=3, by="UX")
     fact = Fact("run-2", FactKey("library", 0, "used", "a"), used, "UL", "LIBRARY", 20, 20)
     for _ in range(2):
@@ -108,7 +108,7 @@ def test_notices_and_uses_are_projected_once(catalogue):
     assert {hit.status for hit in catalogue.search(asked, Viewer())[0]} == {"good", "yanked"}
 
 
-def test_an_owner_speaks_of_the_own_expert_and_of_sources_in_it(catalogue):
+def test_an_owner_speaks_of_the_own_expert_and_of_sources_in_it(catalogue: Catalogue) -> None:
     catalogue.add(*law(7))
     assert catalogue.may_state("UO", run_pb2.NOTICE_KIND_YANKED, "law-7")
     assert catalogue.may_state("UO", run_pb2.NOTICE_KIND_OPTED_OUT, "corpus")
@@ -116,14 +116,14 @@ def test_an_owner_speaks_of_the_own_expert_and_of_sources_in_it(catalogue):
     assert not catalogue.may_state("UO", run_pb2.NOTICE_KIND_OPTED_OUT, "another")
 
 
-def test_whoever_names_anothers_source_gets_no_say_over_it(catalogue):
+def test_whoever_names_anothers_source_gets_no_say_over_it(catalogue: Catalogue) -> None:
     catalogue.add(*law(7))
     catalogue.add(*law(8, "UX"))
     assert not catalogue.may_state("UX", run_pb2.NOTICE_KIND_OPTED_OUT, "corpus")
     assert not catalogue.may_state("UO", run_pb2.NOTICE_KIND_OPTED_OUT, "corpus")
 
 
-def test_an_unknown_expert_is_not_found(catalogue):
+def test_an_unknown_expert_is_not_found(catalogue: Catalogue) -> None:
     assert catalogue.get("code-2").run == "run-2"
     with pytest.raises(NotFound, match="connito library list"):
         catalogue.get("code-9")

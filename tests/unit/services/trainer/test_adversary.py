@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ HONEST_DELTA = 0.01
 
 
 def strategy(name: str, victim: Path | None = None) -> Strategy:
-    return choose(TrainerSettings(key_file=Path("k"), trainer_adversary=name, trainer_victim_dir=victim))
+    return choose(settings_of(trainer_adversary=name, trainer_victim_dir=victim))
+
+
+def settings_of(**given: Any) -> TrainerSettings:
+    return TrainerSettings(key_file=Path("k"), **given)
 
 
 @pytest.fixture
@@ -141,8 +146,7 @@ async def test_the_mixed_copier_is_half_of_each(work: Work, victim: Path, tmp_pa
     ledger.keep_artifact(RUN, 1, ledger.folder(RUN, 1) / "draft")
     ledger.update(RUN, 1, artifact="cd" * 32, size=1)
     ledger.close()
-    settings = TrainerSettings(
-        key_file=Path("k"),
+    settings = settings_of(
         trainer_adversary="mixed-copier",
         trainer_victim_dir=victim,
         trainer_second_victim_dir=second,

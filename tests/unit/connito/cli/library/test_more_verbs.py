@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,18 +26,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from tests.unit.connito.cli.library.test_verbs import exports, run, stocked  # noqa: F401 - fixtures
+from tests.support.models import Sequences
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def listing():
+def listing() -> Any:
     app = typer.Typer()
     app.command("list")(browse.list_)
     app.command("show")(browse.show)
 
-    def invoke(*arguments):
+    def invoke(*arguments: Any) -> Any:
         result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
         return json.loads(result.stdout)
 
@@ -43,7 +45,7 @@ def listing():
 
 
 @pytest.fixture
-def texts(tmp_path):
+def texts(tmp_path: Path) -> Any:
     made = {}
     for number, domain in enumerate(("recipes", "logs", "poems", "ledgers")):
         made[domain] = tmp_path / f"{domain}.txt"
@@ -51,7 +53,7 @@ def texts(tmp_path):
     return made
 
 
-def test_list_show_and_ledger_need_no_platform(run, listing, stocked, tmp_path):  # noqa: F811
+def test_list_show_and_ledger_need_no_platform(run: Any, listing: Any, stocked: Any, tmp_path: Path) -> None:
     shelf, ids = stocked
     nowhere = tmp_path / "nowhere"
     rows = listing("list", "--shelf", shelf, "--data-dir", nowhere)["experts"]
@@ -64,7 +66,9 @@ def test_list_show_and_ledger_need_no_platform(run, listing, stocked, tmp_path):
     assert (ledger["uses"], ledger["credited"]) == ({"export": 2}, {"U-poems": 2})
 
 
-def test_a_composition_tells_what_it_was_measured_to_do_and_credits_its_parts(run, stocked, tiny, tmp_path, texts):  # noqa: F811
+def test_a_composition_tells_what_it_was_measured_to_do_and_credits_its_parts(
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, texts: Any
+) -> None:
     shelf, ids = stocked
     measure = [f"--measure={domain}={path}" for domain, path in texts.items()]
     out = tmp_path / "two"
@@ -78,7 +82,9 @@ def test_a_composition_tells_what_it_was_measured_to_do_and_credits_its_parts(ru
     assert run("ledger", ids["recipes"], "--shelf", shelf)["uses"] == {"compose": 1}
 
 
-def test_an_upgrade_replaces_one_and_holds_the_others(run, stocked, tiny, tmp_path, texts):  # noqa: F811
+def test_an_upgrade_replaces_one_and_holds_the_others(
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, texts: Any
+) -> None:
     shelf, ids = stocked
     whole = tmp_path / "whole"
     made = run("compose", ids["logs"], ids["poems"], "--base", tiny, "--out", whole, "--shelf", shelf)["expert_id"]
@@ -98,7 +104,7 @@ def test_an_upgrade_replaces_one_and_holds_the_others(run, stocked, tiny, tmp_pa
         run("upgrade", made, "nobody-1", ids["recipes"], *arguments)
 
 
-def test_clusters_are_merged_and_recompute(run, stocked, tiny, tmp_path):  # noqa: F811
+def test_clusters_are_merged_and_recompute(run: Any, stocked: Any, tiny: Path, tmp_path: Path) -> None:
     shelf, ids = stocked
     out = tmp_path / "clusters"
     found = run("cluster", *ids.values(), "--base", tiny, "--count", 2, "--out", out, "--shelf", shelf)
@@ -108,7 +114,9 @@ def test_clusters_are_merged_and_recompute(run, stocked, tiny, tmp_path):  # noq
         assert "recomputed" in run("verify", made["folder"], "--base", tiny, "--shelf", shelf)["verified"][1]
 
 
-def test_routing_is_measured_kept_and_one_hot_is_the_single_expert(run, stocked, tiny, tmp_path, texts):  # noqa: F811
+def test_routing_is_measured_kept_and_one_hot_is_the_single_expert(
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, texts: Any
+) -> None:
     shelf, ids = stocked
     names, file = [ids["recipes"], ids["logs"]], tmp_path / "routing.safetensors"
     measure = [f"--measure={domain}={texts[domain]}" for domain in ("recipes", "logs")]
@@ -131,7 +139,7 @@ def test_routing_is_measured_kept_and_one_hot_is_the_single_expert(run, stocked,
         pass
 
 
-def test_additions_are_grown_joined_in_any_order_and_left_out(run, tiny, tmp_path, texts):  # noqa: F811
+def test_additions_are_grown_joined_in_any_order_and_left_out(run: Any, tiny: Path, tmp_path: Path, texts: Any) -> None:
     files = []
     for domain in ("recipes", "logs"):
         files.append(tmp_path / f"{domain}.safetensors")
@@ -152,7 +160,9 @@ def test_additions_are_grown_joined_in_any_order_and_left_out(run, tiny, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["zeros", "low-rank"])
-def test_thinned_models_load_and_are_library_records(run, listing, stocked, tiny, tmp_path, texts, method):  # noqa: F811
+def test_thinned_models_load_and_are_library_records(
+    run: Any, listing: Any, stocked: Any, tiny: Path, tmp_path: Path, texts: Any, method: Any
+) -> None:
     shelf, ids = stocked
     out = tmp_path / "thin"
     record = run("prune", "--base", tiny, "--data", texts["recipes"], "--out", out, "--method", method, "--share", 0.6,
@@ -173,7 +183,7 @@ def test_thinned_models_load_and_are_library_records(run, listing, stocked, tiny
         run("verify", out)
 
 
-def test_skipping_says_what_it_saves_and_costs(run, tiny, texts):  # noqa: F811
+def test_skipping_says_what_it_saves_and_costs(run: Any, tiny: Path, texts: Any) -> None:
     found = run("skip", "--base", tiny, "--data", texts["recipes"])
     assert set(found["betas"]) == {"2", "3"}
     assert 0 < found["skipped_share"] < 0.5
@@ -182,7 +192,9 @@ def test_skipping_says_what_it_saves_and_costs(run, tiny, texts):  # noqa: F811
     assert none["measured"]["skipping"] == none["measured"]["full"]
 
 
-def test_removing_one_hurts_its_own_domain_only(run, stocked, tiny, tmp_path, sequences):  # noqa: F811
+def test_removing_one_hurts_its_own_domain_only(
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, sequences: Sequences
+) -> None:
     import connito
 
     shelf, ids = stocked
@@ -201,7 +213,9 @@ def test_removing_one_hurts_its_own_domain_only(run, stocked, tiny, tmp_path, se
     assert all(rise < rises["poems"] / 5 for domain, rise in rises.items() if domain != "poems")
 
 
-def test_by_example_a_long_shelf_is_first_cut_down_by_signatures(monkeypatch, run, stocked, tiny, texts):  # noqa: F811
+def test_by_example_a_long_shelf_is_first_cut_down_by_signatures(
+    monkeypatch: pytest.MonkeyPatch, run: Any, stocked: Any, tiny: Path, texts: Any
+) -> None:
     shelf, ids = stocked
     monkeypatch.setattr(verbs, "CONSIDERED", 2)
     found = run("search", "--like", texts["recipes"], "--base", tiny, "--shelf", shelf)["experts"]
@@ -209,7 +223,9 @@ def test_by_example_a_long_shelf_is_first_cut_down_by_signatures(monkeypatch, ru
     assert Shelf(shelf).get(ids["recipes"])
 
 
-def test_what_is_not_there_is_said_without_a_traceback(run, listing, stocked, tmp_path, texts):  # noqa: F811
+def test_what_is_not_there_is_said_without_a_traceback(
+    run: Any, listing: Any, stocked: Any, tmp_path: Path, texts: Any
+) -> None:
     _, ids = stocked
     with pytest.raises(NotFound, match="not a checkpoint"):
         run("skip", "--base", tmp_path / "nowhere", "--data", texts["recipes"])
@@ -217,7 +233,9 @@ def test_what_is_not_there_is_said_without_a_traceback(run, listing, stocked, tm
         run("export", ids["logs"], "--out", tmp_path / "x", "--shelf", tmp_path / "nowhere")
 
 
-def test_what_the_platform_says_now_outweighs_the_shelfs_copy(monkeypatch, run, stocked, tmp_path):  # noqa: F811
+def test_what_the_platform_says_now_outweighs_the_shelfs_copy(
+    monkeypatch: pytest.MonkeyPatch, run: Any, stocked: Any, tmp_path: Path
+) -> None:
     shelf, ids = stocked
     said = Hit(ids["logs"], "logs", "CC0-1.0", 0.5, 1.0, Standing("deprecated", "a better one is there"), {})
     monkeypatch.setattr(verbs, "_served", lambda *_: [said])

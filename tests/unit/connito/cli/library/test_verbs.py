@@ -9,86 +9,27 @@ from typing import Any
 import connito
 import pytest
 import torch
-import typer
 from connito.base.loading import load_full
 from connito.base.tiny import tiny_texts
 from connito.cli.library import experts
-from connito.cli.library import shelf as verbs
-from connito.data.manifest import build_manifest
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.experts.compose import layers_of, state_of
-from connito.library.artifact import ExpertHeader, tensor_sizes, write_expert
-from connito.library.record import encode, expert_id
-from connito.moe.rows import base_digests, fingerprint
-from connito.moe.state import save_state
+from connito.library.record import encode
+from connito.moe.rows import fingerprint
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
+
+from tests.support.models import Sequences
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(tmp_path):
-    app = typer.Typer()
-    verbs.register(app)
-
-    def invoke(*arguments: object) -> Any:
-        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == 0, result.output
-        return json.loads(result.stdout)
-
-    return invoke
-
-
-@pytest.fixture
-def exports(tiny, parts, tmp_path) -> dict[str, Path]:
-    """One folder an expert, as an export leaves it."""
-    model, manifest = load_full(tiny), build_manifest(tiny)
-    folders = {}
-    for domain, part in parts.items():
-        folder = tmp_path / "exports" / domain
-        folder.mkdir(parents=True)
-        layers = layers_of(part.rows)
-        base = base_digests(model, layers)
-        header = ExpertHeader(domain, manifest.name, manifest.digest, layers, "run-1", 1, base.rest, base.rows)
-        save_state(state_of(part.rows), folder / "state")
-        digest = write_expert(folder / "state", folder / "expert.safetensors", header)
-        (folder / "state").unlink()
-        record = {
-            "format": "connito-record/1", "expert_id": expert_id(domain, digest), "domain": domain, "run": "run-1",
-            "created": "2031-01-01T00:00:00.000+00:00", "base": {"name": manifest.name, "manifest": manifest.digest},
-            "expert": {"digest": digest, "bytes": (folder / "expert.safetensors").stat().st_size,
-                       "parameters": tensor_sizes(folder / "expert.safetensors")[0]},
-            "model_parameters": 1000,
-            "selection": {"method": "esft-token", "threshold": 0.2, "layers": {str(k): v for k, v in layers.items()},
-                          "selected": 5, "total": 16, "report": ""},
-            "losses": [{"domain": domain, "before": 2.0, "after": 1.5, "tokens": 100}], "lineage": [],
-            "contributors": [{"miner": f"U-{domain}", "label": domain, "reward": 10, "merged": 1, "share": 1.0, "reasons": {}}],
-            "license": "CC0-1.0" if domain == "logs" else "CC-BY-4.0", "data_statement": f"generated {domain}",
-            "customer": "", "training_data": f"corpus-{domain}",
-        }  # fmt: skip
-        (folder / "record.json").write_bytes(encode(record))
-        folders[domain] = folder
-    return folders
-
-
-@pytest.fixture
-def stocked(run, exports, tmp_path):
-    """(shelf folder, expert ids by domain)."""
-    shelf = tmp_path / "shelf"
-    return shelf, {d: run("deposit", folder, "--shelf", shelf)["expert_id"] for d, folder in exports.items()}
-
-
-@pytest.fixture
-def recipes_text(tmp_path):
+def recipes_text(tmp_path: Path) -> Any:
     path = tmp_path / "recipes.txt"
     path.write_text("\n".join(tiny_texts("recipes", 77, 16)))
     return path
 
 
-def test_search_by_words_and_by_example(run, stocked, tiny, recipes_text):
+def test_search_by_words_and_by_example(run: Any, stocked: Any, tiny: Path, recipes_text: Any) -> None:
     shelf, ids = stocked
     assert [e["expert_id"] for e in run("search", "generated", "poems", "--shelf", shelf)["experts"]] == [ids["poems"]]
     like = run("search", "--like", recipes_text, "--base", tiny, "--measure", 2, "--shelf", shelf)["experts"]
@@ -99,7 +40,7 @@ def test_search_by_words_and_by_example(run, stocked, tiny, recipes_text):
         run("search", "--like", recipes_text, "--shelf", shelf)
 
 
-def test_compose_verify_remove(run, stocked, tiny, tmp_path):
+def test_compose_verify_remove(run: Any, stocked: Any, tiny: Path, tmp_path: Path) -> None:
     shelf, ids = stocked
     names = [ids["recipes"], ids["logs"], ids["poems"]]
     out = tmp_path / "all"
@@ -126,7 +67,7 @@ def test_compose_verify_remove(run, stocked, tiny, tmp_path):
     assert less["expert"]["digest"] == fresh["expert"]["digest"]
 
 
-def test_a_tampered_composition_is_found_out(run, stocked, tiny, tmp_path):
+def test_a_tampered_composition_is_found_out(run: Any, stocked: Any, tiny: Path, tmp_path: Path) -> None:
     shelf, ids = stocked
     out = tmp_path / "two"
     run("compose", ids["recipes"], ids["poems"], "--base", tiny, "--out", out, "--shelf", shelf)
@@ -142,7 +83,9 @@ def test_a_tampered_composition_is_found_out(run, stocked, tiny, tmp_path):
         run("verify", out, "--shelf", shelf)
 
 
-def test_weights_learned_on_a_few_texts_favour_their_domain(run, stocked, tiny, tmp_path, recipes_text):
+def test_weights_learned_on_a_few_texts_favour_their_domain(
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, recipes_text: Any
+) -> None:
     shelf, ids = stocked
     record = run("compose", ids["recipes"], ids["logs"], "--base", tiny, "--out", tmp_path / "hub", "--learn", recipes_text,
                  "--shelf", shelf)  # fmt: skip
@@ -150,7 +93,7 @@ def test_weights_learned_on_a_few_texts_favour_their_domain(run, stocked, tiny, 
     assert weights[ids["recipes"]] > abs(weights[ids["logs"]])
 
 
-def test_terms_and_standings_are_checked_and_use_is_metered(run, stocked, tiny, tmp_path):
+def test_terms_and_standings_are_checked_and_use_is_metered(run: Any, stocked: Any, tiny: Path, tmp_path: Path) -> None:
     shelf, ids = stocked
     assert run("export", ids["logs"], "--out", tmp_path / "home", "--shelf", shelf)["attribution"] == []
     assert "leaves no trace" in run("verify", tmp_path / "home", "--base", tiny, "--shelf", shelf)["verified"][1]
@@ -166,7 +109,9 @@ def test_terms_and_standings_are_checked_and_use_is_metered(run, stocked, tiny, 
         run("export", "nobody-1", "--out", tmp_path / "none", "--shelf", shelf, "--data-dir", tmp_path / "nowhere")
 
 
-def test_the_whole_model_with_an_expert_in_it_loads_in_stock_transformers(run, stocked, tiny, tmp_path, sequences):
+def test_the_whole_model_with_an_expert_in_it_loads_in_stock_transformers(
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, sequences: Sequences
+) -> None:
     shelf, ids = stocked
     out = tmp_path / "whole"
     run("export", ids["recipes"], "--base", tiny, "--out", out, "--shelf", shelf)
@@ -180,7 +125,7 @@ def test_the_whole_model_with_an_expert_in_it_loads_in_stock_transformers(run, s
     assert ids["recipes"] in run("verify", out, "--base", tiny, "--shelf", shelf)["verified"][1]
 
 
-def test_extract_and_prune_write_verified_checkpoints(run, tiny, tmp_path, recipes_text):
+def test_extract_and_prune_write_verified_checkpoints(run: Any, tiny: Path, tmp_path: Path, recipes_text: Any) -> None:
     small = run(
         "extract",
         "--base",

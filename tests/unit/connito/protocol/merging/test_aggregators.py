@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ class Arrays:
         return self.rows[index]
 
 
-def merged(kind: str, rows: np.ndarray, utilities=None, staleness=None) -> np.ndarray:
+def merged(
+    kind: str, rows: np.ndarray, utilities: list[float] | None = None, staleness: list[int] | None = None
+) -> np.ndarray:
     deltas = Arrays(np.asarray(rows, np.float32))
     how = plan(kind, utilities or [1.0] * len(rows), staleness or [0] * len(rows), gram_matrix(deltas))
     assert sum(how.weights) == pytest.approx(1.0)
@@ -44,20 +47,20 @@ RNG = np.random.default_rng(5)
 HONEST = (np.ones(64) + 0.1 * RNG.normal(size=(5, 64))).astype(np.float32)
 
 
-def test_means_and_the_best():
+def test_means_and_the_best() -> None:
     rows = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
     np.testing.assert_allclose(merged("mean", rows), [1, 1], rtol=1e-7)
     np.testing.assert_allclose(merged("utility-mean", rows, [0.3, 0.1, 0.0]), [0.75, 0.25])
     np.testing.assert_array_equal(merged("top-1", rows, [0.1, 0.3, 0.2]), [0, 1])
 
 
-def test_the_weight_of_stale_work_is_divided():
+def test_the_weight_of_stale_work_is_divided() -> None:
     rows = np.array([[1.0], [0.0]])
     assert merged("mean", rows, staleness=[1, 0]) == pytest.approx([1 / 3])
     assert merged("utility-mean", rows, [0.3, 0.3], [2, 0]) == pytest.approx([0.25])
 
 
-def test_coordinates_by_themselves():
+def test_coordinates_by_themselves() -> None:
     rows = np.array([[0.0, 5.0], [1.0, 6.0], [100.0, -100.0], [2.0, 7.0], [3.0, 8.0]])
     np.testing.assert_array_equal(merged("coordinate-median", rows), [2, 6])
     np.testing.assert_array_equal(merged("coordinate-median", rows[:4]), np.median(rows[:4], 0))
@@ -65,12 +68,12 @@ def test_coordinates_by_themselves():
     np.testing.assert_array_equal(merged("trimmed-mean", rows[:2]), rows[:2].mean(0))
 
 
-def test_clipping_keeps_directions_and_bounds_lengths():
+def test_clipping_keeps_directions_and_bounds_lengths() -> None:
     rows = np.array([[3.0, 0.0], [0.0, 4.0], [0.0, 4000.0]])
     np.testing.assert_allclose(merged("norm-clipped-mean", rows), [1.0, 8 / 3], rtol=1e-9)
 
 
-def test_the_geometric_median_is_where_distances_are_least():
+def test_the_geometric_median_is_where_distances_are_least() -> None:
     from scipy.optimize import minimize
 
     rows = RNG.normal(size=(7, 3)).astype(np.float32)
@@ -84,21 +87,21 @@ def test_the_geometric_median_is_where_distances_are_least():
 
 
 @pytest.mark.parametrize("kind", ["coordinate-median", "trimmed-mean", "krum", "multi-krum", "geometric-median"])
-def test_one_liar_among_six_does_not_move_the_robust_ones(kind):
+def test_one_liar_among_six_does_not_move_the_robust_ones(kind: str) -> None:
     rows = np.concatenate([HONEST, [-50 * np.ones(64)]])
     honest = HONEST.mean(0)
     assert np.linalg.norm(merged("mean", rows) - honest) > 10
     assert np.linalg.norm(merged(kind, rows) - honest) < 2.5
 
 
-def test_krum_takes_one_that_was_submitted():
+def test_krum_takes_one_that_was_submitted() -> None:
     rows = np.concatenate([HONEST, [-50 * np.ones(64)]])
     assert any(np.array_equal(merged("krum", rows), row) for row in HONEST)
 
 
 @pytest.mark.parametrize("kind", AGGREGATORS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_submissions_and_equal_ones(kind, count):
+def test_few_submissions_and_equal_ones(kind: str, count: int) -> None:
     row = np.array([1.5, -2.0, 0.25])
     np.testing.assert_allclose(merged(kind, np.tile(row, (count, 1))), row, rtol=1e-9)
     np.testing.assert_array_equal(merged(kind, np.zeros((count, 3))), np.zeros(3))
@@ -106,7 +109,7 @@ def test_few_submissions_and_equal_ones(kind, count):
 
 @pytest.mark.parametrize("kind", AGGREGATORS)
 @given(shift=st.integers(0, 4))
-def test_a_merge_lies_within_what_was_submitted(kind, shift):
+def test_a_merge_lies_within_what_was_submitted(kind: str, shift: int) -> None:
     rows = np.roll(HONEST, shift, 0)
     found = merged(kind, rows, [0.1, 0.2, 0.3, 0.4, 0.5], [0, 1, 0, 2, 0])
     low = 0 if kind == "norm-clipped-mean" else rows.min(0)
@@ -114,7 +117,7 @@ def test_a_merge_lies_within_what_was_submitted(kind, shift):
     assert np.all(found >= low - 1e-6)
 
 
-def test_unknown_names_and_nothing_to_merge_are_refused():
+def test_unknown_names_and_nothing_to_merge_are_refused() -> None:
     with pytest.raises(Invalid, match="coordinate-median") as raised:
         plan("average", [1.0], [0], np.eye(1))
     assert raised.value.reason == reasons_pb2.REASON_BAD_SPEC
@@ -125,7 +128,7 @@ def test_unknown_names_and_nothing_to_merge_are_refused():
 
 
 @pytest.mark.parametrize(("lr", "mu"), [(0.7, 0.9), (1.0, 0.0), (0.5, 0.5)])
-def test_the_outer_step_is_torchs_nesterov(lr, mu):
+def test_the_outer_step_is_torchs_nesterov(lr: float, mu: float) -> None:
     torch = pytest.importorskip("torch")
     theta = RNG.normal(size=50).astype(np.float32)
     parameter = torch.nn.Parameter(torch.from_numpy(theta.astype(np.float64)))
@@ -139,7 +142,7 @@ def test_the_outer_step_is_torchs_nesterov(lr, mu):
     np.testing.assert_allclose(theta, parameter.detach().numpy(), atol=3e-6)
 
 
-def test_plain_steps_are_the_weighted_average_of_the_states():
+def test_plain_steps_are_the_weighted_average_of_the_states() -> None:
     theta = RNG.normal(size=64).astype(np.float32)
     states = theta - HONEST
     deltas = Arrays(theta - states)
@@ -148,7 +151,7 @@ def test_plain_steps_are_the_weighted_average_of_the_states():
     np.testing.assert_allclose(stepped, np.average(states, 0, [1, 2, 3, 4, 5]), atol=1e-6)
 
 
-def states(folder, dtype: str, count: int = 3) -> tuple:
+def states(folder: Path, dtype: str, count: int = 3) -> tuple:
     shapes = {"layers.0.down_proj": (2, 4, 6), "layers.0.gate_up_proj": (2, 12, 4)}
     paths = []
     for index in range(count + 1):
@@ -159,7 +162,7 @@ def states(folder, dtype: str, count: int = 3) -> tuple:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-def test_a_step_over_files_keeps_the_layout_and_repeats_bit_for_bit(tmp_path, dtype):
+def test_a_step_over_files_keeps_the_layout_and_repeats_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     parent, deltas = states(tmp_path, dtype)
     how = plan("mean", [1.0] * 3, [0] * 3, gram_matrix(deltas))
     outputs = []
@@ -174,7 +177,7 @@ def test_a_step_over_files_keeps_the_layout_and_repeats_bit_for_bit(tmp_path, dt
     assert {entry.dtype for entry in read_header(tmp_path / "xm").entries.values()} == {"F32"}
 
 
-def test_plain_step_over_files_is_the_mean_of_the_files(tmp_path):
+def test_plain_step_over_files_is_the_mean_of_the_files(tmp_path: Path) -> None:
     parent, deltas = states(tmp_path, "F32")
     how = plan("mean", [1.0] * 3, [0] * 3, gram_matrix(deltas))
     write_step(how, deltas, parent, None, 1.0, 0.0, tmp_path / "s", tmp_path / "m")
@@ -184,7 +187,7 @@ def test_plain_step_over_files_is_the_mean_of_the_files(tmp_path):
         np.testing.assert_allclose(array, mean, atol=1e-6)
 
 
-def test_overflow_is_refused_and_leaves_no_file(tmp_path):
+def test_overflow_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     large = np.full(4, 3e38, np.float32)
     write_tensors(tmp_path / "a", {"w": large})
     write_tensors(tmp_path / "b", {"w": large * np.float32(0.5)})
@@ -196,7 +199,7 @@ def test_overflow_is_refused_and_leaves_no_file(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
-def test_momentum_follows_its_experts_through_a_reselection():
+def test_momentum_follows_its_experts_through_a_reselection() -> None:
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
     moved = realign_momentum(rows, [1, 4, 7], [0, 4, 7])
     np.testing.assert_array_equal(moved, [[0, 0], [2, 3], [4, 5]])

@@ -13,7 +13,12 @@ CALM = cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS
 BEST = cycle_pb2.GATE_DECISION_TOP_1
 
 
-def ingredients(deltas, utilities, staleness=None, commits=None):
+def ingredients(
+    deltas: list[list[float]],
+    utilities: list[float],
+    staleness: list[int] | None = None,
+    commits: list[int] | None = None,
+) -> Ingredients:
     deltas = np.asarray(deltas, float)
     commits = commits or range(len(deltas))
     submissions = [cycle_pb2.Submission(miner=f"M{i}", commit_sequence=c + 1) for i, c in enumerate(commits)]
@@ -22,19 +27,19 @@ def ingredients(deltas, utilities, staleness=None, commits=None):
     return Ingredients(Path("p"), None, submissions, DeltaFiles([], []), utilities, staleness, gram)
 
 
-def test_outliers_are_long_or_point_against_the_rest():
+def test_outliers_are_long_or_point_against_the_rest() -> None:
     deltas = np.array([[1.0, 0.1, 0.0], [1.0, 0.0, 0.1], [0.9, 0.1, 0.1], [9.0, 0.5, 0.5], [-1.0, 0.0, 0.0]])
 
     assert outliers(deltas @ deltas.T) == [3, 4]
 
 
-def test_two_that_disagree_are_both_outliers_and_one_is_none():
+def test_two_that_disagree_are_both_outliers_and_one_is_none() -> None:
     assert outliers(np.array([[1.0, -1.0], [-1.0, 1.0]])) == [0, 1]
     assert outliers(np.array([[4.0]])) == []
     assert outliers(np.zeros((3, 3))) == []
 
 
-def test_fallbacks_come_in_order():
+def test_fallbacks_come_in_order() -> None:
     calm = ingredients([[1, 0], [1, 0.1]], [0.1, 0.2])
     wild = ingredients([[1, 0], [1, 0.1], [9, 0]], [0.1, 0.2, 0.1])
     torn = ingredients([[1, 0], [-1, 0]], [0.2, 0.1])
@@ -45,11 +50,11 @@ def test_fallbacks_come_in_order():
     assert list(attempts(ingredients([], []))) == []
 
 
-def test_the_earlier_commitment_is_the_best_of_equals():
+def test_the_earlier_commitment_is_the_best_of_equals() -> None:
     assert ingredients([[1, 0], [0, 1]], [0.2, 0.2], commits=[5, 3]).best == 1
 
 
-def test_stale_work_weighs_less():
+def test_stale_work_weighs_less() -> None:
     how = plan_of(
         Attempt(ALL, (0, 1)),
         ingredients([[1, 0], [0, 1]], [0.2, 0.2], staleness=[0, 1]),
@@ -59,7 +64,7 @@ def test_stale_work_weighs_less():
     assert how.weights == pytest.approx((2 / 3, 1 / 3))
 
 
-def test_the_best_alone_is_the_best_whatever_the_policy():
+def test_the_best_alone_is_the_best_whatever_the_policy() -> None:
     how = plan_of(
         Attempt(BEST, (1,)), ingredients([[1, 0], [0, 1]], [0.1, 0.2]), run_pb2.MergePolicy(aggregator="krum")
     )

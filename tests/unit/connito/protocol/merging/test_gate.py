@@ -31,7 +31,7 @@ def losses(target: float, **general: float) -> Losses:
         (losses(2.0, code=float("inf"), law=2.0), "code loss would rise by inf"),
     ],
 )
-def test_a_candidate_passes_only_if_target_and_every_general_domain_agree(after, why):
+def test_a_candidate_passes_only_if_target_and_every_general_domain_agree(after: Losses, why: str) -> None:
     refused = judge(losses(3.0, code=2.0, law=2.0), after, "medical", 0.0500001)
     verdict = "" if refused is None else sentence(refused)
 
@@ -39,7 +39,7 @@ def test_a_candidate_passes_only_if_target_and_every_general_domain_agree(after,
     assert bool(verdict) == bool(why)
 
 
-def test_a_domain_without_gate_sequences_is_not_judged():
+def test_a_domain_without_gate_sequences_is_not_judged() -> None:
     before, after = Losses({"medical": (0.0, 0), "code": (2.0, 1)}), Losses({"medical": (0.0, 0), "code": (2.0, 1)})
 
     assert judge(before, after, "medical", 0.0) is None
@@ -48,7 +48,7 @@ def test_a_domain_without_gate_sequences_is_not_judged():
 @pytest.mark.parametrize(
     ("good", "decision"), [({ALL, CALM}, ALL), ({CALM, BEST}, CALM), ({BEST}, BEST), (set(), KEPT)]
 )
-def test_the_first_attempt_that_passes_stands(good, decision):
+def test_the_first_attempt_that_passes_stands(good: set[int], decision: int) -> None:
     tried = []
 
     def measure(attempt: Attempt) -> Losses:
@@ -66,14 +66,14 @@ def test_the_first_attempt_that_passes_stands(good, decision):
     assert tried == [ALL, CALM, BEST][: len(tried)]
 
 
-def test_a_candidate_that_cannot_be_built_is_refused_with_the_reason():
+def test_a_candidate_that_cannot_be_built_is_refused_with_the_reason() -> None:
     overflow = Finding(kind=cycle_pb2.FINDING_KIND_GATE_OVERFLOW, name="down_proj")
     outcome = choose(TRIES[:2], losses(3.0), lambda a: overflow if a.decision == ALL else losses(2.0), "medical", 0.0)
 
     assert (outcome.attempt.decision, sentence(outcome.refused)) == (CALM, "all together: merging down_proj overflows")
 
 
-def test_without_candidates_there_is_nothing_to_merge():
+def test_without_candidates_there_is_nothing_to_merge() -> None:
     outcome = choose([], Losses({}), lambda _: losses(0.0), "medical", 0.0)
 
     assert outcome.attempt == Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ())

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from connito.data.tensors import read_header, read_tensors
-from connito.protocol.merging.cycle import Files, merge_cycle
+from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import detail_of
+from numpy.typing import NDArray
 
 from tests.support.files import write_tensors
+from tests.support.stage import Stage
 
 NAME = "layers.0.down_proj"
 START = np.zeros((2, 3), np.float32)
 GOAL = np.full((2, 3), 1.0, np.float32)
 
 
-def row(values):
+def row(values: list[float]) -> NDArray[np.float32]:
     """Both rows of the state, three numbers away from the start."""
     return START + np.array(values, np.float32)
 
 
-def load(path):
+def load(path: Path) -> NDArray[np.float32]:
     return read_tensors(path, [NAME])[0][NAME]
 
 
-def distance(part, digest, path):
+def distance(part: str, digest: str, path: Path) -> Losses:
     """Target: squared distance to GOAL. General: how far the state is from the origin, beyond 4."""
     value = load(path)
     return Losses(
@@ -44,7 +48,7 @@ def distance(part, digest, path):
 class Desk:
     """Facts and files of one cycle."""
 
-    def __init__(self, stage, folder):
+    def __init__(self, stage: Stage, folder: Path) -> None:
         self.stage, self.folder = stage, folder
         stage.facts.spec.holdout.domain = "medical"
         self.parent = folder / "parent"
@@ -52,13 +56,19 @@ class Desk:
         self.states = {}
         self.momentum = None
 
-    def submit(self, miner, value, utility):
+    def submit(self, miner: str, value: NDArray[Any], utility: float) -> None:
         path = self.folder / f"{miner}.state"
         write_tensors(path, {NAME: np.asarray(value, np.float32)})
         self.states[miner] = path
         self.utilities = {**getattr(self, "utilities", {}), miner: utility}
 
-    def merge(self, out="out", submissions=None, bases=None, **merging):
+    def merge(
+        self,
+        out: str = "out",
+        submissions: list[cycle_pb2.Submission] | None = None,
+        bases: dict[str, Path] | None = None,
+        **merging: float | str,
+    ) -> Merged:
         for validator in ("VA", "VB", "VC"):
             self.stage.add(validator, self.utilities)
         self.stage.close()
@@ -75,15 +85,15 @@ class Desk:
 
 
 @pytest.fixture
-def desk(stage, tmp_path):
+def desk(stage: Stage, tmp_path: Path) -> Desk:
     return Desk(stage, tmp_path)
 
 
-def verdicts(merged):
+def verdicts(merged: Merged) -> dict[str, cycle_pb2.Verdict]:
     return {verdict.miner: verdict for verdict in merged.scored.verdicts}
 
 
-def test_the_mean_of_good_work_is_published(desk):
+def test_the_mean_of_good_work_is_published(desk: Desk) -> None:
     desk.submit("MA", START + 0.5, 0.2)
     desk.submit("MB", row([0.9, 0.5, 0.1]), 0.1)
     desk.submit("MC", START - 5.0, 0.0)
@@ -102,10 +112,10 @@ def test_the_mean_of_good_work_is_published(desk):
     assert read_header(merged.state).metadata == {"version": "0"}
 
 
-def test_the_report_is_told_sequence_by_sequence(desk, monkeypatch):
+def test_the_report_is_told_sequence_by_sequence(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = distance
 
-    def by_sequence(part, digest, path):
+    def by_sequence(part: str, digest: str, path: Path) -> Losses:
         whole = plain(part, digest, path)
         rows = {domain: ((nll / 2, nll / 2), (1, 1)) for domain, (nll, _) in whole.sums.items()}
         return Losses({domain: (nll, 2) for domain, (nll, _) in whole.sums.items()}, rows)
@@ -119,7 +129,7 @@ def test_the_report_is_told_sequence_by_sequence(desk, monkeypatch):
     assert not any(loss.before_sums for loss in version.gate_losses)
 
 
-def test_momentum_of_the_parent_carries_on(desk):
+def test_momentum_of_the_parent_carries_on(desk: Desk) -> None:
     desk.submit("MA", START + 0.2, 0.2)
     desk.momentum = desk.folder / "momentum"
     write_tensors(desk.momentum, {NAME: np.full((2, 3), -0.1, np.float32)})
@@ -131,7 +141,7 @@ def test_momentum_of_the_parent_carries_on(desk):
     np.testing.assert_allclose(load(merged.state), np.full((2, 3), -0.5 * (-0.2 + 0.9 * velocity)), rtol=1e-6)
 
 
-def test_a_copy_is_blamed_on_the_later_commitment_and_not_merged(desk):
+def test_a_copy_is_blamed_on_the_later_commitment_and_not_merged(desk: Desk) -> None:
     desk.submit("MA", START + 0.5, 0.2)
     desk.submit("MB", START + 0.5001, 0.21)
 
@@ -145,7 +155,7 @@ def test_a_copy_is_blamed_on_the_later_commitment_and_not_merged(desk):
     assert verdicts(merged)["MA"].reward == 100
 
 
-def test_an_outlier_that_scored_is_left_out_when_the_gate_says_so(desk):
+def test_an_outlier_that_scored_is_left_out_when_the_gate_says_so(desk: Desk) -> None:
     desk.submit("MA", row([0.5, 0.4, 0.3]), 0.2)
     desk.submit("MB", row([0.3, 0.4, 0.6]), 0.1)
     desk.submit("MC", row([9.0, 0.0, 1.0]), 0.15)
@@ -160,7 +170,7 @@ def test_an_outlier_that_scored_is_left_out_when_the_gate_says_so(desk):
     assert detail_of(merged.version).startswith("all together: medical loss would rise")
 
 
-def test_the_best_alone_is_the_state_that_was_measured(desk):
+def test_the_best_alone_is_the_state_that_was_measured(desk: Desk) -> None:
     desk.submit("MA", row([0.5, 0.4, 0.3]), 0.1)
     desk.submit("MB", row([0.3, 0.6, 0.4]), 0.2)
     desk.momentum = desk.folder / "momentum"
@@ -174,7 +184,7 @@ def test_the_best_alone_is_the_state_that_was_measured(desk):
     assert verdicts(merged)["MA"].reason == reasons_pb2.REASON_GATE_REJECTED
 
 
-def test_a_refused_merge_leaves_incumbent_and_momentum_as_they_were(desk):
+def test_a_refused_merge_leaves_incumbent_and_momentum_as_they_were(desk: Desk) -> None:
     desk.submit("MA", START - 1.0, 0.2)
     desk.momentum = desk.folder / "momentum"
     write_tensors(desk.momentum, {NAME: np.full((2, 3), 0.25, np.float32)})
@@ -190,7 +200,7 @@ def test_a_refused_merge_leaves_incumbent_and_momentum_as_they_were(desk):
     assert "the best alone" in detail_of(version)
 
 
-def test_retention_is_the_gates_business_too(desk):
+def test_retention_is_the_gates_business_too(desk: Desk) -> None:
     desk.submit("MA", START + 0.95, 0.2)
 
     merged = desk.merge(aggregator="mean", outer_learning_rate=1.0, gate_general_margin=0.1)
@@ -199,7 +209,7 @@ def test_retention_is_the_gates_business_too(desk):
     assert "code loss would rise" in detail_of(merged.version)
 
 
-def test_nothing_that_scored_is_nothing_to_merge(desk):
+def test_nothing_that_scored_is_nothing_to_merge(desk: Desk) -> None:
     desk.submit("MA", START + 0.5, 0.0)
 
     merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
@@ -212,7 +222,7 @@ def test_nothing_that_scored_is_nothing_to_merge(desk):
     assert [loss.before == loss.after for loss in merged.version.losses] == [True, True]
 
 
-def test_no_submission_at_all_is_nothing_to_merge(desk):
+def test_no_submission_at_all_is_nothing_to_merge(desk: Desk) -> None:
     desk.utilities = {}
 
     merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
@@ -221,7 +231,7 @@ def test_no_submission_at_all_is_nothing_to_merge(desk):
     assert list(merged.scored.verdicts) == []
 
 
-def test_hostile_files_cost_only_their_senders(desk):
+def test_hostile_files_cost_only_their_senders(desk: Desk) -> None:
     desk.submit("MA", START + 0.5, 0.2)
     desk.submit("MB", np.full((2, 3), np.nan), 0.9)
     desk.submit("MC", np.zeros((2, 4)), 0.9)
@@ -234,7 +244,7 @@ def test_hostile_files_cost_only_their_senders(desk):
     assert verdicts(merged)["MA"].reward == 100
 
 
-def test_a_step_that_overflows_is_refused_like_any_other(desk):
+def test_a_step_that_overflows_is_refused_like_any_other(desk: Desk) -> None:
     desk.submit("MA", START + 0.5, 0.2)
 
     merged = desk.merge(aggregator="mean", outer_learning_rate=1e39, outer_momentum=0.9)
@@ -243,7 +253,7 @@ def test_a_step_that_overflows_is_refused_like_any_other(desk):
     assert "overflow" in detail_of(merged.version)
 
 
-def test_late_work_counts_by_what_it_learnt_from_its_own_base(desk):
+def test_late_work_counts_by_what_it_learnt_from_its_own_base(desk: Desk) -> None:
     """Its base was 0.5 above the parent, so of its 0.8 only 0.3 is what the miner trained."""
     desk.submit("MA", row([0.4, 0.2, 0.3]), 0.2)
     desk.submit("MB", START + 0.8, 0.2)
@@ -256,7 +266,7 @@ def test_late_work_counts_by_what_it_learnt_from_its_own_base(desk):
     np.testing.assert_allclose(load(merged.state), np.broadcast_to(expected, (2, 3)), rtol=1e-6)
 
 
-def test_restarting_gives_the_same_bytes(desk, stage, tmp_path):
+def test_restarting_gives_the_same_bytes(desk: Desk, stage: Stage, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     for miner in ("MA", "MB", "MC"):
         desk.submit(miner, START + rng.normal(0.5, 0.1, (2, 3)), 0.1)

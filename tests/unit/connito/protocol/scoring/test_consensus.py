@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def report(validator: str, scores: dict[str, float | tuple[int, str]], **fields) -> cycle_pb2.ScoreReport:
+def report(validator: str, scores: dict[str, float | tuple[int, str]], **fields: bytes | str) -> cycle_pb2.ScoreReport:
     made = cycle_pb2.ScoreReport(run="r", cycle=1, validator=validator, **fields)
     for miner, value in scores.items():
         score = made.scores.add(miner=miner, artifact_digest=f"digest of {miner}")
@@ -24,7 +24,7 @@ def submission(miner: str) -> cycle_pb2.Submission:
     return cycle_pb2.Submission(miner=miner, artifact=artifacts_pb2.ArtifactRef(digest=f"digest of {miner}"))
 
 
-def test_honest_validators_agree():
+def test_honest_validators_agree() -> None:
     agreed = consensus([report(v, {"UA": 0.1, "UB": 0.2}) for v in ("V1", "V2", "V3")])
     assert agreed.utilities == {"UA": 0.1, "UB": 0.2}
     assert agreed.reasons == {}
@@ -35,7 +35,7 @@ def test_honest_validators_agree():
     ]
 
 
-def test_a_minority_is_clipped_both_ways_and_seen():
+def test_a_minority_is_clipped_both_ways_and_seen() -> None:
     agreed = consensus(
         [
             report("V1", {"UA": 0.1, "UB": 0.1}),
@@ -47,14 +47,14 @@ def test_a_minority_is_clipped_both_ways_and_seen():
     assert agreed.standings[2].deviation == pytest.approx(8.9)
 
 
-def test_stake_counts_and_strangers_do_not():
+def test_stake_counts_and_strangers_do_not() -> None:
     reports = [report("V1", {"UA": 0.5}), report("V2", {"UA": 0.1}), report("V3", {"UA": 0.1})]
     assert consensus(reports, {"V1": 10, "V2": 1, "V3": 1}).utilities == {"UA": 0.5}
     assert consensus(reports, {"V2": 1, "V3": 1}).utilities == {"UA": 0.1}
     assert consensus(reports, {}).utilities == {"UA": 0.0}
 
 
-def test_the_majority_gives_the_reason():
+def test_the_majority_gives_the_reason() -> None:
     agreed = consensus(
         [
             report("V1", {"UA": (reasons_pb2.REASON_NOT_SIGNIFICANT, "from V1")}),
@@ -66,7 +66,7 @@ def test_the_majority_gives_the_reason():
     assert agreed.reasons == {"UA": (reasons_pb2.REASON_NOT_SIGNIFICANT, cycle_pb2.Finding(text="from V2"))}
 
 
-def test_only_settled_submissions_count_and_every_one_is_answered():
+def test_only_settled_submissions_count_and_every_one_is_answered() -> None:
     wrong = report("V1", {"UA": 0.3, "UGHOST": 0.9})
     wrong.scores[0].artifact_digest = "another file"
     agreed = consensus([wrong], submissions=[submission("UA"), submission("UB")], expected=["V1", "V2"])
@@ -75,7 +75,7 @@ def test_only_settled_submissions_count_and_every_one_is_answered():
     assert [(s.validator, s.reported) for s in agreed.standings] == [("V1", True), ("V2", False)]
 
 
-def test_reports_on_another_seed_or_state_do_not_count():
+def test_reports_on_another_seed_or_state_do_not_count() -> None:
     reports = [
         report("V1", {"UA": 0.1}, seed=b"s", state_digest="d"),
         report("V2", {"UA": 0.9}, seed=b"t", state_digest="d"),
@@ -87,11 +87,11 @@ def test_reports_on_another_seed_or_state_do_not_count():
 
 
 @pytest.mark.parametrize("utility", [math.nan, math.inf, -1.0])
-def test_utilities_that_are_no_utilities_are_zero(utility):
+def test_utilities_that_are_no_utilities_are_zero(utility: float) -> None:
     assert consensus([report("V1", {"UA": utility})]).utilities == {"UA": 0.0}
 
 
-def test_nobody_reported():
+def test_nobody_reported() -> None:
     agreed = consensus([], submissions=[submission("UA")])
     assert agreed.utilities == {"UA": 0.0}
 
@@ -100,7 +100,9 @@ def test_nobody_reported():
     st.lists(st.floats(0, 1), min_size=2, max_size=9),
     st.lists(st.floats(0, 1e6), min_size=1, max_size=8),
 )
-def test_less_than_half_of_the_stake_cannot_leave_the_range_of_the_others(honest, lies):
+def test_less_than_half_of_the_stake_cannot_leave_the_range_of_the_others(
+    honest: list[float], lies: list[float]
+) -> None:
     lies = lies[: (len(honest) - 1)]
     claims = {f"h{i}": value for i, value in enumerate(honest)} | {f"l{i}": value for i, value in enumerate(lies)}
     level = clipped(claims, dict.fromkeys(claims, 1.0), 0.5)

@@ -40,7 +40,7 @@ def entries(*order: int, digests: tuple[str, ...] = ()) -> list[cycle_pb2.Submis
     ]
 
 
-def test_the_gram_matrix_is_that_of_the_flattened_deltas(tmp_path):
+def test_the_gram_matrix_is_that_of_the_flattened_deltas(tmp_path: Path) -> None:
     deltas = files(tmp_path, [noise(), noise(2.0), noise(0.1)])
     flat = np.stack(
         [np.concatenate([deltas.load(i, n).reshape(-1) for n in deltas.names]).astype(np.float64) for i in range(3)]
@@ -52,7 +52,7 @@ def test_the_gram_matrix_is_that_of_the_flattened_deltas(tmp_path):
     np.testing.assert_allclose(subset, gram[np.ix_([2, 0], [2, 0])], rtol=1e-9, atol=1e-8)
 
 
-def test_noise_and_scaling_do_not_hide_a_copy(tmp_path):
+def test_noise_and_scaling_do_not_hide_a_copy(tmp_path: Path) -> None:
     original, extra = noise(), noise(0.05)
     copied = {name: 0.5 * original[name] + extra[name] for name in original}
     similarity = cosines(gram_matrix(files(tmp_path, [copied, original, noise()])))
@@ -62,24 +62,24 @@ def test_noise_and_scaling_do_not_hide_a_copy(tmp_path):
     assert copies(entries(7, 3, 5), similarity, 0.98) == {"U0": "U1"}
 
 
-def test_a_chain_of_copies_is_traced_to_the_first_and_never_blames_it():
+def test_a_chain_of_copies_is_traced_to_the_first_and_never_blames_it() -> None:
     similarity = np.array([[1, 0.99, 0.5], [0.99, 1, 0.99], [0.5, 0.99, 1]])
     assert copies(entries(1, 2, 3), similarity, 0.98) == {"U1": "U0", "U2": "U0"}
     assert copies(entries(3, 2, 1), similarity, 0.98) == {"U1": "U2", "U0": "U2"}
 
 
-def test_the_same_file_is_a_copy_at_any_threshold():
+def test_the_same_file_is_a_copy_at_any_threshold() -> None:
     assert copies(entries(1, 2, digests=("x", "x")), np.eye(2), 0.0) == {"U1": "U0"}
     assert copies(entries(1, 2), np.ones((2, 2)), 0.0) == {}
 
 
-def test_doing_nothing_is_similar_to_nothing(tmp_path):
+def test_doing_nothing_is_similar_to_nothing(tmp_path: Path) -> None:
     still = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
     similarity = cosines(gram_matrix(files(tmp_path, [still, still, noise()])))
     assert similarity[0].tolist() == [0, 0, 0]
 
 
-def test_states_of_different_layout_are_refused(tmp_path):
+def test_states_of_different_layout_are_refused(tmp_path: Path) -> None:
     deltas = files(tmp_path, [noise()])
     write_tensors(tmp_path / "other", {"layers.0.a": np.zeros(3, np.float32)})
     with pytest.raises(Invalid, match="same tensors"):
@@ -108,7 +108,7 @@ def effect(seed: int) -> np.ndarray:
     return 1.0 + np.random.default_rng(seed).normal(size=len(SEQUENCES))
 
 
-def test_a_mix_of_victims_lies_in_their_span_though_it_is_like_none_of_them():
+def test_a_mix_of_victims_lies_in_their_span_though_it_is_like_none_of_them() -> None:
     one, two, three = honest(3, shared=0.6)
     deltas = np.stack([one, two, three, 0.6 * one + 0.4 * two])
     similarity = deltas @ deltas.T
@@ -121,7 +121,7 @@ def test_a_mix_of_victims_lies_in_their_span_though_it_is_like_none_of_them():
     assert find_copies(entries(1, 2, 3, 4), Likeness(similarity), off) == {}
 
 
-def test_honest_work_that_is_much_alike_is_nobodys_copy():
+def test_honest_work_that_is_much_alike_is_nobodys_copy() -> None:
     deltas = honest(16, shared=0.8)
     assert find_copies(entries(*range(16)), Likeness(deltas @ deltas.T), POLICY) == {}
     shared, parts = explained(np.corrcoef(deltas), range(15), 15)
@@ -129,7 +129,7 @@ def test_honest_work_that_is_much_alike_is_nobodys_copy():
     assert (np.abs(parts) < 0.3).all()
 
 
-def test_free_noise_hides_the_direction_but_not_the_effect():
+def test_free_noise_hides_the_direction_but_not_the_effect() -> None:
     deltas = honest(3)
     noise = 1.5 * np.random.default_rng(9).normal(size=deltas.shape[1])
     deltas = np.vstack([deltas, deltas[1] + noise])
@@ -139,14 +139,14 @@ def test_free_noise_hides_the_direction_but_not_the_effect():
     assert find_copies(entries(1, 2, 3, 4), Likeness(blind.gram, measured), POLICY) == {"U3": "U1"}
 
 
-def test_two_victims_under_noise_are_found_by_what_their_mix_does():
+def test_two_victims_under_noise_are_found_by_what_their_mix_does() -> None:
     deltas = honest(3)
     deltas = np.vstack([deltas, (deltas[0] + deltas[2]) / 2 + np.random.default_rng(9).normal(size=deltas.shape[1])])
     measured = gains(effect(1), effect(2), effect(3), 0.5 * effect(1) + 0.5 * effect(3))
     assert set(find_copies(entries(1, 2, 3, 4), Likeness(deltas @ deltas.T, measured), POLICY)) == {"U3"}
 
 
-def test_a_lying_minority_frames_nobody_and_equal_effects_alone_convict_nobody():
+def test_a_lying_minority_frames_nobody_and_equal_effects_alone_convict_nobody() -> None:
     deltas = honest(3)
     truth, lie = gains(effect(1), effect(2), effect(3)), gains(effect(1), effect(2), effect(1), validators="C")
     framed = Likeness(deltas @ deltas.T, {**truth, **lie})
@@ -158,7 +158,7 @@ def test_a_lying_minority_frames_nobody_and_equal_effects_alone_convict_nobody()
     assert find_copies(entries(1, 2), same, POLICY) == {}
 
 
-def test_too_few_sequences_and_opposite_effects_say_nothing():
+def test_too_few_sequences_and_opposite_effects_say_nothing() -> None:
     few = dict.fromkeys(SEQUENCES[:11], 1.0)
     assert distance(few, [few]) == float("inf")
     many = dict.fromkeys(SEQUENCES, 1.0)
@@ -169,7 +169,7 @@ def test_too_few_sequences_and_opposite_effects_say_nothing():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.lists(st.sampled_from(["own", "copy", "mix", "noise", "minus"]), max_size=6))
-def test_nothing_committed_later_makes_a_copy_of_earlier_work(seed: int, later: list[str]):
+def test_nothing_committed_later_makes_a_copy_of_earlier_work(seed: int, later: list[str]) -> None:
     """The griefer's hope: whatever it commits after them, honest work stays what it was."""
     rng, mine = np.random.default_rng(seed), honest(4, seed=seed)
     rows, effects = list(mine), [effect(seed + i) for i in range(4)]
@@ -185,7 +185,7 @@ def test_nothing_committed_later_makes_a_copy_of_earlier_work(seed: int, later: 
     assert all(f"U{4 + i}" in found for i, kind in enumerate(later) if kind in ("copy", "mix"))
 
 
-def test_where_everybody_learns_the_same_an_effect_convicts_nobody():
+def test_where_everybody_learns_the_same_an_effect_convicts_nobody() -> None:
     """A model and a text on which all miners' gains are within 5 % of each other."""
     deltas = honest(6)
     measured = gains(*(effect(1) + 0.05 * (effect(10 + i) - 1.0) for i in range(6)))

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from connito.errors import Invalid
-from connito.protocol.scoring.proof_of_loss import race, score_submission
+from connito.protocol.scoring.proof_of_loss import Raced, race, score_submission
 from connito.protocol.scoring.racing import looks
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 TOKENS = 100
 POLICY = run_pb2.ScorePolicy(
@@ -19,31 +21,33 @@ POLICY = run_pb2.ScorePolicy(
 FIXED = run_pb2.ScorePolicy(target_sequences=32, general_sequences=16, confidence=0.95, retention_margin=0.02)
 
 
-def losses(domain, gains):
+def losses(domain: str, gains: NDArray[np.float64]) -> list[cycle_pb2.SequenceLoss]:
     return [
         cycle_pb2.SequenceLoss(domain=domain, sequence=i, before=300.0, after=300.0 - TOKENS * gain, tokens=TOKENS)
         for i, gain in enumerate(gains)
     ]
 
 
-def run_race(target, general=None, policy=POLICY):
+def run_race(target: NDArray[np.float64], general: None = None, policy: run_pb2.ScorePolicy = POLICY) -> Raced:
     """`target` and `general`: gains in nats per token of all drawn sequences, in the order of evaluation."""
     drawn = {"t": losses("t", target), "g": losses("g", np.zeros(16) if general is None else general)}
     return race(lambda look: {"t": drawn["t"][: look.target], "g": drawn["g"][: look.general]}, "t", policy)
 
 
-def noise(seed, mean, deviation, count):
+def noise(seed: int, mean: float, deviation: float, count: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed).normal(mean, deviation, count)
 
 
-def test_looks_double_up_to_the_budget_and_spend_the_error_between_them():
+def test_looks_double_up_to_the_budget_and_spend_the_error_between_them() -> None:
     found = looks(POLICY)
     assert [(look.target, look.general, look.last) for look in found] == [(8, 4, False), (16, 8, False), (32, 16, True)]
     assert [1 - look.confidence for look in found] == pytest.approx([0.05 / 16, 0.05 * 3 / 16, 0.05 * 12 / 16])
 
 
 @given(budget=st.integers(1, 500), size=st.integers(0, 600), general=st.integers(0, 100), alpha=st.floats(0.001, 0.4))
-def test_any_schedule_ends_at_the_budget_and_spends_exactly_the_error(budget, size, general, alpha):
+def test_any_schedule_ends_at_the_budget_and_spends_exactly_the_error(
+    budget: int, size: int, general: int, alpha: float
+) -> None:
     policy = run_pb2.ScorePolicy(
         target_sequences=budget, general_sequences=general, minimum_sequences=size, confidence=1 - alpha
     )
@@ -54,13 +58,13 @@ def test_any_schedule_ends_at_the_budget_and_spends_exactly_the_error(budget, si
     assert found[0].target == (size if 0 < size < budget else budget)
 
 
-def test_without_racing_there_is_one_look_as_before():
+def test_without_racing_there_is_one_look_as_before() -> None:
     (only,) = looks(FIXED)
     assert (only.target, only.general, only.confidence, only.last) == (32, 16, 0.95, True)
 
 
 @pytest.mark.parametrize("shape", ["normal", "heavy", "skewed"])
-def test_submissions_without_effect_pass_no_more_often_than_stated(shape):
+def test_submissions_without_effect_pass_no_more_often_than_stated(shape: str) -> None:
     """One-sided 2.5 % at 95 % confidence. 4000 races: three standard deviations are 0.74 %."""
     rng = np.random.default_rng(7)
     draws = {
@@ -72,7 +76,7 @@ def test_submissions_without_effect_pass_no_more_often_than_stated(shape):
     assert passed / 4000 <= 0.025 + 0.0075
 
 
-def test_the_interval_at_the_stop_covers_the_effect_as_often_as_stated():
+def test_the_interval_at_the_stop_covers_the_effect_as_often_as_stated() -> None:
     covered = 0
     for seed in range(2000):
         raced = run_race(noise(seed, 0.05, 0.1, 32))
@@ -80,7 +84,7 @@ def test_the_interval_at_the_stop_covers_the_effect_as_often_as_stated():
     assert covered / 2000 >= 0.95 - 0.015
 
 
-def test_what_is_clear_is_decided_at_the_first_look():
+def test_what_is_clear_is_decided_at_the_first_look() -> None:
     clear = {
         "better": run_race(noise(1, 0.05, 0.01, 32)),
         "worse": run_race(noise(1, -0.05, 0.01, 32)),
@@ -98,7 +102,7 @@ def test_what_is_clear_is_decided_at_the_first_look():
     }
 
 
-def test_better_is_not_granted_before_general_text_is_clear_too():
+def test_better_is_not_granted_before_general_text_is_clear_too() -> None:
     """The mean of the general domain is within the margin, its bound is not: only the whole budget decides."""
     general = np.tile([0.2, -0.2], 8)
     raced = run_race(noise(1, 0.05, 0.01, 32), general)
@@ -106,14 +110,14 @@ def test_better_is_not_granted_before_general_text_is_clear_too():
     assert raced.judgement.utility > 0
 
 
-def test_nothing_gained_by_half_of_the_budget_is_given_up():
+def test_nothing_gained_by_half_of_the_budget_is_given_up() -> None:
     gains = [0.2, -0.21] * 16
     raced = run_race(gains)
     assert raced.target.sequences == 16
     assert raced.judgement.reason == reasons_pb2.REASON_NO_IMPROVEMENT
 
 
-def test_racing_keeps_almost_all_of_the_power():
+def test_racing_keeps_almost_all_of_the_power() -> None:
     """An effect that a single look at everything finds nine times in ten."""
     rng = np.random.default_rng(5)
     fixed = raced = 0
@@ -125,11 +129,11 @@ def test_racing_keeps_almost_all_of_the_power():
     assert raced >= 0.93 * fixed
 
 
-def score(part, policy=POLICY):
+def score(part: Any, policy: run_pb2.ScorePolicy = POLICY) -> cycle_pb2.SubmissionScore | None:
     return score_submission("M", "d", part, "t", policy)
 
 
-def test_a_receipt_shows_where_its_race_was_decided_and_recomputes():
+def test_a_receipt_shows_where_its_race_was_decided_and_recomputes() -> None:
     raced = run_race(noise(1, 0.05, 0.01, 32))
     kept = [loss for of_domain in raced.losses.values() for loss in of_domain]
     receipt = score(kept)
@@ -138,7 +142,7 @@ def test_a_receipt_shows_where_its_race_was_decided_and_recomputes():
     assert score(losses("t", noise(1, 0.05, 0.01, 32)), FIXED).evaluated_sequences == 0
 
 
-def test_stopping_anywhere_else_is_refused():
+def test_stopping_anywhere_else_is_refused() -> None:
     target, general = losses("t", noise(1, 0.05, 0.01, 32)), losses("g", np.zeros(16))
     with pytest.raises(Invalid, match="went on to 16 sequences of t, although the look at 8 decided"):
         score([*target[:16], *general[:8]])

@@ -16,7 +16,7 @@ def submissions(*miners: str) -> list[cycle_pb2.Submission]:
     return [cycle_pb2.Submission(miner=m, commit_sequence=10 + i, origin_cycle=1) for i, m in enumerate(miners)]
 
 
-def test_best_first_and_the_earlier_commitment_wins_a_tie():
+def test_best_first_and_the_earlier_commitment_wins_a_tie() -> None:
     entries = submissions("UC", "UB", "UA", "UD")
     assert rank(entries[::-1], {"UA": 0.2, "UB": 0.2, "UC": 0.1, "UD": 0.0}) == ["UB", "UA", "UC"]
 
@@ -26,7 +26,7 @@ def by_rank(ranked: int, emission: int, paid: int) -> list[int]:
 
 
 @given(st.integers(0, 30), st.integers(0, 10**12), st.integers(0, 12))
-def test_every_unit_is_accounted_for(ranked, emission, paid):
+def test_every_unit_is_accounted_for(ranked: int, emission: int, paid: int) -> None:
     units = by_rank(ranked, emission, paid)
     assert len(units) == ranked
     assert sum(units) == (emission if min(ranked, paid) else 0)
@@ -35,13 +35,13 @@ def test_every_unit_is_accounted_for(ranked, emission, paid):
     assert all(unit == 0 for unit in units[paid:])
 
 
-def test_geometric():
+def test_geometric() -> None:
     assert by_rank(5, 700, 3) == [400, 200, 100, 0, 0]
     assert by_rank(2, 700, 3) == [467, 233]
     assert by_rank(3, 2, 3) == [1, 1, 0]
 
 
-def test_verdicts_say_everything():
+def test_verdicts_say_everything() -> None:
     entries = submissions("UA", "UB", "UC", "UD", "UE", "UF")
     agreed = Consensus(
         {"UA": 0.1, "UB": 0.3, "UC": 0.3, "UD": 0.05, "UE": 0.0, "UF": 0.2},
@@ -68,14 +68,14 @@ def test_verdicts_say_everything():
     assert (by_miner["UE"].reason, by_miner["UE"].finding.text) == (reasons_pb2.REASON_NOT_SIGNIFICANT, "chance")
 
 
-def test_a_tie_never_zeroes_the_earlier_one():
+def test_a_tie_never_zeroes_the_earlier_one() -> None:
     entries = submissions("UB", "UA")
     found, _ = verdicts(entries, Consensus({"UA": 0.1, "UB": 0.1}, {}), emission=3, paid_ranks=2, weights={})
     assert [(v.miner, v.rank, v.reward) for v in found] == [("UB", 1, 2), ("UA", 2, 1)]
 
 
 @pytest.mark.parametrize(("utility", "paid"), [(0.0, 3), (0.1, 0)])
-def test_what_nobody_earned_is_unallocated(utility, paid):
+def test_what_nobody_earned_is_unallocated(utility: float, paid: int) -> None:
     found, unallocated = verdicts(
         submissions("UA"), Consensus({"UA": utility}, {}), emission=500, paid_ranks=paid, weights={}
     )

@@ -13,16 +13,24 @@ RUN = "r"
 class Book:
     """A run of which only the results are told."""
 
-    def __init__(self, **policy):
+    def __init__(self, **policy: str) -> None:
         spec = run_pb2.RunSpec(run=RUN, cycles=50, emission=100, rewards=run_pb2.RewardPolicy(**policy))
         self.facts, self.cycle = RunFacts(RUN), 0
         self.put("run", 0, "created", run_pb2.RunCreated(spec=spec))
 
-    def put(self, section, cycle, kind, message):
+    def put(
+        self,
+        section: str,
+        cycle: int,
+        kind: str,
+        message: cycle_pb2.CycleScored | cycle_pb2.WindowOpened | run_pb2.RunCreated,
+    ) -> None:
         fact = Fact(RUN, FactKey(section, cycle, kind, ""), message, "U", section, len(self.facts.facts) + 1, 0)
         self.facts.add(fact)
 
-    def cycle_of(self, *order, tail=(), reasons=None, reward=0, unallocated=100):
+    def cycle_of(
+        self, *order: str, tail: tuple[()] = (), reasons: None = None, reward: int = 0, unallocated: int = 100
+    ) -> dict[str, cycle_pb2.MinerStanding]:
         """`order` are the ranked miners, best first, `tail` those that were rejected. Ratings afterwards, by miner."""
         self.cycle += 1
         self.put("train", self.cycle, "opened", cycle_pb2.WindowOpened(run=RUN, cycle=self.cycle))
@@ -40,11 +48,11 @@ class Book:
 
 
 @pytest.fixture
-def book():
+def book() -> Book:
     return Book(payout="rank-table")
 
 
-def test_who_wins_is_rated_higher_and_more_surely(book):
+def test_who_wins_is_rated_higher_and_more_surely(book: Book) -> None:
     for _ in range(8):
         found = book.cycle_of("A", "B", "C", tail=["D", "E"])
     assert found["A"].mu > found["B"].mu > found["C"].mu > found["D"].mu == found["E"].mu
@@ -54,21 +62,21 @@ def test_who_wins_is_rated_higher_and_more_surely(book):
     assert ratings.conservative(found["A"]) > ratings.conservative(found["B"])
 
 
-def test_a_newcomer_that_wins_once_is_not_yet_above_who_always_does(book):
+def test_a_newcomer_that_wins_once_is_not_yet_above_who_always_does(book: Book) -> None:
     for _ in range(8):
         book.cycle_of("A", "B", "C")
     found = book.cycle_of("N", "A", "B", "C")
     assert ratings.conservative(found["N"]) < ratings.conservative(found["A"])
 
 
-def test_a_late_joiner_is_rated_in_its_first_cycle(book):
+def test_a_late_joiner_is_rated_in_its_first_cycle(book: Book) -> None:
     book.cycle_of("A", "B")
     found = book.cycle_of("N", "A", "B")
     assert found["N"].judged == 1
     assert found["N"].mu > ratings.MU
 
 
-def test_the_absent_become_strangers_again(book):
+def test_the_absent_become_strangers_again(book: Book) -> None:
     for _ in range(8):
         known = book.cycle_of("A", "B", "C")
     found, sigmas = known, [known["A"].sigma]
@@ -81,7 +89,7 @@ def test_the_absent_become_strangers_again(book):
     assert found["A"].judged == 8
 
 
-def test_what_is_nobody_s_doing_is_no_game(book):
+def test_what_is_nobody_s_doing_is_no_game(book: Book) -> None:
     found = book.cycle_of(tail=["A", "B"], reasons=dict.fromkeys("AB", reasons_pb2.REASON_NO_QUORUM))
     assert found == {}
     found = book.cycle_of("A", tail=["B"], reasons={"B": reasons_pb2.REASON_ARTIFACT_MISSING})
@@ -89,21 +97,21 @@ def test_what_is_nobody_s_doing_is_no_game(book):
     assert set(found) == {"A"}
 
 
-def test_the_same_log_gives_the_same_ratings():
-    def play():
+def test_the_same_log_gives_the_same_ratings() -> None:
+    def play() -> list[dict[str, cycle_pb2.MinerStanding]]:
         book = Book()
         return [book.cycle_of("A", "B", tail=["C"]) for _ in range(5)]
 
     assert play() == play()
 
 
-def test_a_run_without_a_reward_policy_has_none():
+def test_a_run_without_a_reward_policy_has_none() -> None:
     book = Book()
     book.facts.spec.ClearField("rewards")
     assert book.cycle_of("A", "B") == {}
 
 
-def test_the_ledger_keeps_every_entry_and_adds_up(book):
+def test_the_ledger_keeps_every_entry_and_adds_up(book: Book) -> None:
     book.cycle_of("A", "B", reward=60, unallocated=40)
     book.cycle_of("B", "A", reward=70, unallocated=30)
     ledger = entries(book.facts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from connito.protocol.assignment import assign
@@ -36,17 +38,24 @@ class Season:
     cycle: int = 0
     sequence: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         spec = run_pb2.RunSpec(run=RUN, domain="d", cycles=90, emission=1000, rewards=self.policy)
         spec.scoring.paid_ranks = 10
         spec.scoring.validators_per_submission = self.each
         self.put("run", 0, "created", run_pb2.RunCreated(spec=spec))
 
-    def put(self, section, cycle, kind, message, id_=""):
+    def put(self, section: str, cycle: int, kind: str, message: Any, id_: str = "") -> None:
         self.sequence += 1
         self.facts.add(Fact(RUN, FactKey(section, cycle, kind, id_), message, "U", section.upper(), self.sequence, 0))
 
-    def play(self, claims, omitted=(), revealed=(), truth=TRUTH, stake=even):
+    def play(
+        self,
+        claims: dict[str, dict[str, float] | None],
+        omitted: list[str] | tuple[()] = (),
+        revealed: list[str] | tuple[()] = (),
+        truth: dict[str, float] = TRUTH,
+        stake: Callable[..., Any] = even,
+    ) -> tuple[dict[str, cycle_pb2.ValidatorStanding], cycle_pb2.CycleScored]:
         """One cycle; `claims[validator]` is what it grants by miner, a callable of the miners it has to score, or None."""
         self.cycle = cycle = self.cycle + 1
         state = artifacts_pb2.ArtifactRef(digest=f"state-{cycle}")
@@ -95,7 +104,7 @@ class Season:
         return {standing.validator: standing for standing in scored.validators}, scored
 
 
-def test_who_says_what_the_others_say_keeps_all_its_weight():
+def test_who_says_what_the_others_say_keeps_all_its_weight() -> None:
     season = Season()
     for _ in range(5):
         standings, scored = season.play({"VA": TRUTH, "VB": TRUTH, "VC": TRUTH})
@@ -110,7 +119,7 @@ def test_who_says_what_the_others_say_keeps_all_its_weight():
     [({"MC": 9.0}, 0.0), ({**TRUTH, "MC": 0.5}, 0.5), ({**TRUTH, "MA": 0.0}, 0.4), ({"MA": 0.6, "MB": 0.4}, 0.5)],
     ids=["a friend for all", "a friend too", "a rival sunk", "all doubled"],
 )
-def test_a_validator_that_deviates_loses_weight_cycle_by_cycle(lie, agreement):
+def test_a_validator_that_deviates_loses_weight_cycle_by_cycle(lie: dict[str, float], agreement: float) -> None:
     season = Season()
     weights, pay = [], []
     for _ in range(30):
@@ -128,7 +137,7 @@ def test_a_validator_that_deviates_loses_weight_cycle_by_cycle(lie, agreement):
     assert pay[-1] < min(standings["VA"].reward, standings["VB"].reward)
 
 
-def test_duties_that_are_left_cost_weight_and_say_which():
+def test_duties_that_are_left_cost_weight_and_say_which() -> None:
     season = Season()
     season.play({"VA": TRUTH, "VB": TRUTH, "VC": TRUTH, "VD": TRUTH})
     standings, _ = season.play({"VA": TRUTH, "VB": TRUTH, "VC": None}, omitted=["VD"])
@@ -138,7 +147,7 @@ def test_duties_that_are_left_cost_weight_and_say_which():
     assert (standings["VC"].reward, standings["VD"].reward) == (0, 0)
 
 
-def test_who_had_no_duty_keeps_what_it_had():
+def test_who_had_no_duty_keeps_what_it_had() -> None:
     season = Season()
     season.play({"VA": TRUTH, "VB": TRUTH, "VC": {"MC": 1.0}})
     standings, _ = season.play({"VA": TRUTH, "VB": TRUTH})
@@ -148,7 +157,7 @@ def test_who_had_no_duty_keeps_what_it_had():
     assert standings["VC"].trust == pytest.approx(0.91)
 
 
-def test_without_a_quorum_only_those_who_left_a_duty_lose():
+def test_without_a_quorum_only_those_who_left_a_duty_lose() -> None:
     season = Season()
     standings, scored = season.play({"VA": TRUTH, "VB": None, "VC": None}, omitted=["VD"])
     assert {name: s.trust for name, s in standings.items()} == pytest.approx({"VA": 1, "VB": 0.9, "VC": 0.9, "VD": 0.9})
@@ -158,7 +167,7 @@ def test_without_a_quorum_only_those_who_left_a_duty_lose():
     assert {name: s.trust for name, s in standings.items()} == {"VA": 1.0, "VB": 0.9}
 
 
-def test_a_distrusted_third_never_leaves_one_of_the_others_to_decide_alone():
+def test_a_distrusted_third_never_leaves_one_of_the_others_to_decide_alone() -> None:
     season = Season()
     for _ in range(60):
         season.play({"VA": TRUTH, "VB": TRUTH, "VC": {"MC": 5.0}})
@@ -166,7 +175,7 @@ def test_a_distrusted_third_never_leaves_one_of_the_others_to_decide_alone():
     assert {v.miner: v.utility for v in scored.verdicts} == TRUTH
 
 
-def test_without_a_rate_nothing_of_it_is_recorded():
+def test_without_a_rate_nothing_of_it_is_recorded() -> None:
     season = Season(policy=run_pb2.RewardPolicy())
     season.play({"VA": TRUTH, "VB": TRUTH, "VC": {"MC": 1.0}})
     standings, scored = season.play({"VA": TRUTH, "VB": TRUTH, "VC": {"MC": 1.0}})
@@ -174,7 +183,7 @@ def test_without_a_rate_nothing_of_it_is_recorded():
     assert all(s.trust == s.weight == s.agreement == 0.0 and not s.reason for s in standings.values())
 
 
-def test_two_liars_of_five_lose_weight_where_the_seed_assigns_three():
+def test_two_liars_of_five_lose_weight_where_the_seed_assigns_three() -> None:
     season = Season(each=3)
     truth = {f"M{i}": 0.1 * i for i in range(6)}
     lie = {**truth, "M0": 3.0, "M5": 0.0}
@@ -190,7 +199,9 @@ claims = st.dictionaries(st.sampled_from(sorted(TRUTH)), st.floats(0, 10), max_s
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.dictionaries(st.sampled_from(["VA", "VB", "VC", "VD"]), st.none() | claims, min_size=1), max_size=6))
-def test_whatever_is_claimed_trust_stays_a_share_and_the_emission_adds_up(cycles):
+def test_whatever_is_claimed_trust_stays_a_share_and_the_emission_adds_up(
+    cycles: list[dict[str, dict[str, float] | None]],
+) -> None:
     season = Season()
     for told in cycles:
         standings, _ = season.play(told)

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import pytest
 from connito.protocol.findings import Refusal
+from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, without
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
+from connito.wire.facts import RunFacts
+
+from tests.support.stage import Stage
 
 MERGED = cycle_pb2.VERDICT_STATUS_MERGED
 SCORED = cycle_pb2.VERDICT_STATUS_SCORED
@@ -17,13 +21,13 @@ def even(validator: str) -> float:
     return 1.0
 
 
-def consensus_of(stage):
+def consensus_of(stage: Stage) -> tuple[RunFacts, list[cycle_pb2.Submission], Consensus]:
     facts = stage.facts
     settled = facts.window("submit", 1).settled
     return facts, list(settled.submissions), agree(facts, 1, read_reports(facts, 1), settled.submissions, even)
 
 
-def test_a_lying_minority_neither_grants_nor_takes(stage):
+def test_a_lying_minority_neither_grants_nor_takes(stage: Stage) -> None:
     stage.add("VA", {"MA": 0.2, "MB": 0.1})
     stage.add("VB", {"MA": 0.2, "MB": 0.1})
     stage.add("VC", {"MA": 0.0, "MC": 9.0})
@@ -35,7 +39,7 @@ def test_a_lying_minority_neither_grants_nor_takes(stage):
     assert {s.validator: round(s.deviation, 6) for s in agreed.standings} == {"VA": 0.0, "VB": 0.0, "VC": 9.0}
 
 
-def test_silence_makes_no_minority_a_majority(stage):
+def test_silence_makes_no_minority_a_majority(stage: Stage) -> None:
     stage.add("VA", {"MA": 0.2})
     stage.add("VC", {"MA": 5.0, "MC": 9.0})
     stage.close()
@@ -46,7 +50,7 @@ def test_silence_makes_no_minority_a_majority(stage):
     assert {s.validator: s.reported for s in agreed.standings} == {"VA": True, "VB": False, "VC": True}
 
 
-def test_a_validator_with_a_bad_report_stands_as_silent(stage):
+def test_a_validator_with_a_bad_report_stands_as_silent(stage: Stage) -> None:
     stage.add("VA", {"MA": 0.2})
     stage.add("VB", {"MA": 0.2})
     stage.add("VC", {"MA": 0.2}, seed=b"other")
@@ -57,7 +61,7 @@ def test_a_validator_with_a_bad_report_stands_as_silent(stage):
     assert [s.reported for s in agreed.standings] == [True, True, False]
 
 
-def test_verdicts_tell_everyone_and_conserve_the_emission(ready):
+def test_verdicts_tell_everyone_and_conserve_the_emission(ready: Stage) -> None:
     facts, submissions, agreed = consensus_of(ready)
 
     result = score_cycle(facts, 1, submissions, agreed, {"MB": COPY}, {"MA": 1.0}, {})
@@ -70,7 +74,7 @@ def test_verdicts_tell_everyone_and_conserve_the_emission(ready):
     assert sum(verdict.reward for verdict in result.verdicts) + result.unallocated == 100
 
 
-def test_who_scored_but_was_not_merged_learns_why(ready):
+def test_who_scored_but_was_not_merged_learns_why(ready: Stage) -> None:
     facts, submissions, agreed = consensus_of(ready)
     why = {"MB": Refusal(reasons_pb2.REASON_GATE_REJECTED, Finding(domain="code"))}
 
@@ -82,7 +86,7 @@ def test_who_scored_but_was_not_merged_learns_why(ready):
     assert verdict.reward > 0
 
 
-def test_an_unusable_artifact_scores_nothing_whatever_validators_said(ready):
+def test_an_unusable_artifact_scores_nothing_whatever_validators_said(ready: Stage) -> None:
     facts, submissions, agreed = consensus_of(ready)
     agreed = without(agreed, {"MA": Refusal(reasons_pb2.REASON_NON_FINITE, Finding(name="down_proj"))})
 
@@ -93,7 +97,7 @@ def test_an_unusable_artifact_scores_nothing_whatever_validators_said(ready):
 
 
 @pytest.mark.parametrize("drawn", [True, False])
-def test_without_a_quorum_nobody_is_judged_and_nothing_is_paid(ready, drawn):
+def test_without_a_quorum_nobody_is_judged_and_nothing_is_paid(ready: Stage, drawn: bool) -> None:
     if not drawn:
         ready.drop("validate", 1, "drawn")
     facts = ready.facts
