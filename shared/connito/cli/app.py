@@ -18,6 +18,7 @@ from connito.cli import (
     explain,
     job,
     ledger,
+    library,
     miner,
     replay,
     select,
@@ -25,7 +26,6 @@ from connito.cli import (
     streams,
     up,
 )
-from connito.cli.library import browse, demand, shelf
 
 app = typer.Typer(
     name="connito",
@@ -70,6 +70,4 @@ app.add_typer(dlq.app, name="dlq")
 app.add_typer(base.app, name="base")
 app.add_typer(job.app, name="job")
 app.add_typer(miner.app, name="miner")
-shelf.register(browse.app)
-browse.app.command("demand")(demand.demand)
-app.add_typer(browse.app, name="library")
+app.add_typer(library.app, name="library")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from connito.experts.measure import Before, Texts
 from connito.library.artifact import EXPERT_FILE, RECORD_FILE, ExpertHeader, tensor_sizes, write_expert
 from connito.library.card import write_card
 from connito.library.derived import derived_record
-from connito.library.governance import Permission
 from connito.library.record import encode
 from connito.moe.rows import base_digests, fingerprint, write_rows
 from connito.moe.state import save_state
@@ -32,28 +31,36 @@ if TYPE_CHECKING:
 Expert = tuple[Path, Mapping[str, Any]]  # folder, record
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """What goes in how: weights by expert id (1 for all without them), and what the record says besides, as `extra`."""
+
+    recipe: Recipe
+    weights: Mapping[str, float] = field(default_factory=dict)
+    verb: str = "compose"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
 def compose_experts(
     model: nn.Module,
     experts: Sequence[Expert],
     out: Path,
+    mixture: Mixture,
     *,
-    recipe: Recipe,
-    weights: Mapping[str, float] | None = None,
-    permission: Permission,
+    license: str,  # noqa: A002 - the record's word
     created: str,
     texts: Texts | None = None,
-    verb: str = "compose",
-    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Merge `experts` (weights by expert id) on the bare base `model` and write the result to the folder `out`.
+    """Merge `experts` on the bare base `model` and write the result to the folder `out`.
 
     Returns its record; `derived.settings` holds recipe, conflicts and `extra`. `texts`, int32 [n, L + 1] by domain, are
     measured without and with the result. The same experts, recipe and weights give the
     same expert file, byte for byte. Raises `Invalid` for experts of another base than `model`.
     """
     parts, base = _read(model, experts)
-    chosen = {part.name: float((weights or {}).get(part.name, 1.0)) for part in parts}
-    if unknown := sorted(set(weights or {}) - set(chosen)):
+    recipe, weights = mixture.recipe, mixture.weights
+    chosen = {part.name: float(weights.get(part.name, 1.0)) for part in parts}
+    if unknown := sorted(set(weights) - set(chosen)):
         raise Invalid(f"there is a weight for {unknown[0]}, which is not among the experts {', '.join(chosen)}")
     rows = merge(parts, base, recipe, chosen)
     header = _header(model, parts, rows)
@@ -61,18 +68,18 @@ def compose_experts(
     out.mkdir(parents=True, exist_ok=True)
     digest = _write(rows, header, out / EXPERT_FILE)
     record = derived_record(
-        verb,
+        mixture.verb,
         header,
         [(record, chosen[part.name]) for part, (_, record) in zip(parts, experts, strict=True)],
         digest=digest,
         size=(out / EXPERT_FILE).stat().st_size,
         parameters=tensor_sizes(out / EXPERT_FILE)[0],
         created=created,
-        license=permission.license,
+        license=license,
         settings={
             **asdict(recipe),
             "conflicts": [asdict(conflict) for conflict in conflicts(parts, base)],
-            **(extra or {}),
+            **mixture.extra,
         },
         losses=losses,
     )

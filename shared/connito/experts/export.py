@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,34 +32,42 @@ if TYPE_CHECKING:
 FORMAT = MODEL_FORMAT
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, for its record.
+
+    base: `{"name", "manifest"}`, with `total` routed experts; keep: the base's expert ids inside, by layer, in the order
+    of the rows (empty: dense); parents: records of experts that were put in before; losses: as `Before.compare` measures.
+    """
+
+    verb: str
+    base: Mapping[str, str]
+    keep: Keep = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
+    parents: Sequence[Mapping[str, Any]] = ()
+    license: str = ""
+    losses: Sequence[Mapping[str, Any]] = ()
+    domain: str = ""
+    total: int = 0
+    created: str = ""
+
+
 def export_model(
     model: nn.Module,
     out: Path,
     tokenizer: Any,
-    *,
-    verb: str,
-    base: Mapping[str, str],
-    keep: Keep,
-    settings: Mapping[str, Any],
-    measured: Mapping[str, float],
-    parents: Sequence[Mapping[str, Any]] = (),
-    license: str = "",  # noqa: A002 - the name in the record
-    losses: Sequence[Mapping[str, Any]] = (),
-    domain: str = "",
-    total: int = 0,
-    created: str = "",
+    source: ModelSource,
     extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> dict[str, Any]:
-    """Write `model` to the new folder `out`; returns its record.
+    """Write `model`, and `extra` tensors by file name, to the new folder `out`; returns its record.
 
-    base: `{"name", "manifest"}`; keep: the base's expert ids inside, by layer, in the order of the rows (empty: dense).
-    parents: the records of experts that were put in before; losses: as `Before.compare` measures them; extra: more
-    tensors, by file name; total: routed experts of the base. The record is a library record: `library deposit` puts the
-    folder of library experts. Raises `Invalid` when layers differ in their number of experts or the folder is not empty.
+    The record is a library record: `library deposit` puts the folder on a shelf. Raises `Invalid` when layers differ in
+    their number of experts or the folder is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise Invalid(f"{out} is not empty: choose another folder")
-    counts = {len(experts) for experts in keep.values()}
+    counts = {len(experts) for experts in source.keep.values()}
     if len(counts) > 1:
         raise Invalid(
             f"layers keep {sorted(counts)} experts, and this family stores one number: pad them with `equalise` first",
@@ -69,15 +78,16 @@ def export_model(
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / name)
     digest, file = _digest(out / MODEL_FILE), out / MODEL_FILE
     record = model_record(
-        verb, domain, base, parents, digest=digest, size=file.stat().st_size, parameters=tensor_sizes(file)[0],
-        keep=keep, total=total, created=created, license=license, settings=settings, losses=losses,
+        source.verb, source.domain, source.base, source.parents, digest=digest, size=file.stat().st_size,
+        parameters=tensor_sizes(file)[0], keep=source.keep, total=source.total, created=source.created,
+        license=source.license, settings=source.settings, losses=source.losses,
     )  # fmt: skip
     write_card(record, out)
     record |= {
-        "verb": verb,
-        "experts": {str(index): list(experts) for index, experts in sorted(keep.items())},
-        "settings": dict(settings),
-        "measured": dict(measured),
+        "verb": source.verb,
+        "experts": {str(index): list(experts) for index, experts in sorted(source.keep.items())},
+        "settings": dict(source.settings),
+        "measured": dict(source.measured),
         "files": {path.name: {"digest": _digest(path), "bytes": path.stat().st_size} for path in sorted(out.iterdir())},
     }
     (out / RECORD_FILE).write_bytes(encode(record))

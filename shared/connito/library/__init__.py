@@ -1,1 +1,53 @@
-"""The expert library's formats: the expert file, the record that describes it, and the card people read. No torch."""
+"""The expert library: its formats, without torch, and the verbs of `connito library`, imported when first used.
+
+`connito.library.compose(["a", "b"], base, out)` does what `connito library compose a b --base … --out …` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# The verbs stand above everything they use, in `connito.curation`; their names are offered where people look for them.
+_HOMES = {
+    "Agreement": "holdings",
+    "BranchOptions": "growing",
+    "ComposeOptions": "composing",
+    "ExtractOptions": "shrinking",
+    "GrowOptions": "growing",
+    "Holdings": "holdings",
+    "PruneOptions": "shrinking",
+    "RouteOptions": "composing",
+    "SearchOptions": "catalogue",
+    "ShrinkSource": "shrinking",
+    "UpgradeOptions": "composing",
+    "branches": "growing",
+    "cluster": "composing",
+    "compose": "composing",
+    "demand": "need",
+    "deposit": "catalogue",
+    "export": "exchange",
+    "extract": "shrinking",
+    "grow": "growing",
+    "join": "growing",
+    "ledger": "catalogue",
+    "list": "catalogue",
+    "mark": "catalogue",
+    "prune": "shrinking",
+    "remove": "composing",
+    "route": "composing",
+    "search": "catalogue",
+    "show": "catalogue",
+    "skip": "shrinking",
+    "upgrade": "composing",
+    "verify": "exchange",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604 - names of the table above resolve through __getattr__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"connito.curation.{_HOMES[name]}")
+    return getattr(home, "list_" if name == "list" else name)

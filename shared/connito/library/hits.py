@@ -136,6 +136,10 @@ class Ranked:
     predicted: float
     measured: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """What `library search --like --json` prints for it."""
+        return asdict(self)
+
 
 def rank(hits: Sequence[Hit], predicted: Mapping[str, float], measured: Mapping[str, float]) -> list[Ranked]:
     """Return measured experts first, by what they save; then the rest by what they are predicted to."""

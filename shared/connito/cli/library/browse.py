@@ -1,30 +1,25 @@
-"""`connito library`: the experts that runs left behind."""
+"""`connito library`: list, show, search and demand."""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connito.cli.library.experts import (
+from connito.cli.library.options import (
     AsOption,
     OrganisationOption,
     ShelfOption,
-    open_shelf,
-    platform,
-    read_folder,
-    viewer_of,
+    holdings,
 )
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 from connito.render.formats import moment, size
 
 if TYPE_CHECKING:
-    from connito.library.governance import Viewer
-    from connito.library.shelf import Shelf
-    from connito.v1.services_pb2 import ExpertSummary
+    from connito.library.hits import Hit, Ranked
+    from connito.library.training_demand import Demand
 
 app = typer.Typer(no_args_is_help=True, help="The expert library.")
 
@@ -38,18 +33,9 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List the experts, oldest first: the platform's that runs here and those on the shelf, which needs no platform."""
-    client = platform(data_dir) if shelf is None else None
-    rows: list[dict[str, Any]] = []
-    if client is not None:
-        with client:
-            rows = [_row(expert) for expert in client.library.list()]
-    known = {row["expert_id"] for row in rows}
-    local = _on_shelf(open_shelf(shelf, data_dir), viewer_of(who, organisation))
-    rows += [row for row in local if row["expert_id"] not in known]
-    if not rows and client is None and shelf is None:
-        from connito.client import Client
+    from connito.curation import catalogue
 
-        Client.local(data_dir).close()  # says how to start one
+    rows = catalogue.list_(holdings(shelf, data_dir, who, organisation))
     emit(
         as_json,
         {"experts": rows},
@@ -74,58 +60,53 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show one expert's record, as its card."""
-    document = _shown(expert_id, who, organisation, shelf, data_dir)
-    record = document["record"]
-    emit(as_json, document, lambda: _card(record))
+    from connito.curation import catalogue
+
+    document = catalogue.show(expert_id, holdings(shelf, data_dir, who, organisation))
+    emit(as_json, document, lambda: _card(document["record"]))
 
 
-def _shown(
-    expert_id: str, who: str, organisation: list[str] | None, shelf: Path | None, data_dir: Path | None
-) -> dict[str, Any]:
-    from connito.errors import NotFound
+@app.command("search")
+def search(
+    words: Annotated[list[str] | None, typer.Argument(help="All of these, else any of them.")] = None,
+    domain: Annotated[str, typer.Option(help="Only this domain.")] = "",
+    like: Annotated[
+        list[Path] | None, typer.Option(help="Texts: rank by the loss saved on them. Needs --base.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base model, with --like.")] = None,
+    measure: Annotated[int, typer.Option(help="How many of the best predicted to measure, with --like.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many.")] = 20,
+    everything: Annotated[bool, typer.Option("--all", help="Yanked and opted-out experts too.")] = False,
+    who: AsOption = "",
+    organisation: OrganisationOption = None,
+    shelf: ShelfOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Search the library by words, by domain, or by example."""
+    from connito.curation import catalogue
 
-    client = platform(data_dir) if shelf is None and not Path(expert_id).is_dir() else None
-    if client is not None:
-        with client, suppress(NotFound):
-            summary, record = client.library.show(expert_id)
-            return {**_row(summary), "record": record}
-    if Path(expert_id).is_dir():
-        record = read_folder(Path(expert_id))[1]
-    else:
-        record = open_shelf(shelf, data_dir).get(expert_id)[1]
-        if not viewer_of(who, organisation).sees(record):
-            raise NotFound(f"there is no expert {expert_id!r} that you may see")
-    return {**_of_record(record), "record": record}
-
-
-def _on_shelf(shelf: Shelf, viewer: Viewer) -> list[dict[str, Any]]:
-    with shelf.index() as index:
-        rows = index.select("SELECT expert_id, deposited_at FROM experts ORDER BY sequence")
-        records = [(index.record(name), at) for name, at in rows]
-    return [{**_of_record(record), "deposited_at_unix_ms": at} for record, at in records if viewer.sees(record)]
-
-
-def _of_record(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "expert_id": record["expert_id"],
-        "run": record["run"],
-        "domain": record["domain"],
-        "base_digest": record["base"]["manifest"],
-        "digest": record["expert"]["digest"],
-        "bytes": record["expert"]["bytes"],
-    }
+    options = catalogue.SearchOptions(domain, tuple(like or ()), base, measure, limit, everything)
+    found = catalogue.search(" ".join(words or []), options, holdings(shelf, data_dir, who, organisation))
+    emit(as_json, {"experts": [row.to_json() for row in found]}, lambda: _found_text(found, by_example=bool(like)))
 
 
-def _row(expert: ExpertSummary) -> dict[str, Any]:
-    return {
-        "expert_id": expert.expert_id,
-        "run": expert.run,
-        "domain": expert.domain,
-        "base_digest": expert.base_digest,
-        "digest": expert.expert.digest,
-        "bytes": expert.expert.size,
-        "deposited_at_unix_ms": expert.deposited_at_unix_ms,
-    }
+@app.command("demand")
+def demand(
+    cycles: Annotated[int, typer.Option(help="Further cycles that the gain is estimated for.")] = 4,
+    shelf: ShelfOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List which domains most need training next, from runs, uses and searches that found nothing."""
+    from connito.curation import need
+
+    rows = need.demand(cycles, holdings(shelf, data_dir))
+    document = {"cycles": cycles, "formula": FORMULA, "domains": [row.to_json() for row in rows]}
+    emit(as_json, document, lambda: _demand(rows, cycles))
+
+
+FORMULA = "score = (1 + uses + searches that found nothing) × expected gain in nats per token"
 
 
 def _card(record: dict[str, Any]) -> str:
@@ -135,3 +116,42 @@ def _card(record: dict[str, Any]) -> str:
         return render(record)
     except (KeyError, TypeError):
         return json.dumps(record, indent=2)
+
+
+def _found_text(found: list[Hit] | list[Ranked], *, by_example: bool) -> str:
+    from connito.library.hits import Ranked
+
+    if by_example:
+        return _ranking([row for row in found if isinstance(row, Ranked)])
+    return _hits([row for row in found if not isinstance(row, Ranked)])
+
+
+def _hits(hits: list[Hit]) -> str:
+    rows = [
+        (hit.expert_id, hit.domain, "" if hit.saving is None else f"{hit.saving:+.4f}", hit.license, _standing(hit))
+        for hit in hits
+    ]
+    return table(("expert", "domain", "saves", "licence", "standing"), rows, "nothing found; try fewer words, or --all")
+
+
+def _standing(hit: Hit) -> str:
+    return "" if hit.standing.status == "good" else f"{hit.standing.status}: {hit.standing.reason}"
+
+
+def _ranking(rows: list[Ranked]) -> str:
+    cells = [
+        (row.expert_id, row.domain, f"{row.predicted:+.4f}", "" if row.measured is None else f"{row.measured:+.4f}")
+        for row in rows
+    ]
+    return table(("expert", "domain", "predicted", "measured"), cells, "no expert of this base is on the shelf")
+
+
+def _demand(rows: list[Demand], cycles: int) -> str:
+    headers = ("domain", "experts", "uses", "missed", "saved", "last cycle", "expected", "score", "from")
+    cells = [
+        (row.domain, row.experts, row.uses, row.misses, row.saved, row.last_cycle, row.expected, row.score, row.basis)
+        for row in rows
+    ]
+    listing = table(headers, cells, "nothing was trained, used or searched for yet")
+    note = f"{FORMULA}, over {cycles} further cycles; an extrapolation that ranks and promises nothing"
+    return f"{listing}\n{note}" if rows else listing

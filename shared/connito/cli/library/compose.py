@@ -1,39 +1,33 @@
-"""`connito library`: experts put together: merged, taken out, replaced, grouped, and routed among."""
+"""`connito library`: compose, remove, upgrade, cluster and route."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from connito.cli.library.experts import (
+from connito.cli.library.options import (
     AcceptOption,
     AsOption,
     BaseOption,
     CommercialFlag,
     DataOption,
-    Expert,
     MeasureOption,
     OrganisationOption,
     OutOption,
     ShelfOption,
     YankedFlag,
-    cut_sequences,
-    find_expert,
-    meter,
-    named_texts,
-    now_iso,
+    agreement,
+    holdings,
+    named_files,
     obligations,
-    permit,
-    viewer_of,
 )
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 from connito.render import formats
 
 if TYPE_CHECKING:
-    from connito.experts.compose import Part
-    from connito.library.governance import Permission
+    from connito.curation.composing import Composed
 
 
 def compose(
@@ -55,23 +49,14 @@ def compose(
     as_json: JsonFlag = False,
 ) -> None:
     """Merge several experts of one base into one, with its lineage; conflicts are reported."""
-    from connito.errors import Invalid
-    from connito.experts.compose import Recipe
-    from connito.library.governance import Use
+    from connito.curation import composing
 
-    found = [find_expert(name, shelf, data_dir) for name in experts]
-    names = [str(record["expert_id"]) for _, record in found]
-    if weight and len(weight) != len(names):
-        raise Invalid(f"{len(weight)} weights for {len(names)} experts: give one each")
-    use = Use("compose", commercial, accepted=frozenset(accept_license or []))
-    permission = permit(found, use, viewer_of(who, organisation), shelf, data_dir, allow_yanked)
-    recipe = Recipe("sum" if learn else method, density)
-    weights = (
-        _learned(base, found, recipe, learn) if learn else dict(zip(names, weight or [1.0] * len(names), strict=True))
-    )
-    record = _compose(base, found, out, recipe, weights, permission, measure=measure)
-    meter([record for _, record in found], "compose", who, shelf, data_dir)
-    emit(as_json, record, lambda: _composed(record, permission, out))
+    options = composing.ComposeOptions(
+        method, tuple(weight or ()), tuple(learn or ()), density, named_files(measure),
+        agreement(accept_license, commercial, allow_yanked=allow_yanked),
+    )  # fmt: skip
+    done = composing.compose(experts, base, out, options, holdings(shelf, data_dir, who, organisation))
+    emit(as_json, done.record, lambda: _composed(done, out))
 
 
 def remove(
@@ -85,24 +70,10 @@ def remove(
     as_json: JsonFlag = False,
 ) -> None:
     """Compose again without one of the parents: exactly what it would be had it never been in."""
-    from connito.errors import Invalid, NotFound
-    from connito.library.governance import Use
+    from connito.curation import composing
 
-    _, record = find_expert(composition, shelf, data_dir)
-    derived = record.get("derived", {})
-    weights = {parent["expert_id"]: parent["weight"] for parent in derived.get("parents", [])}
-    if expert not in weights:
-        raise NotFound(
-            f"{expert} is not in {composition}; it is made of {', '.join(sorted(weights)) or 'nothing else'}"
-        )
-    del weights[expert]
-    if not weights:
-        raise Invalid(f"{expert} is all there is in {composition}: without it, that is the base")
-    found = [find_expert(name, shelf, data_dir) for name in weights]
-    use = Use("compose", accepted=frozenset(accept_license or []))
-    permission = permit(found, use, viewer_of("", None), shelf, data_dir, allow_yanked=False)
-    made = _compose(base, found, out, recipe_of(record), weights, permission)
-    emit(as_json, made, lambda: _composed(made, permission, out))
+    done = composing.remove(composition, expert, base, out, agreement(accept_license), holdings(shelf, data_dir))
+    emit(as_json, done.record, lambda: _composed(done, out))
 
 
 def upgrade(
@@ -122,29 +93,11 @@ def upgrade(
     as_json: JsonFlag = False,
 ) -> None:
     """Replace one expert of a composition (BAR); the others keep their digests, and no other domain may lose."""
-    from connito.errors import Invalid, NotFound
-    from connito.library.governance import Use
+    from connito.curation import composing
 
-    folder, record = find_expert(composition, shelf, data_dir)
-    weights = {parent["expert_id"]: parent["weight"] for parent in record.get("derived", {}).get("parents", [])}
-    if old not in weights:
-        raise NotFound(f"{old} is not in {composition}; it is made of {', '.join(sorted(weights)) or 'nothing else'}")
-    better = find_expert(new, shelf, data_dir)
-    name = str(better[1]["expert_id"])
-    if name in weights:
-        raise Invalid(f"{name} is in {composition} already")
-    found = [find_expert(parent, shelf, data_dir) for parent in weights if parent != old] + [better]
-    use = Use("compose", accepted=frozenset(accept_license or []))
-    permission = permit(found, use, viewer_of("", None), shelf, data_dir, allow_yanked=False)
-    shares = {**{parent: weight for parent, weight in weights.items() if parent != old}, name: weights[old]}
-    recipe = recipe_of(record)
-    domain = str(better[1]["domain"])
-    texts = {domain: data, **{other: [path] for other, path in named_texts(others).items()}}
-    measured = _upgraded(base, folder, found, recipe, shares, domain, texts, margin)
-    made = _compose(base, found, out, recipe, shares, permission, verb="upgrade",
-                    extra={"replaced": old, "by": name, "margin": margin, **measured})  # fmt: skip
-    meter([better[1]], "upgrade", "", shelf, data_dir)
-    emit(as_json, made, lambda: _composed(made, permission, out))
+    options = composing.UpgradeOptions(tuple(data), named_files(others), margin, agreement(accept_license))
+    done = composing.upgrade(composition, old, new, base, out, options, holdings(shelf, data_dir))
+    emit(as_json, done.record, lambda: _composed(done, out))
 
 
 def cluster(
@@ -158,33 +111,14 @@ def cluster(
     as_json: JsonFlag = False,
 ) -> None:
     """Group experts whose changes point the same way (MBC), and merge each group with equal weights."""
-    from connito.base.loading import load_full
-    from connito.experts.arrow import cluster as grouped
-    from connito.experts.arrow import similarity
-    from connito.experts.compose import Recipe, base_rows
-    from connito.library.governance import Use
+    from connito.curation import composing
 
-    found = [find_expert(name, shelf, data_dir) for name in experts]
-    use = Use("compose", accepted=frozenset(accept_license or []))
-    permit(found, use, viewer_of("", None), shelf, data_dir, allow_yanked=False)
-    parts = parts_of(found)
-    origin = base_rows(load_full(base), parts)
-    groups = grouped(parts, origin, count)
-    names = [part.name for part in parts]
-    document: dict[str, Any] = {
-        "clusters": [[names[i] for i in group] for group in groups],
-        "similarity": [[round(float(x), 6) for x in row] for row in similarity(parts, origin)],
-        "experts": names,
-        "written": [],
-    }
-    for number, group in enumerate(groups if out is not None else []):
-        assert out is not None
-        members = [found[i] for i in group]
-        permission = permit(members, use, viewer_of("", None), shelf, data_dir, allow_yanked=False)
-        weights = {names[i]: 1.0 for i in group}
-        made = _compose(base, members, out / str(number), Recipe("linear"), weights, permission)
-        document["written"].append({"folder": str(out / str(number)), "expert_id": made["expert_id"]})
-    emit(as_json, document, lambda: "\n".join(f"{n}: {', '.join(c)}" for n, c in enumerate(document["clusters"])))
+    made = composing.cluster(experts, base, count, out, agreement(accept_license), holdings(shelf, data_dir))
+    document = {
+        "clusters": made.clusters, "similarity": made.similarity, "experts": made.experts,
+        "written": [{"folder": str(folder), "expert_id": name} for folder, name in made.written],
+    }  # fmt: skip
+    emit(as_json, document, lambda: "\n".join(f"{n}: {', '.join(c)}" for n, c in enumerate(made.clusters)))
 
 
 def route(
@@ -204,72 +138,14 @@ def route(
     as_json: JsonFlag = False,
 ) -> None:
     """Keep several variants of experts side by side and choose token by token; the loss beside every single one's."""
-    from connito.base.loading import load_full, load_tokenizer
-    from connito.errors import Invalid
-    from connito.experts.compose import base_rows
-    from connito.experts.prune import loss
-    from connito.experts.routing import Routing, variants_of
-    from connito.library.governance import Use
+    from connito.curation import composing
 
-    if method == "molora" and not train:
-        raise Invalid("molora trains a router: give it text with --train FILE")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    found = [find_expert(name, shelf, data_dir) for name in experts]
-    use = Use("compose", accepted=frozenset(accept_license or []))
-    permit(found, use, viewer_of("", None), shelf, data_dir, allow_yanked=False)
-    parts, model, tokenizer = parts_of(found), load_full(base), load_tokenizer(base)
-    origin = base_rows(model, parts)
-    text = cut_sequences(tokenizer, train) if train else None
-    routing = Routing.make(method, model, parts, origin, top_k=top_k, text=text, steps=steps)
-    texts = {name: cut_sequences(tokenizer, [path]) for name, path in named_texts(measure).items()}
-    losses: dict[str, dict[str, float]] = {"base": {name: loss(model, table) for name, table in texts.items()}}
-    for place, part in enumerate(parts):
-        with variants_of(model, parts, origin, Routing.one_hot(parts, place)):
-            losses[part.name] = {name: loss(model, table) for name, table in texts.items()}
-    with variants_of(model, parts, origin, routing):
-        losses["routed"] = {name: loss(model, table) for name, table in texts.items()}
-    if out is not None:
-        routing.save(out)
-    meter([record for _, record in found], "route", "", shelf, data_dir)
+    options = composing.RouteOptions(
+        named_files(measure), method, top_k, tuple(train or ()), steps, agreement(accept_license)
+    )
+    losses = composing.route(experts, base, options, out, holdings(shelf, data_dir))
     document = {"method": method, "losses": losses, "written": str(out or "")}
     emit(as_json, document, lambda: _losses_text(losses))
-
-
-def recipe_of(record: dict[str, Any]) -> Any:
-    """Return how a composed expert was merged."""
-    from connito.experts.compose import Recipe
-
-    settings = record["derived"]["settings"]
-    return Recipe(settings["method"], settings["density"], settings["scale"])
-
-
-def parts_of(found: list[Expert]) -> list[Part]:
-    """Return the experts' rows, named by expert id."""
-    from connito.experts.compose import Part, read_part
-
-    read = [(str(record["expert_id"]), read_part(folder)) for folder, record in found]
-    return [Part(name, part.digest, part.rows, part.header) for name, part in read]
-
-
-def _upgraded(
-    base: Path, folder: Path, found: list[Expert], recipe: Any, weights: dict[str, float], domain: str,
-    texts: dict[str, list[Path]], margin: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Return losses by domain before and after. Raises `Invalid` (GATE_REJECTED) for what is no upgrade."""
-    from connito.base.loading import load_full, load_tokenizer
-    from connito.experts.compose import Part, base_rows, merge, read_part
-    from connito.experts.load import load_expert
-    from connito.experts.replacement import replace_expert
-
-    model, tokenizer = load_full(base), load_tokenizer(base)
-    parts, before = parts_of(found), read_part(folder)
-    origin = base_rows(model, [*parts, before])
-    rows = {**{key: origin[key] for key in before.rows}, **merge(parts, origin, recipe, weights)}
-    load_expert(model, folder)
-    sequences = {name: cut_sequences(tokenizer, paths) for name, paths in texts.items()}
-    made = replace_expert(model, Part("upgraded", "", rows), domain, sequences, margin=margin)
-    return {"before": made.before, "after": made.after}
 
 
 def _losses_text(losses: dict[str, dict[str, float]]) -> str:
@@ -277,49 +153,8 @@ def _losses_text(losses: dict[str, dict[str, float]]) -> str:
     return table(("variant", *domains), [(name, *(row[d] for d in domains)) for name, row in losses.items()])
 
 
-def _compose(
-    base: Path,
-    found: list[tuple[Path, dict[str, Any]]],
-    out: Path,
-    recipe: Any,
-    weights: dict[str, float],
-    permission: Permission,
-    *,
-    verb: str = "compose",
-    measure: list[str] | None = None,
-    extra: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    from connito.base.loading import load_full, load_tokenizer
-    from connito.experts.assemble import compose_experts
-
-    tokenizer = load_tokenizer(base) if measure else None
-    texts = {name: cut_sequences(tokenizer, [path]) for name, path in named_texts(measure).items()}
-    return compose_experts(
-        load_full(base), found, out, recipe=recipe, weights=weights, permission=permission, created=now_iso(),
-        texts=texts, verb=verb, extra=extra or {},
-    )  # fmt: skip
-
-
-def _learned(base: Path, found: list[tuple[Path, dict[str, Any]]], recipe: Any, texts: list[Path]) -> dict[str, float]:
-    from connito.base.loading import load_full, load_tokenizer
-    from connito.experts.compose import Part, base_rows, layers_of, merge, read_part, state_of
-    from connito.experts.lorahub import learn_weights
-    from connito.moe.evaluate import Evaluator
-
-    model, sequences = load_full(base), cut_sequences(load_tokenizer(base), texts)
-    read = [(str(record["expert_id"]), read_part(folder)) for folder, record in found]
-    parts = [Part(name, part.digest, part.rows, part.header) for name, part in read]
-    origin = base_rows(model, parts)
-    evaluator = Evaluator(model, layers_of(origin))
-
-    def loss(weights: dict[str, float]) -> float:
-        sums, tokens = evaluator.losses(state_of(merge(parts, origin, recipe, weights)), sequences)
-        return float(sums.sum() / tokens.sum())
-
-    return learn_weights([part.name for part in parts], loss).weights
-
-
-def _composed(record: dict[str, Any], permission: Permission, out: Path) -> str:
+def _composed(done: Composed, out: Path) -> str:
+    record = done.record
     derived = record["derived"]
     lines = [f"{record['expert_id']}: {record['selection']['selected']} experts, written to {out}"]
     lines += [f"  {parent['expert_id']} with weight {parent['weight']:g}" for parent in derived["parents"]]
@@ -328,4 +163,4 @@ def _composed(record: dict[str, Any], permission: Permission, out: Path) -> str:
             f"  layer {conflict['layer']} expert {conflict['expert']}: {' and '.join(conflict['names'])} both change it, "
             f"cosine {conflict['cosine']:+.3f}, signs agree on {formats.percent(conflict['sign_agreement'], 0)}"
         )
-    return "\n".join([*lines, *obligations(permission)])
+    return "\n".join([*lines, *obligations(done.permission)])

@@ -1,20 +1,18 @@
-"""`connito library`: experts beside the base's own, with routers of their own, and MoEs made of dense specialists."""
+"""`connito library`: grow, join and branches."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from connito.cli.library.experts import (
+from connito.cli.library.options import (
     BaseOption,
     DataOption,
     MeasureOption,
     OutOption,
-    cut_sequences,
-    digests,
-    named_texts,
+    named_files,
 )
 from connito.cli.output import JsonFlag, emit
 
@@ -30,19 +28,9 @@ def grow(
     as_json: JsonFlag = False,
 ) -> None:
     """Train an expert with a router row of its own beside the base's, which stays as it is (FlexOlmo)."""
-    import numpy as np
+    from connito.curation import growing
 
-    from connito.base.loading import load_full, load_tokenizer
-    from connito.experts import flex
-
-    tokenizer = load_tokenizer(base)
-    table = cut_sequences(tokenizer, data)
-    size = min(4, len(table))
-    batches = np.stack([np.take(table, range(size * i, size * (i + 1)), axis=0, mode="wrap") for i in range(steps)])
-    made = flex.grow(
-        load_full(base), name, batches, cut_sequences(tokenizer, anchor)[:, :-1], learning_rate=learning_rate
-    )
-    flex.save_addition(made, out)
+    made = growing.grow(name, base, out, growing.GrowOptions(tuple(data), tuple(anchor), steps, learning_rate))
     document = {"name": name, "digest": made.digest, "layers": sorted(made.rows), "file": str(out)}
     emit(as_json, document, lambda: f"{name}: one expert in each of {len(made.rows)} layers, written to {out}")
 
@@ -55,28 +43,10 @@ def join(
     as_json: JsonFlag = False,
 ) -> None:
     """Put additions beside the base's experts: any set of them, in any order, with no training (FlexOlmo)."""
-    from connito.base.loading import load_full, load_tokenizer
-    from connito.data.manifest import build_manifest
-    from connito.experts import flex
-    from connito.experts.export import export_model
-    from connito.experts.measure import Before
-    from connito.moe.layout import require_moe_layers
+    from connito.curation import growing
 
-    model, tokenizer, manifest = load_full(base), load_tokenizer(base), build_manifest(base)
-    texts = {name: cut_sequences(tokenizer, [path]) for name, path in named_texts(measure).items()}
-    before = Before.of(model, texts)
-    anchors = {index: list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
-    members = [flex.load_addition(path) for path in additions]
-    ids = flex.opt_in(model, members)
-    settings = {
-        "additions": [{"name": m.name, "digest": m.digest, "experts": ids[m.name]} for m in members],
-        "anchor": {str(index): experts for index, experts in anchors.items()},
-    }
-    record = export_model(
-        model, out, tokenizer, verb="join", base={"name": manifest.name, "manifest": manifest.digest}, keep={},
-        settings=settings, measured={}, losses=before.compare(model),
-    )  # fmt: skip
-    emit(as_json, record, lambda: f"{len(members)} additions beside the base's experts, written to {out}")
+    record = growing.join(additions, base, out, named_files(measure))
+    emit(as_json, record, lambda: f"{len(additions)} additions beside the base's experts, written to {out}")
 
 
 def branches(
@@ -90,34 +60,8 @@ def branches(
     as_json: JsonFlag = False,
 ) -> None:
     """Make one MoE of dense specialists of one seed: their MLPs are its experts, the rest is averaged (BTX)."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from connito.curation import growing
 
-    from connito.base.branches import import_branches
-    from connito.base.loading import load_tokenizer
-    from connito.errors import NotFound
-    from connito.experts.export import export_model
-    from connito.experts.measure import Before
-
-    folders = named_texts(branch)
-    for folder in (seed, *folders.values()):
-        if not (folder / "config.json").is_file():
-            raise NotFound(f"{folder} is not a folder of a model: it has no config.json")
-    tokenizer = load_tokenizer(seed)
-    tables = {name: torch.from_numpy(cut_sequences(tokenizer, [path])) for name, path in named_texts(text).items()}
-
-    def dense(folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-
-    root = dense(seed)
-    before = Before.of(root, {n: cut_sequences(tokenizer, [p]) for n, p in named_texts(measure).items()})
-    specialists = {name: dense(folder) for name, folder in folders.items()}
-    with torch.inference_mode():
-        made: Any = import_branches(root, specialists, tables, moe_layers=moe_layers, top_k=top_k)
-    identity = {"name": seed.name, "manifest": digests([seed / "config.json"])[0]}
-    settings = {"branches": list(folders), "moe_layers": moe_layers, "top_k": top_k}
-    record = export_model(
-        made, out, tokenizer, verb="branches", base=identity, keep={}, settings=settings, measured={},
-        losses=before.compare(made),
-    )  # fmt: skip
-    emit(as_json, record, lambda: f"an MoE of {len(folders)} branches, written to {out}")
+    options = growing.BranchOptions(named_files(branch), named_files(text), moe_layers, top_k, named_files(measure))
+    record = growing.branches(seed, out, options)
+    emit(as_json, record, lambda: f"an MoE of {len(options.branches)} branches, written to {out}")

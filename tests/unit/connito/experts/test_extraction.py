@@ -12,7 +12,7 @@ import torch
 from connito.base.loading import load_tokenizer
 from connito.data.manifest import build_manifest
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.experts.export import export_model, to_dense, verify_export
+from connito.experts.export import ModelSource, export_model, to_dense, verify_export
 from connito.experts.extraction import equalise, extract_domain, ranking
 from connito.experts.prune import loss, masked, progressive, prune
 from connito.moe.statistics import collect
@@ -73,11 +73,11 @@ def exported(full: Any, tiny: Path, tmp_path: Path, logits: Any) -> Any:
     with masked(full, KEEP):
         seen = logits(full)
     out = tmp_path / "small"
-    export_model(
-        prune(full, KEEP), out, load_tokenizer(tiny), verb="prune",
-        base={"name": "tiny", "manifest": build_manifest(tiny, "tiny").digest},
+    source = ModelSource(
+        "prune", {"name": "tiny", "manifest": build_manifest(tiny, "tiny").digest},
         keep=KEEP, settings={"method": "naee"}, measured={"full": 1.0, "pruned": 1.1}, license="CC0-1.0",
     )  # fmt: skip
+    export_model(prune(full, KEEP), out, load_tokenizer(tiny), source)
     return out, seen
 
 
@@ -124,13 +124,12 @@ def test_a_record_that_names_other_experts_than_are_inside_is_noticed(exported: 
 
 def test_uneven_layers_and_full_folders_are_refused(full: Any, tiny: Path, tmp_path: Path) -> None:
     uneven = {2: [0], 3: [0, 1]}
-    options = {"verb": "prune", "base": {}, "settings": {}, "measured": {}}
     with pytest.raises(Invalid, match="equalise"):
-        export_model(prune(full, uneven), tmp_path / "out", load_tokenizer(tiny), keep=uneven, **options)
+        export_model(prune(full, uneven), tmp_path / "out", load_tokenizer(tiny), ModelSource("prune", {}, uneven))
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(Invalid, match="not empty"):
-        export_model(full, tmp_path / "out", load_tokenizer(tiny), keep={}, **options)
+        export_model(full, tmp_path / "out", load_tokenizer(tiny), ModelSource("prune", {}))
 
 
 def test_one_expert_a_layer_becomes_a_dense_llama_of_the_same_function(
@@ -141,8 +140,8 @@ def test_one_expert_a_layer_becomes_a_dense_llama_of_the_same_function(
     dense = to_dense(full)
     torch.testing.assert_close(logits(dense), seen, rtol=1e-4, atol=1e-4)
     out = tmp_path / "dense"
-    export_model(dense, out, load_tokenizer(tiny), verb="prune", base={"name": "tiny", "manifest": "m"}, keep={},
-                 settings={"dense": True}, measured={})  # fmt: skip
+    source = ModelSource("prune", {"name": "tiny", "manifest": "m"}, settings={"dense": True})
+    export_model(dense, out, load_tokenizer(tiny), source)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert model.config.model_type == "llama"
     torch.testing.assert_close(logits(model), seen, rtol=1e-4, atol=1e-4)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from connito.base.loading import load_full
-from connito.cli.library import shelf as verbs
+from connito.cli.library import app
 from connito.data.manifest import build_manifest
 from connito.experts.compose import Part, layers_of, state_of
 from connito.library.artifact import ExpertHeader, tensor_sizes, write_expert
@@ -26,9 +25,6 @@ __all__ = ["base", "full", "one_thread", "parts", "sequences", "tiny"]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    app = typer.Typer()
-    verbs.register(app)
-
     def invoke(*arguments: object) -> Any:
         result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
         if result.exception is not None and not isinstance(result.exception, SystemExit):

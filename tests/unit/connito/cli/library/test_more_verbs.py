@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from connito.base.loading import load_full
 from connito.base.tiny import tiny_texts
-from connito.cli.library import browse
-from connito.cli.library import shelf as verbs
+from connito.client import Client
+from connito.curation import example
+from connito.curation.holdings import Holdings
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.compose import base_rows, read_part
 from connito.experts.flex import load_addition
@@ -24,24 +24,10 @@ from connito.library.hits import Hit
 from connito.library.shelf import Shelf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from tests.support.models import Sequences
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def listing() -> Any:
-    app = typer.Typer()
-    app.command("list")(browse.list_)
-    app.command("show")(browse.show)
-
-    def invoke(*arguments: Any) -> Any:
-        result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
-        return json.loads(result.stdout)
-
-    return invoke
 
 
 @pytest.fixture
@@ -53,13 +39,13 @@ def texts(tmp_path: Path) -> Any:
     return made
 
 
-def test_list_show_and_ledger_need_no_platform(run: Any, listing: Any, stocked: Any, tmp_path: Path) -> None:
+def test_list_show_and_ledger_need_no_platform(run: Any, stocked: Any, tmp_path: Path) -> None:
     shelf, ids = stocked
     nowhere = tmp_path / "nowhere"
-    rows = listing("list", "--shelf", shelf, "--data-dir", nowhere)["experts"]
+    rows = run("list", "--shelf", shelf, "--data-dir", nowhere)["experts"]
     assert [row["expert_id"] for row in rows] == list(ids.values())
-    assert listing("show", ids["poems"], "--shelf", shelf)["record"]["domain"] == "poems"
-    assert listing("show", shelf / "experts" / ids["poems"])["expert_id"] == ids["poems"]
+    assert run("show", ids["poems"], "--shelf", shelf)["record"]["domain"] == "poems"
+    assert run("show", shelf / "experts" / ids["poems"])["expert_id"] == ids["poems"]
     run("export", ids["poems"], "--out", tmp_path / "a", "--shelf", shelf)
     run("export", ids["poems"], "--out", tmp_path / "b", "--shelf", shelf)
     ledger = run("ledger", ids["poems"], "--shelf", shelf)
@@ -161,7 +147,7 @@ def test_additions_are_grown_joined_in_any_order_and_left_out(run: Any, tiny: Pa
 
 @pytest.mark.parametrize("method", ["zeros", "low-rank"])
 def test_thinned_models_load_and_are_library_records(
-    run: Any, listing: Any, stocked: Any, tiny: Path, tmp_path: Path, texts: Any, method: Any
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, texts: Any, method: Any
 ) -> None:
     shelf, ids = stocked
     out = tmp_path / "thin"
@@ -173,7 +159,7 @@ def test_thinned_models_load_and_are_library_records(
     assert AutoModelForCausalLM.from_pretrained(out).config.num_experts == 8
     assert (out / "factors.safetensors").is_file() == (method == "low-rank")
     name = run("deposit", out, "--shelf", shelf)["expert_id"]
-    assert listing("show", name, "--shelf", shelf)["record"]["license"] == "CC-BY-4.0"
+    assert run("show", name, "--shelf", shelf)["record"]["license"] == "CC-BY-4.0"
     assert run("search", "prune", "--shelf", shelf)["experts"][0]["expert_id"] == name
     assert run("verify", name, "--shelf", shelf)["verified"]
     copied = run("export", name, "--out", tmp_path / "home", "--shelf", shelf)
@@ -217,15 +203,13 @@ def test_by_example_a_long_shelf_is_first_cut_down_by_signatures(
     monkeypatch: pytest.MonkeyPatch, run: Any, stocked: Any, tiny: Path, texts: Any
 ) -> None:
     shelf, ids = stocked
-    monkeypatch.setattr(verbs, "CONSIDERED", 2)
+    monkeypatch.setattr(example, "CONSIDERED", 2)
     found = run("search", "--like", texts["recipes"], "--base", tiny, "--shelf", shelf)["experts"]
     assert len(found) == 2
     assert Shelf(shelf).get(ids["recipes"])
 
 
-def test_what_is_not_there_is_said_without_a_traceback(
-    run: Any, listing: Any, stocked: Any, tmp_path: Path, texts: Any
-) -> None:
+def test_what_is_not_there_is_said_without_a_traceback(run: Any, stocked: Any, tmp_path: Path, texts: Any) -> None:
     _, ids = stocked
     with pytest.raises(NotFound, match="not a checkpoint"):
         run("skip", "--base", tmp_path / "nowhere", "--data", texts["recipes"])
@@ -238,7 +222,9 @@ def test_what_the_platform_says_now_outweighs_the_shelfs_copy(
 ) -> None:
     shelf, ids = stocked
     said = Hit(ids["logs"], "logs", "CC0-1.0", 0.5, 1.0, Standing("deprecated", "a better one is there"), {})
-    monkeypatch.setattr(verbs, "_served", lambda *_: [said])
+    client = Client()
+    monkeypatch.setattr(client.library, "search", lambda text, **_: [said])
+    monkeypatch.setattr(Holdings, "platform", lambda self: client)
     monkeypatch.setenv("CONNITO_SHELF", str(shelf))
     (found,) = run("search", "--domain", "logs")["experts"]
     assert (found["expert_id"], found["status"]) == (ids["logs"], "deprecated")

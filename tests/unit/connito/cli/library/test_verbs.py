@@ -11,9 +11,9 @@ import pytest
 import torch
 from connito.base.loading import load_full
 from connito.base.tiny import tiny_texts
-from connito.cli.library import experts
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.library.record import encode
+from connito.library.shelf import Shelf
 from connito.moe.rows import fingerprint
 from transformers import AutoModelForCausalLM
 
@@ -103,7 +103,7 @@ def test_terms_and_standings_are_checked_and_use_is_metered(run: Any, stocked: A
     run("mark", "corpus-poems", "opted-out", "--reason", "asked", "--shelf", shelf)
     with pytest.raises(Invalid, match="opted out"):
         run("compose", ids["poems"], ids["recipes"], "--base", tiny, "--out", tmp_path / "no", "--shelf", shelf)
-    with experts.open_shelf(shelf, None).index() as index:
+    with Shelf(shelf).index() as index:
         assert index.usage(ids["logs"]) == {"export": 1}
     with pytest.raises(NotFound):
         run("export", "nobody-1", "--out", tmp_path / "none", "--shelf", shelf, "--data-dir", tmp_path / "nowhere")

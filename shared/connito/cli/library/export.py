@@ -1,0 +1,59 @@
+"""`connito library`: export and verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from connito.cli.library.options import (
+    AcceptOption,
+    AsOption,
+    CommercialFlag,
+    OrganisationOption,
+    OutOption,
+    ShelfOption,
+    YankedFlag,
+    agreement,
+    holdings,
+    obligations,
+)
+from connito.cli.output import DataDirOption, JsonFlag, emit
+
+
+def export(
+    expert: Annotated[str, typer.Argument(help="Expert id or folder.")],
+    out: OutOption,
+    base: Annotated[Path | None, typer.Option(help="Write the whole model with the expert in it.")] = None,
+    who: AsOption = "",
+    organisation: OrganisationOption = None,
+    accept_license: AcceptOption = None,
+    commercial: CommercialFlag = False,
+    redistribute: Annotated[bool, typer.Option("--redistribute", help="It will be passed on to others.")] = False,
+    allow_yanked: YankedFlag = False,
+    shelf: ShelfOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Take an expert home: file, record and card; with --base, a whole checkpoint that transformers loads."""
+    from connito.curation import exchange
+
+    agreed = agreement(accept_license, commercial, redistribute, allow_yanked)
+    done = exchange.export(expert, out, base, agreed, holdings(shelf, data_dir, who, organisation))
+    emit(as_json, done.document, lambda: "\n".join([f"written to {out}", *obligations(done.permission)]))
+
+
+def verify(
+    target: Annotated[str, typer.Argument(help="Expert id, folder of an expert, or folder of an exported model.")],
+    base: Annotated[Path | None, typer.Option(help="Compare with, or recompute on, this base.")] = None,
+    roster: Annotated[Path | None, typer.Option(help="The operator's roster, to check signers against.")] = None,
+    shelf: ShelfOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check an expert or an exported model offline: digests, signatures; with --base, recompute a composition."""
+    from connito.curation import exchange
+
+    checked = exchange.verify(target, base, roster, holdings(shelf, data_dir))
+    emit(as_json, {"target": target, "verified": checked}, lambda: "\n".join(f"ok  {what}" for what in checked))

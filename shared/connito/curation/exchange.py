@@ -1,0 +1,119 @@
+"""`connito.library`: export an expert, and verify one that came from elsewhere. Needs torch with a base."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from connito.curation.holdings import Agreement, Expert, Holdings, read_folder
+from connito.errors import Invalid
+from connito.library.artifact import EXPERT_FILE
+from connito.library.attestation import ATTESTATION_FILE, check_attestation
+from connito.library.governance import Permission
+from connito.library.shelf import check_expert
+from connito.wire.roster import Roster
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, as `connito library export --json` prints it, and what the licence obliges to."""
+
+    document: dict[str, Any]
+    permission: Permission
+
+
+def export(
+    expert: str | Path,
+    out: Path,
+    base: Path | None = None,
+    agreement: Agreement | None = None,
+    library: Holdings | None = None,
+) -> Exported:
+    """Copy an expert's file, record and card to the new folder `out`; with `base`, write the whole model with it in."""
+    library = library or Holdings()
+    found = library.find(str(expert))
+    permission = library.permit([found], "export", agreement or Agreement())
+    document = _export_whole(found, base, out) if base is not None else _copy(found, out)
+    library.meter([found[1]], "export")
+    document = {**document, "license": permission.license, "attribution": permission.attribution}
+    return Exported(document, permission)
+
+
+def verify(
+    target: str | Path, base: Path | None = None, roster: Path | None = None, library: Holdings | None = None
+) -> list[str]:
+    """Check an expert or an exported model offline, and return what was checked: digests, signatures; with `base`, a
+    composition is recomputed. Raises `VerificationFailed`."""
+    library = library or Holdings()
+    folder = Path(target) if Path(target).is_dir() else library.find(str(target))[0]
+    if not (folder / EXPERT_FILE).is_file():
+        return _verify_model(folder, base, library)
+    _, record = read_folder(folder)
+    check_expert(folder / EXPERT_FILE, record)
+    done = ["the file is the one its record describes: digest, base, domain, rows"]
+    if base is not None:
+        done.append(_verify_on((folder, record), base, library))
+    if (folder / ATTESTATION_FILE).is_file():
+        done += check_attestation(folder, None if roster is None else Roster.load(roster))
+    elif not record.get("derived"):
+        done.append("nobody's signature came with it: it was not exported from a platform's library")
+    return done
+
+
+def _verify_model(folder: Path, base: Path | None, library: Holdings) -> list[str]:
+    from connito.experts.export import verify_export, verify_insertion
+
+    record = verify_export(folder, base)
+    done = [f"{len(record['files'])} files have their recorded digests"]
+    if base is not None and record["verb"] == "export" and "derived" in record:
+        names = [parent["expert_id"] for parent in record["derived"]["parents"]]
+        verify_insertion(folder, base, [library.find(name)[0] for name in names])
+        return [*done, f"every tensor is the base's own, or that of {', '.join(names)}"]
+    return [*done, "every tensor is the base's own"] if base is not None and not record["parents"] else done
+
+
+def _verify_on(expert: Expert, base: Path, library: Holdings) -> str:
+    from connito.base.loading import load_full
+    from connito.experts.assemble import verify_composition
+    from connito.experts.load import load_expert
+
+    folder, record = expert
+    model, parents = load_full(base), record.get("derived", {}).get("parents", [])
+    if parents:
+        verify_composition(model, folder, [library.find(parent["expert_id"]) for parent in parents])
+        return f"recomputed from its {len(parents)} parents, bit for bit"
+    loaded = load_expert(model, folder)
+    loaded.remove()
+    return f"in the base it changes {len(loaded.changed)} rows and nothing else, and leaves no trace when removed"
+
+
+def _export_whole(expert: Expert, base: Path, out: Path) -> dict[str, Any]:
+    from connito.base.loading import load_full, load_tokenizer
+    from connito.data.manifest import build_manifest
+    from connito.experts.export import ModelSource, export_model
+    from connito.experts.load import load_expert
+
+    folder, record = expert
+    model, manifest = load_full(base), build_manifest(base)
+    load_expert(model, folder)
+    source = ModelSource(
+        "export", {"name": manifest.name, "manifest": manifest.digest}, parents=[record],
+        license=str(record.get("license", "")), domain=str(record["domain"]), losses=record.get("losses", []),
+        created=str(record["created"]),
+    )  # fmt: skip
+    return export_model(model, out, load_tokenizer(base), source)
+
+
+def _copy(expert: Expert, out: Path) -> dict[str, Any]:
+    folder, record = expert
+    if out.exists() and any(out.iterdir()):
+        raise Invalid(f"{out} is not empty: choose another folder")
+    if (folder / EXPERT_FILE).is_file():
+        check_expert(folder / EXPERT_FILE, record)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, out / path.name)
+    return {"expert_id": record["expert_id"], "digest": record["expert"]["digest"], "folder": str(out)}

@@ -1,0 +1,134 @@
+"""The experts within reach: on a shelf, in the library of the running platform, or in a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from connito.client import Client
+from connito.errors import Invalid, NotFound, Retry
+from connito.library.artifact import EXPERT_FILE, MODEL_FILE, RECORD_FILE
+from connito.library.governance import Permission, Use, Viewer, check_use
+from connito.library.shelf import Shelf
+from connito.platform.datadir import default_data_dir
+from connito.platform.session import Session
+
+Expert = tuple[Path, dict[str, Any]]  # folder, record
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the user agrees to and intends: licences outside the table that are `accepted`, and what the result is for."""
+
+    accepted: Sequence[str] = ()
+    commercial: bool = False
+    redistribute: bool = False
+    allow_yanked: bool = False
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Where experts are looked up, and for whom.
+
+    shelf: folder of a local library, which then is the only one; by default CONNITO_SHELF, or `shelf/` in the data
+    directory, together with the library of the platform that runs in `data_dir` or that CONNITO_NATS_URL names.
+    """
+
+    shelf: Path | None = None
+    data_dir: Path | None = None
+    viewer: Viewer = field(default_factory=Viewer)
+
+    def open_shelf(self, *, make: bool = False) -> Shelf:
+        """Return the local library. `NotFound` for a folder that was named and is not there, unless to `make` it."""
+        given = os.environ.get("CONNITO_SHELF")
+        if self.shelf is not None and not make and not self.shelf.is_dir():
+            raise NotFound(f"there is no shelf at {self.shelf}; put an expert there with `connito library deposit`")
+        beside = Path(given) if given and self.data_dir is None else (self.data_dir or default_data_dir()) / "shelf"
+        return Shelf(self.shelf or beside)
+
+    def platform(self) -> Client | None:
+        """Return a client of the platform's library; None where none runs or a shelf was named."""
+        if self.shelf is not None:
+            return None
+        try:
+            client = Client.local(self.data_dir)
+            client.library.reach()
+        except (NotFound, Retry):
+            return None
+        return client
+
+    def find(self, name: str) -> Expert:
+        """Return an expert by folder, or by id: from the shelf, else fetched from the platform onto it."""
+        if Path(name).is_dir():
+            return read_folder(Path(name))
+        local = self.open_shelf()
+        try:
+            return local.get(name)
+        except NotFound as error:
+            try:
+                self._fetch(name, local)
+            except NotFound:
+                raise error from None
+            return local.get(name)
+
+    def permit(self, experts: Sequence[Expert], verb: str, agreement: Agreement) -> Permission:
+        """Check a use against what shelf and platform say of these experts. Raises `Invalid`."""
+        names = [str(record["expert_id"]) for _, record in experts]
+        with self.open_shelf().index() as index:
+            standings = {name: index.standing(name) for name in names}
+        if (client := self.platform()) is not None:
+            with client:
+                for name in names:
+                    with suppress(NotFound):
+                        said = client.library.standing(name)
+                        standings[name] = said if said.status != "good" else standings[name]
+        use = Use(verb, agreement.commercial, agreement.redistribute, frozenset(agreement.accepted))
+        records = [record for _, record in experts]
+        return check_use(records, use, standings=standings, viewer=self.viewer, allow_yanked=agreement.allow_yanked)
+
+    def meter(self, records: Sequence[Mapping[str, Any]], verb: str) -> None:
+        """Write one use of each expert down: on the shelf, and in the log of the platform that knows the expert."""
+        local, client = self.open_shelf(), self.platform()
+        for record in records:
+            name = str(record["expert_id"])
+            local.meter(name, verb, self.viewer.name, now_ms())
+            if client is not None:
+                with suppress(NotFound):
+                    client.library.meter(name, verb)
+        if client is not None:
+            client.close()
+
+    def _fetch(self, name: str, local: Shelf) -> None:
+        """Mirror one expert of the platform's library. `NotFound` when none runs here or it has no such expert."""
+        session = Session.open(self.data_dir, role="customer")
+        with Client.local(self.data_dir) as client:
+            summary, record = client.library.show(name)
+            attestation = client.library.attestation(name)
+        file = asyncio.run(session.store().fetch(summary.expert))
+        local.deposit(file, record, summary.deposited_at_unix_ms, attestation or None)
+
+
+def read_folder(path: Path) -> Expert:
+    """Return an export's folder and record. Raises `NotFound` and `Invalid`."""
+    held = (path / EXPERT_FILE).is_file() or (path / MODEL_FILE).is_file()
+    if not held or not (path / RECORD_FILE).is_file():
+        raise NotFound(
+            f"{path} holds no expert: it needs {EXPERT_FILE} and {RECORD_FILE}, as `library export` writes them"
+        )
+    try:
+        record: dict[str, Any] = json.loads((path / RECORD_FILE).read_bytes())
+    except ValueError as error:
+        raise Invalid(f"{path / RECORD_FILE} is not a record: {error}") from error
+    return path, record
+
+
+def now_ms() -> int:
+    """Return milliseconds since 1970."""
+    return int(time.time() * 1000)

@@ -1,0 +1,194 @@
+"""`connito.library`: prune, extract and skip: experts left out, made smaller, or skipped as they run. Needs torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.base.loading import load_full, load_tokenizer
+from connito.curation.holdings import Agreement, Holdings
+from connito.curation.texts import cut_by_domain, cut_sequences, digests, halves, now_iso
+from connito.data.manifest import build_manifest
+from connito.errors import Invalid
+from connito.experts import prune as pruning
+from connito.experts.export import ModelSource, export_model, to_dense
+from connito.experts.extraction import equalise, extract_domain, ranking
+from connito.experts.load import load_expert
+from connito.experts.lowrank import low_rank, sparsify
+from connito.experts.measure import Before
+from connito.moe.layout import require_moe_layers
+from connito.moe.statistics import collect
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+WITHOUT_BUDGET = ("task", "zeros", "low-rank")
+
+
+@dataclass(frozen=True)
+class ShrinkSource:
+    """What is made smaller: a base with the experts `within` put in; `data`: text that decides and measures, of `domain`
+    (the experts', else the first file's name, if left out); `measure`: text of other domains to measure on."""
+
+    base: Path
+    data: Sequence[Path]
+    domain: str = ""
+    within: Sequence[str | Path] = ()
+    measure: Mapping[str, Path] = field(default_factory=dict)
+    agreement: Agreement = field(default_factory=Agreement)
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """naee, router-weighted and moe-i2 under `max_experts` or `max_bytes`; task, to one expert a layer, which `dense`
+    writes as a dense model; zeros and low-rank keep every expert and a `share` of its numbers."""
+
+    method: str = "naee"
+    max_experts: int = 0
+    max_bytes: int = 0
+    dense: bool = False
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """`margin`: nats per token that the domain's loss may rise by; `per_layer`: exactly so many experts, 0: the fewest
+    within the margin; `accept_loss`: write it even if it loses more."""
+
+    margin: float = 0.02
+    per_layer: int = 0
+    accept_loss: bool = False
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """β by layer, the share of slots that is skipped, and nats per token without and with it."""
+
+    betas: dict[int, float]
+    share: float
+    full: float
+    loss: float
+
+
+def prune(
+    source: ShrinkSource, out: Path, options: PruneOptions | None = None, library: Holdings | None = None
+) -> dict[str, Any]:
+    """Leave experts out under a budget; writes a checkpoint that transformers loads, and returns its record."""
+    options = options or PruneOptions()
+    if not (options.max_experts or options.max_bytes or options.method in WITHOUT_BUDGET):
+        raise Invalid("how small? give --max-experts or --max-bytes")
+    loaded = _load(source, library or Holdings())
+    return _thin(loaded, out, options) if options.method in ("zeros", "low-rank") else _prune(loaded, out, options)
+
+
+def extract(
+    source: ShrinkSource, out: Path, options: ExtractOptions | None = None, library: Holdings | None = None
+) -> dict[str, Any]:
+    """Extract the smallest set of experts that speaks a domain, with its measured loss; returns the record."""
+    options = options or ExtractOptions()
+    loaded = _load(source, library or Holdings())
+    found = extract_domain(loaded.model, loaded.text, loaded.held_out, **vars(options))
+    settings = {
+        "margin": options.margin, "per_layer": options.per_layer, "tried": found.tried, "data": digests(source.data),
+    }  # fmt: skip
+    measured = {"full": found.full_loss, "pruned": found.loss}
+    return _export(loaded, out, ModelSource("extract", {}, found.keep, settings, measured))
+
+
+def skip(base: Path, data: Sequence[Path], beta: float | None = None) -> Skipping:
+    """Skip light experts at inference (NAEE): those below `beta` of a token's largest gate weight, calibrated by layer
+    without one. Returns what is skipped and what it costs."""
+    model, tokenizer = load_full(base), load_tokenizer(base)
+    text, held_out = halves(cut_sequences(tokenizer, data))
+    found = pruning.skip_thresholds(model, text[:, :-1])
+    betas = found if beta is None else dict.fromkeys(found, beta)
+    full = pruning.loss(model, held_out)
+    with pruning.skipping(model, betas) as skipped:
+        loss = pruning.loss(model, held_out)
+    return Skipping(dict(betas), skipped.share, full, loss)
+
+
+@dataclass
+class _Loaded:
+    """The model with the experts in it, the texts that decide and measure, and the losses before."""
+
+    source: ShrinkSource
+    model: Any
+    tokenizer: Any
+    text: npt.NDArray[Any]
+    held_out: npt.NDArray[Any]
+    domain: str
+    parents: list[dict[str, Any]]
+    license: str
+    before: Before
+
+
+def _load(source: ShrinkSource, library: Holdings) -> _Loaded:
+    model, tokenizer = load_full(source.base), load_tokenizer(source.base)
+    found = [library.find(str(name)) for name in source.within]
+    license_ = library.permit(found, "prune", source.agreement).license if found else ""
+    for folder, _ in found:
+        load_expert(model, folder)
+    parents = [record for _, record in found]
+    name = source.domain or "+".join(sorted({str(record["domain"]) for record in parents})) or source.data[0].stem
+    text, held_out = halves(cut_sequences(tokenizer, source.data))
+    before = Before.of(model, {name: held_out, **cut_by_domain(tokenizer, source.measure)})
+    library.meter(parents, "prune")
+    return _Loaded(source, model, tokenizer, text, held_out, name, parents, license_, before)
+
+
+def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
+    model, budget = loaded.model, {"max_experts": options.max_experts, "max_bytes": options.max_bytes}
+    settings: dict[str, Any] = {"method": options.method, **budget, "data": digests(loaded.source.data)}
+    if options.method == "task":
+        keep, settings["history"] = pruning.progressive(copy.deepcopy(model), loaded.text)
+    else:
+        chosen = pruning.choose(model, loaded.text, options.method, **budget)
+        keep, padding = equalise(chosen, ranking(collect(model, loaded.text[:, :-1])))
+        settings["padding"] = {str(index): experts for index, experts in padding.items() if experts}
+    measured = {"full": pruning.loss(model, loaded.held_out)}
+    with pruning.masked(model, keep):
+        measured["pruned"] = pruning.loss(model, loaded.held_out)
+    return _export(loaded, out, ModelSource("prune", {}, keep, settings, measured), dense=options.dense)
+
+
+def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
+    """Make every expert smaller; all of them stay."""
+    model, extra = loaded.model, dict[str, Mapping[str, "torch.Tensor"]]()
+    measured = {"full": pruning.loss(model, loaded.held_out)}
+    method, share, text = options.method, options.share, loaded.text[:, :-1]
+    settings: dict[str, Any] = {"method": method, "share": share, "data": digests(loaded.source.data), "tuned": True}
+    if method == "zeros":
+        settings["zeros"] = {str(i): zeros for i, zeros in sparsify(model, text, 1 - share).items()}
+    else:
+        extra["factors.safetensors"], ranks = low_rank(model, text, share)
+        settings["ranks"] = {str(index): chosen for index, chosen in ranks.items()}
+    measured["pruned"] = pruning.loss(model, loaded.held_out)
+    keep = {index: list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
+    return _export(loaded, out, ModelSource("prune", {}, keep, settings, measured), extra)
+
+
+def _export(
+    loaded: _Loaded,
+    out: Path,
+    source: ModelSource,
+    extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    *,
+    dense: bool = False,
+) -> dict[str, Any]:
+    """Write what `source.keep` leaves of the model; everything else that the record says follows from `loaded`."""
+    manifest = build_manifest(loaded.source.base)
+    total = sum(layer.num_experts for layer in require_moe_layers(loaded.model).values())
+    model: Any = pruning.prune(loaded.model, source.keep)
+    if dense:
+        settings = {**source.settings, "dense": True, "experts": source.keep}
+        model, source = to_dense(model), replace(source, settings=settings, keep={})
+    source = replace(
+        source, base={"name": manifest.name, "manifest": manifest.digest}, losses=loaded.before.compare(model),
+        domain=loaded.domain, total=total, parents=loaded.parents, license=loaded.license, created=now_iso(),
+    )  # fmt: skip
+    return export_model(model, out, loaded.tokenizer, source, extra)

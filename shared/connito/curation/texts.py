@@ -1,0 +1,51 @@
+"""Text files as sequences to decide and measure on."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from connito.errors import Invalid, NotFound
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+LENGTH = 128
+
+
+def cut_sequences(tokenizer: Any, texts: Sequence[Path]) -> npt.NDArray[Any]:
+    """Return the texts in a row as int32 [n, LENGTH + 1], or shorter where there is little text."""
+    ids: list[int] = []
+    for path in texts:
+        if not path.is_file():
+            raise NotFound(f"there is no file {path}")
+        ids += [*tokenizer(path.read_text(errors="replace"), verbose=False).input_ids, tokenizer.eos_token_id]
+    length = min(LENGTH + 1, len(ids) // 2)
+    if length < 8:
+        raise Invalid(f"{', '.join(map(str, texts))} hold {len(ids)} tokens, too few to measure on: give more text")
+    return np.asarray(ids[: len(ids) // length * length], dtype=np.int32).reshape(-1, length)
+
+
+def cut_by_domain(tokenizer: Any, texts: Mapping[str, Path]) -> dict[str, npt.NDArray[Any]]:
+    """Return `cut_sequences` of each domain's file."""
+    return {name: cut_sequences(tokenizer, [path]) for name, path in texts.items()}
+
+
+def halves(sequences: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return every other sequence to decide on, and the rest to measure on."""
+    return sequences[::2], sequences[1::2]
+
+
+def digests(paths: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file."""
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def now_iso() -> str:
+    """Return the time as records have it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
