@@ -1,4 +1,4 @@
-"""`python -m services.console`: shows every run on a web page."""
+"""`python -m services.console`: show every run on a web page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from connito.errors import Fatal
-from connito.runtime.tasks import end_tasks
+from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 
 from .settings import ConsoleSettings
@@ -48,21 +48,19 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     )  # fmt: skip
     listener, server = _listen(settings.console_host, settings.console_port), Server(config)
     context.announce_port("console", listener.getsockname()[1])
-    following, serving = asyncio.create_task(feed.follow()), asyncio.create_task(server.serve([listener]))
-    waiting = [asyncio.create_task(context.stop.wait()), asyncio.create_task(feed.caught_up.wait())]
     try:
-        await asyncio.wait((following, serving, *waiting), return_when=asyncio.FIRST_COMPLETED)
-        if feed.caught_up.is_set():
-            context.ready()
-        await asyncio.wait((following, serving, waiting[0]), return_when=asyncio.FIRST_COMPLETED)
-        for task in (following, serving):
-            if task.done():
-                task.result()
+        async with Lifecycle(context.stop) as life:
+            life.start(feed.follow())
+            serving = life.start(server.serve([listener]))
+            try:
+                if await life.finishes(feed.caught_up.wait()):
+                    context.ready()
+                await life.over()
+            finally:
+                feed.close()
+                server.should_exit = True
+                await asyncio.wait((serving,), timeout=settings.drain_seconds)
     finally:
-        feed.close()
-        server.should_exit = True
-        await asyncio.wait((serving,), timeout=settings.drain_seconds)
-        await end_tasks((following, serving, *waiting))
         await figures.close()
         listener.close()
 

@@ -1,4 +1,4 @@
-"""Selecting the experts of a run: fetch, compute inside the machine's budget, publish."""
+"""Select the experts of a run: fetch, compute inside the machine's budget, publish."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ class Selector:
         fact = verify_fact(record, self._roster)
         assert isinstance(fact.message, run_pb2.RunCreated)
         logs.bind_run(fact.run)
-        if await self._settled(fact.run):
+        decision = handlers.decide(fact.message.spec, await self._standing(fact.run))
+        if isinstance(decision, handlers.Nothing):
+            self._log.info("nothing to select", because=decision.because)
             return
         try:
-            message = await self._select(fact.message.spec)
+            message = await self._select(decision.spec)
         except Invalid as error:
             failure = handlers.failed(fact.run, error)
             self._log.error("no selection is possible", error=failure.detail)
@@ -54,14 +56,10 @@ class Selector:
         await self._bus.publish_fact(fact.run, "run", 0, "selected", message)
         self._log.info("selected", experts=message.selected_experts, of=message.total_experts)
 
-    async def _settled(self, run: str) -> bool:
-        """Return whether the selection exists already or the run is over; forged messages on those subjects do not count."""
-        for kind in handlers.SETTLED:
-            record = await self._bus.last_record(subjects.fact(run, "run", 0, kind))
-            if record is not None and self._holds(record):
-                self._log.info("nothing to select", because=kind)
-                return True
-        return False
+    async def _standing(self, run: str) -> set[str]:
+        """Return which kinds of `SETTLED` the run has a fact of. Forged messages on those subjects do not count."""
+        records = {kind: await self._bus.last_record(subjects.fact(run, "run", 0, kind)) for kind in handlers.SETTLED}
+        return {kind for kind, record in records.items() if record is not None and self._holds(record)}
 
     def _holds(self, record: Record) -> bool:
         try:

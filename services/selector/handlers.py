@@ -1,6 +1,9 @@
-"""Facts of the selector about a run. Pure."""
+"""Decide what a created run still needs from the selector, and say what came of it: pure."""
 
 from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
 
 from connito.errors import Invalid
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
@@ -8,6 +11,25 @@ from connito.workloads.selecting import Chosen
 
 # Kinds of facts after which there is nothing left to select.
 SETTLED = ("selected", "selection_failed", "ended")
+
+
+@dataclass(frozen=True)
+class Select:
+    """Choose the run's target experts."""
+
+    spec: run_pb2.RunSpec
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """There is nothing to do, because of this kind of fact."""
+
+    because: str
+
+
+def decide(spec: run_pb2.RunSpec, standing: Container[str]) -> Select | Nothing:
+    """Return what is missing. `standing` are those kinds of `SETTLED` that the run has a fact of."""
+    return next((Nothing(kind) for kind in SETTLED if kind in standing), Select(spec))
 
 
 def made(
