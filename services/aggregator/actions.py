@@ -71,8 +71,7 @@ class Aggregator:
         facts = self._facts(run)
         evaluator = await self._evaluator(facts)
         opened = facts.window("train", max(facts.cycle, 1)).opened
-        assert facts.selection is not None
-        ref = facts.selection.initial_state if opened is None else opened.state
+        ref = facts.require_selection().initial_state if opened is None else opened.state
         state = await self._store.fetch(ref)
         async with self._budget.slot("gate"):
             await asyncio.to_thread(_measure_both, evaluator, ref.digest, state)
@@ -85,9 +84,7 @@ class Aggregator:
             return self.evaluators[facts.run]
 
     async def _load(self, facts: RunFacts) -> GateEvaluator:
-        spec, selection = facts.spec, facts.selection
-        assert spec is not None
-        assert selection is not None
+        spec, selection = facts.require_spec(), facts.require_selection()
         base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
         async with self._budget.slot("load"):
             return await asyncio.to_thread(GateEvaluator.load, spec, selection, base.files, holdouts)
@@ -96,8 +93,7 @@ class Aggregator:
         facts = self._facts(run)
         if facts.version(cycle) is not None:
             return
-        settled = facts.window("submit", cycle).settled
-        assert settled is not None
+        settled = facts.window("submit", cycle).require_settled()
         try:
             check_start(facts, cycle)
             check_settled(facts, cycle)
@@ -130,8 +126,7 @@ class Aggregator:
         self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]
     ) -> tuple[Files, Refusals]:
         """Fetch the files that a merge needs. A submission that is gone or damaged is left out with the reason."""
-        opened, previous = facts.window("train", cycle).opened, facts.version(cycle - 1)
-        assert opened is not None
+        opened, previous = facts.window("train", cycle).require_opened(), facts.version(cycle - 1)
         parent = await self._store.fetch(opened.state)
         momentum = None if previous is None else await self._store.fetch(previous.outer_state)
         states: dict[str, Path] = {}

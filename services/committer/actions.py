@@ -72,8 +72,7 @@ class Committer:
 
     async def _judge(self, fact: Fact) -> Write | None:
         facts = judging.known_run(self._state.runs.get(fact.run), fact.run)
-        assert facts.spec is not None
-        if self._state.said[fact.run].over(fact, facts.spec):
+        if self._state.said[fact.run].over(fact, facts.require_spec()):
             return self._over_quota(facts, fact)
         if isinstance(fact.message, cycle_pb2.Commitment):
             answer = judging.judge_commitment(facts, fact)
@@ -142,8 +141,7 @@ class Committer:
                 await self._check(facts, artifact)
 
     async def _settle(self, facts: RunFacts, window: str, cycle: int) -> None:
-        closed = facts.window(window, cycle).closed
-        assert closed is not None
+        closed = facts.window(window, cycle).require_closed()
         await self._handled_up_to(closed.last_sequence)
         # Everything inside has its answer in the log by now; wait for it to be in the facts as well.
         await self._state.refresh(self._bus, FACTS)

@@ -57,9 +57,7 @@ class ContentCheck:
         await end_tasks(self._verdicts.values())
 
     async def _examine(self, facts: RunFacts, artifact: ArtifactRef) -> Refusal | None:
-        selection, spec = facts.selection, facts.spec
-        assert selection is not None
-        assert spec is not None
+        selection, spec = facts.require_selection(), facts.require_spec()
         finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_UPLOADED, name=artifact.digest)
         missing = Refusal(reasons_pb2.REASON_ARTIFACT_MISSING, finding)
         try:

@@ -70,8 +70,7 @@ def window_of(fact: Fact) -> str:
 
 def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
     """Return the answer to a message beyond the policy's number: a refusal the first time, and then none any more."""
-    window, spec = window_of(fact), facts.spec
-    assert spec is not None
+    window, spec = window_of(fact), facts.require_spec()
     if not 1 <= fact.key.cycle <= spec.cycles:
         # Of a cycle that the run does not have there is no next one, and no end of numbers to be refused under.
         return None
@@ -138,8 +137,7 @@ def check_opening(
     if not fits:
         finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_OPENED, cycle=cycle)
         return Refusal(reasons_pb2.REASON_COMMITMENT_MISMATCH, finding)
-    opened = facts.window("train", cycle).opened
-    assert opened is not None, "a commitment stands in a cycle that was opened"
+    opened = facts.window("train", cycle).require_opened()
     if base_state_digest != opened.state.digest:
         kind, digest = cycle_pb2.FINDING_KIND_OTHER_BASE, opened.state.digest
         finding = Finding(kind=kind, expected=digest, name=base_state_digest, cycle=cycle)
@@ -151,8 +149,7 @@ def _check_ref(facts: RunFacts, cycle: int, artifact: ArtifactRef) -> Refusal | 
     if artifact.realm != REALM_SUBMISSION:
         finding = Finding(kind=cycle_pb2.FINDING_KIND_WRONG_REALM, cycle=cycle)
         return Refusal(reasons_pb2.REASON_MALFORMED, finding)
-    selection = facts.selection
-    assert selection is not None, "cycles are opened after the selection"
+    selection = facts.require_selection()
     expected = selection.initial_state.size
     if artifact.size > expected + SIZE_TOLERANCE:
         kind = cycle_pb2.FINDING_KIND_TOO_LARGE
@@ -184,10 +181,9 @@ def submission(facts: RunFacts, reveal: Fact) -> cycle_pb2.Submission:
     """Return the submission that will be scored if `reveal` is accepted."""
     cycle, miner, message = reveal.key.cycle, reveal.signer, reveal.message
     accepted = facts.commitment(cycle, miner)
-    opened = facts.window("train", cycle).opened
+    opened = facts.window("train", cycle).require_opened()
     assert isinstance(message, cycle_pb2.Reveal)
     assert accepted is not None
-    assert opened is not None
     return cycle_pb2.Submission(
         miner=miner,
         artifact=message.artifact,
@@ -200,8 +196,7 @@ def submission(facts: RunFacts, reveal: Fact) -> cycle_pb2.Submission:
 
 def late_reveal(facts: RunFacts, cycle: int) -> Refusal:
     """Return the refusal of a good reveal that missed its window."""
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     last = cycle >= spec.cycles
     kind = cycle_pb2.FINDING_KIND_SUBMIT_CLOSED_FOR_GOOD if last else cycle_pb2.FINDING_KIND_SUBMIT_CLOSED
     return Refusal(reasons_pb2.REASON_LATE_REVEAL, Finding(kind=kind, cycle=cycle))

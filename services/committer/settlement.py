@@ -58,13 +58,12 @@ def settle(facts: RunFacts, reveals: Mapping[int, Fact], window: str, cycle: int
 
 
 def _settle_commit(facts: RunFacts, cycle: int) -> list[Write]:
-    closed = _closed(facts, "commit", cycle)
+    closed = facts.window("commit", cycle).require_closed()
     writes: list[Write] = []
     committed: list[str] = []
     out = bans.at_close(facts, "commit", cycle)
-    for miner in facts.commitments(cycle):
-        accepted = facts.commitment(cycle, miner)
-        assert accepted is not None
+    for miner, fact in facts.commitments(cycle).items():
+        accepted = fact.message
         if miner in out:
             writes.append(_late("commit", facts, cycle, miner, accepted.ingress_sequence, out[miner]))
         elif accepted.ingress_sequence <= closed.last_sequence:
@@ -78,7 +77,7 @@ def _settle_commit(facts: RunFacts, cycle: int) -> list[Write]:
 
 
 def _settle_submit(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> list[Write]:
-    closed = _closed(facts, "submit", cycle)
+    closed = facts.window("submit", cycle).require_closed()
     writes: list[Write] = []
     inside: dict[str, cycle_pb2.Submission] = {}
     out = bans.at_close(facts, "submit", cycle)
@@ -116,7 +115,7 @@ def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> di
     """
     if cycle == 1:
         return {}
-    after, until = (_closed(facts, "submit", c).last_sequence for c in (cycle - 1, cycle))
+    after, until = (facts.window("submit", c).require_closed().last_sequence for c in (cycle - 1, cycle))
     rolled: dict[str, cycle_pb2.Submission] = {}
     for origin in range(1, cycle):
         for fact in facts.window("submit", origin).refused.values():
@@ -131,8 +130,7 @@ def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> di
 
 def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
     """Yield refusals for miners whose commitment stands and who never revealed it."""
-    committed = facts.window("commit", cycle).settled
-    assert committed is not None, "a submit window opens after the commitments are settled"
+    committed = facts.window("commit", cycle).require_settled()
     out = bans.at_close(facts, "submit", cycle)
     spoke = {
         fact.message.miner
@@ -154,9 +152,3 @@ def _settled(
     facts: RunFacts, cycle: int, window: cycle_pb2.Window.ValueType, last_sequence: int
 ) -> cycle_pb2.WindowSettled:
     return cycle_pb2.WindowSettled(run=facts.run, cycle=cycle, window=window, last_sequence=last_sequence)
-
-
-def _closed(facts: RunFacts, window: str, cycle: int) -> cycle_pb2.WindowClosed:
-    closed = facts.window(window, cycle).closed
-    assert closed is not None
-    return closed

@@ -8,7 +8,7 @@ from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import detail_of
-from connito.wire.facts import RunFacts
+from connito.wire.facts import Fact, RunFacts
 
 from . import words
 from .views import name
@@ -57,24 +57,17 @@ def lineage(facts: RunFacts) -> list[Version]:
     ]  # fmt: skip
     known = {0: state}
     for cycle in facts.cycles():
-        published = facts.version(cycle)
-        if published is not None:
-            versions.append(_version(facts, cycle, published, known))
-            known[published.version] = published.state
+        fact = facts.version_fact(cycle)
+        if fact is not None:
+            versions.append(_version(facts, cycle, fact, known))
+            known[fact.message.version] = fact.message.state
     return versions
 
 
-def latest_version(facts: RunFacts) -> cycle_pb2.VersionPublished | None:
-    """Return the newest version that a cycle published; None before the first."""
-    published = [version for cycle in facts.cycles() if (version := facts.version(cycle)) is not None]
-    return published[-1] if published else None
-
-
 def _version(
-    facts: RunFacts, cycle: int, published: cycle_pb2.VersionPublished, known: dict[int, ArtifactRef]
+    facts: RunFacts, cycle: int, fact: Fact[cycle_pb2.VersionPublished], known: dict[int, ArtifactRef]
 ) -> Version:
-    fact = facts.version_fact(cycle)
-    assert fact is not None
+    published = fact.message
     kept = published.gate in (cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE)
     return Version(
         version=published.version,

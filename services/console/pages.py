@@ -30,7 +30,7 @@ from .feed import Feed
 from .figures import ExpertFigures
 from .heatmap import Heatmap, Warmth, heatmap, warmth
 from .history import Moment, replay
-from .lineage import latest_version, lineage
+from .lineage import lineage
 from .waterfall import waterfall
 from .why import why
 
@@ -172,15 +172,14 @@ class Console:
 
     def _about_experts(self, facts: RunFacts, grid: Heatmap) -> dict[str, Any]:
         """Return the use and change of experts as charts, or a sentence on why there are none."""
-        assert facts.selection is not None
-        newest = latest_version(facts)
+        newest = facts.latest_version
         use: Warmth | str = "It is not in the log."
-        if facts.selection.report.digest:
-            found = self.figures.use(facts.selection.report)
+        if facts.require_selection().report.digest:
+            found = self.figures.use(facts.require_selection().report)
             use = found if isinstance(found, str) else warmth("share of the probe", found)
         change: Warmth | str = "No version has been published yet."
         if newest is not None:
-            found = self.figures.change(grid.experts(), facts.selection.initial_state, newest.state)
+            found = self.figures.change(grid.experts(), facts.require_selection().initial_state, newest.state)
             change = found if isinstance(found, str) else warmth("relative change since the base", found)
         return {"use": use, "change": change, "version": 0 if newest is None else newest.version}
 
@@ -289,8 +288,7 @@ def _state_of(facts: RunFacts, number: int) -> ArtifactRef | None:
     """Return the rows of a version; those of version 0 are the base's."""
     if number == 0:
         return None if facts.selection is None else facts.selection.initial_state
-    versions = (facts.version(cycle) for cycle in facts.cycles())
-    return next((found.state for found in versions if found is not None and found.version == number), None)
+    return next((found.state for found in facts.versions.values() if found.version == number), None)
 
 
 async def _token_of(request: Request) -> str:

@@ -13,7 +13,8 @@ from connito.views import standings
 from connito.views.live import phase
 from connito.views.run_report import miner_name, outcome, submission_rows
 from connito.views.standings import rating_text
-from connito.wire.facts import Fact, RunFacts, Window
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.window import Window
 
 from . import words
 
@@ -139,8 +140,7 @@ def run_rows(runs: Mapping[str, RunFacts], now_ms: int) -> list[RunRow]:
 
 def head(facts: RunFacts, now_ms: int) -> Head:
     """Return the state of a run. Raises `AssertionError` for a run that was not created."""
-    spec, ending = facts.spec, outcome(facts)
-    assert spec is not None
+    spec, ending = facts.require_spec(), outcome(facts)
     window = facts.open_window if facts.ended is None else None
     deadline = 0 if window is None else window.deadline_unix_ms
     return Head(
@@ -262,8 +262,7 @@ def _matching(rows: Iterable[ExpertRow], terms: list[str]) -> Iterable[ExpertRow
 
 
 def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
-    spec, created = facts.spec, facts.created_fact
-    assert spec is not None
+    spec, created = facts.require_spec(), facts.created_fact
     assert created is not None
     first, last = _target_losses(facts)
     return RunRow(

@@ -90,7 +90,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
             await self._bus.publish_fact(command.run, "run", 0, "ended", ended)
         facts = await self._wait(command.run, lambda facts: facts.ended is not None)
         if facts.ended is not None and facts.ended.outcome != run_pb2.RUN_OUTCOME_CANCELLED:
-            raise _over(facts)
+            raise _over(facts, facts.ended)
         return services_pb2.CancelRunResponse()
 
     async def WatchRun(  # noqa: N802
@@ -120,11 +120,11 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         enrolment.check_ban(facts, self._everywhere, miner)
         if miner not in facts.enrolled:
             if facts.ended is not None:
-                raise _over(facts)
+                raise _over(facts, facts.ended)
             await self._enrol(facts, command, miner)
             facts = await self._wait(command.run, lambda facts: miner in facts.enrolled)
         if facts.ended is not None:
-            raise _over(facts)
+            raise _over(facts, facts.ended)
         return services_pb2.EnrolMinerResponse(spec=facts.spec)
 
     async def _enrol(self, facts: RunFacts, command: services_pb2.EnrolMinerCommand, miner: str) -> None:
@@ -222,9 +222,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
             ) from error
 
 
-def _over(facts: RunFacts) -> Invalid:
-    assert facts.ended is not None
-    outcome = run_pb2.RunOutcome.Name(facts.ended.outcome).removeprefix("RUN_OUTCOME_").lower()
+def _over(facts: RunFacts, ended: run_pb2.RunEnded) -> Invalid:
+    outcome = run_pb2.RunOutcome.Name(ended.outcome).removeprefix("RUN_OUTCOME_").lower()
     return Invalid(
         f"run {facts.run!r} has ended ({outcome}); `connito job list` shows what is running",
         reason=reasons_pb2.REASON_WRONG_WINDOW,

@@ -1,4 +1,4 @@
-"""Deadlines that are learned instead of set: what earlier cycles of the same run took, and some slack."""
+"""Learn deadlines from what earlier cycles of the same run took, with some slack."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from statistics import median
 from connito.v1 import cycle_pb2
 from connito.v1.run_pb2 import WindowPolicy
 from connito.wire.facts import Fact, RunFacts
+from connito.wire.window import Window
 
 # Facts whose arrival is somebody acting in a window.
 _ACTS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -20,29 +21,28 @@ _ACTS: dict[str, tuple[tuple[str, str], ...]] = {
 _SLACK = 6.0
 
 
-def window_ms(facts: RunFacts, window: str, cycle: int) -> int | None:
-    """Return the length of a closed window in milliseconds of the broker's clock; None while it is not closed.
+def window_ms(facts: RunFacts, window: Window) -> int | None:
+    """Return what a closed window took, in milliseconds of the broker's clock; None while it is not closed.
 
     A window that ran into its deadline is measured to the last act inside it. Its own length says only how long one
     absentee was waited for, and would teach the ceiling to every later cycle.
     """
-    opened, closed = facts.window(window, cycle).opened_fact, facts.window(window, cycle).closed_fact
+    opened, closed = window.opened_fact, window.closed_fact
     if opened is None or closed is None:
         return None
     end = closed.time_unix_ms
     if closed.message.cause == cycle_pb2.CLOSE_CAUSE_DEADLINE:
-        end = max((fact.time_unix_ms for fact in _acts(facts, window, cycle) if fact.time_unix_ms <= end), default=end)
+        end = max((fact.time_unix_ms for fact in _acts(facts, window) if fact.time_unix_ms <= end), default=end)
     return max(0, end - opened.time_unix_ms)
 
 
-def _acts(facts: RunFacts, window: str, cycle: int) -> Iterator[Fact]:
-    for section, kind in _ACTS[window]:
-        yield from facts.all(section, cycle, kind).values()
+def _acts(facts: RunFacts, window: Window) -> Iterator[Fact]:
+    for section, kind in _ACTS[window.name]:
+        yield from facts.all(section, window.cycle, kind).values()
 
 
 def learned_ms(history_ms: list[int], policy: WindowPolicy) -> int:
-    """Return `median + 6·MAD` of earlier cycles between the policy's floor and ceiling; the ceiling when there are
-    none.
+    """Return `median + 6·MAD` of earlier cycles between the policy's floor and ceiling; the ceiling when there are none.
 
     The MAD of two or three cycles is often next to zero, so it is taken as at least a sixth of the median: a deadline
     never falls below twice what the window usually takes.
@@ -55,7 +55,7 @@ def learned_ms(history_ms: list[int], policy: WindowPolicy) -> int:
     return min(ceiling, max(floor, round(middle + _SLACK * spread)))
 
 
-def deadline_ms(facts: RunFacts, window: str, cycle: int, now_ms: int, policy: WindowPolicy) -> int:
-    """Return the deadline of a window that opens now (unix milliseconds)."""
-    history = [window_ms(facts, window, earlier) for earlier in range(1, cycle)]
+def deadline_ms(facts: RunFacts, window: Window, now_ms: int, policy: WindowPolicy) -> int:
+    """Return the time at which a window that opens now is closed at the latest (unix milliseconds)."""
+    history = [window_ms(facts, earlier) for earlier in window.before]
     return now_ms + learned_ms([value for value in history if value is not None], policy)

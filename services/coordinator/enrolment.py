@@ -43,8 +43,7 @@ def invite_for(
 
     Raises `Invalid` (NOT_INVITED, INVITE_INVALID, RUN_FULL) saying what is missing.
     """
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     if spec.enrolment.max_miners and len(facts.miners) >= spec.enrolment.max_miners:
         raise Invalid(
             f"run {facts.run} has its {spec.enrolment.max_miners} miners; look for another with `connito job list`",

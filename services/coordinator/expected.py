@@ -1,118 +1,109 @@
-"""Expected participants: those that a window names when it opens, and those of them who have not acted yet."""
+"""Name the participants that a window waits for, and those of them that have not acted yet."""
 
 from __future__ import annotations
 
 from connito.protocol.bans import banned
 from connito.protocol.beacon import opens
-from connito.v1 import cycle_pb2
+from connito.v1.cycle_pb2 import SeedDrawn
 from connito.v1.run_pb2 import RunSpec
 from connito.wire.facts import RunFacts
-
-
-def _named(facts: RunFacts, cycle: int) -> set[str]:
-    opened = facts.window("train", cycle).opened
-    return set() if opened is None else set(opened.expected)
-
-
-def _known_before(facts: RunFacts, cycle: int) -> set[str]:
-    return set().union(*(_named(facts, earlier) for earlier in range(1, cycle)))
+from connito.wire.window import Window
 
 
 def active(facts: RunFacts) -> set[str]:
-    """Return the enrolled miners without a known ban; windows do not wait for others."""
+    """Return enrolled miners that are not banned, as far as is known. No window waits for the others."""
     return set(facts.miners) - set(banned(facts))
 
 
-def expected_miners(facts: RunFacts, cycle: int) -> list[str]:
-    """Return miners that cycle `cycle` waits for: new ones, and those that committed in the cycle before.
+def named(facts: RunFacts, spec: RunSpec, window: Window) -> list[str]:
+    """Return the participants to name when a window opens, sorted."""
+    if window.name == "train":
+        return sorted(_at_start(facts, spec, window))
+    if window.name == "commit":
+        return _trained(facts, window)
+    if window.name == "submit":
+        return _committed(facts.window("commit", window.cycle))
+    # Validators whose seed commitment is known. The list in `validate.opened` is final: nobody joins a draw later.
+    return list(facts.seed_commitments(window.cycle)) if window.name == "validate" else []
 
-    "New" means that no earlier cycle has named them, which needs no comparison of times between streams. When that
-    leaves nobody, everyone enrolled is given another chance.
+
+def waiting(facts: RunFacts, window: Window) -> list[str]:
+    """Return the participants whose message an open window other than validate still waits for."""
+    if window.name == "train":
+        return _idle(facts, window)
+    if window.name == "merge":
+        return [] if window.version is not None else ["aggregator"]
+    return _unanswered(facts, window)
+
+
+def unreported(facts: RunFacts, drawn: SeedDrawn) -> list[str]:
+    """Return the validators in a draw whose score report is not known yet."""
+    return [key for key in drawn.validators if key not in facts.reports(drawn.cycle)]
+
+
+def secrets(facts: RunFacts, window: Window) -> tuple[dict[str, bytes], list[str]]:
+    """Return validators' secrets that match what each committed to during train, and the validators still silent.
+
+    Silent is one whose secret, or the commitment to judge it by, is not known yet.
     """
-    settled = facts.window("commit", cycle - 1).settled
+    valid: dict[str, bytes] = {}
+    silent = []
+    committed, revealed = facts.seed_commitments(window.cycle), facts.seed_reveals(window.cycle)
+    for validator in window.expected:
+        if validator not in committed or validator not in revealed:
+            silent.append(validator)
+            continue
+        secret = revealed[validator].message.secret
+        if opens(committed[validator].message.digest, facts.run, window.cycle, validator, secret):
+            valid[validator] = secret
+    return valid, silent
+
+
+def _at_start(facts: RunFacts, spec: RunSpec, train: Window) -> set[str]:
+    """Return whom a cycle waits for: newcomers, miners that committed and validators that reported in the cycle before.
+
+    A newcomer is one that no earlier cycle has named, which needs no comparison of times between streams. When that
+    leaves no miner, everyone enrolled is given another chance; when it leaves no quorum of validators, everyone who
+    joined, since without the others there would be nothing to score with.
+    """
+    enrolled, joined = active(facts), set(facts.validators)
+    settled, reports = facts.window("commit", train.cycle - 1).settled, facts.reports(train.cycle - 1)
+    known = {key for earlier in train.before for key in earlier.expected}
     committed = set() if settled is None else set(settled.committed)
+    miners = (enrolled - known) | (enrolled & committed)
+    validators = (joined - known) | (joined & set(reports))
+    return (miners or enrolled) | (validators if len(validators) >= spec.windows.min_validators else joined)
+
+
+def _trained(facts: RunFacts, window: Window) -> list[str]:
     enrolled = active(facts)
-    current = (enrolled - _known_before(facts, cycle)) | (enrolled & committed)
-    return sorted(current or enrolled)
+    return [miner for miner in facts.trained(window.cycle) if miner in enrolled]
 
 
-def expected_validators(facts: RunFacts, spec: RunSpec, cycle: int) -> list[str]:
-    """Return validators that cycle `cycle` waits for: new ones, and those that reported in the cycle before.
-
-    When these are no quorum, everyone who joined: without the others there would be nothing to score with.
-    """
-    joined = set(facts.validators)
-    reported = joined & set(facts.reports(cycle - 1))
-    current = (joined - _known_before(facts, cycle)) | reported
-    return sorted(current if len(current) >= spec.windows.min_validators else joined)
+def _committed(commit: Window) -> list[str]:
+    return [] if commit.settled is None else sorted(commit.settled.committed)
 
 
-def seeded(facts: RunFacts, cycle: int) -> list[str]:
-    """Return validators whose seed commitment is known. The list in `validate.opened` is final: nobody joins a draw
-    later.
-    """
-    return list(facts.seed_commitments(cycle))
-
-
-def trained(facts: RunFacts, cycle: int) -> list[str]:
-    """Return enrolled miners that said they are done."""
-    enrolled = active(facts)
-    return [miner for miner in facts.trained(cycle) if miner in enrolled]
-
-
-def committed(facts: RunFacts, cycle: int) -> list[str]:
-    """Return miners whose commitment stands."""
-    settled = facts.window("commit", cycle).settled
-    return [] if settled is None else sorted(settled.committed)
-
-
-def idle_in_train(facts: RunFacts, cycle: int) -> list[str]:
-    """Return expected miners that have not trained and expected validators that have not committed a seed.
+def _idle(facts: RunFacts, window: Window) -> list[str]:
+    """Return named miners that have not trained and named validators that have not committed a seed.
 
     Somebody who was named by another leader and whose enrolment was not read yet counts as idle.
     """
-    opened = facts.window("train", cycle).opened
-    assert opened is not None
     miners, validators, out = set(facts.miners), set(facts.validators), set(banned(facts))
+    trained, seeded = facts.trained(window.cycle), facts.seed_commitments(window.cycle)
     return [
         key
-        for key in opened.expected
+        for key in window.expected
         if (key not in miners | validators and key not in out)
-        or (key in miners - out and key not in facts.trained(cycle))
-        or (key in validators and key not in facts.seed_commitments(cycle))
+        or (key in miners - out and key not in trained)
+        or (key in validators and key not in seeded)
     ]
 
 
-def unanswered(facts: RunFacts, window: str, cycle: int) -> list[str]:
-    """Return the miners without an accepted or refused message in a commit or submit window, of those named when it opened
-    and those who, in the case of commit, trained since."""
-    opened = facts.window(window, cycle).opened
-    assert opened is not None
-    people = {*opened.expected, *(trained(facts, cycle) if window == "commit" else committed(facts, cycle))}
-    refused = {
-        fact.message.miner
-        for fact in facts.window(window, cycle).refused.values()
-        if isinstance(fact.message, cycle_pb2.Refused)
-    }
-    out = set(banned(facts))
-    return [miner for miner in sorted(people - refused - out) if miner not in facts.window(window, cycle).accepted]
-
-
-def silent(facts: RunFacts, cycle: int, validators: list[str]) -> list[str]:
-    """Return those of `validators` whose secret, or the commitment to judge it by, is not known yet."""
-    return [
-        key for key in validators if key not in facts.seed_reveals(cycle) or key not in facts.seed_commitments(cycle)
-    ]
-
-
-def secrets(facts: RunFacts, cycle: int, validators: list[str]) -> dict[str, bytes]:
-    """Return revealed secrets of `validators` that match what each committed to during train."""
-    valid: dict[str, bytes] = {}
-    for validator in validators:
-        commitment = facts.seed_commitment(cycle, validator)
-        reveal = facts.seed_reveal(cycle, validator)
-        if commitment is None or reveal is None:
-            continue
-        if opens(commitment.digest, facts.run, cycle, validator, reveal.secret):
-            valid[validator] = reveal.secret
-    return valid
+def _unanswered(facts: RunFacts, window: Window) -> list[str]:
+    """Return miners with neither an accepted nor a refused message, of those named when a commit or submit window
+    opened and those who, in the case of commit, trained since."""
+    since = _trained(facts, window) if window.name == "commit" else _committed(facts.window("commit", window.cycle))
+    refused = {fact.message.miner for fact in window.refused.values()}
+    owing = {*window.expected, *since} - refused - set(banned(facts))
+    return [miner for miner in sorted(owing) if miner not in window.accepted]

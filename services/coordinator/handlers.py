@@ -1,4 +1,4 @@
-"""Next step of a run: a pure function of its facts and the time.
+"""Decide the next step of a run: one pure function of its facts and the time.
 
     created -> selected -> [ train -> commit -> submit -> validate -> merge ] x cycles -> ended
 
@@ -16,18 +16,18 @@ from connito.protocol.beacon import draw_seed
 from connito.protocol.objective import reached
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
-from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import sentence
-from connito.wire.facts import RunFacts
-from connito.wire.subjects import WINDOWS, window_value
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.subjects import window_value
+from connito.wire.window import Window
 from google.protobuf.message import Message
 
 from . import expected
 from .deadlines import deadline_ms
 
-# Where the messages lie that a window's close includes or leaves out.
+# The stream whose messages the close of a window includes or leaves out.
 STREAMS = {"train": "INGRESS", "commit": "INGRESS", "submit": "INGRESS", "validate": "VALIDATE", "merge": "MERGE"}
-# Windows after whose close the committer says what was inside.
+# Windows whose content the committer settles after the close.
 _SETTLED = ("commit", "submit")
 
 
@@ -53,54 +53,22 @@ class CloseWindow:
 
 def decide(facts: RunFacts, now_ms: int) -> Decision:
     """Return the next step of a run, or the time (unix milliseconds) at which one may become due."""
-    spec = facts.spec
+    spec, selected = facts.spec, facts.selected_fact
     if spec is None or facts.ended is not None:
-        return Decision([], None)
+        return Decision([])
     failed = facts.selection_failed
     if failed is not None:
         reason = failed.reason or reasons_pb2.REASON_SELECTION_FAILED
         return _end(facts, run_pb2.RUN_OUTCOME_FAILED, reason, failed.detail)
-    if facts.selection is None:
-        return Decision([], None)
-    if facts.cycle == 0:
-        return _assemble(facts, spec, now_ms)
-    return _cycle(facts, spec, facts.cycle, now_ms)
+    if selected is None:
+        return Decision([])
+    return _cycle(facts, spec, now_ms) if facts.cycle else _assemble(facts, spec, selected, now_ms)
 
 
-def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, cycle: int, now_ms: int) -> Decision:
-    for window in WINDOWS:
-        if facts.window(window, cycle).opened is None:
-            return _open(facts, spec, window, cycle, now_ms)
-        if facts.window(window, cycle).closed is None:
-            return _in_window(facts, spec, window, cycle, now_ms)
-        if window in _SETTLED and facts.window(window, cycle).settled is None:
-            return Decision([], None)
-    enough = reached(facts, cycle)
-    if enough is not None:
-        return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, sentence(enough))
-    if cycle < spec.cycles:
-        return _open(facts, spec, "train", cycle + 1, now_ms)
-    return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, f"all {spec.cycles} cycles done")
-
-
-def _in_window(facts: RunFacts, spec: run_pb2.RunSpec, window: str, cycle: int, now_ms: int) -> Decision:
-    if window == "validate":
-        return _validate(facts, spec, cycle, now_ms)
-    if window == "merge":
-        # No deadline: an aggregator that is away is restarted, and its work cannot be done by anyone else.
-        published = facts.version(cycle) is not None
-        return _close(facts, window, cycle, cycle_pb2.CLOSE_CAUSE_ALL_ACTED) if published else Decision([], None)
-    train = window == "train"
-    waiting = expected.idle_in_train(facts, cycle) if train else expected.unanswered(facts, window, cycle)
-    return _close_or_wait(facts, window, cycle, waiting, _opened(facts, window, cycle).deadline_unix_ms, now_ms)
-
-
-def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int) -> Decision:
+def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, selected: Fact, now_ms: int) -> Decision:
     policy, miners, validators = spec.windows, len(expected.active(facts)), len(facts.validators)
     if miners >= policy.min_miners and validators >= policy.min_validators:
-        return _open(facts, spec, "train", 1, now_ms)
-    selected = facts.selected_fact
-    assert selected is not None
+        return _open(facts, spec, facts.next_train, now_ms)
     deadline = selected.time_unix_ms + round(policy.assemble_seconds * 1000)
     if now_ms < deadline:
         return Decision([], deadline)
@@ -115,99 +83,78 @@ def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int) -> Decision:
     )
 
 
-def _validate(facts: RunFacts, spec: run_pb2.RunSpec, cycle: int, now_ms: int) -> Decision:
-    opened = facts.window("validate", cycle).opened_fact
-    assert opened is not None
-    deadline = _opened(facts, "validate", cycle).deadline_unix_ms
-    half = max(0, deadline - opened.time_unix_ms) // 2
-    drawn = facts.drawn_fact(cycle)
-    if drawn is None:
-        return _draw(facts, spec, cycle, opened.time_unix_ms + half, deadline, now_ms)
-    waiting = [key for key in drawn.message.validators if key not in facts.reports(cycle)]
-    # A draw that an outage delayed leaves as much time to score as one made in time.
-    return _close_or_wait(facts, "validate", cycle, waiting, max(deadline, drawn.time_unix_ms + half), now_ms)
+def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int) -> Decision:
+    for window in facts.windows(facts.cycle):
+        if window.opened_fact is None:
+            return _open(facts, spec, window, now_ms)
+        if window.closed_fact is None:
+            return _in_window(facts, spec, window, window.opened_fact.time_unix_ms, now_ms)
+        if window.name in _SETTLED and window.settled is None:
+            return Decision([])
+    enough = reached(facts, facts.cycle)
+    if enough is None and facts.cycle < spec.cycles:
+        return _open(facts, spec, facts.next_train, now_ms)
+    detail = sentence(enough) if enough is not None else f"all {spec.cycles} cycles done"
+    return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, detail)
 
 
-def _draw(
-    facts: RunFacts, spec: run_pb2.RunSpec, cycle: int, half_time_ms: int, deadline: int, now_ms: int
-) -> Decision:
+def _in_window(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, opened_ms: int, now_ms: int) -> Decision:
+    """Close an open window once everybody has acted or its deadline is over."""
+    deadline = window.deadline_unix_ms
+    if window.name == "validate":
+        half, drawn = max(0, deadline - opened_ms) // 2, window.drawn_fact
+        if drawn is None:
+            return _draw(facts, spec, window, opened_ms + half, now_ms)
+        # A draw that an outage delayed leaves as much time to score as one made in time.
+        deadline = max(deadline, drawn.time_unix_ms + half)
+        waiting = expected.unreported(facts, drawn.message)
+    else:
+        waiting = expected.waiting(facts, window)
+    if not waiting:
+        return _close(window, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
+    if window.name == "merge":
+        # No deadline: an aggregator that is away is restarted, and its work cannot be done by anyone else.
+        return Decision([])
+    return _close(window, cycle_pb2.CLOSE_CAUSE_DEADLINE) if now_ms >= deadline else Decision([], deadline)
+
+
+def _draw(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, half_time_ms: int, now_ms: int) -> Decision:
     """Draw the seed, wait for reveals, or give the cycle up for lack of a quorum."""
-    candidates, quorum = list(_opened(facts, "validate", cycle).expected), spec.windows.min_validators
-    silent = expected.silent(facts, cycle, candidates)
-    secrets = expected.secrets(facts, cycle, candidates)
+    candidates, quorum, deadline = window.expected, spec.windows.min_validators, window.deadline_unix_ms
+    secrets, silent = expected.secrets(facts, window)
     if len(secrets) >= quorum and (not silent or now_ms >= half_time_ms):
-        seed = draw_seed(facts.run, cycle, secrets)
-        omitted = [key for key in candidates if key not in secrets]
+        omitted = sorted(key for key in candidates if key not in secrets)
+        seed = draw_seed(facts.run, window.cycle, secrets)
         message = cycle_pb2.SeedDrawn(
-            run=facts.run, cycle=cycle, seed=seed, validators=sorted(secrets), omitted=sorted(omitted)
+            run=facts.run, cycle=window.cycle, seed=seed, validators=sorted(secrets), omitted=omitted
         )
-        return _publish(facts, "validate", cycle, "drawn", message)
+        return _publish(facts, "validate", window.cycle, "drawn", message)
     if len(secrets) + len(silent) < quorum:
         # Nobody else can join this draw, so waiting for the deadline would change nothing.
-        return _close(facts, "validate", cycle, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
+        return _close(window, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
     if now_ms >= deadline:
-        return _close(facts, "validate", cycle, cycle_pb2.CLOSE_CAUSE_DEADLINE)
+        return _close(window, cycle_pb2.CLOSE_CAUSE_DEADLINE)
     return Decision([], half_time_ms if now_ms < half_time_ms else deadline)
 
 
-def _close_or_wait(
-    facts: RunFacts, window: str, cycle: int, waiting: list[str], deadline: int, now_ms: int
-) -> Decision:
-    if not waiting:
-        return _close(facts, window, cycle, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
-    if now_ms >= deadline:
-        return _close(facts, window, cycle, cycle_pb2.CLOSE_CAUSE_DEADLINE)
-    return Decision([], deadline)
-
-
-def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: str, cycle: int, now_ms: int) -> Decision:
-    version, state = _start(facts, cycle)
+def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int) -> Decision:
+    version, state = window.start
     message = cycle_pb2.WindowOpened(
         run=facts.run,
-        cycle=cycle,
-        window=window_value(window),
-        deadline_unix_ms=0 if window == "merge" else deadline_ms(facts, window, cycle, now_ms, spec.windows),
-        expected=_people(facts, spec, window, cycle),
+        cycle=window.cycle,
+        window=window_value(window.name),
+        deadline_unix_ms=0 if window.name == "merge" else deadline_ms(facts, window, now_ms, spec.windows),
+        expected=expected.named(facts, spec, window),
         version=version,
         state=state,
     )
-    return _publish(facts, window, cycle, "opened", message)
-
-
-def _people(facts: RunFacts, spec: run_pb2.RunSpec, window: str, cycle: int) -> list[str]:
-    if window == "train":
-        miners, validators = (
-            expected.expected_miners(facts, cycle),
-            expected.expected_validators(facts, spec, cycle),
-        )
-        return sorted({*miners, *validators})
-    people = {"commit": expected.trained, "submit": expected.committed, "validate": expected.seeded}.get(window)
-    return [] if people is None else people(facts, cycle)
-
-
-def _start(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef]:
-    """Return the model version a cycle starts from and its target-expert state θ_t."""
-    published = facts.version(cycle - 1)
-    if published is not None:
-        return published.version, published.state
-    opened, selection = facts.window("train", cycle).opened, facts.selection
-    if opened is not None:
-        return opened.version, opened.state
-    assert cycle == 1, "a cycle after the first opens when the one before has published its version"
-    assert selection is not None, "the first cycle opens after the selection"
-    return 0, selection.initial_state
-
-
-def _opened(facts: RunFacts, window: str, cycle: int) -> cycle_pb2.WindowOpened:
-    opened = facts.window(window, cycle).opened
-    assert opened is not None
-    return opened
+    return _publish(facts, window.name, window.cycle, "opened", message)
 
 
 def _end(
     facts: RunFacts, outcome: run_pb2.RunOutcome.ValueType, reason: reasons_pb2.Reason.ValueType, detail: str
 ) -> Decision:
-    last = facts.version(facts.cycle)
+    last = facts.latest_version
     message = run_pb2.RunEnded(
         run=facts.run, outcome=outcome, reason=reason, detail=detail, final_version=0 if last is None else last.version
     )
@@ -222,9 +169,9 @@ def _publish(
     message: cycle_pb2.WindowOpened | cycle_pb2.SeedDrawn | run_pb2.RunEnded,
 ) -> Decision:
     key = f"{facts.run}/{section}.{cycle}.{kind}"
-    return Decision([Action(key, facts.run, PublishFact(section, cycle, kind, message))], None)
+    return Decision([Action(key, facts.run, PublishFact(section, cycle, kind, message))])
 
 
-def _close(facts: RunFacts, window: str, cycle: int, cause: cycle_pb2.CloseCause.ValueType) -> Decision:
-    action = CloseWindow(window, cycle, STREAMS[window], cause)
-    return Decision([Action(f"{facts.run}/{window}.{cycle}.closed", facts.run, action)], None)
+def _close(window: Window, cause: cycle_pb2.CloseCause.ValueType) -> Decision:
+    action = CloseWindow(window.name, window.cycle, STREAMS[window.name], cause)
+    return Decision([Action(f"{window.facts.run}/{window.name}.{window.cycle}.closed", window.facts.run, action)])

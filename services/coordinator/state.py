@@ -10,6 +10,7 @@ from connito.v1 import cycle_pb2
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.roster import Roster
 from connito.wire.subjects import WINDOWS
+from connito.wire.window import Window
 
 from .deadlines import window_ms
 
@@ -31,15 +32,15 @@ class State(PositionedLog):
         if kind in ("opened", "closed", "ended"):
             self._windows.notice(facts)
         if kind == "closed" and live:
-            _observe(facts, fact.key.section, fact.key.cycle)
+            _observe(facts, facts.window(fact.key.section, fact.key.cycle))
 
 
-def _observe(facts: RunFacts, window: str, cycle: int) -> None:
+def _observe(facts: RunFacts, window: Window) -> None:
     """Count the length of a window that was closed."""
-    length, closed = window_ms(facts, window, cycle), facts.window(window, cycle).closed
+    length, closed = window_ms(facts, window), window.closed
     if length is not None and closed is not None:
         cause = cycle_pb2.CloseCause.Name(closed.cause).removeprefix("CLOSE_CAUSE_").lower()
-        metrics.WINDOW_SECONDS.labels(window, cause).observe(length / 1000)
+        metrics.WINDOW_SECONDS.labels(window.name, cause).observe(length / 1000)
 
 
 class Changes:

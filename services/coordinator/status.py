@@ -1,4 +1,4 @@
-"""Status of a run: a pure projection of its facts."""
+"""Project the facts of a run into its status in the API."""
 
 from __future__ import annotations
 
@@ -23,15 +23,11 @@ def phase(facts: RunFacts) -> services_pb2.RunPhase.ValueType:
 
 def version(facts: RunFacts) -> int:
     """Return the newest published version; 0 is the base."""
-    for cycle in (facts.cycle, facts.cycle - 1):
-        published = facts.version(cycle)
-        if published is not None:
-            return published.version
-    return 0
+    return 0 if facts.latest_version is None else facts.latest_version.version
 
 
 def status(facts: RunFacts) -> services_pb2.RunStatus:
-    """Return the API's answer about a created run."""
+    """Return the status of a run that was created."""
     window = facts.open_window if facts.ended is None else None
     return services_pb2.RunStatus(
         spec=facts.spec,
@@ -49,8 +45,7 @@ def status(facts: RunFacts) -> services_pb2.RunStatus:
 def _detail(facts: RunFacts) -> str:
     if facts.ended is not None:
         return facts.ended.detail
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     if phase(facts) == services_pb2.RUN_PHASE_SELECTING:
         return "waiting for the selector"
     if phase(facts) == services_pb2.RUN_PHASE_ASSEMBLING:

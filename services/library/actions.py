@@ -77,9 +77,8 @@ class Depositor:
     async def _deposit(
         self, facts: RunFacts, decision: Deposit, envelopes: dict[str, bytes]
     ) -> run_pb2.ExpertDeposited:
-        assert facts.selection is not None
         state = await self._store.fetch(decision.state)
-        report = json.loads(await self._store.get_bytes(facts.selection.report))
+        report = json.loads(await self._store.get_bytes(facts.require_selection().report))
         header = decision.with_base(report.get("base", {}))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "expert.safetensors"
@@ -87,9 +86,9 @@ class Depositor:
             size = path.stat().st_size
             expert = await self._store.put_file(path, MEDIA_TYPE, PUBLIC)
         signature = None
-        if facts.selection.HasField("signature"):
-            signature = json.loads(await self._store.get_bytes(facts.selection.signature))
-        started = start_ref(facts.selection)
+        if facts.require_selection().HasField("signature"):
+            signature = json.loads(await self._store.get_bytes(facts.require_selection().signature))
+        started = start_ref(facts.require_selection())
         parent = None if started is None else json.loads(await self._store.get_bytes(started))
         record = build_record(facts, digest, size, tensor_sizes(state)[0], signature, parent)
         message = await self._describe(record, expert)

@@ -78,9 +78,7 @@ class Miner:
     async def _train(self, run: str, cycle: int) -> None:
         logs.bind_run(run, cycle)
         facts, ledger = self.facts(run), self.ledger
-        opened, spec = facts.window("train", cycle).opened, facts.spec
-        assert opened is not None
-        assert spec is not None
+        opened, spec = facts.window("train", cycle).require_opened(), facts.require_spec()
         check_start(facts, cycle)
         ledger.prune(run, before=cycle - 1)
         state = await self.downloads.fetch(run, opened.state)

@@ -44,8 +44,7 @@ class Base:
     @classmethod
     async def fetch(cls, facts: RunFacts, downloads: Downloads) -> Base:
         """Find out what is here and get the addresses of what is not."""
-        assert facts.spec is not None
-        path = await downloads.fetch(facts.run, facts.spec.base.manifest)
+        path = await downloads.fetch(facts.run, facts.require_spec().base.manifest)
         manifest = Manifest.load(path)
         background = None
         if facts.selection is not None and facts.selection.HasField("background"):
@@ -77,10 +76,8 @@ class Base:
     def _load(self, facts: RunFacts, top_k: int, half: bool) -> nn.Module:
         from connito.base.loading import load_resident, load_resident_local
 
-        assert facts.selection is not None
-        assert facts.spec is not None
-        targets, helpers = experts_of(facts.selection)
-        mode = facts.spec.training.routing_mode or "natural"
+        targets, helpers = experts_of(facts.require_selection())
+        mode = facts.require_spec().training.routing_mode or "natural"
         if self.files is not None:
             return load_resident_local(self.files, targets, helpers, mode, top_k=top_k, half=half)
         assert self.ranges is not None

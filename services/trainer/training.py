@@ -80,9 +80,7 @@ class LocalTrainer:
 
     async def _batches(self, facts: RunFacts, cycle: int) -> Tokens:
         """Return int32 [H, B, L + 1]: this miner's share of the training text."""
-        opened, spec = facts.window("train", cycle).opened, facts.spec
-        assert opened is not None
-        assert spec is not None
+        opened, spec = facts.window("train", cycle).require_opened(), facts.require_spec()
         policy = spec.training
         corpus = await self._corpus(facts.run, spec, replay=False)
         replay = await self._corpus(facts.run, spec, replay=True) if policy.replay_share > 0 else None
@@ -122,12 +120,11 @@ class LocalTrainer:
         from connito.moe.state import load_state, save_state
         from connito.moe.training import betas_of, train_local
 
-        assert facts.spec is not None
-        policy, begun = facts.spec.training, time.perf_counter()
+        policy, begun = facts.require_spec().training, time.perf_counter()
         model = self._model(facts, base)
         write_targets(model, load_state(state))
         progress = _Progress(len(batches))
-        schedule = schedule_of(facts.spec)
+        schedule = schedule_of(facts.require_spec())
         moments = (
             None
             if policy.moments in ("", "fresh")
@@ -246,10 +243,8 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
     import torch
     from connito.moe.footprint import Workload, free_bytes, predict, require_fit
 
-    assert facts.selection is not None
-    assert facts.spec is not None
-    policy = facts.spec.training
-    targets, helpers = experts_of(facts.selection)
+    policy = facts.require_spec().training
+    targets, helpers = experts_of(facts.require_selection())
     sequences = min(settings.micro_batch or policy.batch_sequences, policy.batch_sequences)
     work = Workload(sequences, policy.sequence_length, settings.bf16_parameters, base.background is not None)
     need = predict(base.manifest, targets, helpers, work)

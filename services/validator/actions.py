@@ -110,9 +110,7 @@ class Validator:
 
     async def _load(self, run: str) -> SubmissionEvaluator:
         facts, begun = self._facts(run), time.perf_counter()
-        spec, selection = facts.spec, facts.selection
-        assert spec is not None
-        assert selection is not None
+        spec, selection = facts.require_spec(), facts.require_selection()
         base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
         async with self._compute.slot("load"):
             evaluator = await asyncio.to_thread(self._open_evaluator, spec, selection, base.files, holdouts)
@@ -146,9 +144,7 @@ class Validator:
             offences.report("wrong_draw", subject=f"{run}.validate.{cycle}.drawn", detail=str(error))
             log.error("the draw does not verify", security=True, error=str(error))
             raise
-        opened, settled = facts.window("train", cycle).opened, facts.window("submit", cycle).settled
-        assert opened is not None
-        assert settled is not None
+        opened, settled = facts.window("train", cycle).require_opened(), facts.window("submit", cycle).require_settled()
         state = await self._store.fetch(opened.state)
         duties = assigned(facts, cycle)
         submissions = [entry for entry in settled.submissions if duties is None or entry.miner in duties[self.me]]
@@ -198,7 +194,6 @@ class Validator:
         stop: threading.Event,
     ) -> cycle_pb2.ScoreReport:
         """Score the submissions against the incumbent, one after the other, on the drawn sequences."""
-        assert facts.spec is not None
         begun = time.perf_counter()
         report = cycle_pb2.ScoreReport(run=facts.run, cycle=cycle, validator=self.me, seed=seed)
         drawn = evaluator.draw(seed)
@@ -210,7 +205,11 @@ class Validator:
                     if isinstance(found, Invalid):
                         raise found
                     measurable = evaluator.submission(state, found, drawn, before, stop, submission.miner)
-                    item = score(submission, Evaluation(drawn, measurable, facts.spec.holdout.domain), facts.spec)
+                    item = score(
+                        submission,
+                        Evaluation(drawn, measurable, facts.require_spec().holdout.domain),
+                        facts.require_spec(),
+                    )
                 except Invalid as error:
                     if error.reason not in _ITS_FAULT:
                         raise

@@ -126,8 +126,7 @@ def check_draw(facts: RunFacts, cycle: int) -> bytes:
 
     Raises `VerificationFailed` when a reveal is missing or opens another commitment, or the seed is another one.
     """
-    drawn = facts.drawn(cycle)
-    assert drawn is not None
+    drawn = facts.require_drawn(cycle)
     secrets = {validator: _opened_secret(facts, cycle, validator) for validator in drawn.validators}
     if not secrets or draw_seed(facts.run, cycle, secrets) != drawn.seed:
         raise VerificationFailed(

@@ -25,8 +25,7 @@ def admission(evidence: Evidence) -> Step:
 
 
 def _enrolments(evidence: Evidence, enrolled: Mapping[str, Fact[run_pb2.MinerEnrolled]]) -> Iterator[Difference]:
-    spec = evidence.facts.spec
-    assert spec is not None
+    spec = evidence.facts.require_spec()
     used: dict[str, set[str]] = {}
     for miner, fact in enrolled.items():
         message = fact.message
@@ -44,8 +43,7 @@ def _enrolments(evidence: Evidence, enrolled: Mapping[str, Fact[run_pb2.MinerEnr
 
 
 def _bans(evidence: Evidence, banned: Mapping[str, Fact[run_pb2.MinerBan]]) -> Iterator[Difference]:
-    spec = evidence.facts.spec
-    assert spec is not None
+    spec = evidence.facts.require_spec()
     for id_, fact in banned.items():
         try:
             bans.check_order(fact.message, evidence.roster, spec.customer)

@@ -169,7 +169,7 @@ def ending(evidence: Evidence) -> Step:
     facts, ended = evidence.facts, evidence.facts.ended
     if ended is None or facts.spec is None:
         return Step("ending", 0, 0, note="the run has not ended")
-    done = [version.version for cycle in facts.cycles() if (version := facts.version(cycle)) is not None]
+    done = [version.version for version in facts.versions.values()]
     found = []
     if ended.final_version != (done[-1] if done else 0):
         what = f"final version {ended.final_version}; the last one published is {done[-1] if done else 0}"

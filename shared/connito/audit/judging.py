@@ -103,8 +103,7 @@ def _report(evidence: Evidence, cycle: int, validator: str, report: cycle_pb2.Sc
 
 def score_fault(facts: RunFacts, score: cycle_pb2.SubmissionScore) -> str:
     """Return why a score does not follow from the losses beside it; empty when it does, or when they were left out."""
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     if not score.losses:
         bare = cycle_pb2.SubmissionScore(miner=score.miner, artifact_digest=score.artifact_digest)
         return first_difference(bare, score, ("reason", "finding")) if score.reason in OF_THE_FILE else ""
@@ -156,9 +155,8 @@ def verdicts(evidence: Evidence, cycle: int) -> Step:
     differences = [Difference("verdicts", where, what, cycle, miner) for miner, what in _differing(again, scored)]
     spent = sum(verdict.reward for verdict in scored.verdicts) + scored.unallocated
     spent += sum(standing.reward for standing in scored.validators)
-    assert facts.spec is not None
-    if spent != facts.spec.emission:
-        what = f"rewards and the rest come to {spent} units; a cycle emits {facts.spec.emission}"
+    if spent != facts.require_spec().emission:
+        what = f"rewards and the rest come to {spent} units; a cycle emits {facts.require_spec().emission}"
         differences.append(Difference("verdicts", where, what, cycle))
     return Step("verdicts", cycle, len(scored.verdicts) + len(scored.validators), tuple(differences))
 

@@ -257,7 +257,7 @@ def _signatures(evidence: Evidence, cycle: int, miner: str, entry: cycle_pb2.Sub
         return []
     judged: list[Fact] = [*evidence.facts.reports(cycle).values()]
     judged += [f for kind in ("scored", "version") if (f := evidence.facts.fact("merge", cycle, kind)) is not None]
-    drawn = evidence.facts.drawn_fact(cycle)
+    drawn = evidence.facts.window("validate", cycle).drawn_fact
     unique = {(fact.stream, fact.sequence): fact for fact in (*said, *answers, *((drawn,) if drawn else ()), *judged)}
     return [_signature(fact) for fact in unique.values()]
 

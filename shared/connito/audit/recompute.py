@@ -114,8 +114,7 @@ def _files(
 ) -> tuple[Files, Refusals]:
     """Return the files of the submissions that were merged; one that is missing only here cannot be recomputed."""
     facts, artifacts = work.evidence.facts, work.artifacts
-    opened, previous = facts.window("train", cycle).opened, facts.version(cycle - 1)
-    assert opened is not None
+    opened, previous = facts.window("train", cycle).require_opened(), facts.version(cycle - 1)
     parent = artifacts.path(opened.state)
     momentum = None if previous is None else artifacts.path(previous.outer_state)
     states: dict[str, Path] = {}

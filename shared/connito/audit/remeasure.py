@@ -68,9 +68,7 @@ _Parts = tuple[run_pb2.RunSpec, run_pb2.SelectionMade, dict[str, Path], dict[str
 
 
 def _parts(evidence: Evidence, artifacts: Artifacts) -> _Parts:
-    spec, selection = evidence.facts.spec, evidence.facts.selection
-    assert spec is not None
-    assert selection is not None
+    spec, selection = evidence.facts.require_spec(), evidence.facts.require_selection()
     files = _base(spec, artifacts)
     holdouts = {domain: artifacts.path(ref) for domain, ref in holdout_refs(spec).items()}
     return spec, selection, files, holdouts
@@ -214,8 +212,7 @@ def _measure(
 ) -> dict[str, _Again]:
     """Return an honest validator's report, by miner."""
     facts, artifacts = work.evidence.facts, work.artifacts
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     drawn = models.scoring.draw(seed)
     state, stop = artifacts.path(opened.state), threading.Event()
     before = models.scoring.incumbent(state, drawn, stop)
@@ -238,8 +235,7 @@ def _measure(
 def _compare(
     work: Recomputation, cycle: int, again: Mapping[str, _Again], distances: Distances
 ) -> Iterator[Difference]:
-    evidence, spec = work.evidence, work.evidence.facts.spec
-    assert spec is not None
+    evidence, spec = work.evidence, work.evidence.facts.require_spec()
     for validator, fact in evidence.facts.reports(cycle).items():
         where = evidence.subject("validate", cycle, "report", validator)
         for given in fact.message.scores:

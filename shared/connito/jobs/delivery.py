@@ -104,8 +104,7 @@ def _deposit(context: JobContext, facts: RunFacts, signed: Record | None) -> Dep
 
 
 def _document(facts: RunFacts, record: Mapping[str, Any] | None, model_bytes: int) -> dict[str, Any]:
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     report = run_report(facts, model_bytes=model_bytes)
     start = None if facts.selection is None or not facts.selection.HasField("start") else facts.selection.start
     return {
@@ -145,10 +144,8 @@ def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[s
     from connito.moe.evaluate import Evaluator
     from connito.moe.state import load_state
 
-    spec, selection = facts.spec, facts.selection
-    assert spec is not None
-    assert selection is not None
-    last = facts.version(facts.cycle) or facts.version(facts.cycle - 1)
+    spec, selection = facts.require_spec(), facts.require_selection()
+    last = facts.latest_version
     final = selection.initial_state if last is None else last.state
     progress("loading the base", 0.1)
     layers = {layer.layer: list(layer.experts) for layer in selection.layers}
@@ -198,7 +195,7 @@ def _row(before: npt.NDArray[Any], after: npt.NDArray[Any], tokens: npt.NDArray[
 
 def _apart(facts: RunFacts, rows: list[dict[str, Any]]) -> float | None:
     """Return the largest distance of a final loss measured here from the one that the aggregator published, nats per token."""
-    last = facts.version(facts.cycle) or facts.version(facts.cycle - 1)
+    last = facts.latest_version
     if last is None:
         return None
     published = {loss.domain: loss.after for loss in last.losses}

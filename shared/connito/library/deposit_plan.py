@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from connito.library.artifact import ExpertHeader
-from connito.library.record import MERGED, ended_at, versions
+from connito.library.record import MERGED, ended_at
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire.facts import RunFacts
 
@@ -39,7 +39,7 @@ def plan(facts: RunFacts) -> Deposit | Nothing:
     spec, selection, ended = facts.spec, facts.selection, facts.ended
     if ended is None or ended.outcome != run_pb2.RUN_OUTCOME_COMPLETED:
         return Nothing("the run did not complete")
-    history = versions(facts)
+    history = list(facts.versions.values())
     if spec is None or selection is None or not history:
         return Nothing("the run published no model version")
     if not any(version.gate in MERGED for version in history):

@@ -28,12 +28,6 @@ MERGED = frozenset(
 )
 
 
-def versions(facts: RunFacts) -> list[cycle_pb2.VersionPublished]:
-    """Return the versions a run published, oldest first."""
-    found = (facts.version(cycle) for cycle in facts.cycles())
-    return [version for version in found if version is not None]
-
-
 def expert_id(domain: str, digest: str) -> str:
     """Return `<domain>-<first 12 hex digits of the expert file's digest>`, with what a subject cannot hold as `-`."""
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', domain)[:60]}-{digest[:12]}"
@@ -54,7 +48,7 @@ def build_record(
     Raises `Invalid` when the run is not finished or published no version.
     """
     spec, selection, ended = facts.spec, facts.selection, facts.ended_fact
-    history = versions(facts)
+    history = list(facts.versions.values())
     if spec is None or selection is None or ended is None or not history:
         raise Invalid(f"run {facts.run} has no finished model version to describe; wait until it has ended")
     record: dict[str, Any] = {
@@ -161,8 +155,7 @@ def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[dict[str, Any]
                 row["reasons"][name] = row["reasons"].get(name, 0) + 1
     paid = sum(row["reward"] for row in table.values())
     for miner, row in table.items():
-        enrolled = facts.enrolled.get(miner)
-        row["label"] = "" if enrolled is None else getattr(enrolled.message, "label", "")
+        row["label"] = facts.label(miner)
         row["share"] = row["reward"] / paid if paid else 0.0
     return sorted(table.values(), key=lambda row: (-row["reward"], row["miner"]))
 

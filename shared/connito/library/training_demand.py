@@ -152,9 +152,7 @@ def training_of(facts: RunFacts) -> Training | None:
     if spec is None:
         return None
     gains = tuple(
-        version.losses[0].before - version.losses[0].after
-        for cycle in facts.cycles()
-        if (version := facts.version(cycle)) is not None and version.losses
+        version.losses[0].before - version.losses[0].after for version in facts.versions.values() if version.losses
     )
     created = facts.created_fact
     ids = [fact.key.id for fact in facts.deposits.values()]

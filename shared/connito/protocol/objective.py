@@ -12,11 +12,11 @@ def gained(facts: RunFacts, cycle: int) -> float | None:
 
     The gate's subset, not the report's: stopping on what is reported would flatter it. None where it was not measured.
     """
-    first = next((version for number in facts.cycles() if (version := facts.version(number)) is not None), None)
-    last = facts.version(cycle)
-    if first is None or last is None:
+    versions = facts.versions
+    if cycle not in versions:
         return None
-    begin, end = _target(facts, first), _target(facts, last)
+    first, *_ = versions.values()
+    begin, end = _target(facts, first), _target(facts, versions[cycle])
     return None if begin is None or end is None else begin.before - end.after
 
 

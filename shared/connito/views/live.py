@@ -10,7 +10,8 @@ from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views.run_report import miner_name, submission_rows
 from connito.views.sentences import detail_of
-from connito.wire.facts import Fact, RunFacts, Window
+from connito.wire.facts import Fact, RunFacts
+from connito.wire.window import Window
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -121,7 +122,7 @@ def render(facts: RunFacts, names: Mapping[str, str], now_ms: int) -> Renderable
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(f"{facts.run} · {phase(facts, now_ms)}", style="bold")]
-    if any(facts.version(cycle) is not None for cycle in facts.cycles()):
+    if facts.versions:
         parts.append(_loss_table(facts))
     if facts.cycle:
         parts.append(_miner_table(facts, names))

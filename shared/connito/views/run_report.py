@@ -29,9 +29,8 @@ def run_report(facts: RunFacts, *, model_bytes: int = 0, totals: Mapping[str, An
     """Return the report of a run, finished or not. `model_bytes` is the size of the base; `totals` adds what was
     measured outside of the log (seconds, memory, restarts).
     """
-    spec, selection = facts.spec, facts.selection
-    assert spec is not None, "a report needs the run's specification"
-    cycles = [cycle_report(facts, cycle) for cycle in facts.cycles() if facts.version(cycle) is not None]
+    spec, selection = facts.require_spec(), facts.selection
+    cycles = [cycle_report(facts, cycle) for cycle in facts.versions]
     return {
         "run": facts.run,
         "base": spec.base.name,

@@ -16,6 +16,7 @@ from typing_extensions import TypeVar as DefaultedTypeVar
 
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.subjects import WINDOWS, FactKey
+from connito.wire.window import Window, message_of, require
 
 M = TypeVar("M", bound=Message)
 M_co = DefaultedTypeVar("M_co", bound=Message, covariant=True, default=Message)
@@ -48,10 +49,6 @@ class Fact(Generic[M_co]):
     def of(self, message_type: type[M]) -> Fact[M] | None:
         """Return the fact if its message is of that type, else None."""
         return cast("Fact[M]", self) if isinstance(self.message, message_type) else None
-
-
-class MissingFactError(LookupError):
-    """A fact that has to be known by now is not: the caller asked too early."""
 
 
 @dataclass
@@ -97,10 +94,12 @@ class RunFacts:
         """Return whether a fact of any kind is known."""
         return self.fact(section, cycle, kind, id_) is not None
 
-    def _one(self, of: type[M], section: str, cycle: int, kind: str, id_: str = "") -> Fact[M] | None:
+    def one(self, of: type[M], section: str, cycle: int, kind: str, id_: str = "") -> Fact[M] | None:
+        """Return one fact whose message has the type that verification checks for its kind."""
         return cast("Fact[M] | None", self.facts.get(FactKey(section, cycle, kind, id_)))
 
-    def _many(self, of: type[M], section: str, cycle: int, kind: str) -> Mapping[str, Fact[M]]:
+    def many(self, of: type[M], section: str, cycle: int, kind: str) -> Mapping[str, Fact[M]]:
+        """Return facts by id whose messages have the type that verification checks for their kind."""
         return cast("Mapping[str, Fact[M]]", self.all(section, cycle, kind))
 
     # The run: what was asked for, who takes part, how it ended.
@@ -108,7 +107,7 @@ class RunFacts:
     @property
     def created_fact(self) -> Fact[run_pb2.RunCreated] | None:
         """Return the specification as it was written."""
-        return self._one(run_pb2.RunCreated, "run", 0, "created")
+        return self.one(run_pb2.RunCreated, "run", 0, "created")
 
     @property
     def spec(self) -> run_pb2.RunSpec | None:
@@ -118,41 +117,41 @@ class RunFacts:
 
     def require_spec(self) -> run_pb2.RunSpec:
         """Return the specification of a run that was created. Raises `MissingFactError` for another."""
-        return self._required(self.spec, "specification")
+        return require(self.spec, self.run, "specification")
 
     @property
     def selected_fact(self) -> Fact[run_pb2.SelectionMade] | None:
         """Return the selection as it was written."""
-        return self._one(run_pb2.SelectionMade, "run", 0, "selected")
+        return self.one(run_pb2.SelectionMade, "run", 0, "selected")
 
     @property
     def selection(self) -> run_pb2.SelectionMade | None:
         """Return the target experts."""
-        return _message(self.selected_fact)
+        return message_of(self.selected_fact)
 
     def require_selection(self) -> run_pb2.SelectionMade:
         """Return the target experts of a run that was assembled. Raises `MissingFactError` before the selection."""
-        return self._required(self.selection, "selection")
+        return require(self.selection, self.run, "selection")
 
     @property
     def selection_failed(self) -> run_pb2.SelectionFailed | None:
         """Return the reason why no experts could be selected."""
-        return _message(self._one(run_pb2.SelectionFailed, "run", 0, "selection_failed"))
+        return message_of(self.one(run_pb2.SelectionFailed, "run", 0, "selection_failed"))
 
     @property
     def ended_fact(self) -> Fact[run_pb2.RunEnded] | None:
         """Return the end as it was written."""
-        return self._one(run_pb2.RunEnded, "run", 0, "ended")
+        return self.one(run_pb2.RunEnded, "run", 0, "ended")
 
     @property
     def ended(self) -> run_pb2.RunEnded | None:
         """Return the outcome, once the run has ended."""
-        return _message(self.ended_fact)
+        return message_of(self.ended_fact)
 
     @property
     def enrolled(self) -> Mapping[str, Fact[run_pb2.MinerEnrolled]]:
         """Return enrolments by miner."""
-        return self._many(run_pb2.MinerEnrolled, "run", 0, "miner")
+        return self.many(run_pb2.MinerEnrolled, "run", 0, "miner")
 
     @property
     def miners(self) -> list[str]:
@@ -167,7 +166,7 @@ class RunFacts:
     @property
     def joined(self) -> Mapping[str, Fact[run_pb2.ValidatorJoined]]:
         """Return validators that joined, by key."""
-        return self._many(run_pb2.ValidatorJoined, "run", 0, "validator")
+        return self.many(run_pb2.ValidatorJoined, "run", 0, "validator")
 
     @property
     def validators(self) -> list[str]:
@@ -177,22 +176,22 @@ class RunFacts:
     @property
     def invites_used(self) -> Mapping[str, Fact[run_pb2.InviteUsed]]:
         """Return uses of invites, by invite and number."""
-        return self._many(run_pb2.InviteUsed, "run", 0, "invited")
+        return self.many(run_pb2.InviteUsed, "run", 0, "invited")
 
     @property
     def bans(self) -> Mapping[str, Fact[run_pb2.MinerBan]]:
         """Return bans and their liftings, by miner and number."""
-        return self._many(run_pb2.MinerBan, "run", 0, "ban")
+        return self.many(run_pb2.MinerBan, "run", 0, "ban")
 
     @property
     def deposits(self) -> Mapping[str, Fact[run_pb2.ExpertDeposited]]:
         """Return experts of this run in the library, by expert id."""
-        return self._many(run_pb2.ExpertDeposited, "library", 0, "deposited")
+        return self.many(run_pb2.ExpertDeposited, "library", 0, "deposited")
 
     @property
     def uses(self) -> Mapping[str, Fact[run_pb2.ExpertUsed]]:
         """Return uses of library experts that were declared, by id."""
-        return self._many(run_pb2.ExpertUsed, "library", 0, "used")
+        return self.many(run_pb2.ExpertUsed, "library", 0, "used")
 
     # One cycle, window by window.
 
@@ -204,74 +203,80 @@ class RunFacts:
         """Return one window of one cycle."""
         return Window(self, name, cycle)
 
+    def windows(self, cycle: int) -> list[Window]:
+        """Return the windows of a cycle in their order."""
+        return [Window(self, name, cycle) for name in WINDOWS]
+
+    @property
+    def next_train(self) -> Window:
+        """Return the train window of the cycle after the current one, not opened yet."""
+        return Window(self, "train", self.cycle + 1)
+
     @property
     def open_window(self) -> Window | None:
         """Return the window of the current cycle that is opened and not closed; None between windows."""
-        for name in reversed(WINDOWS):
-            window = self.window(name, self.cycle)
-            if window.opened is not None:
-                return window if window.closed is None else None
-        return None
+        opened = [window for window in self.windows(self.cycle) if window.opened is not None]
+        return opened[-1] if opened and opened[-1].is_open else None
 
     def trained(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.TrainingFinished]]:
         """Return the miners that said their local steps are done."""
-        return self._many(cycle_pb2.TrainingFinished, "ingress", cycle, "trained")
+        return self.many(cycle_pb2.TrainingFinished, "ingress", cycle, "trained")
 
     def reveals_sent(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.Reveal]]:
         """Return reveals as miners sent them, whether they are accepted or not."""
-        return self._many(cycle_pb2.Reveal, "ingress", cycle, "reveal")
+        return self.many(cycle_pb2.Reveal, "ingress", cycle, "reveal")
 
     def seed_commitments(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.SeedCommitted]]:
         """Return validators' commitments to their secrets."""
-        return self._many(cycle_pb2.SeedCommitted, "train", cycle, "seed")
+        return self.many(cycle_pb2.SeedCommitted, "train", cycle, "seed")
 
     def seed_reveals(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.SeedRevealed]]:
         """Return validators' secrets."""
-        return self._many(cycle_pb2.SeedRevealed, "validate", cycle, "seed")
+        return self.many(cycle_pb2.SeedRevealed, "validate", cycle, "seed")
 
     def seed_commitment(self, cycle: int, validator: str) -> cycle_pb2.SeedCommitted | None:
         """Return a validator's commitment to its secret."""
-        return _message(self._one(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator))
+        return message_of(self.one(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator))
 
     def seed_reveal(self, cycle: int, validator: str) -> cycle_pb2.SeedRevealed | None:
         """Return a validator's secret."""
-        return _message(self._one(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator))
+        return message_of(self.one(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator))
 
     def commitments(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.CommitmentAccepted]]:
         """Return accepted commitments by miner."""
-        return self._many(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted")
+        return self.many(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted")
 
     def commitment(self, cycle: int, miner: str) -> cycle_pb2.CommitmentAccepted | None:
         """Return a miner's accepted commitment."""
-        return _message(self._one(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner))
+        return message_of(self.one(cycle_pb2.CommitmentAccepted, "commit", cycle, "accepted", miner))
 
     def reveals(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.RevealAccepted]]:
         """Return the accepted reveals that `cycle` scores, by miner."""
-        return self._many(cycle_pb2.RevealAccepted, "submit", cycle, "accepted")
+        return self.many(cycle_pb2.RevealAccepted, "submit", cycle, "accepted")
 
     def reveal(self, cycle: int, miner: str) -> cycle_pb2.RevealAccepted | None:
         """Return a miner's accepted reveal that `cycle` scores."""
-        return _message(self._one(cycle_pb2.RevealAccepted, "submit", cycle, "accepted", miner))
+        return message_of(self.one(cycle_pb2.RevealAccepted, "submit", cycle, "accepted", miner))
 
-    def drawn_fact(self, cycle: int) -> Fact[cycle_pb2.SeedDrawn] | None:
-        """Return the draw of a cycle's seed as it was written."""
-        return self._one(cycle_pb2.SeedDrawn, "validate", cycle, "drawn")
+    def require_drawn(self, cycle: int) -> cycle_pb2.SeedDrawn:
+        """Return a cycle's draw. Raises `MissingFactError` before it."""
+        return require(self.drawn(cycle), self.run, f"draw in cycle {cycle}")
 
     def drawn(self, cycle: int) -> cycle_pb2.SeedDrawn | None:
         """Return a cycle's seed and the validators whose secrets are in it."""
-        return _message(self.drawn_fact(cycle))
+        return message_of(self.window("validate", cycle).drawn_fact)
 
     def reports(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.ScoreReport]]:
         """Return score reports by validator."""
-        return self._many(cycle_pb2.ScoreReport, "validate", cycle, "report")
+        return self.many(cycle_pb2.ScoreReport, "validate", cycle, "report")
 
     def scored_fact(self, cycle: int) -> Fact[cycle_pb2.CycleScored] | None:
         """Return a cycle's result as it was written."""
-        return self._one(cycle_pb2.CycleScored, "merge", cycle, "scored")
+        return self.one(cycle_pb2.CycleScored, "merge", cycle, "scored")
 
     def scored(self, cycle: int) -> cycle_pb2.CycleScored | None:
         """Return a cycle's verdicts and standings."""
-        return _message(self.scored_fact(cycle))
+        return message_of(self.scored_fact(cycle))
 
     def result_before(self, cycle: int) -> cycle_pb2.CycleScored:
         """Return the result of the cycle before, empty before the first one."""
@@ -279,96 +284,19 @@ class RunFacts:
 
     def version_fact(self, cycle: int) -> Fact[cycle_pb2.VersionPublished] | None:
         """Return the version that a cycle produced as it was written."""
-        return self._one(cycle_pb2.VersionPublished, "merge", cycle, "version")
+        return self.one(cycle_pb2.VersionPublished, "merge", cycle, "version")
 
     def version(self, cycle: int) -> cycle_pb2.VersionPublished | None:
         """Return the model version that a cycle produced."""
-        return _message(self.version_fact(cycle))
-
-    def _required(self, message: M | None, what: str) -> M:
-        if message is None:
-            raise MissingFactError(f"run {self.run} has no {what} yet")
-        return message
-
-
-@dataclass(frozen=True)
-class Window:
-    """One window of one cycle, as far as its facts are known."""
-
-    facts: RunFacts
-    name: str
-    cycle: int
+        return message_of(self.version_fact(cycle))
 
     @property
-    def opened_fact(self) -> Fact[cycle_pb2.WindowOpened] | None:
-        """Return the opening as it was written."""
-        return self.facts._one(cycle_pb2.WindowOpened, self.name, self.cycle, "opened")
+    def latest_version(self) -> cycle_pb2.VersionPublished | None:
+        """Return the newest model version that a cycle produced; None before the first."""
+        return next(reversed(self.versions.values()), None)
 
     @property
-    def opened(self) -> cycle_pb2.WindowOpened | None:
-        """Return the opening."""
-        return _message(self.opened_fact)
-
-    @property
-    def closed_fact(self) -> Fact[cycle_pb2.WindowClosed] | None:
-        """Return the close as it was written."""
-        return self.facts._one(cycle_pb2.WindowClosed, self.name, self.cycle, "closed")
-
-    @property
-    def closed(self) -> cycle_pb2.WindowClosed | None:
-        """Return the close."""
-        return _message(self.closed_fact)
-
-    @property
-    def settled(self) -> cycle_pb2.WindowSettled | None:
-        """Return the committer's settlement of the closed window (commit, submit)."""
-        return _message(self.facts._one(cycle_pb2.WindowSettled, self.name, self.cycle, "settled"))
-
-    @property
-    def deadline_unix_ms(self) -> int:
-        """Return the time at which it is closed at the latest; 0 for one that has no deadline or is not opened."""
-        opened = self.opened
-        return 0 if opened is None else opened.deadline_unix_ms
-
-    @property
-    def is_open(self) -> bool:
-        """Return whether it is opened and not closed."""
-        return self.opened is not None and self.closed is None
-
-    @property
-    def accepted(self) -> Mapping[str, Fact]:
-        """Return accepted messages by miner (commit, submit)."""
-        return self.facts.all(self.name, self.cycle, "accepted")
-
-    @property
-    def refused(self) -> Mapping[str, Fact[cycle_pb2.Refused]]:
-        """Return refused messages, by miner and ingress sequence (commit, submit)."""
-        return self.facts._many(cycle_pb2.Refused, self.name, self.cycle, "refused")
-
-    def refusal(self, miner: str, ingress_sequence: int) -> cycle_pb2.Refused | None:
-        """Return why a message of a miner was refused (commit, submit); None for one that was not."""
-        return _message(self.refused.get(f"{miner}-{ingress_sequence}"))
-
-    def inside(self, fact: Fact) -> bool:
-        """Return whether a fact lies inside: not closed yet, or its sequence is at most the last one."""
-        closed = self.closed
-        return closed is None or (fact.stream == closed.stream and fact.sequence <= closed.last_sequence)
-
-    def require_opened(self) -> cycle_pb2.WindowOpened:
-        """Return the opening. Raises `MissingFactError` before it."""
-        return self._required(self.opened, "opening")
-
-    def require_closed(self) -> cycle_pb2.WindowClosed:
-        """Return the close. Raises `MissingFactError` before it."""
-        return self._required(self.closed, "close")
-
-    def require_settled(self) -> cycle_pb2.WindowSettled:
-        """Return what was inside. Raises `MissingFactError` before the committer has settled it."""
-        return self._required(self.settled, "settlement")
-
-    def _required(self, message: M | None, what: str) -> M:
-        return self.facts._required(message, f"{what} of {self.name} in cycle {self.cycle}")
-
-
-def _message(fact: Fact[M] | None) -> M | None:
-    return None if fact is None else fact.message
+    def versions(self) -> dict[int, cycle_pb2.VersionPublished]:
+        """Return published model versions by cycle, the first cycle first."""
+        known = {cycle: self.version(cycle) for cycle in self.cycles()}
+        return {cycle: version for cycle, version in known.items() if version is not None}

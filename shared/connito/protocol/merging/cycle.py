@@ -108,8 +108,7 @@ def _conclude(
     files: Files,
     merge_of: Callable[[Ingredients], _Merge],
 ) -> Merged:
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     refused = {**unusable, **_inspect(facts, submissions, files)}
     agreed = without(agreed, refused)
     sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
@@ -127,8 +126,7 @@ def _conclude(
 
 def _inspect(facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files: Files) -> Refusals:
     """Look at every file once more before it is merged: what goes into a version is checked where it is made."""
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     layout = expected_layout(files.parent)
     refused: dict[str, Refusal] = {}
     for entry in submissions:
@@ -171,10 +169,8 @@ class _Merge:
     """Candidates of one cycle: built on demand, measured by the gate, the accepted one published."""
 
     def __init__(self, facts: RunFacts, cycle: int, ingredients: Ingredients, measure: Measure, folder: Path) -> None:
-        assert facts.spec is not None
-        opened = facts.window("train", cycle).opened
-        assert opened is not None
-        self.facts, self.cycle, self.spec, self.opened = facts, cycle, facts.spec, opened
+        opened = facts.window("train", cycle).require_opened()
+        self.facts, self.cycle, self.spec, self.opened = facts, cycle, facts.require_spec(), opened
         self.ingredients, self.measure, self.folder = ingredients, measure, folder
         self._weights: dict[Attempt, dict[str, float]] = {}
 

@@ -63,10 +63,8 @@ def _off_duty(scored: set[str], duty: frozenset[str]) -> Refusal | None:
 def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> Finding | None:
     """Return why a report does not count; None when it does."""
     drawn = draw(facts, cycle)
-    opened = facts.window("train", cycle).opened
-    settled = facts.window("submit", cycle).settled
-    assert opened is not None
-    assert settled is not None
+    opened = facts.window("train", cycle).require_opened()
+    settled = facts.window("submit", cycle).require_settled()
     artifacts = {submission.miner: submission.artifact.digest for submission in settled.submissions}
     if drawn is None or report.validator not in drawn.validators:
         return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_NOT_DRAWN)
@@ -105,7 +103,6 @@ def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[
 
 def draw(facts: RunFacts, cycle: int) -> cycle_pb2.SeedDrawn | None:
     """Return the cycle's draw, if it was made inside the validate window."""
-    fact = facts.drawn_fact(cycle)
-    if fact is None or not facts.window("validate", cycle).inside(fact):
-        return None
-    return fact.message
+    window = facts.window("validate", cycle)
+    fact = window.drawn_fact
+    return None if fact is None or not window.inside(fact) else fact.message

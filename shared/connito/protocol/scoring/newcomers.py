@@ -32,15 +32,13 @@ def over_quota(facts: RunFacts, cycle: int, submissions: Iterable[cycle_pb2.Subm
 
 def quota_refusal(facts: RunFacts, cycle: int) -> Refusal:
     """Return the refusal of a newcomer without a place."""
-    assert facts.spec is not None
-    kind, quota = cycle_pb2.FINDING_KIND_NEWCOMER_QUOTA, facts.spec.rewards.newcomers_per_cycle
+    kind, quota = cycle_pb2.FINDING_KIND_NEWCOMER_QUOTA, facts.require_spec().rewards.newcomers_per_cycle
     return Refusal(reasons_pb2.REASON_NEWCOMER_QUOTA, Finding(kind=kind, limit=quota, cycle=cycle))
 
 
 def withhold(facts: RunFacts, cycle: int, verdict: cycle_pb2.Verdict) -> None:
     """Pay a miner on probation its part: changes the verdict in place, and says so where it has no other reason."""
-    assert facts.spec is not None
-    policy = facts.spec.rewards
+    policy = facts.require_spec().rewards
     if not policy.probation_cycles or not verdict.reward:
         return
     useful = next((entry.useful for entry in facts.result_before(cycle).miners if entry.miner == verdict.miner), 0)

@@ -96,8 +96,7 @@ def score_cycle(
     unmerged: Refusals,
 ) -> cycle_pb2.CycleScored:
     """Return the cycle's result. `unmerged` says of those that scored, but have no share in the merge, why."""
-    spec = facts.spec
-    assert spec is not None
+    spec = facts.require_spec()
     pot = round(spec.emission * Fraction(spec.rewards.validator_share))
     found, _ = verdicts(
         submissions,

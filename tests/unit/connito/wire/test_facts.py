@@ -9,11 +9,13 @@ from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire import subjects
 from connito.wire.envelope import seal
-from connito.wire.facts import Record, RunFacts
+from connito.wire.facts import Fact, Record, RunFacts
 from connito.wire.identity import Identity
 from connito.wire.log import Log
 from connito.wire.roster import ROLES, Roster
+from connito.wire.subjects import FactKey
 from connito.wire.verification import CATALOGUE, verify_fact, verify_ingress
+from connito.wire.window import MissingFactError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,3 +175,66 @@ def test_inside_is_decided_by_sequence() -> None:
 def test_an_unknown_run_is_empty() -> None:
     facts = RunFacts("none")
     assert (facts.spec, facts.selection, facts.ended, facts.cycle, facts.miners) == (None, None, None, 0, [])
+
+
+def of_cycle(cycle: int, *windows: str) -> RunFacts:
+    facts = RunFacts(RUN)
+    for sequence, window in enumerate(windows, 1):
+        name, kind = window.split(".")
+        message = cycle_pb2.WindowOpened(cycle=cycle, deadline_unix_ms=sequence) if kind == "opened" else None
+        message = message or cycle_pb2.WindowClosed(cycle=cycle, stream="INGRESS", last_sequence=5)
+        facts.add(Fact(RUN, FactKey(name, cycle, kind), message, "C", name.upper(), sequence, sequence))
+    return facts
+
+
+def test_a_fact_that_is_required_is_named_when_it_is_missing() -> None:
+    facts = RunFacts(RUN)
+    with pytest.raises(MissingFactError, match=f"run {RUN} has no specification yet"):
+        facts.require_spec()
+    with pytest.raises(MissingFactError, match="no close of submit in cycle 3 yet"):
+        facts.window("submit", 3).require_closed()
+
+
+def test_the_open_window_is_the_last_one_that_was_opened_and_not_closed() -> None:
+    assert RunFacts(RUN).open_window is None
+    window = of_cycle(1, "train.opened").open_window
+    assert window is not None
+    assert (window.name, window.cycle, window.deadline_unix_ms) == ("train", 1, 1)
+    assert of_cycle(1, "train.opened", "train.closed").open_window is None
+    later = of_cycle(1, "train.opened", "train.closed", "commit.opened").open_window
+    assert later is not None
+    assert later.name == "commit"
+
+
+def test_the_current_cycle_waits_for_every_cycle_before_it() -> None:
+    facts = of_cycle(2, "train.opened")
+    assert facts.cycle == 0
+    first = of_cycle(1, "train.opened")
+    facts.add(next(iter(first.facts.values())))
+    assert facts.cycle == 2
+    assert list(facts.cycles()) == [1, 2]
+
+
+def test_facts_of_a_kind_are_a_snapshot_in_the_order_of_ids() -> None:
+    facts = RunFacts(RUN)
+
+    def report(validator: str, sequence: int) -> Fact:
+        key = FactKey("validate", 1, "report", validator)
+        return Fact(RUN, key, cycle_pb2.ScoreReport(validator=validator), validator, "VALIDATE", sequence, 0)
+
+    facts.add(report("vb", 1))
+    before = facts.reports(1)
+    for validator in before:
+        facts.add(report("va", 2))
+        assert validator == "vb"
+    assert list(before) == ["vb"]
+    assert list(facts.reports(1)) == ["va", "vb"]
+
+
+def test_versions_are_by_cycle_and_the_latest_one_stands_last() -> None:
+    facts = of_cycle(1, "train.opened")
+    assert facts.latest_version is None
+    facts.add(Fact(RUN, FactKey("merge", 1, "version"), cycle_pb2.VersionPublished(version=7), "A", "MERGE", 1, 0))
+    assert {cycle: version.version for cycle, version in facts.versions.items()} == {1: 7}
+    assert facts.latest_version == facts.version(1)
+    assert facts.window("merge", 1).version == facts.version(1)

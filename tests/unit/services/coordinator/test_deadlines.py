@@ -46,8 +46,8 @@ def test_one_slow_cycle_does_not_move_the_deadline() -> None:
 def test_a_window_is_measured_from_opened_to_closed() -> None:
     world = World()
     window(world, 1, 1_000, 7_000, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
-    assert window_ms(world.facts, "train", 1) == 6_000
-    assert window_ms(world.facts, "train", 2) is None
+    assert window_ms(world.facts, world.facts.window("train", 1)) == 6_000
+    assert window_ms(world.facts, world.facts.window("train", 2)) is None
 
 
 def test_a_window_that_ran_into_its_deadline_is_measured_to_the_last_act_inside() -> None:
@@ -57,17 +57,17 @@ def test_a_window_that_ran_into_its_deadline_is_measured_to_the_last_act_inside(
     window(world, 1, 1_000, 90_000, cycle_pb2.CLOSE_CAUSE_DEADLINE)
     world.now = 95_000
     world.trained("mb", 1)
-    assert window_ms(world.facts, "train", 1) == 2_000
+    assert window_ms(world.facts, world.facts.window("train", 1)) == 2_000
 
 
 def test_a_window_in_which_nobody_acted_counts_in_full() -> None:
     world = World()
     window(world, 1, 1_000, 90_000, cycle_pb2.CLOSE_CAUSE_DEADLINE)
-    assert window_ms(world.facts, "train", 1) == 89_000
+    assert window_ms(world.facts, world.facts.window("train", 1)) == 89_000
 
 
 def test_the_deadline_is_learned_from_earlier_cycles_only() -> None:
     world = World()
     window(world, 1, 0, 4_000, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
     window(world, 2, 10_000, 60_000, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
-    assert deadline_ms(world.facts, "train", 2, 500, POLICY) == 500 + 8_000
+    assert deadline_ms(world.facts, world.facts.window("train", 2), 500, POLICY) == 500 + 8_000
