@@ -122,10 +122,11 @@ def branches(seed: int, texts: dict[str, npt.NDArray[np.int32]] | Any, lr: float
     import torch
     from connito.base.branches import import_branches
     from connito.base.tiny import pretrain
+    from connito.runtime.progress import silent
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dense = pretrain(seed, 120, lambda *_: None)
+        dense = pretrain(seed, 120, silent)
     specialists = {}
     for domain, table in texts.items():
         model: Any = copy.deepcopy(dense)

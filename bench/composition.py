@@ -77,7 +77,7 @@ class Bench:
 
     def running(self, model: Any | None = None) -> Losses:
         """Return losses of a model as it runs."""
-        from connito.experts.prune import loss
+        from connito.experts.measure import loss
 
         return {domain: loss(self.model if model is None else model, table) for domain, table in self.held.items()}
 

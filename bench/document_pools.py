@@ -51,8 +51,9 @@ def _round(seed: int, steps: int) -> list[dict[str, Any]]:
     import torch
     from connito.base.emo import train_pooled
     from connito.base.tiny import DOMAINS, blocks, pretrain, tiny_texts
-    from connito.base.upcycle import silent, upcycle
+    from connito.base.upcycle import upcycle
     from connito.experts.extraction import extract_domain
+    from connito.runtime.progress import silent
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

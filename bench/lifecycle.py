@@ -63,17 +63,19 @@ def size(model: Any) -> int:
 def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
     from connito.experts import prune
+    from connito.experts.measure import loss
+    from connito.experts.token_skipping import skip_thresholds, skipping
     from connito.moe.layout import require_moe_layers
 
     model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
-    full, rng, whole = prune.loss(model, held), random.Random(seed), size(model)
+    full, rng, whole = loss(model, held), random.Random(seed), size(model)
     each = prune.expert_bytes(next(iter(require_moe_layers(model).values())))
     yield {"method": "full", "full": full, "cost": 0.0, "bytes": whole}
 
     def row(method: str, keep: prune.Keep) -> Row:
         gone = EXPERTS * len(LAYERS) - sum(map(len, keep.values()))
         with prune.masked(model, keep):
-            cost = prune.loss(model, held) - full
+            cost = loss(model, held) - full
         return {"method": method, "full": full, "cost": cost, "bytes": whole - gone * each, "keep": keep}
 
     for budget in (8, 4, 2):
@@ -81,9 +83,9 @@ def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
             yield row(f"{method}_{budget}", prune.choose(model, probe, method, max_experts=budget))
         draws = [row("", {i: sorted(rng.sample(range(EXPERTS), budget // 2)) for i in LAYERS}) for _ in range(10)]
         yield {**draws[0], "method": f"random_{budget}", "cost": statistics.fmean(draw["cost"] for draw in draws)}
-    betas = prune.skip_thresholds(model, probe[:, :-1])
-    with prune.skipping(model, betas) as skipped:
-        cost = prune.loss(model, held) - full
+    betas = skip_thresholds(model, probe[:, :-1])
+    with skipping(model, betas) as skipped:
+        cost = loss(model, held) - full
     yield {"method": "skipping", "full": full, "cost": cost, "bytes": whole, "skipped_share": skipped.share}
 
 
@@ -105,7 +107,7 @@ def _extracted(source: Path, seed: int, count: int) -> Iterator[Row]:
 def _smaller(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
     from connito.experts.lowrank import MAPS, low_rank, sparsify
-    from connito.experts.prune import loss
+    from connito.experts.measure import loss
     from connito.moe.layout import require_moe_layers
 
     probe, held = text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
@@ -127,7 +129,8 @@ def _smaller(source: Path, seed: int, count: int) -> Iterator[Row]:
 def _lone(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
     from connito.experts.export import to_dense
-    from connito.experts.prune import loss, progressive
+    from connito.experts.measure import loss
+    from connito.experts.prune import progressive
 
     probe, held = text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
     full = loss(load_full(source), held)

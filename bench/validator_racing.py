@@ -77,8 +77,9 @@ def demo_case(sequences: int) -> Case:
     from connito.data.prepare import Split, part_of
     from connito.moe.resident import compress
     from connito.moe.training import train_local
+    from connito.runtime.progress import silent
 
-    source = build_cached("demo", lambda *_: None) / "model"
+    source = build_cached("demo", silent) / "model"
     tokenizer, domains = load_tokenizer(source), ("medical", "code", "legal", "speeches", "math")
 
     def sequences_of(domain: str, part: str, count: int) -> Tokens:

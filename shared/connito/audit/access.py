@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from connito.audit.artifacts import Artifacts, Named, Progress, gather
+from connito.audit.artifacts import Artifacts, Named, gather
 from connito.audit.evidence import Evidence, read
 from connito.bus import Bus, CaughtUp
 from connito.bus.streams import FACT_STREAMS
@@ -17,6 +17,7 @@ from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.platform.datadir import DataDir
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.platform.session import BUCKET, REGION, Session, log_to
+from connito.runtime.progress import Notify
 from connito.store import ArtifactStore
 from connito.store.cache import Cache
 from connito.v1 import reasons_pb2
@@ -72,7 +73,7 @@ class Access:
                     return
                 yield item
 
-    async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Progress) -> Artifacts:
+    async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Notify) -> Artifacts:
         """Fetch and hash the artifacts that the log names and that are `wanted`. Raises `Retry` while the store is away."""
         return await gather(evidence, self, wanted=wanted, copy_of=self._copy, say=say)
 

@@ -14,11 +14,10 @@ from connito.audit.judging import OF_THE_FILE
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.library.start import deposits, wants_start
+from connito.runtime.progress import Notify, silent
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.workloads.fetching import Source
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ async def gather(
     *,
     wanted: Callable[[Named], bool] = lambda _: True,
     copy_of: Callable[[ArtifactRef], Path] | None = None,
-    say: Progress = lambda _: None,
+    say: Notify = silent,
 ) -> Artifacts:
     """Fetch everything that the log names, and what those artifacts name in turn. Raises `Retry` while the store is away.
 
@@ -156,7 +155,7 @@ async def gather(
 
 
 async def _take(
-    found: Artifacts, entry: Named, source: Source, copy_of: Callable[[ArtifactRef], Path] | None, say: Progress
+    found: Artifacts, entry: Named, source: Source, copy_of: Callable[[ArtifactRef], Path] | None, say: Notify
 ) -> None:
     found.named.append(entry)
     digest = entry.ref.digest

@@ -14,6 +14,7 @@ from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid
 from connito.protocol.findings import check_version
+from connito.runtime.progress import Notify, silent
 
 if TYPE_CHECKING:
     from connito.audit.remeasure import Models
@@ -39,7 +40,7 @@ class Options:
     model: bool = True
     threads: int = 0
     tolerance: float = TOLERANCE
-    say: Callable[[str], None] = lambda _: None
+    say: Notify = silent
 
 
 @dataclass(frozen=True)

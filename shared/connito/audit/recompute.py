@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from connito.audit.artifacts import Artifacts
@@ -21,6 +21,7 @@ from connito.errors import Invalid, reason_name
 from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle, remerge_cycle
+from connito.runtime.progress import Notify, silent
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from connito.views.sentences import as_recorded
 from connito.wire import subjects
@@ -71,7 +72,7 @@ class Recomputation:
     artifacts: Artifacts
     tolerance: float
     measure: Measure | None = None
-    say: Callable[[str], None] = field(default=lambda _: None)
+    say: Notify = silent
 
 
 def merge(work: Recomputation, cycle: int) -> Step:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from connito.base.checkpoint import save_checkpoint
 from connito.base.tiny import DOMAINS, blocks, pretrain, tiny_texts, tokenizer
-from connito.base.upcycle import Progress, silent, upcycle
+from connito.base.upcycle import upcycle
 from connito.errors import Invalid
+from connito.runtime.progress import Progress, silent
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:

@@ -6,16 +6,15 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from connito.errors import Invalid, NotFound
+from connito.runtime.progress import Progress
 from connito.runtime.settings import default_cache_dir
-
-Progress = Callable[[str, float], None]
 
 MANIFEST = "manifest.json"
 # What a base is made by: when one of these changes, an older base is not what this version would build.

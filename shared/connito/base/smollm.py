@@ -15,8 +15,9 @@ import numpy as np
 
 from connito.base.checkpoint import save_checkpoint
 from connito.base.loading import build_empty
-from connito.base.upcycle import Progress, Upcycled, silent, upcycle
+from connito.base.upcycle import Upcycled, upcycle
 from connito.errors import Invalid, NotFound
+from connito.runtime.progress import Progress, silent
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:

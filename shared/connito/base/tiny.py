@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.base.checkpoint import save_checkpoint
-from connito.base.upcycle import Progress, silent, upcycle
+from connito.base.upcycle import upcycle
 from connito.errors import NotFound
+from connito.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from connito.errors import Invalid, VerificationFailed
+from connito.runtime.progress import Progress, silent
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-
-Progress = Callable[[str, float], None]
 
 # Largest difference of logits between the dense model and its upcycled form, in fp32.
 TOLERANCE = 1e-4
@@ -34,10 +33,6 @@ class Upcycled:
     # Mean cosine of centred hidden states to their centroid, and each centroid's share of tokens, per layer.
     cohesion: dict[int, float]
     shares: dict[int, list[float]]
-
-
-def silent(_: str, __: float) -> None:
-    """Ignore progress reports."""
 
 
 def upcycle(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.client.connection import Connection
 from connito.errors import Invalid, NotFound
+from connito.runtime.progress import Progress, silent
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import RunSpec
 from connito.v1.services_pb2 import RunStatus
@@ -18,12 +19,6 @@ if TYPE_CHECKING:
     from connito.jobs.quote import Quote
     from connito.jobs.submit import Submitted
 
-Progress = Callable[[str, float], None]
-
-
-def _quiet(what: str, share: float) -> None:
-    """Ignore progress."""
-
 
 class Jobs:
     """A customer's runs. Every verb raises as `Client` says."""
@@ -32,20 +27,20 @@ class Jobs:
         """Take `data_dir`, the folder of the local platform whose base and store a job.yaml may use."""
         self._connection, self._data_dir = connection, data_dir
 
-    def check(self, file: Path | str, *, profile: str = "", progress: Progress = _quiet) -> Checked:
+    def check(self, file: Path | str, *, profile: str = "", progress: Progress = silent) -> Checked:
         """Check a job.yaml before anything is spent; `.ok`, `.findings`. `profile` replaces the file's."""
         from connito.jobs.check import check_file
 
         return check_file(Path(file), self._data_dir, progress, profile=profile)
 
-    def quote(self, file: Path | str, *, profile: str = "", pilot: bool = True, progress: Progress = _quiet) -> Quote:
+    def quote(self, file: Path | str, *, profile: str = "", pilot: bool = True, progress: Progress = silent) -> Quote:
         """Return what a job.yaml will take. Raises `Invalid` for one that cannot be submitted. Imports torch."""
         from connito.jobs.quote import quote
 
         return quote(self.check(file, profile=profile, progress=progress), pilot=pilot, progress=progress)
 
     def submit(
-        self, job: Path | str | Checked | RunSpec, *, profile: str = "", progress: Progress = _quiet
+        self, job: Path | str | Checked | RunSpec, *, profile: str = "", progress: Progress = silent
     ) -> Submitted:
         """Create a run; `.run` is its id. `job`: a job.yaml or what its check found, whose corpora are uploaded; or a
         RunSpec, also as a YAML file. Raises `Invalid` naming the field that cannot be."""
@@ -83,7 +78,7 @@ class Jobs:
         *,
         with_base: bool = False,
         measure: bool = True,
-        progress: Progress = _quiet,
+        progress: Progress = silent,
     ) -> dict[str, Any]:
         """Return the delivery report of a run that has ended; with `out`, write it there with plot and expert too."""
         from connito.jobs.delivery import deliver, write

@@ -16,7 +16,7 @@ from connito.experts.assemble import Mixture, compose_experts
 from connito.experts.compose import Part, Recipe, base_rows, layers_of, merge, read_part, state_of
 from connito.experts.load import load_expert
 from connito.experts.lorahub import learn_weights
-from connito.experts.prune import loss
+from connito.experts.measure import loss
 from connito.experts.replacement import replace_expert
 from connito.experts.routing import Routing, variants_of
 from connito.library.governance import Permission

@@ -18,7 +18,8 @@ from connito.experts.export import ModelSource, export_model, to_dense
 from connito.experts.extraction import equalise, extract_domain, ranking
 from connito.experts.load import load_expert
 from connito.experts.lowrank import low_rank, sparsify
-from connito.experts.measure import Before
+from connito.experts.measure import Before, loss
+from connito.experts.token_skipping import skip_thresholds, skipping
 from connito.moe.layout import require_moe_layers
 from connito.moe.statistics import collect
 
@@ -104,12 +105,12 @@ def skip(base: Path, data: Sequence[Path], beta: float | None = None) -> Skippin
     without one. Returns what is skipped and what it costs."""
     model, tokenizer = load_full(base), load_tokenizer(base)
     text, held_out = halves(cut_sequences(tokenizer, data))
-    found = pruning.skip_thresholds(model, text[:, :-1])
+    found = skip_thresholds(model, text[:, :-1])
     betas = found if beta is None else dict.fromkeys(found, beta)
-    full = pruning.loss(model, held_out)
-    with pruning.skipping(model, betas) as skipped:
-        loss = pruning.loss(model, held_out)
-    return Skipping(dict(betas), skipped.share, full, loss)
+    full = loss(model, held_out)
+    with skipping(model, betas) as skipped:
+        light = loss(model, held_out)
+    return Skipping(dict(betas), skipped.share, full, light)
 
 
 @dataclass
@@ -150,16 +151,16 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
         chosen = pruning.choose(model, loaded.text, options.method, **budget)
         keep, padding = equalise(chosen, ranking(collect(model, loaded.text[:, :-1])))
         settings["padding"] = {str(index): experts for index, experts in padding.items() if experts}
-    measured = {"full": pruning.loss(model, loaded.held_out)}
+    measured = {"full": loss(model, loaded.held_out)}
     with pruning.masked(model, keep):
-        measured["pruned"] = pruning.loss(model, loaded.held_out)
+        measured["pruned"] = loss(model, loaded.held_out)
     return _export(loaded, out, ModelSource("prune", {}, keep, settings, measured), dense=options.dense)
 
 
 def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
     """Make every expert smaller; all of them stay."""
     model, extra = loaded.model, dict[str, Mapping[str, "torch.Tensor"]]()
-    measured = {"full": pruning.loss(model, loaded.held_out)}
+    measured = {"full": loss(model, loaded.held_out)}
     method, share, text = options.method, options.share, loaded.text[:, :-1]
     settings: dict[str, Any] = {"method": method, "share": share, "data": digests(loaded.source.data), "tuned": True}
     if method == "zeros":
@@ -167,7 +168,7 @@ def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
     else:
         extra["factors.safetensors"], ranks = low_rank(model, text, share)
         settings["ranks"] = {str(index): chosen for index, chosen in ranks.items()}
-    measured["pruned"] = pruning.loss(model, loaded.held_out)
+    measured["pruned"] = loss(model, loaded.held_out)
     keep = {index: list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
     return _export(loaded, out, ModelSource("prune", {}, keep, settings, measured), extra)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from connito.errors import Invalid
-from connito.experts.prune import Keep, loss, masked
+from connito.experts.measure import loss
+from connito.experts.prune import Keep, masked
 from connito.moe.statistics import RoutingStatistics, collect
 from connito.v1 import reasons_pb2
 

@@ -30,6 +30,11 @@ def sequence_losses(model: nn.Module, sequences: npt.NDArray[Any]) -> list[float
     return sums
 
 
+def loss(model: nn.Module, sequences: npt.NDArray[Any]) -> float:
+    """Return the nats per token of `sequences` int32 [n, L + 1]."""
+    return sum(sequence_losses(model, sequences)) / max(1, len(sequences) * (int(sequences.shape[1]) - 1))
+
+
 @dataclass(frozen=True)
 class Before:
     """The losses of a model as it was, for comparing later."""

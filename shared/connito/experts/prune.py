@@ -1,4 +1,4 @@
-"""Leaving experts out: which ones, seen in routing or for good, and which slots a token can do without.
+"""Leave experts out: choose which ones, mask them in routing or remove them for good.
 
 naee             per layer, the subset whose layer output is closest to the full layer's on calibration text: every
                  subset where there are few, else one expert dropped at a time (NAEE, Lu et al. 2024, eq. 2)
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from connito.errors import Invalid
-from connito.moe.head import Head
+from connito.experts.measure import loss
 from connito.moe.layout import MoELayer, require_moe_layers
 from connito.moe.resident import choice
 from connito.v1 import reasons_pb2
@@ -210,16 +210,6 @@ def check_keep(layers: Mapping[int, MoELayer], keep: Mapping[int, list[int]]) ->
             )
 
 
-def loss(model: nn.Module, sequences: npt.NDArray[Any]) -> float:
-    """Return nats per token of `sequences` int32 [n, L + 1]."""
-    head, total = Head(model), 0.0
-    with torch.inference_mode():
-        for row in sequences:
-            ids = torch.from_numpy(row[None].astype(np.int64))
-            total += float(head.nll(ids[:, :-1], ids[:, 1:]).double().sum())
-    return total / max(1, len(sequences) * (int(sequences.shape[1]) - 1))
-
-
 def choose(
     model: nn.Module,
     sequences: npt.NDArray[Any],
@@ -358,55 +348,3 @@ def progressive(
             tune(model)
         history.append((max(map(len, left.values())), loss(model, sequences)))
     return left, history
-
-
-def skip_thresholds(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, float]:
-    """Return β by layer: the median, over calibration tokens, of the second gate weight over the first (NAEE, section
-    3.3).
-    """
-    found = {}
-    for index, tape in record(model, sequences).items():
-        ordered = tape.weights.float().sort(dim=-1, descending=True).values
-        found[index] = float((ordered[:, 1] / ordered[:, 0]).median()) if ordered.shape[1] > 1 else 0.0
-    return found
-
-
-@dataclass
-class Skipped:
-    """Counter of the slots that were left out so far."""
-
-    slots: int = 0
-    skipped: int = 0
-
-    @property
-    def share(self) -> float:
-        """Return the share of slots that were skipped."""
-        return self.skipped / max(1, self.slots)
-
-
-@contextmanager
-def skipping(model: nn.Module, betas: Mapping[int, float] | float) -> Iterator[Skipped]:
-    """Make a token leave out, inside the block, every expert whose gate weight is below β times its largest; the rest
-    are renormalised where the family normalises. β = 0 skips nothing and changes no bit (NAEE, Lu et al. 2024, section
-    3.3).
-    """
-    count = Skipped()
-    with ExitStack() as stack:
-        for index, layer in require_moe_layers(model).items():
-            beta = float(betas) if isinstance(betas, (int, float)) else float(betas.get(index, 0.0))
-
-            def hook(
-                router: Any, _: Any, output: Any, beta: float = beta, total: int = layer.num_experts
-            ) -> tuple[Any, ...]:
-                logits, weights, ids = choice(output)
-                out = weights < beta * weights.max(dim=-1, keepdim=True).values
-                count.slots += out.numel()
-                count.skipped += int(out.sum())
-                lighter = weights.masked_fill(out, 0)
-                if getattr(router, "norm_topk_prob", False):
-                    scaled = lighter * (weights.sum(-1, keepdim=True) / lighter.sum(-1, keepdim=True))
-                    lighter = torch.where(out.any(dim=-1, keepdim=True), scaled, lighter)
-                return (logits, lighter, ids.masked_fill(out, total), *output[3:])
-
-            stack.callback(layer.router.register_forward_hook(hook).remove)
-        yield count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from connito.jobs.texts import Texts, sort_texts
 from connito.library.governance import TERMS
 from connito.moe.footprint import Workload, predict
 from connito.render import formats
+from connito.runtime.progress import Progress, silent
 from connito.v1.run_pb2 import RunSpec
-
-Progress = Callable[[str, float], None]
 
 _PERSONAL = {
     "e-mail addresses": re.compile(r"[\w.+-]+@[\w-]+\.[\w.]{2,}"),
@@ -58,16 +57,14 @@ class Checked:
         }
 
 
-def check_file(
-    file: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None, *, profile: str = ""
-) -> Checked:
+def check_file(file: Path, data_dir: Path | None = None, progress: Progress = silent, *, profile: str = "") -> Checked:
     """Check the job in a file; paths in it are relative to its folder. `profile` goes before the file's own."""
     job = read_job(file)
     job = job.model_copy(update={"profile": profile or job.profile})
     return check(job, file.absolute().parent, data_dir, progress)
 
 
-def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None) -> Checked:
+def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress = silent) -> Checked:
     """Check a job's policies, text and terms. Problems with any of them are findings.
 
     Raises `NotFound` when the base is nowhere, `Retry` when broker or store are away, `Invalid` for a policy override

@@ -7,7 +7,7 @@ and the domains of earlier runs are there to measure forgetting on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from connito.data.manifest import Manifest
 from connito.errors import NotFound
 from connito.jobs.spec import Job
 from connito.platform.session import Session
+from connito.runtime.progress import Progress, silent
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from connito.wire.facts import RunFacts
     from connito.wire.log import Log
 
-Progress = Callable[[str, float], None]
 NAMED = ("demo", "tiny")
 _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
 
@@ -94,9 +94,7 @@ class JobContext:
         return {ref.domain: Corpus.load(self.fetch(ref.artifact)) for ref in self.general}
 
 
-def open_context(
-    job: Job, root: Path, data_dir: Path | None, progress: Progress = lambda what, share: None
-) -> JobContext:
+def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress = silent) -> JobContext:
     """Find the base that the job names: among the runs of the platform, then on this machine. Imports torch only where
     a base has to be built. Raises `NotFound` naming both places when it is in neither."""
     session = _session(data_dir)

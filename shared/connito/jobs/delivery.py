@@ -8,7 +8,7 @@ sequence, and says how far its own figures are from the aggregator's. Needs torc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from connito.errors import Invalid, NotFound, Retry
 from connito.jobs.context import JobContext
 from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
+from connito.runtime.progress import Progress, silent
 from connito.v1 import run_pb2
 from connito.views.run_report import run_report
 from connito.wire.subjects import fact as fact_subject
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from connito.platform.session import Session
     from connito.wire.facts import Record, RunFacts
 
-Progress = Callable[[str, float], None]
 CONFIDENCE = 0.95
 # Sequences of a benchmark that are measured; the first ones, so that the figure is the same again.
 BENCHMARK_SEQUENCES = 512
@@ -53,9 +53,7 @@ class Deposit:
     attestation: dict[str, Any] | None
 
 
-def deliver(
-    session: Session, run: str, *, measure: bool = True, progress: Progress = lambda what, share: None
-) -> Delivered:
+def deliver(session: Session, run: str, *, measure: bool = True, progress: Progress = silent) -> Delivered:
     """Return the report of a run that has ended. Raises `NotFound` for an unknown run, `Retry` for one that goes on."""
     progress("reading the log", 0.0)
     facts, signed = asyncio.run(_read(session, run))

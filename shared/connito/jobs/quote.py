@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ from connito.jobs.check import Checked
 from connito.jobs.findings import Finding, require
 from connito.moe.footprint import Footprint, Workload, predict
 from connito.render import formats
+from connito.runtime.progress import Progress, silent
 from connito.views.run_report import window_seconds
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from connito.jobs.context import JobContext
     from connito.moe.selection import Selection
 
-Progress = Callable[[str, float], None]
 # Sequences of the hold-out's scoring part that the pilot is measured on.
 _PILOT_SEQUENCES = 32
 _PILOT_MINER = "pilot"
@@ -88,7 +87,7 @@ class Quote:
         }
 
 
-def quote(checked: Checked, *, pilot: bool = True, progress: Progress = lambda what, share: None) -> Quote:
+def quote(checked: Checked, *, pilot: bool = True, progress: Progress = silent) -> Quote:
     """Price a checked job. Raises `Invalid` when the job has errors or nothing can be selected within its budget."""
     require(checked.findings)
     corpora, spec, context = checked.corpora, checked.spec, checked.context

@@ -15,6 +15,7 @@ from connito.errors import Invalid, NotFound
 from connito.jobs.check import Checked, check_file
 from connito.jobs.findings import Finding, require
 from connito.jobs.spec import is_job, read_run_spec, read_yaml
+from connito.runtime.progress import Progress, silent
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from connito.store import ArtifactStore
 
 PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Submitted:
 
 
 def prepare(
-    file: Path, data_dir: Path | None = None, progress: Progress = lambda what, share: None, *, profile: str = ""
+    file: Path, data_dir: Path | None = None, progress: Progress = silent, *, profile: str = ""
 ) -> Checked | RunSpec:
     """Read what is to be submitted: a job.yaml, checked, or a RunSpec as YAML. Raises `Invalid` for errors in either."""
     if not is_job(read_yaml(file)):
@@ -57,9 +57,7 @@ def prepare(
     return checked
 
 
-def submit(
-    checked: Checked, create_run: Callable[[RunSpec], str], progress: Progress = lambda what, share: None
-) -> Submitted:
+def submit(checked: Checked, create_run: Callable[[RunSpec], str], progress: Progress = silent) -> Submitted:
     """Upload the corpora and ask for the run by `create_run`, which returns its id.
 
     Raises `Invalid` for a job with errors, `NotFound` without a platform, `Retry` while broker or store are away.

@@ -16,15 +16,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from connito.errors import Fatal, Invalid, Retry
 from connito.platform.spawning import spawn
+from connito.runtime.progress import Notify
 
-Progress = Callable[[str], None]
 User = Mapping[str, Any]  # {"nkey": public key, "permissions": {"publish": …, "subscribe": …}}
 
 START_SECONDS = 60.0
@@ -77,7 +77,7 @@ class Server:
         """Return whether the process is there."""
         return self.process is not None and self.process.poll() is None
 
-    def start(self, progress: Progress | None = None) -> Self:
+    def start(self, progress: Notify | None = None) -> Self:
         """Start, and return once it really serves. Raises `Invalid` with the last lines of its log when it ends
         instead, `Retry` when it is not ready within a minute."""
         assert not self.running, "the server is running already"
@@ -121,7 +121,7 @@ class Server:
             self.process.wait()
         self._clean_up()
 
-    def _wait_ready(self, progress: Progress | None) -> None:
+    def _wait_ready(self, progress: Notify | None) -> None:
         began, told = time.monotonic(), 0.0
         problem = ""
         while time.monotonic() - began < START_SECONDS:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from connito.base.emo import document_pools, train_pooled
 from connito.base.tiny import DOMAINS, blocks, pretrain, tiny_texts
-from connito.base.upcycle import silent, upcycle
+from connito.base.upcycle import upcycle
 from connito.errors import Invalid
 from connito.experts.extraction import extract_domain
 from connito.moe.statistics import collect
+from connito.runtime.progress import silent
 
 pytestmark = pytest.mark.slow
 

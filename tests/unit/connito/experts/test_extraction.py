@@ -14,7 +14,8 @@ from connito.data.manifest import build_manifest
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.export import ModelSource, export_model, to_dense, verify_export
 from connito.experts.extraction import equalise, extract_domain, ranking
-from connito.experts.prune import loss, masked, progressive, prune
+from connito.experts.measure import loss
+from connito.experts.prune import masked, progressive, prune
 from connito.moe.statistics import collect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -12,7 +12,7 @@ from connito.errors import Invalid
 from connito.experts.arrow import linear_router, train_router, variants
 from connito.experts.compose import Part
 from connito.experts.flex import ROUTER, grow, opt_in, opt_out
-from connito.experts.prune import loss
+from connito.experts.measure import loss
 from connito.moe.rows import fingerprint
 
 from tests.support.models import Sequences

@@ -10,7 +10,7 @@ import pytest
 import torch
 from connito.errors import Invalid
 from connito.experts.lowrank import factorise, low_rank, ranks, restore, sparsify
-from connito.experts.prune import loss
+from connito.experts.measure import loss
 from connito.moe.rows import fingerprint
 
 from tests.support.models import Sequences

@@ -10,20 +10,19 @@ import connito.experts.prune as prune_module
 import pytest
 import torch
 from connito.errors import Invalid
+from connito.experts.measure import loss
 from connito.experts.prune import (
     choose,
     deal,
     expert_bytes,
     layer_costs,
-    loss,
     masked,
     naee,
     progressive,
     prune,
     record,
-    skip_thresholds,
-    skipping,
 )
+from connito.experts.token_skipping import skip_thresholds, skipping
 from connito.moe.layout import find_moe_layers
 from connito.moe.rows import fingerprint
 from hypothesis import given

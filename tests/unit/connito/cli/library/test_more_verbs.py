@@ -17,7 +17,7 @@ from connito.curation.holdings import Holdings
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.compose import base_rows, read_part
 from connito.experts.flex import load_addition
-from connito.experts.prune import loss
+from connito.experts.measure import loss
 from connito.experts.routing import Routing, variants_of
 from connito.library.governance import Standing
 from connito.library.hits import Hit
