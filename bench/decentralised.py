@@ -239,7 +239,7 @@ class StateDeltas:
 
     @property
     def count(self) -> int:
-        """Number of submissions."""
+        """Return the number of submissions."""
         return len(self.states)
 
     def load(self, index: int, name: str) -> Any:

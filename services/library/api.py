@@ -45,7 +45,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
     async def GetExpert(  # noqa: N802 - the name in the proto
         self, request: services_pb2.GetExpertRequest, context: Any
     ) -> services_pb2.GetExpertResponse:
-        """One expert with its record. `NotFound` for an unknown id, `Retry` when the store is away."""
+        """Return one expert with its record. `NotFound` for an unknown id, `Retry` when the store is away."""
         fact = self._catalogue.fact(request.expert_id, self._viewer(request))
         expert = summarise(fact)
         record = await self._store.get_bytes(expert.record)
@@ -65,14 +65,14 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
     async def ListExperts(  # noqa: N802
         self, request: services_pb2.ListExpertsRequest, context: Any
     ) -> services_pb2.ListExpertsResponse:
-        """A page of experts in the order of their deposit. `Invalid` for a foreign page token."""
+        """Return a page of experts in the order of their deposit. `Invalid` for a foreign page token."""
         experts, token = self._catalogue.page(request.page_size, request.page_token, self._viewer(request))
         return services_pb2.ListExpertsResponse(experts=experts, next_page_token=token)
 
     async def SearchExperts(  # noqa: N802
         self, request: services_pb2.SearchExpertsRequest, context: Any
     ) -> services_pb2.SearchExpertsResponse:
-        """A page of experts by words and domain, best first. `Invalid` for a foreign page token."""
+        """Return a page of experts by words and domain, best first. `Invalid` for a foreign page token."""
         hits, token = self._catalogue.search(request, self._viewer(request))
         return services_pb2.SearchExpertsResponse(hits=hits, next_page_token=token)
 
@@ -130,7 +130,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
     async def GetLedger(  # noqa: N802
         self, request: services_pb2.GetLedgerRequest, context: Any
     ) -> services_pb2.GetLedgerResponse:
-        """Uses of an expert and whom they are credited to. `NotFound` for an unknown id."""
+        """Return uses of an expert and whom they are credited to. `NotFound` for an unknown id."""
         return self._catalogue.ledger(request.expert_id, self._viewer(request))
 
     def _viewer(self, request: _Read) -> Viewer:

@@ -50,7 +50,7 @@ def record_of(msg: Any) -> Record:
 async def follow(
     connection: Connection, streams: Sequence[str], run: str, start: Mapping[str, int]
 ) -> AsyncGenerator[Record | CaughtUp, None]:
-    """See `Bus.follow`."""
+    """Follow streams as `Bus.follow` says."""
     queue: asyncio.Queue[Item] = asyncio.Queue(maxsize=2 * BATCH)
     behind = set(streams)
 

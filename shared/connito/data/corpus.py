@@ -71,7 +71,7 @@ class Corpus:
 
     @property
     def documents(self) -> int:
-        """Number of documents."""
+        """Return the number of documents."""
         return len(self.offsets) - 1
 
     def document(self, index: int) -> Tokens:

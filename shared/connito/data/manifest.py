@@ -131,7 +131,7 @@ class Manifest:
         return sum(tensor.length for tensor in self.tensors.values())
 
     def experts(self) -> dict[int, int]:
-        """Number of experts by layer."""
+        """Return the number of experts by layer."""
         out: dict[int, int] = {}
         for tensor in self.tensors.values():
             if match := _FUSED.match(tensor.name):
@@ -142,7 +142,7 @@ class Manifest:
         return dict(sorted(out.items()))
 
     def expert_bytes(self) -> dict[int, int]:
-        """Size of one expert by layer."""
+        """Return the size of one expert by layer."""
         return {layer: sum(r.length for r in self.expert_rows(layer, 0)) for layer in self.experts()}
 
     def expert_value_bytes(self) -> int:

@@ -28,7 +28,7 @@ class Deltas(Protocol):
 
     @property
     def count(self) -> int:
-        """Number of submissions."""
+        """Return the number of submissions."""
         ...
 
     def load(self, index: int, name: str) -> NDArray[np.float32]:
@@ -60,7 +60,7 @@ class DeltaFiles:
 
     @property
     def count(self) -> int:
-        """Number of submissions."""
+        """Return the number of submissions."""
         return len(self.states)
 
     def load(self, index: int, name: str) -> NDArray[np.float32]:
@@ -82,7 +82,7 @@ class DeltaSubset:
 
     @property
     def count(self) -> int:
-        """Number of submissions."""
+        """Return the number of submissions."""
         return len(self.members)
 
     def load(self, index: int, name: str) -> NDArray[np.float32]:

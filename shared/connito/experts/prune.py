@@ -257,7 +257,7 @@ def _budget(layers: Mapping[int, MoELayer], max_experts: int, max_bytes: int) ->
 
 
 def expert_bytes(layer: MoELayer) -> int:
-    """Size of one expert of the layer."""
+    """Return the size of one expert of the layer."""
     rows = [getattr(layer.experts, name)[0] for name in layer.parameters]
     return sum(row.numel() * row.element_size() for row in rows)
 

@@ -71,7 +71,7 @@ class Source(_Strict):
 
     @property
     def label(self) -> str:
-        """Name of the source in findings."""
+        """Return the name of the source in findings."""
         return self.name or self.path
 
 

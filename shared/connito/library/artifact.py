@@ -121,7 +121,7 @@ def write_expert(state: Path, out: Path, header: ExpertHeader) -> str:
 
 
 def tensor_sizes(state: Path) -> tuple[int, int]:
-    """Number of parameters and of bytes in a safetensors file's tensors."""
+    """Return the number of parameters and of bytes in a safetensors file's tensors."""
     parameters = size = 0
     for name, entry in read_safetensors_header(state)[0].items():
         if name != "__metadata__":

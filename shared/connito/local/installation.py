@@ -67,7 +67,7 @@ class Installation:
 
     @property
     def names(self) -> dict[str, str]:
-        """Display names by public key."""
+        """Return the display names by public key."""
         return {member.identity.public: member.name for member in self.members.values()}
 
     async def __aenter__(self) -> Self:
@@ -173,7 +173,7 @@ class Installation:
 
     @property
     def miner_cache(self) -> Path:
-        """Cache of the miners, with public artifacts only."""
+        """Return the cache of the miners, with public artifacts only."""
         return self.data.root / "cache-miners"
 
     def task_environment(self) -> dict[str, str]:

@@ -90,7 +90,7 @@ class ShadowRouters:
 
 
 def shifted(weights: torch.Tensor, shift: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Gate weights [T, k] after the chosen experts' scores moved by `shift` [T, N]: w·e^Δ, rescaled to the same sum.
+    """Return the gate weights [T, k] after the chosen experts' scores moved by `shift` [T, N]: w·e^Δ, rescaled to the same sum.
 
     For softmax gates this is what the softmax over the chosen gives; a zero shift changes nothing.
     """

@@ -51,7 +51,7 @@ class LayerRouting:
 
     @property
     def gate_sums(self) -> FloatArray:
-        """Gate weight received, [N]."""
+        """Return the gate weight received, [N]."""
         return np.asarray(self.gate_units * GATE_UNIT)
 
     @property

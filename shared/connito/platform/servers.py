@@ -68,7 +68,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Process id of the running server."""
+        """Return the process id of the running server."""
         assert self.process is not None, "the server was not started"
         return self.process.pid
 
