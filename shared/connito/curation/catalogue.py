@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What is searched for. `like`: texts to rank by the loss saved on them, on the model in `base`; `measure`: how many
+    """A search. `like`: texts to rank by the loss saved on them, on the model in `base`; `measure`: how many
     of the best predicted to measure; `everything`: yanked and opted-out experts too."""
 
     domain: str = ""

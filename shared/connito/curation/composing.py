@@ -33,7 +33,7 @@ class Composed:
 
 @dataclass(frozen=True)
 class ComposeOptions:
-    """How experts are merged. `weights`: one per expert, in their order; `learn`: texts to learn them on (LoRAHub);
+    """Options of a merge of experts. `weights`: one per expert, in their order; `learn`: texts to learn them on (LoRAHub);
     `density`: share of each expert's changes that ties keeps; `measure`: text by domain to measure on."""
 
     method: str = "linear"
@@ -46,7 +46,7 @@ class ComposeOptions:
 
 @dataclass(frozen=True)
 class UpgradeOptions:
-    """What decides an upgrade. `data`: text of the new expert's domain, which has to gain; `others`: text by domain that
+    """Texts that decide an upgrade. `data`: text of the new expert's domain, which has to gain; `others`: text by domain that
     may lose at most `margin` nats per token."""
 
     data: Sequence[Path]
@@ -57,7 +57,7 @@ class UpgradeOptions:
 
 @dataclass(frozen=True)
 class RouteOptions:
-    """How tokens choose: arrow (mixing `top_k`, 0 for all), molora (a router trained on `train` for `steps`), uniform or
+    """The routing of tokens: arrow (mixing `top_k`, 0 for all), molora (a router trained on `train` for `steps`), uniform or
     one-hot:N; `measure`: text by domain."""
 
     measure: Mapping[str, Path]

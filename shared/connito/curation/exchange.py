@@ -18,7 +18,7 @@ from connito.wire.roster import Roster
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, as `connito library export --json` prints it, and what the licence obliges to."""
+    """The files of an export, as `connito library export --json` prints them, and the obligations of the licence."""
 
     document: dict[str, Any]
     permission: Permission

@@ -23,7 +23,7 @@ from connito.moe.layout import require_moe_layers
 
 @dataclass(frozen=True)
 class GrowOptions:
-    """What an addition is trained on. `data`: the domain's text; `anchor`: public text, the same for every contributor."""
+    """Texts that an addition is trained on. `data`: the domain's text; `anchor`: public text, the same for every contributor."""
 
     data: Sequence[Path]
     anchor: Sequence[Path]
@@ -33,7 +33,7 @@ class GrowOptions:
 
 @dataclass(frozen=True)
 class BranchOptions:
-    """What becomes of dense models. `branches`: folder by name; `texts`: text by name, for the router; `moe_layers`: how
+    """Options for joining dense models. `branches`: folder by name; `texts`: text by name, for the router; `moe_layers`: how
     many of the last layers get experts; `measure`: text by domain."""
 
     branches: Mapping[str, Path]

@@ -25,7 +25,7 @@ Expert = tuple[Path, dict[str, Any]]  # folder, record
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the user agrees to and intends: licences outside the table that are `accepted`, and what the result is for."""
+    """A user's consent and purpose: licences outside the table that are `accepted`, and what the result is for."""
 
     accepted: Sequence[str] = ()
     commercial: bool = False
@@ -35,7 +35,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Holdings:
-    """Where experts are looked up, and for whom.
+    """The places where experts are looked up, and the viewer.
 
     shelf: folder of a local library, which then is the only one; by default CONNITO_SHELF, or `shelf/` in the data
     directory, together with the library of the platform that runs in `data_dir` or that CONNITO_NATS_URL names.

@@ -32,7 +32,7 @@ WITHOUT_BUDGET = ("task", "zeros", "low-rank")
 
 @dataclass(frozen=True)
 class ShrinkSource:
-    """What is made smaller: a base with the experts `within` put in; `data`: text that decides and measures, of `domain`
+    """The model to shrink: a base with the experts `within` put in; `data`: text that decides and measures, of `domain`
     (the experts', else the first file's name, if left out); `measure`: text of other domains to measure on."""
 
     base: Path

@@ -33,7 +33,7 @@ Expert = tuple[Path, Mapping[str, Any]]  # folder, record
 
 @dataclass(frozen=True)
 class Mixture:
-    """What goes in how: weights by expert id (1 for all without them), and what the record says besides, as `extra`."""
+    """Settings of a composition: weights by expert id (1 for all without them), and what the record says besides, as `extra`."""
 
     recipe: Recipe
     weights: Mapping[str, float] = field(default_factory=dict)

@@ -34,7 +34,7 @@ FORMAT = MODEL_FORMAT
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, for its record.
+    """The origin of a model, for its record.
 
     base: `{"name", "manifest"}`, with `total` routed experts; keep: the base's expert ids inside, by layer, in the order
     of the rows (empty: dense); parents: records of experts that were put in before; losses: as `Before.compare` measures.

@@ -137,7 +137,7 @@ class Ranked:
     measured: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What `library search --like --json` prints for it."""
+        """Return the object that `library search --like --json` prints."""
         return asdict(self)
 
 

@@ -96,7 +96,9 @@ def paired(before: Sequence[float], after: Sequence[float], tokens: Sequence[int
 
 
 def general_change(general: Mapping[str, Paired], confidence: float) -> GeneralChange:
-    """Return the change of general loss over domains, each weighing the same; bound by Welch–Satterthwaite. Zero without domains."""
+    """Return the change of general loss over domains, each weighing the same; bound by Welch–Satterthwaite. Zero
+    without domains.
+    """
     if not general:
         return GeneralChange(0.0, 0.0)
     domains = [general[name] for name in sorted(general)]
