@@ -7,11 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from connito.bus import Bus, CaughtUp
+from connito.bus import Bus, CaughtUp, offences
 from connito.bus.streams import FACT_STREAMS
-from connito.errors import Invalid, Retry, reason_name
-from connito.runtime import metrics
-from connito.runtime.logs import get_logger
+from connito.errors import Invalid, Retry
 from connito.runtime.tasks import end_tasks
 from connito.service.engine import now_ms
 from connito.v1.cycle_pb2 import DeadLetter
@@ -19,8 +17,6 @@ from connito.wire.envelope import open_bytes
 from connito.wire.facts import Record, RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
-
-log = get_logger("feed")
 
 STREAMS = (*FACT_STREAMS, "INGRESS", "DLQ")
 # Services that put what they cannot handle into the dead-letter stream.
@@ -125,10 +121,8 @@ class Feed:
                 self.log.apply(record)
         except Invalid as error:
             self.rejected += 1
-            metrics.EVENTS_REJECTED.labels(reason_name(error.reason)).inc()
-            log.warning(
-                "ignored a message that does not verify", security=True, subject=record.subject, error=str(error)
-            )
+            # The console reports nothing: the services that act on the message do.
+            offences.ignore(record, error, new=False)
 
     def _letter(self, record: Record) -> DeadLetter:
         opened = open_bytes(record.data, record.subject)

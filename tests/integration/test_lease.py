@@ -7,13 +7,14 @@ import sys
 import time
 
 import pytest
-from connito.bus.lease import Lease
+from connito.bus.lease import Lease, LeaseKeeper
 from connito.bus.streams import LEASE_TTL
 from connito.platform.servers import NatsServer
+from connito.runtime.tasks import end_tasks
 from connito.wire.identity import Identity
 
 from tests.integration.conftest import BusFactory
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.integration
 
@@ -23,7 +24,8 @@ HOLDER = """
 import asyncio, sys
 from connito.bus import Bus
 from connito.wire.identity import Identity
-from connito.bus.lease import Lease
+from connito.bus.lease import Lease, LeaseKeeper
+from connito.runtime.tasks import end_tasks
 from connito.bus.streams import LEASE_TTL
 
 async def main():
@@ -135,3 +137,28 @@ async def test_waits_for_a_broker_that_comes_back(
     async with asyncio.timeout(PATIENCE):
         await acquiring
         await lease.__aexit__(None, None, None)
+
+
+async def test_a_keeper_begins_anew_after_every_loss_and_gives_the_lease_back(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    keeper, begun = LeaseKeeper(bus, "leader", TTL), asyncio.Semaphore(0)
+
+    async def begin() -> None:
+        assert keeper.leading
+        begun.release()
+
+    keeping = asyncio.create_task(keeper.keep(begin))
+    async with asyncio.timeout(PATIENCE):
+        await begun.acquire()
+        own_nats.kill()
+        await until(lambda: not keeper.leading)
+        own_nats.start()
+        await begun.acquire()
+        assert keeper.leading
+        await end_tasks([keeping])
+    assert not keeper.leading
+    rival = await bus_factory(identities["aggregator"], own_nats.url)
+    async with asyncio.timeout(TTL / 2), Lease(rival, "leader", TTL) as lease:
+        assert lease.held
