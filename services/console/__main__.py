@@ -23,9 +23,9 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
 
         from .access import Access
         from .artifacts import Artifacts
-        from .feed import Feed
         from .figures import ExpertFigures
         from .pages import Console
+        from .state import Feed
     except ImportError as error:
         raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error
 

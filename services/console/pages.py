@@ -26,11 +26,11 @@ from starlette.types import ASGIApp
 from . import charts, views
 from .access import COOKIE, SESSION_SECONDS, Access, Guard
 from .artifacts import Artifacts
-from .feed import Feed
 from .figures import ExpertFigures
 from .heatmap import Heatmap, Warmth, heatmap, warmth
 from .history import Moment, replay
 from .lineage import lineage
+from .state import Feed
 from .waterfall import waterfall
 from .why import why
 

@@ -21,7 +21,7 @@ PERFORMING = {
     "trainer": {"adversary", "base", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {
-        "access", "artifacts", "charts", "feed", "figures", "heatmap", "history", "lineage", "pages", "views", "waterfall",
+        "access", "artifacts", "charts", "figures", "heatmap", "history", "lineage", "pages", "views", "waterfall",
         "why", "words",
     },
 }  # fmt: skip
