@@ -1,4 +1,8 @@
-"""The card of a library expert: the record, as a page that a person reads before using it."""
+"""Render the card of a library expert: its record as a page that a person reads before using it.
+
+A deposited record names the digest of its card, and an audit renders the card again: its bytes are protocol. Numbers are
+written here, not by `connito.render.formats`, which may change.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from typing import Any
 from connito.library.artifact import CARD_FILE, MODEL_FORMAT
 from connito.library.governance import TERMS, governance
 from connito.library.plots import EXPERTS, LOSSES, plots
-from connito.render import formats
 
 _CARD = """\
 ---
@@ -60,7 +63,7 @@ Held-out loss in nats per token, on sequences that decided nothing in the run. L
 
 _EXPERT = """\
 An expert for **{domain}**: {selected} of the {total} routed experts of `{base_name}`, {parameters:,} parameters
-({share} of the model). Every other tensor of the base stays as it is."""
+({share:.1%} of the model). Every other tensor of the base stays as it is."""
 
 _MODEL = """\
 A model for **{domain}**, made by `{verb}`: {selected} of the {total} routed experts of `{base_name}`, in all
@@ -106,11 +109,15 @@ def _text(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|") or "not stated"
 
 
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
 def _loss_row(row: dict[str, Any]) -> str:
     before, after = row["before"], row["after"]
-    change = formats.change(None if before is None or after is None else after - before)
+    change = "–" if before is None or after is None else f"{after - before:+.4f}"
     interval = f"{row['change_low']:+.4f} to {row['change_high']:+.4f}" if "change_low" in row else "–"
-    losses = f"{formats.loss(before)} | {formats.loss(after)} | {change}"
+    losses = f"{_number(before)} | {_number(after)} | {change}"
     return f"| {_text(row['domain'])} | {losses} | {row['tokens']:,} | {interval} |"
 
 
@@ -155,7 +162,7 @@ def _intro(record: dict[str, Any]) -> str:
         selected=selection["selected"] or "one",
         total=selection["total"],
         parameters=expert["parameters"],
-        share=formats.percent(expert["parameters"] / model if model else 0.0),
+        share=expert["parameters"] / model if model else 0.0,
         verb=record.get("derived", {}).get("verb", ""),
     )
 
@@ -188,7 +195,7 @@ def _lineage_row(row: dict[str, Any]) -> str:
 def _contributor_row(row: dict[str, Any]) -> str:
     name = f"{_text(row['label'])} ({row['miner'][:8]}…)" if row["label"] else f"{row['miner'][:8]}…"
     why = ", ".join(f"{reason} ×{count}" for reason, count in sorted(row["reasons"].items())) or "–"
-    return f"| {name} | {formats.percent(row['share'])} | {row['merged']} | {why} |"
+    return f"| {name} | {row['share']:.1%} | {row['merged']} | {why} |"
 
 
 def _start(start: dict[str, Any] | None) -> str:

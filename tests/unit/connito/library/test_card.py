@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 from connito.library.card import render, write_card
-from connito.library.record import build_record
+from connito.library.record import build_record, encode
 from connito.wire.facts import RunFacts
 
 
@@ -39,3 +40,10 @@ def test_what_people_wrote_cannot_leave_its_place(finished: RunFacts, tmp_path: 
     write_card(record, tmp_path)
     assert "\n---\n<script>" not in (tmp_path / "README.md").read_text()
     assert "<script>" not in (tmp_path / "losses.svg").read_text()
+
+
+def test_records_and_their_cards_are_the_same_bytes_in_every_version(finished: RunFacts) -> None:
+    # A deposit in the log names both digests, and whoever audits an old run makes them again.
+    record = build_record(finished, "e" * 64, 1200, 300)
+    digests = [hashlib.sha256(data).hexdigest()[:16] for data in (encode(record), render(record).encode())]
+    assert digests == ["0448fab0d387df27", "f4f8da3c7f0b6274"]

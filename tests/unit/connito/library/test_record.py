@@ -72,6 +72,6 @@ def test_the_card_holds_text_of_the_customer_inside_its_table(finished: RunFacts
 
     assert "| data | definitions \\| of symptoms in one table |" in card
     assert "| medical | 3.0000 | 2.5000 | -0.5000 | 640 |" in card
-    assert "| anna (UA…) | 60.0 % | 1 | – |" in card
-    assert "| UC… | 0.0 % | 0 | copy ×2 |" in card
+    assert "| anna (UA…) | 60.0% | 1 | – |" in card
+    assert "| UC… | 0.0% | 0 | copy ×2 |" in card
     assert "None" not in card
