@@ -292,10 +292,8 @@ def expert(work: Recomputation) -> Step:
         again = deposit_again(work)
         if again is None:
             what = "this run leaves nothing to deposit"
-        elif message.HasField("attestation"):
-            what = first_difference(again.message, message)
         else:
-            what = _as_older(again, work.artifacts.path(message.record).read_bytes(), message)
+            what = _deposit_fault(again, work.artifacts.path(message.record).read_bytes(), message)
     except Invalid as error:
         what = f"cannot be recomputed: {error}"
     if what:
@@ -303,10 +301,14 @@ def expert(work: Recomputation) -> Step:
     return Step("expert", 0, 3, tuple(found))
 
 
-def _as_older(again: Deposited, recorded: bytes, message: run_pb2.ExpertDeposited) -> str:
-    """Return the fault of a deposit from before attestations existed: its record has to agree with the log, its card
-    is not checked.
+def _deposit_fault(again: Deposited, recorded: bytes, message: run_pb2.ExpertDeposited) -> str:
+    """Return what is wrong with a deposit. Its card words the record for people and is taken as it is.
+
+    A record of before there were attestations has to say, as far as it goes, what the log says.
     """
+    from connito.library.record import RECORD_MEDIA_TYPE, encode
+    from connito.store import ref_of_bytes
+
     try:
         there, here = json.loads(recorded), json.loads(again.record)
     except ValueError:
@@ -314,8 +316,12 @@ def _as_older(again: Deposited, recorded: bytes, message: run_pb2.ExpertDeposite
     odd = sorted(key for key in there if key != "card" and there[key] != here.get(key))
     if odd:
         return f"the record says another {odd[0]} than the log"
-    again.message.record.CopyFrom(message.record)
-    again.message.ClearField("attestation")
+    if message.HasField("attestation"):
+        with_card = encode(here | {"card": there.get("card")})
+        again.message.record.CopyFrom(ref_of_bytes(with_card, RECORD_MEDIA_TYPE, artifacts_pb2.REALM_PUBLIC))
+    else:
+        again.message.record.CopyFrom(message.record)
+        again.message.ClearField("attestation")
     return first_difference(again.message, message)
 
 
