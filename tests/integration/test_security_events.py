@@ -12,7 +12,7 @@ import pytest
 from connito.bus import Bus, streams
 from connito.bus.offences import collect
 from connito.bus.permissions import broker_user
-from connito.cli.advisories import _violations
+from connito.client.security import _violations
 from connito.errors import Invalid
 from connito.platform.servers import NatsServer
 from connito.service import security

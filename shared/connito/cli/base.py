@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +40,7 @@ def build(
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts with the same function, whose routers tell domains apart; or join dense
     branches of one seed into one, an expert each."""
+    from connito.base import folders
     from connito.base.recipes import Recipe, build_base
     from connito.local.display import choose_display
 
@@ -48,7 +48,7 @@ def build(
     recipe = Recipe(source, moe_layers, experts, top_k, seed, tuple(map(str, data or [])), branches, router_steps)
     with choose_display(as_json=as_json) as display:
         build_base(recipe, out.absolute(), display.progress)
-    manifest = _manifest(out)
+    manifest = folders.show(out)
     emit(as_json, _document(out, manifest), lambda: _text(out, manifest))
 
 
@@ -67,7 +67,9 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Say what a base model consists of: layers, experts, bytes, digest."""
-    manifest = _manifest(folder)
+    from connito.base import folders
+
+    manifest = folders.show(folder)
     emit(as_json, _document(folder, manifest), lambda: _text(folder, manifest))
 
 
@@ -82,50 +84,15 @@ def import_(
     as_json: JsonFlag = False,
 ) -> None:
     """Put a base model and its manifest into the platform's store; jobs name it by the manifest's digest."""
+    from connito.base import folders
+
     if rewrite is not None:
-        _rewrite(folder, rewrite)
+        folders.rewrite(folder, rewrite)
         name, folder = name or folder.name, rewrite
-    manifest = _manifest(folder, name)
-    reference = asyncio.run(_store(folder, manifest, data_dir))
+    manifest, ref = folders.import_(folder, data_dir, name)
+    reference = {"digest": ref.digest, "size": ref.size, "media_type": ref.media_type}
     document = {**_document(folder, manifest), "manifest": reference}
-    emit(as_json, document, lambda: f"{manifest.name} is in the store; manifest {reference['digest']}")
-
-
-def _rewrite(folder: Path, out: Path) -> None:
-    """Let transformers rename and fuse, and save the result under the model's own names. Holds the whole model."""
-    from connito.base.checkpoint import save_checkpoint
-    from connito.base.checks import check_files
-    from connito.base.loading import load_full, load_tokenizer
-    from connito.errors import Invalid
-    from connito.moe.layout import require_moe_layers
-
-    check_files(folder)
-    if out.exists():
-        raise Invalid(f"{out} exists; choose another folder for --rewrite, or remove it")
-    model = load_full(folder)
-    require_moe_layers(model)
-    save_checkpoint(model, out, load_tokenizer(folder))
-
-
-async def _store(folder: Path, manifest: Manifest, data_dir: Any) -> dict[str, Any]:
-    from connito.base.upload import upload_base
-    from connito.platform.session import Session
-
-    store = Session.open(data_dir, role="customer").store()
-    ref = await upload_base(store, folder, manifest)
-    return {"digest": ref.digest, "size": ref.size, "media_type": ref.media_type}
-
-
-def _manifest(folder: Path, name: str = "") -> Manifest:
-    """Check the base by its headers, then read it once from front to back."""
-    from connito.base.checks import check_base
-    from connito.data.manifest import build_manifest
-    from connito.errors import NotFound
-
-    if not folder.is_dir():
-        raise NotFound(f"there is no folder {folder}; `connito base build` makes one")
-    check_base(folder)
-    return build_manifest(folder, name)
+    emit(as_json, document, lambda: f"{manifest.name} is in the store; manifest {ref.digest}")
 
 
 def _document(folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 from connito.render import formats
-
-if TYPE_CHECKING:
-    from connito.wire.facts import RunFacts
 
 app = typer.Typer(no_args_is_help=True, help="Take part as a miner.")
 KeyFile = Annotated[Path, typer.Option("--key", help="The miner's key file.", envvar="CONNITO_KEY_FILE")]
@@ -134,13 +130,15 @@ def status(
     as_json: JsonFlag = False,
 ) -> None:
     """Show what was accepted, what was rejected and why, ranks, rewards and ratings (μ ± σ), for every run and cycle."""
+    from connito.client import runs
+    from connito.platform.session import Session
     from connito.wire.identity import Identity
 
     miner = public_key or Identity.load(key).public
     if not public_key:
         # Elsewhere than on the platform's own machine, the miner's key is the one to read with.
         os.environ.setdefault("CONNITO_KEY_FILE", str(key))
-    rows = asyncio.run(_rows(data_dir, miner))
+    rows = runs.miner(Session.open(data_dir, role="customer"), miner)
     headers = ("run", "cycle", "status", "reason", "utility", "rank", "reward", "rating", "detail")
     total = sum(row["reward"] for row in rows)
     emit(
@@ -157,29 +155,3 @@ def _cells(row: dict[str, Any], headers: tuple[str, ...]) -> list[Any]:
     from connito.views.standings import rating_text
 
     return [rating_text(row["rating"]) if header == "rating" else row[header] for header in headers]
-
-
-async def _rows(data_dir: Any, miner: str) -> list[dict[str, Any]]:
-    from connito.bus.permissions import MINER_STREAMS
-    from connito.bus.streams import FACT_STREAMS
-    from connito.platform.log import read_log
-    from connito.platform.session import Session
-    from connito.wire.roster import ROLES
-
-    session = Session.open(data_dir, role="customer")
-    reader = any(session.roster.permits(role, session.identity.public) for role in ROLES)
-    async with session.bus() as bus:
-        # A miner hears verdicts, but not what validators tell each other.
-        log = await read_log(bus, session.roster, streams=FACT_STREAMS if reader else MINER_STREAMS)
-    return [row for facts in log.runs.values() for row in _cycles(facts, miner)]
-
-
-def _cycles(facts: RunFacts, miner: str) -> list[dict[str, Any]]:
-    from connito.views.run_report import submission_rows
-
-    return [
-        {"run": facts.run, "cycle": cycle, **row}
-        for cycle in facts.cycles()
-        for row in submission_rows(facts, cycle)
-        if row["key"] == miner
-    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +11,6 @@ from connito.cli.output import DataDirOption, JsonFlag, emit, table
 
 if TYPE_CHECKING:
     from connito.platform.session import Session
-    from connito.wire.facts import RunFacts
 
 
 def status(
@@ -22,45 +20,15 @@ def status(
     as_json: JsonFlag = False,
 ) -> None:
     """Show the services, the newest run's phase, losses and miners."""
+    from connito.client import runs
     from connito.platform.session import Session
 
     session = Session.open(data_dir, role="customer")
     if watch and not as_json:
         asyncio.run(_watch(session, run))
         return
-    facts = asyncio.run(_read(session, run))
-    document = {
-        "services": _services(session),
-        "security_events": _security(session),
-        "run": None if facts is None else _document(facts),
-    }
+    document = runs.status(session, run)
     emit(as_json, document, lambda: _text(document))
-
-
-def _security(session: Session) -> dict[str, int]:
-    """Return security events of the last day by kind; only who may read them is shown any."""
-    from connito.cli.advisories import gather
-    from connito.errors import ConnitoError
-    from connito.platform.session import Session
-
-    counts: dict[str, int] = {}
-    if session.data is None:
-        return counts
-    try:
-        for row in gather(Session.open(session.data.root, role="operator"), time.time() - 86400, None):
-            counts[row["kind"]] = counts.get(row["kind"], 0) + row["count"]
-    except ConnitoError:
-        return counts
-    return counts
-
-
-async def _read(session: Session, run: str) -> RunFacts | None:
-    """Return the facts of one run: the one named, or the one created last."""
-    from connito.platform.log import newest, read_log
-
-    async with session.bus() as bus:
-        log = await read_log(bus, session.roster, run)
-    return newest(log) if not run else log.runs.get(run)
 
 
 async def _watch(session: Session, run: str) -> None:
@@ -75,27 +43,6 @@ async def _watch(session: Session, run: str) -> None:
         names: dict[str, str] = {}
         with choose_display(as_json=False) as display:
             await follow_run(bus, session.roster, run, names, display, until=lambda facts: facts.ended is not None)
-
-
-def _document(facts: RunFacts) -> dict[str, Any]:
-    from connito.views.live import phase
-    from connito.views.run_report import run_report
-
-    window = facts.open_window
-    now = time.time_ns() // 1_000_000
-    return {
-        **run_report(facts),
-        "phase": phase(facts, now),
-        "window": "" if window is None else window.name,
-        "cycle": facts.cycle,
-        "miners": len(facts.miners),
-        "validators": len(facts.validators),
-    }
-
-
-def _services(session: Session) -> list[dict[str, Any]]:
-    rows = {} if session.data is None else session.data.read_pids()
-    return [{"name": name, "pid": row["pid"], "restarts": row["restarts"]} for name, row in sorted(rows.items())]
 
 
 def _text(document: dict[str, Any]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,22 +19,20 @@ def ensure(
     as_json: JsonFlag = False,
 ) -> None:
     """Create or update every stream, consumer and bucket. Safe to repeat."""
-    names = asyncio.run(_ensure(data_dir, replicas))
-    emit(as_json, {"ensured": names}, lambda: f"ensured {', '.join(names)}")
-
-
-async def _ensure(data_dir: Any, replicas: int) -> list[str]:
-    from connito.bus import streams
+    from connito.client import streams
     from connito.platform.session import Session
 
-    async with Session.open(data_dir, role="operator").bus() as bus:
-        return await streams.ensure(bus.js, replicas)
+    names = streams.ensure(Session.open(data_dir, role="operator"), replicas)
+    emit(as_json, {"ensured": names}, lambda: f"ensured {', '.join(names)}")
 
 
 @app.command("ls")
 def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     """List the streams: what they hold and who reads them."""
-    rows = asyncio.run(_describe(data_dir))
+    from connito.client import streams
+    from connito.platform.session import Session
+
+    rows = streams.ls(Session.open(data_dir, role="operator"))
     headers = ("name", "messages", "bytes", "consumers", "subject")
     emit(
         as_json,
@@ -54,11 +51,3 @@ def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
             ],
         ),
     )
-
-
-async def _describe(data_dir: Any) -> list[dict[str, Any]]:
-    from connito.bus import streams
-    from connito.platform.session import Session
-
-    async with Session.open(data_dir, role="operator").bus() as bus:
-        return await streams.describe(bus.js)

@@ -275,8 +275,8 @@ def test_branches_that_cannot_be_joined(
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, about kernels that are not installed
 def test_a_checkpoint_with_names_of_its_own_is_written_anew(tmp_path: Path, call: Call) -> None:
+    from connito.base.folders import rewrite
     from connito.base.tiny import tokenizer
-    from connito.cli.base import _rewrite
     from safetensors import safe_open
     from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
@@ -291,7 +291,7 @@ def test_a_checkpoint_with_names_of_its_own_is_written_anew(tmp_path: Path, call
     refused = call("base", "show", tmp_path / "theirs")
     assert refused.code == 3
     assert "--rewrite" in refused.err
-    _rewrite(tmp_path / "theirs", tmp_path / "ours")
+    rewrite(tmp_path / "theirs", tmp_path / "ours")
     shown = call("base", "show", tmp_path / "ours", "--json")
     assert shown.code == 0, shown.err
     assert json.loads(shown.out)["experts"] == {"0": 4, "1": 4}

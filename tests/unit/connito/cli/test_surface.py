@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import stat
 import subprocess
@@ -101,6 +102,66 @@ def every_verb() -> set[str]:
         return set().union(*(walk(child, (*path, name)) for name, child in children.items()))
 
     return walk(get_command(app), ())
+
+
+# What does in Python what a verb does, where it is not `connito.library.VERB` or `Client.job.VERB`.
+COUNTERPARTS = {
+    "up": "connito.local.up.run_here",
+    "down": "connito.local.up.stop",
+    "doctor": "connito.local.doctor.doctor",
+    "select": "connito.select",
+    "audit": "connito.audit.audit.audit",
+    "explain": "connito.audit.receipts.explain",
+    "ban": "connito.Client.ban",
+    "invite": "connito.wire.invites.issue",
+    "status": "connito.client.runs.status",
+    "replay": "connito.client.runs.replay",
+    "ledger": "connito.client.runs.ledger",
+    "advisories": "connito.client.security.advisories",
+    "streams ensure": "connito.client.streams.ensure",
+    "streams ls": "connito.client.streams.ls",
+    "dlq ls": "connito.client.dead_letters.ls",
+    "dlq show": "connito.client.dead_letters.show",
+    "dlq retry": "connito.client.dead_letters.retry",
+    "access export": "connito.platform.access.Access.export",
+    "access add": "connito.platform.access.Access.add",
+    "access revoke": "connito.platform.access.Access.revoke",
+    "access rotate": "connito.platform.access.Access.rotate",
+    "access list": "connito.platform.access.Access.members",
+    "base build": "connito.base.recipes.build_base",
+    "base show": "connito.base.folders.show",
+    "base import": "connito.base.folders.import_",
+    "miner init": "connito.wire.identity.Identity.generate",
+    "miner fits": "connito.moe.footprint.predict",
+    "miner status": "connito.client.runs.miner",
+}
+# These become a service's process: `python -m services.NAME` is the same thing.
+PROCESSES = {"console", "miner run"}
+
+
+def counterpart(verb: str) -> str:
+    group, _, name = verb.partition(" ")
+    if group == "library":
+        return f"connito.library.{name}"
+    return f"connito.client.jobs.Jobs.{name}" if group == "job" else COUNTERPARTS[verb]
+
+
+def test_what_the_command_line_can_do_python_can_do() -> None:
+    missing = {}
+    for verb in every_verb() - PROCESSES:
+        try:
+            assert callable(pkgutil.resolve_name(counterpart(verb)))
+        except (AttributeError, ImportError, KeyError) as error:
+            missing[verb] = repr(error)
+    assert missing == {}
+    assert every_verb() >= COUNTERPARTS.keys() | PROCESSES
+
+
+def test_a_name_that_is_no_verb_of_the_library_is_an_attribute_error() -> None:
+    import connito.library
+
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = connito.library.nonsense
 
 
 def test_every_verb_is_promised_and_prints_json() -> None:

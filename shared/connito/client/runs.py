@@ -1,0 +1,172 @@
+"""What the log says of runs: replay, ledger and status, as the commands of these names print them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from connito.bus import CaughtUp
+from connito.bus.permissions import MINER_STREAMS
+from connito.bus.streams import FACT_STREAMS
+from connito.client.security import advisories
+from connito.errors import ConnitoError, Invalid, NotFound
+from connito.platform.log import newest, read_log
+from connito.platform.session import Session
+from connito.views.ledger import balances, entries
+from connito.views.ledger import check as unbalanced
+from connito.views.live import announce, phase
+from connito.views.run_report import run_report, submission_rows
+from connito.wire.facts import RunFacts
+from connito.wire.log import Log
+from connito.wire.roster import ROLES
+
+
+def replay(session: Session, run: str) -> list[dict[str, Any]]:
+    """Return every message of a run in the order of its time, verified, with what it did. Raises `NotFound`."""
+    return asyncio.run(_replay(session, run))
+
+
+def status(session: Session, run: str = "") -> dict[str, Any]:
+    """Return the services here, security events of the last day, and the newest run or the one named."""
+    facts = asyncio.run(_newest(session, run))
+    return {
+        "services": _services(session),
+        "security_events": _security(session),
+        "run": None if facts is None else _run(facts),
+    }
+
+
+def ledger(
+    run: str, account: str = "", folder: Path | None = None, data_dir: Path | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what every cycle of a run paid to whom, and where a cycle does not come to its emission.
+
+    `folder`: what an ended `connito up` left; `account`: a label or a public key. Raises `NotFound`.
+    """
+    facts = asyncio.run(_facts(run, folder, data_dir))
+    book = entries(facts)
+    wrong = unbalanced(facts, book)
+    shown = [entry for entry in book if not account or account in (entry.account, entry.name)]
+    return {
+        "run": run,
+        "emission": facts.spec.emission if facts.spec is not None else 0,
+        "payout": facts.spec.rewards.payout if facts.spec is not None else "",
+        "entries": [entry.to_json() for entry in shown],
+        "balances": {
+            entry.account or entry.role: entry.balance
+            for entry in balances(book)
+            if not account or account in (entry.account, entry.name)
+        },
+        "conserved": not wrong,
+    }, wrong
+
+
+def miner(session: Session, key: str) -> list[dict[str, Any]]:
+    """Return what became of a miner's submissions, a row a run and cycle. `key`: its public key."""
+    return [row for facts in asyncio.run(_all(session)) for row in _cycles(facts, key)]
+
+
+async def _replay(session: Session, run: str) -> list[dict[str, Any]]:
+    records = []
+    async with session.bus() as bus, aclosing(bus.follow((*FACT_STREAMS, "INGRESS"), run)) as stored:
+        async for item in stored:
+            if isinstance(item, CaughtUp):
+                break
+            records.append(item)
+    if not records:
+        raise NotFound(f"there is no run {run!r}; `connito job list` shows the runs")
+    log = Log(session.roster)
+    ordered = sorted(records, key=lambda record: (record.time_unix_ms, record.stream, record.sequence))
+    first = ordered[0].time_unix_ms
+    return [_played(log, record, first) for record in ordered]
+
+
+def _played(log: Any, record: Any, first_ms: int) -> dict[str, Any]:
+    row = {
+        "seconds": (record.time_unix_ms - first_ms) / 1000,
+        "stream": record.stream,
+        "sequence": record.sequence,
+        "subject": record.subject,
+        "signer": "",
+        "text": "",
+        "error": "",
+    }
+    try:
+        fact = log.apply(record)
+    except Invalid as error:
+        return {**row, "error": str(error)}
+    if fact is None:
+        return {**row, "text": "known already"}
+    return {**row, "signer": fact.signer, "text": announce(fact, log.runs[fact.run], {}) or ""}
+
+
+async def _facts(run: str, folder: Path | None, data_dir: Path | None) -> RunFacts:
+    if folder is not None:
+        from connito.audit.access import opened
+
+        async with opened(folder, data_dir) as access:
+            return (await access.evidence(run)).facts
+    session = Session.open(data_dir, role="customer")
+    async with session.bus() as bus:
+        log = await read_log(bus, session.roster, run)
+    if run not in log.runs:
+        raise NotFound(f"the log holds nothing of a run {run!r}; `connito job list` shows the runs")
+    return log.runs[run]
+
+
+def _security(session: Session) -> dict[str, int]:
+    """Return security events of the last day by kind; only who may read them is shown any."""
+    counts: dict[str, int] = {}
+    if session.data is None:
+        return counts
+    try:
+        for row in advisories(Session.open(session.data.root, role="operator"), time.time() - 86400):
+            counts[row["kind"]] = counts.get(row["kind"], 0) + row["count"]
+    except ConnitoError:
+        return counts
+    return counts
+
+
+async def _newest(session: Session, run: str) -> RunFacts | None:
+    """Return the facts of one run: the one named, or the one created last."""
+    async with session.bus() as bus:
+        log = await read_log(bus, session.roster, run)
+    return newest(log) if not run else log.runs.get(run)
+
+
+def _run(facts: RunFacts) -> dict[str, Any]:
+    window = facts.open_window
+    now = time.time_ns() // 1_000_000
+    return {
+        **run_report(facts),
+        "phase": phase(facts, now),
+        "window": "" if window is None else window.name,
+        "cycle": facts.cycle,
+        "miners": len(facts.miners),
+        "validators": len(facts.validators),
+    }
+
+
+def _services(session: Session) -> list[dict[str, Any]]:
+    rows = {} if session.data is None else session.data.read_pids()
+    return [{"name": name, "pid": row["pid"], "restarts": row["restarts"]} for name, row in sorted(rows.items())]
+
+
+async def _all(session: Session) -> list[RunFacts]:
+    reader = any(session.roster.permits(role, session.identity.public) for role in ROLES)
+    async with session.bus() as bus:
+        # A miner hears verdicts, but not what validators tell each other.
+        log = await read_log(bus, session.roster, streams=FACT_STREAMS if reader else MINER_STREAMS)
+    return [*log.runs.values()]
+
+
+def _cycles(facts: RunFacts, key: str) -> list[dict[str, Any]]:
+    return [
+        {"run": facts.run, "cycle": cycle, **row}
+        for cycle in facts.cycles()
+        for row in submission_rows(facts, cycle)
+        if row["key"] == key
+    ]
