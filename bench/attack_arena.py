@@ -22,7 +22,7 @@ from connito.errors import Invalid
 from connito.local.defaults import UpOptions, profile
 from connito.protocol.findings import Refusal
 from connito.protocol.holdout import subsets
-from connito.protocol.merging.candidates import Attempt, Ingredients, write_candidate
+from connito.protocol.merging.candidates import Attempt, MergeInputs, write_candidate
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.evaluation import Evaluation, score
@@ -34,7 +34,7 @@ from connito.wire.subjects import FactKey
 
 from bench.compose_setup import text
 from bench.tiny_rig import LENGTH, Rig, Tokens, batched
-from services.committer.content import look_into
+from services.committer.content import check_artifact
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Played:
+class MergedCycle:
     """A cycle that was merged. `refused` never reached a validator."""
 
     merged: Merged
@@ -220,12 +220,12 @@ class Arena:
 
     def play(
         self, cycle: int, standing: Standing, uploads: Sequence[Upload], validators: int, lies: Mapping[int, Lie]
-    ) -> Played:
+    ) -> MergedCycle:
         """Return a cycle from its uploads to its version. The last validators tell the `lies`, by their number."""
         facts = self._facts(cycle, standing, validators)
         refused, settled, files = {}, [], {}
         for place, upload in enumerate(uploads):
-            refusal = look_into(str(upload.path), str(self.start().state), self.spec.scoring.max_relative_norm)
+            refusal = check_artifact(str(upload.path), str(self.start().state), self.spec.scoring.max_relative_norm)
             if refusal is not None:
                 refused[upload.miner] = refusal
                 continue
@@ -238,7 +238,7 @@ class Arena:
         out.mkdir()
         inputs = Files(standing.state, standing.momentum, files, dict.fromkeys(files, standing.state))
         merged = merge_cycle(facts, cycle, settled, agreed, {}, inputs, self._benches[1].measure, out)
-        return Played(merged, refused)
+        return MergedCycle(merged, refused)
 
     def naive(self, standing: Standing, uploads: Sequence[Upload]) -> tuple[float, float]:
         """Return (target, general) loss when every file that loads is averaged and published: nothing is scored or
@@ -256,7 +256,7 @@ class Arena:
         count = len(entries)
         with np.errstate(all="ignore"):
             gram = np.nan_to_num(gram_matrix(deltas))
-        ingredients = Ingredients(standing.state, None, entries, deltas, [1.0] * count, [0] * count, gram)
+        ingredients = MergeInputs(standing.state, None, entries, deltas, [1.0] * count, [0] * count, gram)
         policy = run_pb2.MergePolicy(aggregator="mean", outer_learning_rate=1.0)
         out = self.folder / "naive.safetensors"
         try:

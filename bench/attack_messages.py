@@ -39,7 +39,7 @@ RUN, SIZE = "attacks", 4096
 
 
 @dataclass
-class Desk:
+class CommitterState:
     """A run in cycle 2 as the committer knows it. `say` seals, stores, verifies and judges one message."""
 
     facts: RunFacts = field(default_factory=lambda: RunFacts(RUN))
@@ -115,24 +115,24 @@ def replays(quick: bool) -> dict[str, Any]:
     """Replay old commitments, other miners' bytes, and other miners' digests with their own openings."""
     hostile, honest = [], []
     for trial in range(20 if quick else 200):
-        desk, salt = Desk(), trial.to_bytes(32, "big")
-        victim, thief = desk.enrol(), desk.enrol()
+        state, salt = CommitterState(), trial.to_bytes(32, "big")
+        victim, thief = state.enrol(), state.enrol()
         for cycle in (1, 2):
-            desk.open("train", cycle)
-            desk.open("commit", cycle)
+            state.open("train", cycle)
+            state.open("commit", cycle)
             sealed = _commitment(victim.public, cycle, f"work {cycle}", salt)
-            honest.append(desk.say(victim, "commitment", sealed) == "accepted")
+            honest.append(state.say(victim, "commitment", sealed) == "accepted")
             bytes_ = seal(victim, ingress(RUN, victim.public, "commitment"), sealed).SerializeToString()
             # The victim's own bytes on another subject, then the same digest under the thief's own name.
-            hostile.append(desk.store(ingress(RUN, thief.public, "commitment"), bytes_) == "bad-signature")
-            desk.say(thief, "commitment", sealed)
-            desk.close("commit", cycle, tuple(sorted((victim.public, thief.public))))
-            desk.open("submit", cycle)
-            hostile.append(desk.say(thief, "reveal", _reveal(cycle, f"work {cycle}", salt)) == "commitment-mismatch")
-            honest.append(desk.say(victim, "reveal", _reveal(cycle, f"work {cycle}", salt)) == "accepted")
+            hostile.append(state.store(ingress(RUN, thief.public, "commitment"), bytes_) == "bad-signature")
+            state.say(thief, "commitment", sealed)
+            state.close("commit", cycle, tuple(sorted((victim.public, thief.public))))
+            state.open("submit", cycle)
+            hostile.append(state.say(thief, "reveal", _reveal(cycle, f"work {cycle}", salt)) == "commitment-mismatch")
+            honest.append(state.say(victim, "reveal", _reveal(cycle, f"work {cycle}", salt)) == "accepted")
         # Work of cycle 1, committed for cycle 1, offered as an opening in cycle 2.
-        hostile.append(desk.say(victim, "reveal", _reveal(2, "work 1", salt, base=0)) == "commitment-mismatch")
-        hostile.append(desk.say(victim, "commitment", _commitment(victim.public, 1, "work 1", salt)) != "accepted")
+        hostile.append(state.say(victim, "reveal", _reveal(2, "work 1", salt, base=0)) == "commitment-mismatch")
+        hostile.append(state.say(victim, "commitment", _commitment(victim.public, 1, "work 1", salt)) != "accepted")
     return _rates(hostile, honest)
 
 
@@ -140,23 +140,23 @@ def wrong_windows(quick: bool) -> dict[str, Any]:
     """Send messages too early, too late and unasked."""
     hostile, honest = [], []
     for trial in range(20 if quick else 200):
-        desk, salt = Desk(), trial.to_bytes(32, "big")
-        early, late = desk.enrol(), desk.enrol()
-        desk.open("train", 1)
+        state, salt = CommitterState(), trial.to_bytes(32, "big")
+        early, late = state.enrol(), state.enrol()
+        state.open("train", 1)
         mine = _commitment(early.public, 1, "work", salt)
-        hostile.append(desk.say(early, "commitment", mine) == "wrong-window")
-        desk.open("commit", 1)
-        honest.append(desk.say(early, "commitment", mine) == "accepted")
-        hostile.append(desk.say(early, "reveal", _reveal(1, "work", salt)) == "wrong-window")
+        hostile.append(state.say(early, "commitment", mine) == "wrong-window")
+        state.open("commit", 1)
+        honest.append(state.say(early, "commitment", mine) == "accepted")
+        hostile.append(state.say(early, "reveal", _reveal(1, "work", salt)) == "wrong-window")
         hostile.append(
-            desk.say(early, "commitment", _commitment(early.public, 1, "other", salt)) == "duplicate-commitment"
+            state.say(early, "commitment", _commitment(early.public, 1, "other", salt)) == "duplicate-commitment"
         )
-        desk.close("commit", 1, (early.public,))
-        hostile.append(desk.say(late, "commitment", _commitment(late.public, 1, "work", salt)) == "late-commitment")
-        desk.open("submit", 1)
-        hostile.append(desk.say(late, "reveal", _reveal(1, "work", salt)) == "no-commitment")
-        honest.append(desk.say(early, "reveal", _reveal(1, "work", salt)) == "accepted")
-        hostile.append(desk.say(early, "commitment", _commitment(early.public, 2, "w", salt)) == "wrong-window")
+        state.close("commit", 1, (early.public,))
+        hostile.append(state.say(late, "commitment", _commitment(late.public, 1, "work", salt)) == "late-commitment")
+        state.open("submit", 1)
+        hostile.append(state.say(late, "reveal", _reveal(1, "work", salt)) == "no-commitment")
+        honest.append(state.say(early, "reveal", _reveal(1, "work", salt)) == "accepted")
+        hostile.append(state.say(early, "commitment", _commitment(early.public, 2, "w", salt)) == "wrong-window")
     return _rates(hostile, honest)
 
 
@@ -249,12 +249,12 @@ async def _flooded(count: int) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         for bus in buses:
             await bus.close()
-    desk = Desk()
-    desk.put("run", 0, "miner", run_pb2.MinerEnrolled(run=RUN, miner=flooder.public), flooder.public)
-    desk.open("train", 1)
-    desk.open("commit", 1)
+    state = CommitterState()
+    state.put("run", 0, "miner", run_pb2.MinerEnrolled(run=RUN, miner=flooder.public), flooder.public)
+    state.open("train", 1)
+    state.open("commit", 1)
     begun = time.perf_counter()
-    answers = [desk.store(subject, item) for item in data]
+    answers = [state.store(subject, item) for item in data]
     judged = time.perf_counter() - begun
     return {
         "found": round(sum(answer != "accepted" for answer in answers[1:]) / (count - 1), 4),

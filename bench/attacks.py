@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from connito.errors import reason_name
 
-from bench.attack_arena import HONEST, TARGET, WORLDS, Arena, Played, Standing, Upload
+from bench.attack_arena import HONEST, TARGET, WORLDS, Arena, MergedCycle, Standing, Upload
 from bench.attack_kinds import ATTACKS, Attack, Knowledge, upload
 from bench.attack_messages import MESSAGE_ATTACKS
 from bench.harness import Options, Result, interval, main, note
@@ -73,7 +73,7 @@ def _world(rig: Rig, world: str, attacks: list[Attack], cycles: int) -> list[dic
     return rows
 
 
-Cycle = tuple[Played, list[str], tuple[float, float]]
+Cycle = tuple[MergedCycle, list[str], tuple[float, float]]
 
 
 def _run(arena: Arena, attack: Attack | None, cycles: int) -> list[Cycle]:

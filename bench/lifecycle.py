@@ -52,7 +52,7 @@ def _all(source: Path, seed: int, count: int) -> Iterator[Row]:
     yield from _pruned(source, seed, count)
     yield from _extracted(source, seed, count)
     yield from _smaller(source, seed, count)
-    yield from _lone(source, seed, count)
+    yield from _single_expert(source, seed, count)
 
 
 def size(model: Any) -> int:
@@ -126,7 +126,7 @@ def _smaller(source: Path, seed: int, count: int) -> Iterator[Row]:
                "bytes": whole - 4 * (numbers - stored)}  # fmt: skip
 
 
-def _lone(source: Path, seed: int, count: int) -> Iterator[Row]:
+def _single_expert(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
     from connito.experts.export import to_dense
     from connito.experts.measure import loss

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable
 
 import numpy as np
-from connito.protocol.scoring.proof_of_loss import Raced, race
+from connito.protocol.scoring.proof_of_loss import RaceResult, race
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from numpy.random import Generator
 
@@ -52,14 +52,14 @@ def _losses(domain: str, gains: np.ndarray) -> list[cycle_pb2.SequenceLoss]:
     ]
 
 
-def both(effect: float, change: float, rng: Generator) -> tuple[Raced, Raced]:
+def both(effect: float, change: float, rng: Generator) -> tuple[RaceResult, RaceResult]:
     """Judge one submission by one look at everything, and by racing, on the same sequences."""
     drawn = {
         "target": _losses("target", rng.normal(effect, NOISE, BUDGET)),
         "general": _losses("general", rng.normal(-change, GENERAL_NOISE, GENERAL)),
     }
 
-    def judged(policy: run_pb2.ScorePolicy) -> Raced:
+    def judged(policy: run_pb2.ScorePolicy) -> RaceResult:
         return race(
             lambda look: {"target": drawn["target"][: look.target], "general": drawn["general"][: look.general]},
             "target",
@@ -69,7 +69,7 @@ def both(effect: float, change: float, rng: Generator) -> tuple[Raced, Raced]:
     return judged(FIXED), judged(RACING)
 
 
-def _sequences(raced: Raced) -> int:
+def _sequences(raced: RaceResult) -> int:
     return raced.target.sequences + sum(domain.sequences for domain in raced.general.values())
 
 

@@ -85,7 +85,7 @@ def _cycle(
     }
 
 
-def _season(crowd: tuple[int, int], each: int, rate: float, cycles: int, seed: int) -> dict[str, object]:
+def _simulate(crowd: tuple[int, int], each: int, rate: float, cycles: int, seed: int) -> dict[str, object]:
     validators, lying = crowd
     names = [f"validator-{number}" for number in range(validators)]
     rng, facts, liars = np.random.default_rng(seed), _facts(rate), set(names[:lying])
@@ -111,7 +111,7 @@ def run(options: Options) -> Result:
     for crowd, each, rate in product(CROWDS, DUTIES, (0.0, 0.1)):
         if each >= crowd[0]:
             continue
-        rows += [_season(crowd, each, rate, cycles, seed) for seed in range(options.seeds)]
+        rows += [_simulate(crowd, each, rate, cycles, seed) for seed in range(options.seeds)]
         note(f"{crowd[1]} of {crowd[0]} lie, {each or crowd[0]} score each, rate {rate}: {rows[-1]}")
     figures = {}
     for row in rows:

@@ -83,10 +83,10 @@ class ContentCheck:
                 base = await self._store.fetch(selection.initial_state)
             except Invalid as error:
                 raise Retry(f"the initial state of {facts.run} cannot be read: {error}", after=10.0) from error
-            return await asyncio.to_thread(look_into, str(path), str(base), spec.scoring.max_relative_norm)
+            return await asyncio.to_thread(check_artifact, str(path), str(base), spec.scoring.max_relative_norm)
 
 
-def look_into(path: str, base: str, max_relative_norm: float) -> Refusal | None:
+def check_artifact(path: str, base: str, max_relative_norm: float) -> Refusal | None:
     """Return why the file at `path` is no submission to a run whose θ_0 is at `base`; None when it is one. Never raises."""
     expected = read_header(base)
     try:

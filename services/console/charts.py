@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from connito.render import formats, svg
 
-from .heatmap import Heatmap, Warmth
+from .heatmap import FigureMap, Heatmap
 from .views import Curve
 from .waterfall import Bar
 from .why import Measurement
@@ -85,7 +85,7 @@ def selection(grid: Heatmap) -> svg.Picture:
     return _cells(f"{grid.selected} of {grid.total} experts selected in {len(grid.layers)} layers", rows, grid.columns)
 
 
-def warmth(figures: Warmth) -> svg.Picture:
+def figure_map(figures: FigureMap) -> svg.Picture:
     """Draw layer by expert; the larger the figure, the stronger the colour. Experts without a figure are left out."""
     leaders = ", ".join(f"layer {layer} expert {expert} {figure:.3f}" for layer, expert, figure in figures.leaders)
     rows = [

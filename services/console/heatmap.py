@@ -44,7 +44,7 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
-class Warmth:
+class FigureMap:
     """A figure for each expert that has one: rows by layer, `columns` wide, `highest` the largest of all."""
 
     what: str
@@ -59,11 +59,11 @@ class Warmth:
         return tuple(sorted(cells, key=lambda cell: (-cell[2], cell[:2]))[:3])
 
 
-def warmth(what: str, figures: Mapping[int, Mapping[int, float]]) -> Warmth:
+def figure_map(what: str, figures: Mapping[int, Mapping[int, float]]) -> FigureMap:
     """Return figures by layer and expert, to be drawn."""
     layers = tuple((layer, tuple(sorted(row.items()))) for layer, row in sorted(figures.items()))
     cells = [(expert, figure) for _, row in layers for expert, figure in row]
-    return Warmth(
+    return FigureMap(
         what=what,
         layers=layers,
         columns=max((expert for expert, _ in cells), default=-1) + 1,

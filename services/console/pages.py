@@ -27,7 +27,7 @@ from . import charts, views
 from .access import COOKIE, SESSION_SECONDS, Access, Guard
 from .artifacts import Artifacts
 from .figures import ExpertFigures
-from .heatmap import Heatmap, Warmth, heatmap, warmth
+from .heatmap import FigureMap, Heatmap, figure_map, heatmap
 from .history import Moment, replay
 from .lineage import lineage
 from .state import Feed
@@ -173,14 +173,14 @@ class Console:
     def _about_experts(self, facts: RunFacts, grid: Heatmap) -> dict[str, Any]:
         """Return the use and change of experts as charts, or a sentence on why there are none."""
         newest = facts.latest_version
-        use: Warmth | str = "It is not in the log."
+        use: FigureMap | str = "It is not in the log."
         if facts.require_selection().report.digest:
             found = self.figures.use(facts.require_selection().report)
-            use = found if isinstance(found, str) else warmth("share of the probe", found)
-        change: Warmth | str = "No version has been published yet."
+            use = found if isinstance(found, str) else figure_map("share of the probe", found)
+        change: FigureMap | str = "No version has been published yet."
         if newest is not None:
             found = self.figures.change(grid.experts(), facts.require_selection().initial_state, newest.state)
-            change = found if isinstance(found, str) else warmth("relative change since the base", found)
+            change = found if isinstance(found, str) else figure_map("relative change since the base", found)
         return {"use": use, "change": change, "version": 0 if newest is None else newest.version}
 
     def _lineage(self, request: Request) -> Shown:

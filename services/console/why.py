@@ -181,10 +181,10 @@ def _steps(facts: RunFacts, cycle: int, miner: str) -> list[Step]:
         if fact.key.id.partition("-")[0] == miner
     ]
     ordered = sorted((*said, *answers), key=lambda fact: (fact.time_unix_ms, fact.sequence))
-    return [Step(fact.time_unix_ms, _tell(fact)) for fact in ordered]
+    return [Step(fact.time_unix_ms, _sentence(fact)) for fact in ordered]
 
 
-def _tell(fact: Fact) -> str:
+def _sentence(fact: Fact) -> str:
     message = fact.message
     if isinstance(message, cycle_pb2.TrainingFinished):
         return f"trained {message.steps} steps over {message.tokens} tokens in {formats.duration(message.seconds)}"

@@ -43,7 +43,7 @@ class Selector:
         assert isinstance(fact.message, run_pb2.RunCreated)
         logs.bind_run(fact.run)
         decision = handlers.decide(fact.message.spec, await self._standing(fact.run))
-        if isinstance(decision, handlers.Nothing):
+        if isinstance(decision, handlers.Settled):
             self._log.info("nothing to select", because=decision.because)
             return
         try:

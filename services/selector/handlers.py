@@ -21,15 +21,15 @@ class Select:
 
 
 @dataclass(frozen=True)
-class Nothing:
+class Settled:
     """There is nothing to do, because of this kind of fact."""
 
     because: str
 
 
-def decide(spec: run_pb2.RunSpec, standing: Container[str]) -> Select | Nothing:
+def decide(spec: run_pb2.RunSpec, standing: Container[str]) -> Select | Settled:
     """Return what is missing. `standing` are those kinds of `SETTLED` that the run has a fact of."""
-    return next((Nothing(kind) for kind in SETTLED if kind in standing), Select(spec))
+    return next((Settled(kind) for kind in SETTLED if kind in standing), Select(spec))
 
 
 def made(

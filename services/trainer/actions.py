@@ -69,7 +69,7 @@ class Miner:
             case Reveal(cycle):
                 await self._reveal(action.run, cycle)
             case LogDecision() as tell:
-                self._tell(action.run, tell)
+                self._log(action.run, tell)
 
     async def _enrol(self, run: str) -> None:
         await self.services.enrol(run, self.label, self.invite)
@@ -158,7 +158,7 @@ class Miner:
     def _salt(self, run: str, cycle: int, artifact_digest: str) -> bytes:
         return self.bus.identity.derive("salt", run, str(cycle), artifact_digest)
 
-    def _tell(self, run: str, tell: LogDecision) -> None:
+    def _log(self, run: str, tell: LogDecision) -> None:
         logs.bind_run(run, tell.cycle)
         if tell.reason:
             metrics.REFUSALS.labels(tell.reason).inc()

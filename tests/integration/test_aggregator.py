@@ -19,7 +19,7 @@ from connito.moe.resident import compress
 from connito.moe.state import load_state, save_state
 from connito.moe.training import train_local
 from connito.platform.servers import NatsServer, ObjectStore
-from connito.protocol.merging.candidates import Attempt, Ingredients, write_candidate
+from connito.protocol.merging.candidates import Attempt, MergeInputs, write_candidate
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
@@ -134,7 +134,7 @@ class Stage:
         bases = [await self.store.fetch(entry.base_state) for entry in merged]
         names = {key: name for name, key in MINERS.items()}
         deltas = DeltaFiles(states, bases)
-        ingredients = Ingredients(
+        ingredients = MergeInputs(
             await self.store.fetch(self.state(cycle)),
             None if previous is None else await self.store.fetch(previous.outer_state),
             merged,

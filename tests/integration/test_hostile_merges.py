@@ -15,7 +15,7 @@ import pytest
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import cycle_pb2, reasons_pb2
 
-from bench.attack_arena import GENERAL, TARGET, Arena, Played, Standing, Upload
+from bench.attack_arena import GENERAL, TARGET, Arena, MergedCycle, Standing, Upload
 from bench.tiny_rig import Rig
 from tests.integration.tiny_run import tiny_base
 
@@ -46,7 +46,7 @@ class Stage:
         save_state(state, path)
         return Upload(name, path)
 
-    def play(self, harm: Harm, faulty: int, **merging: Any) -> Played:
+    def play(self, harm: Harm, faulty: int, **merging: Any) -> MergedCycle:
         """`faulty` malicious submissions, all of which every validator praises."""
         for name, value in merging.items():
             setattr(self.arena.spec.merging, name, value)

@@ -34,7 +34,7 @@ def windows(evidence: Evidence, cycle: int) -> Step:
         *_published(evidence, cycle),
         *_opening(evidence, cycle),
         *_sequence(evidence, cycle),
-        *_people(evidence, cycle),
+        *_participants(evidence, cycle),
     ]
     return Step("windows", cycle, 2 * len(WINDOWS) + len(_SETTLED), tuple(differences))
 
@@ -119,7 +119,7 @@ def _sequence(evidence: Evidence, cycle: int) -> Iterator[Difference]:
             yield _wrong(evidence, where, what, cycle)
 
 
-def _people(evidence: Evidence, cycle: int) -> Iterator[Difference]:
+def _participants(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     facts = evidence.facts
     known = {*facts.miners, *facts.validators}
     for window in WINDOWS:

@@ -195,7 +195,7 @@ def losses(work: Recomputation, models: Models, cycle: int, only: str = "") -> S
 
 
 @dataclass(frozen=True)
-class _Again:
+class _Remeasured:
     """A submission as an honest validator scores it; `evaluation` is None where its file cannot be measured."""
 
     score: cycle_pb2.SubmissionScore
@@ -209,7 +209,7 @@ class _Again:
 
 def _measure(
     work: Recomputation, models: Models, cycle: int, seed: bytes, opened: cycle_pb2.WindowOpened, only: str
-) -> dict[str, _Again]:
+) -> dict[str, _Remeasured]:
     """Return an honest validator's report, by miner."""
     facts, artifacts = work.evidence.facts, work.artifacts
     spec = facts.require_spec()
@@ -226,14 +226,14 @@ def _measure(
         try:
             measurable = models.scoring.submission(state, files, drawn, before, stop, entry.miner)
             evaluation = Evaluation(drawn, measurable, spec.holdout.domain)
-            found[entry.miner] = _Again(score(entry, evaluation, spec), evaluation)
+            found[entry.miner] = _Remeasured(score(entry, evaluation, spec), evaluation)
         except Invalid as error:
-            found[entry.miner] = _Again(rejected(entry, error), None)
+            found[entry.miner] = _Remeasured(rejected(entry, error), None)
     return found
 
 
 def _compare(
-    work: Recomputation, cycle: int, again: Mapping[str, _Again], distances: Distances
+    work: Recomputation, cycle: int, again: Mapping[str, _Remeasured], distances: Distances
 ) -> Iterator[Difference]:
     evidence, spec = work.evidence, work.evidence.facts.require_spec()
     for validator, fact in evidence.facts.reports(cycle).items():
@@ -247,7 +247,9 @@ def _compare(
                 yield Difference("losses", f"{where} on {evidence.name(given.miner)}", what, cycle, given.miner)
 
 
-def _score(again: _Again, given: cycle_pb2.SubmissionScore, policy: run_pb2.ScorePolicy, distances: Distances) -> str:
+def _score(
+    again: _Remeasured, given: cycle_pb2.SubmissionScore, policy: run_pb2.ScorePolicy, distances: Distances
+) -> str:
     """Return the fault of a reported score, given the local measurement; empty if there is none.
 
     Losses are compared as far as the report went: whether it had to stop there follows from them (`judging.reports`),

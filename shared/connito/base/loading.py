@@ -135,7 +135,11 @@ def load_resident(
         return _tensor(manifest.read_range(reader, part), part)
 
     return _resident(
-        config, _Source(manifest.tensors, tensor, row), selection, helpers or {}, _How(routing_mode, top_k, half)
+        config,
+        _Source(manifest.tensors, tensor, row),
+        selection,
+        helpers or {},
+        _TrainingSetup(routing_mode, top_k, half),
     )
 
 
@@ -164,7 +168,7 @@ def load_resident_local(
         _Source(tensors, tensors.__getitem__, row),
         selection,
         helpers or {},
-        _How(routing_mode, top_k, half),
+        _TrainingSetup(routing_mode, top_k, half),
     )
 
 
@@ -178,7 +182,7 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _How:
+class _TrainingSetup:
     """Settings of the training model."""
 
     routing_mode: str
@@ -195,7 +199,7 @@ class _How:
 
 
 def _resident(
-    config: Any, source: _Source, selection: Any, helpers: Mapping[int, Iterable[int]], how: _How
+    config: Any, source: _Source, selection: Any, helpers: Mapping[int, Iterable[int]], how: _TrainingSetup
 ) -> nn.Module:
     import torch
 

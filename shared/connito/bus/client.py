@@ -257,7 +257,7 @@ class Bus:
         """
         beat = heartbeat if heartbeat is not None else DURABLES[durable].ack_wait / 3
         workers = [
-            asyncio.create_task(Worker(self._connection, durable, handler, self._bury, beat).run())
+            asyncio.create_task(Worker(self._connection, durable, handler, self._dead_letter, beat).run())
             for _ in range(concurrency)
         ]
         try:
@@ -267,7 +267,7 @@ class Bus:
         finally:
             await end_tasks(workers)
 
-    async def _bury(self, letter: DeadLetter) -> None:
+    async def _dead_letter(self, letter: DeadLetter) -> None:
         subject = f"{subjects.DLQ_ROOT}.{letter.stream}.{letter.sequence}"
         await self._publish_once(subject, self._seal(subject, letter), "dlq")
 

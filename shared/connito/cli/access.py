@@ -42,7 +42,7 @@ def export(
         raise Invalid("TLS needs both --tls-cert and --tls-key; --tls-client-ca comes on top of them")
     access = Access(folder)
     access.export(validators, miner or (), Tls(tls_cert, tls_key, tls_client_ca) if tls_cert else None)
-    _tell(access, {"action": "export"}, reload, as_json)
+    _report(access, {"action": "export"}, reload, as_json)
 
 
 @app.command("add")
@@ -51,7 +51,7 @@ def add(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = 
     from connito.platform.access import Access
 
     access = Access.open(folder)
-    _tell(access, {"action": "add", "keys": access.add(keys)}, reload, as_json)
+    _report(access, {"action": "add", "keys": access.add(keys)}, reload, as_json)
 
 
 @app.command("revoke")
@@ -60,7 +60,7 @@ def revoke(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag
     from connito.platform.access import Access
 
     access = Access.open(folder)
-    _tell(access, {"action": "revoke", "keys": access.revoke(keys)}, reload, as_json)
+    _report(access, {"action": "revoke", "keys": access.revoke(keys)}, reload, as_json)
 
 
 @app.command("rotate")
@@ -79,7 +79,7 @@ def rotate(
     access = Access.open(folder)
     member = access.finish(name) if finish else access.rotate(name)
     document = {"action": "rotate", "name": name, "key": member.key, "previous": member.previous, "finished": finish}
-    _tell(access, document, reload, as_json)
+    _report(access, document, reload, as_json)
 
 
 @app.command("list")
@@ -104,7 +104,7 @@ def list_(folder: Folder, as_json: JsonFlag = False) -> None:
     )
 
 
-def _tell(access: Access, document: dict[str, Any], pid_file: Path | None, as_json: bool) -> None:
+def _report(access: Access, document: dict[str, Any], pid_file: Path | None, as_json: bool) -> None:
     document |= {"folder": str(access.folder), "members": len(access.members()), "miners": len(access.miners)}
     document["reloaded"] = _reload(pid_file)
     emit(as_json, document, lambda: "\n".join(_next_steps(access, document)))

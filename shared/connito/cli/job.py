@@ -70,7 +70,7 @@ def watch(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) -
     from connito.client import Client
 
     with Client.local(data_dir) as client:
-        seen = [_row(status) for status in _told(client.job.watch(run), quiet=as_json)]
+        seen = [_row(status) for status in _printed(client.job.watch(run), quiet=as_json)]
     if as_json:
         typer.echo(json.dumps(seen[-1] if seen else {}, indent=2))
 
@@ -148,7 +148,7 @@ def report(
     emit(as_json, delivered.document, lambda: "\n".join([markdown(delivered.document), *map(str, written)]))
 
 
-def _told(updates: Iterator[RunStatus], *, quiet: bool) -> Iterator[RunStatus]:
+def _printed(updates: Iterator[RunStatus], *, quiet: bool) -> Iterator[RunStatus]:
     for status in updates:
         if not quiet:
             row = _row(status)

@@ -17,7 +17,7 @@ from connito.data.manifest import build_manifest
 from connito.errors import NotFound
 from connito.experts import flex
 from connito.experts.export import ModelSource, export_model
-from connito.experts.measure import Before
+from connito.experts.measure import BaselineLosses
 from connito.moe.layout import require_moe_layers
 
 
@@ -62,7 +62,7 @@ def join(additions: Sequence[Path], base: Path, out: Path, measure: Mapping[str,
     Returns the record. `measure`: text by domain.
     """
     model, tokenizer, manifest = load_full(base), load_tokenizer(base), build_manifest(base)
-    before = Before.of(model, cut_by_domain(tokenizer, measure or {}))
+    before = BaselineLosses.of(model, cut_by_domain(tokenizer, measure or {}))
     anchors = {str(index): list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
     members = [flex.load_addition(path) for path in additions]
     ids = flex.opt_in(model, members)
@@ -83,7 +83,7 @@ def branches(seed: Path, out: Path, options: BranchOptions) -> dict[str, Any]:
             raise NotFound(f"{folder} is not a folder of a model: it has no config.json")
     tokenizer, root = load_tokenizer(seed), _dense(seed)
     tables = {name: torch.from_numpy(table) for name, table in cut_by_domain(tokenizer, options.texts).items()}
-    before = Before.of(root, cut_by_domain(tokenizer, options.measure))
+    before = BaselineLosses.of(root, cut_by_domain(tokenizer, options.measure))
     specialists = {name: _dense(folder) for name, folder in options.branches.items()}
     with torch.inference_mode():
         made: Any = import_branches(root, specialists, tables, moe_layers=options.moe_layers, top_k=options.top_k)

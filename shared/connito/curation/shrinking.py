@@ -18,7 +18,7 @@ from connito.experts.export import ModelSource, export_model, to_dense
 from connito.experts.extraction import equalise, extract_domain, ranking
 from connito.experts.load import load_expert
 from connito.experts.lowrank import low_rank, sparsify
-from connito.experts.measure import Before, loss
+from connito.experts.measure import BaselineLosses, loss
 from connito.experts.token_skipping import skip_thresholds, skipping
 from connito.moe.layout import require_moe_layers
 from connito.moe.statistics import collect
@@ -125,7 +125,7 @@ class _Loaded:
     domain: str
     parents: list[dict[str, Any]]
     license: str
-    before: Before
+    before: BaselineLosses
 
 
 def _load(source: ShrinkSource, library: Holdings) -> _Loaded:
@@ -137,7 +137,7 @@ def _load(source: ShrinkSource, library: Holdings) -> _Loaded:
     parents = [record for _, record in found]
     name = source.domain or "+".join(sorted({str(record["domain"]) for record in parents})) or source.data[0].stem
     text, held_out = halves(cut_sequences(tokenizer, source.data))
-    before = Before.of(model, {name: held_out, **cut_by_domain(tokenizer, source.measure)})
+    before = BaselineLosses.of(model, {name: held_out, **cut_by_domain(tokenizer, source.measure)})
     library.meter(parents, "prune")
     return _Loaded(source, model, tokenizer, text, held_out, name, parents, license_, before)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from connito.errors import Invalid, VerificationFailed
 from connito.experts.compose import Part, Recipe, Rows, base_rows, conflicts, layers_of, merge, read_part, state_of
 from connito.experts.load import check_base
-from connito.experts.measure import Before, Texts
+from connito.experts.measure import BaselineLosses, Texts
 from connito.library.artifact import EXPERT_FILE, RECORD_FILE, ExpertHeader, tensor_sizes, write_expert
 from connito.library.card import write_card
 from connito.library.derived import derived_record
@@ -92,7 +92,7 @@ def _measured(model: nn.Module, rows: Rows, base: Rows, texts: Texts) -> list[di
     """Return losses by domain without and with `rows`; the model is the base again afterwards."""
     if not texts:
         return []
-    before = Before.of(model, texts)
+    before = BaselineLosses.of(model, texts)
     write_rows(model, layers_of(rows), state_of(rows))
     try:
         return before.compare(model)

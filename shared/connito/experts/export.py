@@ -37,7 +37,7 @@ class ModelSource:
     """The origin of a model, for its record.
 
     base: `{"name", "manifest"}`, with `total` routed experts; keep: the base's expert ids inside, by layer, in the order
-    of the rows (empty: dense); parents: records of experts that were put in before; losses: as `Before.compare` measures.
+    of the rows (empty: dense); parents: records of experts that were put in before; losses: as `BaselineLosses.compare` measures.
     """
 
     verb: str

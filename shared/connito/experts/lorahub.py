@@ -16,7 +16,7 @@ L1 = 0.001
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedWeights:
     """`weights` by expert; `loss` with them and `losses` of the starting points (`base`, each expert alone, `mean`)."""
 
     weights: dict[str, float]
@@ -27,7 +27,7 @@ class Learned:
 
 def learn_weights(
     names: Sequence[str], loss: Callable[[dict[str, float]], float], *, budget: int = 60, l1: float = L1
-) -> Learned:
+) -> LearnedWeights:
     """Return weights in ±1.5 that minimise `loss(weights)` + l1 · mean |w|; `loss` in nats per token on the examples.
 
     Starts from nothing, from each expert alone and from their mean, and improves on the best of them by Nelder–Mead, so
@@ -58,4 +58,4 @@ def learn_weights(
         found = minimize(objective, best, method="Nelder-Mead", bounds=[(-BOUND, BOUND)] * count, options=options).x
         best = min((best, found), key=objective)
     weights = dict(zip(names, (float(x) for x in np.clip(best, -BOUND, BOUND)), strict=True))
-    return Learned(weights, measured(best), {name: measured(start) for name, start in starts.items()}, len(seen))
+    return LearnedWeights(weights, measured(best), {name: measured(start) for name, start in starts.items()}, len(seen))

@@ -36,14 +36,14 @@ def loss(model: nn.Module, sequences: npt.NDArray[Any]) -> float:
 
 
 @dataclass(frozen=True)
-class Before:
+class BaselineLosses:
     """The losses of a model as it was, for comparing later."""
 
     texts: Texts
     sums: dict[str, list[float]]
 
     @classmethod
-    def of(cls, model: nn.Module, texts: Texts) -> Before:
+    def of(cls, model: nn.Module, texts: Texts) -> BaselineLosses:
         """Measure `texts`, int32 [n, L + 1] by domain."""
         return cls(dict(texts), {domain: sequence_losses(model, table) for domain, table in texts.items()})
 

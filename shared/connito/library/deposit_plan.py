@@ -28,24 +28,24 @@ class Deposit:
 
 
 @dataclass(frozen=True)
-class Nothing:
+class NoDeposit:
     """No expert comes out of this run, and why."""
 
     why: str
 
 
-def plan(facts: RunFacts) -> Deposit | Nothing:
+def plan(facts: RunFacts) -> Deposit | NoDeposit:
     """Decide what to deposit for a run, given all of its facts."""
     spec, selection, ended = facts.spec, facts.selection, facts.ended
     if ended is None or ended.outcome != run_pb2.RUN_OUTCOME_COMPLETED:
-        return Nothing("the run did not complete")
+        return NoDeposit("the run did not complete")
     history = list(facts.versions.values())
     if spec is None or selection is None or not history:
-        return Nothing("the run published no model version")
+        return NoDeposit("the run published no model version")
     if not any(version.gate in MERGED for version in history):
-        return Nothing("no submission was merged: the final state is the base's own")
+        return NoDeposit("no submission was merged: the final state is the base's own")
     if facts.deposits:
-        return Nothing("the expert is already deposited")
+        return NoDeposit("the expert is already deposited")
     final = ended_at(facts, history)
     layers = {layer.layer: sorted(layer.experts) for layer in selection.layers}
     header = ExpertHeader(spec.domain, spec.base.name, spec.base.manifest.digest, layers, spec.run, final.version)

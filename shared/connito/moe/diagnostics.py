@@ -137,7 +137,7 @@ def causal_effects(
     """
     import torch
 
-    from connito.moe.evaluate import Midway
+    from connito.moe.evaluate import PartialForward
     from connito.moe.layout import require_moe_layers
 
     found = require_moe_layers(model)
@@ -151,7 +151,7 @@ def causal_effects(
             totals = dict.fromkeys(experts, 0.0)
             for start in range(0, len(sequences), size):
                 ids = torch.from_numpy(sequences[start : start + size].astype(np.int64)).to(device)
-                from_here = Midway(model, found[index].experts_name, ids)
+                from_here = PartialForward(model, found[index].experts_name, ids)
                 whole = from_here.logits().float().log_softmax(dim=-1)
                 for expert in experts:
                     with _gates(found[index].router, partial(_without, expert)):

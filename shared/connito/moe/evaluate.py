@@ -160,7 +160,7 @@ class Evaluator:
         return bool(torch.allclose(full, quick, rtol=1e-5, atol=1e-6))
 
 
-class Midway:
+class PartialForward:
     """Token ids [n, L] of which the layers below one with experts have run; what is above runs as often as asked."""
 
     def __init__(self, model: nn.Module, experts_name: str, ids: torch.Tensor) -> None:
@@ -240,7 +240,7 @@ class _Shortcut:
 
         handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
         for layer in self._below:
-            layer.forward = _hand_on
+            layer.forward = _pass_through
         try:
             yield
         finally:
@@ -249,5 +249,5 @@ class _Shortcut:
                 del layer.forward
 
 
-def _hand_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def _pass_through(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return hidden_states

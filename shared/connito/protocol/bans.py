@@ -22,7 +22,7 @@ def standing(facts: RunFacts, miner: str, until: int | None = None) -> run_pb2.M
     """Return the last word about a key, a ban or its lifting, among what RUNS holds up to sequence `until`; None if
     none.
     """
-    return _last_words(facts, until).get(miner)
+    return _latest_orders(facts, until).get(miner)
 
 
 def number_after(facts: RunFacts, miner: str) -> int:
@@ -33,7 +33,7 @@ def number_after(facts: RunFacts, miner: str) -> int:
 
 def banned(facts: RunFacts, until: int | None = None) -> dict[str, run_pb2.MinerBan]:
     """Return miners that are banned by sequence `until` of RUNS (all that is known, if None), with the ban."""
-    return {miner: ban for miner, ban in sorted(_last_words(facts, until).items()) if not ban.lifted}
+    return {miner: ban for miner, ban in sorted(_latest_orders(facts, until).items()) if not ban.lifted}
 
 
 def at_close(facts: RunFacts, window: str, cycle: int) -> dict[str, Refusal]:
@@ -63,7 +63,7 @@ def check_order(ban: run_pb2.MinerBan, roster: Roster, customer: str) -> None:
         raise Invalid("the order is about something else", reason=reasons_pb2.REASON_NOT_PERMITTED)
 
 
-def _last_words(facts: RunFacts, until: int | None) -> dict[str, run_pb2.MinerBan]:
+def _latest_orders(facts: RunFacts, until: int | None) -> dict[str, run_pb2.MinerBan]:
     last: dict[str, run_pb2.MinerBan] = {}
     for fact in facts.bans.values():
         ban = fact.message

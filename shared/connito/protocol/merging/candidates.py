@@ -30,7 +30,7 @@ NORM_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class MergeInputs:
     """Inputs of a merge. Submissions are in the order of their miners' keys; `gram` [n, n] are inner products.
 
     `staleness` counts cycles between the work and the merge. `momentum` is None before the first version.
@@ -74,7 +74,7 @@ def outliers(gram: Gram) -> list[int]:
     return found
 
 
-def attempts(ingredients: Ingredients) -> Iterator[Attempt]:
+def attempts(ingredients: MergeInputs) -> Iterator[Attempt]:
     """Yield the candidates in order; nothing without submissions."""
     everyone = tuple(range(len(ingredients.submissions)))
     if not everyone:
@@ -87,7 +87,7 @@ def attempts(ingredients: Ingredients) -> Iterator[Attempt]:
     yield Attempt(cycle_pb2.GATE_DECISION_TOP_1, (ingredients.best,))
 
 
-def plan_of(attempt: Attempt, ingredients: Ingredients, policy: run_pb2.MergePolicy) -> Plan:
+def plan_of(attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePolicy) -> Plan:
     """Return weights and factors of an attempt's members. Raises `Invalid` for an aggregator that does not exist."""
     members = list(attempt.members)
     direct = attempt.decision == cycle_pb2.GATE_DECISION_TOP_1
@@ -100,7 +100,7 @@ def plan_of(attempt: Attempt, ingredients: Ingredients, policy: run_pb2.MergePol
 
 
 def write_candidate(
-    attempt: Attempt, ingredients: Ingredients, policy: run_pb2.MergePolicy, out_state: Path, out_momentum: Path
+    attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePolicy, out_state: Path, out_momentum: Path
 ) -> dict[str, float]:
     """Write the candidate's state and outer momentum; returns the share of the merge by miner (those above zero).
 

@@ -12,11 +12,11 @@ from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid
 from connito.protocol.findings import Refusal, Refusals, finding_of
-from connito.protocol.merging.candidates import Attempt, Ingredients, attempts, write_candidate, write_resting_momentum
+from connito.protocol.merging.candidates import Attempt, MergeInputs, attempts, write_candidate, write_resting_momentum
 from connito.protocol.merging.gate import Losses, Outcome, Part, choose
 from connito.protocol.scoring import copies
 from connito.protocol.scoring.consensus import Consensus
-from connito.protocol.scoring.copies import Likeness, find_copies, gains_of
+from connito.protocol.scoring.copies import CopyEvidence, find_copies, gains_of
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import score_cycle, without
 from connito.protocol.submission import expected_layout, validate
@@ -106,7 +106,7 @@ def _conclude(
     agreed: Consensus,
     unusable: Refusals,
     files: Files,
-    merge_of: Callable[[Ingredients], _Merge],
+    merge_of: Callable[[MergeInputs], _Merge],
 ) -> Merged:
     spec = facts.require_spec()
     refused = {**unusable, **_inspect(facts, submissions, files)}
@@ -114,7 +114,7 @@ def _conclude(
     sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
     ingredients = _ingredients(sound, agreed, cycle, files)
     measured = gains_of(read_reports(facts, cycle).counted)
-    original = find_copies(sound, Likeness(ingredients.gram, measured, agreed.stakes), spec.scoring)
+    original = find_copies(sound, CopyEvidence(ingredients.gram, measured, agreed.stakes), spec.scoring)
     copied = copies.refusals(sound, ingredients.gram, original)
     useful = [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
     merge = merge_of(_only(ingredients, useful))
@@ -139,9 +139,9 @@ def _inspect(facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files
     return refused
 
 
-def _ingredients(sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle: int, files: Files) -> Ingredients:
+def _ingredients(sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle: int, files: Files) -> MergeInputs:
     deltas = DeltaFiles([files.states[entry.miner] for entry in sound], [files.bases[entry.miner] for entry in sound])
-    return Ingredients(
+    return MergeInputs(
         files.parent,
         files.momentum,
         sound,
@@ -152,9 +152,9 @@ def _ingredients(sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle
     )
 
 
-def _only(all_: Ingredients, members: Sequence[int]) -> Ingredients:
+def _only(all_: MergeInputs, members: Sequence[int]) -> MergeInputs:
     rows = list(members)
-    return Ingredients(
+    return MergeInputs(
         all_.parent,
         all_.momentum,
         [all_.submissions[i] for i in rows],
@@ -168,7 +168,7 @@ def _only(all_: Ingredients, members: Sequence[int]) -> Ingredients:
 class _Merge:
     """Candidates of one cycle: built on demand, measured by the gate, the accepted one published."""
 
-    def __init__(self, facts: RunFacts, cycle: int, ingredients: Ingredients, measure: Measure, folder: Path) -> None:
+    def __init__(self, facts: RunFacts, cycle: int, ingredients: MergeInputs, measure: Measure, folder: Path) -> None:
         opened = facts.window("train", cycle).require_opened()
         self.facts, self.cycle, self.spec, self.opened = facts, cycle, facts.require_spec(), opened
         self.ingredients, self.measure, self.folder = ingredients, measure, folder
@@ -275,7 +275,7 @@ class _Remerge(_Merge):
         self,
         facts: RunFacts,
         cycle: int,
-        ingredients: Ingredients,
+        ingredients: MergeInputs,
         published: cycle_pb2.VersionPublished,
         folder: Path,
     ) -> None:

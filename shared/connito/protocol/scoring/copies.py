@@ -44,7 +44,7 @@ _COSINE_DIGITS = 6
 
 
 @dataclass(frozen=True)
-class Likeness:
+class CopyEvidence:
     """Data by which submissions are compared: inner products of their pseudo-gradients [n, n], and what validators measured.
 
     `gains` by validator and miner. `stakes` by validator: the effect has to be alike for those with more than half of
@@ -76,7 +76,7 @@ def gains_of(reports: Mapping[str, cycle_pb2.ScoreReport]) -> dict[str, dict[str
 
 
 def find_copies(
-    submissions: Sequence[cycle_pb2.Submission], likeness: Likeness, policy: run_pb2.ScorePolicy
+    submissions: Sequence[cycle_pb2.Submission], likeness: CopyEvidence, policy: run_pb2.ScorePolicy
 ) -> dict[str, str]:
     """Copy -> original, both miner keys; rows of `likeness` are in the order of `submissions`.
 
@@ -177,7 +177,7 @@ def _by_effect(
     firsts: Sequence[int],
     later: int,
     parts: Vector,
-    likeness: Likeness,
+    likeness: CopyEvidence,
     limit: float,
 ) -> int | None:
     """Return the victim, as a place in `firsts`, whose effect a submission has, by itself or with another one's."""
@@ -198,7 +198,7 @@ def _groups(candidates: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield from itertools.combinations(candidates, count)
 
 
-def _agreed(later: str, miners: Sequence[str], others: Sequence[str], likeness: Likeness, limit: float) -> bool:
+def _agreed(later: str, miners: Sequence[str], others: Sequence[str], likeness: CopyEvidence, limit: float) -> bool:
     """Return whether most of the stake that measured all of them finds the effects alike."""
     alike = asked = 0.0
     for validator, gains in likeness.gains.items():

@@ -185,7 +185,7 @@ Losses = Mapping[str, Sequence[cycle_pb2.SequenceLoss]]
 
 
 @dataclass(frozen=True)
-class Raced:
+class RaceResult:
     """A submission as far as it was evaluated: losses and comparisons by domain, the look that decided, and what."""
 
     losses: Losses
@@ -201,7 +201,7 @@ def race(
     policy: run_pb2.ScorePolicy,
     *,
     unchanged: bool = False,
-) -> Raced:
+) -> RaceResult:
     """Look until a look decides. `measure(look)` gives all losses up to and including those of the look, by domain.
 
     Raises `Invalid` when no loss is of the target domain.
@@ -214,11 +214,13 @@ def race(
         target = compared.pop(target_domain)
         judgement = judge_look(look, target, compared, policy, unchanged=unchanged)
         if judgement is not None:
-            return Raced(losses, target, compared, look, judgement)
+            return RaceResult(losses, target, compared, look, judgement)
     raise AssertionError("the last look decides")
 
 
-def score_of(miner: str, artifact_digest: str, raced: Raced, policy: run_pb2.ScorePolicy) -> cycle_pb2.SubmissionScore:
+def score_of(
+    miner: str, artifact_digest: str, raced: RaceResult, policy: run_pb2.ScorePolicy
+) -> cycle_pb2.SubmissionScore:
     """Return the signed part of a receipt."""
     judgement = raced.judgement
     score = cycle_pb2.SubmissionScore(

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from connito.library.deposit_plan import Deposit, Nothing, plan
+from connito.library.deposit_plan import Deposit, NoDeposit, plan
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
@@ -26,7 +26,7 @@ def test_a_failed_run_leaves_nothing(pairs: list[tuple[Any, ...]], rebuild: Call
     ended = run_pb2.RunEnded(run="run-1", outcome=run_pb2.RUN_OUTCOME_FAILED)
     changed = [(key, ended if key.kind == "ended" else message) for key, message in pairs]
 
-    assert plan(rebuild(changed)) == Nothing("the run did not complete")
+    assert plan(rebuild(changed)) == NoDeposit("the run did not complete")
 
 
 def test_a_run_that_merged_nothing_leaves_nothing(pairs: list[tuple[Any, ...]], rebuild: Callable[..., Any]) -> None:
@@ -36,7 +36,7 @@ def test_a_run_that_merged_nothing_leaves_nothing(pairs: list[tuple[Any, ...]], 
 
     decision = plan(rebuild(pairs))
 
-    assert isinstance(decision, Nothing)
+    assert isinstance(decision, NoDeposit)
     assert "no submission was merged" in decision.why
 
 
@@ -44,4 +44,4 @@ def test_an_expert_is_deposited_once(pairs: list[tuple[Any, ...]], rebuild: Call
     deposited = run_pb2.ExpertDeposited(run="run-1", expert_id="medical-1")
     decision = plan(rebuild([*pairs, (FactKey("library", 0, "deposited", "medical-1"), deposited)]))
 
-    assert decision == Nothing("the expert is already deposited")
+    assert decision == NoDeposit("the expert is already deposited")

@@ -10,7 +10,7 @@ from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 from services.console import charts
 from services.console.figures import NO_STORE, ExpertFigures, change
-from services.console.heatmap import warmth
+from services.console.heatmap import figure_map
 from tests.support.files import write_tensors
 
 
@@ -48,9 +48,9 @@ async def test_without_a_store_a_sentence_says_so_and_the_base_has_not_changed()
 
 
 def test_the_largest_figure_has_the_strongest_colour() -> None:
-    drawn = warmth("use", {0: {0: 0.0, 1: 0.5}, 3: {0: 0.1, 1: 0.26}})
+    drawn = figure_map("use", {0: {0: 0.0, 1: 0.5}, 3: {0: 0.1, 1: 0.26}})
     assert drawn.leaders[0] == (0, 1, 0.5)
-    cells = ElementTree.fromstring(charts.warmth(drawn)).findall("rect")
+    cells = ElementTree.fromstring(charts.figure_map(drawn)).findall("rect")
     assert [cell.get("class") for cell in cells] == ["cell none", "cell s1", "cell s4", "cell s2"]
     assert cells[1].findtext("title") == "layer 0, expert 1: 0.5000"
-    ElementTree.fromstring(charts.warmth(warmth("nothing", {})))
+    ElementTree.fromstring(charts.figure_map(figure_map("nothing", {})))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from connito.data.pseudo_gradients import DeltaFiles
-from connito.protocol.merging.candidates import Attempt, Ingredients, attempts, outliers, plan_of
+from connito.protocol.merging.candidates import Attempt, MergeInputs, attempts, outliers, plan_of
 from connito.v1 import cycle_pb2, run_pb2
 
 ALL = cycle_pb2.GATE_DECISION_ACCEPTED
@@ -18,13 +18,13 @@ def ingredients(
     utilities: list[float],
     staleness: list[int] | None = None,
     commits: list[int] | None = None,
-) -> Ingredients:
+) -> MergeInputs:
     deltas = np.asarray(deltas, float)
     commits = commits or range(len(deltas))
     submissions = [cycle_pb2.Submission(miner=f"M{i}", commit_sequence=c + 1) for i, c in enumerate(commits)]
     staleness = staleness or [0] * len(deltas)
     gram = deltas @ deltas.T if len(deltas) else np.zeros((0, 0))
-    return Ingredients(Path("p"), None, submissions, DeltaFiles([], []), utilities, staleness, gram)
+    return MergeInputs(Path("p"), None, submissions, DeltaFiles([], []), utilities, staleness, gram)
 
 
 def test_outliers_are_long_or_point_against_the_rest() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, gram_matrix
 from connito.errors import Invalid
-from connito.protocol.scoring.copies import Likeness, copies, cosines, distance, explained, find_copies
+from connito.protocol.scoring.copies import CopyEvidence, copies, cosines, distance, explained, find_copies
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,17 +113,17 @@ def test_a_mix_of_victims_lies_in_their_span_though_it_is_like_none_of_them() ->
     deltas = np.stack([one, two, three, 0.6 * one + 0.4 * two])
     similarity = deltas @ deltas.T
     assert copies(entries(1, 2, 3, 4), np.corrcoef(deltas), 0.95) == {}
-    assert find_copies(entries(1, 2, 3, 4), Likeness(similarity), POLICY) == {"U3": "U0"}
-    assert find_copies(entries(2, 3, 4, 1), Likeness(similarity), POLICY) == {"U1": "U3"}, (
+    assert find_copies(entries(1, 2, 3, 4), CopyEvidence(similarity), POLICY) == {"U3": "U0"}
+    assert find_copies(entries(2, 3, 4, 1), CopyEvidence(similarity), POLICY) == {"U1": "U3"}, (
         "what is left of it is stolen"
     )
     off = run_pb2.ScorePolicy(copy_threshold=0.95)
-    assert find_copies(entries(1, 2, 3, 4), Likeness(similarity), off) == {}
+    assert find_copies(entries(1, 2, 3, 4), CopyEvidence(similarity), off) == {}
 
 
 def test_honest_work_that_is_much_alike_is_nobodys_copy() -> None:
     deltas = honest(16, shared=0.8)
-    assert find_copies(entries(*range(16)), Likeness(deltas @ deltas.T), POLICY) == {}
+    assert find_copies(entries(*range(16)), CopyEvidence(deltas @ deltas.T), POLICY) == {}
     shared, parts = explained(np.corrcoef(deltas), range(15), 15)
     assert 0.8 < shared < 0.95
     assert (np.abs(parts) < 0.3).all()
@@ -134,27 +134,27 @@ def test_free_noise_hides_the_direction_but_not_the_effect() -> None:
     noise = 1.5 * np.random.default_rng(9).normal(size=deltas.shape[1])
     deltas = np.vstack([deltas, deltas[1] + noise])
     measured = gains(effect(1), effect(2), effect(3), 1.01 * effect(2) + 0.01 * effect(4))
-    blind = Likeness(deltas @ deltas.T)
+    blind = CopyEvidence(deltas @ deltas.T)
     assert find_copies(entries(1, 2, 3, 4), blind, POLICY) == {}
-    assert find_copies(entries(1, 2, 3, 4), Likeness(blind.gram, measured), POLICY) == {"U3": "U1"}
+    assert find_copies(entries(1, 2, 3, 4), CopyEvidence(blind.gram, measured), POLICY) == {"U3": "U1"}
 
 
 def test_two_victims_under_noise_are_found_by_what_their_mix_does() -> None:
     deltas = honest(3)
     deltas = np.vstack([deltas, (deltas[0] + deltas[2]) / 2 + np.random.default_rng(9).normal(size=deltas.shape[1])])
     measured = gains(effect(1), effect(2), effect(3), 0.5 * effect(1) + 0.5 * effect(3))
-    assert set(find_copies(entries(1, 2, 3, 4), Likeness(deltas @ deltas.T, measured), POLICY)) == {"U3"}
+    assert set(find_copies(entries(1, 2, 3, 4), CopyEvidence(deltas @ deltas.T, measured), POLICY)) == {"U3"}
 
 
 def test_a_lying_minority_frames_nobody_and_equal_effects_alone_convict_nobody() -> None:
     deltas = honest(3)
     truth, lie = gains(effect(1), effect(2), effect(3)), gains(effect(1), effect(2), effect(1), validators="C")
-    framed = Likeness(deltas @ deltas.T, {**truth, **lie})
+    framed = CopyEvidence(deltas @ deltas.T, {**truth, **lie})
     assert find_copies(entries(1, 2, 3), framed, POLICY) == {}
-    weighty = Likeness(framed.gram, framed.gains, {"A": 1.0, "B": 1.0, "C": 5.0})
+    weighty = CopyEvidence(framed.gram, framed.gains, {"A": 1.0, "B": 1.0, "C": 5.0})
     assert find_copies(entries(1, 2, 3), weighty, POLICY) == {"U2": "U0"}
     strangers = np.random.default_rng(4).normal(size=(2, 4000))
-    same = Likeness(strangers @ strangers.T, gains(effect(1), effect(1)))
+    same = CopyEvidence(strangers @ strangers.T, gains(effect(1), effect(1)))
     assert find_copies(entries(1, 2), same, POLICY) == {}
 
 
@@ -180,7 +180,7 @@ def test_nothing_committed_later_makes_a_copy_of_earlier_work(seed: int, later: 
         rows.append(made)
         effects.append(effects[a])
     deltas = np.stack(rows)
-    found = find_copies(entries(*range(len(rows))), Likeness(deltas @ deltas.T, gains(*effects)), POLICY)
+    found = find_copies(entries(*range(len(rows))), CopyEvidence(deltas @ deltas.T, gains(*effects)), POLICY)
     assert set(found).isdisjoint({"U0", "U1", "U2", "U3"})
     assert all(f"U{4 + i}" in found for i, kind in enumerate(later) if kind in ("copy", "mix"))
 
@@ -189,6 +189,6 @@ def test_where_everybody_learns_the_same_an_effect_convicts_nobody() -> None:
     """A model and a text on which all miners' gains are within 5 % of each other."""
     deltas = honest(6)
     measured = gains(*(effect(1) + 0.05 * (effect(10 + i) - 1.0) for i in range(6)))
-    assert find_copies(entries(*range(6)), Likeness(deltas @ deltas.T, measured), POLICY) == {}
-    two = Likeness(deltas[:2] @ deltas[:2].T, measured)
+    assert find_copies(entries(*range(6)), CopyEvidence(deltas @ deltas.T, measured), POLICY) == {}
+    two = CopyEvidence(deltas[:2] @ deltas[:2].T, measured)
     assert find_copies(entries(1, 2), two, POLICY) == {}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from connito.errors import Invalid
-from connito.protocol.scoring.proof_of_loss import Raced, race, score_submission
+from connito.protocol.scoring.proof_of_loss import RaceResult, race, score_submission
 from connito.protocol.scoring.racing import looks
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from hypothesis import given
@@ -28,7 +28,7 @@ def losses(domain: str, gains: NDArray[np.float64]) -> list[cycle_pb2.SequenceLo
     ]
 
 
-def run_race(target: NDArray[np.float64], general: None = None, policy: run_pb2.ScorePolicy = POLICY) -> Raced:
+def run_race(target: NDArray[np.float64], general: None = None, policy: run_pb2.ScorePolicy = POLICY) -> RaceResult:
     """`target` and `general`: gains in nats per token of all drawn sequences, in the order of evaluation."""
     drawn = {"t": losses("t", target), "g": losses("g", np.zeros(16) if general is None else general)}
     return race(lambda look: {"t": drawn["t"][: look.target], "g": drawn["g"][: look.general]}, "t", policy)
