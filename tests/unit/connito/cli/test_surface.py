@@ -157,6 +157,12 @@ def test_what_the_command_line_can_do_python_can_do() -> None:
     assert every_verb() >= COUNTERPARTS.keys() | PROCESSES
 
 
+def test_the_reference_of_python_names_every_counterpart() -> None:
+    page = (Path(__file__).parents[4] / "docs/reference/python.md").read_text()
+    verbs = {verb: counterpart(verb) for verb in every_verb() - PROCESSES if not verb.startswith("job ")}
+    assert {verb: path for verb, path in verbs.items() if path not in page} == {}
+
+
 def test_a_name_that_is_no_verb_of_the_library_is_an_attribute_error() -> None:
     import connito.library
 

@@ -153,3 +153,20 @@ def test_extract_and_prune_write_verified_checkpoints(run: Any, tiny: Path, tmp_
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config.model_type == "llama"
     with pytest.raises(Invalid, match="how small"):
         run("prune", "--base", tiny, "--data", recipes_text, "--out", tmp_path / "x")
+
+
+def test_python_does_what_the_commands_do(run: Any, stocked: Any, tiny: Path, tmp_path: Path) -> None:
+    from connito import library
+
+    shelf, ids = stocked
+    here = library.Holdings(shelf=shelf)
+    assert [row["expert_id"] for row in library.list(here)] == list(ids.values())
+    assert library.search("poems", library=here)[0].to_json() == run("search", "poems", "--shelf", shelf)["experts"][0]
+    options = library.ComposeOptions(method="ties", density=0.5)
+    made = library.compose([ids["recipes"], ids["logs"]], tiny, tmp_path / "python", options, here)
+    told = run("compose", ids["recipes"], ids["logs"], "--base", tiny, "--out", tmp_path / "command", "--method", "ties",
+               "--density", 0.5, "--shelf", shelf)  # fmt: skip
+    assert made.record["expert"] == told["expert"]
+    assert library.verify(tmp_path / "python", tiny, library=here)[1].startswith("recomputed from its 2 parents")
+    with pytest.raises(Invalid, match="2 weights for 1 experts"):
+        library.compose([ids["logs"]], tiny, tmp_path / "no", library.ComposeOptions(weights=[1.0, 2.0]), here)
