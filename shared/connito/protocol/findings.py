@@ -33,7 +33,6 @@ _OUTCOMES = (
     cycle_pb2.ValidatorStanding,
     cycle_pb2.VersionPublished,
 )
-_LISTS = ("scores", "verdicts", "validators")
 
 
 class Refusal(NamedTuple):
@@ -73,5 +72,8 @@ def outcomes_of(message: Message) -> Iterator[Outcome]:
     """Yield the outcomes in a fact's payload: itself, or those of a report or of a cycle's result."""
     if isinstance(message, _OUTCOMES):
         yield message
-    for name in _LISTS:
-        yield from getattr(message, name, ())
+    elif isinstance(message, cycle_pb2.ScoreReport):
+        yield from message.scores
+    elif isinstance(message, cycle_pb2.CycleScored):
+        yield from message.verdicts
+        yield from message.validators

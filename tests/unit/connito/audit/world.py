@@ -32,6 +32,7 @@ from connito.store import ref_of_bytes
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
+from connito.views.sentences import as_recorded
 from connito.wire.envelope import seal
 from connito.wire.facts import Record
 from connito.wire.identity import Identity
@@ -75,6 +76,7 @@ class World:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.objects: dict[str, bytes] = {}
+        self.rules = run_pb2.RunSpec(protocol_version=PROTOCOL_VERSION)
         self._sequences: dict[str, int] = {}
         self._clock = 1_700_000_000_000
 
@@ -93,6 +95,7 @@ class World:
 
     def say(self, role: str, section: str, cycle: int, kind: str, message: Message, id_: str = "") -> int:
         signer = identity(role)
+        as_recorded(message, self.rules)
         return self.write(signer, fact(RUN, section, cycle, kind, id_), message)
 
     def ingress(self, miner: str, kind: str, message: Message) -> int:
@@ -198,7 +201,7 @@ def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
             gate_target_sequences=2, gate_general_sequences=2, report_target_sequences=2, report_general_sequences=2,
         ),
         windows=run_pb2.WindowPolicy(min_miners=1, min_validators=2),
-        rewards=rewards, protocol_version=PROTOCOL_VERSION,
+        rewards=rewards, protocol_version=world.rules.protocol_version,
     )  # fmt: skip
 
 
@@ -387,10 +390,16 @@ class Cycle:
         return merged.version
 
 
-def tell(folder: Path, rewards: run_pb2.RewardPolicy = REWARDS, story: type[Cycle] = Cycle) -> World:
+def tell(
+    folder: Path,
+    rewards: run_pb2.RewardPolicy = REWARDS,
+    story: type[Cycle] = Cycle,
+    version: int = PROTOCOL_VERSION,
+) -> World:
     """The whole run."""
     world = World()
     world.folder = folder
+    world.rules.protocol_version = version
     spec = spec_of(world, rewards)
     world.say("coordinator", "run", 0, "created", run_pb2.RunCreated(spec=spec))
     for name, key in MINERS.items():
