@@ -106,7 +106,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as console:
             try:
                 assert console.stdout is not None
-                lines = []
+                lines: list[str] = []
                 while not lines or lines[-1] != "}\n":
                     lines.append(console.stdout.readline())
                     assert lines[-1], "the console ended"

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from connito.local.installation import broker_user
+from connito.bus.permissions import broker_user
 
 from tests.support.waiting import wait_until
 

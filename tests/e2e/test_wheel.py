@@ -60,7 +60,7 @@ def test_the_installed_package_is_the_one_that_runs(installed: Path, tmp_path: P
 
 def test_connito_up_runs_without_a_checkout(installed: Path, tmp_path: Path) -> None:
     command = [
-        installed.parent / "connito",
+        str(installed.parent / "connito"),
         "up",
         "--base",
         "tiny",
@@ -68,7 +68,7 @@ def test_connito_up_runs_without_a_checkout(installed: Path, tmp_path: Path) -> 
         "1",
         "--json",
         "--data-dir",
-        tmp_path / "data",
+        str(tmp_path / "data"),
     ]
     report = json.loads(output(command, tmp_path))
     assert len(report["cycles"]) == 1

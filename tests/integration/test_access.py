@@ -62,7 +62,8 @@ class Follower:
     """Reads RUNS for ever and counts how often its connection broke."""
 
     def __init__(self, bus: Bus) -> None:
-        self.bus, self.seen, self.broken = bus, [], 0
+        self.bus, self.broken = bus, 0
+        self.seen: list[Record] = []
         self.moved = asyncio.Event()
         bus._connection.on_reconnect.add(self._break)
         self.task = asyncio.create_task(self._read())

@@ -262,7 +262,7 @@ async def carry_on_after_a_kill(stage: Stage, first: cycle_pb2.VersionPublished,
 
     assert (version.version, version.parent) == (2, 1)
     assert version.gate in (cycle_pb2.GATE_DECISION_ACCEPTED, cycle_pb2.GATE_DECISION_TOP_1), version.gate_detail
-    await until_logged(stage.process, '"version": 2')
+    await until_logged(stage.process.log, '"version": 2')
     assert version.losses[0].before == pytest.approx(first.losses[0].after, rel=1e-6)
     assert await stage.audit(2, utilities, tmp_path) == version.state.digest
 
@@ -327,7 +327,7 @@ async def test_a_standby_takes_over(stage: Stage, identities: dict[str, Identity
         stage.process.kill()
         await stage.tell(1, {"anna": 0.2})
         version = await stage.version(1)
-        await until_logged(standby, "version published")
+        await until_logged(standby.log, "version published")
     finally:
         standby.kill()
 

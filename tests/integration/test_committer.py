@@ -34,7 +34,8 @@ STATE = {"layers.0.down_proj": np.linspace(-1, 1, 512, dtype=np.float32).reshape
 
 def trained(step: float) -> bytes:
     """A submission: the state, moved a little."""
-    return save({name: value + np.float32(step) for name, value in STATE.items()})
+    data: bytes = save({name: value + np.float32(step) for name, value in STATE.items()})
+    return data
 
 
 class Miner:
@@ -126,7 +127,7 @@ class Stage:
 
     async def to_submit(self, witness: Witness, cycle: int) -> list[str]:
         await self.close("commit", cycle)
-        settled = (await witness.has("commit", cycle, "settled")).settled("commit", cycle)
+        settled = (await witness.has("commit", cycle, "settled")).window("commit", cycle).settled
         assert settled is not None
         await self.open("submit", cycle)
         return list(settled.committed)
@@ -134,7 +135,7 @@ class Stage:
     async def settle(self, witness: Witness, cycle: int, last: int | None = None) -> list[tuple[str, int]]:
         """Miner and origin of what will be scored."""
         last = await self.close("submit", cycle, last)
-        settled = (await witness.has("submit", cycle, "settled")).settled("submit", cycle)
+        settled = (await witness.has("submit", cycle, "settled")).window("submit", cycle).settled
         assert settled is not None
         assert settled.last_sequence == last
         return [(submission.miner, submission.origin_cycle) for submission in settled.submissions]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
 import httpx2
 import pytest
 from connito.bus import Bus, streams
-from connito.local.installation import broker_user
+from connito.bus.permissions import broker_user
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
@@ -102,7 +102,7 @@ async def one_cycle(buses: dict[str, Bus], run: str) -> None:
         assert await buses[role].publish_fact(run, section, cycle, kind, message, who)
 
 
-async def pictures(browser: httpx2.AsyncClient, address: str) -> AsyncIterator[str]:
+async def pictures(browser: httpx2.AsyncClient, address: str) -> AsyncGenerator[str]:
     """The live part of a page, each time it looks different."""
     async with browser.stream("GET", address, headers={"Accept": "text/event-stream"}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")

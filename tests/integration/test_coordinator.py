@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -81,14 +82,17 @@ class Stage:
         command = services_pb2.EnrolMinerCommand(run=run, label=label)
         envelope = seal(identity or self.miner, "rpc.EnrolMiner", command)
         answer = await rpc.call((await self.stub()).EnrolMiner, services_pb2.EnrolMinerRequest(envelope=envelope))
-        return answer.spec
+        found: run_pb2.RunSpec = answer.spec
+        return found
 
     async def cancel(self, run: str, who: str = "customer") -> None:
         envelope = seal(self.identities[who], "rpc.CancelRun", services_pb2.CancelRunCommand(run=run, detail="enough"))
         await rpc.call((await self.stub()).CancelRun, services_pb2.CancelRunRequest(envelope=envelope))
 
     async def status(self, run: str) -> services_pb2.RunStatus:
-        return (await rpc.call((await self.stub()).GetRun, services_pb2.GetRunRequest(run=run))).status
+        answer = await rpc.call((await self.stub()).GetRun, services_pb2.GetRunRequest(run=run))
+        found: services_pb2.RunStatus = answer.status
+        return found
 
     async def assemble(self, run: str) -> None:
         """Selection, one miner, one validator."""
@@ -116,7 +120,7 @@ class Stage:
         )
         accepted = cycle_pb2.CommitmentAccepted(run=run, cycle=cycle, miner=miner, ingress_sequence=sequence)
         await committer.publish_fact(run, "commit", cycle, "accepted", accepted, miner)
-        closed = (await witness.has("commit", cycle, "closed")).closed("commit", cycle)
+        closed = (await witness.has("commit", cycle, "closed")).window("commit", cycle).closed
         assert closed is not None
         assert (closed.stream, closed.cause) == ("INGRESS", cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
         assert closed.last_sequence >= sequence
@@ -174,7 +178,7 @@ def start(own_nats: NatsServer, identities: dict[str, Identity], roster: Roster,
 
 async def test_a_run_from_creation_to_completion(stage: Stage, start: Start, run_id: str) -> None:
     service = await start("a").ready()
-    stub = await stage.stub()
+    stub: Any = await stage.stub()  # typed for blocking callers
     await stage.create(spec(run_id, cycles=2))
     await stage.create(spec(run_id, cycles=2))  # again is fine
     seen: list[services_pb2.RunStatus] = []
@@ -264,7 +268,8 @@ async def test_bad_requests_are_refused_clearly(stage: Stage, start: Start, run_
         await stage.enrol(run_id, stage.identities["validator"])
     with pytest.raises(Invalid, match="label"):
         await stage.enrol(run_id, label="x" * 200)
-    watching = (await stage.stub()).WatchRun(services_pb2.WatchRunRequest(run="nothing"))
+    stub: Any = await stage.stub()
+    watching = stub.WatchRun(services_pb2.WatchRunRequest(run="nothing"))
     with pytest.raises(grpc.aio.AioRpcError, match="no run is called 'nothing'"):
         await watching.read()
 
@@ -348,7 +353,8 @@ async def test_a_broker_restart_in_the_middle_is_survived(
     async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
         await stage.assemble(run_id)
         await witness.has("train", 1, "opened")
-        await asyncio.to_thread(own_nats.restart)
+        await asyncio.to_thread(own_nats.stop)
+        await asyncio.to_thread(own_nats.start)
         await stage.play(witness, run_id, 1)
         await witness.has("run", 0, "ended")
 
@@ -359,7 +365,7 @@ async def test_health_and_reflection(stage: Stage, start: Start) -> None:
     request = health_pb2.HealthCheckRequest(service="connito.v1.RunService")
     answer = await rpc.call(health_pb2_grpc.HealthStub(channel).Check, request)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    await channel.close()
+    await channel.close(None)
 
 
 async def test_what_was_decided_on_half_the_facts_is_decided_again_on_all_of_them(
@@ -407,6 +413,6 @@ async def test_what_was_decided_on_half_the_facts_is_decided_again_on_all_of_the
         await end_tasks([leading])
     assert list(premature.payload.message.expected) == []  # type: ignore[attr-defined]
     async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
-        written = (await witness.has("commit", 1, "opened")).opened("commit", 1)
+        written = (await witness.has("commit", 1, "opened")).window("commit", 1).opened
     assert written is not None
     assert list(written.expected) == [miner]

@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import pairwise
+from operator import contains
 from typing import Any
 
 import pytest
@@ -26,7 +28,9 @@ from tests.support.waiting import PATIENCE, until
 pytestmark = pytest.mark.integration
 
 
-def opened(run: str, cycle: int = 1, window: int = cycle_pb2.WINDOW_TRAIN) -> cycle_pb2.WindowOpened:
+def opened(
+    run: str, cycle: int = 1, window: cycle_pb2.Window.ValueType = cycle_pb2.WINDOW_TRAIN
+) -> cycle_pb2.WindowOpened:
     return cycle_pb2.WindowOpened(run=run, cycle=cycle, window=window)
 
 
@@ -54,6 +58,7 @@ async def test_a_chain_of_decisions_runs_to_its_end(bus: Any, roster: Roster, ru
         return Decision([Action(f"open.{last + 1}", facts.run, last + 1)] if 0 < last < 21 else [])
 
     async def perform(action: Action) -> None:
+        assert isinstance(action.payload, int)
         await bus.publish_fact(run_id, "train", action.payload, "opened", opened(run_id, action.payload))
 
     engine = Engine(bus, Log(roster), ["TRAIN"], decide, perform, run=run_id)
@@ -152,7 +157,7 @@ async def test_invalid_blocks_its_key_and_nothing_else(bus: Any, roster: Roster,
     async with running(engine):
         for cycle in (1, 2):
             await bus.publish_fact(run_id, "train", cycle, "opened", opened(run_id, cycle))
-            await until(lambda cycle=cycle: f"good.{cycle}" in performed)
+            await until(partial(contains, performed, f"good.{cycle}"))
     assert performed.count("bad") == 1
 
 
@@ -244,7 +249,7 @@ async def test_a_new_process_decides_again_what_the_old_one_left(bus: Any, roste
     await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id))
     attempts: list[str] = []
 
-    async def publish(who: str, hang: bool) -> None:
+    async def publish(who: str, hang: bool, action: Action) -> None:
         attempts.append(who)
         if hang:
             await asyncio.Event().wait()
@@ -254,12 +259,16 @@ async def test_a_new_process_decides_again_what_the_old_one_left(bus: Any, roste
         return Decision([] if facts.window("train", 2).opened is not None else [Action("open.2", run_id)])
 
     for who, hang in (("first", True), ("second", False)):
-        engine = Engine(bus, Log(roster), ["TRAIN"], decide, lambda action, w=who, h=hang: publish(w, h), run=run_id)
+        engine = Engine(bus, Log(roster), ["TRAIN"], decide, partial(publish, who, hang), run=run_id)
         async with running(engine):
-            await until(lambda who=who: who in attempts)
+            await until(partial(contains, attempts, who))
             if not hang:
-                await until(lambda engine=engine: engine.facts(run_id).has("train", 2, "opened"))
+                await until(partial(has_second, engine, run_id))
     assert attempts == ["first", "second"]
+
+
+def has_second(engine: Engine, run: str) -> bool:
+    return engine.facts(run).has("train", 2, "opened")
 
 
 async def _nothing(action: Action) -> None:

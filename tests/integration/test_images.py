@@ -54,7 +54,7 @@ class Images:
         self._mounted: dict[str, Path] = {}
 
     def buildah(self, *arguments: str) -> str:
-        command = ["buildah", "--root", self.folder / "storage", "--runroot", self.folder / "run"]
+        command = ["buildah", "--root", str(self.folder / "storage"), "--runroot", str(self.folder / "run")]
         command += ["--storage-driver", os.environ.get("STORAGE_DRIVER", "overlay")]
         done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
         return done.stdout.strip()

@@ -176,7 +176,8 @@ async def test_it_is_searched_marked_metered_and_private_things_stay_so(
     async def own() -> services_pb2.ExpertHit:
         request = services_pb2.SearchExpertsRequest(text=TARGET, everything=True, viewer=viewer())
         (hit,) = (await rpc.call(stub.SearchExperts, request)).hits
-        return hit
+        found: services_pb2.ExpertHit = hit
+        return found
 
     assert (await own()).saving == pytest.approx(0.5)
     found = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=name, viewer=viewer()))

@@ -48,8 +48,8 @@ def _tools() -> None:
 def test_promtool_accepts_the_rules_and_their_tests() -> None:
     _tools()
     for command in (
-        ["promtool", "check", "rules", CHART / "files/rules.yaml"],
-        ["promtool", "test", "rules", *sorted((ROOT / "deploy/prometheus").glob("rules*_test.yaml"))],
+        ["promtool", "check", "rules", str(CHART / "files/rules.yaml")],
+        ["promtool", "test", "rules", *map(str, sorted((ROOT / "deploy/prometheus").glob("rules*_test.yaml")))],
     ):
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.bus import Bus
@@ -89,7 +90,9 @@ async def test_the_targets_of_a_run_are_selected(
     await check_base(tiny, store, selection, report)
 
 
-async def check_base(tiny: TinyRun, store: ArtifactStore, selection: run_pb2.SelectionMade, report: dict) -> None:
+async def check_base(
+    tiny: TinyRun, store: ArtifactStore, selection: run_pb2.SelectionMade, report: dict[str, Any]
+) -> None:
     """The report identifies the base as anyone else who loads it sees it."""
     from connito.base.loading import load_full
 
@@ -140,7 +143,7 @@ def broken(spec: run_pb2.RunSpec, number: int, **changes: object) -> run_pb2.Run
 async def test_jobs_that_cannot_be_end_with_a_reason(
     bus: Bus, process: ServiceProcess, roster: Roster, tiny: TinyRun
 ) -> None:
-    wrong = [
+    wrong: list[tuple[dict[str, Any], reasons_pb2.Reason.ValueType, str]] = [
         ({"selection__threshold": 7.0}, reasons_pb2.REASON_SELECTION_FAILED, "threshold"),
         ({"selection__method": "guess"}, reasons_pb2.REASON_SELECTION_FAILED, "guess"),
         ({"training__sequence_length": 100_000}, reasons_pb2.REASON_BAD_SPEC, "tokens"),

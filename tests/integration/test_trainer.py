@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Apis(services_pb2_grpc.RunServiceServicer, services_pb2_grpc.SubmissionSer
 @asynccontextmanager
 async def serving(apis: Apis, bus: Bus) -> AsyncIterator[None]:
     """Serve both APIs and register them as the coordinator's and the committer's."""
-    servicers = [
+    servicers: list[tuple[Callable[[Any, Any], None], object, str]] = [
         (services_pb2_grpc.add_RunServiceServicer_to_server, apis, "connito.v1.RunService"),
         (services_pb2_grpc.add_SubmissionServiceServicer_to_server, apis, "connito.v1.SubmissionService"),
     ]
@@ -92,7 +92,7 @@ async def serving(apis: Apis, bus: Bus) -> AsyncIterator[None]:
 class Process:
     """A trainer process that can be killed and started again with the same folders."""
 
-    def __init__(self, folder: Path, run: str, nats_url: str, miner: Identity, roster: Any, **settings: str) -> None:
+    def __init__(self, folder: Path, run: str, nats_url: str, miner: Identity, roster: Any, **settings: Any) -> None:
         miner.save(folder / "key")
         roster.save(folder / "roster.json")
         self.work_dir, self.log = folder / "work", folder / "trainer.log"
@@ -127,7 +127,7 @@ class Process:
 
 
 @asynccontextmanager
-async def trainer(*args: Any, **settings: str) -> AsyncIterator[Process]:
+async def trainer(*args: Any, **settings: Any) -> AsyncIterator[Process]:
     process = Process(*args, **settings)
     await process.start()
     try:
@@ -185,7 +185,7 @@ async def test_a_cycle_with_kill_9_after_every_promise(
     miner = Identity.generate()
     me, tiny = miner.public, await prepare(store, run_id, tmp_path)
     async with telling(run_id, buses, roster) as teller:
-        apis = Apis(teller, store)
+        apis = Apis(teller, store)  # type: ignore[abstract] # what it leaves out is answered by gRPC
         async with (
             serving(apis, buses["coordinator"]),
             trainer(tmp_path, run_id, nats_server.url, miner, roster) as process,
@@ -254,7 +254,7 @@ async def test_a_refusal_is_shown_in_plain_words_and_a_free_rider_warns_about_it
     me, tiny = miner.public, await prepare(store, run_id, tmp_path)
     async with (
         telling(run_id, buses, roster) as teller,
-        serving(Apis(teller, store), buses["coordinator"]),
+        serving(Apis(teller, store), buses["coordinator"]),  # type: ignore[abstract]
         trainer(tmp_path, run_id, nats_server.url, miner, roster, CONNITO_TRAINER_ADVERSARY="freerider") as process,
     ):
         await tell_the_beginning(teller, tiny, me)

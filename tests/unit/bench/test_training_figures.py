@@ -10,10 +10,10 @@ import pytest
 from bench.decentralised import DOMAINS, MERGES, Scale, StateDeltas, _merge, _shards
 from bench.forgetting import frontier
 from bench.published_models import Assumed, count, rows
-from bench.random_moe import Shape, build, copies
+from bench.random_moe import DEEP, DEMO, Shape, build, copies
 from bench.tiny_rig import Rig, batched, everything_else, mean_loss
 from bench.training_methods import Loop, expert_only, full_fine_tuning, gradient_masking
-from bench.validator_throughput import DEEP, DEMO, WAYS, _submissions, ceiling
+from bench.validator_throughput import WAYS, _submissions, ceiling
 
 torch = pytest.importorskip("torch")
 
@@ -71,8 +71,9 @@ def test_weight_decay_moves_unselected_rows_under_masking() -> None:
     model = build(SMALL)
     masked = Loop(gradient_masking(copies(model), TARGETS), 1e-2, weight_decay=0.1)
     masked.step(tokens())
-    bank = masked.job.model.get_submodule("model.layers.1.mlp.experts").down_proj
-    assert not torch.equal(bank[1], model.get_submodule("model.layers.1.mlp.experts").down_proj[1])
+    bank = masked.job.model.get_parameter("model.layers.1.mlp.experts.down_proj")
+    before = model.get_parameter("model.layers.1.mlp.experts.down_proj")
+    assert not torch.equal(bank[1], before[1])
 
 
 def test_full_fine_tuning_trains_and_uploads_everything() -> None:

@@ -25,5 +25,5 @@ def test_retry_carries_its_delay_and_invalid_its_reason() -> None:
         (reasons_pb2.REASON_COPY, "copy"),
     ],
 )
-def test_reasons_are_shown_as_words(reason: int, name: str) -> None:
+def test_reasons_are_shown_as_words(reason: reasons_pb2.Reason.ValueType, name: str) -> None:
     assert reason_name(reason) == name

@@ -42,7 +42,7 @@ def test_no_public_name_is_that_of_a_submodule(package: str) -> None:
 def test_a_public_name_means_one_thing() -> None:
     """Packages may offer the same object under its name, but no two objects under one."""
     pytest.importorskip("torch")
-    homes = {}
+    homes: dict[str, dict[str, object]] = {}
     for package in PACKAGES:
         for name in exported(package):
             homes.setdefault(name, {})[package] = getattr(importlib.import_module(package), name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 
 _RANGES = {
@@ -26,7 +27,7 @@ _BYTES = st.binary(max_size=80) | st.sampled_from([b"", b"s" * 32, b"x" * 10_000
 def messages(kind: type[Message], **fixed: Any) -> st.SearchStrategy[Any]:
     """Messages of a type with any fields set; `fixed` ones as given."""
     fields = {name: st.just(value) for name, value in fixed.items()}
-    other = {f.name: _field(f) for f in kind.DESCRIPTOR.fields if f.name not in fixed}
+    other = {f.name: _field(f) for f in cast(Descriptor, kind.DESCRIPTOR).fields if f.name not in fixed}
     return st.fixed_dictionaries(fields, optional=other).map(lambda values: kind(**values))
 
 
@@ -41,7 +42,7 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 def _value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if field.type == FieldDescriptor.TYPE_MESSAGE:
-        return messages(field.message_type._concrete_class)
+        return messages(GetMessageClass(cast(Descriptor, field.message_type)))
     if field.type == FieldDescriptor.TYPE_STRING:
         return _TEXT
     if field.type == FieldDescriptor.TYPE_BYTES:

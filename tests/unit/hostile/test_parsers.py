@@ -177,9 +177,10 @@ JSON = st.recursive(
 def test_headers(document: object, body: bytes, off: int) -> None:
     text = json.dumps(document).encode()
     data = max(0, len(text) + off).to_bytes(8, "little") + text + body
-    for read in (lambda: read_header(data), lambda: validate(data, LAYOUT, GOOD, 0.5)):
-        with suppress(Invalid):
-            read()
+    with suppress(Invalid):
+        read_header(data)
+    with suppress(Invalid):
+        validate(data, LAYOUT, GOOD, 0.5)
 
 
 @contextmanager

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from connito.audit.admission import admission
 from connito.audit.audit import Audit, Options, audit
+from connito.errors import Invalid
 from connito.v1 import cycle_pb2 as c
 from connito.v1 import reasons_pb2
 from connito.v1 import run_pb2 as r
 from connito.wire import invites
 from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 
 from tests.unit.connito.audit.world import MINERS, RUN, Cycle, World, identity, tell
 
@@ -123,12 +125,12 @@ def test_invites_are_checked_again(tmp_path: Path, issuer: str, run: str, uses: 
 def test_a_token_that_was_cut_or_changed_is_none() -> None:
     token = invites.issue(Identity.generate(), r.Invite(id="i1", uses=1))
     for broken in ("", token[:-9], "x" * 5000, "not base64!", token[:40] + "A" + token[41:]):
-        with pytest.raises(invites.Invalid) as caught:
+        with pytest.raises(Invalid) as caught:
             invites.verify(invites.parse(broken), RUN, "", tell_roster(), 0)
         assert caught.value.reason == reasons_pb2.REASON_INVITE_INVALID
 
 
-def tell_roster() -> object:
+def tell_roster() -> Roster:
     from tests.unit.connito.audit.world import ROSTER
 
     return ROSTER

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from connito.audit import chain
@@ -182,7 +182,13 @@ def values(message: Any, path: list[str]) -> Iterator[ArtifactRef]:
         yield from values(entry, path[1:])
 
 
-PATHS = sorted({path for type_, _, _ in CATALOGUE.values() for path in references(type_.DESCRIPTOR, type_.__name__)})
+PATHS = sorted(
+    {
+        path
+        for type_, _, _ in CATALOGUE.values()
+        for path in references(cast(Descriptor, type_.DESCRIPTOR), type_.__name__)
+    }
+)
 
 
 def test_the_contract_is_walked_through() -> None:

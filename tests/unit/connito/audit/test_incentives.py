@@ -57,7 +57,7 @@ def test_the_story_has_something_of_everything(world: World) -> None:
         (2, lambda m: m.bonded.pop()),
         (1, lambda m: setattr(m.miners[0], "mu", 40.0)),
         (2, lambda m: setattr(m.miners[0], "useful", 9)),
-        (1, lambda m: (setattr(m.verdicts[0], "withheld", 0), setattr(m.verdicts[0], "reward", 540))),
+        (1, lambda m: m.verdicts[0].MergeFrom(c.Verdict(reward=540)) or m.verdicts[0].ClearField("withheld")),
         (1, lambda m: setattr(m.validators[0], "reward", m.validators[0].reward + 1)),
     ],
 )

@@ -29,7 +29,7 @@ from connito.protocol.merging.cycle import Files, merge_cycle
 from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.store import ref_of_bytes
-from connito.v1 import cycle_pb2, run_pb2
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import as_recorded
@@ -205,6 +205,10 @@ def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
     )  # fmt: skip
 
 
+def number_of(window: str) -> cycle_pb2.Window.ValueType:
+    return cycle_pb2.Window.Value(f"WINDOW_{window.upper()}")
+
+
 class Cycle:
     """One cycle, told in the order in which it happens."""
 
@@ -216,7 +220,7 @@ class Cycle:
 
     def open(self, window: str, expected: Iterable[str] = ()) -> None:
         message = cycle_pb2.WindowOpened(
-            run=RUN, cycle=self.number, window=f"WINDOW_{window.upper()}", version=self.version, state=self.theta,
+            run=RUN, cycle=self.number, window=number_of(window), version=self.version, state=self.theta,
             expected=sorted(expected),
         )  # fmt: skip
         self.world.say("coordinator", window, self.number, "opened", message)
@@ -224,7 +228,7 @@ class Cycle:
     def close(self, window: str) -> int:
         last = self.world.last(CLOSE[window])
         message = cycle_pb2.WindowClosed(
-            run=RUN, cycle=self.number, window=f"WINDOW_{window.upper()}", stream=CLOSE[window], last_sequence=last,
+            run=RUN, cycle=self.number, window=number_of(window), stream=CLOSE[window], last_sequence=last,
             cause=cycle_pb2.CLOSE_CAUSE_ALL_ACTED,
         )  # fmt: skip
         if banned := bans.banned(self.world.evidence().facts):
@@ -276,11 +280,11 @@ class Cycle:
         sequence = self.world.ingress(
             name, "commitment", cycle_pb2.Commitment(run=RUN, cycle=self.number, digest=b"2" * 32)
         )
-        self.refuse("commit", name, sequence, "REASON_DUPLICATE_COMMITMENT")
+        self.refuse("commit", name, sequence, reasons_pb2.REASON_DUPLICATE_COMMITMENT)
 
-    def refuse(self, window: str, name: str, sequence: int, reason: str) -> None:
+    def refuse(self, window: str, name: str, sequence: int, reason: reasons_pb2.Reason.ValueType) -> None:
         message = cycle_pb2.Refused(
-            run=RUN, cycle=self.number, window=f"WINDOW_{window.upper()}", miner=MINERS[name], reason=reason,
+            run=RUN, cycle=self.number, window=number_of(window), miner=MINERS[name], reason=reason,
             finding=cycle_pb2.Finding(text="no"), ingress_sequence=sequence,
         )  # fmt: skip
         self.world.say("committer", window, self.number, "refused", message, f"{MINERS[name]}-{sequence}")
@@ -299,7 +303,7 @@ class Cycle:
             self.submissions.append(entry)
             self.accept(entry)
         if "L" in self.miners:
-            self.refuse("submit", "L", 0, "REASON_NOT_REVEALED")
+            self.refuse("submit", "L", 0, reasons_pb2.REASON_NOT_REVEALED)
         self.submissions.sort(key=lambda entry: entry.commit_sequence)
         settled = cycle_pb2.WindowSettled(
             run=RUN, cycle=self.number, window=cycle_pb2.WINDOW_SUBMIT, last_sequence=last,
@@ -312,7 +316,7 @@ class Cycle:
         own = next(entry for entry in self.submissions if entry.miner == MINERS[name])
         if MINERS[name] in bans.at_close(self.world.evidence().facts, "submit", self.number):
             self.submissions.remove(own)
-            self.refuse("submit", name, own.reveal_sequence, "REASON_BANNED")
+            self.refuse("submit", name, own.reveal_sequence, reasons_pb2.REASON_BANNED)
 
     def ban(self, name: str, by: str = "operator", *, lifted: bool = False) -> None:
         miner = MINERS[name]
@@ -335,7 +339,7 @@ class Cycle:
     def late(self) -> cycle_pb2.Submission:
         """L reveals after the window: refused here, scored in the next cycle."""
         sequence = self.world.ingress("L", "reveal", self.reveals["L"])
-        self.refuse("submit", "L", sequence, "REASON_LATE_REVEAL")
+        self.refuse("submit", "L", sequence, reasons_pb2.REASON_LATE_REVEAL)
         return self.submission("L", sequence)
 
     def validate(self, artifacts: Artifacts) -> None:
@@ -361,7 +365,13 @@ class Cycle:
         for domain, number in numbers:
             before = 10.0 + number * 0.01
             gain = LENGTH * GAIN[name] * (1 + 0.01 * number) if domain == TARGET else 0.01
-            loss = {"domain": domain, "sequence": number, "tokens": LENGTH, "before": before, "after": before - gain}
+            loss: dict[str, Any] = {
+                "domain": domain,
+                "sequence": number,
+                "tokens": LENGTH,
+                "before": before,
+                "after": before - gain,
+            }
             losses.append(cycle_pb2.SequenceLoss(**loss))
         return score_submission(entry.miner, entry.artifact.digest, losses, TARGET, self.spec.scoring)
 
@@ -415,7 +425,7 @@ def tell(
         selected_experts=2, total_experts=4, target_parameters=6, model_parameters=100,
     )  # fmt: skip
     world.say("selector", "run", 0, "selected", selected)
-    version, rolled = 0, []
+    version, rolled = 0, list[cycle_pb2.Submission]()
     for number in (1, 2):
         cycle = story(world, spec, number, version, theta)
         cycle.train()

@@ -70,7 +70,7 @@ VERBS = {
 }  # fmt: skip
 
 
-def connito(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def connito(*arguments: str | int | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("CONNITO_")}
     command = [sys.executable, "-m", "connito.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)

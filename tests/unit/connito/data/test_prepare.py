@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def encode(batch: list[str]) -> list[list[int]]:
     return [[NUMBERS.get(word, 2001) for word in text.split()] for text in batch]
 
 
-def prepare(texts: list[str], **options: int) -> Prepared | None:
+def prepare(texts: list[str], **options: Any) -> Prepared:
     return prepare_corpora("law", texts, encode, tokenizer_digest="d" * 64, separator=5000, **options)
 
 

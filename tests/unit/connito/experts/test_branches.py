@@ -48,8 +48,8 @@ def test_copies_of_one_branch_are_that_branch(dense: Any, texts: dict[str, torch
 
 def test_experts_are_the_branches_mlps_and_the_rest_their_mean(dense: Any, texts: dict[str, torch.Tensor]) -> None:
     branches = {domain: noisy(dense, seed) for seed, domain in enumerate(texts)}
-    moe = import_branches(dense, branches, texts, moe_layers=2)
-    layers = find_moe_layers(moe)
+    moe: Any = import_branches(dense, branches, texts, moe_layers=2)
+    layers: Any = find_moe_layers(moe)
     assert sorted(layers) == [1, 2]
     for number, branch in enumerate(branches.values()):
         mlp = branch.model.layers[2].mlp

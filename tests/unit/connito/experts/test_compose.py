@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ from connito.moe.rows import base_digests, fingerprint, read_rows, write_rows
 RECIPES = [Recipe("linear"), Recipe("sum"), Recipe("ties"), Recipe("ties", density=0.3, scale=0.8)]
 
 
-def same(
-    one: dict[str | tuple[int, int, str], torch.Tensor], other: dict[str | tuple[int, int, str], torch.Tensor]
-) -> bool:
+def same(one: Mapping[Any, torch.Tensor], other: Mapping[Any, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 

@@ -23,6 +23,7 @@ def additions(full: Any) -> list[Addition]:
     def make(seed: int) -> Addition:
         generator = torch.Generator().manual_seed(seed)
         rows = {}
+        layer: Any
         for index, layer in find_moe_layers(full).items():
             rows[index] = {
                 name: 0.1 * torch.randn(getattr(layer.experts, name).shape[1:], generator=generator)
@@ -35,9 +36,9 @@ def additions(full: Any) -> list[Addition]:
 
 def logits(model: Any, sequences: Callable[..., Any]) -> torch.Tensor:
     with torch.inference_mode():
-        return model(
-            input_ids=torch.from_numpy(sequences("logs", 2, 60)[:, :-1].astype("int64")), use_cache=False
-        ).logits
+        ids = torch.from_numpy(sequences("logs", 2, 60)[:, :-1].astype("int64"))
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
 
 
 def test_no_addition_is_the_anchor(full: Any) -> None:

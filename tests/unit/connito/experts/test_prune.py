@@ -158,7 +158,8 @@ def test_budgets_that_cannot_be_met_and_nonsense_are_refused(full: Any, sequence
         choose(full, text, max_bytes=10)
     with pytest.raises(Invalid, match="no way of pruning"):
         choose(full, text, "lottery", max_experts=4)
-    for keep in ({2: []}, {2: [8]}, {2: [1, 0]}, {7: [0]}):
+    wrong: list[dict[int, list[int]]] = [{2: []}, {2: [8]}, {2: [1, 0]}, {7: [0]}]
+    for keep in wrong:
         with pytest.raises(Invalid, match="cannot keep"):
             prune(full, keep)
 
@@ -212,6 +213,7 @@ def test_skipping_everything_but_the_first_is_top_1(full: Any, tiny: Path, logit
         seen = logits(full)
     assert count.share == 1.0 or seen is not None
     one = load_full(tiny)
+    layer: Any
     for layer in find_moe_layers(one).values():
         layer.router.top_k = 1
     with skipping(full, 0.9999999) as count:

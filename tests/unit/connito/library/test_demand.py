@@ -11,7 +11,7 @@ LAW = Training("law", "b", (0.4, 0.2, 0.1), 1, "law-1")
 POEMS = Training("poems", "b", (0.1, 0.05), 2, "poems-1")
 
 
-def rows(*args: dict[Any, Any] | list[Search | Training], **kwargs: int) -> dict[str, Demand]:
+def rows(*args: Any, **kwargs: Any) -> dict[str, Demand]:
     return {row.domain: row for row in demand(*args, **kwargs)}
 
 

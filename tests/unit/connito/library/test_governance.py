@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from connito.errors import Invalid
 from connito.library.governance import Standing, Use, Viewer, attribute, check_use, governance
@@ -11,8 +13,12 @@ from hypothesis import strategies as st
 
 
 def record(
-    name: str, licence: str = "CC-BY-4.0", miners: tuple[float, ...] = (), parents: tuple = (), **rules: str
-) -> dict:
+    name: str,
+    licence: str = "CC-BY-4.0",
+    miners: tuple[float, ...] = (),
+    parents: tuple[tuple[str, float], ...] = (),
+    **rules: object,
+) -> dict[str, Any]:
     return {
         "expert_id": name,
         "license": licence,
@@ -60,7 +66,7 @@ def test_unknown_terms_pass_once_they_were_read() -> None:
 
 
 def test_standings_warn_or_refuse_with_the_reason() -> None:
-    def check(status: str, **options: bool) -> tuple[str, ...]:
+    def check(status: str, **options: Any) -> tuple[str, ...]:
         return check_use([record("a")], Use(), standings={"a": Standing(status, "bad data")}, **options).warnings
 
     assert check("good") == ()

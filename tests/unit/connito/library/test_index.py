@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.errors import Invalid, NotFound, VerificationFailed
@@ -20,7 +21,9 @@ from hypothesis import strategies as st
 from tests.support.library import contents
 
 
-def record(name: str, domain: str = "medical", saved: float = 0.1, statement: str = "", **rules: object) -> dict:
+def record(
+    name: str, domain: str = "medical", saved: float = 0.1, statement: str = "", **rules: object
+) -> dict[str, Any]:
     return {
         "expert_id": name,
         "domain": domain,
@@ -32,7 +35,7 @@ def record(name: str, domain: str = "medical", saved: float = 0.1, statement: st
     }
 
 
-def deposited(sequence: int, name: str, *args: object, **kwargs: object) -> LibraryEvent:
+def deposited(sequence: int, name: str, *args: Any, **kwargs: Any) -> LibraryEvent:
     return LibraryEvent(sequence, sequence, "deposited", name, record(name, *args, **kwargs))
 
 

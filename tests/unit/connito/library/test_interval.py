@@ -17,7 +17,9 @@ def test_the_quantile_is_students(freedom: int, probability: float) -> None:
 @given(st.lists(st.tuples(st.floats(0, 500), st.floats(0, 500), st.integers(1, 128)), min_size=2, max_size=40))
 def test_the_interval_is_the_one_that_scores_have(rows: list[tuple[float, float, int]]) -> None:
     before, after, tokens = zip(*rows, strict=True)
-    low, high = change_interval(before, after, tokens)
+    found = change_interval(before, after, tokens)
+    assert found is not None
+    low, high = found
     expected = paired(before, after, tokens, 0.95)
     assert (-high, -low) == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-9)
 

@@ -38,6 +38,9 @@ def test_a_joint_signature_weighs_by_weight_and_tokens() -> None:
         encode_signature({1: [0.0, 1.0], 2: [4.0, 4.0]}, {1: 10, 2: 5}),
     )
     joint = joint_signature([(one, 1.0), (other, 1.0), (None, 1.0)])
+    assert joint is not None
     assert decode_signature(joint) == {1: [0.75, 0.25], 2: [4.0, 4.0]}
-    assert decode_signature(joint_signature([(one, 2.0), (other, 0.0)])) == {1: [1.0, 0.0]}
+    alone = joint_signature([(one, 2.0), (other, 0.0)])
+    assert alone is not None
+    assert decode_signature(alone) == {1: [1.0, 0.0]}
     assert joint_signature([(None, 1.0)]) is None

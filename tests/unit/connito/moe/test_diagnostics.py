@@ -36,7 +36,7 @@ def test_the_effect_of_an_expert_is_what_the_output_loses_without_its_gate(varie
     effects = causal_effects(varied, {top: list(range(8))}, text)[top]
     counts = collect(varied, text).layers[top].counts
     assert effects[5] == pytest.approx(0.0, abs=1e-6), "an expert that adds nothing is not missed"
-    assert all(effects[e] == pytest.approx(0.0, abs=1e-6) for e in np.flatnonzero(counts == 0))
+    assert all(effects[int(e)] == pytest.approx(0.0, abs=1e-6) for e in np.flatnonzero(counts == 0))
     assert max(effects.values()) > 1e-3
 
     # The same by hand: the expert's output is zero, which is what a gate of zero makes of it.

@@ -343,4 +343,4 @@ def test_a_map_for_another_base_is_refused_though_its_numbers_fit() -> None:
         next(require_moe_layers(second)[1].router.parameters()).mul_(2)
     for use in (Evaluator, compress):
         with pytest.raises(Invalid, match="made for another base model"):
-            use(second, chosen)  # type: ignore[operator]
+            use(second, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_helpers_by_bytes_are_the_most_used_over_all_layers(tiny: Path) -> None:
     manifest = build_manifest(tiny)
     training = TrainPolicy(batch_sequences=2, sequence_length=32)
 
-    def chosen(**policy: int) -> object:
+    def chosen(**policy: Any) -> object:
         return by_policy(RunSpec(selection=SelectionPolicy(**policy), training=training), manifest, usage, SELECTION)
 
     one = manifest.expert_bytes()[2]

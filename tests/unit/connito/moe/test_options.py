@@ -116,7 +116,7 @@ def test_rows_stored_in_bfloat16_are_trained_in_float32(tiny: Path, sequences: A
     optimiser = torch.optim.AdamW([p for p in in_place.parameters() if p.requires_grad], lr=2e-5, weight_decay=0.0)
     for batch in text:
         ids = torch.from_numpy(batch.astype("int64"))
-        in_place(input_ids=ids, labels=ids).loss.backward()  # type: ignore[operator]
+        in_place(input_ids=ids, labels=ids).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
     lost = sum(int((read_targets(in_place)[name] != before[name]).sum()) for name in after)
@@ -144,7 +144,7 @@ def test_a_miner_may_use_fewer_experts_per_token(tiny: Path, sequences: Any) -> 
         model = compress(load_full(tiny), SELECTION, complement, top_k=k)
         adapted_layers(model)[2][1].register_forward_hook(lambda _m, _a, out, k=k: seen[k].append(out))
         with torch.no_grad():
-            model(input_ids=text)  # type: ignore[operator]
+            model(input_ids=text)
     (_, one, ids), (_, both, all_ids) = seen[1][0][:3], seen[2][0][:3]
     assert ((ids < 8).sum(dim=-1) == 1).all()
     assert torch.allclose(one.sum(-1), both.sum(-1))
@@ -169,7 +169,7 @@ def test_the_background_expert_is_the_mean_of_what_is_absent(tiny: Path, full: A
     full.get_submodule("model.layers.2.mlp.gate").register_forward_hook(lambda _m, _a, out: natural.append(out))
     ids = torch.from_numpy(sequences("poems", 3, 1)).long()
     with torch.no_grad():
-        model(input_ids=ids)  # type: ignore[operator]
+        model(input_ids=ids)
         full(input_ids=ids)
     here = torch.isin(natural[0][2], torch.tensor([0, 1, 6]))
     assert torch.equal(seen[0][2], torch.where(here, natural[0][2], 8))
@@ -188,7 +188,7 @@ def test_one_absent_expert_is_its_own_background(tiny: Path, full: Any, sequence
     model = compress(load_full(tiny), SELECTION, helpers, background=made)
     ids = torch.from_numpy(sequences("logs", 3, 1)).long()
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, full(input_ids=ids).logits, rtol=0, atol=2e-5)  # type: ignore[operator]
+        torch.testing.assert_close(model(input_ids=ids).logits, full(input_ids=ids).logits, rtol=0, atol=2e-5)
 
 
 def test_a_shadow_router_learns_and_leaves_the_shipped_one_alone(tiny: Path, sequences: Any) -> None:
@@ -213,7 +213,7 @@ def test_a_strong_distillation_holds_the_shadow_and_no_share_is_plain_training(t
         shadow = ShadowRouters(model, Distillation(weight, share=1.0))
         train_local(model, batches(table, 12, 4), learning_rate=1e-3, shadow=shadow)
         with torch.no_grad():
-            model(input_ids=torch.from_numpy(table[:4]).long())  # type: ignore[operator]
+            model(input_ids=torch.from_numpy(table[:4]).long())
         return float(shadow.loss().detach()) / weight
 
     assert size(100.0) < 0.5 * size(0.01)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from connito.errors import Invalid
 from connito.protocol.commitment import commitment_digest, opens
@@ -7,7 +9,7 @@ from connito.wire.hashing import hash_fields
 from hypothesis import given
 from hypothesis import strategies as st
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "run": "r1",
     "cycle": 3,
     "miner": "UA",
@@ -15,7 +17,7 @@ FIELDS = {
     "artifact_digest": "b" * 64,
     "salt": b"s" * 16,
 }
-OTHER = {
+OTHER: dict[str, Any] = {
     "run": "r2",
     "cycle": 4,
     "miner": "UB",

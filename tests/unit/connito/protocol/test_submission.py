@@ -21,7 +21,7 @@ FILE = tensor_bytes(BASE, {"connito": "state"})
 LAYOUT = expected_layout(FILE)
 
 
-def reason_of(file: bytes, **options: bytes | float) -> int:
+def reason_of(file: bytes, **options: Any) -> int:
     with pytest.raises(Invalid) as raised:
         validate(file, LAYOUT, **options)
     assert str(raised.value)

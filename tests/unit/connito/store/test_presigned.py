@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from connito.store.presigned import presign, write_once_headers
@@ -29,7 +30,7 @@ def test_the_example_of_the_specification() -> None:
 def test_conditions_are_part_of_the_signature() -> None:
     ref = ArtifactRef(digest="ab" * 32, size=7)
     headers = write_once_headers(ref)
-    options = {"access_key": "a", "secret_key": "s", "region": "r", "expires_s": 60, "now": NOW}
+    options: dict[str, Any] = {"access_key": "a", "secret_key": "s", "region": "r", "expires_s": 60, "now": NOW}
     url = presign("PUT", "http://127.0.0.1:8333", "/b/k", headers, **options)
     query = parse_qs(urlsplit(url).query)
     assert query["X-Amz-SignedHeaders"] == ["content-length;host;if-none-match;x-amz-checksum-sha256"]

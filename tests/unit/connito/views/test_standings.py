@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 from connito.cli.explain import _standing
 from connito.v1 import run_pb2
 from connito.views import standings
@@ -8,7 +10,7 @@ from connito.wire.facts import RunFacts
 from tests.unit.connito.protocol.scoring.test_trust import TRUTH, Season
 
 
-def told(**policy: float) -> RunFacts:
+def told(**policy: Any) -> RunFacts:
     season = Season(policy=run_pb2.RewardPolicy(validator_share=0.2, **policy))
     season.play({"VA": TRUTH, "VB": TRUTH, "VC": {"MC": 9.0}})
     season.play({"VA": TRUTH, "VB": TRUTH, "VC": None})

@@ -140,8 +140,11 @@ def test_order_and_repetition_do_not_matter(records: list[Record]) -> None:
         log.apply(each)
     facts = log.runs[RUN]
     assert len(facts.facts) == 6
-    assert facts.window("train", 1).opened.version == 0
-    assert facts.fact("ingress", 1, "commitment", PEOPLE["miner"].public).message.digest == b"first"
+    assert facts.window("train", 1).require_opened().version == 0
+    first = facts.fact("ingress", 1, "commitment", PEOPLE["miner"].public)
+    assert first is not None
+    assert isinstance(first.message, cycle_pb2.Commitment)
+    assert first.message.digest == b"first"
     assert facts.cycle == 3
     assert facts.window("commit", 1).settled is not None
     assert facts.version(1) is not None
@@ -163,6 +166,8 @@ def test_inside_is_decided_by_sequence() -> None:
         )
     )
     facts = log.runs[RUN]
+    assert inside is not None
+    assert outside is not None
     assert facts.window("commit", 1).inside(outside)
     closed = cycle_pb2.WindowClosed(
         run=RUN, cycle=1, window=cycle_pb2.WINDOW_COMMIT, stream="INGRESS", last_sequence=10

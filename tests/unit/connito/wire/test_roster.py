@@ -30,7 +30,7 @@ def test_organisations_are_kept_and_tell_memberships(tmp_path: Path) -> None:
     roster.save(tmp_path / "roster.json")
     again = Roster.load(tmp_path / "roster.json")
     assert again == roster
-    assert (again.memberships(KEY), again.memberships(OTHER)) == ({"clinic"}, {"clinic", "court"})
+    assert (again.memberships(KEY), again.memberships(OTHER)) == (frozenset({"clinic"}), frozenset({"clinic", "court"}))
     assert again.memberships("U" * 56) == frozenset()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from connito.data.manifest import FileEntry, Manifest
 from connito.errors import NotFound
+from connito.v1 import artifacts_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
 from connito.workloads.fetching import fetch_base, fetch_holdouts
@@ -19,7 +20,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def put(self, data: bytes, realm: int) -> ArtifactRef:
+    def put(self, data: bytes, realm: artifacts_pb2.Realm.ValueType) -> ArtifactRef:
         ref = ArtifactRef(digest=hashlib.sha256(data).hexdigest(), size=len(data), realm=realm)
         self._path(ref).write_bytes(data)
         return ref

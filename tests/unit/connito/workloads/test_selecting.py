@@ -8,6 +8,7 @@ from connito.errors import Invalid
 from connito.moe.rows import base_digests, read_rows
 from connito.moe.state import load_state
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
+from connito.workloads.fetching import BaseFiles
 from connito.workloads.selecting import Chosen, Probes, choose
 
 from services.selector.actions import _compute
@@ -101,7 +102,7 @@ def test_a_probe_of_another_tokenizer_is_a_verdict_not_a_crash(inputs: Inputs, t
     Corpus.from_documents([[5000] * 100], {"separator": "256"}).save(tmp_path / "alien")
 
     with pytest.raises(Invalid, match="tokenised with this base's tokenizer"):
-        _compute(inputs.spec, inputs.manifest, inputs.files, Probes(tmp_path / "alien"), tmp_path / "theta")
+        _compute(inputs.spec, BaseFiles(inputs.manifest, inputs.files), Probes(tmp_path / "alien"), tmp_path / "theta")
 
 
 def test_the_fact_carries_the_map(inputs: Inputs, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_terms_rule_an_expert_out(inputs: Inputs, shelf: list[Shelved], tmp_path
     ],
 )
 def test_what_the_terms_of_an_expert_allow(
-    record: dict[str, dict[str, str] | str], spec: dict[str, str], why: str
+    record: dict[str, dict[str, str] | str], spec: dict[str, Any], why: str
 ) -> None:
     said = refusal(record, run_pb2.RunSpec(**spec))
 
@@ -168,7 +168,8 @@ def test_what_the_terms_of_an_expert_allow(
 
 
 def test_only_deposits_of_the_base_that_were_there_count(inputs: Inputs) -> None:
-    from connito.wire.facts import Fact, FactKey
+    from connito.wire.facts import Fact
+    from connito.wire.subjects import FactKey
 
     def fact(sequence: int, name: str, base: str = "b" * 64) -> Fact:
         message = run_pb2.ExpertDeposited(run="r", expert_id=name, base_digest=base)
@@ -192,9 +193,10 @@ def test_only_deposits_of_the_base_that_were_there_count(inputs: Inputs) -> None
 def test_what_the_library_says_against_an_expert_counts_from_when_it_was_said(
     inputs: Inputs, shelf: list[Shelved], tmp_path: Path
 ) -> None:
-    from connito.wire.facts import Fact, FactKey
+    from connito.wire.facts import Fact
+    from connito.wire.subjects import FactKey
 
-    def notice(sequence: int, subject: str, kind: int) -> Fact:
+    def notice(sequence: int, subject: str, kind: run_pb2.NoticeKind.ValueType) -> Fact:
         message = run_pb2.ExpertNotice(run="library", id=str(sequence), subject=subject, kind=kind, reason="asked")
         key = FactKey("library", 0, "notice", str(sequence))
         return Fact("library", key, message, "L", "LIBRARY", sequence, 0)

@@ -13,7 +13,7 @@ from tests.support.stage import Stage
 RUN = "run-1"
 
 
-def payloads(facts: RunFacts, loaded: tuple[str, ...] = (RUN,)) -> list[Merge | Preload]:
+def payloads(facts: RunFacts, loaded: tuple[str, ...] = (RUN,)) -> list[object]:
     return [action.payload for action in decide(facts, loaded).actions]
 
 
@@ -150,6 +150,7 @@ def test_losses_are_kept_until_the_version_is_out(stage: Stage) -> None:
     def told(*kinds: str) -> int:
         facts = RunFacts(RUN)
         for kind in kinds:
+            message: cycle_pb2.ScoreReport | cycle_pb2.VersionPublished
             if kind == "report":
                 message = cycle_pb2.ScoreReport(scores=[cycle_pb2.SubmissionScore(miner="MA", losses=losses)])
                 key = FactKey("validate", 1, "report", "VA")

@@ -9,6 +9,8 @@ from connito.wire.facts import Fact
 from tests.support import run as support
 from tests.support.run import RUN, Run
 
+__all__ = ["RUN", "SALT", "SIZE", "Ledger", "artifact", "opening", "theta"]
+
 SIZE = 100_000
 SALT = b"s" * 32
 

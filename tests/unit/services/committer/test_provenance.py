@@ -12,7 +12,7 @@ from connito.v1.artifacts_pb2 import REALM_PUBLIC
 
 from services.committer import settlement
 from tests.unit.services.committer.ledger import RUN, Ledger, theta
-from tests.unit.services.committer.test_settlement import reveal, to_submit
+from tests.unit.services.committer.test_judging import reveal, to_submit
 
 Change = Callable[[cycle_pb2.WindowSettled], object]
 

@@ -29,7 +29,7 @@ def who(settled: cycle_pb2.WindowSettled) -> list[tuple[str, int]]:
     return [(submission.miner, submission.origin_cycle) for submission in settled.submissions]
 
 
-def refusals(ledger: Ledger, window: str, cycle: int) -> dict[str, int]:
+def refusals(ledger: Ledger, window: str, cycle: int) -> dict[str, reasons_pb2.Reason.ValueType]:
     """Reasons by id of the refused fact."""
     found = {}
     for id_, fact in ledger.facts.window(window, cycle).refused.items():

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
+from connito.errors import reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.facts import RunFacts
 
@@ -20,9 +23,9 @@ def story() -> Run:
 
 
 def test_every_reason_has_words() -> None:
-    names = {words.reason_name(number) for number in reasons_pb2.Reason.values() if number}
+    names = {reason_name(number) for number in reasons_pb2.Reason.values() if number}
     assert set(words.REASONS) == names
-    assert words.in_words(9999) == "reason 9999"
+    assert words.in_words(cast(reasons_pb2.Reason.ValueType, 9999)) == "reason 9999"
 
 
 def test_a_list_of_runs_shows_where_each_stands(story: Run) -> None:

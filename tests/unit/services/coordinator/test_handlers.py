@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from connito.protocol.beacon import draw_seed
 from connito.service.engine import Decision
@@ -156,12 +158,13 @@ def test_the_first_cycle_opens_from_the_selection_with_the_ceiling_as_deadline(w
 
 def test_train_closes_when_every_miner_trained_and_every_validator_committed_a_seed(world: World) -> None:
     opened(world, "train", 1)
-    for act in (
+    acts: list[Callable[[], object]] = [
         lambda: world.trained("ma", 1),
         lambda: world.seed_committed("va", 1),
         lambda: world.trained("mb", 1),
         lambda: world.trained("stranger", 1),
-    ):
+    ]
+    for act in acts:
         act()
         assert nothing(world) is not None
     world.seed_committed("vb", 1)

@@ -40,7 +40,9 @@ def test_between_windows_there_is_none() -> None:
         world.publish("train", 1, kind, message)
     assert world.facts.open_window is None
     world.publish("commit", 1, "opened", cycle_pb2.WindowOpened())
-    assert world.facts.open_window.name == "commit"
+    window = world.facts.open_window
+    assert window is not None
+    assert window.name == "commit"
 
 
 def test_the_version_is_the_last_one_published() -> None:

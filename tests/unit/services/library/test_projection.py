@@ -88,7 +88,7 @@ def test_searches_come_in_pages(catalogue: Catalogue) -> None:
     assert sorted(seen) == [f"code-{n}" for n in range(1, 6)]
 
 
-def said(sequence: int, kind: int, subject: str) -> Fact:
+def said(sequence: int, kind: run_pb2.NoticeKind.ValueType, subject: str) -> Fact:
     notice = run_pb2.ExpertNotice(run="run-2", id=str(sequence), subject=subject, kind=kind, reason="wrong")
     return Fact("run-2", FactKey("library", 0, "notice", notice.id), notice, "UL", "LIBRARY", sequence, sequence)
 

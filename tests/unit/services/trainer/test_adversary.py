@@ -73,7 +73,7 @@ def delta(work: Work) -> dict[str, torch.Tensor]:
     return {name: end[name] - start[name] for name in start}
 
 
-def why_refused(work: Work) -> reasons_pb2.Reason:
+def why_refused(work: Work) -> reasons_pb2.Reason.ValueType:
     with pytest.raises(Invalid) as caught:
         validate(work.draft, expected_layout(work.state), work.state, 0.5)
     return caught.value.reason

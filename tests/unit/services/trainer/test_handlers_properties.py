@@ -61,7 +61,7 @@ class Miner:
                 assert accepted is not None, "revealed before its commitment was accepted"
                 assert accepted.message.digest.hex() == self.mine(cycle).commitment
                 assert facts.window("submit", cycle).opened, "revealed before the submit window opened"
-                assert ME in facts.window("commit", cycle).settled.committed
+                assert ME in facts.window("commit", cycle).require_settled().committed
                 self.reveals.append(cycle)
                 self.mark(cycle, crash, revealed=True)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import reasons_pb2
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from tests.support.files import write_tensors
 
@@ -30,7 +32,8 @@ class Arrays:
 
     def load(self, index: int, name: str) -> np.ndarray:
         assert name == "w"
-        return self.rows[index]
+        row: NDArray[Any] = self.rows[index]
+        return row
 
 
 def merged(
@@ -151,7 +154,7 @@ def test_plain_steps_are_the_weighted_average_of_the_states() -> None:
     np.testing.assert_allclose(stepped, np.average(states, 0, [1, 2, 3, 4, 5]), atol=1e-6)
 
 
-def states(folder: Path, dtype: str, count: int = 3) -> tuple:
+def states(folder: Path, dtype: str, count: int = 3) -> tuple[Any, ...]:
     shapes = {"layers.0.down_proj": (2, 4, 6), "layers.0.gate_up_proj": (2, 12, 4)}
     paths = []
     for index in range(count + 1):

@@ -51,7 +51,8 @@ def _by_utility(rows: Rows, utilities: list[float], staleness: list[int]) -> Row
 
 
 def _best(rows: Rows, utilities: list[float], staleness: list[int]) -> Rows:
-    return rows[max(range(len(rows)), key=lambda i: (utilities[i], -staleness[i], -i))]
+    best: NDArray[np.float64] = rows[max(range(len(rows)), key=lambda i: (utilities[i], -staleness[i], -i))]
+    return best
 
 
 def _median(rows: Rows, utilities: list[float], staleness: list[int]) -> Rows:
@@ -79,7 +80,8 @@ def _krum_scores(rows: Rows) -> tuple[list[float], int]:
 def _krum(rows: Rows, utilities: list[float], staleness: list[int]) -> Rows:
     if len(rows) <= 2:
         return _best(rows, utilities, staleness)
-    return rows[int(np.argmin(_krum_scores(rows)[0]))]
+    chosen: NDArray[np.float64] = rows[int(np.argmin(_krum_scores(rows)[0]))]
+    return chosen
 
 
 def _multi_krum(rows: Rows, utilities: list[float], staleness: list[int]) -> Rows:

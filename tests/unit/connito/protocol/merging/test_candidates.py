@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,17 @@ BEST = cycle_pb2.GATE_DECISION_TOP_1
 
 
 def ingredients(
-    deltas: list[list[float]],
+    deltas: Sequence[Sequence[float]],
     utilities: list[float],
     staleness: list[int] | None = None,
-    commits: list[int] | None = None,
+    commits: Sequence[int] | None = None,
 ) -> MergeInputs:
-    deltas = np.asarray(deltas, float)
-    commits = commits or range(len(deltas))
-    submissions = [cycle_pb2.Submission(miner=f"M{i}", commit_sequence=c + 1) for i, c in enumerate(commits)]
+    table = np.asarray(deltas, float)
+    submissions = [
+        cycle_pb2.Submission(miner=f"M{i}", commit_sequence=c + 1) for i, c in enumerate(commits or range(len(deltas)))
+    ]
     staleness = staleness or [0] * len(deltas)
-    gram = deltas @ deltas.T if len(deltas) else np.zeros((0, 0))
+    gram = table @ table.T if len(deltas) else np.zeros((0, 0))
     return MergeInputs(Path("p"), None, submissions, DeltaFiles([], []), utilities, staleness, gram)
 
 

@@ -50,11 +50,11 @@ class Desk:
 
     def __init__(self, stage: Stage, folder: Path) -> None:
         self.stage, self.folder = stage, folder
-        stage.facts.spec.holdout.domain = "medical"
+        stage.facts.require_spec().holdout.domain = "medical"
         self.parent = folder / "parent"
         write_tensors(self.parent, {NAME: START}, {"version": "0"})
-        self.states = {}
-        self.momentum = None
+        self.states: dict[str, Path] = {}
+        self.momentum: Path | None = None
 
     def submit(self, miner: str, value: NDArray[Any], utility: float) -> None:
         path = self.folder / f"{miner}.state"
@@ -74,8 +74,10 @@ class Desk:
         self.stage.close()
         facts = self.stage.facts
         for name, value in merging.items():
-            setattr(facts.spec.merging, name, value)
-        settled = submissions or [s for s in facts.window("submit", 1).settled.submissions if s.miner in self.states]
+            setattr(facts.require_spec().merging, name, value)
+        settled = submissions or [
+            s for s in facts.window("submit", 1).require_settled().submissions if s.miner in self.states
+        ]
         agreed = agree(facts, 1, read_reports(facts, 1), settled, lambda _: 1.0)
         folder = self.folder / out
         folder.mkdir()
@@ -117,7 +119,9 @@ def test_the_report_is_told_sequence_by_sequence(desk: Desk, monkeypatch: pytest
 
     def by_sequence(part: str, digest: str, path: Path) -> Losses:
         whole = plain(part, digest, path)
-        rows = {domain: ((nll / 2, nll / 2), (1, 1)) for domain, (nll, _) in whole.sums.items()}
+        rows: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {
+            domain: ((nll / 2, nll / 2), (1, 1)) for domain, (nll, _) in whole.sums.items()
+        }
         return Losses({domain: (nll, 2) for domain, (nll, _) in whole.sums.items()}, rows)
 
     desk.submit("MA", START + 0.5, 0.2)
@@ -272,7 +276,7 @@ def test_restarting_gives_the_same_bytes(desk: Desk, stage: Stage, tmp_path: Pat
         desk.submit(miner, START + rng.normal(0.5, 0.1, (2, 3)), 0.1)
 
     one = desk.merge("one", aggregator="geometric-median", outer_learning_rate=0.7, outer_momentum=0.9)
-    settled = list(stage.facts.window("submit", 1).settled.submissions)[::-1]
+    settled = list(stage.facts.window("submit", 1).require_settled().submissions)[::-1]
     two = desk.merge("two", settled, aggregator="geometric-median", outer_learning_rate=0.7, outer_momentum=0.9)
 
     assert one.state.read_bytes() == two.state.read_bytes()

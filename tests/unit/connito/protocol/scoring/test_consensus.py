@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from connito.protocol.scoring.consensus import clipped, consensus
@@ -9,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def report(validator: str, scores: dict[str, float | tuple[int, str]], **fields: bytes | str) -> cycle_pb2.ScoreReport:
+def report(
+    validator: str, scores: Mapping[str, float | tuple[reasons_pb2.Reason.ValueType, str]], **fields: Any
+) -> cycle_pb2.ScoreReport:
     made = cycle_pb2.ScoreReport(run="r", cycle=1, validator=validator, **fields)
     for miner, value in scores.items():
         score = made.scores.add(miner=miner, artifact_digest=f"digest of {miner}")

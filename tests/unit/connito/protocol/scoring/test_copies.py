@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from connito.protocol.scoring.copies import CopyEvidence, copies, cosines, dista
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from tests.support.files import write_tensors
 
@@ -94,7 +96,8 @@ def honest(count: int, shared: float = 0.8, seed: int = 0) -> np.ndarray:
     """Pseudo-gradients [count, d] of which any two have a cosine of about `shared`."""
     rng = np.random.default_rng(seed)
     common, own = rng.normal(size=4000), rng.normal(size=(count, 4000))
-    return np.sqrt(shared) * common + np.sqrt(1 - shared) * own
+    made: NDArray[Any] = np.sqrt(shared) * common + np.sqrt(1 - shared) * own
+    return made
 
 
 def gains(*effects: np.ndarray, validators: str = "ABC") -> dict[str, dict[str, dict[tuple[str, int], float]]]:

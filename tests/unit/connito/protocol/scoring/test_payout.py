@@ -58,7 +58,7 @@ def test_apportioning_is_within_a_unit_of_the_exact_share(units: int, shares: li
     assert sum(found) == (units if total else 0)
     for unit, share in zip(found, shares, strict=True):
         exact = units * share / total if total else 0
-        assert abs(unit - exact) < 1
+        assert abs(float(unit - exact)) < 1
 
 
 def test_the_table_pays_by_rank_and_nothing_beyond_it() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -21,14 +22,16 @@ POLICY = run_pb2.ScorePolicy(
 FIXED = run_pb2.ScorePolicy(target_sequences=32, general_sequences=16, confidence=0.95, retention_margin=0.02)
 
 
-def losses(domain: str, gains: NDArray[np.float64]) -> list[cycle_pb2.SequenceLoss]:
+def losses(domain: str, gains: Iterable[float]) -> list[cycle_pb2.SequenceLoss]:
     return [
         cycle_pb2.SequenceLoss(domain=domain, sequence=i, before=300.0, after=300.0 - TOKENS * gain, tokens=TOKENS)
         for i, gain in enumerate(gains)
     ]
 
 
-def run_race(target: NDArray[np.float64], general: None = None, policy: run_pb2.ScorePolicy = POLICY) -> RaceResult:
+def run_race(
+    target: Iterable[float], general: Iterable[float] | None = None, policy: run_pb2.ScorePolicy = POLICY
+) -> RaceResult:
     """`target` and `general`: gains in nats per token of all drawn sequences, in the order of evaluation."""
     drawn = {"t": losses("t", target), "g": losses("g", np.zeros(16) if general is None else general)}
     return race(lambda look: {"t": drawn["t"][: look.target], "g": drawn["g"][: look.general]}, "t", policy)
@@ -129,7 +132,7 @@ def test_racing_keeps_almost_all_of_the_power() -> None:
     assert raced >= 0.93 * fixed
 
 
-def score(part: Any, policy: run_pb2.ScorePolicy = POLICY) -> cycle_pb2.SubmissionScore | None:
+def score(part: Any, policy: run_pb2.ScorePolicy = POLICY) -> cycle_pb2.SubmissionScore:
     return score_submission("M", "d", part, "t", policy)
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 from connito.protocol.scoring import ratings
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
@@ -13,7 +16,7 @@ RUN = "r"
 class Book:
     """A run of which only the results are told."""
 
-    def __init__(self, **policy: str) -> None:
+    def __init__(self, **policy: Any) -> None:
         spec = run_pb2.RunSpec(run=RUN, cycles=50, emission=100, rewards=run_pb2.RewardPolicy(**policy))
         self.facts, self.cycle = RunFacts(RUN), 0
         self.put("run", 0, "created", run_pb2.RunCreated(spec=spec))
@@ -29,7 +32,12 @@ class Book:
         self.facts.add(fact)
 
     def cycle_of(
-        self, *order: str, tail: tuple[()] = (), reasons: None = None, reward: int = 0, unallocated: int = 100
+        self,
+        *order: str,
+        tail: Sequence[str] = (),
+        reasons: Mapping[str, reasons_pb2.Reason.ValueType] | None = None,
+        reward: int = 0,
+        unallocated: int = 100,
     ) -> dict[str, cycle_pb2.MinerStanding]:
         """`order` are the ranked miners, best first, `tail` those that were rejected. Ratings afterwards, by miner."""
         self.cycle += 1
@@ -38,7 +46,9 @@ class Book:
             cycle_pb2.Verdict(miner=m, rank=i, utility=1.0 / i, reward=reward if i == 1 else 0)
             for i, m in enumerate(order, 1)
         ]
-        verdicts += [cycle_pb2.Verdict(miner=m, reason=(reasons or {}).get(m, 0)) for m in tail]
+        verdicts += [
+            cycle_pb2.Verdict(miner=m, reason=(reasons or {}).get(m, reasons_pb2.REASON_UNSPECIFIED)) for m in tail
+        ]
         miners = ratings.rate(self.facts, self.cycle, verdicts)
         scored = cycle_pb2.CycleScored(
             run=RUN, cycle=self.cycle, verdicts=verdicts, miners=miners, unallocated=unallocated
@@ -107,7 +117,7 @@ def test_the_same_log_gives_the_same_ratings() -> None:
 
 def test_a_run_without_a_reward_policy_has_none() -> None:
     book = Book()
-    book.facts.spec.ClearField("rewards")
+    book.facts.require_spec().ClearField("rewards")
     assert book.cycle_of("A", "B") == {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ class Season:
 
     def play(
         self,
-        claims: dict[str, dict[str, float] | None],
+        claims: Mapping[str, dict[str, float] | None],
         omitted: list[str] | tuple[()] = (),
         revealed: list[str] | tuple[()] = (),
         truth: dict[str, float] = TRUTH,
@@ -82,7 +82,7 @@ class Season:
                     miner=m,
                     artifact_digest=f"{m}-{cycle}",
                     utility=given_.get(m, 0.0),
-                    reason=0 if given_.get(m) else reasons_pb2.REASON_NO_IMPROVEMENT,
+                    reason=reasons_pb2.REASON_UNSPECIFIED if given_.get(m) else reasons_pb2.REASON_NO_IMPROVEMENT,
                 )
                 for m in sorted(duties[name])
             ]

@@ -23,7 +23,7 @@ def even(validator: str) -> float:
 
 def consensus_of(stage: Stage) -> tuple[RunFacts, list[cycle_pb2.Submission], Consensus]:
     facts = stage.facts
-    settled = facts.window("submit", 1).settled
+    settled = facts.window("submit", 1).require_settled()
     return facts, list(settled.submissions), agree(facts, 1, read_reports(facts, 1), settled.submissions, even)
 
 
@@ -101,7 +101,7 @@ def test_without_a_quorum_nobody_is_judged_and_nothing_is_paid(ready: Stage, dra
     if not drawn:
         ready.drop("validate", 1, "drawn")
     facts = ready.facts
-    submissions = list(facts.window("submit", 1).settled.submissions)
+    submissions = list(facts.window("submit", 1).require_settled().submissions)
 
     too_few = Finding(kind=cycle_pb2.FINDING_KIND_NOTHING_DRAWN)
     result = score_cycle(facts, 1, submissions, no_quorum(facts, 1, submissions, too_few), {}, {}, {})
