@@ -186,8 +186,11 @@ def of_cycle(cycle: int, *windows: str) -> RunFacts:
     facts = RunFacts(RUN)
     for sequence, window in enumerate(windows, 1):
         name, kind = window.split(".")
-        message = cycle_pb2.WindowOpened(cycle=cycle, deadline_unix_ms=sequence) if kind == "opened" else None
-        message = message or cycle_pb2.WindowClosed(cycle=cycle, stream="INGRESS", last_sequence=5)
+        message: cycle_pb2.WindowOpened | cycle_pb2.WindowClosed
+        if kind == "opened":
+            message = cycle_pb2.WindowOpened(cycle=cycle, deadline_unix_ms=sequence)
+        else:
+            message = cycle_pb2.WindowClosed(cycle=cycle, stream="INGRESS", last_sequence=5)
         facts.add(Fact(RUN, FactKey(name, cycle, kind), message, "C", name.upper(), sequence, sequence))
     return facts
 
