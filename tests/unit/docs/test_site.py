@@ -42,6 +42,6 @@ def test_links_of_pages_outside_the_site_lead_somewhere(page: str) -> None:
 def test_the_index_names_every_page() -> None:
     index = ROOT / "docs/index.md"
     named = {(index.parent / target.partition("#")[0]).resolve() for target in LINK.findall(index.read_text())}
-    folders = ("tutorial", "how-to", "reference", "explanation", "adr")
+    folders = ("tutorial", "how-to", "contributing", "reference", "explanation", "adr")
     pages = {page.resolve() for folder in folders for page in (ROOT / "docs" / folder).glob("*.md")}
     assert sorted(str(page.relative_to(ROOT)) for page in pages - named) == []
