@@ -129,12 +129,13 @@ def _learn(rig: Rig, chain: Chain, folder: Path) -> list[dict[str, Any]]:
 
 
 def _select(rig: Rig, chain: Chain, domain: str) -> Selection:
+    from connito.moe.budget import Budget
     from connito.moe.selection import select_experts
     from connito.moe.statistics import collect
 
     statistics = collect(rig.model(), chain.text(domain, PROBE, 6000 + rig.seed)[:, :-1])
     return select_experts(
-        statistics, "esft-token", 1.0, max_experts_per_layer=PER_LAYER, helpers_per_layer=HELPERS, domain=domain
+        statistics, "esft-token", 1.0, budget=Budget(PER_LAYER, scope="layer"), helpers_per_layer=HELPERS, domain=domain
     )
 
 

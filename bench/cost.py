@@ -84,11 +84,14 @@ def _wide(rounds: int) -> list[dict[str, Any]]:
 
 
 def _measure(model: str, load: Load, per_layer: int, rank: int, table: Tokens, rounds: int) -> list[dict[str, Any]]:
+    from connito.moe.budget import Budget
     from connito.moe.selection import select_experts
     from connito.moe.statistics import collect
 
     statistics = collect(load(), table[: 2 * BATCH, :-1])
-    chosen = select_experts(statistics, "esft-token", 1.0, max_experts_per_layer=per_layer, helpers_per_layer=HELPERS)
+    chosen = select_experts(
+        statistics, "esft-token", 1.0, budget=Budget(per_layer, scope="layer"), helpers_per_layer=HELPERS
+    )
     targets, helpers = chosen.layers, chosen.helpers
     total = chosen.total // len(targets)
     upper = {layer: experts for layer, experts in targets.items() if layer >= sorted(targets)[len(targets) // 2]}

@@ -55,12 +55,18 @@ class Rig:
 
     def select(self, domains: Sequence[str], per_layer: int, helpers: int = 2) -> Selection:
         """Return the `per_layer` experts of each layer that the domains use most, and helpers beside them."""
+        from connito.moe.budget import Budget
         from connito.moe.selection import select_experts
         from connito.moe.statistics import collect
 
         statistics = collect(self.model(), self.probe(domains, 8)[:, :-1])
         return select_experts(
-            statistics, "esft-token", 1.0, max_experts_per_layer=per_layer, helpers_per_layer=helpers, domain="target"
+            statistics,
+            "esft-token",
+            1.0,
+            budget=Budget(per_layer, scope="layer"),
+            helpers_per_layer=helpers,
+            domain="target",
         )
 
 

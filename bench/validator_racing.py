@@ -101,10 +101,13 @@ def demo_case(sequences: int) -> Case:
 
 
 def _selected(model: Any, probe: Tokens) -> dict[int, list[int]]:
+    from connito.moe.budget import Budget
     from connito.moe.selection import select_experts
     from connito.moe.statistics import collect
 
-    chosen = select_experts(collect(model, probe[:, :-1]), "esft-token", 1.0, max_experts_per_layer=PER_LAYER).layers
+    chosen = select_experts(
+        collect(model, probe[:, :-1]), "esft-token", 1.0, budget=Budget(PER_LAYER, scope="layer")
+    ).layers
     return {index: sorted(experts) for index, experts in chosen.items()}
 
 

@@ -6,14 +6,6 @@ from connito.errors import reason_name
 from connito.v1 import cycle_pb2
 from connito.v1.reasons_pb2 import Reason
 
-WINDOWS = {
-    "train": "miners train",
-    "commit": "miners commit",
-    "submit": "miners upload and reveal",
-    "validate": "validators score",
-    "merge": "merging and gating",
-}
-
 GATES = {
     cycle_pb2.GATE_DECISION_ACCEPTED: "accepted: the merge of all",
     cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS: "accepted: the merge without outliers",

@@ -56,7 +56,8 @@ def imported(modules: Modules) -> set[str]:
     """Dotted names that a module imports, or reaches through a module that it imports."""
     found = set()
     for name, (_, tree) in modules.items():
-        package, known = name.removesuffix(".__init__").split("."), {}
+        known: dict[str, str] = {}
+        package = name.removesuffix(".__init__").split(".")
         if not name.endswith(".__init__"):
             package = package[:-1]
         for node in ast.walk(tree):

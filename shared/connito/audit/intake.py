@@ -20,7 +20,6 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.subjects import window_value
 
-_DIGEST_BYTES = 32
 _LATE = (reasons_pb2.REASON_LATE_COMMITMENT, reasons_pb2.REASON_LATE_REVEAL)
 _EARLY = (
     reasons_pb2.REASON_WRONG_WINDOW,

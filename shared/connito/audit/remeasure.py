@@ -18,9 +18,10 @@ from typing import Any
 
 from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step, first_difference
+from connito.audit.distances import Distances
 from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE, submissions_of
-from connito.audit.recompute import Distances, Recomputation
+from connito.audit.recompute import Recomputation
 from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, reason_name

@@ -33,6 +33,7 @@ def expert_id(domain: str, digest: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', domain)[:60]}-{digest[:12]}"
 
 
+# Long: one document, written down key by key in the order in which readers meet it.
 def build_record(
     facts: RunFacts,
     digest: str,

@@ -3,7 +3,7 @@
 Methods:
   esft-token    shortest prefix by descending token score whose sum reaches p (ESFT, Wang et al. 2024)
   esft-gate     the same with gate scores
-  differential  token score of the domain minus γ times that of general text; the prefix covers p of the positive part
+  differential  token score of the domain minus that of general text; the prefix covers p of the positive part
   des-moe       every expert whose score reaches p of the layer's best (DES-MoE map); with earlier statistics, the score is
                 their running mean A ← 0.9·A + 0.1·r
 Several domains: each by itself, then `connito.moe.domains`. Caps: `connito.moe.budget`.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from connito.errors import Invalid
-from connito.moe.budget import Budget, Cost
+from connito.moe.budget import Budget
 from connito.moe.diagnostics import diagnose
 from connito.moe.domains import Joint, join, shared, union, within
 from connito.moe.statistics import FloatArray, RoutingStatistics, merge_all
@@ -118,15 +118,10 @@ def select_experts(
     threshold: float | None = None,
     *,
     general: Mapping[str, RoutingStatistics] | None = None,
-    gamma: float = 1.0,
     beside: Mapping[str, RoutingStatistics] | None = None,
     contested: str = CONTESTED_RULE,
     earlier: Sequence[RoutingStatistics] = (),
     budget: Budget | None = None,
-    max_experts: int = 0,
-    max_bytes: int = 0,
-    expert_bytes: Mapping[int, int] | int = 0,
-    max_experts_per_layer: int = 0,
     helpers_per_layer: int = 0,
     domain: str = "target",
 ) -> Selection:
@@ -135,37 +130,27 @@ def select_experts(
     threshold: p of the method, in (0, 1]; None takes the method's own. general: statistics of other domains by name,
     needed by `differential`, used by every method for the diagnostics. beside: domains to select together with
     `domain`, by name; `contested` is the rule for experts that several choose (`connito.moe.domains`). earlier: older
-    statistics of the target, oldest first, which `des-moe` takes into its running mean. budget: caps; `max_experts` and
-    `max_bytes` (with `expert_bytes`, the size of one expert, by layer or for all) are short for a global one,
-    `max_experts_per_layer` cuts each layer before. helpers_per_layer: frozen experts to keep beside the targets, most
-    used first.
+    statistics of the target, oldest first, which `des-moe` takes into its running mean. budget: caps
+    (`connito.moe.budget`); None is none. helpers_per_layer: frozen experts to keep beside the targets, most used first.
 
     Raises `Invalid` (SELECTION_FAILED) with cause and remedy.
     """
     p = METHODS.get(method, 0.0) if threshold is None else threshold
     together = {domain: target, **(beside or {})}
     _check(together, method, p, general, earlier)
-    sizes = {i: expert_bytes if isinstance(expert_bytes, int) else int(expert_bytes[i]) for i in target.layers}
-    budget = budget or Budget(max_experts, max_bytes, costs={i: Cost(size, size) for i, size in sizes.items()})
+    budget = budget or Budget()
     budget.check()
     scores = {
         name: {
-            index: _scores(found, index, method, general, gamma, earlier if name == domain else ())
+            index: _scores(found, index, method, general, earlier if name == domain else ())
             for index in sorted(found.layers)
         }
         for name, found in together.items()
     }
     best = {index: np.max([found[index] for found in scores.values()], axis=0) for index in scores[domain]}
-    alone = {
-        name: {index: _prefix(found[index], method, p)[: max_experts_per_layer or None] for index in found}
-        for name, found in scores.items()
-    }
+    alone = {name: {index: _prefix(score, method, p) for index, score in by.items()} for name, by in scores.items()}
     joint = join(alone, scores, contested)
     maps, layers = _capped(joint, scores, best, contested, budget)
-    if not layers:
-        raise _invalid(
-            "no expert scores above zero: the target text routes exactly as the general text does; use esft-token"
-        )
     usage = {
         index: np.mean([found.layers[index].token_score for found in together.values()], axis=0) for index in layers
     }
@@ -203,7 +188,12 @@ def _capped(
     elif budget:
         maps = within(maps, budget.fit(union(maps, best), best))
     maps = {name: {index: experts for index, experts in found.items() if experts} for name, found in maps.items()}
-    return maps, union(maps, best)
+    layers = union(maps, best)
+    if not layers:
+        raise _invalid(
+            "no expert scores above zero: the target text routes exactly as the general text does; use esft-token"
+        )
+    return maps, layers
 
 
 def choose_helpers(target: RoutingStatistics, layers: Mapping[int, list[int]], count: int) -> dict[int, list[int]]:
@@ -232,7 +222,6 @@ def _scores(
     index: int,
     method: str,
     general: Mapping[str, RoutingStatistics] | None,
-    gamma: float,
     earlier: Sequence[RoutingStatistics],
 ) -> FloatArray:
     layer = target.layers[index]
@@ -243,7 +232,7 @@ def _scores(
     if method == "differential":
         assert general
         others = np.mean([statistics.layers[index].token_score for statistics in general.values()], axis=0)
-        return np.asarray(layer.token_score - gamma * others)
+        return np.asarray(layer.token_score - others)
     running: FloatArray | None = None
     for statistics in (*earlier, target):
         running = ema(running, statistics.layers[index].token_score)

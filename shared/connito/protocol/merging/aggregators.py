@@ -245,18 +245,3 @@ def write_step(
                 raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE, about=name)
             state.write(name, rounded)
             velocity.write(name, speed)
-
-
-def realign_momentum(
-    momentum: NDArray[np.float32], old_experts: Sequence[int], new_experts: Sequence[int]
-) -> NDArray[np.float32]:
-    """Return momentum rows [n_old, …] after a re-selection: rows that stay keep theirs, new ones start at zero.
-
-    Both lists are the experts of the rows, in row order (ascending ids).
-    """
-    place = {expert: row for row, expert in enumerate(old_experts)}
-    moved = np.zeros((len(new_experts), *momentum.shape[1:]), np.float32)
-    for row, expert in enumerate(new_experts):
-        if expert in place:
-            moved[row] = momentum[place[expert]]
-    return moved

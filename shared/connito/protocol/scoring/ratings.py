@@ -46,11 +46,6 @@ def rate(facts: RunFacts, cycle: int, verdicts: Iterable[cycle_pb2.Verdict]) -> 
     return found
 
 
-def conservative(standing: cycle_pb2.MinerStanding) -> float:
-    """Return μ − 3σ: a miner is better than this almost surely. Strangers have 0."""
-    return standing.mu - 3.0 * standing.sigma
-
-
 def _absent(mu: float, sigma: float) -> tuple[float, float]:
     return MU + ABSENT_KEEPS * (mu - MU), min(SIGMA, math.sqrt(sigma * sigma + ABSENT_VARIANCE))
 

@@ -61,15 +61,15 @@ def test_an_exclusive_expert_goes_to_who_leans_on_it_most() -> None:
 
 
 def test_a_shared_expert_costs_its_bytes_once_and_a_duplicate_twice() -> None:
-    assert both(max_experts=3).layers == {0: [1, 0], 1: [3]}
-    twice = both("duplicate", max_experts=4)
+    assert both(budget=Budget(3)).layers == {0: [1, 0], 1: [3]}
+    twice = both("duplicate", budget=Budget(4))
     assert {name: sum(map(len, found.values())) for name, found in twice.domains.items()} == {
         "surgery": 2,
         "nursing": 2,
     }
     assert twice.domains == {"surgery": {0: [0], 1: [0]}, "nursing": {0: [1], 1: [3]}}
     with pytest.raises(Invalid, match="leaves nothing for each"):
-        both("duplicate", max_experts=1)
+        both("duplicate", budget=Budget(1))
 
 
 def test_a_single_domain_says_nothing_about_sharing() -> None:

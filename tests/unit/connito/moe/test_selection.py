@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from connito.errors import Invalid, NotFound
+from connito.moe.budget import Budget, Cost
 from connito.moe.selection import Selection, choose_helpers, ema, select_experts
 from connito.moe.statistics import RoutingStatistics, read_trace
 
@@ -67,14 +68,15 @@ def test_des_moe_takes_everything_near_the_best() -> None:
 
 
 def test_budgets_keep_the_best_scores_over_all_layers() -> None:
+    costs = {0: Cost(100, 100), 1: Cost(150, 150)}
     target = statistics([[0], [0], [0], [1]], [[2], [2], [3], [1]])
-    assert select_experts(target, "esft-token", 1.0, max_experts=2).layers == {0: [0], 1: [2]}
-    assert select_experts(target, "esft-token", 1.0, max_experts_per_layer=1).layers == {0: [0], 1: [2]}
-    assert select_experts(target, "esft-token", 1.0, max_bytes=250, expert_bytes={0: 100, 1: 150}).layers == {
+    assert select_experts(target, "esft-token", 1.0, budget=Budget(2)).layers == {0: [0], 1: [2]}
+    assert select_experts(target, "esft-token", 1.0, budget=Budget(1, scope="layer")).layers == {0: [0], 1: [2]}
+    assert select_experts(target, "esft-token", 1.0, budget=Budget(size=250, costs=costs)).layers == {
         0: [0],
         1: [2],
     }
-    assert select_experts(target, "esft-token", 1.0, max_bytes=120, expert_bytes={0: 100, 1: 150}).layers == {0: [0]}
+    assert select_experts(target, "esft-token", 1.0, budget=Budget(size=120, costs=costs)).layers == {0: [0]}
 
 
 def test_helpers_are_the_most_used_experts_that_were_not_selected() -> None:
@@ -113,8 +115,8 @@ def test_diagnostics_tell_domains_apart() -> None:
         ({"threshold": 0.0}, "above 0 and at most 1"),
         ({"threshold": 1.5}, "above 0 and at most 1"),
         ({"method": "differential"}, "--general"),
-        ({"max_bytes": 10, "expert_bytes": 100}, "too small for one expert"),
-        ({"max_bytes": 10}, "needs the size of an expert"),
+        ({"budget": Budget(size=10, costs={0: Cost(100, 100)})}, "too small for one expert"),
+        ({"budget": Budget(size=10)}, "needs the size of an expert"),
         ({"general": {"g": statistics([[0]], num_experts=9)}}, "another model"),
     ],
 )

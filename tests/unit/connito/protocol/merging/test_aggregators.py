@@ -9,7 +9,7 @@ import pytest
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.tensors import from_float32, read_header, read_tensors
 from connito.errors import Invalid
-from connito.protocol.merging.aggregators import aggregate, outer_step, plan, realign_momentum, write_step
+from connito.protocol.merging.aggregators import aggregate, outer_step, plan, write_step
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import reasons_pb2
 from hypothesis import given
@@ -200,9 +200,3 @@ def test_overflow_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
         write_step(how, deltas, tmp_path / "b", None, 5.0, 0.9, tmp_path / "s", tmp_path / "m")
     assert raised.value.reason == reasons_pb2.REASON_NON_FINITE
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
-
-
-def test_momentum_follows_its_experts_through_a_reselection() -> None:
-    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
-    moved = realign_momentum(rows, [1, 4, 7], [0, 4, 7])
-    np.testing.assert_array_equal(moved, [[0, 0], [2, 3], [4, 5]])

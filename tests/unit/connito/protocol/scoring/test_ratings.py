@@ -62,6 +62,11 @@ def book() -> Book:
     return Book(payout="rank-table")
 
 
+def conservative(standing: cycle_pb2.MinerStanding) -> float:
+    """μ − 3σ: a miner is better than this almost surely."""
+    return standing.mu - 3.0 * standing.sigma
+
+
 def test_who_wins_is_rated_higher_and_more_surely(book: Book) -> None:
     for _ in range(8):
         found = book.cycle_of("A", "B", "C", tail=["D", "E"])
@@ -69,14 +74,14 @@ def test_who_wins_is_rated_higher_and_more_surely(book: Book) -> None:
     later = book.cycle_of("A", "B", "C", tail=["D", "E"])
     assert all(later[miner].sigma < found[miner].sigma < ratings.SIGMA for miner in later)
     assert (later["A"].judged, later["A"].useful, later["D"].useful) == (9, 9, 0)
-    assert ratings.conservative(found["A"]) > ratings.conservative(found["B"])
+    assert conservative(found["A"]) > conservative(found["B"])
 
 
 def test_a_newcomer_that_wins_once_is_not_yet_above_who_always_does(book: Book) -> None:
     for _ in range(8):
         book.cycle_of("A", "B", "C")
     found = book.cycle_of("N", "A", "B", "C")
-    assert ratings.conservative(found["N"]) < ratings.conservative(found["A"])
+    assert conservative(found["N"]) < conservative(found["A"])
 
 
 def test_a_late_joiner_is_rated_in_its_first_cycle(book: Book) -> None:
