@@ -19,7 +19,7 @@ Folder = Annotated[Path, typer.Argument(help="The folder with the keys, for exam
 Keys = Annotated[list[str], typer.Argument(help="Miners' public keys, as `connito miner init` prints them.")]
 PidFile = Annotated[
     Path | None,
-    typer.Option("--reload", help="The nats-server's pid file: tell it at once to read its users again."),
+    typer.Option("--reload", help="The nats-server's pid file: make it reload its users at once."),
 ]
 
 
@@ -34,7 +34,7 @@ def export(
     reload: PidFile = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make keys, roster and the broker's configuration; what is there already stays. Safe to repeat."""
+    """Make keys, roster and the broker's configuration; existing keys are kept. Safe to repeat."""
     from connito.errors import Invalid
     from connito.platform.access import Access, Tls
 
@@ -56,7 +56,7 @@ def add(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = 
 
 @app.command("revoke")
 def revoke(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = False) -> None:
-    """Put miners out. The broker closes their connections when it reads its users again."""
+    """Revoke miners' keys. The broker closes their connections when it reloads its users."""
     from connito.platform.access import Access
 
     access = Access.open(folder)
@@ -73,7 +73,7 @@ def rotate(
     reload: PidFile = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Replace a key in two steps, between which both are good. What the old one has written stays valid."""
+    """Replace a key in two steps, between which both are valid. Messages of the old key stay valid."""
     from connito.platform.access import Access
 
     access = Access.open(folder)
@@ -84,7 +84,7 @@ def rotate(
 
 @app.command("list")
 def list_(folder: Folder, as_json: JsonFlag = False) -> None:
-    """Show who has which key, and what became of rotated ones."""
+    """Show the holder of each key, and rotated keys."""
     from connito.platform.access import Access
 
     access = Access.open(folder)

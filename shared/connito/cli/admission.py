@@ -12,14 +12,14 @@ from connito.cli.output import DataDirOption, JsonFlag, emit
 from connito.render import formats
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400}
-Run = Annotated[str, typer.Option("--run", help="This run only; without it every run, which only an operator may say.")]
+Run = Annotated[str, typer.Option("--run", help="This run only; without it every run, which only operators may do.")]
 
 
 def invite(
     run: Run = "",
     uses: Annotated[int, typer.Option(min=1, help="Keys that may use it.")] = 1,
-    expires: Annotated[str, typer.Option(help="How long it is good: 30m, 12h, 7d.")] = "7d",
-    note: Annotated[str, typer.Option(help="For whom it is; readable by whoever has it.")] = "",
+    expires: Annotated[str, typer.Option(help="How long it is valid: 30m, 12h, 7d.")] = "7d",
+    note: Annotated[str, typer.Option(help="Note on the guest; anyone with the token can read it.")] = "",
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -53,13 +53,13 @@ def invite(
 
 def ban(
     key: Annotated[str, typer.Argument(help="The miner's public key, or its beginning if that names one miner.")],
-    why: Annotated[str, typer.Option(help="What the miner and every auditor read.")] = "",
+    why: Annotated[str, typer.Option(help="Reason, shown to the miner and to auditors.")] = "",
     run: Run = "",
     lift: Annotated[bool, typer.Option("--lift", help="Take a ban back.")] = False,
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Put a key out at once: what it says from now on is refused, and what is not merged yet does not count."""
+    """Ban a key at once: its messages are refused from now on, and its work that is not merged yet does not count."""
     from connito.client import Client
     from connito.errors import Invalid
 

@@ -15,7 +15,7 @@ def advisories(
     since: Annotated[str, typer.Option(help="How far back: 30m, 12h, 7d.")] = "1d",
     broker_log: Annotated[
         Path | None,
-        typer.Option(help="The nats-server's log, where violations of those who report nothing stand."),
+        typer.Option(help="The nats-server's log, which also has violations that were not reported."),
     ] = None,
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,

@@ -53,7 +53,7 @@ def audit(
     tolerance: ToleranceOption = 1e-4,
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="What `connito audit --json` printed for somebody else, to compare the logs."),
+        typer.Option("--against", help="Output of another auditor's `connito audit --json`, to compare the logs."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

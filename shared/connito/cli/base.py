@@ -31,10 +31,11 @@ def build(
     branch: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=DIR", help="A dense model that was trained apart from MODEL, to become one expert; repeat."
+            metavar="NAME=DIR",
+            help="NAME=DIR: a dense model trained from the same seed, to become one expert; may be repeated.",
         ),
     ] = None,
-    router_steps: Annotated[int, typer.Option(help="With --branch: train the routers so many steps.")] = 0,
+    router_steps: Annotated[int, typer.Option(help="With --branch: steps of training for the routers.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -66,7 +67,7 @@ def show(
     folder: Annotated[Path, typer.Argument(help="Folder of a base model.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Say what a base model consists of: layers, experts, bytes, digest."""
+    """Show a base model's layers, experts, bytes and digest."""
     from connito.base import folders
 
     manifest = folders.show(folder)

@@ -32,7 +32,7 @@ def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
 
 @app.command("show")
 def show(number: Sequence, data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Show one dead letter with what can be read of the message."""
+    """Show one dead letter and the readable part of its message."""
     from connito.client import dead_letters
     from connito.platform.session import Session
 
@@ -43,7 +43,7 @@ def show(number: Sequence, data_dir: DataDirOption = None, as_json: JsonFlag = F
 
 @app.command("retry")
 def retry(number: Sequence, data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Hand a message back to the service that could not handle it. Its signature is the original one."""
+    """Return a message to the service that could not handle it, with its original signature."""
     from connito.client import dead_letters
     from connito.platform.session import Session
 

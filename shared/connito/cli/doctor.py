@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def doctor(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Look at versions, disk, memory and ports, and, where a platform is known, at its broker, clock, store, bandwidth,
+    """Check versions, disk, memory and ports, and, where a platform is known, at its broker, clock, store, bandwidth,
     certificates and where its runs stand; exit 5 when something is missing."""
     from connito.local import doctor as machine
 

@@ -27,7 +27,7 @@ def explain(
     tolerance: ToleranceOption = 1e-4,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what a submission's result rests on, recompute it from public artifacts, and say same or differs, here.
+    """Show the inputs of a submission's result, recompute it from public artifacts, and print same or the first difference.
 
     Exits with 6 where anything differs.
     """

@@ -30,7 +30,7 @@ def submit(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Submit a job. What is left out takes its default; what cannot be is refused, naming the field."""
+    """Submit a job. Missing fields take their defaults; invalid ones are refused by name."""
     from connito.client import Client
     from connito.jobs.submit import prepare
 
@@ -56,7 +56,7 @@ def list_(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
 
 @app.command("show")
 def show(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Show where one run stands."""
+    """Show the status of one run."""
     from connito.client import Client
 
     with Client.local(data_dir) as client:
@@ -78,11 +78,11 @@ def watch(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) -
 @app.command("cancel")
 def cancel(
     run: Run,
-    why: Annotated[str, typer.Option(help="What the run's log says about it.")] = "cancelled by the customer",
+    why: Annotated[str, typer.Option(help="Reason for the run's log.")] = "cancelled by the customer",
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """End a run early. Versions that it has published stay."""
+    """End a run early. Its published versions stay."""
     from connito.client import Client
 
     with Client.local(data_dir) as client:
@@ -112,7 +112,7 @@ def quote(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say what a job will take: experts, upload, memory, cycles, time. Loads the base."""
+    """Estimate a job's experts, upload, memory, cycles and time. Loads the base."""
     from connito.jobs.check import check_file
     from connito.jobs.findings import require
     from connito.jobs.quote import quote as price

@@ -17,7 +17,7 @@ def ledger(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what every cycle of a run paid to whom, from its log. Exits with 6 where a cycle does not come to its emission."""
+    """Show the rewards of every cycle of a run, from its log. Exits with 6 if a cycle's rewards do not add up to its emission."""
     from connito.client import runs
     from connito.errors import VerificationFailed
 

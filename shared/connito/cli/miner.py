@@ -22,7 +22,7 @@ def init(
     key: KeyFile = DEFAULT_KEY,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make an identity: a key file that only you can read. An existing one is never overwritten."""
+    """Create an identity: a key file that only you can read. An existing file is never overwritten."""
     from connito.errors import Invalid
     from connito.wire.identity import Identity
 
@@ -49,7 +49,7 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document, and log JSON lines on stderr from then on.")
     ] = False,
-    invite: Annotated[str, typer.Option(help="The token for runs that are by invitation.")] = "",
+    invite: Annotated[str, typer.Option(help="Invitation token, for runs that require one.")] = "",
 ) -> NoReturn:
     """Take part until interrupted: run the trainer with this key. Other settings: CONNITO_… variables."""
     import sys

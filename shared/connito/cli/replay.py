@@ -14,7 +14,7 @@ def replay(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Read every message of a run in the order of its time, verify it, and say what it did."""
+    """Read and verify every message of a run in the order of time, and print its effect."""
     from connito.client import runs
     from connito.platform.session import Session
 

@@ -25,7 +25,7 @@ def select(
     domain: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FILE", help="A domain of several that are selected together; text, trace or statistics."
+            metavar="NAME=FILE", help="NAME=FILE: one of several domains to select together; text, trace or statistics."
         ),
     ] = None,
     contested: Annotated[
@@ -50,7 +50,7 @@ def select(
     diagnostics: Annotated[
         bool, typer.Option(help="Also measure causal effects and the top-1 ratio; needs --base and text.")
     ] = False,
-    effects: Annotated[int, typer.Option(help="At most so many causal effects, one forward pass each; 0: all.")] = 16,
+    effects: Annotated[int, typer.Option(help="Maximum number of causal effects, one forward pass each; 0: all.")] = 16,
     plots: Annotated[Path | None, typer.Option(help="Folder for the diagnostics as pictures (SVG).")] = None,
     save_statistics: Annotated[
         Path | None,

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def status(
-    watch: Annotated[bool, typer.Option("--watch", help="Stay, and show what happens, until the run ends.")] = False,
-    run: Annotated[str, typer.Option(help="Another run than the newest.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing the status until the run ends.")] = False,
+    run: Annotated[str, typer.Option(help="Run to show instead of the newest.")] = "",
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:

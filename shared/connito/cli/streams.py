@@ -28,7 +28,7 @@ def ensure(
 
 @app.command("ls")
 def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """List the streams: what they hold and who reads them."""
+    """List the streams with their messages, bytes and consumers."""
     from connito.client import streams
     from connito.platform.session import Session
 

@@ -23,7 +23,8 @@ def up(
         ),
     ] = "",
     domain: Annotated[
-        str, typer.Option(help="What to adapt to: medical, code, legal, speeches, math (tiny base: recipes, logs, …).")
+        str,
+        typer.Option(help="Domain to adapt to: medical, code, legal, speeches, math (tiny base: recipes, logs, …)."),
     ] = "",
     base: Annotated[str, typer.Option(metavar="NAME|DIR", help="demo, tiny, or the folder of a base model.")] = "demo",
     data_dir: DataDirOption = None,
@@ -70,7 +71,7 @@ def up(
 
 
 def down(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Stop what `connito up --no-wait` left running. What it wrote stays."""
+    """Stop the platform that `connito up --no-wait` left running. Its files stay."""
     from connito.local.up import stop
     from connito.platform.datadir import DataDir
 

@@ -1,4 +1,4 @@
-"""What the log says of runs: replay, ledger and status, as the commands of these names print them."""
+"""Views of a run's log: replay, ledger and status, as the commands of these names print them."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def remove(
     agreement: Agreement | None = None,
     library: Holdings | None = None,
 ) -> Composed:
-    """Compose again without one of the parents: exactly what it would be had it never been in."""
+    """Compose again without one of the parents, exactly as if it had never been added."""
     library = library or Holdings()
     _, record = library.find(str(composition))
     weights = _weights_in(record, expert, composition)

@@ -23,7 +23,7 @@ MEASURED_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Caps:
-    """What a selection may cost: number of experts, their bytes, bytes that training takes; 0 is none. `scope`: over all
+    """Caps on a selection: number of experts, their bytes, bytes that training takes; 0 is none. `scope`: over all
     layers (global) or for each one (layer)."""
 
     max_experts: int = 0
@@ -34,7 +34,7 @@ class Caps:
 
 @dataclass(frozen=True)
 class SelectOptions:
-    """What `connito select` takes, under the names of its options.
+    """Options of `connito select`, under the same names.
 
     The routing comes from `base` with `data`, from a `routing_trace`, from saved `statistics`, or from `domains`, files by
     name, of which the first is the target and the others are selected together with it.

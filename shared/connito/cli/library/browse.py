@@ -32,7 +32,7 @@ def list_(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the experts, oldest first: the platform's that runs here and those on the shelf, which needs no platform."""
+    """List the experts of the running platform and of the local library, oldest first. The local library needs no platform."""
     from connito.curation import catalogue
 
     rows = catalogue.list_(holdings(shelf, data_dir, who, organisation))
@@ -68,7 +68,7 @@ def show(
 
 @app.command("search")
 def search(
-    words: Annotated[list[str] | None, typer.Argument(help="All of these, else any of them.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="Words to find: all of them, else any of them.")] = None,
     domain: Annotated[str, typer.Option(help="Only this domain.")] = "",
     like: Annotated[
         list[Path] | None, typer.Option(help="Texts: rank by the loss saved on them. Needs --base.")
@@ -76,7 +76,7 @@ def search(
     base: Annotated[Path | None, typer.Option(help="Folder of the base model, with --like.")] = None,
     measure: Annotated[int, typer.Option(help="How many of the best predicted to measure, with --like.")] = 5,
     limit: Annotated[int, typer.Option(min=1, help="At most this many.")] = 20,
-    everything: Annotated[bool, typer.Option("--all", help="Yanked and opted-out experts too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Include yanked and opted-out experts.")] = False,
     who: AsOption = "",
     organisation: OrganisationOption = None,
     shelf: ShelfOption = None,
@@ -98,7 +98,7 @@ def demand(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List which domains most need training next, from runs, uses and searches that found nothing."""
+    """Rank the domains that most need training next, from runs, uses and searches without results."""
     from connito.curation import need
 
     rows = need.demand(cycles, holdings(shelf, data_dir))

@@ -61,7 +61,7 @@ def compose(
 
 def remove(
     composition: Annotated[str, typer.Argument(help="A composed expert.")],
-    expert: Annotated[str, typer.Argument(help="The expert to take out of it.")],
+    expert: Annotated[str, typer.Argument(help="The expert to remove from it.")],
     base: BaseOption,
     out: OutOption,
     accept_license: AcceptOption = None,
@@ -69,7 +69,7 @@ def remove(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compose again without one of the parents: exactly what it would be had it never been in."""
+    """Compose again without one of the parents, exactly as if it had never been added."""
     from connito.curation import composing
 
     done = composing.remove(composition, expert, base, out, agreement(accept_license), holdings(shelf, data_dir))
@@ -137,7 +137,7 @@ def route(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Keep several variants of experts side by side and choose token by token; the loss beside every single one's."""
+    """Keep several variants of experts side by side and choose token by token; print the loss beside each single variant's."""
     from connito.curation import composing
 
     options = composing.RouteOptions(

@@ -36,7 +36,7 @@ def export(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Take an expert home: file, record and card; with --base, a whole checkpoint that transformers loads."""
+    """Export an expert: file, record and card; with --base, a whole checkpoint that transformers loads."""
     from connito.curation import exchange
 
     agreed = agreement(accept_license, commercial, redistribute, allow_yanked)

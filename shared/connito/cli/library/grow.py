@@ -18,7 +18,7 @@ from connito.cli.output import JsonFlag, emit
 
 
 def grow(
-    name: Annotated[str, typer.Argument(help="What the addition is called.")],
+    name: Annotated[str, typer.Argument(help="Name of the addition.")],
     base: BaseOption,
     data: DataOption,
     anchor: Annotated[list[Path], typer.Option(help="Public text, the same for every contributor.")],

@@ -22,8 +22,10 @@ MeasureOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="New folder for the result.")]
 DataOption = Annotated[list[Path], typer.Option("--data", help="Text of the domain; may be repeated.")]
-AsOption = Annotated[str, typer.Option("--as", help="Who asks, for experts that are not public.")]
-OrganisationOption = Annotated[list[str] | None, typer.Option("--organisation", help="Whose experts you may see.")]
+AsOption = Annotated[str, typer.Option("--as", help="Viewer to act as, for experts that are not public.")]
+OrganisationOption = Annotated[
+    list[str] | None, typer.Option("--organisation", help="Organisation whose experts the viewer may see.")
+]
 AcceptOption = Annotated[list[str] | None, typer.Option("--accept-license", help="Terms you have read and accept.")]
 CommercialFlag = Annotated[bool, typer.Option("--commercial", help="The result will be used commercially.")]
 YankedFlag = Annotated[bool, typer.Option("--allow-yanked", help="Use experts that were yanked.")]

@@ -22,7 +22,7 @@ def deposit(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Put an expert, or a model made of experts, on the shelf."""
+    """Add an expert, or a model made of experts, to the local library."""
     from connito.curation import catalogue
 
     record = catalogue.deposit(expert, holdings(shelf, data_dir))
@@ -33,7 +33,7 @@ def deposit(
 def mark(
     subject: Annotated[str, typer.Argument(help="Expert id; for opted-out and opted-in, the data source.")],
     status: Annotated[str, typer.Argument(help="deprecated, yanked, restored, opted-out or opted-in.")],
-    reason: Annotated[str, typer.Option(help="Why; shown to everyone who asks for it.")],
+    reason: Annotated[str, typer.Option(help="Reason, shown to everyone who asks for the expert.")],
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,

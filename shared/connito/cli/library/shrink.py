@@ -21,7 +21,9 @@ from connito.cli.library.options import (
 from connito.cli.output import DataDirOption, JsonFlag, emit
 from connito.render import formats
 
-DomainOption = Annotated[str, typer.Option("--domain", help="What the texts are; the first file's name if left out.")]
+DomainOption = Annotated[
+    str, typer.Option("--domain", help="Name of the texts' domain; by default the first file's name.")
+]
 WithOption = Annotated[
     list[str] | None, typer.Option("--with", help="Put this expert into the base first; may be repeated.")
 ]
@@ -81,7 +83,7 @@ def extract(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Extract the smallest set of experts that speaks a domain, with its measured loss beside the full model's."""
+    """Extract the smallest set of experts that serves a domain, with its measured loss beside the full model's."""
     from connito.curation import shrinking
 
     source = shrinking.ShrinkSource(
@@ -100,7 +102,7 @@ def skip(
     ] = -1.0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Skip light experts at inference (NAEE β): the calibrated β of each layer, what is skipped, and what it costs."""
+    """Skip light experts at inference (NAEE β): print the calibrated β of each layer, the share skipped, and the loss added."""
     from connito.curation import shrinking
 
     found = shrinking.skip(base, data, None if beta < 0 else beta)
