@@ -10,6 +10,7 @@ from pathlib import Path
 
 from connito.bus import Bus, offences
 from connito.data.safetensors_header import SAFETENSORS
+from connito.enums import plain_name
 from connito.errors import Invalid, VerificationFailed, reason_name
 from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
@@ -172,10 +173,10 @@ def disagreement(scored: cycle_pb2.CycleScored) -> float:
 def _report(run: str, merged: Merged) -> None:
     """Record metrics and one log line for a version that was written."""
     version = merged.version
-    gate = cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower()
+    gate = plain_name(cycle_pb2.GateDecision, version.gate).replace("-", "_")
     metrics.GATE_DECISIONS.labels(gate).inc()
     for verdict in merged.scored.verdicts:
-        status = cycle_pb2.VerdictStatus.Name(verdict.status).removeprefix("VERDICT_STATUS_").lower()
+        status = plain_name(cycle_pb2.VerdictStatus, verdict.status)
         metrics.SUBMISSIONS.labels(status, reason_name(verdict.reason)).inc()
     metrics.VALIDATOR_DISAGREEMENT.set(disagreement(merged.scored))
     for standing in merged.scored.validators:

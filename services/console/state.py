@@ -15,6 +15,7 @@ from connito.service.engine import now_ms
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.envelope import open_bytes
 from connito.wire.facts import Record, RunFacts
+from connito.wire.identity import short_key
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 
@@ -127,7 +128,7 @@ class Feed:
     def _letter(self, record: Record) -> DeadLetter:
         opened = open_bytes(record.data, record.subject)
         if not any(self.roster.permits(role, opened.signer) for role in _DEAD_LETTER_SIGNERS):
-            raise Invalid(f"{opened.signer[:12]}… may not write dead letters")
+            raise Invalid(f"{short_key(opened.signer)} may not write dead letters")
         return opened.read(DeadLetter)
 
     # The state of the line.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from connito.bus import Bus
 from connito.bus.position import PositionedLog
+from connito.enums import plain_name
 from connito.errors import reason_name
 from connito.protocol.bans import banned
 from connito.runtime.logs import get_logger
@@ -90,8 +91,8 @@ class Coordinator:
     def _report(self, run: str, section: str, cycle: int, kind: str, message: Message) -> None:
         extra: dict[str, object] = {}
         if isinstance(message, cycle_pb2.WindowClosed):
-            extra["cause"] = cycle_pb2.CloseCause.Name(message.cause).removeprefix("CLOSE_CAUSE_").lower()
+            extra["cause"] = plain_name(cycle_pb2.CloseCause, message.cause).replace("-", "_")
         if isinstance(message, run_pb2.RunEnded):
-            outcome = run_pb2.RunOutcome.Name(message.outcome).removeprefix("RUN_OUTCOME_").lower()
+            outcome = plain_name(run_pb2.RunOutcome, message.outcome)
             extra |= {"outcome": outcome, "reason": reason_name(message.reason), "detail": message.detail}
         log.info(f"{section} {kind}", run=run, cycle=cycle, **extra)

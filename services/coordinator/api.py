@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from connito.bus import Bus
+from connito.enums import plain_name
 from connito.errors import Invalid, NotFound, Retry
 from connito.protocol import bans
 from connito.protocol.policy.check import complete
@@ -223,7 +224,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
 
 
 def _over(facts: RunFacts, ended: run_pb2.RunEnded) -> Invalid:
-    outcome = run_pb2.RunOutcome.Name(ended.outcome).removeprefix("RUN_OUTCOME_").lower()
+    outcome = plain_name(run_pb2.RunOutcome, ended.outcome)
     return Invalid(
         f"run {facts.run!r} has ended ({outcome}); `connito job list` shows what is running",
         reason=reasons_pb2.REASON_WRONG_WINDOW,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from connito.bus.position import PositionedLog
+from connito.enums import plain_name
 from connito.runtime import metrics
 from connito.v1 import cycle_pb2
 from connito.wire.facts import Fact, RunFacts
@@ -39,7 +40,7 @@ def _observe(facts: RunFacts, window: Window) -> None:
     """Count the length of a window that was closed."""
     length, closed = window_ms(facts, window), window.closed
     if length is not None and closed is not None:
-        cause = cycle_pb2.CloseCause.Name(closed.cause).removeprefix("CLOSE_CAUSE_").lower()
+        cause = plain_name(cycle_pb2.CloseCause, closed.cause).replace("-", "_")
         metrics.WINDOW_SECONDS.labels(window.name, cause).observe(length / 1000)
 
 

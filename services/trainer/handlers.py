@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from connito.enums import plain_name
 from connito.errors import reason_name
 from connito.protocol.bans import banned
 from connito.service.engine import Action, Decision
@@ -191,7 +192,7 @@ def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:
 
 def describe(verdict: cycle_pb2.Verdict) -> str:
     """Return a verdict as one line: its reward, or the reason for none."""
-    status = cycle_pb2.VerdictStatus.Name(verdict.status).removeprefix("VERDICT_STATUS_").lower()
+    status = plain_name(cycle_pb2.VerdictStatus, verdict.status)
     if verdict.rank:
         return f"{status}: rank {verdict.rank}, reward {verdict.reward}, utility {verdict.utility:.4f} nats per token"
     return f"{status}: {reason_name(verdict.reason) or 'no rank'}: {detail_of(verdict)}"

@@ -12,6 +12,7 @@ from connito.errors import VerificationFailed
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.service.engine import Action, Decision
 from connito.wire.facts import RunFacts
+from connito.wire.identity import short_key
 
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
 
@@ -140,7 +141,7 @@ def _opened_secret(facts: RunFacts, cycle: int, validator: str) -> bytes:
     committed = facts.seed_commitment(cycle, validator)
     revealed = facts.seed_reveal(cycle, validator)
     if committed is None or revealed is None:
-        raise VerificationFailed(f"{validator[:12]}… is in the draw of cycle {cycle} but revealed no seed")
+        raise VerificationFailed(f"{short_key(validator)} is in the draw of cycle {cycle} but revealed no seed")
     if secret_digest(facts.run, cycle, validator, revealed.secret) != committed.digest:
-        raise VerificationFailed(f"the seed of {validator[:12]}… in cycle {cycle} does not open its commitment")
+        raise VerificationFailed(f"the seed of {short_key(validator)} in cycle {cycle} does not open its commitment")
     return revealed.secret

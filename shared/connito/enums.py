@@ -10,3 +10,9 @@ def name_of(enum: Any, value: int) -> str:
     found = enum.DESCRIPTOR.values_by_number.get(value)
     prefix = enum.DESCRIPTOR.values_by_number[0].name.rpartition("_")[0]
     return str(found.name) if found is not None else f"{prefix}_{value}"
+
+
+def plain_name(enum: Any, value: int) -> str:
+    """Return the name of a value as people read it: `GATE_DECISION_TOP_1` is `top-1`."""
+    prefix = enum.DESCRIPTOR.values_by_number[0].name.rpartition("_")[0]
+    return name_of(enum, value).removeprefix(f"{prefix}_").lower().replace("_", "-")

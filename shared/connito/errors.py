@@ -13,7 +13,7 @@ exception  on the bus                            on the command line
 
 from __future__ import annotations
 
-from connito.enums import name_of
+from connito.enums import plain_name
 from connito.v1 import reasons_pb2 as reasons
 
 
@@ -73,4 +73,4 @@ def reason_name(reason: reasons.Reason.ValueType) -> str:
     """Return `REASON_LATE_REVEAL` as people see it: `late-reveal`; the empty string for none."""
     if reason == reasons.REASON_UNSPECIFIED:
         return ""
-    return name_of(reasons.Reason, reason).removeprefix("REASON_").lower().replace("_", "-")
+    return plain_name(reasons.Reason, reason)

@@ -16,6 +16,7 @@ from connito.audit.evidence import Evidence
 from connito.v1 import cycle_pb2
 from connito.wire.chain import Chains
 from connito.wire.facts import Record
+from connito.wire.identity import short_key
 from connito.wire.subjects import WINDOWS
 
 # What the library hears of an expert once its run has ended: new ones do not make another run of it.
@@ -53,9 +54,9 @@ def anchors(evidence: Evidence) -> Step:
             if 2 * len(wrong) > len(votes[window]):
                 validator, what = next(iter(wrong.items()))
                 others = f"; so do {len(wrong) - 1} others" if len(wrong) > 1 else ""
-                found.append(Difference("anchors", window, f"{validator[:12]}… vouched for {what}{others}", cycle))
+                found.append(Difference("anchors", window, f"{short_key(validator)} vouched for {what}{others}", cycle))
             else:
-                alone += [f"{validator[:12]}… vouches for another {window}" for validator in wrong]
+                alone += [f"{short_key(validator)} vouches for another {window}" for validator in wrong]
     note = "; ".join(dict.fromkeys(alone)) or ("" if compared else "no validator vouched for an earlier window")
     return Step("anchors", 0, compared, tuple(found), note)
 

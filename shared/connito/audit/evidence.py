@@ -12,6 +12,7 @@ from connito.bus.streams import FACT_STREAMS, stream_of
 from connito.errors import Invalid, NotFound
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.identity import short_key
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact, verify_ingress
 
@@ -37,7 +38,7 @@ class Evidence:
 
     def name(self, key: str) -> str:
         """Return the label a miner enrolled with, or the start of its key."""
-        return self.facts.label(key) or f"{key[:12]}…"
+        return self.facts.label(key) or short_key(key)
 
     def subject(self, section: str, cycle: int, kind: str, id_: str = "") -> str:
         """Return a fact's subject without its common beginning, as people read it."""

@@ -13,6 +13,7 @@ from connito.protocol.objective import reached
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
+from connito.wire.identity import short_key
 from connito.wire.subjects import WINDOWS, window_value
 
 # Where the messages lie that a window's close includes or leaves out.
@@ -126,7 +127,7 @@ def _participants(evidence: Evidence, cycle: int) -> Iterator[Difference]:
         opened = facts.window(window, cycle).opened
         strangers = sorted(set(opened.expected) - known) if opened is not None else []
         if strangers:
-            what = f"expects {strangers[0][:12]}…, who neither enrolled nor joined"
+            what = f"expects {short_key(strangers[0])}, who neither enrolled nor joined"
             yield _wrong(evidence, evidence.subject(window, cycle, "opened"), what, cycle)
 
 

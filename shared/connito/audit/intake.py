@@ -18,6 +18,7 @@ from connito.protocol.quota import MessageCounter
 from connito.protocol.scoring.newcomers import over_quota
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.facts import Fact, RunFacts
+from connito.wire.identity import short_key
 from connito.wire.subjects import window_value
 
 _LATE = (reasons_pb2.REASON_LATE_COMMITMENT, reasons_pb2.REASON_LATE_REVEAL)
@@ -293,7 +294,7 @@ def _unanswered(evidence: Evidence, window: str, cycle: int) -> Iterator[Differe
             continue
         taken = _taken_sequence(facts, window, cycle, said.signer)
         if sequence != taken and _refused(facts, window, cycle, said.signer, sequence) is None:
-            where = f"ingress.{said.signer[:12]}….{said.key.kind} (INGRESS {sequence})"
+            where = f"ingress.{short_key(said.signer)}.{said.key.kind} (INGRESS {sequence})"
             check = "commitments" if window == "commit" else "submissions"
             what = f"lies inside the {window} window and was never answered"
             yield Difference(check, where, what, cycle, said.signer)

@@ -18,6 +18,7 @@ from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, wit
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import as_recorded, sentence
 from connito.wire.facts import RunFacts
+from connito.wire.identity import short_key
 
 # Reasons that a file, not a loss, gave.
 OF_THE_FILE = frozenset(
@@ -54,7 +55,9 @@ def _draw(evidence: Evidence, cycle: int, drawn: cycle_pb2.SeedDrawn) -> Iterato
         revealed = facts.seed_reveal(cycle, validator)
         if committed is None or revealed is None:
             missing = "commitment" if committed is None else "reveal"
-            yield Difference("beacon", where, f"counts {validator[:12]}…, whose {missing} is not in the log", cycle)
+            yield Difference(
+                "beacon", where, f"counts {short_key(validator)}, whose {missing} is not in the log", cycle
+            )
         elif not opens(committed.digest, facts.run, cycle, validator, revealed.secret):
             place = evidence.subject("validate", cycle, "seed", validator)
             yield Difference("beacon", place, "the secret does not open what the validator committed to", cycle)

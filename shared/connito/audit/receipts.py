@@ -11,7 +11,7 @@ from connito.audit.artifacts import Artifacts, Named
 from connito.audit.audit import Options, pure, recomputed
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
-from connito.enums import name_of
+from connito.enums import plain_name
 from connito.errors import Invalid, NotFound, reason_name
 from connito.protocol.assignment import assigned
 from connito.v1 import cycle_pb2
@@ -215,7 +215,7 @@ def _verdict(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | Non
     scored = evidence.facts.scored(cycle)
     for verdict in scored.verdicts if scored is not None else ():
         if verdict.miner == miner:
-            status = name_of(cycle_pb2.VerdictStatus, verdict.status).removeprefix("VERDICT_STATUS_").lower()
+            status = plain_name(cycle_pb2.VerdictStatus, verdict.status)
             return {
                 "status": status,
                 "reason": judging.reason_of(verdict),

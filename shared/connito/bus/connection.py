@@ -25,7 +25,7 @@ from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
-from connito.wire.identity import Identity
+from connito.wire.identity import Identity, short_key
 from connito.wire.subjects import SECURITY_ROOT, inbox_prefix
 from connito.wire.tls import PLAIN, Tls, refusal, required
 
@@ -165,7 +165,7 @@ class Connection:
 
     def not_permitted(self, subject: str) -> Invalid:
         """Return the error for a subject that this key may not use."""
-        who = self.identity.public[:12] + "…" if self.identity else "this connection"
+        who = short_key(self.identity.public) if self.identity else "this connection"
         return Invalid(
             f"the broker does not let {who} use {subject}; the operator grants it in the broker's user list",
             reason=reasons.REASON_NOT_PERMITTED,

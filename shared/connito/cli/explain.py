@@ -11,6 +11,7 @@ import typer
 from connito.cli.audit import FromOption, NoModelFlag, ThreadsOption, ToleranceOption, as_the_run_had, read_and, settle
 from connito.cli.output import DataDirOption, JsonFlag, emit
 from connito.render import formats
+from connito.wire.identity import short_key
 
 if TYPE_CHECKING:
     from connito.audit.artifacts import Artifacts, Named
@@ -84,14 +85,14 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
         drawn = len(document["draw"]["validators"])
         lines.append(f"seed        {document['draw']['seed']} from {drawn} validators")
         if len(document["draw"]["assigned"]) < drawn:
-            lines.append(f"assigned    {', '.join(f'{name[:12]}…' for name in document['draw']['assigned'])}")
+            lines.append(f"assigned    {', '.join(map(short_key, document['draw']['assigned']))}")
     lines += [line for report in document["reports"] for line in _report(report)]
     lines += [line for row in document["validators"] for line in _standing(row)]
     lines += [f"refused     {row['reason']} ({row['window']}): {row['detail']}" for row in document["refusals"]]
     lines += _verdict(document["verdict"])
     lines += ["", "signed by"]
     lines += [
-        f"  {row['stream']:<8} {row['sequence']:>5}  {row['signer'][:12]}…  {row['message']}"
+        f"  {row['stream']:<8} {row['sequence']:>5}  {short_key(row['signer'])}  {row['message']}"
         for row in document["signatures"]
     ]
     lines += ["", *(f"  {step['check']}: {step['note']}" for step in document["checks"] if step["note"])]
@@ -115,7 +116,7 @@ def _inputs(inputs: dict[str, Any] | None) -> list[str]:
 
 def _report(report: dict[str, Any]) -> list[str]:
     why = f"{report['reason']}: {report['detail']}" if report["reason"] else report["detail"]
-    lines = [f"score       {report['validator'][:12]}…  utility {report['utility']:.5f}  {why}"]
+    lines = [f"score       {short_key(report['validator'])}  utility {report['utility']:.5f}  {why}"]
     batches: dict[str, list[int]] = {}
     for loss in report["losses"]:
         batches.setdefault(loss["domain"], []).append(loss["sequence"])
@@ -132,7 +133,7 @@ def _standing(row: dict[str, Any]) -> list[str]:
         return []
     why = f"  {row['reason']}: {row['detail']}" if row["reason"] else ""
     said = f"weight {row['weight']:.3f}, agrees to {formats.percent(row['agreement'])}, trust now {row['trust']:.3f}"
-    return [f"validator   {row['validator'][:12]}…  {said}{why}"]
+    return [f"validator   {short_key(row['validator'])}  {said}{why}"]
 
 
 def _verdict(verdict: dict[str, Any] | None) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, progress, table
+from connito.enums import plain_name
 from connito.render.formats import duration, percent, size
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _row(status: RunStatus) -> dict[str, Any]:
         "run": status.spec.run,
         "domain": status.spec.domain,
         "base": status.spec.base.name,
-        "phase": RunPhase.Name(status.phase).removeprefix("RUN_PHASE_").lower(),
+        "phase": plain_name(RunPhase, status.phase),
         "cycle": status.cycle,
         "cycles": status.spec.cycles,
         "window": status.window,

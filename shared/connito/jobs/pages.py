@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from connito.render import formats
+from connito.wire.identity import short_key
 
 Document = Mapping[str, Any]
 
@@ -149,7 +150,7 @@ def _contributors(document: Document) -> str:
         return ""
     lines = ["## Who contributed", "", "| miner | share of the reward | cycles merged in |", "|---|---:|---:|"]
     for row in document["contributors"]:
-        name = f"{row['label']} (`{row['miner'][:12]}…`)" if row["label"] else f"`{row['miner'][:12]}…`"
+        name = f"{row['label']} (`{short_key(row['miner'])}`)" if row["label"] else f"`{short_key(row['miner'])}`"
         lines.append(f"| {name} | {formats.percent(row['share'])} | {row['merged']} |")
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from connito.errors import ConnitoError, VerificationFailed
 from connito.library.artifact import EXPERT_FILE, RECORD_FILE, read_safetensors_header
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.envelope import Opened, open_bytes
+from connito.wire.identity import short_key
 from connito.wire.roster import Roster
 
 FORMAT = "connito-attestation/1"
@@ -84,7 +85,7 @@ def _open(entry: Mapping[str, str]) -> Opened:
 
 
 def _short(opened: Opened) -> str:
-    return f"{opened.signer[:12]}…"
+    return short_key(opened.signer)
 
 
 def _state_digest(expert: Path, head: bytes) -> str:

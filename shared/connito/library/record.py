@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from connito.enums import plain_name
 from connito.errors import Invalid, reason_name
 from connito.library.governance import governance
 from connito.library.interval import change_interval
@@ -135,7 +136,7 @@ def _lineage(facts: RunFacts, history: Iterable[cycle_pb2.VersionPublished]) -> 
                 "parent": version.parent,
                 "state": version.state.digest,
                 "parent_state": "" if opened is None else opened.state.digest,
-                "gate": cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower(),
+                "gate": plain_name(cycle_pb2.GateDecision, version.gate).replace("-", "_"),
                 "merged": dict(zip(version.merged, version.weights, strict=True)),
             }
         )

@@ -13,6 +13,7 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.envelope import check
 from connito.wire.facts import RunFacts
+from connito.wire.identity import short_key
 from connito.wire.roster import OPERATOR, Roster
 
 ORDER_SUBJECT = "rpc.BanMiner"
@@ -56,7 +57,7 @@ def check_order(ban: run_pb2.MinerBan, roster: Roster, customer: str) -> None:
     may = roster.permits(OPERATOR, opened.signer) or (order.run != "" and opened.signer == customer)
     if not may:
         raise Invalid(
-            f"{opened.signer[:12]}… is neither an operator nor the run's customer",
+            f"{short_key(opened.signer)} is neither an operator nor the run's customer",
             reason=reasons_pb2.REASON_NOT_PERMITTED,
         )
     if (order.miner, order.lifted) != (ban.miner, ban.lifted) or order.run not in ("", ban.run):

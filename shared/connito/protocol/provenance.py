@@ -14,6 +14,7 @@ from connito.errors import VerificationFailed
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION
 from connito.wire.facts import RunFacts
+from connito.wire.identity import short_key
 
 
 def check_start(facts: RunFacts, cycle: int) -> None:
@@ -53,7 +54,7 @@ def _faults(facts: RunFacts, cycle: int, settled: cycle_pb2.WindowSettled) -> It
         yield "a miner is in it twice"
     out = set() if closed is None else set(closed.banned)
     for entry in settled.submissions:
-        who = f"{entry.miner[:12]}…"
+        who = short_key(entry.miner)
         if entry.miner in out:
             yield f"{who} is banned by then"
         if closed is not None and entry.reveal_sequence > closed.last_sequence:

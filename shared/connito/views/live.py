@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from connito.enums import plain_name
 from connito.errors import reason_name
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
@@ -37,7 +38,7 @@ def phase(facts: RunFacts, now_ms: int) -> str:
     if spec is None:
         return "submitting the job"
     if facts.ended is not None:
-        return f"run {run_pb2.RunOutcome.Name(facts.ended.outcome).removeprefix('RUN_OUTCOME_').lower()}"
+        return f"run {plain_name(run_pb2.RunOutcome, facts.ended.outcome)}"
     if facts.selection is None:
         return "selecting the experts that the domain uses"
     if facts.cycle == 0:
@@ -104,13 +105,13 @@ def _scored(scored: cycle_pb2.CycleScored, facts: RunFacts, names: Mapping[str, 
 def _published(version: cycle_pb2.VersionPublished, facts: RunFacts, names: Mapping[str, str]) -> str:
     merged = ", ".join(who(facts, key, names) for key in version.merged) or "nobody"
     target = "".join(f"{loss.domain} loss {loss.before:.4f} → {loss.after:.4f}" for loss in list(version.losses)[:1])
-    gate = cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower().replace("_", " ")
+    gate = plain_name(cycle_pb2.GateDecision, version.gate).replace("-", " ")
     return f"cycle {version.cycle} · version {version.version}: {target}; merged {merged}; gate: {gate}"
 
 
 def _ending(message: run_pb2.RunEnded | run_pb2.ExpertDeposited | run_pb2.SelectionFailed) -> str:
     if isinstance(message, run_pb2.RunEnded):
-        return f"run {run_pb2.RunOutcome.Name(message.outcome).removeprefix('RUN_OUTCOME_').lower()}: {message.detail}"
+        return f"run {plain_name(run_pb2.RunOutcome, message.outcome)}: {message.detail}"
     if isinstance(message, run_pb2.ExpertDeposited):
         return f"the library took in expert {message.expert_id}"
     return f"the selection failed: {reason_name(message.reason)} ({message.detail})"
@@ -142,7 +143,7 @@ def _loss_table(facts: RunFacts) -> Table:
         target, general = version.losses[0], list(version.losses)[1:]
         before = sum(loss.before for loss in general) / max(1, len(general))
         after = sum(loss.after for loss in general) / max(1, len(general))
-        gate = cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower().replace("_", " ")
+        gate = plain_name(cycle_pb2.GateDecision, version.gate).replace("-", " ")
         table.add_row(
             str(cycle), f"{target.after:.4f}", _change(target.after - target.before),
             f"{after:.4f}", _change(after - before), gate, str(len(version.merged)),

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from connito.enums import plain_name
 from connito.errors import reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import detail_of
 from connito.views.standings import paid, ratings, validator_rows
 from connito.wire.facts import Fact, RunFacts
+from connito.wire.identity import short_key
 from connito.wire.subjects import WINDOWS
 
 _STATUS = {
@@ -47,7 +49,7 @@ def outcome(facts: RunFacts) -> dict[str, str]:
     """Return how the run ended: `{"status", "reason", "detail"}`; status `running` while it has not."""
     if facts.ended is None:
         return {"status": "running", "reason": "", "detail": ""}
-    status = run_pb2.RunOutcome.Name(facts.ended.outcome).removeprefix("RUN_OUTCOME_").lower()
+    status = plain_name(run_pb2.RunOutcome, facts.ended.outcome)
     return {"status": status, "reason": reason_name(facts.ended.reason), "detail": facts.ended.detail}
 
 
@@ -72,7 +74,7 @@ def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
         "validators": validator_rows(facts, cycle),
         "paid": paid(facts, cycle),
         "merged": [miner_name(facts, key) for key in sorted(version.merged, key=lambda key: rank.get(key) or 1 << 30)],
-        "gate": cycle_pb2.GateDecision.Name(version.gate).removeprefix("GATE_DECISION_").lower().replace("_", "-"),
+        "gate": plain_name(cycle_pb2.GateDecision, version.gate),
         "gate_detail": detail_of(version),
         "upload_bytes_per_miner": round(fmean(sizes)) if sizes else 0,
         "seconds": window_seconds(facts, cycle),
@@ -103,7 +105,7 @@ def submission_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
 
 def miner_name(facts: RunFacts, key: str) -> str:
     """Return the label a miner enrolled with, or the start of its key."""
-    return facts.label(key) or f"{key[:12]}…"
+    return facts.label(key) or short_key(key)
 
 
 def window_seconds(facts: RunFacts, cycle: int) -> dict[str, float]:

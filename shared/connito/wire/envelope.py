@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.envelope_pb2 import Envelope
-from connito.wire.identity import Identity, verify
+from connito.wire.identity import Identity, short_key, verify
 
 SCHEMA_VERSION = 1
 MAX_ENVELOPE_BYTES = 1 << 20
@@ -81,7 +81,7 @@ def check(envelope: Envelope, subject: str) -> Opened:
         raise Invalid("the envelope's nonce is not 16 bytes")
     if not verify(envelope.signer, _signed_bytes(envelope, subject), envelope.signature):
         raise Invalid(
-            f"the signature does not hold for signer {envelope.signer[:12]}… on {subject}",
+            f"the signature does not hold for signer {short_key(envelope.signer)} on {subject}",
             reason=reasons.REASON_BAD_SIGNATURE,
         )
     return Opened(envelope.type, envelope.payload, envelope.signer, envelope.issued_at_unix_ms)

@@ -8,6 +8,7 @@ from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.envelope import open_bytes
 from connito.wire.facts import Fact, Record
+from connito.wire.identity import short_key
 from connito.wire.roster import Roster
 from connito.wire.subjects import WINDOWS, FactKey, parse_fact, parse_ingress
 
@@ -67,7 +68,7 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
     opened = open_bytes(record.data, record.subject)
     if not roster.permitted(role, opened.signer, record.time_unix_ms):
         raise Invalid(
-            f"{opened.signer[:12]}… is not a {role} in the roster, and only a {role} may write {key.section}.{key.kind}",
+            f"{short_key(opened.signer)} is not a {role} in the roster, and only a {role} may write {key.section}.{key.kind}",
             reason=reasons_pb2.REASON_NOT_PERMITTED,
         )
     message: Message = opened.read(message_type)
