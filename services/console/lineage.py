@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views import words
 from connito.views.sentences import detail_of
 from connito.wire.facts import Fact, RunFacts
 
-from . import words
 from .views import name
 
 

@@ -9,14 +9,12 @@ from connito.errors import reason_name
 from connito.render import formats
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.views import standings
+from connito.views import standings, words
 from connito.views.live import phase
 from connito.views.run_report import miner_name, outcome, submission_rows
 from connito.views.standings import rating_text
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.window import Window
-
-from . import words
 
 # A window may close this much after its deadline before somebody should be told.
 OVERDUE_MS = 5000
@@ -148,7 +146,7 @@ def head(facts: RunFacts, now_ms: int) -> Head:
         domain=spec.domain,
         base=spec.base.name,
         status=ending["status"],
-        phase=_phase(facts),
+        phase=phase(facts),
         reason=words.REASONS.get(ending["reason"], ending["reason"]),
         detail=ending["detail"],
         window="" if window is None else window.name,
@@ -270,18 +268,13 @@ def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
         domain=spec.domain,
         base=spec.base.name,
         status="stale" if head(facts, now_ms).stale else outcome(facts)["status"],
-        phase=_phase(facts),
+        phase=phase(facts),
         created_unix_ms=created.time_unix_ms,
         first_loss=first,
         last_loss=last,
         miners=len(facts.miners),
         validators=len(facts.validators),
     )
-
-
-def _phase(facts: RunFacts) -> str:
-    """Return the current phase without the time left, which the reader's browser counts down."""
-    return phase(facts, 0).partition(" (")[0]
 
 
 def _overdue(window: Window | None, deadline_ms: int, now_ms: int) -> str:

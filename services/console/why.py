@@ -7,11 +7,11 @@ from typing import Any
 
 from connito.render import formats
 from connito.v1 import cycle_pb2
+from connito.views import words
 from connito.views.sentences import detail_of
 from connito.views.standings import rating_text, ratings, validator_rows
 from connito.wire.facts import Fact, RunFacts
 
-from . import words
 from .views import judged, name, reason_pair
 
 
@@ -72,13 +72,6 @@ class Why:
     steps: tuple[Step, ...]
 
 
-_STATUS = {
-    cycle_pb2.VERDICT_STATUS_MERGED: "merged",
-    cycle_pb2.VERDICT_STATUS_SCORED: "scored",
-    cycle_pb2.VERDICT_STATUS_REJECTED: "rejected",
-}
-
-
 def why(facts: RunFacts, cycle: int, miner: str) -> Why | None:
     """Return the explanation of one score; None where the log holds nothing on this miner in this cycle."""
     spec, verdict, steps = facts.spec, judged(facts, cycle).get(miner), _steps(facts, cycle, miner)
@@ -90,7 +83,7 @@ def why(facts: RunFacts, cycle: int, miner: str) -> Why | None:
         cycle=cycle,
         miner=miner,
         name=name(facts, miner),
-        status="not judged yet" if verdict is None else _STATUS.get(verdict.status, "rejected"),
+        status="not judged yet" if verdict is None else words.STATUS.get(verdict.status, "rejected"),
         code=code,
         reason=reason,
         detail="" if verdict is None else detail_of(verdict),

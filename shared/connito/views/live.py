@@ -9,6 +9,7 @@ from connito.enums import plain_name
 from connito.errors import reason_name
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
+from connito.views import words
 from connito.views.run_report import miner_name, submission_rows
 from connito.views.sentences import detail_of
 from connito.wire.facts import Fact, RunFacts
@@ -18,22 +19,14 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_DOING = {
-    "train": "miners train",
-    "commit": "miners commit",
-    "submit": "miners upload and reveal",
-    "validate": "validators score",
-    "merge": "merging and gating",
-}
-
 
 def who(facts: RunFacts, key: str, names: Mapping[str, str]) -> str:
     """Return the name a key is known by on this machine, or its label, or its start."""
     return names.get(key) or miner_name(facts, key)
 
 
-def phase(facts: RunFacts, now_ms: int) -> str:
-    """Return the current phase and the time left, in one sentence."""
+def phase(facts: RunFacts, now_ms: int | None = None) -> str:
+    """Return the current phase in one sentence, with the time left where the time is given."""
     spec = facts.spec
     if spec is None:
         return "submitting the job"
@@ -49,7 +42,8 @@ def phase(facts: RunFacts, now_ms: int) -> str:
     window = facts.open_window
     if window is None:
         return f"cycle {facts.cycle} of {spec.cycles}: between windows"
-    return f"cycle {window.cycle} of {spec.cycles}: {window.name}, {_DOING[window.name]}{_left(window, now_ms)}"
+    left = "" if now_ms is None else _left(window, now_ms)
+    return f"cycle {window.cycle} of {spec.cycles}: {window.name}, {words.WINDOWS[window.name]}{left}"
 
 
 def _left(window: Window, now_ms: int) -> str:
@@ -73,7 +67,7 @@ def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | Non
         )
     if isinstance(message, cycle_pb2.WindowOpened):
         window = fact.key.section
-        return f"cycle {fact.key.cycle} · {window}: {_DOING[window]}"
+        return f"cycle {fact.key.cycle} · {window}: {words.WINDOWS[window]}"
     if isinstance(message, cycle_pb2.WindowClosed) and message.cause == cycle_pb2.CLOSE_CAUSE_DEADLINE:
         return f"cycle {fact.key.cycle} · {fact.key.section}: closed at its deadline"
     if isinstance(message, cycle_pb2.Refused):

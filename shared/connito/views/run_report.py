@@ -12,17 +12,12 @@ from typing import Any
 from connito.enums import plain_name
 from connito.errors import reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.views import words
 from connito.views.sentences import detail_of
 from connito.views.standings import paid, ratings, validator_rows
 from connito.wire.facts import Fact, RunFacts
 from connito.wire.identity import short_key
 from connito.wire.subjects import WINDOWS
-
-_STATUS = {
-    cycle_pb2.VERDICT_STATUS_MERGED: "merged",
-    cycle_pb2.VERDICT_STATUS_SCORED: "scored",
-    cycle_pb2.VERDICT_STATUS_REJECTED: "rejected",
-}
 
 _NOT_REVEALED = reason_name(reasons_pb2.REASON_NOT_REVEALED)
 
@@ -145,7 +140,11 @@ def _row(facts: RunFacts, miner: str, status: str, reason: str = "", detail: str
 
 def _judged(facts: RunFacts, verdict: cycle_pb2.Verdict) -> dict[str, Any]:
     row = _row(
-        facts, verdict.miner, _STATUS.get(verdict.status, "rejected"), reason_name(verdict.reason), detail_of(verdict)
+        facts,
+        verdict.miner,
+        words.STATUS.get(verdict.status, "rejected"),
+        reason_name(verdict.reason),
+        detail_of(verdict),
     )
     measured = {"utility": verdict.utility, "rank": verdict.rank, "reward": verdict.reward}
     measured["withheld"] = verdict.withheld

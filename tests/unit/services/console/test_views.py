@@ -5,9 +5,10 @@ from typing import cast
 import pytest
 from connito.errors import reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.views import words
 from connito.wire.facts import RunFacts
 
-from services.console import views, words
+from services.console import views
 from services.console.heatmap import heatmap
 from services.console.history import in_order, replay
 from services.console.lineage import lineage

@@ -1,10 +1,24 @@
-"""Words for codes."""
+"""Words for codes: windows, verdicts, decisions of the gate and reasons, each in one table."""
 
 from __future__ import annotations
 
 from connito.errors import reason_name
 from connito.v1 import cycle_pb2
 from connito.v1.reasons_pb2 import Reason
+
+WINDOWS = {
+    "train": "miners train",
+    "commit": "miners commit",
+    "submit": "miners upload and reveal",
+    "validate": "validators score",
+    "merge": "merging and gating",
+}
+
+STATUS = {
+    cycle_pb2.VERDICT_STATUS_MERGED: "merged",
+    cycle_pb2.VERDICT_STATUS_SCORED: "scored",
+    cycle_pb2.VERDICT_STATUS_REJECTED: "rejected",
+}
 
 GATES = {
     cycle_pb2.GATE_DECISION_ACCEPTED: "accepted: the merge of all",
@@ -75,7 +89,7 @@ REASONS = {
 
 
 def in_words(reason: Reason.ValueType) -> str:
-    """Return a reason as a clause; the empty string for none, the code itself for one that is newer than this console."""
+    """Return a reason as a clause; the empty string for none, the code itself for one that is newer than this program."""
     name = reason_name(reason) if reason in Reason.values() else f"reason {reason}"
     return REASONS.get(name, name)
 
