@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +10,9 @@ import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 from connito.render import formats
+from connito.runtime.progress import silent
 
 if TYPE_CHECKING:
-    from connito.audit.artifacts import Artifacts, Named
     from connito.audit.evidence import Evidence
 
 FromOption = Annotated[
@@ -61,63 +58,15 @@ def audit(
 
     Exits with 6 where anything differs, after naming the first divergence.
     """
-    from connito.audit.access import check_tolerance
+    from connito.audit.runs import AuditOptions
+    from connito.audit.runs import audit as recompute
 
-    check_tolerance(tolerance)
-    other = _chain_of(against)
-    evidence, document = asyncio.run(
-        read_and(
-            folder,
-            data_dir,
-            run,
-            as_json,
-            lambda evidence: lambda named: True,
-            lambda evidence, artifacts, say: _audit(
-                evidence,
-                artifacts,
-                other,
-                model=not no_model,
-                threads=as_the_run_had(threads, folder, data_dir),
-                tolerance=tolerance,
-                say=say,
-            ),
-        )
-    )
+    say = silent if as_json else tell
+    options = AuditOptions(folder, data_dir, not no_model, threads, tolerance, say)
+    evidence, audited = recompute(run, options, _chain_of(against))
+    document = audited.to_json()
     emit(as_json, document, lambda: _text(document, evidence))
     settle(document["differences"], f"run {run}")
-
-
-def as_the_run_had(threads: int | None, folder: Path | None, data_dir: Path | None) -> int:
-    """Return how many threads to compute with: what was asked for, else what `connito up` used in that folder, else 0,
-    all cores.
-    """
-    from connito.platform.datadir import DataDir, default_data_dir
-
-    if threads is not None:
-        return threads
-    if os.environ.get("CONNITO_NATS_URL") and folder is None and data_dir is None:
-        return 0
-    return DataDir((folder or data_dir or default_data_dir()).absolute()).threads
-
-
-async def read_and(
-    folder: Path | None,
-    data_dir: Path | None,
-    run: str,
-    quiet: bool,
-    choose: Callable[[Evidence], Callable[[Named], bool]],
-    work: Callable[[Evidence, Artifacts, Callable[[str], None]], dict[str, Any]],
-) -> tuple[Evidence, dict[str, Any]]:
-    """Read the log of a run, the artifacts that `choose` wants for it, then do blocking work on them."""
-    from connito.audit.access import opened
-
-    say = _silent if quiet else _progress
-    async with opened(folder, data_dir) as access:
-        evidence = await access.evidence(run)
-        wanted = choose(evidence)
-        say(f"{len(evidence.records)} messages read")
-        artifacts = await access.artifacts(evidence, wanted, say)
-        return evidence, await asyncio.to_thread(work, evidence, artifacts, say)
 
 
 def settle(differences: list[dict[str, Any]], what: str) -> None:
@@ -131,13 +80,6 @@ def settle(differences: list[dict[str, Any]], what: str) -> None:
             f"{what} differs, here: {first['where']}: {first['what']}{more}; "
             "compare with another copy of the log and the store to see which one was changed"
         )
-
-
-def _audit(evidence: Evidence, artifacts: Artifacts, other: dict[str, str], **options: Any) -> dict[str, Any]:
-    from connito.audit.audit import Options, against, audit
-
-    audited = audit(evidence, artifacts, Options(**options))
-    return (against(audited, other) if other else audited).to_json()
 
 
 def _chain_of(path: Path | None) -> dict[str, str]:
@@ -166,9 +108,5 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
     return "\n".join(lines)
 
 
-def _progress(text: str) -> None:
+def tell(text: str) -> None:
     typer.echo(f"  {text}", err=True)
-
-
-def _silent(_: str) -> None:
-    """Ignore progress: with --json nothing else is printed."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connito.cli.audit import FromOption, NoModelFlag, ThreadsOption, ToleranceOption, as_the_run_had, read_and, settle
+from connito.cli.audit import FromOption, NoModelFlag, ThreadsOption, ToleranceOption, settle, tell
 from connito.cli.output import DataDirOption, JsonFlag, emit
 from connito.render import formats
+from connito.runtime.progress import silent
 from connito.wire.identity import short_key
 
 if TYPE_CHECKING:
-    from connito.audit.artifacts import Artifacts, Named
     from connito.audit.evidence import Evidence
-    from connito.audit.receipts import SubmissionId
 
 
 def explain(
@@ -32,47 +29,15 @@ def explain(
 
     Exits with 6 where anything differs.
     """
-    from connito.audit.access import check_tolerance
-    from connito.audit.receipts import SubmissionId
+    from connito.audit.runs import AuditOptions
+    from connito.audit.runs import explain as recompute
 
-    check_tolerance(tolerance)
-    wanted = SubmissionId.parse(submission)
-    evidence, document = asyncio.run(
-        read_and(
-            folder,
-            data_dir,
-            wanted.run,
-            as_json,
-            lambda evidence: _choose(evidence, wanted),
-            lambda evidence, artifacts, say: _explain(
-                evidence,
-                artifacts,
-                wanted,
-                model=not no_model,
-                threads=as_the_run_had(threads, folder, data_dir),
-                tolerance=tolerance,
-                say=say,
-            ),
-        )
-    )
+    say = silent if as_json else tell
+    options = AuditOptions(folder, data_dir, not no_model, threads, tolerance, say)
+    evidence, explained = recompute(submission, options)
+    document = explained.to_json()
     emit(as_json, document, lambda: _text(document, evidence))
     settle(document["differences"], f"submission {submission}")
-
-
-def _choose(evidence: Evidence, wanted: SubmissionId) -> Callable[[Named], bool]:
-    """Return the artifacts of a cycle. Raises first if there is no such submission."""
-    from connito.audit.receipts import find_miner, needs, receipt
-
-    receipt(evidence, wanted.cycle, find_miner(evidence, wanted))
-    return lambda entry: needs(entry, wanted.cycle)
-
-
-def _explain(evidence: Evidence, artifacts: Artifacts, wanted: SubmissionId, **options: Any) -> dict[str, Any]:
-    from connito.audit.audit import Options
-    from connito.audit.receipts import explain, find_miner
-
-    miner = find_miner(evidence, wanted)
-    return explain(evidence, artifacts, wanted.cycle, miner, Options(**options)).to_json()
 
 
 def _text(document: dict[str, Any], evidence: Evidence) -> str:

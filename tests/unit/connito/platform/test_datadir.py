@@ -91,7 +91,10 @@ def test_leftovers_are_ended_and_strangers_with_the_same_number_are_not(data: Da
 def test_what_a_run_computed_with_is_what_an_audit_computes_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from connito.cli.audit import as_the_run_had
+    from connito.audit.runs import AuditOptions
+
+    def as_the_run_had(threads: int | None, folder: Path | None, data_dir: Path | None) -> int:
+        return AuditOptions(folder, data_dir, threads=threads).threads_of_run()
 
     monkeypatch.delenv("CONNITO_NATS_URL", raising=False)
     DataDir.open(tmp_path).keep_threads(1)
