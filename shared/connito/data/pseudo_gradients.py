@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from connito.data.tensors import read_header, read_tensors, to_float32
+from connito.data.tensors import read_header, to_float32, view_tensor
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
 
@@ -92,8 +92,8 @@ class DeltaSubset:
 
 def load_float32(path: Path, name: str) -> NDArray[np.float32]:
     """Return one floating-point tensor of a state file as float32."""
-    arrays, _ = read_tensors(path, [name])
-    return to_float32(arrays[name], read_header(path).entries[name].dtype)
+    header = read_header(path)
+    return to_float32(view_tensor(np.memmap(path, dtype=np.uint8, mode="r"), header, name), header.entries[name].dtype)
 
 
 def gram_matrix(deltas: Deltas) -> NDArray[np.float64]:

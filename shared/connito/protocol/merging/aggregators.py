@@ -214,32 +214,34 @@ def outer_step(
     return stepped.astype(np.float32), velocity.astype(np.float32)
 
 
-def write_step(
-    how: Plan,
-    deltas: Deltas,
-    parent: Path,
-    momentum: Path | None,
-    learning_rate: float,
-    mu: float,
-    out_state: Path,
-    out_momentum: Path,
-) -> None:
+@dataclass(frozen=True)
+class OuterStep:
+    """Where an outer step starts and how far it goes; without a file of momentum it starts at rest."""
+
+    parent: Path
+    momentum: Path | None
+    learning_rate: float
+    mu: float
+
+
+def write_step(how: Plan, deltas: Deltas, step: OuterStep, out_state: Path, out_momentum: Path) -> None:
     """Write θ_{t+1} and the new outer momentum to files, one tensor in memory at a time.
 
     The state keeps the parent's names, shapes, dtypes and metadata; momentum is float32 over the same rows. Raises
     `Invalid` (NON_FINITE) where a number overflows.
     """
-    header = read_header(parent)
+    header = read_header(step.parent)
     layout: Layout = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
     speeds: Layout = {name: ("F32", shape) for name, (_, shape) in layout.items()}
     with TensorWriter(out_state, layout, header.metadata) as state, TensorWriter(out_momentum, speeds) as velocity:
         # Same dtype everywhere in a state, hence the same order in both files.
         assert state.names == velocity.names, "a state has one dtype"
         for name in state.names:
-            before = None if momentum is None else load_float32(momentum, name)
+            before = None if step.momentum is None else load_float32(step.momentum, name)
             with np.errstate(over="ignore", invalid="ignore"):
                 delta = aggregate(how, deltas, name)
-                stepped, speed = outer_step(load_float32(parent, name), delta, before, learning_rate, mu)
+                theta = load_float32(step.parent, name)
+                stepped, speed = outer_step(theta, delta, before, step.learning_rate, step.mu)
                 rounded = from_float32(stepped, layout[name][0])
             if not (np.isfinite(to_float32(rounded, layout[name][0])).all() and np.isfinite(speed).all()):
                 raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE, about=name)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset
 from connito.data.tensors import TensorWriter, read_header
-from connito.protocol.merging.aggregators import Gram, Plan, plan, write_step
+from connito.protocol.merging.aggregators import Gram, OuterStep, Plan, plan, write_step
 from connito.v1 import cycle_pb2, run_pb2
 
 # A delta this many times longer than the median one is an outlier.
@@ -109,10 +109,11 @@ def write_candidate(
     how = plan_of(attempt, ingredients, policy)
     deltas = DeltaSubset(ingredients.deltas, attempt.members)
     if attempt.decision == cycle_pb2.GATE_DECISION_TOP_1:
-        momentum, learning_rate, mu = None, 1.0, 0.0
+        step = OuterStep(ingredients.parent, None, 1.0, 0.0)
     else:
-        momentum, learning_rate, mu = ingredients.momentum, policy.outer_learning_rate, policy.outer_momentum
-    write_step(how, deltas, ingredients.parent, momentum, learning_rate, mu, out_state, out_momentum)
+        rate, mu = policy.outer_learning_rate, policy.outer_momentum
+        step = OuterStep(ingredients.parent, ingredients.momentum, rate, mu)
+    write_step(how, deltas, step, out_state, out_momentum)
     miners = [ingredients.submissions[index].miner for index in attempt.members]
     return {miner: weight for miner, weight in zip(miners, how.weights, strict=True) if weight > 0.0}
 

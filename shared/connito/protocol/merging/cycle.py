@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def merge_cycle(
         agreed,
         unusable,
         files,
-        lambda useful: _Merge(facts, cycle, useful, measure, folder),
+        lambda useful: _Measured(facts, cycle, useful, measure, folder),
     )
 
 
@@ -95,7 +96,7 @@ def remerge_cycle(
         agreed,
         unusable,
         files,
-        lambda useful: _Remerge(facts, cycle, useful, published, folder),
+        lambda useful: _Recorded(facts, cycle, useful, published, folder),
     )
 
 
@@ -165,38 +166,28 @@ def _only(all_: MergeInputs, members: Sequence[int]) -> MergeInputs:
     )
 
 
-class _Merge:
+class _Merge(ABC):
     """Candidates of one cycle: built on demand, measured by the gate, the accepted one published."""
 
-    def __init__(self, facts: RunFacts, cycle: int, ingredients: MergeInputs, measure: Measure, folder: Path) -> None:
+    def __init__(self, facts: RunFacts, cycle: int, ingredients: MergeInputs, folder: Path) -> None:
         opened = facts.window("train", cycle).require_opened()
         self.facts, self.cycle, self.spec, self.opened = facts, cycle, facts.require_spec(), opened
-        self.ingredients, self.measure, self.folder = ingredients, measure, folder
+        self.ingredients, self.folder = ingredients, folder
         self._weights: dict[Attempt, dict[str, float]] = {}
-
-    def run(self) -> Outcome:
-        """Try the candidates. Without any, nothing is measured."""
-        tries = list(attempts(self.ingredients))
-        incumbent = self._parent_losses("gate") if tries else Losses({})
-        margin = self.spec.merging.gate_general_margin
-        return choose(tries, incumbent, self._try, self.spec.holdout.domain, margin)
-
-    def _parent_losses(self, part: Part) -> Losses:
-        return self.measure(part, self.opened.state.digest, self.ingredients.parent)
 
     def _paths(self, attempt: Attempt) -> tuple[Path, Path]:
         stem = f"{self.cycle}-{attempt.decision}"
         return self.folder / f"{stem}-state.safetensors", self.folder / f"{stem}-momentum.safetensors"
 
-    def _try(self, attempt: Attempt) -> Losses | Finding:
-        state, momentum = self._paths(attempt)
-        try:
-            self._weights[attempt] = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
-        except Invalid as error:
-            if error.reason != reasons_pb2.REASON_NON_FINITE:
-                raise
-            return Finding(kind=cycle_pb2.FINDING_KIND_GATE_OVERFLOW, name=error.about)
-        return self.measure("gate", _digest(state), state)
+    @abstractmethod
+    def run(self) -> Outcome:
+        """Return the candidate that stands."""
+
+    @abstractmethod
+    def _gate_losses(self, outcome: Outcome) -> list[cycle_pb2.DomainLoss]: ...
+
+    @abstractmethod
+    def _report_losses(self, digest: str, state: Path) -> list[cycle_pb2.DomainLoss]: ...
 
     def weights(self, outcome: Outcome) -> dict[str, float]:
         """Return shares of the merge that stands."""
@@ -238,6 +229,42 @@ class _Merge:
         )
         return Merged(scored, version, state, momentum)
 
+    def _unmoved(self) -> tuple[Path, Path]:
+        """Return the incumbent, with the momentum it came with."""
+        momentum = self.ingredients.momentum
+        if momentum is None:
+            momentum = self.folder / "resting-momentum.safetensors"
+            write_resting_momentum(self.ingredients.parent, momentum)
+        return self.ingredients.parent, momentum
+
+
+class _Measured(_Merge):
+    """Candidates tried one after the other, each measured by the gate."""
+
+    def __init__(self, facts: RunFacts, cycle: int, ingredients: MergeInputs, measure: Measure, folder: Path) -> None:
+        super().__init__(facts, cycle, ingredients, folder)
+        self.measure = measure
+
+    def run(self) -> Outcome:
+        """Try the candidates. Without any, nothing is measured."""
+        tries = list(attempts(self.ingredients))
+        incumbent = self._parent_losses("gate") if tries else Losses({})
+        margin = self.spec.merging.gate_general_margin
+        return choose(tries, incumbent, self._try, self.spec.holdout.domain, margin)
+
+    def _parent_losses(self, part: Part) -> Losses:
+        return self.measure(part, self.opened.state.digest, self.ingredients.parent)
+
+    def _try(self, attempt: Attempt) -> Losses | Finding:
+        state, momentum = self._paths(attempt)
+        try:
+            self._weights[attempt] = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
+        except Invalid as error:
+            if error.reason != reasons_pb2.REASON_NON_FINITE:
+                raise
+            return Finding(kind=cycle_pb2.FINDING_KIND_GATE_OVERFLOW, name=error.about)
+        return self.measure("gate", _digest(state), state)
+
     def _gate_losses(self, outcome: Outcome) -> list[cycle_pb2.DomainLoss]:
         return self._compare(self._parent_losses("gate"), outcome.after) if outcome.after.sums else []
 
@@ -251,14 +278,6 @@ class _Merge:
                 loss.sequence_tokens.extend(before.rows[loss.domain][1])
         return losses
 
-    def _unmoved(self) -> tuple[Path, Path]:
-        """Return the incumbent, with the momentum it came with."""
-        momentum = self.ingredients.momentum
-        if momentum is None:
-            momentum = self.folder / "resting-momentum.safetensors"
-            write_resting_momentum(self.ingredients.parent, momentum)
-        return self.ingredients.parent, momentum
-
     @staticmethod
     def _compare(before: Losses, after: Losses) -> list[cycle_pb2.DomainLoss]:
         old, new = before.per_token(), after.per_token()
@@ -268,7 +287,7 @@ class _Merge:
         ]
 
 
-class _Remerge(_Merge):
+class _Recorded(_Merge):
     """The candidate that a published version names, built without measuring anything."""
 
     def __init__(
@@ -279,7 +298,7 @@ class _Remerge(_Merge):
         published: cycle_pb2.VersionPublished,
         folder: Path,
     ) -> None:
-        super().__init__(facts, cycle, ingredients, _never, folder)
+        super().__init__(facts, cycle, ingredients, folder)
         self._published = published
 
     def run(self) -> Outcome:
@@ -299,10 +318,6 @@ class _Remerge(_Merge):
 
     def _report_losses(self, digest: str, state: Path) -> list[cycle_pb2.DomainLoss]:
         return list(self._published.losses)
-
-
-def _never(part: Part, digest: str, state: Path) -> Losses:
-    raise AssertionError("nothing is measured here")
 
 
 def _digest(path: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.tensors import from_float32, read_header, read_tensors
 from connito.errors import Invalid
-from connito.protocol.merging.aggregators import aggregate, outer_step, plan, write_step
+from connito.protocol.merging.aggregators import OuterStep, aggregate, outer_step, plan, write_step
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import reasons_pb2
 from hypothesis import given
@@ -171,8 +171,10 @@ def test_a_step_over_files_keeps_the_layout_and_repeats_bit_for_bit(tmp_path: Pa
     outputs = []
     for attempt in ("x", "y"):
         state, momentum = tmp_path / f"{attempt}s", tmp_path / f"{attempt}m"
-        write_step(how, deltas, parent, None, 0.7, 0.9, state, momentum)
-        write_step(how, deltas, state, momentum, 0.7, 0.9, tmp_path / f"{attempt}s2", tmp_path / f"{attempt}m2")
+        write_step(how, deltas, OuterStep(parent, None, 0.7, 0.9), state, momentum)
+        write_step(
+            how, deltas, OuterStep(state, momentum, 0.7, 0.9), tmp_path / f"{attempt}s2", tmp_path / f"{attempt}m2"
+        )
         outputs.append([(tmp_path / f"{attempt}{kind}").read_bytes() for kind in ("s", "m", "s2", "m2")])
     assert outputs[0] == outputs[1]
     assert read_header(tmp_path / "xs").entries == read_header(parent).entries
@@ -183,7 +185,7 @@ def test_a_step_over_files_keeps_the_layout_and_repeats_bit_for_bit(tmp_path: Pa
 def test_plain_step_over_files_is_the_mean_of_the_files(tmp_path: Path) -> None:
     parent, deltas = states(tmp_path, "F32")
     how = plan("mean", [1.0] * 3, [0] * 3, gram_matrix(deltas))
-    write_step(how, deltas, parent, None, 1.0, 0.0, tmp_path / "s", tmp_path / "m")
+    write_step(how, deltas, OuterStep(parent, None, 1.0, 0.0), tmp_path / "s", tmp_path / "m")
     found, _ = read_tensors(tmp_path / "s")
     for name, array in found.items():
         mean = np.mean([read_tensors(path)[0][name] for path in deltas.states], axis=0)
@@ -197,6 +199,6 @@ def test_overflow_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     deltas = DeltaFiles([tmp_path / "a"], [tmp_path / "b"])
     how = plan("mean", [1.0], [0], gram_matrix(deltas))
     with pytest.raises(Invalid, match="overflows") as raised:
-        write_step(how, deltas, tmp_path / "b", None, 5.0, 0.9, tmp_path / "s", tmp_path / "m")
+        write_step(how, deltas, OuterStep(tmp_path / "b", None, 5.0, 0.9), tmp_path / "s", tmp_path / "m")
     assert raised.value.reason == reasons_pb2.REASON_NON_FINITE
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
-from connito.protocol.merging.aggregators import aggregate, plan, write_step
+from connito.protocol.merging.aggregators import OuterStep, aggregate, plan, write_step
 from connito.protocol.policy.choices import AGGREGATORS
 from numpy.typing import NDArray
 from scipy import optimize, stats
@@ -185,7 +185,7 @@ def _peak(kind: str, folder: Path, tensors: int) -> int:
     tracemalloc.start()
     try:
         how = plan(kind, [0.5, 0.4, 0.3, 0.2, 0.1], [0] * COUNT, gram_matrix(deltas))
-        write_step(how, deltas, folder / str(COUNT), None, 0.7, 0.9, folder / "state", folder / "momentum")
+        write_step(how, deltas, OuterStep(folder / str(COUNT), None, 0.7, 0.9), folder / "state", folder / "momentum")
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
