@@ -7,7 +7,7 @@ import json
 import tempfile
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from connito.bus import Bus, CaughtUp, offences
 from connito.errors import Invalid, Retry
@@ -17,6 +17,7 @@ from connito.library.attestation import encode as encode_attestation
 from connito.library.card import render
 from connito.library.deposit_plan import STREAMS, Deposit, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
+from connito.library.schema import ExpertRecord
 from connito.library.start import start_ref
 from connito.runtime import metrics
 from connito.store import ArtifactStore
@@ -97,7 +98,7 @@ class Depositor:
         message.attestation.CopyFrom(await self._store.put_bytes(attestation, "application/json", PUBLIC))
         return message
 
-    async def _describe(self, record: dict[str, Any], expert: artifacts_pb2.ArtifactRef) -> run_pb2.ExpertDeposited:
+    async def _describe(self, record: ExpertRecord, expert: artifacts_pb2.ArtifactRef) -> run_pb2.ExpertDeposited:
         """Store card and record; the record names the card, so that whoever has one has both."""
         card = await self._store.put_bytes(render(record).encode(), CARD_MEDIA_TYPE, PUBLIC)
         record["card"] = {"digest": card.digest, "bytes": card.size}

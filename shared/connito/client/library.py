@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from connito.client.connection import Connection
 from connito.errors import Invalid
+from connito.library.schema import ExpertRecord, read_record
 from connito.v1 import run_pb2, services_pb2
 from connito.v1.services_pb2 import ExpertSummary
 
@@ -64,10 +64,10 @@ class Library:
                 break
         return found[:limit]
 
-    def show(self, expert_id: str) -> tuple[ExpertSummary, dict[str, Any]]:
+    def show(self, expert_id: str) -> tuple[ExpertSummary, ExpertRecord]:
         """Return one expert and its record. Raises `NotFound` for an unknown id."""
         answer = self._get(expert_id)
-        return answer.expert, json.loads(answer.record_json)
+        return answer.expert, read_record(answer.record_json, expert_id)
 
     def attestation(self, expert_id: str) -> str:
         """Return the signatures behind an expert, JSON for `attestation.json`; empty for deposits older than they are."""

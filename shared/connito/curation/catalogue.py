@@ -15,6 +15,7 @@ from connito.library.artifact import EXPERT_FILE
 from connito.library.governance import attribute
 from connito.library.hits import Hit, Ranked
 from connito.library.hits import search as find
+from connito.library.schema import ExpertRecord
 from connito.library.searches import remember
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _better(hit: Hit) -> tuple[float, float, str]:
     return (-hit.score, -(hit.saving if hit.saving is not None else float("-inf")), hit.expert_id)
 
 
-def deposit(folder: Path, library: Holdings | None = None) -> dict[str, Any]:
+def deposit(folder: Path, library: Holdings | None = None) -> ExpertRecord:
     """Put an expert, or a model made of experts, on the shelf; returns its record."""
     folder, record = read_folder(Path(folder))
     local = (library or Holdings()).open_shelf(make=True)

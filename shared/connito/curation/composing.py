@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from connito.base.loading import load_full, load_tokenizer
 from connito.curation.holdings import Agreement, Expert, Holdings
@@ -20,6 +19,7 @@ from connito.experts.measure import loss
 from connito.experts.replacement import replace_expert
 from connito.experts.routing import Routing, variants_of
 from connito.library.governance import Permission
+from connito.library.schema import ExpertRecord
 from connito.moe.evaluate import Evaluator
 
 
@@ -27,7 +27,7 @@ from connito.moe.evaluate import Evaluator
 class Composed:
     """A new expert on disk: its record, and what its parents' licences oblige to."""
 
-    record: dict[str, Any]
+    record: ExpertRecord
     permission: Permission
 
 
@@ -238,7 +238,7 @@ def _ids(experts: Sequence[Expert]) -> list[str]:
     return [str(record["expert_id"]) for _, record in experts]
 
 
-def _weights_in(record: Mapping[str, Any], expert: str, composition: str | Path) -> dict[str, float]:
+def _weights_in(record: ExpertRecord, expert: str, composition: str | Path) -> dict[str, float]:
     """Return weights by parent. Raises `NotFound` when `expert` is none of them."""
     weights = {parent["expert_id"]: parent["weight"] for parent in record.get("derived", {}).get("parents", [])}
     if expert not in weights:
@@ -248,7 +248,7 @@ def _weights_in(record: Mapping[str, Any], expert: str, composition: str | Path)
     return weights
 
 
-def _recipe(record: Mapping[str, Any]) -> Recipe:
+def _recipe(record: ExpertRecord) -> Recipe:
     settings = record["derived"]["settings"]
     return Recipe(settings["method"], settings["density"], settings["scale"])
 
@@ -260,7 +260,7 @@ def _write(
     mixture: Mixture,
     permission: Permission,
     measure: Mapping[str, Path] | None = None,
-) -> dict[str, Any]:
+) -> ExpertRecord:
     texts = cut_by_domain(load_tokenizer(base), measure) if measure else {}
     return compose_experts(
         load_full(base), experts, out, mixture, license=permission.license, created=now_iso(), texts=texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from connito.errors import Invalid
 from connito.library.artifact import EXPERT_FILE
 from connito.library.attestation import ATTESTATION_FILE, check_attestation
 from connito.library.governance import Permission
+from connito.library.schema import ExpertRecord
 from connito.library.shelf import check_expert
 from connito.wire.roster import Roster
 
@@ -35,9 +37,9 @@ def export(
     library = library or Holdings()
     found = library.find(str(expert))
     permission = library.permit([found], "export", agreement or Agreement())
-    document = _export_whole(found, base, out) if base is not None else _copy(found, out)
+    written: Mapping[str, object] = _copy(found, out) if base is None else _export_whole(found, base, out)
     library.meter([found[1]], "export")
-    document = {**document, "license": permission.license, "attribution": permission.attribution}
+    document = {**written, "license": permission.license, "attribution": permission.attribution}
     return Exported(document, permission)
 
 
@@ -89,7 +91,7 @@ def _verify_on(expert: Expert, base: Path, library: Holdings) -> str:
     return f"in the base it changes {len(loaded.changed)} rows and nothing else, and leaves no trace when removed"
 
 
-def _export_whole(expert: Expert, base: Path, out: Path) -> dict[str, Any]:
+def _export_whole(expert: Expert, base: Path, out: Path) -> ExpertRecord:
     from connito.base.loading import load_full, load_tokenizer
     from connito.data.manifest import build_manifest
     from connito.experts.export import ModelSource, export_model
@@ -106,7 +108,7 @@ def _export_whole(expert: Expert, base: Path, out: Path) -> dict[str, Any]:
     return export_model(model, out, load_tokenizer(base), source)
 
 
-def _copy(expert: Expert, out: Path) -> dict[str, Any]:
+def _copy(expert: Expert, out: Path) -> Mapping[str, object]:
     folder, record = expert
     if out.exists() and any(out.iterdir()):
         raise Invalid(f"{out} is not empty: choose another folder")

@@ -18,6 +18,7 @@ from connito.errors import NotFound
 from connito.experts import flex
 from connito.experts.export import ModelSource, export_model
 from connito.experts.measure import BaselineLosses
+from connito.library.schema import Base, ExpertRecord
 from connito.moe.layout import require_moe_layers
 
 
@@ -56,7 +57,7 @@ def grow(name: str, base: Path, out: Path, options: GrowOptions) -> flex.Additio
     return made
 
 
-def join(additions: Sequence[Path], base: Path, out: Path, measure: Mapping[str, Path] | None = None) -> dict[str, Any]:
+def join(additions: Sequence[Path], base: Path, out: Path, measure: Mapping[str, Path] | None = None) -> ExpertRecord:
     """Put additions beside the base's experts, in any order and with no training, into the new folder `out` (FlexOlmo).
 
     Returns the record. `measure`: text by domain.
@@ -68,12 +69,12 @@ def join(additions: Sequence[Path], base: Path, out: Path, measure: Mapping[str,
     ids = flex.opt_in(model, members)
     added = [{"name": m.name, "digest": m.digest, "experts": ids[m.name]} for m in members]
     settings = {"additions": added, "anchor": anchors}
-    identity = {"name": manifest.name, "manifest": manifest.digest}
+    identity: Base = {"name": manifest.name, "manifest": manifest.digest}
     source = ModelSource("join", identity, settings=settings, losses=before.compare(model))
     return export_model(model, out, tokenizer, source)
 
 
-def branches(seed: Path, out: Path, options: BranchOptions) -> dict[str, Any]:
+def branches(seed: Path, out: Path, options: BranchOptions) -> ExpertRecord:
     """Make one MoE of dense specialists of one `seed`: their MLPs are its experts, the rest is averaged (BTX).
 
     Returns the record of the new folder `out`. Raises `NotFound` for a folder that holds no model.
@@ -87,7 +88,7 @@ def branches(seed: Path, out: Path, options: BranchOptions) -> dict[str, Any]:
     specialists = {name: _dense(folder) for name, folder in options.branches.items()}
     with torch.inference_mode():
         made: Any = import_branches(root, specialists, tables, moe_layers=options.moe_layers, top_k=options.top_k)
-    identity = {"name": seed.name, "manifest": digests([seed / "config.json"])[0]}
+    identity: Base = {"name": seed.name, "manifest": digests([seed / "config.json"])[0]}
     settings = {"branches": [*options.branches], "moe_layers": options.moe_layers, "top_k": options.top_k}
     source = ModelSource("branches", identity, settings=settings, losses=before.compare(made))
     return export_model(made, out, tokenizer, source)

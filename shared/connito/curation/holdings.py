@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from connito.client import Client
-from connito.errors import Invalid, NotFound, Retry
+from connito.errors import NotFound, Retry
 from connito.library.artifact import EXPERT_FILE, MODEL_FILE, RECORD_FILE
 from connito.library.governance import Permission, Use, Viewer, check_use
+from connito.library.schema import ExpertRecord, read_record
 from connito.library.shelf import Shelf
 from connito.platform.datadir import default_data_dir
 from connito.platform.session import Session
 
-Expert = tuple[Path, dict[str, Any]]  # folder, record
+Expert = tuple[Path, ExpertRecord]  # folder, record
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,7 @@ def read_folder(path: Path) -> Expert:
         raise NotFound(
             f"{path} holds no expert: it needs {EXPERT_FILE} and {RECORD_FILE}, as `library export` writes them"
         )
-    try:
-        record: dict[str, Any] = json.loads((path / RECORD_FILE).read_bytes())
-    except ValueError as error:
-        raise Invalid(f"{path / RECORD_FILE} is not a record: {error}") from error
-    return path, record
+    return path, read_record((path / RECORD_FILE).read_bytes(), path / RECORD_FILE)
 
 
 def now_ms() -> int:

@@ -20,6 +20,7 @@ from connito.experts.load import load_expert
 from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import BaselineLosses, loss
 from connito.experts.token_skipping import skip_thresholds, skipping
+from connito.library.schema import Base, ExpertRecord
 from connito.moe.layout import require_moe_layers
 from connito.moe.statistics import collect
 
@@ -77,7 +78,7 @@ class Skipping:
 
 def prune(
     source: ShrinkSource, out: Path, options: PruneOptions | None = None, library: Holdings | None = None
-) -> dict[str, Any]:
+) -> ExpertRecord:
     """Leave experts out under a budget; writes a checkpoint that transformers loads, and returns its record."""
     options = options or PruneOptions()
     if not (options.max_experts or options.max_bytes or options.method in WITHOUT_BUDGET):
@@ -88,7 +89,7 @@ def prune(
 
 def extract(
     source: ShrinkSource, out: Path, options: ExtractOptions | None = None, library: Holdings | None = None
-) -> dict[str, Any]:
+) -> ExpertRecord:
     """Extract the smallest set of experts that speaks a domain, with its measured loss; returns the record."""
     options = options or ExtractOptions()
     loaded = _load(source, library or Holdings())
@@ -97,7 +98,7 @@ def extract(
         "margin": options.margin, "per_layer": options.per_layer, "tried": found.tried, "data": digests(source.data),
     }  # fmt: skip
     measured = {"full": found.full_loss, "pruned": found.loss}
-    return _export(loaded, out, ModelSource("extract", {}, found.keep, settings, measured))
+    return _export(loaded, out, ModelSource("extract", _UNNAMED, found.keep, settings, measured))
 
 
 def skip(base: Path, data: Sequence[Path], beta: float | None = None) -> Skipping:
@@ -113,6 +114,10 @@ def skip(base: Path, data: Sequence[Path], beta: float | None = None) -> Skippin
     return Skipping(dict(betas), skipped.share, full, light)
 
 
+# `_export` names the base.
+_UNNAMED: Base = {"name": "", "manifest": ""}
+
+
 @dataclass
 class _Loaded:
     """The model with the experts in it, the texts that decide and measure, and the losses before."""
@@ -123,7 +128,7 @@ class _Loaded:
     text: npt.NDArray[Any]
     held_out: npt.NDArray[Any]
     domain: str
-    parents: list[dict[str, Any]]
+    parents: list[ExpertRecord]
     license: str
     before: BaselineLosses
 
@@ -142,7 +147,7 @@ def _load(source: ShrinkSource, library: Holdings) -> _Loaded:
     return _Loaded(source, model, tokenizer, text, held_out, name, parents, license_, before)
 
 
-def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
+def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     model, budget = loaded.model, {"max_experts": options.max_experts, "max_bytes": options.max_bytes}
     settings: dict[str, Any] = {"method": options.method, **budget, "data": digests(loaded.source.data)}
     if options.method == "task":
@@ -154,10 +159,10 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
     measured = {"full": loss(model, loaded.held_out)}
     with pruning.masked(model, keep):
         measured["pruned"] = loss(model, loaded.held_out)
-    return _export(loaded, out, ModelSource("prune", {}, keep, settings, measured), dense=options.dense)
+    return _export(loaded, out, ModelSource("prune", _UNNAMED, keep, settings, measured), dense=options.dense)
 
 
-def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
+def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     """Make every expert smaller; all of them stay."""
     model, extra = loaded.model, dict[str, Mapping[str, "torch.Tensor"]]()
     measured = {"full": loss(model, loaded.held_out)}
@@ -170,7 +175,7 @@ def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> dict[str, Any]:
         settings["ranks"] = {str(index): chosen for index, chosen in ranks.items()}
     measured["pruned"] = loss(model, loaded.held_out)
     keep = {index: list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
-    return _export(loaded, out, ModelSource("prune", {}, keep, settings, measured), extra)
+    return _export(loaded, out, ModelSource("prune", _UNNAMED, keep, settings, measured), extra)
 
 
 def _export(
@@ -180,7 +185,7 @@ def _export(
     extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     *,
     dense: bool = False,
-) -> dict[str, Any]:
+) -> ExpertRecord:
     """Write what `source.keep` leaves of the model; everything else that the record says follows from `loaded`."""
     manifest = build_manifest(loaded.source.base)
     total = sum(layer.num_experts for layer in require_moe_layers(loaded.model).values())

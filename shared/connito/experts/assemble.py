@@ -6,7 +6,6 @@ The expert that comes out is an ordinary one: `connito.load_expert(model, folder
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from connito.library.artifact import EXPERT_FILE, RECORD_FILE, ExpertHeader, ten
 from connito.library.card import write_card
 from connito.library.derived import derived_record
 from connito.library.record import encode
+from connito.library.schema import ExpertRecord, Loss, read_record
 from connito.moe.rows import base_digests, fingerprint, write_rows
 from connito.moe.state import save_state
 from connito.v1 import reasons_pb2
@@ -28,7 +28,7 @@ from connito.v1 import reasons_pb2
 if TYPE_CHECKING:
     from torch import nn
 
-Expert = tuple[Path, Mapping[str, Any]]  # folder, record
+Expert = tuple[Path, ExpertRecord]  # folder, record
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def compose_experts(
     license: str,  # noqa: A002 - the record's word
     created: str,
     texts: Texts | None = None,
-) -> dict[str, Any]:
+) -> ExpertRecord:
     """Merge `experts` on the bare base `model` and write the result to the folder `out`.
 
     Returns its record; `derived.settings` holds recipe, conflicts and `extra`. `texts`, int32 [n, L + 1] by domain, are
@@ -88,7 +88,7 @@ def compose_experts(
     return record
 
 
-def _measured(model: nn.Module, rows: Rows, base: Rows, texts: Texts) -> list[dict[str, Any]]:
+def _measured(model: nn.Module, rows: Rows, base: Rows, texts: Texts) -> list[Loss]:
     """Return losses by domain without and with `rows`; the model is the base again afterwards."""
     if not texts:
         return []
@@ -100,13 +100,13 @@ def _measured(model: nn.Module, rows: Rows, base: Rows, texts: Texts) -> list[di
         write_rows(model, layers_of(rows), state_of({key: base[key] for key in rows}))
 
 
-def verify_composition(model: nn.Module, folder: Path, parents: Sequence[Expert]) -> dict[str, Any]:
+def verify_composition(model: nn.Module, folder: Path, parents: Sequence[Expert]) -> ExpertRecord:
     """Recompute a composed expert from its parents on the bare base `model`, offline; returns its record.
 
     Raises `VerificationFailed` when a parent is missing or another than the record names, or when the recomputed file
     is not this one, bit for bit.
     """
-    record: dict[str, Any] = json.loads((folder / RECORD_FILE).read_bytes())
+    record = read_record((folder / RECORD_FILE).read_bytes(), folder / RECORD_FILE)
     derived = record.get("derived", {})
     if derived.get("verb") not in ("compose", "upgrade"):
         raise Invalid(f"{record.get('expert_id')} is not a composition: there is nothing to recompute")

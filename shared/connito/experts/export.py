@@ -7,7 +7,6 @@ base, which of its experts are inside, and what was measured. It can be verified
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from connito.library.artifact import MODEL_FILE, MODEL_FORMAT, RECORD_FILE, tens
 from connito.library.card import write_card
 from connito.library.derived import model_record
 from connito.library.record import encode
+from connito.library.schema import Base, ExpertRecord, Loss, read_record
 from connito.moe.layout import require_moe_layers
 from connito.v1 import reasons_pb2
 
@@ -41,13 +41,13 @@ class ModelSource:
     """
 
     verb: str
-    base: Mapping[str, str]
+    base: Base
     keep: Keep = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
-    parents: Sequence[Mapping[str, Any]] = ()
+    parents: Sequence[ExpertRecord] = ()
     license: str = ""
-    losses: Sequence[Mapping[str, Any]] = ()
+    losses: Sequence[Loss] = ()
     domain: str = ""
     total: int = 0
     created: str = ""
@@ -59,7 +59,7 @@ def export_model(
     tokenizer: Any,
     source: ModelSource,
     extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
-) -> dict[str, Any]:
+) -> ExpertRecord:
     """Write `model`, and `extra` tensors by file name, to the new folder `out`; returns its record.
 
     The record is a library record: `library deposit` puts the folder on a shelf. Raises `Invalid` when layers differ in
@@ -94,7 +94,7 @@ def export_model(
     return record
 
 
-def verify_export(folder: Path, base: Path | None = None) -> dict[str, Any]:
+def verify_export(folder: Path, base: Path | None = None) -> ExpertRecord:
     """Check an exported model offline; returns its record.
 
     Every file against its digest, and nothing in the folder that the record does not name. With the `base` folder, and
@@ -104,9 +104,9 @@ def verify_export(folder: Path, base: Path | None = None) -> dict[str, Any]:
     path = folder / RECORD_FILE
     if not path.is_file():
         raise NotFound(f"there is no {RECORD_FILE} in {folder}: it is not an export")
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record.get("format") != FORMAT:
-        raise VerificationFailed(f"{path} is not the record of a model, but {record.get('format')!r}")
+    record = read_record(path.read_bytes(), path)
+    if record["format"] != FORMAT:
+        raise VerificationFailed(f"{path} is not the record of a model, but {record['format']!r}")
     present = {file.name for file in folder.iterdir()} - {RECORD_FILE}
     if odd := sorted(present ^ set(record["files"])):
         raise VerificationFailed(f"{folder} and its record disagree about the file {odd[0]}; export it again")
@@ -138,7 +138,7 @@ def verify_insertion(folder: Path, base: Path, experts: Sequence[Path]) -> None:
             )
 
 
-def _compare_with_base(folder: Path, base: Path, record: Mapping[str, Any]) -> None:
+def _compare_with_base(folder: Path, base: Path, record: ExpertRecord) -> None:
     from connito.base.loading import load_full
     from connito.data.manifest import build_manifest
 

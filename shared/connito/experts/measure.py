@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from connito.library.interval import change_interval
+from connito.library.schema import Loss
 from connito.moe.head import Head
 
 if TYPE_CHECKING:
@@ -47,23 +48,20 @@ class BaselineLosses:
         """Measure `texts`, int32 [n, L + 1] by domain."""
         return cls(dict(texts), {domain: sequence_losses(model, table) for domain, table in texts.items()})
 
-    def compare(self, model: nn.Module) -> list[dict[str, Any]]:
+    def compare(self, model: nn.Module) -> list[Loss]:
         """Return rows of a record: by domain the loss before and after, in nats per token, and the change's 95 %
         interval.
         """
-        rows = []
+        rows: list[Loss] = []
         for domain, table in self.texts.items():
             before, after = self.sums[domain], sequence_losses(model, table)
             counts = [int(table.shape[1]) - 1] * len(table)
             total = max(1, sum(counts))
             interval = change_interval(before, after, counts)
-            rows.append(
-                {
-                    "domain": domain,
-                    "before": math.fsum(before) / total,
-                    "after": math.fsum(after) / total,
-                    "tokens": total,
-                    **({"change_low": interval[0], "change_high": interval[1]} if interval else {}),
-                }
-            )
+            row: Loss = {
+                "domain": domain, "before": math.fsum(before) / total, "after": math.fsum(after) / total, "tokens": total,
+            }  # fmt: skip
+            if interval:
+                row["change_low"], row["change_high"] = interval
+            rows.append(row)
         return rows

@@ -8,7 +8,6 @@ sequence, and says how far its own figures are from the aggregator's. Needs torc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound, Retry
 from connito.jobs.context import JobContext
+from connito.library.schema import ExpertRecord, read_record
 from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
 from connito.runtime.progress import Progress, silent
@@ -48,7 +48,7 @@ class Delivered:
 class Deposit:
     """An expert of the library: record, file and, where there is one, attestation."""
 
-    record: dict[str, Any]
+    record: ExpertRecord
     expert: Path
     attestation: dict[str, Any] | None
 
@@ -92,7 +92,7 @@ def _deposit(context: JobContext, facts: RunFacts, signed: Record | None) -> Dep
 
     for fact in facts.deposits.values():
         deposited = fact.message
-        record: dict[str, Any] = json.loads(context.fetch(deposited.record).read_bytes())
+        record = read_record(context.fetch(deposited.record).read_bytes(), deposited.expert_id)
         attestation = None
         if deposited.HasField("attestation") and signed is not None:
             part = json.loads(context.fetch(deposited.attestation).read_bytes())
@@ -101,7 +101,7 @@ def _deposit(context: JobContext, facts: RunFacts, signed: Record | None) -> Dep
     return None
 
 
-def _document(facts: RunFacts, record: Mapping[str, Any] | None, model_bytes: int) -> dict[str, Any]:
+def _document(facts: RunFacts, record: ExpertRecord | None, model_bytes: int) -> dict[str, Any]:
     spec = facts.require_spec()
     report = run_report(facts, model_bytes=model_bytes)
     start = None if facts.selection is None or not facts.selection.HasField("start") else facts.selection.start

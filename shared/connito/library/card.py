@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from connito.library.artifact import CARD_FILE, MODEL_FORMAT
 from connito.library.governance import TERMS, governance
 from connito.library.plots import EXPERTS, LOSSES, plots
+from connito.library.schema import Contributor, ExpertRecord, Loss, Start, Version
 
 _CARD = """\
 ---
@@ -113,7 +113,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _loss_row(row: dict[str, Any]) -> str:
+def _loss_row(row: Loss) -> str:
     before, after = row["before"], row["after"]
     change = "–" if before is None or after is None else f"{after - before:+.4f}"
     interval = f"{row['change_low']:+.4f} to {row['change_high']:+.4f}" if "change_low" in row else "–"
@@ -121,7 +121,7 @@ def _loss_row(row: dict[str, Any]) -> str:
     return f"| {_text(row['domain'])} | {losses} | {row['tokens']:,} | {interval} |"
 
 
-def _front(record: dict[str, Any]) -> str:
+def _front(record: ExpertRecord) -> str:
     """Return the YAML head that model hubs read. Every value is JSON, which is YAML."""
     domain, base = str(record["domain"]), str(record["base"]["name"])
     lines = [
@@ -136,15 +136,15 @@ def _front(record: dict[str, Any]) -> str:
             for tag in ("mixture-of-experts", "expert", "safetensors", domain)
         ),
     ]
-    measured = [row for row in record["losses"] if row.get("after") is not None]
+    measured = [(row["domain"], row["after"]) for row in record["losses"] if row["after"] is not None]
     if measured:
         lines += ["model-index:", f"- name: {json.dumps(record['expert_id'])}", "  results:"]
-    for row in measured:
-        name = json.dumps(str(row["domain"]), ensure_ascii=False)
+    for domain, after in measured:
+        name = json.dumps(domain, ensure_ascii=False)
         lines += [
             "  - task: {type: text-generation}",
             f"    dataset: {{name: {name}, type: held-out}}",
-            f"    metrics: [{{type: loss, name: nats per token, value: {float(row['after']):.6f}}}]",
+            f"    metrics: [{{type: loss, name: nats per token, value: {after:.6f}}}]",
         ]
     return "\n".join(lines)
 
@@ -154,7 +154,7 @@ def _hub_license(license_: str) -> str:
     return license_.lower() if license_ in TERMS and not license_.startswith("LicenseRef") else "other"
 
 
-def _intro(record: dict[str, Any]) -> str:
+def _intro(record: ExpertRecord) -> str:
     selection, expert, model = record["selection"], record["expert"], record["model_parameters"]
     return (_MODEL if record.get("format") == MODEL_FORMAT else _EXPERT).format(
         domain=_text(record["domain"]),
@@ -167,13 +167,13 @@ def _intro(record: dict[str, Any]) -> str:
     )
 
 
-def _maker(record: dict[str, Any]) -> str:
+def _maker(record: ExpertRecord) -> str:
     if "derived" in record:
         return f"`{record['derived']['verb']}`, {record['created']}"
     return f"run `{record['run']}`, {len(record['lineage'])} versions, finished {record['created']}"
 
 
-def _parents(record: dict[str, Any]) -> str:
+def _parents(record: ExpertRecord) -> str:
     derived = record.get("derived", {})
     named = [f"`{parent['expert_id']}` × {parent.get('weight', 1.0):g}" for parent in derived.get("parents", [])]
     how = f"{derived['verb']} of " if derived.get("verb") else ""
@@ -182,23 +182,23 @@ def _parents(record: dict[str, Any]) -> str:
     )
 
 
-def _visibility(record: dict[str, Any]) -> str:
+def _visibility(record: ExpertRecord) -> str:
     rules = governance(record)
     return rules["organisation"] if rules["visibility"] == "organisation" else str(rules["visibility"])
 
 
-def _lineage_row(row: dict[str, Any]) -> str:
+def _lineage_row(row: Version) -> str:
     merged = ", ".join(f"{miner[:8]}… {weight:.3f}" for miner, weight in sorted(row["merged"].items())) or "–"
     return f"| {row['version']} | {row['parent']} | {row['gate']} | {merged} | `{row['state'][:16]}` |"
 
 
-def _contributor_row(row: dict[str, Any]) -> str:
+def _contributor_row(row: Contributor) -> str:
     name = f"{_text(row['label'])} ({row['miner'][:8]}…)" if row["label"] else f"{row['miner'][:8]}…"
     why = ", ".join(f"{reason} ×{count}" for reason, count in sorted(row["reasons"].items())) or "–"
     return f"| {name} | {row['share']:.1%} | {row['merged']} | {why} |"
 
 
-def _start(start: dict[str, Any] | None) -> str:
+def _start(start: Start | None) -> str:
     """Return the card's row on the expert that the run started from; empty if it was the base."""
     if start is None:
         return ""
@@ -209,7 +209,7 @@ def _start(start: dict[str, Any] | None) -> str:
     )
 
 
-def render(record: dict[str, Any]) -> str:
+def render(record: ExpertRecord) -> str:
     """Return the Markdown card of a record."""
     selection, expert = record["selection"], record["expert"]
     drawn = plots(record)
@@ -242,7 +242,7 @@ def render(record: dict[str, Any]) -> str:
     )
 
 
-def write_card(record: dict[str, Any], folder: Path) -> None:
+def write_card(record: ExpertRecord, folder: Path) -> None:
     """Write the card and its plots into the folder of an expert."""
     (folder / CARD_FILE).write_text(render(record))
     for name, drawn in plots(record).items():

@@ -6,19 +6,32 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from connito.errors import Invalid
 from connito.library.artifact import MODEL_FORMAT, ExpertHeader
 from connito.library.governance import VISIBILITIES, governance
 from connito.library.record import RECORD_FORMAT, expert_id
+from connito.library.schema import (
+    Base,
+    Contributor,
+    Derived,
+    ExpertFile,
+    ExpertRecord,
+    Governance,
+    Loss,
+    Parent,
+    Selection,
+)
 from connito.library.signature import joint_signature
 
-Record = Mapping[str, Any]
+Weighted = Sequence[tuple[ExpertRecord, float]]
 
 
 def derived_record(
     verb: str,
     header: ExpertHeader,
-    parents: Sequence[tuple[Record, float]],
+    parents: Weighted,
     *,
     digest: str,
     size: int,
@@ -26,8 +39,8 @@ def derived_record(
     created: str,
     license: str,  # noqa: A002 - the record's word
     settings: Mapping[str, Any],
-    losses: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
+    losses: Sequence[Loss] = (),
+) -> ExpertRecord:
     """Return the record of an expert file that `verb` made of `parents`, each with the weight it went in with.
 
     `created`: ISO time. `settings`: what the verb needs to be repeated. The result is as private as its most private
@@ -38,50 +51,26 @@ def derived_record(
     if not records or len({record["base"]["manifest"] for record in records}) != 1:
         raise Invalid(f"{verb} needs experts of one base; these are of {sorted({r['base']['name'] for r in records})}")
     first = records[0]
-    return {
+    return _made_of(parents, {
         "format": RECORD_FORMAT,
         "expert_id": expert_id(header.domain, digest),
         "domain": header.domain,
-        "version": 0,
-        "parents": [str(record["expert_id"]) for record in records],
-        "run": "",
         "created": created,
-        "base": dict(first["base"]),
+        "base": first["base"],
         "expert": {"digest": digest, "bytes": size, "parameters": parameters},
         "model_parameters": first["model_parameters"],
-        "selection": {
-            "method": verb,
-            "threshold": 0.0,
-            "layers": {str(layer): list(experts) for layer, experts in sorted(header.layers.items())},
-            "selected": sum(map(len, header.layers.values())),
-            "total": first["selection"]["total"],
-            "report": "",
-        },
-        "losses": [dict(row) for row in losses],
-        "lineage": [],
-        "contributors": joint_contributors(parents),
+        "selection": _selection(verb, header.layers, first["selection"]["total"]),
+        "losses": list(losses),
         "license": license,
-        "data_statement": " / ".join(sorted({str(r["data_statement"]) for r in records if r.get("data_statement")})),
-        "customer": "",
-        "training_data": "",
-        "signature": joint_signature([(record.get("signature"), weight) for record, weight in parents]),
-        "governance": joint_governance(records),
-        "derived": {
-            "verb": verb,
-            "settings": dict(settings),
-            "parents": [
-                {"expert_id": record["expert_id"], "digest": record["expert"]["digest"], "weight": weight}
-                for record, weight in parents
-            ],
-        },
-    }
+        "derived": _derived(verb, settings, parents),
+    })  # fmt: skip
 
 
 def model_record(
     verb: str,
     domain: str,
-    base: Mapping[str, str],
-    parents: Sequence[Record],
+    base: Base,
+    parents: Sequence[ExpertRecord],
     *,
     digest: str,
     size: int,
@@ -91,8 +80,8 @@ def model_record(
     created: str,
     license: str,  # noqa: A002 - the record's word
     settings: Mapping[str, Any],
-    losses: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+    losses: Sequence[Loss],
+) -> ExpertRecord:
     """Return the part of an exported model's record that experts' records have too, so that the library can find both.
 
     `digest`, `size`, `parameters` are of the model file; `total`: routed experts of the base. `parents`: the experts that
@@ -100,46 +89,84 @@ def model_record(
     that differ.
     """
     even = [(parent, 1.0) for parent in parents]
-    return {
+    return _made_of(even, {
         "format": MODEL_FORMAT,
         "expert_id": expert_id(f"{domain or 'model'}-{verb}", digest),
         "domain": domain,
-        "version": 0,
-        "parents": [str(parent["expert_id"]) for parent in parents],
-        "run": "",
         "created": created,
-        "base": dict(base),
+        "base": base,
         "expert": {"digest": digest, "bytes": size, "parameters": parameters},
         "model_parameters": parameters,
-        "selection": {
-            "method": verb,
-            "threshold": 0.0,
-            "layers": {str(layer): list(experts) for layer, experts in sorted(keep.items())},
-            "selected": sum(map(len, keep.values())),
-            "total": total or sum(map(len, keep.values())),
-            "report": "",
-        },
-        "losses": [dict(row) for row in losses],
-        "lineage": [],
-        "contributors": joint_contributors(even),
+        "selection": _selection(verb, keep, total or sum(map(len, keep.values()))),
+        "losses": list(losses),
         "license": license,
-        "data_statement": " / ".join(sorted({str(p["data_statement"]) for p in parents if p.get("data_statement")})),
+        "derived": _derived(verb, settings, even),
+    })  # fmt: skip
+
+
+class _Made(TypedDict):
+    """The fields of a record that depend on what was made; the rest follows from the parents."""
+
+    format: str
+    expert_id: str
+    domain: str
+    created: str
+    base: Base
+    expert: ExpertFile
+    model_parameters: int
+    selection: Selection
+    losses: list[Loss]
+    license: str
+    derived: Derived
+
+
+def _made_of(parents: Weighted, made: _Made) -> ExpertRecord:
+    records = [record for record, _ in parents]
+    return {
+        "format": made["format"],
+        "expert_id": made["expert_id"],
+        "domain": made["domain"],
+        "created": made["created"],
+        "base": made["base"],
+        "expert": made["expert"],
+        "model_parameters": made["model_parameters"],
+        "selection": made["selection"],
+        "losses": made["losses"],
+        "license": made["license"],
+        "derived": made["derived"],
+        "version": 0,
+        "parents": [record["expert_id"] for record in records],
+        "run": "",
+        "lineage": [],
+        "contributors": joint_contributors(parents),
+        "data_statement": " / ".join(sorted({r["data_statement"] for r in records if r.get("data_statement")})),
         "customer": "",
         "training_data": "",
-        "signature": joint_signature([(parent.get("signature"), 1.0) for parent in parents]),
-        "governance": joint_governance(parents) if parents else {},
-        "derived": {
-            "verb": verb,
-            "settings": dict(settings),
-            "parents": [
-                {"expert_id": parent["expert_id"], "digest": parent["expert"]["digest"], "weight": 1.0}
-                for parent in parents
-            ],
-        },
+        "signature": joint_signature([(record.get("signature"), weight) for record, weight in parents]),
+        "governance": joint_governance(records) if records else {},
     }
 
 
-def joint_governance(records: Sequence[Record]) -> dict[str, Any]:
+def _selection(verb: str, layers: Mapping[int, Sequence[int]], total: int) -> Selection:
+    return {
+        "method": verb,
+        "threshold": 0.0,
+        "layers": {str(layer): list(experts) for layer, experts in sorted(layers.items())},
+        "selected": sum(map(len, layers.values())),
+        "total": total,
+        "report": "",
+    }
+
+
+def _derived(verb: str, settings: Mapping[str, Any], parents: Weighted) -> Derived:
+    named: list[Parent] = [
+        {"expert_id": record["expert_id"], "digest": record["expert"]["digest"], "weight": weight}
+        for record, weight in parents
+    ]
+    return {"verb": verb, "settings": dict(settings), "parents": named}
+
+
+def joint_governance(records: Sequence[ExpertRecord]) -> Governance:
     """Return the strictest visibility among them and the union of their sources."""
     rules = [governance(record) for record in records]
     strictest = max(rules, key=lambda rule: VISIBILITIES.index(rule["visibility"]))
@@ -156,10 +183,10 @@ def joint_governance(records: Sequence[Record]) -> dict[str, Any]:
     return {**strictest, "sources": sorted({source for rule in rules for source in rule["sources"]})}
 
 
-def joint_contributors(parents: Sequence[tuple[Record, float]]) -> list[dict[str, Any]]:
+def joint_contributors(parents: Weighted) -> list[Contributor]:
     """Return the contributors of all parents, shares weighted by |weight|, best first. Parents' rewards are not paid again."""
     total = math.fsum(abs(weight) for _, weight in parents)
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, Contributor] = {}
     for record, weight in parents:
         part = abs(weight) / total if total > 0 else 1 / len(parents)
         for row in record.get("contributors", []):

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from connito.errors import Invalid
+from connito.library.schema import Described, Governance
 from connito.v1 import reasons_pb2
 
 VISIBILITIES = ("public", "organisation", "private")
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Viewer:
     name: str = ""
     organisations: frozenset[str] = frozenset()
 
-    def sees(self, record: Record) -> bool:
+    def sees(self, record: Described) -> bool:
         """Return whether an expert is public, of the viewer's organisation, or the viewer's own."""
         rules = governance(record)
         if rules["visibility"] == "public" or (self.name and rules["owner"] == self.name):
@@ -33,13 +32,13 @@ class Viewer:
         return rules["visibility"] == "organisation" and rules["organisation"] in self.organisations
 
 
-def governance(record: Record) -> dict[str, Any]:
+def governance(record: Described) -> Governance:
     """Return `visibility`, `organisation`, `owner` and `sources` of a record, defaults filled in. `Invalid` for
     nonsense.
     """
-    given = record.get("governance", {})
+    given = record.get("governance", Governance())
     training = record.get("training_data", "")
-    rules = {
+    rules: Governance = {
         "visibility": given.get("visibility", "public"),
         "organisation": given.get("organisation", ""),
         "owner": given.get("owner", record.get("customer", "")),
@@ -110,7 +109,7 @@ class Standing:
 
 
 def check_use(
-    records: Sequence[Record],
+    records: Sequence[Described],
     use: Use,
     *,
     standings: Mapping[str, Standing] | None = None,
@@ -165,7 +164,7 @@ def _terms_allow(name: str, licence: str, use: Use) -> None:
 DERIVING = ("compose", "prune", "extract")
 
 
-def _joint_licence(records: Sequence[Record], use: Use) -> str:
+def _joint_licence(records: Sequence[Described], use: Use) -> str:
     """Return the licence of what is made of all of them: the share-alike one if there is one, else all of them,
     joined.
     """
@@ -187,7 +186,7 @@ def _refused(message: str) -> Invalid:
     return Invalid(message, reason=reasons_pb2.REASON_NOT_PERMITTED)
 
 
-Lookup = Callable[[str], Record | None]
+Lookup = Callable[[str], Described | None]
 
 
 @dataclass
@@ -198,7 +197,7 @@ class Attribution:
     uncredited: int = 0
 
 
-def attribute(record: Record, units: int, lookup: Lookup) -> Attribution:
+def attribute(record: Described, units: int, lookup: Lookup) -> Attribution:
     """Split `units` of use over the people behind an expert, through its parents to the miners. Conserved to the unit.
 
     A composition passes each parent's weight on; `lookup` finds a parent's record by expert id. Parents that are not
@@ -218,7 +217,7 @@ def attribute(record: Record, units: int, lookup: Lookup) -> Attribution:
 
 
 def _collect(
-    record: Record | None, share: float, lookup: Lookup, shares: dict[str, float], seen: frozenset[str]
+    record: Described | None, share: float, lookup: Lookup, shares: dict[str, float], seen: frozenset[str]
 ) -> None:
     parents = [] if record is None else record.get("derived", {}).get("parents", [])
     if record is not None and parents and record["expert_id"] not in seen:

@@ -14,6 +14,7 @@ from typing import Any
 
 from connito.library.governance import Standing, Viewer
 from connito.library.index import Index
+from connito.library.schema import Described
 
 _WORD = re.compile(r"\w+", re.UNICODE)
 # A hit in the domain outweighs one in the id, and that one the rest.
@@ -30,7 +31,7 @@ class Hit:
     saving: float | None
     score: float
     standing: Standing
-    record: dict[str, Any]
+    record: Described
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `library search --json` prints, without the record."""

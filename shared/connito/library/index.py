@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.library.governance import Standing, governance
+from connito.library.schema import Described, ExpertRecord, read_record
 from connito.v1 import reasons_pb2, run_pb2
 from connito.wire.facts import Fact
 
@@ -59,7 +60,7 @@ class LibraryEvent:
     time_unix_ms: int
     kind: str
     subject: str
-    body: Mapping[str, Any] = field(default_factory=dict)
+    body: Described = field(default_factory=dict)
     origin: str = "LIBRARY"
 
 
@@ -74,7 +75,12 @@ def deposit_event(fact: Fact[run_pb2.ExpertDeposited], record: bytes) -> Library
             reason=reasons_pb2.REASON_DIGEST_MISMATCH,
         )
     return LibraryEvent(
-        fact.sequence, fact.time_unix_ms, "deposited", message.expert_id, json.loads(record), fact.stream
+        fact.sequence,
+        fact.time_unix_ms,
+        "deposited",
+        message.expert_id,
+        read_record(record, message.expert_id),
+        fact.stream,
     )
 
 
@@ -140,17 +146,17 @@ class Index:
         """Return experts in the index, whatever their standing."""
         return int(self._db.execute("SELECT count(*) FROM experts").fetchone()[0])
 
-    def record(self, expert_id: str) -> dict[str, Any]:
+    def record(self, expert_id: str) -> ExpertRecord:
         """Return the record of an expert. Raises `NotFound`."""
         row = self._db.execute(
             "SELECT r.record FROM experts e JOIN records r ON r.id = e.id WHERE e.expert_id = ?", (expert_id,)
         ).fetchone()
         if row is None:
             raise NotFound(f"there is no expert {expert_id!r} in this library; see `connito library search`")
-        found: dict[str, Any] = json.loads(row[0])
+        found: ExpertRecord = json.loads(row[0])
         return found
 
-    def lookup(self, expert_id: str) -> dict[str, Any] | None:
+    def lookup(self, expert_id: str) -> ExpertRecord | None:
         """Return `record`, or None: what `governance.attribute` walks parents with."""
         try:
             return self.record(expert_id)
@@ -253,7 +259,7 @@ class Index:
         )
 
 
-def saving(record: Mapping[str, Any]) -> float | None:
+def saving(record: Described) -> float | None:
     """Return held-out nats per token that the expert saved on its own domain; None where nothing was measured."""
     for row in record.get("losses", []):
         if row.get("domain") == record.get("domain") and row.get("before") is not None and row.get("after") is not None:
@@ -261,7 +267,7 @@ def saving(record: Mapping[str, Any]) -> float | None:
     return None
 
 
-def searchable(record: Mapping[str, Any]) -> str:
+def searchable(record: Described) -> str:
     """Return the words by which an expert is found: what people wrote about it, not its digests."""
     selection, derived = record.get("selection", {}), record.get("derived", {})
     parts = [

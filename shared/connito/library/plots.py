@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from connito.library.schema import ExpertRecord, Loss
 from connito.render import formats, svg
 
-Record = Mapping[str, Any]
 _COLOURS = {True: svg.BETTER, False: svg.FAINT}
 LOSSES, EXPERTS = "losses.svg", "experts.svg"
 _WIDTH, _ROW, _LEFT, _RIGHT, _TOP = 720, 26, 170, 90, 40
 
 
-def plots(record: Record) -> dict[str, str]:
+def plots(record: ExpertRecord) -> dict[str, str]:
     """Return SVG by file name: the change of the loss on every domain, and the experts that the record holds."""
     drawn = {}
     rows = [row for row in record.get("losses", []) if row.get("before") is not None and row.get("after") is not None]
@@ -24,7 +23,7 @@ def plots(record: Record) -> dict[str, str]:
     return drawn
 
 
-def _changes(rows: Sequence[Mapping[str, Any]], own: str) -> str:
+def _changes(rows: Sequence[Loss], own: str) -> str:
     """Return one bar a domain with its interval; to the left is better."""
     spans = [_span(row) for row in rows]
     reach = max(abs(value) for span in spans for value in span) or 1e-6
@@ -47,9 +46,9 @@ def _changes(rows: Sequence[Mapping[str, Any]], own: str) -> str:
     return svg.figure(_WIDTH, bottom + 12, heading, parts)
 
 
-def _span(row: Mapping[str, Any]) -> tuple[float, float, float]:
-    mean = float(row["after"]) - float(row["before"])
-    return float(row.get("change_low", mean)), mean, float(row.get("change_high", mean))
+def _span(row: Loss) -> tuple[float, float, float]:
+    mean = (row["after"] or 0.0) - (row["before"] or 0.0)
+    return row.get("change_low", mean), mean, row.get("change_high", mean)
 
 
 def _grid(layers: Mapping[str, Sequence[int]]) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from connito.enums import plain_name
 from connito.errors import Invalid, reason_name
 from connito.library.governance import governance
 from connito.library.interval import change_interval
+from connito.library.schema import Contributor, ExpertRecord, Loss, Signature, Version
 from connito.library.start import start_record
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import RunFacts
@@ -40,9 +40,9 @@ def build_record(
     digest: str,
     size: int,
     parameters: int,
-    signature: Mapping[str, Any] | None = None,
-    parent: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    signature: Signature | None = None,
+    parent: ExpertRecord | None = None,
+) -> ExpertRecord:
     """Return the record of the expert file `digest` (`size` bytes, `parameters` numbers) that came out of a run.
 
     `signature`: the routing signature that the selection names, where it does. `parent`: the record of the expert that
@@ -53,7 +53,7 @@ def build_record(
     history = list(facts.versions.values())
     if spec is None or selection is None or ended is None or not history:
         raise Invalid(f"run {facts.run} has no finished model version to describe; wait until it has ended")
-    record: dict[str, Any] = {
+    record: ExpertRecord = {
         "format": RECORD_FORMAT,
         "expert_id": expert_id(spec.domain, digest),
         "domain": spec.domain,
@@ -81,7 +81,7 @@ def build_record(
         "data_statement": spec.data_statement,
         "customer": spec.customer,
         "training_data": spec.train.artifact.digest,
-        "signature": None if signature is None else dict(signature),
+        "signature": signature,
         "governance": {
             "visibility": spec.visibility or "public",
             "organisation": spec.organisation,
@@ -105,29 +105,24 @@ def ended_at(facts: RunFacts, history: Sequence[cycle_pb2.VersionPublished]) -> 
     return next((version for version in history if version.version == final), history[-1])
 
 
-def _losses(history: list[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:
+def _losses(history: list[cycle_pb2.VersionPublished]) -> list[Loss]:
     """Return nats per token on the report subset, target first: before the first version, after the last, and the
     paired 95 % interval of the change where the versions tell the losses sequence by sequence.
     """
     first = {loss.domain: loss for loss in history[0].losses}
-    rows = []
+    rows: list[Loss] = []
     for loss in history[-1].losses:
         began = first.get(loss.domain)
         interval = began and change_interval(began.before_sums, loss.after_sums, loss.sequence_tokens)
-        rows.append(
-            {
-                "domain": loss.domain,
-                "before": None if began is None else began.before,
-                "after": loss.after,
-                "tokens": loss.tokens,
-                **({"change_low": interval[0], "change_high": interval[1]} if interval else {}),
-            }
-        )
+        before = None if began is None else began.before
+        rows.append({"domain": loss.domain, "before": before, "after": loss.after, "tokens": loss.tokens})
+        if interval:
+            rows[-1]["change_low"], rows[-1]["change_high"] = interval
     return rows
 
 
-def _lineage(facts: RunFacts, history: Iterable[cycle_pb2.VersionPublished]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _lineage(facts: RunFacts, history: Iterable[cycle_pb2.VersionPublished]) -> list[Version]:
+    rows: list[Version] = []
     for version in history:
         opened = facts.window("train", version.cycle).opened
         rows.append(
@@ -143,25 +138,28 @@ def _lineage(facts: RunFacts, history: Iterable[cycle_pb2.VersionPublished]) -> 
     return rows
 
 
-def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[dict[str, Any]]:
+def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[Contributor]:
     """Return every miner that was ever judged: reward and its share of all that was paid, cycles merged, refusals."""
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, Contributor] = {}
     for cycle in cycles:
         scored = facts.scored(cycle)
         for verdict in [] if scored is None else scored.verdicts:
-            row = table.setdefault(verdict.miner, {"miner": verdict.miner, "reward": 0, "merged": 0, "reasons": {}})
+            row = table.setdefault(verdict.miner, _nothing_yet(facts, verdict.miner))
             row["reward"] += verdict.reward
             row["merged"] += verdict.status == cycle_pb2.VERDICT_STATUS_MERGED
             if verdict.reason != reasons_pb2.REASON_UNSPECIFIED:
                 name = reason_name(verdict.reason)
                 row["reasons"][name] = row["reasons"].get(name, 0) + 1
     paid = sum(row["reward"] for row in table.values())
-    for miner, row in table.items():
-        row["label"] = facts.label(miner)
+    for row in table.values():
         row["share"] = row["reward"] / paid if paid else 0.0
     return sorted(table.values(), key=lambda row: (-row["reward"], row["miner"]))
 
 
-def encode(record: dict[str, Any]) -> bytes:
+def _nothing_yet(facts: RunFacts, miner: str) -> Contributor:
+    return {"miner": miner, "label": facts.label(miner), "reward": 0, "merged": 0, "share": 0.0, "reasons": {}}
+
+
+def encode(record: ExpertRecord) -> bytes:
     """Return the record's bytes: sorted keys, so that its digest depends on its content alone."""
     return json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

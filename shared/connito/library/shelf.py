@@ -22,6 +22,7 @@ from connito.library.card import write_card
 from connito.library.governance import governance
 from connito.library.index import Index, LibraryEvent
 from connito.library.record import encode
+from connito.library.schema import ExpertRecord, read_record
 from connito.v1 import reasons_pb2
 
 JOURNAL = "journal.jsonl"
@@ -75,14 +76,14 @@ class Shelf:
             raise Invalid(f"{expert_id!r} is not an expert id")
         return self.root / "experts" / expert_id
 
-    def get(self, expert_id: str) -> tuple[Path, dict[str, Any]]:
+    def get(self, expert_id: str) -> tuple[Path, ExpertRecord]:
         """Return an expert's folder and record. Raises `NotFound`."""
         folder = self.path(expert_id)
         if not (folder / RECORD_FILE).is_file():
             raise NotFound(f"there is no expert {expert_id!r} on the shelf {self.root}; see `connito library search`")
-        return folder, json.loads((folder / RECORD_FILE).read_bytes())
+        return folder, read_record((folder / RECORD_FILE).read_bytes(), folder / RECORD_FILE)
 
-    def deposit(self, expert: Path, record: Mapping[str, Any], at_unix_ms: int, attestation: str | None = None) -> str:
+    def deposit(self, expert: Path, record: ExpertRecord, at_unix_ms: int, attestation: str | None = None) -> str:
         """Put an expert file, its record and the signatures behind it on the shelf; returns the id. The same expert twice
         is one entry. Without `attestation`, the one that lies beside the file is taken, where it is of this record.
 
@@ -95,7 +96,7 @@ class Shelf:
             attestation = beside.read_text()
         name = str(record["expert_id"])
         folder = self.path(name)
-        data = encode(dict(record))
+        data = encode(record)
         with self._lock():
             if (folder / RECORD_FILE).is_file():
                 return name
@@ -106,7 +107,7 @@ class Shelf:
             (partial / RECORD_FILE).write_bytes(data)
             if attestation:
                 (partial / ATTESTATION_FILE).write_text(attestation)
-            write_card(dict(record), partial)
+            write_card(record, partial)
             partial.rename(folder)
             self._append("deposited", name, {"record": hashlib.sha256(data).hexdigest()}, at_unix_ms)
         return name
@@ -117,9 +118,9 @@ class Shelf:
         Raises `VerificationFailed` for a folder whose files are not those of its record.
         """
         data = (folder / RECORD_FILE).read_bytes()
-        record = json.loads(data)
-        if record.get("format") != MODEL_FORMAT or "expert_id" not in record:
-            raise Invalid(f"{folder} is not a model of the library: its record is {record.get('format')!r}")
+        record = read_record(data, folder / RECORD_FILE)
+        if record["format"] != MODEL_FORMAT:
+            raise Invalid(f"{folder} is not a model of the library: its record is {record['format']!r}")
         governance(record)
         name = str(record["expert_id"])
         for entry, described in record["files"].items():
@@ -170,7 +171,7 @@ class Shelf:
             yield
 
 
-def check_expert(expert: Path, record: Mapping[str, Any]) -> None:
+def check_expert(expert: Path, record: ExpertRecord) -> None:
     """Raise `VerificationFailed` unless the file is the one its record describes: digest, base, domain and rows."""
     with expert.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

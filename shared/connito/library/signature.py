@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from connito.errors import Invalid
+from connito.library.schema import Signature
 
 Vectors = dict[int, list[float]]
 
 
-def encode_signature(vectors: Mapping[int, Sequence[float]], tokens: Mapping[int, int]) -> dict[str, Any]:
+def encode_signature(vectors: Mapping[int, Sequence[float]], tokens: Mapping[int, int]) -> Signature:
     """Return the `signature` of a record. `tokens`: the number of tokens behind each layer's mean."""
     return {
         "layers": {
@@ -41,7 +42,7 @@ def decode_signature(signature: Mapping[str, Any]) -> Vectors:
         raise Invalid(f"this is no routing signature: {error!r}; export the expert again") from error
 
 
-def joint_signature(parts: Sequence[tuple[Mapping[str, Any] | None, float]]) -> dict[str, Any] | None:
+def joint_signature(parts: Sequence[tuple[Signature | None, float]]) -> Signature | None:
     """Return the signature of experts that went into one with these weights: means by |weight| and tokens; None
     without any.
     """
@@ -49,8 +50,11 @@ def joint_signature(parts: Sequence[tuple[Mapping[str, Any] | None, float]]) -> 
     mass: dict[int, float] = {}
     tokens: dict[int, int] = {}
     for signature, weight in parts:
-        for layer, vector in ({} if signature is None else decode_signature(signature)).items():
-            count = int((signature or {}).get("tokens", {}).get(str(layer), 1))
+        if signature is None:
+            continue
+        counts = signature.get("tokens", {})
+        for layer, vector in decode_signature(signature).items():
+            count = int(counts.get(str(layer), 1))
             share = abs(weight) * count
             known = sums.setdefault(layer, [0.0] * len(vector))
             sums[layer] = [a + share * b for a, b in zip(known, vector, strict=True)]

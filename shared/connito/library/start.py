@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from connito.errors import Invalid
 from connito.library.governance import TERMS, VISIBILITIES, Viewer
+from connito.library.schema import Described, Start
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
 from connito.wire.facts import Fact
 
@@ -20,7 +20,7 @@ class Shelved:
     """A deposit with its record and its file. `notice`: why the library says that it is not to be used, if it does."""
 
     deposit: run_pb2.ExpertDeposited
-    record: Mapping[str, Any]
+    record: Described
     path: Path
     notice: str = ""
 
@@ -66,7 +66,7 @@ def unknown(spec: run_pb2.RunSpec) -> Invalid:
     )
 
 
-def seen_by(spec: run_pb2.RunSpec, record: Mapping[str, Any]) -> bool:
+def seen_by(spec: run_pb2.RunSpec, record: Described) -> bool:
     """Return whether the run's customer may know of an expert. What a run says of its start is read by every miner."""
     organisations = frozenset({spec.organisation} if spec.organisation else ())
     return Viewer(spec.customer, organisations).sees(record)
@@ -93,13 +93,13 @@ _AGAINST = {
 }
 
 
-def notice_of(record: Mapping[str, Any], expert_id: str, against: Mapping[str, str]) -> str:
+def notice_of(record: Described, expert_id: str, against: Mapping[str, str]) -> str:
     """Return the notice against one expert, or against a source of its data; empty if there is none."""
     subjects = (expert_id, *record.get("governance", {}).get("sources", []))
     return next((against[subject] for subject in subjects if subject in against), "")
 
 
-def refusal(record: Mapping[str, Any], spec: run_pb2.RunSpec) -> str:
+def refusal(record: Described, spec: run_pb2.RunSpec) -> str:
     """Return why the terms of an expert do not allow the run to start from it; empty where they do.
 
     What is trained further is a derivative: it may be shown no wider than its parent, and carries share-alike terms on.
@@ -131,7 +131,7 @@ def start_ref(selection: run_pb2.SelectionMade | None) -> artifacts_pb2.Artifact
     return next(row.record for row in selection.start.candidates if row.expert_id == selection.start.expert_id)
 
 
-def start_record(selection: run_pb2.SelectionMade | None) -> dict[str, Any] | None:
+def start_record(selection: run_pb2.SelectionMade | None) -> Start | None:
     """Return the record's entry on the expert that its run started from; None where it was the base."""
     if selection is None or not selection.start.expert_id:
         return None

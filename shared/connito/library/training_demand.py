@@ -23,6 +23,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from connito.library.schema import Described
 from connito.wire.facts import RunFacts
 
 # A search by example whose best expert saves less than this has found nothing worth using.
@@ -160,7 +161,7 @@ def training_of(facts: RunFacts) -> Training | None:
     return Training(spec.domain, spec.base.manifest.digest, gains, at, ids[0] if ids else "")
 
 
-def training_of_record(record: Mapping[str, Any], at: int) -> Training:
+def training_of_record(record: Described, at: int) -> Training:
     """Return the same of an expert on a shelf whose run's log is not at hand: its whole saving spread evenly over its
     versions.
     """

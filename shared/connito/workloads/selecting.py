@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from connito.data.corpus import Corpus
 from connito.errors import Invalid
+from connito.library.schema import Signature
 from connito.library.signature import encode_signature
 from connito.moe.helper_experts import Usage, by_policy
 from connito.protocol.holdout import subsets
@@ -48,7 +49,7 @@ class Chosen:
     base: dict[str, str]
     target_parameters: int
     model_parameters: int
-    signature: dict[str, Any]
+    signature: Signature
     # The merged experts for what is absent, where the policy wants them: a state with one row per tensor.
     background: bytes = b""
     start: run_pb2.StartChoice | None = None
@@ -149,7 +150,7 @@ def _start(model: nn.Module, spec: run_pb2.RunSpec, selection: Selection, probe:
 
 def signature_of(
     statistics: RoutingStatistics, served: Mapping[int, FloatArray], layers: Mapping[int, Sequence[int]]
-) -> dict[str, Any]:
+) -> Signature:
     """Return the routing signature of the experts `layers`, from what `collect` counted and summed."""
     vectors, tokens = dict[int, list[float]](), dict[int, int]()
     for layer, experts in layers.items():

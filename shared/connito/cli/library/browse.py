@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from connito.cli.library.options import (
     holdings,
 )
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.library.schema import ExpertRecord
 from connito.render.formats import moment, size
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def demand(
 FORMULA = "score = (1 + uses + searches that found nothing) × expected gain in nats per token"
 
 
-def _card(record: dict[str, Any]) -> str:
+def _card(record: ExpertRecord) -> str:
     from connito.library.card import render
 
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ from connito.cli.library.options import (
     named_files,
 )
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.library.schema import ExpertRecord
 from connito.render import formats
 
 DomainOption = Annotated[
@@ -115,7 +116,7 @@ def skip(
     emit(as_json, document, lambda: f"{formats.percent(found.share)} of the slots skipped; {cost}")
 
 
-def _model_text(record: dict[str, Any], out: Path) -> str:
+def _model_text(record: ExpertRecord, out: Path) -> str:
     full, small = record["measured"]["full"], record["measured"]["pruned"]
     kept = sum(map(len, record["experts"].values()))
     what = f"{kept} experts" if kept else "a dense model"

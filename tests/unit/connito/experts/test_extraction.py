@@ -126,11 +126,18 @@ def test_a_record_that_names_other_experts_than_are_inside_is_noticed(exported: 
 def test_uneven_layers_and_full_folders_are_refused(full: Any, tiny: Path, tmp_path: Path) -> None:
     uneven = {2: [0], 3: [0, 1]}
     with pytest.raises(Invalid, match="equalise"):
-        export_model(prune(full, uneven), tmp_path / "out", load_tokenizer(tiny), ModelSource("prune", {}, uneven))
+        export_model(
+            prune(full, uneven),
+            tmp_path / "out",
+            load_tokenizer(tiny),
+            ModelSource("prune", {"name": "tiny", "manifest": ""}, uneven),
+        )
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(Invalid, match="not empty"):
-        export_model(full, tmp_path / "out", load_tokenizer(tiny), ModelSource("prune", {}))
+        export_model(
+            full, tmp_path / "out", load_tokenizer(tiny), ModelSource("prune", {"name": "tiny", "manifest": ""})
+        )
 
 
 def test_one_expert_a_layer_becomes_a_dense_llama_of_the_same_function(

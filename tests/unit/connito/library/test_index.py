@@ -18,7 +18,7 @@ from connito.wire.subjects import FactKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.library import contents
+from tests.support.library import contents, expert_record
 
 
 def record(
@@ -148,7 +148,7 @@ def test_an_unknown_expert_is_not_found() -> None:
 
 
 def test_a_deposit_on_the_stream_must_bring_its_own_record() -> None:
-    data = json.dumps(record("medical-1")).encode()
+    data = json.dumps(expert_record("medical-1", "medical")).encode()
     ref = artifacts_pb2.ArtifactRef(digest=hashlib.sha256(data).hexdigest())
     message = run_pb2.ExpertDeposited(expert_id="medical-1", record=ref)
     fact = Fact("run-1", FactKey("library", 0, "deposited", "medical-1"), message, "UX", "LIBRARY", 7, 70)

@@ -22,7 +22,8 @@ def test_the_record_tells_losses_lineage_and_who_earned_what(finished: RunFacts)
 
 
 def test_data_that_went_into_the_start_is_in_the_record(finished: RunFacts) -> None:
-    parent = {"governance": {"visibility": "public", "owner": "UP", "sources": ["diary"]}}
+    parent = build_record(finished, "f" * 64, 1, 1)
+    parent["governance"] = {"visibility": "public", "owner": "UP", "sources": ["diary"]}
     alone = build_record(finished, "e" * 64, 1, 1)["governance"]["sources"]
     started = build_record(finished, "e" * 64, 1, 1, parent=parent)["governance"]["sources"]
     assert started == sorted([*alone, "diary"])

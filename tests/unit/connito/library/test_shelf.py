@@ -14,6 +14,7 @@ from connito.library.artifact import ExpertHeader, tensor_sizes, write_expert
 from connito.library.derived import derived_record
 from connito.library.hits import search
 from connito.library.record import build_record, encode
+from connito.library.schema import ExpertRecord
 from connito.library.shelf import Shelf
 from connito.wire.facts import RunFacts
 
@@ -31,7 +32,7 @@ def state_file(path: Path, fill: int) -> Path:
 def make(tmp_path: Path, finished: RunFacts) -> Callable[..., Any]:
     """An expert file and the record of the finished run."""
 
-    def build(fill: int = 1) -> tuple[Path, ExpertHeader, dict[str, Any]]:
+    def build(fill: int = 1) -> tuple[Path, ExpertHeader, ExpertRecord]:
         header = ExpertHeader("medical", "smol", "b" * 64, {2: [1, 5], 3: [0]}, "run-1", 2)
         path = tmp_path / f"expert-{fill}.safetensors"
         digest = write_expert(state_file(tmp_path / "state.safetensors", fill), path, header)
@@ -75,11 +76,11 @@ def test_the_index_follows_the_journal_and_can_be_deleted(tmp_path: Path, make: 
 def test_file_and_record_must_belong_together(tmp_path: Path, make: Callable[..., Any]) -> None:
     shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
     with pytest.raises(VerificationFailed, match="digest"):
-        shelf.deposit(path, {**record, "expert": {**record["expert"], "digest": "0" * 64}}, 5)
+        shelf.deposit(path, record | {"expert": record["expert"] | {"digest": "0" * 64}}, 5)
     with pytest.raises(VerificationFailed, match="domain"):
-        shelf.deposit(path, {**record, "domain": "law"}, 5)
+        shelf.deposit(path, record | {"domain": "law"}, 5)
     with pytest.raises(Invalid, match="not an expert id"):
-        shelf.deposit(path, {**record, "expert_id": "../out"}, 5)
+        shelf.deposit(path, record | {"expert_id": "../out"}, 5)
     assert list(shelf.events()) == []
 
 
@@ -95,7 +96,7 @@ def test_statements_need_an_expert_and_a_reason(tmp_path: Path, make: Callable[.
 def test_a_record_that_was_changed_on_disk_is_noticed(tmp_path: Path, make: Callable[..., Any]) -> None:
     shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
     folder = shelf.path(shelf.deposit(path, record, 5))
-    (folder / "record.json").write_bytes(encode({**record, "license": "CC0-1.0"}))
+    (folder / "record.json").write_bytes(encode(record | {"license": "CC0-1.0"}))
     with pytest.raises(VerificationFailed, match="not the one that was deposited"):
         list(shelf.events())
 
@@ -117,3 +118,11 @@ def test_a_composition_credits_its_parents_and_keeps_their_rules(tmp_path: Path,
     with pytest.raises(Invalid, match="shown to none"):
         derived_record("compose", header, [(one, 1.0), (two, 1.0)], digest=digest, size=1, parameters=1, created="",
                        license="", settings={})  # fmt: skip
+
+
+def test_a_record_that_lost_a_field_on_disk_is_refused_with_its_name(tmp_path: Path, make: Callable[..., Any]) -> None:
+    shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
+    name = shelf.deposit(path, record, 5)
+    (shelf.path(name) / "record.json").write_text(json.dumps({key: record[key] for key in record if key != "losses"}))
+    with pytest.raises(Invalid, match=r"record\.json is no record of a library expert: losses: field required"):
+        shelf.get(name)

@@ -11,6 +11,7 @@ from connito.wire.facts import Fact
 from connito.wire.subjects import FactKey
 
 from services.library.state import Catalogue
+from tests.support.library import expert_record
 
 
 def deposit(number: int) -> Fact:
@@ -55,7 +56,7 @@ def test_a_foreign_page_token_is_refused(catalogue: Catalogue, token: str) -> No
 
 def private(number: int) -> bytes:
     rules = {"visibility": "private", "owner": "UO", "sources": ["corpus"]}
-    record = {"expert_id": f"law-{number}", "domain": "law", "data_statement": "statutes", "governance": rules}
+    record = expert_record(f"law-{number}", "law") | {"data_statement": "statutes", "governance": rules}
     return json.dumps(record).encode()
 
 

@@ -13,6 +13,7 @@ from connito.data.manifest import build_manifest
 from connito.experts.compose import Part, layers_of, state_of
 from connito.library.artifact import ExpertHeader, tensor_sizes, write_expert
 from connito.library.record import encode, expert_id
+from connito.library.schema import ExpertRecord
 from connito.moe.rows import base_digests
 from connito.moe.state import save_state
 from typer.testing import CliRunner
@@ -49,7 +50,7 @@ def exports(tiny: Path, parts: dict[str, Part], tmp_path: Path) -> dict[str, Pat
         save_state(state_of(part.rows), folder / "state")
         digest = write_expert(folder / "state", folder / "expert.safetensors", header)
         (folder / "state").unlink()
-        record = {
+        record: ExpertRecord = {
             "format": "connito-record/1", "expert_id": expert_id(domain, digest), "domain": domain, "run": "run-1",
             "created": "2031-01-01T00:00:00.000+00:00", "base": {"name": manifest.name, "manifest": manifest.digest},
             "expert": {"digest": digest, "bytes": (folder / "expert.safetensors").stat().st_size,
