@@ -190,7 +190,7 @@ async def test_another_state_is_found_by_merging_again(world: World, tmp_path: P
     assert version is not None
     data = bytearray(world.objects[version.state.digest])
     data[-1] ^= 1
-    other = world.put(bytes(data))
+    other = world.upload(bytes(data))
     world.resign("merge.2.version", lambda m: m.state.CopyFrom(other), c.VersionPublished)
     found = await look(world, tmp_path)
     assert found.first is not None
@@ -270,7 +270,7 @@ def test_a_message_of_another_run_or_stream_does_not_count(world: World) -> None
 def test_what_a_miner_sent_may_be_anything_if_it_is_among_the_dead_letters(world: World) -> None:
     from connito.audit.evidence import read, signatures
 
-    from tests.unit.connito.audit.world import ROSTER, RUN
+    from tests.unit.connito.audit.world import ROSTER
 
     junk = dataclasses.replace(world.records[world.find("ingress.{A}.trained")], sequence=777, data=b"junk")
     records = [*world.records, junk]
@@ -300,7 +300,7 @@ async def test_a_deposit_from_before_attestations_is_held_to_what_it_says(world:
         record = json.loads(world.objects[message.record.digest])
         for new in ("version", "parents", "signature", "governance"):
             del record[new]
-        ref = world.put(json.dumps({**record, **changes}).encode())
+        ref = world.upload(json.dumps({**record, **changes}).encode())
         message.record.CopyFrom(ref)
         message.ClearField("attestation")
 
@@ -317,12 +317,10 @@ async def test_a_deposit_from_before_attestations_is_held_to_what_it_says(world:
 
 def _repeat(world: World, message: r.ExpertDeposited, **changes: object) -> None:
     record = {**json.loads(world.objects[message.record.digest]), **changes}
-    message.record.CopyFrom(world.put(json.dumps(record).encode()))
+    message.record.CopyFrom(world.upload(json.dumps(record).encode()))
 
 
 async def test_what_is_said_of_an_expert_later_makes_no_other_run_of_it(world: World) -> None:
     before = chain.windows_of(world.records)
-    world.say(
-        "library", "library", 0, "used", r.ExpertUsed(run=RUN, id="a", expert_id="x", verb="export", units=1), "a"
-    )
+    world.say("library", 0, "used", id="a", expert_id="x", verb="export", units=1)
     assert chain.windows_of(world.records) == before

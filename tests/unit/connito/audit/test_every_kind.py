@@ -17,12 +17,11 @@ from connito.v1 import cycle_pb2 as c
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.chain import Chains, anchored_windows
 from connito.wire.facts import Record
-from connito.wire.subjects import fact
 from connito.wire.verification import CATALOGUE, INGRESS
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
-from tests.unit.connito.audit.world import MINERS, RUN, VALIDATORS, World, identity, tell
+from tests.unit.connito.audit.world import MINERS, RUN, VALIDATORS, World, tell
 
 # Said of an expert once its run has ended: a new one does not make another run of it, so the chain leaves them out.
 AFTERWARDS = {("library", "notice"), ("library", "used")}
@@ -52,9 +51,7 @@ def index_of(world: World, kind: tuple[str, str]) -> int:
             if field in message_type.DESCRIPTOR.fields_by_name:
                 setattr(message, field, value)
         id_ = "" if not path else f"{who}-0" if "+" in path else who
-        world.write(
-            identity("validator 1" if role == "validator" else role), fact(RUN, section, cycle, name, id_), message
-        )
+        world.publish(section, cycle, name, message, id_, who if role == "validator" else role)
         found = [len(world.records) - 1]
     return found[0]
 
@@ -203,7 +200,7 @@ def told_with(told: World, path: str) -> tuple[World, set[str]]:
     digests = {ref.digest for f in facts for ref in values(f.message, fields)} - {""}
     if digests:
         return world, digests
-    made = world.put(b"what " + path.encode())
+    made = world.upload(b"what " + path.encode())
 
     def add(message: Any) -> None:
         for field in fields[:-1]:

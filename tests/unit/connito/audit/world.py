@@ -16,29 +16,30 @@ import numpy as np
 from connito.audit import recompute
 from connito.audit.artifacts import Artifacts, gather
 from connito.audit.evidence import Evidence, read
-from connito.bus.streams import stream_of
 from connito.data.corpus import Corpus
 from connito.data.manifest import FileEntry, Manifest
 from connito.data.tensors import read_tensors, tensor_bytes
 from connito.errors import NotFound, VerificationFailed
 from connito.protocol import bans
-from connito.protocol.beacon import draw_seed, secret_digest
+from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.protocol.merging.cycle import Files, merge_cycle
 from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.store import ref_of_bytes
-from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import as_recorded
 from connito.wire.envelope import seal
-from connito.wire.facts import Record
+from connito.wire.facts import Fact, Record
 from connito.wire.identity import Identity
 from connito.wire.roster import ROLES, Roster
-from connito.wire.subjects import WINDOWS, fact, ingress
+from connito.wire.subjects import FactKey, ingress
 from google.protobuf.message import Message
+
+from tests.support.run import Run
 
 RUN = "run-1"
 TARGET, GENERAL = "recipes", "logs"
@@ -47,7 +48,6 @@ TENSOR = "layers.0.down_proj"
 GOAL = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], np.float32)
 WORK = {"A": [0.3, 0.3, 0.2], "B": [0.1, 0.3, 0.4], "C": [0.3, 0.3, 0.2], "L": [0.2, 0.2, 0.2]}
 GAIN = {"A": 0.30, "B": 0.20, "C": 0.30, "L": 0.10}
-CLOSE = {"train": "INGRESS", "commit": "INGRESS", "submit": "INGRESS", "validate": "VALIDATE", "merge": "MERGE"}
 
 
 @functools.cache
@@ -70,39 +70,30 @@ def distance(part: str, digest: str, path: Path) -> Losses:
     return Losses({TARGET: (float(np.square(value - GOAL).sum()), 7), GENERAL: (away, 5)})
 
 
-class World:
-    """The log as records and the store as bytes by digest; `source` has what a `Source` has."""
+class World(Run):
+    """A run as signed records, and the store as bytes by digest; it has what a `Source` has."""
 
     def __init__(self) -> None:
+        super().__init__(TARGET, RUN, now=1_700_000_000_000, step_ms=10)
         self.records: list[Record] = []
         self.objects: dict[str, bytes] = {}
         self.rules = run_pb2.RunSpec(protocol_version=PROTOCOL_VERSION)
-        self._sequences: dict[str, int] = {}
-        self._clock = 1_700_000_000_000
 
-    def put(self, data: bytes, realm: Any = REALM_PUBLIC, media_type: str = "") -> ArtifactRef:
+    def upload(
+        self, data: bytes, realm: artifacts_pb2.Realm.ValueType = REALM_PUBLIC, media_type: str = ""
+    ) -> ArtifactRef:
         ref = ref_of_bytes(data, media_type, realm)
         self.objects[ref.digest] = data
         return ref
 
-    def write(self, signer: Identity, subject: str, message: Message) -> int:
-        stream = stream_of(subject)
-        self._sequences[stream] = self._sequences.get(stream, 0) + 1
-        self._clock += 10
-        data = seal(signer, subject, message, now_ms=self._clock).SerializeToString()
-        self.records.append(Record(stream, self._sequences[stream], subject, data, self._clock))
-        return self._sequences[stream]
-
-    def say(self, role: str, section: str, cycle: int, kind: str, message: Message, id_: str = "") -> int:
-        signer = identity(role)
+    def store(self, subject: str, key: FactKey, message: Message, signer: str) -> Fact:
+        """Sign with the key of a role or with one that is given, and keep the record."""
         as_recorded(message, self.rules)
-        return self.write(signer, fact(RUN, section, cycle, kind, id_), message)
-
-    def ingress(self, miner: str, kind: str, message: Message) -> int:
-        return self.write(identity(f"miner {miner}"), ingress(RUN, MINERS[miner], kind), message)
-
-    def last(self, stream: str) -> int:
-        return self._sequences.get(stream, 0)
+        stored = super().store(subject, key, message, signer)
+        who = next((one for one in _everybody() if one.public == signer), None) or identity(signer)
+        data = seal(who, subject, message, now_ms=stored.time_unix_ms).SerializeToString()
+        self.records.append(Record(stored.stream, stored.sequence, subject, data, stored.time_unix_ms))
+        return stored
 
     def evidence(self) -> Evidence:
         return read(RUN, self.records, ROSTER)
@@ -126,7 +117,7 @@ class World:
     def copy(self) -> World:
         other = World()
         other.records, other.objects = list(self.records), dict(self.objects)
-        other._sequences, other._clock = dict(self._sequences), self._clock
+        other.sequences, other.now = dict(self.sequences), self.now
         return other
 
     def find(self, ending: str) -> int:
@@ -174,12 +165,12 @@ REWARDS = run_pb2.RewardPolicy(payout="proportional", bond_rate=0.1)
 
 
 def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
-    config = world.put(b"{}")
+    config = world.upload(b"{}")
     entry = FileEntry("config.json", config.digest, config.size, "application/json")
-    manifest = world.put(Manifest({"config.json": entry}, {}, "tiny").to_bytes())
+    manifest = world.upload(Manifest({"config.json": entry}, {}, "tiny").to_bytes())
 
     def text(domain: str, salt: int, realm: Any) -> run_pb2.CorpusRef:
-        return run_pb2.CorpusRef(domain=domain, artifact=world.put(corpus(domain, salt), realm))
+        return run_pb2.CorpusRef(domain=domain, artifact=world.upload(corpus(domain, salt), realm))
 
     return run_pb2.RunSpec(
         run=RUN,
@@ -219,22 +210,11 @@ class Cycle:
         self.reveals: dict[str, cycle_pb2.Reveal] = {}
 
     def open(self, window: str, expected: Iterable[str] = ()) -> None:
-        message = cycle_pb2.WindowOpened(
-            run=RUN, cycle=self.number, window=number_of(window), version=self.version, state=self.theta,
-            expected=sorted(expected),
-        )  # fmt: skip
-        self.world.say("coordinator", window, self.number, "opened", message)
+        self.world.opened(window, self.number, expected, state=self.theta, version=self.version)
 
     def close(self, window: str) -> int:
-        last = self.world.last(CLOSE[window])
-        message = cycle_pb2.WindowClosed(
-            run=RUN, cycle=self.number, window=number_of(window), stream=CLOSE[window], last_sequence=last,
-            cause=cycle_pb2.CLOSE_CAUSE_ALL_ACTED,
-        )  # fmt: skip
-        if banned := bans.banned(self.world.evidence().facts):
-            message.runs_sequence, message.banned[:] = self.world.last("RUNS"), sorted(banned)
-        self.world.say("coordinator", window, self.number, "closed", message)
-        return last
+        self.world.closed(window, self.number, cause=cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
+        return self.world.facts.window(window, self.number).require_closed().last_sequence
 
     def secret(self, validator: str) -> bytes:
         return f"{validator}/{self.number}".encode().ljust(32, b".")
@@ -242,61 +222,47 @@ class Cycle:
     def train(self) -> None:
         self.open("train", [*(MINERS[name] for name in self.miners), *VALIDATORS.values()])
         for name in self.miners:
-            self.world.ingress(name, "trained", cycle_pb2.TrainingFinished(run=RUN, cycle=self.number, steps=3))
+            self.world.trained(MINERS[name], self.number, steps=3)
         for name, key in VALIDATORS.items():
-            digest = secret_digest(RUN, self.number, key, self.secret(name))
-            message = cycle_pb2.SeedCommitted(run=RUN, cycle=self.number, validator=key, digest=digest)
-            self.world.say(f"validator {name}", "train", self.number, "seed", message, key)
+            self.world.seed_committed(key, self.number, self.secret(name))
         self.close("train")
 
     def commit(self) -> None:
         self.open("commit", [MINERS[name] for name in self.miners])
-        self.accepted: dict[str, cycle_pb2.CommitmentAccepted] = {}
         start = read_tensors(self.world.objects[self.theta.digest], [TENSOR])[0][TENSOR]
         for name in self.miners:
-            artifact = self.world.put(state(start + np.array(WORK[name], np.float32), name), REALM_SUBMISSION)
+            artifact = self.world.upload(state(start + np.array(WORK[name], np.float32), name), REALM_SUBMISSION)
             salt = name.encode().ljust(16, b"-")
             miner, base = MINERS[name], self.theta.digest
             digest = commitment_digest(RUN, self.number, miner, base, artifact.digest, salt)
             self.reveals[name] = cycle_pb2.Reveal(
                 run=RUN, cycle=self.number, artifact=artifact, base_state_digest=base, salt=salt
             )
-            said = cycle_pb2.Commitment(run=RUN, cycle=self.number, digest=digest)
-            sequence = self.world.ingress(name, "commitment", said)
-            self.accepted[name] = cycle_pb2.CommitmentAccepted(
-                run=RUN, cycle=self.number, miner=miner, digest=digest, ingress_sequence=sequence
-            )
-            self.world.say("committer", "commit", self.number, "accepted", self.accepted[name], miner)
+            self.world.committed(miner, self.number, digest)
         self.again("A")
-        last = self.close("commit")
-        settled = cycle_pb2.WindowSettled(
-            run=RUN, cycle=self.number, window=cycle_pb2.WINDOW_COMMIT, last_sequence=last,
-            committed=sorted(MINERS[name] for name in self.miners),
-        )  # fmt: skip
-        self.world.say("committer", "commit", self.number, "settled", settled)
+        self.close("commit")
+        self.world.settled("commit", self.number)
 
     def again(self, name: str) -> None:
         """A second commitment, which is refused."""
-        sequence = self.world.ingress(
-            name, "commitment", cycle_pb2.Commitment(run=RUN, cycle=self.number, digest=b"2" * 32)
-        )
-        self.refuse("commit", name, sequence, reasons_pb2.REASON_DUPLICATE_COMMITMENT)
+        said = self.world.hear(MINERS[name], "commitment", self.number, digest=b"2" * 32)
+        self.refuse("commit", name, said.sequence, reasons_pb2.REASON_DUPLICATE_COMMITMENT)
 
     def refuse(self, window: str, name: str, sequence: int, reason: reasons_pb2.Reason.ValueType) -> None:
-        message = cycle_pb2.Refused(
-            run=RUN, cycle=self.number, window=number_of(window), miner=MINERS[name], reason=reason,
-            finding=cycle_pb2.Finding(text="no"), ingress_sequence=sequence,
+        finding = cycle_pb2.Finding(text="no")
+        self.world.say(
+            window, self.number, "refused", miner=MINERS[name], reason=reason, finding=finding,
+            ingress_sequence=sequence,
         )  # fmt: skip
-        self.world.say("committer", window, self.number, "refused", message, f"{MINERS[name]}-{sequence}")
 
     def submit(self, rolled: Iterable[cycle_pb2.Submission]) -> None:
         self.open("submit", [MINERS[name] for name in self.miners])
         self.submissions = []
         for name in ("A", "B", "C"):
-            sequence = self.world.ingress(name, "reveal", self.reveals[name])
+            sequence = self.reveal(name)
             self.submissions.append(self.submission(name, sequence))
             self.accept(self.submissions[-1])
-        last = self.close("submit")
+        self.close("submit")
         for name in ("A", "B", "C"):
             self.leave_out(name)
         for entry in rolled:
@@ -305,58 +271,57 @@ class Cycle:
         if "L" in self.miners:
             self.refuse("submit", "L", 0, reasons_pb2.REASON_NOT_REVEALED)
         self.submissions.sort(key=lambda entry: entry.commit_sequence)
-        settled = cycle_pb2.WindowSettled(
-            run=RUN, cycle=self.number, window=cycle_pb2.WINDOW_SUBMIT, last_sequence=last,
-            submissions=self.submissions,
-        )  # fmt: skip
-        self.world.say("committer", "submit", self.number, "settled", settled)
+        self.world.settled("submit", self.number, submissions=self.submissions)
 
     def leave_out(self, name: str) -> None:
         """What was accepted of a miner that is banned by the close does not count."""
         own = next(entry for entry in self.submissions if entry.miner == MINERS[name])
-        if MINERS[name] in bans.at_close(self.world.evidence().facts, "submit", self.number):
+        if MINERS[name] in bans.at_close(self.world.facts, "submit", self.number):
             self.submissions.remove(own)
             self.refuse("submit", name, own.reveal_sequence, reasons_pb2.REASON_BANNED)
 
     def ban(self, name: str, by: str = "operator", *, lifted: bool = False) -> None:
         miner = MINERS[name]
         order = run_pb2.BanOrder(run=RUN, miner=miner, why="floods", lifted=lifted)
-        number = bans.number_after(self.world.evidence().facts, miner)
+        number = bans.number_after(self.world.facts, miner)
         message = run_pb2.MinerBan(run=RUN, miner=miner, number=number, why="floods", lifted=lifted)
         message.order.CopyFrom(seal(identity(by), bans.ORDER_SUBJECT, order))
-        self.world.say("coordinator", "run", 0, "ban", message, f"{miner}-{number}")
+        self.world.publish("run", 0, "ban", message, f"{miner}-{number}", "coordinator")
+
+    def reveal(self, name: str) -> int:
+        subject, key = ingress(RUN, MINERS[name], "reveal"), FactKey("ingress", self.number, "reveal", MINERS[name])
+        return self.world.store(subject, key, self.reveals[name], MINERS[name]).sequence
 
     def submission(self, name: str, sequence: int) -> cycle_pb2.Submission:
         return cycle_pb2.Submission(
             miner=MINERS[name], artifact=self.reveals[name].artifact, origin_cycle=self.number,
-            commit_sequence=self.accepted[name].ingress_sequence, reveal_sequence=sequence, base_state=self.theta,
+            commit_sequence=self.commit_sequence(name), reveal_sequence=sequence, base_state=self.theta,
         )  # fmt: skip
 
+    def commit_sequence(self, name: str) -> int:
+        accepted = self.world.facts.commitment(self.number, MINERS[name])
+        assert accepted is not None
+        return accepted.ingress_sequence
+
     def accept(self, entry: cycle_pb2.Submission) -> None:
-        message = cycle_pb2.RevealAccepted(run=RUN, cycle=self.number, submission=entry)
-        self.world.say("committer", "submit", self.number, "accepted", message, entry.miner)
+        self.world.say("submit", self.number, "accepted", submission=entry)
 
     def late(self) -> cycle_pb2.Submission:
         """L reveals after the window: refused here, scored in the next cycle."""
-        sequence = self.world.ingress("L", "reveal", self.reveals["L"])
+        sequence = self.reveal("L")
         self.refuse("submit", "L", sequence, reasons_pb2.REASON_LATE_REVEAL)
         return self.submission("L", sequence)
 
     def validate(self, artifacts: Artifacts) -> None:
         self.open("validate", VALIDATORS.values())
         for name, key in VALIDATORS.items():
-            revealed = cycle_pb2.SeedRevealed(run=RUN, cycle=self.number, validator=key, secret=self.secret(name))
-            self.world.say(f"validator {name}", "validate", self.number, "seed", revealed, key)
+            self.world.seed_revealed(key, self.number, self.secret(name))
         seed = draw_seed(RUN, self.number, {key: self.secret(name) for name, key in VALIDATORS.items()})
-        drawn = cycle_pb2.SeedDrawn(run=RUN, cycle=self.number, seed=seed, validators=sorted(VALIDATORS.values()))
-        self.world.say("coordinator", "validate", self.number, "drawn", drawn)
+        self.world.drawn(*VALIDATORS.values(), cycle=self.number, seed=seed)
         numbers = recompute.draw_of(self.spec, artifacts, seed)
-        for name, key in VALIDATORS.items():
-            report = cycle_pb2.ScoreReport(
-                run=RUN, cycle=self.number, validator=key, seed=seed, state_digest=self.theta.digest,
-                scores=[self.score(entry, numbers) for entry in self.submissions], seconds=1.5,
-            )  # fmt: skip
-            self.world.say(f"validator {name}", "validate", self.number, "report", report, key)
+        for key in VALIDATORS.values():
+            scores = [self.score(entry, numbers) for entry in self.submissions]
+            self.world.reported(key, self.number, seed=seed, state_digest=self.theta.digest, scores=scores, seconds=1.5)
         self.close("validate")
 
     def score(self, entry: cycle_pb2.Submission, numbers: list[tuple[str, int]]) -> cycle_pb2.SubmissionScore:
@@ -393,9 +358,9 @@ class Cycle:
         agreed = consensus_of(evidence, self.number, submissions)
         merged = merge_cycle(evidence.facts, self.number, submissions, agreed, {}, files, distance, folder)
         for path in (merged.state, merged.momentum):
-            self.world.put(path.read_bytes())
-        self.world.say("aggregator", "merge", self.number, "scored", merged.scored)
-        self.world.say("aggregator", "merge", self.number, "version", merged.version)
+            self.world.upload(path.read_bytes())
+        self.world.publish("merge", self.number, "scored", merged.scored, signer="aggregator")
+        self.world.publish("merge", self.number, "version", merged.version, signer="aggregator")
         self.close("merge")
         return merged.version
 
@@ -411,20 +376,17 @@ def tell(
     world.folder = folder
     world.rules.protocol_version = version
     spec = spec_of(world, rewards)
-    world.say("coordinator", "run", 0, "created", run_pb2.RunCreated(spec=spec))
+    world.created(spec)
     for name, key in MINERS.items():
-        message = run_pb2.MinerEnrolled(run=RUN, miner=key, label=f"miner-{name}")
-        world.say("coordinator", "run", 0, "miner", message, key)
-    for name, key in VALIDATORS.items():
-        world.say(f"validator {name}", "run", 0, "validator", run_pb2.ValidatorJoined(run=RUN, validator=key), key)
-    theta = world.put(state(np.zeros((2, 3)), "0"))
-    statistics = world.put(b"statistics")
-    report = world.put(b'{"base":{"rest":"r","rows":"s"},"statistics":"%s"}' % statistics.digest.encode())
-    selected = run_pb2.SelectionMade(
-        run=RUN, layers=[run_pb2.LayerSelection(layer=0, experts=[1, 0])], report=report, initial_state=theta,
+        world.miners(key, label=f"miner-{name}")
+    world.validators(*VALIDATORS.values())
+    theta = world.upload(state(np.zeros((2, 3)), "0"))
+    statistics = world.upload(b"statistics")
+    report = world.upload(b'{"base":{"rest":"r","rows":"s"},"statistics":"%s"}' % statistics.digest.encode())
+    world.selected(
+        layers=[run_pb2.LayerSelection(layer=0, experts=[1, 0])], report=report, initial_state=theta,
         selected_experts=2, total_experts=4, target_parameters=6, model_parameters=100,
     )  # fmt: skip
-    world.say("selector", "run", 0, "selected", selected)
     version, rolled = 0, list[cycle_pb2.Submission]()
     for number in (1, 2):
         cycle = story(world, spec, number, version, theta)
@@ -438,8 +400,7 @@ def tell(
         cycle.validate(Artifacts(paths))
         published = cycle.merge(folder)
         version, theta = published.version, published.state
-    ended = run_pb2.RunEnded(run=RUN, outcome=run_pb2.RUN_OUTCOME_COMPLETED, final_version=version)
-    world.say("coordinator", "run", 0, "ended", ended)
+    world.ended(final_version=version)
     deposit(world, folder)
     return world
 
@@ -455,8 +416,5 @@ def deposit(world: World, folder: Path) -> None:
     made = deposit_again(bench)
     assert made is not None
     for data in made.files:
-        world.put(data)
-    world.say("library", "library", 0, "deposited", made.message, made.message.expert_id)
-
-
-assert set(WINDOWS) == set(CLOSE)
+        world.upload(data)
+    world.publish("library", 0, "deposited", made.message, made.message.expert_id, "library")
