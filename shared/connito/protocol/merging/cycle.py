@@ -167,7 +167,7 @@ def _only(all_: MergeInputs, members: Sequence[int]) -> MergeInputs:
 
 
 class _Merge(ABC):
-    """Candidates of one cycle: built on demand, measured by the gate, the accepted one published."""
+    """Candidates of one cycle, built on demand, and the version that the accepted one becomes."""
 
     def __init__(self, facts: RunFacts, cycle: int, ingredients: MergeInputs, folder: Path) -> None:
         opened = facts.window("train", cycle).require_opened()
