@@ -60,9 +60,9 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         ledger.close()
 
 
-def decide_with(me: str, ledger: Ledger, strategy: Strategy, facts: RunFacts, now_ms: int) -> Decision:
+def decide_with(me: str, ledger: Ledger, strategy: Strategy, facts: RunFacts, _now_ms: int) -> Decision:
     """Return the decision of `decide` on the content of the work folder."""
-    return decide(facts, me, ledger.progress(facts.run), now_ms, strategy)
+    return decide(facts, me, ledger.progress(facts.run), strategy)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,10 @@ class LogDecision:
 Step = Train | ReportTrained | Commit | Reveal
 
 
-def decide(facts: RunFacts, me: str, progress: Progress, now_ms: int, strategy: Strategy = HONEST) -> Decision:
+def decide(facts: RunFacts, me: str, progress: Progress, strategy: Strategy = HONEST) -> Decision:
     """Return the next step of `me` in a run. `progress` is what its own work folder says; nothing here waits for a
     time.
     """
-    del now_ms
     if facts.spec is None:
         return Decision([], None)
     recent = [cycle for cycle in facts.cycles() if cycle >= facts.cycle - 1]

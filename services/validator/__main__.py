@@ -33,8 +33,8 @@ async def main(context: ServiceContext[ValidatorSettings]) -> None:
         lambda run, cycle: anchors_of(log.chains.get(run, Chains()), cycle),
     )
 
-    def decide_now(facts: RunFacts, now_ms: int) -> Decision:
-        return decide(facts, validator.me, validator.secret, validator.loaded, now_ms)
+    def decide_now(facts: RunFacts, _now_ms: int) -> Decision:
+        return decide(facts, validator.me, validator.secret, validator.loaded)
 
     engine = Engine(
         context.bus, log, STREAMS, decide_now, validator.perform, run=settings.run, on_fact=drop_others_scores

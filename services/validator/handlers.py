@@ -59,9 +59,8 @@ class Score:
 Step = Join | Preload | Unload | CommitSeed | RevealSeed | Score
 
 
-def decide(facts: RunFacts, me: str, secret: Secret, loaded: Container[str], now_ms: int) -> Decision:
+def decide(facts: RunFacts, me: str, secret: Secret, loaded: Container[str]) -> Decision:
     """Decide which actions are missing. `loaded` are the runs whose model is in memory; nothing here waits for a time."""
-    del now_ms
     steps: list[Step] = []
     if facts.spec is None:
         return Decision([], None)

@@ -198,7 +198,7 @@ async def test_oversized_is_over_the_cap_and_reveals_in_spite_of_the_refusal(wor
 
 
 def steps(story: Run, player: Strategy, *progress: CycleProgress) -> list[object]:
-    decision = decide(story.facts, ME, {item.cycle: item for item in progress}, 0, player)
+    decision = decide(story.facts, ME, {item.cycle: item for item in progress}, player)
     return [action.payload for action in decision.actions if not isinstance(action.payload, LogDecision)]
 
 

@@ -19,12 +19,12 @@ COMMITTED = replace(SAID, committed=True)
 
 def steps(story: Run, *progress: CycleProgress, me: str = ME) -> list[object]:
     """What is decided, without what is only told."""
-    decision = decide(story.facts, me, {item.cycle: item for item in progress}, 0)
+    decision = decide(story.facts, me, {item.cycle: item for item in progress})
     return [action.payload for action in decision.actions if not isinstance(action.payload, LogDecision)]
 
 
 def tells(story: Run, *progress: CycleProgress) -> list[LogDecision]:
-    decision = decide(story.facts, ME, {item.cycle: item for item in progress}, 0)
+    decision = decide(story.facts, ME, {item.cycle: item for item in progress})
     return [action.payload for action in decision.actions if isinstance(action.payload, LogDecision)]
 
 
@@ -195,7 +195,7 @@ def test_a_rejection_names_its_reason() -> None:
 
 def test_keys_are_unique_per_run_cycle_and_step(story: Run) -> None:
     committed_story(story).opened("submit").closed("submit").opened("train", 2)
-    keys = [action.key for action in decide(story.facts, ME, {1: COMMITTED}, 0).actions]
+    keys = [action.key for action in decide(story.facts, ME, {1: COMMITTED}).actions]
     assert "r1/1/reveal" in keys
     assert "r1/2/train" in keys
     assert len(keys) == len(set(keys))

@@ -110,7 +110,7 @@ def test_never_commits_to_two_results_nor_reveals_early(moves: list[tuple[int, i
     miner = Miner(story)
     script = [turn for cycle in range(1, CYCLES + 1) for turn in world(miner, cycle)]
     for advance, crash in moves:
-        decision = decide(story.facts, ME, miner.progress, 0, strategy)
+        decision = decide(story.facts, ME, miner.progress, strategy)
         for action in decision.actions:
             miner.perform(action.payload, crash)
         for turn in script[:advance]:
@@ -130,11 +130,11 @@ def test_with_time_enough_every_cycle_is_revealed_in_spite_of_crashes(crashes: l
     for cycle in range(1, CYCLES + 1):
         for turn in world(miner, cycle):
             for _ in range(pause):
-                for action in decide(story.facts, ME, miner.progress, 0).actions:
+                for action in decide(story.facts, ME, miner.progress).actions:
                     miner.perform(action.payload, next(outcomes, DONE))
             turn()
         for _ in range(len(crashes) + pause):
-            for action in decide(story.facts, ME, miner.progress, 0).actions:
+            for action in decide(story.facts, ME, miner.progress).actions:
                 miner.perform(action.payload, next(outcomes, DONE))
     committed = {c for c in miner.commitments if ME in story.facts.commitments(c)}
     assert committed <= set(miner.reveals)
@@ -160,9 +160,7 @@ def test_the_order_in_which_streams_are_read_does_not_matter(order: list[int]) -
     ]
     for position, index in enumerate(order):
         turns[index]()
-        got = [
-            a.payload for a in decide(story.facts, ME, {1: mine}, 0).actions if not isinstance(a.payload, LogDecision)
-        ]
+        got = [a.payload for a in decide(story.facts, ME, {1: mine}).actions if not isinstance(a.payload, LogDecision)]
         known = set(order[: position + 1])
         ready = {0, 3, 5, 6} <= known and 7 not in known
         assert got == ([Reveal(1)] if ready else [])

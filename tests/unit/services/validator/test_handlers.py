@@ -21,7 +21,7 @@ def my_secret(run: str, cycle: int) -> bytes:
 
 
 def steps(story: Run, loaded: Container[str] = (RUN,)) -> list[object]:
-    return [action.payload for action in decide(story.facts, ME, my_secret, loaded, 0).actions]
+    return [action.payload for action in decide(story.facts, ME, my_secret, loaded).actions]
 
 
 def in_run() -> Run:
@@ -173,6 +173,6 @@ def test_in_whatever_order_streams_are_read_nothing_is_said_too_early(order: lis
 
 def test_keys_are_unique_per_run_cycle_and_step() -> None:
     stories = [in_run().opened("train"), scoring(), in_run().opened("train").closed("train").opened("train", 2)]
-    keys = [[action.key for action in decide(s.facts, ME, my_secret, (), 0).actions] for s in stories]
+    keys = [[action.key for action in decide(s.facts, ME, my_secret, ()).actions] for s in stories]
     flat = list(itertools.chain(*keys))
     assert {"r1/0/preload", "r1/1/commitseed", "r1/1/score", "r1/2/commitseed"} <= set(flat)
