@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pkgutil
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,13 +78,19 @@ def connito(*arguments: str | int | Path, cwd: Path | None = None) -> subprocess
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
 
 
-def options(verb: str) -> set[str]:
+@functools.cache
+def command_line() -> Any:
+    """The tree of commands; making it takes a good part of a second."""
     from connito.cli.app import app
     from typer.main import get_command
 
-    command = get_command(app)
+    return get_command(app)
+
+
+def options(verb: str) -> set[str]:
+    command = command_line()
     for name in verb.split():
-        command = command.commands[name]  # type: ignore[attr-defined]
+        command = command.commands[name]
     return {option for parameter in command.params for option in parameter.opts}
 
 
@@ -92,16 +100,13 @@ def test_verbs_and_their_options_stay(verb: str) -> None:
 
 
 def every_verb() -> set[str]:
-    from connito.cli.app import app
-    from typer.main import get_command
-
     def walk(command: object, path: tuple[str, ...]) -> set[str]:
         children = getattr(command, "commands", None)
         if children is None:
             return {" ".join(path)}
         return set().union(*(walk(child, (*path, name)) for name, child in children.items()))
 
-    return walk(get_command(app), ())
+    return walk(command_line(), ())
 
 
 # What does in Python what a verb does, where it is not `connito.library.VERB` or `Client.job.VERB`.
