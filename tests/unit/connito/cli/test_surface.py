@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.connito.cli.conftest import Call
+
 VERBS = {
     "up": {"--cycles", "--miners", "--validators", "--adversaries", "--domain", "--base", "--data-dir", "--report",
            "--seed", "--no-wait", "--json"},
@@ -246,13 +248,13 @@ def test_the_version_is_printed() -> None:
     ],
 )
 def test_a_wish_that_cannot_be_is_refused_before_anything_starts(
-    arguments: tuple[str, ...], message: str, tmp_path: Path
+    arguments: tuple[str, ...], message: str, tmp_path: Path, call: Call
 ) -> None:
-    done = connito("up", *arguments, "--data-dir", tmp_path / "data")
-    assert done.returncode == 3
-    assert done.stdout == ""
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    done = call("up", *arguments, "--data-dir", tmp_path / "data")
+    assert done.code == 3
+    assert done.out == ""
+    assert message in done.err
+    assert "Traceback" not in done.err
     assert not (tmp_path / "data").exists()
 
 
@@ -271,11 +273,11 @@ def test_a_wish_that_cannot_be_is_refused_before_anything_starts(
         "explain some-run/1/miner-1",
     ],
 )
-def test_without_a_platform_the_command_that_starts_one_is_named(verb: str, tmp_path: Path) -> None:
-    done = connito(*verb.split(), "--json", "--data-dir", tmp_path)
-    assert done.returncode == 4
-    assert done.stdout == ""
-    assert "start it with `connito up --no-wait" in done.stderr
+def test_without_a_platform_the_command_that_starts_one_is_named(verb: str, tmp_path: Path, call: Call) -> None:
+    done = call(*verb.split(), "--json", "--data-dir", tmp_path)
+    assert done.code == 4
+    assert done.out == ""
+    assert "start it with `connito up --no-wait" in done.err
 
 
 def test_down_where_nothing_runs_is_no_error(tmp_path: Path) -> None:
@@ -346,14 +348,14 @@ def test_running_a_miner_without_a_broker_says_which_variable(tmp_path: Path) ->
     ],
 )
 def test_a_job_that_cannot_be_read_is_refused_with_the_place(
-    text: str | None, code: int, message: str, tmp_path: Path
+    text: str | None, code: int, message: str, tmp_path: Path, call: Call
 ) -> None:
     path = tmp_path / "job.yaml"
     if text is not None:
         path.write_text(text)
-    done = connito("job", "submit", path)
-    assert done.returncode == code
-    assert message in done.stderr
+    done = call("job", "submit", path)
+    assert done.code == code
+    assert message in done.err
 
 
 def test_a_job_file_fills_the_spec(tmp_path: Path) -> None:
@@ -398,9 +400,12 @@ def test_select_from_a_trace_prints_the_published_layout(tmp_path: Path) -> None
         (("--routing-trace", "t.npz", "--method", "guess", "--num-experts", "4"), 3, "guess"),
     ],
 )
-def test_select_refuses_what_it_cannot_do(arguments: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
+def test_select_refuses_what_it_cannot_do(
+    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace(tmp_path / "t.npz")
-    done = connito("select", *arguments, cwd=tmp_path)
-    assert done.returncode == code
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = call("select", *arguments)
+    assert done.code == code
+    assert message in done.err
+    assert "Traceback" not in done.err
