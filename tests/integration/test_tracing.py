@@ -107,7 +107,7 @@ async def test_a_message_and_its_handling_in_another_process_are_one_trace(
             asked = logs.current()
             assert await bus.publish_fact(run_id, "run", 0, "created", run_pb2.RunCreated(spec=spec))
         async with Witness.reading(bus, roster, run_id) as witness:
-            await witness.until(lambda facts: facts.fact("run", 0, "selection_failed"), 60)
+            await witness.until(lambda facts: facts.fact("run", 0, "selection_failed"))
     finally:
         end()
         drained = selector.drain()

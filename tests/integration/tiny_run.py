@@ -7,7 +7,7 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,19 @@ from typing import Any
 
 import numpy as np
 from connito.base.tiny import EOS, build_tiny, tiny_texts
-from connito.bus import Bus, CaughtUp
+from connito.bus import Bus
 from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest, build_manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
-from connito.wire.facts import RunFacts
-from connito.wire.log import Log
 from connito.wire.roster import Roster
 from google.protobuf.message import Message
 
+from tests.integration.witness import Witness
+
 TARGET, GENERAL = "recipes", "logs"
-STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "INGRESS")
 
 
 @functools.cache
@@ -134,19 +133,10 @@ def _select(base: Path, theta: Path) -> tuple[list[run_pb2.LayerSelection], int]
     return layers, sum(tensor.numel() for tensor in rows.values())
 
 
-@dataclass
-class Teller:
-    """Writes facts as the coordinator, the committer and the others would, and watches what is said."""
+class Teller(Witness):
+    """Writes facts as the coordinator, the committer and the others would, and reads along."""
 
-    run: str
     buses: dict[str, Bus]
-    log: Log
-    _changed: asyncio.Condition
-
-    @property
-    def facts(self) -> RunFacts:
-        """Everything said so far."""
-        return self.log.runs.get(self.run) or RunFacts(self.run)
 
     async def say(
         self, section: str, cycle: int, kind: str, message: Message, id_: str = "", role: str = "coordinator"
@@ -168,31 +158,10 @@ class Teller:
         closed = cycle_pb2.WindowClosed(run=self.run, cycle=cycle, stream=stream, last_sequence=last)
         await self.say(window, cycle, "closed", closed)
 
-    async def until(self, true: Callable[[RunFacts], object], what: str, seconds: float = 90) -> None:
-        """Wait until something was said."""
-        try:
-            async with asyncio.timeout(seconds), self._changed:
-                await self._changed.wait_for(lambda: true(self.facts))
-        except TimeoutError:
-            known = "\n".join(map(str, sorted(self.facts.facts, key=str)))
-            raise AssertionError(f"waited {seconds} s for {what}; said so far:\n{known}") from None
-
 
 @asynccontextmanager
 async def telling(run: str, buses: dict[str, Bus], roster: Roster) -> AsyncIterator[Teller]:
     """A `Teller` that follows the run until the block is left."""
-    teller = Teller(run, buses, Log(roster), asyncio.Condition())
-
-    async def watch() -> None:
-        async for item in buses["coordinator"].follow(STREAMS, run):
-            if not isinstance(item, CaughtUp):
-                teller.log.apply(item)
-            async with teller._changed:
-                teller._changed.notify_all()
-
-    watching = asyncio.create_task(watch())
-    try:
+    async with Teller.reading(buses["coordinator"], roster, run) as teller:
+        teller.buses = buses
         yield teller
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)

@@ -31,7 +31,7 @@ class Witness:
     """The facts of one run as they come in."""
 
     def __init__(self, bus: Bus, roster: Roster, run: str) -> None:
-        self._bus, self._log, self._run = bus, Log(roster), run
+        self.bus, self.log, self.run = bus, Log(roster), run
         self._moved = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
 
@@ -48,19 +48,21 @@ class Witness:
 
     async def _read(self) -> None:
         try:
-            async for item in self._bus.follow((*FACT_STREAMS, "INGRESS"), self._run):
+            async for item in self.bus.follow((*FACT_STREAMS, "INGRESS"), self.run):
                 if not isinstance(item, CaughtUp):
                     with suppress(Invalid):  # every reader ignores what does not verify
-                        self._log.apply(item)
+                        self.log.apply(item)
                     self._moved.set()
         finally:
             self._moved.set()
 
     @property
     def facts(self) -> RunFacts:
-        return self._log.runs.get(self._run) or RunFacts(self._run)
+        return self.log.runs.get(self.run) or RunFacts(self.run)
 
-    async def until(self, satisfied: Callable[[RunFacts], object], timeout: float = PATIENCE) -> RunFacts:
+    async def until(
+        self, satisfied: Callable[[RunFacts], object], what: str = "what was not told", timeout: float = PATIENCE
+    ) -> RunFacts:
         """Wait until the facts satisfy."""
         try:
             async with asyncio.timeout(timeout):
@@ -71,12 +73,14 @@ class Witness:
                     await self._moved.wait()
         except TimeoutError:
             keys = [f"{k.section}.{k.cycle}.{k.kind}.{k.id[:6]}" for k in self.facts.facts]
-            raise AssertionError(f"waited {timeout} s in vain; the facts are {keys}") from None
+            raise AssertionError(f"waited {timeout:.0f} s for {what}; the facts are {keys}") from None
         return self.facts
 
     async def has(self, section: str, cycle: int, kind: str, id_: str = "", timeout: float = PATIENCE) -> RunFacts:
         """Wait for one fact."""
-        return await self.until(lambda facts: facts.has(section, cycle, kind, id_), timeout)
+        return await self.until(
+            lambda facts: facts.has(section, cycle, kind, id_), f"{section}.{cycle}.{kind}", timeout
+        )
 
 
 def guard(server: NatsServer, identities: Mapping[str, Identity], *miners: Identity) -> None:

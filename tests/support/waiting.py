@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-PATIENCE = 60.0  # seconds
+PATIENCE = 90.0  # seconds
 
 
 async def until(holds: Callable[[], object], what: str = "the condition", seconds: float = PATIENCE) -> None:
