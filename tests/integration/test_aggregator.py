@@ -23,6 +23,7 @@ from connito.protocol.merging.candidates import Attempt, MergeInputs, write_cand
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+from connito.views.sentences import detail_of
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
@@ -226,10 +227,10 @@ async def test_good_work_is_merged_copies_and_wreckage_are_not(stage: Stage, tmp
     version = await stage.version(1)
 
     verdicts = stage.verdicts(1)
-    assert version.gate == cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS, version.gate_detail
+    assert version.gate == cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS, detail_of(version)
     assert set(version.merged) == {MINERS["anna"], MINERS["bert"]}
     assert verdicts["copier"].reason == reasons_pb2.REASON_COPY
-    assert MINERS["anna"][:12] in verdicts["copier"].detail
+    assert MINERS["anna"][:12] in detail_of(verdicts["copier"])
     assert (verdicts["wrecker"].status, verdicts["wrecker"].reason) == (
         cycle_pb2.VERDICT_STATUS_SCORED,
         reasons_pb2.REASON_OUTLIER,
@@ -261,7 +262,7 @@ async def carry_on_after_a_kill(stage: Stage, first: cycle_pb2.VersionPublished,
     version = await stage.version(2)
 
     assert (version.version, version.parent) == (2, 1)
-    assert version.gate in (cycle_pb2.GATE_DECISION_ACCEPTED, cycle_pb2.GATE_DECISION_TOP_1), version.gate_detail
+    assert version.gate in (cycle_pb2.GATE_DECISION_ACCEPTED, cycle_pb2.GATE_DECISION_TOP_1), detail_of(version)
     await until_logged(stage.process.log, '"version": 2')
     assert version.losses[0].before == pytest.approx(first.losses[0].after, rel=1e-6)
     assert await stage.audit(2, utilities, tmp_path) == version.state.digest

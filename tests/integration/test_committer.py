@@ -18,6 +18,7 @@ from connito.store import ArtifactStore, get_presigned, put_presigned
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.v1.services_pb2_grpc import SubmissionServiceStub
+from connito.views.sentences import detail_of
 from connito.wire.envelope import open_bytes, seal
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
@@ -217,7 +218,7 @@ def start(
 def refusal(facts: RunFacts, window: str, cycle: int, miner: Miner, sequence: int) -> int:
     refused = facts.window(window, cycle).refusal(miner.key, sequence)
     assert refused is not None
-    assert refused.detail
+    assert detail_of(refused)
     return refused.reason
 
 
