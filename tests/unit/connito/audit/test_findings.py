@@ -11,6 +11,7 @@ from connito.audit.differences import Difference
 from connito.audit.recompute import Recomputation, merge
 from connito.errors import Invalid
 from connito.protocol.findings import PROTOCOL_VERSION, outcomes_of
+from connito.protocol.policy.law import fill
 from connito.v1 import cycle_pb2 as c
 from connito.v1 import run_pb2
 from connito.v1.cycle_pb2 import Finding
@@ -154,3 +155,10 @@ def test_every_kind_has_a_sentence() -> None:
     assert set(sentences.SENTENCES) == kinds
     for kind in kinds:
         assert sentences.sentence(Finding(kind=kind)) or kind == c.FINDING_KIND_GATE_REFUSALS
+
+
+@pytest.mark.parametrize("asked", [0, PROTOCOL_VERSION + 5])
+def test_the_coordinator_says_which_rules_a_new_run_is_under(asked: int) -> None:
+    spec = run_pb2.RunSpec(run="r", protocol_version=asked)
+    fill(spec)
+    assert spec.protocol_version == PROTOCOL_VERSION
