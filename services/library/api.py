@@ -83,7 +83,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         command, signer = rpc.open_request(request.envelope, "rpc.MarkExpert", services_pb2.MarkExpertCommand)
         rpc.check_fresh(request.envelope, self._now_ms())
         if command.kind not in NOTICES or not command.reason.strip():
-            raise Invalid("say what of it and why: a statement without a reason helps nobody")
+            raise Invalid("a status and a reason are required")
         of_source = command.kind in (run_pb2.NOTICE_KIND_OPTED_OUT, run_pb2.NOTICE_KIND_OPTED_IN)
         if not of_source and command.subject not in self._catalogue.facts:
             self._catalogue.get(command.subject)

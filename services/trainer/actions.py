@@ -149,7 +149,7 @@ class Miner:
             sent = await put_presigned(slot.url, slot.headers, self.ledger.artifact_path(run, mine.cycle))
         except Invalid as error:
             if error.reason == reasons_pb2.REASON_NOT_PERMITTED:
-                raise Retry(f"the upload slot was of no use, asking for a new one: {error}") from error
+                raise Retry(f"the upload failed, asking for a new slot: {error}") from error
             raise
         if sent:
             metrics.UPLOAD_BYTES.inc(artifact.size)

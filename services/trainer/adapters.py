@@ -81,7 +81,7 @@ class Services:
             raise await rpc.explained(error, address, self._bus.tls) from error
         except Invalid as error:
             if error.reason in _CATCHING_UP:
-                raise Retry(f"the {service} does not say yes yet: {error}", after=max(0.3, error.after)) from error
+                raise Retry(f"the {service} has not accepted yet: {error}", after=max(0.3, error.after)) from error
             raise
 
 

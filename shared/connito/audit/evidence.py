@@ -58,7 +58,7 @@ def read(
     """
     ordered = sorted(records, key=lambda record: (record.stream, record.sequence))
     if not ordered:
-        raise NotFound(f"the log holds nothing of a run {run!r}; `connito job list` shows the runs")
+        raise NotFound(f"the log has no run {run!r}; `connito job list` shows the runs")
     dead = {(letter.stream, letter.sequence): letter for letter in letters}
     evidence = Evidence(run, roster, ordered, RunFacts(run), {}, letters=dead)
     for record in ordered:

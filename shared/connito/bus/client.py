@@ -293,7 +293,7 @@ class Bus:
         reply = await self._connection.request("$JS.API.STREAM.INFO.RUNS", b"")
         stamp = str(json.loads(reply.data).get("ts", ""))
         if not stamp:
-            raise Retry("the broker does not say what time it has; run `connito streams ensure`")
+            raise Retry("the broker's clock cannot be read; run `connito streams ensure`")
         # Nanoseconds are more than Python reads.
         whole, _, fraction = stamp.rstrip("Z").partition(".")
         return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")

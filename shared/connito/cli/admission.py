@@ -64,7 +64,7 @@ def ban(
     from connito.errors import Invalid
 
     if not why and not lift:
-        raise Invalid("say why: the miner and whoever audits the run read it (--why TEXT)")
+        raise Invalid("a reason is required, for the miner and for auditors: add --why TEXT")
     with Client.local(data_dir, role="customer" if run else "operator") as client:
         miner = client.job.miner(key)
         runs = client.ban(miner, why, run, lifted=lift)

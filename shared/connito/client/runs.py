@@ -113,7 +113,7 @@ async def _facts(run: str, folder: Path | None, data_dir: Path | None) -> RunFac
     async with session.bus() as bus:
         log = await read_log(bus, session.roster, run)
     if run not in log.runs:
-        raise NotFound(f"the log holds nothing of a run {run!r}; `connito job list` shows the runs")
+        raise NotFound(f"the log has no run {run!r}; `connito job list` shows the runs")
     return log.runs[run]
 
 

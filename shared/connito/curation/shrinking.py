@@ -82,7 +82,7 @@ def prune(
     """Leave experts out under a budget; writes a checkpoint that transformers loads, and returns its record."""
     options = options or PruneOptions()
     if not (options.max_experts or options.max_bytes or options.method in WITHOUT_BUDGET):
-        raise Invalid("how small? give --max-experts or --max-bytes")
+        raise Invalid("pruning needs a size: give --max-experts or --max-bytes")
     loaded = _load(source, library or Holdings())
     return _thin(loaded, out, options) if options.method in ("zeros", "low-rank") else _prune(loaded, out, options)
 

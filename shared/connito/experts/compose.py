@@ -69,7 +69,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         if self.method not in METHODS:
-            raise Invalid(f"no way of merging is called {self.method!r}: use {', '.join(METHODS)}")
+            raise Invalid(f"unknown merge method {self.method!r}: use {', '.join(METHODS)}")
         if not 0 < self.density <= 1:
             raise Invalid(f"the density is {self.density}, but it is a share: give a number above 0 and at most 1")
 

@@ -65,7 +65,7 @@ def opt_in(model: nn.Module, additions: Sequence[Addition]) -> dict[str, Keep]:
     ordered = sorted(additions, key=lambda addition: addition.digest)
     names = [addition.name for addition in ordered]
     if len(set(names)) != len(names) or len({a.digest for a in ordered}) != len(ordered):
-        raise Invalid(f"an addition is there twice: {', '.join(sorted(names))}; opt each in once")
+        raise Invalid(f"an addition is given twice: {', '.join(sorted(names))}; opt each in once")
     for addition in ordered:
         _check(addition, layers)
     ids = {
@@ -189,7 +189,7 @@ def router_inputs(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, to
         for row in sequences:
             model(input_ids=torch.from_numpy(row[None].astype("int64")), use_cache=False)
     if not seen:
-        raise Invalid("there is no text to look at: give some of the domain")
+        raise Invalid("there is no text: give some of the domain")
     return {index: torch.cat(parts) for index, parts in seen.items()}
 
 

@@ -228,7 +228,7 @@ def choose(
     layers = require_moe_layers(model)
     budget = _budget(layers, max_experts, max_bytes)
     if method not in METHODS:
-        raise Invalid(f"no way of pruning is called {method!r}: use {', '.join(METHODS)}")
+        raise Invalid(f"unknown pruning method {method!r}: use {', '.join(METHODS)}")
     tapes = record(model, sequences[:, :-1], max_tokens=max_tokens)
     if method == "naee":
         return {

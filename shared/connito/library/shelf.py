@@ -148,7 +148,7 @@ class Shelf:
         if kind not in ("deprecated", "yanked", "restored", "opted-out", "opted-in"):
             raise Invalid(f"an expert cannot be {kind!r}")
         if not reason.strip():
-            raise Invalid("say why: a statement without a reason helps nobody (--reason TEXT)")
+            raise Invalid("a reason is required: add --reason TEXT")
         if not kind.startswith("opted"):
             self.get(subject)
         with self._lock():

@@ -61,7 +61,7 @@ def check_order(ban: run_pb2.MinerBan, roster: Roster, customer: str) -> None:
             reason=reasons_pb2.REASON_NOT_PERMITTED,
         )
     if (order.miner, order.lifted) != (ban.miner, ban.lifted) or order.run not in ("", ban.run):
-        raise Invalid("the order is about something else", reason=reasons_pb2.REASON_NOT_PERMITTED)
+        raise Invalid("the order is not the one of this ban", reason=reasons_pb2.REASON_NOT_PERMITTED)
 
 
 def _latest_orders(facts: RunFacts, until: int | None) -> dict[str, run_pb2.MinerBan]:

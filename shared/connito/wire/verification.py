@@ -74,11 +74,11 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
     message: Message = opened.read(message_type)
     claimed_run = message.spec.run if isinstance(message, run_pb2.RunCreated) else getattr(message, "run", "")
     if claimed_run != run or getattr(message, "cycle", key.cycle) != key.cycle:
-        raise Invalid(f"the payload speaks of another run or cycle than its subject {record.subject}")
+        raise Invalid(f"the payload names another run or cycle than its subject {record.subject}")
     if id_path and _subject_id(message, id_path) != key.id:
-        raise Invalid(f"the payload speaks of another id than its subject {record.subject}")
+        raise Invalid(f"the payload names another id than its subject {record.subject}")
     if role == "validator" and key.id != opened.signer:
-        raise Invalid("a validator speaks for itself only", reason=reasons_pb2.REASON_NOT_PERMITTED)
+        raise Invalid("a validator may sign only for itself", reason=reasons_pb2.REASON_NOT_PERMITTED)
     return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
 
 
@@ -94,6 +94,6 @@ def verify_ingress(record: Record) -> Fact:
         raise Invalid("signed by another key than the one in the subject", reason=reasons_pb2.REASON_NOT_PERMITTED)
     message: Message = opened.read(INGRESS[kind])
     if getattr(message, "run", "") != run:
-        raise Invalid(f"the payload speaks of another run than its subject {record.subject}")
+        raise Invalid(f"the payload names another run than its subject {record.subject}")
     key = FactKey("ingress", int(getattr(message, "cycle", 0)), kind, miner)
     return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)

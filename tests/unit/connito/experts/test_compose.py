@@ -97,7 +97,7 @@ def test_conflicts_are_reported_per_shared_expert(
 def test_what_cannot_be_merged_is_refused(
     parts: dict[str, Part], base: dict[tuple[int, int, str], torch.Tensor]
 ) -> None:
-    with pytest.raises(Invalid, match="no way of merging"):
+    with pytest.raises(Invalid, match="unknown merge method"):
         Recipe("blend")
     with pytest.raises(Invalid, match="density"):
         Recipe("ties", density=0.0)

@@ -156,7 +156,7 @@ def test_budgets_that_cannot_be_met_and_nonsense_are_refused(full: Any, sequence
         choose(full, text, max_experts=1)
     with pytest.raises(Invalid, match="need one each"):
         choose(full, text, max_bytes=10)
-    with pytest.raises(Invalid, match="no way of pruning"):
+    with pytest.raises(Invalid, match="unknown pruning method"):
         choose(full, text, "lottery", max_experts=4)
     wrong: list[dict[int, list[int]]] = [{2: []}, {2: [8]}, {2: [1, 0]}, {7: [0]}]
     for keep in wrong:

@@ -87,7 +87,7 @@ def test_file_and_record_must_belong_together(tmp_path: Path, make: Callable[...
 def test_statements_need_an_expert_and_a_reason(tmp_path: Path, make: Callable[..., Any]) -> None:
     shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
     name = shelf.deposit(path, record, 5)
-    with pytest.raises(Invalid, match="say why"):
+    with pytest.raises(Invalid, match="a reason is required"):
         shelf.state("yanked", name, " ", 6)
     with pytest.raises(NotFound):
         shelf.state("yanked", "nobody", "why not", 6)

@@ -151,7 +151,7 @@ def test_extract_and_prune_write_verified_checkpoints(run: Any, tiny: Path, tmp_
     )
     assert dense["experts"] == {}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config.model_type == "llama"
-    with pytest.raises(Invalid, match="how small"):
+    with pytest.raises(Invalid, match="pruning needs a size"):
         run("prune", "--base", tiny, "--data", recipes_text, "--out", tmp_path / "x")
 
 
