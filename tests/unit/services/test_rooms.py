@@ -22,7 +22,7 @@ PERFORMING = {
     # A web page: it decides nothing and writes nothing.
     "console": {
         "access", "artifacts", "charts", "figures", "heatmap", "history", "lineage", "pages", "views", "waterfall",
-        "why", "words",
+        "why",
     },
 }  # fmt: skip
 # Who decides elsewhere: auditors share the library's plan of a deposit.
