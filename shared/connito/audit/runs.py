@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """Where a run is, and how it is recomputed.
+    """The location of a run, and options of its recomputation.
 
     folder: what an ended `connito up` left, whose servers are started for it; data_dir: the platform that runs here.
     model: also recompute what needs it; threads: for that, 0 all cores, None as many as `connito up` used in the folder;

@@ -81,7 +81,7 @@ class Contributor(TypedDict):
 
 
 class Governance(TypedDict, total=False):
-    """Who may see an expert, whose it is, and the digests or names of the data behind it."""
+    """Visibility and owner of an expert, and the digests or names of its data."""
 
     visibility: str
     organisation: str
@@ -116,7 +116,7 @@ class Parent(TypedDict):
 
 
 class Derived(TypedDict):
-    """How an expert was made of others: enough to make it again."""
+    """The derivation of an expert from others, complete enough to repeat it."""
 
     verb: str
     settings: dict[str, Any]

@@ -216,7 +216,7 @@ def outer_step(
 
 @dataclass(frozen=True)
 class OuterStep:
-    """Where an outer step starts and how far it goes; without a file of momentum it starts at rest."""
+    """The start and size of an outer step; without a momentum file, momentum starts at zero."""
 
     parent: Path
     momentum: Path | None
