@@ -311,6 +311,8 @@ async def test_a_standby_takes_over_from_a_killed_leader_in_the_middle_of_a_cycl
     async with Witness.reading(stage.bus, stage.roster, run_id) as witness:
         await stage.assemble(run_id)
         facts = await witness.has("train", 1, "opened")
+        # Its log is what tells who wrote; the fact is known before that line.
+        await asyncio.to_thread(first.wait_for_log, "train opened")
         first.kill()
         await stage.play(witness, run_id, 1)
         facts = await witness.has("run", 0, "ended")
