@@ -20,7 +20,8 @@ from typing import Any
 
 from connito.bus import Bus, streams
 from connito.bus.permissions import permissions
-from connito.errors import Invalid, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid
 from connito.platform.servers import NatsServer
 from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest

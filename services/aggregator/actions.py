@@ -10,8 +10,8 @@ from pathlib import Path
 
 from connito.bus import Bus, offences
 from connito.data.safetensors_header import SAFETENSORS
-from connito.enums import plain_name
-from connito.errors import Invalid, VerificationFailed, reason_name
+from connito.enums import plain_name, reason_name
+from connito.errors import Invalid, VerificationFailed
 from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.provenance import check_settled, check_start

@@ -6,7 +6,8 @@ import asyncio
 
 from connito.bus import Bus
 from connito.bus.offences import kind_of, report
-from connito.errors import Invalid, NotFound, Retry, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid, NotFound, Retry
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action

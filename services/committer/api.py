@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from connito.bus import Bus
-from connito.errors import ConnitoError, Invalid, NotFound, reason_name
+from connito.enums import reason_name
+from connito.errors import ConnitoError, Invalid, NotFound
 from connito.protocol import bans
 from connito.runtime.limits import RateLimit
 from connito.runtime.metrics import REFUSALS

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from connito.errors import Invalid, NotFound, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid, NotFound
 from connito.protocol import bans
 from connito.protocol.commitment import opens
 from connito.protocol.findings import Refusal, check_version

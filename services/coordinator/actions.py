@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from connito.bus import Bus
 from connito.bus.position import PositionedLog
-from connito.enums import plain_name
-from connito.errors import reason_name
+from connito.enums import plain_name, reason_name
 from connito.protocol.bans import banned
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action, Decision, now_ms

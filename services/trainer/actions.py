@@ -10,7 +10,8 @@ from typing import Protocol
 
 from connito.bus import Bus
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import Invalid, Retry, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid, Retry
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.provenance import check_start
 from connito.runtime import logs, metrics

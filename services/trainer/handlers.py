@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from connito.enums import plain_name
-from connito.errors import reason_name
+from connito.enums import plain_name, reason_name
 from connito.protocol.bans import banned
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from connito.bus import Bus, offences
-from connito.errors import Invalid, NotFound, Retry, VerificationFailed, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
 from connito.protocol.scoring.evaluation import Evaluation, fit, rejected, score

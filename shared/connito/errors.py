@@ -13,7 +13,6 @@ exception  on the bus                            on the command line
 
 from __future__ import annotations
 
-from connito.enums import plain_name
 from connito.v1 import reasons_pb2 as reasons
 
 
@@ -67,10 +66,3 @@ class VerificationFailed(Invalid):
 
 class Fatal(ConnitoError):  # noqa: N818
     """The process cannot go on: broken configuration, lost lease, violated invariant."""
-
-
-def reason_name(reason: reasons.Reason.ValueType) -> str:
-    """Return `REASON_LATE_REVEAL` as people see it: `late-reveal`; the empty string for none."""
-    if reason == reasons.REASON_UNSPECIFIED:
-        return ""
-    return plain_name(reasons.Reason, reason)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.evidence import Evidence
-from connito.enums import name_of
-from connito.errors import Invalid, reason_name
+from connito.enums import name_of, reason_name
+from connito.errors import Invalid
 from connito.protocol.bans import at_close
 from connito.protocol.commitment import opens
 from connito.protocol.quota import MessageCounter

@@ -6,7 +6,8 @@ from collections.abc import Container, Iterator, Sequence
 
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.evidence import Evidence
-from connito.errors import Invalid, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import draw_seed, opens
 from connito.protocol.findings import Refusal, Refusals, finding_of

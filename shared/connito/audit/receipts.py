@@ -11,8 +11,8 @@ from connito.audit.artifacts import Artifacts, Named
 from connito.audit.audit import Options, pure, recomputed
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
-from connito.enums import plain_name
-from connito.errors import Invalid, NotFound, reason_name
+from connito.enums import plain_name, reason_name
+from connito.errors import Invalid, NotFound
 from connito.protocol.assignment import assigned
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef

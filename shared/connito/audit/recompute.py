@@ -18,7 +18,8 @@ from connito.audit.distances import Distances
 from connito.audit.evidence import Evidence
 from connito.audit.judging import OF_THE_FILE, consensus_of, of_the_file, submissions_of
 from connito.data.corpus import Corpus
-from connito.errors import Invalid, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid
 from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle, remerge_cycle

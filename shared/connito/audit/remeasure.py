@@ -24,7 +24,8 @@ from connito.audit.judging import OF_THE_FILE, submissions_of
 from connito.audit.recompute import Recomputation
 from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import Invalid, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.protocol.merging.gate import Losses as GateLosses
 from connito.protocol.merging.gate import Part

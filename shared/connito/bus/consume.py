@@ -13,7 +13,8 @@ from nats.errors import Error as NatsError
 from connito.bus.connection import Connection
 from connito.bus.follow import record_of
 from connito.bus.streams import DURABLES, Durable
-from connito.errors import Fatal, Invalid, Retry, reason_name
+from connito.enums import reason_name
+from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks

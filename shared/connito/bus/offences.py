@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from connito.errors import Invalid, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons

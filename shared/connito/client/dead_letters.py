@@ -7,7 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from connito.bus import Bus, CaughtUp
-from connito.errors import Invalid, NotFound, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid, NotFound
 from connito.platform.session import Session
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.envelope import open_bytes

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from connito.bus import CaughtUp
-from connito.errors import Invalid, NotFound, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid, NotFound
 from connito.platform.session import Session
 from connito.v1.cycle_pb2 import SecurityEvent
 from connito.wire.envelope import open_bytes

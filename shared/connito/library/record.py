@@ -10,8 +10,8 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from connito.enums import plain_name
-from connito.errors import Invalid, reason_name
+from connito.enums import plain_name, reason_name
+from connito.errors import Invalid
 from connito.library.governance import governance
 from connito.library.interval import change_interval
 from connito.library.schema import Contributor, ExpertRecord, Loss, Signature, Version

@@ -13,7 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from connito.bus import Bus, CaughtUp, offences
-from connito.errors import Invalid, Retry, reason_name
+from connito.enums import reason_name
+from connito.errors import Invalid, Retry
 from connito.protocol.findings import check_version
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from connito.errors import reason_name
+from connito.enums import reason_name
 from connito.v1 import cycle_pb2
 from connito.views.run_report import miner_name
 from connito.wire.facts import Fact, RunFacts

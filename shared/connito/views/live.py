@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from connito.enums import plain_name
-from connito.errors import reason_name
+from connito.enums import plain_name, reason_name
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views import words

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from connito.enums import plain_name
-from connito.errors import reason_name
+from connito.enums import plain_name, reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views import words
 from connito.views.sentences import detail_of

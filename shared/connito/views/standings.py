@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from connito.errors import reason_name
+from connito.enums import reason_name
 from connito.v1 import cycle_pb2
 from connito.views.sentences import detail_of
 from connito.wire.facts import RunFacts

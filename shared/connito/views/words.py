@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from connito.errors import reason_name
+from connito.enums import reason_name
 from connito.v1 import cycle_pb2
 from connito.v1.reasons_pb2 import Reason
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from connito.errors import reason_name
+from connito.enums import reason_name
 from connito.v1 import reasons_pb2
 
 from bench.attack_kinds import ATTACKS

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed, reason_name
+from connito.enums import reason_name
+from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed
 from connito.v1 import reasons_pb2
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from connito.bus.streams import stream_of
 from connito.data.tensors import MAX_HEADER_BYTES, read_header, tensor_bytes
-from connito.errors import ConnitoError, Invalid, Retry, reason_name
+from connito.enums import reason_name
+from connito.errors import ConnitoError, Invalid, Retry
 from connito.protocol.submission import expected_layout, validate
 from connito.service.rpc import open_request
 from connito.store.artifacts import key_of

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
-from connito.errors import reason_name
+from connito.enums import reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views import words
 from connito.wire.facts import RunFacts
