@@ -29,7 +29,8 @@ from connito.protocol.scoring.evaluation import Evaluation, score
 from connito.protocol.scoring.verdicts import agree
 from connito.store import ref_of_file
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 
 from bench.compose_setup import text

@@ -28,7 +28,8 @@ from connito.protocol.commitment import commitment_digest
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.wire.envelope import seal
-from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.subjects import FactKey, ingress
 from connito.wire.verification import verify_ingress

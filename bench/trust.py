@@ -17,7 +17,8 @@ from connito.protocol.scoring.consensus import consensus
 from connito.protocol.scoring.trust import votes
 from connito.protocol.scoring.verdicts import score_cycle
 from connito.v1 import cycle_pb2, run_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 from numpy.random import Generator
 

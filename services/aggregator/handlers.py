@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
 

@@ -13,7 +13,8 @@ from connito.runtime.logs import get_logger
 from connito.service.engine import Action
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import as_recorded, detail_of
-from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
 from connito.wire.verification import verify_ingress
 
 from . import judging, settlement

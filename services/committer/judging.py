@@ -18,7 +18,8 @@ from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.services_pb2 import UploadCommand
 from connito.views.sentences import detail_of, sentence
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import window_value
 
 DIGEST_BYTES = 32

@@ -15,7 +15,8 @@ from connito.protocol.findings import Refusal
 from connito.protocol.scoring.newcomers import over_quota, quota_refusal
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 
 from . import judging
 

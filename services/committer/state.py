@@ -7,7 +7,7 @@ from collections import defaultdict
 from connito.bus.position import PositionedLog
 from connito.protocol.quota import MessageCounter
 from connito.v1 import cycle_pb2
-from connito.wire.facts import Fact, Record
+from connito.wire.fact import Fact, Record
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_ingress
 

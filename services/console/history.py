@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from connito.views.live import announce
 from connito.views.run_report import miner_name
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from connito.runtime.tasks import end_tasks
 from connito.service.engine import now_ms
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.envelope import open_bytes
-from connito.wire.facts import Record, RunFacts
+from connito.wire.fact import Record
+from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 from connito.wire.log import Log
 from connito.wire.roster import Roster

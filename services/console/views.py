@@ -13,7 +13,8 @@ from connito.views import standings, words
 from connito.views.live import phase
 from connito.views.run_report import miner_name, outcome, submission_rows
 from connito.views.standings import rating_text
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.window import Window
 
 # A window may close this much after its deadline before somebody should be told.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from connito.render.formats import duration
 from connito.v1 import cycle_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS
 
 from .views import name

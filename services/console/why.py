@@ -10,7 +10,8 @@ from connito.v1 import cycle_pb2
 from connito.views import words
 from connito.views.sentences import detail_of
 from connito.views.standings import rating_text, ratings, validator_rows
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 
 from .views import judged, name, reason_pair
 

@@ -7,7 +7,8 @@ from statistics import median
 
 from connito.v1 import cycle_pb2
 from connito.v1.run_pb2 import WindowPolicy
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.window import Window
 
 # Facts whose arrival is somebody acting in a window.

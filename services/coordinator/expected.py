@@ -32,7 +32,7 @@ def waiting(facts: RunFacts, window: Window) -> list[str]:
     if window.name == "train":
         return _idle(facts, window)
     if window.name == "merge":
-        return [] if window.version is not None else ["aggregator"]
+        return [] if facts.version(window.cycle) is not None else ["aggregator"]
     return _unanswered(facts, window)
 
 

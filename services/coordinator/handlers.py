@@ -17,7 +17,8 @@ from connito.protocol.objective import reached
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import sentence
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import window_value
 from connito.wire.window import Window
 from google.protobuf.message import Message
@@ -138,7 +139,7 @@ def _draw(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, half_time_ms: 
 
 
 def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int) -> Decision:
-    version, state = window.start
+    version, state = facts.start(window.cycle)
     message = cycle_pb2.WindowOpened(
         run=facts.run,
         cycle=window.cycle,

@@ -8,7 +8,8 @@ from connito.bus.position import PositionedLog
 from connito.enums import plain_name
 from connito.runtime import metrics
 from connito.v1 import cycle_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
 from connito.wire.subjects import WINDOWS
 from connito.wire.window import Window

@@ -23,7 +23,8 @@ from connito.runtime import metrics
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
-from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact

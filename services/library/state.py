@@ -11,7 +11,7 @@ from connito.library.governance import Standing, Viewer, attribute
 from connito.library.hits import Hit, search, visible
 from connito.library.index import Index, LibraryEvent, deposit_event
 from connito.v1 import run_pb2, services_pb2
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 
 PAGE_SIZE = 50
 MAX_PAGE_SIZE = 500

@@ -19,7 +19,7 @@ from connito.runtime.logs import Logger
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact
 from connito.workloads.fetching import BaseFiles, fetch_base, fetch_holdouts

@@ -9,7 +9,8 @@ from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 from connito.v1.cycle_pb2 import ScoreReport
 from connito.wire.chain import Chains
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 
 from .actions import Validator, anchors_of

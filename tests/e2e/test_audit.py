@@ -28,7 +28,7 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.envelope import seal
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 

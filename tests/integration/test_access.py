@@ -16,7 +16,7 @@ from connito.errors import ConnitoError, Invalid
 from connito.platform.access import Access
 from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, run_pb2
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.log import Log
 from connito.wire.roster import Roster

@@ -17,7 +17,7 @@ from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire import subjects
 from connito.wire.envelope import open_bytes, seal
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.identity import Identity
 
 from tests.integration.conftest import BusFactory

@@ -17,7 +17,8 @@ from connito.service.engine import Action, Decision, Engine
 from connito.v1 import cycle_pb2
 from connito.wire import subjects
 from connito.wire.envelope import seal
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.log import Log
 from connito.wire.roster import Roster

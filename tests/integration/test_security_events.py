@@ -19,7 +19,7 @@ from connito.service import security
 from connito.v1 import run_pb2
 from connito.v1.cycle_pb2 import SecurityEvent
 from connito.wire.envelope import open_bytes
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 

@@ -19,7 +19,8 @@ from connito.protocol import bans
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey, fact, ingress
 from connito.wire.verification import CATALOGUE, INGRESS
 from google.protobuf.message import Message

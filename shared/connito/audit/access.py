@@ -24,7 +24,7 @@ from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.envelope import open_bytes
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.roster import Roster
 from connito.wire.subjects import DLQ_ROOT, fact
 

@@ -10,7 +10,7 @@ from connito.errors import Invalid
 from connito.protocol import bans
 from connito.v1 import run_pb2
 from connito.wire import invites
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 
 # An invite may expire while its use is being written down.
 TOLERANCE_MS = 10_000

@@ -15,7 +15,7 @@ from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
 from connito.v1 import cycle_pb2
 from connito.wire.chain import Chains
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.identity import short_key
 from connito.wire.subjects import WINDOWS
 

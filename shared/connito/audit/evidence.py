@@ -11,7 +11,8 @@ from connito.audit.differences import Difference, Step
 from connito.bus.streams import FACT_STREAMS, stream_of
 from connito.errors import Invalid, NotFound
 from connito.v1.cycle_pb2 import DeadLetter
-from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact, verify_ingress

@@ -17,7 +17,8 @@ from connito.protocol.commitment import opens
 from connito.protocol.quota import MessageCounter
 from connito.protocol.scoring.newcomers import over_quota
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 from connito.wire.subjects import window_value
 

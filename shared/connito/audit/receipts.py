@@ -18,7 +18,7 @@ from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import detail_of
 from connito.views.standings import ratings, validator_rows
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 
 
 @dataclass(frozen=True)

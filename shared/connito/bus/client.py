@@ -30,7 +30,7 @@ from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter, SecurityEvent
 from connito.wire import subjects
 from connito.wire.envelope import MAX_ENVELOPE_BYTES, open_bytes, seal
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 from connito.wire.tls import PLAIN, Tls

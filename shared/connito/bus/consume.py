@@ -20,7 +20,7 @@ from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 
 log = get_logger("bus.consume")
 

@@ -23,7 +23,7 @@ from connito.errors import Fatal, Retry
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 
 log = get_logger("bus.follow")
 

@@ -10,7 +10,7 @@ from connito.errors import Invalid
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 
 log = get_logger("offences")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from connito.bus import Bus
 from connito.errors import Retry
-from connito.wire.facts import Fact, Record
+from connito.wire.fact import Fact, Record
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 

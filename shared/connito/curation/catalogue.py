@@ -81,7 +81,8 @@ def search(
     if options.like:
         from connito.curation.example import rank_by_example
 
-        ranked = rank_by_example(hits, options, library)[: options.limit]
+        assert options.base is not None
+        ranked = rank_by_example(hits, options.base, options.like, options.measure, library)[: options.limit]
         best = max((row.measured for row in ranked if row.measured is not None), default=0.0)
         remember(root, words, options.domain, len(ranked), now_ms(), best)
         return ranked

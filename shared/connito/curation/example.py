@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connito.base.loading import load_full, load_tokenizer
@@ -20,16 +21,15 @@ from connito.moe.rows import base_digests, fingerprint
 if TYPE_CHECKING:
     from torch import nn
 
-    from connito.curation.catalogue import SearchOptions
-
 # By signature alone, this many candidates are kept; only these are fetched and differentiated.
 CONSIDERED = 50
 
 
-def rank_by_example(hits: Sequence[Hit], options: SearchOptions, library: Holdings) -> list[Ranked]:
-    """Predict what every hit saves on the texts, and measure the best predicted. Raises as `Holdings.find`."""
-    assert options.base is not None
-    model, sequences = load_full(options.base), cut_sequences(load_tokenizer(options.base), options.like)
+def rank_by_example(
+    hits: Sequence[Hit], base: Path, texts: Sequence[Path], count: int, library: Holdings
+) -> list[Ranked]:
+    """Predict what every hit saves on the texts, and measure the `count` best. Raises as `Holdings.find`."""
+    model, sequences = load_full(base), cut_sequences(load_tokenizer(base), texts)
     digests, parts = fingerprint(model), dict[str, Part]()
     if len(hits) > CONSIDERED:
         near = nearest_experts(model, {hit.expert_id: hit.record for hit in hits}, sequences)[:CONSIDERED]
@@ -42,7 +42,7 @@ def rank_by_example(hits: Sequence[Hit], options: SearchOptions, library: Holdin
         if _fits(model, part, digests):
             parts[hit.expert_id] = replace(part, name=hit.expert_id)
     predicted = predict_savings(model, list(parts.values()), sequences)
-    best = sorted(predicted, key=lambda name: (-predicted[name], name))[: options.measure]
+    best = sorted(predicted, key=lambda name: (-predicted[name], name))[:count]
     return rank(hits, predicted, measure_savings(model, [parts[name] for name in best], sequences))
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from connito.platform.session import Session
-    from connito.wire.facts import Record, RunFacts
+    from connito.wire.fact import Record
+    from connito.wire.facts import RunFacts
 
 CONFIDENCE = 0.95
 # Sequences of a benchmark that are measured; the first ones, so that the figure is the same again.

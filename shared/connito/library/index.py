@@ -19,7 +19,7 @@ from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.library.governance import Standing, governance
 from connito.library.schema import Described, ExpertRecord, read_record
 from connito.v1 import reasons_pb2, run_pb2
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 
 SCHEMA_VERSION = 2
 KINDS = ("deposited", "deprecated", "yanked", "restored", "opted-out", "opted-in", "used")

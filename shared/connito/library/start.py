@@ -10,7 +10,7 @@ from connito.errors import Invalid
 from connito.library.governance import TERMS, VISIBILITIES, Viewer
 from connito.library.schema import Described, Start
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 
 AUTO, NONE = "auto", "none"
 

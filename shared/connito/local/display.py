@@ -10,7 +10,8 @@ from typing import IO, TYPE_CHECKING, Protocol, Self
 
 from connito.render import formats
 from connito.views.live import announce, render
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

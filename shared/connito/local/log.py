@@ -11,7 +11,8 @@ from connito.bus.streams import FACT_STREAMS
 from connito.local.display import Display
 from connito.platform.log import apply
 from connito.runtime.tasks import end_tasks
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from connito.local.materials import Materials
     from connito.local.memory import PeakMemory
     from connito.v1.run_pb2 import RunSpec
-    from connito.wire.facts import Fact, RunFacts
+    from connito.wire.fact import Fact
+    from connito.wire.facts import RunFacts
 
 T = TypeVar("T")
 

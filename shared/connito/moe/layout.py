@@ -158,8 +158,6 @@ def check_routers(layers: Mapping[int, MoELayer], selection: Any) -> None:
 
     A map for another base can fit by its numbers alone; its experts would be the wrong ones all the same.
     """
-    from connito.moe.layout import router_digest
-
     wanted = getattr(selection, "routers", "")
     if wanted and wanted != router_digest(layers):
         raise Invalid(

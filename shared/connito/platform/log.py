@@ -8,7 +8,8 @@ from contextlib import aclosing, suppress
 from connito.bus import Bus, CaughtUp
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid
-from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 

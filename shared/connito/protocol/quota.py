@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from connito.v1.run_pb2 import RunSpec
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 
 # More than any policy allows (`enrolment.messages_per_cycle`): later ones are not told apart.
 COUNTED = 100_001

@@ -19,7 +19,8 @@ from connito.protocol.findings import check_version
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
-from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 
 log = get_logger("engine")

@@ -13,7 +13,8 @@ from typing import Any
 from connito.enums import reason_name
 from connito.v1 import cycle_pb2
 from connito.views.run_report import miner_name
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 
 MINER, VALIDATOR, UNALLOCATED = "miner", "validator", "unallocated"
 

@@ -11,7 +11,8 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.views import words
 from connito.views.run_report import miner_name, submission_rows
 from connito.views.sentences import detail_of
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.window import Window
 
 if TYPE_CHECKING:

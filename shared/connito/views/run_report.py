@@ -14,7 +14,8 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views import words
 from connito.views.sentences import detail_of
 from connito.views.standings import paid, ratings, validator_rows
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 from connito.wire.subjects import WINDOWS
 

@@ -8,99 +8,20 @@ pure function of that set and the time (each service's `handlers.py`), evaluated
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
-
-from google.protobuf.message import Message
-from typing_extensions import TypeVar as DefaultedTypeVar
 
 from connito.v1 import cycle_pb2, run_pb2
-from connito.wire.subjects import WINDOWS, FactKey
-from connito.wire.window import Window, message_of, require
-
-M = TypeVar("M", bound=Message)
-M_co = DefaultedTypeVar("M_co", bound=Message, covariant=True, default=Message)
-
-
-@dataclass(frozen=True)
-class Record:
-    """A message as the broker stored it."""
-
-    stream: str
-    sequence: int
-    subject: str
-    data: bytes
-    time_unix_ms: int
-    headers: dict[str, str] = field(default_factory=dict, compare=False)
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.fact import Fact, FactSet, message_of, require
+from connito.wire.subjects import WINDOWS
+from connito.wire.window import Window
 
 
-@dataclass(frozen=True)
-class Fact(Generic[M_co]):
-    """A verified message and where it stands in the log."""
-
-    run: str
-    key: FactKey
-    message: M_co
-    signer: str
-    stream: str
-    sequence: int
-    time_unix_ms: int
-
-    def of(self, message_type: type[M]) -> Fact[M] | None:
-        """Return the fact if its message is of that type, else None."""
-        return cast("Fact[M]", self) if isinstance(self.message, message_type) else None
-
-
-@dataclass
-class RunFacts:
-    """All facts of one run, by key. Insertion is idempotent and commutative: the first message on a subject stands.
+class RunFacts(FactSet):
+    """What one run came to so far, kind by kind.
 
     Accessors return messages; those called `…_fact` return the message with its place in the log, and plurals map ids to
-    facts in the order of ids. Verification has checked each payload's type against its key, so they do not check again.
+    facts in the order of ids.
     """
-
-    run: str
-    facts: dict[FactKey, Fact] = field(default_factory=dict)
-    _index: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict)
-    _sorted: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict, compare=False)
-    # The newest cycle whose train window, and that of every cycle before it, was opened; 0 before the first.
-    cycle: int = 0
-
-    def add(self, fact: Fact) -> bool:
-        """Insert and return whether it was new. Of several ingress messages with one key, the smallest sequence stands."""
-        known = self.facts.get(fact.key)
-        if known is not None and known.sequence <= fact.sequence:
-            return False
-        self.facts[fact.key] = fact
-        kind = (fact.key.section, fact.key.cycle, fact.key.kind)
-        self._index.setdefault(kind, {})[fact.key.id] = fact
-        self._sorted.pop(kind, None)
-        while self.fact("train", self.cycle + 1, "opened") is not None:
-            self.cycle += 1
-        return True
-
-    def fact(self, section: str, cycle: int, kind: str, id_: str = "") -> Fact | None:
-        """Return one fact of any kind, or None. Code that knows the kind uses the accessor of that kind."""
-        return self.facts.get(FactKey(section, cycle, kind, id_))
-
-    def all(self, section: str, cycle: int, kind: str) -> Mapping[str, Fact]:
-        """Return the facts of any kind by id, as they are now. Code that knows the kind uses the accessor of that kind."""
-        key = (section, cycle, kind)
-        if key not in self._sorted:
-            self._sorted[key] = dict(sorted(self._index.get(key, {}).items()))
-        return self._sorted[key]
-
-    def has(self, section: str, cycle: int, kind: str, id_: str = "") -> bool:
-        """Return whether a fact of any kind is known."""
-        return self.fact(section, cycle, kind, id_) is not None
-
-    def one(self, of: type[M], section: str, cycle: int, kind: str, id_: str = "") -> Fact[M] | None:
-        """Return one fact whose message has the type that verification checks for its kind."""
-        return cast("Fact[M] | None", self.facts.get(FactKey(section, cycle, kind, id_)))
-
-    def many(self, of: type[M], section: str, cycle: int, kind: str) -> Mapping[str, Fact[M]]:
-        """Return facts by id whose messages have the type that verification checks for their kind."""
-        return cast("Mapping[str, Fact[M]]", self.all(section, cycle, kind))
 
     # The run: what was asked for, who takes part, how it ended.
 
@@ -289,6 +210,14 @@ class RunFacts:
     def version(self, cycle: int) -> cycle_pb2.VersionPublished | None:
         """Return the model version that a cycle produced."""
         return message_of(self.version_fact(cycle))
+
+    def start(self, cycle: int) -> tuple[int, ArtifactRef]:
+        """Return the model version that a cycle starts from, and the target-expert state θ_t of that version."""
+        start = self.version(cycle - 1) or self.window("train", cycle).opened
+        if start is not None:
+            return start.version, start.state
+        assert cycle == 1, "a cycle after the first opens when the one before has published its version"
+        return 0, self.require_selection().initial_state
 
     @property
     def latest_version(self) -> cycle_pb2.VersionPublished | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from connito.wire.chain import Chains
-from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
 from connito.wire.subjects import is_ingress, run_of
 from connito.wire.verification import verify_fact, verify_ingress

@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.envelope import open_bytes
-from connito.wire.facts import Fact, Record
+from connito.wire.fact import Fact, Record
 from connito.wire.identity import short_key
 from connito.wire.roster import Roster
 from connito.wire.subjects import WINDOWS, FactKey, parse_fact, parse_ingress

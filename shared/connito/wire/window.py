@@ -4,40 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
-
-from google.protobuf.message import Message
 
 from connito.v1 import cycle_pb2
-from connito.v1.artifacts_pb2 import ArtifactRef
-
-if TYPE_CHECKING:
-    from connito.wire.facts import Fact, RunFacts
-
-M = TypeVar("M", bound=Message)
-
-
-class MissingFactError(LookupError):
-    """A fact that has to be known by now is not: the caller asked too early."""
-
-
-def message_of(fact: Fact[M] | None) -> M | None:
-    """Return a fact's message; None for no fact."""
-    return None if fact is None else fact.message
-
-
-def require(message: M | None, run: str, what: str) -> M:
-    """Return a message that has to be known by now. Raises `MissingFactError` naming it."""
-    if message is None:
-        raise MissingFactError(f"run {run} has no {what} yet")
-    return message
+from connito.wire.fact import Fact, FactSet, message_of, require
 
 
 @dataclass(frozen=True)
 class Window:
     """One window of one cycle, as far as its facts are known."""
 
-    facts: RunFacts
+    facts: FactSet
     name: str
     cycle: int
 
@@ -100,20 +76,6 @@ class Window:
     def before(self) -> list[Window]:
         """Return the windows of the same name in the cycles before, the first cycle first."""
         return [Window(self.facts, self.name, cycle) for cycle in range(1, self.cycle)]
-
-    @property
-    def version(self) -> cycle_pb2.VersionPublished | None:
-        """Return the model version that its cycle produced."""
-        return self.facts.version(self.cycle)
-
-    @property
-    def start(self) -> tuple[int, ArtifactRef]:
-        """Return the model version that its cycle starts from, and the target-expert state θ_t of that version."""
-        start = self.facts.version(self.cycle - 1) or self.facts.window("train", self.cycle).opened
-        if start is not None:
-            return start.version, start.state
-        assert self.cycle == 1, "a cycle after the first opens when the one before has published its version"
-        return 0, self.facts.require_selection().initial_state
 
     def refusal(self, miner: str, ingress_sequence: int) -> cycle_pb2.Refused | None:
         """Return why a message of a miner was refused (commit, submit); None for one that was not."""

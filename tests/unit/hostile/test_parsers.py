@@ -24,7 +24,7 @@ from connito.v1 import artifacts_pb2, cycle_pb2, services_pb2
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import detail_of
 from connito.wire.envelope import open_bytes, seal
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import ROLES, Roster
 from connito.wire.subjects import ingress, parse_fact, parse_ingress

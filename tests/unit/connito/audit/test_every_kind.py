@@ -16,7 +16,7 @@ from connito.audit.evidence import signatures
 from connito.v1 import cycle_pb2 as c
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.chain import Chains, anchored_windows
-from connito.wire.facts import Record
+from connito.wire.fact import Record
 from connito.wire.verification import CATALOGUE, INGRESS
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message

@@ -33,7 +33,7 @@ from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSI
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import as_recorded
 from connito.wire.envelope import seal
-from connito.wire.facts import Fact, Record
+from connito.wire.fact import Fact, Record
 from connito.wire.identity import Identity
 from connito.wire.roster import ROLES, Roster
 from connito.wire.subjects import FactKey, ingress

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import pytest
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 from google.protobuf.message import Message
 

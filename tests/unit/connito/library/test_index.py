@@ -13,7 +13,7 @@ from connito.library.governance import Viewer
 from connito.library.hits import Hit, rank, search
 from connito.library.index import Index, LibraryEvent, deposit_event
 from connito.v1 import artifacts_pb2, run_pb2
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 from connito.wire.subjects import FactKey
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from connito.protocol.objective import gained, reached
 from connito.v1 import cycle_pb2, run_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 
 

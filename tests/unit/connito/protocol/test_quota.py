@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from connito.protocol.quota import MessageCounter
 from connito.v1 import cycle_pb2, run_pb2
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 from connito.wire.subjects import FactKey
 
 SPEC = run_pb2.RunSpec(cycles=2, enrolment=run_pb2.EnrolmentPolicy(messages_per_cycle=2))

@@ -9,7 +9,8 @@ from connito.bus import Bus
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.service.engine import Action, Decision, Engine
 from connito.v1 import run_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import FactKey

@@ -15,7 +15,8 @@ from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.live import announce, phase
 from connito.views.loss_plot import loss_svg
 from connito.views.run_report import run_report
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.subjects import WINDOWS, FactKey
 from google.protobuf.message import Message

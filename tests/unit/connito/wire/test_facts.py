@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects
 from connito.wire.envelope import seal
-from connito.wire.facts import Fact, Record, RunFacts
+from connito.wire.fact import Fact, MissingFactError, Record
+from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.log import Log
 from connito.wire.roster import ROLES, Roster
 from connito.wire.subjects import FactKey
 from connito.wire.verification import CATALOGUE, verify_fact, verify_ingress
-from connito.wire.window import MissingFactError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -245,4 +246,13 @@ def test_versions_are_by_cycle_and_the_latest_one_stands_last() -> None:
     facts.add(Fact(RUN, FactKey("merge", 1, "version"), cycle_pb2.VersionPublished(version=7), "A", "MERGE", 1, 0))
     assert {cycle: version.version for cycle, version in facts.versions.items()} == {1: 7}
     assert facts.latest_version == facts.version(1)
-    assert facts.window("merge", 1).version == facts.version(1)
+
+
+def test_a_cycle_starts_from_the_version_before_or_from_the_selection() -> None:
+    facts = RunFacts(RUN)
+    made = run_pb2.SelectionMade(initial_state=ArtifactRef(digest="s0"))
+    facts.add(Fact(RUN, FactKey("run", 0, "selected"), made, "S", "RUNS", 1, 0))
+    assert facts.start(1) == (0, ArtifactRef(digest="s0"))
+    version = cycle_pb2.VersionPublished(version=1, state=ArtifactRef(digest="s1"))
+    facts.add(Fact(RUN, FactKey("merge", 1, "version"), version, "A", "MERGE", 1, 0))
+    assert facts.start(2) == (1, ArtifactRef(digest="s1"))

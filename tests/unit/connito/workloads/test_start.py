@@ -16,7 +16,7 @@ from connito.library.start import Shelved, deposits, notice_of, notices, refusal
 from connito.moe.rows import read_rows
 from connito.moe.state import load_state, save_state
 from connito.v1 import reasons_pb2, run_pb2
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 from connito.workloads.selecting import Chosen, Library, Probes, choose
 
 from tests.unit.connito.workloads.conftest import Inputs
@@ -168,7 +168,7 @@ def test_what_the_terms_of_an_expert_allow(
 
 
 def test_only_deposits_of_the_base_that_were_there_count(inputs: Inputs) -> None:
-    from connito.wire.facts import Fact
+    from connito.wire.fact import Fact
     from connito.wire.subjects import FactKey
 
     def fact(sequence: int, name: str, base: str = "b" * 64) -> Fact:
@@ -193,7 +193,7 @@ def test_only_deposits_of_the_base_that_were_there_count(inputs: Inputs) -> None
 def test_what_the_library_says_against_an_expert_counts_from_when_it_was_said(
     inputs: Inputs, shelf: list[Shelved], tmp_path: Path
 ) -> None:
-    from connito.wire.facts import Fact
+    from connito.wire.fact import Fact
     from connito.wire.subjects import FactKey
 
     def notice(sequence: int, subject: str, kind: run_pb2.NoticeKind.ValueType) -> Fact:

@@ -4,7 +4,8 @@ import pytest
 from connito.protocol.scoring.counted_reports import draw, quorum_fault, read_reports
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views.sentences import sentence
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 
 from services.aggregator.handlers import Merge, Preload, decide, drop_losses

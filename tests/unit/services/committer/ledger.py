@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from connito.protocol.commitment import commitment_digest
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 
 from tests.support import run as support
 from tests.support.run import RUN, Run

@@ -8,7 +8,8 @@ from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.services_pb2 import UploadCommand
 from connito.views.sentences import detail_of
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 
 from services.committer import settlement
 from services.committer.judging import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from connito.runtime import metrics
 from connito.v1 import cycle_pb2, run_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 from google.protobuf.message import Message
 

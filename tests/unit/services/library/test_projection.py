@@ -7,7 +7,7 @@ import pytest
 from connito.errors import Invalid, NotFound
 from connito.library.governance import Viewer
 from connito.v1 import artifacts_pb2, run_pb2, services_pb2
-from connito.wire.facts import Fact
+from connito.wire.fact import Fact
 from connito.wire.subjects import FactKey
 
 from services.library.state import Catalogue

@@ -7,7 +7,8 @@ import pytest
 from connito.protocol.scoring import ratings
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.ledger import UNALLOCATED, balances, check, entries
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 
 RUN = "r"

@@ -13,7 +13,8 @@ from connito.protocol.scoring import trust
 from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
-from connito.wire.facts import Fact, RunFacts
+from connito.wire.fact import Fact
+from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

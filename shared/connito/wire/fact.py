@@ -1,0 +1,111 @@
+"""One fact, and a set of facts of one run by key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar, cast
+
+from google.protobuf.message import Message
+from typing_extensions import TypeVar as DefaultedTypeVar
+
+from connito.wire.subjects import FactKey
+
+M = TypeVar("M", bound=Message)
+M_co = DefaultedTypeVar("M_co", bound=Message, covariant=True, default=Message)
+
+
+class MissingFactError(LookupError):
+    """A fact that has to be known by now is not: the caller asked too early."""
+
+
+def message_of(fact: Fact[M] | None) -> M | None:
+    """Return a fact's message; None for no fact."""
+    return None if fact is None else fact.message
+
+
+def require(message: M | None, run: str, what: str) -> M:
+    """Return a message that has to be known by now. Raises `MissingFactError` naming it."""
+    if message is None:
+        raise MissingFactError(f"run {run} has no {what} yet")
+    return message
+
+
+@dataclass(frozen=True)
+class Record:
+    """A message as the broker stored it."""
+
+    stream: str
+    sequence: int
+    subject: str
+    data: bytes
+    time_unix_ms: int
+    headers: dict[str, str] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Fact(Generic[M_co]):
+    """A verified message and where it stands in the log."""
+
+    run: str
+    key: FactKey
+    message: M_co
+    signer: str
+    stream: str
+    sequence: int
+    time_unix_ms: int
+
+    def of(self, message_type: type[M]) -> Fact[M] | None:
+        """Return the fact if its message is of that type, else None."""
+        return cast("Fact[M]", self) if isinstance(self.message, message_type) else None
+
+
+@dataclass
+class FactSet:
+    """All facts of one run, by key. Insertion is idempotent and commutative: the first message on a subject stands.
+
+    Verification has checked each payload's type against its key, so typed accessors do not check again.
+    """
+
+    run: str
+    facts: dict[FactKey, Fact] = field(default_factory=dict)
+    _index: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict)
+    _sorted: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict, compare=False)
+    # The newest cycle whose train window, and that of every cycle before it, was opened; 0 before the first.
+    cycle: int = 0
+
+    def add(self, fact: Fact) -> bool:
+        """Insert and return whether it was new. Of several ingress messages with one key, the smallest sequence stands."""
+        known = self.facts.get(fact.key)
+        if known is not None and known.sequence <= fact.sequence:
+            return False
+        self.facts[fact.key] = fact
+        kind = (fact.key.section, fact.key.cycle, fact.key.kind)
+        self._index.setdefault(kind, {})[fact.key.id] = fact
+        self._sorted.pop(kind, None)
+        while self.fact("train", self.cycle + 1, "opened") is not None:
+            self.cycle += 1
+        return True
+
+    def fact(self, section: str, cycle: int, kind: str, id_: str = "") -> Fact | None:
+        """Return one fact of any kind, or None. Code that knows the kind uses the accessor of that kind."""
+        return self.facts.get(FactKey(section, cycle, kind, id_))
+
+    def all(self, section: str, cycle: int, kind: str) -> Mapping[str, Fact]:
+        """Return the facts of any kind by id, as they are now. Code that knows the kind uses the accessor of that kind."""
+        key = (section, cycle, kind)
+        if key not in self._sorted:
+            self._sorted[key] = dict(sorted(self._index.get(key, {}).items()))
+        return self._sorted[key]
+
+    def has(self, section: str, cycle: int, kind: str, id_: str = "") -> bool:
+        """Return whether a fact of any kind is known."""
+        return self.fact(section, cycle, kind, id_) is not None
+
+    def one(self, of: type[M], section: str, cycle: int, kind: str, id_: str = "") -> Fact[M] | None:
+        """Return one fact whose message has the type that verification checks for its kind."""
+        return cast("Fact[M] | None", self.facts.get(FactKey(section, cycle, kind, id_)))
+
+    def many(self, of: type[M], section: str, cycle: int, kind: str) -> Mapping[str, Fact[M]]:
+        """Return facts by id whose messages have the type that verification checks for their kind."""
+        return cast("Mapping[str, Fact[M]]", self.all(section, cycle, kind))
