@@ -157,14 +157,15 @@ def _merged(bench: Bench) -> dict[str, Losses]:
 
 
 def _routed(bench: Bench, steps: int) -> dict[str, Losses]:
-    from connito.experts.arrow import arrow, cluster_and_merge, fixed, linear_router, train_router, variants
-    from connito.experts.compose import Part
+    from connito.experts.arrow import arrow, cluster, fixed, linear_router, train_router, variants
+    from connito.experts.compose import Part, Recipe, merge
 
     parts, origin = bench.parts, bench.origin
     gates = train_router(bench.model, parts, origin, np.concatenate(list(bench.few.values())), steps=steps)
+    clusters = [[parts[i] for i in group] for group in cluster(parts, origin, 2)]
     groups = [
-        Part("+".join(names), str(number) * 64, rows)
-        for number, (names, rows) in enumerate(cluster_and_merge(parts, origin, 2))
+        Part("+".join(part.name for part in members), str(number) * 64, merge(members, origin, Recipe("linear")))
+        for number, members in enumerate(clusters)
     ]
     mixings: dict[str, tuple[list[Part], Any]] = {
         "arrow": (parts, arrow(parts, origin, top_k=1)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from google.protobuf.message import Message
@@ -29,13 +29,7 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that the commands print."""
-        return {
-            "check": self.check,
-            "cycle": self.cycle,
-            "where": self.where,
-            "what": self.what,
-            "miner": self.miner,
-        }
+        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.check}: {self.where}: {self.what}"
@@ -53,13 +47,7 @@ class Step:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that `connito audit --json` prints."""
-        return {
-            "check": self.check,
-            "cycle": self.cycle,
-            "compared": self.compared,
-            "differences": len(self.differences),
-            "note": self.note,
-        }
+        return {**vars(self), "differences": len(self.differences)}
 
 
 def first_difference(expected: Message, found: Message, skip: Container[str] = ()) -> str:

@@ -22,7 +22,7 @@ from connito.enums import reason_name
 from connito.errors import Invalid
 from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
-from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle, remerge_cycle
+from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle
 from connito.runtime.progress import Notify, silent
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from connito.views.sentences import as_recorded
@@ -74,9 +74,7 @@ def _merge(
     submissions = submissions_of(facts, cycle)
     agreed = consensus_of(work.evidence, cycle, submissions)
     files, unusable = _files(work, cycle, submissions, of_the_file(scored))
-    if work.measure is None:
-        return remerge_cycle(facts, cycle, submissions, agreed, unusable, files, version, folder)
-    return merge_cycle(facts, cycle, submissions, agreed, unusable, files, work.measure, folder)
+    return merge_cycle(facts, cycle, submissions, agreed, unusable, files, work.measure or version, folder)
 
 
 def _files(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from connito.errors import Invalid
-from connito.experts.compose import Part, Recipe, RowKey, Rows, layers_of, merge
+from connito.experts.compose import Part, RowKey, layers_of
 from connito.moe.head import Head
 from connito.moe.implementation import Implementation, register
 from connito.moe.layout import MoELayer, require_moe_layers
@@ -273,15 +273,3 @@ def cluster(parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor], count: i
         i, j = max(pairs, key=lambda p: (float(cosine[np.ix_(groups[p[0]], groups[p[1]])].mean()), -p[0], -p[1]))
         groups[i] = sorted(groups[i] + groups.pop(j))
     return sorted(groups)
-
-
-def cluster_and_merge(
-    parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor], count: int
-) -> list[tuple[list[str], Rows]]:
-    """Return the names of each cluster and its members merged with equal weights. With one expert a cluster, that
-    expert.
-    """
-    return [
-        ([parts[i].name for i in group], merge([parts[i] for i in group], base, Recipe("linear")))
-        for group in cluster(parts, base, count)
-    ]

@@ -24,10 +24,7 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding as plain data."""
-        return {
-            "check": self.check, "level": self.level, "detail": self.detail, "remedy": self.remedy,
-            "numbers": dict(self.numbers),
-        }  # fmt: skip
+        return {**vars(self), "numbers": dict(self.numbers)}
 
 
 def worst(findings: Iterable[Finding]) -> str:

@@ -57,58 +57,15 @@ def merge_cycle(
     agreed: Consensus,
     unusable: Refusals,
     files: Files,
-    measure: Measure,
+    losses: Measure | cycle_pb2.VersionPublished,
     folder: Path,
 ) -> Merged:
     """Score and merge a cycle; `unusable` are submissions that could not be fetched. New files go to `folder`.
 
-    The same facts and files give the same bytes.
+    The same facts and files give the same bytes. With a published version in place of a measure, no model is needed: its
+    losses and the gate's decision are taken, and a decision that these facts and files do not even offer comes out as
+    another one.
     """
-    return _conclude(
-        facts,
-        cycle,
-        submissions,
-        agreed,
-        unusable,
-        files,
-        lambda useful: _Measured(facts, cycle, useful, measure, folder),
-    )
-
-
-def remerge_cycle(
-    facts: RunFacts,
-    cycle: int,
-    submissions: Sequence[cycle_pb2.Submission],
-    agreed: Consensus,
-    unusable: Refusals,
-    files: Files,
-    published: cycle_pb2.VersionPublished,
-    folder: Path,
-) -> Merged:
-    """Repeat `merge_cycle` with the gate's decision and losses taken from `published`.
-
-    No model is needed. A decision that these facts and files do not even offer comes out as another one.
-    """
-    return _conclude(
-        facts,
-        cycle,
-        submissions,
-        agreed,
-        unusable,
-        files,
-        lambda useful: _Recorded(facts, cycle, useful, published, folder),
-    )
-
-
-def _conclude(
-    facts: RunFacts,
-    cycle: int,
-    submissions: Sequence[cycle_pb2.Submission],
-    agreed: Consensus,
-    unusable: Refusals,
-    files: Files,
-    merge_of: Callable[[MergeInputs], _Merge],
-) -> Merged:
     spec = facts.require_spec()
     refused = {**unusable, **_inspect(facts, submissions, files)}
     agreed = without(agreed, refused)
@@ -117,8 +74,14 @@ def _conclude(
     measured = gains_of(read_reports(facts, cycle).counted)
     original = find_copies(sound, CopyEvidence(ingredients.gram, measured, agreed.stakes), spec.scoring)
     copied = copies.refusals(sound, ingredients.gram, original)
-    useful = [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
-    merge = merge_of(_only(ingredients, useful))
+    useful = _only(
+        ingredients, [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
+    )
+    merge = (
+        _Recorded(facts, cycle, useful, losses, folder)
+        if isinstance(losses, cycle_pb2.VersionPublished)
+        else _Measured(facts, cycle, useful, losses, folder)
+    )
     outcome = merge.run()
     unmerged = merge.unmerged(outcome)
     scored = score_cycle(facts, cycle, submissions, agreed, copied, merge.weights(outcome), unmerged)

@@ -10,14 +10,13 @@ from connito.errors import Invalid
 from connito.experts.arrow import (
     arrow,
     cluster,
-    cluster_and_merge,
     fixed,
     linear_router,
     prototype,
     similarity,
     variants,
 )
-from connito.experts.compose import Part, layers_of, state_of
+from connito.experts.compose import Part, Recipe, layers_of, merge, state_of
 from connito.moe.rows import fingerprint, write_rows
 
 from tests.support.models import Sequences
@@ -107,10 +106,10 @@ def test_clusters_join_what_points_the_same_way(parts: dict[str, Part], base: An
     assert cosine[0, 2] == pytest.approx(1, abs=1e-4)
     assert cosine[0, 3] == 0  # no row in common
     assert cluster(shelf, base, 3) == [[0, 2], [1], [3]]
-    whole = cluster_and_merge(shelf, base, 4)
-    assert all(
-        torch.equal(rows[key], part.rows[key]) for (_, rows), part in zip(whole, shelf, strict=True) for key in rows
-    )
+    assert cluster(shelf, base, 4) == [[0], [1], [2], [3]]
+    for part in shelf:
+        alone = merge([part], base, Recipe("linear"))
+        assert all(torch.equal(row, part.rows[key]) for key, row in alone.items())
     with pytest.raises(Invalid):
         cluster(shelf, base, 5)
 
