@@ -57,7 +57,12 @@ def waterfall(bars: Sequence[Bar]) -> svg.Picture:
 def intervals(measurements: Sequence[Measurement]) -> svg.Picture:
     """Draw effect and interval of each validator on one axis with zero on it; left of zero the loss rose."""
     width, row, left = 640, 28, 150
-    ends = [value for item in measurements for value in (item.low, item.high, item.effect) if math.isfinite(value)]
+    ends = [
+        value
+        for item in measurements
+        for value in (item.score.effect_low, item.score.effect_high, item.score.effect)
+        if math.isfinite(value)
+    ]
     low, high = svg.padded([0.0, *ends])
     x = svg.Scale(low, high, left, width - 14)
     height = row * len(measurements) + 26
@@ -67,12 +72,12 @@ def intervals(measurements: Sequence[Measurement]) -> svg.Picture:
         svg.text(width - 14, height - 6, "lower loss →", "end"),
     ]
     for index, item in enumerate(measurements):
-        y = index * row + 16
-        kind = "good" if item.low > 0 else "bad" if item.high < 0 else "unsure"
-        start, stop = (x(min(max(value, low), high)) for value in (item.low, item.high))
+        y, effect, sides = index * row + 16, item.score.effect, [item.score.effect_low, item.score.effect_high]
+        kind = "good" if sides[0] > 0 else "bad" if sides[1] < 0 else "unsure"
+        start, stop = (x(min(max(value, low), high)) for value in sides)
         parts.append(svg.text(0, y + 4, item.validator, "start"))
         parts.append(svg.line((start, y), (stop, y), class_=f"interval {kind}"))
-        parts.append(svg.dot(x(item.effect), y, 4, _interval_words(item), class_=f"effect {kind}"))
+        parts.append(svg.dot(x(effect), y, 4, _interval_words(item), class_=f"effect {kind}"))
     return svg.inline(width, height, "; ".join(map(_interval_words, measurements)), parts)
 
 
@@ -143,5 +148,5 @@ def _curve_words(curve: Curve) -> str:
 
 
 def _interval_words(item: Measurement) -> str:
-    effect, low, high = map(formats.change, (item.effect, item.low, item.high))
+    effect, low, high = map(formats.change, (item.score.effect, item.score.effect_low, item.score.effect_high))
     return f"{item.validator}: {effect}, between {low} and {high} nats per token"

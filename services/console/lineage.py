@@ -8,11 +8,10 @@ from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views import words
+from connito.views.run_report import miner_name
 from connito.views.sentences import detail_of
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
-
-from .views import name
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _version(
         gate_detail=detail_of(published),
         kept=kept,
         merged=tuple(
-            (name(facts, key), weight) for key, weight in zip(published.merged, published.weights, strict=False)
+            (miner_name(facts, key), weight) for key, weight in zip(published.merged, published.weights, strict=False)
         ),
         gate_losses=tuple(Measured(loss.domain, loss.before, loss.after) for loss in published.gate_losses),
         time_unix_ms=fact.time_unix_ms,

@@ -7,12 +7,19 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
+from connito.errors import reason_name
 from connito.render import formats
+from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views import words
+from connito.views.run_report import miner_name
+from connito.views.sentences import detail_of
+from connito.views.standings import validator_rows
 from connito.wire.facts import RunFacts
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
@@ -70,8 +77,9 @@ class Console:
             lstrip_blocks=True,
         )
         self._templates.filters.update(
-            clock=formats.moment, iso=_iso, loss=formats.loss, signed=formats.change, duration=formats.duration
-        )
+            clock=formats.moment, iso=_iso, loss=formats.loss, signed=formats.change, duration=formats.duration,
+            code=reason_name, in_words=words.in_words, clause=words.clause, detail=detail_of, status=_status,
+        )  # fmt: skip
 
     def app(self) -> ASGIApp:
         """Return the application, behind its guard."""
@@ -158,7 +166,8 @@ class Console:
             "curves": views.curves(facts),
             "bars": waterfall(facts, cycle, now),
             "miners": views.miner_rows(facts, cycle),
-            "validators": views.validator_rows(facts, cycle),
+            "validators": validator_rows(facts, cycle),
+            "name": partial(miner_name, facts),
         }
         return self._of_run("run.html", facts, frame, now, values)
 
@@ -229,11 +238,7 @@ class Console:
         return HTMLResponse(self._render("page.html", request, Shown("verified.html", run, values, live=False)))
 
     def _dead_letters(self, request: Request) -> Shown:
-        rows = [
-            {"entry": entry, "letter": entry.letter, "reason": views.reason_pair(entry.letter.reason)}
-            for entry in reversed(self.feed.letters)
-        ]
-        return Shown("dead_letters.html", "Dead letters", {"rows": rows})
+        return Shown("dead_letters.html", "Dead letters", {"rows": self.feed.letters[::-1]})
 
     def _bus(self, request: Request) -> Shown:
         values = {"streams": self.feed.streams, "rejected": self.feed.rejected}
@@ -312,6 +317,10 @@ def _query(**values: object) -> str:
     """Return `?a=1&b=2` of those values that are not None; the empty string when there are none."""
     given = {key: value for key, value in values.items() if value is not None}
     return f"?{urlencode(given)}" if given else ""
+
+
+def _status(verdict: cycle_pb2.Verdict | None) -> str:
+    return "not judged yet" if verdict is None else words.STATUS.get(verdict.status, "rejected")
 
 
 def _iso(unix_ms: int) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from connito.enums import reason_name
 from connito.render import formats
-from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.views import standings, words
+from connito.views import words
 from connito.views.live import phase
-from connito.views.run_report import miner_name, outcome, submission_rows
+from connito.views.run_report import outcome, submission_rows
 from connito.views.standings import rating_text
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
@@ -19,22 +18,6 @@ from connito.wire.window import Window
 
 # A window may close this much after its deadline before somebody should be told.
 OVERDUE_MS = 5000
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """A line of the list of runs. Losses are nats per token, None where none was published."""
-
-    run: str
-    domain: str
-    base: str
-    status: str
-    phase: str
-    created_unix_ms: int
-    first_loss: float | None
-    last_loss: float | None
-    miners: int
-    validators: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +42,16 @@ class Head:
 
 
 @dataclass(frozen=True)
+class RunRow:
+    """A line of the list of runs. Losses are nats per token, None where none was published."""
+
+    head: Head
+    created_unix_ms: int
+    first_loss: float | None
+    last_loss: float | None
+
+
+@dataclass(frozen=True)
 class MinerRow:
     """A miner in one cycle. `rank` 0 is unranked; `utility` is None unless it was judged (nats per token)."""
 
@@ -74,22 +67,6 @@ class MinerRow:
     origin_cycle: int
     scored: bool
     rating: str = ""
-
-
-@dataclass(frozen=True)
-class ValidatorRow:
-    """A validator in one cycle that was judged. Numbers are None where the run's policy does not move trust."""
-
-    key: str
-    name: str
-    reported: bool
-    idle: bool
-    agreement: float | None
-    weight: float | None
-    trust: float | None
-    reward: int
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +111,7 @@ class ExpertRow:
 def run_rows(runs: Mapping[str, RunFacts], now_ms: int) -> list[RunRow]:
     """Return every run that was created, the newest first."""
     rows = [_run_row(facts, now_ms) for facts in runs.values() if facts.spec is not None]
-    return sorted(rows, key=lambda row: (-row.created_unix_ms, row.run))
+    return sorted(rows, key=lambda row: (-row.created_unix_ms, row.head.run))
 
 
 def head(facts: RunFacts, now_ms: int) -> Head:
@@ -148,7 +125,7 @@ def head(facts: RunFacts, now_ms: int) -> Head:
         base=spec.base.name,
         status=ending["status"],
         phase=phase(facts),
-        reason=words.REASONS.get(ending["reason"], ending["reason"]),
+        reason=words.clause(ending["reason"]),
         detail=ending["detail"],
         window="" if window is None else window.name,
         deadline_unix_ms=deadline,
@@ -172,7 +149,7 @@ def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
                 key=row["key"],
                 name=row["miner"],
                 status=row["status"],
-                reason=words.REASONS.get(row["reason"], row["reason"]),
+                reason=words.clause(row["reason"]),
                 detail=row["detail"],
                 rank=row["rank"],
                 utility=None if verdict is None else verdict.utility,
@@ -184,25 +161,6 @@ def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
             )
         )
     return rows
-
-
-def validator_rows(facts: RunFacts, cycle: int) -> list[ValidatorRow]:
-    """Return the standing of each validator after a cycle; nothing until it is judged."""
-    return [
-        ValidatorRow(
-            key=row["validator"],
-            name=name(facts, row["validator"]),
-            reported=row["reported"],
-            idle=row["idle"],
-            agreement=row["agreement"],
-            weight=row["weight"],
-            trust=row["trust"],
-            reward=row["reward"],
-            reason=words.REASONS.get(row["reason"], row["reason"]),
-            detail=row["detail"],
-        )
-        for row in standings.validator_rows(facts, cycle)
-    ]
 
 
 def judged(facts: RunFacts, cycle: int) -> dict[str, cycle_pb2.Verdict]:
@@ -248,11 +206,6 @@ def comparison(rows: Iterable[ExpertRow]) -> list[str]:
     )
 
 
-def name(facts: RunFacts, key: str) -> str:
-    """Return a miner's label, or the start of a key."""
-    return miner_name(facts, key)
-
-
 def _matching(rows: Iterable[ExpertRow], terms: list[str]) -> Iterable[ExpertRow]:
     for row in rows:
         text = " ".join((row.expert_id, row.run, row.domain, row.base, row.digest)).lower()
@@ -261,21 +214,9 @@ def _matching(rows: Iterable[ExpertRow], terms: list[str]) -> Iterable[ExpertRow
 
 
 def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
-    spec, created = facts.require_spec(), facts.created_fact
+    created = facts.created_fact
     assert created is not None
-    first, last = _target_losses(facts)
-    return RunRow(
-        run=facts.run,
-        domain=spec.domain,
-        base=spec.base.name,
-        status="stale" if head(facts, now_ms).stale else outcome(facts)["status"],
-        phase=phase(facts),
-        created_unix_ms=created.time_unix_ms,
-        first_loss=first,
-        last_loss=last,
-        miners=len(facts.miners),
-        validators=len(facts.validators),
-    )
+    return RunRow(head(facts, now_ms), created.time_unix_ms, *_target_losses(facts))
 
 
 def _overdue(window: Window | None, deadline_ms: int, now_ms: int) -> str:
@@ -321,8 +262,3 @@ def _measured(facts: RunFacts, cycle: int) -> set[str]:
     for fact in facts.reports(cycle).values():
         found.update(score.miner for score in fact.message.scores)
     return found
-
-
-def reason_pair(reason: reasons_pb2.Reason.ValueType) -> tuple[str, str]:
-    """Return a reason as code and as words."""
-    return reason_name(reason), words.in_words(reason)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from connito.render.formats import duration
 from connito.v1 import cycle_pb2
+from connito.views.run_report import miner_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS
-
-from .views import name
 
 # Facts that are somebody acting in a window, and whether the id of the key says who.
 _ACTS = {
@@ -92,7 +91,7 @@ def _bar(facts: RunFacts, window: str, cycle: int, zero: int, now_ms: int) -> Ba
         open=closing is None and facts.ended is None,
         by_deadline=closed is not None and closed.cause == cycle_pb2.CLOSE_CAUSE_DEADLINE,
         acts=acts,
-        missing=tuple(name(facts, key) for key in opening.message.expected if key not in acted),
+        missing=tuple(miner_name(facts, key) for key in opening.message.expected if key not in acted),
     )
 
 
@@ -115,7 +114,7 @@ def _end(
 
 def _acts(facts: RunFacts, window: str, cycle: int, zero: int) -> Iterator[Act]:
     for fact in sorted(_facts(facts, window, cycle), key=lambda fact: fact.time_unix_ms):
-        who = name(facts, fact.key.id) if fact.key.id else "the aggregator"
+        who = miner_name(facts, fact.key.id) if fact.key.id else "the aggregator"
         yield Act(who, fact.key.kind, fact.time_unix_ms - zero)
 
 

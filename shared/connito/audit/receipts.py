@@ -144,7 +144,7 @@ def receipt(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any]:
         "inputs": None if entry is None else _inputs(evidence, cycle, entry),
         "draw": _draw(evidence, cycle, miner),
         "reports": _reports(evidence, cycle, miner),
-        "validators": validator_rows(facts, cycle),
+        "validators": [vars(row) for row in validator_rows(facts, cycle)],
         "verdict": _verdict(evidence, cycle, miner),
         "refusals": _refusals(evidence, cycle, miner),
         "version": None if version is None else {"version": version.version, "state": _ref(version.state)},

@@ -66,7 +66,7 @@ def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
         "general_loss_after": _mean([loss.after for loss in general]),
         "domains": {loss.domain: {"before": loss.before, "after": loss.after} for loss in version.losses},
         "submissions": rows,
-        "validators": validator_rows(facts, cycle),
+        "validators": [vars(row) for row in validator_rows(facts, cycle)],
         "paid": paid(facts, cycle),
         "merged": [miner_name(facts, key) for key in sorted(version.merged, key=lambda key: rank.get(key) or 1 << 30)],
         "gate": plain_name(cycle_pb2.GateDecision, version.gate),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from connito.enums import reason_name
@@ -10,29 +11,43 @@ from connito.views.sentences import detail_of
 from connito.wire.facts import RunFacts
 
 
+@dataclass(frozen=True)
+class ValidatorRow:
+    """A validator in one cycle that was judged. `agreement`, `weight` and `trust` are None where the run's policy does not
+    move trust."""
+
+    validator: str
+    reported: bool
+    idle: bool
+    deviation: float
+    agreement: float | None
+    trust: float | None
+    weight: float | None
+    reward: int
+    reason: str
+    detail: str
+
+
 def _scored(facts: RunFacts, cycle: int) -> cycle_pb2.CycleScored:
     return facts.scored(cycle) or cycle_pb2.CycleScored()
 
 
-def validator_rows(facts: RunFacts, cycle: int) -> list[dict[str, Any]]:
-    """Return each validator's report, agreement with consensus, trust, weight and reward in a cycle, sorted by key.
-
-    `agreement`, `trust` and `weight` are None in a run whose policy does not move trust. Nothing before the cycle's result.
-    """
+def validator_rows(facts: RunFacts, cycle: int) -> list[ValidatorRow]:
+    """Return each validator's report and standing in a cycle, sorted by key. Nothing before the cycle's result."""
     moves = facts.spec is not None and facts.spec.rewards.bond_rate > 0
     return [
-        {
-            "validator": standing.validator,
-            "reported": standing.reported,
-            "idle": standing.idle,
-            "deviation": standing.deviation,
-            "agreement": standing.agreement if moves and not standing.idle else None,
-            "trust": standing.trust if moves else None,
-            "weight": standing.weight if moves and not standing.idle else None,
-            "reward": standing.reward,
-            "reason": reason_name(standing.reason),
-            "detail": detail_of(standing),
-        }
+        ValidatorRow(
+            standing.validator,
+            standing.reported,
+            standing.idle,
+            standing.deviation,
+            agreement=standing.agreement if moves and not standing.idle else None,
+            trust=standing.trust if moves else None,
+            weight=standing.weight if moves and not standing.idle else None,
+            reward=standing.reward,
+            reason=reason_name(standing.reason),
+            detail=detail_of(standing),
+        )
         for standing in _scored(facts, cycle).validators
     ]
 

@@ -88,10 +88,14 @@ REASONS = {
 }
 
 
-def in_words(reason: Reason.ValueType) -> str:
-    """Return a reason as a clause; the empty string for none, the code itself for one that is newer than this program."""
-    name = reason_name(reason) if reason in Reason.values() else f"reason {reason}"
+def clause(name: str) -> str:
+    """Return the reason with this name as a clause; the empty string for none, the name itself for a newer one."""
     return REASONS.get(name, name)
+
+
+def in_words(reason: Reason.ValueType) -> str:
+    """Return a reason as a clause; the empty string for none, its number for one that is newer than this program."""
+    return clause(reason_name(reason) if reason in Reason.values() else f"reason {reason}")
 
 
 def gate(decision: cycle_pb2.GateDecision.ValueType) -> str:

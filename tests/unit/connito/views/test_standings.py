@@ -18,11 +18,11 @@ def told(**policy: Any) -> RunFacts:
 
 
 def test_everybody_sees_who_lost_weight_and_why() -> None:
-    rows = {row["validator"]: row for row in standings.validator_rows(told(bond_rate=0.1), 2)}
-    assert (rows["VA"]["agreement"], rows["VA"]["trust"], rows["VA"]["weight"], rows["VA"]["reason"]) == (1, 1, 1, "")
-    assert (rows["VC"]["reported"], rows["VC"]["reason"], rows["VC"]["reward"]) == (False, "no-report", 0)
-    assert (rows["VC"]["weight"], round(rows["VC"]["trust"], 6)) == (0.9, 0.81)
-    (line,) = _standing(rows["VC"])
+    rows = {row.validator: row for row in standings.validator_rows(told(bond_rate=0.1), 2)}
+    assert (rows["VA"].agreement, rows["VA"].trust, rows["VA"].weight, rows["VA"].reason) == (1, 1, 1, "")
+    assert (rows["VC"].reported, rows["VC"].reason, rows["VC"].reward) == (False, "no-report", 0)
+    assert (rows["VC"].weight, round(rows["VC"].trust, 6)) == (0.9, 0.81)
+    (line,) = _standing(vars(rows["VC"]))
     assert line.endswith(
         "weight 0.900, agrees to 0.0 %, trust now 0.810  no-report: was drawn, and no report of it counts"
     )
@@ -30,8 +30,8 @@ def test_everybody_sees_who_lost_weight_and_why() -> None:
 
 def test_where_trust_does_not_move_nothing_is_said_of_it() -> None:
     rows = standings.validator_rows(told(), 2)
-    assert {(row["agreement"], row["trust"], row["weight"]) for row in rows} == {(None, None, None)}
-    assert [_standing(row) for row in rows] == [[], [], []]
+    assert {(row.agreement, row.trust, row.weight) for row in rows} == {(None, None, None)}
+    assert [_standing(vars(row)) for row in rows] == [[], [], []]
 
 
 def test_ratings_and_where_the_emission_went() -> None:

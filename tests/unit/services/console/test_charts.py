@@ -3,6 +3,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 import pytest
+from connito.v1 import cycle_pb2
 
 from services.console import charts, views
 from services.console.heatmap import heatmap
@@ -64,7 +65,7 @@ def test_intervals_say_on_which_side_of_zero_they_are() -> None:
 
 
 def test_an_infinite_interval_stays_inside_the_picture() -> None:
-    endless = Measurement("v", 0.0, float("-inf"), float("inf"), 0, 0, 0, "", "", "", None)
+    endless = Measurement("v", cycle_pb2.SubmissionScore(effect_low=float("-inf"), effect_high=float("inf")))
     root = parse(charts.intervals([endless]))
     for line in root.iter("line"):
         assert 0 <= float(line.get("x1", "")) <= 640

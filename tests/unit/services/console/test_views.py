@@ -6,6 +6,8 @@ import pytest
 from connito.enums import reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views import words
+from connito.views.run_report import miner_name
+from connito.views.standings import validator_rows
 from connito.wire.facts import RunFacts
 
 from services.console import views
@@ -31,9 +33,9 @@ def test_every_reason_has_words() -> None:
 
 def test_a_list_of_runs_shows_where_each_stands(story: Run) -> None:
     (row,) = views.run_rows({RUN: story.facts, "unborn": RunFacts("unborn")}, story.now)
-    assert (row.run, row.domain, row.base, row.status) == (RUN, "medical", "tiny", "running")
-    assert row.phase == "cycle 2 of 3: validate, validators score"
-    assert (row.first_loss, row.last_loss, row.miners, row.validators) == (2.0, 1.9, 3, 2)
+    assert (row.head.run, row.head.domain, row.head.base, row.head.status) == (RUN, "medical", "tiny", "running")
+    assert row.head.phase == "cycle 2 of 3: validate, validators score"
+    assert (row.first_loss, row.last_loss, row.head.miners, row.head.validators) == (2.0, 1.9, 3, 2)
 
 
 def test_no_loss_is_shown_before_one_was_published() -> None:
@@ -49,7 +51,7 @@ def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Run) -> N
     assert head.deadline_unix_ms > story.now
     assert head.stale == ""
     assert "validate" in views.head(story.facts, head.deadline_unix_ms + views.OVERDUE_MS + 1).stale
-    assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + views.OVERDUE_MS + 1)[0].status == "stale"
+    assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + views.OVERDUE_MS + 1)[0].head.stale
 
 
 def test_an_ended_run_waits_for_nothing(story: Run) -> None:
@@ -123,11 +125,16 @@ def test_why_shows_what_each_validator_measured_and_who_was_silent(story: Run) -
     found = why(story.facts, 1, UNSURE)
     assert found is not None
     (measured,) = found.measurements
-    assert (measured.effect, measured.low, measured.high) == (0.01, -0.02, 0.04)
-    assert measured.reason == words.REASONS["not-significant"]
-    assert measured.distance == 0.003
-    assert found.silent == (views.name(story.facts, V2),)
-    assert (found.status, found.code, found.utility, found.margin) == ("rejected", "not-significant", 0.0, 0.02)
+    score = measured.score
+    assert (score.effect, score.effect_low, score.effect_high) == (0.01, -0.02, 0.04)
+    assert score.reason == reasons_pb2.REASON_NOT_SIGNIFICANT
+    assert measured.standing is not None
+    assert measured.standing.deviation == 0.003
+    assert found.silent == (miner_name(story.facts, V2),)
+    assert found.verdict is not None
+    assert found.verdict.status == cycle_pb2.VERDICT_STATUS_REJECTED
+    assert (found.verdict.reason, found.verdict.utility) == (reasons_pb2.REASON_NOT_SIGNIFICANT, 0.0)
+    assert found.margin == 0.02
     assert [step.text.split()[0] for step in found.steps] == ["trained", "committed", "the", "revealed", "the"]
 
 
@@ -136,16 +143,18 @@ def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Run) -> N
     assert spec is not None
     assert scored is not None
     spec.rewards.bond_rate = 0.1
-    for standing, trust in zip(scored.validators, (1.0, 0.9), strict=True):
-        standing.trust, standing.weight, standing.agreement = trust, 1.0, trust
+    for row, trust in zip(scored.validators, (1.0, 0.9), strict=True):
+        row.trust, row.weight, row.agreement = trust, 1.0, trust
     scored.validators[1].reason = reasons_pb2.REASON_SEED_WITHHELD
     scored.miners.append(cycle_pb2.MinerStanding(miner=MERGED, mu=27.5, sigma=8.1, judged=1, useful=1))
-    first, second = views.validator_rows(story.facts, 1)
+    first, second = validator_rows(story.facts, 1)
     assert (first.reported, first.trust, first.reason) == (True, 1.0, "")
-    assert (second.reported, second.trust, second.reason) == (False, 0.9, words.REASONS["seed-withheld"])
+    assert (second.reported, second.trust, second.reason) == (False, 0.9, "seed-withheld")
     found = why(story.facts, 1, MERGED)
     assert found is not None
-    assert (found.rating, found.measurements[0].weight, found.measurements[0].trust) == ("27.5 ± 8.1", 1.0, 1.0)
+    standing = found.measurements[0].standing
+    assert standing is not None
+    assert (found.rating, standing.weight, standing.trust) == ("27.5 ± 8.1", 1.0, 1.0)
     rows = {row.key: row for row in views.miner_rows(story.facts, 1)}
     assert (rows[MERGED].rating, rows[UNSURE].rating) == ("27.5 ± 8.1", "")
 
@@ -153,7 +162,7 @@ def test_validators_show_what_their_word_weighs_and_why_it_lost(story: Run) -> N
 def test_why_of_somebody_who_was_refused_or_is_unknown(story: Run) -> None:
     refused = why(story.facts, 1, LATE)
     assert refused is not None
-    assert (refused.status, refused.utility, refused.measurements) == ("not judged yet", None, ())
+    assert (refused.verdict, refused.measurements) == (None, ())
     assert refused.steps[-1].text.startswith("refused: committed after the window had closed")
     assert why(story.facts, 1, "USTRANGER") is None
     assert why(story.facts, 7, MERGED) is None
@@ -162,9 +171,9 @@ def test_why_of_somebody_who_was_refused_or_is_unknown(story: Run) -> None:
 def test_before_the_verdict_a_score_is_not_judged_yet(story: Run) -> None:
     found = why(story.facts, 2, MERGED)
     assert found is not None
-    assert (found.status, found.utility, found.reward, found.weight) == ("not judged yet", None, None, None)
-    assert [item.validator for item in found.measurements] == [views.name(story.facts, V1)]
-    assert found.measurements[0].distance is None
+    assert found.verdict is None
+    assert [item.validator for item in found.measurements] == [miner_name(story.facts, V1)]
+    assert found.measurements[0].standing is None
 
 
 def test_a_heatmap_reaches_as_far_as_the_selection(story: Run) -> None:
