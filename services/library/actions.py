@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,12 +60,9 @@ class Depositor:
         stored now is everything.
         """
         log, envelopes = Log(self._roster), dict[str, bytes]()
-        async with aclosing(self._bus.follow(STREAMS, run)) as records:
-            async for item in records:
-                if isinstance(item, CaughtUp):
-                    break
-                if self._apply(log, item) and item.subject.endswith(".version"):
-                    envelopes[item.subject] = item.data
+        async for record in self._bus.stored(STREAMS, run):
+            if self._apply(log, record) and record.subject.endswith(".version"):
+                envelopes[record.subject] = record.data
         return log.runs.get(run, RunFacts(run)), envelopes
 
     def _apply(self, log: Log, record: Record) -> bool:

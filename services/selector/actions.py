@@ -6,10 +6,10 @@ import asyncio
 import json
 import tempfile
 import time
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from connito.bus import Bus, CaughtUp
+from connito.bus import Bus
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, Retry
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
@@ -89,13 +89,10 @@ class Selector:
     async def _library(self, spec: run_pb2.RunSpec) -> Library:
         """Return every expert of the run's base that is deposited by now."""
         facts, last = [], 0
-        async with aclosing(self._bus.follow(["LIBRARY"])) as records:
-            async for item in records:
-                if isinstance(item, CaughtUp):
-                    break
-                last = max(last, item.sequence)
-                with suppress(Invalid):
-                    facts.append(verify_fact(item, self._roster))
+        async for record in self._bus.stored(["LIBRARY"]):
+            last = max(last, record.sequence)
+            with suppress(Invalid):
+                facts.append(verify_fact(record, self._roster))
         shelf, against = [], notices(facts, last)
         for deposit in deposits(facts, spec, last):
             record = json.loads(await self._store.get_bytes(deposit.record))

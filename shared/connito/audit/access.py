@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from connito.audit.artifacts import Artifacts, Named, gather
 from connito.audit.evidence import Evidence, read
-from connito.bus import Bus, CaughtUp
+from connito.bus import Bus
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.platform.datadir import DataDir
@@ -48,12 +48,12 @@ class Access:
         effect could be here without its cause.
         """
         streams = (*FACT_STREAMS, "INGRESS")
-        records = [record async for record in self._stored(streams, run)]
+        records = [record async for record in self.bus.stored(streams, run)]
         if records and not any(record.subject == fact(run, "run", 0, "ended") for record in records):
             last = max(record.time_unix_ms for record in records)
-            records = [record async for record in self._stored(streams, run) if record.time_unix_ms <= last]
-        letters = [letter async for record in self._stored(("DLQ",), "") if (letter := self._letter(record))]
-        library = [record async for record in self._stored(("LIBRARY",), "")]
+            records = [record async for record in self.bus.stored(streams, run) if record.time_unix_ms <= last]
+        letters = [letter async for record in self.bus.stored(["DLQ"]) if (letter := self._letter(record))]
+        library = [record async for record in self.bus.stored(["LIBRARY"])]
         return read(run, records, self.roster, letters, library)
 
     def _letter(self, record: Record) -> DeadLetter | None:
@@ -65,13 +65,6 @@ class Access:
             return None
         mine = self.roster.permits(letter.service, opened.signer)
         return letter if mine and record.subject == f"{DLQ_ROOT}.{letter.stream}.{letter.sequence}" else None
-
-    async def _stored(self, streams: tuple[str, ...], run: str) -> AsyncIterator[Record]:
-        async with aclosing(self.bus.follow(streams, run)) as stored:
-            async for item in stored:
-                if isinstance(item, CaughtUp):
-                    return
-                yield item
 
     async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Notify) -> Artifacts:
         """Fetch and hash the artifacts that the log names and that are `wanted`. Raises `Retry` while the store is away."""

@@ -40,7 +40,7 @@ def windows(evidence: Evidence, cycle: int) -> Step:
     return Step("windows", cycle, 2 * len(WINDOWS) + len(_SETTLED), tuple(differences))
 
 
-def _wrong(evidence: Evidence, where: str, what: str, cycle: int) -> Difference:
+def _wrong(where: str, what: str, cycle: int) -> Difference:
     return Difference("windows", where, what, cycle)
 
 
@@ -50,7 +50,7 @@ def _published(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     for due, needed in ((cycle > 1, cycle - 1), (facts.window("merge", cycle).closed is not None, cycle)):
         if due and facts.version(needed) is None:
             where = evidence.subject("merge", needed, "version")
-            yield _wrong(evidence, where, "is not in the log, but what follows it is", cycle)
+            yield _wrong(where, "is not in the log, but what follows it is", cycle)
 
 
 def _opening(evidence: Evidence, cycle: int) -> Iterator[Difference]:
@@ -62,12 +62,12 @@ def _opening(evidence: Evidence, cycle: int) -> Iterator[Difference]:
         if opened is None:
             continue
         if opened.window != window_value(window):
-            yield _wrong(evidence, where, f"opens {name_of(cycle_pb2.Window, opened.window)}", cycle)
+            yield _wrong(where, f"opens {name_of(cycle_pb2.Window, opened.window)}", cycle)
         if opened.version != version:
-            yield _wrong(evidence, where, f"starts from version {opened.version}; the one before is {version}", cycle)
+            yield _wrong(where, f"starts from version {opened.version}; the one before is {version}", cycle)
         if state is not None and opened.state.digest != state.digest:
             what = f"starts from state {opened.state.digest[:12]}…; the version before is {state.digest[:12]}…"
-            yield _wrong(evidence, where, what, cycle)
+            yield _wrong(where, what, cycle)
 
 
 def start_of(facts: RunFacts, cycle: int) -> tuple[int, ArtifactRef | None]:
@@ -91,33 +91,33 @@ def _sequence(evidence: Evidence, cycle: int) -> Iterator[Difference]:
             if fact is None:
                 # The merge is closed after its version is out, which is how far a cycle has to have come.
                 if finished(facts, cycle) and (window, kind) != ("merge", "closed"):
-                    yield _wrong(evidence, where, "is not in the log, but the cycle has a version", cycle)
+                    yield _wrong(where, "is not in the log, but the cycle has a version", cycle)
                 continue
             if fact.time_unix_ms + CLOCK_TOLERANCE_MS < previous:
-                yield _wrong(evidence, where, "was written before what it follows", cycle)
+                yield _wrong(where, "was written before what it follows", cycle)
             previous = max(previous, fact.time_unix_ms)
         closed, fact = facts.window(window, cycle).closed, facts.window(window, cycle).closed_fact
         if closed is None or fact is None:
             continue
         where = evidence.subject(window, cycle, "closed")
         if closed.window != window_value(window) or closed.stream != CLOSES[window]:
-            yield _wrong(evidence, where, f"closes {closed.stream}, not {CLOSES[window]}", cycle)
+            yield _wrong(where, f"closes {closed.stream}, not {CLOSES[window]}", cycle)
         if closed.stream == fact.stream and closed.last_sequence >= fact.sequence:
-            yield _wrong(evidence, where, f"includes up to {closed.last_sequence}, beyond itself", cycle)
+            yield _wrong(where, f"includes up to {closed.last_sequence}, beyond itself", cycle)
         if closed.stream == "INGRESS":
             if closed.last_sequence < last:
-                yield _wrong(evidence, where, f"ends at {closed.last_sequence}, before {last}", cycle)
+                yield _wrong(where, f"ends at {closed.last_sequence}, before {last}", cycle)
             last = max(last, closed.last_sequence)
         if closed.runs_sequence and list(closed.banned) != sorted(banned(facts, closed.runs_sequence)):
             what = f"names {len(closed.banned)} banned miners; the bans up to RUNS {closed.runs_sequence} are others"
-            yield _wrong(evidence, where, what, cycle)
+            yield _wrong(where, what, cycle)
         if closed.banned and not closed.runs_sequence:
-            yield _wrong(evidence, where, "names banned miners, but not up to where bans count", cycle)
+            yield _wrong(where, "names banned miners, but not up to where bans count", cycle)
         settled = facts.window(window, cycle).settled
         if settled is not None and settled.last_sequence != closed.last_sequence:
             where = evidence.subject(window, cycle, "settled")
             what = f"settles up to {settled.last_sequence}; the window ended at {closed.last_sequence}"
-            yield _wrong(evidence, where, what, cycle)
+            yield _wrong(where, what, cycle)
 
 
 def _participants(evidence: Evidence, cycle: int) -> Iterator[Difference]:
@@ -128,7 +128,7 @@ def _participants(evidence: Evidence, cycle: int) -> Iterator[Difference]:
         strangers = sorted(set(opened.expected) - known) if opened is not None else []
         if strangers:
             what = f"expects {short_key(strangers[0])}, who neither enrolled nor joined"
-            yield _wrong(evidence, evidence.subject(window, cycle, "opened"), what, cycle)
+            yield _wrong(evidence.subject(window, cycle, "opened"), what, cycle)
 
 
 def versions(evidence: Evidence, cycle: int) -> Step:

@@ -16,7 +16,7 @@ from connito.protocol.bans import at_close
 from connito.protocol.commitment import opens
 from connito.protocol.quota import MessageCounter
 from connito.protocol.scoring.newcomers import over_quota
-from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
@@ -68,7 +68,7 @@ def _overtaken(evidence: Evidence, accepted: Fact) -> Iterator[str]:
         same = (said.key.kind, said.key.cycle, said.signer) == ("commitment", cycle, miner)
         if not same or sequence >= accepted.sequence:
             continue
-        refused = _refused(evidence.facts, "commit", cycle, miner, sequence)
+        refused = evidence.facts.window("commit", cycle).refusal(miner, sequence)
         if refused is None or refused.reason not in _EARLY:
             yield f"the earlier one at INGRESS {sequence} should stand"
 
@@ -82,7 +82,7 @@ def _settled_commit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     inside = [
         miner
         for miner, fact in facts.commitments(cycle).items()
-        if miner not in out and getattr(fact.message, "ingress_sequence") <= closed.last_sequence  # noqa: B009
+        if miner not in out and fact.message.ingress_sequence <= closed.last_sequence
     ]
     expected = cycle_pb2.WindowSettled(
         run=facts.run,
@@ -162,7 +162,7 @@ def _settled_submit(evidence: Evidence, cycle: int) -> Iterator[Difference]:
     inside = _inside(evidence, cycle, closed.last_sequence)
     for entry in over_quota(facts, cycle, inside.values()):
         del inside[entry.miner]
-        if _refused(facts, "submit", cycle, entry.miner, entry.reveal_sequence) is None:
+        if facts.window("submit", cycle).refusal(entry.miner, entry.reveal_sequence) is None:
             where = evidence.subject("submit", cycle, "settled")
             yield Difference("submissions", where, "a newcomer beyond the quota was not told", cycle, entry.miner)
     expected = cycle_pb2.WindowSettled(
@@ -259,10 +259,7 @@ def _quota_fault(evidence: Evidence, cycle: int, miner: str, sequence: int) -> s
 
 def _ever_banned(facts: RunFacts, miner: str) -> bool:
     """Return whether a ban justifies a refusal: possible once it is known; whether it counts is settled at the close."""
-    return any(
-        isinstance(fact.message, run_pb2.MinerBan) and fact.message.miner == miner and not fact.message.lifted
-        for fact in facts.bans.values()
-    )
+    return any(fact.message.miner == miner and not fact.message.lifted for fact in facts.bans.values())
 
 
 def _against_commitment(facts: RunFacts, refused: cycle_pb2.Refused, said: Fact, name: str) -> str:
@@ -294,7 +291,7 @@ def _unanswered(evidence: Evidence, window: str, cycle: int) -> Iterator[Differe
         if _dropped(evidence, window, said):
             continue
         taken = _taken_sequence(facts, window, cycle, said.signer)
-        if sequence != taken and _refused(facts, window, cycle, said.signer, sequence) is None:
+        if sequence != taken and facts.window(window, cycle).refusal(said.signer, sequence) is None:
             where = f"ingress.{short_key(said.signer)}.{said.key.kind} (INGRESS {sequence})"
             check = "commitments" if window == "commit" else "submissions"
             what = f"lies inside the {window} window and was never answered"
@@ -313,9 +310,7 @@ def _over(evidence: Evidence, said: Fact) -> bool:
 def _dropped(evidence: Evidence, window: str, said: Fact) -> bool:
     """Return whether a message may go without an answer: it is beyond the quota, and its miner was told so."""
     told = any(
-        isinstance(fact.message, cycle_pb2.Refused)
-        and fact.message.miner == said.signer
-        and fact.message.reason == reasons_pb2.REASON_QUOTA_EXCEEDED
+        fact.message.miner == said.signer and fact.message.reason == reasons_pb2.REASON_QUOTA_EXCEEDED
         for fact in evidence.facts.window(window, said.key.cycle).refused.values()
     )
     return told and _over(evidence, said)
@@ -333,10 +328,6 @@ def _own(facts: RunFacts, cycle: int, miner: str) -> cycle_pb2.Submission | None
     accepted = facts.reveal(cycle, miner)
     own = accepted is not None and accepted.submission.origin_cycle == cycle
     return accepted.submission if accepted is not None and own else None
-
-
-def _refused(facts: RunFacts, window: str, cycle: int, miner: str, sequence: int) -> cycle_pb2.Refused | None:
-    return facts.window(window, cycle).refusal(miner, sequence)
 
 
 def _said(evidence: Evidence, sequence: int, kind: str, miner: str, cycle: int) -> Fact | None:

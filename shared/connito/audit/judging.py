@@ -6,7 +6,6 @@ from collections.abc import Container, Iterator, Sequence
 
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.evidence import Evidence
-from connito.enums import reason_name
 from connito.errors import Invalid
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import draw_seed, opens
@@ -221,8 +220,3 @@ def gate(evidence: Evidence, cycle: int) -> Step:
     where = evidence.subject("merge", cycle, "version")
     found = (Difference("gate", where, f"should not have passed: {why}", cycle),) if why else ()
     return Step("gate", cycle, len(version.gate_losses), found)
-
-
-def reason_of(score: cycle_pb2.SubmissionScore | cycle_pb2.Verdict) -> str:
-    """Return the reason as people see it; empty for none."""
-    return reason_name(score.reason)

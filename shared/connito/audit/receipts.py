@@ -195,7 +195,7 @@ def _score(validator: str, score: cycle_pb2.SubmissionScore) -> dict[str, Any]:
         "utility": score.utility,
         "effect": [score.effect_low, score.effect, score.effect_high],
         "general_change": [score.general_change, score.general_change_high],
-        "reason": judging.reason_of(score),
+        "reason": reason_name(score.reason),
         "detail": detail_of(score),
         "evaluated_sequences": score.evaluated_sequences,
         "losses": [
@@ -218,7 +218,7 @@ def _verdict(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | Non
             status = plain_name(cycle_pb2.VerdictStatus, verdict.status)
             return {
                 "status": status,
-                "reason": judging.reason_of(verdict),
+                "reason": reason_name(verdict.reason),
                 "detail": detail_of(verdict),
                 "utility": verdict.utility,
                 "rank": verdict.rank,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -240,6 +241,14 @@ class Bus:
         may not read and `Fatal` when the broker closes the connection for good.
         """
         return follow(self._connection, streams, run, dict(start or {}))
+
+    async def stored(self, streams: Sequence[str], run: str = "") -> AsyncGenerator[Record, None]:
+        """Yield what is stored in `streams` now, as `follow` does, and end."""
+        async with aclosing(self.follow(streams, run)) as items:
+            async for item in items:
+                if isinstance(item, CaughtUp):
+                    return
+                yield item
 
     async def consume(
         self,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
 from dataclasses import dataclass
 
-from connito.bus import Bus, CaughtUp
 from connito.enums import reason_name
 from connito.errors import Invalid, NotFound
 from connito.platform.session import Session
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.envelope import open_bytes
+from connito.wire.fact import Record
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,12 @@ class Letter:
 def ls(session: Session) -> list[Letter]:
     """Return the dead letters, oldest first."""
 
-    async def read() -> list[Letter]:
+    async def read() -> list[Record]:
         async with session.bus() as bus:
-            return await _letters(bus)
+            return [record async for record in bus.stored(["DLQ"])]
 
-    return asyncio.run(read())
+    stored = asyncio.run(read())
+    return [Letter(record.sequence, open_bytes(record.data, record.subject).read(DeadLetter)) for record in stored]
 
 
 def show(session: Session, number: int) -> Letter:
@@ -74,13 +74,3 @@ async def _publish(session: Session, letter: DeadLetter) -> None:
             await bus.js.publish(letter.subject, letter.body)
         except APIError as error:
             raise Invalid(f"the broker does not take {letter.subject} back: {error.description}") from error
-
-
-async def _letters(bus: Bus) -> list[Letter]:
-    letters: list[Letter] = []
-    async with aclosing(bus.follow(("DLQ",))) as records:
-        async for item in records:
-            if isinstance(item, CaughtUp):
-                break
-            letters.append(Letter(item.sequence, open_bytes(item.data, item.subject).read(DeadLetter)))
-    return letters

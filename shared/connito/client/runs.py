@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from connito.bus import CaughtUp
 from connito.bus.permissions import MINER_STREAMS
 from connito.bus.streams import FACT_STREAMS
 from connito.client.security import advisories
@@ -70,12 +68,8 @@ def miner(session: Session, key: str) -> list[dict[str, Any]]:
 
 
 async def _replay(session: Session, run: str) -> list[dict[str, Any]]:
-    records = []
-    async with session.bus() as bus, aclosing(bus.follow((*FACT_STREAMS, "INGRESS"), run)) as stored:
-        async for item in stored:
-            if isinstance(item, CaughtUp):
-                break
-            records.append(item)
+    async with session.bus() as bus:
+        records = [record async for record in bus.stored((*FACT_STREAMS, "INGRESS"), run)]
     if not records:
         raise NotFound(f"there is no run {run!r}; `connito job list` shows the runs")
     log = Log(session.roster)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from connito.bus import CaughtUp
 from connito.enums import reason_name
 from connito.errors import Invalid, NotFound
 from connito.platform.session import Session
@@ -34,10 +32,8 @@ def advisories(session: Session, after: float, broker_log: Path | None = None) -
 async def _events(session: Session, after: float) -> list[dict[str, Any]]:
     """Return reports that a key of the roster has signed."""
     rows = []
-    async with session.bus() as bus, aclosing(bus.follow(("ADVISORIES",))) as records:
-        async for item in records:
-            if isinstance(item, CaughtUp):
-                break
+    async with session.bus() as bus:
+        async for item in bus.stored(["ADVISORIES"]):
             if item.time_unix_ms < after * 1000:
                 continue
             try:

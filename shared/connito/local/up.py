@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,8 @@ from connito.runtime.compute import usable_cores
 from connito.runtime.tasks import end_tasks
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
     from connito.client import Client
     from connito.local.installation import Installation
     from connito.local.materials import Materials
@@ -57,10 +59,10 @@ def run_detached(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
     with data.lock():
         pass  # Says now, and here, that another one runs.
     data.platform_file.unlink(missing_ok=True)
-    options = replace(options, data_dir=data.root)
+    passed = _form().dump_json(replace(options, data_dir=data.root)).decode()
     with (data.logs / "up.log").open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "connito.local.up", _encode(options)],
+            [sys.executable, "-P", "-m", "connito.local.up", passed],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     with choose_display(as_json=as_json) as display:
@@ -353,15 +355,11 @@ class _DetachedError(ConnitoError):
         self.exit_code = code
 
 
-def _encode(options: UpOptions) -> str:
-    return json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()})
+def _form() -> TypeAdapter[UpOptions]:
+    """Return how options are passed to the detached process."""
+    from pydantic import TypeAdapter
 
-
-def _decode(text: str) -> UpOptions:
-    raw = json.loads(text)
-    for name in ("data_dir", "report"):
-        raw[name] = None if raw[name] is None else Path(raw[name])
-    return UpOptions(**{**raw, "adversaries": tuple(raw["adversaries"])})
+    return TypeAdapter(UpOptions)
 
 
 def _main() -> None:
@@ -370,7 +368,7 @@ def _main() -> None:
     from connito.runtime.exits import explained
 
     with explained():
-        options = _decode(sys.argv[1])
+        options = _form().validate_json(sys.argv[1])
         data = DataDir.open(options.data_dir)
         with data.lock(), PlainDisplay() as display:
             asyncio.run(_interruptible(_Up(options, data, display, stay=True).run))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 
-from connito.bus import Bus, CaughtUp
+from connito.bus import Bus
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid
 from connito.wire.fact import Fact, Record
@@ -17,11 +17,8 @@ from connito.wire.roster import Roster
 async def read_log(bus: Bus, roster: Roster, run: str = "", streams: Sequence[str] = FACT_STREAMS) -> Log:
     """Read the stored log of one run or of all; messages that do not verify are left out."""
     log = Log(roster)
-    async with aclosing(bus.follow(streams, run)) as records:
-        async for item in records:
-            if isinstance(item, CaughtUp):
-                break
-            apply(log, item)
+    async for record in bus.stored(streams, run):
+        apply(log, record)
     return log
 
 

@@ -21,7 +21,7 @@ def test_everybody_sees_who_lost_weight_and_why() -> None:
     rows = {row.validator: row for row in standings.validator_rows(told(bond_rate=0.1), 2)}
     assert (rows["VA"].agreement, rows["VA"].trust, rows["VA"].weight, rows["VA"].reason) == (1, 1, 1, "")
     assert (rows["VC"].reported, rows["VC"].reason, rows["VC"].reward) == (False, "no-report", 0)
-    assert (rows["VC"].weight, round(rows["VC"].trust, 6)) == (0.9, 0.81)
+    assert (rows["VC"].weight, round(rows["VC"].trust or 0, 6)) == (0.9, 0.81)
     (line,) = _standing(vars(rows["VC"]))
     assert line.endswith(
         "weight 0.900, agrees to 0.0 %, trust now 0.810  no-report: was drawn, and no report of it counts"
