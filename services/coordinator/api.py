@@ -12,6 +12,7 @@ from connito.bus import Bus
 from connito.enums import plain_name
 from connito.errors import Invalid, NotFound, Retry
 from connito.protocol import bans
+from connito.protocol.findings import check_version
 from connito.protocol.policy.check import complete
 from connito.runtime.limits import RateLimit
 from connito.service.engine import now_ms
@@ -113,11 +114,14 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     async def EnrolMiner(  # noqa: N802
         self, request: services_pb2.EnrolMinerRequest, context: Any
     ) -> services_pb2.EnrolMinerResponse:
-        """Let the signer take part; again is fine. Raises `NotFound`, and `Invalid` for a run that has ended."""
+        """Let the signer take part; again is fine. Raises `NotFound`, and `Invalid` for a run that has ended or is
+        under newer rules.
+        """
         command, miner = open_request(request.envelope, "rpc.EnrolMiner", services_pb2.EnrolMinerCommand)
         self._limit.take(miner)
         enrolment.check_key(command, miner, self._roster)
         facts = self._known(command.run)
+        check_version(facts.require_spec())
         enrolment.check_ban(facts, self._everywhere, miner)
         if miner not in facts.enrolled:
             if facts.ended is not None:

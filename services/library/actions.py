@@ -18,6 +18,7 @@ from connito.library.deposit_plan import STREAMS, Deposit, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
 from connito.library.schema import ExpertRecord
 from connito.library.start import start_ref
+from connito.protocol.findings import check_version
 from connito.runtime import metrics
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
@@ -43,9 +44,13 @@ class Depositor:
         self._bus, self._store, self._roster, self._log = bus, store, roster, log
 
     async def handle(self, record: Record) -> None:
-        """Deposit the run's expert, if it has one. Raises `Retry` when broker or store are away."""
+        """Deposit the run's expert, if it has one. Raises `Invalid` for a run under newer rules, `Retry` when broker or
+        store are away.
+        """
         fact = verify_fact(record, self._roster)
         facts, envelopes = await self._read_run(fact.run)
+        if facts.spec is not None:
+            check_version(facts.spec)
         decision = plan(facts)
         if not isinstance(decision, Deposit):
             self._log.info("nothing to deposit", run=fact.run, why=decision.why)

@@ -6,6 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from connito.errors import Invalid
+from connito.protocol.findings import check_version
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
 from connito.workloads.selecting import Chosen
 
@@ -28,8 +29,14 @@ class Settled:
 
 
 def decide(spec: run_pb2.RunSpec, standing: Container[str]) -> Select | Settled:
-    """Return what is missing. `standing` are those kinds of `SETTLED` that the run has a fact of."""
-    return next((Settled(kind) for kind in SETTLED if kind in standing), Select(spec))
+    """Return what is missing. `standing` are those kinds of `SETTLED` that the run has a fact of.
+
+    Raises `Invalid` for a run under newer rules.
+    """
+    if settled := [kind for kind in SETTLED if kind in standing]:
+        return Settled(settled[0])
+    check_version(spec)
+    return Select(spec)
 
 
 def made(

@@ -5,7 +5,7 @@
     run.say("merge", 1, "scored", verdicts=[…])
 
 `say` takes the type of a message, and the id in its subject, from the catalogue of facts; verbs that are named like
-their fact add what most tests leave alone. Everything ends in `store`, which `SignedRun` overrides.
+their fact add what most tests leave alone. Everything ends in `store`.
 """
 
 from __future__ import annotations
