@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from connito.render import formats
-from connito.v1 import cycle_pb2, run_pb2
+from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views import words
 from connito.views.live import phase
 from connito.views.run_report import outcome, submission_rows
 from connito.views.standings import rating_text
-from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.window import Window
 
@@ -216,7 +215,9 @@ def _matching(rows: Iterable[ExpertRow], terms: list[str]) -> Iterable[ExpertRow
 def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
     created = facts.created_fact
     assert created is not None
-    return RunRow(head(facts, now_ms), created.time_unix_ms, *_target_losses(facts))
+    target = next((curve.points for curve in curves(facts) if curve.target), None)
+    first, last = (None, None) if target is None else (target[0][1], target[-1][1])
+    return RunRow(head(facts, now_ms), created.time_unix_ms, first, last)
 
 
 def _overdue(window: Window | None, deadline_ms: int, now_ms: int) -> str:
@@ -228,33 +229,21 @@ def _overdue(window: Window | None, deadline_ms: int, now_ms: int) -> str:
     )
 
 
-def _target_losses(facts: RunFacts) -> tuple[float | None, float | None]:
-    for curve in curves(facts):
-        if curve.target:
-            return curve.points[0][1], curve.points[-1][1]
-    return None, None
-
-
 def _expert_rows(facts: RunFacts) -> Iterable[ExpertRow]:
-    spec = facts.spec
     for fact in facts.deposits.values():
-        yield _expert_row(fact, "" if spec is None else spec.base.name, tuple(curves(facts)))
-
-
-def _expert_row(fact: Fact[run_pb2.ExpertDeposited], base: str, measured: tuple[Curve, ...]) -> ExpertRow:
-    message = fact.message
-    return ExpertRow(
-        expert_id=message.expert_id,
-        run=fact.run,
-        domain=message.domain,
-        base=base,
-        base_digest=message.base_digest,
-        digest=message.expert.digest,
-        size=formats.size(message.expert.size),
-        record=message.record,
-        deposited_unix_ms=fact.time_unix_ms,
-        curves=measured,
-    )
+        message = fact.message
+        yield ExpertRow(
+            expert_id=message.expert_id,
+            run=fact.run,
+            domain=message.domain,
+            base="" if facts.spec is None else facts.spec.base.name,
+            base_digest=message.base_digest,
+            digest=message.expert.digest,
+            size=formats.size(message.expert.size),
+            record=message.record,
+            deposited_unix_ms=fact.time_unix_ms,
+            curves=tuple(curves(facts)),
+        )
 
 
 def _measured(facts: RunFacts, cycle: int) -> set[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from connito.bus import Bus, offences
@@ -13,6 +14,7 @@ from connito.enums import reason_name
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
+from connito.protocol.findings import OF_THE_FILE
 from connito.protocol.scoring.evaluation import Evaluation, fit, rejected, score
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
@@ -31,18 +33,6 @@ from .handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, chec
 from .settings import ValidatorSettings
 
 log = logs.get_logger("validator")
-
-# The submission's fault, as opposed to the machine's or the store's.
-_ITS_FAULT = (
-    reasons_pb2.REASON_OVERSIZED,
-    reasons_pb2.REASON_BAD_HEADER,
-    reasons_pb2.REASON_WRONG_TENSORS,
-    reasons_pb2.REASON_WRONG_SHAPE,
-    reasons_pb2.REASON_WRONG_DTYPE,
-    reasons_pb2.REASON_NON_FINITE,
-    reasons_pb2.REASON_ARTIFACT_MISSING,
-    reasons_pb2.REASON_DIGEST_MISMATCH,
-)
 
 Files = dict[str, SubmissionFiles | Invalid]
 
@@ -113,29 +103,16 @@ class Validator:
         facts, begun = self._facts(run), time.perf_counter()
         spec, selection = facts.require_spec(), facts.require_selection()
         base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
+        settings = self._settings
+        load = partial(
+            SubmissionEvaluator.load, spec, selection, base.files, holdouts,
+            device=settings.device, threads=settings.torch_threads, batch_tokens=settings.batch_tokens,
+            cache_bytes=settings.hidden_cache_bytes,
+        )  # fmt: skip
         async with self._compute.slot("load"):
-            evaluator = await asyncio.to_thread(self._open_evaluator, spec, selection, base.files, holdouts)
+            evaluator = await asyncio.to_thread(load)
         log.info("model loaded", seconds=round(time.perf_counter() - begun, 2))
         return evaluator
-
-    def _open_evaluator(
-        self,
-        spec: run_pb2.RunSpec,
-        selection: run_pb2.SelectionMade,
-        files: Mapping[str, Path],
-        holdouts: Mapping[str, Path],
-    ) -> SubmissionEvaluator:
-        settings = self._settings
-        return SubmissionEvaluator.load(
-            spec,
-            selection,
-            files,
-            holdouts,
-            device=settings.device,
-            threads=settings.torch_threads,
-            batch_tokens=settings.batch_tokens,
-            cache_bytes=settings.hidden_cache_bytes,
-        )
 
     async def _score(self, run: str, cycle: int) -> None:
         facts = self._facts(run)
@@ -212,7 +189,7 @@ class Validator:
                         facts.require_spec(),
                     )
                 except Invalid as error:
-                    if error.reason not in _ITS_FAULT:
+                    if error.reason not in OF_THE_FILE:
                         raise
                     item = rejected(submission, error)
             report.scores.append(item)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
-from connito.audit.judging import OF_THE_FILE
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.library.start import deposits, wants_start
+from connito.protocol.findings import OF_THE_FILE
 from connito.runtime.progress import Notify, silent
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef

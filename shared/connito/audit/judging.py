@@ -9,7 +9,7 @@ from connito.audit.evidence import Evidence
 from connito.errors import Invalid
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import draw_seed, opens
-from connito.protocol.findings import Refusal, Refusals, finding_of
+from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals, finding_of
 from connito.protocol.merging.gate import Losses, judge
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
@@ -19,21 +19,6 @@ from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import as_recorded, sentence
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
-
-# Reasons that a file, not a loss, gave.
-OF_THE_FILE = frozenset(
-    {
-        reasons_pb2.REASON_ARTIFACT_MISSING,
-        reasons_pb2.REASON_DIGEST_MISMATCH,
-        reasons_pb2.REASON_OVERSIZED,
-        reasons_pb2.REASON_BAD_HEADER,
-        reasons_pb2.REASON_WRONG_TENSORS,
-        reasons_pb2.REASON_WRONG_SHAPE,
-        reasons_pb2.REASON_WRONG_DTYPE,
-        reasons_pb2.REASON_NON_FINITE,
-        reasons_pb2.REASON_NORM_EXCEEDED,
-    }
-)
 
 # Reasons that the ranking gave, not the merge.
 _OF_THE_REWARD = frozenset({reasons_pb2.REASON_BELOW_CUTOFF, reasons_pb2.REASON_PROBATION})

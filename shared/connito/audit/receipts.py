@@ -143,7 +143,12 @@ def receipt(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any]:
         "origin_cycle": cycle if entry is None else entry.origin_cycle or cycle,
         "inputs": None if entry is None else _inputs(evidence, cycle, entry),
         "draw": _draw(evidence, cycle, miner),
-        "reports": _reports(evidence, cycle, miner),
+        "reports": [
+            _score(validator, score)
+            for validator, fact in facts.reports(cycle).items()
+            for score in fact.message.scores
+            if score.miner == miner
+        ],
         "validators": [vars(row) for row in validator_rows(facts, cycle)],
         "verdict": _verdict(evidence, cycle, miner),
         "refusals": _refusals(evidence, cycle, miner),
@@ -180,13 +185,6 @@ def _draw(evidence: Evidence, cycle: int, miner: str) -> dict[str, Any] | None:
         "omitted": list(drawn.omitted),
         "assigned": chosen,
     }
-
-
-def _reports(evidence: Evidence, cycle: int, miner: str) -> list[dict[str, Any]]:
-    rows = []
-    for validator, fact in evidence.facts.reports(cycle).items():
-        rows += [_score(validator, score) for score in fact.message.scores if score.miner == miner]
-    return rows
 
 
 def _score(validator: str, score: cycle_pb2.SubmissionScore) -> dict[str, Any]:

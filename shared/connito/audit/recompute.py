@@ -16,11 +16,11 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.distances import Distances
 from connito.audit.evidence import Evidence
-from connito.audit.judging import OF_THE_FILE, consensus_of, of_the_file, submissions_of
+from connito.audit.judging import consensus_of, of_the_file, submissions_of
 from connito.data.corpus import Corpus
 from connito.enums import reason_name
 from connito.errors import Invalid
-from connito.protocol.findings import Refusal, Refusals
+from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle
 from connito.runtime.progress import Notify, silent

@@ -20,13 +20,14 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.distances import Distances
 from connito.audit.evidence import Evidence
-from connito.audit.judging import OF_THE_FILE, submissions_of
+from connito.audit.judging import submissions_of
 from connito.audit.recompute import Recomputation
 from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.enums import reason_name
 from connito.errors import Invalid
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
+from connito.protocol.findings import OF_THE_FILE
 from connito.protocol.merging.gate import Losses as GateLosses
 from connito.protocol.merging.gate import Part
 from connito.protocol.scoring.evaluation import Evaluation, rejected, score

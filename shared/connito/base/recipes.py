@@ -103,11 +103,13 @@ def build_cached(name: str, progress: Progress) -> Path:
     """Return the base of that name, built if this machine has none yet, with its manifest beside the weights. Imports
     torch.
     """
+    from connito.data.manifest import build_manifest
+
     target = cached_base(name)
     with fresh_folder(target) as draft:
         if draft is not None:
             _build(Recipe(name), draft / "model", progress)
-            _write_manifest(draft / "model", draft / MANIFEST, name, progress)
+            (draft / MANIFEST).write_bytes(build_manifest(draft / "model", name, progress).to_bytes())
             for path in (draft / "model").iterdir():
                 path.chmod(0o444)  # Caches link to it.
     return target
@@ -204,9 +206,3 @@ def _texts(recipe: Recipe) -> dict[str, list[str]]:
     return {
         domain: [text for text in texts if part_of(text.strip(), split) != "holdout"] for domain, texts in found.items()
     }
-
-
-def _write_manifest(folder: Path, path: Path, name: str, progress: Progress) -> None:
-    from connito.data.manifest import build_manifest
-
-    path.write_bytes(build_manifest(folder, name, progress).to_bytes())

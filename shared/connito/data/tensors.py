@@ -123,17 +123,13 @@ def _parse_entry(name: str, raw: Any) -> TensorEntry:
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _parse_metadata(raw: Any) -> dict[str, str]:
-    if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
-        raise bad_header("__metadata__ must map text to text")
-    return raw
-
-
 def _parse_header(raw: bytes, data_bytes: int) -> Header:
     if raw[:1] != b"{":
         raise bad_header("the header does not begin with a brace")
     parsed = _parse_json(raw.rstrip(b" "))
-    metadata = _parse_metadata(parsed.pop("__metadata__", {}))
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad_header("__metadata__ must map text to text")
     entries = {name: _parse_entry(name, entry) for name, entry in parsed.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     position = 0

@@ -47,7 +47,9 @@ def prototype(
     From the eigenvectors of δᵀδ in float64; the sign is such that the largest coordinate is positive.
     """
     deltas = [
-        rows[key].double() - base[key].double() for key in sorted(rows) if key[:2] == place and _reads_input(key[2])
+        rows[key].double() - base[key].double()
+        for key in sorted(rows)
+        if key[:2] == place and key[2] in ("gate_up_proj", "up_proj")
     ]
     delta = torch.cat([d.T if transposed else d for d in deltas])
     gram = delta.T @ delta
@@ -57,10 +59,6 @@ def prototype(
     top: torch.Tensor = vectors[:, -1]
     sign: torch.Tensor = top[top.abs().argmax()].sign()
     return top * sign
-
-
-def _reads_input(parameter: str) -> bool:
-    return parameter in ("gate_up_proj", "up_proj")
 
 
 def arrow(

@@ -84,7 +84,7 @@ def propose(
     if chosen is None:
         return Start(choice, None)
     choice.expert_id, choice.shared_rows = chosen.candidate.expert_id, chosen.candidate.shared_rows
-    return Start(choice, _theta(model, selection, chosen.part))
+    return Start(choice, _merged(read_rows(model, selection), chosen.part, as_targets(selection)))
 
 
 @dataclass
@@ -145,10 +145,6 @@ def _write(candidate: run_pb2.StartCandidate, found: Paired) -> None:
 def _merged(base: Mapping[str, Any], part: Part, targets: Mapping[int, Sequence[int]]) -> TargetState:
     """Return the selection's rows with those of the part in the places that it has trained."""
     return state_of({**rows_of(targets, base), **part.rows})
-
-
-def _theta(model: nn.Module, selection: Selection, part: Part) -> TargetState:
-    return _merged(read_rows(model, selection), part, as_targets(selection))
 
 
 def _order(candidate: run_pb2.StartCandidate) -> tuple[bool, bool, float, str]:

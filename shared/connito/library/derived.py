@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from connito.errors import Invalid
 from connito.library.artifact import MODEL_FORMAT, ExpertHeader
 from connito.library.governance import VISIBILITIES, governance
-from connito.library.record import RECORD_FORMAT, expert_id
+from connito.library.record import RECORD_FORMAT, expert_id, no_part
 from connito.library.schema import (
     Base,
     Contributor,
@@ -190,10 +190,7 @@ def joint_contributors(parents: Weighted) -> list[Contributor]:
     for record, weight in parents:
         part = abs(weight) / total if total > 0 else 1 / len(parents)
         for row in record.get("contributors", []):
-            known = table.setdefault(
-                row["miner"],
-                {"miner": row["miner"], "label": row["label"], "reward": 0, "merged": 0, "share": 0.0, "reasons": {}},
-            )
+            known = table.setdefault(row["miner"], no_part(row["miner"], row["label"]))
             known["share"] += part * row["share"]
             known["merged"] += row["merged"]
     return sorted(table.values(), key=lambda row: (-row["share"], row["miner"]))

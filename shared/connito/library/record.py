@@ -144,7 +144,7 @@ def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[Contributor]:
     for cycle in cycles:
         scored = facts.scored(cycle)
         for verdict in [] if scored is None else scored.verdicts:
-            row = table.setdefault(verdict.miner, _nothing_yet(facts, verdict.miner))
+            row = table.setdefault(verdict.miner, no_part(verdict.miner, facts.label(verdict.miner)))
             row["reward"] += verdict.reward
             row["merged"] += verdict.status == cycle_pb2.VERDICT_STATUS_MERGED
             if verdict.reason != reasons_pb2.REASON_UNSPECIFIED:
@@ -156,8 +156,9 @@ def _contributors(facts: RunFacts, cycles: Iterable[int]) -> list[Contributor]:
     return sorted(table.values(), key=lambda row: (-row["reward"], row["miner"]))
 
 
-def _nothing_yet(facts: RunFacts, miner: str) -> Contributor:
-    return {"miner": miner, "label": facts.label(miner), "reward": 0, "merged": 0, "share": 0.0, "reasons": {}}
+def no_part(miner: str, label: str) -> Contributor:
+    """Return the row of a contributor before anything is added to it."""
+    return {"miner": miner, "label": label, "reward": 0, "merged": 0, "share": 0.0, "reasons": {}}
 
 
 def encode(record: ExpertRecord) -> bytes:

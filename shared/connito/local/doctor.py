@@ -135,11 +135,8 @@ def _platform(root: Path) -> Iterator[Check]:
         return
     from connito.local import doctor_platform
 
-    yield from asyncio.run(doctor_platform.look(session, with_store=_has_store(in_environment)))
-
-
-def _has_store(in_environment: bool) -> bool:
-    return not in_environment or bool(os.environ.get("CONNITO_S3_ACCESS_KEY"))
+    has_store = not in_environment or bool(os.environ.get("CONNITO_S3_ACCESS_KEY"))
+    yield from asyncio.run(doctor_platform.look(session, with_store=has_store))
 
 
 CHECKS: tuple[Callable[[Path], Iterator[Check]], ...] = (

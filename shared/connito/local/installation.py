@@ -38,11 +38,6 @@ class Role:
     service: str
     settings: Mapping[str, str]
 
-    @property
-    def preloaded(self) -> bool:
-        """Return true if the service needs torch and is forked from the preloaded process."""
-        return self.service in MODEL_SIDE
-
 
 class Installation:
     """`async with Installation(...)`: servers are up inside, streams and bucket exist; all of it is gone outside."""
@@ -87,7 +82,8 @@ class Installation:
         self.fork_server = await ForkLauncher.open(self.data.logs / "fork-server.log", self._environment())
         self._stack.push_async_callback(self.fork_server.close)
         secret = self._store_secret()
-        nats = NatsServer(self.data.root / "nats", users=self._users(), log_file=self.data.logs / "nats-server.log")
+        users = [broker_user(member.role, member.identity.public) for member in self.members.values()]
+        nats = NatsServer(self.data.root / "nats", users=users, log_file=self.data.logs / "nats-server.log")
         weed = ObjectStore(self.data.root / "objects", secret_key=secret, log_file=self.data.logs / "weed.log")
         self.supervisor = Supervisor(self.data, self.display.say)
         self._stack.push_async_callback(self.supervisor.stop)
@@ -111,7 +107,7 @@ class Installation:
         """Start services and keep them running."""
         plain = PlainLauncher()
         for role in roles:
-            await self.supervisor.start(self._program(role), self.fork_server if role.preloaded else plain)
+            await self.supervisor.start(self._program(role), self.fork_server if role.service in MODEL_SIDE else plain)
 
     def services(self) -> list[Role]:
         """Return one process for each service of the control plane."""
@@ -195,9 +191,6 @@ class Installation:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
         }
-
-    def _users(self) -> list[dict[str, Any]]:
-        return [broker_user(member.role, member.identity.public) for member in self.members.values()]
 
     def _store_secret(self) -> str:
         """Return the store's secret key, made once for this data directory."""

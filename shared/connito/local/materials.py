@@ -23,8 +23,8 @@ from connito.local.defaults import Profile, UpOptions
 from connito.local.display import Display
 from connito.local.installation import Installation
 from connito.local.processes import Program
-from connito.local.supervisor import last_lines
 from connito.local.tasks import read_lines
+from connito.platform.servers import last_lines
 from connito.store.cache import Cache
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec

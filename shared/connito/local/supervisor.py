@@ -12,7 +12,7 @@ from typing import Any
 from connito.errors import Fatal
 from connito.local.processes import Launcher, Process, Program
 from connito.platform.datadir import DataDir, start_time
-from connito.platform.servers import Server
+from connito.platform.servers import Server, last_lines
 from connito.runtime.tasks import end_tasks
 
 # What dies this often within the window will not get better by being started once more.
@@ -145,15 +145,6 @@ class Supervisor:
                 if kept.pid
             }
         )
-
-
-def last_lines(path: Path, count: int = 8) -> str:
-    """Return the end of a log, indented; empty when there is none."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()[-count:]
-    except OSError:
-        return ""
-    return "\n".join(f"  {line}" for line in lines)
 
 
 def describe_exit(code: int) -> str:

@@ -225,11 +225,14 @@ class _Up:
         """Cancel runs that an earlier, killed `up` left behind: they would compete for the machine."""
         from connito.platform.log import read_log
 
+        def cancel(run: str, client: Client) -> None:
+            client.job.cancel(run, "its `connito up` ended before it did")
+
         log = await read_log(installation.bus, installation.roster)
         for facts in log.runs.values():
             if facts.spec is not None and facts.ended is None:
                 self.display.say(f"cancelling {facts.run}, which an earlier `connito up` left unfinished")
-                await self._with_client(installation, partial(_cancel, facts.run))
+                await self._with_client(installation, partial(cancel, facts.run))
 
     async def _create(self, installation: Installation, spec: RunSpec) -> None:
         await self._with_client(installation, lambda client: client.job.submit(spec))
@@ -322,10 +325,6 @@ class _Up:
     def _lap(self, phase: str) -> None:
         """Record the seconds since the last phase as those of `phase`."""
         self.seconds[phase] = round(time.monotonic() - self.began - sum(self.seconds.values()), 2)
-
-
-def _cancel(run: str, client: Client) -> None:
-    client.job.cancel(run, "its `connito up` ended before it did")
 
 
 def _wait_until_ready(data: DataDir, child: subprocess.Popen[bytes], display: Display) -> None:

@@ -44,7 +44,10 @@ def diagnose(domains: Mapping[str, RoutingStatistics], layers: Mapping[int, list
     out: dict[str, Any] = {
         "tokens": {name: statistics.tokens for name, statistics in domains.items()},
         "mass_by_domain": {name: mass(statistics, layers) for name, statistics in domains.items()},
-        "utilisation": {name: _mean_utilisation(statistics) for name, statistics in domains.items()},
+        "utilisation": {
+            name: float(np.mean([utilisation(layer) for layer in statistics.layers.values()]))
+            for name, statistics in domains.items()
+        },
         "layers": {},
     }
     if len(domains) > 1:
@@ -115,10 +118,6 @@ def coactivation(layer: LayerRouting) -> FloatArray:
     table = layer.together / np.maximum(1, layer.counts)[:, None]
     np.fill_diagonal(table, 0.0)
     return np.asarray(table)
-
-
-def _mean_utilisation(statistics: RoutingStatistics) -> float:
-    return float(np.mean([utilisation(layer) for layer in statistics.layers.values()]))
 
 
 def causal_effects(

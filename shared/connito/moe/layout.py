@@ -75,7 +75,7 @@ def require_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
     if found:
         return found
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if _looks_sparse(model):
+    if any(name.rpartition(".")[2] in ("experts", "router") for name, _ in model.named_modules()):
         why = f"the family {family!r} has experts, but not as fused tensors with a router that reports its choice"
         remedy = "use a family that follows the transformers experts interface"
     else:
@@ -120,10 +120,6 @@ def _top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
             if isinstance(value, int) and value > 0:
                 return value
     return 1
-
-
-def _looks_sparse(model: nn.Module) -> bool:
-    return any(name.rpartition(".")[2] in ("experts", "router") for name, _ in model.named_modules())
 
 
 def as_targets(selection: Any) -> dict[int, list[int]]:

@@ -130,7 +130,7 @@ class Server:
                 code = self.process.returncode
                 self._reap()
                 raise Invalid(
-                    f"{self.program} ended with code {code} while starting; its log ends with:\n{self._tail()}"
+                    f"{self.program} ended with code {code} while starting; its log ends with:\n{last_lines(self.log_file)}"
                 )
             problem = self._not_ready()
             if not problem:
@@ -141,11 +141,6 @@ class Server:
             time.sleep(0.03)
         self.kill()
         raise Retry(f"{self.program} is not ready after {START_SECONDS:.0f} s: {problem}; see {self.log_file}")
-
-    def _tail(self, lines: int = 8) -> str:
-        with suppress(OSError):
-            return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
-        return "(no log)"
 
     def _check_ports(self) -> None:
         for what, port in self._ports().items():
@@ -210,7 +205,7 @@ class NatsServer(Server):
         give_up = time.monotonic() + 5
         while self._reloads() == before:
             if time.monotonic() > give_up:
-                raise Retry(f"nats-server did not take its new users; its log ends with:\n{self._tail()}")
+                raise Retry(f"nats-server did not take its new users; its log ends with:\n{last_lines(self.log_file)}")
             time.sleep(0.02)
 
     def _reloads(self) -> int:
@@ -346,3 +341,12 @@ class ObjectStore(Server):
             service = name.partition(".")[0]
             for path in (f"seaweedfs-{service}-grpc-{port}.sock", f"seaweedfs-{service}-{port}.sock"):
                 (Path("/tmp") / path).unlink(missing_ok=True)  # noqa: S108 - where the server puts them
+
+
+def last_lines(path: Path, count: int = 8) -> str:
+    """Return the end of a log, indented; empty when there is none."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()[-count:]
+    except OSError:
+        return ""
+    return "\n".join(f"  {line}" for line in lines)

@@ -34,6 +34,21 @@ _OUTCOMES = (
     cycle_pb2.VersionPublished,
 )
 
+# Reasons that a submission's file gave, not a loss: its sender's doing, not the machine's or the store's.
+OF_THE_FILE = frozenset(
+    {
+        reasons_pb2.REASON_ARTIFACT_MISSING,
+        reasons_pb2.REASON_DIGEST_MISMATCH,
+        reasons_pb2.REASON_OVERSIZED,
+        reasons_pb2.REASON_BAD_HEADER,
+        reasons_pb2.REASON_WRONG_TENSORS,
+        reasons_pb2.REASON_WRONG_SHAPE,
+        reasons_pb2.REASON_WRONG_DTYPE,
+        reasons_pb2.REASON_NON_FINITE,
+        reasons_pb2.REASON_NORM_EXCEEDED,
+    }
+)
+
 
 class Refusal(NamedTuple):
     """The reason why somebody was refused, left out or not paid, and its finding."""
