@@ -6,7 +6,7 @@ import base64
 import hashlib
 import hmac
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,9 +24,9 @@ SIGNATURE_TAG = b"connito.v1.signature\x00"
 class Identity:
     """A private key. `public` is the nkey (`U…`, 56 characters) that the rest of the world knows."""
 
-    seed: str
+    seed: str = field(repr=False)
     public: str
-    _key: SigningKey
+    _key: SigningKey = field(repr=False)
 
     @classmethod
     def from_seed(cls, seed: str) -> Identity:

@@ -104,3 +104,9 @@ def test_what_a_run_computed_with_is_what_an_audit_computes_with(
     monkeypatch.setenv("CONNITO_NATS_URL", "nats://127.0.0.1:4222")
     monkeypatch.setenv("CONNITO_DATA_DIR", str(tmp_path))
     assert as_the_run_had(None, None, None) == 0
+
+
+def test_what_is_printed_of_a_platform_holds_no_secret() -> None:
+    assert "store-secret" not in repr(
+        Platform(1, "nats://127.0.0.1:1", "http://127.0.0.1:2", "connito", "store-secret")
+    )

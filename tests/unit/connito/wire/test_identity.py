@@ -12,6 +12,11 @@ from hypothesis import strategies as st
 ALICE, BOB = Identity.generate(b"a" * 32), Identity.generate(b"b" * 32)
 
 
+def test_what_is_printed_of_an_identity_holds_no_secret() -> None:
+    assert ALICE.public in repr(ALICE)
+    assert ALICE.seed not in repr(ALICE)
+
+
 def test_reproducible_from_entropy_and_different_without() -> None:
     assert Identity.generate(b"a" * 32).public == ALICE.public
     assert Identity.generate().public != Identity.generate().public
