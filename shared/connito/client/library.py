@@ -41,10 +41,12 @@ class Library:
                 return found
 
     def search(self, text: str = "", *, domain: str = "", everything: bool = False, limit: int = 20) -> Sequence[Hit]:
-        """Find experts by words and domain, best first, as `connito.library.hits.search` ranks them."""
+        """Find experts by words and domain, best first, as `connito.library.hits.search` ranks them. Raises `Invalid`."""
         from connito.library.governance import Standing
         from connito.library.hits import Hit
 
+        if limit < 1:
+            raise Invalid(f"limit is {limit}; ask for 1 or more experts")
         found: list[Hit] = []
         request = services_pb2.SearchExpertsRequest(
             text=text,

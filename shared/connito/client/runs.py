@@ -106,6 +106,10 @@ async def _facts(run: str, folder: Path | None, data_dir: Path | None) -> RunFac
     session = Session.open(data_dir, role="customer")
     async with session.bus() as bus:
         log = await read_log(bus, session.roster, run)
+    return _named(log, run)
+
+
+def _named(log: Log, run: str) -> RunFacts:
     if run not in log.runs:
         raise NotFound(f"the log has no run {run!r}; `connito job list` shows the runs")
     return log.runs[run]
@@ -128,7 +132,7 @@ async def _newest(session: Session, run: str) -> RunFacts | None:
     """Return the facts of one run: the one named, or the one created last."""
     async with session.bus() as bus:
         log = await read_log(bus, session.roster, run)
-    return newest(log) if not run else log.runs.get(run)
+    return _named(log, run) if run else newest(log)
 
 
 def _run(facts: RunFacts) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from connito.errors import Invalid
 from connito.library.schema import Described
 from connito.wire.facts import RunFacts
 
@@ -92,7 +93,12 @@ def demand(
     *,
     cycles: int = 4,
 ) -> list[Demand]:
-    """Rank domains, most wanted first; those without an expectation come last, by interest. `uses` by domain."""
+    """Rank domains, most wanted first; those without an expectation come last, by interest. `uses` by domain.
+
+    Raises `Invalid` for less than one further cycle.
+    """
+    if cycles < 1:
+        raise Invalid(f"cycles is {cycles}; ask for 1 or more")
     rows: dict[str, Demand] = {}
     for search in searches:
         row = rows.setdefault(search.domain, Demand(search.domain))
@@ -132,7 +138,7 @@ def _never_trained(row: Demand, first: Sequence[float], trainings: Sequence[Trai
         return
     ratio = decay(trainings)
     typical = max(0.0, median(first))
-    row.expected = typical * (1 + series(ratio, cycles - 1)) if cycles > 0 else 0.0
+    row.expected = typical * (1 + series(ratio, cycles - 1))
     row.basis = f"never trained; median first cycle of other domains {typical:+.4f}"
 
 

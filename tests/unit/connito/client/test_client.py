@@ -27,6 +27,11 @@ def test_a_client_without_the_coordinators_address_says_how_to_give_it() -> None
         client.job.list()
 
 
+def test_a_search_for_no_expert_is_refused() -> None:
+    with Client(library="127.0.0.1:1") as client, pytest.raises(Invalid, match="limit is -5; ask for 1 or more"):
+        client.library.search("law", limit=-5)
+
+
 def test_a_command_needs_a_key() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(Invalid, match="identity="):
         client.job.cancel("some-run")

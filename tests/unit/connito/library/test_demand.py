@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from connito.errors import Invalid
 from connito.library.searches import recall, remember
 from connito.library.training_demand import Demand, Search, Training, decay, demand, series, training_of_record
 
@@ -83,3 +84,9 @@ def test_searches_are_counted_without_keeping_texts(tmp_path: Path) -> None:
 
     assert list(recall(tmp_path)) == [Search("deep sea", 0), Search("(by example)", 2, 0.3)]
     assert [search.missed for search in recall(tmp_path)] == [True, False]
+
+
+@pytest.mark.parametrize("cycles", [0, -1])
+def test_the_gain_of_no_further_cycle_is_not_asked_for(cycles: int) -> None:
+    with pytest.raises(Invalid, match=f"cycles is {cycles}; ask for 1 or more"):
+        demand([LAW], {}, [], cycles=cycles)
