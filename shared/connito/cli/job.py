@@ -62,7 +62,7 @@ def show(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) ->
 
     with Client.local(data_dir) as client:
         row = _row(client.job.show(run))
-    emit(as_json, row, lambda: "\n".join(f"{key:<11} {_plain(value)}" for key, value in row.items()))
+    emit(as_json, row, lambda: "\n".join(f"{key:<16} {_plain(value)}" for key, value in row.items()))
 
 
 @app.command("watch")

@@ -110,6 +110,7 @@ def test_the_version_stands_in_one_place_and_everything_agrees() -> None:
         ("x" * 73, 1),
         ("Load buffers.", 1),
         ("", 1),
+        ("\n# a comment\n\nLoad buffers", 0),
         ("Merge branch 'a' into a branch whose name makes the subject longer than a person would write", 0),
     ],
 )
