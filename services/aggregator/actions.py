@@ -94,14 +94,15 @@ class Aggregator:
         facts = self._facts(run)
         if facts.version(cycle) is not None:
             return
-        settled = facts.window("submit", cycle).require_settled()
+        window = facts.window("submit", cycle)
+        window.require_settled()
         try:
             check_start(facts, cycle)
             check_settled(facts, cycle)
         except VerificationFailed as error:
             offences.report("wrong_settlement", subject=f"{run}.submit.{cycle}.settled", detail=str(error))
             raise
-        submissions = list({entry.miner: entry for entry in settled.submissions}.values())
+        submissions = window.submissions
         agreed = self._agree(facts, cycle, submissions)
         evaluator = await self._evaluator(facts)
         with tempfile.TemporaryDirectory(prefix="connito-merge-") as folder:

@@ -256,9 +256,7 @@ def _not_open(facts: RunFacts, window: str, cycle: int) -> Refusal:
 
 def _second_reveal(facts: RunFacts, cycle: int, miner: str) -> Refusal | None:
     late = any(
-        isinstance(fact.message, cycle_pb2.Refused)
-        and fact.message.miner == miner
-        and fact.message.reason == reasons_pb2.REASON_LATE_REVEAL
+        fact.message.miner == miner and fact.message.reason == reasons_pb2.REASON_LATE_REVEAL
         for fact in facts.window("submit", cycle).refused.values()
     )
     if not late and own_reveal(facts, cycle, miner) is None:

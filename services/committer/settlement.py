@@ -133,11 +133,7 @@ def _not_revealed(facts: RunFacts, cycle: int) -> Iterator[Write]:
     """Yield refusals for miners whose commitment stands and who never revealed it."""
     committed = facts.window("commit", cycle).require_settled()
     out = bans.at_close(facts, "submit", cycle)
-    spoke = {
-        fact.message.miner
-        for fact in facts.window("submit", cycle).refused.values()
-        if isinstance(fact.message, cycle_pb2.Refused)
-    }
+    spoke = {fact.message.miner for fact in facts.window("submit", cycle).refused.values()}
     for miner in sorted(set(committed.committed) - spoke):
         if judging.own_reveal(facts, cycle, miner) is None:
             silent = Finding(kind=cycle_pb2.FINDING_KIND_NOT_REVEALED, cycle=cycle)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from connito.enums import reason_name
+from connito.enums import plain_name, reason_name
 from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -320,7 +320,7 @@ def _query(**values: object) -> str:
 
 
 def _status(verdict: cycle_pb2.Verdict | None) -> str:
-    return "not judged yet" if verdict is None else words.STATUS.get(verdict.status, "rejected")
+    return "not judged yet" if verdict is None else plain_name(cycle_pb2.VerdictStatus, verdict.status)
 
 
 def _iso(unix_ms: int) -> str:

@@ -87,11 +87,8 @@ def _measurements(facts: RunFacts, cycle: int, miner: str) -> tuple[list[Measure
 
 
 def _digest(facts: RunFacts, cycle: int, miner: str) -> str:
-    settled = facts.window("submit", cycle).settled
-    for submission in () if settled is None else settled.submissions:
-        if submission.miner == miner:
-            return submission.artifact.digest
-    return ""
+    settled = facts.window("submit", cycle).submissions
+    return next((entry.artifact.digest for entry in settled if entry.miner == miner), "")
 
 
 def _steps(facts: RunFacts, cycle: int, miner: str) -> list[Step]:

@@ -68,7 +68,7 @@ def free_use(invite: run_pb2.Invite, log: RunFacts, miner: str) -> run_pb2.Invit
     used = {
         fact.message.number: fact.message.miner
         for fact in log.invites_used.values()
-        if isinstance(fact.message, run_pb2.InviteUsed) and fact.message.invite == invite.id
+        if fact.message.invite == invite.id
     }
     if miner in used.values():
         return None

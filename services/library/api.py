@@ -49,7 +49,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         fact = self._catalogue.fact(request.expert_id, self._viewer(request))
         expert = summarise(fact)
         record = await self._store.get_bytes(expert.record)
-        attestation, standing = "", self._catalogue.standing(request.expert_id)
+        attestation, standing = "", self._catalogue.index.standing(request.expert_id)
         envelope = self._catalogue.envelopes.get(request.expert_id)
         if fact.message.HasField("attestation") and envelope is not None:
             part = json.loads(await self._store.get_bytes(fact.message.attestation))

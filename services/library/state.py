@@ -6,8 +6,9 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from connito.enums import plain_name
 from connito.errors import Invalid, NotFound
-from connito.library.governance import Standing, Viewer, attribute
+from connito.library.governance import Viewer, attribute
 from connito.library.hits import Hit, search, visible
 from connito.library.index import Index, LibraryEvent, deposit_event
 from connito.v1 import run_pb2, services_pb2
@@ -16,13 +17,7 @@ from connito.wire.fact import Fact
 PAGE_SIZE = 50
 MAX_PAGE_SIZE = 500
 # What a notice says of its subject, in the words of the index.
-NOTICES = {
-    run_pb2.NOTICE_KIND_DEPRECATED: "deprecated",
-    run_pb2.NOTICE_KIND_YANKED: "yanked",
-    run_pb2.NOTICE_KIND_RESTORED: "restored",
-    run_pb2.NOTICE_KIND_OPTED_OUT: "opted-out",
-    run_pb2.NOTICE_KIND_OPTED_IN: "opted-in",
-}
+NOTICES = {kind: plain_name(run_pb2.NoticeKind, kind) for kind in run_pb2.NoticeKind.values() if kind}
 
 
 def summarise(fact: Fact[run_pb2.ExpertDeposited]) -> services_pb2.ExpertSummary:
@@ -96,10 +91,6 @@ class Catalogue:
     def get(self, expert_id: str, viewer: Viewer | None = None) -> services_pb2.ExpertSummary:
         """Return one expert. Raises `NotFound`."""
         return summarise(self.fact(expert_id, viewer))
-
-    def standing(self, expert_id: str) -> Standing:
-        """Return the current status of an expert in the library."""
-        return self.index.standing(expert_id)
 
     def page(self, size: int, token: str, viewer: Viewer | None = None) -> tuple[list[services_pb2.ExpertSummary], str]:
         """Return up to `size` experts after the one `token` stands for, oldest first, and the token of the next page.

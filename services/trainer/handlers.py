@@ -164,11 +164,7 @@ def _answered(facts: RunFacts, me: str, cycle: int) -> bool:
 
 def refusals(facts: RunFacts, me: str, window: str, cycle: int) -> Mapping[str, cycle_pb2.Refused]:
     """Return the committer's refusals of this miner, by fact id."""
-    return {
-        id_: fact.message
-        for id_, fact in facts.window(window, cycle).refused.items()
-        if isinstance(fact.message, cycle_pb2.Refused) and fact.message.miner == me
-    }
+    return {id_: fact.message for id_, fact in facts.window(window, cycle).refused.items() if fact.message.miner == me}
 
 
 def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:

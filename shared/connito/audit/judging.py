@@ -118,12 +118,6 @@ def consensus_of(evidence: Evidence, cycle: int, submissions: Sequence[cycle_pb2
     )
 
 
-def submissions_of(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
-    """Return the settled submissions, one a miner."""
-    settled = facts.window("submit", cycle).settled
-    return [] if settled is None else list({entry.miner: entry for entry in settled.submissions}.values())
-
-
 def verdicts(evidence: Evidence, cycle: int) -> Step:
     """Check consensus, ranks, rewards and verdicts bit for bit, and the emission to the unit.
 
@@ -153,7 +147,7 @@ def recorded_verdicts(
     evidence: Evidence, cycle: int, scored: cycle_pb2.CycleScored, version: cycle_pb2.VersionPublished | None
 ) -> cycle_pb2.CycleScored:
     """Recompute the cycle's result from the log, with the findings on files taken from its record."""
-    submissions = submissions_of(evidence.facts, cycle)
+    submissions = evidence.facts.window("submit", cycle).submissions
     agreed = without(consensus_of(evidence, cycle, submissions), of_the_file(scored))
     weights = dict(zip(version.merged, version.weights, strict=False)) if version is not None else {}
     unmerged: Refusals = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from connito.audit import intake, judging, recompute
+from connito.audit import intake, recompute
 from connito.audit.artifacts import Artifacts, Named
 from connito.audit.audit import Options, pure, recomputed
 from connito.audit.differences import Difference, Step
@@ -121,7 +121,7 @@ def _about(step: Step, cycle: int, miner: str) -> Step:
 
 def submission_of(evidence: Evidence, cycle: int, miner: str) -> cycle_pb2.Submission | None:
     """Return the miner's settled submission that a cycle scored."""
-    entries = judging.submissions_of(evidence.facts, cycle)
+    entries = evidence.facts.window("submit", cycle).submissions
     return next((entry for entry in entries if entry.miner == miner), None)
 
 

@@ -16,7 +16,7 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.distances import Distances
 from connito.audit.evidence import Evidence
-from connito.audit.judging import consensus_of, of_the_file, submissions_of
+from connito.audit.judging import consensus_of, of_the_file
 from connito.data.corpus import Corpus
 from connito.enums import reason_name
 from connito.errors import Invalid
@@ -71,7 +71,7 @@ def _merge(
     folder: Path,
 ) -> Merged:
     facts = work.evidence.facts
-    submissions = submissions_of(facts, cycle)
+    submissions = facts.window("submit", cycle).submissions
     agreed = consensus_of(work.evidence, cycle, submissions)
     files, unusable = _files(work, cycle, submissions, of_the_file(scored))
     return merge_cycle(facts, cycle, submissions, agreed, unusable, files, work.measure or version, folder)

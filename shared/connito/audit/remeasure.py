@@ -20,7 +20,6 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.distances import Distances
 from connito.audit.evidence import Evidence
-from connito.audit.judging import submissions_of
 from connito.audit.recompute import Recomputation
 from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
@@ -220,7 +219,7 @@ def _measure(
     state, stop = artifacts.path(opened.state), threading.Event()
     before = models.scoring.incumbent(state, drawn, stop)
     found = {}
-    for entry in submissions_of(facts, cycle):
+    for entry in facts.window("submit", cycle).submissions:
         if (only and entry.miner != only) or entry.artifact.digest not in artifacts.paths:
             continue
         work.say(f"measuring {work.evidence.name(entry.miner)} of cycle {cycle} again")

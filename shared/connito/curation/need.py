@@ -14,7 +14,6 @@ from connito.library.training_demand import Demand, Training, training_of, train
 from connito.library.training_demand import demand as rank
 from connito.platform.log import read_log
 from connito.platform.session import Session
-from connito.v1.run_pb2 import ExpertUsed
 
 
 def demand(cycles: int = 4, library: Holdings | None = None) -> list[Demand]:
@@ -60,7 +59,6 @@ def _of_platform(data_dir: Path | None) -> tuple[list[Training], list[tuple[str,
             (fact.message.expert_id, int(fact.message.units))
             for facts in log.runs.values()
             for fact in facts.uses.values()
-            if isinstance(fact.message, ExpertUsed)
         ]
         return [training for training in found if training is not None], used
 

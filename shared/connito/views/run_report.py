@@ -11,7 +11,6 @@ from typing import Any
 
 from connito.enums import plain_name, reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
-from connito.views import words
 from connito.views.sentences import detail_of
 from connito.views.standings import paid, ratings, validator_rows
 from connito.wire.fact import Fact
@@ -55,7 +54,9 @@ def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
     target, general = list(version.losses[:1]), list(version.losses[1:])
     rows = submission_rows(facts, cycle)
     rank = {row["key"]: row["rank"] for row in rows}
-    sizes = [item.artifact.size for item in _submissions(facts, cycle) if item.origin_cycle in (0, cycle)]
+    sizes = [
+        item.artifact.size for item in facts.window("submit", cycle).submissions if item.origin_cycle in (0, cycle)
+    ]
     return {
         "cycle": cycle,
         "model_version": version.version,
@@ -142,7 +143,7 @@ def _judged(facts: RunFacts, verdict: cycle_pb2.Verdict) -> dict[str, Any]:
     row = _row(
         facts,
         verdict.miner,
-        words.STATUS.get(verdict.status, "rejected"),
+        plain_name(cycle_pb2.VerdictStatus, verdict.status),
         reason_name(verdict.reason),
         detail_of(verdict),
     )
@@ -172,11 +173,6 @@ def _refuse(facts: RunFacts, rows: dict[str, dict[str, Any]], fact: Fact[cycle_p
 def _expected_miners(facts: RunFacts, cycle: int) -> list[str]:
     opened, enrolled = facts.window("train", cycle).opened, set(facts.miners)
     return [] if opened is None else [key for key in opened.expected if key in enrolled]
-
-
-def _submissions(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
-    settled = facts.window("submit", cycle).settled
-    return [] if settled is None else list(settled.submissions)
 
 
 def _selection(selection: run_pb2.SelectionMade) -> dict[str, Any]:

@@ -14,12 +14,6 @@ WINDOWS = {
     "merge": "merging and gating",
 }
 
-STATUS = {
-    cycle_pb2.VERDICT_STATUS_MERGED: "merged",
-    cycle_pb2.VERDICT_STATUS_SCORED: "scored",
-    cycle_pb2.VERDICT_STATUS_REJECTED: "rejected",
-}
-
 GATES = {
     cycle_pb2.GATE_DECISION_ACCEPTED: "accepted: the merge of all",
     cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS: "accepted: the merge without outliers",

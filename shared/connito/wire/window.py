@@ -48,6 +48,11 @@ class Window:
         return message_of(self.facts.one(cycle_pb2.WindowSettled, self.name, self.cycle, "settled"))
 
     @property
+    def submissions(self) -> list[cycle_pb2.Submission]:
+        """Return what was settled as submitted, one for each miner; nothing before (submit)."""
+        return [] if self.settled is None else list({entry.miner: entry for entry in self.settled.submissions}.values())
+
+    @property
     def accepted(self) -> Mapping[str, Fact]:
         """Return accepted messages by miner (commit, submit)."""
         return self.facts.all(self.name, self.cycle, "accepted")

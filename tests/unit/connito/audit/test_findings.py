@@ -84,7 +84,7 @@ async def test_reworded_sentences_leave_an_audit_at_same(
     assert await look(world, tmp_path) == []
     for ending, kind in SPOKEN.items():
         world.resign(ending, reword, kind)
-    monkeypatch.setattr(sentences, "SENTENCES", dict.fromkeys(sentences.SENTENCES, lambda finding: "anders gezegd"))
+    monkeypatch.setattr(sentences, "SENTENCES", dict.fromkeys(sentences.SENTENCES, "anders gezegd"))
 
     # The expert's attestation holds the envelope of its version, which was signed again.
     assert [odd for odd in await look(world, tmp_path) if odd.check != "expert"] == []

@@ -341,7 +341,7 @@ class Cycle:
         return score_submission(entry.miner, entry.artifact.digest, losses, TARGET, self.spec.scoring)
 
     def merge(self, folder: Path) -> cycle_pb2.VersionPublished:
-        from connito.audit.judging import consensus_of, submissions_of
+        from connito.audit.judging import consensus_of
 
         self.open("merge")
         evidence = self.world.evidence()
@@ -354,7 +354,7 @@ class Cycle:
             {entry.miner: folder / entry.artifact.digest for entry in self.submissions},
             {entry.miner: folder / entry.base_state.digest for entry in self.submissions},
         )
-        submissions = submissions_of(evidence.facts, self.number)
+        submissions = evidence.facts.window("submit", self.number).submissions
         agreed = consensus_of(evidence, self.number, submissions)
         merged = merge_cycle(evidence.facts, self.number, submissions, agreed, {}, files, distance, folder)
         for path in (merged.state, merged.momentum):

@@ -100,7 +100,7 @@ def test_notices_and_uses_are_projected_once(catalogue: Catalogue) -> None:
     for _ in range(2):
         catalogue.add(fact)
         catalogue.add(said(21, run_pb2.NOTICE_KIND_YANKED, "code-2"))
-    assert catalogue.standing("code-2").status == "yanked"
+    assert catalogue.index.standing("code-2").status == "yanked"
     ledger = catalogue.ledger("code-2", Viewer())
     assert (dict(ledger.uses), ledger.uncredited) == ({"export": 3}, 3)
     asked = services_pb2.SearchExpertsRequest(text="code")
