@@ -11,7 +11,7 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
 from connito.errors import Invalid, Retry
-from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT
+from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, check_token
 
 LEASES = "LEASES"
 ENDPOINTS = "ENDPOINTS"
@@ -33,8 +33,8 @@ class Stream:
     beside: tuple[str, ...] = ()
 
     def filter(self, run: str = "") -> str:
-        """Return the subject filter for one run, or for all."""
-        return self.subject.format(run=run or "*")
+        """Return the subject filter for one run, or for all. Raises `Invalid` for what cannot be a run's id."""
+        return self.subject.format(run=check_token(run, "run id") if run else "*")
 
 
 @dataclass(frozen=True)

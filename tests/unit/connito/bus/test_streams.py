@@ -34,6 +34,12 @@ def test_a_filter_for_one_run_leaves_the_others_out() -> None:
     assert not matches(streams.STREAMS["TRAIN"].filter("r"), "connito.v1.s.train.1.opened")
 
 
+@pytest.mark.parametrize("run", ["../x", "a b", "a.b", ">", "*", "r\n", "ä", "x" * 81])
+def test_what_is_no_run_id_filters_nothing(run: str) -> None:
+    with pytest.raises(Invalid, match=r"run id .* may hold only letters"):
+        streams.STREAMS["TRAIN"].filter(run)
+
+
 @pytest.mark.parametrize("subject", ["", "other.subject", "connito.v1.r.lunch.1.opened", "connito.v1"])
 def test_no_stream(subject: str) -> None:
     with pytest.raises(Invalid, match="no stream"):
