@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from connito.errors import Invalid
 from connito.jobs.context import JobContext
 from connito.jobs.findings import Finding
 from connito.jobs.spec import Job
@@ -12,16 +13,22 @@ from connito.protocol.policy.check import faults
 from connito.protocol.policy.law import fill
 from connito.protocol.policy.profiles import override, policies
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
+from connito.v1.reasons_pb2 import REASON_BAD_SPEC
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 
 # An id for the check alone, where the job names none: submitting makes one of domain and time.
 _UNNAMED = "unnamed"
+# Fields of a RunSpec that a job calls otherwise.
+_IN_JOB = {
+    "data_sources": "data", "emission": "budget.emission", "enrolment.allowed": "people.allowed",
+    "enrolment.max_miners": "people.at_most", "organisation": "privacy.organisation",
+}  # fmt: skip
 
 
 def run_spec(job: Job) -> RunSpec:
     """Return the run that the job asks for, with every policy and without artifacts.
 
-    Raises `Invalid` naming an override of a field that does not exist.
+    Raises `Invalid` naming every policy that does not exist or cannot have its value.
     """
     spec = policies(job.profile)
     spec.run, spec.domain, spec.cycles = job.run, job.domain, job.cycles
@@ -36,13 +43,39 @@ def run_spec(job: Job) -> RunSpec:
     spec.start_from = job.start_from
     spec.visibility, spec.organisation = job.privacy.visibility, job.privacy.organisation
     spec.data_sources[:] = sorted({source.name or Path(source.path).stem or source.path for source in job.data})
-    for section, fields in job.policies.items():
-        for name, value in fields.items():
-            override(spec, f"{section}.{name}", value)
+    _override(spec, job.policies)
     if job.budget.upload:
         spec.selection.max_bytes = min(job.budget.upload, spec.selection.max_bytes or job.budget.upload)
     fill(spec)
     return spec
+
+
+def _override(spec: RunSpec, policies: Mapping[str, Mapping[str, object]]) -> None:
+    wrong = []
+    for section, fields in policies.items():
+        for name, value in fields.items():
+            try:
+                override(spec, f"{section}.{name}", value)
+            except Invalid as error:
+                wrong.append(f"  {error}")
+    if wrong:
+        note = "  (a job says who may mine in `people`, and when to stop in `objective`)"
+        elsewhere = [note] if policies.keys() & {"enrolment", "objective"} else []
+        raise Invalid("\n".join(["policies cannot be set:", *wrong, *elsewhere]), reason=REASON_BAD_SPEC)
+
+
+def _twice(job: Job) -> Iterator[Finding]:
+    """Yield an error for what the job says in its own field and, differently, among the policies."""
+    for own, value, section, name in (
+        ("people.miners", job.people.miners, "windows", "min_miners"),
+        ("people.validators", job.people.validators, "windows", "min_validators"),
+        ("replay", job.replay, "training", "replay_share"),
+    ):
+        other = job.policies.get(section, {}).get(name, value)
+        given = own == "replay" or own.removeprefix("people.") in job.people.model_fields_set
+        if given and float(other) != value:
+            detail = f"policies.{section}.{name} is {other}, but {own} is {value:g}"
+            yield Finding("policy", "error", detail, f"say it in `{own}` alone")
 
 
 def check_policies(job: Job, spec: RunSpec, context: JobContext) -> Iterator[Finding]:
@@ -53,9 +86,11 @@ def check_policies(job: Job, spec: RunSpec, context: JobContext) -> Iterator[Fin
         organisations = context.session.roster.memberships(customer)
     asked = _with_stand_ins(job, spec, context)
     fill(asked, customer)
-    found = list(faults(asked, customer, organisations))
-    for fault in found:
-        yield Finding("policy", "error", f"{fault.field} {fault.problem}", fault.remedy)
+    found = [*_twice(job)]
+    for fault in faults(asked, customer, organisations):
+        problem = fault.problem.replace("windows.min_miners", "people.miners")
+        found.append(Finding("policy", "error", f"{_IN_JOB.get(fault.field, fault.field)} {problem}", fault.remedy))
+    yield from found
     if context.taken is not None and not _same_policies(context.taken, asked):
         detail = f"run is {job.run!r}, and a run of that id asks for something else"
         yield Finding("policy", "error", detail, "choose another id, or leave it out")
@@ -74,7 +109,7 @@ def _with_stand_ins(job: Job, spec: RunSpec, context: JobContext) -> RunSpec:
     asked.train.CopyFrom(_corpus(job.domain, REALM_PUBLIC))
     asked.holdout.CopyFrom(_corpus(job.domain, REALM_HOLDOUT))
     # Where there is no general text at all, the finding about sizes says so.
-    names = [entry.domain for entry in job.general] or [ref.domain for ref in context.general] or ["general"]
+    names = [entry.domain for entry in job.general] or [ref.domain for ref in context.general] or [f"not-{job.domain}"]
     asked.general_holdouts.extend(_corpus(name, REALM_HOLDOUT) for name in names)
     if job.replay:
         asked.replay.CopyFrom(_corpus("general", REALM_PUBLIC))

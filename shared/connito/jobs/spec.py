@@ -50,7 +50,7 @@ def _one_of(choices: Sequence[str]) -> Any:
     return AfterValidator(check)
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Size = Annotated[int, BeforeValidator(parse_size), _within("selection.max_bytes")]
 Cycles = Annotated[int, Field(le=MAX_CYCLES)]
 
 
@@ -231,9 +231,23 @@ def _explain(row: Any) -> str:
         return f"  {path}: there is no such field; {_known(row['loc'])}"
     if row["type"] == "missing":
         return f"  {path}: is missing; {_MISSING.get(path, 'give it a value')}"
-    given = f" (given: {row['input']!r})" if not isinstance(row.get("input"), (dict, list)) else ""
-    return f"  {path}: {row['msg']}{given}"
+    shown = repr(row["input"])
+    given = (
+        f" (given: {shown if len(shown) < 80 else shown[:80] + '…'})"
+        if not isinstance(row["input"], (dict, list))
+        else ""
+    )
+    return f"  {path}: {_WRONG.get(row['type'], row['msg'].removeprefix('Value error, '))}{given}"
 
+
+_MAPPING = "has to be a mapping: write `field: value`, one a line"
+_WRONG = {
+    "dict_type": _MAPPING,
+    "model_type": _MAPPING,
+    "list_type": "has to be a list: begin each entry with `-`",
+    "string_type": "has to be text: put it in quotes",
+    "string_pattern_mismatch": "use 1 to 64 letters, digits, '-' and '_'",
+}
 
 _MISSING = {
     "domain": "name what the expert is for, in one word",

@@ -221,7 +221,7 @@ class TrainPolicy(_message.Message):
     """Share of general-domain sequences mixed into each batch."""
     moments: _builtins.str
     """AdamW's moments at the start of a cycle: a miner goes on with its own (kept), with its own second moment and an empty
-    first one (second), or with empty ones (fresh). Empty: fresh.
+    first one (second), or with empty ones (fresh). Empty, as in runs of before it existed: fresh.
     """
     final_rate_share: _builtins.float
     """Over all local steps of the run the rate falls by a cosine to this share of itself. 0: it stays."""
@@ -300,10 +300,12 @@ class ScorePolicy(_message.Message):
     0: the whole budget is evaluated before anything is decided.
     """
     copy_span_threshold: _builtins.float
-    """A submission of which this share of the length lies in the span of earlier commitments is a copy. 0: pairs only."""
+    """A submission of which this share of the length lies in the span of earlier commitments is a copy. 0, as in runs of
+    before it existed: pairs only.
+    """
     copy_effect_threshold: _builtins.float
     """One that does to every held-out sequence what one or two earlier ones do, up to scale and to this relative distance,
-    is a copy. 0: effects are not compared.
+    is a copy. 0, as in runs of before it existed: effects are not compared.
     """
     def __init__(
         self,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from google.protobuf.message import Message
+
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.protocol.policy import choices
 from connito.protocol.scoring import payout
@@ -155,7 +157,8 @@ def fill(spec: RunSpec, customer: str = "") -> None:
         if policy.message_type is not None and not spec.HasField(policy.name):  # type: ignore[arg-type]
             getattr(spec, policy.name).CopyFrom(getattr(DEFAULTS, policy.name))
     for path, rule in LAW.items():
-        if _left_out(spec, path, rule):
+        section, name = path.split(".")
+        if left_out(getattr(spec, section), name, rule):
             write(spec, path, rule.default)
     if spec.selection.threshold == 0:
         spec.selection.threshold = choices.METHODS.get(spec.selection.method, choices.METHODS[choices.METHOD])
@@ -168,10 +171,8 @@ def fill(spec: RunSpec, customer: str = "") -> None:
     spec.customer = spec.customer or customer
 
 
-def _left_out(spec: RunSpec, path: str, rule: Number | Choice) -> bool:
+def left_out(policy: Message, name: str, rule: Number | Choice) -> bool:
     """Return whether a field takes its default: absent where the schema tells that from 0, else 0 where 0 is no value."""
-    policy, name = path.split(".")
-    part = getattr(spec, policy)
-    if part.DESCRIPTOR.fields_by_name[name].has_presence:
-        return not part.HasField(name)
-    return not read(spec, path) and not (isinstance(rule, Number) and rule.zero)
+    if policy.DESCRIPTOR.fields_by_name[name].has_presence:
+        return not policy.HasField(name)
+    return not getattr(policy, name) and not (isinstance(rule, Number) and rule.zero)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from google.protobuf.json_format import ParseDict, ParseError
+from google.protobuf.message import Message
 
 from connito.errors import Invalid
-from connito.protocol.policy.law import DEFAULTS, write
+from connito.protocol.policy.law import DEFAULTS, LAW, Choice, Number, left_out, write
 from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import RunSpec
 
@@ -75,34 +76,59 @@ def policies(profile: str = PLATFORM) -> RunSpec:
     return spec
 
 
-def override(spec: RunSpec, path: str, value: object, shown: str = "") -> None:
-    """Set the field SECTION.FIELD, which an error calls `shown`; text is read as protobuf's JSON reads it.
+def override(spec: RunSpec, path: str, value: object) -> None:
+    """Set the field SECTION.FIELD; text is read as protobuf's JSON reads it.
 
-    Raises `Invalid` for a field that does not exist, or a value of another type.
+    Raises `Invalid` for a field that does not exist, a value of another type, and an empty one or a 0 for which the
+    default would be taken.
     """
-    section, _, name = path.partition(".")
-    shown = shown or f"{path}={value}"
-    if section not in SETTABLE or not name:
-        raise _bad(f"{shown!r} is not SECTION.FIELD=VALUE with a section of {', '.join(SETTABLE)}")
-    policy = getattr(spec, section)
+    policy, name = _find(spec, path)
+    rule = LAW.get(f"{path.partition('.')[0]}.{name}")
     try:
         ParseDict({name: value}, policy)
     except ParseError as error:
-        known = ", ".join(sorted(policy.DESCRIPTOR.fields_by_name))
-        raise _bad(f"{shown!r} does not fit {section} ({error}); its fields: {known}") from error
+        raise _bad(f"{path} cannot be {value!r}; {_choose(policy, name, rule)}") from error
+    if value is None or (rule is not None and rule.default and left_out(policy, name, rule)):
+        raise _bad(f"{path} cannot be {value!r}; {_choose(policy, name, rule)}")
 
 
 def override_text(spec: RunSpec, text: str) -> None:
     """Set a field by `SECTION.FIELD=VALUE`; several values are separated by commas. Raises as `override` does."""
     path, _, given = (part.strip() for part in text.partition("="))
-    section, _, name = path.partition(".")
-    known = getattr(spec, section).DESCRIPTOR.fields_by_name.get(name) if section in SETTABLE and given else None
-    if known is None:
-        override(spec, path if given else "", given, text)
-    elif known.is_repeated:
-        override(spec, path, given.split(","), text)
+    if not given:
+        raise _bad(f"{text!r} is not SECTION.FIELD=VALUE, for example training.local_steps=5")
+    policy, name = _find(spec, path)
+    if policy.DESCRIPTOR.fields_by_name[name].is_repeated:
+        override(spec, path, given.split(","))
     else:
-        override(spec, path, {"true": True, "false": False}.get(given, given), text)
+        override(spec, path, {"true": True, "false": False}.get(given, given))
+
+
+def _find(spec: RunSpec, path: str) -> tuple[Message, str]:
+    section, _, name = path.partition(".")
+    if section not in SETTABLE:
+        raise _bad(f"{path}: policies have no section {section!r}; there are {', '.join(SETTABLE)}")
+    policy: Message = getattr(spec, section)
+    known = policy.DESCRIPTOR.fields_by_name
+    field = known.get(name) or policy.DESCRIPTOR.fields_by_camelcase_name.get(name)
+    if field is None:
+        raise _bad(f"{path}: {section} has no field {name!r}; it has {', '.join(sorted(known))}")
+    return policy, field.name
+
+
+def _choose(policy: Message, name: str, rule: Number | Choice | None) -> str:
+    """Return what a field can be, for who set something else."""
+    field = policy.DESCRIPTOR.fields_by_name[name]
+    whole = field.cpp_type in (field.CPPTYPE_UINT32, field.CPPTYPE_UINT64)
+    if isinstance(rule, Choice):
+        return f"choose one of {', '.join(rule.choices)}"
+    if isinstance(rule, Number) and whole:
+        return f"choose a whole number from {rule.low:,} to {rule.high:,}"
+    if isinstance(rule, Number):
+        return f"choose {rule.low:g} to {rule.high:g}"
+    if field.is_repeated:
+        return "give a list of whole numbers"
+    return "give a word" if field.cpp_type == field.CPPTYPE_STRING else "choose true or false"
 
 
 def _bad(message: str) -> Invalid:

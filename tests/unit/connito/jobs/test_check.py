@@ -124,7 +124,7 @@ def test_a_base_that_is_nowhere(customer: Path) -> None:
 
 
 def test_a_policy_that_does_not_exist(customer: Path) -> None:
-    with pytest.raises(Invalid, match="does not fit training"):
+    with pytest.raises(Invalid, match="training has no field 'lokal_steps'"):
         run(customer, policies={"training": {"lokal_steps": 3}})
 
 

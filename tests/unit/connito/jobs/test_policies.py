@@ -71,14 +71,19 @@ def test_the_command_line_s_profile_goes_before_the_file_s(customer: Path) -> No
         ({"policies": {"rewards": {"payout": "lottery"}}}, "rewards.payout is 'lottery'"),
         ({"policies": {"windows": {"floor_seconds": 4000}}}, "windows.floor_seconds is larger than"),
         ({"policies": {"training": {"replay_share": 0.5}}}, "training.replay_share is set but"),
-        ({"people": {"enrolment": "allow-list"}}, "enrolment.allowed is empty"),
-        ({"people": {"allowed": ["UA"]}}, "enrolment.allowed names keys, but the mode is open"),
-        ({"people": {"enrolment": "invite", "allowed": ["me"]}}, "enrolment.allowed holds 'me'"),
-        ({"people": {"enrolment": "invite", "miners": 3, "at_most": 2}}, "enrolment.max_miners is below"),
+        ({"people": {"enrolment": "allow-list"}}, "people.allowed is empty"),
+        ({"people": {"allowed": ["UA"]}}, "people.allowed names keys, but the mode is open"),
+        ({"people": {"enrolment": "invite", "allowed": ["me"]}}, "people.allowed holds 'me'"),
+        ({"people": {"enrolment": "invite", "miners": 3, "at_most": 2}}, "people.at_most is below people.miners"),
+        (
+            {"people": {"miners": 3}, "policies": {"windows": {"min_miners": 5}}},
+            "policies.windows.min_miners is 5, but",
+        ),
+        ({"replay": 0.5, "policies": {"training": {"replay_share": 0}}}, "policies.training.replay_share is 0, but"),
         ({"run": "installation"}, "run is 'installation', which stands for every run"),
         ({"start_from": "an expert"}, "start_from is 'an expert'"),
         ({"license": "LicenseRef-" + "x" * 4000}, "license is longer than 4000"),
-        ({"data": [{"path": "code.jsonl", "name": "x" * 300}]}, "data_sources names too many"),
+        ({"data": [{"path": "code.jsonl", "name": "x" * 300}]}, "data names too many"),
     ],
 )
 def test_what_the_coordinator_would_refuse_is_refused_by_the_check(
@@ -88,6 +93,19 @@ def test_what_the_coordinator_would_refuse_is_refused_by_the_check(
     assert not found.ok
     errors = [row.detail for row in found.findings if row.level == "error"]
     assert [detail for detail in errors if detail.startswith(said)], errors
+
+
+def test_every_field_that_cannot_be_set_is_told_at_once(customer: Path) -> None:
+    policies = {"training": {"local_steps": 1.5, "steps": 2}, "enrolment": {"mode": "invite"}}
+    with pytest.raises(Invalid) as caught:
+        checked(customer, policies=policies)
+    for said in ("training.local_steps cannot be 1.5", "no field 'steps'", "no section 'enrolment'", "`people`"):
+        assert said in str(caught.value)
+
+
+def test_a_job_for_the_domain_general_is_told_what_it_lacks_and_nothing_else(customer: Path) -> None:
+    found = checked(customer, domain="general", general=[])
+    assert [row.check for row in found.findings if row.level == "error"] == ["size"]
 
 
 def test_every_fault_is_told_at_once(customer: Path) -> None:
@@ -113,7 +131,7 @@ def test_an_organisation_has_to_count_the_customer(customer: Path) -> None:
     privacy = {"visibility": "organisation", "organisation": "hospital"}
     assert on_a_platform(customer, privacy=privacy) == []
     (error,) = on_a_platform(customer, privacy={**privacy, "organisation": "court"})
-    assert error.startswith("organisation is 'court', to which the roster does not count")
+    assert error.startswith("privacy.organisation is 'court', to which the roster does not count")
 
 
 def test_a_run_s_id_is_free_or_the_same_job_s(customer: Path) -> None:

@@ -19,14 +19,21 @@ def test_three_fields_are_a_job() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"domain": "two words"}, "domain: "),
+        ({"domain": "two words"}, "domain: use 1 to 64 letters, digits, '-' and '_' (given: 'two words')"),
+        ({"run": "a b"}, "run: use 1 to 64 letters, digits, '-' and '_' (given: 'a b')"),
+        ({"domain": 7}, "domain: has to be text: put it in quotes (given: 7)"),
+        ({"policies": {"training": None}}, "policies.training: has to be a mapping: write `field: value`, one a line"),
+        ({"split": 0.2}, "split: has to be a mapping"),
+        ({"data": "texts/"}, "data: has to be a list: begin each entry with `-` (given: 'texts/')"),
+        ({"budget": {"upload": 10**30}}, "budget.upload: "),
+        ({"data_statement": "x" * 4001}, "(given: 'xx"),
         ({"licence": "MIT"}, "licence: there is no such field; known fields: base, benchmarks"),
         ({"data": []}, "data: "),
         ({"data": [{"path": "x", "weigth": 2}]}, "data[0].weigth: there is no such field; known fields: name, path"),
         ({"data": [{"path": "x", "weight": 0}]}, "data[0].weight: "),
         ({"budget": {"upload": "a lot"}}, "'a lot' is not a size; write for example 20 MB"),
         ({"replay": 0.1}, "no general text is given to replay"),
-        ({"privacy": {"visibility": "secret"}}, "privacy.visibility: "),
+        ({"privacy": {"visibility": "secret"}}, "privacy.visibility: choose one of public"),
         ({"privacy": {"visibility": "organisation"}}, "say which in privacy.organisation"),
         ({"general": [{"domain": "contracts", "path": "y"}]}, "twice, or the job's own domain"),
         ({"benchmarks": [{"name": "a", "path": "y"}, {"name": "a", "path": "z"}]}, "benchmarks names 'a' twice"),
@@ -39,6 +46,7 @@ def test_what_cannot_be_is_named(
         parse_job({**SMALL, **change}, "job.yaml")
 
     assert said in str(caught.value)
+    assert len(str(caught.value)) < 400
     assert caught.value.exit_code == 3
 
 

@@ -11,7 +11,7 @@ from connito.errors import Invalid
 from connito.protocol.policy import choices
 from connito.protocol.policy.check import complete
 from connito.protocol.policy.law import DEFAULTS, LAW, Choice, Number, read
-from connito.protocol.policy.profiles import PROFILES, override_text, policies
+from connito.protocol.policy.profiles import PROFILES, override, override_text, policies
 from connito.v1.run_pb2 import RunSpec
 
 from tests.unit.connito.protocol.test_policy import CUSTOMER, minimal
@@ -86,3 +86,39 @@ def test_text_sets_numbers_words_lists_and_flags() -> None:
     assert spec.training.HasField("beta1")
     assert (spec.merging.aggregator, list(spec.rewards.rank_shares)) == ("krum", [5, 3])
     assert spec.selection.background
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("foo", "'foo' is not SECTION.FIELD=VALUE, for example training.local_steps=5"),
+        ("foo=1", "policies have no section 'foo'; there are selection, training"),
+        ("enrolment.mode=invite", "policies have no section 'enrolment'; there are selection"),
+        ("training.steps=1", "training has no field 'steps'; it has batch_sequences, beta1"),
+        ("training.local_steps=-3", "training.local_steps cannot be '-3'; choose a whole number from 1 to 100,000"),
+        ("training.local_steps=1.5", "training.local_steps cannot be '1.5'; choose a whole number from 1 to 100,000"),
+        ("training.local_steps=0", "training.local_steps cannot be '0'; choose a whole number from 1 to 100,000"),
+        ("training.learning_rate=fast", "training.learning_rate cannot be 'fast'; choose 1e-09 to 1"),
+        ("scoring.copy_span_threshold=0", "scoring.copy_span_threshold cannot be '0'; choose 0.1 to 1"),
+        ("selection.background=yes", "selection.background cannot be 'yes'; choose true or false"),
+        ("rewards.rank_shares=5,many", "rewards.rank_shares cannot be .*; give a list of whole numbers"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_those_that_can(text: str, said: str) -> None:
+    with pytest.raises(Invalid, match=said) as caught:
+        override_text(RunSpec(), text)
+    assert "Message type" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, [1], {"a": 1}, True, float("nan"), ""])
+def test_a_value_of_another_type_is_refused(value: object) -> None:
+    with pytest.raises(Invalid, match=r"training\.local_steps cannot be .*; choose a whole number"):
+        override(RunSpec(), "training.local_steps", value)
+    with pytest.raises(Invalid, match=r"training\.moments cannot be .*; choose one of fresh, kept, second"):
+        override(RunSpec(), "training.moments", value)
+
+
+def test_zero_stands_for_the_method_s_own_threshold() -> None:
+    spec = policies("laptop")
+    override_text(spec, "selection.threshold=0")
+    assert spec.selection.threshold == 0
