@@ -4,42 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.views import words
 from connito.views.run_report import miner_name
-from connito.views.sentences import detail_of
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A loss before and after, in nats per token."""
-
-    domain: str
-    before: float
-    after: float
 
 
 @dataclass(frozen=True)
 class Version:
     """A version of the model. `broken` says where the log contradicts itself; empty: the chain holds.
 
-    Version 0 is the base's own rows, and has no gate.
+    Version 0 is the base's own rows: nothing was published, and nothing merged.
     """
 
     version: int
-    parent: int | None
-    cycle: int
-    digest: str
-    size: str
-    gate: str
-    gate_detail: str
+    state: ArtifactRef
+    published: cycle_pb2.VersionPublished | None
     kept: bool
     merged: tuple[tuple[str, float], ...]
-    gate_losses: tuple[Measured, ...]
     time_unix_ms: int
     broken: str
 
@@ -52,8 +35,8 @@ def lineage(facts: RunFacts) -> list[Version]:
         return []
     state = selection.initial_state
     versions = [
-        Version(0, None, 0, state.digest, formats.size(state.size), "", "", False, (), (), selected.time_unix_ms,
-                _opening(facts, 1, 0, state))
+        Version(0, state, None, kept=False, merged=(), time_unix_ms=selected.time_unix_ms,
+                broken=_opening(facts, 1, 0, state))
     ]  # fmt: skip
     known = {0: state}
     for cycle in facts.cycles():
@@ -70,18 +53,13 @@ def _version(
     published = fact.message
     kept = published.gate in (cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE)
     return Version(
-        version=published.version,
-        parent=published.parent,
-        cycle=cycle,
-        digest=published.state.digest,
-        size=formats.size(published.state.size),
-        gate=words.gate(published.gate),
-        gate_detail=detail_of(published),
+        published.version,
+        published.state,
+        published,
         kept=kept,
         merged=tuple(
             (miner_name(facts, key), weight) for key, weight in zip(published.merged, published.weights, strict=False)
         ),
-        gate_losses=tuple(Measured(loss.domain, loss.before, loss.after) for loss in published.gate_losses),
         time_unix_ms=fact.time_unix_ms,
         broken=_contradiction(published, kept, known) or _opening(facts, cycle + 1, published.version, published.state),
     )

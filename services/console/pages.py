@@ -78,7 +78,8 @@ class Console:
         )
         self._templates.filters.update(
             clock=formats.moment, iso=_iso, loss=formats.loss, signed=formats.change, duration=formats.duration,
-            code=reason_name, in_words=words.in_words, clause=words.clause, detail=detail_of, status=_status,
+            size=formats.size, code=reason_name, gate=words.gate,
+            in_words=words.in_words, clause=words.clause, detail=detail_of, status=_status,
         )  # fmt: skip
 
     def app(self) -> ASGIApp:

@@ -136,17 +136,14 @@ def report(
     as_json: JsonFlag = False,
 ) -> None:
     """Write the delivery report of an ended run: gain, changes, contributors and use of the expert."""
-    from connito.errors import Invalid
-    from connito.jobs.delivery import deliver, write
+    from connito.jobs.delivery import deliver
     from connito.jobs.pages import markdown
     from connito.platform.session import Session
 
-    if with_base and out is None:
-        raise Invalid("--with-base needs a folder to write to: add --out DIR")
     with progress(quiet=as_json) as tell:
-        delivered = deliver(Session.open(data_dir, role="customer"), run, measure=measure, progress=tell)
-        written = [] if out is None else write(delivered, out, with_base=with_base)
-    emit(as_json, delivered.document, lambda: "\n".join([markdown(delivered.document), *map(str, written)]))
+        session = Session.open(data_dir, role="customer")
+        done = deliver(session, run, out, with_base=with_base, measure=measure, progress=tell)
+    emit(as_json, done.document, lambda: "\n".join([markdown(done.document), *map(str, done.written)]))
 
 
 def _printed(updates: Iterator[RunStatus], *, quiet: bool) -> Iterator[RunStatus]:

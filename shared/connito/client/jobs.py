@@ -81,16 +81,11 @@ class Jobs:
         progress: Progress = silent,
     ) -> dict[str, Any]:
         """Return the delivery report of a run that has ended; with `out`, write it there with plot and expert too."""
-        from connito.jobs.delivery import deliver, write
+        from connito.jobs.delivery import deliver
         from connito.platform.session import Session
 
-        if with_base and out is None:
-            raise Invalid("--with-base needs a folder to write to: add --out DIR")
-        session = Session.open(self._data_dir, role="customer")
-        delivered = deliver(session, run, measure=measure, progress=progress)
-        if out is not None:
-            write(delivered, Path(out), with_base=with_base)
-        return delivered.document
+        session, folder = Session.open(self._data_dir, role="customer"), None if out is None else Path(out)
+        return deliver(session, run, folder, with_base=with_base, measure=measure, progress=progress).document
 
     def miner(self, key: str) -> str:
         """Return the one miner of all runs whose public key begins so. Raises `NotFound` for none, `Invalid` for several."""

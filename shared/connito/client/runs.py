@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from connito.bus.permissions import MINER_STREAMS
 from connito.bus.streams import FACT_STREAMS
 from connito.client.security import advisories
 from connito.errors import ConnitoError, Invalid, NotFound
-from connito.platform.log import newest, read_log
+from connito.platform.log import newest, read_log, read_runs
 from connito.platform.session import Session
 from connito.views.ledger import balances, entries
 from connito.views.ledger import check as unbalanced
@@ -19,7 +18,6 @@ from connito.views.live import announce, phase
 from connito.views.run_report import run_report, submission_rows
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
-from connito.wire.roster import ROLES
 
 
 def replay(session: Session, run: str) -> list[dict[str, Any]]:
@@ -154,11 +152,8 @@ def _services(session: Session) -> list[dict[str, Any]]:
 
 
 async def _all(session: Session) -> list[RunFacts]:
-    reader = any(session.roster.permits(role, session.identity.public) for role in ROLES)
     async with session.bus() as bus:
-        # A miner hears verdicts, but not what validators tell each other.
-        log = await read_log(bus, session.roster, streams=FACT_STREAMS if reader else MINER_STREAMS)
-    return [*log.runs.values()]
+        return [*(await read_runs(session, bus)).runs.values()]
 
 
 def _cycles(facts: RunFacts, key: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ sequence, and says how far its own figures are from the aggregator's. Needs torc
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class Delivered:
     document: dict[str, Any]
     expert: Deposit | None
     context: JobContext
+    written: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,21 @@ class Deposit:
     attestation: dict[str, Any] | None
 
 
-def deliver(session: Session, run: str, *, measure: bool = True, progress: Progress = silent) -> Delivered:
-    """Return the report of a run that has ended. Raises `NotFound` for an unknown run, `Retry` for one that goes on."""
+def deliver(
+    session: Session,
+    run: str,
+    out: Path | None = None,
+    *,
+    with_base: bool = False,
+    measure: bool = True,
+    progress: Progress = silent,
+) -> Delivered:
+    """Return the report of a run that has ended; with `out`, `write` it there.
+
+    Raises `NotFound` for an unknown run, `Retry` for one that goes on.
+    """
+    if with_base and out is None:
+        raise Invalid("--with-base needs a folder to write to: add --out DIR")
     progress("reading the log", 0.0)
     facts, signed = asyncio.run(_read(session, run))
     if facts.spec is None:
@@ -71,7 +85,8 @@ def deliver(session: Session, run: str, *, measure: bool = True, progress: Progr
     if measure and facts.selection is not None:
         document["measured"] = measured(facts, context, progress)
     progress("written", 1.0)
-    return Delivered(document, expert, context)
+    delivered = Delivered(document, expert, context)
+    return delivered if out is None else replace(delivered, written=write(delivered, out, with_base=with_base))
 
 
 async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:

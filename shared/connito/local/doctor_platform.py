@@ -67,13 +67,9 @@ async def _clock(bus: Bus) -> Check:
 
 async def _resume(session: Session, bus: Bus) -> Check:
     """Check the runs that have not ended, and what they wait for."""
-    from connito.bus.permissions import MINER_STREAMS
-    from connito.bus.streams import FACT_STREAMS
-    from connito.platform.log import read_log
-    from connito.wire.roster import ROLES
+    from connito.platform.log import read_runs
 
-    reader = session.data is not None or any(session.roster.permits(role, session.identity.public) for role in ROLES)
-    log = await read_log(bus, session.roster, streams=FACT_STREAMS if reader else MINER_STREAMS)
+    log = await read_runs(session, bus)
     runs = [facts for facts in log.runs.values() if facts.spec is not None and facts.ended is None]
     stuck = [facts for facts in runs if _overdue(facts)]
     found = "; ".join(f"{facts.run}: {_where(facts)}" for facts in runs) or "no run is under way"

@@ -190,8 +190,10 @@ def test_a_heatmap_reaches_as_far_as_the_selection(story: Run) -> None:
 
 def test_a_lineage_that_holds_and_one_that_does_not(story: Run) -> None:
     base, first = lineage(story.facts)
-    assert (base.version, base.parent, base.broken) == (0, None, "")
-    assert (first.version, first.parent, first.digest, first.merged) == (1, 0, theta(1).digest, (("alice", 1.0),))
+    assert (base.version, base.published, base.broken) == (0, None, "")
+    assert first.published is not None
+    assert (first.version, first.published.parent, first.merged) == (1, 0, (("alice", 1.0),))
+    assert first.state.digest == theta(1).digest
     assert first.broken == ""
     other = Run(now=story.now)
     for fact in in_order(story.facts):
