@@ -22,7 +22,7 @@ def show(folder: Path, name: str = "") -> Manifest:
 
 
 def import_(folder: Path, data_dir: Path | None = None, name: str = "") -> tuple[Manifest, ArtifactRef]:
-    """Put a base and its manifest into the platform's store; returns both. Jobs name it by the manifest's digest."""
+    """Put a base and its manifest into the platform's store; returns both. A RunSpec names it by the manifest's digest."""
     manifest = show(folder, name)
     store = Session.open(data_dir, role="customer").store()
     return manifest, asyncio.run(upload_base(store, folder, manifest))

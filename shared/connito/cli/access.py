@@ -14,7 +14,9 @@ from connito.cli.output import JsonFlag, emit, table
 if TYPE_CHECKING:
     from connito.platform.access import Access
 
-app = typer.Typer(no_args_is_help=True, help="Keys of an installation: make, admit, put out, rotate. Without downtime.")
+app = typer.Typer(
+    no_args_is_help=True, help="Make, admit, revoke and rotate the keys of an installation, without downtime."
+)
 Folder = Annotated[Path, typer.Argument(help="The folder with the keys, for example deploy/secrets.")]
 Keys = Annotated[list[str], typer.Argument(help="Miners' public keys, as `connito miner init` prints them.")]
 PidFile = Annotated[

@@ -1,4 +1,4 @@
-"""`connito invite` and `connito ban`: who gets in, and who is put out."""
+"""`connito invite` and `connito ban`: admit miners by token, and ban them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def invite(
     run: Run = "",
     uses: Annotated[int, typer.Option(min=1, help="Keys that may use it.")] = 1,
     expires: Annotated[str, typer.Option(help="How long it is valid: 30m, 12h, 7d.")] = "7d",
-    note: Annotated[str, typer.Option(help="Note on the guest; anyone with the token can read it.")] = "",
+    note: Annotated[str, typer.Option(help="A note about who is invited; anyone with the token can read it.")] = "",
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:

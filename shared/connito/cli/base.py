@@ -84,7 +84,7 @@ def import_(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Put a base model and its manifest into the platform's store; jobs name it by the manifest's digest."""
+    """Put a base model and its manifest into the platform's store; a RunSpec names it by the manifest's digest."""
     from connito.base import folders
 
     if rewrite is not None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def doctor(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Check versions, disk, memory and ports, and, where a platform is known, at its broker, clock, store, bandwidth,
-    certificates and where its runs stand; exit 5 when something is missing."""
+    """Check versions, disk, memory and ports, and, where a platform is known, its broker, clock, store, bandwidth,
+    certificates and runs; exit 5 when something is missing."""
     from connito.local import doctor as machine
 
     checks = machine.doctor(data_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import pkgutil
@@ -168,6 +169,20 @@ def test_the_reference_of_python_names_every_counterpart() -> None:
     page = (Path(__file__).parents[4] / "docs/reference/python.md").read_text()
     verbs = {verb: counterpart(verb) for verb in every_verb() - PROCESSES if not verb.startswith("job ")}
     assert {verb: path for verb, path in verbs.items() if path not in page} == {}
+
+
+def test_the_arguments_in_the_reference_of_python_are_those_of_the_functions() -> None:
+    page = (Path(__file__).parents[4] / "docs/reference/python.md").read_text()
+    rows = re.findall(r"\| `(connito\.[\w.]+)\(([\w, ]*)\)`", page.partition("## The rest")[2])
+    assert len(rows) > 25
+    wrong = {}
+    for path, arguments in rows:
+        known = inspect.signature(pkgutil.resolve_name(path)).parameters
+        required = {name for name, row in known.items() if row.default is row.empty and name != "self"}
+        named = {name for name in arguments.split(", ") if name}
+        if not required <= named <= known.keys():
+            wrong[path] = str([*known])
+    assert wrong == {}
 
 
 def test_a_name_that_is_no_verb_of_the_library_is_an_attribute_error() -> None:
