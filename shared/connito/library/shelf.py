@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,23 +94,14 @@ class Shelf:
         beside = expert.with_name(ATTESTATION_FILE)
         if attestation is None and beside.is_file():
             attestation = beside.read_text()
-        name = str(record["expert_id"])
-        folder = self.path(name)
-        data = encode(record)
-        with self._lock():
-            if (folder / RECORD_FILE).is_file():
-                return name
-            partial = folder.with_name(f".{name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            shutil.copyfile(expert, partial / EXPERT_FILE)
-            (partial / RECORD_FILE).write_bytes(data)
+
+        def fill(folder: Path) -> None:
+            shutil.copyfile(expert, folder / EXPERT_FILE)
             if attestation:
-                (partial / ATTESTATION_FILE).write_text(attestation)
-            write_card(record, partial)
-            partial.rename(folder)
-            self._append("deposited", name, {"record": hashlib.sha256(data).hexdigest()}, at_unix_ms)
-        return name
+                (folder / ATTESTATION_FILE).write_text(attestation)
+            write_card(record, folder)
+
+        return self._place(str(record["expert_id"]), encode(record), fill, at_unix_ms)
 
     def deposit_model(self, folder: Path, at_unix_ms: int) -> str:
         """Put a model made of experts, as pruning and extraction export it, on the shelf; returns the id.
@@ -122,7 +113,6 @@ class Shelf:
         if record["format"] != MODEL_FORMAT:
             raise Invalid(f"{folder} is not a model of the library: its record is {record['format']!r}")
         governance(record)
-        name = str(record["expert_id"])
         for entry, described in record["files"].items():
             with (folder / entry).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != described["digest"]:
@@ -130,17 +120,25 @@ class Shelf:
                         f"{folder / entry} is not the file that was exported; export it again",
                         reason=reasons_pb2.REASON_DIGEST_MISMATCH,
                     )
-        target = self.path(name)
+
+        def fill(target: Path) -> None:
+            for entry in record["files"]:
+                shutil.copyfile(folder / entry, target / entry)
+
+        return self._place(str(record["expert_id"]), data, fill, at_unix_ms)
+
+    def _place(self, name: str, record: bytes, fill: Callable[[Path], None], at: int) -> str:
+        """Add a folder with a record and what `fill` puts beside it, whole or not at all, unless it is there; returns `name`."""
+        folder = self.path(name)
         with self._lock():
-            if (target / RECORD_FILE).is_file():
-                return name
-            partial = target.with_name(f".{name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            for entry in (*record["files"], RECORD_FILE):
-                shutil.copyfile(folder / entry, partial / entry)
-            partial.rename(target)
-            self._append("deposited", name, {"record": hashlib.sha256(data).hexdigest()}, at_unix_ms)
+            if not (folder / RECORD_FILE).is_file():
+                partial = folder.with_name(f".{name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                fill(partial)
+                (partial / RECORD_FILE).write_bytes(record)
+                partial.rename(folder)
+                self._append("deposited", name, {"record": hashlib.sha256(record).hexdigest()}, at)
         return name
 
     def state(self, kind: str, subject: str, reason: str, at_unix_ms: int) -> None:

@@ -81,15 +81,20 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     return digests
 
 
-def assert_only_changed(before: Mapping[str, str], model: nn.Module, selection: Any) -> list[str]:
-    """Compare with an earlier `fingerprint`; returns what changed, raises `VerificationFailed` for anything unselected."""
+def row_names(model: nn.Module, selection: Any) -> set[str]:
+    """Return the names that `fingerprint` gives the rows of the selected experts."""
     layers = require_moe_layers(model)
-    allowed = {
+    return {
         f"{layers[index].experts_name}.{name}[{expert}]"
         for index, experts in as_targets(selection).items()
         for name in layers[index].parameters
         for expert in experts
     }
+
+
+def assert_only_changed(before: Mapping[str, str], model: nn.Module, selection: Any) -> list[str]:
+    """Compare with an earlier `fingerprint`; returns what changed, raises `VerificationFailed` for anything unselected."""
+    allowed = row_names(model, selection)
     after = fingerprint(model)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     stray = [name for name in changed if name not in allowed]
@@ -116,13 +121,7 @@ class BaseDigests:
 
 def base_digests(model: nn.Module, layers: Any, digests: Mapping[str, str] | None = None) -> BaseDigests:
     """Return digests of `model` split at `layers` (expert ids by layer). `digests` spares hashing the model once more."""
-    found = require_moe_layers(model)
-    rows = {
-        f"{found[index].experts_name}.{name}[{expert}]"
-        for index, experts in as_targets(layers).items()
-        for name in found[index].parameters
-        for expert in experts
-    }
+    rows = row_names(model, layers)
     digests = fingerprint(model) if digests is None else digests
     parts = []
     for inside in (False, True):
