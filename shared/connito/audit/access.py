@@ -19,6 +19,7 @@ from connito.platform.servers import NatsServer, ObjectStore
 from connito.platform.session import BUCKET, REGION, Session, log_to
 from connito.runtime.progress import Notify
 from connito.store import ArtifactStore
+from connito.store.artifacts import key_of
 from connito.store.cache import Cache
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -71,6 +72,10 @@ class Access:
         return await gather(evidence, self, wanted=wanted, copy_of=self._copy, say=say)
 
     def _copy(self, ref: ArtifactRef) -> Path:
+        """Return where the platform's cache keeps an artifact. Raises `Invalid` for a digest that is none: it could name
+        any file of this machine.
+        """
+        key_of(ref)
         return self.cache / "sha256" / ref.digest[:2] / ref.digest
 
     async def fetch(self, ref: ArtifactRef) -> Path:

@@ -13,7 +13,7 @@ from connito.audit.evidence import Evidence
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.library.start import deposits, wants_start
-from connito.protocol.findings import OF_THE_FILE
+from connito.protocol.findings import OF_THE_FILE, check_version
 from connito.runtime.progress import Notify, silent
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
@@ -136,10 +136,14 @@ async def gather(
     copy_of: Callable[[ArtifactRef], Path] | None = None,
     say: Notify = silent,
 ) -> Artifacts:
-    """Fetch everything that the log names, and what those artifacts name in turn. Raises `Retry` while the store is away.
+    """Fetch everything that the log names, and what those artifacts name in turn.
+
+    Raises `Retry` while the store is away, and `Invalid` for a run under newer rules: those say what its log names.
 
     `wanted` leaves some out, `copy_of` says where a local cache would keep an artifact; a copy that is there is hashed as well.
     """
+    if evidence.facts.spec is not None:
+        check_version(evidence.facts.spec)
     found = Artifacts()
     for entry in filter(wanted, named(evidence)):
         await _take(found, entry, source, copy_of, say)
@@ -162,11 +166,12 @@ async def _take(
     if digest in found.paths or digest in found.damaged:
         return
     say(f"hashing {entry}")
+    copy = None
     try:
+        copy = copy_of(entry.ref) if copy_of is not None else None
         found.paths[digest] = await source.fetch(entry.ref)
     except Invalid as error:
         found.damaged[digest] = str(error)
-    copy = copy_of(entry.ref) if copy_of is not None else None
     if copy is not None and copy.exists():
         from connito.store import ref_of_file
 

@@ -13,7 +13,6 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid
-from connito.protocol.findings import check_version
 from connito.runtime.progress import Notify, silent
 
 if TYPE_CHECKING:
@@ -121,7 +120,6 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
         what = "is not in the log, or does not verify; nothing can be recomputed without it"
         yield Step("spec", 0, 1, (Difference("spec", "run.0.created", what),))
         return
-    check_version(facts.spec)
     yield attempt("admission", 0, lambda: admission.admission(evidence))
     work = recompute.Recomputation(evidence, artifacts, options.tolerance, say=options.say)
     yield from _cycles(work, options)

@@ -108,7 +108,7 @@ async def _facts(run: str, folder: Path | None, data_dir: Path | None) -> RunFac
 
 
 def _named(log: Log, run: str) -> RunFacts:
-    if run not in log.runs:
+    if run not in log.runs or log.runs[run].spec is None:
         raise NotFound(f"the log has no run {run!r}; `connito job list` shows the runs")
     return log.runs[run]
 
