@@ -56,3 +56,8 @@ def test_succeeds_when_every_part_does(environment: dict[str, str], tmp_path: Pa
     assert done.returncode == 0, done.stdout
     assert "passed  types" in summary
     assert "integration" not in done.stdout
+
+
+def test_a_part_that_there_is_not_runs_nothing(environment: dict[str, str]) -> None:
+    done = run(environment, "chekc")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "usage: scripts/test [check]\n")

@@ -11,8 +11,11 @@ import pytest
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "safetensors", "gguf", "scipy", "openskill", "matplotlib"}
 ARRAYS = HEAVY | {"numpy"}
 PROBE = """
-import json, re, sys
-import services.{name}.__main__
+import importlib, json, pkgutil, re, sys
+import services.{name} as service
+# Every room: a service may import some of them only once it runs.
+for room in pkgutil.iter_modules(service.__path__):
+    importlib.import_module(f"services.{name}.{{room.name}}")
 # Not getrusage: its maximum outlives exec, so it would tell the size of whoever started this.
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 print(json.dumps({{"modules": sorted(sys.modules), "mb": peak / 1024}}))
@@ -21,8 +24,8 @@ print(json.dumps({{"modules": sorted(sys.modules), "mb": peak / 1024}}))
 
 @pytest.mark.parametrize(
     ("name", "forbidden"),
-    # The committer looks into what miners upload.
-    [("coordinator", ARRAYS), ("committer", HEAVY), ("library", ARRAYS), ("console", ARRAYS)],
+    # The committer looks into what miners upload, the console draws how far experts have moved.
+    [("coordinator", ARRAYS), ("committer", HEAVY), ("library", ARRAYS), ("console", HEAVY)],
 )
 def test_no_model_library_is_imported_and_memory_is_small(name: str, forbidden: set[str]) -> None:
     probe = [sys.executable, "-c", PROBE.format(name=name)]
