@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from google.protobuf.json_format import ParseDict, ParseError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -17,6 +17,9 @@ from connito.protocol.policy.law import MAX_CYCLES, MAX_EMISSION, MAX_TEXT, choi
 from connito.protocol.policy.profiles import PLATFORM, PROFILES
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import RunSpec
+
+if TYPE_CHECKING:
+    import yaml
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
@@ -179,7 +182,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text())
+        node = yaml.compose(text := file.read_text(), yaml.SafeLoader)
+        _keys_once(file, node)
+        content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {file}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -187,6 +192,23 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _bad(f"{file} holds no mapping; write one `field: value` a line, beginning with `domain:` and `data:`")
     return content
+
+
+def _keys_once(file: Path, root: yaml.Node | None) -> None:
+    """Raise `Invalid` for a mapping that gives a key twice, of which YAML would take the last in silence."""
+    todo, known = [root], set()
+    while todo:
+        node = todo.pop()
+        if node in known or node is None or isinstance(node.value, str):
+            continue
+        known.add(node)
+        todo += [row[1] if isinstance(row, tuple) else row for row in node.value]
+        keys = [row[0] for row in node.value if isinstance(row, tuple)]
+        names = [key.value for key in keys]
+        for index, key in enumerate(keys):
+            if key.value in names[:index]:
+                line = key.start_mark.line + 1
+                raise _bad(f"{file}: {key.value!r} is given twice, again in line {line}; write it once")
 
 
 def read_job(file: Path) -> Job:

@@ -65,6 +65,9 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("- just a list")
     with pytest.raises(Invalid, match="holds no mapping"):
         read_job(tmp_path / "job.yaml")
+    (tmp_path / "job.yaml").write_text("policies: {training: {beta1: 0.1}}\npolicies: {training: {local_steps: 2}}\n")
+    with pytest.raises(Invalid, match=r"'policies' is given twice.*line 2"):
+        read_job(tmp_path / "job.yaml")
     (tmp_path / "job.yaml").write_text("a: [")
     with pytest.raises(Invalid, match="cannot be read as YAML"):
         read_job(tmp_path / "job.yaml")
