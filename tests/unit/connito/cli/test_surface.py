@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import json
@@ -186,10 +187,18 @@ def test_the_arguments_in_the_reference_of_python_are_those_of_the_functions() -
 
 
 def test_a_name_that_is_no_verb_of_the_library_is_an_attribute_error() -> None:
-    import connito.library
-
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        _ = connito.library.nonsense
+        pkgutil.resolve_name("connito.library.nonsense")
+
+
+def test_type_checkers_see_every_verb_of_the_library() -> None:
+    import connito.library as library
+
+    stub = ast.parse(Path(library.__file__).with_suffix(".pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    seen = {name.asname or name.name: f"{node.module}.{name.name}" for node in imports for name in node.names}
+    assert seen.keys() == set(library.__all__)
+    assert {name for name, path in seen.items() if pkgutil.resolve_name(path) is not getattr(library, name)} == set()
 
 
 def test_every_verb_is_promised_and_prints_json() -> None:
