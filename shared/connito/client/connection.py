@@ -37,8 +37,9 @@ class Connection:
             return getattr(stub, method)(request, timeout=DEADLINE_SECONDS, wait_for_ready=True)
         except grpc.RpcError as error:
             found = error_of(cast(Any, error))
-            certificate = self._tls.diagnose(address) if isinstance(found, Retry) else None
-            raise certificate or found from error
+            if isinstance(found, Retry):
+                found = self._tls.diagnose(address) or _silent(service, address, cast(Any, error)) or found
+            raise found from error
 
     def stream(self, service: str, method: str, request: Message) -> Iterator[Any]:
         """Yield every answer of a call that goes on. Raises as `call`."""
@@ -81,6 +82,18 @@ class Connection:
             channel = _channel(address, self._tls)
             self._open[service] = address, channel, getattr(services_pb2_grpc, _STUBS[service])(channel)
         return self._open[service]
+
+
+def _silent(service: str, address: str, error: Any) -> Retry | None:
+    """Name a service that did not answer in time; None for one that answered that it cannot now."""
+    import grpc
+
+    if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+        return None
+    return Retry(
+        f"the {service} at {address} did not answer within {DEADLINE_SECONDS:.0f} s; see whether it runs (`connito status`, "
+        "`connito doctor`) and try again"
+    )
 
 
 def _channel(address: str, tls: Tls) -> Any:

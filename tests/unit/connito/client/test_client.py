@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from connito import Client
-from connito.errors import Invalid, NotFound
+from connito.errors import Invalid, NotFound, Retry
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import RunSpec
 from connito.wire.envelope import check
@@ -41,6 +41,12 @@ def test_a_status_that_no_expert_can_have_is_refused_with_those_it_can() -> None
     client = Client(library="127.0.0.1:1", identity=Identity.generate())
     with pytest.raises(Invalid, match="deprecated, yanked, restored"):
         client.library.mark("some-expert", "splendid", "because")
+
+
+def test_a_service_that_does_not_answer_is_named_with_where_it_was_sought(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connito.client.connection.DEADLINE_SECONDS", 0.2)
+    with Client("127.0.0.1:1") as client, pytest.raises(Retry, match=r"coordinator at 127\.0\.0\.1:1 did not .*doctor"):
+        client.job.list()
 
 
 def test_without_a_platform_the_command_that_starts_one_is_named(
