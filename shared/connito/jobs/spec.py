@@ -221,7 +221,8 @@ def read_run_spec(file: Path) -> RunSpec:
     try:
         return ParseDict(read_yaml(file), RunSpec())
     except ParseError as error:
-        raise Invalid(f"{file}: {error}; the reference of RunSpec lists the fields") from error
+        known = ", ".join(RunSpec.DESCRIPTOR.fields_by_name)
+        raise _bad(f"{file} is not a RunSpec: {str(error).splitlines()[0]} Its fields: {known}") from error
 
 
 def parse_job(content: object, where: str = "the job") -> Job:

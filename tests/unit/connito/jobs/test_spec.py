@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from connito.errors import Invalid, NotFound
-from connito.jobs.spec import is_job, parse_job, parse_size, read_job
+from connito.jobs.spec import is_job, parse_job, parse_size, read_job, read_run_spec
 
 SMALL = {"domain": "contracts", "data": [{"path": "texts/"}], "license": "CC-BY-4.0"}
 
@@ -103,3 +103,10 @@ def test_who_may_mine_is_the_customer_s_to_say() -> None:
     assert parse_job({**SMALL, "people": people}).people.enrolment == "invite"
     with pytest.raises(Invalid, match=r"people\.enrolment"):
         parse_job({**SMALL, "people": {"enrolment": "friends"}}, "job.yaml")
+
+
+def test_a_run_spec_with_a_field_of_its_own_is_told_the_fields_once(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("cycles: 2\nbogus: 1\n")
+    with pytest.raises(Invalid, match=r'no field named "bogus".*Its fields: run, domain, cycles') as caught:
+        read_run_spec(tmp_path / "spec.yaml")
+    assert "Available" not in str(caught.value)
