@@ -20,13 +20,13 @@ from typing import Any
 
 from connito.bus import Bus, streams
 from connito.bus.permissions import permissions
-from connito.enums import reason_name
 from connito.errors import Invalid
 from connito.platform.servers import NatsServer
 from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+from connito.wire.enums import reason_name
 from connito.wire.envelope import seal
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts

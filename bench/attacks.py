@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from connito.enums import reason_name
+from connito.wire.enums import reason_name
 
 from bench.attack_arena import HONEST, TARGET, WORLDS, Arena, MergedCycle, Standing, Upload
 from bench.attack_kinds import ATTACKS, Attack, Knowledge, upload

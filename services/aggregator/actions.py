@@ -10,7 +10,6 @@ from pathlib import Path
 
 from connito.bus import Bus, offences
 from connito.data.safetensors_header import SAFETENSORS
-from connito.enums import plain_name, reason_name
 from connito.errors import Invalid, VerificationFailed
 from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
@@ -25,6 +24,7 @@ from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.views.sentences import as_recorded, detail_of, sentence
+from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
 from connito.workloads.fetching import fetch_base, fetch_holdouts

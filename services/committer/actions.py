@@ -6,13 +6,13 @@ import asyncio
 
 from connito.bus import Bus
 from connito.bus.offences import kind_of, report
-from connito.enums import reason_name
 from connito.errors import Invalid, NotFound, Retry
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import as_recorded, detail_of
+from connito.wire.enums import reason_name
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.verification import verify_ingress

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from connito.bus import Bus
-from connito.enums import reason_name
 from connito.errors import ConnitoError, Invalid, NotFound
 from connito.protocol import bans
 from connito.runtime.limits import RateLimit
@@ -15,6 +14,7 @@ from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.views.sentences import sentence
+from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 
 from . import judging

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from connito.enums import reason_name
 from connito.errors import Invalid, NotFound
 from connito.protocol import bans
 from connito.protocol.commitment import opens
@@ -18,6 +17,7 @@ from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.services_pb2 import UploadCommand
 from connito.views.sentences import detail_of, sentence
+from connito.wire.enums import reason_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import window_value

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from connito.enums import plain_name, reason_name
 from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -20,6 +19,7 @@ from connito.views import words
 from connito.views.run_report import miner_name
 from connito.views.sentences import detail_of
 from connito.views.standings import validator_rows
+from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette

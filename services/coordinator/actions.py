@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from connito.bus import Bus
 from connito.bus.position import PositionedLog
-from connito.enums import plain_name, reason_name
 from connito.protocol.bans import banned
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action, Decision, now_ms
 from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import window_value
 from google.protobuf.message import Message

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from connito.bus import Bus
-from connito.enums import plain_name
 from connito.errors import Invalid, NotFound, Retry
 from connito.protocol import bans
 from connito.protocol.findings import check_version
@@ -19,6 +18,7 @@ from connito.service.engine import now_ms
 from connito.service.rpc import check_fresh, open_request
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
+from connito.wire.enums import plain_name
 from connito.wire.facts import RunFacts
 from connito.wire.identity import is_public_key
 from connito.wire.log import Log

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from connito.bus.position import PositionedLog
-from connito.enums import plain_name
 from connito.runtime import metrics
 from connito.v1 import cycle_pb2
+from connito.wire.enums import plain_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster

@@ -6,12 +6,12 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from connito.enums import plain_name
 from connito.errors import Invalid, NotFound
 from connito.library.governance import Viewer, attribute
 from connito.library.hits import Hit, search, visible
 from connito.library.index import Index, LibraryEvent, deposit_event
 from connito.v1 import run_pb2, services_pb2
+from connito.wire.enums import plain_name
 from connito.wire.fact import Fact
 
 PAGE_SIZE = 50

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from connito.bus import Bus
 from connito.data.safetensors_header import SAFETENSORS
-from connito.enums import reason_name
 from connito.errors import Invalid, Retry
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.provenance import check_start
@@ -20,6 +19,7 @@ from connito.store import put_presigned
 from connito.store.cache import digest_of_file
 from connito.v1 import cycle_pb2, reasons_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 
 from .adapters import Downloads, Services

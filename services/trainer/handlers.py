@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from connito.enums import plain_name, reason_name
 from connito.protocol.bans import banned
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import detail_of
+from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
 
 from .state import CycleProgress, Progress

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from connito.bus import Bus, offences
-from connito.enums import reason_name
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
@@ -24,6 +23,7 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import as_recorded, detail_of
 from connito.wire.chain import Chains, anchored_windows
+from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.workloads.fetching import fetch_base, fetch_holdouts

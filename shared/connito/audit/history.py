@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
-from connito.enums import name_of
 from connito.protocol.bans import banned
 from connito.protocol.objective import reached
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.enums import name_of
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 from connito.wire.subjects import WINDOWS, window_value

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step, first_difference
 from connito.audit.evidence import Evidence
-from connito.enums import name_of, reason_name
 from connito.errors import Invalid
 from connito.protocol.bans import at_close
 from connito.protocol.commitment import opens
 from connito.protocol.quota import MessageCounter
 from connito.protocol.scoring.newcomers import over_quota
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.wire.enums import name_of, reason_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key

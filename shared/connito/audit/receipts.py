@@ -11,13 +11,13 @@ from connito.audit.artifacts import Artifacts, Named
 from connito.audit.audit import Options, pure, recomputed
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
-from connito.enums import plain_name, reason_name
 from connito.errors import Invalid, NotFound
 from connito.protocol.assignment import assigned
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import detail_of
 from connito.views.standings import ratings, validator_rows
+from connito.wire.enums import plain_name, reason_name
 from connito.wire.fact import Fact
 
 

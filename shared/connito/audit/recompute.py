@@ -18,7 +18,6 @@ from connito.audit.distances import Distances
 from connito.audit.evidence import Evidence
 from connito.audit.judging import consensus_of, of_the_file
 from connito.data.corpus import Corpus
-from connito.enums import reason_name
 from connito.errors import Invalid
 from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
@@ -27,6 +26,7 @@ from connito.runtime.progress import Notify, silent
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from connito.views.sentences import as_recorded
 from connito.wire import subjects
+from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 
 # Fields of a version that are not recomputed: losses have a comparison of their own.

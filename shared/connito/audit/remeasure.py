@@ -23,7 +23,6 @@ from connito.audit.evidence import Evidence
 from connito.audit.recompute import Recomputation
 from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
-from connito.enums import reason_name
 from connito.errors import Invalid
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.protocol.findings import OF_THE_FILE
@@ -32,6 +31,7 @@ from connito.protocol.merging.gate import Part
 from connito.protocol.scoring.evaluation import Evaluation, rejected, score
 from connito.protocol.scoring.racing import InterimLook, looks
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+from connito.wire.enums import reason_name
 from connito.workloads import gating, scoring
 from connito.workloads.fetching import holdout_refs
 from connito.workloads.scoring import SubmissionFiles

@@ -13,13 +13,13 @@ from nats.errors import Error as NatsError
 from connito.bus.connection import Connection
 from connito.bus.follow import record_of
 from connito.bus.streams import DURABLES, Durable
-from connito.enums import reason_name
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter
+from connito.wire.enums import reason_name
 from connito.wire.fact import Record
 
 log = get_logger("bus.consume")

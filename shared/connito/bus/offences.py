@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from connito.enums import reason_name
 from connito.errors import Invalid
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
+from connito.wire.enums import reason_name
 from connito.wire.fact import Record
 
 log = get_logger("offences")

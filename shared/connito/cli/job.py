@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, progress, table
-from connito.enums import plain_name
 from connito.render.formats import duration, percent, size
+from connito.wire.enums import plain_name
 
 if TYPE_CHECKING:
     from connito.jobs.findings import Finding

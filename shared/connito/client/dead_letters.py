@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from connito.enums import reason_name
 from connito.errors import Invalid, NotFound
 from connito.platform.session import Session
 from connito.v1.cycle_pb2 import DeadLetter
+from connito.wire.enums import reason_name
 from connito.wire.envelope import open_bytes
 from connito.wire.fact import Record
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from connito.enums import reason_name
 from connito.errors import Invalid, NotFound
 from connito.platform.session import Session
 from connito.v1.cycle_pb2 import SecurityEvent
+from connito.wire.enums import reason_name
 from connito.wire.envelope import open_bytes
 
 _VIOLATION = re.compile(

@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from connito.enums import plain_name, reason_name
 from connito.errors import Invalid
 from connito.library.governance import governance
 from connito.library.interval import change_interval
 from connito.library.schema import Contributor, ExpertRecord, Loss, Signature, Version
 from connito.library.start import start_record
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
 
 RECORD_FORMAT = "connito-record/1"

@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from connito.bus import Bus, CaughtUp, offences
-from connito.enums import reason_name
 from connito.errors import Invalid, Retry
 from connito.protocol.findings import check_version
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
+from connito.wire.enums import reason_name
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log

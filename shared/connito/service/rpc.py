@@ -14,11 +14,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from connito.bus.offences import kind_of, report
-from connito.enums import name_of, reason_name
 from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed
 from connito.runtime.logs import extract, get_logger, inject, use
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.envelope_pb2 import Envelope
+from connito.wire.enums import name_of, reason_name
 from connito.wire.envelope import MAX_ENVELOPE_BYTES, check
 from connito.wire.roster import Roster
 from connito.wire.tls import PLAIN, Tls

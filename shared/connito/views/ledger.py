@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from connito.enums import reason_name
 from connito.v1 import cycle_pb2
 from connito.views.run_report import miner_name
+from connito.wire.enums import reason_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from connito.enums import plain_name, reason_name
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views import words
 from connito.views.run_report import miner_name, submission_rows
 from connito.views.sentences import detail_of
+from connito.wire.enums import plain_name, reason_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.window import Window

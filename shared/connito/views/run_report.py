@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from connito.enums import plain_name, reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import detail_of
 from connito.views.standings import paid, ratings, validator_rows
+from connito.wire.enums import plain_name, reason_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from connito.enums import reason_name
 from connito.v1 import cycle_pb2
 from connito.views.sentences import detail_of
+from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 
 

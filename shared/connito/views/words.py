@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from connito.enums import reason_name
 from connito.v1 import cycle_pb2
 from connito.v1.reasons_pb2 import Reason
+from connito.wire.enums import reason_name
 
 WINDOWS = {
     "train": "miners train",

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from connito.enums import reason_name
 from connito.v1 import reasons_pb2
+from connito.wire.enums import reason_name
 
 from bench.attack_kinds import ATTACKS
 from bench.attack_messages import replays, withheld, wrong_windows

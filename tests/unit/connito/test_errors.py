@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from connito.enums import reason_name
 from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed
 from connito.v1 import reasons_pb2
+from connito.wire.enums import reason_name
 
 
 def test_each_meaning_has_the_exit_code_that_users_rely_on() -> None:

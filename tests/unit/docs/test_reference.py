@@ -23,8 +23,8 @@ def test_the_reference_is_current(fresh: Path, page: str) -> None:
 
 
 def test_every_reason_is_documented(fresh: Path) -> None:
-    from connito.enums import reason_name
     from connito.v1.reasons_pb2 import Reason
+    from connito.wire.enums import reason_name
 
     page = (fresh / "reason-codes.md").read_text()
     for number in Reason.values():

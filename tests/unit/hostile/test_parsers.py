@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from connito.bus.streams import stream_of
 from connito.data.tensors import MAX_HEADER_BYTES, read_header, tensor_bytes
-from connito.enums import reason_name
 from connito.errors import ConnitoError, Invalid, Retry
 from connito.protocol.submission import expected_layout, validate
 from connito.service.rpc import open_request
@@ -23,6 +22,7 @@ from connito.store.artifacts import key_of
 from connito.v1 import artifacts_pb2, cycle_pb2, services_pb2
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import detail_of
+from connito.wire.enums import reason_name
 from connito.wire.envelope import open_bytes, seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity

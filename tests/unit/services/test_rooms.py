@@ -30,7 +30,7 @@ WITHOUT_HANDLERS = {"console", "library"}
 WITHOUT_ACTIONS = {"console"}
 
 PURE_MODULES = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "statistics", "typing"}
-PURE_WINGS = {"enums", "errors", "library", "protocol", "v1", "views", "wire"}
+PURE_WINGS = {"errors", "library", "protocol", "v1", "views", "wire"}
 
 
 def tree(service: str, room: str) -> ast.Module:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from connito.enums import name_of
 from connito.errors import Invalid
 from connito.library.governance import VISIBILITIES
 from connito.protocol.policy.law import (
@@ -28,6 +27,7 @@ from connito.protocol.scoring import payout
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
 from connito.v1.run_pb2 import CorpusRef, RewardPolicy, RunSpec
+from connito.wire.enums import name_of
 from connito.wire.identity import is_public_key
 from connito.wire.subjects import INSTALLATION, check_token
 

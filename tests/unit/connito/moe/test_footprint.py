@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from connito.base.loading import load_resident, load_resident_local
 from connito.data.manifest import build_manifest
-from connito.enums import reason_name
 from connito.errors import Invalid
 from connito.moe.footprint import Footprint, Workload, free_bytes, predict, require_fit
 from connito.moe.helper_experts import by_policy, most_used
 from connito.moe.resident import target_parameters
 from connito.v1.run_pb2 import RunSpec, SelectionPolicy, TrainPolicy
+from connito.wire.enums import reason_name
 
 from tests.support.files import directory_reader
 

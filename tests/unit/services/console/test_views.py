@@ -3,11 +3,11 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
-from connito.enums import reason_name
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views import words
 from connito.views.run_report import miner_name
 from connito.views.standings import validator_rows
+from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 
 from services.console import views
