@@ -17,7 +17,7 @@ from connito.wire.window import Window
 
 
 class RunFacts(FactSet):
-    """What one run came to so far, kind by kind.
+    """The facts of one run, kind by kind.
 
     Accessors return messages; those called `…_fact` return the message with its place in the log, and plurals map ids to
     facts in the order of ids.
