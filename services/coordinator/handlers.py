@@ -139,7 +139,7 @@ def _draw(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, half_time_ms: 
 
 
 def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int) -> Decision:
-    version, state = facts.start(window.cycle)
+    version, state = window.start
     message = cycle_pb2.WindowOpened(
         run=facts.run,
         cycle=window.cycle,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from connito.v1 import cycle_pb2, run_pb2
-from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.fact import Fact, FactSet, message_of, require
 from connito.wire.subjects import WINDOWS
 from connito.wire.window import Window
@@ -210,14 +209,6 @@ class RunFacts(FactSet):
     def version(self, cycle: int) -> cycle_pb2.VersionPublished | None:
         """Return the model version that a cycle produced."""
         return message_of(self.version_fact(cycle))
-
-    def start(self, cycle: int) -> tuple[int, ArtifactRef]:
-        """Return the model version that a cycle starts from, and the target-expert state θ_t of that version."""
-        start = self.version(cycle - 1) or self.window("train", cycle).opened
-        if start is not None:
-            return start.version, start.state
-        assert cycle == 1, "a cycle after the first opens when the one before has published its version"
-        return 0, self.require_selection().initial_state
 
     @property
     def latest_version(self) -> cycle_pb2.VersionPublished | None:

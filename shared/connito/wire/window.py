@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from connito.v1 import cycle_pb2
+from connito.v1 import cycle_pb2, run_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.fact import Fact, FactSet, message_of, require
 
 
@@ -81,6 +82,17 @@ class Window:
     def before(self) -> list[Window]:
         """Return the windows of the same name in the cycles before, the first cycle first."""
         return [Window(self.facts, self.name, cycle) for cycle in range(1, self.cycle)]
+
+    @property
+    def start(self) -> tuple[int, ArtifactRef]:
+        """Return the model version that its cycle starts from, and the target-expert state θ_t of that version."""
+        before = self.facts.one(cycle_pb2.VersionPublished, "merge", self.cycle - 1, "version")
+        start = message_of(before) or Window(self.facts, "train", self.cycle).opened
+        if start is not None:
+            return start.version, start.state
+        assert self.cycle == 1, "a cycle after the first opens when the one before has published its version"
+        selected = message_of(self.facts.one(run_pb2.SelectionMade, "run", 0, "selected"))
+        return 0, require(selected, self.facts.run, "selection").initial_state
 
     def refusal(self, miner: str, ingress_sequence: int) -> cycle_pb2.Refused | None:
         """Return why a message of a miner was refused (commit, submit); None for one that was not."""
