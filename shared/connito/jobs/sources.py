@@ -1,10 +1,7 @@
-"""Read a customer's text from files, folders and globs: plain text as passages, rows through a template."""
+"""Documents of a customer's sources: plain text as passages, rows through a template."""
 
 from __future__ import annotations
 
-import csv
-import glob
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -12,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from connito.data.prepare import passages, read_text
-from connito.errors import Invalid, NotFound
+from connito.data.reading.kinds import encoded
+from connito.data.reading.reader import Reading
+from connito.data.reading.rows import Account, Row, Wanted, unreadable
 from connito.jobs.spec import Source
-from connito.v1 import reasons_pb2 as reasons
 
-# What is taken out of a folder. A file that is named, by itself or through a glob, may have any name.
-TEXT = {".txt", ".md", ".rst", ".tex", ".html"}
-ROWS = {".jsonl", ".ndjson", ".csv", ".tsv"}
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_STEP = re.compile(r"[^.\[\]]+")
+# A field that no row so far has is a mistake in the template; rows after the first ones may lack it.
+_FIRST_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -34,126 +31,108 @@ class Document:
 
 @dataclass
 class Reach:
-    """Counts of what was read from one source: files, rows, documents."""
+    """Account of what was read from one source."""
 
     label: str
-    files: int = 0
-    rows: int = 0
+    account: Account
+    documents: int = 0
     empty: int = 0
     characters: int = 0
-    documents: list[Document] = field(default_factory=list)
 
 
-def read_source(source: Source, number: int, root: Path) -> Reach:
-    """Return every document of a source, in the order of its files' names. Paths are relative to `root`.
+def rows_of(source: Source, root: Path) -> Reading:
+    """Return the rows of a source; paths are relative to `root`."""
+    return Reading(source.path, root, Wanted(source.config, source.split))
 
-    Raises `NotFound` when no file is there, and `Invalid` naming file and line for what cannot be read: not UTF-8, not
-    JSON, a template that asks for a field the row does not have.
+
+def read_source(source: Source, number: int, reading: Reading, reach: Reach) -> Iterator[Document]:
+    """Yield every document of a source, in the order of its files' names, and count in `reach`.
+
+    Raises `NotFound` when no file is there, and `Invalid` naming file and line for what cannot be read and for a
+    template that asks for a field the rows do not have.
     """
-    check_template(source)
-    reach = Reach(source.label)
-    for file in _files(source, root):
-        reach.files += 1
-        for where, raw in _texts(file, source.text):
-            reach.rows += 1
-            text = raw.strip()
-            if not text:
-                reach.empty += 1
-                continue
+    template = Template(source, reading.account)
+    for row in reading:
+        text = template.fill(row).strip()
+        if not text:
+            reach.empty += 1
+        elif why := encoded(text):
+            reading.account.dropped[f"rows of {why}"] += 1
+        else:
+            reach.documents += 1
             reach.characters += len(text)
-            reach.documents.append(Document(text, number, where))
-    return reach
+            yield Document(text, number, row.where)
+    template.check()
 
 
-def _files(source: Source, root: Path) -> list[Path]:
-    path = root / source.path
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT | ROWS and file.is_file())
-        if not found:
-            kinds = ", ".join(sorted(TEXT | ROWS))
-            raise NotFound(
-                f"the folder {path} holds no text: files of other kinds than {kinds} are not read from a folder"
-            )
-        return found
-    if path.is_file():
-        return [path]
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns
-    if not found:
-        what = "nothing matches" if glob.has_magic(str(path)) else "there is no file or folder"
-        raise NotFound(f"{what} {path}; paths are relative to the job's file")
-    return found
+@dataclass
+class Template:
+    """The text that a source makes of a row: its template, or the row's `text`."""
+
+    source: Source
+    account: Account
+    known: set[str] = field(default_factory=set)
+    lacking: dict[str, Row] = field(default_factory=dict)
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.source.text and not any(match[1] for match in _PLACE.finditer(self.source.text)):
+            label = self.source.label
+            raise unreadable(f"the template of {label} names no field in braces: every row would give the same text")
+
+    def fill(self, row: Row) -> str:
+        """Return the text of a row. Raises `Invalid` for a field that no row has or that is no text."""
+        self.rows += 1
+        if not self.source.text:
+            return row.value if isinstance(row.value, str) else self._field("text", row)
+        if row.plain:
+            raise unreadable(f"{row.where} is plain text and has no fields for a template; drop `text`, or give rows")
+        return _PLACE.sub(
+            lambda match: match[0][0] if match[1] is None else self._field(match[1], row), self.source.text
+        )
+
+    def check(self) -> None:
+        """Raise `Invalid` for a field that no row had."""
+        for path, row in self.lacking.items():
+            if path not in self.known:
+                raise _missing(path, row, self.source)
+
+    def _field(self, path: str, row: Row) -> str:
+        value: Any = row.value
+        for step in _STEP.findall(path):
+            if isinstance(value, Mapping) and step in value:
+                value = value[step]
+            elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+            else:
+                self.lacking.setdefault(path, row)
+                self.account.dropped[f"rows without {path}"] += 1
+                if self.rows >= _FIRST_ROWS:
+                    self.check()
+                return ""
+        self.known.add(path)
+        return _cell(value, path, row.where)
 
 
-def _texts(file: Path, template: str) -> Iterator[tuple[str, str]]:
-    """Yield (`file:line`, text) of every row, or of every passage of a plain text."""
-    kind = file.suffix.lower()
-    if kind not in ROWS:
-        if template:
-            raise _bad(f"{file} is plain text and has no fields for a template; drop `text`, or give .jsonl or .csv")
-        yield from ((f"{file}#{number}", text) for number, text in enumerate(passages(read_text(file)), start=1))
-        return
-    for line, row in _json_rows(file) if kind in (".jsonl", ".ndjson") else _csv_rows(file, kind):
-        where = f"{file}:{line}"
-        yield where, _fill(template, row, where) if template else _plain(row, where)
+def _missing(path: str, row: Row, source: Source) -> Exception:
+    if isinstance(row.value, str):
+        return unreadable(f"{row.where} is text by itself, not an object with fields for the template; drop `text`")
+    fields = ", ".join(sorted(map(str, row.value)))
+    if source.text:
+        return unreadable(f"{row.where} has no field {path!r} that the template asks for; it has {fields}")
+    example = '`text: "{title}\\n{body}"`'
+    return unreadable(f"{row.where} has no `text`; its fields are {fields}; say what to take, for example {example}")
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise _bad(f"{file}:{number} is not JSON ({error}); every line must be one JSON value") from error
-
-
-def _csv_rows(file: Path, kind: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(read_text(file)), delimiter="\t" if kind == ".tsv" else ",", strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, {name: value or "" for name, value in row.items() if name is not None}
-    except csv.Error as error:
-        raise _bad(f"{file}:{reader.line_num} is not {kind[1:].upper()}: {error}") from error
-
-
-def _plain(row: Any, where: str) -> str:
-    """Return the text of a row without a template: a string, or an object's `text`."""
-    text = row.get("text") if isinstance(row, dict) else row
-    if not isinstance(text, str):
-        fields = f"; its fields are {', '.join(sorted(row))}" if isinstance(row, dict) else ""
-        raise _bad(f'{where} has no `text`{fields}; say what to take, for example `text: "{{title}}\\n{{body}}"`')
-    return text
-
-
-def _fill(template: str, row: Any, where: str) -> str:
-    """Return the template with `{field}` and `{field.inner}` replaced; `{{` and `}}` are braces."""
-    if not isinstance(row, Mapping):
-        raise _bad(f"{where} is {type(row).__name__}, not an object with fields for the template")
-
-    def place(match: re.Match[str]) -> str:
-        if match[1] is None:
-            return match[0][0]
-        value: Any = row
-        for part in match[1].split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                known = ", ".join(sorted(map(str, row)))
-                raise _bad(f"{where} has no field {match[1]!r} that the template asks for; it has {known}")
-            value = value[part]
-        return _cell(value)
-
-    return _PLACE.sub(place, template)
-
-
-def _cell(value: Any) -> str:
+def _cell(value: Any, path: str, where: str) -> str:
+    """Return a value as text: a list of texts line by line. Raises `Invalid` for objects, whose syntax is no text."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def check_template(source: Source) -> None:
-    """Raise `Invalid` for a template without a single field: every document would be the same."""
-    if source.text and not any(match[1] for match in _PLACE.finditer(source.text)):
-        raise _bad(f"the template of {source.label} names no field in braces: every row would give the same text")
-
-
-def _bad(message: str) -> Invalid:
-    return Invalid(message, reason=reasons.REASON_BAD_SPEC)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and not any(isinstance(inner, (dict, list)) for inner in value):
+        return "\n".join(_cell(inner, path, where) for inner in value)
+    if isinstance(value, (dict, list)):
+        inside = ", ".join(f"{{{path}.{step}}}" for step in (list(value)[:3] if isinstance(value, dict) else (0, 1)))
+        raise unreadable(f"{where}: the field {path!r} is an object, not text; take what is in it: {inside}")
+    return json.dumps(value, default=str).strip('"')

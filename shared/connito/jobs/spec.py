@@ -64,10 +64,13 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """Text: a file, a folder or a glob. `text` is a template over the columns of a .jsonl or .csv row."""
+    """Text: a file, a folder, a glob or an address. `text` is a template over the fields of a row; `config` and `split`
+    choose what of a published data set is read."""
 
     path: str = Field(min_length=1)
     text: str = ""
+    config: str = ""
+    split: str = ""
     # How often a document of this source is seen, against one of weight 1.
     weight: float = Field(default=1.0, gt=0, le=100)
     name: str = ""

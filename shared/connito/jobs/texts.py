@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from connito.data.dedup import contaminated, deduplicate
 from connito.data.prepare import Split, part_of
-from connito.errors import Invalid
+from connito.errors import ConnitoError
 from connito.jobs.findings import Finding
-from connito.jobs.sources import Document, Reach, read_source
+from connito.jobs.sources import Document, Reach, read_source, rows_of
 from connito.jobs.spec import Job, Source
 from connito.wire.hashing import hash_fields
 
@@ -40,7 +41,7 @@ class Texts:
     benchmarks: dict[str, list[Document]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
-    def note(self, check: str, level: str, detail: str, remedy: str = "", **numbers: float | str | list[str]) -> None:
+    def note(self, check: str, level: str, detail: str, remedy: str = "", **numbers: Any) -> None:
         """Add a finding."""
         self.findings.append(Finding(check, level, detail, remedy, numbers))
 
@@ -68,25 +69,27 @@ def sort_texts(job: Job, root: Path) -> Texts:
 def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) -> list[Document]:
     found: list[Document] = []
     for number, source in enumerate(sources):
+        reading = rows_of(source, root)
+        reach = Reach(source.label, reading.account)
+        documents: list[Document] = []
         try:
-            reach = read_source(source, number, root)
-        except (Invalid, OSError) as error:
+            documents += read_source(source, number, reading, reach)
+        except (ConnitoError, OSError) as error:
             texts.note("reach", "error", f"{what}: {error}", "correct the path, the template or the file")
             continue
         texts.reaches.append(reach)
-        numbers = {"files": reach.files, "rows": reach.rows, "empty": reach.empty, "characters": reach.characters}
-        if not reach.documents:
-            detail = f"{what}: {reach.label} holds no text ({reach.files} files, {reach.empty} empty rows)"
+        account = reach.account
+        numbers = {**account.to_json(), "empty": reach.empty, "characters": reach.characters}
+        if not documents:
+            detail = f"{what}: {reach.label} holds no text ({account}; {reach.empty} empty rows)"
             texts.note("reach", "error", detail, "fill it, or take it out of the job", **numbers)
             continue
         empty = f", {reach.empty} of them empty" if reach.empty else ""
-        detail = (
-            f"{what}: {reach.label}: {reach.rows} rows in {reach.files} files{empty}, {reach.characters} characters"
-        )
-        level = "warning" if reach.empty > reach.rows / 10 else "ok"
+        detail = f"{what}: {reach.label}: {account}{empty}, {reach.characters} characters"
+        level = "warning" if reach.empty > account.rows / 10 else "ok"
         remedy = "look at the template: many rows come out empty" if level == "warning" else ""
         texts.note("reach", level, detail, remedy, **numbers)
-        found += reach.documents
+        found += documents
     return found
 
 

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 from connito.errors import Invalid, NotFound
-from connito.jobs.sources import read_source
+from connito.jobs.sources import Reach, read_source, rows_of
 from connito.jobs.spec import Source
 
 
-def read(root: Path, path: str, text: str = "") -> list[str] | None:
-    return [document.text for document in read_source(Source(path=path, text=text), 0, root).documents]
+def reach_of(root: Path, path: str, text: str = "") -> tuple[Reach, list[str], list[str]]:
+    source = Source(path=path, text=text)
+    reading = rows_of(source, root)
+    reach = Reach(source.label, reading.account)
+    documents = list(read_source(source, 0, reading, reach))
+    return reach, [document.text for document in documents], [document.where for document in documents]
+
+
+def read(root: Path, path: str, text: str = "") -> list[str]:
+    return reach_of(root, path, text)[1]
 
 
 def test_files_folders_and_globs(tmp_path: Path) -> None:
@@ -32,7 +40,7 @@ def test_a_template_makes_one_text_of_a_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('q,a\n"Who, me?",You\n')
 
     assert read(tmp_path, "rows.jsonl", "{{Q}}: {q}\nA: {a.long} {a.score} {tags}{none}") == [
-        '{Q}: Why?\nA: Because. 3 ["x"]'
+        "{Q}: Why?\nA: Because. 3 x"
     ]
     assert read(tmp_path, "rows.csv", "{q} {a}") == ["Who, me? You"]
 
@@ -40,9 +48,25 @@ def test_a_template_makes_one_text_of_a_row(tmp_path: Path) -> None:
 def test_empty_rows_are_counted(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "  "}\n{"text": "x"}\n\n')
 
-    reach = read_source(Source(path="rows.jsonl"), 0, tmp_path)
+    reach, _, where = reach_of(tmp_path, "rows.jsonl")
 
-    assert (reach.rows, reach.empty, reach.documents[0].where) == (2, 1, f"{tmp_path / 'rows.jsonl'}:2")
+    assert (reach.account.rows, reach.empty, where) == (2, 1, [f"{tmp_path / 'rows.jsonl'}:2"])
+
+
+def test_lists_are_reached_by_index_and_rows_may_lack_a_field_that_others_have(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"content": "hello"}], "a": {"b": [1, 2, {"c": "deep"}]}, "tags": ["x", "y"]},
+        {"messages": [], "a": None},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    assert read(tmp_path, "rows.jsonl", "{messages.0.content} {a.b[2].c}") == ["hello deep"]
+    assert read(tmp_path, "rows.jsonl", "{tags}") == ["x\ny"]
+    assert reach_of(tmp_path, "rows.jsonl", "{messages[0].content}")[0].account.dropped == {
+        "rows without messages[0].content": 1
+    }
+    with pytest.raises(Invalid, match=r"rows.jsonl:1: the field 'messages' is an object.*\{messages.0\}"):
+        read(tmp_path, "rows.jsonl", "{messages}")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +82,7 @@ def test_empty_rows_are_counted(tmp_path: Path) -> None:
         ("r.jsonl", '{"a": 1}', "{a.b}", "no field 'a.b'"),
         ("r.jsonl", '{"a": 1}', "all the same", "names no field in braces"),
         ("r.jsonl", "{", "", "r.jsonl:1 is not JSON"),
-        ("r.jsonl", "[1]", "{a}", "r.jsonl:1 is list, not an object"),
+        ("r.jsonl", '"x"', "{a}", "r.jsonl:1 is text by itself"),
         ("r.txt", "text", "{a}", "is plain text and has no fields"),
     ],
 )
@@ -81,6 +105,3 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotFound, match="holds no text"):
         read(tmp_path, "empty")
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin1"))
-    with pytest.raises(Invalid, match="not UTF-8"):
-        read(tmp_path, "latin.txt")

@@ -29,7 +29,10 @@ def test_three_fields_are_a_job() -> None:
         ({"data_statement": "x" * 4001}, "(given: 'xx"),
         ({"licence": "MIT"}, "licence: there is no such field; known fields: base, benchmarks"),
         ({"data": []}, "data: "),
-        ({"data": [{"path": "x", "weigth": 2}]}, "data[0].weigth: there is no such field; known fields: name, path"),
+        (
+            {"data": [{"path": "x", "weigth": 2}]},
+            "data[0].weigth: there is no such field; known fields: config, name, path",
+        ),
         ({"data": [{"path": "x", "weight": 0}]}, "data[0].weight: "),
         ({"budget": {"upload": "a lot"}}, "'a lot' is not a size; write for example 20 MB"),
         ({"replay": 0.1}, "no general text is given to replay"),

@@ -1,0 +1,112 @@
+"""Containers that files are packed into: gzip, bzip2, xz, Zstandard, zip and tar, each read as a stream."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import shutil
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, BinaryIO, cast
+
+from connito.data.reading.kinds import NotText
+from connito.data.reading.rows import unreadable
+
+DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+
+
+def unpacked(stream: BinaryIO, kind: str, name: str) -> BinaryIO:
+    """Return the stream of what is compressed in `stream`."""
+    if kind == "zstd":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise unreadable(
+                f"{name} is compressed with Zstandard: pip install 'connito[data]', or unpack it"
+            ) from error
+        return cast(
+            BinaryIO, zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True, closefd=False)
+        )
+    opener: Callable[[Any], Any] = {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[kind]
+    return cast(BinaryIO, opener(fileobj=stream) if kind == "gzip" else opener(stream))  # type: ignore[call-arg]
+
+
+@contextmanager
+def damage(name: str) -> Iterator[None]:
+    """Turn the errors of damaged archives into one sentence."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise unreadable(f"{name} is damaged or cut off ({error}); get the file again") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("zstd", "zstandard", "backend_c"):
+            raise
+        raise unreadable(f"{name} is damaged or cut off ({error}); get the file again") from error
+
+
+class Prefixed(io.RawIOBase):
+    """A stream that cannot go back, with what was read of it in front again."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self._head, self._rest = io.BytesIO(head), rest
+
+    def readable(self) -> bool:
+        """Return true."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer from the head, then from the rest."""
+        data = self._head.read(len(buffer)) or self._rest.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def beginning(stream: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
+    """Return the first bytes of a stream, and a stream that begins with them again."""
+    parts, found = [], 0
+    while found < size and (part := stream.read(size - found)):
+        parts.append(part)
+        found += len(part)
+    head = b"".join(parts)
+    if stream.seekable():
+        stream.seek(0)
+        return head, stream
+    return head, cast(BinaryIO, io.BufferedReader(Prefixed(head, stream)))
+
+
+def seekable(stream: BinaryIO, stack: ExitStack) -> BinaryIO:
+    """Return the stream, or a copy of it in a temporary file where it cannot seek."""
+    if stream.seekable() and not isinstance(stream, (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile)):
+        return stream
+    copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed by the stack
+    shutil.copyfileobj(stream, copy, 1 << 20)
+    copy.seek(0)
+    return cast(BinaryIO, copy)
+
+
+def members(stream: BinaryIO, kind: str, name: str, stack: ExitStack) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield (name, stream) of each file in a zip or tar. Raises `NotText` for documents that are zip inside."""
+    if kind == "tar":
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                if member.isfile() and (file := tar.extractfile(member)) is not None:
+                    yield member.name, cast(BinaryIO, file)
+        return
+    with zipfile.ZipFile(seekable(stream, stack)) as archive:
+        names = archive.namelist()
+        if "[Content_Types].xml" in names or names[:1] == ["mimetype"]:
+            raise NotText(name, "an Office document or book: save it as text or CSV")
+        if "data.pkl" in {entry.rpartition("/")[2] for entry in names}:
+            raise NotText(name, "a PyTorch file")
+        for entry in archive.infolist():
+            if entry.flag_bits & 1:
+                raise unreadable(f"{name} is encrypted; unpack it first")
+            if not entry.is_dir():
+                with archive.open(entry) as opened:
+                    yield entry.filename, cast(BinaryIO, opened)
