@@ -84,7 +84,7 @@ def pooled(model: Any, pool: int) -> Iterator[None]:
     """Limit every router to the `pool` experts with the most probability on the document, inside the block."""
     import torch
     from connito.moe.layout import require_moe_layers
-    from connito.moe.resident import choice
+    from connito.moe.router import choice
 
     def hook(router: Any, _: Any, output: Any) -> Any:
         logits, weights, _ids = choice(output)

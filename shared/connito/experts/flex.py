@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.prune import Keep, check_prunable, prune
 from connito.moe.layout import require_moe_layers
-from connito.moe.resident import choice, compress
+from connito.moe.resident import compress
+from connito.moe.router import choice
 from connito.moe.state import raw_bytes, split_name
 from connito.v1 import reasons_pb2
 

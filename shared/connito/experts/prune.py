@@ -26,7 +26,7 @@ import torch
 from connito.errors import Invalid
 from connito.experts.measure import loss
 from connito.moe.layout import MoELayer, require_moe_layers
-from connito.moe.resident import choice
+from connito.moe.router import choice
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 
 from connito.experts.prune import record
 from connito.moe.layout import require_moe_layers
-from connito.moe.resident import choice
+from connito.moe.router import choice
 
 if TYPE_CHECKING:
     import numpy.typing as npt

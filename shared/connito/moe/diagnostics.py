@@ -210,7 +210,7 @@ def _by_rank(layers: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
 @contextmanager
 def _gates(router: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Give experts `change(weights, ids)` inside the block, instead of the gate weights [T, k] that the router reported."""
-    from connito.moe.resident import choice
+    from connito.moe.router import choice
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         logits, weights, ids = choice(output)

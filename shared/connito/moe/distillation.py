@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from connito.moe.resident import adapted_layers, choice
+from connito.moe.resident import adapted_layers
+from connito.moe.router import choice
 
 if TYPE_CHECKING:
     from torch import nn

@@ -29,6 +29,7 @@ from connito.moe.layout import (
     layer_index,
     require_moe_layers,
 )
+from connito.moe.router import Call, choice
 from connito.moe.state import TargetState, split_name, tensor_name
 from connito.protocol.policy.choices import ROUTING_MODES
 from connito.v1 import reasons_pb2
@@ -41,8 +42,8 @@ TARGET = "target_"
 HELPER = "helper_"
 BACKGROUND = "background_"
 
-# (logits [T, N], weights [T, k], ids [T, k]) -> (weights, ids); id N is the skip slot.
-Reroute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# What a router did -> what it is to report instead; id N is the skip slot.
+Reroute = Callable[[Call], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,8 @@ def install(
     experts.connito_where = residents.where()
     # The dispatcher reads the name from the module's configuration at every call; only this layer gets another one.
     experts.config = Implementation(experts.config, IMPLEMENTATION)
-    reroute: Reroute = _Routing(layer, residents, routing_mode)
-    experts.connito_reroute = reroute
-    if 0 < top_k < layer.top_k:
-        reroute = thinned(reroute, top_k, residents.num_experts, _renormalises(layer.router))
-    layer.router.register_forward_hook(_router_hook(reroute))
+    experts.connito_reroute = _Routing(residents, routing_mode, top_k if 0 < top_k < layer.top_k else 0)
+    layer.router.register_forward_hook(_router_hook(experts.connito_reroute), with_kwargs=True)
     register(IMPLEMENTATION, resident_experts_forward)
 
 
@@ -274,82 +272,32 @@ def _linear(self: Any, x: torch.Tensor, bank: str, row: int, name: str) -> torch
 
 
 def _router_hook(reroute: Reroute) -> Callable[..., Any]:
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        logits, weights, ids = choice(output)
-        flat_weights, flat_ids = reroute(logits.reshape(-1, logits.shape[-1]), _rows(weights), _rows(ids))
-        shape = (*ids.shape[:-1], flat_ids.shape[-1])
-        return (output[0], flat_weights.view(shape), flat_ids.view(shape), *output[3:])
+    def hook(router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        logits, _, ids = choice(output)
+        again = reroute(Call(router, args, output, kwargs))
+        _, new_weights, new_ids = choice(again)
+        shape = (*ids.shape[:-1], new_ids.shape[-1])
+        return (logits, new_weights.reshape(shape), new_ids.reshape(shape), *again[3:])
 
     return hook
 
 
-def choice(output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (logits, weights, ids) that a router reported. Raises `Invalid` for a router that reports something else."""
-    fits = (
-        isinstance(output, tuple)
-        and len(output) >= 3
-        and all(isinstance(part, torch.Tensor) for part in output[:3])
-        and not output[2].is_floating_point()
-        and output[1].shape == output[2].shape
-    )
-    if not fits:
-        raise Invalid(
-            "this family's router does not report (logits, weights, ids), so its routing can be neither measured nor "
-            "replaced; use a family that follows the transformers experts interface",
-            reason=reasons_pb2.REASON_SELECTION_FAILED,
-        )
-    return output[0], output[1], output[2]
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def thinned(reroute: Reroute, top_k: int, total: int, renormalise: bool) -> Reroute:
-    """Wrap `reroute` so that a token keeps its `top_k` heaviest slots and the others go to the skip slot.
-
-    A miner with less compute takes part with fewer experts per token (FFT-MoE). Where the family normalises its gates to
-    a fixed sum, the kept ones are scaled up to it.
-    """
-
-    def fewer(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = reroute(logits, weights, ids)
-        kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, weights.topk(top_k, dim=-1).indices, True)
-        fewer_weights = weights.masked_fill(~kept, 0)
-        if renormalise:
-            part = fewer_weights.sum(-1, keepdim=True)
-            fewer_weights = fewer_weights * (
-                weights.sum(-1, keepdim=True) / part.where(part != 0, torch.ones_like(part))
-            )
-        # The skip id is the background expert's too, but a weight of zero adds nothing there.
-        return fewer_weights, ids.masked_fill(~kept, total)
-
-    return fewer
-
-
-def _renormalises(router: Any) -> bool:
-    return bool(getattr(router, "norm_topk_prob", False))
-
-
 class _Routing:
-    """A routing mode as a function of what the router reported."""
+    """A routing mode, at `top_k` experts a token or as many as the family takes (0), as a function of a router's call."""
 
-    def __init__(self, layer: MoELayer, residents: Residents, mode: str) -> None:
-        total = residents.num_experts
-        self.total, self.mode, self.background = total, mode, residents.background
-        self.present = torch.zeros(total + 1, dtype=torch.bool)
+    def __init__(self, residents: Residents, mode: str, top_k: int = 0) -> None:
+        self.total, self.mode, self.top_k, self.background = residents.num_experts, mode, top_k, residents.background
+        self.present = torch.zeros(self.total + 1, dtype=torch.bool)
         self.present[[*residents.targets, *residents.helpers]] = True
         self.helpers = torch.tensor(residents.helpers, dtype=torch.long)
         self.residents = torch.tensor(sorted((*residents.targets, *residents.helpers)), dtype=torch.long)
-        self.scale = float(getattr(layer.router, "routed_scaling_factor", 1.0) or 1.0)
-        self.renormalise = _renormalises(layer.router)
 
-    def __call__(
-        self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.mode == "natural":
-            return self._natural(logits, weights, ids)
-        return self._among(logits, weights, ids)
+    def __call__(self, call: Call) -> tuple[Any, ...]:
+        if self.mode != "natural":
+            return call.among(self.residents, self.total, top_k=self.top_k, alone=self.mode == "restricted")
+        output = thinned(call, self.top_k, self.total) if self.top_k else call.output
+        logits, weights, ids = choice(output)
+        return (logits, *self._natural(logits.reshape(-1, logits.shape[-1]), _rows(weights), _rows(ids)), *output[3:])
 
     def _natural(
         self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
@@ -363,18 +311,20 @@ class _Routing:
         best = beside[logits.index_select(-1, beside).argmax(dim=-1, keepdim=True)]
         return weights, torch.where(absent, best.to(ids.dtype), ids)
 
-    def _among(
-        self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rerouting of a mode. `masked`: softmax over all experts, top-k among residents; `restricted`:
-        softmax over residents only.
-        """
-        here, masked = self.residents.to(ids.device), self.mode == "masked"
-        if masked:
-            scores = logits.float().softmax(dim=-1).index_select(-1, here)
-        else:
-            scores = logits.index_select(-1, here).float().softmax(dim=-1)
-        top, position = scores.topk(min(ids.shape[-1], len(here)), dim=-1)
-        if self.renormalise and not masked:
-            top = top / top.sum(dim=-1, keepdim=True)
-        return (top * self.scale).to(weights.dtype), here[position].to(ids.dtype)
+
+def thinned(call: Call, top_k: int, total: int) -> tuple[Any, ...]:
+    """Return what the family's router reports at `top_k` experts a token, for a miner with less compute (FFT-MoE).
+
+    The weights are those that the call reported, which a hook before may have moved, at the sum that the family gives.
+    """
+    fewer = call.fewer(total, top_k)
+    (_, weights, ids), (_, family, kept) = choice(call.output), choice(fewer)
+    same = _rows(kept)[:, :, None] == _rows(ids)[:, None]
+    own = (same * _rows(weights)[:, None]).sum(-1)
+    whole = own.sum(-1, keepdim=True)
+    scale = _rows(family).sum(-1, keepdim=True) / whole.where(whole != 0, torch.ones_like(whole))
+    return (fewer[0], (own * scale).to(weights.dtype).view(kept.shape), kept, *fewer[3:])
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

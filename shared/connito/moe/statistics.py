@@ -259,7 +259,7 @@ def collect(
     import torch
 
     from connito.moe.layout import require_moe_layers
-    from connito.moe.resident import choice
+    from connito.moe.router import choice
 
     layers = require_moe_layers(model)
     out, read = RoutingStatistics(routers=router_digest(layers)), hashlib.sha256()

@@ -215,7 +215,7 @@ class TrainPolicy(_message.Message):
     """AdamW's."""
     routing_mode: _builtins.str
     """Where a training model sends tokens: as the full one, though absent experts add nothing (natural); to the best residents,
-    with weights over all experts (masked), or over residents alone (restricted).
+    scored beside all experts (masked), or as if there were no others (restricted). Weights follow the family's own law.
     """
     replay_share: _builtins.float
     """Share of general-domain sequences mixed into each batch."""
