@@ -1,8 +1,9 @@
 """The part of the base model that a miner needs, from wherever it is cheapest.
 
 On the machine that holds the whole base in its cache, tensors are memory-mapped and shared by everybody there.
-Elsewhere only byte ranges are fetched: the shared tensors, and the rows of the selected experts and their helpers. The
-ranges are kept in the cache, by content, for a restart and for other miners on the machine.
+Elsewhere only byte ranges are fetched: the shared tensors, and the rows of the selected experts and of what is to stay
+beside them, which is every expert where the memory is there (`connito.moe.residency`). The ranges are kept in the cache,
+by content, for a restart and for other miners on the machine.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Retry, VerificationFailed
+from connito.moe.residency import HELPERS
 from connito.v1.run_pb2 import SelectionMade
 from connito.wire.facts import RunFacts
 
 from .adapters import Downloads, RangeReader
 
 if TYPE_CHECKING:
+    from connito.moe.footprint import Workload
     from torch import nn
 
 
@@ -60,29 +63,30 @@ class Base:
         ranges = Ranges(dict(zip(needed, urls, strict=True)), downloads.cache.folder / "ranges")
         return cls(manifest, None, ranges, background)
 
-    def load(self, facts: RunFacts, device: Any, *, top_k: int = 0, half: bool = False) -> nn.Module:
+    def load(self, facts: RunFacts, device: Any, work: Workload, *, top_k: int = 0) -> nn.Module:
         """Return the training model on `device`. Blocking. Raises `Retry` when the store is away or damaged bytes came.
 
-        top_k and half are the miner's own choice: experts per token, and frozen matrices in bfloat16.
+        work and top_k are the miner's own choice: what is resident and as what, and experts per token.
         """
         from connito.moe.resident import add_background
         from connito.moe.state import load_state
 
-        model = self._load(facts, top_k, half).to(device)
-        if self.background is not None:
+        model = self._load(facts, work, top_k).to(device)
+        if self.background is not None and work.residency == HELPERS:
             add_background(model, load_state(self.background))
         return model
 
-    def _load(self, facts: RunFacts, top_k: int, half: bool) -> nn.Module:
+    def _load(self, facts: RunFacts, work: Workload, top_k: int) -> nn.Module:
         from connito.base.loading import load_resident, load_resident_local
 
         targets, helpers = experts_of(facts.require_selection())
         mode = facts.require_spec().training.routing_mode or "natural"
+        how: dict[str, Any] = {"top_k": top_k, "half": work.half, "residency": work.residency}
         if self.files is not None:
-            return load_resident_local(self.files, targets, helpers, mode, top_k=top_k, half=half)
+            return load_resident_local(self.files, targets, helpers, mode, **how)
         assert self.ranges is not None
         try:
-            return load_resident(self.manifest, self.ranges.read, targets, helpers, mode, top_k=top_k, half=half)
+            return load_resident(self.manifest, self.ranges.read, targets, helpers, mode, **how)
         except VerificationFailed as error:
             # Whether the cache or the transfer was damaged, a fresh copy is the remedy.
             self.ranges.forget()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from connito.protocol.policy.choices import ADVERSARIES, one_of
 from connito.runtime.settings import ServiceSettings
@@ -42,6 +43,11 @@ class TrainerSettings(ServiceSettings):
     )
     memory_bytes: int = Field(
         0, ge=0, description="memory that the training model may take; 0: what is free when it is loaded"
+    )
+    residency: Literal["auto", "all", "four-bit", "helpers"] = Field(
+        "auto",
+        description="frozen experts to hold beside the targets: all of them as stored, all in four bits, or the run's few "
+        "helpers; auto: the first of these that fits",
     )
     trainer_adversary: str = Field(
         "",

@@ -9,12 +9,13 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.data.corpus import Corpus, Tokens
 from connito.errors import Invalid, Retry
+from connito.moe.residency import AUTO
 from connito.moe.schedule import Schedule
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
@@ -28,6 +29,7 @@ from .strategy import Effort
 
 if TYPE_CHECKING:
     from connito.moe.distillation import ShadowRouters
+    from connito.moe.footprint import Workload
     from connito.moe.moments import Moments
     from connito.moe.training import Step
     from torch import nn
@@ -170,8 +172,8 @@ class LocalTrainer:
             settings = self._settings
             prepare_torch(settings.torch_threads)
             device = device_of(settings.device)
-            check_memory(facts, base, device, settings)
-            model = base.load(facts, device, top_k=settings.top_k, half=settings.bf16_parameters)
+            work = check_memory(facts, base, device, settings)
+            model = base.load(facts, device, work, top_k=settings.top_k)
             log.info("model loaded", source=base.source, seconds=round(time.perf_counter() - begun, 2))
             self._loaded = _Loaded(facts.run, model)
         return self._loaded.model
@@ -238,21 +240,29 @@ def shadow_of(model: nn.Module, policy: TrainPolicy) -> ShadowRouters | None:
     return ShadowRouters(model, Distillation(policy.router_distillation, policy.distillation_share))
 
 
-def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSettings) -> None:
-    """Raise `Invalid` (DOES_NOT_FIT) with the numbers when the training model will not fit, before any of it is loaded."""
+def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSettings) -> Workload:
+    """Return what the training model will be like, chosen by the memory there is before any of it is loaded.
+
+    Raises `Invalid` (DOES_NOT_FIT) with the numbers when it will not fit.
+    """
     import torch
-    from connito.moe.footprint import Workload, free_bytes, predict, require_fit
+    from connito.moe.footprint import Workload, best_fit, free_bytes, predict, require_fit
 
     policy = facts.require_spec().training
     targets, helpers = experts_of(facts.require_selection())
     sequences = min(settings.micro_batch or policy.batch_sequences, policy.batch_sequences)
     work = Workload(sequences, policy.sequence_length, settings.bf16_parameters, base.background is not None)
-    need = predict(base.manifest, targets, helpers, work)
     have = settings.memory_bytes
     if not have:
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
+    if settings.residency == AUTO:
+        work, need = best_fit(base.manifest, targets, helpers, work, have)
+    else:
+        work = replace(work, residency=settings.residency)
+        need = predict(base.manifest, targets, helpers, work)
     require_fit(need, have, f"this machine ({device})" if not settings.memory_bytes else "CONNITO_MEMORY_BYTES")
-    log.info("memory predicted", need_bytes=need.total, free_bytes=have)
+    log.info("memory predicted", need_bytes=need.total, free_bytes=have, residency=work.residency)
+    return work
 
 
 def prepare_torch(threads: int) -> None:

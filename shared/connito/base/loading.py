@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,15 @@ from connito.base.stored import ReadRow, ReadTensor, Stored, locate
 from connito.data.manifest import Manifest, Range, Reader, TensorEntry, checked
 from connito.errors import Invalid, NotFound
 from connito.moe.layout import as_targets, require_moe_layers
+from connito.moe.residency import ALL, FOUR_BIT, HELPERS
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from connito.moe.four_bit import FourBit
+    from connito.moe.residency import Residents
 
 
 def build_empty(config: Any, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -116,14 +120,16 @@ def load_resident(
     *,
     top_k: int = 0,
     half: bool = False,
+    residency: str = HELPERS,
 ) -> nn.Module:
-    """Return `compress(load_full(…))` without ever holding or fetching the full model.
+    """Return `compress(load_full(…))` without ever holding the full model, or fetching what is not kept of it.
 
     Reads the shared tensors, and of each adapted layer only the rows of targets and helpers, through `reader`; every
     range is checked against the manifest. Fused and one by one, in one file or many: see `connito.base.stored`. Raises
     `VerificationFailed` for wrong bytes, `Invalid` for a base that lacks a tensor.
 
     half: matrices that stay frozen are held in bfloat16, routers excepted, each cast as it arrives; train under autocast.
+    residency: with `four-bit` every frozen expert is packed as it arrives, one at a time (`connito.moe.residency`).
     """
     config = config_from_json(manifest_file(manifest, reader, "config.json"))
 
@@ -139,7 +145,7 @@ def load_resident(
         _Source(manifest.tensors, tensor, row),
         selection,
         helpers or {},
-        _TrainingSetup(routing_mode, top_k, half),
+        _TrainingSetup(routing_mode, top_k, half, residency),
     )
 
 
@@ -151,6 +157,7 @@ def load_resident_local(
     *,
     top_k: int = 0,
     half: bool = False,
+    residency: str = HELPERS,
 ) -> nn.Module:
     """Return `load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows
     copied.
@@ -168,7 +175,7 @@ def load_resident_local(
         _Source(tensors, tensors.__getitem__, row),
         selection,
         helpers or {},
-        _TrainingSetup(routing_mode, top_k, half),
+        _TrainingSetup(routing_mode, top_k, half, residency),
     )
 
 
@@ -188,6 +195,7 @@ class _TrainingSetup:
     routing_mode: str
     top_k: int
     half: bool
+    residency: str
 
     def held(self, tensor: torch.Tensor, *, router: bool = False) -> torch.Tensor:
         """Return a frozen tensor as it is kept. Routers stay exact: another rounding would choose other experts."""
@@ -201,26 +209,17 @@ class _TrainingSetup:
 def _resident(
     config: Any, source: _Source, selection: Any, helpers: Mapping[int, Iterable[int]], how: _TrainingSetup
 ) -> nn.Module:
-    import torch
-
     from connito.moe.resident import install, resident_plan
 
     model = build_meta(config)
     layers = require_moe_layers(model)
-    plan = resident_plan(layers, as_targets(selection), helpers, how.routing_mode)
+    plan = resident_plan(layers, as_targets(selection), helpers, how.routing_mode, how.residency)
     stored = locate(model, source.names)
     routers = {f"{layer.router_name}." for layer in layers.values()}
     for index, residents in plan.items():
-
-        def pick(name: str, experts: tuple[int, ...], index: int = index) -> torch.Tensor:
-            bank = getattr(layers[index].experts, name)
-            if not experts:
-                return torch.empty(0, *bank.shape[1:], dtype=bank.dtype)
-            rows = _found(stored, f"{layers[index].experts_name}.{name}").rows(experts, source.read, source.read_row)
-            return rows.to(bank.dtype)
-
+        experts, name_of = layers[index].experts, f"{layers[index].experts_name}.{{}}".format
         banks = {
-            name: (pick(name, residents.targets), how.held(pick(name, residents.helpers)))
+            name: _rows(_found(stored, name_of(name)), getattr(experts, name), residents, source, how)
             for name in layers[index].parameters
         }
         install(layers[index], residents, banks, how.routing_mode, how.top_k)
@@ -235,6 +234,29 @@ def _resident(
     for name in trainable:
         model.get_parameter(name).requires_grad_(True)
     return model
+
+
+def _rows(
+    stored: Stored, bank: torch.Tensor, residents: Residents, source: _Source, how: _TrainingSetup
+) -> tuple[torch.Tensor, torch.Tensor | FourBit]:
+    """Return (target rows, frozen rows) of one tensor of a bank, which itself has no storage yet."""
+    import torch
+
+    from connito.moe.four_bit import hold
+
+    def pick(experts: Sequence[int]) -> torch.Tensor:
+        if not experts:
+            return torch.empty(0, *bank.shape[1:], dtype=bank.dtype)
+        return stored.rows(experts, source.read, source.read_row).to(bank.dtype)
+
+    if how.residency == ALL:
+        whole = stored.whole(source.read).to(bank.dtype)
+        return whole[list(residents.targets)], how.held(whole)
+    if how.residency == FOUR_BIT:
+        one_by_one = (pick([expert])[0] for expert in residents.helpers)
+        dtype = how.held(bank).dtype
+        return pick(residents.targets), hold(one_by_one, len(residents.helpers), bank.shape[1:], dtype)
+    return pick(residents.targets), how.held(pick(residents.helpers))
 
 
 def _found(stored: Mapping[str, Stored], name: str) -> Stored:

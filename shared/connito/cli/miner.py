@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -14,6 +14,7 @@ from connito.render import formats
 
 app = typer.Typer(no_args_is_help=True, help="Take part as a miner.")
 KeyFile = Annotated[Path, typer.Option("--key", help="The miner's key file.", envvar="CONNITO_KEY_FILE")]
+Residency = Literal["auto", "all", "four-bit", "helpers"]
 DEFAULT_KEY = Path("miner.nk")
 
 
@@ -85,21 +86,30 @@ def fits(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences that go through the model at once.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
     bf16_parameters: Annotated[bool, typer.Option(help="Frozen weights in bfloat16.")] = False,
+    residency: Annotated[Residency, typer.Option(help="Frozen experts to hold; auto: the best that fits.")] = "auto",
     memory_bytes: Annotated[int, typer.Option(min=0, help="Memory to fit into; 0: what is free here.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Predict the memory of training a selection, before anything is loaded; exit 3 when it does not fit."""
     from connito.data.manifest import build_manifest
-    from connito.moe.footprint import Workload, free_bytes, predict, require_fit
+    from connito.moe.footprint import Workload, best_fit, free_bytes, predict, require_fit
+    from connito.moe.residency import AUTO, HELPERS
 
     targets, helpers = _experts(selection)
-    need = predict(build_manifest(base), targets, helpers, Workload(sequences, length, bf16_parameters))
-    have = memory_bytes or free_bytes()
+    manifest, have = build_manifest(base), memory_bytes or free_bytes()
+    work = Workload(sequences, length, bf16_parameters, residency=HELPERS if residency == AUTO else residency)
+    need = predict(manifest, targets, helpers, work)
+    if residency == AUTO:
+        work, need = best_fit(manifest, targets, helpers, work, have)
     emit(
         as_json,
-        {**need.to_json(), "available": have, "fits": need.total <= have},
+        {**need.to_json(), "residency": work.residency, "available": have, "fits": need.total <= have},
         lambda: "\n".join(
-            f"{name:<12}{formats.size(value):>10}" for name, value in {**need.to_json(), "available": have}.items()
+            [
+                f"{'residency':<12}{work.residency:>10}",
+                *(f"{name:<12}{formats.size(value):>10}" for name, value in need.to_json().items()),
+                f"{'available':<12}{formats.size(have):>10}",
+            ]
         ),
     )
     require_fit(need, have, "--memory-bytes" if memory_bytes else "this machine")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from connito.data.manifest import Manifest
+from connito.data.manifest import Manifest, TensorEntry
 from connito.errors import Invalid
+from connito.moe.residency import ALL, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
 from connito.render.formats import size
 from connito.v1 import reasons_pb2
 
@@ -29,12 +30,15 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Workload:
-    """A miner's training settings. `sequences` go through the model at once; `half` holds what is frozen in bfloat16."""
+    """A miner's training settings. `sequences` go through the model at once; `half` holds what is frozen in bfloat16;
+    `residency`: see `connito.moe.residency`.
+    """
 
     sequences: int
     length: int
     half: bool = False
     background: bool = False
+    residency: str = HELPERS
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,14 @@ def predict(
     frozen, item = 0, 4
     for tensor in manifest.tensors.values():
         layer = manifest.is_expert(tensor.name)
-        if layer is None or layer not in targets:
+        if layer is None or (layer not in targets and work.residency != FOUR_BIT):
             frozen += _halved(tensor.length, tensor.dtype, work.half)
-        elif layer in targets:
+        elif work.residency == FOUR_BIT:
+            frozen += _packed(tensor, counts[layer], len(set(targets.get(layer, ()))))
+        if layer in targets:
             item = ITEM_BYTES.get(tensor.dtype, 4)
     trained = sum(sizes[layer] * len(set(experts)) for layer, experts in targets.items())
-    beside = sum(sizes[layer] * (len(set(helpers.get(layer, ()))) + int(work.background)) for layer in targets)
+    beside = sum(sizes[layer] * _beside(counts[layer], set(helpers.get(layer, ())), work) for layer in targets)
     frozen += beside * 2 // item if work.half and item > 2 else beside
     numbers = trained // item
     # A copy in float32 beside rows that are stored shorter, and gradients of both.
@@ -87,6 +93,37 @@ def predict(
         moments=8 * numbers,
         activations=_activations(manifest, min(targets, default=0), work),
     )
+
+
+def best_fit(
+    manifest: Manifest,
+    targets: Mapping[int, Sequence[int]],
+    helpers: Mapping[int, Sequence[int]],
+    work: Workload,
+    have: int,
+) -> tuple[Workload, Footprint]:
+    """Return the best residency whose training model fits into `have` bytes, as (workload, footprint); helpers if none does."""
+    for residency in RESIDENCIES:
+        chosen = replace(work, residency=residency)
+        need = predict(manifest, targets, helpers, chosen)
+        if need.total <= have:
+            break
+    return chosen, need
+
+
+def _beside(experts: int, helpers: Set[int], work: Workload) -> int:
+    """Return how many experts of an adapted layer are held as they are stored, beside the targets' own copies."""
+    if work.residency == ALL:
+        return experts
+    return 0 if work.residency == FOUR_BIT else len(helpers) + int(work.background)
+
+
+def _packed(tensor: TensorEntry, experts: int, trained: int) -> int:
+    """Return bytes in four bits of what a tensor holds of the frozen experts: a row of each, or one expert's matrix."""
+    if not tensor.rows:
+        return four_bit_bytes(math.prod(tensor.shape)) * (experts - trained) // experts
+    row = tensor.shape[1:]
+    return (experts - trained) * (four_bit_bytes(math.prod(row)) if len(row) > 1 else tensor.length // experts)
 
 
 def _halved(length: int, dtype: str, half: bool) -> int:

@@ -1,6 +1,7 @@
-"""The training model M(Φ, R, θ ∪ H): only target rows and a few frozen helpers of each adapted layer stay in memory.
+"""The training model M(Φ, R, θ ∪ H): of each adapted layer the target rows and frozen helpers beside them.
 
-The rows of the targets become one trainable parameter per tensor, the helpers a frozen buffer. Masking gradients of a
+Helpers are a few experts, or all others, as they are stored or in four bits (`connito.moe.residency`). The rows of the
+targets become one trainable parameter per tensor, the helpers a frozen buffer. Masking gradients of a
 whole bank instead would let AdamW's weight decay move frozen experts and keep its moments for every one of them.
 
 Two plugs make this work in every family: a forward hook on the router rewrites what it chose (the routing mode), and an
@@ -12,13 +13,14 @@ Shapes: T tokens, k experts per token, N experts in the layer, S targets and H h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from connito.errors import Invalid
+from connito.moe.four_bit import FourBit, frozen_linear, hold
 from connito.moe.implementation import Implementation, register
 from connito.moe.layout import (
     ROUTER_NAMES,
@@ -29,6 +31,7 @@ from connito.moe.layout import (
     layer_index,
     require_moe_layers,
 )
+from connito.moe.residency import ALL, BACKGROUND, FOUR_BIT, HELPER, HELPERS, TARGET, Residents
 from connito.moe.router import Call, choice
 from connito.moe.state import TargetState, split_name, tensor_name
 from connito.protocol.policy.choices import ROUTING_MODES
@@ -38,33 +41,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 IMPLEMENTATION = "connito_resident"
-TARGET = "target_"
-HELPER = "helper_"
-BACKGROUND = "background_"
 
 # What a router did -> what it is to report instead; id N is the skip slot.
 Reroute = Callable[[Call], tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Residents:
-    """Experts of one layer that are in memory, both lists ascending; `background`: one merged expert stands for the rest."""
-
-    targets: tuple[int, ...]
-    helpers: tuple[int, ...]
-    num_experts: int
-    background: bool = False
-
-    def where(self) -> list[tuple[int, str, int]]:
-        """Return (expert id, prefix of the bank it is in, its row there), ascending by id, as a full model would visit
-        them.
-
-        The background expert has the id of the skip slot, N: whoever would be skipped goes to it.
-        """
-        rows = [(e, TARGET, i) for i, e in enumerate(self.targets)] + [
-            (e, HELPER, i) for i, e in enumerate(self.helpers)
-        ]
-        return sorted(rows) + ([(self.num_experts, BACKGROUND, 0)] if self.background else [])
 
 
 def compress(
@@ -74,12 +53,14 @@ def compress(
     routing_mode: str = "natural",
     background: Mapping[str, torch.Tensor] | None = None,
     top_k: int = 0,
+    residency: str = HELPERS,
 ) -> nn.Module:
     """Turn a full model into a training model, in place, and return it.
 
     selection: target experts by layer; helpers: frozen experts that stay beside them; background: one merged expert for
-    all that are absent, `[1, …]` per tensor (`connito.moe.background`); top_k: see `thinned`. Every layer that is not
-    selected keeps its full bank, frozen. Afterwards the only parameters that require gradients are the target rows.
+    all that are absent, `[1, …]` per tensor (`connito.moe.background`); top_k: see `thinned`; residency: all experts are
+    helpers with `all` and `four-bit`. Every layer that is not selected keeps its full bank, frozen, or has it in four
+    bits. Afterwards the only parameters that require gradients are the target rows.
 
     Raises `Invalid` for an unknown routing mode, a selection that does not fit, a helper that is a target, or a router
     that does not report its choice.
@@ -87,12 +68,12 @@ def compress(
     layers = require_moe_layers(model)
     targets = as_targets(selection)
     check_routers(layers, selection)
-    plan = resident_plan(layers, targets, helpers or {}, routing_mode)
+    plan = resident_plan(layers, targets, helpers or {}, routing_mode, residency)
     model.requires_grad_(False)
     for index, residents in plan.items():
         layer = layers[index]
         banks = {name: getattr(layer.experts, name).detach() for name in layer.parameters}
-        rows = {name: (bank[list(residents.targets)], bank[list(residents.helpers)]) for name, bank in banks.items()}
+        rows = {name: (bank[list(residents.targets)], _frozen(bank, residents)) for name, bank in banks.items()}
         install(layer, residents, rows, routing_mode, top_k)
     if background is not None:
         add_background(model, background)
@@ -104,8 +85,9 @@ def resident_plan(
     targets: Mapping[int, list[int]],
     helpers: Mapping[int, Iterable[int]],
     routing_mode: str,
+    residency: str = HELPERS,
 ) -> dict[int, Residents]:
-    """Return, checked, the experts that stay in memory in each adapted layer."""
+    """Return, checked, the experts that stay in memory, of each layer that is adapted or held in four bits."""
     if routing_mode not in ROUTING_MODES:
         raise Invalid(
             f"unknown routing mode {routing_mode!r}: use {', '.join(ROUTING_MODES)}", reason=reasons_pb2.REASON_BAD_SPEC
@@ -114,43 +96,60 @@ def resident_plan(
         raise Invalid("the selection is empty: there is nothing to train", reason=reasons_pb2.REASON_SELECTION_FAILED)
     check_targets(layers, dict(targets))
     plan = {}
-    for index, experts in targets.items():
+    for index in layers if residency == FOUR_BIT else targets:
+        experts, total = targets.get(index, []), layers[index].num_experts
         beside = sorted({int(e) for e in helpers.get(index, ())})
-        total = layers[index].num_experts
+        if residency in (ALL, FOUR_BIT):
+            beside = sorted(set(range(total)) - set(experts))
         if set(beside) & set(experts) or any(not 0 <= e < total for e in beside):
             raise Invalid(
                 f"helpers {beside} of layer {index} must be experts 0–{total - 1} that are not targets {experts}",
                 reason=reasons_pb2.REASON_BAD_SPEC,
             )
-        plan[index] = Residents(tuple(experts), tuple(beside), total)
+        plan[index] = Residents(tuple(experts), tuple(beside), total, residency=residency)
     return plan
+
+
+def _frozen(bank: torch.Tensor, residents: Residents) -> torch.Tensor | FourBit:
+    if residents.residency == ALL:
+        return bank
+    if residents.residency == FOUR_BIT:
+        return hold((bank[e] for e in residents.helpers), len(residents.helpers), bank.shape[1:], bank.dtype)
+    return bank[list(residents.helpers)]
 
 
 def install(
     layer: MoELayer,
     residents: Residents,
-    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor | FourBit]],
     routing_mode: str,
     top_k: int = 0,
 ) -> None:
     """Replace the full bank of one layer by (target rows, helper rows) per tensor and plug in the routing mode.
 
-    The rows become the model's own storage. Raises `Invalid` when `compress` was here before.
+    The rows become the model's own storage. A layer without targets keeps its routing, and only its experts are held
+    otherwise. Raises `Invalid` when `compress` was here before.
     """
     experts: Any = layer.experts
-    if hasattr(experts, "connito_residents"):
+    if hasattr(experts, "connito_where"):
         raise Invalid("this model is compressed already; load the full model again", reason=reasons_pb2.REASON_BAD_SPEC)
     for name, (targets, beside) in rows.items():
         delattr(experts, name)
-        experts.register_parameter(TARGET + name, torch.nn.Parameter(targets, requires_grad=True))
-        experts.register_buffer(HELPER + name, beside, persistent=False)
-    experts.connito_residents = residents
+        if residents.targets:
+            experts.register_parameter(TARGET + name, torch.nn.Parameter(targets, requires_grad=True))
+        if isinstance(beside, FourBit):
+            experts.add_module(HELPER + name, beside)
+        else:
+            experts.register_buffer(HELPER + name, beside, persistent=False)
     experts.connito_where = residents.where()
     # The dispatcher reads the name from the module's configuration at every call; only this layer gets another one.
     experts.config = Implementation(experts.config, IMPLEMENTATION)
+    register(IMPLEMENTATION, resident_experts_forward)
+    if not residents.targets:
+        return
+    experts.connito_residents = residents
     experts.connito_reroute = _Routing(residents, routing_mode, top_k if 0 < top_k < layer.top_k else 0)
     layer.router.register_forward_hook(_router_hook(experts.connito_reroute), with_kwargs=True)
-    register(IMPLEMENTATION, resident_experts_forward)
 
 
 def add_background(model: nn.Module, background: Mapping[str, torch.Tensor]) -> None:
@@ -263,8 +262,11 @@ def _expert(self: Any, x: torch.Tensor, bank: str, row: int) -> torch.Tensor:
 
 
 def _linear(self: Any, x: torch.Tensor, bank: str, row: int, name: str) -> torch.Tensor:
-    weight: torch.Tensor = getattr(self, bank + name)[row]
+    rows: torch.Tensor | FourBit = getattr(self, bank + name)
     bias = getattr(self, f"{bank}{name}_bias")[row] if self.has_bias else None
+    if isinstance(rows, FourBit):
+        return frozen_linear(x, rows, row, bias, self.is_transposed)
+    weight = rows[row]
     if not self.is_transposed:
         return F.linear(x, weight, bias)
     product: torch.Tensor = x @ weight

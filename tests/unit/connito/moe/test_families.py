@@ -12,6 +12,7 @@ from connito.data.manifest import FileEntry, build_manifest
 from connito.errors import Invalid
 from connito.moe.evaluate import Evaluator
 from connito.moe.layout import require_moe_layers, shared_experts
+from connito.moe.residency import FOUR_BIT
 from connito.moe.resident import compress, target_parameters
 from connito.moe.rows import assert_only_changed, fingerprint, write_rows
 from connito.moe.selection import select_experts
@@ -21,6 +22,7 @@ from connito.moe.training import train_local
 
 from tests.support.families import FAMILIES, IDS, TABLES, logits, tiny_model
 from tests.support.files import directory_reader
+from tests.support.packed import dequantised
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +82,10 @@ def test_family(family: str, tmp_path: Path) -> None:
     # Natural routing with every other expert beside the targets is the full model.
     worker = compress(copy.deepcopy(model), selection, {top: [e for e in range(count) if e not in (0, 2)]})
     torch.testing.assert_close(logits(worker), reference, rtol=1e-5, atol=1e-6)
+
+    # With all others in four bits it is the full model that has them as they come back.
+    packed = compress(copy.deepcopy(model), selection, residency=FOUR_BIT)
+    torch.testing.assert_close(logits(packed), logits(dequantised(model, packed, selection)), rtol=1e-5, atol=1e-6)
 
     # Only selected rows get gradients.
     worker(input_ids=IDS, use_cache=False).logits.square().mean().backward()
