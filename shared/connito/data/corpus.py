@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import mmap
+import tempfile
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connito.data.tensors import read_tensors, tensor_bytes
+from connito.data.tensors import TensorWriter, layout_of, read_tensors, tensor_bytes
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.hashing import hash_fields
 
 BATCH_TAG = b"connito.v1.batches"
 Tokens = NDArray[np.int32]
+# Bytes of tokens from which a corpus that is being made lies on disk.
+_IN_MEMORY = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,20 @@ class Corpus:
             raise _broken("a token id is negative")
 
     @classmethod
-    def from_documents(cls, documents: Sequence[Sequence[int]], metadata: Mapping[str, str] | None = None) -> Corpus:
-        """Build from token ids per document."""
-        lengths = np.fromiter((len(document) for document in documents), np.int64, len(documents))
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        tokens = np.fromiter((token for document in documents for token in document), np.int32, int(offsets[-1]))
-        return cls(tokens, offsets, dict(metadata or {}))
+    def from_documents(cls, documents: Iterable[Sequence[int]], metadata: Mapping[str, str] | None = None) -> Corpus:
+        """Build from token ids per document, which are taken one at a time; many tokens are kept on disk."""
+        ends = array("q", [0])
+        with tempfile.SpooledTemporaryFile(_IN_MEMORY) as file:
+            for document in documents:
+                file.write(np.fromiter(document, np.int32, len(document)).data)
+                ends.append(ends[-1] + len(document))
+            if 4 * ends[-1] > _IN_MEMORY:
+                file.flush()
+                tokens = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.int32)
+            else:
+                file.seek(0)
+                tokens = np.frombuffer(file.read(), np.int32)
+        return cls(tokens, np.frombuffer(ends, np.int64), dict(metadata or {}))
 
     @classmethod
     def load(cls, source: Path | str | bytes) -> Corpus:
@@ -61,8 +75,11 @@ class Corpus:
         return tensor_bytes({"tokens": self.tokens, "offsets": self.offsets}, self.metadata)
 
     def save(self, path: Path) -> None:
-        """Write the artifact."""
-        path.write_bytes(self.to_bytes())
+        """Write the artifact, without a second copy of it in memory."""
+        arrays: dict[str, NDArray[Any]] = {"tokens": self.tokens, "offsets": self.offsets}
+        with TensorWriter(path, layout_of(arrays), self.metadata) as writer:
+            for name in writer.names:
+                writer.write(name, arrays[name])
 
     @property
     def domain(self) -> str:

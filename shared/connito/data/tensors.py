@@ -224,7 +224,7 @@ class TensorWriter:
     def write(self, name: str, array: Array) -> None:
         """Append one tensor. An array of another shape, dtype or position is a programming error."""
         assert name == self.names[self._written], f"{name} is written out of order"
-        self._file.write(_raw(name, array, *self.layout[name]))
+        self._file.write(_raw(name, array, *self.layout[name]).data)
         self._written += 1
 
     def __enter__(self) -> TensorWriter:
@@ -247,16 +247,20 @@ def tensor_bytes(
     """Build a safetensors file in memory. `dtypes` overrides names, for example `{"w": "BF16"}` for raw `uint16`
     bits.
     """
-    layout = _layout(tensors, dtypes or {})
+    layout = layout_of(tensors, dtypes or {})
     parts = [_header_bytes(layout, metadata or {})]
-    parts += [_raw(name, tensors[name], *layout[name]) for name in _order(layout)]
+    parts += [_raw(name, tensors[name], *layout[name]).tobytes() for name in _order(layout)]
     return b"".join(parts)
 
 
-def _layout(tensors: Mapping[str, Array], dtypes: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def layout_of(
+    tensors: Mapping[str, Array], dtypes: Mapping[str, str] | None = None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the layout of arrays, with the dtypes that stand for others by name. Raises `Invalid` for one that safetensors
+    cannot hold."""
     layout = {}
     for name, array in tensors.items():
-        dtype = dtypes.get(name) or _NAME_OF.get(array.dtype.newbyteorder("<"))
+        dtype = (dtypes or {}).get(name) or _NAME_OF.get(array.dtype.newbyteorder("<"))
         if dtype is None:
             raise Invalid(f"{name} has dtype {array.dtype}, which safetensors cannot hold")
         layout[name] = (dtype, tuple(array.shape))
@@ -278,10 +282,10 @@ def _header_bytes(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     return header_bytes(header)
 
 
-def _raw(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> bytes:
+def _raw(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> Array:
     assert tuple(array.shape) == shape, f"{name} has shape {array.shape}, not {shape}"
     assert array.dtype.itemsize == DTYPES[dtype].itemsize, f"{name} has dtype {array.dtype}, not {dtype}"
-    return np.ascontiguousarray(array, DTYPES[dtype] if dtype != "BF16" else np.dtype("<u2")).tobytes()
+    return np.ascontiguousarray(array, DTYPES[dtype] if dtype != "BF16" else np.dtype("<u2"))
 
 
 def to_float32(array: Array, dtype: str) -> NDArray[np.float32]:

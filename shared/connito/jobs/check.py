@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def _personal(texts: Texts) -> Iterator[Finding]:
     """Search the text for personal data by patterns, which can miss some and flag text that is harmless."""
     counts = dict.fromkeys(_PERSONAL, 0)
     first: dict[str, str] = {}
-    for document in (*texts.train, *texts.probe):
+    for document in chain(texts.train, texts.probe):
         for kind, pattern in _PERSONAL.items():
             hits = len(pattern.findall(document.text))
             if hits:

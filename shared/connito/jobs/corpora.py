@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
+
+import numpy as np
 
 from connito.data.corpus import Corpus
 from connito.errors import Invalid
@@ -20,6 +22,7 @@ from connito.v1.run_pb2 import RunSpec
 
 _WORD = re.compile(r"\w+")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BATCH_DOCUMENTS = 64
 # Enough text for a ratio to two digits.
 _SAMPLE_CHARACTERS = 400_000
 # From here on the base reads the text much worse than its own general text.
@@ -62,12 +65,12 @@ class Corpora:
 def build(texts: Texts, spec: RunSpec, context: JobContext) -> Corpora:
     """Tokenise every part and check the result: sizes against the policy, lengths, and the tokenizer's fit."""
 
-    def corpus(domain: str, split: str, documents: Sequence[Document]) -> Corpus:
+    def corpus(domain: str, split: str, documents: Iterable[Document]) -> Corpus:
         metadata = {
             "domain": domain, "split": split, "tokenizer": context.tokenizer_digest,
             "separator": str(context.tokenizer.eos_token_id),
         }  # fmt: skip
-        return Corpus.from_documents(context.encode([document.text for document in documents]), metadata)
+        return Corpus.from_documents(_encoded(documents, context), metadata)
 
     found = Corpora(
         corpus(spec.domain, "probe", texts.probe),
@@ -77,12 +80,19 @@ def build(texts: Texts, spec: RunSpec, context: JobContext) -> Corpora:
         benchmarks={name: corpus(name, "benchmark", documents) for name, documents in texts.benchmarks.items()},
     )
     if texts.replay:
-        found.replay = corpus("general", "replay", [document for part in texts.replay.values() for document in part])
+        found.replay = corpus("general", "replay", chain.from_iterable(texts.replay.values()))
     held = found.general if texts.general else dict(context.general_corpora())
     found.findings += _sizes(found, held, spec)
     found.findings += _lengths(found.train, spec.training.sequence_length)
     found.findings += _fit(found, texts, held, context)
     return found
+
+
+def _encoded(documents: Iterable[Document], context: JobContext) -> Iterator[list[int]]:
+    """Tokenise documents, a batch of them in memory at a time."""
+    remaining = iter(documents)
+    while batch := [document.text for document in islice(remaining, _BATCH_DOCUMENTS)]:
+        yield from context.encode(batch)
 
 
 def _sizes(found: Corpora, held: dict[str, Corpus], spec: RunSpec) -> list[Finding]:
@@ -144,13 +154,13 @@ def _holdout(corpus: Corpus, spec: RunSpec, domain: str) -> Finding:
 
 
 def _lengths(corpus: Corpus, length: int) -> list[Finding]:
-    sizes = sorted(int(size) for size in corpus.offsets[1:] - corpus.offsets[:-1])
+    sizes = np.sort(np.diff(corpus.offsets))
     if len(sizes) < 2:
         return []
-    cut = sum(size > length for size in sizes) / len(sizes)
+    cut = float(np.mean(sizes > length))
     numbers = {
-        "shortest": sizes[0], "median": statistics.median(sizes), "p95": sizes[int(0.95 * (len(sizes) - 1))],
-        "longest": sizes[-1], "longer_than_a_sequence": cut,
+        "shortest": int(sizes[0]), "median": float(np.median(sizes)), "p95": int(sizes[int(0.95 * (len(sizes) - 1))]),
+        "longest": int(sizes[-1]), "longer_than_a_sequence": cut,
     }  # fmt: skip
     detail = (
         f"documents have {numbers['shortest']} to {numbers['longest']} tokens, half of them at most {numbers['median']:g}; "
@@ -161,7 +171,7 @@ def _lengths(corpus: Corpus, length: int) -> list[Finding]:
 
 def _fit(found: Corpora, texts: Texts, held: dict[str, Corpus], context: JobContext) -> list[Finding]:
     """Compare the tokenizer's fit to the target's text with its fit to general text."""
-    mine = fit_of([document.text for document in texts.train], context.encode, context.tokenizer)
+    mine = fit_of((document.text for document in texts.train), context.encode, context.tokenizer)
     if mine is None:
         return []
     found.fit["target"] = mine
@@ -196,13 +206,15 @@ def _decoded(held: dict[str, Corpus], tokenizer: Any) -> list[str]:
     return found
 
 
-def fit_of(texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]], tokenizer: Any) -> Fit | None:
+def fit_of(texts: Iterable[str], encode: Callable[[list[str]], list[list[int]]], tokenizer: Any) -> Fit | None:
     """Return tokens per word, bytes per token and fallback rate over a beginning of `texts`; None without words."""
     sample: list[str] = []
+    characters = 0
     for text in texts:
-        if sum(map(len, sample)) > _SAMPLE_CHARACTERS:
+        if characters > _SAMPLE_CHARACTERS:
             break
-        sample.append(text)
+        sample.append(text[:_SAMPLE_CHARACTERS])
+        characters += len(text)
     ids = [token for document in encode(sample) for token in document]
     words = sum(len(_WORD.findall(text)) for text in sample)
     if not ids or not words:

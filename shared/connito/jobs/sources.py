@@ -12,6 +12,7 @@ from typing import Any
 from connito.data.reading.kinds import encoded
 from connito.data.reading.reader import Reading
 from connito.data.reading.rows import Account, Row, Wanted, unreadable
+from connito.data.spool import Spool
 from connito.jobs.spec import Source
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -27,6 +28,13 @@ class Document:
     text: str
     source: int
     where: str
+
+
+def document_spool() -> Spool[Document]:
+    """Return an empty spool of documents."""
+    return Spool(
+        lambda document: json.dumps([*vars(document).values()]).encode(), lambda raw: Document(*json.loads(raw))
+    )
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
 
     async def put(domain: str, corpus: Corpus, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
         progress(f"uploading {domain}", 0.5)
-        return CorpusRef(domain=domain, artifact=await store.put_bytes(corpus.to_bytes(), SAFETENSORS, realm))
+        with tempfile.TemporaryDirectory() as folder:
+            corpus.save(file := Path(folder) / "corpus.safetensors")
+            return CorpusRef(domain=domain, artifact=await store.put_file(file, SAFETENSORS, realm))
 
     spec.probe.CopyFrom(await put(job.domain, corpora.probe, PUBLIC))
     spec.train.CopyFrom(await put(job.domain, corpora.train, PUBLIC))

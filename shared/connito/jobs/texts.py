@@ -1,22 +1,26 @@
 """Split a job's text into training, probe and held-out text, without duplicates; find contamination. Needs no model.
 
-Everything is decided by the text and the job alone, so the same job prepared anywhere gives the same corpora.
+Everything is decided by the text and the job alone, so the same job prepared anywhere gives the same corpora. Documents
+lie on disk from the moment they are read.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from connito.data.dedup import contaminated, deduplicate
 from connito.data.prepare import Split, part_of
+from connito.data.spool import Records
 from connito.errors import ConnitoError
 from connito.jobs.findings import Finding
-from connito.jobs.sources import Document, Reach, read_source, rows_of
+from connito.jobs.sources import Document, Reach, document_spool, read_source, rows_of
 from connito.jobs.spec import Job, Source
 from connito.wire.hashing import hash_fields
 
@@ -27,18 +31,20 @@ TOLERATED = 0.02
 MANY_DUPLICATES = 0.5
 _EXAMPLES = 5
 
+Documents = Sequence[Document]
+
 
 @dataclass
 class Texts:
     """The parts of a job's text. `general` and `replay` by domain, `benchmarks` by name."""
 
     reaches: list[Reach] = field(default_factory=list)
-    probe: list[Document] = field(default_factory=list)
-    train: list[Document] = field(default_factory=list)
-    holdout: list[Document] = field(default_factory=list)
-    general: dict[str, list[Document]] = field(default_factory=dict)
-    replay: dict[str, list[Document]] = field(default_factory=dict)
-    benchmarks: dict[str, list[Document]] = field(default_factory=dict)
+    probe: Documents = ()
+    train: Documents = ()
+    holdout: Documents = ()
+    general: dict[str, Documents] = field(default_factory=dict)
+    replay: dict[str, Documents] = field(default_factory=dict)
+    benchmarks: dict[str, Documents] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     def note(self, check: str, level: str, detail: str, remedy: str = "", **numbers: Any) -> None:
@@ -51,36 +57,34 @@ def sort_texts(job: Job, root: Path) -> Texts:
     what is wrong with it is among the findings, all of it at once."""
     texts = Texts()
     data = _read_all(texts, "data", job.data, root)
-    held = _read_all(texts, "holdout", job.holdout, root)
-    for entry in job.general:
-        texts.general[entry.domain] = _unique(_read_all(texts, f"general {entry.domain}", [entry], root))
+    held = _unique(_read_all(texts, "holdout", job.holdout, root))
+    general = {row.domain: _unique(_read_all(texts, f"general {row.domain}", [row], root)) for row in job.general}
     for benchmark in job.benchmarks:
         read = _read_all(texts, f"benchmark {benchmark.name}", [benchmark], root)
         texts.benchmarks[benchmark.name] = _unique(read)
-    kept = _deduplicate(texts, job, data)
-    _part(texts, job, kept, _unique(held))
+    _part(texts, job, _deduplicate(texts, job, data), held)
+    _part_general(texts, job, general)
     _decontaminate(texts, job)
     _overlap(texts)
-    _part_general(texts, job)
     texts.train = weighted(texts.train, [source.weight for source in job.data])
     return texts
 
 
-def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) -> list[Document]:
-    found: list[Document] = []
+def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) -> Records[Document]:
+    spool = document_spool()
     for number, source in enumerate(sources):
         reading = rows_of(source, root)
         reach = Reach(source.label, reading.account)
-        documents: list[Document] = []
         try:
-            documents += read_source(source, number, reading, reach)
+            for document in read_source(source, number, reading, reach):
+                spool.append(document)
         except (ConnitoError, OSError) as error:
             texts.note("reach", "error", f"{what}: {error}", "correct the path, the template or the file")
             continue
         texts.reaches.append(reach)
         account = reach.account
         numbers = {**account.to_json(), "empty": reach.empty, "characters": reach.characters}
-        if not documents:
+        if not reach.documents:
             detail = f"{what}: {reach.label} holds no text ({account}; {reach.empty} empty rows)"
             texts.note("reach", "error", detail, "fill it, or take it out of the job", **numbers)
             continue
@@ -89,19 +93,26 @@ def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) ->
         level = "warning" if reach.empty > account.rows / 10 else "ok"
         remedy = "look at the template: many rows come out empty" if level == "warning" else ""
         texts.note("reach", level, detail, remedy, **numbers)
-        found += documents
-    return found
+    return spool.records()
 
 
-def _unique(documents: list[Document]) -> list[Document]:
-    return [documents[index] for index in deduplicate([document.text for document in documents]).kept]
+def _unique(documents: Records[Document]) -> Records[Document]:
+    return documents.take(deduplicate(documents.mapped(_text)).kept)
 
 
-def _deduplicate(texts: Texts, job: Job, documents: list[Document]) -> list[Document]:
+def _text(document: Document) -> str:
+    return document.text
+
+
+def _texts(documents: Documents) -> Iterator[str]:
+    return map(_text, documents)
+
+
+def _deduplicate(texts: Texts, job: Job, documents: Records[Document]) -> Records[Document]:
     """Keep the first of equal or nearly equal documents; say how many fell within and across sources."""
     if not documents:
-        return []
-    unique = deduplicate([document.text for document in documents])
+        return documents
+    unique = deduplicate(documents.mapped(_text))
     within, across = Counter[int](), Counter[int]()
     for index, twin in unique.twin.items():
         source = documents[index].source
@@ -128,18 +139,23 @@ def _deduplicate(texts: Texts, job: Job, documents: list[Document]) -> list[Docu
         texts.note("duplicates", "warning", detail, "they are dropped; more different text would help", **numbers)
     else:
         texts.note("duplicates", "ok", detail, "they are dropped" if lost else "", **numbers)
-    return [documents[index] for index in unique.kept]
+    return documents.take(unique.kept)
 
 
-def _part(texts: Texts, job: Job, kept: list[Document], held: list[Document]) -> None:
+def _part(texts: Texts, job: Job, kept: Records[Document], held: Records[Document]) -> None:
     """Split by the hash of each text alone, so that adding documents never moves another one."""
-    split = Split(job.split.probe, job.split.holdout)
-    if job.holdout:
-        # The smallest share that a split can have: the hold-out is given.
-        split, texts.holdout = Split(job.split.probe, 1e-12), held
-    parts: dict[str, list[Document]] = {"probe": texts.probe, "train": texts.train, "holdout": texts.holdout}
-    for document in kept:
-        parts[part_of(document.text, split)].append(document)
+    # The smallest share that a split can have: the hold-out is given.
+    split = Split(job.split.probe, 1e-12 if job.holdout else job.split.holdout)
+    parts = _by_part(kept, split)
+    texts.probe, texts.train = parts["probe"], parts["train"]
+    texts.holdout = held if job.holdout else parts["holdout"]
+
+
+def _by_part(documents: Records[Document], split: Split) -> dict[str, Records[Document]]:
+    places = {"probe": array("Q"), "train": array("Q"), "holdout": array("Q")}
+    for place, document in enumerate(documents):
+        places[part_of(document.text, split)].append(place)
+    return {name: documents.take(found) for name, found in places.items()}
 
 
 def _decontaminate(texts: Texts, job: Job) -> None:
@@ -148,11 +164,10 @@ def _decontaminate(texts: Texts, job: Job) -> None:
     held = {"hold-out": texts.holdout, **{f"benchmark {name}": docs for name, docs in texts.benchmarks.items()}}
     for name, documents in held.items():
         given = name != "hold-out" or bool(job.holdout)
-        trained = [*texts.train, *texts.probe]
-        if not documents or not trained:
+        before = len(texts.train) + len(texts.probe)
+        if not documents or not before:
             continue
-        hit = contaminated([document.text for document in documents], [document.text for document in trained])
-        before = len(trained)
+        hit = contaminated(_texts(documents), chain(_texts(texts.train), _texts(texts.probe)))
         texts.train, texts.probe = _without(texts.train, documents), _without(texts.probe, documents)
         dropped, share = before - len(texts.train) - len(texts.probe), len(hit) / len(documents)
         numbers: dict[str, float | list[str]] = {"share": share, "found": len(hit), "dropped": dropped}
@@ -168,9 +183,8 @@ def _decontaminate(texts: Texts, job: Job) -> None:
 
 def _overlap(texts: Texts) -> None:
     """Warn of a benchmark that is mostly the hold-out, which adds no information."""
-    held = [document.text for document in texts.holdout]
     for name, documents in texts.benchmarks.items():
-        hit = contaminated([document.text for document in documents], held) if documents else []
+        hit = contaminated(_texts(documents), _texts(texts.holdout)) if documents else []
         if hit:
             share = len(hit) / len(documents)
             detail = f"{len(hit)} of the {len(documents)} documents of the benchmark {name} are also in the hold-out"
@@ -181,30 +195,34 @@ def _overlap(texts: Texts) -> None:
             texts.note("contamination", level, detail, remedy, share=share, found=len(hit))
 
 
-def _without(documents: list[Document], held: list[Document]) -> list[Document]:
-    dirty = set(contaminated([document.text for document in documents], [document.text for document in held]))
-    return [document for index, document in enumerate(documents) if index not in dirty]
+def _without(documents: Documents, held: Documents) -> Documents:
+    dirty = set(contaminated(_texts(documents), _texts(held)))
+    return _take(documents, (place for place in range(len(documents)) if place not in dirty))
 
 
-def _part_general(texts: Texts, job: Job) -> None:
+def _take(documents: Documents, places: Iterable[int]) -> Documents:
+    return documents.take(places) if isinstance(documents, Records) else [documents[place] for place in places]
+
+
+def _part_general(texts: Texts, job: Job, general: dict[str, Records[Document]]) -> None:
     """Split general text: without replay all of it is held out; with it, most may be replayed and none of that is held out."""
-    if not job.replay:
-        return
-    for domain, documents in texts.general.items():
-        held = [document for document in documents if part_of(document.text, Split(0.01, 0.4)) == "holdout"]
-        rest = [document for document in documents if document not in held]
-        texts.general[domain], texts.replay[domain] = held, _without(rest, held)
+    for domain, documents in general.items():
+        texts.general[domain] = documents
+        if job.replay:
+            parts = [part_of(text, Split(0.01, 0.4)) for text in _texts(documents)]
+            held = documents.take(place for place, part in enumerate(parts) if part == "holdout")
+            rest = documents.take(place for place, part in enumerate(parts) if part != "holdout")
+            texts.general[domain], texts.replay[domain] = held, _without(rest, held)
 
 
-def weighted(documents: list[Document], weights: Sequence[float]) -> list[Document]:
+def weighted(documents: Documents, weights: Sequence[float]) -> Documents:
     """Repeat each document as its source's weight says, the fraction by the hash of its text. Order is kept.
 
     A batch draws sequences evenly, so a source of weight 2 is seen twice as often a document as one of weight 1.
     """
-    found = []
-    for document in documents:
+    found = array("Q")
+    for index, document in enumerate(documents):
         weight = weights[document.source]
         place = int.from_bytes(hash_fields(WEIGHT_TAG, document.text)[:8], "big") / 2**64
-        copies = math.floor(weight) + (place < weight - math.floor(weight))
-        found += [document] * copies
-    return found
+        found.extend([index] * (math.floor(weight) + (place < weight - math.floor(weight))))
+    return _take(documents, found)

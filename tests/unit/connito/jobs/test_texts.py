@@ -56,7 +56,7 @@ def test_parts_are_disjoint_and_the_same_again(code: list[str], tmp_path: Path) 
     parts = [{document.text for document in part} for part in (one.probe, one.train, one.holdout)]
     assert all(parts)
     assert len(set.union(*parts)) == sum(map(len, parts))
-    assert one.train == two.train
+    assert list(one.train) == list(two.train)
     assert not [finding for finding in one.findings if finding.level == "error"]
 
 
@@ -161,7 +161,7 @@ def test_weights_are_how_often_a_document_is_seen(code: list[str], tmp_path: Pat
     write(tmp_path / "data.jsonl", code)
     documents = sort_texts(job(), tmp_path).train
 
-    assert weighted(documents, [1.0]) == documents
+    assert list(weighted(documents, [1.0])) == list(documents)
     assert len(weighted(documents, [3.0])) == 3 * len(documents)
     half = len(weighted(documents, [0.5])) / len(documents)
     assert 0.3 < half < 0.7
