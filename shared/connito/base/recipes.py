@@ -6,12 +6,13 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from connito.data.reading.texts import name_of, read_texts
 from connito.errors import Invalid, NotFound
 from connito.runtime.progress import Progress
 from connito.runtime.settings import default_cache_dir
@@ -149,7 +150,7 @@ def _join_branches(recipe: Recipe, out: Path, progress: Progress) -> None:
     for name, folder in folders.items():
         if not (Path(folder) / "config.json").is_file():
             raise NotFound(f"{folder} ({name}) is not the folder of a model in the Hugging Face layout")
-    named, given = sorted(dict(recipe.branches)), sorted(Path(file).stem for file in recipe.data)
+    named, given = sorted(dict(recipe.branches)), sorted(map(name_of, recipe.data))
     if named != given:
         raise Invalid(
             f"the branches are {', '.join(named)}, but there is text for {', '.join(given) or 'none'}: give --data NAME.txt for "
@@ -174,7 +175,7 @@ def _join_branches(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _upcycle_folder(
-    source: Path, out: Path, texts: dict[str, list[str]], shape: dict[str, int], progress: Progress
+    source: Path, out: Path, texts: dict[str, Iterable[str]], shape: dict[str, int], progress: Progress
 ) -> None:
     from connito.base.checkpoint import save_checkpoint
     from connito.base.loading import load_full, load_tokenizer
@@ -192,17 +193,20 @@ def _upcycle_folder(
     save_checkpoint(made.model, out, tokenizer, card, lambda share: progress("writing the base", share))
 
 
-def _texts(recipe: Recipe) -> dict[str, list[str]]:
+def _texts(recipe: Recipe) -> dict[str, Iterable[str]]:
     """Return documents by domain for the routers. Held-out documents are left out: nothing may be made with them."""
-    from connito.data.prepare import Split, part_of, read_documents
+    from connito.data.prepare import Split, part_of
 
+    found: dict[str, Iterable[str]]
     if recipe.data:
-        found = {Path(file).stem: read_documents([Path(file)]) for file in recipe.data}
+        found = {name_of(location): read_texts([location]) for location in recipe.data}
     else:
         from connito.data.domains import DEMO_DOMAINS, load_domain
 
         found = {domain: load_domain(domain, 120_000) for domain in DEMO_DOMAINS}
     split = Split()
-    return {
-        domain: [text for text in texts if part_of(text.strip(), split) != "holdout"] for domain, texts in found.items()
-    }
+
+    def shown(texts: Iterable[str]) -> Iterator[str]:
+        return (text for text in texts if part_of(text.strip(), split) != "holdout")
+
+    return {domain: shown(texts) for domain, texts in found.items()}

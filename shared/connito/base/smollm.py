@@ -7,7 +7,7 @@ a minute; `tests/unit/base/test_smollm.py` holds the two equal.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 
 def build_demo_base(
     out_dir: Path,
-    texts: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Iterable[str]],
     progress: Progress = silent,
     *,
     moe_layers: int = MOE_LAYERS,
@@ -81,7 +81,7 @@ def build_demo_base(
 
 def probe_blocks(
     tokenizer: Any,
-    texts: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Iterable[str]],
     *,
     length: int = PROBE_LENGTH,
     sequences: int = PROBE_SEQUENCES,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from connito.errors import Invalid, NotFound
+from connito.data.reading.texts import read_texts
+from connito.errors import Invalid
+from connito.wire.hashing import hash_fields
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,11 +23,9 @@ LENGTH = 128
 
 def cut_sequences(tokenizer: Any, texts: Sequence[Path]) -> npt.NDArray[Any]:
     """Return the texts in a row as int32 [n, LENGTH + 1], or shorter where there is little text."""
-    ids: list[int] = []
-    for path in texts:
-        if not path.is_file():
-            raise NotFound(f"there is no file {path}")
-        ids += [*tokenizer(path.read_text(errors="replace"), verbose=False).input_ids, tokenizer.eos_token_id]
+    ids = array("i")
+    for text in read_texts(texts):
+        ids.extend([*tokenizer(text, verbose=False, add_special_tokens=False).input_ids, tokenizer.eos_token_id])
     length = min(LENGTH + 1, len(ids) // 2)
     if length < 8:
         raise Invalid(f"{', '.join(map(str, texts))} hold {len(ids)} tokens, too few to measure on: give more text")
@@ -42,8 +43,18 @@ def halves(sequences: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[A
 
 
 def digests(paths: Sequence[Path]) -> list[str]:
-    """Return the SHA-256 of each file."""
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    """Return the SHA-256 of each file, or over the texts of what is more than a file."""
+    return [_digest(path) for path in paths]
+
+
+def _digest(path: Path) -> str:
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    state = hashlib.sha256()
+    for text in read_texts([path]):
+        state.update(hash_fields(b"connito.v1.texts", text))
+    return state.hexdigest()
 
 
 def now_iso() -> str:

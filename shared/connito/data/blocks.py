@@ -1,7 +1,8 @@
-"""Text files as blocks of token ids, a piece at a time: memory does not depend on how long the text is."""
+"""Texts as blocks of token ids, a piece at a time: memory does not depend on how long the text is."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from connito.data.reading.reader import Reading
+from connito.data.reading.texts import texts_of
 from connito.errors import Invalid, NotFound
 from connito.v1 import reasons_pb2
 
 Ids = npt.NDArray[np.int32]
-CHUNK_CHARACTERS = 1 << 18
+# Blocks that are tokenised before they are handed on together.
+_BATCH = 64
 
 
 def blocks(
@@ -22,25 +26,37 @@ def blocks(
     """Yield arrays int32 [n, length] of the texts in a row, an end-of-text token behind each, and what is left as [1,
     rest].
 
-    Files are cut at line ends into pieces that are tokenised by themselves. `progress` gets the share of bytes read.
+    Texts are read as jobs read them. `progress` gets the share of bytes read, as far as it is known.
     """
-    total, done = max(1, sum(existing(path).stat().st_size for path in paths)), 0
-    ids: list[int] = []
+    total, done = max(1, sum(map(_size, paths))), 0
+    ids = array("i")
     for path in paths:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            while piece := file.read(CHUNK_CHARACTERS):
-                piece += file.readline()
-                ids += tokenizer(piece, verbose=False, add_special_tokens=False).input_ids
+        reading, found = Reading(path), 0
+        for _, text in texts_of(reading):
+            ids.extend(tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
+            ids.append(tokenizer.eos_token_id)
+            found += 1
+            if len(ids) >= _BATCH * length:
                 count = len(ids) // length * length
-                if count:
-                    yield np.asarray(ids[:count], dtype=np.int32).reshape(-1, length)
-                    ids = ids[count:]
-                done += len(piece.encode())
+                yield np.asarray(ids[:count], dtype=np.int32).reshape(-1, length)
+                ids = ids[count:]
                 if progress is not None:
-                    progress(min(1.0, done / total))
-        ids.append(tokenizer.eos_token_id)
-    if len(ids) > 1:
-        yield np.asarray(ids, dtype=np.int32).reshape(1, -1)
+                    progress(min(1.0, (done + reading.account.bytes) / total))
+        if not found:
+            raise Invalid(f"{path} holds no text ({reading.account})", reason=reasons_pb2.REASON_SELECTION_FAILED)
+        done += _size(path)
+    if progress is not None:
+        progress(1.0)
+    if count := len(ids) // length * length:
+        yield np.asarray(ids[:count], dtype=np.int32).reshape(-1, length)
+    if len(ids) > count + 1:
+        yield np.asarray(ids[count:], dtype=np.int32).reshape(1, -1)
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file or of those in a folder; 0 for addresses and globs."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def head(tokenizer: Any, paths: Sequence[Path], tokens: int, length: int = 512) -> Ids:
@@ -65,9 +81,9 @@ def check_enough(tokenizer: Any, paths: Sequence[Path], tokens: int, vocabulary:
         if found >= tokens:
             break
     if found < tokens:
-        what = "is empty" if found <= len(paths) else f"has {found} tokens"
         raise Invalid(
-            f"the probe text {names} {what}: scores of experts would be chance; give at least {tokens} tokens of the domain",
+            f"the probe text {names} has {found} tokens: scores of experts would be chance; give at least {tokens} tokens "
+            "of the domain",
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
     if largest >= vocabulary:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from connito.data.corpus import Corpus
 from connito.data.dedup import contaminated, deduplicate
-from connito.errors import Invalid, NotFound
+from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.hashing import hash_fields
 
@@ -20,7 +20,6 @@ SPLIT_TAG = b"connito.v1.text.split"
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
 _BATCH_DOCUMENTS = 512
-_PASSAGE_CHARACTERS = 2_000
 
 
 @dataclass(frozen=True)
@@ -159,85 +158,6 @@ def _check_size(domain: str, corpora: dict[str, Corpus], min_tokens: int, docume
                 "give that part a larger share",
                 reason=reasons.REASON_BAD_SPEC,
             )
-
-
-def read_documents(paths: Iterable[Path]) -> list[str]:
-    """Read the documents of a customer's files, in the order given; a folder stands for its files, sorted.
-
-    `.jsonl`: one document a line, a string or an object with `text`. `.txt` and `.md`: passages of about 2000
-    characters, cut at blank lines. Raises `NotFound` for a missing file and `Invalid` naming file and line for another
-    type, text that is not UTF-8, and files without text.
-    """
-    found: list[str] = []
-    for path in paths:
-        for file in _files(path):
-            text = read_text(file)
-            documents = _json_lines(file, text) if file.suffix.lower() == ".jsonl" else passages(text)
-            if not documents:
-                raise Invalid(f"{file} holds no text; remove it or fill it", reason=reasons.REASON_BAD_SPEC)
-            found += documents
-    if not found:
-        raise Invalid("no documents were given; name .txt, .md or .jsonl files", reason=reasons.REASON_BAD_SPEC)
-    return found
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix.lower() in {".txt", ".md", ".jsonl"})
-    if path.suffix.lower() not in {".txt", ".md", ".jsonl"}:
-        raise Invalid(f"{path} is not a .txt, .md or .jsonl file; convert it first", reason=reasons.REASON_BAD_SPEC)
-    return [path]
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file. Raises `NotFound`, and `Invalid` naming the line of the first byte that is not UTF-8."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise NotFound(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise Invalid(
-            f"{path} is not UTF-8: byte {error.start} (line {line}) is {raw[error.start]:#04x}; convert it, for example "
-            f"with `iconv -f latin1 -t utf-8`",
-            reason=reasons.REASON_BAD_SPEC,
-        ) from error
-
-
-def _json_lines(path: Path, text: str) -> list[str]:
-    found = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise Invalid(f"{path}, line {number}: not JSON ({error})", reason=reasons.REASON_BAD_SPEC) from error
-        document = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(document, str):
-            raise Invalid(
-                f'{path}, line {number}: expected a string or an object with a `text`, for example {{"text": "…"}}',
-                reason=reasons.REASON_BAD_SPEC,
-            )
-        if document.strip():
-            found.append(document)
-    return found
-
-
-def passages(text: str) -> list[str]:
-    """Return paragraphs joined until a passage has enough of them; a paragraph that is too long by itself is cut."""
-    found: list[str] = []
-    current = ""
-    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
-        for start in range(0, len(paragraph), 2 * _PASSAGE_CHARACTERS):
-            piece = paragraph[start : start + 2 * _PASSAGE_CHARACTERS].strip("\n")
-            if current and len(current) + len(piece) > _PASSAGE_CHARACTERS:
-                found.append(current)
-                current = ""
-            current = f"{current}\n\n{piece}" if current else piece
-    return [passage for passage in [*found, current] if passage.strip()]
 
 
 def tokenizer_digest(files: Iterable[Path]) -> str:

@@ -83,14 +83,13 @@ def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) ->
             continue
         texts.reaches.append(reach)
         account = reach.account
-        numbers = {**account.to_json(), "empty": reach.empty, "characters": reach.characters}
+        numbers = {**account.to_json(), "characters": reach.characters}
         if not reach.documents:
-            detail = f"{what}: {reach.label} holds no text ({account}; {reach.empty} empty rows)"
+            detail = f"{what}: {reach.label} holds no text ({account})"
             texts.note("reach", "error", detail, "fill it, or take it out of the job", **numbers)
             continue
-        empty = f", {reach.empty} of them empty" if reach.empty else ""
-        detail = f"{what}: {reach.label}: {account}{empty}, {reach.characters} characters"
-        level = "warning" if reach.empty > account.rows / 10 else "ok"
+        detail = f"{what}: {reach.label}: {account}, {reach.characters} characters"
+        level = "warning" if account.empty > account.rows / 10 else "ok"
         remedy = "look at the template: many rows come out empty" if level == "warning" else ""
         texts.note("reach", level, detail, remedy, **numbers)
     return spool.records()

@@ -51,9 +51,6 @@ class Router:
         from connito.base.checks import check_base
         from connito.base.loading import load_full, load_tokenizer
 
-        for paths in texts:
-            for path in paths:
-                existing(path)
         layout, tokenizer = check_base(base), load_tokenizer(base)
         for paths in texts:
             check_enough(tokenizer, paths, least_tokens(layout), layout.vocabulary)

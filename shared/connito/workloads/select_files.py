@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from connito.data.reading.texts import name_of
 from connito.errors import Invalid
 from connito.moe.budget import Budget, of_base
 from connito.protocol.policy.choices import CONTESTED_RULE, METHOD, SCOPE
@@ -83,7 +84,7 @@ def select(options: SelectOptions, progress: Progress = lambda what, share: None
     _check(options, texts)
     if options.save_statistics is not None:
         options.save_statistics.parent.mkdir(parents=True, exist_ok=True)
-    general = {path.stem: [path] for path in options.general}
+    general = {name_of(path): [path] for path in options.general}
     budget = _budget(options)
     to_route = [*texts.values(), *_texts(general).values()]
     router = Router.load(options.base, to_route) if options.base is not None and to_route else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from connito.data.reading.rows import Account, Place, Row, Wanted, unreadable
 from connito.data.reading.table_rows import table_rows
 from connito.errors import NotFound
 
+# A path keeps one slash of those in an address.
+_ADDRESS = re.compile(r"^([a-z][a-z0-9]+):/(?!/)")
 # A file in a file in a file: deeper packing is a mistake, or meant to exhaust whoever unpacks it.
 _DEEPEST = 3
 
@@ -39,7 +42,7 @@ class Reading:
 
     def __iter__(self) -> Iterator[Row]:
         unread: list[NotText] = []
-        for place in find(str(self.location), self.root, self.wanted, self.account):
+        for place in find(_ADDRESS.sub(r"\1://", str(self.location)), self.root, self.wanted, self.account):
             try:
                 yield from self._file(place)
             except NotText as error:

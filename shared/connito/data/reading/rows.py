@@ -30,6 +30,7 @@ class Account:
 
     files: int = 0
     rows: int = 0
+    empty: int = 0
     bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     encodings: Counter[str] = field(default_factory=Counter)
@@ -44,19 +45,19 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as plain data."""
-        counters = {name: dict(value) for name, value in vars(self).items() if isinstance(value, Counter)}
-        return {"files": self.files, "rows": self.rows, "bytes": self.bytes, **counters, "notes": list(self.notes)}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
     def __str__(self) -> str:
-        parts = [f"{self.rows} rows in {self.files} files"]
+        empty = f", {self.empty} of them empty" if self.empty else ""
+        parts = [f"{self.rows} rows in {self.files} files{empty}"]
         parts += [f"{count} as {name}" for name, count in sorted(self.formats.items())]
         parts += [f"{count} in {name}" for name, count in sorted(self.encodings.items()) if name != "utf-8"]
-        parts += [f"{count} {reason}" for reason, count in sorted(self.dropped.items())]
+        parts += [f"{count} {reason}" for reason, count in sorted(self.dropped.items()) if count]
         if self.skipped:
             parts.append(
                 "not read: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
             )
-        return "; ".join([", ".join(parts[:1]), *parts[1:], *self.notes])
+        return "; ".join([*parts, *self.notes])
 
 
 @dataclass(frozen=True)

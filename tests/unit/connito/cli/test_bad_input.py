@@ -120,7 +120,7 @@ def test_a_base_that_cannot_be_used(
 
 
 PROBES: list[tuple[str, list[str], int, str]] = [
-    ("", [], 3, "is empty"),
+    ("", [], 3, "holds no text"),
     ("few", [], 3, "at least 40 tokens"),
     ("plenty " * 50, ["--threshold", "1.5"], 3, "at most 1"),
     ("plenty " * 50, ["--threshold", "0"], 3, "above 0"),

@@ -5,12 +5,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from connito.data.corpus import Corpus
 from connito.data.dedup import contaminated
-from connito.data.prepare import Prepared, Split, part_of, prepare_corpora, read_documents, tokenizer_digest
-from connito.errors import Invalid, NotFound
+from connito.data.prepare import Prepared, Split, part_of, prepare_corpora, tokenizer_digest
+from connito.errors import Invalid
 
 WORDS = [f"w{i}" for i in range(2000)]
 NUMBERS = {word: i for i, word in enumerate(WORDS)}
@@ -86,51 +85,6 @@ def test_a_split_must_leave_something_for_everyone() -> None:
         Split(0.5, 0.5)
     with pytest.raises(Invalid, match="leaves nothing"):
         Split(0.0, 0.5)
-
-
-def test_files_of_every_kind_are_read_in_order(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n"two"\n{"text": "  "}\n')
-    (tmp_path / "a.txt").write_bytes("\ufeffcafé\r\n\r\nmore".encode())
-    (tmp_path / "c.md").write_text("# Title\n\ntext")
-    (tmp_path / "ignored.pdf").write_bytes(b"%PDF")
-    assert read_documents([tmp_path]) == ["café\n\nmore", "one", "two", "# Title\n\ntext"]
-    assert read_documents([tmp_path / "b.jsonl"]) == ["one", "two"]
-
-
-def test_long_files_become_passages_that_lose_nothing(tmp_path: Path) -> None:
-    paragraphs = [" ".join(WORDS[i : i + 100]) for i in range(0, 2000, 100)]
-    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
-    (tmp_path / "b.txt").write_text("x" * 50_000)
-    passages = read_documents([tmp_path / "a.txt"])
-    assert "\n\n".join(passages) == "\n\n".join(paragraphs)
-    assert 500 < np.mean([len(p) for p in passages]) <= 2500
-    assert "".join(read_documents([tmp_path / "b.txt"])) == "x" * 50_000
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"fine\ncaf\xe9", r"a\.txt is not UTF-8: byte 8 \(line 2\) is 0xe9"),
-        ("a.txt", b"", "holds no text"),
-        ("a.md", b" \n\n ", "holds no text"),
-        ("a.jsonl", b'{"text": "x"}\n{oops', r"a\.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"body": "x"}', r"line 1: expected a string or an object with a `text`"),
-        ("a.jsonl", b"3", "line 1: expected a string"),
-        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
-        ("a.docx", b"PK", "convert it first"),
-    ],
-)
-def test_files_that_cannot_be_used_say_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(Invalid, match=message):
-        read_documents([tmp_path / name])
-
-
-def test_missing_files_and_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"none\.txt"):
-        read_documents([tmp_path / "none.txt"])
-    with pytest.raises(Invalid, match="no documents"):
-        read_documents([tmp_path])
 
 
 def test_a_tokenizer_is_known_by_its_files(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_empty_rows_are_counted(tmp_path: Path) -> None:
 
     reach, _, where = reach_of(tmp_path, "rows.jsonl")
 
-    assert (reach.account.rows, reach.empty, where) == (2, 1, [f"{tmp_path / 'rows.jsonl'}:2"])
+    assert (reach.account.rows, reach.account.empty, where) == (2, 1, [f"{tmp_path / 'rows.jsonl'}:2"])
 
 
 def test_lists_are_reached_by_index_and_rows_may_lack_a_field_that_others_have(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_lists_are_reached_by_index_and_rows_may_lack_a_field_that_others_have(t
 @pytest.mark.parametrize(
     ("name", "content", "text", "said"),
     [
-        ("r.jsonl", '{"title": "x"}', "", "r.jsonl:1 has no `text`; its fields are title"),
+        ("r.jsonl", '{"title": "x", "n": 1}', "", "r.jsonl:1 has no `text`; its fields are n, title"),
         (
             "r.jsonl",
             '{"title": "x"}',
