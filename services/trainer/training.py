@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.data.corpus import Corpus, Tokens
+from connito.data.corpus import Corpus
+from connito.data.packing import Rows
 from connito.errors import Invalid, Retry
 from connito.moe.residency import AUTO
 from connito.moe.schedule import Schedule
+from connito.protocol.sequences import miner_batches, sequences
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
-from connito.v1.run_pb2 import RunSpec, TrainPolicy
+from connito.v1.run_pb2 import CorpusRef, RunSpec, TrainPolicy
 from connito.wire.facts import RunFacts
 
 from .adapters import Downloads
@@ -80,33 +82,17 @@ class LocalTrainer:
 
             return await in_thread(work)
 
-    async def _batches(self, facts: RunFacts, cycle: int) -> Tokens:
-        """Return int32 [H, B, L + 1]: this miner's share of the training text."""
-        opened, spec = facts.window("train", cycle).require_opened(), facts.require_spec()
-        policy = spec.training
-        corpus = await self._corpus(facts.run, spec, replay=False)
-        replay = await self._corpus(facts.run, spec, replay=True) if policy.replay_share > 0 else None
-        assert corpus is not None
-        # Validators are expected in this window too; the text is shared among miners.
-        miners = [key for key in opened.expected if key in facts.miners]
-        return corpus.miner_batches(
-            facts.run,
-            cycle,
-            self._me,
-            miners,
-            policy.local_steps,
-            policy.batch_sequences,
-            policy.sequence_length,
-            replay=replay,
-            replay_share=policy.replay_share,
-        )
+    async def _batches(self, facts: RunFacts, cycle: int) -> Rows:
+        """Return [H, B, L + 1]: this miner's share of the training text."""
+        spec = facts.require_spec()
+        train = await self._rows(facts.run, spec, spec.train)
+        wanted = spec.training.replay_share > 0 and spec.replay.artifact.digest
+        replay = await self._rows(facts.run, spec, spec.replay) if wanted else None
+        return miner_batches(facts, cycle, self._me, train, replay)
 
-    async def _corpus(self, run: str, spec: RunSpec, *, replay: bool) -> Corpus | None:
-        reference = spec.replay if replay else spec.train
-        if not reference.artifact.digest:
-            return None
+    async def _rows(self, run: str, spec: RunSpec, reference: CorpusRef) -> Rows:
         path = await self._downloads.fetch(run, reference.artifact)
-        return await asyncio.to_thread(Corpus.load, path)
+        return await asyncio.to_thread(lambda: sequences(Corpus.load(path), spec))
 
     def _train(
         self,
@@ -115,7 +101,7 @@ class LocalTrainer:
         base: Base,
         state: Path,
         draft: Path,
-        batches: Tokens,
+        batches: Rows,
         should_stop: Callable[[], bool],
     ) -> Effort:
         from connito.moe.resident import write_targets

@@ -84,7 +84,8 @@ def make_states(tiny: TinyRun, folder: Path) -> dict[str, Path]:
 
     def work(start: Path, seed: int, steps: int = 20) -> dict[str, torch.Tensor]:
         write_targets(model, load_state(start))
-        batches = corpus(TARGET, seed, 60).miner_batches("r", 1, "m", ["m"], steps, 4, 64)
+        rows = corpus(TARGET, seed, 60).sequences(64)
+        batches = np.resize(rows, (steps, 4, rows.shape[1]))
         return train_local(model, batches, learning_rate=2e-3)[0]
 
     made = {"theta_1": work(tiny.theta, 31, steps=2)}

@@ -22,6 +22,7 @@ from connito.errors import Invalid
 from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle
+from connito.protocol.sequences import sequences
 from connito.runtime.progress import Notify, silent
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from connito.views.sentences import as_recorded
@@ -203,8 +204,8 @@ def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tu
     """
     drawn: list[tuple[str, int]] = []
     for corpus in (spec.holdout, *spec.general_holdouts):
-        sequences = Corpus.load(artifacts.path(corpus.artifact)).sequences(spec.training.sequence_length)
-        pool = subsets(sequences, spec, corpus.domain).score
+        rows = sequences(Corpus.load(artifacts.path(corpus.artifact)), spec)
+        pool = subsets(rows, spec, corpus.domain).score
         drawn += [(corpus.domain, number) for number in draw_to_score(seed, corpus.domain, pool, spec)]
     return drawn
 

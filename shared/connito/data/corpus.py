@@ -1,4 +1,4 @@
-"""Tokenised text as everybody in a run shares it: documents in one array, packed into sequences, cut into batches."""
+"""Tokenised text as everybody in a run shares it: documents in one array, and which of their tokens are to be learned."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from connito.data.tensors import TensorWriter, layout_of, read_tensors, tensor_bytes
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
-from connito.wire.hashing import hash_fields
 
-BATCH_TAG = b"connito.v1.batches"
 Tokens = NDArray[np.int32]
 # Bytes of tokens from which a corpus that is being made lies on disk.
 _IN_MEMORY = 1 << 24
+# Metadata: documents end as they are written, and nothing is put behind them.
+ENDS, WHOLE = "ends", "in the documents"
 
 
 @dataclass(frozen=True)
@@ -30,61 +30,95 @@ class Corpus:
 
     tokens: int32 [T], all documents one after the other. offsets: int64 [D + 1], document d is
     `tokens[offsets[d]:offsets[d + 1]]`. metadata: `domain`, `split` (probe, train, holdout), `tokenizer` (digest),
-    `separator` (token id put behind every document when packing) and whatever else the maker wants to say.
+    `separator` (token id put behind every document when packing, unless `ends` says that they have their own) and whatever
+    else the maker wants to say. loss: bool [T], the tokens whose prediction counts; None: all of them.
     """
 
     tokens: Tokens
     offsets: NDArray[np.int64]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    loss: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        tokens, offsets = self.tokens, self.offsets
+        tokens, offsets, loss = self.tokens, self.offsets, self.loss
         if tokens.dtype != np.int32 or tokens.ndim != 1 or offsets.dtype != np.int64 or offsets.ndim != 1:
-            raise _broken("tokens must be int32 [T] and offsets int64 [D + 1]")
+            raise broken("tokens must be int32 [T] and offsets int64 [D + 1]")
         if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(tokens) or np.any(np.diff(offsets) < 0):
-            raise _broken("offsets must rise from 0 to the number of tokens")
+            raise broken("offsets must rise from 0 to the number of tokens")
         if len(tokens) and int(tokens.min()) < 0:
-            raise _broken("a token id is negative")
+            raise broken("a token id is negative")
+        if loss is not None and (loss.dtype != np.bool_ or loss.shape != tokens.shape or not self.whole):
+            raise broken("loss must be bool [T], one value for each token, of documents that have their own ends")
 
     @classmethod
     def from_documents(cls, documents: Iterable[Sequence[int]], metadata: Mapping[str, str] | None = None) -> Corpus:
         """Build from token ids per document, which are taken one at a time; many tokens are kept on disk."""
-        ends = array("q", [0])
-        with tempfile.SpooledTemporaryFile(_IN_MEMORY) as file:
-            for document in documents:
-                file.write(np.fromiter(document, np.int32, len(document)).data)
-                ends.append(ends[-1] + len(document))
-            if 4 * ends[-1] > _IN_MEMORY:
-                file.flush()
-                tokens = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.int32)
-            else:
-                file.seek(0)
-                tokens = np.frombuffer(file.read(), np.int32)
-        return cls(tokens, np.frombuffer(ends, np.int64), dict(metadata or {}))
+        return cls.from_masked(((ids, None) for ids in documents), metadata)
+
+    @classmethod
+    def from_masked(
+        cls,
+        documents: Iterable[tuple[Sequence[int], Sequence[bool] | None]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> Corpus:
+        """Build from token ids and as many marks of what counts per document; None: all of it.
+
+        A corpus in which all documents count as a whole has no mask.
+        """
+        ends, masked = array("q", [0]), False
+        with tempfile.SpooledTemporaryFile(_IN_MEMORY) as tokens, tempfile.SpooledTemporaryFile(_IN_MEMORY) as loss:
+            for ids, mask in documents:
+                if mask is not None and len(mask) != len(ids):
+                    raise broken("loss has not one value for each token")
+                tokens.write(np.fromiter(ids, np.int32, len(ids)).data)
+                loss.write((np.ones(len(ids), np.bool_) if mask is None else np.asarray(mask, np.bool_)).data)
+                ends.append(ends[-1] + len(ids))
+                masked |= mask is not None
+            marks = _kept(loss, ends[-1]).view(np.bool_) if masked else None
+            ids = _kept(tokens, 4 * ends[-1]).view(np.int32)
+        return cls(ids, np.frombuffer(ends, np.int64), dict(metadata or {}), marks)
 
     @classmethod
     def load(cls, source: Path | str | bytes) -> Corpus:
         """Read a corpus artifact. Raises `Invalid` when it is not one."""
         arrays, metadata = read_tensors(source)
-        if set(arrays) != {"tokens", "offsets"}:
-            raise _broken(f"it holds {', '.join(sorted(arrays)[:4]) or 'nothing'} instead of tokens and offsets")
-        return cls(arrays["tokens"], arrays["offsets"], metadata)
+        if set(arrays) - {"loss"} != {"tokens", "offsets"}:
+            raise broken(f"it holds {', '.join(sorted(arrays)[:4]) or 'nothing'} instead of tokens and offsets")
+        loss = arrays.get("loss")
+        if loss is not None and loss.dtype != np.uint8:
+            raise broken("loss must be uint8 [T]")
+        return cls(arrays["tokens"], arrays["offsets"], metadata, None if loss is None else loss != 0)
 
     def to_bytes(self) -> bytes:
         """Return the artifact: safetensors, the same bytes for the same corpus."""
-        return tensor_bytes({"tokens": self.tokens, "offsets": self.offsets}, self.metadata)
+        return tensor_bytes(self._arrays, self.metadata)
 
     def save(self, path: Path) -> None:
         """Write the artifact, without a second copy of it in memory."""
-        arrays: dict[str, NDArray[Any]] = {"tokens": self.tokens, "offsets": self.offsets}
+        arrays = self._arrays
         with TensorWriter(path, layout_of(arrays), self.metadata) as writer:
             for name in writer.names:
                 writer.write(name, arrays[name])
 
     @property
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        loss = {} if self.loss is None else {"loss": self.loss.view(np.uint8)}
+        return {"tokens": self.tokens, "offsets": self.offsets, **loss}
+
+    @property
     def domain(self) -> str:
         """Return the domain of the text."""
         return self.metadata.get("domain", "")
+
+    @property
+    def name(self) -> str:
+        """Return words for messages: domain and split."""
+        return " ".join(part for part in (self.domain, self.metadata.get("split", ""), "corpus") if part)
+
+    @property
+    def whole(self) -> bool:
+        """Return whether the documents have their own ends, so that no separator belongs behind them."""
+        return self.metadata.get(ENDS) == WHOLE
 
     @property
     def documents(self) -> int:
@@ -95,89 +129,50 @@ class Corpus:
         """Return token ids of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
-    def sequences(self, length: int, separator: int | None = None) -> Tokens:
-        """Pack all documents, each followed by the separator, into rows: int32 [n, length + 1].
-
-        A row predicts `length` tokens. Rows do not overlap; what is left at the end is dropped. Without `separator`
-        the one in the metadata is used. Raises `Invalid` with the numbers when there is not even one row.
-        """
+    def complete(self, separator: int | None = None) -> Corpus:
+        """Return the same with every document's end in it: `separator`, else the one in the metadata, behind each."""
+        if self.whole:
+            return self
         if separator is None:
             if "separator" not in self.metadata:
-                raise _broken("it names no separator token; pass one")
+                raise broken("it names no separator token; pass one")
             separator = int(self.metadata["separator"])
-        packed = np.insert(self.tokens, self.offsets[1:], np.int32(separator))
+        tokens = np.insert(self.tokens, self.offsets[1:], np.int32(separator))
+        return Corpus(tokens, self.offsets + np.arange(len(self.offsets)), {**self.metadata, ENDS: WHOLE})
+
+    def sequences(self, length: int, separator: int | None = None) -> Tokens:
+        """Pack all documents in a row, without regard to where one ends, into int32 [n, length + 1].
+
+        A row predicts `length` tokens. Rows do not overlap; what is left at the end is dropped. Raises `Invalid` with the
+        numbers when there is not even one row, or when the corpus says which tokens count, which such rows cannot.
+        """
+        if self.loss is not None:
+            raise broken("it says which tokens count, and rows in which documents run on do not keep that")
+        packed = self.complete(separator).tokens
         count = len(packed) // (length + 1)
         if count == 0:
-            raise Invalid(
-                f"the {self._name} has {len(self.tokens)} tokens, fewer than one sequence of {length} needs; add text "
-                "or train on shorter sequences",
-                reason=reasons.REASON_BAD_SPEC,
-            )
+            raise too_short(self, length)
         return np.ascontiguousarray(packed[: count * (length + 1)].reshape(count, length + 1), np.int32)
 
-    def miner_batches(
-        self,
-        run: str,
-        cycle: int,
-        miner: str,
-        expected: Sequence[str],
-        steps: int,
-        batch: int,
-        length: int,
-        *,
-        replay: Corpus | None = None,
-        replay_share: float = 0.0,
-        separator: int | None = None,
-    ) -> Tokens:
-        """Return one miner's training batches of one cycle: int32 [steps, batch, length + 1], the same for whoever recomputes it.
 
-        Miners in `expected` share a permutation keyed by run and cycle and take every m-th of it, so their text is
-        disjoint (unless there are more miners than sequences); a newcomer draws a sample of its own. Whoever needs
-        more than its slice goes through it again. A `replay_share` of the slots, spread evenly, comes from `replay`.
-        """
-        total = steps * batch
-        replayed = _replay_slots(total, replay_share if replay is not None else 0.0)
-        own = self.sequences(length, separator)
-        rows = own[_slice(len(own), run, cycle, miner, expected, int(np.count_nonzero(~replayed)))]
-        chosen = np.empty((total, length + 1), np.int32)
-        chosen[~replayed] = rows
-        if replay is not None and replayed.any():
-            general = replay.sequences(length, separator)
-            picks = _permutation(len(general), "replay", run, cycle, miner)
-            chosen[replayed] = general[np.resize(picks, int(replayed.sum()))]
-        return chosen.reshape(steps, batch, length + 1)
-
-    @property
-    def _name(self) -> str:
-        return " ".join(part for part in (self.domain, self.metadata.get("split", ""), "corpus") if part)
+def _kept(file: tempfile.SpooledTemporaryFile[bytes], size: int) -> NDArray[np.uint8]:
+    """Return what was written: in memory, or mapped from the disk where it is much."""
+    if size > _IN_MEMORY:
+        file.flush()
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    file.seek(0)
+    return np.frombuffer(file.read(), np.uint8)
 
 
-def _broken(detail: str) -> Invalid:
+def broken(detail: str) -> Invalid:
+    """Return the error for something that is no corpus."""
     return Invalid(f"this is not a usable corpus: {detail}", reason=reasons.REASON_MALFORMED)
 
 
-def _permutation(count: int, *key: str | int) -> NDArray[np.int64]:
-    """Return a permutation of 0..count-1 keyed by `key`.
-
-    From raw Philox words, whose stream numpy keeps stable over versions, unlike that of `Generator.permutation`.
-    """
-    seed = int.from_bytes(hash_fields(BATCH_TAG, *key)[:16], "big")
-    words = np.random.Philox(key=seed).random_raw(count)
-    return np.argsort(words, kind="stable")
-
-
-def _slice(count: int, run: str, cycle: int, miner: str, expected: Sequence[str], needed: int) -> NDArray[np.int64]:
-    miners = sorted(set(expected))
-    if miner in miners and count >= len(miners):
-        mine = _permutation(count, "slices", run, cycle)[miners.index(miner) :: len(miners)]
-    else:
-        mine = _permutation(count, "sample", run, cycle, miner)
-    return np.resize(mine, needed)
-
-
-def _replay_slots(total: int, share: float) -> NDArray[np.bool_]:
-    """Return a mask of the replay slots among `total`: bool [total], evenly spread, `floor(total · share)` of them."""
-    if not 0.0 <= share < 1.0:
-        raise Invalid(f"the replay share is {share}; it must be at least 0 and below 1", reason=reasons.REASON_BAD_SPEC)
-    counts = np.floor(np.arange(total + 1) * share + 1e-9)
-    return np.asarray(np.diff(counts) > 0)
+def too_short(corpus: Corpus, length: int) -> Invalid:
+    """Return the error for a corpus without a single sequence."""
+    return Invalid(
+        f"the {corpus.name} has {len(corpus.tokens)} tokens, fewer than one sequence of {length} needs; add text "
+        "or train on shorter sequences",
+        reason=reasons.REASON_BAD_SPEC,
+    )

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from connito.data.packing import counted
 from connito.errors import Invalid
 from connito.experts.compose import Part, Rows, base_rows, layers_of, state_of
 from connito.library.index import saving
 from connito.library.signature import Vectors, decode_signature, nearest
+from connito.moe.batches import batch_of
 from connito.moe.evaluate import Evaluator
 from connito.moe.head import Head
 from connito.moe.layout import require_moe_layers
@@ -26,20 +28,19 @@ if TYPE_CHECKING:
 
 
 def row_gradients(model: nn.Module, layers: Mapping[int, Sequence[int]], sequences: npt.NDArray[Any]) -> Rows:
-    """Return ∂(mean nats per token)/∂θ of the rows of `layers`, float32, for sequences int32 [n, L + 1]."""
+    """Return ∂(mean nats per token)/∂θ of the rows of `layers`, float32, for sequences [n, L + 1]."""
     if not len(sequences):
         raise Invalid("the example texts are too short: give at least a few hundred words")
     found = require_moe_layers(model)
     banks = {(layer, name): getattr(found[layer].experts, name) for layer in layers for name in found[layer].parameters}
-    head, tokens = Head(model), sequences.shape[0] * (sequences.shape[1] - 1)
+    head, tokens = Head(model), int(counted(sequences).sum())
     wanted = [(bank, bank.requires_grad) for bank in banks.values()]
     for bank, _ in wanted:
         bank.requires_grad_(True)
     try:
         total = [torch.zeros_like(bank) for bank, _ in wanted]
         for row in sequences:
-            ids = torch.from_numpy(row[None].astype("int64")).to(total[0].device)
-            loss = head.nll(ids[:, :-1], ids[:, 1:]).sum() / tokens
+            loss = head.nll(*batch_of(row[None], model)).sum() / tokens
             parts = torch.autograd.grad(loss, [bank for bank, _ in wanted])
             total = [so_far + part for so_far, part in zip(total, parts, strict=True)]
     finally:

@@ -17,6 +17,7 @@ from connito.jobs.findings import Finding
 from connito.jobs.sources import Document
 from connito.jobs.texts import Texts
 from connito.protocol.holdout import subsets
+from connito.protocol.sequences import sequences
 from connito.render import formats
 from connito.v1.run_pb2 import RunSpec
 
@@ -141,16 +142,16 @@ def _holdout(corpus: Corpus, spec: RunSpec, domain: str) -> Finding:
     aim.CopyFrom(spec)
     aim.holdout.domain = spec.domain
     try:
-        parts = subsets(corpus.sequences(spec.training.sequence_length), aim, domain)
+        parts = subsets(sequences(corpus, spec), aim, domain)
     except Invalid as error:
         remedy = (
             "hold out more text (`split.holdout`, `holdout` or `general`), or lower the numbers it names in `policies`"
         )
         return Finding("size", "error", f"hold-out of {domain}: {error}", remedy, numbers)
-    sequences = {"score": len(parts.score), "gate": len(parts.gate), "report": len(parts.report)}
-    what = ", ".join(f"{count} to {use}" for use, count in sequences.items())
+    uses = {"score": len(parts.score), "gate": len(parts.gate), "report": len(parts.report)}
+    what = ", ".join(f"{count} to {use}" for use, count in uses.items())
     detail = f"hold-out of {domain}: {corpus.documents} documents, {len(corpus.tokens)} tokens; sequences: {what}"
-    return Finding("size", "ok", detail, "", {**numbers, **sequences})
+    return Finding("size", "ok", detail, "", {**numbers, **uses})
 
 
 def _lengths(corpus: Corpus, length: int) -> list[Finding]:

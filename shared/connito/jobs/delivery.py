@@ -19,6 +19,7 @@ from connito.jobs.context import JobContext
 from connito.library.schema import ExpertRecord, read_record
 from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
+from connito.protocol.sequences import sequences
 from connito.runtime.progress import Progress, silent
 from connito.v1 import run_pb2
 from connito.views.run_report import run_report
@@ -167,13 +168,13 @@ def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[s
     state, origin = load_state(context.fetch(final)), load_state(context.fetch(selection.initial_state))
     rows: list[dict[str, Any]] = []
     parts = list(_parts(spec, context))
-    for number, (use, name, sequences) in enumerate(parts):
+    for number, (use, name, table) in enumerate(parts):
         progress(f"measuring {name}", 0.2 + 0.8 * number / len(parts))
-        before, tokens = evaluator.losses(evaluator.base, sequences)
-        after, _ = evaluator.losses(state, sequences)
+        before, tokens = evaluator.losses(evaluator.base, table)
+        after, _ = evaluator.losses(state, table)
         row = {"use": use, "name": name, **_row(before, after, tokens)}
         if selection.start.expert_id:
-            begun, _ = evaluator.losses(origin, sequences)
+            begun, _ = evaluator.losses(origin, table)
             row["start"] = float(begun.sum() / tokens.sum())
         rows.append(row)
     evaluator.restore()
@@ -181,15 +182,14 @@ def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[s
 
 
 def _parts(spec: run_pb2.RunSpec, context: JobContext) -> list[tuple[str, str, npt.NDArray[Any]]]:
-    length = spec.training.sequence_length
     found = []
     for corpus in (spec.holdout, *spec.general_holdouts):
-        sequences = Corpus.load(context.fetch(corpus.artifact)).sequences(length)
+        rows = sequences(Corpus.load(context.fetch(corpus.artifact)), spec)
         use = "target" if corpus.domain == spec.holdout.domain else "general"
-        found.append((use, corpus.domain, sequences[subsets(sequences, spec, corpus.domain).report]))
+        found.append((use, corpus.domain, rows[subsets(rows, spec, corpus.domain).report]))
     for corpus in spec.benchmarks:
-        sequences = Corpus.load(context.fetch(corpus.artifact)).sequences(length)
-        found.append(("benchmark", corpus.domain, sequences[:BENCHMARK_SEQUENCES]))
+        rows = sequences(Corpus.load(context.fetch(corpus.artifact)), spec)
+        found.append(("benchmark", corpus.domain, rows[:BENCHMARK_SEQUENCES]))
     return found
 
 

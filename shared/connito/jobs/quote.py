@@ -142,14 +142,13 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
     from connito.moe.resident import compress
     from connito.moe.training import Step, betas_of, train_local
     from connito.protocol.scoring.proof_of_loss import paired
+    from connito.protocol.sequences import batches_of, sequences
 
     corpora, spec = checked.corpora, checked.spec
     assert corpora is not None
     policy = spec.training
-    batches = corpora.train.miner_batches(
-        "quote", 1, _PILOT_MINER, [_PILOT_MINER], policy.local_steps, policy.batch_sequences, policy.sequence_length,
-        replay=corpora.replay, replay_share=policy.replay_share,
-    )  # fmt: skip
+    replay = None if corpora.replay is None else sequences(corpora.replay, spec)
+    batches = batches_of(spec, 1, _PILOT_MINER, [_PILOT_MINER], 0, sequences(corpora.train, spec), replay)
     held = _score_part(checked)
     evaluator = Evaluator(load_full(checked.context.files()), selection)
     before, tokens = evaluator.losses(None, held)
@@ -181,13 +180,14 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
 def _score_part(checked: Checked) -> npt.NDArray[Any]:
     """Return the first sequences of the part of the hold-out that submissions are scored on: never the gate's or the report's."""
     from connito.protocol.holdout import subsets
+    from connito.protocol.sequences import sequences
     from connito.v1.run_pb2 import RunSpec
 
     assert checked.corpora is not None
     spec = RunSpec()
     spec.CopyFrom(checked.spec)
     spec.holdout.domain = spec.domain
-    rows = checked.corpora.holdout.sequences(spec.training.sequence_length)
+    rows = sequences(checked.corpora.holdout, spec)
     return rows[subsets(rows, spec, spec.domain).score[:_PILOT_SEQUENCES]]
 
 
@@ -195,6 +195,7 @@ def _activations(model: nn.Module, batch: npt.NDArray[Any]) -> int:
     """Return the bytes that autograd keeps between forward and backward pass of one step, each storage once, parameters apart."""
     import torch
 
+    from connito.moe.batches import batch_of
     from connito.moe.head import Head
 
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -206,9 +207,9 @@ def _activations(model: nn.Module, batch: npt.NDArray[Any]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.from_numpy(batch.astype("int64"))
+    part = batch_of(batch, model)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        Head(model).nll(ids[:, :-1], ids[:, 1:]).mean()
+        Head(model).nll(*part).mean()
     return sum(kept.values())
 
 

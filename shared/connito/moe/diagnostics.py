@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from connito.data.packing import counted, text_of, tokens_of
 from connito.errors import Invalid
 from connito.moe.statistics import FloatArray, LayerRouting, RoutingStatistics
 from connito.v1 import reasons_pb2
@@ -131,14 +132,17 @@ def causal_effects(
     """Return CE_e = E[KL(P ‖ P_do(gate_e → 0))] in nats per token, by layer and expert: what the next-token
     distribution loses when the expert's gate is zero and nothing takes its place. Large ones are driver experts.
 
-    sequences int32 [n, L]. Each expert costs one forward pass from its layer up; `budget` caps how many are measured
+    sequences [n, L], ids or records. Each expert costs one forward pass from its layer up; `budget` caps how many are measured
     (0: all of `layers`), best of every layer first. The model is left as it was.
     """
     import torch
 
+    from connito.moe.batches import as_taken, positions_of
     from connito.moe.evaluate import PartialForward
     from connito.moe.layout import require_moe_layers
 
+    sequences = as_taken(sequences, model)
+    tokens = max(1, int(text_of(sequences).sum()))
     found = require_moe_layers(model)
     order = _by_rank(layers)[: budget or None]
     effects: dict[int, dict[int, float]] = {index: {} for index in sorted({index for index, _ in order})}
@@ -149,14 +153,16 @@ def causal_effects(
             experts = [expert for i, expert in order if i == index]
             totals = dict.fromkeys(experts, 0.0)
             for start in range(0, len(sequences), size):
-                ids = torch.from_numpy(sequences[start : start + size].astype(np.int64)).to(device)
-                from_here = PartialForward(model, found[index].experts_name, ids)
+                rows = sequences[start : start + size]
+                ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
+                text = torch.from_numpy(text_of(rows)).to(device)
+                from_here = PartialForward(model, found[index].experts_name, ids, positions_of(rows, device))
                 whole = from_here.logits().float().log_softmax(dim=-1)
                 for expert in experts:
                     with _gates(found[index].router, partial(_without, expert)):
                         changed = from_here.logits().float().log_softmax(dim=-1)
-                    totals[expert] += float((whole.exp() * (whole - changed)).sum(dim=-1).double().sum())
-            measured |= {expert: max(0.0, total / sequences.size) for expert, total in totals.items()}
+                    totals[expert] += float((whole.exp() * (whole - changed)).sum(dim=-1)[text].double().sum())
+            measured |= {expert: max(0.0, total / tokens) for expert, total in totals.items()}
             done += len(experts)
             if progress is not None:
                 progress(done, len(order))
@@ -171,22 +177,22 @@ def top1_ratio(model: nn.Module, sequences: npt.NDArray[Any], batch_tokens: int 
     """Return the perplexity when each token's strongest expert takes the weight of all its k, over the model's own; 1
     where k is 1.
 
-    sequences int32 [n, L + 1]. Near 1: the layers' first experts carry the text alone.
+    sequences [n, L + 1], ids or records. Near 1: the layers' first experts carry the text alone.
     """
     import torch
 
+    from connito.moe.batches import batch_of
     from connito.moe.head import Head
     from connito.moe.layout import require_moe_layers
 
-    head = Head(model)
-    device = next(model.parameters()).device
+    head, tokens = Head(model), max(1, int(counted(sequences).sum()))
 
     def loss() -> float:
         total, size = 0.0, max(1, batch_tokens // (sequences.shape[1] - 1))
         for start in range(0, len(sequences), size):
-            ids = torch.from_numpy(sequences[start : start + size].astype(np.int64)).to(device)
-            total += float(head.nll(ids[:, :-1], ids[:, 1:]).double().sum())
-        return float(total / (sequences.shape[0] * (sequences.shape[1] - 1)))
+            batch = batch_of(sequences[start : start + size], model)
+            total += float(head.nll(*batch).double().sum())
+        return float(total / tokens)
 
     with torch.inference_mode(), ExitStack() as stack:
         whole = loss()
@@ -232,7 +238,7 @@ def measure(
     max_tokens: int = 1024,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Return the diagnostics that need the model, on the first `max_tokens` of `sequences` int32 [n, L + 1]:
+    """Return the diagnostics that need the model, on the first `max_tokens` of `sequences` [n, L + 1]:
     `causal_effect` by layer and expert, of at most `budget` selected experts, `drivers` (more than half of the largest
     effect), `top1_perplexity_ratio`.
     """

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from connito.data.packing import Rows, apart, counted
 from connito.errors import Invalid
+from connito.moe.batches import batch_of, placed, separates, several
 from connito.moe.head import Head
 from connito.moe.layout import as_targets, check_routers, check_targets, require_moe_layers
 from connito.moe.rows import check_state, read_rows
@@ -79,10 +81,11 @@ class Evaluator:
         sequences: npt.NDArray[Any],
         on_batch: Callable[[int, int], None] | None = None,
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """Return (sum of negative log-likelihoods in nats, float64 [n]; tokens, int64 [n]) for sequences int32 [n, L +
-        1].
+        """Return (sum of negative log-likelihoods in nats, float64 [n]; tokens, int64 [n]) for sequences [n, L + 1], ids or
+        records of `connito.data.packing`, of which those tokens are summed that count.
 
-        `state` None means whatever is in the model. Equals a plain forward of the full model. `on_batch(done, n)`.
+        `state` None means whatever is in the model. Equals a plain forward of the full model, document by document where
+        the sequences tell them apart. `on_batch(done, n)`.
         """
         if sequences.ndim != 2 or sequences.shape[1] < 2:
             raise Invalid(
@@ -98,23 +101,30 @@ class Evaluator:
             sums[start : start + size] = self._batch(part)
             if on_batch is not None:
                 on_batch(min(start + size, count), count)
-        return sums, np.full(count, length, dtype=np.int64)
+        return sums, counted(sequences)
 
     def warm(self, sequences: npt.NDArray[Any]) -> None:
         """Compute and keep the hidden states of `sequences` ahead of time."""
         size = max(1, self._batch_tokens // max(1, sequences.shape[1] - 1))
         for start in range(0, len(sequences), size):
-            self._hidden(np.ascontiguousarray(sequences[start : start + size]))
+            self._hidden(self._taken(np.ascontiguousarray(sequences[start : start + size]))[0])
 
-    def _batch(self, part: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        ids = torch.from_numpy(part.astype(np.int64)).to(self._device)
+    def _batch(self, part: Rows) -> npt.NDArray[np.float64]:
+        rows = len(part)
+        part, owner = self._taken(part)
+        batch = batch_of(part, self.model)
         with torch.inference_mode():
             hidden = self._hidden(part)
             with ExitStack() as stack:
                 if hidden is not None and self._shortcut is not None:
                     stack.enter_context(self._shortcut.enter_with(hidden))
-                nll = self._head.nll(ids[:, :-1], ids[:, 1:])
-            return nll.double().sum(dim=1).cpu().numpy()
+                nll = self._head.nll(*batch)
+            sums: npt.NDArray[np.float64] = nll.double().sum(dim=1).cpu().numpy()
+        return sums if owner is None else np.bincount(owner, sums, rows).astype(np.float64)
+
+    def _taken(self, part: Rows) -> tuple[Rows, npt.NDArray[np.int64] | None]:
+        """Return rows as the model can take them and, where each document got one of its own, the row that it was in."""
+        return apart(part) if several(part) and not separates(self.model) else (part, None)
 
     def _hidden(self, part: npt.NDArray[Any]) -> torch.Tensor | None:
         """Return hidden states [n, L, H] that enter the first adapted layer, from the cache where they are."""
@@ -124,9 +134,9 @@ class Evaluator:
         missing = [i for i, key in enumerate(keys) if key not in self._cache]
         fresh: dict[int, torch.Tensor] = {}
         if missing:
-            ids = torch.from_numpy(part[missing][:, :-1].astype(np.int64)).to(self._device)
+            batch = batch_of(part[missing], self.model)
             with torch.inference_mode():
-                states = self._shortcut.capture(self.model, ids)
+                states = self._shortcut.capture(self.model, batch.ids, batch.positions)
             fresh = dict(zip(missing, states, strict=True))
         rows = [fresh[i] if i in fresh else self._cache[key] for i, key in enumerate(keys)]
         for key, row in zip(keys, rows, strict=True):
@@ -134,8 +144,8 @@ class Evaluator:
         return torch.stack(rows)
 
     def keep_only(self, sequences: Iterable[npt.NDArray[Any]]) -> None:
-        """Let go of the hidden states of all sequences int32 [L + 1] but these, so that there is room for others."""
-        wanted = {_key(row) for row in sequences}
+        """Let go of the hidden states of all sequences [L + 1] but these, so that there is room for others."""
+        wanted = {_key(document) for row in sequences for document in self._taken(row[None])[0]}
         self._cache = {key: row for key, row in self._cache.items() if key in wanted}
         self._cached = sum(_bytes(row) for row in self._cache.values())
 
@@ -161,13 +171,18 @@ class Evaluator:
 
 
 class PartialForward:
-    """Token ids [n, L] of which the layers below one with experts have run; what is above runs as often as asked."""
+    """Token ids [n, L] of which the layers below one with experts have run; what is above runs as often as asked.
 
-    def __init__(self, model: nn.Module, experts_name: str, ids: torch.Tensor) -> None:
-        self._model, self._ids = model, ids
+    positions: [n, L], where rows hold several documents.
+    """
+
+    def __init__(
+        self, model: nn.Module, experts_name: str, ids: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> None:
+        self._model, self._ids, self._positions = model, ids, positions
         self._shortcut = _Shortcut.find(model, experts_name)
         if self._shortcut is not None:
-            self._hidden = self._shortcut.capture(model, ids)
+            self._hidden = self._shortcut.capture(model, ids, positions)
             try:
                 same = torch.allclose(self._whole(), self.logits(), rtol=1e-4, atol=1e-5)
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
@@ -182,7 +197,7 @@ class PartialForward:
             return self._whole()
 
     def _whole(self) -> torch.Tensor:
-        out: torch.Tensor = self._model(input_ids=self._ids, use_cache=False).logits
+        out: torch.Tensor = self._model(input_ids=self._ids, use_cache=False, **placed(self._positions)).logits
         return out
 
 
@@ -212,7 +227,7 @@ class _Shortcut:
         layers = list(model.get_submodule(stem + "layers").children())
         return cls(layers[:index], layers[index]) if index < len(layers) else None
 
-    def capture(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    def capture(self, model: nn.Module, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Return the input of layer k, [n, L, H]."""
         seen: list[torch.Tensor] = []
 
@@ -222,7 +237,7 @@ class _Shortcut:
 
         handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False, **placed(positions))
         except _Stop:
             pass
         finally:

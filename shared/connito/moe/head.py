@@ -6,10 +6,13 @@ frozen: its loss and the gradient of its input are computed chunk by chunk, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+
+from connito.moe.batches import placed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,18 +35,35 @@ class Head:
         self.model = model
         self.body, self.output = _split(model)
 
-    def nll(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def nll(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the loss per token, float32 [B, L], for `ids` and next tokens `targets` [B, L]. Differentiable in the body's
         input.
+
+        positions: [B, L], from 0 in every document of a row. counts: bool [B, L]; the other tokens' losses are 0, and the
+        output layer does not see them. A `Batch` is these four.
         """
+        options = placed(positions)
         if self.output is None or self.body is None:
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            return _full_nll(logits, targets)
-        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
-        return self.nll_of_hidden(hidden, targets)
+            outputs = self.model(input_ids=ids, use_cache=False, **options).logits
+            of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _full_nll
+        else:
+            outputs = self.body(input_ids=ids, use_cache=False, **options).last_hidden_state
+            of = self.nll_of_hidden
+        if counts is None:
+            return of(outputs, targets)
+        losses = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+        if counts.any():
+            losses[counts] = of(outputs[counts], targets[counts])
+        return losses
 
     def nll_of_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the same from last hidden states [B, L, H] (after the final norm)."""
+        """Return the loss per token from last hidden states [..., H] (after the final norm) and targets [...]."""
         assert self.output is not None
         flat = hidden.reshape(-1, hidden.shape[-1])
         losses: torch.Tensor = ChunkedNLL.apply(  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from connito.data.packing import content_of, text_of, tokens_of
 from connito.data.safetensors_header import read_header_text
 from connito.errors import Invalid, NotFound
 from connito.moe.layout import router_digest
@@ -249,7 +250,8 @@ def collect(
     batch_tokens: int = 2048,
     served: dict[int, FloatArray] | None = None,
 ) -> RoutingStatistics:
-    """Route `sequences` (int32 [n, L], or several such arrays of different L) through `model` and count.
+    """Route `sequences` ([n, L], ids or records of `connito.data.packing`, or several such arrays of different L) through
+    `model` and count. What fills a row of records up is left out.
 
     `served` is filled with the sums [N, H], by layer, of the hidden states that each expert was chosen for.
     Reads what the routers report, through forward hooks: some families choose by more than their logits. Sequences may
@@ -258,27 +260,35 @@ def collect(
     """
     import torch
 
+    from connito.moe.batches import as_taken, placed, positions_of, separates
     from connito.moe.layout import require_moe_layers
     from connito.moe.router import choice
 
+    # Before anything listens to the routers.
+    separates(model)
     layers = require_moe_layers(model)
     out, read = RoutingStatistics(routers=router_digest(layers)), hashlib.sha256()
     handles = []
+    # The tokens of the batch at hand that are text, [T] of all that the routers see; None for all.
+    inside_text: torch.Tensor | None = None
+
+    def text(rows: torch.Tensor) -> torch.Tensor:
+        flat = rows.reshape(-1, rows.shape[-1])
+        return flat if inside_text is None or inside_text.all() else flat[inside_text]
+
     for index, layer in layers.items():
 
         def hook(_: nn.Module, args: Any, output: Any, index: int = index, total: int = layer.num_experts) -> None:
             _logits, weights, ids = choice(output)
-            k = ids.shape[-1]
+            ids, weights = text(ids), text(weights)
             if served is not None:
-                states = args[0].reshape(-1, args[0].shape[-1]).double()
+                states = text(args[0]).double()
                 sums = states.new_zeros(total, states.shape[1])
-                for slot in ids.reshape(-1, k).T:
+                for slot in ids.T:
                     inside = (slot >= 0) & (slot < total)
                     sums.index_add_(0, slot[inside], states[inside])
                 served[index] = served.get(index, 0.0) + sums.cpu().numpy()
-            out.add(
-                index, total, ids.reshape(-1, k).cpu().numpy(), weights.detach().reshape(-1, k).float().cpu().numpy()
-            )
+            out.add(index, total, ids.cpu().numpy(), weights.detach().float().cpu().numpy())
 
         handles.append(layer.router.register_forward_hook(hook))
     groups = [sequences] if isinstance(sequences, np.ndarray) else sequences
@@ -287,9 +297,11 @@ def collect(
     try:
         with torch.inference_mode():
             for group in groups:
-                read.update(f"{group.shape}".encode() + np.ascontiguousarray(group, dtype="<i4").tobytes())
-                for ids in _batches(group, batch_tokens):
-                    body(input_ids=torch.from_numpy(ids.astype(np.int64)).to(device), use_cache=False)
+                read.update(f"{group.shape}".encode() + content_of(group))
+                for rows in _batches(as_taken(group, model), batch_tokens):
+                    ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
+                    inside_text = torch.from_numpy(text_of(rows).reshape(-1)).to(device)
+                    body(input_ids=ids, use_cache=False, **placed(positions_of(rows, device)))
     finally:
         for handle in handles:
             handle.remove()

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from connito.data.packing import counted
 from connito.errors import Invalid
+from connito.moe.batches import Batch, batch_of, separates, several
 from connito.moe.distillation import ShadowRouters
 from connito.moe.head import Head
 from connito.moe.moments import Moments
@@ -75,7 +77,8 @@ def train_local(
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[TargetState, TrainStats]:
-    """Train H steps over `batches`, int32 [H, B, L + 1]: step h predicts [:, 1:] from [:, :-1] of batch h.
+    """Train H steps over `batches` [H, B, L + 1], ids or records of `connito.data.packing`: step h predicts [:, 1:] from
+    [:, :-1] of batch h. The loss is the mean over what counts in a batch.
 
     `model` comes from `compress` and is trained in place, on the device where its parameters are; bf16 runs the
     forward pass under autocast, parameters and moments stay as they are. Rows that are stored in a shorter type than
@@ -100,6 +103,9 @@ def train_local(
     device = next(iter(parameters.values())).device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         head = Head(model)
+    # Measured before the shadow routers listen.
+    if several(batches):
+        separates(model)
     work = _Work(head, parameters, masters, optimiser, shadow, gradient_clip, bf16)
     losses, tokens, started = [], 0, time.perf_counter()
     with _deterministic():
@@ -111,9 +117,10 @@ def train_local(
             if moments is not None and going_on:
                 rate *= moments.correction(index, betas[0])
             losses.append(work.step(batch, micro_batch or len(batch), rate, index, len(batches)))
-            tokens += batch.shape[0] * (batch.shape[1] - 1)
+            read = batch.shape[0] * (batch.shape[1] - 1)
+            tokens += read
             if on_step is not None:
-                on_step(Step(index, losses[-1], batch.shape[0] * (batch.shape[1] - 1), time.perf_counter() - begun))
+                on_step(Step(index, losses[-1], read, time.perf_counter() - begun))
     if moments is not None:
         moments.take(optimiser, masters)
     stats = TrainStats(len(losses), tokens, time.perf_counter() - started, losses[0], losses[-1])
@@ -139,24 +146,24 @@ class _Work:
 
     def step(self, batch: npt.NDArray[Any], size: int, rate: float, index: int, steps: int) -> float:
         """Apply one AdamW step on a batch [B, L + 1], `size` sequences at a time, and return the loss before it."""
-        device = next(iter(self.parameters.values())).device
         if self.shadow is not None:
             self.shadow.begin(index, steps)
         for parameter in self.parameters.values():
             parameter.grad = None
-        total = 0.0
+        total, tokens = 0.0, int(counted(batch).sum())
         for start in range(0, len(batch), size):
-            part = torch.from_numpy(batch[start : start + size].astype("int64")).to(device)
-            total += self._accumulate(part, len(part) / len(batch))
+            part = batch_of(batch[start : start + size], self.head.model)
+            total += self._accumulate(part, tokens)
         self._update(rate)
         return total
 
-    def _accumulate(self, ids: torch.Tensor, share: float) -> float:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self.head.nll(ids[:, :-1], ids[:, 1:]).mean() * share
+    def _accumulate(self, part: Batch, tokens: int) -> float:
+        """Add the gradients of a part of a batch in which `tokens` predictions count, and return its part of the mean loss."""
+        with torch.autocast(part.ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            loss = self.head.nll(*part).sum() / tokens
             value = float(loss.detach())
             if self.shadow is not None:
-                loss = loss + self.shadow.loss() * share
+                loss = loss + self.shadow.loss() * (part.tokens / tokens)
         if not math.isfinite(value):
             raise Invalid(
                 f"the training loss became {value}: the learning rate is too high for this model or its weights are "

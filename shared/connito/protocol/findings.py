@@ -16,8 +16,10 @@ from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.run_pb2 import RunSpec
 
-# `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings.
-PROTOCOL_VERSION = 1
+# `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings. 2: the documents of a sequence do not
+# see each other, and a corpus may say which tokens count.
+PROTOCOL_VERSION = 2
+DOCUMENTS_APART = 2
 
 Outcome: TypeAlias = (
     cycle_pb2.Refused

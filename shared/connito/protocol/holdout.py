@@ -9,9 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from connito.data.packing import Rows, content_of
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1 import run_pb2
@@ -30,8 +28,8 @@ class Subsets:
     report: list[int]
 
 
-def split(sequences: NDArray[np.int32], *, gate: int, report: int, needed: int = 1, domain: str = "") -> Subsets:
-    """Split the sequences [n, length + 1] of a hold-out by the SHA-256 of their bytes.
+def split(sequences: Rows, *, gate: int, report: int, needed: int = 1, domain: str = "") -> Subsets:
+    """Split the sequences [n, length + 1] of a hold-out, ids or records, by the SHA-256 of their bytes.
 
     `report` sequences are reported on, `gate` decide about a candidate, the rest is the pool that the beacon draws
     from; at least `needed` must be left in it. A sequence that occurs twice counts once. Raises `Invalid` (BAD_SPEC)
@@ -39,8 +37,8 @@ def split(sequences: NDArray[np.int32], *, gate: int, report: int, needed: int =
     """
     tag = hash_fields(SPLIT_TAG)
     by_digest: dict[bytes, int] = {}
-    for index, sequence in enumerate(np.ascontiguousarray(sequences, "<i4")):
-        by_digest.setdefault(hashlib.sha256(tag + sequence.tobytes()).digest(), index)
+    for index, sequence in enumerate(sequences):
+        by_digest.setdefault(hashlib.sha256(tag + content_of(sequence)).digest(), index)
     order = [by_digest[digest] for digest in sorted(by_digest)]
     if len(order) < gate + report + max(needed, 1):
         length = sequences.shape[1] - 1
@@ -56,7 +54,7 @@ def split(sequences: NDArray[np.int32], *, gate: int, report: int, needed: int =
     )
 
 
-def subsets(sequences: NDArray[np.int32], spec: run_pb2.RunSpec, domain: str) -> Subsets:
+def subsets(sequences: Rows, spec: run_pb2.RunSpec, domain: str) -> Subsets:
     """Return `split` with the numbers of a run's policy: those for the target when `domain` is it, else for a general
     domain.
     """

@@ -77,7 +77,7 @@ class CorpusRef(_message.Message):
     domain: _builtins.str
     @_builtins.property
     def artifact(self) -> _artifacts_pb2.ArtifactRef:
-        """safetensors: `tokens` int32 [T], `offsets` int64 [D + 1]."""
+        """safetensors: `tokens` int32 [T], `offsets` int64 [D + 1] and, where not every token's prediction counts, `loss` uint8 [T]."""
 
     def __init__(
         self,
@@ -582,7 +582,8 @@ class RunSpec(_message.Message):
     organisation: _builtins.str
     protocol_version: _builtins.int
     """The rules that the run is under, filled in by the coordinator. 0, a run of before there were versions: outcomes are
-    recorded as sentences. 1: as findings.
+    recorded as sentences. 1: as findings. 2: the documents of a sequence do not see each other, and a corpus may say which
+    tokens count.
     """
     @_builtins.property
     def base(self) -> Global___BaseRef: ...

@@ -14,6 +14,7 @@ from connito.data.tensors import Array
 from connito.moe.state import load_state
 from connito.protocol.holdout import subsets
 from connito.protocol.merging.gate import Losses, Part
+from connito.protocol.sequences import sequences
 from connito.v1 import run_pb2
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class GateEvaluator:
     """
 
     evaluator: Evaluator
-    # By domain, the target first: int32 [n, length + 1].
+    # By domain, the target first: [n, length + 1].
     sequences: Mapping[Part, Mapping[str, Array]]
     _known: dict[tuple[str, Part], Losses] = field(default_factory=dict)
     # States are written into the model in place: one thread at a time.
@@ -47,14 +48,14 @@ class GateEvaluator:
         from connito.base.loading import load_full
         from connito.moe.evaluate import Evaluator
 
-        sequences: dict[Part, dict[str, Array]] = {"gate": {}, "report": {}}
+        held: dict[Part, dict[str, Array]] = {"gate": {}, "report": {}}
         for domain, path in holdouts.items():
-            rows = Corpus.load(path).sequences(spec.training.sequence_length)
+            rows = sequences(Corpus.load(path), spec)
             parts = subsets(rows, spec, domain)
-            sequences["gate"][domain] = rows[parts.gate]
-            sequences["report"][domain] = rows[parts.report]
+            held["gate"][domain] = rows[parts.gate]
+            held["report"][domain] = rows[parts.report]
         layers = {layer.layer: list(layer.experts) for layer in selection.layers}
-        return cls(Evaluator(load_full(files), layers), sequences)
+        return cls(Evaluator(load_full(files), layers), held)
 
     def measure(self, part: Part, digest: str, state: Path) -> Losses:
         """Return losses of the state with this digest. Loads the file only if it was not measured before."""
@@ -68,9 +69,9 @@ class GateEvaluator:
         tensors = load_state(state)
         sums: dict[str, tuple[float, int]] = {}
         rows: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {}
-        for domain, sequences in self.sequences[part].items():
-            if len(sequences):
-                nll, tokens = self.evaluator.losses(tensors, sequences)
+        for domain, table in self.sequences[part].items():
+            if len(table):
+                nll, tokens = self.evaluator.losses(tensors, table)
                 sums[domain] = (math.fsum(nll), int(tokens.sum()))
                 rows[domain] = (tuple(map(float, nll)), tuple(map(int, tokens)))
         return Losses(sums, rows)

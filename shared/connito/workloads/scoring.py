@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.data.corpus import Corpus, Tokens
+from connito.data.corpus import Corpus
+from connito.data.packing import Rows
 from connito.errors import Retry
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.scoring.evaluation import Losses, Measurable, Part
+from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
 from connito.runtime import logs
 from connito.v1.run_pb2 import RunSpec, SelectionMade
@@ -36,9 +38,9 @@ log = logs.get_logger("measuring")
 
 @dataclass(frozen=True)
 class Holdout:
-    """All sequences of a domain's hold-out, int32 [n, L + 1], and the numbers of those that may be drawn to score."""
+    """All sequences of a domain's hold-out, [n, L + 1], and the numbers of those that may be drawn to score."""
 
-    sequences: Tokens
+    sequences: Rows
     pool: list[int]
 
 
@@ -149,8 +151,8 @@ def rebase(artifact: State, origin: State, current: State) -> State:
 
 def read_holdout(path: Path, spec: RunSpec, domain: str) -> Holdout:
     """Return a hold-out corpus as sequences of the run's length, and the part of it that scores submissions."""
-    sequences = Corpus.load(path).sequences(spec.training.sequence_length)
-    return Holdout(sequences, subsets(sequences, spec, domain).score)
+    rows = sequences(Corpus.load(path), spec)
+    return Holdout(rows, subsets(rows, spec, domain).score)
 
 
 class _Progress:

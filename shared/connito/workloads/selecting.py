@@ -15,6 +15,7 @@ from connito.library.signature import encode_signature
 from connito.moe.helper_experts import Usage, by_policy
 from connito.protocol.holdout import subsets
 from connito.protocol.policy.choices import CONTESTED_RULE
+from connito.protocol.sequences import sequences
 from connito.v1 import reasons_pb2, run_pb2
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def _background(model: nn.Module, selection: Selection, usage: Usage, theta: Pat
 def _start(model: nn.Module, spec: run_pb2.RunSpec, selection: Selection, probe: Path, library: Library) -> Start:
     from connito.experts.start import propose
 
-    sequences = Corpus.load(probe).sequences(spec.training.sequence_length)
-    return propose(model, spec, selection, sequences, library.shelf, library.sequence)
+    rows = sequences(Corpus.load(probe), spec)
+    return propose(model, spec, selection, rows, library.shelf, library.sequence)
 
 
 def signature_of(
@@ -167,7 +168,7 @@ def check_holdouts(spec: run_pb2.RunSpec, paths: Mapping[str, Path]) -> None:
     Here, because a run that cannot be judged should end before anyone trains for it.
     """
     for domain, path in paths.items():
-        subsets(Corpus.load(path).sequences(spec.training.sequence_length), spec, domain)
+        subsets(sequences(Corpus.load(path), spec), spec, domain)
 
 
 def _route(
@@ -175,8 +176,8 @@ def _route(
 ) -> RoutingStatistics:
     from connito.moe.statistics import collect
 
-    sequences = Corpus.load(path).sequences(spec.training.sequence_length)
-    return collect(model, sequences[:, :-1], served=served)
+    rows = sequences(Corpus.load(path), spec)
+    return collect(model, rows[:, :-1], served=served)
 
 
 def _budget(spec: run_pb2.RunSpec, manifest: Manifest) -> Budget:
@@ -199,8 +200,8 @@ def _measured(model: nn.Module, spec: run_pb2.RunSpec, probe: Path, selection: S
     """Add the diagnostics that need interventions in the model, within the run's budget for them."""
     from connito.moe.diagnostics import measure
 
-    sequences = Corpus.load(probe).sequences(spec.training.sequence_length)
-    found = measure(model, selection.layers, sequences, budget=spec.selection.causal_effects, max_tokens=PROBED_TOKENS)
+    rows = sequences(Corpus.load(probe), spec)
+    found = measure(model, selection.layers, rows, budget=spec.selection.causal_effects, max_tokens=PROBED_TOKENS)
     return replace(selection, diagnostics={**selection.diagnostics, **found})
 
 

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from connito.data.corpus import Corpus
+from connito.data.corpus import ENDS, WHOLE, Corpus
+from connito.data.tensors import tensor_bytes
 from connito.errors import Invalid
 from numpy.typing import NDArray
-
-MINERS = ["UA", "UB", "UC"]
 
 
 def numbered(documents: int = 40, length: int = 33, first: int = 0) -> Corpus:
@@ -59,52 +59,27 @@ def test_arrays_that_are_no_corpus_are_refused(tokens: NDArray[Any], offsets: ND
         Corpus(tokens, offsets)
 
 
-def test_miners_get_disjoint_text_that_anyone_can_recompute() -> None:
-    corpus = numbered()
-    batches = {m: corpus.miner_batches("r", 1, m, MINERS, 3, 4, 15) for m in MINERS}
-    seen = [set(rows.reshape(-1).tolist()) - {9999999} for rows in batches.values()]
-    assert all(rows.shape == (3, 4, 16) for rows in batches.values())
-    assert len(set().union(*seen)) == sum(map(len, seen))
-    shuffled = corpus.miner_batches("r", 1, "UA", ["UC", "UA", "UB"], 3, 4, 15)
-    np.testing.assert_array_equal(batches["UA"], shuffled)
-    assert not np.array_equal(batches["UA"], corpus.miner_batches("r", 2, "UA", MINERS, 3, 4, 15))
+def test_a_mask_comes_back_and_needs_documents_with_their_own_ends() -> None:
+    whole = {"domain": "d", "separator": "0", ENDS: WHOLE}
+    corpus = Corpus.from_masked([([1, 2, 3], [False, True, True]), ([4, 5], [False, True])], whole)
+    again = Corpus.load(corpus.to_bytes())
+    assert again.loss is not None
+    assert again.loss.tolist() == [False, True, True, False, True]
+    assert again.to_bytes() == corpus.to_bytes()
+    with pytest.raises(Invalid, match="which tokens count"):
+        corpus.sequences(2)
+    for metadata, loss in (({}, [True] * 3), (whole, [True] * 2)):
+        with pytest.raises(Invalid, match="loss"):
+            Corpus.from_masked([([1, 2, 3], loss)], metadata)
 
 
-def test_newcomers_and_crowds_draw_samples_of_their_own() -> None:
-    corpus = numbered(4)
-    newcomer = corpus.miner_batches("r", 1, "UX", MINERS, 2, 2, 15)
-    crowd = [f"U{i}" for i in range(50)]
-    squeezed = corpus.miner_batches("r", 1, "U7", crowd, 2, 2, 15)
-    rows = {tuple(row) for row in corpus.sequences(15)}
-    for batch in (newcomer, squeezed):
-        assert {tuple(row) for row in batch.reshape(-1, 16)} <= rows
-        assert len({tuple(row) for row in batch.reshape(-1, 16)}) == 4
-
-
-def test_a_short_slice_is_gone_through_again() -> None:
-    corpus = numbered(2)
-    batch = corpus.miner_batches("r", 1, "UA", MINERS, 5, 4, 15).reshape(-1, 16)
-    counts = np.unique(batch, axis=0, return_counts=True)[1]
-    assert counts.max() - counts.min() <= 1
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 2), (0.25, 5), (0.5, 10)])
-def test_replay_takes_its_share_evenly(share: float, expected: int) -> None:
-    general = numbered(20, first=100_000)
-    batch = numbered().miner_batches("r", 1, "UA", MINERS, 5, 4, 15, replay=general, replay_share=share)
-    replayed = (batch[:, :, 0] >= 100_000) & (batch[:, :, 0] != 9999999) | (batch[:, :, 1] >= 100_000) & (
-        batch[:, :, 1] != 9999999
+def test_a_corpus_without_a_mask_has_the_bytes_that_it_always_had() -> None:
+    corpus = Corpus.from_documents([[1, 2], [3]], {"domain": "d", "separator": "0"})
+    assert (
+        hashlib.sha256(corpus.to_bytes()).hexdigest()
+        == "6a3ae39738c70bf80cca19765dfb58200373047c44696ea2fad8a01050f0c2d8"
     )
-    assert replayed.sum() == expected
-    assert replayed.sum(1).max() - replayed.sum(1).min() <= 1
-
-
-def test_a_share_of_everything_is_refused() -> None:
-    with pytest.raises(Invalid, match="replay share"):
-        numbered().miner_batches("r", 1, "UA", MINERS, 1, 1, 15, replay=numbered(), replay_share=1.0)
-
-
-def test_the_batches_stand() -> None:
-    """A change of these values changes what every miner of a running run trains on."""
-    batch = numbered().miner_batches("r", 1, "UB", MINERS, 1, 4, 15)
-    assert batch[0, :, 3].tolist() == [733, 982, 997, 966]
+    with pytest.raises(Invalid, match="holds offsets, other, tokens"):
+        Corpus.load(tensor_bytes({"tokens": corpus.tokens, "offsets": corpus.offsets, "other": corpus.tokens}, {}))
+    with pytest.raises(Invalid, match="loss must be uint8"):
+        Corpus.load(tensor_bytes({"tokens": corpus.tokens, "offsets": corpus.offsets, "loss": corpus.tokens}, {}))

@@ -1,0 +1,112 @@
+"""Rows of a corpus as a model takes them: token ids, what they predict, where documents begin, and what counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from connito.data.packing import ROW, Rows, apart, tokens_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_KNOWN = "connito_separates"
+# Of what a document in front does to the next one, so much may remain for a family to count as keeping them apart: rounding,
+# by whether the model computes in float32.
+_REMAINS = {True: 1e-3, False: 0.05}
+
+
+class Batch(NamedTuple):
+    """ids and targets, int64 [B, L]. positions: int64 [B, L], from 0 in every document; None where no row has two of them.
+    counts: bool [B, L], the predictions that are learned and measured; None for all.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Return how many predictions count."""
+        return self.targets.numel() if self.counts is None else int(self.counts.sum())
+
+
+def batch_of(rows: Rows, model: nn.Module) -> Batch:
+    """Return rows [B, L + 1], plain ids or records of `connito.data.packing`, on the device of the model.
+
+    A model that cannot keep documents of one row apart gets each in a row of its own: B is then their number.
+    """
+    rows = as_taken(rows, model)
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
+    if rows.dtype != ROW:
+        return Batch(ids[:, :-1], ids[:, 1:])
+    positions = positions_of(rows[:, :-1], device)
+    counts = torch.from_numpy(np.ascontiguousarray(rows["counts"][:, 1:])).to(device)
+    return Batch(ids[:, :-1], ids[:, 1:], positions, counts)
+
+
+def as_taken(rows: Rows, model: nn.Module) -> Rows:
+    """Return rows as the model can take them: each document in its own row, where it would mix those of one row."""
+    return apart(rows)[0] if several(rows) and not separates(model) else rows
+
+
+def several(rows: Rows) -> bool:
+    """Return whether a row holds more than one document."""
+    return rows.dtype == ROW and bool((rows["position"][..., 1:] == 0).any())
+
+
+def positions_of(rows: Rows, device: torch.device) -> torch.Tensor | None:
+    """Return the position of every token in its document, int64 [B, L]; None where no row has two documents."""
+    if not several(rows):
+        return None
+    return torch.from_numpy(np.maximum(rows["position"], 0).astype(np.int64)).to(device)
+
+
+def placed(positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return the arguments that tell a model of transformers where documents begin."""
+    return {} if positions is None else {"position_ids": positions}
+
+
+def separates(model: nn.Module) -> bool:
+    """Return whether documents of one row do not see each other when their positions begin anew.
+
+    Families whose layers all are attention build such a mask from the positions; in others a state or a convolution runs on.
+    Measured once, on two short documents, and remembered in the model.
+    """
+    known = getattr(model, _KNOWN, None)
+    if known is None:
+        known = _measured(model)
+        setattr(model, _KNOWN, known)
+    return bool(known)
+
+
+def _measured(model: Any) -> bool:
+    first, second = 9, 12
+    device = next(model.parameters()).device
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ids = (torch.arange(first + second, device=device)[None] * 7919 + 11) % vocabulary
+    positions = torch.cat([torch.arange(first, device=device), torch.arange(second, device=device)])[None]
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "model", None) or model
+
+    def states(part: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        out = body(input_ids=part, use_cache=False, **options)
+        found: torch.Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+        return found[0, -second:].float()
+
+    try:
+        with torch.no_grad():
+            alone = states(ids[:, first:])
+            mixed = (states(ids) - alone).abs().mean(dim=-1)
+            kept = (states(ids, position_ids=positions) - alone).abs().mean(dim=-1)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+    exact = next(model.parameters()).dtype == torch.float32
+    rounding = 4 * torch.finfo(torch.float32).eps * alone.abs().mean()
+    # The first tokens by themselves: what a short convolution carries over is in them alone.
+    return all(
+        bool(kept[part].mean() <= _REMAINS[exact] * mixed[part].mean() + rounding) for part in (slice(3), slice(None))
+    )
