@@ -120,7 +120,7 @@ def _round(rig: Rig, miners: int, scale: Scale, merges: Iterable[str]) -> list[d
     # Every other sequence gives the utilities that top-1 and the weighted mean use; the other half is reported.
     score, report = held[::2], held[1::2]
     start = _loss(evaluator, evaluator.base, report)
-    shards = {kind: _shards(rig, miners, scale, iid=kind == "IID") for kind in ("IID", "non-IID")}
+    shards = {kind: shards_of(rig, miners, scale, iid=kind == "IID") for kind in ("IID", "non-IID")}
     note(f"seed {rig.seed}, {miners} miners: central")
     lr, central = _central(rig, selection, shards["IID"], evaluator, report)
     common = {"seed": rig.seed, "miners": miners, "start": start}
@@ -137,7 +137,7 @@ def _round(rig: Rig, miners: int, scale: Scale, merges: Iterable[str]) -> list[d
     return rows
 
 
-def _shards(rig: Rig, miners: int, scale: Scale, *, iid: bool) -> Tokens:
+def shards_of(rig: Rig, miners: int, scale: Scale, *, iid: bool) -> Tokens:
     """Return [cycles, miners, H, B, L + 1]; both arrangements hold exactly the same sequences."""
     each = scale.cycles * scale.steps * scale.batch
     by_domain = [rig.train(domain, each * miners // len(DOMAINS)) for domain in DOMAINS]
@@ -261,6 +261,13 @@ def _merge(theta: Any, momentum: Any, states: Any, utilities: list[float], merge
             theta[name], aggregate(how, deltas, name), before, how_to.rate, how_to.momentum
         )
     return stepped, speed
+
+
+def merge_of(theta: Any, momentum: Any, states: Any) -> tuple[Any, Any]:
+    """Return state and momentum after a plain mean of `states` and Nesterov's outer step, all as tensors."""
+    plain = {name: rows.numpy() for name, rows in theta.items()}
+    stepped, speed = _merge(plain, momentum, states, [1.0] * len(states), "Nesterov")
+    return _tensors(stepped), speed
 
 
 def _tensors(theta: dict[str, Any]) -> dict[str, Any]:

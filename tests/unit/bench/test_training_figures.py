@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.decentralised import DOMAINS, MERGES, Scale, StateDeltas, _merge, _shards
+from bench.decentralised import DOMAINS, MERGES, Scale, StateDeltas, _merge, shards_of
 from bench.forgetting import frontier
 from bench.published_models import Assumed, count, rows
 from bench.random_moe import DEEP, DEMO, Shape, build, copies
@@ -27,7 +27,7 @@ def tokens(count: int = 4, length: int = 8) -> np.ndarray:
 
 def test_iid_and_non_iid_hold_the_same_sequences_and_non_iid_miners_see_one_domain() -> None:
     rig, scale = Rig(0, Path("unused")), Scale((4,), cycles=2, steps=2, batch=2, held=1)
-    iid, apart = (_shards(rig, 4, scale, iid=kind) for kind in (True, False))
+    iid, apart = (shards_of(rig, 4, scale, iid=kind) for kind in (True, False))
     width = iid.shape[-1]
     assert iid.shape == apart.shape == (2, 4, 2, 2, width)
     assert sorted(map(bytes, iid.reshape(-1, width))) == sorted(map(bytes, apart.reshape(-1, width)))
