@@ -75,8 +75,8 @@ class Corpus:
                 ends.append(ends[-1] + len(ids))
                 masked |= mask is not None
             marks = _kept(loss, ends[-1]).view(np.bool_) if masked else None
-            ids = _kept(tokens, 4 * ends[-1]).view(np.int32)
-        return cls(ids, np.frombuffer(ends, np.int64), dict(metadata or {}), marks)
+            kept = _kept(tokens, 4 * ends[-1]).view(np.int32)
+        return cls(kept, np.frombuffer(ends, np.int64), dict(metadata or {}), marks)
 
     @classmethod
     def load(cls, source: Path | str | bytes) -> Corpus:

@@ -21,8 +21,8 @@ from connito.moe.training import train_local
 from numpy.typing import NDArray
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Lfm2MoeConfig, Lfm2MoeForCausalLM
 
+from tests.support.families import FAMILIES, SMALL, tiny_model
 from tests.support.models import save_random
-from tests.unit.connito.moe.test_families import FAMILIES, SMALL, tiny_model
 
 pytestmark = pytest.mark.slow
 LAYERS = {1: [0, 3], 2: [5]}
@@ -60,7 +60,7 @@ def plain_losses(model: Any, corpus: Corpus) -> tuple[torch.Tensor, int]:
     for index in range(corpus.documents):
         ids = torch.from_numpy(corpus.document(index).astype(np.int64))[None]
         assert corpus.loss is not None
-        mask = torch.from_numpy(corpus.loss[corpus.offsets[index] : corpus.offsets[index + 1]])[None]
+        mask = torch.tensor(corpus.loss[corpus.offsets[index] : corpus.offsets[index + 1]].tolist())[None]
         labels = ids.masked_fill(~mask, -100)
         here = int((labels[:, 1:] != -100).sum())
         if here:
