@@ -71,6 +71,12 @@ def placed(positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {} if positions is None else {"position_ids": positions}
 
 
+def get_ready(model: nn.Module, rows: Rows) -> None:
+    """Measure what `batch_of` has to know, where it has to: before anything listens to the model's routers."""
+    if several(rows):
+        separates(model)
+
+
 def separates(model: nn.Module) -> bool:
     """Return whether documents of one row do not see each other when their positions begin anew.
 

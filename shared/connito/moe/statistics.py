@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from connito.moe.layout import router_digest
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -262,35 +264,16 @@ def collect(
 
     from connito.moe.batches import as_taken, placed, positions_of, separates
     from connito.moe.layout import require_moe_layers
-    from connito.moe.router import choice
 
     # Before anything listens to the routers.
     separates(model)
     layers = require_moe_layers(model)
     out, read = RoutingStatistics(routers=router_digest(layers)), hashlib.sha256()
-    handles = []
-    # The tokens of the batch at hand that are text, [T] of all that the routers see; None for all.
-    inside_text: torch.Tensor | None = None
-
-    def text(rows: torch.Tensor) -> torch.Tensor:
-        flat = rows.reshape(-1, rows.shape[-1])
-        return flat if inside_text is None or inside_text.all() else flat[inside_text]
-
-    for index, layer in layers.items():
-
-        def hook(_: nn.Module, args: Any, output: Any, index: int = index, total: int = layer.num_experts) -> None:
-            _logits, weights, ids = choice(output)
-            ids, weights = text(ids), text(weights)
-            if served is not None:
-                states = text(args[0]).double()
-                sums = states.new_zeros(total, states.shape[1])
-                for slot in ids.T:
-                    inside = (slot >= 0) & (slot < total)
-                    sums.index_add_(0, slot[inside], states[inside])
-                served[index] = served.get(index, 0.0) + sums.cpu().numpy()
-            out.add(index, total, ids.cpu().numpy(), weights.detach().float().cpu().numpy())
-
-        handles.append(layer.router.register_forward_hook(hook))
+    count = _Count(out, served)
+    handles = [
+        layer.router.register_forward_hook(partial(count.hook, index, layer.num_experts))
+        for index, layer in layers.items()
+    ]
     groups = [sequences] if isinstance(sequences, np.ndarray) else sequences
     device = next(model.parameters()).device
     body: Any = getattr(model, getattr(model, "base_model_prefix", "") or "model", model)
@@ -300,7 +283,7 @@ def collect(
                 read.update(f"{group.shape}".encode() + content_of(group))
                 for rows in _batches(as_taken(group, model), batch_tokens):
                     ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
-                    inside_text = torch.from_numpy(text_of(rows).reshape(-1)).to(device)
+                    count.text = torch.from_numpy(text_of(rows).reshape(-1)).to(device)
                     body(input_ids=ids, use_cache=False, **placed(positions_of(rows, device)))
     finally:
         for handle in handles:
@@ -311,6 +294,34 @@ def collect(
         )
     out.probes = (read.hexdigest(),)
     return out
+
+
+@dataclass
+class _Count:
+    """Counter of a batch. `text`: bool [T], which of the tokens that the routers see are text."""
+
+    out: RoutingStatistics
+    served: dict[int, FloatArray] | None
+    text: torch.Tensor | None = None
+
+    def hook(self, index: int, total: int, _: nn.Module, args: Any, output: Any) -> None:
+        """Add what the router of layer `index`, with `total` experts, has chosen."""
+        from connito.moe.router import choice
+
+        _logits, weights, ids = choice(output)
+        ids, weights = self._of_text(ids), self._of_text(weights)
+        if self.served is not None:
+            states = self._of_text(args[0]).double()
+            sums = states.new_zeros(total, states.shape[1])
+            for slot in ids.T:
+                inside = (slot >= 0) & (slot < total)
+                sums.index_add_(0, slot[inside], states[inside])
+            self.served[index] = self.served.get(index, 0.0) + sums.cpu().numpy()
+        self.out.add(index, total, ids.cpu().numpy(), weights.detach().float().cpu().numpy())
+
+    def _of_text(self, values: torch.Tensor) -> torch.Tensor:
+        flat = values.reshape(-1, values.shape[-1])
+        return flat if self.text is None or self.text.all() else flat[self.text]
 
 
 def _batches(group: npt.NDArray[Any], batch_tokens: int) -> Iterable[npt.NDArray[Any]]:

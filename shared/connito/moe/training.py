@@ -12,7 +12,7 @@ import torch
 
 from connito.data.packing import counted
 from connito.errors import Invalid
-from connito.moe.batches import Batch, batch_of, separates, several
+from connito.moe.batches import Batch, batch_of, get_ready
 from connito.moe.distillation import ShadowRouters
 from connito.moe.head import Head
 from connito.moe.moments import Moments
@@ -77,8 +77,7 @@ def train_local(
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[TargetState, TrainStats]:
-    """Train H steps over `batches` [H, B, L + 1], ids or records of `connito.data.packing`: step h predicts [:, 1:] from
-    [:, :-1] of batch h. The loss is the mean over what counts in a batch.
+    """Train H steps over `batches` [H, B, L + 1], ids or records: step h predicts what counts of [:, 1:] from [:, :-1].
 
     `model` comes from `compress` and is trained in place, on the device where its parameters are; bf16 runs the
     forward pass under autocast, parameters and moments stay as they are. Rows that are stored in a shorter type than
@@ -103,9 +102,7 @@ def train_local(
     device = next(iter(parameters.values())).device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         head = Head(model)
-    # Measured before the shadow routers listen.
-    if several(batches):
-        separates(model)
+    get_ready(model, batches)
     work = _Work(head, parameters, masters, optimiser, shadow, gradient_clip, bf16)
     losses, tokens, started = [], 0, time.perf_counter()
     with _deterministic():
@@ -117,10 +114,9 @@ def train_local(
             if moments is not None and going_on:
                 rate *= moments.correction(index, betas[0])
             losses.append(work.step(batch, micro_batch or len(batch), rate, index, len(batches)))
-            read = batch.shape[0] * (batch.shape[1] - 1)
-            tokens += read
+            tokens += batch.shape[0] * (batch.shape[1] - 1)
             if on_step is not None:
-                on_step(Step(index, losses[-1], read, time.perf_counter() - begun))
+                on_step(Step(index, losses[-1], batch.shape[0] * (batch.shape[1] - 1), time.perf_counter() - begun))
     if moments is not None:
         moments.take(optimiser, masters)
     stats = TrainStats(len(losses), tokens, time.perf_counter() - started, losses[0], losses[-1])

@@ -1,4 +1,4 @@
-"""What of a corpus a run reads: its sequences, and each miner's share of them in every cycle.
+"""Sequences of a corpus as a run reads them, and each miner's share of them in every cycle.
 
 The training text is gone through in epochs: nothing is given out again before everything was given out once. All of it
 follows from the log, so that anybody can tell which text a miner had.
