@@ -64,17 +64,19 @@ class Base:
         return cls(manifest, None, ranges, background)
 
     def load(self, facts: RunFacts, device: Any, work: Workload, *, top_k: int = 0) -> nn.Module:
-        """Return the training model on `device`. Blocking. Raises `Retry` when the store is away or damaged bytes came.
+        """Return the training model, made ready for this machine. Blocking. Raises `Retry` when the store is away or
+        damaged bytes came.
 
         work and top_k are the miner's own choice: what is resident and as what, and experts per token.
         """
+        from connito.moe.prepare import prepare
         from connito.moe.resident import add_background
         from connito.moe.state import load_state
 
-        model = self._load(facts, work, top_k).to(device)
+        model = self._load(facts, work, top_k)
         if self.background is not None and work.residency == HELPERS:
             add_background(model, load_state(self.background))
-        return model
+        return prepare(model, work.engine, device)
 
     def _load(self, facts: RunFacts, work: Workload, top_k: int) -> nn.Module:
         from connito.base.loading import load_resident, load_resident_local

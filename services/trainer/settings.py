@@ -25,7 +25,10 @@ class TrainerSettings(ServiceSettings):
     )
     label: str = Field("", max_length=80, description="a name to show beside this miner's key")
     invite: str = Field("", description="the token for runs that are by invitation, from their customer or operator")
-    device: str = Field("", description="cpu, cuda, cuda:1, …; empty: the first GPU, or the CPU")
+    device: str = Field(
+        "",
+        description="cpu, cuda, cuda:1, …; several separated by commas share the layers; empty: the first GPU, or the CPU",
+    )
     bf16: bool = Field(False, description="run the forward pass in bfloat16")
     bf16_parameters: bool = Field(
         False,
@@ -35,6 +38,25 @@ class TrainerSettings(ServiceSettings):
         0,
         ge=0,
         description="sequences that go through the model at once; gradients add up over the batch. 0: all of it",
+    )
+    optimizer: Literal["adamw-8bit", "adamw"] = Field(
+        "adamw-8bit", description="AdamW with moments of one byte a value, or of four"
+    )
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compute a layer's activations again in the backward pass: less memory, a third more time. auto: when "
+        "memory requires it",
+    )
+    attention: Literal["", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "",
+        description="attention kernel by its name in transformers; empty: its own choice, SDPA where the family has it",
+    )
+    experts: Literal["auto", "grouped", "loop"] = Field(
+        "auto", description="one product for all experts of a bank, or one for each. auto: grouped on a GPU"
+    )
+    compile: bool = Field(False, description="compile the layers with torch.compile: slow to start, faster steps")
+    offload_prefix: bool = Field(
+        False, description="keep the layers below the first adapted one in the host's memory until a step needs them"
     )
     top_k: int = Field(
         0,

@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.data.corpus import Corpus
 from connito.data.packing import Rows
 from connito.errors import Invalid, Retry
-from connito.moe.residency import AUTO
+from connito.moe.engine import Engine
 from connito.moe.schedule import Schedule
 from connito.protocol.sequences import miner_batches, sequences
 from connito.runtime import logs, metrics
@@ -129,6 +129,7 @@ class LocalTrainer:
                 bf16=self._settings.bf16 or self._settings.bf16_parameters,
                 micro_batch=self._settings.micro_batch,
                 factor=lambda step: schedule.factor(cycle, step),
+                optimizer=self._settings.optimizer,
                 moments=moments,
                 shadow=shadow,
                 on_step=progress,
@@ -157,8 +158,9 @@ class LocalTrainer:
             begun = time.perf_counter()
             settings = self._settings
             prepare_torch(settings.torch_threads)
-            device = device_of(settings.device)
-            work = check_memory(facts, base, device, settings)
+            devices = devices_of(settings.device)
+            device = devices[0]
+            work = check_memory(facts, base, device, settings, engine_of(settings, devices))
             model = base.load(facts, device, work, top_k=settings.top_k)
             log.info("model loaded", source=base.source, seconds=round(time.perf_counter() - begun, 2))
             self._loaded = _Loaded(facts.run, model)
@@ -226,28 +228,33 @@ def shadow_of(model: nn.Module, policy: TrainPolicy) -> ShadowRouters | None:
     return ShadowRouters(model, Distillation(policy.router_distillation, policy.distillation_share))
 
 
-def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSettings) -> Workload:
+def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSettings, engine: Engine) -> Workload:
     """Return what the training model will be like, chosen by the memory there is before any of it is loaded.
 
     Raises `Invalid` (DOES_NOT_FIT) with the numbers when it will not fit.
     """
     import torch
-    from connito.moe.footprint import Workload, best_fit, free_bytes, predict, require_fit
+    from connito.moe.footprint import Workload, best_fit, free_bytes, require_fit
 
     policy = facts.require_spec().training
     targets, helpers = experts_of(facts.require_selection())
     sequences = min(settings.micro_batch or policy.batch_sequences, policy.batch_sequences)
-    work = Workload(sequences, policy.sequence_length, settings.bf16_parameters, base.background is not None)
+    work = Workload(
+        sequences, policy.sequence_length, settings.bf16_parameters, base.background is not None, engine=engine
+    )
     have = settings.memory_bytes
     if not have:
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
-    if settings.residency == AUTO:
-        work, need = best_fit(base.manifest, targets, helpers, work, have)
-    else:
-        work = replace(work, residency=settings.residency)
-        need = predict(base.manifest, targets, helpers, work)
+    choices = work.choices(settings.residency, settings.checkpointing)
+    work, need = best_fit(base.manifest, targets, helpers, choices, have)
     require_fit(need, have, f"this machine ({device})" if not settings.memory_bytes else "CONNITO_MEMORY_BYTES")
-    log.info("memory predicted", need_bytes=need.total, free_bytes=have, residency=work.residency)
+    log.info(
+        "memory predicted",
+        need_bytes=need.total,
+        free_bytes=have,
+        residency=work.residency,
+        checkpointing=work.engine.checkpointing,
+    )
     return work
 
 
@@ -259,9 +266,21 @@ def prepare_torch(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def device_of(name: str) -> Any:
-    """Return the device that the settings name, or the best there is."""
+def devices_of(names: str) -> list[Any]:
+    """Return the devices that the settings name, or the best there is."""
     import torch
     from connito.moe.training import pick_device
 
-    return torch.device(name) if name else pick_device()
+    return [torch.device(name.strip()) for name in names.split(",")] if names else [pick_device()]
+
+
+def engine_of(settings: TrainerSettings, devices: Sequence[Any]) -> Engine:
+    """Return how this machine trains; whether with checkpointing is settled by the memory there is."""
+    return Engine(
+        optimizer=settings.optimizer,
+        attention=settings.attention,
+        experts=settings.experts,
+        compile=settings.compile,
+        offload_prefix=settings.offload_prefix,
+        devices=tuple(map(str, devices)) if len(devices) > 1 else (),
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from connito.bus import Bus
 from connito.errors import Invalid, Retry
 from connito.moe.footprint import Workload
@@ -297,7 +298,7 @@ async def test_byte_ranges_give_the_same_model_and_heal_when_damaged(
     store: ArtifactStore, run_id: str, tmp_path: Path
 ) -> None:
     tiny, work = await prepare(store, run_id, tmp_path), Workload(1, 64)
-    facts, targets = facts_of(tiny), tiny.targets
+    facts, targets, cpu = facts_of(tiny), tiny.targets, torch.device("cpu")
     urls = {name: store.presign_get(entry.ref, 600) for name, entry in tiny.manifest.files.items()}
     base = Base(tiny.manifest, None, Ranges(urls, tmp_path / "ranges"))
 
@@ -305,8 +306,8 @@ async def test_byte_ranges_give_the_same_model_and_heal_when_damaged(
         return dict(model.state_dict()) | read_targets(model)
 
     whole = Base(tiny.manifest, {name: tiny_base() / name for name in tiny.manifest.files}, None)
-    expected = states_of(await asyncio.to_thread(whole.load, facts, "cpu", work))
-    fetched = states_of(await asyncio.to_thread(base.load, facts, "cpu", work))
+    expected = states_of(await asyncio.to_thread(whole.load, facts, cpu, work))
+    fetched = states_of(await asyncio.to_thread(base.load, facts, cpu, work))
     assert fetched.keys() == expected.keys()
     assert all(fetched[name].equal(expected[name]) for name in expected)
     # Per adapted layer, two targets and one helper of eight experts were read.
@@ -317,8 +318,8 @@ async def test_byte_ranges_give_the_same_model_and_heal_when_damaged(
     largest = max(read, key=lambda path: path.stat().st_size)
     largest.write_bytes(bytes(largest.stat().st_size))
     with pytest.raises(Retry, match="damaged"):
-        await asyncio.to_thread(base.load, facts, "cpu", work)
-    healed = states_of(await asyncio.to_thread(base.load, facts, "cpu", work))
+        await asyncio.to_thread(base.load, facts, cpu, work)
+    healed = states_of(await asyncio.to_thread(base.load, facts, cpu, work))
     assert all(healed[name].equal(expected[name]) for name in expected)
 
 

@@ -92,21 +92,25 @@ def fits(
 ) -> None:
     """Predict the memory of training a selection, before anything is loaded; exit 3 when it does not fit."""
     from connito.data.manifest import build_manifest
-    from connito.moe.footprint import Workload, best_fit, free_bytes, predict, require_fit
-    from connito.moe.residency import AUTO, HELPERS
+    from connito.moe.footprint import Workload, best_fit, free_bytes, require_fit
 
     targets, helpers = _experts(selection)
     manifest, have = build_manifest(base), memory_bytes or free_bytes()
-    work = Workload(sequences, length, bf16_parameters, residency=HELPERS if residency == AUTO else residency)
-    need = predict(manifest, targets, helpers, work)
-    if residency == AUTO:
-        work, need = best_fit(manifest, targets, helpers, work, have)
+    choices = Workload(sequences, length, bf16_parameters).choices(residency, "auto")
+    work, need = best_fit(manifest, targets, helpers, choices, have)
     emit(
         as_json,
-        {**need.to_json(), "residency": work.residency, "available": have, "fits": need.total <= have},
+        {
+            **need.to_json(),
+            "residency": work.residency,
+            "checkpointing": work.engine.checkpointing,
+            "available": have,
+            "fits": need.total <= have,
+        },
         lambda: "\n".join(
             [
                 f"{'residency':<12}{work.residency:>10}",
+                f"{'checkpoints':<12}{'yes' if work.engine.checkpointing else 'no':>10}",
                 *(f"{name:<12}{formats.size(value):>10}" for name, value in need.to_json().items()),
                 f"{'available':<12}{formats.size(have):>10}",
             ]

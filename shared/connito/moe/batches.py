@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _KNOWN = "connito_separates"
+# Where a model is whose layers lie on several devices: what goes in and comes out is there.
+HOME = "connito_home"
 # Of what a document in front does to the next one, so much may remain for a family to count as keeping them apart: rounding,
 # by whether the model computes in float32.
 _REMAINS = {True: 1e-3, False: 0.05}
@@ -40,13 +42,19 @@ def batch_of(rows: Rows, model: nn.Module) -> Batch:
     A model that cannot keep documents of one row apart gets each in a row of its own: B is then their number.
     """
     rows = as_taken(rows, model)
-    device = next(model.parameters()).device
+    device = home_of(model)
     ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
     if rows.dtype != ROW:
         return Batch(ids[:, :-1], ids[:, 1:])
     positions = positions_of(rows[:, :-1], device)
     counts = torch.from_numpy(np.ascontiguousarray(rows["counts"][:, 1:])).to(device)
     return Batch(ids[:, :-1], ids[:, 1:], positions, counts)
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """Return the device that a model takes ids on."""
+    home: torch.device = getattr(model, HOME, None) or next(model.parameters()).device
+    return home
 
 
 def as_taken(rows: Rows, model: nn.Module) -> Rows:
@@ -92,7 +100,7 @@ def separates(model: nn.Module) -> bool:
 
 def _measured(model: Any) -> bool:
     first, second = 9, 12
-    device = next(model.parameters()).device
+    device = home_of(model)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ids = (torch.arange(first + second, device=device)[None] * 7919 + 11) % vocabulary
     positions = torch.cat([torch.arange(first, device=device), torch.arange(second, device=device)])[None]

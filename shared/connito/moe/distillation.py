@@ -37,7 +37,8 @@ class ShadowRouters:
 
     def __init__(self, model: nn.Module, settings: Distillation) -> None:
         self._settings, self._on = settings, False
-        self._divergence: list[torch.Tensor] = []
+        # By layer: one that runs again for its backward pass adds nothing to the next part's sum.
+        self._divergence: dict[int, torch.Tensor] = {}
         self.shift: dict[int, torch.Tensor] = {}
         self._hooks = []
         for index, (experts, router) in adapted_layers(model).items():
@@ -58,7 +59,7 @@ class ShadowRouters:
         """Return λ · mean over layers and tokens of KL(shipped ‖ shadow), of the forward pass before; 0 when off."""
         if not self._divergence:
             return torch.zeros(())
-        total = torch.stack(self._divergence).mean() * self._settings.weight
+        total = torch.stack([*self._divergence.values()]).mean() * self._settings.weight
         self._divergence.clear()
         return total
 
@@ -84,7 +85,7 @@ class ShadowRouters:
             shift = x @ self.shift[index].T  # [T, N]
             plain = logits.detach().reshape(-1, logits.shape[-1]).float().log_softmax(-1)
             moved = (plain + shift).log_softmax(-1)
-            self._divergence.append((plain.exp() * (plain - moved)).sum(-1).mean())
+            self._divergence[index] = (plain.exp() * (plain - moved)).sum(-1).mean()
             return (output[0], shifted(weights, shift.reshape(*ids.shape[:-1], -1), ids), *output[2:])
 
         return hook

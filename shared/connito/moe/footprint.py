@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from connito.data.manifest import Manifest, TensorEntry
 from connito.errors import Invalid
-from connito.moe.residency import ALL, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
+from connito.moe.engine import Engine, state_bytes
+from connito.moe.residency import ALL, AUTO, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
 from connito.render.formats import size
 from connito.v1 import reasons_pb2
 
@@ -39,6 +40,18 @@ class Workload:
     half: bool = False
     background: bool = False
     residency: str = HELPERS
+    engine: Engine = field(default_factory=Engine)
+
+    def choices(self, residency: str, checkpointing: str) -> list[Workload]:
+        """Return what a machine may choose from, best first: what costs time comes before what costs precision.
+
+        residency: one of `connito.moe.residency`, or auto; checkpointing: on, off, or auto.
+        """
+        return [
+            replace(self, residency=held, engine=replace(self.engine, checkpointing=again))
+            for held in (RESIDENCIES if residency == AUTO else (residency,))
+            for again in ((False, True) if checkpointing == AUTO else (checkpointing == "on",))
+        ]
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ def predict(
             "base model",
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
-    frozen, item = 0, 4
+    frozen, item, stored = 0, 4, "F32"
     for tensor in manifest.tensors.values():
         layer = manifest.is_expert(tensor.name)
         if layer is None or (layer not in targets and work.residency != FOUR_BIT):
@@ -80,17 +93,16 @@ def predict(
         elif work.residency == FOUR_BIT:
             frozen += _packed(tensor, counts[layer], len(set(targets.get(layer, ()))))
         if layer in targets:
-            item = ITEM_BYTES.get(tensor.dtype, 4)
+            item, stored = ITEM_BYTES.get(tensor.dtype, 4), tensor.dtype
     trained = sum(sizes[layer] * len(set(experts)) for layer, experts in targets.items())
     beside = sum(sizes[layer] * _beside(counts[layer], set(helpers.get(layer, ())), work) for layer in targets)
     frozen += beside * 2 // item if work.half and item > 2 else beside
     numbers = trained // item
-    # A copy in float32 beside rows that are stored shorter, and gradients of both.
-    masters = 4 * numbers if item < 4 else 0
     return Footprint(
-        weights=frozen + trained + masters,
-        gradients=trained + masters,
-        moments=8 * numbers,
+        weights=frozen + trained,
+        gradients=trained,
+        # What completes shorter rows to float32 is counted here too.
+        moments=round(numbers * state_bytes(stored, work.engine.optimizer)) - trained,
         activations=_activations(manifest, min(targets, default=0), work),
     )
 
@@ -99,12 +111,11 @@ def best_fit(
     manifest: Manifest,
     targets: Mapping[int, Sequence[int]],
     helpers: Mapping[int, Sequence[int]],
-    work: Workload,
+    choices: Sequence[Workload],
     have: int,
 ) -> tuple[Workload, Footprint]:
-    """Return the best residency whose training model fits into `have` bytes, as (workload, footprint); helpers if none does."""
-    for residency in RESIDENCIES:
-        chosen = replace(work, residency=residency)
+    """Return the first of `choices` whose training model fits into `have` bytes, with its footprint; the last if none does."""
+    for chosen in choices:
         need = predict(manifest, targets, helpers, chosen)
         if need.total <= have:
             break
@@ -138,7 +149,11 @@ def _activations(manifest: Manifest, first: int, work: Workload) -> int:
         default=0,
     )
     per_layer = work.sequences * work.length * hidden * KEPT_PER_LAYER * (2 if work.half else 4)
-    return per_layer * max(1, layers - first) + HEAD_BYTES
+    backward = max(1, layers - first)
+    if work.engine.checkpointing:
+        # The input of every layer, and one layer at a time from there.
+        return per_layer + per_layer // KEPT_PER_LAYER * backward + HEAD_BYTES
+    return per_layer * backward + HEAD_BYTES
 
 
 def require_fit(need: Footprint, have: int, where: str) -> None:

@@ -35,16 +35,18 @@ class Residents:
     background: bool = False
     residency: str = HELPERS
 
-    def where(self) -> list[tuple[int, str, int]]:
-        """Return (expert id, prefix of the bank it is in, its row there), ascending by id, as a full model would visit
-        them.
+    def where(self) -> list[tuple[int, int, str, int]]:
+        """Return (expert id, its place among the rows of all banks, prefix of its bank, its row there), ascending by id, as a
+        full model would visit them.
 
         The background expert has the id of the skip slot, N: whoever would be skipped goes to it.
         """
-        rows = [(e, TARGET, i) for i, e in enumerate(self.targets)] + [
-            (e, HELPER, e if self.residency == ALL else i) for i, e in enumerate(self.helpers)
-        ]
-        return sorted(rows) + ([(self.num_experts, BACKGROUND, 0)] if self.background else [])
+        count, beside = len(self.targets), self.num_experts if self.residency == ALL else len(self.helpers)
+        found = [(e, i, TARGET, i) for i, e in enumerate(self.targets)]
+        for i, e in enumerate(self.helpers):
+            row = e if self.residency == ALL else i
+            found.append((e, count + row, HELPER, row))
+        return sorted(found) + ([(self.num_experts, count + beside, BACKGROUND, 0)] if self.background else [])
 
 
 def four_bit_bytes(values: int) -> int:

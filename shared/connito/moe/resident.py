@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from connito.errors import Invalid
-from connito.moe.four_bit import FourBit, frozen_linear, hold
+from connito.moe.four_bit import FourBit, hold
 from connito.moe.implementation import Implementation, register
 from connito.moe.layout import (
     ROUTER_NAMES,
@@ -32,6 +32,7 @@ from connito.moe.layout import (
     require_moe_layers,
 )
 from connito.moe.residency import ALL, BACKGROUND, FOUR_BIT, HELPER, HELPERS, TARGET, Residents
+from connito.moe.resident_forward import GROUPED, LOOP, grouped_forward, loop_forward
 from connito.moe.router import Call, choice
 from connito.moe.state import TargetState, split_name, tensor_name
 from connito.protocol.policy.choices import ROUTING_MODES
@@ -39,8 +40,6 @@ from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
     from torch import nn
-
-IMPLEMENTATION = "connito_resident"
 
 # What a router did -> what it is to report instead; id N is the skip slot.
 Reroute = Callable[[Call], tuple[Any, ...]]
@@ -141,15 +140,36 @@ def install(
             experts.add_module(HELPER + name, beside)
         else:
             experts.register_buffer(HELPER + name, beside, persistent=False)
-    experts.connito_where = residents.where()
+    _locate(experts, residents)
     # The dispatcher reads the name from the module's configuration at every call; only this layer gets another one.
-    experts.config = Implementation(experts.config, IMPLEMENTATION)
-    register(IMPLEMENTATION, resident_experts_forward)
+    experts.config = Implementation(experts.config, LOOP)
+    register(LOOP, loop_forward)
     if not residents.targets:
         return
     experts.connito_residents = residents
     experts.connito_reroute = _Routing(residents, routing_mode, top_k if 0 < top_k < layer.top_k else 0)
     layer.router.register_forward_hook(_router_hook(experts.connito_reroute), with_kwargs=True)
+
+
+def group_experts(model: nn.Module) -> None:
+    """Let the layers of a compressed model compute all experts of a bank in one product."""
+    register(GROUPED, grouped_forward)
+    experts: Any
+    for experts in model.modules():
+        if hasattr(experts, "connito_where"):
+            experts.config = Implementation(experts.config, GROUPED)
+
+
+def _locate(experts: Any, residents: Residents) -> None:
+    """Tell an experts module which experts it has, and the place of each; whoever is absent has the place after the last."""
+    where = residents.where()
+    experts.connito_where = [entry[1:] for entry in where]
+    experts.connito_rows = 1 + max(entry[1] for entry in where)
+    place = torch.full((residents.num_experts + 1,), experts.connito_rows)
+    for expert, its_place, _, _ in where:
+        place[expert] = its_place
+    device = next(chain(experts.parameters(), experts.buffers())).device
+    experts.register_buffer("connito_place", place.to(device), persistent=False)
 
 
 def add_background(model: nn.Module, background: Mapping[str, torch.Tensor]) -> None:
@@ -172,7 +192,7 @@ def add_background(model: nn.Module, background: Mapping[str, torch.Tensor]) -> 
             rows = background[name].to(parameter.device, parameter.dtype)
             experts.register_buffer(BACKGROUND + key.removeprefix(TARGET), rows, persistent=False)
         experts.connito_residents = replace(experts.connito_residents, background=True)
-        experts.connito_where = experts.connito_residents.where()
+        _locate(experts, experts.connito_residents)
         experts.connito_reroute.background = True
 
 
@@ -230,47 +250,6 @@ def target_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if key.startswith(TARGET)
     }
     return {name: found[name] for name in sorted(found, key=split_name)} if found else {}
-
-
-def resident_experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Return Σ_k w_k · expert_k(x) over resident experts, [T, hidden]; an id without a resident adds nothing.
-
-    One matrix product per resident expert straight from its bank: no bank is concatenated or indexed per call. Experts
-    are visited by ascending id and summed like the family's own loop, so that parity with the full model is exact.
-    """
-    output = torch.zeros_like(hidden_states)
-    for expert, bank, row in self.connito_where:
-        token, slot = torch.where(top_k_index == expert)
-        if token.numel() == 0:
-            continue
-        current = _expert(self, hidden_states[token], bank, row) * top_k_weights[token, slot, None]
-        output = output.index_add(0, token, current.to(output.dtype))
-    return output
-
-
-def _expert(self: Any, x: torch.Tensor, bank: str, row: int) -> torch.Tensor:
-    """Return one expert's output for its tokens [t, hidden], with whatever the family has: gate, biases, transposed weights,
-    post norm.
-    """
-    up = "gate_up_proj" if self.has_gate else "up_proj"
-    x = _linear(self, x, bank, row, up)
-    x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
-    x = _linear(self, x, bank, row, "down_proj")
-    return self.post_expert_norm(x) if self.has_post_expert_norm else x
-
-
-def _linear(self: Any, x: torch.Tensor, bank: str, row: int, name: str) -> torch.Tensor:
-    rows: torch.Tensor | FourBit = getattr(self, bank + name)
-    bias = getattr(self, f"{bank}{name}_bias")[row] if self.has_bias else None
-    if isinstance(rows, FourBit):
-        return frozen_linear(x, rows, row, bias, self.is_transposed)
-    weight = rows[row]
-    if not self.is_transposed:
-        return F.linear(x, weight, bias)
-    product: torch.Tensor = x @ weight
-    return product if bias is None else product + bias
 
 
 def _router_hook(reroute: Reroute) -> Callable[..., Any]:

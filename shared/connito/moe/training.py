@@ -12,8 +12,10 @@ import torch
 
 from connito.data.packing import counted
 from connito.errors import Invalid
+from connito.moe.adamw import AdamW
 from connito.moe.batches import Batch, batch_of, get_ready
 from connito.moe.distillation import ShadowRouters
+from connito.moe.engine import EXACT, is_compact
 from connito.moe.head import Head
 from connito.moe.moments import Moments
 from connito.moe.resident import read_targets, target_parameters
@@ -72,6 +74,7 @@ def train_local(
     bf16: bool = False,
     micro_batch: int = 0,
     factor: Callable[[int], float] | None = None,
+    optimizer: str = EXACT,
     moments: Moments | None = None,
     shadow: ShadowRouters | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -80,12 +83,11 @@ def train_local(
     """Train H steps over `batches` [H, B, L + 1], ids or records: step h predicts what counts of [:, 1:] from [:, :-1].
 
     `model` comes from `compress` and is trained in place, on the device where its parameters are; bf16 runs the
-    forward pass under autocast, parameters and moments stay as they are. Rows that are stored in a shorter type than
-    float32 are updated as float32 copies, because AdamW's steps are smaller than such a type resolves.
+    forward pass under autocast. Rows that are stored in a shorter type than float32 are updated as float32 numbers.
 
     micro_batch: sequences per forward and backward pass, gradients add up over the batch; 0 is the whole batch.
-    factor: what the rate is multiplied by at step h. moments: where AdamW starts; left as it ends. shadow: routers that
-    learn beside the shipped ones (`connito.moe.distillation`).
+    factor: what the rate is multiplied by at step h. optimizer: see `connito.moe.engine`. moments: where AdamW starts;
+    left as it ends. shadow: routers that learn beside the shipped ones (`connito.moe.distillation`).
 
     Deterministic for a thread count. Stops before the next step when `should_stop()`; at least one step is made.
     Raises `Invalid` for an uncompressed model or empty batches, and `NON_FINITE` when the loss leaves the numbers.
@@ -96,14 +98,18 @@ def train_local(
             "training needs a compressed model and batches [steps, sequences, length + 1]",
             reason=reasons_pb2.REASON_BAD_SPEC,
         )
-    masters = {name: _master(parameter) for name, parameter in parameters.items()}
-    optimiser = torch.optim.AdamW(list(masters.values()), lr=learning_rate, weight_decay=weight_decay, betas=betas)
-    going_on = moments is not None and moments.install(optimiser, masters)
+    optimiser = AdamW(
+        parameters,
+        betas=betas,
+        weight_decay=weight_decay,
+        compact=is_compact(optimizer),
+        start=moments,
+    )
     device = next(iter(parameters.values())).device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         head = Head(model)
     get_ready(model, batches)
-    work = _Work(head, parameters, masters, optimiser, shadow, gradient_clip, bf16)
+    work = _Work(head, optimiser, device, shadow, gradient_clip, bf16)
     losses, tokens, started = [], 0, time.perf_counter()
     with _deterministic():
         for index, batch in enumerate(batches):
@@ -111,21 +117,14 @@ def train_local(
                 break
             begun = time.perf_counter()
             rate = learning_rate * (1.0 if factor is None else factor(index))
-            if moments is not None and going_on:
-                rate *= moments.correction(index, betas[0])
             losses.append(work.step(batch, micro_batch or len(batch), rate, index, len(batches)))
             tokens += batch.shape[0] * (batch.shape[1] - 1)
             if on_step is not None:
                 on_step(Step(index, losses[-1], batch.shape[0] * (batch.shape[1] - 1), time.perf_counter() - begun))
     if moments is not None:
-        moments.take(optimiser, masters)
+        moments.become(optimiser.moments(second_only=moments.second_only))
     stats = TrainStats(len(losses), tokens, time.perf_counter() - started, losses[0], losses[-1])
     return read_targets(model), stats
-
-
-def _master(parameter: nn.Parameter) -> torch.Tensor:
-    """Return the tensor that the optimiser updates: the parameter, or a float32 copy of one that is stored in a shorter type."""
-    return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_(True)
 
 
 @dataclass
@@ -133,9 +132,8 @@ class _Work:
     """The objects that a training step uses."""
 
     head: Head
-    parameters: dict[str, nn.Parameter]
-    masters: dict[str, torch.Tensor]
-    optimiser: torch.optim.Optimizer
+    optimiser: AdamW
+    device: torch.device
     shadow: ShadowRouters | None
     clip: float
     bf16: bool
@@ -144,49 +142,36 @@ class _Work:
         """Apply one AdamW step on a batch [B, L + 1], `size` sequences at a time, and return the loss before it."""
         if self.shadow is not None:
             self.shadow.begin(index, steps)
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        total, tokens = 0.0, int(counted(batch).sum())
-        for start in range(0, len(batch), size):
-            part = batch_of(batch[start : start + size], self.head.model)
-            total += self._accumulate(part, tokens)
-        self._update(rate)
-        return total
-
-    def _accumulate(self, part: Batch, tokens: int) -> float:
-        """Add the gradients of a part of a batch in which `tokens` predictions count, and return its part of the mean loss."""
-        with torch.autocast(part.ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self.head.nll(*part).sum() / tokens
-            value = float(loss.detach())
-            if self.shadow is not None:
-                loss = loss + self.shadow.loss() * (part.tokens / tokens)
-        if not math.isfinite(value):
+        tokens = int(counted(batch).sum())
+        parts = [
+            self._accumulate(batch_of(batch[start : start + size], self.head.model), tokens)
+            for start in range(0, len(batch), size)
+        ]
+        norm = self.optimiser.norm()
+        # The one place where a step waits for the device.
+        loss, length = torch.stack([torch.stack(parts).sum(), norm]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(length)):
             raise Invalid(
-                f"the training loss became {value}: the learning rate is too high for this model or its weights are "
-                "damaged; lower learning_rate",
+                f"the training loss became {loss} and its gradient {length}: the learning rate is too high for this model "
+                "or its weights are damaged; lower learning_rate",
                 reason=reasons_pb2.REASON_NON_FINITE,
             )
+        self.optimiser.step(rate, (self.clip / (norm + 1e-6)).clamp_(max=1.0) if self.clip > 0 else None)
+        if self.shadow is not None:
+            self.shadow.step(rate)
+        return float(loss)
+
+    def _accumulate(self, part: Batch, tokens: int) -> torch.Tensor:
+        """Add the gradients of a part of a batch in which `tokens` predictions count; return its part of the mean loss, []."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            loss = self.head.nll(*part).sum() / tokens
+            value = loss.detach().to(self.device)
+            if self.shadow is not None:
+                loss = loss + self.shadow.loss() * (part.tokens / tokens)
         # Where no token of a small batch went to a target there is nothing to learn.
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         return value
-
-    def _update(self, rate: float) -> None:
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-        if self.clip > 0:
-            torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.step()
-        if self.shadow is not None:
-            self.shadow.step(rate)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
 
 
 class _deterministic:  # noqa: N801 - reads as the statement it is

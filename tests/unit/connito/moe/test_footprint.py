@@ -10,6 +10,7 @@ import pytest
 from connito.base.loading import load_resident, load_resident_local
 from connito.data.manifest import build_manifest
 from connito.errors import Invalid
+from connito.moe.engine import Engine
 from connito.moe.footprint import Footprint, Workload, free_bytes, predict, require_fit
 from connito.moe.helper_experts import by_policy, most_used
 from connito.moe.resident import target_parameters
@@ -26,7 +27,7 @@ SELECTION, HELPERS = {2: [1, 6], 3: [4]}, {2: [0], 3: [0, 7]}
 @pytest.mark.parametrize("half", [False, True])
 def test_predicted_weights_gradients_and_moments_are_exact(tiny: Path, half: bool) -> None:
     model = load_resident_local(tiny, SELECTION, HELPERS, half=half)
-    need = predict(build_manifest(tiny), SELECTION, HELPERS, Workload(4, 64, half))
+    need = predict(build_manifest(tiny), SELECTION, HELPERS, Workload(4, 64, half, engine=Engine(optimizer="adamw")))
     held = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
     rotary = sum(t.nbytes for name, t in model.named_buffers() if "rotary" in name)
     actual = sum(t.nbytes for t in held.values()) - rotary

@@ -11,7 +11,7 @@ from connito.base.loading import load_full, load_resident, load_resident_local
 from connito.data.manifest import build_manifest
 from connito.moe.footprint import Workload, best_fit, predict
 from connito.moe.four_bit import FourBit
-from connito.moe.residency import ALL, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
+from connito.moe.residency import ALL, AUTO, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
 from connito.moe.resident import adapted_layers, compress, target_parameters
 from connito.moe.training import train_local
 
@@ -173,12 +173,12 @@ def test_the_best_residency_that_fits_is_chosen(random_base: Path) -> None:
         predict(manifest, SELECTION, HELP, Workload(2, 16, residency=residency)).total for residency in RESIDENCIES
     ]
     for residency, need in zip(RESIDENCIES, needs, strict=True):
-        chosen, found = best_fit(manifest, SELECTION, HELP, work, need)
+        chosen, found = best_fit(manifest, SELECTION, HELP, work.choices(AUTO, "off"), need)
         assert found.total <= need
         assert RESIDENCIES.index(chosen.residency) <= RESIDENCIES.index(residency)
-    assert best_fit(manifest, SELECTION, HELP, work, max(needs))[0].residency == ALL
-    assert best_fit(manifest, SELECTION, HELP, work, needs[0] - 1)[0].residency == FOUR_BIT
-    assert best_fit(manifest, SELECTION, HELP, work, 1)[0].residency == HELPERS
+    assert best_fit(manifest, SELECTION, HELP, work.choices(AUTO, "off"), max(needs))[0].residency == ALL
+    assert best_fit(manifest, SELECTION, HELP, work.choices(AUTO, "off"), needs[0] - 1)[0].residency == FOUR_BIT
+    assert best_fit(manifest, SELECTION, HELP, work.choices(AUTO, "off"), 1)[0].residency == HELPERS
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -1,0 +1,48 @@
+"""How a machine carries out training: what it costs and how fast it is. What is learned differs by rounding at most.
+
+Everything here is a miner's own choice and none of it is part of a run. No torch before a model is prepared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2
+
+# AdamW with moments of one byte a value, or of four.
+COMPACT, EXACT = OPTIMIZERS = ("adamw-8bit", "adamw")
+# Attention as transformers picks it for the family (SDPA where it can), or one of its implementations by name.
+ATTENTION = ("", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# One product for all experts of a bank where the device has it, or one for each expert.
+EXPERTS = ("auto", "grouped", "loop")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Choices of a machine. `checkpointing`: activations inside a layer are computed again in the backward pass. `devices`:
+    several share the layers. `offload_prefix`: layers below the first adapted one lie in the host's memory."""
+
+    optimizer: str = COMPACT
+    checkpointing: bool = False
+    attention: str = ATTENTION[0]
+    experts: str = EXPERTS[0]
+    compile: bool = False
+    offload_prefix: bool = False
+    devices: tuple[str, ...] = ()
+
+
+def is_compact(optimizer: str) -> bool:
+    """Return whether moments take one byte a value. Raises `Invalid` for an unknown optimiser."""
+    if optimizer not in OPTIMIZERS:
+        raise Invalid(
+            f"unknown optimizer {optimizer!r}: use {' or '.join(OPTIMIZERS)}", reason=reasons_pb2.REASON_BAD_SPEC
+        )
+    return optimizer == COMPACT
+
+
+def state_bytes(stored: str, optimizer: str = COMPACT) -> float:
+    """Return the bytes that training takes for one value stored as `stored` (F32, BF16, F16), beside that value: its
+    gradient, what completes it to float32, and two moments."""
+    gradient, completion = {"F32": (4, 0), "BF16": (2, 2), "F16": (2, 4)}[stored]
+    return gradient + completion + (2 * (1 + 4 / 256) if is_compact(optimizer) else 8)
