@@ -1,4 +1,4 @@
-"""How a machine carries out training: what it costs and how fast it is. What is learned differs by rounding at most.
+"""Choices of a machine that trains: what a step costs and how fast it is. What is learned differs by rounding at most.
 
 Everything here is a miner's own choice and none of it is part of a run. No torch before a model is prepared.
 """

@@ -98,13 +98,8 @@ def train_local(
             "training needs a compressed model and batches [steps, sequences, length + 1]",
             reason=reasons_pb2.REASON_BAD_SPEC,
         )
-    optimiser = AdamW(
-        parameters,
-        betas=betas,
-        weight_decay=weight_decay,
-        compact=is_compact(optimizer),
-        start=moments,
-    )
+    compact = is_compact(optimizer)
+    optimiser = AdamW(parameters, betas=betas, weight_decay=weight_decay, compact=compact, start=moments)
     device = next(iter(parameters.values())).device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         head = Head(model)
