@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, cast
 
@@ -33,8 +33,9 @@ def unpacked(stream: BinaryIO, kind: str, name: str) -> BinaryIO:
         return cast(
             BinaryIO, zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True, closefd=False)
         )
-    opener: Callable[[Any], Any] = {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[kind]
-    return cast(BinaryIO, opener(fileobj=stream) if kind == "gzip" else opener(stream))  # type: ignore[call-arg]
+    if kind == "gzip":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
+    return cast(BinaryIO, bz2.BZ2File(stream) if kind == "bzip2" else lzma.LZMAFile(stream))
 
 
 @contextmanager

@@ -122,7 +122,8 @@ class Scanner:
 
     def _broken(self, error: json.JSONDecodeError) -> Exception:
         line = self._count() + error.doc.count("\n", self.at, error.pos)
-        end = " (the file ends inside a value: was it cut off?)" if error.pos > len(self.text) - 2 else ""
+        open_end = error.pos > len(self.text) - 2 or error.msg.startswith("Unterminated string")
+        end = " (the file ends inside a value: was it cut off?)" if open_end else ""
         return unreadable(f"{self.name}:{line} is not JSON: {error.msg}{end}; correct the line or take it out")
 
     def _mend(self, value: Any) -> Any:
@@ -222,18 +223,28 @@ def _contents(value: dict[str, Any], where: str, account: Account) -> Iterator[R
     columns = _columns(value)
     if value.keys() & _OF_A_ROW and not columns:
         yield Row(value, where)
+    elif columns:
+        account.note(f"the rows are the columns {', '.join(columns)} of {where}")
+        for place in range(len(next(iter(columns.values())))):
+            yield Row({name: column[place] for name, column in columns.items()}, where)
     elif len(lists) == 1 or lists.keys() & _SPLITS:
         name = next(iter(sorted(lists, key=lambda name: (name != "train", name))))
         account.note(f"the rows are the field {name!r} of {where}")
         yield from (row for inner in lists[name] for row in _row(inner, where, account))
     elif len(lists) > 1:
         raise _several(where, lists)
-    elif columns:
-        account.note(f"the rows are the columns {', '.join(columns)} of {where}")
-        for place in range(len(next(iter(columns.values())))):
-            yield Row({name: column[place] for name, column in columns.items()}, where)
+    elif len(value) > 1 and all(
+        isinstance(inner, dict) and inner.keys() & _first(value).keys() for inner in value.values()
+    ):
+        account.note(f"the rows are what the fields of {where} hold")
+        yield from (Row(inner, where) for inner in value.values())
     else:
         yield Row(value, where)
+
+
+def _first(value: dict[str, Any]) -> dict[str, Any]:
+    inner = next(iter(value.values()))
+    return inner if isinstance(inner, dict) else {}
 
 
 def _holds_rows(name: str, value: Any) -> bool:
@@ -246,7 +257,15 @@ def _several(where: str, lists: Mapping[str, Any]) -> Exception:
 
 
 def _columns(value: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return columns by name of an object that is nothing but lists of one length, or numbered cells, as tables are written."""
+    """Return columns by name of an object that is nothing but lists of one length, numbered cells, or names and rows."""
+    if (
+        value.keys() == {"columns", "index", "data"}
+        and isinstance(value["columns"], list)
+        and isinstance(value["data"], list)
+    ):
+        names = [str(name) for name in value["columns"]]
+        if all(isinstance(row, list) and len(row) == len(names) for row in value["data"]):
+            return {name: [row[place] for row in value["data"]] for place, name in enumerate(names)}
     found = {
         name: list(column.values()) if isinstance(column, dict) and "0" in column else column
         for name, column in value.items()

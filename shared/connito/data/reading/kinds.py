@@ -104,7 +104,7 @@ def _json_begins(text: str, whole: bool) -> bool:
     except (ValueError, RecursionError):
         return True
     scalar = isinstance(value, list) and all(isinstance(inner, (int, float, type(None))) for inner in value)
-    rest = text[end:].lstrip()
+    rest = text[end:].lstrip(", \t\r\n")
     return not (rest and rest[0] not in '{["') and not (scalar and rest)
 
 

@@ -74,7 +74,7 @@ def sniff(lines: Sequence[str], prefer: str = "") -> tuple[Dialect, float]:
             if not widths:
                 continue
             share = sum(width == widths[0] for width in widths) / len(widths)
-            if widths[0] > 1 and (share, widths[0]) > best[:2] and share > 0.8:
+            if widths[0] > 1 and (share, widths[0]) > best[:2] and share > 0.5:
                 best = share, widths[0], dialect
             break
     if best[2].delimiter == _NONE and _widths(best[2], lines) == []:

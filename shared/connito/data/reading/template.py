@@ -112,8 +112,9 @@ def usual_fields(row: Mapping[str, Any]) -> tuple[str, ...]:
     for together in _TOGETHER:
         if all(name in names and _is_text(row[names[name]]) for name in together):
             return tuple(names[name] for name in together)
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    return (texts[0],) if len(texts) == 1 == len(row) else ()
+    if len(row) == 1 and isinstance(next(iter(row.values())), str):
+        return (next(iter(names.values())),)
+    return next(((names[name],) for name in _ALONE if name in names), ())
 
 
 def _is_text(value: Any) -> bool:
@@ -122,7 +123,11 @@ def _is_text(value: Any) -> bool:
 
 def _conversation(turns: Any) -> str:
     """Return what is said in a conversation, a paragraph each turn."""
-    said = [turn.get("content", turn.get("value")) for turn in turns or [] if isinstance(turn, Mapping)]
+    said = (
+        [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, Mapping)]
+        if isinstance(turns, list)
+        else []
+    )
     return "\n\n".join(part for part in said if isinstance(part, str) and part.strip())
 
 
