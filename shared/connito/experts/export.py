@@ -7,6 +7,7 @@ base, which of its experts are inside, and what was measured. It can be verified
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from connito.base.checkpoint import save_checkpoint
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.experts.prune import Keep
+from connito.experts.prune import Keep, prune
 from connito.library.artifact import MODEL_FILE, MODEL_FORMAT, RECORD_FILE, tensor_sizes
 from connito.library.card import write_card
 from connito.library.derived import model_record
@@ -74,6 +75,13 @@ def export_model(
             reason=reasons_pb2.REASON_WRONG_SHAPE,
         )
     save_checkpoint(model, out, tokenizer)
+    if odd := _other_tensor(model, out):
+        shutil.rmtree(out)
+        raise Invalid(
+            f"transformers does not read {odd} back as it was written: this family is another model with so many experts; "
+            "keep more of them",
+            reason=reasons_pb2.REASON_WRONG_TENSORS,
+        )
     for name, tensors in (extra or {}).items():
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / name)
     digest, file = _digest(out / MODEL_FILE), out / MODEL_FILE
@@ -127,15 +135,13 @@ def verify_insertion(folder: Path, base: Path, experts: Sequence[Path]) -> None:
     from connito.base.loading import load_full
     from connito.experts.load import load_expert
 
-    model, made = load_full(base), dict(load_full(folder).state_dict())
+    model = load_full(base)
     for expert in experts:
         load_expert(model, expert)
-    for name, tensor in model.state_dict().items():
-        if name not in made or not torch.equal(made[name], tensor):
-            raise VerificationFailed(
-                f"{name} is neither the base's nor the expert's; export it again",
-                reason=reasons_pb2.REASON_DIGEST_MISMATCH,
-            )
+    if odd := _other_tensor(model, folder):
+        raise VerificationFailed(
+            f"{odd} is neither the base's nor the expert's; export it again", reason=reasons_pb2.REASON_DIGEST_MISMATCH
+        )
 
 
 def _compare_with_base(folder: Path, base: Path, record: ExpertRecord) -> None:
@@ -144,19 +150,20 @@ def _compare_with_base(folder: Path, base: Path, record: ExpertRecord) -> None:
 
     if build_manifest(base, record["base"]["name"]).digest != record["base"]["manifest"]:
         raise VerificationFailed(f"{base} is not the base {record['base']['name']} of this model")
-    source, made = load_full(base), dict(load_full(folder).state_dict())
     keep = {int(index): experts for index, experts in record["experts"].items()}
-    layers = {layer.experts_name: layer for layer in require_moe_layers(source).values()}
-    routers = {layer.router_name: layer for layer in layers.values()}
     if not keep:
         return
-    for name, whole in source.state_dict().items():
-        owner, _, _ = name.rpartition(".")
-        layer = layers.get(owner) or routers.get(owner)
-        by_expert = layer is not None and layer.index in keep and whole.ndim and whole.shape[0] == layer.num_experts
-        tensor = whole[keep[layer.index]] if layer is not None and by_expert else whole
-        if name not in made or not torch.equal(made[name], tensor):
-            raise VerificationFailed(f"{name} is not the base's own", reason=reasons_pb2.REASON_DIGEST_MISMATCH)
+    if odd := _other_tensor(prune(load_full(base), keep), folder):
+        raise VerificationFailed(f"{odd} is not the base's own", reason=reasons_pb2.REASON_DIGEST_MISMATCH)
+
+
+def _other_tensor(model: nn.Module, folder: Path) -> str:
+    """Return the first tensor that `model` and the checkpoint in `folder`, loaded, do not have alike; empty for none."""
+    from connito.base.loading import load_full
+
+    mine, made = model.state_dict(), load_full(folder).state_dict()
+    odd = (name for name, tensor in mine.items() if name not in made or not torch.equal(made[name], tensor.to("cpu")))
+    return next(odd, next(iter(made.keys() - mine.keys()), ""))
 
 
 def to_dense(model: Any) -> nn.Module:

@@ -61,8 +61,13 @@ def extract_domain(
     full, tried, keep = loss(model, probe), list[tuple[int, float]](), Keep()
     for size in sizes:
         keep = {index: sorted(experts[:size]) for index, experts in order.items()}
-        with masked(model, keep):
-            tried.append((size, loss(model, probe)))
+        try:
+            with masked(model, keep):
+                tried.append((size, loss(model, probe)))
+        except Invalid:  # some routers need two experts
+            if size == sizes[-1]:
+                raise
+            continue
         if tried[-1][1] <= full + margin:
             break
     whole = loss(model, held_out)

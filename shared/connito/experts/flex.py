@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.experts.prune import Keep, check_prunable, prune
-from connito.moe.layout import require_moe_layers
+from connito.experts.prune import Keep, prune
+from connito.experts.removal import COUNTS, check_prunable
+from connito.experts.tape import Tape, each_layer
+from connito.moe.layout import MoELayer, require_moe_layers
 from connito.moe.resident import compress
-from connito.moe.router import choice
 from connito.moe.state import raw_bytes, split_name
 from connito.v1 import reasons_pb2
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 # Router tensors with a row per expert that an addition may bring; `weight` [N, H] it must.
 ROUTER = "router."
 FORMAT = "connito-addition/1"
+# So much text, of the contributor's and of all contributors', says where an expert starts.
+START_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -98,20 +101,28 @@ def _check(addition: Addition, layers: Mapping[int, Any]) -> None:
     if set(addition.rows) != set(layers):
         raise Invalid(f"{addition.name} has rows for layers {sorted(addition.rows)}, the anchor has {sorted(layers)}")
     for index, layer in layers.items():
-        check_prunable(layer)
+        check_growable(layer)
         wanted = {name: tuple(getattr(layer.experts, name).shape[1:]) for name in layer.parameters}
-        tables = {**layer.router._parameters, **layer.router._buffers}
-        wanted |= {
-            ROUTER + name: tuple(tensor.shape[1:])
-            for name, tensor in tables.items()
-            if tensor is not None and tensor.ndim and tensor.shape[0] == layer.num_experts
-        }
+        wanted[f"{ROUTER}weight"] = (layer.router.weight.shape[-1],)
         given = {name: tuple(row.shape) for name, row in addition.rows[index].items()}
         if given != wanted:
             raise Invalid(
                 f"{addition.name} brings {given} to layer {index}, where the anchor needs {wanted}",
                 reason=reasons_pb2.REASON_WRONG_SHAPE,
             )
+
+
+def check_growable(layer: MoELayer) -> None:
+    """Raise `Invalid` unless a new expert needs one row of the router's own weight, and nothing else that knows experts."""
+    check_prunable(layer)
+    tables, weight = dict(layer.router.state_dict()), getattr(layer.router, "weight", None)
+    plain = set(tables) == {"weight"} and isinstance(weight, torch.Tensor) and len(weight) == layer.num_experts
+    if not plain or len(inspect.signature(layer.router.forward).parameters) > 1:
+        raise Invalid(
+            f"{type(layer.router).__name__} keeps more of each expert than a row of one weight, and nothing says what that "
+            "should be for a new expert; grow a base of a family such as OLMoE, Qwen or Mixtral",
+            reason=reasons_pb2.REASON_SELECTION_FAILED,
+        )
 
 
 def _extend(module: Any, prefix: str, total: int, rows: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -124,7 +135,7 @@ def _extend(module: Any, prefix: str, total: int, rows: Sequence[Mapping[str, to
 
 
 def _count(owner: Any, total: int, more: int) -> None:
-    for name in ("num_experts", "n_routed_experts", "num_local_experts"):
+    for name in COUNTS:
         if getattr(owner, name, None) == total:
             setattr(owner, name, total + more)
 
@@ -160,38 +171,29 @@ def grow(
 
 
 def _start(model: nn.Module, name: str, own: npt.NDArray[Any], anchor_text: npt.NDArray[Any]) -> Addition:
-    theirs, general = router_inputs(model, own), router_inputs(model, anchor_text)
-    rows: dict[int, dict[str, torch.Tensor]] = {}
-    for index, layer in require_moe_layers(model).items():
+    def mean_state(tape: Tape) -> torch.Tensor:
+        return _states(tape).mean(dim=0)
+
+    means = each_layer(model, anchor_text, mean_state, max_tokens=START_TOKENS, check=check_growable)
+
+    def look(tape: Tape) -> dict[str, torch.Tensor]:
+        layer, mean = tape.layer, means[tape.layer.index]
         weight: Any = layer.router.weight
-        with torch.inference_mode():
-            _, _, chosen = choice(layer.router(theirs[index]))
-        first = int(torch.bincount(chosen.flatten(), minlength=layer.num_experts).argmax())
-        mean = general[index].double().mean(dim=0)
-        away = theirs[index].double() - mean
+        first = int(torch.bincount(tape.ids.flatten(), minlength=layer.num_experts).argmax())
+        away = _states(tape) - mean
         direction = (away / away.norm(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
         direction = direction - (direction @ mean) / (mean @ mean) * mean
         row = direction / direction.norm().clamp_min(1e-12) * weight.double().norm(dim=1).mean()
-        rows[index] = {p: getattr(layer.experts, p)[first].detach().clone() for p in layer.parameters}
-        rows[index][f"{ROUTER}weight"] = row.to(weight.dtype)
-    return Addition(name, rows)
+        rows = {p: getattr(layer.experts, p)[first].detach().clone() for p in layer.parameters}
+        return {**rows, f"{ROUTER}weight": row.to(weight.dtype)}
+
+    return Addition(name, each_layer(model, own, look, max_tokens=START_TOKENS))
 
 
-def router_inputs(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, torch.Tensor]:
-    """Return the input of each MoE layer's router on `sequences` int32 [n, L]: [T, H] by layer."""
-    seen: dict[int, list[torch.Tensor]] = {}
-    with ExitStack() as stack, torch.inference_mode():
-        for index, layer in require_moe_layers(model).items():
-
-            def hook(_: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
-                seen.setdefault(index, []).append(args[0].reshape(-1, args[0].shape[-1]))
-
-            stack.callback(layer.router.register_forward_pre_hook(hook).remove)
-        for row in sequences:
-            model(input_ids=torch.from_numpy(row[None].astype("int64")), use_cache=False)
-    if not seen:
-        raise Invalid("there is no text: give some of the domain")
-    return {index: torch.cat(parts) for index, parts in seen.items()}
+def _states(tape: Tape) -> torch.Tensor:
+    """Return what the layer's router reads, [T, H]."""
+    states: torch.Tensor = tape.call.args[0]
+    return states.reshape(-1, states.shape[-1]).double()
 
 
 def save_addition(addition: Addition, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from connito.errors import Invalid
-from connito.experts.prune import Tape, record
+from connito.experts.tape import Tape, each_layer
 from connito.moe.layout import MoELayer, require_moe_layers
 from connito.v1 import reasons_pb2
 
@@ -33,17 +33,19 @@ def sparsify(model: nn.Module, sequences: npt.NDArray[Any], share: float) -> dic
     """
     if not 0 <= share < 1:
         raise Invalid(f"the share of weights to drop is {share}: give a number from 0 to below 1")
-    zeros = {}
-    for index, tape in record(model, sequences).items():
-        if tape.layer.experts.is_transposed:
-            raise Invalid(
-                "experts with transposed weights are not supported here", reason=reasons_pb2.REASON_WRONG_SHAPE
-            )
+
+    def look(tape: Tape) -> float:
         for expert in range(tape.layer.num_experts):
             _sparsify_expert(tape, expert, share)
         banks = [getattr(tape.layer.experts, name) for name in tape.layer.parameters if name in MAPS]
-        zeros[index] = float(sum((bank == 0).sum() for bank in banks)) / sum(bank.numel() for bank in banks)
-    return zeros
+        return sum(int((bank == 0).sum()) for bank in banks) / sum(int(bank.numel()) for bank in banks)
+
+    return each_layer(model, sequences, look, check=_check_maps)
+
+
+def _check_maps(layer: MoELayer) -> None:
+    if getattr(layer.experts, "is_transposed", False):
+        raise Invalid("experts with transposed weights are not supported here", reason=reasons_pb2.REASON_WRONG_SHAPE)
 
 
 def _sparsify_expert(tape: Tape, expert: int, share: float) -> None:
@@ -115,18 +117,20 @@ def low_rank(
     Returns the factors, `layers.<l>.<map>.<expert>.a|b`, which are what has to be stored, and the ranks by layer.
     """
     factors: dict[str, torch.Tensor] = {}
-    chosen: dict[int, list[int]] = {}
-    for index, tape in record(model, sequences).items():
-        importance = [float(x) for x in tape.importance()]
+
+    def look(tape: Tape) -> list[int]:
+        importance, chosen = [float(x) for x in tape.importance()], list[int]()
         for name in (name for name in tape.layer.parameters if name in MAPS):
             bank = getattr(tape.layer.experts, name)
-            chosen[index] = ranks(importance, tuple(bank.shape[1:]), share)
-            for expert, rank in enumerate(chosen[index]):
+            chosen = ranks(importance, tuple(bank.shape[1:]), share)
+            for expert, rank in enumerate(chosen):
                 a, b = factorise(bank[expert], rank)
-                with torch.no_grad():
-                    bank[expert].copy_(a @ b)
-                factors |= {f"layers.{index}.{name}.{expert}.a": a, f"layers.{index}.{name}.{expert}.b": b}
-    return factors, chosen
+                bank[expert].copy_(a @ b)
+                stem = f"layers.{tape.layer.index}.{name}.{expert}"
+                factors.update({f"{stem}.a": a, f"{stem}.b": b})
+        return chosen
+
+    return factors, each_layer(model, sequences, look)
 
 
 def restore(model: nn.Module, factors: Mapping[str, torch.Tensor]) -> None:

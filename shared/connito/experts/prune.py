@@ -12,10 +12,8 @@ Shapes: T calibration tokens, H hidden size, N experts, k experts per token. `Ke
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 from typing import TYPE_CHECKING, Any
@@ -25,8 +23,10 @@ import torch
 
 from connito.errors import Invalid
 from connito.experts.measure import loss
+from connito.experts.removal import check_prunable, check_same, remove_experts, set_counts
+from connito.experts.tape import Tape, each_layer
 from connito.moe.layout import MoELayer, require_moe_layers
-from connito.moe.router import choice
+from connito.moe.router import Call
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -37,130 +37,36 @@ Keep = dict[int, list[int]]
 METHODS = ("naee", "router-weighted", "moe-i2")
 # As many subsets of a layer's experts are tried one by one; beyond, experts are dropped greedily.
 EXACT_SUBSETS = 3000
-_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
-
-
-@dataclass(frozen=True)
-class Tape:
-    """One layer on calibration text: what enters it [T, H], every expert's output on it [N, T, H], the layer's own [T, H]."""
-
-    layer: MoELayer
-    inputs: torch.Tensor
-    outputs: torch.Tensor
-    full: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-
-    def error(self, keep: list[int]) -> float:
-        """Return ‖F(x) − F_keep(x)‖_F when the router chooses among `keep` only."""
-        ids, weights = route(subset_router(self.layer, keep), self.inputs)
-        return float((self.full - _mix(self.outputs[keep], ids, weights)).norm())
-
-    def importance(self) -> npt.NDArray[np.float64]:
-        """Return Σ_t g_e(x_t)·‖E_e(x_t)‖ / T per expert, [N]."""
-        norms = self.outputs.norm(dim=-1)
-        picked = norms.gather(0, self.ids.T).T * self.weights
-        sums = torch.zeros(self.layer.num_experts, dtype=torch.float64)
-        sums.index_add_(0, self.ids.flatten(), picked.double().flatten())
-        return np.asarray(sums.numpy() / len(self.inputs))
-
-
-def record(model: nn.Module, sequences: npt.NDArray[Any], *, max_tokens: int = 2048) -> dict[int, Tape]:
-    """Run `sequences` int32 [n, L] through `model` and keep what each MoE layer saw, up to `max_tokens` tokens."""
-    layers = require_moe_layers(model)
-    seen: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
-    with ExitStack() as stack, torch.inference_mode():
-        for index, layer in layers.items():
-            check_prunable(layer)
-
-            def hook(_: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
-                seen[index].append(args[0].reshape(-1, args[0].shape[-1]))
-
-            stack.callback(layer.router.register_forward_pre_hook(hook).remove)
-        rows = max(1, max_tokens // max(1, sequences.shape[1]))
-        for row in sequences[:rows]:
-            model(input_ids=torch.from_numpy(row[None].astype(np.int64)), use_cache=False)
-    if not any(seen.values()):
-        raise Invalid("the calibration text is empty: give text of the domain", reason=reasons_pb2.REASON_BAD_SPEC)
-    return {index: _tape(layer, torch.cat(seen[index])[:max_tokens]) for index, layer in layers.items()}
-
-
-def _tape(layer: MoELayer, x: torch.Tensor) -> Tape:
-    with torch.inference_mode():
-        ids, weights = route(layer.router, x)
-        one = torch.ones(len(x), 1, dtype=x.dtype)
-        outputs = torch.stack([layer.experts(x, torch.full((len(x), 1), e), one) for e in range(layer.num_experts)])
-        return Tape(layer, x, outputs, _mix(outputs, ids, weights), ids, weights)
-
-
-def _mix(outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    tokens = torch.arange(ids.shape[0])[:, None]
-    return (outputs[ids, tokens] * weights[..., None]).sum(dim=1)
-
-
-def route(router: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids, weights), both [T, k], as the family's own router chooses for x [T, H]."""
-    with torch.inference_mode():
-        _, weights, ids = choice(router(x))
-        return ids.reshape(len(x), -1), weights.reshape(len(x), -1)
-
-
-def check_prunable(layer: MoELayer) -> None:
-    """Raise `Invalid` for routers whose choice depends on fixed groups of experts."""
-    if int(getattr(layer.router, "n_group", 1) or 1) > 1:
-        raise Invalid(
-            "this family routes within fixed groups of experts, which cannot be pruned singly",
-            reason=reasons_pb2.REASON_SELECTION_FAILED,
-        )
-
-
-def subset_router(layer: MoELayer, keep: list[int]) -> nn.Module:
-    """Return a copy of the layer's router that knows only `keep`; its ids are places in `keep`."""
-    router: Any = copy.copy(layer.router)
-    router._parameters, router._buffers = dict(layer.router._parameters), dict(layer.router._buffers)
-    router._forward_hooks, router._forward_pre_hooks = type(router._forward_hooks)(), type(router._forward_pre_hooks)()
-    router.__dict__.pop("forward", None)
-    _shrink(router, layer.num_experts, keep)
-    subset: nn.Module = router
-    return subset
-
-
-def _shrink(module: Any, total: int, keep: list[int]) -> None:
-    """Keep the rows `keep` of everything in `module` that has one row per expert, and set its counts."""
-    for table in (module._parameters, module._buffers):
-        for name, tensor in table.items():
-            if tensor is not None and tensor.ndim and tensor.shape[0] == total:
-                rows = tensor.detach()[keep].clone()
-                table[name] = torch.nn.Parameter(rows, requires_grad=False) if table is module._parameters else rows
-    for name in _COUNTS:
-        if getattr(module, name, None) == total:
-            setattr(module, name, len(keep))
-    if isinstance(getattr(module, "top_k", None), int):
-        module.top_k = min(module.top_k, len(keep))
 
 
 @contextmanager
 def masked(model: nn.Module, keep: Mapping[int, list[int]]) -> Iterator[nn.Module]:
-    """Make routers choose among `keep` only inside the block: the pruned model's function, with nothing removed."""
+    """Make routers choose among `keep` only inside the block: the pruned model's function, with nothing removed.
+
+    Raises `Invalid` when a layer is first used whose router could not do the same with the others gone.
+    """
     layers = require_moe_layers(model)
     check_keep(layers, keep)
-    routers: list[Any] = []
-    try:
+    with ExitStack() as stack:
         for index, experts in keep.items():
-            router: Any = layers[index].router
-            subset, places = subset_router(layers[index], experts), torch.tensor(experts)
-
-            def forward(*args: Any, subset: Any = subset, places: torch.Tensor = places, **kwargs: Any) -> Any:
-                output = subset(*args, **kwargs)
-                logits, weights, ids = choice(output)
-                return (logits, weights, places[ids], *output[3:])
-
-            router.forward = forward
-            routers.append(router)
+            layer = layers[index]
+            check_prunable(layer)
+            stack.callback(layer.router.register_forward_hook(_among(layer, experts), with_kwargs=True).remove)
         yield model
-    finally:
-        for router in routers:
-            del router.forward
+
+
+def _among(layer: MoELayer, keep: list[int]) -> Callable[..., tuple[Any, ...]]:
+    checked = False
+
+    def hook(router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Any, ...]:
+        nonlocal checked
+        call = Call(router, args, output, kwargs)
+        if not checked:
+            check_same(layer, call, keep)
+            checked = True
+        return call.among(torch.tensor(keep), layer.num_experts, alone=True)
+
+    return hook
 
 
 def prune(model: nn.Module, keep: Mapping[int, list[int]]) -> nn.Module:
@@ -172,31 +78,16 @@ def prune(model: nn.Module, keep: Mapping[int, list[int]]) -> nn.Module:
     check_keep(layers, keep)
     modules = dict(model.named_modules())
     for index, experts in keep.items():
-        layer = layers[index]
-        check_prunable(layer)
-        total = layer.num_experts
-        for module in (layer.experts, layer.router):
-            _shrink(module, total, list(experts))
-        block: Any = modules[layer.experts_name.rpartition(".")[0]]
-        for name in _COUNTS:
-            if getattr(block, name, None) == total:
-                setattr(block, name, len(experts))
-        if isinstance(getattr(block, "top_k", None), int):
-            block.top_k = min(block.top_k, len(experts))
-    _follow(model)
+        remove_experts(layers[index], modules[layers[index].experts_name.rpartition(".")[0]], list(experts))
+    if layers:
+        _follow(model, next(iter(layers.values())).num_experts)
     return model
 
 
-def _follow(model: Any) -> None:
+def _follow(model: Any, before: int) -> None:
     counts = {layer.num_experts for layer in require_moe_layers(model).values()}
-    if len(counts) != 1:
-        return
-    (count,) = counts
-    for name in _COUNTS:
-        if isinstance(getattr(model.config, name, None), int):
-            setattr(model.config, name, count)
-    if isinstance(getattr(model.config, "num_experts_per_tok", None), int):
-        model.config.num_experts_per_tok = min(model.config.num_experts_per_tok, count)
+    if len(counts) == 1:
+        set_counts(model.config, before, *counts)
 
 
 def check_keep(layers: Mapping[int, MoELayer], keep: Mapping[int, list[int]]) -> None:
@@ -229,16 +120,17 @@ def choose(
     budget = _budget(layers, max_experts, max_bytes)
     if method not in METHODS:
         raise Invalid(f"unknown pruning method {method!r}: use {', '.join(METHODS)}")
-    tapes = record(model, sequences[:, :-1], max_tokens=max_tokens)
-    if method == "naee":
-        return {
-            index: naee(tape, max(1, min(budget // len(tapes), tape.layer.num_experts)))
-            for index, tape in tapes.items()
-        }
+    totals = {index: layer.num_experts for index, layer in layers.items()}
+    text = sequences[:, :-1]
     if method == "router-weighted":
-        return _best(tapes, budget)
-    counts = deal(layer_costs(model, sequences), {i: layer.num_experts for i, layer in layers.items()}, budget)
-    return {index: naee(tape, counts[index]) for index, tape in tapes.items()}
+        return _best(each_layer(model, text, Tape.importance, max_tokens=max_tokens, check=check_prunable), budget)
+    if method == "naee":
+        counts = {index: max(1, min(budget // len(layers), total)) for index, total in totals.items()}
+    else:
+        counts = deal(layer_costs(model, sequences), totals, budget)
+    return each_layer(
+        model, text, lambda tape: naee(tape, counts[tape.layer.index]), max_tokens=max_tokens, check=check_prunable
+    )
 
 
 def _budget(layers: Mapping[int, MoELayer], max_experts: int, max_bytes: int) -> int:
@@ -274,11 +166,11 @@ def naee(tape: Tape, count: int) -> list[int]:
     return keep
 
 
-def _best(tapes: Mapping[int, Tape], budget: int) -> Keep:
+def _best(importance: Mapping[int, npt.NDArray[np.float64]], budget: int) -> Keep:
     """Keep the best expert of each layer, then the best of all layers; a layer's importances are shares of its own
     sum.
     """
-    shares = {index: (scores := tape.importance()) / max(scores.sum(), 1e-300) for index, tape in tapes.items()}
+    shares = {index: scores / max(scores.sum(), 1e-300) for index, scores in importance.items()}
     keep = {index: [int(np.argmax(score))] for index, score in shares.items()}
     rest = sorted(
         (-float(score[e]), index, e)
@@ -333,18 +225,16 @@ def progressive(
     left = {index: list(range(layer.num_experts)) for index, layer in layers.items()}
     history = [(max(map(len, left.values())), loss(model, sequences))]
     while max(map(len, left.values())) > count:
-        tapes = record(model, sequences[:, :-1])
-        keep = {}
-        for index, tape in tapes.items():
-            size = (
-                max(count, (tape.layer.num_experts + 1) // 2)
-                if tape.layer.num_experts > count
-                else tape.layer.num_experts
-            )
-            keep[index] = sorted(int(e) for e in np.argsort(-tape.importance(), kind="stable")[:size])
+        keep = {
+            index: sorted(int(e) for e in np.argsort(-scores, kind="stable")[: max(count, (len(scores) + 1) // 2)])
+            for index, scores in each_layer(model, sequences[:, :-1], Tape.importance, check=check_prunable).items()
+        }
+        with masked(model, keep):
+            after = loss(model, sequences)
         prune(model, keep)
         left = {index: [left[index][e] for e in experts] for index, experts in keep.items()}
         if tune is not None:
             tune(model)
-        history.append((max(map(len, left.values())), loss(model, sequences)))
+            after = loss(model, sequences)
+        history.append((max(map(len, left.values())), after))
     return left, history

@@ -7,11 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
-from connito.experts.prune import record
+from connito.experts.tape import Tape, each_layer
 from connito.moe.layout import require_moe_layers
-from connito.moe.router import choice
+from connito.moe.router import Call, choice
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -22,11 +24,12 @@ def skip_thresholds(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, 
     """Return β by layer: the median, over calibration tokens, of the second gate weight over the first (NAEE, section
     3.3).
     """
-    found = {}
-    for index, tape in record(model, sequences).items():
+
+    def ratio(tape: Tape) -> float:
         ordered = tape.weights.float().sort(dim=-1, descending=True).values
-        found[index] = float((ordered[:, 1] / ordered[:, 0]).median()) if ordered.shape[1] > 1 else 0.0
-    return found
+        return float(np.median((ordered[:, 1] / ordered[:, 0]).cpu().numpy())) if ordered.shape[1] > 1 else 0.0
+
+    return each_layer(model, sequences, ratio)
 
 
 @dataclass
@@ -45,26 +48,44 @@ class Skipped:
 @contextmanager
 def skipping(model: nn.Module, betas: Mapping[int, float] | float) -> Iterator[Skipped]:
     """Make a token leave out, inside the block, every expert whose gate weight is below β times its largest; the rest
-    are renormalised where the family normalises. β = 0 skips nothing and changes no bit (NAEE, Lu et al. 2024, section
-    3.3).
+    get the weights that the family's own router gives to them alone. β = 0 skips nothing and changes no bit (NAEE, Lu et
+    al. 2024, section 3.3).
     """
     count = Skipped()
     with ExitStack() as stack:
         for index, layer in require_moe_layers(model).items():
             beta = float(betas) if isinstance(betas, (int, float)) else float(betas.get(index, 0.0))
 
-            def hook(
-                router: Any, _: Any, output: Any, beta: float = beta, total: int = layer.num_experts
-            ) -> tuple[Any, ...]:
-                logits, weights, ids = choice(output)
-                out = weights < beta * weights.max(dim=-1, keepdim=True).values
+            def hook(router: nn.Module, args: Any, kwargs: Any, output: Any, beta: float = beta) -> tuple[Any, ...]:
+                heavy = choice(output)[1].abs()
+                # The heaviest stays, whatever β is.
+                out = heavy < min(beta, 1.0) * heavy.max(dim=-1, keepdim=True).values
                 count.slots += out.numel()
                 count.skipped += int(out.sum())
-                lighter = weights.masked_fill(out, 0)
-                if getattr(router, "norm_topk_prob", False):
-                    scaled = lighter * (weights.sum(-1, keepdim=True) / lighter.sum(-1, keepdim=True))
-                    lighter = torch.where(out.any(dim=-1, keepdim=True), scaled, lighter)
-                return (logits, lighter, ids.masked_fill(out, total), *output[3:])
+                call = Call(router, args, output, kwargs)
+                return _without(call, out.reshape(-1, out.shape[-1])) if out.any() else call.output
 
-            stack.callback(layer.router.register_forward_hook(hook).remove)
+            stack.callback(layer.router.register_forward_hook(hook, with_kwargs=True).remove)
         yield count
+
+
+def _without(call: Call, out: torch.Tensor) -> tuple[Any, ...]:
+    """Return what the router reports when a token does without its slots `out`, bool [T, k].
+
+    Tokens are asked for together that keep equally many.
+    """
+    logits, weights, ids = choice(call.output)
+    slots, kept = out.shape[-1], (~out).sum(-1)
+    chosen = ids.reshape(-1, slots)
+    allowed = torch.zeros(len(out), call.classes, dtype=torch.bool, device=out.device).scatter_(1, chosen, ~out)
+    parts = [part.clone() for part in (weights.reshape(-1, slots), chosen, *call.output[3:])]
+    for number in set(kept.tolist()) - {slots}:
+        again = call.fewer(number, allowed)
+        _, some_weights, some_ids = choice(again)
+        rows = kept == number
+        # A slot without weight adds nothing wherever it goes; not every family knows an id for nowhere.
+        parts[0][rows] = F.pad(some_weights.reshape(-1, number), (0, slots - number))[rows]
+        parts[1][rows] = torch.cat([some_ids.reshape(-1, number), chosen[:, : slots - number]], dim=-1)[rows]
+        for place, extra in enumerate(again[3:], 2):
+            parts[place].view(len(out), -1)[rows] = extra.reshape(len(out), -1)[rows]
+    return (logits, parts[0].view(weights.shape), parts[1].view(ids.shape), *parts[2:])

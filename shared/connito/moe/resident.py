@@ -276,7 +276,7 @@ class _Routing:
     def __call__(self, call: Call) -> tuple[Any, ...]:
         if self.mode != "natural":
             return call.among(self.residents, self.total, top_k=self.top_k, alone=self.mode == "restricted")
-        output = thinned(call, self.top_k, self.total) if self.top_k else call.output
+        output = thinned(call, self.top_k) if self.top_k else call.output
         logits, weights, ids = choice(output)
         return (logits, *self._natural(logits.reshape(-1, logits.shape[-1]), _rows(weights), _rows(ids)), *output[3:])
 
@@ -293,12 +293,12 @@ class _Routing:
         return weights, torch.where(absent, best.to(ids.dtype), ids)
 
 
-def thinned(call: Call, top_k: int, total: int) -> tuple[Any, ...]:
+def thinned(call: Call, top_k: int) -> tuple[Any, ...]:
     """Return what the family's router reports at `top_k` experts a token, for a miner with less compute (FFT-MoE).
 
     The weights are those that the call reported, which a hook before may have moved, at the sum that the family gives.
     """
-    fewer = call.fewer(total, top_k)
+    fewer = call.fewer(top_k)
     (_, weights, ids), (_, family, kept) = choice(call.output), choice(fewer)
     same = _rows(kept)[:, :, None] == _rows(ids)[:, None]
     own = (same * _rows(weights)[:, None]).sum(-1)

@@ -72,9 +72,9 @@ class Call:
         open_ = torch.cat([experts, rest]).to(choice(self.output)[2].device)
         return self._asked(_Candidates(self.classes, num_experts, top_k, places=open_, alone=alone))
 
-    def fewer(self, num_experts: int, top_k: int, allowed: torch.Tensor | None = None) -> tuple[Any, ...]:
+    def fewer(self, top_k: int, allowed: torch.Tensor | None = None) -> tuple[Any, ...]:
         """Return what the router reports at another `top_k`; with `allowed`, bool [T, C], each token among its own."""
-        return self._asked(_Candidates(self.classes, num_experts, top_k, allowed=allowed))
+        return self._asked(_Candidates(self.classes, self.classes, top_k, allowed=allowed))
 
     def _asked(self, candidates: _Candidates) -> tuple[Any, ...]:
         view: Any = copy.copy(self.router)

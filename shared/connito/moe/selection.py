@@ -2,7 +2,7 @@
 
 Methods:
   esft-token    shortest prefix by descending token score whose sum reaches p (ESFT, Wang et al. 2024)
-  esft-gate     the same with gate scores
+  esft-gate     the same with gate scores; scores of both are rounded and summed as the published code does it
   differential  token score of the domain minus that of general text; the prefix covers p of the positive part
   des-moe       every expert whose score reaches p of the layer's best (DES-MoE map); with earlier statistics, the score is
                 their running mean A ← 0.9·A + 0.1·r
@@ -228,7 +228,7 @@ def _scores(
     if method == "esft-token":
         return np.round(layer.token_score, DECIMALS)
     if method == "esft-gate":
-        return layer.gate_score
+        return np.round(layer.gate_score, DECIMALS)
     if method == "differential":
         assert general
         others = np.mean([statistics.layers[index].token_score for statistics in general.values()], axis=0)
@@ -248,10 +248,11 @@ def _prefix(scores: FloatArray, method: str, p: float) -> list[int]:
     if method == "differential":
         order = [e for e in order if scores[e] > 0]
         p *= float(scores[order].sum())
+        p -= 1e-9
     chosen: list[int] = []
     reached = 0.0
     for expert in order:
-        if chosen and reached >= p - 1e-9:
+        if chosen and reached >= p:
             break
         if scores[expert] <= 0:
             break

@@ -35,6 +35,28 @@ def test_the_published_sets_are_reproduced_in_every_layer_and_in_order(task: str
     assert {str(layer): experts for layer, experts in chosen.layers.items()} == published
 
 
+@pytest.mark.data
+@pytest.mark.parametrize("task", ["law", "translation"])
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.3])
+def test_gate_scores_are_rounded_and_summed_as_published(task: str, p: float) -> None:
+    if not PUBLISHED.exists():
+        pytest.skip(f"NOT CHECKED: the published routing traces are not at {PUBLISHED}; set CONNITO_TEST_DATA")
+    chosen = select_experts(read_trace(PUBLISHED / f"{task}.npz", num_experts=64), "esft-gate", p)
+    unrounded = 0
+    with np.load(PUBLISHED / f"{task}.npz") as trace:
+        for layer, experts in chosen.layers.items():
+            ids, weights = trace[f"layer_{layer}_ids"], trace[f"layer_{layer}_weights"].astype(float)
+            sums = np.bincount(ids.ravel(), weights.ravel(), minlength=64) / len(ids)
+            prefixes = []
+            for scores in ([round(x, 4) for x in sums], list(sums)):
+                ranked = sorted(range(64), key=lambda expert: -scores[expert])
+                ends = next((n for n in range(65) if sum(scores[e] for e in ranked[:n]) >= p), 64)
+                prefixes.append([expert for expert in ranked[:ends] if scores[expert] > 0])
+            assert experts == prefixes[0]
+            unrounded += prefixes[0] != prefixes[1]
+    assert unrounded or p == 0.1, "rounding makes no difference here: the test shows nothing"
+
+
 def test_the_prefix_ends_where_the_threshold_is_reached() -> None:
     # Scores 0.5, 0.25, 0.25, 0 of experts 1, 0, 2, 3; equal scores by id.
     counted = statistics([[1], [1], [0], [2]])

@@ -120,20 +120,18 @@ def test_the_signature_is_the_mean_hidden_state_of_what_the_experts_serve(inputs
     import torch
     from connito.base.loading import load_full
     from connito.data.corpus import Corpus
-    from connito.experts.flex import router_inputs
-    from connito.experts.prune import route
+    from connito.experts.tape import each_layer
     from connito.library.signature import decode_signature
-    from connito.moe.layout import require_moe_layers
 
     chosen = run(inputs, tmp_path / "theta")
     vectors = decode_signature(chosen.signature)
     model = load_full(inputs.files)
     sequences = Corpus.load(inputs.probe).sequences(inputs.spec.training.sequence_length)[:, :-1]
-    states = router_inputs(model, sequences)
+    seen = each_layer(model, sequences, lambda tape: (tape.inputs, tape.ids), max_tokens=sequences.size)
     for index, experts in chosen.selection.layers.items():
-        ids, _ = route(require_moe_layers(model)[index].router, states[index])
+        states, ids = seen[index]
         slots = torch.isin(ids, torch.tensor(experts)).sum(dim=1).double()
-        expected = (states[index].double() * slots[:, None]).sum(dim=0) / slots.sum()
+        expected = (states.double() * slots[:, None]).sum(dim=0) / slots.sum()
         torch.testing.assert_close(torch.tensor(vectors[index]).double(), expected, rtol=1e-4, atol=1e-5)
         assert chosen.signature["tokens"][str(index)] == int(slots.sum())
 
