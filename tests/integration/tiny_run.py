@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from connito.base.description import build_manifest
 from connito.base.tiny import EOS, build_tiny, tiny_texts
 from connito.bus import Bus
 from connito.data.corpus import Corpus
-from connito.data.manifest import Manifest, build_manifest
+from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2

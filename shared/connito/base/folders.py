@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
-from connito.base.checks import check_base, check_files
+from connito.base.checks import check_base
+from connito.base.description import build_manifest
 from connito.base.upload import upload_base
-from connito.data.manifest import Manifest, build_manifest
-from connito.errors import Invalid, NotFound
+from connito.data.checkpoint_files import find_checkpoint
+from connito.data.manifest import Manifest
+from connito.errors import Invalid
 from connito.platform.session import Session
 from connito.v1.artifacts_pb2 import ArtifactRef
 
 
 def show(folder: Path, name: str = "") -> Manifest:
     """Check the base by its headers, then read it once from front to back. Raises `NotFound` and `Invalid`."""
-    if not folder.is_dir():
-        raise NotFound(f"there is no folder {folder}; `connito base build` makes one")
     check_base(folder)
     return build_manifest(folder, name)
 
@@ -34,9 +35,11 @@ def rewrite(folder: Path, out: Path) -> None:
     from connito.base.loading import load_full, load_tokenizer
     from connito.moe.layout import require_moe_layers
 
-    check_files(folder)
+    files = find_checkpoint(folder)
     if out.exists():
         raise Invalid(f"{out} exists; choose another folder for --rewrite, or remove it")
     model = load_full(folder)
     require_moe_layers(model)
     save_checkpoint(model, out, load_tokenizer(folder))
+    if "generation_config.json" in files.paths:
+        shutil.copy(files.paths["generation_config.json"], out / "generation_config.json")

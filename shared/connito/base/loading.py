@@ -1,19 +1,27 @@
-"""Loading a base model without holding it twice: tensors are memory-mapped, so processes on one machine share pages."""
+"""Load a base model, whole or in the part that a miner trains, from its files or by byte ranges.
+
+There is one loader: the checkpoint is described (`connito.base.description`), its tensors are read when their turn comes, and
+transformers puts them into the model (`connito.base.pretrained`). Loaders differ in how a tensor is read and in which experts
+are there. On the CPU tensors of files are memory-mapped copy-on-write, so that processes on one machine share pages.
+"""
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.base.stored import ReadRow, ReadTensor, Stored, locate
+from connito.base.description import Description, describe, describe_files
+from connito.base.pickled import pickled_tensors
+from connito.base.pretrained import from_tensors, quiet
+from connito.base.stored import Source, torch_dtypes
+from connito.data.checkpoint_files import TOKENIZER_FILES, CheckpointFiles, find_checkpoint
 from connito.data.manifest import Manifest, Range, Reader, TensorEntry, checked
 from connito.errors import Invalid, NotFound
-from connito.moe.layout import as_targets, require_moe_layers
+from connito.moe.layout import MoELayer, as_targets
 from connito.moe.residency import ALL, FOUR_BIT, HELPERS
 from connito.v1 import reasons_pb2
 
@@ -25,89 +33,39 @@ if TYPE_CHECKING:
     from connito.moe.residency import Residents
 
 
+class _Turn:
+    """A tensor that is read when it is asked for its values."""
+
+    def __init__(self, read: Callable[[], torch.Tensor], dtype: str) -> None:
+        self._read, self._dtype = read, dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._read()
+
+    def get_dtype(self) -> str:
+        """Return the stored type, as the safetensors library names it."""
+        return self._dtype
+
+
 def build_empty(config: Any, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a causal language model of `config` whose parameters *are* `tensors`: nothing is initialised and nothing
-    copied.
+    """Return a causal language model of `config` whose parameters *are* `tensors`: nothing is initialised and nothing copied.
 
-    Raises `Invalid` naming the first tensor that is missing, surplus or of another shape.
+    Raises `Invalid` naming the first tensor that is missing or of another shape.
     """
-    model = build_meta(config)
-    assign(model, tensors)
+    model: nn.Module = from_tensors(config, tensors, dtype=config.dtype)
     return model
-
-
-def build_meta(config: Any) -> nn.Module:
-    """Return the model's modules with parameters on the meta device and real buffers (rotary tables). In eval mode,
-    frozen.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights(), _parameters_on_meta():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
-def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replace the model's meta parameters by `tensors`, then tie what the configuration ties."""
-    try:
-        missing, surplus = model.load_state_dict(dict(tensors), strict=False, assign=True)
-    except RuntimeError as error:
-        raise Invalid(
-            f"the checkpoint does not fit its configuration: {error}", reason=reasons_pb2.REASON_WRONG_SHAPE
-        ) from error
-    model.tie_weights()  # type: ignore[operator]
-    model.requires_grad_(False)
-    absent = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
-    if absent or surplus:
-        name = (absent or sorted(surplus))[0]
-        what = "is missing from" if absent else "does not belong in"
-        raise Invalid(
-            f"{name} {what} the checkpoint ({len(absent)} missing, {len(surplus)} surplus): it was saved for another "
-            "architecture than its config.json names",
-            reason=reasons_pb2.REASON_WRONG_TENSORS,
-        )
-    del missing
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Register parameters without storage inside the block; buffers keep theirs, since they cannot be recomputed."""
-    import torch
-    from torch import nn
-
-    plain = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        plain(module, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
 def load_full(source: Path | Mapping[str, Path], *, device: torch.device | None = None) -> nn.Module:
-    """Return the whole model from a checkpoint directory, or from its files by name (`config.json`,
-    `model.safetensors`, …).
+    """Return the whole model from a checkpoint directory, or from its files by name (`config.json`, `model.safetensors`, …).
 
-    On the CPU, tensors are memory-mapped copy-on-write: several processes share the page cache, and writing expert rows
-    copies only the pages written. A checkpoint that stores its experts singly cannot be mapped and is converted.
+    What is stored in the model's own form and type is mapped: several processes share the page cache, and writing expert
+    rows copies only the pages written. What is stored otherwise is converted.
     """
-    files = files_of(source)
-    config = load_config(files)
-    model = build_meta(config)
-    tensors = mapped_tensors(files)
-    if _same_names(model, tensors):
-        assign(model, tensors)
-    else:
-        model = _converted(files, config)
+    files = find_checkpoint(source)
+    description = describe_files(files)
+    tensors = _turns(description, _mapped(files))
+    model: nn.Module = from_tensors(description.config, tensors, dtype=description.dtype)
     return model if device is None else model.to(device)
 
 
@@ -125,28 +83,26 @@ def load_resident(
     """Return `compress(load_full(…))` without ever holding the full model, or fetching what is not kept of it.
 
     Reads the shared tensors, and of each adapted layer only the rows of targets and helpers, through `reader`; every
-    range is checked against the manifest. Fused and one by one, in one file or many: see `connito.base.stored`. Raises
-    `VerificationFailed` for wrong bytes, `Invalid` for a base that lacks a tensor.
+    range is checked against the manifest. Where a family stores the experts of a layer so that one cannot be read alone, that
+    layer is read whole. Raises `VerificationFailed` for wrong bytes, `Invalid` for a base that lacks a tensor.
 
     half: matrices that stay frozen are held in bfloat16, routers excepted, each cast as it arrives; train under autocast.
     residency: with `four-bit` every frozen expert is packed as it arrives, one at a time (`connito.moe.residency`).
     """
-    config = config_from_json(manifest_file(manifest, reader, "config.json"))
+    config = manifest_file(manifest, reader, "config.json")
+    description = describe(config, manifest.headers(), manifest.extra.get("dtype", ""))
 
     def tensor(name: str) -> torch.Tensor:
         return _tensor(manifest.read(reader, name), manifest.tensors[name])
 
-    def row(name: str, expert: int) -> torch.Tensor:
-        part = manifest.row(name, expert)
-        return _tensor(manifest.read_range(reader, part), part)
+    def rows(name: str, experts: Sequence[int]) -> torch.Tensor:
+        import torch
 
-    return _resident(
-        config,
-        _Source(manifest.tensors, tensor, row),
-        selection,
-        helpers or {},
-        _TrainingSetup(routing_mode, top_k, half, residency),
-    )
+        ranges = [manifest.row(name, expert) for expert in experts]
+        return torch.stack([_tensor(manifest.read_range(reader, part), part) for part in ranges])
+
+    how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency)
+    return _resident(description, Source(tensor, rows), how)
 
 
 def load_resident_local(
@@ -159,173 +115,140 @@ def load_resident_local(
     half: bool = False,
     residency: str = HELPERS,
 ) -> nn.Module:
-    """Return `load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows
-    copied.
+    """Return `load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows copied.
 
     Of experts that are stored one by one, those of a layer that is not adapted are copied too, being fused.
     """
-    files = files_of(source)
-    tensors = mapped_tensors(files)
-
-    def row(name: str, expert: int) -> torch.Tensor:
-        return tensors[name][expert]
-
-    return _resident(
-        load_config(files),
-        _Source(tensors, tensors.__getitem__, row),
-        selection,
-        helpers or {},
-        _TrainingSetup(routing_mode, top_k, half, residency),
-    )
+    files = find_checkpoint(source)
+    how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency)
+    return _resident(describe_files(files), _mapped(files), how)
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A checkpoint: its tensors' names, and how to read one tensor or one expert's row of one."""
+class _Training:
+    """The part of a model that is trained, and settings of the training model."""
 
-    names: Iterable[str]
-    read: ReadTensor
-    read_row: ReadRow
-
-
-@dataclass(frozen=True)
-class _TrainingSetup:
-    """Settings of the training model."""
-
+    targets: Mapping[int, list[int]]
+    helpers: Mapping[int, Iterable[int]]
     routing_mode: str
     top_k: int
     half: bool
     residency: str
 
-    def held(self, tensor: torch.Tensor, *, router: bool = False) -> torch.Tensor:
-        """Return a frozen tensor as it is kept. Routers stay exact: another rounding would choose other experts."""
+    def held(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a frozen matrix as it is kept."""
         import torch
 
-        if not self.half or router or tensor.dim() < 2 or tensor.dtype not in (torch.float32, torch.float64):
-            return tensor
-        return tensor.to(torch.bfloat16)
+        wide = tensor.dim() > 1 and tensor.dtype in (torch.float32, torch.float64)
+        return tensor.to(torch.bfloat16) if self.half and wide else tensor
 
 
-def _resident(
-    config: Any, source: _Source, selection: Any, helpers: Mapping[int, Iterable[int]], how: _TrainingSetup
-) -> nn.Module:
+def _resident(description: Description, source: Source, how: _Training) -> nn.Module:
     from connito.moe.resident import install, resident_plan
 
-    model = build_meta(config)
-    layers = require_moe_layers(model)
-    plan = resident_plan(layers, as_targets(selection), helpers, how.routing_mode, how.residency)
-    stored = locate(model, source.names)
-    routers = {f"{layer.router_name}." for layer in layers.values()}
+    layers = description.layers
+    plan = resident_plan(layers, how.targets, how.helpers, how.routing_mode, how.residency)
+    apart = {index: layers[index] for index in plan if description.rowwise(layers[index])}
+    model: nn.Module = from_tensors(
+        description.config,
+        _turns(description, source, apart),
+        dtype=description.dtype,
+        prepare=lambda made: _shrink(made, description, apart, plan, how),
+    )
     for index, residents in plan.items():
-        experts, name_of = layers[index].experts, f"{layers[index].experts_name}.{{}}".format
-        banks = {
-            name: _rows(_found(stored, name_of(name)), getattr(experts, name), residents, source, how)
-            for name in layers[index].parameters
-        }
-        install(layers[index], residents, banks, how.routing_mode, how.top_k)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    whole = {
-        name: how.held(_found(stored, name).whole(source.read), router=name.startswith(tuple(routers)))
-        for name, tensor in model.state_dict().items()
-        if tensor.is_meta and (name in stored or name not in tied)
-    }
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assign(model, whole)
-    for name in trainable:
-        model.get_parameter(name).requires_grad_(True)
+        layer = replace(
+            layers[index],
+            experts=model.get_submodule(layers[index].experts_name),
+            router=model.get_submodule(layers[index].router_name),
+        )
+        banks = {}
+        for part in layer.parameters:
+            if index in apart:
+                pick = description.picker(layers[index], part, source)
+            else:
+                pick = getattr(layer.experts, part).detach().__getitem__
+            banks[part] = _rows(pick, getattr(layers[index].experts, part), residents, how)
+        install(layer, residents, banks, how.routing_mode, how.top_k)
     return model
 
 
 def _rows(
-    stored: Stored, bank: torch.Tensor, residents: Residents, source: _Source, how: _TrainingSetup
+    pick: Callable[[list[int]], torch.Tensor], bank: torch.Tensor, residents: Residents, how: _Training
 ) -> tuple[torch.Tensor, torch.Tensor | FourBit]:
-    """Return (target rows, frozen rows) of one tensor of a bank, which itself has no storage yet."""
-    import torch
-
+    """Return (target rows, frozen rows) of one tensor of a bank, which itself has no storage."""
     from connito.moe.four_bit import hold
 
-    def pick(experts: Sequence[int]) -> torch.Tensor:
-        if not experts:
-            return torch.empty(0, *bank.shape[1:], dtype=bank.dtype)
-        return stored.rows(experts, source.read, source.read_row).to(bank.dtype)
-
-    if how.residency == ALL:
-        whole = stored.whole(source.read).to(bank.dtype)
-        return whole[list(residents.targets)], how.held(whole)
+    targets = pick(list(residents.targets)) if residents.targets else bank.new_empty(0, *bank.shape[1:], device="cpu")
     if how.residency == FOUR_BIT:
         one_by_one = (pick([expert])[0] for expert in residents.helpers)
-        dtype = how.held(bank).dtype
-        return pick(residents.targets), hold(one_by_one, len(residents.helpers), bank.shape[1:], dtype)
-    return pick(residents.targets), how.held(pick(residents.helpers))
+        return targets, hold(one_by_one, len(residents.helpers), bank.shape[1:], how.held(bank).dtype)
+    beside = list(range(residents.num_experts)) if how.residency == ALL else list(residents.helpers)
+    return targets, how.held(pick(beside) if beside else bank.new_empty(0, *bank.shape[1:], device="cpu"))
 
 
-def _found(stored: Mapping[str, Stored], name: str) -> Stored:
-    if name not in stored:
-        raise Invalid(
-            f"the base has no tensor {name}: it was saved for another architecture than its config.json names, or a file "
-            "of it is missing; build or import it again",
-            reason=reasons_pb2.REASON_WRONG_TENSORS,
-        )
-    return stored[name]
+def _shrink(
+    model: nn.Module, description: Description, apart: Iterable[int], plan: Iterable[int], how: _Training
+) -> None:
+    """Give a model without storage no rows where experts are read apart, and frozen matrices the type they are held in."""
+    import torch
+
+    layers = description.layers
+    for index in apart:
+        module = model.get_submodule(layers[index].experts_name)
+        for part in layers[index].parameters:
+            setattr(module, part, torch.nn.Parameter(getattr(module, part)[:0], requires_grad=False))
+    # Routers stay exact: another rounding would choose other experts.
+    exact = tuple(f"{layer.router_name}." for layer in layers.values())
+    exact += tuple(f"{layers[index].experts_name}." for index in plan)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(exact):
+            parameter.data = how.held(parameter.data)
+
+
+def _turns(description: Description, source: Source, apart: Mapping[int, MoELayer] | None = None) -> dict[str, Any]:
+    """Return all that the model takes by its stored name, and banks without rows in place of those that are read apart."""
+    import torch
+
+    banks = {f"{layer.experts_name}.{part}" for layer in (apart or {}).values() for part in layer.parameters}
+    whole = [stored for stored in description.tensors.values() if stored.name not in banks]
+    out: dict[str, Any] = {
+        name: _Turn(partial(source.read, name), description.headers[name].dtype)
+        for stored in whole
+        for name in stored.names
+    }
+    state = description.skeleton.state_dict()
+    return out | {name: torch.empty(0, *state[name].shape[1:], dtype=state[name].dtype) for name in banks}
+
+
+def _mapped(files: CheckpointFiles) -> Source:
+    """Return how to read the tensors of files on this machine, each memory-mapped."""
+    opened = [_opened(files.paths[name]) for name in files.weights if not files.pickled]
+    pickled = pickled_tensors(files) if files.pickled else {}
+    by_name = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+    def read(name: str) -> torch.Tensor:
+        tensor: torch.Tensor = pickled[name] if files.pickled else by_name[name].get_tensor(name)
+        return tensor
+
+    return Source(read, lambda name, experts: read(name)[list(experts)])
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise Invalid(f"{path} is damaged: {error}", reason=reasons_pb2.REASON_BAD_HEADER) from error
 
 
 def _tensor(data: bytes, entry: TensorEntry | Range) -> torch.Tensor:
     import torch
 
-    dtypes = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-    if entry.dtype not in dtypes:
-        raise Invalid(
-            f"tensors of type {entry.dtype} are not supported; convert the base to F32 or BF16",
-            reason=reasons_pb2.REASON_WRONG_DTYPE,
-        )
+    dtype = torch_dtypes()[entry.dtype]
     if not data:
-        return torch.empty(entry.shape, dtype=dtypes[entry.dtype])
-    return torch.frombuffer(bytearray(data), dtype=dtypes[entry.dtype]).view(entry.shape)
-
-
-def files_of(source: Path | Mapping[str, Path]) -> dict[str, Path]:
-    """Return files by name. Raises `NotFound` when there is no config.json or no safetensors among them."""
-    if isinstance(source, Path):
-        files = {path.name: path for path in source.iterdir() if path.is_file()} if source.is_dir() else {}
-    else:
-        files = dict(source)
-    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        raise NotFound(
-            f"{source if isinstance(source, Path) else sorted(files)} is not a checkpoint: it needs config.json and "
-            ".safetensors files; make one with `connito base build`"
-        )
-    return files
-
-
-def load_config(files: Mapping[str, Path]) -> Any:
-    """Return the configuration from config.json. Raises `Invalid` for a family that transformers does not know."""
-    return config_from_json(files["config.json"].read_bytes())
-
-
-def config_from_json(data: bytes) -> Any:
-    """Return the same from its bytes. On the CPU experts run in the family's own loop: batched products are far slower
-    there.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    values = json.loads(data)
-    family = values.get("model_type")
-    if family not in CONFIG_MAPPING:
-        raise Invalid(
-            f"the model family {family!r} is not part of the installed transformers", reason=reasons_pb2.REASON_BAD_SPEC
-        )
-    config = CONFIG_MAPPING[family].from_dict(values)
-    config._experts_implementation = "eager"
-    return config
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(entry.shape)
 
 
 def manifest_file(manifest: Manifest, reader: Reader, name: str) -> bytes:
@@ -337,53 +260,17 @@ def manifest_file(manifest: Manifest, reader: Reader, name: str) -> bytes:
 
 
 def load_tokenizer(source: Path | Mapping[str, Path]) -> Any:
-    """Return the tokenizer of a checkpoint directory, or of its files by name."""
+    """Return the tokenizer of a checkpoint directory, or of its files by name.
+
+    Only the files of a tokenizer are looked at: code that lies beside them is never run. Raises `Invalid` with the remedy.
+    """
     from transformers import AutoTokenizer
 
-    if isinstance(source, Path):
-        if not source.is_dir():
-            raise NotFound(
-                f"{source} is not a folder; give the folder of a base model, as `connito base build` makes it"
-            )
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, path in source.items():
-            if not name.endswith(".safetensors"):
-                (Path(folder) / name).symlink_to(path.resolve())
-        return AutoTokenizer.from_pretrained(folder)
-
-
-def mapped_tensors(files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
-    """Return every tensor of the checkpoint by name, memory-mapped."""
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, torch.Tensor] = {}
-    for name in sorted(files):
-        if not name.endswith(".safetensors"):
-            continue
-        try:
-            with safe_open(files[name], framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError as error:
-            raise Invalid(f"{files[name]} is damaged: {error}", reason=reasons_pb2.REASON_BAD_HEADER) from error
-    return tensors
-
-
-def _same_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    names = set(model.state_dict())
-    return names - tied <= set(tensors) <= names
-
-
-def _converted(files: Mapping[str, Path], config: Any) -> nn.Module:
-    """Let transformers rename and fuse what the checkpoint stores otherwise."""
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, path in files.items():
-            (Path(folder) / name).symlink_to(path.resolve())
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=config.dtype, experts_implementation="eager"
-        )
-    model.eval()
-    return model.requires_grad_(False)
+    if isinstance(source, Path) and not source.is_dir():
+        raise NotFound(f"{source} is not a folder; give the folder of a base model, as `connito base build` makes it")
+    there = {path.name: path for path in source.iterdir()} if isinstance(source, Path) else source
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        for name in ("config.json", *TOKENIZER_FILES):
+            if name in there:
+                (Path(folder) / name).symlink_to(there[name].resolve())
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

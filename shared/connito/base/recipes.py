@@ -104,7 +104,7 @@ def build_cached(name: str, progress: Progress) -> Path:
     """Return the base of that name, built if this machine has none yet, with its manifest beside the weights. Imports
     torch.
     """
-    from connito.data.manifest import build_manifest
+    from connito.base.description import build_manifest
 
     target = cached_base(name)
     with fresh_folder(target) as draft:

@@ -91,11 +91,11 @@ def fits(
     as_json: JsonFlag = False,
 ) -> None:
     """Predict the memory of training a selection, before anything is loaded; exit 3 when it does not fit."""
-    from connito.data.manifest import build_manifest
+    from connito.base.description import outline_of
     from connito.moe.footprint import Workload, best_fit, free_bytes, require_fit
 
     targets, helpers = _experts(selection)
-    manifest, have = build_manifest(base), memory_bytes or free_bytes()
+    manifest, have = outline_of(base), memory_bytes or free_bytes()
     choices = Workload(sequences, length, bf16_parameters).choices(residency, "auto")
     work, need = best_fit(manifest, targets, helpers, choices, have)
     emit(

@@ -92,8 +92,8 @@ def _verify_on(expert: Expert, base: Path, library: Holdings) -> str:
 
 
 def _export_whole(expert: Expert, base: Path, out: Path) -> ExpertRecord:
+    from connito.base.description import build_manifest
     from connito.base.loading import load_full, load_tokenizer
-    from connito.data.manifest import build_manifest
     from connito.experts.export import ModelSource, export_model
     from connito.experts.load import load_expert
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from connito.base.branches import import_branches
+from connito.base.description import build_manifest
 from connito.base.loading import load_full, load_tokenizer
 from connito.curation.texts import cut_by_domain, cut_sequences, digests
-from connito.data.manifest import build_manifest
 from connito.errors import NotFound
 from connito.experts import flex
 from connito.experts.export import ModelSource, export_model

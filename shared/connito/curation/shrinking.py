@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from connito.base.description import build_manifest
 from connito.base.loading import load_full, load_tokenizer
 from connito.curation.holdings import Agreement, Holdings
 from connito.curation.texts import cut_by_domain, cut_sequences, digests, halves, now_iso
-from connito.data.manifest import build_manifest
 from connito.errors import Invalid
 from connito.experts import prune as pruning
 from connito.experts.export import ModelSource, export_model, to_dense

@@ -1,7 +1,8 @@
 """A base model as byte ranges: which bytes of which file hold a tensor, and which hold one expert.
 
 One expert's rows of a fused `[experts, …]` tensor are contiguous, so a miner fetches its experts with ranged reads and
-checks each against a digest, while the files stay an ordinary Hugging Face checkpoint. No torch here.
+checks each against a digest, while the files stay an ordinary Hugging Face checkpoint. No torch here: what a model takes from
+the checkpoint is said by `connito.base.description`, which also builds manifests.
 """
 
 from __future__ import annotations
@@ -12,17 +13,15 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
-from connito.data.safetensors_header import SAFETENSORS, bad_header, read_header_text
+from connito.data.checkpoint_files import Header, plain_name
+from connito.data.tensors import STORED_BITS
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
-
-MEDIA_TYPES = {".safetensors": SAFETENSORS, ".json": "application/json"}
-# Files of a checkpoint directory that belong to the model. Weights in other formats are left out.
-PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 _FUSED = re.compile(
     r"^(?P<experts>.*\blayers\.(?P<layer>\d+)\..*experts)\.(?P<part>(?:gate_up_proj|up_proj|down_proj)(?:_bias)?)$"
@@ -31,6 +30,7 @@ _SINGLE = re.compile(
     r"^(?P<experts>.*\blayers\.(?P<layer>\d+)\..*experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
 _PARTS_OF = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_MAX_BYTES, _MAX_FILES, _MAX_TENSORS, _MAX_NAME = 1 << 28, 10_000, 2_000_000, 512
 
 # (file, first byte, length) -> those bytes.
 Reader = Callable[["FileEntry", int, int], bytes]
@@ -80,8 +80,33 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Bank:
+    """The routed experts that a stored tensor holds: one, or (`expert` is None) all of a layer, a row each."""
+
+    layer: int
+    part: str
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The part of a checkpoint that its model takes: the dtype each stored tensor is loaded in, and those with experts.
+
+    `dtype`: the type of the whole where config.json does not state it.
+    """
+
+    dtypes: Mapping[str, str]
+    banks: Mapping[str, Bank]
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Files, tensors and digests of a base model."""
+    """Files, tensors and digests of a base model.
+
+    `extra` says what names alone do not: `banks`, tensors whose experts follow another rule than the usual names; `dtypes`,
+    in what type tensors are loaded that are stored in another; `dtype`, the model's where its configuration has none.
+    """
 
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
@@ -106,19 +131,26 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Return the inverse of `to_bytes`. Raises `Invalid` for anything else."""
+        """Return the inverse of `to_bytes`. Raises `Invalid` for anything else, whoever wrote it."""
         try:
+            if len(data) > _MAX_BYTES:
+                raise ValueError(f"it has {len(data)} bytes, more than {_MAX_BYTES}")
             parsed = json.loads(data)
+            _require(isinstance(parsed, dict) and type(parsed.get("version")) is int, "it has no version")
             if parsed["version"] != 1:
                 raise Invalid(f"manifest version {parsed['version']} is newer than this program; update connito")
-            files = [FileEntry(**entry) for entry in parsed["files"]]
-            tensors = [
-                TensorEntry(**{**entry, "shape": tuple(entry["shape"]), "rows": tuple(entry["rows"])})
-                for entry in parsed["tensors"]
-            ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise Invalid(f"this is not a base manifest: {error!r}") from error
-        return cls({f.name: f for f in files}, {t.name: t for t in tensors}, parsed["name"], parsed["extra"])
+            files = {entry.name: entry for entry in _entries(parsed["files"], _file_entry, _MAX_FILES)}
+            tensors = {entry.name: entry for entry in _entries(parsed["tensors"], _tensor_entry, _MAX_TENSORS)}
+            _require(len(files) == len(parsed["files"]), "a file is listed twice")
+            _require(len(tensors) == len(parsed["tensors"]), "a tensor is listed twice")
+            for tensor in tensors.values():
+                inside = tensor.file in files and tensor.start + tensor.length <= files[tensor.file].size
+                _require(inside, f"{tensor.name} lies in no file")
+            manifest = cls(files, tensors, _text(parsed["name"], 1024), _texts(parsed["extra"]))
+            manifest._check_extra()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise Invalid(f"this is not a base manifest: {error or type(error).__name__}") from error
+        return manifest
 
     @property
     def digest(self) -> str:
@@ -130,48 +162,65 @@ class Manifest:
         """Return bytes of all tensors."""
         return sum(tensor.length for tensor in self.tensors.values())
 
+    @cached_property
+    def banks(self) -> dict[str, Bank]:
+        """Return the tensors that hold routed experts, by name."""
+        own = {
+            name: Bank(*entry) if entry else None for name, entry in json.loads(self.extra.get("banks", "{}")).items()
+        }
+        found = {name: own[name] if name in own else usual_bank(name) for name in self.tensors}
+        return {name: bank for name, bank in found.items() if bank is not None}
+
+    @cached_property
+    def _dtypes(self) -> dict[str, str]:
+        found: dict[str, str] = json.loads(self.extra.get("dtypes", "{}"))
+        return found
+
+    def dtype(self, name: str) -> str:
+        """Return the type in which a tensor is loaded, which may be another than it is stored in."""
+        return self._dtypes.get(name, self._dtypes.get("", self.tensors[name].dtype))
+
+    def loaded_bytes(self, name: str) -> int:
+        """Return the tensor's size in memory, in the type it is loaded in."""
+        return math.prod(self.tensors[name].shape) * STORED_BITS[self.dtype(name)] // 8
+
     def experts(self) -> dict[int, int]:
         """Return the number of experts by layer."""
         out: dict[int, int] = {}
-        for tensor in self.tensors.values():
-            if match := _FUSED.match(tensor.name):
-                out[int(match["layer"])] = tensor.shape[0]
-            elif match := _SINGLE.match(tensor.name):
-                layer = int(match["layer"])
-                out[layer] = max(out.get(layer, 0), int(match["expert"]) + 1)
+        for name, bank in self.banks.items():
+            count = self.tensors[name].shape[0] if bank.expert is None else bank.expert + 1
+            out[bank.layer] = max(out.get(bank.layer, 0), count)
         return dict(sorted(out.items()))
 
     def expert_bytes(self) -> dict[int, int]:
-        """Return the size of one expert by layer."""
-        return {layer: sum(r.length for r in self.expert_rows(layer, 0)) for layer in self.experts()}
+        """Return the size of one expert by layer, in the type it is loaded in."""
+        out = dict.fromkeys(self.experts(), 0)
+        for name, bank in self.banks.items():
+            if bank.expert in (None, 0):
+                rows = max(1, self.tensors[name].shape[0]) if bank.expert is None else 1
+                out[bank.layer] += self.loaded_bytes(name) // rows
+        return out
 
     def expert_value_bytes(self) -> int:
-        """Return bytes of one stored value of an expert: 4 for F32, 2 for BF16."""
-        found = [tensor for tensor in self.tensors.values() if is_expert_tensor(tensor.name)]
-        return min((tensor.length // max(1, math.prod(tensor.shape)) for tensor in found), default=4)
+        """Return bytes of one value of an expert as it is loaded: 4 for F32, 2 for BF16."""
+        return min((STORED_BITS[self.dtype(name)] // 8 for name in self.banks), default=4)
 
     def expert_rows(self, layer: int, expert: int) -> list[Range]:
         """Return the byte ranges of one expert. Raises `NotFound` when the base has no such expert."""
         found = []
-        for tensor in self.tensors.values():
-            if (match := _FUSED.match(tensor.name)) and int(match["layer"]) == layer and expert < tensor.shape[0]:
-                found.append(_row(tensor, match["part"], expert))
-            elif (match := _SINGLE.match(tensor.name)) and (int(match["layer"]), int(match["expert"])) == (
-                layer,
-                expert,
-            ):
+        for name, bank in self.banks.items():
+            tensor = self.tensors[name]
+            if bank.layer != layer:
+                continue
+            if bank.expert is None and 0 <= expert < tensor.shape[0]:
+                found.append(_row(tensor, bank.part, expert))
+            elif bank.expert == expert:
                 found.append(
                     Range(
-                        _PARTS_OF[match["part"]],
-                        tensor.file,
-                        tensor.start,
-                        tensor.length,
-                        tensor.sha256,
-                        tensor.dtype,
-                        tensor.shape,
+                        bank.part, tensor.file, tensor.start, tensor.length, tensor.sha256, tensor.dtype, tensor.shape
                     )
                 )
-        if not found or expert < 0:
+        if not found:
             raise NotFound(
                 f"the base has no expert {expert} in layer {layer}; it has {self.experts()} (experts by layer)"
             )
@@ -189,8 +238,12 @@ class Manifest:
 
     def is_expert(self, name: str) -> int | None:
         """Return the layer whose routed experts `name` belongs to, or None for a shared tensor."""
-        match = _FUSED.match(name) or _SINGLE.match(name)
-        return int(match["layer"]) if match else None
+        bank = self.banks.get(name)
+        return bank.layer if bank else None
+
+    def headers(self) -> dict[str, Header]:
+        """Return every tensor as `read_headers` returns those of a folder."""
+        return {t.name: Header(t.file, t.dtype, t.shape, t.start, t.length) for t in self.tensors.values()}
 
     def read(self, reader: Reader, name: str) -> bytes:
         """Return one whole tensor's bytes, checked."""
@@ -200,6 +253,15 @@ class Manifest:
     def read_range(self, reader: Reader, part: Range) -> bytes:
         """Return one expert range's bytes, checked."""
         return checked(reader(self.files[part.file], part.start, part.length), part.sha256, f"{part.file}@{part.start}")
+
+    def _check_extra(self) -> None:
+        for name, dtype in self._dtypes.items():
+            _require((not name or name in self.tensors) and dtype in STORED_BITS, f"the type of {name!r} is unknown")
+        for name, bank in self.banks.items():
+            sound = type(bank.layer) is int and 0 <= bank.layer < 1 << 20 and isinstance(bank.part, str)
+            index = bank.expert is None or (type(bank.expert) is int and 0 <= bank.expert < 1 << 20)
+            rows = bank.expert is not None or self.tensors[name].shape[:1] not in ((), (0,))
+            _require(sound and index and rows, f"the experts of {name} are not described")
 
 
 def checked(data: bytes, sha256: str, what: str) -> bytes:
@@ -212,142 +274,74 @@ def checked(data: bytes, sha256: str, what: str) -> bytes:
     return data
 
 
-def build_manifest(directory: Path, name: str = "", progress: Callable[[str, float], None] | None = None) -> Manifest:
-    """Read a checkpoint directory once and describe it.
-
-    Raises `NotFound` when there are no safetensors, `Invalid` when a header is damaged or the model has no experts.
-    """
-    paths = sorted({path for pattern in PARTS for path in directory.glob(pattern) if path.is_file()})
-    if not any(path.suffix == ".safetensors" for path in paths):
-        raise NotFound(f"{directory} holds no .safetensors file; give a Hugging Face checkpoint in safetensors format")
-    total, done = sum(path.stat().st_size for path in paths), 0
-    files: dict[str, FileEntry] = {}
-    tensors: dict[str, TensorEntry] = {}
-    for path in paths:
-        digest, found = _read(path)
-        media = MEDIA_TYPES.get(path.suffix, "application/octet-stream")
-        files[path.name] = FileEntry(path.name, digest, path.stat().st_size, media)
-        tensors |= found
-        done += path.stat().st_size
-        if progress is not None:
-            progress("hashing the base", done / total)
-    manifest = Manifest(files, tensors, name or directory.name)
-    if not manifest.experts():
-        raise Invalid(
-            f"{directory} has no routed experts: it is a dense model; turn it into one with "
-            f"`connito base build --from {directory}`",
-            reason=reasons_pb2.REASON_SELECTION_FAILED,
-        )
-    return manifest
-
-
-@dataclass(frozen=True)
-class Header:
-    """A tensor as its file's header describes it. `length`: bytes; `values`: how many numbers."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    length: int
-
-    @property
-    def values(self) -> int:
-        """Return the number of values in the tensor."""
-        return math.prod(self.shape)
-
-
-def headers_of(directory: Path) -> dict[str, Header]:
-    """Return every tensor by name, from the headers alone. Raises `Invalid` for a damaged header or a file that was
-    cut.
-    """
-    found: dict[str, Header] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            prefix, entries = _header(path, file)
-        for name, entry in entries:
-            first, end = entry["data_offsets"]
-            if len(prefix) + end > path.stat().st_size:
-                raise Invalid(f"{path} ends inside {name}; copy it again", reason=reasons_pb2.REASON_BAD_HEADER)
-            found[name] = Header(path.name, str(entry["dtype"]), tuple(map(int, entry["shape"])), end - first)
-    return found
-
-
-def is_expert_tensor(name: str) -> bool:
-    """Return whether a tensor of this name holds routed experts, fused or singly."""
-    return bool(_FUSED.match(name) or _SINGLE.match(name))
-
-
-def expert_sizes(headers: Mapping[str, Header]) -> dict[int, int]:
-    """Return bytes of one expert by layer, from headers: what `Manifest.expert_bytes` says without reading a weight."""
-    out: dict[int, int] = {}
-    for name, entry in headers.items():
-        if match := _FUSED.match(name):
-            share = entry.length // max(1, entry.shape[0])
-        elif (match := _SINGLE.match(name)) and match["expert"] == "0":
-            share = entry.length
-        else:
-            continue
-        out[int(match["layer"])] = out.get(int(match["layer"]), 0) + share
-    return dict(sorted(out.items()))
-
-
-def _read(path: Path) -> tuple[str, dict[str, TensorEntry]]:
-    """Return (digest of the file, its tensors), reading it once from front to back."""
-    whole = hashlib.sha256()
-    tensors: dict[str, TensorEntry] = {}
-    with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            header, start = _header(path, file)
-            whole.update(header)
-            for name, entry in start:
-                data = file.read(entry["data_offsets"][1] - entry["data_offsets"][0])
-                if len(header) + entry["data_offsets"][1] > path.stat().st_size:
-                    raise Invalid(f"{path} ends inside {name}; copy it again", reason=reasons_pb2.REASON_BAD_HEADER)
-                whole.update(data)
-                tensors[name] = _entry(path.name, name, entry, len(header), data)
-        while chunk := file.read(1 << 20):
-            whole.update(chunk)
-    return whole.hexdigest(), tensors
-
-
-def _header(path: Path, file: BinaryIO) -> tuple[bytes, list[tuple[str, Mapping[str, Any]]]]:
-    """Return header bytes with their length prefix, and the entries in file order, which must leave no gap."""
-    text = read_header_text(file, 1 << 30, path)
-    try:
-        parsed = json.loads(text)
-        entries = sorted(
-            ((n, e) for n, e in parsed.items() if n != "__metadata__"), key=lambda item: item[1]["data_offsets"]
-        )
-        edges = [e["data_offsets"] for _, e in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise bad_header(f"its header is damaged ({error!r})", path) from error
-    if any(a != b for (_, a), (b, _) in zip([(0, 0), *edges], edges, strict=False)):
-        raise bad_header("there are gaps or overlaps between its tensors", path)
-    return len(text).to_bytes(8, "little") + text, entries
-
-
-def _entry(file: str, name: str, entry: Mapping[str, Any], offset: int, data: bytes) -> TensorEntry:
-    shape = tuple(int(x) for x in entry["shape"])
-    rows: tuple[str, ...] = ()
-    if _FUSED.match(name) and shape and len(data) % shape[0] == 0:
-        size = len(data) // shape[0]
-        view = memoryview(data)
-        rows = tuple(hashlib.sha256(view[i * size : (i + 1) * size]).hexdigest() for i in range(shape[0]))
-    return TensorEntry(
-        name,
-        file,
-        str(entry["dtype"]),
-        shape,
-        offset + int(entry["data_offsets"][0]),
-        len(data),
-        hashlib.sha256(data).hexdigest(),
-        rows,
-    )
+def usual_bank(name: str) -> Bank | None:
+    """Return the experts that a tensor of this name usually holds, or None."""
+    if match := _FUSED.match(name):
+        return Bank(int(match["layer"]), match["part"])
+    if match := _SINGLE.match(name):
+        return Bank(int(match["layer"]), _PARTS_OF[match["part"]], int(match["expert"]))
+    return None
 
 
 def _row(tensor: TensorEntry, part: str, expert: int) -> Range:
     size = tensor.length // tensor.shape[0]
-    assert math.prod(tensor.shape) == 0 or size > 0
     return Range(
         part, tensor.file, tensor.start + expert * size, size, tensor.rows[expert], tensor.dtype, tensor.shape[1:]
     )
+
+
+def _require(sound: bool, why: str) -> None:
+    if not sound:
+        raise ValueError(why)
+
+
+_E = TypeVar("_E")
+
+
+def _entries(raw: Any, entry: Callable[[dict[str, Any]], _E], most: int) -> list[_E]:
+    _require(isinstance(raw, list) and len(raw) <= most and all(isinstance(e, dict) for e in raw), "a list is none")
+    return [entry(each) for each in raw]
+
+
+def _file_entry(raw: dict[str, Any]) -> FileEntry:
+    found = FileEntry(**raw)
+    _require(
+        isinstance(found.name, str) and plain_name(found.name), f"{str(found.name)[:80]!r} is not a file's plain name"
+    )
+    _digest(found.digest)
+    _count(found.size)
+    _text(found.media_type, 128)
+    return found
+
+
+def _tensor_entry(raw: dict[str, Any]) -> TensorEntry:
+    shape, rows = raw["shape"], raw["rows"]
+    _require(isinstance(shape, list) and len(shape) <= 8 and isinstance(rows, list), "a shape is none")
+    found = TensorEntry(**{**raw, "shape": tuple(map(_count, shape)), "rows": tuple(map(_digest, rows))})
+    for text in (found.name, found.file, found.dtype):
+        _text(text, _MAX_NAME)
+    _digest(found.sha256)
+    bits = STORED_BITS.get(found.dtype, 0)
+    fits = _count(found.length) == math.prod(found.shape) * bits // 8 and bits > 0 and _count(found.start) >= 0
+    _require(fits and (not rows or (len(rows),) == found.shape[:1]), f"{found.name} is not of its type and shape")
+    return found
+
+
+def _count(value: Any) -> int:
+    _require(type(value) is int and 0 <= value < 1 << 53, "a number is not a size")
+    return int(value)
+
+
+def _digest(value: Any) -> str:
+    _require(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None, "a digest is none")
+    return str(value)
+
+
+def _text(value: Any, most: int) -> str:
+    _require(isinstance(value, str) and len(value) <= most, "a text is none")
+    return str(value)
+
+
+def _texts(value: Any) -> dict[str, str]:
+    _require(isinstance(value, dict) and len(value) <= 64, "extra is no mapping")
+    return {_text(k, _MAX_NAME): _text(v, _MAX_BYTES) for k, v in value.items()}

@@ -41,6 +41,18 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+# Bits of a value in every type of the format, those included that only checkpoints have.
+STORED_BITS = {
+    **{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()},
+    "C64": 64,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+_OWN_BITS = {name: STORED_BITS[name] for name in DTYPES}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 
 MAX_HEADER_BYTES = 1 << 20
@@ -104,33 +116,33 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _parse_entry(name: str, raw: Any) -> TensorEntry:
+def _parse_entry(name: str, raw: Any, widths: Mapping[str, int]) -> TensorEntry:
     if not _NAME.fullmatch(name):
         raise bad_header(f"the tensor name {name[:64]!a} is not 1 to 256 printable ASCII characters")
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise bad_header(f"{name} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in widths:
         raise bad_header(f"{name} has an unknown dtype")
     # `type(...) is int`: True is an int to isinstance, and JSON has booleans.
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or any(type(size) is not int for size in shape):
         raise bad_header(f"the shape of {name} is not a list of at most {_MAX_DIMENSIONS} whole numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
         raise bad_header(f"the data_offsets of {name} are not two whole numbers")
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * widths[dtype] // 8
     if offsets[1] - offsets[0] != expected:
         raise bad_header(f"{name} is {offsets[1] - offsets[0]} bytes long, its dtype and shape need {expected}")
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _parse_header(raw: bytes, data_bytes: int) -> Header:
+def _parse_header(raw: bytes, data_bytes: int, widths: Mapping[str, int]) -> Header:
     if raw[:1] != b"{":
         raise bad_header("the header does not begin with a brace")
     parsed = _parse_json(raw.rstrip(b" "))
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise bad_header("__metadata__ must map text to text")
-    entries = {name: _parse_entry(name, entry) for name, entry in parsed.items()}
+    entries = {name: _parse_entry(name, entry, widths) for name, entry in parsed.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     position = 0
     for name, entry in ordered.items():
@@ -143,8 +155,12 @@ def _parse_header(raw: bytes, data_bytes: int) -> Header:
     return Header(ordered, metadata, 8 + len(raw), data_bytes)
 
 
-def read_header(source: Path | str | bytes, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
+def read_header(
+    source: Path | str | bytes, *, max_header_bytes: int = MAX_HEADER_BYTES, widths: Mapping[str, int] = _OWN_BITS
+) -> Header:
     """Parse and check the header of a safetensors file; no tensor data is read.
+
+    `widths`: bits of a value by each type that may occur.
 
     Refused with `Invalid` (REASON_BAD_HEADER): a length beyond the cap or the file, anything but plain JSON, duplicate
     keys, fields that do not belong, unknown dtypes, numbers that are not plain and non-negative, sizes that do not
@@ -153,7 +169,7 @@ def read_header(source: Path | str | bytes, *, max_header_bytes: int = MAX_HEADE
     try:
         with BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
             text = read_header_text(file, max_header_bytes)
-            return _parse_header(text, file.seek(0, 2) - 8 - len(text))
+            return _parse_header(text, file.seek(0, 2) - 8 - len(text), widths)
     except OSError as error:
         raise NotFound(f"cannot read {source!r}: {error.strerror}") from error
 

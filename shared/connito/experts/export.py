@@ -145,8 +145,8 @@ def verify_insertion(folder: Path, base: Path, experts: Sequence[Path]) -> None:
 
 
 def _compare_with_base(folder: Path, base: Path, record: ExpertRecord) -> None:
+    from connito.base.description import build_manifest
     from connito.base.loading import load_full
-    from connito.data.manifest import build_manifest
 
     if build_manifest(base, record["base"]["name"]).digest != record["base"]["manifest"]:
         raise VerificationFailed(f"{base} is not the base {record['base']['name']} of this model")

@@ -159,8 +159,8 @@ def _folder(base: str, root: Path, progress: Progress) -> Path:
 
 
 def _manifest(base: str, folder: Path, progress: Progress) -> Manifest:
+    from connito.base.description import build_manifest
     from connito.base.recipes import MANIFEST
-    from connito.data.manifest import build_manifest
 
     if base in NAMED:
         return Manifest.load(folder.parent / MANIFEST)

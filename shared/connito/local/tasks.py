@@ -26,7 +26,7 @@ def build_base(params: dict[str, Any]) -> dict[str, Any]:
 def manifest(params: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of a folder with a base model."""
     from connito.base.checks import check_base
-    from connito.data.manifest import build_manifest
+    from connito.base.description import build_manifest
 
     check_base(Path(params["folder"]))
     Path(params["out"]).write_bytes(build_manifest(Path(params["folder"]), params["name"], _progress).to_bytes())

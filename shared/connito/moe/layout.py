@@ -28,8 +28,6 @@ ROW_PARAMETERS = (
     "down_proj_bias",
 )
 ROUTER_NAMES = ("gate", "router")
-# What families call an expert that every token passes.
-SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp", "shared_moe")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -82,17 +80,6 @@ def require_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
         why = f"{family!r} is a dense model: it has no routed experts to select"
         remedy = "turn it into one with `connito base build --from MODEL`"
     raise Invalid(f"no trainable experts found: {why}; {remedy}", reason=reasons_pb2.REASON_SELECTION_FAILED)
-
-
-def shared_experts(model: nn.Module) -> list[str]:
-    """Return names of the modules that every token passes beside its routed experts. They are in no bank, so no
-    selection can name them; they are listed for information.
-    """
-    return [
-        name
-        for name, _ in model.named_modules()
-        if _LAYER.search(name + ".") and name.rpartition(".")[2] in SHARED_NAMES
-    ]
 
 
 def layer_index(module_name: str) -> int:

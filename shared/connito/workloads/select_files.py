@@ -138,11 +138,10 @@ def _budget(options: SelectOptions) -> Budget:
     budget = Budget(caps.max_experts, caps.max_bytes, caps.max_vram, caps.scope)
     if options.base is not None and (caps.max_bytes or caps.max_vram):
         from connito.base.checks import check_base
-        from connito.data.manifest import expert_sizes, headers_of
 
-        layout, sizes = check_base(options.base), expert_sizes(headers_of(options.base))
+        layout = check_base(options.base)
         costs, resident = of_base(
-            sizes,
+            layout.expert_bytes,
             layout.bytes,
             {index: number for index, (number, _) in layout.experts.items()},
             value_bytes=layout.value_bytes,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from connito.base.checkpoint import save_checkpoint
+from connito.base.description import build_manifest
 from connito.base.loading import load_full, load_resident
 from connito.base.tiny import tokenizer
-from connito.data.manifest import build_manifest
 from connito.errors import Invalid, NotFound
 from connito.moe.resident import compress, read_targets
 from connito.moe.rows import write_rows

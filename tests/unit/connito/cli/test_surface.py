@@ -319,21 +319,23 @@ def test_doctor_prints_one_document_with_a_remedy_for_what_is_missing(tmp_path: 
     assert all(check["ok"] or check["remedy"] for check in checks.values())
 
 
-def test_whether_a_selection_fits_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
-    import numpy as np
-    from connito.data.tensors import tensor_bytes
+def test_whether_a_selection_fits_is_said_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:
+    from connito.data.tensors import read_header
 
-    experts = "model.layers.0.mlp.experts"
-    bank, words = np.zeros((4, 4, 2), np.float32), np.zeros((8, 4), np.float32)
-    weights = {"model.embed_tokens.weight": words, f"{experts}.down_proj": bank}
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(tensor_bytes(weights, {}))
+    stored = read_header(tiny / "model.safetensors").entries
+    expert = sum((e.stop - e.start) // 8 for n, e in stored.items() if "layers.1.mlp.experts" in n)
     selection = tmp_path / "selection.json"
-    selection.write_text(json.dumps({"layers": {"0": [1, 2]}, "helpers": {"0": [3]}}))
-    asked = ("miner", "fits", "--base", tmp_path, "--selection", selection, "--json", "--memory-bytes")
+    selection.write_text(json.dumps({"layers": {"1": [1, 2]}, "helpers": {"1": [3]}}))
+    asked = ("miner", "fits", "--base", tiny, "--selection", selection, "--json", "--memory-bytes")
     done = connito(*asked, 10**9)
     said = json.loads(done.stdout)
-    assert (said["weights"], said["gradients"], said["moments"], said["fits"]) == (8 * 16 + 3 * 32, 64, 128, True)
+    weights = sum(entry.stop - entry.start for entry in stored.values()) - 5 * expert
+    assert (said["weights"], said["gradients"], said["moments"], said["fits"]) == (
+        weights,
+        2 * expert,
+        4 * expert,
+        True,
+    )
     refused = connito(*asked, 1000)
     assert refused.returncode == 3
     assert "CONNITO_MICRO_BATCH=1" in refused.stderr

@@ -7,13 +7,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from connito.data.manifest import Manifest, build_manifest
+from connito.data.checkpoint_files import find_checkpoint, read_headers
+from connito.data.hashing import hash_checkpoint
+from connito.data.manifest import Manifest, Taken, usual_bank
 from connito.errors import Invalid, NotFound, VerificationFailed
 from safetensors.numpy import save_file
 
 from tests.support.files import directory_reader
 
 RNG = np.random.default_rng(0)
+
+
+def build_manifest(folder: Path, name: str = "") -> Manifest:
+    """The manifest of tensors that are all taken as they are."""
+    (folder / "config.json").write_text("{}")
+    files = find_checkpoint(folder)
+    headers = read_headers(files)
+    banks = {tensor: bank for tensor in headers if (bank := usual_bank(tensor)) is not None}
+    return hash_checkpoint(files, Taken({n: h.dtype for n, h in headers.items()}, banks), name or folder.name)
 
 
 @pytest.fixture
@@ -95,11 +106,9 @@ def test_damage_is_noticed(fused: tuple[Path, dict[str, Any]]) -> None:
 def test_what_is_no_base_is_refused(tmp_path: Path, fused: tuple[Path, dict[str, Any]]) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(NotFound, match=r"no \.safetensors"):
+    with pytest.raises(NotFound, match=r"holds no model\.safetensors"):
         build_manifest(empty)
     save_file({"model.norm.weight": np.ones(2, dtype=np.float32)}, empty / "model.safetensors")
-    with pytest.raises(Invalid, match="dense model"):
-        build_manifest(empty)
     whole = (empty / "model.safetensors").read_bytes()
     for junk in (
         b"",
@@ -109,7 +118,7 @@ def test_what_is_no_base_is_refused(tmp_path: Path, fused: tuple[Path, dict[str,
         whole[:-1],
     ):
         (empty / "model.safetensors").write_bytes(junk)
-        with pytest.raises(Invalid, match=r"header|not a safetensors|ends inside"):
+        with pytest.raises(Invalid, match=r"damaged or incomplete"):
             build_manifest(empty)
     with pytest.raises(NotFound, match="no expert 3"):
         build_manifest(fused[0]).expert_rows(1, 3)
@@ -118,5 +127,5 @@ def test_what_is_no_base_is_refused(tmp_path: Path, fused: tuple[Path, dict[str,
 def test_gaps_between_tensors_are_refused(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x00\x01")
-    with pytest.raises(Invalid, match="gaps"):
+    with pytest.raises(Invalid, match="gap"):
         build_manifest(tmp_path)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from connito.base.description import build_manifest
 from connito.base.loading import load_tokenizer
-from connito.data.manifest import build_manifest
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.export import ModelSource, export_model, to_dense, verify_export
 from connito.experts.extraction import equalise, extract_domain, ranking

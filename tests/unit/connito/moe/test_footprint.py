@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from connito.base.description import build_manifest
 from connito.base.loading import load_resident, load_resident_local
-from connito.data.manifest import build_manifest
 from connito.errors import Invalid
 from connito.moe.engine import Engine
 from connito.moe.footprint import Footprint, Workload, free_bytes, predict, require_fit

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from connito.base.description import build_manifest
 from connito.base.loading import load_full, load_resident, load_resident_local
-from connito.data.manifest import build_manifest
 from connito.moe.footprint import Workload, best_fit, predict
 from connito.moe.four_bit import FourBit
 from connito.moe.residency import ALL, AUTO, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from connito.base.description import build_manifest
 from connito.base.loading import load_full, load_resident, load_resident_local
-from connito.data.manifest import build_manifest
 from connito.errors import Invalid, VerificationFailed
 from connito.moe.resident import compress, read_targets, target_parameters, write_targets
 from connito.moe.rows import read_rows

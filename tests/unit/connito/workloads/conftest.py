@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from connito.base.description import build_manifest
 from connito.data.corpus import Corpus
-from connito.data.manifest import Manifest, build_manifest
+from connito.data.manifest import Manifest
 from connito.v1 import run_pb2
 
 from tests.support.models import one_thread, save_random

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from connito.base.description import build_manifest
 from connito.base.loading import load_full
 from connito.cli.library import app
-from connito.data.manifest import build_manifest
 from connito.experts.compose import Part, layers_of, state_of
 from connito.library.artifact import ExpertHeader, tensor_sizes, write_expert
 from connito.library.record import encode, expert_id

@@ -1,0 +1,207 @@
+"""One description of a checkpoint, which the manifest, every loader, `--rewrite`, `fits` and the upload are made from.
+
+It is found out from config.json and the headers alone: transformers loads the checkpoint once without storage, and what
+comes out says which stored tensors it takes, in which types, what it ties, what is missing and what is left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.base.pickled import pickled_headers
+from connito.base.pretrained import lacking, on_meta, parse_config
+from connito.base.quantised import Storage, storage_of
+from connito.base.stored import Source, Stored, format_name, locate, torch_dtypes
+from connito.data.checkpoint_files import CheckpointFiles, Header, find_checkpoint, read_headers, read_json
+from connito.data.hashing import hash_checkpoint, outline
+from connito.data.manifest import Bank, Manifest, Taken, usual_bank
+from connito.errors import Invalid
+from connito.moe.layout import MoELayer, require_moe_layers
+from connito.v1 import reasons_pb2
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint as its model takes it.
+
+    `skeleton`: the model on the meta device, each tensor in the type it is loaded in; `tensors`: sources by the model's names;
+    `storage`: by stored name, where a tensor is not stored plainly; `ignored`: stored tensors that the model has no place for.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    skeleton: nn.Module
+    tensors: Mapping[str, Stored]
+    storage: Mapping[str, Storage]
+    ignored: tuple[str, ...]
+    headers: Mapping[str, Header]
+
+    @cached_property
+    def layers(self) -> dict[int, MoELayer]:
+        """Return the MoE layers of the model. Raises `Invalid` for a dense one."""
+        return require_moe_layers(self.skeleton)
+
+    def names(self) -> list[str]:
+        """Return the stored names of all tensors that the model takes."""
+        return [name for stored in self.tensors.values() for name in stored.names]
+
+    def rowwise(self, layer: MoELayer) -> bool:
+        """Return whether single experts of a layer can be read without the others."""
+        return all(self._bank(layer, part)[1] for part in layer.parameters)
+
+    def banks(self) -> dict[str, Bank]:
+        """Return, by stored name, which experts of which layer the tensors with routed experts hold."""
+        out: dict[str, Bank] = {}
+        for index, layer in self.layers.items():
+            for part in layer.parameters:
+                stored, rowwise = self._bank(layer, part)
+                if not rowwise:
+                    continue
+                for names in stored.sources.values():
+                    for expert, name in enumerate(names):
+                        usual = usual_bank(name)
+                        single = Bank(index, usual.part if usual else part, expert)
+                        out[name] = single if stored.by_expert else Bank(index, part)
+        return out
+
+    def picker(self, layer: MoELayer, part: str, source: Source) -> Callable[[Sequence[int]], torch.Tensor]:
+        """Return how to read rows [experts, …] of one bank of a layer that is `rowwise`, as they are when it is loaded."""
+        stored, bank = self.tensors[f"{layer.experts_name}.{part}"], getattr(layer.experts, part)
+        plain = not any(name in self.storage for name in stored.names)
+        return lambda experts: stored.rows(experts, source, self.skeleton, bank.dtype if plain else None).to(bank.dtype)
+
+    def taken(self) -> Taken:
+        """Return what of this a manifest keeps."""
+        state = self.skeleton.state_dict()
+        dtypes = {
+            name: format_name(state[stored.name].dtype) for stored in self.tensors.values() for name in stored.names
+        }
+        return Taken(dtypes, self.banks(), "" if self.config.dtype else _dtype_name(self.dtype))
+
+    def _bank(self, layer: MoELayer, part: str) -> tuple[Stored, bool]:
+        name = f"{layer.experts_name}.{part}"
+        stored = self.tensors[name]
+        return stored, stored.rowwise(self._meta, getattr(layer.experts, part), self.skeleton)
+
+    @cached_property
+    def _meta(self) -> dict[str, torch.Tensor]:
+        return {name: meta(self.headers[name]) for name in self.names()}
+
+
+def describe(config: bytes, headers: Mapping[str, Header], dtype: str = "") -> Description:
+    """Return the description of a checkpoint from its config.json and the headers of its tensors.
+
+    dtype: what is known of the model's type where config.json does not state it. Raises `Invalid` naming a tensor that is
+    missing or of another shape, and for weights that are quantised in a way that is not read here.
+    """
+    parsed = parse_config(config)
+    storage = storage_of(parsed, headers)
+    whole = parsed.dtype or (_torch_dtype(dtype) if dtype else _first_dtype(headers))
+    tensors = {name: meta(header) for name, header in headers.items()}
+    skeleton, missing = on_meta(parsed, tensors, dtype=whole)
+    if missing:
+        raise lacking(missing)
+    located = locate(skeleton, headers)
+    _check_experts(skeleton, located)
+    _check_numbers(skeleton, located, headers, storage)
+    used = {name for stored in located.values() for name in stored.names}
+    return Description(parsed, whole, skeleton, located, storage, tuple(sorted(set(headers) - used)), dict(headers))
+
+
+def describe_files(files: CheckpointFiles) -> Description:
+    """Return the description of a checkpoint on this machine. Reads configuration and headers alone."""
+    read_json(files.paths["config.json"], files.where)
+    stated = files.stated.get("dtype", "")
+    headers = pickled_headers(files) if files.pickled else read_headers(files)
+    return describe(files.paths["config.json"].read_bytes(), headers, stated if isinstance(stated, str) else "")
+
+
+def build_manifest(folder: Path, name: str = "", progress: Callable[[str, float], None] | None = None) -> Manifest:
+    """Read a checkpoint's files once and describe them by content. Raises what `find_checkpoint` and `describe` raise, and
+    `Invalid` for a dense model."""
+    files, description = _described(folder)
+    return hash_checkpoint(files, description.taken(), name or folder.name, progress)
+
+
+def outline_of(folder: Path) -> Manifest:
+    """Return `build_manifest` without digests: what depends on sizes alone is said without reading a weight."""
+    files, description = _described(folder)
+    return outline(files, description.taken(), folder.name)
+
+
+def _described(folder: Path) -> tuple[CheckpointFiles, Description]:
+    files = find_checkpoint(folder)
+    if files.pickled:
+        raise not_ranged(files)
+    return files, describe_files(files)
+
+
+def not_ranged(files: CheckpointFiles) -> Invalid:
+    """Return the error for weights of which no part can be read alone."""
+    return Invalid(
+        f"the weights of {files.where} are in {files.weights[0]}, PyTorch's own format, of which no part can be read alone: "
+        f"write them once as safetensors, `connito base import {files.where} --rewrite OUT`",
+        reason=reasons_pb2.REASON_WRONG_TENSORS,
+    )
+
+
+def meta(header: Header) -> torch.Tensor:
+    """Return a tensor of this type and shape without storage."""
+    import torch
+
+    return torch.empty(header.shape, dtype=torch_dtypes()[header.dtype], device="meta")
+
+
+def _check_experts(skeleton: nn.Module, located: Mapping[str, Stored]) -> None:
+    """Raise `Invalid` for an expert that is missing though the numbers add up: one beyond the last would take its place."""
+    state = skeleton.state_dict()
+    for name, stored in located.items():
+        if absent := stored.experts(len(state[name])):
+            raise lacking([f"expert {absent[0]} of {name}"])
+
+
+def _check_numbers(
+    skeleton: nn.Module, located: Mapping[str, Stored], headers: Mapping[str, Header], storage: Mapping[str, Storage]
+) -> None:
+    """Raise `Invalid` for whole numbers where the model has fractions: weights that were quantised, without a sign of how."""
+    state = skeleton.state_dict()
+    for name, stored in located.items():
+        for source in stored.names if state[name].is_floating_point() else ():
+            if source not in storage and not meta(headers[source]).is_floating_point():
+                raise Invalid(
+                    f"{source} is of type {headers[source].dtype}, where the model has {format_name(state[name].dtype)}: the "
+                    "checkpoint is quantised; use the one that was not quantised, or convert it",
+                    reason=reasons_pb2.REASON_WRONG_DTYPE,
+                )
+
+
+def _first_dtype(headers: Mapping[str, Header]) -> torch.dtype:
+    """Return the type of the first tensor of floating numbers in the first file, as the library looks for it."""
+    import torch
+
+    first = min((header.file for header in headers.values()), default="")
+    here = [torch_dtypes()[headers[name].dtype] for name in sorted(headers) if headers[name].file == first]
+    return next((dtype for dtype in here if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise Invalid(
+            f"{name[:40]!r} is no type of weights; fetch the checkpoint again", reason=reasons_pb2.REASON_BAD_SPEC
+        )
+    return found
