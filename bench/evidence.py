@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, COPIES = ROOT / "docs/explanation/evidence.md", ROOT / "docs/evidence"
-NAMES = ("selection", "routing_modes", "forgetting", "decentralised", "cost", "validator_throughput")
+NAMES = ("selection", "routing_modes", "residency", "forgetting", "decentralised", "cost", "validator_throughput")
 Document = Mapping[str, Any]
 
 
@@ -146,10 +146,67 @@ Arms with as much in memory, paired by seed; positive means that the first one e
 further:
 
 {table(("difference", "target loss", "strayed"), pairs)}
-Hence the defaults: `natural` routing and real helpers. A merged background expert beside one helper cannot be told
-from two helpers; alone it is worse than one.
+Hence the defaults: `natural` routing, and real helpers where few experts fit. A merged background expert beside one
+helper cannot be told from two helpers; alone it is worse than one. With more experts a layer than these eight, helpers
+are a last resort: see the next section.
 
 {_ran(document)}"""
+
+
+def _residency(document: Document) -> str:
+    found, settings = document["figures"], document["settings"]
+
+    def under(prefix: str) -> list[str]:
+        return [key.removeprefix(prefix) for key in found if key.startswith(prefix)]
+
+    formats = [
+        [name, *(f"{found[f'format, {name}'][key]:.{digits}f}" for key, digits in _OF_FORMATS)]
+        for name in under("format, ")
+    ]
+    moved = [
+        [
+            part.removesuffix(" helpers"),
+            *(f"{100 * found[f'traces, {part}'][key]:.0f} %" for key in ("moved", "tokens")),
+        ]
+        for part in under("traces, ")
+        if part.endswith(" helpers") and "weigh" not in part
+    ]
+    weighs = ", ".join(
+        f"{found[f'traces, {task}, four bits weigh as many helpers']:.1f} ({task})" for task in settings["traces"]
+    )
+    arms = [
+        [arm, f"{row['bytes'] / 2**20:.2f} MiB", percent(row["moved"]), _small(row["strayed"]), percent(row["kept"])]
+        for arm in under("base, ")
+        for row in [found[f"base, {arm}"]]
+    ]
+    return f"""
+## Frozen experts in memory
+
+`bench.residency`. On the routing of DeepSeek-V2-Lite that the authors of ESFT published (6 of 64 experts a token,
+targets by `esft-token` at its default): the share of slots on experts that are neither target nor helper, and of tokens
+that lose more than half of theirs. All in four bits moves none, and weighs as much as so many helpers: {weighs}.
+
+{table(("domain, helpers a layer", "slots moved", "tokens mostly moved"), moved)}
+End to end on a tiny base whose experts differ ({settings["experts"]}, {settings["steps"]} steps). *Bytes* are of the
+frozen experts, as bfloat16 or in four bits; *moved* the share of slots that go to another expert than in the full model,
+*strayed* KL(full model || training model) before training, *kept* the share of the gain that training with all experts
+has, after inserting the rows into the full model:
+
+{table(("frozen experts", "bytes", "moved", "strayed", "kept"), arms)}
+Hence the default: all experts as stored where they fit, else all in four bits, else helpers. Libraries that pack in four
+bits, on one expert of DeepSeek-V2-Lite's shape; *unpack* and *product* (64 tokens) in milliseconds on one core:
+
+{table(("format", "bits a weight", "relative error", "unpack", "product"), formats)}
+{_ran(document)}"""
+
+
+_OF_FORMATS = (("bits", 2), ("error", 3), ("unpack_ms", 1), ("product_ms", 1))
+
+
+def _small(found: Sequence[float]) -> str:
+    """Return `0.0003 (0.0002 to 0.0004)` from [mean, low, high]."""
+    mean, low, high = (f"{value:.4f}".replace("-", "−") for value in found)
+    return f"{mean} ({low} to {high})"
 
 
 def _forgetting(document: Document) -> str:
@@ -259,6 +316,7 @@ With a race on top (`scoring.minimum_sequences`), on trained submissions:
 _SECTIONS: dict[str, Callable[[Document], str]] = {
     "selection": _selection,
     "routing_modes": _routing,
+    "residency": _residency,
     "forgetting": _forgetting,
     "decentralised": _decentralised,
     "cost": _cost,

@@ -58,7 +58,9 @@ VERBS = {
     "job show": {"--json"},
     "job watch": {"--json"},
     "job cancel": {"--json"},
-    "miner fits": {"--json", "--base", "--selection", "--sequences", "--length", "--bf16-parameters", "--memory-bytes"},
+    "miner fits": {
+        "--json", "--base", "--selection", "--sequences", "--length", "--bf16-parameters", "--memory-bytes", "--residency",
+    },
     "miner init": {"--json"},
     "miner run": {"--key", "--label", "--json"},
     "console": {"--port", "--data-dir", "--json"},
@@ -327,15 +329,15 @@ def test_whether_a_selection_fits_is_said_before_anything_is_loaded(tiny: Path, 
     selection = tmp_path / "selection.json"
     selection.write_text(json.dumps({"layers": {"1": [1, 2]}, "helpers": {"1": [3]}}))
     asked = ("miner", "fits", "--base", tiny, "--selection", selection, "--json", "--memory-bytes")
-    done = connito(*asked, 10**9)
-    said = json.loads(done.stdout)
-    weights = sum(entry.stop - entry.start for entry in stored.values()) - 5 * expert
-    assert (said["weights"], said["gradients"], said["moments"], said["fits"]) == (
-        weights,
+    roomy, few = (json.loads(connito(*asked, 10**9, *more).stdout) for more in ((), ("--residency", "helpers")))
+    stored_bytes = sum(entry.stop - entry.start for entry in stored.values())
+    assert (few["weights"], few["gradients"], few["moments"], few["fits"]) == (
+        stored_bytes - 5 * expert,
         2 * expert,
         4 * expert,
         True,
     )
+    assert (roomy["residency"], roomy["weights"]) == ("all", stored_bytes + 2 * expert)
     refused = connito(*asked, 1000)
     assert refused.returncode == 3
     assert "CONNITO_MICRO_BATCH=1" in refused.stderr

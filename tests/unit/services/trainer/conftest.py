@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.models import random_base
 from tests.support.run import ME, Run
+
+__all__ = ["random_base", "story"]
 
 
 @pytest.fixture

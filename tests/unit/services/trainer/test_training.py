@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from connito.data.manifest import build_manifest
+from connito.errors import Invalid
+from connito.moe.footprint import Workload, predict
+from connito.moe.four_bit import FourBit
 from connito.moe.moments import Moment, Moments
-from connito.v1.run_pb2 import RunSpec, TrainPolicy
+from connito.v1.run_pb2 import LayerSelection, RunSpec, TrainPolicy
 
-from services.trainer.training import OptimizerState, schedule_of
+from services.trainer.base import Base
+from services.trainer.settings import TrainerSettings
+from services.trainer.training import OptimizerState, check_memory, schedule_of
+from tests.support.run import RUN, Run
 
 
 def test_moments_go_from_a_cycle_to_the_next_one_and_only_there(tmp_path: Path) -> None:
@@ -34,3 +43,35 @@ def test_a_policy_without_a_schedule_keeps_its_rate() -> None:
     falling = schedule_of(RunSpec(cycles=3, training=TrainPolicy(local_steps=5, final_rate_share=0.1, warmup_steps=1)))
     assert falling.factor(1, 0) == 0.5
     assert falling.factor(3, 4) < 0.12
+
+
+def test_a_miner_holds_the_best_that_its_memory_allows_and_loads_that(random_base: Path) -> None:
+    spec = RunSpec(run=RUN, training=TrainPolicy(batch_sequences=2, sequence_length=16))
+    facts = Run().created(spec).selected(layers=[LayerSelection(layer=1, experts=[1, 6], helpers=[0])]).facts
+    manifest = build_manifest(random_base)
+    base = Base(manifest, {path.name: path for path in random_base.iterdir()}, None)
+    device, targets, helpers = torch.device("cpu"), {1: [1, 6]}, {1: [0]}
+    needs = {
+        residency: predict(manifest, targets, helpers, Workload(2, 16, residency=residency)).total
+        for residency in ("all", "four-bit", "helpers")
+    }
+    for given, memory, chosen in (
+        ("auto", needs["all"], "all"),
+        ("auto", needs["all"] - 1, "four-bit"),
+        ("auto", needs["four-bit"], "four-bit"),
+        ("helpers", needs["all"], "helpers"),
+        ("four-bit", needs["all"], "four-bit"),
+    ):
+        work = check_memory(facts, base, device, settings(given, memory))
+        assert work.residency == chosen, (given, memory)
+        experts: Any = base.load(facts, device, work).get_submodule("model.layers.1.mlp.experts")
+        assert isinstance(experts.helper_down_proj, FourBit) == (chosen == "four-bit")
+        assert len(experts.connito_where) == (3 if chosen == "helpers" else 8)
+    with pytest.raises(Invalid, match=r"needs .* and CONNITO_MEMORY_BYTES has"):
+        check_memory(facts, base, device, settings("auto", 1))
+    with pytest.raises(Invalid, match="needs"):
+        check_memory(facts, base, device, settings("all", needs["all"] - 1))
+
+
+def settings(residency: str, memory: int) -> TrainerSettings:
+    return TrainerSettings.model_validate({"key_file": "k", "residency": residency, "memory_bytes": memory})
