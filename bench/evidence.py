@@ -168,8 +168,8 @@ def _residency(document: Document) -> str:
             part.removesuffix(" helpers"),
             *(f"{100 * found[f'traces, {part}'][key]:.0f} %" for key in ("moved", "tokens")),
         ]
-        for part in under("traces, ")
-        if part.endswith(" helpers") and "weigh" not in part
+        for part in sorted(under("traces, "), key=_task_and_count)
+        if "weigh" not in part
     ]
     weighs = ", ".join(
         f"{found[f'traces, {task}, four bits weigh as many helpers']:.1f} ({task})" for task in settings["traces"]
@@ -203,9 +203,14 @@ bits, on one expert of DeepSeek-V2-Lite's shape; *unpack* and *product* (64 toke
 _OF_FORMATS = (("bits", 2), ("error", 3), ("unpack_ms", 1), ("product_ms", 1))
 
 
+def _task_and_count(part: str) -> tuple[str, int]:
+    task, what = part.split(", ")
+    return task, int(what.split()[0]) if what[0].isdigit() else -1
+
+
 def _small(found: Sequence[float]) -> str:
     """Return `0.0003 (0.0002 to 0.0004)` from [mean, low, high]."""
-    mean, low, high = (f"{value:.4f}".replace("-", "−") for value in found)
+    mean, low, high = (f"{round(value, 4) + 0.0:.4f}".replace("-", "−") for value in found)
     return f"{mean} ({low} to {high})"
 
 
