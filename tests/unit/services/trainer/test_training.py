@@ -9,6 +9,7 @@ import pytest
 import torch
 from connito.data.manifest import build_manifest
 from connito.errors import Invalid
+from connito.moe.engine import Engine
 from connito.moe.footprint import Workload, predict
 from connito.moe.four_bit import FourBit
 from connito.moe.moments import Moment, Moments
@@ -62,16 +63,17 @@ def test_a_miner_holds_the_best_that_its_memory_allows_and_loads_that(random_bas
         ("helpers", needs["all"], "helpers"),
         ("four-bit", needs["all"], "four-bit"),
     ):
-        work = check_memory(facts, base, device, settings(given, memory))
+        work = check_memory(facts, base, device, settings(given, memory), Engine())
         assert work.residency == chosen, (given, memory)
         experts: Any = base.load(facts, device, work).get_submodule("model.layers.1.mlp.experts")
         assert isinstance(experts.helper_down_proj, FourBit) == (chosen == "four-bit")
         assert len(experts.connito_where) == (3 if chosen == "helpers" else 8)
     with pytest.raises(Invalid, match=r"needs .* and CONNITO_MEMORY_BYTES has"):
-        check_memory(facts, base, device, settings("auto", 1))
+        check_memory(facts, base, device, settings("auto", 1), Engine())
     with pytest.raises(Invalid, match="needs"):
-        check_memory(facts, base, device, settings("all", needs["all"] - 1))
+        check_memory(facts, base, device, settings("all", needs["all"] - 1), Engine())
 
 
 def settings(residency: str, memory: int) -> TrainerSettings:
-    return TrainerSettings.model_validate({"key_file": "k", "residency": residency, "memory_bytes": memory})
+    given = {"key_file": "k", "residency": residency, "memory_bytes": memory, "checkpointing": "off"}
+    return TrainerSettings.model_validate(given)
