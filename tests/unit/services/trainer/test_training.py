@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from connito.data.manifest import build_manifest
+from connito.base.description import build_manifest
 from connito.errors import Invalid
 from connito.moe.engine import Engine
 from connito.moe.footprint import Workload, predict
