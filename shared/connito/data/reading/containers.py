@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, cast
 
@@ -30,12 +30,37 @@ def unpacked(stream: BinaryIO, kind: str, name: str) -> BinaryIO:
             raise unreadable(
                 f"{name} is compressed with Zstandard: pip install 'connito[data]', or unpack it"
             ) from error
-        return cast(
-            BinaryIO, zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True, closefd=False)
-        )
+        return cast(BinaryIO, io.BufferedReader(_Zstandard(stream, zstandard.ZstdDecompressor().decompressobj)))
     if kind == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
     return cast(BinaryIO, bz2.BZ2File(stream) if kind == "bzip2" else lzma.LZMAFile(stream))
+
+
+class _Zstandard(io.RawIOBase):
+    """Frames of Zstandard one after the other. Unlike the package's own stream, it notices an end inside a frame."""
+
+    def __init__(self, stream: BinaryIO, begin: Callable[[], Any]) -> None:
+        self._stream, self._begin, self._frame = stream, begin, begin()
+        self._waiting, self._done, self._started = b"", io.BytesIO(), False
+
+    def readable(self) -> bool:
+        """Return true."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer. Raises `EOFError` where the last frame is cut off."""
+        while not (data := self._done.read(len(buffer))):
+            if self._frame.eof:
+                self._waiting, self._frame, self._started = self._frame.unused_data, self._begin(), False
+            raw = self._waiting or self._stream.read(1 << 16)
+            if not raw:
+                if self._started:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self._waiting, self._started = b"", True
+            self._done = io.BytesIO(self._frame.decompress(raw))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 @contextmanager
@@ -68,6 +93,11 @@ class Prefixed(io.RawIOBase):
         return len(data)
 
 
+def _rewinds(stream: BinaryIO) -> bool:
+    """Tell whether a stream goes back without doing everything again, as that of a compressed file would."""
+    return stream.seekable() and not isinstance(stream, (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile))
+
+
 def beginning(stream: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
     """Return the first bytes of a stream, and a stream that begins with them again."""
     parts, found = [], 0
@@ -75,7 +105,7 @@ def beginning(stream: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
         parts.append(part)
         found += len(part)
     head = b"".join(parts)
-    if stream.seekable():
+    if _rewinds(stream):
         stream.seek(0)
         return head, stream
     return head, cast(BinaryIO, io.BufferedReader(Prefixed(head, stream)))
@@ -83,7 +113,7 @@ def beginning(stream: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
 
 def seekable(stream: BinaryIO, stack: ExitStack) -> BinaryIO:
     """Return the stream, or a copy of it in a temporary file where it cannot seek."""
-    if stream.seekable() and not isinstance(stream, (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile)):
+    if _rewinds(stream):
         return stream
     copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed by the stack
     shutil.copyfileobj(stream, copy, 1 << 20)
@@ -97,7 +127,7 @@ def members(stream: BinaryIO, kind: str, name: str, stack: ExitStack) -> Iterato
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 if member.isfile() and (file := tar.extractfile(member)) is not None:
-                    yield member.name, cast(BinaryIO, file)
+                    yield member.name, cast(BinaryIO, io.BufferedReader(Prefixed(b"", cast(BinaryIO, file))))
         return
     with zipfile.ZipFile(seekable(stream, stack)) as archive:
         names = archive.namelist()

@@ -61,7 +61,7 @@ def choose(names: Iterable[str], read: Read, where: str, account: Account, confi
     found = declared if declared is not None else _data(seen, account)
     if declared is None:
         found = _one_split(found, where, account, split)
-    if not found:
+    if all(map(about, found)):
         raise NotFound(_nothing(seen, where, account))
     return found
 
