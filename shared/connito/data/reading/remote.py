@@ -25,7 +25,9 @@ def find_remote(location: str, wanted: Wanted, account: Account) -> list[Place]:
     with _sentences(location):
         import fsspec
 
-        system, path = fsspec.core.url_to_fs(location, **_options(location))
+        system, path = fsspec.core.url_to_fs(
+            location, skip_instance_cache=True
+        )  # Access may have changed since an earlier reading.
         scheme = location.partition("://")[0]
 
         def place(name: str, chosen: bool = False) -> Place:
@@ -52,11 +54,6 @@ def find_remote(location: str, wanted: Wanted, account: Account) -> list[Place]:
             wanted.split,
         )
         return [place(found[name]) for name in read]
-
-
-def _options(location: str) -> dict[str, Any]:
-    """Return options that keep a listing from an earlier reading out of this one."""
-    return {"use_listings_cache": False} if location.startswith(("s3://", "http")) else {}
 
 
 def _open(system: Any, path: str, location: str) -> BinaryIO:
@@ -103,16 +100,24 @@ def _sentences(location: str) -> Iterator[None]:
 
 
 def _verdict(location: str, error: Exception) -> ConnitoError:
-    said = (str(error) or type(error).__name__).splitlines()[0][:200]
+    chain = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None and isinstance(earlier, Exception):
+        chain.append(earlier)
     scheme = location.partition("://")[0]
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    refused = isinstance(error, PermissionError) or status in (401, 403) or "credential" in said.lower()
-    if refused or type(error).__name__ == "NoCredentialsError":
+    said = (str(chain[-1]) or str(error) or type(error).__name__).splitlines()[0][:200]
+    statuses = [code for each in chain if isinstance(code := _status(each), int)]
+    refused = any(isinstance(each, PermissionError) or type(each).__name__ == "NoCredentialsError" for each in chain)
+    if refused or {401, 403} & set(statuses):
         return unreadable(f"{location} may not be read ({said}); {_ACCESS.get(scheme, 'check your access to it')}")
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return NotFound(
-            f"there is nothing at {location} ({said}); check the address{', and your access' if scheme == 'hf' else ''}"
-        )
+    unanswered = any(isinstance(each, (ConnectionError, TimeoutError)) for each in chain)
+    if {404, 410} & set(statuses) or (isinstance(error, FileNotFoundError) and not statuses and not unanswered):
+        access = ", and your access" if scheme == "hf" else ""
+        return NotFound(f"there is nothing at {location} ({said}); check the address{access}")
     if isinstance(error, ValueError) and "protocol" in said.lower():
         return unreadable(f"{location}: {said}; use hf://, https:// or s3://")
     return Retry(f"{location} cannot be reached: {said}; try again, or copy the files here")
+
+
+def _status(error: Exception) -> object:
+    """Return the status of an answer that an error carries, in whichever of its ways."""
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
