@@ -40,7 +40,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
-    def send_head(self) -> io.BytesIO | None:  # type: ignore[override]
+    def send_head(self) -> io.BytesIO | None:
         """Refuse by name, else serve."""
         for code, name in self.ANSWERS:
             if name in self.path:
@@ -64,7 +64,7 @@ def serving(folder: Path, handler: type[Handler] = Handler) -> Iterator[str]:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
-    files = {
+    files: dict[str, bytes | str] = {
         "a.jsonl": LINES,
         "a.jsonl.gz": gzip.compress(LINES.encode()),
         "a.parquet": parquet(),
@@ -106,7 +106,7 @@ def test_addresses_that_nobody_answers() -> None:
 
 def test_a_download_that_breaks_off(tmp_path: Path) -> None:
     class Short(Handler):
-        def send_head(self) -> io.BytesIO | None:  # type: ignore[override]
+        def send_head(self) -> io.BytesIO | None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(LINES)))
             self.end_headers()

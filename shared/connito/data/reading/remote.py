@@ -25,9 +25,8 @@ def find_remote(location: str, wanted: Wanted, account: Account) -> list[Place]:
     with _sentences(location):
         import fsspec
 
-        system, path = fsspec.core.url_to_fs(
-            location, skip_instance_cache=True
-        )  # Access may have changed since an earlier reading.
+        # Access may have changed since an earlier reading.
+        system, path = fsspec.core.url_to_fs(location, skip_instance_cache=True)
         scheme = location.partition("://")[0]
 
         def place(name: str, chosen: bool = False) -> Place:
