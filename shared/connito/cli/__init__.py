@@ -8,6 +8,8 @@ def main() -> None:
     6 verification failed, 1 anything else."""
     from connito.cli.app import app
     from connito.runtime.exits import explained
+    from connito.runtime.printing import print_anything
 
+    print_anything()
     with explained():
         app()
