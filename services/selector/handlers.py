@@ -58,6 +58,7 @@ def made(
         target_parameters=chosen.target_parameters,
         model_parameters=chosen.model_parameters,
         start=chosen.start,
+        routers=chosen.selection.routers,
     )
 
 

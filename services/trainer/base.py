@@ -81,9 +81,11 @@ class Base:
     def _load(self, facts: RunFacts, work: Workload, top_k: int) -> nn.Module:
         from connito.base.loading import load_resident, load_resident_local
 
-        targets, helpers = experts_of(facts.require_selection())
+        selection = facts.require_selection()
+        targets, helpers = experts_of(selection)
         mode = facts.require_spec().training.routing_mode or "natural"
         how: dict[str, Any] = {"top_k": top_k, "half": work.half, "residency": work.residency}
+        how["routers"] = selection.routers
         if self.files is not None:
             return load_resident_local(self.files, targets, helpers, mode, **how)
         assert self.ranges is not None

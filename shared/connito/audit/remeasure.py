@@ -153,6 +153,8 @@ def _select(
             target_parameters=chosen.target_parameters,
             model_parameters=chosen.model_parameters,
             start=chosen.start,
+            # Selections of older programs do not say it.
+            routers=chosen.selection.routers if made.routers else "",
         )
 
 

@@ -21,7 +21,7 @@ from connito.base.stored import Source, torch_dtypes
 from connito.data.checkpoint_files import TOKENIZER_FILES, CheckpointFiles, find_checkpoint
 from connito.data.manifest import Manifest, Range, Reader, TensorEntry, checked
 from connito.errors import Invalid, NotFound
-from connito.moe.layout import MoELayer, as_targets
+from connito.moe.layout import MoELayer, as_targets, check_routers
 from connito.moe.residency import ALL, FOUR_BIT, HELPERS
 from connito.v1 import reasons_pb2
 
@@ -79,6 +79,7 @@ def load_resident(
     top_k: int = 0,
     half: bool = False,
     residency: str = HELPERS,
+    routers: str = "",
 ) -> nn.Module:
     """Return `compress(load_full(…))` without ever holding the full model, or fetching what is not kept of it.
 
@@ -88,6 +89,7 @@ def load_resident(
 
     half: matrices that stay frozen are held in bfloat16, routers excepted, each cast as it arrives; train under autocast.
     residency: with `four-bit` every frozen expert is packed as it arrives, one at a time (`connito.moe.residency`).
+    routers: digest of the base's routing, if known; a model that routes otherwise is refused (`Invalid`).
     """
     config = manifest_file(manifest, reader, "config.json")
     description = describe(config, manifest.headers(), manifest.extra.get("dtype", ""))
@@ -101,7 +103,7 @@ def load_resident(
         ranges = [manifest.row(name, expert) for expert in experts]
         return torch.stack([_tensor(manifest.read_range(reader, part), part) for part in ranges])
 
-    how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency)
+    how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency, routers)
     return _resident(description, Source(tensor, rows), how)
 
 
@@ -114,13 +116,14 @@ def load_resident_local(
     top_k: int = 0,
     half: bool = False,
     residency: str = HELPERS,
+    routers: str = "",
 ) -> nn.Module:
     """Return `load_resident` from files on this machine: shared tensors are memory-mapped, target and helper rows copied.
 
     Of experts that are stored one by one, those of a layer that is not adapted are copied too, being fused.
     """
     files = find_checkpoint(source)
-    how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency)
+    how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency, routers)
     return _resident(describe_files(files), _mapped(files), how)
 
 
@@ -134,6 +137,7 @@ class _Training:
     top_k: int
     half: bool
     residency: str
+    routers: str
 
     def held(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a frozen matrix as it is kept."""
@@ -155,13 +159,10 @@ def _resident(description: Description, source: Source, how: _Training) -> nn.Mo
         dtype=description.dtype,
         prepare=lambda made: _shrink(made, description, apart, plan, how),
     )
+    live = {index: _in(model, layer) for index, layer in layers.items()}
+    check_routers(live, how.routers)
     for index, residents in plan.items():
-        layer = replace(
-            layers[index],
-            experts=model.get_submodule(layers[index].experts_name),
-            router=model.get_submodule(layers[index].router_name),
-        )
-        banks = {}
+        layer, banks = live[index], {}
         for part in layer.parameters:
             if index in apart:
                 pick = description.picker(layers[index], part, source)
@@ -170,6 +171,17 @@ def _resident(description: Description, source: Source, how: _Training) -> nn.Mo
             banks[part] = _rows(pick, getattr(layers[index].experts, part), residents, how)
         install(layer, residents, banks, how.routing_mode, how.top_k)
     return model
+
+
+def _in(model: nn.Module, layer: MoELayer) -> MoELayer:
+    """Return a layer of the skeleton as it is in a model."""
+    block = layer.experts_name.rpartition(".")[0]
+    return replace(
+        layer,
+        experts=model.get_submodule(layer.experts_name),
+        router=model.get_submodule(layer.router_name),
+        block=model.get_submodule(block),
+    )
 
 
 def _rows(

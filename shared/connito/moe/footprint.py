@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from connito.data.manifest import Manifest, TensorEntry
+from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.moe.engine import Engine, state_bytes
 from connito.moe.residency import ALL, AUTO, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
@@ -86,14 +86,14 @@ def predict(
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
     frozen, item, stored = 0, 4, "F32"
-    for tensor in manifest.tensors.values():
-        layer = manifest.is_expert(tensor.name)
+    for name in manifest.tensors:
+        layer, dtype = manifest.is_expert(name), manifest.dtype(name)
         if layer is None or (layer not in targets and work.residency != FOUR_BIT):
-            frozen += _halved(tensor.length, tensor.dtype, work.half)
+            frozen += _halved(manifest.loaded_bytes(name), dtype, work.half)
         elif work.residency == FOUR_BIT:
-            frozen += _packed(tensor, counts[layer], len(set(targets.get(layer, ()))))
+            frozen += _packed(manifest, name, counts[layer], len(set(targets.get(layer, ()))))
         if layer in targets:
-            item, stored = ITEM_BYTES.get(tensor.dtype, 4), tensor.dtype
+            item, stored = ITEM_BYTES.get(dtype, 4), dtype
     trained = sum(sizes[layer] * len(set(experts)) for layer, experts in targets.items())
     beside = sum(sizes[layer] * _beside(counts[layer], set(helpers.get(layer, ())), work) for layer in targets)
     frozen += beside * 2 // item if work.half and item > 2 else beside
@@ -129,12 +129,14 @@ def _beside(experts: int, helpers: Set[int], work: Workload) -> int:
     return 0 if work.residency == FOUR_BIT else len(helpers) + int(work.background)
 
 
-def _packed(tensor: TensorEntry, experts: int, trained: int) -> int:
+def _packed(manifest: Manifest, name: str, experts: int, trained: int) -> int:
     """Return bytes in four bits of what a tensor holds of the frozen experts: a row of each, or one expert's matrix."""
-    if not tensor.rows:
-        return four_bit_bytes(math.prod(tensor.shape)) * (experts - trained) // experts
-    row = tensor.shape[1:]
-    return (experts - trained) * (four_bit_bytes(math.prod(row)) if len(row) > 1 else tensor.length // experts)
+    shape = manifest.tensors[name].shape
+    if manifest.banks[name].expert is not None:
+        return four_bit_bytes(math.prod(shape)) * (experts - trained) // experts
+    row = shape[1:]
+    each = four_bit_bytes(math.prod(row)) if len(row) > 1 else manifest.loaded_bytes(name) // experts
+    return (experts - trained) * each
 
 
 def _halved(length: int, dtype: str, half: bool) -> int:

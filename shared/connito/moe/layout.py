@@ -33,7 +33,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer of a live model. `parameters` are the names of the fused tensors in `experts`."""
+    """One MoE layer of a live model. `parameters` are the names of the fused tensors in `experts`; `block` holds both."""
 
     index: int
     experts_name: str
@@ -43,6 +43,7 @@ class MoELayer:
     num_experts: int
     top_k: int
     parameters: tuple[str, ...]
+    block: nn.Module
 
 
 def find_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
@@ -97,7 +98,8 @@ def _describe(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) ->
         return None
     num_experts = int(getattr(module, parameters[-1]).shape[0])
     top_k = _top_k(modules[router_name], modules[parent], getattr(module, "config", None))
-    return MoELayer(layer_index(name), name, module, router_name, modules[router_name], num_experts, top_k, parameters)
+    router, block = modules[router_name], modules[parent]
+    return MoELayer(layer_index(name), name, module, router_name, router, num_experts, top_k, parameters, block)
 
 
 def _top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
@@ -137,11 +139,11 @@ def check_targets(layers: Mapping[int, MoELayer], targets: Mapping[int, list[int
 
 
 def check_routers(layers: Mapping[int, MoELayer], selection: Any) -> None:
-    """Raise `Invalid` when a selection says which routers it was made with, and the model's are others.
+    """Raise `Invalid` when a selection says which routers it was made with (or is their digest), and the model's are others.
 
     A map for another base can fit by its numbers alone; its experts would be the wrong ones all the same.
     """
-    wanted = getattr(selection, "routers", "")
+    wanted = selection if isinstance(selection, str) else getattr(selection, "routers", "")
     if wanted and wanted != router_digest(layers):
         raise Invalid(
             "the selection was made for another base model: its routers are not this model's; select again on this base, or "
@@ -151,14 +153,15 @@ def check_routers(layers: Mapping[int, MoELayer], selection: Any) -> None:
 
 
 def router_digest(layers: Mapping[int, MoELayer]) -> str:
-    """Return SHA-256 over the routers' parameters and buffers: what decides the routing, and what no training here
-    changes.
+    """Return SHA-256 over the routers' parameters and buffers, and over those that their blocks hold for them: what decides
+    the routing, and what no training here changes.
     """
     import torch
 
     state = hashlib.sha256()
     for index, layer in sorted(layers.items()):
-        for name, tensor in sorted(layer.router.state_dict().items()):
+        beside = {f"block.{name}": tensor for name, tensor in layer.block.state_dict().items() if "." not in name}
+        for name, tensor in [*sorted(layer.router.state_dict().items()), *sorted(beside.items())]:
             state.update(f"{index}.{name}{tuple(tensor.shape)}".encode())
             state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()

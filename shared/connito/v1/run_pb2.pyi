@@ -1026,11 +1026,14 @@ class SelectionMade(_message.Message):
     BACKGROUND_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    ROUTERS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     selected_experts: _builtins.int
     total_experts: _builtins.int
     target_parameters: _builtins.int
     model_parameters: _builtins.int
+    routers: _builtins.str
+    """SHA-256 over the base's routers and what else decides its routing: who trains another model than this one says so."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerSelection]: ...
     @_builtins.property
@@ -1065,10 +1068,11 @@ class SelectionMade(_message.Message):
         background: _artifacts_pb2.ArtifactRef | None = ...,
         start: Global___StartChoice | None = ...,
         signature: _artifacts_pb2.ArtifactRef | None = ...,
+        routers: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "report", b"report", "signature", b"signature", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "layers", b"layers", "model_parameters", b"model_parameters", "report", b"report", "run", b"run", "selected_experts", b"selected_experts", "signature", b"signature", "start", b"start", "target_parameters", b"target_parameters", "total_experts", b"total_experts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "initial_state", b"initial_state", "layers", b"layers", "model_parameters", b"model_parameters", "report", b"report", "routers", b"routers", "run", b"run", "selected_experts", b"selected_experts", "signature", b"signature", "start", b"start", "target_parameters", b"target_parameters", "total_experts", b"total_experts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from connito.base.checkpoint import save_checkpoint
 from connito.base.description import build_manifest
-from connito.base.loading import load_full, load_resident
+from connito.base.loading import load_full, load_resident, load_resident_local
 from connito.base.tiny import tokenizer
 from connito.errors import Invalid, NotFound
+from connito.moe.layout import require_moe_layers, router_digest
 from connito.moe.resident import compress, read_targets
 from connito.moe.rows import write_rows
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from tests.support.families import tiny_model
 from tests.support.files import directory_reader
 
 IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -70,6 +72,29 @@ def test_full_and_ranged_loading_agree_with_transformers(tmp_path: Path, layout:
     assert all(torch.equal(value, read_targets(whole)[name]) for name, value in read_targets(ranged).items())
     if layout == "fused":
         assert torch.equal(logits(ranged), logits(whole))
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "deepseek_v3", "qwen3_moe"])
+def test_a_model_that_routes_otherwise_is_not_trained(tmp_path: Path, family: str) -> None:
+    """The correction biases of these families lie in the block, in the router, and nowhere."""
+    model = tiny_model(family, buffers=True)
+    model.save_pretrained(tmp_path)
+    routers = router_digest(require_moe_layers(load_full(tmp_path)))
+    manifest, read = build_manifest(tmp_path), directory_reader(tmp_path)
+    load_resident(manifest, read, SELECTION, HELPERS, routers=routers)
+    load_resident_local(tmp_path, SELECTION, HELPERS, routers=routers)
+    routing = {
+        name: value for name, value in model.state_dict().items() if ".gate.weight" in name or "correction" in name
+    }
+    for name, value in routing.items():
+        with torch.no_grad():
+            value.add_(0.01)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            value.sub_(0.01)
+        with pytest.raises(Invalid, match="routers"):
+            load_resident_local(tmp_path / name, SELECTION, HELPERS, routers=routers)
+    assert len(routing) == (2 if family == "qwen3_moe" else 4)
 
 
 def test_writing_rows_into_a_mapped_model_leaves_the_file_alone(tmp_path: Path) -> None:
