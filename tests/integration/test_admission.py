@@ -34,8 +34,8 @@ MINERS = [Identity.generate() for _ in range(4)]
 
 
 @pytest.fixture(scope="module")
-def people(identities: dict[str, Identity]) -> dict[str, Identity]:
-    return {**identities, "operator": Identity.generate()}
+def people(keys: dict[str, Identity]) -> dict[str, Identity]:
+    return {**keys, "operator": Identity.generate()}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ async def refused(call: object, reason: int, match: str = ".") -> Invalid:
 async def api(
     own_nats: NatsServer, people: dict[str, Identity], installation: Roster, tmp_path: Path
 ) -> AsyncIterator[Api]:
-    await asyncio.to_thread(guard, own_nats, people, *MINERS)
+    await asyncio.to_thread(guard, own_nats, people, MINERS)
     env = {"CONNITO_NATS_URL": own_nats.url, "CONNITO_REQUESTS_BURST": "8", "CONNITO_REQUESTS_PER_SECOND": "0.01"}
     service = ServiceProcess("coordinator", tmp_path / "c", people["coordinator"], installation, env).start()
     try:

@@ -8,11 +8,13 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from connito.bus import Bus, CaughtUp, streams
 from connito.errors import Fatal, Invalid, Retry
+from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire import subjects
@@ -132,27 +134,15 @@ class TestFacts:
 
 class TestPermissions:
     @pytest.fixture
-    def guarded(self, own_nats: NatsServer, identities: dict[str, Identity]) -> NatsServer:
-        miner, operator = identities["miner"].public, identities["customer"].public
-        own_nats.set_users(
-            [
-                {"nkey": operator, "permissions": {"publish": ">", "subscribe": ">"}},
-                {
-                    "nkey": miner,
-                    "permissions": {
-                        # May create consumers on two streams, but draw messages from TRAIN only.
-                        "publish": [
-                            "$JS.API.CONSUMER.MSG.NEXT.TRAIN.*",
-                            f"connito.v1.*.ingress.{miner}.*",
-                            "$JS.API.CONSUMER.CREATE.TRAIN.>",
-                            "$JS.API.CONSUMER.CREATE.MERGE.>",
-                        ],
-                        "subscribe": [f"_INBOX.{miner}.>"],
-                    },
-                },
-            ]
-        )
-        return own_nats
+    async def guarded(self, tmp_path: Path, identities: dict[str, Identity]) -> AsyncIterator[NatsServer]:
+        accounts = Accounts(tmp_path / "accounts")
+        accounts.make()
+        with NatsServer(tmp_path / "guarded", accounts=accounts) as server:
+            operator = accounts.welcome("operator", Identity.generate())
+            async with await Bus.connect(server.url, operator, "operator") as bus:
+                await streams.ensure(bus.js)
+            identities["miner"] = accounts.welcome("miner", identities["miner"])
+            yield server
 
     async def test_denied_publish_names_the_subject(
         self, guarded: Any, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
@@ -168,7 +158,7 @@ class TestPermissions:
     ) -> None:
         bus = await bus_factory(identities["miner"], guarded.url)
         assert await read_stored(bus, ["TRAIN"], run_id) == []
-        for stream in ("MERGE", "VALIDATE"):
+        for stream in ("INGRESS", "VALIDATE"):
             with pytest.raises(Invalid, match=stream) as caught:
                 await next_record(bus.follow([stream], run_id))
             assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
@@ -186,7 +176,8 @@ class TestPermissions:
         bus = await bus_factory(identities["miner"], guarded.url)
         items = bus.follow(["TRAIN"], run_id)
         assert isinstance(await anext(items), CaughtUp)
-        guarded.set_users([{"nkey": identities["customer"].public}])
+        guarded.accounts.revoke([identities["miner"].public])
+        await guarded.accounts.push(guarded.url)
         with pytest.raises(Fatal, match=rf"refuses {identities['miner'].public}"):
             await next_record(items)
         await items.aclose()

@@ -147,7 +147,7 @@ Start = Callable[..., ServiceProcess]
 
 
 # The broker knows its users before they come. The operator may do everything, so also what the broker keeps miners from.
-MINERS = tuple(Identity.generate() for _ in range(8))
+MINERS = [Identity.generate() for _ in range(8)]
 OPERATOR = Identity.generate()
 
 
@@ -155,7 +155,8 @@ OPERATOR = Identity.generate()
 async def stage(
     own_nats: NatsServer, store: ArtifactStore, identities: dict[str, Identity], roster: Roster, run_id: str
 ) -> AsyncIterator[Stage]:
-    await asyncio.to_thread(guard, own_nats, {**identities, "operator": OPERATOR}, *MINERS)
+    identities["operator"] = OPERATOR
+    await asyncio.to_thread(guard, own_nats, identities, MINERS)
     theta = await store.put_bytes(save(STATE), "application/octet-stream", REALM_PUBLIC)
     async with (
         await Bus.connect(own_nats.url, identities["coordinator"], "coordinator", roster) as coordinator,
@@ -370,7 +371,12 @@ async def test_killed_between_everything_nothing_is_lost_or_done_twice(
 
 
 async def test_what_nobody_can_be_answered_about_goes_to_the_dead_letters(
-    stage: Stage, witness: Witness, start: Start, make_miner: MakeMiner, own_nats: NatsServer
+    stage: Stage,
+    witness: Witness,
+    start: Start,
+    make_miner: MakeMiner,
+    own_nats: NatsServer,
+    identities: dict[str, Identity],
 ) -> None:
     await start("a").ready()
     good, outsider = await make_miner(), await make_miner()
@@ -378,7 +384,7 @@ async def test_what_nobody_can_be_answered_about_goes_to_the_dead_letters(
     await stage.to_commit(1)
     subject = f"connito.v1.{stage.run}.ingress.{good.key}.commitment"
     forged = seal(outsider.identity, subject, cycle_pb2.Commitment(run=stage.run, cycle=1, digest=b"d" * 32))
-    async with await Bus.connect(own_nats.url, OPERATOR, "operator") as careless:
+    async with await Bus.connect(own_nats.url, identities["operator"], "operator") as careless:
         await careless.js.publish(subject, forged.SerializeToString())
         await careless.js.publish(subject, b"\xff not an envelope")
     unknown = cycle_pb2.Commitment(run="no-such-run", cycle=1, digest=b"d" * 32)
@@ -388,7 +394,7 @@ async def test_what_nobody_can_be_answered_about_goes_to_the_dead_letters(
     assert await stage.to_submit(witness, 1) == [good.key]
     assert refusal(witness.facts, "commit", 1, outsider, uninvited) == reasons_pb2.REASON_NOT_ENROLLED
     letters = []
-    async with await Bus.connect(own_nats.url, OPERATOR, "operator") as reader:
+    async with await Bus.connect(own_nats.url, identities["operator"], "operator") as reader:
         for sequence in (1, 2, 3):
             record = await reader.last_record(f"connito.dlq.v1.INGRESS.{sequence}")
             assert record is not None
@@ -497,7 +503,7 @@ async def test_killed_after_the_dead_letter_and_before_the_end_of_its_message(
     miner = await make_miner()
     await stage.begin(miner)
     await stage.to_commit(1)
-    async with await Bus.connect(own_nats.url, OPERATOR, "operator") as careless:
+    async with await Bus.connect(own_nats.url, identities["operator"], "operator") as careless:
         await careless.js.publish(f"connito.v1.{stage.run}.ingress.{miner.key}.commitment", b"\xff not an envelope")
         subject = "connito.dlq.v1.INGRESS.1"
         letter = cycle_pb2.DeadLetter(stream="INGRESS", sequence=1, reason=reasons_pb2.REASON_MALFORMED)

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from connito.bus import Bus, streams
-from connito.bus.permissions import broker_user
+from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
@@ -204,16 +204,15 @@ async def test_a_customers_permissions_are_enough(
     tmp_path: Path, identities: dict[str, Identity], roster: Roster, browser: httpx2.AsyncClient, run_id: str
 ) -> None:
     operator = Identity.generate()
-    people = {"customer": identities["customer"], "coordinator": identities["coordinator"], "operator": operator}
-    users = [broker_user(role, who.public) for role, who in people.items()]
-    with NatsServer(tmp_path / "nats", users=users) as server:
-        async with await Bus.connect(server.url, operator, "operator", roster) as bus:
+    accounts = Accounts(tmp_path / "accounts")
+    accounts.make()
+    customer, coordinator = (accounts.welcome(role, identities[role]) for role in ("customer", "coordinator"))
+    with NatsServer(tmp_path / "nats", accounts=accounts) as server:
+        async with await Bus.connect(server.url, accounts.welcome("operator", operator), "operator", roster) as bus:
             await streams.ensure(bus.js)
-        async with await Bus.connect(server.url, identities["coordinator"], "coordinator", roster) as bus:
+        async with await Bus.connect(server.url, coordinator, "coordinator", roster) as bus:
             await create({"coordinator": bus}, run_id)
-        console = Console(
-            "console", tmp_path / "console", identities["customer"], roster, {"CONNITO_NATS_URL": server.url}
-        )
+        console = Console("console", tmp_path / "console", customer, roster, {"CONNITO_NATS_URL": server.url})
         try:
             address = await console.start().read_everything()
             assert run_id in (await browser.get(address)).text

@@ -7,13 +7,30 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from connito.bus.permissions import permissions
-from connito.platform.servers import NatsServer, ObjectStore
+from connito.platform.servers import NatsServer, ObjectStore, free_ports
 from connito.store import ArtifactStore
 from connito.wire.identity import Identity
+from connito.wire.passes import parse
+
+from tests.integration.witness import guard
 
 SCRIPT = Path(__file__).parents[2] / "helm/connito/files/roundtrip.py"
+
+
+class Placed(NatsServer):
+    """A server with an operator's nats.conf; where the data lie, and at which port it listens, is this machine's."""
+
+    def __init__(self, data_dir: Path, conf: Path) -> None:
+        super().__init__(data_dir)
+        self.conf = conf
+
+    def _config(self) -> dict[str, Any]:
+        theirs: dict[str, Any] = json.loads(self.conf.read_text())
+        theirs["resolver"]["dir"] = str(self.data_dir / "jwt")
+        theirs["jetstream"]["store_dir"] = str(self.data_dir / "jetstream")
+        return theirs | {"host": "127.0.0.1", "port": self.port, "http": f"127.0.0.1:{free_ports(1)[0]}"}
 
 
 def run(
@@ -36,11 +53,9 @@ def run(
 async def test_an_event_and_an_object_go_around(
     own_nats: NatsServer, object_store: ObjectStore, store: ArtifactStore, tmp_path: Path
 ) -> None:
-    operator = Identity.generate()
-    operator.save(tmp_path / "operator.nk")
-    granted = permissions("operator", operator.public)
-    users = {"publish": list(granted.publish), "subscribe": list(granted.subscribe)}
-    own_nats.set_users([{"nkey": operator.public, "permissions": users}])
+    people = {"operator": Identity.generate()}
+    guard(own_nats, people)
+    people["operator"].save(tmp_path / "operator.nk")
     for _ in range(2):
         done = run(own_nats, object_store, store.bucket, tmp_path / "operator.nk")
         assert done.returncode == 0, done.stderr
@@ -63,14 +78,15 @@ def test_operator_keys_are_a_working_bus(tmp_path: Path, object_store: ObjectSto
     out = tmp_path / "secrets"
     for _ in range(2):  # the second time keeps what is there
         subprocess.run([sys.executable, root / "scripts/operator-keys", out, "--validators", "2"], check=True, cwd=root)
-    users = json.loads((out / "users.json").read_text())
-    assert len({user["nkey"] for user in users}) == len(users) == 9
-    assert json.loads((out / "nats.conf").read_text())["authorization"]["users"] == users
+    conf = json.loads((out / "nats.conf").read_text())
+    chart = json.loads((out / "nats-values.yaml").read_text())["nats"]["config"]
+    assert chart["merge"]["operator"] == conf["operator"]
+    assert chart["merge"]["resolver_preload"] == conf["resolver_preload"]
+    assert chart["resolver"] == {"enabled": True, "merge": {k: v for k, v in conf["resolver"].items() if k != "dir"}}
     miner = Identity.generate().public
     subprocess.run([sys.executable, root / "scripts/operator-keys", out, "--miner", miner], check=True, cwd=root)
-    users = json.loads((out / "users.json").read_text())
-    assert [user["nkey"] for user in users][-1] == miner
-    with NatsServer(tmp_path / "nats", users=users) as server:
+    assert parse((out / "passes" / f"{miner}.pass").read_text(), miner)
+    with Placed(tmp_path / "nats", out / "nats.conf") as server:
         for name, permitted in (("operator", True), ("validator-1", False)):
             environment = os.environ | {
                 "CONNITO_NATS_URL": server.url,

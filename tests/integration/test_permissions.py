@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from connito.bus import Bus, CaughtUp, streams
 from connito.bus.lease import Lease
-from connito.bus.permissions import broker_user
 from connito.errors import Invalid, Retry
+from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.identity import Identity
@@ -27,10 +27,12 @@ Connect = Callable[[str], Awaitable[Bus]]
 @pytest.fixture
 async def connect(tmp_path: Path, identities: dict[str, Identity], roster: Roster) -> AsyncIterator[Connect]:
     """`await connect(role)`: a connection to a broker that lets these keys in, each with its role's permissions."""
-    people = {**identities, "operator": Identity.generate(), "other miner": Identity.generate()}
-    users = [broker_user(role.removeprefix("other "), who.public) for role, who in people.items()]
+    accounts = Accounts(tmp_path / "accounts")
+    accounts.make()
+    everybody = {**identities, "operator": Identity.generate(), "other miner": Identity.generate()}
+    people = {role: accounts.welcome(role.removeprefix("other "), who) for role, who in everybody.items()}
     opened: list[Bus] = []
-    with NatsServer(tmp_path / "nats", users=users) as server:
+    with NatsServer(tmp_path / "nats", accounts=accounts) as server:
 
         async def connect(role: str) -> Bus:
             opened.append(await Bus.connect(server.url, people[role], role, roster))
@@ -124,9 +126,3 @@ async def test_a_stranger_is_not_let_in(connect: Connect) -> None:
     operator = await connect("operator")
     with pytest.raises((Invalid, Retry)):
         await Bus.connect(operator._connection.url, Identity.generate(), "stranger")
-
-
-def test_denials_are_written_only_where_there_are_any() -> None:
-    key = Identity.generate().public
-    assert "deny" not in broker_user("operator", key)["permissions"]["publish"]
-    assert "deny" in broker_user("miner", key)["permissions"]["publish"]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from connito.bus import Bus, streams
 from connito.bus.offences import collect
-from connito.bus.permissions import broker_user
 from connito.client.security import _violations
 from connito.errors import Invalid
+from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
 from connito.service import security
 from connito.v1 import run_pb2
@@ -42,10 +42,12 @@ async def events(bus: Bus, wanted: int) -> list[SecurityEvent]:
 async def test_offences_are_written_to_advisories(
     tmp_path: Path, identities: dict[str, Identity], roster: Roster, run_id: str
 ) -> None:
-    people = {**identities, "operator": Identity.generate()}
-    users = [broker_user(role, who.public) for role, who in people.items()]
+    accounts = Accounts(tmp_path / "accounts")
+    accounts.make()
+    everybody = {**identities, "operator": Identity.generate()}
+    people = {role: accounts.welcome(role, who) for role, who in everybody.items()}
     collect()
-    with NatsServer(tmp_path / "nats", users=users) as server:
+    with NatsServer(tmp_path / "nats", accounts=accounts) as server:
         operator = await Bus.connect(server.url, people["operator"], "operator", roster)
         await streams.ensure(operator.js)
         committer = await Bus.connect(server.url, people["committer"], "committer", roster)

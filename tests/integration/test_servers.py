@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import subprocess
 import sys
@@ -10,8 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from connito.bus import Bus
-from connito.errors import Invalid, Retry
+from connito.bus import Bus, streams
+from connito.errors import Invalid
+from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
 from connito.wire.identity import Identity
 
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.integration
 OWNER = """
 import sys, time
 from pathlib import Path
+from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
 server = NatsServer(Path(sys.argv[1])).start()
 print(server.pid, flush=True)
@@ -60,20 +61,19 @@ def test_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
         server.stop()
 
 
-async def test_users_change_without_a_restart(tmp_path: Path) -> None:
-    first, second = Identity.generate(), Identity.generate()
-    with NatsServer(tmp_path, users=[{"nkey": first.public}]) as server:
-        async with await Bus.connect(server.url, first, "first") as bus:
-            with pytest.raises(Invalid):
-                await Bus.connect(server.url, second, "second")
-            await asyncio.to_thread(server.set_users, [{"nkey": first.public}, {"nkey": second.public}])
-            async with await Bus.connect(server.url, second, "second"):
-                assert bus.connected
-
-
-def test_a_reload_that_fails_is_told(tmp_path: Path) -> None:
-    with NatsServer(tmp_path, users=[]) as server, pytest.raises(Retry, match="nkey"):
-        server.set_users([{"nkey": "not a key"}])
+async def test_streams_of_a_server_without_accounts_go_on_in_one_with_them(tmp_path: Path) -> None:
+    """And back: who opens the folder without its accounts reads the same."""
+    accounts = Accounts(tmp_path / "accounts")
+    accounts.make()
+    operator = accounts.welcome("operator", Identity.generate())
+    counted = []
+    for trusted, key in ((None, None), (accounts, operator), (accounts, operator), (None, None)):
+        with NatsServer(tmp_path / "nats", accounts=trusted) as server:
+            async with await Bus.connect(server.url, key, "test") as bus:
+                await streams.ensure(bus.js)
+                await bus.js.publish("connito.v1.r.run.0.created", b"x")
+                counted.append((await bus.js.stream_info("RUNS")).state.messages)
+    assert counted == [1, 2, 3, 4]
 
 
 def test_a_port_in_use_is_named(own_nats: NatsServer, tmp_path: Path) -> None:
@@ -82,6 +82,8 @@ def test_a_port_in_use_is_named(own_nats: NatsServer, tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
-    server = NatsServer(tmp_path / "bad", users=[{"nkey": "not a key"}])
-    with pytest.raises(Invalid, match="nkey"):
+    server = NatsServer(tmp_path / "bad")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "jetstream").write_text("not a folder")
+    with pytest.raises(Invalid, match="storage directory is not a directory"):
         server.start()

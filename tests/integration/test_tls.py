@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.bus import Bus, streams
@@ -48,14 +48,12 @@ class TlsServer(NatsServer):
     own: Tls
     verify = False
 
-    def _write_config(self) -> Path:
-        path = super()._write_config()
-        config = json.loads(path.read_text())
+    def _config(self) -> dict[str, Any]:
+        config = super()._config()
         config["tls"] = {"cert_file": str(self.own.certificate), "key_file": str(self.own.key)}
         if self.verify:
             config["tls"] |= {"ca_file": str(self.own.ca), "verify": True}
-        path.write_text(json.dumps(config))
-        return path
+        return config
 
     @property
     def url(self) -> str:

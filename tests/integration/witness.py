@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Self
 
 from connito.bus import Bus, CaughtUp
-from connito.bus.permissions import permissions
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid
+from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
@@ -83,18 +83,16 @@ class Witness:
         )
 
 
-def guard(server: NatsServer, identities: Mapping[str, Identity], *miners: Identity) -> None:
-    """Let only these keys in, each with the permissions that its role has in production."""
-    roles = [(role, identity) for role, identity in identities.items()] + [("miner", miner) for miner in miners]
-    users = []
-    for role, identity in roles:
-        granted = permissions(role, identity.public)
-        allowed = {
-            "publish": {"allow": list(granted.publish), "deny": list(granted.deny_publish)},
-            "subscribe": {"allow": list(granted.subscribe)},
-        }
-        users.append({"nkey": identity.public, "permissions": allowed})
-    server.set_users(users)
+def guard(server: NatsServer, people: dict[str, Identity], miners: list[Identity] | None = None) -> None:
+    """Let only these keys in, each with the rights that its role has in production: they get their passes."""
+    server.stop()
+    server.accounts = Accounts(server.data_dir / "accounts")
+    server.accounts.make()
+    for role, identity in people.items():
+        people[role] = server.accounts.welcome(role, identity)
+    if miners is not None:
+        miners[:] = [server.accounts.welcome("miner", miner) for miner in miners]
+    server.start()
 
 
 class ServiceProcess:

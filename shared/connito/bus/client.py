@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -16,13 +15,13 @@ from typing import Any, Protocol, Self
 from google.protobuf.message import Message
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
-from nats.js.errors import APIError, KeyNotFoundError, NotFoundError
+from nats.js.errors import NotFoundError
 
 from connito.bus.connection import Connection
 from connito.bus.consume import Worker
-from connito.bus.follow import CaughtUp, follow
+from connito.bus.follow import CaughtUp, follow, got
 from connito.bus.offences import report
-from connito.bus.streams import DURABLES, ENDPOINTS, stream_of
+from connito.bus.streams import DURABLES, ENDPOINTS, STREAMS, stream_of
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import metrics, tracing
 from connito.runtime.logs import current, get_logger, inject
@@ -57,8 +56,8 @@ class _HasNatsUrl(Protocol):
 class Bus:
     """A connection to the log. Make one with `await Bus.connect(...)`; it is an async context manager."""
 
-    def __init__(self, connection: Connection, roster: Roster | None = None) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, reading: Connection, roster: Roster | None = None) -> None:
+        self._connection, self._reading = connection, reading
         self._roster = roster
 
     @classmethod
@@ -70,16 +69,23 @@ class Bus:
         roster: Roster | None = None,
         tls: Tls | None = None,
     ) -> Self:
-        """Log in with the identity's nkey, or without one. With a roster, a fact that someone without the role wrote
+        """Log in with the identity's key and passes, or without. Who has two passes speaks and reads in accounts apart,
+        over a connection each. With a roster, a fact that someone without the role wrote
         does not keep its true author from writing it.
 
         Raises `Retry` when the broker is away and `Invalid` when it refuses the key. Later the connection comes back
         by itself, however long the broker is away.
         """
         url = settings_or_url if isinstance(settings_or_url, str) else settings_or_url.nats_url
-        connection = Connection(url, identity, name, tls if tls is not None else _tls_of(settings_or_url))
-        await connection.open()
-        return cls(connection, roster)
+        tls = tls if tls is not None else _tls_of(settings_or_url)
+        passes = identity.passes if identity is not None else ()
+        connections = [Connection(url, identity, name, tls, token) for token in passes or ("",)]
+        async with AsyncExitStack() as opened:
+            for connection in connections:
+                await connection.open()
+                opened.push_async_callback(connection.close)
+            opened.pop_all()
+        return cls(connections[0], connections[-1], roster)
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,12 +97,13 @@ class Bus:
 
     async def close(self) -> None:
         """Flush and disconnect. Followers and consumers should have been cancelled before."""
-        await self._connection.close()
+        for connection in {self._connection, self._reading}:
+            await connection.close()
 
     @property
     def connected(self) -> bool:
         """Return whether the broker is there right now."""
-        return self._connection.connected
+        return self._connection.connected and self._reading.connected
 
     @property
     def identity(self) -> Identity:
@@ -240,7 +247,7 @@ class Bus:
         has been delivered. Goes on for ever, through restarts and stalls of the broker. Raises `Invalid` when this key
         may not read and `Fatal` when the broker closes the connection for good.
         """
-        return follow(self._connection, streams, run, dict(start or {}))
+        return follow(self._reading, streams, run, dict(start or {}))
 
     async def stored(self, streams: Sequence[str], run: str = "") -> AsyncGenerator[Record, None]:
         """Yield what is stored in `streams` now, as `follow` does, and end."""
@@ -283,19 +290,25 @@ class Bus:
     async def last_record(self, subject: str) -> Record | None:
         """Return the last message on a subject, or None."""
         stream = stream_of(subject)
-        body = json.dumps({"last_by_subj": subject}).encode()
-        reply = json.loads((await self._connection.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
-        if "error" in reply:
-            if reply["error"].get("code") == 404:
-                return None
-            raise Retry(f"the broker cannot read {subject}: {reply['error'].get('description')}")
-        message = reply["message"]
-        return Record(stream, int(message["seq"]), subject, base64.b64decode(message.get("data", "")), 0)
+        return await self._last(stream, subject)
 
     async def last_sequence(self, stream: str) -> int:
         """Return the sequence of the last message that `stream` stored; 0 when it is empty."""
+        if self._reading.stranger:
+            # Strangers ask no leader: a replica answers, which may be some milliseconds behind.
+            last = await self._last(stream, STREAMS[stream].filter())
+            return 0 if last is None else last.sequence
         info = await self._manage(self.js.stream_info(stream), f"stream {stream}")
         return int(info.state.last_seq)
+
+    async def _last(self, stream: str, subject: str) -> Record | None:
+        body = json.dumps({"last_by_subj": subject}).encode()
+        reply = await self._reading.request(f"$JS.API.DIRECT.GET.{stream}", body)
+        if (record := got(stream, reply)) is not None:
+            return record
+        if (status := (reply.headers or {}).get("Status")) == "404":
+            return None
+        raise Retry(f"the broker cannot read {subject}: it answers {status}")
 
     async def time(self) -> float:
         """Return the broker's clock, in unix seconds. Raises `Retry` when it does not answer."""
@@ -324,23 +337,22 @@ class Bus:
 
     async def register_endpoint(self, name: str, address: str) -> None:
         """Say where the API of `name` is reached (host:port)."""
-        bucket = await self._manage(self.js.key_value(ENDPOINTS), f"bucket {ENDPOINTS}")
-        await self._manage(bucket.put(name, address.encode()), f"endpoint {name}")
+        subject = f"$KV.{ENDPOINTS}.{name}"
+        reply = await self._connection.request(subject, address.encode())
+        self._read_ack(json.loads(reply.data), subject)
 
     async def find_endpoint(self, name: str, timeout: float = 30.0) -> str:
         """Return the address of the API of `name`, waiting until it is known. Raises `Retry` after `timeout` seconds."""
+        subject = f"$JS.API.DIRECT.GET.KV_{ENDPOINTS}.$KV.{ENDPOINTS}.{subjects.check_token(name, 'service')}"
         give_up = time.monotonic() + timeout
         while True:
+            problem = Retry(f"no {name} has registered its address; is the {name} service running?")
             try:
-                bucket = await self._manage(self.js.key_value(ENDPOINTS), f"bucket {ENDPOINTS}")
-                entry = await bucket.get(name)
-                return bytes(entry.value or b"").decode()
-            except KeyNotFoundError:
-                problem: Exception = Retry(f"no {name} has registered its address; is the {name} service running?")
+                found = await self._reading.request(subject, b"")
+                if "Nats-Subject" in (found.headers or {}) and found.data:
+                    return bytes(found.data).decode()
             except Retry as error:
                 problem = error
-            except (TimeoutError, APIError, NatsError, OSError) as error:
-                problem = self._connection.explain(error, f"endpoint {name}")
             if time.monotonic() >= give_up:
                 raise problem
             await asyncio.sleep(0.1)

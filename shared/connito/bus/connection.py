@@ -20,12 +20,14 @@ from nats.js import JetStreamContext
 from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 
 from connito.bus.offences import report
+from connito.bus.permissions import ACCOUNTS
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.identity import Identity, short_key
+from connito.wire.passes import claims_of
 from connito.wire.subjects import SECURITY_ROOT, inbox_prefix
 from connito.wire.tls import PLAIN, Tls, refusal, required
 
@@ -39,10 +41,12 @@ _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"
 
 class Connection:
     """Wraps a NATS client. Subjects of one identity's replies lie under its inbox prefix, so that a broker which
-    grants each user its own inbox keeps replies private."""
+    grants each user its own inbox keeps replies private. `token` is one of the identity's passes."""
 
-    def __init__(self, url: str, identity: Identity | None, name: str, tls: Tls = PLAIN) -> None:
-        self.url, self.identity, self.name, self.tls = url, identity, name, tls
+    def __init__(self, url: str, identity: Identity | None, name: str, tls: Tls = PLAIN, token: str = "") -> None:
+        self.url, self.identity, self.name, self.tls, self._token = url, identity, name, tls, token
+        # In an account of strangers, which has nothing but what it imports.
+        self.stranger = bool(token) and claims_of(token)["name"] in ACCOUNTS
         self._context: ssl.SSLContext | None = None
         self._refused_certificate: Invalid | None = None
         self.nc = Client()
@@ -59,8 +63,11 @@ class Connection:
         options: dict[str, Any] = {}
         if self.identity is not None:
             # The client library's own nkey login signs any nonce; ours refuses one that is crafted to be a signature.
-            self.nc._public_nkey = self.identity.public
-            options = {"signature_cb": self._sign, "inbox_prefix": inbox_prefix(self.identity.public)}
+            if self._token:
+                options["user_jwt_cb"] = self._token.encode
+            else:
+                self.nc._public_nkey = self.identity.public
+            options |= {"signature_cb": self._sign, "inbox_prefix": inbox_prefix(self.identity.public)}
         if self.tls.own or self.url.startswith("tls://"):
             self._context = options["tls"] = self.tls.context()
         try:
@@ -131,7 +138,9 @@ class Connection:
     def require(self) -> None:
         """Raise `Retry` while the broker is away, `Fatal` once the connection is closed for good."""
         if self.nc.is_closed:
-            why = self._refused() if self._refusals >= MAX_REFUSALS else self.nc.last_error or "closed by this side"
+            last = self.nc.last_error
+            refused = self._refusals or "revoked" in str(last)
+            why = self._refused() if refused else last or "closed by this side"
             raise Fatal(f"no connection to the broker any more: {why}")
         if not self.nc.is_connected:
             raise Retry(f"the broker at {self.url} is away; reconnecting", after=0.5)
@@ -167,7 +176,7 @@ class Connection:
         """Return the error for a subject that this key may not use."""
         who = short_key(self.identity.public) if self.identity else "this connection"
         return Invalid(
-            f"the broker does not let {who} use {subject}; the operator grants it in the broker's user list",
+            f"the broker does not let {who} use {subject}; a key's pass opens only what its role may do",
             reason=reasons.REASON_NOT_PERMITTED,
         )
 
@@ -185,7 +194,7 @@ class Connection:
 
     async def _on_error(self, error: Exception) -> None:
         text = str(error)
-        refused = "authorization violation" in text.lower()
+        refused = any(word in text.lower() for word in ("authorization violation", "authentication revoked"))
         if (certificate := refusal(error, f"the broker at {self.url}")) is not None:
             self._report_certificate(certificate)
             if self._starting:

@@ -1,25 +1,25 @@
-"""Reading streams from the start and staying: ephemeral pull consumers without acknowledgement.
+"""Reading streams from the start and staying, by direct gets: no consumer on the broker, nothing there to keep or to clean up.
 
-The server may restart, stall or forget the consumer at any time; the position (last sequence seen) lives here, and the
-consumer is made anew from it. Heartbeats show a stall, gaps in the consumer's own numbering show a loss.
+The position (last sequence seen) lives here. The broker repeats the subject of what it stores under `live.<stream>.`: a hint
+to look again and never evidence, since others may be able to write there. Who missed one looks again after a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from nats.errors import Error as NatsError
-from nats.js import api
 
-from connito.bus.connection import Connection
-from connito.bus.streams import STREAMS
-from connito.errors import Fatal, Retry
+from connito.bus.connection import REQUEST_TIMEOUT, Connection
+from connito.bus.streams import STREAMS, live
+from connito.errors import Invalid, Retry
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
@@ -27,9 +27,10 @@ from connito.wire.fact import Record
 
 log = get_logger("bus.follow")
 
-HEARTBEAT = 1.0
-PULL_SECONDS = 30.0
-BATCH = 256
+LOOK_SECONDS = 5.0
+BATCH, BATCH_BYTES = 256, 4 << 20
+# A replica that answers may be behind the one that hinted: look again this soon, then ever later, then wait for the next hint.
+SOON, LATE = 0.01, 0.5
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,29 @@ Item = Record | CaughtUp | BaseException
 
 
 def record_of(msg: Any) -> Record:
-    """Return a stored message as the broker delivered it."""
-    meta = msg.metadata
-    time_ms = int(meta.timestamp.timestamp() * 1000)
+    """Return a stored message as a consumer delivered it."""
+    meta, parts = msg.metadata, msg.reply.split(".")
+    # Nanoseconds, where the library has a float: readers by direct get see the same millisecond.
+    time_ms = int(parts[7] if len(parts) == 9 else parts[9]) // 1_000_000
     return Record(meta.stream, meta.sequence.stream, msg.subject, msg.data, time_ms, dict(msg.headers or {}))
+
+
+def got(stream: str, msg: Any) -> Record | None:
+    """Return a stored message as a direct get answers it; None for a word of the broker itself.
+
+    What the sender put into its headers stands before what the broker adds, and of equal names the last one holds.
+    """
+    headers = dict(msg.headers or {})
+    if "Nats-Subject" not in headers:
+        return None
+    subject, sequence, stamp = (headers.pop(f"Nats-{name}") for name in ("Subject", "Sequence", "Time-Stamp"))
+    return Record(stream, int(sequence), subject, msg.data, _milliseconds(stamp), headers)
+
+
+def _milliseconds(stamp: str) -> int:
+    """Return a time like 2026-11-26T13:16:43.779441275Z in Unix milliseconds, rounded down."""
+    whole, _, fraction = stamp.rstrip("Z").partition(".")
+    return int(datetime.fromisoformat(f"{whole}+00:00").timestamp()) * 1000 + int(fraction[:3].ljust(3, "0"))
 
 
 async def follow(
@@ -81,135 +101,110 @@ class _Reader:
         self, connection: Connection, stream: str, run: str, start: int, queue: asyncio.Queue[Item], reached_end: Any
     ) -> None:
         self.connection, self.stream, self.queue = connection, stream, queue
+        self.subject = f"$JS.API.DIRECT.GET.{stream}"
         self.filter = STREAMS[stream].filter(run)
+        self.narrow = bool(run or STREAMS[stream].beside)
         self.next_sequence = start
         self.reached_end = reached_end
         self.live = False
+        self.hint, self.hinted = asyncio.Event(), 0
+        self.answers: asyncio.Queue[Any] = asyncio.Queue()
 
     async def run(self) -> None:
         """Read until cancelled; what cannot be recovered from goes into the queue as an exception."""
         try:
             while True:
                 try:
-                    await self._read_through_one_consumer()
+                    await self._read()
                 except Retry as error:
                     log.warning("cannot read a stream, trying again", stream=self.stream, error=str(error))
                     await asyncio.sleep(error.after)
         except Exception as error:
             await self.queue.put(error)
 
-    async def _read_through_one_consumer(self) -> None:
-        name, pending = await self._create_consumer()
-        pull = _Pull(self, name, pending)
-        inbox = self.connection.nc.new_inbox()
-        subscription = await self.connection.nc.subscribe(inbox, cb=pull.on_message)
-        self.connection.on_reconnect.add(pull.ended.set)
+    async def _read(self) -> None:
+        """Read to the end again and again, through an inbox that no answer to an earlier question reaches."""
+        nc, inbox, self.answers = self.connection.nc, self.connection.nc.new_inbox(), asyncio.Queue()
+        self.connection.on_reconnect.add(self.hint.set)
+        subscriptions = []
         try:
-            if pending == 0:
-                await self.reached_end(self.stream)
-                self.live = True
-            with self.connection.failure_of(pull.subject) as failed:
-                await pull.request(inbox)
-                await pull.watch(failed)
+            subscriptions.append(await nc.subscribe(live(self.stream, self.filter), cb=self._on_hint))
+            subscriptions.append(await nc.subscribe(inbox, cb=self.answers.put))
+            delay = SOON
+            while True:
+                self.hint.clear()
+                while await self._ask(inbox):
+                    pass
+                if not self.live:
+                    self.live = True
+                    await self.reached_end(self.stream)
+                delay = await self._rest(delay)
         except (NatsError, OSError) as error:
-            raise self.connection.explain(error, self.stream) from error
+            raise self.connection.explain(error, f"stream {self.stream}") from error
         finally:
-            self.connection.on_reconnect.discard(pull.ended.set)
-            if not self.connection.nc.is_closed:
-                await subscription.unsubscribe()
-            # What the callback had taken off the wire is in the queue or will be read again.
+            self.connection.on_reconnect.discard(self.hint.set)
+            if not nc.is_closed:
+                for subscription in subscriptions:
+                    with suppress(NatsError):
+                        await subscription.unsubscribe()
 
-    async def _create_consumer(self) -> tuple[str, int]:
-        name = f"follow-{secrets.token_hex(8)}"
-        config = api.ConsumerConfig(
-            name=name,
-            filter_subject=self.filter,
-            deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
-            opt_start_seq=self.next_sequence,
-            ack_policy=api.AckPolicy.NONE,
-            mem_storage=True,
-            num_replicas=1,
-            inactive_threshold=30.0,
-        )
-        subject = f"$JS.API.CONSUMER.CREATE.{self.stream}.{name}.{self.filter}"
-        body = json.dumps({"stream_name": self.stream, "config": config.as_dict(), "action": "create"}).encode()
-        response = json.loads((await self.connection.request(subject, body)).data)
-        if "error" in response:
-            raise self._refused(response["error"])
-        return name, int(response.get("num_pending", 0))
+    async def _on_hint(self, msg: Any) -> None:
+        with suppress(ValueError):
+            self.hinted = max(self.hinted, int((msg.headers or {}).get("Nats-Sequence", 0)))
+        self.hint.set()
 
-    def _refused(self, error: dict[str, Any]) -> Exception:
-        if error.get("err_code") == 10059:  # stream not found
-            return Retry(f"the broker has no stream {self.stream}; run `connito streams ensure`", after=1.0)
-        if error.get("code") in (500, 503):
-            return Retry(f"the broker cannot serve stream {self.stream} yet: {error.get('description')}", after=0.5)
-        return Fatal(f"the broker refuses to read stream {self.stream}: {error.get('description')}")
+    async def _rest(self, delay: float) -> float:
+        """Wait for a hint or for a while; return how long to wait next time, where what was hinted at is not there yet."""
+        missing = self.hinted >= self.next_sequence
+        if not missing or delay > LATE:
+            self.hinted, missing, delay = 0, False, SOON
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay if missing else LOOK_SECONDS):
+                await self.hint.wait()
+        return 2 * delay if missing else SOON
 
+    async def _ask(self, inbox: str) -> bool:
+        """Ask for a batch and take it in; return whether there is more."""
+        self.connection.require()
+        body: dict[str, Any] = {"seq": self.next_sequence, "batch": BATCH, "max_bytes": BATCH_BYTES}
+        if self.narrow:
+            body["next_by_subj"] = self.filter
+        with self.connection.failure_of(self.subject) as failed:
+            await self.connection.nc.publish(self.subject, json.dumps(body).encode(), reply=inbox)
+            while True:
+                msg = await self._answer(failed)
+                if (record := got(self.stream, msg)) is not None:
+                    await self._take(record)
+                    continue
+                headers = msg.headers or {}
+                status = headers.get("Status", "")
+                if status == "204":
+                    return int(headers.get("Nats-Num-Pending", 0)) > 0
+                if status == "404":
+                    return False
+                hint = "; run `connito streams ensure`" if status == "503" else ""
+                raise Retry(f"the broker answers {status or 'nothing'} for stream {self.stream}{hint}", after=0.5)
 
-class _Pull:
-    """The pull requests of one consumer and the messages that answer them."""
+    async def _answer(self, failed: asyncio.Future[Exception]) -> Any:
+        """Return the next answer. Raises what the connection or the broker's denial says, `Retry` when none comes."""
+        if self.answers.empty():
+            getting = asyncio.ensure_future(self.answers.get())
+            try:
+                await asyncio.wait((getting, failed), timeout=REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    raise failed.result() if failed.done() else Retry(f"the broker does not answer for {self.stream}")
+                return getting.result()
+            finally:
+                await end_tasks([getting])
+        return self.answers.get_nowait()
 
-    def __init__(self, reader: _Reader, consumer: str, pending: int) -> None:
-        self.reader, self.stored = reader, pending
-        self.subject = f"$JS.API.CONSUMER.MSG.NEXT.{reader.stream}.{consumer}"
-        self.ended = asyncio.Event()
-        self.outstanding, self.delivered = 0, 0
-        self.heard = time.monotonic()
-
-    async def request(self, inbox: str) -> None:
-        """Ask for a batch; the answers arrive one by one, as they come."""
-        self.inbox = inbox
-        self.outstanding += BATCH
-        body = {"batch": BATCH, "expires": int(PULL_SECONDS * 1e9), "idle_heartbeat": int(HEARTBEAT * 1e9)}
-        await self.reader.connection.nc.publish(self.subject, json.dumps(body).encode(), reply=inbox)
-
-    async def watch(self, failed: asyncio.Future[Exception]) -> None:
-        """Wait until the consumer is no longer usable."""
-        ended = asyncio.create_task(self.ended.wait())
-        try:
-            while not self.ended.is_set():
-                await asyncio.wait((ended, failed), timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
-                if failed.done():
-                    raise failed.result()
-                if time.monotonic() - self.heard > 3 * HEARTBEAT and self.reader.queue.empty():
-                    log.warning("the broker fell silent, reading anew", stream=self.reader.stream)
-                    return
-        finally:
-            await end_tasks([ended])
-
-    async def on_message(self, msg: Any) -> None:
-        """Handle a message or a status line of the server."""
-        self.heard = time.monotonic()
-        if self.ended.is_set():
-            return
-        if msg.reply.startswith("$JS.ACK"):
-            await self._take(msg)
-            return
-        status = (msg.headers or {}).get("Status", "")
-        if status == "408":  # the request ran out of time with this many unanswered
-            self.outstanding = max(0, self.outstanding - int(msg.headers.get("Nats-Pending-Messages", BATCH)))
-            await self._refill()
-        elif status != "100":
-            self.ended.set()
-
-    async def _take(self, msg: Any) -> None:
-        reader, record = self.reader, record_of(msg)
-        self.delivered += 1
-        if msg.metadata.sequence.consumer != self.delivered:
-            log.warning("messages were lost on the way, reading them anew", stream=reader.stream)
-            self.ended.set()
-            return
-        self.outstanding -= 1
-        await reader.queue.put(record)
-        reader.next_sequence = record.sequence + 1
-        metrics.EVENTS_RECEIVED.labels(reader.stream).inc()
-        if reader.live:
-            metrics.EVENT_LAG_SECONDS.labels(reader.stream).set(max(0.0, time.time() - record.time_unix_ms / 1000))
-        elif self.delivered >= self.stored:
-            reader.live = True
-            await reader.reached_end(reader.stream)
-        await self._refill()
-
-    async def _refill(self) -> None:
-        if self.outstanding <= BATCH // 2 and not self.ended.is_set():
-            await self.request(self.inbox)
+    async def _take(self, record: Record) -> None:
+        if record.sequence < self.next_sequence:
+            raise Invalid(
+                f"the broker answers {record.sequence} of {self.stream} where {self.next_sequence} was asked for"
+            )
+        await self.queue.put(record)
+        self.next_sequence = record.sequence + 1
+        metrics.EVENTS_RECEIVED.labels(self.stream).inc()
+        if self.live:
+            metrics.EVENT_LAG_SECONDS.labels(self.stream).set(max(0.0, time.time() - record.time_unix_ms / 1000))

@@ -1,98 +1,124 @@
-"""Permissions of each key on the broker: least privilege, derived from the fact catalogue.
+"""Rights of each key on the broker: least privilege, derived from the fact catalogue.
 
-A signature says who wrote a message; these permissions say who can put one on the wire at all. A role publishes the
-facts that `connito.wire.verification.CATALOGUE` gives it and nothing else, a validator and a miner only under their own key, and
-everybody hears replies on an inbox of their own, so that nobody can listen to what the broker answers to others.
+A signature says who wrote a message; these rights say who can put one on the wire at all. Services share one account. A key of
+anybody else lies in accounts of strangers, in which there is nothing: no stream, no bucket, no API. What a stranger may ask for
+or say is imported there one subject at a time, and the broker hands each answer to the account of the one who asked.
 
-Reading a stream means creating a pull consumer on it and asking for messages. Whoever may do that could also change or
-drain the durable consumers that services share on the same stream, hence the denials.
+That matters because a client may name any subject for the reply, and the broker's own API answers there with the broker's
+rights: whoever may ask it anything, in an account where streams listen, writes into every one of them. Those who speak and
+those who read are apart for the same reason: an answer that a reader has sent elsewhere reaches nothing that anybody says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES
+from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES, STREAMS, live
 from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, inbox_prefix
 from connito.wire.verification import CATALOGUE, INGRESS
 
 # What a miner needs in order to take part: not what validators tell each other, nor what other miners say.
 MINER_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")
+PLATFORM = "platform"
+# Stands for the key of whoever logs in, in rights that are written down once for all keys of an account.
+SELF = "{{subject()}}"
 
-# role -> streams it follows, key-value buckets it reads, buckets it writes, durables it works on.
+# Streams that each service follows, and the buckets and durables that some work on.
 _STREAMS: dict[str, Sequence[str]] = {
     "coordinator": (*FACT_STREAMS, "INGRESS"),
     "selector": FACT_STREAMS,
     "committer": (*FACT_STREAMS, "INGRESS"),
     "aggregator": FACT_STREAMS,
     "library": FACT_STREAMS,
-    "validator": FACT_STREAMS,
-    "customer": (*FACT_STREAMS, "INGRESS", "DLQ"),
-    "miner": MINER_STREAMS,
 }
 _HAS_API = {"coordinator", "committer", "library"}
 _LEADS = {"coordinator", "aggregator"}
 _DURABLES = {"committer": ("committer",), "selector": ("selector",), "library": ("library",)}
 
+ENVELOPE_BYTES = 1 << 20
+_HEADERS = 1 << 12
+
 
 @dataclass(frozen=True)
 class Permissions:
-    """Subjects a user may publish to and subscribe to; a denial wins over a grant."""
+    """Subjects a user may publish to and subscribe to."""
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
-    deny_publish: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Account:
+    """An account of strangers. `services` are answered by the platform's account, `heard` comes from there.
+
+    `grants` hold for each key in it, with `SELF` for the key. A connection has at most `subscriptions`, and sends messages of
+    at most `payload` bytes.
+    """
+
+    name: str
+    role: str
+    grants: Permissions
+    services: tuple[str, ...]
+    heard: tuple[str, ...] = ()
+    payload: int = _HEADERS
+    subscriptions: int = 64
 
 
 def permissions(role: str, key: str) -> Permissions:
-    """Return the permissions of `key` as `role`: one of the roster's roles, `miner`, or `operator` (everything)."""
+    """Return the rights of `key` in the platform's account: as a service, or as `operator`, who may do everything there."""
     if role == "operator":
         return Permissions((">",), (">",))
-    publish = [*_own_facts(role, key), *_reading(_STREAMS[role]), *_buckets(role)]
+    streams = _STREAMS[role]
+    publish = [*_facts(role, "*"), *_reading(streams), *_buckets(role), f"{SECURITY_ROOT}.*.{key}"]
+    publish += [f"$JS.API.STREAM.INFO.{stream}" for stream in streams]
     durables = _DURABLES.get(role, ())
     publish += [subject for name in durables for subject in _durable(name)]
     if durables:
         # A dead letter that was written before a crash is read back, to see that it stands.
-        publish += [f"{DLQ_ROOT}.>", "$JS.API.STREAM.MSG.GET.DLQ"]
-    if role not in ("miner", "customer"):
-        publish.append(f"{SECURITY_ROOT}.*.{key}")
-    others = [name for name in DURABLES if name not in durables]
-    return Permissions(tuple(publish), (f"{inbox_prefix(key)}.>",), tuple(_reach_into(others)))
+        publish += [f"{DLQ_ROOT}.>", *_reading(["DLQ"])]
+    return Permissions(tuple(publish), _hearing(streams, key))
 
 
-def _own_facts(role: str, key: str) -> Iterable[str]:
-    if role == "miner":
-        yield from (f"{ROOT}.*.ingress.{key}.{kind}" for kind in INGRESS)
+def _readers(name: str, role: str, streams: Sequence[str]) -> Account:
+    asks = (*_reading(streams), *_endpoints())
+    heard = tuple(live(stream, ">") for stream in streams)
+    return Account(name, role, Permissions(asks, _hearing(streams, SELF)), asks, heard)
+
+
+def _speakers(name: str, role: str, said: Sequence[str], payload: int) -> Account:
+    grants = Permissions(tuple(said), (f"{inbox_prefix(SELF)}.>",))
+    services = tuple(subject.replace(SELF, "*") for subject in said)
+    return Account(name, role, grants, services, payload=payload + _HEADERS, subscriptions=8)
+
+
+def _facts(role: str, id_: str) -> Iterable[str]:
     for (section, kind), (_, writer, id_path) in CATALOGUE.items():
-        if writer != role:
-            continue
-        tail = "" if not id_path else f".{key}" if role == "validator" else ".*"
-        yield f"{ROOT}.*.{section}.*.{kind}{tail}"
+        if writer == role:
+            yield f"{ROOT}.*.{section}.*.{kind}" + (f".{id_}" if id_path else "")
 
 
-def _reading(streams: Sequence[str]) -> Iterable[str]:
-    for stream in streams:
-        yield f"$JS.API.STREAM.INFO.{stream}"
-        yield f"$JS.API.STREAM.MSG.GET.{stream}"
-        yield f"$JS.API.CONSUMER.CREATE.{stream}.*.>"
-        yield f"$JS.API.CONSUMER.MSG.NEXT.{stream}.*"
+def _reading(streams: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"$JS.API.DIRECT.GET.{stream}" for stream in streams)
+
+
+def _hearing(streams: Iterable[str], key: str) -> tuple[str, ...]:
+    return (f"{inbox_prefix(key)}.>", *(live(stream, ">") for stream in streams))
+
+
+def _endpoints() -> tuple[str, ...]:
+    return (f"$JS.API.DIRECT.GET.KV_{ENDPOINTS}.$KV.{ENDPOINTS}.*",)
 
 
 def _buckets(role: str) -> Iterable[str]:
-    """Return the permissions on buckets: all read ENDPOINTS, services with an API write their own entry, leaders hold leases."""
-    yield from _read_bucket(ENDPOINTS)
+    """Return the rights on buckets: all read ENDPOINTS, services with an API write their own entry, leaders hold leases."""
+    yield from _endpoints()
     if role in _HAS_API:
         yield f"$KV.{ENDPOINTS}.{role}"
     if role in _LEADS:
-        yield from _read_bucket(LEASES)
+        yield f"$JS.API.STREAM.INFO.KV_{LEASES}"
+        yield f"$JS.API.DIRECT.GET.KV_{LEASES}.>"
         yield f"$KV.{LEASES}.{role}"
-
-
-def _read_bucket(bucket: str) -> Iterable[str]:
-    yield f"$JS.API.STREAM.INFO.KV_{bucket}"
-    yield f"$JS.API.DIRECT.GET.KV_{bucket}.>"
 
 
 def _durable(name: str) -> Iterable[str]:
@@ -103,17 +129,21 @@ def _durable(name: str) -> Iterable[str]:
     yield f"$JS.ACK.{stream}.{name}.>"
 
 
-def _reach_into(durables: Iterable[str]) -> Iterable[str]:
-    for name in durables:
-        stream = DURABLES[name].stream
-        yield f"$JS.API.CONSUMER.CREATE.{stream}.{name}.>"
-        yield f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}"
+_MINER_SAYS = [f"{ROOT}.*.ingress.{SELF}.{kind}" for kind in INGRESS]
+_VALIDATOR_SAYS = [*_facts("validator", SELF), f"{SECURITY_ROOT}.*.{SELF}"]
+
+ACCOUNTS: dict[str, Account] = {
+    account.name: account
+    for account in (
+        _speakers("miners-say", "miner", _MINER_SAYS, STREAMS["INGRESS"].max_message_bytes),
+        _readers("miners-read", "miner", MINER_STREAMS),
+        _speakers("validators-say", "validator", _VALIDATOR_SAYS, ENVELOPE_BYTES),
+        _readers("validators-read", "validator", FACT_STREAMS),
+        _readers("customers", "customer", (*FACT_STREAMS, "INGRESS", "DLQ")),
+    )
+}
 
 
-def broker_user(role: str, key: str) -> dict[str, Any]:
-    """Return a user of the broker with its role's permissions, in the server's own syntax."""
-    granted = permissions(role, key)
-    publish: dict[str, list[str]] = {"allow": list(granted.publish)}
-    if granted.deny_publish:
-        publish["deny"] = list(granted.deny_publish)
-    return {"nkey": key, "permissions": {"publish": publish, "subscribe": {"allow": list(granted.subscribe)}}}
+def accounts_of(role: str) -> tuple[str, ...]:
+    """Return the accounts that a key of a role has a pass for: where it speaks first, where it reads last."""
+    return tuple(name for name, account in ACCOUNTS.items() if account.role == role) or (PLATFORM,)

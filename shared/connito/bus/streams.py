@@ -37,6 +37,11 @@ class Stream:
         return self.subject.format(run=check_token(run, "run id") if run else "*")
 
 
+def live(stream: str, subject: str) -> str:
+    """Return where the broker hints at what it has just stored: who hears it looks into the stream."""
+    return f"live.{stream}.{subject}"
+
+
 @dataclass(frozen=True)
 class Durable:
     """A work queue: replicas of one service share it."""
@@ -160,6 +165,7 @@ def _stream_config(stream: Stream, replicas: int, max_bytes: int) -> api.StreamC
         deny_delete=stream.append_only,
         deny_purge=stream.append_only,
         allow_direct=True,
+        republish=api.RePublish(src=">", dest=live(stream.name, ">"), headers_only=True),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -21,7 +22,15 @@ Folder = Annotated[Path, typer.Argument(help="The folder with the keys, for exam
 Keys = Annotated[list[str], typer.Argument(help="Miners' public keys, as `connito miner init` prints them.")]
 PidFile = Annotated[
     Path | None,
-    typer.Option("--reload", help="The nats-server's pid file: make it reload its users at once."),
+    typer.Option(
+        "--reload", help="The nats-server's pid file: make it read nats.conf again, for renewed certificates."
+    ),
+]
+Broker = Annotated[
+    str,
+    typer.Option(
+        "--bus", help="Tell this running broker at once. Default: the one that `connito up` runs on the folder."
+    ),
 ]
 
 
@@ -33,10 +42,11 @@ def export(
     tls_cert: Annotated[str, typer.Option(help="The broker's certificate, as the broker sees the path.")] = "",
     tls_key: Annotated[str, typer.Option(help="Its key.")] = "",
     tls_client_ca: Annotated[str, typer.Option(help="Ask clients for certificates of this authority (mTLS).")] = "",
+    bus: Broker = "",
     reload: PidFile = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make keys, roster and the broker's configuration; existing keys are kept. Safe to repeat."""
+    """Make keys, accounts, roster and the broker's configuration; existing keys are kept. Safe to repeat."""
     from connito.errors import Invalid
     from connito.platform.access import Access, Tls
 
@@ -44,34 +54,43 @@ def export(
         raise Invalid("TLS needs both --tls-cert and --tls-key; --tls-client-ca comes on top of them")
     access = Access(folder)
     access.export(validators, miner or (), Tls(tls_cert, tls_key, tls_client_ca) if tls_cert else None)
-    _report(access, {"action": "export"}, reload, as_json)
+    _report(access, {"action": "export"}, bus, reload, as_json)
 
 
 @app.command("add")
-def add(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = False) -> None:
-    """Admit miners."""
+def add(folder: Folder, keys: Keys, bus: Broker = "", reload: PidFile = None, as_json: JsonFlag = False) -> None:
+    """Admit miners: print the pass of each, to hand over to it. The broker need not be told, but of a key revoked before."""
     from connito.platform.access import Access
 
     access = Access.open(folder)
-    _report(access, {"action": "add", "keys": access.add(keys)}, reload, as_json)
+    again = set(keys) & set(access.accounts.revoked)
+    passes = access.add(keys)
+    document = {"action": "add", "keys": list(passes), "passes": passes, "readmitted": sorted(again)}
+    _report(access, document, bus, reload, as_json)
 
 
 @app.command("revoke")
-def revoke(folder: Folder, keys: Keys, reload: PidFile = None, as_json: JsonFlag = False) -> None:
-    """Revoke miners' keys. The broker closes their connections when it reloads its users."""
+def revoke(folder: Folder, keys: Keys, bus: Broker = "", reload: PidFile = None, as_json: JsonFlag = False) -> None:
+    """Void miners' passes. The broker closes their connections as soon as it is told."""
     from connito.platform.access import Access
 
     access = Access.open(folder)
-    _report(access, {"action": "revoke", "keys": access.revoke(keys)}, reload, as_json)
+    _report(access, {"action": "revoke", "keys": access.revoke(keys)}, bus, reload, as_json)
 
 
 @app.command("rotate")
 def rotate(
     folder: Folder,
-    name: Annotated[str, typer.Argument(help="coordinator, validator-2, …: as `connito access list` shows them.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="coordinator, validator-2, …: as `connito access list` shows them; miners: what admits them."
+        ),
+    ],
     finish: Annotated[
         bool, typer.Option("--finish", help="The new key is in use everywhere: retire the old one.")
     ] = False,
+    bus: Broker = "",
     reload: PidFile = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -79,9 +98,13 @@ def rotate(
     from connito.platform.access import Access
 
     access = Access.open(folder)
+    if name == "miners":
+        renewed = access.renew_passes()
+        _report(access, {"action": "renew", "keys": list(renewed), "passes": renewed}, bus, reload, as_json)
+        return
     member = access.finish(name) if finish else access.rotate(name)
     document = {"action": "rotate", "name": name, "key": member.key, "previous": member.previous, "finished": finish}
-    _report(access, document, reload, as_json)
+    _report(access, document, bus, reload, as_json)
 
 
 @app.command("list")
@@ -106,10 +129,25 @@ def list_(folder: Folder, as_json: JsonFlag = False) -> None:
     )
 
 
-def _report(access: Access, document: dict[str, Any], pid_file: Path | None, as_json: bool) -> None:
+def _report(access: Access, document: dict[str, Any], bus: str, pid_file: Path | None, as_json: bool) -> None:
     document |= {"folder": str(access.folder), "members": len(access.members()), "miners": len(access.miners)}
+    document["told"] = _tell(access, bus or access.broker) if _concerns_broker(document) else False
     document["reloaded"] = _reload(pid_file)
     emit(as_json, document, lambda: "\n".join(_next_steps(access, document)))
+
+
+def _concerns_broker(document: dict[str, Any]) -> bool:
+    """Return whether what was done has to reach a broker that runs: new keys of miners need not."""
+    action = document["action"]
+    return bool(document["readmitted"] if action == "add" else action != "rotate" or document["finished"])
+
+
+def _tell(access: Access, url: str) -> bool:
+    if url:
+        from connito.wire.tls import Tls
+
+        asyncio.run(access.accounts.push(url, Tls.from_environment(os.environ)))
+    return bool(url)
 
 
 def _reload(pid_file: Path | None) -> bool:
@@ -130,16 +168,16 @@ def _reload(pid_file: Path | None) -> bool:
 def _next_steps(access: Access, document: dict[str, Any]) -> list[str]:
     folder, action = access.folder, document["action"]
     lines = [f"{document['members']} keys and {document['miners']} admitted miners in {folder}"]
+    if action in ("add", "renew"):
+        for key, text in document["passes"].items():
+            lines += [f"{key} joins with", f"  connito miner join {text}"]
     if action == "rotate" and not document["finished"]:
         lines += [
             f"{document['name']}: {document['key']} beside {document['previous']}",
-            f"1. give everybody {folder}/roster.json, and the broker its users (below); services take both over by themselves",
+            f"1. give everybody {folder}/roster.json; services take it over by themselves",
             f"2. give the service keys/{document['name']}.nk and restart its replicas one by one",
             f"3. connito access rotate {folder} {document['name']} --finish, and step 1 once more",
         ]
-    if not document["reloaded"]:
-        lines.append(
-            "the broker reads its users on a reload: `docker compose kill -s HUP nats`, `helm upgrade -f nats-values.yaml`, "
-            "or --reload PIDFILE"
-        )
+    if _concerns_broker(document) and not document["told"]:
+        lines.append("a broker that runs has to be told: the same command with --bus nats://HOST:PORT")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,27 +57,51 @@ def ban(
     why: Annotated[str, typer.Option(help="Reason, shown to the miner and to auditors.")] = "",
     run: Run = "",
     lift: Annotated[bool, typer.Option("--lift", help="Take a ban back.")] = False,
+    access: Annotated[
+        Path | None,
+        typer.Option("--access", help="Close the broker to the key as well, or open it again, by this folder of keys."),
+    ] = None,
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Ban a key at once: its messages are refused from now on, and its work that is not merged yet does not count."""
     from connito.client import Client
     from connito.errors import Invalid
+    from connito.platform.session import Session
 
     if not why and not lift:
         raise Invalid("a reason is required, for the miner and for auditors: add --why TEXT")
     with Client.local(data_dir, role="customer" if run else "operator") as client:
         miner = client.job.miner(key)
         runs = client.ban(miner, why, run, lifted=lift)
+        if access is not None:
+            url = Session.open(data_dir, role="customer" if run else "operator").nats_url
+            _admit_or_revoke(access, miner, url, lift=lift)
     word = "readmitted to" if lift else "banned from"
     emit(
         as_json,
-        {"miner": miner, "lifted": lift, "why": why, "runs": runs},
+        {"miner": miner, "lifted": lift, "why": why, "runs": runs, "broker": access is not None},
         lambda: (
             f"{miner} is {word} {', '.join('every new run' if name == 'installation' else name for name in runs)}"
-            + ("" if lift else "\nto close the broker to it as well: connito access revoke …")
+            + (
+                ""
+                if lift or access
+                else "\nto close the broker to it as well: connito access revoke …, or --access FOLDER"
+            )
         ),
     )
+
+
+def _admit_or_revoke(folder: Path, miner: str, url: str, *, lift: bool) -> None:
+    import asyncio
+    import os
+
+    from connito.platform.access import Access
+    from connito.wire.tls import Tls
+
+    access = Access.open(folder)
+    access.add([miner]) if lift else access.revoke([miner])
+    asyncio.run(access.accounts.push(url, Tls.from_environment(os.environ)))
 
 
 def seconds(text: str) -> float:

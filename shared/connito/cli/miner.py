@@ -37,9 +37,33 @@ def init(
         document,
         lambda: (
             f"{identity.public}\n\nThe seed is in {key}; keep a copy. Give the line above to the operator, then run\n"
+            f"  connito miner join PASS --key {key}\n"
             f"  CONNITO_NATS_URL=nats://… CONNITO_ROSTER=roster.json connito miner run --key {key}\n"
-            "with the address and the roster that the operator gives you."
+            "with the pass, the address and the roster that the operator gives you."
         ),
+    )
+
+
+@app.command("join")
+def join(
+    text: Annotated[
+        str, typer.Argument(metavar="PASS", help="What the operator gave you, or the path of a file with it.")
+    ],
+    key: KeyFile = DEFAULT_KEY,
+    as_json: JsonFlag = False,
+) -> None:
+    """Put a pass into the key file: with it the broker lets the key in. It is of no use to anybody else."""
+    from connito.wire.identity import Identity
+    from connito.wire.passes import parse
+
+    identity = Identity.load(key)
+    path = Path(text) if len(text) < 256 else None
+    tokens = parse(path.read_text() if path is not None and path.is_file() else text, identity.public)
+    identity.with_passes(tokens).save(key)
+    emit(
+        as_json,
+        {"key_file": str(key), "public_key": identity.public, "passes": len(tokens)},
+        lambda: f"{identity.public} may log in; start it with `connito miner run --key {key}`",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from connito.errors import Invalid
+from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
@@ -35,12 +36,19 @@ def participants(miners: int, validators: int, adversaries: Sequence[str]) -> li
     return found
 
 
-def load_members(data: DataDir, participants: Sequence[tuple[str, str]], seed: int | None) -> dict[str, Member]:
-    """Read each key, or make it: at random, or with a seed always the same. Seeds lie in keys/, mode 0600.
+def load_members(
+    data: DataDir, accounts: Accounts, participants: Sequence[tuple[str, str]], seed: int | None
+) -> dict[str, Member]:
+    """Read each key, or make it: at random, or with a seed always the same; and give it its passes into the broker.
 
-    Raises `Invalid` when the folder holds keys of another seed.
+    Seeds and passes lie in keys/, mode 0600. Raises `Invalid` when the folder holds keys of another seed.
     """
-    return {name: Member(name, role, _identity(data, name, seed)) for name, role in participants}
+    members = {}
+    for name, role in participants:
+        identity = accounts.welcome(role, _identity(data, name, seed))
+        identity.save(data.keys / f"{name}.nk")
+        members[name] = Member(name, role, identity)
+    return members
 
 
 def _identity(data: DataDir, name: str, seed: int | None) -> Identity:
@@ -56,10 +64,8 @@ def _identity(data: DataDir, name: str, seed: int | None) -> Identity:
                 "--data-dir, or remove this one"
             )
         return known
-    identity = wanted or Identity.generate()
     data.keys.mkdir(mode=0o700, exist_ok=True)
-    identity.save(path)
-    return identity
+    return wanted or Identity.generate()
 
 
 def write_roster(data: DataDir, members: dict[str, Member]) -> Roster:

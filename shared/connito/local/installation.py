@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from connito.bus import Bus, streams
-from connito.bus.permissions import broker_user
 from connito.local.defaults import Machine
 from connito.local.display import Display
 from connito.local.identities import SERVICES, Member, load_members, write_roster
 from connito.local.processes import ForkLauncher, PlainLauncher, Program
 from connito.local.supervisor import Supervisor
+from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir, Platform
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.platform.session import BUCKET, REGION, local_store
@@ -51,7 +51,9 @@ class Installation:
         display: Display,
     ):
         self.data, self.machine, self.display = data, machine, display
-        self.members = load_members(data, list(participants), seed)
+        self.accounts = Accounts(data.root)
+        self.accounts.make()
+        self.members = load_members(data, self.accounts, list(participants), seed)
         self.roster = write_roster(data, self.members)
         self._stack = AsyncExitStack()
         self.platform: Platform
@@ -82,8 +84,7 @@ class Installation:
         self.fork_server = await ForkLauncher.open(self.data.logs / "fork-server.log", self._environment())
         self._stack.push_async_callback(self.fork_server.close)
         secret = self._store_secret()
-        users = [broker_user(member.role, member.identity.public) for member in self.members.values()]
-        nats = NatsServer(self.data.root / "nats", users=users, log_file=self.data.logs / "nats-server.log")
+        nats = NatsServer(self.data.root / "nats", accounts=self.accounts, log_file=self.data.logs / "nats-server.log")
         weed = ObjectStore(self.data.root / "objects", secret_key=secret, log_file=self.data.logs / "weed.log")
         self.supervisor = Supervisor(self.data, self.display.say)
         self._stack.push_async_callback(self.supervisor.stop)

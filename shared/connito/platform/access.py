@@ -1,17 +1,17 @@
 """An installation's keys in a folder: who may speak on the bus, and as what. Made, extended and changed without downtime.
 
-    keys/<name>.nk    the nkey seed of each service, validator, the customer and the operator; mode 0600, secret
-    keys/<name>.old.nk the seed that a rotation is replacing, until it is finished
-    roster.json       which public keys speak, or once spoke, for which role; public, every participant gets a copy
-    users.json        the keys with their permissions on the bus, as NATS reads them; public keys only
-    nats.conf         a NATS server for one host with those users
-    nats-values.yaml  the same users as values of the official NATS chart, for `helm install -f`
+    keys/<name>.nk    the seed of each service, validator, the customer and the operator, and its passes; mode 0600, secret
+    keys/<name>.old.nk the key that a rotation is replacing, until it is finished
+    accounts.json, accounts/  who admits to the broker: see `connito.platform.accounts`
+    passes/<key>.pass the pass of each admitted miner, to hand over to it; no secret
     miners.txt        the public keys of admitted miners, one a line
+    roster.json       which public keys speak, or once spoke, for which role; public, every participant gets a copy
+    nats.conf         a NATS server for one host that trusts those accounts
+    nats-values.yaml  the same as values of the official NATS chart, for `helm install -f`
     s3.json, s3.env   credentials of a SeaweedFS S3 gateway; secret
 
-NATS takes a changed user list on a reload (SIGHUP) without touching the connections of anybody else, and closes those
-of keys that are gone. Operator and account JWTs would do the same with one more secret to keep and a resolver to run;
-with some hundreds of keys, a list is what a person can read and compare.
+Admitting changes nothing that the server reads. A revocation is told to the running server, which closes the connections of
+the key that is gone and of nobody else.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connito.bus.permissions import broker_user
 from connito.errors import Invalid, NotFound
+from connito.platform.accounts import Accounts
+from connito.platform.datadir import DataDir
+from connito.wire import passes
 from connito.wire.identity import Identity, is_public_key
 from connito.wire.roster import Roster
 
@@ -64,6 +66,7 @@ class Access:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.accounts = Accounts(folder)
 
     @classmethod
     def open(cls, folder: Path) -> Access:
@@ -74,26 +77,27 @@ class Access:
 
     def export(self, validators: int = 3, miners: Iterable[str] = (), tls: Tls | None = None) -> None:
         """Make what is missing and write everything; keys and stakes that are there stay."""
+        self.accounts.make()
         self._grow(max(validators, self._validators()))
         if tls is not None:
             _write(self.folder / "tls.json", json.dumps(tls.__dict__, indent=2) + "\n")
-        self._admit(miners)
+        # Who was admitted before there were passes gets one.
+        self._admit([*self.miners, *miners])
         self.write()
         self._write_store()
 
-    def add(self, keys: Iterable[str]) -> list[str]:
-        """Admit miners; the keys that are new. Raises `Invalid` for what is no public key, or belongs to a service."""
-        new = self._admit(keys)
-        self.write()
-        return new
+    def add(self, keys: Iterable[str]) -> dict[str, str]:
+        """Admit miners; return the pass of each. Raises `Invalid` for what is no public key, or belongs to a service."""
+        return self._admit(keys)
 
     def revoke(self, keys: Iterable[str]) -> list[str]:
-        """Put miners out; the broker closes their connections when it reloads. Raises `NotFound` for a key not in."""
-        gone, known = list(dict.fromkeys(keys)), self.miners
+        """Put miners out; the broker closes their connections when it is told. Raises `Invalid` for what is no miner's key."""
+        gone = list(dict.fromkeys(keys))
+        self._check(gone)
+        self.accounts.revoke(gone)
+        self._write_miners([key for key in self.miners if key not in gone])
         for key in gone:
-            if key not in known:
-                raise NotFound(f"{key} is not among the admitted miners of {self.folder}; see `connito access list`")
-        self._write_miners([key for key in known if key not in gone])
+            self._pass(key).unlink(missing_ok=True)
         self.write()
         return gone
 
@@ -103,9 +107,16 @@ class Access:
         if member.previous:
             raise Invalid(f"the rotation of {name} is under way; end it with `--finish` first")
         self._seed(name).replace(self._old_seed(name))
-        Identity.generate().save(self._seed(name))
+        self._make(name)
         self.write()
         return self.member(name)
+
+    def renew_passes(self) -> dict[str, str]:
+        """Replace the seeds that admit miners, and sign the passes of those who are admitted anew; return them."""
+        self.accounts.renew("miner")
+        found = self._admit(self.miners)
+        self.write()
+        return found
 
     def finish(self, name: str, now_ms: int | None = None) -> Member:
         """End a rotation: the old key may say nothing any more, and what it has said until now stays valid."""
@@ -119,6 +130,7 @@ class Access:
         if member.previous in stakes:
             stakes.setdefault(member.key, stakes[member.previous])
         self._old_seed(name).unlink()
+        self.accounts.revoke([member.previous])
         self.write(Roster({}, stakes, {**roster.retired, **retired}))
         return self.member(name)
 
@@ -148,10 +160,12 @@ class Access:
         path = self.folder / "roster.json"
         return Roster.load(path) if path.exists() else Roster()
 
-    def users(self) -> list[dict[str, Any]]:
-        """Return the users that the broker admits, in its own syntax."""
-        spoken = [(m.role, key) for m in self.members() for key in (m.key, m.previous) if key]
-        return [broker_user(role, key) for role, key in [*spoken, *(("miner", key) for key in self.miners)]]
+    @property
+    def broker(self) -> str:
+        """Return the address of the broker that `connito up` runs on this folder; empty where none runs."""
+        data = DataDir(self.folder)
+        platform = data.read_platform()
+        return platform.nats_url if platform is not None and data.owner() is not None else ""
 
     # Writing.
 
@@ -163,21 +177,27 @@ class Access:
             keys.setdefault(member.role, set()).update({member.key, member.previous} - {""})
         roster = Roster({role: frozenset(some) for role, some in keys.items()}, before.stakes, before.retired)
         _write(self.folder / "roster.json", roster.to_json())
-        users = self.users()
-        values = {"nats": {"config": {"merge": {"max_payload": "<< 2MB >>", "authorization": {"users": users}}}}}
-        _write(self.folder / "users.json", json.dumps(users, indent=2) + "\n")
-        _write(self.folder / "nats.conf", json.dumps(self._server(users), indent=2) + "\n")
+        values = {"nats": {"config": self._chart()}, "keda": {"account": self.accounts.platform}}
+        _write(self.folder / "nats.conf", json.dumps(self._server(), indent=2) + "\n")
         # JSON is YAML.
         _write(self.folder / "nats-values.yaml", json.dumps(values, indent=2) + "\n")
 
-    def _server(self, users: list[dict[str, Any]]) -> dict[str, Any]:
+    def _server(self) -> dict[str, Any]:
         return {
             "server_name": "connito",
             "http": "0.0.0.0:8222",
             "max_payload": 2 << 20,
             "jetstream": {"store_dir": "/data/jetstream", "sync_interval": "always"},
             **self._tls().config(),
-            "authorization": {"users": users},
+            **self.accounts.server("/data/jwt"),
+        }
+
+    def _chart(self) -> dict[str, Any]:
+        trusted = self.accounts.server("")
+        resolver = {name: value for name, value in trusted.pop("resolver").items() if name != "dir"}
+        return {
+            "merge": {"max_payload": "<< 2MB >>", **trusted},
+            "resolver": {"enabled": True, "merge": resolver},
         }
 
     def _tls(self) -> Tls:
@@ -187,24 +207,37 @@ class Access:
     def _grow(self, validators: int) -> None:
         (self.folder / "keys").mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in (*SERVICES, *(f"validator-{number}" for number in range(1, validators + 1))):
-            if not self._seed(name).exists():
-                Identity.generate().save(self._seed(name))
+            self._make(name)
 
-    def _admit(self, keys: Iterable[str]) -> list[str]:
-        known = self.miners
+    def _make(self, name: str) -> None:
+        """Write the key of a member with its passes; a key that is there stays."""
+        path = self._seed(name)
+        identity = Identity.load(path) if path.exists() else Identity.generate()
+        self.accounts.welcome(name.partition("-")[0], identity).save(path)
+
+    def _check(self, keys: Iterable[str]) -> None:
         speak = {key for member in self.members() for key in (member.key, member.previous)}
-        new = []
-        for key in dict.fromkeys(keys):
+        for key in keys:
             if not is_public_key(key):
                 raise Invalid(
                     f"{key!r} is not a miner's public key; `connito miner init` prints it (U…, 56 characters)"
                 )
             if key in speak:
                 raise Invalid(f"{key} is a service's or validator's key; a miner needs one of its own")
-            if key not in known:
-                new.append(key)
-        self._write_miners([*known, *new])
-        return new
+
+    def _admit(self, keys: Iterable[str]) -> dict[str, str]:
+        self._check(keys := list(dict.fromkeys(keys)))
+        if self.accounts.readmit(keys):
+            self.write()
+        found = {key: passes.JOINT.join(self.accounts.admit("miner", key)) for key in keys}
+        for key, text in found.items():
+            self._pass(key).parent.mkdir(exist_ok=True)
+            _write(self._pass(key), text + "\n")
+        self._write_miners(dict.fromkeys([*self.miners, *keys]))
+        return found
+
+    def _pass(self, key: str) -> Path:
+        return self.folder / "passes" / f"{key}.pass"
 
     def _write_miners(self, keys: Iterable[str]) -> None:
         _write(self.folder / "miners.txt", "".join(f"{key}\n" for key in keys))

@@ -11,7 +11,6 @@ import io
 import json
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,10 +21,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from connito.errors import Fatal, Invalid, Retry
+from connito.platform.accounts import Accounts
 from connito.platform.spawning import spawn
 from connito.runtime.progress import Notify
-
-User = Mapping[str, Any]  # {"nkey": public key, "permissions": {"publish": …, "subscribe": …}}
 
 START_SECONDS = 60.0
 EPHEMERAL = 32_768  # where Linux begins to give ports to connections; others begin higher
@@ -172,7 +170,7 @@ class Server:
 class NatsServer(Server):
     """nats-server with JetStream that syncs every acknowledged message to disk.
 
-    `users` are the only ones let in, each with an nkey and the server's own permission syntax; None lets everybody in.
+    With `accounts`, those let in whose passes they sign; without, everybody, and into the one account that the data are of.
     """
 
     program = "nats-server"
@@ -181,43 +179,29 @@ class NatsServer(Server):
         self,
         data_dir: Path,
         port: int = 0,
-        users: Sequence[User] | None = None,
+        accounts: Accounts | None = None,
         log_file: Path | None = None,
         *,
         die_with_parent: bool = True,
     ) -> None:
         super().__init__(data_dir, log_file, die_with_parent=die_with_parent)
         self.port = port or free_ports(1)[0]
-        self.users = users
+        self.accounts = accounts
 
     @property
     def url(self) -> str:
         """Return the value of CONNITO_NATS_URL."""
         return f"nats://127.0.0.1:{self.port}"
 
-    def set_users(self, users: Sequence[User]) -> None:
-        """Replace the users of the running server without a restart. Raises `Retry` when it does not confirm."""
-        before = self._reloads()
-        self.users = users
-        self._write_config()
-        assert self.process is not None
-        self.process.send_signal(signal.SIGHUP)
-        give_up = time.monotonic() + 5
-        while self._reloads() == before:
-            if time.monotonic() > give_up:
-                raise Retry(f"nats-server did not take its new users; its log ends with:\n{last_lines(self.log_file)}")
-            time.sleep(0.02)
-
-    def _reloads(self) -> int:
-        return self.log_file.read_text(errors="replace").count("Reloaded server configuration")
-
     def _ports(self) -> dict[str, int]:
         return {"clients": self.port}
 
     def _prepare(self) -> list[str]:
-        return [find_program(self.program), "-c", str(self._write_config())]
+        path = self.data_dir / "nats-server.conf"
+        path.write_text(json.dumps(self._config(), indent=2))
+        return [find_program(self.program), "-c", str(path)]
 
-    def _write_config(self) -> Path:
+    def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
             "host": "127.0.0.1",
             "port": self.port,
@@ -225,11 +209,14 @@ class NatsServer(Server):
             "max_payload": 2 << 20,
             "jetstream": {"store_dir": str(self.data_dir / "jetstream"), "sync_interval": "always"},
         }
-        if self.users is not None:
-            config["authorization"] = {"users": [dict(user) for user in self.users]}
-        path = self.data_dir / "nats-server.conf"
-        path.write_text(json.dumps(config, indent=2))
-        return path
+        # The server keeps streams in a folder that is named after their account; `$G` where there were none.
+        stored = self.data_dir / "jetstream" / "jetstream"
+        if self.accounts is None:
+            account = next((path.name for path in stored.glob("A*")), "")
+            return config | (_open(account) if account else {})
+        if (stored / "$G").exists() and not (stored / self.accounts.platform).exists():
+            (stored / "$G").rename(stored / self.accounts.platform)
+        return config | self.accounts.server(str(self.data_dir / "jwt"))
 
     def _not_ready(self) -> str:
         """Return whether the server accepts clients, which it does after JetStream has recovered its streams."""
@@ -341,6 +328,12 @@ class ObjectStore(Server):
             service = name.partition(".")[0]
             for path in (f"seaweedfs-{service}-grpc-{port}.sock", f"seaweedfs-{service}-{port}.sock"):
                 (Path("/tmp") / path).unlink(missing_ok=True)  # noqa: S108 - where the server puts them
+
+
+def _open(account: str) -> dict[str, Any]:
+    """Return the configuration that lets everybody into one account, under its own name."""
+    users = [{"user": "anybody", "password": "anybody"}]
+    return {"accounts": {account: {"jetstream": "enabled", "users": users}}, "no_auth_user": "anybody"}
 
 
 def last_lines(path: Path, count: int = 8) -> str:

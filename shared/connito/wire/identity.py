@@ -6,7 +6,7 @@ import base64
 import hashlib
 import hmac
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
 from connito.errors import Invalid
+from connito.wire import passes
 
 # Everything that Connito signs starts with this. A broker's login nonce never may (see `sign_nonce`).
 SIGNATURE_TAG = b"connito.v1.signature\x00"
@@ -22,11 +23,16 @@ SIGNATURE_TAG = b"connito.v1.signature\x00"
 
 @dataclass(frozen=True)
 class Identity:
-    """A private key. `public` is the nkey (`U…`, 56 characters) that the rest of the world knows."""
+    """A private key. `public` is the nkey (`U…`, 56 characters) that the rest of the world knows.
+
+    `passes` open the broker to it: one for everything, or one to speak with and one to read with. A broker that lets
+    everybody in needs none.
+    """
 
     seed: str = field(repr=False)
     public: str
     _key: SigningKey = field(repr=False)
+    passes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def from_seed(cls, seed: str) -> Identity:
@@ -52,20 +58,26 @@ class Identity:
 
     @classmethod
     def load(cls, path: Path) -> Identity:
-        """Read a key file. Raises `Invalid` naming the file when it is missing or not a seed."""
+        """Read a key file: a seed, and after it the key's passes. Raises `Invalid` when it is missing or something else."""
         try:
-            return cls.from_seed(path.read_text())
+            seed, _, tokens = path.read_text().strip().partition("\n")
+            identity = cls.from_seed(seed)
+            return identity.with_passes(passes.parse(tokens, identity.public)) if tokens.strip() else identity
         except OSError as error:
             raise Invalid(
                 f"cannot read the key file {path}: {error.strerror}; make one with `connito miner init`"
             ) from error
 
+    def with_passes(self, tokens: tuple[str, ...]) -> Identity:
+        """Return the same key with these passes."""
+        return replace(self, passes=tokens)
+
     def save(self, path: Path) -> None:
-        """Write the seed, readable by the owner only."""
+        """Write the seed and the passes, readable by the owner only."""
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
-            file.write(self.seed + "\n")
+            file.write("\n".join((self.seed, *self.passes)) + "\n")
 
     def sign(self, message: bytes) -> bytes:
         """Return 64-byte ed25519 signature over the tag and `message`."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 from connito.bus import streams
-from connito.bus.permissions import Permissions, permissions
+from connito.bus.permissions import ACCOUNTS, PLATFORM, SELF, Permissions, accounts_of, permissions
 from connito.wire.identity import Identity
 from connito.wire.roster import ROLES
 from connito.wire.verification import CATALOGUE, INGRESS
 
 KEY, OTHER = (Identity.generate(bytes([n]) * 32).public for n in (1, 2))
+STRANGERS = ("validator", "customer", "miner")
+SERVICES = [role for role in ROLES if role not in STRANGERS]
 
 
 def covers(pattern: str, subject: str) -> bool:
@@ -21,10 +23,25 @@ def covers(pattern: str, subject: str) -> bool:
     return len(wanted) == len(given) and all(w in ("*", g) for w, g in zip(wanted, given, strict=True))
 
 
-def may_publish(granted: Permissions, subject: str) -> bool:
-    return any(covers(p, subject) for p in granted.publish) and not any(
-        covers(p, subject) for p in granted.deny_publish
-    )
+def granted(role: str) -> list[Permissions]:
+    """The rights of KEY in each account that its role has a pass for."""
+    if role not in STRANGERS:
+        return [permissions(role, KEY)]
+    return [
+        Permissions(
+            tuple(subject.replace(SELF, KEY) for subject in ACCOUNTS[name].grants.publish),
+            tuple(subject.replace(SELF, KEY) for subject in ACCOUNTS[name].grants.subscribe),
+        )
+        for name in accounts_of(role)
+    ]
+
+
+def may_publish(role: str, subject: str) -> bool:
+    return any(covers(pattern, subject) for rights in granted(role) for pattern in rights.publish)
+
+
+def may_hear(role: str, subject: str) -> bool:
+    return any(covers(pattern, subject) for rights in granted(role) for pattern in rights.subscribe)
 
 
 def fact(section: str, kind: str, id_path: str, id_: str = KEY) -> str:
@@ -35,68 +52,84 @@ def fact(section: str, kind: str, id_path: str, id_: str = KEY) -> str:
 def test_a_fact_can_be_published_by_its_role_and_by_no_other(section: str, kind: str) -> None:
     _, writer, id_path = CATALOGUE[section, kind]
     subject = fact(section, kind, id_path)
-    allowed = {role for role in (*ROLES, "miner") if may_publish(permissions(role, KEY), subject)}
-    assert allowed == {writer}
+    assert {role for role in (*ROLES, "miner") if may_publish(role, subject)} == {writer}
 
 
 def test_a_validator_speaks_under_its_own_key_only() -> None:
-    granted = permissions("validator", KEY)
     for section, kind in (("train", "seed"), ("validate", "seed"), ("validate", "report"), ("run", "validator")):
-        assert may_publish(granted, fact(section, kind, "validator", KEY))
-        assert not may_publish(granted, fact(section, kind, "validator", OTHER))
+        assert may_publish("validator", fact(section, kind, "validator", KEY))
+        assert not may_publish("validator", fact(section, kind, "validator", OTHER))
 
 
 def test_a_miner_says_what_miners_say_under_its_own_key_only() -> None:
-    granted = permissions("miner", KEY)
-    said = {kind for kind in (*INGRESS, "anything") if may_publish(granted, f"connito.v1.run-1.ingress.{KEY}.{kind}")}
+    said = {kind for kind in (*INGRESS, "anything") if may_publish("miner", f"connito.v1.run-1.ingress.{KEY}.{kind}")}
     assert said == set(INGRESS)
-    assert not any(may_publish(granted, f"connito.v1.run-1.ingress.{OTHER}.{kind}") for kind in INGRESS)
-    assert not may_publish(granted, "connito.dlq.v1.INGRESS.1")
-    assert not may_publish(granted, f"$KV.{streams.LEASES}.coordinator")
-    assert not may_publish(granted, f"$KV.{streams.ENDPOINTS}.committer")
+    assert not any(may_publish("miner", f"connito.v1.run-1.ingress.{OTHER}.{kind}") for kind in INGRESS)
+
+
+@pytest.mark.parametrize("role", STRANGERS)
+def test_a_stranger_asks_the_brokers_api_for_stored_messages_and_for_nothing_else(role: str) -> None:
+    for rights in granted(role):
+        for subject in rights.publish:
+            assert not subject.startswith("$") or subject.startswith("$JS.API.DIRECT.GET.")
+            assert ">" not in subject
+            assert streams.LEASES not in subject
+    assert role in ("validator", "miner") or not any(may_publish(role, fact(*key, "x")) for key in CATALOGUE)
+
+
+@pytest.mark.parametrize("role", STRANGERS)
+def test_nobody_speaks_in_the_account_in_which_it_reads(role: str) -> None:
+    """An answer that a reader has sent to somebody's subject must find nothing there that is passed on."""
+    *speaking, reading = accounts_of(role)
+    assert PLATFORM not in (*speaking, reading)
+    assert all(subject.startswith("$JS.API.DIRECT.GET.") for subject in ACCOUNTS[reading].services)
+    for name in speaking:
+        assert not any(subject.startswith("$") for subject in ACCOUNTS[name].services)
+        assert not ACCOUNTS[name].heard
+
+
+@pytest.mark.parametrize("role", STRANGERS)
+def test_an_account_imports_no_more_than_its_keys_may_use(role: str) -> None:
+    for name in accounts_of(role):
+        account = ACCOUNTS[name]
+        assert {subject.replace(SELF, "*") for subject in account.grants.publish} == set(account.services)
 
 
 @pytest.mark.parametrize("stream", streams.STREAMS)
 def test_a_miner_reads_the_public_streams_and_no_other(stream: str) -> None:
-    granted = permissions("miner", KEY)
-    requests = [
-        f"$JS.API.CONSUMER.CREATE.{stream}.follow-1.connito.v1.run-1.x.>",
-        f"$JS.API.CONSUMER.MSG.NEXT.{stream}.follow-1",
-        f"$JS.API.STREAM.MSG.GET.{stream}",
-    ]
     public = stream in {"RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE"}
-    assert [may_publish(granted, subject) for subject in requests] == [public] * 3
-    for verb in ("DELETE", "PURGE", "UPDATE", "CREATE"):
-        assert not may_publish(granted, f"$JS.API.STREAM.{verb}.{stream}")
+    assert may_publish("miner", f"$JS.API.DIRECT.GET.{stream}") == public
+    assert may_hear("miner", f"live.{stream}.connito.v1.run-1.x") == public
 
 
 @pytest.mark.parametrize("role", [*ROLES, "miner"])
 @pytest.mark.parametrize("durable", streams.DURABLES)
 def test_nobody_reaches_into_the_work_queue_of_another_service(role: str, durable: str) -> None:
-    granted, stream = permissions(role, KEY), streams.DURABLES[durable].stream
-    assert may_publish(granted, f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}") == (role == durable)
-    assert may_publish(granted, f"$JS.ACK.{stream}.{durable}.1.2.3.4.5") == (role == durable)
-    assert not may_publish(granted, f"$JS.API.CONSUMER.DELETE.{stream}.{durable}")
-    if role != durable:
-        assert not may_publish(granted, f"$JS.API.CONSUMER.CREATE.{stream}.{durable}.connito.v1.>")
+    stream = streams.DURABLES[durable].stream
+    assert may_publish(role, f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}") == (role == durable)
+    assert may_publish(role, f"$JS.ACK.{stream}.{durable}.1.2.3.4.5") == (role == durable)
+    for verb in ("CREATE", "DELETE"):
+        assert not may_publish(role, f"$JS.API.CONSUMER.{verb}.{stream}.{durable}")
+    for verb in ("DELETE", "PURGE", "UPDATE", "CREATE"):
+        assert not may_publish(role, f"$JS.API.STREAM.{verb}.{stream}")
 
 
 @pytest.mark.parametrize("role", [*ROLES, "miner"])
-def test_everybody_hears_only_its_own_replies(role: str) -> None:
-    assert permissions(role, KEY).subscribe == (f"_INBOX.{KEY}.>",)
+def test_everybody_hears_only_its_own_replies_and_hints(role: str) -> None:
+    for rights in granted(role):
+        assert all(subject == f"_INBOX.{KEY}.>" or subject.startswith("live.") for subject in rights.subscribe)
 
 
 def test_only_leaders_hold_leases_and_only_services_with_an_api_are_found() -> None:
-    leads = {role for role in ROLES if may_publish(permissions(role, KEY), f"$KV.{streams.LEASES}.{role}")}
-    found = {role for role in ROLES if may_publish(permissions(role, KEY), f"$KV.{streams.ENDPOINTS}.{role}")}
+    leads = {role for role in ROLES if may_publish(role, f"$KV.{streams.LEASES}.{role}")}
+    found = {role for role in ROLES if may_publish(role, f"$KV.{streams.ENDPOINTS}.{role}")}
     assert leads == {"coordinator", "aggregator"}
     assert found == {"coordinator", "committer", "library"}
-    assert not may_publish(permissions("committer", KEY), f"$KV.{streams.ENDPOINTS}.coordinator")
+    assert not may_publish("committer", f"$KV.{streams.ENDPOINTS}.coordinator")
 
 
 @pytest.mark.parametrize("role", [*ROLES, "miner"])
 def test_services_and_validators_report_offences_under_their_own_key_and_nobody_else_does(role: str) -> None:
-    granted = permissions(role, KEY)
     reports = role not in ("miner", "customer")
-    assert may_publish(granted, f"connito.security.v1.denied.{KEY}") == reports
-    assert not may_publish(granted, f"connito.security.v1.denied.{OTHER}")
+    assert may_publish(role, f"connito.security.v1.denied.{KEY}") == reports
+    assert not may_publish(role, f"connito.security.v1.denied.{OTHER}")
