@@ -16,6 +16,8 @@ COMPACT, EXACT = OPTIMIZERS = ("adamw-8bit", "adamw")
 ATTENTION = ("", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # One product for all experts of a bank where the device has it, or one for each expert.
 EXPERTS = ("auto", "grouped", "loop")
+# Logits computed at a time: 64 MB in float32. Fewer make the output layer slower, more do not make it faster.
+HEAD_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
-from connito.moe.engine import Engine, state_bytes
+from connito.moe.engine import HEAD_VALUES, Engine, state_bytes
 from connito.moe.residency import ALL, AUTO, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
 from connito.render.formats import size
 from connito.v1 import reasons_pb2
@@ -25,7 +25,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # norms, of attention's four projections, of the router and the experts, and what the experts keep inside.
 KEPT_PER_LAYER = 18
 # The output layer works on this many logits at a time, in float32 and in the weights' type.
-HEAD_BYTES = 8 << 22
+HEAD_BYTES = 8 * HEAD_VALUES
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from connito.moe.batches import placed
+from connito.moe.engine import HEAD_VALUES
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Logits computed at a time: 2^22 values are 16 MB in fp32.
-CHUNK_VALUES = 1 << 22
 # Without gradients a tile of so many tokens meets the output layer block by block. A block of weights is then prepared for
 # multiplication once for all of them; with few tokens and all words at a time that preparation takes as long as the product.
 TILE_TOKENS, BLOCK_WORDS = 1024, 4096
@@ -27,8 +28,9 @@ TILE_TOKENS, BLOCK_WORDS = 1024, 4096
 class Head:
     """Negative log-likelihoods of a model's next tokens.
 
-    Uses the bare output layer where the family has nothing else between its last hidden state and its logits, which is
-    measured once on four tokens; otherwise (soft-capped, scaled logits) the model's own forward.
+    Where the family has nothing but a linear layer between its last hidden state and its logits, its loss and gradient are
+    computed here. Where it caps or scales them, its own forward makes the logits of a few tokens at a time, given their
+    hidden states. Either is measured once on four tokens; a family that is neither makes all logits at once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,7 +51,7 @@ class Head:
         output layer does not see them. A `Batch` is these four.
         """
         options = placed(positions)
-        if self.output is None or self.body is None:
+        if self.body is None:
             outputs = self.model(input_ids=ids, use_cache=False, **options).logits
             of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _full_nll
         else:
@@ -64,12 +66,23 @@ class Head:
 
     def nll_of_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the loss per token from last hidden states [..., H] (after the final norm) and targets [...]."""
-        assert self.output is not None
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        losses: torch.Tensor = ChunkedNLL.apply(  # type: ignore[no-untyped-call]
-            flat, self.output.weight, self.output.bias, targets.reshape(-1)
-        )
-        return losses.view(targets.shape)
+        flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        if isinstance(self.output, torch.nn.Linear):
+            losses: torch.Tensor = ChunkedNLL.apply(  # type: ignore[no-untyped-call]
+                flat, self.output.weight, self.output.bias, wanted
+            )
+            return losses.view(targets.shape)
+        step = max(1, HEAD_VALUES // self.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+        parts = [
+            checkpoint(
+                self._part, flat[i : i + step], wanted[i : i + step], use_reentrant=False, preserve_rng_state=False
+            )
+            for i in range(0, len(flat), step)
+        ]
+        return torch.cat(parts).view(targets.shape)
+
+    def _part(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _full_nll(_logits_of(self.model, self.body, hidden[None]), targets[None])[0]
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -93,7 +106,7 @@ class ChunkedNLL(torch.autograd.Function):
             )
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        step = max(1, CHUNK_VALUES // weight.shape[0])
+        step = max(1, HEAD_VALUES // weight.shape[0])
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             logits = F.linear(hidden[part], weight, bias).float()
@@ -139,14 +152,24 @@ def _full_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return flat.view(targets.shape)
 
 
+def _logits_of(model: Any, body: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits that the model's own forward makes of last hidden states [1, n, H]."""
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del body.forward
+    return logits
+
+
 def _split(model: Any) -> tuple[Any, Any]:
-    """Return (body, output layer) if the body's last hidden state and a plain linear layer give the model's logits."""
+    """Return (body, output layer) where a plain linear layer makes the model's logits of the body's last hidden state, (body,
+    None) where the rest of its forward does, and (None, None) otherwise.
+    """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     body = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
-    if not isinstance(output, torch.nn.Linear) or body is None or body is model:
-        return None, None
-    capped = getattr(model.config, "final_logit_softcapping", None)
-    if output.weight.requires_grad or capped:
+    if output is None or body is None or body is model or output.weight.requires_grad:
         return None, None
     ids = torch.arange(4, device=output.weight.device)[None]
     with torch.no_grad():
@@ -154,6 +177,12 @@ def _split(model: Any) -> tuple[Any, Any]:
         hidden = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
         if hidden is None:
             return None, None
-        plain = output(hidden.to(output.weight.dtype)).float()
-    same = plain.shape == logits.shape and torch.allclose(plain, logits, rtol=1e-4, atol=1e-5)
-    return (body, output) if same else (None, None)
+        if isinstance(output, torch.nn.Linear) and not getattr(model.config, "final_logit_softcapping", None):
+            plain = output(hidden.to(output.weight.dtype)).float()
+            if plain.shape == logits.shape and torch.allclose(plain, logits, rtol=1e-4, atol=1e-5):
+                return body, output
+        try:
+            own = _logits_of(model, body, hidden).float()
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+            return None, None
+    return (body if own.shape == logits.shape and torch.allclose(own, logits, rtol=1e-4, atol=1e-5) else None), None

@@ -6,11 +6,12 @@ import pytest
 import torch
 from connito.moe import head
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunked_losses_and_gradients_are_those_of_cross_entropy(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    monkeypatch.setattr(head, "CHUNK_VALUES", 3 * 50)  # three tokens at a time
+    monkeypatch.setattr(head, "HEAD_VALUES", 3 * 50)  # three tokens at a time
     draw = torch.Generator().manual_seed(0)
     weight, offset = torch.randn(50, 8, generator=draw), torch.randn(50, generator=draw) if bias else None
     hidden = torch.randn(10, 8, generator=draw, requires_grad=True)
@@ -23,22 +24,59 @@ def test_chunked_losses_and_gradients_are_those_of_cross_entropy(monkeypatch: py
     torch.testing.assert_close(gradient, expected)
 
 
-def test_the_bare_output_layer_is_used_only_where_it_is_the_whole_head(full: Any) -> None:
-    assert head.Head(full).output is not None
-    scaled: Any = full
-    original = type(scaled).forward
+def capped(model: Any) -> Any:
+    """Cap the logits softly, as some families do behind their output layer."""
+    original = type(model).forward
 
-    def capped(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = original(self, *args, **kwargs)
         out.logits = 5 * torch.tanh(out.logits / 5)
         return out
 
-    scaled.forward = capped.__get__(scaled)
-    assert head.Head(scaled).output is None
-    ids = torch.arange(10)[None]
-    got = head.Head(scaled).nll(ids[:, :-1], ids[:, 1:])
-    wanted = functional.cross_entropy(scaled(input_ids=ids[:, :-1]).logits[0], ids[0, 1:], reduction="none")
-    torch.testing.assert_close(got[0], wanted)
+    model.forward = forward.__get__(model)
+    return model
+
+
+class Tables(TorchDispatchMode):
+    """The most tokens for which logits are made at once inside the block."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.vocabulary, self.tokens = vocabulary, 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else [out]:
+            # A transposed view of the output layer's matrix is no new tensor.
+            if isinstance(made, torch.Tensor) and made.shape[-1:] == (self.vocabulary,) and not made._is_view():
+                self.tokens = max(self.tokens, made.numel() // self.vocabulary)
+        return out
+
+
+@pytest.mark.parametrize("behind", [lambda model: model, capped])
+def test_losses_and_gradients_are_the_familys_and_no_table_of_logits_is_made(
+    full: Any, monkeypatch: pytest.MonkeyPatch, behind: Any
+) -> None:
+    model = behind(full)
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr(head, "HEAD_VALUES", 5 * vocabulary)
+    made = head.Head(model)
+    assert (made.output is None) == (behind is capped)
+    ids = torch.arange(2 * 21).view(2, 21) % vocabulary
+    embedded = torch.randn(2, 20, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    embedded.requires_grad_(True)
+    hooked = model.get_input_embeddings().register_forward_hook(lambda _m, _a, _o: embedded)
+    wanted = functional.cross_entropy(
+        model(input_ids=ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    (expected,) = torch.autograd.grad(wanted.sum(), embedded)
+    with Tables(vocabulary) as tables:
+        got = made.nll(ids[:, :-1], ids[:, 1:])
+        (gradient,) = torch.autograd.grad(got.sum(), embedded)
+    hooked.remove()
+    torch.testing.assert_close(got.flatten(), wanted)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert 0 < tables.tokens <= 5
 
 
 @pytest.mark.parametrize("bias", [False, True])
