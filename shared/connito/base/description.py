@@ -7,14 +7,15 @@ comes out says which stored tensors it takes, in which types, what it ties, what
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from connito.base.dequantise import Packed, unpacked
 from connito.base.pickled import pickled_headers
 from connito.base.pretrained import lacking, on_meta, parse_config
-from connito.base.quantised import Storage, storage_of
+from connito.base.quantised import unpacked_headers
 from connito.base.stored import Source, Stored, format_name, locate, torch_dtypes
 from connito.data.checkpoint_files import CheckpointFiles, Header, find_checkpoint, read_headers, read_json
 from connito.data.hashing import hash_checkpoint, outline
@@ -33,14 +34,16 @@ class Description:
     """A checkpoint as its model takes it.
 
     `skeleton`: the model on the meta device, each tensor in the type it is loaded in; `tensors`: sources by the model's names;
-    `storage`: by stored name, where a tensor is not stored plainly; `ignored`: stored tensors that the model has no place for.
+    `packed`: weights that are stored as values and scales, which stand here as one tensor of numbers; `quantised`: how, for
+    people; `ignored`: stored tensors that the model has no place for.
     """
 
     config: Any
     dtype: torch.dtype
     skeleton: nn.Module
     tensors: Mapping[str, Stored]
-    storage: Mapping[str, Storage]
+    packed: Mapping[str, Packed]
+    quantised: str
     ignored: tuple[str, ...]
     headers: Mapping[str, Header]
 
@@ -75,16 +78,26 @@ class Description:
     def picker(self, layer: MoELayer, part: str, source: Source) -> Callable[[Sequence[int]], torch.Tensor]:
         """Return how to read rows [experts, …] of one bank of a layer that is `rowwise`, as they are when it is loaded."""
         stored, bank = self.tensors[f"{layer.experts_name}.{part}"], getattr(layer.experts, part)
-        plain = not any(name in self.storage for name in stored.names)
-        return lambda experts: stored.rows(experts, source, self.skeleton, bank.dtype if plain else None).to(bank.dtype)
+        return lambda experts: stored.rows(experts, source, self.skeleton, bank.dtype)
+
+    def numbers(self, source: Source) -> Source:
+        """Return a source of the tensors described here from one of the stored tensors."""
+        dtypes = {name: torch_dtypes()[self.headers[name].dtype] for name in self.packed}
+        return unpacked(source, self.packed, dtypes.__getitem__)
 
     def taken(self) -> Taken:
         """Return what of this a manifest keeps."""
-        state = self.skeleton.state_dict()
-        dtypes = {
-            name: format_name(state[stored.name].dtype) for stored in self.tensors.values() for name in stored.names
-        }
-        return Taken(dtypes, self.banks(), "" if self.config.dtype else _dtype_name(self.dtype))
+        state, banks = self.skeleton.state_dict(), self.banks()
+        taken = Taken({}, {}, "" if self.config.dtype else _dtype_name(self.dtype), quantised=self.quantised)
+        for stored in self.tensors.values():
+            for name in stored.names:
+                packed = self.packed.get(name)
+                for part in (packed.values, packed.scales) if packed else (name,):
+                    taken.dtypes[part] = format_name(state[stored.name].dtype)
+                    if name in banks:
+                        usual = usual_bank(part) or banks[name]
+                        taken.banks[part] = replace(banks[name], part=usual.part)
+        return taken
 
     def _bank(self, layer: MoELayer, part: str) -> tuple[Stored, bool]:
         name = f"{layer.experts_name}.{part}"
@@ -103,17 +116,22 @@ def describe(config: bytes, headers: Mapping[str, Header], dtype: str = "") -> D
     missing or of another shape, and for weights that are quantised in a way that is not read here.
     """
     parsed = parse_config(config)
-    storage = storage_of(parsed, headers)
+    stored = unpacked_headers(parsed, headers)
     whole = parsed.dtype or (_torch_dtype(dtype) if dtype else _first_dtype(headers))
-    tensors = {name: meta(header) for name, header in headers.items()}
+    tensors = {name: meta(header) for name, header in stored.headers.items()}
     skeleton, missing = on_meta(parsed, tensors, dtype=whole)
     if missing:
         raise lacking(missing)
-    located = locate(skeleton, headers)
+    located = locate(skeleton, stored.headers)
     _check_experts(skeleton, located)
-    _check_numbers(skeleton, located, headers, storage)
-    used = {name for stored in located.values() for name in stored.names}
-    return Description(parsed, whole, skeleton, located, storage, tuple(sorted(set(headers) - used)), dict(headers))
+    _check_numbers(skeleton, located, stored.headers)
+    used, state = {name for each in located.values() for name in each.names}, skeleton.state_dict()
+    # Packed weights come out in the type that the model has them in, rounded once.
+    types = {name: format_name(state[each.name].dtype) for each in located.values() for name in each.names}
+    packed = {name: weight for name, weight in stored.packed.items() if name in used}
+    numbers = {n: replace(h, dtype=types[n]) if n in packed else h for n, h in stored.headers.items()}
+    ignored = tuple(sorted(set(stored.headers) - used))
+    return Description(parsed, whole, skeleton, located, packed, stored.kind, ignored, numbers)
 
 
 def describe_files(files: CheckpointFiles) -> Description:
@@ -168,14 +186,12 @@ def _check_experts(skeleton: nn.Module, located: Mapping[str, Stored]) -> None:
             raise lacking([f"expert {absent[0]} of {name}"])
 
 
-def _check_numbers(
-    skeleton: nn.Module, located: Mapping[str, Stored], headers: Mapping[str, Header], storage: Mapping[str, Storage]
-) -> None:
+def _check_numbers(skeleton: nn.Module, located: Mapping[str, Stored], headers: Mapping[str, Header]) -> None:
     """Raise `Invalid` for whole numbers where the model has fractions: weights that were quantised, without a sign of how."""
     state = skeleton.state_dict()
     for name, stored in located.items():
         for source in stored.names if state[name].is_floating_point() else ():
-            if source not in storage and not meta(headers[source]).is_floating_point():
+            if not meta(headers[source]).is_floating_point():
                 raise Invalid(
                     f"{source} is of type {headers[source].dtype}, where the model has {format_name(state[name].dtype)}: the "
                     "checkpoint is quantised; use the one that was not quantised, or convert it",

@@ -64,7 +64,7 @@ def load_full(source: Path | Mapping[str, Path], *, device: torch.device | None 
     """
     files = find_checkpoint(source)
     description = describe_files(files)
-    tensors = _turns(description, _mapped(files))
+    tensors = _turns(description, description.numbers(_mapped(files)))
     model: nn.Module = from_tensors(description.config, tensors, dtype=description.dtype)
     return model if device is None else model.to(device)
 
@@ -150,7 +150,7 @@ class _Training:
 def _resident(description: Description, source: Source, how: _Training) -> nn.Module:
     from connito.moe.resident import install, resident_plan
 
-    layers = description.layers
+    layers, source = description.layers, description.numbers(source)
     plan = resident_plan(layers, how.targets, how.helpers, how.routing_mode, how.residency)
     apart = {index: layers[index] for index in plan if description.rowwise(layers[index])}
     model: nn.Module = from_tensors(

@@ -103,6 +103,7 @@ def _document(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "folder": str(folder),
         "digest": manifest.digest,
         "bytes": manifest.size,
+        "quantised": manifest.quantised,
         "experts": {str(layer): count for layer, count in manifest.experts().items()},
         "expert_bytes": {str(layer): count for layer, count in sizes.items()},
         "files": {name: entry.digest for name, entry in sorted(manifest.files.items())},
@@ -111,7 +112,8 @@ def _document(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _text(folder: Path, manifest: Manifest) -> str:
     experts, sizes = manifest.experts(), manifest.expert_bytes()
-    lines = [f"{manifest.name} in {folder}: {formats.size(manifest.size)}, digest {manifest.digest}"]
+    stored = f", {manifest.quantised}" if manifest.quantised else ""
+    lines = [f"{manifest.name} in {folder}: {formats.size(manifest.size)}{stored}, digest {manifest.digest}"]
     lines += [
         f"  layer {layer:>3}: {count} experts of {formats.size(sizes[layer])}" for layer, count in experts.items()
     ]

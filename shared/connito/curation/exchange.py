@@ -12,6 +12,7 @@ from connito.curation.holdings import Agreement, Expert, Holdings, read_folder
 from connito.errors import Invalid
 from connito.library.artifact import EXPERT_FILE
 from connito.library.attestation import ATTESTATION_FILE, check_attestation
+from connito.library.derived import base_of
 from connito.library.governance import Permission
 from connito.library.schema import ExpertRecord
 from connito.library.shelf import check_expert
@@ -101,7 +102,7 @@ def _export_whole(expert: Expert, base: Path, out: Path) -> ExpertRecord:
     model, manifest = load_full(base), build_manifest(base)
     load_expert(model, folder)
     source = ModelSource(
-        "export", {"name": manifest.name, "manifest": manifest.digest}, parents=[record],
+        "export", base_of(manifest), parents=[record],
         license=str(record.get("license", "")), domain=str(record["domain"]), losses=record.get("losses", []),
         created=str(record["created"]),
     )  # fmt: skip

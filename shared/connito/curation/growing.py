@@ -18,6 +18,7 @@ from connito.errors import NotFound
 from connito.experts import flex
 from connito.experts.export import ModelSource, export_model
 from connito.experts.measure import BaselineLosses
+from connito.library.derived import base_of
 from connito.library.schema import Base, ExpertRecord
 from connito.moe.layout import require_moe_layers
 
@@ -69,8 +70,7 @@ def join(additions: Sequence[Path], base: Path, out: Path, measure: Mapping[str,
     ids = flex.opt_in(model, members)
     added = [{"name": m.name, "digest": m.digest, "experts": ids[m.name]} for m in members]
     settings = {"additions": added, "anchor": anchors}
-    identity: Base = {"name": manifest.name, "manifest": manifest.digest}
-    source = ModelSource("join", identity, settings=settings, losses=before.compare(model))
+    source = ModelSource("join", base_of(manifest), settings=settings, losses=before.compare(model))
     return export_model(model, out, tokenizer, source)
 
 

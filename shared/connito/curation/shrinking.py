@@ -20,6 +20,7 @@ from connito.experts.load import load_expert
 from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import BaselineLosses, loss
 from connito.experts.token_skipping import skip_thresholds, skipping
+from connito.library.derived import base_of
 from connito.library.schema import Base, ExpertRecord
 from connito.moe.layout import require_moe_layers
 from connito.moe.statistics import collect
@@ -194,7 +195,7 @@ def _export(
         settings = {**source.settings, "dense": True, "experts": source.keep}
         model, source = to_dense(model), replace(source, settings=settings, keep={})
     source = replace(
-        source, base={"name": manifest.name, "manifest": manifest.digest}, losses=loaded.before.compare(model),
+        source, base=base_of(manifest), losses=loaded.before.compare(model),
         domain=loaded.domain, total=total, parents=loaded.parents, license=loaded.license, created=now_iso(),
     )  # fmt: skip
     return export_model(model, out, loaded.tokenizer, source, extra)

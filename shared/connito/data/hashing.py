@@ -54,6 +54,8 @@ def _extra(tensors: Mapping[str, TensorEntry], taken: Taken) -> dict[str, str]:
     banks = {name: taken.banks.get(name) for name in tensors if taken.banks.get(name) != usual_bank(name)}
     other = {name: dtype for name, dtype in taken.dtypes.items() if dtype != tensors[name].dtype}
     extra = {"dtype": taken.dtype} if taken.dtype else {}
+    if taken.quantised:
+        extra["quantised"] = taken.quantised
     if banks:
         extra["banks"] = _json({n: bank and [bank.layer, bank.part, bank.expert] for n, bank in banks.items()})
     if other:

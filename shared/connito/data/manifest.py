@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,10 @@ from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 _FUSED = re.compile(
-    r"^(?P<experts>.*\blayers\.(?P<layer>\d+)\..*experts)\.(?P<part>(?:gate_up_proj|up_proj|down_proj)(?:_bias)?)$"
+    r"^(?P<experts>.*\blayers\.(?P<layer>\d+)\..*experts)\.(?P<part>(?:gate_up_proj|up_proj|down_proj)(?:_bias|_blocks|_scales|_scale_inv)?)$"
 )
 _SINGLE = re.compile(
-    r"^(?P<experts>.*\blayers\.(?P<layer>\d+)\..*experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
+    r"^(?P<experts>.*\blayers\.(?P<layer>\d+)\..*experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight(?P<scale>_scale_inv)?$"
 )
 _PARTS_OF = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _MAX_BYTES, _MAX_FILES, _MAX_TENSORS, _MAX_NAME = 1 << 28, 10_000, 2_000_000, 512
@@ -92,12 +92,13 @@ class Bank:
 class Taken:
     """The part of a checkpoint that its model takes: the dtype each stored tensor is loaded in, and those with experts.
 
-    `dtype`: the type of the whole where config.json does not state it.
+    `dtype`: the type of the whole where config.json does not state it; `quantised`: how it is packed, for people.
     """
 
-    dtypes: Mapping[str, str]
-    banks: Mapping[str, Bank]
+    dtypes: dict[str, str]
+    banks: dict[str, Bank]
     dtype: str = ""
+    quantised: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Manifest:
     """Files, tensors and digests of a base model.
 
     `extra` says what names alone do not: `banks`, tensors whose experts follow another rule than the usual names; `dtypes`,
-    in what type tensors are loaded that are stored in another; `dtype`, the model's where its configuration has none.
+    in what type tensors are loaded that are stored in another; `dtype`, the model's where its configuration has none;
+    `quantised`, how its publisher packed it.
     """
 
     files: dict[str, FileEntry]
@@ -158,6 +160,11 @@ class Manifest:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
+    def quantised(self) -> str:
+        """Return how the base is packed, for people; empty for plain numbers."""
+        return self.extra.get("quantised", "")
+
+    @property
     def size(self) -> int:
         """Return bytes of all tensors."""
         return sum(tensor.length for tensor in self.tensors.values())
@@ -180,9 +187,16 @@ class Manifest:
         """Return the type in which a tensor is loaded, which may be another than it is stored in."""
         return self._dtypes.get(name, self._dtypes.get("", self.tensors[name].dtype))
 
+    def values(self, name: str) -> int:
+        """Return how many numbers the tensor is loaded as: none for scales of a quantised base, two for a byte of MXFP4."""
+        if self.quantised and name.endswith(("_scale_inv", "_scales")):
+            return 0
+        each = 2 if self.quantised and name.endswith("_blocks") else 1
+        return each * math.prod(self.tensors[name].shape)
+
     def loaded_bytes(self, name: str) -> int:
         """Return the tensor's size in memory, in the type it is loaded in."""
-        return math.prod(self.tensors[name].shape) * STORED_BITS[self.dtype(name)] // 8
+        return self.values(name) * STORED_BITS[self.dtype(name)] // 8
 
     def experts(self) -> dict[int, int]:
         """Return the number of experts by layer."""
@@ -279,7 +293,7 @@ def usual_bank(name: str) -> Bank | None:
     if match := _FUSED.match(name):
         return Bank(int(match["layer"]), match["part"])
     if match := _SINGLE.match(name):
-        return Bank(int(match["layer"]), _PARTS_OF[match["part"]], int(match["expert"]))
+        return Bank(int(match["layer"]), _PARTS_OF[match["part"]] + (match["scale"] or ""), int(match["expert"]))
     return None
 
 

@@ -92,6 +92,7 @@ def export_model(
     )  # fmt: skip
     write_card(record, out)
     record |= {
+        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         "verb": source.verb,
         "experts": {str(index): list(experts) for index, experts in sorted(source.keep.items())},
         "settings": dict(source.settings),

@@ -25,7 +25,7 @@ _CARD = """\
 
 | | |
 |---|---|
-| base model | `{base_name}`, manifest `{manifest}` |
+| base model | `{base_name}`{stored}, manifest `{manifest}` |
 | expert file | `{digest}`, {bytes:,} bytes |
 | made by | {maker} |
 | version | {version} |
@@ -228,6 +228,7 @@ def render(record: ExpertRecord) -> str:
         intro=_intro(record),
         maker=_maker(record),
         base_name=_text(record["base"]["name"]),
+        stored=f", stored as {_text(record['base']['quantised'])}" if record["base"].get("quantised") else "",
         manifest=record["base"]["manifest"],
         digest=expert["digest"],
         bytes=expert["bytes"],

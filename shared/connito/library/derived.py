@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.library.artifact import MODEL_FORMAT, ExpertHeader
 from connito.library.governance import VISIBILITIES, governance
@@ -26,6 +27,14 @@ from connito.library.schema import (
 from connito.library.signature import joint_signature
 
 Weighted = Sequence[tuple[ExpertRecord, float]]
+
+
+def base_of(manifest: Manifest) -> Base:
+    """Return what a record says of a base."""
+    base: Base = {"name": manifest.name, "manifest": manifest.digest}
+    if manifest.quantised:
+        base["quantised"] = manifest.quantised
+    return base
 
 
 def derived_record(

@@ -17,10 +17,11 @@ from connito.errors import Invalid
 
 
 class Base(TypedDict):
-    """The base model: its name and the digest of its manifest."""
+    """The base model: its name, the digest of its manifest, and how its publisher packed it where it is quantised."""
 
     name: str
     manifest: str
+    quantised: NotRequired[str]
 
 
 class File(TypedDict):
@@ -151,7 +152,8 @@ class ExpertRecord(TypedDict):
     derived: NotRequired[Derived]
     card: NotRequired[File]
     tags: NotRequired[list[str]]
-    # Of models.
+    # Of models. `precision`: the type of the numbers in their files.
+    precision: NotRequired[str]
     verb: NotRequired[str]
     experts: NotRequired[dict[str, list[int]]]
     settings: NotRequired[dict[str, Any]]

@@ -131,12 +131,11 @@ def _beside(experts: int, helpers: Set[int], work: Workload) -> int:
 
 def _packed(manifest: Manifest, name: str, experts: int, trained: int) -> int:
     """Return bytes in four bits of what a tensor holds of the frozen experts: a row of each, or one expert's matrix."""
-    shape = manifest.tensors[name].shape
+    values, frozen = manifest.values(name), experts - trained
     if manifest.banks[name].expert is not None:
-        return four_bit_bytes(math.prod(shape)) * (experts - trained) // experts
-    row = shape[1:]
-    each = four_bit_bytes(math.prod(row)) if len(row) > 1 else manifest.loaded_bytes(name) // experts
-    return (experts - trained) * each
+        return four_bit_bytes(values) * frozen // experts
+    matrix = len(manifest.tensors[name].shape) > 2
+    return frozen * (four_bit_bytes(values // experts) if matrix else manifest.loaded_bytes(name) // experts)
 
 
 def _halved(length: int, dtype: str, half: bool) -> int:
