@@ -16,6 +16,7 @@ import numpy as np
 from connito.base.checkpoint import save_checkpoint
 from connito.base.loading import build_empty
 from connito.base.upcycle import Upcycled, upcycle
+from connito.data.encoding import encoder_of
 from connito.errors import Invalid, NotFound
 from connito.runtime.progress import Progress, silent
 from connito.v1 import reasons_pb2
@@ -99,7 +100,7 @@ def probe_blocks(
     for domain in sorted(texts):
         wanted, ids = (sequences + held) * length, []
         for text in texts[domain]:
-            ids += [*tokenizer(text, verbose=False).input_ids, tokenizer.eos_token_id]
+            ids += encoder_of(tokenizer).documents([text])[0]
             if len(ids) >= wanted:
                 break
         if len(ids) < wanted:

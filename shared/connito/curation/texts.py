@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from connito.data.encoding import encoder_of
 from connito.data.reading.texts import read_texts
 from connito.errors import Invalid
 from connito.wire.hashing import hash_fields
@@ -25,7 +26,7 @@ def cut_sequences(tokenizer: Any, texts: Sequence[Path]) -> npt.NDArray[Any]:
     """Return the texts in a row as int32 [n, LENGTH + 1], or shorter where there is little text."""
     ids = array("i")
     for text in read_texts(texts):
-        ids.extend([*tokenizer(text, verbose=False, add_special_tokens=False).input_ids, tokenizer.eos_token_id])
+        ids.extend([*encoder_of(tokenizer).encode([text])[0], tokenizer.eos_token_id])
     length = min(LENGTH + 1, len(ids) // 2)
     if length < 8:
         raise Invalid(f"{', '.join(map(str, texts))} hold {len(ids)} tokens, too few to measure on: give more text")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from connito.data.encoding import encoder_of
 from connito.data.reading.reader import Reading
 from connito.data.reading.texts import texts_of
 from connito.errors import Invalid, NotFound
@@ -33,7 +34,7 @@ def blocks(
     for path in paths:
         reading, found = Reading(path), 0
         for _, text in texts_of(reading):
-            ids.extend(tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
+            ids.extend(encoder_of(tokenizer).encode([text])[0])
             ids.append(tokenizer.eos_token_id)
             found += 1
             if len(ids) >= _BATCH * length:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.jobs.context import JobContext, open_context
-from connito.jobs.corpora import Corpora, build
+from connito.jobs.corpora import Corpora, build, template_of
 from connito.jobs.findings import Finding, worst
 from connito.jobs.policies import check_policies, run_spec
 from connito.jobs.spec import Job, read_job
@@ -82,7 +82,7 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     checked.findings += [*check_policies(job, spec, context), *_budget(job, context)]
     if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
         progress("tokenising", 0.6)
-        checked.corpora = build(texts, spec, context)
+        checked.corpora = build(texts, spec, context, template_of(job.chat_template, root))
         checked.findings += checked.corpora.findings
     progress("checked", 1.0)
     return checked

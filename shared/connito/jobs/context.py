@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.data.corpus import Corpus
+from connito.data.encoding import encoder_of
 from connito.data.manifest import Manifest
 from connito.errors import NotFound
 from connito.jobs.spec import Job
@@ -84,10 +85,7 @@ class JobContext:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return encoder_of(self.tokenizer).encode(texts)
 
     def general_corpora(self) -> Mapping[str, Corpus]:
         """Return the platform's general hold-outs by domain."""

@@ -6,12 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from connito.data.corpus import Corpus
-from connito.errors import Invalid
+from connito.data.conversations import Conversation
+from connito.data.corpus import ENDS, WHOLE, Corpus
+from connito.data.encoding import encoder_of
+from connito.data.templates import PLAIN_WORDS, Laid, Templates, read_template
+from connito.errors import Invalid, NotFound
 from connito.jobs.context import JobContext
 from connito.jobs.findings import Finding
 from connito.jobs.sources import Document
@@ -63,15 +67,28 @@ class Corpora:
         return {name: {"documents": corpus.documents, "tokens": len(corpus.tokens)} for name, corpus in parts.items()}
 
 
-def build(texts: Texts, spec: RunSpec, context: JobContext) -> Corpora:
-    """Tokenise every part and check the result: sizes against the policy, lengths, and the tokenizer's fit."""
+def build(texts: Texts, spec: RunSpec, context: JobContext, chat_template: str = "") -> Corpora:
+    """Tokenise every part and check the result: sizes against the policy, lengths, and the tokenizer's fit.
 
+    chat_template: the name or the source of the template for conversations; empty: the base's own.
+    """
+    with Templates(context.tokenizer, chat_template) as templates:
+        found = _tokenised(texts, spec, context, templates)
+        found.findings += _chats(templates.laid)
+    held = found.general if texts.general else dict(context.general_corpora())
+    found.findings += _sizes(found, held, spec)
+    found.findings += _lengths(found.train, spec.training.sequence_length)
+    found.findings += _fit(found, texts, held, context)
+    return found
+
+
+def _tokenised(texts: Texts, spec: RunSpec, context: JobContext, templates: Templates) -> Corpora:
     def corpus(domain: str, split: str, documents: Iterable[Document]) -> Corpus:
         metadata = {
             "domain": domain, "split": split, "tokenizer": context.tokenizer_digest,
-            "separator": str(context.tokenizer.eos_token_id),
+            "separator": str(context.tokenizer.eos_token_id), ENDS: WHOLE,
         }  # fmt: skip
-        return Corpus.from_documents(_encoded(documents, context), metadata)
+        return Corpus.from_masked(_encoded(documents, context, templates), metadata)
 
     found = Corpora(
         corpus(spec.domain, "probe", texts.probe),
@@ -82,18 +99,52 @@ def build(texts: Texts, spec: RunSpec, context: JobContext) -> Corpora:
     )
     if texts.replay:
         found.replay = corpus("general", "replay", chain.from_iterable(texts.replay.values()))
-    held = found.general if texts.general else dict(context.general_corpora())
-    found.findings += _sizes(found, held, spec)
-    found.findings += _lengths(found.train, spec.training.sequence_length)
-    found.findings += _fit(found, texts, held, context)
     return found
 
 
-def _encoded(documents: Iterable[Document], context: JobContext) -> Iterator[list[int]]:
-    """Tokenise documents, a batch of them in memory at a time."""
+def _encoded(
+    documents: Iterable[Document], context: JobContext, templates: Templates
+) -> Iterator[tuple[list[int], list[bool] | None]]:
+    """Tokenise documents, a batch of them in memory at a time; conversations with marks of what the assistant says."""
     remaining = iter(documents)
-    while batch := [document.text for document in islice(remaining, _BATCH_DOCUMENTS)]:
-        yield from context.encode(batch)
+    while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
+        texts = iter(encoder_of(context.tokenizer).documents([entry.text for entry in batch if not entry.chat]))
+        for entry in batch:
+            if not entry.chat:
+                yield next(texts), None
+            elif (laid := templates.document(Conversation.from_json(entry.chat))) is not None:
+                yield laid
+
+
+def template_of(chosen: str, root: Path) -> str:
+    """Return the source of the template in a file below `root`, or the name that `chosen` is. Raises `NotFound`."""
+    file = root / chosen
+    if not chosen or not file.is_file():
+        if "/" in chosen or chosen.endswith((".jinja", ".jinja2", ".j2", ".txt")):
+            raise NotFound(f"there is no chat template {file}; paths are relative to the job's file")
+        return chosen
+    return read_template(file)
+
+
+def _chats(laid: Laid) -> list[Finding]:
+    """Say how many conversations were laid out, how much of them is learned, and which were left out, and why."""
+    lost = sum(laid.skipped.values())
+    if not laid.conversations and not lost:
+        return []
+    numbers = {**vars(laid), "skipped": dict(laid.skipped)}
+    detail = f"{laid.conversations} conversations by {laid.template}"
+    if laid.read:
+        share = formats.percent(laid.learned / laid.read, 0)
+        detail += f", {share} of their tokens are the assistant's and are learned"
+    if lost:
+        detail += f"; {lost} left out: {'; '.join(f'{why} ({count})' for why, count in laid.skipped.most_common(5))}"
+    if not laid.conversations:
+        remedy = "bring conversations that the template takes, or name another template in `chat_template`"
+        return [Finding("chat", "error", detail, remedy, numbers)]
+    if laid.template == PLAIN_WORDS:
+        remedy = "the base has no chat template: if it is made for one, name its file in `chat_template`"
+        return [Finding("chat", "warning", detail, remedy, numbers)]
+    return [Finding("chat", "warning" if lost else "ok", detail, "look at what was left out" if lost else "", numbers)]
 
 
 def _sizes(found: Corpora, held: dict[str, Corpus], spec: RunSpec) -> list[Finding]:

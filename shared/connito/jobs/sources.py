@@ -9,18 +9,19 @@ from pathlib import Path
 
 from connito.data.reading.reader import Reading
 from connito.data.reading.rows import Account, Wanted
-from connito.data.reading.texts import texts_of
+from connito.data.reading.texts import documents_of
 from connito.data.spool import Spool
 from connito.jobs.spec import Source
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it comes from: the source's number and `file:line`."""
+    """One text and where it comes from: the source's number and `file:line`. `chat`: the conversation that it is, as JSON."""
 
     text: str
     source: int
     where: str
+    chat: str = ""
 
 
 def document_spool() -> Spool[Document]:
@@ -51,7 +52,7 @@ def read_source(source: Source, number: int, reading: Reading, reach: Reach) -> 
     Raises `NotFound` when no file is there, and `Invalid` naming file and line for what cannot be read and for a
     template that asks for a field the rows do not have.
     """
-    for where, text in texts_of(reading, source.text, source.label):
+    for where, text, chat in documents_of(reading, source.text, source.label):
         reach.documents += 1
         reach.characters += len(text)
-        yield Document(text, number, where)
+        yield Document(text, number, where, "" if chat is None else chat.to_json())

@@ -152,6 +152,8 @@ class Job(_Strict):
     budget: Budget = Budget()
     privacy: Privacy = Privacy()
     people: Quorum = Quorum()
+    # How conversations are laid out: a file with a template, or the name of one of the base's; empty: the base's own.
+    chat_template: str = ""
     license: str = Field(min_length=1)
     data_statement: str = Field(default="", max_length=MAX_TEXT)
     start_from: str = "auto"

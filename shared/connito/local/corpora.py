@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from connito.base.recipes import cache_root, fresh_folder, source_digest
 from connito.data.corpus import Corpus
+from connito.data.encoding import encoder_of
 
 _MAKERS = (
     "connito.data.domains",
@@ -18,6 +19,7 @@ _MAKERS = (
     "connito.data.dedup",
     "connito.base.tiny",
     "connito.data.corpus",
+    "connito.data.encoding",
 )
 # Parts of a domain's text, with the share that generated text gives each.
 PARTS = {"probe": 0.05, "train": 0.75, "holdout": 0.2}
@@ -85,7 +87,7 @@ def _found(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[s
     prepared = prepare_corpora(
         domain,
         load_domain(domain, tokens * _CHARACTERS_PER_TOKEN),
-        lambda texts: _encode(tokenizer, texts),
+        encoder_of(tokenizer).encode,
         tokenizer_digest=tokenizer_digest(_tokenizer_files(base)),
         separator=int(tokenizer.eos_token_id),
         max_tokens=tokens,
@@ -103,14 +105,9 @@ def _generated(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[di
     for number, (part, share) in enumerate(PARTS.items()):
         texts = tiny_texts(domain, _TINY_TEXT_SEED + number, max(8, int(tokens * share / 300)))
         metadata = {"domain": domain, "split": part, "tokenizer": digest, "separator": str(tokenizer.eos_token_id)}
-        corpora[part] = Corpus.from_documents(_encode(tokenizer, texts), metadata)
+        corpora[part] = Corpus.from_documents(encoder_of(tokenizer).encode(texts), metadata)
     sizes = {f"{part}_tokens": len(corpus.tokens) for part, corpus in corpora.items()}
     return corpora, json.dumps({"domain": domain, **sizes})
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _tokenizer_files(base: Path) -> list[Path]:

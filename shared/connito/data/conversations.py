@@ -1,0 +1,186 @@
+"""Conversations in the shapes in which people publish them, as the messages that a chat template takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2 as reasons
+
+ASSISTANT = "assistant"
+_ROLES = {
+    "user": "user", "human": "user", "prompter": "user",
+    ASSISTANT: ASSISTANT, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bing": ASSISTANT, "bard": ASSISTANT, "model": ASSISTANT,
+    "bot": ASSISTANT, "function_call": ASSISTANT,
+    "system": "system", "developer": "developer",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
+}  # fmt: skip
+_LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog")
+# What is asked, what it is asked about, and the answer. Of two rows that fit, the first is taken.
+_PAIRS = (
+    ("prompt", "", "completion"), ("instruction", "input", "output"), ("instruction", "context", "response"),
+    ("query", "", "response"), ("question", "", "answer"), ("prompt", "", "response"), ("question", "", "response"),
+    ("instruction", "", "answer"), ("input", "", "output"),
+)  # fmt: skip
+_SYSTEM = ("system", "system_prompt")
+# What a template may read of a message beside its role and content.
+_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as chat templates take them, `role` and `content` at least, and the tools that the assistant may call.
+
+    `silent`: places of messages of the assistant that are not to be learned.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    silent: list[int] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Return what was said, without the instructions of the system, which many conversations share."""
+        said = (message["content"] or json.dumps(message.get("tool_calls", "")) for message in self.messages)
+        shown = zip(self.messages, said, strict=True)
+        return "\n\n".join(part for message, part in shown if message["role"] not in ("system", "developer"))
+
+    def to_json(self) -> str:
+        """Return the conversation as one JSON object."""
+        return json.dumps(vars(self), ensure_ascii=False, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Conversation:
+        """Return the inverse of `to_json`."""
+        return cls(**json.loads(text))
+
+
+def conversation_of(row: Mapping[str, Any]) -> Conversation | None:
+    """Return the conversation in a row's fields; None for a row that holds none, or a `text` to take instead.
+
+    Known are lists of messages (`messages`, `conversations`), prompt and completion, each a text or messages, and question
+    and answer under their usual names. Raises `Invalid`, as words to put behind "rows with", for one that cannot be used.
+    """
+    row = {str(name).lower(): value for name, value in row.items()}
+    for name in _LISTS:
+        listed = _list(row.get(name))
+        if listed is not None:
+            return _checked(_system(row) + _messages(listed), row)
+    if isinstance(row.get("text"), str):
+        return None
+    for asked, about, answer in _PAIRS:
+        if asked in row and answer in row and (about in row or not about):
+            return _checked(_system(row) + _history(row) + _pair(row, asked, about, answer), row)
+    return None
+
+
+def _list(value: Any) -> list[Any] | None:
+    """Return a list of objects, such as messages or tools, also one that a table holds as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    fits = isinstance(value, (list, tuple)) and all(isinstance(entry, Mapping) for entry in value)
+    return list(value) if fits else None
+
+
+def _messages(listed: list[Any]) -> list[dict[str, Any]]:
+    return [_message(entry) for entry in listed]
+
+
+def _message(entry: Mapping[str, Any]) -> dict[str, Any]:
+    role = entry.get("role", entry.get("from"))
+    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        raise _unusable(f"a message of the unknown role {role!r}")
+    content = entry.get("content", entry.get("value"))
+    kept = {name: entry[name] for name in _KEPT if entry.get(name)}
+    if content is None and not kept.get("tool_calls"):
+        raise _unusable("a message without content")
+    message = {"role": known, "content": "" if content is None else _text(content), **kept}
+    if entry.get("weight") == 0:
+        message["weight"] = 0
+    return message
+
+
+def _text(content: Any) -> str:
+    """Return a message's content as text: a text, or a list of parts that are texts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (list, tuple)):
+        return "".join(map(_part, content))
+    return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if (
+        not isinstance(part, Mapping)
+        or not isinstance(part.get("text"), str)
+        or kind not in ("text", "input_text", "output_text")
+    ):
+        raise _unusable(f"content of the type {kind!r}")
+    return str(part["text"])
+
+
+def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    said = next((row[name] for name in _SYSTEM if isinstance(row.get(name), str) and row[name].strip()), "")
+    return [{"role": "system", "content": said}] if said else []
+
+
+def _history(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    turns = row.get("history")
+    for turn in turns if isinstance(turns, (list, tuple)) else ():
+        if isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(said, str) for said in turn):
+            found += [{"role": "user", "content": turn[0]}, {"role": ASSISTANT, "content": turn[1]}]
+    return found
+
+
+def _pair(row: Mapping[str, Any], asked: str, about: str, answer: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for name, role in ((asked, "user"), (answer, ASSISTANT)):
+        listed = _list(row[name])
+        found += _messages(listed) if listed is not None else [{"role": role, "content": _plain(row[name], name)}]
+    more = _plain(row[about], about) if about else ""
+    if more.strip() and found[0]["role"] == "user":
+        found[0]["content"] += f"\n\n{more}"
+    return found
+
+
+def _plain(value: Any, name: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, (str, int, float)):
+        raise _unusable(f"a field {name!r} that is no text")
+    return str(value)
+
+
+def _checked(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Conversation:
+    if len(messages) > 1 and messages[0]["role"] == messages[1]["role"] == "system":
+        messages = messages[1:]
+    silent = [place for place, message in enumerate(messages) if message.pop("weight", 1) == 0]
+    answers = [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == ASSISTANT
+        and (message["content"].strip() or message.get("tool_calls"))
+        and place not in silent
+    ]
+    if not answers:
+        raise _unusable("no answer of an assistant")
+    # What comes behind the last answer cannot be learned from.
+    messages = messages[: answers[-1] + 1]
+    return Conversation(messages, _list(row.get("tools")) or None, silent)
+
+
+def _unusable(what: str) -> Invalid:
+    return Invalid(what, reason=reasons.REASON_BAD_SPEC)

@@ -1,0 +1,123 @@
+"""Conversations in the shapes in which people publish them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from connito.data.conversations import Conversation, conversation_of
+from connito.errors import Invalid
+
+ASKED, ANSWERED = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}
+TURNS = [ASKED, ANSWERED]
+SHAPES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "messages": ({"messages": TURNS}, TURNS),
+    "messages beside a text": ({"messages": TURNS, "text": "User: why? …", "prompt": "why?"}, TURNS),
+    "messages as JSON in a table": ({"messages": json.dumps(TURNS)}, TURNS),
+    "another case of letters": ({"Messages": TURNS}, TURNS),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "because"}]}, TURNS),
+    "sharegpt with a system field": (
+        {
+            "system": "Be kind.",
+            "conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "because"}],
+        },
+        [{"role": "system", "content": "Be kind."}, *TURNS],
+    ),
+    "prompt and completion": ({"prompt": "why?", "completion": "because"}, TURNS),
+    "prompt and completion as messages": ({"prompt": [ASKED], "completion": [ANSWERED]}, TURNS),
+    "a prompt of messages, a completion of text": ({"prompt": [ASKED], "completion": "because"}, TURNS),
+    "alpaca": ({"instruction": "why?", "input": "", "output": "because"}, TURNS),
+    "alpaca with input": (
+        {"instruction": "Translate.", "input": "warum?", "output": "why?"},
+        [{"role": "user", "content": "Translate.\n\nwarum?"}, {"role": "assistant", "content": "why?"}],
+    ),
+    "alpaca with history": (
+        {"instruction": "and?", "input": "", "output": "so", "history": [["why?", "because"]]},
+        [*TURNS, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "so"}],
+    ),
+    "dolly": (
+        {"instruction": "why?", "context": "it rains", "response": "because"},
+        [{"role": "user", "content": "why?\n\nit rains"}, ANSWERED],
+    ),
+    "query and response": ({"query": "why?", "response": "because"}, TURNS),
+    "question and answer": ({"question": "why?", "answer": "because"}, TURNS),
+    "parts of text": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]},
+                ANSWERED,
+            ]
+        },
+        TURNS,
+    ),
+    "what comes after the last answer": ({"messages": [*TURNS, {"role": "user", "content": "thanks"}]}, TURNS),
+    "a system message twice": (
+        {"system": "A.", "messages": [{"role": "system", "content": "B."}, *TURNS]},
+        [{"role": "system", "content": "B."}, *TURNS],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_conversation_is_known_by_its_fields(name: str) -> None:
+    row, want = SHAPES[name]
+    found = conversation_of(row)
+    assert found is not None
+    assert found.messages == want
+    assert Conversation.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "why? because"}, {"text": "a", "question": "why?", "answer": "b"}, {"title": "x", "body": "y"},
+        {"messages": "none"}, {},
+    ],
+)  # fmt: skip
+def test_other_rows_are_none(row: dict[str, Any]) -> None:
+    assert conversation_of(row) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"messages": [ASKED]}, "no answer of an assistant"),
+        ({"messages": []}, "no answer of an assistant"),
+        ({"messages": [{"role": "wizard", "content": "x"}, ANSWERED]}, "unknown role 'wizard'"),
+        ({"messages": [{"content": "x"}]}, "unknown role None"),
+        ({"messages": [{"role": "user"}, ANSWERED]}, "message without content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWERED]}, "type 'image_url'"),
+        ({"prompt": "why?", "completion": None}, "no answer of an assistant"),
+        ({"question": {"a": 1}, "answer": "b"}, "'question' that is no text"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_says_why(row: dict[str, Any], why: str) -> None:
+    with pytest.raises(Invalid, match=why):
+        conversation_of(row)
+
+
+def test_tools_calls_and_silent_answers_come_along() -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": {"what": "x"}}}
+    messages = [
+        ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "found"},
+        {"role": "assistant", "content": "there", "weight": 0},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "so", "weight": 1},
+    ]
+    found = conversation_of({"messages": messages, "tools": json.dumps([{"type": "function"}])})
+    assert found is not None
+    assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert found.silent == [3]
+    assert found.tools == [{"type": "function"}]
+    assert all("weight" not in message for message in found.messages)
+
+
+def test_what_many_conversations_share_is_not_their_text() -> None:
+    """Else all of them would be near-duplicates of one another."""
+    system = {"role": "system", "content": "You are an assistant. " * 50}
+    found = conversation_of({"messages": [system, *TURNS]})
+    assert found is not None
+    assert found.text == "why?\n\nbecause"
