@@ -67,7 +67,7 @@ def copies(model: Any) -> Callable[[], Any]:
 
 def from_config(family: str, settings: Mapping[str, Any]) -> Any:
     """Return the modules of a published model from its configuration alone: parameters have shapes and no memory."""
-    from connito.base.pretrained import skeleton
+    from connito.base.pretrained import modules_of
     from transformers import AutoConfig
 
-    return skeleton(AutoConfig.for_model(family, **settings))
+    return modules_of(AutoConfig.for_model(family, **settings))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from connito.base.dequantise import Packed, unpacked
 from connito.base.pickled import pickled_headers
-from connito.base.pretrained import lacking, on_meta, parse_config
+from connito.base.pretrained import lacking, modules_of, on_meta, parse_config
 from connito.base.quantised import unpacked_headers
 from connito.base.stored import Source, Stored, format_name, locate, torch_dtypes
 from connito.data.checkpoint_files import CheckpointFiles, Header, find_checkpoint, read_headers, read_json
@@ -119,7 +119,13 @@ def describe(config: bytes, headers: Mapping[str, Header], dtype: str = "") -> D
     stored = unpacked_headers(parsed, headers)
     whole = parsed.dtype or (_torch_dtype(dtype) if dtype else _first_dtype(headers))
     tensors = {name: meta(header) for name, header in stored.headers.items()}
-    skeleton, missing = on_meta(parsed, tensors, dtype=whole)
+    try:
+        skeleton, missing = on_meta(parsed, tensors, dtype=whole)
+    except Invalid as error:
+        # The library says that a rule failed, not for which tensor.
+        if isinstance(error.__cause__, RuntimeError):
+            _check_rules(modules_of(parsed), stored.headers)
+        raise error from error.__cause__
     if missing:
         raise lacking(missing)
     located = locate(skeleton, stored.headers)
@@ -184,6 +190,17 @@ def _check_experts(skeleton: nn.Module, located: Mapping[str, Stored]) -> None:
     for name, stored in located.items():
         if absent := stored.experts(len(state[name])):
             raise lacking([f"expert {absent[0]} of {name}"])
+
+
+def _check_rules(model: nn.Module, headers: Mapping[str, Header]) -> None:
+    """Raise `Invalid` naming the first tensor that the checkpoint's tensors do not make up."""
+    tensors = {name: meta(header) for name, header in headers.items()}
+    located = locate(model, headers)
+    _check_experts(model, located)
+    for stored in located.values():
+        if stored.by_expert:
+            whole = range(len(next(iter(stored.sources.values()))))
+            stored.rows(whole, Source(tensors.__getitem__, lambda name, experts: tensors[name]), model, None)
 
 
 def _check_numbers(skeleton: nn.Module, located: Mapping[str, Stored], headers: Mapping[str, Header]) -> None:

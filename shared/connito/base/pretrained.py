@@ -6,6 +6,7 @@ never run and never asked for, and nothing that a checkpoint lacks is filled in.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -51,12 +52,11 @@ def parse_config(data: bytes) -> Any:
 
 
 def _family(data: bytes) -> str | None:
-    import json
-
     try:
-        return str(json.loads(data)["model_type"])
+        family = json.loads(data)["model_type"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    return family if isinstance(family, str) else None
 
 
 def _causal(config: Any) -> tuple[type[Any], Any]:
@@ -111,7 +111,7 @@ def on_meta(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: Any = No
     return _load(config, tensors, dtype, keep_apart, {"device_map": {"": "meta"}})
 
 
-def skeleton(config: Any) -> Any:
+def modules_of(config: Any) -> Any:
     """Return the modules of a configuration without storage, in eval mode, frozen."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -46,7 +46,8 @@ class LoadedExpert:
 
 
 def load_expert(model: nn.Module, expert: Path | str) -> LoadedExpert:
-    """Put the expert at `expert` (a file, or the directory of an export) into `model`, in place.
+    """Put the expert at `expert` (a file, or the directory of an export) into `model`, in place; it may be compiled, or lie
+    on several devices.
 
     Every tensor of the model, and every expert's row separately, is hashed before and after. Raises `NotFound` when
     there is no such file, `Invalid` when the model is not the base the expert was made for (nothing is written
@@ -58,6 +59,14 @@ def load_expert(model: nn.Module, expert: Path | str) -> LoadedExpert:
 
     path = _file(Path(expert))
     header = read_header(path)
+    # What torch.compile returns wraps the model, and says its names with a prefix.
+    model = getattr(model, "_orig_mod", model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise Invalid(
+            "parts of this model are on disk, not in memory: load it where all of it fits (without an offload folder), put "
+            "the expert in, and save it",
+            reason=reasons.REASON_WRONG_TENSORS,
+        )
     state = load_state(path)
     before = fingerprint(model)
     base_rows = read_rows(model, header.layers)
