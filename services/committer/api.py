@@ -21,7 +21,6 @@ from . import judging
 from .state import FACTS, State
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["SubmissionService"].full_name
-MAX_DIGESTS = 256
 DIGESTS_PER_REQUEST = 16
 
 
@@ -67,8 +66,6 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         public.
         """
         command, miner = open_request(request.envelope, "rpc.RequestDownloads", services_pb2.DownloadsCommand)
-        if len(command.digests) > MAX_DIGESTS:
-            raise Invalid(f"{len(command.digests)} digests at once; ask for at most {MAX_DIGESTS}")
         # A look at the store for each: asking for many at once is not cheaper than asking often.
         self._limit.take(miner, max(1.0, len(command.digests) / DIGESTS_PER_REQUEST))
         await self._permit_downloads(miner, command.run)

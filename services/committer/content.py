@@ -96,5 +96,5 @@ def check_artifact(path: str, base: str, max_relative_norm: float) -> Refusal | 
     except Exception as error:  # a hostile file must not be able to stop the service
         log.error("an artifact broke its examination", security=True, path=path, error=repr(error))
         text = f"the file cannot be read as safetensors: {error!r}"
-        return Refusal(reasons_pb2.REASON_BAD_HEADER, Finding(text=text))
+        return Refusal.of(Invalid(text, reason=reasons_pb2.REASON_BAD_HEADER))
     return None

@@ -118,6 +118,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         under newer rules.
         """
         command, miner = open_request(request.envelope, "rpc.EnrolMiner", services_pb2.EnrolMinerCommand)
+        # Before anything is kept about a key: fresh ones cost nothing.
+        enrolment.check_pass(request.admission, miner, self._roster)
         self._limit.take(miner)
         enrolment.check_key(command, miner, self._roster)
         facts = self._known(command.run)

@@ -8,6 +8,7 @@ from connito.v1 import reasons_pb2, run_pb2, services_pb2
 from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
 from connito.wire.invites import needs_invite, verify
+from connito.wire.passes import admitted
 from connito.wire.roster import OPERATOR, ROLES, Roster
 from connito.wire.subjects import INSTALLATION
 
@@ -25,6 +26,16 @@ def check_key(command: services_pb2.EnrolMinerCommand, miner: str, roster: Roste
                 f"this key is a {role}'s and cannot mine; make another with `connito miner init`",
                 reason=reasons_pb2.REASON_NOT_PERMITTED,
             )
+
+
+def check_pass(token: str, miner: str, roster: Roster) -> None:
+    """Raise `Invalid` (NOT_PERMITTED) for a key that nobody has admitted, where the roster says who admits."""
+    if roster.admits and not admitted(token, miner, roster.admits):
+        raise Invalid(
+            f"{miner} has no pass of this installation; ask its operator for one, and `connito miner join` puts it into "
+            "the key file",
+            reason=reasons_pb2.REASON_NOT_PERMITTED,
+        )
 
 
 def check_ban(facts: RunFacts, everywhere: RunFacts, miner: str) -> None:

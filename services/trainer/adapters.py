@@ -51,7 +51,10 @@ class Services:
         command = services_pb2.EnrolMinerCommand(run=run, label=label)
         if invite:
             command.invite.CopyFrom(parse(invite))
-        request = services_pb2.EnrolMinerRequest(envelope=self._seal("EnrolMiner", command))
+        passes = self._bus.identity.passes
+        request = services_pb2.EnrolMinerRequest(
+            envelope=self._seal("EnrolMiner", command), admission=passes[0] if passes else ""
+        )
         await self._call("coordinator", services_pb2_grpc.RunServiceStub, "EnrolMiner", request)
 
     async def upload_slot(self, command: services_pb2.UploadCommand) -> services_pb2.RequestUploadResponse:

@@ -68,12 +68,12 @@ def _identity(data: DataDir, name: str, seed: int | None) -> Identity:
     return wanted or Identity.generate()
 
 
-def write_roster(data: DataDir, members: dict[str, Member]) -> Roster:
-    """Write roster.json with the keys of every role."""
+def write_roster(data: DataDir, accounts: Accounts, members: dict[str, Member]) -> Roster:
+    """Write roster.json with the keys of every role, and of those who admit miners."""
     keys: dict[str, set[str]] = {}
     for member in members.values():
         if member.role != "miner":
             keys.setdefault(member.role, set()).add(member.identity.public)
-    roster = Roster({role: frozenset(names) for role, names in keys.items()})
+    roster = Roster({role: frozenset(names) for role, names in keys.items()}, admits=accounts.signers("miner"))
     roster.save(data.roster)
     return roster

@@ -54,7 +54,7 @@ class Installation:
         self.accounts = Accounts(data.root)
         self.accounts.make()
         self.members = load_members(data, self.accounts, list(participants), seed)
-        self.roster = write_roster(data, self.members)
+        self.roster = write_roster(data, self.accounts, self.members)
         self._stack = AsyncExitStack()
         self.platform: Platform
         self.bus: Bus

@@ -131,7 +131,7 @@ class Access:
             stakes.setdefault(member.key, stakes[member.previous])
         self._old_seed(name).unlink()
         self.accounts.revoke([member.previous])
-        self.write(Roster({}, stakes, {**roster.retired, **retired}))
+        self.write(Roster({}, stakes, {**roster.retired, **retired}, roster.organisations))
         return self.member(name)
 
     # Reading.
@@ -175,7 +175,9 @@ class Access:
         keys: dict[str, set[str]] = {}
         for member in self.members():
             keys.setdefault(member.role, set()).update({member.key, member.previous} - {""})
-        roster = Roster({role: frozenset(some) for role, some in keys.items()}, before.stakes, before.retired)
+        by_role = {role: frozenset(some) for role, some in keys.items()}
+        admits = self.accounts.signers("miner")
+        roster = Roster(by_role, before.stakes, before.retired, before.organisations, admits)
         _write(self.folder / "roster.json", roster.to_json())
         values = {"nats": {"config": self._chart()}, "keda": {"account": self.accounts.platform}}
         _write(self.folder / "nats.conf", json.dumps(self._server(), indent=2) + "\n")

@@ -78,6 +78,10 @@ class Accounts:
             body |= _UNLIMITED | _rights(granted)
         return Authority.load(self._seed(account)).sign(key, account, "user", body, _now())
 
+    def signers(self, role: str) -> set[str]:
+        """Return the public keys that sign passes for a role."""
+        return {Authority.load(self._seed(name)).public for name in accounts_of(role)}
+
     def renew(self, role: str) -> None:
         """Replace the seeds that sign passes for a role: every pass that they have signed is void once the broker is told."""
         for name in accounts_of(role):

@@ -15,6 +15,7 @@ from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.run_pb2 import RunSpec
+from connito.wire.bounds import NAME_BYTES, WORDS_BYTES, cut
 
 # `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings. 2: the documents of a sequence do not
 # see each other, and a corpus may say which tokens count.
@@ -60,8 +61,8 @@ class Refusal(NamedTuple):
 
     @classmethod
     def of(cls, error: Invalid) -> Refusal:
-        """Return the refusal for an exception, with its text and the tensor that it is about."""
-        return cls(error.reason, Finding(text=str(error), name=error.about))
+        """Return the refusal for an exception, with its text and the tensor that it is about: both may quote a file at length."""
+        return cls(error.reason, Finding(text=cut(str(error), WORDS_BYTES), name=cut(error.about, NAME_BYTES)))
 
 
 Refusals = Mapping[str, Refusal]

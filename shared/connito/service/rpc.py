@@ -18,6 +18,7 @@ from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, Verifi
 from connito.runtime.logs import extract, get_logger, inject, use
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.envelope_pb2 import Envelope
+from connito.wire.bounds import check_bounds
 from connito.wire.enums import name_of, reason_name
 from connito.wire.envelope import MAX_ENVELOPE_BYTES, check
 from connito.wire.roster import Roster
@@ -240,7 +241,9 @@ def open_request(
             f"{opened.signer} is not a {role} in the operator's roster; ask the operator to add the key",
             reason=reasons.REASON_NOT_PERMITTED,
         )
-    return opened.read(message_type), opened.signer
+    message = opened.read(message_type)
+    check_bounds(message)
+    return message, opened.signer
 
 
 def check_fresh(envelope: Envelope, now_ms: int, reason: reasons.Reason.ValueType = reasons.REASON_MALFORMED) -> None:

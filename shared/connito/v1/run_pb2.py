@@ -23,73 +23,78 @@ _sym_db = _symbol_database.Default()
 
 
 from connito.v1 import artifacts_pb2 as connito_dot_v1_dot_artifacts__pb2
+from connito.v1 import bounds_pb2 as connito_dot_v1_dot_bounds__pb2
 from connito.v1 import envelope_pb2 as connito_dot_v1_dot_envelope__pb2
 from connito.v1 import reasons_pb2 as connito_dot_v1_dot_reasons__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63onnito/v1/run.proto\x12\nconnito.v1\x1a\x1a\x63onnito/v1/artifacts.proto\x1a\x19\x63onnito/v1/envelope.proto\x1a\x18\x63onnito/v1/reasons.proto\"F\n\tCorpusRef\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12)\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\"B\n\x07\x42\x61seRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x08manifest\x18\x02 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\"\xa5\x02\n\x0fSelectionPolicy\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x11\n\tthreshold\x18\x02 \x01(\x01\x12\x13\n\x0bmax_experts\x18\x03 \x01(\r\x12\x11\n\tmax_bytes\x18\x04 \x01(\x04\x12\x19\n\x11helpers_per_layer\x18\x05 \x01(\r\x12\x10\n\x08max_vram\x18< \x01(\x04\x12\r\n\x05scope\x18= \x01(\t\x12\x11\n\tcontested\x18> \x01(\t\x12\x16\n\x0e\x63\x61usal_effects\x18? \x01(\r\x12\x16\n\x0ereport_version\x18@ \x01(\r\x12\x12\n\nbackground\x18\x32 \x01(\x08\x12\x18\n\x10helper_max_bytes\x18\x33 \x01(\x04\x12\x1a\n\x12resident_max_bytes\x18\x34 \x01(\x04\"\xc5\x02\n\x0bTrainPolicy\x12\x13\n\x0blocal_steps\x18\x01 \x01(\r\x12\x17\n\x0fsequence_length\x18\x02 \x01(\r\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x14\n\x0crouting_mode\x18\x06 \x01(\t\x12\x14\n\x0creplay_share\x18\x07 \x01(\x01\x12\x0f\n\x07moments\x18\x32 \x01(\t\x12\x18\n\x10\x66inal_rate_share\x18\x33 \x01(\x01\x12\x14\n\x0cwarmup_steps\x18\x34 \x01(\r\x12\x1b\n\x13router_distillation\x18\x35 \x01(\x01\x12\x1a\n\x12\x64istillation_share\x18\x36 \x01(\x01\x12\x12\n\x05\x62\x65ta1\x18\x37 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_beta1\"\xb1\x02\n\x0bScorePolicy\x12\x18\n\x10target_sequences\x18\x01 \x01(\r\x12\x19\n\x11general_sequences\x18\x02 \x01(\r\x12\x12\n\nconfidence\x18\x03 \x01(\x01\x12\x18\n\x10retention_margin\x18\x04 \x01(\x01\x12\x16\n\x0e\x63opy_threshold\x18\x05 \x01(\x01\x12\x12\n\npaid_ranks\x18\x06 \x01(\r\x12\x19\n\x11max_relative_norm\x18\x07 \x01(\x01\x12!\n\x19validators_per_submission\x18\x08 \x01(\r\x12\x19\n\x11minimum_sequences\x18\t \x01(\r\x12\x1b\n\x13\x63opy_span_threshold\x18( \x01(\x01\x12\x1d\n\x15\x63opy_effect_threshold\x18) \x01(\x01\"\xf5\x01\n\x0bMergePolicy\x12\x12\n\naggregator\x18\x01 \x01(\t\x12\x1b\n\x13outer_learning_rate\x18\x02 \x01(\x01\x12\x16\n\x0eouter_momentum\x18\x03 \x01(\x01\x12\x1d\n\x15gate_target_sequences\x18\x04 \x01(\r\x12\x1e\n\x16gate_general_sequences\x18\x05 \x01(\r\x12\x1b\n\x13gate_general_margin\x18\x06 \x01(\x01\x12\x1f\n\x17report_target_sequences\x18\x07 \x01(\r\x12 \n\x18report_general_sequences\x18\x08 \x01(\r\"\xd7\x01\n\x0cRewardPolicy\x12\x0e\n\x06payout\x18\x01 \x01(\t\x12\x13\n\x0brank_shares\x18\x02 \x03(\r\x12\x17\n\x0fvalidator_share\x18\x03 \x01(\x01\x12\x16\n\tbond_rate\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10probation_cycles\x18\x05 \x01(\r\x12\x1a\n\rprobation_pay\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x13newcomers_per_cycle\x18\x07 \x01(\rB\x0c\n\n_bond_rateB\x10\n\x0e_probation_pay\"\x84\x01\n\x0cWindowPolicy\x12\x12\n\nmin_miners\x18\x01 \x01(\r\x12\x16\n\x0emin_validators\x18\x02 \x01(\r\x12\x15\n\rfloor_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63\x65iling_seconds\x18\x04 \x01(\x01\x12\x18\n\x10\x61ssemble_seconds\x18\x05 \x01(\x01\"`\n\x0f\x45nrolmentPolicy\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x02 \x03(\t\x12\x12\n\nmax_miners\x18\x03 \x01(\r\x12\x1a\n\x12messages_per_cycle\x18\x04 \x01(\r\" \n\tObjective\x12\x13\n\x0bimprovement\x18\x46 \x01(\x01\"\x91\x07\n\x07RunSpec\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x0e\n\x06\x63ycles\x18\x03 \x01(\r\x12!\n\x04\x62\x61se\x18\x04 \x01(\x0b\x32\x13.connito.v1.BaseRef\x12$\n\x05probe\x18\x05 \x01(\x0b\x32\x15.connito.v1.CorpusRef\x12$\n\x05train\x18\x06 \x01(\x0b\x32\x15.connito.v1.CorpusRef\x12&\n\x07holdout\x18\x07 \x01(\x0b\x32\x15.connito.v1.CorpusRef\x12/\n\x10general_holdouts\x18\x08 \x03(\x0b\x32\x15.connito.v1.CorpusRef\x12%\n\x06replay\x18\t \x01(\x0b\x32\x15.connito.v1.CorpusRef\x12.\n\tselection\x18\n \x01(\x0b\x32\x1b.connito.v1.SelectionPolicy\x12)\n\x08training\x18\x0b \x01(\x0b\x32\x17.connito.v1.TrainPolicy\x12(\n\x07scoring\x18\x0c \x01(\x0b\x32\x17.connito.v1.ScorePolicy\x12(\n\x07merging\x18\r \x01(\x0b\x32\x17.connito.v1.MergePolicy\x12)\n\x07windows\x18\x0e \x01(\x0b\x32\x18.connito.v1.WindowPolicy\x12\x10\n\x08\x63ustomer\x18\x0f \x01(\t\x12\x0f\n\x07license\x18\x10 \x01(\t\x12\x16\n\x0e\x64\x61ta_statement\x18\x11 \x01(\t\x12\x10\n\x08\x65mission\x18\x12 \x01(\x04\x12)\n\x07rewards\x18\x14 \x01(\x0b\x32\x18.connito.v1.RewardPolicy\x12%\n\x06\x62\x65side\x18< \x03(\x0b\x32\x15.connito.v1.CorpusRef\x12.\n\tenrolment\x18\x1e \x01(\x0b\x32\x1b.connito.v1.EnrolmentPolicy\x12(\n\tobjective\x18\x46 \x01(\x0b\x32\x15.connito.v1.Objective\x12\x12\n\nstart_from\x18G \x01(\t\x12)\n\nbenchmarks\x18I \x03(\x0b\x32\x15.connito.v1.CorpusRef\x12\x12\n\nvisibility\x18P \x01(\t\x12\x14\n\x0corganisation\x18Q \x01(\t\x12\x14\n\x0c\x64\x61ta_sources\x18R \x03(\t\x12\x18\n\x10protocol_version\x18S \x01(\r\"/\n\nRunCreated\x12!\n\x04spec\x18\x01 \x01(\x0b\x32\x13.connito.v1.RunSpec\"`\n\rMinerEnrolled\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05miner\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12$\n\x06invite\x18\x1e \x01(\x0b\x32\x14.connito.v1.Envelope\"V\n\x06Invite\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x17\n\x0f\x65xpires_unix_ms\x18\x03 \x01(\x03\x12\x0c\n\x04uses\x18\x04 \x01(\r\x12\x0c\n\x04note\x18\x05 \x01(\t\"H\n\nInviteUsed\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06invite\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\r\x12\r\n\x05miner\x18\x04 \x01(\t\"C\n\x08\x42\x61nOrder\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05miner\x18\x02 \x01(\t\x12\x0e\n\x06lifted\x18\x03 \x01(\x08\x12\x0b\n\x03why\x18\x04 \x01(\t\"x\n\x08MinerBan\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05miner\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\r\x12\x0e\n\x06lifted\x18\x04 \x01(\x08\x12\x0b\n\x03why\x18\x05 \x01(\t\x12#\n\x05order\x18\x06 \x01(\x0b\x32\x14.connito.v1.Envelope\"1\n\x0fValidatorJoined\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tvalidator\x18\x02 \x01(\t\"A\n\x0eLayerSelection\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0f\n\x07helpers\x18\x03 \x03(\r\"\xea\x01\n\x0eStartCandidate\x12\x11\n\texpert_id\x18\x46 \x01(\t\x12\'\n\x06\x65xpert\x18G \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\'\n\x06record\x18H \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\x0f\n\x07refused\x18I \x01(\t\x12\x13\n\x0bshared_rows\x18J \x01(\r\x12\x11\n\tpredicted\x18K \x01(\x01\x12\x10\n\x08measured\x18L \x01(\x08\x12\r\n\x05saved\x18M \x01(\x01\x12\x0b\n\x03low\x18N \x01(\x01\x12\x0c\n\x04high\x18O \x01(\x01\"\x8f\x01\n\x0bStartChoice\x12\x11\n\texpert_id\x18\x46 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18G \x01(\t\x12\x18\n\x10library_sequence\x18H \x01(\x04\x12.\n\ncandidates\x18I \x03(\x0b\x32\x1a.connito.v1.StartCandidate\x12\x13\n\x0bshared_rows\x18J \x01(\r\"\x99\x03\n\rSelectionMade\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x06layers\x18\x02 \x03(\x0b\x32\x1a.connito.v1.LayerSelection\x12\'\n\x06report\x18\x03 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12.\n\rinitial_state\x18\x04 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\x18\n\x10selected_experts\x18\x05 \x01(\r\x12\x15\n\rtotal_experts\x18\x06 \x01(\r\x12\x19\n\x11target_parameters\x18\x07 \x01(\x03\x12\x18\n\x10model_parameters\x18\x08 \x01(\x03\x12+\n\nbackground\x18\x32 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12&\n\x05start\x18\x46 \x01(\x0b\x32\x17.connito.v1.StartChoice\x12*\n\tsignature\x18P \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\x0f\n\x07routers\x18Z \x01(\t\"R\n\x0fSelectionFailed\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\"\n\x06reason\x18\x02 \x01(\x0e\x32\x12.connito.v1.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x8b\x01\n\x08RunEnded\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\'\n\x07outcome\x18\x02 \x01(\x0e\x32\x16.connito.v1.RunOutcome\x12\"\n\x06reason\x18\x03 \x01(\x0e\x32\x12.connito.v1.Reason\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x15\n\rfinal_version\x18\x05 \x01(\r\"\xe7\x01\n\x0f\x45xpertDeposited\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\texpert_id\x18\x02 \x01(\t\x12\'\n\x06\x65xpert\x18\x03 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\'\n\x06record\x18\x04 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x06 \x01(\t\x12\x0f\n\x07parents\x18\x46 \x03(\t\x12,\n\x0b\x61ttestation\x18P \x01(\x0b\x32\x17.connito.v1.ArtifactRef\"z\n\x0c\x45xpertNotice\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12$\n\x04kind\x18\x04 \x01(\x0e\x32\x16.connito.v1.NoticeKind\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\n\n\x02\x62y\x18\x06 \x01(\t\"a\n\nExpertUsed\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x11\n\texpert_id\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\r\n\x05units\x18\x05 \x01(\x04\x12\n\n\x02\x62y\x18\x06 \x01(\t*w\n\nRunOutcome\x12\x1b\n\x17RUN_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15RUN_OUTCOME_COMPLETED\x10\x01\x12\x16\n\x12RUN_OUTCOME_FAILED\x10\x02\x12\x19\n\x15RUN_OUTCOME_CANCELLED\x10\x03*\xac\x01\n\nNoticeKind\x12\x1b\n\x17NOTICE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16NOTICE_KIND_DEPRECATED\x10\x01\x12\x16\n\x12NOTICE_KIND_YANKED\x10\x02\x12\x18\n\x14NOTICE_KIND_RESTORED\x10\x03\x12\x19\n\x15NOTICE_KIND_OPTED_OUT\x10\x04\x12\x18\n\x14NOTICE_KIND_OPTED_IN\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63onnito/v1/run.proto\x12\nconnito.v1\x1a\x1a\x63onnito/v1/artifacts.proto\x1a\x17\x63onnito/v1/bounds.proto\x1a\x19\x63onnito/v1/envelope.proto\x1a\x18\x63onnito/v1/reasons.proto\"F\n\tCorpusRef\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12)\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\"B\n\x07\x42\x61seRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x08manifest\x18\x02 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\"\xa5\x02\n\x0fSelectionPolicy\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x11\n\tthreshold\x18\x02 \x01(\x01\x12\x13\n\x0bmax_experts\x18\x03 \x01(\r\x12\x11\n\tmax_bytes\x18\x04 \x01(\x04\x12\x19\n\x11helpers_per_layer\x18\x05 \x01(\r\x12\x10\n\x08max_vram\x18< \x01(\x04\x12\r\n\x05scope\x18= \x01(\t\x12\x11\n\tcontested\x18> \x01(\t\x12\x16\n\x0e\x63\x61usal_effects\x18? \x01(\r\x12\x16\n\x0ereport_version\x18@ \x01(\r\x12\x12\n\nbackground\x18\x32 \x01(\x08\x12\x18\n\x10helper_max_bytes\x18\x33 \x01(\x04\x12\x1a\n\x12resident_max_bytes\x18\x34 \x01(\x04\"\xc5\x02\n\x0bTrainPolicy\x12\x13\n\x0blocal_steps\x18\x01 \x01(\r\x12\x17\n\x0fsequence_length\x18\x02 \x01(\r\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x14\n\x0crouting_mode\x18\x06 \x01(\t\x12\x14\n\x0creplay_share\x18\x07 \x01(\x01\x12\x0f\n\x07moments\x18\x32 \x01(\t\x12\x18\n\x10\x66inal_rate_share\x18\x33 \x01(\x01\x12\x14\n\x0cwarmup_steps\x18\x34 \x01(\r\x12\x1b\n\x13router_distillation\x18\x35 \x01(\x01\x12\x1a\n\x12\x64istillation_share\x18\x36 \x01(\x01\x12\x12\n\x05\x62\x65ta1\x18\x37 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_beta1\"\xb1\x02\n\x0bScorePolicy\x12\x18\n\x10target_sequences\x18\x01 \x01(\r\x12\x19\n\x11general_sequences\x18\x02 \x01(\r\x12\x12\n\nconfidence\x18\x03 \x01(\x01\x12\x18\n\x10retention_margin\x18\x04 \x01(\x01\x12\x16\n\x0e\x63opy_threshold\x18\x05 \x01(\x01\x12\x12\n\npaid_ranks\x18\x06 \x01(\r\x12\x19\n\x11max_relative_norm\x18\x07 \x01(\x01\x12!\n\x19validators_per_submission\x18\x08 \x01(\r\x12\x19\n\x11minimum_sequences\x18\t \x01(\r\x12\x1b\n\x13\x63opy_span_threshold\x18( \x01(\x01\x12\x1d\n\x15\x63opy_effect_threshold\x18) \x01(\x01\"\xf5\x01\n\x0bMergePolicy\x12\x12\n\naggregator\x18\x01 \x01(\t\x12\x1b\n\x13outer_learning_rate\x18\x02 \x01(\x01\x12\x16\n\x0eouter_momentum\x18\x03 \x01(\x01\x12\x1d\n\x15gate_target_sequences\x18\x04 \x01(\r\x12\x1e\n\x16gate_general_sequences\x18\x05 \x01(\r\x12\x1b\n\x13gate_general_margin\x18\x06 \x01(\x01\x12\x1f\n\x17report_target_sequences\x18\x07 \x01(\r\x12 \n\x18report_general_sequences\x18\x08 \x01(\r\"\xd7\x01\n\x0cRewardPolicy\x12\x0e\n\x06payout\x18\x01 \x01(\t\x12\x13\n\x0brank_shares\x18\x02 \x03(\r\x12\x17\n\x0fvalidator_share\x18\x03 \x01(\x01\x12\x16\n\tbond_rate\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10probation_cycles\x18\x05 \x01(\r\x12\x1a\n\rprobation_pay\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x13newcomers_per_cycle\x18\x07 \x01(\rB\x0c\n\n_bond_rateB\x10\n\x0e_probation_pay\"\x84\x01\n\x0cWindowPolicy\x12\x12\n\nmin_miners\x18\x01 \x01(\r\x12\x16\n\x0emin_validators\x18\x02 \x01(\r\x12\x15\n\rfloor_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63\x65iling_seconds\x18\x04 \x01(\x01\x12\x18\n\x10\x61ssemble_seconds\x18\x05 \x01(\x01\"`\n\x0f\x45nrolmentPolicy\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x02 \x03(\t\x12\x12\n\nmax_miners\x18\x03 \x01(\r\x12\x1a\n\x12messages_per_cycle\x18\x04 \x01(\r\" \n\tObjective\x12\x13\n\x0bimprovement\x18\x46 \x01(\x01\"\x91\x07\n\x07RunSpec\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x0e\n\x06\x63ycles\x18\x03 \x01(\r\x12!\n\x04\x62\x61se\x18\x04 \x01(\x0b\x32\x13.connito.v1.BaseRef\x12$\n\x05probe\x18\x05 \x01(\x0b\x32\x15.connito.v1.CorpusRef\x12$\n\x05train\x18\x06 \x01(\x0b\x32\x15.connito.v1.CorpusRef\x12&\n\x07holdout\x18\x07 \x01(\x0b\x32\x15.connito.v1.CorpusRef\x12/\n\x10general_holdouts\x18\x08 \x03(\x0b\x32\x15.connito.v1.CorpusRef\x12%\n\x06replay\x18\t \x01(\x0b\x32\x15.connito.v1.CorpusRef\x12.\n\tselection\x18\n \x01(\x0b\x32\x1b.connito.v1.SelectionPolicy\x12)\n\x08training\x18\x0b \x01(\x0b\x32\x17.connito.v1.TrainPolicy\x12(\n\x07scoring\x18\x0c \x01(\x0b\x32\x17.connito.v1.ScorePolicy\x12(\n\x07merging\x18\r \x01(\x0b\x32\x17.connito.v1.MergePolicy\x12)\n\x07windows\x18\x0e \x01(\x0b\x32\x18.connito.v1.WindowPolicy\x12\x10\n\x08\x63ustomer\x18\x0f \x01(\t\x12\x0f\n\x07license\x18\x10 \x01(\t\x12\x16\n\x0e\x64\x61ta_statement\x18\x11 \x01(\t\x12\x10\n\x08\x65mission\x18\x12 \x01(\x04\x12)\n\x07rewards\x18\x14 \x01(\x0b\x32\x18.connito.v1.RewardPolicy\x12%\n\x06\x62\x65side\x18< \x03(\x0b\x32\x15.connito.v1.CorpusRef\x12.\n\tenrolment\x18\x1e \x01(\x0b\x32\x1b.connito.v1.EnrolmentPolicy\x12(\n\tobjective\x18\x46 \x01(\x0b\x32\x15.connito.v1.Objective\x12\x12\n\nstart_from\x18G \x01(\t\x12)\n\nbenchmarks\x18I \x03(\x0b\x32\x15.connito.v1.CorpusRef\x12\x12\n\nvisibility\x18P \x01(\t\x12\x14\n\x0corganisation\x18Q \x01(\t\x12\x14\n\x0c\x64\x61ta_sources\x18R \x03(\t\x12\x18\n\x10protocol_version\x18S \x01(\r\"/\n\nRunCreated\x12!\n\x04spec\x18\x01 \x01(\x0b\x32\x13.connito.v1.RunSpec\"`\n\rMinerEnrolled\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05miner\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12$\n\x06invite\x18\x1e \x01(\x0b\x32\x14.connito.v1.Envelope\"V\n\x06Invite\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x17\n\x0f\x65xpires_unix_ms\x18\x03 \x01(\x03\x12\x0c\n\x04uses\x18\x04 \x01(\r\x12\x0c\n\x04note\x18\x05 \x01(\t\"H\n\nInviteUsed\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06invite\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\r\x12\r\n\x05miner\x18\x04 \x01(\t\"C\n\x08\x42\x61nOrder\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05miner\x18\x02 \x01(\t\x12\x0e\n\x06lifted\x18\x03 \x01(\x08\x12\x0b\n\x03why\x18\x04 \x01(\t\"x\n\x08MinerBan\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05miner\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\r\x12\x0e\n\x06lifted\x18\x04 \x01(\x08\x12\x0b\n\x03why\x18\x05 \x01(\t\x12#\n\x05order\x18\x06 \x01(\x0b\x32\x14.connito.v1.Envelope\"=\n\x0fValidatorJoined\x12\x11\n\x03run\x18\x01 \x01(\tB\x04\xa8\xbb\x18P\x12\x17\n\tvalidator\x18\x02 \x01(\tB\x04\xa8\xbb\x18\x38\"A\n\x0eLayerSelection\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0f\n\x07helpers\x18\x03 \x03(\r\"\xea\x01\n\x0eStartCandidate\x12\x11\n\texpert_id\x18\x46 \x01(\t\x12\'\n\x06\x65xpert\x18G \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\'\n\x06record\x18H \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\x0f\n\x07refused\x18I \x01(\t\x12\x13\n\x0bshared_rows\x18J \x01(\r\x12\x11\n\tpredicted\x18K \x01(\x01\x12\x10\n\x08measured\x18L \x01(\x08\x12\r\n\x05saved\x18M \x01(\x01\x12\x0b\n\x03low\x18N \x01(\x01\x12\x0c\n\x04high\x18O \x01(\x01\"\x8f\x01\n\x0bStartChoice\x12\x11\n\texpert_id\x18\x46 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18G \x01(\t\x12\x18\n\x10library_sequence\x18H \x01(\x04\x12.\n\ncandidates\x18I \x03(\x0b\x32\x1a.connito.v1.StartCandidate\x12\x13\n\x0bshared_rows\x18J \x01(\r\"\x99\x03\n\rSelectionMade\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x06layers\x18\x02 \x03(\x0b\x32\x1a.connito.v1.LayerSelection\x12\'\n\x06report\x18\x03 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12.\n\rinitial_state\x18\x04 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\x18\n\x10selected_experts\x18\x05 \x01(\r\x12\x15\n\rtotal_experts\x18\x06 \x01(\r\x12\x19\n\x11target_parameters\x18\x07 \x01(\x03\x12\x18\n\x10model_parameters\x18\x08 \x01(\x03\x12+\n\nbackground\x18\x32 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12&\n\x05start\x18\x46 \x01(\x0b\x32\x17.connito.v1.StartChoice\x12*\n\tsignature\x18P \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\x0f\n\x07routers\x18Z \x01(\t\"R\n\x0fSelectionFailed\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\"\n\x06reason\x18\x02 \x01(\x0e\x32\x12.connito.v1.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x8b\x01\n\x08RunEnded\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\'\n\x07outcome\x18\x02 \x01(\x0e\x32\x16.connito.v1.RunOutcome\x12\"\n\x06reason\x18\x03 \x01(\x0e\x32\x12.connito.v1.Reason\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x15\n\rfinal_version\x18\x05 \x01(\r\"\xe7\x01\n\x0f\x45xpertDeposited\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\texpert_id\x18\x02 \x01(\t\x12\'\n\x06\x65xpert\x18\x03 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\'\n\x06record\x18\x04 \x01(\x0b\x32\x17.connito.v1.ArtifactRef\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x06 \x01(\t\x12\x0f\n\x07parents\x18\x46 \x03(\t\x12,\n\x0b\x61ttestation\x18P \x01(\x0b\x32\x17.connito.v1.ArtifactRef\"z\n\x0c\x45xpertNotice\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12$\n\x04kind\x18\x04 \x01(\x0e\x32\x16.connito.v1.NoticeKind\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\n\n\x02\x62y\x18\x06 \x01(\t\"a\n\nExpertUsed\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x11\n\texpert_id\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\r\n\x05units\x18\x05 \x01(\x04\x12\n\n\x02\x62y\x18\x06 \x01(\t*w\n\nRunOutcome\x12\x1b\n\x17RUN_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15RUN_OUTCOME_COMPLETED\x10\x01\x12\x16\n\x12RUN_OUTCOME_FAILED\x10\x02\x12\x19\n\x15RUN_OUTCOME_CANCELLED\x10\x03*\xac\x01\n\nNoticeKind\x12\x1b\n\x17NOTICE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16NOTICE_KIND_DEPRECATED\x10\x01\x12\x16\n\x12NOTICE_KIND_YANKED\x10\x02\x12\x18\n\x14NOTICE_KIND_RESTORED\x10\x03\x12\x19\n\x15NOTICE_KIND_OPTED_OUT\x10\x04\x12\x18\n\x14NOTICE_KIND_OPTED_IN\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'connito.v1.run_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNOUTCOME']._serialized_start=4934
-  _globals['_RUNOUTCOME']._serialized_end=5053
-  _globals['_NOTICEKIND']._serialized_start=5056
-  _globals['_NOTICEKIND']._serialized_end=5228
-  _globals['_CORPUSREF']._serialized_start=117
-  _globals['_CORPUSREF']._serialized_end=187
-  _globals['_BASEREF']._serialized_start=189
-  _globals['_BASEREF']._serialized_end=255
-  _globals['_SELECTIONPOLICY']._serialized_start=258
-  _globals['_SELECTIONPOLICY']._serialized_end=551
-  _globals['_TRAINPOLICY']._serialized_start=554
-  _globals['_TRAINPOLICY']._serialized_end=879
-  _globals['_SCOREPOLICY']._serialized_start=882
-  _globals['_SCOREPOLICY']._serialized_end=1187
-  _globals['_MERGEPOLICY']._serialized_start=1190
-  _globals['_MERGEPOLICY']._serialized_end=1435
-  _globals['_REWARDPOLICY']._serialized_start=1438
-  _globals['_REWARDPOLICY']._serialized_end=1653
-  _globals['_WINDOWPOLICY']._serialized_start=1656
-  _globals['_WINDOWPOLICY']._serialized_end=1788
-  _globals['_ENROLMENTPOLICY']._serialized_start=1790
-  _globals['_ENROLMENTPOLICY']._serialized_end=1886
-  _globals['_OBJECTIVE']._serialized_start=1888
-  _globals['_OBJECTIVE']._serialized_end=1920
-  _globals['_RUNSPEC']._serialized_start=1923
-  _globals['_RUNSPEC']._serialized_end=2836
-  _globals['_RUNCREATED']._serialized_start=2838
-  _globals['_RUNCREATED']._serialized_end=2885
-  _globals['_MINERENROLLED']._serialized_start=2887
-  _globals['_MINERENROLLED']._serialized_end=2983
-  _globals['_INVITE']._serialized_start=2985
-  _globals['_INVITE']._serialized_end=3071
-  _globals['_INVITEUSED']._serialized_start=3073
-  _globals['_INVITEUSED']._serialized_end=3145
-  _globals['_BANORDER']._serialized_start=3147
-  _globals['_BANORDER']._serialized_end=3214
-  _globals['_MINERBAN']._serialized_start=3216
-  _globals['_MINERBAN']._serialized_end=3336
-  _globals['_VALIDATORJOINED']._serialized_start=3338
-  _globals['_VALIDATORJOINED']._serialized_end=3387
-  _globals['_LAYERSELECTION']._serialized_start=3389
-  _globals['_LAYERSELECTION']._serialized_end=3454
-  _globals['_STARTCANDIDATE']._serialized_start=3457
-  _globals['_STARTCANDIDATE']._serialized_end=3691
-  _globals['_STARTCHOICE']._serialized_start=3694
-  _globals['_STARTCHOICE']._serialized_end=3837
-  _globals['_SELECTIONMADE']._serialized_start=3840
-  _globals['_SELECTIONMADE']._serialized_end=4249
-  _globals['_SELECTIONFAILED']._serialized_start=4251
-  _globals['_SELECTIONFAILED']._serialized_end=4333
-  _globals['_RUNENDED']._serialized_start=4336
-  _globals['_RUNENDED']._serialized_end=4475
-  _globals['_EXPERTDEPOSITED']._serialized_start=4478
-  _globals['_EXPERTDEPOSITED']._serialized_end=4709
-  _globals['_EXPERTNOTICE']._serialized_start=4711
-  _globals['_EXPERTNOTICE']._serialized_end=4833
-  _globals['_EXPERTUSED']._serialized_start=4835
-  _globals['_EXPERTUSED']._serialized_end=4932
+  _globals['_VALIDATORJOINED'].fields_by_name['run']._loaded_options = None
+  _globals['_VALIDATORJOINED'].fields_by_name['run']._serialized_options = b'\250\273\030P'
+  _globals['_VALIDATORJOINED'].fields_by_name['validator']._loaded_options = None
+  _globals['_VALIDATORJOINED'].fields_by_name['validator']._serialized_options = b'\250\273\0308'
+  _globals['_RUNOUTCOME']._serialized_start=4971
+  _globals['_RUNOUTCOME']._serialized_end=5090
+  _globals['_NOTICEKIND']._serialized_start=5093
+  _globals['_NOTICEKIND']._serialized_end=5265
+  _globals['_CORPUSREF']._serialized_start=142
+  _globals['_CORPUSREF']._serialized_end=212
+  _globals['_BASEREF']._serialized_start=214
+  _globals['_BASEREF']._serialized_end=280
+  _globals['_SELECTIONPOLICY']._serialized_start=283
+  _globals['_SELECTIONPOLICY']._serialized_end=576
+  _globals['_TRAINPOLICY']._serialized_start=579
+  _globals['_TRAINPOLICY']._serialized_end=904
+  _globals['_SCOREPOLICY']._serialized_start=907
+  _globals['_SCOREPOLICY']._serialized_end=1212
+  _globals['_MERGEPOLICY']._serialized_start=1215
+  _globals['_MERGEPOLICY']._serialized_end=1460
+  _globals['_REWARDPOLICY']._serialized_start=1463
+  _globals['_REWARDPOLICY']._serialized_end=1678
+  _globals['_WINDOWPOLICY']._serialized_start=1681
+  _globals['_WINDOWPOLICY']._serialized_end=1813
+  _globals['_ENROLMENTPOLICY']._serialized_start=1815
+  _globals['_ENROLMENTPOLICY']._serialized_end=1911
+  _globals['_OBJECTIVE']._serialized_start=1913
+  _globals['_OBJECTIVE']._serialized_end=1945
+  _globals['_RUNSPEC']._serialized_start=1948
+  _globals['_RUNSPEC']._serialized_end=2861
+  _globals['_RUNCREATED']._serialized_start=2863
+  _globals['_RUNCREATED']._serialized_end=2910
+  _globals['_MINERENROLLED']._serialized_start=2912
+  _globals['_MINERENROLLED']._serialized_end=3008
+  _globals['_INVITE']._serialized_start=3010
+  _globals['_INVITE']._serialized_end=3096
+  _globals['_INVITEUSED']._serialized_start=3098
+  _globals['_INVITEUSED']._serialized_end=3170
+  _globals['_BANORDER']._serialized_start=3172
+  _globals['_BANORDER']._serialized_end=3239
+  _globals['_MINERBAN']._serialized_start=3241
+  _globals['_MINERBAN']._serialized_end=3361
+  _globals['_VALIDATORJOINED']._serialized_start=3363
+  _globals['_VALIDATORJOINED']._serialized_end=3424
+  _globals['_LAYERSELECTION']._serialized_start=3426
+  _globals['_LAYERSELECTION']._serialized_end=3491
+  _globals['_STARTCANDIDATE']._serialized_start=3494
+  _globals['_STARTCANDIDATE']._serialized_end=3728
+  _globals['_STARTCHOICE']._serialized_start=3731
+  _globals['_STARTCHOICE']._serialized_end=3874
+  _globals['_SELECTIONMADE']._serialized_start=3877
+  _globals['_SELECTIONMADE']._serialized_end=4286
+  _globals['_SELECTIONFAILED']._serialized_start=4288
+  _globals['_SELECTIONFAILED']._serialized_end=4370
+  _globals['_RUNENDED']._serialized_start=4373
+  _globals['_RUNENDED']._serialized_end=4512
+  _globals['_EXPERTDEPOSITED']._serialized_start=4515
+  _globals['_EXPERTDEPOSITED']._serialized_end=4746
+  _globals['_EXPERTNOTICE']._serialized_start=4748
+  _globals['_EXPERTNOTICE']._serialized_end=4870
+  _globals['_EXPERTUSED']._serialized_start=4872
+  _globals['_EXPERTUSED']._serialized_end=4969
 # @@protoc_insertion_point(module_scope)

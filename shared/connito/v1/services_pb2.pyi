@@ -340,6 +340,9 @@ class EnrolMinerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENVELOPE_FIELD_NUMBER: _builtins.int
+    ADMISSION_FIELD_NUMBER: _builtins.int
+    admission: _builtins.str
+    """The pass that admits the key to the bus, where the roster says who signs them: whom nobody admitted enrols nowhere."""
     @_builtins.property
     def envelope(self) -> _envelope_pb2.Envelope:
         """EnrolMinerCommand, signed by the miner, subject `rpc.EnrolMiner`."""
@@ -348,10 +351,11 @@ class EnrolMinerRequest(_message.Message):
         self,
         *,
         envelope: _envelope_pb2.Envelope | None = ...,
+        admission: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "envelope", b"envelope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

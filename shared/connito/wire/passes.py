@@ -11,12 +11,14 @@ import binascii
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nkeys
+from nacl.exceptions import BadSignatureError
+from nacl.signing import VerifyKey
 
 from connito.errors import Invalid
 
@@ -87,6 +89,20 @@ def claims_of(token: str) -> dict[str, Any]:
     except (ValueError, binascii.Error, KeyError, TypeError):
         pass
     raise Invalid("this is not a pass; copy all of what the operator gave you")
+
+
+def admitted(token: str, key: str, signers: Collection[str]) -> bool:
+    """Return whether one of `signers` (public keys of accounts) has signed this pass for `key`."""
+    try:
+        signed, _, signature = token.rpartition(".")
+        claims = claims_of(token)
+        if claims["sub"] != key or claims.get("iss") not in signers or claims["nats"]["type"] != "user":
+            return False
+        raw = base64.b32decode(claims["iss"] + "=" * (-len(claims["iss"]) % 8))
+        VerifyKey(raw[1:33]).verify(signed.encode(), base64.urlsafe_b64decode(signature + "=" * (-len(signature) % 4)))
+    except (Invalid, BadSignatureError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def parse(text: str, key: str) -> tuple[str, ...]:

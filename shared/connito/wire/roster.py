@@ -27,6 +27,8 @@ class Roster:
     retired: dict[str, tuple[str, int]] = field(default_factory=dict)
     # By name, the keys whose holders see what the library keeps to that organisation.
     organisations: dict[str, frozenset[str]] = field(default_factory=dict)
+    # Public keys of those who sign miners' passes. Empty: whoever reaches an API may enrol.
+    admits: set[str] = field(default_factory=set)
 
     def permits(self, role: str, signer: str) -> bool:
         """Return whether `signer` may speak as `role`."""
@@ -44,6 +46,7 @@ class Roster:
             (self.stakes, other.stakes),
             (self.retired, other.retired),
             (self.organisations, other.organisations),
+            (self.admits, other.admits),
         )
         for mine, theirs in pairs:
             mine.clear()
@@ -69,6 +72,7 @@ class Roster:
             organisations = {
                 str(name): frozenset(map(str, members)) for name, members in raw.get("organisations", {}).items()
             }
+            admits = set(map(str, raw.get("admits", [])))
         except OSError as error:
             raise Invalid(
                 f"cannot read the roster {path}: {error.strerror}; set CONNITO_ROSTER to the operator's file"
@@ -88,7 +92,7 @@ class Roster:
         for key, (role, _) in retired.items():
             if role not in (*ROLES, OPERATOR) or not is_public_key(key):
                 raise Invalid(f"the roster {path} retires {key!r} as {role!r}, which is no key or no role")
-        return cls(keys, stakes, retired, organisations)
+        return cls(keys, stakes, retired, organisations, admits)
 
     def save(self, path: Path) -> None:
         """Write the file that `load` reads."""
@@ -105,4 +109,6 @@ class Roster:
             raw["retired"] = {key: {"role": role, "until_unix_ms": at} for key, (role, at) in self.retired.items()}
         if self.organisations:
             raw["organisations"] = {name: sorted(members) for name, members in self.organisations.items()}
+        if self.admits:
+            raw["admits"] = sorted(self.admits)
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"

@@ -6,6 +6,7 @@ from google.protobuf.message import Message
 
 from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.wire.bounds import check_bounds
 from connito.wire.envelope import open_bytes
 from connito.wire.fact import Fact, Record
 from connito.wire.identity import short_key
@@ -72,6 +73,8 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
             reason=reasons_pb2.REASON_NOT_PERMITTED,
         )
     message: Message = opened.read(message_type)
+    if role == "validator":
+        check_bounds(message)
     claimed_run = message.spec.run if isinstance(message, run_pb2.RunCreated) else getattr(message, "run", "")
     if claimed_run != run or getattr(message, "cycle", key.cycle) != key.cycle:
         raise Invalid(f"the payload names another run or cycle than its subject {record.subject}")
@@ -93,6 +96,7 @@ def verify_ingress(record: Record) -> Fact:
     if opened.signer != miner:
         raise Invalid("signed by another key than the one in the subject", reason=reasons_pb2.REASON_NOT_PERMITTED)
     message: Message = opened.read(INGRESS[kind])
+    check_bounds(message)
     if getattr(message, "run", "") != run:
         raise Invalid(f"the payload names another run than its subject {record.subject}")
     key = FactKey("ingress", int(getattr(message, "cycle", 0)), kind, miner)
