@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 SHINGLE_WORDS = 5
 BANDS, ROWS = 16, 4
 # Hashes kept of documents that others are compared with, and of words: both are computed again when they are needed.
-_KEPT_BYTES, _KEPT_WORDS = 1 << 26, 1 << 18
+_KEPT_BYTES, _KEPT_WORDS = 1 << 24, 1 << 16
 # Hashes of held-out text that are sorted in memory at once, 8 bytes each.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 Shingles = NDArray[np.uint64]
 
@@ -54,10 +54,10 @@ def shingles(documents: Iterable[str]) -> Iterator[Shingles]:
         words = _WORD.findall(document.lower())
         if len(known) > _KEPT_WORDS:
             known.clear()
-        for word in words:
-            if word not in known:
-                known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        yield np.unique(_grams(np.fromiter(map(known.__getitem__, words), np.uint64, len(words))))
+        for word in set(words).difference(known):
+            known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        found = np.sort(_grams(np.fromiter(map(known.__getitem__, words), np.uint64, len(words))))
+        yield found[np.append(True, found[1:] != found[:-1])]
 
 
 def _grams(numbers: Shingles) -> Shingles:

@@ -127,6 +127,8 @@ def _is_table(text: str, whole: bool) -> bool:
 def encoded(text: str) -> str:
     """Return what text is that is not written for people, such as base64; "" for text."""
     sample = text[:8192]
+    if sample.count(" ") > 0.12 * len(sample):
+        return ""  # More spaces than half a page of words has.
     found = [run for run in _ENCODED.findall(sample) if _mixed(run)]
     size = sum(map(len, found))
     return "encoded bytes" if size > 0.5 * len(sample.strip()) and size > 60 else ""
