@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from connito.bus.lease import LeaseKeeper
+from connito.moe.device import device_of
 from connito.runtime.compute import ComputeBudget, load_torch
 from connito.service.engine import Decision, Engine
 from connito.service.lifecycle import Lifecycle
@@ -23,6 +24,7 @@ async def main(ctx: ServiceContext[AggregatorSettings]) -> None:
     """Run until told to stop. Raises whatever the engine or the lease died of."""
     settings, log = ctx.settings, Log(ctx.roster)
     await asyncio.to_thread(load_torch, settings.torch_threads)
+    await asyncio.to_thread(device_of, settings.device)
     keeper = LeaseKeeper(ctx.bus, "aggregator", settings.lease_seconds)
     budget = ComputeBudget(settings.compute_dir, settings.compute_slots)
     aggregator = Aggregator(ctx.bus, ctx.store, ctx.roster, budget, log.runs.__getitem__, lambda: keeper.leading)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from connito.bus.streams import LEASE_TTL
-from connito.runtime.settings import ServiceSettings
+from connito.runtime.settings import ModelSettings
 from pydantic import Field
 
 
-class AggregatorSettings(ServiceSettings):
+class AggregatorSettings(ModelSettings):
     """Settings of the aggregator beyond those of every service."""
 
     lease_seconds: float = Field(

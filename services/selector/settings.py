@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from connito.runtime.settings import ServiceSettings
+from connito.runtime.settings import ModelSettings
 
 
-class SelectorSettings(ServiceSettings):
-    """Settings of the selector: those of every service."""
+class SelectorSettings(ModelSettings):
+    """Settings of the selector: those of every service that runs a model."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from connito.protocol.policy.choices import ADVERSARIES, one_of
-from connito.runtime.settings import ServiceSettings
+from connito.runtime.settings import ModelSettings
 from pydantic import Field
 
 
@@ -16,7 +16,7 @@ def default_work_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "connito" / "miner"
 
 
-class TrainerSettings(ServiceSettings):
+class TrainerSettings(ModelSettings):
     """Settings of a miner beyond those of every service."""
 
     work_dir: Path = Field(

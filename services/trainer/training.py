@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from connito.data.corpus import Corpus
 from connito.data.packing import Rows
 from connito.errors import Invalid, Retry
+from connito.moe.device import devices_of
 from connito.moe.engine import Engine
 from connito.moe.schedule import Schedule
 from connito.protocol.sequences import miner_batches, sequences
@@ -264,14 +265,6 @@ def prepare_torch(threads: int) -> None:
 
     if threads:
         torch.set_num_threads(threads)
-
-
-def devices_of(names: str) -> list[Any]:
-    """Return the devices that the settings name, or the best there is."""
-    import torch
-    from connito.moe.training import pick_device
-
-    return [torch.device(name.strip()) for name in names.split(",")] if names else [pick_device()]
 
 
 def engine_of(settings: TrainerSettings, devices: Sequence[Any]) -> Engine:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connito.cli.output import DataDirOption, JsonFlag, emit, progress, table
+from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, progress, table
 from connito.render.formats import duration, percent, size
 from connito.wire.enums import plain_name
 
@@ -111,6 +111,7 @@ def quote(
     ] = True,
     profile: Profile = "",
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Estimate a job's experts, upload, memory, cycles and time. Loads the base."""
@@ -133,6 +134,7 @@ def report(
         bool, typer.Option("--measure/--no-measure", help="Measure base and result here, with intervals.")
     ] = True,
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Write the delivery report of an ended run: gain, changes, contributors and use of the expert."""

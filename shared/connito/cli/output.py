@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,27 @@ DataDirOption = Annotated[
     Path | None,
     typer.Option(
         "--data-dir", help="Folder of the local platform [CONNITO_DATA_DIR, or .connito].", show_default=False
+    ),
+]
+
+
+def _use_device(name: str) -> str:
+    """Make models run on `name` in this process. Raises `NoDevice` before anything else is done."""
+    if name:
+        from connito.moe.device import DEVICE, devices_of
+
+        os.environ[DEVICE] = name
+        devices_of()
+    return name
+
+
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        callback=_use_device,
+        help="Device of the model: cpu, cuda, cuda:1, … [CONNITO_DEVICE, or the first GPU, or the CPU].",
+        show_default=False,
     ),
 ]
 

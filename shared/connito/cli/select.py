@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from connito.cli.output import JsonFlag, emit
+from connito.cli.output import DeviceOption, JsonFlag, emit
 from connito.protocol.policy.choices import CONTESTED, CONTESTED_RULE, METHOD, METHODS, SCOPE, one_of
 from connito.render import formats
 
@@ -56,6 +56,7 @@ def select(
         Path | None,
         typer.Option(help="Write the domain's statistics here, for --statistics; several domains: one file each."),
     ] = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Select the experts that a domain's text uses, from a model and text, a routing trace or saved statistics."""

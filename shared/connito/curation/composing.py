@@ -20,6 +20,7 @@ from connito.experts.replacement import replace_expert
 from connito.experts.routing import Routing, variants_of
 from connito.library.governance import Permission
 from connito.library.schema import ExpertRecord
+from connito.moe.device import device_of
 from connito.moe.evaluate import Evaluator
 
 
@@ -142,7 +143,7 @@ def upgrade(
     permission = library.permit(found, "compose", options.agreement)
     shares = {**{parent: weight for parent, weight in weights.items() if parent != old}, name: weights[old]}
     recipe, domain = _recipe(record), str(better[1]["domain"])
-    model, tokenizer = load_full(base), load_tokenizer(base)
+    model, tokenizer = load_full(base, device=device_of()), load_tokenizer(base)
     parts, before = parts_of(found), read_part(folder)
     origin = base_rows(model, [*parts, before])
     rows = {**{key: origin[key] for key in before.rows}, **merge(parts, origin, recipe, shares)}
@@ -168,7 +169,7 @@ def cluster(
     found = [library.find(str(name)) for name in experts]
     library.permit(found, "compose", agreement)
     parts, names = parts_of(found), _ids(found)
-    origin = base_rows(load_full(base), parts)
+    origin = base_rows(load_full(base, device=None), parts)  # only rows are read
     groups = arrow.cluster(parts, origin, count)
     written = []
     for number, group in enumerate(groups if out is not None else []):
@@ -200,7 +201,7 @@ def route(
         out.parent.mkdir(parents=True, exist_ok=True)
     found = [library.find(str(name)) for name in experts]
     library.permit(found, "compose", options.agreement)
-    parts, model, tokenizer = parts_of(found), load_full(base), load_tokenizer(base)
+    parts, model, tokenizer = parts_of(found), load_full(base, device=device_of()), load_tokenizer(base)
     origin = base_rows(model, parts)
     text = cut_sequences(tokenizer, options.train) if options.train else None
     routing = Routing.make(options.method, model, parts, origin, top_k=options.top_k, text=text, steps=options.steps)
@@ -223,7 +224,7 @@ def parts_of(experts: Sequence[Expert]) -> list[Part]:
 
 def learned_weights(base: Path, parts: Sequence[Part], recipe: Recipe, texts: Sequence[Path]) -> dict[str, float]:
     """Return the weights by part name under which the parts together have the least loss on the texts (LoRAHub)."""
-    model, sequences = load_full(base), cut_sequences(load_tokenizer(base), texts)
+    model, sequences = load_full(base, device=device_of()), cut_sequences(load_tokenizer(base), texts)
     origin = base_rows(model, parts)
     evaluator = Evaluator(model, layers_of(origin))
 
@@ -263,5 +264,11 @@ def _write(
 ) -> ExpertRecord:
     texts = cut_by_domain(load_tokenizer(base), measure) if measure else {}
     return compose_experts(
-        load_full(base), experts, out, mixture, license=permission.license, created=now_iso(), texts=texts
+        load_full(base, device=device_of()),
+        experts,
+        out,
+        mixture,
+        license=permission.license,
+        created=now_iso(),
+        texts=texts,
     )

@@ -16,6 +16,7 @@ from connito.experts.load import check_base
 from connito.experts.predict import measure_savings, nearest_experts, predict_savings
 from connito.library.artifact import EXPERT_FILE
 from connito.library.hits import Hit, Ranked, rank
+from connito.moe.device import device_of
 from connito.moe.rows import base_digests, fingerprint
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def rank_by_example(
     hits: Sequence[Hit], base: Path, texts: Sequence[Path], count: int, library: Holdings
 ) -> list[Ranked]:
     """Predict what every hit saves on the texts, and measure the `count` best. Raises as `Holdings.find`."""
-    model, sequences = load_full(base), cut_sequences(load_tokenizer(base), texts)
+    model, sequences = load_full(base, device=device_of()), cut_sequences(load_tokenizer(base), texts)
     digests, parts = fingerprint(model), dict[str, Part]()
     if len(hits) > CONSIDERED:
         near = nearest_experts(model, {hit.expert_id: hit.record for hit in hits}, sequences)[:CONSIDERED]

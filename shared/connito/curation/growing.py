@@ -20,6 +20,7 @@ from connito.experts.export import ModelSource, export_model
 from connito.experts.measure import BaselineLosses
 from connito.library.derived import base_of
 from connito.library.schema import Base, ExpertRecord
+from connito.moe.device import device_of
 from connito.moe.layout import require_moe_layers
 
 
@@ -53,7 +54,7 @@ def grow(name: str, base: Path, out: Path, options: GrowOptions) -> flex.Additio
     size, steps = min(4, len(table)), range(options.steps)
     batches = np.stack([np.take(table, range(size * i, size * (i + 1)), axis=0, mode="wrap") for i in steps])
     anchor = cut_sequences(tokenizer, options.anchor)[:, :-1]
-    made = flex.grow(load_full(base), name, batches, anchor, learning_rate=options.learning_rate)
+    made = flex.grow(load_full(base, device=device_of()), name, batches, anchor, learning_rate=options.learning_rate)
     flex.save_addition(made, out)
     return made
 
@@ -63,7 +64,7 @@ def join(additions: Sequence[Path], base: Path, out: Path, measure: Mapping[str,
 
     Returns the record. `measure`: text by domain.
     """
-    model, tokenizer, manifest = load_full(base), load_tokenizer(base), build_manifest(base)
+    model, tokenizer, manifest = load_full(base, device=device_of()), load_tokenizer(base), build_manifest(base)
     before = BaselineLosses.of(model, cut_by_domain(tokenizer, measure or {}))
     anchors = {str(index): list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
     members = [flex.load_addition(path) for path in additions]

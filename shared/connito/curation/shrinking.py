@@ -22,6 +22,7 @@ from connito.experts.measure import BaselineLosses, loss
 from connito.experts.token_skipping import skip_thresholds, skipping
 from connito.library.derived import base_of
 from connito.library.schema import Base, ExpertRecord
+from connito.moe.device import device_of
 from connito.moe.layout import require_moe_layers
 from connito.moe.statistics import collect
 
@@ -105,7 +106,7 @@ def extract(
 def skip(base: Path, data: Sequence[Path], beta: float | None = None) -> Skipping:
     """Skip light experts at inference (NAEE): those below `beta` of a token's largest gate weight, calibrated by layer
     without one. Returns what is skipped and what it costs."""
-    model, tokenizer = load_full(base), load_tokenizer(base)
+    model, tokenizer = load_full(base, device=device_of()), load_tokenizer(base)
     text, held_out = halves(cut_sequences(tokenizer, data))
     found = skip_thresholds(model, text[:, :-1])
     betas = found if beta is None else dict.fromkeys(found, beta)
@@ -135,7 +136,7 @@ class _Loaded:
 
 
 def _load(source: ShrinkSource, library: Holdings) -> _Loaded:
-    model, tokenizer = load_full(source.base), load_tokenizer(source.base)
+    model, tokenizer = load_full(source.base, device=device_of()), load_tokenizer(source.base)
     found = [library.find(str(name)) for name in source.within]
     license_ = library.permit(found, "prune", source.agreement).license if found else ""
     for folder, _ in found:

@@ -112,7 +112,7 @@ def linear_router(gates: Mapping[int, torch.Tensor]) -> Mixing:
     """
 
     def mix(layer: int, _: int, x: torch.Tensor) -> torch.Tensor:
-        return (x.float() @ gates[layer].T).softmax(dim=-1)
+        return (x.float() @ gates[layer].T.to(x.device)).softmax(dim=-1)
 
     return mix
 
@@ -140,10 +140,10 @@ def train_router(
         if index in layers
     }
     optimiser = torch.optim.Adam(list(gates.values()), lr=learning_rate)
-    head = Head(model)
+    head, device = Head(model), next(model.parameters()).device
     with variants(model, parts, base, linear_router(gates)):
         for step in range(steps):
-            ids = torch.from_numpy(sequences[step % len(sequences)][None].astype("int64"))
+            ids = torch.from_numpy(sequences[step % len(sequences)][None].astype("int64")).to(device)
             loss = head.nll(ids[:, :-1], ids[:, 1:]).mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -189,10 +189,11 @@ def variants(
 def _rows_by_expert(
     layer: MoELayer, experts: Sequence[int], parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor]
 ) -> dict[int, list[dict[str, torch.Tensor]]]:
+    device = next(layer.experts.parameters()).device
     return {
         expert: [
             {
-                name: part.rows.get((layer.index, expert, name), base[layer.index, expert, name])
+                name: part.rows.get((layer.index, expert, name), base[layer.index, expert, name]).to(device)
                 for name in layer.parameters
             }
             for part in parts

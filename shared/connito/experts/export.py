@@ -207,7 +207,7 @@ def to_dense(model: Any) -> nn.Module:
         intermediate_size=source.moe_intermediate_size,
         architectures=["Qwen2ForCausalLM" if source.qkv_bias else "LlamaForCausalLM"],
     )
-    return build_empty(config, tensors)
+    return build_empty(config, tensors).to(model.device)
 
 
 def _digest(path: Path) -> str:

@@ -129,7 +129,7 @@ def _extend(module: Any, prefix: str, total: int, rows: Sequence[Mapping[str, to
     for table in (module._parameters, module._buffers):
         for name, tensor in table.items():
             if tensor is not None and tensor.ndim and tensor.shape[0] == total and rows:
-                joined = torch.cat([tensor.detach(), *(row[prefix + name][None].to(tensor.dtype) for row in rows)])
+                joined = torch.cat([tensor.detach(), *(row[prefix + name][None].to(tensor) for row in rows)])
                 table[name] = torch.nn.Parameter(joined, requires_grad=False) if table is module._parameters else joined
     _count(module, total, len(rows))
 
@@ -184,8 +184,8 @@ def _start(model: nn.Module, name: str, own: npt.NDArray[Any], anchor_text: npt.
         direction = (away / away.norm(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
         direction = direction - (direction @ mean) / (mean @ mean) * mean
         row = direction / direction.norm().clamp_min(1e-12) * weight.double().norm(dim=1).mean()
-        rows = {p: getattr(layer.experts, p)[first].detach().clone() for p in layer.parameters}
-        return {**rows, f"{ROUTER}weight": row.to(weight.dtype)}
+        rows = {p: getattr(layer.experts, p)[first].detach().to("cpu", copy=True) for p in layer.parameters}
+        return {**rows, f"{ROUTER}weight": row.to("cpu", weight.dtype)}
 
     return Addition(name, each_layer(model, own, look, max_tokens=START_TOKENS))
 

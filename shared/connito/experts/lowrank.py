@@ -54,22 +54,19 @@ def _sparsify_expert(tape: Tape, expert: int, share: float) -> None:
     x, gate = tape.inputs[token], tape.weights[token, slot, None]
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     with torch.no_grad():
-        _zero_lowest(getattr(experts, up)[expert], _input_norm(x * gate), share)
+        _zero_lowest(getattr(experts, up)[expert], x * gate, share)
         if len(x):
             hidden = torch.nn.functional.linear(x, getattr(experts, up)[expert])
             x = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        width = getattr(experts, "down_proj").shape[-1]  # noqa: B009
-        _zero_lowest(experts.down_proj[expert], _input_norm(x * gate) if len(x) else torch.ones(width), share)
+        _zero_lowest(experts.down_proj[expert], x * gate if len(x) else x, share)
 
 
-def _input_norm(x: torch.Tensor) -> torch.Tensor:
-    return x.float().norm(dim=0) if len(x) else torch.ones(x.shape[-1])
-
-
-def _zero_lowest(weight: torch.Tensor, norm: torch.Tensor, share: float) -> None:
+def _zero_lowest(weight: torch.Tensor, inputs: torch.Tensor, share: float) -> None:
     count = int(share * weight.shape[-1])
     if count:
-        scores = weight.abs().float() * norm
+        scores = weight.abs().float()
+        if len(inputs):
+            scores = scores * inputs.float().norm(dim=0)
         weight.scatter_(-1, scores.topk(count, dim=-1, largest=False).indices, 0)
 
 
@@ -127,7 +124,7 @@ def low_rank(
                 a, b = factorise(bank[expert], rank)
                 bank[expert].copy_(a @ b)
                 stem = f"layers.{tape.layer.index}.{name}.{expert}"
-                factors.update({f"{stem}.a": a, f"{stem}.b": b})
+                factors.update({f"{stem}.a": a.cpu(), f"{stem}.b": b.cpu()})
         return chosen
 
     return factors, each_layer(model, sequences, look)

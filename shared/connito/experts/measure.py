@@ -26,7 +26,7 @@ def sequence_losses(model: nn.Module, sequences: npt.NDArray[Any]) -> list[float
     head, sums = Head(model), []
     with torch.inference_mode():
         for row in sequences:
-            ids = torch.from_numpy(row[None].astype(np.int64))
+            ids = torch.from_numpy(row[None].astype(np.int64)).to(next(model.parameters()).device)
             sums.append(float(head.nll(ids[:, :-1], ids[:, 1:]).double().sum()))
     return sums
 

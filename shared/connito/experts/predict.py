@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def row_gradients(model: nn.Module, layers: Mapping[int, Sequence[int]], sequences: npt.NDArray[Any]) -> Rows:
-    """Return ∂(mean nats per token)/∂θ of the rows of `layers`, float32, for sequences [n, L + 1]."""
+    """Return ∂(mean nats per token)/∂θ of the rows of `layers`, float32, on the CPU, for sequences [n, L + 1]."""
     if not len(sequences):
         raise Invalid("the example texts are too short: give at least a few hundred words")
     found = require_moe_layers(model)
@@ -48,7 +48,7 @@ def row_gradients(model: nn.Module, layers: Mapping[int, Sequence[int]], sequenc
             bank.requires_grad_(before)
     gradients = dict(zip(banks, total, strict=True))
     return {
-        (layer, expert, name): gradients[layer, name][expert].float()
+        (layer, expert, name): gradients[layer, name][expert].float().cpu()
         for layer, name in banks
         for expert in layers[layer]
     }

@@ -156,6 +156,7 @@ def _commands(run: str, expert_id: str | None, base: str) -> dict[str, str]:
 def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[str, Any]:
     """Compare base and result on the target, every general domain and every benchmark, with paired intervals."""
     from connito.base.loading import load_full
+    from connito.moe.device import device_of
     from connito.moe.evaluate import Evaluator
     from connito.moe.state import load_state
 
@@ -164,7 +165,7 @@ def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[s
     final = selection.initial_state if last is None else last.state
     progress("loading the base", 0.1)
     layers = {layer.layer: list(layer.experts) for layer in selection.layers}
-    evaluator = Evaluator(load_full(context.files()), layers)
+    evaluator = Evaluator(load_full(context.files(), device=device_of()), layers)
     state, origin = load_state(context.fetch(final)), load_state(context.fetch(selection.initial_state))
     rows: list[dict[str, Any]] = []
     parts = list(_parts(spec, context))

@@ -138,6 +138,7 @@ def _select(checked: Checked) -> Selection:
 def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[int, Pilot]:
     """Train for one cycle; return the bytes that autograd keeps in a step, and the pilot."""
     from connito.base.loading import load_full
+    from connito.moe.device import device_of
     from connito.moe.evaluate import Evaluator
     from connito.moe.resident import compress
     from connito.moe.training import Step, betas_of, train_local
@@ -150,9 +151,10 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
     replay = None if corpora.replay is None else sequences(corpora.replay, spec)
     batches = batches_of(spec, 1, _PILOT_MINER, [_PILOT_MINER], 0, sequences(corpora.train, spec), replay)
     held = _score_part(checked)
-    evaluator = Evaluator(load_full(checked.context.files()), selection)
+    files, device = checked.context.files(), device_of()
+    evaluator = Evaluator(load_full(files, device=device), selection)
     before, tokens = evaluator.losses(None, held)
-    local = compress(load_full(checked.context.files()), selection.layers, selection.helpers, policy.routing_mode)
+    local = compress(load_full(files, device=device), selection.layers, selection.helpers, policy.routing_mode)
     kept = _activations(local, batches[0])
     began = time.perf_counter()
 

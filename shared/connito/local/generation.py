@@ -20,6 +20,7 @@ def before_and_after(
     """
     from connito.base.loading import load_full, load_tokenizer
     from connito.data.corpus import Corpus
+    from connito.moe.device import device_of
     from connito.moe.rows import write_rows
     from connito.moe.state import load_state
 
@@ -27,7 +28,7 @@ def before_and_after(
     length = PROMPT_TOKENS + NEW_TOKENS
     long_enough = [index for index in range(corpus.documents) if len(corpus.document(index)) >= length]
     documents = [corpus.document(index)[:length].tolist() for index in (long_enough or [0])[:EXAMPLES]]
-    model, tokenizer = load_full(base), load_tokenizer(base)
+    model, tokenizer = load_full(base, device=device_of()), load_tokenizer(base)
     before = [_continue(model, tokenizer, document) for document in documents]
     write_rows(model, {int(layer): list(experts) for layer, experts in layers.items()}, load_state(state))
     after = [_continue(model, tokenizer, document) for document in documents]
@@ -50,13 +51,13 @@ def _continue(model: Any, tokenizer: Any, document: list[int]) -> dict[str, Any]
     prompt = document[:PROMPT_TOKENS]
     with torch.no_grad():
         out = model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            input_ids=torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )
-        ids = torch.tensor([document])
+        ids = torch.tensor([document], device=model.device)
         losses = Head(model).nll(ids[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :]
     text = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
     return {"text": str(text), "loss": float(losses.mean()) if len(losses) else None}

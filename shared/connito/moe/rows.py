@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def read_rows(model: nn.Module, selection: Any) -> TargetState:
-    """Return θ: copies of the selected rows of a full model, `[n_selected, …]` per tensor, ascending expert id."""
+    """Return θ: copies of the selected rows of a full model, on the CPU, `[n_selected, …]` per tensor, ascending expert id."""
     layers = require_moe_layers(model)
     targets = as_targets(selection)
     check_targets(layers, targets)
     state = {
-        tensor_name(index, name): getattr(layers[index].experts, name).detach()[experts].clone()
+        tensor_name(index, name): getattr(layers[index].experts, name).detach()[experts].cpu()
         for index, experts in targets.items()
         for name in layers[index].parameters
     }

@@ -53,11 +53,6 @@ class Step:
     seconds: float
 
 
-def pick_device() -> torch.device:
-    """Return the first CUDA device, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def betas_of(policy: TrainPolicy) -> tuple[float, float]:
     """Return AdamW's (β₁, β₂) under a policy; a run from before `beta1` existed keeps its old values."""
     return (policy.beta1 if policy.HasField("beta1") else BETAS[0]), BETAS[1]

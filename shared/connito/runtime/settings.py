@@ -86,5 +86,11 @@ class ServiceSettings(BaseSettings):
         return rows
 
 
+class ModelSettings(ServiceSettings):
+    """Settings of a service that runs a model."""
+
+    device: str = Field("", description="cpu, cuda, cuda:1, …; empty: the first GPU, or the CPU")
+
+
 def _plain(kind: str, message: str) -> str:
     return "is not set" if kind == "missing" else message[:1].lower() + message[1:]

@@ -50,11 +50,12 @@ class Router:
         """
         from connito.base.checks import check_base
         from connito.base.loading import load_full, load_tokenizer
+        from connito.moe.device import device_of
 
         layout, tokenizer = check_base(base), load_tokenizer(base)
         for paths in texts:
             check_enough(tokenizer, paths, least_tokens(layout), layout.vocabulary)
-        return cls(layout, load_full(base), tokenizer)
+        return cls(layout, load_full(base, device=device_of()), tokenizer)
 
     def route(self, paths: Sequence[Path], progress: Callable[[float], None] | None = None) -> RoutingStatistics:
         """Count the routing of these texts, read piece by piece."""

@@ -46,6 +46,7 @@ class GateEvaluator:
     ) -> GateEvaluator:
         """Load from the base model's `files` by name and the held-out corpora by domain. Raises `Invalid`."""
         from connito.base.loading import load_full
+        from connito.moe.device import device_of
         from connito.moe.evaluate import Evaluator
 
         held: dict[Part, dict[str, Array]] = {"gate": {}, "report": {}}
@@ -55,7 +56,7 @@ class GateEvaluator:
             held["gate"][domain] = rows[parts.gate]
             held["report"][domain] = rows[parts.report]
         layers = {layer.layer: list(layer.experts) for layer in selection.layers}
-        return cls(Evaluator(load_full(files), layers), held)
+        return cls(Evaluator(load_full(files, device=device_of()), layers), held)
 
     def measure(self, part: Part, digest: str, state: Path) -> Losses:
         """Return losses of the state with this digest. Loads the file only if it was not measured before."""

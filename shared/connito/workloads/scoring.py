@@ -73,19 +73,18 @@ class SubmissionEvaluator:
     ) -> SubmissionEvaluator:
         """Map the base from `files` and read the hold-outs by domain. Raises `Invalid` for data that does not fit.
 
-        device: empty for the first GPU, or the CPU. threads: 0 leaves them as they are. The rest is `Evaluator`'s.
+        device: empty for the one that every model runs on here. threads: 0 leaves them as they are. The rest is `Evaluator`'s.
         """
         import torch
 
         from connito.base.loading import load_full
+        from connito.moe.device import device_of
         from connito.moe.evaluate import Evaluator
-        from connito.moe.training import pick_device
 
         if threads:
             torch.set_num_threads(threads)
-        where = torch.device(device) if device else pick_device()
         read = {domain: read_holdout(path, spec, domain) for domain, path in holdouts.items()}
-        model = load_full(files, device=None if where.type == "cpu" else where)
+        model = load_full(files, device=device_of(device))
         targets = {layer.layer: list(layer.experts) for layer in selection.layers}
         evaluator = Evaluator(model, targets, batch_tokens=batch_tokens, cache_bytes=cache_bytes)
         return cls(evaluator, read, spec)

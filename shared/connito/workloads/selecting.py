@@ -98,11 +98,12 @@ def choose(
     Raises `Invalid` with the reason that ends the run.
     """
     from connito.base.loading import load_full
+    from connito.moe.device import device_of
     from connito.moe.rows import base_digests, read_rows
     from connito.moe.state import save_state
     from connito.moe.statistics import merge_all
 
-    model = load_full(files)
+    model = load_full(files, device=device_of())
     served: dict[int, FloatArray] = {}
     target = _route(model, spec, probes.target, served)
     general = {} if probes.replay is None else {spec.replay.domain: _route(model, spec, probes.replay)}

@@ -14,7 +14,7 @@ from connito.cli.library.options import (
     ShelfOption,
     holdings,
 )
-from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, table
 from connito.library.schema import ExpertRecord
 from connito.render.formats import moment, size
 
@@ -82,6 +82,7 @@ def search(
     organisation: OrganisationOption = None,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Search the library by words, by domain, or by example."""

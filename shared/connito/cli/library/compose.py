@@ -23,7 +23,7 @@ from connito.cli.library.options import (
     named_files,
     obligations,
 )
-from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, table
 from connito.render import formats
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def compose(
     allow_yanked: YankedFlag = False,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Merge several experts of one base into one, with its lineage; conflicts are reported."""
@@ -67,6 +68,7 @@ def remove(
     accept_license: AcceptOption = None,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Compose again without one of the parents, exactly as if it had never been added."""
@@ -90,6 +92,7 @@ def upgrade(
     accept_license: AcceptOption = None,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Replace one expert of a composition (BAR); the others keep their digests, and no other domain may lose."""
@@ -135,6 +138,7 @@ def route(
     accept_license: AcceptOption = None,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Keep several variants of experts side by side and choose token by token; print the loss beside each single variant's."""

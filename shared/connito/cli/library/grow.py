@@ -14,7 +14,7 @@ from connito.cli.library.options import (
     OutOption,
     named_files,
 )
-from connito.cli.output import JsonFlag, emit
+from connito.cli.output import DeviceOption, JsonFlag, emit
 
 
 def grow(
@@ -25,6 +25,7 @@ def grow(
     out: Annotated[Path, typer.Option("--out", help="New file for the addition, safetensors.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 30,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Train an expert with a router row of its own beside the base's, which stays as it is (FlexOlmo)."""
@@ -40,6 +41,7 @@ def join(
     base: BaseOption,
     out: OutOption,
     measure: MeasureOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Put additions beside the base's experts: any set of them, in any order, with no training (FlexOlmo)."""

@@ -18,7 +18,7 @@ from connito.cli.library.options import (
     holdings,
     named_files,
 )
-from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit
 from connito.library.schema import ExpertRecord
 from connito.render import formats
 
@@ -54,6 +54,7 @@ def prune(
     accept_license: AcceptOption = None,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Leave experts out of a base model under a budget; writes a checkpoint that transformers loads."""
@@ -82,6 +83,7 @@ def extract(
     accept_license: AcceptOption = None,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Extract the smallest set of experts that serves a domain, with its measured loss beside the full model's."""
@@ -101,6 +103,7 @@ def skip(
     beta: Annotated[
         float, typer.Option(help="Skip experts below this share of a token's largest gate weight; -1: calibrated.")
     ] = -1.0,
+    device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Skip light experts at inference (NAEE β): print the calibrated β of each layer, the share skipped, and the loss added."""

@@ -13,6 +13,7 @@ from connito.workloads.selecting import Chosen, Probes, choose
 
 from services.selector.actions import _compute
 from services.selector.handlers import failed, made
+from tests.support.second_device import second_device
 from tests.unit.connito.workloads.conftest import Inputs
 
 
@@ -52,6 +53,17 @@ def test_the_same_run_gives_the_same_bytes(inputs: Inputs, tmp_path: Path) -> No
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert one.statistics == two.statistics
     assert one.report("s") == two.report("s")
+
+
+def test_a_selection_on_another_device_is_the_same(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = run(inputs, tmp_path / "here", causal_effects=2, background=True)
+    with second_device(monkeypatch) as other:
+        there = run(inputs, tmp_path / "there", causal_effects=2, background=True)
+    assert other.calls > 100
+    assert there == here
+    assert (tmp_path / "there").read_bytes() == (tmp_path / "here").read_bytes()
 
 
 def test_the_report_is_what_the_command_line_prints(inputs: Inputs, tmp_path: Path) -> None:

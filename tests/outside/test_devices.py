@@ -1,0 +1,169 @@
+"""Everything that runs a model runs it on the device that is set, and nothing it makes stays behind on another."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from connito.experts import flex
+from connito.experts.compose import Part, base_rows, rows_of
+from connito.experts.extraction import extract_domain
+from connito.experts.lowrank import low_rank, sparsify
+from connito.experts.measure import BaselineLosses
+from connito.experts.predict import predict_savings
+from connito.experts.prune import choose, masked, progressive, prune
+from connito.experts.routing import Routing, variants_of
+from connito.experts.token_skipping import skip_thresholds, skipping
+from connito.moe.background import background
+from connito.moe.device import NoDevice, device_of, devices_of
+from connito.moe.diagnostics import measure
+from connito.moe.evaluate import Evaluator
+from connito.moe.layout import require_moe_layers
+from connito.moe.resident import compress, read_targets
+from connito.moe.rows import read_rows
+from connito.moe.selection import select_experts
+from connito.moe.statistics import collect
+from connito.moe.training import train_local
+
+from tests.outside.test_routing_laws import model_of
+from tests.support.second_device import SecondDevice, second_device
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+ROOT = Path(__file__).parents[2]
+TEXT = np.random.default_rng(0).integers(3, 60, (4, 13)).astype("int32")
+FAMILIES = ["mixtral", "deepseek_v3", "gpt_oss", "minimax_m2", "qwen2_moe", "granitemoehybrid", "zaya"]
+# Where a model is loaded only to be compared bit for bit, rewritten, or made from a recipe that has one result everywhere.
+ON_THE_CPU = {
+    "shared/connito/audit/remeasure.py",
+    "shared/connito/base/folders.py",
+    "shared/connito/base/recipes.py",
+    "shared/connito/curation/exchange.py",
+    "shared/connito/experts/export.py",
+}
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with second_device(monkeypatch) as mode:
+        yield mode
+
+
+def there(family: str) -> Any:
+    import copy
+
+    return copy.deepcopy(model_of(family)).to(device_of())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_selection_training_and_judging_stay_on_the_device(other: SecondDevice, family: str) -> None:
+    model = there(family)
+    assert next(model.parameters()).device.type == "cuda"
+    served: dict[int, Any] = {}
+    statistics = collect(model, TEXT[:, :-1], served=served)
+    chosen = select_experts(statistics, "esft-token", 0.3, helpers_per_layer=1)
+    assert measure(model, chosen.layers, TEXT, budget=2)["causal_effect"]
+    rows = read_rows(model, chosen)
+    assert {tensor.device.type for tensor in rows.values()} == {"cpu"}
+    usage = {index: layer.token_score for index, layer in statistics.layers.items()}
+    rest = background(model, chosen, chosen.helpers, usage)
+    evaluator = Evaluator(model, chosen)
+    before, _ = evaluator.losses(rows, TEXT)
+    for mode in ("natural", "masked", "restricted"):
+        worker = compress(there(family), chosen, chosen.helpers, mode, background=rest if mode == "natural" else None)
+        state, _ = train_local(worker, TEXT[None], learning_rate=0.01)
+        assert {tensor.device.type for tensor in (*state.values(), *read_targets(worker).values())} == {"cpu"}
+        after, _ = evaluator.losses(state, TEXT)
+        assert not np.array_equal(before, after)
+    assert other.calls > 1000
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaving_experts_out_stays_on_the_device(other: SecondDevice, family: str) -> None:
+    model = there(family)
+    before = BaselineLosses.of(model, {"text": TEXT})
+    keep = choose(model, TEXT, "naee", max_experts=4 * len(require_moe_layers(model)))
+    assert choose(model, TEXT, "router-weighted", max_experts=4 * len(keep))
+    assert extract_domain(model, TEXT, TEXT, margin=10.0).kept
+    with masked(model, keep):
+        assert before.compare(model)
+    betas = skip_thresholds(model, TEXT[:, :-1])
+    with skipping(model, betas):
+        assert before.compare(model)
+    assert progressive(there(family), TEXT, 2)[0]
+    if family != "gpt_oss":  # whose maps are transposed
+        assert sparsify(there(family), TEXT[:, :-1], 0.5)
+    factors, _ = low_rank(there(family), TEXT[:, :-1], 0.5)
+    assert {tensor.device.type for tensor in factors.values()} == {"cpu"}
+    assert before.compare(prune(model, keep))
+    assert other.calls > 1000
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_growing_composing_and_routing_stay_on_the_device(other: SecondDevice, family: str) -> None:
+    model = there(family)
+    addition = flex.grow(model, "new", TEXT[None], TEXT[:, :-1], learning_rate=1e-3)
+    assert {row.device.type for rows in addition.rows.values() for row in rows.values()} == {"cpu"}
+    grown = there(family)
+    flex.opt_in(grown, [addition])
+    assert BaselineLosses.of(grown, {"text": TEXT})
+    layers = {max(require_moe_layers(model)): [0, 2]}
+    state = {name: rows + 0.01 for name, rows in read_rows(model, layers).items()}
+    parts = [
+        Part("one", "d" * 64, rows_of(layers, state)),
+        Part("two", "e" * 64, rows_of(layers, {name: rows - 0.02 for name, rows in state.items()})),
+    ]
+    base = base_rows(model, parts)
+    assert set(predict_savings(model, parts, TEXT)) == {"one", "two"}
+    for method in ("arrow", "uniform", "molora"):
+        routing = Routing.make(method, model, parts, base, text=TEXT, steps=2)
+        with variants_of(model, parts, base, routing):
+            assert BaselineLosses.of(model, {"text": TEXT})
+    assert other.calls > 1000
+
+
+def test_the_second_device_notices_what_a_real_one_would(other: SecondDevice) -> None:
+    away, here = torch.ones(3, device="cuda"), torch.ones(3)
+    with pytest.raises(RuntimeError, match="cuda:0 and on the cpu"):
+        away + here
+    with pytest.raises(RuntimeError, match="cuda:0 and on the cpu"):
+        torch.nn.Linear(3, 3).to(device_of())(here)
+    with pytest.raises(TypeError, match="numpy"):
+        away.numpy()
+    assert (away + here.to(away.device)).cpu().numpy().sum() == 6
+
+
+def test_the_device_is_what_is_said_or_the_variable_or_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONNITO_DEVICE", raising=False)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert device_of().type == best
+    assert device_of("auto").type == best
+    monkeypatch.setenv("CONNITO_DEVICE", "meta")
+    assert device_of().type == "meta"
+    assert device_of("cpu").type == "cpu"
+    assert [str(device) for device in devices_of("cpu, meta")] == ["cpu", "meta"]
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "warp", "cpu,warp", "cuda:x", "1"])
+def test_a_device_that_is_not_there_is_refused_with_what_there_is(name: str) -> None:
+    with pytest.raises(
+        NoDevice, match=r"there is no device .*: this machine has the CPU and \d+ CUDA devices?; use cpu"
+    ):
+        devices_of(name)
+
+
+def test_no_model_is_loaded_without_saying_where() -> None:
+    """Every call of a loader in the product names a device, but for those that compare bits or rewrite files."""
+    silent, seen = set(), 0
+    for path in sorted([*ROOT.glob("shared/connito/**/*.py"), *ROOT.glob("services/**/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "load_full":
+                seen += 1
+                if "device" not in {keyword.arg for keyword in node.keywords}:
+                    silent.add(path.relative_to(ROOT).as_posix())
+    assert seen > 15
+    assert silent <= ON_THE_CPU
