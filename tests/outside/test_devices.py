@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from connito.base.tiny import tiny_texts
+from connito.cli.app import app
 from connito.experts import flex
 from connito.experts.compose import Part, base_rows, rows_of
 from connito.experts.extraction import extract_domain
@@ -28,12 +32,15 @@ from connito.moe.rows import read_rows
 from connito.moe.selection import select_experts
 from connito.moe.statistics import collect
 from connito.moe.training import train_local
+from typer.testing import CliRunner
 
 from tests.outside.test_routing_laws import model_of
+from tests.support.models import one_thread, tiny
 from tests.support.second_device import SecondDevice, second_device
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
+__all__ = ["one_thread", "tiny"]
 ROOT = Path(__file__).parents[2]
 TEXT = np.random.default_rng(0).integers(3, 60, (4, 13)).astype("int32")
 FAMILIES = ["mixtral", "deepseek_v3", "gpt_oss", "minimax_m2", "qwen2_moe", "granitemoehybrid", "zaya"]
@@ -54,8 +61,6 @@ def other(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def there(family: str) -> Any:
-    import copy
-
     return copy.deepcopy(model_of(family)).to(device_of())
 
 
@@ -124,6 +129,51 @@ def test_growing_composing_and_routing_stay_on_the_device(other: SecondDevice, f
         with variants_of(model, parts, base, routing):
             assert BaselineLosses.of(model, {"text": TEXT})
     assert other.calls > 1000
+
+
+COMMANDS = {
+    "skip": ["library", "skip", "--base", "BASE", "--data", "TEXT"],
+    "prune": ["library", "prune", "--base", "BASE", "--data", "TEXT", "--out", "OUT", "--max-experts", "8"],
+    "extract": ["library", "extract", "--base", "BASE", "--data", "TEXT", "--out", "OUT", "--per-layer", "4", "--accept-loss"],
+    "select": ["select", "--base", "BASE", "--data", "TEXT", "--diagnostics", "--effects", "2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_says_the_same_from_another_device(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(tiny_texts("recipes", 77, 16)))
+    places = {"BASE": str(tiny), "TEXT": str(text)}
+
+    def run(out: str) -> Any:
+        words = [{**places, "OUT": str(tmp_path / out)}.get(word, word) for word in COMMANDS[name]]
+        result = CliRunner().invoke(app, [*words, "--json"])
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        document.pop("files", None)  # the card and the record name the time
+        return {key: value for key, value in document.items() if "created" not in key}
+
+    monkeypatch.setenv("CONNITO_DEVICE", "cpu")
+    here = run("here")
+    with second_device(monkeypatch) as other:
+        there = run("there")
+    assert other.calls > 100
+    assert json.dumps(there).replace(str(tmp_path / "there"), "") == json.dumps(here).replace(
+        str(tmp_path / "here"), ""
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_refuses_a_device_that_is_not_there_before_anything_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONNITO_DEVICE", "cpu")
+    result = CliRunner().invoke(app, [*COMMANDS[name], "--device", "cuda:99"])
+    assert isinstance(result.exception, NoDevice)
+    assert result.exception.exit_code == 3
+    assert not (tmp_path / "OUT").exists()
 
 
 def test_the_second_device_notices_what_a_real_one_would(other: SecondDevice) -> None:

@@ -39,7 +39,7 @@ class SecondDevice(TorchFunctionMode):
     ) -> Any:
         known = dict(kwargs or {})
         if func == _GET_DEVICE:
-            return THERE if self._marked(args[0]) else HERE
+            return THERE if self._marked(args[0]) else func(*args)
         if func in _PLAIN:
             return func(*args, **known)
         if func in _LEAVES and self._marked(args[0]):
@@ -66,11 +66,12 @@ class SecondDevice(TorchFunctionMode):
         return out
 
     def _marked(self, tensor: torch.Tensor) -> bool:
-        return bool(tensor.numel()) and tensor.untyped_storage().data_ptr() in self._addresses
+        return tensor.untyped_storage().data_ptr() in self._addresses
 
     def _mark(self, tensor: torch.Tensor, there: bool) -> None:
         change = self._addresses.add if there else self._addresses.discard
-        change(tensor.untyped_storage().data_ptr())
+        if address := tensor.untyped_storage().data_ptr():  # none, where nothing is stored
+            change(address)
 
     def _place(self, func: Callable[..., Any], args: tuple[Any, ...], known: dict[str, Any], *, default: bool) -> bool:
         """Return whether the result is on the second device."""
