@@ -19,7 +19,10 @@ from connito.data.checkpoint_files import find_checkpoint
 from connito.errors import Invalid
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import assert_as_transformers, assert_same, edit, published, theirs
+from tests.support.checkpoints import assert_as_transformers, assert_same, change, edit, published, theirs
+from tests.unit.connito.cli.conftest import Call, call
+
+__all__ = ["call"]
 
 INDEX = "model.safetensors.index.json"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 123\n"
@@ -95,6 +98,20 @@ def test_what_lies_in_a_training_folder_is_not_the_base(base: Path) -> None:
     assert set(after.files) <= wanted | {"special_tokens_map.json", "chat_template.jinja"}
     (base / "adapter_config.json").unlink()  # Else transformers would load the adapter on top.
     assert_as_transformers(base)
+
+
+def test_what_is_left_alone_is_said(base: Path, call: Call) -> None:
+    change(base, lambda found: found | {"model.layers.2.eh_proj.weight": torch.ones(2)})
+    for name in ("a.txt", "b.json", "notes.md", "trainer_state.json"):
+        (base / name).write_text("{}")
+    said = json.loads(call("base", "show", base, "--json").out)["left_alone"]
+    assert said == {
+        "files": ["a.txt", "b.json", "notes.md", "trainer_state.json"],
+        "tensors": ["model.layers.2.eh_proj.weight"],
+    }
+    told = call("base", "show", base).out
+    assert "files that are not part of it: a.txt, b.json, notes.md and 1 more" in told
+    assert "tensors that are not part of it: model.layers.2.eh_proj.weight" in told
 
 
 def test_a_whole_file_beside_an_index_of_other_files_is_not_guessed_at(shards: Path, whole: Path) -> None:

@@ -22,7 +22,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"
 @dataclass(frozen=True)
 class Layout:
     """Sizes of a sound base, as it is loaded. `experts`: (number, top-k) by layer; `expert_bytes`: of one, by layer; `bytes`:
-    of all tensors; `ignored`: files and tensors that lie there and are not the model's."""
+    of all tensors."""
 
     family: str
     experts: dict[int, tuple[int, int]]
@@ -30,7 +30,6 @@ class Layout:
     bytes: int
     value_bytes: int
     vocabulary: int
-    ignored: tuple[str, ...]
 
 
 def check_base(folder: Path) -> Layout:
@@ -74,7 +73,6 @@ def _layout(files: CheckpointFiles, description: Description) -> Layout:
         sum(tensor.nbytes for tensor in description.skeleton.state_dict().values()),
         min(bank.itemsize for each in banks.values() for bank in each),
         int(description.skeleton.get_input_embeddings().weight.shape[0]),  # type: ignore[operator]
-        files.ignored + description.ignored,
     )
 
 

@@ -35,7 +35,7 @@ class Description:
 
     `skeleton`: the model on the meta device, each tensor in the type it is loaded in; `tensors`: sources by the model's names;
     `packed`: weights that are stored as values and scales, which stand here as one tensor of numbers; `quantised`: how, for
-    people; `ignored`: stored tensors that the model has no place for.
+    people.
     """
 
     config: Any
@@ -44,7 +44,6 @@ class Description:
     tensors: Mapping[str, Stored]
     packed: Mapping[str, Packed]
     quantised: str
-    ignored: tuple[str, ...]
     headers: Mapping[str, Header]
 
     @cached_property
@@ -136,8 +135,7 @@ def describe(config: bytes, headers: Mapping[str, Header], dtype: str = "") -> D
     types = {name: format_name(state[each.name].dtype) for each in located.values() for name in each.names}
     packed = {name: weight for name, weight in stored.packed.items() if name in used}
     numbers = {n: replace(h, dtype=types[n]) if n in packed else h for n, h in stored.headers.items()}
-    ignored = tuple(sorted(set(stored.headers) - used))
-    return Description(parsed, whole, skeleton, located, packed, stored.kind, ignored, numbers)
+    return Description(parsed, whole, skeleton, located, packed, stored.kind, numbers)
 
 
 def describe_files(files: CheckpointFiles) -> Description:

@@ -9,7 +9,7 @@ from pathlib import Path
 from connito.base.checks import check_base
 from connito.base.description import build_manifest
 from connito.base.upload import upload_base
-from connito.data.checkpoint_files import find_checkpoint
+from connito.data.checkpoint_files import find_checkpoint, read_headers
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.platform.session import Session
@@ -20,6 +20,12 @@ def show(folder: Path, name: str = "") -> Manifest:
     """Check the base by its headers, then read it once from front to back. Raises `NotFound` and `Invalid`."""
     check_base(folder)
     return build_manifest(folder, name)
+
+
+def left_alone(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """Return what lies in a base's folder and is not part of it: other files, and tensors that the model has no place for."""
+    files = find_checkpoint(folder)
+    return list(files.ignored), sorted(set(read_headers(files)) - set(manifest.tensors))
 
 
 def import_(folder: Path, data_dir: Path | None = None, name: str = "") -> tuple[Manifest, ArtifactRef]:

@@ -97,6 +97,8 @@ def import_(
 
 
 def _document(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    from connito.base.folders import left_alone
+
     sizes = manifest.expert_bytes()
     return {
         "name": manifest.name,
@@ -107,14 +109,21 @@ def _document(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "experts": {str(layer): count for layer, count in manifest.experts().items()},
         "expert_bytes": {str(layer): count for layer, count in sizes.items()},
         "files": {name: entry.digest for name, entry in sorted(manifest.files.items())},
+        "left_alone": dict(zip(("files", "tensors"), left_alone(folder, manifest), strict=True)),
     }
 
 
 def _text(folder: Path, manifest: Manifest) -> str:
+    from connito.base.folders import left_alone
+
     experts, sizes = manifest.experts(), manifest.expert_bytes()
     stored = f", {manifest.quantised}" if manifest.quantised else ""
     lines = [f"{manifest.name} in {folder}: {formats.size(manifest.size)}{stored}, digest {manifest.digest}"]
     lines += [
         f"  layer {layer:>3}: {count} experts of {formats.size(sizes[layer])}" for layer, count in experts.items()
     ]
+    for what, names in zip(("files", "tensors"), left_alone(folder, manifest), strict=True):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  {what} that are not part of it: {', '.join(names[:3])}{more}")
     return "\n".join(lines)

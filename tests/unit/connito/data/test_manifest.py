@@ -129,3 +129,80 @@ def test_gaps_between_tensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x00\x01")
     with pytest.raises(Invalid, match="gap"):
         build_manifest(tmp_path)
+
+
+FILE: dict[str, Any] = {"name": "model.safetensors", "digest": "0" * 64, "size": 100, "media_type": "application/json"}
+TENSOR: dict[str, Any] = {
+    "name": "model.layers.0.mlp.experts.down_proj",
+    "file": "model.safetensors",
+    "dtype": "F32",
+    "shape": [2, 3],
+    "start": 8,
+    "length": 24,
+    "sha256": "0" * 64,
+    "rows": ["0" * 64, "1" * 64],
+}
+
+
+def written(files: Any = None, tensors: Any = None, **fields: Any) -> bytes:
+    whole: dict[str, Any] = {"version": 1, "name": "n", "extra": {}, "files": [FILE] if files is None else files}
+    return json.dumps({**whole, "tensors": [TENSOR] if tensors is None else tensors, **fields}).encode()
+
+
+NAMES = [
+    "/etc/passwd", "../x.pth", "a/b", "a\\b", "..", ".", "", ".hidden", " x", "a\0b", "a\nb", "c:x", 'a"b', "x" * 300, "\ud800",
+    5, None, ["a"], {"a": 1}, True,
+]  # fmt: skip
+FILES: list[dict[str, Any]] = [
+    *({"name": name} for name in NAMES),
+    *({"size": size} for size in ("x", -1, 1.5, True, None, 1 << 60, [1])),
+    *({"digest": digest} for digest in (7, "0" * 63, "G" * 64, "../../../etc/passwd", None, ["0" * 64])),
+    *({"media_type": kind} for kind in (None, [1], "x" * 1000)),
+    {"more": 1},
+]  # fmt: skip
+TENSORS: list[dict[str, Any]] = [
+    *({"name": name} for name in (5, None, [1], "x" * 1000)),
+    *({"file": name} for name in ("other", 5, ["model.safetensors"], {"a": 1})),
+    *({"shape": shape} for shape in (None, 5, "23", [2, -3], [2, 3.0], [2, True], [1] * 20, [2, 1 << 60], [], [3, 2])),
+    *({"start": start} for start in (-1, 90, "8", None, 1.5, 1 << 60)),
+    *({"length": length} for length in (-24, 23, 1 << 60, "24", None)),
+    *({"dtype": dtype} for dtype in ("F33", 5, None, ["F32"], "BF16")),
+    *({"rows": rows} for rows in (None, 5, ["x"], ["0" * 64], ["0" * 64] * 3, [5, 5], "0" * 64)),
+    {"sha256": 5},
+    {"more": 1},
+]  # fmt: skip
+ODD_TYPES: list[Any] = [[], 5, {"": "F33"}, {"": ["F32"]}, {"nowhere": "F32"}, {"": None}]
+EXTRAS: list[Any] = [
+    None, [], 5, {"a": 1}, {str(i): "" for i in range(100)}, {"banks": "{"}, {"banks": "[]"}, {"banks": '{"x": 5}'},
+    *({"banks": json.dumps({TENSOR["name"]: bank})} for bank in (["0", "p", None], [0], [0, 5, None], [-1, "p", 0], [0, "p", "1"],
+                                                                  [0, "p", None, 1], {"a": 1}, [[0], "p", None], [0, "p", 1.5])),
+    *({"dtypes": json.dumps(dtypes)} for dtypes in ODD_TYPES),
+    {"banks": "[" * 100_000},
+]  # fmt: skip
+ODD: list[Any] = [{}, 5, [[1]], [5]]
+WHOLE: list[bytes] = [
+    *(written([{**FILE, **change}]) for change in FILES),
+    *(written(tensors=[{**TENSOR, **change}]) for change in TENSORS),
+    *(written(extra=extra) for extra in EXTRAS),
+    *(written(**{field: value}) for field in ("files", "tensors", "name", "version") for value in ODD),
+    *(written([{k: v for k, v in FILE.items() if k != gone}]) for gone in FILE),
+    *(written(tensors=[{k: v for k, v in TENSOR.items() if k != gone}]) for gone in TENSOR),
+    written([FILE, FILE]), written(tensors=[TENSOR, TENSOR]), written([]),
+    b"5", b"null", b'"x"', "{}".encode("utf-16"), b"\xff\xfe", b'{"version":1,"x":' + b"[" * 100_000, b"[" * 100_000,
+    b'{"version": 1, "files": [' + b"9" * 5000 + b"]}", written().replace(b"100", b"1e400"), written().replace(b"100", b"NaN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", WHOLE, ids=range(len(WHOLE)))
+def test_a_manifest_of_a_stranger_is_sound_or_refused(data: bytes) -> None:
+    with pytest.raises(Invalid):
+        Manifest.from_bytes(data)
+
+
+def test_a_sound_one_of_a_stranger_is_read() -> None:
+    manifest = Manifest.from_bytes(written())
+    assert manifest.experts() == {0: 2}
+    assert manifest.expert_bytes() == {0: 12}
+    banks = {"banks": json.dumps({TENSOR["name"]: [3, "down_proj", None]}), "dtypes": '{"":"BF16"}'}
+    other = Manifest.from_bytes(written(extra=banks))
+    assert (other.experts(), other.expert_bytes(), other.expert_value_bytes()) == ({3: 2}, {3: 6}, 2)
