@@ -185,7 +185,7 @@ def _in(model: nn.Module, layer: MoELayer) -> MoELayer:
 
 
 def _rows(
-    pick: Callable[[list[int]], torch.Tensor], bank: torch.Tensor, residents: Residents, how: _Training
+    pick: Callable[[Sequence[int]], torch.Tensor], bank: torch.Tensor, residents: Residents, how: _Training
 ) -> tuple[torch.Tensor, torch.Tensor | FourBit]:
     """Return (target rows, frozen rows) of one tensor of a bank, which itself has no storage."""
     from connito.moe.four_bit import hold
@@ -194,7 +194,7 @@ def _rows(
     if how.residency == FOUR_BIT:
         one_by_one = (pick([expert])[0] for expert in residents.helpers)
         return targets, hold(one_by_one, len(residents.helpers), bank.shape[1:], how.held(bank).dtype)
-    beside = list(range(residents.num_experts)) if how.residency == ALL else list(residents.helpers)
+    beside = range(residents.num_experts) if how.residency == ALL else list(residents.helpers)
     return targets, how.held(pick(beside) if beside else bank.new_empty(0, *bank.shape[1:], device="cpu"))
 
 
@@ -242,7 +242,12 @@ def _mapped(files: CheckpointFiles) -> Source:
         tensor: torch.Tensor = pickled[name] if files.pickled else by_name[name].get_tensor(name)
         return tensor
 
-    return Source(read, lambda name, experts: read(name)[list(experts)])
+    def rows(name: str, experts: Sequence[int]) -> torch.Tensor:
+        tensor = read(name)
+        # A range of all of them is asked for by whoever changes none: it stays mapped.
+        return tensor if experts == range(len(tensor)) else tensor[[*experts]]
+
+    return Source(read, rows)
 
 
 def _opened(path: Path) -> Any:

@@ -10,7 +10,7 @@ import torch
 from connito.base.description import build_manifest
 from connito.base.loading import load_full, load_resident, load_resident_local
 from connito.moe.footprint import Workload, best_fit, predict
-from connito.moe.four_bit import FourBit
+from connito.moe.four_bit import FourBit, frozen_linear
 from connito.moe.residency import ALL, AUTO, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
 from connito.moe.resident import adapted_layers, compress, target_parameters
 from connito.moe.training import train_local
@@ -81,6 +81,23 @@ def test_gradients_reach_targets_below_through_unpacked_experts(random_base: Pat
         assert parameter.grad.abs().max() > 0
         assert torch.equal(parameter.grad, other)
     assert all(p.grad is None for p in packed.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_product_and_its_gradient_are_those_of_the_unpacked_row(transposed: bool, biased: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    packed = FourBit(2, (24, 40), torch.float32)
+    for index in range(2):
+        packed.put(index, torch.randn(24, 40, generator=draw))
+    wide, narrow = (24, 40) if transposed else (40, 24)
+    bias = torch.randn(narrow, generator=draw) if biased else None
+    x, y = (torch.randn(5, wide, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    weight = packed.row(1) if transposed else packed.row(1).T
+    ours, plain = frozen_linear(x, packed, 1, bias, transposed), y @ weight + (0 if bias is None else bias)
+    torch.testing.assert_close(ours, plain)
+    grads = [torch.autograd.grad(out.square().sum(), leaf)[0] for out, leaf in ((ours, x), (plain, y))]
+    torch.testing.assert_close(*grads)
 
 
 def test_no_unpacked_expert_is_kept_for_the_backward_pass(random_base: Path) -> None:
@@ -163,8 +180,12 @@ def test_predicted_weights_are_what_is_held(
 def test_all_of_them_are_the_full_model_and_share_its_files(random_base: Path) -> None:
     model = load_resident_local(random_base, SELECTION, residency=ALL)
     torch.testing.assert_close(logits(model), logits(load_full(random_base)), rtol=0, atol=2e-6)
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+    spans = [tuple(int(end, 16) for end in entry[0].split("-")) for entry in mapped]
     for experts, _ in adapted_layers(model).values():
-        assert experts.helper_down_proj.shape[0] == 8, "the bank itself, without a copy"
+        bank = experts.helper_down_proj
+        assert bank.shape[0] == 8
+        assert any(start <= bank.data_ptr() < end for start, end in spans), "the bank lies in the file, without a copy"
 
 
 def test_the_best_residency_that_fits_is_chosen(random_base: Path) -> None:
