@@ -39,6 +39,10 @@ class Records(Sequence[T]):
         """Return the records at these places."""
         return Records(self._spool, (self.indices[place] for place in places))
 
+    def reordered(self, indices: Iterable[int]) -> Records[T]:
+        """Return records of the same spool by their indices in it."""
+        return Records(self._spool, indices)
+
     def mapped(self, function: Callable[[T], S]) -> Mapped[T, S]:
         """Return the same sequence seen through a function, which is called at each access."""
         return Mapped(self, function)
@@ -91,10 +95,6 @@ class Spool(Generic[T]):
         self._flush()
         start, end = self._ends[index], self._ends[index + 1]
         return self._decode(os.pread(self._file.fileno(), end - start, start))
-
-    def records(self) -> Records[T]:
-        """Return all records, in order."""
-        return Records(self, range(len(self._ends) - 1))
 
     def _flush(self) -> None:
         if self._waiting:

@@ -18,7 +18,7 @@ from typing import Any
 from connito.data.dedup import contaminated, deduplicate
 from connito.data.prepare import Split, part_of
 from connito.data.spool import Records
-from connito.errors import ConnitoError
+from connito.errors import Invalid
 from connito.jobs.findings import Finding
 from connito.jobs.sources import Document, Reach, document_spool, read_source, rows_of
 from connito.jobs.spec import Job, Source
@@ -30,6 +30,8 @@ TOLERATED = 0.02
 # From here on a source is more copies than text.
 MANY_DUPLICATES = 0.5
 _EXAMPLES = 5
+# Of text that selects experts; scores do not change with more, and the selector reads all of it.
+PROBE_CHARACTERS = 8_000_000
 
 Documents = Sequence[Document]
 
@@ -71,14 +73,13 @@ def sort_texts(job: Job, root: Path) -> Texts:
 
 
 def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) -> Records[Document]:
-    spool = document_spool()
+    spool, kept = document_spool(), array("Q")
     for number, source in enumerate(sources):
         reading = rows_of(source, root)
         reach = Reach(source.label, reading.account)
         try:
-            for document in read_source(source, number, reading, reach):
-                spool.append(document)
-        except (ConnitoError, OSError) as error:
+            found = array("Q", map(spool.append, read_source(source, number, reading, reach)))
+        except (Invalid, OSError) as error:
             texts.note("reach", "error", f"{what}: {error}", "correct the path, the template or the file")
             continue
         texts.reaches.append(reach)
@@ -89,10 +90,12 @@ def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) ->
             texts.note("reach", "error", detail, "fill it, or take it out of the job", **numbers)
             continue
         detail = f"{what}: {reach.label}: {account}, {reach.characters} characters"
-        level = "warning" if account.empty > account.rows / 10 else "ok"
-        remedy = "look at the template: many rows come out empty" if level == "warning" else ""
+        lost = account.empty + sum(count for reason, count in account.dropped.items() if reason.startswith("rows"))
+        level = "warning" if lost > account.rows / 10 else "ok"
+        remedy = "look at the template and the rows: many give no text" if level == "warning" else ""
         texts.note("reach", level, detail, remedy, **numbers)
-    return spool.records()
+        kept.extend(found)
+    return Records(spool, kept)
 
 
 def _unique(documents: Records[Document]) -> Records[Document]:
@@ -146,8 +149,19 @@ def _part(texts: Texts, job: Job, kept: Records[Document], held: Records[Documen
     # The smallest share that a split can have: the hold-out is given.
     split = Split(job.split.probe, 1e-12 if job.holdout else job.split.holdout)
     parts = _by_part(kept, split)
-    texts.probe, texts.train = parts["probe"], parts["train"]
+    texts.probe, texts.train = _bounded(parts["probe"], parts["train"])
     texts.holdout = held if job.holdout else parts["holdout"]
+
+
+def _bounded(probe: Records[Document], train: Records[Document]) -> tuple[Records[Document], Records[Document]]:
+    """Leave of the probe what selects experts surely; the rest, of a very large job, is trained on."""
+    characters = 0
+    for place, text in enumerate(_texts(probe)):
+        characters += len(text)
+        if characters > PROBE_CHARACTERS:
+            rest = sorted([*probe.indices[place + 1 :], *train.indices])
+            return probe.take(range(place + 1)), train.reordered(rest)
+    return probe, train
 
 
 def _by_part(documents: Records[Document], split: Split) -> dict[str, Records[Document]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ _DELIMITERS = ",;\t|"
 _NONE = "\x1f"
 _SAMPLE_LINES = 200
 _LONGEST_NAME = 64
+_NAME = re.compile(r"[^\W\d]\w{0,30}")
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,17 @@ def sniff(lines: Sequence[str], prefer: str = "") -> tuple[Dialect, float]:
             if not widths:
                 continue
             share = sum(width == widths[0] for width in widths) / len(widths)
-            if widths[0] > 1 and (share, widths[0]) > best[:2] and share > 0.5:
+            if widths[0] > 1 and (share, widths[0]) > best[:2] and (share > 0.5 or _names(dialect, lines)):
                 best = share, widths[0], dialect
             break
     if best[2].delimiter == _NONE and _widths(best[2], lines) == []:
         return Dialect(_NONE, quoted=False), 0.0
     return best[2], best[0]
+
+
+def _names(dialect: Dialect, lines: Sequence[str]) -> bool:
+    """Tell whether the first row can be nothing but names of columns."""
+    return all(_NAME.fullmatch(cell.strip()) for cell in next(dialect.reader(lines)))
 
 
 def _widths(dialect: Dialect, lines: Sequence[str]) -> list[int]:

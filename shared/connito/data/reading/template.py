@@ -14,13 +14,8 @@ _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _STEP = re.compile(r"[^.\[\]]+")
 # A field that no row so far has is a mistake in the template; rows after the first ones may lack it.
 _FIRST_ROWS = 100
-# Fields that hold a row's text, the likeliest first, and sets of fields that make it together.
+# Fields that hold a row's text, the likeliest first.
 _ALONE = ("text", "content", "document", "body", "article", "passage", "raw_content", "markdown", "transcript")
-_TOGETHER = (
-    ("instruction", "input", "output"), ("instruction", "output"), ("instruction", "response"), ("prompt", "completion"),
-    ("prompt", "response"), ("question", "answer"), ("title", "abstract"),
-)  # fmt: skip
-_TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 
 
 @dataclass
@@ -34,7 +29,7 @@ class Template:
     known: set[str] = field(default_factory=set)
     lacking: dict[str, Row] = field(default_factory=dict)
     rows: int = 0
-    fields: tuple[str, ...] = ()
+    usual: str = ""
 
     def __post_init__(self) -> None:
         if self.text and not any(match[1] for match in _PLACE.finditer(self.text)):
@@ -61,15 +56,13 @@ class Template:
     def _usual(self, row: Row) -> str:
         if isinstance(row.value, str):
             return row.value
-        if not self.fields:
-            self.fields = usual_fields(row.value)
-            if not self.fields:
+        if not self.usual:
+            self.usual = usual_field(row.value)
+            if not self.usual:
                 raise self._missing("text", row)
-            if self.fields != ("text",):
-                self.account.note(f"the text of {self.label} is its {' and '.join(self.fields)}")
-        if self.fields[0] in _TURNS:
-            return _conversation(row.value.get(self.fields[0]))
-        return "\n\n".join(part for name in self.fields if (part := self._field(name, row)))
+            if self.usual != "text":
+                self.account.note(f"the text of {self.label} is its {self.usual}")
+        return self._field(self.usual, row)
 
     def _field(self, path: str, row: Row) -> str:
         value: Any = row.value
@@ -100,35 +93,13 @@ class Template:
         )
 
 
-def usual_fields(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the fields that hold the text of rows like this one; none where it cannot be told."""
+def usual_field(row: Mapping[str, Any]) -> str:
+    """Return the field that holds the text of rows like this one; "" where it cannot be told."""
     names = {str(name).lower(): str(name) for name in row}
-    for name in _ALONE:
-        if name in names and _is_text(row[names[name]]):
-            return (names[name],)
-    for name in _TURNS:
-        if name in names and isinstance(row[names[name]], list):
-            return (names[name],)
-    for together in _TOGETHER:
-        if all(name in names and _is_text(row[names[name]]) for name in together):
-            return tuple(names[name] for name in together)
+    known = [names[name] for name in _ALONE if name in names]
     if len(row) == 1 and isinstance(next(iter(row.values())), str):
-        return (next(iter(names.values())),)
-    return next(((names[name],) for name in _ALONE if name in names), ())
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float)) or (isinstance(value, list) and not value)
-
-
-def _conversation(turns: Any) -> str:
-    """Return what is said in a conversation, a paragraph each turn."""
-    said = (
-        [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, Mapping)]
-        if isinstance(turns, list)
-        else []
-    )
-    return "\n\n".join(part for part in said if isinstance(part, str) and part.strip())
+        known += names.values()
+    return next((name for name in known if not isinstance(row[name], (dict, list))), known[0] if known else "")
 
 
 def _cell(value: Any, path: str, where: str) -> str:

@@ -165,3 +165,25 @@ def test_weights_are_how_often_a_document_is_seen(code: list[str], tmp_path: Pat
     assert len(weighted(documents, [3.0])) == 3 * len(documents)
     half = len(weighted(documents, [0.5])) / len(documents)
     assert 0.3 < half < 0.7
+
+
+def test_the_probe_of_a_very_large_job_is_bounded(
+    code: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "data.jsonl", code)
+    whole = sort_texts(job(), tmp_path)
+    monkeypatch.setattr("connito.jobs.texts.PROBE_CHARACTERS", 1)
+    bounded = sort_texts(job(), tmp_path)
+
+    assert len(whole.probe) > len(bounded.probe) == 1
+    assert {d.text for d in (*bounded.probe, *bounded.train)} == {d.text for d in (*whole.probe, *whole.train)}
+    assert list(bounded.holdout) == list(whole.holdout)
+
+
+def test_a_source_that_cannot_be_read_to_its_end_leaves_nothing(code: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", code)
+    (tmp_path / "cut.jsonl").write_text('{"text": "only in the file that is cut off"}\n{"text": "')
+
+    texts = sort_texts(job(data=[{"path": "data.jsonl"}, {"path": "cut.jsonl"}]), tmp_path)
+    assert [finding.check for finding in texts.findings if finding.level == "error"] == ["reach"]
+    assert all("cut off" not in document.text for document in (*texts.train, *texts.probe, *texts.holdout))
