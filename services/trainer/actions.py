@@ -103,6 +103,7 @@ class Miner:
             steps=effort.steps,
             tokens=effort.tokens,
             seconds=round(effort.seconds, 3),
+            evaluated=effort.evaluated,
         )
         log.info("result kept", artifact=digest[:12], bytes=size, seconds=round(effort.seconds, 2))
 

@@ -58,6 +58,18 @@ class TrainerSettings(ModelSettings):
     offload_prefix: bool = Field(
         False, description="keep the layers below the first adapted one in the host's memory until a step needs them"
     )
+    evaluation_share: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="share of this miner's text of a cycle that it measures itself by instead of training on it, where that is "
+        "four sequences at least; 0: none",
+    )
+    patience: int = Field(
+        3,
+        ge=0,
+        description="evaluations without a better loss after which a cycle's training ends, with the best state; 0: never",
+    )
     top_k: int = Field(
         0,
         ge=0,

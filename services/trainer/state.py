@@ -40,6 +40,8 @@ class CycleProgress:
     committed: bool = False
     revealed: bool = False
     told: tuple[str, ...] = ()
+    # Losses of what the miner held back, the first before any step.
+    evaluated: tuple[float, ...] = ()
 
 
 Progress = Mapping[int, CycleProgress]
@@ -120,7 +122,7 @@ def read_progress(path: Path) -> CycleProgress:
     """Read a `progress.json`. Raises `Invalid` naming the file when it is not one."""
     try:
         raw = json.loads(path.read_text())
-        return CycleProgress(**{**raw, "told": tuple(raw.get("told", ()))})
+        return CycleProgress(**{**raw, **{name: tuple(raw.get(name, ())) for name in ("told", "evaluated")}})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Invalid(f"{path} is not a miner's progress ({error!r}); remove its folder to skip that cycle") from error
 

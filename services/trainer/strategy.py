@@ -13,11 +13,13 @@ from connito.wire.facts import RunFacts
 
 @dataclass(frozen=True)
 class Effort:
-    """The effort behind a result."""
+    """The effort behind a result. `evaluated`: losses of what the miner held back, in nats per token, the first before any
+    step."""
 
     steps: int
     tokens: int
     seconds: float
+    evaluated: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

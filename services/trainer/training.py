@@ -27,6 +27,7 @@ from connito.wire.facts import RunFacts
 
 from .adapters import Downloads
 from .base import Base, experts_of
+from .evaluation import Evaluation, hold_back
 from .settings import TrainerSettings
 from .strategy import Effort
 
@@ -112,7 +113,9 @@ class LocalTrainer:
         policy, begun = facts.require_spec().training, time.perf_counter()
         model = self._model(facts, base)
         write_targets(model, load_state(state))
-        progress = _Progress(len(batches))
+        batches, apart = hold_back(batches, self._settings.evaluation_share)
+        own = Evaluation(model, apart, len(batches), self._settings)
+        progress = _Progress(len(batches), own)
         schedule = schedule_of(facts.require_spec())
         moments = (
             None
@@ -134,14 +137,14 @@ class LocalTrainer:
                 moments=moments,
                 shadow=shadow,
                 on_step=progress,
-                should_stop=should_stop,
+                should_stop=lambda: should_stop() or own.stopped,
             )
         finally:
             if shadow is not None:
                 shadow.close()
         if moments is not None:
             OptimizerState(draft.parent).save(moments)
-        save_state(result, draft)
+        save_state(own.best if own.stopped and own.best is not None else result, draft)
         log.info(
             "trained",
             steps=stats.steps,
@@ -149,8 +152,9 @@ class LocalTrainer:
             seconds=round(stats.seconds, 2),
             loss_first=round(stats.first_loss, 4),
             loss_last=round(stats.last_loss, 4),
+            stopped_early=own.stopped,
         )
-        return Effort(stats.steps, stats.tokens, time.perf_counter() - begun)
+        return Effort(stats.steps, stats.tokens, time.perf_counter() - begun, tuple(own.losses))
 
     def _model(self, facts: RunFacts, base: Base) -> nn.Module:
         """Return the training model of the run; another run's is released first."""
@@ -169,9 +173,10 @@ class LocalTrainer:
 
 
 class _Progress:
-    """One line every two seconds."""
+    """One line every two seconds, and the miner's own evaluation."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, own: Evaluation) -> None:
+        self._own = own
         self._steps, self._tokens, self._since = steps, 0, time.monotonic()
 
     def __call__(self, step: Step) -> None:
@@ -183,6 +188,7 @@ class _Progress:
             rate = round(self._tokens / max(elapsed, 1e-9))
             log.info("training", step=step.index + 1, of=self._steps, loss=round(step.loss, 4), tokens_per_second=rate)
             self._tokens, self._since = 0, time.monotonic()
+        self._own(step)
 
 
 class OptimizerState:

@@ -203,6 +203,12 @@ TRAIN_STEP_SECONDS = declare(
 TRAIN_TOKENS = declare(
     Counter, "train_tokens_total", "Tokens trained on", when_bad="flat in an open train window: the trainer is stuck"
 )
+TRAIN_EVALUATION_LOSS = declare(
+    Gauge,
+    "train_evaluation_loss",
+    "Loss in nats per token of the text that a miner holds back from its training",
+    when_bad="rising while the training loss falls: the miner overfits; fewer local steps, or more text",
+)
 SCORE_SECONDS = declare(
     Histogram,
     "score_seconds",
