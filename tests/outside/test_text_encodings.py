@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,15 @@ def test_text_without_spaces_is_text(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
 
     assert texts(tmp_path / "a.txt") == [text.strip()]
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes("größere Mängel".encode("latin-1"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(20))
+    (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
+    for module in ("charset_normalizer", "pyarrow", "zstandard", "fsspec"):
+        monkeypatch.setitem(sys.modules, module, None)
+
+    for name in (tmp_path / "a.txt", tmp_path / "a.parquet", tmp_path / "a.zst", "https://127.0.0.1/a.jsonl"):
+        with pytest.raises(Invalid, match=r"pip install 'connito\[data\]'"):
+            rows(name)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def select(
     base: Annotated[Path | None, typer.Option(help="Folder of the base model that routes the text.")] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Text of the domain; may be repeated. Needs --base.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Data of the domain: file, folder, glob or address. Needs --base.")
+    ] = None,
     routing_trace: Annotated[Path | None, typer.Option(help="Recorded routing (.npz) instead of a model.")] = None,
     statistics: Annotated[
         list[Path] | None, typer.Option(help="Saved statistics of the domain; several are merged exactly.")

@@ -127,7 +127,11 @@ class Decoder:
             self.ascii = False
             return self._recover(raw, final)
         first = next(place for place, byte in enumerate(raw) if byte > 0x7F)
-        guess, confidence = likely(raw[max(0, first - 2000) :])
+        try:
+            guess, confidence = likely(raw[max(0, first - 2000) :])
+        except ImportError as error:
+            needed = "telling other encodings takes charset-normalizer: pip install 'connito[data]'"
+            raise unreadable(f"{self.name} is not UTF-8; {needed}") from error
         if not guess or confidence < CONFIDENT:
             raise unreadable(
                 f"{self.name} is not UTF-8 (byte {self.done + first} is {raw[first]:#04x}) and its encoding is unclear; "
