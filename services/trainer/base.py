@@ -63,6 +63,23 @@ class Base:
         ranges = Ranges(dict(zip(needed, urls, strict=True)), downloads.cache.folder / "ranges")
         return cls(manifest, None, ranges, background)
 
+    def config(self) -> Any:
+        """Return the model's configuration, with the type its weights are loaded in. Raises `Retry` when the store is away."""
+        from connito.base.description import describe
+        from connito.base.loading import manifest_file
+
+        if self.files is not None:
+            data = self.files["config.json"].read_bytes()
+        else:
+            assert self.ranges is not None
+            try:
+                data = manifest_file(self.manifest, self.ranges.read, "config.json")
+            finally:
+                self.ranges.close()
+        described = describe(data, self.manifest.headers(), self.manifest.extra.get("dtype", ""))
+        described.config.dtype = described.dtype
+        return described.config
+
     def load(self, facts: RunFacts, device: Any, work: Workload, *, top_k: int = 0) -> nn.Module:
         """Return the training model, made ready for this machine. Blocking. Raises `Retry` when the store is away or
         damaged bytes came.

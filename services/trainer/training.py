@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from connito.data.packing import Rows
 from connito.errors import Invalid, Retry
 from connito.moe.device import devices_of
 from connito.moe.engine import Engine
+from connito.moe.residency import ALL, AUTO
 from connito.moe.schedule import Schedule
+from connito.protocol.findings import DOCUMENTS_APART
 from connito.protocol.sequences import miner_batches, sequences
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
@@ -241,23 +243,33 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
     Raises `Invalid` (DOES_NOT_FIT) with the numbers when it will not fit.
     """
     import torch
-    from connito.moe.footprint import Workload, best_fit, free_bytes, require_fit
+    from connito.moe.footprint import SWITCHES, Workload, fit, free_bytes
+    from connito.workloads.rehearsal import predictor
 
     policy = facts.require_spec().training
-    targets, helpers = experts_of(facts.require_selection())
-    sequences = min(settings.micro_batch or policy.batch_sequences, policy.batch_sequences)
     work = Workload(
-        sequences, policy.sequence_length, settings.bf16_parameters, base.background is not None, engine=engine
+        policy.batch_sequences,
+        policy.sequence_length,
+        half=settings.bf16_parameters,
+        background=base.background is not None,
+        bf16=settings.bf16,
+        micro_batch=settings.micro_batch,
+        top_k=settings.top_k,
+        routing_mode=policy.routing_mode or "natural",
+        residency=ALL if settings.residency == AUTO else settings.residency,
+        engine=replace(engine, checkpointing=settings.checkpointing == "on"),
+        packed=facts.require_spec().protocol_version >= DOCUMENTS_APART,
     )
     have = settings.memory_bytes
     if not have:
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
-    choices = work.choices(settings.residency, settings.checkpointing)
-    work, need = best_fit(base.manifest, targets, helpers, choices, have)
-    require_fit(need, have, f"this machine ({device})" if not settings.memory_bytes else "CONNITO_MEMORY_BYTES")
+    where = "CONNITO_MEMORY_BYTES" if settings.memory_bytes else f"this machine ({device})"
+    mine = tuple(switch for switch in SWITCHES if getattr(settings, switch.field, None) == AUTO)
+    predict = predictor(base.config(), *experts_of(facts.require_selection()))
+    work = fit(predict, work, have, where, mine)
     log.info(
         "memory predicted",
-        need_bytes=need.total,
+        need_bytes=predict(work).total,
         free_bytes=have,
         residency=work.residency,
         checkpointing=work.engine.checkpointing,

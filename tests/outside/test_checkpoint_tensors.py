@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from connito.base.description import build_manifest, outline_of
+from connito.base.description import build_manifest
 from connito.base.folders import rewrite, show
 from connito.base.loading import load_full, load_resident_local
 from connito.errors import Invalid
 from connito.moe.layout import require_moe_layers
+from connito.workloads.rehearsal import config_of
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import Tensors, assert_as_transformers, assert_same, change, edit, published, theirs
@@ -46,7 +47,7 @@ def test_the_configuration_says_the_type(tmp_path: Path, family: str, stored: to
     change(base, stored_as(stored))
     edit(base, dtype=said)
     assert_as_transformers(base)
-    assert outline_of(base).expert_value_bytes() == getattr(torch, said).itemsize
+    assert build_manifest(base).expert_value_bytes() == getattr(torch, said).itemsize
     rewrite(base, tmp_path / "out")
     assert_same(load_full(tmp_path / "out"), theirs(base))
     assert_as_transformers(tmp_path / "out")
@@ -151,7 +152,7 @@ LACKING: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 def test_what_is_missing_is_named_and_never_made_up(base: Path, name: str, tmp_path: Path) -> None:
     how, says = LACKING[name]
     change(base, how)
-    for use in (show, load_full, outline_of, lambda f: rewrite(f, tmp_path / "out")):
+    for use in (show, load_full, config_of, lambda f: rewrite(f, tmp_path / "out")):
         with pytest.raises(Invalid, match=says) as caught:
             use(base)
         assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from connito.base.pretrained import lacking, modules_of, on_meta, parse_config
 from connito.base.quantised import unpacked_headers
 from connito.base.stored import Source, Stored, format_name, locate, torch_dtypes
 from connito.data.checkpoint_files import CheckpointFiles, Header, find_checkpoint, read_headers, read_json
-from connito.data.hashing import hash_checkpoint, outline
+from connito.data.hashing import hash_checkpoint
 from connito.data.manifest import Bank, Manifest, Taken, usual_bank
 from connito.errors import Invalid
 from connito.moe.layout import MoELayer, require_moe_layers
@@ -149,21 +149,11 @@ def describe_files(files: CheckpointFiles) -> Description:
 def build_manifest(folder: Path, name: str = "", progress: Callable[[str, float], None] | None = None) -> Manifest:
     """Read a checkpoint's files once and describe them by content. Raises what `find_checkpoint` and `describe` raise, and
     `Invalid` for a dense model."""
-    files, description = _described(folder)
-    return hash_checkpoint(files, description.taken(), name or folder.name, progress)
-
-
-def outline_of(folder: Path) -> Manifest:
-    """Return `build_manifest` without digests: what depends on sizes alone is said without reading a weight."""
-    files, description = _described(folder)
-    return outline(files, description.taken(), folder.name)
-
-
-def _described(folder: Path) -> tuple[CheckpointFiles, Description]:
     files = find_checkpoint(folder)
     if files.pickled:
         raise not_ranged(files)
-    return files, describe_files(files)
+    description = describe_files(files)
+    return hash_checkpoint(files, description.taken(), name or folder.name, progress)
 
 
 def not_ranged(files: CheckpointFiles) -> Invalid:

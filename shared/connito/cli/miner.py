@@ -105,42 +105,56 @@ def run(
 
 @app.command("fits")
 def fits(
-    base: Annotated[Path, typer.Option(help="Folder of the base model.")],
-    selection: Annotated[Path, typer.Option(help="What `connito select --json` printed.")],
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences that go through the model at once.")] = 4,
+    base: Annotated[Path, typer.Option(help="Folder of the base model; its config.json is enough.")],
+    selection: Annotated[Path | None, typer.Option(help="What `connito select --json` printed.")] = None,
+    experts: Annotated[int, typer.Option(min=0, help="Without a selection: so many targets in every layer.")] = 0,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
+    micro_batch: Annotated[int, typer.Option(min=0, help="Sequences that go through the model at once; 0: all.")] = 0,
     bf16_parameters: Annotated[bool, typer.Option(help="Frozen weights in bfloat16.")] = False,
     residency: Annotated[Residency, typer.Option(help="Frozen experts to hold; auto: the best that fits.")] = "auto",
     memory_bytes: Annotated[int, typer.Option(min=0, help="Memory to fit into; 0: what is free here.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Predict the memory of training a selection, before anything is loaded; exit 3 when it does not fit."""
-    from connito.base.description import outline_of
-    from connito.moe.footprint import Workload, best_fit, free_bytes, require_fit
+    """Predict the memory of training a selection, before anything is loaded, and the settings that make it fit; exit 3
+    when none do.
+    """
+    from connito.errors import Invalid
+    from connito.moe.footprint import SWITCHES, Workload, fit, free_bytes, lean
+    from connito.moe.residency import ALL, AUTO
+    from connito.workloads.rehearsal import config_of, predictor, same_everywhere
 
-    targets, helpers = _experts(selection)
-    manifest, have = outline_of(base), memory_bytes or free_bytes()
-    choices = Workload(sequences, length, bf16_parameters).choices(residency, "auto")
-    work, need = best_fit(manifest, targets, helpers, choices, have)
+    if (selection is None) == (not experts):
+        raise Invalid("give either --selection FILE, or --experts N for so many targets in every layer")
+    config = config_of(base)
+    targets, helpers = (same_everywhere(config, experts), {}) if selection is None else _experts(selection)
+    predict = predictor(config, targets, helpers)
+    work = Workload(
+        sequences,
+        length,
+        bf16_parameters,
+        micro_batch=micro_batch,
+        residency=ALL if residency == AUTO else residency,
+        packed=True,
+    )
+    have = memory_bytes or free_bytes()
+    switches = tuple(switch for switch in SWITCHES if switch.field != "residency" or residency == AUTO)
+    chosen, turned = lean(predict, work, have, switches)
+    need = predict(chosen)
+    settings = {switch.setting: switch.costs for switch in turned}
+    numbers = {**need.to_json(), "available": have}
     emit(
         as_json,
-        {
-            **need.to_json(),
-            "residency": work.residency,
-            "checkpointing": work.engine.checkpointing,
-            "available": have,
-            "fits": need.total <= have,
-        },
+        {**numbers, "residency": chosen.residency, "fits": need.total <= have, "settings": settings},
         lambda: "\n".join(
             [
-                f"{'residency':<12}{work.residency:>10}",
-                f"{'checkpoints':<12}{'yes' if work.engine.checkpointing else 'no':>10}",
-                *(f"{name:<12}{formats.size(value):>10}" for name, value in need.to_json().items()),
-                f"{'available':<12}{formats.size(have):>10}",
+                f"{'residency':<12}{chosen.residency:>10}",
+                *(f"{name:<12}{formats.size(value):>10}" for name, value in numbers.items()),
+                *(f"with {setting}: {costs}" for setting, costs in settings.items()),
             ]
         ),
     )
-    require_fit(need, have, "--memory-bytes" if memory_bytes else "this machine")
+    fit(predict, work if need.total > have else chosen, have, "--memory-bytes" if memory_bytes else "this machine")
 
 
 def _experts(path: Path) -> tuple[dict[int, list[int]], dict[int, list[int]]]:

@@ -40,16 +40,6 @@ def hash_checkpoint(
     return Manifest(entries, tensors, name, _extra(tensors, taken))
 
 
-def outline(files: CheckpointFiles, taken: Taken, name: str) -> Manifest:
-    """Return the manifest without a digest and without files, from the headers alone: for what depends on sizes."""
-    tensors = {
-        n: TensorEntry(n, h.file, h.dtype, h.shape, h.start, h.length, "")
-        for n, h in read_headers(files).items()
-        if n in taken.dtypes
-    }
-    return Manifest({}, tensors, name, _extra(tensors, taken))
-
-
 def _extra(tensors: Mapping[str, TensorEntry], taken: Taken) -> dict[str, str]:
     banks = {name: taken.banks.get(name) for name in tensors if taken.banks.get(name) != usual_bank(name)}
     other = {name: dtype for name, dtype in taken.dtypes.items() if dtype != tensors[name].dtype}

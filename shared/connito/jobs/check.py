@@ -17,7 +17,7 @@ from connito.jobs.policies import check_policies, run_spec
 from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
 from connito.library.governance import TERMS
-from connito.moe.footprint import Workload, predict
+from connito.moe.helper_experts import frozen_and_trained
 from connito.render import formats
 from connito.runtime.progress import Progress, silent
 from connito.v1.run_pb2 import RunSpec
@@ -117,10 +117,10 @@ def _terms(job: Job) -> Iterator[Finding]:
 def _budget(job: Job, context: JobContext) -> Iterator[Finding]:
     """Check that the smallest possible job fits the budget. What this job needs is computed by the quote."""
     sizes = context.manifest.expert_bytes()
-    smallest = predict(context.manifest, {layer: [0] for layer in sizes}, {}, Workload(1, 1))
+    smallest = sum(frozen_and_trained(context.manifest, {layer: [0] for layer in sizes}))
     for name, cap, minimum, what in (
         ("upload", job.budget.upload, min(sizes.values()), "one expert of this base has"),
-        ("memory", job.budget.memory, smallest.weights, "with one expert a layer, the weights alone take"),
+        ("memory", job.budget.memory, smallest, "with one expert a layer, the weights alone take"),
     ):
         if not cap:
             continue

@@ -10,21 +10,21 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from connito.jobs.check import Checked
 from connito.jobs.findings import Finding, require
-from connito.moe.footprint import Footprint, Workload, predict
+from connito.moe.footprint import Footprint, Workload
+from connito.protocol.findings import DOCUMENTS_APART
 from connito.render import formats
 from connito.runtime.progress import Progress, silent
 from connito.views.run_report import window_seconds
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from torch import nn
 
     from connito.jobs.context import JobContext
     from connito.moe.selection import Selection
@@ -94,17 +94,13 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = silent) 
     assert corpora is not None
     progress("routing the probe through the base", 0.1)
     selection = _select(checked)
-    activations, trial = 0, None
+    memory = _memory(checked, selection)
+    trial = None
     if pilot:
         progress("training as one miner would, for one cycle", 0.4)
-        activations, trial = _pilot(checked, selection, progress)
+        trial = _pilot(checked, selection, progress)
     expert = context.manifest.expert_bytes()
     upload = sum(expert[layer] * len(experts) for layer, experts in selection.layers.items())
-    policy = spec.training
-    work = Workload(policy.batch_sequences, policy.sequence_length, background=spec.selection.background)
-    memory = predict(context.manifest, selection.layers, selection.helpers, work)
-    if trial is not None:
-        memory = replace(memory, activations=activations)
     made = Quote(
         spec.domain, selection.layers, selection.total, upload, context.manifest.size, memory, spec.cycles, trial
     )
@@ -135,8 +131,27 @@ def _select(checked: Checked) -> Selection:
         return choose(spec, context.manifest, context.files(), probes, folder / "theta").selection
 
 
-def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[int, Pilot]:
-    """Train for one cycle; return the bytes that autograd keeps in a step, and the pilot."""
+def _memory(checked: Checked, selection: Selection) -> Footprint:
+    """Predict a miner's memory as it is without any setting of its own."""
+    from connito.base.description import describe_files
+    from connito.data.checkpoint_files import find_checkpoint
+    from connito.workloads.rehearsal import rehearse
+
+    policy = checked.spec.training
+    work = Workload(
+        policy.batch_sequences,
+        policy.sequence_length,
+        background=checked.spec.selection.background,
+        routing_mode=policy.routing_mode or "natural",
+        packed=checked.spec.protocol_version >= DOCUMENTS_APART,
+    )
+    described = describe_files(find_checkpoint(checked.context.files()))
+    described.config.dtype = described.dtype
+    return rehearse(described.config, selection.layers, selection.helpers, work)
+
+
+def _pilot(checked: Checked, selection: Selection, progress: Progress) -> Pilot:
+    """Train for one cycle."""
     from connito.base.loading import load_full
     from connito.moe.device import device_of
     from connito.moe.evaluate import Evaluator
@@ -155,7 +170,6 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
     evaluator = Evaluator(load_full(files, device=device), selection)
     before, tokens = evaluator.losses(None, held)
     local = compress(load_full(files, device=device), selection.layers, selection.helpers, policy.routing_mode)
-    kept = _activations(local, batches[0])
     began = time.perf_counter()
 
     def on_step(step: Step) -> None:
@@ -174,7 +188,7 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> tuple[
     evaluator.restore()
     found = paired(before.tolist(), after.tolist(), tokens.tolist(), spec.scoring.confidence)
     total = float(tokens.sum())
-    return kept, Pilot(
+    return Pilot(
         policy.local_steps, seconds, float(before.sum()) / total, float(after.sum()) / total, found.low, found.high
     )
 
@@ -191,28 +205,6 @@ def _score_part(checked: Checked) -> npt.NDArray[Any]:
     spec.holdout.domain = spec.domain
     rows = sequences(checked.corpora.holdout, spec)
     return rows[subsets(rows, spec, spec.domain).score[:_PILOT_SEQUENCES]]
-
-
-def _activations(model: nn.Module, batch: npt.NDArray[Any]) -> int:
-    """Return the bytes that autograd keeps between forward and backward pass of one step, each storage once, parameters apart."""
-    import torch
-
-    from connito.moe.batches import batch_of
-    from connito.moe.head import Head
-
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    part = batch_of(batch, model)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        Head(model).nll(*part).mean()
-    return sum(kept.values())
 
 
 def _cycles_needed(checked: Checked, pilot: Pilot | None) -> int | None:

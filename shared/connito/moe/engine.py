@@ -41,10 +41,3 @@ def is_compact(optimizer: str) -> bool:
             f"unknown optimizer {optimizer!r}: use {' or '.join(OPTIMIZERS)}", reason=reasons_pb2.REASON_BAD_SPEC
         )
     return optimizer == COMPACT
-
-
-def state_bytes(stored: str, optimizer: str = COMPACT) -> float:
-    """Return the bytes that training takes for one value stored as `stored` (F32, BF16, F16), beside that value: its
-    gradient, what completes it to float32, and two moments."""
-    gradient, completion = {"F32": (4, 0), "BF16": (2, 2), "F16": (2, 4)}[stored]
-    return gradient + completion + (2 * (1 + 4 / 256) if is_compact(optimizer) else 8)

@@ -1,171 +1,164 @@
-"""Prediction of a training model's memory from the base's manifest alone, before a byte of it is loaded.
+"""A training model's memory: what a miner may choose about it, how many bytes it takes, and the choice that fits.
 
-Weights, gradients and moments are exact, since every tensor's size is in the manifest. Activations are an estimate; the
-number says so. No torch here.
+The bytes come from `connito.workloads.rehearsal`, which needs torch; here are none of it. What a run's rules decide by
+size is arithmetic over the base's manifest (`connito.moe.helper_experts`), so that everybody gets the same.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from connito.data.manifest import Manifest
 from connito.errors import Invalid
-from connito.moe.engine import HEAD_VALUES, Engine, state_bytes
-from connito.moe.residency import ALL, AUTO, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
+from connito.moe.engine import Engine
+from connito.moe.residency import FOUR_BIT, HELPERS
 from connito.render.formats import size
 from connito.v1 import reasons_pb2
-
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# Values that a decoder layer keeps per token for its backward pass, in multiples of the hidden size: the inputs of two
-# norms, of attention's four projections, of the router and the experts, and what the experts keep inside.
-KEPT_PER_LAYER = 18
-# The output layer works on this many logits at a time, in float32 and in the weights' type.
-HEAD_BYTES = 8 * HEAD_VALUES
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A miner's training settings. `sequences` go through the model at once; `half` holds what is frozen in bfloat16;
-    `residency`: see `connito.moe.residency`.
+    """A miner's training settings.
+
+    sequences    of a step; `micro_batch` of them go through the model at once, 0: all
+    bf16, half   run the forward pass in bfloat16; hold what is frozen in it as well
+    top_k        experts per token in adapted layers, 0: as the model has it
+    residency, engine    see `connito.moe.residency` and `connito.moe.engine`
+    packed       rows hold several documents, which are kept apart
+    mass         share of the routing decisions that fall on targets; 0: as if all experts were used alike
     """
 
     sequences: int
     length: int
     half: bool = False
     background: bool = False
+    bf16: bool = False
+    micro_batch: int = 0
+    top_k: int = 0
+    routing_mode: str = "natural"
     residency: str = HELPERS
+    packed: bool = False
     engine: Engine = field(default_factory=Engine)
-
-    def choices(self, residency: str, checkpointing: str) -> list[Workload]:
-        """Return what a machine may choose from, best first: what costs time comes before what costs precision.
-
-        residency: one of `connito.moe.residency`, or auto; checkpointing: on, off, or auto.
-        """
-        return [
-            replace(self, residency=held, engine=replace(self.engine, checkpointing=again))
-            for held in (RESIDENCIES if residency == AUTO else (residency,))
-            for again in ((False, True) if checkpointing == AUTO else (checkpointing == "on",))
-        ]
+    mass: float = 0.0
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a training model at work."""
+    """Bytes of a training model at work, at the moment of a step in which they are most.
+
+    weights      parameters, and rows that are frozen
+    buffers      what a model holds beside its weights: rotary tables, routers' biases
+    masters      what completes the trained rows to float32
+    gradients    of the trained rows
+    moments      AdamW's
+    activations  kept from the forward for the backward pass
+    workspace    everything else: logits of a chunk, inputs and outputs of the layer at work
+    """
 
     weights: int
+    buffers: int
+    masters: int
     gradients: int
     moments: int
     activations: int
+    workspace: int
 
     @property
     def total(self) -> int:
         """Return the sum of all parts, in bytes."""
-        return self.weights + self.gradients + self.moments + self.activations
+        return sum(asdict(self).values())
 
     def to_json(self) -> dict[str, int]:
         """Return the parts and their sum, in bytes."""
         return {**asdict(self), "total": self.total}
 
 
-def predict(
-    manifest: Manifest, targets: Mapping[int, Sequence[int]], helpers: Mapping[int, Sequence[int]], work: Workload
-) -> Footprint:
-    """Return the footprint of the training model M(Φ, R, θ ∪ H). Raises `Invalid` for a selection of another base."""
-    sizes, counts = manifest.expert_bytes(), manifest.experts()
-    odd = [layer for layer in targets if layer not in counts]
-    if odd:
-        raise Invalid(
-            f"the selection names layer {odd[0]}, and the base's MoE layers are {sorted(counts)}: it was made for another "
-            "base model",
-            reason=reasons_pb2.REASON_SELECTION_FAILED,
-        )
-    frozen, item, stored = 0, 4, "F32"
-    for name in manifest.tensors:
-        layer, dtype = manifest.is_expert(name), manifest.dtype(name)
-        if layer is None or (layer not in targets and work.residency != FOUR_BIT):
-            frozen += _halved(manifest.loaded_bytes(name), dtype, work.half)
-        elif work.residency == FOUR_BIT:
-            frozen += _packed(manifest, name, counts[layer], len(set(targets.get(layer, ()))))
-        if layer in targets:
-            item, stored = ITEM_BYTES.get(dtype, 4), dtype
-    trained = sum(sizes[layer] * len(set(experts)) for layer, experts in targets.items())
-    beside = sum(sizes[layer] * _beside(counts[layer], set(helpers.get(layer, ())), work) for layer in targets)
-    frozen += beside * 2 // item if work.half and item > 2 else beside
-    numbers = trained // item
-    return Footprint(
-        weights=frozen + trained,
-        gradients=trained,
-        # What completes shorter rows to float32 is counted here too.
-        moments=round(numbers * state_bytes(stored, work.engine.optimizer)) - trained,
-        activations=_activations(manifest, min(targets, default=0), work),
-    )
+@dataclass(frozen=True)
+class Switch:
+    """A setting that lowers the memory: the field of `Workload` or its engine and the value, its name for a miner, and what it
+    costs.
+    """
+
+    field: str
+    value: Any
+    setting: str
+    costs: str
+
+    def turn(self, work: Workload) -> Workload:
+        """Return `work` with this setting."""
+        if hasattr(work.engine, self.field):
+            return replace(work, engine=replace(work.engine, **{self.field: self.value}))
+        return replace(work, **{self.field: self.value})
 
 
-def best_fit(
-    manifest: Manifest,
-    targets: Mapping[int, Sequence[int]],
-    helpers: Mapping[int, Sequence[int]],
-    choices: Sequence[Workload],
-    have: int,
-) -> tuple[Workload, Footprint]:
-    """Return the first of `choices` whose training model fits into `have` bytes, with its footprint; the last if none does."""
-    for chosen in choices:
-        need = predict(manifest, targets, helpers, chosen)
-        if need.total <= have:
+# What costs time alone, then what rounds, then what sends tokens to other experts.
+SWITCHES = (
+    Switch("micro_batch", 1, "CONNITO_MICRO_BATCH=1", "one sequence at a time: the same step, slower on a GPU"),
+    Switch("checkpointing", True, "CONNITO_CHECKPOINTING=on", "layers computed once more: a third more time"),
+    Switch("half", True, "CONNITO_BF16_PARAMETERS=true", "frozen weights and the forward pass rounded to bfloat16"),
+    Switch(
+        "residency", FOUR_BIT, "CONNITO_RESIDENCY=four-bit", "frozen experts in four bits: a little off, and slower"
+    ),
+    Switch("residency", HELPERS, "CONNITO_RESIDENCY=helpers", "a few frozen experts stand for the absent ones"),
+)
+
+Predict = Callable[[Workload], Footprint]
+Turned = tuple[Switch, ...]
+
+
+def lean(predict: Predict, work: Workload, have: int, switches: Turned = SWITCHES) -> tuple[Workload, Turned]:
+    """Return settings that fit into `have` bytes, and the switches turned for it: as few as it takes, or all that help where
+    even they do not suffice.
+    """
+
+    def total(turned: Turned) -> int:
+        return predict(_with(work, turned)).total
+
+    turned: Turned = ()
+    for switch in switches:
+        if total(turned) <= have:
             break
-    return chosen, need
+        if total((*turned, switch)) < total(turned):
+            turned = (*[other for other in turned if other.field != switch.field], switch)
+    if total(turned) <= have:
+        for switch in reversed(turned[:-1]):
+            fewer = tuple(other for other in turned if other is not switch)
+            turned = fewer if total(fewer) <= have else turned
+    return _with(work, turned), turned
 
 
-def _beside(experts: int, helpers: Set[int], work: Workload) -> int:
-    """Return how many experts of an adapted layer are held as they are stored, beside the targets' own copies."""
-    if work.residency == ALL:
-        return experts
-    return 0 if work.residency == FOUR_BIT else len(helpers) + int(work.background)
+def _with(work: Workload, turned: Turned) -> Workload:
+    for switch in turned:
+        work = switch.turn(work)
+    return work
 
 
-def _packed(manifest: Manifest, name: str, experts: int, trained: int) -> int:
-    """Return bytes in four bits of what a tensor holds of the frozen experts: a row of each, or one expert's matrix."""
-    values, frozen = manifest.values(name), experts - trained
-    if manifest.banks[name].expert is not None:
-        return four_bit_bytes(values) * frozen // experts
-    matrix = len(manifest.tensors[name].shape) > 2
-    return frozen * (four_bit_bytes(values // experts) if matrix else manifest.loaded_bytes(name) // experts)
+def fit(predict: Predict, work: Workload, have: int, where: str, mine: Turned = ()) -> Workload:
+    """Return `work`, or with as few of the switches `mine` as it takes to fit into `have` bytes.
 
-
-def _halved(length: int, dtype: str, half: bool) -> int:
-    return length * 2 // ITEM_BYTES[dtype] if half and ITEM_BYTES.get(dtype, 0) > 2 else length
-
-
-def _activations(manifest: Manifest, first: int, work: Workload) -> int:
-    """Estimate: what the layers from the first adapted one upward keep, and the output layer's chunk."""
-    layers = 1 + max((int(m[1]) for name in manifest.tensors if (m := _LAYER.search(name))), default=0)
-    hidden = min(
-        (tensor.shape[-1] for name, tensor in manifest.tensors.items() if "embed" in name and len(tensor.shape) == 2),
-        default=0,
-    )
-    per_layer = work.sequences * work.length * hidden * KEPT_PER_LAYER * (2 if work.half else 4)
-    backward = max(1, layers - first)
-    if work.engine.checkpointing:
-        # The input of every layer, and one layer at a time from there.
-        return per_layer + per_layer // KEPT_PER_LAYER * backward + HEAD_BYTES
-    return per_layer * backward + HEAD_BYTES
-
-
-def require_fit(need: Footprint, have: int, where: str) -> None:
-    """Raise `Invalid` (DOES_NOT_FIT) with the numbers and what would make it fit, unless `have` bytes are enough."""
+    Raises `Invalid` (DOES_NOT_FIT) with the numbers and the settings that make it fit, if any do.
+    """
+    chosen, _ = lean(predict, work, have, mine)
+    need = predict(chosen)
     if need.total <= have:
-        return
+        return chosen
+    leaner, turned = lean(predict, chosen, have)
+    best = predict(leaner)
+    parts = ", ".join(f"{name} {size(value)}" for name, value in asdict(need).items())
+    settings = " and ".join(switch.setting for switch in turned)
+    fewer = "use a larger machine, or ask for fewer experts (selection.max_experts) or helpers (selection.helpers_per_layer)"
+    if best.total <= have:
+        advice = f"set {settings}, with which it needs {size(best.total)}"
+    elif turned:
+        advice = f"even with {settings} it needs {size(best.total)}: {fewer}"
+    else:
+        advice = f"no setting of a miner lowers that: {fewer}"
     raise Invalid(
-        f"the training model needs {size(need.total)} (weights {size(need.weights)}, gradients {size(need.gradients)}, moments "
-        f"{size(need.moments)}, activations about {size(need.activations)}) and {where} has {size(have)} free; set "
-        "CONNITO_MICRO_BATCH=1 and CONNITO_BF16_PARAMETERS=true, use a larger machine, or ask for fewer helpers "
-        "(selection.helpers_per_layer, selection.resident_max_bytes)",
+        f"the training model needs {size(need.total)} ({parts}) and {where} has {size(have)} free; {advice}",
         reason=reasons_pb2.REASON_DOES_NOT_FIT,
     )
 

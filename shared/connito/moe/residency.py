@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 AUTO = "auto"
 ALL, FOUR_BIT, HELPERS = "all", "four-bit", "helpers"
-# Best first: what a miner chooses is the first one that fits.
-RESIDENCIES = (ALL, FOUR_BIT, HELPERS)
 
 # How the rows of an adapted layer are called in its experts module.
 TARGET, HELPER, BACKGROUND = "target_", "helper_", "background_"

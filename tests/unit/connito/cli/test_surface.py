@@ -59,7 +59,8 @@ VERBS = {
     "job watch": {"--json"},
     "job cancel": {"--json"},
     "miner fits": {
-        "--json", "--base", "--selection", "--sequences", "--length", "--bf16-parameters", "--memory-bytes", "--residency",
+        "--json", "--base", "--selection", "--sequences", "--length", "--bf16-parameters", "--memory-bytes", "--experts",
+        "--micro-batch", "--residency",
     },
     "miner init": {"--json"},
     "miner run": {"--key", "--label", "--json"},
@@ -144,7 +145,7 @@ COUNTERPARTS = {
     "base import": "connito.base.folders.import_",
     "miner init": "connito.wire.identity.Identity.generate",
     "miner join": "connito.wire.passes.parse",
-    "miner fits": "connito.moe.footprint.predict",
+    "miner fits": "connito.workloads.rehearsal.rehearse",
     "miner status": "connito.client.runs.miner",
 }
 # These become a service's process: `python -m services.NAME` is the same thing.
@@ -322,26 +323,20 @@ def test_doctor_prints_one_document_with_a_remedy_for_what_is_missing(tmp_path: 
     assert all(check["ok"] or check["remedy"] for check in checks.values())
 
 
-def test_whether_a_selection_fits_is_said_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:
-    from connito.data.tensors import read_header
-
-    stored = read_header(tiny / "model.safetensors").entries
-    expert = sum((e.stop - e.start) // 8 for n, e in stored.items() if "layers.1.mlp.experts" in n)
+def test_whether_a_selection_fits_is_said_before_anything_is_loaded(tmp_path: Path, random_base: Path) -> None:
+    (tmp_path / "config.json").write_text((random_base / "config.json").read_text())
     selection = tmp_path / "selection.json"
     selection.write_text(json.dumps({"layers": {"1": [1, 2]}, "helpers": {"1": [3]}}))
-    asked = ("miner", "fits", "--base", tiny, "--selection", selection, "--json", "--memory-bytes")
-    roomy, few = (json.loads(connito(*asked, 10**9, *more).stdout) for more in ((), ("--residency", "helpers")))
-    stored_bytes = sum(entry.stop - entry.start for entry in stored.values())
-    assert (few["weights"], few["gradients"], few["moments"], few["fits"]) == (
-        stored_bytes - 5 * expert,
-        2 * expert,
-        2 * expert // 4 * 2 * (1 + 4 / 256),
-        True,
-    )
-    assert (roomy["residency"], roomy["weights"]) == ("all", stored_bytes + 2 * expert)
+    asked = ("miner", "fits", "--base", tmp_path, "--selection", selection, "--json", "--memory-bytes")
+    said = json.loads(connito(*asked, 10**9).stdout)
+    assert (said["fits"], said["residency"], said["settings"]) == (True, "all", {})
+    tight = json.loads(connito(*asked, said["total"] - 1).stdout)
+    assert tight["fits"]
+    assert tight["total"] < said["total"]
+    assert list(tight["settings"]) == ["CONNITO_MICRO_BATCH=1"]
     refused = connito(*asked, 1000)
     assert refused.returncode == 3
-    assert "CONNITO_MICRO_BATCH=1" in refused.stderr
+    assert "even with CONNITO_MICRO_BATCH=1 and" in refused.stderr
     selection.write_text("{}")
     assert "connito select --json" in connito(*asked, 1000).stderr
 

@@ -1,56 +1,69 @@
-"""What the manifest predicts is what the model takes, and what does not fit is refused before it is loaded."""
+"""What does not fit is refused with settings that make it fit, and helpers by bytes follow the rule of the run."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from connito.base.description import build_manifest
-from connito.base.loading import load_resident, load_resident_local
+from connito.base.loading import load_resident
 from connito.errors import Invalid
-from connito.moe.engine import Engine
-from connito.moe.footprint import Footprint, Workload, free_bytes, predict, require_fit
-from connito.moe.helper_experts import by_policy, most_used
-from connito.moe.resident import target_parameters
+from connito.moe.footprint import Footprint, Workload, fit, free_bytes, lean
+from connito.moe.helper_experts import by_policy, frozen_and_trained, most_used, rule_bytes
 from connito.v1.run_pb2 import RunSpec, SelectionPolicy, TrainPolicy
 from connito.wire.enums import reason_name
 
 from tests.support.files import directory_reader
 
-pytestmark = pytest.mark.slow
-
 SELECTION, HELPERS = {2: [1, 6], 3: [4]}, {2: [0], 3: [0, 7]}
+WORK = Workload(4, 128)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_predicted_weights_gradients_and_moments_are_exact(tiny: Path, half: bool) -> None:
-    model = load_resident_local(tiny, SELECTION, HELPERS, half=half)
-    need = predict(build_manifest(tiny), SELECTION, HELPERS, Workload(4, 64, half, engine=Engine(optimizer="adamw")))
-    held = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    rotary = sum(t.nbytes for name, t in model.named_buffers() if "rotary" in name)
-    actual = sum(t.nbytes for t in held.values()) - rotary
-    # Norms and routers stay exact, where the prediction halves every frozen tensor: it may be short by those alone.
-    assert 0 <= actual - need.weights <= (0 if not half else 0.02 * actual)
-    targets = target_parameters(model).values()
-    assert need.gradients == sum(p.nbytes for p in targets)
-    assert need.moments == sum(2 * 4 * p.numel() for p in targets)
-    assert need.activations > 0
+def _predict(work: Workload) -> Footprint:
+    """Weights halve with `half`, activations are one unit a sequence."""
+    return Footprint(2000 if work.half else 4000, 1, 2, 3, 4, 100 * (work.micro_batch or work.sequences), 10)
 
 
-def test_a_model_that_does_not_fit_is_refused_with_numbers_and_remedy() -> None:
-    need = Footprint(3_000_000_000, 500_000_000, 1_000_000_000, 600_000_000)
-    require_fit(need, 5_100_000_000, "here")
-    with pytest.raises(Invalid, match=r"needs 5\.10 GB .*here has 4\.00 GB free; set CONNITO_MICRO_BATCH=1") as caught:
-        require_fit(need, 4_000_000_000, "here")
+def test_what_fits_is_left_as_it_is() -> None:
+    assert lean(_predict, WORK, 4420) == (WORK, ())
+    assert fit(_predict, WORK, 4420, "here") == WORK
+
+
+@pytest.mark.parametrize(
+    ("have", "expected", "settings"),
+    [
+        (4200, replace(WORK, micro_batch=1), "CONNITO_MICRO_BATCH=1"),
+        (2420, replace(WORK, half=True), "CONNITO_BF16_PARAMETERS=true"),
+        (2200, replace(WORK, micro_batch=1, half=True), "CONNITO_MICRO_BATCH=1 and CONNITO_BF16_PARAMETERS=true"),
+    ],
+)
+def test_as_few_settings_as_it_takes_are_named(have: int, expected: Workload, settings: str) -> None:
+    chosen, turned = lean(_predict, WORK, have)
+    assert chosen == expected == fit(_predict, WORK, have, "here", turned)
+    assert _predict(chosen).total <= have
+    with pytest.raises(Invalid, match=f"activations 400 B.*here has .* free; set {settings}, with which it") as caught:
+        fit(_predict, WORK, have, "here")
     assert reason_name(caught.value.reason) == "does-not-fit"
+
+
+def test_settings_that_do_not_suffice_are_not_promised() -> None:
+    with pytest.raises(Invalid, match=r"even with CONNITO_MICRO_BATCH=1 and .* it needs .*: use a larger machine"):
+        fit(_predict, WORK, 1000, "here")
+
+
+def test_a_setting_that_changes_nothing_is_not_named() -> None:
+    fixed = _predict(WORK)
+    with pytest.raises(Invalid, match="no setting of a miner lowers that: use a larger machine"):
+        fit(lambda _: fixed, WORK, 1000, "here")
     assert free_bytes() > 0
 
 
 def test_a_selection_of_another_base_is_named(tiny: Path) -> None:
     with pytest.raises(Invalid, match="another base"):
-        predict(build_manifest(tiny), {9: [0]}, {}, Workload(1, 8))
+        frozen_and_trained(build_manifest(tiny), {9: [0]})
 
 
 def test_helpers_by_bytes_are_the_most_used_over_all_layers(tiny: Path) -> None:
@@ -68,7 +81,7 @@ def test_helpers_by_bytes_are_the_most_used_over_all_layers(tiny: Path) -> None:
     one = manifest.expert_bytes()[2]
     assert chosen(helpers_per_layer=2) is None
     assert chosen(helper_max_bytes=2 * one) == {2: [0], 3: [0]}
-    alone = predict(manifest, SELECTION, {}, Workload(2, 32)).total
+    alone = rule_bytes(RunSpec(training=training), manifest, SELECTION)
     assert chosen(resident_max_bytes=alone + one) == {2: [0], 3: []}
     with pytest.raises(Invalid, match="without any helper"):
         chosen(resident_max_bytes=alone - 1)
@@ -85,4 +98,5 @@ def test_ranged_loading_reads_what_is_resident_and_no_more(tiny: Path) -> None:
         return data
 
     load_resident(manifest, reader, SELECTION, HELPERS)
-    assert read == predict(manifest, SELECTION, HELPERS, Workload(1, 1)).weights
+    helpers = sum(manifest.expert_bytes()[layer] * len(experts) for layer, experts in HELPERS.items())
+    assert read == sum(frozen_and_trained(manifest, SELECTION)) + helpers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from connito.base.description import build_manifest
 from connito.base.loading import load_full, load_resident, load_resident_local
-from connito.moe.footprint import Workload, best_fit, predict
+from connito.errors import Invalid
+from connito.moe.footprint import SWITCHES, Workload, fit
 from connito.moe.four_bit import FourBit, frozen_linear
-from connito.moe.residency import ALL, AUTO, FOUR_BIT, HELPERS, RESIDENCIES, four_bit_bytes
+from connito.moe.residency import ALL, FOUR_BIT, HELPERS, four_bit_bytes
 from connito.moe.resident import adapted_layers, compress, target_parameters
 from connito.moe.training import train_local
+from connito.workloads.rehearsal import config_of, predictor, rehearse
 
 from tests.support.files import directory_reader
 from tests.support.models import save_random
@@ -25,6 +28,7 @@ NF4 = torch.tensor([
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
+RESIDENCIES = (ALL, FOUR_BIT, HELPERS)
 SELECTION, HELP = {1: [1, 6], 2: [4]}, {1: [0], 2: [0, 7]}
 
 
@@ -169,12 +173,9 @@ def test_predicted_weights_are_what_is_held(
     if layout == "singly":
         load_full(random_base).save_pretrained(base)  # type: ignore[operator]
     model = load_resident_local(base, SELECTION, HELP, half=half, residency=residency)
-    need = predict(build_manifest(base), SELECTION, HELP, Workload(2, 16, half, residency=residency))
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - sum(
-        t.nbytes for name, t in model.named_buffers() if "rotary" in name
-    )
-    # Norms and routers stay exact, where the prediction halves every frozen tensor; gate and up are packed together.
-    assert abs(held - need.weights) <= (0.03 if half else 0.005) * held
+    need = rehearse(config_of(base), SELECTION, HELP, Workload(2, 16, half, residency=residency))
+    held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    assert need.weights + need.buffers == sum(held.values())
 
 
 def test_all_of_them_are_the_full_model_and_share_its_files(random_base: Path) -> None:
@@ -189,17 +190,14 @@ def test_all_of_them_are_the_full_model_and_share_its_files(random_base: Path) -
 
 
 def test_the_best_residency_that_fits_is_chosen(random_base: Path) -> None:
-    manifest, work = build_manifest(random_base), Workload(2, 16)
-    needs = [
-        predict(manifest, SELECTION, HELP, Workload(2, 16, residency=residency)).total for residency in RESIDENCIES
-    ]
-    for residency, need in zip(RESIDENCIES, needs, strict=True):
-        chosen, found = best_fit(manifest, SELECTION, HELP, work.choices(AUTO, "off"), need)
-        assert found.total <= need
-        assert RESIDENCIES.index(chosen.residency) <= RESIDENCIES.index(residency)
-    assert best_fit(manifest, SELECTION, HELP, work.choices(AUTO, "off"), max(needs))[0].residency == ALL
-    assert best_fit(manifest, SELECTION, HELP, work.choices(AUTO, "off"), needs[0] - 1)[0].residency == FOUR_BIT
-    assert best_fit(manifest, SELECTION, HELP, work.choices(AUTO, "off"), 1)[0].residency == HELPERS
+    predict, work = predictor(config_of(random_base), SELECTION, HELP), Workload(2, 16, residency=ALL)
+    mine = tuple(switch for switch in SWITCHES if switch.field == "residency")
+    needs = [predict(replace(work, residency=residency)).total for residency in RESIDENCIES]
+    assert fit(predict, work, needs[0], "here", mine).residency == ALL
+    assert fit(predict, work, needs[0] - 1, "here", mine).residency == FOUR_BIT
+    assert fit(predict, work, min(needs), "here", mine).residency == RESIDENCIES[needs.index(min(needs))]
+    with pytest.raises(Invalid, match=r"and here has .* free"):
+        fit(predict, work, min(needs) - 1, "here", mine)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

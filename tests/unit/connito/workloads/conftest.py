@@ -12,9 +12,9 @@ from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest
 from connito.v1 import run_pb2
 
-from tests.support.models import one_thread, save_random
+from tests.support.models import one_thread, random_base, save_random
 
-__all__ = ["one_thread"]
+__all__ = ["one_thread", "random_base"]
 
 
 @dataclass(frozen=True)

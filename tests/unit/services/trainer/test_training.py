@@ -10,10 +10,11 @@ import torch
 from connito.base.description import build_manifest
 from connito.errors import Invalid
 from connito.moe.engine import Engine
-from connito.moe.footprint import Workload, predict
+from connito.moe.footprint import Workload
 from connito.moe.four_bit import FourBit
 from connito.moe.moments import Moment, Moments
 from connito.v1.run_pb2 import LayerSelection, RunSpec, TrainPolicy
+from connito.workloads.rehearsal import predictor
 
 from services.trainer.base import Base
 from services.trainer.settings import TrainerSettings
@@ -52,9 +53,9 @@ def test_a_miner_holds_the_best_that_its_memory_allows_and_loads_that(random_bas
     manifest = build_manifest(random_base)
     base = Base(manifest, {path.name: path for path in random_base.iterdir()}, None)
     device, targets, helpers = torch.device("cpu"), {1: [1, 6]}, {1: [0]}
+    predict = predictor(base.config(), targets, helpers)
     needs = {
-        residency: predict(manifest, targets, helpers, Workload(2, 16, residency=residency)).total
-        for residency in ("all", "four-bit", "helpers")
+        residency: predict(Workload(2, 16, residency=residency)).total for residency in ("all", "four-bit", "helpers")
     }
     for given, memory, chosen in (
         ("auto", needs["all"], "all"),

@@ -1,0 +1,287 @@
+"""Prediction of a training model's memory from its configuration alone: the step itself, on tensors without memory.
+
+The modules are built from the configuration, compressed as a miner compresses them, and trained for two steps by the
+trainer's own code on torch's fake tensors, while `connito.moe.live_bytes` counts. So whatever a family computes and
+whatever the trainer keeps is in the figure, and there is no formula to keep in step with them. What only data decide is
+assumed: every resident expert of a layer gets the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from connito.data.packing import ROW, Rows
+from connito.errors import Invalid
+from connito.moe.adamw import AdamW
+from connito.moe.footprint import Footprint, Predict, Workload
+from connito.moe.four_bit import FourBit
+from connito.moe.layout import ROUTER_NAMES, as_targets, find_moe_layers, require_moe_layers
+from connito.moe.live_bytes import LiveBytes
+from connito.moe.residency import ALL, BACKGROUND, FOUR_BIT, HELPER, HELPERS, TARGET, Residents
+from connito.moe.resident import add_background, install, resident_plan, target_parameters
+from connito.moe.state import tensor_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+aten = torch.ops.aten
+Experts = Mapping[int, Sequence[int]]
+
+
+def rehearse(config: Any, targets: Experts, helpers: Experts, work: Workload) -> Footprint:
+    """Return the footprint of training a model of `config` (transformers'). Takes seconds; nothing is loaded.
+
+    Raises `Invalid` for a selection of another base.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from connito.base.pretrained import modules_of
+    from connito.moe.batches import HOME
+    from connito.moe.prepare import prepare
+    from connito.moe.training import train_local
+
+    model = modules_of(config)
+    model.set_experts_implementation("eager")
+    if work.residency == FOUR_BIT:
+        # The library keeps tables from its first use on; they must not be made of tensors without memory.
+        packed = FourBit(1, (1, 64), torch.float32)
+        packed.put(0, torch.zeros(1, 64))
+        packed.row(0)
+    with torch.device("meta"):
+        _compress(model, targets, helpers, work)
+        prepare(model, work.engine, torch.device("meta"))
+    setattr(model, HOME, torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True), _untraced():
+        _empty(model)
+        # A third pass through the model in a step would be like the second.
+        shorter = replace(work, sequences=min(work.sequences, 2 * work.micro_batch or work.sequences))
+        counted = _Rehearsal(model, work)
+        with counted:
+            train_local(
+                model,
+                text(shorter),
+                learning_rate=1e-3,
+                bf16=work.bf16 or work.half,
+                micro_batch=work.micro_batch,
+                optimizer=work.engine.optimizer,
+                on_step=counted.step_done,
+            )
+        return footprint_of(counted, model)
+
+
+def predictor(config: Any, targets: Experts, helpers: Experts) -> Predict:
+    """Return a function that rehearses settings on this model and selection, each only once."""
+    return cache(lambda work: rehearse(config, targets, helpers, work))
+
+
+def config_of(base: Path) -> Any:
+    """Return the configuration of a base, with the type that its weights are loaded in; where there are none, config.json is
+    enough. Raises `NotFound` and `Invalid`.
+    """
+    from connito.base.description import describe_files
+    from connito.base.pretrained import parse_config
+    from connito.data.checkpoint_files import find_checkpoint
+
+    there = [path.name for path in base.iterdir()] if base.is_dir() else []
+    if there != ["config.json"]:
+        described = describe_files(find_checkpoint(base))
+        described.config.dtype = described.dtype
+        return described.config
+    return parse_config((base / "config.json").read_bytes())
+
+
+def same_everywhere(config: Any, number: int) -> dict[int, list[int]]:
+    """Return a selection of `number` experts in every MoE layer. Raises `Invalid` where a layer has no more than that."""
+    from connito.base.pretrained import modules_of
+
+    layers = require_moe_layers(modules_of(config))
+    fewest = min(layer.num_experts for layer in layers.values())
+    if not 0 < number <= fewest:
+        raise Invalid(
+            f"{number} experts a layer cannot be trained: this model has {fewest}; give --experts 1 to {fewest}"
+        )
+    return {index: list(range(number)) for index in layers}
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Let transformers choose its masks as it does for real tensors; for fake ones it builds each, as an export needs it."""
+    from transformers import masking_utils
+
+    before = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda *_: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = before
+
+
+def text(work: Workload) -> Rows:
+    """Return two steps of rows [2, sequences, length + 1] without words in them; `packed` ones hold two documents each."""
+    rows = np.zeros((2, work.sequences, work.length + 1), ROW if work.packed else np.int32)
+    if work.packed:
+        place = np.arange(work.length + 1)
+        rows["position"] = np.minimum(place, np.abs(place - (work.length + 1) // 2))
+        rows["counts"] = rows["position"] > 0
+    return rows
+
+
+def footprint_of(counted: LiveBytes, model: nn.Module) -> Footprint:
+    """Return what was counted, with the optimiser's bytes as what completes the rows to float32, and moments."""
+    parts = counted.parts()
+    kept = parts.pop("optimizer")
+    from connito.moe.training import BETAS
+
+    masters = AdamW(target_parameters(model), betas=BETAS).bytes()
+    return Footprint(**parts, masters=masters, moments=kept - masters)
+
+
+def _empty(model: nn.Module) -> None:
+    """Give parameters and buffers, on the meta device, a place on the processor; tied ones stay tied."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, torch.nn.Parameter):
+                        made[id(tensor)] = torch.nn.Parameter(made[id(tensor)], requires_grad=tensor.requires_grad)
+                held[name] = made[id(tensor)]
+
+
+def _compress(model: nn.Module, targets: Experts, helpers: Experts, work: Workload) -> None:
+    """Make the training model as the loader does, out of rows without memory."""
+    layers = require_moe_layers(model)
+    plan = resident_plan(layers, as_targets(targets), helpers, work.routing_mode, work.residency)
+    merged: dict[str, torch.Tensor] = {}
+    for index, residents in plan.items():
+        banks = {name: getattr(layers[index].experts, name) for name in layers[index].parameters}
+        install(
+            layers[index],
+            residents,
+            {
+                name: (_rows(bank, len(residents.targets)), _frozen(bank, residents, work))
+                for name, bank in banks.items()
+            },
+            work.routing_mode,
+            work.top_k,
+        )
+        merged |= {tensor_name(index, name): _rows(bank, 1) for name, bank in banks.items()}
+    if work.background and work.residency == HELPERS:
+        add_background(model, merged)
+    packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FourBit))
+    routers = tuple(f"{name}." for name, _ in model.named_modules() if name.rpartition(".")[2] in ROUTER_NAMES)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not (tensor.requires_grad or name.startswith((*packed, *routers))):
+            tensor.data = _held(tensor.data, work)
+
+
+def _frozen(bank: torch.Tensor, residents: Residents, work: Workload) -> torch.Tensor | FourBit:
+    if residents.residency == ALL:
+        return bank.detach()
+    shape, dtype = bank.shape[1:], _held(bank, work).dtype
+    if residents.residency == FOUR_BIT and len(shape) > 1:
+        return FourBit(len(residents.helpers), shape, dtype)
+    return _rows(bank, len(residents.helpers)).to(dtype)
+
+
+def _rows(bank: torch.Tensor, number: int) -> torch.Tensor:
+    return bank.new_empty((number, *bank.shape[1:]))
+
+
+def _held(tensor: torch.Tensor, work: Workload) -> torch.Tensor:
+    """Return a frozen tensor as the loader holds it."""
+    return tensor.to(torch.bfloat16) if work.half and tensor.dim() > 1 and tensor.dtype == torch.float32 else tensor
+
+
+class _Rehearsal(LiveBytes):  # type: ignore[no-untyped-call]
+    """Counts, and answers what only data could: how many tokens an expert gets, and what a number is."""
+
+    def __init__(self, model: nn.Module, work: Workload) -> None:
+        super().__init__(model)
+        # Of the layer that is at work: the share of its slots that each expert gets, in the order in which they lie in memory.
+        self._shares: Sequence[float] = ()
+        self._visited: Iterator[float] = iter(())
+        self._ends: tuple[torch.UntypedStorage, Sequence[int]] | None = None
+        self._compared = weakref.WeakSet[torch.UntypedStorage]()
+        for experts, shares in _shares(model, work):
+            experts.register_forward_pre_hook(self._enter_layer(shares))
+
+    def _enter_layer(self, shares: Sequence[float]) -> Callable[..., None]:
+        def enter(*_: object) -> None:
+            self._shares, self._visited = shares, iter(shares)
+
+        return enter
+
+    def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the operation's result, or a plausible one where it depends on values."""
+        if func in (aten.allclose.default, aten.equal.default):
+            return True
+        if func is aten._local_scalar_dense.default:
+            # Numbers are finite, comparisons of ids fail.
+            if args[0].dtype == torch.bool:
+                return args[0].untyped_storage() not in self._compared
+            if self._ends is not None and args[0].untyped_storage()._cdata == self._ends[0]._cdata:
+                return self._ends[1][args[0].storage_offset()]
+            return 1.0 if args[0].is_floating_point() else 1
+        if func is aten.nonzero.default:
+            # A mask over experts: all are there. One over slots: those of an expert.
+            found = len(args[0]) if args[0].dim() == 1 else round(args[0].numel() * next(self._visited, 0.0))
+            return args[0].new_empty((found, args[0].dim()), dtype=torch.long)
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            args = (args[0], [part for index in args[1] for part in _as_numbers(index)], *args[2:])
+        result = func(*args, **kwargs)
+        if func in (aten.eq.Scalar, aten.eq.Tensor):
+            self._compared.add(result.untyped_storage())
+        if func is aten.searchsorted.Tensor and result.numel() == len(self._shares):
+            # Where the slots of each expert end, once they are sorted by expert.
+            numbers = [round(args[0].numel() * part) for part in accumulate(self._shares)]
+            self._ends = result.untyped_storage(), numbers
+        return result
+
+
+def _as_numbers(index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    """Return a mask over tokens as numbers of tokens: nearly all of them count."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.dim())]
+
+
+def _shares(model: nn.Module, work: Workload) -> Iterator[tuple[nn.Module, list[float]]]:
+    """Yield every experts module and the share of its layer's slots that each expert in memory gets."""
+    for layer in find_moe_layers(model).values():
+        yield layer.experts, [1 / layer.num_experts] * layer.num_experts
+    module: Any
+    for module in model.modules():
+        where = getattr(module, "connito_where", None)
+        if where is not None:
+            share = _share_by_bank(getattr(module, "connito_residents", None), work)
+            places = [0.0] * module.connito_rows
+            for place, bank, _ in where:
+                places[place] = share.get(bank, 1 / len(where))
+            yield module, places
+
+
+def _share_by_bank(there: Residents | None, work: Workload) -> dict[str, float]:
+    """Return the share of one expert by the bank it is in, where experts are not all used alike."""
+    if there is None or work.routing_mode != "natural":
+        return {}
+    targets, beside, total = len(there.targets), len(there.helpers), there.num_experts
+    mass = work.mass or targets / total
+    other = (1 - mass) / max(1, total - targets)
+    absent = other * (total - targets - beside)
+    # Slots of absent experts go to the merged expert or else to the helpers; without either nobody serves them.
+    extra = 0.0 if there.background or not beside else absent / beside
+    return {TARGET: mass / targets, HELPER: other + extra, BACKGROUND: absent}
