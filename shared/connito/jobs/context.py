@@ -62,6 +62,15 @@ class JobContext:
         """Return every file of the base, by name."""
         return {name: self.file(name) for name in self.manifest.files}
 
+    def config(self) -> Any:
+        """Return the model's configuration, with the type its weights are loaded in. Imports torch."""
+        from connito.base.description import describe_files
+        from connito.data.checkpoint_files import find_checkpoint
+
+        described = describe_files(find_checkpoint(self.files()))
+        described.config.dtype = described.dtype
+        return described.config
+
     def fetch(self, ref: ArtifactRef) -> Path:
         """Fetch an artifact of the platform."""
         if self.session is None:

@@ -12,7 +12,7 @@ from connito.errors import Invalid
 from connito.jobs.context import JobContext
 from connito.jobs.findings import Finding
 from connito.jobs.spec import Job
-from connito.moe.footprint import Workload, predict
+from connito.moe.footprint import Workload
 from connito.protocol.holdout import subsets
 from connito.protocol.policy.profiles import PROFILES
 from connito.protocol.sequences import sequences
@@ -88,10 +88,12 @@ def _scores(length: int, spec: RunSpec, held: Mapping[str, Corpus]) -> bool:
 
 def _in_memory(length: int, job: Job, context: JobContext) -> int:
     """Return the length with which one sequence at a time fits into the job's budget, with one expert a layer selected."""
-    targets = {layer: [0] for layer in context.manifest.expert_bytes()}
-    while length > STEP and job.budget.memory:
-        if predict(context.manifest, targets, {}, Workload(1, length)).total <= job.budget.memory:
-            break
+    if length <= STEP or not job.budget.memory:
+        return length
+    from connito.workloads.rehearsal import predictor
+
+    predict = predictor(context.config(), {layer: [0] for layer in context.manifest.expert_bytes()}, {})
+    while length > STEP and predict(Workload(1, length, packed=True)).total > job.budget.memory:
         length = max(STEP, length // 2 // STEP * STEP)
     return length
 

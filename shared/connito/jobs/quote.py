@@ -133,8 +133,6 @@ def _select(checked: Checked) -> Selection:
 
 def _memory(checked: Checked, selection: Selection) -> Footprint:
     """Predict a miner's memory as it is without any setting of its own."""
-    from connito.base.description import describe_files
-    from connito.data.checkpoint_files import find_checkpoint
     from connito.workloads.rehearsal import rehearse
 
     policy = checked.spec.training
@@ -145,9 +143,7 @@ def _memory(checked: Checked, selection: Selection) -> Footprint:
         routing_mode=policy.routing_mode or "natural",
         packed=checked.spec.protocol_version >= DOCUMENTS_APART,
     )
-    described = describe_files(find_checkpoint(checked.context.files()))
-    described.config.dtype = described.dtype
-    return rehearse(described.config, selection.layers, selection.helpers, work)
+    return rehearse(checked.context.config(), selection.layers, selection.helpers, work)
 
 
 def _pilot(checked: Checked, selection: Selection, progress: Progress) -> Pilot:

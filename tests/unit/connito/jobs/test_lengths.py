@@ -71,12 +71,13 @@ def test_what_is_held_out_bounds_them(customer: Path) -> None:
 
 
 def test_the_budget_bounds_them(customer: Path) -> None:
-    from connito.moe.footprint import Workload, predict
+    from connito.moe.footprint import Workload
+    from connito.workloads.rehearsal import rehearse
 
     checked = run(customer)
     free = lengths(checked)[0]
-    manifest = checked.context.manifest
-    least = predict(manifest, {layer: [0] for layer in manifest.expert_bytes()}, {}, Workload(1, 128)).total
+    targets = {layer: [0] for layer in checked.context.manifest.expert_bytes()}
+    least = rehearse(checked.context.config(), targets, {}, Workload(1, 128, packed=True)).total
     length, _, detail = lengths(run(customer, budget={"memory": least + 1000}))
     assert (length, free > 128) == (128, True)
     assert "of budget.memory" in detail
