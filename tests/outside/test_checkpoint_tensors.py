@@ -13,7 +13,7 @@ import pytest
 import torch
 from connito.base.description import build_manifest
 from connito.base.folders import rewrite, show
-from connito.base.loading import load_full, load_resident_local
+from connito.base.loading import load_full, load_resident_local, load_tokenizer
 from connito.errors import Invalid
 from connito.moe.layout import require_moe_layers
 from connito.workloads.rehearsal import config_of
@@ -366,6 +366,22 @@ def test_code_of_a_tokenizer_is_neither_run_nor_asked_for(
         show(base)
     assert not (tmp_path / "ran").exists()
     assert "[y/N]" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("kind", ["OwnTokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_with_code_and_a_file_that_says_all(base: Path, tmp_path: Path, kind: str) -> None:
+    wanted = load_tokenizer(base)("some text, in bytes")["input_ids"]
+    (base / "tokenization_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnTokenizer: pass\n")
+    edit(
+        base,
+        "tokenizer_config.json",
+        tokenizer_class=kind,
+        auto_map={"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    )
+    show(base)
+    assert load_tokenizer(base)("some text, in bytes")["input_ids"] == wanted
+    assert load_tokenizer(base).eos_token_id is not None
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_model_inside_a_larger_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ are there. On the CPU tensors of files are memory-mapped copy-on-write, so that 
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from connito.base.description import Description, describe, describe_files
 from connito.base.pickled import pickled_tensors
 from connito.base.pretrained import from_tensors, quiet
 from connito.base.stored import Source, torch_dtypes
-from connito.data.checkpoint_files import TOKENIZER_FILES, CheckpointFiles, find_checkpoint
+from connito.data.checkpoint_files import TOKENIZER_FILES, CheckpointFiles, find_checkpoint, read_json
 from connito.data.manifest import Manifest, Range, Reader, TensorEntry, checked
 from connito.errors import Invalid, NotFound
 from connito.moe.layout import MoELayer, as_targets, check_routers
@@ -290,4 +291,20 @@ def load_tokenizer(source: Path | Mapping[str, Path]) -> Any:
         for name in ("config.json", *TOKENIZER_FILES):
             if name in there:
                 (Path(folder) / name).symlink_to(there[name].resolve())
+        if "tokenizer.json" in there and "tokenizer_config.json" in there:
+            _without_code(there["tokenizer_config.json"], Path(folder) / "tokenizer_config.json")
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _without_code(settings: Path, out: Path) -> None:
+    """Write a tokenizer's settings without the class that its own code would define: tokenizer.json says all it does."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    said = read_json(settings, str(settings.parent))
+    code, kind = said.pop("auto_map", None), said.get("tokenizer_class")
+    if code is None:
+        return
+    if not isinstance(kind, str) or tokenizer_class_from_name(kind) is None:
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"
+    out.unlink()
+    out.write_text(json.dumps(said))
