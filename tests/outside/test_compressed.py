@@ -45,6 +45,14 @@ def test_parts_one_after_the_other(tmp_path: Path, suffix: str) -> None:
     assert rows(tmp_path / f"a.jsonl{suffix}") == TABLE
 
 
+def test_zstandard_with_a_long_window(tmp_path: Path) -> None:
+    settings = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
+    begun = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(begun.compress(LINES) + begun.flush())
+
+    assert rows(tmp_path / "a.jsonl.zst") == TABLE
+
+
 def test_a_compressed_table_of_arrow_and_text(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.table({"text": ["a", "b"]}), buffer)

@@ -134,6 +134,19 @@ def test_what_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
         texts(tmp_path / "a.txt")
 
 
+def test_a_folder_inside_that_may_not_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path / "d", {"a.txt": "x", "locked/b.txt": "y"})
+    scan = os.scandir
+
+    def refused(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert account(tmp_path / "d").skipped == {"folders that may not be read": 1}
+
+
 @pytest.mark.parametrize("location", ["x" * 5000, "a\0b", "", "nowhere/at/all", "~nobody/x"])
 def test_paths_that_cannot_be(location: str, tmp_path: Path) -> None:
     with pytest.raises((Invalid, NotFound)) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,27 @@ def test_what_is_no_number_or_no_character_is_nothing_or_replaced(tmp_path: Path
     found = account(tmp_path / "a.jsonl")
     assert found.rows == 8
     assert found.dropped == {"broken characters replaced": 1, "rows without fields": 3}
+
+
+def test_files_that_were_joined(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n\x1e{"text": "c"}\n')
+
+    assert texts(tmp_path / "a.jsonl") == ["a", "b", "c"]
+
+
+def test_nesting_near_the_limit_is_rows_or_a_sentence(tmp_path: Path) -> None:
+    for depth in (50, 300, 600, 900, 950, 990, 5000):
+        deep = '{"messages": [' * (depth // 2) + '"\\ud800"' + "]}" * (depth // 2)
+        (tmp_path / "a.jsonl").write_text('{"text": "x", "deep": ' + deep + "}\n" + deep + "\n")
+        with contextlib.suppress(Invalid):
+            assert texts(tmp_path / "a.jsonl")[0] == "x"
+
+
+def test_rows_of_python_are_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("{'text': 'x', 'n': None}\n{'text': 'y', 'n': 1}\n")
+
+    with pytest.raises(Invalid, match=r"Python.s own notation: write them with json.dumps"):
+        texts(tmp_path / "a.txt")
 
 
 def test_special_letters_of_the_format_in_text_stay_text(tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_an_index_of_pandas_and_short_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("This is a sentence of the text.,1\nAnother sentence.,2\n", "a.csv:1 is no header"),
+        ("This is a sentence of the text.\nAnother sentence.\n", "a.csv:1 is no header"),
+        ("1,This is a sentence\n2,another\n", "a.csv:1 is no header: '1'"),
         ("1,2,3\n4,5,6\n", "a.csv:1 is no header: '1'"),
         ("text,text\na,b\n", "names the column 'text' twice"),
         ('text,n\n"fine",1\n"never closed,2\nmore,3\n', "a.csv:3 is not a row of a table"),
@@ -115,6 +116,20 @@ def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,n\n"two\nlines",1\nnext,2\n\nlast,3\n')
 
     assert [row.where.rpartition(":")[2] for row in Reading(tmp_path / "a.csv")] == ["2", "4", "6"]
+
+
+def test_headers_of_surveys_and_pivots(tmp_path: Path) -> None:
+    (tmp_path / "survey.csv").write_text('"What did you like, and why?","Anything\nelse?"\n"The colour, mostly.",no\n')
+    pandas.DataFrame([["a", "b"], ["c", "d"]]).to_csv(tmp_path / "pivot.csv")
+
+    assert texts(tmp_path / "survey.csv", "{What did you like, and why?}") == ["The colour, mostly."]
+    assert texts(tmp_path / "pivot.csv", "{0}{1}") == ["ab", "cd"]
+
+
+def test_the_end_of_a_file_of_ms_dos(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,n\r\none,1\r\n\x1a")
+
+    assert rows(tmp_path / "a.csv") == [{"text": "one", "n": "1"}]
 
 
 def test_prose_is_no_table(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_nul_bytes_are_dropped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\u0000b"}')
 
     assert "\0" not in texts(tmp_path / "a.txt")[0]
-    assert account(tmp_path / "a.txt").dropped == {"NUL characters removed": 1}
+    assert account(tmp_path / "a.txt").dropped == {"control characters removed": 1}
     assert texts(tmp_path / "a.jsonl") == ["ab"]
 
 

@@ -8,7 +8,8 @@ from typing import Any, BinaryIO
 from connito.data.reading.decode import binary
 from connito.data.reading.rows import Account, Row, unreadable
 
-_BATCH = 256
+# Rows at once, fewer where they are large, such as pictures.
+_BATCH, _BATCH_BYTES = 256, 1 << 24
 MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "feather", b"ORC": "orc"}
 
 
@@ -39,7 +40,10 @@ def _batches(file: BinaryIO, kind: str) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(file, pre_buffer=False) as opened:
-            yield from opened.iter_batches(_BATCH, use_threads=False)
+            described = opened.metadata
+            size = sum(described.row_group(place).total_byte_size for place in range(described.num_row_groups))
+            rows = _BATCH_BYTES * described.num_rows // max(1, size)
+            yield from opened.iter_batches(max(1, min(_BATCH, rows)), use_threads=False)
     elif kind == "feather":
         import pyarrow.feather as feather
 

@@ -30,7 +30,10 @@ def unpacked(stream: BinaryIO, kind: str, name: str) -> BinaryIO:
             raise unreadable(
                 f"{name} is compressed with Zstandard: pip install 'connito[data]', or unpack it"
             ) from error
-        return cast(BinaryIO, io.BufferedReader(_Zstandard(stream, zstandard.ZstdDecompressor().decompressobj)))
+        return cast(
+            BinaryIO,
+            io.BufferedReader(_Zstandard(stream, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj)),
+        )
     if kind == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
     return cast(BinaryIO, bz2.BZ2File(stream) if kind == "bzip2" else lzma.LZMAFile(stream))

@@ -39,6 +39,8 @@ def about(name: str) -> bool:
 
 def suffix_of(name: str) -> str:
     """Return the suffix that says what a file is, behind that of a compression; "" where there is none."""
+    if "://" in name:
+        name = name.partition("?")[0]
     path = PurePosixPath(name.rpartition("/")[2])
     if path.suffix.lower() in COMPRESSED:
         path = path.with_suffix("")

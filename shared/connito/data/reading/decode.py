@@ -102,9 +102,9 @@ class Decoder:
             text = self._recover(raw, final)
         self.ascii = self.ascii and text.isascii()
         self.done += len(raw)
-        if "\0" in text:
-            self.account.dropped["NUL characters removed"] += text.count("\0")
-            text = text.replace("\0", "")
+        if "\0" in text or "\x1a" in text:  # The second ends files of MS-DOS.
+            self.account.dropped["control characters removed"] += text.count("\0") + text.count("\x1a")
+            text = text.replace("\0", "").replace("\x1a", "")
         return str(self._lines.decode(text, final))
 
     def _recover(self, raw: bytes, final: bool) -> str:

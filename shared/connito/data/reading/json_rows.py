@@ -11,10 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from connito.data.reading.rows import Account, Row, unreadable
+from connito.data.reading.rows import LONGEST, Account, Row, unreadable
 
-# Characters of one value. Without a limit, one stray quote would read a whole file into memory.
-LONGEST = 1 << 28
 # A list of these is a conversation, which is one row.
 _TURN = ({"role", "content"}, {"from", "value"})
 # Fields that make an object a row by itself, whatever lists it holds.
@@ -32,7 +30,8 @@ _OF_A_ROW = {
 _SPLITS = {"train", "validation", "valid", "dev", "test", "eval"}
 _MEND = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 _BROKEN = re.compile("[\ud800-\udfff\0]")
-_SPACE = re.compile(r"[ \t\n\r,]*")
+# Between values, files that were joined also have byte order marks, and sequences of JSON record separators.
+_SPACE = re.compile("[ \t\n\r,\ufeff\x1e]*")
 
 
 def _whole_number(digits: str) -> int | str:
@@ -101,13 +100,19 @@ class Scanner:
                 decoder = _LENIENT  # A number with thousands of digits.
                 continue
             except RecursionError as error:
-                raise unreadable(f"{self.where()} is nested too deeply to be data; give its text alone") from error
+                raise self._too_deep() from error
             if end == len(self.text) and not self.ended and self.text[end - 1] not in '}]"' and self._grow():
                 continue  # The next piece may go on with this number.
             if _MEND.search(self.text, self.at, end):
-                value = self._mend(value)
+                try:
+                    value = self._mend(value)
+                except RecursionError as error:
+                    raise self._too_deep() from error
             self.at = end
             return value
+
+    def _too_deep(self) -> Exception:
+        return unreadable(f"{self.where()} is nested too deeply to be data; give its text alone")
 
     def _cut_off(self, error: json.JSONDecodeError) -> bool:
         return error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16

@@ -29,6 +29,7 @@ _FOREIGN = {
     b"SQLite format 3": "a database: export its table as CSV", b"\x93NUMPY": "a numpy array",
     b"\x89HDF": "an HDF5 file: export its table as Parquet", b"7z\xbc\xaf": "a 7z archive: unpack it",
     b"Rar!": "a RAR archive: unpack it", b"\x04\x22\x4d\x18": "compressed with lz4: unpack it",
+    b"Obj\x01": "an Avro file: export it as Parquet", b"\x80\x04\x95": "a pickle: write its rows as JSON",
     b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"GIF8": "a picture", b"RIFF": "a sound, film or picture",
     b"\x7fELF": "a program", b"{\\rtf": "an RTF document: save it as plain text",
 }  # fmt: skip
@@ -85,6 +86,8 @@ def form(text: str, suffix: str, name: str, whole: bool) -> str:
     stripped = text.lstrip()
     if suffix not in TEXT and re.match(r"<!doctype html|<html", stripped, re.IGNORECASE):
         raise NotText(name, "a web page in place of data: does its address need a login?")
+    if re.match(r"[\[{]\s*\{?\s*'\w+'\s*:", stripped):
+        raise NotText(name, "rows in Python's own notation: write them with json.dumps")
     if suffix in JSON or (stripped.startswith(("{", "[")) and _json_begins(stripped, whole)):
         return "json"
     if suffix in TABLES or (suffix not in _MARKUP and _is_table(text, whole)):

@@ -75,7 +75,11 @@ def _folder(path: Path, wanted: Wanted, account: Account) -> list[Place]:
 def _walk(path: Path, account: Account) -> Iterator[str]:
     """Yield the regular files below a folder by relative path. Links are followed, each folder once."""
     visited: set[str] = set()
-    for folder, folders, files in os.walk(path, followlinks=True):
+
+    def unseen(_: OSError) -> None:
+        account.skipped["folders that may not be read"] += 1
+
+    for folder, folders, files in os.walk(path, onerror=unseen, followlinks=True):
         if (real := os.path.realpath(folder)) in visited:
             folders.clear()
             continue

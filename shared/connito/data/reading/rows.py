@@ -24,6 +24,12 @@ class Row:
     plain: bool = False
 
 
+# Characters of one value. Without a limit, one stray quote would read a whole file into memory.
+LONGEST = 1 << 28
+# Of a folder with many files, the first say enough.
+_NOTES = 20
+
+
 @dataclass
 class Account:
     """Numbers of one reading. `skipped` counts files, `dropped` rows and characters, each by reason; `notes` are sentences."""
@@ -40,7 +46,7 @@ class Account:
 
     def note(self, sentence: str) -> None:
         """Add a sentence, once."""
-        if sentence not in self.notes:
+        if sentence not in self.notes and len(self.notes) < _NOTES:
             self.notes.append(sentence)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +58,7 @@ class Account:
         parts = [f"{self.rows} rows in {self.files} files{empty}"]
         parts += [f"{count} as {name}" for name, count in sorted(self.formats.items())]
         parts += [f"{count} in {name}" for name, count in sorted(self.encodings.items()) if name != "utf-8"]
-        parts += [f"{count} {reason}" for reason, count in sorted(self.dropped.items()) if count]
+        parts += [f"{count} {reason}" for reason, count in sorted(self.dropped.most_common(_NOTES)) if count]
         if self.skipped:
             parts.append(
                 "not read: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))

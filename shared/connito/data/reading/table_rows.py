@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from connito.data.reading.rows import Account, Row, unreadable
+from connito.data.reading.rows import LONGEST, Account, Row, unreadable
 
 _DELIMITERS = ",;\t|"
 # No cell holds it: the delimiter of a table with one column.
@@ -28,7 +27,7 @@ class Dialect:
 
     def reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
         """Return the rows of the lines as lists of cells."""
-        csv.field_size_limit(sys.maxsize >> 32)
+        csv.field_size_limit(LONGEST)
         return csv.reader(
             lines,
             delimiter=self.delimiter,
@@ -162,12 +161,13 @@ def _rows(dialect: Dialect, lines: _Counted, name: str, account: Account) -> Ite
 
 def _header(cells: list[str], name: str, line: int) -> list[str]:
     names = [cell.strip() for cell in cells]
-    for cell in names:
-        if len(cell) > _LONGEST_NAME or "\n" in cell or _number(cell) or cell.endswith((".", "!", "?")):
-            raise unreadable(
-                f"{name}:{line} is no header: {cell[:40]!r} is not the name of a column; write the columns' names into the "
-                "first line, for example `text`"
-            )
+    # Surveys have whole questions as names; the one column of a file without a header would lose its first text.
+    alone = len(names) == 1 and (len(names[0]) > _LONGEST_NAME or names[0].endswith((".", "!", "?")))
+    if alone or _number(names[0]):
+        raise unreadable(
+            f"{name}:{line} is no header: {names[0][:40]!r} is not the name of a column; write the columns' names into the "
+            "first line, for example `text`"
+        )
     twice = sorted({cell for cell in names if cell and names.count(cell) > 1})
     if twice:
         raise unreadable(f"{name}:{line} names the column {twice[0]!r} twice; give each its own name")

@@ -84,7 +84,9 @@ class Template:
     def _missing(self, path: str, row: Row) -> Exception:
         if isinstance(row.value, str):
             return unreadable(f"{row.where} is text by itself, not an object with fields for the template; drop `text`")
-        fields = ", ".join(sorted(map(str, row.value))) or "none"
+        fields = (
+            ", ".join(name if len(name) < 60 else f"{name[:60]}…" for name in sorted(map(str, row.value))) or "none"
+        )
         if self.text:
             return unreadable(f"{row.where} has no field {path!r} that the template asks for; it has {fields}")
         example = '`text: "{title}\\n{body}"`'

@@ -29,6 +29,9 @@ def documents_of(
         except Invalid as error:
             reading.account.dropped[f"rows with {error}"] += 1
             continue
+        except RecursionError:
+            reading.account.dropped["rows nested too deeply"] += 1
+            continue
         text = (filled.fill(row) if chat is None else chat.text).strip()
         if chat is not None:
             reading.account.note(f"rows of {label} are conversations")
