@@ -79,6 +79,16 @@ class Description:
         stored, bank = self.tensors[f"{layer.experts_name}.{part}"], getattr(layer.experts, part)
         return lambda experts: stored.rows(experts, source, self.skeleton, bank.dtype)
 
+    def published(
+        self, layer: MoELayer, part: str, source: Source
+    ) -> Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return how to read rows of a bank as blocks and scales, where it is stored in four bits; else None."""
+        stored = self.tensors[f"{layer.experts_name}.{part}"]
+        weight = self.packed.get(stored.names[0])
+        if stored.rule is not None or weight is None or not weight.four_bit:
+            return None
+        return lambda experts: (source.rows(weight.values, experts), source.rows(weight.scales, experts))
+
     def numbers(self, source: Source) -> Source:
         """Return a source of the tensors described here from one of the stored tensors."""
         dtypes = {name: torch_dtypes()[self.headers[name].dtype] for name in self.packed}

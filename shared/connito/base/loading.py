@@ -151,7 +151,7 @@ class _Training:
 def _resident(description: Description, source: Source, how: _Training) -> nn.Module:
     from connito.moe.resident import install, resident_plan
 
-    layers, source = description.layers, description.numbers(source)
+    layers, stored, source = description.layers, source, description.numbers(source)
     plan = resident_plan(layers, how.targets, how.helpers, how.routing_mode, how.residency)
     apart = {index: layers[index] for index in plan if description.rowwise(layers[index])}
     model: nn.Module = from_tensors(
@@ -167,9 +167,10 @@ def _resident(description: Description, source: Source, how: _Training) -> nn.Mo
         for part in layer.parameters:
             if index in apart:
                 pick = description.picker(layers[index], part, source)
+                published = description.published(layers[index], part, stored)
             else:
-                pick = getattr(layer.experts, part).detach().__getitem__
-            banks[part] = _rows(pick, getattr(layers[index].experts, part), residents, how)
+                pick, published = getattr(layer.experts, part).detach().__getitem__, None
+            banks[part] = _rows(pick, published, getattr(layers[index].experts, part), residents, how)
         install(layer, residents, banks, how.routing_mode, how.top_k)
     return model
 
@@ -186,12 +187,18 @@ def _in(model: nn.Module, layer: MoELayer) -> MoELayer:
 
 
 def _rows(
-    pick: Callable[[Sequence[int]], torch.Tensor], bank: torch.Tensor, residents: Residents, how: _Training
+    pick: Callable[[Sequence[int]], torch.Tensor],
+    published: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]] | None,
+    bank: torch.Tensor,
+    residents: Residents,
+    how: _Training,
 ) -> tuple[torch.Tensor, torch.Tensor | FourBit]:
     """Return (target rows, frozen rows) of one tensor of a bank, which itself has no storage."""
-    from connito.moe.four_bit import hold
+    from connito.moe.four_bit import PublishedFourBit, hold
 
     targets = pick(list(residents.targets)) if residents.targets else bank.new_empty(0, *bank.shape[1:], device="cpu")
+    if how.residency == FOUR_BIT and published is not None and residents.helpers:
+        return targets, PublishedFourBit(*published(residents.helpers), how.held(bank).dtype)
     if how.residency == FOUR_BIT:
         one_by_one = (pick([expert])[0] for expert in residents.helpers)
         return targets, hold(one_by_one, len(residents.helpers), bank.shape[1:], how.held(bank).dtype)

@@ -1,5 +1,7 @@
 """Frozen experts in four bits, so that all of them can stay in memory and the router's own choice holds.
 
+Experts of a base that is published in four bits stay as they are (`PublishedFourBit`); others are packed here.
+
 NF4 (Dettmers et al. 2023, QLoRA, section 3): sixteen quantiles of a normal distribution times the largest magnitude of 64
 values, those magnitudes in eight bits again. An expert is unpacked when tokens reach it, in the forward and once more in the
 backward pass, so that never more than one of them is in memory as numbers.
@@ -68,6 +70,25 @@ class FourBit(nn.Module):
         )
         unpacked: torch.Tensor = library.dequantize_4bit(codes, state)
         return unpacked.view(-1)[: self.shape.numel()].view(self.shape).to(self.dtype)
+
+
+class PublishedFourBit(FourBit):
+    """Rows of MXFP4 as a checkpoint has them: they unpack to the very numbers that are trained and judged with."""
+
+    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        """Hold blocks [rows, out, in / 32, 16] and scales [rows, out, in / 32], which unpack to rows [in, out]."""
+        nn.Module.__init__(self)
+        self.shape, self.dtype = torch.Size((32 * blocks.shape[2], blocks.shape[1])), dtype
+        self.register_buffer("codes", blocks, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def row(self, index: int) -> torch.Tensor:
+        """Return a row of `shape`, unpacked."""
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        part = slice(index, index + 1)
+        unpacked: torch.Tensor = convert_moe_packed_tensors(self.codes[part], self.scales[part], dtype=self.dtype)
+        return unpacked[0]
 
 
 def hold(rows: Iterable[torch.Tensor], count: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | FourBit:
