@@ -76,9 +76,7 @@ class Base:
                 data = manifest_file(self.manifest, self.ranges.read, "config.json")
             finally:
                 self.ranges.close()
-        described = describe(data, self.manifest.headers(), self.manifest.extra.get("dtype", ""))
-        described.config.dtype = described.dtype
-        return described.config
+        return describe(data, self.manifest.headers(), self.manifest.extra.get("dtype", "")).plan()
 
     def load(self, facts: RunFacts, device: Any, work: Workload, *, top_k: int = 0) -> nn.Module:
         """Return the training model, made ready for this machine. Blocking. Raises `Retry` when the store is away or

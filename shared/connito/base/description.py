@@ -7,6 +7,7 @@ comes out says which stored tensors it takes, in which types, what it ties, what
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +79,15 @@ class Description:
         """Return how to read rows [experts, …] of one bank of a layer that is `rowwise`, as they are when it is loaded."""
         stored, bank = self.tensors[f"{layer.experts_name}.{part}"], getattr(layer.experts, part)
         return lambda experts: stored.rows(experts, source, self.skeleton, bank.dtype)
+
+    def plan(self) -> Any:
+        """Return a configuration for `connito.workloads.rehearsal`: with the type that weights are loaded in, and whether experts
+        are published in four bits. No model is made of it that is saved.
+        """
+        config = deepcopy(self.config)
+        config.dtype = self.dtype
+        config.published_four_bit = any(weight.four_bit for weight in self.packed.values())
+        return config
 
     def published(
         self, layer: MoELayer, part: str, source: Source

@@ -67,9 +67,7 @@ class JobContext:
         from connito.base.description import describe_files
         from connito.data.checkpoint_files import find_checkpoint
 
-        described = describe_files(find_checkpoint(self.files()))
-        described.config.dtype = described.dtype
-        return described.config
+        return describe_files(find_checkpoint(self.files())).plan()
 
     def fetch(self, ref: ArtifactRef) -> Path:
         """Fetch an artifact of the platform."""

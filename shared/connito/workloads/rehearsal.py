@@ -24,7 +24,7 @@ from connito.data.packing import ROW, Rows
 from connito.errors import Invalid
 from connito.moe.adamw import AdamW
 from connito.moe.footprint import Footprint, Predict, Workload
-from connito.moe.four_bit import FourBit
+from connito.moe.four_bit import FourBit, PublishedFourBit
 from connito.moe.layout import ROUTER_NAMES, as_targets, find_moe_layers, require_moe_layers
 from connito.moe.live_bytes import LiveBytes
 from connito.moe.residency import ALL, BACKGROUND, FOUR_BIT, HELPER, HELPERS, TARGET, Residents
@@ -58,7 +58,7 @@ def rehearse(config: Any, targets: Experts, helpers: Experts, work: Workload) ->
         packed.put(0, torch.zeros(1, 64))
         packed.row(0)
     with torch.device("meta"):
-        _compress(model, targets, helpers, work)
+        _compress(model, config, targets, helpers, work)
         prepare(model, work.engine, torch.device("meta"))
     setattr(model, HOME, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), _untraced():
@@ -94,9 +94,7 @@ def config_of(base: Path) -> Any:
 
     there = [path.name for path in base.iterdir()] if base.is_dir() else []
     if there != ["config.json"]:
-        described = describe_files(find_checkpoint(base))
-        described.config.dtype = described.dtype
-        return described.config
+        return describe_files(find_checkpoint(base)).plan()
     return parse_config((base / "config.json").read_bytes())
 
 
@@ -161,10 +159,11 @@ def _empty(model: nn.Module) -> None:
                 held[name] = made[id(tensor)]
 
 
-def _compress(model: nn.Module, targets: Experts, helpers: Experts, work: Workload) -> None:
+def _compress(model: nn.Module, config: Any, targets: Experts, helpers: Experts, work: Workload) -> None:
     """Make the training model as the loader does, out of rows without memory."""
     layers = require_moe_layers(model)
     plan = resident_plan(layers, as_targets(targets), helpers, work.routing_mode, work.residency)
+    published = getattr(config, "published_four_bit", False)
     merged: dict[str, torch.Tensor] = {}
     for index, residents in plan.items():
         banks = {name: getattr(layers[index].experts, name) for name in layers[index].parameters}
@@ -172,7 +171,7 @@ def _compress(model: nn.Module, targets: Experts, helpers: Experts, work: Worklo
             layers[index],
             residents,
             {
-                name: (_rows(bank, len(residents.targets)), _frozen(bank, residents, work))
+                name: (_rows(bank, len(residents.targets)), _frozen(bank, residents, work, published))
                 for name, bank in banks.items()
             },
             work.routing_mode,
@@ -188,10 +187,13 @@ def _compress(model: nn.Module, targets: Experts, helpers: Experts, work: Worklo
             tensor.data = _held(tensor.data, work)
 
 
-def _frozen(bank: torch.Tensor, residents: Residents, work: Workload) -> torch.Tensor | FourBit:
+def _frozen(bank: torch.Tensor, residents: Residents, work: Workload, published: bool) -> torch.Tensor | FourBit:
     if residents.residency == ALL:
         return bank.detach()
     shape, dtype = bank.shape[1:], _held(bank, work).dtype
+    if residents.residency == FOUR_BIT and len(shape) > 1 and published and residents.helpers:
+        scales = torch.empty(len(residents.helpers), shape[1], shape[0] // 32, dtype=torch.uint8)
+        return PublishedFourBit(scales[..., None].expand(*scales.shape, 16).contiguous(), scales, dtype)
     if residents.residency == FOUR_BIT and len(shape) > 1:
         return FourBit(len(residents.helpers), shape, dtype)
     return _rows(bank, len(residents.helpers)).to(dtype)
