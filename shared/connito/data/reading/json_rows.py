@@ -202,9 +202,9 @@ def _array(scanner: Scanner) -> Iterator[Row]:
 def _first_object(scanner: Scanner) -> Iterator[Row]:
     """Yield the first object of a file: a row, or what holds all rows, known when no other value follows it."""
     where = scanner.where()
-    while len(scanner.text) - scanner.at < 1 << 20 and scanner.more():
+    while not (followed := _followed(scanner)) and len(scanner.text) - scanner.at < 1 << 20 and scanner.more():
         pass
-    if not scanner.ended and _ends(scanner):
+    if followed:
         yield from _row(scanner.value(), where, scanner.account)
     elif scanner.ended:
         value = scanner.value()
@@ -214,12 +214,13 @@ def _first_object(scanner: Scanner) -> Iterator[Row]:
         yield from _large_object(scanner, where)
 
 
-def _ends(scanner: Scanner) -> bool:
-    """Tell whether the value that begins here ends in what was read."""
+def _followed(scanner: Scanner) -> bool:
+    """Tell whether the value that begins here is followed by another one in what was read."""
     try:
-        return _LENIENT.raw_decode(scanner.text, scanner.at)[1] < len(scanner.text)
+        end = _LENIENT.raw_decode(scanner.text, scanner.at)[1]
     except (ValueError, RecursionError):
         return False
+    return bool(scanner.text[end : end + 1000].strip())
 
 
 def _contents(value: dict[str, Any], where: str, account: Account) -> Iterator[Row]:
