@@ -40,15 +40,16 @@ def capped(model: Any) -> Any:
 class Tables(TorchDispatchMode):
     """The most tokens for which logits are made at once inside the block."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, layer: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.vocabulary, self.tokens = vocabulary, 0
+        self.own, self.vocabulary, self.tokens = layer.untyped_storage().data_ptr(), len(layer), 0
 
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for made in out if isinstance(out, (tuple, list)) else [out]:
             # A transposed view of the output layer's matrix is no new tensor.
-            if isinstance(made, torch.Tensor) and made.shape[-1:] == (self.vocabulary,) and not made._is_view():
+            table = isinstance(made, torch.Tensor) and made.shape[-1:] == (self.vocabulary,)
+            if table and made.untyped_storage().data_ptr() != self.own:
                 self.tokens = max(self.tokens, made.numel() // self.vocabulary)
         return out
 
@@ -70,7 +71,7 @@ def test_losses_and_gradients_are_the_familys_and_no_table_of_logits_is_made(
         model(input_ids=ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
     (expected,) = torch.autograd.grad(wanted.sum(), embedded)
-    with Tables(vocabulary) as tables:
+    with Tables(model.lm_head.weight) as tables:
         got = made.nll(ids[:, :-1], ids[:, 1:])
         (gradient,) = torch.autograd.grad(got.sum(), embedded)
     hooked.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from connito.moe.head import Head
 from connito.moe.prepare import decoder_halves, prepare, share
 from connito.moe.resident import compress, target_parameters
 from connito.moe.training import train_local
+
+from tests.support.second_device import second_device
 
 SELECTION, HELPERS = {2: [1, 6], 3: [4]}, {2: [0, 3], 3: []}
 CPU = torch.device("cpu")
@@ -168,6 +171,34 @@ def test_one_device_named_twice_is_one_device(tiny: Path, ids: torch.Tensor) -> 
     same, found = gradients(made(tiny, Engine(devices=("cpu", "cpu"))), ids)
     assert torch.equal(losses, same)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Engine(experts="loop", offload_prefix=True),
+        Engine(experts="grouped", checkpointing=True),
+        Engine(experts="loop", devices=("cuda", "cpu")),
+        Engine(experts="grouped", devices=("cpu", "cuda"), checkpointing=True),
+        Engine(experts="loop", devices=("cpu", "cuda"), offload_prefix=True),
+    ],
+)
+def test_training_where_tensors_of_two_devices_would_meet(
+    tiny: Path, sequences: Any, monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
+    """On a stand-in for a second device: what is not brought to where it is used raises, as on a real one."""
+    table = sequences("logs", 8, 1)[np.random.default_rng(0).integers(8, size=(3, 2))]
+    full: Any = load_full(tiny)
+    full.lm_head.weight = torch.nn.Parameter(full.lm_head.weight.detach().clone(), requires_grad=False)
+    wanted, _ = train_local(compress(copy.deepcopy(full), SELECTION, HELPERS), table, learning_rate=1e-3)
+    with second_device(monkeypatch) as other:
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        model = prepare(compress(full, SELECTION, HELPERS), engine, torch.device("cuda"))
+        found, _ = train_local(model, table, learning_rate=1e-3)
+        assert {tensor.device.type for tensor in found.values()} == {"cpu"}
+        assert other.calls > 100
+    for name, rows in wanted.items():
+        torch.testing.assert_close(found[name], rows, rtol=1e-5, atol=1e-6 if engine.experts == "loop" else 2e-4)
 
 
 def test_attention_kernels_agree_and_an_absent_one_is_refused(tiny: Path, ids: torch.Tensor) -> None:
