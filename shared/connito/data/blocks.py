@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from connito.data.encoding import encoder_of
 from connito.data.reading.reader import Reading
-from connito.data.reading.texts import texts_of
+from connito.data.reading.texts import documents_of
+from connito.data.templates import Templates
 from connito.errors import Invalid, NotFound
 from connito.v1 import reasons_pb2
 
@@ -24,8 +25,7 @@ _BATCH = 64
 def blocks(
     tokenizer: Any, paths: Sequence[Path], length: int = 512, progress: Callable[[float], None] | None = None
 ) -> Iterator[Ids]:
-    """Yield arrays int32 [n, length] of the texts in a row, an end-of-text token behind each, and what is left as [1,
-    rest].
+    """Yield arrays int32 [n, length] of the texts in a row, each with its end, and what is left as [1, rest].
 
     Texts are read as jobs read them. `progress` gets the share of bytes read, as far as it is known.
     """
@@ -33,9 +33,8 @@ def blocks(
     ids = array("i")
     for path in paths:
         reading, found = Reading(path), 0
-        for _, text in texts_of(reading):
-            ids.extend(encoder_of(tokenizer).encode([text])[0])
-            ids.append(tokenizer.eos_token_id)
+        for document in _documents(tokenizer, reading):
+            ids.extend(document)
             found += 1
             if len(ids) >= _BATCH * length:
                 count = len(ids) // length * length
@@ -52,6 +51,16 @@ def blocks(
         yield np.asarray(ids[:count], dtype=np.int32).reshape(-1, length)
     if len(ids) > count + 1:
         yield np.asarray(ids[count:], dtype=np.int32).reshape(1, -1)
+
+
+def _documents(tokenizer: Any, reading: Reading) -> Iterator[list[int]]:
+    """Yield the token ids of each text with an end of text, and of each conversation as the base lays it out."""
+    with Templates(tokenizer) as templates:
+        for _, text, chat in documents_of(reading):
+            if chat is None:
+                yield [*encoder_of(tokenizer).encode([text])[0], tokenizer.eos_token_id]
+            elif (laid := templates.document(chat)) is not None:
+                yield laid[0]
 
 
 def _size(path: Path) -> int:

@@ -71,6 +71,8 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation | None:
             return _checked(_system(row) + _messages(listed), row)
     if isinstance(row.get("text"), str):
         return None
+    if any(name in row and not row[name] for name in _LISTS):
+        raise _unusable("no messages")
     for asked, about, answer in _PAIRS:
         if asked in row and answer in row and (about in row or not about):
             return _checked(_system(row) + _history(row) + _pair(row, asked, about, answer), row)
@@ -167,18 +169,20 @@ def _plain(value: Any, name: str) -> str:
 def _checked(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Conversation:
     if len(messages) > 1 and messages[0]["role"] == messages[1]["role"] == "system":
         messages = messages[1:]
-    silent = [place for place, message in enumerate(messages) if message.pop("weight", 1) == 0]
-    answers = [
+    silent = [
         place
         for place, message in enumerate(messages)
         if message["role"] == ASSISTANT
-        and (message["content"].strip() or message.get("tool_calls"))
-        and place not in silent
+        and (message.get("weight") == 0 or not (message["content"].strip() or message.get("tool_calls")))
     ]
+    answers = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT and place not in silent]
+    for message in messages:
+        message.pop("weight", None)
     if not answers:
         raise _unusable("no answer of an assistant")
     # What comes behind the last answer cannot be learned from.
     messages = messages[: answers[-1] + 1]
+    silent = [place for place in silent if place < len(messages)]
     return Conversation(messages, _list(row.get("tools")) or None, silent)
 
 

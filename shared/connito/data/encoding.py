@@ -19,7 +19,8 @@ from typing import Any
 _CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 # Characters of the private plane 15, by which nothing is written: a token's number in the twin, and in a text.
 _TOKEN, _LITERAL, _DIGITS = "\U000f0000", "\U000f0001", "\U000f0010"
-_PRIVATE = re.compile("[\U000f0000-\U000f001f]")
+# Those characters, and halves of characters, which no tokenizer takes.
+_PRIVATE = re.compile("[\U000f0000-\U000f001f\ud800-\udfff]")
 _KNOWN = "connito_encoder"
 
 

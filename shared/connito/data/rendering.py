@@ -150,7 +150,10 @@ def _grown(
     end = len(upto.rstrip())
     if prompt is None or not text.startswith(upto) or end <= prompt:
         raise ValueError(_UNCLEAR)
-    return prompt, end if upto.rstrip().endswith(tuple(ends)) else _with_end(text, end, ends)
+    closed = upto.rstrip().endswith(tuple(ends)) or any(
+        found.end() == end for found in _CONTROL.finditer(upto, prompt, end)
+    )
+    return prompt, end if closed else _with_end(text, end, ends)
 
 
 def _prompt(render: Render, before: Sequence[Mapping[str, Any]], text: str) -> int | None:

@@ -84,6 +84,7 @@ def test_other_rows_are_none(row: dict[str, Any]) -> None:
     [
         ({"messages": [ASKED]}, "no answer of an assistant"),
         ({"messages": []}, "no answer of an assistant"),
+        ({"messages": None}, "no messages"),
         ({"messages": [{"role": "wizard", "content": "x"}, ANSWERED]}, "unknown role 'wizard'"),
         ({"messages": [{"content": "x"}]}, "unknown role None"),
         ({"messages": [{"role": "user"}, ANSWERED]}, "message without content"),
@@ -113,6 +114,12 @@ def test_tools_calls_and_silent_answers_come_along() -> None:
     assert found.silent == [3]
     assert found.tools == [{"type": "function"}]
     assert all("weight" not in message for message in found.messages)
+
+
+def test_an_empty_answer_is_not_learned() -> None:
+    found = conversation_of({"messages": [ASKED, {"role": "assistant", "content": " "}, *TURNS]})
+    assert found is not None
+    assert found.silent == [1]
 
 
 def test_what_many_conversations_share_is_not_their_text() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -49,6 +50,13 @@ def test_a_document_has_what_the_tokenizer_puts_around_a_text(tokenizer: Any) ->
     (ids,) = encoder_of(tokenizer).documents(["the house"])
     whole = list(tokenizer("the house").input_ids)
     assert ids == (whole if whole[-1] == tokenizer.eos_token_id else [*whole, tokenizer.eos_token_id])
+
+
+def test_half_a_character_is_replaced(tokenizer: Any) -> None:
+    encoder = encoder_of(tokenizer)
+    half = json.loads('"a\\ud800b"')
+    assert encoder.encode([half]) == encoder.encode(["a\ufffdb"])
+    assert encoder.protected(half) == "a\ufffdb"
 
 
 def test_private_characters_cannot_forge_anything(tokenizer: Any) -> None:

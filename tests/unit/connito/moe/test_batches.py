@@ -181,3 +181,17 @@ def test_no_family_mixes_documents(family: str, monkeypatch: pytest.MonkeyPatch)
         found = Head(model).nll(*batch).sum()
     assert batch.tokens == tokens
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_that_keeps_documents_apart_in_one_row_alone_does_not_count(base: Path) -> None:
+    model: Any = load_full(base)
+    inner = model.model.forward
+
+    def forward(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **options: Any) -> Any:
+        return inner(input_ids=input_ids, position_ids=position_ids if len(input_ids) == 1 else None, **options)
+
+    model.model.forward = forward
+    assert not separates(model)
+    corpus = documents(8, 60)
+    want, _ = plain_losses(model, corpus)
+    torch.testing.assert_close(Head(model).nll(*batch_of(pack(corpus, 24), model)).sum(), want, rtol=1e-5, atol=1e-5)
