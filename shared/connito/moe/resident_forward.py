@@ -63,8 +63,11 @@ def grouped_forward(
 ) -> torch.Tensor:
     """Return the same with one grouped product for all experts of a bank, equal to rounding.
 
-    A token's experts are summed in float32. A bank in four bits is unpacked expert by expert all the same.
+    A token's experts are summed in float32. A bank in four bits is unpacked expert by expert all the same, and what a GPU
+    has no grouped kernel for takes the loop.
     """
+    if hidden_states.is_cuda and not _has_kernels(self, hidden_states):
+        return loop_forward(self, hidden_states, top_k_index, top_k_weights)
     slots, parts, first = Slots.sort(top_k_index, self.connito_place, self.connito_rows), [], 0
     for bank, rows in _banks(self):
         ends = slots.ends[first : first + rows + 1]
@@ -85,7 +88,7 @@ def _banks(self: Any) -> list[tuple[str, int]]:
     for bank in (TARGET, HELPER, BACKGROUND):
         held = getattr(self, f"{bank}down_proj", None)
         if held is not None:
-            found.append((bank, len(held.codes if isinstance(held, FourBit) else held)))
+            found.append((bank, len(held.codes) if isinstance(held, FourBit) else len(held)))
     return found
 
 
@@ -125,9 +128,7 @@ def _linear(self: Any, x: torch.Tensor, bank: str, row: int, name: str) -> torch
 
 def _grouped(self: Any, x: torch.Tensor, bank: str, ends: torch.Tensor, name: str) -> torch.Tensor:
     weight: torch.Tensor = getattr(self, bank + name)
-    # Autocast does not know grouped products.
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = _computed(x, weight)
     weight = weight.to(dtype) if self.is_transposed else weight.to(dtype).transpose(-2, -1)
     product: torch.Tensor = F.grouped_mm(x.to(dtype), weight, offs=ends)
     if not self.has_bias:
@@ -135,3 +136,19 @@ def _grouped(self: Any, x: torch.Tensor, bank: str, ends: torch.Tensor, name: st
     row = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
     biases: torch.Tensor = getattr(self, f"{bank}{name}_bias")
     return product + biases[row]
+
+
+def _computed(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """Return the type to multiply in: autocast does not know grouped products."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _has_kernels(self: Any, x: torch.Tensor) -> bool:
+    """Return whether a GPU multiplies these experts in groups: bfloat16, rows that begin at multiples of 16 bytes."""
+    held = [getattr(self, f"{bank}down_proj") for bank, _ in _banks(self)]
+    return all(
+        _computed(x, rows) == torch.bfloat16 and rows.shape[-1] % 8 == 0 and rows.shape[-2] % 8 == 0
+        for rows in held
+        if not isinstance(rows, FourBit)
+    )

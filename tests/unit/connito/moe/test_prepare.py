@@ -15,7 +15,9 @@ from connito.moe.distillation import Distillation, ShadowRouters
 from connito.moe.engine import Engine
 from connito.moe.head import Head
 from connito.moe.prepare import decoder_halves, prepare, share
+from connito.moe.residency import ALL, FOUR_BIT
 from connito.moe.resident import compress, target_parameters
+from connito.moe.resident_forward import _has_kernels
 from connito.moe.training import train_local
 
 from tests.support.second_device import second_device
@@ -97,6 +99,30 @@ def test_grouped_products_are_those_of_the_loop(
     torch.testing.assert_close(losses, same, rtol=1e-5, atol=1e-5)
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("residency", [ALL, FOUR_BIT])
+def test_grouped_products_of_every_frozen_expert_are_those_of_the_loop(
+    tiny: Path, ids: torch.Tensor, residency: str
+) -> None:
+    models = [
+        prepare(load_resident_local(tiny, SELECTION, residency=residency), Engine(experts=experts), CPU)
+        for experts in ("loop", "grouped")
+    ]
+    (losses, wanted), (same, found) = (gradients(model, ids) for model in models)
+    torch.testing.assert_close(losses, same, rtol=1e-5, atol=1e-5)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_gpu_groups_products_of_bfloat16_alone(tiny: Path) -> None:
+    model = compress(load_full(tiny), SELECTION, HELPERS)
+    experts: Any = model.get_submodule("model.layers.2.mlp.experts")
+    x = torch.zeros(1, experts.target_gate_up_proj.shape[-1])
+    assert not _has_kernels(experts, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _has_kernels(experts, x)
+    assert _has_kernels(model.to(torch.bfloat16).get_submodule("model.layers.2.mlp.experts"), x)
 
 
 def test_grouped_products_train_in_bfloat16(tiny: Path, sequences: Any) -> None:
