@@ -160,6 +160,15 @@ def test_what_cannot_be_read_is_exit_3_with_file_line_and_remedy(
     assert said in err
 
 
+def test_an_address_that_does_not_answer_is_exit_5(run: Callable[..., Any], random_base: Path, tmp_path: Path) -> None:
+    file = job(tmp_path, random_base, {"d.jsonl": LINES})
+    file.write_text(file.read_text().replace('"d.jsonl"', '"http://127.0.0.1:9/d.jsonl"'))
+    code, _, err = check(run, file)
+
+    assert code == 5
+    assert "http://127.0.0.1:9/d.jsonl cannot be reached" in err
+
+
 def test_what_was_left_out_is_said_in_numbers(run: Callable[..., Any], random_base: Path, tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {
         "d/a.jsonl": LINES + '{"text": "\\ud800 broken"}\n[1]\n', "d/b.csv": "text,n\n" + "a,b,c\n" * 2,

@@ -74,8 +74,8 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     spec = run_spec(job)
     progress("looking for the base", 0.0)
     context = open_context(job, root, data_dir, progress)
-    progress("reading and comparing the texts", 0.2)
-    texts = sort_texts(job, root)
+    progress("reading the texts", 0.2)
+    texts = sort_texts(job, root, progress)
     checked = Checked(
         job, spec, context, texts, None, [*texts.findings, *_terms(job), *_visibility(job), *_personal(texts)]
     )

@@ -187,12 +187,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        node = yaml.compose(text := file.read_text(), yaml.SafeLoader)
+        # As bytes: YAML tells UTF-16 from UTF-8 by itself.
+        node = yaml.compose(text := file.read_bytes(), yaml.SafeLoader)
         _keys_once(file, node)
         content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {file}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise _bad(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise _bad(f"{file} holds no mapping; write one `field: value` a line, beginning with `domain:` and `data:`")

@@ -22,6 +22,7 @@ from connito.errors import Invalid
 from connito.jobs.findings import Finding
 from connito.jobs.sources import Document, Reach, document_spool, read_source, rows_of
 from connito.jobs.spec import Job, Source
+from connito.runtime.progress import Progress, silent
 from connito.wire.hashing import hash_fields
 
 WEIGHT_TAG = b"connito.v1.job.weight"
@@ -30,6 +31,8 @@ TOLERATED = 0.02
 # From here on a source is more copies than text.
 MANY_DUPLICATES = 0.5
 _EXAMPLES = 5
+# Shares of a check that reading and comparing begin at, and documents between two words about it.
+_READING, _COMPARING, _TOLD = 0.2, 0.4, 10_000
 # Of text that selects experts; scores do not change with more, and the selector reads all of it.
 PROBE_CHARACTERS = 8_000_000
 
@@ -48,16 +51,17 @@ class Texts:
     replay: dict[str, Documents] = field(default_factory=dict)
     benchmarks: dict[str, Documents] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    progress: Progress = silent
 
     def note(self, check: str, level: str, detail: str, remedy: str = "", **numbers: Any) -> None:
         """Add a finding."""
         self.findings.append(Finding(check, level, detail, remedy, numbers))
 
 
-def sort_texts(job: Job, root: Path) -> Texts:
+def sort_texts(job: Job, root: Path, progress: Progress = silent) -> Texts:
     """Read everything the job names (paths relative to `root`) and part it. Never raises for the customer's text:
     what is wrong with it is among the findings, all of it at once."""
-    texts = Texts()
+    texts = Texts(progress=progress)
     data = _read_all(texts, "data", job.data, root)
     held = _unique(_read_all(texts, "holdout", job.holdout, root))
     general = {row.domain: _unique(_read_all(texts, f"general {row.domain}", [row], root)) for row in job.general}
@@ -78,7 +82,11 @@ def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) ->
         reading = rows_of(source, root)
         reach = Reach(source.label, reading.account)
         try:
-            found = array("Q", map(spool.append, read_source(source, number, reading, reach)))
+            found = array("Q")
+            for document in read_source(source, number, reading, reach):
+                found.append(spool.append(document))
+                if len(found) % _TOLD == 0:
+                    texts.progress(f"reading {source.label}: {len(found)} documents", _READING)
         except (Invalid, OSError) as error:
             texts.note("reach", "error", f"{what}: {error}", "correct the path, the template or the file")
             continue
@@ -114,6 +122,7 @@ def _deduplicate(texts: Texts, job: Job, documents: Records[Document]) -> Record
     """Keep the first of equal or nearly equal documents; say how many fell within and across sources."""
     if not documents:
         return documents
+    texts.progress(f"comparing {len(documents)} documents", _COMPARING)
     unique = deduplicate(documents.mapped(_text))
     within, across = Counter[int](), Counter[int]()
     for index, twin in unique.twin.items():

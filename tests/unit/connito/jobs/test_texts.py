@@ -187,3 +187,14 @@ def test_a_source_that_cannot_be_read_to_its_end_leaves_nothing(code: list[str],
     texts = sort_texts(job(data=[{"path": "data.jsonl"}, {"path": "cut.jsonl"}]), tmp_path)
     assert [finding.check for finding in texts.findings if finding.level == "error"] == ["reach"]
     assert all("cut off" not in document.text for document in (*texts.train, *texts.probe, *texts.holdout))
+
+
+def test_whoever_waits_is_told(code: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data.jsonl", code)
+    monkeypatch.setattr("connito.jobs.texts._TOLD", 5)
+    told: list[tuple[str, float]] = []
+    sort_texts(job(), tmp_path, lambda what, share: told.append((what, share)))
+
+    assert told[0] == ("reading data.jsonl: 5 documents", 0.2)
+    assert any(what.startswith("comparing ") for what, _ in told)
+    assert [share for _, share in told] == sorted(share for _, share in told)
