@@ -170,13 +170,11 @@ def traces(task: str) -> list[dict[str, Any]]:
 
 def four_bit_experts(count: float) -> float:
     """Return how many experts in bfloat16 weigh as much as `count` in four bits."""
-    from connito.moe.residency import four_bit_bytes
+    import torch
+    from connito.moe.four_bit import FourBit
 
-    return (
-        count * sum(map(four_bit_bytes, sizes)) / (2 * sum(sizes))
-        if (sizes := [a * b for a, b in EXPERT_SHAPES])
-        else 0
-    )
+    packed = [buffer for shape in EXPERT_SHAPES for buffer in FourBit(1, shape, torch.bfloat16).buffers()]
+    return count * sum(buffer.nbytes for buffer in packed) / (2 * sum(a * b for a, b in EXPERT_SHAPES))
 
 
 def on_a_base(seed: int, taught: int, steps: int) -> list[dict[str, Any]]:

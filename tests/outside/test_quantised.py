@@ -16,6 +16,7 @@ from connito.base.loading import load_full, load_resident, load_resident_local
 from connito.base.tiny import tokenizer
 from connito.errors import Invalid
 from connito.moe.footprint import Workload
+from connito.moe.layout import require_moe_layers
 from connito.moe.residency import ALL, FOUR_BIT, HELPERS
 from connito.moe.resident import compress, target_parameters
 from connito.moe.training import train_local
@@ -232,6 +233,22 @@ def test_the_base_is_shown_as_it_is_loaded_and_says_what_it_was(base: Path) -> N
     assert layout.expert_bytes[1] == sum(bank[0].nbytes for bank in experts.parameters(recurse=False))
     assert manifest.extra["quantised"] in ("FP8 in blocks of 128 × 128", "MXFP4")
     assert left_alone(base, manifest) == ([], [])
+
+
+def test_budgets_count_what_is_loaded(base: Path) -> None:
+    from connito.moe.helper_experts import frozen_and_trained
+    from connito.v1.run_pb2 import RunSpec, SelectionPolicy
+    from connito.workloads.selecting import _budget
+
+    manifest, plain = build_manifest(base), reference(base)
+    whole = sum(t.nbytes for t in plain.state_dict().values())
+    experts = {
+        index: sum(bank.nbytes for bank in layer.experts.parameters(recurse=False))
+        for index, layer in require_moe_layers(plain).items()
+    }
+    assert frozen_and_trained(manifest, {index: [0] for index in experts})[0] == whole - sum(experts.values())
+    asked = RunSpec(selection=SelectionPolicy(helpers_per_layer=1))
+    assert _budget(asked, manifest).resident == whole - sum(size * 7 // 8 for size in experts.values())
 
 
 def test_a_matrix_that_ends_inside_a_block_is_dequantised_as_its_publisher_does(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def by_policy(
 
 
 def frozen_and_trained(manifest: Manifest, targets: Mapping[int, Sequence[int]]) -> tuple[int, int]:
-    """Return bytes as stored of what stays in memory without any helper, and of the target rows. Raises `Invalid` for a
+    """Return bytes as loaded of what stays in memory without any helper, and of the target rows. Raises `Invalid` for a
     selection of another base.
     """
     sizes = manifest.expert_bytes()
@@ -84,9 +84,7 @@ def frozen_and_trained(manifest: Manifest, targets: Mapping[int, Sequence[int]])
             "base model",
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
-    frozen = sum(
-        tensor.length for tensor in manifest.tensors.values() if manifest.is_expert(tensor.name) not in targets
-    )
+    frozen = sum(manifest.loaded_bytes(name) for name in manifest.tensors if manifest.is_expert(name) not in targets)
     return frozen, sum(sizes[layer] * len(set(experts)) for layer, experts in targets.items())
 
 

@@ -45,9 +45,3 @@ class Residents:
             row = e if self.residency == ALL else i
             found.append((e, count + row, HELPER, row))
         return sorted(found) + ([(self.num_experts, count + beside, BACKGROUND, 0)] if self.background else [])
-
-
-def four_bit_bytes(values: int) -> int:
-    """Return the bytes of one row of `values` numbers in four bits, with its scales."""
-    scales = -(-values // BLOCK)
-    return scales * BLOCK // 2 + scales + 4 * -(-scales // BLOCKS) + 4

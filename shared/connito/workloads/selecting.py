@@ -187,7 +187,7 @@ def _budget(spec: run_pb2.RunSpec, manifest: Manifest) -> Budget:
     policy, sizes = spec.selection, manifest.expert_bytes()
     costs, resident = of_base(
         sizes,
-        manifest.size,
+        sum(map(manifest.loaded_bytes, manifest.tensors)),
         manifest.experts(),
         value_bytes=manifest.expert_value_bytes(),
         helpers_per_layer=policy.helpers_per_layer,
