@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from connito.base.loading import load_full
 from connito.base.tiny import tiny_texts
 from connito.cli.app import app
 from connito.experts import flex
@@ -34,7 +35,8 @@ from connito.moe.statistics import collect
 from connito.moe.training import train_local
 from typer.testing import CliRunner
 
-from tests.outside.test_routing_laws import model_of
+from tests.outside.test_routing_laws import CASES, model_of
+from tests.support.families import logits
 from tests.support.models import one_thread, tiny
 from tests.support.second_device import SecondDevice, second_device
 
@@ -129,6 +131,25 @@ def test_growing_composing_and_routing_stay_on_the_device(other: SecondDevice, f
         with variants_of(model, parts, base, routing):
             assert BaselineLosses.of(model, {"text": TEXT})
     assert other.calls > 1000
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_products_of_a_full_model_are_its_loop_to_rounding(case: str) -> None:
+    grouped = copy.deepcopy(model_of(case))
+    grouped.set_experts_implementation("grouped_mm")
+    torch.testing.assert_close(logits(grouped), logits(model_of(case)), rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [((7, 0), "eager"), ((8, 0), "grouped_mm")])
+def test_a_loaded_model_runs_grouped_products_where_they_are_one_kernel(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: str
+) -> None:
+    assert load_full(tiny).config._experts_implementation == "eager"  # type: ignore[union-attr]
+    with second_device(monkeypatch, capability) as other:
+        model: Any = load_full(tiny, device=device_of())
+        assert {part.device.type for part in (*model.parameters(), *model.buffers())} == {"cuda"}
+        assert model.config._experts_implementation == kernel
+    assert other.calls > 10
 
 
 COMMANDS = {

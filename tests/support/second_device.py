@@ -109,10 +109,11 @@ def _here(value: Any) -> Any:
 
 
 @contextmanager
-def second_device(patch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
-    """Make a device `cuda` inside the block, the first that a model would take."""
+def second_device(patch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 0)) -> Iterator[SecondDevice]:
+    """Make a device `cuda` inside the block, the first that a model would take; from 8.0 on it has grouped products."""
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "device_count", lambda: 1)
+    patch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     patch.delenv("CONNITO_DEVICE", raising=False)
     mode = SecondDevice()
     with mode:

@@ -22,6 +22,7 @@ from connito.base.stored import Source, torch_dtypes
 from connito.data.checkpoint_files import TOKENIZER_FILES, CheckpointFiles, find_checkpoint, read_json
 from connito.data.manifest import Manifest, Range, Reader, TensorEntry, checked
 from connito.errors import Invalid, NotFound
+from connito.moe.device import moved
 from connito.moe.layout import MoELayer, as_targets, check_routers
 from connito.moe.residency import ALL, FOUR_BIT, HELPERS
 from connito.v1 import reasons_pb2
@@ -67,7 +68,7 @@ def load_full(source: Path | Mapping[str, Path], *, device: torch.device | None 
     description = describe_files(files)
     tensors = _turns(description, description.numbers(_mapped(files)))
     model: nn.Module = from_tensors(description.config, tensors, dtype=description.dtype)
-    return model if device is None else model.to(device)
+    return model if device is None else moved(model, device)
 
 
 def load_resident(

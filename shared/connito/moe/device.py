@@ -9,6 +9,7 @@ from connito.errors import Fatal
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 # The variable that names it, for services and commands alike.
@@ -37,6 +38,23 @@ def devices_of(names: str = "") -> list[torch.device]:
     if asked.strip() in ("", "auto"):
         return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
     return [_checked(name.strip()) for name in asked.split(",")]
+
+
+def moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """Put a full model on `device`, in place: its experts in grouped products where those are one kernel, else in the
+    family's own loop.
+    """
+    model.to(device)
+    if has_grouped(device):
+        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+    return model
+
+
+def has_grouped(device: torch.device) -> bool:
+    """Return whether grouped products are one kernel there: bfloat16 on a GPU of compute capability 8.0 or more."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _checked(name: str) -> torch.device:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from connito.errors import Invalid
 from connito.moe.batches import HOME
+from connito.moe.device import has_grouped
 from connito.moe.engine import Engine
 from connito.moe.resident import adapted_layers, group_experts
 from connito.v1 import reasons_pb2
@@ -35,7 +36,7 @@ def prepare(model: nn.Module, engine: Engine, device: torch.device) -> nn.Module
     _place(model, devices, guests, [] if len(devices) == 1 else [*([] if guests else below), *above])
     if engine.attention:
         _attend(model, engine.attention)
-    if engine.experts == "grouped" or (engine.experts == "auto" and all(map(_has_grouped, devices))):
+    if engine.experts == "grouped" or (engine.experts == "auto" and all(map(has_grouped, devices))):
         model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
         group_experts(model)
     for layer in (*below, *above) if engine.compile else ():
@@ -148,8 +149,3 @@ def _attend(model: Any, kernel: str) -> None:
             "empty for the best that there is",
             reason=reasons_pb2.REASON_BAD_SPEC,
         ) from error
-
-
-def _has_grouped(device: torch.device) -> bool:
-    """Return whether grouped products are one kernel there: bfloat16 on a GPU of compute capability 8.0 or more."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
