@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from connito.experts.prune import (
     progressive,
     prune,
 )
-from connito.experts.tape import each_layer
+from connito.experts.tape import Tape, each_layer
 from connito.experts.token_skipping import skip_thresholds, skipping
 from connito.moe.layout import find_moe_layers
 from connito.moe.rows import fingerprint
@@ -110,6 +111,19 @@ def test_the_layer_error_is_that_of_the_real_layer(full: Any, sequences: Sequenc
             part = block(tape.inputs[None])[0]
     assert tape.error(list(range(8))) == pytest.approx(0, abs=1e-4)
     assert tape.error(keep) == pytest.approx(float((whole - part).norm()), rel=1e-3)
+
+
+def test_one_layer_is_in_memory_at_a_time(full: Any, sequences: Sequences) -> None:
+    """When a layer is looked at, what the layer before had is gone."""
+    alive: list[Any] = []
+
+    def look(tape: Tape) -> int:
+        assert all(outputs() is None for outputs in alive)
+        alive.append(weakref.ref(tape.outputs))
+        return len(tape.outputs)
+
+    assert each_layer(full, sequences("recipes", 2, 60)[:, :-1], look) == {2: 8, 3: 8}
+    assert len(alive) == 2
 
 
 def test_naee_finds_the_best_subset_and_greedy_is_no_better(
