@@ -12,7 +12,7 @@ from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
 
-from .actions import DURABLE, Committer
+from .actions import Committer
 from .api import NAME, SubmissionApi
 from .content import ContentCheck
 from .handlers import decide
@@ -31,9 +31,10 @@ async def main(ctx: ServiceContext[CommitterSettings]) -> None:
         life.start(engine.run())
         if not await life.finishes(engine.caught_up.wait()):
             return
+        state.live = True
         servicer = (services_pb2_grpc.add_SubmissionServiceServicer_to_server, api, NAME)
         async with rpc.serve_api(ctx, servicer) as address:
-            life.start(ctx.bus.consume(DURABLE, committer.handle))
+            life.start(committer.answer(settings.lease_seconds))
             # Any replica serves the API; where there are several, one advertised address leads to all of them.
             if await life.finishes(rpc.register(ctx.bus, "committer", address)):
                 ctx.ready()

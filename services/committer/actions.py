@@ -3,54 +3,63 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from connito.bus import Bus
+from connito.bus.lease import Lease
 from connito.bus.offences import kind_of, report
+from connito.bus.streams import DURABLES
 from connito.errors import Invalid, NotFound, Retry
+from connito.protocol.quota import LETTERS_PER_KEY
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
 from connito.service.engine import Action
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import as_recorded, detail_of
 from connito.wire.enums import reason_name
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
-from connito.wire.verification import verify_ingress
+from connito.wire.subjects import run_of
 
 from . import judging, settlement
 from .content import ContentCheck
 from .handlers import Examine, Settle
 from .settlement import Write
-from .state import FACTS, State
+from .state import FACTS, State, owner_of
 
 log = get_logger("committer")
 
 DURABLE = "committer"
+# Keys that are answered side by side.
+LANES = 4
 # How often the broker is asked whether the last messages of a window are handled.
 FLOOR_POLL_SECONDS = 0.05
 _ATTEMPTS = 5
 
 
 class Committer:
-    """`handle` is the durable consumer's handler, `perform` the engine's."""
+    """`handle` is the durable consumer's handler, `perform` the engine's. `_letters` counts dead letters by run and key."""
 
     def __init__(self, bus: Bus, state: State, check: ContentCheck) -> None:
         self._bus, self._state, self._check = bus, state, check
         self._handled = asyncio.Event()
+        self._letters: Counter[tuple[str, str]] = Counter()
 
     async def handle(self, record: Record) -> None:
         """Answer one message. Raises `Invalid` for what nobody can be answered about, `Retry` when something is away."""
         try:
-            fact = verify_ingress(record)
-        except Invalid as error:
-            # The broker let only the subject's owner write there.
-            owner = record.subject.split(".")[4]
-            report(kind_of(error.reason), key=owner, subject=record.subject, reason=error.reason, detail=str(error))
-            raise
-        try:
+            fact = self._state.verified(record)
             # `trained` is for the coordinator.
             if fact.key.kind != "trained":
                 await self._answer(fact)
+        except Invalid as error:
+            # The broker let only the subject's owner write there.
+            owner = owner_of(record)
+            report(kind_of(error.reason), key=owner, subject=record.subject, reason=error.reason, detail=str(error))
+            if self._letters[run_of(record.subject), owner] < LETTERS_PER_KEY:
+                self._letters[run_of(record.subject), owner] += 1
+                raise
         finally:
             self._handled.set()
 
@@ -88,7 +97,10 @@ class Committer:
         metrics.REFUSALS.labels(reason_name(reasons_pb2.REASON_QUOTA_EXCEEDED)).inc()
         answer = judging.judge_quota(facts, fact)
         window = judging.window_of(fact)
-        return None if answer is None else settlement.refuse(window, answer.cycle, answer)
+        if answer is not None:
+            return settlement.refuse(window, answer.cycle, answer)
+        self._state.told(fact)
+        return None
 
     async def _judge_reveal(self, facts: RunFacts, fact: Fact) -> Write | None:
         judged = judging.judge_reveal(facts, fact)
@@ -132,6 +144,27 @@ class Committer:
                 "settled", run=run, cycle=write.cycle, window=write.section, last_sequence=message.last_sequence,
                 committed=len(message.committed), submissions=len(message.submissions),
             )  # fmt: skip
+
+    async def answer(self, lease_seconds: float) -> None:
+        """Answer miners for as long as this replica leads, and stand by otherwise; until cancelled.
+
+        One replica at a time: what one key says is judged in its order. What a replica that was killed had taken comes back
+        before anything new, once the broker has waited for it.
+        """
+        while True:
+            async with Lease(self._bus, DURABLE, lease_seconds) as lease:
+                if await self._bus.unacknowledged(DURABLE):
+                    await asyncio.sleep(DURABLES[DURABLE].ack_wait)
+                consuming = asyncio.create_task(
+                    self._bus.consume(DURABLE, self.handle, concurrency=LANES, lane=owner_of, skip=self._state.needless)
+                )
+                losing = asyncio.create_task(lease.lost.wait())
+                try:
+                    await asyncio.wait((consuming, losing), return_when=asyncio.FIRST_COMPLETED)
+                    if consuming.done():
+                        consuming.result()
+                finally:
+                    await end_tasks([consuming, losing])
 
     async def perform(self, action: Action) -> None:
         """Do what `handlers.decide` found. Raises `Retry`."""

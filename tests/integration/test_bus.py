@@ -334,10 +334,53 @@ class TestConsume:
             if record.sequence == 2:
                 done.set()
 
-        task = asyncio.create_task(bus.consume("committer", handle))
+        task = asyncio.create_task(bus.consume("committer", handle, lane=lambda record: record.subject))
         async with asyncio.timeout(PATIENCE):
             await done.wait()
         assert seen == [1, 1, 1, 2]
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_lanes_take_turns_and_one_that_waits_holds_up_no_other(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
+        loud = await bus_factory(identities["miner"], own_nats.url)
+        quiet = await bus_factory(identities["customer"], own_nats.url)
+        await self.say(loud, run_id, 20)
+        await self.say(quiet, run_id, 2)
+        seen: dict[str, list[int]] = {"loud": [], "quiet": []}
+        order: list[str] = []
+        done = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            who = "loud" if loud.identity.public in record.subject else "quiet"
+            seen[who].append(record.sequence)
+            order.append(who)
+            if who == "loud" and len(seen[who]) == 2:
+                raise Retry("not yet", after=0.3)
+            if len(order) == 23:
+                done.set()
+
+        committer = await bus_factory(identities["committer"], own_nats.url)
+        skipped: list[int] = []
+
+        def skip(record: Record) -> bool:
+            skipped.append(record.sequence)
+            return False
+
+        task = asyncio.create_task(
+            committer.consume("committer", handle, lane=lambda record: record.subject.split(".")[4], skip=skip)
+        )
+        async with asyncio.timeout(PATIENCE):
+            await done.wait()
+        assert seen["loud"] == sorted(seen["loud"])
+        assert seen["loud"].count(2) == 2
+        assert seen["quiet"] == [21, 22]
+        assert order.index("quiet") < 10, "who came last did not wait for all of the other's"
+        assert sorted(skipped) == list(range(1, 23))
+        async with asyncio.timeout(PATIENCE):
+            while await committer.ack_floor("committer") < 22:  # noqa: ASYNC110 - the broker's state, asked for
+                await asyncio.sleep(0.02)
         task.cancel()
         await asyncio.wait([task])
 

@@ -420,8 +420,10 @@ async def test_downloads_are_for_the_enrolled_and_of_public_artifacts_only(
     for digest in (held_out.digest, submitted.digest, "0" * 64):
         with pytest.raises(NotFound, match="no public artifact"):
             await miner.urls(digest)
-    with pytest.raises(Invalid, match="is not a SHA-256"):
+    with pytest.raises(Invalid, match="over the limit of 64"):
         await miner.urls("../../holdout/sha256/" + held_out.digest)
+    with pytest.raises(Invalid, match="is not a SHA-256"):
+        await miner.urls("../../holdout/sha256/" + held_out.digest[:40])
     with pytest.raises(Invalid, match="not enrolled") as caught:
         await stranger.urls(stage.theta.digest)
     assert caught.value.reason == reasons_pb2.REASON_NOT_ENROLLED

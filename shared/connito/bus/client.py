@@ -25,7 +25,6 @@ from connito.bus.streams import DURABLES, ENDPOINTS, STREAMS, stream_of
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import metrics, tracing
 from connito.runtime.logs import current, get_logger, inject
-from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter, SecurityEvent
 from connito.wire import subjects
@@ -264,24 +263,22 @@ class Bus:
         *,
         concurrency: int = 1,
         heartbeat: float | None = None,
+        lane: Callable[[Record], str] | None = None,
+        skip: Callable[[Record], bool] | None = None,
     ) -> None:
-        """Process a durable consumer's messages until cancelled, sharing them with every other replica.
+        """Process a durable consumer's messages until cancelled, `concurrency` at once.
 
         `Retry` from the handler: again after a growing delay. `Invalid`: a signed copy to the DLQ, and done. Anything
-        else is raised here, and the message will be delivered again. While the handler runs, the broker is told so
+        else is raised here, and the message will be delivered again. While messages are here, the broker is told so
         every `heartbeat` seconds (a third of the consumer's acknowledgement time unless given).
+
+        Without `lane` every replica takes a share. With it, messages of one lane are handled one at a time and in order, and
+        lanes take turns; then one replica may consume at a time (`Lease`). What `skip` says so of is done without being handled.
         """
         beat = heartbeat if heartbeat is not None else DURABLES[durable].ack_wait / 3
-        workers = [
-            asyncio.create_task(Worker(self._connection, durable, handler, self._dead_letter, beat).run())
-            for _ in range(concurrency)
-        ]
-        try:
-            done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            for worker in done:
-                worker.result()
-        finally:
-            await end_tasks(workers)
+        await Worker(
+            self._connection, durable, handler, self._dead_letter, beat, concurrency=concurrency, lane=lane, skip=skip
+        ).run()
 
     async def _dead_letter(self, letter: DeadLetter) -> None:
         subject = f"{subjects.DLQ_ROOT}.{letter.stream}.{letter.sequence}"
@@ -324,6 +321,11 @@ class Bus:
         """Return the stream sequence up to which everything for this durable consumer has been handled."""
         info = await self._manage(self.js.consumer_info(DURABLES[durable].stream, durable), f"consumer {durable}")
         return int(info.ack_floor.stream_seq) if info.ack_floor else 0
+
+    async def unacknowledged(self, durable: str) -> int:
+        """Return how many messages were drawn from this durable consumer and not finished."""
+        info = await self._manage(self.js.consumer_info(DURABLES[durable].stream, durable), f"consumer {durable}")
+        return int(info.num_ack_pending or 0)
 
     async def _manage(self, call: Awaitable[Any], what: str) -> Any:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -25,6 +26,7 @@ from connito.wire.fact import Record
 log = get_logger("bus.consume")
 
 PULL_SECONDS = 5.0
+BATCH = 256
 # A message that was delivered this often and never finished kills whoever handles it, or waits for what never comes.
 DELIVERY_LIMIT = 100
 MAX_DELAY = 30.0
@@ -35,75 +37,158 @@ Bury = Callable[[DeadLetter], Awaitable[None]]
 
 
 class Worker:
-    """One of the `concurrency` loops of a durable consumer."""
+    """Draws messages of a durable consumer and hands them on, `concurrency` at once.
 
-    def __init__(self, connection: Connection, durable: str, handler: Handler, bury: Bury, heartbeat: float) -> None:
+    Each message is in a lane, and of a lane one message is handled at a time, in order; lanes take turns. Without `lane` every
+    message is a lane of its own, as many are drawn as are handled, and one that has to wait goes back to the broker. With it,
+    as many are drawn as the consumer admits, and what has to wait holds up its lane and no other.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        durable: str,
+        handler: Handler,
+        bury: Bury,
+        heartbeat: float,
+        *,
+        concurrency: int = 1,
+        lane: Callable[[Record], str] | None = None,
+        skip: Callable[[Record], bool] | None = None,
+    ) -> None:
         self.connection, self.handler, self.bury, self.heartbeat = connection, handler, bury, heartbeat
         self.durable: Durable = DURABLES[durable]
+        self.concurrency, self.lane, self.skip = concurrency, lane, skip
+        self.most = self.durable.max_ack_pending if lane is not None else concurrency
+        self.lanes: dict[str, deque[int]] = {}
+        self.held: dict[int, Any] = {}
+        self.tries: Counter[int] = Counter()
+        self.ready: asyncio.Queue[str] = asyncio.Queue()
+        self.room = asyncio.Event()
+        self.asked = 0
 
     async def run(self) -> None:
-        """Handle messages until cancelled. Raises what the handler raised, unless it is `Retry` or `Invalid`."""
+        """Handle messages until cancelled. Raises what the handler raised, unless it is `Retry` or `Invalid`.
+
+        Drawn through an inbox of its own and not through the library's `fetch`: that takes a message whose sender set a
+        `Status` header for the server's own word and drops it, and a miner could block the queue with one.
+        """
+        inbox = self.connection.nc.new_inbox()
+        subscription = await self.connection.nc.subscribe(inbox, cb=self._arrive)
+        tasks = [asyncio.create_task(self._take_turns()) for _ in range(self.concurrency)]
+        tasks += [asyncio.create_task(self._draw(inbox)), asyncio.create_task(self._beat())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await end_tasks(tasks)
+            with suppress(NatsError, OSError):
+                await subscription.unsubscribe()
+                # In their order, or what is delivered anew to somebody else would come after what is new.
+                for sequence in sorted(self.held):
+                    await self.held[sequence].nak()
+
+    async def _draw(self, inbox: str) -> None:
+        """Ask for as many messages as there is room for, one request at a time; what is held stays through lost connections."""
         while True:
+            wanted = min(BATCH, self.most - len(self.held))
+            self.room.clear()
+            if wanted <= 0 or self.asked:
+                await self.room.wait()
+                continue
             try:
-                await self._work()
+                self.connection.require()
+                await self._request(inbox, wanted)
             except (NatsError, OSError, Retry) as error:
+                self.asked = 0
                 if self.connection.nc.is_closed:
                     raise Fatal(f"the broker closed the connection of {self.durable.name}") from error
                 log.warning("cannot read the work queue, trying again", durable=self.durable.name, error=str(error))
                 await asyncio.sleep(error.after if isinstance(error, Retry) else 0.5)
 
-    async def _work(self) -> None:
-        """Draw messages one by one through an inbox of its own.
-
-        Not through the library's `fetch`: it takes a message whose sender set a `Status` header for the server's own
-        word and drops it, and a miner could block the queue with one.
-        """
-        arrived: asyncio.Queue[Any] = asyncio.Queue()
-
-        async def arrive(msg: Any) -> None:
-            arrived.put_nowait(msg)
-
-        inbox = self.connection.nc.new_inbox()
-        subscription = await self.connection.nc.subscribe(inbox, cb=arrive)
-        try:
-            while True:
-                self.connection.require()
-                await self._handle_next(inbox, arrived)
-        finally:
-            if not self.connection.nc.is_closed:
-                with suppress(NatsError):
-                    await subscription.unsubscribe()
-
-    async def _handle_next(self, inbox: str, arrived: asyncio.Queue[Any]) -> None:
+    async def _request(self, inbox: str, wanted: int) -> None:
+        self.asked = wanted
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.durable.stream}.{self.durable.name}"
-        request = json.dumps({"batch": 1, "expires": int(PULL_SECONDS * 1e9)}).encode()
+        request = json.dumps({"batch": wanted, "expires": int(PULL_SECONDS * 1e9)}).encode()
         with self.connection.failure_of(subject) as failed:
-            if arrived.empty():
-                await self.connection.nc.publish(subject, request, reply=inbox)
-            getting = asyncio.ensure_future(arrived.get())
-            try:
-                await asyncio.wait((getting, failed), timeout=PULL_SECONDS + 1, return_when=asyncio.FIRST_COMPLETED)
-                if failed.done() and not getting.done():
-                    raise failed.result()
-                msg = getting.result() if getting.done() else None
-            finally:
-                await end_tasks([getting])
-        if msg is None:
-            return
-        if msg.reply.startswith("$JS.ACK."):
-            await self._handle(msg)
-        elif (status := (msg.headers or {}).get("Status", "")) in ("404", "408"):
-            metrics.CONSUMER_PENDING.labels(self.durable.name).set(0)
-        else:
-            hint = "; run `connito streams ensure`" if status == "503" else ""
-            raise Retry(f"the broker answers {status or 'nothing'} for consumer {self.durable.name}{hint}", after=0.3)
+            await self.connection.nc.publish(subject, request, reply=inbox)
+            await self._until_room(failed)
 
-    async def _handle(self, msg: Any) -> None:
-        record, delivered = record_of(msg), msg.metadata.num_delivered
+    async def _until_room(self, failed: asyncio.Future[Exception]) -> None:
+        waiting = asyncio.create_task(self.room.wait())
+        try:
+            await asyncio.wait((waiting, failed), timeout=PULL_SECONDS + 1, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done() and not waiting.done():
+                raise failed.result()
+            if not waiting.done():
+                self.asked = 0  # The request is lost, or over.
+        finally:
+            await end_tasks([waiting])
+
+    async def _arrive(self, msg: Any) -> None:
+        if msg.reply.startswith("$JS.ACK."):
+            self.asked = max(0, self.asked - 1)
+            record = record_of(msg)
+            # What is delivered again while it waits here is the same message.
+            known = record.sequence in self.held
+            if not known and self.skip is not None and self.skip(record):
+                self._count("skipped")
+                with suppress(NatsError, OSError):
+                    await msg.ack()
+            else:
+                self.held[record.sequence] = msg
+                if not known:
+                    self._line_up(record)
+        else:
+            self.asked = 0
+            status = (msg.headers or {}).get("Status", "")
+            if status in ("404", "408"):
+                metrics.CONSUMER_PENDING.labels(self.durable.name).set(0)
+            else:
+                hint = "; run `connito streams ensure`" if status == "503" else ""
+                log.warning(f"the broker answers {status or 'nothing'}{hint}", durable=self.durable.name)
+                await asyncio.sleep(0.3)
+        if not self.asked:
+            self.room.set()
+
+    def _line_up(self, record: Record) -> None:
+        lane = self.lane(record) if self.lane is not None else str(record.sequence)
+        self.lanes.setdefault(lane, deque()).append(record.sequence)
+        if len(self.lanes[lane]) == 1:
+            self.ready.put_nowait(lane)
+
+    async def _take_turns(self) -> None:
+        while True:
+            lane = await self.ready.get()
+            sequence = self.lanes[lane][0]
+            delay = await self._handle(self.held[sequence])
+            if delay is not None:
+                asyncio.get_running_loop().call_later(delay, self.ready.put_nowait, lane)
+                continue
+            self.lanes[lane].popleft()
+            del self.held[sequence], self.tries[sequence]
+            if self.lanes[lane]:
+                self.ready.put_nowait(lane)
+            else:
+                del self.lanes[lane]
+            self.room.set()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self.heartbeat)
+            for msg in list(self.held.values()):
+                with suppress(NatsError):
+                    await msg.in_progress()
+
+    async def _handle(self, msg: Any) -> float | None:
+        """Handle a message; return after how many seconds to do so again, None when it is done with here."""
+        record = record_of(msg)
+        self.tries[record.sequence] += 1
+        delivered = max(msg.metadata.num_delivered, self.tries[record.sequence])
         metrics.CONSUMER_PENDING.labels(self.durable.name).set(msg.metadata.num_pending + 1)
         cause = logs.extract(record.headers)
         logs.use(cause)
-        beating = asyncio.create_task(self._beat(msg))
         try:
             with (
                 tracing.span(
@@ -120,26 +205,24 @@ class Worker:
         except Retry as error:
             if delivered >= DELIVERY_LIMIT:
                 await self._dead_letter(msg, record, Invalid(f"gave up after {delivered} deliveries: {error}"))
-            else:
-                delay = min(MAX_DELAY, error.after * 2 ** min(delivered - 1, 10))
-                log.warning(
-                    "handled later", durable=self.durable.name, sequence=record.sequence, error=str(error), delay=delay
-                )
+                return None
+            delay: float = min(MAX_DELAY, error.after * 2 ** min(delivered - 1, 10))
+            log.warning(
+                "handled later", durable=self.durable.name, sequence=record.sequence, error=str(error), delay=delay
+            )
+            self._count("retry")
+            if self.lane is not None:
+                return delay
+            with suppress(NatsError, OSError):
                 await msg.nak(delay=delay)
-                self._count("retry")
         except Invalid as error:
             await self._dead_letter(msg, record, error)
         else:
-            await msg.ack()
+            # One that is not acknowledged comes again, and finds what was done.
+            with suppress(NatsError, OSError):
+                await msg.ack()
             self._count("ok")
-        finally:
-            await end_tasks([beating])
-
-    async def _beat(self, msg: Any) -> None:
-        while True:
-            await asyncio.sleep(self.heartbeat)
-            with suppress(NatsError):
-                await msg.in_progress()
+        return None
 
     async def _dead_letter(self, msg: Any, record: Record, error: Invalid) -> None:
         log.warning(
@@ -157,7 +240,8 @@ class Worker:
         )
         # First the copy, then the end of the message: a crash in between writes the same copy again, which is refused.
         await self.bury(letter)
-        await msg.term()
+        with suppress(NatsError, OSError):
+            await msg.term()
         self._count("dead_letter")
 
     def _count(self, outcome: str) -> None:

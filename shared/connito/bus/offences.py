@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from connito.errors import Invalid
 from connito.runtime import metrics
+from connito.runtime.limits import RateLimit
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.enums import reason_name
@@ -30,6 +32,7 @@ class Offence:
     count: int = 1
 
 
+_lines = RateLimit(1.0, 100.0, time.monotonic)
 _waiting: dict[tuple[str, str], Offence] = {}
 
 
@@ -52,6 +55,8 @@ def ignore(record: Record, error: Invalid, *, new: bool) -> None:
     metrics.EVENTS_REJECTED.labels(reason).inc()
     if new:
         report(kind_of(error.reason), subject=record.subject, reason=error.reason, detail=str(error))
+    if not _worth_a_line():
+        return
     log.warning(
         "ignored a message that does not verify",
         security=True,
@@ -60,6 +65,15 @@ def ignore(record: Record, error: Invalid, *, new: bool) -> None:
         reason=reason,
         error=str(error),
     )
+
+
+def _worth_a_line() -> bool:
+    """Return whether the log takes another line about such messages: a flood of them is counted, and not told one by one."""
+    try:
+        _lines.take("")
+    except Invalid:
+        return False
+    return True
 
 
 def collect() -> list[Offence]:

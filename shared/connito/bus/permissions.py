@@ -33,7 +33,7 @@ _STREAMS: dict[str, Sequence[str]] = {
     "library": FACT_STREAMS,
 }
 _HAS_API = {"coordinator", "committer", "library"}
-_LEADS = {"coordinator", "aggregator"}
+_LEADS = {"coordinator", "aggregator", "committer"}
 _DURABLES = {"committer": ("committer",), "selector": ("selector",), "library": ("library",)}
 
 ENVELOPE_BYTES = 1 << 20

@@ -31,8 +31,12 @@ class PositionedLog(Log):
         try:
             return super().apply(record)
         finally:
-            self._seen[record.stream] = max(record.sequence, self._seen.get(record.stream, 0))
-            self._moved.set()
+            self.read(record)
+
+    def read(self, record: Record) -> None:
+        """Count a record as read."""
+        self._seen[record.stream] = max(record.sequence, self._seen.get(record.stream, 0))
+        self._moved.set()
 
     async def reach(self, stream: str, sequence: int) -> None:
         """Wait until `stream` has been read up to `sequence`. Raises `Retry` when that takes unusually long."""

@@ -81,8 +81,8 @@ FACT_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRA
 DURABLES: dict[str, Durable] = {
     durable.name: durable
     for durable in (
-        # One unacknowledged message at a time: a retry must not let the next message overtake.
-        Durable("committer", "INGRESS", STREAMS["INGRESS"].filter(), ack_wait=5.0, max_ack_pending=1),
+        # One replica draws many, and handles those of each key in order.
+        Durable("committer", "INGRESS", STREAMS["INGRESS"].filter(), ack_wait=5.0, max_ack_pending=10_000),
         Durable("selector", "RUNS", f"{ROOT}.*.run.0.created", ack_wait=10.0),
         Durable("library", "RUNS", f"{ROOT}.*.run.0.ended", ack_wait=10.0),
     )

@@ -6,6 +6,7 @@ of them as it likes, and everybody's answers would wait behind them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from connito.wire.fact import Fact
 
 # More than any policy allows (`enrolment.messages_per_cycle`): later ones are not told apart.
 COUNTED = 100_001
+# So many of a key's messages to one run that do not verify are kept as dead letters; what follows is dropped.
+LETTERS_PER_KEY = 16
 
 
 @dataclass
@@ -36,7 +39,7 @@ class MessageCounter:
             known = [cycle for kind, miner, cycle in self._sequences if (kind, miner) == (fact.key.kind, fact.signer)]
             cycles = [cycle for cycle in known if not 1 <= cycle <= spec.cycles]
         lists = (self._sequences.get((fact.key.kind, fact.signer, cycle), []) for cycle in cycles)
-        return sum(sum(1 for sequence in known if sequence < fact.sequence) for known in lists)
+        return sum(bisect_left(known, fact.sequence) for known in lists)
 
     def over(self, fact: Fact, spec: RunSpec) -> bool:
         """Return whether a message is beyond what the run's policy answers one by one."""

@@ -18,10 +18,14 @@ class Log:
         self.runs: dict[str, RunFacts] = {}
         self.chains: dict[str, Chains] = {}
 
+    def verified(self, record: Record) -> Fact:
+        """Return what a miner said, verified. Raises `Invalid`."""
+        return verify_ingress(record)
+
     def apply(self, record: Record) -> Fact | None:
         """Verify and insert. Returns the fact if it was new, None if known. Raises `Invalid` if it does not verify."""
         if is_ingress(record.subject):
-            fact = verify_ingress(record)
+            fact = self.verified(record)
         else:
             # A chain links every stored message, also one that does not verify.
             chain = self.chains.setdefault(run_of(record.subject), Chains())

@@ -12,6 +12,7 @@ import pytest
 from connito.audit import chain
 from connito.audit.audit import Audit, Options, against, audit, pure
 from connito.audit.recompute import Recomputation, draws, merge
+from connito.protocol.quota import LETTERS_PER_KEY
 from connito.v1 import cycle_pb2 as c
 from connito.v1 import run_pb2 as r
 
@@ -265,6 +266,27 @@ def test_a_message_of_another_run_or_stream_does_not_count(world: World) -> None
     evidence = world.evidence()
     assert len(evidence.unreadable) == 1
     assert evidence.facts.version(1) is None
+
+
+def test_of_what_a_key_sends_without_end_so_many_dead_letters_are_kept(world: World) -> None:
+    from connito.audit.evidence import read, signatures
+    from connito.wire.fact import Record
+
+    from tests.unit.connito.audit.world import ROSTER
+
+    def junk(number: int, key: str = "flooder") -> Record:
+        return Record("INGRESS", 700 + number, f"connito.v1.{RUN}.ingress.{key}.reveal", b"junk", 0)
+
+    records = [*world.records, *(junk(number) for number in range(100))]
+    letters = [
+        c.DeadLetter(stream="INGRESS", sequence=record.sequence, subject=record.subject, body=b"junk")
+        for record in records[-100:]
+    ]
+    assert signatures(read(RUN, records, ROSTER, letters[:LETTERS_PER_KEY])).differences == ()
+    missing = signatures(read(RUN, records, ROSTER, letters[: LETTERS_PER_KEY - 1])).differences
+    assert len(missing) == 100 - LETTERS_PER_KEY + 1, "a committer keeps as many as the rules say"
+    others = [*records, junk(200, "other")]
+    assert len(signatures(read(RUN, others, ROSTER, letters[:LETTERS_PER_KEY])).differences) == 1, "of each key"
 
 
 def test_what_a_miner_sent_may_be_anything_if_it_is_among_the_dead_letters(world: World) -> None:

@@ -123,7 +123,7 @@ def test_everybody_hears_only_its_own_replies_and_hints(role: str) -> None:
 def test_only_leaders_hold_leases_and_only_services_with_an_api_are_found() -> None:
     leads = {role for role in ROLES if may_publish(role, f"$KV.{streams.LEASES}.{role}")}
     found = {role for role in ROLES if may_publish(role, f"$KV.{streams.ENDPOINTS}.{role}")}
-    assert leads == {"coordinator", "aggregator"}
+    assert leads == {"coordinator", "aggregator", "committer"}
     assert found == {"coordinator", "committer", "library"}
     assert not may_publish("committer", f"$KV.{streams.ENDPOINTS}.coordinator")
 

@@ -49,4 +49,4 @@ def test_no_stream(subject: str) -> None:
 def test_every_durable_reads_a_declared_stream() -> None:
     for durable in streams.DURABLES.values():
         assert durable.stream in streams.STREAMS
-    assert streams.DURABLES["committer"].max_ack_pending == 1
+    assert streams.DURABLES["committer"].max_ack_pending > 1000, "one key's messages do not fill the queue"
