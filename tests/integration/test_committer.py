@@ -427,7 +427,7 @@ async def test_downloads_are_for_the_enrolled_and_of_public_artifacts_only(
     with pytest.raises(Invalid, match="not enrolled") as caught:
         await stranger.urls(stage.theta.digest)
     assert caught.value.reason == reasons_pb2.REASON_NOT_ENROLLED
-    with pytest.raises(Invalid, match="at most 256"):
+    with pytest.raises(Invalid, match="over the limit of 256"):
         await miner.urls(*["0" * 64] * 300)
     refused = [error for error in [await attempt(miner, stage.theta.digest) for _ in range(30)] if error is not None]
     assert {error.reason for error in refused} == {reasons_pb2.REASON_QUOTA_EXCEEDED}
