@@ -191,3 +191,12 @@ def test_the_same_rows_as_the_library_datasets(tmp_path: Path, kind: str) -> Non
     if kind == "csv":  # Cells are text; what they mean is for whoever reads them.
         expected = [{name: str(value) for name, value in row.items()} for row in expected]
     assert found == expected
+
+
+def test_splits_of_other_names_are_asked_for(tmp_path: Path) -> None:
+    files = "data_files:\n  - {split: train_sft, path: fr/train-*}\n  - {split: test_sft, path: fr/test-*}"
+    folder = clone(tmp_path, f"---\nconfigs:\n- config_name: default\n  {files}\n---\n")
+
+    with pytest.raises(Invalid, match=r"splits train_sft, test_sft and no train: say which, .*`split: train_sft`"):
+        rows(folder)
+    assert texts_of(folder, split="train_sft") == ["a", "b"]

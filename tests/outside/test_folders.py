@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from connito.data.reading.reader import Reading
+from connito.data.reading.texts import texts_of
 from connito.errors import Invalid, NotFound
 
 from tests.support.reading import account, rows, texts, tree
@@ -94,6 +95,18 @@ def test_files_about_the_data_are_not_the_data(tmp_path: Path) -> None:
 
     assert texts(tmp_path / "d") == ["kept"]
     assert texts(tmp_path / "docs") == ["# Start here", "# Guide"]
+
+
+def test_files_with_other_fields_each(tmp_path: Path) -> None:
+    tree(
+        tmp_path / "d",
+        {"a.csv": "content,n\none,1\n", "b.jsonl": '{"text": "two"}\n{"n": 1}\n', "c.csv": "body;n\nthree;1\n"},
+    )
+
+    assert texts(tmp_path / "d") == ["one", "two", "three"]
+    reading = Reading(tmp_path / "d")
+    assert len(list(texts_of(reading))) == 3
+    assert reading.account.dropped == {"rows without text": 1}
 
 
 def test_a_pointer_of_git_lfs_names_the_remedy(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 from connito.data.reading.kinds import NotText
 from connito.data.reading.rows import unreadable
 
+Choose = Callable[[list[str], Callable[[str], bytes]], list[str]]
 DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
@@ -124,23 +125,25 @@ def seekable(stream: BinaryIO, stack: ExitStack) -> BinaryIO:
     return cast(BinaryIO, copy)
 
 
-def members(stream: BinaryIO, kind: str, name: str, stack: ExitStack) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield (name, stream) of each file in a zip or tar. Raises `NotText` for documents that are zip inside."""
-    if kind == "tar":
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                if member.isfile() and (file := tar.extractfile(member)) is not None:
-                    yield member.name, cast(BinaryIO, io.BufferedReader(Prefixed(b"", cast(BinaryIO, file))))
-        return
+def tar_members(stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield (name, stream) of each file in a tar, in the order in which they stand there."""
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            if member.isfile() and (file := tar.extractfile(member)) is not None:
+                yield member.name, cast(BinaryIO, io.BufferedReader(Prefixed(b"", cast(BinaryIO, file))))
+
+
+def zip_members(stream: BinaryIO, name: str, stack: ExitStack, choose: Choose) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield (name, stream) of the files in a zip that `choose` takes, given their names and how to read one. Raises `NotText`
+    for documents that are zip inside."""
     with zipfile.ZipFile(seekable(stream, stack)) as archive:
-        names = archive.namelist()
-        if "[Content_Types].xml" in names or names[:1] == ["mimetype"]:
+        entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+        if "[Content_Types].xml" in entries or next(iter(entries), "") == "mimetype":
             raise NotText(name, "an Office document or book: save it as text or CSV")
-        if "data.pkl" in {entry.rpartition("/")[2] for entry in names}:
+        if "data.pkl" in {entry.rpartition("/")[2] for entry in entries}:
             raise NotText(name, "a PyTorch file")
-        for entry in archive.infolist():
-            if entry.flag_bits & 1:
-                raise unreadable(f"{name} is encrypted; unpack it first")
-            if not entry.is_dir():
-                with archive.open(entry) as opened:
-                    yield entry.filename, cast(BinaryIO, opened)
+        if any(entry.flag_bits & 1 for entry in entries.values()):
+            raise unreadable(f"{name} is encrypted; unpack it first")
+        for chosen in choose(list(entries), archive.read):
+            with archive.open(entries[chosen]) as opened:
+                yield chosen, cast(BinaryIO, opened)

@@ -155,7 +155,8 @@ def _pick(splits: Sequence[Any], wanted: str, where: str, account: Account) -> s
     chosen = wanted or ("train" if "train" in names else names[0] if len(names) == 1 else "")
     if not chosen:
         raise unreadable(
-            f"{where} has the splits {', '.join(names)} and no train: say `split: {names[0] if names else ''}`"
+            f"{where} has the splits {', '.join(names)} and no train: say which, for example "
+            f"`split: {names[0] if names else ''}`, or name the files of one"
         )
     if len(names) > 1:
         account.note(f"of {where}, the split {chosen} was read (others: {', '.join(n for n in names if n != chosen)})")
@@ -204,7 +205,9 @@ def _one_config(configs: Sequence[Mapping[str, Any]], where: str, account: Accou
     marked = [name for name, row in named.items() if row.get("default") is True or name == "default"]
     name = wanted or (marked[0] if marked else next(iter(named)) if len(named) == 1 else "")
     if not name:
-        raise unreadable(f"{where} has several configurations: say which, `config: NAME`, of {', '.join(named)}")
+        raise unreadable(
+            f"{where} has several configurations: say which, `config: NAME`, of {', '.join(named)}; or name the files of one"
+        )
     if len(named) > 1:
         account.note(f"of {where}, the configuration {name} was read")
     return named[name]

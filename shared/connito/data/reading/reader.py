@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from connito.data.reading import containers, decode, kinds
 from connito.data.reading.arrow_rows import arrow_rows
-from connito.data.reading.datasets import about, hidden, suffix_of
+from connito.data.reading.datasets import about, choose, hidden, suffix_of
 from connito.data.reading.json_rows import json_rows
 from connito.data.reading.kinds import COMPRESSED, TABLES, TEXT, NotText
 from connito.data.reading.passages import passage_rows
@@ -94,14 +94,24 @@ class Reading:
             yield from passage_rows(pieces, name)
 
     def _archive(self, stream: BinaryIO, kind: str, name: str, stack: ExitStack, depth: int) -> Iterator[Row]:
-        for inner, opened in containers.members(stream, kind, name, stack):
-            if hidden(inner) or about(inner):
-                self.account.skipped["hidden or about other files"] += 1
-                continue
+        for inner, opened in self._members(stream, kind, name, stack):
             try:
                 yield from self._stream(opened, f"{name}/{inner}", False, stack, depth + 1)
             except NotText as error:
                 self.account.skipped[error.why] += 1
+
+    def _members(self, stream: BinaryIO, kind: str, name: str, stack: ExitStack) -> Iterator[tuple[str, BinaryIO]]:
+        if kind == "zip":
+            config, split = self.wanted.config, self.wanted.split
+            yield from containers.zip_members(
+                stream, name, stack, lambda names, read: choose(names, read, name, self.account, config, split)
+            )
+            return
+        for inner, opened in containers.tar_members(stream):
+            if hidden(inner) or about(inner):
+                self.account.skipped["hidden or about other files"] += 1
+            else:
+                yield inner, opened
 
     def _count(self, form: str, size: int) -> None:
         self.account.files += 1

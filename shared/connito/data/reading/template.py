@@ -56,8 +56,9 @@ class Template:
     def _usual(self, row: Row) -> str:
         if isinstance(row.value, str):
             return row.value
-        if not self.usual:
-            self.usual = usual_field(row.value)
+        if self.usual not in row.value:
+            # Another file of a folder may have other fields.
+            self.usual = usual_field(row.value) or self.usual
             if not self.usual:
                 raise self._missing("text", row)
             if self.usual != "text":
