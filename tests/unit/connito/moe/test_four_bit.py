@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,19 @@ def test_a_layer_whose_experts_are_all_trained_has_none_to_pack(tmp_path: Path) 
     everything = {1: list(range(4)), 2: list(range(4))}
     packed = load_resident_local(base, everything, residency=FOUR_BIT)
     torch.testing.assert_close(logits(packed), logits(load_full(base)), rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_packing_fetches_no_code_from_a_hub() -> None:
+    """On processors with bfloat16 instructions the library loads a kernel through the package `kernels`, where that is there."""
+    program = """
+import sys, types
+import torch
+from connito.moe.four_bit import FourBit
+hub = sys.modules["kernels"] = types.ModuleType("kernels")
+hub.get_kernel = lambda *_, **__: print("fetched")
+FourBit(1, (2, 64), torch.float32).put(0, torch.ones(2, 64))
+print("bitsandbytes" in sys.modules, sys.modules["kernels"] is hub)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
