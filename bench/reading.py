@@ -28,7 +28,7 @@ FORMATS = ("jsonl", "csv", "parquet", "jsonl.gz")
 
 def run(options: Options) -> Result:
     """Measure every way on every format; --quick takes smaller files and two formats."""
-    sizes = (2_000_000, 6_000_000) if options.quick else (8_000_000, 32_000_000)
+    sizes = (2_000_000, 6_000_000) if options.quick else (8_000_000, 24_000_000)
     formats = FORMATS[:1] if options.quick else FORMATS
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ class Account:
 
     def __str__(self) -> str:
         empty = f", {self.empty} of them empty" if self.empty else ""
-        parts = [f"{self.rows} rows in {self.files} files{empty}"]
+        parts = [f"{self.rows} row{_s(self.rows)} in {self.files} file{_s(self.files)}{empty}"]
         parts += [f"{count} as {name}" for name, count in sorted(self.formats.items())]
         parts += [f"{count} in {name}" for name, count in sorted(self.encodings.items()) if name != "utf-8"]
         parts += [f"{count} {reason}" for reason, count in sorted(self.dropped.most_common(_NOTES)) if count]
@@ -81,6 +81,10 @@ class Wanted:
 
     config: str = ""
     split: str = ""
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def unreadable(message: str) -> Invalid:
