@@ -46,7 +46,6 @@ PROFILES: Mapping[str, Mapping[str, float]] = {
         "training.weight_decay": 0,
         # Over a few short cycles outer momentum has hardly built up; with less, an honest miner can stay below significance.
         "training.beta1": 0.9,
-        "scoring.target_sequences": 16,
         "scoring.general_sequences": 8,
         "scoring.confidence": 0.99,
         "scoring.retention_margin": 0.05,
