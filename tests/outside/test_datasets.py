@@ -71,6 +71,18 @@ def test_values_that_are_no_text(tmp_path: Path) -> None:
     assert account(path).dropped["binary values"] == 1
 
 
+def test_types_that_programs_choose(tmp_path: Path) -> None:
+    table = pa.table({
+        "text": pa.array(["a", None], pa.large_string()), "seen": pa.array(["x", "y"], pa.string_view()), "none": pa.nulls(2),
+        "map": pa.array([[("k", "v")], None], pa.map_(pa.string(), pa.string())),
+        "many": pa.array([[1], None], pa.large_list(pa.int64())),
+    })  # fmt: skip
+    path = write(tmp_path / "a.arrow", table, "arrow")
+
+    assert rows(path)[0] == {"text": "a", "seen": "x", "none": None, "map": {"k": "v"}, "many": [1]}
+    assert texts(path, "{text}{map.k}{many.0}{none}") == ["av1"]
+
+
 def test_a_text_column_with_broken_bytes(tmp_path: Path) -> None:
     broken = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\5\0\0\0\x08\0\0\0"), pa.py_buffer(b"caf\xe9!abc"))
     path = write(tmp_path / "a.parquet", pa.table({"text": broken}), "parquet")

@@ -73,7 +73,7 @@ def _column(column: Any, account: Account) -> list[Any]:
     import pyarrow as pa
 
     try:
-        values: list[Any] = column.to_pylist()
+        values: list[Any] = column.to_pylist(maps_as_pydicts="lossy")
     except UnicodeDecodeError:
         return [_text(value, account) for value in column.cast(pa.binary()).to_pylist()]
     except (ValueError, OverflowError, TypeError, ImportError):
