@@ -258,6 +258,7 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
         routing_mode=policy.routing_mode or "natural",
         residency=ALL if settings.residency == AUTO else settings.residency,
         engine=replace(engine, checkpointing=settings.checkpointing == "on"),
+        cuda=device.type == "cuda",
         packed=facts.require_spec().protocol_version >= DOCUMENTS_APART,
     )
     have = settings.memory_bytes

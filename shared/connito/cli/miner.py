@@ -113,6 +113,7 @@ def fits(
     micro_batch: Annotated[int, typer.Option(min=0, help="Sequences that go through the model at once; 0: all.")] = 0,
     bf16_parameters: Annotated[bool, typer.Option(help="Frozen weights in bfloat16.")] = False,
     residency: Annotated[Residency, typer.Option(help="Frozen experts to hold; auto: the best that fits.")] = "auto",
+    cuda: Annotated[bool, typer.Option("--cuda", help="For a GPU, wherever this is asked.")] = False,
     memory_bytes: Annotated[int, typer.Option(min=0, help="Memory to fit into; 0: what is free here.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -136,6 +137,7 @@ def fits(
         micro_batch=micro_batch,
         residency=ALL if residency == AUTO else residency,
         packed=True,
+        cuda=cuda,
     )
     have = memory_bytes or free_bytes()
     switches = tuple(switch for switch in SWITCHES if switch.field != "residency" or residency == AUTO)

@@ -28,6 +28,7 @@ class Workload:
     bf16, half   run the forward pass in bfloat16; hold what is frozen in it as well
     top_k        experts per token in adapted layers, 0: as the model has it
     residency, engine    see `connito.moe.residency` and `connito.moe.engine`
+    cuda         on a GPU, whose attention keeps no scores and whose experts of a bank are one product
     packed       rows hold several documents, which are kept apart
     mass         share of the routing decisions that fall on targets; 0: as if all experts were used alike
     """
@@ -42,6 +43,7 @@ class Workload:
     routing_mode: str = "natural"
     residency: str = HELPERS
     packed: bool = False
+    cuda: bool = False
     engine: Engine = field(default_factory=Engine)
     mass: float = 0.0
 

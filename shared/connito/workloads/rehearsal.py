@@ -8,9 +8,10 @@ assumed: every resident expert of a layer gets the same number of tokens.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -25,11 +26,13 @@ from connito.errors import Invalid
 from connito.moe.adamw import AdamW
 from connito.moe.footprint import Footprint, Predict, Workload
 from connito.moe.four_bit import FourBit, PublishedFourBit
+from connito.moe.fused_attention import fused_attention
 from connito.moe.layout import ROUTER_NAMES, as_targets, find_moe_layers, require_moe_layers
 from connito.moe.live_bytes import LiveBytes
+from connito.moe.prepare import decoder_halves, prepare
 from connito.moe.residency import ALL, BACKGROUND, FOUR_BIT, HELPER, HELPERS, TARGET, Residents
 from connito.moe.resident import add_background, install, resident_plan, target_parameters
-from connito.moe.state import tensor_name
+from connito.moe.state import split_name, tensor_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,13 +44,81 @@ Experts = Mapping[int, Sequence[int]]
 def rehearse(config: Any, targets: Experts, helpers: Experts, work: Workload) -> Footprint:
     """Return the footprint of training a model of `config` (transformers'). Takes seconds; nothing is loaded.
 
+    Of many layers of one kind a few are rehearsed, and each further one adds what the last of them added.
     Raises `Invalid` for a selection of another base.
     """
+    from connito.base.pretrained import modules_of
+
+    model = modules_of(config)
+    with torch.device("meta"):
+        _compress(model, config, targets, helpers, work)
+    few = _enough(config, model)
+    if few is None:
+        return rehearse_all(config, targets, helpers, work)
+    low, high = (rehearse_all(_cut(config, n), _below(targets, n), _below(helpers, n), work) for n in few)
+    trained = sum(p.numel() for p in target_parameters(model).values())
+    share = trained / sum(p.numel() for index, p in _by_layer(model) if index < few[1])
+    more = (config.num_hidden_layers - few[1]) / (few[1] - few[0])
+    buffers = sum(tensor.nbytes for tensor in model.buffers() if tensor.dim() < 2)
+    held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return Footprint(
+        weights=sum(held.values()) - buffers,
+        buffers=buffers,
+        masters=round(high.masters * share),
+        gradients=round(high.gradients * share),
+        moments=round(high.moments * share),
+        activations=round(high.activations + more * max(0, high.activations - low.activations)),
+        workspace=round(high.workspace + more * max(0, high.workspace - low.workspace)),
+    )
+
+
+def _enough(config: Any, model: nn.Module) -> tuple[int, int] | None:
+    """Return two numbers of layers from whose footprints that of all follows, or None where all have to be rehearsed."""
+    below, above = decoder_halves(model)
+    kinds = [
+        (getattr(config, "layer_types", None) or [""] * 10_000)[index : index + 1]
+        + [any(_is_target(name) for name, _ in layer.named_parameters())]
+        + [(name, tuple(tensor.shape)) for name, tensor in layer.named_parameters() if not _is_target(name)]
+        for index, layer in enumerate((*below, *above))
+    ]
+    total = len(kinds)
+    if total != getattr(config, "num_hidden_layers", 0):
+        return None
+    for period in range(1, 7):
+        first = next((i for i in range(total) if kinds[i : total - period] == kinds[i + period :]), total)
+        if first + 3 * period <= total:
+            return first + period, first + 2 * period
+    return None
+
+
+def _is_target(name: str) -> bool:
+    return name.rpartition(".")[2].startswith(TARGET)
+
+
+def _by_layer(model: nn.Module) -> Iterator[tuple[int, torch.Tensor]]:
+    return ((split_name(name)[0], parameter) for name, parameter in target_parameters(model).items())
+
+
+def _below(experts: Experts, layers: int) -> Experts:
+    return {index: chosen for index, chosen in experts.items() if index < layers}
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """Return the configuration of the first `layers` of a model."""
+    shorter, total = copy.deepcopy(config), config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == total and name != "architectures":
+            setattr(shorter, name, value[:layers])
+    shorter.num_hidden_layers = layers
+    return shorter
+
+
+def rehearse_all(config: Any, targets: Experts, helpers: Experts, work: Workload) -> Footprint:
+    """Return the same with every layer rehearsed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from connito.base.pretrained import modules_of
     from connito.moe.batches import HOME
-    from connito.moe.prepare import prepare
     from connito.moe.training import train_local
 
     model = modules_of(config)
@@ -57,26 +128,30 @@ def rehearse(config: Any, targets: Experts, helpers: Experts, work: Workload) ->
         packed = FourBit(1, (1, 64), torch.float32)
         packed.put(0, torch.zeros(1, 64))
         packed.row(0)
+    engine = replace(work.engine, experts="grouped") if work.cuda and work.engine.experts == "auto" else work.engine
     with torch.device("meta"):
         _compress(model, config, targets, helpers, work)
-        prepare(model, work.engine, torch.device("meta"))
+        prepare(model, engine, torch.device("meta"))
     setattr(model, HOME, torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), _untraced():
+    with FakeTensorMode(allow_non_fake_inputs=True), _untraced(), fused_attention() if work.cuda else nullcontext():
         _empty(model)
-        # A third pass through the model in a step would be like the second.
-        shorter = replace(work, sequences=min(work.sequences, 2 * work.micro_batch or work.sequences))
+        # Further passes of a step are like the first one, beside the gradients so far.
+        one = replace(work, sequences=work.micro_batch or work.sequences)
         counted = _Rehearsal(model, work)
         with counted:
             train_local(
                 model,
-                text(shorter),
+                text(one),
                 learning_rate=1e-3,
                 bf16=work.bf16 or work.half,
                 micro_batch=work.micro_batch,
                 optimizer=work.engine.optimizer,
                 on_step=counted.step_done,
             )
-        return footprint_of(counted, model)
+        found = footprint_of(counted, model)
+    if one == work:
+        return found
+    return replace(found, gradients=sum(p.nbytes for p in target_parameters(model).values()))
 
 
 def predictor(config: Any, targets: Experts, helpers: Experts) -> Predict:

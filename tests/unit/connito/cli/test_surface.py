@@ -60,7 +60,7 @@ VERBS = {
     "job cancel": {"--json"},
     "miner fits": {
         "--json", "--base", "--selection", "--sequences", "--length", "--bf16-parameters", "--memory-bytes", "--experts",
-        "--micro-batch", "--residency",
+        "--micro-batch", "--residency", "--cuda",
     },
     "miner init": {"--json"},
     "miner run": {"--key", "--label", "--json"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from connito.errors import Invalid, NotFound
 from connito.moe.footprint import SWITCHES, Workload, fit, lean
-from connito.workloads.rehearsal import config_of, predictor, rehearse, same_everywhere
+from connito.workloads.rehearsal import config_of, predictor, rehearse, rehearse_all, same_everywhere
 
 from bench.memory import SHAPES, Shape, compare, experts_of, measure
 from bench.memory import config_of as shape_config
@@ -98,3 +98,15 @@ def test_a_folder_without_configuration_and_a_wrong_number_are_refused(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobody-knows"}))
     with pytest.raises(Invalid, match="nobody-knows"):
         config_of(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GQA, top 4 of 16", "MLA, shared experts"])
+def test_a_few_layers_stand_for_many(name: str) -> None:
+    shape = replace(BY_NAME[name], config={**BY_NAME[name].config, "num_hidden_layers": 10})
+    config = shape_config(shape)
+    targets, helpers = experts_of(shape, config)
+    quick, whole = (use(config, targets, helpers, Workload(2, 64)) for use in (rehearse, rehearse_all))
+    assert abs(quick.total / whole.total - 1) < 0.03
+    exact = ("weights", "buffers", "masters", "gradients")
+    assert [getattr(quick, part) for part in exact] == [getattr(whole, part) for part in exact]
