@@ -1,4 +1,4 @@
-"""What a GPU's attention kernels keep and take, for rehearsals on a machine without one.
+"""Memory of a GPU's attention kernels, for rehearsals on a machine without one.
 
 Flash and memory-efficient attention (Dao et al. 2022; Rabe & Staats 2021) keep queries, keys, values, their output and one
 float32 a row, and sum the gradient of the queries in float32; scores of all pairs are never there.

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 aten = torch.ops.aten
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 Experts = Mapping[int, Sequence[int]]
 
 
@@ -167,8 +168,8 @@ def config_of(base: Path) -> Any:
     from connito.base.pretrained import parse_config
     from connito.data.checkpoint_files import find_checkpoint
 
-    there = [path.name for path in base.iterdir()] if base.is_dir() else []
-    if there != ["config.json"]:
+    there = {path.name for path in base.iterdir()} if base.is_dir() else set()
+    if "config.json" not in there or any(name.endswith(WEIGHTS) for name in there):
         return describe_files(find_checkpoint(base)).plan()
     return parse_config((base / "config.json").read_bytes())
 
