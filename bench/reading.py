@@ -15,13 +15,12 @@ import json
 import multiprocessing
 import random
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bench.harness import Options, Result, main, note
+from bench.peak import peak_of
 
 FORMATS = ("jsonl", "csv", "parquet", "jsonl.gz")
 
@@ -99,28 +98,7 @@ def _child(way: str, file: str, results: Any) -> None:
 
     encode = tokenizer()
     ways: dict[str, Callable[[Path, Any], None]] = {"rows": _rows, "job": _job, "datasets": _datasets}
-    before, peak, done = _anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], _anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    ways[way](Path(file), encode)
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    results.put((seconds, max(0, peak[0] - before)))
-
-
-def _anonymous() -> int:
-    """Return the bytes of memory that this process holds and that no file stands behind."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    results.put(peak_of(lambda: ways[way](Path(file), encode)))
 
 
 def _rows(file: Path, _: Any) -> None:
