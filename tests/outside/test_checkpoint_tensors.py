@@ -353,8 +353,10 @@ def test_a_configuration_that_nothing_is_made_of(base: Path, name: str, monkeypa
 
 @pytest.mark.parametrize("answer", ["y\ny\ny\n", ""])
 def test_code_of_a_tokenizer_is_neither_run_nor_asked_for(
-    base: Path, tmp_path: Path, answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of a family that has no tokenizer of its own in transformers, for which the library would ask."""
+    base = published(tmp_path / "base", "deepseek_v3")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (base / name).unlink(missing_ok=True)
     (base / "tiktoken.model").write_text("AA== 0\nAQ== 1\n")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from connito.base.checkpoint import save_checkpoint
 from connito.base.description import build_manifest
-from connito.base.loading import load_full, load_resident, load_resident_local
+from connito.base.loading import build_empty, load_full, load_resident, load_resident_local
 from connito.base.tiny import tokenizer
 from connito.errors import Invalid, NotFound
 from connito.moe.layout import require_moe_layers, router_digest
@@ -126,6 +126,15 @@ def test_a_mixtral_checkpoint_is_converted_on_the_way(tmp_path: Path) -> None:
     model.set_experts_implementation("eager")
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load_full(tmp_path)), logits(model))
+
+
+def test_a_model_of_tensors_lacks_none() -> None:
+    model = model_of(False)
+    tensors = dict(model.state_dict())
+    assert torch.equal(logits(build_empty(model.config, tensors)), logits(model))
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    with pytest.raises(Invalid, match=r"k_proj\.weight is missing"):
+        build_empty(model.config, tensors)
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

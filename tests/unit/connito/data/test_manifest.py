@@ -181,11 +181,11 @@ EXTRAS: list[Any] = [
 ]  # fmt: skip
 ODD: list[Any] = [{}, 5, [[1]], [5]]
 WHOLE: list[bytes] = [
-    *(written([{**FILE, **change}]) for change in FILES),
+    *(written([{**FILE, **change}], []) for change in FILES),
     *(written(tensors=[{**TENSOR, **change}]) for change in TENSORS),
     *(written(extra=extra) for extra in EXTRAS),
     *(written(**{field: value}) for field in ("files", "tensors", "name", "version") for value in ODD),
-    *(written([{k: v for k, v in FILE.items() if k != gone}]) for gone in FILE),
+    *(written([{k: v for k, v in FILE.items() if k != gone}], []) for gone in FILE),
     *(written(tensors=[{k: v for k, v in TENSOR.items() if k != gone}]) for gone in TENSOR),
     written([FILE, FILE]), written(tensors=[TENSOR, TENSOR]), written([]),
     b"5", b"null", b'"x"', "{}".encode("utf-16"), b"\xff\xfe", b'{"version":1,"x":' + b"[" * 100_000, b"[" * 100_000,
