@@ -1,7 +1,8 @@
 """The page of evidence, made from what the benchmarks wrote: `python -m bench.evidence [--out out/bench]`.
 
-Copies JSON and plots of the full runs to `docs/evidence` and renders `docs/explanation/evidence.md` from them, so that no
-figure on that page is typed. A quick run is refused. A unit test renders the page again from the copies.
+Copies JSON and plots of the full runs to `docs/evidence`. Renders `docs/explanation/evidence.md` from them, and the engine's
+part of `docs/explanation/costs.md` (`bench.costs_page`), so that no figure there is typed. A quick run is refused. A unit
+test renders both again from the copies.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, COPIES = ROOT / "docs/explanation/evidence.md", ROOT / "docs/evidence"
-NAMES = ("selection", "routing_modes", "residency", "forgetting", "decentralised", "cost", "validator_throughput")
+ON_PAGE = ("selection", "routing_modes", "residency", "forgetting", "decentralised", "cost", "validator_throughput")
+NAMES = (*ON_PAGE, "engine")
 Document = Mapping[str, Any]
 
 
 def render(documents: Mapping[str, Document]) -> str:
-    """Return the page, from the documents of `NAMES`."""
-    page = "\n".join([_HEAD, *(_SECTIONS[name](documents[name]) for name in NAMES)])
-    return "\n\n".join(filter(None, map(_wrapped, page.split("\n\n")))) + "\n"
+    """Return the page, from the documents of `ON_PAGE`."""
+    return paragraphs("\n".join([_HEAD, *(_SECTIONS[name](documents[name]) for name in ON_PAGE)]))
+
+
+def paragraphs(text: str) -> str:
+    """Return Markdown with lines of one length."""
+    return "\n\n".join(filter(None, map(_wrapped, text.split("\n\n")))) + "\n"
 
 
 def _wrapped(paragraph: str) -> str:
@@ -49,13 +55,15 @@ def load(folder: Path) -> dict[str, Document]:
 
 def main() -> int:
     """Render and copy; 2 with the reason on stderr where a document is missing."""
+    from bench.costs_page import COSTS, render_costs
+
     parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("out/bench"), help="where the benchmarks wrote (default %(default)s)"
     )
     folder = parser.parse_args().out
     try:
-        page = render(load(folder))
+        documents = load(folder)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -63,8 +71,9 @@ def main() -> int:
     for name in NAMES:
         for kind in ("json", "svg"):
             shutil.copyfile(folder / f"{name}.{kind}", COPIES / f"{name}.{kind}")
-    PAGE.write_text(page)
-    print(f"written: {PAGE.relative_to(ROOT)}, {COPIES.relative_to(ROOT)}")
+    PAGE.write_text(render(documents))
+    COSTS.write_text(render_costs(COSTS.read_text(), documents))
+    print(f"written: {PAGE.relative_to(ROOT)}, {COSTS.relative_to(ROOT)}, {COPIES.relative_to(ROOT)}")
     return 0
 
 
@@ -86,7 +95,8 @@ def percent(found: Sequence[float]) -> str:
     return f"{mean} % ({low} to {high})"
 
 
-def _ran(document: Document) -> str:
+def ran(document: Document) -> str:
+    """Return what a benchmark ran on, with links to its numbers and its picture."""
     machine, what = document["machine"], "repetitions" if document["name"] == "cost" else "seeds"
     return (
         f"{document['settings']['seeds']} {what}, {machine['cores']} cores of an {machine['cpu']}, "
@@ -122,7 +132,7 @@ Ahead of random by {nats(found["selected_over_random"])}, of the least used by
 {nats(found["selected_over_least_used"])}, of training everything until as many bytes are sent by
 {nats(found["selected_over_all_at_equal_bytes"])}.
 
-{_ran(document)}"""
+{ran(document)}"""
 
 
 def _routing(document: Document) -> str:
@@ -150,7 +160,7 @@ Hence the defaults: `natural` routing, and real helpers where few experts fit. A
 helper cannot be told from two helpers; alone it is worse than one. With more experts a layer than these eight, helpers
 are a last resort: see the next section.
 
-{_ran(document)}"""
+{ran(document)}"""
 
 
 def _residency(document: Document) -> str:
@@ -197,7 +207,7 @@ Hence the default: all experts as stored where they fit, else all in four bits, 
 bits, on one expert of DeepSeek-V2-Lite's shape; *unpack* and *product* (64 tokens) in milliseconds on one core:
 
 {table(("format", "bits a weight", "relative error", "unpack", "product"), formats)}
-{_ran(document)}"""
+{ran(document)}"""
 
 
 _OF_FORMATS = (("bits", 2), ("error", 3), ("unpack_ms", 1), ("product_ms", 1))
@@ -248,7 +258,7 @@ and every weight may change, full fine-tuning with replay went further on both s
 which is small, had not finished learning its general text either, and pays for it with the whole model (see the
 costs below).
 
-{_ran(document)}"""
+{ran(document)}"""
 
 
 def _decentralised(document: Document) -> str:
@@ -271,7 +281,7 @@ overshoot (`training.beta1`, {settings["miner_beta1"]} by default). Miners that 
 stay short of the goal; the platform shares out one corpus, which is the IID case. Paying only the best submission's
 way (top-1) wastes the others' work, as shown.
 
-{_ran(document)}"""
+{ran(document)}"""
 
 
 def _cost(document: Document) -> str:
@@ -280,7 +290,7 @@ def _cost(document: Document) -> str:
 
 Upload, memory and compute are three claims, told apart in [costs](costs.md).
 
-{_ran(document)}"""
+{ran(document)}"""
 
 
 def _throughput(document: Document) -> str:
@@ -315,7 +325,7 @@ def _throughput(document: Document) -> str:
 With a race on top (`scoring.minimum_sequences`), on trained submissions:
 
 {table(("base", "times faster", "share of the budget read", "same verdict"), races)}
-{_ran(document)}"""
+{ran(document)}"""
 
 
 _SECTIONS: dict[str, Callable[[Document], str]] = {

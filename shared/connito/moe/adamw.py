@@ -16,7 +16,7 @@ from connito.moe.moments import BLOCK, Moment, Moments
 
 EPSILON = 1e-8
 # Values updated at a time: small enough for a processor's cache, large enough that starting kernels costs nothing on a GPU.
-CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 class AdamW:

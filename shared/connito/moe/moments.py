@@ -52,8 +52,8 @@ class Moment:
         values = self.values[start:stop]
         if self.scales is None:
             return values
-        roots = self._blocks(values.float()).mul_(self._scales(start, stop)).view(-1)[: stop - start]
-        return roots * roots.abs() if self.signed else roots.square_().square_()
+        roots = torch.mul(_blocks(values), self._scales(start, stop)).view(-1)[: stop - start]
+        return roots.mul_(roots.abs()) if self.signed else roots.square_().square_()
 
     def write(self, start: int, values: torch.Tensor) -> None:
         """Set the values from `start`, a multiple of BLOCK, to `values`, float32 [n]."""
@@ -61,7 +61,7 @@ class Moment:
         if self.scales is None:
             self.values[start:stop] = values
             return
-        blocks = self._blocks(values)
+        blocks = _blocks(values)
         roots = blocks.abs().sqrt_() if self.signed else blocks.sqrt().sqrt_()
         scales = self._scales(start, stop)
         levels = 127 if self.signed else 255
@@ -69,7 +69,7 @@ class Moment:
         roots.div_(scales.clamp_min(torch.finfo(torch.float32).tiny)).round_()
         # A second moment of nothing beside a first one of something would make a step without bounds.
         roots = roots.copysign_(blocks) if self.signed else roots.clamp_(1, levels)
-        self.values[start:stop] = roots.view(-1)[: stop - start].to(self.values.dtype)
+        self.values[start:stop] = roots.view(-1)[: stop - start]
 
     @property
     def signed(self) -> bool:
@@ -90,8 +90,11 @@ class Moment:
         assert self.scales is not None
         return self.scales[start // BLOCK : -(-stop // BLOCK), None]
 
-    def _blocks(self, values: torch.Tensor) -> torch.Tensor:
-        return F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+
+def _blocks(values: torch.Tensor) -> torch.Tensor:
+    """Return values [n] as blocks [⌈n / BLOCK⌉, BLOCK], the last one filled up with zeros."""
+    missing = -len(values) % BLOCK
+    return (F.pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
 
 
 @dataclass

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from bench.costs_page import COSTS, render_costs
 from bench.evidence import COPIES, NAMES, PAGE, load, nats, percent, render
 
 
 def test_the_page_is_what_the_documents_say() -> None:
-    assert PAGE.read_text() == render(load(COPIES)), "run `python -m bench.evidence` after the benchmarks"
+    documents = load(COPIES)
+    assert PAGE.read_text() == render(documents), "run `python -m bench.evidence` after the benchmarks"
+    assert COSTS.read_text() == render_costs(COSTS.read_text(), documents), "the same"
 
 
 def test_every_quality_claim_has_five_seeds() -> None:
     documents = load(COPIES)
-    for name in ("selection", "routing_modes", "residency", "forgetting", "decentralised"):
+    for name in ("selection", "routing_modes", "residency", "forgetting", "decentralised", "engine"):
         assert documents[name]["settings"]["seeds"] >= 5
         assert len({row["seed"] for row in documents[name]["rows"] if "seed" in row}) >= 5
 
@@ -26,6 +29,8 @@ def test_a_figure_that_changes_changes_the_page() -> None:
     documents = {name: json.loads(json.dumps(document)) for name, document in load(COPIES).items()}
     documents["selection"]["figures"]["gain_selected"] = [9.125, 9.0, 9.25]
     assert "9.125 (9.000 to 9.250)" in render(documents)
+    documents["engine"]["figures"]["speed, connito"]["tokens_per_second"] = 98765
+    assert "| connito | 98765 |" in render_costs(COSTS.read_text(), documents)
 
 
 def test_quick_and_missing_runs_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""The part on the engine of `docs/explanation/costs.md`, from what `bench.engine` wrote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench import optimizers
+from bench.evidence import ROOT, Document, nats, paragraphs, ran, table
+
+COSTS = ROOT / "docs/explanation/costs.md"
+# What lies between them on the page is written here.
+BEGIN, END = "<!-- written by bench.evidence -->\n", "<!-- until here -->\n"
+
+
+def render_costs(page: str, documents: Mapping[str, Document]) -> str:
+    """Return the page with the part on the engine written anew."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + paragraphs(_engine(documents["engine"])) + END + after
+
+
+def _engine(document: Document) -> str:
+    settings, learning = document["settings"], document["settings"]["learning"]
+    speeds = [
+        [
+            way,
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f} MiB",
+            f"{row['speed']:.2f}",
+            f"{row['memory']:.2f}",
+        ]
+        for way, row in _under("speed, ", document)
+    ]
+    learned = [
+        [
+            *name.split(", "),
+            nats(row["gain"]),
+            _tenths(row["kept"]),
+            f"{row['state_bytes']:.2f}",
+            f"{row['disk_bytes']:.2f}",
+        ]
+        for name, row in _under("learned, ", document)
+    ]
+    steps = [
+        [name, f"{row['first']:.2f} s", f"{row['later']:.3f} s", f"{100 * row['lost']:.1f} %"]
+        for name, row in _under("optimiser, ", document)
+    ]
+    return f"""
+`bench.engine`: {settings["trained"]} of a random model in bfloat16, {settings["batch"][0]} sequences of
+{settings["batch"][1]} tokens, one torch thread. The plain loop is a script on transformers: the whole model, each selected
+expert a parameter of its own, the loss over all logits, torch's AdamW. Connito's ways hold all frozen experts unless helpers
+are named. *Peak* is the model and the most that torch's allocator gave out beyond it in two steps. Tokens a second are of
+the processor's time:
+
+{table(("way", "tokens a second", "peak", "times as fast", "times the memory"), speeds)}
+Moments of one byte against four on the tiny base ({learning["cycles"]} cycles of {learning["steps"]} steps, AdamW's second
+moment kept in a file between them). *Kept* is the gain as a share of that with four bytes on the same seed; *state* the
+bytes of gradient, moments and what completes a trained value to float32, *disk* those of the file, for each value:
+
+{table(("rows stored as", "optimizer", "gain", "kept", "state", "disk"), learned)}
+AdamW over rows in bfloat16 by several implementations, one step of {math.prod(optimizers.SHAPE) / 1e6:.1f} million values;
+*lost* is the distance from float32 AdamW as a share of the way that it went in {optimizers.STEPS} steps at a rate of
+{optimizers.RATE:g}. The result is rounded to bfloat16, which is all that Connito's lose:
+
+{table(("implementation", "first step", "later step", "lost"), steps)}
+{ran(document)}"""
+
+
+def _under(prefix: str, document: Document) -> list[tuple[str, Any]]:
+    found = document["figures"]
+    return [(key.removeprefix(prefix), row) for key, row in found.items() if key.startswith(prefix)]
+
+
+def _tenths(found: Sequence[float]) -> str:
+    """Return `99.9 % (99.8 to 100.1)` from [mean, low, high] as shares."""
+    mean, low, high = (f"{100 * value:.1f}" for value in found)
+    return f"{mean} % ({low} to {high})"
