@@ -16,7 +16,15 @@ from connito.v1 import reasons_pb2
 
 # Types that every part of a run computes with. Experts in others would have to be converted on every load.
 DTYPES = ("F32", "BF16", "F16")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tiktoken.model",
+    "tekken.json",
+)
 
 
 @dataclass(frozen=True)
