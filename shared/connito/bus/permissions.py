@@ -6,7 +6,7 @@ or say is imported there one subject at a time, and the broker hands each answer
 
 That matters because a client may name any subject for the reply, and the broker's own API answers there with the broker's
 rights: whoever may ask it anything, in an account where streams listen, writes into every one of them. Those who speak and
-those who read are apart for the same reason: an answer that a reader has sent elsewhere reaches nothing that anybody says.
+those who read are apart for the same reason: an answer that a reader has sent elsewhere finds nothing that is passed on.
 """
 
 from __future__ import annotations
