@@ -224,6 +224,8 @@ class Hub(Handler):
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with serving(tmp_path, Hub) as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
+        # The library reads the variable once, when it is imported, which may have happened before.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
         yield url
 
 
