@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 Experts = Mapping[int, Sequence[int]]
 
@@ -155,6 +156,27 @@ def rehearse_all(config: Any, targets: Experts, helpers: Experts, work: Workload
     return replace(found, gradients=sum(p.nbytes for p in target_parameters(model).values()))
 
 
+def with_random_weights(
+    config: Any, targets: Experts, helpers: Experts, work: Workload, device: torch.device
+) -> nn.Module:
+    """Return the training model that is rehearsed, for real, on `device`, one tensor after the other; for measurements alone.
+
+    Without targets it is the whole model of transformers.
+    """
+    from connito.base.pretrained import modules_of
+
+    model: nn.Module = modules_of(config)
+    model.set_experts_implementation("eager")  # type: ignore[operator]
+    if targets:
+        _compress(model, config, targets, helpers, work)
+    _empty(model, device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(0, 0.02)
+    return prepare(model, work.engine, device) if targets else model
+
+
 def predictor(config: Any, targets: Experts, helpers: Experts) -> Predict:
     """Return a function that rehearses settings on this model and selection, each only once."""
     return cache(lambda work: rehearse(config, targets, helpers, work))
@@ -220,7 +242,7 @@ def footprint_of(counted: LiveBytes, model: nn.Module) -> Footprint:
     return Footprint(**parts, masters=masters, moments=kept - masters)
 
 
-def _empty(model: nn.Module) -> None:
+def _empty(model: nn.Module, device: torch.device = CPU) -> None:
     """Give parameters and buffers, on the meta device, a place on the processor; tied ones stay tied."""
     made: dict[int, Any] = {}
     for module in model.modules():
@@ -229,7 +251,11 @@ def _empty(model: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    made[id(tensor)] = (
+                        torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                        if tensor.is_meta
+                        else tensor.to(device)
+                    )
                     if isinstance(tensor, torch.nn.Parameter):
                         made[id(tensor)] = torch.nn.Parameter(made[id(tensor)], requires_grad=tensor.requires_grad)
                 held[name] = made[id(tensor)]

@@ -1,0 +1,44 @@
+"""The check for GPUs runs on the CPU with small shapes, by the same code, so that it works on the day there is one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_check
+
+
+def test_every_small_part_runs_and_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"training": gpu_check.training, "scoring": gpu_check.scoring}
+
+    def here(part: str, device: str, seconds: int) -> dict[str, Any]:
+        return {"rows": parts[part](device)}
+
+    monkeypatch.setattr(gpu_check, "run_part", here)
+    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(parts, 60))
+    monkeypatch.setattr(sys, "argv", ["gpu-check", "--device", "cpu", "--out", str(tmp_path)])
+    assert gpu_check.main() == 0
+    written = json.loads((tmp_path / "none.json").read_text())
+    small, plain = written["training"]["rows"]
+    assert small["predicted_bytes"] > 0
+    assert plain["loop"] == "transformers"
+    for row in (small, plain):
+        assert "failed" not in row, row
+        assert row["tokens_per_second"] > 0
+    assert {row["service"] for row in written["scoring"]["rows"]} == {"validator", "selector"}
+
+
+@pytest.mark.slow
+def test_parity_of_eight_families() -> None:
+    rows = gpu_check.parity("cpu")
+    assert len(rows) == 8
+    assert all(row["logits"] < 1e-5 and row["gradients"] < 1e-4 for row in rows), rows
+
+
+def test_a_part_that_fails_or_hangs_says_so() -> None:
+    assert "failed" in gpu_check.run_part("scoring", "no-such-device", 60)
+    assert gpu_check.run_part("scoring", "cpu", 0)["failed"] == "took more than 0 s"
