@@ -7,6 +7,9 @@ import gzip
 import http.server
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from connito.errors import ConnitoError, Invalid, NotFound, Retry
 from connito.platform.servers import ObjectStore
 from minio import Minio
 
-from tests.support.reading import account, rows, texts, tree
+from tests.support.reading import account, rows, tree
 
 TABLE = [{"text": f"row {i}"} for i in range(500)]
 LINES = "".join(json.dumps(row) + "\n" for row in TABLE)
@@ -220,17 +223,33 @@ class Hub(Handler):
             self.wfile.write(body)
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+READ = """
+import sys
+from connito.data.reading.texts import read_texts
+from connito.errors import ConnitoError
+try:
+    print(sum(1 for _ in read_texts(sys.argv[1:])))
+except ConnitoError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_data_set_of_a_hub(tmp_path: Path) -> None:
     with serving(tmp_path, Hub) as url:
-        monkeypatch.setenv("HF_ENDPOINT", url)
-        # The library reads the variable once, when it is imported, which may have happened before.
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-        yield url
 
+        def read(location: str) -> str:
+            # In a process of its own: the hub's library takes its address from there, once, when it is imported.
+            done = subprocess.run(
+                [sys.executable, "-c", READ, location],
+                env={**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path)},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            return done.stdout.strip()
 
-def test_a_data_set_of_a_hub(hub: str) -> None:
-    assert texts("hf://datasets/someone/set") == [row["text"] for row in TABLE]
-    assert rows("hf://datasets/someone/set/train.jsonl") == TABLE
-    with pytest.raises((Invalid, NotFound), match=r"hf://datasets/someone/private may not be read.*HF_TOKEN"):
-        rows("hf://datasets/someone/private")
+        assert read("hf://datasets/someone/set") == str(len(TABLE))
+        assert read("hf://datasets/someone/set/train.jsonl") == str(len(TABLE))
+        refused = read("hf://datasets/someone/private")
+        assert refused.startswith("Invalid hf://datasets/someone/private may not be read")
+        assert "HF_TOKEN" in refused
