@@ -415,3 +415,35 @@ def test_weights_in_one_file_and_a_copy_of_them_in_two(base: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     with pytest.raises(Invalid, match=f"{names[39]} is in both"):
         load_full(base)
+
+
+def test_a_model_that_sees_and_hears_with_numbers_that_have_no_dimension(tmp_path: Path) -> None:
+    """Gemma 4 as published: the bounds of clipped layers in its tower are single numbers, beside the text model's experts."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+    from transformers.models.gemma4 import Gemma4TextConfig, Gemma4VisionConfig
+
+    small = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = {"vocab_size": 300, "num_hidden_layers": 2, "head_dim": 8, "global_head_dim": 8, "pad_token_id": 0} | {
+        "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    }  # fmt: skip
+    seen = {"num_hidden_layers": 1, "head_dim": 8, "patch_size": 4, "use_clipped_linears": True}
+    config = Gemma4Config(
+        text_config=Gemma4TextConfig(**small, **text).to_dict(),
+        vision_config=Gemma4VisionConfig(**small | {"num_key_value_heads": 4}, **seen).to_dict(),
+    )
+    Gemma4ForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert any(tensor.dim() == 0 for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert_as_transformers(tmp_path)
+
+
+def test_a_type_that_no_weights_have_is_named(base: Path) -> None:
+    change(base, lambda found: found | {"model.norm.weight": found["model.norm.weight"].to(torch.complex64)})
+    with pytest.raises(Invalid, match=r"model\.norm\.weight is of type C64, in which no weights"):
+        load_full(base)
+
+
+def test_what_a_check_of_the_configuration_found_is_said(base: Path) -> None:
+    edit(base, num_hidden_layers=3, layer_types=["full_attention"] * 2)
+    with pytest.raises(Invalid, match=r"config\.json cannot be read: .*\(3\).*\(2\)|layer_types"):
+        load_full(base)

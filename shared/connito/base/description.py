@@ -136,6 +136,7 @@ def describe(config: bytes, headers: Mapping[str, Header], dtype: str = "") -> D
     """
     parsed = parse_config(config)
     stored = unpacked_headers(parsed, headers)
+    _check_types(stored.headers)
     whole = parsed.dtype or (_torch_dtype(dtype) if dtype else _first_dtype(headers))
     tensors = {name: meta(header) for name, header in stored.headers.items()}
     try:
@@ -192,11 +193,22 @@ def meta(header: Header) -> torch.Tensor:
     return torch.empty(header.shape, dtype=torch_dtypes()[header.dtype], device="meta")
 
 
+def _check_types(headers: Mapping[str, Header]) -> None:
+    """Raise `Invalid` for a tensor of a type that torch has no numbers for."""
+    known = torch_dtypes()
+    if odd := next((name for name, header in headers.items() if header.dtype not in known), None):
+        raise Invalid(
+            f"{odd} is of type {headers[odd].dtype}, in which no weights of a language model are read; save the model in F32, "
+            "BF16 or F16",
+            reason=reasons_pb2.REASON_WRONG_DTYPE,
+        )
+
+
 def _check_experts(skeleton: nn.Module, located: Mapping[str, Stored]) -> None:
     """Raise `Invalid` for an expert that is missing though the numbers add up: one beyond the last would take its place."""
     state = skeleton.state_dict()
     for name, stored in located.items():
-        if absent := stored.experts(len(state[name])):
+        if absent := stored.absent(state[name]):
             raise lacking([f"expert {absent[0]} of {name}"])
 
 

@@ -51,11 +51,10 @@ class Stored:
         first = self.rule.operations[0] if self.rule is not None else None
         return isinstance(first, MergeModulelist) and first.dim == 0
 
-    def experts(self, count: int) -> list[int] | None:
-        """Return the experts whose tensors are missing where they are stored singly, or None where they are not."""
-        if not self.by_expert:
-            return None
-        return [expert for names in self.sources.values() for expert in range(count) if expert not in _numbers(names)]
+    def absent(self, bank: torch.Tensor) -> list[int]:
+        """Return the experts of a bank [experts, …] whose tensors are missing; none where they are not stored singly."""
+        each = self.sources.values() if self.by_expert else ()
+        return [expert for names in each for expert in range(len(bank)) if expert not in _numbers(names)]
 
     def rowwise(self, tensors: Mapping[str, torch.Tensor], bank: torch.Tensor, model: nn.Module) -> bool:
         """Return whether row e of a bank [experts, …] is made of row e, or of the tensors, of expert e and of nothing else.
@@ -109,7 +108,7 @@ def _numbers(names: Sequence[str]) -> set[int]:
     return varying[0] if varying else set()
 
 
-def locate(model: nn.Module, names: Iterable[str], quantizer: Any = None) -> dict[str, Stored]:
+def locate(model: nn.Module, names: Iterable[str]) -> dict[str, Stored]:
     """Return the stored source of each tensor of `model` (which may be on the meta device) among a checkpoint's `names`.
 
     A tensor that the checkpoint lacks is left out, and so is what the checkpoint has beyond the model. Where a rule makes
@@ -124,7 +123,7 @@ def locate(model: nn.Module, names: Iterable[str], quantizer: Any = None) -> dic
     )
 
     anyhow: Any = model
-    rules = get_model_conversion_mapping(anyhow, hf_quantizer=quantizer)
+    rules = get_model_conversion_mapping(anyhow)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -152,4 +151,4 @@ def torch_dtypes() -> dict[str, torch.dtype]:
 
 def format_name(dtype: torch.dtype) -> str:
     """Return the format's name of a type."""
-    return next(name for name, found in torch_dtypes().items() if found == dtype)
+    return next((name for name, found in torch_dtypes().items() if found == dtype), str(dtype))
