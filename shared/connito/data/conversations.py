@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +20,18 @@ _ROLES = {
     "system": "system", "developer": "developer",
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
-_LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog")
-# What is asked, what it is asked about, and the answer. Of two rows that fit, the first is taken.
+_LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat_messages")
+# What is asked, and the answer. Of two rows that fit, the first is taken.
 _PAIRS = (
-    ("prompt", "", "completion"), ("instruction", "input", "output"), ("instruction", "context", "response"),
-    ("query", "", "response"), ("question", "", "answer"), ("prompt", "", "response"), ("question", "", "response"),
-    ("instruction", "", "answer"), ("input", "", "output"),
+    ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("query", "response"),
+    ("question", "answer"), ("prompt", "response"), ("question", "response"), ("instruction", "answer"), ("input", "output"),
 )  # fmt: skip
+# What a question is about.
+_ABOUT = ("input", "context")
 _SYSTEM = ("system", "system_prompt")
-# What a template may read of a message beside its role and content.
-_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+_ROLE, _CONTENT = ("role", "from", "sender", "speaker"), ("content", "value", "text")
+# Longest list in Python's notation, in characters: its parser takes a hundred times the memory.
+_LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Conversation:
     @property
     def text(self) -> str:
         """Return what was said, without the instructions of the system, which many conversations share."""
-        said = (message["content"] or json.dumps(message.get("tool_calls", "")) for message in self.messages)
+        said = (message["content"] or _calls(message) for message in self.messages)
         shown = zip(self.messages, said, strict=True)
         return "\n\n".join(part for message, part in shown if message["role"] not in ("system", "developer"))
 
@@ -69,25 +73,42 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation | None:
         listed = _list(row.get(name))
         if listed is not None:
             return _checked(_system(row) + _messages(listed), row)
+        if _like_objects(row.get(name)):
+            raise _unusable(f"{name} that are neither JSON nor a list of Python")
+    if isinstance(row.get("mapping"), Mapping):
+        return _checked(_exported(row), row)
     if isinstance(row.get("text"), str):
         return None
     if any(name in row and not row[name] for name in _LISTS):
         raise _unusable("no messages")
-    for asked, about, answer in _PAIRS:
-        if asked in row and answer in row and (about in row or not about):
-            return _checked(_system(row) + _history(row) + _pair(row, asked, about, answer), row)
+    for asked, answer in _PAIRS:
+        if asked in row and answer in row:
+            return _checked(_system(row) + _history(row) + _pair(row, asked, answer), row)
     return None
 
 
 def _list(value: Any) -> list[Any] | None:
-    """Return a list of objects, such as messages or tools, also one that a table holds as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+    """Return a list of objects, such as messages or tools, also one that a table holds as JSON or as Python writes it."""
+    value = _written(value)
     fits = isinstance(value, (list, tuple)) and all(isinstance(entry, Mapping) for entry in value)
     return list(value) if fits else None
+
+
+def _written(value: Any) -> Any:
+    """Return what a text that begins as a list says, where it is one; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    with suppress(ValueError, RecursionError):
+        return json.loads(value)
+    if len(value) <= _LONGEST:
+        # pandas writes a column of lists so.
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(value.strip())
+    return value
+
+
+def _like_objects(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip()[:1] == "[" and value.lstrip()[1:].lstrip()[:1] == "{"
 
 
 def _messages(listed: list[Any]) -> list[dict[str, Any]]:
@@ -95,26 +116,55 @@ def _messages(listed: list[Any]) -> list[dict[str, Any]]:
 
 
 def _message(entry: Mapping[str, Any]) -> dict[str, Any]:
-    role = entry.get("role", entry.get("from"))
+    role = _first(entry, _ROLE)
     known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        raise _unusable(f"a message of the unknown role {role!r}")
-    content = entry.get("content", entry.get("value"))
-    kept = {name: entry[name] for name in _KEPT if entry.get(name)}
+        raise _unusable(f"a message of the unknown role {role!r}"[:100])
+    content = _first(entry, _CONTENT)
+    # Whatever else a message has, its thoughts for example, is the template's to read.
+    kept = {name: value for name, value in entry.items() if value and name not in (*_ROLE, *_CONTENT, "weight")}
+    if call := kept.pop("function_call", None):
+        kept.setdefault("tool_calls", [{"type": "function", "function": call}])
     if content is None and not kept.get("tool_calls"):
         raise _unusable("a message without content")
-    message = {"role": known, "content": "" if content is None else _text(content), **kept}
+    message = {**kept, "role": known, "content": "" if content is None else _text(content, known)}
     if entry.get("weight") == 0:
         message["weight"] = 0
     return message
 
 
-def _text(content: Any) -> str:
-    """Return a message's content as text: a text, or a list of parts that are texts."""
+def _exported(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what was said on the way to the current node of a tree of turns, as ChatGPT exports a conversation."""
+    nodes, place = row["mapping"], row.get("current_node")
+    found: list[dict[str, Any]] = []
+    while isinstance(node := nodes.get(place), Mapping) and len(found) <= len(nodes):
+        place, said = node.get("parent"), node.get("message")
+        if isinstance(said, Mapping):
+            content, author = said.get("content") or {}, said.get("author") or {}
+            found.append({"role": author.get("role"), "content": content.get("parts") or ""})
+        else:
+            found.append({})
+    turns = [_message(turn) for turn in reversed(found) if turn]
+    # Of the tools of its own that an export has, nobody else has the descriptions.
+    return [turn for turn in turns if turn["content"].strip() and turn["role"] != "tool"]
+
+
+def _first(entry: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((entry[name] for name in names if entry.get(name) is not None), None)
+
+
+def _calls(message: Mapping[str, Any]) -> str:
+    return json.dumps(message["tool_calls"], default=str) if message.get("tool_calls") else ""
+
+
+def _text(content: Any, role: str) -> str:
+    """Return a message's content as text: a text, a list of parts that are texts, or what a tool answered, as JSON."""
     if isinstance(content, str):
         return content
     if isinstance(content, (list, tuple)):
         return "".join(map(_part, content))
+    if isinstance(content, Mapping) and role != "tool":
+        return _part(content)
     return json.dumps(content, ensure_ascii=False, default=str)
 
 
@@ -132,28 +182,39 @@ def _part(part: Any) -> str:
 
 
 def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    said = next((row[name] for name in _SYSTEM if isinstance(row.get(name), str) and row[name].strip()), "")
+    said = next((_text(row[name], "system") for name in _SYSTEM if row.get(name)), "").strip()
     return [{"role": "system", "content": said}] if said else []
 
 
 def _history(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    turns = _written(row.get("history"))
+    if not turns:
+        return []
+    if (listed := _list(turns)) is not None:
+        return _messages(listed)
     found: list[dict[str, Any]] = []
-    turns = row.get("history")
-    for turn in turns if isinstance(turns, (list, tuple)) else ():
-        if isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(said, str) for said in turn):
-            found += [{"role": "user", "content": turn[0]}, {"role": ASSISTANT, "content": turn[1]}]
+    for turn in turns if isinstance(turns, (list, tuple)) else (turns,):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(said, str) for said in turn):
+            raise _unusable("a history that is neither pairs of texts nor messages")
+        found += [{"role": "user", "content": turn[0]}, {"role": ASSISTANT, "content": turn[1]}]
     return found
 
 
-def _pair(row: Mapping[str, Any], asked: str, about: str, answer: str) -> list[dict[str, Any]]:
+def _pair(row: Mapping[str, Any], asked: str, answer: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, role in ((asked, "user"), (answer, ASSISTANT)):
         listed = _list(row[name])
         found += _messages(listed) if listed is not None else [{"role": role, "content": _plain(row[name], name)}]
-    more = _plain(row[about], about) if about else ""
-    if more.strip() and found[0]["role"] == "user":
-        found[0]["content"] += f"\n\n{more}"
+    for about in _ABOUT:
+        more = _about(row.get(about), about) if about != asked else ""
+        if more.strip() and found[0]["role"] == "user":
+            found[0]["content"] = "\n\n".join(filter(None, (found[0]["content"], more)))
     return found
+
+
+def _about(value: Any, name: str) -> str:
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    return "\n".join(_plain(text, name) for text in texts)
 
 
 def _plain(value: Any, name: str) -> str:

@@ -24,7 +24,9 @@ _DATE = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
 # A token of a template that this tokenizer does not have: characters that mean the end all the same.
 _CONTROL = re.compile(r"<[|｜][^<>\n]{1,60}[|｜]>")
 _UNCLEAR = "it does not show where the assistant speaks"
-_STAND_IN = "\U000f00f0connito\U000f00f1"
+_STAND_IN = "\U000f00f0connito{}\U000f00f1"
+# Answers for which a prompt is rendered; what stands between prompt and answer stands there in the others too.
+_PROMPTS = 16
 
 # Messages, and whether to end as a prompt for the assistant ends -> text.
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
@@ -97,19 +99,21 @@ def located(
     A turn begins where a prompt for the assistant would end. Raises `ValueError` where a turn cannot be told for sure.
     """
     text = render(messages, False)
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant" and place not in silent]
+    replaced = _all_replaced(render, messages, places, text)
     found: list[tuple[int | None, int, int]] = []
-    for place, message in enumerate(messages):
-        if message["role"] == "assistant" and place not in silent:
-            prompt = _prompt(render, messages[:place], text)
-            span = _replaced(render, messages, place, text)
-            if span is not None:
-                start, end = span[0], _with_end(text, span[1], ends)
-                prompt = prompt if prompt is not None and prompt <= start else None
-            else:
-                start, end = _grown(render, messages, place, text, prompt, ends)
-            if found and (start < found[-1][2] or (prompt is not None and prompt < found[-1][2])):
-                raise ValueError(_UNCLEAR)
-            found.append((prompt, start, end))
+    for count, place in enumerate(places):
+        span = replaced.get(place) or _replaced(render, messages, place, text)
+        known = span is not None and count >= _PROMPTS
+        prompt = None if known else _prompt(render, messages[:place], text)
+        if span is not None:
+            start, end = span[0], _with_end(text, span[1], ends)
+            prompt = prompt if prompt is not None and prompt <= start else None
+        else:
+            start, end = _grown(render, messages, place, text, prompt, ends)
+        if found and (start < found[-1][2] or (prompt is not None and prompt < found[-1][2])):
+            raise ValueError(_UNCLEAR)
+        found.append((prompt, start, end))
     # Between prompt and answer stands the same everywhere: where it is not known, as where it is.
     lead = next((text[prompt:start] for prompt, start, _ in found if prompt is not None), "")
     spans = []
@@ -119,16 +123,48 @@ def located(
     return text, spans
 
 
+def _all_replaced(
+    render: Render, messages: Sequence[Mapping[str, Any]], places: Sequence[int], text: str
+) -> dict[int, Span]:
+    """Return where the answers stand, found with all of them replaced at once; nothing where it is not as clear as that."""
+    said = [place for place in places if _replaceable(messages[place])]
+    others = {place: {**messages[place], "content": _STAND_IN.format(place)} for place in said}
+    try:
+        rest = render([others.get(place, message) for place, message in enumerate(messages)], False)
+    except Exception:
+        return {}
+    found: dict[int, Span] = {}
+    at = 0
+    for place in said:
+        before, stands, rest = rest.partition(_STAND_IN.format(place))
+        content = str(messages[place]["content"])
+        if not stands or not text.startswith(before, at):
+            return {}
+        at += len(before)
+        content = content if text.startswith(content, at) else content.strip()
+        if not text.startswith(content, at):
+            return {}
+        found[place] = at, at + len(content)
+        at += len(content)
+    return found if text[at:] == rest else {}
+
+
+def _replaceable(message: Mapping[str, Any]) -> bool:
+    # What calls a tool says more than its content.
+    return bool(str(message.get("content") or "").strip()) and not message.get("tool_calls")
+
+
 def _replaced(render: Render, messages: Sequence[Mapping[str, Any]], place: int, text: str) -> Span | None:
     """Return where an answer stands: what is before and behind stays as it is when the answer is another."""
-    if not str(messages[place].get("content") or "").strip():
+    if not _replaceable(messages[place]):
         return None
-    other = [*messages[:place], {**messages[place], "content": _STAND_IN}, *messages[place + 1 :]]
+    stand_in = _STAND_IN.format(place)
+    other = [*messages[:place], {**messages[place], "content": stand_in}, *messages[place + 1 :]]
     try:
-        before, found, behind = render(other, False).partition(_STAND_IN)
+        before, found, behind = render(other, False).partition(stand_in)
     except Exception:
         return None
-    fits = found and _STAND_IN not in behind and len(before) + len(behind) <= len(text)
+    fits = found and stand_in not in behind and len(before) + len(behind) <= len(text)
     if not fits or not text.startswith(before) or not text.endswith(behind):
         return None
     return len(before), len(text) - len(behind)

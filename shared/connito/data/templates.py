@@ -26,8 +26,9 @@ PLAIN = (
     "{% else %}{{ message.role.capitalize() }}: {{ message.content }}{% endif %}"
     "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
 )
-# Seconds that one conversation may take, and conversations that may take longer before the template is given up.
-_SECONDS, _SLOW = 20.0, 3
+# Seconds that one conversation may take, and conversations that may take longer before the template is given up: three, and
+# one more for every hundred that did not.
+_SECONDS, _SLOW, _SLOW_AMONG = 20.0, 3, 100
 _STARTING_SECONDS = 120.0
 # Reasons that are told apart; a template may make one of each conversation.
 _REASONS = 50
@@ -119,18 +120,20 @@ class Templates:
         return str(known[name]), False
 
     def _render(self, source: str, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        if self._slow >= _SLOW:
+        if self._slow >= _SLOW + self.laid.conversations // _SLOW_AMONG:
             raise _RefusedError("the template is too slow")
         process = self._running.get(source)
         if process is None:
             process = self._running[source] = _Process(source, self._special(), self._ends())
-        asked = {
-            "messages": self._protected(conversation.messages),
-            "tools": self._protected(conversation.tools),
-            "silent": conversation.silent,
-        }
+        messages = self._protected(conversation.messages)
+        asked = {"messages": messages, "tools": self._protected(conversation.tools), "silent": conversation.silent}
         try:
             answer = process.ask(asked, self._seconds)
+            if (texts := _arguments(messages)) and not all(_written(text, answer.get("text", "")) for text in texts):
+                read = process.ask(
+                    {**asked, "messages": [_with_arguments(message) for message in messages]}, self._seconds
+                )
+                answer = read if "error" not in read else answer
         except TimeoutError as error:
             self._running.pop(source).close()
             self._slow += 1
@@ -160,6 +163,39 @@ class Templates:
         if isinstance(value, (list, tuple)):
             return [self._protected(inner) for inner in value]
         return value
+
+
+# Arguments of a call are JSON to those who publish conversations, and objects to most templates, which write them as JSON.
+def _arguments(messages: list[dict[str, Any]]) -> list[str]:
+    """Return the arguments that are JSON of an object."""
+    calls = [call for message in messages for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    found = [call.get("function", call) for call in calls]
+    texts = [function.get("arguments") for function in found if isinstance(function, Mapping)]
+    return [text for text in texts if isinstance(text, str) and _object(text) is not None]
+
+
+def _written(arguments: str, text: str) -> bool:
+    """Return whether a template wrote arguments as they are, not as a text in quotes."""
+    return arguments in text and f'"{arguments}"' not in text
+
+
+def _with_arguments(value: Any) -> Any:
+    """Return a message with the arguments of its calls as objects."""
+    if isinstance(value, list):
+        return [_with_arguments(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    nested = {name: _with_arguments(value[name]) for name in ("tool_calls", "function") if value.get(name)}
+    read = _object(value.get("arguments"))
+    return {**value, **nested, **({} if read is None else {"arguments": read})}
+
+
+def _object(text: Any) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class _RefusedError(Exception):

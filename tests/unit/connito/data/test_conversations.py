@@ -40,6 +40,62 @@ SHAPES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"instruction": "why?", "context": "it rains", "response": "because"},
         [{"role": "user", "content": "why?\n\nit rains"}, ANSWERED],
     ),
+    "instruction and output without input": ({"instruction": "why?", "output": "because"}, TURNS),
+    "instruction, input and response": (
+        {"instruction": "why?", "input": "it rains", "response": "because"},
+        [{"role": "user", "content": "why?\n\nit rains"}, ANSWERED],
+    ),
+    "a question about something": (
+        {"question": "why?", "context": ["it rains", "it pours"], "answer": "because"},
+        [{"role": "user", "content": "why?\n\nit rains\nit pours"}, ANSWERED],
+    ),
+    "only what it is about": ({"instruction": "", "input": "why?", "output": "because"}, TURNS),
+    "messages as pandas writes them": ({"messages": str(TURNS)}, TURNS),
+    "history as messages": (
+        {"instruction": "and?", "output": "so", "history": json.dumps(TURNS)},
+        [*TURNS, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "so"}],
+    ),
+    "a system's word in parts": (
+        {"system": [{"type": "text", "text": "Be kind."}], "messages": TURNS},
+        [{"role": "system", "content": "Be kind."}, *TURNS],
+    ),
+    "senders and texts": (
+        {"chat_messages": [{"sender": "human", "text": "why?"}, {"sender": "assistant", "text": "because"}]},
+        TURNS,
+    ),
+    "thoughts": (
+        {"messages": [{**ASKED, "thinking": None}, {**ANSWERED, "thinking": "rain"}]},
+        [ASKED, {**ANSWERED, "thinking": "rain"}],
+    ),
+    "a call as it was written at first": (
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            ]
+        },
+        [
+            ASKED,
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
+        ],
+    ),
+    "a tree of turns": (
+        {
+            "title": "Rain",
+            "current_node": "c",
+            "mapping": {
+                "a": {"parent": None, "message": None},
+                "b": {"parent": "a", "message": {"author": {"role": "user"}, "content": {"parts": ["why?"]}}},
+                "x": {"parent": "b", "message": {"author": {"role": "assistant"}, "content": {"parts": ["no"]}}},
+                "c": {"parent": "b", "message": {"author": {"role": "assistant"}, "content": {"parts": ["because"]}}},
+            },
+        },
+        TURNS,
+    ),
     "query and response": ({"query": "why?", "response": "because"}, TURNS),
     "question and answer": ({"question": "why?", "answer": "because"}, TURNS),
     "parts of text": (
@@ -89,6 +145,10 @@ def test_other_rows_are_none(row: dict[str, Any]) -> None:
         ({"messages": [{"content": "x"}]}, "unknown role None"),
         ({"messages": [{"role": "user"}, ANSWERED]}, "message without content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWERED]}, "type 'image_url'"),
+        ({"messages": "[{'role': 'user'} {'role': 'assistant'}]"}, "messages that are neither JSON"),
+        ({"messages": [{"role": "user", "content": {"parts": ["why?"]}}, ANSWERED]}, "content of the type"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "a history that is neither"),
+        ({"mapping": {"a": {"parent": "a", "message": None}}, "current_node": "a"}, "no answer of an assistant"),
         ({"prompt": "why?", "completion": None}, "no answer of an assistant"),
         ({"question": {"a": 1}, "answer": "b"}, "'question' that is no text"),
     ],
@@ -114,6 +174,12 @@ def test_tools_calls_and_silent_answers_come_along() -> None:
     assert found.silent == [3]
     assert found.tools == [{"type": "function"}]
     assert all("weight" not in message for message in found.messages)
+
+
+def test_an_empty_turn_is_no_text() -> None:
+    found = conversation_of({"instruction": "", "output": "because"})
+    assert found is not None
+    assert found.text.strip() == "because"
 
 
 def test_an_empty_answer_is_not_learned() -> None:

@@ -268,3 +268,52 @@ def test_a_call_of_a_tool_is_learned_and_what_the_tool_says_is_not() -> None:
     assert said.startswith('<tool_call>{"name": "find"')
     assert said.endswith("</tool_call><|im_end|>there<|im_end|>")
     assert "in the house" not in said
+
+
+CALLS = {
+    "as objects": TOOLS,
+    "as texts": TOOLS.replace("(call.function | tojson)", "call.function.name + ' ' + call.function.arguments"),
+    "printed": TOOLS.replace("(call.function | tojson)", "call.function.name ~ ' ' ~ call.function.arguments"),
+}
+
+
+@pytest.mark.parametrize("template", CALLS)
+@pytest.mark.parametrize("content", ["", "I look."])
+@pytest.mark.usefixtures("here")
+def test_arguments_that_are_json_are_written_once_and_learned(template: str, content: str) -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": '{"what": "ledger"}'}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "where is it?"},
+        {"role": "assistant", "content": content, "tool_calls": [call, call]},
+        {"role": "tool", "content": "in the house"},
+        {"role": "assistant", "content": "there"},
+    ]
+    made = byte_tokenizer()
+    ids, mask = learned(made, CALLS[template], messages)
+    said = made.decode([token for token, mark in zip(ids, mask, strict=True) if mark])
+    assert said.startswith(f"{content}<tool_call>")
+    assert said.count('{"what": "ledger"}') == 2
+    assert "in the house" not in said
+
+
+@pytest.mark.parametrize("style", ["chatml", "headers", "brackets"])
+def test_a_conversation_of_thousands_of_turns_takes_no_longer_than_its_length(style: str) -> None:
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": f"turn {turn}"} for turn in range(4000)]
+    made = byte_tokenizer()
+    made.bos_token = "<|endoftext|>"
+    found = learned(made, plain(STYLES[style]), messages, seconds=10.0)
+    want = by_transformers(made, marked(STYLES[style]), messages)
+    assert found[0][: len(want[0])] == want[0]
+    said = made.decode([token for token, mark in zip(*found, strict=True) if mark])
+    assert said.count("turn") == 2000
+
+
+@pytest.mark.usefixtures("here")
+def test_a_few_slow_conversations_do_not_cost_the_others() -> None:
+    made = byte_tokenizer()
+    made.chat_template = plain(STYLES["chatml"])
+    with Templates(made) as templates:
+        templates._slow = 3
+        assert templates.document(Conversation(CONVERSATIONS["one turn"])) is None
+        templates.laid.conversations = 100
+        assert templates.document(Conversation(CONVERSATIONS["one turn"])) is not None
