@@ -175,6 +175,34 @@ def test_a_miner_trains_the_model_that_is_judged(base: Path, residency: str) -> 
             assert torch.equal(logits(model), logits(expected))
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_what_fp8_leaves_as_numbers_keeps_its_type(tmp_path: Path, stored: torch.dtype) -> None:
+    """Routers are published in float32 beside bfloat16: rounded, they would choose other experts."""
+
+    def wider(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(("mlp.gate.weight", "q_a_layernorm.weight"))]:
+            tensors[name] = (tensors[name].float() * 1.0001).to(stored)
+
+    folder = deepseek(tmp_path / "model", wider)
+    assert reference(folder).model.layers[1].mlp.gate.weight.dtype == stored
+    same(load_full(folder), reference(folder))
+    expected = compress(reference(folder), SELECTION)
+    same(load_resident_local(folder, SELECTION), expected)
+    same(ranged(folder), expected)
+
+
+def test_experts_that_fp8_leaves_as_numbers_keep_their_type(tmp_path: Path) -> None:
+    def plain(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if ".mlp.experts." in n and n.endswith(".weight")]:
+            tensors[name] = tensors[name].float() * tensors.pop(f"{name}_scale_inv").mean()
+
+    folder = deepseek(tmp_path / "model", plain)
+    same(load_full(folder), reference(folder))
+    expected = compress(reference(folder), SELECTION)
+    same(load_resident_local(folder, SELECTION), expected)
+    same(ranged(folder), expected)
+
+
 def test_mxfp4_stays_as_published_and_is_the_whole_model_to_the_bit(tmp_path: Path) -> None:
     folder = gpt_oss(tmp_path / "model")
     for model in (ranged(folder, residency=FOUR_BIT), load_resident_local(folder, SELECTION, residency=FOUR_BIT)):

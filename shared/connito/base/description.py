@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.base.dequantise import Packed, unpacked
 from connito.base.pickled import pickled_headers
-from connito.base.pretrained import lacking, modules_of, on_meta, parse_config
-from connito.base.quantised import unpacked_headers
+from connito.base.pretrained import in_types, lacking, modules_of, on_meta, parse_config
+from connito.base.quantised import FP8, Quantised, unpacked_headers
 from connito.base.stored import Source, Stored, format_name, locate, torch_dtypes
 from connito.data.checkpoint_files import CheckpointFiles, Header, find_checkpoint, read_headers, read_json
 from connito.data.hashing import hash_checkpoint
@@ -36,7 +36,7 @@ class Description:
 
     `skeleton`: the model on the meta device, each tensor in the type it is loaded in; `tensors`: sources by the model's names;
     `packed`: weights that are stored as values and scales, which stand here as one tensor of numbers; `quantised`: how, for
-    people.
+    people; `kept`: types of tensors, by the model's names, that stay as they are stored whatever the model's type is.
     """
 
     config: Any
@@ -46,6 +46,7 @@ class Description:
     packed: Mapping[str, Packed]
     quantised: str
     headers: Mapping[str, Header]
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> dict[int, MoELayer]:
@@ -151,12 +152,14 @@ def describe(config: bytes, headers: Mapping[str, Header], dtype: str = "") -> D
     located = locate(skeleton, stored.headers)
     _check_experts(skeleton, located)
     _check_numbers(skeleton, located, stored.headers)
+    kept = _kept(located, stored)
+    in_types(skeleton, kept)
     used, state = {name for each in located.values() for name in each.names}, skeleton.state_dict()
     # Packed weights come out in the type that the model has them in, rounded once.
     types = {name: format_name(state[each.name].dtype) for each in located.values() for name in each.names}
     packed = {name: weight for name, weight in stored.packed.items() if name in used}
     numbers = {n: replace(h, dtype=types[n]) if n in packed else h for n, h in stored.headers.items()}
-    return Description(parsed, whole, skeleton, located, packed, stored.kind, numbers)
+    return Description(parsed, whole, skeleton, located, packed, stored.kind, numbers, kept)
 
 
 def describe_files(files: CheckpointFiles) -> Description:
@@ -221,6 +224,17 @@ def _check_rules(model: nn.Module, headers: Mapping[str, Header]) -> None:
         if stored.by_expert:
             whole = range(len(next(iter(stored.sources.values()))))
             stored.rows(whole, Source(tensors.__getitem__, lambda name, experts: tensors[name]), model, None)
+
+
+def _kept(located: Mapping[str, Stored], stored: Quantised) -> dict[str, torch.dtype]:
+    """Return the types of weights that a checkpoint in FP8 leaves as numbers: the library keeps them as they are stored."""
+    import torch
+
+    out: dict[str, torch.dtype] = {}
+    for name, each in located.items() if stored.kind.startswith(FP8) else ():
+        if all(source.endswith(".weight") and source not in stored.packed for source in each.names):
+            out[name] = reduce(torch.promote_types, (torch_dtypes()[stored.headers[n].dtype] for n in each.names))
+    return out
 
 
 def _check_numbers(skeleton: nn.Module, located: Mapping[str, Stored], headers: Mapping[str, Header]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from connito.base.description import Description, describe, describe_files
 from connito.base.pickled import pickled_tensors
-from connito.base.pretrained import from_tensors, quiet
+from connito.base.pretrained import from_tensors, in_types, quiet
 from connito.base.stored import Source, torch_dtypes
 from connito.data.checkpoint_files import TOKENIZER_FILES, CheckpointFiles, find_checkpoint, read_json
 from connito.data.manifest import Manifest, Range, Reader, TensorEntry, checked
@@ -67,7 +67,8 @@ def load_full(source: Path | Mapping[str, Path], *, device: torch.device | None 
     files = find_checkpoint(source)
     description = describe_files(files)
     tensors = _turns(description, description.numbers(_mapped(files)))
-    model: nn.Module = from_tensors(description.config, tensors, dtype=description.dtype)
+    prepare = partial(in_types, types=description.kept)
+    model: nn.Module = from_tensors(description.config, tensors, dtype=description.dtype, prepare=prepare)
     return model if device is None else moved(model, device)
 
 
@@ -214,6 +215,7 @@ def _shrink(
     import torch
 
     layers = description.layers
+    in_types(model, description.kept)
     for index in apart:
         module = model.get_submodule(layers[index].experts_name)
         for part in layers[index].parameters:

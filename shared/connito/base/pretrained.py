@@ -111,6 +111,13 @@ def on_meta(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: Any = No
     return _load(config, tensors, dtype, keep_apart, {"device_map": {"": "meta"}})
 
 
+def in_types(model: Any, types: Mapping[str, torch.dtype]) -> None:
+    """Give parameters of a model without storage the types that they are to be loaded in, by name."""
+    for name, dtype in types.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
+
+
 def modules_of(config: Any) -> Any:
     """Return the modules of a configuration without storage, in eval mode, frozen."""
     import torch
