@@ -309,3 +309,41 @@ def test_a_name_on_a_hub_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Invalid, match="hf download someone/tiny-moe"):
         show(Path("someone/tiny-moe"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_the_system_withholds(base: Path, call: Call, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+
+    def withheld(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == base / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", withheld)
+    done = call("base", "show", base)
+    assert (done.code, done.out) == (5, "")
+    assert done.err == f"connito: {base / name}: Permission denied; check its rights and its disk, then try again\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("hidden_size", -32, "negative dimension -32"),
+        ("hidden_act", "foo", "it names 'foo', which the installed transformers does not know"),
+        ("attn_implementation", "flash_attention_2", "take the field .* out of it, or install that"),
+        ("num_experts_per_tok", 9, "sends each token to 9 experts, and model.layers.0.mlp.experts has 4"),
+        ("num_experts_per_tok", 0, "sends each token to 0 experts"),
+    ],
+)
+def test_a_configuration_that_no_model_can_be_made_of(base: Path, field: str, value: object, said: str) -> None:
+    edit(base, **{field: value})
+    with pytest.raises(Invalid, match=said):
+        show(base)
+
+
+def test_what_is_said_of_a_configuration_names_no_folder_of_ours(base: Path) -> None:
+    (base / "config.json").write_bytes((base / "config.json").read_text().encode("utf-16"))
+    with pytest.raises(Invalid, match=r"config\.json cannot be read: ") as caught:
+        load_full(base)
+    assert "/tmp" not in str(caught.value)

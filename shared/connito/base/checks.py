@@ -73,6 +73,11 @@ def _layout(files: CheckpointFiles, description: Description) -> Layout:
             f"once with fused experts, `connito base import {files.where} --rewrite OUT`",
             reasons_pb2.REASON_WRONG_TENSORS,
         )
+    if odd := next((layer for layer in layers.values() if not 0 < layer.top_k <= layer.num_experts), None):
+        raise _invalid(
+            f"config.json of {files.where} sends each token to {odd.top_k} experts, and {odd.experts_name} has "
+            f"{odd.num_experts}: set the number of experts per token to one of 1 to {odd.num_experts}",
+        )
     banks = {i: [getattr(layer.experts, part) for part in layer.parameters] for i, layer in layers.items()}
     return Layout(
         str(description.config.model_type),

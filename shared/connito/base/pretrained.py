@@ -44,8 +44,10 @@ def parse_config(data: bytes) -> Any:
                 "checkpoint is never run; update transformers, or use another model",
                 reason=reasons_pb2.REASON_BAD_SPEC,
             ) from error
+        # Not where the library was shown it, which nobody else knows.
+        why = _first_line(error).replace(f"{folder}/", "").replace(f"model in {folder}", "model")
         raise Invalid(
-            f"config.json cannot be read: {_first_line(error)}; copy it again from where the weights are from",
+            f"config.json cannot be read: {why}; copy it again from where the weights are from",
             reason=reasons_pb2.REASON_BAD_SPEC,
         ) from error
     return _causal(config)[1]
@@ -155,9 +157,16 @@ def _load(
                 local_files_only=True,
                 **more,
             )
+    except ImportError as error:
+        raise Invalid(
+            f"config.json asks for what is not installed here: {_first_line(error)}; take the field (attn_implementation, say) "
+            "out of it, or install that",
+            reason=reasons_pb2.REASON_BAD_SPEC,
+        ) from error
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise Invalid(
-            f"the checkpoint does not fit its configuration ({config.model_type}): {_first_line(error)}",
+            f"the checkpoint does not fit its configuration ({config.model_type}): {_first_line(error)}; copy both again from "
+            "where they are from",
             reason=reasons_pb2.REASON_WRONG_TENSORS,
         ) from error
     model.__class__ = kind
@@ -183,6 +192,8 @@ def lacking(names: list[str]) -> Invalid:
 
 def _first_line(error: BaseException) -> str:
     """Return what an error says first: its first line, and the next where that only announces it."""
+    if isinstance(error, KeyError):
+        return f"it names {error}, which the installed transformers does not know"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])[:300]
 

@@ -106,7 +106,7 @@ def _top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
     for owner, names in ((router, ("top_k",)), (block, ("top_k",)), (config, ("num_experts_per_tok", "top_k_experts"))):
         for name in names:
             value = getattr(owner, name, None)
-            if isinstance(value, int) and value > 0:
+            if isinstance(value, int) and value >= 0:
                 return value
     return 1
 
