@@ -336,7 +336,7 @@ def test_a_file_that_the_system_withholds(base: Path, call: Call, name: str, mon
         ("num_experts_per_tok", 0, "sends each token to 0 experts"),
     ],
 )
-def test_a_configuration_that_no_model_can_be_made_of(base: Path, field: str, value: object, said: str) -> None:
+def test_a_configuration_that_no_model_can_be_made_of(base: Path, field: str, value: Any, said: str) -> None:
     edit(base, **{field: value})
     with pytest.raises(Invalid, match=said):
         show(base)

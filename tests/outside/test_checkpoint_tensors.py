@@ -447,3 +447,34 @@ def test_what_a_check_of_the_configuration_found_is_said(base: Path) -> None:
     edit(base, num_hidden_layers=3, layer_types=["full_attention"] * 2)
     with pytest.raises(Invalid, match=r"config\.json cannot be read: .*\(3\).*\(2\)|layer_types"):
         load_full(base)
+
+
+def test_weights_of_an_old_program_are_rewritten(base: Path, tmp_path: Path) -> None:
+    weights = base / "model.safetensors"
+    torch.save(load_file(weights), base / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    weights.unlink()
+    rewrite(base, tmp_path / "out")
+    assert_same(load_full(tmp_path / "out"), theirs(base))
+
+
+def test_tensors_that_share_memory_without_a_tie_are_both_rewritten(base: Path, tmp_path: Path) -> None:
+    weights = base / "model.safetensors"
+    found = load_file(weights)
+    found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    found["model.norm.weight"] = found["model.embed_tokens.weight"][0]
+    torch.save(found, base / "pytorch_model.bin")
+    weights.unlink()
+    rewrite(base, tmp_path / "out")
+    assert_same(load_full(tmp_path / "out"), theirs(base))
+    assert_as_transformers(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "it ends too early"), (None, "does not hold tensors by name")])
+def test_weights_that_no_program_reads_as_numbers(base: Path, content: bytes | None, said: str) -> None:
+    found = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save({name: tensor.to_sparse() for name, tensor in found.items()}, base / "pytorch_model.bin")
+    if content is not None:
+        (base / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(Invalid, match=said):
+        load_full(base)

@@ -23,12 +23,9 @@ def save_checkpoint(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(out_dir)
-    tensors, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        tensors[name] = tensor
+    # A tied tensor is one parameter under two names; tensors that merely share memory are two.
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in once}
     write_safetensors(out_dir / "model.safetensors", tensors, {"format": "pt"}, progress)
     tokenizer.save_pretrained(out_dir)
     if card:

@@ -6,6 +6,7 @@ They are read with `weights_only`: what such a file may hold beside tensors coul
 from __future__ import annotations
 
 import pickle
+import zipfile
 from typing import TYPE_CHECKING
 
 from connito.base.stored import format_name
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
 
 
 def pickled_tensors(files: CheckpointFiles) -> dict[str, torch.Tensor]:
-    """Return every tensor by name, memory-mapped. Raises `Invalid` for a damaged file and for one that holds more."""
+    """Return every tensor by name, memory-mapped where it can be. Raises `Invalid` for a damaged file, or one with more in it."""
     import torch
 
     found: dict[str, torch.Tensor] = {}
     for file in files.weights:
         try:
-            state = torch.load(files.paths[file], map_location="cpu", weights_only=True, mmap=True)
+            # What is no archive was saved by an old program, and is read whole.
+            mapped = zipfile.is_zipfile(files.paths[file])
+            state = torch.load(files.paths[file], map_location="cpu", weights_only=True, mmap=mapped)
         except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, OSError) as error:
-            raise _invalid(
-                f"{file} in {files.where} cannot be read: {str(error).splitlines()[0]}; fetch it again"
-            ) from error
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            why = next(iter(str(error).splitlines()), "it ends too early")
+            raise _invalid(f"{file} in {files.where} cannot be read: {why}; fetch it again") from error
+        if not isinstance(state, dict) or not all(_plain(value) for value in state.values()):
             raise _invalid(
                 f"{file} in {files.where} does not hold tensors by name; save the model with `save_pretrained`"
             )
@@ -47,6 +49,12 @@ def pickled_headers(files: CheckpointFiles) -> dict[str, Header]:
         name: Header("", format_name(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
         for name, tensor in pickled_tensors(files).items()
     }
+
+
+def _plain(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def _invalid(message: str) -> Invalid:
