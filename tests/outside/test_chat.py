@@ -164,3 +164,10 @@ def test_a_text_with_an_end_of_text_forges_no_document(customer: Path) -> None:
     assert checked.corpora is not None
     for corpus in (checked.corpora.train, checked.corpora.probe, checked.corpora.holdout):
         assert (corpus.tokens == 256).sum() == corpus.documents
+
+
+def test_a_template_may_stand_in_the_job_itself(customer: Path) -> None:
+    template = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}" + "{# long #}" * 60
+    checked = run(customer, [{"messages": conversation(seed)} for seed in range(60)], chat_template=template)
+    (found,) = [row for row in checked.findings if row.check == "chat"]
+    assert found.detail.startswith("60 conversations by the job's template")

@@ -155,3 +155,10 @@ def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.json", "a.csv", "a.txt"):
         (tmp_path / name).write_text("")
         assert rows(tmp_path / name) == []
+
+
+def test_a_line_that_is_cut_off_is_named_beside_the_one_where_that_shows(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"row {number}"}) for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:5], lines[5][:7], *lines[6:]]))
+    with pytest.raises(Invalid, match=r"a\.jsonl:7 is not JSON: .* in the value that line 6 begins"):
+        rows(tmp_path / "a.jsonl")

@@ -88,8 +88,16 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation | None:
 
 
 def _list(value: Any) -> list[Any] | None:
-    """Return a list of objects, such as messages or tools, also one that a table holds as JSON or as Python writes it."""
+    """Return a list of objects, such as messages or tools, also one that a table holds as JSON or as Python writes it, or as
+    an object of lists."""
     value = _written(value)
+    if isinstance(value, Mapping) and value and all(isinstance(inner, (list, tuple)) for inner in value.values()):
+        lengths = set(map(len, value.values()))
+        value = (
+            [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+            if len(lengths) == 1
+            else None
+        )
     fits = isinstance(value, (list, tuple)) and all(isinstance(entry, Mapping) for entry in value)
     return list(value) if fits else None
 

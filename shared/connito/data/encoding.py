@@ -15,6 +15,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2 as reasons
+
 # Tokens of turns that some publishers do not mark as special.
 _CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 # Characters of the private plane 15, by which nothing is written: a token's number in the twin, and in a text.
@@ -51,7 +54,15 @@ class Encoder:
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
-        """Return what the tokenizer itself puts before and behind a text; the end of text is always behind it."""
+        """Return what the tokenizer itself puts before and behind a text; the end of text is always behind it.
+
+        Raises `Invalid` for a tokenizer without one.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise Invalid(
+                "the base's tokenizer names no token for the end of a text; name it as eos_token in its tokenizer_config.json",
+                reason=reasons.REASON_BAD_SPEC,
+            )
         bare, whole = self._ordinary(["a"])[0], list(self.tokenizer("a", verbose=False).input_ids)
         place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         front, behind = whole[:place], whole[place + len(bare) :]

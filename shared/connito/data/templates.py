@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import select
 import subprocess
@@ -253,7 +254,8 @@ def read_template(file: Path) -> str:
         raw = opened.read(_MAX_TEMPLATE + 1)
     if len(raw) > _MAX_TEMPLATE or b"{" not in raw:
         raise _bad(f"{file} is no chat template: it has no field in braces, or more than {_MAX_TEMPLATE} bytes")
-    return raw.decode("utf-8-sig", "replace")
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if wide else "utf-8-sig", "replace")
 
 
 def _bad(message: str) -> Invalid:

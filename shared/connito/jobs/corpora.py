@@ -120,7 +120,9 @@ def _encoded(
 
 
 def template_of(chosen: str, root: Path) -> str:
-    """Return the source of the template in a file below `root`, or the name that `chosen` is. Raises `NotFound`."""
+    """Return the source of the template in a file below `root`, or the name or source that `chosen` is. Raises `NotFound`."""
+    if "{" in chosen:
+        return chosen
     file = root / chosen
     if not chosen or not file.is_file():
         if "/" in chosen or chosen.endswith((".jinja", ".jinja2", ".j2", ".txt")):

@@ -126,10 +126,12 @@ class Scanner:
         return self.more(held)
 
     def _broken(self, error: json.JSONDecodeError) -> Exception:
-        line = self._count() + error.doc.count("\n", self.at, error.pos)
+        begin = self._count()
+        line = begin + error.doc.count("\n", self.at, error.pos)
+        begun = f" in the value that line {begin} begins" if line > begin else ""
         open_end = error.pos > len(self.text) - 2 or error.msg.startswith("Unterminated string")
         end = " (the file ends inside a value: was it cut off?)" if open_end else ""
-        return unreadable(f"{self.name}:{line} is not JSON: {error.msg}{end}; correct the line or take it out")
+        return unreadable(f"{self.name}:{line} is not JSON: {error.msg}{begun}{end}; correct the line or take it out")
 
     def _mend(self, value: Any) -> Any:
         if isinstance(value, str):

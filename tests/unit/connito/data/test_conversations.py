@@ -51,6 +51,10 @@ SHAPES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "only what it is about": ({"instruction": "", "input": "why?", "output": "because"}, TURNS),
     "messages as pandas writes them": ({"messages": str(TURNS)}, TURNS),
+    "messages as an object of lists": (
+        {"messages": {"role": ["user", "assistant"], "content": ["why?", "because"]}},
+        TURNS,
+    ),
     "history as messages": (
         {"instruction": "and?", "output": "so", "history": json.dumps(TURNS)},
         [*TURNS, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "so"}],

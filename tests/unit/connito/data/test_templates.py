@@ -12,7 +12,7 @@ from connito.data import rendering
 from connito.data import templates as templates_module
 from connito.data.conversations import Conversation
 from connito.data.encoding import encoder_of
-from connito.data.templates import PLAIN_WORDS, Templates
+from connito.data.templates import PLAIN, PLAIN_WORDS, Templates
 from connito.errors import Invalid
 
 from tests.support.chat import BARE_TURNS, STYLES, byte_tokenizer, marked, piece_tokenizer, plain, slow_tokenizer
@@ -216,6 +216,19 @@ def test_what_is_no_template_is_said_in_a_sentence() -> None:
     made.chat_template = "{% for m in messages %}"
     with pytest.raises(Invalid, match=r"chat template is not one: .*name another"), Templates(made) as templates:
         templates.document(Conversation(CONVERSATIONS["one turn"]))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_template_is_read_in_the_encoding_of_its_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.jinja").write_text(PLAIN, encoding=encoding)
+    assert templates_module.read_template(tmp_path / "a.jinja") == PLAIN
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused_in_a_sentence() -> None:
+    made = byte_tokenizer()
+    made.eos_token = None
+    with pytest.raises(Invalid, match="names no token for the end of a text; name it"):
+        encoder_of(made).documents(["a"])
 
 
 def test_a_slow_template_is_given_up() -> None:
