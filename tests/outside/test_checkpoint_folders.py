@@ -17,6 +17,7 @@ from connito.base.folders import rewrite, show
 from connito.base.loading import load_full, load_tokenizer
 from connito.data.checkpoint_files import find_checkpoint
 from connito.errors import Invalid
+from connito.workloads.rehearsal import config_of, same_everywhere
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import assert_as_transformers, assert_same, change, edit, published, theirs
@@ -340,6 +341,11 @@ def test_a_configuration_that_no_model_can_be_made_of(base: Path, field: str, va
     edit(base, **{field: value})
     with pytest.raises(Invalid, match=said):
         show(base)
+    for path in base.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    with pytest.raises(Invalid, match=said):
+        same_everywhere(config_of(base), 1)
 
 
 def test_what_is_said_of_a_configuration_names_no_folder_of_ours(base: Path) -> None:
@@ -347,3 +353,12 @@ def test_what_is_said_of_a_configuration_names_no_folder_of_ours(base: Path) -> 
     with pytest.raises(Invalid, match=r"config\.json cannot be read: ") as caught:
         load_full(base)
     assert "/tmp" not in str(caught.value)
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text(base: Path) -> None:
+    (base / "tokenizer.json").unlink()
+    (base / "vocab.json").write_text("{}")
+    (base / "merges.txt").write_text("")
+    edit(base, "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    with pytest.raises(Invalid, match="knows no words, and makes nothing of a text"):
+        show(base)

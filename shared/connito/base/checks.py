@@ -73,11 +73,6 @@ def _layout(files: CheckpointFiles, description: Description) -> Layout:
             f"once with fused experts, `connito base import {files.where} --rewrite OUT`",
             reasons_pb2.REASON_WRONG_TENSORS,
         )
-    if odd := next((layer for layer in layers.values() if not 0 < layer.top_k <= layer.num_experts), None):
-        raise _invalid(
-            f"config.json of {files.where} sends each token to {odd.top_k} experts, and {odd.experts_name} has "
-            f"{odd.num_experts}: set the number of experts per token to one of 1 to {odd.num_experts}",
-        )
     banks = {i: [getattr(layer.experts, part) for part in layer.parameters] for i, layer in layers.items()}
     return Layout(
         str(description.config.model_type),
@@ -108,6 +103,11 @@ def _check_tokenizer(files: CheckpointFiles, vocabulary: int) -> None:
         raise _invalid(
             f"the tokenizer in {files.where} gives ids up to {largest}, but the model knows {vocabulary} tokens: it belongs "
             "to another model; copy the tokenizer that came with these weights"
+        )
+    if not tokenizer.encode("a text", add_special_tokens=False):
+        raise _invalid(
+            f"the tokenizer in {files.where} knows no words, and makes nothing of a text: copy its files again from where the "
+            "weights are from"
         )
     if tokenizer.eos_token_id is None:
         raise _invalid(

@@ -7,7 +7,6 @@ comes out says which stored tensors it takes, in which types, what it ties, what
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -146,8 +145,7 @@ def describe(config: bytes, headers: Mapping[str, Header], dtype: str = "") -> D
     except Invalid as error:
         # The library says that a rule failed, not for which tensor.
         if isinstance(error.__cause__, RuntimeError):
-            with suppress(RuntimeError):  # The model itself cannot be made.
-                _check_rules(modules_of(parsed), stored.headers)
+            _check_rules(modules_of(parsed), stored.headers)
         raise error from error.__cause__
     if missing:
         raise lacking(missing)

@@ -121,11 +121,11 @@ def in_types(model: Any, types: Mapping[str, torch.dtype]) -> None:
 
 
 def modules_of(config: Any) -> Any:
-    """Return the modules of a configuration without storage, in eval mode, frozen."""
+    """Return the modules of a configuration without storage, in eval mode, frozen. Raises `Invalid` where none can be made."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"), _explained(config):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     return model.eval().requires_grad_(False)
 
@@ -144,19 +144,35 @@ def _load(
     between: Any = type(kind.__name__, (kind,), {"__init__": make, "__module__": kind.__module__})
     # One after the other, when a tensor's turn comes: read ahead in threads, every source would be in memory at once.
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    with _explained(config), quiet():
+        model, info = between.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=dtype or config.dtype or "auto",
+            experts_implementation="eager",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+            **more,
+        )
+    model.__class__ = kind
+    model.__dict__.pop("tie_weights", None)
+    if info["mismatched_keys"]:
+        name, stored, wanted = min((n, tuple(a), tuple(b)) for n, a, b in info["mismatched_keys"])
+        raise Invalid(
+            f"the checkpoint does not fit its configuration: {name} has shape {stored} where config.json describes "
+            f"{wanted}; copy both again from where they are from",
+            reason=reasons_pb2.REASON_WRONG_SHAPE,
+        )
+    return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _explained(config: Any) -> Iterator[None]:
+    """Say as `Invalid` why the library makes no model of a configuration, or of that and tensors."""
     try:
-        with quiet():
-            model, info = between.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(tensors),
-                dtype=dtype or config.dtype or "auto",
-                experts_implementation="eager",
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                local_files_only=True,
-                **more,
-            )
+        yield
     except ImportError as error:
         raise Invalid(
             f"config.json asks for what is not installed here: {_first_line(error)}; take the field (attn_implementation, say) "
@@ -169,16 +185,6 @@ def _load(
             "where they are from",
             reason=reasons_pb2.REASON_WRONG_TENSORS,
         ) from error
-    model.__class__ = kind
-    model.__dict__.pop("tie_weights", None)
-    if info["mismatched_keys"]:
-        name, stored, wanted = min((n, tuple(a), tuple(b)) for n, a, b in info["mismatched_keys"])
-        raise Invalid(
-            f"the checkpoint does not fit its configuration: {name} has shape {stored} where config.json describes "
-            f"{wanted}; copy both again from where they are from",
-            reason=reasons_pb2.REASON_WRONG_SHAPE,
-        )
-    return model, sorted(info["missing_keys"])
 
 
 def lacking(names: list[str]) -> Invalid:

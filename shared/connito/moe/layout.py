@@ -69,8 +69,14 @@ def find_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
 
 
 def require_moe_layers(model: nn.Module) -> dict[int, MoELayer]:
-    """Return `find_moe_layers`, or `Invalid` that says why there are none and what to do."""
+    """Return `find_moe_layers`, or `Invalid` that says why there are none, or none that compute, and what to do."""
     found = find_moe_layers(model)
+    if odd := next((layer for layer in found.values() if not 0 < layer.top_k <= layer.num_experts), None):
+        raise Invalid(
+            f"config.json sends each token to {odd.top_k} experts, and {odd.experts_name} has {odd.num_experts}: set the number "
+            f"of experts per token to one of 1 to {odd.num_experts}",
+            reason=reasons_pb2.REASON_BAD_SPEC,
+        )
     if found:
         return found
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
