@@ -75,7 +75,7 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation | None:
             return _checked(_system(row) + _messages(listed), row)
         if _like_objects(row.get(name)):
             raise _unusable(f"{name} that are neither JSON nor a list of Python")
-    if isinstance(row.get("mapping"), Mapping):
+    if isinstance(row.get("mapping"), Mapping) and isinstance(row.get("current_node"), str):
         return _checked(_exported(row), row)
     if isinstance(row.get("text"), str):
         return None
@@ -133,6 +133,10 @@ def _message(entry: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in entry.items() if value and name not in (*_ROLE, *_CONTENT, "weight")}
     if call := kept.pop("function_call", None):
         kept.setdefault("tool_calls", [{"type": "function", "function": call}])
+    if calls := kept.get("tool_calls"):
+        kept["tool_calls"] = [calls] if isinstance(calls, Mapping) else _list(calls)
+        if not kept["tool_calls"]:
+            raise _unusable("calls of tools that are no list of objects")
     if content is None and not kept.get("tool_calls"):
         raise _unusable("a message without content")
     message = {**kept, "role": known, "content": "" if content is None else _text(content, known)}
@@ -143,18 +147,23 @@ def _message(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exported(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what was said on the way to the current node of a tree of turns, as ChatGPT exports a conversation."""
-    nodes, place = row["mapping"], row.get("current_node")
+    nodes, place = row["mapping"], row["current_node"]
     found: list[dict[str, Any]] = []
-    while isinstance(node := nodes.get(place), Mapping) and len(found) <= len(nodes):
-        place, said = node.get("parent"), node.get("message")
-        if isinstance(said, Mapping):
-            content, author = said.get("content") or {}, said.get("author") or {}
-            found.append({"role": author.get("role"), "content": content.get("parts") or ""})
-        else:
-            found.append({})
-    turns = [_message(turn) for turn in reversed(found) if turn]
+    for _ in nodes:
+        node = _object(nodes.get(place))
+        said = _object(node.get("message"))
+        if said:
+            content = _object(said.get("content")).get("parts") or ""
+            found.append({"role": _object(said.get("author")).get("role"), "content": content})
+        if not isinstance(place := node.get("parent"), str):
+            break
+    turns = [_message(turn) for turn in reversed(found)]
     # Of the tools of its own that an export has, nobody else has the descriptions.
     return [turn for turn in turns if turn["content"].strip() and turn["role"] != "tool"]
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _first(entry: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -190,7 +199,10 @@ def _part(part: Any) -> str:
 
 
 def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    said = next((_text(row[name], "system") for name in _SYSTEM if row.get(name)), "").strip()
+    said = next(
+        (_text(row[name], "system") for name in _SYSTEM if row.get(name) and not isinstance(row[name], (int, float))),
+        "",
+    ).strip()
     return [{"role": "system", "content": said}] if said else []
 
 

@@ -87,6 +87,10 @@ SHAPES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             },
         ],
     ),
+    "calls as JSON": (
+        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": '[{"function": {"name": "f"}}]'}]},
+        [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}],
+    ),
     "a tree of turns": (
         {
             "title": "Rain",
@@ -132,7 +136,7 @@ def test_a_conversation_is_known_by_its_fields(name: str) -> None:
     "row",
     [
         {"text": "why? because"}, {"text": "a", "question": "why?", "answer": "b"}, {"title": "x", "body": "y"},
-        {"messages": "none"}, {},
+        {"messages": "none"}, {}, {"mapping": {}, "text": "why?"}, {"mapping": {"a": 1}, "current_node": ["a"]},
     ],
 )  # fmt: skip
 def test_other_rows_are_none(row: dict[str, Any]) -> None:
@@ -153,6 +157,9 @@ def test_other_rows_are_none(row: dict[str, Any]) -> None:
         ({"messages": [{"role": "user", "content": {"parts": ["why?"]}}, ANSWERED]}, "content of the type"),
         ({"instruction": "a", "output": "b", "history": "c"}, "a history that is neither"),
         ({"mapping": {"a": {"parent": "a", "message": None}}, "current_node": "a"}, "no answer of an assistant"),
+        ({"mapping": {"a": {"message": {"author": "x", "content": "y"}}}, "current_node": "a"}, "unknown role None"),
+        ({"mapping": {"a": {"message": "x", "parent": ["a"]}}, "current_node": "a"}, "no answer of an assistant"),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": "find(x)"}]}, "calls of tools that are no list"),
         ({"prompt": "why?", "completion": None}, "no answer of an assistant"),
         ({"question": {"a": 1}, "answer": "b"}, "'question' that is no text"),
     ],
