@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -166,9 +167,10 @@ class Encoder:
             place = match.end()
             shifts.append((place, length - place))
         parts.append(text[place:])
+        starts = [start for start, _ in shifts]
 
         def moved(at: int) -> int:
-            return at + next(shift for start, shift in reversed(shifts) if start <= at)
+            return at + shifts[bisect_right(starts, at) - 1][1]
 
         return "".join(parts), [(moved(start), moved(end)) for start, end in spans]
 
