@@ -176,7 +176,7 @@ def measure(config: Any, targets: Any, helpers: Any, work: Any) -> tuple[int, di
     counted = LiveBytes(model)
     with counted:
         steps(counted.step_done)
-    return total, footprint_of(counted, model).to_json()
+    return total, footprint_of(counted.parts(), model).to_json()
 
 
 def real(config: Any, targets: Any, helpers: Any, work: Any) -> Any:

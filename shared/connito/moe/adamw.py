@@ -16,7 +16,7 @@ from connito.moe.moments import BLOCK, Moment, Moments
 
 EPSILON = 1e-8
 # Values updated at a time: small enough for a processor's cache, large enough that starting kernels costs nothing on a GPU.
-CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}
+CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 class AdamW:
@@ -65,9 +65,7 @@ class AdamW:
             ages = self._age[name] = (young + 1, old + 1)
             gradient = parameter.grad.reshape(-1)
             factor = None if scale is None else scale.to(parameter.device)
-            size = CHUNK.get(parameter.device.type, CHUNK["cpu"])
-            for begin in range(0, parameter.numel(), size):
-                end = min(begin + size, parameter.numel())
+            for begin, end in _chunks(parameter):
                 part = gradient[begin:end].float()
                 self._move(name, begin, end, part if factor is None else part * factor, rate, ages)
             parameter.grad = None
@@ -135,6 +133,11 @@ class AdamW:
         high = (bits + 0x8000) >> 16
         parameter[begin:end].view(torch.int16).copy_(high)
         low[begin:end] = bits - (high << 16)
+
+
+def _chunks(parameter: torch.Tensor) -> list[tuple[int, int]]:
+    size, total = CHUNK.get(parameter.device.type, CHUNK["cpu"]), parameter.numel()
+    return [(begin, min(begin + size, total)) for begin in range(0, total, size)]
 
 
 def _low(parameter: torch.Tensor) -> torch.Tensor | None:

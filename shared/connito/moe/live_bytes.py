@@ -28,8 +28,22 @@ WEIGHTS, BUFFERS, OPTIMIZER, GRADIENTS, ACTIVATIONS = PARTS = (
 _FINENESS = 0.002
 
 
+class _Peak:
+    """The largest sum, and about what was alive then."""
+
+    def __init__(self) -> None:
+        self.bytes = self._written = 0
+        self.alive: list[tuple[int, int]] = []
+
+    def see(self, live: int, alive: dict[int, tuple[int, int]]) -> None:
+        if live > self.bytes:
+            self.bytes = live
+            if live > self._written * (1 + _FINENESS):
+                self._written, self.alive = live, list(alive.values())
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts storages inside its `with` block, each once; `peak` is the largest sum, `parts()` what it was made of.
+    """Counts storages inside its `with` block, each once; `parts()` is what the largest sum was made of.
 
     The model's own tensors count as weights and buffers, gradients of target rows and what autograd keeps are recognised,
     and what is still there when `step_done` is called is the optimiser's.
@@ -37,13 +51,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self.live = 0
         # By storage: its number and bytes. By number: what it is for. A freed storage's address serves another one later.
         self._alive: dict[int, tuple[int, int]] = {}
         self._kinds: dict[int, str] = {}
-        self._at_peak: list[tuple[int, int]] = []
+        # Before a step's first gradient, and from there on.
+        self._peaks = _Peak(), _Peak()
+        self._gradients = False
         self._numbers = count()
-        self._written = 0
         self._stack = ExitStack()
         self._model = model
 
@@ -83,15 +98,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def parts(self) -> dict[str, int]:
         """Return bytes by part at the peak; `workspace` is what none of the others names."""
+        return max(self.moments(), key=lambda parts: sum(parts.values()))
+
+    def moments(self) -> list[dict[str, int]]:
+        """Return the same before a step's first gradient, and from there on."""
+        return [self._parts(peak) for peak in self._peaks]
+
+    def _parts(self, peak: _Peak) -> dict[str, int]:
         found = dict.fromkeys(PARTS, 0)
-        for number, size in self._at_peak:
+        for number, size in peak.alive:
             kind = self._kinds.get(number)
             if kind is not None:
                 found[kind] += size
-        return {**found, "workspace": self.peak - sum(found.values())}
+        return {**found, "workspace": peak.bytes - sum(found.values())}
 
     def step_done(self, *_: object) -> None:
         """Take everything that nobody has named for the optimiser's: a training step is over, its own tensors are gone."""
+        self._gradients = False
         for number, _size in self._alive.values():
             self._kinds.setdefault(number, OPTIMIZER)
 
@@ -108,10 +131,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[key] = number, size
         weakref.finalize(storage, self._freed, key)
         self.live += size
-        if self.live > self.peak:
-            self.peak = self.live
-            if self.live > self._written * (1 + _FINENESS):
-                self._written, self._at_peak = self.live, list(self._alive.values())
+        self._peaks[self._gradients].see(self.live, self._alive)
         return number
 
     def _freed(self, key: int) -> None:
@@ -119,6 +139,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
+            self._gradients = True
             self.name(GRADIENTS, parameter.grad)
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:

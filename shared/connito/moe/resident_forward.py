@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from connito.moe.four_bit import FourBit, frozen_linear
 from connito.moe.residency import BACKGROUND, HELPER, TARGET
 
+# Rows that are in memory in a router's float32 at once.
+TILE_ROWS = 4096
 LOOP, GROUPED = "connito_resident", "connito_resident_grouped"
 
 
@@ -77,9 +79,41 @@ def grouped_forward(
         first += rows
     order = slots.order[: slots.ends[first]]
     found = torch.cat(parts) if parts else hidden_states[:0]
-    weighted = (found * top_k_weights.reshape(-1)[order, None]).to(hidden_states.dtype)
+    weighted: torch.Tensor = _Weighted.apply(  # type: ignore[no-untyped-call]
+        found, top_k_weights.reshape(-1)[order], hidden_states.dtype
+    )
     each = hidden_states.new_zeros(top_k_index.numel(), hidden_states.shape[-1]).index_copy(0, order, weighted)
     return each.view(*top_k_index.shape, -1).sum(dim=1)
+
+
+class _Weighted(torch.autograd.Function):
+    """Rows [n, hidden] times a router's weights [n], in the wider type of both, of which a few rows are in memory at once."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights)
+        out = rows.new_empty(rows.shape, dtype=dtype)
+        for part in _parts(len(rows)):
+            out[part] = rows[part] * weights[part, None]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (rows, weights), (of_rows, of_weights, _) = ctx.saved_tensors, ctx.needs_input_grad
+        wide = torch.promote_types(rows.dtype, weights.dtype)
+        to_rows = torch.empty_like(rows) if of_rows else None
+        to_weights = torch.empty_like(weights) if of_weights else None
+        for part in _parts(len(rows)):
+            gradient = upstream[part].to(wide)
+            if to_weights is not None:
+                to_weights[part] = (gradient * rows[part]).sum(dim=-1)
+            if to_rows is not None:
+                to_rows[part] = gradient * weights[part, None]
+        return to_rows, to_weights, None
+
+
+def _parts(rows: int) -> list[slice]:
+    return [slice(start, start + TILE_ROWS) for start in range(0, rows, TILE_ROWS)]
 
 
 def _banks(self: Any) -> list[tuple[str, int]]:

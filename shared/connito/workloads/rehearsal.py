@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -26,13 +25,13 @@ from connito.errors import Invalid
 from connito.moe.adamw import AdamW
 from connito.moe.footprint import Footprint, Predict, Workload
 from connito.moe.four_bit import FourBit, PublishedFourBit
-from connito.moe.fused_attention import fused_attention
 from connito.moe.layout import ROUTER_NAMES, as_targets, find_moe_layers, require_moe_layers
 from connito.moe.live_bytes import LiveBytes
 from connito.moe.prepare import decoder_halves, prepare
 from connito.moe.residency import ALL, BACKGROUND, FOUR_BIT, HELPER, HELPERS, TARGET, Residents
 from connito.moe.resident import add_background, install, resident_plan, target_parameters
 from connito.moe.state import split_name, tensor_name
+from connito.workloads.stand_ins import stand_ins
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,8 +45,8 @@ Experts = Mapping[int, Sequence[int]]
 def rehearse(config: Any, targets: Experts, helpers: Experts, work: Workload) -> Footprint:
     """Return the footprint of training a model of `config` (transformers'). Takes seconds; nothing is loaded.
 
-    Of many layers of one kind a few are rehearsed, and each further one adds what the last of them added.
-    Raises `Invalid` for a selection of another base.
+    Of many layers of one kind a few are rehearsed, each with as many targets as the layer that has most, and each further
+    one adds what the last of them added. Raises `Invalid` for a selection of another base.
     """
     from connito.base.pretrained import modules_of
 
@@ -57,21 +56,42 @@ def rehearse(config: Any, targets: Experts, helpers: Experts, work: Workload) ->
     few = _enough(config, model)
     if few is None:
         return rehearse_all(config, targets, helpers, work)
-    low, high = (rehearse_all(_cut(config, n), _below(targets, n), _below(helpers, n), work) for n in few)
-    trained = sum(p.numel() for p in target_parameters(model).values())
-    share = trained / sum(p.numel() for index, p in _by_layer(model) if index < few[1])
-    more = (config.num_hidden_layers - few[1]) / (few[1] - few[0])
+    widest = max(targets, key=lambda index: len(targets[index]))
+    low, high = (
+        _moments(
+            _cut(config, layers),
+            {index: targets[widest] for index in targets if index < layers},
+            {index: helpers.get(widest, ()) for index in targets if index < layers},
+            work,
+        )
+        for layers in few
+    )
+    sizes = [(len(targets[index]), index, tensor.numel(), tensor.nbytes) for index, tensor in _by_layer(model)]
+    grown = [(size[2], size[3]) for size in sizes]
+    there = [(size[2] / size[0], size[3] / size[0]) for size in sizes if size[1] < few[1]]
+    share = sum(n for n, _ in grown) / (len(targets[widest]) * sum(n for n, _ in there))
+    further = round(sum(b for _, b in grown) - len(targets[widest]) * sum(b for _, b in there))
     buffers = sum(tensor.nbytes for tensor in model.buffers() if tensor.dim() < 2)
     held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return Footprint(
-        weights=sum(held.values()) - buffers,
-        buffers=buffers,
-        masters=round(high.masters * share),
-        gradients=round(high.gradients * share),
-        moments=round(high.moments * share),
-        activations=round(high.activations + more * max(0, high.activations - low.activations)),
-        workspace=round(high.workspace + more * max(0, high.workspace - low.workspace)),
-    )
+    more = (config.num_hidden_layers - few[1]) / (few[1] - few[0])
+    kept = round(more * max(0, high[0].activations - low[0].activations))
+    worked = round(more * max(0, high[0].workspace - low[0].workspace))
+    found = []
+    for moment in high:
+        # Once there are gradients, a further layer has its own or still what it keeps for them.
+        grows = moment is not high[0] and further > kept + worked
+        found.append(
+            Footprint(
+                weights=sum(held.values()) - buffers,
+                buffers=buffers,
+                masters=round(moment.masters * share),
+                gradients=moment.gradients + (further if grows or (len(high) == 1 and moment.gradients) else 0),
+                moments=round(moment.moments * share),
+                activations=moment.activations + (0 if grows else kept),
+                workspace=moment.workspace + (0 if grows else worked),
+            )
+        )
+    return max(found, key=lambda footprint: footprint.total)
 
 
 def _enough(config: Any, model: nn.Module) -> tuple[int, int] | None:
@@ -88,8 +108,8 @@ def _enough(config: Any, model: nn.Module) -> tuple[int, int] | None:
         return None
     for period in range(1, 7):
         first = next((i for i in range(total) if kinds[i : total - period] == kinds[i + period :]), total)
-        if first + 3 * period <= total:
-            return first + period, first + 2 * period
+        if first + 4 * period <= total:
+            return first + 2 * period, first + 3 * period
     return None
 
 
@@ -99,10 +119,6 @@ def _is_target(name: str) -> bool:
 
 def _by_layer(model: nn.Module) -> Iterator[tuple[int, torch.Tensor]]:
     return ((split_name(name)[0], parameter) for name, parameter in target_parameters(model).items())
-
-
-def _below(experts: Experts, layers: int) -> Experts:
-    return {index: chosen for index, chosen in experts.items() if index < layers}
 
 
 def _cut(config: Any, layers: int) -> Any:
@@ -117,6 +133,11 @@ def _cut(config: Any, layers: int) -> Any:
 
 def rehearse_all(config: Any, targets: Experts, helpers: Experts, work: Workload) -> Footprint:
     """Return the same with every layer rehearsed."""
+    return max(_moments(config, targets, helpers, work), key=lambda footprint: footprint.total)
+
+
+def _moments(config: Any, targets: Experts, helpers: Experts, work: Workload) -> list[Footprint]:
+    """Return the footprints before a step's first gradient and from there on; one where a step has several passes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from connito.base.pretrained import modules_of
@@ -125,17 +146,12 @@ def rehearse_all(config: Any, targets: Experts, helpers: Experts, work: Workload
 
     model = modules_of(config)
     model.set_experts_implementation("eager")
-    if work.residency == FOUR_BIT:
-        # The library keeps tables from its first use on; they must not be made of tensors without memory.
-        packed = FourBit(1, (1, 64), torch.float32)
-        packed.put(0, torch.zeros(1, 64))
-        packed.row(0)
     engine = replace(work.engine, experts="grouped") if work.cuda and work.engine.experts == "auto" else work.engine
     with torch.device("meta"):
         _compress(model, config, targets, helpers, work)
         prepare(model, engine, torch.device("meta"))
     setattr(model, HOME, torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), _untraced(), fused_attention() if work.cuda else nullcontext():
+    with FakeTensorMode(allow_non_fake_inputs=True), stand_ins(cuda=work.cuda):
         _empty(model)
         # Further passes of a step are like the first one, beside the gradients so far.
         one = replace(work, sequences=work.micro_batch or work.sequences)
@@ -150,10 +166,11 @@ def rehearse_all(config: Any, targets: Experts, helpers: Experts, work: Workload
                 optimizer=work.engine.optimizer,
                 on_step=counted.step_done,
             )
-        found = footprint_of(counted, model)
+        found = [footprint_of(parts, model) for parts in counted.moments()]
     if one == work:
         return found
-    return replace(found, gradients=sum(p.nbytes for p in target_parameters(model).values()))
+    gradients = sum(p.nbytes for p in target_parameters(model).values())
+    return [replace(max(found, key=lambda footprint: footprint.total), gradients=gradients)]
 
 
 def with_random_weights(
@@ -209,19 +226,6 @@ def same_everywhere(config: Any, number: int) -> dict[int, list[int]]:
     return {index: list(range(number)) for index in layers}
 
 
-@contextmanager
-def _untraced() -> Iterator[None]:
-    """Let transformers choose its masks as it does for real tensors; for fake ones it builds each, as an export needs it."""
-    from transformers import masking_utils
-
-    before = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda *_: False
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = before
-
-
 def text(work: Workload) -> Rows:
     """Return two steps of rows [2, sequences, length + 1] without words in them; `packed` ones hold two documents each."""
     rows = np.zeros((2, work.sequences, work.length + 1), ROW if work.packed else np.int32)
@@ -232,9 +236,9 @@ def text(work: Workload) -> Rows:
     return rows
 
 
-def footprint_of(counted: LiveBytes, model: nn.Module) -> Footprint:
-    """Return what was counted, with the optimiser's bytes as what completes the rows to float32, and moments."""
-    parts = counted.parts()
+def footprint_of(counted: Mapping[str, int], model: nn.Module) -> Footprint:
+    """Return parts that were counted, with the optimiser's bytes as what completes the rows to float32, and moments."""
+    parts = dict(counted)
     kept = parts.pop("optimizer")
     from connito.moe.training import BETAS
 
