@@ -78,8 +78,8 @@ def _result(document: Document) -> str:
 
 def _row(row: Mapping[str, Any]) -> str:
     return (
-        f"| {row['name']} | {row['use']} | {row['before']:.4f} | {row['after']:.4f} | {row['change']:+.4f} "
-        f"| {row['low']:+.4f} to {row['high']:+.4f} | {row['sequences']} | {verdict(row)} |"
+        f"| {row['name']} | {row['use']} | {row['before']:.4f} | {row['after']:.4f} | {row['change']:+z.4f} "
+        f"| {row['low']:+z.4f} to {row['high']:+z.4f} | {row['sequences']} | {verdict(row)} |"
     )
 
 
@@ -105,7 +105,7 @@ def _from_log(document: Document) -> str:
     ]
     for name, losses in last.items():
         before = first[name]["before"]
-        lines.append(f"| {name} | {before:.4f} | {losses['after']:.4f} | {losses['after'] - before:+.4f} |")
+        lines.append(f"| {name} | {before:.4f} | {losses['after']:.4f} | {losses['after'] - before:+z.4f} |")
     return "\n".join(lines)
 
 

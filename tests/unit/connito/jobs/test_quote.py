@@ -25,13 +25,23 @@ def test_a_change_is_told_from_chance_or_not() -> None:
 
 
 def test_a_run_without_an_expert_says_so() -> None:
+    same = {
+        "name": "law",
+        "use": "target",
+        "before": 5.0,
+        "after": 5.0,
+        "change": -0.0,
+        "low": -1e-9,
+        "high": 0.0,
+        "sequences": 8,
+    }
     page = markdown(
         {
             "run": "r",
             "domain": "law",
             "base": {"name": "tiny", "manifest": "m"},
             "expert": None,
-            "measured": None,
+            "measured": {"rows": [same], "apart": None, "confidence": 0.95},
             "outcome": {"status": "completed", "reason": "", "detail": "all 2 cycles done"},
             "cycles": [],
             "selection": None,
@@ -44,4 +54,5 @@ def test_a_run_without_an_expert_says_so() -> None:
 
     assert "No expert came out of it" in page
     assert "load_expert" not in page
+    assert "| +0.0000 | +0.0000 to +0.0000 |" in page
     assert "connito audit r" in page
