@@ -31,7 +31,7 @@ from connito.moe.prepare import decoder_halves, prepare
 from connito.moe.residency import ALL, BACKGROUND, FOUR_BIT, HELPER, HELPERS, TARGET, Residents
 from connito.moe.resident import add_background, install, resident_plan, target_parameters
 from connito.moe.state import split_name, tensor_name
-from connito.workloads.stand_ins import stand_ins
+from connito.workloads.stand_ins import computable, stand_ins
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,7 +151,7 @@ def _moments(config: Any, targets: Experts, helpers: Experts, work: Workload) ->
         _compress(model, config, targets, helpers, work)
         prepare(model, engine, torch.device("meta"))
     setattr(model, HOME, torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), stand_ins(cuda=work.cuda):
+    with computable(config.model_type), FakeTensorMode(allow_non_fake_inputs=True), stand_ins(cuda=work.cuda):
         _empty(model)
         # Further passes of a step are like the first one, beside the gradients so far.
         one = replace(work, sequences=work.micro_batch or work.sequences)

@@ -9,10 +9,12 @@ from unittest.mock import patch
 
 import torch
 
+from connito.errors import Invalid
 from connito.moe import adamw
 from connito.moe.four_bit import FourBit
 from connito.moe.fused_attention import fused_attention
 from connito.moe.residency import BLOCK
+from connito.v1 import reasons_pb2
 
 
 @contextmanager
@@ -30,6 +32,22 @@ def stand_ins(*, cuda: bool) -> Iterator[None]:
         if cuda:
             stack.enter_context(fused_attention())
         yield
+
+
+@contextmanager
+def computable(family: str) -> Iterator[None]:
+    """Say as `Invalid` that a model which can be built from its configuration cannot be computed."""
+    try:
+        yield
+    except (
+        RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError
+    ) as error:  # fmt: skip
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")
+        raise Invalid(
+            f"a training step of the model that config.json describes ({family}) cannot be made: {why}; copy config.json "
+            "again from where the weights are from",
+            reason=reasons_pb2.REASON_BAD_SPEC,
+        ) from error
 
 
 def _row(self: Any, index: int) -> torch.Tensor:

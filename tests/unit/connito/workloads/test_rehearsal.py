@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from connito.base.pretrained import parse_config
 from connito.errors import Invalid, NotFound
 from connito.moe.footprint import SWITCHES, Workload, fit, lean
 from connito.workloads.rehearsal import config_of, predictor, rehearse, rehearse_all, same_everywhere
 
 from bench.memory import SHAPES, Shape, compare, experts_of, measure, work_of
 from bench.memory import config_of as shape_config
+from tests.support.families import FAMILIES, tiny_model
 
 BY_NAME = {shape.name: shape for shape in SHAPES}
 
@@ -34,6 +36,34 @@ def test_parts_are_named(random_base: Path) -> None:
     # Rows in float32 need no completion, and AdamW's moments are two bytes for each number of theirs, with their scales.
     assert need.masters == 0
     assert 0.5 <= need.moments / need.gradients < 0.55
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"num_key_value_heads": 3},
+        {"num_experts_per_tok": 99},
+        {"hidden_act": "nobody-knows"},
+        {"rope_parameters": {"rope_type": "nobody-knows"}},
+        {"num_attention_heads": 0},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be_computed_is_one_sentence(random_base: Path, broken: dict[str, Any]) -> None:
+    document = json.loads((random_base / "config.json").read_text())
+    data = json.dumps({**document, **broken}).encode()
+    with pytest.raises(Invalid, match=r"config") as raised:
+        rehearse(parse_config(data), {1: [0]}, {1: [1]}, Workload(1, 16))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_rehearsed(family: str) -> None:
+    config = tiny_model(family).config
+    first = min(same_everywhere(config, 1))
+    need = rehearse(config, {first: [0]}, {first: [1]}, Workload(1, 8))
+    assert need.weights > need.moments > 0
 
 
 def test_nothing_of_a_rehearsal_stays_behind(random_base: Path) -> None:
