@@ -1,4 +1,4 @@
-"""The part on the engine of `docs/explanation/costs.md`, from what `bench.engine` wrote."""
+"""The parts on the engine and on published models' memory of `docs/explanation/costs.md`, from what their benchmarks wrote."""
 
 from __future__ import annotations
 
@@ -12,13 +12,44 @@ from bench.evidence import ROOT, Document, nats, paragraphs, ran, table
 COSTS = ROOT / "docs/explanation/costs.md"
 # What lies between them on the page is written here.
 BEGIN, END = "<!-- written by bench.evidence -->\n", "<!-- until here -->\n"
+GOALS = "<!-- goals, written by bench.evidence -->\n"
 
 
 def render_costs(page: str, documents: Mapping[str, Document]) -> str:
-    """Return the page with the part on the engine written anew."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + paragraphs(_engine(documents["engine"])) + END + after
+    """Return the page with its written parts written anew."""
+    for begin, part in ((BEGIN, _engine(documents["engine"])), (GOALS, _goals(documents["goals"]))):
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(END)
+        page = before + begin + paragraphs(part) + END + after
+    return page
+
+
+def _goals(document: Document) -> str:
+    settings, parts = document["settings"], ("weights", "masters", "gradients", "moments", "activations", "workspace")
+    rows = [
+        [
+            row["model"],
+            f"{row['targets_a_layer']:g}",
+            *(f"{row['predicted'][part] / 1e9:.2f}" for part in (*parts, "total")),
+            f"{row['goal'] / 1e9:.0f}",
+            _met(row["predicted"]["total"], row["goal"]),
+            ", ".join(f"`{setting}`" for setting in row["settings"]) or "none",
+        ]
+        for row in document["rows"]
+    ]
+    return f"""
+`bench.goals`: gigabytes (10⁹ bytes) of training on a GPU, frozen experts in four bits, {settings["sequences"]} sequence of
+{settings["length"]} tokens, weights in {settings["dtype"]}. *Targets* a layer on average: of DeepSeek-V2-Lite those that the
+authors of ESFT published for {settings["task"]} at p = {settings["threshold"]}; of the others the same share of the experts
+of every layer. *Settings* are what had to be turned to reach the goal:
+
+{table(("model", "targets", *parts, "total", "goal", "met", "settings"), rows)}
+Predicted from the configurations, not measured on a GPU. [Every number](../evidence/goals.json).
+"""
+
+
+def _met(total: int, goal: int) -> str:
+    return "yes" if total <= goal else f"missed by {(total - goal) / 1e9:.2f}"
 
 
 def _engine(document: Document) -> str:

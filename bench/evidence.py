@@ -1,8 +1,8 @@
 """The page of evidence, made from what the benchmarks wrote: `python -m bench.evidence [--out out/bench]`.
 
-Copies JSON and plots of the full runs to `docs/evidence`. Renders `docs/explanation/evidence.md` from them, and the engine's
-part of `docs/explanation/costs.md` (`bench.costs_page`), so that no figure there is typed. A quick run is refused. A unit
-test renders both again from the copies.
+Copies JSON and plots of the full runs to `docs/evidence`. Renders `docs/explanation/evidence.md` from them, and of
+`docs/explanation/costs.md` the parts on the engine and on published models' memory (`bench.costs_page`), so that no figure
+there is typed. A quick run is refused. A unit test renders both again from the copies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, COPIES = ROOT / "docs/explanation/evidence.md", ROOT / "docs/evidence"
 ON_PAGE = ("selection", "routing_modes", "residency", "forgetting", "decentralised", "cost", "validator_throughput")
-NAMES = (*ON_PAGE, "engine")
+NAMES = (*ON_PAGE, "engine", "goals")
 Document = Mapping[str, Any]
 
 
@@ -69,8 +69,10 @@ def main() -> int:
         return 2
     COPIES.mkdir(exist_ok=True)
     for name in NAMES:
-        for kind in ("json", "svg"):
-            shutil.copyfile(folder / f"{name}.{kind}", COPIES / f"{name}.{kind}")
+        for file in (f"{name}.json", f"{name}.svg"):
+            # Predictions have no picture.
+            if file != "goals.svg":
+                shutil.copyfile(folder / file, COPIES / file)
     PAGE.write_text(render(documents))
     COSTS.write_text(render_costs(COSTS.read_text(), documents))
     print(f"written: {PAGE.relative_to(ROOT)}, {COSTS.relative_to(ROOT)}, {COPIES.relative_to(ROOT)}")
