@@ -33,7 +33,7 @@ test: $(READY) ## every check that CI runs
 
 bench: $(READY) ## quick runs of the benchmarks; `python -m bench.<name>` is a full one, `bench.demo` the demo
 	@$(PIP) install --quiet --no-deps -c constraints.txt peft torchao
-	@for name in overhead selection cost memory forgetting decentralised schedules routing_modes residency document_pools \
+	@for name in overhead selection cost engine memory forgetting decentralised schedules routing_modes residency document_pools \
 	  validator_throughput attacks copies racing trust composition compounding lifecycle calibration search \
 	  console reading; do \
 	  $(PY) -m bench.$$name --quick || exit 1; done

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 from bench.harness import Options, Result, main, note
@@ -22,6 +23,10 @@ PUBLISHED, TASK, LENGTH = "DeepSeek-V2-Lite", "law", 2048
 
 def run(options: Options) -> Result:
     """Predict each model at work, with the settings that are chosen for its goal."""
+    if not TRACES.exists():
+        sys.exit(
+            f"the published selections are not at {TRACES}; set CONNITO_TEST_DATA to the folder that holds esft-traces"
+        )
     rows = []
     for name in list(GOALS)[: 1 if options.quick else None]:
         note(name)
