@@ -30,7 +30,7 @@ def known(service: str) -> set[str]:
     (settings,) = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, ServiceSettings) and value is not ServiceSettings
+        if isinstance(value, type) and issubclass(value, ServiceSettings) and value.__module__ == module.__name__
     ]
     return {row[0] for row in settings.describe()}
 

@@ -18,7 +18,7 @@ PURE = {
 }
 PERFORMING = {
     "committer": {"content"},
-    "trainer": {"adversary", "base", "strategy", "training"},
+    "trainer": {"adversary", "base", "evaluation", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {
         "access", "artifacts", "charts", "figures", "heatmap", "history", "lineage", "pages", "views", "waterfall",
@@ -28,6 +28,7 @@ PERFORMING = {
 # Who decides elsewhere: auditors share the library's plan of a deposit.
 WITHOUT_HANDLERS = {"console", "library"}
 WITHOUT_ACTIONS = {"console"}
+WITH_MODEL = {"aggregator", "selector", "trainer", "validator"}
 
 PURE_MODULES = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "statistics", "typing"}
 PURE_WINGS = {"errors", "library", "protocol", "v1", "views", "wire"}
@@ -108,7 +109,8 @@ def test_main_is_the_composition_root_and_alone_runs_the_service(service: str) -
 
 @pytest.mark.parametrize("service", NAMES)
 def test_settings_are_one_class_that_knows_no_other_room(service: str) -> None:
-    assert bases(service, "settings") == {"ServiceSettings"}
+    base = "ModelSettings" if service in WITH_MODEL else "ServiceSettings"
+    assert bases(service, "settings") == {base}
     assert neighbours(service, "settings") == set()
 
 
