@@ -25,7 +25,7 @@ from connito.errors import Invalid
 from connito.experts.measure import loss
 from connito.experts.removal import check_prunable, check_same, remove_experts, set_counts
 from connito.experts.tape import Tape, each_layer
-from connito.moe.layout import MoELayer, require_moe_layers
+from connito.moe.layout import MoELayer, find_moe_layers, require_moe_layers
 from connito.moe.router import Call
 from connito.v1 import reasons_pb2
 
@@ -85,7 +85,8 @@ def prune(model: nn.Module, keep: Mapping[int, list[int]]) -> nn.Module:
 
 
 def _follow(model: Any, before: int) -> None:
-    counts = {layer.num_experts for layer in require_moe_layers(model).values()}
+    # Not required to compute: the configuration may still send a token to more experts than there are now.
+    counts = {layer.num_experts for layer in find_moe_layers(model).values()}
     if len(counts) == 1:
         set_counts(model.config, before, *counts)
 
