@@ -63,7 +63,9 @@ def test_every_family_can_be_rehearsed(family: str) -> None:
     config = tiny_model(family).config
     first = min(same_everywhere(config, 1))
     need = rehearse(config, {first: [0]}, {first: [1]}, Workload(1, 8))
-    assert need.weights > need.moments > 0
+    assert need.weights > need.moments
+    # Linear attention without its kernel takes most in a pass before the first step: there are no moments yet.
+    assert need.moments > 0 or need.workspace > need.weights
 
 
 def test_nothing_of_a_rehearsal_stays_behind(random_base: Path) -> None:

@@ -211,7 +211,7 @@ def test_by_example_a_long_shelf_is_first_cut_down_by_signatures(
 
 def test_what_is_not_there_is_said_without_a_traceback(run: Any, stocked: Any, tmp_path: Path, texts: Any) -> None:
     _, ids = stocked
-    with pytest.raises(NotFound, match="not a checkpoint"):
+    with pytest.raises(NotFound, match="there is no folder"):
         run("skip", "--base", tmp_path / "nowhere", "--data", texts["recipes"])
     with pytest.raises(NotFound, match="no shelf"):
         run("export", ids["logs"], "--out", tmp_path / "x", "--shelf", tmp_path / "nowhere")
