@@ -128,6 +128,8 @@ def test_a_selection_is_the_same_from_every_kind_of_file(
         code, said, err = run("select", "--base", random_base, "--data", place, "--max-experts", "4")
         assert code == 0, err
         picks[name] = said["layers"], said["mass"]
+        (read,) = said["diagnostics"]["read"].values()
+        assert (read["files"], read["rows"] - read["empty"]) == (1, len(TEXTS))
 
     assert picks[kind] == picks["lines"]
 

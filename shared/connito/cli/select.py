@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from connito.cli.output import DeviceOption, JsonFlag, emit
+from connito.data.reading.rows import Account
 from connito.protocol.policy.choices import CONTESTED, CONTESTED_RULE, METHOD, METHODS, SCOPE, one_of
 from connito.render import formats
 
@@ -107,6 +108,8 @@ def _text(chosen: Selection) -> str:
         )
     for pair, share in seen.get("overlap", {}).items():
         lines.append(f"  {' and '.join(pair.split('|'))} have {formats.percent(share)} of their routing in common")
+    for name, numbers in seen.get("read", {}).items():
+        lines.append(f"  {name}: {Account.from_json(numbers)}")
     if "causal_effect" in seen:
         drivers = ", ".join(f"{layer}/{expert}" for layer, expert in seen["drivers"])
         lines.append(f"  drivers (layer/expert whose removal changes the output most): {drivers}")

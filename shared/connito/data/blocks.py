@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from connito.data.encoding import encoder_of
 from connito.data.reading.reader import Reading
+from connito.data.reading.rows import Account
 from connito.data.reading.texts import documents_of
 from connito.data.templates import Templates
 from connito.errors import Invalid, NotFound
@@ -23,11 +24,16 @@ _BATCH = 64
 
 
 def blocks(
-    tokenizer: Any, paths: Sequence[Path], length: int = 512, progress: Callable[[float], None] | None = None
+    tokenizer: Any,
+    paths: Sequence[Path],
+    length: int = 512,
+    progress: Callable[[float], None] | None = None,
+    accounts: dict[str, Account] | None = None,
 ) -> Iterator[Ids]:
     """Yield arrays int32 [n, length] of the texts in a row, each with its end, and what is left as [1, rest].
 
-    Texts are read as jobs read them. `progress` gets the share of bytes read, as far as it is known.
+    Texts are read as jobs read them. `progress` gets the share of bytes read, as far as it is known;
+    `accounts` what was read of each path, and what was not.
     """
     total, done = max(1, sum(map(_size, paths))), 0
     ids = array("i")
@@ -44,6 +50,8 @@ def blocks(
                     progress(min(1.0, (done + reading.account.bytes) / total))
         if not found:
             raise Invalid(f"{path} holds no text ({reading.account})", reason=reasons_pb2.REASON_SELECTION_FAILED)
+        if accounts is not None:
+            accounts[str(path)] = reading.account
         done += _size(path)
     if progress is not None:
         progress(1.0)
@@ -61,6 +69,8 @@ def _documents(tokenizer: Any, reading: Reading) -> Iterator[list[int]]:
                 yield [*encoder_of(tokenizer).encode([text])[0], tokenizer.eos_token_id]
             elif (laid := templates.document(chat)) is not None:
                 yield laid[0]
+        for why, count in templates.laid.skipped.items():
+            reading.account.dropped[f"conversations left out: {why}"] += count
 
 
 def _size(path: Path) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.data.blocks import blocks, check_enough, existing, head
+from connito.data.reading.rows import Account
 from connito.errors import Invalid
 from connito.moe.statistics import RoutingStatistics, merge_all, read_trace
 from connito.v1 import reasons_pb2
@@ -42,6 +43,8 @@ class Router:
     layout: Layout
     model: nn.Module
     tokenizer: Any
+    # What was read of each file, folder or address that was routed.
+    accounts: dict[str, Account] = field(default_factory=dict)
 
     @classmethod
     def load(cls, base: Path, texts: Sequence[Sequence[Path]]) -> Router:
@@ -61,7 +64,7 @@ class Router:
         """Count the routing of these texts, read piece by piece."""
         from connito.moe.statistics import collect
 
-        return collect(self.model, blocks(self.tokenizer, paths, progress=progress))
+        return collect(self.model, blocks(self.tokenizer, paths, progress=progress, accounts=self.accounts))
 
     def head(self, paths: Sequence[Path], tokens: int) -> npt.NDArray[Any]:
         """Return the first `tokens` of the texts, int32 [n, L + 1]."""

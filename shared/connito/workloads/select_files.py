@@ -113,6 +113,9 @@ def select(options: SelectOptions, progress: Progress = lambda what, share: None
     if options.diagnostics:
         assert router is not None
         chosen = _measured(chosen, router, next(iter(texts.values())), options.effects, progress)
+    if router:
+        read = {name: account.to_json() for name, account in router.accounts.items()}
+        chosen = replace(chosen, diagnostics={**chosen.diagnostics, "read": read})
     _write(options, chosen, found, others)
     return chosen
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
@@ -52,6 +52,12 @@ class Account:
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as plain data."""
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, numbers: Mapping[str, Any]) -> Self:
+        """Return what `to_json` describes."""
+        parts: dict[str, Any] = {name: Counter(v) if isinstance(v, dict) else v for name, v in numbers.items()}
+        return cls(**parts)
 
     def __str__(self) -> str:
         empty = f", {self.empty} of them empty" if self.empty else ""
