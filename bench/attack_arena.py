@@ -226,7 +226,7 @@ class Arena:
         facts = self._facts(cycle, standing, validators)
         refused, settled, files = {}, [], {}
         for place, upload in enumerate(uploads):
-            refusal = check_artifact(str(upload.path), str(self.start().state), self.spec.scoring.max_relative_norm)
+            refusal = check_artifact(str(upload.path), str(self.start().state), self.spec)
             if refusal is not None:
                 refused[upload.miner] = refusal
                 continue

@@ -114,7 +114,7 @@ class Committer:
     async def _look(
         self, facts: RunFacts, fact: Fact, judged: judging.CheckContent
     ) -> cycle_pb2.RevealAccepted | cycle_pb2.Refused:
-        refusal = await self._check(facts, judged.artifact)
+        refusal = await self._check(facts, judged.artifact, judged.base)
         return judged.then if refusal is None else judging.refused("submit", fact, refusal)
 
     async def _publish(self, run: str, write: Write) -> bool:
@@ -172,8 +172,8 @@ class Committer:
         match action.payload:
             case Settle(window, cycle):
                 await self._settle(facts, window, cycle)
-            case Examine(artifact):
-                await self._check(facts, artifact)
+            case Examine(artifact, base):
+                await self._check(facts, artifact, base)
 
     async def _settle(self, facts: RunFacts, window: str, cycle: int) -> None:
         closed = facts.window(window, cycle).require_closed()

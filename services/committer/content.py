@@ -7,13 +7,14 @@ from collections import OrderedDict
 
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.protocol.findings import Refusal
-from connito.protocol.submission import read_header, validate
+from connito.protocol.submission import read_header, validate_move
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.cycle_pb2 import Finding
+from connito.v1.run_pb2 import RunSpec
 from connito.wire.facts import RunFacts
 
 log = get_logger("committer.content")
@@ -31,21 +32,23 @@ class ContentCheck:
     def __init__(self, store: ArtifactStore, slots: int) -> None:
         self._store = store
         self._slots = asyncio.Semaphore(slots)
-        self._verdicts: OrderedDict[tuple[str, str], asyncio.Task[Refusal | None]] = OrderedDict()
+        self._verdicts: OrderedDict[tuple[str, str, str], asyncio.Task[Refusal | None]] = OrderedDict()
 
-    async def __call__(self, facts: RunFacts, artifact: ArtifactRef) -> Refusal | None:
-        """Check an upload. Raises `Retry` when the store is away or the disk is full."""
-        key = (facts.run, artifact.digest)
+    async def __call__(self, facts: RunFacts, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
+        """Check an upload against the state that its cycle started from. Raises `Retry` when the store is away or the
+        disk is full.
+        """
+        key = (facts.run, artifact.digest, base.digest)
         task = self._verdicts.get(key)
         if task is None:
-            task = self._verdicts[key] = asyncio.create_task(self._examine(facts, artifact))
+            task = self._verdicts[key] = asyncio.create_task(self._examine(facts, artifact, base))
             task.add_done_callback(lambda done: self._forget_passing(key, done))
             while len(self._verdicts) > REMEMBERED:
                 self._verdicts.popitem(last=False)
         # One caller that is cancelled must not take the examination from the others.
         return await asyncio.shield(task)
 
-    def _forget_passing(self, key: tuple[str, str], task: asyncio.Task[Refusal | None]) -> None:
+    def _forget_passing(self, key: tuple[str, str, str], task: asyncio.Task[Refusal | None]) -> None:
         """Forget a temporary fault, or an object that may still be uploaded, so that it is checked again."""
         failed = task.cancelled() or task.exception() is not None
         refusal = None if failed else task.result()
@@ -56,8 +59,8 @@ class ContentCheck:
         """Stop what is still being examined."""
         await end_tasks(self._verdicts.values())
 
-    async def _examine(self, facts: RunFacts, artifact: ArtifactRef) -> Refusal | None:
-        selection, spec = facts.require_selection(), facts.require_spec()
+    async def _examine(self, facts: RunFacts, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
+        spec = facts.require_spec()
         finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_UPLOADED, name=artifact.digest)
         missing = Refusal(reasons_pb2.REASON_ARTIFACT_MISSING, finding)
         try:
@@ -80,17 +83,19 @@ class ContentCheck:
                 # The disk here is full, or the like: not the miner's doing.
                 raise Retry(str(error), after=10.0) from error
             try:
-                base = await self._store.fetch(selection.initial_state)
+                start = await self._store.fetch(base)
             except Invalid as error:
-                raise Retry(f"the initial state of {facts.run} cannot be read: {error}", after=10.0) from error
-            return await asyncio.to_thread(check_artifact, str(path), str(base), spec.scoring.max_relative_norm)
+                raise Retry(
+                    f"the state that a cycle of {facts.run} started from cannot be read: {error}", after=10.0
+                ) from error
+            return await asyncio.to_thread(check_artifact, str(path), str(start), spec)
 
 
-def check_artifact(path: str, base: str, max_relative_norm: float) -> Refusal | None:
-    """Return why the file at `path` is no submission to a run whose θ_0 is at `base`; None when it is one. Never raises."""
+def check_artifact(path: str, base: str, spec: RunSpec) -> Refusal | None:
+    """Return why the file at `path` is no submission to a cycle whose θ_t is at `base`; None when it is one. Never raises."""
     expected = read_header(base)
     try:
-        validate(path, expected, base, max_relative_norm)
+        validate_move(path, expected, base, spec)
     except Invalid as error:
         return Refusal.of(error)
     except Exception as error:  # a hostile file must not be able to stop the service

@@ -24,6 +24,7 @@ class Examine:
     """Examine an artifact whose reveal waits for its turn."""
 
     artifact: ArtifactRef = field(hash=False)
+    base: ArtifactRef = field(hash=False)
 
 
 def decide(facts: RunFacts, _now_ms: int) -> Decision:
@@ -43,6 +44,6 @@ def _examinations(facts: RunFacts) -> list[Action]:
         for reveal in facts.reveals_sent(cycle).values():
             judged = judging.judge_reveal(facts, reveal)
             if isinstance(judged, judging.CheckContent):
-                key = f"{facts.run}/examine.{judged.artifact.digest}"
-                actions.append(Action(key, facts.run, Examine(judged.artifact)))
+                key = f"{facts.run}/examine.{cycle}.{judged.artifact.digest}"
+                actions.append(Action(key, facts.run, Examine(judged.artifact, judged.base)))
     return actions

@@ -29,9 +29,11 @@ SIZE_TOLERANCE = 4096
 
 @dataclass(frozen=True)
 class CheckContent:
-    """A reveal whose artifact's content is still to be checked; if it passes, `then` is the answer."""
+    """A reveal whose artifact's content is still to be checked, by the state that its cycle started from; if it passes,
+    `then` is the answer."""
 
     artifact: ArtifactRef
+    base: ArtifactRef
     then: cycle_pb2.RevealAccepted | cycle_pb2.Refused
 
 
@@ -120,7 +122,8 @@ def judge_reveal(facts: RunFacts, fact: Fact) -> CheckContent | cycle_pb2.Refuse
         refusal = check_opening(facts, cycle, miner, message.artifact, message.base_state_digest, message.salt)
     if refusal is not None:
         return refused("submit", fact, refusal)
-    return CheckContent(fact.message.artifact, _conclude(facts, fact))
+    base = facts.window("train", cycle).require_opened().state
+    return CheckContent(fact.message.artifact, base, _conclude(facts, fact))
 
 
 def check_opening(

@@ -213,7 +213,7 @@ def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tu
 def refused_content(work: Recomputation, cycle: int) -> Step:
     """Check reveals that were refused for their artifact's content, where the artifact still exists."""
     from connito.audit.artifacts import refused_reveals
-    from connito.protocol.submission import read_header, validate
+    from connito.protocol.submission import read_header, validate_move
 
     evidence, facts, found, compared = work.evidence, work.evidence.facts, [], 0
     for entry in refused_reveals(evidence):
@@ -227,7 +227,7 @@ def refused_content(work: Recomputation, cycle: int) -> Step:
         try:
             base = work.artifacts.paths.get(opened.state.digest) if opened is not None else None
             layout = read_header(work.artifacts.path(selection.initial_state))
-            validate(path, layout, base, spec.scoring.max_relative_norm or float("inf"))
+            validate_move(path, layout, base, spec)
         except Invalid:
             continue
         name = reason_name(refused.reason) if refused is not None else "unknown"

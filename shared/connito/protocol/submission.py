@@ -25,8 +25,9 @@ from connito.data.tensors import (
 )
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
+from connito.v1.run_pb2 import RunSpec
 
-__all__ = ["Layout", "expected_layout", "max_submission_bytes", "read_header", "validate"]
+__all__ = ["Layout", "expected_layout", "max_submission_bytes", "read_header", "validate", "validate_move"]
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (dtype, shape)."""
@@ -80,6 +81,13 @@ def validate(
     for name in sorted(layout):
         _check_values(name, reader, origin, max_relative_norm)
     return header
+
+
+def validate_move(source: Path | str, layout: Layout | Header, start: Path | str | None, spec: RunSpec) -> Header:
+    """Check a submission as everybody does who judges one: its norm by `start`, the state θ_t that its own cycle started
+    from, or not at all where that is lost. Over a run the state may move as far as it likes.
+    """
+    return validate(source, layout, start, spec.scoring.max_relative_norm or math.inf)
 
 
 def _size(path: Path) -> int:

@@ -20,7 +20,7 @@ from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.copies import CopyEvidence, find_copies, gains_of
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import score_cycle, without
-from connito.protocol.submission import expected_layout, validate
+from connito.protocol.submission import expected_layout, validate_move
 from connito.store import ref_of_file
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
@@ -97,7 +97,7 @@ def _inspect(facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files
         if entry.miner in files.states:
             try:
                 path, base = files.states[entry.miner], files.bases[entry.miner]
-                validate(path, layout, base, spec.scoring.max_relative_norm or float("inf"))
+                validate_move(path, layout, base, spec)
             except Invalid as error:
                 refused[entry.miner] = Refusal.of(error)
     return refused

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from services.committer import content
 from services.committer.content import ContentCheck
-from tests.unit.services.committer.ledger import Ledger, artifact
+from tests.unit.services.committer.ledger import Ledger, artifact, theta
 
 STATE = {"layers.0.up_proj": np.ones((2, 4, 4), dtype=np.float32)}
 
@@ -27,6 +27,7 @@ class Shelf:
         self.good, self.upload = folder / "good", folder / "upload"
         self.good.write_bytes(good)
         self.fetched = 0
+        self.states: dict[str, Path] = {}
         self.failure: Exception | None = None
 
     async def stat(self, ref: ArtifactRef) -> int | None:
@@ -34,7 +35,7 @@ class Shelf:
 
     async def fetch(self, ref: ArtifactRef) -> Path:
         if ref.digest != artifact("ma", 1).digest:
-            return self.good
+            return self.states.get(ref.digest, self.good)
         self.fetched += 1
         await asyncio.sleep(0)
         if self.failure is not None:
@@ -65,18 +66,18 @@ async def test_a_good_artifact_is_examined_once_however_many_ask(
     facts: RunFacts, shelf: Shelf, check: ContentCheck
 ) -> None:
     shelf.upload.write_bytes(save(STATE))
-    answers = await asyncio.gather(*(check(facts, artifact("ma", 1)) for _ in range(5)))
+    answers = await asyncio.gather(*(check(facts, artifact("ma", 1), theta(1)) for _ in range(5)))
     assert answers == [None] * 5
-    assert await check(facts, artifact("ma", 1)) is None
+    assert await check(facts, artifact("ma", 1), theta(1)) is None
     assert shelf.fetched == 1
 
 
 async def test_what_is_missing_is_looked_for_again(facts: RunFacts, shelf: Shelf, check: ContentCheck) -> None:
-    refusal = await check(facts, artifact("ma", 1))
+    refusal = await check(facts, artifact("ma", 1), theta(1))
     assert refusal is not None
     assert refusal.reason == reasons_pb2.REASON_ARTIFACT_MISSING
     shelf.upload.write_bytes(save(STATE))
-    assert await check(facts, artifact("ma", 1)) is None
+    assert await check(facts, artifact("ma", 1), theta(1)) is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ async def test_bad_content_is_refused_with_its_reason(
     facts: RunFacts, shelf: Shelf, check: ContentCheck, data: bytes, expected: int
 ) -> None:
     shelf.upload.write_bytes(data)
-    refusal = await check(facts, artifact("ma", 1))
+    refusal = await check(facts, artifact("ma", 1), theta(1))
     assert refusal is not None
     assert refusal.reason == expected
 
@@ -105,9 +106,9 @@ async def test_a_file_that_breaks_the_examination_is_refused_too(
     def burst(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(content, "validate", burst)
+    monkeypatch.setattr(content, "validate_move", burst)
     shelf.upload.write_bytes(save(STATE))
-    refusal = await check(facts, artifact("ma", 1))
+    refusal = await check(facts, artifact("ma", 1), theta(1))
     assert refusal is not None
     assert refusal.reason == reasons_pb2.REASON_BAD_HEADER
 
@@ -124,7 +125,7 @@ async def test_what_the_store_says_about_the_artifact_is_told_to_the_miner(
 ) -> None:
     shelf.upload.write_bytes(save(STATE))
     shelf.failure = failure
-    refusal = await check(facts, artifact("ma", 1))
+    refusal = await check(facts, artifact("ma", 1), theta(1))
     assert refusal is not None
     assert refusal.reason == expected
 
@@ -136,6 +137,22 @@ async def test_trouble_on_this_side_is_nobody_s_fault_and_passes(
     shelf.upload.write_bytes(save(STATE))
     shelf.failure = failure
     with pytest.raises(Retry):
-        await check(facts, artifact("ma", 1))
+        await check(facts, artifact("ma", 1), theta(1))
     shelf.failure = None
-    assert await check(facts, artifact("ma", 1)) is None
+    assert await check(facts, artifact("ma", 1), theta(1)) is None
+
+
+@pytest.mark.parametrize("cycle", [2, 30])
+async def test_a_submission_is_measured_from_the_state_that_its_own_cycle_started_from(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck, tmp_path: Path, cycle: int
+) -> None:
+    """After `cycle` steps of 4 % each the run is far from where it began, and each submission no further than ever."""
+    moved = {name: value * 1.04**cycle * 1.6 for name, value in STATE.items()}
+    shelf.states[theta(cycle).digest] = tmp_path / "state"
+    (tmp_path / "state").write_bytes(save(moved))
+    shelf.upload.write_bytes(save({name: value * np.float32(1.04) for name, value in moved.items()}))
+    assert await check(facts, artifact("ma", 1), theta(cycle)) is None
+    # The very same bytes as work on θ_0 would be a leap.
+    refusal = await check(facts, artifact("ma", 1), theta(1))
+    assert refusal is not None
+    assert refusal.reason == reasons_pb2.REASON_NORM_EXCEEDED

@@ -260,11 +260,23 @@ def test_a_good_reveal_that_is_late_says_that_it_rolls_over(ledger: Ledger) -> N
     said = ledger.reveal("ma", 1)
     judged = judge_reveal(ledger.facts, said)
     assert isinstance(judged, CheckContent), "its content is examined all the same"
+    assert judged.base == theta(1), "by the state that its own cycle started from"
     answer = reveal(ledger, said)
     assert reason(answer) == reasons_pb2.REASON_LATE_REVEAL
     assert isinstance(answer, cycle_pb2.Refused)
     assert "rolls over" in detail_of(answer)
     assert reason(reveal(ledger, ledger.reveal("ma", 1))) == reasons_pb2.REASON_DUPLICATE_REVEAL
+
+
+def test_content_is_examined_by_what_the_cycle_started_from_and_not_the_run() -> None:
+    ledger = Ledger()
+    ledger.miners("ma")
+    for cycle in (1, 2):
+        to_submit(ledger, cycle, miners=("ma",))
+        judged = judge_reveal(ledger.facts, ledger.reveal("ma", cycle))
+        assert isinstance(judged, CheckContent)
+        assert judged.base == theta(cycle)
+        ledger.closed("submit", cycle)
 
 
 def test_a_late_reveal_of_the_last_cycle_is_told_so() -> None:
