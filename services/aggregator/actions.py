@@ -48,9 +48,10 @@ class Aggregator:
         budget: ComputeBudget,
         facts: Callable[[str], RunFacts],
         leading: Callable[[], bool],
+        load: Callable[..., GateEvaluator] = GateEvaluator.load,
     ) -> None:
         self._bus, self._store, self._roster, self._budget = bus, store, roster, budget
-        self._facts, self._leading = facts, leading
+        self._facts, self._leading, self._load_model = facts, leading, load
         self.evaluators: dict[str, GateEvaluator] = {}
         self._loading = asyncio.Lock()
 
@@ -88,7 +89,7 @@ class Aggregator:
         spec, selection = facts.require_spec(), facts.require_selection()
         base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
         async with self._budget.slot("load"):
-            return await asyncio.to_thread(GateEvaluator.load, spec, selection, base.files, holdouts)
+            return await asyncio.to_thread(self._load_model, spec, selection, base.files, holdouts)
 
     async def _merge(self, run: str, cycle: int) -> None:
         facts = self._facts(run)

@@ -20,20 +20,20 @@ from .settings import CommitterSettings
 from .state import STREAMS, State
 
 
-async def main(ctx: ServiceContext[CommitterSettings]) -> None:
+async def main(ctx: ServiceContext[CommitterSettings], serve: rpc.ServeApi = rpc.serve_api) -> None:
     """Run until told to stop. Raises whatever the engine, the consumer or the API died of."""
     settings, state = ctx.settings, State(ctx.roster)
     limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
     api = SubmissionApi(ctx.bus, state, ctx.store, limit, settings.presign_seconds)
     async with aclosing(ContentCheck(ctx.store, settings.examine_slots)) as check, Lifecycle(ctx.stop) as life:
         committer = Committer(ctx.bus, state, check)
-        engine = Engine(ctx.bus, state, STREAMS, decide, committer.perform)
+        engine = Engine(ctx.bus, state, STREAMS, decide, committer.perform, clock=ctx.bus.host.now_ms)
         life.start(engine.run())
         if not await life.finishes(engine.caught_up.wait()):
             return
         state.live = True
         servicer = (services_pb2_grpc.add_SubmissionServiceServicer_to_server, api, NAME)
-        async with rpc.serve_api(ctx, servicer) as address:
+        async with serve(ctx, servicer) as address:
             life.start(committer.answer(settings.lease_seconds))
             # Any replica serves the API; where there are several, one advertised address leads to all of them.
             if await life.finishes(rpc.register(ctx.bus, "committer", address)):

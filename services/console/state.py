@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from connito.bus import Bus, CaughtUp, offences
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, Retry
+from connito.runtime.host import now_ms
 from connito.runtime.tasks import end_tasks
-from connito.service.engine import now_ms
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.envelope import open_bytes
 from connito.wire.fact import Record

@@ -19,22 +19,22 @@ from .settings import CoordinatorSettings
 from .state import State
 
 
-async def main(ctx: ServiceContext[CoordinatorSettings]) -> None:
+async def main(ctx: ServiceContext[CoordinatorSettings], serve: rpc.ServeApi = rpc.serve_api) -> None:
     """Run until told to stop. Raises whatever the engine or the lease died of."""
     settings, state = ctx.settings, State(ctx.roster)
     keeper = LeaseKeeper(ctx.bus, "coordinator", settings.lease_seconds)
-    coordinator = Coordinator(ctx.bus, state, lambda: keeper.leading, run=settings.run)
+    coordinator = Coordinator(ctx.bus, state, lambda: keeper.leading, ctx.bus.host.now_ms, settings.run)
     engine = Engine(
         ctx.bus, state, STREAMS, coordinator.decide, coordinator.perform,
-        on_fact=lambda fact: state.notice(fact, live=engine.caught_up.is_set()),
+        clock=ctx.bus.host.now_ms, on_fact=lambda fact: state.notice(fact, live=engine.caught_up.is_set()),
     )  # fmt: skip
     limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
-    api = RunApi(ctx.bus, state, ctx.roster, state.changes, limit)
+    api = RunApi(ctx.bus, state, ctx.roster, state.changes, limit, ctx.bus.host.now_ms)
     async with Lifecycle(ctx.stop) as life:
         life.start(engine.run())
         if not await life.finishes(engine.caught_up.wait()):
             return
-        async with rpc.serve_api(ctx, (services_pb2_grpc.add_RunServiceServicer_to_server, api, NAME)) as address:
+        async with serve(ctx, (services_pb2_grpc.add_RunServiceServicer_to_server, api, NAME)) as address:
 
             async def begin() -> None:
                 # The leader's address is the one that others find the API at: it is known to be alive.

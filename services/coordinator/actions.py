@@ -7,8 +7,9 @@ from collections.abc import Callable
 from connito.bus import Bus
 from connito.bus.position import PositionedLog
 from connito.protocol.bans import banned
+from connito.runtime.host import now_ms
 from connito.runtime.logs import get_logger
-from connito.service.engine import Action, Decision, now_ms
+from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts

@@ -13,8 +13,8 @@ from connito.errors import Invalid, NotFound, Retry
 from connito.protocol import bans
 from connito.protocol.findings import check_version
 from connito.protocol.policy.check import complete
+from connito.runtime.host import now_ms
 from connito.runtime.limits import RateLimit
-from connito.service.engine import now_ms
 from connito.service.rpc import check_fresh, open_request
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope

@@ -29,7 +29,7 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         context.log.warning(
             f"THIS MINER MISBEHAVES ON PURPOSE ({strategy.name}): for drills on a network of your own only", miner=me
         )
-    ledger, services = Ledger(settings.work_dir, me), Services(context.bus)
+    ledger, services = Ledger(settings.work_dir, me, context.bus.host.disk), Services(context.bus)
     downloads = Downloads(services, settings.cache_dir)
     trainer = LocalTrainer(me, downloads, ComputeBudget(settings.compute_dir, settings.compute_slots), settings)
     log = Log(context.roster)
@@ -46,7 +46,13 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         settings.invite,
     )
     engine = Engine(
-        context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform, run=settings.run
+        context.bus,
+        log,
+        STREAMS,
+        partial(decide_with, me, ledger, strategy),
+        miner.perform,
+        run=settings.run,
+        clock=context.bus.host.now_ms,
     )
     context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
     try:

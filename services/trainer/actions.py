@@ -10,14 +10,13 @@ from typing import Protocol
 
 from connito.bus import Bus
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import Invalid, Retry
+from connito.errors import Invalid
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.provenance import check_start
 from connito.runtime import logs, metrics
 from connito.service.engine import Action
-from connito.store import put_presigned
 from connito.store.cache import digest_of_file
-from connito.v1 import cycle_pb2, reasons_pb2, services_pb2
+from connito.v1 import cycle_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
@@ -147,13 +146,7 @@ class Miner:
         )
         if slot.present:
             return
-        try:
-            sent = await put_presigned(slot.url, slot.headers, self.ledger.artifact_path(run, mine.cycle))
-        except Invalid as error:
-            if error.reason == reasons_pb2.REASON_NOT_PERMITTED:
-                raise Retry(f"the upload failed, asking for a new slot: {error}") from error
-            raise
-        if sent:
+        if await self.services.upload(slot, self.ledger.artifact_path(run, mine.cycle)):
             metrics.UPLOAD_BYTES.inc(artifact.size)
             log.info("uploaded", bytes=artifact.size)
 

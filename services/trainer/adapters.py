@@ -15,11 +15,10 @@ import grpc.aio
 from connito.bus import Bus
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.service import rpc
-from connito.store import get_presigned
+from connito.store import get_presigned, put_presigned
 from connito.store.cache import Cache
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.wire.envelope import seal
 from connito.wire.invites import parse
 from google.protobuf.message import Message
 
@@ -64,6 +63,15 @@ class Services:
         assert isinstance(answer, services_pb2.RequestUploadResponse)
         return answer
 
+    async def upload(self, slot: services_pb2.RequestUploadResponse, path: Path) -> bool:
+        """Send a file into a slot; False when the object is there already. Raises `Retry` where another slot is needed."""
+        try:
+            return await put_presigned(slot.url, slot.headers, path)
+        except Invalid as error:
+            if error.reason == reasons_pb2.REASON_NOT_PERMITTED:
+                raise Retry(f"the upload failed, asking for a new slot: {error}") from error
+            raise
+
     async def download_urls(self, run: str, digests: Sequence[str]) -> Mapping[str, str]:
         """Return digest to URL, for public artifacts of a run."""
         command = services_pb2.DownloadsCommand(run=run, digests=digests)
@@ -72,7 +80,7 @@ class Services:
         return dict(answer.urls)
 
     def _seal(self, method: str, command: Message) -> Any:
-        return seal(self._bus.identity, f"rpc.{method}", command)
+        return self._bus.seal(f"rpc.{method}", command)
 
     async def _call(self, service: str, stub: Callable[[Any], Any], method: str, request: Message) -> Any:
         address = await self._bus.find_endpoint(service)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from connito.errors import Fatal, Invalid
+from connito.runtime.host import HOST, Disk
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ Progress = Mapping[int, CycleProgress]
 class Ledger:
     """Reads and writes progress. One process at a time may hold a work folder."""
 
-    def __init__(self, work_dir: Path, miner: str) -> None:
+    def __init__(self, work_dir: Path, miner: str, disk: Disk = HOST.disk) -> None:
         """Lock `work_dir`. Raises `Fatal` when another trainer holds it or it cannot be written."""
-        self.work_dir, self.miner = work_dir, miner
+        self.work_dir, self.miner, self._disk = work_dir, miner, disk
         self._known: dict[str, dict[int, CycleProgress]] = {}
         try:
             work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(work_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_durably(work_dir / "miner", miner.encode())
+            disk.write(work_dir / "miner", miner.encode())
         except BlockingIOError as error:
             os.close(self._lock)
             raise Fatal(
@@ -87,7 +88,7 @@ class Ledger:
         """Change fields of a cycle's progress, on disk first."""
         changed = replace(self.cycle(run, cycle), **changes)  # type: ignore[arg-type]
         folder = self.folder(run, cycle)
-        write_durably(folder / "progress.json", json.dumps(dataclasses.asdict(changed), indent=1).encode())
+        self._disk.write(folder / "progress.json", json.dumps(dataclasses.asdict(changed), indent=1).encode())
         self.progress(run)
         self._known[run][cycle] = changed
         return changed
@@ -105,10 +106,7 @@ class Ledger:
     def keep_artifact(self, run: str, cycle: int, draft: Path) -> Path:
         """Make a finished draft the cycle's artifact: synced, then renamed, so that it is whole or not there."""
         path = self.artifact_path(run, cycle)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-        _sync_folder(path.parent)
+        self._disk.keep(draft, path)
         return path
 
     def prune(self, run: str, before: int) -> None:
@@ -133,22 +131,3 @@ def _present(progress: CycleProgress, folder: Path) -> CycleProgress:
     if not progress.artifact or (path.exists() and path.stat().st_size == progress.size):
         return progress
     return replace(progress, artifact="", size=0, commitment="")
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash leaves the old or the new content, never a part."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

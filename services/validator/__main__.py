@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from connito.errors import Fatal
 from connito.runtime.compute import ComputeBudget
 from connito.service.engine import Decision, Engine
@@ -12,13 +14,16 @@ from connito.wire.chain import Chains
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
+from connito.workloads.scoring import SubmissionEvaluator
 
 from .actions import Validator, anchors_of
 from .handlers import STREAMS, decide
 from .settings import ValidatorSettings
 
 
-async def main(context: ServiceContext[ValidatorSettings]) -> None:
+async def main(
+    context: ServiceContext[ValidatorSettings], load: Callable[..., SubmissionEvaluator] = SubmissionEvaluator.load
+) -> None:
     """Validate until told to stop. Raises `Fatal` for a key that the operator's roster does not list."""
     settings, log = context.settings, Log(context.roster)
     if not context.roster.permits("validator", context.identity.public):
@@ -32,14 +37,16 @@ async def main(context: ServiceContext[ValidatorSettings]) -> None:
         settings,
         lambda run: log.runs[run],
         lambda run, cycle: anchors_of(log.chains.get(run, Chains()), cycle),
+        load,
     )
 
     def decide_now(facts: RunFacts, _now_ms: int) -> Decision:
         return decide(facts, validator.me, validator.secret, validator.loaded)
 
     engine = Engine(
-        context.bus, log, STREAMS, decide_now, validator.perform, run=settings.run, on_fact=drop_others_scores
-    )
+        context.bus, log, STREAMS, decide_now, validator.perform,
+        run=settings.run, clock=context.bus.host.now_ms, on_fact=drop_others_scores,
+    )  # fmt: skip
     async with Lifecycle(context.stop) as life:
         life.start(engine.run())
         if await life.finishes(engine.caught_up.wait()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,9 +47,10 @@ class Validator:
         settings: ValidatorSettings,
         facts: Callable[[str], RunFacts],
         anchors: Callable[[str, int], list[cycle_pb2.WindowAnchor]] = lambda run, cycle: [],
+        load: Callable[..., SubmissionEvaluator] = SubmissionEvaluator.load,
     ) -> None:
         self._bus, self._store, self._compute, self._settings, self._facts = bus, store, compute, settings, facts
-        self._anchors = anchors
+        self._anchors, self._load_model = anchors, load
         self._evaluators: dict[str, SubmissionEvaluator] = {}
         self._loading: dict[str, asyncio.Lock] = {}
         self._measuring = asyncio.Lock()
@@ -100,18 +100,18 @@ class Validator:
             return self._evaluators[run]
 
     async def _load(self, run: str) -> SubmissionEvaluator:
-        facts, begun = self._facts(run), time.perf_counter()
+        facts, begun = self._facts(run), self._bus.host.monotonic()
         spec, selection = facts.require_spec(), facts.require_selection()
         base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
         settings = self._settings
         load = partial(
-            SubmissionEvaluator.load, spec, selection, base.files, holdouts,
+            self._load_model, spec, selection, base.files, holdouts,
             device=settings.device, threads=settings.torch_threads, batch_tokens=settings.batch_tokens,
             cache_bytes=settings.hidden_cache_bytes,
         )  # fmt: skip
         async with self._compute.slot("load"):
             evaluator = await asyncio.to_thread(load)
-        log.info("model loaded", seconds=round(time.perf_counter() - begun, 2))
+        log.info("model loaded", seconds=round(self._bus.host.monotonic() - begun, 2))
         return evaluator
 
     async def _score(self, run: str, cycle: int) -> None:
@@ -172,7 +172,7 @@ class Validator:
         stop: threading.Event,
     ) -> cycle_pb2.ScoreReport:
         """Score the submissions against the incumbent, one after the other, on the drawn sequences."""
-        begun = time.perf_counter()
+        begun = self._bus.host.monotonic()
         report = cycle_pb2.ScoreReport(run=facts.run, cycle=cycle, validator=self.me, seed=seed)
         drawn = evaluator.draw(seed)
         before = evaluator.incumbent(state, drawn, stop)
@@ -203,7 +203,7 @@ class Validator:
                 detail=detail_of(item),
                 sequences=len(item.losses),
             )
-        report.seconds = time.perf_counter() - begun
+        report.seconds = self._bus.host.monotonic() - begun
         return report
 
 

@@ -192,7 +192,7 @@ async def test_dead_letters_are_shown_and_forged_ones_are_not(
         # What `Bus.consume` does with a message that is refused for good.
         bus = buses["committer"] if role == "committer" else buses["validator"]
         subject = f"{DLQ_ROOT}.{letter.stream}.{letter.sequence}"
-        await bus.js.publish(subject, bus._seal(subject, letter))
+        await bus.js.publish(subject, bus._sealed(subject, letter))
     address = await process.start().read_everything()
     page = (await browser.get(address + "/dead-letters")).text
     assert "cannot be read" in page

@@ -19,9 +19,9 @@ from connito.bus.streams import LEASE_TTL
 from connito.errors import Invalid, NotFound
 from connito.platform.servers import NatsServer
 from connito.protocol.beacon import draw_seed, secret_digest
+from connito.runtime.host import now_ms
 from connito.runtime.tasks import end_tasks
 from connito.service import rpc
-from connito.service.engine import now_ms
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
 from connito.v1.services_pb2_grpc import RunServiceStub

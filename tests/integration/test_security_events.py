@@ -56,7 +56,7 @@ async def test_offences_are_written_to_advisories(
         # The id is the hash of what is sent: whoever saw it on the wire could say it first.
         subject = f"connito.v1.{run_id}.run.0.created"
         coordinator = await Bus.connect(server.url, people["coordinator"], "coordinator", roster)
-        data = coordinator._seal(subject, created)
+        data = coordinator._sealed(subject, created)
         poison = f"connito.v1.{run_id}.run.0.ended"
         header = {"Nats-Msg-Id": hashlib.sha256(data).hexdigest()}
         await operator._connection.request(poison, b"poison", header)

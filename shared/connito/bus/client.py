@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from datetime import datetime
@@ -24,9 +23,11 @@ from connito.bus.offences import report
 from connito.bus.streams import DURABLES, ENDPOINTS, STREAMS, stream_of
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import metrics, tracing
+from connito.runtime.host import HOST, Host
 from connito.runtime.logs import current, get_logger, inject
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter, SecurityEvent
+from connito.v1.envelope_pb2 import Envelope
 from connito.wire import subjects
 from connito.wire.envelope import MAX_ENVELOPE_BYTES, open_bytes, seal
 from connito.wire.fact import Record
@@ -55,9 +56,11 @@ class _HasNatsUrl(Protocol):
 class Bus:
     """A connection to the log. Make one with `await Bus.connect(...)`; it is an async context manager."""
 
-    def __init__(self, connection: Connection, reading: Connection, roster: Roster | None = None) -> None:
+    def __init__(
+        self, connection: Connection, reading: Connection, roster: Roster | None = None, host: Host = HOST
+    ) -> None:
         self._connection, self._reading = connection, reading
-        self._roster = roster
+        self._roster, self.host = roster, host
 
     @classmethod
     async def connect(
@@ -132,7 +135,7 @@ class Bus:
         and `Invalid` when this key may not write there or the message is too large.
         """
         subject = subjects.fact(run, section, cycle, kind, id_)
-        return await self._publish_once(subject, self._seal(subject, message), f"{section}.{kind}")
+        return await self._publish_once(subject, self._sealed(subject, message), f"{section}.{kind}")
 
     async def publish_ingress(self, run: str, kind: str, message: Message) -> int:
         """Sign and send what a miner says; its key names the subject. Returns the sequence in INGRESS.
@@ -140,16 +143,20 @@ class Bus:
         Raises as `publish_fact`. After `Retry`, sending again may store it a second time; the first one stands.
         """
         subject = subjects.ingress(run, self.identity.public, kind)
-        ack = await self._publish(subject, self._seal(subject, message), {}, f"ingress.{kind}")
+        ack = await self._publish(subject, self._sealed(subject, message), {}, f"ingress.{kind}")
         return int(ack["seq"])
 
     async def publish_security(self, event: SecurityEvent) -> None:
         """Tell the operator. Raises `Retry`, and `Invalid` for a key that is no service's."""
         subject = f"{subjects.SECURITY_ROOT}.{subjects.check_token(event.kind, 'kind')}.{self.identity.public}"
-        await self._publish(subject, self._seal(subject, event), {}, "security")
+        await self._publish(subject, self._sealed(subject, event), {}, "security")
 
-    def _seal(self, subject: str, message: Message) -> bytes:
-        data = seal(self.identity, subject, message).SerializeToString()
+    def seal(self, subject: str, message: Message) -> Envelope:
+        """Sign a message for a subject, or for the `rpc.` name of a call."""
+        return seal(self.identity, subject, message, now_ms=self.host.now_ms(), nonce=self.host.entropy(16))
+
+    def _sealed(self, subject: str, message: Message) -> bytes:
+        data = self.seal(subject, message).SerializeToString()
         if len(data) > MAX_ENVELOPE_BYTES:
             raise Invalid(
                 f"{subject} would be {len(data)} bytes, over the limit of {MAX_ENVELOPE_BYTES}; put the bulk of it in "
@@ -194,7 +201,7 @@ class Bus:
 
     async def _send(self, subject: str, data: bytes, extra: dict[str, str], kind: str) -> dict[str, Any]:
         headers = inject({"Nats-Msg-Id": hashlib.sha256(data).hexdigest(), **extra})
-        give_up, attempt = time.monotonic() + PUBLISH_SECONDS, 0
+        give_up, attempt = self.host.monotonic() + PUBLISH_SECONDS, 0
         while True:
             attempt += 1
             try:
@@ -202,7 +209,7 @@ class Bus:
                     msg = await self._connection.request(subject, data, headers)
                 ack = self._read_ack(json.loads(msg.data), subject)
             except Retry as error:
-                if time.monotonic() + error.after > give_up:
+                if self.host.monotonic() + error.after > give_up:
                     metrics.EVENTS_PUBLISHED.labels(kind, "retry").inc()
                     raise
                 await asyncio.sleep(error.after)
@@ -282,7 +289,7 @@ class Bus:
 
     async def _dead_letter(self, letter: DeadLetter) -> None:
         subject = f"{subjects.DLQ_ROOT}.{letter.stream}.{letter.sequence}"
-        await self._publish_once(subject, self._seal(subject, letter), "dlq")
+        await self._publish_once(subject, self._sealed(subject, letter), "dlq")
 
     async def last_record(self, subject: str) -> Record | None:
         """Return the last message on a subject, or None."""
@@ -346,7 +353,7 @@ class Bus:
     async def find_endpoint(self, name: str, timeout: float = 30.0) -> str:
         """Return the address of the API of `name`, waiting until it is known. Raises `Retry` after `timeout` seconds."""
         subject = f"$JS.API.DIRECT.GET.KV_{ENDPOINTS}.$KV.{ENDPOINTS}.{subjects.check_token(name, 'service')}"
-        give_up = time.monotonic() + timeout
+        give_up = self.host.monotonic() + timeout
         while True:
             problem = Retry(f"no {name} has registered its address; is the {name} service running?")
             try:
@@ -355,7 +362,7 @@ class Bus:
                     return bytes(found.data).decode()
             except Retry as error:
                 problem = error
-            if time.monotonic() >= give_up:
+            if self.host.monotonic() >= give_up:
                 raise problem
             await asyncio.sleep(0.1)
 

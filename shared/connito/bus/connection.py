@@ -41,15 +41,24 @@ _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"
 
 class Connection:
     """Wraps a NATS client. Subjects of one identity's replies lie under its inbox prefix, so that a broker which
-    grants each user its own inbox keeps replies private. `token` is one of the identity's passes."""
+    grants each user its own inbox keeps replies private. `token` is one of the identity's passes, `client` what speaks
+    to the network."""
 
-    def __init__(self, url: str, identity: Identity | None, name: str, tls: Tls = PLAIN, token: str = "") -> None:
+    def __init__(
+        self,
+        url: str,
+        identity: Identity | None,
+        name: str,
+        tls: Tls = PLAIN,
+        token: str = "",
+        client: Client | None = None,
+    ) -> None:
         self.url, self.identity, self.name, self.tls, self._token = url, identity, name, tls, token
         # In an account of strangers, which has nothing but what it imports.
         self.stranger = bool(token) and claims_of(token)["name"] in ACCOUNTS
         self._context: ssl.SSLContext | None = None
         self._refused_certificate: Invalid | None = None
-        self.nc = Client()
+        self.nc = client if client is not None else Client()
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_TIMEOUT)
         self.on_reconnect: set[Callable[[], None]] = set()
         # Requests under way by subject: answered here when the broker denies one, or when the connection breaks.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import TracebackType
@@ -36,7 +34,7 @@ class Lease:
         self.revision = 0
         self.lost = asyncio.Event()
         # Tells our own entry from that of a replica with the same key.
-        self._token = f"{bus.identity.public}.{secrets.token_hex(8)}".encode()
+        self._token = f"{bus.identity.public}.{bus.host.entropy(8).hex()}".encode()
         self._last = 0
         self._good_until = 0.0
         self._renewing: asyncio.Task[None] | None = None
@@ -44,7 +42,7 @@ class Lease:
     @property
     def held(self) -> bool:
         """Return whether this process leads, right now."""
-        return self.revision > 0 and not self.lost.is_set() and time.monotonic() < self._good_until
+        return self.revision > 0 and not self.lost.is_set() and self._bus.host.monotonic() < self._good_until
 
     async def __aenter__(self) -> Self:
         waiting = False
@@ -75,7 +73,7 @@ class Lease:
         return await self._bus.js.key_value(LEASES)
 
     async def _try_acquire(self) -> bool:
-        asked = time.monotonic()
+        asked = self._bus.host.monotonic()
         try:
             bucket = await self._bucket()
             self._last = await bucket.create(self.name, self._token)
@@ -108,7 +106,7 @@ class Lease:
         """Renew three times per ttl; give up when it is over or someone else has it."""
         while True:
             await asyncio.sleep(self.ttl / 3)
-            asked = time.monotonic()
+            asked = self._bus.host.monotonic()
             try:
                 async with asyncio.timeout(max(0.05, self._good_until - asked)):
                     bucket = await self._bucket()
@@ -119,7 +117,7 @@ class Lease:
                             return self._lose("someone else took it, or it expired")
                 self._good_until = asked + self.ttl
             except (NatsError, OSError, TimeoutError) as error:
-                if time.monotonic() >= self._good_until:
+                if self._bus.host.monotonic() >= self._good_until:
                     return self._lose(f"not renewed in time: {str(error) or type(error).__name__}")
                 await asyncio.sleep(0.05)
 

@@ -14,11 +14,10 @@ async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
     cancellation that arrives together with the result it waits for, and the task would go on for ever.
     """
     everything = list(tasks)
-    pending = {task for task in everything if not task.done()}
-    while pending:
+    while pending := [task for task in everything if not task.done()]:
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.5)
+        await asyncio.wait(pending, timeout=0.5)
     for task in everything:
         if not task.cancelled():
             task.exception()

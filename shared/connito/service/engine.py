@@ -7,7 +7,6 @@ decided but not finished when the process died is decided again by the next one.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from connito.bus import Bus, CaughtUp, offences
 from connito.errors import Invalid, Retry
 from connito.protocol.findings import check_version
 from connito.runtime import logs, metrics, tracing
+from connito.runtime.host import now_ms
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.wire.enums import reason_name
@@ -56,11 +56,6 @@ class _State:
     failures: int = 0
     blocked: bool = False
     task: asyncio.Task[None] | None = field(default=None, repr=False)
-
-
-def now_ms() -> int:
-    """Return Unix time in milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 class Engine:

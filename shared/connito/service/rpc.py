@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -174,6 +174,10 @@ async def serve(
     finally:
         await checks.enter_graceful_shutdown()
         await server.stop(drain_s)
+
+
+# Serves an API as `serve_api` does.
+ServeApi = Callable[["ServiceContext[Any]", Servicer], AbstractAsyncContextManager[str]]
 
 
 @asynccontextmanager

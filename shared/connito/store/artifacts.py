@@ -73,6 +73,7 @@ class ArtifactStore:
         region: str,
         cache_dir: Path,
         public_endpoint: str = "",
+        client: Minio | None = None,
     ) -> None:
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -81,7 +82,7 @@ class ArtifactStore:
         self._public_endpoint = public_endpoint or endpoint
         self._access_key, self._secret_key = access_key, secret_key
         self.cache = Cache(cache_dir)
-        self._client = Minio(
+        self._client = client or Minio(
             parts.netloc,
             access_key=access_key,
             secret_key=secret_key,

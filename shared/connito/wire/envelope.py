@@ -55,14 +55,16 @@ def _signed_bytes(envelope: Envelope, subject: str) -> bytes:
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
-def seal(identity: Identity, subject: str, message: Message, *, now_ms: int | None = None) -> Envelope:
-    """Wrap and sign `message` for `subject`. The envelope verifies on that subject only."""
+def seal(
+    identity: Identity, subject: str, message: Message, *, now_ms: int | None = None, nonce: bytes = b""
+) -> Envelope:
+    """Wrap and sign `message` for `subject`. The envelope verifies on that subject only. `nonce`: 16 random bytes."""
     envelope = Envelope(
         schema_version=SCHEMA_VERSION,
         type=message.DESCRIPTOR.full_name,
         payload=message.SerializeToString(),
         signer=identity.public,
-        nonce=os.urandom(16),
+        nonce=nonce or os.urandom(16),
         issued_at_unix_ms=now_ms if now_ms is not None else time.time_ns() // 1_000_000,
     )
     envelope.signature = identity.sign(_signed_bytes(envelope, subject))
