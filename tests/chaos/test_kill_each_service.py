@@ -93,7 +93,8 @@ async def run(folder: Path, *, chaos: bool) -> tuple[dict[str, Any], list[str]]:
             await process.communicate()
         if killing is not None:
             killing.cancel()
-            await asyncio.gather(killing, return_exceptions=True)
+            with suppress(asyncio.CancelledError):
+                await killing
     assert process.returncode == 0, f"{err.decode()}\nkilled: {killer.killed}; logs in {folder}/logs"
     return json.loads(out), killer.killed
 

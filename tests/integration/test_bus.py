@@ -22,7 +22,7 @@ from connito.wire.envelope import open_bytes, seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity
 
-from tests.integration.conftest import BusFactory
+from tests.integration.conftest import BusFactory, declare_streams
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
@@ -238,6 +238,20 @@ class TestFollow:
         await publishing
         await items.aclose()
 
+    async def test_waits_for_streams_that_are_not_there_yet(
+        self, tmp_path: Path, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
+        """A broker that just came back answers "no responders" until its streams are up."""
+        with NatsServer(tmp_path / "bare") as server:
+            bus = await bus_factory(identities["coordinator"], server.url)
+            items = bus.follow(["TRAIN"], run_id)
+            first = asyncio.ensure_future(anext(items))
+            assert not (await asyncio.wait([first], timeout=0.8))[0]
+            await declare_streams(server.url)
+            async with asyncio.timeout(PATIENCE):
+                assert isinstance(await first, CaughtUp)
+            await items.aclose()
+
     @staticmethod
     async def _publish_stubbornly(bus: Bus, run: str) -> None:
         for cycle in (2, 3):
@@ -338,6 +352,33 @@ class TestConsume:
         async with asyncio.timeout(PATIENCE):
             await done.wait()
         assert seen == [1, 1, 1, 2]
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_a_request_that_a_killed_broker_answered_in_part_is_made_again(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
+        bus = await bus_factory(identities["miner"], own_nats.url)
+        await self.say(bus, run_id)
+        seen: asyncio.Queue[int] = asyncio.Queue()
+
+        async def handle(record: Record) -> None:
+            await seen.put(record.sequence)
+
+        task = asyncio.create_task(bus.consume("committer", handle, lane=lambda record: record.subject))
+        async with asyncio.timeout(PATIENCE):
+            assert await seen.get() == 1
+            while await bus.ack_floor("committer") < 1:  # noqa: ASYNC110 - the broker's state, asked for
+                await asyncio.sleep(0.01)
+        own_nats.kill()
+        own_nats.start()
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                with suppress(Retry):
+                    await bus.publish_ingress(run_id, "commitment", cycle_pb2.Commitment(run=run_id, cycle=2))
+                    break
+            while await seen.get() != 2:
+                pass
         task.cancel()
         await asyncio.wait([task])
 

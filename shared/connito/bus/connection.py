@@ -136,7 +136,8 @@ class Connection:
         with suppress(NatsError, OSError, asyncio.TimeoutError):
             if self.nc.is_connected:
                 await self.nc.flush(timeout=1)
-        await self.nc.close()
+        with suppress(NatsError, OSError):
+            await self.nc.close()
         metrics.BUS_CONNECTED.set(0)
 
     @property

@@ -64,7 +64,7 @@ class Worker:
         self.held: dict[int, Any] = {}
         self.tries: Counter[int] = Counter()
         self.ready: asyncio.Queue[str] = asyncio.Queue()
-        self.room = asyncio.Event()
+        self.room, self.over = asyncio.Event(), asyncio.Event()
         self.asked = 0
 
     async def run(self) -> None:
@@ -94,37 +94,33 @@ class Worker:
         while True:
             wanted = min(BATCH, self.most - len(self.held))
             self.room.clear()
-            if wanted <= 0 or self.asked:
+            if wanted <= 0:
                 await self.room.wait()
                 continue
             try:
                 self.connection.require()
                 await self._request(inbox, wanted)
             except (NatsError, OSError, Retry) as error:
-                self.asked = 0
                 if self.connection.nc.is_closed:
                     raise Fatal(f"the broker closed the connection of {self.durable.name}") from error
                 log.warning("cannot read the work queue, trying again", durable=self.durable.name, error=str(error))
                 await asyncio.sleep(error.after if isinstance(error, Retry) else 0.5)
 
     async def _request(self, inbox: str, wanted: int) -> None:
+        """Ask, and return when the request is over: answered in full, expired at the broker, or lost with the connection."""
         self.asked = wanted
+        self.over.clear()
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.durable.stream}.{self.durable.name}"
         request = json.dumps({"batch": wanted, "expires": int(PULL_SECONDS * 1e9)}).encode()
-        with self.connection.failure_of(subject) as failed:
-            await self.connection.nc.publish(subject, request, reply=inbox)
-            await self._until_room(failed)
-
-    async def _until_room(self, failed: asyncio.Future[Exception]) -> None:
-        waiting = asyncio.create_task(self.room.wait())
+        over = asyncio.create_task(self.over.wait())
         try:
-            await asyncio.wait((waiting, failed), timeout=PULL_SECONDS + 1, return_when=asyncio.FIRST_COMPLETED)
-            if failed.done() and not waiting.done():
-                raise failed.result()
-            if not waiting.done():
-                self.asked = 0  # The request is lost, or over.
+            with self.connection.failure_of(subject) as failed:
+                await self.connection.nc.publish(subject, request, reply=inbox)
+                await asyncio.wait((over, failed), timeout=PULL_SECONDS + 1, return_when=asyncio.FIRST_COMPLETED)
+                if failed.done() and not over.done():
+                    raise failed.result()
         finally:
-            await end_tasks([waiting])
+            await end_tasks([over])
 
     async def _arrive(self, msg: Any) -> None:
         if msg.reply.startswith("$JS.ACK."):
@@ -150,7 +146,7 @@ class Worker:
                 log.warning(f"the broker answers {status or 'nothing'}{hint}", durable=self.durable.name)
                 await asyncio.sleep(0.3)
         if not self.asked:
-            self.room.set()
+            self.over.set()
 
     def _line_up(self, record: Record) -> None:
         lane = self.lane(record) if self.lane is not None else str(record.sequence)

@@ -55,7 +55,8 @@ def got(stream: str, msg: Any) -> Record | None:
     What the sender put into its headers stands before what the broker adds, and of equal names the last one holds.
     """
     headers = dict(msg.headers or {})
-    if "Nats-Subject" not in headers:
+    # Not the subject, which a broker without the stream says too: "no responders" for the subject of the question.
+    if "Nats-Sequence" not in headers:
         return None
     subject, sequence, stamp = (headers.pop(f"Nats-{name}") for name in ("Subject", "Sequence", "Time-Stamp"))
     return Record(stream, int(sequence), subject, msg.data, _milliseconds(stamp), headers)
