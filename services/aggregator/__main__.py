@@ -37,10 +37,7 @@ async def main(ctx: ServiceContext[AggregatorSettings]) -> None:
     def decide_while_leading(facts: RunFacts, _now_ms: int) -> Decision:
         return decide(facts, aggregator.evaluators) if keeper.leading else Decision()
 
-    engine = Engine(
-        ctx.bus, log, STREAMS, decide_while_leading, aggregator.perform,
-        run=settings.run, clock=ctx.bus.host.now_ms, on_fact=on_fact,
-    )  # fmt: skip
+    engine = Engine(ctx.bus, log, STREAMS, decide_while_leading, aggregator.perform, run=settings.run, on_fact=on_fact)
 
     async def begin() -> None:
         engine.wake()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from connito.bus.clock import BrokerClock
 from connito.bus.lease import LeaseKeeper
 from connito.runtime.limits import RateLimit
 from connito.runtime.tasks import end_tasks
@@ -23,14 +24,18 @@ async def main(ctx: ServiceContext[CoordinatorSettings], serve: rpc.ServeApi = r
     """Run until told to stop. Raises whatever the engine or the lease died of."""
     settings, state = ctx.settings, State(ctx.roster)
     keeper = LeaseKeeper(ctx.bus, "coordinator", settings.lease_seconds)
-    coordinator = Coordinator(ctx.bus, state, lambda: keeper.leading, ctx.bus.host.now_ms, settings.run)
+    clock = BrokerClock(ctx.bus.time, ctx.bus.host.monotonic)
+    coordinator = Coordinator(ctx.bus, state, lambda: keeper.leading, clock.now_ms, settings.run)
     engine = Engine(
         ctx.bus, state, STREAMS, coordinator.decide, coordinator.perform,
-        clock=ctx.bus.host.now_ms, on_fact=lambda fact: state.notice(fact, live=engine.caught_up.is_set()),
+        clock=clock.now_ms, on_fact=lambda fact: state.notice(fact, live=engine.caught_up.is_set()),
     )  # fmt: skip
     limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
-    api = RunApi(ctx.bus, state, ctx.roster, state.changes, limit, ctx.bus.host.now_ms)
+    api = RunApi(ctx.bus, state, ctx.roster, state.changes, limit, clock.now_ms)
     async with Lifecycle(ctx.stop) as life:
+        life.start(clock.keep())
+        if not await life.finishes(clock.known.wait()):
+            return
         life.start(engine.run())
         if not await life.finishes(engine.caught_up.wait()):
             return

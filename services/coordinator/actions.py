@@ -7,7 +7,6 @@ from collections.abc import Callable
 from connito.bus import Bus
 from connito.bus.position import PositionedLog
 from connito.protocol.bans import banned
-from connito.runtime.host import now_ms
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, run_pb2
@@ -28,7 +27,7 @@ STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "INGRESS")
 class Coordinator:
     """`decide` and `perform` are the engine's. Both do nothing on a replica that does not lead.
 
-    `run` limits it to one run; empty: every run.
+    `clock` is the broker's, in Unix milliseconds. `run` limits it to one run; empty: every run.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class Coordinator:
         bus: Bus,
         facts: PositionedLog,
         leading: Callable[[], bool],
-        clock: Callable[[], int] = now_ms,
+        clock: Callable[[], int],
         run: str = "",
     ) -> None:
         self._bus, self._facts, self._leading, self._clock, self._run = bus, facts, leading, clock, run

@@ -53,7 +53,7 @@ class CloseWindow:
 
 
 def decide(facts: RunFacts, now_ms: int) -> Decision:
-    """Return the next step of a run, or the time (unix milliseconds) at which one may become due."""
+    """Return the next step of a run, or the time at which one may become due: Unix milliseconds of the broker's clock."""
     spec, selected = facts.spec, facts.selected_fact
     if spec is None or facts.ended is not None:
         return Decision([])

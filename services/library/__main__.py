@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from contextlib import closing
 from pathlib import Path
 
+from connito.bus.clock import BrokerClock
 from connito.library.index import Index
 from connito.service import rpc
 from connito.service.lifecycle import Lifecycle
@@ -30,11 +30,13 @@ async def main(ctx: ServiceContext[LibrarySettings]) -> None:
 async def _serve(ctx: ServiceContext[LibrarySettings], catalogue: Catalogue) -> None:
     depositor = Depositor(ctx.bus, ctx.store, ctx.roster, ctx.log)
     reader = CatalogueReader(ctx.bus, ctx.store, ctx.roster, catalogue, ctx.log)
-    library = Library(catalogue, ctx.store, ctx.bus, ctx.roster, lambda: time.time_ns() // 1_000_000)
+    clock = BrokerClock(ctx.bus.time, ctx.bus.host.monotonic)
+    library = Library(catalogue, ctx.store, ctx.bus, ctx.roster, clock.now_ms)
     async with Lifecycle(ctx.stop) as life:
+        life.start(clock.keep())
         life.start(reader.follow())
         life.start(ctx.bus.consume("library", depositor.handle))
-        if not await life.finishes(reader.complete.wait()):
+        if not (await life.finishes(clock.known.wait()) and await life.finishes(reader.complete.wait())):
             return
         servicer = (services_pb2_grpc.add_LibraryServiceServicer_to_server, library, NAME)
         async with rpc.serve_api(ctx, servicer) as address:

@@ -46,13 +46,7 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         settings.invite,
     )
     engine = Engine(
-        context.bus,
-        log,
-        STREAMS,
-        partial(decide_with, me, ledger, strategy),
-        miner.perform,
-        run=settings.run,
-        clock=context.bus.host.now_ms,
+        context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform, run=settings.run
     )
     context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
     try:

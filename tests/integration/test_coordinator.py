@@ -400,7 +400,7 @@ async def test_what_was_decided_on_half_the_facts_is_decided_again_on_all_of_the
             else:
                 facts.apply(item)
         keeper, elected = LeaseKeeper(bus, "coordinator", LEASE_TTL), asyncio.Event()
-        leader = Coordinator(bus, facts, lambda: keeper.leading)
+        leader = Coordinator(bus, facts, lambda: keeper.leading, now_ms)
 
         async def begin() -> None:
             elected.set()

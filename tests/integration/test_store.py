@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.platform.servers import ObjectStore
 from connito.store import ArtifactStore, get_presigned, key_of, put_presigned, ref_of_bytes
+from connito.store.client import StoreClock
 from connito.v1 import artifacts_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 
@@ -311,3 +313,36 @@ class TestFailures:
                 await artifacts.get_bytes(ref)
             await asyncio.to_thread(server.start)
             assert await artifacts.get_bytes(ref) == data
+
+
+@pytest.mark.parametrize("minutes", [-30, -16, 16, 30, 60 * 24 * 400])
+class TestClocks:
+    """A machine whose clock is wrong by more than a store bears in a signature."""
+
+    @pytest.fixture
+    def skewed(self, store: ArtifactStore, object_store: ObjectStore, tmp_path: Path, minutes: int) -> ArtifactStore:
+        clock = StoreClock(lambda: time.time() + 60 * minutes)
+        return ArtifactStore(
+            store.endpoint, object_store.access_key, object_store.secret_key, store.bucket, store.region,
+            tmp_path / "skewed", clock=clock,
+        )  # fmt: skip
+
+    async def test_the_first_request_of_any_kind_works(self, store: ArtifactStore, skewed: ArtifactStore) -> None:
+        ref = await store.put_bytes(os.urandom(100), "text/plain")
+        assert (await skewed.fetch(ref)).stat().st_size == 100
+
+    async def test_it_writes(self, store: ArtifactStore, skewed: ArtifactStore) -> None:
+        ref = await skewed.put_bytes(os.urandom(100), "text/plain")
+        assert await store.stat(ref) == 100
+
+    async def test_its_links_are_good_for_as_long_as_they_say(
+        self, skewed: ArtifactStore, tmp_path: Path, minutes: int
+    ) -> None:
+        data, upload = os.urandom(100), tmp_path / "upload"
+        upload.write_bytes(data)
+        ref = ref_of_bytes(data, "text/plain", SUBMISSION)
+        assert await skewed.stat(ref) is None
+        url, headers = skewed.presign_put(ref, 60)
+        assert await put_presigned(url, headers, upload)
+        await get_presigned(skewed.presign_get(ref, 60), ref, tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == data

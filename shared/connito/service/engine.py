@@ -15,7 +15,6 @@ from connito.bus import Bus, CaughtUp, offences
 from connito.errors import Invalid, Retry
 from connito.protocol.findings import check_version
 from connito.runtime import logs, metrics, tracing
-from connito.runtime.host import now_ms
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.wire.enums import reason_name
@@ -28,6 +27,7 @@ log = get_logger("engine")
 # A finished action whose result has not come back through the log yet is not started again before this.
 SETTLE_MS = 1000
 SOONEST_MS = 20
+LOOK_SECONDS = 5.0
 MAX_DELAY = 30.0
 
 
@@ -42,7 +42,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Decision:
-    """The missing actions, and the time to decide again even if nothing arrives (Unix milliseconds)."""
+    """The missing actions, and the time to decide again even if nothing arrives (milliseconds of `clock`)."""
 
     actions: Sequence[Action] = ()
     wake_at_ms: int | None = None
@@ -59,7 +59,10 @@ class _State:
 
 
 class Engine:
-    """Runs one service's deciders over every run it follows."""
+    """Runs one service's deciders over every run it follows.
+
+    Whoever compares the time with that of a fact gives the broker's `clock` (`BrokerClock`). For others time is what passes.
+    """
 
     def __init__(
         self,
@@ -70,13 +73,14 @@ class Engine:
         perform: Callable[[Action], Awaitable[None]],
         *,
         run: str = "",
-        clock: Callable[[], int] = now_ms,
+        clock: Callable[[], int] | None = None,
         on_fact: Callable[[Fact], None] | None = None,
     ) -> None:
         self.caught_up = asyncio.Event()
         self.log = facts
         self._bus, self._streams, self._run = bus, tuple(streams), run
-        self._decide, self._perform, self._clock, self._on_fact = decide, perform, clock, on_fact
+        self._decide, self._perform, self._on_fact = decide, perform, on_fact
+        self._clock = clock or (lambda: round(bus.host.monotonic() * 1000))
         self._changed: set[str] = set()
         self._wake_at: dict[str, int] = {}
         self._actions: dict[str, _State] = {}
@@ -144,7 +148,8 @@ class Engine:
             for run in sorted(due):
                 self._decide_run(run, now)
             next_at = min(self._wake_at.values(), default=None)
-            wait = None if next_at is None else max(0.0, (next_at - self._clock()) / 1000)
+            # A clock that is set meanwhile must not prolong the wait.
+            wait = None if next_at is None else min(LOOK_SECONDS, max(0.0, (next_at - self._clock()) / 1000))
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._something.wait()

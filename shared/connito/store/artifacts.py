@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import hashlib
 import io
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, Verifi
 from connito.runtime import metrics
 from connito.runtime.settings import ServiceSettings
 from connito.store.cache import Cache, digest_of_file
+from connito.store.client import Client, StoreClock
 from connito.store.presigned import Progress, disk_or_network, presign, save_verified, write_once_headers
 from connito.v1 import artifacts_pb2
 from connito.v1 import reasons_pb2 as reasons
@@ -74,6 +74,7 @@ class ArtifactStore:
         cache_dir: Path,
         public_endpoint: str = "",
         client: Minio | None = None,
+        clock: StoreClock | None = None,
     ) -> None:
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -82,16 +83,11 @@ class ArtifactStore:
         self._public_endpoint = public_endpoint or endpoint
         self._access_key, self._secret_key = access_key, secret_key
         self.cache = Cache(cache_dir)
-        self._client = client or Minio(
-            parts.netloc,
-            access_key=access_key,
-            secret_key=secret_key,
-            secure=parts.scheme == "https",
-            region=region,
-            http_client=urllib3.PoolManager(
-                maxsize=8, timeout=urllib3.Timeout(connect=3, read=60), retries=urllib3.Retry(total=0, redirect=0)
-            ),
-        )
+        self._clock = clock or StoreClock()
+        self._client = client or Client(
+            parts.netloc, self._clock, access_key=access_key, secret_key=secret_key,
+            secure=parts.scheme == "https", region=region,
+        )  # fmt: skip
 
     @classmethod
     def from_settings(cls, settings: ServiceSettings) -> ArtifactStore:
@@ -244,7 +240,7 @@ class ArtifactStore:
             secret_key=self._secret_key,
             region=self.region,
             expires_s=expires_s,
-            now=datetime.datetime.now(datetime.UTC),
+            now=self._clock.now(),
         )
 
     async def _call(self, operation: str, what: str, work: Callable[[], T]) -> T:

@@ -1,0 +1,88 @@
+"""The S3 client, on the store's clock.
+
+A request's signature holds its time, and a store refuses one from more than a quarter of an hour away. Every answer says in
+its `Date` what time the store has; requests and links are signed by that.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import urllib3
+from minio import Minio
+from minio.error import S3Error
+from minio.time import to_amz_date
+
+# `Date` has whole seconds: what is smaller is not the clock but the rounding and the way.
+NOISE_SECONDS = 2.0
+# From here on a refusal may be due to the clock.
+SKEW_SECONDS = 60.0
+
+
+class StoreClock:
+    """The store's time: by `steady`, a clock that nobody sets, as the store last told it; before, what `wall` says."""
+
+    def __init__(self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic) -> None:
+        self._steady, self._ahead = steady, wall() - steady()
+
+    def now(self) -> datetime.datetime:
+        """Return the store's time, in UTC."""
+        return datetime.datetime.fromtimestamp(self._steady() + self._ahead, datetime.UTC)
+
+    def hear(self, date: str) -> None:
+        """Take over a `Date` that has just arrived."""
+        try:
+            told = parsedate_to_datetime(date).timestamp() + 0.5
+        except (TypeError, ValueError):
+            return
+        ahead = told - self._steady()
+        if abs(ahead - self._ahead) > NOISE_SECONDS:
+            self._ahead = ahead
+
+
+class _Pool(urllib3.PoolManager):
+    """Connections that listen for the time."""
+
+    def __init__(self, clock: StoreClock, **options: Any) -> None:
+        super().__init__(**options)
+        self._clock = clock
+
+    def urlopen(self, method: str, url: str, redirect: bool = True, **kw: Any) -> urllib3.BaseHTTPResponse:  # type: ignore[override]
+        """Send a request and note the time that the answer tells."""
+        response = super().urlopen(method, url, redirect, **kw)
+        self._clock.hear(response.headers.get("Date", ""))
+        return response
+
+
+class Client(Minio):  # type: ignore[misc]
+    """`Minio` whose requests are signed by `clock`. A request that only the clock was wrong for is sent again."""
+
+    def __init__(
+        self, endpoint: str, clock: StoreClock, *, access_key: str, secret_key: str, secure: bool, region: str
+    ) -> None:
+        self.clock = clock
+        self._pool = _Pool(
+            clock, maxsize=8, timeout=urllib3.Timeout(connect=3, read=60), retries=urllib3.Retry(total=0, redirect=0)
+        )
+        super().__init__(
+            endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region=region, http_client=self._pool
+        )
+
+    def _build_headers(self, *args: Any, **kw: Any) -> tuple[Any, datetime.datetime]:
+        headers, _ = super()._build_headers(*args, **kw)
+        date = self.clock.now()
+        headers["x-amz-date"] = to_amz_date(date)
+        return headers, date
+
+    def _url_open(self, *args: Any, **kw: Any) -> Any:
+        began = self.clock.now()
+        try:
+            return super()._url_open(*args, **kw)
+        except S3Error:
+            if abs((self.clock.now() - began).total_seconds()) < SKEW_SECONDS:
+                raise
+            return super()._url_open(*args, **kw)
