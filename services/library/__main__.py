@@ -31,7 +31,7 @@ async def _serve(ctx: ServiceContext[LibrarySettings], catalogue: Catalogue) -> 
     depositor = Depositor(ctx.bus, ctx.store, ctx.roster, ctx.log)
     reader = CatalogueReader(ctx.bus, ctx.store, ctx.roster, catalogue, ctx.log)
     clock = BrokerClock(ctx.bus.time, ctx.bus.host.monotonic)
-    library = Library(catalogue, ctx.store, ctx.bus, ctx.roster, clock.now_ms)
+    library = Library(catalogue, ctx.store, ctx.bus, ctx.roster, reader.current, clock.now_ms)
     async with Lifecycle(ctx.stop) as life:
         life.start(clock.keep())
         life.start(reader.follow())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ from .state import Catalogue
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+# How long a reader waits for the catalogue to come level with the log.
+CURRENT_SECONDS = 5.0
 PUBLIC = artifacts_pb2.REALM_PUBLIC
 
 
@@ -117,13 +120,24 @@ class Depositor:
 
 
 class CatalogueReader:
-    """Follows the library's stream into the catalogue. `complete` is set once everything stored by now is in it."""
+    """Follows the library's stream into the catalogue. `complete` is set once everything stored by now is in it, and
+    `current` waits for what the log has since: who has read of a deposit there finds it here.
+    """
 
     def __init__(
         self, bus: Bus, store: ArtifactStore, roster: Roster, catalogue: Catalogue, log: FilteringBoundLogger
     ) -> None:
         self._bus, self._store, self._roster, self._catalogue, self._log = bus, store, roster, catalogue, log
         self.complete = asyncio.Event()
+        self._position, self._moved = 0, asyncio.Condition()
+
+    async def current(self) -> None:
+        """Return when all that the log holds now is in the catalogue; after a while, or without a broker, in any case."""
+        with suppress(Retry, TimeoutError):
+            async with asyncio.timeout(CURRENT_SECONDS):
+                last = await self._bus.last_sequence("LIBRARY")
+                async with self._moved:
+                    await self._moved.wait_for(lambda: self._position >= last)
 
     async def follow(self) -> None:
         """Read until cancelled."""
@@ -136,6 +150,9 @@ class CatalogueReader:
                 self._catalogue.add(fact, await self._record(fact), (item.subject, item.data))
             except Invalid as error:
                 offences.ignore(item, error, new=self.complete.is_set())
+            async with self._moved:
+                self._position = item.sequence
+                self._moved.notify_all()
 
     async def _record(self, fact: Fact) -> bytes | None:
         """Fetch the record of a deposit, however long the store is away. None where a kept index has it, or none is due."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from connito.bus import Bus
@@ -37,16 +37,22 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
     """Reads what the viewer may see; statements and uses become facts of the log, and only then show."""
 
     def __init__(
-        self, catalogue: Catalogue, store: ArtifactStore, bus: Bus, roster: Roster, now_ms: Callable[[], int]
+        self,
+        catalogue: Catalogue,
+        store: ArtifactStore,
+        bus: Bus,
+        roster: Roster,
+        current: Callable[[], Awaitable[None]],
+        now_ms: Callable[[], int],
     ) -> None:
         self._catalogue, self._store, self._bus, self._roster = catalogue, store, bus, roster
-        self._now_ms = now_ms
+        self._current, self._now_ms = current, now_ms
 
     async def GetExpert(  # noqa: N802 - the name in the proto
         self, request: services_pb2.GetExpertRequest, context: Any
     ) -> services_pb2.GetExpertResponse:
         """Return one expert with its record. `NotFound` for an unknown id, `Retry` when the store is away."""
-        fact = self._catalogue.fact(request.expert_id, self._viewer(request))
+        fact = self._catalogue.fact(request.expert_id, await self._viewer(request))
         expert = summarise(fact)
         record = await self._store.get_bytes(expert.record)
         attestation, standing = "", self._catalogue.index.standing(request.expert_id)
@@ -66,14 +72,14 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         self, request: services_pb2.ListExpertsRequest, context: Any
     ) -> services_pb2.ListExpertsResponse:
         """Return a page of experts in the order of their deposit. `Invalid` for a foreign page token."""
-        experts, token = self._catalogue.page(request.page_size, request.page_token, self._viewer(request))
+        experts, token = self._catalogue.page(request.page_size, request.page_token, await self._viewer(request))
         return services_pb2.ListExpertsResponse(experts=experts, next_page_token=token)
 
     async def SearchExperts(  # noqa: N802
         self, request: services_pb2.SearchExpertsRequest, context: Any
     ) -> services_pb2.SearchExpertsResponse:
         """Return a page of experts by words and domain, best first. `Invalid` for a foreign page token."""
-        hits, token = self._catalogue.search(request, self._viewer(request))
+        hits, token = self._catalogue.search(request, await self._viewer(request))
         return services_pb2.SearchExpertsResponse(hits=hits, next_page_token=token)
 
     async def MarkExpert(  # noqa: N802
@@ -84,6 +90,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         rpc.check_fresh(request.envelope, self._now_ms())
         if command.kind not in NOTICES or not command.reason.strip():
             raise Invalid("a status and a reason are required")
+        await self._current()
         of_source = command.kind in (run_pb2.NOTICE_KIND_OPTED_OUT, run_pb2.NOTICE_KIND_OPTED_IN)
         if not of_source and command.subject not in self._catalogue.facts:
             self._catalogue.get(command.subject)
@@ -115,6 +122,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
             raise Invalid(f"{signer} is not in the operator's roster", reason=reasons_pb2.REASON_NOT_PERMITTED)
         if not command.verb or not 1 <= command.units <= 1_000_000:
             raise Invalid("a use has a verb and 1 to 1,000,000 units")
+        await self._current()
         expert = self._catalogue.get(command.expert_id, Viewer(signer, self._roster.memberships(signer)))
         used = run_pb2.ExpertUsed(
             run=expert.run,
@@ -131,15 +139,16 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         self, request: services_pb2.GetLedgerRequest, context: Any
     ) -> services_pb2.GetLedgerResponse:
         """Return uses of an expert and whom they are credited to. `NotFound` for an unknown id."""
-        return self._catalogue.ledger(request.expert_id, self._viewer(request))
+        return self._catalogue.ledger(request.expert_id, await self._viewer(request))
 
-    def _viewer(self, request: _Read) -> Viewer:
-        """Return whoever signed the request; nobody where nobody did."""
-        if not request.HasField("viewer"):
-            return Viewer()
-        _, signer = rpc.open_request(request.viewer, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand)
-        rpc.check_fresh(request.viewer, self._now_ms())
-        return Viewer(signer, self._roster.memberships(signer))
+    async def _viewer(self, request: _Read) -> Viewer:
+        """Return whoever signed the request, nobody where nobody did, once the catalogue is level with the log."""
+        signer = ""
+        if request.HasField("viewer"):
+            _, signer = rpc.open_request(request.viewer, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand)
+            rpc.check_fresh(request.viewer, self._now_ms())
+        await self._current()
+        return Viewer(signer, self._roster.memberships(signer)) if signer else Viewer()
 
 
 def _id(envelope: Envelope) -> str:
