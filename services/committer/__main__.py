@@ -31,7 +31,6 @@ async def main(ctx: ServiceContext[CommitterSettings], serve: rpc.ServeApi = rpc
         life.start(engine.run())
         if not await life.finishes(engine.caught_up.wait()):
             return
-        state.live = True
         servicer = (services_pb2_grpc.add_SubmissionServiceServicer_to_server, api, NAME)
         async with serve(ctx, servicer) as address:
             life.start(committer.answer(settings.lease_seconds))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 
 from connito.bus import Bus
 from connito.bus.lease import Lease
 from connito.bus.offences import kind_of, report
 from connito.bus.streams import DURABLES
 from connito.errors import Invalid, NotFound, Retry
-from connito.protocol.quota import LETTERS_PER_KEY
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
@@ -20,7 +18,6 @@ from connito.views.sentences import as_recorded, detail_of
 from connito.wire.enums import reason_name
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
-from connito.wire.subjects import run_of
 
 from . import judging, settlement
 from .content import ContentCheck
@@ -39,12 +36,11 @@ _ATTEMPTS = 5
 
 
 class Committer:
-    """`handle` is the durable consumer's handler, `perform` the engine's. `_letters` counts dead letters by run and key."""
+    """`handle` is the durable consumer's handler, `perform` the engine's."""
 
     def __init__(self, bus: Bus, state: State, check: ContentCheck) -> None:
         self._bus, self._state, self._check = bus, state, check
         self._handled = asyncio.Event()
-        self._letters: Counter[tuple[str, str]] = Counter()
 
     async def handle(self, record: Record) -> None:
         """Answer one message. Raises `Invalid` for what nobody can be answered about, `Retry` when something is away."""
@@ -54,11 +50,7 @@ class Committer:
             if fact.key.kind != "trained":
                 await self._answer(fact)
         except Invalid as error:
-            # The broker let only the subject's owner write there.
-            owner = owner_of(record)
-            report(kind_of(error.reason), key=owner, subject=record.subject, reason=error.reason, detail=str(error))
-            if self._letters[run_of(record.subject), owner] < LETTERS_PER_KEY:
-                self._letters[run_of(record.subject), owner] += 1
+            if self._state.worth_a_letter(record, error):
                 raise
         finally:
             self._handled.set()
@@ -97,10 +89,7 @@ class Committer:
         metrics.REFUSALS.labels(reason_name(reasons_pb2.REASON_QUOTA_EXCEEDED)).inc()
         answer = judging.judge_quota(facts, fact)
         window = judging.window_of(fact)
-        if answer is not None:
-            return settlement.refuse(window, answer.cycle, answer)
-        self._state.told(fact)
-        return None
+        return None if answer is None else settlement.refuse(window, answer.cycle, answer)
 
     async def _judge_reveal(self, facts: RunFacts, fact: Fact) -> Write | None:
         judged = judging.judge_reveal(facts, fact)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 
-from connito.bus.offences import report
+from connito.bus.offences import kind_of, report
 from connito.bus.position import PositionedLog
 from connito.errors import Invalid
 from connito.protocol.quota import LETTERS_PER_KEY, MessageCounter
@@ -25,7 +25,7 @@ FACTS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT")
 STREAMS = (*FACTS, "INGRESS")
 
 STRAYS_PER_SECOND = 0.25
-MAX_TOLD, MAX_VERIFIED = 100_000, 4096
+MAX_OVER, MAX_VERIFIED = 100_000, 4096
 
 
 class State(PositionedLog):
@@ -39,25 +39,43 @@ class State(PositionedLog):
         super().__init__(roster)
         self.said: defaultdict[str, MessageCounter] = defaultdict(MessageCounter)
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
-        # Whoever reads everything from the beginning has not read of every run yet.
-        self.live = False
-        self._told: set[tuple[str, str, str, int]] = set()
+        # By run, key, kind and cycle, the first message over the quota: it is told so, and what comes after it goes unread.
+        self._over: dict[tuple[str, str, str, int], int] = {}
+        self._letters: Counter[tuple[str, str]] = Counter()
         self._strays = RateLimit(STRAYS_PER_SECOND, LETTERS_PER_KEY, clock)
         self._verified: OrderedDict[int, Fact | Invalid] = OrderedDict()
 
     def apply(self, record: Record) -> Fact | None:
         """Apply a record as `PositionedLog.apply` does, and keep reveals."""
-        if record.stream == "INGRESS" and self.live and self._without_an_answer(record):
+        if record.stream == "INGRESS" and self._without_an_answer(record):
             self.read(record)
             return None
-        new = super().apply(record)
+        try:
+            new = super().apply(record)
+        except Invalid:
+            if record.stream != "INGRESS":
+                raise
+            # Reported by whoever handles it: each message once.
+            return None
         if not record.subject.endswith((".reveal", ".commitment")):
             return new
         said = new or self.verified(record)
-        self.said[said.run].add(said)
+        self._count(said)
         if isinstance(said.message, cycle_pb2.Reveal):
             self.reveals[said.run][record.sequence] = said
         return new
+
+    def _count(self, said: Fact) -> None:
+        counter, facts = self.said[said.run], self.runs.get(said.run)
+        counter.add(said)
+        if (
+            facts is not None
+            and facts.spec is not None
+            and counter.over(said, facts.spec)
+            and len(self._over) < MAX_OVER
+        ):
+            place = (said.run, said.signer, said.key.kind, _counted(said.key.cycle, facts))
+            self._over[place] = min(said.sequence, self._over.get(place, said.sequence))
 
     def verified(self, record: Record) -> Fact:
         """Return what a miner said, verified once, whether it comes through the log or the work queue first. Raises `Invalid`."""
@@ -74,16 +92,23 @@ class State(PositionedLog):
             raise found
         return found
 
-    def told(self, fact: Fact) -> None:
-        """Note that whatever its sender says further of this kind and cycle is over the quota, and that it was told so."""
-        facts = self.runs.get(fact.run)
-        if facts is not None and facts.spec is not None and len(self._told) < MAX_TOLD:
-            self._told.add((fact.run, fact.signer, fact.key.kind, _counted(fact.key.cycle, facts)))
+    def worth_a_letter(self, record: Record, error: Invalid) -> bool:
+        """Report what nobody can be answered about; return whether it is one of the first few, which are kept."""
+        # The broker let only the subject's owner write there.
+        owner = owner_of(record)
+        report(kind_of(error.reason), key=owner, subject=record.subject, reason=error.reason, detail=str(error))
+        self._letters[run_of(record.subject), owner] += 1
+        return self._letters[run_of(record.subject), owner] <= LETTERS_PER_KEY
 
     def needless(self, record: Record) -> bool:
-        """Return whether a message goes without an answer whatever is in it, and count one about a run that does not exist."""
+        """Return whether a message goes without an answer, and count what is about a run that does not exist."""
         if self._without_an_answer(record):
             return True
+        if self._letters[run_of(record.subject), owner_of(record)] >= LETTERS_PER_KEY:
+            try:
+                self.verified(record)
+            except Invalid as error:
+                return not self.worth_a_letter(record, error)
         facts = self.runs.get(run_of(record.subject))
         if facts is None or facts.spec is None:
             try:
@@ -94,11 +119,12 @@ class State(PositionedLog):
         return False
 
     def _without_an_answer(self, record: Record) -> bool:
-        facts = self.runs.get(run_of(record.subject))
-        if facts is None or facts.spec is None or not self._told:
+        facts = self.runs.get(run_of(record.subject)) if self._over else None
+        if facts is None or facts.spec is None:
             return False
         kind = record.subject.rpartition(".")[2]
-        return (facts.run, owner_of(record), kind, _cycle_of(record, kind, facts)) in self._told
+        first = self._over.get((facts.run, owner_of(record), kind, _cycle_of(record, kind, facts)))
+        return first is not None and record.sequence > first
 
 
 def owner_of(record: Record) -> str:

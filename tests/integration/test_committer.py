@@ -13,6 +13,7 @@ from connito.bus import Bus
 from connito.errors import Invalid, NotFound
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.protocol.commitment import commitment_digest
+from connito.protocol.policy.law import number
 from connito.service import rpc
 from connito.store import ArtifactStore, get_presigned, put_presigned
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
@@ -104,7 +105,9 @@ class Stage:
 
     async def begin(self, *miners: Miner) -> None:
         scoring = run_pb2.ScorePolicy(max_relative_norm=0.5)
-        created = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=self.run, cycles=3, scoring=scoring))
+        enrolment = run_pb2.EnrolmentPolicy(messages_per_cycle=int(number("enrolment.messages_per_cycle").default))
+        spec = run_pb2.RunSpec(run=self.run, cycles=3, scoring=scoring, enrolment=enrolment)
+        created = run_pb2.RunCreated(spec=spec)
         await self.coordinator.publish_fact(self.run, "run", 0, "created", created)
         for miner in miners:
             enrolled = run_pb2.MinerEnrolled(run=self.run, miner=miner.key)

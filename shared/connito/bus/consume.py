@@ -30,6 +30,7 @@ BATCH = 256
 # A message that was delivered this often and never finished kills whoever handles it, or waits for what never comes.
 DELIVERY_LIMIT = 100
 MAX_DELAY = 30.0
+SKIPPED_SECONDS = 0.03
 _BODY_LIMIT = 900_000
 
 Handler = Callable[[Record], Awaitable[None]]
@@ -63,6 +64,8 @@ class Worker:
         self.lanes: dict[str, deque[int]] = {}
         self.held: dict[int, Any] = {}
         self.tries: Counter[int] = Counter()
+        self.skipped: list[Any] = []
+        self.skipping = asyncio.Event()
         self.ready: asyncio.Queue[str] = asyncio.Queue()
         self.room, self.over = asyncio.Event(), asyncio.Event()
         self.asked = 0
@@ -76,7 +79,7 @@ class Worker:
         inbox = self.connection.nc.new_inbox()
         subscription = await self.connection.nc.subscribe(inbox, cb=self._arrive)
         tasks = [asyncio.create_task(self._take_turns()) for _ in range(self.concurrency)]
-        tasks += [asyncio.create_task(self._draw(inbox)), asyncio.create_task(self._beat())]
+        tasks += [asyncio.create_task(work) for work in (self._draw(inbox), self._beat(), self._drop())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -85,6 +88,7 @@ class Worker:
             await end_tasks(tasks)
             with suppress(NatsError, OSError):
                 await subscription.unsubscribe()
+                await self._acknowledge_skipped()
                 # In their order, or what is delivered anew to somebody else would come after what is new.
                 for sequence in sorted(self.held):
                     await self.held[sequence].nak()
@@ -130,8 +134,8 @@ class Worker:
             known = record.sequence in self.held
             if not known and self.skip is not None and self.skip(record):
                 self._count("skipped")
-                with suppress(NatsError, OSError):
-                    await msg.ack()
+                self.skipped.append(msg)
+                self.skipping.set()
             else:
                 self.held[record.sequence] = msg
                 if not known:
@@ -147,6 +151,20 @@ class Worker:
                 await asyncio.sleep(0.3)
         if not self.asked:
             self.over.set()
+
+    async def _drop(self) -> None:
+        """Acknowledge what was skipped: of a flood many at a time, in one write."""
+        while True:
+            await self.skipping.wait()
+            await asyncio.sleep(SKIPPED_SECONDS)
+            await self._acknowledge_skipped()
+
+    async def _acknowledge_skipped(self) -> None:
+        skipped, self.skipped = self.skipped, []
+        self.skipping.clear()
+        for msg in skipped:
+            with suppress(NatsError, OSError):
+                await msg.ack()
 
     def _line_up(self, record: Record) -> None:
         lane = self.lane(record) if self.lane is not None else str(record.sequence)

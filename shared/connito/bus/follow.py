@@ -31,6 +31,8 @@ LOOK_SECONDS = 5.0
 BATCH, BATCH_BYTES = 256, 4 << 20
 # A replica that answers may be behind the one that hinted: look again this soon, then ever later, then wait for the next hint.
 SOON, LATE = 0.01, 0.5
+# So many looks in a row are free. Of a stream that never rests there are so many a second, and each takes what has gathered.
+FREE_LOOKS, LOOKS_PER_SECOND = 50.0, 25.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _Reader:
         self.reached_end = reached_end
         self.live = False
         self.hint, self.hinted = asyncio.Event(), 0
+        self.free, self.looked_at = FREE_LOOKS, 0.0
         self.answers: asyncio.Queue[Any] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -133,6 +136,7 @@ class _Reader:
             subscriptions.append(await nc.subscribe(inbox, cb=self.answers.put))
             delay = SOON
             while True:
+                await self._pace()
                 self.hint.clear()
                 while await self._ask(inbox):
                     pass
@@ -153,6 +157,16 @@ class _Reader:
         with suppress(ValueError):
             self.hinted = max(self.hinted, int((msg.headers or {}).get("Nats-Sequence", 0)))
         self.hint.set()
+
+    async def _pace(self) -> None:
+        """Wait a moment where one look has followed the other for long: a flood is read by the batch."""
+        now = time.monotonic()
+        self.free = min(FREE_LOOKS, self.free + (now - self.looked_at) * LOOKS_PER_SECOND) - 1
+        self.looked_at = now
+        if self.free < 0:
+            self.free = 0.0
+            await asyncio.sleep(1 / LOOKS_PER_SECOND)
+            self.looked_at = time.monotonic()
 
     async def _rest(self, delay: float) -> float:
         """Wait for a hint or for a while; return how long to wait next time, where what was hinted at is not there yet."""

@@ -21,25 +21,22 @@ LETTERS_PER_KEY = 16
 
 @dataclass
 class MessageCounter:
-    """Sequences of a run's commitments and reveals, by kind, miner and cycle. Cycles that the run does not have are one."""
+    """Sequences of a run's commitments and reveals, by kind and miner, by cycle. Cycles that the run does not have are one."""
 
-    _sequences: defaultdict[tuple[str, str, int], list[int]] = field(default_factory=lambda: defaultdict(list))
+    _sequences: defaultdict[tuple[str, str], dict[int, list[int]]] = field(default_factory=lambda: defaultdict(dict))
 
     def add(self, fact: Fact) -> None:
         """Note a message. They come in the order of INGRESS; one that comes again is not counted twice."""
-        known = self._sequences[fact.key.kind, fact.signer, fact.key.cycle]
+        known = self._sequences[fact.key.kind, fact.signer].setdefault(fact.key.cycle, [])
         if len(known) < COUNTED and (not known or known[-1] < fact.sequence):
             known.append(fact.sequence)
 
     def before(self, fact: Fact, spec: RunSpec) -> int:
         """Return how many messages of the same kind, miner and cycle were said before this one."""
-        if 1 <= fact.key.cycle <= spec.cycles:
-            cycles = [fact.key.cycle]
-        else:
-            known = [cycle for kind, miner, cycle in self._sequences if (kind, miner) == (fact.key.kind, fact.signer)]
-            cycles = [cycle for cycle in known if not 1 <= cycle <= spec.cycles]
-        lists = (self._sequences.get((fact.key.kind, fact.signer, cycle), []) for cycle in cycles)
-        return sum(bisect_left(known, fact.sequence) for known in lists)
+        known = self._sequences.get((fact.key.kind, fact.signer), {})
+        own = 1 <= fact.key.cycle <= spec.cycles
+        cycles = [fact.key.cycle] if own else [cycle for cycle in known if not 1 <= cycle <= spec.cycles]
+        return sum(bisect_left(known.get(cycle, []), fact.sequence) for cycle in cycles)
 
     def over(self, fact: Fact, spec: RunSpec) -> bool:
         """Return whether a message is beyond what the run's policy answers one by one."""

@@ -487,7 +487,7 @@ class EnrolmentPolicy(_message.Message):
     """Miners at most. 0: any number."""
     messages_per_cycle: _builtins.int
     """Commitments, and likewise reveals, by one key in one cycle that are answered one by one. The next one is refused as
-    QUOTA_EXCEEDED, and what follows it is dropped without an answer. 0: everything is answered.
+    QUOTA_EXCEEDED, and what follows it is dropped without an answer.
     """
     @_builtins.property
     def allowed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -106,7 +106,8 @@ LAW: Mapping[str, Number | Choice] = {
     "rewards.newcomers_per_cycle": Number(0, 0, 1_000_000, zero=True),
     "enrolment.mode": Choice("open", choices.ENROLMENT),
     "enrolment.max_miners": Number(0, 0, 100_000, zero=True),
-    "enrolment.messages_per_cycle": Number(16, 0, 100_000, zero=True),
+    # Without a bound, one key would fill the work queue of all runs.
+    "enrolment.messages_per_cycle": Number(16, 1, 256),
     "objective.improvement": Number(0, 0, 100, zero=True),
 }
 

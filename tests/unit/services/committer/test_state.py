@@ -17,6 +17,7 @@ from services.committer import state as committer
 from services.committer.state import State
 from tests.support.run import RUN, Run
 
+LIMIT = 16
 LOUD, QUIET = (Identity.generate(bytes([n]) * 32) for n in (1, 2))
 
 
@@ -31,7 +32,7 @@ def said(who: Identity, sequence: int, run: str = RUN, cycle: int = 1, data: byt
 def known() -> State:
     found = State(Roster({}), clock=lambda: 0.0)
     found.runs[RUN] = Run().created(cycles=3).facts
-    found.live = True
+    found.runs[RUN].require_spec().enrolment.messages_per_cycle = LIMIT
     return found
 
 
@@ -42,44 +43,77 @@ def test_messages_to_runs_that_do_not_exist_are_looked_at_a_few_times(known: Sta
     assert not known.needless(said(LOUD, 201)), "and not of a run that exists"
 
 
-def test_who_was_told_of_the_quota_is_not_verified_any_more(known: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not known.needless(said(LOUD, 1))
-    known.told(verify_ingress(said(LOUD, 1)))
-    verified: list[int] = []
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sequences of what was verified."""
+    found: list[int] = []
 
     def count(record: Record) -> object:
-        verified.append(record.sequence)
+        found.append(record.sequence)
         return verify_ingress(record)
 
     monkeypatch.setattr(committer, "verify_ingress", count)
-    for sequence in range(2, 50):
+    return found
+
+
+def test_what_comes_after_the_first_over_the_quota_is_not_verified(known: State, verified: list[int]) -> None:
+    first = LIMIT + 1
+    for sequence in range(1, 50):
         record = said(LOUD, sequence)
-        assert known.needless(record)
-        assert known.apply(record) is None
-    assert verified == []
+        assert known.needless(record) == (sequence > first), "the first one over the quota is told so"
+        known.apply(record)
+    assert verified == [*range(1, first + 1)]
+    assert not known.needless(said(LOUD, first)), "which may be handled after later ones were read"
     for record in (said(QUIET, 60), said(LOUD, 61, cycle=2)):
         assert not known.needless(record), "another key, another cycle"
         known.apply(record)
-    assert verified == [60, 61]
+    assert verified[-2:] == [60, 61]
 
 
-def test_cycles_that_the_run_does_not_have_count_as_one(known: State) -> None:
-    known.told(verify_ingress(said(LOUD, 1, cycle=77)))
-    assert known.needless(said(LOUD, 2, cycle=78))
-    assert not known.needless(said(LOUD, 3, cycle=3))
+def test_cycles_that_the_run_does_not_have_count_as_one(known: State, verified: list[int]) -> None:
+    for sequence in range(1, 50):
+        known.apply(said(LOUD, sequence, cycle=76 + sequence))
+    assert verified == [*range(1, LIMIT + 2)]
+    assert known.needless(said(LOUD, 50, cycle=4))
+    assert not known.needless(said(LOUD, 51, cycle=3))
+
+
+def test_a_run_without_a_limit_reads_everything(known: State, verified: list[int]) -> None:
+    known.runs[RUN].require_spec().enrolment.messages_per_cycle = 0
+    for sequence in range(1, 50):
+        known.apply(said(LOUD, sequence))
+    assert verified == [*range(1, 50)]
 
 
 def test_what_cannot_be_read_is_told_as_such(known: State) -> None:
-    known.told(verify_ingress(said(LOUD, 1)))
-    record = said(LOUD, 2, data=b"\xff")
+    for sequence in range(1, LIMIT + 2):
+        known.apply(said(LOUD, sequence))
+    record = said(LOUD, LIMIT + 2, data=b"\xff")
     assert not known.needless(record)
     for _ in range(2):
         with pytest.raises(Invalid):
             known.verified(record)
 
 
-def test_who_reads_from_the_beginning_keeps_everything(known: State) -> None:
+def test_who_has_not_read_of_a_run_yet_keeps_everything(known: State) -> None:
     """Runs are in another stream, and may be read later."""
-    known.told(verify_ingress(said(LOUD, 1)))
-    known.live = False
-    assert known.apply(said(LOUD, 2)) is not None
+    facts = known.runs.pop(RUN)
+    for sequence in range(1, 50):
+        known.apply(said(LOUD, sequence))
+    known.runs[RUN] = facts
+    assert not known.needless(said(LOUD, 49)), "which of them was the first over the quota is not known"
+    known.apply(said(LOUD, 50))
+    assert known.needless(said(LOUD, 51))
+
+
+def test_what_does_not_verify_is_kept_a_few_times_and_then_dropped(known: State) -> None:
+    for sequence in range(1, LETTERS_PER_KEY + 1):
+        record = said(LOUD, sequence, data=b"\xff")
+        assert not known.needless(record)
+        assert known.apply(record) is None
+        with pytest.raises(Invalid) as caught:
+            known.verified(record)
+        assert known.worth_a_letter(record, caught.value)
+    assert all(known.needless(said(LOUD, sequence, data=b"\xff")) for sequence in range(20, 40))
+    assert not known.needless(said(LOUD, 40)), "what does verify has its answer all the same"
+    assert not known.needless(said(QUIET, 41, data=b"\xff"))
