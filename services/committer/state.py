@@ -9,6 +9,7 @@ from collections.abc import Callable
 from connito.bus.offences import kind_of, report
 from connito.bus.position import PositionedLog
 from connito.errors import Invalid
+from connito.protocol.entitlement import Naming
 from connito.protocol.quota import LETTERS_PER_KEY, MessageCounter
 from connito.runtime.limits import RateLimit
 from connito.v1 import cycle_pb2
@@ -22,7 +23,9 @@ from google.protobuf.message import DecodeError
 
 # What a judgement rests on.
 FACTS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT")
-STREAMS = (*FACTS, "INGRESS")
+# What names artifacts: who may download what follows from these.
+NAMING = ("RUNS", "TRAIN", "MERGE", "LIBRARY")
+STREAMS = (*FACTS, "MERGE", "LIBRARY", "INGRESS")
 
 STRAYS_PER_SECOND = 0.25
 MAX_OVER, MAX_VERIFIED = 100_000, 4096
@@ -39,6 +42,7 @@ class State(PositionedLog):
         super().__init__(roster)
         self.said: defaultdict[str, MessageCounter] = defaultdict(MessageCounter)
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
+        self.naming = Naming()
         # By run, key, kind and cycle, the first message over the quota: it is told so, and what comes after it goes unread.
         self._over: dict[tuple[str, str, str, int], int] = {}
         self._letters: Counter[tuple[str, str]] = Counter()
@@ -57,6 +61,8 @@ class State(PositionedLog):
                 raise
             # Reported by whoever handles it: each message once.
             return None
+        if new is not None:
+            self.naming.add(new)
         if not record.subject.endswith((".reveal", ".commitment")):
             return new
         said = new or self.verified(record)

@@ -21,12 +21,11 @@ from connito.v1.envelope_pb2 import Envelope
 from connito.wire.enums import plain_name
 from connito.wire.facts import RunFacts
 from connito.wire.identity import is_public_key
-from connito.wire.log import Log
 from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import INSTALLATION
 
 from . import enrolment
-from .state import Changes
+from .state import Changes, State
 from .status import status, version
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
@@ -41,7 +40,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     def __init__(
         self,
         bus: Bus,
-        log: Log,
+        log: State,
         roster: Roster,
         changes: Changes,
         limit: RateLimit | None = None,
@@ -54,6 +53,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         """Create a run; again with the same spec is fine. Raises `Invalid` naming the field that is wrong."""
         asked, customer = open_request(request.envelope, "rpc.CreateRun", run_pb2.RunSpec, self._roster, "customer")
         spec = complete(asked, customer, self._roster.memberships(customer))
+        await self._log.refresh(self._bus, ("RUNS",))
+        self._log.naming.check(spec, self._log.runs)
         await self._bus.publish_fact(spec.run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
         facts = await self._wait(spec.run, lambda facts: facts.spec is not None)
         if facts.spec != spec:

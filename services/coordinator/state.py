@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from connito.bus.position import PositionedLog
+from connito.protocol.entitlement import Naming
 from connito.runtime import metrics
 from connito.v1 import cycle_pb2
 from connito.wire.enums import plain_name
@@ -22,13 +23,14 @@ class State(PositionedLog):
 
     def __init__(self, roster: Roster) -> None:
         super().__init__(roster)
-        self.changes, self._windows = Changes(), OpenWindows()
+        self.changes, self.naming, self._windows = Changes(), Naming(), OpenWindows()
 
     def notice(self, fact: Fact, *, live: bool) -> None:
         """Take over a fact that has just been applied; `live` when it was not there before this process."""
         if isinstance(fact.message, cycle_pb2.ScoreReport):
             # The losses are for the aggregator; here it matters only who reported.
             fact.message.ClearField("scores")
+        self.naming.add(fact)
         self.changes.notice(fact)
         facts, kind = self.runs[fact.run], fact.key.kind
         if kind in ("opened", "closed", "ended"):

@@ -6,13 +6,16 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from connito.bus import Bus
+from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Invalid, NotFound
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.protocol.commitment import commitment_digest
+from connito.protocol.entitlement import base_proof
 from connito.protocol.policy.law import number
 from connito.service import rpc
 from connito.store import ArtifactStore, get_presigned, put_presigned
@@ -87,8 +90,8 @@ class Miner:
         )
         return await self.bus.publish_ingress(self.stage.run, "reveal", message)
 
-    async def urls(self, *digests: str) -> dict[str, str]:
-        command = services_pb2.DownloadsCommand(run=self.stage.run, digests=digests)
+    async def urls(self, *digests: str, run: str = "") -> dict[str, str]:
+        command = services_pb2.DownloadsCommand(run=run or self.stage.run, digests=digests)
         request = services_pb2.RequestDownloadsRequest(envelope=seal(self.identity, "rpc.RequestDownloads", command))
         return dict((await rpc.call((await self.stage.stub()).RequestDownloads, request)).urls)
 
@@ -409,7 +412,7 @@ async def test_what_nobody_can_be_answered_about_goes_to_the_dead_letters(
     ]
 
 
-async def test_downloads_are_for_the_enrolled_and_of_public_artifacts_only(
+async def test_downloads_are_for_the_enrolled_and_of_what_their_run_names_only(
     stage: Stage, start: Start, make_miner: MakeMiner, tmp_path: Path
 ) -> None:
     await start("a").ready()
@@ -420,13 +423,12 @@ async def test_downloads_are_for_the_enrolled_and_of_public_artifacts_only(
     urls = await miner.urls(stage.theta.digest)
     await get_presigned(urls[stage.theta.digest], stage.theta, tmp_path / "theta")
     assert (tmp_path / "theta").read_bytes() == save(STATE)
-    for digest in (held_out.digest, submitted.digest, "0" * 64):
-        with pytest.raises(NotFound, match="no public artifact"):
+    public = await stage.store.put_bytes(b"of nobody's run", "text/plain", REALM_PUBLIC)
+    for digest in (held_out.digest, submitted.digest, public.digest, "0" * 64, "../../holdout/sha256/" + "0" * 40):
+        with pytest.raises(NotFound, match="gives you no artifact"):
             await miner.urls(digest)
     with pytest.raises(Invalid, match="over the limit of 64"):
         await miner.urls("../../holdout/sha256/" + held_out.digest)
-    with pytest.raises(Invalid, match="is not a SHA-256"):
-        await miner.urls("../../holdout/sha256/" + held_out.digest[:40])
     with pytest.raises(Invalid, match="not enrolled") as caught:
         await stranger.urls(stage.theta.digest)
     assert caught.value.reason == reasons_pb2.REASON_NOT_ENROLLED
@@ -434,6 +436,60 @@ async def test_downloads_are_for_the_enrolled_and_of_public_artifacts_only(
         await miner.urls(*["0" * 64] * 300)
     refused = [error for error in [await attempt(miner, stage.theta.digest) for _ in range(30)] if error is not None]
     assert {error.reason for error in refused} == {reasons_pb2.REASON_QUOTA_EXCEEDED}
+
+
+async def test_a_run_opens_nothing_of_another_customers(
+    stage: Stage,
+    start: Start,
+    make_miner: MakeMiner,
+    identities: dict[str, Identity],
+    own_nats: NatsServer,
+    roster: Roster,
+) -> None:
+    """Everybody reads the digests of a private run in the log: neither asking for them nor naming them is a right."""
+    await start("a", CONNITO_REQUESTS_BURST="100").ready()
+    miner, rival, store = await make_miner(), await make_miner(), stage.store
+    clinic, mallory = Identity.generate(b"clinic".ljust(32)), Identity.generate(b"mallory".ljust(32))
+    weights = await store.put_bytes(b"weights of the clinic", "text/plain", REALM_PUBLIC)
+    entry = FileEntry("config.json", weights.digest, weights.size, "application/json")
+    raw = Manifest({"config.json": entry}, {}, "clinic").to_bytes()
+    manifest = await store.put_bytes(raw, "application/json", REALM_PUBLIC)
+    train = await store.put_bytes(b"records of patients", "text/plain", REALM_PUBLIC)
+    expert = await store.put_bytes(b"the expert that came out", "text/plain", REALM_PUBLIC)
+
+    async def create(run: str, customer: Identity, proof: bytes = b"", **fields: Any) -> None:
+        base = run_pb2.BaseRef(name=run, manifest=manifest, proof=proof)
+        spec = run_pb2.RunSpec(run=run, cycles=1, customer=customer.public, base=base, **fields)
+        await stage.coordinator.publish_fact(run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
+        for key in (miner.key,) if customer is mallory else (rival.key,):
+            enrolled = run_pb2.MinerEnrolled(run=run, miner=key)
+            await stage.coordinator.publish_fact(run, "run", 0, "miner", enrolled, key)
+
+    text = run_pb2.CorpusRef(domain="d", artifact=train)
+    await create("clinic", clinic, visibility="private", train=text)
+    async with await Bus.connect(own_nats.url, identities["library"], "library", roster) as library:
+        deposited = run_pb2.ExpertDeposited(run="clinic", expert_id="e", expert=expert, record=expert)
+        await library.publish_fact("clinic", "library", 0, "deposited", deposited, "e")
+    await create("open", mallory)
+    await create("naming", mallory, train=text, replay=run_pb2.CorpusRef(domain="d", artifact=expert))
+    for ref in (train, expert, manifest, weights):
+        for run in ("open", "naming"):
+            with pytest.raises(NotFound, match="gives you no artifact"):
+                await miner.urls(ref.digest, run=run)
+    assert set(await rival.urls(train.digest, manifest.digest, weights.digest, run="clinic"))
+    with pytest.raises(Invalid, match="not enrolled"):
+        await miner.urls(train.digest, run="clinic")
+    with pytest.raises(NotFound, match="gives you no artifact"):
+        await rival.urls(expert.digest, run="clinic")
+    await create("proven", mallory, base_proof(mallory.public, raw))
+    assert set(await miner.urls(manifest.digest, weights.digest, run="proven")), "who has the base may bring it too"
+    await create("borrowed", mallory, base_proof(clinic.public, raw))
+    with pytest.raises(NotFound, match="gives you no artifact"):
+        await miner.urls(manifest.digest, run="borrowed")
+    customer = Miner(stage, clinic, miner.bus)
+    assert set(await customer.urls(train.digest, expert.digest, run="clinic"))
+    with pytest.raises(Invalid, match="not enrolled"):
+        await customer.urls(train.digest, run="naming")
 
 
 async def attempt(miner: Miner, digest: str) -> Invalid | None:

@@ -77,7 +77,12 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     progress("reading the texts", 0.2)
     texts = sort_texts(job, root, progress)
     checked = Checked(
-        job, spec, context, texts, None, [*texts.findings, *_terms(job), *_visibility(job), *_personal(texts)]
+        job,
+        spec,
+        context,
+        texts,
+        None,
+        [*texts.findings, *_terms(job), *_visibility(job), *_personal(texts), *_lent(context)],
     )
     if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
         progress("tokenising", 0.6)
@@ -112,6 +117,15 @@ def _terms(job: Job) -> Iterator[Finding]:
     if not job.data_statement.strip():
         remedy = "write in `data_statement` what the text is and where it comes from; it goes into the expert's record"
         yield Finding("licence", "warning", "there is no data statement", remedy)
+
+
+def _lent(context: JobContext) -> Iterator[Finding]:
+    """Say where the base's name means what another customer has called so."""
+    if context.lender:
+        digest = context.manifest.digest
+        remedy = f"check that it is the one that you mean, and name it by its digest: base: {digest}"
+        detail = f"the base {context.name} (manifest {digest[:12]}…) is from another customer's run, {context.lender}"
+        yield Finding("base", "warning", detail, remedy)
 
 
 def _budget(job: Job, context: JobContext) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from connito.data.manifest import Manifest
 from connito.errors import NotFound
 from connito.jobs.spec import Job
 from connito.platform.session import Session
+from connito.protocol.entitlement import free_base_name
 from connito.runtime.progress import Progress, silent
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
@@ -36,8 +37,9 @@ class JobContext:
     """Base and platform of a job.
 
     `folder` is set where the base is a folder of this machine, `manifest_ref` where the platform has it; at least one is.
-    `general` are the general hold-outs of earlier runs on this base, `history` those runs, newest first. `taken` is the
-    spec of an existing run of the job's id.
+    `general` are the general hold-outs of the customer's earlier runs on this base, `history` all runs on it that it may
+    see, newest first. `lender` is the run of another customer that the base is from. `taken` is the spec of an existing
+    run of the job's id.
     """
 
     name: str
@@ -47,6 +49,7 @@ class JobContext:
     session: Session | None = None
     general: list[CorpusRef] = field(default_factory=list)
     history: list[RunFacts] = field(default_factory=list)
+    lender: str = ""
     taken: RunSpec | None = None
     _files: dict[str, Path] = field(default_factory=dict)
 
@@ -95,23 +98,31 @@ class JobContext:
         return encoder_of(self.tokenizer).encode(texts)
 
     def general_corpora(self) -> Mapping[str, Corpus]:
-        """Return the platform's general hold-outs by domain."""
+        """Return the general hold-outs of the customer's earlier runs by domain."""
         return {ref.domain: Corpus.load(self.fetch(ref.artifact)) for ref in self.general}
 
 
 def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress = silent) -> JobContext:
-    """Find the base that the job names: among the runs of the platform, then on this machine. Imports torch only where
-    a base has to be built. Raises `NotFound` naming both places when it is in neither."""
+    """Find the base that the job names: among the customer's runs, on this machine, then among other public runs. Imports
+    torch only where a base has to be built. Raises `NotFound` naming these places when it is in none."""
     session = _session(data_dir)
-    log = asyncio.run(_read(session)) if session is not None else None
-    context = _from_platform(job, session, log) if session is not None and log is not None else None
+    if session is None:
+        return _from_machine(job, root, progress)
+    log = asyncio.run(_read(session))
+    context = _from_platform(job, root, session, log)
     if context is None:
-        folder = _folder(job.base, root, progress)
-        manifest = _manifest(job.base, folder, progress)
-        context = JobContext(manifest.name, manifest, folder=folder, session=session)
-    if log is not None and job.run in log.runs:
+        context = _from_machine(job, root, progress)
+        me, digest = session.identity.public, context.manifest.digest
+        context.session, context.name = session, free_base_name(context.name, digest, me, log.runs.values())
+    if job.run in log.runs:
         context.taken = log.runs[job.run].spec
     return context
+
+
+def _from_machine(job: Job, root: Path, progress: Progress) -> JobContext:
+    folder = _folder(job.base, root, progress)
+    manifest = _manifest(job.base, folder, progress)
+    return JobContext(manifest.name, manifest, folder=folder)
 
 
 def _session(data_dir: Path | None) -> Session | None:
@@ -128,24 +139,47 @@ async def _read(session: Session) -> Log:
         return await read_log(bus, session.roster)
 
 
-def _from_platform(job: Job, session: Session, log: Log) -> JobContext | None:
-    """Return the base as the newest run of that base name used it, and the general domains of all runs on it."""
-    created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.created_fact)]
-    newest = [facts for _, facts in sorted(created, key=lambda pair: -pair[0])]
-    runs = [facts for facts in newest if facts.spec is not None and facts.spec.base.name == job.base]
-    if not runs or runs[0].spec is None:
+def _from_platform(job: Job, root: Path, session: Session, log: Log) -> JobContext | None:
+    """Return the base that the job names, by name or by its manifest's digest, and the general domains of one's own runs.
+
+    One's own runs say first what a name means, then this machine, and only then what another customer's run, the first that
+    had the name and is public, has called so.
+    """
+    me = session.identity.public
+    created = sorted((fact.sequence, facts) for facts in log.runs.values() if (fact := facts.created_fact))
+    seen = [facts for _, facts in created if _is_seen(facts.require_spec(), me)]
+    runs = [facts for facts in seen if job.base in (facts.require_spec().base.name, _manifest_digest(facts))]
+    own = [facts for facts in runs if facts.require_spec().customer == me]
+    if not runs or (not own and _is_here(job.base, root)):
         return None
-    ref = runs[0].spec.base.manifest
-    same = [facts for facts in runs if facts.spec is not None and facts.spec.base.manifest.digest == ref.digest]
-    manifest = Manifest.load(asyncio.run(session.store().fetch(ref)))
+    chosen = (own[-1] if own else runs[0]).require_spec()
+    ref = chosen.base.manifest
+    same = [facts for facts in reversed(seen) if _manifest_digest(facts) == ref.digest]
     general: dict[str, CorpusRef] = {}
-    for facts in same:
-        assert facts.spec is not None
-        for corpus in (facts.spec.holdout, *facts.spec.general_holdouts):
+    for spec in (facts.require_spec() for facts in same):
+        for corpus in (spec.holdout, *spec.general_holdouts) if spec.customer == me else ():
             if corpus.domain != job.domain:
                 general.setdefault(corpus.domain, corpus)
     ordered = [general[domain] for domain in sorted(general)]
-    return JobContext(job.base, manifest, manifest_ref=ref, session=session, general=ordered, history=same)
+    manifest = Manifest.load(asyncio.run(session.store().fetch(ref)))
+    lender = "" if own else chosen.run
+    return JobContext(
+        chosen.base.name, manifest, manifest_ref=ref, session=session, general=ordered, history=same, lender=lender
+    )
+
+
+def _is_seen(spec: RunSpec, me: str) -> bool:
+    return spec.customer == me or spec.visibility in ("", "public")
+
+
+def _manifest_digest(facts: RunFacts) -> str:
+    return facts.require_spec().base.manifest.digest
+
+
+def _is_here(base: str, root: Path) -> bool:
+    from connito.base.recipes import cached_base
+
+    return cached_base(base).is_dir() if base in NAMED else (root / base / "config.json").is_file()
 
 
 def _folder(base: str, root: Path, progress: Progress) -> Path:
@@ -157,8 +191,8 @@ def _folder(base: str, root: Path, progress: Progress) -> Path:
     folder = root / base
     if not (folder / "config.json").is_file():
         raise NotFound(
-            f"the base {base!r} is neither one that a run of the platform used, nor demo or tiny, nor a folder with a "
-            f"model ({folder}); `connito job list` shows the platform's runs, `connito base build` makes a base"
+            f"the base {base!r} is neither one that a run of yours or a public one used, nor demo or tiny, nor a folder with "
+            f"a model ({folder}); `connito job list` shows the platform's runs, `connito base build` makes a base"
         )
     return folder
 

@@ -157,7 +157,7 @@ def _sizes(found: Corpora, held: dict[str, Corpus], spec: RunSpec) -> list[Findi
     sizes = [_enough("probe", found.probe, length, 1), _enough("train", found.train, length, _wanted(spec))]
     sizes.append(_holdout(found.holdout, spec, spec.domain))
     if not held:
-        remedy = "give `general` text, or submit to a platform that has run another domain on this base"
+        remedy = "give `general` text, or bring another domain on this base first, whose hold-out is then used"
         sizes.append(Finding("size", "error", "there is no general text, so forgetting could not be measured", remedy))
     sizes += [_holdout(corpus, spec, domain) for domain, corpus in held.items()]
     sizes += [_enough(f"benchmark {name}", corpus, length, 2) for name, corpus in found.benchmarks.items()]

@@ -6,7 +6,7 @@ import asyncio
 import datetime
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from connito.errors import Invalid, NotFound
 from connito.jobs.check import Checked, check_file
 from connito.jobs.findings import Finding, require
 from connito.jobs.spec import is_job, read_run_spec, read_yaml
+from connito.protocol.entitlement import base_proof
 from connito.runtime.progress import Progress, silent
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
@@ -76,13 +77,19 @@ def submit(checked: Checked, create_run: Callable[[RunSpec], str], progress: Pro
 async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) -> RunSpec:
     corpora, context, job = checked.corpora, checked.context, checked.job
     assert corpora is not None, "a job without errors has corpora"
+    assert context.session is not None, "a job is submitted to a platform"
+    me = context.session.identity
     spec = RunSpec()
     spec.CopyFrom(checked.spec)
     spec.run = job.run or _run_id(job.domain)
     spec.base.CopyFrom(await _base(checked, store, progress))
+    spec.base.proof = base_proof(me.public, context.manifest.to_bytes())
 
     async def put(domain: str, corpus: Corpus, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
         progress(f"uploading {domain}", 0.5)
+        # The log says the digest to everybody: nobody who guesses the text can make sure of it.
+        salt = me.derive("corpus", corpus.name).hex()
+        corpus = replace(corpus, metadata={**corpus.metadata, "salt": salt})
         with tempfile.TemporaryDirectory() as folder:
             corpus.save(file := Path(folder) / "corpus.safetensors")
             return CorpusRef(domain=domain, artifact=await store.put_file(file, SAFETENSORS, realm))

@@ -25,6 +25,7 @@ from connito.local.installation import Installation
 from connito.local.processes import Program
 from connito.local.tasks import read_lines
 from connito.platform.servers import last_lines
+from connito.protocol.entitlement import base_proof
 from connito.store.cache import Cache
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
@@ -127,7 +128,8 @@ async def upload(
     for cache in (store.cache, Cache(installation.miner_cache)):
         await asyncio.to_thread(_link_base, cache, materials, materials.manifest.files.values())
     manifest = await upload_base(store, materials.folder, materials.manifest, display.progress)
-    spec.base.CopyFrom(BaseRef(name=materials.name, manifest=manifest))
+    proof = base_proof(installation.members["customer"].identity.public, materials.manifest.to_bytes())
+    spec.base.CopyFrom(BaseRef(name=materials.name, manifest=manifest, proof=proof))
 
     async def corpus(domain: str, part: str, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
         ref = await store.put_file(materials.corpus(domain, part), SAFETENSORS, realm, cache=True)

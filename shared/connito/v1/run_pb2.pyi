@@ -101,7 +101,12 @@ class BaseRef(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    proof: _builtins.bytes
+    """SHA-256 over a tag, the customer's key and the manifest: that the customer has it, and not its digest alone. Needed
+    where another customer's run, which is not public, named the base first.
+    """
     @_builtins.property
     def manifest(self) -> _artifacts_pb2.ArtifactRef: ...
     def __init__(
@@ -109,10 +114,11 @@ class BaseRef(_message.Message):
         *,
         name: _builtins.str = ...,
         manifest: _artifacts_pb2.ArtifactRef | None = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "name", b"name", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -119,7 +119,7 @@ def test_what_should_not_leave_the_house_is_pointed_at(customer: Path) -> None:
 
 
 def test_a_base_that_is_nowhere(customer: Path) -> None:
-    with pytest.raises(NotFound, match="neither one that a run of the platform used"):
+    with pytest.raises(NotFound, match="neither one that a run of yours or a public one used"):
         run(customer, base="gpt-9")
 
 

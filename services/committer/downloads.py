@@ -1,0 +1,75 @@
+"""What a key may download because of a run: what the run's facts name, and the files of its base."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from connito.data.manifest import Manifest
+from connito.errors import Invalid, NotFound
+from connito.protocol import bans
+from connito.protocol.entitlement import base_proof, for_customer, for_miners
+from connito.store import ArtifactStore
+from connito.v1 import reasons_pb2, run_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.views.sentences import sentence
+from connito.wire.facts import RunFacts
+
+from .state import State
+
+REMEMBERED = 64
+
+
+class Downloads:
+    """Judges requests by the facts of every run. Manifests are read once."""
+
+    def __init__(self, state: State, store: ArtifactStore) -> None:
+        self._state, self._store = state, store
+        self._manifests: OrderedDict[str, tuple[bytes, Manifest]] = OrderedDict()
+
+    async def entitled(self, facts: RunFacts, key: str) -> dict[str, ArtifactRef]:
+        """Return by digest what a key may read because of a run. Raises `Invalid` for one that has no part in it."""
+        spec = facts.require_spec()
+        if key == spec.customer:
+            refs = for_customer(facts)
+        else:
+            _check_miner(facts, key)
+            refs = for_miners(facts)
+        found = {ref.digest: ref for ref in refs if ref.digest}
+        for corpus in (spec.train, spec.replay):
+            if not self._state.naming.allows(corpus.artifact, spec, self._state.runs):
+                found.pop(corpus.artifact.digest, None)
+        return found | await self._base(spec)
+
+    async def _base(self, spec: run_pb2.RunSpec) -> dict[str, ArtifactRef]:
+        """Return manifest and files of a run's base. Nothing where it is another customer's and the run shows no proof."""
+        ref = spec.base.manifest
+        try:
+            raw, manifest = await self._manifest(ref)
+        except (Invalid, NotFound):
+            return {}
+        allowed = self._state.naming.allows(ref, spec, self._state.runs)
+        if not allowed and spec.base.proof != base_proof(spec.customer, raw):
+            return {}
+        files = [entry.ref for entry in manifest.files.values()]
+        own = [file for file in files if self._state.naming.allows(file, spec, self._state.runs)]
+        return {file.digest: file for file in (ref, *own)}
+
+    async def _manifest(self, ref: ArtifactRef) -> tuple[bytes, Manifest]:
+        known = self._manifests.get(ref.digest)
+        if known is None:
+            raw = await self._store.get_bytes(ref)
+            known = self._manifests[ref.digest] = (raw, Manifest.from_bytes(raw))
+            if len(self._manifests) > REMEMBERED:
+                self._manifests.popitem(last=False)
+        return known
+
+
+def _check_miner(facts: RunFacts, miner: str) -> None:
+    ban = bans.standing(facts, miner)
+    if ban is not None and not ban.lifted:
+        raise Invalid(sentence(bans.refusal(ban).finding), reason=reasons_pb2.REASON_BANNED)
+    if miner not in facts.enrolled:
+        raise Invalid(
+            f"you are not enrolled in run {facts.run}; `connito miner run` enrols you",
+            reason=reasons_pb2.REASON_NOT_ENROLLED,
+        )
