@@ -1,4 +1,4 @@
-"""What a key may download because of a run: what the run's facts name, and the files of its base."""
+"""Downloads that a run entitles a key to: what the run's facts name, and the files of its base."""
 
 from __future__ import annotations
 

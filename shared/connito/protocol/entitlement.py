@@ -1,4 +1,4 @@
-"""Which artifacts a key may read because of a run, and whether the run may name them at all. Pure.
+"""Artifacts that a key may read because of a run, and that the run may name at all. Pure.
 
 Everybody who takes part reads the log, and so knows the digests in it: to name an artifact is no right to it. A run
 entitles to what its own facts name, unless a run of another customer named that first and does not share it.
@@ -95,7 +95,7 @@ class Naming:
 
 
 def base_proof(customer: str, manifest: bytes) -> bytes:
-    """Return what shows that a customer has read a base's manifest, whose digest alone stands in the log."""
+    """Return the proof that a customer has a base's manifest, of which the log says the digest alone."""
     return hashlib.sha256(_PROOF_TAG + customer.encode() + manifest).digest()
 
 
