@@ -43,7 +43,13 @@ class Platform:
 
     def connito(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "connito.cli", *arguments, "--data-dir", str(self.data)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=200)
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=200)
+        except subprocess.TimeoutExpired as error:
+            logs = [
+                f"== {path.name}\n{path.read_text()[-1500:]}" for path in sorted((self.data / "logs").glob("*.log"))
+            ]
+            raise AssertionError("\n".join([str(error), str(error.stderr), *logs])) from error
 
     def json(self, *arguments: str) -> Any:
         done = self.connito(*arguments, "--json")

@@ -4,7 +4,6 @@ and are on probation, and validators earn a part: it audits clean, and its ledge
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ POLICY = {
     "rewards.newcomers_per_cycle": 3,
 }
 EMISSION = 1_000_000
-# Nats per token by which two evaluations of the same model may differ here; audits tolerate 1e-4.
-ROUNDING = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +56,7 @@ def test_it_audits_clean_with_the_model(run: Finished) -> None:
     code, document, errors = audit(run, run.data, "--threads", "1")
     assert (code, document["differences"]) == (0, []), errors
     checks = {(row["cycle"], row["check"]): row for row in document["checks"]}
-    # Seen: some differ in their last bits, on one machine with one thread. Why is not known; they were equal before packing.
-    note = checks[2, "losses"]["note"]
-    apart = re.search(r"the others within (\S+) nats", note)
-    assert note.endswith("equal to the bit") or (apart and float(apart[1]) < ROUNDING), note
+    assert checks[2, "losses"]["note"].endswith("equal to the bit")
     assert checks[2, "merge"]["note"].endswith("equal to the bit")
 
 
@@ -126,7 +120,7 @@ def test_the_ledger_adds_up_to_the_unit(run: Finished, tmp_path: Path) -> None:
 
 def test_validators_that_agree_keep_their_weight_and_miners_are_rated(run: Finished) -> None:
     for cycle in run.report["cycles"]:
-        assert [row["trust"] for row in cycle["validators"]] == pytest.approx([1.0, 1.0, 1.0], abs=ROUNDING)
+        assert [row["trust"] for row in cycle["validators"]] == [1.0, 1.0, 1.0]
         assert not any(row["reason"] for row in cycle["validators"])
     ratings = run.report["totals"]["ratings"]
     assert set(ratings) == {"miner-1", "miner-2", "miner-3", "freerider-1"}

@@ -131,17 +131,21 @@ class Evaluator:
         if self._shortcut is None:
             return None
         keys = [_key(row) for row in part]
-        missing = [i for i, key in enumerate(keys) if key not in self._cache]
-        fresh: dict[int, torch.Tensor] = {}
-        if missing:
-            batch = batch_of(part[missing], self.model)
-            with torch.inference_mode():
-                states = self._shortcut.capture(self.model, batch.ids, batch.positions)
-            fresh = dict(zip(missing, states, strict=True))
-        rows = [fresh[i] if i in fresh else self._cache[key] for i, key in enumerate(keys)]
+        rows = [self._cache[key] if key in self._cache else self._captured(part[[i]]) for i, key in enumerate(keys)]
         for key, row in zip(keys, rows, strict=True):
             self._remember(key, row)
         return torch.stack(rows)
+
+    def _captured(self, row: npt.NDArray[Any]) -> torch.Tensor:
+        """Return what enters the first adapted layer for a sequence [1, L + 1], [L, H].
+
+        Each by itself: how a product is rounded depends on how many rows share it, and which sequences are in the cache
+        already depends on what was drawn before. An auditor has drawn other things and must get the same to the bit.
+        """
+        assert self._shortcut is not None
+        batch = batch_of(row, self.model)
+        with torch.inference_mode():
+            return self._shortcut.capture(self.model, batch.ids, batch.positions)[0]
 
     def keep_only(self, sequences: Iterable[npt.NDArray[Any]]) -> None:
         """Let go of the hidden states of all sequences [L + 1] but these, so that there is room for others."""

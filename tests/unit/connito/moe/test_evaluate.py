@@ -52,6 +52,16 @@ def test_hidden_states_are_computed_once_and_the_cache_is_bounded(full: Any, seq
     assert len(small._cache) == 2
 
 
+def test_losses_do_not_depend_on_what_was_drawn_before(full: Any, sequences: Any) -> None:
+    """Validators have scored other sequences than an auditor, and keep the hidden states of those."""
+    text = np.concatenate([sequences("logs", 24, 1), sequences("recipes", 24, 2)])
+    cold = Evaluator(full, SELECTION).losses(None, text)[0]
+    for drawn in (range(3), range(1, 48, 2), [0, 47], range(5, 40)):
+        judge = Evaluator(full, SELECTION)
+        judge.warm(text[list(drawn)])
+        np.testing.assert_array_equal(judge.losses(None, text)[0], cold)
+
+
 def test_restoring_leaves_the_model_as_it_was(full: Any, sequences: Any) -> None:
     before = fingerprint(full)
     judge = Evaluator(full, SELECTION)
