@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from connito.errors import Fatal, Invalid, Retry
+from connito.files import write_durably
+from connito.platform import durable_objects
 from connito.platform.accounts import Accounts
 from connito.platform.spawning import spawn
 from connito.runtime.progress import Notify
@@ -102,7 +104,7 @@ class Server:
         self._reap()
 
     def kill(self) -> None:
-        """Kill the process with SIGKILL, as a power cut would."""
+        """Kill the process with SIGKILL."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
         self._reap()
@@ -197,9 +199,8 @@ class NatsServer(Server):
         return {"clients": self.port}
 
     def _prepare(self) -> list[str]:
-        path = self.data_dir / "nats-server.conf"
-        path.write_text(json.dumps(self._config(), indent=2))
-        return [find_program(self.program), "-c", str(path)]
+        write_durably(self.data_dir / "nats-server.conf", json.dumps(self._config(), indent=2))
+        return [find_program(self.program), "-c", "nats-server.conf"]
 
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -207,7 +208,7 @@ class NatsServer(Server):
             "port": self.port,
             "server_name": "connito-local",
             "max_payload": 2 << 20,
-            "jetstream": {"store_dir": str(self.data_dir / "jetstream"), "sync_interval": "always"},
+            "jetstream": {"store_dir": "jetstream", "sync_interval": "always"},
         }
         # The server keeps streams in a folder that is named after their account; `$G` where there were none.
         stored = self.data_dir / "jetstream" / "jetstream"
@@ -216,7 +217,7 @@ class NatsServer(Server):
             return config | (_open(account) if account else {})
         if (stored / "$G").exists() and not (stored / self.accounts.platform).exists():
             (stored / "$G").rename(stored / self.accounts.platform)
-        return config | self.accounts.server(str(self.data_dir / "jwt"))
+        return config | self.accounts.server("jwt")
 
     def _not_ready(self) -> str:
         """Return whether the server accepts clients, which it does after JetStream has recovered its streams."""
@@ -229,7 +230,7 @@ class NatsServer(Server):
 
 
 class ObjectStore(Server):
-    """SeaweedFS in one process: master, volume server, filer and S3 gateway."""
+    """SeaweedFS in one process: master, volume server, filer and S3 gateway; it syncs every acknowledged object to disk."""
 
     program = "weed"
 
@@ -269,12 +270,10 @@ class ObjectStore(Server):
                 "actions": ["Admin", "Read", "Write", "List", "Tagging"],
             }
         ]
-        config = self.data_dir / "s3.json"
-        config.write_text(json.dumps({"identities": list(identities)}, indent=2))
-        config.chmod(0o600)
-        (self.data_dir / "objects").mkdir(exist_ok=True)
+        write_durably(self.data_dir / "s3.json", json.dumps({"identities": list(identities)}, indent=2), 0o600)
+        durable_objects.prepare(self.data_dir)
         arguments = {
-            "dir": self.data_dir / "objects",
+            "dir": "objects",
             "ip": "127.0.0.1",
             "ip.bind": "127.0.0.1",
             # One master: no election, which would take two more seconds.
@@ -288,7 +287,7 @@ class ObjectStore(Server):
             "s3": "true",
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
-            "s3.config": config,
+            "s3.config": "s3.json",
         }
         for name, port in self.ports.items():
             service, _, grpc = name.partition(".")
@@ -297,6 +296,10 @@ class ObjectStore(Server):
 
     def _not_ready(self) -> str:
         """Return whether an object can be stored and read back; the gateway answers seconds earlier."""
+        filer = f"http://127.0.0.1:{self.ports['filer']}"
+        return durable_objects.not_synced(filer) or self._probe()
+
+    def _probe(self) -> str:
         import urllib3
         from minio import Minio
         from minio.error import MinioException
