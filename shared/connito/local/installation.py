@@ -81,6 +81,9 @@ class Installation:
         await self._stack.aclose()
 
     async def _open(self) -> None:
+        # Everything that is written from here on, by this process and by those that it starts, is its owner's alone.
+        self._stack.callback(os.umask, os.umask(0o077))
+        self.data.close_to_others()
         self.fork_server = await ForkLauncher.open(self.data.logs / "fork-server.log", self._environment())
         self._stack.push_async_callback(self.fork_server.close)
         secret = self._store_secret()

@@ -30,6 +30,10 @@ class Platform:
     error: str = ""
 
 
+# Folders of the servers and services. An `up` of before they were made private has left them open.
+_PRIVATE = ("accounts", "cache", "cache-miners", "keys", "logs", "miners", "nats", "objects", "ports", "runs", "shelf")
+
+
 def default_data_dir() -> Path:
     """Return `CONNITO_DATA_DIR`, or `.connito/` in the current folder."""
     return Path(os.environ.get("CONNITO_DATA_DIR") or ".connito")
@@ -46,8 +50,8 @@ class DataDir:
         """Make the folder where it is missing. Raises `Invalid` naming it when that cannot be done."""
         path = (root or default_data_dir()).absolute()
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "logs").mkdir(exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (path / "logs").mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
             raise Invalid(
                 f"cannot make the data directory {path}: {error.strerror}; choose another by --data-dir"
@@ -100,6 +104,12 @@ class DataDir:
     def keep_threads(self, threads: int) -> None:
         """Say for later how many threads a computation had."""
         (self.root / "threads").write_text(f"{threads}\n")
+
+    def close_to_others(self) -> None:
+        """Let only the owner into what lies here. The folder itself may be one that was there before, for other things too."""
+        for folder in self.root.iterdir():
+            if folder.name in _PRIVATE and folder.is_dir():
+                folder.chmod(0o700)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

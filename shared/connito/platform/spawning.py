@@ -56,6 +56,8 @@ def _spawn_for_ever() -> None:
                 cwd=folder,
                 # Ctrl-C in the terminal is for the command line; it ends its servers itself, in order.
                 start_new_session=True,
+                # What servers keep is read by nobody else on this machine.
+                umask=0o077,
                 preexec_fn=tie if die_with_parent else None,  # noqa: PLW1509 - prctl only
             )
         except OSError as error:

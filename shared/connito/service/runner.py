@@ -79,6 +79,7 @@ class ServiceContext(Generic[S]):
 
 def run_service(name: str, main: Callable[[ServiceContext[S]], Awaitable[None]], settings_cls: type[S]) -> NoReturn:
     """Run `main` until it returns, fails or SIGTERM comes; then exit: 0 after a drain, the error's code otherwise."""
+    os.umask(0o077)
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(_help(name, settings_cls))
         sys.exit(0)

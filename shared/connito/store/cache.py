@@ -43,7 +43,7 @@ class Cache:
             metrics.CACHE.labels("hit").inc()
             return path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make(path.parent)
             with _locked(path.with_name(path.name + ".lock")):
                 self._fill(path, ref, download)
         except OSError as error:
@@ -74,11 +74,20 @@ class Cache:
         partial = path.with_name(f"{path.name}.part{os.getpid()}")
         try:
             download(partial)
-            partial.chmod(0o444)
+            if partial.stat().st_nlink == 1:  # Else it is a link to a file of somebody's own.
+                partial.chmod(0o400)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
         self._stamp(path)
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder of the cache, which only its owner may enter: held-out text and hand-ins lie in it."""
+        top = self.folder / "sha256"
+        if not top.is_dir():
+            top.mkdir(parents=True, exist_ok=True)
+            top.chmod(0o700)
+        folder.mkdir(exist_ok=True, mode=0o700)
 
     def _is_stamped(self, path: Path, ref: ArtifactRef) -> bool:
         try:
@@ -102,7 +111,7 @@ def _stamp_text(status: os.stat_result) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a file lock; the kernel drops it if this process dies."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         while True:
             try:
