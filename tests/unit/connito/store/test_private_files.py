@@ -36,7 +36,11 @@ def open_to_others(folder: Path) -> list[str]:
 
 def test_the_cache_is_its_owners_alone(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    path = Cache(tmp_path / "cache").get(REF, lambda target: Path(target).write_bytes(TEXT) and None)
+
+    def download(target: Path) -> None:
+        target.write_bytes(TEXT)
+
+    path = Cache(tmp_path / "cache").get(REF, download)
     assert path.read_bytes() == TEXT
     assert path.stat().st_mode & 0o777 == 0o400
     assert open_to_others(tmp_path) == []
