@@ -37,7 +37,16 @@ async def main(ctx: ServiceContext[AggregatorSettings]) -> None:
     def decide_while_leading(facts: RunFacts, _now_ms: int) -> Decision:
         return decide(facts, aggregator.evaluators) if keeper.leading else Decision()
 
-    engine = Engine(ctx.bus, log, STREAMS, decide_while_leading, aggregator.perform, run=settings.run, on_fact=on_fact)
+    engine = Engine(
+        ctx.bus,
+        log,
+        STREAMS,
+        decide_while_leading,
+        aggregator.perform,
+        run=settings.run,
+        on_fact=on_fact,
+        service="aggregator",
+    )
 
     async def begin() -> None:
         engine.wake()

@@ -27,7 +27,7 @@ async def main(ctx: ServiceContext[CommitterSettings], serve: rpc.ServeApi = rpc
     api = SubmissionApi(ctx.bus, state, ctx.store, limit, settings.presign_seconds)
     async with aclosing(ContentCheck(ctx.store, settings.examine_slots)) as check, Lifecycle(ctx.stop) as life:
         committer = Committer(ctx.bus, state, check)
-        engine = Engine(ctx.bus, state, STREAMS, decide, committer.perform)
+        engine = Engine(ctx.bus, state, STREAMS, decide, committer.perform, service="committer")
         life.start(engine.run())
         if not await life.finishes(engine.caught_up.wait()):
             return

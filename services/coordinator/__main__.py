@@ -29,6 +29,7 @@ async def main(ctx: ServiceContext[CoordinatorSettings], serve: rpc.ServeApi = r
     engine = Engine(
         ctx.bus, state, STREAMS, coordinator.decide, coordinator.perform,
         clock=clock.now_ms, on_fact=lambda fact: state.notice(fact, live=engine.caught_up.is_set()),
+        service="coordinator",
     )  # fmt: skip
     limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
     api = RunApi(ctx.bus, state, ctx.roster, state.changes, limit, clock.now_ms)

@@ -45,6 +45,9 @@ def status(facts: RunFacts) -> services_pb2.RunStatus:
 def _detail(facts: RunFacts) -> str:
     if facts.ended is not None:
         return facts.ended.detail
+    if facts.paused:
+        left = facts.paused[0]
+        return f"the {left.service} cannot go on with this run ({left.action}): {left.detail}"
     spec = facts.require_spec()
     if phase(facts) == services_pb2.RUN_PHASE_SELECTING:
         return "waiting for the selector"

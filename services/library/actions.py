@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connito.bus import Bus, CaughtUp, offences
-from connito.errors import Invalid, Retry
+from connito.errors import Fatal, Invalid, Retry
 from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
 from connito.library.attestation import attest
 from connito.library.attestation import encode as encode_attestation
@@ -150,6 +150,11 @@ class CatalogueReader:
                 self._catalogue.add(fact, await self._record(fact), (item.subject, item.data))
             except Invalid as error:
                 offences.ignore(item, error, new=self.complete.is_set())
+            except Fatal:
+                raise
+            except Exception as error:
+                # What one run's expert says of itself keeps no other from the shelf.
+                self._log.error("an entry cannot be read", subject=item.subject, exc_info=error)
             async with self._moved:
                 self._position = item.sequence
                 self._moved.notify_all()

@@ -6,16 +6,19 @@ import asyncio
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from connito.bus import Bus
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import Invalid, Retry
+from connito.errors import ConnitoError, Fatal, Invalid, Retry
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget
 from connito.runtime.logs import Logger
+from connito.service.pausing import PASSING
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
@@ -23,11 +26,13 @@ from connito.wire.fact import Record
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact
 from connito.workloads.fetching import BaseFiles, fetch_base, fetch_holdouts
-from connito.workloads.selecting import Chosen, Library, Probes, check_holdouts, choose
+from connito.workloads.selecting import Chosen, Library, Probes, check_corpora, choose
 
 from . import handlers
 
 PUBLIC = artifacts_pb2.REALM_PUBLIC
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Selector:
@@ -48,7 +53,11 @@ class Selector:
             return
         try:
             message = await self._select(decision.spec)
-        except Invalid as error:
+        except (Fatal, Retry):
+            raise
+        except PASSING as error:
+            raise Retry(f"this machine cannot select now: {error}", after=5.0) from error
+        except Exception as error:
             failure = handlers.failed(fact.run, error)
             self._log.error("no selection is possible", error=failure.detail)
             await self._bus.publish_fact(fact.run, "run", 0, "selection_failed", failure)
@@ -76,7 +85,7 @@ class Selector:
             await self._store.fetch(spec.replay.artifact) if spec.HasField("replay") else None,
             {corpus.domain: await self._store.fetch(corpus.artifact) for corpus in spec.beside},
         )
-        await asyncio.to_thread(check_holdouts, spec, await fetch_holdouts(self._store, spec))
+        await self._check_corpora(spec, base, probes)
         library = await self._library(spec) if wants_start(spec) else None
         with tempfile.TemporaryDirectory() as folder:
             theta = Path(folder) / "theta.safetensors"
@@ -85,6 +94,12 @@ class Selector:
                 chosen = await asyncio.to_thread(_compute, spec, base, probes, theta, library)
                 metrics.SELECTION_SECONDS.observe(time.monotonic() - began)
             return await self._store_all(spec.run, chosen, theta)
+
+    async def _check_corpora(self, spec: run_pb2.RunSpec, base: BaseFiles, probes: Probes) -> None:
+        read = [await self._store.fetch(spec.train.artifact), probes.target, *probes.beside.values()]
+        read += [] if probes.replay is None else [probes.replay]
+        held = await fetch_holdouts(self._store, spec)
+        await asyncio.to_thread(_by_content, spec, check_corpora, spec, base.files, read, held)
 
     async def _library(self, spec: run_pb2.RunSpec) -> Library:
         """Return every expert of the run's base that is deposited by now."""
@@ -118,13 +133,17 @@ def _compute(
     theta: Path,
     library: Library | None = None,
 ) -> Chosen:
-    """Run `choose`, turning errors of a hostile or broken base into a failed selection."""
+    return _by_content(spec, choose, spec, base.manifest, base.files, probes, theta, library)
+
+
+def _by_content(spec: run_pb2.RunSpec, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call `work`, turning errors of a hostile or broken base into a failed selection."""
     try:
-        return choose(spec, base.manifest, base.files, probes, theta, library)
-    except (Invalid, Retry, MemoryError, OSError):
+        return work(*args, **kwargs)
+    except (ConnitoError, MemoryError, OSError):
         raise
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise Invalid(
-            f"the base model {spec.base.name} cannot read the probe text: {type(error).__name__}: {error}; check that "
+            f"the base model {spec.base.name} cannot read the run's text: {type(error).__name__}: {error}; check that "
             "the corpora were tokenised with this base's tokenizer"
         ) from error

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from connito.errors import Invalid
 from connito.protocol.findings import check_version
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
+from connito.wire.bounds import cut
 from connito.workloads.selecting import Chosen
 
+MAX_DETAIL = 2000
 # Kinds of facts after which there is nothing left to select.
 SETTLED = ("selected", "selection_failed", "ended")
 
@@ -62,8 +64,11 @@ def made(
     )
 
 
-def failed(run: str, error: Invalid) -> run_pb2.SelectionFailed:
-    """Return the fact of a failed selection, with the error's reason if it has one."""
+def failed(run: str, error: Exception) -> run_pb2.SelectionFailed:
+    """Return the fact of a failed selection, with the error's reason if it has one. Any other is a fault that the run shows."""
+    if not isinstance(error, Invalid):
+        what = cut(f"{type(error).__name__}: {error}", MAX_DETAIL)
+        return run_pb2.SelectionFailed(run=run, reason=reasons_pb2.REASON_FAULT, detail=what)
     vague = error.reason in (reasons_pb2.REASON_UNSPECIFIED, reasons_pb2.REASON_MALFORMED)
     reason = reasons_pb2.REASON_SELECTION_FAILED if vague else error.reason
-    return run_pb2.SelectionFailed(run=run, reason=reason, detail=str(error))
+    return run_pb2.SelectionFailed(run=run, reason=reason, detail=cut(str(error), MAX_DETAIL))

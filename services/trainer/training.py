@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.data.corpus import Corpus
-from connito.data.packing import Rows
+from connito.data.corpus import Corpus, check_vocabulary
+from connito.data.packing import Rows, tokens_of
 from connito.errors import Invalid, Retry
 from connito.moe.device import devices_of
 from connito.moe.engine import Engine
@@ -114,6 +114,8 @@ class LocalTrainer:
 
         policy, begun = facts.require_spec().training, time.perf_counter()
         model = self._model(facts, base)
+        embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+        check_vocabulary(int(tokens_of(batches).max(initial=-1)), len(embeddings), "training text")
         write_targets(model, load_state(state))
         batches, apart = hold_back(batches, self._settings.evaluation_share)
         own = Evaluation(model, apart, len(batches), self._settings)

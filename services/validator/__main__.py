@@ -45,7 +45,7 @@ async def main(
 
     engine = Engine(
         context.bus, log, STREAMS, decide_now, validator.perform,
-        run=settings.run, on_fact=drop_others_scores,
+        run=settings.run, on_fact=drop_others_scores, service="validator",
     )  # fmt: skip
     async with Lifecycle(context.stop) as life:
         life.start(engine.run())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from connito.bus import Bus, CaughtUp, streams
+from connito.bus.consume import FAULT_LIMIT
 from connito.errors import Fatal, Invalid, Retry
 from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
@@ -449,16 +450,46 @@ class TestConsume:
         task.cancel()
         await asyncio.wait([task])
 
-    async def test_a_bug_is_raised_and_the_message_delivered_again(
+    async def test_a_message_that_makes_its_handler_fail_is_set_aside_and_the_next_is_handled(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr("connito.bus.consume.MAX_DELAY", 0.01)
+        bus = await bus_factory(identities["committer"], own_nats.url)
+        await self.say(bus, run_id, 2)
+        done, tries = asyncio.Event(), 0
+
+        async def handle(record: Record) -> None:
+            nonlocal tries
+            if record.sequence == 1:
+                tries += 1
+                raise ZeroDivisionError
+            if tries >= FAULT_LIMIT:
+                done.set()
+            else:
+                raise Retry("not yet", after=0.01)
+
+        task = asyncio.create_task(bus.consume("committer", handle))
+        async with asyncio.timeout(PATIENCE):
+            await done.wait()
+        record = await bus.last_record("connito.dlq.v1.INGRESS.1")
+        assert record is not None
+        letter = open_bytes(record.data, record.subject).read(cycle_pb2.DeadLetter)
+        assert (letter.reason, tries) == (reasons_pb2.REASON_FAULT, FAULT_LIMIT)
+        assert "ZeroDivisionError" in letter.detail
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def test_what_is_fatal_is_raised_and_the_message_delivered_again(
         self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
     ) -> None:
         bus = await bus_factory(identities["committer"], own_nats.url)
         await self.say(bus, run_id)
 
         async def break_down(record: Record) -> None:
-            raise ZeroDivisionError
+            raise Fatal("the lease is lost")
 
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(Fatal):
             await bus.consume("committer", break_down)
         again = asyncio.Event()
 

@@ -80,7 +80,7 @@ def _layout(files: CheckpointFiles, description: Description) -> Layout:
         {index: sum(bank[0].nbytes for bank in each) for index, each in banks.items()},
         sum(tensor.nbytes for tensor in description.skeleton.state_dict().values()),
         min(bank.itemsize for each in banks.values() for bank in each),
-        int(description.skeleton.get_input_embeddings().weight.shape[0]),  # type: ignore[operator]
+        description.vocabulary,
     )
 
 

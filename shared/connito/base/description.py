@@ -53,6 +53,11 @@ class Description:
         """Return the MoE layers of the model. Raises `Invalid` for a dense one."""
         return require_moe_layers(self.skeleton)
 
+    @property
+    def vocabulary(self) -> int:
+        """Return how many tokens the model has embeddings of."""
+        return int(self.skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
     def names(self) -> list[str]:
         """Return the stored names of all tensors that the model takes."""
         return [name for stored in self.tensors.values() for name in stored.names]

@@ -275,8 +275,8 @@ class Bus:
     ) -> None:
         """Process a durable consumer's messages until cancelled, `concurrency` at once.
 
-        `Retry` from the handler: again after a growing delay. `Invalid`: a signed copy to the DLQ, and done. Anything
-        else is raised here, and the message will be delivered again. While messages are here, the broker is told so
+        `Retry` from the handler: again after a growing delay. `Invalid`: a signed copy to the DLQ, and done. `Fatal` is raised
+        here. Anything else: again, and after a few times as `Invalid`. While messages are here, the broker is told so
         every `heartbeat` seconds (a third of the consumer's acknowledgement time unless given).
 
         Without `lane` every replica takes a share. With it, messages of one lane are handled one at a time and in order, and

@@ -29,6 +29,8 @@ PULL_SECONDS = 5.0
 BATCH = 256
 # A message that was delivered this often and never finished kills whoever handles it, or waits for what never comes.
 DELIVERY_LIMIT = 100
+# One that made its handler fail, with an error that has no meaning, so often.
+FAULT_LIMIT = 4
 MAX_DELAY = 30.0
 SKIPPED_SECONDS = 0.03
 _BODY_LIMIT = 900_000
@@ -71,7 +73,7 @@ class Worker:
         self.asked = 0
 
     async def run(self) -> None:
-        """Handle messages until cancelled. Raises what the handler raised, unless it is `Retry` or `Invalid`.
+        """Handle messages until cancelled. Raises `Fatal` where the handler does.
 
         Drawn through an inbox of its own and not through the library's `fetch`: that takes a message whose sender set a
         `Status` header for the server's own word and drops it, and a miner could block the queue with one.
@@ -231,11 +233,31 @@ class Worker:
                 await msg.nak(delay=delay)
         except Invalid as error:
             await self._dead_letter(msg, record, error)
+        except Fatal:
+            raise
+        except Exception as error:
+            return await self._failed(msg, record, error, delivered)
         else:
             # One that is not acknowledged comes again, and finds what was done.
             with suppress(NatsError, OSError):
                 await msg.ack()
             self._count("ok")
+        return None
+
+    async def _failed(self, msg: Any, record: Record, error: Exception, delivered: int) -> float | None:
+        """Set aside what makes its handler fail again and again; until then as after `Retry`."""
+        log.error("a message makes its handler fail", durable=self.durable.name, subject=record.subject,
+                  sequence=record.sequence, delivered=delivered, exc_info=error)  # fmt: skip
+        if delivered >= FAULT_LIMIT and not isinstance(error, (OSError, MemoryError)):
+            what = f"its handler failed {delivered} times: {type(error).__name__}: {error}"
+            await self._dead_letter(msg, record, Invalid(what, reason=reasons.REASON_FAULT))
+            return None
+        delay = min(MAX_DELAY, 2.0 ** min(delivered - 1, 10))
+        self._count("failed")
+        if self.lane is not None:
+            return delay
+        with suppress(NatsError, OSError):
+            await msg.nak(delay=delay)
         return None
 
     async def _dead_letter(self, msg: Any, record: Record, error: Invalid) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES, STREAMS, live
 from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, inbox_prefix
-from connito.wire.verification import CATALOGUE, INGRESS
+from connito.wire.verification import ANY, CATALOGUE, INGRESS, WORKERS
 
 # What a miner needs in order to take part: not what validators tell each other, nor what other miners say.
 MINER_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")
@@ -70,7 +70,13 @@ def permissions(role: str, key: str) -> Permissions:
     if role == "operator":
         return Permissions((">",), (">",))
     streams = _STREAMS[role]
-    publish = [*_facts(role, "*"), *_reading(streams), *_buckets(role), f"{SECURITY_ROOT}.*.{key}"]
+    publish = [
+        *_facts(role, "*"),
+        *(_facts(ANY, key) if role in WORKERS else ()),
+        *_reading(streams),
+        *_buckets(role),
+        f"{SECURITY_ROOT}.*.{key}",
+    ]
     publish += [f"$JS.API.STREAM.INFO.{stream}" for stream in streams]
     durables = _DURABLES.get(role, ())
     publish += [subject for name in durables for subject in _durable(name)]
@@ -130,7 +136,7 @@ def _durable(name: str) -> Iterable[str]:
 
 
 _MINER_SAYS = [f"{ROOT}.*.ingress.{SELF}.{kind}" for kind in INGRESS]
-_VALIDATOR_SAYS = [*_facts("validator", SELF), f"{SECURITY_ROOT}.*.{SELF}"]
+_VALIDATOR_SAYS = [*_facts("validator", SELF), *_facts(ANY, SELF), f"{SECURITY_ROOT}.*.{SELF}"]
 
 ACCOUNTS: dict[str, Account] = {
     account.name: account

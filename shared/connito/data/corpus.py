@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,9 @@ Tokens = NDArray[np.int32]
 _IN_MEMORY = 1 << 24
 # Metadata: documents end as they are written, and nothing is put behind them.
 ENDS, WHOLE = "ends", "in the documents"
+# What a corpus may say of itself: entries, and characters of a name and of a value.
+_MAX_ENTRIES, _MAX_KEY, _MAX_VALUE = 64, 128, 16_384
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,10 @@ class Corpus:
         return cls(kept, np.frombuffer(ends, np.int64), dict(metadata or {}), marks)
 
     @classmethod
-    def load(cls, source: Path | str | bytes) -> Corpus:
-        """Read a corpus artifact. Raises `Invalid` when it is not one."""
-        arrays, metadata = read_tensors(source)
+    def load(cls, source: Path | str | bytes, *, mmap: bool = False) -> Corpus:
+        """Read a corpus artifact, or map its file. Raises `Invalid` when it is not one, whoever made it."""
+        arrays, metadata = read_tensors(source, mmap=mmap)
+        _check_metadata(metadata)
         if set(arrays) - {"loss"} != {"tokens", "offsets"}:
             raise broken(f"it holds {', '.join(sorted(arrays)[:4]) or 'nothing'} instead of tokens and offsets")
         loss = arrays.get("loss")
@@ -121,6 +126,22 @@ class Corpus:
         return self.metadata.get(ENDS) == WHOLE
 
     @property
+    def separator(self) -> int | None:
+        """Return the token id that belongs behind every document; None where none is named. Raises `Invalid`."""
+        text = self.metadata.get("separator")
+        if text is None:
+            return None
+        if not _TOKEN_ID.fullmatch(text) or int(text) > np.iinfo(np.int32).max:
+            raise broken(f"its separator {text[:24]!a} is not the number of a token")
+        return int(text)
+
+    @property
+    def largest(self) -> int:
+        """Return the largest token id that a reader meets; −1 where there is none."""
+        behind = -1 if self.whole or self.separator is None else self.separator
+        return max(behind, int(self.tokens.max(initial=-1)))
+
+    @property
     def documents(self) -> int:
         """Return the number of documents."""
         return len(self.offsets) - 1
@@ -134,9 +155,9 @@ class Corpus:
         if self.whole:
             return self
         if separator is None:
-            if "separator" not in self.metadata:
-                raise broken("it names no separator token; pass one")
-            separator = int(self.metadata["separator"])
+            separator = self.separator
+        if separator is None:
+            raise broken("it names no separator token; pass one")
         tokens = np.insert(self.tokens, self.offsets[1:], np.int32(separator))
         return Corpus(tokens, self.offsets + np.arange(len(self.offsets)), {**self.metadata, ENDS: WHOLE})
 
@@ -155,6 +176,14 @@ class Corpus:
         return np.ascontiguousarray(packed[: count * (length + 1)].reshape(count, length + 1), np.int32)
 
 
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    if len(metadata) > _MAX_ENTRIES:
+        raise broken(f"it says {len(metadata)} things of itself, more than {_MAX_ENTRIES}")
+    for name, value in metadata.items():
+        if len(name) > _MAX_KEY or len(value) > _MAX_VALUE:
+            raise broken(f"what it says under {name[:24]!a} is longer than {_MAX_VALUE} characters")
+
+
 def _kept(file: tempfile.SpooledTemporaryFile[bytes], size: int) -> NDArray[np.uint8]:
     """Return what was written: in memory, or mapped from the disk where it is much."""
     if size > _IN_MEMORY:
@@ -167,6 +196,15 @@ def _kept(file: tempfile.SpooledTemporaryFile[bytes], size: int) -> NDArray[np.u
 def broken(detail: str) -> Invalid:
     """Return the error for something that is no corpus."""
     return Invalid(f"this is not a usable corpus: {detail}", reason=reasons.REASON_MALFORMED)
+
+
+def check_vocabulary(largest: int, vocabulary: int, what: str) -> None:
+    """Raise `Invalid` if a token id is beyond the embeddings of the model that is to read it."""
+    if largest >= vocabulary:
+        raise Invalid(
+            f"the {what} holds the token {largest}, and the base has {vocabulary}; tokenise it with the base's own tokenizer",
+            reason=reasons.REASON_BAD_SPEC,
+        )
 
 
 def too_short(corpus: Corpus, length: int) -> Invalid:

@@ -12,15 +12,20 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from connito.bus import Bus, CaughtUp, offences
-from connito.errors import Invalid, Retry
+from connito.errors import Fatal, Invalid, Retry
 from connito.protocol.findings import check_version
 from connito.runtime import logs, metrics, tracing
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
+from connito.service.pausing import MAX_WAIT, Pauses, publish
+from connito.v1 import reasons_pb2
+from connito.v1.run_pb2 import RunPaused
 from connito.wire.enums import reason_name
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
+from connito.wire.subjects import run_of
+from connito.wire.verification import by_participant
 
 log = get_logger("engine")
 
@@ -29,6 +34,8 @@ SETTLE_MS = 1000
 SOONEST_MS = 20
 LOOK_SECONDS = 5.0
 MAX_DELAY = 30.0
+# What fails where there is no action yet.
+READING, DECIDING = "reading", "deciding"
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Engine:
         run: str = "",
         clock: Callable[[], int] | None = None,
         on_fact: Callable[[Fact], None] | None = None,
+        service: str = "",
     ) -> None:
         self.caught_up = asyncio.Event()
         self.log = facts
@@ -86,6 +94,8 @@ class Engine:
         self._actions: dict[str, _State] = {}
         self._traces: dict[str, str] = {}
         self._newer: set[str] = set()
+        self._pauses, self._held_until = Pauses(service), dict[str, int]()
+        self._unreadable: set[str] = set()
         self._something = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
 
@@ -101,7 +111,8 @@ class Engine:
     async def run(self) -> None:
         """Follow, decide and act until cancelled; then cancel what is in flight and wait for it to end.
 
-        Raises `Fatal`, or whatever else an action, the decider or the follower died of.
+        Raises `Fatal`, and what the follower died of. What the decider or an action raises without such a meaning ends with the
+        run that it was about (`connito.service.pausing`).
         """
         self._failure = asyncio.get_running_loop().create_future()
         loops = [asyncio.create_task(self._follow()), asyncio.create_task(self._schedule())]
@@ -128,15 +139,28 @@ class Engine:
         except Invalid as error:
             # What lay there before was reported when it came.
             offences.ignore(record, error, new=self.caught_up.is_set())
+            if error.reason == reasons_pb2.REASON_FAULT and not by_participant(record.subject):
+                self._unread(record, error)
             return
         if fact is None:
             return
         if trace := logs.extract(record.headers):
             self._traces[fact.run] = trace
-        if self._on_fact is not None:
-            self._on_fact(fact)
+        try:
+            if self._on_fact is not None:
+                self._on_fact(fact)
+        except Fatal:
+            raise
+        except Exception as error:
+            self._unread(record, error)
         self._changed.add(fact.run)
         self._something.set()
+
+    def _unread(self, record: Record, error: Exception) -> None:
+        """Decide nothing more about a run of which a fact cannot be read here."""
+        log.error("a fact makes its reader fail", subject=record.subject, sequence=record.sequence, exc_info=error)
+        self._unreadable.add(run_of(record.subject))
+        self._leave(run_of(record.subject), READING, error)
 
     async def _schedule(self) -> None:
         await self.caught_up.wait()
@@ -155,10 +179,32 @@ class Engine:
                     await self._something.wait()
 
     def _decide_run(self, run: str, now: int) -> None:
-        if not self._known_rules(run):
+        if run in self._unreadable:
             return
-        with metrics.DECIDE_SECONDS.time():
-            decision = self._decide(self.facts(run), now)
+        if self._held_until.get(run, now) > now:
+            self._wake_at[run] = self._held_until[run]
+            return
+        try:
+            if not self._known_rules(run):
+                return
+            with metrics.DECIDE_SECONDS.time():
+                decision = self._decide(self.facts(run), now)
+        except Fatal:
+            raise
+        except Exception as error:
+            self._undecided(run, now, error)
+            return
+        self._pauses.succeeded(run, DECIDING)
+        self._begin(run, decision, now)
+
+    def _undecided(self, run: str, now: int, error: Exception) -> None:
+        """Decide on a run later: what there is of it makes the decision fail."""
+        wait = self._pauses.failed(run, DECIDING, error)
+        if wait is None:
+            self._leave(run, DECIDING, error)
+        self._held_until[run] = self._wake_at[run] = now + int((MAX_WAIT if wait is None else wait) * 1000)
+
+    def _begin(self, run: str, decision: Decision, now: int) -> None:
         wakes = [] if decision.wake_at_ms is None else [decision.wake_at_ms]
         for action in decision.actions:
             state = self._actions.setdefault(action.key, _State())
@@ -185,6 +231,18 @@ class Engine:
             self._newer.add(run)
         return run not in self._newer
 
+    def _leave(self, run: str, action: str, error: Exception) -> None:
+        """Say in the log that this run is waited with, and go on with all others."""
+        notice = self._pauses.notice(self.facts(run), action, error)
+        if notice is not None:
+            self._start(Action(f"{run}/paused", run, notice), self._actions.setdefault(f"{run}/paused", _State()))
+
+    async def _do(self, action: Action) -> None:
+        if isinstance(action.payload, RunPaused):
+            await publish(self._bus, action.payload)
+        else:
+            await self._perform(action)
+
     def _start(self, action: Action, state: _State) -> None:
         metrics.ACTIONS_RUNNING.inc()
         state.task = asyncio.create_task(self._act(action, state), name=action.key)
@@ -197,8 +255,9 @@ class Engine:
         outcome, delay = "ok", SETTLE_MS / 1000
         try:
             with tracing.span(f"act {name}", "CONSUMER", cause, system="nats"):
-                await self._perform(action)
+                await self._do(action)
             state.failures = 0
+            self._pauses.succeeded(action.run, action.key)
         except Retry as error:
             outcome, delay = "retry", min(MAX_DELAY, error.after * 2 ** min(state.failures, 10))
             state.failures += 1
@@ -206,13 +265,19 @@ class Engine:
         except Invalid as error:
             outcome, state.blocked = "invalid", True
             log.error("action is not possible", action=action.key, reason=reason_name(error.reason), error=str(error))
+            self._leave(action.run, action.key, error)
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
-        except Exception as error:
+        except Fatal as error:
             outcome = "failed"
             if self._failure is not None and not self._failure.done():
                 self._failure.set_exception(error)
+        except Exception as error:
+            outcome, wait = "failed", self._pauses.failed(action.run, action.key, error)
+            delay, state.blocked = wait or delay, wait is None
+            if wait is None:
+                self._leave(action.run, action.key, error)
         finally:
             metrics.ACTIONS.labels(name, outcome).inc()
             metrics.ACTIONS_RUNNING.dec()

@@ -114,6 +114,10 @@ def _unary(method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
             return await answer if asyncio.iscoroutine(answer) else answer
         except ConnitoError as error:
             await _abort(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _fault(context, error)
 
     return call
 
@@ -126,8 +130,18 @@ def _stream(method: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
                 yield item
         except ConnitoError as error:
             await _abort(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _fault(context, error)
 
     return call
+
+
+async def _fault(context: Any, error: Exception) -> None:
+    """Answer a request that makes its handler fail; nobody else's notices."""
+    log.error("a request makes its handler fail", exc_info=error)
+    await _abort(context, Fatal(f"the service failed on this request ({type(error).__name__}); tell its operator"))
 
 
 async def _abort(context: Any, error: ConnitoError) -> None:

@@ -136,6 +136,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The other side asks for a client certificate. Set CONNITO_TLS_CERT and CONNITO_TLS_KEY."""
     REASON_START_IMPOSSIBLE: _Reason.ValueType  # 116
     """The expert that the job wants to start from is not there, is of another base, or its terms do not allow it."""
+    REASON_FAULT: _Reason.ValueType  # 117
+    """Something that this run holds makes a part of the platform fail; the detail says what. Ask the operator."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why something was refused, left out or scored zero. Shown to the person it concerns, always with a detail text."""
@@ -254,4 +256,6 @@ REASON_CERTIFICATE_REQUIRED: Reason.ValueType  # 101
 """The other side asks for a client certificate. Set CONNITO_TLS_CERT and CONNITO_TLS_KEY."""
 REASON_START_IMPOSSIBLE: Reason.ValueType  # 116
 """The expert that the job wants to start from is not there, is of another base, or its terms do not allow it."""
+REASON_FAULT: Reason.ValueType  # 117
+"""Something that this run holds makes a part of the platform fail; the detail says what. Ask the operator."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

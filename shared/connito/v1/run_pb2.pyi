@@ -1145,6 +1145,49 @@ class RunEnded(_message.Message):
 Global___RunEnded: _TypeAlias = RunEnded  # noqa: Y015
 
 @_typing.final
+class RunPaused(_message.Message):
+    """RUNS: `<run>.run.0.paused.<key>`, signed by that key, a service's or a validator's: what this run holds makes it fail, again
+    and again, so it works on every other run and waits here for an upgrade, or for the run to be ended.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    IN_CYCLE_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    key: _builtins.str
+    service: _builtins.str
+    """coordinator, committer, validator, …"""
+    in_cycle: _builtins.int
+    """The cycle that the run was in, and what failed: a decision, or the key of an action."""
+    action: _builtins.str
+    reason: _reasons_pb2.Reason.ValueType
+    detail: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        key: _builtins.str = ...,
+        service: _builtins.str = ...,
+        in_cycle: _builtins.int = ...,
+        action: _builtins.str = ...,
+        reason: _reasons_pb2.Reason.ValueType = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "detail", b"detail", "in_cycle", b"in_cycle", "key", b"key", "reason", b"reason", "run", b"run", "service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunPaused: _TypeAlias = RunPaused  # noqa: Y015
+
+@_typing.final
 class ExpertDeposited(_message.Message):
     """LIBRARY: `<run>.library.0.deposited.<expert>`, signed by the library."""
 

@@ -69,6 +69,12 @@ class RunFacts(FactSet):
         return message_of(self.ended_fact)
 
     @property
+    def paused(self) -> list[run_pb2.RunPaused]:
+        """Return who stopped working on the run, in the order of keys, as far as the run has not gone on since."""
+        found = self.many(run_pb2.RunPaused, "run", 0, "paused").values()
+        return [fact.message for fact in found if fact.message.in_cycle == self.cycle and self.ended is None]
+
+    @property
     def enrolled(self) -> Mapping[str, Fact[run_pb2.MinerEnrolled]]:
         """Return enrolments by miner."""
         return self.many(run_pb2.MinerEnrolled, "run", 0, "miner")

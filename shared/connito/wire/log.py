@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from connito.errors import Invalid
+from connito.v1 import reasons_pb2
 from connito.wire.chain import Chains
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
@@ -23,7 +25,21 @@ class Log:
         return verify_ingress(record)
 
     def apply(self, record: Record) -> Fact | None:
-        """Verify and insert. Returns the fact if it was new, None if known. Raises `Invalid` if it does not verify."""
+        """Verify and insert. Returns the fact if it was new, None if known.
+
+        Raises `Invalid` if it does not verify, or (FAULT) if it makes its reader fail.
+        """
+        try:
+            return self._apply(record)
+        except Invalid:
+            raise
+        except Exception as error:
+            raise Invalid(
+                f"{record.subject} makes its reader fail: {type(error).__name__}: {error}",
+                reason=reasons_pb2.REASON_FAULT,
+            ) from error
+
+    def _apply(self, record: Record) -> Fact | None:
         if is_ingress(record.subject):
             fact = self.verified(record)
         else:

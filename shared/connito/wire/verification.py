@@ -11,7 +11,10 @@ from connito.wire.envelope import open_bytes
 from connito.wire.fact import Fact, Record
 from connito.wire.identity import short_key
 from connito.wire.roster import Roster
-from connito.wire.subjects import WINDOWS, FactKey, parse_fact, parse_ingress
+from connito.wire.subjects import WINDOWS, FactKey, is_ingress, parse_fact, parse_ingress
+
+# Whoever decides and acts on runs as they go on.
+ANY, WORKERS = "worker", ("coordinator", "committer", "aggregator", "validator")
 
 # (section, kind) -> payload type, role that may sign it, field that must equal the subject's id ("" for no id).
 CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
@@ -23,6 +26,7 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     ("run", "selected"): (run_pb2.SelectionMade, "selector", ""),
     ("run", "selection_failed"): (run_pb2.SelectionFailed, "selector", ""),
     ("run", "ended"): (run_pb2.RunEnded, "coordinator", ""),
+    ("run", "paused"): (run_pb2.RunPaused, ANY, "key"),
     ("train", "seed"): (cycle_pb2.SeedCommitted, "validator", "validator"),
     ("commit", "accepted"): (cycle_pb2.CommitmentAccepted, "committer", "miner"),
     ("commit", "refused"): (cycle_pb2.Refused, "committer", "miner+ingress_sequence"),
@@ -50,6 +54,17 @@ INGRESS: dict[str, type[Message]] = {
 }
 
 
+def by_participant(subject: str) -> bool:
+    """Return whether a participant says what stands there, and not a service of the platform."""
+    if is_ingress(subject):
+        return True
+    try:
+        _, key = parse_fact(subject)
+    except Invalid:
+        return True
+    return CATALOGUE.get((key.section, key.kind), (None, "validator", ""))[1] in ("validator", ANY)
+
+
 def _subject_id(message: Message, path: str) -> str:
     if "+" in path:
         return "-".join(str(getattr(message, name)) for name in path.split("+"))
@@ -67,21 +82,23 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
         raise Invalid(f"no fact is called {key.section}.{key.kind}", reason=reasons_pb2.REASON_UNKNOWN_TYPE)
     message_type, role, id_path = entry
     opened = open_bytes(record.data, record.subject)
-    if not roster.permitted(role, opened.signer, record.time_unix_ms):
+    entitled = WORKERS if role == ANY else (role,)
+    if not any(roster.permitted(one, opened.signer, record.time_unix_ms) for one in entitled):
         raise Invalid(
             f"{short_key(opened.signer)} is not a {role} in the roster, and only a {role} may write {key.section}.{key.kind}",
             reason=reasons_pb2.REASON_NOT_PERMITTED,
         )
     message: Message = opened.read(message_type)
-    if role == "validator":
+    own = role in ("validator", ANY)
+    if own:
         check_bounds(message)
     claimed_run = message.spec.run if isinstance(message, run_pb2.RunCreated) else getattr(message, "run", "")
     if claimed_run != run or getattr(message, "cycle", key.cycle) != key.cycle:
         raise Invalid(f"the payload names another run or cycle than its subject {record.subject}")
     if id_path and _subject_id(message, id_path) != key.id:
         raise Invalid(f"the payload names another id than its subject {record.subject}")
-    if role == "validator" and key.id != opened.signer:
-        raise Invalid("a validator may sign only for itself", reason=reasons_pb2.REASON_NOT_PERMITTED)
+    if own and key.id != opened.signer:
+        raise Invalid(f"a {role} may sign only for itself", reason=reasons_pb2.REASON_NOT_PERMITTED)
     return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
 
 

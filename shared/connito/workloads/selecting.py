@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.data.corpus import Corpus
+from connito.data.corpus import Corpus, check_vocabulary
 from connito.errors import Invalid
 from connito.library.schema import Signature
 from connito.library.signature import encode_signature
@@ -163,12 +163,23 @@ def signature_of(
     return encode_signature(vectors, tokens)
 
 
-def check_holdouts(spec: run_pb2.RunSpec, paths: Mapping[str, Path]) -> None:
-    """Raise `Invalid` unless each held-out corpus (by domain) has the sequences that the run's policy asks for.
+def check_corpora(
+    spec: run_pb2.RunSpec, files: Mapping[str, Path], read: Iterable[Path], held: Mapping[str, Path]
+) -> None:
+    """Raise `Invalid` unless everybody can read the run's corpora with its base: `read`, and hold-outs by domain.
 
-    Here, because a run that cannot be judged should end before anyone trains for it.
+    Each hold-out must have the sequences that the run's policy asks for. Here, because a run that cannot be trained or judged
+    should end before anyone works for it, and nobody else looks into all of them beforehand.
     """
-    for domain, path in paths.items():
+    from connito.base.description import describe_files
+    from connito.data.checkpoint_files import find_checkpoint
+
+    vocabulary = describe_files(find_checkpoint(files)).vocabulary
+    for path in (*read, *held.values()):
+        corpus = Corpus.load(path, mmap=True)
+        check_vocabulary(corpus.largest, vocabulary, corpus.name)
+        sequences(corpus, spec)
+    for domain, path in held.items():
         subsets(sequences(Corpus.load(path), spec), spec, domain)
 
 

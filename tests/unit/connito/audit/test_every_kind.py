@@ -17,7 +17,7 @@ from connito.v1 import cycle_pb2 as c
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.chain import Chains, anchored_windows
 from connito.wire.fact import Record
-from connito.wire.verification import CATALOGUE, INGRESS
+from connito.wire.verification import ANY, CATALOGUE, INGRESS
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
@@ -46,12 +46,13 @@ def index_of(world: World, kind: tuple[str, str]) -> int:
         message_type, role, path = CATALOGUE[kind]
         cycle = 0 if section in ("run", "library") else 1
         message = message_type()
-        who = VALIDATORS["1"] if role == "validator" else MINERS["A"]
+        own = role in ("validator", ANY)
+        who = VALIDATORS["1"] if own else MINERS["A"]
         for field, value in (("run", RUN), ("cycle", cycle), (path.split("+")[0], who)):
             if field in message_type.DESCRIPTOR.fields_by_name:
                 setattr(message, field, value)
         id_ = "" if not path else f"{who}-0" if "+" in path else who
-        world.publish(section, cycle, name, message, id_, who if role == "validator" else role)
+        world.publish(section, cycle, name, message, id_, who if own else role)
         found = [len(world.records) - 1]
     return found[0]
 

@@ -7,7 +7,7 @@ from connito.bus import streams
 from connito.bus.permissions import ACCOUNTS, PLATFORM, SELF, Permissions, accounts_of, permissions
 from connito.wire.identity import Identity
 from connito.wire.roster import ROLES
-from connito.wire.verification import CATALOGUE, INGRESS
+from connito.wire.verification import ANY, CATALOGUE, INGRESS, WORKERS
 
 KEY, OTHER = (Identity.generate(bytes([n]) * 32).public for n in (1, 2))
 STRANGERS = ("validator", "customer", "miner")
@@ -52,11 +52,18 @@ def fact(section: str, kind: str, id_path: str, id_: str = KEY) -> str:
 def test_a_fact_can_be_published_by_its_role_and_by_no_other(section: str, kind: str) -> None:
     _, writer, id_path = CATALOGUE[section, kind]
     subject = fact(section, kind, id_path)
-    assert {role for role in (*ROLES, "miner") if may_publish(role, subject)} == {writer}
+    expected = set(WORKERS) if writer == ANY else {writer}
+    assert {role for role in (*ROLES, "miner") if may_publish(role, subject)} == expected
 
 
 def test_a_validator_speaks_under_its_own_key_only() -> None:
-    for section, kind in (("train", "seed"), ("validate", "seed"), ("validate", "report"), ("run", "validator")):
+    for section, kind in (
+        ("train", "seed"),
+        ("validate", "seed"),
+        ("validate", "report"),
+        ("run", "validator"),
+        ("run", "paused"),
+    ):
         assert may_publish("validator", fact(section, kind, "validator", KEY))
         assert not may_publish("validator", fact(section, kind, "validator", OTHER))
 

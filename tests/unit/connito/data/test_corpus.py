@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from connito.data.corpus import ENDS, WHOLE, Corpus
+from connito.data.corpus import ENDS, WHOLE, Corpus, check_vocabulary
+from connito.data.packing import pack
 from connito.data.tensors import tensor_bytes
 from connito.errors import Invalid
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 
@@ -83,3 +88,73 @@ def test_a_corpus_without_a_mask_has_the_bytes_that_it_always_had() -> None:
         Corpus.load(tensor_bytes({"tokens": corpus.tokens, "offsets": corpus.offsets, "other": corpus.tokens}, {}))
     with pytest.raises(Invalid, match="loss must be uint8"):
         Corpus.load(tensor_bytes({"tokens": corpus.tokens, "offsets": corpus.offsets, "loss": corpus.tokens}, {}))
+
+
+SEPARATORS = [
+    "abc", "1e3", str(2**31), str(2**40), "-1", "", "\u0663", "9" * 5000, "0x1", " 1", "1 ", "01", "1_0", "+1", "1.0",
+    "\u00b2", "nan", "\x00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_a_separator_that_is_no_token_is_refused(separator: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus"
+    path.write_bytes(Corpus.from_documents([[1, 2, 3]] * 20, {"domain": "d", "separator": separator}).to_bytes())
+    for use in (
+        lambda corpus: corpus.sequences(4),
+        lambda corpus: corpus.complete(),
+        lambda corpus: corpus.largest,
+        lambda corpus: pack(corpus, 4),
+    ):
+        with pytest.raises(Invalid, match="not a usable corpus"):
+            use(Corpus.load(path))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{str(i): "" for i in range(65)}, {"x" * 129: ""}, {"domain": "d" * 20_000}],
+    ids=["many", "name", "value"],
+)
+def test_what_a_corpus_says_of_itself_has_bounds(metadata: dict[str, str]) -> None:
+    with pytest.raises(Invalid, match="not a usable corpus"):
+        Corpus.load(Corpus.from_documents([[1]], metadata).to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("ids", "separator", "largest"), [([[1, 7]], "3", 7), ([[1, 7]], "9", 9), ([], "9", 9), ([[]], None, -1)]
+)
+def test_the_largest_token_is_found_with_what_is_put_behind(
+    ids: list[list[int]], separator: str | None, largest: int
+) -> None:
+    corpus = Corpus.from_documents(ids, {} if separator is None else {"separator": separator})
+    assert corpus.largest == largest
+    check_vocabulary(largest, largest + 1, "text")
+    if largest >= 0:
+        with pytest.raises(Invalid, match=f"token {largest}"):
+            check_vocabulary(largest, largest, "text")
+
+
+TEXT = st.text(max_size=20) | st.sampled_from(SEPARATORS)
+NUMBERS = st.lists(st.integers(-(2**33), 2**33), max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    NUMBERS, NUMBERS, st.sampled_from([np.int32, np.int64, np.uint8, np.float32]), st.sampled_from([np.int64, np.int32]),
+    st.dictionaries(st.sampled_from(["separator", "ends", "domain", "split", ""]) | TEXT, TEXT, max_size=4),
+    st.none() | NUMBERS,
+)  # fmt: skip
+def test_any_corpus_is_read_or_refused(
+    tokens: list[int], offsets: list[int], of: Any, at: Any, metadata: dict[str, str], loss: list[int] | None
+) -> None:
+    arrays: dict[str, NDArray[Any]] = {
+        "tokens": np.array(tokens, np.int64).astype(of),
+        "offsets": np.array(offsets, np.int64).astype(at),
+        **({} if loss is None else {"loss": np.array(loss, np.int64).astype(np.uint8)}),
+    }
+    with suppress(Invalid):
+        corpus = Corpus.load(tensor_bytes(arrays, metadata))
+        assert corpus.largest >= -1
+        for read in (corpus.sequences, partial(pack, corpus)):
+            with suppress(Invalid):
+                assert read(2).shape[1] == 3
