@@ -114,8 +114,7 @@ class LocalTrainer:
 
         policy, begun = facts.require_spec().training, time.perf_counter()
         model = self._model(facts, base)
-        embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
-        check_vocabulary(int(tokens_of(batches).max(initial=-1)), len(embeddings), "training text")
+        check_tokens(model, batches)
         write_targets(model, load_state(state))
         batches, apart = hold_back(batches, self._settings.evaluation_share)
         own = Evaluation(model, apart, len(batches), self._settings)
@@ -222,6 +221,12 @@ class OptimizerState:
     def save(self, moments: Moments) -> None:
         """Keep them for the next cycle."""
         moments.save(self._folder / self.NAME)
+
+
+def check_tokens(model: nn.Module, batches: Rows) -> None:
+    """Raise `Invalid` if the text holds tokens that the model has no embeddings of: on a GPU, the whole process would be lost."""
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+    check_vocabulary(int(tokens_of(batches).max(initial=-1)), len(embeddings), "training text")
 
 
 def schedule_of(spec: RunSpec) -> Schedule:
