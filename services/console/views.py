@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from connito.protocol.quorum import pause
 from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -123,13 +124,13 @@ def head(facts: RunFacts, now_ms: int) -> Head:
         domain=spec.domain,
         base=spec.base.name,
         status=ending["status"],
-        phase=phase(facts),
+        phase=phase(facts, now_ms if pause(facts, now_ms) else None),
         reason=words.clause(ending["reason"]),
         detail=ending["detail"],
         window="" if window is None else window.name,
         deadline_unix_ms=deadline,
         last_unix_ms=max(fact.time_unix_ms for fact in facts.facts.values()),
-        stale=_overdue(window, deadline, now_ms),
+        stale=_overdue(facts, window, deadline, now_ms),
         cycles=tuple(facts.cycles()),
         planned=spec.cycles,
         miners=len(facts.miners),
@@ -220,8 +221,8 @@ def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
     return RunRow(head(facts, now_ms), created.time_unix_ms, first, last)
 
 
-def _overdue(window: Window | None, deadline_ms: int, now_ms: int) -> str:
-    if window is None or not deadline_ms or now_ms <= deadline_ms + OVERDUE_MS:
+def _overdue(facts: RunFacts, window: Window | None, deadline_ms: int, now_ms: int) -> str:
+    if window is None or not deadline_ms or now_ms <= deadline_ms + OVERDUE_MS or pause(facts, now_ms):
         return ""
     return (
         f"The {window.name} window should have closed, and nothing was heard since. The coordinator may be down: its log and "

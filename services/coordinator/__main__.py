@@ -25,7 +25,7 @@ async def main(ctx: ServiceContext[CoordinatorSettings], serve: rpc.ServeApi = r
     settings, state = ctx.settings, State(ctx.roster)
     keeper = LeaseKeeper(ctx.bus, "coordinator", settings.lease_seconds)
     clock = BrokerClock(ctx.bus.time, ctx.bus.host.monotonic)
-    coordinator = Coordinator(ctx.bus, state, lambda: keeper.leading, clock.now_ms, settings.run)
+    coordinator = Coordinator(ctx.bus, state, lambda: keeper.leading, clock.now_ms, settings.run, state.paused)
     engine = Engine(
         ctx.bus, state, STREAMS, coordinator.decide, coordinator.perform,
         clock=clock.now_ms, on_fact=lambda fact: state.notice(fact, live=engine.caught_up.is_set()),

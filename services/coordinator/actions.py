@@ -7,6 +7,7 @@ from collections.abc import Callable
 from connito.bus import Bus
 from connito.bus.position import PositionedLog
 from connito.protocol.bans import banned
+from connito.protocol.quorum import Present, pause
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, run_pb2
@@ -28,6 +29,7 @@ class Coordinator:
     """`decide` and `perform` are the engine's. Both do nothing on a replica that does not lead.
 
     `clock` is the broker's, in Unix milliseconds. `run` limits it to one run; empty: every run.
+    `paused(run, who is there)` is told at every decision whether a run waits for more people.
     """
 
     def __init__(
@@ -37,13 +39,18 @@ class Coordinator:
         leading: Callable[[], bool],
         clock: Callable[[], int],
         run: str = "",
+        paused: Callable[[str, Present | None], None] = lambda run, here: None,
     ) -> None:
         self._bus, self._facts, self._leading, self._clock, self._run = bus, facts, leading, clock, run
+        self._paused = paused
 
     def decide(self, facts: RunFacts, now_ms: int) -> Decision:
-        """Return the decision of `handlers.decide` while leading."""
-        mine = self._run in ("", facts.run)
-        return handlers.decide(facts, now_ms) if mine and self._leading() else Decision()
+        """Return the decision of `handlers.decide`; without its actions while another replica leads."""
+        if self._run not in ("", facts.run):
+            return Decision()
+        self._paused(facts.run, pause(facts, now_ms))
+        decision = handlers.decide(facts, now_ms)
+        return decision if self._leading() else Decision((), decision.wake_at_ms)
 
     async def perform(self, action: Action) -> None:
         """Decide once more on all that the broker has by now, and do it if it is still the same action.

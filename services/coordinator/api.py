@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 from connito.bus import Bus
@@ -31,6 +32,7 @@ from .status import status, version
 NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
 # How long a mutation waits to see its own fact in this replica's projection.
 SEE_SECONDS = 5.0
+LOOK_SECONDS = 2.0
 MAX_WHY = 500
 
 
@@ -66,13 +68,14 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
 
     async def GetRun(self, request: services_pb2.GetRunRequest, context: Any) -> services_pb2.GetRunResponse:  # noqa: N802
         """Return the status of a run. Raises `NotFound`."""
-        return services_pb2.GetRunResponse(status=status(self._known(request.run)))
+        return services_pb2.GetRunResponse(status=status(self._known(request.run), self._clock()))
 
     async def ListRuns(self, request: services_pb2.ListRunsRequest, context: Any) -> services_pb2.ListRunsResponse:  # noqa: N802
         """Return every run, oldest first."""
+        now = self._clock()
         created = [(facts.created_fact, facts) for facts in self._log.runs.values()]
         known = sorted((fact.sequence, facts.run) for fact, facts in created if fact is not None)
-        return services_pb2.ListRunsResponse(runs=[status(self._log.runs[run]) for _, run in known])
+        return services_pb2.ListRunsResponse(runs=[status(self._log.runs[run], now) for _, run in known])
 
     async def CancelRun(self, request: services_pb2.CancelRunRequest, context: Any) -> services_pb2.CancelRunResponse:  # noqa: N802
         """End a run now; again is fine. Only its own customer may. Raises `NotFound`, `Invalid`."""
@@ -104,13 +107,16 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         while True:
             changed = self._changes.of(request.run)
             facts = self._known(request.run)
-            current = status(facts)
+            current = status(facts, self._clock())
             if current != sent:
                 yield services_pb2.WatchRunResponse(status=current)
                 sent = current
             if facts.ended is not None:
                 return
-            await changed.wait()
+            # A pause begins with time, not with a fact.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await changed.wait()
 
     async def EnrolMiner(  # noqa: N802
         self, request: services_pb2.EnrolMinerRequest, context: Any

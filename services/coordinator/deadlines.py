@@ -32,6 +32,9 @@ def window_ms(facts: RunFacts, window: Window) -> int | None:
     if opened is None or closed is None:
         return None
     end = closed.time_unix_ms
+    if window.name == "train" and window.deadline_unix_ms:
+        # How long a run was paused says nothing about how long people take.
+        end = min(end, window.deadline_unix_ms)
     if closed.message.cause == cycle_pb2.CLOSE_CAUSE_DEADLINE:
         end = max((fact.time_unix_ms for fact in _acts(facts, window) if fact.time_unix_ms <= end), default=end)
     return max(0, end - opened.time_unix_ms)

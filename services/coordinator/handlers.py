@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from connito.protocol.beacon import draw_seed
 from connito.protocol.objective import reached
+from connito.protocol.quorum import present
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import sentence
@@ -111,12 +112,15 @@ def _in_window(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, opened_ms
         waiting = expected.unreported(facts, drawn.message)
     else:
         waiting = expected.waiting(facts, window)
-    if not waiting:
-        return _close(window, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
-    if window.name == "merge":
+    if waiting and window.name == "merge":
         # No deadline: an aggregator that is away is restarted, and its work cannot be done by anyone else.
         return Decision([])
-    return _close(window, cycle_pb2.CLOSE_CAUSE_DEADLINE) if now_ms >= deadline else Decision([], deadline)
+    if waiting and now_ms < deadline:
+        return Decision([], deadline)
+    if window.name == "train" and not present(facts, window.cycle).enough:
+        # A cycle that cannot be used is not begun. Whoever comes is a fact; at the deadline the run counts as paused.
+        return Decision([], deadline if now_ms < deadline else None)
+    return _close(window, cycle_pb2.CLOSE_CAUSE_DEADLINE if waiting else cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
 
 
 def _draw(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, half_time_ms: int, now_ms: int) -> Decision:

@@ -6,7 +6,9 @@ import asyncio
 
 from connito.bus.position import PositionedLog
 from connito.protocol.entitlement import Naming
+from connito.protocol.quorum import Present
 from connito.runtime import metrics
+from connito.runtime.logs import get_logger
 from connito.v1 import cycle_pb2
 from connito.wire.enums import plain_name
 from connito.wire.fact import Fact
@@ -16,6 +18,8 @@ from connito.wire.subjects import WINDOWS
 from connito.wire.window import Window
 
 from .deadlines import window_ms
+
+log = get_logger("coordinator")
 
 
 class State(PositionedLog):
@@ -37,6 +41,14 @@ class State(PositionedLog):
             self._windows.notice(facts)
         if kind == "closed" and live:
             _observe(facts, facts.window(fact.key.section, fact.key.cycle))
+
+    def paused(self, run: str, here: Present | None) -> None:
+        """Take over that a run waits for more people than are `here`, or that it does not."""
+        if self._windows.pause(run, here is not None):
+            if here is None:
+                log.info("the run goes on", run=run)
+            else:
+                log.warning(f"the run is paused: {here}", run=run)
 
 
 def _observe(facts: RunFacts, window: Window) -> None:
@@ -72,6 +84,7 @@ class OpenWindows:
 
     def __init__(self) -> None:
         self._open: dict[str, tuple[str, float, float]] = {}
+        self._paused: set[str] = set()
         self._report()
 
     def notice(self, facts: RunFacts) -> None:
@@ -84,8 +97,24 @@ class OpenWindows:
             self._open[facts.run] = (window.name, opened.time_unix_ms / 1000, window.deadline_unix_ms / 1000)
         self._report()
 
+    def pause(self, run: str, paused: bool) -> bool:
+        """Take over whether a run is paused: then its window is not overdue. Return whether that is new."""
+        if paused == (run in self._paused):
+            return False
+        self._paused ^= {run}
+        if paused:
+            metrics.RUN_PAUSED.labels(run).set(1)
+        else:
+            metrics.RUN_PAUSED.remove(run)
+        self._report()
+        return True
+
     def _report(self) -> None:
         for window in WINDOWS:
-            mine = [(opened, deadline) for kind, opened, deadline in self._open.values() if kind == window]
+            mine = [
+                (opened, 0.0 if run in self._paused else deadline)
+                for run, (kind, opened, deadline) in self._open.items()
+                if kind == window
+            ]
             metrics.WINDOW_OPENED.labels(window).set(min((opened for opened, _ in mine), default=0))
             metrics.WINDOW_DEADLINE.labels(window).set(min((deadline for _, deadline in mine if deadline), default=0))

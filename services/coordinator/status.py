@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from connito.protocol.quorum import pause
 from connito.v1 import run_pb2, services_pb2
 from connito.wire.facts import RunFacts
 
@@ -12,12 +13,14 @@ _PHASES = {
 }
 
 
-def phase(facts: RunFacts) -> services_pb2.RunPhase.ValueType:
-    """Return the phase of a created run."""
+def phase(facts: RunFacts, now_ms: int) -> services_pb2.RunPhase.ValueType:
+    """Return the phase of a created run; the time is the broker's."""
     if facts.ended is not None:
         return _PHASES.get(facts.ended.outcome, services_pb2.RUN_PHASE_FAILED)
     if facts.selection is None:
         return services_pb2.RUN_PHASE_SELECTING
+    if pause(facts, now_ms) is not None:
+        return services_pb2.RUN_PHASE_PAUSED
     return services_pb2.RUN_PHASE_RUNNING if facts.cycle else services_pb2.RUN_PHASE_ASSEMBLING
 
 
@@ -26,34 +29,36 @@ def version(facts: RunFacts) -> int:
     return 0 if facts.latest_version is None else facts.latest_version.version
 
 
-def status(facts: RunFacts) -> services_pb2.RunStatus:
+def status(facts: RunFacts, now_ms: int) -> services_pb2.RunStatus:
     """Return the status of a run that was created."""
     window = facts.open_window if facts.ended is None else None
     return services_pb2.RunStatus(
         spec=facts.spec,
-        phase=phase(facts),
+        phase=phase(facts, now_ms),
         cycle=facts.cycle,
         window="" if window is None else window.name,
         deadline_unix_ms=0 if window is None else window.deadline_unix_ms,
         version=version(facts),
         miners=facts.miners,
         validators=facts.validators,
-        detail=_detail(facts),
+        detail=_detail(facts, now_ms),
     )
 
 
-def _detail(facts: RunFacts) -> str:
+def _detail(facts: RunFacts, now_ms: int) -> str:
     if facts.ended is not None:
         return facts.ended.detail
     if facts.paused:
         left = facts.paused[0]
         return f"the {left.service} cannot go on with this run ({left.action}): {left.detail}"
     spec = facts.require_spec()
-    if phase(facts) == services_pb2.RUN_PHASE_SELECTING:
+    if facts.selection is None:
         return "waiting for the selector"
-    if phase(facts) == services_pb2.RUN_PHASE_ASSEMBLING:
+    if not facts.cycle:
         return (
             f"{len(facts.miners)} of {spec.windows.min_miners} miners and "
             f"{len(facts.validators)} of {spec.windows.min_validators} validators are here"
         )
-    return f"cycle {facts.cycle} of {spec.cycles}"
+    here = pause(facts, now_ms)
+    waits = "" if here is None else f" is paused: {here}"
+    return f"cycle {facts.cycle} of {spec.cycles}{waits}"

@@ -33,6 +33,7 @@ NEEDS_TROUBLE = {
     "connito_events_rejected_total",
     "connito_lease_lost_total",
     "connito_refusals_total",
+    "connito_run_paused",
     "connito_security_events_total",
     "connito_store_errors_total",
 }

@@ -84,9 +84,11 @@ def _where(facts: RunFacts) -> str:
 
 
 def _overdue(facts: RunFacts) -> bool:
-    window = facts.open_window
+    from connito.protocol.quorum import pause
+
+    window, now = facts.open_window, int(time.time() * 1000)
     deadline = 0 if window is None else window.deadline_unix_ms
-    return bool(deadline and time.time() * 1000 > deadline + 60_000)
+    return bool(deadline and now > deadline + 60_000 and pause(facts, now) is None)
 
 
 async def _expiries(session: Session) -> list[Check]:

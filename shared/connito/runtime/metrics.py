@@ -271,6 +271,13 @@ WINDOW_DEADLINE = declare(
     ("window",),
     when_bad="in the past: the coordinator does not close what is due; look for its leader and its log",
 )
+RUN_PAUSED = declare(
+    Gauge,
+    "run_paused",
+    "1 while a run waits for more miners or validators than are there",
+    ("run",),
+    when_bad="1: `connito status` says how many are there; start or admit more, or cancel the run",
+)
 CONSUMER_PENDING = declare(
     Gauge,
     "consumer_pending_messages",

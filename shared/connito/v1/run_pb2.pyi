@@ -451,9 +451,9 @@ class WindowPolicy(_message.Message):
     CEILING_SECONDS_FIELD_NUMBER: _builtins.int
     ASSEMBLE_SECONDS_FIELD_NUMBER: _builtins.int
     min_miners: _builtins.int
-    """Miners that have to be there before the first cycle opens."""
+    """Miners that have to be there before the first cycle opens, and to train in every cycle; until then the run is paused."""
     min_validators: _builtins.int
-    """Validators that have to be there before the first cycle opens."""
+    """Validators that have to be there before the first cycle opens, and to commit to a secret in every cycle; until then the run is paused."""
     floor_seconds: _builtins.float
     """Deadlines are learned, but no window has less than this."""
     ceiling_seconds: _builtins.float

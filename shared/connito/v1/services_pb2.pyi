@@ -35,6 +35,8 @@ class _RunPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunPhase.Val
     RUN_PHASE_COMPLETED: _RunPhase.ValueType  # 4
     RUN_PHASE_FAILED: _RunPhase.ValueType  # 5
     RUN_PHASE_CANCELLED: _RunPhase.ValueType  # 6
+    RUN_PHASE_PAUSED: _RunPhase.ValueType  # 7
+    """Too few miners or validators are there: the train window stays open past its deadline until there are enough."""
 
 class RunPhase(_RunPhase, metaclass=_RunPhaseEnumTypeWrapper): ...
 
@@ -45,6 +47,8 @@ RUN_PHASE_RUNNING: RunPhase.ValueType  # 3
 RUN_PHASE_COMPLETED: RunPhase.ValueType  # 4
 RUN_PHASE_FAILED: RunPhase.ValueType  # 5
 RUN_PHASE_CANCELLED: RunPhase.ValueType  # 6
+RUN_PHASE_PAUSED: RunPhase.ValueType  # 7
+"""Too few miners or validators are there: the train window stays open past its deadline until there are enough."""
 Global___RunPhase: _TypeAlias = RunPhase  # noqa: Y015
 
 @_typing.final

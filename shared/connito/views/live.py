@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from connito.protocol.quorum import pause
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views import words
@@ -42,6 +43,8 @@ def phase(facts: RunFacts, now_ms: int | None = None) -> str:
     window = facts.open_window
     if window is None:
         return f"cycle {facts.cycle} of {spec.cycles}: between windows"
+    if now_ms is not None and (here := pause(facts, now_ms)) is not None:
+        return f"cycle {window.cycle} of {spec.cycles}: paused, {here}"
     left = "" if now_ms is None else _left(window, now_ms)
     return f"cycle {window.cycle} of {spec.cycles}: {window.name}, {words.WINDOWS[window.name]}{left}"
 

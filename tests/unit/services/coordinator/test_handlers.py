@@ -9,6 +9,7 @@ from connito.protocol.beacon import draw_seed
 from connito.service.engine import Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
+from services.coordinator.deadlines import window_ms
 from services.coordinator.handlers import CloseWindow, PublishFact, decide
 from tests.support.run import RUN, secret_of, theta
 from tests.unit.services.coordinator.world import World
@@ -173,7 +174,9 @@ def test_train_closes_when_every_miner_trained_and_every_validator_committed_a_s
     assert list(opened(world, "commit", 1).expected) == ["ma", "mb"]
 
 
-def test_train_closes_at_the_deadline_without_the_absent(world: World) -> None:
+def test_train_closes_at_the_deadline_without_the_absent() -> None:
+    world = World()
+    world.created().selected().miners("ma", "mb").validators("va", "vb")
     deadline = opened(world, "train", 1).deadline_unix_ms
     world.trained("ma", 1)
     world.seed_committed("va", 1)
@@ -184,6 +187,53 @@ def test_train_closes_at_the_deadline_without_the_absent(world: World) -> None:
     assert list(opened(world, "commit", 1).expected) == ["ma"]
     world.committed("ma", 1)
     assert closed(world, "commit", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+
+
+def test_a_run_below_quorum_is_paused_and_uses_up_no_cycle(world: World) -> None:
+    """A whole day without network; then enough of them come back, a newcomer among them, and the cycle goes on."""
+    deadline = opened(world, "train", 1).deadline_unix_ms
+    world.trained("ma", 1)
+    world.now = deadline
+    assert nothing(world) is None, "whoever comes is a fact"
+    world.now += 24 * 3600 * 1000
+    assert nothing(world) is None
+    for validator in ("va", "vb"):
+        world.seed_committed(validator, 1)
+        assert nothing(world) is None
+    world.miners("new")
+    assert nothing(world) is None
+    world.trained("new", 1)
+    assert closed(world, "train", 1) == cycle_pb2.CLOSE_CAUSE_DEADLINE
+    assert list(opened(world, "commit", 1).expected) == ["ma", "new"]
+    taught = window_ms(world.facts, world.facts.window("train", 1))
+    assert taught is not None
+    assert taught <= 100_000, "a pause does not teach the deadline of the next cycle"
+
+
+def test_a_banned_miner_does_not_make_up_the_number(world: World) -> None:
+    deadline = opened(world, "train", 1).deadline_unix_ms
+    for key in ("a", "b"):
+        world.trained(f"m{key}", 1)
+        world.seed_committed(f"v{key}", 1)
+    world.banned("mb")
+    world.now = deadline
+    assert nothing(world) is None
+    world.banned("mb", 2, lifted=True)
+    assert closed(world, "train", 1) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
+
+
+def test_those_who_are_expected_having_acted_is_not_enough_below_quorum(world: World) -> None:
+    """After an outage only those who were there at its end are named; the others make up the number all the same."""
+    opened(world, "train", 1)
+    world.trained("ma", 1).trained("mb", 1)
+    finish_cycle(world, 1, ["ma"])
+    assert list(opened(world, "train", 2).expected) == ["ma", "va", "vb"]
+    for who in ("a", "b"):
+        world.seed_committed(f"v{who}", 2)
+    world.trained("ma", 2)
+    assert nothing(world) is not None
+    world.trained("mb", 2)
+    assert closed(world, "train", 2) == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
 
 
 def test_a_refused_commitment_is_an_act(world: World) -> None:
@@ -378,7 +428,7 @@ def test_a_cancelled_run_is_left_alone(world: World) -> None:
 
 
 def test_a_miner_that_went_away_is_waited_for_once_and_a_new_one_is_expected() -> None:
-    world = World(cycles=4, min_miners=2)
+    world = World(cycles=4)
     world.created()
     world.selected()
     for miner in ("gone", "stays"):
@@ -431,6 +481,7 @@ def test_when_nobody_would_be_expected_everyone_gets_another_chance() -> None:
     world.miners("ma")
     world.validators("v0")
     opened(world, "train", 1)
+    world.trained("ma")
     finish_cycle(world, 1, [])
     assert list(opened(world, "train", 2).expected) == ["ma", "v0"]
 

@@ -196,6 +196,16 @@ class Cycle(RuleBasedStateMachine):
             assert facts.version(cycle) is not None
 
     @invariant()
+    def no_cycle_is_begun_that_nobody_could_use(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        facts = self.world.facts
+        for cycle in (1, 2):
+            if facts.window("train", cycle).closed is not None:
+                assert len(facts.trained(cycle)) >= self.world.min_miners
+                assert len(facts.seed_commitments(cycle)) >= self.world.min_validators
+
+    @invariant()
     def a_draw_is_a_quorum_of_those_who_committed_in_time(self) -> None:
         if not hasattr(self, "world"):
             return
@@ -226,6 +236,8 @@ class Cycle(RuleBasedStateMachine):
             world.perform(decision)
             if not decision.actions and decision.wake_at_ms is not None:
                 world.now = decision.wake_at_ms
+            self.miners_act(set(MINERS), "trained")
+            self.validators_act(set(VALIDATORS), "seed")
             self.others_work()
         assert world.facts.ended is not None
         assert decide(world.facts, world.now + 10**9).actions == []

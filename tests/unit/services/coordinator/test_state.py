@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from connito.protocol.quorum import present
 from connito.runtime import metrics
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+from connito.wire.roster import Roster
 from connito.wire.subjects import FactKey
 from google.protobuf.message import Message
+from prometheus_client import REGISTRY
 
-from services.coordinator.state import OpenWindows
+from services.coordinator.state import OpenWindows, State
+from tests.support.run import RUN
+from tests.unit.services.coordinator.world import World
 
 
 def _add(facts: RunFacts, section: str, kind: str, message: Message, at_ms: int, cycle: int = 1) -> None:
@@ -45,3 +50,23 @@ def test_no_window_is_open_after_the_end_and_a_merge_has_no_deadline() -> None:
     _add(facts, "run", "ended", run_pb2.RunEnded(run="one"), 11_000, cycle=0)
     windows.notice(facts)
     assert _gauges("merge") == (0.0, 0.0)
+
+
+def test_a_paused_run_is_not_overdue_and_says_that_it_waits(roster: Roster) -> None:
+    world = World(min_miners=2)
+    world.created().selected().miners("ma").validators("va").opened("train", deadline_unix_ms=5_000)
+    state = State(roster)
+    state.runs[RUN] = world.facts
+    state._windows.notice(world.facts)
+
+    def shown(name: str) -> float | None:
+        labels = {"run": RUN} if name == "run_paused" else {"window": "train"}
+        return REGISTRY.get_sample_value(f"connito_{name}", labels)
+
+    assert shown("window_deadline_timestamp_seconds") == 5
+    for _ in range(2):
+        state.paused(RUN, present(world.facts, 1))
+        assert (shown("run_paused"), shown("window_deadline_timestamp_seconds")) == (1, 0)
+    for _ in range(2):
+        state.paused(RUN, None)
+        assert (shown("run_paused"), shown("window_deadline_timestamp_seconds")) == (None, 5)
