@@ -166,6 +166,21 @@ def test_a_second_up_is_refused_while_the_first_one_runs(platform: Platform) -> 
     assert "connito down" in done.stderr
 
 
+def archived_and_released(platform: Platform, run: str) -> None:
+    """A run that has ended goes into one file, and out of the streams; everything else goes on."""
+    file = platform.data.parent / "run.zip"
+    live = platform.json("audit", run, "--no-model")
+    sealed = platform.json("archive", run, str(file), "--release")
+    assert platform.json("archive", run, str(file), "--release") == sealed, "safe to repeat"
+    assert (sealed["head"], sealed["messages"]) == (live["chain"]["head"], live["messages"])
+    gone = platform.connito("audit", run)
+    assert (gone.returncode, sealed["sha256"] in gone.stderr) == (4, True), gone.stderr
+    command = [sys.executable, "-m", "connito.cli", "audit", run, "--from", str(file), "--no-model", "--json"]
+    again = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout)
+    assert (again["result"], again["chain"]) == ("same", live["chain"])
+    assert run in {expert["run"] for expert in platform.json("library", "list")["experts"]}
+
+
 def test_another_up_in_the_same_folder_adds_to_the_library(tmp_path: Path) -> None:
     platform = Platform(tmp_path / "data")
     first = platform.json("up", *SMALL)["run"]
@@ -175,6 +190,7 @@ def test_another_up_in_the_same_folder_adds_to_the_library(tmp_path: Path) -> No
     platform.json("up", *SMALL, "--no-wait")
     deposited = {expert["run"] for expert in platform.json("library", "list")["experts"]}
     assert {first, report["run"]} <= deposited
+    archived_and_released(platform, first)
     assert platform.json("down")["stopped"]
     assert platform.processes() == []
 

@@ -9,8 +9,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from connito.audit.archive import Archive, unsealed
 from connito.audit.artifacts import Artifacts, Named, gather
-from connito.audit.evidence import Evidence, read
+from connito.audit.evidence import Evidence, Stored, read_stored
 from connito.bus import Bus
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound, VerificationFailed
@@ -23,9 +24,6 @@ from connito.store.artifacts import key_of
 from connito.store.cache import Cache
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.v1.cycle_pb2 import DeadLetter
-from connito.wire.envelope import open_bytes
-from connito.wire.fact import Record
 from connito.wire.roster import Roster
 from connito.wire.subjects import DLQ_ROOT, fact
 
@@ -43,7 +41,17 @@ class Access:
     cache: Path
 
     async def evidence(self, run: str) -> Evidence:
-        """Read and verify the stored messages of a run. Raises `NotFound` and `Retry`.
+        """Read and verify the stored messages of a run. Raises `NotFound` and `Retry`."""
+        evidence = read_stored(run, await self.stored(run), self.roster)
+        if (gone := evidence.facts.archived) is not None and not evidence.facts.cycles():
+            raise NotFound(
+                f"run {run} was released from the log into an archive of {gone.bytes} bytes with SHA-256 {gone.digest}; give "
+                "that file with --from"
+            )
+        return evidence
+
+    async def stored(self, run: str) -> Stored:
+        """Return what the broker holds of a run. Raises `Retry`.
 
         Of a run that goes on, everything up to a moment: streams are read side by side, and without the second look an
         effect could be here without its cause.
@@ -53,19 +61,10 @@ class Access:
         if records and not any(record.subject == fact(run, "run", 0, "ended") for record in records):
             last = max(record.time_unix_ms for record in records)
             records = [record async for record in self.bus.stored(streams, run) if record.time_unix_ms <= last]
-        letters = [letter async for record in self.bus.stored(["DLQ"]) if (letter := self._letter(record))]
+        places = {(record.stream, record.sequence) for record in records}
+        letters = [record async for record in self.bus.stored(["DLQ"]) if _about(record.subject) in places]
         library = [record async for record in self.bus.stored(["LIBRARY"])]
-        return read(run, records, self.roster, letters, library)
-
-    def _letter(self, record: Record) -> DeadLetter | None:
-        """Return a dead letter that the service of its queue has signed; None for what anybody else put there."""
-        try:
-            opened = open_bytes(record.data, record.subject)
-            letter = opened.read(DeadLetter)
-        except Invalid:
-            return None
-        mine = self.roster.permits(letter.service, opened.signer)
-        return letter if mine and record.subject == f"{DLQ_ROOT}.{letter.stream}.{letter.sequence}" else None
+        return Stored(records, letters, library)
 
     async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Notify) -> Artifacts:
         """Fetch and hash the artifacts that the log names and that are `wanted`. Raises `Retry` while the store is away."""
@@ -92,14 +91,23 @@ class Access:
             raise VerificationFailed("does not have this digest in the store", reason=error.reason) from error
 
 
-@asynccontextmanager
-async def opened(folder: Path | None, data_dir: Path | None) -> AsyncIterator[Access]:
-    """Reach the platform: the one that runs, or with `folder`, what an ended `connito up` left there.
+def _about(subject: str) -> tuple[str, int]:
+    """Return which message a dead letter is a copy of."""
+    stream, _, sequence = subject.removeprefix(f"{DLQ_ROOT}.").partition(".")
+    return stream, int(sequence) if sequence.isdecimal() else 0
 
-    Raises `NotFound` when there is none, `Retry` when the folder is in use.
+
+@asynccontextmanager
+async def opened(folder: Path | None, data_dir: Path | None) -> AsyncIterator[Access | Archive]:
+    """Reach the platform: the one that runs, or with `folder`, what an ended `connito up` left there, or an archive.
+
+    Raises `NotFound` when there is none, `Retry` when the folder is in use, `Invalid` for a file that is no archive.
     """
     async with AsyncExitStack() as stack:
         fresh = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="connito-audit-")))
+        if folder is not None and folder.is_file():
+            yield stack.enter_context(unsealed(folder, fresh))
+            return
         if folder is not None:
             yield await _reopen(folder, fresh, stack)
             return

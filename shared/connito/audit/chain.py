@@ -20,7 +20,7 @@ from connito.wire.identity import short_key
 from connito.wire.subjects import WINDOWS
 
 # What the library hears of an expert once its run has ended: new ones do not make another run of it.
-_AFTERWARDS = re.compile(r"connito\.v1\.[^.]+\.library\.0\.(notice|used)\.")
+_AFTERWARDS = re.compile(r"connito\.v1\.[^.]+\.library\.0\.(notice\.|used\.|archived$)")
 
 
 def windows_of(records: Iterable[Record]) -> dict[str, str]:

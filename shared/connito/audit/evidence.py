@@ -13,10 +13,12 @@ from connito.bus.streams import FACT_STREAMS, stream_of
 from connito.errors import Invalid, NotFound
 from connito.protocol.quota import LETTERS_PER_KEY
 from connito.v1.cycle_pb2 import DeadLetter
+from connito.wire.envelope import open_bytes
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 from connito.wire.roster import Roster
+from connito.wire.subjects import DLQ_ROOT
 from connito.wire.verification import verify_fact, verify_ingress
 
 _NUMBER = re.compile(r"[0-9]{1,10}")
@@ -46,6 +48,32 @@ class Evidence:
     def subject(self, section: str, cycle: int, kind: str, id_: str = "") -> str:
         """Return a fact's subject without its common beginning, as people read it."""
         return f"{section}.{cycle}.{kind}" + (f".{id_}" if id_ else "")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Messages as the broker stored them: of a run, dead letters of its messages, and the library's of every run."""
+
+    records: list[Record]
+    dead_letters: list[Record]
+    library: list[Record]
+
+
+def read_stored(run: str, stored: Stored, roster: Roster) -> Evidence:
+    """Verify what was stored of a run. Raises as `read`."""
+    letters = [letter for record in stored.dead_letters if (letter := _letter(record, roster))]
+    return read(run, stored.records, roster, letters, stored.library)
+
+
+def _letter(record: Record, roster: Roster) -> DeadLetter | None:
+    """Return a dead letter that the service of its queue has signed; None for what anybody else put there."""
+    try:
+        opened = open_bytes(record.data, record.subject)
+        letter = opened.read(DeadLetter)
+    except Invalid:
+        return None
+    mine = roster.permits(letter.service, opened.signer)
+    return letter if mine and record.subject == f"{DLQ_ROOT}.{letter.stream}.{letter.sequence}" else None
 
 
 def read(

@@ -9,15 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from connito.audit.access import check_tolerance, opened
-from connito.audit.artifacts import Artifacts, Named
+from connito.audit import chain
+from connito.audit.access import Access, check_tolerance, opened
+from connito.audit.archive import seal
+from connito.audit.artifacts import Artifacts, Named, refused_reveals
 from connito.audit.audit import TOLERANCE, Audit, Options, against
 from connito.audit.audit import audit as recompute
-from connito.audit.evidence import Evidence
+from connito.audit.evidence import Evidence, Stored, read_stored
 from connito.audit.receipts import Receipt, SubmissionId, find_miner, needs, receipt
 from connito.audit.receipts import explain as recompute_submission
+from connito.bus import streams
+from connito.bus.streams import FACT_STREAMS
+from connito.errors import Invalid, VerificationFailed
 from connito.platform.datadir import DataDir, default_data_dir
+from connito.platform.session import Session
 from connito.runtime.progress import Notify, silent
+from connito.store.artifacts import key_of
+from connito.store.cache import digest_of_file
+from connito.v1 import run_pb2
 
 T = TypeVar("T")
 
@@ -49,6 +58,19 @@ class AuditOptions:
         if os.environ.get("CONNITO_NATS_URL") and self.folder is None and self.data_dir is None:
             return 0
         return DataDir((self.folder or self.data_dir or default_data_dir()).absolute()).threads
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """An archive that was read and found whole. `head`: one hash over the messages, as an audit prints it."""
+
+    run: str
+    path: Path
+    digest: str
+    bytes: int
+    messages: int
+    objects: int
+    head: str
 
 
 def audit(
@@ -98,3 +120,75 @@ async def _read_and(
         options.say(f"{len(evidence.records)} messages read")
         artifacts = await access.artifacts(evidence, wanted, options.say)
         return evidence, await asyncio.to_thread(work, evidence, artifacts)
+
+
+def archive(run: str, path: Path, options: AuditOptions | None = None) -> Sealed:
+    """Write a run, with everything that an audit of it needs, into one file; `connito audit --from` reads it. Where the file is
+    there already, it is read, and nothing is written.
+
+    Read back before it is called done. Raises `NotFound` and `Retry` when log or store are not there, `Invalid` for a run that
+    goes on and for a file that cannot be written, `VerificationFailed` when artifacts are missing or damaged.
+    """
+    options = options or AuditOptions()
+    if not path.exists():
+        asyncio.run(_seal(run, path, options))
+    return asyncio.run(_checked(run, path, options.say))
+
+
+async def _seal(run: str, path: Path, options: AuditOptions) -> None:
+    async with opened(options.folder, options.data_dir) as access:
+        if not isinstance(access, Access):
+            raise Invalid(f"{options.folder} is an archive already")
+        stored = await access.stored(run)
+        evidence = read_stored(run, stored, access.roster)
+        if evidence.facts.ended is None:
+            raise Invalid(f"run {run} goes on; it can be archived when it has ended")
+        if (gone := evidence.facts.archived) is not None:
+            raise Invalid(f"run {run} is in an archive already, with SHA-256 {gone.digest}; its windows were released")
+        artifacts = await access.artifacts(evidence, lambda named: True, options.say)
+        _refuse_faults(run, artifacts)
+        named = [*artifacts.named, *refused_reveals(evidence)]
+        objects = {
+            key_of(one.ref): artifacts.paths[one.ref.digest] for one in named if one.ref.digest in artifacts.paths
+        }
+        await asyncio.to_thread(seal, path, run, stored, access.roster, objects, options.say)
+
+
+async def _checked(run: str, path: Path, say: Notify) -> Sealed:
+    async with opened(path, None) as archive:
+        evidence = await archive.evidence(run)
+        artifacts = await archive.artifacts(evidence, lambda named: True, say)
+    _refuse_faults(str(path), artifacts)
+    digest, size = await asyncio.to_thread(digest_of_file, path)
+    head = chain.head(chain.windows_of(evidence.records))
+    return Sealed(run, path, digest, size, len(evidence.records), len(artifacts.paths), head)
+
+
+def _refuse_faults(what: str, artifacts: Artifacts) -> None:
+    if faults := artifacts.step().differences:
+        first = f"{faults[0].where}: {faults[0].what}"
+        raise VerificationFailed(f"{len(faults)} artifacts of {what} are missing or damaged, first {first}")
+
+
+def release(sealed: Sealed, data_dir: Path | None = None) -> None:
+    """Say in the log which file holds the run, and drop its windows from the streams; safe to repeat. For the operator.
+
+    Raises `Invalid` when the log names another file, or holds other messages than the archive.
+    """
+    asyncio.run(_release(sealed, Session.open(data_dir, role="operator")))
+
+
+async def _release(sealed: Sealed, session: Session) -> None:
+    async with session.bus() as bus:
+        records = [record async for record in bus.stored((*FACT_STREAMS, "INGRESS"), sealed.run)]
+        said = read_stored(sealed.run, Stored(records, [], []), session.roster).facts.archived
+        if said is None:
+            if chain.head(chain.windows_of(records)) != sealed.head:
+                raise Invalid(f"{sealed.path} is not what the log holds of {sealed.run}; write its archive anew")
+            fact = run_pb2.RunArchived(
+                run=sealed.run, digest=sealed.digest, bytes=sealed.bytes, messages=sealed.messages, head=sealed.head
+            )
+            await bus.publish_fact(sealed.run, "library", 0, "archived", fact)
+        elif said.digest != sealed.digest:
+            raise Invalid(f"the log names another archive of {sealed.run}, with SHA-256 {said.digest}")
+        await streams.release(bus.js, sealed.run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nats.errors import NoRespondersError
@@ -77,6 +77,9 @@ STREAMS: dict[str, Stream] = {
 
 # What a follower of a whole run reads.
 FACT_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY")
+
+# What an archive takes over; a run's frame and its experts stay.
+RELEASED = ("TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "INGRESS")
 
 DURABLES: dict[str, Durable] = {
     durable.name: durable
@@ -163,7 +166,6 @@ def _stream_config(stream: Stream, replicas: int, max_bytes: int) -> api.StreamC
         num_replicas=replicas,
         duplicate_window=120,
         deny_delete=stream.append_only,
-        deny_purge=stream.append_only,
         allow_direct=True,
         republish=api.RePublish(src=">", dest=live(stream.name, ">"), headers_only=True),
     )
@@ -199,8 +201,24 @@ def _durable_config(durable: Durable) -> api.ConsumerConfig:
 
 async def _ensure_stream(js: JetStreamContext, config: api.StreamConfig) -> None:
     try:
-        await js.stream_info(config.name or "")
+        found = await js.stream_info(config.name or "")
     except NotFoundError:
         await js.add_stream(config)
     else:
-        await js.update_stream(config)
+        # A broker does not take this back: what an earlier version declared stays as long as the stream.
+        await js.update_stream(replace(config, deny_purge=found.config.deny_purge))
+
+
+async def release(js: JetStreamContext, run: str) -> None:
+    """Drop a run's windows, and what its miners said, from the streams. For the operator, who has them in an archive.
+
+    Raises `Invalid` for streams of an earlier version, which never let go.
+    """
+    for name in RELEASED:
+        try:
+            await js.purge_stream(name, subject=STREAMS[name].filter(run))
+        except APIError as error:
+            raise Invalid(
+                f"stream {name} does not let {run} go: {error.description}; streams that an earlier version declared "
+                "keep everything for good"
+            ) from error

@@ -10,6 +10,7 @@ from connito.cli import (
     access,
     admission,
     advisories,
+    archive,
     audit,
     base,
     console,
@@ -60,6 +61,7 @@ app.command("replay")(replay.replay)
 app.command("select")(select.select)
 app.command("explain")(explain.explain)
 app.command("audit")(audit.audit)
+app.command("archive")(archive.archive)
 app.command("ledger")(ledger.ledger)
 app.command("advisories")(advisories.advisories)
 app.command("ban")(admission.ban)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FromOption = Annotated[
     Path | None,
-    typer.Option("--from", help="Folder that an ended `connito up` left; its servers are started for the audit."),
+    typer.Option("--from", help="Folder that an ended `connito up` left, whose servers are started, or an archive."),
 ]
 NoModelFlag = Annotated[
     bool,

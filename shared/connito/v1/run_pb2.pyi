@@ -1314,3 +1314,40 @@ class ExpertUsed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExpertUsed: _TypeAlias = ExpertUsed  # noqa: Y015
+
+@_typing.final
+class RunArchived(_message.Message):
+    """LIBRARY: `library.0.archived`, signed by the operator. The run's messages and artifacts are in a file of their own, and its windows
+    were released from the streams: what an auditor needs is there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    digest: _builtins.str
+    """Hex SHA-256 and size of the file."""
+    bytes: _builtins.int
+    messages: _builtins.int
+    """Messages of the run in it, and one hash over them."""
+    head: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        messages: _builtins.int = ...,
+        head: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "head", b"head", "messages", b"messages", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunArchived: _TypeAlias = RunArchived  # noqa: Y015

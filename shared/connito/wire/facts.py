@@ -115,6 +115,11 @@ class RunFacts(FactSet):
         return self.many(run_pb2.ExpertDeposited, "library", 0, "deposited")
 
     @property
+    def archived(self) -> run_pb2.RunArchived | None:
+        """Return which file holds the run, once its windows were released from the streams."""
+        return message_of(self.one(run_pb2.RunArchived, "library", 0, "archived"))
+
+    @property
     def uses(self) -> Mapping[str, Fact[run_pb2.ExpertUsed]]:
         """Return uses of library experts that were declared, by id."""
         return self.many(run_pb2.ExpertUsed, "library", 0, "used")

@@ -10,7 +10,7 @@ from connito.wire.bounds import check_bounds
 from connito.wire.envelope import open_bytes
 from connito.wire.fact import Fact, Record
 from connito.wire.identity import short_key
-from connito.wire.roster import Roster
+from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import WINDOWS, FactKey, is_ingress, parse_fact, parse_ingress
 
 # Whoever decides and acts on runs as they go on.
@@ -42,6 +42,7 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     ("library", "deposited"): (run_pb2.ExpertDeposited, "library", "expert_id"),
     ("library", "notice"): (run_pb2.ExpertNotice, "library", "id"),
     ("library", "used"): (run_pb2.ExpertUsed, "library", "id"),
+    ("library", "archived"): (run_pb2.RunArchived, OPERATOR, ""),
     **{(window, "opened"): (cycle_pb2.WindowOpened, "coordinator", "") for window in WINDOWS},
     **{(window, "closed"): (cycle_pb2.WindowClosed, "coordinator", "") for window in WINDOWS},
 }
