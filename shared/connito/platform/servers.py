@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from connito.errors import Fatal, Invalid, Retry
 from connito.files import write_durably
-from connito.platform import durable_objects
+from connito.platform import durable_objects, store_guard
 from connito.platform.accounts import Accounts
 from connito.platform.spawning import spawn
 from connito.runtime.progress import Notify
@@ -272,6 +272,7 @@ class ObjectStore(Server):
         ]
         write_durably(self.data_dir / "s3.json", json.dumps({"identities": list(identities)}, indent=2), 0o600)
         durable_objects.prepare(self.data_dir)
+        store_guard.write(self.data_dir)
         arguments = {
             "dir": "objects",
             "ip": "127.0.0.1",
@@ -283,6 +284,8 @@ class ObjectStore(Server):
             # Volumes grow as they fill; counting them in advance against the free disk runs out after a few buckets.
             "volume.max": 10000,
             "volume.preStopSeconds": 0,
+            # Its parts ask each other over gRPC, by certificate; HTTP would answer everybody.
+            "disableHttp": "true",
             "filer": "true",
             "s3": "true",
             "s3.port.iceberg": 0,
@@ -296,8 +299,8 @@ class ObjectStore(Server):
 
     def _not_ready(self) -> str:
         """Return whether an object can be stored and read back; the gateway answers seconds earlier."""
-        filer = f"http://127.0.0.1:{self.ports['filer']}"
-        return durable_objects.not_synced(filer) or self._probe()
+        with store_guard.channel(self.data_dir, self.ports["filer.grpc"]) as filer:
+            return durable_objects.not_synced(filer) or self._probe()
 
     def _probe(self) -> str:
         import urllib3
