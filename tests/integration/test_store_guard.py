@@ -69,7 +69,7 @@ def test_http_answers_nobody(object_store: ObjectStore, client: Minio, part: str
 def test_grpc_answers_nobody(object_store: ObjectStore, part: str, call: str) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{object_store.ports[f'{part}.grpc']}") as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            list(channel.unary_stream(f"/{call}")(b"", timeout=5))
+            list(channel.unary_stream(f"/{call}", None, None)(b"", timeout=5))
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE, "not even which calls there are"
 
 

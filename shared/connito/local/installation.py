@@ -22,6 +22,7 @@ from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir, Platform
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.platform.session import BUCKET, REGION, local_store
+from connito.platform.store_rights import Holder, holders, identities
 from connito.runtime.compute import machine_folder
 from connito.runtime.programs import service_module
 from connito.store import ArtifactStore
@@ -56,6 +57,7 @@ class Installation:
         self.members = load_members(data, self.accounts, list(participants), seed)
         self.roster = write_roster(data, self.accounts, self.members)
         self._stack = AsyncExitStack()
+        self.holders: dict[str, Holder] = {}
         self.platform: Platform
         self.bus: Bus
         self.store: ArtifactStore
@@ -88,7 +90,15 @@ class Installation:
         self._stack.push_async_callback(self.fork_server.close)
         secret = self._store_secret()
         nats = NatsServer(self.data.root / "nats", accounts=self.accounts, log_file=self.data.logs / "nats-server.log")
-        weed = ObjectStore(self.data.root / "objects", secret_key=secret, log_file=self.data.logs / "weed.log")
+        self.holders = holders(
+            ObjectStore.ACCESS_KEY, secret, {name: member.role for name, member in self.members.items()}
+        )
+        weed = ObjectStore(
+            self.data.root / "objects",
+            secret_key=secret,
+            log_file=self.data.logs / "weed.log",
+            identities=identities(self.holders),
+        )
         self.supervisor = Supervisor(self.data, self.display.say)
         self._stack.push_async_callback(self.supervisor.stop)
         self.supervisor.note("fork server", self.fork_server.pid, self.data.logs / "fork-server.log")
@@ -157,14 +167,15 @@ class Installation:
             "torch_threads": str(self.machine.threads),
             "port_file": str(ports / f"{role.member.name}.json"),
         }
+        holder = self.holders.get(role.member.name)
         if role.member.role == "miner":
             # As anywhere else, a miner has no bucket credentials; and no cache in which held-out text could lie.
             settings["cache_dir"] = str(self.miner_cache)
-        else:
+        elif holder is not None:
             settings |= {
                 "s3_endpoint": self.platform.s3_endpoint,
-                "s3_access_key": self.platform.s3_access_key,
-                "s3_secret_key": self.platform.s3_secret_key,
+                "s3_access_key": holder.access,
+                "s3_secret_key": holder.secret,
                 "s3_bucket": BUCKET,
                 "s3_region": REGION,
             }

@@ -8,7 +8,8 @@
     roster.json       which public keys speak, or once spoke, for which role; public, every participant gets a copy
     nats.conf         a NATS server for one host that trusts those accounts
     nats-values.yaml  the same as values of the official NATS chart, for `helm install -f`
-    s3.json, s3.env   credentials of a SeaweedFS S3 gateway; secret
+    s3.json, s3.env   identities of a SeaweedFS S3 gateway, and the operator's own credentials; secret
+    s3/<name>.env     the credentials of each service and validator, which open what its role needs; secret
 
 Admitting changes nothing that the server reads. A revocation is told to the running server, which closes the connections of
 the key that is gone and of nobody else.
@@ -20,12 +21,13 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from connito.errors import Invalid, NotFound
+from connito.platform import store_rights
 from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir
 from connito.wire import passes
@@ -255,17 +257,24 @@ class Access:
         return self.folder / "keys" / f"{name}.old.nk"
 
     def _write_store(self) -> None:
-        """Write credentials for a SeaweedFS beside the services, unless they exist."""
-        if (self.folder / "s3.json").exists():
-            return
-        access, secret = f"connito-{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-        identity: Mapping[str, Any] = {
-            "name": "connito",
-            "credentials": [{"accessKey": access, "secretKey": secret}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        """Write the identities of a SeaweedFS beside the services. The operator's credentials stay; others follow from them."""
+        known = self.folder / "s3.env"
+        if known.exists():
+            pairs = dict(line.split("=", 1) for line in known.read_text().split() if "=" in line)
+            access, secret = pairs["CONNITO_S3_ACCESS_KEY"], pairs["CONNITO_S3_SECRET_KEY"]
+        else:
+            access, secret = f"connito-{secrets.token_hex(4)}", secrets.token_urlsafe(32)
+        roles = {path.stem: path.stem.partition("-")[0] for path in (self.folder / "keys").glob("*.nk")} | {
+            "console": "console"
         }
-        _write(self.folder / "s3.json", json.dumps({"identities": [identity]}, indent=2) + "\n", 0o600)
-        _write(self.folder / "s3.env", f"CONNITO_S3_ACCESS_KEY={access}\nCONNITO_S3_SECRET_KEY={secret}\n", 0o600)
+        held = store_rights.holders(access, secret, roles)
+        _write(
+            self.folder / "s3.json", json.dumps({"identities": store_rights.identities(held)}, indent=2) + "\n", 0o600
+        )
+        (self.folder / "s3").mkdir(mode=0o700, exist_ok=True)
+        for name, holder in held.items():
+            path = known if name == "operator" else self.folder / "s3" / f"{name}.env"
+            _write(path, f"CONNITO_S3_ACCESS_KEY={holder.access}\nCONNITO_S3_SECRET_KEY={holder.secret}\n", 0o600)
 
 
 def _write(path: Path, text: str, mode: int = 0o644) -> None:

@@ -19,7 +19,6 @@ from connito.files import write_durably
 _DATABASE = '[sqlite]\nenabled = true\ndbFile = "objects/filer.db"\n'
 # Of a folder that an earlier version made.
 _UNSYNCED_DATABASE = '[leveldb2]\nenabled = true\ndir = "objects/filerldb2"\n'
-_FILER = "/filer_pb.SeaweedFiler"
 _REFUSED = "/etc/connito-rules-in-force"
 _RULES = json.dumps(
     {"locations": [{"locationPrefix": "/", "fsync": True}, {"locationPrefix": _REFUSED, "readOnly": True}]}
@@ -43,18 +42,24 @@ def prepare(folder: Path) -> None:
 def not_synced(filer: grpc.Channel) -> str:
     """Have the server sync what it acknowledges; return what is missing until it does, or the empty string."""
     try:
-        answer = filer.unary_unary(f"{_FILER}/AssignVolume")(_field(1, 1) + _field(6, f"{_REFUSED}/probe"), timeout=2)
+        answer = _call(filer, "AssignVolume", _field(1, 1) + _field(6, f"{_REFUSED}/probe"))
         if b"read only" in answer:
             return ""
         # Taken up some time after they were stored. Stored ones are not always found at a start, so they are stored again.
         now = int(time.time())
         attributes = _field(1, len(_RULES)) + _field(2, now) + _field(3, 0o644)
         entry = _field(1, "filer.conf") + _field(4, attributes) + _field(9, _RULES)
-        filer.unary_unary(f"{_FILER}/CreateEntry")(_field(1, "/etc/seaweedfs") + _field(2, entry), timeout=2)
+        _call(filer, "CreateEntry", _field(1, "/etc/seaweedfs") + _field(2, entry))
         time.sleep(0.1)
     except grpc.RpcError as error:
         return f"it takes no rules yet ({error.code()})"
     return "its rules are not in force yet"
+
+
+def _call(filer: grpc.Channel, method: str, message: bytes) -> bytes:
+    asked = filer.unary_unary(f"/filer_pb.SeaweedFiler/{method}", request_serializer=None, response_deserializer=None)
+    answer: bytes = asked(message, timeout=2)
+    return answer
 
 
 def _field(number: int, value: int | str | bytes) -> bytes:

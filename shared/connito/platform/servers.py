@@ -233,11 +233,12 @@ class ObjectStore(Server):
     """SeaweedFS in one process: master, volume server, filer and S3 gateway; it syncs every acknowledged object to disk."""
 
     program = "weed"
+    ACCESS_KEY = "connito"
 
     def __init__(
         self,
         data_dir: Path,
-        access_key: str = "connito",
+        access_key: str = ACCESS_KEY,
         secret_key: str = "connito-local-secret",  # noqa: S107 - guards a port on the loopback interface
         port: int = 0,
         log_file: Path | None = None,
