@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from connito.errors import Invalid
 from connito.platform.servers import ObjectStore
 from connito.platform.session import BUCKET, REGION
 from connito.platform.store_rights import RIGHTS, Holder, holders, identities
-from connito.store import ArtifactStore
+from connito.store import ArtifactStore, key_of, ref_of_bytes
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, Realm
 
 pytestmark = pytest.mark.integration
@@ -34,7 +36,7 @@ async def allowed(store: ArtifactStore, realm: Realm.ValueType, *, write: bool, 
     try:
         if write:
             await store._call(
-                "put", "x", lambda: store._client.put_object(BUCKET, _key(realm, body), _io(body), len(body))
+                "put", "x", lambda: store._client.put_object(BUCKET, _key(realm, body), io.BytesIO(body), len(body))
             )
         else:
             await store._call("get", "x", lambda: store._read(_key(realm, b"seen"), 0, 0, 10))
@@ -44,15 +46,7 @@ async def allowed(store: ArtifactStore, realm: Realm.ValueType, *, write: bool, 
 
 
 def _key(realm: Realm.ValueType, body: bytes) -> str:
-    from connito.store import key_of, ref_of_bytes
-
     return key_of(ref_of_bytes(body, "", realm))
-
-
-def _io(body: bytes) -> object:
-    import io
-
-    return io.BytesIO(body)
 
 
 def test_miners_and_customers_hold_nothing_and_no_two_hold_the_same() -> None:
@@ -75,14 +69,13 @@ async def test_each_role_reads_and_writes_what_its_work_is_on(guarded: ObjectSto
             assert await allowed(store, realm, write=False, body=b"") == (realm_name in reads), (name, realm_name)
             put = await allowed(store, realm, write=True, body=name.encode())
             assert put == (realm_name in writes), (name, realm_name)
+        client = store._client
         with pytest.raises(Invalid, match="denies"):
-            await store._call("list", "x", lambda s=store: list(s._client.list_objects(BUCKET, recursive=True)))
+            await store._call("list", "x", partial(list, client.list_objects(BUCKET, recursive=True)))
         with pytest.raises(Invalid, match="denies"):
-            await store._call("remove", "x", lambda s=store: s._client.remove_bucket(BUCKET))
+            await store._call("remove", "x", partial(client.remove_bucket, BUCKET))
         if "public" in reads:
             # Of a reader without the right to list, too, what is not there is missing and not forbidden.
-            from connito.store import ref_of_bytes
-
             assert await store.stat(ref_of_bytes(b"never stored", "", REALM_PUBLIC)) is None
 
 
@@ -90,4 +83,4 @@ async def test_no_role_makes_itself_or_others_more(guarded: ObjectStore, tmp_pat
     store = store_of(guarded, HOLDERS["aggregator"], tmp_path)
     for name in ("another", "iam"):
         with pytest.raises(Invalid, match="denies"):
-            await store._call("make", "x", lambda n=name: store._client.make_bucket(f"{n}-bucket"))
+            await store._call("make", "x", partial(store._client.make_bucket, f"{name}-bucket"))

@@ -43,18 +43,23 @@ capabilities: { drop: [ALL] }
 {{- end }}
 {{- end -}}
 
+{{/* (list $ component) */}}
 {{- define "connito.storeEnv" -}}
+{{- $component := index . 1 }}
+{{- with index . 0 }}
 - { name: CONNITO_S3_ENDPOINT, value: {{ required "store.endpoint is empty: name the S3 address, such as https://s3.eu-central-1.amazonaws.com" .Values.store.endpoint | quote }} }
 {{- with .Values.store.publicEndpoint }}
 - { name: CONNITO_S3_PUBLIC_ENDPOINT, value: {{ . | quote }} }
 {{- end }}
 - { name: CONNITO_S3_BUCKET, value: {{ .Values.store.bucket | quote }} }
 - { name: CONNITO_S3_REGION, value: {{ .Values.store.region | quote }} }
-{{- $secret := required "store.existingSecret is empty: name the Secret with the store's access key and secret key" .Values.store.existingSecret }}
+{{- $own := get .Values.store.existingSecrets $component }}
+{{- $secret := required "store.existingSecret is empty: name the Secret with the store's access key and secret key" ($own | default .Values.store.existingSecret) }}
 - name: CONNITO_S3_ACCESS_KEY
   valueFrom: { secretKeyRef: { name: {{ $secret | quote }}, key: {{ .Values.store.accessKeyKey | quote }} } }
 - name: CONNITO_S3_SECRET_KEY
   valueFrom: { secretKeyRef: { name: {{ $secret | quote }}, key: {{ .Values.store.secretKeyKey | quote }} } }
+{{- end }}
 {{- end -}}
 
 {{/* (dict "root" $ "secret" name) */}}
@@ -146,8 +151,8 @@ spec:
       securityContext: {{- include "connito.containerSecurity" $root | nindent 8 }}
       env:
         {{- include "connito.commonEnv" . | nindent 8 }}
-        {{- if ne $item.component "trainer" }}
-        {{- include "connito.storeEnv" $root | nindent 8 }}
+        {{- if not (has $item.component (list "trainer" "coordinator")) }}
+        {{- include "connito.storeEnv" (list $root $item.component) | nindent 8 }}
         {{- end }}
         {{- if $item.api }}
         {{- if $conf.service.advertise }}

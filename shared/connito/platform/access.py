@@ -9,6 +9,7 @@
     nats.conf         a NATS server for one host that trusts those accounts
     nats-values.yaml  the same as values of the official NATS chart, for `helm install -f`
     s3.json, s3.env   identities of a SeaweedFS S3 gateway, and the operator's own credentials; secret
+    store/            what the parts of that SeaweedFS know each other by; secret
     s3/<name>.env     the credentials of each service and validator, which open what its role needs; secret
 
 Admitting changes nothing that the server reads. A revocation is told to the running server, which closes the connections of
@@ -22,12 +23,13 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connito.errors import Invalid, NotFound
-from connito.platform import store_rights
+from connito.errors import Fatal, Invalid, NotFound
+from connito.platform import store_guard, store_rights
 from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir
 from connito.wire import passes
@@ -271,6 +273,10 @@ class Access:
         _write(
             self.folder / "s3.json", json.dumps({"identities": store_rights.identities(held)}, indent=2) + "\n", 0o600
         )
+        if not (guard := self.folder / "store").exists():
+            with suppress(Fatal):  # Of no use but to who runs that server, who has the package.
+                guard.mkdir(mode=0o700)
+                store_guard.write(guard, "/etc/seaweedfs/guard")
         (self.folder / "s3").mkdir(mode=0o700, exist_ok=True)
         for name, holder in held.items():
             path = known if name == "operator" else self.folder / "s3" / f"{name}.env"

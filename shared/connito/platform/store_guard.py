@@ -21,14 +21,15 @@ _PARTS = ("master", "volume", "filer", "s3", "client", "msg_broker", "admin", "w
 _SIGNED = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, seen_at: str = "") -> None:
     """Write `security.toml`, which the server finds in its folder, and the certificate that its parts know each other by.
 
+    seen_at: where the server finds the folder; empty: where it is.
     Raises `Fatal` when the package that makes certificates is not installed.
     """
-    certificate, key = folder / _CERTIFICATE, folder / _KEY
-    for path, content in zip((certificate, key), _certificate(), strict=True):
-        write_durably(path, content, 0o600)
+    for name, content in zip((_CERTIFICATE, _KEY), _certificate(), strict=True):
+        write_durably(folder / name, content, 0o600)
+    certificate, key = (f"{seen_at or folder.absolute()}/{name}" for name in (_CERTIFICATE, _KEY))
     # Of a busy machine: what was allowed is asked for a little later.
     lines = [f'[{name}]\nkey = "{secrets.token_hex(32)}"\nexpires_after_seconds = 60' for name in _SIGNED]
     lines += ["[filer.expose_directory_metadata]\nenabled = false", f'[grpc]\nca = "{certificate}"']

@@ -53,9 +53,23 @@ def test_bucket_credentials_go_to_services_and_never_to_miners() -> None:
     for name, spec in pod_specs(render(values)).items():
         variables = environment(spec["containers"][0])
         has = "CONNITO_S3_SECRET_KEY" in variables
-        assert has == ("trainer" not in name and "streams" not in name), name
+        assert has == (not any(part in name for part in ("trainer", "streams", "coordinator"))), name
         if has:
             assert variables["CONNITO_S3_SECRET_KEY"] == {"secretKeyRef": {"name": "connito-s3", "key": "secret-key"}}
+
+
+def test_a_component_may_have_credentials_of_its_own() -> None:
+    values = values_of("platform")
+    values["store"] = values["store"] | {"existingSecrets": {"validator": "s3-validator", "committer": "s3-committer"}}
+    found = {}
+    for name, spec in pod_specs(render(values)).items():
+        variables = environment(spec["containers"][0])
+        if "CONNITO_S3_SECRET_KEY" in variables:
+            found[name] = variables["CONNITO_S3_SECRET_KEY"]["secretKeyRef"]["name"]
+    validators = {secret for name, secret in found.items() if "validator" in name}
+    committers = {secret for name, secret in found.items() if "committer" in name}
+    assert (validators, committers) == ({"s3-validator"}, {"s3-committer"})
+    assert "connito-s3" in found.values(), "and the others have the common one"
 
 
 def test_each_key_runs_once() -> None:
