@@ -38,7 +38,7 @@ def write(folder: Path, seen_at: str = "") -> None:
 
 
 def channel(folder: Path, port: int) -> grpc.Channel:
-    """Open a channel to one part of the store that was started in `folder`."""
+    """Connect to one part of the store that was started in `folder`."""
     certificate, key = (folder / _CERTIFICATE).read_bytes(), (folder / _KEY).read_bytes()
     credentials = grpc.ssl_channel_credentials(certificate, key, certificate)
     options = [("grpc.ssl_target_name_override", NAME)]

@@ -30,7 +30,7 @@ RIGHTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Holder:
-    """Somebody with credentials, and what they open."""
+    """Credentials in the store, and the role whose rights they open."""
 
     role: str
     access: str
