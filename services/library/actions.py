@@ -51,38 +51,29 @@ class Depositor:
         store are away.
         """
         fact = verify_fact(record, self._roster)
-        facts, envelopes = await self._read_run(fact.run)
+        facts = await self._read_run(fact.run)
         if facts.spec is not None:
             check_version(facts.spec)
         decision = plan(facts)
         if not isinstance(decision, Deposit):
             self._log.info("nothing to deposit", run=fact.run, why=decision.why)
             return
-        message = await self._deposit(facts, decision, envelopes)
+        message = await self._deposit(facts, decision)
         if await self._bus.publish_fact(fact.run, "library", 0, "deposited", message, message.expert_id):
             metrics.EXPERTS_DEPOSITED.inc()
             self._log.info("expert deposited", run=fact.run, expert=message.expert_id, bytes=message.expert.size)
 
-    async def _read_run(self, run: str) -> tuple[RunFacts, dict[str, bytes]]:
-        """Return all facts of a run, and its versions' envelopes by subject. `run.0.ended` is written last, so what is
-        stored now is everything.
-        """
-        log, envelopes = Log(self._roster), dict[str, bytes]()
+    async def _read_run(self, run: str) -> RunFacts:
+        """Return all facts of a run. `run.0.ended` is written last, so what is stored now is everything."""
+        log = Log(self._roster)
         async for record in self._bus.stored(STREAMS, run):
-            if self._apply(log, record) and record.subject.endswith(".version"):
-                envelopes[record.subject] = record.data
-        return log.runs.get(run, RunFacts(run)), envelopes
+            try:
+                log.apply(record)
+            except Invalid as error:
+                offences.ignore(record, error, new=False)
+        return log.runs.get(run, RunFacts(run))
 
-    def _apply(self, log: Log, record: Record) -> bool:
-        try:
-            return log.apply(record) is not None
-        except Invalid as error:
-            offences.ignore(record, error, new=False)
-            return False
-
-    async def _deposit(
-        self, facts: RunFacts, decision: Deposit, envelopes: dict[str, bytes]
-    ) -> run_pb2.ExpertDeposited:
+    async def _deposit(self, facts: RunFacts, decision: Deposit) -> run_pb2.ExpertDeposited:
         state = await self._store.fetch(decision.state)
         report = json.loads(await self._store.get_bytes(facts.require_selection().report))
         header = decision.with_base(report.get("base", {}))
@@ -99,7 +90,9 @@ class Depositor:
         record = build_record(facts, digest, size, tensor_sizes(state)[0], signature, parent)
         message = await self._describe(record, expert)
         subject = subjects.fact(facts.run, "merge", decision.cycle, "version")
-        attestation = encode_attestation(attest(subject, envelopes[subject], state))
+        version = await self._bus.last_record(subject)
+        assert version is not None, "the run's facts hold this version"
+        attestation = encode_attestation(attest(subject, version.data, state))
         message.attestation.CopyFrom(await self._store.put_bytes(attestation, "application/json", PUBLIC))
         return message
 

@@ -22,6 +22,10 @@ from connito.wire import subjects
 from connito.wire.envelope import open_bytes, seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity
+from connito.wire.log import Log
+from connito.wire.parts import MAX_FACT_BYTES
+from connito.wire.roster import Roster
+from connito.wire.verification import verify_fact
 
 from tests.integration.conftest import BusFactory, declare_streams
 from tests.support.waiting import PATIENCE
@@ -93,6 +97,24 @@ class TestFacts:
         assert await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=1))
         assert not await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1, version=2))
 
+    async def test_a_fact_of_many_is_written_in_parts_and_read_as_one(
+        self, bus_factory: BusFactory, identities: dict[str, Identity], roster: Roster, run_id: str
+    ) -> None:
+        bus = await bus_factory(identities["coordinator"])
+        await read_stored(bus, ["TRAIN"], run_id)
+        whole = cycle_pb2.WindowOpened(run=run_id, cycle=1, expected=[f"U{number:055d}" for number in range(5000)])
+        assert await bus.publish_fact(run_id, "train", 1, "opened", whole)
+        other = cycle_pb2.WindowOpened(run=run_id, cycle=1, expected=[f"U{number:055d}" for number in range(4000)])
+        assert not await bus.publish_fact(run_id, "train", 1, "opened", other)
+        records = await read_stored(bus, ["TRAIN"], run_id)
+        assert max(len(record.data) for record in records) <= MAX_FACT_BYTES
+        log = Log(roster)
+        found = [fact for record in records if (fact := log.apply(record)) is not None]
+        assert [fact.message for fact in found] == [whole]
+        stored = await bus.last_record(subjects.fact(run_id, "train", 1, "opened"))
+        assert stored is not None
+        assert verify_fact(stored, roster).message == whole
+
     async def test_too_large_is_refused_before_it_is_sent(
         self, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
     ) -> None:
@@ -153,6 +175,19 @@ class TestPermissions:
         with pytest.raises(Invalid, match=rf"connito\.v1\.{run_id}\.train\.1\.opened") as caught:
             await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
         assert caught.value.reason == reasons_pb2.REASON_NOT_PERMITTED
+
+    async def test_a_report_in_parts_is_its_validators_own(
+        self, guarded: Any, bus_factory: BusFactory, identities: dict[str, Identity], roster: Roster, run_id: str
+    ) -> None:
+        validator = guarded.accounts.welcome("validator", identities["validator"])
+        bus = await bus_factory(validator, guarded.url)
+        scores = [cycle_pb2.SubmissionScore(miner=f"U{number:055d}", detail="x" * 900) for number in range(200)]
+        report = cycle_pb2.ScoreReport(run=run_id, cycle=1, validator=validator.public, scores=scores)
+        assert await bus.publish_fact(run_id, "validate", 1, "report", report, validator.public)
+        log = Log(roster)
+        for record in await read_stored(bus, ["VALIDATE"], run_id):
+            log.apply(record)
+        assert log.runs[run_id].reports(1)[validator.public].message == report
 
     async def test_denied_stream_names_it(
         self, guarded: Any, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str

@@ -17,6 +17,7 @@ from connito.wire.envelope import open_bytes
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
+from connito.wire.parts import Parts
 from connito.wire.roster import Roster
 from connito.wire.subjects import DLQ_ROOT
 from connito.wire.verification import verify_fact, verify_ingress
@@ -40,6 +41,9 @@ class Evidence:
     letters: dict[Place, DeadLetter] = field(default_factory=dict)
     # Deposits of every run: what a run may have started from.
     library: list[Fact] = field(default_factory=list)
+    parts: Parts = field(default_factory=Parts)
+    # Facts that lay in parts, by subject: their envelopes as they were signed.
+    joined: dict[str, bytes] = field(default_factory=dict)
 
     def name(self, key: str) -> str:
         """Return the label a miner enrolled with, or the start of its key."""
@@ -105,7 +109,12 @@ def read(
 
 def _take(evidence: Evidence, record: Record) -> None:
     ingress = ".ingress." in record.subject
-    fact = verify_ingress(record) if ingress else verify_fact(record, evidence.roster)
+    whole = evidence.parts.take(record, evidence.roster)
+    if whole is None:
+        return
+    if whole is not record:
+        evidence.joined[record.subject] = whole.data
+    fact = verify_ingress(record) if ingress else verify_fact(whole, evidence.roster)
     if fact.run != evidence.run or stream_of(record.subject) != record.stream:
         raise Invalid(f"{record.subject} lies in {record.stream}, where it does not belong")
     new = evidence.facts.add(fact)

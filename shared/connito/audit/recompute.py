@@ -357,7 +357,8 @@ def _attest(work: Recomputation, cycle: int, state: Path) -> bytes:
     from connito.library.attestation import encode as encode_attestation
 
     subject = subjects.fact(work.evidence.run, "merge", cycle, "version")
-    envelope = next((record.data for record in work.evidence.records if record.subject == subject), None)
+    stored = next((record.data for record in work.evidence.records if record.subject == subject), None)
+    envelope = work.evidence.joined.get(subject, stored)
     if envelope is None:
         raise Invalid(f"the log does not hold {subject}")
     return encode_attestation(attest(subject, envelope, state))

@@ -20,7 +20,7 @@ from connito.bus.connection import Connection
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow, got
 from connito.bus.offences import report
-from connito.bus.streams import DURABLES, ENDPOINTS, STREAMS, stream_of
+from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, STREAMS, stream_of
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import metrics, tracing
 from connito.runtime.host import HOST, Host
@@ -32,6 +32,7 @@ from connito.wire import subjects
 from connito.wire.envelope import MAX_ENVELOPE_BYTES, open_bytes, seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity
+from connito.wire.parts import join, parts_of, read_part, split
 from connito.wire.roster import Roster
 from connito.wire.tls import PLAIN, Tls
 from connito.wire.verification import verify_fact
@@ -135,7 +136,10 @@ class Bus:
         and `Invalid` when this key may not write there or the message is too large.
         """
         subject = subjects.fact(run, section, cycle, kind, id_)
-        return await self._publish_once(subject, self._sealed(subject, message), f"{section}.{kind}")
+        parts, head = split(subject, self.seal(subject, message))
+        for place, part in parts:
+            await self._publish_once(place, self._sealed(place, part), f"{section}.part")
+        return await self._publish_once(subject, head.SerializeToString(), f"{section}.{kind}")
 
     async def publish_ingress(self, run: str, kind: str, message: Message) -> int:
         """Sign and send what a miner says; its key names the subject. Returns the sequence in INGRESS.
@@ -174,16 +178,13 @@ class Bus:
 
     async def _settle(self, subject: str, data: bytes, kind: str) -> bool:
         """Resolve a subject that already has a message: our own (its acknowledgement was lost), another's, or an invalid one."""
-        standing = await self.last_record(subject)
+        standing = await self._last(stream_of(subject), subject)
         if standing is None or standing.data == data:
             if standing is None:
                 raise Retry(f"{subject} was taken and is empty again; the broker is still recovering")
             return True
         try:
-            if self._roster is not None and not subject.startswith(subjects.DLQ_ROOT):
-                verify_fact(standing, self._roster)
-            else:
-                open_bytes(standing.data, subject)
+            await self._verify(standing)
         except Invalid as error:
             log.error(
                 "a message without authority stood on the subject of a fact, writing after it", security=True,
@@ -193,6 +194,14 @@ class Bus:
             return await self._publish_once(subject, data, kind, after=standing.sequence)
         metrics.EVENTS_PUBLISHED.labels(kind, "stood").inc()
         return False
+
+    async def _verify(self, record: Record) -> None:
+        if self._roster is None or record.stream not in FACT_STREAMS:
+            open_bytes(record.data, record.subject)
+        elif subjects.parse_part(record.subject) is not None:
+            read_part(record, self._roster)
+        else:
+            verify_fact(await self.whole(record), self._roster)
 
     async def _publish(self, subject: str, data: bytes, extra: dict[str, str], kind: str) -> dict[str, Any]:
         """Send the same bytes until they are acknowledged, for at most `PUBLISH_SECONDS`."""
@@ -282,9 +291,13 @@ class Bus:
         Without `lane` every replica takes a share. With it, messages of one lane are handled one at a time and in order, and
         lanes take turns; then one replica may consume at a time (`Lease`). What `skip` says so of is done without being handled.
         """
+
+        async def handle(record: Record) -> None:
+            await handler(await self.whole(record))
+
         beat = heartbeat if heartbeat is not None else DURABLES[durable].ack_wait / 3
         await Worker(
-            self._connection, durable, handler, self._dead_letter, beat, concurrency=concurrency, lane=lane, skip=skip
+            self._connection, durable, handle, self._dead_letter, beat, concurrency=concurrency, lane=lane, skip=skip
         ).run()
 
     async def _dead_letter(self, letter: DeadLetter) -> None:
@@ -292,9 +305,19 @@ class Bus:
         await self._publish_once(subject, self._sealed(subject, letter), "dlq")
 
     async def last_record(self, subject: str) -> Record | None:
-        """Return the last message on a subject, or None."""
-        stream = stream_of(subject)
-        return await self._last(stream, subject)
+        """Return the last message on a subject, a fact as a whole, or None. Raises `Invalid` for a fact without its parts."""
+        record = await self._last(stream_of(subject), subject)
+        return None if record is None else await self.whole(record)
+
+    async def whole(self, record: Record) -> Record:
+        """Return a fact with its payload, also where that lies in parts in front of it. Raises `Invalid` where they do not."""
+        places = parts_of(record) if record.stream in FACT_STREAMS else []
+        if not places:
+            return record
+        parts = [await self._last(record.stream, place) for place in places]
+        if lacking := parts.count(None):
+            raise Invalid(f"{record.subject} lacks {lacking} of its {len(parts)} parts")
+        return join(record, (read_part(part, self._roster) for part in parts if part is not None))
 
     async def last_sequence(self, stream: str) -> int:
         """Return the sequence of the last message that `stream` stored; 0 when it is empty."""

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES, STREAMS, live
+from connito.wire.parts import MAX_FACT_BYTES
 from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, inbox_prefix
-from connito.wire.verification import ANY, CATALOGUE, INGRESS, WORKERS
+from connito.wire.verification import ANY, CATALOGUE, INGRESS, LARGE, WORKERS
 
 # What a miner needs in order to take part: not what validators tell each other, nor what other miners say.
 MINER_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")
@@ -36,7 +37,6 @@ _HAS_API = {"coordinator", "committer", "library"}
 _LEADS = {"coordinator", "aggregator", "committer"}
 _DURABLES = {"committer": ("committer",), "selector": ("selector",), "library": ("library",)}
 
-ENVELOPE_BYTES = 1 << 20
 _HEADERS = 1 << 12
 
 
@@ -101,7 +101,10 @@ def _speakers(name: str, role: str, said: Sequence[str], payload: int) -> Accoun
 def _facts(role: str, id_: str) -> Iterable[str]:
     for (section, kind), (_, writer, id_path) in CATALOGUE.items():
         if writer == role:
-            yield f"{ROOT}.*.{section}.*.{kind}" + (f".{id_}" if id_path else "")
+            subject = f"{ROOT}.*.{section}.*.{kind}" + (f".{id_}" if id_path else "")
+            yield subject
+            if (section, kind) in LARGE:
+                yield f"{subject}.part.*.*"
 
 
 def _reading(streams: Iterable[str]) -> tuple[str, ...]:
@@ -143,7 +146,7 @@ ACCOUNTS: dict[str, Account] = {
     for account in (
         _speakers("miners-say", "miner", _MINER_SAYS, STREAMS["INGRESS"].max_message_bytes),
         _readers("miners-read", "miner", MINER_STREAMS),
-        _speakers("validators-say", "validator", _VALIDATOR_SAYS, ENVELOPE_BYTES),
+        _speakers("validators-say", "validator", _VALIDATOR_SAYS, MAX_FACT_BYTES),
         _readers("validators-read", "validator", FACT_STREAMS),
         _readers("customers", "customer", (*FACT_STREAMS, "INGRESS", "DLQ")),
     )

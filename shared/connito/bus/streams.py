@@ -11,6 +11,7 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
 from connito.errors import Invalid, Retry
+from connito.wire.parts import MAX_FACT_BYTES
 from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, check_token
 
 LEASES = "LEASES"
@@ -56,13 +57,13 @@ class Durable:
 STREAMS: dict[str, Stream] = {
     stream.name: stream
     for stream in (
-        Stream("RUNS", f"{ROOT}.{{run}}.run.>"),
-        Stream("TRAIN", f"{ROOT}.{{run}}.train.>"),
-        Stream("COMMIT", f"{ROOT}.{{run}}.commit.>"),
-        Stream("SUBMIT", f"{ROOT}.{{run}}.submit.>"),
-        Stream("VALIDATE", f"{ROOT}.{{run}}.validate.>"),
-        Stream("MERGE", f"{ROOT}.{{run}}.merge.>"),
-        Stream("LIBRARY", f"{ROOT}.{{run}}.library.>"),
+        Stream("RUNS", f"{ROOT}.{{run}}.run.>", max_message_bytes=MAX_FACT_BYTES),
+        Stream("TRAIN", f"{ROOT}.{{run}}.train.>", max_message_bytes=MAX_FACT_BYTES),
+        Stream("COMMIT", f"{ROOT}.{{run}}.commit.>", max_message_bytes=MAX_FACT_BYTES),
+        Stream("SUBMIT", f"{ROOT}.{{run}}.submit.>", max_message_bytes=MAX_FACT_BYTES),
+        Stream("VALIDATE", f"{ROOT}.{{run}}.validate.>", max_message_bytes=MAX_FACT_BYTES),
+        Stream("MERGE", f"{ROOT}.{{run}}.merge.>", max_message_bytes=MAX_FACT_BYTES),
+        Stream("LIBRARY", f"{ROOT}.{{run}}.library.>", max_message_bytes=MAX_FACT_BYTES),
         Stream("INGRESS", f"{ROOT}.{{run}}.ingress.*.*", max_message_bytes=1 << 14, max_per_subject=100_000),
         Stream("DLQ", f"{DLQ_ROOT}.>", append_only=False, max_message_bytes=1 << 20),
         Stream(
@@ -75,7 +76,7 @@ STREAMS: dict[str, Stream] = {
     )
 }
 
-# What a follower of a whole run reads.
+# What a follower of a whole run reads. No message there grows with those who take part (`connito.wire.parts`).
 FACT_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY")
 
 # What an archive takes over; a run's frame and its experts stay.

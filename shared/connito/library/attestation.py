@@ -17,7 +17,7 @@ from typing import Any
 from connito.errors import ConnitoError, VerificationFailed
 from connito.library.artifact import EXPERT_FILE, RECORD_FILE, read_safetensors_header
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
-from connito.wire.envelope import Opened, open_bytes
+from connito.wire.envelope import MAX_WHOLE_BYTES, Opened, open_bytes
 from connito.wire.identity import short_key
 from connito.wire.roster import Roster
 
@@ -81,7 +81,7 @@ def check_attestation(folder: Path, roster: Roster | None = None) -> list[str]:
 
 
 def _open(entry: Mapping[str, str]) -> Opened:
-    return open_bytes(base64.b64decode(entry["envelope"]), entry["subject"])
+    return open_bytes(base64.b64decode(entry["envelope"]), entry["subject"], MAX_WHOLE_BYTES)
 
 
 def _short(opened: Opened) -> str:

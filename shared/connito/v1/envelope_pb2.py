@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63onnito/v1/envelope.proto\x12\nconnito.v1\"\x8e\x01\n\x08\x45nvelope\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06signer\x18\x04 \x01(\t\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\r\n\x05nonce\x18\x06 \x01(\x0c\x12\x19\n\x11issued_at_unix_ms\x18\x07 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63onnito/v1/envelope.proto\x12\nconnito.v1\"\xbd\x01\n\x08\x45nvelope\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06signer\x18\x04 \x01(\t\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\r\n\x05nonce\x18\x06 \x01(\x0c\x12\x19\n\x11issued_at_unix_ms\x18\x07 \x01(\x03\x12\x16\n\x0epayload_digest\x18\x08 \x01(\x0c\x12\x15\n\rpayload_parts\x18\t \x01(\r\"\x18\n\x08\x46\x61\x63tPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'connito.v1.envelope_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENVELOPE']._serialized_start=42
-  _globals['_ENVELOPE']._serialized_end=184
+  _globals['_ENVELOPE']._serialized_end=231
+  _globals['_FACTPART']._serialized_start=233
+  _globals['_FACTPART']._serialized_end=257
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,8 @@ class Envelope(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     ISSUED_AT_UNIX_MS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_DIGEST_FIELD_NUMBER: _builtins.int
+    PAYLOAD_PARTS_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     type: _builtins.str
     """Full name of the payload message, for example `connito.v1.WindowOpened`."""
@@ -44,6 +46,11 @@ class Envelope(_message.Message):
     nonce: _builtins.bytes
     """16 random bytes."""
     issued_at_unix_ms: _builtins.int
+    payload_digest: _builtins.bytes
+    """In place of a payload that one message does not hold: its SHA-256, which the signature covers either way, and the number of
+    messages that hold it. They stand in front of this one in the same stream (`connito.wire.parts`).
+    """
+    payload_parts: _builtins.int
     def __init__(
         self,
         *,
@@ -54,11 +61,34 @@ class Envelope(_message.Message):
         signature: _builtins.bytes = ...,
         nonce: _builtins.bytes = ...,
         issued_at_unix_ms: _builtins.int = ...,
+        payload_digest: _builtins.bytes = ...,
+        payload_parts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["issued_at_unix_ms", b"issued_at_unix_ms", "nonce", b"nonce", "payload", b"payload", "schema_version", b"schema_version", "signature", b"signature", "signer", b"signer", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issued_at_unix_ms", b"issued_at_unix_ms", "nonce", b"nonce", "payload", b"payload", "payload_digest", b"payload_digest", "payload_parts", b"payload_parts", "schema_version", b"schema_version", "signature", b"signature", "signer", b"signer", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Envelope: _TypeAlias = Envelope  # noqa: Y015
+
+@_typing.final
+class FactPart(_message.Message):
+    """`<subject of the fact>.part.<SHA-256 of its payload>.<number>`: a part of its payload, signed by the fact's author."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FactPart: _TypeAlias = FactPart  # noqa: Y015

@@ -17,6 +17,8 @@ from connito.wire.identity import Identity, short_key, verify
 
 SCHEMA_VERSION = 1
 MAX_ENVELOPE_BYTES = 1 << 20
+# A fact with a payload that came in parts, put together.
+MAX_WHOLE_BYTES = 1 << 28
 
 M = TypeVar("M", bound=Message)
 
@@ -29,6 +31,8 @@ class Opened:
     payload: bytes
     signer: str
     issued_at_unix_ms: int
+    # Whether the payload is there, and not in parts.
+    here: bool = True
 
     def read(self, message_type: type[M]) -> M:
         """Parse the payload. Raises `Invalid` when the envelope declares another type or the bytes do not parse."""
@@ -37,6 +41,8 @@ class Opened:
             raise Invalid(
                 f"expected a {expected}, got {self.type_name or 'no type'}", reason=reasons.REASON_UNKNOWN_TYPE
             )
+        if not self.here:
+            raise Invalid(f"the parts that hold this {expected} are not here")
         try:
             return message_type.FromString(self.payload)
         except DecodeError as error:
@@ -50,7 +56,7 @@ def _signed_bytes(envelope: Envelope, subject: str) -> bytes:
         envelope.type.encode(),
         envelope.nonce,
         str(envelope.issued_at_unix_ms).encode(),
-        hashlib.sha256(envelope.payload).digest(),
+        envelope.payload_digest or hashlib.sha256(envelope.payload).digest(),
     )
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
@@ -81,19 +87,22 @@ def check(envelope: Envelope, subject: str) -> Opened:
         )
     if len(envelope.nonce) != 16:
         raise Invalid("the envelope's nonce is not 16 bytes")
+    if envelope.payload_digest and (envelope.payload or len(envelope.payload_digest) != 32):
+        raise Invalid("the envelope has a payload and another one's digest, or no digest of 32 bytes")
     if not verify(envelope.signer, _signed_bytes(envelope, subject), envelope.signature):
         raise Invalid(
             f"the signature does not hold for signer {short_key(envelope.signer)} on {subject}",
             reason=reasons.REASON_BAD_SIGNATURE,
         )
-    return Opened(envelope.type, envelope.payload, envelope.signer, envelope.issued_at_unix_ms)
+    here = not envelope.payload_digest
+    return Opened(envelope.type, envelope.payload, envelope.signer, envelope.issued_at_unix_ms, here)
 
 
-def open_bytes(data: bytes, subject: str) -> Opened:
+def open_bytes(data: bytes, subject: str, limit: int = MAX_ENVELOPE_BYTES) -> Opened:
     """Parse and verify what came over the bus. Raises `Invalid` with the reason that applies."""
-    if len(data) > MAX_ENVELOPE_BYTES:
+    if len(data) > limit:
         raise Invalid(
-            f"an envelope of {len(data)} bytes is over the {MAX_ENVELOPE_BYTES} byte limit",
+            f"an envelope of {len(data)} bytes is over the {limit} byte limit",
             reason=reasons.REASON_OVERSIZED,
         )
     try:

@@ -7,6 +7,7 @@ from connito.v1 import reasons_pb2
 from connito.wire.chain import Chains
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
+from connito.wire.parts import Parts
 from connito.wire.roster import Roster
 from connito.wire.subjects import is_ingress, run_of
 from connito.wire.verification import verify_fact, verify_ingress
@@ -19,6 +20,7 @@ class Log:
         self.roster = roster
         self.runs: dict[str, RunFacts] = {}
         self.chains: dict[str, Chains] = {}
+        self.parts = Parts()
 
     def verified(self, record: Record) -> Fact:
         """Return what a miner said, verified. Raises `Invalid`."""
@@ -46,6 +48,9 @@ class Log:
             # A chain links every stored message, also one that does not verify.
             chain = self.chains.setdefault(run_of(record.subject), Chains())
             chain.extend(record.subject, record.sequence, record.data)
-            fact = verify_fact(record, self.roster)
+            whole = self.parts.take(record, self.roster)
+            if whole is None:
+                return None
+            fact = verify_fact(whole, self.roster)
         facts = self.runs.setdefault(fact.run, RunFacts(fact.run))
         return fact if facts.add(fact) else None

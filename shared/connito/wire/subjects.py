@@ -1,6 +1,7 @@
 """The subject grammar.
 
 Facts            `connito.v1.<run>.<window>.<cycle>.<kind>[.<id>]`
+Parts of a fact  `<subject of the fact>.part.<digest of its payload>.<number>`
 What miners say  `connito.v1.<run>.ingress.<miner>.<kind>`
 Dead letters     `connito.dlq.v1.<stream>.<sequence>`
 
@@ -25,6 +26,7 @@ INSTALLATION = "installation"
 SECTIONS = ("run", *WINDOWS, "library")
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 # As it is written by `fact`: ASCII digits, no leading zero, at most what a uint32 holds.
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -44,6 +46,21 @@ class FactKey:
     cycle: int
     kind: str
     id: str = ""
+
+
+def part(subject: str, digest: str, number: int) -> str:
+    """Return the subject of a part of a fact's payload, whose SHA-256 is `digest` (hex)."""
+    return f"{subject}.part.{digest}.{number}"
+
+
+def parse_part(subject: str) -> tuple[str, str, int] | None:
+    """Return a fact's subject, the digest of its payload and the number of the part; None for what is no part's subject."""
+    parts = subject.rsplit(".", 3)
+    if len(parts) != 4 or parts[1] != "part":
+        return None
+    if not _DIGEST.fullmatch(parts[2]) or not _NUMBER.fullmatch(parts[3]):
+        raise Invalid(f"{subject!r} is not the subject of a part")
+    return parts[0], parts[2], int(parts[3])
 
 
 def window_value(window: str) -> cycle_pb2.Window.ValueType:

@@ -7,14 +7,17 @@ from google.protobuf.message import Message
 from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.bounds import check_bounds
-from connito.wire.envelope import open_bytes
+from connito.wire.envelope import MAX_ENVELOPE_BYTES, MAX_WHOLE_BYTES, Opened, open_bytes
 from connito.wire.fact import Fact, Record
 from connito.wire.identity import short_key
 from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import WINDOWS, FactKey, is_ingress, parse_fact, parse_ingress
 
 # Whoever decides and acts on runs as they go on.
-ANY, WORKERS = "worker", ("coordinator", "committer", "aggregator", "validator")
+ANY = "worker"
+# Roles of which each key speaks for itself alone.
+OWN = ("validator", ANY)
+WORKERS = ("coordinator", "committer", "aggregator", "validator")
 
 # (section, kind) -> payload type, role that may sign it, field that must equal the subject's id ("" for no id).
 CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
@@ -47,6 +50,13 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     **{(window, "closed"): (cycle_pb2.WindowClosed, "coordinator", "") for window in WINDOWS},
 }
 
+# Kinds of facts that may outgrow one message (`connito.wire.parts`): what is asked for, and what is said of many.
+LARGE = {
+    *(("run", "created"), ("run", "selected"), ("commit", "settled"), ("submit", "settled"), ("validate", "drawn")),
+    *(("validate", "report"), ("merge", "scored"), ("merge", "version")),
+    *((window, kind) for window in WINDOWS for kind in ("opened", "closed")),
+}
+
 # ingress kind -> payload type; the signer must be the miner of the subject.
 INGRESS: dict[str, type[Message]] = {
     "trained": cycle_pb2.TrainingFinished,
@@ -56,14 +66,11 @@ INGRESS: dict[str, type[Message]] = {
 
 
 def by_participant(subject: str) -> bool:
-    """Return whether a participant says what stands there, and not a service of the platform."""
-    if is_ingress(subject):
-        return True
+    """Return whether a participant may say what stands there, and not a service of the platform alone."""
     try:
-        _, key = parse_fact(subject)
+        return is_ingress(subject) or role_of(parse_fact(subject)[1]) in OWN
     except Invalid:
         return True
-    return CATALOGUE.get((key.section, key.kind), (None, "validator", ""))[1] in ("validator", ANY)
 
 
 def _subject_id(message: Message, path: str) -> str:
@@ -75,31 +82,45 @@ def _subject_id(message: Message, path: str) -> str:
     return str(value)
 
 
-def verify_fact(record: Record, roster: Roster) -> Fact:
-    """Check a stored fact: signature, role, type, and that payload and subject agree. Raises `Invalid` with the reason."""
-    run, key = parse_fact(record.subject)
+def role_of(key: FactKey) -> str:
+    """Return the role that may write a kind of fact. Raises `Invalid` (UNKNOWN_TYPE) for what is none."""
     entry = CATALOGUE.get((key.section, key.kind))
     if entry is None:
         raise Invalid(f"no fact is called {key.section}.{key.kind}", reason=reasons_pb2.REASON_UNKNOWN_TYPE)
-    message_type, role, id_path = entry
-    opened = open_bytes(record.data, record.subject)
+    return entry[1]
+
+
+def open_fact(record: Record, key: FactKey, roster: Roster, limit: int = MAX_ENVELOPE_BYTES) -> Opened:
+    """Check the signature of a fact, or of a part of one, and its signer's role. Raises `Invalid` with the reason."""
+    role = role_of(key)
+    opened = open_bytes(record.data, record.subject, limit)
     entitled = WORKERS if role == ANY else (role,)
     if not any(roster.permitted(one, opened.signer, record.time_unix_ms) for one in entitled):
         raise Invalid(
             f"{short_key(opened.signer)} is not a {role} in the roster, and only a {role} may write {key.section}.{key.kind}",
             reason=reasons_pb2.REASON_NOT_PERMITTED,
         )
+    if role in OWN and key.id != opened.signer:
+        raise Invalid(f"a {role} may sign only for itself", reason=reasons_pb2.REASON_NOT_PERMITTED)
+    return opened
+
+
+def verify_fact(record: Record, roster: Roster) -> Fact:
+    """Check a stored fact, put together if it came in parts: signature, role, type, and that payload and subject agree.
+
+    Raises `Invalid` with the reason.
+    """
+    run, key = parse_fact(record.subject)
+    opened = open_fact(record, key, roster, MAX_WHOLE_BYTES)
+    message_type, role, id_path = CATALOGUE[key.section, key.kind]
     message: Message = opened.read(message_type)
-    own = role in ("validator", ANY)
-    if own:
+    if role in OWN:
         check_bounds(message)
     claimed_run = message.spec.run if isinstance(message, run_pb2.RunCreated) else getattr(message, "run", "")
     if claimed_run != run or getattr(message, "cycle", key.cycle) != key.cycle:
         raise Invalid(f"the payload names another run or cycle than its subject {record.subject}")
     if id_path and _subject_id(message, id_path) != key.id:
         raise Invalid(f"the payload names another id than its subject {record.subject}")
-    if own and key.id != opened.signer:
-        raise Invalid(f"a {role} may sign only for itself", reason=reasons_pb2.REASON_NOT_PERMITTED)
     return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
 
 
