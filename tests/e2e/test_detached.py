@@ -181,16 +181,35 @@ def archived_and_released(platform: Platform, run: str) -> None:
     assert run in {expert["run"] for expert in platform.json("library", "list")["experts"]}
 
 
+def cleaned(platform: Platform, gone: str, kept: str) -> None:
+    """What the archive took over goes from the store, and nothing else that anybody names."""
+    would = platform.json("clean", "--older-than", "0")
+    assert platform.json("clean")["stale"]["objects"] == 0, "all of it is young"
+    done = platform.json("clean", "--older-than", "0", "--remove")
+    assert (done["stale"], done["kept"]) == (would["stale"], would["kept"])
+    assert platform.json("clean", "--older-than", "0")["stale"]["objects"] == 0
+    objects = [path for path in (platform.data / "objects").rglob("*") if path.is_file()]
+    assert objects
+    assert 0 < done["stale"]["bytes"] < done["kept"]["bytes"]
+    assert platform.json("audit", kept, "--no-model")["result"] == "same"
+    for expert in platform.json("library", "list")["experts"]:
+        assert platform.json("library", "show", expert["expert_id"])
+    file = platform.data.parent / "run.zip"
+    assert platform.connito("explain", f"{gone}/1/miner-1", "--from", str(file), "--no-model").returncode == 0
+
+
 def test_another_up_in_the_same_folder_adds_to_the_library(tmp_path: Path) -> None:
     platform = Platform(tmp_path / "data")
     first = platform.json("up", *SMALL)["run"]
     report = platform.json("up", *SMALL, "--domain", "logs")
     assert report["outcome"]["status"] == "completed"
     assert report["run"] != first
-    platform.json("up", *SMALL, "--no-wait")
+    third = platform.json("up", *SMALL, "--no-wait")["run"]
     deposited = {expert["run"] for expert in platform.json("library", "list")["experts"]}
     assert {first, report["run"]} <= deposited
     archived_and_released(platform, first)
+    assert platform.json("job", "watch", third)["phase"] == "completed"
+    cleaned(platform, first, third)
     assert platform.json("down")["stopped"]
     assert platform.processes() == []
 

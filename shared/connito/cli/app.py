@@ -13,6 +13,7 @@ from connito.cli import (
     archive,
     audit,
     base,
+    clean,
     console,
     dlq,
     doctor,
@@ -62,6 +63,7 @@ app.command("select")(select.select)
 app.command("explain")(explain.explain)
 app.command("audit")(audit.audit)
 app.command("archive")(archive.archive)
+app.command("clean")(clean.clean)
 app.command("ledger")(ledger.ledger)
 app.command("advisories")(advisories.advisories)
 app.command("ban")(admission.ban)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -39,6 +40,21 @@ _DENIED = {
     "AuthorizationHeaderMalformed",
 }
 _MISSING = {"NoSuchKey", "NoSuchObject", "ResourceNotFound"}
+
+
+# What is stored again is written again from this age on.
+FRESH_SECONDS = 12 * 3600.0
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An artifact in the store; `age_s` seconds since it was written, by the store's clock."""
+
+    key: str
+    digest: str
+    size: int
+    age_s: float
+    media_type: str
 
 
 def key_of(ref: ArtifactRef) -> str:
@@ -149,7 +165,8 @@ class ArtifactStore:
 
     def _put(self, ref: ArtifactRef, body: Any) -> None:
         key = key_of(ref)
-        if self._size(key) == ref.size:
+        # One that has lain there for long may be nobody's, and about to be collected: the new one is young.
+        if (found := self._status(key)) is not None and found.size == ref.size and found.age_s < FRESH_SECONDS:
             return
         self._client.put_object(
             self.bucket, key, body, ref.size, content_type=ref.media_type or "application/octet-stream"
@@ -199,7 +216,40 @@ class ArtifactStore:
     async def stat(self, ref: ArtifactRef) -> int | None:
         """Return the size of the stored object, or None if there is none."""
         key = key_of(ref)
-        return await self._call("stat", ref.digest, lambda: self._size(key))
+        found = await self._call("stat", ref.digest, lambda: self._status(key))
+        return None if found is None else found.size
+
+    # Collecting.
+
+    async def objects(self) -> list[StoredObject]:
+        """Return every artifact that is stored."""
+
+        def read() -> list[StoredObject]:
+            return [
+                self._described(found.object_name, found)
+                for realm in REALMS.values()
+                for found in self._client.list_objects(self.bucket, f"{realm}/sha256/", recursive=True)
+                if not found.is_dir
+            ]
+
+        return await self._call("list", self.bucket, read)
+
+    async def media_type(self, key: str) -> str:
+        """Return what the object at `key` was stored as; empty if it is gone."""
+        found = await self._call("stat", key, lambda: self._status(key))
+        return "" if found is None else found.media_type
+
+    async def remove(self, key: str, older_than_s: float) -> bool:
+        """Delete the object at `key` unless somebody has stored it anew by now; return whether it is gone."""
+
+        def delete() -> bool:
+            found = self._status(key)
+            if found is not None and found.age_s < older_than_s:
+                return False
+            self._client.remove_object(self.bucket, key)
+            return True
+
+        return await self._call("remove", key, delete)
 
     def _read(self, key: str, start: int, length: int, limit: int) -> bytes:
         response = self._client.get_object(self.bucket, key, offset=start, length=length)
@@ -211,13 +261,17 @@ class ArtifactStore:
         metrics.STORE_BYTES.labels("down").inc(len(data))
         return data
 
-    def _size(self, key: str) -> int | None:
+    def _status(self, key: str) -> StoredObject | None:
         try:
-            return int(self._client.stat_object(self.bucket, key).size or 0)
+            return self._described(key, self._client.stat_object(self.bucket, key))
         except S3Error as error:
             if error.code in _MISSING:
                 return None
             raise
+
+    def _described(self, key: str, found: Any) -> StoredObject:
+        age = (self._clock.now() - found.last_modified).total_seconds()
+        return StoredObject(key, key.rpartition("/")[2], int(found.size or 0), age, found.content_type or "")
 
     # For those without credentials.
 

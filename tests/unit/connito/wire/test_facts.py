@@ -14,7 +14,7 @@ from connito.wire.fact import Fact, MissingFactError, Record
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.log import Log
-from connito.wire.roster import ROLES, Roster
+from connito.wire.roster import OPERATOR, ROLES, Roster
 from connito.wire.subjects import FactKey
 from connito.wire.verification import ANY, CATALOGUE, WORKERS, verify_fact, verify_ingress
 from hypothesis import given
@@ -51,7 +51,7 @@ def opened(cycle: int = 1, version: Any = 0) -> cycle_pb2.WindowOpened:
 
 
 def test_every_kind_of_fact_has_a_role_of_the_roster() -> None:
-    assert {role for _, role, _ in CATALOGUE.values()} <= {*ROLES, ANY}
+    assert {role for _, role, _ in CATALOGUE.values()} <= {*ROLES, OPERATOR, ANY}
     assert set(WORKERS) <= set(ROLES)
 
 

@@ -1,0 +1,123 @@
+"""Collect what nobody refers to any more in the store (ADR 24)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from connito.base.upload import MANIFEST_TYPE
+from connito.bus import Bus
+from connito.bus.streams import FACT_STREAMS
+from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.platform.session import Session
+from connito.runtime.progress import Notify, silent
+from connito.store import ArtifactStore
+from connito.store.artifacts import StoredObject
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.run_pb2 import RunArchived
+from connito.wire.fact import Fact, Record
+from connito.wire.roster import Roster
+from connito.wire.verification import verify_fact, verify_ingress
+
+DAY = 86400.0
+# Larger artifacts, and tensors, name no others.
+READ_BYTES = 64 << 20
+_DIGEST = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Objects of the store that nothing refers to, and what stays. `removed`: whether they are gone."""
+
+    stale: list[StoredObject]
+    kept: list[StoredObject]
+    removed: bool
+
+
+def clean(session: Session, *, older_than_s: float = DAY, remove: bool = False, say: Notify = silent) -> Cleaning:
+    """Find what no message of the log names, directly or through another artifact, and no base; with `remove`, delete it.
+
+    Younger objects than `older_than_s` seconds stay: somebody may be about to name them. For the operator. Raises `Invalid`
+    for a negative age, `Retry` while broker or store are away.
+    """
+    if not older_than_s >= 0:
+        raise Invalid(f"an age of {older_than_s:g} s is none")
+    return asyncio.run(_clean(session, session.store(), older_than_s, remove, say))
+
+
+async def _clean(session: Session, store: ArtifactStore, older_than_s: float, remove: bool, say: Notify) -> Cleaning:
+    # First the store, then the log: what is named in between was stored before.
+    objects = await store.objects()
+    say(f"{len(objects)} objects in the store")
+    async with session.bus() as bus:
+        named = await _named(bus, session.roster, store)
+    say(f"{len(named)} artifacts are named")
+    stale = [one for one in objects if one.digest not in named and one.age_s >= older_than_s]
+    for one in stale:
+        if one.size <= READ_BYTES and await store.media_type(one.key) == MANIFEST_TYPE:
+            # A base may wait for its first run.
+            named |= {one.digest, *await _inside(store, _ref_of(one))}
+    stale = [one for one in stale if one.digest not in named]
+    if remove:
+        for number, one in enumerate(stale, 1):
+            say(f"removing {number} of {len(stale)}")
+            await store.remove(one.key, older_than_s)
+    gone = {one.key for one in stale}
+    return Cleaning(stale, [one for one in objects if one.key not in gone], remove)
+
+
+async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> set[str]:
+    """Return the digests that the log names. Of a run that an archive holds, only what the library says of it counts."""
+    facts = [fact async for record in bus.stored((*FACT_STREAMS, "INGRESS")) if (fact := _verified(record, roster))]
+    archived = {fact.run for fact in facts if fact.of(RunArchived)}
+    refs = {
+        ref.digest: ref
+        for fact in facts
+        if fact.run not in archived or fact.key.section == "library"
+        for ref in references(fact.message)
+    }
+    inside = [digest for ref in refs.values() for digest in await _inside(store, ref)]
+    return {*refs, *inside}
+
+
+def _verified(record: Record, roster: Roster) -> Fact | None:
+    with suppress(Invalid):
+        return verify_ingress(record) if record.stream == "INGRESS" else verify_fact(record, roster)
+    return None
+
+
+def references(message: Message) -> Iterator[ArtifactRef]:
+    """Yield every reference to an artifact in a message, in whatever field."""
+    if isinstance(message, ArtifactRef):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        several = value.values() if field.message_type.GetOptions().map_entry else value
+        for one in several if field.is_repeated else [value]:
+            if isinstance(one, Message):
+                yield from references(one)
+
+
+async def _inside(store: ArtifactStore, ref: ArtifactRef) -> list[str]:
+    """Return the digests that an artifact has in it as text: a manifest its files, a report its statistics."""
+    if ref.size > READ_BYTES or "safetensors" in ref.media_type:
+        return []
+    try:
+        data = await store.get_bytes(ref)
+    except (NotFound, VerificationFailed, Invalid):
+        return []
+    return [digest.decode() for digest in _DIGEST.findall(data)]
+
+
+def _ref_of(one: StoredObject) -> ArtifactRef:
+    from connito.store.artifacts import REALMS
+
+    realm = next(realm for realm, name in REALMS.items() if one.key.startswith(f"{name}/"))
+    return ArtifactRef(digest=one.digest, size=one.size, realm=realm)
