@@ -142,8 +142,7 @@ class Committer:
         """
         while True:
             async with Lease(self._bus, DURABLE, lease_seconds) as lease:
-                if await self._bus.unacknowledged(DURABLE):
-                    await asyncio.sleep(DURABLES[DURABLE].ack_wait)
+                await self._let_come_back()
                 consuming = asyncio.create_task(
                     self._bus.consume(DURABLE, self.handle, concurrency=LANES, lane=owner_of, skip=self._state.needless)
                 )
@@ -154,6 +153,17 @@ class Committer:
                         consuming.result()
                 finally:
                     await end_tasks([consuming, losing])
+
+    async def _let_come_back(self) -> None:
+        while True:
+            try:
+                if await self._bus.unacknowledged(DURABLE):
+                    await asyncio.sleep(DURABLES[DURABLE].ack_wait)
+            except Retry as error:
+                log.warning("cannot ask for what was taken before, trying again", error=str(error))
+                await asyncio.sleep(error.after)
+            else:
+                return
 
     async def perform(self, action: Action) -> None:
         """Do what `handlers.decide` found. Raises `Retry`."""

@@ -20,6 +20,7 @@ from connito.store.cache import Cache
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.invites import parse
+from connito.wire.tls import Tls
 from google.protobuf.message import Message
 
 # The facts that a request rests on may reach the other side a moment after they reached us.
@@ -36,8 +37,8 @@ RANGE_ATTEMPTS = 4
 class Services:
     """Signed calls. Raises what the other side raised; a side that is only behind the log is `Retry`."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(self, bus: Bus, connect: Callable[[str, Tls], grpc.aio.Channel] = rpc.channel) -> None:
+        self._bus, self._connect = bus, connect
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def close(self) -> None:
@@ -85,7 +86,7 @@ class Services:
     async def _call(self, service: str, stub: Callable[[Any], Any], method: str, request: Message) -> Any:
         address = await self._bus.find_endpoint(service)
         if address not in self._channels:
-            self._channels[address] = rpc.channel(address, self._bus.tls)
+            self._channels[address] = self._connect(address, self._bus.tls)
         try:
             return await rpc.call(getattr(stub(self._channels[address]), method), request)
         except Retry as error:

@@ -58,10 +58,13 @@ class Ledger:
         try:
             work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(work_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            disk.write(work_dir / "miner", miner.encode())
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                disk.write(work_dir / "miner", miner.encode())
+            except BaseException:
+                self.close()
+                raise
         except BlockingIOError as error:
-            os.close(self._lock)
             raise Fatal(
                 f"another trainer works in {work_dir}: stop it, or give this one a folder with CONNITO_WORK_DIR"
             ) from error

@@ -75,10 +75,7 @@ class Lease:
     async def _try_acquire(self) -> bool:
         asked = self._bus.host.monotonic()
         try:
-            bucket = await self._bucket()
-            self._last = await bucket.create(self.name, self._token)
-        except KeyWrongLastSequenceError:
-            if not await self._is_ours(bucket):
+            if not await self._write(None):
                 return False
         except BucketNotFoundError:
             log.warning("the broker has no lease bucket; run `connito streams ensure`", lease=self.name)
@@ -91,30 +88,41 @@ class Lease:
         self._good_until = asked + self.ttl
         return True
 
-    async def _is_ours(self, bucket: Any) -> bool:
-        """Return whether the entry was written by us, in a write whose acknowledgement was lost."""
+    async def _write(self, last: int | None) -> bool:
+        """Write the entry where there is none, or over our own at `last`; False when somebody else's stands there.
+
+        Ours it is as well where the acknowledgement of an earlier write was lost. Raises what the client library raises.
+        """
+        bucket = await self._bucket()
         try:
-            entry = await bucket.get(self.name)
-        except KeyNotFoundError:
-            return False
-        if entry.value != self._token:
-            return False
-        self._last = entry.revision
+            if last is None:
+                self._last = await bucket.create(self.name, self._token)
+            else:
+                self._last = await bucket.update(self.name, self._token, last=last)
+        except KeyWrongLastSequenceError:
+            try:
+                entry = await bucket.get(self.name)
+            except KeyNotFoundError:
+                return False
+            if entry.value != self._token:
+                return False
+            self._last = entry.revision
         return True
 
     async def _renew(self) -> None:
-        """Renew three times per ttl; give up when it is over or someone else has it."""
+        """Renew three times per ttl; give up when it is over or someone else has it.
+
+        What was renewed too late is lost too: meanwhile nothing was decided here, and nobody would decide it again.
+        """
         while True:
             await asyncio.sleep(self.ttl / 3)
             asked = self._bus.host.monotonic()
             try:
                 async with asyncio.timeout(max(0.05, self._good_until - asked)):
-                    bucket = await self._bucket()
-                    try:
-                        self._last = await bucket.update(self.name, self._token, last=self._last)
-                    except KeyWrongLastSequenceError:
-                        if not await self._is_ours(bucket):
-                            return self._lose("someone else took it, or it expired")
+                    if not await self._write(self._last):
+                        return self._lose("someone else took it, or it expired")
+                if self._bus.host.monotonic() >= self._good_until:
+                    return self._lose("renewed too late")
                 self._good_until = asked + self.ttl
             except (NatsError, OSError, TimeoutError) as error:
                 if self._bus.host.monotonic() >= self._good_until:
