@@ -48,7 +48,7 @@ class Follower:
         self.bus, self.broken = bus, 0
         self.seen: list[Record] = []
         self.moved = asyncio.Event()
-        bus._connection.on_reconnect.add(self._break)
+        bus._connection.on_reconnect.append(self._break)
         self.task = asyncio.create_task(self._read())
 
     def _break(self) -> None:

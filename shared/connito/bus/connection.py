@@ -60,9 +60,9 @@ class Connection:
         self._refused_certificate: Invalid | None = None
         self.nc = client if client is not None else Client()
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_TIMEOUT)
-        self.on_reconnect: set[Callable[[], None]] = set()
+        self.on_reconnect: list[Callable[[], None]] = []
         # Requests under way by subject: answered here when the broker denies one, or when the connection breaks.
-        self._underway: set[tuple[str, asyncio.Future[Exception]]] = set()
+        self._underway: list[tuple[str, asyncio.Future[Exception]]] = []
         self._starting, self._closing = True, False
         self._lost_at = 0.0
         self._refusals = 0
@@ -175,11 +175,11 @@ class Connection:
         """Yield a future that gets the reason when the broker denies a message to `subject`, or the connection breaks."""
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         entry = (subject, failed)
-        self._underway.add(entry)
+        self._underway.append(entry)
         try:
             yield failed
         finally:
-            self._underway.discard(entry)
+            self._underway.remove(entry)
             failed.cancel()
 
     def not_permitted(self, subject: str) -> Invalid:

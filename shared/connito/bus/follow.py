@@ -129,7 +129,7 @@ class _Reader:
     async def _read(self) -> None:
         """Read to the end again and again, through an inbox that no answer to an earlier question reaches."""
         nc, inbox, self.answers = self.connection.nc, self.connection.nc.new_inbox(), asyncio.Queue()
-        self.connection.on_reconnect.add(self.hint.set)
+        self.connection.on_reconnect.append(self.hint.set)
         subscriptions = []
         try:
             subscriptions.append(await nc.subscribe(live(self.stream, self.filter), cb=self._on_hint))
@@ -147,7 +147,7 @@ class _Reader:
         except (NatsError, OSError) as error:
             raise self.connection.explain(error, f"stream {self.stream}") from error
         finally:
-            self.connection.on_reconnect.discard(self.hint.set)
+            self.connection.on_reconnect.remove(self.hint.set)
             if not nc.is_closed:
                 for subscription in subscriptions:
                     with suppress(NatsError):
