@@ -30,7 +30,7 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
             f"THIS MINER MISBEHAVES ON PURPOSE ({strategy.name}): for drills on a network of your own only", miner=me
         )
     ledger, services = Ledger(settings.work_dir, me, context.bus.host.disk), Services(context.bus)
-    downloads = Downloads(services, settings.cache_dir)
+    downloads = Downloads(services, settings.cache_dir, settings.cache_max_bytes)
     trainer = LocalTrainer(me, downloads, ComputeBudget(settings.compute_dir, settings.compute_slots), settings)
     log = Log(context.roster)
 

@@ -100,9 +100,9 @@ class Services:
 class Downloads:
     """Public artifacts of a run, fetched without credentials into the machine's cache and verified."""
 
-    def __init__(self, services: Services, cache_dir: Path) -> None:
+    def __init__(self, services: Services, cache_dir: Path, cache_max_bytes: int = 0) -> None:
         self._services = services
-        self.cache = Cache(cache_dir)
+        self.cache = Cache(cache_dir, cache_max_bytes)
         # Not the loop's own pool: a download waits here while its transfer runs there.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="download")
 

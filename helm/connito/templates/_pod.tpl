@@ -180,6 +180,10 @@ spec:
         {{- with $item.instance.run }}
         - { name: CONNITO_RUN, value: {{ . | quote }} }
         {{- end }}
+        {{- if not (or $conf.cache (hasKey ($conf.env | default dict) "CONNITO_CACHE_MAX_BYTES")) }}
+        # Below the volume's limit, past which the pod itself would be evicted.
+        - { name: CONNITO_CACHE_MAX_BYTES, value: "1600000000" }
+        {{- end }}
         {{- range $key, $value := $conf.env }}
         - { name: {{ $key }}, value: {{ $value | toString | quote }} }
         {{- end }}

@@ -36,6 +36,9 @@ class ServiceSettings(BaseSettings):
     s3_bucket: str = Field("connito", description="bucket that holds the artifacts")
     s3_region: str = Field("us-east-1", description="region that requests are signed for")
     cache_dir: Path = Field(default_factory=default_cache_dir, description="where fetched artifacts are kept")
+    cache_max_bytes: int = Field(
+        default=0, ge=0, description="the most of it, hand-ins going first; 0 leaves a twentieth of the disk free"
+    )
     http_host: str = Field("127.0.0.1", description="address that /metrics, /healthz and /readyz listen on")
     http_port: int = Field(0, ge=0, le=65535, description="their port; 0 takes a free one")
     grpc_host: str = Field("127.0.0.1", description="address that the API listens on, where there is one")

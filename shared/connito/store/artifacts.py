@@ -91,6 +91,7 @@ class ArtifactStore:
         public_endpoint: str = "",
         client: Minio | None = None,
         clock: StoreClock | None = None,
+        cache_max_bytes: int = 0,
     ) -> None:
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -98,7 +99,7 @@ class ArtifactStore:
         self.endpoint, self.bucket, self.region = endpoint, bucket, region
         self._public_endpoint = public_endpoint or endpoint
         self._access_key, self._secret_key = access_key, secret_key
-        self.cache = Cache(cache_dir)
+        self.cache = Cache(cache_dir, cache_max_bytes)
         self._clock = clock or StoreClock()
         self._client = client or Client(
             parts.netloc, self._clock, access_key=access_key, secret_key=secret_key,
@@ -118,6 +119,7 @@ class ArtifactStore:
             settings.s3_region,
             settings.cache_dir,
             settings.s3_public_endpoint,
+            cache_max_bytes=settings.cache_max_bytes,
         )
 
     async def ensure_bucket(self) -> None:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from connito.runtime import metrics
+from connito.store.eviction import PASSING, make_room
 from connito.store.presigned import disk_or_network
-from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 
 
 def digest_of_file(path: Path) -> tuple[str, int]:
@@ -29,8 +30,9 @@ class Cache:
     A file that was changed since (its stamp no longer matches) is verified again, and fetched again if it is wrong.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, max_bytes: int = 0) -> None:
+        """Keep at most `max_bytes`; 0 stands for what leaves some of the disk free."""
+        self.folder, self.max_bytes = folder, max_bytes
 
     def path(self, ref: ArtifactRef) -> Path:
         """Return the path of the artifact, cached or not."""
@@ -71,6 +73,9 @@ class Cache:
             metrics.CACHE.labels("corrupt").inc()
             path.unlink()
         metrics.CACHE.labels("miss").inc()
+        make_room(self.folder, ref.size, self.max_bytes)
+        if ref.realm == REALM_SUBMISSION:
+            path.with_name(path.name + PASSING).touch()
         partial = path.with_name(f"{path.name}.part{os.getpid()}")
         try:
             download(partial)
@@ -92,7 +97,12 @@ class Cache:
     def _is_stamped(self, path: Path, ref: ArtifactRef) -> bool:
         try:
             status = path.stat()
-            return status.st_size == ref.size and _stamp_path(path).read_text() == _stamp_text(status)
+            stamp = _stamp_path(path)
+            if status.st_size != ref.size or stamp.read_text() != _stamp_text(status):
+                return False
+            # Its time is when the file was last asked for; what was longest ago is evicted first.
+            os.utime(stamp)
+            return True
         except OSError:
             return False
 

@@ -1,0 +1,73 @@
+"""Room in the local cache: what was used longest ago goes first, and hand-ins, which one cycle needs, before all else."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from connito.runtime import metrics
+
+# Whoever was given a path opens it sooner than this.
+IN_USE_SECONDS = 600.0
+# So much of the disk stays free where no limit was set: a share, and at most these bytes.
+FREE_SHARE, FREE_BYTES = 0.05, 4 << 30
+# The ending of a file that goes first.
+PASSING = ".passing"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    size: int
+    used: float
+    passing: bool
+
+
+def make_room(
+    folder: Path,
+    need: int,
+    limit: int,
+    *,
+    now: Callable[[], float] = time.time,
+    free: Callable[[Path], int] | None = None,
+) -> int:
+    """Evict so that `need` bytes more fit below `limit`, or without one (0), leave some of the disk free; return the bytes freed.
+
+    Only what nobody has asked for in a while goes: where that is not enough, the cache grows past its limit.
+    """
+    excess = _excess(folder, need, limit, free or _free)
+    if excess <= 0:
+        return 0
+    freed, before = 0, now() - IN_USE_SECONDS
+    for entry in sorted(_entries(folder), key=lambda entry: (not entry.passing, entry.used)):
+        if freed >= excess:
+            break
+        if entry.used < before:
+            for path in (entry.path, *(entry.path.with_name(entry.path.name + end) for end in (".ok", PASSING))):
+                path.unlink(missing_ok=True)
+            freed += entry.size
+            metrics.CACHE.labels("evicted").inc()
+    return freed
+
+
+def _excess(folder: Path, need: int, limit: int, free: Callable[[Path], int]) -> int:
+    if limit:
+        return sum(entry.size for entry in _entries(folder)) + need - limit
+    spare = min(FREE_BYTES, int(FREE_SHARE * shutil.disk_usage(folder).total))
+    return need + spare - free(folder)
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _entries(folder: Path) -> Iterator[_Entry]:
+    """Yield the files of the cache; `used` is when one was last asked for, which its stamp keeps."""
+    for stamp in folder.glob("sha256/*/*.ok"):
+        with suppress(OSError):
+            path = stamp.with_suffix("")
+            yield _Entry(path, path.stat().st_size, stamp.stat().st_mtime, path.with_name(path.name + PASSING).exists())
