@@ -13,6 +13,7 @@ from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals, finding_of
 from connito.protocol.merging.gate import Losses, judge
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
+from connito.protocol.scoring.own_work import leaning_of
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, without
 from connito.v1 import cycle_pb2, reasons_pb2
@@ -156,7 +157,7 @@ def recorded_verdicts(
         if verdict.status == cycle_pb2.VERDICT_STATUS_SCORED and verdict.reason not in _OF_THE_REWARD
     }
     copies = _rejected(scored, {reasons_pb2.REASON_COPY})
-    again = score_cycle(evidence.facts, cycle, submissions, agreed, copies, weights, unmerged)
+    again = score_cycle(evidence.facts, cycle, submissions, agreed, copies, weights, unmerged, leaning_of(scored))
     as_recorded(again, evidence.facts.spec)
     return again
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,13 @@ class DeltaFiles:
     def count(self) -> int:
         """Return the number of submissions."""
         return len(self.states)
+
+    @property
+    def numbers(self) -> int:
+        """Return how many numbers a pseudo-gradient has."""
+        return (
+            sum(math.prod(entry.shape) for entry in read_header(self.states[0]).entries.values()) if self.states else 0
+        )
 
     def load(self, index: int, name: str) -> NDArray[np.float32]:
         """Return δ of one tensor of one submission."""

@@ -18,9 +18,10 @@ from connito.v1.run_pb2 import RunSpec
 from connito.wire.bounds import NAME_BYTES, WORDS_BYTES, cut
 
 # `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings. 2: the documents of a sequence do not
-# see each other, and a corpus may say which tokens count.
-PROTOCOL_VERSION = 2
+# see each other, and a corpus may say which tokens count. 3: copies are found by function (`scoring.own_work`).
+PROTOCOL_VERSION = 3
 DOCUMENTS_APART = 2
+COPIES_BY_FUNCTION = 3
 
 Outcome: TypeAlias = (
     cycle_pb2.Refused

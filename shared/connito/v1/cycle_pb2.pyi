@@ -188,6 +188,8 @@ class _FindingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingKi
     """count, limit (bytes of the object, and those declared)."""
     FINDING_KIND_OBJECTIVE_MET: _FindingKind.ValueType  # 80
     """A run ended because its objective is met: domain, effect (gained), margin (asked for), cycle, limit (of cycles)."""
+    FINDING_KIND_LEANS: _FindingKind.ValueType  # 81
+    """copy_of (the earlier work it leans on most), share (of the reward that its own part earns). protocol_version 3 on."""
 
 class FindingKind(_FindingKind, metaclass=_FindingKindEnumTypeWrapper):
     """Which finding an outcome rests on. The comment names the fields of `Finding` that it sets."""
@@ -290,6 +292,8 @@ FINDING_KIND_OTHER_SIZE: FindingKind.ValueType  # 78
 """count, limit (bytes of the object, and those declared)."""
 FINDING_KIND_OBJECTIVE_MET: FindingKind.ValueType  # 80
 """A run ended because its objective is met: domain, effect (gained), margin (asked for), cycle, limit (of cycles)."""
+FINDING_KIND_LEANS: FindingKind.ValueType  # 81
+"""copy_of (the earlier work it leans on most), share (of the reward that its own part earns). protocol_version 3 on."""
 Global___FindingKind: _TypeAlias = FindingKind  # noqa: Y015
 
 class _VerdictStatus:
@@ -1074,6 +1078,7 @@ class Verdict(_message.Message):
     ORIGIN_CYCLE_FIELD_NUMBER: _builtins.int
     WITHHELD_FIELD_NUMBER: _builtins.int
     FINDING_FIELD_NUMBER: _builtins.int
+    LEANING_FIELD_NUMBER: _builtins.int
     miner: _builtins.str
     status: Global___VerdictStatus.ValueType
     reason: _reasons_pb2.Reason.ValueType
@@ -1088,10 +1093,14 @@ class Verdict(_message.Message):
     """Share of the merge."""
     origin_cycle: _builtins.int
     withheld: _builtins.int
-    """Units of its reward that a miner on probation was not paid."""
+    """Units of its reward that it was not paid: on probation, or for the part of its work that is another's."""
     @_builtins.property
     def finding(self) -> Global___Finding:
         """What `reason`, or the lack of one, rests on (protocol_version 1 on; `detail` before)."""
+
+    @_builtins.property
+    def leaning(self) -> Global___Finding:
+        """Whose earlier work this leans on, and what part of the reward its own part earns; absent where that is all of it."""
 
     def __init__(
         self,
@@ -1107,10 +1116,11 @@ class Verdict(_message.Message):
         origin_cycle: _builtins.int = ...,
         withheld: _builtins.int = ...,
         finding: Global___Finding | None = ...,
+        leaning: Global___Finding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "leaning", b"leaning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "finding", b"finding", "miner", b"miner", "origin_cycle", b"origin_cycle", "rank", b"rank", "reason", b"reason", "reward", b"reward", "status", b"status", "utility", b"utility", "weight", b"weight", "withheld", b"withheld"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "finding", b"finding", "leaning", b"leaning", "miner", b"miner", "origin_cycle", b"origin_cycle", "rank", b"rank", "reason", b"reason", "reward", b"reward", "status", b"status", "utility", b"utility", "weight", b"weight", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -292,7 +292,9 @@ class ScorePolicy(_message.Message):
     retention_margin: _builtins.float
     """General loss may rise by this many nats per token before a submission counts as harmful."""
     copy_threshold: _builtins.float
-    """Cosine similarity of two pseudo-gradients from which the later commitment counts as a copy."""
+    """Cosine similarity of two pseudo-gradients from which the later commitment counts as a copy.
+    From protocol_version 3 on, what tells a copy is fixed (ADR 21), and a limit says only whether its sign counts.
+    """
     paid_ranks: _builtins.int
     """Submissions ranked below this earn nothing."""
     max_relative_norm: _builtins.float

@@ -68,6 +68,7 @@ SENTENCES: dict[int, str] = {
     c.FINDING_KIND_LOSS_NOT_FINITE: "the model's loss is not a number with these weights",
     c.FINDING_KIND_LOSS_UNCHANGED: "held-out loss is exactly what it was before",
     c.FINDING_KIND_COPY: "a copy of what {original} committed earlier",
+    c.FINDING_KIND_LEANS: "much of it is what {original} committed earlier: {f.share:.0%} of its reward is paid",
     c.FINDING_KIND_BELOW_CUTOFF: "rank {f.rank}; the first {f.limit} are paid",
     c.FINDING_KIND_PROBATION: "useful work {f.count} of {f.limit} on probation: {f.share:.0%} of its reward is paid",
     c.FINDING_KIND_OUTLIER: "its delta lies far from the others'",

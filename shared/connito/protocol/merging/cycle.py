@@ -12,13 +12,15 @@ import numpy as np
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid
-from connito.protocol.findings import Refusal, Refusals, finding_of
+from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal, Refusals, finding_of
 from connito.protocol.merging.candidates import Attempt, MergeInputs, attempts, write_candidate, write_resting_momentum
 from connito.protocol.merging.gate import Losses, Outcome, Part, choose
 from connito.protocol.scoring import copies
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.copies import CopyEvidence, find_copies, gains_of
 from connito.protocol.scoring.counted_reports import read_reports
+from connito.protocol.scoring.functions import function_gram
+from connito.protocol.scoring.own_work import Leaning, own_work
 from connito.protocol.scoring.verdicts import score_cycle, without
 from connito.protocol.submission import expected_layout, validate_move
 from connito.store import ref_of_file
@@ -66,14 +68,11 @@ def merge_cycle(
     losses and the gate's decision are taken, and a decision that these facts and files do not even offer comes out as
     another one.
     """
-    spec = facts.require_spec()
     refused = {**unusable, **_inspect(facts, submissions, files)}
     agreed = without(agreed, refused)
     sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
     ingredients = _ingredients(sound, agreed, cycle, files)
-    measured = gains_of(read_reports(facts, cycle).counted)
-    original = find_copies(sound, CopyEvidence(ingredients.gram, measured, agreed.stakes), spec.scoring)
-    copied = copies.refusals(sound, ingredients.gram, original)
+    copied, leaning = _whose(facts, cycle, agreed, ingredients)
     useful = _only(
         ingredients, [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
     )
@@ -84,8 +83,23 @@ def merge_cycle(
     )
     outcome = merge.run()
     unmerged = merge.unmerged(outcome)
-    scored = score_cycle(facts, cycle, submissions, agreed, copied, merge.weights(outcome), unmerged)
+    scored = score_cycle(facts, cycle, submissions, agreed, copied, merge.weights(outcome), unmerged, leaning)
     return merge.result(outcome, scored)
+
+
+def _whose(facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs) -> tuple[Refusals, Leaning]:
+    """Return the copies among submissions that are in order, and who is paid a part; by the rules of the run's version."""
+    spec, sound = facts.require_spec(), inputs.submissions
+    measured = gains_of(read_reports(facts, cycle).counted)
+    evidence = CopyEvidence(inputs.gram, measured, agreed.stakes)
+    if spec.protocol_version < COPIES_BY_FUNCTION:
+        return copies.refusals(sound, inputs.gram, find_copies(sound, evidence, spec.scoring)), {}
+    drawn = facts.drawn(cycle)
+    function = function_gram(inputs.deltas.states, inputs.deltas.bases, b"" if drawn is None else drawn.seed)
+    # Experts of a form that is not known are compared by their weights alone.
+    function = function if function.any() else inputs.gram
+    found = own_work(sound, evidence, function, spec.scoring, inputs.deltas.numbers)
+    return copies.refusals(sound, function, found.original), found.leaning
 
 
 def _inspect(facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files: Files) -> Refusals:

@@ -46,7 +46,7 @@ def withhold(facts: RunFacts, cycle: int, verdict: cycle_pb2.Verdict) -> None:
         return
     full = verdict.reward
     verdict.reward = round(full * Fraction(policy.probation_pay))
-    verdict.withheld = full - verdict.reward
+    verdict.withheld += full - verdict.reward
     if verdict.reason == reasons_pb2.REASON_UNSPECIFIED:
         verdict.reason = reasons_pb2.REASON_PROBATION
         kind, of = cycle_pb2.FINDING_KIND_PROBATION, policy.probation_cycles

@@ -9,9 +9,10 @@ from fractions import Fraction
 from connito.protocol.assignment import assigned
 from connito.protocol.bans import at_close
 from connito.protocol.findings import Refusal, Refusals
-from connito.protocol.scoring import newcomers, ratings, trust
+from connito.protocol.scoring import newcomers, own_work, ratings, trust
 from connito.protocol.scoring.consensus import Consensus, consensus
 from connito.protocol.scoring.counted_reports import Reports, draw
+from connito.protocol.scoring.own_work import Leaning
 from connito.protocol.scoring.ranking import verdicts
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
@@ -94,6 +95,7 @@ def score_cycle(
     copies: Refusals,
     weights: Mapping[str, float],
     unmerged: Refusals,
+    leaning: Leaning | None = None,
 ) -> cycle_pb2.CycleScored:
     """Return the cycle's result. `unmerged` says of those that scored, but have no share in the merge, why."""
     spec = facts.require_spec()
@@ -112,6 +114,7 @@ def score_cycle(
         if scored and verdict.miner in unmerged and verdict.reason == reasons_pb2.REASON_UNSPECIFIED:
             verdict.reason, finding = unmerged[verdict.miner]
             verdict.finding.CopyFrom(finding)
+        own_work.withhold(verdict, (leaning or {}).get(verdict.miner))
         newcomers.withhold(facts, cycle, verdict)
     standings, bonded = trust.stand(facts, cycle, agreed, found, pot)
     paid = sum(verdict.reward for verdict in found) + sum(standing.reward for standing in standings)

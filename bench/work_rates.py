@@ -1,0 +1,256 @@
+"""Rates over thousands of hand-ins: copies that are found, what they earn, and honest work that is accused.
+
+A pool is a dozen honest miners of one tiny base, one world and one number of local steps, and what each kind of thief
+makes of their work, all really trained and scored. A trial draws some honest miners and an order, lets the thief commit
+last, and judges the cycle by the production rules. Pools are kept, so that a run can be taken up again and added to.
+
+IID          everybody has text of its own from one domain
+non-IID      a miner's text is from one of two domains
+same text    everybody reads the same 32 sequences, each in an order of its own
+few answers  everybody reads the same six sequences again and again
+
+Bases, domains and text are apart from those that the limits were found on: --calibration takes those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.protocol.scoring import payout
+from connito.protocol.scoring.copies import CopyEvidence
+from connito.protocol.scoring.evaluation import Evaluation, score
+from connito.protocol.scoring.functions import function_gram
+from connito.protocol.scoring.own_work import OwnWork, own_work
+from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+
+from bench.attack_arena import TARGET, Arena
+from bench.compose_setup import base, text
+from bench.harness import machine, note
+from bench.tiny_rig import LENGTH, Rig, Tokens, batched
+from bench.work_kinds import COPIES, PARTLY, State
+
+WORLDS, STEPS = ("IID", "non-IID", "same text", "few answers"), (8, 16)
+MINERS, MADE, COMPANY, DRAWS = 12, 2, (3, 4, 6), 1
+DISTINCT = {"same text": 32, "few answers": 6}
+CALIBRATED_ON, MEASURED_ON = ("recipes", "logs"), ("poems", "ledgers")
+EMISSION = 1_000_000
+# Of the tiny base's pseudo-gradients, more than any company needs.
+NUMBERS = 1 << 16
+
+
+@dataclass
+class Ground(Arena):
+    """An arena whose target and text are of chosen domains; `world` is one of this module's."""
+
+    target_domains: tuple[str, ...] = MEASURED_ON
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Return the domains that the target consists of."""
+        return self.target_domains if self.world == "non-IID" else self.target_domains[:1]
+
+    @cached_property
+    def held(self) -> dict[str, Tokens]:
+        """Return held-out sequences by domain, the target first; the other domains are the general ones."""
+        general = CALIBRATED_ON if self.target_domains == MEASURED_ON else MEASURED_ON
+        target = np.concatenate([self.rig.held(domain, 96 // len(self.domains)) for domain in self.domains])
+        return {TARGET: target, **{domain: self.rig.held(domain, 48) for domain in general}}
+
+    def text(self, miner: int, steps: int, rng: np.random.Generator) -> Tokens:
+        """Return a miner's batches [steps, B, L + 1]."""
+        size = self.spec.training.batch_sequences
+        if self.world not in DISTINCT:
+            return self.shard(miner, 1, steps)
+        distinct = DISTINCT[self.world]
+        rows = text(self.domains[0], distinct, 33_000 + self.rig.seed, LENGTH)
+        order = [rng.permutation(distinct) for _ in range(-(-steps * size // distinct))]
+        return batched(rows[np.concatenate(order)[: steps * size]], size)
+
+
+@dataclass
+class Pool:
+    """The stock that trials draw from. Rows are works: `kind` of each, `victims` (rows that it is made of), cosines by the grams,
+    the gains [rows, sequences] and the utility.
+    """
+
+    world: str
+    steps: int
+    seed: int
+    kinds: list[str]
+    victims: list[list[int]]
+    weights: Any
+    function: Any
+    gains: Any
+    utilities: list[float]
+
+
+def build(seed: int, world: str, steps: int, source: Path, folder: Path, domains: tuple[str, ...]) -> Pool:
+    """Train and score one pool."""
+    from connito.moe.state import load_state, save_state
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ground = Ground(Rig(seed, source), world, folder, target_domains=domains)
+    rng, standing = np.random.default_rng([seed, WORLDS.index(world), steps]), ground.start()
+    theta, places = load_state(standing.state), itertools.count(MINERS)
+    honest = [ground.train(standing.state, ground.text(miner, steps, rng)) for miner in range(MINERS)]
+
+    def train(share: float, start: State | None) -> State:
+        path = standing.state
+        if start is not None:
+            path = folder / "start-of-own-steps.safetensors"
+            path.unlink(missing_ok=True)
+            save_state(start, path)
+        return ground.train(path, ground.text(next(places), max(1, round(share * steps)), rng))
+
+    works: list[tuple[str, list[int], State]] = [("honest", [], state) for state in honest]
+    for (name, make), _ in itertools.product({**COPIES, **PARTLY}.items(), range(MADE)):
+        order = [int(place) for place in rng.permutation(MINERS)[:3]]
+        made = make(theta, [honest[place] for place in order], train, rng)
+        works.append((name if len(made) == 1 else f"{name}: first", order, made[0]))
+        first = len(works) - 1
+        works += [(name, [first, *order], one) for one in made[1:]]
+    return _compared(ground, standing.state, works, steps)
+
+
+def _compared(ground: Ground, base_state: Path, works: Sequence[tuple[str, list[int], State]], steps: int) -> Pool:
+    from connito.moe.state import save_state
+    from connito.workloads.scoring import SubmissionFiles
+
+    bench, stop = ground.score_bench, threading.Event()
+    drawn = bench.draw(bytes([ground.rig.seed % 256]) * 32)
+    before = bench.incumbent(base_state, drawn, stop)
+    paths, gains, utilities = [], [], []
+    for place, (_, _, state) in enumerate(works):
+        paths.append(ground.folder / f"work-{place}.safetensors")
+        save_state(state, paths[-1])
+        found = bench.submission(base_state, SubmissionFiles(paths[-1], None), drawn, before, stop, "it")
+        scored = score(cycle_pb2.Submission(miner="it"), Evaluation(drawn, found, TARGET), ground.spec)
+        gains.append([loss.before - loss.after for loss in scored.losses])
+        utilities.append(scored.utility)
+    bases = [base_state] * len(paths)
+    weights, function = (
+        gram_matrix(DeltaFiles(paths, bases)),
+        function_gram(paths, bases, bytes([ground.rig.seed % 256]) * 32),
+    )
+    for path in paths:
+        path.unlink()
+    kinds, victims = [kind for kind, _, _ in works], [found for _, found, _ in works]
+    return Pool(ground.world, steps, ground.rig.seed, kinds, victims, weights, function, np.array(gains), utilities)
+
+
+def judge(pool: Pool, rows: Sequence[int], policy: run_pb2.ScorePolicy) -> tuple[OwnWork, list[int]]:
+    """Return the judgement on rows in their order of commitment, named by their row, and what each earns."""
+    names = [str(row) for row in rows]
+    entries = [
+        cycle_pb2.Submission(
+            miner=name, commit_sequence=place, artifact=artifacts_pb2.ArtifactRef(digest=f"{place:064x}")
+        )
+        for place, name in enumerate(names, 1)
+    ]
+    gains = {
+        name: {("", number): float(gain) for number, gain in enumerate(pool.gains[row])}
+        for name, row in zip(names, rows, strict=True)
+    }
+    utilities = {name: pool.utilities[row] for name, row in zip(names, rows, strict=True)}
+    useful = {name for name, utility in utilities.items() if utility > 0.0}
+    block = np.ix_(list(rows), list(rows))
+    evidence = CopyEvidence(pool.weights[block], {"V": gains}, {})
+    found = own_work(entries, evidence, pool.function[block], policy, NUMBERS)
+    ranked = sorted(
+        (name for name in names if name in useful and name not in found.original), key=lambda name: -utilities[name]
+    )
+    units = payout.pay([utilities[name] for name in ranked], EMISSION, policy.paid_ranks, run_pb2.RewardPolicy())
+    paid = dict(zip(ranked, units, strict=True))
+    shares = {name: leaning.share for name, leaning in found.leaning.items()}
+    return found, [round(paid.get(name, 0) * shares.get(name, 1.0)) for name in names]
+
+
+def trials(pool: Pool, policy: run_pb2.ScorePolicy) -> list[dict[str, Any]]:
+    """Return one row per judged hand-in: thieves' in drawn companies, and every honest one's in drawn orders."""
+    rng, rows = np.random.default_rng([pool.seed, pool.steps, 5]), []
+    common = {"world": pool.world, "steps": pool.steps, "seed": pool.seed}
+    for count, _ in itertools.product((*COMPANY, MINERS), range(3 * DRAWS)):
+        order = [int(row) for row in rng.permutation(MINERS)[:count]]
+        found, earned = judge(pool, order, policy)
+        mean = max(1.0, float(np.mean(earned)))
+        rows += [
+            {**common, "kind": "honest", "row": row, "found": str(row) in found.original, "earned": round(pay / mean, 4),
+             "share": found.leaning[str(row)].share if str(row) in found.leaning else 1.0}
+            for row, pay in zip(order, earned, strict=True)
+        ]  # fmt: skip
+    thieves = [row for row, kind in enumerate(pool.kinds) if kind != "honest" and not kind.endswith(": first")]
+    for row, count, _ in itertools.product(thieves, COMPANY, range(DRAWS)):
+        victims = pool.victims[row]
+        others = [int(place) for place in rng.permutation(MINERS) if place not in victims]
+        company = [int(place) for place in rng.permutation((victims + others)[: max(count, len(victims))])]
+        found, earned = judge(pool, [*company, row], policy)
+        mean = max(1.0, float(np.mean(earned[:-1])))
+        told = {"found": str(row) in found.original, "earned": round(earned[-1] / mean, 4), "victim_accused": False}
+        told["accused"] = sum(str(place) in found.original for place in company)
+        rows.append(
+            {
+                **common,
+                "kind": pool.kinds[row],
+                "row": row,
+                "company": count,
+                "useful": pool.utilities[row] > 0.0,
+                **told,
+            }
+        )
+    return rows
+
+
+def _pools(options: argparse.Namespace) -> list[Pool]:
+    """Build pools until the time is over; pools of before are read."""
+    import pickle
+
+    end, pools = time.monotonic() + 60 * options.minutes, []
+    domains = CALIBRATED_ON if options.calibration else MEASURED_ON
+    first, _, last = options.seeds.partition(":")
+    for seed, steps, world in itertools.product(range(int(first), int(last)), STEPS, WORLDS):
+        kept = options.out / f"pool-{domains[0]}-{seed}-{world.replace(' ', '-')}-{steps}.pickle"
+        if not kept.exists() and time.monotonic() < end:
+            note(f"base {seed}, {world}, {steps} steps")
+            source = options.out / f"plain-{seed}"
+            source = source if source.exists() else base(options.out, seed)
+            pool = build(seed, world, steps, source, options.out / kept.stem, domains)
+            kept.write_bytes(pickle.dumps(pool))
+        if kept.exists():
+            pools.append(pickle.loads(kept.read_bytes()))
+    return pools
+
+
+def main() -> None:
+    """Read the command line and write `work_rates.json`."""
+    import torch
+    from connito.local.defaults import UpOptions, profile
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="200:210", help="FIRST:LAST, bases that are built")
+    parser.add_argument("--minutes", type=float, default=60.0, help="build no further pool after this long")
+    parser.add_argument("--calibration", action="store_true", help="the domains that the limits were found on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of pools and of the result")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    policy = profile(UpOptions(base="tiny").checked()).spec.scoring
+    pools = _pools(options)
+    rows = [row for pool in pools for row in trials(pool, policy)]
+    document = {"machine": machine(), "pools": len(pools), "rows": rows}
+    (options.out / "work_rates.json").write_text(json.dumps(document))
+    note(f"{len(pools)} pools, {len(rows)} hand-ins judged")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Copies in function space: what thieves make is found, and miners that learnt the same from the same text are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.data.tensors import tensor_bytes
+from connito.protocol.scoring.copies import CopyEvidence
+from connito.protocol.scoring.functions import function_gram, outputs
+from connito.protocol.scoring.own_work import OwnWork, own_work, withhold
+from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+POLICY = run_pb2.ScorePolicy(copy_threshold=0.95, copy_span_threshold=0.95, copy_effect_threshold=0.08)
+NUMBERS = 20_000
+
+
+def submissions(count: int) -> list[cycle_pb2.Submission]:
+    return [
+        cycle_pb2.Submission(
+            miner=f"U{place}", commit_sequence=place, artifact=artifacts_pb2.ArtifactRef(digest=f"{place:064x}")
+        )
+        for place in range(count)
+    ]
+
+
+def judged(works: Sequence[Array], policy: run_pb2.ScorePolicy = POLICY) -> OwnWork:
+    rows = np.stack(works)
+    gram = rows @ rows.T
+    return own_work(submissions(len(rows)), CopyEvidence(gram), gram, policy, NUMBERS)
+
+
+def honest(count: int, alike: float, seed: int = 0) -> list[Array]:
+    """Return works that share a signal; `alike` is the cosine of two of them."""
+    rng = np.random.default_rng(seed)
+    signal, own = rng.standard_normal(NUMBERS), rng.standard_normal((count, NUMBERS))
+    return [np.sqrt(alike) * signal + np.sqrt(1.0 - alike) * each for each in own]
+
+
+def noise(length: float, seed: int = 99) -> Array:
+    return length * np.random.default_rng(seed).standard_normal(NUMBERS)
+
+
+@pytest.mark.parametrize("alike", [0.1, 0.6, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 40])
+def test_miners_that_learn_the_same_are_not_accused(alike: float, count: int) -> None:
+    found = judged(honest(count, alike))
+    assert (found.original, found.leaning) == ({}, {}), (
+        "the old signs called all of them copies from a cosine of 0.95 on"
+    )
+
+
+def test_miners_of_two_domains_are_not_accused() -> None:
+    one, other = honest(4, 0.9, seed=1), honest(4, 0.9, seed=2)
+    for order in ([0, 4, 5], [0, 1, 4, 5], [0, 4, 1, 5, 2, 6, 3, 7], [0, 1, 2, 4, 5, 3, 6]):
+        works = [(one + other)[place] for place in order]
+        assert judged(works).original == {}
+
+
+def thefts(works: Sequence[Array]) -> dict[str, Array]:
+    first, second = works[0], works[1]
+    rng = np.random.default_rng(7)
+    return {
+        "copy": first,
+        "scaled": 1.7 * first,
+        "noise as long": first + noise(1.0),
+        "noise twice as long": first + noise(2.0),
+        "two mixed": 0.5 * first + 0.5 * second,
+        "two mixed under noise": 0.5 * first + 0.5 * second + noise(1.0),
+        "all averaged": np.asarray(np.mean(works, axis=0)),
+        "dropped": first * (rng.random(NUMBERS) < 0.2) * 5.0,
+        "copy and little own work": 0.95 * first + 0.05 * honest(1, 0.6, seed=5)[0],
+    }
+
+
+@pytest.mark.parametrize("kind", list(thefts(honest(2, 0.5))))
+def test_what_was_made_of_earlier_work_is_found(kind: str) -> None:
+    works = honest(6, 0.6)
+    found = judged([*works, thefts(works)[kind]])
+    assert set(found.original) == {"U6"}, "nobody else is blamed"
+    assert found.original["U6"] == "U0" or "mixed" in kind or "averaged" in kind
+
+
+def test_the_order_of_commitments_decides() -> None:
+    works = honest(6, 0.6)
+    copy = 1.3 * works[5] + noise(0.1)
+    assert set(judged([works[0], works[1], works[2], works[3], copy, works[4], works[5]]).original) == {"U6"}
+
+
+def test_half_stolen_work_is_paid_a_part() -> None:
+    works = honest(6, 0.6)
+    own = honest(7, 0.6)[6]
+    found = judged([*works, 0.55 * works[2] + 0.45 * own])
+    assert not found.original
+    assert set(found.leaning) == {"U6"}
+    assert found.leaning["U6"].copy_of == "U2"
+    assert 0.0 < found.leaning["U6"].share < 0.9
+
+
+def test_a_sign_that_the_policy_leaves_out_convicts_nobody() -> None:
+    works = honest(6, 0.6)
+    off = run_pb2.ScorePolicy()
+    assert judged([*works, works[0] + noise(1.0)], off).original == {}
+
+
+def test_vectors_of_few_numbers_are_not_judged_by_what_explains_them() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((6, 5))
+    gram = rows @ rows.T
+    assert own_work(submissions(6), CopyEvidence(gram), gram, POLICY, numbers=5).original == {}
+
+
+def test_a_leaning_verdict_is_paid_its_share_and_says_so() -> None:
+    verdict = cycle_pb2.Verdict(status=cycle_pb2.VERDICT_STATUS_SCORED, reward=1001)
+    withhold(verdict, cycle_pb2.Finding(kind=cycle_pb2.FINDING_KIND_LEANS, copy_of="V", share=0.25))
+    assert (verdict.reward, verdict.withheld, verdict.leaning.copy_of) == (250, 751, "V")
+    assert verdict.finding.kind == cycle_pb2.FINDING_KIND_LEANS
+
+
+# Files: (gate_up [E, 2I, H], down [E, H, I]) in the three layouts that models come in.
+
+
+def expert_state(seed: int, gated: bool = True, scale: float = 1.0) -> dict[str, NDArray[np.float32]]:
+    rng = np.random.default_rng(seed)
+    into = rng.standard_normal((3, 24 if gated else 12, 8)) * scale
+    out = rng.standard_normal((3, 8, 12)) * scale
+    first = "gate_up_proj" if gated else "up_proj"
+    return {f"layers.0.{first}": into.astype(np.float32), "layers.0.down_proj": out.astype(np.float32)}
+
+
+def moved(state: dict[str, NDArray[np.float32]], seed: int) -> dict[str, NDArray[np.float32]]:
+    step = expert_state(seed, "layers.0.gate_up_proj" in state, 0.05)
+    return {name: rows + step[name] for name, rows in state.items()}
+
+
+def other_weights(state: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Return the same function: neurons permuted, and those of a gate scaled and with turned signs."""
+    rng, made = np.random.default_rng(3), {name: rows.copy() for name, rows in state.items()}
+    first = next(name for name in made if "up_proj" in name)
+    for into, out in zip(made[first], made["layers.0.down_proj"], strict=True):
+        order, factors = rng.permutation(12), rng.choice([-2.0, 0.5, 4.0], 12)
+        if len(into) == 12:
+            into[:], out[:] = into[order], out[:, order]
+            continue
+        into[:12], into[12:] = into[:12][order], into[12:][order] * factors[:, None]
+        out[:] = out[:, order] / factors
+    return made
+
+
+def turned(state: dict[str, NDArray[np.float32]], interleaved: bool) -> dict[str, NDArray[np.float32]]:
+    """Return the layouts that keep inputs first: halves one after the other, or gate and up by turns with biases."""
+    into, out = state["layers.0.gate_up_proj"], state["layers.0.down_proj"]
+    if interleaved:
+        into = np.stack([into[:, :12], into[:, 12:]], axis=2).reshape(3, 24, 8)
+    made = {"layers.0.gate_up_proj": into.swapaxes(1, 2), "layers.0.down_proj": out.swapaxes(1, 2)}
+    bias = {"layers.0.gate_up_proj_bias": np.zeros((3, 24), np.float32)} if interleaved else {}
+    return {name: np.ascontiguousarray(rows) for name, rows in {**made, **bias}.items()}
+
+
+def files(folder: Path, states: Sequence[dict[str, NDArray[np.float32]]]) -> list[Path]:
+    paths = [folder / f"{place}.safetensors" for place in range(len(states))]
+    for path, state in zip(paths, states, strict=True):
+        path.write_bytes(tensor_bytes(state))
+    return paths
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_other_weights_of_the_same_function_are_the_same_to_the_eye(tmp_path: Path, gated: bool) -> None:
+    theta = expert_state(0, gated)
+    work = moved(theta, 1)
+    base, same, other, unlike = files(tmp_path, [theta, work, other_weights(work), moved(theta, 2)])
+    gram = function_gram([same, other, unlike], [base] * 3, b"seed")
+    likeness = gram / np.sqrt(np.outer(np.diag(gram), np.diag(gram)))
+    assert likeness[0, 1] > 0.9999
+    assert abs(likeness[0, 2]) < 0.8
+    weights = gram_matrix(DeltaFiles([same, other], [base] * 2))
+    assert weights[0, 1] / np.sqrt(weights[0, 0] * weights[1, 1]) < 0.3, "weights do not show it"
+    found = own_work(submissions(3), CopyEvidence(gram_matrix(DeltaFiles([same, unlike, other], [base] * 3))),
+                     gram[np.ix_([0, 2, 1], [0, 2, 1])], POLICY, NUMBERS)  # fmt: skip
+    assert found.original == {"U2": "U0"}
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_the_layout_of_a_family_does_not_change_the_function(tmp_path: Path, interleaved: bool) -> None:
+    state = expert_state(4)
+    plain, other = files(tmp_path, [state, turned(state, interleaved)])
+    np.testing.assert_allclose(outputs(plain, b"s"), outputs(other, b"s"), rtol=1e-5, atol=1e-5)
+
+
+def test_activations_are_drawn_from_the_seed(tmp_path: Path) -> None:
+    (path,) = files(tmp_path, [expert_state(0)])
+    assert np.array_equal(outputs(path, b"a"), outputs(path, b"a"))
+    assert not np.allclose(outputs(path, b"a"), outputs(path, b"b"))
+
+
+def test_an_unknown_layout_says_nothing(tmp_path: Path) -> None:
+    (path,) = files(tmp_path, [{"layers.0.odd": np.ones((2, 3), np.float32)}])
+    assert not outputs(path, b"a").any()
