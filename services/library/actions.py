@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connito.bus import Bus, CaughtUp, offences
+from connito.data.documents import parse_json
 from connito.errors import Fatal, Invalid, Retry
 from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
 from connito.library.attestation import attest
@@ -75,7 +75,7 @@ class Depositor:
 
     async def _deposit(self, facts: RunFacts, decision: Deposit) -> run_pb2.ExpertDeposited:
         state = await self._store.fetch(decision.state)
-        report = json.loads(await self._store.get_bytes(facts.require_selection().report))
+        report = parse_json(await self._store.get_bytes(facts.require_selection().report))
         header = decision.with_base(report.get("base", {}))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "expert.safetensors"
@@ -84,9 +84,9 @@ class Depositor:
             expert = await self._store.put_file(path, MEDIA_TYPE, PUBLIC)
         signature = None
         if facts.require_selection().HasField("signature"):
-            signature = json.loads(await self._store.get_bytes(facts.require_selection().signature))
+            signature = parse_json(await self._store.get_bytes(facts.require_selection().signature))
         started = start_ref(facts.require_selection())
-        parent = None if started is None else json.loads(await self._store.get_bytes(started))
+        parent = None if started is None else parse_json(await self._store.get_bytes(started))
         record = build_record(facts, digest, size, tensor_sizes(state)[0], signature, parent)
         message = await self._describe(record, expert)
         subject = subjects.fact(facts.run, "merge", decision.cycle, "version")

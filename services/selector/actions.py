@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from connito.bus import Bus
+from connito.data.documents import parse_json
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import ConnitoError, Fatal, Invalid, Retry
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
@@ -110,7 +110,7 @@ class Selector:
                 facts.append(verify_fact(record, self._roster))
         shelf, against = [], notices(facts, last)
         for deposit in deposits(facts, spec, last):
-            record = json.loads(await self._store.get_bytes(deposit.record))
+            record = parse_json(await self._store.get_bytes(deposit.record))
             notice = notice_of(record, deposit.expert_id, against)
             shelf.append(Shelved(deposit, record, await self._store.fetch(deposit.expert), notice))
         return Library(shelf, last)

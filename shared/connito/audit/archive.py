@@ -18,6 +18,7 @@ from typing import IO
 
 from connito.audit.artifacts import Artifacts, Named, gather
 from connito.audit.evidence import Evidence, Stored, read_stored
+from connito.data.documents import parse_json
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.runtime.progress import Notify, silent
 from connito.store.artifacts import key_of
@@ -54,7 +55,7 @@ class Archive:
         lists: dict[str, list[Record]] = {name: [] for name in _LISTS}
         with _reading(self.path), self.zip.open(_LOG) as lines:
             for line in lines:
-                row = json.loads(line)
+                row = parse_json(line)
                 lists[row["list"]].append(
                     Record(
                         row["stream"],
@@ -92,7 +93,7 @@ class Archive:
 def unsealed(path: Path, folder: Path) -> Iterator[Archive]:
     """Open an archive; `folder` takes what is unpacked. Raises `Invalid` for a file that is none, or of a newer format."""
     with _reading(path), zipfile.ZipFile(path) as file:
-        about = json.loads(file.read(_ABOUT))
+        about = parse_json(file.read(_ABOUT))
         if about["format"] != FORMAT:
             raise Invalid(f"{path} has format {about['format']}; this program reads {FORMAT}: use a newer one")
         roster = folder / _ROSTER

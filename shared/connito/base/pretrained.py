@@ -6,15 +6,16 @@ never run and never asked for, and nothing that a checkpoint lacks is filled in.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from connito.data.documents import parse_json
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 # Changes a model without storage before tensors are put into it.
 Prepare = Callable[[Any], None]
 
+# Bytes of a config.json, the largest whole number in one, and how many modules and how many entries of one a model may have.
+_MAX_CONFIG, _MAX_SIZE, _MAX_MODULES, _MAX_ENTRIES = 1 << 22, 1 << 40, 1 << 10, 1 << 16
+_MODULES = re.compile(r"(^|_)(layers?|depth|blocks?|stages?)$")
+_ENTRIES = re.compile(r"(^|_)(experts?|labels?)$")
+
 
 def parse_config(data: bytes) -> Any:
     """Return the configuration in a config.json, as the library reads it. Raises `Invalid` for a family it does not know."""
@@ -32,6 +38,7 @@ def parse_config(data: bytes) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    check_config(data)
     try:
         with tempfile.TemporaryDirectory() as folder, quiet():
             (Path(folder) / "config.json").write_bytes(data)
@@ -53,9 +60,40 @@ def parse_config(data: bytes) -> Any:
     return _causal(config)[1]
 
 
+def check_config(data: bytes) -> None:
+    """Raise `Invalid` for a configuration that asks for more parts than any model has.
+
+    A model is built of its parts one by one, also without their weights: a number alone would keep a service busy for days.
+    """
+    try:
+        if len(data) > _MAX_CONFIG:
+            raise ValueError(f"it has {len(data)} bytes, more than {_MAX_CONFIG}")
+        _check_counts("", parse_json(data))
+    except (ValueError, RecursionError) as error:
+        raise Invalid(
+            f"config.json cannot be read: {error or 'it is nested too deep'}; copy it again from where the weights are from",
+            reason=reasons_pb2.REASON_BAD_SPEC,
+        ) from error
+
+
+def _check_counts(name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_counts(key, inner)
+    elif isinstance(value, list):
+        if len(value) > _MAX_ENTRIES:
+            raise ValueError(f"{name[:80]} has {len(value)} entries, more than {_MAX_ENTRIES}")
+        for inner in value:
+            _check_counts(name, inner)
+    elif isinstance(value, int):
+        most = _MAX_MODULES if _MODULES.search(name) else _MAX_ENTRIES if _ENTRIES.search(name) else _MAX_SIZE
+        if value > most:
+            raise ValueError(f"{name[:80]} is more than {most}")
+
+
 def _family(data: bytes) -> str | None:
     try:
-        family = json.loads(data)["model_type"]
+        family = parse_json(data)["model_type"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return family if isinstance(family, str) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,12 +82,13 @@ def settle(differences: list[dict[str, Any]], what: str) -> None:
 
 
 def _chain_of(path: Path | None) -> dict[str, str]:
+    from connito.data.documents import parse_json
     from connito.errors import Invalid
 
     if path is None:
         return {}
     try:
-        windows: dict[str, str] = json.loads(path.read_text())["chain"]["windows"]
+        windows: dict[str, str] = parse_json(path.read_text())["chain"]["windows"]
         return {str(window): str(value) for window, value in windows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Invalid(f"{path} is not what `connito audit --json` prints: {error!r}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -161,10 +160,11 @@ def fits(
 
 def _experts(path: Path) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
     """Return targets and helpers by layer from the file. Raises `Invalid` when it is no selection."""
+    from connito.data.documents import parse_json
     from connito.errors import Invalid
 
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
         targets, helpers = (
             {int(layer): [int(e) for e in experts] for layer, experts in data.get(name, {}).items()}
             for name in ("layers", "helpers")

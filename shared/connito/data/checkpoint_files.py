@@ -6,13 +6,13 @@ No torch here.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from connito.data.documents import parse_json
 from connito.data.tensors import STORED_BITS, TensorEntry, read_header
 from connito.errors import Invalid, NotFound
 from connito.v1 import reasons_pb2
@@ -241,8 +241,8 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise ValueError(f"it has more than {_MAX_JSON} bytes")
-        parsed = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(path.read_bytes())
+    except ValueError as error:
         raise _invalid(f"{path.name} in {where} is damaged: {error}; copy it again") from error
     if not isinstance(parsed, dict):
         raise _invalid(f"{path.name} in {where} is damaged: it holds no JSON object; copy it again")

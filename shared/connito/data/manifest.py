@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from connito.data.checkpoint_files import Header, plain_name
+from connito.data.documents import parse_json
 from connito.data.tensors import STORED_BITS
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.v1 import reasons_pb2
@@ -137,7 +138,7 @@ class Manifest:
         try:
             if len(data) > _MAX_BYTES:
                 raise ValueError(f"it has {len(data)} bytes, more than {_MAX_BYTES}")
-            parsed = json.loads(data)
+            parsed = parse_json(data)
             _require(isinstance(parsed, dict) and type(parsed.get("version")) is int, "it has no version")
             if parsed["version"] != 1:
                 raise Invalid(f"manifest version {parsed['version']} is newer than this program; update connito")
@@ -173,14 +174,14 @@ class Manifest:
     def banks(self) -> dict[str, Bank]:
         """Return the tensors that hold routed experts, by name."""
         own = {
-            name: Bank(*entry) if entry else None for name, entry in json.loads(self.extra.get("banks", "{}")).items()
+            name: Bank(*entry) if entry else None for name, entry in parse_json(self.extra.get("banks", "{}")).items()
         }
         found = {name: own[name] if name in own else usual_bank(name) for name in self.tensors}
         return {name: bank for name, bank in found.items() if bank is not None}
 
     @cached_property
     def _dtypes(self) -> dict[str, str]:
-        found: dict[str, str] = json.loads(self.extra.get("dtypes", "{}"))
+        found: dict[str, str] = parse_json(self.extra.get("dtypes", "{}"))
         return found
 
     def dtype(self, name: str) -> str:

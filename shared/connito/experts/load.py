@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from connito.data.documents import parse_json
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.library.artifact import EXPERT_FILE, RECORD_FILE, ExpertHeader, read_header
 from connito.v1 import reasons_pb2 as reasons
@@ -107,7 +107,7 @@ def _file(expert: Path) -> Path:
         with path.open("rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
         try:
-            claimed = json.loads(record.read_text())["expert"]["digest"]
+            claimed = parse_json(record.read_text())["expert"]["digest"]
         except (ValueError, KeyError, TypeError) as error:
             raise Invalid(f"{record} is not the record of an expert: {error!r}; export the expert again") from error
         if actual != claimed:

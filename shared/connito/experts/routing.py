@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from connito.data.documents import parse_json
 from connito.errors import Invalid, NotFound
 from connito.experts.arrow import Mixing, arrow, fixed, linear_router, train_router, variants
 from connito.experts.compose import Part, RowKey
@@ -96,7 +97,7 @@ class Routing:
                 if head.get("format") != FORMAT:
                     raise Invalid(f"{path} is not a routing file")
                 gates = {int(n[7:]): file.get_tensor(n) for n in file.keys() if n.startswith("layers.")}  # noqa: SIM118
-            digests, weights = json.loads(head["digests"]), json.loads(head["weights"])
+            digests, weights = parse_json(head["digests"]), parse_json(head["weights"])
             return cls(head["method"], tuple(digests), int(head["top_k"]), tuple(weights), gates)
         except (SafetensorError, KeyError, ValueError) as error:
             raise Invalid(f"{path} is damaged: {error!r}; write it again") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from connito.data.documents import parse_json
 from connito.data.safetensors_header import bad_header, header_bytes, read_header_text
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
@@ -68,7 +69,7 @@ class ExpertHeader:
                 reason=reasons.REASON_BAD_HEADER,
             )
         try:
-            layers = {int(layer): [int(e) for e in ids] for layer, ids in json.loads(metadata["layers"]).items()}
+            layers = {int(layer): [int(e) for e in ids] for layer, ids in parse_json(metadata["layers"]).items()}
             version = int(metadata["version"])
             return cls(
                 metadata["domain"],
@@ -91,7 +92,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         text = read_header_text(file, _MAX_HEADER_BYTES, path)
     try:
-        header = json.loads(text)
+        header = parse_json(text)
     except ValueError as error:
         raise bad_header(str(error), path) from error
     if not isinstance(header, dict):

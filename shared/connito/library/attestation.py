@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from connito.data.documents import parse_json
 from connito.errors import ConnitoError, VerificationFailed
 from connito.library.artifact import EXPERT_FILE, RECORD_FILE, read_safetensors_header
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
@@ -57,7 +58,7 @@ def check_attestation(folder: Path, roster: Roster | None = None) -> list[str]:
     Without a `roster` it is shown who signed, not that they were entitled to. Raises `VerificationFailed`.
     """
     try:
-        attestation = json.loads((folder / ATTESTATION_FILE).read_bytes())
+        attestation = parse_json((folder / ATTESTATION_FILE).read_bytes())
         library, aggregator = _open(attestation["library"]), _open(attestation["aggregator"])
         deposit = library.read(run_pb2.ExpertDeposited)
         version = aggregator.read(cycle_pb2.VersionPublished)
@@ -91,7 +92,7 @@ def _short(opened: Opened) -> str:
 def _state_digest(expert: Path, head: bytes) -> str:
     """Return SHA-256 of the state file: the old head, if it describes the same tensors, and the expert's data."""
     described, start = read_safetensors_header(expert)
-    before = json.loads(head[8:])
+    before = parse_json(head[8:])
     if {k: v for k, v in before.items() if k != "__metadata__"} != {
         k: v for k, v in described.items() if k != "__metadata__"
     }:

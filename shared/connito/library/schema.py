@@ -6,13 +6,13 @@ with fields that a later version added.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, NotRequired, cast
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from connito.data.documents import parse_json
 from connito.errors import Invalid
 
 
@@ -170,7 +170,7 @@ _SCHEMA: TypeAdapter[ExpertRecord] = TypeAdapter(ExpertRecord)
 def read_record(data: bytes | str, where: object) -> ExpertRecord:
     """Return the record that `data` holds; `where` names its place. Raises `Invalid` naming the field that does not fit."""
     try:
-        document = json.loads(data)
+        document = parse_json(data)
         _SCHEMA.validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]

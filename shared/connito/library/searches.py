@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from connito.data.documents import parse_json
 from connito.library.training_demand import Search
 
 SEARCHES = "searches.jsonl"
@@ -30,7 +31,7 @@ def recall(root: Path) -> Iterator[Search]:
         return
     for line in path.read_text().splitlines():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             yield Search(str(entry["domain"]), int(entry["hits"]), entry["best"])
         except (ValueError, KeyError, TypeError):
             continue

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from connito.data.documents import parse_json
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.library.artifact import EXPERT_FILE, MODEL_FORMAT, RECORD_FILE, read_header
 from connito.library.attestation import ATTESTATION_FILE
@@ -47,7 +48,7 @@ class Shelf:
 
     def _read(self, number: int, line: bytes) -> LibraryEvent:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             body = entry["body"]
             if entry["kind"] == "deposited":
                 data = (self.path(entry["subject"]) / RECORD_FILE).read_bytes()
@@ -56,7 +57,7 @@ class Shelf:
                         f"the record of {entry['subject']} is not the one that was deposited; restore it",
                         reason=reasons_pb2.REASON_DIGEST_MISMATCH,
                     )
-                body = json.loads(data)
+                body = parse_json(data)
             return LibraryEvent(number, int(entry["at"]), entry["kind"], entry["subject"], body, ORIGIN)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise VerificationFailed(

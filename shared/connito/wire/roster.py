@@ -77,7 +77,7 @@ class Roster:
             raise Invalid(
                 f"cannot read the roster {path}: {error.strerror}; set CONNITO_ROSTER to the operator's file"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Invalid(
                 f"the roster {path} is not of the form {{'keys': {{role: [public keys]}}}}: {error!r}"
             ) from error

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from importlib.metadata import entry_points
 
-from connito.errors import Fatal, Invalid
+from connito.errors import Invalid
 from connito.v1 import reasons_pb2, run_pb2
 
 GROUP = "connito.payouts"
@@ -69,16 +69,16 @@ def pay(utilities: Sequence[float], units: int, paid_ranks: int, policy: run_pb2
     """Return units for miners by their utilities (best first, above zero): nothing below `paid_ranks`, in the order of
     ranks.
 
-    They sum to `units` where anybody's share is above zero, else to zero. Raises `Fatal` when a policy gives shares
+    They sum to `units` where anybody's share is above zero, else to zero. Raises `Invalid` when a policy gives shares
     that are negative, not finite, not one a miner, or larger for a worse rank: its author has to repair it.
     """
     paid = [Fraction(utility) for utility in utilities[:paid_ranks]]
     try:
         shares = [Fraction(share) for share in find(policy.payout)(paid, policy)]
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise Fatal(f"the payout policy {policy.payout!r} does not give numbers: {error}") from error
+        raise Invalid(f"the payout policy {policy.payout!r} does not give numbers: {error}") from error
     if len(shares) != len(paid) or any(share < 0 for share in shares) or shares != sorted(shares, reverse=True):
-        raise Fatal(
+        raise Invalid(
             f"the payout policy {policy.payout!r} gave {len(shares)} shares for {len(paid)} ranks; it has to give one a "
             "rank, none negative, none larger than that of a better rank"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.errors import Fatal, Invalid
+from connito.errors import Invalid
 from connito.protocol.scoring import payout
 from connito.v1 import run_pb2
 from connito.v1.run_pb2 import RewardPolicy
@@ -88,7 +88,7 @@ def test_an_installation_adds_its_own(custom: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("shares", [[1], [1, -1], [1, 2], [1, float("nan")], [1, float("inf")], ["all", "none"]])
 def test_no_policy_can_break_the_order_or_the_sum(custom: Callable[..., Any], shares: list[float | str]) -> None:
     custom("broken", lambda utilities, policy: shares)
-    with pytest.raises(Fatal, match="broken"):
+    with pytest.raises(Invalid, match="broken"):
         payout.pay([2.0, 1.0], 90, 10, RewardPolicy(payout="broken"))
 
 
