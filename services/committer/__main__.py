@@ -37,6 +37,7 @@ async def main(ctx: ServiceContext[CommitterSettings], serve: rpc.ServeApi = rpc
             # Any replica serves the API; where there are several, one advertised address leads to all of them.
             if await life.finishes(rpc.register(ctx.bus, "committer", address)):
                 ctx.ready()
+                life.start(rpc.stay_registered(ctx.bus, "committer", address, ctx.settings.tls))
             await life.over()
 
 

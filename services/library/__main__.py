@@ -42,6 +42,7 @@ async def _serve(ctx: ServiceContext[LibrarySettings], catalogue: Catalogue) -> 
         async with rpc.serve_api(ctx, servicer) as address:
             if await life.finishes(rpc.register(ctx.bus, "library", address)):
                 ctx.ready()
+                life.start(rpc.stay_registered(ctx.bus, "library", address, ctx.settings.tls))
             await life.over()
 
 

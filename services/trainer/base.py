@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Retry, VerificationFailed
+from connito.files import write_durably
 from connito.moe.residency import HELPERS
 from connito.v1.run_pb2 import SelectionMade
 from connito.wire.facts import RunFacts
@@ -145,9 +145,7 @@ class Ranges:
             if path.exists():
                 return path.read_bytes()
             data = self._fetch(entry.name, start, length)
-            partial = path.with_name(f"{path.name}.part{os.getpid()}")
-            partial.write_bytes(data)
-            partial.replace(path)
+            write_durably(path, data)
             return data
 
     def forget(self) -> None:

@@ -214,19 +214,57 @@ def test_another_up_in_the_same_folder_adds_to_the_library(tmp_path: Path) -> No
     assert platform.processes() == []
 
 
-def test_an_interrupt_stops_everything_and_the_next_up_cancels_what_was_left(tmp_path: Path) -> None:
-    platform = Platform(tmp_path / "data")
+@pytest.fixture
+def broken_off(tmp_path: Path) -> Iterator[Platform]:
+    """A platform whose `up` was interrupted while miners trained."""
+    platform = Platform(tmp_path / "ünfinished data, $HOME")
     command = [sys.executable, "-m", "connito.cli", "up", *SMALL, "--data-dir", str(platform.data)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as up:
         assert up.stdout is not None
         for line in up.stdout:
             if "miners train" in line:
-                up.send_signal(signal.SIGINT)
+                for _ in range(3):
+                    up.send_signal(signal.SIGINT)
                 break
         _, errors = up.communicate(timeout=120)
     assert up.returncode == 130
     assert "Traceback" not in errors
     assert platform.processes() == []
-    again = platform.connito("up", *SMALL)
+    yield platform
+    platform.connito("down")
+    assert platform.processes() == []
+
+
+def test_the_next_up_goes_on_with_what_was_interrupted_and_killed(broken_off: Platform) -> None:
+    """Interrupted, then killed with its preloaded process gone before, then stopped: one run, and one report."""
+    platform = broken_off
+    other = platform.connito("up", *SMALL, "--domain", "logs")
+    assert other.returncode == 3
+    assert "--domain logs, not none" in other.stderr
+    assert "connito up --new" in other.stderr
+
+    started = platform.json("up", "--no-wait")
+    pids = json.loads((platform.data / "pids.json").read_text())
+    psutil.Process(pids["fork server"]["pid"]).kill()
+    psutil.Process(started["pid"]).kill()
+    wait_until(lambda: not platform.processes(), "what the killed process ran to end")
+
+    report = platform.json("up", *SMALL)
+    assert (report["run"], report["outcome"]["status"], report["totals"]["resumed"]) == (
+        started["run"],
+        "completed",
+        True,
+    )
+    assert [cycle["merged"] for cycle in report["cycles"]] == [["miner-1"]]
+    assert json.loads((platform.data / "report.json").read_text()) == report
+
+    after = platform.json("up", *SMALL, "--no-wait")
+    assert after["run"] != report["run"]
+    assert {row["run"] for row in platform.json("job", "list")["runs"]} == {after["run"], report["run"]}
+
+
+def test_new_cancels_what_was_interrupted(broken_off: Platform) -> None:
+    again = broken_off.connito("up", *SMALL, "--domain", "logs", "--new")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "which an earlier `connito up` left unfinished" in again.stdout
+    assert json.loads((broken_off.data / "report.json").read_text())["domain"] == "logs"

@@ -146,15 +146,6 @@ class TestCache:
         path.write_bytes(damage)
         assert (await store.fetch(ref)).read_bytes() == b"data" * 1000
 
-    async def test_a_file_without_a_stamp_is_verified_not_fetched(
-        self, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        ref = await store.put_bytes(b"data" * 1000, "text/plain")
-        path = await store.fetch(ref)
-        path.with_name(path.name + ".ok").unlink()
-        monkeypatch.setattr(store._client, "get_object", None)
-        assert await store.fetch(ref) == path
-
     async def test_many_fetch_once(
         self, store: ArtifactStore, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -26,6 +26,7 @@ from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.v1 import reasons_pb2 as reasons
+from connito.wire.addresses import broker_addresses
 from connito.wire.identity import Identity, short_key
 from connito.wire.passes import claims_of
 from connito.wire.subjects import SECURITY_ROOT, inbox_prefix
@@ -54,6 +55,9 @@ class Connection:
         client: Client | None = None,
     ) -> None:
         self.url, self.identity, self.name, self.tls, self._token = url, identity, name, tls, token
+        self._addresses = broker_addresses(url)
+        # What each broker of the list answered that could not be used, while the first one is sought.
+        self._tried: list[Exception] = []
         # In an account of strangers, which has nothing but what it imports.
         self.stranger = bool(token) and claims_of(token)["name"] in ACCOUNTS
         self._context: ssl.SSLContext | None = None
@@ -77,11 +81,11 @@ class Connection:
             else:
                 self.nc._public_nkey = self.identity.public
             options |= {"signature_cb": self._sign, "inbox_prefix": inbox_prefix(self.identity.public)}
-        if self.tls.own or self.url.startswith("tls://"):
+        if self.tls.own or self._addresses[0].startswith("tls://"):
             self._context = options["tls"] = self.tls.context()
         try:
             await self.nc.connect(
-                servers=self.url.split(","),
+                servers=self._addresses,
                 name=self.name,
                 ping_interval=5,
                 max_outstanding_pings=2,
@@ -110,7 +114,7 @@ class Connection:
 
     async def _why_hung_up(self) -> Invalid | None:
         """Repeat the handshake by hand: a broker that requires a certificate may close before its alert is read."""
-        asks, split = False, urlsplit(self.url.split(",")[0])
+        asks, split = False, urlsplit(self._addresses[0])
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 reader, writer = await asyncio.open_connection(split.hostname, split.port or 4222)
@@ -207,12 +211,13 @@ class Connection:
         refused = any(word in text.lower() for word in ("authorization violation", "authentication revoked"))
         if (certificate := refusal(error, f"the broker at {self.url}")) is not None:
             self._report_certificate(certificate)
-            if self._starting:
-                raise certificate from error
         if self._starting:
-            if refused:
-                raise Invalid(self._refused(), reason=reasons.REASON_NOT_PERMITTED) from error
-            raise Retry(f"no broker at {self.url} ({text or type(error).__name__})") from error
+            self._give_up(
+                certificate
+                or (Invalid(self._refused(), reason=reasons.REASON_NOT_PERMITTED) if refused else None)
+                or Retry(f"no broker at {self.url} ({text or type(error).__name__})")
+            )
+            return
         if refused:
             # A broker that is just being reconfigured may refuse once; one that keeps doing so means it.
             self._refusals += 1
@@ -228,6 +233,12 @@ class Connection:
             self._fail(lambda subject: self.not_permitted(subject) if subject.lower() == match[2] else None)
         else:
             log.debug("broker connection error", error=text or repr(error))
+
+    def _give_up(self, problem: Exception) -> None:
+        """Raise once every broker of the list was tried: what one of them refuses rather than that one is away."""
+        self._tried.append(problem)
+        if len(self._tried) >= len(self._addresses):
+            raise next((tried for tried in self._tried if isinstance(tried, Invalid)), problem)
 
     def _report_certificate(self, refused: Invalid) -> None:
         """Report a certificate problem once; attempts go on, since a certificate may be renewed."""

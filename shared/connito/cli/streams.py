@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Declare and list streams, consumer
 
 @app.command("ensure")
 def ensure(
-    replicas: Annotated[int, typer.Option(help="Copies of each stream; 3 in a cluster.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, max=5, help="Copies of each stream; 3 in a cluster.")] = 1,
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:

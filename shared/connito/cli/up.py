@@ -11,6 +11,7 @@ from connito.cli.output import DataDirOption, JsonFlag, emit
 from connito.protocol.policy.choices import ADVERSARIES, one_of
 
 
+# Long: one option after the other.
 def up(
     cycles: Annotated[int, typer.Option(help="Cycles of the run.")] = 3,
     miners: Annotated[int, typer.Option(help="Honest miners to start.")] = 3,
@@ -38,12 +39,19 @@ def up(
             help="Change a policy of the run, for example training.local_steps=5.",
         ),
     ] = None,
+    new: Annotated[
+        bool, typer.Option("--new", help="Cancel the run that is unfinished here and start another one.")
+    ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return when the first cycle is open.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Run everything on this machine: brokers, store, services, validators and miners, and one adaptation job."""
+    """Run everything on this machine: brokers, store, services, validators and miners, and one adaptation job.
+
+    Where an earlier run in the folder is unfinished, go on with that one.
+    """
     from connito.local.defaults import UpOptions
-    from connito.local.up import run_detached, run_here, summary
+    from connito.local.outcome import summary
+    from connito.local.up import run_detached, run_here
 
     kinds = tuple(kind.strip() for kind in adversaries.split(",") if kind.strip())
     options = UpOptions(
@@ -57,6 +65,7 @@ def up(
         report=None if report is None else report.absolute(),
         seed=seed,
         overrides=tuple(policy or ()),
+        new=new,
     ).checked()
     if no_wait:
         started = run_detached(options, as_json=as_json)
@@ -75,7 +84,7 @@ def down(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     from connito.local.up import stop
     from connito.platform.datadir import DataDir
 
-    data = DataDir.open(data_dir)
+    data = DataDir.at(data_dir)
     pid = stop(data)
     emit(
         as_json,

@@ -31,6 +31,8 @@ class UpOptions:
     seed: int | None = None
     # `section.field=value` of the run's policies, for example `training.local_steps=1`.
     overrides: tuple[str, ...] = ()
+    # Start another run, whatever was left unfinished.
+    new: bool = False
 
     def checked(self) -> UpOptions:
         """Return the options if they are valid. Raises `Invalid` naming the one that is not."""

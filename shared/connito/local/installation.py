@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from connito.bus import Bus, streams
+from connito.files import write_durably
 from connito.local.defaults import Machine
 from connito.local.display import Display
 from connito.local.identities import SERVICES, Member, load_members, write_roster
@@ -86,7 +87,11 @@ class Installation:
         # Everything that is written from here on, by this process and by those that it starts, is its owner's alone.
         self._stack.callback(os.umask, os.umask(0o077))
         self.data.close_to_others()
-        self.fork_server = await ForkLauncher.open(self.data.logs / "fork-server.log", self._environment())
+        self.supervisor = Supervisor(self.data, self.display.say)
+        log = self.data.logs / "fork-server.log"
+        self.fork_server = await ForkLauncher.open(
+            log, self._environment(), begun=lambda pid: self.supervisor.note("fork server", pid, log)
+        )
         self._stack.push_async_callback(self.fork_server.close)
         secret = self._store_secret()
         nats = NatsServer(self.data.root / "nats", accounts=self.accounts, log_file=self.data.logs / "nats-server.log")
@@ -99,9 +104,7 @@ class Installation:
             log_file=self.data.logs / "weed.log",
             identities=identities(self.holders),
         )
-        self.supervisor = Supervisor(self.data, self.display.say)
         self._stack.push_async_callback(self.supervisor.stop)
-        self.supervisor.note("fork server", self.fork_server.pid, self.data.logs / "fork-server.log")
         await asyncio.gather(self.supervisor.serve(nats), self.supervisor.serve(weed))
         self.platform = Platform(os.getpid(), nats.url, weed.url, weed.access_key, secret)
         self.data.keep_threads(self.machine.threads)
@@ -211,7 +214,5 @@ class Installation:
         """Return the store's secret key, made once for this data directory."""
         path = self.data.keys / "store.secret"
         if not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(20))
+            write_durably(path, secrets.token_hex(20), 0o600)
         return path.read_text().strip()

@@ -58,6 +58,18 @@ async def run_task(
         cwd=installation.data.root,
         arguments=(name, json.dumps(params)),
     )
+    while True:
+        losses = installation.fork_server.losses
+        result, code = await _run(installation, program, progress)
+        if result is not None:
+            return result
+        if losses == installation.fork_server.losses:
+            raise Fatal(f"the task {name} ended with code {code}; its log ends with:\n{last_lines(program.log)}")
+
+
+async def _run(
+    installation: Installation, program: Program, progress: Callable[[str, float], None]
+) -> tuple[dict[str, Any] | None, int]:
     read_end, write_end = os.pipe()
     try:
         process = await installation.fork_server.start(program, stdout=write_end)
@@ -67,12 +79,10 @@ async def run_task(
         async for line in _lines(read_end):
             result = read_lines(iter([line]), progress)
             if result is not None:
-                await process.exited
-                return result
-        code = await process.exited
+                return result, await process.exited
+        return None, await process.exited
     finally:
         await process.stop(2.0)
-    raise Fatal(f"the task {name} ended with code {code}; its log ends with:\n{last_lines(program.log)}")
 
 
 async def _lines(descriptor: int) -> AsyncIterator[str]:

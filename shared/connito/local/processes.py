@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,12 @@ from typing import IO, Any, Protocol, Self
 
 from connito.errors import Fatal
 from connito.local.fork_server import PACKET_BYTES
+
+_ATTEMPTS = 3
+
+
+class _LostError(Exception):
+    """The preloaded process ended before it forked."""
 
 
 @dataclass(frozen=True)
@@ -86,45 +92,77 @@ class PlainLauncher:
 
 
 class ForkLauncher:
-    """Forks programs from the preloaded process of `connito.local.fork_server`."""
+    """Forks programs from the preloaded process of `connito.local.fork_server`, and starts that one again when it dies."""
 
-    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket, log: Path) -> None:
-        self.pid, self._process, self._control, self._log = process.pid, process, control, log
+    def __init__(self, log: Path, env: Mapping[str, str], modules: Sequence[str], begun: Callable[[int], None]) -> None:
+        self._log, self._env, self._modules, self._begun = log, env, modules, begun
+        self.losses = 0
+        self._beginning = asyncio.Lock()
         self._starting: dict[str, asyncio.Future[int]] = {}
         self._running: dict[int, Process] = {}
         self._early: dict[int, int] = {}
-        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().add_reader(control.fileno(), self._receive)
+        self._process: asyncio.subprocess.Process
+        self._control: socket.socket
+        self._ready: asyncio.Future[None]
 
     @classmethod
-    async def open(cls, log: Path, env: Mapping[str, str], modules: Sequence[str] = ()) -> Self:
-        """Start the preloaded process; it imports while the caller goes on."""
+    async def open(
+        cls,
+        log: Path,
+        env: Mapping[str, str],
+        modules: Sequence[str] = (),
+        begun: Callable[[int], None] = lambda pid: None,
+    ) -> Self:
+        """Start the preloaded process; it imports while the caller goes on. `begun` gets the id of each one."""
+        launcher = cls(log, env, modules, begun)
+        await launcher._begin()
+        return launcher
+
+    @property
+    def pid(self) -> int:
+        """Return the id of the preloaded process."""
+        return self._process.pid
+
+    async def _begin(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         for number in (ours, theirs):
             number.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_BYTES)
-        with log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "connito.local.fork_server", str(os.getpid()), str(theirs.fileno()), *modules,
+        with self._log.open("ab") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "connito.local.fork_server", str(os.getpid()), str(theirs.fileno()), *self._modules,
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(theirs.fileno(),),
                 # One thread per BLAS, so that importing starts none and forking stays safe.
-                env={**env, "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
+                env={**self._env, "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
             )  # fmt: skip
         theirs.close()
-        return cls(process, ours, log)
+        self._control, self._ready = ours, asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
+        self._begun(self._process.pid)
 
     async def ready(self) -> None:
         """Wait until the imports are done. Raises `Fatal` naming the log when they failed."""
         await asyncio.shield(self._ready)
 
     async def start(self, program: Program, *, stdout: int | None = None) -> Process:
-        """Fork `program`. Raises `Fatal` when the preloaded process is gone."""
+        """Fork `program`. Raises `Fatal` when no preloaded process can be kept alive."""
+        for _ in range(_ATTEMPTS):
+            async with self._beginning:
+                if self._control.fileno() < 0 and self._ready.exception() is None:
+                    await self._process.wait()
+                    await self._begin()
+            try:
+                return await self._fork(program, stdout)
+            except _LostError:
+                continue
+        raise self._gone()
+
+    async def _fork(self, program: Program, stdout: int | None) -> Process:
         await self.ready()
-        loop = asyncio.get_running_loop()
-        self._starting[program.name] = loop.create_future()
+        starting = self._starting[program.name] = asyncio.get_running_loop().create_future()
         with program.log.open("ab") as log:
             self._send(_request(program), log, stdout)
-            pid = await self._starting[program.name]
+            pid = await starting
         process = Process(program.name, pid)
         if pid in self._early:
             process.exited.set_result(self._early.pop(pid))
@@ -150,7 +188,7 @@ class ForkLauncher:
         try:
             socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
         except OSError as error:
-            raise self._gone() from error
+            raise _LostError from error
 
     def _receive(self) -> None:
         try:
@@ -183,8 +221,10 @@ class ForkLauncher:
         if not self._ready.done():
             self._ready.set_exception(self._gone())
             self._ready.exception()  # Retrieved here, so that nobody has to wait for it.
+        self.losses += 1
+        self._early.clear()
         for waiting in self._starting.values():
-            waiting.set_exception(self._gone())
+            waiting.set_exception(_LostError())
         self._starting.clear()
         for process in self._running.values():
             if not process.exited.done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ class Supervisor:
         return {name: kept.restarts for name, kept in self._kept.items() if kept.restarts}
 
     def note(self, name: str, pid: int, log: Path) -> None:
-        """List a process in pids.json that is not ours to restart."""
-        self._kept[name] = _Supervised(name, log, pid=pid)
+        """List a process in pids.json that is not ours to restart; one that takes the place of another was restarted."""
+        before = self._kept.get(name)
+        self._kept[name] = _Supervised(name, log, pid=pid, restarts=0 if before is None else before.restarts + 1)
         self._write_pids()
 
     async def serve(self, server: Server) -> None:
@@ -133,18 +135,21 @@ class Supervisor:
             self.failed.set_exception(error)
 
     def _write_pids(self) -> None:
-        self._data.write_pids(
-            {
-                name: {
-                    "pid": kept.pid,
-                    "module": kept.module,
-                    "restarts": kept.restarts,
-                    "started": start_time(kept.pid),
-                }
-                for name, kept in self._kept.items()
-                if kept.pid
+        """List what runs. Where the disk is full, go on: what runs ends with this process, listed or not."""
+        with suppress(OSError):
+            self._data.write_pids(self._rows())
+
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {
+                "pid": kept.pid,
+                "module": kept.module,
+                "restarts": kept.restarts,
+                "started": start_time(kept.pid),
             }
-        )
+            for name, kept in self._kept.items()
+            if kept.pid
+        }
 
 
 def describe_exit(code: int) -> str:

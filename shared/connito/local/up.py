@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from connito.errors import ConnitoError, Fatal, Invalid, Retry
+from connito.errors import ConnitoError, Retry
+from connito.local import begun
 from connito.local.defaults import Profile, UpOptions, profile
 from connito.local.display import Display, choose_display
+from connito.local.machine_limits import check_limits
+from connito.local.outcome import check_outcome
 from connito.platform.datadir import DataDir, is_running
 from connito.platform.session import log_to
-from connito.render import formats
 from connito.runtime.compute import usable_cores
 from connito.runtime.tasks import end_tasks
 
@@ -49,6 +49,7 @@ def run_here(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
     kept alive or the run fails.
     """
     data = DataDir.open(options.data_dir)
+    check_limits(data.root)
     with data.lock(), choose_display(as_json=as_json) as display:
         return asyncio.run(_interruptible(_Up(options, data, display).run))
 
@@ -56,6 +57,7 @@ def run_here(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
 def run_detached(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
     """Run in a process of its own and return when the first cycle is open: `{"run", "data_dir", "pid"}`."""
     data = DataDir.open(options.data_dir)
+    check_limits(data.root)
     with data.lock():
         pass  # Says now, and here, that another one runs.
     data.platform_file.unlink(missing_ok=True)
@@ -89,45 +91,6 @@ def stop(data: DataDir, seconds: float = 30.0) -> int | None:
     return pid
 
 
-def summary(report: dict[str, Any], options: UpOptions) -> str:
-    """Return the summary of a run for the terminal: losses, costs and files."""
-    data, totals = DataDir.open(options.data_dir), report["totals"]
-    first, last = totals["target_loss_first"], totals["target_loss_last"]
-    lines = [f"\n{report['run']}: {report['outcome']['status']} after {len(report['cycles'])} cycles"]
-    if first is not None:
-        general = totals["general_loss_last"] - totals["general_loss_first"]
-        lines.append(f"  {report['domain']} loss   {first:.4f} → {last:.4f} nats per token ({last - first:+.4f})")
-        lines.append(f"  general loss   {general:+.4f}")
-    if totals["upload_share_of_model"]:
-        upload, share = totals["upload_bytes_per_miner_and_cycle"], totals["upload_share_of_model"]
-        lines.append(
-            f"  upload         {formats.size(upload)} a miner and cycle, {formats.percent(share)} of the model"
-        )
-    if report["library"]:
-        lines.append(f"  expert         {report['library']['expert_id']}")
-    lines.append(
-        f"  time, memory   {formats.duration(totals['seconds']['total'])}, at most {formats.size(totals['peak_memory_bytes'])}"
-    )
-    for name in ("report.json", "loss.svg", "generation.md", "logs"):
-        if (data.root / name).exists():
-            lines.append(f"  {data.root / name}")
-    return "\n".join(lines)
-
-
-def check_outcome(report: dict[str, Any], logs: Path) -> None:
-    """Raise the error of a run that did not complete: `Retry` when participants or the store were missing,
-    `Invalid` when the job itself cannot be done, `Fatal` otherwise."""
-    outcome = report["outcome"]
-    if outcome["status"] == "completed":
-        return
-    text = f"run {report['run']} {outcome['status']}: {outcome['reason']} ({outcome['detail']}); logs are in {logs}"
-    if outcome["reason"] in ("too-few-miners", "no-quorum", "store-unavailable"):
-        raise Retry(text)
-    if outcome["reason"] in ("bad-spec", "selection-failed"):
-        raise Invalid(text)
-    raise Fatal(text)
-
-
 async def _interruptible(work: Callable[[], Awaitable[T]]) -> T:
     """Run `work`; SIGINT, SIGTERM and SIGHUP cancel it, so that everything is stopped in order."""
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work())
@@ -153,7 +116,10 @@ class _Up:
     """State of one `connito up`."""
 
     def __init__(self, options: UpOptions, data: DataDir, display: Display, *, stay: bool = False) -> None:
-        self.options, self.data, self.display, self.stay = options, data, display, stay
+        self.begun = None if options.new else begun.find(data)
+        self.options = options if self.begun is None else begun.options_to_go_on(options, self.begun)
+        self.data, self.display, self.stay = data, display, stay
+        self.resumed = False
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
 
@@ -170,7 +136,11 @@ class _Up:
         members = participants(options.miners, options.validators, options.adversaries)
         memory = PeakMemory()
         sampling = asyncio.create_task(memory.run())
-        installation = Installation(self.data, members, chosen.machine(usable_cores()), options.seed, self.display)
+        machine = chosen.machine(usable_cores())
+        if self.begun is not None:
+            # Sums come out to the bit only with as many threads as before.
+            machine = replace(machine, threads=self.data.threads or machine.threads)
+        installation = Installation(self.data, members, machine, options.seed, self.display)
         try:
             self.display.say(f"starting the broker and the store in {self.data.root}")
             async with installation:
@@ -190,21 +160,24 @@ class _Up:
     async def _run_job(self, installation: Installation, chosen: Profile, memory: PeakMemory) -> dict[str, Any]:
         from connito.local.materials import prepare, upload
 
-        options, display = self.options, self.display
+        display = self.display
         await installation.start(installation.services())
-        materials = await prepare(installation, options, chosen, display)
+        materials = await prepare(installation, self.options, chosen, display)
         self._lap("materials")
-        run = await self._run_id(installation)
+        run = await self._choose_run(installation)
         spec = await upload(installation, materials, chosen, run, display)
         self._lap("upload")
         await installation.start([*installation.validators(), *installation.miners()])
-        await self._cancel_unfinished(installation)
-        await self._create(installation, spec)
-        display.say(f"run {run}: adapting {materials.name} to {spec.domain}, {spec.cycles} cycles")
+        if not self.resumed:
+            # Noted first: what is created and not noted would be nobody's.
+            begun.note(self.data, run, self.options)
+            await self._create(installation, spec)
+            display.say(f"run {run}: adapting {materials.name} to {spec.domain}, {spec.cycles} cycles")
         installation.publish(run=run)
         facts = await self._follow(installation, run)
         self._lap("run")
         report = await self._report(installation, facts, materials, memory)
+        begun.forget(self.data)
         installation.publish(finished=True)
         if self.stay:
             display.say("the run has ended; services stay up until `connito down`")
@@ -212,27 +185,33 @@ class _Up:
         check_outcome(report, self.data.logs)
         return report
 
-    async def _run_id(self, installation: Installation) -> str:
-        """Return an id of domain and seed, or time; numbered where the log already holds a run of that name."""
+    async def _choose_run(self, installation: Installation) -> str:
+        """Return the run that an earlier `up` left unfinished, or the id of a new one; with `--new`, cancel the unfinished."""
         from connito.platform.log import read_log
 
+        known = (await read_log(installation.bus, installation.roster)).runs
+        unfinished = [run for run, facts in known.items() if facts.spec is not None and facts.ended is None]
+        if self.begun is not None and (found := known.get(self.begun.run)) is not None and found.spec is not None:
+            self.resumed = True
+            where = "reporting on" if found.ended is not None else "going on with"
+            self.display.say(
+                f"{where} run {found.run}, cycle {found.cycle} of {found.spec.cycles}, which an earlier `connito up` left "
+                "unfinished; `connito up --new` starts another one instead"
+            )
+            return found.run
+        if self.options.new:
+            for run in unfinished:
+                self.display.say(f"cancelling {run}, which an earlier `connito up` left unfinished")
+                await self._with_client(installation, partial(_cancel, run))
+        elif unfinished:
+            self.display.say(f"going on beside: {', '.join(unfinished)}")
+        return self._new_id(known)
+
+    def _new_id(self, known: Collection[str]) -> str:
+        """Return an id of domain and seed, or time; numbered where the log already holds a run of that name."""
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         name = f"{self.options.target}-{stamp if self.options.seed is None else f's{self.options.seed}'}"
-        known = (await read_log(installation.bus, installation.roster)).runs
         return next(run for run in (name, *(f"{name}-{n}" for n in range(2, 10_000))) if run not in known)
-
-    async def _cancel_unfinished(self, installation: Installation) -> None:
-        """Cancel runs that an earlier, killed `up` left behind: they would compete for the machine."""
-        from connito.platform.log import read_log
-
-        def cancel(run: str, client: Client) -> None:
-            client.job.cancel(run, "its `connito up` ended before it did")
-
-        log = await read_log(installation.bus, installation.roster)
-        for facts in log.runs.values():
-            if facts.spec is not None and facts.ended is None:
-                self.display.say(f"cancelling {facts.run}, which an earlier `connito up` left unfinished")
-                await self._with_client(installation, partial(cancel, facts.run))
 
     async def _create(self, installation: Installation, spec: RunSpec) -> None:
         await self._with_client(installation, lambda client: client.job.submit(spec))
@@ -276,12 +255,9 @@ class _Up:
     async def _report(
         self, installation: Installation, facts: RunFacts, materials: Materials, memory: PeakMemory
     ) -> dict[str, Any]:
-        """Write report.json, loss.svg and generation.md."""
-        from connito.local.generation import markdown
-        from connito.views.loss_plot import loss_svg
-        from connito.views.run_report import run_report
+        from connito.local.outcome import generate, write_report
 
-        texts = await self._generate(installation, facts, materials)
+        texts = await generate(installation, facts, materials)
         await asyncio.to_thread(memory.sample)
         self._lap("report")
         totals = {
@@ -291,40 +267,17 @@ class _Up:
             "cores": usable_cores(),
             "seed": self.options.seed,
             "adversaries": list(self.options.adversaries),
+            "resumed": self.resumed,
         }
-        report = run_report(facts, model_bytes=materials.manifest.size, totals=totals)
-        text = json.dumps(report, indent=2) + "\n"
-        for path in (self.data.report, self.options.report):
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-        (self.data.root / "loss.svg").write_text(loss_svg(report))
-        if texts is not None:
-            (self.data.root / "generation.md").write_text(markdown(report, texts))
-        return report
-
-    async def _generate(
-        self, installation: Installation, facts: RunFacts, materials: Materials
-    ) -> list[dict[str, Any]] | None:
-        from connito.local.materials import run_task
-
-        version = facts.version(facts.cycle)
-        if version is None or facts.selection is None or facts.spec is None:
-            return None
-        state = await installation.store.fetch(version.state)
-        params = {
-            "folder": str(materials.folder),
-            "state": str(state),
-            "layers": {str(layer.layer): list(layer.experts) for layer in facts.selection.layers},
-            "holdout": str(materials.corpus(facts.spec.domain, "holdout")),
-        }
-        texts = await run_task(installation, "generate", params, self.display.progress)
-        examples: list[dict[str, Any]] = texts["examples"]
-        return examples
+        return write_report(self.data, self.options, facts, texts, materials, totals)
 
     def _lap(self, phase: str) -> None:
         """Record the seconds since the last phase as those of `phase`."""
         self.seconds[phase] = round(time.monotonic() - self.began - sum(self.seconds.values()), 2)
+
+
+def _cancel(run: str, client: Client) -> None:
+    client.job.cancel(run, "another run was started instead of it")
 
 
 def _wait_until_ready(data: DataDir, child: subprocess.Popen[bytes], display: Display) -> None:

@@ -22,8 +22,9 @@ from nats.errors import Error as NatsError
 
 from connito.bus.permissions import ACCOUNTS, PLATFORM, SELF, Account, Permissions, accounts_of, permissions
 from connito.errors import Invalid, Retry
-from connito.platform.datadir import write_private
+from connito.files import write_durably
 from connito.wire import passes
+from connito.wire.addresses import broker_addresses
 from connito.wire.identity import Identity
 from connito.wire.passes import Authority
 from connito.wire.tls import PLAIN, Tls
@@ -132,7 +133,7 @@ class Accounts:
         options: dict[str, Any] = {"tls": tls.context()} if tls.own or url.startswith("tls://") else {}
         try:
             await client.connect(
-                url.split(","), user_jwt_cb=token.encode, allow_reconnect=False, connect_timeout=2, error_cb=_silent,
+                broker_addresses(url), user_jwt_cb=token.encode, allow_reconnect=False, connect_timeout=2, error_cb=_silent,
                 signature_cb=lambda nonce: base64.b64encode(someone.sign_nonce(nonce.encode())), **options,
             )  # fmt: skip
             for name in (PLATFORM, *ACCOUNTS):
@@ -188,7 +189,7 @@ class Accounts:
     def _write(self, state: dict[str, Any]) -> None:
         # A server keeps the newest claims of what it is told and what it starts with, by whole seconds.
         state["issued_at"] = max(_now(), int(state.get("issued_at", 0)) + 1)
-        write_private(self._path, json.dumps(state, indent=1))
+        write_durably(self._path, json.dumps(state, indent=1) + "\n", 0o600)
 
 
 def _exports() -> list[dict[str, Any]]:

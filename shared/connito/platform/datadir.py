@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import Invalid, NotFound, Retry
+from connito.files import write_durably
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,22 @@ class DataDir:
     @classmethod
     def open(cls, root: Path | None) -> DataDir:
         """Make the folder where it is missing. Raises `Invalid` naming it when that cannot be done."""
-        path = (root or default_data_dir()).absolute()
+        path = cls.at(root).root
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             (path / "logs").mkdir(exist_ok=True, mode=0o700)
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it may not be read and written by this user")
         except OSError as error:
             raise Invalid(
-                f"cannot make the data directory {path}: {error.strerror}; choose another by --data-dir"
+                f"cannot use the data directory {path}: {error.strerror}; choose another by --data-dir"
             ) from error
         return cls(path)
+
+    @classmethod
+    def at(cls, root: Path | None) -> DataDir:
+        """Return the folder as it is, there or not, for who only reads."""
+        return cls((root or default_data_dir()).absolute())
 
     @property
     def keys(self) -> Path:
@@ -103,7 +112,7 @@ class DataDir:
 
     def keep_threads(self, threads: int) -> None:
         """Say for later how many threads a computation had."""
-        (self.root / "threads").write_text(f"{threads}\n")
+        write_durably(self.root / "threads", f"{threads}\n")
 
     def close_to_others(self) -> None:
         """Let only the owner into what lies here. The folder itself may be one that was there before, for other things too."""
@@ -142,7 +151,7 @@ class DataDir:
 
     def write_platform(self, platform: Platform) -> None:
         """Publish where the platform is (atomically, mode 0600)."""
-        write_private(self.platform_file, json.dumps(asdict(platform), indent=1))
+        write_durably(self.platform_file, json.dumps(asdict(platform), indent=1) + "\n", 0o600)
 
     def read_platform(self) -> Platform | None:
         """Return the platform that `write_platform` wrote last, running or not."""
@@ -160,7 +169,7 @@ class DataDir:
 
     def write_pids(self, processes: Mapping[str, Mapping[str, Any]]) -> None:
         """Publish what runs now."""
-        write_private(self.pids, json.dumps(processes, indent=1, sort_keys=True))
+        write_durably(self.pids, json.dumps(processes, indent=1, sort_keys=True) + "\n", 0o600)
 
     def read_pids(self) -> dict[str, dict[str, Any]]:
         """Return the processes that `write_pids` wrote last; empty when nothing runs."""
@@ -200,12 +209,3 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (OSError, IndexError):
         return False
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace a file atomically, readable by the owner only."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text + "\n")
-    draft.replace(path)

@@ -44,7 +44,7 @@ class Session:
                 Roster.load(_path("CONNITO_ROSTER")),
                 tls=Tls.from_environment(os.environ),
             )
-        data = DataDir.open(data_dir)
+        data = DataDir.at(data_dir)
         platform = data.running()
         identity = Identity.load(data.keys / f"{role}.nk")
         return cls(platform.nats_url, identity, Roster.load(data.roster), data, platform)

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from connito.errors import ConnitoError
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on its disk",
+    errno.EDQUOT: "free space within the quota",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EMFILE: "allow more open files (`ulimit -n 4096`)",
+    errno.ENFILE: "close other programs: the whole machine has no file handles left",
+    errno.EAGAIN: "allow more processes and threads (`ulimit -u`)",
+    errno.ENOMEM: "close other programs, or choose a smaller base",
+    errno.EIO: "look at the disk's health",
+}
 
 
 @contextmanager
@@ -21,13 +34,20 @@ def explained() -> Iterator[None]:
     except BrokenPipeError as error:
         raise SystemExit(0) from error
     except OSError as error:
-        # With a file's name it is about this machine (rights, a full disk); without one it is a fault of ours.
-        if error.filename is None:
+        # About this machine, by the file's name (rights, a full disk) or by the kind; else it is a fault of ours.
+        if error.filename is None and error.errno not in _REMEDIES:
             raise
-        print(
-            f"connito: {error.filename}: {error.strerror}; check its rights and its disk, then try again",
-            file=sys.stderr,
-        )
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        remedy = _REMEDIES.get(error.errno or 0, "check its rights and its disk")
+        print(f"connito: {where}{error.strerror}; {remedy}, then try again", file=sys.stderr)
+        raise SystemExit(5) from error
+    except MemoryError as error:
+        print(f"connito: not enough memory; {_REMEDIES[errno.ENOMEM]}, then try again", file=sys.stderr)
+        raise SystemExit(5) from error
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        print(f"connito: {error}; {_REMEDIES[errno.EAGAIN]}, then try again", file=sys.stderr)
         raise SystemExit(5) from error
     except KeyboardInterrupt as error:
         print("connito: interrupted", file=sys.stderr)

@@ -8,26 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from connito import files
+
 
 class Disk:
     """Writing so that a crash at any moment leaves the old content or the new one, never a part. Raises `OSError`."""
 
     def write(self, path: Path, data: bytes) -> None:
         """Replace the content of a file."""
-        draft = path.with_name(path.name + ".tmp")
-        draft.write_bytes(data)
-        self.keep(draft, path)
+        files.write_durably(path, data)
 
     def keep(self, draft: Path, path: Path) -> None:
         """Give a finished file its name: synced, then renamed, so that it is whole or not there."""
-        for step in (draft, path.parent):
-            descriptor = os.open(step, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if step == draft:
-                draft.replace(path)
+        files.keep(draft, path)
 
 
 def now_ms() -> int:

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from connito.errors import Fatal
+from connito.errors import Fatal, Invalid
+from connito.wire.addresses import broker_addresses
+from connito.wire.subjects import check_token
 from connito.wire.tls import Tls
 
 PREFIX = "CONNITO_"
@@ -60,6 +62,22 @@ class ServiceSettings(BaseSettings):
     torch_threads: int = Field(0, ge=0, description="threads per computation; 0: one per core")
     run: str = Field("", description="take part in this run only; empty: in every run")
     drain_seconds: float = Field(10.0, ge=0, description="time to finish what was started after SIGTERM")
+
+    @field_validator("run")
+    @classmethod
+    def _names_a_run(cls, run: str) -> str:
+        try:
+            return check_token(run, "the run") if run else run
+        except Invalid as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("nats_url")
+    @classmethod
+    def _names_brokers(cls, url: str) -> str:
+        try:
+            return ",".join(broker_addresses(url))
+        except Invalid as error:
+            raise ValueError(str(error)) from error
 
     @property
     def tls(self) -> Tls:

@@ -38,6 +38,8 @@ _REASONS = frozenset(reasons.Reason.keys())
 AFTER_KEY = "connito-retry-after"
 # How old, or how far ahead, a request may be.
 FRESH_MS = 300_000
+REGISTERED_EVERY = 3.0
+_SILENT = 2
 _OPTIONS = [
     ("grpc.max_receive_message_length", 2 * MAX_ENVELOPE_BYTES),
     ("grpc.so_reuseport", 0),
@@ -213,6 +215,40 @@ async def register(bus: Bus, name: str, address: str, wanted: Callable[[], bool]
             await asyncio.sleep(error.after)
         else:
             return
+
+
+async def stay_registered(bus: Bus, name: str, address: str, tls: Tls = PLAIN, every: float = REGISTERED_EVERY) -> None:
+    """Take over the entry of `name` whenever nobody serves at the address that stands there. For ever.
+
+    Of several replicas without a common address the last one to register is found; when that one is lost, another must be.
+    """
+    silent = 0
+    while True:
+        await asyncio.sleep(every)
+        try:
+            known = await bus.find_endpoint(name, timeout=0.0)
+        except Retry:
+            known = ""
+        silent = 0 if known == address or (known and await _serves(known, tls)) else silent + 1
+        if silent >= _SILENT:
+            log.warning(
+                "nobody serves at the registered address, taking over", service=name, before=known, address=address
+            )
+            await register(bus, name, address)
+            silent = 0
+
+
+async def _serves(address: str, tls: Tls) -> bool:
+    async with channel(address, tls) as one:
+        try:
+            health_stub = health_pb2_grpc.HealthStub(one)
+            await health_stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            return (
+                error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+                and error.code() is not grpc.StatusCode.UNAVAILABLE
+            )
+    return True
 
 
 def channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:

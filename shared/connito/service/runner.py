@@ -20,6 +20,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from connito.bus import Bus
 from connito.errors import ConnitoError, Fatal, Retry
+from connito.files import write_durably
 from connito.runtime import tracing
 from connito.runtime.logs import Logger, get_logger, setup_logging
 from connito.runtime.programs import service_module
@@ -225,7 +226,4 @@ class _Service(Generic[S]):
 
 def _write_ports(ports: dict[str, int]) -> None:
     if target := os.environ.get(PORT_FILE):
-        path = Path(target)
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(json.dumps(ports))
-        partial.replace(path)
+        write_durably(Path(target), json.dumps(ports))

@@ -1,4 +1,4 @@
-"""The local cache: one file per artifact, shared by every process of the machine, verified once."""
+"""The local cache: one file per artifact, shared by every process of the machine, verified whenever it is handed out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from connito.runtime import metrics
-from connito.store.eviction import PASSING, make_room
+from connito.store.eviction import PASSING, USED, make_room
 from connito.store.presigned import disk_or_network
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 
@@ -25,9 +25,8 @@ def digest_of_file(path: Path) -> tuple[str, int]:
 
 
 class Cache:
-    """`<folder>/<first two digits>/<digest>`, with a stamp beside it that says for which size and time it was verified.
-
-    A file that was changed since (its stamp no longer matches) is verified again, and fetched again if it is wrong.
+    """`<folder>/<first two digits>/<digest>`. A file is hashed each time it is asked for, because a disk may return other
+    bytes than it was given under the same size and time; one that is wrong is fetched again.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 0) -> None:
@@ -41,8 +40,7 @@ class Cache:
     def get(self, ref: ArtifactRef, download: Callable[[Path], None]) -> Path:
         """Return the verified file. `download` (into the path given, verifying) runs in at most one process at a time."""
         path = self.path(ref)
-        if self._is_stamped(path, ref):
-            metrics.CACHE.labels("hit").inc()
+        if self._holds(path, ref):
             return path
         try:
             self._make(path.parent)
@@ -62,17 +60,12 @@ class Cache:
         return self.get(ref, link)
 
     def _fill(self, path: Path, ref: ArtifactRef, download: Callable[[Path], None]) -> None:
-        if self._is_stamped(path, ref):
-            metrics.CACHE.labels("hit").inc()
+        if self._holds(path, ref):
             return
-        if path.exists():
-            if digest_of_file(path) == (ref.digest, ref.size):
-                metrics.CACHE.labels("verified").inc()
-                self._stamp(path)
-                return
-            metrics.CACHE.labels("corrupt").inc()
-            path.unlink()
-        metrics.CACHE.labels("miss").inc()
+        metrics.CACHE.labels("corrupt" if path.exists() else "miss").inc()
+        # Whoever holds the lock is alone: every other draft is of a process that was killed.
+        for left in (path, *path.parent.glob(f"{path.name}.part*")):
+            left.unlink(missing_ok=True)
         make_room(self.folder, ref.size, self.max_bytes)
         if ref.realm == REALM_SUBMISSION:
             path.with_name(path.name + PASSING).touch()
@@ -81,10 +74,11 @@ class Cache:
             download(partial)
             if partial.stat().st_nlink == 1:  # Else it is a link to a file of somebody's own.
                 partial.chmod(0o400)
+            # Not synced: what a power cut takes of it is noticed when it is next asked for.
             partial.replace(path)
+            path.with_name(path.name + USED).touch()
         finally:
             partial.unlink(missing_ok=True)
-        self._stamp(path)
 
     def _make(self, folder: Path) -> None:
         """Make a folder of the cache, which only its owner may enter: held-out text and hand-ins lie in it."""
@@ -94,28 +88,17 @@ class Cache:
             top.chmod(0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
 
-    def _is_stamped(self, path: Path, ref: ArtifactRef) -> bool:
+    def _holds(self, path: Path, ref: ArtifactRef) -> bool:
         try:
-            status = path.stat()
-            stamp = _stamp_path(path)
-            if status.st_size != ref.size or stamp.read_text() != _stamp_text(status):
+            if path.stat().st_size != ref.size or digest_of_file(path)[0] != ref.digest:
                 return False
-            # Its time is when the file was last asked for; what was longest ago is evicted first.
-            os.utime(stamp)
-            return True
         except OSError:
             return False
-
-    def _stamp(self, path: Path) -> None:
-        _stamp_path(path).write_text(_stamp_text(path.stat()))
-
-
-def _stamp_path(path: Path) -> Path:
-    return path.with_name(path.name + ".ok")
-
-
-def _stamp_text(status: os.stat_result) -> str:
-    return f"{status.st_size} {status.st_mtime_ns}"
+        with suppress(OSError):  # A full disk is no reason to fetch again.
+            # Its mark's time is when the file was last asked for; what was longest ago is evicted first.
+            path.with_name(path.name + USED).touch()
+        metrics.CACHE.labels("hit").inc()
+        return True
 
 
 @contextmanager

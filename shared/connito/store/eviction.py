@@ -15,8 +15,8 @@ from connito.runtime import metrics
 IN_USE_SECONDS = 600.0
 # So much of the disk stays free where no limit was set: a share, and at most these bytes.
 FREE_SHARE, FREE_BYTES = 0.05, 4 << 30
-# The ending of a file that goes first.
-PASSING = ".passing"
+# Endings of what lies beside a file: of one that goes first, and of the mark whose time is when it was last asked for.
+PASSING, USED = ".passing", ".ok"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def make_room(
         if freed >= excess:
             break
         if entry.used < before:
-            for path in (entry.path, *(entry.path.with_name(entry.path.name + end) for end in (".ok", PASSING))):
+            for path in (entry.path, *(entry.path.with_name(entry.path.name + end) for end in (USED, PASSING))):
                 path.unlink(missing_ok=True)
             freed += entry.size
             metrics.CACHE.labels("evicted").inc()
@@ -66,8 +66,8 @@ def _free(folder: Path) -> int:
 
 
 def _entries(folder: Path) -> Iterator[_Entry]:
-    """Yield the files of the cache; `used` is when one was last asked for, which its stamp keeps."""
-    for stamp in folder.glob("sha256/*/*.ok"):
+    """Yield the files of the cache; `used` is when one was last asked for, which its mark keeps."""
+    for mark in folder.glob(f"sha256/*/*{USED}"):
         with suppress(OSError):
-            path = stamp.with_suffix("")
-            yield _Entry(path, path.stat().st_size, stamp.stat().st_mtime, path.with_name(path.name + PASSING).exists())
+            path = mark.with_suffix("")
+            yield _Entry(path, path.stat().st_size, mark.stat().st_mtime, path.with_name(path.name + PASSING).exists())

@@ -15,6 +15,7 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
 from connito.errors import Invalid
+from connito.files import write_durably
 from connito.wire import passes
 
 # Everything that Connito signs starts with this. A broker's login nonce never may (see `sign_nonce`).
@@ -63,6 +64,8 @@ class Identity:
             seed, _, tokens = path.read_text().strip().partition("\n")
             identity = cls.from_seed(seed)
             return identity.with_passes(passes.parse(tokens, identity.public)) if tokens.strip() else identity
+        except (Invalid, UnicodeDecodeError) as error:
+            raise Invalid(f"the key file {path} is damaged or another kind of file: {error}") from error
         except OSError as error:
             raise Invalid(
                 f"cannot read the key file {path}: {error.strerror}; make one with `connito miner init`"
@@ -75,9 +78,7 @@ class Identity:
     def save(self, path: Path) -> None:
         """Write the seed and the passes, readable by the owner only."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write("\n".join((self.seed, *self.passes)) + "\n")
+        write_durably(path, "\n".join((self.seed, *self.passes)) + "\n", 0o600)
 
     def sign(self, message: bytes) -> bytes:
         """Return 64-byte ed25519 signature over the tag and `message`."""

@@ -21,6 +21,7 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import VerifyKey
 
 from connito.errors import Invalid
+from connito.files import write_durably
 
 OPERATOR, ACCOUNT = nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT
 # Between the passes of one key, where they are handed over as one word.
@@ -60,9 +61,7 @@ class Authority:
     def save(self, path: Path) -> None:
         """Write the seed, readable by the owner only."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self.seed + "\n")
+        write_durably(path, self.seed + "\n", 0o600)
 
     def sign(self, subject: str, name: str, kind: str, body: Mapping[str, Any], issued_at: int) -> str:
         """Return a token for `subject` (a public key). `kind`: user, account or operator; `issued_at`: Unix seconds."""

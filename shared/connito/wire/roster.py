@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from connito.errors import Invalid
+from connito.files import write_durably
 from connito.wire.identity import is_public_key
 
 ROLES = ("coordinator", "selector", "committer", "aggregator", "library", "validator", "customer")
@@ -97,7 +98,7 @@ class Roster:
     def save(self, path: Path) -> None:
         """Write the file that `load` reads."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json())
+        write_durably(path, self.to_json())
 
     def to_json(self) -> str:
         """Return the file's content."""

@@ -126,9 +126,28 @@ async def test_forked_services_end_with_the_preloaded_process(tmp_path: Path, pr
     os.kill(fork_server.pid, signal.SIGKILL)
     assert await process.exited == -signal.SIGKILL
     await gone(process.pid)
-    with pytest.raises(Fatal, match=r"fork-server\.log"):
-        await fork_server.start(wanted)
     await fork_server.close()
+
+
+async def test_a_preloaded_process_that_was_killed_is_replaced(
+    tmp_path: Path, data: DataDir, program: Callable[..., Program]
+) -> None:
+    begun: list[int] = []
+    fork_server = await ForkLauncher.open(
+        tmp_path / "fork-server.log", {**os.environ, "PYTHONPATH": str(tmp_path)}, ["json"], begun=begun.append
+    )
+    supervisor = Supervisor(data, lambda _: None)
+    await supervisor.start(program("child", ENDLESS), fork_server)
+    for losses in (1, 2):
+        before = data.read_pids()["child"]["pid"]
+        os.kill(fork_server.pid, signal.SIGKILL)
+        await until(lambda before=before: data.read_pids()["child"]["pid"] != before)  # type: ignore[misc]
+        assert (fork_server.losses, supervisor.restarts) == (losses, {"child": losses})
+    assert len(set(begun)) == 3
+    assert is_running(data.read_pids()["child"]["pid"])
+    await supervisor.stop()
+    await fork_server.close()
+    await gone(fork_server.pid)
 
 
 async def test_an_import_that_fails_is_reported_with_its_log(tmp_path: Path, program: Callable[..., Program]) -> None:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from connito.errors import ConnitoError
 from connito.local.generation import markdown
-from connito.local.up import check_outcome
+from connito.local.outcome import check_outcome
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.live import announce, phase

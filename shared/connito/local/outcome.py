@@ -1,0 +1,102 @@
+"""Write what `connito up` leaves of a run (report.json, loss.svg, generation.md), and say how it ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from connito.errors import Fatal, Invalid, Retry
+from connito.files import write_durably
+from connito.local.defaults import UpOptions
+from connito.platform.datadir import DataDir
+from connito.render import formats
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from connito.local.installation import Installation
+    from connito.local.materials import Materials
+    from connito.wire.facts import RunFacts
+
+
+def summary(report: dict[str, Any], options: UpOptions) -> str:
+    """Return the summary of a run for the terminal: losses, costs and files."""
+    data, totals = DataDir.at(options.data_dir), report["totals"]
+    first, last = totals["target_loss_first"], totals["target_loss_last"]
+    lines = [f"\n{report['run']}: {report['outcome']['status']} after {len(report['cycles'])} cycles"]
+    if first is not None:
+        general = totals["general_loss_last"] - totals["general_loss_first"]
+        lines.append(f"  {report['domain']} loss   {first:.4f} → {last:.4f} nats per token ({last - first:+.4f})")
+        lines.append(f"  general loss   {general:+.4f}")
+    if totals["upload_share_of_model"]:
+        upload, share = totals["upload_bytes_per_miner_and_cycle"], totals["upload_share_of_model"]
+        lines.append(
+            f"  upload         {formats.size(upload)} a miner and cycle, {formats.percent(share)} of the model"
+        )
+    if report["library"]:
+        lines.append(f"  expert         {report['library']['expert_id']}")
+    lines.append(
+        f"  time, memory   {formats.duration(totals['seconds']['total'])}, at most {formats.size(totals['peak_memory_bytes'])}"
+    )
+    for name in ("report.json", "loss.svg", "generation.md", "logs"):
+        if (data.root / name).exists():
+            lines.append(f"  {data.root / name}")
+    return "\n".join(lines)
+
+
+def check_outcome(report: dict[str, Any], logs: Path) -> None:
+    """Raise the error of a run that did not complete: `Retry` when participants or the store were missing,
+    `Invalid` when the job itself cannot be done, `Fatal` otherwise."""
+    outcome = report["outcome"]
+    if outcome["status"] == "completed":
+        return
+    text = f"run {report['run']} {outcome['status']}: {outcome['reason']} ({outcome['detail']}); logs are in {logs}"
+    if outcome["reason"] in ("too-few-miners", "no-quorum", "store-unavailable"):
+        raise Retry(text)
+    if outcome["reason"] in ("bad-spec", "selection-failed"):
+        raise Invalid(text)
+    raise Fatal(text)
+
+
+async def generate(installation: Installation, facts: RunFacts, materials: Materials) -> list[dict[str, Any]] | None:
+    """Continue held-out documents with the base and with the adapted model; None without a version."""
+    from connito.local.materials import run_task
+
+    version = facts.version(facts.cycle)
+    if version is None or facts.selection is None or facts.spec is None:
+        return None
+    state = await installation.store.fetch(version.state)
+    params = {
+        "folder": str(materials.folder),
+        "state": str(state),
+        "layers": {str(layer.layer): list(layer.experts) for layer in facts.selection.layers},
+        "holdout": str(materials.corpus(facts.spec.domain, "holdout")),
+    }
+    texts = await run_task(installation, "generate", params, installation.display.progress)
+    examples: list[dict[str, Any]] = texts["examples"]
+    return examples
+
+
+def write_report(
+    data: DataDir,
+    options: UpOptions,
+    facts: RunFacts,
+    texts: list[dict[str, Any]] | None,
+    materials: Materials,
+    totals: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write report.json, also where `--report` says, loss.svg and generation.md; return the report."""
+    from connito.local.generation import markdown
+    from connito.views.loss_plot import loss_svg
+    from connito.views.run_report import run_report
+
+    report = run_report(facts, model_bytes=materials.manifest.size, totals=totals)
+    for path in (data.report, options.report):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, json.dumps(report, indent=2) + "\n")
+    write_durably(data.root / "loss.svg", loss_svg(report))
+    if texts is not None:
+        write_durably(data.root / "generation.md", markdown(report, texts))
+    return report

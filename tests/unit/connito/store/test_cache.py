@@ -1,0 +1,88 @@
+"""A file of the cache is verified whenever it is handed out, whatever its size and time say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from connito.errors import Invalid
+from connito.store import ref_of_bytes
+from connito.store.cache import Cache
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+
+DATA = bytes(range(256)) * 40
+REF = ref_of_bytes(DATA, "text/plain", REALM_PUBLIC)
+
+
+class Source:
+    """Counts how often the artifact was fetched."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, target: Path) -> None:
+        self.times += 1
+        target.write_bytes(DATA)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path)
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+def test_what_is_right_is_not_fetched_again(cache: Cache, source: Source) -> None:
+    path = cache.get(REF, source)
+    assert cache.get(REF, source) == path
+    assert source.times == 1
+
+
+@pytest.mark.parametrize("position", [0, 1, len(DATA) // 2, len(DATA) - 1])
+def test_a_flipped_bit_with_the_same_size_and_time_is_noticed(cache: Cache, source: Source, position: int) -> None:
+    path = cache.get(REF, source)
+    before = path.stat()
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(bytes([DATA[position] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.chmod(before.st_mode)
+    assert cache.get(REF, source).read_bytes() == DATA
+    assert source.times == 2
+
+
+@pytest.mark.parametrize("length", [0, 1, len(DATA) // 2, len(DATA) - 1])
+def test_a_file_torn_by_a_power_cut_is_fetched_again(cache: Cache, source: Source, length: int) -> None:
+    os.truncate(cache.get(REF, source), length)
+    assert cache.get(REF, source).read_bytes() == DATA
+
+
+def test_who_reads_a_damaged_file_keeps_it_while_another_takes_its_place(cache: Cache, source: Source) -> None:
+    path = cache.get(REF, source)
+    with path.open("rb") as reading:
+        os.truncate(path, 5)
+        assert cache.get(REF, source).read_bytes() == DATA
+        assert reading.read() == DATA[:5]
+
+
+def test_drafts_of_killed_processes_are_removed(cache: Cache, source: Source) -> None:
+    path = cache.path(REF)
+    path.parent.mkdir(parents=True)
+    path.with_name(f"{path.name}.part1234567").write_bytes(DATA[:100])
+    cache.get(REF, source)
+    assert sorted(left.suffix for left in path.parent.iterdir()) == ["", ".lock", ".ok"]
+
+
+def test_what_cannot_be_fetched_leaves_nothing(cache: Cache) -> None:
+    def broken(target: Path) -> None:
+        target.write_bytes(DATA[:7])
+        raise Invalid("not today")
+
+    with pytest.raises(Invalid, match="not today"):
+        cache.get(REF, broken)
+    assert not cache.path(ArtifactRef(digest=REF.digest)).exists()
