@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from connito.protocol.quorum import pause
 from connito.v1 import run_pb2, services_pb2
+from connito.views.sentences import why_left
 from connito.wire.facts import RunFacts
 
 _PHASES = {
@@ -48,9 +49,8 @@ def status(facts: RunFacts, now_ms: int) -> services_pb2.RunStatus:
 def _detail(facts: RunFacts, now_ms: int) -> str:
     if facts.ended is not None:
         return facts.ended.detail
-    if facts.paused:
-        left = facts.paused[0]
-        return f"the {left.service} cannot go on with this run ({left.action}): {left.detail}"
+    if left := why_left(facts):
+        return left
     spec = facts.require_spec()
     if facts.selection is None:
         return "waiting for the selector"

@@ -40,6 +40,8 @@ AFTER_KEY = "connito-retry-after"
 FRESH_MS = 300_000
 REGISTERED_EVERY = 3.0
 _SILENT = 2
+# A run's status names all who take part.
+ANSWER_BYTES = 1 << 26
 _OPTIONS = [
     ("grpc.max_receive_message_length", 2 * MAX_ENVELOPE_BYTES),
     ("grpc.so_reuseport", 0),
@@ -254,7 +256,7 @@ async def _serves(address: str, tls: Tls) -> bool:
 def channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:
     """Return a client channel to `host:port`; reconnects by itself within a second."""
     options = [
-        *_OPTIONS[:1],
+        ("grpc.max_receive_message_length", ANSWER_BYTES),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),

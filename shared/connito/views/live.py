@@ -10,7 +10,7 @@ from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views import words
 from connito.views.run_report import miner_name, submission_rows
-from connito.views.sentences import detail_of
+from connito.views.sentences import detail_of, why_left
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
@@ -33,6 +33,8 @@ def phase(facts: RunFacts, now_ms: int | None = None) -> str:
         return "submitting the job"
     if facts.ended is not None:
         return f"run {plain_name(run_pb2.RunOutcome, facts.ended.outcome)}"
+    if left := why_left(facts):
+        return left
     if facts.selection is None:
         return "selecting the experts that the domain uses"
     if facts.cycle == 0:

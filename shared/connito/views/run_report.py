@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
-from connito.views.sentences import detail_of
+from connito.views.sentences import detail_of, why_left
 from connito.views.standings import paid, ratings, validator_rows
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.fact import Fact
@@ -42,7 +42,8 @@ def run_report(facts: RunFacts, *, model_bytes: int = 0, totals: Mapping[str, An
 def outcome(facts: RunFacts) -> dict[str, str]:
     """Return how the run ended: `{"status", "reason", "detail"}`; status `running` while it has not."""
     if facts.ended is None:
-        return {"status": "running", "reason": "", "detail": ""}
+        paused = facts.paused[0].reason if facts.paused else reasons_pb2.REASON_UNSPECIFIED
+        return {"status": "running", "reason": reason_name(paused), "detail": why_left(facts)}
     status = plain_name(run_pb2.RunOutcome, facts.ended.outcome)
     return {"status": status, "reason": reason_name(facts.ended.reason), "detail": facts.ended.detail}
 

@@ -12,6 +12,7 @@ from connito.protocol.findings import Outcome, finding_of, outcomes_of
 from connito.v1 import cycle_pb2 as c
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.run_pb2 import RunSpec
+from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 
 
@@ -24,6 +25,11 @@ def sentence(finding: Finding) -> str:
     """Return a finding in words; its own text for a kind that is newer than this program."""
     template = SENTENCES.get(finding.kind)
     return finding.text if template is None else template.format(f=finding, **_words(finding))
+
+
+def why_left(facts: RunFacts) -> str:
+    """Return which service cannot go on with a run, and why; empty while all can."""
+    return next((f"the {one.service} cannot go on ({one.action}): {one.detail}" for one in facts.paused), "")
 
 
 def as_recorded(message: Message, spec: RunSpec | None) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from connito.v1 import cycle_pb2, run_pb2, services_pb2
+from connito.views.live import phase
+from connito.views.run_report import outcome
 
 from services.coordinator.handlers import decide
 from services.coordinator.status import status, version
-from tests.support.run import RUN
+from tests.support.run import RUN, Run
 from tests.unit.services.coordinator.world import World
 
 
@@ -84,3 +86,12 @@ def test_a_run_is_paused_from_the_deadline_until_enough_are_there() -> None:
     world.trained("mb")
     world.seed_committed("va")
     assert status(world.facts, world.now).phase == services_pb2.RUN_PHASE_RUNNING
+
+
+def test_a_run_that_a_service_has_left_says_so_until_it_goes_on() -> None:
+    run = Run().created().selected().miners("UA").validators("UV").opened("train")
+    run.say("run", 0, "paused", key="UC", service="committer", in_cycle=1, action="r1/settle", detail="KeyError: 'x'")
+    for said in (status(run.facts, 0).detail, phase(run.facts), outcome(run.facts)["detail"]):
+        assert said == "the committer cannot go on (r1/settle): KeyError: 'x'"
+    run.opened("train", 2)
+    assert "committer" not in status(run.facts, 0).detail
