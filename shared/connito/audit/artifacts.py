@@ -14,6 +14,7 @@ from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.library.start import deposits, wants_start
 from connito.protocol.findings import OF_THE_FILE, check_version
+from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
@@ -81,8 +82,12 @@ def named(evidence: Evidence) -> Iterator[Named]:
             yield Named("record of the expert to start from", candidate.record)
         if facts.selection.background.digest:
             yield Named("background experts", facts.selection.background)
+    kept = horizon(facts)
     for cycle in facts.cycles():
         settled, version = facts.window("submit", cycle).settled, facts.version(cycle)
+        # The first cycle that is kept began from what the one before left, and looks back at its submissions.
+        if cycle + 1 < kept:
+            continue
         for entry in settled.submissions if settled is not None else ():
             yield Named(f"submission of {evidence.name(entry.miner)}", entry.artifact, cycle, entry.miner)
         if version is not None:

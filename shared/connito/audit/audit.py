@@ -13,6 +13,7 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid
+from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 
 if TYPE_CHECKING:
@@ -135,9 +136,14 @@ def _cycles(work: recompute.Recomputation, options: Options) -> Iterator[Step]:
         models = remeasure.Models(evidence, work.artifacts, options.threads)
         yield attempt("selection", 0, lambda: remeasure.selection(work))
         work = replace(work, measure=models.measure)
+    kept = horizon(evidence.facts)
+    if kept > 1:
+        yield Step(
+            "retention", 0, 0, (), f"artifacts of cycles before {kept} are not kept: those are checked by the log alone"
+        )
     for cycle in cycles_of(evidence):
         yield from pure(evidence, cycle)
-        if evidence.facts.window("train", cycle).opened is not None:
+        if cycle >= kept and evidence.facts.window("train", cycle).opened is not None:
             yield from recomputed(work, models, cycle)
 
 

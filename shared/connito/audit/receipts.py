@@ -13,6 +13,7 @@ from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid, NotFound
 from connito.protocol.assignment import assigned
+from connito.protocol.retention import horizon
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import detail_of
@@ -87,6 +88,10 @@ def explain(evidence: Evidence, artifacts: Artifacts, cycle: int, miner: str, op
     Raises `NotFound` when the miner said nothing in the cycle.
     """
     content = receipt(evidence, cycle, miner)
+    if cycle < (kept := horizon(evidence.facts)):
+        raise Invalid(
+            f"run {evidence.run} keeps the artifacts of cycles from {kept}; an earlier submission cannot be measured again"
+        )
     steps = [_about(step, cycle, miner) for step in _steps(evidence, artifacts, cycle, miner, options)]
     return Receipt(content, steps)
 

@@ -15,12 +15,13 @@ from connito.bus import Bus
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.platform.session import Session
+from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 from connito.store import ArtifactStore
 from connito.store.artifacts import StoredObject
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.v1.run_pb2 import RunArchived
 from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact, verify_ingress
 
@@ -41,6 +42,7 @@ class Cleaning:
 
 def clean(session: Session, *, older_than_s: float = DAY, remove: bool = False, say: Notify = silent) -> Cleaning:
     """Find what no message of the log names, directly or through another artifact, and no base; with `remove`, delete it.
+    Cycles that a run's `retention.cycles` does not keep count as naming nothing.
 
     Younger objects than `older_than_s` seconds stay: somebody may be about to name them. For the operator. Raises `Invalid`
     for a negative age, `Retry` while broker or store are away.
@@ -55,9 +57,9 @@ async def _clean(session: Session, store: ArtifactStore, older_than_s: float, re
     objects = await store.objects()
     say(f"{len(objects)} objects in the store")
     async with session.bus() as bus:
-        named = await _named(bus, session.roster, store)
+        named, expired = await _named(bus, session.roster, store)
     say(f"{len(named)} artifacts are named")
-    stale = [one for one in objects if one.digest not in named and one.age_s >= older_than_s]
+    stale = [one for one in objects if one.digest not in named and (one.digest in expired or one.age_s >= older_than_s)]
     for one in stale:
         if one.size <= READ_BYTES and await store.media_type(one.key) == MANIFEST_TYPE:
             # A base may wait for its first run.
@@ -66,23 +68,38 @@ async def _clean(session: Session, store: ArtifactStore, older_than_s: float, re
     if remove:
         for number, one in enumerate(stale, 1):
             say(f"removing {number} of {len(stale)}")
-            await store.remove(one.key, older_than_s)
+            await store.remove(one.key, 0.0 if one.digest in expired else older_than_s)
     gone = {one.key for one in stale}
     return Cleaning(stale, [one for one in objects if one.key not in gone], remove)
 
 
-async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> set[str]:
-    """Return the digests that the log names. Of a run that an archive holds, only what the library says of it counts."""
+async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> tuple[set[str], set[str]]:
+    """Return the digests that the log names, and those that it named until their cycle was too long ago.
+
+    Of a run that an archive holds, only what the library says of it counts.
+    """
     facts = [fact async for record in bus.stored((*FACT_STREAMS, "INGRESS")) if (fact := _verified(record, roster))]
-    archived = {fact.run for fact in facts if fact.of(RunArchived)}
-    refs = {
-        ref.digest: ref
-        for fact in facts
-        if fact.run not in archived or fact.key.section == "library"
-        for ref in references(fact.message)
-    }
+    runs: dict[str, RunFacts] = {}
+    for fact in facts:
+        if fact.stream != "INGRESS":
+            runs.setdefault(fact.run, RunFacts(fact.run)).add(fact)
+    refs: dict[str, ArtifactRef] = {}
+    expired: set[str] = set()
+    for fact in facts:
+        run = runs.get(fact.run)
+        if run is not None and run.archived is not None and fact.key.section != "library":
+            continue
+        if run is not None and _cycle_of(fact) and _cycle_of(fact) + 1 < horizon(run):
+            expired.update(ref.digest for ref in references(fact.message))
+        else:
+            refs.update((ref.digest, ref) for ref in references(fact.message))
     inside = [digest for ref in refs.values() for digest in await _inside(store, ref)]
-    return {*refs, *inside}
+    return {*refs, *inside}, expired - {*refs, *inside}
+
+
+def _cycle_of(fact: Fact) -> int:
+    """Return the cycle that a fact, or what a miner said, belongs to; 0 for the run."""
+    return fact.key.cycle or int(getattr(fact.message, "cycle", 0))
 
 
 def _verified(record: Record, roster: Roster) -> Fact | None:

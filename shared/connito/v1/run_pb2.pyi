@@ -542,6 +542,28 @@ class Objective(_message.Message):
 Global___Objective: _TypeAlias = Objective  # noqa: Y015
 
 @_typing.final
+class RetentionPolicy(_message.Message):
+    """How long what a run's facts name is kept while the run goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CYCLES_FIELD_NUMBER: _builtins.int
+    cycles: _builtins.int
+    """Cycles whose submissions and states are kept, the last ones; the final state and the library's stay. 0: all of them."""
+    def __init__(
+        self,
+        *,
+        cycles: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycles", b"cycles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetentionPolicy: _TypeAlias = RetentionPolicy  # noqa: Y015
+
+@_typing.final
 class RunSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -573,6 +595,7 @@ class RunSpec(_message.Message):
     ORGANISATION_FIELD_NUMBER: _builtins.int
     DATA_SOURCES_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     domain: _builtins.str
     cycles: _builtins.int
@@ -637,6 +660,8 @@ class RunSpec(_message.Message):
     def data_sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the data's sources, by which their owners can later take it out of the library."""
 
+    @_builtins.property
+    def retention(self) -> Global___RetentionPolicy: ...
     def __init__(
         self,
         *,
@@ -668,10 +693,11 @@ class RunSpec(_message.Message):
         organisation: _builtins.str = ...,
         data_sources: _abc.Iterable[_builtins.str] | None = ...,
         protocol_version: _builtins.int = ...,
+        retention: Global___RetentionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "enrolment", b"enrolment", "holdout", b"holdout", "merging", b"merging", "objective", b"objective", "probe", b"probe", "replay", b"replay", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "enrolment", b"enrolment", "holdout", b"holdout", "merging", b"merging", "objective", b"objective", "probe", b"probe", "replay", b"replay", "retention", b"retention", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "benchmarks", b"benchmarks", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_sources", b"data_sources", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "objective", b"objective", "organisation", b"organisation", "probe", b"probe", "protocol_version", b"protocol_version", "replay", b"replay", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "start_from", b"start_from", "train", b"train", "training", b"training", "visibility", b"visibility", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "benchmarks", b"benchmarks", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_sources", b"data_sources", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "objective", b"objective", "organisation", b"organisation", "probe", b"probe", "protocol_version", b"protocol_version", "replay", b"replay", "retention", b"retention", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "start_from", b"start_from", "train", b"train", "training", b"training", "visibility", b"visibility", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

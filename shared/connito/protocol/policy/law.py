@@ -108,6 +108,8 @@ LAW: Mapping[str, Number | Choice] = {
     "enrolment.max_miners": Number(0, 0, 100_000, zero=True),
     # Without a bound, one key would fill the work queue of all runs.
     "enrolment.messages_per_cycle": Number(16, 1, 256),
+    # A submission may be one cycle late, and is measured on the state that it began from.
+    "retention.cycles": Number(0, 2, MAX_CYCLES, zero=True),
     "objective.improvement": Number(0, 0, 100, zero=True),
 }
 

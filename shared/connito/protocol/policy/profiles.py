@@ -61,7 +61,7 @@ PROFILES: Mapping[str, Mapping[str, float]] = {
     },
 }
 # Policies of which single fields may be set; the others have words of their own in a job.
-SETTABLE = ("selection", "training", "scoring", "merging", "windows", "rewards")
+SETTABLE = ("selection", "training", "scoring", "merging", "windows", "rewards", "retention")
 
 
 def policies(profile: str = PLATFORM) -> RunSpec:
