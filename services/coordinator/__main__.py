@@ -15,6 +15,7 @@ from connito.service.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
 
 from .actions import STREAMS, Coordinator
+from .admission import Admission
 from .api import NAME, RunApi
 from .settings import CoordinatorSettings
 from .state import State
@@ -32,7 +33,8 @@ async def main(ctx: ServiceContext[CoordinatorSettings], serve: rpc.ServeApi = r
         service="coordinator",
     )  # fmt: skip
     limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
-    api = RunApi(ctx.bus, state, ctx.roster, state.changes, limit, clock.now_ms)
+    admission = Admission(settings.admission, settings.admission_bus or settings.nats_url, ctx.roster)
+    api = RunApi(ctx.bus, state, ctx.roster, state.changes, limit, clock.now_ms, admission)
     async with Lifecycle(ctx.stop) as life:
         life.start(clock.keep())
         if not await life.finishes(clock.known.wait()):

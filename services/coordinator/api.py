@@ -26,6 +26,7 @@ from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import INSTALLATION
 
 from . import enrolment
+from .admission import Admission
 from .state import Changes, State
 from .status import status, version
 
@@ -47,9 +48,11 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         changes: Changes,
         limit: RateLimit | None = None,
         clock: Callable[[], int] = now_ms,
+        admission: Admission | None = None,
     ) -> None:
         self._bus, self._log, self._roster, self._changes, self._clock = bus, log, roster, changes, clock
         self._limit = limit or RateLimit(math.inf, math.inf, time.monotonic)
+        self._admission = admission or Admission(None, "", roster)
 
     async def CreateRun(self, request: services_pb2.CreateRunRequest, context: Any) -> services_pb2.CreateRunResponse:  # noqa: N802
         """Create a run; again with the same spec is fine. Raises `Invalid` naming the field that is wrong."""
@@ -128,7 +131,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         # Before anything is kept about a key: fresh ones cost nothing.
         enrolment.check_pass(request.admission, miner, self._roster)
         self._limit.take(miner)
-        enrolment.check_key(command, miner, self._roster)
+        enrolment.check_label(command.label)
+        enrolment.check_key(miner, self._roster)
         facts = self._known(command.run)
         check_version(facts.require_spec())
         enrolment.check_ban(facts, self._everywhere, miner)
@@ -140,6 +144,19 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         if facts.ended is not None:
             raise _over(facts, facts.ended)
         return services_pb2.EnrolMinerResponse(spec=facts.spec)
+
+    async def AdmitMiner(  # noqa: N802
+        self, request: services_pb2.AdmitMinerRequest, context: Any
+    ) -> services_pb2.AdmitMinerResponse:
+        """Return passes to the bus for one use of an invite; again is fine. Raises `Invalid`."""
+        self._admission.knock(context.peer())
+        command, miner = open_request(request.envelope, "rpc.AdmitMiner", services_pb2.AdmitMinerCommand)
+        enrolment.check_key(miner, self._roster)
+        invite = enrolment.admitting(command.invite, self._log.runs, self._roster, self._clock())
+        enrolment.check_ban(self._log.runs.get(invite.run) or RunFacts(invite.run), self._everywhere, miner)
+        await self._use(invite, miner)
+        where = self._log.runs[invite.run or INSTALLATION]
+        return self._admission.admit(miner, enrolment.used_at_ms(invite, where, miner))
 
     async def _enrol(self, facts: RunFacts, command: services_pb2.EnrolMinerCommand, miner: str) -> None:
         enrolled = run_pb2.MinerEnrolled(run=command.run, miner=miner, label=command.label)

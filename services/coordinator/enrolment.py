@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from connito.errors import Invalid
 from connito.protocol.bans import refusal, standing
 from connito.v1 import reasons_pb2, run_pb2, services_pb2
+from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
-from connito.wire.invites import needs_invite, verify
+from connito.wire.invites import needs_invite, unverified, verify
 from connito.wire.passes import admitted
 from connito.wire.roster import OPERATOR, ROLES, Roster
 from connito.wire.subjects import INSTALLATION
@@ -15,10 +18,14 @@ from connito.wire.subjects import INSTALLATION
 MAX_LABEL = 80
 
 
-def check_key(command: services_pb2.EnrolMinerCommand, miner: str, roster: Roster) -> None:
-    """Raise `Invalid` for a label that cannot be shown, or a key that judges, merges or keeps the books."""
-    if len(command.label) > MAX_LABEL or not command.label.isprintable():
+def check_label(label: str) -> None:
+    """Raise `Invalid` for a label that cannot be shown."""
+    if len(label) > MAX_LABEL or not label.isprintable():
         raise Invalid(f"label may have up to {MAX_LABEL} printable characters; shorten it")
+
+
+def check_key(miner: str, roster: Roster) -> None:
+    """Raise `Invalid` (NOT_PERMITTED) for a key that judges, merges or keeps the books."""
     for role in (*ROLES, OPERATOR):
         # A customer may compete.
         if role != "customer" and roster.permits(role, miner):
@@ -70,6 +77,23 @@ def invite_for(
     return verify(command.invite, facts.run, spec.customer, roster, now_ms)
 
 
+def admitting(envelope: Envelope, runs: Mapping[str, RunFacts], roster: Roster, now_ms: int) -> run_pb2.Invite:
+    """Return the invite for which a key is let in to the bus. Raises `Invalid` (INVITE_INVALID) saying what is wrong.
+
+    An operator's is for every run or one; a customer's is for a run of its own that has not ended.
+    """
+    named = unverified(envelope).run
+    facts = runs.get(named, RunFacts(named))
+    spec = facts.spec
+    invite = verify(envelope, named, "" if spec is None else spec.customer, roster, now_ms)
+    if named and (spec is None or facts.ended is not None):
+        raise Invalid(
+            f"the invite is for run {named!r}, which is not going on; ask for a new one",
+            reason=reasons_pb2.REASON_INVITE_INVALID,
+        )
+    return invite
+
+
 def free_use(invite: run_pb2.Invite, log: RunFacts, miner: str) -> run_pb2.InviteUsed | None:
     """Return the next use of an invite to write down; None when this key holds one. Raises `Invalid` when all are
     taken.
@@ -90,3 +114,11 @@ def free_use(invite: run_pb2.Invite, log: RunFacts, miner: str) -> run_pb2.Invit
             reason=reasons_pb2.REASON_INVITE_INVALID,
         )
     return run_pb2.InviteUsed(run=invite.run or INSTALLATION, invite=invite.id, number=number, miner=miner)
+
+
+def used_at_ms(invite: run_pb2.Invite, log: RunFacts, miner: str) -> int:
+    """Return when a key that holds a use of an invite took it (Unix ms, by the broker's clock)."""
+    uses = (
+        fact for fact in log.invites_used.values() if (fact.message.invite, fact.message.miner) == (invite.id, miner)
+    )
+    return next(uses).time_unix_ms

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from connito.bus.streams import LEASE_TTL
 from connito.runtime.settings import ServiceSettings
 from pydantic import Field
@@ -17,3 +19,9 @@ class CoordinatorSettings(ServiceSettings):
         5.0, gt=0, description="enrolments and bans that one key may ask for in the long run"
     )
     requests_burst: float = Field(50.0, ge=1, description="enrolments and bans that one key may ask for at once")
+    admission: Path | None = Field(
+        None,
+        description="folder with accounts.json and accounts/miners-*.nk of the operator's, for miners who hold an invite "
+        "and no pass; empty: the operator alone admits",
+    )
+    admission_bus: str = Field("", description="address of the broker as such miners reach it; empty: nats_url")

@@ -161,6 +161,10 @@ spec:
         - { name: CONNITO_GRPC_ADVERTISE, value: "{{ include "connito.fullname" $root }}-{{ $item.name }}.{{ $root.Release.Namespace }}.svc:9090" }
         {{- end }}
         {{- end }}
+        {{- if ($conf.admission).existingSecret }}
+        - { name: CONNITO_ADMISSION, value: /etc/connito/admission }
+        - { name: CONNITO_ADMISSION_BUS, value: {{ $conf.admission.bus | quote }} }
+        {{- end }}
         {{- if $item.page }}
         {{- if not (or $conf.tokenSecret $conf.userHeader) }}
         {{- fail "the console would show every run to whoever reaches it: set console.tokenSecret, or console.userHeader and console.proxies" }}
@@ -215,11 +219,24 @@ spec:
       volumeMounts:
         {{- include "connito.commonMounts" . | nindent 8 }}
         - { name: cache, mountPath: /var/cache/connito }
+        {{- if ($conf.admission).existingSecret }}
+        - { name: admission, mountPath: /etc/connito/admission, readOnly: true }
+        {{- end }}
         {{- if $conf.work }}
         - { name: work, mountPath: /var/lib/connito }
         {{- end }}
   volumes:
     {{- include "connito.commonVolumes" (dict "root" $root "secret" $item.secret) | nindent 4 }}
+    {{- with ($conf.admission).existingSecret }}
+    - name: admission
+      secret:
+        secretName: {{ . | quote }}
+        defaultMode: 0440
+        items:
+          - { key: accounts.json, path: accounts.json }
+          - { key: miners-say.nk, path: accounts/miners-say.nk }
+          - { key: miners-read.nk, path: accounts/miners-read.nk }
+    {{- end }}
     {{- if not $conf.cache }}
     - name: cache
       emptyDir: { sizeLimit: 2Gi }

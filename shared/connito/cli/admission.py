@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit
 from connito.render import formats
+
+if TYPE_CHECKING:
+    from connito.platform.session import Session
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400}
 Run = Annotated[str, typer.Option("--run", help="This run only; without it every run, which only operators may do.")]
@@ -21,10 +24,15 @@ def invite(
     uses: Annotated[int, typer.Option(min=1, help="Keys that may use it.")] = 1,
     expires: Annotated[str, typer.Option(help="How long it is valid: 30m, 12h, 7d.")] = "7d",
     note: Annotated[str, typer.Option(help="A note about who is invited; anyone with the token can read it.")] = "",
+    api: Annotated[
+        str, typer.Option(help="The coordinator's API (host:port) as guests reach it. Default: where it says it is.")
+    ] = "",
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make a token that lets miners into runs by invitation. Signed by the run's customer, or by an operator."""
+    """Make a token that lets miners in: to the bus, and to runs by invitation. Signed by the run's customer, or by an
+    operator.
+    """
     import secrets
 
     from connito.platform.session import Session
@@ -33,7 +41,10 @@ def invite(
 
     session = Session.open(data_dir, role="customer" if run else "operator")
     until = time.time() + seconds(expires)
-    message = Invite(id=secrets.token_hex(8), run=run, expires_unix_ms=int(until * 1000), uses=uses, note=note)
+    where_to = api or _coordinator(session)
+    message = Invite(
+        id=secrets.token_hex(8), run=run, expires_unix_ms=int(until * 1000), uses=uses, note=note, api=where_to
+    )
     token = issue(session.identity, message)
     document = {
         "token": token,
@@ -42,14 +53,30 @@ def invite(
         "uses": uses,
         "expires_unix_ms": message.expires_unix_ms,
         "note": note,
+        "api": where_to,
     }
     where = f"run {run}" if run else "every run by invitation"
     when = formats.moment(1000 * until)
     emit(
         as_json,
         document,
-        lambda: f"{token}\n\nfor {where}, {uses} key{'s' * (uses != 1)}, until {when}\n  connito miner run --invite …",
+        lambda: (
+            f"{token}\n\nfor {where}, {uses} key{'s' * (uses != 1)}, until {when}\n  connito miner join …\n"
+            "  connito miner run --invite …"
+        ),
     )
+
+
+def _coordinator(session: Session) -> str:
+    """Return where the coordinator says its API is; empty where nobody can be asked now."""
+    import asyncio
+
+    from connito.errors import Retry
+
+    try:
+        return asyncio.run(session.endpoints("coordinator"))["coordinator"]
+    except Retry:
+        return ""
 
 
 def ban(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 from connito.render import formats
+
+if TYPE_CHECKING:
+    from connito.wire.identity import Identity
 
 app = typer.Typer(no_args_is_help=True, help="Take part as a miner.")
 KeyFile = Annotated[Path, typer.Option("--key", help="The miner's key file.", envvar="CONNITO_KEY_FILE")]
@@ -46,24 +49,64 @@ def init(
 @app.command("join")
 def join(
     text: Annotated[
-        str, typer.Argument(metavar="PASS", help="What the operator gave you, or the path of a file with it.")
+        str,
+        typer.Argument(
+            metavar="PASS|INVITE", help="What the operator or a customer gave you, or the path of a file with it."
+        ),
     ],
     key: KeyFile = DEFAULT_KEY,
+    api: Annotated[
+        str, typer.Option(help="The coordinator's API (host:port), where the invite names none or another one.")
+    ] = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Put a pass into the key file: with it the broker lets the key in. It is of no use to anybody else."""
+    """Put a pass into the key file: with it the broker lets the key in. An invite is changed for one first."""
     from connito.wire.identity import Identity
     from connito.wire.passes import parse
 
     identity = Identity.load(key)
     path = Path(text) if len(text) < 256 else None
-    tokens = parse(path.read_text() if path is not None and path.is_file() else text, identity.public)
+    word = path.read_text() if path is not None and path.is_file() else text
+    # Passes are JWTs, of three parts each.
+    if "." in word:
+        tokens, bus, roster = parse(word, identity.public), "", ""
+    else:
+        tokens, bus, roster = _change(word, identity, api, key.with_name("roster.json"))
     identity.with_passes(tokens).save(key)
     emit(
         as_json,
-        {"key_file": str(key), "public_key": identity.public, "passes": len(tokens)},
-        lambda: f"{identity.public} may log in; start it with `connito miner run --key {key}`",
+        {"key_file": str(key), "public_key": identity.public, "passes": len(tokens), "bus": bus, "roster": roster},
+        lambda: (
+            f"{identity.public} may log in; start it with\n  "
+            + (f"CONNITO_NATS_URL={bus} CONNITO_ROSTER={roster} " if bus else "")
+            + f"connito miner run --key {key}"
+            + (" --invite …" if bus else "")
+        ),
     )
+
+
+def _change(token: str, identity: Identity, api: str, roster: Path) -> tuple[tuple[str, ...], str, str]:
+    """Return the passes for an invite, the bus's address and the roster's path; a roster that is there stays."""
+    from contextlib import closing
+
+    from connito.client.connection import Connection
+    from connito.errors import Invalid
+    from connito.v1.services_pb2 import AdmitMinerCommand, AdmitMinerRequest
+    from connito.wire.invites import parse, unverified
+    from connito.wire.passes import parse as parse_passes
+    from connito.wire.tls import Tls
+
+    invite = parse(token)
+    address = api or unverified(invite).api
+    if not address:
+        raise Invalid("the invite names no API; add --api HOST:PORT, the coordinator's, which the operator knows")
+    with closing(Connection(lambda _: address, identity, Tls.from_environment(os.environ))) as coordinator:
+        asked = coordinator.seal("rpc.AdmitMiner", AdmitMinerCommand(invite=invite))
+        answer = coordinator.call("coordinator", "AdmitMiner", AdmitMinerRequest(envelope=asked))
+    tokens = parse_passes("\n".join(answer.passes), identity.public)
+    if not roster.exists():
+        roster.write_text(answer.roster_json)
+    return tokens, answer.bus, str(roster)
 
 
 @app.command("run")

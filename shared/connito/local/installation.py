@@ -128,7 +128,9 @@ class Installation:
 
     def services(self) -> list[Role]:
         """Return one process for each service of the control plane."""
-        return [Role(self.members[name], name, {}) for name in SERVICES]
+        # Whoever holds an invite to this platform is let in by its coordinator.
+        own = {"coordinator": {"admission": str(self.data.root)}}
+        return [Role(self.members[name], name, own.get(name, {})) for name in SERVICES]
 
     def validators(self) -> list[Role]:
         """Return one process for each validator."""

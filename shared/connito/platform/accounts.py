@@ -63,21 +63,26 @@ class Accounts:
 
     # Admitting.
 
-    def admit(self, role: str, key: str) -> tuple[str, ...]:
-        """Return passes for a key, for each account that its role has one in. A revoked key is to be readmitted first."""
-        return tuple(self._pass(name, role, key) for name in accounts_of(role))
+    def admit(self, role: str, key: str, issued_at: int | None = None) -> tuple[str, ...]:
+        """Return passes for a key, for each account that its role has one in. A revoked key is to be readmitted first.
+
+        `issued_at`: Unix seconds, now by default; a revocation since then voids the passes.
+        """
+        return tuple(self._pass(name, role, key, issued_at) for name in accounts_of(role))
 
     def welcome(self, role: str, identity: Identity) -> Identity:
         """Return an identity with its passes."""
         return identity.with_passes(self.admit(role, identity.public))
 
-    def _pass(self, account: str, role: str, key: str) -> str:
+    def _pass(self, account: str, role: str, key: str, issued_at: int | None = None) -> str:
         public = self._state()["accounts"][account]
         body: dict[str, Any] = {"issuer_account": public}
         if account not in ACCOUNTS:
             granted = permissions(role, key) if account == PLATFORM else Permissions((">",), (">",))
             body |= _UNLIMITED | _rights(granted)
-        return Authority.load(self._seed(account)).sign(key, account, "user", body, _now())
+        return Authority.load(self._seed(account)).sign(
+            key, account, "user", body, _now() if issued_at is None else issued_at
+        )
 
     def signers(self, role: str) -> set[str]:
         """Return the public keys that sign passes for a role."""

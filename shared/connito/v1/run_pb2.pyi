@@ -769,12 +769,15 @@ class Invite(_message.Message):
     EXPIRES_UNIX_MS_FIELD_NUMBER: _builtins.int
     USES_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    API_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     run: _builtins.str
     expires_unix_ms: _builtins.int
     uses: _builtins.int
     """Keys that may use it."""
     note: _builtins.str
+    api: _builtins.str
+    """Where a key that no broker admits yet changes the invite for its passes (host:port of the coordinator's API)."""
     def __init__(
         self,
         *,
@@ -783,10 +786,11 @@ class Invite(_message.Message):
         expires_unix_ms: _builtins.int = ...,
         uses: _builtins.int = ...,
         note: _builtins.str = ...,
+        api: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_unix_ms", b"expires_unix_ms", "id", b"id", "note", b"note", "run", b"run", "uses", b"uses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api", b"api", "expires_unix_ms", b"expires_unix_ms", "id", b"id", "note", b"note", "run", b"run", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -386,6 +386,79 @@ class EnrolMinerResponse(_message.Message):
 Global___EnrolMinerResponse: _TypeAlias = EnrolMinerResponse  # noqa: Y015
 
 @_typing.final
+class AdmitMinerCommand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVITE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def invite(self) -> _envelope_pb2.Envelope:
+        """A signed `Invite`."""
+
+    def __init__(
+        self,
+        *,
+        invite: _envelope_pb2.Envelope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["invite", b"invite"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invite", b"invite"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitMinerCommand: _TypeAlias = AdmitMinerCommand  # noqa: Y015
+
+@_typing.final
+class AdmitMinerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def envelope(self) -> _envelope_pb2.Envelope:
+        """AdmitMinerCommand, signed by the miner, subject `rpc.AdmitMiner`."""
+
+    def __init__(
+        self,
+        *,
+        envelope: _envelope_pb2.Envelope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitMinerRequest: _TypeAlias = AdmitMinerRequest  # noqa: Y015
+
+@_typing.final
+class AdmitMinerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PASSES_FIELD_NUMBER: _builtins.int
+    ROSTER_JSON_FIELD_NUMBER: _builtins.int
+    BUS_FIELD_NUMBER: _builtins.int
+    roster_json: _builtins.str
+    """The operator's roster, JSON, and the bus as miners reach it."""
+    bus: _builtins.str
+    @_builtins.property
+    def passes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """One for each account that a miner has."""
+
+    def __init__(
+        self,
+        *,
+        passes: _abc.Iterable[_builtins.str] | None = ...,
+        roster_json: _builtins.str = ...,
+        bus: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bus", b"bus", "passes", b"passes", "roster_json", b"roster_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitMinerResponse: _TypeAlias = AdmitMinerResponse  # noqa: Y015
+
+@_typing.final
 class BanMinerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -65,6 +65,11 @@ class RunServiceStub:
                 request_serializer=connito_dot_v1_dot_services__pb2.EnrolMinerRequest.SerializeToString,
                 response_deserializer=connito_dot_v1_dot_services__pb2.EnrolMinerResponse.FromString,
                 _registered_method=True)
+        self.AdmitMiner = channel.unary_unary(
+                '/connito.v1.RunService/AdmitMiner',
+                request_serializer=connito_dot_v1_dot_services__pb2.AdmitMinerRequest.SerializeToString,
+                response_deserializer=connito_dot_v1_dot_services__pb2.AdmitMinerResponse.FromString,
+                _registered_method=True)
         self.BanMiner = channel.unary_unary(
                 '/connito.v1.RunService/BanMiner',
                 request_serializer=connito_dot_v1_dot_services__pb2.BanMinerRequest.SerializeToString,
@@ -112,6 +117,13 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdmitMiner(self, request, context):
+        """Change an invite for the passes that open the bus to the signer, where the operator lets the coordinator sign them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BanMiner(self, request, context):
         """Shut a key out of a run, or of every run, or take that back.
         """
@@ -151,6 +163,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.EnrolMiner,
                     request_deserializer=connito_dot_v1_dot_services__pb2.EnrolMinerRequest.FromString,
                     response_serializer=connito_dot_v1_dot_services__pb2.EnrolMinerResponse.SerializeToString,
+            ),
+            'AdmitMiner': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdmitMiner,
+                    request_deserializer=connito_dot_v1_dot_services__pb2.AdmitMinerRequest.FromString,
+                    response_serializer=connito_dot_v1_dot_services__pb2.AdmitMinerResponse.SerializeToString,
             ),
             'BanMiner': grpc.unary_unary_rpc_method_handler(
                     servicer.BanMiner,
@@ -321,6 +338,33 @@ class RunService:
             '/connito.v1.RunService/EnrolMiner',
             connito_dot_v1_dot_services__pb2.EnrolMinerRequest.SerializeToString,
             connito_dot_v1_dot_services__pb2.EnrolMinerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdmitMiner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/connito.v1.RunService/AdmitMiner',
+            connito_dot_v1_dot_services__pb2.AdmitMinerRequest.SerializeToString,
+            connito_dot_v1_dot_services__pb2.AdmitMinerResponse.FromString,
             options,
             channel_credentials,
             insecure,

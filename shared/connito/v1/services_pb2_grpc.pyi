@@ -39,6 +39,8 @@ class RunServiceStub:
     CancelRun: _grpc.UnaryUnaryMultiCallable[_services_pb2.CancelRunRequest, _services_pb2.CancelRunResponse]
     WatchRun: _grpc.UnaryStreamMultiCallable[_services_pb2.WatchRunRequest, _services_pb2.WatchRunResponse]
     EnrolMiner: _grpc.UnaryUnaryMultiCallable[_services_pb2.EnrolMinerRequest, _services_pb2.EnrolMinerResponse]
+    AdmitMiner: _grpc.UnaryUnaryMultiCallable[_services_pb2.AdmitMinerRequest, _services_pb2.AdmitMinerResponse]
+    """Change an invite for the passes that open the bus to the signer, where the operator lets the coordinator sign them."""
     BanMiner: _grpc.UnaryUnaryMultiCallable[_services_pb2.BanMinerRequest, _services_pb2.BanMinerResponse]
     """Shut a key out of a run, or of every run, or take that back."""
 
@@ -53,6 +55,8 @@ class RunServiceAsyncStub(RunServiceStub):
     CancelRun: _aio.UnaryUnaryMultiCallable[_services_pb2.CancelRunRequest, _services_pb2.CancelRunResponse]  # type: ignore[assignment]
     WatchRun: _aio.UnaryStreamMultiCallable[_services_pb2.WatchRunRequest, _services_pb2.WatchRunResponse]  # type: ignore[assignment]
     EnrolMiner: _aio.UnaryUnaryMultiCallable[_services_pb2.EnrolMinerRequest, _services_pb2.EnrolMinerResponse]  # type: ignore[assignment]
+    AdmitMiner: _aio.UnaryUnaryMultiCallable[_services_pb2.AdmitMinerRequest, _services_pb2.AdmitMinerResponse]  # type: ignore[assignment]
+    """Change an invite for the passes that open the bus to the signer, where the operator lets the coordinator sign them."""
     BanMiner: _aio.UnaryUnaryMultiCallable[_services_pb2.BanMinerRequest, _services_pb2.BanMinerResponse]  # type: ignore[assignment]
     """Shut a key out of a run, or of every run, or take that back."""
 
@@ -100,6 +104,14 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _services_pb2.EnrolMinerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_services_pb2.EnrolMinerResponse, _abc.Awaitable[_services_pb2.EnrolMinerResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AdmitMiner(
+        self,
+        request: _services_pb2.AdmitMinerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_services_pb2.AdmitMinerResponse, _abc.Awaitable[_services_pb2.AdmitMinerResponse]]:
+        """Change an invite for the passes that open the bus to the signer, where the operator lets the coordinator sign them."""
 
     @_abc_1.abstractmethod
     def BanMiner(

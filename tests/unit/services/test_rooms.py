@@ -17,6 +17,7 @@ PURE = {
     "committer": {"judging", "settlement"},
 }
 PERFORMING = {
+    "coordinator": {"admission"},
     "committer": {"content"},
     "trainer": {"adversary", "base", "evaluation", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
