@@ -24,7 +24,7 @@ from google.protobuf.message import Message
 from tests.unit.connito.audit.world import MINERS, RUN, VALIDATORS, World, tell
 
 # Said of an expert once its run has ended: a new one does not make another run of it, so the chain leaves them out.
-AFTERWARDS = {("library", "notice"), ("library", "used")}
+AFTERWARDS = {("library", "notice"), ("library", "used"), ("library", "archived")}
 KINDS = [*sorted(CATALOGUE), *(("ingress", kind) for kind in sorted(INGRESS))]
 
 
