@@ -19,7 +19,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ from bench.tiny_rig import LENGTH, Rig, Tokens, batched
 from bench.work_kinds import COPIES, PARTLY, State
 
 WORLDS, STEPS = ("IID", "non-IID", "same text", "few answers"), (8, 16)
-MINERS, MADE, COMPANY, DRAWS = 12, 2, (3, 4, 6), 1
+MINERS, MADE, COMPANY, ORDERS = 12, 2, (3, 4, 6), 4
 DISTINCT = {"same text": 32, "few answers": 6}
 CALIBRATED_ON, MEASURED_ON = ("recipes", "logs"), ("poems", "ledgers")
 EMISSION = 1_000_000
@@ -93,6 +93,19 @@ class Pool:
     function: Any
     gains: Any
     utilities: list[float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One hand-in that was judged; `honest` is what the others of its cycle earned on average, `share` what it was paid of."""
+
+    kind: str
+    world: str
+    work: str
+    found: bool
+    earned: float
+    honest: float
+    share: float = 1.0
 
 
 def build(seed: int, world: str, steps: int, source: Path, folder: Path, domains: tuple[str, ...]) -> Pool:
@@ -176,39 +189,48 @@ def judge(pool: Pool, rows: Sequence[int], policy: run_pb2.ScorePolicy) -> tuple
     return found, [round(paid.get(name, 0) * shares.get(name, 1.0)) for name in names]
 
 
-def trials(pool: Pool, policy: run_pb2.ScorePolicy) -> list[dict[str, Any]]:
-    """Return one row per judged hand-in: thieves' in drawn companies, and every honest one's in drawn orders."""
-    rng, rows = np.random.default_rng([pool.seed, pool.steps, 5]), []
-    common = {"world": pool.world, "steps": pool.steps, "seed": pool.seed}
-    for count, _ in itertools.product((*COMPANY, MINERS), range(3 * DRAWS)):
+def trials(pool: Pool, policy: run_pb2.ScorePolicy) -> Iterator[Trial]:
+    """Yield what was judged: every honest hand-in in drawn orders, and each theft in drawn companies."""
+    rng = np.random.default_rng([pool.seed, pool.steps, 5])
+    for count, _ in itertools.product((*COMPANY, MINERS), range(ORDERS)):
         order = [int(row) for row in rng.permutation(MINERS)[:count]]
         found, earned = judge(pool, order, policy)
-        mean = max(1.0, float(np.mean(earned)))
-        rows += [
-            {**common, "kind": "honest", "row": row, "found": str(row) in found.original, "earned": round(pay / mean, 4),
-             "share": found.leaning[str(row)].share if str(row) in found.leaning else 1.0}
-            for row, pay in zip(order, earned, strict=True)
-        ]  # fmt: skip
+        mean = float(np.mean(earned))
+        for row, pay in zip(order, earned, strict=True):
+            share = found.leaning[str(row)].share if str(row) in found.leaning else 1.0
+            yield Trial(
+                "honest", pool.world, f"{pool.seed} {pool.steps} {row}", str(row) in found.original, pay, mean, share
+            )
     thieves = [row for row, kind in enumerate(pool.kinds) if kind != "honest" and not kind.endswith(": first")]
-    for row, count, _ in itertools.product(thieves, COMPANY, range(DRAWS)):
+    for row, count in itertools.product(thieves, COMPANY):
         victims = pool.victims[row]
         others = [int(place) for place in rng.permutation(MINERS) if place not in victims]
         company = [int(place) for place in rng.permutation((victims + others)[: max(count, len(victims))])]
         found, earned = judge(pool, [*company, row], policy)
-        mean = max(1.0, float(np.mean(earned[:-1])))
-        told = {"found": str(row) in found.original, "earned": round(earned[-1] / mean, 4), "victim_accused": False}
-        told["accused"] = sum(str(place) in found.original for place in company)
-        rows.append(
-            {
-                **common,
-                "kind": pool.kinds[row],
-                "row": row,
-                "company": count,
-                "useful": pool.utilities[row] > 0.0,
-                **told,
-            }
-        )
-    return rows
+        mean = float(np.mean(earned[:-1]))
+        name = f"{pool.seed} {pool.steps} {row}"
+        yield Trial(pool.kinds[row], pool.world, name, str(row) in found.original, earned[-1], mean)
+
+
+def rates(found: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return one row per kind and world. `earned` is what they got together over what honest miners got in the same cycles."""
+    groups: dict[tuple[str, str], list[Trial]] = {}
+    for trial in found:
+        groups.setdefault((trial.kind, trial.world), []).append(trial)
+    return [
+        {
+            "kind": kind,
+            "world": world,
+            "hand_ins": len(group),
+            "works": len({trial.work for trial in group}),
+            "found": sum(trial.found for trial in group),
+            "found_or_unpaid": sum(trial.found or trial.earned == 0 for trial in group),
+            "earned": round(sum(trial.earned for trial in group) / max(1.0, sum(trial.honest for trial in group)), 3),
+            "paid_in_part": sum(trial.share < 1.0 for trial in group),
+            "share": round(float(np.mean([trial.share for trial in group])), 4),
+        }
+        for (kind, world), group in groups.items()
+    ]
 
 
 def _pools(options: argparse.Namespace) -> list[Pool]:
@@ -246,10 +268,17 @@ def main() -> None:
     torch.set_num_threads(1)
     policy = profile(UpOptions(base="tiny").checked()).spec.scoring
     pools = _pools(options)
-    rows = [row for pool in pools for row in trials(pool, policy)]
-    document = {"machine": machine(), "pools": len(pools), "rows": rows}
-    (options.out / "work_rates.json").write_text(json.dumps(document))
-    note(f"{len(pools)} pools, {len(rows)} hand-ins judged")
+    rows = rates([trial for pool in pools for trial in trials(pool, policy)])
+    settings = {
+        "pools": len(pools),
+        "bases": len({pool.seed for pool in pools}),
+        "steps": list(STEPS),
+        "domains": list(CALIBRATED_ON if options.calibration else MEASURED_ON),
+        "company": list(COMPANY),
+    }
+    document = {"machine": machine(), "settings": settings, "rows": rows}
+    (options.out / "work_rates.json").write_text(json.dumps(document, indent=1))
+    note(f"{len(pools)} pools, {sum(row['hand_ins'] for row in rows)} hand-ins judged")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from connito.v1.cycle_pb2 import Finding
 
 # Earlier works that one is compared with: those most like it. Keeps a cycle of a thousand miners linear in them.
 NEAREST = 32
+# The same of effects: there are as many numbers as held-out sequences, some dozens.
+NEAREST_EFFECTS = 8
 # The function of another, to three digits of its change.
 SAME_FUNCTION = 0.9995
 # A copy's ratios are below these; from the larger ones on, work is its own altogether.
@@ -127,7 +129,8 @@ def _judge(
     if own > 0.0 and policy.copy_effect_threshold > 0.0:
         nearest = int(np.argmax(spaces.function[later, list(firsts)]))
         if spaces.function[later, firsts[nearest]] >= SHARED_FLOOR:
-            names = [submissions[first].miner for first in firsts]
+            near = _nearest(spaces.function, firsts, later, NEAREST_EFFECTS)
+            names = [submissions[firsts[place]].miner for place in near]
             if _same_effect(miner, names, evidence):
                 own, victim = 0.0, nearest
     first = submissions[firsts[victim]].miner
@@ -165,7 +168,7 @@ def _effect(
     return novelty(similarity, range(len(firsts)), len(firsts)).span, limit
 
 
-def _nearest(space: NDArray[np.float64], earlier: Sequence[int], later: int) -> list[int]:
+def _nearest(space: NDArray[np.float64], earlier: Sequence[int], later: int, count: int = NEAREST) -> list[int]:
     """Return places in `earlier`, in their order, of the works most like a later one."""
     likeness = np.abs(space[later, list(earlier)])
-    return sorted(int(place) for place in np.argsort(-likeness, kind="stable")[:NEAREST])
+    return sorted(int(place) for place in np.argsort(-likeness, kind="stable")[:count])

@@ -92,6 +92,40 @@ def test_the_order_of_commitments_decides() -> None:
     assert set(judged([works[0], works[1], works[2], works[3], copy, works[4], works[5]]).original) == {"U6"}
 
 
+def effects(works: Sequence[Array], sequences: int) -> dict[str, dict[tuple[str, int], float]]:
+    """Return gains by miner: what the works do along as many drawn directions, which noise beside them does not change."""
+    lenses = np.stack([work[:sequences] for work in works])
+    return {f"U{place}": {("target", k): float(gain) for k, gain in enumerate(row)} for place, row in enumerate(lenses)}
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_noise_that_changes_no_effect_is_seen_by_the_stake_that_measured_it(count: int) -> None:
+    works = honest(count, 0.6)
+    blur = noise(1.0)
+    blur[:40] = 0.0
+    # As unlike in weights as any other: a mix of three, which leans on no single one.
+    thief = sum(works[:3]) / 3.0 + blur
+    rows = np.stack([*works, thief])
+    gram, gains = rows @ rows.T, effects(list(rows), 40)
+    blind = {
+        miner: {key: float(np.random.default_rng(int(miner[1:])).normal()) for key in row}
+        for miner, row in gains.items()
+    }
+    told = CopyEvidence(gram, {"A": gains, "B": gains, "liar": blind}, {"A": 1.0, "B": 1.0, "liar": 1.5})
+    assert set(own_work(submissions(count + 1), told, gram, POLICY, NUMBERS).original) == {f"U{count}"}
+    framed = CopyEvidence(gram, {"A": blind, "B": blind, "liar": gains}, {"A": 1.0, "B": 1.0, "liar": 1.5})
+    assert own_work(submissions(count + 1), framed, gram, POLICY, NUMBERS).original == {}
+
+
+def test_weights_that_show_nothing_do_not_hide_a_function() -> None:
+    same = own_work(submissions(2), CopyEvidence(np.eye(2)), np.ones((2, 2)), POLICY, NUMBERS)
+    assert same.original == {"U1": "U0"}, "the only other one's function"
+    works = honest(6, 0.6)
+    rows = np.stack([*works, 0.6 * works[1] + 0.4 * works[4]])
+    mixed = own_work(submissions(7), CopyEvidence(np.eye(7)), rows @ rows.T, POLICY, NUMBERS)
+    assert mixed.original == {"U6": "U1"}
+
+
 def test_half_stolen_work_is_paid_a_part() -> None:
     works = honest(6, 0.6)
     own = honest(7, 0.6)[6]
