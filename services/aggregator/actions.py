@@ -14,8 +14,9 @@ from connito.errors import Invalid, VerificationFailed
 from connito.protocol.findings import Refusal, Refusals
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.provenance import check_settled, check_start
+from connito.protocol.rules import quorum_fault
 from connito.protocol.scoring.consensus import Consensus
-from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
+from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree, no_quorum
 from connito.runtime import metrics
 from connito.runtime.compute import ComputeBudget

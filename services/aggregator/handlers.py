@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+from connito.protocol.rules import checked, readable
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2
 from connito.wire.fact import Fact
@@ -42,11 +43,17 @@ def decide(facts: RunFacts, loaded: Container[str]) -> Decision:
             facts.window("validate", cycle).closed is not None
             and facts.window("merge", cycle).opened is not None
             and facts.window("submit", cycle).settled is not None
+            and (not checked(facts) or _judged_by_rules(facts, cycle))
         )
         if ready and facts.version(cycle) is None:
             actions.append(Action(f"{facts.run}/merge/{cycle}", facts.run, Merge(facts.run, cycle)))
             break
     return Decision(actions, None)
+
+
+def _judged_by_rules(facts: RunFacts, cycle: int) -> bool:
+    """Return whether everything is known that the rules of draw, quorum and closing look at."""
+    return readable(facts, cycle) and all(window.closed is not None for window in facts.windows(cycle)[:-1])
 
 
 def drop_losses(facts: RunFacts, fact: Fact) -> None:

@@ -7,10 +7,11 @@ from contextlib import aclosing
 
 from connito.runtime.limits import RateLimit
 from connito.service import rpc
-from connito.service.engine import Engine
+from connito.service.engine import Decision, Engine
 from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
+from connito.wire.facts import RunFacts
 
 from .actions import Committer
 from .api import NAME, SubmissionApi
@@ -27,7 +28,11 @@ async def main(ctx: ServiceContext[CommitterSettings], serve: rpc.ServeApi = rpc
     api = SubmissionApi(ctx.bus, state, ctx.store, limit, settings.presign_seconds)
     async with aclosing(ContentCheck(ctx.store, settings.examine_slots)) as check, Lifecycle(ctx.stop) as life:
         committer = Committer(ctx.bus, state, check)
-        engine = Engine(ctx.bus, state, STREAMS, decide, committer.perform, service="committer")
+
+        def decide_now(facts: RunFacts, _now_ms: int) -> Decision:
+            return decide(facts, state.heard[facts.run])
+
+        engine = Engine(ctx.bus, state, STREAMS, decide_now, committer.perform, service="committer")
         life.start(engine.run())
         if not await life.finishes(engine.caught_up.wait()):
             return

@@ -13,15 +13,17 @@ from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.service.engine import Action
-from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import as_recorded, detail_of
+from connito.wire.checkpoint import Checkpoint
 from connito.wire.enums import reason_name
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
+from connito.wire.heads import ingress_origin_of
 
 from . import judging, settlement
 from .content import ContentCheck
-from .handlers import Examine, Settle
+from .handlers import Acknowledge, Examine, Settle
 from .settlement import Write
 from .state import FACTS, State, owner_of
 
@@ -171,8 +173,18 @@ class Committer:
         match action.payload:
             case Settle(window, cycle):
                 await self._settle(facts, window, cycle)
+            case Acknowledge():
+                await self._acknowledge(facts)
             case Examine(artifact, base):
                 await self._check(facts, artifact, base)
+
+    async def _acknowledge(self, facts: RunFacts) -> None:
+        heard, number = self._state.heard[facts.run], self._state.heard[facts.run].number + 1
+        checkpoint = Checkpoint(ingress_origin_of(facts), heard.tree.size, heard.tree.root).signed(self._bus.identity)
+        message = run_pb2.IngressHead(
+            run=facts.run, cycle=number, checkpoint=checkpoint.note, last_sequence=heard.last_sequence
+        )
+        await self._bus.publish_fact(facts.run, "run", number, "received", message)
 
     async def _settle(self, facts: RunFacts, window: str, cycle: int) -> None:
         closed = facts.window(window, cycle).require_closed()

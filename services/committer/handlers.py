@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from connito.protocol.rules import checked
 from connito.service.engine import Action, Decision
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 
 from . import judging, settlement
+from .state import Heard
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,23 @@ class Examine:
     base: ArtifactRef = field(hash=False)
 
 
-def decide(facts: RunFacts, _now_ms: int) -> Decision:
-    """Return windows to settle, and reveals whose artifacts can be examined ahead of their turn."""
+@dataclass(frozen=True)
+class Acknowledge:
+    """Sign a receipt for everything that miners have said so far."""
+
+
+def decide(facts: RunFacts, heard: Heard) -> Decision:
+    """Return windows to settle, reveals whose artifacts can be examined ahead of their turn, and whether a receipt is due."""
     if facts.spec is None or facts.ended is not None:
         return Decision()
+    # An action of one name is done once a second at most: a receipt is for everything that came by then.
+    due = checked(facts) and heard.tree.size > heard.covered
+    receipts = [Action(f"{facts.run}/received", facts.run, Acknowledge())] if due else []
     settles = [
         Action(f"{facts.run}/{window}.{cycle}.settled", facts.run, Settle(window, cycle))
         for window, cycle in settlement.due(facts)
     ]
-    return Decision([*settles, *_examinations(facts)])
+    return Decision([*receipts, *settles, *_examinations(facts)])
 
 
 def _examinations(facts: RunFacts) -> list[Action]:

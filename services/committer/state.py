@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from connito.bus.offences import kind_of, report
 from connito.bus.position import PositionedLog
@@ -12,10 +13,13 @@ from connito.errors import Invalid
 from connito.protocol.entitlement import Naming
 from connito.protocol.quota import LETTERS_PER_KEY, MessageCounter
 from connito.runtime.limits import RateLimit
-from connito.v1 import cycle_pb2
+from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.envelope_pb2 import Envelope
+from connito.wire.checkpoint import Checkpoint
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
+from connito.wire.heads import leaf_of
+from connito.wire.merkle import Tree
 from connito.wire.roster import Roster
 from connito.wire.subjects import run_of
 from connito.wire.verification import INGRESS, verify_ingress
@@ -31,6 +35,27 @@ STRAYS_PER_SECOND = 0.25
 MAX_OVER, MAX_VERIFIED = 100_000, 4096
 
 
+@dataclass
+class Heard:
+    """Messages of the miners of a run, as the tree that receipts are over; and the number and size of the newest receipt."""
+
+    tree: Tree = field(default_factory=Tree)
+    last_sequence: int = 0
+    number: int = 0
+    covered: int = 0
+
+    def add(self, record: Record) -> None:
+        """Take in a message, whatever is in it, in the order of the stream."""
+        if record.sequence > self.last_sequence:
+            self.last_sequence = record.sequence
+            self.tree.append(leaf_of(record))
+
+    def given(self, receipt: run_pb2.IngressHead) -> None:
+        """Take in a receipt that was written."""
+        if receipt.cycle > self.number:
+            self.number, self.covered = receipt.cycle, Checkpoint.parse(receipt.checkpoint).size
+
+
 class State(PositionedLog):
     """`said` counts each miner's messages.
 
@@ -43,6 +68,7 @@ class State(PositionedLog):
         self.said: defaultdict[str, MessageCounter] = defaultdict(MessageCounter)
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
         self.naming = Naming()
+        self.heard: defaultdict[str, Heard] = defaultdict(Heard)
         # By run, key, kind and cycle, the first message over the quota: it is told so, and what comes after it goes unread.
         self._over: dict[tuple[str, str, str, int], int] = {}
         self._letters: Counter[tuple[str, str]] = Counter()
@@ -51,6 +77,8 @@ class State(PositionedLog):
 
     def apply(self, record: Record) -> Fact | None:
         """Apply a record as `PositionedLog.apply` does, and keep reveals."""
+        if record.stream == "INGRESS":
+            self.heard[run_of(record.subject)].add(record)
         if record.stream == "INGRESS" and self._without_an_answer(record):
             self.read(record)
             return None
@@ -63,6 +91,8 @@ class State(PositionedLog):
             return None
         if new is not None:
             self.naming.add(new)
+            if isinstance(new.message, run_pb2.IngressHead):
+                self.heard[new.run].given(new.message)
         if not record.subject.endswith((".reveal", ".commitment")):
             return new
         said = new or self.verified(record)

@@ -17,12 +17,12 @@ from connito.wire.subjects import window_value
 from google.protobuf.message import Message
 
 from . import handlers
-from .handlers import CloseWindow, PublishFact
+from .handlers import CloseWindow, PublishFact, WriteHead
 
 log = get_logger("coordinator")
 
 # What decisions rest on.
-STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "INGRESS")
+STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY", "INGRESS")
 
 
 class Coordinator:
@@ -49,7 +49,7 @@ class Coordinator:
         if self._run not in ("", facts.run):
             return Decision()
         self._paused(facts.run, pause(facts, now_ms))
-        decision = handlers.decide(facts, now_ms)
+        decision = handlers.decide(facts, now_ms, self._facts.roster.stake)
         return decision if self._leading() else Decision((), decision.wake_at_ms)
 
     async def perform(self, action: Action) -> None:
@@ -70,6 +70,16 @@ class Coordinator:
                 await self._publish(action.run, section, cycle, kind, message)
             case CloseWindow():
                 await self._close(action.run, action.payload)
+            case WriteHead(number):
+                await self._publish(action.run, "run", number, "head", self._head(action.run, number))
+
+    def _head(self, run: str, number: int) -> run_pb2.LogHead:
+        """Return the signed head over what was read. Raises `Invalid` when a head before it is not of that log."""
+        facts, trees = self._facts.runs[run], self._facts.trees
+        assert trees is not None
+        if number > 1:
+            trees.checkpoint(facts, number - 1)
+        return trees.of(run).head(facts, self._bus.identity)
 
     async def _close(self, run: str, close: CloseWindow) -> None:
         """Close a window. Bans in RUNS up to now apply to it, so the local log has to be read that far."""

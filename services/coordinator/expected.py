@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from connito.protocol.bans import banned
-from connito.protocol.beacon import opens
+from connito.protocol.rules import committed_in_time
 from connito.v1.cycle_pb2 import SeedDrawn
 from connito.v1.run_pb2 import RunSpec
 from connito.wire.facts import RunFacts
@@ -23,8 +23,8 @@ def named(facts: RunFacts, spec: RunSpec, window: Window) -> list[str]:
         return _trained(facts, window)
     if window.name == "submit":
         return _committed(facts.window("commit", window.cycle))
-    # Validators whose seed commitment is known. The list in `validate.opened` is final: nobody joins a draw later.
-    return list(facts.seed_commitments(window.cycle)) if window.name == "validate" else []
+    # The list in `validate.opened` is final: nobody joins a draw later.
+    return committed_in_time(facts, window.cycle) if window.name == "validate" else []
 
 
 def waiting(facts: RunFacts, window: Window) -> list[str]:
@@ -37,26 +37,9 @@ def waiting(facts: RunFacts, window: Window) -> list[str]:
 
 
 def unreported(facts: RunFacts, drawn: SeedDrawn) -> list[str]:
-    """Return the validators in a draw whose score report is not known yet."""
-    return [key for key in drawn.validators if key not in facts.reports(drawn.cycle)]
-
-
-def secrets(facts: RunFacts, window: Window) -> tuple[dict[str, bytes], list[str]]:
-    """Return validators' secrets that match what each committed to during train, and the validators still silent.
-
-    Silent is one whose secret, or the commitment to judge it by, is not known yet.
-    """
-    valid: dict[str, bytes] = {}
-    silent = []
-    committed, revealed = facts.seed_commitments(window.cycle), facts.seed_reveals(window.cycle)
-    for validator in window.expected:
-        if validator not in committed or validator not in revealed:
-            silent.append(validator)
-            continue
-        secret = revealed[validator].message.secret
-        if opens(committed[validator].message.digest, facts.run, window.cycle, validator, secret):
-            valid[validator] = secret
-    return valid, silent
+    """Return the validators in a draw that have neither reported nor objected, as far as is known."""
+    done = {*facts.reports(drawn.cycle), *facts.objections(drawn.cycle)}
+    return [key for key in drawn.validators if key not in done]
 
 
 def _at_start(facts: RunFacts, spec: RunSpec, train: Window) -> set[str]:

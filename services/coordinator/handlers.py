@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from connito.protocol import rules
 from connito.protocol.beacon import draw_seed
 from connito.protocol.objective import reached
 from connito.protocol.quorum import present
@@ -44,6 +45,13 @@ class PublishFact:
 
 
 @dataclass(frozen=True)
+class WriteHead:
+    """Sign the log as it is when this is performed."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class CloseWindow:
     """Close a window at the last sequence that `stream` has when this is performed."""
 
@@ -53,18 +61,24 @@ class CloseWindow:
     cause: cycle_pb2.CloseCause.ValueType
 
 
-def decide(facts: RunFacts, now_ms: int) -> Decision:
+def decide(facts: RunFacts, now_ms: int, stake: rules.Stake) -> Decision:
     """Return the next step of a run, or the time at which one may become due: Unix milliseconds of the broker's clock."""
     spec, selected = facts.spec, facts.selected_fact
-    if spec is None or facts.ended is not None:
+    if spec is None:
         return Decision([])
+    if facts.ended is not None:
+        return _seal(facts)
+    if rules.objectors(facts, facts.cycle, stake):
+        first = min(facts.objections(facts.cycle).values(), key=lambda fact: fact.sequence)
+        detail = f"validators object to cycle {facts.cycle}: {sentence(first.message.finding)}; audit the run"
+        return _end(facts, run_pb2.RUN_OUTCOME_FAILED, reasons_pb2.REASON_RULE_BROKEN, detail)
     failed = facts.selection_failed
     if failed is not None:
         reason = failed.reason or reasons_pb2.REASON_SELECTION_FAILED
         return _end(facts, run_pb2.RUN_OUTCOME_FAILED, reason, failed.detail)
     if selected is None:
         return Decision([])
-    return _cycle(facts, spec, now_ms) if facts.cycle else _assemble(facts, spec, selected, now_ms)
+    return _cycle(facts, spec, now_ms, stake) if facts.cycle else _assemble(facts, spec, selected, now_ms)
 
 
 def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, selected: Fact, now_ms: int) -> Decision:
@@ -85,12 +99,27 @@ def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, selected: Fact, now_ms: in
     )
 
 
-def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int) -> Decision:
+def _seal(facts: RunFacts) -> Decision:
+    """Write a head behind the end of a run, and another one behind its deposit."""
+    ended, last = facts.ended_fact, facts.head(facts.next_head - 1)
+    if ended is None or not rules.checked(facts):
+        return Decision([])
+    covered = {} if last is None else {cut.stream: cut.last_sequence for cut in last.message.cuts}
+    deposited = max((fact.sequence for fact in facts.deposits.values()), default=0)
+    open_end = covered.get("RUNS", 0) < ended.sequence or covered.get("LIBRARY", 0) < deposited
+    return _head(facts, facts.next_head) if open_end else Decision([])
+
+
+def _head(facts: RunFacts, number: int) -> Decision:
+    return Decision([Action(f"{facts.run}/run.{number}.head", facts.run, WriteHead(number))])
+
+
+def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int, stake: rules.Stake) -> Decision:
     for window in facts.windows(facts.cycle):
         if window.opened_fact is None:
             return _open(facts, spec, window, now_ms)
         if window.closed_fact is None:
-            return _in_window(facts, spec, window, window.opened_fact.time_unix_ms, now_ms)
+            return _in_window(facts, window, now_ms, stake)
         if window.name in _SETTLED and window.settled is None:
             return Decision([])
     enough = reached(facts, facts.cycle)
@@ -100,15 +129,13 @@ def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int) -> Decision:
     return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, detail)
 
 
-def _in_window(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, opened_ms: int, now_ms: int) -> Decision:
+def _in_window(facts: RunFacts, window: Window, now_ms: int, stake: rules.Stake) -> Decision:
     """Close an open window once everybody has acted or its deadline is over."""
-    deadline = window.deadline_unix_ms
+    deadline = rules.deadline_ms(facts, window)
     if window.name == "validate":
-        half, drawn = max(0, deadline - opened_ms) // 2, window.drawn_fact
+        drawn = window.drawn_fact
         if drawn is None:
-            return _draw(facts, spec, window, opened_ms + half, now_ms)
-        # A draw that an outage delayed leaves as much time to score as one made in time.
-        deadline = max(deadline, drawn.time_unix_ms + half)
+            return _draw(facts, window, now_ms, stake)
         waiting = expected.unreported(facts, drawn.message)
     else:
         waiting = expected.waiting(facts, window)
@@ -123,26 +150,32 @@ def _in_window(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, opened_ms
     return _close(window, cycle_pb2.CLOSE_CAUSE_DEADLINE if waiting else cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
 
 
-def _draw(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, half_time_ms: int, now_ms: int) -> Decision:
+def _draw(facts: RunFacts, window: Window, now_ms: int, stake: rules.Stake) -> Decision:
     """Draw the seed, wait for reveals, or give the cycle up for lack of a quorum."""
-    candidates, quorum, deadline = window.expected, spec.windows.min_validators, window.deadline_unix_ms
-    secrets, silent = expected.secrets(facts, window)
-    if len(secrets) >= quorum and (not silent or now_ms >= half_time_ms):
-        omitted = sorted(key for key in candidates if key not in secrets)
-        seed = draw_seed(facts.run, window.cycle, secrets)
+    cycle, half, deadline = window.cycle, rules.half_time_ms(window), rules.deadline_ms(facts, window)
+    secrets, possible = rules.secrets(facts, window), rules.still_drawing(facts, window)
+    if rules.quorum_of_draw(facts, cycle, secrets, stake) and (len(secrets) == len(possible) or now_ms >= half):
+        omitted = sorted(key for key in window.expected if key not in secrets)
         message = cycle_pb2.SeedDrawn(
-            run=facts.run, cycle=window.cycle, seed=seed, validators=sorted(secrets), omitted=omitted
+            run=facts.run,
+            cycle=cycle,
+            seed=draw_seed(facts.run, cycle, secrets),
+            validators=sorted(secrets),
+            omitted=omitted,
+            last_sequence=max(fact.sequence for fact in facts.seed_reveals(cycle).values()),
         )
-        return _publish(facts, "validate", window.cycle, "drawn", message)
-    if len(secrets) + len(silent) < quorum:
+        return _publish(facts, "validate", cycle, "drawn", message)
+    if not rules.quorum_of_draw(facts, cycle, possible, stake):
         # Nobody else can join this draw, so waiting for the deadline would change nothing.
         return _close(window, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
     if now_ms >= deadline:
         return _close(window, cycle_pb2.CLOSE_CAUSE_DEADLINE)
-    return Decision([], half_time_ms if now_ms < half_time_ms else deadline)
+    return Decision([], half if now_ms < half else deadline)
 
 
 def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int) -> Decision:
+    if window.name == "train" and rules.checked(facts) and facts.head(window.cycle) is None:
+        return _head(facts, window.cycle)
     version, state = window.start
     message = cycle_pb2.WindowOpened(
         run=facts.run,

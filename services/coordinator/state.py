@@ -13,6 +13,7 @@ from connito.v1 import cycle_pb2
 from connito.wire.enums import plain_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+from connito.wire.heads import LogTrees
 from connito.wire.roster import Roster
 from connito.wire.subjects import WINDOWS
 from connito.wire.window import Window
@@ -26,7 +27,7 @@ class State(PositionedLog):
     """The facts of every run, and how far each stream was read. `notice` is the engine's hook."""
 
     def __init__(self, roster: Roster) -> None:
-        super().__init__(roster)
+        super().__init__(roster, LogTrees())
         self.changes, self.naming, self._windows = Changes(), Naming(), OpenWindows()
 
     def notice(self, fact: Fact, *, live: bool) -> None:

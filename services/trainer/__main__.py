@@ -8,6 +8,8 @@ from connito.runtime.compute import ComputeBudget
 from connito.service.engine import Decision, Engine
 from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
+from connito.v1.run_pb2 import IngressHead
+from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 
@@ -45,9 +47,15 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         settings.label,
         settings.invite,
     )
+
+    def on_fact(fact: Fact) -> None:
+        if isinstance(fact.message, IngressHead):
+            ledger.keep_receipt(fact.run, fact.message)
+
     engine = Engine(
-        context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform, run=settings.run
-    )
+        context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform,
+        run=settings.run, on_fact=on_fact,
+    )  # fmt: skip
     context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
     try:
         async with Lifecycle(context.stop) as life:

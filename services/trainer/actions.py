@@ -111,14 +111,14 @@ class Miner:
         message = cycle_pb2.TrainingFinished(
             run=run, cycle=cycle, steps=mine.steps, tokens=mine.tokens, seconds=mine.seconds
         )
-        await self.bus.publish_ingress(run, "trained", message)
-        self.ledger.update(run, cycle, said=True)
+        sequence = await self.bus.publish_ingress(run, "trained", message)
+        self.ledger.said(run, cycle, sequence, said=True)
 
     async def _commit(self, run: str, cycle: int) -> None:
         logs.bind_run(run, cycle)
         digest = bytes.fromhex(self.ledger.cycle(run, cycle).commitment)
-        await self.bus.publish_ingress(run, "commitment", cycle_pb2.Commitment(run=run, cycle=cycle, digest=digest))
-        self.ledger.update(run, cycle, committed=True)
+        message = cycle_pb2.Commitment(run=run, cycle=cycle, digest=digest)
+        self.ledger.said(run, cycle, await self.bus.publish_ingress(run, "commitment", message), committed=True)
         log.info("committed", commitment=digest.hex()[:12])
 
     async def _reveal(self, run: str, cycle: int) -> None:
@@ -134,8 +134,7 @@ class Miner:
             if not self.strategy.reveals_after(refusal):
                 raise
         reveal = cycle_pb2.Reveal(run=run, cycle=cycle, artifact=artifact, base_state_digest=mine.base_state, salt=salt)
-        await self.bus.publish_ingress(run, "reveal", reveal)
-        self.ledger.update(run, cycle, revealed=True)
+        self.ledger.said(run, cycle, await self.bus.publish_ingress(run, "reveal", reveal), revealed=True)
         log.info("revealed", artifact=mine.artifact[:12])
 
     async def _upload(self, run: str, mine: CycleProgress, artifact: ArtifactRef, salt: bytes) -> None:

@@ -3,6 +3,7 @@
     <work_dir>/lock
     <work_dir>/miner                               the public key that works here
     <work_dir>/<run>/<cycle>/progress.json        one small document, replaced atomically
+    <work_dir>/<run>/receipts/<cycle>-<sequence>.checkpoint   for `connito audit --receipt`
     <work_dir>/<run>/<cycle>/artifact.safetensors  never changed once progress.json names its digest
 
 The order of writes carries the guarantee: the artifact is on disk before `progress.json` names it, and it is named
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from connito.errors import Fatal, Invalid
 from connito.runtime.host import HOST, Disk
+from connito.v1.run_pb2 import IngressHead
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class CycleProgress:
     committed: bool = False
     revealed: bool = False
     told: tuple[str, ...] = ()
+    # Where what was said stands in INGRESS, until the committer's receipt for it is kept.
+    unreceipted: tuple[int, ...] = ()
     # Losses of what the miner held back, the first before any step.
     evaluated: tuple[float, ...] = ()
 
@@ -55,6 +59,7 @@ class Ledger:
         """Lock `work_dir`. Raises `Fatal` when another trainer holds it or it cannot be written."""
         self.work_dir, self.miner, self._disk = work_dir, miner, disk
         self._known: dict[str, dict[int, CycleProgress]] = {}
+        self._receipts: dict[str, IngressHead] = {}
         try:
             work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(work_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -106,6 +111,24 @@ class Ledger:
         """Return the path of a cycle's result."""
         return self.folder(run, cycle) / "artifact.safetensors"
 
+    def said(self, run: str, cycle: int, sequence: int, **changes: object) -> None:
+        """Note that something was said, where it stands in INGRESS, and that its receipt is still to be kept."""
+        self.update(run, cycle, unreceipted=(*self.cycle(run, cycle).unreceipted, sequence), **changes)
+        if run in self._receipts:
+            self.keep_receipt(run, self._receipts[run])
+
+    def keep_receipt(self, run: str, receipt: IngressHead) -> None:
+        """Keep a receipt of the committer's if it covers anything that was said and has none. It outlives its cycle's folder."""
+        self._receipts[run] = receipt
+        for mine in list(self.progress(run).values()):
+            covered = [sequence for sequence in mine.unreceipted if sequence <= receipt.last_sequence]
+            if covered:
+                path = self.work_dir / run / "receipts" / f"{mine.cycle}-{covered[-1]}.checkpoint"
+                path.parent.mkdir(exist_ok=True, mode=0o700)
+                self._disk.write(path, receipt.checkpoint.encode())
+                left = tuple(sequence for sequence in mine.unreceipted if sequence not in covered)
+                self.update(run, mine.cycle, unreceipted=left)
+
     def keep_artifact(self, run: str, cycle: int, draft: Path) -> Path:
         """Make a finished draft the cycle's artifact: synced, then renamed, so that it is whole or not there."""
         path = self.artifact_path(run, cycle)
@@ -123,7 +146,9 @@ def read_progress(path: Path) -> CycleProgress:
     """Read a `progress.json`. Raises `Invalid` naming the file when it is not one."""
     try:
         raw = json.loads(path.read_text())
-        return CycleProgress(**{**raw, **{name: tuple(raw.get(name, ())) for name in ("told", "evaluated")}})
+        return CycleProgress(
+            **{**raw, **{name: tuple(raw.get(name, ())) for name in ("told", "unreceipted", "evaluated")}}
+        )
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Invalid(f"{path} is not a miner's progress ({error!r}); remove its folder to skip that cycle") from error
 

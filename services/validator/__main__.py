@@ -10,13 +10,13 @@ from connito.service.engine import Decision, Engine
 from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 from connito.v1.cycle_pb2 import ScoreReport
-from connito.wire.chain import Chains
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+from connito.wire.heads import LogTrees
 from connito.wire.log import Log
 from connito.workloads.scoring import SubmissionEvaluator
 
-from .actions import Validator, anchors_of
+from .actions import Validator
 from .handlers import STREAMS, decide
 from .settings import ValidatorSettings
 
@@ -25,7 +25,8 @@ async def main(
     context: ServiceContext[ValidatorSettings], load: Callable[..., SubmissionEvaluator] = SubmissionEvaluator.load
 ) -> None:
     """Validate until told to stop. Raises `Fatal` for a key that the operator's roster does not list."""
-    settings, log = context.settings, Log(context.roster)
+    settings, trees = context.settings, LogTrees()
+    log = Log(context.roster, trees)
     if not context.roster.permits("validator", context.identity.public):
         raise Fatal(
             f"{context.identity.public} is not a validator in the operator's roster; ask the operator to add the key"
@@ -36,12 +37,12 @@ async def main(
         ComputeBudget(settings.compute_dir, settings.compute_slots),
         settings,
         lambda run: log.runs[run],
-        lambda run, cycle: anchors_of(log.chains.get(run, Chains()), cycle),
+        trees,
         load,
     )
 
     def decide_now(facts: RunFacts, _now_ms: int) -> Decision:
-        return decide(facts, validator.me, validator.secret, validator.loaded)
+        return decide(facts, validator.me, validator.secret, validator.loaded, context.roster.stake)
 
     engine = Engine(
         context.bus, log, STREAMS, decide_now, validator.perform,

@@ -13,6 +13,7 @@ from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
 from connito.protocol.findings import OF_THE_FILE
+from connito.protocol.rules import checked
 from connito.protocol.scoring.evaluation import Evaluation, fit, rejected, score
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
@@ -20,18 +21,23 @@ from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.views.sentences import as_recorded, detail_of
-from connito.wire.chain import Chains, anchored_windows
+from connito.views.sentences import as_recorded, detail_of, sentence
+from connito.wire.bounds import WORDS_BYTES, cut
+from connito.wire.checkpoint import cosignature
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
+from connito.wire.heads import LogTrees
 from connito.wire.identity import Identity
 from connito.workloads.fetching import fetch_base, fetch_holdouts
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
-from .handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw
+from .handlers import CommitSeed, Cosign, Join, Object, Preload, RevealSeed, Score, Unload
 from .settings import ValidatorSettings
 
 log = logs.get_logger("validator")
+
+# Of those whom an objection is about; a reader of the log finds them all.
+MAX_NAMED = 8
 
 Files = dict[str, SubmissionFiles | Invalid]
 
@@ -46,11 +52,11 @@ class Validator:
         compute: ComputeBudget,
         settings: ValidatorSettings,
         facts: Callable[[str], RunFacts],
-        anchors: Callable[[str, int], list[cycle_pb2.WindowAnchor]] = lambda run, cycle: [],
+        trees: LogTrees,
         load: Callable[..., SubmissionEvaluator] = SubmissionEvaluator.load,
     ) -> None:
         self._bus, self._store, self._compute, self._settings, self._facts = bus, store, compute, settings, facts
-        self._anchors, self._load_model = anchors, load
+        self._trees, self._load_model = trees, load
         self._evaluators: dict[str, SubmissionEvaluator] = {}
         self._loading: dict[str, asyncio.Lock] = {}
         self._measuring = asyncio.Lock()
@@ -79,18 +85,45 @@ class Validator:
             case Unload():
                 self._evaluators.pop(run, None)
             case CommitSeed(cycle):
-                digest = secret_digest(run, cycle, self.me, self.secret(run, cycle))
-                message = cycle_pb2.SeedCommitted(
-                    run=run, cycle=cycle, validator=self.me, digest=digest, anchors=self._anchors(run, cycle)
-                )
+                digest = secret_digest(run, cycle, self.me, self.secret(self._facts(run), cycle))
+                message = cycle_pb2.SeedCommitted(run=run, cycle=cycle, validator=self.me, digest=digest)
                 await self._bus.publish_fact(run, "train", cycle, "seed", message, self.me)
             case RevealSeed(cycle):
-                secret = self.secret(run, cycle)
+                secret = self.secret(self._facts(run), cycle)
                 revealed = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=self.me, secret=secret)
                 await self._bus.publish_fact(run, "validate", cycle, "seed", revealed, self.me)
+            case Object(cycle, finding):
+                await self._object(run, cycle, finding)
+            case Cosign(number):
+                await self._cosign(run, number)
             case Score(cycle):
                 logs.bind_run(run, cycle)
                 await self._score(run, cycle)
+
+    async def _object(self, run: str, cycle: int, finding: cycle_pb2.Finding) -> None:
+        """Refuse a cycle, with the rule that it breaks."""
+        why = sentence(finding)
+        offences.report("wrong_draw", subject=f"{run}.validate.{cycle}", detail=why)
+        log.error("the cycle breaks a rule, so it is not scored", security=True, why=why)
+        message = cycle_pb2.Objection(run=run, cycle=cycle, validator=self.me, finding=finding)
+        del message.finding.miners[MAX_NAMED:]
+        await self._bus.publish_fact(run, "validate", cycle, "objection", message, self.me)
+
+    async def _cosign(self, run: str, number: int) -> None:
+        """Sign a head too, if it is of the log as it was read here; object to the cycle otherwise. Raises `Retry` before
+        all of it was read.
+        """
+        facts = self._facts(run)
+        try:
+            checkpoint = self._trees.checkpoint(facts, number)
+        except Invalid as error:
+            kind = cycle_pb2.FINDING_KIND_RULE_HISTORY
+            words = cut(str(error), WORDS_BYTES)
+            await self._object(run, max(1, facts.cycle), cycle_pb2.Finding(kind=kind, count=number, text=words))
+            return
+        line = cosignature(checkpoint, self._bus.identity, self._bus.host.now_ms() // 1000)
+        message = run_pb2.HeadCosigned(run=run, cycle=number, validator=self.me, signature=line)
+        await self._bus.publish_fact(run, "run", number, "cosigned", message, self.me)
 
     async def _evaluator(self, run: str) -> SubmissionEvaluator:
         """Return the run's model and hold-outs, loaded once."""
@@ -116,12 +149,7 @@ class Validator:
 
     async def _score(self, run: str, cycle: int) -> None:
         facts = self._facts(run)
-        try:
-            seed = check_draw(facts, cycle)
-        except VerificationFailed as error:
-            offences.report("wrong_draw", subject=f"{run}.validate.{cycle}.drawn", detail=str(error))
-            log.error("the draw does not verify", security=True, error=str(error))
-            raise
+        seed = facts.require_drawn(cycle).seed
         opened, settled = facts.window("train", cycle).require_opened(), facts.window("submit", cycle).require_settled()
         state = await self._store.fetch(opened.state)
         duties = assigned(facts, cycle)
@@ -207,16 +235,11 @@ class Validator:
         return report
 
 
-def anchors_of(chains: Chains, cycle: int) -> list[cycle_pb2.WindowAnchor]:
-    """Return the digests of earlier windows that this validator signs with its commitment, as far as it has read them."""
-    known = ((window, chains.heads.get(window)) for window in anchored_windows(cycle))
-    return [
-        cycle_pb2.WindowAnchor(window=window, last_sequence=head[0], head=head[1])
-        for window, head in known
-        if head is not None
-    ]
+def secret_of(identity: Identity) -> Callable[[RunFacts, int], bytes]:
+    """Return the beacon secret of each run and cycle: nobody else can compute it, and a restart does not change it.
 
-
-def secret_of(identity: Identity) -> Callable[[str, int], bytes]:
-    """Return the beacon secret of each run and cycle: nobody else can compute it, and a restart does not change it."""
-    return lambda run, cycle: identity.derive("beacon", run, str(cycle))
+    Under checked rules it is of this log alone: a run of the same name in another one must not repeat what was revealed.
+    """
+    return lambda facts, cycle: identity.derive(
+        "beacon", facts.run, str(cycle), *([facts.log_id] if checked(facts) else [])
+    )

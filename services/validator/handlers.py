@@ -1,23 +1,26 @@
 """Next actions of a validator, as a pure function of the run's facts.
 
 joined -> train: H(secret) -> submit settled, validate opened: secret -> drawn: check, score, report
+
+Beside that it cosigns each head of the log that it finds to be right, and objects to a cycle that breaks a rule: it takes
+no part in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from connito.errors import VerificationFailed
-from connito.protocol.beacon import draw_seed, secret_digest
+from connito.protocol import rules
+from connito.protocol.beacon import secret_digest
 from connito.service.engine import Action, Decision
+from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
-from connito.wire.identity import short_key
 
-STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
+STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY")
 
-# (run, cycle) -> this validator's secret. Derived from its key, so that it is the same after a restart.
-Secret = Callable[[str, int], bytes]
+# (facts, cycle) -> this validator's secret. Derived from its key, so that it is the same after a restart.
+Secret = Callable[[RunFacts, int], bytes]
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,46 @@ class RevealSeed:
 
 
 @dataclass(frozen=True)
-class Score:
-    """Check the draw, score the settled submissions that it assigns to this validator, and publish the report."""
+class Object:
+    """Say which rule a cycle breaks, so that it is not scored."""
+
+    cycle: int
+    finding: Finding = field(hash=False)
+
+
+@dataclass(frozen=True)
+class Cosign:
+    """Check a head of the log, and sign it too."""
 
     cycle: int
 
 
-Step = Join | Preload | Unload | CommitSeed | RevealSeed | Score
+@dataclass(frozen=True)
+class Score:
+    """Score the settled submissions that it assigns to this validator, and publish the report."""
+
+    cycle: int
 
 
-def decide(facts: RunFacts, me: str, secret: Secret, loaded: Container[str]) -> Decision:
+Step = Join | Preload | Unload | CommitSeed | RevealSeed | Object | Cosign | Score
+
+
+def decide(facts: RunFacts, me: str, secret: Secret, loaded: Container[str], stake: rules.Stake) -> Decision:
     """Decide which actions are missing. `loaded` are the runs whose model is in memory; nothing here waits for a time."""
     steps: list[Step] = []
     if facts.spec is None:
         return Decision([], None)
     if facts.ended is not None:
         steps = [Unload()] if facts.run in loaded else []
+        steps += _heads(facts, me) if me in facts.joined else []
     elif me not in facts.joined:
         steps = [Join()]
     else:
         if facts.selection is not None and facts.run not in loaded:
             steps.append(Preload())
+        steps += _heads(facts, me)
         if facts.cycle:
-            steps += _cycle(facts, me, secret)
+            steps += _cycle(facts, me, secret, stake)
     return Decision([Action(_key(facts.run, step), facts.run, step) for step in steps], None)
 
 
@@ -81,8 +101,22 @@ def _key(run: str, step: Step) -> str:
     return f"{run}/{cycle}/{type(step).__name__.lower()}"
 
 
-def _cycle(facts: RunFacts, me: str, secret: Secret) -> list[Step]:
+def _heads(facts: RunFacts, me: str) -> list[Step]:
+    """Cosign the newest head: it stands for all before it."""
+    last = facts.next_head - 1
+    if me in facts.objections(max(1, facts.cycle)):
+        return []
+    return [Cosign(last)] if facts.head(last) is not None and me not in facts.cosigned(last) else []
+
+
+def _cycle(facts: RunFacts, me: str, secret: Secret, stake: rules.Stake) -> list[Step]:
     cycle = facts.cycle
+    if me in facts.objections(cycle) or not rules.readable(facts, cycle):
+        return []
+    # Looked at where it decides something: before, everything that miners do would be gone through anew for each of them.
+    judging = facts.window("validate", cycle).opened is not None
+    if judging and (broken := rules.fault(facts, cycle, stake)) is not None:
+        return [Object(cycle, broken)]
     if facts.window("train", cycle).closed is None and me not in facts.seed_commitments(cycle):
         return [CommitSeed(cycle)]
     if _may_reveal(facts, me, cycle, secret):
@@ -104,7 +138,7 @@ def _may_reveal(facts: RunFacts, me: str, cycle: int, secret: Secret) -> bool:
         and me not in facts.seed_reveals(cycle)
         and facts.drawn(cycle) is None
         and committed is not None
-        and committed.digest == secret_digest(facts.run, cycle, me, secret(facts.run, cycle))
+        and committed.digest == secret_digest(facts.run, cycle, me, secret(facts, cycle))
     )
 
 
@@ -116,31 +150,6 @@ def _may_score(facts: RunFacts, me: str, cycle: int) -> bool:
         and facts.window("validate", cycle).closed is None
         and facts.window("submit", cycle).settled is not None
         and me not in facts.reports(cycle)
-        # TRAIN is another stream than VALIDATE: what the draw is checked against may still be on its way.
-        and all(validator in facts.seed_commitments(cycle) for validator in drawn.validators)
+        # These are other streams than VALIDATE: what the cycle is checked against may still be on its way.
+        and all(window.closed is not None for window in facts.windows(cycle)[:3] if rules.checked(facts))
     )
-
-
-def check_draw(facts: RunFacts, cycle: int) -> bytes:
-    """Recompute the seed from the reveals, which lie before `drawn` in the same stream, and return it.
-
-    Raises `VerificationFailed` when a reveal is missing or opens another commitment, or the seed is another one.
-    """
-    drawn = facts.require_drawn(cycle)
-    secrets = {validator: _opened_secret(facts, cycle, validator) for validator in drawn.validators}
-    if not secrets or draw_seed(facts.run, cycle, secrets) != drawn.seed:
-        raise VerificationFailed(
-            f"the seed drawn for cycle {cycle} is not the one that {len(secrets)} reveals give: the coordinator or the "
-            "log is wrong; refusing to score, audit the run"
-        )
-    return drawn.seed
-
-
-def _opened_secret(facts: RunFacts, cycle: int, validator: str) -> bytes:
-    committed = facts.seed_commitment(cycle, validator)
-    revealed = facts.seed_reveal(cycle, validator)
-    if committed is None or revealed is None:
-        raise VerificationFailed(f"{short_key(validator)} is in the draw of cycle {cycle} but revealed no seed")
-    if secret_digest(facts.run, cycle, validator, revealed.secret) != committed.digest:
-        raise VerificationFailed(f"the seed of {short_key(validator)} in cycle {cycle} does not open its commitment")
-    return revealed.secret

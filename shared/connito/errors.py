@@ -64,5 +64,17 @@ class VerificationFailed(Invalid):
     exit_code = 6
 
 
+class ValidatorAtFault(VerificationFailed):
+    """Verification failed of what validators signed; what the operator's services made of it holds."""
+
+    exit_code = 7
+
+
+class MinerAtFault(VerificationFailed):
+    """Verification failed of what miners signed; what everybody else made of it holds."""
+
+    exit_code = 8
+
+
 class Fatal(ConnitoError):  # noqa: N818
     """The process cannot go on: broken configuration, lost lease, violated invariant."""

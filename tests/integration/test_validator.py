@@ -249,7 +249,7 @@ async def test_a_false_draw_is_not_scored(
             await teller.until(lambda facts: me in facts.seed_reveals(1), "the seed")
             false = cycle_pb2.SeedDrawn(run=run_id, cycle=1, seed=b"\x07" * 32, validators=[me])
             await teller.say("validate", 1, "drawn", false)
-            await until_logged(process.log, "the draw does not verify")
+            await until_logged(process.log, "the cycle breaks a rule, so it is not scored")
             # What the validator says after this shows that it goes on, without a report.
             await teller.close("validate", 1, "VALIDATE")
             await teller.open("train", 2, [me], tiny.state)

@@ -48,6 +48,11 @@ def _secret(secret: bytes | None, validator: str, cycle: int) -> bytes:
     return secret_of(validator, cycle) if secret is None else secret
 
 
+def even(validator: str) -> float:
+    """A stake as everybody has it."""
+    return 1.0
+
+
 class Run:
     """The facts of one run and the log that they came from. `now` is the broker's clock, `step_ms` what each takes."""
 
@@ -213,6 +218,7 @@ class Run:
         return self.say("validate", cycle, "seed", validator=validator, secret=_secret(secret, validator, cycle))
 
     def drawn(self, *validators: str, cycle: int = 1, seed: bytes = b"", **fields: Any) -> Self:
+        fields.setdefault("last_sequence", self.last("VALIDATE"))
         chosen = seed or draw_seed(self.name, cycle, {one: secret_of(one, cycle) for one in validators})
         return self.say("validate", cycle, "drawn", seed=chosen, validators=sorted(validators), **fields)
 

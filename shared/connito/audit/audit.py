@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from connito.audit import admission, chain, history, intake, judging, recompute
+from connito.audit import admission, chain, heads, history, intake, judging, recompute
 from connito.audit.artifacts import Artifacts
-from connito.audit.differences import Difference, Step
+from connito.audit.differences import NOBODY, OPERATOR, Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid
 from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
+from connito.wire.subjects import WINDOWS
 
 if TYPE_CHECKING:
     from connito.audit.remeasure import Models
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _PURE: dict[str, Callable[[Evidence, int], Step]] = {
     "commitments": intake.commitments,
     "submissions": intake.submissions,
-    "beacon": judging.beacon,
+    "rules": judging.cycle_rules,
     "reports": judging.reports,
     "verdicts": judging.verdicts,
     "gate": judging.gate,
@@ -41,6 +42,7 @@ class Options:
     threads: int = 0
     tolerance: float = TOLERANCE
     say: Notify = silent
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,18 @@ class Audit:
         """Return the first difference; None if there is none."""
         return next(iter(self.differences), None)
 
+    @property
+    def blame(self) -> list[str]:
+        """Return who is to blame for the differences, the operator first: `operator`, `validator U…`, `miner U…`, `nobody`."""
+        order = (OPERATOR, "validator", "miner", NOBODY)
+        return sorted({one.by for one in self.differences}, key=lambda by: (order.index(by.split()[0]), by))
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document that `connito audit --json` prints."""
         return {
             "run": self.run,
             "result": "differs" if self.differences else "same",
+            "blame": self.blame,
             "first": None if self.first is None else self.first.to_json(),
             "differences": [difference.to_json() for difference in self.differences],
             "checks": [step.to_json() for step in self.steps],
@@ -113,8 +122,8 @@ def attempt(check: str, cycle: int, work: Callable[[], Step]) -> Step:
 
 
 def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterator[Step]:
-    facts = evidence.facts
-    yield signatures(evidence)
+    facts, history_of = evidence.facts, heads.read(evidence)
+    yield signatures(evidence, history_of.covers)
     yield chain.anchors(evidence)
     yield artifacts.step()
     if facts.spec is None:
@@ -126,6 +135,11 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
     yield from _cycles(work, options)
     yield attempt("expert", 0, lambda: recompute.expert(work))
     yield history.ending(evidence)
+    # What these show has a cause by name above, where it can be recomputed.
+    yield history_of.step
+    yield attempt("receipts", 0, lambda: heads.receipts(evidence))
+    if options.kept:
+        yield heads.kept(evidence, history_of, options.kept)
 
 
 def _cycles(work: recompute.Recomputation, options: Options) -> Iterator[Step]:
@@ -162,7 +176,7 @@ def recomputed(work: recompute.Recomputation, models: Models | None, cycle: int,
 
 def cycles_of(evidence: Evidence) -> list[int]:
     """Return every cycle of which the log holds anything, also past one whose opening is missing."""
-    return sorted({key.cycle for key in evidence.facts.facts if key.cycle > 0})
+    return sorted({key.cycle for key in evidence.facts.facts if key.cycle > 0 and key.section in WINDOWS})
 
 
 def pure(evidence: Evidence, cycle: int) -> Iterator[Step]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,11 +15,17 @@ MAX_TEXT = 160
 _WORDS = ("detail", "gate_detail", "text", "refused")
 
 
+OPERATOR, NOBODY = "operator", "nobody"
+_OF_A_VALIDATOR = re.compile(r"validate\.\d+\.(?:report|objection)\.(U[A-Z2-7]{55})\b")
+
+
 @dataclass(frozen=True)
 class Difference:
     """One divergence. `where` is a subject of the log or an artifact, `what` says what was expected and what is there.
 
-    `miner` is the submission it concerns, empty when it concerns everybody.
+    `miner` is the submission it concerns, empty when it concerns everybody. `by` is who is to blame: `operator`, a validator
+    or a miner by its key, `nobody`. Only what somebody signed is held against a participant; what else is wrong with a log
+    lies with the operator, who keeps it and whose services answer for it.
     """
 
     check: str
@@ -26,6 +33,12 @@ class Difference:
     what: str
     cycle: int = 0
     miner: str = ""
+    by: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.by:
+            own = _OF_A_VALIDATOR.match(self.where)
+            object.__setattr__(self, "by", OPERATOR if own is None else f"validator {own[1]}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that the commands print."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from connito.audit.differences import Difference, Step
+from connito.audit.differences import NOBODY, OPERATOR, Difference, Step
 from connito.bus.streams import FACT_STREAMS, stream_of
 from connito.errors import Invalid, NotFound
 from connito.protocol.quota import LETTERS_PER_KEY
@@ -18,7 +18,7 @@ from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 from connito.wire.parts import Parts
-from connito.wire.roster import Roster
+from connito.wire.roster import ROLES, Roster
 from connito.wire.subjects import DLQ_ROOT
 from connito.wire.verification import verify_fact, verify_ingress
 
@@ -124,17 +124,18 @@ def _take(evidence: Evidence, record: Record) -> None:
         evidence.repeated.append(record)
 
 
-def signatures(evidence: Evidence) -> Step:
+def signatures(evidence: Evidence, covers: Callable[[Record], bool] = lambda record: False) -> Step:
     """Check that every stored message is signed by a key with the right to it, for its subject, and published once.
 
     What a miner sent may be anything; it has to be among the dead letters then, with the same bytes. Of a key's messages
-    that are none, so many are kept.
+    that are none, so many are kept. `covers`: whether a head shows that a message lay there all along, so that it was not the
+    operator who changed it later.
     """
-    found = tuple(_unverified(evidence))
+    found = tuple(_unverified(evidence, covers))
     return Step("signatures", 0, len(evidence.records), found)
 
 
-def _unverified(evidence: Evidence) -> Iterator[Difference]:
+def _unverified(evidence: Evidence, covers: Callable[[Record], bool]) -> Iterator[Difference]:
     kept: Counter[str] = Counter()
     for record, error in evidence.unreadable:
         letter = evidence.letters.get((record.stream, record.sequence))
@@ -143,9 +144,21 @@ def _unverified(evidence: Evidence) -> Iterator[Difference]:
             continue
         kept.update(owner if letter is not None else ())
         if record.stream in FACT_STREAMS or letter is None or letter.body != record.data:
-            yield Difference("signatures", _place(record), str(error), _cycle_of(record.subject))
+            by = _author(evidence, record) if covers(record) else OPERATOR
+            yield Difference("signatures", _place(record), str(error), _cycle_of(record.subject), by=by)
     for record in evidence.repeated:
         yield Difference("signatures", _place(record), "a fact is written once, and this one stood already")
+
+
+def _author(evidence: Evidence, record: Record) -> str:
+    """Return whose signature is on a message that does not verify: nobody's, where none holds."""
+    try:
+        signer = open_bytes(record.data, record.subject).signer
+    except Invalid:
+        return NOBODY
+    if evidence.roster.permits("validator", signer):
+        return f"validator {signer}"
+    return OPERATOR if any(evidence.roster.permits(role, signer) for role in ROLES) else NOBODY
 
 
 def _place(record: Record) -> str:

@@ -7,56 +7,42 @@ from collections.abc import Container, Iterator, Sequence
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.evidence import Evidence
 from connito.errors import Invalid
+from connito.protocol import rules
 from connito.protocol.assignment import assigned
-from connito.protocol.beacon import draw_seed, opens
 from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals, finding_of
 from connito.protocol.merging.gate import Losses, judge
 from connito.protocol.scoring.consensus import Consensus
-from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
+from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.own_work import leaning_of
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, without
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import as_recorded, sentence
 from connito.wire.facts import RunFacts
-from connito.wire.identity import short_key
+from connito.wire.subjects import WINDOWS
 
 # Reasons that the ranking gave, not the merge.
 _OF_THE_REWARD = frozenset({reasons_pb2.REASON_BELOW_CUTOFF, reasons_pb2.REASON_PROBATION})
 
 
-def beacon(evidence: Evidence, cycle: int) -> Step:
-    """Check that the seed is the hash of the secrets that drawn validators committed to before any submission."""
-    drawn = evidence.facts.drawn(cycle)
-    if drawn is None:
-        return Step("beacon", cycle, 0, note="nothing was drawn")
-    return Step("beacon", cycle, 1 + len(drawn.validators), tuple(_draw(evidence, cycle, drawn)))
+def cycle_rules(evidence: Evidence, cycle: int) -> Step:
+    """Check the rules of draw, quorum and closing, and that validators objected to nothing else."""
+    facts = evidence.facts
+    broken = list(rules.faults(facts, cycle, evidence.roster.stake, said=True))
+    found = [Difference("rules", _place_of(rule, cycle), sentence(rule), cycle) for rule in broken]
+    for validator, fact in facts.objections(cycle).items():
+        if not broken and fact.message.finding.kind != cycle_pb2.FINDING_KIND_RULE_HISTORY:
+            where = evidence.subject("validate", cycle, "objection", validator)
+            found.append(Difference("rules", where, "objects to a cycle that breaks no rule", cycle))
+    return Step("rules", cycle, len(WINDOWS) + len(facts.objections(cycle)), tuple(found))
 
 
-def _draw(evidence: Evidence, cycle: int, drawn: cycle_pb2.SeedDrawn) -> Iterator[Difference]:
-    facts, where = evidence.facts, evidence.subject("validate", cycle, "drawn")
-    secrets: dict[str, bytes] = {}
-    for validator in drawn.validators:
-        committed = facts.seed_commitment(cycle, validator)
-        revealed = facts.seed_reveal(cycle, validator)
-        if committed is None or revealed is None:
-            missing = "commitment" if committed is None else "reveal"
-            yield Difference(
-                "beacon", where, f"counts {short_key(validator)}, whose {missing} is not in the log", cycle
-            )
-        elif not opens(committed.digest, facts.run, cycle, validator, revealed.secret):
-            place = evidence.subject("validate", cycle, "seed", validator)
-            yield Difference("beacon", place, "the secret does not open what the validator committed to", cycle)
-        else:
-            secrets[validator] = revealed.secret
-    if not secrets or len(secrets) == len(drawn.validators):
-        seed = draw_seed(facts.run, cycle, secrets) if secrets else b""
-        if seed != drawn.seed:
-            yield Difference("beacon", where, f"seed: {seed.hex()} recomputed, {drawn.seed.hex()} in the log", cycle)
-    opened = facts.window("validate", cycle).opened
-    named = [*drawn.validators, *drawn.omitted]
-    if opened is not None and sorted(opened.expected) != sorted(named):
-        yield Difference("beacon", where, "does not name, as drawn or omitted, exactly who was expected", cycle)
+def _place_of(rule: cycle_pb2.Finding, cycle: int) -> str:
+    closed = (
+        rule.kind in (cycle_pb2.FINDING_KIND_RULE_EARLY, cycle_pb2.FINDING_KIND_RULE_WAITING) and rule.name in WINDOWS
+    )
+    named = rule.kind == cycle_pb2.FINDING_KIND_RULE_NAMED
+    return f"{rule.name}.{cycle}.closed" if closed else f"validate.{cycle}.{'opened' if named else 'drawn'}"
 
 
 def reports(evidence: Evidence, cycle: int) -> Step:
@@ -111,7 +97,7 @@ def consensus_of(evidence: Evidence, cycle: int, submissions: Sequence[cycle_pb2
     """Recompute the consensus of the validators' reports, as the aggregator has to."""
     facts, stake = evidence.facts, evidence.roster.stake
     given = read_reports(facts, cycle)
-    fault = quorum_fault(facts, cycle, given, stake)
+    fault = rules.quorum_fault(facts, cycle, given, stake)
     return (
         no_quorum(facts, cycle, submissions, fault)
         if fault is not None

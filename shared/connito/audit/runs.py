@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,10 +46,12 @@ class AuditOptions:
     threads: int | None = None
     tolerance: float = TOLERANCE
     say: Notify = silent
+    # By where they come from: checkpoints of witnesses and receipts of miners, which the log has to agree with.
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def recomputing(self) -> Options:
         """Return the part that says how to recompute."""
-        return Options(self.model, self.threads_of_run(), self.tolerance, self.say)
+        return Options(self.model, self.threads_of_run(), self.tolerance, self.say, self.kept)
 
     def threads_of_run(self) -> int:
         """Return how many threads to compute with: equal bits need as many as the run had."""

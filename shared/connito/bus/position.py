@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from connito.bus import Bus
 from connito.errors import Retry
 from connito.wire.fact import Fact, Record
+from connito.wire.heads import LogTrees
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 
@@ -20,8 +21,8 @@ class PositionedLog(Log):
     """`facts.Log` with positions. Fill it from followers of whole streams: one that is filtered to a run never gets
     to the end of a stream."""
 
-    def __init__(self, roster: Roster, *, patience_s: float = 10.0) -> None:
-        super().__init__(roster)
+    def __init__(self, roster: Roster, trees: LogTrees | None = None, *, patience_s: float = 10.0) -> None:
+        super().__init__(roster, trees)
         self._patience_s = patience_s
         self._seen: dict[str, int] = {}
         self._moved = asyncio.Event()

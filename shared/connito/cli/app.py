@@ -27,6 +27,7 @@ from connito.cli import (
     status,
     streams,
     up,
+    witness,
 )
 
 app = typer.Typer(
@@ -64,6 +65,7 @@ app.command("explain")(explain.explain)
 app.command("audit")(audit.audit)
 app.command("archive")(archive.archive)
 app.command("clean")(clean.clean)
+app.command("witness")(witness.witness)
 app.command("ledger")(ledger.ledger)
 app.command("advisories")(advisories.advisories)
 app.command("ban")(admission.ban)

@@ -51,17 +51,29 @@ def audit(
         Path | None,
         typer.Option("--against", help="Output of another auditor's `connito audit --json`, to compare the logs."),
     ] = None,
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option("--checkpoint", help="A checkpoint that a witness cosigned; the log has to be the one it saw."),
+    ] = None,
+    receipt: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--receipt", help="A receipt that a miner kept; the log has to hold what it is for, and the answer."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Recompute selection, scores, consensus, rewards and every outer step of a run from the log and the store.
 
-    Exits with 6 where anything differs, after naming the first divergence.
+    Names the first divergence, and who is to blame: exits with 6 for the operator, 7 for validators, 8 for miners alone, and 0
+    where nobody is.
     """
     from connito.audit.runs import AuditOptions
     from connito.audit.runs import audit as recompute
 
     say = silent if as_json else tell
-    options = AuditOptions(folder, data_dir, not no_model, threads, tolerance, say)
+    notes = {str(path): _read(path) for path in [*(checkpoint or ()), *(receipt or ())]}
+    options = AuditOptions(folder, data_dir, not no_model, threads, tolerance, say, notes)
     evidence, audited = recompute(run, options, _chain_of(against))
     document = audited.to_json()
     emit(as_json, document, lambda: _text(document, evidence))
@@ -69,16 +81,18 @@ def audit(
 
 
 def settle(differences: list[dict[str, Any]], what: str) -> None:
-    """Raise `VerificationFailed` naming the first difference, if there is one."""
-    from connito.errors import VerificationFailed
+    """Raise the error of those who are to blame, naming the first difference of theirs; none for what nobody is to blame for."""
+    from connito.errors import MinerAtFault, ValidatorAtFault, VerificationFailed
 
-    if differences:
-        first = differences[0]
-        more = f" ({len(differences) - 1} more)" if len(differences) > 1 else ""
-        raise VerificationFailed(
-            f"{what} differs, here: {first['where']}: {first['what']}{more}; "
-            "compare with another copy of the log and the store to see which one was changed"
-        )
+    for role, error in (("operator", VerificationFailed), ("validator", ValidatorAtFault), ("miner", MinerAtFault)):
+        theirs = [difference for difference in differences if difference["by"].split()[0] == role]
+        if theirs:
+            first = theirs[0]
+            more = f" ({len(differences) - 1} more)" if len(differences) > 1 else ""
+            raise error(
+                f"{what} differs, here: {first['where']}: {first['what']}{more}; to blame: {first['by']}; "
+                "compare with another copy of the log and the store to see which one was changed"
+            )
 
 
 def _chain_of(path: Path | None) -> dict[str, str]:
@@ -94,6 +108,15 @@ def _chain_of(path: Path | None) -> dict[str, str]:
         raise Invalid(f"{path} is not what `connito audit --json` prints: {error!r}") from error
 
 
+def _read(path: Path) -> str:
+    from connito.errors import Invalid
+
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise Invalid(f"cannot read {path}: {error}; give a file that `connito witness` or a miner has kept") from error
+
+
 def _text(document: dict[str, Any], evidence: Evidence) -> str:
     rows = [
         (row["cycle"] or "", row["check"], row["compared"], row["differences"] or "", row["note"])
@@ -101,8 +124,11 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
     ]
     lines = [table(("cycle", "check", "compared", "differ", "note"), rows), ""]
     lines += [f"log {document['chain']['head']} over {document['messages']} messages"]
-    lines += [f"  {difference['where']}: {difference['what']}" for difference in document["differences"]]
+    lines += [
+        f"  {difference['where']}: {difference['what']} ({difference['by']})" for difference in document["differences"]
+    ]
     same = document["result"] == "same"
+    lines += [f"to blame: {', '.join(document['blame'])}"] if document["blame"] else []
     model = "" if document["model"] else " (selection and losses left out)"
     lines.append(f"{evidence.run}: {'same' if same else 'differs'}{model}, {formats.duration(document['seconds'])}")
     return "\n".join(lines)

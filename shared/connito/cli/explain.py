@@ -27,7 +27,7 @@ def explain(
 ) -> None:
     """Show the inputs of a submission's result, recompute it from public artifacts, and print same or the first difference.
 
-    Exits with 6 where anything differs.
+    Exits as `connito audit` does where anything differs.
     """
     from connito.audit.runs import AuditOptions
     from connito.audit.runs import explain as recompute

@@ -18,10 +18,12 @@ from connito.v1.run_pb2 import RunSpec
 from connito.wire.bounds import NAME_BYTES, WORDS_BYTES, cut
 
 # `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings. 2: the documents of a sequence do not
-# see each other, and a corpus may say which tokens count. 3: copies are found by function (`scoring.own_work`).
+# see each other, and a corpus may say which tokens count. 3: copies are found by function (`scoring.own_work`); draw, quorum and
+# closing are checked (`protocol.rules`), and the log has signed heads.
 PROTOCOL_VERSION = 3
 DOCUMENTS_APART = 2
 COPIES_BY_FUNCTION = 3
+CHECKED = 3
 
 Outcome: TypeAlias = (
     cycle_pb2.Refused

@@ -186,6 +186,22 @@ class _FindingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingKi
     """name (digest of the artifact)."""
     FINDING_KIND_OTHER_SIZE: _FindingKind.ValueType  # 78
     """count, limit (bytes of the object, and those declared)."""
+    FINDING_KIND_RULE_NAMED: _FindingKind.ValueType  # 90
+    """A rule of the run that a cycle breaks (`connito.protocol.rules`). miners: validators that committed in time and are not
+    named, or are named and did not.
+    """
+    FINDING_KIND_RULE_DRAW: _FindingKind.ValueType  # 91
+    """The draw leaves out valid reveals, or counts others: miners."""
+    FINDING_KIND_RULE_SEED: _FindingKind.ValueType  # 92
+    """The seed is not the hash of the secrets."""
+    FINDING_KIND_RULE_QUORUM: _FindingKind.ValueType  # 93
+    """Too few validators in the draw: weight, total_weight (of those that joined), count, limit (of the policy)."""
+    FINDING_KIND_RULE_EARLY: _FindingKind.ValueType  # 94
+    """A window closed, or drew, before its time: name (of the window), count (milliseconds)."""
+    FINDING_KIND_RULE_WAITING: _FindingKind.ValueType  # 95
+    """It closed because everybody had acted, and these had not: name, miners."""
+    FINDING_KIND_RULE_HISTORY: _FindingKind.ValueType  # 96
+    """A head is not that of the log as it was read: count (its number), text."""
     FINDING_KIND_OBJECTIVE_MET: _FindingKind.ValueType  # 80
     """A run ended because its objective is met: domain, effect (gained), margin (asked for), cycle, limit (of cycles)."""
     FINDING_KIND_LEANS: _FindingKind.ValueType  # 81
@@ -290,6 +306,22 @@ FINDING_KIND_NOT_UPLOADED: FindingKind.ValueType  # 77
 """name (digest of the artifact)."""
 FINDING_KIND_OTHER_SIZE: FindingKind.ValueType  # 78
 """count, limit (bytes of the object, and those declared)."""
+FINDING_KIND_RULE_NAMED: FindingKind.ValueType  # 90
+"""A rule of the run that a cycle breaks (`connito.protocol.rules`). miners: validators that committed in time and are not
+named, or are named and did not.
+"""
+FINDING_KIND_RULE_DRAW: FindingKind.ValueType  # 91
+"""The draw leaves out valid reveals, or counts others: miners."""
+FINDING_KIND_RULE_SEED: FindingKind.ValueType  # 92
+"""The seed is not the hash of the secrets."""
+FINDING_KIND_RULE_QUORUM: FindingKind.ValueType  # 93
+"""Too few validators in the draw: weight, total_weight (of those that joined), count, limit (of the policy)."""
+FINDING_KIND_RULE_EARLY: FindingKind.ValueType  # 94
+"""A window closed, or drew, before its time: name (of the window), count (milliseconds)."""
+FINDING_KIND_RULE_WAITING: FindingKind.ValueType  # 95
+"""It closed because everybody had acted, and these had not: name, miners."""
+FINDING_KIND_RULE_HISTORY: FindingKind.ValueType  # 96
+"""A head is not that of the log as it was read: count (its number), text."""
 FINDING_KIND_OBJECTIVE_MET: FindingKind.ValueType  # 80
 """A run ended because its objective is met: domain, effect (gained), margin (asked for), cycle, limit (of cycles)."""
 FINDING_KIND_LEANS: FindingKind.ValueType  # 81
@@ -899,9 +931,12 @@ class SeedDrawn(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     VALIDATORS_FIELD_NUMBER: _builtins.int
     OMITTED_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     seed: _builtins.bytes
+    last_sequence: _builtins.int
+    """Reveals up to this sequence of VALIDATE are in the draw (protocol_version 3 on)."""
     @_builtins.property
     def validators(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -916,14 +951,46 @@ class SeedDrawn(_message.Message):
         seed: _builtins.bytes = ...,
         validators: _abc.Iterable[_builtins.str] | None = ...,
         omitted: _abc.Iterable[_builtins.str] | None = ...,
+        last_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "omitted", b"omitted", "run", b"run", "seed", b"seed", "validators", b"validators"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "last_sequence", b"last_sequence", "omitted", b"omitted", "run", b"run", "seed", b"seed", "validators", b"validators"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SeedDrawn: _TypeAlias = SeedDrawn  # noqa: Y015
+
+@_typing.final
+class Objection(_message.Message):
+    """VALIDATE: `<run>.validate.<cycle>.objection.<validator>`: the cycle breaks a rule, and this validator does not score it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    CYCLE_FIELD_NUMBER: _builtins.int
+    VALIDATOR_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    cycle: _builtins.int
+    validator: _builtins.str
+    @_builtins.property
+    def finding(self) -> Global___Finding: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        cycle: _builtins.int = ...,
+        validator: _builtins.str = ...,
+        finding: Global___Finding | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "finding", b"finding", "run", b"run", "validator", b"validator"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Objection: _TypeAlias = Objection  # noqa: Y015
 
 @_typing.final
 class SequenceLoss(_message.Message):

@@ -96,6 +96,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The report leaves out a submission that the seed assigned to the validator, so none of it counts."""
     REASON_NOT_ASSIGNED: _Reason.ValueType  # 70
     """The report scores a submission that the seed did not assign to the validator, so none of it counts."""
+    REASON_RULE_BROKEN: _Reason.ValueType  # 71
+    """The cycle breaks a rule of the run, so nobody is judged in it; the detail says which. Audit the run."""
     REASON_TOO_FEW_MINERS: _Reason.ValueType  # 80
     """Fewer miners than the policy's minimum enrolled in time."""
     REASON_BAD_SPEC: _Reason.ValueType  # 81
@@ -216,6 +218,8 @@ REASON_INCOMPLETE_REPORT: Reason.ValueType  # 69
 """The report leaves out a submission that the seed assigned to the validator, so none of it counts."""
 REASON_NOT_ASSIGNED: Reason.ValueType  # 70
 """The report scores a submission that the seed did not assign to the validator, so none of it counts."""
+REASON_RULE_BROKEN: Reason.ValueType  # 71
+"""The cycle breaks a rule of the run, so nobody is judged in it; the detail says which. Audit the run."""
 REASON_TOO_FEW_MINERS: Reason.ValueType  # 80
 """Fewer miners than the policy's minimum enrolled in time."""
 REASON_BAD_SPEC: Reason.ValueType  # 81

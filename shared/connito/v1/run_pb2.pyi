@@ -615,6 +615,7 @@ class RunSpec(_message.Message):
     """The rules that the run is under, filled in by the coordinator. 0, a run of before there were versions: outcomes are
     recorded as sentences. 1: as findings. 2: the documents of a sequence do not see each other, and a corpus may say which
     tokens count.
+    3: draw, quorum and closing are rules that everybody checks, and the log has signed heads.
     """
     @_builtins.property
     def base(self) -> Global___BaseRef: ...
@@ -924,6 +925,129 @@ class ValidatorJoined(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ValidatorJoined: _TypeAlias = ValidatorJoined  # noqa: Y015
+
+@_typing.final
+class StreamCut(_message.Message):
+    """How far a stream is covered: the sequence of the run's last message in it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    stream: _builtins.str
+    last_sequence: _builtins.int
+    def __init__(
+        self,
+        *,
+        stream: _builtins.str = ...,
+        last_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_sequence", b"last_sequence", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamCut: _TypeAlias = StreamCut  # noqa: Y015
+
+@_typing.final
+class LogHead(_message.Message):
+    """RUNS: `<run>.run.<number>.head`, signed by the coordinator: the log up to here, as a checkpoint. Number n, from 1, is written
+    before cycle n opens; the last ones follow the run's end and its deposit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    CYCLE_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    CUTS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    cycle: _builtins.int
+    checkpoint: _builtins.str
+    """A C2SP tlog-checkpoint over all facts up to `cuts`: RFC 6962 leaves in the order in which heads cover them, and of one head
+    stream by stream (`connito.wire.heads`).
+    """
+    @_builtins.property
+    def cuts(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamCut]: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        cycle: _builtins.int = ...,
+        checkpoint: _builtins.str = ...,
+        cuts: _abc.Iterable[Global___StreamCut] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cuts", b"cuts", "cycle", b"cycle", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogHead: _TypeAlias = LogHead  # noqa: Y015
+
+@_typing.final
+class HeadCosigned(_message.Message):
+    """RUNS: `<run>.run.<number>.cosigned.<validator>`: this validator has read the log that head `number` stands for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    CYCLE_FIELD_NUMBER: _builtins.int
+    VALIDATOR_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    cycle: _builtins.int
+    validator: _builtins.str
+    signature: _builtins.str
+    """The line of a C2SP tlog-cosignature under the head's checkpoint."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        cycle: _builtins.int = ...,
+        validator: _builtins.str = ...,
+        signature: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "run", b"run", "signature", b"signature", "validator", b"validator"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadCosigned: _TypeAlias = HeadCosigned  # noqa: Y015
+
+@_typing.final
+class IngressHead(_message.Message):
+    """RUNS: `<run>.run.<number>.received`, signed by the committer: a receipt for everything that miners had said by then, as a
+    C2SP tlog-checkpoint over the run's messages in INGRESS.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    CYCLE_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    cycle: _builtins.int
+    checkpoint: _builtins.str
+    last_sequence: _builtins.int
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        cycle: _builtins.int = ...,
+        checkpoint: _builtins.str = ...,
+        last_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cycle", b"cycle", "last_sequence", b"last_sequence", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngressHead: _TypeAlias = IngressHead  # noqa: Y015
 
 @_typing.final
 class LayerSelection(_message.Message):

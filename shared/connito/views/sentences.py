@@ -150,6 +150,16 @@ SENTENCES: dict[int, str] = {
         "nothing was uploaded as {f.name:.12}…; ask for an upload, put the file there, then reveal"
     ),
     c.FINDING_KIND_OTHER_SIZE: "the object has {f.count} bytes, you declared {f.limit}",
+    c.FINDING_KIND_RULE_NAMED: "validate names other validators than those who committed in time: it is wrong about {miners}",
+    c.FINDING_KIND_RULE_DRAW: "the draw leaves out, or counts, against what was revealed before its cut: {miners}",
+    c.FINDING_KIND_RULE_SEED: "the seed is not the hash of the secrets that were revealed",
+    c.FINDING_KIND_RULE_QUORUM: (
+        "{f.count} validators drew, with {f.weight:g} of {f.total_weight:g} votes of those that joined; it takes {f.limit} and "
+        "more than half"
+    ),
+    c.FINDING_KIND_RULE_EARLY: "the {f.name} came {f.count} ms before its time",
+    c.FINDING_KIND_RULE_WAITING: "the {f.name} window closed because everybody had acted, and {miners} had not",
+    c.FINDING_KIND_RULE_HISTORY: "head {f.count} is not of the log as it was read: {f.text}",
     c.FINDING_KIND_OBJECTIVE_MET: (
         "the objective is met after cycle {f.cycle} of {f.limit}: {f.domain} loss on the gate's text is "
         "{f.effect:.4f} nats per token lower than at the start, {f.margin:g} were asked for"

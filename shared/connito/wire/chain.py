@@ -35,8 +35,3 @@ def window_of(subject: str) -> str:
     parts = subject.split(".")
     section = parts[3] if len(parts) > 3 else ""
     return f"{section}.{parts[4]}" if section in WINDOWS and len(parts) > 4 else section
-
-
-def anchored_windows(cycle: int) -> list[str]:
-    """Return the windows that validators have read when `cycle` opens and whose digests they sign with their commitment."""
-    return ["run", *(f"{window}.{cycle - 1}" for window in WINDOWS)] if cycle > 1 else ["run"]

@@ -54,6 +54,8 @@ class Fact(Generic[M_co]):
     stream: str
     sequence: int
     time_unix_ms: int
+    # SHA-256 of the stored bytes.
+    digest: bytes = b""
 
     def of(self, message_type: type[M]) -> Fact[M] | None:
         """Return the fact if its message is of that type, else None."""

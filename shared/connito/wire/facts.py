@@ -8,6 +8,7 @@ pure function of that set and the time (each service's `handlers.py`), evaluated
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.fact import Fact, FactSet, message_of, require
@@ -124,6 +125,31 @@ class RunFacts(FactSet):
         """Return uses of library experts that were declared, by id."""
         return self.many(run_pb2.ExpertUsed, "library", 0, "used")
 
+    # The log itself.
+
+    @property
+    def log_id(self) -> str:
+        """Return what tells this run's log from any other of a run of the same name; empty before the run was created."""
+        created = self.created_fact
+        return "" if created is None else created.digest.hex()
+
+    def head(self, number: int) -> Fact[run_pb2.LogHead] | None:
+        """Return a signed head of the log."""
+        return self.one(run_pb2.LogHead, "run", number, "head")
+
+    def cosigned(self, number: int) -> Mapping[str, Fact[run_pb2.HeadCosigned]]:
+        """Return validators' cosignatures under a head."""
+        return self.many(run_pb2.HeadCosigned, "run", number, "cosigned")
+
+    def received(self, number: int) -> Fact[run_pb2.IngressHead] | None:
+        """Return a receipt for what miners had said."""
+        return self.one(run_pb2.IngressHead, "run", number, "received")
+
+    @property
+    def next_head(self) -> int:
+        """Return the number of the head to be written next."""
+        return next(number for number in count(max(1, self.cycle)) if self.head(number) is None)
+
     # One cycle, window by window.
 
     def cycles(self) -> range:
@@ -196,6 +222,10 @@ class RunFacts(FactSet):
     def drawn(self, cycle: int) -> cycle_pb2.SeedDrawn | None:
         """Return a cycle's seed and the validators whose secrets are in it."""
         return message_of(self.window("validate", cycle).drawn_fact)
+
+    def objections(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.Objection]]:
+        """Return validators' objections to a cycle that breaks a rule."""
+        return self.many(cycle_pb2.Objection, "validate", cycle, "objection")
 
     def reports(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.ScoreReport]]:
         """Return score reports by validator."""

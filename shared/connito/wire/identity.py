@@ -85,10 +85,16 @@ class Identity:
         return bytes(self._key.sign(SIGNATURE_TAG + message).signature)
 
     def sign_nonce(self, nonce: bytes) -> bytes:
-        """Answer a broker's login challenge, unless the challenge is crafted to be one of our signatures."""
-        if nonce.startswith(SIGNATURE_TAG[:8]):
+        """Answer a broker's login challenge, unless the challenge is crafted to be something that we sign."""
+        if nonce.startswith(SIGNATURE_TAG[:8]) or b"\n" in nonce:
             raise Invalid("the broker sent a login challenge in the form of a Connito signature: refusing to sign it")
         return bytes(self._key.sign(nonce).signature)
+
+    def sign_text(self, text: bytes) -> bytes:
+        """Return the signature over lines of text as they are, for notes that other programs verify (`wire.checkpoint`)."""
+        if text.startswith(SIGNATURE_TAG) or not text.endswith(b"\n"):
+            raise Invalid("only lines of text are signed without a tag")
+        return bytes(self._key.sign(text).signature)
 
     def derive(self, *context: str) -> bytes:
         """Return 32 secret bytes that only this key can produce for `context`: salts and beacon secrets survive a
@@ -129,8 +135,18 @@ def is_public_key(text: str) -> bool:
 @lru_cache(maxsize=4096)
 def verify(public: str, message: bytes, signature: bytes) -> bool:
     """Return whether `signature` is `public`'s over `message`. Malformed keys and signatures are simply not valid."""
+    return verify_text(public, SIGNATURE_TAG + message, signature)
+
+
+def raw_key(public: str) -> bytes:
+    """Return the 32 bytes of a public key. Raises `ValueError` for what is none."""
+    return bytes(_verify_key(public))
+
+
+def verify_text(public: str, text: bytes, signature: bytes) -> bool:
+    """Return whether `signature` is `public`'s over `text` as it is (see `Identity.sign_text`)."""
     try:
-        _verify_key(public).verify(SIGNATURE_TAG + message, signature)
+        _verify_key(public).verify(text, signature)
     except (BadSignatureError, ValueError, TypeError):
         return False
     return True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2
-from connito.wire.chain import Chains
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
+from connito.wire.heads import LogTrees
 from connito.wire.parts import Parts
 from connito.wire.roster import Roster
 from connito.wire.subjects import is_ingress, run_of
@@ -14,12 +14,12 @@ from connito.wire.verification import verify_fact, verify_ingress
 
 
 class Log:
-    """Facts of every run seen, filled from records. Invalid records are reported through `rejected`, never applied."""
+    """Facts of every run seen, filled from records; one that does not verify is never applied. `trees`: for those who write or
+    check heads, every stored message in the tree of its run."""
 
-    def __init__(self, roster: Roster) -> None:
-        self.roster = roster
+    def __init__(self, roster: Roster, trees: LogTrees | None = None) -> None:
+        self.roster, self.trees = roster, trees
         self.runs: dict[str, RunFacts] = {}
-        self.chains: dict[str, Chains] = {}
         self.parts = Parts()
 
     def verified(self, record: Record) -> Fact:
@@ -45,9 +45,9 @@ class Log:
         if is_ingress(record.subject):
             fact = self.verified(record)
         else:
-            # A chain links every stored message, also one that does not verify.
-            chain = self.chains.setdefault(run_of(record.subject), Chains())
-            chain.extend(record.subject, record.sequence, record.data)
+            if self.trees is not None:
+                # A head covers every stored message, also one that does not verify.
+                self.trees.of(run_of(record.subject)).add(record)
             whole = self.parts.take(record, self.roster)
             if whole is None:
                 return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from google.protobuf.message import Message
 
 from connito.errors import Invalid
@@ -30,6 +32,9 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     ("run", "selection_failed"): (run_pb2.SelectionFailed, "selector", ""),
     ("run", "ended"): (run_pb2.RunEnded, "coordinator", ""),
     ("run", "paused"): (run_pb2.RunPaused, ANY, "key"),
+    ("run", "head"): (run_pb2.LogHead, "coordinator", ""),
+    ("run", "cosigned"): (run_pb2.HeadCosigned, "validator", "validator"),
+    ("run", "received"): (run_pb2.IngressHead, "committer", ""),
     ("train", "seed"): (cycle_pb2.SeedCommitted, "validator", "validator"),
     ("commit", "accepted"): (cycle_pb2.CommitmentAccepted, "committer", "miner"),
     ("commit", "refused"): (cycle_pb2.Refused, "committer", "miner+ingress_sequence"),
@@ -39,6 +44,7 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     ("submit", "settled"): (cycle_pb2.WindowSettled, "committer", ""),
     ("validate", "seed"): (cycle_pb2.SeedRevealed, "validator", "validator"),
     ("validate", "drawn"): (cycle_pb2.SeedDrawn, "coordinator", ""),
+    ("validate", "objection"): (cycle_pb2.Objection, "validator", "validator"),
     ("validate", "report"): (cycle_pb2.ScoreReport, "validator", "validator"),
     ("merge", "scored"): (cycle_pb2.CycleScored, "aggregator", ""),
     ("merge", "version"): (cycle_pb2.VersionPublished, "aggregator", ""),
@@ -121,7 +127,8 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
         raise Invalid(f"the payload names another run or cycle than its subject {record.subject}")
     if id_path and _subject_id(message, id_path) != key.id:
         raise Invalid(f"the payload names another id than its subject {record.subject}")
-    return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
+    digest = hashlib.sha256(record.data).digest()
+    return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms, digest)
 
 
 def verify_ingress(record: Record) -> Fact:
@@ -139,4 +146,5 @@ def verify_ingress(record: Record) -> Fact:
     if getattr(message, "run", "") != run:
         raise Invalid(f"the payload names another run than its subject {record.subject}")
     key = FactKey("ingress", int(getattr(message, "cycle", 0)), kind, miner)
-    return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms)
+    digest = hashlib.sha256(record.data).digest()
+    return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms, digest)

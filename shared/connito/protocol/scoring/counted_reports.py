@@ -1,14 +1,12 @@
-"""Choice of the validators' reports of a cycle that count, and the quorum. Pure."""
+"""Choice of the validators' reports of a cycle that count. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from connito.protocol.assignment import assigned
 from connito.protocol.findings import Refusal
-from connito.protocol.scoring.trust import votes
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
@@ -80,24 +78,6 @@ def _fault(facts: RunFacts, cycle: int, report: cycle_pb2.ScoreReport) -> Findin
         return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_NO_UTILITY)
     if any(score.utility > MAX_UTILITY for score in report.scores):
         return Finding(kind=cycle_pb2.FINDING_KIND_REPORT_HIGH_UTILITY, limit=MAX_UTILITY)
-    return None
-
-
-def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Callable[[str], float]) -> Finding | None:
-    """Return why the reports are too few to judge anyone; None when they suffice.
-
-    The draw had its quorum of validators; of the weight of their votes, more than half must have reported. A validator that fell
-    silent after its reveal then costs nobody the cycle, and a lying minority is not made a majority by it. Where the
-    seed assigns submissions, one whose assigned validators mostly fell silent is told so in its verdict.
-    """
-    drawn = draw(facts, cycle)
-    if drawn is None:
-        return Finding(kind=cycle_pb2.FINDING_KIND_NOTHING_DRAWN)
-    weight = votes(facts, cycle, stake)
-    total = sum(weight(validator) for validator in drawn.validators)
-    reported = sum(weight(validator) for validator in reports.counted)
-    if reported <= total / 2:
-        return Finding(kind=cycle_pb2.FINDING_KIND_QUORUM_MISSED, weight=reported, total_weight=total)
     return None
 
 

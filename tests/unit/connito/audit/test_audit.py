@@ -150,10 +150,10 @@ RESIGNED = [
     ("ingress.{A}.commitment", c.Commitment, lambda m: setattr(m, "digest", b"y" * 32), "commitments"),
     ("ingress.{A}.reveal", c.Reveal, lambda m: setattr(m, "salt", b"z" * 16), "submissions"),
     ("ingress.{B}.reveal", c.Reveal, lambda m: setattr(m.artifact, "size", 3), "submissions"),
-    ("train.1.seed.{v1}", c.SeedCommitted, lambda m: setattr(m, "digest", b"x" * 32), "beacon"),
-    ("validate.1.seed.{v1}", c.SeedRevealed, lambda m: setattr(m, "secret", b"x" * 32), "beacon"),
-    ("validate.1.drawn", c.SeedDrawn, lambda m: setattr(m, "seed", b"x" * 32), "beacon"),
-    ("validate.1.drawn", c.SeedDrawn, lambda m: m.omitted.append(m.validators.pop()), "beacon"),
+    ("train.1.seed.{v1}", c.SeedCommitted, lambda m: setattr(m, "digest", b"x" * 32), "rules"),
+    ("validate.1.seed.{v1}", c.SeedRevealed, lambda m: setattr(m, "secret", b"x" * 32), "rules"),
+    ("validate.1.drawn", c.SeedDrawn, lambda m: setattr(m, "seed", b"x" * 32), "rules"),
+    ("validate.1.drawn", c.SeedDrawn, lambda m: m.omitted.append(m.validators.pop()), "rules"),
     ("validate.1.report.{v1}", c.ScoreReport, _loss, "reports"),
     ("validate.1.report.{v1}", c.ScoreReport, lambda m: setattr(m.scores[0], "utility", 0.5), "reports"),
     ("validate.1.report.{v1}", c.ScoreReport, lambda m: m.scores.pop(), "reports"),
@@ -310,10 +310,9 @@ async def test_what_cannot_be_recomputed_breaks_the_chain(world: World, tmp_path
     assert chain.first_break(before, chain.windows_of(reversed(world.records))) == ""
     world.resign("validate.1.report.{v1}", lambda m: setattr(m, "seconds", 99.0), c.ScoreReport)
     found = await look(world, tmp_path)
-    assert found.differences == []
+    assert [(difference.check, difference.where) for difference in found.differences] == [("heads", "run.2.head")]
     compared = against(found, before)
-    assert compared.first is not None
-    assert (compared.first.check, compared.first.where) == ("chain", "validate.1")
+    assert (compared.differences[-1].check, compared.differences[-1].where) == ("chain", "validate.1")
     assert chain.head(found.windows) != chain.head(before)
 
 
@@ -330,7 +329,7 @@ async def test_a_deposit_from_before_attestations_is_held_to_what_it_says(world:
     world.resign(subject.partition(".")[2], older, r.ExpertDeposited)
     for name in ("honest", "forged"):
         (tmp_path / name).mkdir()
-    assert (await look(world, tmp_path / "honest")).first is None
+    assert {difference.check for difference in (await look(world, tmp_path / "honest")).differences} == {"heads"}
     world.resign(subject.partition(".")[2], lambda m: _repeat(world, m, license="mine"), r.ExpertDeposited)
     found = await look(world, tmp_path / "forged")
     assert found.first is not None

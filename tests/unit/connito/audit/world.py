@@ -23,7 +23,7 @@ from connito.errors import NotFound, VerificationFailed
 from connito.protocol import bans
 from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest
-from connito.protocol.findings import PROTOCOL_VERSION
+from connito.protocol.findings import CHECKED, PROTOCOL_VERSION
 from connito.protocol.merging.cycle import Files, merge_cycle
 from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring.proof_of_loss import score_submission
@@ -32,9 +32,12 @@ from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import as_recorded
+from connito.wire.checkpoint import Checkpoint, cosignature
 from connito.wire.envelope import seal
 from connito.wire.fact import Fact, Record
+from connito.wire.heads import LogTrees, ingress_origin_of, leaf_of
 from connito.wire.identity import Identity
+from connito.wire.merkle import Tree
 from connito.wire.roster import ROLES, Roster
 from connito.wire.subjects import FactKey, ingress
 from google.protobuf.message import Message
@@ -94,6 +97,31 @@ class World(Run):
         data = seal(who, subject, message, now_ms=stored.time_unix_ms).SerializeToString()
         self.records.append(Record(stored.stream, stored.sequence, subject, data, stored.time_unix_ms))
         return stored
+
+    def head(self) -> None:
+        """What the coordinator signs next, and the validators after it; and the committer's receipt."""
+        if self.rules.protocol_version < CHECKED:
+            return
+        facts, trees, said = self.evidence().facts, LogTrees(), Tree()
+        for record in self.records:
+            trees.of(RUN).add(record)
+            if record.stream == "INGRESS":
+                said.append(leaf_of(record))
+        number = facts.next_head
+        receipt = Checkpoint(ingress_origin_of(facts), said.size, said.root).signed(identity("committer"))
+        last = self.last("INGRESS")
+        given = run_pb2.IngressHead(run=RUN, cycle=number, checkpoint=receipt.note, last_sequence=last)
+        self.publish("run", number, "received", given, signer="committer")
+        trees.of(RUN).add(self.records[-1])
+        if number > 1:
+            trees.checkpoint(facts, number - 1)
+        head = trees.of(RUN).head(facts, identity("coordinator"))
+        self.publish("run", number, "head", head, signer="coordinator")
+        checkpoint = Checkpoint.parse(head.checkpoint)
+        for name, key in VALIDATORS.items():
+            line = cosignature(checkpoint, identity(f"validator {name}"), self.now // 1000)
+            message = run_pb2.HeadCosigned(run=RUN, cycle=number, validator=key, signature=line)
+            self.publish("run", number, "cosigned", message, key, key)
 
     def evidence(self) -> Evidence:
         return read(RUN, self.records, ROSTER)
@@ -200,6 +228,9 @@ def number_of(window: str) -> cycle_pb2.Window.ValueType:
     return cycle_pb2.Window.Value(f"WINDOW_{window.upper()}")
 
 
+CLOSED_BY_DEADLINE = cycle_pb2.CLOSE_CAUSE_DEADLINE
+
+
 class Cycle:
     """One cycle, told in the order in which it happens."""
 
@@ -212,14 +243,15 @@ class Cycle:
     def open(self, window: str, expected: Iterable[str] = ()) -> None:
         self.world.opened(window, self.number, expected, state=self.theta, version=self.version)
 
-    def close(self, window: str) -> int:
-        self.world.closed(window, self.number, cause=cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
+    def close(self, window: str, cause: Any = cycle_pb2.CLOSE_CAUSE_ALL_ACTED) -> int:
+        self.world.closed(window, self.number, cause=cause)
         return self.world.facts.window(window, self.number).require_closed().last_sequence
 
     def secret(self, validator: str) -> bytes:
         return f"{validator}/{self.number}".encode().ljust(32, b".")
 
     def train(self) -> None:
+        self.world.head()
         self.open("train", [*(MINERS[name] for name in self.miners), *VALIDATORS.values()])
         for name in self.miners:
             self.world.trained(MINERS[name], self.number, steps=3)
@@ -258,12 +290,12 @@ class Cycle:
     def submit(self, rolled: Iterable[cycle_pb2.Submission]) -> None:
         self.open("submit", [MINERS[name] for name in self.miners])
         self.submissions = []
-        for name in ("A", "B", "C"):
+        for name in self.on_time():
             sequence = self.reveal(name)
             self.submissions.append(self.submission(name, sequence))
             self.accept(self.submissions[-1])
-        self.close("submit")
-        for name in ("A", "B", "C"):
+        self.close("submit", CLOSED_BY_DEADLINE if "L" in self.miners else cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
+        for name in self.on_time():
             self.leave_out(name)
         for entry in rolled:
             self.submissions.append(entry)
@@ -272,6 +304,9 @@ class Cycle:
             self.refuse("submit", "L", 0, reasons_pb2.REASON_NOT_REVEALED)
         self.submissions.sort(key=lambda entry: entry.commit_sequence)
         self.world.settled("submit", self.number, submissions=self.submissions)
+
+    def on_time(self) -> list[str]:
+        return [name for name in self.miners if name != "L"]
 
     def leave_out(self, name: str) -> None:
         """What was accepted of a miner that is banned by the close does not count."""
@@ -401,7 +436,9 @@ def tell(
         published = cycle.merge(folder)
         version, theta = published.version, published.state
     world.ended(final_version=version)
+    world.head()
     deposit(world, folder)
+    world.head()
     return world
 
 
@@ -414,7 +451,8 @@ def deposit(world: World, folder: Path) -> None:
         path.write_bytes(world.objects[digest])
     bench = Recomputation(world.evidence(), Artifacts(paths), 0.0)
     made = deposit_again(bench)
-    assert made is not None
+    if made is None:
+        return
     for data in made.files:
         world.upload(data)
     world.publish("library", 0, "deposited", made.message, made.message.expert_id, "library")

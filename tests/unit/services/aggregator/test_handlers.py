@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from connito.protocol.scoring.counted_reports import draw, quorum_fault, read_reports
+from connito.protocol.rules import quorum_fault
+from connito.protocol.scoring.counted_reports import draw, read_reports
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views.sentences import sentence
 from connito.wire.fact import Fact

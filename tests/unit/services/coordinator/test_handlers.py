@@ -11,7 +11,7 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 from services.coordinator.deadlines import window_ms
 from services.coordinator.handlers import CloseWindow, PublishFact, decide
-from tests.support.run import RUN, secret_of, theta
+from tests.support.run import RUN, even, secret_of, theta
 from tests.unit.services.coordinator.world import World
 
 
@@ -24,7 +24,7 @@ def only(decision: Decision) -> PublishFact | CloseWindow:
 
 def step(world: World) -> PublishFact | CloseWindow:
     """Decide, do it, and say what it was."""
-    decision = decide(world.facts, world.now)
+    decision = decide(world.facts, world.now, even)
     world.perform(decision)
     return only(decision)
 
@@ -46,7 +46,7 @@ def closed(world: World, window: str, cycle: int) -> cycle_pb2.CloseCause.ValueT
 
 def nothing(world: World) -> int | None:
     """Assert that nothing is due. Returns when to look again."""
-    decision = decide(world.facts, world.now)
+    decision = decide(world.facts, world.now, even)
     assert decision.actions == []
     return decision.wake_at_ms
 
@@ -69,7 +69,7 @@ def to_window(world: World, window: str, cycle: int) -> None:
         if world.facts.window(window, cycle).opened is not None:
             return
         world.now += 10
-        world.perform(decide(world.facts, world.now))
+        world.perform(decide(world.facts, world.now, even))
         everybody_acts(world)
     raise AssertionError(f"{window} of cycle {cycle} never opened")
 
@@ -288,6 +288,7 @@ def test_the_seed_is_drawn_from_all_reveals_and_reports_close_the_window(world: 
         run=RUN,
         cycle=1,
         seed=draw_seed(RUN, 1, {v: secret_of(v, 1) for v in ("va", "vb")}),
+        last_sequence=3,
         validators=["va", "vb"],
     )
     world.reported("va", 1)
@@ -445,7 +446,7 @@ def test_a_miner_that_went_away_is_waited_for_once_and_a_new_one_is_expected() -
 def finish_cycle(world: World, cycle: int, miners: list[str]) -> None:
     """Run a cycle in which only `miners` act; ends with the merge window closed."""
     for _ in range(100):
-        decision = decide(world.facts, world.now)
+        decision = decide(world.facts, world.now, even)
         if world.facts.window("merge", cycle).closed is not None:
             return
         world.perform(decision)

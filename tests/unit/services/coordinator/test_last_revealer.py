@@ -14,7 +14,7 @@ from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import RunFacts
 
 from services.coordinator.handlers import decide
-from tests.support.run import RUN, secret_of
+from tests.support.run import RUN, even, secret_of
 from tests.unit.services.coordinator.test_handlers import fresh_at, to_window
 from tests.unit.services.coordinator.world import World
 
@@ -46,7 +46,7 @@ def finish(world: World) -> cycle_pb2.SeedDrawn | None:
         drawn = world.facts.drawn(1)
         if drawn is not None or world.facts.window("validate", 1).closed is not None:
             return drawn
-        decision = decide(world.facts, world.now)
+        decision = decide(world.facts, world.now, even)
         world.perform(decision)
         world.now = decision.wake_at_ms or world.now
     raise AssertionError("no draw and no close")

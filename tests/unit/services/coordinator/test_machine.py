@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from services.coordinator.handlers import decide
-from tests.support.run import RUN
+from tests.support.run import RUN, even
 from tests.unit.services.coordinator.world import World
 
 MINERS = ("ma", "mb", "mc")
@@ -124,8 +124,8 @@ class Cycle(RuleBasedStateMachine):
     @rule(replica=st.integers(0, 1))
     def decide(self, replica: int) -> None:
         view = self.views[replica]
-        decision = decide(view, self.world.now)
-        assert decision == decide(view, self.world.now)
+        decision = decide(view, self.world.now, even)
+        assert decision == decide(view, self.world.now, even)
         assert len(decision.actions) <= 1
         if view.ended is not None:
             assert decision.actions == []
@@ -143,7 +143,7 @@ class Cycle(RuleBasedStateMachine):
         rebuilt = RunFacts(RUN)
         for stored in again:
             rebuilt.add(stored)
-        assert decide(rebuilt, self.world.now) == decide(self.views[replica], self.world.now)
+        assert decide(rebuilt, self.world.now, even) == decide(self.views[replica], self.world.now, even)
         self.views[replica] = rebuilt
 
     def _apply(self, replica: int, indices: list[int]) -> None:
@@ -232,7 +232,7 @@ class Cycle(RuleBasedStateMachine):
         for _ in range(400):
             if world.facts.ended is not None:
                 break
-            decision = decide(world.facts, world.now)
+            decision = decide(world.facts, world.now, even)
             world.perform(decision)
             if not decision.actions and decision.wake_at_ms is not None:
                 world.now = decision.wake_at_ms
@@ -240,7 +240,7 @@ class Cycle(RuleBasedStateMachine):
             self.validators_act(set(VALIDATORS), "seed")
             self.others_work()
         assert world.facts.ended is not None
-        assert decide(world.facts, world.now + 10**9).actions == []
+        assert decide(world.facts, world.now + 10**9, even).actions == []
 
 
 TestCycle = Cycle.TestCase

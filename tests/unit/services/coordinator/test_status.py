@@ -8,7 +8,7 @@ from connito.views.run_report import outcome
 
 from services.coordinator.handlers import decide
 from services.coordinator.status import status, version
-from tests.support.run import RUN, Run
+from tests.support.run import RUN, Run, even
 from tests.unit.services.coordinator.world import World
 
 
@@ -29,7 +29,7 @@ def test_phases_up_to_the_first_cycle() -> None:
     assert shown.phase == services_pb2.RUN_PHASE_ASSEMBLING
     assert shown.detail == "1 of 1 miners and 0 of 1 validators are here"
     world.validators("va")
-    world.perform(decide(world.facts, world.now))
+    world.perform(decide(world.facts, world.now, even))
     shown = status(world.facts, world.now)
     assert (shown.phase, shown.cycle, shown.window) == (services_pb2.RUN_PHASE_RUNNING, 1, "train")
     assert shown.deadline_unix_ms == world.now + 100_000
@@ -75,7 +75,7 @@ def test_a_run_is_paused_from_the_deadline_until_enough_are_there() -> None:
     world.selected()
     world.miners("ma", "mb")
     world.validators("va")
-    world.perform(decide(world.facts, world.now))
+    world.perform(decide(world.facts, world.now, even))
     world.now += 100_000 - 1
     assert status(world.facts, world.now).phase == services_pb2.RUN_PHASE_RUNNING
     world.now += 1

@@ -7,7 +7,7 @@ from typing import Any, Self
 from connito.service.engine import Decision
 from connito.v1 import cycle_pb2, run_pb2
 
-from services.coordinator.handlers import CloseWindow, PublishFact
+from services.coordinator.handlers import CloseWindow, PublishFact, WriteHead
 from tests.support.run import Run
 
 
@@ -43,6 +43,8 @@ class World(Run):
             match action.payload:
                 case PublishFact(section, cycle, kind, message):
                     self.publish(section, cycle, kind, message)
+                case WriteHead(number):
+                    self.publish("run", number, "head", run_pb2.LogHead(run=self.name, cycle=number))
                 case CloseWindow(window, cycle, stream, cause):
                     message = cycle_pb2.WindowClosed(
                         run=self.name,

@@ -6,22 +6,22 @@ import itertools
 from collections.abc import Container
 
 import pytest
-from connito.errors import VerificationFailed
-from connito.protocol.beacon import draw_seed
+from connito.v1 import cycle_pb2 as c
+from connito.v1.cycle_pb2 import SeedDrawn
+from connito.wire.facts import RunFacts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.validator.handlers import CommitSeed, Join, Preload, RevealSeed, Score, Unload, check_draw, decide
-from tests.support.run import ME, OTHER, RUN, Run, secret_of
+from services.validator.handlers import CommitSeed, Join, Object, Preload, RevealSeed, Score, Unload, decide
+from tests.support.run import ME, OTHER, RUN, Run, even, secret_of
 
 
-def my_secret(run: str, cycle: int) -> bytes:
-    assert run == RUN
+def my_secret(facts: RunFacts, cycle: int) -> bytes:
     return secret_of(ME, cycle)
 
 
 def steps(story: Run, loaded: Container[str] = (RUN,)) -> list[object]:
-    return [action.payload for action in decide(story.facts, ME, my_secret, loaded).actions]
+    return [action.payload for action in decide(story.facts, ME, my_secret, loaded, even).actions]
 
 
 def in_run() -> Run:
@@ -112,32 +112,34 @@ def test_waits_for_the_commitments_that_the_draw_is_checked_against() -> None:
     assert steps(story.seed_committed(OTHER)) == [Score(1)]
 
 
-def test_a_seed_is_checked_by_recomputing_it() -> None:
-    assert check_draw(scoring().facts, 1) == draw_seed(RUN, 1, {ME: secret_of(ME), OTHER: secret_of(OTHER)})
+def objection(story: Run) -> int:
+    (step,) = steps(story)
+    assert isinstance(step, Object)
+    return step.finding.kind
 
 
 def test_a_wrong_seed_is_refused() -> None:
-    story = in_run().opened("train").seed_committed().seed_committed(OTHER).seed_revealed().seed_revealed(OTHER)
-    with pytest.raises(VerificationFailed, match="not the one"):
-        check_draw(story.drawn(ME, OTHER, seed=b"\x01" * 32).facts, 1)
+    story = scoring().put(
+        "validate", 1, "drawn", SeedDrawn(run=RUN, cycle=1, seed=b"\x01" * 32, validators=[ME, OTHER])
+    )
+    assert objection(story) == c.FINDING_KIND_RULE_SEED
 
 
 def test_a_seed_drawn_over_fewer_than_it_names_is_refused() -> None:
-    story = in_run().opened("train").seed_committed().seed_committed(OTHER).seed_revealed()
-    with pytest.raises(VerificationFailed, match="revealed no seed"):
-        check_draw(story.drawn(ME, OTHER).facts, 1)
+    story = in_run().opened("train").seed_committed().seed_committed(OTHER).closed("train").opened("validate")
+    story.settled("submit", submissions=[]).seed_revealed()
+    assert objection(story.drawn(ME, OTHER)) == c.FINDING_KIND_RULE_DRAW
 
 
 def test_a_reveal_that_opens_another_commitment_is_refused() -> None:
-    story = in_run().opened("train").seed_committed().seed_committed(OTHER, secret=b"y" * 32)
-    story.seed_revealed().seed_revealed(OTHER)
-    with pytest.raises(VerificationFailed, match="does not open"):
-        check_draw(story.drawn(ME, OTHER).facts, 1)
+    story = in_run().opened("train").seed_committed().seed_committed(OTHER, secret=b"y" * 32).closed("train")
+    story.opened("validate").settled("submit", submissions=[]).seed_revealed().seed_revealed(OTHER)
+    assert objection(story.drawn(ME, OTHER)) == c.FINDING_KIND_RULE_DRAW
 
 
 def test_a_draw_of_nobody_is_refused() -> None:
-    with pytest.raises(VerificationFailed):
-        check_draw(in_run().opened("train").drawn(seed=b"\x02" * 32).facts, 1)
+    story = in_run().opened("train").seed_committed().closed("train").opened("validate", expected=[ME])
+    assert objection(story.drawn(seed=b"\x02" * 32)) == c.FINDING_KIND_RULE_SEED
 
 
 _TELLING = (
@@ -152,11 +154,14 @@ _TELLING = (
     lambda story: story.drawn(ME, OTHER),
 )
 
+_STREAMS = {"TRAIN": (0, 1, 2, 3), "SUBMIT": (4,), "VALIDATE": (5, 6, 7, 8)}
+
 
 @settings(deadline=None, max_examples=150)
-@given(order=st.permutations(range(len(_TELLING))))
-def test_in_whatever_order_streams_are_read_nothing_is_said_too_early(order: list[int]) -> None:
-    story = in_run()
+@given(streams=st.permutations([stream for stream, told in _STREAMS.items() for _ in told]))
+def test_in_whatever_order_streams_are_read_nothing_is_said_too_early(streams: list[str]) -> None:
+    story, unread = in_run(), {stream: iter(told) for stream, told in _STREAMS.items()}
+    order = [next(unread[stream]) for stream in streams]
     for position, index in enumerate(order):
         _TELLING[index](story)
         known = set(order[: position + 1])
@@ -173,6 +178,6 @@ def test_in_whatever_order_streams_are_read_nothing_is_said_too_early(order: lis
 
 def test_keys_are_unique_per_run_cycle_and_step() -> None:
     stories = [in_run().opened("train"), scoring(), in_run().opened("train").closed("train").opened("train", 2)]
-    keys = [[action.key for action in decide(s.facts, ME, my_secret, ()).actions] for s in stories]
+    keys = [[action.key for action in decide(s.facts, ME, my_secret, (), even).actions] for s in stories]
     flat = list(itertools.chain(*keys))
     assert {"r1/0/preload", "r1/1/commitseed", "r1/1/score", "r1/2/commitseed"} <= set(flat)

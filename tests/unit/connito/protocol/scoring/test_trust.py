@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from connito.protocol.assignment import assign
+from connito.protocol.rules import quorum_fault
 from connito.protocol.scoring import trust
-from connito.protocol.scoring.counted_reports import quorum_fault, read_reports
+from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.fact import Fact
