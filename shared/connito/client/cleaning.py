@@ -49,15 +49,30 @@ def clean(session: Session, *, older_than_s: float = DAY, remove: bool = False, 
     """
     if not older_than_s >= 0:
         raise Invalid(f"an age of {older_than_s:g} s is none")
-    return asyncio.run(_clean(session, session.store(), older_than_s, remove, say))
+
+    async def work() -> Cleaning:
+        async with session.bus() as bus:
+            return await collect(
+                bus, session.store(), session.roster, older_than_s=older_than_s, remove=remove, say=say
+            )
+
+    return asyncio.run(work())
 
 
-async def _clean(session: Session, store: ArtifactStore, older_than_s: float, remove: bool, say: Notify) -> Cleaning:
+async def collect(
+    bus: Bus,
+    store: ArtifactStore,
+    roster: Roster,
+    *,
+    older_than_s: float = DAY,
+    remove: bool = False,
+    say: Notify = silent,
+) -> Cleaning:
+    """Do what `clean` does, over connections that there are."""
     # First the store, then the log: what is named in between was stored before.
     objects = await store.objects()
     say(f"{len(objects)} objects in the store")
-    async with session.bus() as bus:
-        named, expired = await _named(bus, session.roster, store)
+    named, expired = await _named(bus, roster, store)
     say(f"{len(named)} artifacts are named")
     stale = [one for one in objects if one.digest not in named and (one.digest in expired or one.age_s >= older_than_s)]
     for one in stale:

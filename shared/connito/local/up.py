@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 START_SECONDS = 900.0
+COLLECT_SECONDS = 60.0
 
 
 def run_here(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
@@ -174,7 +175,11 @@ class _Up:
             await self._create(installation, spec)
             display.say(f"run {run}: adapting {materials.name} to {spec.domain}, {spec.cycles} cycles")
         installation.publish(run=run)
-        facts = await self._follow(installation, run)
+        collecting = asyncio.create_task(self._collect(installation, spec))
+        try:
+            facts = await self._follow(installation, run)
+        finally:
+            await end_tasks([collecting])
         self._lap("run")
         report = await self._report(installation, facts, materials, memory)
         begun.forget(self.data)
@@ -184,6 +189,15 @@ class _Up:
             await asyncio.Event().wait()
         check_outcome(report, self.data.logs)
         return report
+
+    async def _collect(self, installation: Installation, spec: RunSpec) -> None:
+        """Collect now and then what a run that keeps its last cycles only has left, as `connito clean --remove` does."""
+        from connito.client.cleaning import collect
+
+        while spec.retention.cycles:
+            await asyncio.sleep(COLLECT_SECONDS)
+            with suppress(ConnitoError):
+                await collect(installation.bus, installation.store, installation.roster, remove=True)
 
     async def _choose_run(self, installation: Installation) -> str:
         """Return the run that an earlier `up` left unfinished, or the id of a new one; with `--new`, cancel the unfinished."""
