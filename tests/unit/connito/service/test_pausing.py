@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from connito.wire.identity import Identity
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import fact
+from connito.wire.verification import verify_fact
 from google.protobuf.message import Message
 
 from tests.support import waiting
@@ -196,6 +197,32 @@ async def test_a_fact_that_makes_its_reader_fail_stops_its_run_alone() -> None:
     assert not task.done()
     assert set(done) == {GOOD}
     assert bus.written[0][-1].action == "reading"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_fact_of_a_service_that_cannot_be_read_stops_its_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def decide(facts: RunFacts, now: int) -> Decision:
+        return Decision([Action(f"{facts.run}/work", facts.run)], now + 1)
+
+    async def perform(action: Action) -> None:
+        done.append(action.run)
+
+    def read(record: Record, roster: Roster) -> Fact:
+        if record.sequence == 3:
+            raise KeyError("x")
+        return verify_fact(record, roster)
+
+    monkeypatch.setattr("connito.wire.log.verify_fact", read)
+    bus = Broker([created(BAD, 1), created(GOOD, 2), replace(created(BAD, 3), subject=fact(BAD, "run", 0, "selected"))])
+    engine = Engine(cast(Bus, bus), Log(ROSTER), ("RUNS",), decide, perform, service="coordinator")
+    task = asyncio.create_task(engine.run())
+    await until(lambda: bool(bus.written) and len(done) > 5)
+    assert not task.done()
+    assert set(done) == {GOOD}
+    assert (bus.written[0][-1].action, bus.written[0][-1].reason) == ("reading", reasons_pb2.REASON_FAULT)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 

@@ -131,6 +131,7 @@ def test_every_field_that_names_those_who_take_part_is_in_a_kind_that_may_be_lar
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_the_bound_is_exact(extra: int) -> None:
+    assert MAX_FACT_BYTES == 64 * 1024
     subject = fact(RUN, "merge", 1, "scored")
     probe = seal(KEYS["aggregator"], subject, c.CycleScored(run=RUN, cycle=1, bonded=["x" * 60_000])).ByteSize()
     message = c.CycleScored(run=RUN, cycle=1, bonded=["x" * (60_000 + MAX_FACT_BYTES - probe + extra)])
@@ -207,6 +208,14 @@ def test_what_a_writer_that_died_left_behind_does_not_matter() -> None:
         "aggregator", "merge", "scored", c.CycleScored(run=RUN, cycle=1, bonded=[key("X", n) for n in range(3000)])
     )
     assert applied([*left[:-1], *large()]) == LARGE_ONE
+
+
+def test_a_part_with_other_content_is_no_part_of_the_fact() -> None:
+    records = large()
+    place = records[1].subject
+    other = seal(KEYS["aggregator"], place, FactPart(data=b"x" * PART_BYTES)).SerializeToString()
+    records[1] = replace(records[1], data=other)
+    assert applied(records) is None
 
 
 def test_nobody_else_writes_a_part() -> None:
