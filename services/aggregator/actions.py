@@ -10,8 +10,7 @@ from pathlib import Path
 
 from connito.bus import Bus, offences
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import Invalid, VerificationFailed
-from connito.protocol.findings import Refusal, Refusals
+from connito.errors import VerificationFailed
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.provenance import check_settled, check_start
 from connito.protocol.rules import quorum_fault
@@ -23,7 +22,7 @@ from connito.runtime.compute import ComputeBudget
 from connito.runtime.logs import bind_run, get_logger
 from connito.service.engine import Action
 from connito.store import ArtifactStore
-from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
+from connito.v1 import artifacts_pb2, cycle_pb2
 from connito.views.sentences import as_recorded, detail_of, sentence
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
@@ -108,10 +107,8 @@ class Aggregator:
         agreed = self._agree(facts, cycle, submissions)
         evaluator = await self._evaluator(facts)
         with tempfile.TemporaryDirectory(prefix="connito-merge-") as folder:
-            files, unusable = await self._fetch(facts, cycle, submissions)
-            work = partial(
-                merge_cycle, facts, cycle, submissions, agreed, unusable, files, evaluator.measure, Path(folder)
-            )
+            files = await self._fetch(facts, cycle, submissions)
+            work = partial(merge_cycle, facts, cycle, submissions, agreed, {}, files, evaluator.measure, Path(folder))
             async with self._budget.slot("merge"):
                 merged = await asyncio.to_thread(work)
             await self._publish(run, cycle, merged)
@@ -126,26 +123,17 @@ class Aggregator:
             return no_quorum(facts, cycle, submissions, fault)
         return agree(facts, cycle, reports, submissions, self._roster.stake)
 
-    async def _fetch(
-        self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]
-    ) -> tuple[Files, Refusals]:
-        """Fetch the files that a merge needs. A submission that is gone or damaged is left out with the reason."""
+    async def _fetch(self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]) -> Files:
+        """Fetch the files that a merge needs. What the committer accepted is waited for, however long it is gone."""
         opened, previous = facts.window("train", cycle).require_opened(), facts.version(cycle - 1)
         parent = await self._store.fetch(opened.state)
         momentum = None if previous is None else await self._store.fetch(previous.outer_state)
         states: dict[str, Path] = {}
         bases: dict[str, Path] = {}
-        unusable: dict[str, Refusal] = {}
         for entry in submissions:
-            try:
-                states[entry.miner] = await self._store.fetch(entry.artifact)
-                bases[entry.miner] = await self._store.fetch(entry.base_state) if entry.base_state.digest else parent
-            except Invalid as error:
-                states.pop(entry.miner, None)
-                vague = error.reason in (reasons_pb2.REASON_UNSPECIFIED, reasons_pb2.REASON_MALFORMED)
-                reason = reasons_pb2.REASON_ARTIFACT_MISSING if vague else error.reason
-                unusable[entry.miner] = Refusal(reason, Refusal.of(error).finding)
-        return Files(parent, momentum, states, bases), unusable
+            states[entry.miner] = await self._store.fetch(entry.artifact)
+            bases[entry.miner] = await self._store.fetch(entry.base_state) if entry.base_state.digest else parent
+        return Files(parent, momentum, states, bases)
 
     async def _publish(self, run: str, cycle: int, merged: Merged) -> None:
         """Store the artifacts, then publish the version, so that a version in the log can be fetched."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from connito.bus import Bus
-from connito.errors import Invalid, NotFound
+from connito.errors import Invalid, NotFound, ObjectMissing
 from connito.runtime.limits import RateLimit
 from connito.runtime.metrics import REFUSALS
 from connito.service.rpc import open_request
@@ -84,8 +84,10 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         return await self._downloads.entitled(self._facts(command.run), signer)
 
     async def _url(self, ref: ArtifactRef | None, digest: str, run: str) -> str:
-        if ref is None or await self._store.stat(ref) is None:
+        if ref is None:
             raise NotFound(f"run {run} gives you no artifact {digest[:80]}", reason=reasons_pb2.REASON_ARTIFACT_MISSING)
+        if await self._store.stat(ref) is None:
+            raise ObjectMissing(f"the store has no {digest}, which run {run} needs; restore it from a copy")
         return self._store.presign_get(ref, self._presign_seconds)
 
     def _facts(self, run: str) -> RunFacts:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 
-from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.errors import Invalid, ObjectDamaged
 from connito.protocol.findings import Refusal
 from connito.protocol.submission import read_header, validate_move
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import here_and_now
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -35,8 +36,8 @@ class ContentCheck:
         self._verdicts: OrderedDict[tuple[str, str, str], asyncio.Task[Refusal | None]] = OrderedDict()
 
     async def __call__(self, facts: RunFacts, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
-        """Check an upload against the state that its cycle started from. Raises `Retry` when the store is away or the
-        disk is full.
+        """Check an upload against the state that its cycle started from. Raises an
+        `Environment` when that is not possible here and now.
         """
         key = (facts.run, artifact.digest, base.digest)
         task = self._verdicts.get(key)
@@ -62,43 +63,34 @@ class ContentCheck:
     async def _examine(self, facts: RunFacts, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
         spec = facts.require_spec()
         finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_UPLOADED, name=artifact.digest)
-        missing = Refusal(reasons_pb2.REASON_ARTIFACT_MISSING, finding)
-        try:
-            stored = await self._store.stat(artifact)
-        except Invalid as error:
-            raise Retry(f"the store refuses the committer: {error}", after=10.0) from error
+        stored = await self._store.stat(artifact)
         if stored is None:
-            return missing
+            return Refusal(reasons_pb2.REASON_ARTIFACT_MISSING, finding)
         if stored != artifact.size:
             finding = Finding(kind=cycle_pb2.FINDING_KIND_OTHER_SIZE, count=stored, limit=artifact.size)
             return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, finding)
         async with self._slots:
             try:
                 path = await self._store.fetch(artifact)
-            except NotFound:
-                return missing
-            except VerificationFailed as error:
+            except ObjectDamaged as error:
+                # Nobody has looked at it before: these are the bytes that were uploaded.
                 return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, Refusal.of(error).finding)
-            except Invalid as error:
-                # The disk here is full, or the like: not the miner's doing.
-                raise Retry(str(error), after=10.0) from error
-            try:
-                start = await self._store.fetch(base)
-            except Invalid as error:
-                raise Retry(
-                    f"the state that a cycle of {facts.run} started from cannot be read: {error}", after=10.0
-                ) from error
+            start = await self._store.fetch(base)
             return await asyncio.to_thread(check_artifact, str(path), str(start), spec)
 
 
 def check_artifact(path: str, base: str, spec: RunSpec) -> Refusal | None:
-    """Return why the file at `path` is no submission to a cycle whose θ_t is at `base`; None when it is one. Never raises."""
+    """Return why the file at `path` is no submission to a cycle whose θ_t is at `base`; None when it is one. Raises
+    only for what is wrong with this machine.
+    """
     expected = read_header(base)
     try:
         validate_move(path, expected, base, spec)
-    except Invalid as error:
-        return Refusal.of(error)
     except Exception as error:  # a hostile file must not be able to stop the service
+        if here_and_now(error) is not None:
+            raise
+        if isinstance(error, Invalid):
+            return Refusal.of(error)
         log.error("an artifact broke its examination", security=True, path=path, error=repr(error))
         text = f"the file cannot be read as safetensors: {error!r}"
         return Refusal.of(Invalid(text, reason=reasons_pb2.REASON_BAD_HEADER))

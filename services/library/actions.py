@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connito.bus import Bus, CaughtUp, offences
 from connito.data.documents import parse_json
-from connito.errors import Fatal, Invalid, Retry
+from connito.errors import Environment, Fatal, Invalid, Retry
 from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
 from connito.library.attestation import attest
 from connito.library.attestation import encode as encode_attestation
@@ -21,6 +22,8 @@ from connito.library.schema import ExpertRecord
 from connito.library.start import start_ref
 from connito.protocol.findings import check_version
 from connito.runtime import metrics
+from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import LONGEST, WAITING, delay
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
@@ -28,6 +31,7 @@ from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
+from connito.wire.subjects import run_of
 from connito.wire.verification import verify_fact
 
 from .state import Catalogue
@@ -123,6 +127,7 @@ class CatalogueReader:
         self._bus, self._store, self._roster, self._catalogue, self._log = bus, store, roster, catalogue, log
         self.complete = asyncio.Event()
         self._position, self._moved = 0, asyncio.Condition()
+        self._late: list[asyncio.Task[None]] = []
 
     async def current(self) -> None:
         """Return when all that the log holds now is in the catalogue; after a while, or without a broker, in any case."""
@@ -134,13 +139,22 @@ class CatalogueReader:
 
     async def follow(self) -> None:
         """Read until cancelled."""
+        try:
+            await self._follow()
+        finally:
+            await end_tasks(self._late)
+
+    async def _follow(self) -> None:
         async for item in self._bus.follow(["LIBRARY"]):
             if isinstance(item, CaughtUp):
                 self.complete.set()
                 continue
             try:
-                fact = verify_fact(item, self._roster)
-                self._catalogue.add(fact, await self._record(fact), (item.subject, item.data))
+                await self._add(item)
+            except Environment as error:
+                # What one expert's record waits for keeps no other from the shelf.
+                self._log.warning("an entry is read later", subject=item.subject, error=str(error))
+                self._late.append(asyncio.create_task(self._add_later(item)))
             except Invalid as error:
                 offences.ignore(item, error, new=self.complete.is_set())
             except Fatal:
@@ -151,6 +165,23 @@ class CatalogueReader:
             async with self._moved:
                 self._position = item.sequence
                 self._moved.notify_all()
+
+    async def _add(self, item: Record) -> None:
+        fact = verify_fact(item, self._roster)
+        self._catalogue.add(fact, await self._record(fact), (item.subject, item.data))
+
+    async def _add_later(self, item: Record) -> None:
+        for tries in count():
+            await asyncio.sleep(delay(1.0, tries))
+            try:
+                await self._add(item)
+            except Environment as error:
+                WAITING.begin(item.subject, error, run_of(item.subject), LONGEST)
+                continue
+            except Exception as error:
+                self._log.error("an entry cannot be read", subject=item.subject, exc_info=error)
+            WAITING.end(item.subject)
+            return
 
     async def _record(self, fact: Fact) -> bytes | None:
         """Fetch the record of a deposit, however long the store is away. None where a kept index has it, or none is due."""

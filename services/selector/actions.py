@@ -13,12 +13,12 @@ from typing import ParamSpec, TypeVar
 from connito.bus import Bus
 from connito.data.documents import parse_json
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import ConnitoError, Fatal, Invalid, Retry
+from connito.errors import ConnitoError, Fatal, Invalid, ObjectDamaged, ObjectMissing
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget
 from connito.runtime.logs import Logger
-from connito.service.pausing import PASSING
+from connito.runtime.waiting import here_and_now
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
@@ -53,11 +53,12 @@ class Selector:
             return
         try:
             message = await self._select(decision.spec)
-        except (Fatal, Retry):
+        except Fatal:
             raise
-        except PASSING as error:
-            raise Retry(f"this machine cannot select now: {error}", after=5.0) from error
         except Exception as error:
+            # Nobody has looked at what the job names before: that it is not there is the job's mistake.
+            if here_and_now(error) is not None and not isinstance(error, (ObjectMissing, ObjectDamaged)):
+                raise
             failure = handlers.failed(fact.run, error)
             self._log.error("no selection is possible", error=failure.detail)
             await self._bus.publish_fact(fact.run, "run", 0, "selection_failed", failure)
@@ -140,9 +141,11 @@ def _by_content(spec: run_pb2.RunSpec, work: Callable[P, R], *args: P.args, **kw
     """Call `work`, turning errors of a hostile or broken base into a failed selection."""
     try:
         return work(*args, **kwargs)
-    except (ConnitoError, MemoryError, OSError):
+    except ConnitoError:
         raise
     except Exception as error:
+        if here_and_now(error) is not None:
+            raise
         raise Invalid(
             f"the base model {spec.base.name} cannot read the run's text: {type(error).__name__}: {error}; check that "
             "the corpora were tokenised with this base's tokenizer"

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from connito.bus import Bus
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import Invalid
+from connito.errors import Environment, Invalid
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.provenance import check_start
 from connito.runtime import logs, metrics
@@ -128,6 +128,8 @@ class Miner:
         artifact = ArtifactRef(digest=mine.artifact, size=mine.size, media_type=SAFETENSORS, realm=REALM_SUBMISSION)
         try:
             await self._upload(run, mine, artifact, salt)
+        except Environment:
+            raise
         except Invalid as refusal:
             log.warning(f"upload refused: {reason_name(refusal.reason)}: {refusal}")
             metrics.REFUSALS.labels(reason_name(refusal.reason)).inc()

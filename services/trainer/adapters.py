@@ -65,13 +65,8 @@ class Services:
         return answer
 
     async def upload(self, slot: services_pb2.RequestUploadResponse, path: Path) -> bool:
-        """Send a file into a slot; False when the object is there already. Raises `Retry` where another slot is needed."""
-        try:
-            return await put_presigned(slot.url, slot.headers, path)
-        except Invalid as error:
-            if error.reason == reasons_pb2.REASON_NOT_PERMITTED:
-                raise Retry(f"the upload failed, asking for a new slot: {error}") from error
-            raise
+        """Send a file into a slot; False when the object is there already. Raises `Unusable` where another slot is needed."""
+        return await put_presigned(slot.url, slot.headers, path)
 
     async def download_urls(self, run: str, digests: Sequence[str]) -> Mapping[str, str]:
         """Return digest to URL, for public artifacts of a run."""

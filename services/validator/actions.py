@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from connito.bus import Bus, offences
-from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.errors import Environment, Invalid
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
 from connito.protocol.findings import OF_THE_FILE
@@ -19,7 +19,7 @@ from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
 from connito.service.engine import Action
 from connito.store import ArtifactStore
-from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import as_recorded, detail_of, sentence
 from connito.wire.bounds import WORDS_BYTES, cut
@@ -39,7 +39,7 @@ log = logs.get_logger("validator")
 # Of those whom an objection is about; a reader of the log finds them all.
 MAX_NAMED = 8
 
-Files = dict[str, SubmissionFiles | Invalid]
+Files = dict[str, SubmissionFiles]
 
 
 class Validator:
@@ -170,19 +170,9 @@ class Validator:
             "reported", submissions=len(submissions), of=len(settled.submissions), seconds=round(report.seconds, 2)
         )
 
-    async def _fetch(self, submission: cycle_pb2.Submission, current: ArtifactRef) -> SubmissionFiles | Invalid:
-        """Return the submission's files, or why there are none. Raises `Retry` for what is not the submission's fault."""
-        try:
-            artifact = await self._store.fetch(submission.artifact)
-        except (NotFound, VerificationFailed) as error:
-            reason = (
-                reasons_pb2.REASON_ARTIFACT_MISSING
-                if isinstance(error, NotFound)
-                else reasons_pb2.REASON_DIGEST_MISMATCH
-            )
-            return Invalid(str(error), reason=reason)
-        except Invalid as error:
-            raise Retry(f"cannot read the submissions: {error}", after=5.0) from error
+    async def _fetch(self, submission: cycle_pb2.Submission, current: ArtifactRef) -> SubmissionFiles:
+        """Return the submission's files. What the committer accepted was there: that it is not now is nobody's fault."""
+        artifact = await self._store.fetch(submission.artifact)
         origin = submission.base_state
         if origin.digest in ("", current.digest):
             return SubmissionFiles(artifact, None)
@@ -208,8 +198,6 @@ class Validator:
             with metrics.SCORE_SECONDS.time():
                 found = files[submission.miner]
                 try:
-                    if isinstance(found, Invalid):
-                        raise found
                     measurable = evaluator.submission(state, found, drawn, before, stop, submission.miner)
                     item = score(
                         submission,
@@ -217,7 +205,7 @@ class Validator:
                         facts.require_spec(),
                     )
                 except Invalid as error:
-                    if error.reason not in OF_THE_FILE:
+                    if isinstance(error, Environment) or error.reason not in OF_THE_FILE:
                         raise
                     item = rejected(submission, error)
             report.scores.append(item)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import itertools
 import os
 import signal
 import time
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 from connito.bus import Bus, CaughtUp, streams
 from connito.bus.consume import FAULT_LIMIT
-from connito.errors import Fatal, Invalid, Retry
+from connito.errors import Fatal, Invalid, ObjectMissing, Retry
 from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
@@ -489,7 +491,7 @@ class TestConsume:
         self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("connito.bus.consume.MAX_DELAY", 0.01)
+        monkeypatch.setattr("connito.runtime.waiting.LONGEST", 0.01)
         bus = await bus_factory(identities["committer"], own_nats.url)
         await self.say(bus, run_id, 2)
         done, tries = asyncio.Event(), 0
@@ -658,27 +660,33 @@ async def test_declaring_twice_changes_nothing_and_the_log_is_append_only(
         await bus.js.purge_stream("TRAIN")
 
 
-async def test_a_message_of_a_queue_that_keeps_failing_is_given_up(
+async def test_a_message_that_waits_for_the_environment_is_never_given_up(
     own_nats: NatsServer,
     bus_factory: BusFactory,
     identities: dict[str, Identity],
     run_id: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("connito.bus.consume.DELIVERY_LIMIT", 3)
+    """However long an outage is, what was acknowledged gets its answer after it: in a lane, and given back to the broker."""
+    monkeypatch.setattr("connito.runtime.waiting.LONGEST", 0.001)
     bus = await bus_factory(identities["committer"], own_nats.url)
-    await TestConsume.say(bus, run_id)
-    deliveries = 0
+    for lane in (None, lambda record: "lane"):
+        sequence, tries, done = await bus.last_sequence("INGRESS") + 1, 0, asyncio.Event()
+        await TestConsume.say(bus, run_id)
+        faults = itertools.cycle(
+            [Retry("away", after=0.001), ObjectMissing("gone"), OSError(errno.ENOSPC, "full", "cache"), MemoryError()]
+        )
 
-    async def handle(record: Record) -> None:
-        nonlocal deliveries
-        deliveries += 1
-        raise Retry("never", after=0.01)
+        async def handle(record: Record) -> None:
+            nonlocal tries
+            tries += 1
+            if tries <= 120:
+                raise next(faults)  # noqa: B023 - each handler is done before the next
+            done.set()  # noqa: B023
 
-    task = asyncio.create_task(bus.consume("committer", handle))
-    async with asyncio.timeout(PATIENCE):
-        while await bus.last_record("connito.dlq.v1.INGRESS.1") is None:  # noqa: ASYNC110 - the broker's state, asked for
-            await asyncio.sleep(0.02)
-    assert deliveries == 3
-    task.cancel()
-    await asyncio.wait([task])
+        task = asyncio.create_task(bus.consume("committer", handle, lane=lane))
+        async with asyncio.timeout(PATIENCE):
+            await done.wait()
+        assert await bus.last_record(f"connito.dlq.v1.INGRESS.{sequence}") is None
+        task.cancel()
+        await asyncio.wait([task])

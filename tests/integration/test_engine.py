@@ -139,8 +139,8 @@ async def test_retry_comes_again_with_growing_delay(bus: Any, roster: Roster, ru
         await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id))
         await until(lambda: len(times) == 4)
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    # A busy machine adds to each gap; none is shorter than it was told.
-    assert all(gap >= 0.95 * least for gap, least in zip(gaps, (0.1, 0.2, 0.4), strict=True)), gaps
+    # A busy machine adds to each gap, and chance takes away half of it at most.
+    assert all(gap >= 0.95 * least for gap, least in zip(gaps, (0.05, 0.1, 0.2), strict=True)), gaps
 
 
 async def test_invalid_blocks_its_key_and_nothing_else(bus: Any, roster: Roster, run_id: str) -> None:

@@ -36,6 +36,7 @@ NEEDS_TROUBLE = {
     "connito_run_paused",
     "connito_security_events_total",
     "connito_store_errors_total",
+    "connito_waiting",
 }
 
 

@@ -181,7 +181,9 @@ class Bus:
         standing = await self._last(stream_of(subject), subject)
         if standing is None or standing.data == data:
             if standing is None:
-                raise Retry(f"{subject} was taken and is empty again; the broker is still recovering")
+                raise Retry(
+                    f"{subject} was taken and is empty again; the broker is still recovering", dependency="broker"
+                )
             return True
         try:
             await self._verify(standing)
@@ -249,7 +251,7 @@ class Bus:
             raise Invalid(f"the broker finds {subject} too large: {description}", reason=reasons.REASON_OVERSIZED)
         if "maximum messages per subject" in description:
             raise Invalid(f"{subject} is full: {description}", reason=reasons.REASON_QUOTA_EXCEEDED)
-        raise Retry(f"the broker cannot store {subject}: {description}")
+        raise Retry(f"the broker cannot store {subject}: {description}", dependency="broker")
 
     # Reading.
 
@@ -335,14 +337,14 @@ class Bus:
             return record
         if (status := (reply.headers or {}).get("Status")) == "404":
             return None
-        raise Retry(f"the broker cannot read {subject}: it answers {status}")
+        raise Retry(f"the broker cannot read {subject}: it answers {status}", dependency="broker")
 
     async def time(self) -> float:
         """Return the broker's clock, in unix seconds. Raises `Retry` when it does not answer."""
         reply = await self._connection.request("$JS.API.STREAM.INFO.RUNS", b"")
         stamp = str(json.loads(reply.data).get("ts", ""))
         if not stamp:
-            raise Retry("the broker's clock cannot be read; run `connito streams ensure`")
+            raise Retry("the broker's clock cannot be read; run `connito streams ensure`", dependency="broker")
         # Nanoseconds are more than Python reads.
         whole, _, fraction = stamp.rstrip("Z").partition(".")
         return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
@@ -361,7 +363,7 @@ class Bus:
         try:
             return await call
         except NotFoundError as error:
-            raise Retry(f"the broker has no {what}; run `connito streams ensure`") from error
+            raise Retry(f"the broker has no {what}; run `connito streams ensure`", dependency="broker") from error
         except (TimeoutError, NatsError, OSError) as error:
             raise self._connection.explain(error, what) from error
 

@@ -21,10 +21,11 @@ from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 
 from connito.bus.offences import report
 from connito.bus.permissions import ACCOUNTS
-from connito.errors import Fatal, Invalid, Retry
+from connito.errors import Fatal, Invalid, Retry, Unusable
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import WAITING
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.addresses import broker_addresses
 from connito.wire.identity import Identity, short_key
@@ -157,7 +158,7 @@ class Connection:
             why = self._refused() if refused else last or "closed by this side"
             raise Fatal(f"no connection to the broker any more: {why}")
         if not self.nc.is_connected:
-            raise Retry(f"the broker at {self.url} is away; reconnecting", after=0.5)
+            raise Retry(f"the broker at {self.url} is away; reconnecting", after=0.5, dependency="broker")
 
     async def request(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> Any:
         """Send and wait for the reply (a `Msg`). Raises `Retry` when none comes, `Invalid` when the key may not."""
@@ -189,8 +190,9 @@ class Connection:
     def not_permitted(self, subject: str) -> Invalid:
         """Return the error for a subject that this key may not use."""
         who = short_key(self.identity.public) if self.identity else "this connection"
-        return Invalid(
+        return Unusable(
             f"the broker does not let {who} use {subject}; a key's pass opens only what its role may do",
+            dependency="credentials",
             reason=reasons.REASON_NOT_PERMITTED,
         )
 
@@ -200,10 +202,12 @@ class Connection:
             return Fatal(f"the connection to the broker at {self.url} is closed ({what})")
         if isinstance(error, (NoRespondersError, NoStreamResponseError, ServiceUnavailableError)):
             return Retry(
-                f"nothing at the broker answers for {what}; if this stays, run `connito streams ensure`", after=0.5
+                f"nothing at the broker answers for {what}; if this stays, run `connito streams ensure`",
+                after=0.5,
+                dependency="broker",
             )
         if isinstance(error, (NatsTimeoutError, asyncio.TimeoutError, OutboundBufferLimitError, OSError)):
-            return Retry(f"the broker at {self.url} did not answer for {what} in time", after=0.5)
+            return Retry(f"the broker at {self.url} did not answer for {what} in time", after=0.5, dependency="broker")
         return Fatal(f"unexpected error of the broker for {what}: {error}")
 
     async def _on_error(self, error: Exception) -> None:
@@ -215,7 +219,7 @@ class Connection:
             self._give_up(
                 certificate
                 or (Invalid(self._refused(), reason=reasons.REASON_NOT_PERMITTED) if refused else None)
-                or Retry(f"no broker at {self.url} ({text or type(error).__name__})")
+                or Retry(f"no broker at {self.url} ({text or type(error).__name__})", dependency="broker")
             )
             return
         if refused:
@@ -259,7 +263,11 @@ class Connection:
         if not self._closing and not self._starting:
             log.warning("lost the broker, reconnecting", url=self.url)
             self._lost_at = time.monotonic()
-            self._fail(lambda subject: Retry(f"lost the broker at {self.url} on the way to {subject}", after=0.2))
+            self._fail(
+                lambda subject: Retry(
+                    f"lost the broker at {self.url} on the way to {subject}", after=0.2, dependency="broker"
+                )
+            )
 
     def _fail(self, reason: Callable[[str], Exception | None]) -> None:
         for subject, failed in list(self._underway):
@@ -274,6 +282,7 @@ class Connection:
         log.info("broker is back", url=self.url, away_seconds=round(time.monotonic() - self._lost_at, 3))
         for callback in list(self.on_reconnect):
             callback()
+        WAITING.answered("broker")
 
     async def _on_closed(self) -> None:
         if not self._closing and not self._starting:

@@ -14,24 +14,23 @@ from nats.errors import Error as NatsError
 from connito.bus.connection import Connection
 from connito.bus.follow import record_of
 from connito.bus.streams import DURABLES, Durable
-from connito.errors import Fatal, Invalid, Retry
-from connito.runtime import logs, metrics, tracing
+from connito.errors import Environment, Fatal, Invalid, Retry
+from connito.runtime import logs, metrics, tracing, waiting
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import WAITING, Listener, here_and_now
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.enums import reason_name
 from connito.wire.fact import Record
+from connito.wire.subjects import run_of
 
 log = get_logger("bus.consume")
 
 PULL_SECONDS = 5.0
 BATCH = 256
-# A message that was delivered this often and never finished kills whoever handles it, or waits for what never comes.
-DELIVERY_LIMIT = 100
 # One that made its handler fail, with an error that has no meaning, so often.
 FAULT_LIMIT = 4
-MAX_DELAY = 30.0
 SKIPPED_SECONDS = 0.03
 _BODY_LIMIT = 900_000
 
@@ -39,7 +38,7 @@ Handler = Callable[[Record], Awaitable[None]]
 Bury = Callable[[DeadLetter], Awaitable[None]]
 
 
-class Worker:
+class Worker(Listener):
     """Draws messages of a durable consumer and hands them on, `concurrency` at once.
 
     Each message is in a lane, and of a lane one message is handled at a time, in order; lanes take turns. Without `lane` every
@@ -66,6 +65,9 @@ class Worker:
         self.lanes: dict[str, deque[int]] = {}
         self.held: dict[int, Any] = {}
         self.tries: Counter[int] = Counter()
+        self.later: dict[str, asyncio.TimerHandle] = {}
+        self.waits_for: dict[int, str] = {}
+        self.faults: Counter[int] = Counter()
         self.skipped: list[Any] = []
         self.skipping = asyncio.Event()
         self.ready: asyncio.Queue[str] = asyncio.Queue()
@@ -80,6 +82,7 @@ class Worker:
         """
         inbox = self.connection.nc.new_inbox()
         subscription = await self.connection.nc.subscribe(inbox, cb=self._arrive)
+        WAITING.listen(self)
         tasks = [asyncio.create_task(self._take_turns()) for _ in range(self.concurrency)]
         tasks += [asyncio.create_task(work) for work in (self._draw(inbox), self._beat(), self._drop())]
         try:
@@ -88,6 +91,8 @@ class Worker:
                 task.result()
         finally:
             await end_tasks(tasks)
+            for handle in self.later.values():
+                handle.cancel()
             with suppress(NatsError, OSError):
                 await subscription.unsubscribe()
                 await self._acknowledge_skipped()
@@ -180,15 +185,28 @@ class Worker:
             sequence = self.lanes[lane][0]
             delay = await self._handle(self.held[sequence])
             if delay is not None:
-                asyncio.get_running_loop().call_later(delay, self.ready.put_nowait, lane)
+                self.later[lane] = asyncio.get_running_loop().call_later(delay, self._again, lane)
                 continue
             self.lanes[lane].popleft()
             del self.held[sequence], self.tries[sequence]
+            self.waits_for.pop(sequence, None)
             if self.lanes[lane]:
                 self.ready.put_nowait(lane)
             else:
                 del self.lanes[lane]
             self.room.set()
+
+    def _again(self, lane: str) -> None:
+        self.later.pop(lane).cancel()
+        self.ready.put_nowait(lane)
+
+    def answered(self, dependency: str) -> None:
+        """Handle at once what waits for a dependency that works again."""
+        for lane in list(self.later):
+            sequence = self.lanes[lane][0]
+            if self.waits_for.get(sequence) == dependency:
+                self.tries[sequence] = 0
+                self._again(lane)
 
     async def _beat(self) -> None:
         while True:
@@ -201,7 +219,8 @@ class Worker:
         """Handle a message; return after how many seconds to do so again, None when it is done with here."""
         record = record_of(msg)
         self.tries[record.sequence] += 1
-        delivered = max(msg.metadata.num_delivered, self.tries[record.sequence])
+        # In a lane a message is kept here, and how often it was delivered says how often somebody was killed.
+        tries = self.tries[record.sequence] if self.lane is not None else msg.metadata.num_delivered
         metrics.CONSUMER_PENDING.labels(self.durable.name).set(msg.metadata.num_pending + 1)
         cause = logs.extract(record.headers)
         logs.use(cause)
@@ -218,46 +237,62 @@ class Worker:
                 metrics.HANDLER_SECONDS.labels(self.durable.name).time(),
             ):
                 await self.handler(record)
-        except Retry as error:
-            if delivered >= DELIVERY_LIMIT:
-                await self._dead_letter(msg, record, Invalid(f"gave up after {delivered} deliveries: {error}"))
-                return None
-            delay: float = min(MAX_DELAY, error.after * 2 ** min(delivered - 1, 10))
-            log.warning(
-                "handled later", durable=self.durable.name, sequence=record.sequence, error=str(error), delay=delay
-            )
-            self._count("retry")
-            if self.lane is not None:
-                return delay
-            with suppress(NatsError, OSError):
-                await msg.nak(delay=delay)
-        except Invalid as error:
-            await self._dead_letter(msg, record, error)
         except Fatal:
             raise
         except Exception as error:
-            return await self._failed(msg, record, error, delivered)
+            try:
+                return await self._failed(msg, record, error, tries)
+            except Environment as fault:
+                # The dead letter cannot be written now.
+                return await self._later(msg, record, fault, tries)
         else:
             # One that is not acknowledged comes again, and finds what was done.
             with suppress(NatsError, OSError):
                 await msg.ack()
             self._count("ok")
+            self._done(record)
         return None
 
-    async def _failed(self, msg: Any, record: Record, error: Exception, delivered: int) -> float | None:
-        """Set aside what makes its handler fail again and again; until then as after `Retry`."""
-        log.error("a message makes its handler fail", durable=self.durable.name, subject=record.subject,
-                  sequence=record.sequence, delivered=delivered, exc_info=error)  # fmt: skip
-        if delivered >= FAULT_LIMIT and not isinstance(error, (OSError, MemoryError)):
-            what = f"its handler failed {delivered} times: {type(error).__name__}: {error}"
-            await self._dead_letter(msg, record, Invalid(what, reason=reasons.REASON_FAULT))
-            return None
-        delay = min(MAX_DELAY, 2.0 ** min(delivered - 1, 10))
-        self._count("failed")
+    def _done(self, record: Record) -> None:
+        WAITING.end(self._name(record))
+        self.faults.pop(record.sequence, None)
+
+    def _name(self, record: Record) -> str:
+        return f"{self.durable.name} {record.sequence}"
+
+    async def _later(self, msg: Any, record: Record, fault: Environment, tries: int) -> float | None:
+        """Give a message back, or keep it where its lane waits with it; as often as it takes."""
+        delay = waiting.delay(fault.after, tries - 1)
+        WAITING.begin(self._name(record), fault, run_of(record.subject), delay)
+        log.warning(
+            "handled later", durable=self.durable.name, sequence=record.sequence, waits_for=fault.dependency,
+            error=str(fault), delay=round(delay, 2),
+        )  # fmt: skip
+        self._count("retry")
         if self.lane is not None:
+            self.waits_for[record.sequence] = fault.dependency
             return delay
         with suppress(NatsError, OSError):
             await msg.nak(delay=delay)
+        return None
+
+    async def _failed(self, msg: Any, record: Record, error: Exception, tries: int) -> float | None:
+        """Do what an error means: later, as often as it takes, or a dead letter; at once for what is `Invalid`, and for what
+        has no meaning when it came often enough.
+        """
+        if (fault := here_and_now(error)) is not None:
+            return await self._later(msg, record, fault, tries)
+        if not isinstance(error, Invalid):
+            count = self.faults[record.sequence] = self.faults[record.sequence] + 1
+            log.error("a message makes its handler fail", durable=self.durable.name, subject=record.subject,
+                      sequence=record.sequence, failures=count, exc_info=error)  # fmt: skip
+            if count < FAULT_LIMIT:
+                return await self._later(
+                    msg, record, Retry(f"its handler failed: {error}", dependency="handler"), tries
+                )
+            what = f"its handler failed {count} times: {type(error).__name__}: {error}"
+            error = Invalid(what, reason=reasons.REASON_FAULT)
+        await self._dead_letter(msg, record, error)
         return None
 
     async def _dead_letter(self, msg: Any, record: Record, error: Invalid) -> None:
@@ -279,6 +314,7 @@ class Worker:
         with suppress(NatsError, OSError):
             await msg.term()
         self._count("dead_letter")
+        self._done(record)
 
     def _count(self, outcome: str) -> None:
         metrics.MESSAGES_HANDLED.labels(self.durable.name, outcome).inc()

@@ -198,7 +198,11 @@ class _Reader:
                 if status == "404":
                     return False
                 hint = "; run `connito streams ensure`" if status == "503" else ""
-                raise Retry(f"the broker answers {status or 'nothing'} for stream {self.stream}{hint}", after=0.5)
+                raise Retry(
+                    f"the broker answers {status or 'nothing'} for stream {self.stream}{hint}",
+                    after=0.5,
+                    dependency="broker",
+                )
 
     async def _answer(self, failed: asyncio.Future[Exception]) -> Any:
         """Return the next answer. Raises what the connection or the broker's denial says, `Retry` when none comes."""
@@ -207,7 +211,11 @@ class _Reader:
             try:
                 await asyncio.wait((getting, failed), timeout=REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
                 if not getting.done():
-                    raise failed.result() if failed.done() else Retry(f"the broker does not answer for {self.stream}")
+                    raise (
+                        failed.result()
+                        if failed.done()
+                        else Retry(f"the broker does not answer for {self.stream}", dependency="broker")
+                    )
                 return getting.result()
             finally:
                 await end_tasks([getting])

@@ -48,7 +48,8 @@ class PositionedLog(Log):
                     await self._moved.wait()
         except TimeoutError as error:
             raise Retry(
-                f"{stream} was read up to {self._seen.get(stream, 0)} of {sequence}; the broker is slow or away"
+                f"{stream} was read up to {self._seen.get(stream, 0)} of {sequence}; the broker is slow or away",
+                dependency="broker",
             ) from error
 
     async def refresh(self, bus: Bus, streams: Sequence[str]) -> None:

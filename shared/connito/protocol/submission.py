@@ -23,7 +23,7 @@ from connito.data.tensors import (
     to_float32,
     view_tensor,
 )
-from connito.errors import Invalid
+from connito.errors import Invalid, Unusable
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import RunSpec
 
@@ -94,7 +94,8 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise Invalid(f"cannot read {path}: {error.strerror}", reason=reasons.REASON_ARTIFACT_MISSING) from error
+        text = f"cannot read {path}: {error.strerror}"
+        raise Unusable(text, dependency="disk", reason=reasons.REASON_ARTIFACT_MISSING) from error
 
 
 def _check_layout(header: Header, layout: Layout) -> None:

@@ -271,6 +271,13 @@ WINDOW_DEADLINE = declare(
     ("window",),
     when_bad="in the past: the coordinator does not close what is due; look for its leader and its log",
 )
+WAITING = declare(
+    Gauge,
+    "waiting",
+    "Actions and messages that wait for something here and now, by what it is and for which run",
+    ("dependency", "run"),
+    when_bad="above 0 for minutes: repair what `dependency` names, the log says what is wrong; nothing has to be restarted",
+)
 RUN_PAUSED = declare(
     Gauge,
     "run_paused",

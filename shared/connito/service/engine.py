@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from connito.bus import Bus, CaughtUp, offences
-from connito.errors import Fatal, Invalid, Retry
+from connito.errors import Fatal, Invalid
 from connito.protocol.findings import check_version
-from connito.runtime import logs, metrics, tracing
+from connito.runtime import logs, metrics, tracing, waiting
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import WAITING, Listener, here_and_now
 from connito.service.pausing import MAX_WAIT, Pauses, publish
 from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import RunPaused
@@ -33,7 +34,6 @@ log = get_logger("engine")
 SETTLE_MS = 1000
 SOONEST_MS = 20
 LOOK_SECONDS = 5.0
-MAX_DELAY = 30.0
 # What fails where there is no action yet.
 READING, DECIDING = "reading", "deciding"
 
@@ -61,11 +61,12 @@ class _State:
 
     not_before_ms: int = 0
     failures: int = 0
+    waits_for: str = ""
     blocked: bool = False
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
-class Engine:
+class Engine(Listener):
     """Runs one service's deciders over every run it follows.
 
     Whoever compares the time with that of a fact gives the broker's `clock` (`BrokerClock`). For others time is what passes.
@@ -98,6 +99,7 @@ class Engine:
         self._unreadable: set[str] = set()
         self._something = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
+        WAITING.listen(self)
 
     def facts(self, run: str) -> RunFacts:
         """Return the facts of a run; empty if none is known."""
@@ -107,6 +109,13 @@ class Engine:
         """Decide again, for one run or for all, though no fact arrived."""
         self._changed.update([run] if run else self.log.runs)
         self._something.set()
+
+    def answered(self, dependency: str) -> None:
+        """Try at once what waits for a dependency that works again."""
+        for state in self._actions.values():
+            if state.waits_for == dependency and state.task is None:
+                state.not_before_ms, state.failures, state.waits_for = 0, 0, ""
+        self.wake()
 
     async def run(self) -> None:
         """Follow, decide and act until cancelled; then cancel what is in flight and wait for it to end.
@@ -256,16 +265,9 @@ class Engine:
         try:
             with tracing.span(f"act {name}", "CONSUMER", cause, system="nats"):
                 await self._do(action)
-            state.failures = 0
+            state.failures, state.waits_for = 0, ""
+            WAITING.end(action.key)
             self._pauses.succeeded(action.run, action.key)
-        except Retry as error:
-            outcome, delay = "retry", min(MAX_DELAY, error.after * 2 ** min(state.failures, 10))
-            state.failures += 1
-            log.warning("action will be tried again", action=action.key, error=str(error), delay=round(delay, 2))
-        except Invalid as error:
-            outcome, state.blocked = "invalid", True
-            log.error("action is not possible", action=action.key, reason=reason_name(error.reason), error=str(error))
-            self._leave(action.run, action.key, error)
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
@@ -274,13 +276,33 @@ class Engine:
             if self._failure is not None and not self._failure.done():
                 self._failure.set_exception(error)
         except Exception as error:
-            outcome, wait = "failed", self._pauses.failed(action.run, action.key, error)
-            delay, state.blocked = wait or delay, wait is None
-            if wait is None:
-                self._leave(action.run, action.key, error)
+            outcome, delay = self._failed(action, state, error, delay)
         finally:
             metrics.ACTIONS.labels(name, outcome).inc()
             metrics.ACTIONS_RUNNING.dec()
             state.task = None
             state.not_before_ms = self._clock() + int(delay * 1000)
             self.wake(action.run)
+
+    def _failed(self, action: Action, state: _State, error: Exception, delay: float) -> tuple[str, float]:
+        """Return what came of a failed action, and after how many seconds it may be tried again."""
+        if (fault := here_and_now(error)) is not None:
+            delay = waiting.delay(fault.after, state.failures)
+            state.failures, state.waits_for = state.failures + 1, fault.dependency
+            WAITING.begin(action.key, fault, action.run, delay)
+            log.warning(
+                "action will be tried again", action=action.key, waits_for=fault.dependency, error=str(fault),
+                delay=round(delay, 2),
+            )  # fmt: skip
+            return "retry", delay
+        WAITING.end(action.key)
+        if isinstance(error, Invalid):
+            state.blocked = True
+            log.error("action is not possible", action=action.key, reason=reason_name(error.reason), error=str(error))
+            self._leave(action.run, action.key, error)
+            return "invalid", delay
+        wait = self._pauses.failed(action.run, action.key, error)
+        state.blocked = wait is None
+        if wait is None:
+            self._leave(action.run, action.key, error)
+        return "failed", wait or delay

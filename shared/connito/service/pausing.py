@@ -1,7 +1,7 @@
 """Leave a run that makes a program fail: try it again a few times, then say so in the log and go on with all others.
 
-Whatever is raised without a meaning (`connito.errors`) is taken for the run's doing, except that the machine is out of memory
-or disk; that passes.
+Whatever is raised without a meaning (`connito.errors`) is taken for the run's doing, except where it is the
+machine's (`connito.runtime.waiting`); that passes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from connito.bus import Bus
 from connito.errors import Invalid, Retry
 from connito.runtime.logs import get_logger
+from connito.runtime.waiting import here_and_now
 from connito.v1 import reasons_pb2, run_pb2
 from connito.wire.bounds import cut
 from connito.wire.facts import RunFacts
@@ -21,8 +22,6 @@ log = get_logger("engine")
 # Failures in a row after which a run is left, and the longest wait between them, in seconds.
 TRIES = 5
 MAX_WAIT = 30.0
-# Of the machine, not of a run.
-PASSING = (OSError, MemoryError)
 _MAX_DETAIL, _MAX_ACTION = 1000, 200
 
 
@@ -38,7 +37,7 @@ class Pauses:
         """Count a failure; return after how many seconds to try again, None when it has failed often enough."""
         count = self.failures[run, action] = self.failures.get((run, action), 0) + 1
         log.error("this run makes something fail", run=run, action=action, failures=count, exc_info=error)
-        return None if count >= TRIES and not isinstance(error, PASSING) else min(MAX_WAIT, 0.5 * 2.0 ** min(count, 10))
+        return None if count >= TRIES and here_and_now(error) is None else min(MAX_WAIT, 0.5 * 2.0 ** min(count, 10))
 
     def succeeded(self, run: str, action: str) -> None:
         """Forget what failed before."""

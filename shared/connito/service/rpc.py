@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from connito.bus.offences import kind_of, report
-from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed
+from connito.errors import ConnitoError, Environment, Fatal, Invalid, NotFound, Retry, VerificationFailed
 from connito.runtime.logs import extract, get_logger, inject, use
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.envelope_pb2 import Envelope
@@ -53,10 +53,10 @@ Servicer = tuple[Callable[[Any, Any], None], object, str]
 
 def status_of(error: ConnitoError) -> grpc.StatusCode:
     """Return the status that says what `error` says."""
+    if isinstance(error, Environment):
+        return grpc.StatusCode.UNAVAILABLE
     if isinstance(error, NotFound):
         return grpc.StatusCode.NOT_FOUND
-    if isinstance(error, Retry):
-        return grpc.StatusCode.UNAVAILABLE
     if isinstance(error, VerificationFailed):
         return grpc.StatusCode.FAILED_PRECONDITION
     if isinstance(error, Invalid):
@@ -150,15 +150,16 @@ async def _fault(context: Any, error: Exception) -> None:
 
 async def _abort(context: Any, error: ConnitoError) -> None:
     trailer: list[tuple[str, str]] = []
-    if isinstance(error, Invalid):
+    if isinstance(error, Environment):
+        trailer.append((AFTER_KEY, str(error.after)))
+        log.warning("a call comes again later", waits_for=error.dependency, error=str(error))
+    elif isinstance(error, Invalid):
         trailer.append((REASON_KEY, name_of(reasons.Reason, error.reason)))
         if error.after:
             trailer.append((AFTER_KEY, str(error.after)))
         if error.reason in (reasons.REASON_BAD_SIGNATURE, reasons.REASON_NOT_PERMITTED, reasons.REASON_BANNED):
             report(kind_of(error.reason), subject="rpc", reason=error.reason, detail=str(error))
         log.info("refused a call", reason=reason_name(error.reason), error=str(error))
-    elif isinstance(error, Retry):
-        trailer.append((AFTER_KEY, str(error.after)))
     else:
         log.error("a call failed", error=str(error))
     await context.abort(status_of(error), str(error), tuple(trailer))

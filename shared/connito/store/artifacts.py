@@ -15,9 +15,10 @@ import urllib3
 from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
 
-from connito.errors import ConnitoError, Fatal, Invalid, NotFound, Retry, VerificationFailed
+from connito.errors import ConnitoError, Fatal, Invalid, ObjectDamaged, ObjectMissing, Retry, Unusable
 from connito.runtime import metrics
 from connito.runtime.settings import ServiceSettings
+from connito.runtime.waiting import WAITING
 from connito.store.cache import Cache, digest_of_file
 from connito.store.client import Client, StoreClock
 from connito.store.presigned import Progress, disk_or_network, presign, save_verified, write_once_headers
@@ -190,17 +191,23 @@ class ArtifactStore:
         `VerificationFailed`, and `Invalid` naming the folder when the disk is full. `progress(done, total)` is called
         from another thread.
         """
-        key = key_of(ref)
+        key, downloaded = key_of(ref), False
 
         def download(path: Path) -> None:
+            nonlocal downloaded
             response = self._client.get_object(self.bucket, key)
             try:
                 save_verified(response.read, ref, path, progress)
             finally:
                 response.close()
                 response.release_conn()
+            downloaded = True
 
-        return await self._call("fetch", ref.digest, lambda: self.cache.get(ref, download))
+        path = await self._call("fetch", ref.digest, lambda: self.cache.get(ref, download))
+        if downloaded:
+            # What was in the cache says nothing about the store.
+            self._answered("disk")
+        return path
 
     async def read_range(self, ref: ArtifactRef, start: int, length: int, sha256: str | None = None) -> bytes:
         """Return `length` bytes from `start`, checked against their own digest if one is given. Raises `NotFound`,
@@ -303,11 +310,18 @@ class ArtifactStore:
         """Run blocking work in a thread and translate what it raises."""
         try:
             with metrics.STORE_SECONDS.labels(operation).time():
-                return await asyncio.to_thread(work)
+                done = await asyncio.to_thread(work)
         except Exception as error:
             meaning = self._explain(error, operation, what)
             metrics.STORE_ERRORS.labels(operation, type(meaning).__name__).inc()
             raise meaning from error
+        if operation != "fetch":
+            self._answered()
+        return done
+
+    def _answered(self, *more: str) -> None:
+        for dependency in ("store", "credentials", *more):
+            WAITING.answered(dependency)
 
     def _explain(self, error: Exception, operation: str, what: str) -> Exception:
         away = f"the store at {self.endpoint} is away ({operation} {what})"
@@ -315,27 +329,28 @@ class ArtifactStore:
             return error
         if isinstance(error, S3Error):
             if error.code in _MISSING:
-                return NotFound(f"the store has no {what}", reason=reasons.REASON_ARTIFACT_MISSING)
+                return ObjectMissing(f"the store has no {what}")
             if error.code == "NoSuchBucket":
-                return Retry(f"the store has no bucket {self.bucket} yet; create it or check CONNITO_S3_BUCKET")
+                text = f"the store has no bucket {self.bucket} yet; create it or check CONNITO_S3_BUCKET"
+                return Retry(text, dependency="store")
             if error.code in _DENIED:
-                return Invalid(
+                return Unusable(
                     f"the store at {self.endpoint} denies {operation} on {self.bucket} ({error.code}); "
                     "check CONNITO_S3_ACCESS_KEY, CONNITO_S3_SECRET_KEY and the key's policy",
+                    dependency="credentials",
                     reason=reasons.REASON_NOT_PERMITTED,
                 )
-            return Retry(f"{away}: {error.code} {error.message}")
+            return Retry(f"{away}: {error.code} {error.message}", dependency="store")
         if isinstance(error, (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)):
-            return Retry(f"{away}: {error}")
+            return Retry(f"{away}: {error}", dependency="store")
         if isinstance(error, OSError):
             return disk_or_network(error, Path(error.filename or what), away)
         return error
 
 
-def _damaged(operation: str, ref: ArtifactRef) -> VerificationFailed:
-    metrics.STORE_ERRORS.labels(operation, "VerificationFailed").inc()
-    return VerificationFailed(
+def _damaged(operation: str, ref: ArtifactRef) -> ObjectDamaged:
+    metrics.STORE_ERRORS.labels(operation, "ObjectDamaged").inc()
+    return ObjectDamaged(
         f"what the store returned for {ref.digest} is not it (size or SHA-256 differs); its object is damaged or was "
-        "replaced: restore it from a copy",
-        reason=reasons.REASON_DIGEST_MISMATCH,
+        "replaced: restore it from a copy"
     )

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.errors import ObjectDamaged, ObjectMissing, Retry, Unusable, VerificationFailed
 from connito.runtime import metrics
+from connito.runtime.waiting import DISK, of_disk
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.artifacts_pb2 import ArtifactRef
 
@@ -117,9 +118,9 @@ def _put(url: str, headers: dict[str, str], path: Path, progress: Progress | Non
         response = connection.getresponse()
         body = response.read(2000).decode(errors="replace")
     except OSError as error:
-        raise Retry(f"the upload to {urlsplit(url).netloc} broke off: {error}") from error
+        raise Retry(f"the upload to {urlsplit(url).netloc} broke off: {error}", dependency="store") from error
     except http.client.HTTPException as error:
-        raise Retry(f"the upload to {urlsplit(url).netloc} broke off: {error!r}") from error
+        raise Retry(f"the upload to {urlsplit(url).netloc} broke off: {error!r}", dependency="store") from error
     finally:
         connection.close()
     metrics.STORE_BYTES.labels("up").inc(sent)
@@ -154,7 +155,7 @@ def _get(url: str, ref: ArtifactRef, path: Path, progress: Progress | None) -> N
         save_verified(response.read, ref, partial, progress)
         partial.replace(path)
     except http.client.HTTPException as error:
-        raise Retry(f"the download from {urlsplit(url).netloc} broke off: {error!r}") from error
+        raise Retry(f"the download from {urlsplit(url).netloc} broke off: {error!r}", dependency="store") from error
     except OSError as error:
         raise disk_or_network(error, path, f"the download from {urlsplit(url).netloc}") from error
     finally:
@@ -176,23 +177,19 @@ def save_verified(read: Callable[[int], bytes], ref: ArtifactRef, path: Path, pr
                 progress(size, ref.size)
     metrics.STORE_BYTES.labels("down").inc(size)
     if size < ref.size:
-        raise Retry(f"the download of {ref.digest[:12]}… ended after {size} of {ref.size} bytes")
+        raise Retry(f"the download of {ref.digest[:12]}… ended after {size} of {ref.size} bytes", dependency="store")
     if size != ref.size or digest.hexdigest() != ref.digest:
-        raise VerificationFailed(
+        raise ObjectDamaged(
             f"what the store returned for {ref.digest} is not it (size or SHA-256 differs); its object is damaged or "
-            "was replaced: restore it from a copy",
-            reason=reasons.REASON_DIGEST_MISMATCH,
+            "was replaced: restore it from a copy"
         )
 
 
 def disk_or_network(error: OSError, path: Path, what: str) -> Exception:
-    """Return `Invalid` for a full or read-only disk, which stays so until someone acts, else `Retry`."""
-    if error.errno in (28, 30, 13, 122):  # ENOSPC, EROFS, EACCES, EDQUOT
-        return Invalid(
-            f"cannot write {path}: {error.strerror}; free space there, or point CONNITO_CACHE_DIR elsewhere",
-            reason=reasons.REASON_STORE_UNAVAILABLE,
-        )
-    return Retry(f"{what} broke off: {error}")
+    """Return `Unusable` for a full or read-only disk, which stays so until someone acts, else `Retry`."""
+    if error.errno in DISK:
+        return of_disk(error, str(path))
+    return Retry(f"{what} broke off: {error}", dependency="store")
 
 
 def _check_status(status: int, body: str, url: str) -> None:
@@ -200,10 +197,11 @@ def _check_status(status: int, body: str, url: str) -> None:
         return
     where, summary = urlsplit(url).netloc, " ".join(body.split())[:300]
     if status == 404:
-        raise NotFound(f"the store at {where} has no such object", reason=reasons.REASON_ARTIFACT_MISSING)
+        raise ObjectMissing(f"the store at {where} has no such object")
     if status in (401, 403):
-        raise Invalid(
+        raise Unusable(
             f"the store at {where} refuses this URL: it is expired, or for other content; ask for a new one ({summary})",
+            dependency="store",
             reason=reasons.REASON_NOT_PERMITTED,
         )
     if status == 400:
@@ -211,4 +209,4 @@ def _check_status(status: int, body: str, url: str) -> None:
             f"the store at {where} found other bytes than were declared ({summary})",
             reason=reasons.REASON_DIGEST_MISMATCH,
         )
-    raise Retry(f"the store at {where} answers {status} ({summary})")
+    raise Retry(f"the store at {where} answers {status} ({summary})", dependency="store")

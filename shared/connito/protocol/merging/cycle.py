@@ -11,7 +11,7 @@ import numpy as np
 
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import Invalid
+from connito.errors import Environment, Invalid
 from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal, Refusals, finding_of
 from connito.protocol.merging.candidates import Attempt, MergeInputs, attempts, write_candidate, write_resting_momentum
 from connito.protocol.merging.gate import Losses, Outcome, Part, choose
@@ -112,6 +112,8 @@ def _inspect(facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files
             try:
                 path, base = files.states[entry.miner], files.bases[entry.miner]
                 validate_move(path, layout, base, spec)
+            except Environment:
+                raise
             except Invalid as error:
                 refused[entry.miner] = Refusal.of(error)
     return refused

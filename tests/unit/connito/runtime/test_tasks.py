@@ -38,12 +38,15 @@ async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same() -> N
 # Futures, a timer, a run of the platform, and the signal that begins an orderly stop: no task to be waited for.
 CANCELS = {
     "shared/connito/bus/connection.py: failed.cancel",
+    "shared/connito/bus/consume.py: handle.cancel",
+    "shared/connito/bus/consume.py: self.later.pop(lane).cancel",
     "shared/connito/cli/job.py: client.job.cancel",
     "shared/connito/local/processes.py: self._ready.cancel",
     "shared/connito/local/supervisor.py: self.failed.cancel",
     "shared/connito/local/up.py: client.job.cancel",
     "shared/connito/local/up.py: task.cancel",
     "shared/connito/runtime/tasks.py: task.cancel",
+    "shared/connito/runtime/waiting.py: forget.cancel",
     "shared/connito/service/engine.py: self._failure.cancel",
     "shared/connito/service/probes.py: self._deadline.cancel",
 }

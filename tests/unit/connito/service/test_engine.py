@@ -1,14 +1,20 @@
-"""A service stands aside in a run whose rules are newer than itself."""
+"""A service stands aside in a run whose rules are newer than itself, and waits for what is wrong with its surroundings."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
+from collections.abc import AsyncIterator, Iterator
 from typing import cast
 
 import pytest
-from connito.bus import Bus
+from connito.bus import Bus, CaughtUp
+from connito.errors import Invalid, ObjectDamaged, ObjectMissing, Retry, Unusable
 from connito.protocol.findings import PROTOCOL_VERSION
+from connito.runtime.host import HOST
+from connito.runtime.waiting import WAITING
 from connito.service.engine import Action, Decision, Engine
-from connito.v1 import run_pb2
+from connito.v1 import reasons_pb2, run_pb2
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
@@ -37,3 +43,86 @@ def test_a_run_under_newer_rules_is_left_alone(version: int, asked: int) -> None
     engine._decide_run("r", 1)
 
     assert len(decided) == 2 * asked
+
+
+class Still:
+    """A broker that has nothing new."""
+
+    host = HOST
+
+    async def follow(self, *_: object) -> AsyncIterator[CaughtUp]:
+        yield CaughtUp()
+        await asyncio.Event().wait()
+
+
+def engine_for(failures: Iterator[Exception | None], done: asyncio.Event, tried: list[int]) -> Engine:
+    """An engine with one action in a run, which meets these failures until one is None."""
+    log = Log(Roster({}))
+    log.runs["r"] = RunFacts("r")
+
+    async def perform(action: Action) -> None:
+        tried.append(1)
+        if (failure := next(failures)) is not None:
+            raise failure
+        done.set()
+
+    def decide(facts: RunFacts, _now_ms: int) -> Decision:
+        return Decision() if done.is_set() else Decision([Action("r/merge", "r")])
+
+    return Engine(cast(Bus, Still()), log, ("RUNS",), decide, perform)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ObjectMissing("gone"),
+        ObjectDamaged("rotten"),
+        Unusable("full", dependency="disk", reason=reasons_pb2.REASON_STORE_UNAVAILABLE),
+        Unusable("denied", dependency="credentials", reason=reasons_pb2.REASON_NOT_PERMITTED),
+        OSError(errno.ENOSPC, "No space left on device"),
+        MemoryError(),
+        Retry("away", after=0.001),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+async def test_an_action_that_meets_a_fault_of_the_environment_goes_on_when_it_is_repaired(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as it takes, and without a restart."""
+    monkeypatch.setattr("connito.runtime.waiting.delay", lambda after, failures: 0.0)
+    monkeypatch.setattr("connito.service.engine.SOONEST_MS", 0)
+    done, tried = asyncio.Event(), list[int]()
+    engine = engine_for(iter([fault] * 150 + [None]), done, tried)
+    running = asyncio.create_task(engine.run())
+    await asyncio.wait_for(done.wait(), 10)
+    running.cancel()
+    assert len(tried) == 151
+
+
+async def test_what_is_about_content_is_not_tried_again() -> None:
+    done, tried = asyncio.Event(), list[int]()
+    engine = engine_for(iter([Invalid("wrong"), None]), done, tried)
+    running = asyncio.create_task(engine.run())
+    while not tried:  # noqa: ASYNC110 - the engine's turn
+        await asyncio.sleep(0)
+    for _ in range(3):
+        engine.wake("r")
+        await asyncio.sleep(0.01)
+    running.cancel()
+    assert len(tried) == 1
+
+
+async def test_a_dependency_that_answers_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connito.runtime.waiting.delay", lambda after, failures: 3600.0)
+    done, tried = asyncio.Event(), list[int]()
+    engine = engine_for(iter([Retry("away", dependency="store"), None]), done, tried)
+    running = asyncio.create_task(engine.run())
+    while not tried:  # noqa: ASYNC110 - the engine's turn
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    WAITING.answered("disk")
+    await asyncio.sleep(0.05)
+    assert not done.is_set()
+    WAITING.answered("store")
+    await asyncio.wait_for(done.wait(), 10)
+    running.cancel()

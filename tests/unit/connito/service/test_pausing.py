@@ -146,7 +146,8 @@ async def test_what_is_not_possible_is_told_with_its_own_reason() -> None:
 
 
 @pytest.mark.parametrize("how", [OSError("disk full"), MemoryError()])
-async def test_what_passes_is_tried_for_as_long_as_it_takes(how: Exception) -> None:
+async def test_what_passes_is_tried_for_as_long_as_it_takes(how: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connito.runtime.waiting.delay", lambda after, failures: 0.001)
     acts = Acts(how, "perform")
     async with running(acts.decide, acts.perform) as (_, bus):
         await until(lambda: acts.asked > 3 * pausing.TRIES)

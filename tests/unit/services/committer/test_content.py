@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.errors import Environment, ObjectDamaged, ObjectMissing, Retry, Unusable
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
@@ -116,8 +116,7 @@ async def test_a_file_that_breaks_the_examination_is_refused_too(
 @pytest.mark.parametrize(
     ("failure", "expected"),
     [
-        (VerificationFailed("other bytes"), reasons_pb2.REASON_DIGEST_MISMATCH),
-        (NotFound("gone"), reasons_pb2.REASON_ARTIFACT_MISSING),
+        (ObjectDamaged("other bytes"), reasons_pb2.REASON_DIGEST_MISMATCH),
     ],
 )
 async def test_what_the_store_says_about_the_artifact_is_told_to_the_miner(
@@ -130,13 +129,20 @@ async def test_what_the_store_says_about_the_artifact_is_told_to_the_miner(
     assert refusal.reason == expected
 
 
-@pytest.mark.parametrize("failure", [Retry("the store is away"), Invalid("the disk is full")])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        Retry("the store is away"),
+        Unusable("the disk is full", dependency="disk", reason=reasons_pb2.REASON_STORE_UNAVAILABLE),
+        ObjectMissing("it was there a moment ago"),
+    ],
+)
 async def test_trouble_on_this_side_is_nobody_s_fault_and_passes(
     facts: RunFacts, shelf: Shelf, check: ContentCheck, failure: Exception
 ) -> None:
     shelf.upload.write_bytes(save(STATE))
     shelf.failure = failure
-    with pytest.raises(Retry):
+    with pytest.raises(Environment):
         await check(facts, artifact("ma", 1), theta(1))
     shelf.failure = None
     assert await check(facts, artifact("ma", 1), theta(1)) is None

@@ -1,0 +1,108 @@
+"""Wait for what is wrong here and now: faults of the environment, by dependency and run.
+
+Whatever meets such a fault tries again, without limit. The wait grows with jitter up to `LONGEST` seconds, and ends as soon as
+the dependency answers anybody in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+from collections.abc import Callable
+from weakref import WeakSet
+
+from connito.errors import Environment, Retry, Unusable
+from connito.runtime import metrics
+from connito.v1 import reasons_pb2 as reasons
+
+LONGEST = 5.0
+# An entry that nobody renews is of something that is not wanted any more.
+FORGET_SECONDS = 60.0
+DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG}
+_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory")
+
+
+def here_and_now(error: Exception) -> Environment | None:
+    """Return the fault of the environment that an error is, however it was raised; None for one that is about content."""
+    if isinstance(error, Environment):
+        return error
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return Retry(f"this machine is out of memory: {text}; free some, or give the service more", dependency="memory")
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY):
+        return Retry(
+            f"this machine is out of memory: {text[:300]}; free some, or use smaller batches", dependency="memory"
+        )
+    if isinstance(error, OSError):
+        return of_disk(error, "a file") if error.errno in DISK else Retry(text, dependency="machine")
+    return None
+
+
+def of_disk(error: OSError, what: str) -> Unusable:
+    """Return the fault of a disk that is full, read-only or failing."""
+    path = error.filename or what
+    return Unusable(
+        f"cannot write {path}: {error.strerror}; free space there, or point CONNITO_CACHE_DIR elsewhere",
+        dependency="disk",
+        reason=reasons.REASON_STORE_UNAVAILABLE,
+    )
+
+
+def delay(after: float, failures: int, spread: Callable[[float, float], float] = random.uniform) -> float:
+    """Return how long to wait after so many failures in a row, in seconds: longer each time, and never all at once."""
+    longest = max(LONGEST, after) if failures == 0 else LONGEST
+    return min(longest, after * 2.0 ** min(failures, 10)) * spread(0.5, 1.0)
+
+
+class Waiting:
+    """The things that wait in one process, each for a dependency in a run."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[str, str, asyncio.TimerHandle]] = {}
+        self._listeners: WeakSet[Listener] = WeakSet()
+        self._told: dict[str, float] = {}
+
+    def begin(self, what: str, error: Environment, run: str, seconds: float) -> None:
+        """Note that `what` tries again after so many seconds."""
+        self.end(what)
+        forget = asyncio.get_running_loop().call_later(seconds + FORGET_SECONDS, self.end, what)
+        self._entries[what] = error.dependency, run, forget
+        metrics.WAITING.labels(error.dependency, run).inc()
+
+    def end(self, what: str) -> None:
+        """Note that `what` waits no longer."""
+        if what in self._entries:
+            dependency, run, forget = self._entries.pop(what)
+            forget.cancel()
+            metrics.WAITING.labels(dependency, run).dec()
+            if not any(entry[:2] == (dependency, run) for entry in self._entries.values()):
+                metrics.WAITING.remove(dependency, run)
+
+    def listen(self, listener: Listener) -> None:
+        """Tell `listener` of every dependency that answers again, for as long as it exists."""
+        self._listeners.add(listener)
+
+    def answered(self, dependency: str) -> None:
+        """Note that a dependency works; whoever waits for it need not wait longer. Call it in the loop's thread.
+
+        Something that works by half answers one and fails the next: that is passed on once a second.
+        """
+        now = asyncio.get_running_loop().time()
+        lately = 0.0 <= now - self._told.get(dependency, -1.0) < 1.0
+        if lately or not any(entry[0] == dependency for entry in self._entries.values()):
+            return
+        self._told[dependency] = now
+        for listener in list(self._listeners):
+            listener.answered(dependency)
+
+
+class Listener:
+    """A party that waits for dependencies."""
+
+    def answered(self, dependency: str) -> None:
+        """Try at once what waits for a dependency that works again."""
+        raise NotImplementedError
+
+
+WAITING = Waiting()
