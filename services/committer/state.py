@@ -13,7 +13,7 @@ from connito.errors import Invalid
 from connito.protocol.entitlement import Naming
 from connito.protocol.quota import LETTERS_PER_KEY, MessageCounter
 from connito.runtime.limits import RateLimit
-from connito.v1 import cycle_pb2, run_pb2
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.checkpoint import Checkpoint
 from connito.wire.fact import Fact, Record
@@ -132,7 +132,9 @@ class State(PositionedLog):
         """Report what nobody can be answered about; return whether it is one of the first few, which are kept."""
         # The broker let only the subject's owner write there.
         owner = owner_of(record)
-        report(kind_of(error.reason), key=owner, subject=record.subject, reason=error.reason, detail=str(error))
+        # Whose signature does not hold may not have written it: no key is reported for it.
+        key = "" if error.reason == reasons_pb2.REASON_BAD_SIGNATURE else owner
+        report(kind_of(error.reason), key=key, subject=record.subject, reason=error.reason, detail=str(error))
         self._letters[run_of(record.subject), owner] += 1
         return self._letters[run_of(record.subject), owner] <= LETTERS_PER_KEY
 

@@ -13,6 +13,7 @@ from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals, finding_of
 from connito.protocol.merging.gate import Losses, judge
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import read_reports
+from connito.protocol.scoring.evaluation import MAX_REPORT_BYTES
 from connito.protocol.scoring.own_work import leaning_of
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, without
@@ -66,6 +67,11 @@ def _report(evidence: Evidence, cycle: int, validator: str, report: cycle_pb2.Sc
     ignored = None if counted is None else counted.ignored.get(validator)
     if ignored is not None and ignored.finding.kind != cycle_pb2.FINDING_KIND_REPORT_LATE:
         yield Difference("reports", where, f"does not count: {sentence(ignored.finding)}", cycle)
+    bare = [score.miner for score in report.scores if not score.losses and score.reason not in OF_THE_FILE]
+    if bare and rules.checked(facts) and report.ByteSize() < MAX_REPORT_BYTES // 2:
+        yield Difference(
+            "reports", where, f"leaves out the losses of {len(bare)} that there was room for", cycle, bare[0]
+        )
     given, duties = {score.miner for score in report.scores}, assigned(facts, cycle)
     for entry in settled.submissions if settled is not None else ():
         if entry.miner not in given and (duties is None or entry.miner in duties.get(validator, ())):

@@ -213,6 +213,7 @@ OF_A_VALIDATOR: list[Callable[[cycle_pb2.ScoreReport], object]] = [
     lambda report: setattr(report.scores[0], "utility", 0.5),
     lambda report: report.scores.pop(),
     lambda report: setattr(report.scores[0].losses[0], "after", 0.5),
+    lambda report: report.scores[0].ClearField("losses"),
 ]
 
 

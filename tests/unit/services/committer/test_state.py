@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import pytest
+from connito.bus import offences
 from connito.errors import Invalid
+from connito.protocol.findings import CHECKED
 from connito.protocol.quota import LETTERS_PER_KEY
-from connito.v1 import cycle_pb2
+from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.checkpoint import Checkpoint
 from connito.wire.envelope import seal
 from connito.wire.fact import Record
+from connito.wire.heads import leaf_of
 from connito.wire.identity import Identity
+from connito.wire.merkle import Tree
 from connito.wire.roster import Roster
 from connito.wire.subjects import ingress
 from connito.wire.verification import verify_ingress
 
 from services.committer import state as committer
+from services.committer.handlers import Acknowledge, decide
 from services.committer.state import State
 from tests.support.run import RUN, Run
 
@@ -117,3 +123,36 @@ def test_what_does_not_verify_is_kept_a_few_times_and_then_dropped(known: State)
     assert all(known.needless(said(LOUD, sequence, data=b"\xff")) for sequence in range(20, 40))
     assert not known.needless(said(LOUD, 40)), "what does verify has its answer all the same"
     assert not known.needless(said(QUIET, 41, data=b"\xff"))
+
+
+def test_bytes_that_somebody_put_on_a_miners_subject_are_not_held_against_it(known: State) -> None:
+    """Only what its key signed is its offence."""
+    offences.collect()
+    forged = seal(LOUD, ingress(RUN, LOUD.public, "commitment"), cycle_pb2.Commitment(run=RUN, cycle=1))
+    forged.signature = bytes(64)
+    record = said(LOUD, 1, data=forged.SerializeToString())
+    with pytest.raises(Invalid) as caught:
+        known.verified(record)
+    known.worth_a_letter(record, caught.value)
+    malformed = seal(LOUD, ingress(RUN, LOUD.public, "commitment"), cycle_pb2.Commitment(run="another", cycle=1))
+    record = said(LOUD, 2, data=malformed.SerializeToString())
+    with pytest.raises(Invalid) as caught:
+        known.verified(record)
+    known.worth_a_letter(record, caught.value)
+    assert [(one.kind, one.key) for one in offences.collect()] == [("bad_signature", ""), ("malformed", LOUD.public)]
+
+
+def test_a_receipt_is_due_for_what_none_covers_and_is_over_every_message_in_order(known: State) -> None:
+    known.runs[RUN] = Run().created(protocol_version=CHECKED).facts
+    facts, heard = known.runs[RUN], known.heard[RUN]
+    assert decide(facts, heard).actions == []
+    records = [said(LOUD, 1), said(QUIET, 2, data=b"junk"), said(QUIET, 4)]
+    tree = Tree()
+    for record in records:
+        known.apply(record)
+        tree.append(leaf_of(record))
+    assert [action.payload for action in decide(facts, heard).actions] == [Acknowledge()]
+    assert (heard.tree.size, heard.tree.root, heard.last_sequence) == (3, tree.root, 4)
+    note = Checkpoint("origin", 3, tree.root).signed(LOUD).note
+    heard.given(run_pb2.IngressHead(run=RUN, cycle=1, checkpoint=note))
+    assert decide(facts, heard).actions == []

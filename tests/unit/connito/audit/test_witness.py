@@ -1,0 +1,138 @@
+"""A witness cosigns what extends what it saw, and refuses a second history; what it or a miner kept proves one in an audit."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import pytest
+from connito.audit.audit import Audit, Options, audit
+from connito.audit.witness import Witness
+from connito.bus.follow import CaughtUp
+from connito.errors import Invalid, VerificationFailed
+from connito.wire.checkpoint import Checkpoint
+from connito.wire.fact import Record
+
+from tests.unit.connito.audit.world import ROSTER, RUN, Cycle, World, identity, tell
+
+ME = identity("witness")
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return tell(tmp_path_factory.mktemp("told"))
+
+
+class WithoutB(Cycle):
+    """The last cycle anew, as if B had never been in it."""
+
+    def train(self) -> None:
+        if self.number == 2:
+            self.miners = ["A", "C"]
+        super().train()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return tell(tmp_path_factory.mktemp("other"), story=WithoutB)
+
+
+async def items(records: list[Record]) -> AsyncGenerator[Record | CaughtUp, None]:
+    """As they are followed: each stream in its order, one after the other."""
+    for record in sorted(records, key=lambda record: record.stream):
+        if record.stream != "INGRESS":
+            yield record
+    yield CaughtUp()
+
+
+async def watch(records: list[Record], folder: Path, tell: Callable[[str, Checkpoint], None] = lambda *_: None) -> int:
+    witness = Witness(folder, ME, ROSTER, tell, lambda: 1_700_000_000_000)
+    return await witness.watch(items(records), once=True)
+
+
+def up_to(world: World, ending: str) -> list[Record]:
+    return world.records[: world.find(ending) + 1]
+
+
+async def test_it_cosigns_each_head_once_and_goes_on_where_it_was(told: World, tmp_path: Path) -> None:
+    seen: list[int] = []
+    assert await watch(up_to(told, "run.2.head"), tmp_path, lambda run, one: seen.append(one.size)) == 2
+    assert await watch(told.records, tmp_path, lambda run, one: seen.append(one.size)) == 2
+    assert await watch(told.records, tmp_path) == 0
+    assert seen == sorted(set(seen))
+    kept = Checkpoint.parse((tmp_path / f"{RUN}.checkpoint").read_text())
+    assert kept.size == seen[-1]
+    assert kept.cosigners() == {ME.public: 1_700_000_000}
+
+
+async def test_a_second_history_is_refused_whichever_came_first(told: World, other: World, tmp_path: Path) -> None:
+    await watch(told.records, tmp_path)
+    with pytest.raises(VerificationFailed, match="two histories"):
+        await watch(other.records, tmp_path)
+    assert (tmp_path / f"{RUN}.refused").exists()
+
+
+async def test_a_log_that_ends_before_what_was_seen_is_refused(told: World, tmp_path: Path) -> None:
+    await watch(told.records, tmp_path)
+    with pytest.raises(VerificationFailed, match="ends before"):
+        await watch(up_to(told, "run.2.head"), tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["commit.1.settled", "validate.1.drawn", "train.2.opened"])
+async def test_a_log_without_one_of_its_messages_is_not_cosigned(told: World, tmp_path: Path, ending: str) -> None:
+    world = told.copy()
+    del world.records[world.find(ending)]
+    with pytest.raises(VerificationFailed, match="not cosigned"):
+        await watch(world.records, tmp_path)
+
+
+async def look(world: World, folder: Path, notes: dict[str, str]) -> Audit:
+    artifacts = await world.artifacts(folder)
+    return audit(world.evidence(), artifacts, Options(model=False, tolerance=0.0, kept=notes))
+
+
+async def test_what_a_witness_kept_proves_which_history_it_saw(told: World, other: World, tmp_path: Path) -> None:
+    await watch(told.records, tmp_path)
+    note = (tmp_path / f"{RUN}.checkpoint").read_text()
+    assert (await look(told, tmp_path, {"kept": note})).differences == []
+    found = await look(other, tmp_path, {"kept": note})
+    assert [difference.check for difference in found.differences] == ["history"]
+    assert found.blame == ["operator"]
+
+
+async def test_what_a_miner_kept_proves_that_it_was_heard(told: World, other: World, tmp_path: Path) -> None:
+    receipt = told.evidence().facts.received(3)
+    assert receipt is not None
+    note = receipt.message.checkpoint
+    assert (await look(told, tmp_path, {"kept": note})).differences == []
+    found = await look(other, tmp_path, {"kept": note})
+    assert found.blame == ["operator"]
+    assert "history" in {difference.check for difference in found.differences}
+
+
+async def test_a_forged_receipt_proves_nothing(told: World, tmp_path: Path) -> None:
+    receipt = told.evidence().facts.received(3)
+    assert receipt is not None
+    real = Checkpoint.parse(receipt.message.checkpoint)
+    forged = Checkpoint(real.origin, real.size, b"x" * 32).signed(identity("miner A"))
+    with pytest.raises(Invalid, match="proves nothing"):
+        await look(told, tmp_path, {"kept": forged.note})
+    elsewhere = Checkpoint("connito.v1/other/5f", 3, b"x" * 32).signed(identity("committer"))
+    with pytest.raises(Invalid, match="nothing about this run"):
+        await look(told, tmp_path, {"kept": elsewhere.note})
+
+
+async def test_the_same_run_begun_anew_is_a_second_history(told: World, tmp_path: Path) -> None:
+    origin = f"connito.v1/{RUN}/{'0' * 32}"
+    note = Checkpoint(origin, 3, b"x" * 32).signed(identity("coordinator")).note
+    found = await look(told, tmp_path, {"kept": note})
+    assert [(one.check, one.by) for one in found.differences] == [("history", "operator")]
+
+
+async def test_a_log_with_another_past_of_the_same_length_is_refused(told: World, tmp_path: Path) -> None:
+    await watch(told.records, tmp_path)
+    path = tmp_path / f"{RUN}.checkpoint"
+    seen = Checkpoint.parse(path.read_text())
+    path.write_text(Checkpoint(seen.origin, seen.size, b"x" * 32).signed(identity("coordinator")).note)
+    with pytest.raises(VerificationFailed, match="not those seen before"):
+        await watch(told.records, tmp_path)
