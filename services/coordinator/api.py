@@ -27,6 +27,7 @@ from connito.wire.subjects import INSTALLATION
 
 from . import enrolment
 from .admission import Admission
+from .reading import Readers
 from .state import Changes, State
 from .status import status, version
 
@@ -53,6 +54,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         self._bus, self._log, self._roster, self._changes, self._clock = bus, log, roster, changes, clock
         self._limit = limit or RateLimit(math.inf, math.inf, time.monotonic)
         self._admission = admission or Admission(None, "", roster)
+        self._readers = Readers(log, roster, clock)
 
     async def CreateRun(self, request: services_pb2.CreateRunRequest, context: Any) -> services_pb2.CreateRunResponse:  # noqa: N802
         """Create a run; again with the same spec is fine. Raises `Invalid` naming the field that is wrong."""
@@ -70,13 +72,14 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         return services_pb2.CreateRunResponse(run=spec.run)
 
     async def GetRun(self, request: services_pb2.GetRunRequest, context: Any) -> services_pb2.GetRunResponse:  # noqa: N802
-        """Return the status of a run. Raises `NotFound`."""
-        return services_pb2.GetRunResponse(status=status(self._known(request.run), self._clock()))
+        """Return the status of a run that is shown to the signer. Raises `NotFound`, `Invalid`."""
+        facts = self._readers.run(request.run, self._readers.key(request))
+        return services_pb2.GetRunResponse(status=status(facts, self._clock()))
 
     async def ListRuns(self, request: services_pb2.ListRunsRequest, context: Any) -> services_pb2.ListRunsResponse:  # noqa: N802
-        """Return every run, oldest first."""
-        now = self._clock()
-        created = [(facts.created_fact, facts) for facts in self._log.runs.values()]
+        """Return every run that is shown to the signer, oldest first. Raises `Invalid`."""
+        key, now = self._readers.key(request), self._clock()
+        created = [(facts.created_fact, facts) for facts in self._log.runs.values() if self._readers.may(facts, key)]
         known = sorted((fact.sequence, facts.run) for fact, facts in created if fact is not None)
         return services_pb2.ListRunsResponse(runs=[status(self._log.runs[run], now) for _, run in known])
 
@@ -105,21 +108,23 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     async def WatchRun(  # noqa: N802
         self, request: services_pb2.WatchRunRequest, context: Any
     ) -> AsyncIterator[services_pb2.WatchRunResponse]:
-        """Yield the status now and whenever it changes, until the run has ended. Raises `NotFound`."""
+        """Yield the status now and whenever it changes, until the run has ended. Raises `NotFound`, `Invalid`."""
+        key = self._readers.key(request)
         sent: services_pb2.RunStatus | None = None
-        while True:
-            changed = self._changes.of(request.run)
-            facts = self._known(request.run)
-            current = status(facts, self._clock())
-            if current != sent:
-                yield services_pb2.WatchRunResponse(status=current)
-                sent = current
-            if facts.ended is not None:
-                return
-            # A pause begins with time, not with a fact.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
-                    await changed.wait()
+        with self._readers.stream(key):
+            while True:
+                changed = self._changes.of(request.run)
+                facts = self._readers.run(request.run, key)
+                current = status(facts, self._clock())
+                if current != sent:
+                    yield services_pb2.WatchRunResponse(status=current)
+                    sent = current
+                if facts.ended is not None:
+                    return
+                # A pause begins with time, not with a fact.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await changed.wait()
 
     async def EnrolMiner(  # noqa: N802
         self, request: services_pb2.EnrolMinerRequest, context: Any

@@ -361,7 +361,7 @@ async def test_a_broker_restart_in_the_middle_is_survived(
         await witness.has("run", 0, "ended")
 
 
-async def test_health_and_reflection(stage: Stage, start: Start) -> None:
+async def test_health_is_told(stage: Stage, start: Start) -> None:
     await start("a").ready()
     channel = rpc.channel(await stage.bus.find_endpoint("coordinator"))
     request = health_pb2.HealthCheckRequest(service="connito.v1.RunService")

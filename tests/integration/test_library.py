@@ -286,7 +286,7 @@ async def test_it_starts_fast_and_small(process: ServiceProcess, buses: dict[str
     assert process.drain() == 0
 
 
-async def test_reflection_and_health_are_there(process: ServiceProcess, buses: dict[str, Bus]) -> None:
+async def test_health_is_there(process: ServiceProcess, buses: dict[str, Bus]) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     await process.start().ready()

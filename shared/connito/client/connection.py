@@ -64,6 +64,12 @@ class Connection:
             return None
         return seal(self._identity, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand(purpose="read"))
 
+    def reader(self) -> dict[str, Any]:
+        """Return the fields with which a request says who reads runs. Raises `Invalid` without an identity."""
+        sealed = self.seal("rpc.ReadRuns", services_pb2.ReadRunsCommand())
+        assert self._identity is not None
+        return {"viewer": sealed, "admission": next(iter(self._identity.passes), "")}
+
     def reach(self, service: str) -> None:
         """Find a service. Raises `Invalid` when nobody said where it is, `Retry` when it is away."""
         self._reach(service)

@@ -53,17 +53,20 @@ class Jobs:
         return submit(job, self._create, progress)
 
     def list(self) -> Sequence[RunStatus]:
-        """Return where every run stands."""
-        return [*self._connection.call("coordinator", "ListRuns", services_pb2.ListRunsRequest()).runs]
+        """Return where every run stands that is shown to this key."""
+        request = services_pb2.ListRunsRequest(**self._connection.reader())
+        return [*self._connection.call("coordinator", "ListRuns", request).runs]
 
     def show(self, run: str) -> RunStatus:
         """Return where a run stands. Raises `NotFound` for an unknown one."""
-        status: RunStatus = self._connection.call("coordinator", "GetRun", services_pb2.GetRunRequest(run=run)).status
+        request = services_pb2.GetRunRequest(run=run, **self._connection.reader())
+        status: RunStatus = self._connection.call("coordinator", "GetRun", request).status
         return status
 
     def watch(self, run: str) -> Iterator[RunStatus]:
         """Yield the run's status whenever it changes, until it has ended."""
-        for answer in self._connection.stream("coordinator", "WatchRun", services_pb2.WatchRunRequest(run=run)):
+        request = services_pb2.WatchRunRequest(run=run, **self._connection.reader())
+        for answer in self._connection.stream("coordinator", "WatchRun", request):
             yield answer.status
 
     def cancel(self, run: str, why: str = "cancelled by the customer") -> None:

@@ -1,4 +1,4 @@
-"""gRPC with the error taxonomy on both sides, health and reflection, and signed requests."""
+"""gRPC with the error taxonomy on both sides, health, and signed requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from connito.bus.offences import kind_of, report
 from connito.errors import ConnitoError, Environment, Fatal, Invalid, NotFound, Retry, VerificationFailed
@@ -45,7 +44,10 @@ ANSWER_BYTES = 1 << 26
 _OPTIONS = [
     ("grpc.max_receive_message_length", 2 * MAX_ENVELOPE_BYTES),
     ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", 64),
 ]
+# Of all connections together; what is more is turned away at once.
+_CALLS_AT_ONCE = 2000
 
 # (register function of the generated code, implementation, full name of the service)
 Servicer = tuple[Callable[[Any, Any], None], object, str]
@@ -169,18 +171,17 @@ async def _abort(context: Any, error: ConnitoError) -> None:
 async def serve(
     servicers: Sequence[Servicer], host: str, port: int, *, drain_s: float = 2.0, tls: Tls = PLAIN
 ) -> AsyncIterator[int]:
-    """Serve until the block is left, with health and reflection; yields the port (a free one for 0).
+    """Serve until the block is left, with health; yields the port (a free one for 0).
 
     Raises `Fatal` when the address is taken. Calls in flight get `drain_s` to finish.
     """
-    server = grpc.aio.server(interceptors=[_Interceptor()], options=_OPTIONS)
+    server = grpc.aio.server(interceptors=[_Interceptor()], options=_OPTIONS, maximum_concurrent_rpcs=_CALLS_AT_ONCE)
     checks: Any = health.aio.HealthServicer()  # type: ignore[attr-defined,unused-ignore]
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for register, implementation, name in servicers:
         register(implementation, server)
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     await checks.set("", health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection([name for _, _, name in servicers] + [reflection.SERVICE_NAME], server)
     try:
         where = f"{host}:{port}"
         plain = tls.api == "off"

@@ -17,8 +17,8 @@ PURE = {
     "committer": {"judging", "settlement"},
 }
 PERFORMING = {
-    "coordinator": {"admission"},
-    "committer": {"content"},
+    "coordinator": {"admission", "reading"},
+    "committer": {"content", "downloads"},
     "trainer": {"adversary", "base", "evaluation", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {

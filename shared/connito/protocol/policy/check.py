@@ -84,7 +84,9 @@ def _field(spec: RunSpec, path: str, rule: Number | Choice) -> Iterator[Fault]:
     if isinstance(rule, Choice):
         if value not in rule.choices:
             yield Fault(path, f"is {value!r}", f"choose one of {', '.join(rule.choices)}")
-    elif not (math.isfinite(number := float(value)) and rule.low <= number <= rule.high):
+    elif not (rule.zero and value == 0) and not (
+        math.isfinite(number := float(value)) and rule.low <= number <= rule.high
+    ):
         yield Fault(path, f"is {number:g}", f"choose {rule.low:g} to {rule.high:g}")
 
 

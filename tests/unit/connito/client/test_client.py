@@ -23,7 +23,10 @@ def test_a_client_without_the_librarys_address_says_how_to_give_it() -> None:
 
 
 def test_a_client_without_the_coordinators_address_says_how_to_give_it() -> None:
-    with Client(library="127.0.0.1:1") as client, pytest.raises(Invalid, match="coordinator='host:port'"):
+    with (
+        Client(library="127.0.0.1:1", identity=Identity.generate()) as client,
+        pytest.raises(Invalid, match="coordinator='host:port'"),
+    ):
         client.job.list()
 
 
@@ -45,7 +48,10 @@ def test_a_status_that_no_expert_can_have_is_refused_with_those_it_can() -> None
 
 def test_a_service_that_does_not_answer_is_named_with_where_it_was_sought(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("connito.client.connection.DEADLINE_SECONDS", 0.2)
-    with Client("127.0.0.1:1") as client, pytest.raises(Retry, match=r"coordinator at 127\.0\.0\.1:1 did not .*doctor"):
+    with (
+        Client("127.0.0.1:1", identity=Identity.generate()) as client,
+        pytest.raises(Retry, match=r"coordinator at 127\.0\.0\.1:1 did not .*doctor"),
+    ):
         client.job.list()
 
 

@@ -50,7 +50,7 @@ def test_a_default_is_within_its_limits(path: str) -> None:
     if isinstance(rule, Choice):
         assert rule.default in rule.choices
     elif path != "selection.threshold":
-        assert rule.low <= rule.default <= rule.high
+        assert rule.low <= rule.default <= rule.high or (rule.zero and rule.default == 0)
     assert isinstance(rule, Choice) or rule.low < rule.high
 
 

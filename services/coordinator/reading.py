@@ -1,0 +1,87 @@
+"""Check who may read runs at the API, and limit how much a key reads at once."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from connito.errors import Invalid, NotFound
+from connito.runtime.limits import RateLimit
+from connito.service.rpc import check_fresh, open_request
+from connito.v1 import reasons_pb2, services_pb2
+from connito.wire.facts import RunFacts
+from connito.wire.log import Log
+from connito.wire.passes import admitted
+from connito.wire.roster import OPERATOR, ROLES, Roster
+
+Request = services_pb2.GetRunRequest | services_pb2.ListRunsRequest | services_pb2.WatchRunRequest
+
+READS_PER_SECOND, READS_AT_ONCE = 10.0, 100.0
+STREAMS_PER_KEY = 8
+
+
+class Readers:
+    """Keys that read: those of the roster, those that were admitted as miners, and those that take part in a run."""
+
+    def __init__(self, log: Log, roster: Roster, clock: Callable[[], int]) -> None:
+        self._log, self._roster, self._clock = log, roster, clock
+        self._limit = RateLimit(READS_PER_SECOND, READS_AT_ONCE, time.monotonic)
+        self._streams: Counter[str] = Counter()
+
+    def key(self, request: Request) -> str:
+        """Return who reads, and count it. Raises `Invalid` (BAD_SIGNATURE, NOT_PERMITTED, QUOTA_EXCEEDED)."""
+        _, key = open_request(request.viewer, "rpc.ReadRuns", services_pb2.ReadRunsCommand)
+        check_fresh(request.viewer, self._clock(), reasons_pb2.REASON_NOT_PERMITTED)
+        # Before anything is kept about a key: fresh ones cost nothing.
+        if not self._known(key, request.admission):
+            raise Invalid(
+                f"{key} has no part in this installation; ask its operator for a pass, or sign with a key that the roster "
+                "names",
+                reason=reasons_pb2.REASON_NOT_PERMITTED,
+            )
+        self._limit.take(key)
+        return key
+
+    def may(self, facts: RunFacts, key: str) -> bool:
+        """Return whether a run is shown to a key: a public one to all, another to who has a part in it or serves it."""
+        spec = facts.spec
+        if spec is None:
+            return False
+        serves = any(role != "customer" and self._roster.permits(role, key) for role in (*ROLES, OPERATOR))
+        own = key == spec.customer or key in facts.enrolled or key in spec.enrolment.allowed
+        shared = spec.visibility == "organisation" and spec.organisation in self._roster.memberships(key)
+        return spec.visibility in ("", "public") or serves or own or shared
+
+    def run(self, run: str, key: str) -> RunFacts:
+        """Return the facts of a run that is shown to a key. Raises `NotFound`: for one that is not, as if there were none."""
+        facts = self._log.runs.get(run)
+        if facts is None or not self.may(facts, key):
+            raise NotFound(
+                f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN
+            )
+        return facts
+
+    @contextmanager
+    def stream(self, key: str) -> Iterator[None]:
+        """Count an answer that goes on, while it does. Raises `Invalid` (QUOTA_EXCEEDED) for one more than a key may have."""
+        if self._streams[key] >= STREAMS_PER_KEY:
+            raise Invalid(
+                f"this key watches {STREAMS_PER_KEY} runs already; end one of them first",
+                reason=reasons_pb2.REASON_QUOTA_EXCEEDED,
+            )
+        self._streams[key] += 1
+        try:
+            yield
+        finally:
+            self._streams[key] -= 1
+            if not self._streams[key]:
+                del self._streams[key]
+
+    def _known(self, key: str, admission: str) -> bool:
+        if any(self._roster.permits(role, key) for role in (*ROLES, OPERATOR)):
+            return True
+        if not self._roster.admits or admitted(admission, key, self._roster.admits):
+            return True
+        return any(key in facts.enrolled for facts in self._log.runs.values())
