@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 from connito.data.documents import parse_json
 from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.files import keep, sync
 from connito.library.artifact import EXPERT_FILE, MODEL_FORMAT, RECORD_FILE, read_header
 from connito.library.attestation import ATTESTATION_FILE
 from connito.library.card import write_card
@@ -43,7 +45,8 @@ class Shelf:
         """Yield the journal from entry `after` + 1 on. Raises `VerificationFailed` for a damaged line."""
         with (self.root / JOURNAL).open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if number > after:
+                # What does not end is being written just now, or was when the power was cut.
+                if number > after and line.endswith(b"\n"):
                     yield self._read(number, line)
 
     def _read(self, number: int, line: bytes) -> LibraryEvent:
@@ -132,13 +135,17 @@ class Shelf:
         """Add a folder with a record and what `fill` puts beside it, whole or not at all, unless it is there; returns `name`."""
         folder = self.path(name)
         with self._lock():
-            if not (folder / RECORD_FILE).is_file():
+            placed = (folder / RECORD_FILE).is_file()
+            if not placed:
                 partial = folder.with_name(f".{name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 fill(partial)
                 (partial / RECORD_FILE).write_bytes(record)
-                partial.rename(folder)
+                for path in partial.iterdir():
+                    sync(path)
+                keep(partial, folder)
+            if not placed or not self._entered(name):
                 self._append("deposited", name, {"record": hashlib.sha256(record).hexdigest()}, at)
         return name
 
@@ -158,10 +165,19 @@ class Shelf:
         with self._lock():
             self._append("used", expert_id, {"verb": verb, "by": by, "units": units}, at_unix_ms)
 
+    def _entered(self, name: str) -> bool:
+        """Return whether the journal knows the expert: whoever placed it may have been stopped before writing that down."""
+        return any((event.kind, event.subject) == ("deposited", name) for event in self.events())
+
     def _append(self, kind: str, subject: str, body: Mapping[str, Any], at: int) -> None:
         line = json.dumps({"at": at, "kind": kind, "subject": subject, "body": body}, sort_keys=True)
-        with (self.root / JOURNAL).open("ab") as file:
+        with (self.root / JOURNAL).open("r+b") as file:
+            # An entry that was cut off was never acknowledged.
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
             file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

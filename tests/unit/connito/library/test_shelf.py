@@ -126,3 +126,27 @@ def test_a_record_that_lost_a_field_on_disk_is_refused_with_its_name(tmp_path: P
     (shelf.path(name) / "record.json").write_text(json.dumps({key: record[key] for key in record if key != "losses"}))
     with pytest.raises(Invalid, match=r"record\.json is no record of a library expert: losses: field required"):
         shelf.get(name)
+
+
+def test_an_entry_that_was_cut_off_is_as_if_it_had_not_been_written(tmp_path: Path, make: Callable[..., Any]) -> None:
+    shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
+    name = shelf.deposit(path, record, 5)
+    journal = shelf.root / "journal.jsonl"
+    whole = journal.read_bytes()
+    shelf.meter(name, "compose", "me", 6)
+    both = journal.read_bytes()
+    for length in range(len(whole), len(both)):
+        journal.write_bytes(both[:length])
+        assert [event.kind for event in shelf.events()] == ["deposited"]
+        shelf.meter(name, "compose", "me", 7)
+        assert [(event.kind, event.time_unix_ms) for event in shelf.events()] == [("deposited", 5), ("used", 7)]
+
+
+def test_an_expert_that_was_placed_and_not_written_down_is_written_down(
+    tmp_path: Path, make: Callable[..., Any]
+) -> None:
+    shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
+    name = shelf.deposit(path, record, 5)
+    (shelf.root / "journal.jsonl").write_bytes(b"")
+    assert shelf.deposit(path, record, 6) == name
+    assert [(event.kind, event.subject) for event in shelf.events()] == [("deposited", name)]
