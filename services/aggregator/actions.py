@@ -87,7 +87,10 @@ class Aggregator:
 
     async def _load(self, facts: RunFacts) -> GateEvaluator:
         spec, selection = facts.require_spec(), facts.require_selection()
-        base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
+        base, holdouts = (
+            await fetch_base(self._store, spec),
+            await fetch_holdouts(self._store, spec, self._bus.identity),
+        )
         async with self._budget.slot("load"):
             return await asyncio.to_thread(self._load_model, spec, selection, base.files, holdouts)
 

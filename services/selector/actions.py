@@ -99,7 +99,7 @@ class Selector:
     async def _check_corpora(self, spec: run_pb2.RunSpec, base: BaseFiles, probes: Probes) -> None:
         read = [await self._store.fetch(spec.train.artifact), probes.target, *probes.beside.values()]
         read += [] if probes.replay is None else [probes.replay]
-        held = await fetch_holdouts(self._store, spec)
+        held = await fetch_holdouts(self._store, spec, self._bus.identity)
         await asyncio.to_thread(_by_content, spec, check_corpora, spec, base.files, read, held)
 
     async def _library(self, spec: run_pb2.RunSpec) -> Library:

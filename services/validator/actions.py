@@ -28,7 +28,8 @@ from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.heads import LogTrees
 from connito.wire.identity import Identity
-from connito.workloads.fetching import fetch_base, fetch_holdouts
+from connito.wire.sealing import MEDIA_TYPE as SEALED
+from connito.workloads.fetching import fetch_base, fetch_holdouts, holdout_refs
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
 from .handlers import CommitSeed, Cosign, Join, Object, Preload, RevealSeed, Score, Unload
@@ -77,6 +78,7 @@ class Validator:
         run = action.run
         match action.payload:
             case Join():
+                await self._check_readable(run)
                 await self._bus.publish_fact(
                     run, "run", 0, "validator", run_pb2.ValidatorJoined(run=run, validator=self.me), self.me
                 )
@@ -125,6 +127,16 @@ class Validator:
         message = run_pb2.HeadCosigned(run=run, cycle=number, validator=self.me, signature=line)
         await self._bus.publish_fact(run, "run", number, "cosigned", message, self.me)
 
+    async def _check_readable(self, run: str) -> None:
+        """Raise `Retry` where the hold-outs are sealed to others: whoever joins has to judge. An admitted key is asked again."""
+        spec = self._facts(run).require_spec()
+        if not any(ref.media_type == SEALED for ref in holdout_refs(spec).values()):
+            return
+        try:
+            await fetch_holdouts(self._store, spec, self._bus.identity)
+        except Invalid as error:
+            raise Retry(f"this validator takes no part in run {run}: {error}", after=30.0) from error
+
     async def _evaluator(self, run: str) -> SubmissionEvaluator:
         """Return the run's model and hold-outs, loaded once."""
         async with self._loading.setdefault(run, asyncio.Lock()):
@@ -135,7 +147,10 @@ class Validator:
     async def _load(self, run: str) -> SubmissionEvaluator:
         facts, begun = self._facts(run), self._bus.host.monotonic()
         spec, selection = facts.require_spec(), facts.require_selection()
-        base, holdouts = await fetch_base(self._store, spec), await fetch_holdouts(self._store, spec)
+        base, holdouts = (
+            await fetch_base(self._store, spec),
+            await fetch_holdouts(self._store, spec, self._bus.identity),
+        )
         settings = self._settings
         load = partial(
             self._load_model, spec, selection, base.files, holdouts,

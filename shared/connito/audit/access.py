@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,7 +16,7 @@ from connito.audit.evidence import Evidence, Stored, read_stored
 from connito.bus import Bus
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.platform.datadir import DataDir
+from connito.platform.datadir import DataDir, default_data_dir
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.platform.session import BUCKET, REGION, Session, log_to
 from connito.runtime.progress import Notify
@@ -24,6 +25,7 @@ from connito.store.artifacts import key_of
 from connito.store.cache import Cache
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 from connito.wire.subjects import DLQ_ROOT, fact
 
@@ -39,6 +41,7 @@ class Access:
     store: ArtifactStore
     roster: Roster
     cache: Path
+    me: Identity | None = None
 
     async def evidence(self, run: str) -> Evidence:
         """Read and verify the stored messages of a run. Raises `NotFound` and `Retry`."""
@@ -68,7 +71,7 @@ class Access:
 
     async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Notify) -> Artifacts:
         """Fetch and hash the artifacts that the log names and that are `wanted`. Raises `Retry` while the store is away."""
-        return await gather(evidence, self, wanted=wanted, copy_of=self._copy, say=say)
+        return await gather(evidence, self, wanted=wanted, copy_of=self._copy, me=self.me, say=say)
 
     def _copy(self, ref: ArtifactRef) -> Path:
         """Return where the platform's cache keeps an artifact. Raises `Invalid` for a digest that is none: it could name
@@ -106,7 +109,7 @@ async def opened(folder: Path | None, data_dir: Path | None) -> AsyncIterator[Ac
     async with AsyncExitStack() as stack:
         fresh = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="connito-audit-")))
         if folder is not None and folder.is_file():
-            yield stack.enter_context(unsealed(folder, fresh))
+            yield stack.enter_context(unsealed(folder, fresh, _own_key(data_dir)))
             return
         if folder is not None:
             yield await _reopen(folder, fresh, stack)
@@ -117,7 +120,7 @@ async def opened(folder: Path | None, data_dir: Path | None) -> AsyncIterator[Ac
         cache = store.cache.folder
         # What lies in a cache says nothing about the store.
         store.cache = Cache(fresh)
-        yield Access(bus, store, session.roster, cache)
+        yield Access(bus, store, session.roster, cache, session.identity)
 
 
 async def _reopen(folder: Path, fresh: Path, stack: AsyncExitStack) -> Access:
@@ -136,7 +139,13 @@ async def _reopen(folder: Path, fresh: Path, stack: AsyncExitStack) -> Access:
     await asyncio.gather(asyncio.to_thread(nats.start), asyncio.to_thread(weed.start))
     bus = await stack.enter_async_context(await Bus.connect(nats.url, None, "audit"))
     store = ArtifactStore(weed.url, weed.access_key, weed.secret_key, BUCKET, REGION, fresh)
-    return Access(bus, store, Roster.load(data.roster), data.cache)
+    return Access(bus, store, Roster.load(data.roster), data.cache, Identity.load(data.keys / "customer.nk"))
+
+
+def _own_key(data_dir: Path | None) -> Identity | None:
+    """Return the key with which somebody opens what an archive holds sealed; None for somebody who has none here."""
+    path = Path(os.environ.get("CONNITO_KEY_FILE") or (data_dir or default_data_dir()) / "keys" / "customer.nk")
+    return Identity.load(path) if path.exists() else None
 
 
 def check_tolerance(tolerance: float) -> None:

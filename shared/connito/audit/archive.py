@@ -25,6 +25,7 @@ from connito.store.artifacts import key_of
 from connito.store.presigned import save_verified
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.fact import Record
+from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
 FORMAT = 1
@@ -43,6 +44,7 @@ class Archive:
     folder: Path
     run: str
     roster: Roster
+    me: Identity | None = None
 
     async def evidence(self, run: str) -> Evidence:
         """Verify the messages of the run. Raises `NotFound` for another run than the one that is in it."""
@@ -69,7 +71,7 @@ class Archive:
 
     async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Notify) -> Artifacts:
         """Unpack and hash the artifacts that the log names and that are `wanted`."""
-        return await gather(evidence, self, wanted=wanted, say=say)
+        return await gather(evidence, self, wanted=wanted, me=self.me, say=say)
 
     async def fetch(self, ref: ArtifactRef) -> Path:
         """Unpack an artifact. Raises `NotFound`, `VerificationFailed`. A size of 0 stands for any."""
@@ -90,8 +92,11 @@ class Archive:
 
 
 @contextmanager
-def unsealed(path: Path, folder: Path) -> Iterator[Archive]:
-    """Open an archive; `folder` takes what is unpacked. Raises `Invalid` for a file that is none, or of a newer format."""
+def unsealed(path: Path, folder: Path, me: Identity | None = None) -> Iterator[Archive]:
+    """Open an archive; `folder` takes what is unpacked, `me` reads what is sealed.
+
+    Raises `Invalid` for a file that is none, or of a newer format.
+    """
     with _reading(path), zipfile.ZipFile(path) as file:
         about = parse_json(file.read(_ABOUT))
         if about["format"] != FORMAT:
@@ -100,7 +105,7 @@ def unsealed(path: Path, folder: Path) -> Iterator[Archive]:
         roster.write_bytes(file.read(_ROSTER))
         archive = Archive(path, file, folder, str(about["run"]), Roster.load(roster))
     with zipfile.ZipFile(path) as file:
-        yield Archive(path, file, folder, archive.run, archive.roster)
+        yield Archive(path, file, folder, archive.run, archive.roster, me)
 
 
 def seal(

@@ -18,6 +18,8 @@ from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.wire.identity import Identity
+from connito.wire.sealing import unsealed
 from connito.workloads.fetching import Source
 
 
@@ -42,13 +44,16 @@ class Artifacts:
     damaged: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     named: list[Named] = field(default_factory=list)
+    # Whose key opens what is sealed, and the customer who sealed it.
+    me: Identity | None = None
+    owner: str = ""
 
     def path(self, ref: ArtifactRef) -> Path:
-        """Return the file. Raises `Invalid` when it could not be had: what needs it cannot be recomputed."""
+        """Return the file, in clear. Raises `Invalid` when it could not be had: what needs it cannot be recomputed."""
         if ref.digest not in self.paths:
             why = self.damaged.get(ref.digest, "was never fetched")
             raise Invalid(f"the artifact {ref.digest[:12]}… {why}")
-        return self.paths[ref.digest]
+        return unsealed(self.paths[ref.digest], ref, self.me, self.owner)
 
     def step(self, check: str = "artifacts", miner: str = "") -> Step:
         """Check that every object has the digest that the log names."""
@@ -139,17 +144,19 @@ async def gather(
     *,
     wanted: Callable[[Named], bool] = lambda _: True,
     copy_of: Callable[[ArtifactRef], Path] | None = None,
+    me: Identity | None = None,
     say: Notify = silent,
 ) -> Artifacts:
     """Fetch everything that the log names, and what those artifacts name in turn.
 
     Raises `Retry` while the store is away, and `Invalid` for a run under newer rules: those say what its log names.
 
-    `wanted` leaves some out, `copy_of` says where a local cache would keep an artifact; a copy that is there is hashed as well.
+    `wanted` leaves some out, `copy_of` says where a local cache would keep an artifact; a copy that is there is hashed as well,
+    `me` opens what is sealed.
     """
     if evidence.facts.spec is not None:
         check_version(evidence.facts.spec)
-    found = Artifacts()
+    found = Artifacts(me=me, owner="" if evidence.facts.spec is None else evidence.facts.spec.customer)
     for entry in filter(wanted, named(evidence)):
         await _take(found, entry, source, copy_of, say)
         for inner in _inside(entry, found):

@@ -23,6 +23,7 @@ from connito.protocol.entitlement import free_base_name
 from connito.runtime.progress import Progress, silent
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
+from connito.wire.sealing import unsealed
 
 if TYPE_CHECKING:
     from connito.wire.facts import RunFacts
@@ -99,7 +100,14 @@ class JobContext:
 
     def general_corpora(self) -> Mapping[str, Corpus]:
         """Return the general hold-outs of the customer's earlier runs by domain."""
-        return {ref.domain: Corpus.load(self.fetch(ref.artifact)) for ref in self.general}
+        return {ref.domain: self.corpus(ref) for ref in self.general}
+
+    def corpus(self, ref: CorpusRef) -> Corpus:
+        """Return a corpus of the customer's own from the platform, opened where it is sealed."""
+        path = self.fetch(ref.artifact)
+        assert self.session is not None, "it was fetched from there"
+        me = self.session.identity
+        return Corpus.load(unsealed(path, ref.artifact, me, me.public))
 
 
 def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress = silent) -> JobContext:

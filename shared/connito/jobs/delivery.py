@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound, Retry
 from connito.jobs.context import JobContext
@@ -185,11 +184,11 @@ def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[s
 def _parts(spec: run_pb2.RunSpec, context: JobContext) -> list[tuple[str, str, npt.NDArray[Any]]]:
     found = []
     for corpus in (spec.holdout, *spec.general_holdouts):
-        rows = sequences(Corpus.load(context.fetch(corpus.artifact)), spec)
+        rows = sequences(context.corpus(corpus), spec)
         use = "target" if corpus.domain == spec.holdout.domain else "general"
         found.append((use, corpus.domain, rows[subsets(rows, spec, corpus.domain).report]))
     for corpus in spec.benchmarks:
-        rows = sequences(Corpus.load(context.fetch(corpus.artifact)), spec)
+        rows = sequences(context.corpus(corpus), spec)
         found.append(("benchmark", corpus.domain, rows[:BENCHMARK_SEQUENCES]))
     return found
 

@@ -20,6 +20,7 @@ from connito.protocol.entitlement import base_proof
 from connito.runtime.progress import Progress, silent
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
+from connito.wire import sealing
 
 if TYPE_CHECKING:
     from connito.store import ArtifactStore
@@ -79,6 +80,7 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
     assert corpora is not None, "a job without errors has corpora"
     assert context.session is not None, "a job is submitted to a platform"
     me = context.session.identity
+    readers = sealing.judges(context.session.roster, me.public)
     spec = RunSpec()
     spec.CopyFrom(checked.spec)
     spec.run = job.run or _run_id(job.domain)
@@ -92,15 +94,17 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
         corpus = replace(corpus, metadata={**corpus.metadata, "salt": salt})
         with tempfile.TemporaryDirectory() as folder:
             corpus.save(file := Path(folder) / "corpus.safetensors")
-            return CorpusRef(domain=domain, artifact=await store.put_file(file, SAFETENSORS, realm))
+            if realm == PUBLIC:
+                return CorpusRef(domain=domain, artifact=await store.put_file(file, SAFETENSORS, realm))
+            sealing.seal_file(file, sealed := Path(folder) / "sealed", me, readers)
+            return CorpusRef(domain=domain, artifact=await store.put_file(sealed, sealing.MEDIA_TYPE, realm))
 
     spec.probe.CopyFrom(await put(job.domain, corpora.probe, PUBLIC))
     spec.train.CopyFrom(await put(job.domain, corpora.train, PUBLIC))
     spec.holdout.CopyFrom(await put(job.domain, corpora.holdout, HOLDOUT))
-    for domain, corpus in corpora.general.items():
+    # Those of earlier runs too: others may judge by now.
+    for domain, corpus in (corpora.general or context.general_corpora()).items():
         spec.general_holdouts.append(await put(domain, corpus, HOLDOUT))
-    if not corpora.general:
-        spec.general_holdouts.extend(context.general)
     if corpora.replay is not None:
         spec.replay.CopyFrom(await put("general", corpora.replay, PUBLIC))
     for name, corpus in corpora.benchmarks.items():

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from connito.local.tasks import read_lines
 from connito.platform.servers import last_lines
 from connito.protocol.entitlement import base_proof
 from connito.store.cache import Cache
-from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
+from connito.wire import sealing
 
 
 @dataclass(frozen=True)
@@ -138,19 +139,29 @@ async def upload(
     for cache in (store.cache, Cache(installation.miner_cache)):
         await asyncio.to_thread(_link_base, cache, materials, materials.manifest.files.values())
     manifest = await upload_base(store, materials.folder, materials.manifest, display.progress)
-    proof = base_proof(installation.members["customer"].identity.public, materials.manifest.to_bytes())
+    customer = installation.members["customer"].identity
+    proof = base_proof(customer.public, materials.manifest.to_bytes())
     spec.base.CopyFrom(BaseRef(name=materials.name, manifest=manifest, proof=proof))
 
-    async def corpus(domain: str, part: str, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
-        ref = await store.put_file(materials.corpus(domain, part), SAFETENSORS, realm, cache=True)
+    async def corpus(domain: str, part: str) -> CorpusRef:
+        ref = await store.put_file(materials.corpus(domain, part), SAFETENSORS, PUBLIC, cache=True)
         return CorpusRef(domain=domain, artifact=ref)
 
-    spec.probe.CopyFrom(await corpus(spec.domain, "probe", PUBLIC))
-    spec.train.CopyFrom(await corpus(spec.domain, "train", PUBLIC))
-    spec.holdout.CopyFrom(await corpus(spec.domain, "holdout", HOLDOUT))
+    async def held(domain: str) -> CorpusRef:
+        judges = sealing.judges(installation.roster, customer.public)
+        with tempfile.TemporaryDirectory() as folder:
+            sealed = Path(folder) / "sealed"
+            await asyncio.to_thread(sealing.seal_file, materials.corpus(domain, "holdout"), sealed, customer, judges)
+            return CorpusRef(
+                domain=domain, artifact=await store.put_file(sealed, sealing.MEDIA_TYPE, HOLDOUT, cache=True)
+            )
+
+    spec.probe.CopyFrom(await corpus(spec.domain, "probe"))
+    spec.train.CopyFrom(await corpus(spec.domain, "train"))
+    spec.holdout.CopyFrom(await held(spec.domain))
     for path in sorted(materials.corpora.glob("*.json")):
         if path.stem != spec.domain:
-            spec.general_holdouts.append(await corpus(path.stem, "holdout", HOLDOUT))
+            spec.general_holdouts.append(await held(path.stem))
     return spec
 
 

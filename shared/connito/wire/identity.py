@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nkeys
 from nacl.exceptions import BadSignatureError
+from nacl.public import PrivateKey, PublicKey
 from nacl.signing import SigningKey, VerifyKey
 
 from connito.errors import Invalid
@@ -96,6 +97,11 @@ class Identity:
             raise Invalid("only lines of text are signed without a tag")
         return bytes(self._key.sign(text).signature)
 
+    @property
+    def exchange_key(self) -> PrivateKey:
+        """Return the X25519 key that opens what is sealed to `public`."""
+        return self._key.to_curve25519_private_key()
+
     def derive(self, *context: str) -> bytes:
         """Return 32 secret bytes that only this key can produce for `context`: salts and beacon secrets survive a
         restart.
@@ -115,6 +121,14 @@ def _verify_key(public: str) -> VerifyKey:
     if int.from_bytes(raw[33:], "little") != nkeys.crc16(bytearray(raw[:33])):
         raise ValueError("the public nkey's checksum is wrong")
     return VerifyKey(raw[1:33])
+
+
+def exchange_key(public: str) -> PublicKey:
+    """Return the X25519 key that seals to a public nkey. Raises `Invalid` for what is none."""
+    try:
+        return _verify_key(public).to_curve25519_public_key()
+    except (ValueError, RuntimeError) as error:
+        raise Invalid(f"{public[:60]!r} is no public key that could be sealed to") from error
 
 
 def short_key(public: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,8 @@ from typing import Protocol
 from connito.data.manifest import Manifest
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import RunSpec
+from connito.wire.identity import Identity
+from connito.wire.sealing import unsealed
 
 
 class Source(Protocol):
@@ -38,6 +41,12 @@ def holdout_refs(spec: RunSpec) -> dict[str, ArtifactRef]:
     return {corpus.domain: corpus.artifact for corpus in (spec.holdout, *spec.general_holdouts)}
 
 
-async def fetch_holdouts(source: Source, spec: RunSpec) -> dict[str, Path]:
-    """Fetch the run's held-out corpora by domain, the target first. Raises what `Source.fetch` raises."""
-    return {domain: await source.fetch(ref) for domain, ref in holdout_refs(spec).items()}
+async def fetch_holdouts(source: Source, spec: RunSpec, me: Identity) -> dict[str, Path]:
+    """Fetch the run's held-out corpora by domain, the target first, and open them. Raises what `Source.fetch` raises, and
+    `Invalid` where they are sealed to others than `me`.
+    """
+    found = {}
+    for domain, ref in holdout_refs(spec).items():
+        path = await source.fetch(ref)
+        found[domain] = await asyncio.to_thread(unsealed, path, ref, me, spec.customer)
+    return found

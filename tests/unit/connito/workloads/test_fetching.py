@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 from connito.data.manifest import FileEntry, Manifest
-from connito.errors import NotFound
+from connito.errors import Invalid, NotFound
 from connito.v1 import artifacts_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
+from connito.wire.identity import Identity
+from connito.wire.sealing import MEDIA_TYPE, seal_file
 from connito.workloads.fetching import fetch_base, fetch_holdouts
+
+ME, CUSTOMER = Identity.generate(b"m" * 32), Identity.generate(b"c" * 32)
 
 
 class Folder:
@@ -62,7 +66,7 @@ async def test_the_base_is_every_file_that_its_manifest_names(folder: Folder) ->
 
 
 async def test_hold_outs_come_by_domain_with_the_target_first(folder: Folder) -> None:
-    found = await fetch_holdouts(folder, a_run(folder))
+    found = await fetch_holdouts(folder, a_run(folder), ME)
     assert [(domain, path.read_bytes()) for domain, path in found.items()] == [
         ("medical", b"m"),
         ("code", b"code"),
@@ -74,4 +78,21 @@ async def test_what_is_missing_is_named(folder: Folder) -> None:
     spec = a_run(folder)
     spec.holdout.artifact.digest = "0" * 64
     with pytest.raises(NotFound, match="0000"):
-        await fetch_holdouts(folder, spec)
+        await fetch_holdouts(folder, spec, ME)
+
+
+async def test_sealed_hold_outs_are_opened_for_those_who_judge_and_for_nobody_else(
+    folder: Folder, tmp_path: Path
+) -> None:
+    spec = a_run(folder)
+    spec.customer = CUSTOMER.public
+    (tmp_path / "plain").write_bytes(b"held out")
+    seal_file(tmp_path / "plain", tmp_path / "sealed", CUSTOMER, [ME.public])
+    spec.holdout.artifact.CopyFrom(folder.put((tmp_path / "sealed").read_bytes(), REALM_HOLDOUT))
+    spec.holdout.artifact.media_type = MEDIA_TYPE
+    assert (await fetch_holdouts(folder, spec, ME))["medical"].read_bytes() == b"held out"
+    with pytest.raises(Invalid, match="was not admitted then"):
+        await fetch_holdouts(folder, spec, Identity.generate())
+    spec.customer = Identity.generate().public
+    with pytest.raises(Invalid, match="another than this run's customer"):
+        await fetch_holdouts(folder, spec, ME)

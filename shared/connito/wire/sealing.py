@@ -1,0 +1,155 @@
+"""Files that only the named keys can read, wherever they lie: held-out text in a store that somebody else may look into.
+
+A sealed file begins with a header, the owner and for each reader a sealed box (X25519, from the reader's Ed25519 key) with the
+content key; chunks under XChaCha20-Poly1305 follow, which the header is bound to. Everything follows from the owner's key, the
+text and the readers: to seal again gives the same bytes, so that a digest may name them, and a reader can see that every
+other reader was given the same key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nacl import bindings
+from nacl.encoding import RawEncoder
+from nacl.exceptions import CryptoError
+from nacl.hash import blake2b
+from nacl.public import Box, PrivateKey, SealedBox
+
+from connito.errors import Invalid, VerificationFailed
+from connito.files import replacing
+from connito.v1 import reasons_pb2 as reasons
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.identity import Identity, exchange_key, is_public_key, short_key
+from connito.wire.roster import OPERATOR, Roster
+
+MEDIA_TYPE = "application/vnd.connito.sealed"
+CHUNK = 1 << 20
+_MAGIC = b"connito.v1.sealed\n"
+_MAX_HEADER = 1 << 20
+_TAG = bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES
+
+
+def judges(roster: Roster, owner: str) -> set[str]:
+    """Return who reads what a customer holds out: those who measure with it, the operator for an audit, and itself."""
+    roles = ("selector", "aggregator", "validator", OPERATOR)
+    return {owner}.union(*(roster.keys.get(role, frozenset()) for role in roles))
+
+
+def seal_file(source: Path, target: Path, owner: Identity, readers: Iterable[str]) -> None:
+    """Write the sealed form of a file. Raises `Invalid` for a reader's key that is none."""
+    named = sorted({owner.public, *readers})
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    key = owner.derive("sealed", digest, *named)
+    header = json.dumps(
+        {"owner": owner.public, "boxes": {reader: _box(key, reader).hex() for reader in named}}
+    ).encode()
+    with source.open("rb") as plain, target.open("wb") as out:
+        out.write(_MAGIC + len(header).to_bytes(4, "big") + header)
+        chunk, index = plain.read(CHUNK), 0
+        while True:
+            following = plain.read(CHUNK)
+            out.write(
+                _crypt(bindings.crypto_aead_xchacha20poly1305_ietf_encrypt, chunk, header, key, index, not following)
+            )
+            if not following:
+                return
+            chunk, index = following, index + 1
+
+
+def unsealed(path: Path, ref: ArtifactRef, me: Identity | None, owner: str) -> Path:
+    """Return an artifact's file in clear, kept beside a sealed one; a file that is not sealed is returned as it is.
+
+    Raises `Invalid` (NOT_PERMITTED) where it was sealed for others, or by another than `owner`: whoever copies somebody's
+    sealed file into a run of its own must not have it judged there. Raises `VerificationFailed` for one that is damaged.
+    """
+    if ref.media_type != MEDIA_TYPE:
+        return path
+    if me is None:
+        raise Invalid(
+            f"{ref.digest[:12]}… is sealed, and there is no key here to open it", reason=reasons.REASON_NOT_PERMITTED
+        )
+    target = path.with_name(f"{ref.digest}.{hashlib.sha256((me.public + owner).encode()).hexdigest()[:12]}.open")
+    if not target.exists():
+        with replacing(target) as draft, path.open("rb") as file:
+            draft.touch(0o600)
+            with draft.open("wb") as out:
+                _unseal(file, out, me, owner)
+    return target
+
+
+def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str) -> None:
+    header = _read_header(file)
+    fields = _parse(header)
+    if fields["owner"] != owner:
+        raise Invalid("it was sealed by another than this run's customer", reason=reasons.REASON_NOT_PERMITTED)
+    boxes = fields["boxes"]
+    if me.public not in boxes:
+        raise Invalid(
+            f"it was sealed for {len(boxes)} other keys than {short_key(me.public)}, which was not admitted then",
+            reason=reasons.REASON_NOT_PERMITTED,
+        )
+    try:
+        key = SealedBox(me.exchange_key).decrypt(bytes.fromhex(boxes[me.public]))
+        fair = all(_box(key, reader).hex() == box for reader, box in boxes.items())
+    except (CryptoError, ValueError) as error:
+        raise _damaged("its key does not open") from error
+    if not fair:
+        raise _damaged("its readers were not all given the same key")
+    chunk, index = file.read(CHUNK + _TAG), 0
+    while True:
+        following = file.read(CHUNK + _TAG)
+        try:
+            decrypt = bindings.crypto_aead_xchacha20poly1305_ietf_decrypt
+            out.write(_crypt(decrypt, chunk, header, key, index, not following))
+        except (CryptoError, ValueError) as error:
+            raise _damaged(f"chunk {index} does not open") from error
+        if not following:
+            return
+        chunk, index = following, index + 1
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    start = file.read(len(_MAGIC) + 4)
+    length = int.from_bytes(start[len(_MAGIC) :], "big")
+    if not start.startswith(_MAGIC) or len(start) < len(_MAGIC) + 4 or length > _MAX_HEADER:
+        raise _damaged("it does not begin like a sealed file")
+    return file.read(length)
+
+
+def _parse(header: bytes) -> dict[str, Any]:
+    try:
+        fields: dict[str, Any] = json.loads(header)
+        boxes = fields["boxes"]
+        whole = isinstance(fields["owner"], str) and isinstance(boxes, dict)
+        if whole and all(isinstance(box, str) and is_public_key(reader) for reader, box in boxes.items()):
+            return fields
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise _damaged("its header is none")
+
+
+def _box(key: bytes, reader: str) -> bytes:
+    """Return the sealed box of a content key: as `SealedBox` makes it, but with a sender that follows from key and reader."""
+    theirs = exchange_key(reader)
+    sender = PrivateKey(hashlib.sha256(b"connito.v1.sender\x00" + key + reader.encode()).digest())
+    nonce = blake2b(bytes(sender.public_key) + bytes(theirs), digest_size=Box.NONCE_SIZE, encoder=RawEncoder)
+    return bytes(sender.public_key) + Box(sender, theirs).encrypt(key, nonce).ciphertext
+
+
+def _crypt(
+    work: Callable[[bytes, bytes, bytes, bytes], bytes], chunk: bytes, header: bytes, key: bytes, index: int, last: bool
+) -> bytes:
+    nonce = index.to_bytes(23, "big") + bytes([last])
+    return work(chunk, hashlib.sha256(header).digest(), nonce, key)
+
+
+def _damaged(what: str) -> VerificationFailed:
+    return VerificationFailed(
+        f"a sealed file is damaged, or whoever made it cheats: {what}", reason=reasons.REASON_DIGEST_MISMATCH
+    )
