@@ -47,7 +47,9 @@ def make_room(
         if freed >= excess:
             break
         if entry.used < before:
-            for path in (entry.path, *(entry.path.with_name(entry.path.name + end) for end in (USED, PASSING))):
+            opened = entry.path.parent.glob(f"{entry.path.name}.*.open")
+            marks = (entry.path.with_name(entry.path.name + end) for end in (USED, PASSING))
+            for path in (entry.path, *opened, *marks):
                 path.unlink(missing_ok=True)
             freed += entry.size
             metrics.CACHE.labels("evicted").inc()

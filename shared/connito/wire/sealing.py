@@ -75,11 +75,11 @@ def unsealed(path: Path, ref: ArtifactRef, me: Identity | None, owner: str) -> P
             f"{ref.digest[:12]}… is sealed, and there is no key here to open it", reason=reasons.REASON_NOT_PERMITTED
         )
     target = path.with_name(f"{ref.digest}.{hashlib.sha256((me.public + owner).encode()).hexdigest()[:12]}.open")
-    if not target.exists():
-        with replacing(target) as draft, path.open("rb") as file:
-            draft.touch(0o600)
-            with draft.open("wb") as out:
-                _unseal(file, out, me, owner)
+    # Each time: opening checks every byte, which what lay there since would not be.
+    with replacing(target) as draft, path.open("rb") as file:
+        draft.touch(0o600)
+        with draft.open("wb") as out:
+            _unseal(file, out, me, owner)
     return target
 
 
