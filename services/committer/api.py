@@ -11,7 +11,7 @@ from connito.runtime.metrics import REFUSALS
 from connito.service.rpc import open_request
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
-from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 
@@ -40,7 +40,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         command, miner = open_request(request.envelope, "rpc.RequestUpload", services_pb2.UploadCommand)
         self._limit.take(miner)
         try:
-            await self._permit_upload(miner, command)
+            await (self._permit_upload(miner, command) if command.run else self._permit_corpus(miner, command))
         except Invalid as error:
             REFUSALS.labels(reason_name(error.reason)).inc()
             raise
@@ -58,6 +58,15 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
             # The facts here may be a moment behind what the miner has already seen.
             await self._state.refresh(self._bus, FACTS)
             judging.judge_upload(self._facts(command.run), miner, command)
+
+    async def _permit_corpus(self, customer: str, command: services_pb2.UploadCommand) -> None:
+        """Let a customer upload what a run of its own may name. The address is good for these bytes alone, whoever asks."""
+        allowed = command.artifact.realm in (REALM_PUBLIC, REALM_HOLDOUT) and command.artifact.size > 0
+        if not (allowed and self._state.roster.permits("customer", customer)):
+            raise Invalid(
+                "an upload that belongs to no run is a customer's, of text or a base",
+                reason=reasons_pb2.REASON_NOT_PERMITTED,
+            )
 
     async def RequestDownloads(  # noqa: N802
         self, request: services_pb2.RequestDownloadsRequest, context: Any

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound
 from connito.protocol import bans
-from connito.protocol.entitlement import base_proof, for_customer, for_miners
+from connito.protocol.entitlement import base_proof, for_customer, for_miners, for_viewers
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -31,6 +31,8 @@ class Downloads:
         spec = facts.require_spec()
         if key == spec.customer:
             refs = for_customer(facts)
+        elif self._sees(spec, key):
+            refs = for_viewers(facts)
         else:
             _check_miner(facts, key)
             refs = for_miners(facts)
@@ -39,6 +41,13 @@ class Downloads:
             if not self._state.naming.allows(corpus.artifact, spec, self._state.runs):
                 found.pop(corpus.artifact.digest, None)
         return found | await self._base(spec)
+
+    def _sees(self, spec: run_pb2.RunSpec, key: str) -> bool:
+        """Return whether a key is another customer's that may see what came out of the run."""
+        roster = self._state.roster
+        if spec.visibility == "organisation" and spec.organisation in roster.memberships(key):
+            return True
+        return spec.visibility in ("", "public") and roster.permits("customer", key)
 
     async def _base(self, spec: run_pb2.RunSpec) -> dict[str, ArtifactRef]:
         """Return manifest and files of a run's base. Nothing where it is another customer's and the run shows no proof."""

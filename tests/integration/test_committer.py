@@ -18,6 +18,7 @@ from connito.protocol.commitment import commitment_digest
 from connito.protocol.entitlement import base_proof
 from connito.protocol.policy.law import number
 from connito.service import rpc
+from connito.service.customer_store import CustomerStore
 from connito.store import ArtifactStore, get_presigned, put_presigned
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
@@ -27,6 +28,7 @@ from connito.wire.envelope import open_bytes, seal
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
+from connito.wire.tls import PLAIN
 from safetensors.numpy import save
 
 from tests.integration.witness import ServiceProcess, Witness, guard
@@ -490,6 +492,46 @@ async def test_a_run_opens_nothing_of_another_customers(
     assert set(await customer.urls(train.digest, expert.digest, run="clinic"))
     with pytest.raises(Invalid, match="not enrolled"):
         await customer.urls(train.digest, run="naming")
+
+
+async def test_a_customer_uploads_and_downloads_with_its_key_alone(
+    stage: Stage, start: Start, roster: Roster, identities: dict[str, Identity], own_nats: NatsServer, tmp_path: Path
+) -> None:
+    await start("a").ready()
+    text, raw = tmp_path / "text", b"held-out text of a clinic"
+    text.write_bytes(raw)
+
+    def store_of(name: str) -> CustomerStore:
+        key = identities[name] if name in identities else Identity.generate()
+        folder = tmp_path / name
+
+        class Platform:
+            identity, tls, cache_dir = key, PLAIN, folder
+
+            async def endpoints(self, *names: str) -> dict[str, str]:
+                return {name: await stage.coordinator.find_endpoint(name) for name in names}
+
+        return CustomerStore(Platform())
+
+    mine = store_of("customer")
+    ref = await mine.put_file(text, "text/plain", REALM_HOLDOUT)
+    assert await stage.store.get_bytes(ref) == raw
+    assert await mine.put_file(text, "text/plain", REALM_HOLDOUT) == ref, "again is fine"
+    assert (await mine.stat(ref), await mine.stat(ArtifactRef(digest="0" * 64, size=5, realm=REALM_PUBLIC))) == (
+        25,
+        None,
+    )
+    with pytest.raises(Invalid, match="is a customer's"):
+        await mine.put_file(text, "text/plain", REALM_SUBMISSION)
+    for stranger in ("validator", "nobody"):
+        with pytest.raises(Invalid, match="is a customer's"):
+            await store_of(stranger).put_file(text, "text/plain", REALM_HOLDOUT)
+    spec = run_pb2.RunSpec(run="mine", customer=identities["customer"].public, visibility="private")
+    spec.holdout.artifact.CopyFrom(ref)
+    await stage.coordinator.publish_fact("mine", "run", 0, "created", run_pb2.RunCreated(spec=spec))
+    assert (await mine.fetch(ref, "mine")).read_bytes() == raw
+    with pytest.raises(Invalid, match="not enrolled"):
+        await store_of("nobody").fetch(ref, "mine")
 
 
 async def attempt(miner: Miner, digest: str) -> Invalid | None:

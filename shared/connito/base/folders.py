@@ -13,6 +13,7 @@ from connito.data.checkpoint_files import find_checkpoint, read_headers
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.platform.session import Session
+from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
 
 
@@ -31,7 +32,7 @@ def left_alone(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
 def import_(folder: Path, data_dir: Path | None = None, name: str = "") -> tuple[Manifest, ArtifactRef]:
     """Put a base and its manifest into the platform's store; returns both. A RunSpec names it by the manifest's digest."""
     manifest = show(folder, name)
-    store = Session.open(data_dir, role="customer").store()
+    store = CustomerStore(Session.open(data_dir, role="customer"))
     return manifest, asyncio.run(upload_base(store, folder, manifest))
 
 

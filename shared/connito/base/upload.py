@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from connito.data.manifest import Manifest
-from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+
+if TYPE_CHECKING:
+    from connito.service.customer_store import CustomerStore
+    from connito.store import ArtifactStore
 
 MANIFEST_TYPE = "application/vnd.connito.base+json"
 PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
 
 
 async def upload_base(
-    store: ArtifactStore, folder: Path, manifest: Manifest, progress: Callable[[str, float], None] | None = None
+    store: ArtifactStore | CustomerStore,
+    folder: Path,
+    manifest: Manifest,
+    progress: Callable[[str, float], None] | None = None,
 ) -> ArtifactRef:
     """Put a base's files and its manifest into the store; returns the manifest's reference."""
     done, total = 0, sum(entry.size for entry in manifest.files.values())

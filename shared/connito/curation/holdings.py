@@ -19,6 +19,7 @@ from connito.library.schema import ExpertRecord, read_record
 from connito.library.shelf import Shelf
 from connito.platform.datadir import default_data_dir
 from connito.platform.session import Session
+from connito.service.customer_store import CustomerStore
 
 Expert = tuple[Path, ExpertRecord]  # folder, record
 
@@ -111,7 +112,7 @@ class Holdings:
         with Client.local(self.data_dir) as client:
             summary, record = client.library.show(name)
             attestation = client.library.attestation(name)
-        file = asyncio.run(session.store().fetch(summary.expert))
+        file = asyncio.run(CustomerStore(session).fetch(summary.expert, summary.run))
         local.deposit(file, record, summary.deposited_at_unix_ms, attestation or None)
 
 

@@ -21,6 +21,7 @@ from connito.jobs.spec import Job
 from connito.platform.session import Session
 from connito.protocol.entitlement import free_base_name
 from connito.runtime.progress import Progress, silent
+from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
 from connito.wire.sealing import unsealed
@@ -39,7 +40,8 @@ class JobContext:
 
     `folder` is set where the base is a folder of this machine, `manifest_ref` where the platform has it; at least one is.
     `general` are the general hold-outs of the customer's earlier runs on this base, `history` all runs on it that it may
-    see, newest first. `lender` is the run of another customer that the base is from. `taken` is the spec of an existing
+    see, newest first. `run` is one that entitles to the base, and `sources` those that entitle to the general hold-outs, by
+    digest. `lender` is the run of another customer that the base is from. `taken` is the spec of an existing
     run of the job's id.
     """
 
@@ -51,6 +53,8 @@ class JobContext:
     general: list[CorpusRef] = field(default_factory=list)
     history: list[RunFacts] = field(default_factory=list)
     lender: str = ""
+    run: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
     taken: RunSpec | None = None
     _files: dict[str, Path] = field(default_factory=dict)
 
@@ -77,7 +81,7 @@ class JobContext:
         """Fetch an artifact of the platform."""
         if self.session is None:
             raise NotFound("there is no platform to fetch from; start one with `connito up --no-wait`")
-        return asyncio.run(self.session.store().fetch(ref))
+        return asyncio.run(CustomerStore(self.session).fetch(ref, self.sources.get(ref.digest, self.run)))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -164,15 +168,24 @@ def _from_platform(job: Job, root: Path, session: Session, log: Log) -> JobConte
     ref = chosen.base.manifest
     same = [facts for facts in reversed(seen) if _manifest_digest(facts) == ref.digest]
     general: dict[str, CorpusRef] = {}
+    sources: dict[str, str] = {}
     for spec in (facts.require_spec() for facts in same):
         for corpus in (spec.holdout, *spec.general_holdouts) if spec.customer == me else ():
             if corpus.domain != job.domain:
-                general.setdefault(corpus.domain, corpus)
+                sources.setdefault(general.setdefault(corpus.domain, corpus).artifact.digest, spec.run)
     ordered = [general[domain] for domain in sorted(general)]
-    manifest = Manifest.load(asyncio.run(session.store().fetch(ref)))
+    manifest = Manifest.load(asyncio.run(CustomerStore(session).fetch(ref, chosen.run)))
     lender = "" if own else chosen.run
     return JobContext(
-        chosen.base.name, manifest, manifest_ref=ref, session=session, general=ordered, history=same, lender=lender
+        chosen.base.name,
+        manifest,
+        manifest_ref=ref,
+        session=session,
+        general=ordered,
+        history=same,
+        lender=lender,
+        run=chosen.run,
+        sources=sources,
     )
 
 

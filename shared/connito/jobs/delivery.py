@@ -20,6 +20,7 @@ from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
 from connito.protocol.sequences import sequences
 from connito.runtime.progress import Progress, silent
+from connito.service.customer_store import CustomerStore
 from connito.v1 import run_pb2
 from connito.views.run_report import run_report
 from connito.wire.subjects import fact as fact_subject
@@ -77,9 +78,8 @@ def deliver(
     if facts.ended is None:
         raise Retry(f"run {run} goes on; wait for its end with `connito job watch {run}`")
     manifest_ref = facts.spec.base.manifest
-    store = session.store()
-    manifest = Manifest.from_bytes(asyncio.run(store.get_bytes(manifest_ref)))
-    context = JobContext(facts.spec.base.name, manifest, manifest_ref=manifest_ref, session=session)
+    manifest = Manifest.load(asyncio.run(CustomerStore(session).fetch(manifest_ref, run)))
+    context = JobContext(facts.spec.base.name, manifest, manifest_ref=manifest_ref, session=session, run=run)
     expert = _deposit(context, facts, signed)
     document = _document(facts, None if expert is None else expert.record, manifest.size)
     if measure and facts.selection is not None:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from connito.data.corpus import Corpus
 from connito.data.safetensors_header import SAFETENSORS
@@ -18,12 +18,10 @@ from connito.jobs.findings import Finding, require
 from connito.jobs.spec import is_job, read_run_spec, read_yaml
 from connito.protocol.entitlement import base_proof
 from connito.runtime.progress import Progress, silent
+from connito.service.customer_store import CustomerStore
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 from connito.wire import sealing
-
-if TYPE_CHECKING:
-    from connito.store import ArtifactStore
 
 PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
 
@@ -69,13 +67,13 @@ def submit(checked: Checked, create_run: Callable[[RunSpec], str], progress: Pro
     require(checked.findings)
     if checked.context.session is None:
         raise NotFound("no platform runs here; start one with `connito up --no-wait`, or set CONNITO_NATS_URL")
-    spec = asyncio.run(_upload(checked, checked.context.session.store(), progress))
+    spec = asyncio.run(_upload(checked, CustomerStore(checked.context.session), progress))
     run = create_run(spec)
     total = sum(ref.artifact.size for ref in (spec.probe, spec.train, spec.holdout, *spec.general_holdouts))
     return Submitted(run, spec, total, [finding for finding in checked.findings if finding.level == "warning"])
 
 
-async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) -> RunSpec:
+async def _upload(checked: Checked, store: CustomerStore, progress: Progress) -> RunSpec:
     corpora, context, job = checked.corpora, checked.context, checked.job
     assert corpora is not None, "a job without errors has corpora"
     assert context.session is not None, "a job is submitted to a platform"
@@ -112,7 +110,7 @@ async def _upload(checked: Checked, store: ArtifactStore, progress: Progress) ->
     return spec
 
 
-async def _base(checked: Checked, store: ArtifactStore, progress: Progress) -> BaseRef:
+async def _base(checked: Checked, store: CustomerStore, progress: Progress) -> BaseRef:
     """Return the platform's base, or upload the one from this machine."""
     from connito.base.upload import upload_base
 

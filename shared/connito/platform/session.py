@@ -63,6 +63,15 @@ class Session:
         async with self.bus() as bus:
             return {name: await bus.find_endpoint(name, timeout=5.0) for name in names}
 
+    @property
+    def cache_dir(self) -> Path:
+        """Return where artifacts of this platform are kept: with what its services fetched, where it runs here."""
+        from connito.runtime.settings import default_cache_dir
+
+        if self.data is not None:
+            return self.data.cache
+        return Path(os.environ.get("CONNITO_CACHE_DIR") or default_cache_dir())
+
     def store(self) -> ArtifactStore:
         """Return the artifact store. Raises `Fatal` without credentials for it."""
         from connito.store import ArtifactStore

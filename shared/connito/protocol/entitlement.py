@@ -43,6 +43,11 @@ def for_customer(facts: RunFacts) -> Iterator[ArtifactRef]:
     if selection is not None:
         yield from (selection.signature, *(row.record for row in selection.start.candidates))
     yield from (version.state for version in facts.versions.values())
+    yield from for_viewers(facts)
+
+
+def for_viewers(facts: RunFacts) -> Iterator[ArtifactRef]:
+    """Yield what everybody reads who may see the expert of a run."""
     for fact in facts.deposits.values():
         yield from (fact.message.expert, fact.message.record, fact.message.attestation)
 

@@ -30,10 +30,8 @@ class Platform:
         self.folder, self.log, self.fetched = folder, Log(Roster()), list[str]()
         self.identity = ME
 
-    def store(self) -> Platform:
-        return self
-
-    async def fetch(self, ref: ArtifactRef) -> Path:
+    async def fetch(self, ref: ArtifactRef, run: str) -> Path:
+        assert self.log.runs[run].require_spec().base.manifest == ref, "because of a run that names it"
         self.fetched.append(ref.digest)
         return self.folder / ref.digest
 
@@ -61,7 +59,8 @@ class Platform:
 
 
 @pytest.fixture
-def platform(tmp_path: Path) -> Platform:
+def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    monkeypatch.setattr(context, "CustomerStore", lambda session: session)
     return Platform(tmp_path)
 
 
@@ -80,6 +79,7 @@ def test_nobody_elses_hold_out_becomes_a_general_one(platform: Platform) -> None
     assert found is not None
     assert [(corpus.domain, corpus.artifact.digest) for corpus in found.general] == [("letters", mine)]
     assert platform.fetched == [base.digest], "and nobody else's is downloaded"
+    assert found.sources == {mine: "r3"}
 
 
 def test_the_newest_run_cannot_take_a_name_over(platform: Platform) -> None:
