@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from connito.bus import Bus, offences
-from connito.errors import Environment, Invalid
+from connito.errors import Environment, Invalid, Retry
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
 from connito.protocol.findings import OF_THE_FILE
