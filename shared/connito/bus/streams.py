@@ -64,7 +64,7 @@ STREAMS: dict[str, Stream] = {
         Stream("VALIDATE", f"{ROOT}.{{run}}.validate.>", max_message_bytes=MAX_FACT_BYTES),
         Stream("MERGE", f"{ROOT}.{{run}}.merge.>", max_message_bytes=MAX_FACT_BYTES),
         Stream("LIBRARY", f"{ROOT}.{{run}}.library.>", max_message_bytes=MAX_FACT_BYTES),
-        Stream("INGRESS", f"{ROOT}.{{run}}.ingress.*.*", max_message_bytes=1 << 14, max_per_subject=100_000),
+        Stream("INGRESS", f"{ROOT}.{{run}}.ingress.*.*", max_message_bytes=1 << 12, max_per_subject=100_000),
         Stream("DLQ", f"{DLQ_ROOT}.>", append_only=False, max_message_bytes=1 << 20),
         Stream(
             "ADVISORIES",
