@@ -136,7 +136,7 @@ def test_from_nothing_to_an_accepted_submission(platform: Path, tmp_path: Path) 
         assert places == sorted(places), story
     for before, after in AFTER:
         assert story.index(before) < story.index(after), story
-    # With the miner's own key: verdicts, but not what validators tell each other.
+    # With the miner's own key.
     best = next(row for row in rows if row["status"] in ("scored", "merged"))
     assert (best["miner"], best["reward"] > 0) == ("newcomer", True)
     print(f"\n{said.strip().splitlines()[-1]}")

@@ -285,8 +285,6 @@ async def test_nobody_listens_to_others(boundary: Boundary, role: str) -> None:
         "$JS.EVENT.ADVISORY.>", "$KV.>", "connito.>", "connito.v1.*.ingress.>", "live.>", "live.*.connito.v1.>",
         "live.ADVISORIES.>", "connito.v1.*.validate.>", "$JS.API.>", "$JS.ACK.>",
     ]  # fmt: skip
-    if role == "miner":
-        tries += ["live.INGRESS.>", "live.VALIDATE.>", "live.LIBRARY.>", "live.DLQ.>"]
     for client in attacker.clients.values():
         for subject in tries:
             await client.subscribe(subject, cb=attacker.hear)

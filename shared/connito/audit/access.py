@@ -38,7 +38,7 @@ class Access:
     """
 
     bus: Bus
-    store: ArtifactStore
+    store: ArtifactStore | None
     roster: Roster
     cache: Path
     me: Identity | None = None
@@ -82,6 +82,7 @@ class Access:
 
     async def fetch(self, ref: ArtifactRef) -> Path:
         """Return the stored object as a file. Raises `NotFound`, `VerificationFailed`. A size of 0 stands for any."""
+        assert self.store is not None, "artifacts are asked for only where the store is open"
         size = await self.store.stat(ref)
         if size is None:
             raise NotFound("is not in the store", reason=reasons_pb2.REASON_ARTIFACT_MISSING)
@@ -101,8 +102,9 @@ def _about(subject: str) -> tuple[str, int]:
 
 
 @asynccontextmanager
-async def opened(folder: Path | None, data_dir: Path | None) -> AsyncIterator[Access | Archive]:
-    """Reach the platform: the one that runs, or with `folder`, what an ended `connito up` left there, or an archive.
+async def opened(folder: Path | None, data_dir: Path | None, *, files: bool = True) -> AsyncIterator[Access | Archive]:
+    """Reach the platform: the one that runs, or with `folder`, what an ended `connito up` left there, or an archive. Without
+    `files` no artifact can be fetched, and nothing is asked that opens the store.
 
     Raises `NotFound` when there is none, `Retry` when the folder is in use, `Invalid` for a file that is no archive.
     """
@@ -116,6 +118,9 @@ async def opened(folder: Path | None, data_dir: Path | None) -> AsyncIterator[Ac
             return
         session = Session.open(data_dir, role="customer")
         bus = await stack.enter_async_context(session.bus())
+        if not files:
+            yield Access(bus, None, session.roster, fresh)
+            return
         store = session.store()
         cache = store.cache.folder
         # What lies in a cache says nothing about the store.

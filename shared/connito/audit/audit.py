@@ -43,6 +43,8 @@ class Options:
     tolerance: float = TOLERANCE
     say: Notify = silent
     kept: Mapping[str, str] = field(default_factory=dict)
+    # Without them, what the log alone shows: for whoever may not read the store.
+    files: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
     facts, history_of = evidence.facts, heads.read(evidence)
     yield signatures(evidence, history_of.covers)
     yield chain.anchors(evidence)
-    yield artifacts.step()
+    if options.files:
+        yield artifacts.step()
     if facts.spec is None:
         what = "is not in the log, or does not verify; nothing can be recomputed without it"
         yield Step("spec", 0, 1, (Difference("spec", "run.0.created", what),))
@@ -133,7 +136,8 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
     yield attempt("admission", 0, lambda: admission.admission(evidence))
     work = recompute.Recomputation(evidence, artifacts, options.tolerance, say=options.say)
     yield from _cycles(work, options)
-    yield attempt("expert", 0, lambda: recompute.expert(work))
+    if options.files:
+        yield attempt("expert", 0, lambda: recompute.expert(work))
     yield history.ending(evidence)
     # What these show has a cause by name above, where it can be recomputed.
     yield history_of.step
@@ -144,7 +148,7 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
 
 def _cycles(work: recompute.Recomputation, options: Options) -> Iterator[Step]:
     evidence, models = work.evidence, None
-    if options.model and evidence.facts.selection is not None:
+    if options.model and options.files and evidence.facts.selection is not None:
         from connito.audit import remeasure
 
         models = remeasure.Models(evidence, work.artifacts, options.threads)
@@ -157,7 +161,7 @@ def _cycles(work: recompute.Recomputation, options: Options) -> Iterator[Step]:
         )
     for cycle in cycles_of(evidence):
         yield from pure(evidence, cycle)
-        if cycle >= kept and evidence.facts.window("train", cycle).opened is not None:
+        if options.files and cycle >= kept and evidence.facts.window("train", cycle).opened is not None:
             yield from recomputed(work, models, cycle)
 
 

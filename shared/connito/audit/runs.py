@@ -48,10 +48,12 @@ class AuditOptions:
     say: Notify = silent
     # By where they come from: checkpoints of witnesses and receipts of miners, which the log has to agree with.
     kept: Mapping[str, str] = field(default_factory=dict)
+    # Also the artifacts; without them a key that may read the log is enough.
+    files: bool = True
 
     def recomputing(self) -> Options:
         """Return the part that says how to recompute."""
-        return Options(self.model, self.threads_of_run(), self.tolerance, self.say, self.kept)
+        return Options(self.model, self.threads_of_run(), self.tolerance, self.say, self.kept, self.files)
 
     def threads_of_run(self) -> int:
         """Return how many threads to compute with: equal bits need as many as the run had."""
@@ -116,11 +118,11 @@ async def _read_and(
     work: Callable[[Evidence, Artifacts], T],
 ) -> tuple[Evidence, T]:
     """Read the log of a run and the artifacts that `choose` wants for it, then do blocking work on them."""
-    async with opened(options.folder, options.data_dir) as access:
+    async with opened(options.folder, options.data_dir, files=options.files) as access:
         evidence = await access.evidence(run)
         wanted = choose(evidence)
         options.say(f"{len(evidence.records)} messages read")
-        artifacts = await access.artifacts(evidence, wanted, options.say)
+        artifacts = await access.artifacts(evidence, wanted, options.say) if options.files else Artifacts()
         return evidence, await asyncio.to_thread(work, evidence, artifacts)
 
 

@@ -19,8 +19,8 @@ from connito.wire.parts import MAX_FACT_BYTES
 from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, inbox_prefix
 from connito.wire.verification import ANY, CATALOGUE, INGRESS, LARGE, WORKERS
 
-# What a miner needs in order to take part: not what validators tell each other, nor what other miners say.
-MINER_STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")
+# Everything that an audit of the log rests on: whoever takes part may make one.
+READ_STREAMS = (*FACT_STREAMS, "INGRESS", "DLQ")
 PLATFORM = "platform"
 # Stands for the key of whoever logs in, in rights that are written down once for all keys of an account.
 SELF = "{{subject()}}"
@@ -145,10 +145,10 @@ ACCOUNTS: dict[str, Account] = {
     account.name: account
     for account in (
         _speakers("miners-say", "miner", _MINER_SAYS, STREAMS["INGRESS"].max_message_bytes),
-        _readers("miners-read", "miner", MINER_STREAMS),
+        _readers("miners-read", "miner", READ_STREAMS),
         _speakers("validators-say", "validator", _VALIDATOR_SAYS, MAX_FACT_BYTES),
         _readers("validators-read", "validator", FACT_STREAMS),
-        _readers("customers", "customer", (*FACT_STREAMS, "INGRESS", "DLQ")),
+        _readers("customers", "customer", READ_STREAMS),
     )
 }
 

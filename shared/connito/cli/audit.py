@@ -61,6 +61,13 @@ def audit(
             "--receipt", help="A receipt that a miner kept; the log has to hold what it is for, and the answer."
         ),
     ] = None,
+    log_only: Annotated[
+        bool,
+        typer.Option(
+            "--log-only",
+            help="Check what the log shows, without the store: any key that may read is enough, a miner's too.",
+        ),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Recompute selection, scores, consensus, rewards and every outer step of a run from the log and the store.
@@ -73,7 +80,7 @@ def audit(
 
     say = silent if as_json else tell
     notes = {str(path): _read(path) for path in [*(checkpoint or ()), *(receipt or ())]}
-    options = AuditOptions(folder, data_dir, not no_model, threads, tolerance, say, notes)
+    options = AuditOptions(folder, data_dir, not (no_model or log_only), threads, tolerance, say, notes, not log_only)
     evidence, audited = recompute(run, options, _chain_of(against))
     document = audited.to_json()
     emit(as_json, document, lambda: _text(document, evidence))

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from connito.bus import Bus
-from connito.bus.permissions import MINER_STREAMS
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid
 from connito.platform.session import Session
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
-from connito.wire.roster import ROLES, Roster
+from connito.wire.roster import Roster
 
 
 async def read_log(bus: Bus, roster: Roster, run: str = "", streams: Sequence[str] = FACT_STREAMS) -> Log:
@@ -25,9 +24,8 @@ async def read_log(bus: Bus, roster: Roster, run: str = "", streams: Sequence[st
 
 
 async def read_runs(session: Session, bus: Bus) -> Log:
-    """Read the stored log of all runs as far as the session's key may: a miner does not hear what validators tell each other."""
-    reader = session.data is not None or any(session.roster.permits(role, session.identity.public) for role in ROLES)
-    return await read_log(bus, session.roster, streams=FACT_STREAMS if reader else MINER_STREAMS)
+    """Read the stored log of all runs."""
+    return await read_log(bus, session.roster)
 
 
 def apply(log: Log, record: Record) -> Fact | None:

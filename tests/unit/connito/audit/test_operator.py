@@ -263,3 +263,13 @@ async def test_bytes_that_nobody_signed_and_a_head_covers_are_nobodys_fault(tmp_
     found = await look(tell(tmp_path, story=Garbage), tmp_path)
     assert {difference.check for difference in found.differences} == {"signatures"}
     assert found.blame == ["nobody"]
+
+
+async def test_without_the_store_everything_that_the_log_shows_is_checked(told: World, tmp_path: Path) -> None:
+    log_only = Options(model=False, files=False)
+    found = audit(told.evidence(), Artifacts(), log_only)
+    assert found.differences == []
+    assert {"rules", "verdicts", "heads", "receipts"} <= {step.check for step in found.steps}
+    assert not {"artifacts", "merge", "draws", "expert"} & {step.check for step in found.steps}
+    cheated = tell(tmp_path, story=EarlyClose)
+    assert audit(cheated.evidence(), Artifacts(), log_only).blame == ["operator"]
