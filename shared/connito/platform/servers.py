@@ -10,6 +10,7 @@ import atexit
 import io
 import json
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -343,10 +344,14 @@ def _open(account: str) -> dict[str, Any]:
     return {"accounts": {account: {"jetstream": "enabled", "users": users}}, "no_auth_user": "anybody"}
 
 
+# How Go programs begin the line that says why they end; a dump of all that they were doing follows.
+_WHY = re.compile(r"F\d{4} |panic: |fatal error: |.*\[FTL\] ")
+
+
 def last_lines(path: Path, count: int = 8) -> str:
-    """Return the end of a log, indented; empty when there is none."""
+    """Return the end of a log, or the lines in it that say why a server ended, indented; empty when there is none."""
     try:
-        lines = path.read_text(errors="replace").splitlines()[-count:]
+        lines = path.read_text(errors="replace").splitlines()[-1000:]
     except OSError:
         return ""
-    return "\n".join(f"  {line}" for line in lines)
+    return "\n".join(f"  {line}" for line in ([line for line in lines if _WHY.match(line)] or lines)[-count:])
