@@ -656,8 +656,28 @@ async def test_declaring_twice_changes_nothing_and_the_log_is_append_only(
     rows = {row["name"]: row for row in await streams.describe(bus.js)}
     assert rows["TRAIN"]["messages"] == 1
     assert set(rows) == set(streams.STREAMS)
-    with pytest.raises(Exception, match="purge not permitted"):
-        await bus.js.purge_stream("TRAIN")
+    with pytest.raises(Exception, match="delete not permitted"):
+        await bus.js.delete_msg("TRAIN", 1)
+
+
+async def test_releasing_a_run_drops_its_windows_and_nothing_else(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+) -> None:
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    for run in (run_id, f"{run_id}-2"):
+        await bus.publish_fact(run, "run", 0, "created", run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run)))
+        await bus.publish_fact(run, "train", 1, "opened", opened(run, 1))
+    await streams.release(bus.js, run_id)
+    await streams.release(bus.js, run_id)
+    left = {record.subject async for record in bus.stored(("RUNS", "TRAIN"))}
+    assert left == {
+        f"connito.v1.{run_id}.run.0.created",
+        f"connito.v1.{run_id}-2.run.0.created",
+        f"connito.v1.{run_id}-2.train.1.opened",
+    }
+    # What was released stays said: followers go on behind it.
+    assert await bus.publish_fact(f"{run_id}-2", "train", 2, "opened", opened(f"{run_id}-2", 2))
+    assert await bus.last_sequence("TRAIN") == 3
 
 
 async def test_a_message_that_waits_for_the_environment_is_never_given_up(

@@ -140,3 +140,11 @@ def test_services_and_validators_report_offences_under_their_own_key_and_nobody_
     reports = role not in ("miner", "customer")
     assert may_publish(role, f"connito.security.v1.denied.{KEY}") == reports
     assert not may_publish(role, f"connito.security.v1.denied.{OTHER}")
+
+
+@pytest.mark.parametrize("role", [*SERVICES, *STRANGERS])
+def test_only_the_operator_may_let_go_of_what_was_said(role: str) -> None:
+    for name in streams.STREAMS:
+        for verb in ("PURGE", "DELETE", "UPDATE", "MSG.DELETE", "SNAPSHOT", "RESTORE"):
+            assert not may_publish(role, f"$JS.API.STREAM.{verb}.{name}")
+    assert may_publish("operator", "$JS.API.STREAM.PURGE.TRAIN")
