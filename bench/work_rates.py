@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import pickle
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ from bench.attack_arena import TARGET, Arena
 from bench.compose_setup import base, text
 from bench.harness import machine, note
 from bench.tiny_rig import LENGTH, Rig, Tokens, batched
-from bench.work_kinds import COPIES, PARTLY, State
+from bench.work_kinds import COPIES, PARTLY, Make, State
 
 WORLDS, STEPS = ("IID", "non-IID", "same text", "few answers"), (8, 16)
 MINERS, MADE, COMPANY, ORDERS = 12, 2, (3, 4, 6), 4
@@ -108,7 +109,9 @@ class Trial:
     share: float = 1.0
 
 
-def build(seed: int, world: str, steps: int, source: Path, folder: Path, domains: tuple[str, ...]) -> Pool:
+def build(
+    seed: int, world: str, steps: int, source: Path, folder: Path, domains: tuple[str, ...], kinds: Mapping[str, Make]
+) -> Pool:
     """Train and score one pool."""
     from connito.moe.state import load_state, save_state
 
@@ -127,7 +130,7 @@ def build(seed: int, world: str, steps: int, source: Path, folder: Path, domains
         return ground.train(path, ground.text(next(places), max(1, round(share * steps)), rng))
 
     works: list[tuple[str, list[int], State]] = [("honest", [], state) for state in honest]
-    for (name, make), _ in itertools.product({**COPIES, **PARTLY}.items(), range(MADE)):
+    for (name, make), _ in itertools.product(kinds.items(), range(MADE)):
         order = [int(place) for place in rng.permutation(MINERS)[:3]]
         made = make(theta, [honest[place] for place in order], train, rng)
         works.append((name if len(made) == 1 else f"{name}: first", order, made[0]))
@@ -233,24 +236,20 @@ def rates(found: Sequence[Trial]) -> list[dict[str, Any]]:
     ]
 
 
-def _pools(options: argparse.Namespace) -> list[Pool]:
-    """Build pools until the time is over; pools of before are read."""
-    import pickle
-
-    end, pools = time.monotonic() + 60 * options.minutes, []
+def _build(options: argparse.Namespace) -> None:
+    """Build pools that are not there until the time is over."""
+    end = time.monotonic() + 60 * options.minutes
     domains = CALIBRATED_ON if options.calibration else MEASURED_ON
+    kinds = {} if options.honest else {**COPIES, **PARTLY}
     first, _, last = options.seeds.partition(":")
     for seed, steps, world in itertools.product(range(int(first), int(last)), STEPS, WORLDS):
         kept = options.out / f"pool-{domains[0]}-{seed}-{world.replace(' ', '-')}-{steps}.pickle"
-        if not kept.exists() and time.monotonic() < end:
-            note(f"base {seed}, {world}, {steps} steps")
-            source = options.out / f"plain-{seed}"
-            source = source if source.exists() else base(options.out, seed)
-            pool = build(seed, world, steps, source, options.out / kept.stem, domains)
-            kept.write_bytes(pickle.dumps(pool))
-        if kept.exists():
-            pools.append(pickle.loads(kept.read_bytes()))
-    return pools
+        if kept.exists() or time.monotonic() > end:
+            continue
+        note(f"base {seed}, {world}, {steps} steps")
+        source = options.out / f"plain-{seed}"
+        source = source if source.exists() else base(options.out, seed)
+        kept.write_bytes(pickle.dumps(build(seed, world, steps, source, options.out / kept.stem, domains, kinds)))
 
 
 def main() -> None:
@@ -261,13 +260,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="200:210", help="FIRST:LAST, bases that are built")
     parser.add_argument("--minutes", type=float, default=60.0, help="build no further pool after this long")
+    parser.add_argument(
+        "--honest", action="store_true", help="pools of honest work alone, which take a tenth of the time"
+    )
     parser.add_argument("--calibration", action="store_true", help="the domains that the limits were found on")
     parser.add_argument("--out", type=Path, required=True, help="folder of pools and of the result")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     policy = profile(UpOptions(base="tiny").checked()).spec.scoring
-    pools = _pools(options)
+    _build(options)
+    pools = [pickle.loads(path.read_bytes()) for path in sorted(options.out.glob("pool-*.pickle"))]
     rows = rates([trial for pool in pools for trial in trials(pool, policy)])
     settings = {
         "pools": len(pools),

@@ -34,8 +34,8 @@ _DIGITS = 9
 
 @dataclass(frozen=True)
 class Novelty:
-    """Ratios of a submission to the least novel earlier one (infinite where there is no comparison), and whom it leans on
-    most, as a place among the earlier ones.
+    """Ratios of a submission to the least novel other one (infinite where there is no comparison), and whom it leans on most,
+    as a place among the others.
     """
 
     span: float
@@ -43,8 +43,11 @@ class Novelty:
     victim: int
 
 
-def novelty(similarity: Matrix, earlier: Sequence[int], later: int) -> Novelty:
-    """Compare one work with earlier ones; `similarity` [n, n] has cosines of all. One that is like nothing is novel."""
+def novelty(similarity: Matrix, earlier: Sequence[int], later: int, victims: int | None = None) -> Novelty:
+    """Compare one work with earlier ones; `similarity` [n, n] has cosines of all. One that is like nothing is novel.
+
+    `victims`: only so many of `earlier`, the first, can be leant on; the rest show what is usual. None: all of them.
+    """
     rows, count = list(earlier), len(earlier)
     among = similarity[np.ix_(rows, rows)] + RIDGE * np.eye(count)
     inverse: Matrix = np.asarray(np.linalg.inv(among), np.float64)
@@ -54,23 +57,29 @@ def novelty(similarity: Matrix, earlier: Sequence[int], later: int) -> Novelty:
     if count >= FOR_SPAN:
         span = round(rest * float(np.diag(inverse).max()), _DIGITS)
     if count >= FOR_LEAN:
-        lean = round(_lean(parts, inverse), _DIGITS)
-    return Novelty(span, lean, int(np.argmax(np.round(parts, _DIGITS))))
+        lean = round(_lean(parts, inverse, count if victims is None else victims), _DIGITS)
+    return Novelty(span, lean, int(np.argmax(np.round(parts[:victims], _DIGITS))))
 
 
-def _lean(parts: Matrix, inverse: Matrix) -> float:
+def _lean(parts: Matrix, inverse: Matrix, victims: int) -> float:
     """Return the smallest ratio over group sizes g = 1 … (n − 1) / 2 of what the group leaves to the rest."""
     count, outside = len(parts), 1.0 / np.diag(inverse)
     known = np.flatnonzero(1.0 - outside >= EXPLAINED)
     order = np.argsort(-np.abs(parts), kind="stable")
     if len(known) < FOR_LEAN or order[0] not in known:
         return float("inf")
-    # Coefficients of each earlier work on all others, from the inverse alone.
+    # Coefficients of each earlier work on all others, from the inverse alone. In the midst of all, those that lean on the
+    # same one as this does are no measure of what is usual: several thieves of one victim would vouch for each other.
     mutual = -inverse * outside[:, None]
-    usual = np.stack([_left(np.delete(mutual[place], place)) for place in known]).min(axis=0)
-    mine = _left(parts)
+    np.fill_diagonal(mutual, 0.0)
+    midst = victims < count
+    apart = [place for place in known if not midst or int(np.abs(mutual[place]).argmax()) != order[0]]
+    if len(apart) < FOR_SPAN:
+        return float("inf")
+    usual = np.stack([_left(mutual[place]) for place in apart]).min(axis=0)
+    mine, may = _left(parts), set(known[known < victims].tolist())
     asked = [
-        size for size in range((count - 1) // 2) if usual[size] >= LEAST_REST and set(order[: size + 1]) <= set(known)
+        size for size in range((count - 1) // 2) if usual[size] >= LEAST_REST and set(order[: size + 1].tolist()) <= may
     ]
     return min((float(mine[size] / usual[size]) for size in asked), default=float("inf"))
 

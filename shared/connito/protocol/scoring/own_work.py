@@ -25,6 +25,8 @@ from connito.v1.cycle_pb2 import Finding
 NEAREST = 32
 # The same of effects: there are as many numbers as held-out sequences, some dozens.
 NEAREST_EFFECTS = 8
+# Each copy that is found makes what is usual clearer.
+SWEEPS = 4
 # The function of another, to three digits of its change.
 SAME_FUNCTION = 0.9995
 # A copy's ratios are below these; from the larger ones on, work is its own altogether.
@@ -82,7 +84,8 @@ def own_work(
     """Judge all of a cycle's submissions, each against earlier ones. A copy of a copy is traced to the first.
 
     `function` [n, n] are inner products of what the works changed, as `evidence.gram` has them of weights, of `numbers` each.
-    A limit of the policy that is 0 leaves its sign out.
+    A limit of the policy that is 0 leaves its sign out. Who commits second has hardly anybody before it to be held against:
+    what later ones show is usual counts for it too, but nobody leans on what was committed later.
     """
     spaces = _Spaces(cosines(evidence.gram), cosines(function))
     found = OwnWork(copies(submissions, spaces.function, SAME_FUNCTION if policy.copy_threshold > 0.0 else 0.0))
@@ -94,7 +97,37 @@ def own_work(
             _judge(submissions, evidence, spaces, firsts, later, policy, found)
         if miner not in found.original:
             firsts.append(later)
+    if policy.copy_span_threshold > 0.0 and numbers >= NUMBERS_EACH * min(len(firsts), NEAREST):
+        for _ in range(SWEEPS):
+            convicted = {place for place in firsts if _leans(submissions, spaces, firsts, place, found)}
+            firsts = [place for place in firsts if place not in convicted]
+            if not convicted:
+                break
     return found
+
+
+def _leans(
+    submissions: Sequence[cycle_pb2.Submission], spaces: _Spaces, firsts: Sequence[int], one: int, found: OwnWork
+) -> bool:
+    """Judge by *lean* one of the first works in the midst of all, later ones included; whether it is a copy."""
+    earlier, others = firsts.index(one), [place for place in firsts if place != one]
+    if not 0 < earlier < NEAREST:
+        return False
+    miner = submissions[one].miner
+    for space, limit in ((spaces.weights, WEIGHT_LEAN_LIMIT), (spaces.function, FUNCTION_LEAN_LIMIT)):
+        near = _nearest(space, others, one)
+        before = sum(place < earlier for place in near)
+        told = novelty(space, [others[place] for place in near], one, before)
+        if before == 0 or told.lean >= LEAN_OWN:
+            continue
+        first = submissions[others[near[told.victim]]].miner
+        if told.lean <= limit:
+            found.original[miner] = first
+            return True
+        share = round((told.lean - limit) / (LEAN_OWN - limit), _SHARE_DIGITS)
+        if miner not in found.leaning or share < found.leaning[miner].share:
+            found.leaning[miner] = Finding(kind=cycle_pb2.FINDING_KIND_LEANS, copy_of=first, share=share)
+    return False
 
 
 def withhold(verdict: cycle_pb2.Verdict, leaning: Finding | None) -> None:

@@ -126,6 +126,20 @@ def test_weights_that_show_nothing_do_not_hide_a_function() -> None:
     assert mixed.original == {"U6": "U1"}
 
 
+def test_a_thief_that_commits_second_is_held_against_those_after_it() -> None:
+    works = honest(5, 0.6)
+    thief = works[0] + noise(1.0)
+    assert judged([works[0], thief, *works[1:]]).original == {"U1": "U0"}
+
+
+def test_nobody_leans_on_what_was_committed_later() -> None:
+    works = honest(6, 0.6)
+    blurred = [works[0] + noise(length, seed=seed) for seed, length in ((1, 0.5), (2, 1.0), (3, 1.0))]
+    found = judged([*works[:2], *blurred, *works[2:]])
+    assert set(found.original) == {"U2", "U3", "U4"}
+    assert set(found.original.values()) == {"U0"}
+
+
 def test_half_stolen_work_is_paid_a_part() -> None:
     works = honest(6, 0.6)
     own = honest(7, 0.6)[6]
