@@ -43,7 +43,7 @@ def _part(document: Document) -> str:
         for (name, goal), kinds in zip(GOALS.items(), (KINDS_OF_COPIES, PARTLY), strict=True)
         if (chosen := [row for row in rows if row["kind"] in kinds])
     ]
-    accused = sum(row["found"] for row in honest) / max(1, sum(row["hand_ins"] for row in honest))
+    shown = _interval(honest, "found")[2] <= ACCUSED_GOAL
     return f"""
 {settings["pools"]} pools on {settings["bases"]} bases, {" and ".join(map(str, settings["steps"]))} local steps, the domains
 {" and ".join(settings["domains"])}, {" to ".join(str(count) for count in (min(settings["company"]), max(settings["company"])))}
@@ -56,7 +56,7 @@ being 1.
 Together found or unpaid: {"; ".join(families)}.
 
 Honest hand-ins called a copy: {"; ".join(f"{row['world']} {_rate([row], 'found')}" for row in honest)}; together
-{_rate(honest, "found")}, goal at most {ACCUSED_GOAL:.1%}, {"met" if accused <= ACCUSED_GOAL else "missed"}. Paid a part:
+{_rate(honest, "found")}, goal at most {ACCUSED_GOAL:.1%}, {"shown" if shown else "not shown by so many"}. Paid a part:
 {"; ".join(f"{row['world']} {row['paid_in_part']} (paid {row['share']:.1%} on average)" for row in honest)}.
 """
 
@@ -68,6 +68,11 @@ def _cell(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _rate(rows: Sequence[dict[str, Any]], what: str) -> str:
+    share, low, high = _interval(rows, what)
+    return f"{share:.1%} ({low:.1%} to {high:.1%} of {sum(row['hand_ins'] for row in rows)})"
+
+
+def _interval(rows: Sequence[dict[str, Any]], what: str) -> tuple[float, float, float]:
     """Return a share with its interval. Hand-ins of one work are one observation: they count by their mean."""
     from scipy.stats import binomtest
 
@@ -76,7 +81,7 @@ def _rate(rows: Sequence[dict[str, Any]], what: str) -> str:
     # Wilson's interval at the whole numbers around a share that need not be one of `works`.
     low = binomtest(int(share * works), works).proportion_ci(method="wilson").low
     high = binomtest(min(works, -int(-share * works // 1)), works).proportion_ci(method="wilson").high
-    return f"{share:.1%} ({low:.1%} to {high:.1%} of {trials})"
+    return share, low, high
 
 
 def _met(rows: Sequence[dict[str, Any]], goal: float) -> str:
