@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from connito.bus import Bus
 from connito.bus.lease import Lease
 from connito.bus.offences import kind_of, report
 from connito.bus.streams import DURABLES
 from connito.errors import Invalid, NotFound, Retry
+from connito.protocol.findings import Refusal
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
@@ -25,15 +27,15 @@ from . import judging, settlement
 from .content import ContentCheck
 from .handlers import Acknowledge, Examine, Settle
 from .settlement import Write
-from .state import FACTS, State, owner_of
+from .state import FACTS, State, lane_of
 
 log = get_logger("committer")
 
 DURABLE = "committer"
-# Keys that are answered side by side.
-LANES = 4
-# How often the broker is asked whether the last messages of a window are handled.
-FLOOR_POLL_SECONDS = 0.05
+# Messages of different keys and runs that are answered side by side; of what they wait for, little is work.
+LANES = 32
+# Another replica may be the one that answers: look again after this.
+LOOK_SECONDS = 0.05
 _ATTEMPTS = 5
 
 
@@ -146,7 +148,14 @@ class Committer:
             async with Lease(self._bus, DURABLE, lease_seconds) as lease:
                 await self._let_come_back()
                 consuming = asyncio.create_task(
-                    self._bus.consume(DURABLE, self.handle, concurrency=LANES, lane=owner_of, skip=self._state.needless)
+                    self._bus.consume(
+                        DURABLE,
+                        self.handle,
+                        concurrency=LANES,
+                        lane=lane_of,
+                        skip=self._state.needless,
+                        aside=self.refuse,
+                    )
                 )
                 losing = asyncio.create_task(lease.lost.wait())
                 try:
@@ -188,18 +197,33 @@ class Committer:
 
     async def _settle(self, facts: RunFacts, window: str, cycle: int) -> None:
         closed = facts.window(window, cycle).require_closed()
-        await self._handled_up_to(closed.last_sequence)
-        # Everything inside has its answer in the log by now; wait for it to be in the facts as well.
-        await self._state.refresh(self._bus, FACTS)
         await self._state.reach("INGRESS", closed.last_sequence)
+        await self._answered_up_to(facts.run, closed.last_sequence)
         for write in settlement.settle(facts, self._state.reveals[facts.run], window, cycle):
             await self._publish(facts.run, write)
 
-    async def _handled_up_to(self, sequence: int) -> None:
-        """Wait until this consumer, shared by all replicas, has acknowledged everything up to `sequence`."""
-        while await self._bus.ack_floor(DURABLE) < sequence:
+    async def _answered_up_to(self, run: str, sequence: int) -> None:
+        """Wait until every message of a run up to `sequence` has its answer in the facts, whatever other runs wait for.
+
+        Where nothing is left in the queue, what has no answer is a dead letter.
+        """
+        await self._state.refresh(self._bus, FACTS)
+        while self._state.unanswered(run, sequence) and await self._bus.ack_floor(DURABLE) < sequence:
             self._handled.clear()
-            try:
-                await asyncio.wait_for(self._handled.wait(), FLOOR_POLL_SECONDS)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._handled.wait(), LOOK_SECONDS)
+            await self._state.refresh(self._bus, FACTS)
+        await self._state.refresh(self._bus, FACTS)
+
+    async def refuse(self, record: Record, error: Invalid) -> None:
+        """Answer a message that is put aside, if anybody can be answered about it: what is acknowledged ends in a verdict."""
+        try:
+            fact = self._state.verified(record)
+            if fact.key.kind == "trained":
+                return
+            judging.known_run(self._state.runs.get(fact.run), fact.run)
+        except Invalid:
+            return
+        window = judging.window_of(fact)
+        answer = judging.refused(window, fact, Refusal.of(error))
+        await self._publish(fact.run, settlement.refuse(window, answer.cycle, answer))

@@ -167,6 +167,11 @@ def _check_ref(facts: RunFacts, cycle: int, artifact: ArtifactRef) -> Refusal | 
     return None
 
 
+def answered(facts: RunFacts, fact: Fact) -> bool:
+    """Return whether a commitment or a reveal has its answer."""
+    return (judge_commitment if fact.key.kind == "commitment" else judge_reveal)(facts, fact) is None
+
+
 def judge_upload(facts: RunFacts, miner: str, command: UploadCommand) -> None:
     """Raise `Invalid` unless the miner may upload now what it opens its commitment to. A late upload still may."""
     cycle = command.cycle

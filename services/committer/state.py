@@ -25,6 +25,8 @@ from connito.wire.subjects import run_of
 from connito.wire.verification import INGRESS, verify_ingress
 from google.protobuf.message import DecodeError
 
+from . import judging
+
 # What a judgement rests on.
 FACTS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT")
 # What names artifacts: who may download what follows from these.
@@ -67,6 +69,7 @@ class State(PositionedLog):
         super().__init__(roster)
         self.said: defaultdict[str, MessageCounter] = defaultdict(MessageCounter)
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
+        self._pending: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
         self.naming = Naming()
         self.heard: defaultdict[str, Heard] = defaultdict(Heard)
         # By run, key, kind and cycle, the first message over the quota: it is told so, and what comes after it goes unread.
@@ -97,6 +100,7 @@ class State(PositionedLog):
             return new
         said = new or self.verified(record)
         self._count(said)
+        self._pending[said.run][record.sequence] = said
         if isinstance(said.message, cycle_pb2.Reveal):
             self.reveals[said.run][record.sequence] = said
         return new
@@ -127,6 +131,15 @@ class State(PositionedLog):
         if isinstance(found, Invalid):
             raise found
         return found
+
+    def unanswered(self, run: str, last: int) -> list[int]:
+        """Return the messages of a run up to `last` that have no answer in the facts yet and will get one."""
+        pending, facts = self._pending[run], self.runs[run]
+        spec, counter = facts.require_spec(), self.said[run]
+        for sequence, fact in list(pending.items()):
+            if sequence <= last and (counter.over(fact, spec) or judging.answered(facts, fact)):
+                del pending[sequence]
+        return [sequence for sequence in pending if sequence <= last]
 
     def worth_a_letter(self, record: Record, error: Invalid) -> bool:
         """Report what nobody can be answered about; return whether it is one of the first few, which are kept."""
@@ -166,8 +179,13 @@ class State(PositionedLog):
 
 
 def owner_of(record: Record) -> str:
-    """Return the key that alone may write on a message's subject: its lane."""
+    """Return the key that alone may write on a message's subject."""
     return record.subject.split(".")[4]
+
+
+def lane_of(record: Record) -> str:
+    """Return the lane of a message: what one key says in one run waits for nothing else."""
+    return f"{run_of(record.subject)} {owner_of(record)}"
 
 
 def _counted(cycle: int, facts: RunFacts) -> int:

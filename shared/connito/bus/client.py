@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -18,7 +17,7 @@ from nats.js.errors import NotFoundError
 
 from connito.bus.connection import Connection
 from connito.bus.consume import Worker
-from connito.bus.follow import CaughtUp, follow, got
+from connito.bus.follow import CaughtUp, follow, got, milliseconds
 from connito.bus.offences import report
 from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, STREAMS, stream_of
 from connito.errors import Fatal, Invalid, Retry
@@ -283,6 +282,7 @@ class Bus:
         heartbeat: float | None = None,
         lane: Callable[[Record], str] | None = None,
         skip: Callable[[Record], bool] | None = None,
+        aside: Callable[[Record, Invalid], Awaitable[None]] | None = None,
     ) -> None:
         """Process a durable consumer's messages until cancelled, `concurrency` at once.
 
@@ -292,15 +292,15 @@ class Bus:
 
         Without `lane` every replica takes a share. With it, messages of one lane are handled one at a time and in order, and
         lanes take turns; then one replica may consume at a time (`Lease`). What `skip` says so of is done without being handled.
+        `aside` is told of a message whose handler failed too often, before its dead letter is written.
         """
 
         async def handle(record: Record) -> None:
             await handler(await self.whole(record))
 
         beat = heartbeat if heartbeat is not None else DURABLES[durable].ack_wait / 3
-        await Worker(
-            self._connection, durable, handle, self._dead_letter, beat, concurrency=concurrency, lane=lane, skip=skip
-        ).run()
+        worker = Worker(self._connection, durable, handle, self._dead_letter, beat, concurrency, lane, skip, aside)
+        await worker.run()
 
     async def _dead_letter(self, letter: DeadLetter) -> None:
         subject = f"{subjects.DLQ_ROOT}.{letter.stream}.{letter.sequence}"
@@ -345,9 +345,7 @@ class Bus:
         stamp = str(json.loads(reply.data).get("ts", ""))
         if not stamp:
             raise Retry("the broker's clock cannot be read; run `connito streams ensure`", dependency="broker")
-        # Nanoseconds are more than Python reads.
-        whole, _, fraction = stamp.rstrip("Z").partition(".")
-        return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
+        return milliseconds(stamp) / 1000
 
     async def ack_floor(self, durable: str) -> int:
         """Return the stream sequence up to which everything for this durable consumer has been handled."""

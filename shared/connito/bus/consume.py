@@ -53,14 +53,14 @@ class Worker(Listener):
         handler: Handler,
         bury: Bury,
         heartbeat: float,
-        *,
         concurrency: int = 1,
         lane: Callable[[Record], str] | None = None,
         skip: Callable[[Record], bool] | None = None,
+        aside: Callable[[Record, Invalid], Awaitable[None]] | None = None,
     ) -> None:
         self.connection, self.handler, self.bury, self.heartbeat = connection, handler, bury, heartbeat
         self.durable: Durable = DURABLES[durable]
-        self.concurrency, self.lane, self.skip = concurrency, lane, skip
+        self.concurrency, self.lane, self.skip, self.aside = concurrency, lane, skip, aside
         self.most = self.durable.max_ack_pending if lane is not None else concurrency
         self.lanes: dict[str, deque[int]] = {}
         self.held: dict[int, Any] = {}
@@ -292,6 +292,8 @@ class Worker(Listener):
                 )
             what = f"its handler failed {count} times: {type(error).__name__}: {error}"
             error = Invalid(what, reason=reasons.REASON_FAULT)
+            if self.aside is not None:
+                await self.aside(record, error)
         await self._dead_letter(msg, record, error)
         return None
 

@@ -61,10 +61,10 @@ def got(stream: str, msg: Any) -> Record | None:
     if "Nats-Sequence" not in headers:
         return None
     subject, sequence, stamp = (headers.pop(f"Nats-{name}") for name in ("Subject", "Sequence", "Time-Stamp"))
-    return Record(stream, int(sequence), subject, msg.data, _milliseconds(stamp), headers)
+    return Record(stream, int(sequence), subject, msg.data, milliseconds(stamp), headers)
 
 
-def _milliseconds(stamp: str) -> int:
+def milliseconds(stamp: str) -> int:
     """Return a time like 2026-11-26T13:16:43.779441275Z in Unix milliseconds, rounded down."""
     whole, _, fraction = stamp.rstrip("Z").partition(".")
     return int(datetime.fromisoformat(f"{whole}+00:00").timestamp()) * 1000 + int(fraction[:3].ljust(3, "0"))
