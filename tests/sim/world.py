@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -25,7 +26,6 @@ from connito.errors import Retry
 from connito.runtime.compute import ComputeBudget
 from connito.runtime.host import Disk, Host
 from connito.runtime.logs import get_logger
-from connito.runtime.settings import ServiceSettings
 from connito.service.engine import Decision, Engine
 from connito.service.runner import ServiceContext
 from connito.store import ArtifactStore, key_of
@@ -44,6 +44,7 @@ import services.aggregator.handlers as merging
 from services.aggregator.actions import Aggregator
 from services.committer.__main__ import main as committer_main
 from services.coordinator.__main__ import main as coordinator_main
+from services.coordinator.settings import CoordinatorSettings
 from services.trainer.__main__ import decide_with
 from services.trainer.actions import Miner
 from services.trainer.adapters import Services
@@ -81,7 +82,7 @@ class StoreClient:
         self._store, self._node = store, node
 
     def stat_object(self, bucket: str, key: str) -> Any:
-        return SimpleNamespace(size=len(self._store.read(key)))
+        return SimpleNamespace(size=len(self._store.read(key)), last_modified=datetime.now(UTC), content_type="")
 
     def get_object(self, bucket: str, key: str, offset: int = 0, length: int = 0) -> Any:
         data = self._store.read(key)
@@ -287,7 +288,7 @@ class Node:
         )
 
 
-SETTINGS = ServiceSettings.model_validate({"key_file": "none"})
+SETTINGS = CoordinatorSettings.model_validate({"key_file": "none"})
 BEYOND = {
     "lease_seconds": LEASE, "examine_slots": 2, "presign_seconds": 900, "requests_per_second": 1e9, "requests_burst": 1e9,
     "device": "", "batch_tokens": 1, "hidden_cache_bytes": 1,
