@@ -94,6 +94,7 @@ def _conservation(world: World, evidence: Evidence) -> Iterator[str]:
     yield from _verdicts(evidence)
     yield from _versions(evidence)
     yield from _honest(evidence)
+    yield from _opened(evidence) if world.scenario.brief else ()
 
 
 def _verdicts(evidence: Evidence) -> Iterator[str]:
@@ -106,6 +107,7 @@ def _verdicts(evidence: Evidence) -> Iterator[str]:
         answers.update(entry.reveal_sequence for entry in accepted if entry.origin_cycle == cycle)
         late = {fact.message.ingress_sequence for fact in window.refused.values()}
         answers.update(late - {entry.reveal_sequence for entry in accepted})
+        yield from _left_out(evidence, cycle)
         if window.settled is None:
             continue
         scored.update((entry.miner, entry.origin_cycle) for entry in window.settled.submissions)
@@ -123,6 +125,25 @@ def _verdicts(evidence: Evidence) -> Iterator[str]:
     for sequence, said in evidence.said.items():
         if said.key.kind == "reveal" and answers[sequence] != 1 and (sequence <= last or answers[sequence] > 1):
             yield f"the reveal at {sequence} of cycle {said.key.cycle} has {answers[sequence]} answers"
+
+
+def _left_out(evidence: Evidence, cycle: int) -> Iterator[str]:
+    """Whoever made a window close by having acted is inside it."""
+    for name, sequences in (
+        ("commit", {miner: one.message.ingress_sequence for miner, one in evidence.facts.commitments(cycle).items()}),
+        (
+            "submit",
+            {miner: one.message.submission.reveal_sequence for miner, one in evidence.facts.reveals(cycle).items()},
+        ),
+    ):
+        window = evidence.facts.window(name, cycle)
+        if window.closed is None or window.closed.cause != cycle_pb2.CLOSE_CAUSE_ALL_ACTED:
+            continue
+        refused = {(one.message.miner, one.message.ingress_sequence) for one in window.refused.values()}
+        for miner in set(window.expected) & set(sequences):
+            others = {sequence for who, sequence in refused if who == miner} - {sequences[miner]}
+            if sequences[miner] > window.closed.last_sequence and not others:
+                yield f"cycle {cycle}: {name} closed since everybody had acted, and without {miner[:8]}"
 
 
 def _versions(evidence: Evidence) -> Iterator[str]:
@@ -153,3 +174,12 @@ def _honest(evidence: Evidence) -> Iterator[str]:
         for verdict in scored.verdicts if scored is not None else ():
             if verdict.reason in BEFALLEN:
                 yield f"cycle {cycle}: rejected: {reason_name(verdict.reason)}"
+
+
+def _opened(evidence: Evidence) -> Iterator[str]:
+    revealed = {(said.signer, said.key.cycle) for said in evidence.said.values() if said.key.kind == "reveal"}
+    for cycle in evidence.facts.cycles():
+        settled = evidence.facts.window("commit", cycle).settled
+        for miner in settled.committed if settled is not None else ():
+            if (miner, cycle) not in revealed:
+                yield f"cycle {cycle}: {miner[:8]} did not open its commitment"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 from tests.sim.broker import Weather
-from tests.sim.world import FAULTS, Scenario
+from tests.sim.world import FAULTS, Scenario, World
+
+Happening = tuple[float, Callable[[World], object]]
 
 
 def storm_of(seed: int) -> Scenario:
@@ -20,3 +23,112 @@ def storm_of(seed: int) -> Scenario:
         storm=kinds, every=rng.choice([0.4, 0.8, 1.5]), seconds=rng.uniform(5, 20),
         skew=rng.choice([0.0, 0.0, 1800.0]), weather=weather,
     )  # fmt: skip
+
+
+def rough(seed: int) -> Scenario:
+    """A storm that tries what services say to the broker."""
+    weather = Weather(lost_ack=0.1, lost_hint=0.1, forget_id=0.5, behind=0.2)
+    return Scenario(storm=("kill", "cut", "pause", "broker"), every=0.7, weather=weather, limit=300)
+
+
+def brief(seed: int) -> Scenario:
+    return Scenario(cycles=3, storm=("brief",), every=0.4, seconds=30, brief=True)
+
+
+def torn(seed: int) -> Scenario:
+    return Scenario(storm=("torn",), every=0.3, limit=200)
+
+
+def drift(seed: int) -> Scenario:
+    """A run in which the state goes farther than one submission may, though each goes as far as it may."""
+    return Scenario(cycles=8)
+
+
+def clocks_apart(seed: int) -> Scenario:
+    """Machines half an hour apart, and leaders that change, so that one judges the deadlines of the other."""
+    return Scenario(storm=("kill", "pause"), every=0.8, skew=1800, limit=400)
+
+
+def after_a_reveal(seconds: float) -> tuple[Happening, ...]:
+    """The store goes away at the moment at which a reveal is stored, and comes back."""
+    done: list[bool] = []
+
+    def look(world: World) -> None:
+        if not done and any(record.subject.endswith(".reveal") for record in world.broker.records("INGRESS")):
+            done.append(world.store.leave(seconds))
+
+    return tuple((1.0 + 0.005 * step, look) for step in range(2000))
+
+
+def outage(seed: int) -> Scenario:
+    return Scenario(script=after_a_reveal(60), limit=1000)
+
+
+def long_outage(seed: int) -> Scenario:
+    """The store is away for ten minutes."""
+    return Scenario(script=after_a_reveal(600), limit=2000)
+
+
+def lost_object(seed: int) -> Scenario:
+    """Submissions that were accepted are gone from the store, and are put back after half a minute."""
+    gone: dict[str, bytes] = {}
+
+    def look(world: World) -> None:
+        if not gone and any(".submit.1.accepted." in subject for subject in world.broker.last):
+            for key in [key for key in world.store.objects if key.startswith("submissions/")]:
+                gone[key] = world.store.objects.pop(key)
+            world.loop.call_later(30.0, world.store.objects.update, gone, context=world.loop.between)
+
+    return Scenario(script=tuple((1.0 + 0.005 * step, look) for step in range(2000)))
+
+
+def full_disk(seed: int) -> Scenario:
+    """The aggregator's disk is full while it merges."""
+
+    def full(world: World) -> None:
+        for node in world.nodes:
+            node.disk_full = node.name.startswith("aggregator") and not node.disk_full
+
+    return Scenario(script=((1.5, full), (40.0, full)))
+
+
+def elections(seed: int) -> Scenario:
+    """The bucket of leases is without a leader again and again, at any moment of a standby's questions."""
+    return Scenario(storm=("lease",), every=0.5, weather=Weather(slow=0.05))
+
+
+def nobody_there(seed: int) -> Scenario:
+    """All miners are gone for ten minutes."""
+
+    def gone(world: World) -> None:
+        for node in world.nodes:
+            if node.name.startswith("miner"):
+                node.kill(600)
+
+    return Scenario(cycles=4, script=((5.0, gone),), limit=4000)
+
+
+def api_gone(seed: int) -> Scenario:
+    """The committer whose address was registered last never comes back; the other one lives."""
+
+    def kill(world: World) -> None:
+        address = bytes(world.broker.keys["$KV.ENDPOINTS.committer"].value).decode()
+        world.apis[address][0].kill(1e6)
+
+    return Scenario(cycles=3, script=((2.0, kill),), limit=600)
+
+
+def cached_rot(seed: int) -> Scenario:
+    """A bit flips in a file of every cache, which keeps its size and its time."""
+    import os
+
+    def flip(world: World) -> None:
+        for path in world.folder.glob("aggregator-*/cache/sha256/*/*"):
+            if path.suffix == "" and path.stat().st_size < 1000:
+                status, data = path.stat(), bytearray(path.read_bytes())
+                data[-1] ^= 1
+                path.chmod(0o644)
+                path.write_bytes(bytes(data))
+                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    return Scenario(script=tuple((2.0 + 0.5 * step, flip) for step in range(12)))

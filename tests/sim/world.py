@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import hashlib
+import random
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,6 +28,8 @@ from connito.errors import Retry
 from connito.runtime.compute import ComputeBudget
 from connito.runtime.host import Disk, Host
 from connito.runtime.logs import get_logger
+from connito.runtime.settings import ServiceSettings
+from connito.runtime.waiting import WAITING, Waiting
 from connito.service.engine import Decision, Engine
 from connito.service.runner import ServiceContext
 from connito.store import ArtifactStore, key_of
@@ -37,12 +41,14 @@ from connito.wire.identity import Identity
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import fact
+from minio.datatypes import Object
 from minio.error import S3Error
 from urllib3.exceptions import HTTPError
 
 import services.aggregator.handlers as merging
 from services.aggregator.actions import Aggregator
 from services.committer.__main__ import main as committer_main
+from services.committer.settings import CommitterSettings
 from services.coordinator.__main__ import main as coordinator_main
 from services.coordinator.settings import CoordinatorSettings
 from services.trainer.__main__ import decide_with
@@ -52,6 +58,7 @@ from services.trainer.handlers import STREAMS as MINER_STREAMS
 from services.trainer.state import Ledger
 from services.trainer.strategy import HONEST
 from services.validator.__main__ import main as validator_main
+from services.validator.settings import ValidatorSettings
 from tests.sim import toy
 from tests.sim.broker import Broker, Client, Weather
 from tests.sim.clockwork import EPOCH, PROCESS, Process, VirtualLoop
@@ -64,8 +71,13 @@ LEASE = 3.0
 class Store:
     """Objects by key, for everybody; `away` while nobody reaches them."""
 
-    def __init__(self, objects: dict[str, bytes]) -> None:
-        self.objects, self.away = objects, False
+    def __init__(self, objects: dict[str, bytes], loop: VirtualLoop) -> None:
+        self.objects, self.away, self._loop = objects, False, loop
+
+    def leave(self, seconds: float) -> bool:
+        self.away = True
+        self._loop.call_later(seconds, setattr, self, "away", False, context=self._loop.between)
+        return self.away
 
     def read(self, key: str) -> bytes:
         if self.away:
@@ -82,7 +94,8 @@ class StoreClient:
         self._store, self._node = store, node
 
     def stat_object(self, bucket: str, key: str) -> Any:
-        return SimpleNamespace(size=len(self._store.read(key)), last_modified=datetime.now(UTC), content_type="")
+        size = len(self._store.read(key))
+        return Object(bucket, key, datetime.now(UTC), size=size, content_type="application/octet-stream")
 
     def get_object(self, bucket: str, key: str, offset: int = 0, length: int = 0) -> Any:
         data = self._store.read(key)
@@ -260,7 +273,7 @@ class Node:
 
     async def _connect(self, process: Process) -> Connection:
         while True:
-            self.client = Client(self.world.broker, process)
+            self.client = self.world.client(process)
             connection = Connection("sim", self.identity, self.name, client=cast(Any, self.client))
             try:
                 await connection.open()
@@ -274,7 +287,7 @@ class Node:
             "http://store", "access", "secret", "connito", "here", self.folder / "cache",
             client=cast(Any, StoreClient(self.world.store, self)),
         )  # fmt: skip
-        settings = SETTINGS.model_copy(update=BEYOND)
+        settings = settings_of(self.name.split("-")[0])
         return _Context(
             self.name,
             settings,
@@ -288,11 +301,16 @@ class Node:
         )
 
 
-SETTINGS = CoordinatorSettings.model_validate({"key_file": "none"})
-BEYOND = {
-    "lease_seconds": LEASE, "examine_slots": 2, "presign_seconds": 900, "requests_per_second": 1e9, "requests_burst": 1e9,
-    "device": "", "batch_tokens": 1, "hidden_cache_bytes": 1,
+SETTINGS: dict[str, type[ServiceSettings]] = {
+    "coordinator": CoordinatorSettings, "committer": CommitterSettings, "validator": ValidatorSettings,
 }  # fmt: skip
+# Calls of half a minute come in no time here.
+PATIENT = {"requests_per_second": 1e9, "requests_burst": 1e9}
+
+
+@functools.cache
+def settings_of(service: str) -> ServiceSettings:
+    return SETTINGS.get(service, ServiceSettings).model_validate({"key_file": "none"}).model_copy(update=PATIENT)
 
 
 class _Context(ServiceContext[Any]):
@@ -313,6 +331,8 @@ class Scenario:
     every: float = 2.0
     seconds: float = 20.0
     skew: float = 0.0
+    # Nobody is away for long: what was committed to is opened.
+    brief: bool = False
     weather: Weather = field(default_factory=Weather)
     # What happens at a time of its own.
     script: tuple[tuple[float, Callable[[World], object]], ...] = ()
@@ -341,10 +361,11 @@ class World:
         self.spec = toy.spec_for(scenario.cycles, 1, scenario.quorum, self.identities["customer"].public)
         self.selection = selection
         holdouts = {corpus.artifact.digest for corpus in (spec.holdout, *spec.general_holdouts)}
-        self.store = Store({
+        placed = {
             key_of(ArtifactRef(digest=digest, realm=REALM_HOLDOUT if digest in holdouts else REALM_PUBLIC)): data
             for digest, data in objects.items()
-        })  # fmt: skip
+        }
+        self.store = Store(placed, self.loop)
         self.apis: dict[str, tuple[Node, Process, object]] = {}
         self.kills = 0
         self.faults: list[str] = []
@@ -365,6 +386,15 @@ class World:
 
     def bus(self, connection: Connection, host: Host) -> Bus:
         return Bus(connection, connection, self.roster, host)
+
+    def client(self, process: Process) -> Client:
+        return Client(self.broker, process)
+
+    def artifacts(self, node: Node) -> type[ArtifactStore]:
+        return ArtifactStore
+
+    def services(self, bus: Bus) -> MinersServices:
+        return MinersServices(bus, self)
 
     def later(self, seconds: float, work: Callable[..., Any], *args: Any) -> None:
         """Start a coroutine that belongs to no machine."""
@@ -415,9 +445,9 @@ class World:
         bus, me = context.bus, context.identity.public
         ledger, log = self.ledger(node), Log(context.roster)
         try:
-            services = MinersServices(bus, self)
+            services = self.services(bus)
             downloads = cast(Any, MinersDownloads(services, self, node.folder / "cache"))
-            trainer = toy.Trainer(me, node.process.rng)
+            trainer = toy.Trainer(node.process.rng)
             miner = Miner(bus, services, downloads, ledger, trainer, HONEST, lambda run: log.runs[run], node.name, "")
             await Engine(
                 bus, log, MINER_STREAMS, lambda facts, now: decide_with(me, ledger, HONEST, facts, now), miner.perform,
@@ -487,11 +517,6 @@ class World:
         asyncio.set_event_loop(None)
 
 
-def _outage(world: World, node: Node, rng: Random) -> None:
-    world.store.away = True
-    world.loop.call_later(rng.uniform(0.5, 15), setattr, world.store, "away", False, context=world.loop.between)
-
-
 def _full(world: World, node: Node, rng: Random) -> None:
     node.disk_full = True
     world.loop.call_later(rng.uniform(0.5, 10), setattr, node, "disk_full", False, context=world.loop.between)
@@ -505,15 +530,21 @@ FAULTS: dict[str, Callable[[World, Node, Random], object]] = {
     "election": lambda world, node, rng: world.broker.elect(
         rng.choice([*world.broker.streams, "KV_LEASES"]), rng.uniform(0.2, 5)
     ),
-    "store": _outage,
+    "lease": lambda world, node, rng: world.broker.elect("KV_LEASES", rng.uniform(0.1, 2.5)),
+    "store": lambda world, node, rng: world.store.leave(rng.uniform(0.5, 15)),
     "full": _full,
+    "brief": lambda world, node, rng: node.kill(rng.uniform(0.1, 0.5)),
     "torn": lambda world, node, rng: setattr(node, "tear", True),
     "skew": lambda world, node, rng: setattr(node, "skew", rng.uniform(-1800, 1800)),
 }
 
 
 # Whom a kind of fault befalls, where that is not everybody.
-AT: dict[str, str | tuple[str, ...]] = {"torn": "miner", "full": ("miner", "committer", "coordinator")}
+AT: dict[str, str | tuple[str, ...]] = {
+    "torn": "miner",
+    "brief": "miner",
+    "full": "",
+}
 
 
 def folder_for(seed: int) -> Path:
@@ -523,6 +554,9 @@ def folder_for(seed: int) -> Path:
 
 def carry_out(seed: int, scenario: Scenario, of: type[World] = World) -> World:
     """Carry out one run; the same seed and scenario give the same run. `close` and remove `folder` afterwards."""
+    # Waits before another attempt are drawn from the module's own generator.
+    random.seed(seed)
+    vars(WAITING).update(vars(Waiting()))
     world = of(seed, scenario, folder_for(seed))
     try:
         asyncio.set_event_loop(world.loop)

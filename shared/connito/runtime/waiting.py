@@ -10,7 +10,7 @@ import asyncio
 import errno
 import random
 from collections.abc import Callable
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from connito.errors import Environment, Retry, Unusable
 from connito.runtime import metrics
@@ -60,7 +60,8 @@ class Waiting:
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[str, str, asyncio.TimerHandle]] = {}
-        self._listeners: WeakSet[Listener] = WeakSet()
+        # In the order in which they came.
+        self._listeners: WeakKeyDictionary[Listener, None] = WeakKeyDictionary()
         self._told: dict[str, float] = {}
 
     def begin(self, what: str, error: Environment, run: str, seconds: float) -> None:
@@ -81,7 +82,7 @@ class Waiting:
 
     def listen(self, listener: Listener) -> None:
         """Tell `listener` of every dependency that answers again, for as long as it exists."""
-        self._listeners.add(listener)
+        self._listeners[listener] = None
 
     def answered(self, dependency: str) -> None:
         """Note that a dependency works; whoever waits for it need not wait longer. Call it in the loop's thread.
