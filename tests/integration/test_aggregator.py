@@ -14,13 +14,12 @@ from connito.base.loading import load_full
 from connito.bus import Bus
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import NotFound
 from connito.moe.resident import compress
 from connito.moe.state import load_state, save_state
 from connito.moe.training import train_local
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.protocol.merging.candidates import Attempt, MergeInputs, write_candidate
-from connito.store import ArtifactStore
+from connito.store import ArtifactStore, key_of
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.views.sentences import detail_of
@@ -299,20 +298,19 @@ async def test_without_quorum_and_without_work_the_run_goes_on(stage: Stage) -> 
     assert version.losses[0].before == version.losses[0].after > 0
 
 
-async def test_a_submission_that_vanished_costs_only_its_sender(stage: Stage) -> None:
+async def test_a_submission_that_vanished_is_waited_for_and_costs_nobody(stage: Stage) -> None:
+    """The store lost what the committer had accepted; it is put back, and nothing is restarted."""
     await work(stage, 1, "anna")
-    entry = cycle_pb2.Submission()
-    entry.CopyFrom(stage.submissions[1][0])
-    entry.miner, entry.commit_sequence = MINERS["bert"], 9
-    entry.artifact.digest = "0" * 64
-    with pytest.raises(NotFound):
-        await stage.store.fetch(entry.artifact)
-    stage.submissions[1].append(entry)
-    await stage.tell(1, {"anna": 0.2, "bert": 0.9})
+    artifact = stage.submissions[1][0].artifact
+    data = (await stage.store.fetch(artifact)).read_bytes()
+    await asyncio.to_thread(stage.store._client.remove_object, stage.store.bucket, key_of(artifact))
+    await stage.tell(1, {"anna": 0.2})
+    await until_logged(stage.process.log, '"waits_for": "object"')
+    assert await stage.store.put_bytes(data, artifact.media_type, artifact.realm) == artifact
     version = await stage.version(1)
 
     assert list(version.merged) == [MINERS["anna"]]
-    assert stage.verdicts(1)["bert"].reason == reasons_pb2.REASON_ARTIFACT_MISSING
+    assert stage.verdicts(1)["anna"].reason == reasons_pb2.REASON_UNSPECIFIED
 
 
 async def test_a_standby_takes_over(stage: Stage, identities: dict[str, Identity], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from connito.data.corpus import Corpus
 from connito.data.safetensors_header import SAFETENSORS
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.protocol.holdout import draw_sequences, subsets
-from connito.store import ArtifactStore, ref_of_bytes
+from connito.store import ArtifactStore, key_of
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.wire.identity import Identity
@@ -141,13 +141,11 @@ async def test_a_cycle_is_scored_on_the_full_model_across_a_kill_9(
     me, tiny = key.public, await prepare(store, run_id, tmp_path)
     states = await asyncio.to_thread(make_states, tiny, tmp_path)
     theta_1 = await store.put_file(states["theta_1"], SAFETENSORS, REALM_PUBLIC)
-    missing = ref_of_bytes(b"never uploaded", SAFETENSORS, REALM_SUBMISSION)
     artifacts = {
         "honest": (await put(store, states["honest"]), theta_1, 1),
         "late": (await put(store, states["late"]), tiny.state, 0),
         "freerider": (await put(store, states["theta_1"]), theta_1, 1),
         "nan": (await put(store, states["nan"]), theta_1, 1),
-        "missing": (missing, theta_1, 1),
     }
     submissions = [
         cycle_pb2.Submission(
@@ -175,10 +173,16 @@ async def test_a_cycle_is_scored_on_the_full_model_across_a_kill_9(
             assert committed is not None
             assert secret_digest(run_id, 1, me, secret.secret) == committed.digest
 
+            # What the committer accepted and the store lost is nobody's fault: it is waited for.
+            lost = artifacts["honest"][0]
+            await asyncio.to_thread(store._client.remove_object, store.bucket, key_of(lost))
             seed = draw_seed(run_id, 1, {me: secret.secret})
             await teller.say(
                 "validate", 1, "drawn", cycle_pb2.SeedDrawn(run=run_id, cycle=1, seed=seed, validators=[me])
             )
+            await until_logged(process.log, '"waits_for": "object"')
+            assert me not in teller.facts.reports(1)
+            await store.put_file(states["honest"], lost.media_type, lost.realm)
             await teller.until(lambda facts: me in facts.reports(1), "the report")
             fact = teller.facts.reports(1).get(me)
             report = None if fact is None else fact.message
@@ -200,11 +204,10 @@ def check_report(report: cycle_pb2.ScoreReport, seed: bytes, state: ArtifactRef)
         "late": "REASON_UNSPECIFIED",
         "freerider": "REASON_UNCHANGED",
         "nan": "REASON_NON_FINITE",
-        "missing": "REASON_ARTIFACT_MISSING",
     }
     assert scores["honest"].utility == scores["honest"].effect > scores["honest"].effect_low > 0
     assert scores["late"].utility > 0
-    assert [scores[miner].utility for miner in ("freerider", "nan", "missing")] == [0, 0, 0]
+    assert [scores[miner].utility for miner in ("freerider", "nan")] == [0, 0]
 
 
 async def check_receipt(

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
+from connito.bus.follow import milliseconds
 from connito.bus.streams import DURABLES, LEASE_TTL, STREAMS, stream_of
 from connito.wire.fact import Record
 from nats.aio.msg import Msg
@@ -174,8 +175,9 @@ class Broker:
         if expected is not None and not self.admits(self.last.get(subject, 0), int(expected)):
             return {"error": {"code": 400, "err_code": 10071, "description": "wrong last sequence"}}
         log, now = self.streams[stream], self.loop.now
-        record = Record(stream, len(log) + 1, subject, data, int((EPOCH + now) * 1000))
-        own = {"Nats-Subject": subject, "Nats-Sequence": str(record.sequence), "Nats-Time-Stamp": _stamp(now)}
+        own = {"Nats-Subject": subject, "Nats-Sequence": str(len(log) + 1), "Nats-Time-Stamp": _stamp(now)}
+        # One time, as whoever reads it has it: rounded once.
+        record = Record(stream, len(log) + 1, subject, data, milliseconds(_stamp(now)))
         log.append(Stored(record, own))
         self.last[subject] = record.sequence
         if subject in self._awaited:

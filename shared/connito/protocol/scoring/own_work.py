@@ -95,7 +95,8 @@ def own_work(
         miner = submissions[later].miner
         if miner not in found.original and firsts and numbers >= NUMBERS_EACH * len(firsts[:NEAREST]):
             _judge(submissions, evidence, spaces, firsts, later, policy, found)
-        if miner not in found.original:
+        # What moved nothing is like nothing, and no measure of anything.
+        if miner not in found.original and min(spaces.weights[later, later], spaces.function[later, later]) > 0.0:
             firsts.append(later)
     if policy.copy_span_threshold > 0.0 and numbers >= NUMBERS_EACH * min(len(firsts), NEAREST):
         for _ in range(SWEEPS):

@@ -140,6 +140,13 @@ def test_nobody_leans_on_what_was_committed_later() -> None:
     assert set(found.original.values()) == {"U0"}
 
 
+def test_works_that_moved_nothing_or_anywhere_shield_nobody() -> None:
+    works = honest(6, 0.6)
+    idle, anywhere = np.zeros(NUMBERS), noise(1.0, seed=8)
+    thefts_ = [np.asarray(np.mean(works, axis=0)), works[2] + noise(1.0)]
+    assert set(judged([idle, anywhere, *works, *thefts_]).original) == {"U8", "U9"}
+
+
 def test_half_stolen_work_is_paid_a_part() -> None:
     works = honest(6, 0.6)
     own = honest(7, 0.6)[6]
