@@ -102,8 +102,8 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def read_header(path: Path) -> ExpertHeader:
     """Read the header of the expert file at `path`. Raises `Invalid` if it is not one."""
-    metadata = read_safetensors_header(path)[0].get("__metadata__", {})
-    return ExpertHeader.from_metadata(metadata, path)
+    metadata = read_safetensors_header(path)[0].get("__metadata__")
+    return ExpertHeader.from_metadata(metadata if isinstance(metadata, dict) else {}, path)
 
 
 def write_expert(state: Path, out: Path, header: ExpertHeader) -> str:

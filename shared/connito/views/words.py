@@ -62,6 +62,8 @@ REASONS = {
     "too-few-miners": "fewer miners than the minimum enrolled in time",
     "bad-spec": "the job cannot be carried out as specified",
     "selection-failed": "no experts could be selected",
+    "fault": "a service failed at this run in a way that has no name; its log has the details",
+    "rule-broken": "validators found the cycle against the rules of the draw, the quorum or the closing of a window",
     "cancelled": "the customer cancelled the run",
     "store-unavailable": "the object store did not answer",
     "quota-exceeded": "too many requests by this key",

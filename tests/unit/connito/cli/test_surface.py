@@ -123,6 +123,8 @@ COUNTERPARTS = {
     "doctor": "connito.local.doctor.doctor",
     "select": "connito.select",
     "audit": "connito.audit.runs.audit",
+    "archive": "connito.audit.runs.archive",
+    "clean": "connito.client.cleaning.clean",
     "explain": "connito.audit.runs.explain",
     "ban": "connito.Client.ban",
     "invite": "connito.wire.invites.issue",
@@ -148,8 +150,8 @@ COUNTERPARTS = {
     "miner fits": "connito.workloads.rehearsal.rehearse",
     "miner status": "connito.client.runs.miner",
 }
-# These become a service's process: `python -m services.NAME` is the same thing.
-PROCESSES = {"console", "miner run"}
+# These become a process that stays: of a service, for which `python -m services.NAME` is the same thing, or the witness.
+PROCESSES = {"console", "miner run", "witness"}
 
 
 def counterpart(verb: str) -> str:

@@ -13,6 +13,7 @@ import structlog
 from connito.data.corpus import Corpus
 from connito.errors import Retry
 from connito.protocol.policy.law import DEFAULTS
+from connito.runtime.waiting import here_and_now
 from connito.v1 import reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.envelope import seal
@@ -35,6 +36,7 @@ class World:
 
     folder: Path
     written: list[tuple[str, Any]] = field(default_factory=list)
+    identity: Identity = field(default_factory=Identity.generate)
 
     async def last_record(self, subject: str) -> None:
         return None
@@ -87,10 +89,10 @@ async def handled(world: World, spec: run_pb2.RunSpec) -> tuple[str, Any]:
 
 
 POISON: dict[str, dict[str, bytes]] = {
-    **{f"{part} separated by {separator!r}": {part: text(separator)} for part in ("probe", "train", "holdout")
+    **{f"{part} separated by {separator[:20]!r}": {part: text(separator)} for part in ("probe", "train", "holdout")
        for separator in ("abc", "1e3", str(2**40), "", "-1", "9" * 5000, str(VOCABULARY))},
     **{f"{part} of another base": {part: text(token=5000)} for part in ("train", "holdout")},
-    **{f"{part} is {what!r}": {part: what} for part in ("probe", "train", "holdout")
+    **{f"{part} is {what[:20]!r}": {part: what} for part in ("probe", "train", "holdout")
        for what in (b"", b"{}", b"\xff" * 40, (1 << 40).to_bytes(8, "little"), b"[" * 100_000)},
     "train is too short": {"train": text(documents=0)},
     **{f"manifest is {what[:20]!r}": {"manifest": what} for what in (b"", b"[]", b"5", b"[" * 100_000, b'{"version":[1]}')},
@@ -126,8 +128,9 @@ async def test_what_passes_is_no_verdict(world: World, monkeypatch: pytest.Monke
         raise error
 
     monkeypatch.setattr("services.selector.actions.fetch_base", broken)
-    with pytest.raises(Retry):
+    with pytest.raises(type(error)) as told:
         await handled(world, spec_of(world))
+    assert here_and_now(told.value) is not None, "the work queue tries it again"
     assert world.written == []
 
 
