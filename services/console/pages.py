@@ -157,7 +157,9 @@ class Console:
     # Pages.
 
     def _runs(self, request: Request) -> Shown:
-        return Shown("runs.html", "Runs", {"runs": views.run_rows(self.feed.runs, self.feed.clock())})
+        return Shown(
+            "runs.html", "Runs", {"runs": views.run_rows(self.feed.runs, self.feed.clock(), self.feed.roster.stake)}
+        )
 
     def _run(self, request: Request) -> Shown:
         facts, frame, now = self._facts(request)
@@ -248,7 +250,11 @@ class Console:
     def _of_run(
         self, template: str, facts: RunFacts, moment: Moment | None, now: int, values: Mapping[str, Any]
     ) -> Shown:
-        frame = {"head": views.head(facts, now), "moment": moment, "at": _query(at=moment.position if moment else None)}
+        frame = {
+            "head": views.head(facts, now, self.feed.roster.stake),
+            "moment": moment,
+            "at": _query(at=moment.position if moment else None),
+        }
         return Shown(template, facts.run, {**frame, "link": _query, **values}, live=moment is None)
 
     def _facts(self, request: Request) -> tuple[RunFacts, Moment | None, int]:

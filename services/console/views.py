@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from connito.protocol.quorum import pause
+from connito.protocol.quorum import Present, pause
+from connito.protocol.rules import Stake
 from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -108,29 +109,29 @@ class ExpertRow:
         return next((curve for curve in self.curves if curve.domain == domain), None)
 
 
-def run_rows(runs: Mapping[str, RunFacts], now_ms: int) -> list[RunRow]:
+def run_rows(runs: Mapping[str, RunFacts], now_ms: int, stake: Stake) -> list[RunRow]:
     """Return every run that was created, the newest first."""
-    rows = [_run_row(facts, now_ms) for facts in runs.values() if facts.spec is not None]
+    rows = [_run_row(facts, now_ms, stake) for facts in runs.values() if facts.spec is not None]
     return sorted(rows, key=lambda row: (-row.created_unix_ms, row.head.run))
 
 
-def head(facts: RunFacts, now_ms: int) -> Head:
+def head(facts: RunFacts, now_ms: int, stake: Stake) -> Head:
     """Return the state of a run. Raises `AssertionError` for a run that was not created."""
     spec, ending = facts.require_spec(), outcome(facts)
     window = facts.open_window if facts.ended is None else None
-    deadline = 0 if window is None else window.deadline_unix_ms
+    deadline, here = 0 if window is None else window.deadline_unix_ms, pause(facts, now_ms, stake)
     return Head(
         run=facts.run,
         domain=spec.domain,
         base=spec.base.name,
         status=ending["status"],
-        phase=phase(facts, now_ms if pause(facts, now_ms) else None),
+        phase=phase(facts, here=here),
         reason=words.clause(ending["reason"]),
         detail=ending["detail"],
         window="" if window is None else window.name,
         deadline_unix_ms=deadline,
         last_unix_ms=max(fact.time_unix_ms for fact in facts.facts.values()),
-        stale=_overdue(facts, window, deadline, now_ms),
+        stale=_overdue(window, deadline, now_ms, here),
         cycles=tuple(facts.cycles()),
         planned=spec.cycles,
         miners=len(facts.miners),
@@ -213,16 +214,16 @@ def _matching(rows: Iterable[ExpertRow], terms: list[str]) -> Iterable[ExpertRow
             yield row
 
 
-def _run_row(facts: RunFacts, now_ms: int) -> RunRow:
+def _run_row(facts: RunFacts, now_ms: int, stake: Stake) -> RunRow:
     created = facts.created_fact
     assert created is not None
     target = next((curve.points for curve in curves(facts) if curve.target), None)
     first, last = (None, None) if target is None else (target[0][1], target[-1][1])
-    return RunRow(head(facts, now_ms), created.time_unix_ms, first, last)
+    return RunRow(head(facts, now_ms, stake), created.time_unix_ms, first, last)
 
 
-def _overdue(facts: RunFacts, window: Window | None, deadline_ms: int, now_ms: int) -> str:
-    if window is None or not deadline_ms or now_ms <= deadline_ms + OVERDUE_MS or pause(facts, now_ms):
+def _overdue(window: Window | None, deadline_ms: int, now_ms: int, here: Present | None) -> str:
+    if window is None or not deadline_ms or now_ms <= deadline_ms + OVERDUE_MS or here is not None:
         return ""
     return (
         f"The {window.name} window should have closed, and nothing was heard since. The coordinator may be down: its log and "

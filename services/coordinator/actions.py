@@ -48,8 +48,9 @@ class Coordinator:
         """Return the decision of `handlers.decide`; without its actions while another replica leads."""
         if self._run not in ("", facts.run):
             return Decision()
-        self._paused(facts.run, pause(facts, now_ms))
-        decision = handlers.decide(facts, now_ms, self._facts.roster.stake)
+        stake = self._facts.roster.stake
+        self._paused(facts.run, pause(facts, now_ms, stake))
+        decision = handlers.decide(facts, now_ms, stake)
         return decision if self._leading() else Decision((), decision.wake_at_ms)
 
     async def perform(self, action: Action) -> None:

@@ -74,14 +74,16 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     async def GetRun(self, request: services_pb2.GetRunRequest, context: Any) -> services_pb2.GetRunResponse:  # noqa: N802
         """Return the status of a run that is shown to the signer. Raises `NotFound`, `Invalid`."""
         facts = self._readers.run(request.run, self._readers.key(request))
-        return services_pb2.GetRunResponse(status=status(facts, self._clock()))
+        return services_pb2.GetRunResponse(status=status(facts, self._clock(), self._roster.stake))
 
     async def ListRuns(self, request: services_pb2.ListRunsRequest, context: Any) -> services_pb2.ListRunsResponse:  # noqa: N802
         """Return every run that is shown to the signer, oldest first. Raises `Invalid`."""
         key, now = self._readers.key(request), self._clock()
         created = [(facts.created_fact, facts) for facts in self._log.runs.values() if self._readers.may(facts, key)]
         known = sorted((fact.sequence, facts.run) for fact, facts in created if fact is not None)
-        return services_pb2.ListRunsResponse(runs=[status(self._log.runs[run], now) for _, run in known])
+        return services_pb2.ListRunsResponse(
+            runs=[status(self._log.runs[run], now, self._roster.stake) for _, run in known]
+        )
 
     async def CancelRun(self, request: services_pb2.CancelRunRequest, context: Any) -> services_pb2.CancelRunResponse:  # noqa: N802
         """End a run now; again is fine. Only its own customer may. Raises `NotFound`, `Invalid`."""
@@ -115,7 +117,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
             while True:
                 changed = self._changes.of(request.run)
                 facts = self._readers.run(request.run, key)
-                current = status(facts, self._clock())
+                current = status(facts, self._clock(), self._roster.stake)
                 if current != sent:
                     yield services_pb2.WatchRunResponse(status=current)
                     sent = current

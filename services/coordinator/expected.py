@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from connito.protocol.bans import banned
-from connito.protocol.rules import committed_in_time
+from connito.protocol.rules import Stake, committed_in_time, quorum_of_draw
 from connito.v1.cycle_pb2 import SeedDrawn
-from connito.v1.run_pb2 import RunSpec
 from connito.wire.facts import RunFacts
 from connito.wire.window import Window
 
@@ -15,10 +14,10 @@ def active(facts: RunFacts) -> set[str]:
     return set(facts.miners) - set(banned(facts))
 
 
-def named(facts: RunFacts, spec: RunSpec, window: Window) -> list[str]:
+def named(facts: RunFacts, window: Window, stake: Stake) -> list[str]:
     """Return the participants to name when a window opens, sorted."""
     if window.name == "train":
-        return sorted(_at_start(facts, spec, window))
+        return sorted(_at_start(facts, window, stake))
     if window.name == "commit":
         return _trained(facts, window)
     if window.name == "submit":
@@ -42,7 +41,7 @@ def unreported(facts: RunFacts, drawn: SeedDrawn) -> list[str]:
     return [key for key in drawn.validators if key not in done]
 
 
-def _at_start(facts: RunFacts, spec: RunSpec, train: Window) -> set[str]:
+def _at_start(facts: RunFacts, train: Window, stake: Stake) -> set[str]:
     """Return whom a cycle waits for: newcomers, miners that committed and validators that reported in the cycle before.
 
     A newcomer is one that no earlier cycle has named, which needs no comparison of times between streams. When that
@@ -55,7 +54,7 @@ def _at_start(facts: RunFacts, spec: RunSpec, train: Window) -> set[str]:
     committed = set() if settled is None else set(settled.committed)
     miners = (enrolled - known) | (enrolled & committed)
     validators = (joined - known) | (joined & set(reports))
-    return (miners or enrolled) | (validators if len(validators) >= spec.windows.min_validators else joined)
+    return (miners or enrolled) | (validators if quorum_of_draw(facts, train.cycle, validators, stake) else joined)
 
 
 def _trained(facts: RunFacts, window: Window) -> list[str]:

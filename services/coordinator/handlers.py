@@ -78,13 +78,13 @@ def decide(facts: RunFacts, now_ms: int, stake: rules.Stake) -> Decision:
         return _end(facts, run_pb2.RUN_OUTCOME_FAILED, reason, failed.detail)
     if selected is None:
         return Decision([])
-    return _cycle(facts, spec, now_ms, stake) if facts.cycle else _assemble(facts, spec, selected, now_ms)
+    return _cycle(facts, spec, now_ms, stake) if facts.cycle else _assemble(facts, spec, selected, now_ms, stake)
 
 
-def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, selected: Fact, now_ms: int) -> Decision:
+def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, selected: Fact, now_ms: int, stake: rules.Stake) -> Decision:
     policy, miners, validators = spec.windows, len(expected.active(facts)), len(facts.validators)
     if miners >= policy.min_miners and validators >= policy.min_validators:
-        return _open(facts, spec, facts.next_train, now_ms)
+        return _open(facts, spec, facts.next_train, now_ms, stake)
     deadline = selected.time_unix_ms + round(policy.assemble_seconds * 1000)
     if now_ms < deadline:
         return Decision([], deadline)
@@ -117,14 +117,14 @@ def _head(facts: RunFacts, number: int) -> Decision:
 def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int, stake: rules.Stake) -> Decision:
     for window in facts.windows(facts.cycle):
         if window.opened_fact is None:
-            return _open(facts, spec, window, now_ms)
+            return _open(facts, spec, window, now_ms, stake)
         if window.closed_fact is None:
             return _in_window(facts, window, now_ms, stake)
         if window.name in _SETTLED and window.settled is None:
             return Decision([])
     enough = reached(facts, facts.cycle)
     if enough is None and facts.cycle < spec.cycles:
-        return _open(facts, spec, facts.next_train, now_ms)
+        return _open(facts, spec, facts.next_train, now_ms, stake)
     detail = sentence(enough) if enough is not None else f"all {spec.cycles} cycles done"
     return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, detail)
 
@@ -144,7 +144,7 @@ def _in_window(facts: RunFacts, window: Window, now_ms: int, stake: rules.Stake)
         return Decision([])
     if waiting and now_ms < deadline:
         return Decision([], deadline)
-    if window.name == "train" and not present(facts, window.cycle).enough:
+    if window.name == "train" and not present(facts, window.cycle, stake).enough:
         # A cycle that cannot be used is not begun. Whoever comes is a fact; at the deadline the run counts as paused.
         return Decision([], deadline if now_ms < deadline else None)
     return _close(window, cycle_pb2.CLOSE_CAUSE_DEADLINE if waiting else cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
@@ -173,7 +173,7 @@ def _draw(facts: RunFacts, window: Window, now_ms: int, stake: rules.Stake) -> D
     return Decision([], half if now_ms < half else deadline)
 
 
-def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int) -> Decision:
+def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int, stake: rules.Stake) -> Decision:
     if window.name == "train" and rules.checked(facts) and facts.head(window.cycle) is None:
         return _head(facts, window.cycle)
     version, state = window.start
@@ -182,7 +182,7 @@ def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int) -
         cycle=window.cycle,
         window=window_value(window.name),
         deadline_unix_ms=0 if window.name == "merge" else deadline_ms(facts, window, now_ms, spec.windows),
-        expected=expected.named(facts, spec, window),
+        expected=expected.named(facts, window, stake),
         version=version,
         state=state,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from connito.protocol.quorum import pause
+from connito.protocol.quorum import Present, pause
+from connito.protocol.rules import Stake
 from connito.v1 import run_pb2, services_pb2
 from connito.views.sentences import why_left
 from connito.wire.facts import RunFacts
@@ -14,13 +15,13 @@ _PHASES = {
 }
 
 
-def phase(facts: RunFacts, now_ms: int) -> services_pb2.RunPhase.ValueType:
+def phase(facts: RunFacts, here: Present | None) -> services_pb2.RunPhase.ValueType:
     """Return the phase of a created run; the time is the broker's."""
     if facts.ended is not None:
         return _PHASES.get(facts.ended.outcome, services_pb2.RUN_PHASE_FAILED)
     if facts.selection is None:
         return services_pb2.RUN_PHASE_SELECTING
-    if pause(facts, now_ms) is not None:
+    if here is not None:
         return services_pb2.RUN_PHASE_PAUSED
     return services_pb2.RUN_PHASE_RUNNING if facts.cycle else services_pb2.RUN_PHASE_ASSEMBLING
 
@@ -30,23 +31,23 @@ def version(facts: RunFacts) -> int:
     return 0 if facts.latest_version is None else facts.latest_version.version
 
 
-def status(facts: RunFacts, now_ms: int) -> services_pb2.RunStatus:
+def status(facts: RunFacts, now_ms: int, stake: Stake) -> services_pb2.RunStatus:
     """Return the status of a run that was created."""
-    window = facts.open_window if facts.ended is None else None
+    window, here = facts.open_window if facts.ended is None else None, pause(facts, now_ms, stake)
     return services_pb2.RunStatus(
         spec=facts.spec,
-        phase=phase(facts, now_ms),
+        phase=phase(facts, here),
         cycle=facts.cycle,
         window="" if window is None else window.name,
         deadline_unix_ms=0 if window is None else window.deadline_unix_ms,
         version=version(facts),
         miners=facts.miners,
         validators=facts.validators,
-        detail=_detail(facts, now_ms),
+        detail=_detail(facts, here),
     )
 
 
-def _detail(facts: RunFacts, now_ms: int) -> str:
+def _detail(facts: RunFacts, here: Present | None) -> str:
     if facts.ended is not None:
         return facts.ended.detail
     if left := why_left(facts):
@@ -59,6 +60,5 @@ def _detail(facts: RunFacts, now_ms: int) -> str:
             f"{len(facts.miners)} of {spec.windows.min_miners} miners and "
             f"{len(facts.validators)} of {spec.windows.min_validators} validators are here"
         )
-    here = pause(facts, now_ms)
     waits = "" if here is None else f" is paused: {here}"
     return f"cycle {facts.cycle} of {spec.cycles}{waits}"

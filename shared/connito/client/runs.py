@@ -12,6 +12,8 @@ from connito.client.security import advisories
 from connito.errors import ConnitoError, Invalid, NotFound
 from connito.platform.log import newest, read_log, read_runs
 from connito.platform.session import Session
+from connito.protocol.quorum import pause
+from connito.protocol.rules import Stake
 from connito.views.ledger import balances, entries
 from connito.views.ledger import check as unbalanced
 from connito.views.live import announce, phase
@@ -31,7 +33,7 @@ def status(session: Session, run: str = "") -> dict[str, Any]:
     return {
         "services": _services(session),
         "security_events": _security(session),
-        "run": None if facts is None else _run(facts),
+        "run": None if facts is None else _run(facts, session.roster.stake),
     }
 
 
@@ -133,12 +135,12 @@ async def _newest(session: Session, run: str) -> RunFacts | None:
     return _named(log, run) if run else newest(log)
 
 
-def _run(facts: RunFacts) -> dict[str, Any]:
+def _run(facts: RunFacts, stake: Stake) -> dict[str, Any]:
     window = facts.open_window
     now = time.time_ns() // 1_000_000
     return {
         **run_report(facts),
-        "phase": phase(facts, now),
+        "phase": phase(facts, now, pause(facts, now, stake)),
         "window": "" if window is None else window.name,
         "cycle": facts.cycle,
         "miners": len(facts.miners),

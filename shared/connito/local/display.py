@@ -120,7 +120,8 @@ class LiveDisplay:
         from rich.text import Text
 
         if self._facts is not None and self._facts.spec is not None:
-            return render(self._facts, self._names, time.time_ns() // 1_000_000)
+            # The validators of this machine have one vote each.
+            return render(self._facts, self._names, time.time_ns() // 1_000_000, lambda validator: 1.0)
         return Text(self._work)
 
 

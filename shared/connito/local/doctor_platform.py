@@ -15,6 +15,7 @@ from connito.service import certificates
 if TYPE_CHECKING:
     from connito.bus import Bus
     from connito.platform.session import Session
+    from connito.protocol.rules import Stake
     from connito.wire.facts import RunFacts
 
 
@@ -71,24 +72,27 @@ async def _resume(session: Session, bus: Bus) -> Check:
 
     log = await read_runs(session, bus)
     runs = [facts for facts in log.runs.values() if facts.spec is not None and facts.ended is None]
-    stuck = [facts for facts in runs if _overdue(facts)]
-    found = "; ".join(f"{facts.run}: {_where(facts)}" for facts in runs) or "no run is under way"
+    stake = session.roster.stake
+    stuck = [facts for facts in runs if _overdue(facts, stake)]
+    found = "; ".join(f"{facts.run}: {_where(facts, stake)}" for facts in runs) or "no run is under way"
     remedy = "nothing closed the window: see the coordinator's log, and whether one leads (`connito status`)"
     return Check("resume point", not stuck, found, remedy if stuck else "", warning=True)
 
 
-def _where(facts: RunFacts) -> str:
+def _where(facts: RunFacts, stake: Stake) -> str:
+    from connito.protocol.quorum import pause
     from connito.views.live import phase
 
-    return phase(facts, int(time.time() * 1000))
+    now = int(time.time() * 1000)
+    return phase(facts, now, pause(facts, now, stake))
 
 
-def _overdue(facts: RunFacts) -> bool:
+def _overdue(facts: RunFacts, stake: Stake) -> bool:
     from connito.protocol.quorum import pause
 
     window, now = facts.open_window, int(time.time() * 1000)
     deadline = 0 if window is None else window.deadline_unix_ms
-    return bool(deadline and now > deadline + 60_000 and pause(facts, now) is None)
+    return bool(deadline and now > deadline + 60_000 and pause(facts, now, stake) is None)
 
 
 async def _expiries(session: Session) -> list[Check]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from connito.protocol.quorum import pause
+from connito.protocol.quorum import Present, pause
+from connito.protocol.rules import Stake
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views import words
@@ -26,8 +27,8 @@ def who(facts: RunFacts, key: str, names: Mapping[str, str]) -> str:
     return names.get(key) or miner_name(facts, key)
 
 
-def phase(facts: RunFacts, now_ms: int | None = None) -> str:
-    """Return the current phase in one sentence, with the time left where the time is given."""
+def phase(facts: RunFacts, now_ms: int | None = None, here: Present | None = None) -> str:
+    """Return the current phase in one sentence, with the time left where the time is given. `here`: `quorum.pause` of it."""
     spec = facts.spec
     if spec is None:
         return "submitting the job"
@@ -45,7 +46,7 @@ def phase(facts: RunFacts, now_ms: int | None = None) -> str:
     window = facts.open_window
     if window is None:
         return f"cycle {facts.cycle} of {spec.cycles}: between windows"
-    if now_ms is not None and (here := pause(facts, now_ms)) is not None:
+    if here is not None:
         return f"cycle {window.cycle} of {spec.cycles}: paused, {here}"
     left = "" if now_ms is None else _left(window, now_ms)
     return f"cycle {window.cycle} of {spec.cycles}: {window.name}, {words.WINDOWS[window.name]}{left}"
@@ -116,12 +117,14 @@ def _ending(message: run_pb2.RunEnded | run_pb2.ExpertDeposited | run_pb2.Select
     return f"the selection failed: {reason_name(message.reason)} ({message.detail})"
 
 
-def render(facts: RunFacts, names: Mapping[str, str], now_ms: int) -> RenderableType:
+def render(facts: RunFacts, names: Mapping[str, str], now_ms: int, stake: Stake) -> RenderableType:
     """Return the live view for a terminal."""
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(f"{facts.run} · {phase(facts, now_ms)}", style="bold")]
+    parts: list[RenderableType] = [
+        Text(f"{facts.run} · {phase(facts, now_ms, pause(facts, now_ms, stake))}", style="bold")
+    ]
     if facts.versions:
         parts.append(_loss_table(facts))
     if facts.cycle:

@@ -16,7 +16,7 @@ from services.console.history import in_order, replay
 from services.console.lineage import lineage
 from services.console.waterfall import waterfall
 from services.console.why import why
-from tests.support.run import Run, theta
+from tests.support.run import Run, even, theta
 from tests.unit.services.console.world import LATE, MERGED, RUN, START, UNSURE, V1, V2, a_run, begun, end
 
 
@@ -32,7 +32,7 @@ def test_every_reason_has_words() -> None:
 
 
 def test_a_list_of_runs_shows_where_each_stands(story: Run) -> None:
-    (row,) = views.run_rows({RUN: story.facts, "unborn": RunFacts("unborn")}, story.now)
+    (row,) = views.run_rows({RUN: story.facts, "unborn": RunFacts("unborn")}, story.now, even)
     assert (row.head.run, row.head.domain, row.head.base, row.head.status) == (RUN, "medical", "tiny", "running")
     assert row.head.phase == "cycle 2 of 3: validate, validators score"
     assert (row.first_loss, row.last_loss, row.head.miners, row.head.validators) == (2.0, 1.9, 3, 2)
@@ -40,23 +40,23 @@ def test_a_list_of_runs_shows_where_each_stands(story: Run) -> None:
 
 def test_no_loss_is_shown_before_one_was_published() -> None:
     story = begun()
-    (row,) = views.run_rows({RUN: story.facts}, story.now)
+    (row,) = views.run_rows({RUN: story.facts}, story.now, even)
     assert (row.first_loss, row.last_loss) == (None, None)
     assert views.curves(story.facts) == []
 
 
 def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Run) -> None:
-    head = views.head(story.facts, story.now)
+    head = views.head(story.facts, story.now, even)
     assert head.window == "validate"
     assert head.deadline_unix_ms > story.now
     assert head.stale == ""
-    assert "validate" in views.head(story.facts, head.deadline_unix_ms + views.OVERDUE_MS + 1).stale
-    assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + views.OVERDUE_MS + 1)[0].head.stale
+    assert "validate" in views.head(story.facts, head.deadline_unix_ms + views.OVERDUE_MS + 1, even).stale
+    assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + views.OVERDUE_MS + 1, even)[0].head.stale
 
 
 def test_an_ended_run_waits_for_nothing(story: Run) -> None:
     end(story)
-    head = views.head(story.facts, story.now + 10**9)
+    head = views.head(story.facts, story.now + 10**9, even)
     assert (head.status, head.window, head.deadline_unix_ms, head.stale) == ("completed", "", 0, "")
 
 
@@ -69,7 +69,7 @@ def test_a_failed_run_says_why_in_words() -> None:
         detail="1 of 3 came",
     )
     story.publish("run", 0, "ended", failed)
-    head = views.head(story.facts, story.now)
+    head = views.head(story.facts, story.now, even)
     assert (head.status, head.detail) == ("failed", "1 of 3 came")
     assert head.reason == words.REASONS["too-few-miners"]
 

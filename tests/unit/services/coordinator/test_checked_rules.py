@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from connito.protocol import rules
 from connito.protocol.findings import CHECKED
+from connito.protocol.quorum import pause
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
+from services.coordinator import expected
 from services.coordinator.handlers import CloseWindow, PublishFact, WriteHead, decide
 from tests.support.run import even
 
@@ -71,9 +73,8 @@ def test_a_head_is_written_before_a_cycle_opens_and_behind_the_end_and_the_depos
 
 
 def test_less_than_half_of_those_that_joined_draw_nothing_though_the_policy_asks_for_one() -> None:
-    told = validating("va")
-    told.seed_revealed("va")
-    told.now += 10**6
+    told = validating("va", "vb")
+    told.seed_revealed("va").seed_revealed("vb", secret=b"another secret than that".ljust(32))
     closed = step(told)
     assert isinstance(closed, CloseWindow)
     assert closed.cause == cycle_pb2.CLOSE_CAUSE_ALL_ACTED
@@ -110,3 +111,51 @@ def test_who_objects_is_not_waited_for() -> None:
     step(told)
     told.reported("va").reported("vb").say("validate", 1, "objection", validator="vc")
     assert isinstance(step(told), CloseWindow)
+
+
+def training(*committed: str, stakes: dict[str, float] | None = None) -> tuple[World, rules.Stake]:
+    """A first train window past its deadline, in which these validators have committed to a secret."""
+    weights, told = stakes or {}, world()
+
+    def stake(validator: str) -> float:
+        return weights.get(validator, 1.0)
+
+    step(told)
+    step(told)
+    told.trained("ma")
+    for validator in committed:
+        told.seed_committed(validator)
+    told.now += 10**6
+    return told, stake
+
+
+def test_a_cycle_that_half_of_the_votes_would_judge_is_not_begun() -> None:
+    """By heads there are enough in each; by votes only where more than half of them are there."""
+    told, stake = training("vb")
+    assert not decide(told.facts, told.now, stake).actions
+    assert str(pause(told.facts, told.now, stake)) == (
+        "1 of 1 miners and 1 of 1 validators are here, with 1.00 of 3.00 votes; more than half are needed"
+    )
+    told.seed_committed("vc")
+    assert pause(told.facts, told.now, stake) is None
+    assert isinstance(decide(told.facts, told.now, stake).actions[0].payload, CloseWindow)
+    for committed, goes_on in ((("va",), True), (("vb", "vc"), False)):
+        told, stake = training(*committed, stakes={"va": 3.0})
+        assert bool(decide(told.facts, told.now, stake).actions) is goes_on
+        assert (pause(told.facts, told.now, stake) is None) is goes_on
+
+
+def test_a_newcomer_ends_the_pause_where_the_others_stay_away() -> None:
+    told, stake = training("va")
+    told.validators("vd", "ve")
+    for validator in ("vd", "ve"):
+        assert pause(told.facts, told.now, stake) is not None
+        told.seed_committed(validator)
+    assert pause(told.facts, told.now, stake) is None, "three of the five that could have been there"
+
+
+def test_all_who_joined_are_waited_for_where_those_who_reported_are_too_few() -> None:
+    for stakes, waited_for in (({}, {"vb", "vc"}), ({"va": 3.0}, set(VALIDATORS))):
+        told, stake = training(*VALIDATORS, stakes=stakes)
+        told.reported("vb").reported("vc").say("run", 2, "head")
+        assert set(expected.named(told.facts, told.facts.next_train, stake)) == {"ma", *waited_for}

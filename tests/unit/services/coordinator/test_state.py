@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from prometheus_client import REGISTRY
 
 from services.coordinator.state import OpenWindows, State
-from tests.support.run import RUN
+from tests.support.run import RUN, even
 from tests.unit.services.coordinator.world import World
 
 
@@ -65,7 +65,7 @@ def test_a_paused_run_is_not_overdue_and_says_that_it_waits(roster: Roster) -> N
 
     assert shown("window_deadline_timestamp_seconds") == 5
     for _ in range(2):
-        state.paused(RUN, present(world.facts, 1))
+        state.paused(RUN, present(world.facts, 1, even))
         assert (shown("run_paused"), shown("window_deadline_timestamp_seconds")) == (1, 0)
     for _ in range(2):
         state.paused(RUN, None)

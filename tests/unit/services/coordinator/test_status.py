@@ -20,17 +20,17 @@ def assembled() -> World:
 
 def test_phases_up_to_the_first_cycle() -> None:
     world = assembled()
-    shown = status(world.facts, world.now)
+    shown = status(world.facts, world.now, even)
     assert (shown.phase, shown.cycle, shown.window) == (services_pb2.RUN_PHASE_SELECTING, 0, "")
     assert shown.spec == world.spec()
     world.selected()
     world.miners("ma")
-    shown = status(world.facts, world.now)
+    shown = status(world.facts, world.now, even)
     assert shown.phase == services_pb2.RUN_PHASE_ASSEMBLING
     assert shown.detail == "1 of 1 miners and 0 of 1 validators are here"
     world.validators("va")
     world.perform(decide(world.facts, world.now, even))
-    shown = status(world.facts, world.now)
+    shown = status(world.facts, world.now, even)
     assert (shown.phase, shown.cycle, shown.window) == (services_pb2.RUN_PHASE_RUNNING, 1, "train")
     assert shown.deadline_unix_ms == world.now + 100_000
     assert (list(shown.miners), list(shown.validators), shown.version) == (["ma"], ["va"], 0)
@@ -64,7 +64,7 @@ def test_an_ended_run_shows_its_outcome_and_no_window() -> None:
     world.publish("train", 1, "opened", cycle_pb2.WindowOpened(deadline_unix_ms=5))
     ended = run_pb2.RunEnded(run=RUN, outcome=run_pb2.RUN_OUTCOME_FAILED, detail="why")
     world.publish("run", 0, "ended", ended)
-    shown = status(world.facts, world.now)
+    shown = status(world.facts, world.now, even)
     assert (shown.phase, shown.window, shown.deadline_unix_ms) == (services_pb2.RUN_PHASE_FAILED, "", 0)
     assert shown.detail == "why"
 
@@ -77,21 +77,21 @@ def test_a_run_is_paused_from_the_deadline_until_enough_are_there() -> None:
     world.validators("va")
     world.perform(decide(world.facts, world.now, even))
     world.now += 100_000 - 1
-    assert status(world.facts, world.now).phase == services_pb2.RUN_PHASE_RUNNING
+    assert status(world.facts, world.now, even).phase == services_pb2.RUN_PHASE_RUNNING
     world.now += 1
     world.trained("ma")
-    shown = status(world.facts, world.now)
+    shown = status(world.facts, world.now, even)
     assert shown.phase == services_pb2.RUN_PHASE_PAUSED
     assert shown.detail == "cycle 1 of 2 is paused: 1 of 2 miners and 0 of 1 validators are here"
     world.trained("mb")
     world.seed_committed("va")
-    assert status(world.facts, world.now).phase == services_pb2.RUN_PHASE_RUNNING
+    assert status(world.facts, world.now, even).phase == services_pb2.RUN_PHASE_RUNNING
 
 
 def test_a_run_that_a_service_has_left_says_so_until_it_goes_on() -> None:
     run = Run().created().selected().miners("UA").validators("UV").opened("train")
     run.say("run", 0, "paused", key="UC", service="committer", in_cycle=1, action="r1/settle", detail="KeyError: 'x'")
-    for said in (status(run.facts, 0).detail, phase(run.facts), outcome(run.facts)["detail"]):
+    for said in (status(run.facts, 0, even).detail, phase(run.facts), outcome(run.facts)["detail"]):
         assert said == "the committer cannot go on (r1/settle): KeyError: 'x'"
     run.opened("train", 2)
-    assert "committer" not in status(run.facts, 0).detail
+    assert "committer" not in status(run.facts, 0, even).detail
