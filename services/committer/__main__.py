@@ -21,7 +21,9 @@ from .settings import CommitterSettings
 from .state import STREAMS, State
 
 
-async def main(ctx: ServiceContext[CommitterSettings], serve: rpc.ServeApi = rpc.serve_api) -> None:
+async def main(
+    ctx: ServiceContext[CommitterSettings], serve: rpc.ServeApi = rpc.serve_api, serves: rpc.Serves = rpc.serves_at
+) -> None:
     """Run until told to stop. Raises whatever the engine, the consumer or the API died of."""
     settings, state = ctx.settings, State(ctx.roster)
     limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
@@ -42,7 +44,7 @@ async def main(ctx: ServiceContext[CommitterSettings], serve: rpc.ServeApi = rpc
             # Any replica serves the API; where there are several, one advertised address leads to all of them.
             if await life.finishes(rpc.register(ctx.bus, "committer", address)):
                 ctx.ready()
-                life.start(rpc.stay_registered(ctx.bus, "committer", address, ctx.settings.tls))
+                life.start(rpc.stay_registered(ctx.bus, "committer", address, ctx.settings.tls, serves=serves))
             await life.over()
 
 

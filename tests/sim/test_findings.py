@@ -23,16 +23,7 @@ FINDINGS: dict[str, Callable[[int], Scenario]] = {
 }
 
 
-NOT_YET = {"an address leads to who lives": "a replica registers its address once, and not again when another is gone"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(reason=NOT_YET[name], strict=True)] if name in NOT_YET else [])
-        for name in FINDINGS
-    ],
-)
+@pytest.mark.parametrize("name", FINDINGS)
 def test_what_was_found_stays_cured(name: str) -> None:
     world = carry_out(1, FINDINGS[name](1))
     try:

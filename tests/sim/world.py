@@ -41,6 +41,7 @@ from connito.wire.identity import Identity
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import fact
+from connito.wire.tls import Tls
 from minio.datatypes import Object
 from minio.error import S3Error
 from urllib3.exceptions import HTTPError
@@ -412,11 +413,16 @@ class World:
 
         return serve
 
+    async def serves(self, address: str, tls: Tls) -> bool:
+        """Tell whether who served at an address lives, and answers."""
+        node, process, _ = self.apis[address]
+        return node.process is process and not process.dead and not process.paused
+
     async def coordinator(self, node: Node, context: ServiceContext[Any]) -> None:
         await coordinator_main(context, self._serve(node))
 
     async def committer(self, node: Node, context: ServiceContext[Any]) -> None:
-        await committer_main(context, self._serve(node))
+        await committer_main(context, self._serve(node), self.serves)
 
     async def validator(self, node: Node, context: ServiceContext[Any]) -> None:
         await validator_main(context, toy.Evaluator)

@@ -196,6 +196,8 @@ async def serve(
         await server.stop(drain_s)
 
 
+# Tells what `serves_at` does.
+Serves = Callable[[str, Tls], Awaitable[bool]]
 # Serves an API as `serve_api` does.
 ServeApi = Callable[["ServiceContext[Any]", Servicer], AbstractAsyncContextManager[str]]
 
@@ -221,11 +223,20 @@ async def register(bus: Bus, name: str, address: str, wanted: Callable[[], bool]
             return
 
 
-async def stay_registered(bus: Bus, name: str, address: str, tls: Tls = PLAIN, every: float = REGISTERED_EVERY) -> None:
+async def stay_registered(
+    bus: Bus,
+    name: str,
+    address: str,
+    tls: Tls = PLAIN,
+    every: float = REGISTERED_EVERY,
+    serves: Serves | None = None,
+) -> None:
     """Take over the entry of `name` whenever nobody serves at the address that stands there. For ever.
 
     Of several replicas without a common address the last one to register is found; when that one is lost, another must be.
+    `serves` asks an address, `serves_at` unless given.
     """
+    ask = serves or serves_at
     silent = 0
     while True:
         await asyncio.sleep(every)
@@ -233,7 +244,7 @@ async def stay_registered(bus: Bus, name: str, address: str, tls: Tls = PLAIN, e
             known = await bus.find_endpoint(name, timeout=0.0)
         except Retry:
             known = ""
-        silent = 0 if known == address or (known and await _serves(known, tls)) else silent + 1
+        silent = 0 if known == address or (known and await ask(known, tls)) else silent + 1
         if silent >= _SILENT:
             log.warning(
                 "nobody serves at the registered address, taking over", service=name, before=known, address=address
@@ -242,7 +253,8 @@ async def stay_registered(bus: Bus, name: str, address: str, tls: Tls = PLAIN, e
             silent = 0
 
 
-async def _serves(address: str, tls: Tls) -> bool:
+async def serves_at(address: str, tls: Tls) -> bool:
+    """Tell whether anybody serves at an address."""
     async with channel(address, tls) as one:
         try:
             health_stub = health_pb2_grpc.HealthStub(one)
