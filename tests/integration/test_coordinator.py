@@ -24,6 +24,7 @@ from connito.runtime.tasks import end_tasks
 from connito.service import rpc
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
+from connito.v1.envelope_pb2 import Envelope
 from connito.v1.services_pb2_grpc import RunServiceStub
 from connito.wire.envelope import seal
 from connito.wire.facts import RunFacts
@@ -71,6 +72,10 @@ class Stage:
     def miner(self) -> Identity:
         return self.identities["miner"]
 
+    def viewer(self) -> Envelope:
+        """Who reads: the customer."""
+        return seal(self.identities["customer"], "rpc.ReadRuns", services_pb2.ReadRunsCommand())
+
     async def stub(self) -> RunServiceStub:
         return RunServiceStub(rpc.channel(await self.bus.find_endpoint("coordinator")))
 
@@ -90,7 +95,8 @@ class Stage:
         await rpc.call((await self.stub()).CancelRun, services_pb2.CancelRunRequest(envelope=envelope))
 
     async def status(self, run: str) -> services_pb2.RunStatus:
-        answer = await rpc.call((await self.stub()).GetRun, services_pb2.GetRunRequest(run=run))
+        request = services_pb2.GetRunRequest(run=run, viewer=self.viewer())
+        answer = await rpc.call((await self.stub()).GetRun, request)
         found: services_pb2.RunStatus = answer.status
         return found
 
@@ -186,7 +192,7 @@ async def test_a_run_from_creation_to_completion(stage: Stage, start: Start, run
     first = asyncio.Event()
 
     async def watch() -> None:
-        async for update in stub.WatchRun(services_pb2.WatchRunRequest(run=run_id)):
+        async for update in stub.WatchRun(services_pb2.WatchRunRequest(run=run_id, viewer=stage.viewer())):
             seen.append(update.status)
             first.set()
 
@@ -204,7 +210,7 @@ async def test_a_run_from_creation_to_completion(stage: Stage, start: Start, run
     assert seen[-1].phase == services_pb2.RUN_PHASE_COMPLETED
     assert {"train", "commit", "submit", "validate", "merge"} <= {status.window for status in seen}
     assert (await stage.status(run_id)).version == 2
-    listed = await rpc.call(stub.ListRuns, services_pb2.ListRunsRequest())
+    listed = await rpc.call(stub.ListRuns, services_pb2.ListRunsRequest(viewer=stage.viewer()))
     assert [status.spec.run for status in listed.runs] == [run_id]
     assert_learned(facts)
     with pytest.raises(Invalid, match="has ended"):
@@ -269,7 +275,7 @@ async def test_bad_requests_are_refused_clearly(stage: Stage, start: Start, run_
     with pytest.raises(Invalid, match="label"):
         await stage.enrol(run_id, label="x" * 200)
     stub: Any = await stage.stub()
-    watching = stub.WatchRun(services_pb2.WatchRunRequest(run="nothing"))
+    watching = stub.WatchRun(services_pb2.WatchRunRequest(run="nothing", viewer=stage.viewer()))
     with pytest.raises(grpc.aio.AioRpcError, match="no run is called 'nothing'"):
         await watching.read()
 

@@ -87,7 +87,7 @@ async def test_every_role_does_its_work(connect: Connect, identities: dict[str, 
         assert await read(await connect(role), *streams.FACT_STREAMS) == 2
 
 
-@pytest.mark.parametrize("stream", ["VALIDATE", "INGRESS", "DLQ", "LIBRARY"])
+@pytest.mark.parametrize("stream", ["ADVISORIES"])
 async def test_a_miner_cannot_read_what_is_not_for_miners(connect: Connect, stream: str) -> None:
     miner = await connect("miner")
     with pytest.raises(Invalid, match=f"does not let .* use .*{stream}"):

@@ -144,7 +144,10 @@ async def _reopen(folder: Path, fresh: Path, stack: AsyncExitStack) -> Access:
     await asyncio.gather(asyncio.to_thread(nats.start), asyncio.to_thread(weed.start))
     bus = await stack.enter_async_context(await Bus.connect(nats.url, None, "audit"))
     store = ArtifactStore(weed.url, weed.access_key, weed.secret_key, BUCKET, REGION, fresh)
-    return Access(bus, store, Roster.load(data.roster), data.cache, Identity.load(data.keys / "customer.nk"))
+    key = data.keys / "customer.nk"
+    # Runs of before hold-outs were sealed are read without one.
+    reader = Identity.load(key) if key.exists() else None
+    return Access(bus, store, Roster.load(data.roster), data.cache, reader)
 
 
 def _own_key(data_dir: Path | None) -> Identity | None:

@@ -305,6 +305,11 @@ def open_request(
 
     With a role, the signer must have it in the roster. Raises `Invalid` with the reason that applies.
     """
+    if not envelope.ByteSize():
+        raise Invalid(
+            f"a request {subject} is signed by the key of whoever asks; this one is not: use a client that signs it",
+            reason=reasons.REASON_BAD_SIGNATURE,
+        )
     opened = check(envelope, subject)
     if role and (roster is None or not roster.permits(role, opened.signer)):
         raise Invalid(
