@@ -175,6 +175,7 @@ def archived_and_released(platform: Platform, run: str) -> None:
     assert (sealed["head"], sealed["messages"]) == (live["chain"]["head"], live["messages"])
     gone = platform.connito("audit", run)
     assert (gone.returncode, sealed["sha256"] in gone.stderr) == (4, True), gone.stderr
+    assert platform.connito("ledger", run).returncode == 4, "nobody was paid is no answer"
     command = [sys.executable, "-m", "connito.cli", "audit", run, "--from", str(file), "--no-model", "--json"]
     again = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout)
     assert (again["result"], again["chain"]) == ("same", live["chain"])

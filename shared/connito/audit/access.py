@@ -25,6 +25,7 @@ from connito.store.artifacts import key_of
 from connito.store.cache import Cache
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 from connito.wire.subjects import DLQ_ROOT, fact
@@ -46,11 +47,7 @@ class Access:
     async def evidence(self, run: str) -> Evidence:
         """Read and verify the stored messages of a run. Raises `NotFound` and `Retry`."""
         evidence = read_stored(run, await self.stored(run), self.roster)
-        if (gone := evidence.facts.archived) is not None and not evidence.facts.cycles():
-            raise NotFound(
-                f"run {run} was released from the log into an archive of {gone.bytes} bytes with SHA-256 {gone.digest}; give "
-                "that file with --from"
-            )
+        refuse_released(evidence.facts)
         return evidence
 
     async def stored(self, run: str) -> Stored:
@@ -93,6 +90,15 @@ class Access:
             return await self.store.fetch(whole)
         except VerificationFailed as error:
             raise VerificationFailed("does not have this digest in the store", reason=error.reason) from error
+
+
+def refuse_released(facts: RunFacts) -> None:
+    """Raise `NotFound` for a run whose windows are in an archive only."""
+    if (gone := facts.archived) is not None and not facts.cycles():
+        raise NotFound(
+            f"run {facts.run} was released from the log into an archive of {gone.bytes} bytes with SHA-256 {gone.digest}; "
+            "give that file with --from"
+        )
 
 
 def _about(subject: str) -> tuple[str, int]:

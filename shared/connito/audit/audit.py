@@ -57,6 +57,7 @@ class Audit:
     windows: dict[str, str]
     model: bool
     seconds: float
+    files: bool = True
 
     @property
     def differences(self) -> list[Difference]:
@@ -86,6 +87,7 @@ class Audit:
             "chain": {"head": chain.head(self.windows), "windows": self.windows},
             "messages": self.messages,
             "model": self.model,
+            "files": self.files,
             "seconds": round(self.seconds, 2),
         }
 
@@ -102,6 +104,7 @@ def audit(evidence: Evidence, artifacts: Artifacts, options: Options) -> Audit:
         chain.windows_of(evidence.records),
         options.model,
         time.monotonic() - began,
+        options.files,
     )
 
 

@@ -136,7 +136,9 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
     ]
     same = document["result"] == "same"
     lines += [f"to blame: {', '.join(document['blame'])}"] if document["blame"] else []
-    model = "" if document["model"] else " (selection and losses left out)"
+    model = (
+        "" if document["model"] else " (selection and losses left out)" if document["files"] else " (by the log alone)"
+    )
     lines.append(f"{evidence.run}: {'same' if same else 'differs'}{model}, {formats.duration(document['seconds'])}")
     return "\n".join(lines)
 

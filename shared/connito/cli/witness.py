@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.runtime.progress import silent
 
 
 def witness(
@@ -25,28 +29,41 @@ def witness(
 ) -> None:
     """Read the log, check that each signed head extends what was seen before, cosign it and remember it.
 
-    Needs a key that may read. Exits with 6 where a second history is shown. What it keeps, FOLDER/RUN.checkpoint, is for `connito
-    audit --checkpoint`.
+    Needs a key that may read. Goes on until it is interrupted or terminated. Exits with 6 where a second history is shown, or
+    less of a run than was cosigned; what the operator released into an archive is said and left. What it keeps,
+    FOLDER/RUN.checkpoint, is for `connito audit --checkpoint`.
     """
     from connito.audit.witness import Witness
     from connito.bus.streams import FACT_STREAMS
+    from connito.cli.audit import tell
     from connito.platform.session import Session
     from connito.runtime.host import now_ms
-    from connito.wire.checkpoint import Checkpoint
     from connito.wire.identity import Identity
+    from connito.wire.subjects import check_token
 
     session = Session.open(data_dir, role="customer")
     signer = session.identity if key is None else Identity.load(key)
+    only = check_token(run, "run id") if run else ""
+    seen = Witness(folder, signer, session.roster, silent if as_json else tell, now_ms, only)
 
-    def tell(name: str, checkpoint: Checkpoint) -> None:
-        if not as_json:
-            typer.echo(f"{name}: {checkpoint.size} messages, root {checkpoint.root.hex()[:16]}… cosigned", err=True)
-
-    async def follow() -> int:
+    async def follow() -> None:
         async with session.bus() as bus:
-            seen = Witness(folder, signer, session.roster, tell, now_ms)
-            return await seen.watch(bus.follow(FACT_STREAMS, run), once=once)
+            await seen.watch(bus.follow(FACT_STREAMS, only), once=once)
 
-    count = asyncio.run(follow())
-    document = {"witness": signer.public, "cosigned": count, "folder": str(folder)}
-    emit(as_json, document, lambda: f"{signer.public} cosigned {count} new heads; what it remembers is in {folder}")
+    asyncio.run(_until_told(follow))
+    document = {"witness": signer.public, "cosigned": seen.cosigned, "folder": str(folder)}
+    emit(
+        as_json,
+        document,
+        lambda: f"{signer.public} cosigned {seen.cosigned} new heads; what it remembers is in {folder}",
+    )
+
+
+async def _until_told(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do the work until it is done, or SIGINT or SIGTERM end it: that is how a witness ends."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work())
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    with suppress(asyncio.CancelledError):
+        await task

@@ -98,15 +98,16 @@ def _played(log: Any, record: Any, first_ms: int) -> dict[str, Any]:
 
 
 async def _facts(run: str, folder: Path | None, data_dir: Path | None) -> RunFacts:
-    if folder is not None:
-        from connito.audit.access import opened
+    from connito.audit.access import opened, refuse_released
 
+    if folder is not None:
         async with opened(folder, data_dir) as access:
             return (await access.evidence(run)).facts
     session = Session.open(data_dir, role="customer")
     async with session.bus() as bus:
-        log = await read_log(bus, session.roster, run)
-    return _named(log, run)
+        facts = _named(await read_log(bus, session.roster, run), run)
+    refuse_released(facts)
+    return facts
 
 
 def _named(log: Log, run: str) -> RunFacts:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
+from connito.audit.access import refuse_released
 from connito.audit.audit import Audit, Options, audit
 from connito.audit.witness import Witness
 from connito.bus.follow import CaughtUp
-from connito.errors import Invalid, VerificationFailed
+from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.runtime.progress import Notify, silent
+from connito.v1 import run_pb2
 from connito.wire.checkpoint import Checkpoint
 from connito.wire.fact import Record
+from connito.wire.subjects import FactKey
 
 from tests.unit.connito.audit.world import ROSTER, RUN, Cycle, World, identity, tell
 
@@ -45,9 +49,10 @@ async def items(records: list[Record]) -> AsyncGenerator[Record | CaughtUp, None
     yield CaughtUp()
 
 
-async def watch(records: list[Record], folder: Path, tell: Callable[[str, Checkpoint], None] = lambda *_: None) -> int:
-    witness = Witness(folder, ME, ROSTER, tell, lambda: 1_700_000_000_000)
-    return await witness.watch(items(records), once=True)
+async def watch(records: list[Record], folder: Path, say: Notify = silent) -> int:
+    witness = Witness(folder, ME, ROSTER, say, lambda: 1_700_000_000_000)
+    await witness.watch(items(records), once=True)
+    return witness.cosigned
 
 
 def up_to(world: World, ending: str) -> list[Record]:
@@ -55,10 +60,11 @@ def up_to(world: World, ending: str) -> list[Record]:
 
 
 async def test_it_cosigns_each_head_once_and_goes_on_where_it_was(told: World, tmp_path: Path) -> None:
-    seen: list[int] = []
-    assert await watch(up_to(told, "run.2.head"), tmp_path, lambda run, one: seen.append(one.size)) == 2
-    assert await watch(told.records, tmp_path, lambda run, one: seen.append(one.size)) == 2
+    said: list[str] = []
+    assert await watch(up_to(told, "run.2.head"), tmp_path, said.append) == 2
+    assert await watch(told.records, tmp_path, said.append) == 2
     assert await watch(told.records, tmp_path) == 0
+    seen = [int(text.split()[1]) for text in said]
     assert seen == sorted(set(seen))
     kept = Checkpoint.parse((tmp_path / f"{RUN}.checkpoint").read_text())
     assert kept.size == seen[-1]
@@ -136,3 +142,65 @@ async def test_a_log_with_another_past_of_the_same_length_is_refused(told: World
     path.write_text(Checkpoint(seen.origin, seen.size, b"x" * 32).signed(identity("coordinator")).note)
     with pytest.raises(VerificationFailed, match="not those seen before"):
         await watch(told.records, tmp_path)
+
+
+def released(world: World) -> World:
+    """After the operator said which file has the run, and its windows left the streams."""
+    gone = world.copy()
+    fact = run_pb2.RunArchived(run=RUN, digest="a" * 64, bytes=1, messages=len(gone.records), head="b" * 64)
+    gone.store(f"connito.v1.{RUN}.library.0.archived", FactKey("library", 0, "archived"), fact, "operator")
+    gone.records = [record for record in gone.records if record.stream in ("RUNS", "LIBRARY")]
+    return gone
+
+
+async def test_a_run_that_was_released_before_it_was_seen_is_left_and_said(told: World, tmp_path: Path) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        assert await watch(released(told).records, tmp_path, said.append) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert len(said) == 2
+    assert "not cosigned, its operator has released it into an archive with SHA-256 " + "a" * 64 in said[0]
+
+
+async def test_the_release_of_a_run_that_was_seen_needs_the_operators_word(told: World, tmp_path: Path) -> None:
+    await watch(told.records, tmp_path)
+    before, said = (tmp_path / f"{RUN}.checkpoint").read_text(), list[str]()
+    assert await watch(released(told).records, tmp_path, said.append) == 0
+    assert "--checkpoint" in said[0]
+    assert (tmp_path / f"{RUN}.checkpoint").read_text() == before
+    without = [record for record in released(told).records if not record.subject.endswith("library.0.archived")]
+    with pytest.raises(VerificationFailed, match="ends before"):
+        await watch(without, tmp_path)
+
+
+def test_what_was_released_is_found_in_its_file_alone(told: World) -> None:
+    refuse_released(told.evidence().facts)
+    with pytest.raises(NotFound, match="give that file with --from"):
+        refuse_released(released(told).evidence().facts)
+
+
+async def test_a_release_hides_no_second_history(told: World, other: World, tmp_path: Path) -> None:
+    await watch(told.records, tmp_path)
+    with pytest.raises(VerificationFailed, match="not among those in the log"):
+        await watch(released(other).records, tmp_path)
+
+
+async def test_a_run_that_left_the_log_as_a_whole_is_missed(told: World, tmp_path: Path) -> None:
+    await watch(told.records, tmp_path)
+    with pytest.raises(VerificationFailed, match="the log does not hold it"):
+        await watch([], tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"no checkpoint\n", b"x" * 1_000_000])
+async def test_damaged_memory_is_told_and_accuses_nobody(told: World, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / f"{RUN}.checkpoint").write_bytes(content)
+    with pytest.raises(Invalid, match="is damaged") as caught:
+        await watch(told.records, tmp_path)
+    assert not isinstance(caught.value, VerificationFailed)
+    assert not (tmp_path / f"{RUN}.refused").exists()
+
+
+async def test_a_file_is_no_folder_to_remember_in(told: World, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Invalid, match="give a folder"):
+        await watch(told.records, tmp_path / "file")
