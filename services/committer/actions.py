@@ -25,7 +25,7 @@ from connito.wire.heads import ingress_origin_of
 
 from . import judging, settlement
 from .content import ContentCheck
-from .handlers import Acknowledge, Examine, Settle
+from .handlers import Acknowledge, Settle
 from .settlement import Write
 from .state import FACTS, State, lane_of
 
@@ -184,8 +184,6 @@ class Committer:
                 await self._settle(facts, window, cycle)
             case Acknowledge():
                 await self._acknowledge(facts)
-            case Examine(artifact, base):
-                await self._check(facts, artifact, base)
 
     async def _acknowledge(self, facts: RunFacts) -> None:
         heard, number = self._state.heard[facts.run], self._state.heard[facts.run].number + 1

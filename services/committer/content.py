@@ -26,8 +26,7 @@ REMEMBERED = 10_000
 class ContentCheck:
     """`await check(facts, artifact)` is None when the artifact is a well-formed submission, else the refusal.
 
-    Callers that ask for the same artifact share one examination, so that one can be started as soon as a reveal is seen
-    and be ready when its turn comes.
+    Callers that ask for the same artifact share one examination.
     """
 
     def __init__(self, store: ArtifactStore, slots: int) -> None:

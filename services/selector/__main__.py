@@ -21,7 +21,7 @@ async def main(ctx: ServiceContext[SelectorSettings]) -> None:
     budget = ComputeBudget(settings.compute_dir, settings.compute_slots)
     selector = Selector(ctx.bus, ctx.store, ctx.roster, budget, ctx.log)
     async with Lifecycle(ctx.stop) as life:
-        life.start(ctx.bus.consume("selector", selector.handle))
+        life.start(ctx.bus.consume("selector", selector.handle, aside=selector.fail))
         ctx.ready()
         await life.over()
 

@@ -59,12 +59,16 @@ class Selector:
             # Nobody has looked at what the job names before: that it is not there is the job's mistake.
             if here_and_now(error) is not None and not isinstance(error, (ObjectMissing, ObjectDamaged)):
                 raise
-            failure = handlers.failed(fact.run, error)
-            self._log.error("no selection is possible", error=failure.detail)
-            await self._bus.publish_fact(fact.run, "run", 0, "selection_failed", failure)
+            await self.fail(record, error)
             return
         await self._bus.publish_fact(fact.run, "run", 0, "selected", message)
         self._log.info("selected", experts=message.selected_experts, of=message.total_experts)
+
+    async def fail(self, record: Record, error: Exception) -> None:
+        """Publish why there is no selection for a run."""
+        failure = handlers.failed(verify_fact(record, self._roster).run, error)
+        self._log.error("no selection is possible", error=failure.detail)
+        await self._bus.publish_fact(failure.run, "run", 0, "selection_failed", failure)
 
     async def _standing(self, run: str) -> set[str]:
         """Return which kinds of `SETTLED` the run has a fact of. Forged messages on those subjects do not count."""

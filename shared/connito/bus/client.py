@@ -292,7 +292,7 @@ class Bus:
 
         Without `lane` every replica takes a share. With it, messages of one lane are handled one at a time and in order, and
         lanes take turns; then one replica may consume at a time (`Lease`). What `skip` says so of is done without being handled.
-        `aside` is told of a message whose handler failed too often, before its dead letter is written.
+        `aside` is told of a message whose handler failed, or ended the process, too often, before its dead letter is written.
         """
 
         async def handle(record: Record) -> None:

@@ -14,6 +14,7 @@ from nats.errors import Error as NatsError
 from connito.bus.connection import Connection
 from connito.bus.follow import record_of
 from connito.bus.streams import DURABLES, Durable
+from connito.bus.suspects import SetAside, Suspects
 from connito.errors import Environment, Fatal, Invalid, Retry
 from connito.runtime import logs, metrics, tracing, waiting
 from connito.runtime.logs import get_logger
@@ -60,6 +61,7 @@ class Worker(Listener):
     ) -> None:
         self.connection, self.handler, self.bury, self.heartbeat = connection, handler, bury, heartbeat
         self.durable: Durable = DURABLES[durable]
+        self.suspects = Suspects(connection, durable)
         self.concurrency, self.lane, self.skip, self.aside = concurrency, lane, skip, aside
         self.most = self.durable.max_ack_pending if lane is not None else concurrency
         self.lanes: dict[str, deque[int]] = {}
@@ -225,18 +227,19 @@ class Worker(Listener):
         cause = logs.extract(record.headers)
         logs.use(cause)
         try:
-            with (
-                tracing.span(
-                    f"process {self.durable.name}",
-                    "CONSUMER",
-                    cause,
-                    system="nats",
-                    destination_name=record.subject,
-                    message_id=record.sequence,
-                ),
-                metrics.HANDLER_SECONDS.labels(self.durable.name).time(),
-            ):
-                await self.handler(record)
+            async with self.suspects.watch(record.sequence, msg.metadata.num_delivered > 1):
+                with (
+                    tracing.span(
+                        f"process {self.durable.name}",
+                        "CONSUMER",
+                        cause,
+                        system="nats",
+                        destination_name=record.subject,
+                        message_id=record.sequence,
+                    ),
+                    metrics.HANDLER_SECONDS.labels(self.durable.name).time(),
+                ):
+                    await self.handler(record)
         except Fatal:
             raise
         except Exception as error:
@@ -278,7 +281,7 @@ class Worker(Listener):
 
     async def _failed(self, msg: Any, record: Record, error: Exception, tries: int) -> float | None:
         """Do what an error means: later, as often as it takes, or a dead letter; at once for what is `Invalid`, and for what
-        has no meaning when it came often enough.
+        has no meaning when it came often enough. Whoever waits for an answer to what is set aside gets one.
         """
         if (fault := here_and_now(error)) is not None:
             return await self._later(msg, record, fault, tries)
@@ -291,9 +294,9 @@ class Worker(Listener):
                     msg, record, Retry(f"its handler failed: {error}", dependency="handler"), tries
                 )
             what = f"its handler failed {count} times: {type(error).__name__}: {error}"
-            error = Invalid(what, reason=reasons.REASON_FAULT)
-            if self.aside is not None:
-                await self.aside(record, error)
+            error = SetAside(what, reason=reasons.REASON_FAULT)
+        if isinstance(error, SetAside) and self.aside is not None:
+            await self.aside(record, error)
         await self._dead_letter(msg, record, error)
         return None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES, STREAMS, live
+from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES, STREAMS, SUSPECTS, live
 from connito.wire.parts import MAX_FACT_BYTES
 from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, inbox_prefix
 from connito.wire.verification import ANY, CATALOGUE, INGRESS, LARGE, WORKERS
@@ -131,11 +131,13 @@ def _buckets(role: str) -> Iterable[str]:
 
 
 def _durable(name: str) -> Iterable[str]:
-    """Yield the subjects with which a worker asks for and acknowledges messages, without rights to change the consumer."""
+    """Yield the subjects with which a worker draws, acknowledges and suspects messages, without rights to change the consumer."""
     stream = DURABLES[name].stream
     yield f"$JS.API.CONSUMER.INFO.{stream}.{name}"
     yield f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}"
     yield f"$JS.ACK.{stream}.{name}.>"
+    yield f"$KV.{SUSPECTS}.{name}.*"
+    yield f"$JS.API.DIRECT.GET.KV_{SUSPECTS}.$KV.{SUSPECTS}.{name}.*"
 
 
 _MINER_SAYS = [f"{ROOT}.*.ingress.{SELF}.{kind}" for kind in INGRESS]

@@ -16,6 +16,8 @@ from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, check_token
 
 LEASES = "LEASES"
 ENDPOINTS = "ENDPOINTS"
+SUSPECTS = "SUSPECTS"
+SUSPECTED_SECONDS = 7 * 86400.0
 LEASE_TTL = 3.0
 
 
@@ -117,7 +119,7 @@ async def ensure(
     try:
         for stream in STREAMS.values():
             await _ensure_stream(js, _stream_config(stream, replicas, max_bytes))
-        for bucket, ttl in ((LEASES, lease_ttl), (ENDPOINTS, None)):
+        for bucket, ttl in ((LEASES, lease_ttl), (ENDPOINTS, None), (SUSPECTS, SUSPECTED_SECONDS)):
             await _ensure_stream(js, _bucket_config(bucket, ttl, replicas))
         for durable in DURABLES.values():
             await js.add_consumer(durable.stream, _durable_config(durable))
@@ -125,7 +127,7 @@ async def ensure(
         raise Retry("the broker does not answer JetStream requests; is it up, and JetStream enabled in it?") from error
     except APIError as error:
         raise Invalid(f"the broker refuses a declaration: {error.description}") from error
-    return [*STREAMS, LEASES, ENDPOINTS, *DURABLES]
+    return [*STREAMS, LEASES, ENDPOINTS, SUSPECTS, *DURABLES]
 
 
 async def describe(js: JetStreamContext) -> list[dict[str, Any]]:

@@ -115,6 +115,7 @@ def test_nobody_reaches_into_the_work_queue_of_another_service(role: str, durabl
     stream = streams.DURABLES[durable].stream
     assert may_publish(role, f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}") == (role == durable)
     assert may_publish(role, f"$JS.ACK.{stream}.{durable}.1.2.3.4.5") == (role == durable)
+    assert may_publish(role, f"$KV.{streams.SUSPECTS}.{durable}.1") == (role == durable)
     for verb in ("CREATE", "DELETE"):
         assert not may_publish(role, f"$JS.API.CONSUMER.{verb}.{stream}.{durable}")
     for verb in ("DELETE", "PURGE", "UPDATE", "CREATE"):
