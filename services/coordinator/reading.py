@@ -49,7 +49,7 @@ class Readers:
         spec = facts.spec
         if spec is None:
             return False
-        serves = any(role != "customer" and self._roster.permits(role, key) for role in (*ROLES, OPERATOR))
+        serves = self._roster.serves(key)
         own = key == spec.customer or key in facts.enrolled or key in spec.enrolment.allowed
         shared = spec.visibility == "organisation" and spec.organisation in self._roster.memberships(key)
         return spec.visibility in ("", "public") or serves or own or shared

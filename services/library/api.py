@@ -16,14 +16,13 @@ from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.roster import OPERATOR, Roster
+from connito.wire.subjects import LIBRARY
 
 from .state import NOTICES, Catalogue, summarise
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["LibraryService"].full_name
 # Roles whose holders speak for the operator, who may say anything about any expert.
 OPERATORS = ("library", "coordinator", OPERATOR)
-# The run that facts on data sources, which belong to no run, are written under.
-NO_RUN = "library"
 
 _Read = (
     services_pb2.GetExpertRequest
@@ -100,7 +99,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
                 f"{command.subject} is not yours to speak about: its owner or the operator may",
                 reason=reasons_pb2.REASON_NOT_PERMITTED,
             )
-        run = NO_RUN if of_source else self._catalogue.facts[command.subject].run
+        run = LIBRARY if of_source else self._catalogue.facts[command.subject].run
         notice = run_pb2.ExpertNotice(
             run=run,
             id=_id(request.envelope),

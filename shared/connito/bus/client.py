@@ -150,7 +150,9 @@ class Bus:
         return int(ack["seq"])
 
     async def publish_security(self, event: SecurityEvent) -> None:
-        """Tell the operator. Raises `Retry`, and `Invalid` for a key that is no service's."""
+        """Tell the operator. Raises `Retry`, and `Invalid` for a key that is no service's: asking would count as its offence."""
+        if self._roster is not None and not self._roster.serves(self.identity.public):
+            raise Invalid("the broker does not let a key report that is no service's in the roster")
         subject = f"{subjects.SECURITY_ROOT}.{subjects.check_token(event.kind, 'kind')}.{self.identity.public}"
         await self._publish(subject, self._sealed(subject, event), {}, "security")
 

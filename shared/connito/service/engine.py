@@ -19,6 +19,7 @@ from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.runtime.waiting import WAITING, Listener, here_and_now
 from connito.service.pausing import MAX_WAIT, Pauses, publish
+from connito.service.unbegun import Unbegun
 from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import RunPaused
 from connito.wire.enums import reason_name
@@ -97,6 +98,8 @@ class Engine(Listener):
         self._newer: set[str] = set()
         self._pauses, self._held_until = Pauses(service), dict[str, int]()
         self._unreadable: set[str] = set()
+        # Who follows one run follows that one; whoever follows all of them sees in RUNS which there are.
+        self._unbegun = Unbegun() if not run and "RUNS" in streams else None
         self._something = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
         WAITING.listen(self)
@@ -139,8 +142,13 @@ class Engine(Listener):
             if isinstance(item, CaughtUp):
                 self.caught_up.set()
                 self.wake()
-            else:
+                continue
+            if self._unbegun is None:
                 self._apply(item)
+                continue
+            for record in self._unbegun.ready(item):
+                self._apply(record)
+            self.log.read(item)
 
     def _apply(self, record: Record) -> None:
         try:

@@ -10,7 +10,10 @@ from connito.wire.heads import LogTrees
 from connito.wire.parts import Parts
 from connito.wire.roster import Roster
 from connito.wire.subjects import is_ingress, run_of
-from connito.wire.verification import verify_fact, verify_ingress
+from connito.wire.verification import by_participant, verify_fact, verify_ingress
+
+# Heads are numbered like cycles, and a few follow the last one.
+HEADS_AFTER = 16
 
 
 class Log:
@@ -25,6 +28,9 @@ class Log:
     def verified(self, record: Record) -> Fact:
         """Return what a miner said, verified. Raises `Invalid`."""
         return verify_ingress(record)
+
+    def read(self, record: Record) -> None:
+        """Take in that a message was read, applied or not."""
 
     def apply(self, record: Record) -> Fact | None:
         """Verify and insert. Returns the fact if it was new, None if known.
@@ -53,4 +59,11 @@ class Log:
                 return None
             fact = verify_fact(whole, self.roster)
         facts = self.runs.setdefault(fact.run, RunFacts(fact.run))
+        if (
+            facts.spec is not None
+            and fact.key.cycle > facts.spec.cycles + HEADS_AFTER
+            and by_participant(record.subject)
+        ):
+            # Of cycles that will never be there is no end; nothing asks for them, and they are not kept.
+            return None
         return fact if facts.add(fact) else None

@@ -108,12 +108,23 @@ class Parts:
         named = parse_part(record.subject)
         if named is None:
             return self._whole(record, parts_of(record))
-        data, kept = read_part(record, roster), self.waiting.setdefault(named[0], {})
+        data = read_part(record, roster)
+        if by_participant(named[0]) and named[0] not in self.waiting:
+            self._forget_others(named[0])
+        kept = self.waiting.setdefault(named[0], {})
         # What a writer that died left behind may lie there too.
         if sum(map(len, kept.values())) + len(data) > 2 * limit_of(named[0]):
             raise Invalid(f"{named[0]} has more parts than it may have", reason=reasons_pb2.REASON_OVERSIZED)
         kept.setdefault(record.subject, data)
         return None
+
+    def _forget_others(self, subject: str) -> None:
+        """Let a participant's parts wait for one fact of a kind in a run, or parts without facts would fill readers."""
+        run, key = parse_fact(subject)
+        for other in list(self.waiting):
+            its_run, its = parse_fact(other)
+            if (its_run, its.section, its.kind, its.id) == (run, key.section, key.kind, key.id):
+                del self.waiting[other]
 
     def _whole(self, record: Record, wanted: list[str]) -> Record:
         if not wanted:

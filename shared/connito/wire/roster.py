@@ -40,6 +40,10 @@ class Roster:
         was, until = self.retired.get(signer, ("", 0))
         return self.permits(role, signer) or (was == role and time_unix_ms <= until)
 
+    def serves(self, signer: str) -> bool:
+        """Return whether `signer` is a service's, a validator's or an operator's."""
+        return any(role != "customer" and self.permits(role, signer) for role in (*ROLES, OPERATOR))
+
     def replace(self, other: Roster) -> None:
         """Become like `other`, for everybody who holds this one: the operator's file has changed."""
         pairs = (

@@ -23,6 +23,8 @@ SECURITY_ROOT = "connito.security.v1"
 WINDOWS = ("train", "commit", "submit", "validate", "merge")
 # Where facts stand that are about every run; no run may be called so.
 INSTALLATION = "installation"
+# And what the library is told of more than one run.
+LIBRARY = "library"
 SECTIONS = ("run", *WINDOWS, "library")
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,80}")

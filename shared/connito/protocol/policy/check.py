@@ -29,7 +29,7 @@ from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, R
 from connito.v1.run_pb2 import CorpusRef, RewardPolicy, RunSpec
 from connito.wire.enums import name_of
 from connito.wire.identity import is_public_key
-from connito.wire.subjects import INSTALLATION, check_token
+from connito.wire.subjects import INSTALLATION, LIBRARY, check_token
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _field(spec: RunSpec, path: str, rule: Number | Choice) -> Iterator[Fault]:
 
 def _names(spec: RunSpec, customer: str) -> Iterator[Fault]:
     yield from _token("run", spec.run)
-    if spec.run == INSTALLATION:
+    if spec.run in (INSTALLATION, LIBRARY):
         yield Fault("run", f"is {spec.run!r}, which stands for every run", "choose another id")
     yield from _token("domain", spec.domain)
     if not 1 <= spec.cycles <= MAX_CYCLES:

@@ -83,6 +83,7 @@ def test_the_command_line_s_profile_goes_before_the_file_s(customer: Path) -> No
         ),
         ({"replay": 0.5, "policies": {"training": {"replay_share": 0}}}, "policies.training.replay_share is 0, but"),
         ({"run": "installation"}, "run is 'installation', which stands for every run"),
+        ({"run": "library"}, "run is 'library', which stands for every run"),
         ({"start_from": "an expert"}, "start_from is 'an expert'"),
         ({"license": "LicenseRef-" + "x" * 4000}, "license is longer than 4000"),
         ({"data": [{"path": "code.jsonl", "name": "x" * 300}]}, "data names too many"),

@@ -258,6 +258,17 @@ def test_a_validators_parts_are_its_own_and_bounded() -> None:
         log.apply(_piece(99))
 
 
+def test_parts_without_their_facts_do_not_pile_up() -> None:
+    """A validator may name any cycle: 60 kB for each of them stayed in every reader for good."""
+    log, public = Log(ROSTER), KEYS["a"].public
+    for cycle in range(1, 50):
+        log.apply(_piece(cycle, fact(RUN, "validate", cycle, "report", public)))
+    assert list(log.parts.waiting) == [fact(RUN, "validate", 49, "report", public)]
+    for record in written("a", "validate", "report", report("a", 200), public):
+        log.apply(record)
+    assert len(log.runs[RUN].reports(1)[public].message.scores) == 200
+
+
 def _piece(number: int, subject: str = "") -> Record:
     place = part(subject or fact(RUN, "validate", 1, "report", KEYS["a"].public), f"{number:064x}", 0)
     data = seal(KEYS["a"], place, FactPart(data=random.randbytes(PART_BYTES)))
