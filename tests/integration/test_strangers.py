@@ -25,6 +25,7 @@ from connito.errors import ConnitoError
 from connito.platform.access import Access
 from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.envelope import seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.passes import Authority
@@ -565,3 +566,20 @@ async def test_who_asks_without_end_delays_nobody_for_long(boundary: Boundary) -
     for task in asking:
         task.cancel()
     assert slowest < 0.5
+
+
+async def test_a_burst_is_what_its_sender_waits_for(boundary: Boundary) -> None:
+    """Twenty thousand messages in half a second, which the broker would sync one by one while everybody else waits."""
+    honest, attacker = await boundary.bus(boundary.newcomer()), await boundary.hostile()
+    key, client = attacker.identity, attacker.clients["miners-say"]
+    burst = []
+    for number in range(20_000):
+        subject = ingress(f"made-up-{number}", key.public, "trained")
+        burst.append((subject, seal(key, subject, cycle_pb2.TrainingFinished(cycle=1)).SerializeToString()))
+    for subject, data in burst:
+        await client.publish(subject, data)
+    await client.flush()
+    began = time.monotonic()
+    await honest.publish_ingress(RUN, "trained", cycle_pb2.TrainingFinished(run=RUN, cycle=1))
+    assert time.monotonic() - began < 5
+    assert (await boundary.state())["INGRESS"][1] < len(burst) // 2

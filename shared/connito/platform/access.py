@@ -30,7 +30,7 @@ from typing import Any
 
 from connito.errors import Fatal, Invalid, NotFound
 from connito.platform import store_guard, store_rights
-from connito.platform.accounts import Accounts
+from connito.platform.accounts import JETSTREAM, Accounts
 from connito.platform.datadir import DataDir
 from connito.wire import passes
 from connito.wire.identity import Identity, is_public_key
@@ -193,7 +193,7 @@ class Access:
             "server_name": "connito",
             "http": "0.0.0.0:8222",
             "max_payload": 2 << 20,
-            "jetstream": {"store_dir": "/data/jetstream", "sync_interval": "always"},
+            "jetstream": {"store_dir": "/data/jetstream", **JETSTREAM},
             **self._tls().config(),
             **self.accounts.server("/data/jwt"),
         }

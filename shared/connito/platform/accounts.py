@@ -31,6 +31,9 @@ from connito.wire.tls import PLAIN, Tls
 
 SYSTEM = "system"
 PUSH_SECONDS = 5.0
+# Each message is synced before it is acknowledged, which takes most of a millisecond. So many wait for it in a stream; what comes
+# on top is refused, or one key's burst would be what everybody else waits for. Who waits for an answer asks again.
+JETSTREAM = {"sync_interval": "always", "max_buffered_msgs": 500}
 
 _UNLIMITED = {"subs": -1, "data": -1, "payload": -1}
 _ANY = _UNLIMITED | {"imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": 0}

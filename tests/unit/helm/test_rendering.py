@@ -9,6 +9,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from connito.platform.accounts import JETSTREAM
 from helm_python.chart import lint
 from helm_python.errors import HelmError
 
@@ -141,5 +142,5 @@ def test_the_nats_chart_is_installed_when_enabled_and_only_then(tmp_path: Path) 
     bundled = render(values_of("bundled-nats"), chart=chart)
     values = json.loads(find(bundled, "ConfigMap", "stand-in")["data"]["values"])
     assert values["config"]["cluster"] == {"enabled": True, "replicas": 3}
-    assert values["config"]["jetstream"]["merge"] == {"sync_interval": "always"}
+    assert values["config"]["jetstream"]["merge"] == JETSTREAM
     assert "stand-in" not in {item["metadata"]["name"] for item in render(values_of("platform"), chart=chart)}
