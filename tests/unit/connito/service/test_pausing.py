@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 from connito.bus import Bus, CaughtUp
+from connito.bus.position import PositionedLog
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime.host import HOST, Host
 from connito.service import engine as engine_module
@@ -248,3 +249,23 @@ def test_only_who_works_on_runs_says_that_it_left_one() -> None:
         else:
             with pytest.raises(Invalid, match="only a worker"):
                 log.apply(record)
+
+
+async def test_a_service_keeps_nothing_of_runs_that_do_not_exist() -> None:
+    """Though it has read it: who waits for the end of a stream waits for no ghost."""
+    ghosts = []
+    for number in range(2, 30):
+        subject = fact(f"ghost-{number}", "run", 0, "paused", COORDINATOR.public)
+        left = run_pb2.RunPaused(run=f"ghost-{number}", key=COORDINATOR.public)
+        ghosts.append(Record("RUNS", number, subject, seal(COORDINATOR, subject, left).SerializeToString(), 0))
+    acts, log = Acts(RuntimeError(), "nowhere"), PositionedLog(ROSTER, patience_s=5.0)
+    bus = Broker([created(GOOD, 1), *ghosts])
+    engine = Engine(cast(Bus, bus), log, ("RUNS",), acts.decide, acts.perform)
+    task = asyncio.create_task(engine.run())
+    try:
+        await log.reach("RUNS", 29)
+        assert list(log.runs) == [GOOD]
+        await until(lambda: GOOD in acts.done)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
