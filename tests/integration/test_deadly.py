@@ -44,7 +44,8 @@ async def handle(record):
         os._exit(137)
     if record.sequence == victim:
         await asyncio.sleep(60)
-    await asyncio.sleep(0.02)
+    # Long enough to be under way when `deadly` ends the process, where that is handled beside it.
+    await asyncio.sleep(0.1)
     note("ended", record)
 
 async def aside(record, error):
