@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +21,7 @@ def status(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the services, the newest run's phase, losses and miners."""
+    """Show the services, what they wait for, the newest run's phase, losses and miners."""
     from connito.client import runs
     from connito.platform.session import Session
 
@@ -52,6 +54,9 @@ def _text(document: dict[str, Any]) -> str:
     if document["security_events"]:
         seen = ", ".join(f"{count} × {kind}" for kind, count in sorted(document["security_events"].items()))
         parts += ["", f"security: {seen} in the last day; `connito advisories` shows them"]
+    for name, waits in groupby(document["waiting"], key=itemgetter("run")):
+        what = ", ".join(f"{row['dependency']} ({row['count']})" for row in waits)
+        parts += ["", f"{name or 'the platform'} waits for {what}"]
     run = document["run"]
     if run is None:
         return "\n".join([*parts, "", "no run yet"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from connito.bus.streams import FACT_STREAMS
 from connito.client.security import advisories
+from connito.client.waiting import waiting
 from connito.errors import ConnitoError, Invalid, NotFound
 from connito.platform.log import newest, read_log, read_runs
 from connito.platform.session import Session
@@ -28,10 +29,11 @@ def replay(session: Session, run: str) -> list[dict[str, Any]]:
 
 
 def status(session: Session, run: str = "") -> dict[str, Any]:
-    """Return the services here, security events of the last day, and the newest run or the one named."""
+    """Return the services here and what they wait for, security events of the last day, and the newest run or the one named."""
     facts = asyncio.run(_newest(session, run))
     return {
         "services": _services(session),
+        "waiting": [] if session.data is None else waiting(session.data),
         "security_events": _security(session),
         "run": None if facts is None else _run(facts, session.roster.stake),
     }

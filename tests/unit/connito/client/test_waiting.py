@@ -1,0 +1,48 @@
+"""What services wait for, read from their own pages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from pathlib import Path
+
+from connito.cli.status import _text
+from connito.client.waiting import waiting
+from connito.errors import Retry
+from connito.platform.datadir import DataDir
+from connito.runtime.waiting import Waiting
+from connito.service.probes import Probes
+
+
+async def test_one_line_a_run_of_what_is_waited_for(tmp_path: Path) -> None:
+    data, entries = DataDir(tmp_path), Waiting()
+    names = ("committer", "validator-1", "gone")
+    data.write_pids({name: {"pid": os.getpid(), "restarts": 0} for name in names})
+    (tmp_path / "ports").mkdir()
+    probes = Probes("127.0.0.1", 0, lambda: "")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        for name, port in (("committer", probes.port), ("gone", free.getsockname()[1])):
+            (tmp_path / "ports" / f"{name}.json").write_text(json.dumps({"http": port}))
+    try:
+        assert await asyncio.to_thread(waiting, data) == []
+        for what, run, dependency in (
+            ("a", "waits-1", "store"),
+            ("b", "waits-1", "store"),
+            ("c", "waits-1", "disk"),
+            ("d", "", "broker"),
+        ):
+            entries.begin(what, Retry("away", dependency=dependency), run, 1.0)
+        rows = await asyncio.to_thread(waiting, data)
+    finally:
+        for what in "abcd":
+            entries.end(what)
+        await probes.close()
+    assert [(row["run"], row["dependency"], row["count"]) for row in rows] == [
+        ("", "broker", 1), ("waits-1", "disk", 1), ("waits-1", "store", 2),
+    ]  # fmt: skip
+    lines = _text({"services": [], "waiting": rows, "security_events": {}, "run": None}).splitlines()
+    assert "waits-1 waits for disk (1), store (2)" in lines
+    assert "the platform waits for broker (1)" in lines
