@@ -71,11 +71,22 @@ class Committer:
                 write, final = None, False
             else:
                 final = current or write is None or write.kind == "accepted"
+            if write is not None and write.kind == "accepted" and await self._overtakes(fact):
+                raise Retry(f"what {fact.signer} said before INGRESS {fact.sequence} is answered first", after=0.2)
             if final and (write is None or await self._publish(fact.run, write)):
                 return
             await self._state.refresh(self._bus, FACTS)
             current = True
         raise Retry(f"the answer to {fact.key.kind} at INGRESS {fact.sequence} keeps changing")
+
+    async def _overtakes(self, fact: Fact) -> bool:
+        """Return whether another of the key stands before this one and is still to be answered: the broker may have given it
+        to a replica that is gone, and gives it out again only after a while.
+        """
+        await self._state.reach("INGRESS", fact.sequence)
+        earlier = self._state.earlier(fact)
+        # What nobody can be answered about has no answer, and is behind the floor.
+        return bool(earlier) and await self._bus.ack_floor(DURABLE) < earlier[-1]
 
     async def _judge(self, fact: Fact) -> Write | None:
         facts = judging.known_run(self._state.runs.get(fact.run), fact.run)

@@ -70,6 +70,7 @@ class State(PositionedLog):
         self.said: defaultdict[str, MessageCounter] = defaultdict(MessageCounter)
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
         self._pending: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
+        self._places: defaultdict[tuple[str, str, str, int], list[int]] = defaultdict(list)
         self.naming = Naming()
         self.heard: defaultdict[str, Heard] = defaultdict(Heard)
         # By run, key, kind and cycle, the first message over the quota: it is told so, and what comes after it goes unread.
@@ -101,6 +102,7 @@ class State(PositionedLog):
         said = new or self.verified(record)
         self._count(said)
         self._pending[said.run][record.sequence] = said
+        self._places[said.run, said.signer, said.key.kind, said.key.cycle].append(record.sequence)
         if isinstance(said.message, cycle_pb2.Reveal):
             self.reveals[said.run][record.sequence] = said
         return new
@@ -140,6 +142,13 @@ class State(PositionedLog):
             if sequence <= last and (counter.over(fact, spec) or judging.answered(facts, fact)):
                 del pending[sequence]
         return [sequence for sequence in pending if sequence <= last]
+
+    def earlier(self, fact: Fact) -> list[int]:
+        """Return the messages before this one, by the same key, of its kind and cycle, that have no answer in the facts yet."""
+        pending, facts = self._pending[fact.run], self.runs[fact.run]
+        places = self._places[fact.run, fact.signer, fact.key.kind, fact.key.cycle]
+        before = [place for place in places if place < fact.sequence and place in pending]
+        return [place for place in before if not judging.answered(facts, pending[place])]
 
     def worth_a_letter(self, record: Record, error: Invalid) -> bool:
         """Report what nobody can be answered about; return whether it is one of the first few, which are kept."""

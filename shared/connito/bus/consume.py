@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter, deque
+from bisect import insort
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -64,7 +65,7 @@ class Worker(Listener):
         self.suspects = Suspects(connection, durable)
         self.concurrency, self.lane, self.skip, self.aside = concurrency, lane, skip, aside
         self.most = self.durable.max_ack_pending if lane is not None else concurrency
-        self.lanes: dict[str, deque[int]] = {}
+        self.lanes: dict[str, list[int]] = {}
         self.held: dict[int, Any] = {}
         self.tries: Counter[int] = Counter()
         self.later: dict[str, asyncio.TimerHandle] = {}
@@ -177,7 +178,8 @@ class Worker(Listener):
 
     def _line_up(self, record: Record) -> None:
         lane = self.lane(record) if self.lane is not None else str(record.sequence)
-        self.lanes.setdefault(lane, deque()).append(record.sequence)
+        # What another replica was given, and comes back late, goes before what the same lane has here already.
+        insort(self.lanes.setdefault(lane, []), record.sequence)
         if len(self.lanes[lane]) == 1:
             self.ready.put_nowait(lane)
 
@@ -189,7 +191,7 @@ class Worker(Listener):
             if delay is not None:
                 self.later[lane] = asyncio.get_running_loop().call_later(delay, self._again, lane)
                 continue
-            self.lanes[lane].popleft()
+            self.lanes[lane].remove(sequence)
             del self.held[sequence], self.tries[sequence]
             self.waits_for.pop(sequence, None)
             if self.lanes[lane]:
