@@ -176,9 +176,29 @@ def archived_and_released(platform: Platform, run: str) -> None:
     gone = platform.connito("audit", run)
     assert (gone.returncode, sealed["sha256"] in gone.stderr) == (4, True), gone.stderr
     assert platform.connito("ledger", run).returncode == 4, "nobody was paid is no answer"
-    command = [sys.executable, "-m", "connito.cli", "audit", run, "--from", str(file), "--no-model", "--json"]
-    again = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout)
-    assert (again["result"], again["chain"]) == ("same", live["chain"])
+
+    def elsewhere(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "connito.cli",
+            "audit",
+            run,
+            "--from",
+            str(file),
+            "--no-model",
+            "--json",
+            *options,
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=200)
+
+    again = elsewhere("--data-dir", str(platform.data))
+    assert again.returncode == 0, again.stdout + again.stderr
+    document = json.loads(again.stdout)
+    assert (document["result"], document["chain"]) == ("same", live["chain"])
+    # Who has no key that may open the held-out text is told so, and nobody is blamed.
+    closed = elsewhere("--data-dir", str(platform.data.parent / "nothing"))
+    assert (closed.returncode, "no key here to open it" in closed.stderr) == (3, True), closed.stdout + closed.stderr
     assert run in {expert["run"] for expert in platform.json("library", "list")["experts"]}
 
 

@@ -164,11 +164,14 @@ def _versions(evidence: Evidence) -> Iterator[str]:
 
 def _honest(evidence: Evidence) -> Iterator[str]:
     """Nobody here cheats: whoever is refused came too late, or again; no work is rejected for what befell the platform."""
-    facts = evidence.facts
+    facts, ended = evidence.facts, evidence.facts.ended_fact
     for cycle in facts.cycles():
         for window in ("commit", "submit"):
             for fact in facts.window(window, cycle).refused.values():
-                if fact.message.reason not in LATE_OR_TWICE:
+                over = ended is not None and fact.time_unix_ms >= ended.time_unix_ms
+                if fact.message.reason not in (
+                    LATE_OR_TWICE | {reasons_pb2.REASON_WRONG_WINDOW} if over else LATE_OR_TWICE
+                ):
                     yield f"cycle {cycle}: refused in {window}: {reason_name(fact.message.reason)}"
         scored = facts.scored(cycle)
         for verdict in scored.verdicts if scored is not None else ():

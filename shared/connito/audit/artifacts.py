@@ -19,7 +19,8 @@ from connito.runtime.progress import Notify, silent
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.identity import Identity
-from connito.wire.sealing import unsealed
+from connito.wire.sealing import MEDIA_TYPE as SEALED
+from connito.wire.sealing import NoKey, unsealed
 from connito.workloads.fetching import Source
 
 
@@ -54,6 +55,17 @@ class Artifacts:
             why = self.damaged.get(ref.digest, "was never fetched")
             raise Invalid(f"the artifact {ref.digest[:12]}… {why}")
         return unsealed(self.paths[ref.digest], ref, self.me, self.owner)
+
+    def check_key(self) -> None:
+        """Raise `NoKey` where something is sealed that the auditor's key does not open: it says nothing of the run."""
+        for entry in self.named:
+            if entry.ref.media_type == SEALED and entry.ref.digest in self.paths:
+                try:
+                    self.path(entry.ref)
+                except NoKey:
+                    raise
+                except Invalid:
+                    continue  # A check says so.
 
     def step(self, check: str = "artifacts", miner: str = "") -> Step:
         """Check that every object has the digest that the log names."""

@@ -95,6 +95,7 @@ class Audit:
 def audit(evidence: Evidence, artifacts: Artifacts, options: Options) -> Audit:
     """Recompute a run under its own rules. Blocking. A check that cannot be made because something is missing is a
     difference. Raises `Invalid` for rules that are newer than this program."""
+    artifacts.check_key()
     began = time.monotonic()
     steps = list(_steps(evidence, artifacts, options))
     return Audit(

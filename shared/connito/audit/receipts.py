@@ -87,6 +87,7 @@ def explain(evidence: Evidence, artifacts: Artifacts, cycle: int, miner: str, op
 
     Raises `NotFound` when the miner said nothing in the cycle.
     """
+    artifacts.check_key()
     content = receipt(evidence, cycle, miner)
     if cycle < (kept := horizon(evidence.facts)):
         raise Invalid(

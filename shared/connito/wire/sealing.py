@@ -34,6 +34,10 @@ _MAX_HEADER = 1 << 20
 _TAG = bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES
 
 
+class NoKey(Invalid):
+    """Sealed content that the key at hand does not open. It says nothing of the content."""
+
+
 def judges(roster: Roster, owner: str) -> set[str]:
     """Return who reads what a customer holds out: those who measure with it, the operator for an audit, and itself."""
     roles = ("selector", "aggregator", "validator", OPERATOR)
@@ -71,8 +75,10 @@ def unsealed(path: Path, ref: ArtifactRef, me: Identity | None, owner: str) -> P
     if ref.media_type != MEDIA_TYPE:
         return path
     if me is None:
-        raise Invalid(
-            f"{ref.digest[:12]}… is sealed, and there is no key here to open it", reason=reasons.REASON_NOT_PERMITTED
+        raise NoKey(
+            f"{ref.digest[:12]}… is sealed, and there is no key here to open it: give one that may with CONNITO_KEY_FILE, or "
+            "the data directory that has it",
+            reason=reasons.REASON_NOT_PERMITTED,
         )
     target = path.with_name(f"{ref.digest}.{hashlib.sha256((me.public + owner).encode()).hexdigest()[:12]}.open")
     # Each time: opening checks every byte, which what lay there since would not be.
@@ -90,7 +96,7 @@ def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str) -> None:
         raise Invalid("it was sealed by another than this run's customer", reason=reasons.REASON_NOT_PERMITTED)
     boxes = fields["boxes"]
     if me.public not in boxes:
-        raise Invalid(
+        raise NoKey(
             f"it was sealed for {len(boxes)} other keys than {short_key(me.public)}, which was not admitted then",
             reason=reasons.REASON_NOT_PERMITTED,
         )
