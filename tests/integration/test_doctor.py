@@ -76,8 +76,14 @@ async def test_a_run_that_nobody_moves_is_named(
     opened = cycle_pb2.WindowOpened(run=run_id, cycle=1, deadline_unix_ms=past, window=cycle_pb2.WINDOW_TRAIN)
     assert await bus.publish_fact(run_id, "train", 1, "opened", opened)
     code, checks = doctor(environment)
+    assert (code, checks["resume point"]["ok"]) == (0, True), "it waits for people, and nothing is wrong"
+    closed = cycle_pb2.WindowClosed(run=run_id, cycle=1, window=cycle_pb2.WINDOW_TRAIN)
+    assert await bus.publish_fact(run_id, "train", 1, "closed", closed)
+    opened.window = cycle_pb2.WINDOW_COMMIT
+    assert await bus.publish_fact(run_id, "commit", 1, "opened", opened)
+    code, checks = doctor(environment)
     assert (code, checks["resume point"]["ok"]) == (0, False)
-    assert f"{run_id}: cycle 1 of 2: train" in checks["resume point"]["found"]
+    assert f"{run_id}: cycle 1 of 2: commit" in checks["resume point"]["found"]
     assert "coordinator" in checks["resume point"]["remedy"]
 
 
