@@ -150,15 +150,18 @@ async def _reopen(folder: Path, fresh: Path, stack: AsyncExitStack) -> Access:
     await asyncio.gather(asyncio.to_thread(nats.start), asyncio.to_thread(weed.start))
     bus = await stack.enter_async_context(await Bus.connect(nats.url, None, "audit"))
     store = ArtifactStore(weed.url, weed.access_key, weed.secret_key, BUCKET, REGION, fresh)
-    key = data.keys / "customer.nk"
-    # Runs of before hold-outs were sealed are read without one.
-    reader = Identity.load(key) if key.exists() else None
-    return Access(bus, store, Roster.load(data.roster), data.cache, reader)
+    # Runs of before hold-outs were sealed are read without a key.
+    return Access(bus, store, Roster.load(data.roster), data.cache, _key_at(data.keys / "customer.nk"))
 
 
 def _own_key(data_dir: Path | None) -> Identity | None:
     """Return the key with which somebody opens what an archive holds sealed; None for somebody who has none here."""
-    path = Path(os.environ.get("CONNITO_KEY_FILE") or (data_dir or default_data_dir()) / "keys" / "customer.nk")
+    return _key_at(
+        Path(os.environ.get("CONNITO_KEY_FILE") or (data_dir or default_data_dir()) / "keys" / "customer.nk")
+    )
+
+
+def _key_at(path: Path) -> Identity | None:
     return Identity.load(path) if path.exists() else None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from connito.audit.artifacts import Artifacts, Named, gather
 from connito.audit.evidence import Evidence, Stored, read_stored
 from connito.data.documents import parse_json
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.files import replacing
 from connito.runtime.progress import Notify, silent
 from connito.store.artifacts import key_of
 from connito.store.presigned import save_verified
@@ -112,25 +112,18 @@ def seal(
     path: Path, run: str, stored: Stored, roster: Roster, objects: Mapping[str, Path], say: Notify = silent
 ) -> int:
     """Write the archive of a run, all of it or nothing, synced; return its size in bytes. `objects`: files by their key."""
-    partial = path.with_name(f".{path.name}.part")
     try:
-        with partial.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as out:
-                about = {"format": FORMAT, "run": run, "messages": len(stored.records), "objects": len(objects)}
-                _add(out, _ABOUT, [json.dumps(about, sort_keys=True).encode()])
-                _add(out, _ROSTER, [roster.to_json().encode()])
-                _add(out, _LOG, _lines(stored))
-                for number, key in enumerate(sorted(objects), 1):
-                    say(f"object {number} of {len(objects)}")
-                    with objects[key].open("rb") as source:
-                        _add(out, key, iter(lambda source=source: source.read(1 << 20), b""))  # type: ignore[misc]
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as out:
+            about = {"format": FORMAT, "run": run, "messages": len(stored.records), "objects": len(objects)}
+            _add(out, _ABOUT, [json.dumps(about, sort_keys=True).encode()])
+            _add(out, _ROSTER, [roster.to_json().encode()])
+            _add(out, _LOG, _lines(stored))
+            for number, key in enumerate(sorted(objects), 1):
+                say(f"object {number} of {len(objects)}")
+                with objects[key].open("rb") as source:
+                    _add(out, key, iter(lambda source=source: source.read(1 << 20), b""))  # type: ignore[misc]
     except OSError as error:
         raise Invalid(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path.stat().st_size
 
 
