@@ -12,11 +12,13 @@ from connito.cli.status import _text
 from connito.client.waiting import waiting
 from connito.errors import Retry
 from connito.platform.datadir import DataDir
+from connito.runtime import metrics
 from connito.runtime.waiting import Waiting
 from connito.service.probes import Probes
 
 
 async def test_one_line_a_run_of_what_is_waited_for(tmp_path: Path) -> None:
+    metrics.WAITING.clear()  # A process has one page: services of other tests may have stopped while they waited.
     data, entries = DataDir(tmp_path), Waiting()
     names = ("committer", "validator-1", "gone")
     data.write_pids({name: {"pid": os.getpid(), "restarts": 0} for name in names})
