@@ -138,7 +138,7 @@ class LocalTrainer:
                 factor=lambda step: schedule.factor(cycle, step),
                 optimizer=self._settings.optimizer,
                 moments=moments,
-                shadow=shadow,
+                beside=shadow,
                 on_step=progress,
                 should_stop=lambda: should_stop() or own.stopped,
             )

@@ -1,8 +1,9 @@
 """Adding experts to a layer, with router rows of their own, beside what is there: opt-in and opt-out without retraining.
 
-After FlexOlmo (Shi et al. 2025): every contributor trains experts and their router rows against one shared, frozen
-anchor, so that any set of them can be joined at load time. Here the rows follow the anchor's in the order of their
-digests: the joined model depends on the set alone, and without additions it is the anchor, bit for bit.
+After FlexOlmo (Shi et al. 2025): every contributor trains an expert and its router row against one shared, frozen
+anchor, so that any set of them can be joined at load time. Whatever the family keeps of each expert comes along: its
+rows of the bank, of the router's tables, of a bias that the block owns. Here the rows follow the anchor's in the order
+of their digests: the joined model depends on the set alone, and without additions it is the anchor, bit for bit.
 
 Shapes: N anchor experts, m additions to a layer, H hidden size.
 """
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,11 @@ from safetensors.torch import save_file
 
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.prune import Keep, prune
-from connito.experts.removal import COUNTS, check_prunable
+from connito.experts.removal import ROUTER, check_prunable, count_again, set_counts, tables
 from connito.experts.tape import Tape, each_layer
 from connito.moe.layout import MoELayer, require_moe_layers
 from connito.moe.resident import compress
+from connito.moe.router import Call, choice
 from connito.moe.state import raw_bytes, split_name
 from connito.v1 import reasons_pb2
 
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import nn
 
-# Router tensors with a row per expert that an addition may bring; `weight` [N, H] it must.
-ROUTER = "router."
 FORMAT = "connito-addition/1"
 # So much text, of the contributor's and of all contributors', says where an expert starts.
 START_TOKENS = 16384
@@ -43,7 +43,7 @@ START_TOKENS = 16384
 
 @dataclass(frozen=True)
 class Addition:
-    """One contributor's expert: by layer, its row of every expert tensor and, as `router.weight` [H], its router row."""
+    """One contributor's expert: by layer, its row of every table that has one an expert, such as `router.weight` [H]."""
 
     name: str
     rows: Mapping[int, Mapping[str, torch.Tensor]]
@@ -76,13 +76,11 @@ def opt_in(model: nn.Module, additions: Sequence[Addition]) -> dict[str, Keep]:
         addition.name: {index: [layer.num_experts + place] for index, layer in layers.items()}
         for place, addition in enumerate(ordered)
     }
-    modules = dict(model.named_modules())
     for index, layer in layers.items():
-        for module, prefix in ((layer.experts, ""), (layer.router, ROUTER)):
-            _extend(module, prefix, layer.num_experts, [addition.rows[index] for addition in ordered])
-        _count(modules[layer.experts_name.rpartition(".")[0]], layer.num_experts, len(ordered))
-    config: Any = model.config
-    _count(config, next(iter(layers.values())).num_experts, len(ordered))
+        _extend(layer, [addition.rows[index] for addition in ordered])
+    if ordered and layers:
+        total = next(iter(layers.values())).num_experts
+        set_counts(model.config, total, total + len(ordered))
     return ids
 
 
@@ -97,13 +95,12 @@ def opt_out(model: nn.Module, ids: Mapping[str, Keep], names: Sequence[str]) -> 
     prune(model, {i: [e for e in range(layer.num_experts) if e not in gone[i]] for i, layer in layers.items()})
 
 
-def _check(addition: Addition, layers: Mapping[int, Any]) -> None:
+def _check(addition: Addition, layers: Mapping[int, MoELayer]) -> None:
     if set(addition.rows) != set(layers):
         raise Invalid(f"{addition.name} has rows for layers {sorted(addition.rows)}, the anchor has {sorted(layers)}")
     for index, layer in layers.items():
-        check_growable(layer)
-        wanted = {name: tuple(getattr(layer.experts, name).shape[1:]) for name in layer.parameters}
-        wanted[f"{ROUTER}weight"] = (layer.router.weight.shape[-1],)
+        check_prunable(layer)
+        wanted = {part.name: tuple(part.tensor.select(part.dim, 0).shape) for part in tables(layer)}
         given = {name: tuple(row.shape) for name, row in addition.rows[index].items()}
         if given != wanted:
             raise Invalid(
@@ -112,32 +109,44 @@ def _check(addition: Addition, layers: Mapping[int, Any]) -> None:
             )
 
 
-def check_growable(layer: MoELayer) -> None:
-    """Raise `Invalid` unless a new expert needs one row of the router's own weight, and nothing else that knows experts."""
-    check_prunable(layer)
-    tables, weight = dict(layer.router.state_dict()), getattr(layer.router, "weight", None)
-    plain = set(tables) == {"weight"} and isinstance(weight, torch.Tensor) and len(weight) == layer.num_experts
-    if not plain or len(inspect.signature(layer.router.forward).parameters) > 1:
+def _extend(layer: MoELayer, rows: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Put `rows` behind the layer's experts, and before classes of the router that are no experts."""
+    if not rows:
+        return
+    for part in tables(layer):
+        tensor, own = part.tensor.detach(), layer.num_experts
+        more = torch.stack([row[part.name].to(tensor) for row in rows], dim=part.dim)
+        before, after = tensor.narrow(part.dim, 0, own), tensor.narrow(part.dim, own, tensor.shape[part.dim] - own)
+        part.replace(torch.cat([before, more, after], dim=part.dim))
+    count_again(layer, layer.num_experts + len(rows))
+
+
+def check_growable(layer: MoELayer, call: Call) -> None:
+    """Raise `Invalid` unless the layer's router, given one expert more, tells apart one class more, on this call."""
+    place = layer.num_experts
+    twin: Any = copy.deepcopy(layer.router)
+    try:
+        rows = {p.name: p.tensor.select(p.dim, 0).detach() for p in tables(layer)}
+        block = torch.nn.Module()
+        _extend(replace(layer, router=twin, experts=torch.nn.Module(), block=block), [rows])
+        args = [_longer(value, place) for value in call.args]
+        kwargs = {name: _longer(value, place) for name, value in call.kwargs.items()}
+        with torch.no_grad():
+            logits, _, ids = choice(twin.forward(*args, **kwargs))
+        fits = logits.shape[-1] == call.classes + 1 and int(ids.max()) <= logits.shape[-1]
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        fits = False
+    if not fits:
         raise Invalid(
-            f"{type(layer.router).__name__} keeps more of each expert than a row of one weight, and nothing says what that "
-            "should be for a new expert; grow a base of a family such as OLMoE, Qwen or Mixtral",
+            f"{type(layer.router).__name__} cannot be given another expert: use a base of another family",
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
 
 
-def _extend(module: Any, prefix: str, total: int, rows: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    for table in (module._parameters, module._buffers):
-        for name, tensor in table.items():
-            if tensor is not None and tensor.ndim and tensor.shape[0] == total and rows:
-                joined = torch.cat([tensor.detach(), *(row[prefix + name][None].to(tensor) for row in rows)])
-                table[name] = torch.nn.Parameter(joined, requires_grad=False) if table is module._parameters else joined
-    _count(module, total, len(rows))
-
-
-def _count(owner: Any, total: int, more: int) -> None:
-    for name in COUNTS:
-        if getattr(owner, name, None) == total:
-            setattr(owner, name, total + more)
+def _longer(value: Any, total: int) -> Any:
+    """Return what a router is given beside the tokens, such as a bias that its block owns, for one expert more."""
+    per_expert = isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) == total
+    return torch.cat([value, value[:1]]) if per_expert else value
 
 
 def grow(
@@ -151,9 +160,9 @@ def grow(
     """Train one addition to the anchor `model`, which is not touched, on a contributor's own text.
 
     batches: int32 [H, B, L + 1]; anchor_text: public text int32 [n, L], the same for every contributor, whose mean hidden
-    state the router rows are centred on. The expert starts as the anchor's most used one on the text; its router row is
-    the direction of the text's hidden states from the anchor's mean, as long as the anchor's rows are on average.
-    Raises `Invalid` for families whose router has more tables per expert than its weight.
+    state the router rows are centred on. The expert starts as the anchor's most used one on the text, its router row as
+    the direction of the text's hidden states from the anchor's mean, as long as the anchor's rows are on average; both
+    are then trained, everything of the anchor frozen.
     """
     from connito.moe.training import train_local
 
@@ -161,31 +170,85 @@ def grow(
     start = _start(model, name, own, anchor_text)
     grown = copy.deepcopy(model)
     ids = opt_in(grown, [start])[name]
+    routers = NewRows(require_moe_layers(grown))
     others = {index: list(range(experts[0])) for index, experts in ids.items()}
-    state, _ = train_local(compress(grown, ids, others), batches, learning_rate=learning_rate)
-    rows = {index: dict(table) for index, table in start.rows.items()}
+    grown = compress(grown, ids, others)
+    routers.open()
+    state, _ = train_local(grown, batches, learning_rate=learning_rate, beside=routers)
+    rows = {index: {**table, **routers.rows[index]} for index, table in start.rows.items()}
     for key, tensor in state.items():
         index, parameter = split_name(key)
         rows[index][parameter] = tensor[0].detach().clone()
     return Addition(name, rows)
 
 
+class NewRows:
+    """The router rows of each layer's last expert, trained beside its bank rows; rows of other experts do not move."""
+
+    def __init__(self, layers: Mapping[int, MoELayer]) -> None:
+        self._places = [
+            (index, layer.num_experts - 1, part)
+            for index, layer in layers.items()
+            for part in tables(layer)
+            if part.name.startswith(ROUTER) and isinstance(part.tensor, torch.nn.Parameter)
+        ]
+        self._optimiser: torch.optim.Optimizer | None = None
+
+    @property
+    def rows(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Return the rows by layer and name, on the CPU."""
+        found: dict[int, dict[str, torch.Tensor]] = {index: {} for index, _, _ in self._places}
+        for index, place, part in self._places:
+            found[index][part.name] = part.tensor.detach().select(part.dim, place).to("cpu", copy=True).contiguous()
+        return found
+
+    def open(self) -> None:
+        """Let the rows learn: Adam leaves alone what never has a gradient."""
+        for _, place, part in self._places:
+            part.tensor.requires_grad_(True)
+            here = torch.zeros_like(part.tensor)
+            here.select(part.dim, place).fill_(1.0)
+            part.tensor.register_hook(partial(torch.mul, here))  # type: ignore[no-untyped-call]
+        wanted = [part.tensor for _, _, part in self._places]
+        self._optimiser = torch.optim.AdamW(wanted, betas=(0.9, 0.95), weight_decay=0.0) if wanted else None
+
+    def begin(self, _: int, __: int) -> None:
+        """Forget the gradients of the step before."""
+        if self._optimiser is not None:
+            self._optimiser.zero_grad(set_to_none=True)
+
+    def loss(self) -> torch.Tensor:
+        """Return nothing to add to the loss."""
+        return torch.zeros(())
+
+    def step(self, rate: float) -> None:
+        """Apply one AdamW step to the rows."""
+        if self._optimiser is not None:
+            self._optimiser.param_groups[0]["lr"] = rate
+            self._optimiser.step()
+
+
 def _start(model: nn.Module, name: str, own: npt.NDArray[Any], anchor_text: npt.NDArray[Any]) -> Addition:
     def mean_state(tape: Tape) -> torch.Tensor:
+        check_growable(tape.layer, tape.call)
         return _states(tape).mean(dim=0)
 
-    means = each_layer(model, anchor_text, mean_state, max_tokens=START_TOKENS, check=check_growable)
+    means = each_layer(model, anchor_text, mean_state, max_tokens=START_TOKENS, check=check_prunable)
 
     def look(tape: Tape) -> dict[str, torch.Tensor]:
         layer, mean = tape.layer, means[tape.layer.index]
-        weight: Any = layer.router.weight
-        first = int(torch.bincount(tape.ids.flatten(), minlength=layer.num_experts).argmax())
+        first = int(torch.bincount(tape.ids.flatten(), minlength=layer.num_experts)[: layer.num_experts].argmax())
         away = _states(tape) - mean
         direction = (away / away.norm(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
         direction = direction - (direction @ mean) / (mean @ mean) * mean
-        row = direction / direction.norm().clamp_min(1e-12) * weight.double().norm(dim=1).mean()
-        rows = {p: getattr(layer.experts, p)[first].detach().to("cpu", copy=True) for p in layer.parameters}
-        return {**rows, f"{ROUTER}weight": row.to("cpu", weight.dtype)}
+        direction = direction / direction.norm().clamp_min(1e-12)
+        rows = {}
+        for part in tables(layer):
+            row = part.tensor.detach().select(part.dim, first)
+            if part.name.startswith(ROUTER) and part.tensor.dim() == 2 and row.shape == direction.shape:
+                row = direction * part.tensor.detach().double().norm(dim=1).mean()
+            rows[part.name] = row.to("cpu", part.tensor.dtype, copy=True).contiguous()
+        return rows
 
     return Addition(name, each_layer(model, own, look, max_tokens=START_TOKENS))
 

@@ -76,9 +76,8 @@ def prune(model: nn.Module, keep: Mapping[int, list[int]]) -> nn.Module:
     """
     layers = require_moe_layers(model)
     check_keep(layers, keep)
-    modules = dict(model.named_modules())
     for index, experts in keep.items():
-        remove_experts(layers[index], modules[layers[index].experts_name.rpartition(".")[0]], list(experts))
+        remove_experts(layers[index], list(experts))
     if layers:
         _follow(model, next(iter(layers.values())).num_experts)
     return model

@@ -7,7 +7,7 @@ experts left has to do the same, or the family cannot be cut and is refused by n
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # How families count experts, and the classes of a router, of which some may be no expert.
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 CLASSES = (*COUNTS, "num_router_classes", "n_total_experts")
+# Whose a table is, in its name; the bank's own have no prefix.
+ROUTER, BLOCK = "router.", "block."
 PER_TOKEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 
@@ -80,26 +82,37 @@ def _cut_argument(value: Any, total: int, places: torch.Tensor) -> Any:
     return value[places] if per_expert else value
 
 
-def remove_experts(layer: MoELayer, block: nn.Module, keep: list[int]) -> None:
-    """Leave `keep` of a layer's experts, in place. `block`: the module that holds the experts and the router."""
+def remove_experts(layer: MoELayer, keep: list[int]) -> None:
+    """Leave `keep` of a layer's experts, in place."""
     check_prunable(layer)
     total = layer.num_experts
-    _cut_rows(layer.experts, total, keep)
-    cut_router(layer.router, total, keep)
-    for name, table in _tables(block, deep=False):
-        tensor = table[name]
-        if "bias" in name and tensor.dim() == 1 and len(tensor) == total:
-            table[name] = _cut(tensor, 0, keep)
-    set_counts(block, total, len(keep))
+    for part in tables(layer):
+        part.replace(_cut(part.tensor, part.dim, [*keep, *range(total, part.tensor.shape[part.dim])]))
+    count_again(layer, len(keep))
 
 
 def cut_router(router: nn.Module, total: int, keep: list[int]) -> None:
     """Let a router know only `keep`, in place; its ids are places in `keep` then."""
-    _cut_rows(router, total, keep)
+    for part in _tables(router, total, ROUTER):
+        part.replace(_cut(part.tensor, part.dim, [*keep, *range(total, part.tensor.shape[part.dim])]))
+    _count_router(router, total, len(keep))
+
+
+def count_again(layer: MoELayer, left: int) -> None:
+    """Write the new number of experts wherever the layer's modules have it."""
+    for part in layer.experts.modules():
+        set_counts(part, layer.num_experts, left)
+    _count_router(layer.router, layer.num_experts, left)
+    set_counts(layer.block, layer.num_experts, left)
+
+
+def _count_router(router: nn.Module, total: int, left: int) -> None:
+    for part in router.modules():
+        set_counts(part, total, left)
     owner: Any = router
     if getattr(owner, "config", None) is not None:  # some read their counts from it, layer by layer
         owner.config = copy.copy(owner.config)
-        set_counts(owner.config, total, len(keep))
+        set_counts(owner.config, total, left)
 
 
 def set_counts(owner: Any, total: int, left: int) -> None:
@@ -113,27 +126,52 @@ def set_counts(owner: Any, total: int, left: int) -> None:
             setattr(owner, name, left)
 
 
-def _cut_rows(module: nn.Module, total: int, keep: list[int]) -> None:
-    """Keep the rows `keep` of everything in `module` that has one per expert, and set its counts."""
+@dataclass(frozen=True)
+class Table:
+    """A tensor of a layer with one row an expert along `dim`; `name` says whose it is: "", "router." or "block." and a path."""
+
+    name: str
+    owner: dict[str, Any]
+    key: str
+    dim: int
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """Return the tensor as it is now."""
+        found: torch.Tensor = self.owner[self.key]
+        return found
+
+    def replace(self, tensor: torch.Tensor) -> None:
+        """Put another in its place, as a parameter if it was one."""
+        frozen = isinstance(self.tensor, torch.nn.Parameter)
+        self.owner[self.key] = torch.nn.Parameter(tensor, requires_grad=False) if frozen else tensor
+
+
+def tables(layer: MoELayer) -> list[Table]:
+    """Return everything that the layer keeps one row of per expert: the bank, the router's tables, biases of the block."""
+    total = layer.num_experts
+    beside = [
+        part
+        for part in _tables(layer.block, total, BLOCK, deep=False)
+        if "bias" in part.key and part.tensor.dim() == 1 and len(part.tensor) == total
+    ]
+    return [*_tables(layer.experts, total, ""), *_tables(layer.router, total, ROUTER), *beside]
+
+
+def _tables(module: nn.Module, total: int, prefix: str, *, deep: bool = True) -> list[Table]:
     sizes = {total} | {
         size for name in CLASSES if isinstance(size := getattr(module, name, None), int) and size > total
     }
-    for name, table in _tables(module):
-        shape = table[name].shape
-        dim = next((d for d, size in enumerate(shape[:2]) if size in sizes and (d == 0 or shape[0] == 1)), None)
-        if dim is not None:
-            table[name] = _cut(table[name], dim, [*keep, *range(total, shape[dim])])
-    for part in module.modules():
-        set_counts(part, total, len(keep))
-
-
-def _tables(module: nn.Module, *, deep: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
-    for part in module.modules() if deep else (module,):
-        for table in (part._parameters, part._buffers):
-            for name in [name for name, tensor in table.items() if tensor is not None]:
-                yield name, table
+    found = []
+    for path, part in module.named_modules() if deep else (("", module),):
+        for owner in (part._parameters, part._buffers):
+            for key, tensor in owner.items():
+                shape = [] if tensor is None else list(tensor.shape)
+                dim = next((d for d, size in enumerate(shape[:2]) if size in sizes and (d == 0 or shape[0] == 1)), None)
+                if dim is not None:
+                    found.append(Table(f"{prefix}{path}.{key}" if path else f"{prefix}{key}", owner, key, dim))
+    return found
 
 
 def _cut(tensor: torch.Tensor, dim: int, places: list[int]) -> torch.Tensor:
-    rows = tensor.detach().index_select(dim, torch.tensor(places, device=tensor.device))
-    return torch.nn.Parameter(rows, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else rows
+    return tensor.detach().index_select(dim, torch.tensor(places, device=tensor.device))

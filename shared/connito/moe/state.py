@@ -94,6 +94,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A tensor of one value is contiguous whatever its stride.
+    flat = flat if flat.stride(-1) == 1 else flat.clone(memory_format=torch.contiguous_format)
     if not flat.numel():
         return memoryview(b"")
     values: Any = flat.view(torch.uint8).numpy()

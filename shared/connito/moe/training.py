@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,7 +14,6 @@ from connito.data.packing import counted
 from connito.errors import Invalid
 from connito.moe.adamw import AdamW
 from connito.moe.batches import Batch, batch_of, get_ready
-from connito.moe.distillation import ShadowRouters
 from connito.moe.engine import EXACT, is_compact
 from connito.moe.head import Head
 from connito.moe.moments import Moments
@@ -30,6 +29,19 @@ if TYPE_CHECKING:
 
 # AdamW's usual (β₁, β₂) for language models.
 BETAS = (0.9, 0.95)
+
+
+class Beside(Protocol):
+    """Parameters that learn beside the target rows, such as routers (`connito.moe.distillation`, `connito.experts.flex`)."""
+
+    def begin(self, step: int, steps: int) -> None:
+        """Get ready for local step `step` of `steps`."""
+
+    def loss(self) -> torch.Tensor:
+        """Return what the forward pass before adds to the loss."""
+
+    def step(self, rate: float) -> None:
+        """Apply one step at a learning rate."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ def train_local(
     factor: Callable[[int], float] | None = None,
     optimizer: str = EXACT,
     moments: Moments | None = None,
-    shadow: ShadowRouters | None = None,
+    beside: Beside | None = None,
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[TargetState, TrainStats]:
@@ -82,7 +94,7 @@ def train_local(
 
     micro_batch: sequences per forward and backward pass, gradients add up over the batch; 0 is the whole batch.
     factor: what the rate is multiplied by at step h. optimizer: see `connito.moe.engine`. moments: where AdamW starts;
-    left as it ends. shadow: routers that learn beside the shipped ones (`connito.moe.distillation`).
+    left as it ends. beside: routers that learn beside the shipped ones (`connito.moe.distillation`).
 
     Deterministic for a thread count. Stops before the next step when `should_stop()`; at least one step is made.
     Raises `Invalid` for an uncompressed model or empty batches, and `NON_FINITE` when the loss leaves the numbers.
@@ -99,7 +111,7 @@ def train_local(
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         head = Head(model)
     get_ready(model, batches)
-    work = _Work(head, optimiser, device, shadow, gradient_clip, bf16)
+    work = _Work(head, optimiser, device, beside, gradient_clip, bf16)
     losses, tokens, started = [], 0, time.perf_counter()
     with _deterministic():
         for index, batch in enumerate(batches):
@@ -124,14 +136,14 @@ class _Work:
     head: Head
     optimiser: AdamW
     device: torch.device
-    shadow: ShadowRouters | None
+    beside: Beside | None
     clip: float
     bf16: bool
 
     def step(self, batch: npt.NDArray[Any], size: int, rate: float, index: int, steps: int) -> float:
         """Apply one AdamW step on a batch [B, L + 1], `size` sequences at a time, and return the loss before it."""
-        if self.shadow is not None:
-            self.shadow.begin(index, steps)
+        if self.beside is not None:
+            self.beside.begin(index, steps)
         tokens = int(counted(batch).sum())
         parts = [
             self._accumulate(batch_of(batch[start : start + size], self.head.model), tokens)
@@ -147,8 +159,8 @@ class _Work:
                 reason=reasons_pb2.REASON_NON_FINITE,
             )
         self.optimiser.step(rate, (self.clip / (norm + 1e-6)).clamp_(max=1.0) if self.clip > 0 else None)
-        if self.shadow is not None:
-            self.shadow.step(rate)
+        if self.beside is not None:
+            self.beside.step(rate)
         return float(loss)
 
     def _accumulate(self, part: Batch, tokens: int) -> torch.Tensor:
@@ -156,8 +168,8 @@ class _Work:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss = self.head.nll(*part).sum() / tokens
             value = loss.detach().to(self.device)
-            if self.shadow is not None:
-                loss = loss + self.shadow.loss() * (part.tokens / tokens)
+            if self.beside is not None:
+                loss = loss + self.beside.loss() * (part.tokens / tokens)
         # Where no token of a small batch went to a target there is nothing to learn.
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]

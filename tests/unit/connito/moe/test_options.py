@@ -200,7 +200,7 @@ def test_a_shadow_router_learns_and_leaves_the_shipped_one_alone(tiny: Path, seq
     model = compress(load_full(tiny), SELECTION, HELPERS)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     shadow = ShadowRouters(model, Distillation(weight=0.1, share=0.5))
-    state, _ = train_local(model, batches(table, 8, 4), learning_rate=1e-3, shadow=shadow)
+    state, _ = train_local(model, batches(table, 8, 4), learning_rate=1e-3, beside=shadow)
     assert all(float(shift.detach().abs().sum()) > 0 for shift in shadow.shift.values())
     assert distance(state, plain) > 0
     shadow.close()
@@ -214,7 +214,7 @@ def test_a_strong_distillation_holds_the_shadow_and_no_share_is_plain_training(t
     def size(weight: float) -> float:
         model = compress(load_full(tiny), SELECTION, HELPERS)
         shadow = ShadowRouters(model, Distillation(weight, share=1.0))
-        train_local(model, batches(table, 12, 4), learning_rate=1e-3, shadow=shadow)
+        train_local(model, batches(table, 12, 4), learning_rate=1e-3, beside=shadow)
         with torch.no_grad():
             model(input_ids=torch.from_numpy(table[:4]).long())
         return float(shadow.loss().detach()) / weight
@@ -222,7 +222,7 @@ def test_a_strong_distillation_holds_the_shadow_and_no_share_is_plain_training(t
     assert size(100.0) < 0.5 * size(0.01)
     model = compress(load_full(tiny), SELECTION, HELPERS)
     idle = ShadowRouters(model, Distillation(1.0, share=0.0))
-    off = train_local(model, batches(table, 4, 4), learning_rate=1e-3, shadow=idle)[0]
+    off = train_local(model, batches(table, 4, 4), learning_rate=1e-3, beside=idle)[0]
     assert distance(off, train(tiny, table)) == 0
 
 

@@ -73,7 +73,7 @@ def test_training_with_checkpointing_is_training_without(tiny: Path, sequences: 
     for checkpointing in (False, True):
         model = made(tiny, Engine(checkpointing=checkpointing))
         shadow = ShadowRouters(model, Distillation(5.0, 1.0)) if shadowed else None
-        state, _ = train_local(model, table, learning_rate=1e-3, bf16=True, micro_batch=2, shadow=shadow)
+        state, _ = train_local(model, table, learning_rate=1e-3, bf16=True, micro_batch=2, beside=shadow)
         results.append(state)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
