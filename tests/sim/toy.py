@@ -22,6 +22,7 @@ from connito.protocol.submission import read_header, validate
 from connito.v1.run_pb2 import LayerSelection, RunSpec, SelectionMade
 from connito.wire.facts import RunFacts
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles, read_holdout
+from connito.workloads.shared_losses import SharedLosses
 
 from services.trainer.strategy import Effort
 from tests.unit.connito.audit.world import LENGTH, RUN, TENSOR, World, spec_of
@@ -65,9 +66,11 @@ class Evaluator(SubmissionEvaluator):
         self, spec: RunSpec, selection: SelectionMade, files: Any, holdouts: Mapping[str, Path], **_: Any
     ) -> None:
         self._holdouts = {domain: read_holdout(path, spec, domain) for domain, path in holdouts.items()}
-        self._spec = spec
+        self._spec, self._shared = spec, SharedLosses(None, spec.run)
 
-    def incumbent(self, state: Path, drawn: Mapping[str, list[int]], stop: Any) -> Callable[[Part], Losses]:
+    def incumbent(
+        self, state: Path, drawn: Mapping[str, list[int]], stop: Any, name: str = ""
+    ) -> Callable[[Part], Losses]:
         return functools.cache(self._losses(value_of(state), drawn))
 
     def submission(

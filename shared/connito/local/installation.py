@@ -134,7 +134,8 @@ class Installation:
 
     def validators(self) -> list[Role]:
         """Return one process for each validator."""
-        return [Role(m, "validator", {}) for m in self.members.values() if m.role == "validator"]
+        shared = {"losses_dir": str(self.data.root / "losses")}
+        return [Role(m, "validator", shared) for m in self.members.values() if m.role == "validator"]
 
     def miners(self) -> list[Role]:
         """Return one process for each miner. An adversary is a trainer with a setting that makes it misbehave."""

@@ -148,7 +148,9 @@ class Evaluator:
             return self._shortcut.capture(self.model, batch.ids, batch.positions)[0]
 
     def keep_only(self, sequences: Iterable[npt.NDArray[Any]]) -> None:
-        """Let go of the hidden states of all sequences [L + 1] but these, so that there is room for others."""
+        """Let go of the hidden states of all sequences [L + 1] but these, unless there is room for as many again."""
+        if 2 * self._cached <= self._cache_bytes:
+            return
         wanted = {_key(document) for row in sequences for document in self._taken(row[None])[0]}
         self._cache = {key: row for key, row in self._cache.items() if key in wanted}
         self._cached = sum(_bytes(row) for row in self._cache.values())

@@ -23,6 +23,7 @@ from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
 from connito.runtime import logs
 from connito.v1.run_pb2 import RunSpec, SelectionMade
+from connito.workloads.shared_losses import SharedLosses
 
 if TYPE_CHECKING:
     import torch
@@ -46,17 +47,27 @@ class Holdout:
 
 @dataclass(frozen=True)
 class SubmissionFiles:
-    """A submission on disk. `origin` is the state it started from, if that is not the cycle's: a late reveal."""
+    """A submission on disk. `origin` is the state it started from, if that is not the cycle's: a late reveal. `name`: the digests
+    of all that its losses follow from; empty where they are not shared.
+    """
 
     artifact: Path
     origin: Path | None
+    name: str = ""
 
 
 class SubmissionEvaluator:
     """The model and the hold-outs of one run. Blocking, for one thread at a time."""
 
-    def __init__(self, evaluator: Evaluator, holdouts: Mapping[str, Holdout], spec: RunSpec) -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        holdouts: Mapping[str, Holdout],
+        spec: RunSpec,
+        shared: SharedLosses | None = None,
+    ) -> None:
         self._evaluator, self._holdouts, self._spec = evaluator, holdouts, spec
+        self._shared = shared or SharedLosses(None, spec.run)
 
     @classmethod
     def load(
@@ -70,10 +81,12 @@ class SubmissionEvaluator:
         threads: int = 0,
         batch_tokens: int = 2048,
         cache_bytes: int = 1 << 30,
+        losses_dir: Path | None = None,
     ) -> SubmissionEvaluator:
         """Map the base from `files` and read the hold-outs by domain. Raises `Invalid` for data that does not fit.
 
-        device: empty for the one that every model runs on here. threads: 0 leaves them as they are. The rest is `Evaluator`'s.
+        device: empty for the one that every model runs on here. threads: 0 leaves them as they are. losses_dir: where
+        validators of one owner share what they measured. The rest is `Evaluator`'s.
         """
         import torch
 
@@ -87,15 +100,23 @@ class SubmissionEvaluator:
         model = load_full(files, device=device_of(device))
         targets = {layer.layer: list(layer.experts) for layer in selection.layers}
         evaluator = Evaluator(model, targets, batch_tokens=batch_tokens, cache_bytes=cache_bytes)
-        return cls(evaluator, read, spec)
+        place = (str(next(model.parameters()).device), torch.__version__, torch.get_num_threads(), batch_tokens)
+        base = (spec.base.manifest.digest, str(targets))
+        return cls(evaluator, read, spec, SharedLosses(losses_dir, spec.run, *base, *map(str, place)))
+
+    def close(self) -> None:
+        """Let go of what is shared of a run that has ended."""
+        self._shared.close()
 
     def draw(self, seed: bytes) -> dict[str, list[int]]:
         """Return the numbers of the held-out sequences that the seed gives, by domain, the target first."""
         drawn = {name: draw_to_score(seed, name, of.pool, self._spec) for name, of in self._holdouts.items()}
         return {domain: numbers for domain, numbers in drawn.items() if numbers}
 
-    def incumbent(self, state: Path, drawn: Mapping[str, list[int]], stop: threading.Event) -> Callable[[Part], Losses]:
-        """Return losses of the cycle's own state θ_t, each part measured once.
+    def incumbent(
+        self, state: Path, drawn: Mapping[str, list[int]], stop: threading.Event, name: str = ""
+    ) -> Callable[[Part], Losses]:
+        """Return losses of the cycle's own state θ_t, each part measured once. `name`: its digest, where they are shared.
 
         A new cycle begins here: hidden states of sequences that are not drawn make room for those that are.
         """
@@ -103,7 +124,7 @@ class SubmissionEvaluator:
 
         drawn_rows = (self._holdouts[domain].sequences[numbers] for domain, numbers in drawn.items())
         self._evaluator.keep_only(row for rows in drawn_rows for row in rows)
-        return functools.cache(self._measuring(load_state(state), drawn, stop, "incumbent"))
+        return functools.cache(self._measuring(load_state(state), drawn, stop, "incumbent", name))
 
     def submission(
         self,
@@ -125,17 +146,19 @@ class SubmissionEvaluator:
         if all(artifact[name].equal(rows) for name, rows in origin.items()):
             return Measurable(before, before, unchanged=True)
         candidate = artifact if files.origin is None else rebase(artifact, origin, load_state(state))
-        return Measurable(before, self._measuring(candidate, drawn, stop, who), unchanged=False)
+        return Measurable(before, self._measuring(candidate, drawn, stop, who, files.name), unchanged=False)
 
     def _measuring(
-        self, state: State, drawn: Mapping[str, list[int]], stop: threading.Event, who: str
+        self, state: State, drawn: Mapping[str, list[int]], stop: threading.Event, who: str, name: str
     ) -> Callable[[Part], Losses]:
         progress = _Progress(who, sum(map(len, drawn.values())), stop)
 
         def measure(part: Part) -> Losses:
             numbers = drawn[part.domain][part.begin : part.end]
             sequences = self._holdouts[part.domain].sequences[numbers]
-            return Losses(*self._evaluator.losses(state, sequences, progress.part()))
+            return self._shared.of(
+                name, sequences, lambda: Losses(*self._evaluator.losses(state, sequences, progress.part()))
+            )
 
         return measure
 

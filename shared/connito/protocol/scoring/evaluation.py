@@ -82,7 +82,8 @@ def score(submission: cycle_pb2.Submission, evaluation: Evaluation, spec: RunSpe
 
 
 def _losses(part: Part, numbers: Sequence[int], measurable: Measurable) -> list[cycle_pb2.SequenceLoss]:
-    before, after = measurable.before(part), measurable.after(part)
+    # Who shares what is measured begins where the others have not: all of them need the losses before.
+    after, before = measurable.after(part), measurable.before(part)
     rows = zip(numbers[part.begin : part.end], before.sums, after.sums, before.tokens, strict=True)
     return [
         cycle_pb2.SequenceLoss(

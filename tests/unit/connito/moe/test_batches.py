@@ -131,7 +131,7 @@ def test_held_out_losses_are_those_of_each_document_alone(base: Path, name: str)
     with torch.no_grad():
         want, tokens = plain_losses(model, corpus)
     rows = pack(corpus, 24)
-    judge = Evaluator(model, {max(LAYERS): [0]}, batch_tokens=60)
+    judge = Evaluator(model, {max(LAYERS): [0]}, batch_tokens=60, cache_bytes=1 << 13)
     for _ in ("fresh", "from the cache"):
         sums, counts = judge.losses(None, rows)
         assert counts.tolist() == counted(rows).tolist()

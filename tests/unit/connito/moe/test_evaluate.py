@@ -52,6 +52,15 @@ def test_hidden_states_are_computed_once_and_the_cache_is_bounded(full: Any, seq
     assert len(small._cache) == 2
 
 
+def test_hidden_states_of_another_cycle_go_only_where_they_take_the_room(full: Any, sequences: Any) -> None:
+    text = sequences("logs", 4, 1)
+    for room, kept in ((2 * 4, 4), (2 * 4 - 1, 1)):
+        judge = Evaluator(full, SELECTION, cache_bytes=room * 64 * 64 * 4)
+        judge.warm(text)
+        judge.keep_only(text[:1])
+        assert len(judge._cache) == kept
+
+
 def test_losses_do_not_depend_on_what_was_drawn_before(full: Any, sequences: Any) -> None:
     """Validators have scored other sequences than an auditor, and keep the hidden states of those."""
     text = np.concatenate([sequences("logs", 24, 1), sequences("recipes", 24, 2)])
