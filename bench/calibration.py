@@ -60,7 +60,7 @@ def _child(verb: str, layers: int, tokens: int, results: Any) -> None:
 
 def _prune(method: str) -> Callable[[Any, Any], object]:
     def work(model: Any, text: Any) -> object:
-        from connito.experts.prune import choose
+        from connito.experts.choose import choose
 
         # One expert a layer less: 16 subsets, all tried.
         return choose(model, text, method, max_experts=(EXPERTS - 1) * model.config.num_hidden_layers)

@@ -62,14 +62,14 @@ def size(model: Any) -> int:
 
 def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
-    from connito.experts import prune
+    from connito.experts import choose, prune
     from connito.experts.measure import loss
     from connito.experts.token_skipping import skip_thresholds, skipping
     from connito.moe.layout import require_moe_layers
 
     model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
     full, rng, whole = loss(model, held), random.Random(seed), size(model)
-    each = prune.expert_bytes(next(iter(require_moe_layers(model).values())))
+    each = choose.expert_bytes(next(iter(require_moe_layers(model).values())))
     yield {"method": "full", "full": full, "cost": 0.0, "bytes": whole}
 
     def row(method: str, keep: prune.Keep) -> Row:
@@ -79,8 +79,8 @@ def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
         return {"method": method, "full": full, "cost": cost, "bytes": whole - gone * each, "keep": keep}
 
     for budget in (8, 4, 2):
-        for method in prune.METHODS:
-            yield row(f"{method}_{budget}", prune.choose(model, probe, method, max_experts=budget))
+        for method in choose.METHODS:
+            yield row(f"{method}_{budget}", choose.choose(model, probe, method, max_experts=budget))
         draws = [row("", {i: sorted(rng.sample(range(EXPERTS), budget // 2)) for i in LAYERS}) for _ in range(10)]
         yield {**draws[0], "method": f"random_{budget}", "cost": statistics.fmean(draw["cost"] for draw in draws)}
     betas = skip_thresholds(model, probe[:, :-1])
@@ -91,8 +91,8 @@ def _pruned(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 def _extracted(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
+    from connito.experts.choose import expert_bytes
     from connito.experts.extraction import extract_domain
-    from connito.experts.prune import expert_bytes
     from connito.moe.layout import require_moe_layers
 
     model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)

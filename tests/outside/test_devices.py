@@ -15,12 +15,13 @@ from connito.base.loading import load_full
 from connito.base.tiny import tiny_texts
 from connito.cli.app import app
 from connito.experts import flex
+from connito.experts.choose import choose
 from connito.experts.compose import Part, base_rows, rows_of
 from connito.experts.extraction import extract_domain
 from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import BaselineLosses
 from connito.experts.predict import predict_savings
-from connito.experts.prune import choose, masked, progressive, prune
+from connito.experts.prune import masked, progressive, prune
 from connito.experts.routing import Routing, variants_of
 from connito.experts.token_skipping import skip_thresholds, skipping
 from connito.moe.background import background

@@ -13,9 +13,10 @@ import pytest
 import torch
 from connito.errors import Invalid
 from connito.experts import flex
+from connito.experts.choose import METHODS, choose
 from connito.experts.compose import Composition, Part, base_rows, rows_of
 from connito.experts.extraction import extract_domain
-from connito.experts.prune import METHODS, choose, masked, progressive, prune
+from connito.experts.prune import masked, progressive, prune
 from connito.experts.routing import Routing, variants_of
 from connito.experts.token_skipping import skip_thresholds, skipping
 from connito.moe.diagnostics import measure

@@ -1,4 +1,4 @@
-"""`connito.library`: prune, extract and skip: experts left out, made smaller, or skipped as they run. Needs torch."""
+"""`connito.library`: prune, extract, skip and steer: experts left out, made smaller, or weighted anew. Needs torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from connito.curation.holdings import Agreement, Holdings
 from connito.curation.texts import cut_by_domain, cut_sequences, digests, halves, now_iso
 from connito.errors import Invalid
 from connito.experts import prune as pruning
+from connito.experts.choose import choose, expert_costs
 from connito.experts.export import ModelSource, export_model, to_dense
 from connito.experts.extraction import equalise, extract_domain, ranking
 from connito.experts.load import load_expert
 from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import BaselineLosses, loss
+from connito.experts.steering import Steered, steer_drivers
 from connito.experts.token_skipping import skip_thresholds, skipping
+from connito.experts.tuning import distil, tune_experts
 from connito.library.derived import base_of
 from connito.library.schema import Base, ExpertRecord
 from connito.moe.device import device_of
 from connito.moe.layout import require_moe_layers
+from connito.moe.rows import read_rows, write_rows
 from connito.moe.statistics import collect
 
 if TYPE_CHECKING:
@@ -49,13 +53,16 @@ class ShrinkSource:
 @dataclass(frozen=True)
 class PruneOptions:
     """naee, router-weighted and moe-i2 under `max_experts` or `max_bytes`; task, to one expert a layer, which `dense`
-    writes as a dense model; zeros and low-rank keep every expert and a `share` of its numbers."""
+    writes as a dense model; zeros and low-rank keep every expert and a `share` of its numbers (half, if left out), moe-i2
+    with a `share` of those that stay. `steps` of training on the text: for task spread over its windows, for zeros
+    distilled from the full model."""
 
     method: str = "naee"
     max_experts: int = 0
     max_bytes: int = 0
     dense: bool = False
-    share: float = 0.5
+    share: float | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,14 @@ def extract(
     }  # fmt: skip
     measured = {"full": found.full_loss, "pruned": found.loss}
     return _export(loaded, out, ModelSource("extract", _UNNAMED, found.keep, settings, measured))
+
+
+def steer(base: Path, data: Sequence[Path], count: int = 8, factor: float = 0.0) -> Steered:
+    """Give more weight to the `count` experts that drive the output most on a domain's text, by `factor` or the best of a
+    few. Returns the drivers and what it saves on the text's other half."""
+    model, tokenizer = load_full(base, device=device_of()), load_tokenizer(base)
+    text, held_out = halves(cut_sequences(tokenizer, data))
+    return steer_drivers(model, text, held_out, count=count, factor=factor)
 
 
 def skip(base: Path, data: Sequence[Path], beta: float | None = None) -> Skipping:
@@ -153,25 +168,62 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     model, budget = loaded.model, {"max_experts": options.max_experts, "max_bytes": options.max_bytes}
     settings: dict[str, Any] = {"method": options.method, **budget, "data": digests(loaded.source.data)}
     if options.method == "task":
-        keep, settings["history"] = pruning.progressive(copy.deepcopy(model), loaded.text)
+        keep = _for_task(loaded, options.steps, settings)
     else:
-        chosen = pruning.choose(model, loaded.text, options.method, **budget)
+        chosen = choose(model, loaded.text, options.method, **budget)
         keep, padding = equalise(chosen, ranking(collect(model, loaded.text[:, :-1])))
         settings["padding"] = {str(index): experts for index, experts in padding.items() if experts}
     measured = {"full": loss(model, loaded.held_out)}
+    extra: dict[str, Mapping[str, torch.Tensor]] = {}
+    if options.method == "moe-i2" and options.share is not None:
+        extra["factors.safetensors"] = _shorten(loaded, keep, options.share, settings)
     with pruning.masked(model, keep):
         measured["pruned"] = loss(model, loaded.held_out)
-    return _export(loaded, out, ModelSource("prune", _UNNAMED, keep, settings, measured), dense=options.dense)
+    return _export(loaded, out, ModelSource("prune", _UNNAMED, keep, settings, measured), extra, dense=options.dense)
+
+
+def _for_task(loaded: _Loaded, steps: int, settings: dict[str, Any]) -> pruning.Keep:
+    """Return the experts left for the task; with `steps`, their trained rows are in the model afterwards."""
+    small = copy.deepcopy(loaded.model)
+    each = -(-steps // pruning.WINDOWS)
+
+    def tune(model: Any) -> None:
+        tune_experts(model, loaded.text, each)
+
+    keep, settings["history"] = pruning.progressive(small, loaded.text, tune=tune if steps else None)
+    if steps:
+        settings |= {"steps": each * pruning.WINDOWS, "tuned": True}
+        _put(loaded.model, keep, small)
+    return keep
+
+
+def _shorten(loaded: _Loaded, keep: pruning.Keep, share: float, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Give the experts that stay low-rank maps, of ranks by what each one's absence costs; returns the factors (MoE-I²)."""
+    small = pruning.prune(copy.deepcopy(loaded.model), keep)
+    factors, ranks = low_rank(small, loaded.text[:, :-1], share, expert_costs(small, loaded.text))
+    settings |= {"share": share, "tuned": True, "ranks": {str(index): chosen for index, chosen in ranks.items()}}
+    _put(loaded.model, keep, small)
+    return factors
+
+
+def _put(model: Any, keep: pruning.Keep, small: Any) -> None:
+    """Write the experts of the pruned model `small` into the places that they have in `model`."""
+    write_rows(model, keep, read_rows(small, {index: range(len(experts)) for index, experts in keep.items()}))
 
 
 def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     """Make every expert smaller; all of them stay."""
     model, extra = loaded.model, dict[str, Mapping[str, "torch.Tensor"]]()
     measured = {"full": loss(model, loaded.held_out)}
-    method, share, text = options.method, options.share, loaded.text[:, :-1]
+    method, text = options.method, loaded.text[:, :-1]
+    share = 0.5 if options.share is None else options.share
+    teacher = copy.deepcopy(model) if method == "zeros" and options.steps else None
     settings: dict[str, Any] = {"method": method, "share": share, "data": digests(loaded.source.data), "tuned": True}
     if method == "zeros":
         settings["zeros"] = {str(i): zeros for i, zeros in sparsify(model, text, 1 - share).items()}
+        if teacher is not None:
+            distil(model, teacher, loaded.text, options.steps)
+            settings["steps"] = options.steps
     else:
         extra["factors.safetensors"], ranks = low_rank(model, text, share)
         settings["ranks"] = {str(index): chosen for index, chosen in ranks.items()}

@@ -107,16 +107,21 @@ def ranks(importance: Sequence[float], shape: tuple[int, int], share: float) -> 
 
 
 def low_rank(
-    model: nn.Module, sequences: npt.NDArray[Any], share: float
+    model: nn.Module,
+    sequences: npt.NDArray[Any],
+    share: float,
+    costs: Mapping[int, Sequence[float]] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[int, list[int]]]:
     """Replace every expert's maps by their low-rank approximation, in place, so that any family's code runs them.
 
+    costs: what ranks follow, by layer and expert; without them it is the gate-weighted size of outputs.
     Returns the factors, `layers.<l>.<map>.<expert>.a|b`, which are what has to be stored, and the ranks by layer.
     """
     factors: dict[str, torch.Tensor] = {}
 
     def look(tape: Tape) -> list[int]:
-        importance, chosen = [float(x) for x in tape.importance()], list[int]()
+        own = tape.importance() if costs is None else costs[tape.layer.index]
+        importance, chosen = [float(x) for x in own], list[int]()
         for name in (name for name in tape.layer.parameters if name in MAPS):
             bank = getattr(tape.layer.experts, name)
             chosen = ranks(importance, tuple(bank.shape[1:]), share)

@@ -1,11 +1,4 @@
-"""Leave experts out: choose which ones, mask them in routing or remove them for good.
-
-naee             per layer, the subset whose layer output is closest to the full layer's on calibration text: every
-                 subset where there are few, else one expert dropped at a time (NAEE, Lu et al. 2024, eq. 2)
-router-weighted  experts by Σ_t g_e(x_t)·‖E_e(x_t)‖, over all layers at once (the score of MoE-Pruner, Xie et al. 2024,
-                 taken for whole experts)
-moe-i2           places are dealt to layers by how much losing an expert there costs, then as naee within each
-                 (after MoE-I², Yang et al. 2024, section 3.1)
+"""Leave experts out: mask them in routing, remove them for good, or drop them window by window of a task.
 
 Shapes: T calibration tokens, H hidden size, N experts, k experts per token. `Keep`: kept expert ids by layer, ascending.
 """
@@ -14,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import combinations
-from math import comb
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +15,9 @@ import torch
 from connito.errors import Invalid
 from connito.experts.measure import loss
 from connito.experts.removal import check_prunable, check_same, remove_experts, set_counts
-from connito.experts.tape import Tape, each_layer
 from connito.moe.layout import MoELayer, find_moe_layers, require_moe_layers
 from connito.moe.router import Call
+from connito.moe.statistics import collect
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -34,9 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Keep = dict[int, list[int]]
-METHODS = ("naee", "router-weighted", "moe-i2")
-# As many subsets of a layer's experts are tried one by one; beyond, experts are dropped greedily.
-EXACT_SUBSETS = 3000
+# Of a task's training, after each of which experts may go.
+WINDOWS = 5
 
 
 @contextmanager
@@ -101,140 +91,48 @@ def check_keep(layers: Mapping[int, MoELayer], keep: Mapping[int, list[int]]) ->
             )
 
 
-def choose(
-    model: nn.Module,
-    sequences: npt.NDArray[Any],
-    method: str = "naee",
-    *,
-    max_experts: int = 0,
-    max_bytes: int = 0,
-    max_tokens: int = 2048,
-) -> Keep:
-    """Return the experts to keep when at most `max_experts` (over all layers), or `max_bytes` of expert tensors, may
-    stay.
-
-    sequences: calibration text int32 [n, L + 1]. naee keeps equally many in every layer, the others as many as each
-    layer earns, at least one. Raises `Invalid` (BAD_SPEC) for a budget below one expert a layer.
-    """
-    layers = require_moe_layers(model)
-    budget = _budget(layers, max_experts, max_bytes)
-    if method not in METHODS:
-        raise Invalid(f"unknown pruning method {method!r}: use {', '.join(METHODS)}")
-    totals = {index: layer.num_experts for index, layer in layers.items()}
-    text = sequences[:, :-1]
-    if method == "router-weighted":
-        return _best(each_layer(model, text, Tape.importance, max_tokens=max_tokens, check=check_prunable), budget)
-    if method == "naee":
-        counts = {index: max(1, min(budget // len(layers), total)) for index, total in totals.items()}
-    else:
-        counts = deal(layer_costs(model, sequences), totals, budget)
-    return each_layer(
-        model, text, lambda tape: naee(tape, counts[tape.layer.index]), max_tokens=max_tokens, check=check_prunable
-    )
-
-
-def _budget(layers: Mapping[int, MoELayer], max_experts: int, max_bytes: int) -> int:
-    """Return the number of experts that may stay. All layers' experts have one size in every family known here."""
-    total = sum(layer.num_experts for layer in layers.values())
-    budget = min(max_experts or total, total)
-    if max_bytes:
-        size = max(expert_bytes(layer) for layer in layers.values())
-        budget = min(budget, max_bytes // size)
-    if budget < len(layers):
-        raise Invalid(
-            f"the budget admits {budget} experts, but {len(layers)} layers need one each: raise --max-experts or --max-bytes",
-            reason=reasons_pb2.REASON_BAD_SPEC,
-        )
-    return budget
-
-
-def expert_bytes(layer: MoELayer) -> int:
-    """Return the size of one expert of the layer."""
-    rows = [getattr(layer.experts, name)[0] for name in layer.parameters]
-    return sum(row.numel() * row.element_size() for row in rows)
-
-
-def naee(tape: Tape, count: int) -> list[int]:
-    """Return the `count` experts whose layer output is closest to the full layer's."""
-    total = tape.layer.num_experts
-    if comb(total, count) <= EXACT_SUBSETS:
-        return list(min(combinations(range(total), count), key=lambda keep: (tape.error(list(keep)), keep)))
-    keep = list(range(total))
-    while len(keep) > count:
-        drop = min(keep, key=lambda e: (tape.error([x for x in keep if x != e]), e))
-        keep.remove(drop)
-    return keep
-
-
-def _best(importance: Mapping[int, npt.NDArray[np.float64]], budget: int) -> Keep:
-    """Keep the best expert of each layer, then the best of all layers; a layer's importances are shares of its own
-    sum.
-    """
-    shares = {index: scores / max(scores.sum(), 1e-300) for index, scores in importance.items()}
-    keep = {index: [int(np.argmax(score))] for index, score in shares.items()}
-    rest = sorted(
-        (-float(score[e]), index, e)
-        for index, score in shares.items()
-        for e in range(len(score))
-        if e not in keep[index]
-    )
-    for _, index, expert in rest[: budget - len(keep)]:
-        keep[index].append(expert)
-    return {index: sorted(experts) for index, experts in keep.items()}
-
-
-def layer_costs(model: nn.Module, sequences: npt.NDArray[Any]) -> dict[int, float]:
-    """Return mean rise of the loss when one expert of a layer is left out, never below zero, by layer."""
-    layers, whole = require_moe_layers(model), loss(model, sequences)
-    costs = {}
-    for index, layer in layers.items():
-        rises = []
-        for expert in range(layer.num_experts if layer.num_experts > 1 else 0):
-            with masked(model, {index: [e for e in range(layer.num_experts) if e != expert]}):
-                rises.append(max(0.0, loss(model, sequences) - whole))
-        costs[index] = float(np.mean(rises)) if rises else 0.0
-    return costs
-
-
-def deal(costs: Mapping[int, float], totals: Mapping[int, int], budget: int) -> dict[int, int]:
-    """Return `budget` places in proportion to `costs`, at least 1 and at most `totals[l]` a layer; every place is given."""
-    counts = dict.fromkeys(sorted(costs), 1)
-    scale = sum(costs.values()) or 1.0
-    wanted = {
-        index: budget * (cost / scale if sum(costs.values()) else 1 / len(costs)) for index, cost in costs.items()
-    }
-    for _ in range(min(budget, sum(totals.values())) - len(counts)):
-        open_ = [index for index in counts if counts[index] < totals[index]]
-        counts[max(open_, key=lambda index: (wanted[index] - counts[index], -index))] += 1
-    return counts
-
-
 def progressive(
     model: nn.Module,
     sequences: npt.NDArray[Any],
     count: int = 1,
     *,
+    windows: int = WINDOWS,
+    threshold: float = 1.0,
     tune: Callable[[nn.Module], None] | None = None,
 ) -> tuple[Keep, list[tuple[int, float]]]:
-    """Halve the experts of every layer until `count` are left, each time by use on the task's own text, in place.
+    """Drop experts window by window of a task's training until `count` a layer are left, in place.
 
-    After each halving `tune` may train what is left. Returns the kept experts by their ids in the model as it was, and
-    (experts a layer, loss) after each step. After Task-Specific Expert Pruning (Chen et al. 2022).
+    After Task-Specific Expert Pruning (Chen et al. 2022): an expert's proficiency c_e adds up its share of the layer's
+    gate weight over the windows; after window t of E those with c_e < threshold · t/E · max c go, and after the last all
+    but the best `count`. `tune` trains what is left before each window is counted. Returns the kept experts by their ids
+    in the model as it was, and (most experts a layer, loss) at the start and after each window in which some went.
     """
     layers = require_moe_layers(model)
     left = {index: list(range(layer.num_experts)) for index, layer in layers.items()}
+    proficiency = {index: np.zeros(layer.num_experts) for index, layer in layers.items()}
     history = [(max(map(len, left.values())), loss(model, sequences))]
-    while max(map(len, left.values())) > count:
-        keep = {
-            index: sorted(int(e) for e in np.argsort(-scores, kind="stable")[: max(count, (len(scores) + 1) // 2)])
-            for index, scores in each_layer(model, sequences[:, :-1], Tape.importance, check=check_prunable).items()
-        }
+    for window in range(1, windows + 1):
+        if max(map(len, left.values())) <= count:
+            break
+        if tune is not None:
+            tune(model)
+        for index, seen in collect(model, sequences[:, :-1]).layers.items():
+            proficiency[index] += seen.gate_sums / max(float(seen.gate_sums.sum()), 1e-300)
+        share = threshold * window / windows
+        keep = {index: proficient(c, share, count, last=window == windows) for index, c in proficiency.items()}
+        if all(len(experts) == len(left[index]) for index, experts in keep.items()):
+            continue
         with masked(model, keep):
             after = loss(model, sequences)
         prune(model, keep)
         left = {index: [left[index][e] for e in experts] for index, experts in keep.items()}
-        if tune is not None:
-            tune(model)
-            after = loss(model, sequences)
+        proficiency = {index: proficiency[index][experts] for index, experts in keep.items()}
         history.append((max(map(len, left.values())), after))
     return left, history
+
+
+def proficient(proficiency: npt.NDArray[np.float64], share: float, count: int, *, last: bool) -> list[int]:
+    """Return the experts whose proficiency reaches `share` of the best's, at least `count`; after the last window `count`."""
+    order = [int(e) for e in np.argsort(-proficiency, kind="stable")]
+    reach = [e for e in order if proficiency[e] >= share * proficiency[order[0]]]
+    return sorted(order[:count] if last or len(reach) < count else reach)

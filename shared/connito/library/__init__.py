@@ -39,6 +39,7 @@ _HOMES = {
     "search": "catalogue",
     "show": "catalogue",
     "skip": "shrinking",
+    "steer": "shrinking",
     "upgrade": "composing",
     "verify": "exchange",
 }

@@ -8,7 +8,7 @@ from connito.cli.library.browse import app
 for _verb in (
     shelf.deposit, shelf.mark, shelf.ledger, export.verify, export.export,
     compose.compose, compose.remove, compose.upgrade, compose.cluster, compose.route,
-    grow.grow, grow.join, grow.branches, shrink.prune, shrink.extract, shrink.skip,
+    grow.grow, grow.join, grow.branches, shrink.prune, shrink.extract, shrink.skip, shrink.steer,
 ):  # fmt: skip
     app.command(_verb.__name__)(_verb)
 

@@ -1,4 +1,4 @@
-"""`connito library`: prune, extract and skip."""
+"""`connito library`: prune, extract, skip and steer."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def prune(
     out: OutOption,
     method: Annotated[
         str,
-        typer.Option(
-            help="naee, router-weighted, moe-i2, task (halving, to one expert), zeros (MoE-Pruner), low-rank (MoE-I²)."
-        ),
+        typer.Option(help="naee, router-weighted, moe-i2, task (to one expert a layer), zeros (MoE-Pruner), low-rank."),
     ] = "naee",
     max_experts: Annotated[int, typer.Option(help="Experts that may stay, over all layers.")] = 0,
     max_bytes: Annotated[int, typer.Option(help="Bytes of expert tensors that may stay.")] = 0,
@@ -46,8 +44,12 @@ def prune(
         bool, typer.Option(help="With task: write the last expert of each layer as a dense model.")
     ] = False,
     share: Annotated[
-        float, typer.Option(help="With zeros and low-rank: share of the experts' numbers that may stay.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Of the experts' numbers, what may stay: zeros and low-rank [0.5], moe-i2 [all]."),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Steps of training: task tunes what is left, zeros distils from the full model.")
+    ] = 0,
     domain: DomainOption = "",
     within: WithOption = None,
     measure: MeasureOption = None,
@@ -63,7 +65,7 @@ def prune(
     source = shrinking.ShrinkSource(
         base, tuple(data), domain, tuple(within or ()), named_files(measure), agreement(accept_license)
     )
-    options = shrinking.PruneOptions(method, max_experts, max_bytes, dense, share)
+    options = shrinking.PruneOptions(method, max_experts, max_bytes, dense, share, steps)
     record = shrinking.prune(source, out, options, holdings(shelf, data_dir))
     emit(as_json, record, lambda: _model_text(record, out))
 
@@ -117,6 +119,29 @@ def skip(
     }
     cost = f"loss {found.loss:.4f}, full {found.full:.4f} ({found.loss - found.full:+.4f} nats per token)"
     emit(as_json, document, lambda: f"{formats.percent(found.share)} of the slots skipped; {cost}")
+
+
+def steer(
+    base: BaseOption,
+    data: DataOption,
+    count: Annotated[int, typer.Option(min=1, help="How many experts, of all layers, count as drivers.")] = 8,
+    factor: Annotated[
+        float, typer.Option(min=0, help="What their gate weights are multiplied by; 0: the best of a few.")
+    ] = 0.0,
+    device: DeviceOption = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Give more weight to the experts that drive the output on a domain's text: print them, the factor, and what it saves."""
+    from connito.curation import shrinking
+
+    found = shrinking.steer(base, data, count, factor)
+    document = {
+        "drivers": {str(index): experts for index, experts in found.drivers.items()},
+        "factor": found.factor,
+        "measured": {"full": found.full, "steered": found.loss},
+    }
+    cost = f"loss {found.loss:.4f}, as it is {found.full:.4f} ({found.loss - found.full:+.4f} nats per token)"
+    emit(as_json, document, lambda: f"drivers {found.drivers}, weights times {found.factor:g}; {cost}")
 
 
 def _model_text(record: ExpertRecord, out: Path) -> str:

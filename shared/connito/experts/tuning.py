@@ -1,0 +1,110 @@
+"""Train what is left of a pruned model: its experts on text, and thinned experts beside those that they were.
+
+Expert-wise distillation (MoE-Pruner, Xie et al. 2024, section 3.3): L = L_CE + λ Σ_l Σ_e MSE(E_t(x), E_s(x)), x what the
+student's router sends to expert e of layer l. Weights that were set to zero stay zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from connito.errors import Invalid
+from connito.moe.batches import batch_of
+from connito.moe.head import Head
+from connito.moe.layout import MoELayer, require_moe_layers
+from connito.moe.resident import compress
+from connito.moe.rows import write_rows
+from connito.moe.training import train_local
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import nn
+
+BATCH = 4
+LEARNING_RATE = 1e-3
+
+
+def batches_of(sequences: npt.NDArray[Any], steps: int) -> npt.NDArray[Any]:
+    """Return [steps, B, L + 1] from `sequences` [n, L + 1], again from the start where they end."""
+    size = min(BATCH, len(sequences))
+    return np.stack([np.take(sequences, range(size * i, size * (i + 1)), axis=0, mode="wrap") for i in range(steps)])
+
+
+def tune_experts(model: nn.Module, sequences: npt.NDArray[Any], steps: int, rate: float = LEARNING_RATE) -> None:
+    """Train every expert of `model`, in place, for `steps` batches; routers and everything else are frozen."""
+    places = {index: list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
+    worker = compress(copy.deepcopy(model), places)
+    state, _ = train_local(worker, batches_of(sequences, steps), learning_rate=rate)
+    write_rows(model, places, state)
+
+
+def distil(
+    model: nn.Module,
+    teacher: nn.Module,
+    sequences: npt.NDArray[Any],
+    steps: int,
+    *,
+    weight: float = 1.0,
+    rate: float = LEARNING_RATE,
+) -> list[float]:
+    """Train the experts of the thinned `model`, in place, towards those of `teacher`; returns the losses.
+
+    sequences: int32 [n, L + 1]. weight: λ. Zeros of a bank stay zeros.
+    """
+    layers, masters = require_moe_layers(model), require_moe_layers(teacher)
+    banks = [getattr(layer.experts, name) for layer in layers.values() for name in layer.parameters]
+    if not all(torch.is_floating_point(bank) for bank in banks):
+        raise Invalid("experts of whole numbers cannot be trained: load the model in F32 or BF16")
+    masks = [bank.detach() != 0 for bank in banks]
+    optimiser, head, losses = torch.optim.AdamW(banks, lr=rate, betas=(0.9, 0.95), weight_decay=0.0), Head(model), []
+    for bank in banks:
+        bank.requires_grad_(True)
+    try:
+        for batch in batches_of(sequences, steps):
+            loss = _loss(head, layers, masters, batch, weight)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            with torch.no_grad():
+                for bank, mask in zip(banks, masks, strict=True):
+                    bank.mul_(mask)
+            losses.append(float(loss.detach()))
+    finally:
+        for bank in banks:
+            bank.requires_grad_(False)
+    return losses
+
+
+def _loss(
+    head: Head, layers: dict[int, MoELayer], masters: dict[int, MoELayer], batch: npt.NDArray[Any], weight: float
+) -> torch.Tensor:
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with ExitStack() as stack:
+        for index, layer in layers.items():
+
+            def look(_: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+                seen[index] = args[0].detach().reshape(-1, args[0].shape[-1]), args[1].reshape(-1, args[1].shape[-1])
+
+            stack.callback(layer.experts.register_forward_pre_hook(look).remove)
+        loss = head.nll(*batch_of(batch, head.model)).mean()
+    return loss + weight * sum(
+        (expert_error(layers[index], masters[index], *seen[index]) for index in layers), torch.zeros(())
+    ).to(loss)
+
+
+def expert_error(layer: MoELayer, master: MoELayer, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return Σ_e MSE(E_t(x), E_s(x)) over the tokens x [T, H] that `ids` [T, k] send to each expert."""
+    total = x.new_zeros(())
+    for expert in range(layer.num_experts):
+        own = x[(ids == expert).any(dim=-1)]
+        if len(own):
+            slot, one = own.new_full((len(own), 1), expert, dtype=torch.long), own.new_ones(len(own), 1)
+            with torch.no_grad():
+                wanted: torch.Tensor = master.experts.forward(own, slot, one)
+            total = total + (layer.experts.forward(own, slot, one) - wanted).square().mean()
+    return total

@@ -1,0 +1,142 @@
+"""What is trained after pruning: experts alone, towards the experts that they were, and window by window of a task."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from connito.experts.lowrank import sparsify
+from connito.experts.measure import loss
+from connito.experts.prune import WINDOWS, proficient, progressive
+from connito.experts.tuning import distil, expert_error, tune_experts
+from connito.moe.layout import require_moe_layers
+from connito.moe.rows import fingerprint
+
+from tests.support.models import Sequences
+
+
+@pytest.fixture(scope="session")
+def tiny(distinct_tiny: Path) -> Path:
+    """Experts that differ, so that it matters which are left out."""
+    return distinct_tiny
+
+
+def test_the_distance_of_experts_is_the_papers(full: Any) -> None:
+    """Mean squares per expert over its own tokens, added up: from the gated MLP's formula."""
+    other, generator = copy.deepcopy(full), torch.Generator().manual_seed(2)
+    one, two = (require_moe_layers(model)[2] for model in (full, other))
+    banks: Any = two.experts
+    with torch.no_grad():
+        banks.down_proj.mul_(0.9)
+    x, ids = torch.randn(20, 64, generator=generator), torch.randint(0, 4, (20, 2), generator=generator)
+
+    def mlp(bank: Any, expert: int, token: torch.Tensor) -> torch.Tensor:
+        gate, up = (bank.gate_up_proj[expert] @ token).chunk(2)
+        out: torch.Tensor = bank.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+        return out
+
+    want = 0.0
+    for expert in range(8):
+        own = [t for t in range(20) if expert in ids[t].tolist()]
+        if own:
+            squares = [(mlp(two.experts, expert, x[t]) - mlp(one.experts, expert, x[t])).square().mean() for t in own]
+            want += float(sum(squares)) / len(own)
+    with torch.no_grad():
+        assert float(expert_error(two, one, x, ids)) == pytest.approx(want, rel=1e-4)
+        assert float(expert_error(one, one, x, ids)) == 0.0
+
+
+def down(layer: Any) -> torch.Tensor:
+    bank: torch.Tensor = layer.experts.down_proj
+    return bank
+
+
+@pytest.mark.slow
+def test_distillation_brings_a_thinned_model_back_and_keeps_its_zeros(full: Any, sequences: Sequences) -> None:
+    text, held = sequences("recipes", 24, 60), sequences("recipes", 8, 61)
+    thin = copy.deepcopy(full)
+    sparsify(thin, text[:6, :-1], 0.75)
+    zeros = {i: down(layer) == 0 for i, layer in require_moe_layers(thin).items()}
+    before, digests, plain = loss(thin, held), fingerprint(full), loss(full, held)
+    tuned = copy.deepcopy(thin)
+    losses = distil(tuned, full, text, 20)
+    assert losses[-1] < losses[0]
+    assert loss(tuned, held) < before - 0.3 * (before - plain)
+    assert all((down(layer)[zeros[i]] == 0).all() for i, layer in require_moe_layers(tuned).items())
+    assert fingerprint(full) == digests, "the teacher was touched"
+
+
+def test_proficiency_has_to_reach_a_rising_share_of_the_best() -> None:
+    c = np.array([0.5, 0.1, 0.3, 0.05, 0.05])
+    assert proficient(c, 0.0, 1, last=False) == [0, 1, 2, 3, 4]
+    assert proficient(c, 0.2, 1, last=False) == [0, 1, 2]
+    assert proficient(c, 0.6, 1, last=False) == [0, 2]
+    assert proficient(c, 1.0, 2, last=False) == [0, 2]
+    assert proficient(c, 0.0, 1, last=True) == [0]
+
+
+def test_the_schedule_is_that_of_accumulated_gate_shares(full: Any, sequences: Sequences) -> None:
+    """The published schedule, written out on the model as it is: without training the shares of every window follow from
+    one pass over what is left."""
+    text, model = sequences("recipes", 3, 60), copy.deepcopy(full)
+    keep, history = progressive(full, text)
+
+    def shares(left: dict[int, list[int]]) -> dict[int, np.ndarray]:
+        out = {}
+        ids = torch.from_numpy(text[:, :-1].astype("int64"))
+        seen: dict[int, torch.Tensor] = {}
+        handles = []
+        for index, places in left.items():
+            router = model.model.layers[index].mlp.gate
+
+            def hook(r: Any, args: Any, output: Any, index: int = index, places: list[int] = places) -> Any:
+                chances = (args[0].reshape(-1, 64) @ r.weight.T).softmax(-1)[:, places]
+                best = chances.topk(min(2, len(places)), dim=-1)
+                gates = torch.zeros_like(chances).scatter(
+                    1, best.indices, best.values / best.values.sum(-1, keepdim=True)
+                )
+                seen[index] = gates
+                whole = torch.zeros(len(gates), 8)
+                whole[:, places] = gates
+                top = whole.topk(2, dim=-1)
+                return (output[0], top.values.to(output[1].dtype), top.indices)
+
+            handles.append(router.register_forward_hook(hook))
+        with torch.no_grad():
+            model.model(input_ids=ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for index, gates in seen.items():
+            out[index] = (gates.sum(0) / gates.sum()).double().numpy()
+        return out
+
+    left, c = {2: list(range(8)), 3: list(range(8))}, {2: np.zeros(8), 3: np.zeros(8)}
+    sizes = [8]
+    for window in range(1, WINDOWS + 1):
+        if max(map(len, left.values())) == 1:
+            break
+        now = shares(left)
+        for index, places in list(left.items()):
+            c[index] += now[index]
+            stay = c[index] >= window / WINDOWS * c[index].max()
+            if window == WINDOWS:
+                stay = np.arange(len(stay)) == c[index].argmax()
+            left[index] = [e for e, s in zip(places, stay, strict=True) if s]
+            c[index] = c[index][stay]
+        if max(map(len, left.values())) != sizes[-1]:
+            sizes.append(max(map(len, left.values())))
+    assert keep == left
+    assert sorted({size for size, _ in history}, reverse=True) == sizes
+
+
+@pytest.mark.slow
+def test_training_between_the_windows_keeps_more_of_the_task(full: Any, sequences: Sequences) -> None:
+    text, held = sequences("recipes", 24, 60), sequences("recipes", 8, 61)
+    plain, tuned = full, copy.deepcopy(full)
+    progressive(plain, text[:6])
+    progressive(tuned, text[:6], tune=lambda model: tune_experts(model, text, 6))
+    assert loss(tuned, held) < loss(plain, held) - 0.02
