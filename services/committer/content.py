@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections import OrderedDict
+from pathlib import Path
 
 from connito.errors import Invalid, ObjectDamaged
+from connito.protocol.coding import decoded
 from connito.protocol.findings import Refusal
 from connito.protocol.submission import read_header, validate_move
 from connito.runtime.logs import get_logger
@@ -84,7 +87,8 @@ def check_artifact(path: str, base: str, spec: RunSpec) -> Refusal | None:
     """
     expected = read_header(base)
     try:
-        validate_move(path, expected, base, spec)
+        with tempfile.TemporaryDirectory(prefix="connito-examine-") as folder:
+            validate_move(decoded(Path(path), Path(base), spec.training, Path(folder)), expected, base, spec)
     except Exception as error:  # a hostile file must not be able to stop the service
         if here_and_now(error) is not None:
             raise

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from connito.bus import Bus
-from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Environment, Invalid
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.provenance import check_start
@@ -21,6 +21,7 @@ from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 
+from . import feedback
 from .adapters import Downloads, Services
 from .handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train
 from .state import CycleProgress, Ledger
@@ -88,7 +89,8 @@ class Miner:
             return await self.trainer.train(facts, cycle, state, draft)
 
         effort = await self.strategy.produce(Work(run, cycle, self.me, state, draft, spec.training, honest))
-        artifact = ledger.keep_artifact(run, cycle, draft)
+        code = partial(feedback.code, facts, self.me, cycle, state, draft, ledger.folder(run, cycle).parent / "left")
+        artifact = ledger.keep_artifact(run, cycle, await asyncio.to_thread(code))
         digest, size = await asyncio.to_thread(digest_of_file, artifact)
         salt = self._salt(run, cycle, digest)
         commitment = commitment_digest(run, cycle, self.me, opened.state.digest, digest, salt)
@@ -125,7 +127,12 @@ class Miner:
         logs.bind_run(run, cycle)
         mine = self.ledger.cycle(run, cycle)
         salt = self._salt(run, cycle, mine.artifact)
-        artifact = ArtifactRef(digest=mine.artifact, size=mine.size, media_type=SAFETENSORS, realm=REALM_SUBMISSION)
+        artifact = ArtifactRef(
+            digest=mine.artifact,
+            size=mine.size,
+            media_type=feedback.media_type(self.facts(run)),
+            realm=REALM_SUBMISSION,
+        )
         try:
             await self._upload(run, mine, artifact, salt)
         except Environment:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connito.errors import Fatal, Invalid, Retry
+from connito.protocol.coding import decoded
 from connito.protocol.policy.choices import ADVERSARIES
 from connito.wire.facts import RunFacts
 
@@ -71,12 +72,12 @@ class Copier(_Idle):
         shutil.copyfile(self.stolen(work), work.draft)
 
     def stolen(self, work: Work) -> Path:
-        """Return the victim's result of this cycle. Raises `Retry` while it is not there."""
+        """Return the rows of the victim's result of this cycle. Raises `Retry` while it is not there."""
         folder = self.victim_dir / work.run / str(work.cycle)
         path = folder / "artifact.safetensors"
         if not path.exists() or not read_progress(folder / "progress.json").artifact:
             raise Retry(f"the victim has no result in {folder} yet", after=0.5)
-        return path
+        return decoded(path, work.state, work.policy, work.draft.parent)
 
 
 class NoisyCopier(Copier):

@@ -4,7 +4,8 @@
     <work_dir>/miner                               the public key that works here
     <work_dir>/<run>/<cycle>/progress.json        one small document, replaced atomically
     <work_dir>/<run>/receipts/<cycle>-<sequence>.checkpoint   for `connito audit --receipt`
-    <work_dir>/<run>/<cycle>/artifact.safetensors  never changed once progress.json names its digest
+    <work_dir>/<run>/<cycle>/artifact.safetensors  never changed once progress.json names its digest; coded, by the run's policy
+    <work_dir>/<run>/left/<cycle>.safetensors      what coding left out (`services.trainer.feedback`)
 
 The order of writes carries the guarantee: the artifact is on disk before `progress.json` names it, and it is named
 before anything about it is said. So whatever was committed to can be opened.

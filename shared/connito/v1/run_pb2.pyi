@@ -209,6 +209,9 @@ class TrainPolicy(_message.Message):
     ROUTER_DISTILLATION_FIELD_NUMBER: _builtins.int
     DISTILLATION_SHARE_FIELD_NUMBER: _builtins.int
     BETA1_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    CODEC_RANK_FIELD_NUMBER: _builtins.int
+    CODEC_SHARE_FIELD_NUMBER: _builtins.int
     local_steps: _builtins.int
     """H, the local steps of a cycle."""
     sequence_length: _builtins.int
@@ -241,6 +244,15 @@ class TrainPolicy(_message.Message):
     """β₁, how much of AdamW's first moment a local step keeps. Outer momentum points the same way, so the two overshoot together
     when cycles are short. Absent, as in runs of before it existed: 0.9.
     """
+    codec: _builtins.str
+    """What a submission is: every row as it stands (rows; and empty, as in runs of before it existed), or its pseudo-gradient,
+    coded: blocks of 64 numbers of a few levels (ternary, int4, int8), factors of each matrix (low-rank), the largest numbers (top-k).
+    Judged and merged is what it decodes to.
+    """
+    codec_rank: _builtins.int
+    """Columns of the factors of each matrix (low-rank)."""
+    codec_share: _builtins.float
+    """Share of the numbers that is sent (top-k)."""
     def __init__(
         self,
         *,
@@ -257,10 +269,13 @@ class TrainPolicy(_message.Message):
         router_distillation: _builtins.float = ...,
         distillation_share: _builtins.float = ...,
         beta1: _builtins.float | None = ...,
+        codec: _builtins.str = ...,
+        codec_rank: _builtins.int = ...,
+        codec_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "beta1", b"beta1"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "batch_sequences", b"batch_sequences", "beta1", b"beta1", "distillation_share", b"distillation_share", "final_rate_share", b"final_rate_share", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "moments", b"moments", "replay_share", b"replay_share", "router_distillation", b"router_distillation", "routing_mode", b"routing_mode", "sequence_length", b"sequence_length", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "batch_sequences", b"batch_sequences", "beta1", b"beta1", "codec", b"codec", "codec_rank", b"codec_rank", "codec_share", b"codec_share", "distillation_share", b"distillation_share", "final_rate_share", b"final_rate_share", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "moments", b"moments", "replay_share", b"replay_share", "router_distillation", b"router_distillation", "routing_mode", b"routing_mode", "sequence_length", b"sequence_length", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015

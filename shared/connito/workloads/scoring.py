@@ -7,6 +7,7 @@ place; the hidden states below the first adapted layer are computed once per cyc
 from __future__ import annotations
 
 import functools
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from connito.data.corpus import Corpus
 from connito.data.packing import Rows
 from connito.errors import Retry
+from connito.protocol.coding import decoded
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.scoring.evaluation import Losses, Measurable, Part
 from connito.protocol.sequences import sequences
@@ -140,9 +142,12 @@ class SubmissionEvaluator:
         """
         from connito.moe.state import load_state
 
-        validate(files.artifact, read_header(state))
-        artifact = load_state(files.artifact)
-        origin = load_state(files.origin or state)
+        begun_from = files.origin or state
+        with tempfile.TemporaryDirectory(prefix="connito-decode-") as folder:
+            rows_of = decoded(files.artifact, begun_from, self._spec.training, Path(folder))
+            validate(rows_of, read_header(state))
+            artifact = load_state(rows_of)
+        origin = load_state(begun_from)
         if all(artifact[name].equal(rows) for name, rows in origin.items()):
             return Measurable(before, before, unchanged=True)
         candidate = artifact if files.origin is None else rebase(artifact, origin, load_state(state))

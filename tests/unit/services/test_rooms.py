@@ -19,7 +19,7 @@ PURE = {
 PERFORMING = {
     "coordinator": {"admission", "reading"},
     "committer": {"content", "downloads"},
-    "trainer": {"adversary", "base", "evaluation", "strategy", "training"},
+    "trainer": {"adversary", "base", "evaluation", "feedback", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {
         "access", "artifacts", "charts", "figures", "heatmap", "history", "lineage", "pages", "views", "waterfall",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Environment, Invalid
+from connito.protocol.coding import decoded
 from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal, Refusals, finding_of
 from connito.protocol.merging.candidates import Attempt, MergeInputs, attempts, write_candidate, write_resting_momentum
 from connito.protocol.merging.gate import Losses, Outcome, Part, choose
@@ -68,7 +69,8 @@ def merge_cycle(
     losses and the gate's decision are taken, and a decision that these facts and files do not even offer comes out as
     another one.
     """
-    refused = {**unusable, **_inspect(facts, submissions, files)}
+    files, faulty = _inspect(facts, submissions, files, folder)
+    refused = {**unusable, **faulty}
     agreed = without(agreed, refused)
     sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
     ingredients = _ingredients(sound, agreed, cycle, files)
@@ -102,21 +104,26 @@ def _whose(facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs) 
     return copies.refusals(sound, function, found.original), found.leaning
 
 
-def _inspect(facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files: Files) -> Refusals:
-    """Look at every file once more before it is merged: what goes into a version is checked where it is made."""
+def _inspect(
+    facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files: Files, folder: Path
+) -> tuple[Files, Refusals]:
+    """Decode every submission into `folder` and look at it once more: what goes into a version is checked where it is made."""
     spec = facts.require_spec()
     layout = expected_layout(files.parent)
     refused: dict[str, Refusal] = {}
+    states: dict[str, Path] = {}
     for entry in submissions:
         if entry.miner in files.states:
             try:
-                path, base = files.states[entry.miner], files.bases[entry.miner]
+                base = files.bases[entry.miner]
+                path = decoded(files.states[entry.miner], base, spec.training, folder)
                 validate_move(path, layout, base, spec)
+                states[entry.miner] = path
             except Environment:
                 raise
             except Invalid as error:
                 refused[entry.miner] = Refusal.of(error)
-    return refused
+    return replace(files, states=states), refused
 
 
 def _ingredients(sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle: int, files: Files) -> MergeInputs:

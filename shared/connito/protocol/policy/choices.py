@@ -14,6 +14,9 @@ SCOPES, SCOPE = ("global", "layer"), "global"
 CONTESTED, CONTESTED_RULE = ("share", "duplicate", "exclusive"), "share"
 ROUTING_MODES = ("natural", "masked", "restricted")
 MOMENTS = ("fresh", "kept", "second")
+# Forms of a submission, see docs/adr/0030-submissions-in-a-coded-form.md.
+ROWS = "rows"
+CODECS = ("ternary", "int4", "int8", "low-rank", "top-k", ROWS)
 AGGREGATORS = (
     "mean",
     "utility-mean",

@@ -1,0 +1,1 @@
+"""Pseudo-gradients in few bytes: codecs that decode to the bit on every machine, and the file that carries them. No torch."""

@@ -1,0 +1,113 @@
+"""The file of a coded pseudo-gradient: prefix, codec, parameter, and the planes of each tensor by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from connito.data.codecs.blocks import Blocks
+from connito.data.codecs.factors import MAX_RANK, Factors
+from connito.data.codecs.planes import Plane, Size, bad_code, read_planes, write_planes
+from connito.data.codecs.scales import Floats
+from connito.data.codecs.sparse import CHUNK, Sparse
+from connito.data.tensors import Layout
+from connito.errors import Invalid, NotFound
+from connito.v1 import reasons_pb2 as reasons
+
+CODED = "application/vnd.connito.pseudo-gradient"
+
+_PREFIX = b"connito\x01"
+_HEAD_BYTES = len(_PREFIX) + 5
+_BLOCKS = {made.name: made for made in (Blocks("ternary", 1, 1, 4), Blocks("int4", 2, 7, 2), Blocks("int8", 3, 127, 1))}
+
+
+class Codec(Protocol):
+    """A way to write a tensor of float32 as planes, with what the policy says of it as a number."""
+
+    @property
+    def name(self) -> str:
+        """Return its name in a policy."""
+        ...
+
+    @property
+    def tag(self) -> int:
+        """Return its number in files."""
+        ...
+
+    @property
+    def parameter(self) -> int:
+        """Return the policy's number."""
+        ...
+
+    def sizes(self, shape: Sequence[int]) -> list[Size]:
+        """Return the sizes of a tensor's planes in clear."""
+        ...
+
+    def encode(self, values: Floats) -> list[Plane]:
+        """Return a tensor's planes."""
+        ...
+
+    def decode(self, planes: Sequence[Plane], shape: Sequence[int], about: str) -> Floats:
+        """Return a tensor. Raises `Invalid` about the tensor `about` for bytes that no encoder writes."""
+        ...
+
+
+def codec(name: str, rank: int = 0, share: float = 0.0) -> Codec:
+    """Return a codec by its name in a policy, with the policy's rank and share where it has one."""
+    if name == "low-rank":
+        return Factors(min(max(rank, 1), MAX_RANK))
+    if name == "top-k":
+        return Sparse(min(max(round(share * CHUNK), 1), CHUNK))
+    if name not in _BLOCKS:
+        raise Invalid(f"no codec is called {name!r}", reason=reasons.REASON_BAD_SPEC)
+    return _BLOCKS[name]
+
+
+def most_bytes(how: Codec, layout: Layout) -> int:
+    """Return the most bytes that a file of this layout can have."""
+    return _HEAD_BYTES + sum(size.coded + 4 for _, shape in layout.values() for size in how.sizes(shape))
+
+
+def write_coded(how: Codec, layout: Layout, load: Callable[[str], Floats], path: Path) -> None:
+    """Write the tensors that `load` returns by name, one in memory at a time."""
+    with path.open("wb") as file:
+        file.write(_head(how))
+        for name in sorted(layout):
+            write_planes(how.encode(load(name)), file)
+
+
+def read_coded(how: Codec, layout: Layout, source: Path | bytes) -> Iterator[tuple[str, Floats]]:
+    """Yield (name, δ) of a file by name, one tensor in memory at a time.
+
+    Raises `Invalid` (BAD_HEADER, OVERSIZED, NON_FINITE) for anything that no encoder writes, at the first place where it shows.
+    """
+    try:
+        with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            _check_head(how, file)
+            size, limit = file.seek(0, 2), most_bytes(how, layout)
+            if size > limit:
+                raise Invalid(
+                    f"the file has {size} bytes, at most {limit} are possible", reason=reasons.REASON_OVERSIZED
+                )
+            file.seek(_HEAD_BYTES)
+            for name in sorted(layout):
+                shape = layout[name][1]
+                yield name, how.decode(read_planes(file, how.sizes(shape), name), shape, name)
+            if file.tell() != size:
+                raise bad_code(f"the file has {size - file.tell()} bytes behind its last tensor")
+    except OSError as error:
+        raise NotFound(f"cannot read {source!r}: {error.strerror}") from error
+
+
+def _head(how: Codec) -> bytes:
+    return _PREFIX + bytes([how.tag]) + how.parameter.to_bytes(4, "little")
+
+
+def _check_head(how: Codec, file: BinaryIO) -> None:
+    head = file.read(_HEAD_BYTES)
+    if not head.startswith(_PREFIX) or len(head) < _HEAD_BYTES:
+        raise bad_code("the file is not a coded pseudo-gradient")
+    if head != _head(how):
+        raise bad_code(f"the file is of another codec or parameter than {how.name} with {how.parameter}")

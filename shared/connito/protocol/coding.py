@@ -1,0 +1,92 @@
+"""Meaning of a submission's bytes: the one place where a coded pseudo-gradient becomes rows.
+
+Whoever judges, merges or audits a submission works on its decoded state, θ_t − decode(bytes), with the names, shapes and types of
+the state θ_t that it began from. It is the same to the bit for everybody.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from connito.data.codecs.file import Codec, codec, read_coded, write_coded
+from connito.data.codecs.scales import Floats
+from connito.data.pseudo_gradients import load_float32
+from connito.data.tensors import Array, Layout, TensorWriter, from_float32, read_header, to_float32
+from connito.errors import Invalid
+from connito.protocol.policy.choices import ROWS
+from connito.v1 import reasons_pb2 as reasons
+from connito.v1.run_pb2 import TrainPolicy
+
+
+def is_coded(policy: TrainPolicy) -> bool:
+    """Return whether submissions under a policy are coded; in runs of before there were codecs they are rows."""
+    return policy.codec not in ("", ROWS)
+
+
+def codec_of(policy: TrainPolicy) -> Codec:
+    """Return the codec of a policy under which submissions are coded."""
+    return codec(policy.codec, policy.codec_rank, policy.codec_share)
+
+
+def decoded(submission: Path, base: Path, policy: TrainPolicy, folder: Path) -> Path:
+    """Return the state that a submission stands for, begun from the state in `base`: the file itself where rows are sent, else a
+    new one in `folder`.
+
+    Raises `Invalid` for bytes that no encoder writes. One tensor is in memory at a time.
+    """
+    if not is_coded(policy):
+        return submission
+    header, layout = read_header(base), _shapes(base)
+    path = folder / f"{submission.name}-{base.name}.rows"
+    with TensorWriter(path, layout, header.metadata) as writer:
+        assert writer.names == sorted(layout), "a state has one dtype"
+        for name, delta in read_coded(codec_of(policy), layout, submission):
+            writer.write(name, _moved(base, name, delta, layout[name][0]))
+    return path
+
+
+def encode(rows: Path, base: Path, policy: TrainPolicy, left: Path | None, coded: Path, leaves: Path) -> None:
+    """Write the pseudo-gradient of the state in `rows`, begun from `base`, to `coded`, and what coding leaves out to `leaves`.
+
+    `left` is what coding left out before, float32 over the same rows: it is added. Numbers that are not finite are coded as such,
+    are refused by whoever decodes them, and leave nothing. Raises `Invalid` when `rows` has other tensors than `base`.
+    """
+    how, layout = codec_of(policy), _same_layout(base, rows)
+    before = (
+        None if left is None or _shapes(left) != {name: ("F32", shape) for name, (_, shape) in layout.items()} else left
+    )
+
+    def wanted(name: str) -> Floats:
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = load_float32(base, name) - load_float32(rows, name)
+            return delta if before is None else delta + load_float32(before, name)
+
+    write_coded(how, layout, wanted, coded)
+    try:
+        with TensorWriter(leaves, {name: ("F32", shape) for name, (_, shape) in layout.items()}) as writer:
+            for name, delta in read_coded(how, layout, coded):
+                dtype = layout[name][0]
+                moved = load_float32(base, name) - to_float32(_moved(base, name, delta, dtype), dtype)
+                writer.write(name, wanted(name) - moved)
+    except Invalid as error:
+        if error.reason != reasons.REASON_NON_FINITE:
+            raise
+
+
+def _same_layout(base: Path, rows: Path) -> Layout:
+    layout = _shapes(base)
+    if _shapes(rows) != layout:
+        raise Invalid("these rows are not those of the run's target experts", reason=reasons.REASON_WRONG_TENSORS)
+    return layout
+
+
+def _shapes(state: Path) -> Layout:
+    return {name: (entry.dtype, entry.shape) for name, entry in read_header(state).entries.items()}
+
+
+def _moved(base: Path, name: str, delta: Floats, dtype: str) -> Array:
+    """Return θ_t − δ of one tensor as the state stores it: one subtraction and one rounding."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return from_float32(load_float32(base, name) - delta, dtype)
