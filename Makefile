@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt requirements-data.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Connito needs Python 3.11 or newer; python3 is $$(python3 -V)" >&2; exit 2; }
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@test -x $(PY) || python3 -m venv $(VENV)
-	@$(PIP) install --quiet -c constraints.txt torch==2.13.0
+	@scripts/install-torch $(PY)
 	@$(PIP) install --quiet -c constraints.txt -e '.[model,data,demo,console,tracing,dev]'
 	@$(PIP) install --quiet --no-deps -r requirements-data.txt
 	@touch $@

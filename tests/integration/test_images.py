@@ -150,6 +150,10 @@ def check_contents(root: Path, config: dict[str, Any]) -> None:
     assert found == []
     assert not (root / "opt/build").exists(), "pip and build tools must not be shipped"
     assert not list((root / "opt/packages").glob("pip*"))
+    # On a read-only root, what is not compiled in the image is compiled again at every start.
+    for folder in ("opt/app/connito", "opt/packages/grpc"):
+        modules = {path.stem for path in (root / folder).glob("*.py")}
+        assert {path.stem.partition(".")[0] for path in (root / folder / "__pycache__").glob("*.pyc")} >= modules
     secrets = [path for path in (root / "opt/app").rglob("*") if path.suffix in {".nk", ".pem", ".env"}]
     assert secrets == []
 
