@@ -50,7 +50,16 @@ def entries(text: str) -> dict[str, tuple[str, set[str]]]:
 
 def resolve(lock: Path, architecture: str) -> subprocess.CompletedProcess[str]:
     """The same versions again, with a file for this architecture each, and the hashes that the index states."""
-    command = [str(UV), "pip", "compile", "--quiet", "--system-certs", "--no-config", "--generate-hashes", "--no-header"]
+    command = [
+        str(UV),
+        "pip",
+        "compile",
+        "--quiet",
+        "--system-certs",
+        "--no-config",
+        "--generate-hashes",
+        "--no-header",
+    ]
     command += ["--default-index", INDEX, "--no-deps", "--no-annotate", "--python-version", "3.11", "--only-binary"]
     command += [":all:", *(f"--no-binary={name}" for name in SOURCES), "--python-platform"]
     command += [f"{architecture}-manylinux_2_28", str(lock)]
