@@ -38,7 +38,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
 
     feed = Feed(context.bus, context.roster, settings.run)
     # The store is optional: without it, there are no cards and no bytes to verify.
-    store = context.store if settings.s3_access_key else None
+    store = context.store if settings.s3_access_key or settings.s3_credentials != "keys" else None
     figures = ExpertFigures(store, feed.move)
     access = Access(token, user_header=settings.console_user_header, proxies=settings.proxies())
     console = Console(feed, access, Artifacts(store), figures, secure_cookie=settings.console_secure_cookie)

@@ -35,6 +35,14 @@ class ServiceSettings(BaseSettings):
     s3_public_endpoint: str = Field("", description="its address as miners see it; empty: the same")
     s3_access_key: str = Field("", description="store access key; empty for who has no bucket credentials")
     s3_secret_key: SecretStr = Field(SecretStr(""), description="store secret key")
+    s3_credentials: Literal["keys", "iam", "web-identity"] = Field(
+        "keys",
+        description="the two keys above; what AWS gives the pod or machine; or a token file, for an STS of your own",
+    )
+    s3_sts_endpoint: str = Field("", description="with web-identity: the STS that takes the token, MinIO's for example")
+    s3_token_file: Path = Field(
+        Path("/var/run/secrets/connito/token"), description="with web-identity: the file that the token is in"
+    )
     s3_bucket: str = Field("connito", description="bucket that holds the artifacts")
     s3_region: str = Field("us-east-1", description="region that requests are signed for")
     cache_dir: Path = Field(default_factory=default_cache_dir, description="where fetched artifacts are kept")

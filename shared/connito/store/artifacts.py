@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
+from minio.credentials import Provider, StaticProvider
 from minio.error import InvalidResponseError, S3Error, ServerError
 
 from connito.errors import ConnitoError, Fatal, Invalid, ObjectDamaged, ObjectMissing, Retry, Unusable
@@ -21,6 +22,7 @@ from connito.runtime.settings import ServiceSettings
 from connito.runtime.waiting import WAITING
 from connito.store.cache import Cache, digest_of_file
 from connito.store.client import Client, StoreClock
+from connito.store.credentials import provider
 from connito.store.presigned import Progress, disk_or_network, presign, save_verified, write_once_headers
 from connito.v1 import artifacts_pb2
 from connito.v1 import reasons_pb2 as reasons
@@ -93,25 +95,29 @@ class ArtifactStore:
         client: Minio | None = None,
         clock: StoreClock | None = None,
         cache_max_bytes: int = 0,
+        credentials: Provider | None = None,
     ) -> None:
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise Fatal(f"CONNITO_S3_ENDPOINT must look like http://host:port, not {endpoint!r}")
         self.endpoint, self.bucket, self.region = endpoint, bucket, region
         self._public_endpoint = public_endpoint or endpoint
-        self._access_key, self._secret_key = access_key, secret_key
+        self._credentials = credentials or StaticProvider(access_key, secret_key)
         self.cache = Cache(cache_dir, cache_max_bytes)
         self._clock = clock or StoreClock()
         self._client = client or Client(
-            parts.netloc, self._clock, access_key=access_key, secret_key=secret_key,
+            parts.netloc, self._clock, credentials=self._credentials,
             secure=parts.scheme == "https", region=region,
         )  # fmt: skip
 
     @classmethod
     def from_settings(cls, settings: ServiceSettings) -> ArtifactStore:
         """Return the store a service is configured for. Raises `Fatal` when it has no credentials."""
-        if not settings.s3_access_key or not settings.s3_secret_key.get_secret_value():
-            raise Fatal("this service needs the store: set CONNITO_S3_ACCESS_KEY and CONNITO_S3_SECRET_KEY")
+        credentials = provider(settings)
+        if credentials is None:
+            raise Fatal(
+                "this service needs the store: set CONNITO_S3_ACCESS_KEY and CONNITO_S3_SECRET_KEY, or CONNITO_S3_CREDENTIALS"
+            )
         return cls(
             settings.s3_endpoint,
             settings.s3_access_key,
@@ -121,6 +127,7 @@ class ArtifactStore:
             settings.cache_dir,
             settings.s3_public_endpoint,
             cache_max_bytes=settings.cache_max_bytes,
+            credentials=credentials,
         )
 
     async def ensure_bucket(self) -> None:
@@ -294,16 +301,18 @@ class ArtifactStore:
         return self._presign("GET", ref, {}, expires_s)
 
     def _presign(self, method: str, ref: ArtifactRef, headers: dict[str, str], expires_s: int) -> str:
+        given = self._credentials.retrieve()
         return presign(
             method,
             self._public_endpoint,
             f"/{self.bucket}/{key_of(ref)}",
             headers,
-            access_key=self._access_key,
-            secret_key=self._secret_key,
+            access_key=given.access_key,
+            secret_key=given.secret_key,
             region=self.region,
             expires_s=expires_s,
             now=self._clock.now(),
+            session_token=given.session_token or "",
         )
 
     async def _call(self, operation: str, what: str, work: Callable[[], T]) -> T:

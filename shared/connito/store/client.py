@@ -14,6 +14,7 @@ from typing import Any
 
 import urllib3
 from minio import Minio
+from minio.credentials import Provider
 from minio.error import S3Error
 from minio.time import to_amz_date
 
@@ -61,16 +62,12 @@ class _Pool(urllib3.PoolManager):
 class Client(Minio):  # type: ignore[misc]
     """`Minio` whose requests are signed by `clock`. A request that only the clock was wrong for is sent again."""
 
-    def __init__(
-        self, endpoint: str, clock: StoreClock, *, access_key: str, secret_key: str, secure: bool, region: str
-    ) -> None:
+    def __init__(self, endpoint: str, clock: StoreClock, *, credentials: Provider, secure: bool, region: str) -> None:
         self.clock = clock
         self._pool = _Pool(
             clock, maxsize=8, timeout=urllib3.Timeout(connect=3, read=60), retries=urllib3.Retry(total=0, redirect=0)
         )
-        super().__init__(
-            endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region=region, http_client=self._pool
-        )
+        super().__init__(endpoint, credentials=credentials, secure=secure, region=region, http_client=self._pool)
 
     def _build_headers(self, *args: Any, **kw: Any) -> tuple[Any, datetime.datetime]:
         headers, _ = super()._build_headers(*args, **kw)

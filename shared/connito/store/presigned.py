@@ -40,8 +40,12 @@ def presign(
     region: str,
     expires_s: int,
     now: datetime.datetime,
+    session_token: str = "",
 ) -> str:
-    """Return a URL for one request to `path` that carries exactly `headers` (lower-case names; the host is added)."""
+    """Return a URL for one request to `path` that carries exactly `headers` (lower-case names; the host is added).
+
+    `session_token` comes with credentials that end by themselves; the URL is good no longer than they are.
+    """
     host = urlsplit(endpoint).netloc
     stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
     scope = f"{day}/{region}/s3/aws4_request"
@@ -56,6 +60,7 @@ def presign(
                 "X-Amz-Date": stamp,
                 "X-Amz-Expires": str(expires_s),
                 "X-Amz-SignedHeaders": names,
+                **({"X-Amz-Security-Token": session_token} if session_token else {}),
             }.items()
         )
     )
