@@ -14,7 +14,7 @@ from connito.errors import Fatal, Retry
 from connito.runtime.settings import ServiceSettings
 from connito.store.artifacts import ArtifactStore
 from connito.store.credentials import provider
-from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from minio.credentials import StaticProvider
 
 ANSWER = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
@@ -65,7 +65,7 @@ def settings(tmp_path: Path, **values: str) -> ServiceSettings:
 
 def test_a_token_becomes_credentials_that_every_signature_carries(sts: Sts, tmp_path: Path) -> None:
     store = ArtifactStore.from_settings(settings(tmp_path, s3_credentials="web-identity", s3_sts_endpoint=sts.url))
-    ref = ArtifactRef(digest="a" * 64, size=3, media_type="text/plain")
+    ref = ArtifactRef(digest="a" * 64, size=3, realm=REALM_PUBLIC)
     queries = [parse_qs(urlsplit(store.presign_get(ref, 60)).query) for _ in range(2)]
     assert [query["X-Amz-Security-Token"] for query in queries] == [["session1"]] * 2
     assert queries[0]["X-Amz-Credential"][0].startswith("KEY1/")
