@@ -1,4 +1,4 @@
-"""Where a service's credentials for the store come from: two keys, or the identity of the pod or machine it runs on."""
+"""Find a service's credentials for the store: two keys, or the identity of the pod or machine that it runs on."""
 
 from __future__ import annotations
 
