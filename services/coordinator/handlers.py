@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from connito.protocol import rules
+from connito.protocol import progress, rules
 from connito.protocol.beacon import draw_seed
 from connito.protocol.objective import reached
 from connito.protocol.quorum import present
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.views.empty_handed import why_nothing
 from connito.views.sentences import sentence
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
@@ -123,8 +124,11 @@ def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int, stake: rules.Sta
         if window.name in _SETTLED and window.settled is None:
             return Decision([])
     enough = reached(facts, facts.cycle)
-    if enough is None and facts.cycle < spec.cycles:
+    if enough is None and facts.cycle < spec.cycles and not progress.hopeless(facts):
         return _open(facts, spec, facts.next_train, now_ms, stake)
+    if progress.adapts(facts) and not progress.merged_anything(facts):
+        reason = reasons_pb2.REASON_NO_IMPROVEMENT
+        return _end(facts, run_pb2.RUN_OUTCOME_NO_IMPROVEMENT, reason, why_nothing(facts))
     detail = sentence(enough) if enough is not None else f"all {spec.cycles} cycles done"
     return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, detail)
 

@@ -21,6 +21,7 @@ from connito.moe.engine import Engine
 from connito.moe.residency import ALL, AUTO
 from connito.moe.schedule import Schedule
 from connito.protocol.findings import DOCUMENTS_APART
+from connito.protocol.progress import training
 from connito.protocol.sequences import miner_batches, sequences
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
@@ -112,7 +113,7 @@ class LocalTrainer:
         from connito.moe.state import load_state, save_state
         from connito.moe.training import betas_of, train_local
 
-        policy, begun = facts.require_spec().training, time.perf_counter()
+        policy, begun = training(facts, cycle), time.perf_counter()
         model = self._model(facts, base)
         check_tokens(model, batches)
         write_targets(model, load_state(state))

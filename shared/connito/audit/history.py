@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
+from connito.protocol import progress
 from connito.protocol.bans import banned
 from connito.protocol.objective import reached
 from connito.v1 import cycle_pb2, run_pb2
@@ -175,8 +176,15 @@ def ending(evidence: Evidence) -> Step:
     if ended.final_version != (done[-1] if done else 0):
         what = f"final version {ended.final_version}; the last one published is {done[-1] if done else 0}"
         found.append(Difference("ending", "run.0.ended", what))
-    enough = bool(done) and reached(facts, len(done)) is not None
-    if ended.outcome == run_pb2.RUN_OUTCOME_COMPLETED and len(done) != facts.spec.cycles and not enough:
-        what = f"completed after {len(done)} of {facts.spec.cycles} cycles"
+    enough = len(done) == facts.spec.cycles or (bool(done) and reached(facts, len(done)) is not None)
+    completed = ended.outcome == run_pb2.RUN_OUTCOME_COMPLETED
+    empty = ended.outcome == run_pb2.RUN_OUTCOME_NO_IMPROVEMENT
+    if (completed and not enough) or (empty and not enough and not progress.hopeless(facts)):
+        what = f"ended after {len(done)} of {facts.spec.cycles} cycles"
+        found.append(Difference("ending", "run.0.ended", what))
+    if progress.adapts(facts) and (completed or empty) and empty == progress.merged_anything(facts):
+        what = (
+            "says that nothing was improved, and work was merged" if empty else "says completed, and nothing was merged"
+        )
         found.append(Difference("ending", "run.0.ended", what))
     return Step("ending", 0, 1, tuple(found))

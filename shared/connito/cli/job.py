@@ -67,13 +67,24 @@ def show(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) ->
 
 @app.command("watch")
 def watch(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Follow a run until it ends."""
+    """Follow a run until it ends. The exit code is 0 only where an expert came out of it."""
     from connito.client import Client
 
     with Client.local(data_dir) as client:
         seen = [_row(status) for status in _printed(client.job.watch(run), quiet=as_json)]
     if as_json:
         typer.echo(json.dumps(seen[-1] if seen else {}, indent=2))
+    _settle(seen[-1] if seen else {})
+
+
+def _settle(last: dict[str, Any]) -> None:
+    """Raise what a run ended with that delivered nothing."""
+    from connito.errors import Fatal, Invalid
+
+    phase = last.get("phase")
+    if phase in ("no-improvement", "failed", "cancelled"):
+        text = f"run {last['run']} ended without an expert, {phase}: {last['detail']}"
+        raise Invalid(text) if phase == "no-improvement" else Fatal(text)
 
 
 @app.command("cancel")

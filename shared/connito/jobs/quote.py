@@ -160,7 +160,7 @@ def _pilot(checked: Checked, selection: Selection, progress: Progress) -> Pilot:
     assert corpora is not None
     policy = spec.training
     replay = None if corpora.replay is None else sequences(corpora.replay, spec)
-    batches = batches_of(spec, 1, _PILOT_MINER, [_PILOT_MINER], 0, sequences(corpora.train, spec), replay)
+    batches = batches_of(spec.run, policy, 1, _PILOT_MINER, [_PILOT_MINER], sequences(corpora.train, spec), replay)
     held = _score_part(checked)
     files, device = checked.context.files(), device_of()
     evaluator = Evaluator(load_full(files, device=device), selection)

@@ -54,7 +54,7 @@ def check_outcome(report: dict[str, Any], logs: Path) -> None:
     text = f"run {report['run']} {outcome['status']}: {outcome['reason']} ({outcome['detail']}); logs are in {logs}"
     if outcome["reason"] in ("too-few-miners", "no-quorum", "store-unavailable"):
         raise Retry(text)
-    if outcome["reason"] in ("bad-spec", "selection-failed"):
+    if outcome["reason"] in ("bad-spec", "selection-failed") or outcome["status"] == "no-improvement":
         raise Invalid(text)
     raise Fatal(text)
 

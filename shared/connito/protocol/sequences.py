@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from connito.data.corpus import Corpus
 from connito.data.packing import Rows, pack
 from connito.errors import Invalid
+from connito.protocol import progress
 from connito.protocol.findings import DOCUMENTS_APART
 from connito.v1 import reasons_pb2 as reasons
-from connito.v1.run_pb2 import RunSpec
+from connito.v1.run_pb2 import RunSpec, TrainPolicy
 from connito.wire.facts import RunFacts
 from connito.wire.hashing import hash_fields
 
@@ -43,21 +44,30 @@ def miner_batches(facts: RunFacts, cycle: int, miner: str, train: Rows, replay: 
     `train` and `replay` are the `sequences` of those corpora. A replay share of the slots, spread evenly, comes from
     `replay`. See `share_of` for which rows are whose.
     """
-    before = sum(len(miners_of(facts, earlier)) for earlier in range(1, cycle))
-    return batches_of(facts.require_spec(), cycle, miner, miners_of(facts, cycle), before, train, replay)
+    given = (0, 0)
+    for earlier in range(1, cycle):
+        mask, count = _replay_slots(progress.training(facts, earlier), replay), len(miners_of(facts, earlier))
+        given = (given[0] + count * int((~mask).sum()), given[1] + count * int(mask.sum()))
+    policy = progress.training(facts, cycle)
+    return batches_of(facts.run, policy, cycle, miner, miners_of(facts, cycle), train, replay, given)
 
 
 def batches_of(
-    spec: RunSpec, cycle: int, miner: str, miners: Sequence[str], before: int, train: Rows, replay: Rows | None = None
+    run: str,
+    policy: TrainPolicy,
+    cycle: int,
+    miner: str,
+    miners: Sequence[str],
+    train: Rows,
+    replay: Rows | None = None,
+    given: tuple[int, int] = (0, 0),
 ) -> Rows:
-    """Return `miner_batches` for given miners, after `before` shares were given out in earlier cycles."""
-    policy = spec.training
-    total = policy.local_steps * policy.batch_sequences
-    replayed = _replay_slots(total, policy.replay_share if replay is not None else 0.0)
-    chosen = np.empty((total, train.shape[1]), train.dtype)
-    for kind, rows, slots in (("train", train, ~replayed), ("replay", replay, replayed)):
+    """Return `miner_batches` for given miners and policy, after `given` rows of `train` and of `replay` were given out."""
+    replayed = _replay_slots(policy, replay)
+    chosen = np.empty((len(replayed), train.shape[1]), train.dtype)
+    for kind, rows, slots, before in (("train", train, ~replayed, given[0]), ("replay", replay, replayed, given[1])):
         if rows is not None and slots.any():
-            key = (kind, spec.run)
+            key = (kind, run)
             chosen[slots] = rows[share_of(len(rows), int(slots.sum()), cycle, miner, miners, before, key)]
     return chosen.reshape(policy.local_steps, policy.batch_sequences, train.shape[1])
 
@@ -68,12 +78,12 @@ def share_of(
     """Return the numbers, below `count`, of the `needed` rows that a miner reads in a cycle.
 
     The m miners of a cycle take every m-th of the next m · needed rows in the run's order, which is a new permutation for
-    each epoch; `before` shares of as many rows were given out in earlier cycles. So miners are apart, unless they need more
+    each epoch; `before` rows were given out in earlier cycles. So miners are apart, unless they need more
     than there is. A miner that came after the cycle began draws a sample of its own: the others' shares stand already.
     """
     if miner not in miners:
         return np.resize(_permutation(count, "sample", *key, cycle, miner), needed)
-    place = before * needed + sorted(miners).index(miner) + len(miners) * np.arange(needed)
+    place = before + sorted(miners).index(miner) + len(miners) * np.arange(needed)
     epochs, within = np.divmod(place, count)
     chosen = np.empty(needed, np.int64)
     for epoch in np.unique(epochs).tolist():
@@ -92,8 +102,9 @@ def _permutation(count: int, *key: str | int) -> NDArray[np.int64]:
     return np.argsort(words, kind="stable")
 
 
-def _replay_slots(total: int, share: float) -> NDArray[np.bool_]:
-    """Return a mask of the replay slots among `total`: bool [total], evenly spread, `floor(total · share)` of them."""
+def _replay_slots(policy: TrainPolicy, replay: Rows | None) -> NDArray[np.bool_]:
+    """Return a mask of the replay slots among a cycle's: bool [steps · batch], evenly spread, none without replay text."""
+    total, share = policy.local_steps * policy.batch_sequences, policy.replay_share if replay is not None else 0.0
     if not 0.0 <= share < 1.0:
         raise Invalid(f"the replay share is {share}; it must be at least 0 and below 1", reason=reasons.REASON_BAD_SPEC)
     counts = np.floor(np.arange(total + 1) * share + 1e-9)

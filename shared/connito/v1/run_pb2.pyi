@@ -32,6 +32,8 @@ class _RunOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunOutcome
     RUN_OUTCOME_COMPLETED: _RunOutcome.ValueType  # 1
     RUN_OUTCOME_FAILED: _RunOutcome.ValueType  # 2
     RUN_OUTCOME_CANCELLED: _RunOutcome.ValueType  # 3
+    RUN_OUTCOME_NO_IMPROVEMENT: _RunOutcome.ValueType  # 4
+    """Every cycle was run, or more of them would change nothing, and no miner's work was merged. The reason is NO_IMPROVEMENT."""
 
 class RunOutcome(_RunOutcome, metaclass=_RunOutcomeEnumTypeWrapper): ...
 
@@ -39,6 +41,8 @@ RUN_OUTCOME_UNSPECIFIED: RunOutcome.ValueType  # 0
 RUN_OUTCOME_COMPLETED: RunOutcome.ValueType  # 1
 RUN_OUTCOME_FAILED: RunOutcome.ValueType  # 2
 RUN_OUTCOME_CANCELLED: RunOutcome.ValueType  # 3
+RUN_OUTCOME_NO_IMPROVEMENT: RunOutcome.ValueType  # 4
+"""Every cycle was run, or more of them would change nothing, and no miner's work was merged. The reason is NO_IMPROVEMENT."""
 Global___RunOutcome: _TypeAlias = RunOutcome  # noqa: Y015
 
 class _NoticeKind:

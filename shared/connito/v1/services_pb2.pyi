@@ -35,6 +35,8 @@ class _RunPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunPhase.Val
     RUN_PHASE_COMPLETED: _RunPhase.ValueType  # 4
     RUN_PHASE_FAILED: _RunPhase.ValueType  # 5
     RUN_PHASE_CANCELLED: _RunPhase.ValueType  # 6
+    RUN_PHASE_NO_IMPROVEMENT: _RunPhase.ValueType  # 8
+    """It ended and nothing came out of it; the detail says why, and what to do."""
     RUN_PHASE_PAUSED: _RunPhase.ValueType  # 7
     """Too few miners or validators are there: the train window stays open past its deadline until there are enough."""
 
@@ -47,6 +49,8 @@ RUN_PHASE_RUNNING: RunPhase.ValueType  # 3
 RUN_PHASE_COMPLETED: RunPhase.ValueType  # 4
 RUN_PHASE_FAILED: RunPhase.ValueType  # 5
 RUN_PHASE_CANCELLED: RunPhase.ValueType  # 6
+RUN_PHASE_NO_IMPROVEMENT: RunPhase.ValueType  # 8
+"""It ended and nothing came out of it; the detail says why, and what to do."""
 RUN_PHASE_PAUSED: RunPhase.ValueType  # 7
 """Too few miners or validators are there: the train window stays open past its deadline until there are enough."""
 Global___RunPhase: _TypeAlias = RunPhase  # noqa: Y015

@@ -20,7 +20,7 @@ from connito.data.corpus import Corpus
 from connito.data.manifest import FileEntry, Manifest
 from connito.data.tensors import read_tensors, tensor_bytes
 from connito.errors import NotFound, VerificationFailed
-from connito.protocol import bans
+from connito.protocol import bans, progress
 from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.findings import CHECKED, PROTOCOL_VERSION
@@ -435,7 +435,9 @@ def tell(
         cycle.validate(Artifacts(paths))
         published = cycle.merge(folder)
         version, theta = published.version, published.state
-    world.ended(final_version=version)
+    empty = progress.adapts(world.facts) and not progress.merged_anything(world.facts)
+    outcome = run_pb2.RUN_OUTCOME_NO_IMPROVEMENT if empty else run_pb2.RUN_OUTCOME_COMPLETED
+    world.ended(outcome, final_version=version)
     world.head()
     deposit(world, folder)
     world.head()

@@ -49,21 +49,21 @@ def test_nothing_comes_again_before_everything_came_once(count: int, needed: int
     seen, before = np.zeros(count, int), 0
     for cycle, miners in enumerate(cycles, start=1):
         for miner in miners:
-            np.add.at(seen, share_of(count, needed, cycle, miner, miners, before, ("train", "r")), 1)
+            np.add.at(seen, share_of(count, needed, cycle, miner, miners, before * needed, ("train", "r")), 1)
         before += len(miners)
         assert seen.max() - seen.min() <= 1, (cycle, seen)
 
 
 def test_one_epoch_of_draws_sees_every_row() -> None:
-    taken = [share_of(120, 10, cycle, m, MINERS, 3 * (cycle - 1), ("r",)) for cycle in (1, 2, 3, 4) for m in MINERS]
+    taken = [share_of(120, 10, cycle, m, MINERS, 30 * (cycle - 1), ("r",)) for cycle in (1, 2, 3, 4) for m in MINERS]
     assert sorted(np.concatenate(taken).tolist()) == list(range(120))
 
 
 def test_miners_are_apart_and_anyone_can_recompute_it() -> None:
-    given_out = {m: share_of(100, 20, 2, m, MINERS, 5, ("r",)).tolist() for m in MINERS}
+    given_out = {m: share_of(100, 20, 2, m, MINERS, 100, ("r",)).tolist() for m in MINERS}
     assert len(set().union(*given_out.values())) == 60
-    assert share_of(100, 20, 2, "UB", ["UC", "UB", "UA"], 5, ("r",)).tolist() == given_out["UB"]
-    assert share_of(100, 20, 2, "UB", MINERS, 5, ("other",)).tolist() != given_out["UB"]
+    assert share_of(100, 20, 2, "UB", ["UC", "UB", "UA"], 100, ("r",)).tolist() == given_out["UB"]
+    assert share_of(100, 20, 2, "UB", MINERS, 100, ("other",)).tolist() != given_out["UB"]
 
 
 def test_a_newcomer_draws_a_sample_of_its_own() -> None:
@@ -90,7 +90,7 @@ def test_what_was_given_out_before_follows_from_the_log() -> None:
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 2), (0.25, 5), (0.5, 10)])
 def test_replay_takes_its_share_evenly(share: float, expected: int) -> None:
     asked = spec(5, 4, 1, replay=share)
-    batch = batches_of(asked, 1, "UA", MINERS, 0, numbered(60), numbered(20, 1000))
+    batch = batches_of("r", asked.training, 1, "UA", MINERS, numbered(60), numbered(20, 1000))
     replayed = batch[:, :, 0] >= 1000
     assert replayed.sum() == expected
     assert replayed.sum(1).max() - replayed.sum(1).min() <= 1
@@ -99,7 +99,10 @@ def test_replay_takes_its_share_evenly(share: float, expected: int) -> None:
 def test_replay_goes_through_epochs_too() -> None:
     asked = spec(5, 4, 1, replay=0.5)
     found = [
-        batches_of(asked, cycle, "UA", ["UA"], cycle - 1, numbered(60), numbered(20, 1000))[:, :, 0] for cycle in (1, 2)
+        batches_of("r", asked.training, cycle, "UA", ["UA"], numbered(60), numbered(20, 1000), (0, 10 * (cycle - 1)))[
+            :, :, 0
+        ]
+        for cycle in (1, 2)
     ]
     general = np.concatenate([batch[batch >= 1000] for batch in found])
     assert sorted(general.tolist()) == list(range(1000, 1020))
@@ -107,9 +110,9 @@ def test_replay_goes_through_epochs_too() -> None:
 
 def test_a_share_of_everything_is_refused() -> None:
     with pytest.raises(Invalid, match="replay share"):
-        batches_of(spec(1, 1, 1, replay=1.0), 1, "UA", MINERS, 0, numbered(5), numbered(5))
+        batches_of("r", spec(1, 1, 1, replay=1.0).training, 1, "UA", MINERS, numbered(5), numbered(5))
 
 
 def test_the_order_stands() -> None:
     """A change of these values changes what every miner of a running run trains on."""
-    assert share_of(100, 4, 2, "UB", MINERS, 3, ("train", "r")).tolist() == [49, 91, 30, 73]
+    assert share_of(100, 4, 2, "UB", MINERS, 12, ("train", "r")).tolist() == [49, 91, 30, 73]
