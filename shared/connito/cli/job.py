@@ -74,6 +74,8 @@ def watch(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) -
         seen = [_row(status) for status in _printed(client.job.watch(run), quiet=as_json)]
     if as_json:
         typer.echo(json.dumps(seen[-1] if seen else {}, indent=2))
+    elif seen:
+        typer.echo(f"{run}: its miners were given {seen[-1]['text']}")
     _settle(seen[-1] if seen else {})
 
 
@@ -170,7 +172,9 @@ def _printed(updates: Iterator[RunStatus], *, quiet: bool) -> Iterator[RunStatus
 
 def _row(status: RunStatus) -> dict[str, Any]:
     from connito.v1.services_pb2 import RunPhase
+    from connito.views.coverage import planned
 
+    read = planned(status.spec, len(status.miners), status.cycle)
     return {
         "run": status.spec.run,
         "domain": status.spec.domain,
@@ -184,6 +188,7 @@ def _row(status: RunStatus) -> dict[str, Any]:
         "miners": list(status.miners),
         "validators": list(status.validators),
         "detail": status.detail,
+        "text": str(read),
     }
 
 
@@ -205,15 +210,16 @@ def _quote_text(made: Quote) -> str:
         ),
     ]
     if made.pilot is not None:
-        pilot = made.pilot
+        pilot, trial = made.pilot, made.pilot.trials[-1]
         lines.append(
-            f"  pilot       {pilot.steps} steps: {pilot.loss_before:.4f} → {pilot.loss_after:.4f} nats per token "
-            f"(saved {pilot.gain:.4f}, {pilot.low:.4f} to {pilot.high:.4f})"
+            f"  pilot       {pilot.steps} steps: {trial.loss_before:.4f} → {trial.loss_after:.4f} nats per token "
+            f"(saved {pilot.gain:.4f}, {trial.low:.4f} to {trial.high:.4f}; {trial.sequences} sequences, {trial.tokens:,} tokens)"
         )
     needed = f"about {made.cycles_needed} to the objective" if made.cycles_needed else "no estimate to an objective"
     lines.append(f"  cycles      at most {made.cycles}; {needed}")
     if made.seconds is not None:
         lines.append(f"  time        about {duration(made.seconds)} for {made.cycles} cycles, from {made.seconds_from}")
+    lines.append(f"  rewards     at most {made.emission:,} units")
     return "\n".join([*lines, _findings_text(made.findings)]).rstrip()
 
 

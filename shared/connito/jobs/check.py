@@ -21,6 +21,7 @@ from connito.moe.helper_experts import frozen_and_trained
 from connito.render import formats
 from connito.runtime.progress import Progress, silent
 from connito.v1.run_pb2 import RunSpec
+from connito.views.coverage import planned
 
 _PERSONAL = {
     "e-mail addresses": re.compile(r"[\w.+-]+@[\w-]+\.[\w.]{2,}"),
@@ -28,6 +29,10 @@ _PERSONAL = {
     "private keys": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "access keys": re.compile(r"\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|sk-[A-Za-z0-9]{32,})\b"),
 }
+
+
+# From here on most of the text that somebody brought takes part.
+LITTLE_READ = 0.5
 
 
 @dataclass
@@ -87,7 +92,7 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
     if worst(texts.findings) != "error" or (texts.train and texts.probe and texts.holdout):
         progress("tokenising", 0.6)
         checked.corpora = build(job, texts, spec, context, template_of(job.chat_template, root))
-        checked.findings += checked.corpora.findings
+        checked.findings += [*checked.corpora.findings, _coverage(job, spec, checked.corpora)]
     checked.findings += [*check_policies(job, spec, context), *_budget(job, context)]
     progress("checked", 1.0)
     return checked
@@ -126,6 +131,24 @@ def _lent(context: JobContext) -> Iterator[Finding]:
         remedy = f"check that it is the one that you mean, and name it by its digest: base: {digest}"
         detail = f"the base {context.name} (manifest {digest[:12]}…) is from another customer's run, {context.lender}"
         yield Finding("base", "warning", detail, remedy)
+
+
+def _coverage(job: Job, spec: RunSpec, corpora: Corpora) -> Finding:
+    """Say how much of the training text the run will read, and what it costs in reward units."""
+    miners, cycles = max(1, job.people.miners), spec.cycles
+    read = planned(spec, miners, cycles, len(corpora.train.tokens))
+    detail = (
+        f"{cycles} cycles of {miners} miner{'s' if miners > 1 else ''} read {read}; they pay out {spec.emission * cycles:,} "
+        "reward units at most"
+    )
+    numbers = {"read": read.read, "there": read.there, "share": read.share, "emission": spec.emission * cycles}
+    if read.share >= LITTLE_READ:
+        return Finding("coverage", "ok", detail, "", numbers)
+    remedy = (
+        "what is not read teaches nothing: raise objective.max_cycles, people.miners or policies.training.local_steps, or "
+        "bring the best part of the text alone"
+    )
+    return Finding("coverage", "warning", detail, remedy, numbers)
 
 
 def _budget(job: Job, context: JobContext) -> Iterator[Finding]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from connito.wire.log import Log
 
 NAMED = ("demo", "tiny")
+# Of general text that comes with a base, as much as a job replays; the selector routes all of it.
+REPLAY_TOKENS = 32_768
 _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
 
 
@@ -38,10 +40,11 @@ _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")
 class JobContext:
     """Base and platform of a job.
 
-    `folder` is set where the base is a folder of this machine, `manifest_ref` where the platform has it; at least one is.
-    `general` are the general hold-outs of the customer's earlier runs on this base, `history` all runs on it that it may
-    see, newest first. `run` is one that entitles to the base, and `sources` those that entitle to the general hold-outs, by
-    digest. `lender` is the run of another customer that the base is from. `taken` is the spec of an existing
+    `domain` is the job's. `folder` is set where the base is a folder of this machine, `manifest_ref` where the platform has
+    it; at least one is. `general` are the general hold-outs of the customer's earlier runs on this base, `history` all runs on
+    it that it may see, newest first. `run` is one that entitles to the base, and `sources` those that entitle to the general
+    texts, by digest. `replayed` is the general text that a run on the base replays, and anybody may read. `lender` is the run
+    of another customer that the base is from. `taken` is the spec of an existing
     run of the job's id.
     """
 
@@ -56,6 +59,9 @@ class JobContext:
     run: str = ""
     sources: dict[str, str] = field(default_factory=dict)
     taken: RunSpec | None = None
+    replayed: CorpusRef | None = None
+    domain: str = ""
+    progress: Progress = silent
     _files: dict[str, Path] = field(default_factory=dict)
 
     def file(self, name: str) -> Path:
@@ -102,9 +108,40 @@ class JobContext:
         """Return the token ids of each text, without special tokens."""
         return encoder_of(self.tokenizer).encode(texts)
 
+    @cached_property
+    def shipped(self) -> Path | None:
+        """Return the folder of the corpora that come with a named base, made where it is missing; None for another base."""
+        from connito.base.corpora import Plan, build_corpora
+        from connito.base.recipes import MANIFEST, cached_base
+
+        for name in NAMED:
+            file = cached_base(name) / MANIFEST
+            if file.is_file() and Manifest.load(file).digest == self.manifest.digest:
+                plan = Plan.of(file.parent / "model", self.manifest.digest, tiny=name == "tiny")
+                return build_corpora(plan, self.progress)
+        return None
+
+    def _shipped(self, part: str) -> dict[str, Path]:
+        files = [] if self.shipped is None else sorted(self.shipped.glob(f"*.{part}.safetensors"))
+        named = {file.name.partition(".")[0]: file for file in files}
+        return {domain: file for domain, file in named.items() if domain != self.domain}
+
+    def general_domains(self) -> list[str]:
+        """Return the domains that forgetting is measured on where the job brings no general text."""
+        return sorted({*self._shipped("holdout"), *(ref.domain for ref in self.general)})
+
     def general_corpora(self) -> Mapping[str, Corpus]:
-        """Return the general hold-outs of the customer's earlier runs by domain."""
-        return {ref.domain: self.corpus(ref) for ref in self.general}
+        """Return the hold-outs of `general_domains`: of the customer's earlier runs, else those that come with the base."""
+        shipped = {domain: Corpus.load(file) for domain, file in self._shipped("holdout").items()}
+        return shipped | {ref.domain: self.corpus(ref) for ref in self.general}
+
+    def replay_corpus(self) -> Corpus | None:
+        """Return general text to replay: what comes with the base, else what an earlier run of it replayed; None without."""
+        from connito.base.corpora import mixed
+
+        if files := self._shipped("train"):
+            return mixed({domain: Corpus.load(file) for domain, file in files.items()}, REPLAY_TOKENS)
+        return None if self.replayed is None else Corpus.load(self.fetch(self.replayed.artifact))
 
     def corpus(self, ref: CorpusRef) -> Corpus:
         """Return a corpus of the customer's own from the platform, opened where it is sealed."""
@@ -119,13 +156,16 @@ def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress
     torch only where a base has to be built. Raises `NotFound` naming these places when it is in none."""
     session = _session(data_dir)
     if session is None:
-        return _from_machine(job, root, progress)
-    log = asyncio.run(_read(session))
-    context = _from_platform(job, root, session, log)
-    if context is None:
         context = _from_machine(job, root, progress)
+        context.domain, context.progress = job.domain, progress
+        return context
+    log = asyncio.run(_read(session))
+    found = _from_platform(job, root, session, log)
+    context = found or _from_machine(job, root, progress)
+    if found is None:
         me, digest = session.identity.public, context.manifest.digest
         context.session, context.name = session, free_base_name(context.name, digest, me, log.runs.values())
+    context.domain, context.progress = job.domain, progress
     if job.run in log.runs:
         context.taken = log.runs[job.run].spec
     return context
@@ -173,6 +213,9 @@ def _from_platform(job: Job, root: Path, session: Session, log: Log) -> JobConte
         for corpus in (spec.holdout, *spec.general_holdouts) if spec.customer == me else ():
             if corpus.domain != job.domain:
                 sources.setdefault(general.setdefault(corpus.domain, corpus).artifact.digest, spec.run)
+    replays = [spec for facts in same if (spec := facts.require_spec()).replay.artifact.digest]
+    if replays:
+        sources.setdefault(replays[0].replay.artifact.digest, replays[0].run)
     ordered = [general[domain] for domain in sorted(general)]
     manifest = Manifest.load(asyncio.run(CustomerStore(session).fetch(ref, chosen.run)))
     lender = "" if own else chosen.run
@@ -186,6 +229,7 @@ def _from_platform(job: Job, root: Path, session: Session, log: Log) -> JobConte
         lender=lender,
         run=chosen.run,
         sources=sources,
+        replayed=replays[0].replay if replays else None,
     )
 
 

@@ -16,6 +16,7 @@ from connito.data.corpus import ENDS, WHOLE, Corpus
 from connito.data.encoding import encoder_of
 from connito.data.templates import PLAIN_WORDS, Laid, Templates, read_template
 from connito.errors import Invalid, NotFound
+from connito.jobs import replay
 from connito.jobs.context import JobContext
 from connito.jobs.findings import Finding
 from connito.jobs.lengths import fit_lengths
@@ -78,7 +79,10 @@ def build(job: Job, texts: Texts, spec: RunSpec, context: JobContext, chat_templ
         found = _tokenised(texts, spec, context, templates)
         found.findings += _chats(templates.laid)
     held = found.general if texts.general else dict(context.general_corpora())
+    if found.replay is None and job.asked_replay != 0:
+        found.replay = context.replay_corpus()
     found.findings += fit_lengths(job, spec, context, found.train, {spec.domain: found.holdout, **held})
+    found.findings += replay.settle(job, spec, context, found.train, found.replay)
     found.findings += _sizes(found, held, spec)
     found.findings += _lengths(found.train, spec.training.sequence_length)
     found.findings += _fit(found, texts, held, context)

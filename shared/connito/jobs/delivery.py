@@ -22,6 +22,8 @@ from connito.protocol.sequences import sequences
 from connito.runtime.progress import Progress, silent
 from connito.service.customer_store import CustomerStore
 from connito.v1 import run_pb2
+from connito.views.coverage import covered
+from connito.views.empty_handed import shelf
 from connito.views.run_report import run_report
 from connito.wire.subjects import fact as fact_subject
 
@@ -120,6 +122,7 @@ def _deposit(context: JobContext, facts: RunFacts, signed: Record | None) -> Dep
 def _document(facts: RunFacts, record: ExpertRecord | None, model_bytes: int) -> dict[str, Any]:
     spec = facts.require_spec()
     report = run_report(facts, model_bytes=model_bytes)
+    read = covered(facts)
     start = None if facts.selection is None or not facts.selection.HasField("start") else facts.selection.start
     return {
         "run": facts.run,
@@ -134,6 +137,8 @@ def _document(facts: RunFacts, record: ExpertRecord | None, model_bytes: int) ->
         "start": None if start is None else {"expert_id": start.expert_id, "detail": start.detail},
         "objective": {"improvement": spec.objective.improvement, "cycles": spec.cycles},
         "cycles": report["cycles"],
+        "coverage": {"read": read.read, "there": read.there, "share": read.share},
+        "shelf": shelf(facts),
         "contributors": [] if record is None else record["contributors"],
         "totals": report["totals"],
         "measured": None,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from connito.render import formats
+from connito.views.coverage import Coverage
 from connito.wire.identity import short_key
 
 Document = Mapping[str, Any]
@@ -33,6 +34,8 @@ def _head(document: Document) -> str:
             "",
             "No expert came out of it: nothing that was submitted passed the gate, or the run did not complete.",
         ]
+        if document["shelf"]:
+            lines += ["", f"{document['shelf'][0].upper()}{document['shelf'][1:]}."]
         return "\n".join(lines)
     lines += [
         "",
@@ -64,8 +67,8 @@ def _result(document: Document) -> str:
             f"{level} intervals over sequences. Lower is better. None of this text decided anything in the run."
         ),
         "",
-        "| text | use | before | after | change | interval | sequences | |",
-        "|---|---|---:|---:|---:|---|---:|---|",
+        "| text | use | before | after | change | interval | sequences | tokens | |",
+        "|---|---|---:|---:|---:|---|---:|---:|---|",
     ]
     lines += [_row(row) for row in found["rows"]]
     if any("start" in row for row in found["rows"]):
@@ -79,7 +82,7 @@ def _result(document: Document) -> str:
 def _row(row: Mapping[str, Any]) -> str:
     return (
         f"| {row['name']} | {row['use']} | {row['before']:.4f} | {row['after']:.4f} | {row['change']:+z.4f} "
-        f"| {row['low']:+z.4f} to {row['high']:+z.4f} | {row['sequences']} | {verdict(row)} |"
+        f"| {row['low']:+z.4f} to {row['high']:+z.4f} | {row['sequences']} | {row['tokens']:,} | {verdict(row)} |"
     )
 
 
@@ -121,6 +124,8 @@ def _changed(document: Document) -> str:
             f"{chosen['selected']} of {chosen['total']} routed experts, {share} of the model's parameters. Every "
             "other tensor is the base's, bit for bit."
         ),
+        "",
+        f"Miners were given {Coverage(document['coverage']['read'], document['coverage']['there'])}.",
         "",
         "| layer | experts |",
         "|---:|---|",

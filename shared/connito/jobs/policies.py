@@ -37,7 +37,7 @@ def run_spec(job: Job) -> RunSpec:
     spec.enrolment.allowed[:] = job.people.allowed
     spec.license, spec.data_statement = job.license, job.data_statement
     spec.emission = job.budget.emission or spec.emission
-    spec.training.replay_share = job.replay
+    spec.training.replay_share = job.replay or 0.0
     if job.objective.improvement:
         spec.objective.improvement = job.objective.improvement
     spec.start_from = job.start_from
@@ -73,7 +73,7 @@ def _twice(job: Job) -> Iterator[Finding]:
     ):
         other = job.policies.get(section, {}).get(name, value)
         given = own == "replay" or own.removeprefix("people.") in job.people.model_fields_set
-        if given and float(other) != value:
+        if given and value is not None and other is not None and float(other) != value:
             detail = f"policies.{section}.{name} is {other}, but {own} is {value:g}"
             yield Finding("policy", "error", detail, f"say it in `{own}` alone")
 
@@ -109,9 +109,9 @@ def _with_stand_ins(job: Job, spec: RunSpec, context: JobContext) -> RunSpec:
     asked.train.CopyFrom(_corpus(job.domain, REALM_PUBLIC))
     asked.holdout.CopyFrom(_corpus(job.domain, REALM_HOLDOUT))
     # Where there is no general text at all, the finding about sizes says so.
-    names = [entry.domain for entry in job.general] or [ref.domain for ref in context.general] or [f"not-{job.domain}"]
+    names = [entry.domain for entry in job.general] or context.general_domains() or [f"not-{job.domain}"]
     asked.general_holdouts.extend(_corpus(name, REALM_HOLDOUT) for name in names)
-    if job.replay:
+    if spec.training.replay_share:
         asked.replay.CopyFrom(_corpus("general", REALM_PUBLIC))
     asked.benchmarks.extend(_corpus(entry.name, REALM_HOLDOUT) for entry in job.benchmarks)
     return asked

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,38 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from connito.jobs.check import Checked
 from connito.jobs.findings import Finding, require
+from connito.jobs.pilot import Pilot, try_out
 from connito.moe.footprint import Footprint, Workload
 from connito.protocol.findings import DOCUMENTS_APART
+from connito.protocol.progress import MOST_REPLAY
 from connito.render import formats
 from connito.runtime.progress import Progress, silent
 from connito.views.run_report import window_seconds
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from connito.jobs.context import JobContext
     from connito.moe.selection import Selection
-
-# Sequences of the hold-out's scoring part that the pilot is measured on.
-_PILOT_SEQUENCES = 32
-_PILOT_MINER = "pilot"
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """One miner's local steps of one cycle on this machine. Losses are nats per token of the full model."""
-
-    steps: int
-    seconds: float
-    loss_before: float
-    loss_after: float
-    low: float
-    high: float
-
-    @property
-    def gain(self) -> float:
-        """Return nats per token that the steps saved on the hold-out."""
-        return self.loss_before - self.loss_after
 
 
 @dataclass
@@ -66,6 +44,7 @@ class Quote:
     cycles_needed: int | None = None
     seconds: float | None = None
     seconds_from: str = ""
+    emission: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +61,8 @@ class Quote:
             },
             "cycles": {"at_most": self.cycles, "needed": self.cycles_needed},
             "seconds": {"at_most": self.seconds, "from": self.seconds_from},
-            "pilot": None if self.pilot is None else {**asdict(self.pilot), "gain": self.pilot.gain},
+            "pilot": None if self.pilot is None else self.pilot.to_json(),
+            "rewards": {"at_most": self.emission},
             "findings": [finding.to_json() for finding in self.findings],
         }
 
@@ -97,8 +77,7 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = silent) 
     memory = _memory(checked, selection)
     trial = None
     if pilot:
-        progress("training as one miner would, for one cycle", 0.4)
-        trial = _pilot(checked, selection, progress)
+        trial = try_out(checked, selection, progress)
     expert = context.manifest.expert_bytes()
     upload = sum(expert[layer] * len(experts) for layer, experts in selection.layers.items())
     made = Quote(
@@ -106,7 +85,9 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = silent) 
     )
     made.cycles_needed = _cycles_needed(checked, trial)
     made.seconds, made.seconds_from = _duration(context, checked, trial)
-    made.findings += _budget(checked, made)
+    made.emission = spec.emission * spec.cycles
+    coverage = (finding for finding in checked.findings if finding.check == "coverage")
+    made.findings += [*coverage, *_retention(checked, trial), *_budget(checked, made)]
     progress("priced", 1.0)
     return made
 
@@ -144,63 +125,6 @@ def _memory(checked: Checked, selection: Selection) -> Footprint:
         packed=checked.spec.protocol_version >= DOCUMENTS_APART,
     )
     return rehearse(checked.context.config(), selection.layers, selection.helpers, work)
-
-
-def _pilot(checked: Checked, selection: Selection, progress: Progress) -> Pilot:
-    """Train for one cycle."""
-    from connito.base.loading import load_full
-    from connito.moe.device import device_of
-    from connito.moe.evaluate import Evaluator
-    from connito.moe.resident import compress
-    from connito.moe.training import Step, betas_of, train_local
-    from connito.protocol.scoring.proof_of_loss import paired
-    from connito.protocol.sequences import batches_of, sequences
-
-    corpora, spec = checked.corpora, checked.spec
-    assert corpora is not None
-    policy = spec.training
-    replay = None if corpora.replay is None else sequences(corpora.replay, spec)
-    batches = batches_of(spec.run, policy, 1, _PILOT_MINER, [_PILOT_MINER], sequences(corpora.train, spec), replay)
-    held = _score_part(checked)
-    files, device = checked.context.files(), device_of()
-    evaluator = Evaluator(load_full(files, device=device), selection)
-    before, tokens = evaluator.losses(None, held)
-    local = compress(load_full(files, device=device), selection.layers, selection.helpers, policy.routing_mode)
-    began = time.perf_counter()
-
-    def on_step(step: Step) -> None:
-        progress("training as one miner would, for one cycle", 0.4 + 0.5 * (step.index + 1) / policy.local_steps)
-
-    state, _ = train_local(
-        local,
-        batches,
-        learning_rate=policy.learning_rate,
-        weight_decay=policy.weight_decay,
-        betas=betas_of(policy),
-        on_step=on_step,
-    )
-    seconds = time.perf_counter() - began
-    after, _ = evaluator.losses(state, held)
-    evaluator.restore()
-    found = paired(before.tolist(), after.tolist(), tokens.tolist(), spec.scoring.confidence)
-    total = float(tokens.sum())
-    return Pilot(
-        policy.local_steps, seconds, float(before.sum()) / total, float(after.sum()) / total, found.low, found.high
-    )
-
-
-def _score_part(checked: Checked) -> npt.NDArray[Any]:
-    """Return the first sequences of the part of the hold-out that submissions are scored on: never the gate's or the report's."""
-    from connito.protocol.holdout import subsets
-    from connito.protocol.sequences import sequences
-    from connito.v1.run_pb2 import RunSpec
-
-    assert checked.corpora is not None
-    spec = RunSpec()
-    spec.CopyFrom(checked.spec)
-    spec.holdout.domain = spec.domain
-    rows = sequences(checked.corpora.holdout, spec)
-    return rows[subsets(rows, spec, spec.domain).score[:_PILOT_SEQUENCES]]
 
 
 def _cycles_needed(checked: Checked, pilot: Pilot | None) -> int | None:
@@ -255,6 +179,28 @@ def _duration(context: JobContext, checked: Checked, pilot: Pilot | None) -> tup
             "the pilot's training steps on this machine; scoring and merging come on top",
         )
     return None, "nothing to go by: no run on this base, and no pilot"
+
+
+def _retention(checked: Checked, pilot: Pilot | None) -> list[Finding]:
+    """Say whether general text held in the pilot, and at which share of replay."""
+    if pilot is None:
+        return []
+    margin, last = checked.spec.scoring.retention_margin, pilot.trials[-1]
+    tried = ", ".join(
+        f"{trial.replay:g}: {trial.general:+.4f} ({'holds' if trial.retained else 'forgets'})" for trial in pilot.trials
+    )
+    rests = f"on {last.general_sequences} sequences, {last.general_tokens:,} tokens"
+    detail = f"change of general loss by share of replay {tried}, {rests}; {margin:g} nats per token are allowed"
+    numbers = {"trials": [asdict(trial) for trial in pilot.trials], "margin": margin}
+    if pilot.retained:
+        note = (
+            "" if checked.job.asked_replay is not None else f"the job will be submitted with replay: {pilot.replay:g}"
+        )
+        return [Finding("retention", "ok", detail, note, numbers)]
+    remedy = "a run would refuse such work as retention-broken: lower policies.training.learning_rate" + (
+        ", or raise `replay`" if pilot.replay < MOST_REPLAY else ""
+    )
+    return [Finding("retention", "warning", detail, remedy, numbers)]
 
 
 def _budget(checked: Checked, made: Quote) -> list[Finding]:

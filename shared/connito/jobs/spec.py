@@ -145,8 +145,8 @@ class Job(_Strict):
     holdout: list[Source] = []
     split: Shares = Shares()
     general: list[General] = []
-    # Share of general text mixed into each batch; needs `general`.
-    replay: Annotated[float, _within("training.replay_share")] = 0.0
+    # Share of general text mixed into each batch; left out: the smallest that a pilot held at.
+    replay: Annotated[float, _within("training.replay_share")] | None = None
     benchmarks: list[Benchmark] = []
     objective: Objective = Objective()
     budget: Budget = Budget()
@@ -163,6 +163,13 @@ class Job(_Strict):
     profile: Annotated[str, _one_of(tuple(PROFILES))] = PLATFORM
     # Fields of the run's policies, for those who know them: {training: {local_steps: 20}}.
     policies: dict[str, dict[str, Any]] = {}
+
+    @property
+    def asked_replay(self) -> float | None:
+        """Return the share of general text that the job says, in its own field or a policy; None where it leaves it open."""
+        said = self.policies.get("training", {})
+        given = said.get("replay_share", said.get("replayShare"))
+        return self.replay if self.replay is not None or given is None else float(given)
 
     @property
     def cycles(self) -> int:
@@ -237,10 +244,6 @@ def parse_job(content: object, where: str = "the job") -> Job:
         job = Job.model_validate(content)
     except ValidationError as error:
         raise _bad("\n".join([f"{where} is not a job:", *(_explain(row) for row in error.errors())])) from error
-    if job.replay and not job.general:
-        raise _bad(
-            f"{where}: replay is {job.replay:g}, but no general text is given to replay; add `general`, or drop it"
-        )
     if job.privacy.visibility == "organisation" and not job.privacy.organisation:
         raise _bad(f"{where}: privacy.visibility is organisation; say which in privacy.organisation")
     _unique(where, "general", [entry.domain for entry in job.general], job.domain)

@@ -93,7 +93,8 @@ async def _upload(checked: Checked, store: CustomerStore, progress: Progress) ->
         with tempfile.TemporaryDirectory() as folder:
             corpus.save(file := Path(folder) / "corpus.safetensors")
             if realm == PUBLIC:
-                return CorpusRef(domain=domain, artifact=await store.put_file(file, SAFETENSORS, realm))
+                artifact = await store.put_file(file, SAFETENSORS, realm)
+                return CorpusRef(domain=domain, artifact=artifact, tokens=len(corpus.tokens))
             sealing.seal_file(file, sealed := Path(folder) / "sealed", me, readers)
             return CorpusRef(domain=domain, artifact=await store.put_file(sealed, sealing.MEDIA_TYPE, realm))
 

@@ -34,7 +34,9 @@ _EXAMPLES = 5
 # Shares of a check that reading and comparing begin at, and documents between two words about it.
 _READING, _COMPARING, _TOLD = 0.2, 0.4, 10_000
 # Of text that selects experts; scores do not change with more, and the selector reads all of it.
-PROBE_CHARACTERS = 8_000_000
+PROBE_CHARACTERS = 100_000
+# Of general text: with less, all of it is held out.
+ENOUGH_FOR_BOTH = 200_000
 
 Documents = Sequence[Document]
 
@@ -227,10 +229,14 @@ def _take(documents: Documents, places: Iterable[int]) -> Documents:
 
 
 def _part_general(texts: Texts, job: Job, general: dict[str, Records[Document]]) -> None:
-    """Split general text: without replay all of it is held out; with it, most may be replayed and none of that is held out."""
+    """Split general text: without replay all of it is held out; with it, most may be replayed and none of that is held out.
+
+    Where the job leaves replay open, there has to be enough text for both.
+    """
     for domain, documents in general.items():
         texts.general[domain] = documents
-        if job.replay:
+        share = job.asked_replay
+        if share or (share is None and sum(map(len, _texts(documents))) >= ENOUGH_FOR_BOTH):
             parts = [part_of(text, Split(0.01, 0.4)) for text in _texts(documents)]
             held = documents.take(place for place, part in enumerate(parts) if part == "holdout")
             rest = documents.take(place for place, part in enumerate(parts) if part != "holdout")

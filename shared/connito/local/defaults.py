@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from connito.base.corpora import TINY_DOMAINS
 from connito.data.domains import DEMO_DOMAINS
 from connito.errors import Invalid
 from connito.protocol.policy.choices import ADVERSARIES
@@ -12,7 +13,6 @@ from connito.protocol.policy.law import MAX_CYCLES
 from connito.protocol.policy.profiles import override_text, policies
 from connito.v1.run_pb2 import RunSpec
 
-TINY_DOMAINS = ("recipes", "logs", "poems", "ledgers")
 MAX_PARTICIPANTS = 64
 
 
@@ -72,19 +72,10 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Text to prepare, in tokens over probe, training and hold-out together."""
-
-    target_tokens: int
-    general_tokens: int
-
-
-@dataclass(frozen=True)
 class Profile:
     """Policies and sizes that go with a kind of base."""
 
     spec: RunSpec
-    texts: Texts
     small: bool = field(default=False)
 
     def machine(self, cores: int) -> Machine:
@@ -104,7 +95,7 @@ def profile(options: UpOptions) -> Profile:
     spec.data_statement = _STATEMENTS.get(options.target, "")
     for override in options.overrides:
         override_text(spec, override)
-    return Profile(spec, Texts(130_000, 50_000) if tiny else Texts(160_000, 40_000), small=tiny)
+    return Profile(spec, small=tiny)
 
 
 # SPDX identifiers of the target texts; the tiny base's texts are generated here.

@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from connito.base.corpora import Plan
 from connito.base.recipes import MANIFEST, cached_base
 from connito.base.upload import HOLDOUT, PUBLIC, upload_base
+from connito.data.corpus import Corpus
 from connito.data.manifest import FileEntry, Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Fatal
-from connito.local.corpora import Plan
 from connito.local.defaults import Profile, UpOptions
 from connito.local.display import Display
 from connito.local.installation import Installation
@@ -101,15 +102,7 @@ async def _lines(descriptor: int) -> AsyncIterator[str]:
 async def prepare(installation: Installation, options: UpOptions, profile: Profile, display: Display) -> Materials:
     """Build, or find, the base and the corpora."""
     folder, manifest = await _base(installation, options, display)
-    plan = Plan(
-        base=str(folder),
-        base_digest=manifest.digest,
-        tiny=profile.small,
-        target=options.target,
-        general=tuple(domain for domain in options.domains if domain != options.target),
-        target_tokens=profile.texts.target_tokens,
-        general_tokens=profile.texts.general_tokens,
-    )
+    plan = Plan.of(folder, manifest.digest, tiny=profile.small, target=options.target)
     if not plan.folder.is_dir():
         await run_task(installation, "corpora", plan.to_json(), display.progress)
     return Materials(manifest.name, folder, manifest, plan.folder)
@@ -145,7 +138,8 @@ async def upload(
 
     async def corpus(domain: str, part: str) -> CorpusRef:
         ref = await store.put_file(materials.corpus(domain, part), SAFETENSORS, PUBLIC, cache=True)
-        return CorpusRef(domain=domain, artifact=ref)
+        tokens = len(Corpus.load(materials.corpus(domain, part), mmap=True).tokens)
+        return CorpusRef(domain=domain, artifact=ref, tokens=tokens)
 
     async def held(domain: str) -> CorpusRef:
         judges = sealing.judges(installation.roster, customer.public)

@@ -35,7 +35,7 @@ def manifest(params: dict[str, Any]) -> dict[str, Any]:
 
 def corpora(params: dict[str, Any]) -> dict[str, Any]:
     """Build the tokenised corpora of all domains in the cache."""
-    from connito.local.corpora import Plan, build_corpora
+    from connito.base.corpora import Plan, build_corpora
 
     return {"folder": str(build_corpora(Plan.from_json(params), _progress))}
 

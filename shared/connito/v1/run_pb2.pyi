@@ -78,7 +78,10 @@ class CorpusRef(_message.Message):
 
     DOMAIN_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     domain: _builtins.str
+    tokens: _builtins.int
+    """In it; 0 where nobody said."""
     @_builtins.property
     def artifact(self) -> _artifacts_pb2.ArtifactRef:
         """safetensors: `tokens` int32 [T], `offsets` int64 [D + 1] and, where not every token's prediction counts, `loss` uint8 [T]."""
@@ -88,10 +91,11 @@ class CorpusRef(_message.Message):
         *,
         domain: _builtins.str = ...,
         artifact: _artifacts_pb2.ArtifactRef | None = ...,
+        tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "domain", b"domain"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "domain", b"domain", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

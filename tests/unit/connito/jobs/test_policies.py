@@ -72,7 +72,6 @@ def test_the_command_line_s_profile_goes_before_the_file_s(customer: Path) -> No
         ({"policies": {"merging": {"aggregator": "sum"}}}, "merging.aggregator is 'sum'"),
         ({"policies": {"rewards": {"payout": "lottery"}}}, "rewards.payout is 'lottery'"),
         ({"policies": {"windows": {"floor_seconds": 4000}}}, "windows.floor_seconds is larger than"),
-        ({"policies": {"training": {"replay_share": 0.5}}}, "training.replay_share is set but"),
         ({"people": {"enrolment": "allow-list"}}, "people.allowed is empty"),
         ({"people": {"allowed": ["UA"]}}, "people.allowed names keys, but the mode is open"),
         ({"people": {"enrolment": "invite", "allowed": ["me"]}}, "people.allowed holds 'me'"),

@@ -34,6 +34,7 @@ def test_a_run_without_an_expert_says_so() -> None:
         "low": -1e-9,
         "high": 0.0,
         "sequences": 8,
+        "tokens": 1024,
     }
     page = markdown(
         {
@@ -42,7 +43,9 @@ def test_a_run_without_an_expert_says_so() -> None:
             "base": {"name": "tiny", "manifest": "m"},
             "expert": None,
             "measured": {"rows": [same], "apart": None, "confidence": 0.95},
-            "outcome": {"status": "completed", "reason": "", "detail": "all 2 cycles done"},
+            "outcome": {"status": "no-improvement", "reason": "no-improvement", "detail": "nobody's work was of use"},
+            "shelf": "for this text the shelf has x",
+            "coverage": {"read": 10, "there": 100, "share": 0.1},
             "cycles": [],
             "selection": None,
             "contributors": [],
@@ -54,5 +57,6 @@ def test_a_run_without_an_expert_says_so() -> None:
 
     assert "No expert came out of it" in page
     assert "load_expert" not in page
+    assert "For this text the shelf has x." in page
     assert "| +0.0000 | +0.0000 to +0.0000 |" in page
     assert "connito audit r" in page

@@ -35,7 +35,6 @@ def test_three_fields_are_a_job() -> None:
         ),
         ({"data": [{"path": "x", "weight": 0}]}, "data[0].weight: "),
         ({"budget": {"upload": "a lot"}}, "'a lot' is not a size; write for example 20 MB"),
-        ({"replay": 0.1}, "no general text is given to replay"),
         ({"privacy": {"visibility": "secret"}}, "privacy.visibility: choose one of public"),
         ({"privacy": {"visibility": "organisation"}}, "say which in privacy.organisation"),
         ({"general": [{"domain": "contracts", "path": "y"}]}, "twice, or the job's own domain"),

@@ -1,16 +1,17 @@
-"""The corpora of a run on this machine: text of the target and of every general domain, tokenised once and kept."""
+"""Text that comes with a base on this machine: corpora of every domain, tokenised once and kept."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from connito.base.recipes import cache_root, fresh_folder, source_digest
-from connito.data.corpus import Corpus
+from connito.data.corpus import ENDS, WHOLE, Corpus
+from connito.data.domains import DEMO_DOMAINS
 from connito.data.encoding import encoder_of
 
 _MAKERS = (
@@ -21,12 +22,24 @@ _MAKERS = (
     "connito.data.corpus",
     "connito.data.encoding",
 )
+TINY_DOMAINS = ("recipes", "logs", "poems", "ledgers")
 # Parts of a domain's text, with the share that generated text gives each.
 PARTS = {"probe": 0.05, "train": 0.75, "holdout": 0.2}
 # Enough to be left with the tokens asked for after duplicates are gone.
 _CHARACTERS_PER_TOKEN = 8
 # Text that the tiny base was neither trained nor clustered on.
 _TINY_TEXT_SEED = 77_000
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text to prepare, in tokens over probe, training and hold-out together."""
+
+    target_tokens: int
+    general_tokens: int
+
+
+DEMO_TEXTS, TINY_TEXTS = Texts(160_000, 40_000), Texts(130_000, 50_000)
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,14 @@ class Plan:
     general: tuple[str, ...]
     target_tokens: int
     general_tokens: int
+
+    @classmethod
+    def of(cls, folder: Path, base_digest: str, *, tiny: bool, target: str = "") -> Self:
+        """Return the plan for the base in `folder`; `target`: the domain with most text, by default the first."""
+        domains, texts = (TINY_DOMAINS, TINY_TEXTS) if tiny else (DEMO_DOMAINS, DEMO_TEXTS)
+        target = target or domains[0]
+        general = tuple(domain for domain in domains if domain != target)
+        return cls(str(folder), base_digest, tiny, target, general, texts.target_tokens, texts.general_tokens)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -77,6 +98,22 @@ def build_corpora(plan: Plan, progress: Callable[[str, float], None]) -> Path:
             (draft / f"{domain}.json").write_text(statistics)
         progress("preparing text", 1.0)
     return plan.folder
+
+
+def mixed(corpora: Mapping[str, Corpus], tokens: int) -> Corpus | None:
+    """Return about `tokens` tokens of whole documents of several corpora, as much of each; None without any."""
+    if not corpora:
+        return None
+    chosen: list[list[int]] = []
+    for corpus in (corpora[name].complete() for name in sorted(corpora)):
+        taken = 0
+        for index in range(corpus.documents):
+            if taken >= tokens // len(corpora):
+                break
+            chosen.append(corpus.document(index).tolist())
+            taken += len(chosen[-1])
+    metadata = {**next(iter(corpora.values())).metadata, "domain": "general", "split": "replay", ENDS: WHOLE}
+    return Corpus.from_documents(chosen, metadata)
 
 
 def _found(base: Path, tokenizer: Any, domain: str, tokens: int) -> tuple[dict[str, Corpus], str]:
