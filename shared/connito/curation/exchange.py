@@ -10,13 +10,15 @@ from typing import Any
 
 from connito.curation.holdings import Agreement, Expert, Holdings, read_folder
 from connito.errors import Invalid
-from connito.library.artifact import EXPERT_FILE
+from connito.library.artifact import EXPERT_FILE, MODEL_FILE
 from connito.library.attestation import ATTESTATION_FILE, check_attestation
 from connito.library.derived import base_of
 from connito.library.governance import Permission
 from connito.library.schema import ExpertRecord
 from connito.library.shelf import check_expert
 from connito.wire.roster import Roster
+
+FORMATS = ("delta", "hf", "hf-hub", "gguf")
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,22 @@ def export(
     base: Path | None = None,
     agreement: Agreement | None = None,
     library: Holdings | None = None,
+    layout: str = "",
 ) -> Exported:
-    """Copy an expert's file, record and card to the new folder `out`; with `base`, write the whole model with it in."""
+    """Copy an expert's file, record and card to the new folder `out`; with `base`, write the whole model with it in.
+
+    layout: `delta` for the expert alone; `hf`, `hf-hub` or `gguf` for the whole model, which needs its `base`.
+    """
     library = library or Holdings()
+    layout = layout or ("delta" if base is None else "hf")
+    if layout not in FORMATS:
+        raise Invalid(f"no format is called {layout!r}: use {', '.join(FORMATS)}")
+    if layout != "delta" and base is None:
+        raise Invalid(f"--format {layout} writes a whole model: add --base FOLDER")
     found = library.find(str(expert))
     permission = library.permit([found], "export", agreement or Agreement())
-    written: Mapping[str, object] = _copy(found, out) if base is None else _export_whole(found, base, out)
+    delta = base is None or layout == "delta"
+    written: Mapping[str, object] = _copy(found, out) if delta or base is None else _whole(found, base, out, layout)
     library.meter([found[1]], "export")
     document = {**written, "license": permission.license, "attribution": permission.attribution}
     return Exported(document, permission)
@@ -70,6 +82,8 @@ def _verify_model(folder: Path, base: Path | None, library: Holdings) -> list[st
 
     record = verify_export(folder, base)
     done = [f"{len(record['files'])} files have their recorded digests"]
+    if base is not None and not (folder / MODEL_FILE).is_file():
+        raise Invalid("a GGUF file is not compared with a base: verify the same expert exported with --format hf")
     if base is not None and record["verb"] == "export" and "derived" in record:
         names = [parent["expert_id"] for parent in record["derived"]["parents"]]
         verify_insertion(folder, base, [library.find(name)[0] for name in names])
@@ -92,7 +106,7 @@ def _verify_on(expert: Expert, base: Path, library: Holdings) -> str:
     return f"in the base it changes {len(loaded.changed)} rows and nothing else, and leaves no trace when removed"
 
 
-def _export_whole(expert: Expert, base: Path, out: Path) -> ExpertRecord:
+def _whole(expert: Expert, base: Path, out: Path, layout: str) -> ExpertRecord:
     from connito.base.description import build_manifest
     from connito.base.loading import load_full, load_tokenizer
     from connito.experts.export import ModelSource, export_model
@@ -106,7 +120,7 @@ def _export_whole(expert: Expert, base: Path, out: Path) -> ExpertRecord:
         license=str(record.get("license", "")), domain=str(record["domain"]), losses=record.get("losses", []),
         created=str(record["created"]),
     )  # fmt: skip
-    return export_model(model, out, load_tokenizer(base), source)
+    return export_model(model, out, load_tokenizer(base), source, layout=layout, beside=base)
 
 
 def _copy(expert: Expert, out: Path) -> Mapping[str, object]:

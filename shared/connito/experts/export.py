@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from connito.base.checkpoint import save_checkpoint
+from connito.base.gguf_file import GGUF_FILE, save_gguf
+from connito.base.hub_layout import copy_companions, save_hub
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.prune import Keep, prune
 from connito.library.artifact import MODEL_FILE, MODEL_FORMAT, RECORD_FILE, tensor_sizes
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = MODEL_FORMAT
+# Ways to write a whole model: experts fused, as transformers ≥ 5 has them; as its family was published; for llama.cpp.
+LAYOUTS = ("hf", "hf-hub", "gguf")
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,12 @@ def export_model(
     tokenizer: Any,
     source: ModelSource,
     extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    layout: str = "hf",
+    beside: Path | None = None,
 ) -> ExpertRecord:
-    """Write `model`, and `extra` tensors by file name, to the new folder `out`; returns its record.
+    """Write `model` in one of `LAYOUTS`, and `extra` tensors by file name, to the new folder `out`; returns its record.
 
+    beside: the base's folder, whose generation config, chat template and licence go along.
     The record is a library record: `library deposit` puts the folder on a shelf. Raises `Invalid` when layers differ in
     their number of experts or the folder is not empty.
     """
@@ -74,20 +81,23 @@ def export_model(
             f"layers keep {sorted(counts)} experts, and this family stores one number: pad them with `equalise` first",
             reason=reasons_pb2.REASON_WRONG_SHAPE,
         )
-    save_checkpoint(model, out, tokenizer)
-    if odd := _other_tensor(model, out):
+    file = _save(model, out, tokenizer, source, layout)
+    if layout != "gguf" and (odd := _other_tensor(model, out)):
         shutil.rmtree(out)
         raise Invalid(
             f"transformers does not read {odd} back as it was written: this family is another model with so many experts; "
             "keep more of them",
             reason=reasons_pb2.REASON_WRONG_TENSORS,
         )
+    if beside is not None:
+        copy_companions(beside, out)
     for name, tensors in (extra or {}).items():
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / name)
-    digest, file = _digest(out / MODEL_FILE), out / MODEL_FILE
+    safe = file.name == MODEL_FILE
+    count = tensor_sizes(file)[0] if safe else sum(parameter.numel() for parameter in model.parameters())
     record = model_record(
-        source.verb, source.domain, source.base, source.parents, digest=digest, size=file.stat().st_size,
-        parameters=tensor_sizes(file)[0], keep=source.keep, total=source.total, created=source.created,
+        source.verb, source.domain, source.base, source.parents, digest=_digest(file), size=file.stat().st_size,
+        parameters=count, keep=source.keep, total=source.total, created=source.created,
         license=source.license, settings=source.settings, losses=source.losses,
     )  # fmt: skip
     write_card(record, out)
@@ -101,6 +111,19 @@ def export_model(
     }
     (out / RECORD_FILE).write_bytes(encode(record))
     return record
+
+
+def _save(model: nn.Module, out: Path, tokenizer: Any, source: ModelSource, layout: str) -> Path:
+    """Write the model and what belongs to it; returns the file of its weights. Leaves nothing behind where it cannot."""
+    try:
+        if layout == "gguf":
+            save_gguf(model, out, tokenizer, name=source.base["name"], license_name=source.license)
+        else:
+            (save_hub if layout == "hf-hub" else save_checkpoint)(model, out, tokenizer)
+    except Invalid:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return out / (GGUF_FILE if layout == "gguf" else MODEL_FILE)
 
 
 def verify_export(folder: Path, base: Path | None = None) -> ExpertRecord:

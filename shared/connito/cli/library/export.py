@@ -26,6 +26,9 @@ def export(
     expert: Annotated[str, typer.Argument(help="Expert id or folder.")],
     out: OutOption,
     base: Annotated[Path | None, typer.Option(help="Write the whole model with the expert in it.")] = None,
+    layout: Annotated[
+        str, typer.Option("--format", help="delta, or with --base: hf (transformers 5), hf-hub (as published), gguf.")
+    ] = "",
     who: AsOption = "",
     organisation: OrganisationOption = None,
     accept_license: AcceptOption = None,
@@ -40,7 +43,7 @@ def export(
     from connito.curation import exchange
 
     agreed = agreement(accept_license, commercial, redistribute, allow_yanked)
-    done = exchange.export(expert, out, base, agreed, holdings(shelf, data_dir, who, organisation))
+    done = exchange.export(expert, out, base, agreed, holdings(shelf, data_dir, who, organisation), layout)
     emit(as_json, done.document, lambda: "\n".join([f"written to {out}", *obligations(done.permission)]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,33 @@ def test_python_does_what_the_commands_do(run: Any, stocked: Any, tiny: Path, tm
     assert library.verify(tmp_path / "python", tiny, library=here)[1].startswith("recomputed from its 2 parents")
     with pytest.raises(Invalid, match="2 weights for 1 experts"):
         library.compose([ids["logs"]], tiny, tmp_path / "no", library.ComposeOptions(weights=[1.0, 2.0]), here)
+
+
+@pytest.mark.parametrize("layout", ["hf-hub", "gguf", "delta"])
+def test_an_expert_is_exported_to_what_people_run(
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, layout: str
+) -> None:
+    shelf, ids = stocked
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(tiny, base)
+    (base / "LICENSE").write_text("as you like")
+    (base / "generation_config.json").write_text('{"temperature": 0.3}')
+    run("export", ids["recipes"], "--base", base, "--out", out, "--format", layout, "--shelf", shelf)
+    there = {path.name for path in out.iterdir()}
+    assert {"README.md", "record.json"} <= there
+    if layout == "delta":
+        assert "expert.safetensors" in there
+        return
+    assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert (out / "LICENSE").read_text() == "as you like"
+    assert run("verify", out)["verified"]
+    if layout == "hf-hub":
+        assert ids["recipes"] in run("verify", out, "--base", base, "--shelf", shelf)["verified"][1]
+
+
+def test_a_whole_model_needs_its_base_and_a_known_format(run: Any, stocked: Any, tmp_path: Path) -> None:
+    shelf, ids = stocked
+    for layout, why in (("gguf", "add --base"), ("onnx", "no format is called")):
+        with pytest.raises(Invalid, match=why):
+            run("export", ids["recipes"], "--out", tmp_path / "out", "--format", layout, "--shelf", shelf)
+    assert not (tmp_path / "out").exists()
