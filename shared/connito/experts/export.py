@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = MODEL_FORMAT
-# Ways to write a whole model: experts fused, as transformers ≥ 5 has them; as its family was published; for llama.cpp.
-LAYOUTS = ("hf", "hf-hub", "gguf")
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,9 @@ def export_model(
     layout: str = "hf",
     beside: Path | None = None,
 ) -> ExpertRecord:
-    """Write `model` in one of `LAYOUTS`, and `extra` tensors by file name, to the new folder `out`; returns its record.
+    """Write `model` and `extra` tensors by file name, to the new folder `out`; returns its record.
+
+    layout: hf (experts fused, as transformers 5 has them), hf-hub (as the family was published) or gguf (for llama.cpp).
 
     beside: the base's folder, whose generation config, chat template and licence go along.
     The record is a library record: `library deposit` puts the folder on a shelf. Raises `Invalid` when layers differ in
