@@ -1,7 +1,7 @@
 """Join whole specialists: dense branches become the experts of one MoE (BTX).
 
 BTX (Sukhbaatar et al. 2024): branches of one dense seed, trained apart, become the experts of an MoE; what is not an MLP
-is averaged.
+is averaged; then the routers are trained on all domains, or everything is.
 
 Shapes: B batch, L length, H hidden size, V branches, E experts, T tokens.
 """
@@ -21,6 +21,9 @@ from connito.errors import Invalid
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+# Sequences of a step of training.
+BATCH = 4
 
 
 def import_branches(
@@ -111,25 +114,40 @@ def _mlp_inputs(model: Any, index: int, ids: torch.Tensor) -> npt.NDArray[np.flo
     return np.asarray(torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).float().numpy())
 
 
-def train_router(
-    model: Any, texts: Mapping[str, torch.Tensor], steps: int, *, learning_rate: float = 1e-3, seed: int = 0
+def train_routers(
+    model: Any,
+    texts: Mapping[str, torch.Tensor],
+    steps: int,
+    *,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    everything: bool = False,
 ) -> list[float]:
-    """Train the routers alone for some steps on all domains' texts (ids [n, L] by name) in turn; returns the losses.
+    """Train the routers on all domains' texts (ids [n, L] by name), drawn alike; returns the losses.
 
-    BTX trains its router on the branches' data after joining them; from centroids it starts near and needs little.
+    Experts and shared parameters are frozen, as where BAR routes after its experts were trained apart; with `everything`
+    all parameters learn, as in BTX's last stage. Where the family has a load-balancing loss, it counts.
     """
+    import inspect
+
     from connito.moe.layout import require_moe_layers
 
     routers = [p for layer in require_moe_layers(model).values() for p in layer.router.parameters()]
-    optimiser = torch.optim.AdamW(routers, lr=learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    rows, losses = torch.cat([texts[name] for name in sorted(texts)]), []
-    for parameter in routers:
+    wanted = [p for p in model.parameters() if p.is_floating_point()] if everything else routers
+    optimiser = torch.optim.AdamW(wanted, lr=learning_rate, weight_decay=0.0)
+    options = (
+        {"output_router_logits": True} if "output_router_logits" in inspect.signature(model.forward).parameters else {}
+    )
+    generator, losses, names = torch.Generator().manual_seed(seed), [], sorted(texts)
+    for parameter in wanted:
         parameter.requires_grad_(True)
     try:
         for _ in range(steps):
-            ids = rows[torch.randint(len(rows), (min(4, len(rows)),), generator=generator)].long()
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            drawn = [texts[names[int(torch.randint(len(names), (), generator=generator))]] for _ in range(BATCH)]
+            rows = [table[int(torch.randint(len(table), (), generator=generator))] for table in drawn]
+            length = min(map(len, rows))
+            ids = torch.stack([row[:length] for row in rows]).long().to(wanted[0].device)
+            loss = model(input_ids=ids, labels=ids, use_cache=False, **options).loss
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

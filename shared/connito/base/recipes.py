@@ -141,7 +141,7 @@ def _build(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 def _join_branches(recipe: Recipe, out: Path, progress: Progress) -> None:
     """Join branches as in BTX: their MLPs become experts, other weights their mean, routers their texts' centroids."""
-    from connito.base.branches import import_branches, train_router
+    from connito.base.branches import import_branches, train_routers
     from connito.base.checkpoint import save_checkpoint
     from connito.base.loading import load_full, load_tokenizer
     from connito.base.smollm import probe_blocks
@@ -165,7 +165,7 @@ def _join_branches(recipe: Recipe, out: Path, progress: Progress) -> None:
     )
     progress("reading the branches", 1.0)
     if recipe.router_steps:
-        train_router(model, probe, recipe.router_steps, seed=recipe.seed)
+        train_routers(model, probe, recipe.router_steps, seed=recipe.seed)
     card = {
         "built_from": Path(recipe.source).name,
         "branches": ", ".join(branches),

@@ -80,7 +80,8 @@ def opt_in(model: nn.Module, additions: Sequence[Addition]) -> dict[str, Keep]:
         _extend(layer, [addition.rows[index] for addition in ordered])
     if ordered and layers:
         total = next(iter(layers.values())).num_experts
-        set_counts(model.config, total, total + len(ordered))
+        for owner in (model, model.config):
+            set_counts(owner, total, total + len(ordered))
     return ids
 
 

@@ -77,7 +77,8 @@ def _follow(model: Any, before: int) -> None:
     # Not required to compute: the configuration may still send a token to more experts than there are now.
     counts = {layer.num_experts for layer in find_moe_layers(model).values()}
     if len(counts) == 1:
-        set_counts(model.config, before, *counts)
+        for owner in (model, model.config):
+            set_counts(owner, before, *counts)
 
 
 def check_keep(layers: Mapping[int, MoELayer], keep: Mapping[int, list[int]]) -> None:

@@ -40,14 +40,18 @@ def join(
     additions: Annotated[list[Path], typer.Argument(help="Files of `library grow`; leave one out to opt it out.")],
     base: BaseOption,
     out: OutOption,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="NAME=FILE: a little text of a domain, to train the routers on.")
+    ] = None,
+    router_steps: Annotated[int, typer.Option(min=0, help="Steps of training for the routers, experts frozen.")] = 0,
     measure: MeasureOption = None,
     device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Put additions beside the base's experts: any set of them, in any order, with no training (FlexOlmo)."""
+    """Put additions beside the base's experts: any set of them, in any order (FlexOlmo); routers may be trained then (BAR)."""
     from connito.curation import growing
 
-    record = growing.join(additions, base, out, named_files(measure))
+    record = growing.join(additions, base, out, named_files(measure), named_files(text), router_steps)
     emit(as_json, record, lambda: f"{len(additions)} additions beside the base's experts, written to {out}")
 
 
@@ -56,14 +60,21 @@ def branches(
     branch: Annotated[list[str], typer.Option("--branch", help="NAME=DIR: a dense specialist; may be repeated.")],
     text: Annotated[list[str], typer.Option("--text", help="NAME=FILE: text of a branch's domain, for the router.")],
     out: OutOption,
-    moe_layers: Annotated[int, typer.Option(help="How many of the last layers get experts.")],
+    moe_layers: Annotated[
+        int, typer.Option(min=0, help="How many of the last layers get experts; 0: none, one dense mean instead (BTM).")
+    ],
     top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
+    router_steps: Annotated[int, typer.Option(min=0, help="Steps of training for the routers alone.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of training for everything, after that.")] = 0,
     measure: MeasureOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make one MoE of dense specialists of one seed: their MLPs are its experts, the rest is averaged (BTX)."""
+    """Make one model of dense specialists of one seed: an MoE whose experts are their MLPs (BTX), or their mean (BTM)."""
     from connito.curation import growing
 
-    options = growing.BranchOptions(named_files(branch), named_files(text), moe_layers, top_k, named_files(measure))
+    options = growing.BranchOptions(
+        named_files(branch), named_files(text), moe_layers, top_k, router_steps, steps, named_files(measure)
+    )
     record = growing.branches(seed, out, options)
-    emit(as_json, record, lambda: f"an MoE of {len(options.branches)} branches, written to {out}")
+    what = "an MoE" if moe_layers else "the mean"
+    emit(as_json, record, lambda: f"{what} of {len(options.branches)} branches, written to {out}")

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from connito.base.branches import train_routers
 from connito.errors import Invalid
 from connito.experts.arrow import linear_router, train_router, variants
 from connito.experts.compose import Part
 from connito.experts.flex import grow, opt_in, opt_out
 from connito.experts.measure import loss
+from connito.moe.layout import find_moe_layers
 from connito.moe.rows import fingerprint
 
 from tests.support.models import Sequences
@@ -72,3 +74,36 @@ def test_a_trained_router_beats_the_uniform_mixture_and_touches_nothing(
     assert fingerprint(full) == before
     with pytest.raises(Invalid, match="no text"):
         train_router(full, members, base, text[:0])
+
+
+def test_routers_are_trained_over_all_additions_at_the_end_and_an_upgrade_leaves_the_others(
+    full: Any, additions: Any, sequences: Sequences, anchor_text: Any
+) -> None:
+    """BAR: experts trained apart beside a frozen anchor, one upgraded at a time, routers on a little text of all at the end."""
+    domains = ("recipes", "logs")
+    held = np.concatenate([sequences(d, 8, 90) for d in domains])
+    model = copy.deepcopy(full)
+    ids = opt_in(model, additions)
+    little = {d: sequences(d, 8, 70) for d in domains}
+    joined, told, before = loss(model, held), loss(model, np.concatenate([*little.values()])), fingerprint(model)
+    train_routers(model, {d: torch.from_numpy(t[:, :-1].astype("int64")) for d, t in little.items()}, 20)
+    after = fingerprint(model)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {f"{layer.router_name}.weight" for layer in find_moe_layers(model).values()}
+    assert loss(model, np.concatenate([*little.values()])) < told
+    # On other text it is a wash here: the rows that were trained apart already route as well.
+    assert loss(model, held) < joined + 0.005
+    better = grow(full, "recipes", sequences("recipes", 96, 50).reshape(24, 4, -1), anchor_text, learning_rate=3e-3)
+    upgraded = copy.deepcopy(full)
+    again = opt_in(upgraded, [better, additions[1]])
+    assert ids.keys() == again.keys()
+    layers = find_moe_layers(upgraded)
+    for index, experts in again["logs"].items():
+        rows: Any = additions[1].rows[index]
+        assert all(
+            torch.equal(getattr(layers[index].experts, n)[experts[0]], rows[n]) for n in layers[index].parameters
+        )
+    table = sequences("recipes", 8, 90)
+    with_old = copy.deepcopy(full)
+    opt_in(with_old, additions)
+    assert loss(upgraded, table) < loss(with_old, table)
