@@ -1,313 +1,292 @@
 """The same tokens in one place and with several miners: how much of the central improvement each way of merging keeps.
 
-Target: all four domains of the tiny base at once. IID: every miner draws from all of them. Non-IID: a miner sees
-one domain only. A cycle is H local AdamW steps per miner from the state of the cycle, with the moments that the policy's
-default keeps and its β₁ (one arm begins with empty moments, one has AdamW's usual β₁ of 0.9), then one merge with the project's
-own aggregators and outer step; no gate. Central: one AdamW run with as many steps in a row as a miner makes, each on the
-batches of all miners together, at the best of two learning rates and with its usual β₁; it is the same whether the miners are
-IID or not. `kept` is the fall of the held-out loss over central's fall. Above 1, averaging and outer momentum found a lower
-loss than AdamW did at any of the rates tried.
+Target: all four domains of the tiny base at once. IID: every miner draws from all of them. Non-IID: a miner sees one domain
+only. Every miner makes 100 local steps in cycles of H, each merged with the project's own plan, aggregators and outer step; no
+gate. The arm `default` is what a run gets whose policy says nothing, read from it. Two central runs: one with as many steps in a
+row, each on the batches of all miners together, and one with as many tokens in batches of one miner's size; each the best of
+two rates and of a constant and a falling one, chosen with the reported text, which favours it. `kept` is the fall of the
+held-out loss over central's fall.
+
+A cell is one seed, data, number of miners, H and arm. It is kept in a file of its own, so a run goes on where it was stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from connito.moe.schedule import Schedule
 from connito.moe.training import BETAS
+from connito.protocol.claims import claimed_rows
 from connito.protocol.policy.law import DEFAULTS
 
+from bench.compose_setup import base
 from bench.harness import Options, Result, interval, main, note
-from bench.plots import RED, Axes, axes
-from bench.tiny_rig import Rig, Tokens, rig_settings, rigs, spread
+from bench.local_work import Miner, exchange
+from bench.merging import WHOLE, Merge, merged
+from bench.plots import RED, axes
+from bench.tiny_rig import LENGTH, Rig, Tokens
 
 if TYPE_CHECKING:
     from connito.moe.evaluate import Evaluator
-    from connito.moe.moments import Moments
     from connito.moe.selection import Selection
+    from torch import nn
 
 DOMAINS = ("recipes", "logs", "poems", "ledgers")
-# From pilot runs on seeds 100 to 102, which are not among those measured: the best of 2e-3 to 1.6e-2 for miners, and of
-# 4e-3 to 3.2e-2 for central, where a β₁ of 0.5 was no better than 0.9.
-RATE = 8e-3
-CENTRAL_RATES = (8e-3, 1.6e-2)
-PER_LAYER, QUICK_SEEDS, GOAL = 3, 1, 0.98
+# Named before the first run that is reported; nothing was chosen on them.
+SEEDS = (2101, 2102, 2103, 2104, 2105)
+# What rates and the default were chosen on.
+PILOT_SEEDS = (901, 902, 903)
+STEPS, BATCH, HELD, PER_LAYER, GOAL = 100, 4, 24, 3, 0.98
+LOCAL_STEPS, MINERS = (1, 5, 20, 50), (4, 8, 32)
+DATA = ("IID", "non-IID")
+# Of a miner, by H.
+RATES = {1: 8e-3, 5: 8e-3, 20: 8e-3, 50: 8e-3}
+# Of central, with what each falls to by a cosine: the two best of twice as many.
+CENTRAL_RATES = {"steps": ((8e-3, 1.0), (1.6e-2, 0.1)), "tokens": ((8e-3, 1.0), (8e-3, 0.1))}
 MOMENTS, BETA1 = DEFAULTS.training.moments, DEFAULTS.training.beta1
 
 
 @dataclass(frozen=True)
-class Merge:
-    """A way to merge submissions, and the moments that a miner's AdamW keeps from cycle to cycle."""
+class Arm:
+    """A way to work and to merge. `rate` multiplies a miner's learning rate."""
 
-    aggregator: str
-    rate: float = 1.0
-    momentum: float = 0.0
+    merge: Merge
+    work: str = "adamw"
     moments: str = MOMENTS
     beta1: float = BETA1
+    rate: float = 1.0
 
 
-FRESH = "Nesterov, fresh moments"
-USUAL = f"Nesterov, β₁ {BETAS[0]}"
-MERGES = {
-    "Nesterov": Merge("mean", 0.7, 0.9),
-    FRESH: Merge("mean", 0.7, 0.9, "fresh"),
-    USUAL: Merge("mean", 0.7, 0.9, beta1=BETAS[0]),
-    "mean": Merge("mean"),
-    "weighted": Merge("utility-mean"),
-    "top-1": Merge("top-1"),
+DEFAULT = Merge.default()
+PLAIN = replace(DEFAULT, aggregator="mean", weighting=WHOLE)
+ARMS = {
+    "default": Arm(DEFAULT),
+    "whole, mean": Arm(PLAIN),
+    "whole, utility": Arm(replace(PLAIN, aggregator="utility-mean")),
+    "tokens, mean": Arm(replace(DEFAULT, aggregator="mean", weighting="tokens")),
+    "tokens, utility": Arm(replace(DEFAULT, aggregator="utility-mean", weighting="tokens")),
+    "capped tokens, mean": Arm(replace(DEFAULT, aggregator="mean", weighting="capped")),
+    "Fisher, mean": Arm(replace(DEFAULT, aggregator="mean", weighting="fisher")),
+    "tokens, geometric median": Arm(replace(DEFAULT, aggregator="geometric-median", weighting="tokens")),
+    "tokens, trimmed mean": Arm(replace(DEFAULT, aggregator="trimmed-mean", weighting="tokens")),
+    "tokens, norm-clipped": Arm(replace(DEFAULT, aggregator="norm-clipped-mean", weighting="tokens")),
+    "tokens, no outer momentum": Arm(replace(DEFAULT, aggregator="mean", weighting="tokens", rate=1.0, momentum=0.0)),
+    "FedAvg": Arm(replace(PLAIN, rate=1.0, momentum=0.0)),
+    "FedProx": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="fedprox"),
+    "SCAFFOLD": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="scaffold"),
+    "FedAdam": Arm(replace(PLAIN, server="adam", rate=8e-3)),
+    "MuLoCo": Arm(PLAIN, work="muon"),
+    "DiLoCo": Arm(PLAIN, moments="kept", beta1=BETAS[0]),
 }
-# What the largest number of miners is measured with, and what is measured on IID data alone, for time.
-FEW = ("Nesterov", "top-1")
-IID_ONLY = ("mean", "weighted", FRESH)
-QUICK_ONLY = ("Nesterov", "mean", "top-1")
+# Arms beside the default are measured where the miners differ most; robust ones and baselines with four miners.
+BESIDE = ("whole, mean", "whole, utility", "tokens, mean", "tokens, utility", "capped tokens, mean")
 
 
 @dataclass(frozen=True)
-class Scale:
-    """The amount of training: C cycles of H steps with B sequences a step, judged on so many sequences of each domain."""
+class Cell:
+    """One measurement. Central ones have no H (0), and what they share with the miners as their arm."""
 
-    miners: tuple[int, ...]
-    cycles: int
+    seed: int
+    data: str
+    miners: int
     steps: int
-    batch: int
-    held: int
+    arm: str
+
+    @property
+    def name(self) -> str:
+        """Return the name by which cells are kept and chosen."""
+        return f"{self.seed}-{self.data}-{self.miners}x{self.steps}-{self.arm}".replace(" ", "_").replace(",", "")
+
+
+def cells(seeds: Sequence[int]) -> Iterator[Cell]:
+    """Yield all cells, the most telling ones first."""
+    for miners in MINERS:
+        for steps in sorted(LOCAL_STEPS, key=lambda h: (h != 20, h)):
+            for seed in seeds:
+                yield from (Cell(seed, "central", miners, 0, of) for of in CENTRAL_RATES if steps == 20)
+                for data in reversed(DATA):
+                    yield Cell(seed, data, miners, steps, "default")
+                    if steps == 20 and miners == 4:
+                        yield from (Cell(seed, data, miners, steps, arm) for arm in ARMS if arm != "default")
+                    elif steps == 20 or (miners == 4 and data == "non-IID"):
+                        yield from (Cell(seed, data, miners, steps, arm) for arm in BESIDE)
 
 
 def run(options: Options) -> Result:
-    """Run 4 miners (and 8 unless quick), IID and non-IID, every merge, and central training on the same tokens."""
-    scale = Scale((4,), 20, 5, 8, 6) if options.quick else Scale((4, 8), 20, 5, 8, 12)
-    rows: list[dict[str, Any]] = []
-    with rigs(options, quick_seeds=QUICK_SEEDS) as each:
-        for rig in each:
-            for miners in scale.miners:
-                every = QUICK_ONLY if options.quick else MERGES
-                rows += _round(rig, miners, scale, every if miners == scale.miners[0] else FEW)
-    return _result(options, scale, rows)
-
-
-def _result(options: Options, scale: Scale, rows: list[dict[str, Any]]) -> Result:
-    kept = _kept(rows)
-    with axes(options.out / "decentralised.svg", 2) as (share, curve):
-        share.bars(kept, "share of the central improvement kept")
-        share.upright(GOAL, RED)
-        _curves(curve, rows)
-    settings = {
-        "cycles": scale.cycles,
-        "local_steps": scale.steps,
-        "batch_sequences": scale.batch,
-        "miner_learning_rate": RATE,
-        "miner_beta1": BETA1,
-        "central_learning_rates": CENTRAL_RATES,
-        "experts_selected": f"{PER_LAYER} of 8 in each of 2 layers",
-        "held_out_sequences": scale.held * len(DOMAINS),
-        "goal": GOAL,
-        **rig_settings(options, QUICK_SEEDS),
-    }
-    figures: dict[str, Any] = {f"kept {name}": [round(value, 4) for value in found] for name, found in kept.items()}
-    figures["central_improvement"] = spread([row["improvement"] for row in rows if row["merge"] == "central"])
-    figures["goal_met_by"] = [name for name, found in kept.items() if found[0] >= GOAL]
-    return Result(settings, rows, figures)
-
-
-def _round(rig: Rig, miners: int, scale: Scale, merges: Iterable[str]) -> list[dict[str, Any]]:
-    from connito.moe.evaluate import Evaluator
-
-    selection = rig.select(DOMAINS, PER_LAYER)
-    evaluator = Evaluator(rig.model(), selection)
-    held = np.concatenate([rig.held(domain, scale.held) for domain in DOMAINS])
-    # Every other sequence gives the utilities that top-1 and the weighted mean use; the other half is reported.
-    score, report = held[::2], held[1::2]
-    start = _loss(evaluator, evaluator.base, report)
-    shards = {kind: shards_of(rig, miners, scale, iid=kind == "IID") for kind in ("IID", "non-IID")}
-    note(f"seed {rig.seed}, {miners} miners: central")
-    lr, central = _central(rig, selection, shards["IID"], evaluator, report)
-    common = {"seed": rig.seed, "miners": miners, "start": start}
-    rows = [{**common, "merge": "central", "learning_rate": lr, "curve": central, "improvement": start - central[-1]}]
-    for kind, shard in shards.items():
-        for merge in merges:
-            if merge in IID_ONLY and kind != "IID":
+    """Measure the cells that are not there yet, of those named by `only`, and gather all that are."""
+    seeds = PILOT_SEEDS[:1] if options.quick else SEEDS[: options.seeds]
+    wanted = list(cells(PILOT_SEEDS if "pilot" in options.only else seeds))
+    if options.quick:
+        wanted = [cell for cell in wanted if cell.miners == 4 and cell.steps in (0, 20) and cell.arm in QUICK]
+    folder = options.out / ("decentralised-quick" if options.quick else "decentralised-cells")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as bases:
+        benches: dict[int, Bench] = {}
+        for cell in wanted:
+            path = folder / f"{cell.name}.json"
+            if path.exists() or not all(part in cell.name for part in options.only.replace("pilot", "").split()):
                 continue
-            note(f"seed {rig.seed}, {miners} miners, {kind}: {merge}")
-            curve = _cycles(rig, selection, shard, evaluator, score, report, merge)
-            improvement = start - curve[-1]
-            rows.append({**common, "merge": merge, "data": kind, "curve": curve, "improvement": improvement,
-                         "kept": improvement / (start - central[-1])})  # fmt: skip
-    return rows
+            if cell.seed not in benches:
+                benches = {cell.seed: Bench(Rig(cell.seed, base(Path(bases), cell.seed)))}
+            note(cell.name)
+            row = {**asdict(cell), **benches[cell.seed].measure(cell)}
+            note(f"  gain {row['gain']:.4f}")
+            path.write_text(json.dumps(row, indent=2) + "\n")
+    names = [folder / f"{cell.name}.json" for cell in wanted]
+    return _result(options, [json.loads(path.read_text()) for path in names if path.exists()])
 
 
-def shards_of(rig: Rig, miners: int, scale: Scale, *, iid: bool) -> Tokens:
+QUICK = ("steps", "tokens", "default", "whole, mean")
+
+
+class Bench:
+    """One seed's base, text and held-out loss."""
+
+    def __init__(self, rig: Rig) -> None:
+        import torch
+        from connito.moe.evaluate import Evaluator
+
+        torch.set_num_threads(1)
+        self.rig = rig
+        self.selection: Selection = rig.select(DOMAINS, PER_LAYER)
+        self.evaluator = Evaluator(rig.model(), self.selection)
+        held = np.concatenate([rig.held(domain, HELD) for domain in DOMAINS])
+        # Every other sequence gives the utilities; the other half is reported.
+        self.score, self.report = held[::2], held[1::2]
+
+    @cached_property
+    def start(self) -> float:
+        """Return the loss of the base."""
+        return loss_of(self.evaluator, self.evaluator.base, self.report)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Return a training model."""
+        from connito.moe.resident import compress
+
+        return compress(self.rig.model(), self.selection, self.selection.helpers)
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Return a cell's gain in nats per token, and the rate it was reached with."""
+        if cell.data == "central":
+            return self._central(cell)
+        arm, rate = ARMS[cell.arm], RATES[cell.steps] * ARMS[cell.arm].rate
+        theta = self._cycles(arm, rate, shards_of(self.rig, cell.miners, cell.steps, iid=cell.data == "IID"))
+        return {"rate": rate, "gain": self.start - loss_of(self.evaluator, theta, self.report)}
+
+    def _central(self, cell: Cell) -> dict[str, Any]:
+        from connito.moe.resident import write_targets
+        from connito.moe.training import train_local
+
+        shards = shards_of(self.rig, cell.miners, STEPS, iid=True)[0]
+        together = shards.swapaxes(0, 1)
+        batches = together.reshape(STEPS, -1, LENGTH + 1)
+        if cell.arm == "tokens":
+            batches = together.reshape(-1, BATCH, LENGTH + 1)
+        found = []
+        for rate, final in CENTRAL_RATES[cell.arm]:
+            write_targets(self.model, self.evaluator.base)
+            schedule = Schedule(1, len(batches), final)
+            state, _ = train_local(self.model, batches, learning_rate=rate, factor=partial(schedule.factor, 1))
+            gain = self.start - loss_of(self.evaluator, state, self.report)
+            found.append({"rate": rate, "final_rate_share": final, "gain": gain})
+        return max(found, key=lambda row: row["gain"]) | {"tried": found}
+
+    def _cycles(self, arm: Arm, rate: float, shards: Tokens) -> Any:
+        """Return the state after all cycles of shards [cycles, miners, H, B, L + 1]."""
+        from connito.moe.moments import Moments
+        from connito.moe.resident import write_targets
+        from connito.moe.routed import routed_tokens
+
+        def kept() -> Moments | None:
+            return None if arm.moments == "fresh" else Moments(second_only=arm.moments == "second")
+
+        miners = [Miner(arm.work, kept(), (arm.beta1, BETAS[1])) for _ in range(shards.shape[1])]
+        theta, outer = {name: rows.numpy() for name, rows in self.evaluator.base.items()}, None
+        for cycle in shards:
+            start, routed = tensors(theta), []
+            for batches in cycle if arm.merge.weighting != WHOLE else ():
+                write_targets(self.model, start)
+                routed.append(routed_tokens(self.model, self.selection, claimed_rows(batches)))
+            states = [miner.work(self.model, start, own, rate) for miner, own in zip(miners, cycle, strict=True)]
+            exchange(miners)
+            utilities = [1.0] * len(states)
+            if arm.merge.counts_utilities:
+                before = loss_of(self.evaluator, start, self.score)
+                # Nobody can be rewarded for harm, and a merge needs one positive weight.
+                utilities = [max(1e-9, before - loss_of(self.evaluator, state, self.score)) for state in states]
+            theta, outer = merged(arm.merge, theta, outer, states, utilities, routed, [m.moments for m in miners])
+        return tensors(theta)
+
+
+def shards_of(rig: Rig, miners: int, steps: int, *, iid: bool, total: int = STEPS, batch: int = BATCH) -> Tokens:
     """Return [cycles, miners, H, B, L + 1]; both arrangements hold exactly the same sequences."""
-    each = scale.cycles * scale.steps * scale.batch
+    each = total * batch
     by_domain = [rig.train(domain, each * miners // len(DOMAINS)) for domain in DOMAINS]
     pool = np.concatenate(by_domain)  # miners // 4 blocks of `each` sequences per domain
     if iid:
         pool = pool[np.random.default_rng(rig.seed).permutation(len(pool))]
-    blocks = pool.reshape(miners, scale.cycles, scale.steps, scale.batch, pool.shape[-1])
-    return blocks.swapaxes(0, 1)
+    return pool.reshape(miners, total // steps, steps, batch, pool.shape[-1]).swapaxes(0, 1)
 
 
-def _central(
-    rig: Rig, selection: Selection, shards: Tokens, evaluator: Evaluator, report: Tokens
-) -> tuple[float, list[float]]:
-    """Return (learning rate, loss at the start and after each cycle's worth of steps) of the best of the central runs."""
-    cycles, miners, steps, batch, width = shards.shape
-    batches = shards.swapaxes(1, 2).reshape(cycles * steps, miners * batch, width)
-    found = [(lr, _central_run(rig, selection, batches, steps, lr, evaluator, report)) for lr in CENTRAL_RATES]
-    return min(found, key=lambda pair: pair[1][-1])
-
-
-def _central_run(
-    rig: Rig,
-    selection: Selection,
-    batches: Tokens,
-    every: int,
-    lr: float,
-    evaluator: Evaluator,
-    report: Tokens,
-) -> list[float]:
-    from connito.moe.resident import compress, read_targets
-    from connito.moe.training import Step, train_local
-
-    model = compress(rig.model(), selection, selection.helpers)
-    curve = [_loss(evaluator, evaluator.base, report)]
-
-    def on_step(step: Step) -> None:
-        if (step.index + 1) % every == 0:
-            curve.append(_loss(evaluator, read_targets(model), report))
-
-    train_local(model, batches, learning_rate=lr, on_step=on_step)
-    return curve
-
-
-def _cycles(
-    rig: Rig,
-    selection: Selection,
-    shards: Tokens,
-    evaluator: Evaluator,
-    score: Tokens,
-    report: Tokens,
-    merge: str,
-) -> list[float]:
-    """Return loss of the published state at the start and after every cycle."""
-    theta, momentum = {name: rows.numpy() for name, rows in evaluator.base.items()}, None
-    curve = [_loss(evaluator, evaluator.base, report)]
-    work = _miners(rig, selection, shards.shape[1], merge)
-    for cycle in shards:
-        states = [miner(_tensors(theta), batches) for miner, batches in zip(work, cycle, strict=True)]
-        utilities = [1.0] * len(states)
-        if MERGES[merge].aggregator in {"top-1", "utility-mean"}:
-            before = _loss(evaluator, _tensors(theta), score)
-            # Nobody can be rewarded for harm, and a merge needs one positive weight.
-            utilities = [max(1e-9, before - _loss(evaluator, state, score)) for state in states]
-        theta, momentum = _merge(theta, momentum, states, utilities, merge)
-        curve.append(_loss(evaluator, _tensors(theta), report))
-    return curve
-
-
-def _miners(rig: Rig, selection: Selection, count: int, merge: str) -> list[Callable[[Any, Tokens], Any]]:
-    """Return one function per miner: (state of the cycle, batches [H, B, L + 1]) -> its state."""
-    from connito.moe.moments import Moments
-    from connito.moe.resident import compress, write_targets
-    from connito.moe.training import train_local
-
-    model = compress(rig.model(), selection, selection.helpers)
-
-    def miner(moments: Moments | None) -> Callable[[Any, Tokens], Any]:
-        def work(theta: Any, batches: Tokens) -> Any:
-            write_targets(model, theta)
-            return train_local(model, batches, learning_rate=RATE, moments=moments, betas=betas)[0]
-
-        return work
-
-    kind, betas = MERGES[merge].moments, (MERGES[merge].beta1, BETAS[1])
-    return [miner(None if kind == "fresh" else Moments(second_only=kind == "second")) for _ in range(count)]
-
-
-@dataclass(frozen=True)
-class StateDeltas:
-    """Pseudo-gradients θ − θ_i of states that are in memory."""
-
-    theta: dict[str, Any]
-    states: Sequence[dict[str, Any]]
-
-    @property
-    def names(self) -> list[str]:
-        """Return tensor names, sorted."""
-        return sorted(self.theta)
-
-    @property
-    def count(self) -> int:
-        """Return the number of submissions."""
-        return len(self.states)
-
-    def load(self, index: int, name: str) -> Any:
-        """Return δ of one tensor of one submission."""
-        return self.theta[name] - self.states[index][name].numpy()
-
-
-def _merge(theta: Any, momentum: Any, states: Any, utilities: list[float], merge: str) -> tuple[Any, Any]:
-    from connito.data.pseudo_gradients import gram_matrix
-    from connito.protocol.merging.aggregators import aggregate, outer_step, plan
-
-    how_to = MERGES[merge]
-    deltas = StateDeltas(theta, states)
-    how = plan(how_to.aggregator, utilities, [0] * len(states), gram_matrix(deltas))
-    stepped, speed = {}, {}
-    for name in deltas.names:
-        before = None if momentum is None else momentum[name]
-        stepped[name], speed[name] = outer_step(
-            theta[name], aggregate(how, deltas, name), before, how_to.rate, how_to.momentum
-        )
-    return stepped, speed
-
-
-def merge_of(theta: Any, momentum: Any, states: Any) -> tuple[Any, Any]:
-    """Return state and momentum after a plain mean of `states` and Nesterov's outer step, all as tensors."""
-    plain = {name: rows.numpy() for name, rows in theta.items()}
-    stepped, speed = _merge(plain, momentum, states, [1.0] * len(states), "Nesterov")
-    return _tensors(stepped), speed
-
-
-def _tensors(theta: dict[str, Any]) -> dict[str, Any]:
+def tensors(theta: dict[str, Any]) -> dict[str, Any]:
+    """Return arrays as tensors."""
     import torch
 
     return {name: torch.from_numpy(rows) for name, rows in theta.items()}
 
 
-def _loss(evaluator: Evaluator, state: Any, table: Tokens) -> float:
-    sums, tokens = evaluator.losses(state, table)
-    return float(sums.sum() / tokens.sum())
+def loss_of(evaluator: Evaluator, state: Any, table: Tokens) -> float:
+    """Return nats per token."""
+    sums, counts = evaluator.losses(state, table)
+    return float(sums.sum() / counts.sum())
 
 
-def _kept(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
-    groups: dict[str, list[float]] = {}
+def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
+    central = {(r["seed"], r["miners"], r["arm"]): r["gain"] for r in rows if r["data"] == "central"}
+    figures: dict[str, Any] = {}
+    bars: dict[str, tuple[float, float, float]] = {}
+    for key, found in _groups(rows).items():
+        for against in CENTRAL_RATES:
+            kept = [r["gain"] / central[of] for r in found if (of := (r["seed"], r["miners"], against)) in central]
+            if kept:
+                figures[f"{key}, equal {against}"] = [round(value, 4) for value in interval(kept)] + [len(kept)]
+                if against == "steps" and key.endswith("default"):
+                    bars[key.removesuffix(", default")] = interval(kept)
+    with axes(options.out / "decentralised.svg", 1) as (share,):
+        share.bars(bars, "share of the central improvement kept at equal steps, default policy")
+        share.upright(GOAL, RED)
+    settings = {
+        "steps": STEPS,
+        "batch_sequences": BATCH,
+        "sequence_length": LENGTH,
+        "miner_rates": {str(steps): rate for steps, rate in RATES.items()},
+        "central_rates": CENTRAL_RATES,
+        "experts_selected": f"{PER_LAYER} of 8 in each of 2 layers",
+        "seeds_reported": SEEDS,
+        "seeds_tuned_on": PILOT_SEEDS,
+        "held_out_sequences": HELD * len(DOMAINS) // 2,
+        "default": asdict(DEFAULT),
+        "goal": GOAL,
+        "torch_threads": 1,
+    }
+    return Result(settings, rows, figures)
+
+
+def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if "kept" in row:
-            groups.setdefault(f"{row['data']} {row['miners']} {row['merge']}", []).append(row["kept"])
-    return {name: interval(values) for name, values in groups.items()}
-
-
-def _curves(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    """Plot the mean loss over seeds after every cycle, at the largest number of miners; dashed for non-IID."""
-    most = max(row["miners"] for row in rows)
-    names = ["central", *MERGES]
-    for name, colour in zip(
-        names, ("#333333", "#5b7fa6", "#2f6f4f", "#8c8c8c", "#a63d40", "#b08a2e", "#7a5195"), strict=True
-    ):
-        for kind in ("IID", "non-IID"):
-            curves = [
-                row["curve"]
-                for row in rows
-                if (row["miners"], row["merge"], row.get("data", "IID")) == (most, name, kind)
-            ]
-            if curves:
-                points = list(enumerate(np.mean(curves, axis=0).tolist()))
-                axis.line(points, colour, name if kind == "IID" else "", dashed=kind == "non-IID")
-    axis.x_label = f"cycle ({most} miners; dashed: non-IID)"
-    axis.y_label = "held-out loss (nats per token)"
+        if row["data"] != "central":
+            found.setdefault(f"{row['data']}, {row['miners']} miners, H {row['steps']}, {row['arm']}", []).append(row)
+    return found
 
 
 if __name__ == "__main__":
-    main("decentralised", run, doc=__doc__, seeds=5)
+    main("decentralised", run, doc=__doc__, seeds=len(SEEDS))

@@ -22,6 +22,8 @@ class Options:
     quick: bool
     seeds: int
     out: Path
+    # Words that the name of a part holds that is to be run, where a benchmark keeps its parts.
+    only: str = ""
 
 
 @dataclass
@@ -77,10 +79,11 @@ def main(name: str, run: Callable[[Options], Result], *, doc: str, seeds: int = 
     parser.add_argument(
         "--out", type=Path, default=Path("out/bench"), help="folder for JSON and plots (default %(default)s)"
     )
+    parser.add_argument("--only", default="", help="run the parts whose names hold these words, where parts are kept")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    result = run(Options(arguments.quick, arguments.seeds, arguments.out))
+    result = run(Options(arguments.quick, arguments.seeds, arguments.out, arguments.only))
     document = {
         "name": name,
         "machine": machine(),

@@ -10,19 +10,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from connito.moe.schedule import Schedule
+from connito.protocol.claims import claimed_rows
 
-from bench.decentralised import BETA1, DOMAINS, MOMENTS, PER_LAYER, RATE, Scale, merge_of, shards_of
+from bench.decentralised import BETA1, DOMAINS, MOMENTS, PER_LAYER, loss_of, shards_of, tensors
 from bench.harness import Options, Result, main, note
+from bench.merging import Merge, merged
 from bench.tiny_rig import Rig, rig_settings, rigs, spread
 
-if TYPE_CHECKING:
-    from connito.moe.evaluate import Evaluator
 
-SHAPES = {"4 cycles of 10": Scale((4,), 4, 10, 8, 12), "20 cycles of 5": Scale((4,), 20, 5, 8, 12)}
+@dataclass(frozen=True)
+class Scale:
+    """Cycles of H local steps, of so many miners, with so many sequences a step."""
+
+    cycles: int
+    steps: int
+    miners: int = 4
+    batch: int = 8
+
+
+HELD, RATE = 12, 8e-3
+SHAPES = {"4 cycles of 10": Scale(4, 10), "20 cycles of 5": Scale(20, 5)}
 RATES = (RATE / 2, RATE, RATE * 2)
 # Share of the run in which the rate rises, and what it falls to.
 ARMS = {"constant": (0.0, 1.0), "warm-up": (0.1, 1.0), "decay": (0.0, 0.1), "both": (0.1, 0.1)}
@@ -80,20 +91,24 @@ def _measure(rig: Rig, arm: Arm) -> dict[str, Any]:
     from connito.moe.evaluate import Evaluator
     from connito.moe.moments import Moments
     from connito.moe.resident import compress, write_targets
+    from connito.moe.routed import routed_tokens
     from connito.moe.training import BETAS, train_local
 
     scale = SHAPES[arm.shape]
     selection = rig.select(DOMAINS, PER_LAYER)
     evaluator = Evaluator(rig.model(), selection)
-    held = np.concatenate([rig.held(domain, scale.held) for domain in DOMAINS])
+    held = np.concatenate([rig.held(domain, HELD) for domain in DOMAINS])
     model = compress(rig.model(), selection, selection.helpers)
-    moments = [Moments(second_only=MOMENTS == "second") for _ in range(scale.miners[0])]
+    moments = [Moments(second_only=MOMENTS == "second") for _ in range(scale.miners)]
     theta: Any = {name: rows.clone() for name, rows in evaluator.base.items()}
-    momentum, start = None, _loss(evaluator, theta, held)
-    for cycle, shards in enumerate(shards_of(rig, scale.miners[0], scale, iid=True), start=1):
-        states = []
+    outer, start = None, loss_of(evaluator, theta, held)
+    total = scale.cycles * scale.steps
+    given = shards_of(rig, scale.miners, scale.steps, iid=True, total=total, batch=scale.batch)
+    for cycle, shards in enumerate(given, start=1):
+        states, routed = [], []
         for batches, kept in zip(shards, moments, strict=True):
             write_targets(model, theta)
+            routed.append(routed_tokens(model, selection, claimed_rows(batches)))
             states.append(
                 train_local(
                     model,
@@ -104,15 +119,12 @@ def _measure(rig: Rig, arm: Arm) -> dict[str, Any]:
                     factor=partial(arm.factor, cycle),
                 )[0]
             )
-        theta, momentum = merge_of(theta, momentum, states)
-    gain = start - _loss(evaluator, theta, held)
+        plain = {name: rows.numpy() for name, rows in theta.items()}
+        stepped, outer = merged(Merge.default(), plain, outer, states, [1.0] * len(states), routed)
+        theta = tensors(stepped)
+    gain = start - loss_of(evaluator, theta, held)
     note(f"seed {rig.seed}: {arm.shape}, {arm.name}, rate {arm.rate:g}: {gain:.4f}")
     return {"seed": rig.seed, "shape": arm.shape, "schedule": arm.name, "rate": arm.rate, "gain": gain}
-
-
-def _loss(evaluator: Evaluator, state: Any, table: Any) -> float:
-    sums, tokens = evaluator.losses(state, table)
-    return float(sums.sum() / tokens.sum())
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from connito.moe.device import devices_of
 from connito.moe.engine import Engine
 from connito.moe.residency import ALL, AUTO
 from connito.moe.schedule import Schedule
+from connito.protocol.claims import by_expert, claimed_rows, metadata_of
 from connito.protocol.findings import DOCUMENTS_APART
 from connito.protocol.progress import training
-from connito.protocol.sequences import miner_batches, sequences
+from connito.protocol.sequences import miner_batches, replays, sequences
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
 from connito.v1.run_pb2 import CorpusRef, RunSpec, TrainPolicy
@@ -91,8 +92,7 @@ class LocalTrainer:
         """Return [H, B, L + 1]: this miner's share of the training text."""
         spec = facts.require_spec()
         train = await self._rows(facts.run, spec, spec.train)
-        wanted = spec.training.replay_share > 0 and spec.replay.artifact.digest
-        replay = await self._rows(facts.run, spec, spec.replay) if wanted else None
+        replay = await self._rows(facts.run, spec, spec.replay) if replays(spec) else None
         return miner_batches(facts, cycle, self._me, train, replay)
 
     async def _rows(self, run: str, spec: RunSpec, reference: CorpusRef) -> Rows:
@@ -117,15 +117,13 @@ class LocalTrainer:
         model = self._model(facts, base)
         check_tokens(model, batches)
         write_targets(model, load_state(state))
+        claim = claim_for(facts, model, batches)
         batches, apart = hold_back(batches, self._settings.evaluation_share)
         own = Evaluation(model, apart, len(batches), self._settings)
         progress = _Progress(len(batches), own)
         schedule = schedule_of(facts.require_spec())
-        moments = (
-            None
-            if policy.moments in ("", "fresh")
-            else OptimizerState(draft.parent).load(second_only=policy.moments == "second")
-        )
+        remembered, second_only = policy.moments not in ("", "fresh"), policy.moments == "second"
+        moments = OptimizerState(draft.parent).load(second_only=second_only) if remembered else None
         shadow = shadow_of(model, policy)
         try:
             result, stats = train_local(
@@ -148,7 +146,7 @@ class LocalTrainer:
                 shadow.close()
         if moments is not None:
             OptimizerState(draft.parent).save(moments)
-        save_state(own.best if own.stopped and own.best is not None else result, draft)
+        save_state(own.best if own.stopped and own.best is not None else result, draft, claim)
         log.info(
             "trained",
             steps=stats.steps,
@@ -222,6 +220,16 @@ class OptimizerState:
     def save(self, moments: Moments) -> None:
         """Keep them for the next cycle."""
         moments.save(self._folder / self.NAME)
+
+
+def claim_for(facts: RunFacts, model: nn.Module, batches: Rows) -> dict[str, str]:
+    """Return the metadata that claims the tokens of `batches` by expert, with θ_t in the model; nothing where no run asks."""
+    from connito.moe.routed import routed_tokens
+
+    if not by_expert(facts.require_spec()):
+        return {}
+    selected = {layer.layer: list(layer.experts) for layer in facts.require_selection().layers}
+    return metadata_of(routed_tokens(model, selected, claimed_rows(batches)))
 
 
 def check_tokens(model: nn.Module, batches: Rows) -> None:

@@ -12,7 +12,8 @@ from connito.bus import Bus, offences
 from connito.errors import Environment, Invalid, Retry
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
-from connito.protocol.findings import OF_THE_FILE
+from connito.protocol.claims import drawn_claims
+from connito.protocol.findings import OF_THE_FILE, Refusal
 from connito.protocol.rules import checked
 from connito.protocol.scoring.evaluation import Evaluation, fit, rejected, score
 from connito.runtime import logs, metrics
@@ -30,7 +31,8 @@ from connito.wire.hashing import hash_fields
 from connito.wire.heads import LogTrees
 from connito.wire.identity import Identity
 from connito.wire.sealing import MEDIA_TYPE as SEALED
-from connito.workloads.fetching import fetch_base, fetch_holdouts, holdout_refs
+from connito.workloads.claims import Recount, Text
+from connito.workloads.fetching import fetch_base, fetch_holdouts, fetch_text, holdout_refs
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
 from .handlers import CommitSeed, Cosign, Join, Object, Preload, RevealSeed, Score, Unload
@@ -61,6 +63,7 @@ class Validator:
         self._trees, self._load_model = trees, load
         self._evaluators: dict[str, SubmissionEvaluator] = {}
         self._loading: dict[str, asyncio.Lock] = {}
+        self._texts: dict[str, Text] = {}
         self._measuring = asyncio.Lock()
         self.secret = secret_of(bus.identity)
 
@@ -88,6 +91,7 @@ class Validator:
             case Unload():
                 if (gone := self._evaluators.pop(run, None)) is not None:
                     await asyncio.to_thread(gone.close)
+                self._texts.pop(run, None)
             case CommitSeed(cycle):
                 digest = secret_digest(run, cycle, self.me, self.secret(self._facts(run), cycle))
                 message = cycle_pb2.SeedCommitted(run=run, cycle=cycle, validator=self.me, digest=digest)
@@ -174,9 +178,15 @@ class Validator:
         fetched = await asyncio.gather(*(self._fetch(item, opened.state) for item in submissions))
         files: Files = {item.miner: result for item, result in zip(submissions, fetched, strict=True)}
         evaluator = await self._evaluator(run)
+        drawn = drawn_claims(facts, cycle, (item.miner for item in settled.submissions))
+        if drawn and run not in self._texts:
+            self._texts[run] = await asyncio.to_thread(
+                Text, facts.require_spec(), *await fetch_text(self._store, facts)
+            )
+        recount = evaluator.recount(self._texts[run], facts, cycle, drawn) if drawn else None
         async with self._measuring, self._compute.slot("score"):
             report = await in_thread(
-                lambda stop: self._measure(facts, evaluator, cycle, seed, state, submissions, files, stop)
+                lambda stop: self._measure(facts, evaluator, cycle, seed, state, submissions, files, recount, stop)
             )
         report.state_digest = opened.state.digest
         as_recorded(report, facts.spec)
@@ -205,6 +215,7 @@ class Validator:
         state: Path,
         submissions: Sequence[cycle_pb2.Submission],
         files: Files,
+        recount: Recount | None,
         stop: threading.Event,
     ) -> cycle_pb2.ScoreReport:
         """Score the submissions against the incumbent, one after the other, on the drawn sequences."""
@@ -218,16 +229,17 @@ class Validator:
             with metrics.SCORE_SECONDS.time():
                 found = files[submission.miner]
                 try:
+                    lie = recount and recount.falsehood(submission, found.artifact, found.origin or state)
                     measurable = evaluator.submission(state, found, drawn, before, stop, submission.miner)
-                    item = score(
-                        submission,
-                        Evaluation(drawn, measurable, facts.require_spec().holdout.domain),
-                        facts.require_spec(),
-                    )
+                    evaluation = Evaluation(drawn, measurable, facts.require_spec().holdout.domain)
+                    item = rejected(submission, lie) if lie else score(submission, evaluation, facts.require_spec())
+                    if lie:
+                        text = f"artifact {submission.artifact.digest}: {sentence(lie.finding)}"
+                        offences.report("false_claim", key=submission.miner, reason=lie.reason, detail=text)
                 except Invalid as error:
                     if isinstance(error, Environment) or error.reason not in OF_THE_FILE:
                         raise
-                    item = rejected(submission, error)
+                    item = rejected(submission, Refusal.of(error))
             scores[place] = item
             reason = reason_name(item.reason)
             metrics.SUBMISSIONS.labels("rejected" if reason else "useful", reason).inc()

@@ -13,6 +13,7 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import NOBODY, OPERATOR, Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid
+from connito.protocol.claims import TOKENS
 from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 from connito.wire.subjects import WINDOWS
@@ -179,6 +180,8 @@ def recomputed(work: recompute.Recomputation, models: Models | None, cycle: int,
         from connito.audit import remeasure
 
         yield attempt("losses", cycle, lambda: remeasure.losses(work, models, cycle, only))
+        if work.evidence.facts.require_spec().merging.weighting == TOKENS:
+            yield attempt("claims", cycle, lambda: remeasure.claims(work, models, cycle, only))
     yield attempt("merge", cycle, lambda: recompute.merge(work, cycle))
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,19 @@ from connito.data.manifest import Manifest
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid
 from connito.library.start import Shelved, deposits, notice_of, notices, wants_start
-from connito.protocol.findings import OF_THE_FILE
+from connito.protocol.claims import drawn_claims
+from connito.protocol.findings import OF_THE_FILE, Refusal
 from connito.protocol.merging.gate import Losses as GateLosses
 from connito.protocol.merging.gate import Part
 from connito.protocol.scoring.evaluation import Evaluation, rejected, score
 from connito.protocol.scoring.racing import InterimLook, looks
-from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+from connito.protocol.sequences import replays
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
+from connito.views.sentences import sentence
 from connito.wire.enums import reason_name
+from connito.wire.facts import RunFacts
 from connito.workloads import gating, scoring
+from connito.workloads.claims import Recount, Text
 from connito.workloads.fetching import holdout_refs
 from connito.workloads.scoring import SubmissionFiles
 from connito.workloads.selecting import Library
@@ -60,6 +65,16 @@ class Models:
     def gating(self) -> gating.GateEvaluator:
         """Return the evaluator that the aggregator's gate uses."""
         return gating.GateEvaluator.load(*_parts(self._evidence, self._artifacts))
+
+    def recount(self, facts: RunFacts, cycle: int, miners: Container[str]) -> Recount:
+        """Return what counts claims again."""
+        return self.scoring.recount(self._text, facts, cycle, miners)
+
+    @functools.cached_property
+    def _text(self) -> Text:
+        spec, artifacts = self._evidence.facts.require_spec(), self._artifacts
+        replay = artifacts.path(spec.replay.artifact) if replays(spec) else None
+        return Text(spec, artifacts.path(spec.train.artifact), replay)
 
     def measure(self, part: Part, digest: str, state: Path) -> GateLosses:
         """Return the gate's losses of a state."""
@@ -232,8 +247,50 @@ def _measure(
             evaluation = Evaluation(drawn, measurable, spec.holdout.domain)
             found[entry.miner] = _Remeasured(score(entry, evaluation, spec), evaluation)
         except Invalid as error:
-            found[entry.miner] = _Remeasured(rejected(entry, error), None)
+            found[entry.miner] = _Remeasured(rejected(entry, Refusal.of(error)), None)
     return found
+
+
+def claims(work: Recomputation, models: Models, cycle: int, only: str = "") -> Step:
+    """Count all claims of routed tokens again: of drawn submissions the reports have to say what comes out, and false ones that
+    nobody looked at are noted.
+    """
+    facts = work.evidence.facts
+    opened, entries = facts.window("train", cycle).opened, facts.window("submit", cycle).submissions
+    if opened is None or facts.drawn(cycle) is None:
+        return Step("claims", cycle, 0, note="nothing was drawn")
+    drawn = drawn_claims(facts, cycle, (entry.miner for entry in entries))
+    entries = [e for e in entries if e.artifact.digest in work.artifacts.paths and only in ("", e.miner)]
+    recount = models.recount(facts, cycle, {entry.miner for entry in entries})
+    found: list[Difference] = []
+    unseen: list[str] = []
+    for entry in entries:
+        work.say(f"counting the claim of {work.evidence.name(entry.miner)} of cycle {cycle} again")
+        start = work.artifacts.path(entry.base_state if entry.base_state.digest else opened.state)
+        lie = recount.falsehood(entry, work.artifacts.path(entry.artifact), start)
+        if entry.miner in drawn:
+            found += _claim_faults(work, cycle, entry, lie)
+        elif lie is not None:
+            unseen.append(f"{work.evidence.name(entry.miner)}: {sentence(lie.finding)}")
+    note = f"false, and not drawn: {'; '.join(unseen)}" if unseen else ""
+    return Step("claims", cycle, len(entries), tuple(found), note)
+
+
+def _claim_faults(
+    work: Recomputation, cycle: int, entry: cycle_pb2.Submission, lie: Refusal | None
+) -> Iterator[Difference]:
+    """Yield the reports that call a true claim false, or let a false one pass."""
+    for validator, fact in work.evidence.facts.reports(cycle).items():
+        score_of = next((score for score in fact.message.scores if score.miner == entry.miner), None)
+        if score_of is None or (score_of.reason in OF_THE_FILE and score_of.reason != reasons_pb2.REASON_FALSE_CLAIM):
+            continue
+        said = score_of.reason == reasons_pb2.REASON_FALSE_CLAIM
+        if said != (lie is not None):
+            where = work.evidence.subject("validate", cycle, "report", validator)
+            what = (
+                "calls a claim false that is true" if said else f"lets pass that {sentence(lie.finding) if lie else ''}"
+            )
+            yield Difference("claims", f"{where} on {work.evidence.name(entry.miner)}", what, cycle, entry.miner)
 
 
 def _compare(
@@ -244,7 +301,7 @@ def _compare(
         where = evidence.subject("validate", cycle, "report", validator)
         for given in fact.message.scores:
             mine = again.get(given.miner)
-            if mine is None:
+            if mine is None or given.reason == reasons_pb2.REASON_FALSE_CLAIM:
                 continue
             what = _score(mine, given, spec.scoring, distances)
             if what:

@@ -116,8 +116,30 @@ def gram_matrix(deltas: Deltas) -> NDArray[np.float64]:
         for start in range(0, len(rows[0]), CHUNK):
             block = np.stack([row[start : start + CHUNK].astype(np.float64) for row in rows])
             total += block @ block.T
+    return _rounded(total)
+
+
+def _rounded(total: NDArray[np.float64]) -> NDArray[np.float64]:
     norms = np.array([float(f"{value:.12e}") for value in np.sqrt(np.diag(total))])
     scale = np.outer(norms, norms)
     relative = np.divide(total, scale, out=np.zeros_like(total), where=scale > 0)
     relative = np.round((relative + relative.T) / 2, 12)
     return np.asarray(relative * scale)
+
+
+def expert_grams(deltas: Deltas) -> dict[int, NDArray[np.float64]]:
+    """Return inner products of each expert's rows alone, over all tensors of its layer: float64 [S, n, n] by layer.
+
+    Rounded like `gram_matrix`.
+    """
+    totals: dict[int, NDArray[np.float64]] = {}
+    for name in deltas.names if deltas.count else ():
+        rows = [deltas.load(index, name) for index in range(deltas.count)]
+        layer, experts = int(name.split(".")[1]), len(rows[0])
+        total = totals.setdefault(layer, np.zeros((experts, deltas.count, deltas.count)))
+        for expert in range(experts):
+            flat = [row[expert].reshape(-1) for row in rows]
+            for start in range(0, len(flat[0]), CHUNK):
+                block = np.stack([row[start : start + CHUNK].astype(np.float64) for row in flat])
+                total[expert] += block @ block.T
+    return {layer: np.stack([_rounded(gram) for gram in total]) for layer, total in totals.items()}

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from connito.data.codecs.file import Codec, codec, read_coded, write_coded
+from connito.data.codecs.file import Codec, codec, read_coded, read_note, write_coded
 from connito.data.codecs.scales import Floats
 from connito.data.pseudo_gradients import load_float32
 from connito.data.tensors import Array, Layout, TensorWriter, from_float32, read_header, to_float32
 from connito.errors import Invalid
+from connito.protocol.claims import ROUTED
 from connito.protocol.policy.choices import ROWS
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import TrainPolicy
@@ -40,11 +41,19 @@ def decoded(submission: Path, base: Path, policy: TrainPolicy, folder: Path) -> 
         return submission
     header, layout = read_header(base), _shapes(base)
     path = folder / f"{submission.name}-{base.name}.rows"
-    with TensorWriter(path, layout, header.metadata) as writer:
+    with TensorWriter(path, layout, header.metadata | stated(submission, policy)) as writer:
         assert writer.names == sorted(layout), "a state has one dtype"
         for name, delta in read_coded(codec_of(policy), layout, submission):
             writer.write(name, _moved(base, name, delta, layout[name][0]))
     return path
+
+
+def stated(submission: Path, policy: TrainPolicy) -> dict[str, str]:
+    """Return what a submission states of itself: the metadata of rows, or of a coded file its note, a claim."""
+    if not is_coded(policy):
+        return read_header(submission).metadata
+    note = read_note(codec_of(policy), submission)
+    return {ROUTED: note.decode(errors="replace")} if note else {}
 
 
 def encode(rows: Path, base: Path, policy: TrainPolicy, left: Path | None, coded: Path, leaves: Path) -> None:
@@ -63,7 +72,7 @@ def encode(rows: Path, base: Path, policy: TrainPolicy, left: Path | None, coded
             delta = load_float32(base, name) - load_float32(rows, name)
             return delta if before is None else delta + load_float32(before, name)
 
-    write_coded(how, layout, wanted, coded)
+    write_coded(how, layout, wanted, coded, read_header(rows).metadata.get(ROUTED, "").encode())
     try:
         with TensorWriter(leaves, {name: ("F32", shape) for name, (_, shape) in layout.items()}) as writer:
             for name, delta in read_coded(how, layout, coded):

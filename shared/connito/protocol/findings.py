@@ -52,6 +52,8 @@ OF_THE_FILE = frozenset(
         reasons_pb2.REASON_WRONG_DTYPE,
         reasons_pb2.REASON_NON_FINITE,
         reasons_pb2.REASON_NORM_EXCEEDED,
+        reasons_pb2.REASON_BAD_CLAIM,
+        reasons_pb2.REASON_FALSE_CLAIM,
     }
 )
 

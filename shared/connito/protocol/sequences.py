@@ -33,6 +33,11 @@ def sequences(corpus: Corpus, spec: RunSpec) -> Rows:
     return pack(corpus, length) if spec.protocol_version >= DOCUMENTS_APART else corpus.sequences(length)
 
 
+def replays(spec: RunSpec) -> bool:
+    """Return whether miners mix general text into what they train on."""
+    return spec.training.replay_share > 0 and bool(spec.replay.artifact.digest)
+
+
 def miners_of(facts: RunFacts, cycle: int) -> list[str]:
     """Return the miners that share the text of a cycle. Validators are expected in the train window too."""
     return sorted(set(facts.window("train", cycle).expected) & set(facts.enrolled))

@@ -24,6 +24,7 @@ from connito.data.tensors import (
     view_tensor,
 )
 from connito.errors import Invalid, Unusable
+from connito.protocol.claims import claim_of
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import RunSpec
 
@@ -85,9 +86,11 @@ def validate(
 
 def validate_move(source: Path | str, layout: Layout | Header, start: Path | str | None, spec: RunSpec) -> Header:
     """Check a submission as everybody does who judges one: its norm by `start`, the state θ_t that its own cycle started
-    from, or not at all where that is lost. Over a run the state may move as far as it likes.
+    from, or not at all where that is lost. Over a run the state may move as far as it likes. What it claims has to be a claim.
     """
-    return validate(source, layout, start, spec.scoring.max_relative_norm or math.inf)
+    header = validate(source, layout, start, spec.scoring.max_relative_norm or math.inf)
+    claim_of(header, spec)
+    return header
 
 
 def _size(path: Path) -> int:

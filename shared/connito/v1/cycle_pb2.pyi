@@ -206,6 +206,10 @@ class _FindingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingKi
     """A run ended because its objective is met: domain, effect (gained), margin (asked for), cycle, limit (of cycles)."""
     FINDING_KIND_LEANS: _FindingKind.ValueType  # 81
     """copy_of (the earlier work it leans on most), share (of the reward that its own part earns). protocol_version 3 on."""
+    FINDING_KIND_FALSE_CLAIM: _FindingKind.ValueType  # 150
+    """A submission claims other numbers of routed tokens than its text has: name (of the layer), count (claimed, of the expert
+    that differs most), limit (counted), share (of the layer's tokens that differ), margin (share that may).
+    """
 
 class FindingKind(_FindingKind, metaclass=_FindingKindEnumTypeWrapper):
     """Which finding an outcome rests on. The comment names the fields of `Finding` that it sets."""
@@ -326,6 +330,10 @@ FINDING_KIND_OBJECTIVE_MET: FindingKind.ValueType  # 80
 """A run ended because its objective is met: domain, effect (gained), margin (asked for), cycle, limit (of cycles)."""
 FINDING_KIND_LEANS: FindingKind.ValueType  # 81
 """copy_of (the earlier work it leans on most), share (of the reward that its own part earns). protocol_version 3 on."""
+FINDING_KIND_FALSE_CLAIM: FindingKind.ValueType  # 150
+"""A submission claims other numbers of routed tokens than its text has: name (of the layer), count (claimed, of the expert
+that differs most), limit (counted), share (of the layer's tokens that differ), margin (share that may).
+"""
 Global___FindingKind: _TypeAlias = FindingKind  # noqa: Y015
 
 class _VerdictStatus:

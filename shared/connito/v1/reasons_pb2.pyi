@@ -74,6 +74,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """A value is NaN or infinite. Lower the learning rate, or check the accelerator."""
     REASON_NORM_EXCEEDED: _Reason.ValueType  # 48
     """Rows moved further than the policy allows."""
+    REASON_BAD_CLAIM: _Reason.ValueType  # 150
+    """The submission's claim of routed tokens is not one. Write what `connito.protocol.claims` reads."""
+    REASON_FALSE_CLAIM: _Reason.ValueType  # 151
+    """The router sends other numbers of the miner's tokens to the experts than the submission claims. Count on θ_t."""
     REASON_NO_IMPROVEMENT: _Reason.ValueType  # 60
     """Held-out loss did not fall."""
     REASON_NOT_SIGNIFICANT: _Reason.ValueType  # 61
@@ -196,6 +200,10 @@ REASON_NON_FINITE: Reason.ValueType  # 47
 """A value is NaN or infinite. Lower the learning rate, or check the accelerator."""
 REASON_NORM_EXCEEDED: Reason.ValueType  # 48
 """Rows moved further than the policy allows."""
+REASON_BAD_CLAIM: Reason.ValueType  # 150
+"""The submission's claim of routed tokens is not one. Write what `connito.protocol.claims` reads."""
+REASON_FALSE_CLAIM: Reason.ValueType  # 151
+"""The router sends other numbers of the miner's tokens to the experts than the submission claims. Count on θ_t."""
 REASON_NO_IMPROVEMENT: Reason.ValueType  # 60
 """Held-out loss did not fall."""
 REASON_NOT_SIGNIFICANT: Reason.ValueType  # 61

@@ -373,6 +373,8 @@ class MergePolicy(_message.Message):
     GATE_GENERAL_MARGIN_FIELD_NUMBER: _builtins.int
     REPORT_TARGET_SEQUENCES_FIELD_NUMBER: _builtins.int
     REPORT_GENERAL_SEQUENCES_FIELD_NUMBER: _builtins.int
+    WEIGHTING_FIELD_NUMBER: _builtins.int
+    CHECKED_CLAIMS_FIELD_NUMBER: _builtins.int
     aggregator: _builtins.str
     """How the submissions of a cycle become one pseudo-gradient."""
     outer_learning_rate: _builtins.float
@@ -389,6 +391,13 @@ class MergePolicy(_message.Message):
     """Target sequences of the report subset, which decides nothing and is what published losses are measured on."""
     report_general_sequences: _builtins.int
     """The same, per general domain."""
+    weighting: _builtins.str
+    """What a submission's share of the merge goes by: one share for all of it (whole); expert by expert, by the tokens of its text that
+    its miner says the router sends there, which validators recount (tokens); or the same where the text is the miner's own, so that
+    only their proportions count (capped). Empty, as in runs of before it existed: whole.
+    """
+    checked_claims: _builtins.float
+    """Share of a cycle's submissions whose tokens validators recount, drawn by the seed, rounded up. Absent: 0."""
     def __init__(
         self,
         *,
@@ -400,12 +409,16 @@ class MergePolicy(_message.Message):
         gate_general_margin: _builtins.float = ...,
         report_target_sequences: _builtins.int = ...,
         report_general_sequences: _builtins.int = ...,
+        weighting: _builtins.str = ...,
+        checked_claims: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "checked_claims", b"checked_claims"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator", b"aggregator", "gate_general_margin", b"gate_general_margin", "gate_general_sequences", b"gate_general_sequences", "gate_target_sequences", b"gate_target_sequences", "outer_learning_rate", b"outer_learning_rate", "outer_momentum", b"outer_momentum", "report_general_sequences", b"report_general_sequences", "report_target_sequences", b"report_target_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "aggregator", b"aggregator", "checked_claims", b"checked_claims", "gate_general_margin", b"gate_general_margin", "gate_general_sequences", b"gate_general_sequences", "gate_target_sequences", b"gate_target_sequences", "outer_learning_rate", b"outer_learning_rate", "outer_momentum", b"outer_momentum", "report_general_sequences", b"report_general_sequences", "report_target_sequences", b"report_target_sequences", "weighting", b"weighting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checked_claims: _TypeAlias = _typing.Literal["checked_claims"]  # noqa: Y015
+    _WhichOneofArgType__checked_claims: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checked_claims) -> _WhichOneofReturnType__checked_claims | None: ...
 
 Global___MergePolicy: _TypeAlias = MergePolicy  # noqa: Y015
 

@@ -74,6 +74,10 @@ SENTENCES: dict[int, str] = {
     c.FINDING_KIND_LOSS_NOT_FINITE: "the model's loss is not a number with these weights",
     c.FINDING_KIND_LOSS_UNCHANGED: "held-out loss is exactly what it was before",
     c.FINDING_KIND_COPY: "a copy of what {original} committed earlier",
+    c.FINDING_KIND_FALSE_CLAIM: (
+        "its claim is false: of {f.name} {f.count} tokens of one expert, where {f.limit} were counted; {f.share:.0%} of the "
+        "tokens differ, {f.margin:.0%} may"
+    ),
     c.FINDING_KIND_LEANS: "much of it is what {original} committed earlier: {f.share:.0%} of its reward is paid",
     c.FINDING_KIND_BELOW_CUTOFF: "rank {f.rank}; the first {f.limit} are paid",
     c.FINDING_KIND_PROBATION: "useful work {f.count} of {f.limit} on probation: {f.share:.0%} of its reward is paid",

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from connito.data.manifest import Manifest
+from connito.protocol.sequences import replays
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import RunSpec
+from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.sealing import unsealed
 
@@ -39,6 +41,13 @@ async def fetch_base(source: Source, spec: RunSpec) -> BaseFiles:
 def holdout_refs(spec: RunSpec) -> dict[str, ArtifactRef]:
     """Return the run's held-out corpora by domain, the target first."""
     return {corpus.domain: corpus.artifact for corpus in (spec.holdout, *spec.general_holdouts)}
+
+
+async def fetch_text(source: Source, facts: RunFacts) -> tuple[Path, Path | None]:
+    """Fetch the run's training text, and what miners replay. Raises what `Source.fetch` raises."""
+    spec = facts.require_spec()
+    replay = await source.fetch(spec.replay.artifact) if replays(spec) else None
+    return await source.fetch(spec.train.artifact), replay
 
 
 async def fetch_holdouts(source: Source, spec: RunSpec, me: Identity) -> dict[str, Path]:

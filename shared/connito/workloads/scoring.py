@@ -10,7 +10,7 @@ import functools
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
 from connito.runtime import logs
 from connito.v1.run_pb2 import RunSpec, SelectionMade
+from connito.wire.facts import RunFacts
+from connito.workloads.claims import Recount, Text
 from connito.workloads.shared_losses import SharedLosses
 
 if TYPE_CHECKING:
@@ -109,6 +111,10 @@ class SubmissionEvaluator:
     def close(self) -> None:
         """Let go of what is shared of a run that has ended."""
         self._shared.close()
+
+    def recount(self, text: Text, facts: RunFacts, cycle: int, drawn: Container[str]) -> Recount:
+        """Return what counts the claims of drawn submissions again, on this model."""
+        return Recount(self._evaluator, text, facts, cycle, drawn)
 
     def draw(self, seed: bytes) -> dict[str, list[int]]:
         """Return the numbers of the held-out sequences that the seed gives, by domain, the target first."""

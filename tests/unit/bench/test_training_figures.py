@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from connito.protocol.policy.law import fill
+from connito.v1.run_pb2 import RunSpec
 
-from bench.decentralised import DOMAINS, MERGES, Scale, StateDeltas, _merge, shards_of
+from bench.decentralised import ARMS, DOMAINS, shards_of
 from bench.forgetting import frontier
+from bench.merging import Merge, merged
 from bench.published_models import Assumed, count, rows
 from bench.random_moe import DEEP, DEMO, Shape, build, copies
 from bench.tiny_rig import Rig, batched, everything_else, mean_loss
@@ -26,8 +29,8 @@ def tokens(count: int = 4, length: int = 8) -> np.ndarray:
 
 
 def test_iid_and_non_iid_hold_the_same_sequences_and_non_iid_miners_see_one_domain() -> None:
-    rig, scale = Rig(0, Path("unused")), Scale((4,), cycles=2, steps=2, batch=2, held=1)
-    iid, apart = (shards_of(rig, 4, scale, iid=kind) for kind in (True, False))
+    rig = Rig(0, Path("unused"))
+    iid, apart = (shards_of(rig, 4, 2, iid=kind, total=4, batch=2) for kind in (True, False))
     width = iid.shape[-1]
     assert iid.shape == apart.shape == (2, 4, 2, 2, width)
     assert sorted(map(bytes, iid.reshape(-1, width))) == sorted(map(bytes, apart.reshape(-1, width)))
@@ -36,15 +39,23 @@ def test_iid_and_non_iid_hold_the_same_sequences_and_non_iid_miners_see_one_doma
         assert {bytes(row) for row in apart[:, miner].reshape(-1, width)} == own
 
 
-def test_merging_the_mean_is_the_average_of_the_states_and_top_1_is_the_best_one() -> None:
+def test_merging_is_what_a_run_does_with_the_policy_of_its_arm() -> None:
     theta = {"layers.1.down_proj": np.zeros((1, 2), np.float32)}
     states = [{"layers.1.down_proj": torch.tensor([[1.0, 3.0]])}, {"layers.1.down_proj": torch.tensor([[3.0, 1.0]])}]
-    mean, _ = _merge(theta, None, states, [1.0, 2.0], "mean")
-    best, _ = _merge(theta, None, states, [1.0, 2.0], "top-1")
+    mean, _ = merged(Merge("mean", "whole", 1.0, 0.0), theta, None, states, [1.0, 2.0])
+    best, _ = merged(Merge("top-1", "whole", 1.0, 0.0), theta, None, states, [1.0, 2.0])
+    tokens, _ = merged(Merge("mean", "tokens", 1.0, 0.0), theta, None, states, [1.0, 1.0], [{1: [30]}, {1: [10]}])
     assert np.allclose(mean["layers.1.down_proj"], 2.0)
     assert np.allclose(best["layers.1.down_proj"], [[3.0, 1.0]])
-    assert StateDeltas(theta, states).count == 2
-    assert "Nesterov" in MERGES
+    assert np.allclose(tokens["layers.1.down_proj"], [[1.5, 2.5]])
+
+
+def test_one_arm_is_the_policy_of_a_run_that_says_nothing() -> None:
+    spec = RunSpec()
+    fill(spec)
+    policy, default = spec.merging, ARMS["default"].merge
+    assert (default.aggregator, default.weighting) == (policy.aggregator, policy.weighting)
+    assert (default.rate, default.momentum) == (policy.outer_learning_rate, policy.outer_momentum)
 
 
 def test_the_frontier_leaves_out_what_another_point_beats() -> None:

@@ -1,4 +1,4 @@
-"""The file of a coded pseudo-gradient: prefix, codec, parameter, and the planes of each tensor by name."""
+"""The file of a coded pseudo-gradient: prefix, codec, parameter, a note of its author, and the planes of each tensor by name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ CODED = "application/vnd.connito.pseudo-gradient"
 
 _PREFIX = b"connito\x01"
 _HEAD_BYTES = len(_PREFIX) + 5
+MAX_NOTE_BYTES = 1 << 19
 _BLOCKS = {made.name: made for made in (Blocks("ternary", 1, 1, 4), Blocks("int4", 2, 7, 2), Blocks("int8", 3, 127, 1))}
 
 
@@ -67,13 +68,18 @@ def codec(name: str, rank: int = 0, share: float = 0.0) -> Codec:
 
 def most_bytes(how: Codec, layout: Layout) -> int:
     """Return the most bytes that a file of this layout can have."""
-    return _HEAD_BYTES + sum(size.coded + 4 for _, shape in layout.values() for size in how.sizes(shape))
+    return (
+        _HEAD_BYTES
+        + 4
+        + MAX_NOTE_BYTES
+        + sum(size.coded + 4 for _, shape in layout.values() for size in how.sizes(shape))
+    )
 
 
-def write_coded(how: Codec, layout: Layout, load: Callable[[str], Floats], path: Path) -> None:
-    """Write the tensors that `load` returns by name, one in memory at a time."""
+def write_coded(how: Codec, layout: Layout, load: Callable[[str], Floats], path: Path, note: bytes = b"") -> None:
+    """Write the tensors that `load` returns by name, one in memory at a time, behind a note."""
     with path.open("wb") as file:
-        file.write(_head(how))
+        file.write(_head(how) + len(note).to_bytes(4, "little") + note)
         for name in sorted(layout):
             write_planes(how.encode(load(name)), file)
 
@@ -92,6 +98,7 @@ def read_coded(how: Codec, layout: Layout, source: Path | bytes) -> Iterator[tup
                     f"the file has {size} bytes, at most {limit} are possible", reason=reasons.REASON_OVERSIZED
                 )
             file.seek(_HEAD_BYTES)
+            _read_note(file)
             for name in sorted(layout):
                 shape = layout[name][1]
                 yield name, how.decode(read_planes(file, how.sizes(shape), name), shape, name)
@@ -99,6 +106,21 @@ def read_coded(how: Codec, layout: Layout, source: Path | bytes) -> Iterator[tup
                 raise bad_code(f"the file has {size - file.tell()} bytes behind its last tensor")
     except OSError as error:
         raise NotFound(f"cannot read {source!r}: {error.strerror}") from error
+
+
+def read_note(how: Codec, path: Path) -> bytes:
+    """Return the note of a file. Raises `Invalid` (BAD_HEADER) for a file that is none, or has a note that is too long."""
+    with path.open("rb") as file:
+        _check_head(how, file)
+        return _read_note(file)
+
+
+def _read_note(file: BinaryIO) -> bytes:
+    length = int.from_bytes(file.read(4), "little")
+    note = file.read(length) if length <= MAX_NOTE_BYTES else b""
+    if len(note) != length:
+        raise bad_code(f"the file's note has not the {length} bytes that it says, or more than {MAX_NOTE_BYTES}")
+    return note
 
 
 def _head(how: Codec) -> bytes:

@@ -12,8 +12,8 @@ the weights, so no library's order of summation shows in them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from connito.data.pseudo_gradients import Deltas, load_float32
 from connito.data.tensors import Layout, TensorWriter, from_float32, read_header, to_float32
 from connito.errors import Invalid
+from connito.protocol.merging.by_expert import Grams, Routed, Shares, along, middle, of_submissions, shares
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import reasons_pb2 as reasons
 
@@ -35,11 +36,22 @@ _WEISZFELD_ROUNDS = 200
 @dataclass(frozen=True)
 class Plan:
     """A plan of a merge. `weights` are the shares of the merge, non-negative and summing to 1; `factors` scale single δ_i
-    (clipping). For coordinate-wise kinds the weights say who takes part."""
+    (clipping). For coordinate-wise kinds the weights say who takes part. `experts`: both expert by expert, by layer, where a
+    run merges so."""
 
     kind: str
     weights: tuple[float, ...]
     factors: tuple[float, ...]
+    experts: Mapping[int, Shares] = field(default_factory=dict)
+
+    def shares_of(self, name: str) -> Shares | None:
+        """Return the shares by expert of a tensor `layers.<l>.<parameter>`; None where whole submissions have one each."""
+        return self.experts[layer_of(name)] if self.experts else None
+
+
+def layer_of(name: str) -> int:
+    """Return the layer of a state's tensor, which is named `layers.<l>.<parameter>`."""
+    return int(name.split(".")[1])
 
 
 def staleness_weights(raw: Sequence[float], staleness: Sequence[int]) -> list[float]:
@@ -57,16 +69,38 @@ def plan(aggregator: str, utilities: Sequence[float], staleness: Sequence[int], 
 
     Raises `Invalid` (BAD_SPEC) for an unknown aggregator or without submissions.
     """
-    if aggregator not in AGGREGATORS:
-        raise Invalid(
-            f"no aggregator is called {aggregator!r}; there are {', '.join(AGGREGATORS)}",
-            reason=reasons.REASON_BAD_SPEC,
-        )
+    _check(aggregator)
     if not utilities or len(utilities) != len(staleness) or gram.shape != (len(utilities),) * 2:
         raise Invalid("there is nothing to merge, or utilities, staleness and inner products differ in number")
     even = staleness_weights([1.0] * len(utilities), staleness)
     weights, factors = _WEIGHINGS[aggregator](utilities, staleness, even, gram)
     return Plan(aggregator, tuple(weights), tuple(factors))
+
+
+def plan_by_expert(
+    aggregator: str, utilities: Sequence[float], staleness: Sequence[int], routed: Routed, grams: Grams | None = None
+) -> Plan:
+    """Return the plan of a merge expert by expert (`connito.protocol.merging.by_expert`).
+
+    grams: inner products by layer and expert, where `needs_grams`. Raises `Invalid` (BAD_SPEC) like `plan`.
+    """
+    _check(aggregator)
+    found = shares(_WEIGHINGS[aggregator], utilities, staleness, routed, grams)
+    weights = of_submissions(found)
+    return Plan(aggregator, weights, tuple(1.0 for _ in weights), found)
+
+
+def needs_grams(aggregator: str) -> bool:
+    """Return whether an aggregator looks at inner products."""
+    return aggregator in {"krum", "multi-krum", "geometric-median", "norm-clipped-mean"}
+
+
+def _check(aggregator: str) -> None:
+    if aggregator not in AGGREGATORS:
+        raise Invalid(
+            f"no aggregator is called {aggregator!r}; there are {', '.join(AGGREGATORS)}",
+            reason=reasons.REASON_BAD_SPEC,
+        )
 
 
 _Weighing = tuple[list[float], list[float]]
@@ -169,6 +203,9 @@ _WEIGHINGS: dict[str, Callable[[Sequence[float], Sequence[int], list[float], Gra
 
 def aggregate(how: Plan, deltas: Deltas, name: str) -> NDArray[np.float64]:
     """Return Δ of one tensor, float64."""
+    by_expert = how.shares_of(name)
+    if by_expert is not None:
+        return _aggregate_by_expert(how, by_expert, deltas, name)
     if how.kind in {"coordinate-median", "trimmed-mean"}:
         stacked = np.sort(np.stack([deltas.load(i, name) for i in range(deltas.count)]), axis=0)
         return _middle(stacked, _trimmed(deltas.count, how.kind))
@@ -178,6 +215,19 @@ def aggregate(how: Plan, deltas: Deltas, name: str) -> NDArray[np.float64]:
             term = deltas.load(index, name).astype(np.float64) * (weight * factor)
             total = term if total is None else total + term
     assert total is not None, "the weights of a plan sum to 1"
+    return total
+
+
+def _aggregate_by_expert(how: Plan, by_expert: Shares, deltas: Deltas, name: str) -> NDArray[np.float64]:
+    if how.kind in {"coordinate-median", "trimmed-mean"}:
+        stacked = np.stack([deltas.load(i, name) for i in range(deltas.count)])
+        return middle(stacked, by_expert.weights, 0.5 if how.kind == "coordinate-median" else TRIM)
+    total: NDArray[np.float64] | None = None
+    for index, (weights, factors) in enumerate(zip(by_expert.weights, by_expert.factors, strict=True)):
+        rows = deltas.load(index, name)
+        term = rows.astype(np.float64) * along(weights * factors, rows)
+        total = term if total is None else total + term
+    assert total is not None, "a merge has submissions"
     return total
 
 
@@ -214,6 +264,25 @@ def outer_step(
     return stepped.astype(np.float32), velocity.astype(np.float32)
 
 
+def step_tensor(
+    how: Plan,
+    deltas: Deltas,
+    name: str,
+    theta: NDArray[np.float32],
+    momentum: NDArray[np.float32] | None,
+    learning_rate: float,
+    mu: float,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return (θ_{t+1}, momentum) of one tensor. Experts that nobody used keep both."""
+    stepped, speed = outer_step(theta, aggregate(how, deltas, name), momentum, learning_rate, mu)
+    by_expert = how.shares_of(name)
+    if by_expert is not None and not by_expert.used.all():
+        resting = ~by_expert.used
+        stepped[resting] = theta[resting]
+        speed[resting] = 0.0 if momentum is None else momentum[resting]
+    return stepped, speed
+
+
 @dataclass(frozen=True)
 class OuterStep:
     """The start and size of an outer step; without a momentum file, momentum starts at zero."""
@@ -239,9 +308,8 @@ def write_step(how: Plan, deltas: Deltas, step: OuterStep, out_state: Path, out_
         for name in state.names:
             before = None if step.momentum is None else load_float32(step.momentum, name)
             with np.errstate(over="ignore", invalid="ignore"):
-                delta = aggregate(how, deltas, name)
                 theta = load_float32(step.parent, name)
-                stepped, speed = outer_step(theta, delta, before, step.learning_rate, step.mu)
+                stepped, speed = step_tensor(how, deltas, name, theta, before, step.learning_rate, step.mu)
                 rounded = from_float32(stepped, layout[name][0])
             if not (np.isfinite(to_float32(rounded, layout[name][0])).all() and np.isfinite(speed).all()):
                 raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE, about=name)

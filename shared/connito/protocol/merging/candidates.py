@@ -14,15 +14,17 @@ builds the same candidates from the log and the store, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset
+from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, expert_grams
 from connito.data.tensors import TensorWriter, read_header
-from connito.protocol.merging.aggregators import Gram, OuterStep, Plan, plan, write_step
+from connito.protocol.claims import CAPPED
+from connito.protocol.merging.aggregators import Gram, OuterStep, Plan, needs_grams, plan, plan_by_expert, write_step
+from connito.protocol.merging.by_expert import Routed, of_equal_mass
 from connito.v1 import cycle_pb2, run_pb2
 
 # A delta this many times longer than the median one is an outlier.
@@ -33,7 +35,8 @@ NORM_FACTOR = 2.0
 class MergeInputs:
     """Inputs of a merge. Submissions are in the order of their miners' keys; `gram` [n, n] are inner products.
 
-    `staleness` counts cycles between the work and the merge. `momentum` is None before the first version.
+    `staleness` counts cycles between the work and the merge. `momentum` is None before the first version. `routed` are the tokens
+    [n, S] by layer that submissions claim; empty where the run merges whole submissions, or nobody claims any.
     """
 
     parent: Path
@@ -43,6 +46,7 @@ class MergeInputs:
     utilities: Sequence[float]
     staleness: Sequence[int]
     gram: Gram
+    routed: Routed = field(default_factory=dict)
 
     @property
     def best(self) -> int:
@@ -91,12 +95,17 @@ def plan_of(attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePol
     """Return weights and factors of an attempt's members. Raises `Invalid` for an aggregator that does not exist."""
     members = list(attempt.members)
     direct = attempt.decision == cycle_pb2.GATE_DECISION_TOP_1
-    return plan(
-        "top-1" if direct else policy.aggregator,
-        [ingredients.utilities[index] for index in members],
-        [ingredients.staleness[index] for index in members],
-        ingredients.gram[np.ix_(members, members)],
-    )
+    utilities = [ingredients.utilities[index] for index in members]
+    staleness = [ingredients.staleness[index] for index in members]
+    routed = {} if direct else {layer: counts[members] for layer, counts in ingredients.routed.items()}
+    if policy.weighting == CAPPED:
+        routed = of_equal_mass(routed)
+    if not any(counts.any() for counts in routed.values()):
+        gram = ingredients.gram[np.ix_(members, members)]
+        return plan("top-1" if direct else policy.aggregator, utilities, staleness, gram)
+    deltas = DeltaSubset(ingredients.deltas, members)
+    grams = expert_grams(deltas) if needs_grams(policy.aggregator) else None
+    return plan_by_expert(policy.aggregator, utilities, staleness, routed, grams)
 
 
 def write_candidate(

@@ -11,7 +11,9 @@ import numpy as np
 
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
+from connito.data.tensors import read_header
 from connito.errors import Environment, Invalid
+from connito.protocol.claims import claim_of, counts_of
 from connito.protocol.coding import decoded
 from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal, Refusals, finding_of
 from connito.protocol.merging.candidates import Attempt, MergeInputs, attempts, write_candidate, write_resting_momentum
@@ -25,7 +27,7 @@ from connito.protocol.scoring.own_work import Leaning, own_work
 from connito.protocol.scoring.verdicts import score_cycle, without
 from connito.protocol.submission import expected_layout, validate_move
 from connito.store import ref_of_file
-from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 
@@ -73,7 +75,7 @@ def merge_cycle(
     refused = {**unusable, **faulty}
     agreed = without(agreed, refused)
     sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
-    ingredients = _ingredients(sound, agreed, cycle, files)
+    ingredients = _ingredients(facts.require_spec(), sound, agreed, cycle, files)
     copied, leaning = _whose(facts, cycle, agreed, ingredients)
     useful = _only(
         ingredients, [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
@@ -126,7 +128,9 @@ def _inspect(
     return replace(files, states=states), refused
 
 
-def _ingredients(sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle: int, files: Files) -> MergeInputs:
+def _ingredients(
+    spec: run_pb2.RunSpec, sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle: int, files: Files
+) -> MergeInputs:
     deltas = DeltaFiles([files.states[entry.miner] for entry in sound], [files.bases[entry.miner] for entry in sound])
     return MergeInputs(
         files.parent,
@@ -136,6 +140,7 @@ def _ingredients(sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle
         [agreed.utilities.get(entry.miner, 0.0) for entry in sound],
         [max(0, cycle - (entry.origin_cycle or cycle)) for entry in sound],
         gram_matrix(deltas),
+        counts_of([claim_of(read_header(files.states[entry.miner]), spec) for entry in sound]),
     )
 
 
@@ -149,6 +154,7 @@ def _only(all_: MergeInputs, members: Sequence[int]) -> MergeInputs:
         [all_.utilities[i] for i in rows],
         [all_.staleness[i] for i in rows],
         all_.gram[np.ix_(rows, rows)],
+        {layer: counts[rows] for layer, counts in all_.routed.items()},
     )
 
 

@@ -87,7 +87,10 @@ LAW: Mapping[str, Number | Choice] = {
     "scoring.minimum_sequences": Number(0, 0, 1_000_000, zero=True),
     "scoring.copy_span_threshold": Number(0.95, 0.1, 1),
     "scoring.copy_effect_threshold": Number(0.08, 1e-6, 1),
-    "merging.aggregator": Choice("utility-mean", choices.AGGREGATORS),
+    "merging.aggregator": Choice("mean", choices.AGGREGATORS),
+    "merging.weighting": Choice("tokens", choices.WEIGHTINGS),
+    # A lie moves one merge a little and is paid nothing; found out, it costs a cycle.
+    "merging.checked_claims": Number(0.25, 0, 1, zero=True),
     "merging.outer_learning_rate": Number(0.7, 1e-6, 10),
     "merging.outer_momentum": Number(0.9, 0, 0.999, zero=True),
     "merging.gate_target_sequences": Number(32, 1, 1_000_000),

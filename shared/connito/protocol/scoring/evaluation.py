@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy.typing as npt
 
-from connito.errors import Invalid
 from connito.protocol.findings import Refusal
 from connito.protocol.scoring.proof_of_loss import race, score_of
 from connito.protocol.scoring.racing import InterimLook
@@ -93,13 +92,13 @@ def _losses(part: Part, numbers: Sequence[int], measurable: Measurable) -> list[
     ]
 
 
-def rejected(submission: cycle_pb2.Submission, error: Invalid) -> cycle_pb2.SubmissionScore:
-    """Return the score of a submission that cannot be measured, with the reason."""
+def rejected(submission: cycle_pb2.Submission, why: Refusal) -> cycle_pb2.SubmissionScore:
+    """Return the score of a submission that is not measured, with the reason."""
     return cycle_pb2.SubmissionScore(
         miner=submission.miner,
         artifact_digest=submission.artifact.digest,
-        reason=error.reason,
-        finding=Refusal.of(error).finding,
+        reason=why.reason,
+        finding=why.finding,
     )
 
 

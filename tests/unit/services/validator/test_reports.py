@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from connito.errors import Invalid
+from connito.protocol.findings import Refusal
 from connito.protocol.scoring.evaluation import Evaluation, Losses, Measurable, Part, fit, rejected, score
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
@@ -90,7 +91,7 @@ def test_a_race_measures_no_further_than_the_look_that_decides() -> None:
 
 
 def test_what_cannot_be_measured_carries_its_reason() -> None:
-    got = rejected(SUBMISSION, Invalid("it is gone", reason=reasons_pb2.REASON_ARTIFACT_MISSING))
+    got = rejected(SUBMISSION, Refusal.of(Invalid("it is gone", reason=reasons_pb2.REASON_ARTIFACT_MISSING)))
     assert (got.utility, got.reason, got.finding.text) == (0.0, reasons_pb2.REASON_ARTIFACT_MISSING, "it is gone")
 
 

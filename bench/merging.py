@@ -1,0 +1,111 @@
+"""Merging states that are in memory as a run would merge files, by any of its policies and by some of the literature's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from connito.data.pseudo_gradients import expert_grams, gram_matrix
+from connito.protocol.merging.aggregators import aggregate, needs_grams, plan, plan_by_expert, step_tensor
+from connito.protocol.merging.by_expert import of_equal_mass
+from connito.protocol.policy.law import DEFAULTS
+
+WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A policy of merging. `weighting`: whole, tokens, capped or fisher; `server`: nesterov or adam (FedAdam)."""
+
+    aggregator: str
+    weighting: str
+    rate: float
+    momentum: float
+    server: str = "nesterov"
+
+    @classmethod
+    def default(cls) -> Merge:
+        """Return what a run gets whose policy says nothing."""
+        policy = DEFAULTS.merging
+        weighting = getattr(policy, "weighting", WHOLE) or WHOLE
+        return cls(policy.aggregator, weighting, policy.outer_learning_rate, policy.outer_momentum)
+
+    @property
+    def counts_utilities(self) -> bool:
+        """Return whether utilities decide anything."""
+        return self.aggregator in {"top-1", "utility-mean", "krum", "multi-krum"}
+
+
+@dataclass(frozen=True)
+class StateDeltas:
+    """Pseudo-gradients θ − θ_i of states that are in memory."""
+
+    theta: dict[str, Any]
+    states: Sequence[dict[str, Any]]
+
+    @property
+    def names(self) -> list[str]:
+        """Return tensor names, sorted."""
+        return sorted(self.theta)
+
+    @property
+    def count(self) -> int:
+        """Return the number of submissions."""
+        return len(self.states)
+
+    def load(self, index: int, name: str) -> Any:
+        """Return δ of one tensor of one submission."""
+        return self.theta[name] - self.states[index][name].numpy()
+
+
+def merged(
+    how: Merge,
+    theta: dict[str, Any],
+    outer: Any,
+    states: Sequence[dict[str, Any]],
+    utilities: Sequence[float],
+    routed: Sequence[dict[int, list[int]]] = (),
+    moments: Sequence[Any] = (),
+) -> tuple[dict[str, Any], Any]:
+    """Return the next state and what the outer step keeps. routed: tokens by layer and expert, of each miner."""
+    deltas, still = StateDeltas(theta, states), [0] * len(states)
+    if how.weighting == WHOLE:
+        made = plan(how.aggregator, utilities, still, gram_matrix(deltas))
+    else:
+        counts = _weights(how.weighting, theta, routed, moments)
+        grams = expert_grams(deltas) if needs_grams(how.aggregator) else None
+        made = plan_by_expert(how.aggregator, utilities, still, counts, grams)
+    stepped, kept = {}, {}
+    for name in deltas.names:
+        before = None if outer is None else outer[name]
+        if how.server == "adam":
+            stepped[name], kept[name] = _adam(theta[name], aggregate(made, deltas, name), before, how.rate)
+        else:
+            stepped[name], kept[name] = step_tensor(made, deltas, name, theta[name], before, how.rate, how.momentum)
+    return stepped, kept
+
+
+def _weights(kind: str, theta: Any, routed: Sequence[dict[int, list[int]]], moments: Sequence[Any]) -> Any:
+    if kind == "fisher":
+        return _fisher(theta, moments)
+    counts = {layer: np.array([of[layer] for of in routed]) for layer in routed[0]}
+    return of_equal_mass(counts) if kind == "capped" else counts
+
+
+def _fisher(theta: Any, moments: Sequence[Any]) -> dict[int, Any]:
+    """Return √v of each expert, its second moment averaged over its rows, by layer: [n, S]."""
+    found: dict[int, Any] = {}
+    for name, rows in theta.items():
+        layer = int(name.split(".")[1])
+        means = [of.second[name].read(0, rows.size).view(len(rows), -1).mean(dim=1).numpy() for of in moments]
+        found[layer] = found.get(layer, 0.0) + np.stack(means)
+    return {layer: np.sqrt(values.astype(np.float64)) for layer, values in found.items()}
+
+
+def _adam(theta: Any, delta: Any, before: Any, rate: float) -> tuple[Any, Any]:
+    """Return FedAdam's step (Reddi et al., "Adaptive Federated Optimization", 2021, algorithm 2)."""
+    first, second = (np.zeros_like(delta), np.zeros_like(delta)) if before is None else before
+    first, second = 0.9 * first + 0.1 * delta, 0.99 * second + 0.01 * delta**2
+    return (theta - rate * first / (np.sqrt(second) + 1e-3)).astype(np.float32), (first, second)
