@@ -13,7 +13,6 @@ A cell is one seed, data, number of miners, H and arm. It is kept in a file of i
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -127,20 +126,25 @@ def run(options: Options) -> Result:
         wanted = [cell for cell in wanted if cell.miners == 4 and cell.steps in (0, 20) and cell.arm in QUICK]
     folder = options.out / ("decentralised-quick" if options.quick else "decentralised-cells")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as bases:
-        benches: dict[int, Bench] = {}
-        for cell in wanted:
-            path = folder / f"{cell.name}.json"
-            if path.exists() or not all(part in cell.name for part in options.only.replace("pilot", "").split()):
-                continue
-            if cell.seed not in benches:
-                benches = {cell.seed: Bench(Rig(cell.seed, base(Path(bases), cell.seed)))}
-            note(cell.name)
-            row = {**asdict(cell), **benches[cell.seed].measure(cell)}
-            note(f"  gain {row['gain']:.4f}")
-            path.write_text(json.dumps(row, indent=2) + "\n")
+    benches: dict[int, Bench] = {}
+    for cell in wanted:
+        path = folder / f"{cell.name}.json"
+        if path.exists() or not all(part in cell.name for part in options.only.replace("pilot", "").split()):
+            continue
+        if cell.seed not in benches:
+            benches = {cell.seed: Bench(Rig(cell.seed, _base(folder, cell.seed)))}
+        note(cell.name)
+        row = {**asdict(cell), **benches[cell.seed].measure(cell)}
+        note(f"  gain {row['gain']:.4f}")
+        path.write_text(json.dumps(row, indent=2) + "\n")
     names = [folder / f"{cell.name}.json" for cell in wanted]
     return _result(options, [json.loads(path.read_text()) for path in names if path.exists()])
+
+
+def _base(folder: Path, seed: int) -> Path:
+    """Return a seed's base, built once for all its cells."""
+    made = folder / f"plain-{seed}"
+    return made if made.exists() else base(folder, seed)
 
 
 QUICK = ("steps", "tokens", "default", "whole, mean")

@@ -18,7 +18,7 @@ from connito.v1 import reasons_pb2 as reasons
 
 CODED = "application/vnd.connito.pseudo-gradient"
 
-_PREFIX = b"connito\x01"
+_PREFIX, _WITH_NOTE = b"connito\x01", b"connito\x02"
 _HEAD_BYTES = len(_PREFIX) + 5
 MAX_NOTE_BYTES = 1 << 19
 _BLOCKS = {made.name: made for made in (Blocks("ternary", 1, 1, 4), Blocks("int4", 2, 7, 2), Blocks("int8", 3, 127, 1))}
@@ -79,7 +79,7 @@ def most_bytes(how: Codec, layout: Layout) -> int:
 def write_coded(how: Codec, layout: Layout, load: Callable[[str], Floats], path: Path, note: bytes = b"") -> None:
     """Write the tensors that `load` returns by name, one in memory at a time, behind a note."""
     with path.open("wb") as file:
-        file.write(_head(how) + len(note).to_bytes(4, "little") + note)
+        file.write(_WITH_NOTE + _about(how) + len(note).to_bytes(4, "little") + note if note else _PREFIX + _about(how))
         for name in sorted(layout):
             write_planes(how.encode(load(name)), file)
 
@@ -91,14 +91,14 @@ def read_coded(how: Codec, layout: Layout, source: Path | bytes) -> Iterator[tup
     """
     try:
         with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            _check_head(how, file)
+            _read_head(how, file)
+            begin = file.tell()
             size, limit = file.seek(0, 2), most_bytes(how, layout)
             if size > limit:
                 raise Invalid(
                     f"the file has {size} bytes, at most {limit} are possible", reason=reasons.REASON_OVERSIZED
                 )
-            file.seek(_HEAD_BYTES)
-            _read_note(file)
+            file.seek(begin)
             for name in sorted(layout):
                 shape = layout[name][1]
                 yield name, how.decode(read_planes(file, how.sizes(shape), name), shape, name)
@@ -109,27 +109,26 @@ def read_coded(how: Codec, layout: Layout, source: Path | bytes) -> Iterator[tup
 
 
 def read_note(how: Codec, path: Path) -> bytes:
-    """Return the note of a file. Raises `Invalid` (BAD_HEADER) for a file that is none, or has a note that is too long."""
+    """Return the note of a file, empty where it has none. Raises `Invalid` (BAD_HEADER) for a file that is none."""
     with path.open("rb") as file:
-        _check_head(how, file)
-        return _read_note(file)
+        return _read_head(how, file)
 
 
-def _read_note(file: BinaryIO) -> bytes:
+def _about(how: Codec) -> bytes:
+    return bytes([how.tag]) + how.parameter.to_bytes(4, "little")
+
+
+def _read_head(how: Codec, file: BinaryIO) -> bytes:
+    """Read up to the first tensor; returns the note."""
+    head = file.read(_HEAD_BYTES)
+    if not head.startswith((_PREFIX, _WITH_NOTE)) or len(head) < _HEAD_BYTES:
+        raise bad_code("the file is not a coded pseudo-gradient")
+    if head[len(_PREFIX) :] != _about(how):
+        raise bad_code(f"the file is of another codec or parameter than {how.name} with {how.parameter}")
+    if head.startswith(_PREFIX):
+        return b""
     length = int.from_bytes(file.read(4), "little")
-    note = file.read(length) if length <= MAX_NOTE_BYTES else b""
-    if len(note) != length:
+    note = file.read(length) if 0 < length <= MAX_NOTE_BYTES else b""
+    if not note or len(note) != length:
         raise bad_code(f"the file's note has not the {length} bytes that it says, or more than {MAX_NOTE_BYTES}")
     return note
-
-
-def _head(how: Codec) -> bytes:
-    return _PREFIX + bytes([how.tag]) + how.parameter.to_bytes(4, "little")
-
-
-def _check_head(how: Codec, file: BinaryIO) -> None:
-    head = file.read(_HEAD_BYTES)
-    if not head.startswith(_PREFIX) or len(head) < _HEAD_BYTES:
-        raise bad_code("the file is not a coded pseudo-gradient")
-    if head != _head(how):
-        raise bad_code(f"the file is of another codec or parameter than {how.name} with {how.parameter}")

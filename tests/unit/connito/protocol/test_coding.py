@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from connito.data.pseudo_gradients import load_float32
-from connito.data.tensors import from_float32, read_header, tensor_bytes
+from connito.data.tensors import from_float32, read_header, read_tensors, tensor_bytes
 from connito.errors import Invalid
-from connito.protocol.coding import codec_of, decoded, encode, is_coded
+from connito.protocol.coding import codec_of, decoded, encode, is_coded, stated
 from connito.protocol.policy.choices import CODECS, ROWS
 from connito.protocol.submission import validate
 from connito.v1 import reasons_pb2
@@ -145,3 +145,30 @@ def test_a_move_that_overflows_the_state_is_not_finite(tmp_path: Path) -> None:
 
 def test_every_choice_of_the_law_has_a_codec() -> None:
     assert [codec_of(policy(name)).name for name in CODED] == CODED
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_a_claim_goes_with_coded_rows(name: str, tmp_path: Path) -> None:
+    base, rows = state(tmp_path / "base", 1), trained(tmp_path / "rows", tmp_path / "base", 2)
+    claim = {"routed": '{"0":[1,2],"1":[3,4]}'}
+    tensors, _ = read_tensors(rows)
+    rows.write_bytes(tensor_bytes(tensors, metadata=claim))
+    coded = tmp_path / "coded"
+    encode(rows, base, policy(name), None, coded, tmp_path / "left")
+    assert stated(coded, policy(name)) == claim == stated(rows, policy(ROWS))
+    assert read_header(decoded(coded, base, policy(name), tmp_path)).metadata["routed"] == claim["routed"]
+
+
+@pytest.mark.parametrize("length", [1 << 31, (1 << 19) + 1, 1 << 16, 0])
+def test_a_note_that_is_too_long_or_not_there_is_refused(length: int, tmp_path: Path) -> None:
+    base, rows = state(tmp_path / "base", 1), trained(tmp_path / "rows", tmp_path / "base", 2)
+    coded = tmp_path / "coded"
+    tensors, _ = read_tensors(rows)
+    rows.write_bytes(tensor_bytes(tensors, metadata={"routed": "a claim"}))
+    encode(rows, base, policy("int8"), None, coded, tmp_path / "left")
+    data = coded.read_bytes()
+    coded.write_bytes(data[:13] + length.to_bytes(4, "little") + data[17:600])
+    for look in (lambda: stated(coded, policy("int8")), lambda: decoded(coded, base, policy("int8"), tmp_path)):
+        with pytest.raises(Invalid, match="note") as refused:
+            look()
+        assert refused.value.reason == reasons_pb2.REASON_BAD_HEADER
