@@ -508,6 +508,9 @@ async def test_a_customer_uploads_and_downloads_with_its_key_alone(
         class Platform:
             identity, tls, cache_dir = key, PLAIN, folder
 
+            def direct(self) -> None:
+                """Its services run."""
+
             async def endpoints(self, *names: str) -> dict[str, str]:
                 return {name: await stage.coordinator.find_endpoint(name) for name in names}
 

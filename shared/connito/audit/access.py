@@ -122,7 +122,7 @@ async def opened(folder: Path | None, data_dir: Path | None, *, files: bool = Tr
         if folder is not None:
             yield await _reopen(folder, fresh, stack)
             return
-        session = Session.open(data_dir, role="customer")
+        session = Session.open(data_dir, role="customer", wake=True)
         bus = await stack.enter_async_context(session.bus())
         if not files:
             yield Access(bus, None, session.roster, fresh)

@@ -30,7 +30,7 @@ def console(
     from connito.platform.session import Session
     from connito.runtime.programs import service_module
 
-    session = Session.open(data_dir, role="customer")
+    session = Session.open(data_dir, role="customer", wake=True)
     environment = dict(os.environ)
     if session.data is not None and session.platform is not None:
         environment |= _local(session.data, session.platform)
@@ -45,7 +45,21 @@ def console(
     emit(as_json, {"address": address, "bus": session.nats_url}, lambda: f"{address}  (stop it with Ctrl-C)")
     sys.stdout.flush()
     command = [sys.executable, "-P", "-m", service_module("console")]
+    if session.resting:
+        # This process stays: the broker and the store end with it.
+        _serve(command, environment)
     os.execve(sys.executable, command, environment)  # noqa: S606 - no shell
+
+
+def _serve(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Run the service as a child until it ends; a signal to this process ends it in order."""
+    import signal
+    import subprocess
+
+    with subprocess.Popen(command, env=environment) as service:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: service.terminate())
+        raise SystemExit(service.wait())
 
 
 def _local(data: DataDir, platform: Platform) -> dict[str, str]:

@@ -156,7 +156,7 @@ def report(
     from connito.platform.session import Session
 
     with progress(quiet=as_json) as tell:
-        session = Session.open(data_dir, role="customer")
+        session = Session.open(data_dir, role="customer", wake=True)
         done = deliver(session, run, out, with_base=with_base, measure=measure, progress=tell)
     emit(as_json, done.document, lambda: "\n".join([markdown(done.document), *map(str, done.written)]))
 

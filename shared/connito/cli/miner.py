@@ -235,7 +235,7 @@ def status(
     if not public_key:
         # Elsewhere than on the platform's own machine, the miner's key is the one to read with.
         os.environ.setdefault("CONNITO_KEY_FILE", str(key))
-    rows = runs.miner(Session.open(data_dir, role="customer"), miner)
+    rows = runs.miner(Session.open(data_dir, role="customer", wake=True), miner)
     headers = ("run", "cycle", "status", "reason", "utility", "rank", "reward", "rating", "detail")
     total = sum(row["reward"] for row in rows)
     emit(

@@ -18,7 +18,7 @@ def replay(
     from connito.client import runs
     from connito.platform.session import Session
 
-    rows = runs.replay(Session.open(data_dir, role="customer"), run)
+    rows = runs.replay(Session.open(data_dir, role="customer", wake=True), run)
     document = {"run": run, "messages": rows, "invalid": sum(1 for row in rows if row["error"])}
     emit(
         as_json,

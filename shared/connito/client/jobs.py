@@ -87,7 +87,7 @@ class Jobs:
         from connito.jobs.delivery import deliver
         from connito.platform.session import Session
 
-        session, folder = Session.open(self._data_dir, role="customer"), None if out is None else Path(out)
+        session, folder = Session.open(self._data_dir, role="customer", wake=True), None if out is None else Path(out)
         return deliver(session, run, folder, with_base=with_base, measure=measure, progress=progress).document
 
     def miner(self, key: str) -> str:

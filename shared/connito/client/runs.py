@@ -105,7 +105,7 @@ async def _facts(run: str, folder: Path | None, data_dir: Path | None) -> RunFac
     if folder is not None:
         async with opened(folder, data_dir) as access:
             return (await access.evidence(run)).facts
-    session = Session.open(data_dir, role="customer")
+    session = Session.open(data_dir, role="customer", wake=True)
     async with session.bus() as bus:
         facts = _named(await read_log(bus, session.roster, run), run)
     refuse_released(facts)

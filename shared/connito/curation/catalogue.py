@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from connito.v1.services_pb2 import ExpertSummary
 
 
+# Experts whose standing a list shows.
+MOST_STANDINGS = 10_000
+
+
 @dataclass(frozen=True)
 class SearchOptions:
     """A search. `like`: texts to rank by the loss saved on them, on the model in `base`; `measure`: how many
@@ -41,7 +45,10 @@ def list_(library: Holdings | None = None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if (client := library.platform()) is not None:
         with client:
-            rows = [_row(expert) for expert in client.library.list()]
+            found = client.library.search(everything=True, limit=MOST_STANDINGS)
+            standings = {hit.expert_id: str(hit.standing) for hit in found}
+            listed = client.library.list()
+            rows = [{**_row(expert), "standing": standings.get(expert.expert_id, "good")} for expert in listed]
     known = {row["expert_id"] for row in rows}
     rows += [row for row in _on_shelf(library) if row["expert_id"] not in known]
     if not rows and client is None and library.shelf is None:
@@ -102,10 +109,20 @@ def _by_words(text: str, options: SearchOptions, library: Holdings) -> list[Hit]
     # What the platform says of an expert now outweighs what the shelf's copy of it says.
     with client:
         served = {hit.expert_id: hit for hit in client.library.search(text, **wanted)}
+        hits = [hit for hit in hits if hit.expert_id in served or _of_the_shelf_alone(client, hit.expert_id)]
     local = {hit.expert_id: hit for hit in hits}
     records = {name: hit.record for name, hit in local.items()}
     both = [replace(hit, record=records.get(name, {})) for name, hit in {**local, **served}.items()]
     return sorted(both, key=_better)[:limit]
+
+
+def _of_the_shelf_alone(client: Client, expert: str) -> bool:
+    """Return whether the platform does not know an expert: of what it knows it says itself what may be found."""
+    try:
+        client.library.standing(expert)
+    except NotFound:
+        return True
+    return False
 
 
 def _better(hit: Hit) -> tuple[float, float, str]:
@@ -126,12 +143,15 @@ def deposit(folder: Path, library: Holdings | None = None) -> ExpertRecord:
 def mark(subject: str, status: str, reason: str, library: Holdings | None = None) -> None:
     """Deprecate, yank or restore an expert, or opt a data source out or in: on the platform that knows it, else on the
     shelf."""
-    library = library or Holdings()
+    library, known = library or Holdings(), False
     if (client := library.platform()) is not None:
         with client, suppress(NotFound):
             client.library.mark(subject, status, reason)
-            return
-    library.open_shelf().state(status, subject, reason, now_ms())
+            known = True
+    shelf = library.open_shelf()
+    # What the platform was told goes for the copy here, too, which is what is found when nothing runs.
+    if not known or shelf.path(subject).is_dir():
+        shelf.state(status, subject, reason, now_ms())
 
 
 def ledger(expert: str, library: Holdings | None = None) -> dict[str, Any]:
@@ -151,9 +171,12 @@ def ledger(expert: str, library: Holdings | None = None) -> dict[str, Any]:
 def _on_shelf(library: Holdings) -> list[dict[str, Any]]:
     with library.open_shelf().index() as index:
         rows = index.select("SELECT expert_id, deposited_at FROM experts ORDER BY sequence")
-        records = [(index.record(name), at) for name, at in rows]
-    seen = [(record, at) for record, at in records if library.viewer.sees(record)]
-    return [{**_of_record(record), "deposited_at_unix_ms": at} for record, at in seen]
+        found = [(index.record(name), at, index.standing(name)) for name, at in rows]
+    return [
+        {**_of_record(record), "deposited_at_unix_ms": at, "standing": str(standing)}
+        for record, at, standing in found
+        if library.viewer.sees(record)
+    ]
 
 
 def _of_record(record: Mapping[str, Any]) -> dict[str, Any]:

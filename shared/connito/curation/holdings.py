@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from connito.client import Client
+from connito.curation.mirror import mirror
 from connito.errors import NotFound, Retry
 from connito.library.artifact import EXPERT_FILE, MODEL_FILE, RECORD_FILE
 from connito.library.governance import Permission, Use, Viewer, check_use
 from connito.library.schema import ExpertRecord, read_record
 from connito.library.shelf import Shelf
-from connito.platform.datadir import default_data_dir
+from connito.platform.datadir import DataDir
 from connito.platform.session import Session
 from connito.service.customer_store import CustomerStore
 
@@ -51,8 +52,12 @@ class Holdings:
         given = os.environ.get("CONNITO_SHELF")
         if self.shelf is not None and not make and not self.shelf.is_dir():
             raise NotFound(f"there is no shelf at {self.shelf}; put an expert there with `connito library deposit`")
-        beside = Path(given) if given and self.data_dir is None else (self.data_dir or default_data_dir()) / "shelf"
-        return Shelf(self.shelf or beside)
+        data = DataDir.at(self.data_dir)
+        beside = Path(given) if given and self.data_dir is None else data.root / "shelf"
+        shelf = Shelf(self.shelf or beside)
+        if shelf.root == data.root / "shelf" and not os.environ.get("CONNITO_NATS_URL"):
+            mirror(data, shelf)
+        return shelf
 
     def platform(self) -> Client | None:
         """Return a client of the platform's library; None where none runs or a shelf was named."""

@@ -107,6 +107,9 @@ class Standing:
     status: str = "good"
     reason: str = ""
 
+    def __str__(self) -> str:
+        return self.status if self.status == "good" else f"{self.status}: {self.reason}"
+
 
 def check_use(
     records: Sequence[Described],

@@ -42,7 +42,25 @@ def summary(report: dict[str, Any], options: UpOptions) -> str:
     for name in ("report.json", "loss.svg", "generation.md", "logs"):
         if (data.root / name).exists():
             lines.append(f"  {data.root / name}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_next(report, data)])
+
+
+def _next(report: Mapping[str, Any], data: DataDir) -> list[str]:
+    """Return commands to try next; they need nothing that runs."""
+    where = "" if data.root == DataDir.at(None).root else f" --data-dir {data.root}"
+    commands = {f"connito job report {report['run']}{where}": "before and after, measured again, with intervals"}
+    if report["library"] is not None:
+        expert = report["library"]["expert_id"]
+        commands = {
+            f"connito library show {expert}{where}": "its card",
+            f"connito library export {expert}{where} --out expert": "the expert as files, to use and to check",
+            **commands,
+        }
+    width = max(map(len, commands))
+    return [
+        "\nnothing has to run for these:",
+        *(f"  {command:<{width}}   {what}" for command, what in commands.items()),
+    ]
 
 
 def check_outcome(report: dict[str, Any], logs: Path) -> None:

@@ -182,6 +182,7 @@ class _Up:
             await end_tasks([collecting])
         self._lap("run")
         report = await self._report(installation, facts, materials, memory)
+        await self._shelve(report)
         begun.forget(self.data)
         installation.publish(finished=True)
         if self.stay:
@@ -284,6 +285,13 @@ class _Up:
             "resumed": self.resumed,
         }
         return write_report(self.data, self.options, facts, texts, materials, totals)
+
+    async def _shelve(self, report: dict[str, Any]) -> None:
+        """Put the expert on the shelf of this folder, where it can be taken from when nothing runs here any more."""
+        from connito.curation.holdings import Holdings
+
+        if report["library"] is not None:
+            await asyncio.to_thread(Holdings(data_dir=self.data.root).find, report["library"]["expert_id"])
 
     def _lap(self, phase: str) -> None:
         """Record the seconds since the last phase as those of `phase`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from connito.errors import Invalid
+from connito.errors import Invalid, NotFound
 from connito.platform.datadir import DataDir, Platform
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """An identity and the broker's address. `data` and `platform` are None for an installation elsewhere."""
+    """An identity and the broker's address. `data` and `platform` are None for an installation elsewhere.
+
+    `resting`: no service runs; broker and store are there for reading alone.
+    """
 
     nats_url: str
     identity: Identity
@@ -30,11 +33,14 @@ class Session:
     data: DataDir | None = None
     platform: Platform | None = None
     tls: Tls = PLAIN
+    resting: bool = False
 
     @classmethod
-    def open(cls, data_dir: Path | None, *, role: str) -> Self:
+    def open(cls, data_dir: Path | None, *, role: str, wake: bool = False) -> Self:
         """Return `CONNITO_NATS_URL`, `CONNITO_KEY_FILE` and `CONNITO_ROSTER` where the first is set and no folder was
         named, else the platform of the data directory, as its `role`. Raises `NotFound` when none runs there.
+
+        With `wake`, for who reads only: where none runs, start broker and store of the one that rests there.
         """
         url = os.environ.get("CONNITO_NATS_URL", "")
         if url and data_dir is None:
@@ -45,9 +51,9 @@ class Session:
                 tls=Tls.from_environment(os.environ),
             )
         data = DataDir.at(data_dir)
-        platform = data.running()
+        platform, resting = _platform(data, wake=wake)
         identity = Identity.load(data.keys / f"{role}.nk")
-        return cls(platform.nats_url, identity, Roster.load(data.roster), data, platform)
+        return cls(platform.nats_url, identity, Roster.load(data.roster), data, platform, resting=resting)
 
     @asynccontextmanager
     async def bus(self) -> AsyncIterator[Bus]:
@@ -72,6 +78,10 @@ class Session:
             return self.data.cache
         return Path(os.environ.get("CONNITO_CACHE_DIR") or default_cache_dir())
 
+    def direct(self) -> ArtifactStore | None:
+        """Return the store itself where no service is there to sign addresses for it."""
+        return self.store() if self.resting else None
+
     def store(self) -> ArtifactStore:
         """Return the artifact store. Raises `Fatal` without credentials for it."""
         from connito.store import ArtifactStore
@@ -82,6 +92,19 @@ class Session:
 
             return ArtifactStore.from_settings(ServiceSettings.load())
         return local_store(platform, data)
+
+
+def _platform(data: DataDir, *, wake: bool) -> tuple[Platform, bool]:
+    """Return the platform that runs in a folder, else with `wake` the one that rests there, and which of both it is."""
+    from connito.platform.resting import rests
+    from connito.platform.resting import wake as awake
+
+    try:
+        return data.running(), False
+    except NotFound:
+        if not wake or not rests(data):
+            raise
+        return awake(data), True
 
 
 def local_store(platform: Platform, data: DataDir) -> ArtifactStore:

@@ -41,9 +41,16 @@ def list_(
         as_json,
         {"experts": rows},
         lambda: table(
-            ("expert", "domain", "run", "size", "deposited"),
+            ("expert", "domain", "run", "size", "deposited", "standing"),
             [
-                (r["expert_id"], r["domain"], r["run"], size(r["bytes"]), moment(r["deposited_at_unix_ms"]))
+                (
+                    r["expert_id"],
+                    r["domain"],
+                    r["run"],
+                    size(r["bytes"]),
+                    moment(r["deposited_at_unix_ms"]),
+                    "" if r["standing"] == "good" else r["standing"],
+                )
                 for r in rows
             ],
             "the library is empty; a run that completes leaves an expert here",
@@ -137,7 +144,7 @@ def _hits(hits: list[Hit]) -> str:
 
 
 def _standing(hit: Hit) -> str:
-    return "" if hit.standing.status == "good" else f"{hit.standing.status}: {hit.standing.reason}"
+    return "" if hit.standing.status == "good" else str(hit.standing)
 
 
 def _ranking(rows: list[Ranked]) -> str:
