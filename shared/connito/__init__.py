@@ -50,3 +50,8 @@ def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'connito' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names that are offered, for completion in a notebook."""
+    return sorted(__all__)

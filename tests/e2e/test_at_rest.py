@@ -80,7 +80,7 @@ def test_the_console_serves_the_folder_and_ends_in_order(ended: Finished) -> Non
         "--json",
     ]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment() | dict(PATH=os.environ["PATH"])
+        command, stdout=subprocess.PIPE, text=True, env=environment() | {"PATH": os.environ["PATH"]}
     ) as console:
         assert console.stdout is not None
         address = re.search(r"http://[^\"]+", "".join(iter(console.stdout.readline, "}\n")))

@@ -24,6 +24,7 @@ from connito.errors import Invalid, VerificationFailed
 from connito.platform.datadir import DataDir, default_data_dir
 from connito.platform.session import Session
 from connito.runtime.progress import Notify, silent
+from connito.runtime.tasks import blocking
 from connito.store.artifacts import key_of
 from connito.store.cache import digest_of_file
 from connito.v1 import run_pb2
@@ -91,7 +92,7 @@ def audit(
         audited = recompute(evidence, artifacts, options.recomputing())
         return against(audited, dict(windows)) if windows else audited
 
-    return asyncio.run(_read_and(run, options, lambda evidence: lambda named: True, work))
+    return blocking(_read_and(run, options, lambda evidence: lambda named: True, work))
 
 
 def explain(submission: str, options: AuditOptions | None = None) -> tuple[Evidence, Receipt]:
@@ -108,7 +109,7 @@ def explain(submission: str, options: AuditOptions | None = None) -> tuple[Evide
         miner = find_miner(evidence, wanted)
         return recompute_submission(evidence, artifacts, wanted.cycle, miner, options.recomputing())
 
-    return asyncio.run(_read_and(wanted.run, options, choose, work))
+    return blocking(_read_and(wanted.run, options, choose, work))
 
 
 async def _read_and(
@@ -135,8 +136,8 @@ def archive(run: str, path: Path, options: AuditOptions | None = None) -> Sealed
     """
     options = options or AuditOptions()
     if not path.exists():
-        asyncio.run(_seal(run, path, options))
-    return asyncio.run(_checked(run, path, options.say))
+        blocking(_seal(run, path, options))
+    return blocking(_checked(run, path, options.say))
 
 
 async def _seal(run: str, path: Path, options: AuditOptions) -> None:
@@ -179,7 +180,7 @@ def release(sealed: Sealed, data_dir: Path | None = None) -> None:
 
     Raises `Invalid` when the log names another file, or holds other messages than the archive.
     """
-    asyncio.run(_release(sealed, Session.open(data_dir, role="operator")))
+    blocking(_release(sealed, Session.open(data_dir, role="operator")))
 
 
 async def _release(sealed: Sealed, session: Session) -> None:

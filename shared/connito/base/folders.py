@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from connito.data.checkpoint_files import find_checkpoint, read_headers
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.platform.session import Session
+from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
 
@@ -33,7 +33,7 @@ def import_(folder: Path, data_dir: Path | None = None, name: str = "") -> tuple
     """Put a base and its manifest into the platform's store; returns both. A RunSpec names it by the manifest's digest."""
     manifest = show(folder, name)
     store = CustomerStore(Session.open(data_dir, role="customer"))
-    return manifest, asyncio.run(upload_base(store, folder, manifest))
+    return manifest, blocking(upload_base(store, folder, manifest))
 
 
 def rewrite(folder: Path, out: Path) -> None:

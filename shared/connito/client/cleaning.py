@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.platform.session import Session
 from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
+from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
 from connito.store.artifacts import StoredObject
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -56,7 +56,7 @@ def clean(session: Session, *, older_than_s: float = DAY, remove: bool = False, 
                 bus, session.store(), session.roster, older_than_s=older_than_s, remove=remove, say=say
             )
 
-    return asyncio.run(work())
+    return blocking(work())
 
 
 async def collect(

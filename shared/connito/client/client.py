@@ -10,6 +10,7 @@ from connito.client.connection import Connection
 from connito.client.jobs import Jobs
 from connito.client.library import Library
 from connito.errors import Invalid
+from connito.runtime.tasks import blocking
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import BanOrder
 from connito.wire.identity import Identity
@@ -42,7 +43,6 @@ class Client:
     def local(cls, data_dir: Path | str | None = None, role: str = "customer") -> Self:
         """Return a client, as the customer or another `role`, of the platform that `connito up` runs on this machine, or
         of the one that CONNITO_NATS_URL names, with the key in CONNITO_KEY_FILE. Raises `NotFound` when none runs."""
-        import asyncio
 
         from connito.platform.session import Session
 
@@ -50,7 +50,7 @@ class Client:
         session = Session.open(folder, role=role)
 
         def find(service: str) -> str:
-            return asyncio.run(session.endpoints(service))[service]
+            return blocking(session.endpoints(service))[service]
 
         client = cls.__new__(cls)
         client._use(Connection(find, session.identity, session.tls), folder)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from connito.errors import Invalid, NotFound
 from connito.platform.session import Session
+from connito.runtime.tasks import blocking
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.enums import reason_name
 from connito.wire.envelope import open_bytes
@@ -44,7 +44,7 @@ def ls(session: Session) -> list[Letter]:
         async with session.bus() as bus:
             return [record async for record in bus.stored(["DLQ"])]
 
-    stored = asyncio.run(read())
+    stored = blocking(read())
     return [Letter(record.sequence, open_bytes(record.data, record.subject).read(DeadLetter)) for record in stored]
 
 
@@ -60,7 +60,7 @@ def retry(session: Session, number: int) -> Letter:
     """Hand a message back to the service that could not handle it, under its original signature. Raises `NotFound`, and
     `Invalid` when the broker does not take it."""
     found = show(session, number)
-    asyncio.run(_publish(session, found.letter))
+    blocking(_publish(session, found.letter))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from connito.platform.log import newest, read_log, read_runs
 from connito.platform.session import Session
 from connito.protocol.quorum import pause
 from connito.protocol.rules import Stake
+from connito.runtime.tasks import blocking
 from connito.views.ledger import balances, entries
 from connito.views.ledger import check as unbalanced
 from connito.views.live import announce, phase
@@ -25,12 +25,12 @@ from connito.wire.log import Log
 
 def replay(session: Session, run: str) -> list[dict[str, Any]]:
     """Return every message of a run in the order of its time, verified, with what it did. Raises `NotFound`."""
-    return asyncio.run(_replay(session, run))
+    return blocking(_replay(session, run))
 
 
 def status(session: Session, run: str = "") -> dict[str, Any]:
     """Return the services here and what they wait for, security events of the last day, and the newest run or the one named."""
-    facts = asyncio.run(_newest(session, run))
+    facts = blocking(_newest(session, run))
     return {
         "services": _services(session),
         "waiting": [] if session.data is None else waiting(session.data),
@@ -46,7 +46,7 @@ def ledger(
 
     `folder`: what an ended `connito up` left; `account`: a label or a public key. Raises `NotFound`.
     """
-    facts = asyncio.run(_facts(run, folder, data_dir))
+    facts = blocking(_facts(run, folder, data_dir))
     book = entries(facts)
     wrong = unbalanced(facts, book)
     shown = [entry for entry in book if not account or account in (entry.account, entry.name)]
@@ -66,7 +66,7 @@ def ledger(
 
 def miner(session: Session, key: str) -> list[dict[str, Any]]:
     """Return what became of a miner's submissions, a row a run and cycle. `key`: its public key."""
-    return [row for facts in asyncio.run(_all(session)) for row in _cycles(facts, key)]
+    return [row for facts in blocking(_all(session)) for row in _cycles(facts, key)]
 
 
 async def _replay(session: Session, run: str) -> list[dict[str, Any]]:

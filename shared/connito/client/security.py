@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from connito.errors import Invalid, NotFound
 from connito.platform.session import Session
+from connito.runtime.tasks import blocking
 from connito.v1.cycle_pb2 import SecurityEvent
 from connito.wire.enums import reason_name
 from connito.wire.envelope import open_bytes
@@ -25,7 +25,7 @@ def advisories(session: Session, after: float, broker_log: Path | None = None) -
     that is not there.
     """
     path = broker_log or (session.data.logs / "nats-server.log" if session.data is not None else None)
-    rows = [*asyncio.run(_events(session, after)), *(_violations(path, after) if path is not None else [])]
+    rows = [*blocking(_events(session, after)), *(_violations(path, after) if path is not None else [])]
     return sorted(rows, key=lambda row: str(row["at"]))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from connito.bus import streams
 from connito.platform.session import Session
+from connito.runtime.tasks import blocking
 
 
 def ensure(session: Session, replicas: int = 1) -> list[str]:
@@ -16,7 +16,7 @@ def ensure(session: Session, replicas: int = 1) -> list[str]:
         async with session.bus() as bus:
             return await streams.ensure(bus.js, replicas)
 
-    return asyncio.run(declare())
+    return blocking(declare())
 
 
 def ls(session: Session) -> list[dict[str, Any]]:
@@ -26,4 +26,4 @@ def ls(session: Session) -> list[dict[str, Any]]:
         async with session.bus() as bus:
             return await streams.describe(bus.js)
 
-    return asyncio.run(describe())
+    return blocking(describe())

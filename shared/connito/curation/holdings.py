@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from connito.library.schema import ExpertRecord, read_record
 from connito.library.shelf import Shelf
 from connito.platform.datadir import DataDir
 from connito.platform.session import Session
+from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 
 Expert = tuple[Path, ExpertRecord]  # folder, record
@@ -117,7 +117,7 @@ class Holdings:
         with Client.local(self.data_dir) as client:
             summary, record = client.library.show(name)
             attestation = client.library.attestation(name)
-        file = asyncio.run(CustomerStore(session).fetch(summary.expert, summary.run))
+        file = blocking(CustomerStore(session).fetch(summary.expert, summary.run))
         local.deposit(file, record, summary.deposited_at_unix_ms, attestation or None)
 
 

@@ -15,6 +15,7 @@ from connito.platform.datadir import DataDir
 from connito.platform.log import read_log
 from connito.platform.resting import rests
 from connito.platform.session import Session
+from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
 from connito.v1 import run_pb2
 from connito.wire.fact import Fact, Record
@@ -39,7 +40,7 @@ def mirror(data: DataDir, shelf: Shelf) -> None:
     if stamp.exists() and stamp.stat().st_mtime_ns > begun.stat().st_mtime_ns:
         return
     with suppress(Environment):
-        asyncio.run(_copy(Session.open(data.root, role="customer", wake=True), shelf))
+        blocking(_copy(Session.open(data.root, role="customer", wake=True), shelf))
         stamp.touch()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from connito.library.training_demand import Demand, Training, training_of, train
 from connito.library.training_demand import demand as rank
 from connito.platform.log import read_log
 from connito.platform.session import Session
+from connito.runtime.tasks import blocking
 
 
 def demand(cycles: int = 4, library: Holdings | None = None) -> list[Demand]:
@@ -62,4 +62,4 @@ def _of_platform(data_dir: Path | None) -> tuple[list[Training], list[tuple[str,
         ]
         return [training for training in found if training is not None], used
 
-    return asyncio.run(read())
+    return blocking(read())

@@ -6,7 +6,6 @@ and the domains of earlier runs are there to measure forgetting on.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from connito.jobs.spec import Job
 from connito.platform.session import Session
 from connito.protocol.entitlement import free_base_name
 from connito.runtime.progress import Progress, silent
+from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
@@ -87,7 +87,7 @@ class JobContext:
         """Fetch an artifact of the platform."""
         if self.session is None:
             raise NotFound("there is no platform to fetch from; start one with `connito up --no-wait`")
-        return asyncio.run(CustomerStore(self.session).fetch(ref, self.sources.get(ref.digest, self.run)))
+        return blocking(CustomerStore(self.session).fetch(ref, self.sources.get(ref.digest, self.run)))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -159,7 +159,7 @@ def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress
         context = _from_machine(job, root, progress)
         context.domain, context.progress = job.domain, progress
         return context
-    log = asyncio.run(_read(session))
+    log = blocking(_read(session))
     found = _from_platform(job, root, session, log)
     context = found or _from_machine(job, root, progress)
     if found is None:
@@ -217,7 +217,7 @@ def _from_platform(job: Job, root: Path, session: Session, log: Log) -> JobConte
     if replays:
         sources.setdefault(replays[0].replay.artifact.digest, replays[0].run)
     ordered = [general[domain] for domain in sorted(general)]
-    manifest = Manifest.load(asyncio.run(CustomerStore(session).fetch(ref, chosen.run)))
+    manifest = Manifest.load(blocking(CustomerStore(session).fetch(ref, chosen.run)))
     lender = "" if own else chosen.run
     return JobContext(
         chosen.base.name,

@@ -7,7 +7,6 @@ sequence, and says how far its own figures are from the aggregator's. Needs torc
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
 from connito.protocol.sequences import sequences
 from connito.runtime.progress import Progress, silent
+from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1 import run_pb2
 from connito.views.coverage import covered
@@ -74,13 +74,13 @@ def deliver(
     if with_base and out is None:
         raise Invalid("--with-base needs a folder to write to: add --out DIR")
     progress("reading the log", 0.0)
-    facts, signed = asyncio.run(_read(session, run))
+    facts, signed = blocking(_read(session, run))
     if facts.spec is None:
         raise NotFound(f"there is no run {run!r}; `connito job list` shows the runs")
     if facts.ended is None:
         raise Retry(f"run {run} goes on; wait for its end with `connito job watch {run}`")
     manifest_ref = facts.spec.base.manifest
-    manifest = Manifest.load(asyncio.run(CustomerStore(session).fetch(manifest_ref, run)))
+    manifest = Manifest.load(blocking(CustomerStore(session).fetch(manifest_ref, run)))
     context = JobContext(facts.spec.base.name, manifest, manifest_ref=manifest_ref, session=session, run=run)
     expert = _deposit(context, facts, signed)
     document = _document(facts, None if expert is None else expert.record, manifest.size)

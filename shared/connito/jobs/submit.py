@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from connito.jobs.findings import Finding, require
 from connito.jobs.spec import is_job, read_run_spec, read_yaml
 from connito.protocol.entitlement import base_proof
 from connito.runtime.progress import Progress, silent
+from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
@@ -67,7 +67,7 @@ def submit(checked: Checked, create_run: Callable[[RunSpec], str], progress: Pro
     require(checked.findings)
     if checked.context.session is None:
         raise NotFound("no platform runs here; start one with `connito up --no-wait`, or set CONNITO_NATS_URL")
-    spec = asyncio.run(_upload(checked, CustomerStore(checked.context.session), progress))
+    spec = blocking(_upload(checked, CustomerStore(checked.context.session), progress))
     run = create_run(spec)
     total = sum(ref.artifact.size for ref in (spec.probe, spec.train, spec.holdout, *spec.general_holdouts))
     return Submitted(run, spec, total, [finding for finding in checked.findings if finding.level == "warning"])

@@ -1,10 +1,13 @@
-"""Ending asyncio tasks so that they have ended."""
+"""Asyncio tasks: ending them so that they have ended, and waiting for one where nothing else is asynchronous."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
@@ -21,3 +24,14 @@ async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
     for task in everything:
         if not task.cancelled():
             task.exception()
+
+
+def blocking(work: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns, from code that is not asynchronous itself, also inside a running loop: every cell of
+    a notebook is. There it runs in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
