@@ -157,8 +157,9 @@ def _merged(bench: Bench) -> dict[str, Losses]:
 
 
 def _routed(bench: Bench, steps: int) -> dict[str, Losses]:
-    from connito.experts.arrow import arrow, cluster, fixed, linear_router, train_router, variants
+    from connito.experts.arrow import arrow, fixed, linear_router, train_router, variants
     from connito.experts.compose import Part, Recipe, merge
+    from connito.experts.mbc import cluster
 
     parts, origin = bench.parts, bench.origin
     gates = train_router(bench.model, parts, origin, np.concatenate(list(bench.few.values())), steps=steps)

@@ -51,7 +51,7 @@ def select(
     helpers: Annotated[int, typer.Option(help="Frozen experts to keep beside the targets of each layer.")] = 0,
     num_experts: Annotated[int, typer.Option(help="Experts per layer, where a trace does not show it.")] = 0,
     diagnostics: Annotated[
-        bool, typer.Option(help="Also measure causal effects and the top-1 ratio; needs --base and text.")
+        bool, typer.Option(help="Also measure causal effects, the top-1 ratio and early decoding; needs --base.")
     ] = False,
     effects: Annotated[int, typer.Option(help="Maximum number of causal effects, one forward pass each; 0: all.")] = 16,
     plots: Annotated[Path | None, typer.Option(help="Folder for the diagnostics as pictures (SVG).")] = None,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from connito.base.loading import load_full, load_tokenizer
 from connito.curation.holdings import Agreement, Expert, Holdings
-from connito.curation.texts import cut_by_domain, cut_sequences, now_iso
+from connito.curation.texts import cut_by_domain, cut_sequences, digests, now_iso
 from connito.errors import Invalid, NotFound
-from connito.experts import arrow
+from connito.experts import mbc
 from connito.experts.assemble import Mixture, compose_experts
-from connito.experts.compose import Part, Recipe, base_rows, layers_of, merge, read_part, state_of
+from connito.experts.compose import Part, Recipe, Rows, base_rows, layers_of, merge, read_part, state_of
 from connito.experts.load import load_expert
 from connito.experts.lorahub import learn_weights
 from connito.experts.measure import loss
@@ -163,24 +164,45 @@ def cluster(
     out: Path | None = None,
     agreement: Agreement | None = None,
     library: Holdings | None = None,
+    texts: Mapping[str, Path] | None = None,
+    steps: int = 0,
 ) -> Clusters:
-    """Group experts whose changes point the same way (MBC); with `out`, merge each group there with equal weights."""
+    """Group experts that changed the base alike (MBC); with `out`, write one expert a group there.
+
+    With `texts`, by expert id or domain, and `steps` each is trained anew on the texts of its members, as published; without,
+    the members are merged with equal weights. Raises `Invalid` for an expert that there is no text of.
+    """
     library, agreement = library or Holdings(), agreement or Agreement()
     found = [library.find(str(name)) for name in experts]
     library.permit(found, "compose", agreement)
     parts, names = parts_of(found), _ids(found)
-    origin = base_rows(load_full(base, device=None), parts)  # only rows are read
-    groups = arrow.cluster(parts, origin, count)
+    model = load_full(base, device=device_of() if texts else None)  # without texts only rows are read
+    origin = base_rows(model, parts)
+    tables = _texts_of(base, found, texts) if texts else {}
+    groups = mbc.cluster(parts, origin, count)
     written = []
     for number, group in enumerate(groups if out is not None else []):
         assert out is not None
         members = [found[i] for i in group]
         permission = library.permit(members, "compose", agreement)
-        mixture = Mixture(Recipe("linear"), {names[i]: 1.0 for i in group})
-        record = _write(base, members, out / str(number), mixture, permission)
+        mixture, rows = Mixture(Recipe("linear"), {names[i]: 1.0 for i in group}), None
+        if texts:
+            rows = mbc.train_cluster(model, [parts[i] for i in group], [tables[names[i]] for i in group], steps)
+            mixture = replace(mixture, verb="cluster", extra={"steps": steps, "texts": digests([*texts.values()])})
+        record = _write(base, members, out / str(number), mixture, permission, trained=rows)
         written.append((out / str(number), str(record["expert_id"])))
-    alike = [[round(float(x), 6) for x in row] for row in arrow.similarity(parts, origin)]
+    alike = [[round(float(x), 6) for x in row] for row in mbc.similarity(parts, origin)]
     return Clusters(names, [[names[i] for i in group] for group in groups], alike, written)
+
+
+def _texts_of(base: Path, experts: Sequence[Expert], texts: Mapping[str, Path]) -> dict[str, Any]:
+    tables, out = cut_by_domain(load_tokenizer(base), texts), {}
+    for _, record in experts:
+        name, domain = str(record["expert_id"]), str(record["domain"])
+        if not {name, domain} & tables.keys():
+            raise Invalid(f"there is no text of {name} to train its group on: give --text {domain}=FILE")
+        out[name] = tables.get(name, tables.get(domain))
+    return out
 
 
 def route(
@@ -261,6 +283,7 @@ def _write(
     mixture: Mixture,
     permission: Permission,
     measure: Mapping[str, Path] | None = None,
+    trained: Rows | None = None,
 ) -> ExpertRecord:
     texts = cut_by_domain(load_tokenizer(base), measure) if measure else {}
     return compose_experts(
@@ -271,4 +294,5 @@ def _write(
         license=permission.license,
         created=now_iso(),
         texts=texts,
+        trained=trained,
     )

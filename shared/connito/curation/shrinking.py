@@ -21,7 +21,7 @@ from connito.experts.load import load_expert
 from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import BaselineLosses, loss
 from connito.experts.steering import Steered, steer_drivers
-from connito.experts.token_skipping import skip_thresholds, skipping
+from connito.experts.token_skipping import experts_choose, skip_thresholds, skipping
 from connito.experts.tuning import distil, tune_experts
 from connito.library.derived import base_of
 from connito.library.schema import Base, ExpertRecord
@@ -118,11 +118,16 @@ def steer(base: Path, data: Sequence[Path], count: int = 8, factor: float = 0.0)
     return steer_drivers(model, text, held_out, count=count, factor=factor)
 
 
-def skip(base: Path, data: Sequence[Path], beta: float | None = None) -> Skipping:
+def skip(base: Path, data: Sequence[Path], beta: float | None = None, capacity: float = 0.0) -> Skipping:
     """Skip light experts at inference (NAEE): those below `beta` of a token's largest gate weight, calibrated by layer
-    without one. Returns what is skipped and what it costs."""
+    without one; or, with a `capacity`, let experts choose their tokens (Expert Choice). Returns what is skipped and what it
+    costs."""
     model, tokenizer = load_full(base, device=device_of()), load_tokenizer(base)
     text, held_out = halves(cut_sequences(tokenizer, data))
+    if capacity:
+        full = loss(model, held_out)
+        with experts_choose(model, capacity) as skipped:
+            return Skipping({}, skipped.share, full, loss(model, held_out))
     found = skip_thresholds(model, text[:, :-1])
     betas = found if beta is None else dict.fromkeys(found, beta)
     full = loss(model, held_out)

@@ -1,9 +1,8 @@
-"""Several variants of one expert in memory at once, chosen token by token; and clustering of many experts into few variants.
+"""Several variants of one expert in memory at once, chosen token by token.
 
 Arrow (Ostapenko et al. 2024): the prototype of a variant is the first right singular vector of its δ, the direction of
 inputs that it moves most; a token prefers the variants whose prototypes it is aligned with, whatever the sign.
 MoLoRA (Zadouri et al. 2023): variants are mixed per token inside every linear map, y = Σ_v α_v(x) W_v x with Σ α = 1.
-MBC (model-based clustering, Ostapenko et al. 2024): experts whose δ point the same way are merged into one.
 
 Shapes: T tokens, H hidden size, V variants, k experts per token.
 """
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from connito.errors import Invalid
@@ -244,31 +242,3 @@ def _mixed_linear(
         out = y if out is None else out + y
     assert out is not None
     return out
-
-
-def similarity(parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor]) -> npt.NDArray[np.float64]:
-    """Return cosines of the δ of whole experts [n, n]; rows that a part does not have count as zeros."""
-    count = len(parts)
-    gram = np.zeros((count, count))
-    for key in sorted({key for part in parts for key in part.rows}):
-        having = [i for i, part in enumerate(parts) if key in part.rows]
-        stack = torch.stack([(parts[i].rows[key].double() - base[key].double()).flatten() for i in having])
-        gram[np.ix_(having, having)] += (stack @ stack.T).numpy()
-    norms = np.sqrt(np.diag(gram))
-    scale = np.outer(norms, norms)
-    return np.asarray(np.divide(gram, scale, out=np.eye(count), where=scale > 0))
-
-
-def cluster(parts: Sequence[Part], base: Mapping[RowKey, torch.Tensor], count: int) -> list[list[int]]:
-    """Return `count` groups of similar experts (average linkage on 1 − cosine), each ascending, ordered by their first
-    member.
-    """
-    if not 1 <= count <= len(parts):
-        raise Invalid(f"{len(parts)} experts cannot form {count} clusters")
-    groups = [[i] for i in range(len(parts))]
-    cosine = similarity(parts, base)
-    while len(groups) > count:
-        pairs = [(i, j) for i in range(len(groups)) for j in range(i + 1, len(groups))]
-        i, j = max(pairs, key=lambda p: (float(cosine[np.ix_(groups[p[0]], groups[p[1]])].mean()), -p[0], -p[1]))
-        groups[i] = sorted(groups[i] + groups.pop(j))
-    return sorted(groups)

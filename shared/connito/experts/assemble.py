@@ -50,19 +50,21 @@ def compose_experts(
     license: str,  # noqa: A002 - the record's word
     created: str,
     texts: Texts | None = None,
+    trained: Rows | None = None,
 ) -> ExpertRecord:
     """Merge `experts` on the bare base `model` and write the result to the folder `out`.
 
     Returns its record; `derived.settings` holds recipe, conflicts and `extra`. `texts`, int32 [n, L + 1] by domain, are
     measured without and with the result. The same experts, recipe and weights give the
-    same expert file, byte for byte. Raises `Invalid` for experts of another base than `model`.
+    same expert file, byte for byte. trained: rows in place of the merged ones.
+    Raises `Invalid` for experts of another base than `model`.
     """
     parts, base = _read(model, experts)
     recipe, weights = mixture.recipe, mixture.weights
     chosen = {part.name: float(weights.get(part.name, 1.0)) for part in parts}
     if unknown := sorted(set(weights) - set(chosen)):
         raise Invalid(f"there is a weight for {unknown[0]}, which is not among the experts {', '.join(chosen)}")
-    rows = merge(parts, base, recipe, chosen)
+    rows = merge(parts, base, recipe, chosen) if trained is None else trained
     header = _header(model, parts, rows)
     losses = _measured(model, rows, base, texts or {})
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,11 @@
-"""Skip the experts that a token can do without, by the weight that its router gave them (NAEE, Lu et al. 2024, section 3.3)."""
+"""Fewer experts for a token as a model runs: those of little weight left out, or experts that choose their tokens.
+
+NAEE (Lu et al. 2024, section 3.3) skips by gate weight. Expert Choice (Zhou et al. 2022) lets every expert take the
+C = T·c/N tokens of a text that score it best, so that loads are even and a token gets as many experts as want it; which
+tokens those are depends on the whole text, so it measures and does not generate.
+
+Shapes: T tokens of a batch, N experts, c the capacity: experts per token on average.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from connito.errors import Invalid
 from connito.experts.tape import Tape, each_layer
 from connito.moe.layout import require_moe_layers
 from connito.moe.router import Call, choice
@@ -66,6 +74,38 @@ def skipping(model: nn.Module, betas: Mapping[int, float] | float) -> Iterator[S
                 return _without(call, out.reshape(-1, out.shape[-1])) if out.any() else call.output
 
             stack.callback(layer.router.register_forward_hook(hook, with_kwargs=True).remove)
+        yield count
+
+
+@contextmanager
+def experts_choose(model: nn.Module, capacity: float) -> Iterator[Skipped]:
+    """Let experts choose tokens inside the block, with the scores as gate weights: softmax over the experts, never renormalised.
+
+    Counts as skipped the share of the family's own slots that nobody took. Raises `Invalid` for a capacity that is none.
+    """
+    if not capacity > 0:
+        raise Invalid(f"the capacity is {capacity:g}: give the number of experts a token gets on average, above 0")
+    count = Skipped()
+    with ExitStack() as stack:
+        for layer in require_moe_layers(model).values():
+
+            def hook(_: nn.Module, __: Any, output: Any, total: int = layer.num_experts) -> tuple[Any, ...]:
+                logits, weights, ids = choice(output)
+                scores = logits.reshape(-1, logits.shape[-1])[:, :total].float().softmax(-1)  # [T, N]
+                size = max(1, min(len(scores), round(len(scores) * capacity / total)))
+                taken = torch.zeros_like(scores).scatter_(0, scores.topk(size, dim=0).indices, 1.0)
+                count.slots += ids.numel()
+                count.skipped += max(0, ids.numel() - int(taken.sum()))
+                best = (scores * taken).topk(int(taken.sum(-1).max()), dim=-1)
+                shape = (*ids.shape[:-1], best.values.shape[-1])
+                return (
+                    logits,
+                    best.values.to(weights.dtype).view(shape),
+                    best.indices.to(ids.dtype).view(shape),
+                    *output[3:],
+                )
+
+            stack.callback(layer.router.register_forward_hook(hook).remove)
         yield count
 
 

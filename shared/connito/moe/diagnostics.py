@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -197,8 +197,13 @@ def top1_ratio(model: nn.Module, sequences: npt.NDArray[Any], batch_tokens: int 
     with torch.inference_mode(), ExitStack() as stack:
         whole = loss()
         for layer in require_moe_layers(model).values():
-            stack.enter_context(_gates(layer.router, _strongest))
+            stack.enter_context(first_alone(layer.router))
         return math.exp(min(700.0, loss() - whole))
+
+
+def first_alone(router: nn.Module) -> AbstractContextManager[None]:
+    """Give each token's strongest expert the gate weight of all its k inside the block; the others get none."""
+    return _gates(router, _strongest)
 
 
 def _strongest(weights: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

@@ -157,15 +157,23 @@ def _budget(options: SelectOptions) -> Budget:
 
 def _measured(chosen: Selection, router: Router, paths: Sequence[Path], effects: int, progress: Progress) -> Selection:
     from connito.moe.diagnostics import measure
+    from connito.moe.lens import early_decoding
 
+    rows = router.head(paths, MEASURED_TOKENS)
+    # Selected experts first, then all others: a driver may be one that was not selected.
+    everyone = {
+        index: [*experts, *(e for e in range(len(chosen.scores[index])) if e not in set(experts))]
+        for index, experts in chosen.layers.items()
+    }
     found = measure(
         router.model,
-        chosen.layers,
-        router.head(paths, MEASURED_TOKENS),
+        everyone,
+        rows,
         budget=effects,
         max_tokens=MEASURED_TOKENS,
         progress=lambda done, of: progress("removing one expert at a time", done / of),
     )
+    found["early_decoding"] = early_decoding(router.model, rows[:, :-1])
     return replace(chosen, diagnostics={**chosen.diagnostics, **found})
 
 

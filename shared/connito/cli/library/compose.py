@@ -107,16 +107,23 @@ def cluster(
     experts: Annotated[list[str], typer.Argument(help="Expert ids or folders.")],
     base: BaseOption,
     count: Annotated[int, typer.Option(help="How many clusters.")],
-    out: Annotated[Path | None, typer.Option("--out", help="New folder: one merged expert a cluster.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="New folder: one expert a cluster.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="NAME=FILE: text of an expert's domain, to train each cluster on."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="With --text: steps of training for each cluster.")] = 60,
     accept_license: AcceptOption = None,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Group experts whose changes point the same way (MBC), and merge each group with equal weights."""
+    """Group experts whose changes are alike (MBC); merge each group, or train an expert for it on its members' texts."""
     from connito.curation import composing
 
-    made = composing.cluster(experts, base, count, out, agreement(accept_license), holdings(shelf, data_dir))
+    made = composing.cluster(
+        experts, base, count, out, agreement(accept_license), holdings(shelf, data_dir), named_files(text), steps
+    )
     document = {
         "clusters": made.clusters, "similarity": made.similarity, "experts": made.experts,
         "written": [{"folder": str(folder), "expert_id": name} for folder, name in made.written],

@@ -105,13 +105,16 @@ def skip(
     beta: Annotated[
         float, typer.Option(help="Skip experts below this share of a token's largest gate weight; -1: calibrated.")
     ] = -1.0,
+    capacity: Annotated[
+        float, typer.Option(min=0, help="Let experts choose their tokens instead, so many a token on average; 0: not.")
+    ] = 0.0,
     device: DeviceOption = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Skip light experts at inference (NAEE β): print the calibrated β of each layer, the share skipped, and the loss added."""
+    """Skip light experts at inference: print each layer's β (NAEE), or let experts choose (Expert Choice); and the loss added."""
     from connito.curation import shrinking
 
-    found = shrinking.skip(base, data, None if beta < 0 else beta)
+    found = shrinking.skip(base, data, None if beta < 0 else beta, capacity)
     document = {
         "betas": {str(index): value for index, value in found.betas.items()},
         "skipped_share": found.share,

@@ -9,14 +9,12 @@ import torch
 from connito.errors import Invalid
 from connito.experts.arrow import (
     arrow,
-    cluster,
     fixed,
     linear_router,
     prototype,
-    similarity,
     variants,
 )
-from connito.experts.compose import Part, Recipe, layers_of, merge, state_of
+from connito.experts.compose import Part, layers_of, state_of
 from connito.moe.rows import fingerprint, write_rows
 
 from tests.support.models import Sequences
@@ -97,21 +95,6 @@ def test_gates_can_be_learned(full: Any, parts: dict[str, Part], base: Any, sequ
             losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(parameter.grad is None for parameter in full.parameters())
-
-
-def test_clusters_join_what_points_the_same_way(parts: dict[str, Part], base: Any) -> None:
-    near = {key: base[key] + 0.9 * (row - base[key]) for key, row in parts["recipes"].rows.items()}
-    shelf = [parts["recipes"], parts["logs"], Part("near", "8" * 64, near), parts["poems"]]
-    cosine = similarity(shelf, base)
-    assert cosine[0, 2] == pytest.approx(1, abs=1e-4)
-    assert cosine[0, 3] == 0  # no row in common
-    assert cluster(shelf, base, 3) == [[0, 2], [1], [3]]
-    assert cluster(shelf, base, 4) == [[0], [1], [2], [3]]
-    for part in shelf:
-        alone = merge([part], base, Recipe("linear"))
-        assert all(torch.equal(row, part.rows[key]) for key, row in alone.items())
-    with pytest.raises(Invalid):
-        cluster(shelf, base, 5)
 
 
 def test_weights_must_be_a_share() -> None:

@@ -100,6 +100,19 @@ def test_clusters_are_merged_and_recompute(run: Any, stocked: Any, tiny: Path, t
         assert "recomputed" in run("verify", made["folder"], "--base", tiny, "--shelf", shelf)["verified"][1]
 
 
+def test_a_group_is_trained_anew_on_its_members_texts(
+    run: Any, stocked: Any, tiny: Path, tmp_path: Path, texts: Any
+) -> None:
+    shelf, ids = stocked
+    given = [part for domain in ids for part in ("--text", f"{domain}={texts[domain]}")]
+    found = run("cluster", *ids.values(), "--base", tiny, "--count", 1, "--out", tmp_path / "one", "--shelf", shelf, *given,
+                "--steps", 2)  # fmt: skip
+    record = json.loads((tmp_path / "one" / "0" / "record.json").read_text())
+    assert record["expert_id"] == found["written"][0]["expert_id"]
+    assert record["derived"]["verb"] == "cluster"
+    assert record["derived"]["settings"]["steps"] == 2
+
+
 def test_routing_is_measured_kept_and_one_hot_is_the_single_expert(
     run: Any, stocked: Any, tiny: Path, tmp_path: Path, texts: Any
 ) -> None:
