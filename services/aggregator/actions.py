@@ -129,22 +129,30 @@ class Aggregator:
     async def _fetch(self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]) -> Files:
         """Fetch the files that a merge needs. What the committer accepted is waited for, however long it is gone."""
         opened, previous = facts.window("train", cycle).require_opened(), facts.version(cycle - 1)
-        parent = await self._store.fetch(opened.state)
-        momentum = None if previous is None else await self._store.fetch(previous.outer_state)
-        states: dict[str, Path] = {}
-        bases: dict[str, Path] = {}
+        wanted = {opened.state.digest: opened.state}
+        if previous is not None:
+            wanted[previous.outer_state.digest] = previous.outer_state
         for entry in submissions:
-            states[entry.miner] = await self._store.fetch(entry.artifact)
-            bases[entry.miner] = await self._store.fetch(entry.base_state) if entry.base_state.digest else parent
-        return Files(parent, momentum, states, bases)
+            base = entry.base_state if entry.base_state.digest else opened.state
+            wanted |= {entry.artifact.digest: entry.artifact, base.digest: base}
+        found = await asyncio.gather(*map(self._store.fetch, wanted.values()))
+        path = dict(zip(wanted, found, strict=True))
+        return Files(
+            path[opened.state.digest],
+            None if previous is None else path[previous.outer_state.digest],
+            {entry.miner: path[entry.artifact.digest] for entry in submissions},
+            {entry.miner: path[entry.base_state.digest or opened.state.digest] for entry in submissions},
+        )
 
     async def _publish(self, run: str, cycle: int, merged: Merged) -> None:
         """Store the artifacts, then publish the version, so that a version in the log can be fetched."""
         if not self._leading():
             # Whoever leads now makes the same version out of the same facts.
             return
-        await self._store.put_file(merged.state, SAFETENSORS, PUBLIC, cache=True)
-        await self._store.put_file(merged.momentum, SAFETENSORS, PUBLIC, cache=True)
+        made = ((merged.state, merged.version.state), (merged.momentum, merged.version.outer_state))
+        await asyncio.gather(
+            *(self._store.put_file(path, SAFETENSORS, PUBLIC, cache=True, known=ref) for path, ref in made)
+        )
         for message in (merged.scored, merged.version):
             as_recorded(message, self._facts(run).spec)
         await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)

@@ -116,10 +116,11 @@ def gram_matrix(deltas: Deltas) -> NDArray[np.float64]:
         for start in range(0, len(rows[0]), CHUNK):
             block = np.stack([row[start : start + CHUNK].astype(np.float64) for row in rows])
             total += block @ block.T
-    return _rounded(total)
+    return rounded_gram(total)
 
 
-def _rounded(total: NDArray[np.float64]) -> NDArray[np.float64]:
+def rounded_gram(total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return sums of products [n, n] symmetric, and rounded as `gram_matrix` says."""
     norms = np.array([float(f"{value:.12e}") for value in np.sqrt(np.diag(total))])
     scale = np.outer(norms, norms)
     relative = np.divide(total, scale, out=np.zeros_like(total), where=scale > 0)
@@ -142,4 +143,4 @@ def expert_grams(deltas: Deltas) -> dict[int, NDArray[np.float64]]:
             for start in range(0, len(flat[0]), CHUNK):
                 block = np.stack([row[start : start + CHUNK].astype(np.float64) for row in flat])
                 total[expert] += block @ block.T
-    return {layer: np.stack([_rounded(gram) for gram in total]) for layer, total in totals.items()}
+    return {layer: np.stack([rounded_gram(gram) for gram in total]) for layer, total in totals.items()}

@@ -7,6 +7,7 @@ numpy has no bfloat16: such tensors are handled as their raw `uint16` bits, see 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -235,12 +236,22 @@ class TensorWriter:
         self._written = 0
         self._partial = path.with_name(path.name + ".partial")
         self._file = self._partial.open("wb")
-        self._file.write(_header_bytes(layout, metadata or {}))
+        self._hash, self.size = hashlib.sha256(), 0
+        self._append(_header_bytes(layout, metadata or {}))
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of what was written so far, in hex."""
+        return self._hash.hexdigest()
+
+    def _append(self, data: Any) -> None:
+        self._hash.update(data)
+        self.size += self._file.write(data)
 
     def write(self, name: str, array: Array) -> None:
         """Append one tensor. An array of another shape, dtype or position is a programming error."""
         assert name == self.names[self._written], f"{name} is written out of order"
-        self._file.write(_raw(name, array, *self.layout[name]).data)
+        self._append(_raw(name, array, *self.layout[name]).data)
         self._written += 1
 
     def __enter__(self) -> TensorWriter:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from connito.data.tensors import (
     DTYPES,
@@ -33,7 +34,8 @@ __all__ = ["Layout", "expected_layout", "max_submission_bytes", "read_header", "
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (dtype, shape)."""
 
-_CHUNK = 1 << 20  # elements looked at together
+# Numbers that are looked at together.
+BLOCK = 1 << 20
 # Per dtype: unsigned type of the same width, and the exponent bits that are all ones in infinities and NaNs.
 _EXPONENT: dict[str, tuple[np.dtype[np.unsignedinteger[Any]], int]] = {
     "F32": (np.dtype("<u4"), 0x7F80_0000),
@@ -69,18 +71,30 @@ def validate(
     tensor of zeros counts as norm 1). `max_bytes` 0 means `max_submission_bytes(layout)`.
     """
     layout = expected_layout(layout) if isinstance(layout, Header) else layout
+    origin = None if base is None else _Reader(base, read_header(base))
+    header = check_header(source, layout, None if origin is None else origin.header, max_bytes=max_bytes)
+    reader = _Reader(source, header)
+    for name in sorted(layout):
+        _check_values(name, reader, origin, max_relative_norm)
+    return header
+
+
+def check_header(
+    source: Path | str | bytes, layout: Layout, base: Header | None = None, *, max_bytes: int = 0
+) -> Header:
+    """Return a submission's header once size, names, shapes and types are right. Raises as `validate`."""
     size = len(source) if isinstance(source, bytes) else _size(Path(source))
     limit = max_bytes or max_submission_bytes(layout)
     if size > limit:
         raise Invalid(f"the file has {size} bytes, at most {limit} are possible", reason=reasons.REASON_OVERSIZED)
     header = read_header(source)
     _check_layout(header, layout)
-    reader = _Reader(source, header)
-    origin = None if base is None else _Reader(base, read_header(base))
-    if origin is not None:
-        _check_base(origin.header, layout)
+    if base is not None:
+        _check_base(base, layout)
     for name in sorted(layout):
-        _check_values(name, reader, origin, max_relative_norm)
+        if layout[name][0] not in _EXPONENT:
+            what = f"{name} is {layout[name][0]}; expert weights are F32, F16 or BF16"
+            raise Invalid(what, reason=reasons.REASON_WRONG_DTYPE, about=name)
     return header
 
 
@@ -132,18 +146,32 @@ def _check_base(header: Header, layout: Layout) -> None:
 def _check_values(name: str, reader: _Reader, origin: _Reader | None, max_relative_norm: float) -> None:
     moved = norm = 0.0
     dtype = reader.header.entries[name].dtype
-    if dtype not in _EXPONENT:
-        what = f"{name} is {dtype}; expert weights are F32, F16 or BF16"
-        raise Invalid(what, reason=reasons.REASON_WRONG_DTYPE, about=name)
-    bases = iter(()) if origin is None else origin.chunks(name)
-    for chunk in reader.chunks(name):
-        _check_finite(name, chunk, dtype)
-        if origin is not None:
-            before = to_float32(next(bases), dtype).astype(np.float64)
-            moved += float(np.square(to_float32(chunk, dtype) - before).sum())
-            norm += float(np.square(before).sum())
+    bases = iter(()) if origin is None else origin.blocks(name)
+    for block in reader.blocks(name):
+        if origin is None:
+            check_numbers(name, block, dtype)
+            continue
+        before = to_float32(next(bases), dtype).astype(np.float64)
+        step, _ = moved_by(block, dtype, before)
+        check_numbers(name, block, dtype, step)
+        moved += step
+        norm += float(np.square(before, out=before).sum())
+    if origin is not None:
+        check_move(name, moved, norm, max_relative_norm)
+
+
+def moved_by(block: Array, dtype: str, before: NDArray[np.float64]) -> tuple[float, NDArray[np.float32]]:
+    """Return the square of the distance from `before`, and the block as float32. What is not finite makes the square so."""
+    after = to_float32(block, dtype)
+    with np.errstate(invalid="ignore"):
+        step = np.subtract(after, before, dtype=np.float64)
+        return float(np.square(step, out=step).sum()), after
+
+
+def check_move(name: str, moved: float, norm: float, max_relative_norm: float) -> None:
+    """Raise `Invalid` (NORM_EXCEEDED) where a tensor moved too far: by squares of its distance and of its base's norm."""
     relative = math.sqrt(moved) / (math.sqrt(norm) or 1.0)
-    if origin is not None and relative > max_relative_norm:
+    if relative > max_relative_norm:
         raise Invalid(
             f"{name} moved by {relative:.4g} of its norm in one cycle; the run allows {max_relative_norm:.4g}",
             reason=reasons.REASON_NORM_EXCEEDED,
@@ -151,30 +179,34 @@ def _check_values(name: str, reader: _Reader, origin: _Reader | None, max_relati
         )
 
 
-def _check_finite(name: str, chunk: Array, dtype: str) -> None:
-    """Check for non-finite values by bit pattern, before any arithmetic touches them."""
+def check_numbers(name: str, block: Array, dtype: str, moved: float = math.nan) -> None:
+    """Raise `Invalid` (NON_FINITE) for infinities and NaNs, by bit pattern. A finite square of the distance from a finite state
+    shows already that there are none: squares of float32 numbers do not overflow float64.
+    """
+    if math.isfinite(moved):
+        return
     unsigned, exponent = _EXPONENT[dtype]
-    bits = chunk.view(unsigned)
+    bits = block.view(unsigned)
     if bool(np.any((bits & exponent) == exponent)):
         raise Invalid(f"{name} holds infinities or NaNs", reason=reasons.REASON_NON_FINITE, about=name)
 
 
 class _Reader:
-    """One file, read in chunks of raw values."""
+    """One file, read in blocks of raw values."""
 
     def __init__(self, source: Path | str | bytes, header: Header) -> None:
         self.source = source if isinstance(source, bytes) else Path(source)
         self.header = header
 
-    def chunks(self, name: str) -> Iterator[Array]:
+    def blocks(self, name: str) -> Iterator[Array]:
         entry: TensorEntry = self.header.entries[name]
         if isinstance(self.source, bytes):
             flat = view_tensor(self.source, self.header, name).reshape(-1)
-            for start in range(0, len(flat), _CHUNK):
-                yield flat[start : start + _CHUNK]
+            for start in range(0, len(flat), BLOCK):
+                yield flat[start : start + BLOCK]
             return
         with self.source.open("rb") as file:
             file.seek(self.header.data_start + entry.start)
-            for start in range(0, math.prod(entry.shape), _CHUNK):
-                count = min(_CHUNK, math.prod(entry.shape) - start)
+            for start in range(0, math.prod(entry.shape), BLOCK):
+                count = min(BLOCK, math.prod(entry.shape) - start)
                 yield np.fromfile(file, DTYPES[entry.dtype], count)

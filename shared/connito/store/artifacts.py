@@ -160,11 +160,14 @@ class ArtifactStore:
         realm: artifacts_pb2.Realm.ValueType = artifacts_pb2.REALM_PUBLIC,
         *,
         cache: bool = False,
+        known: ArtifactRef | None = None,
     ) -> ArtifactRef:
-        """Store a file, streaming; no upload if it is there. `cache`: also put it into the local cache."""
+        """Store a file, streaming; no upload if it is there. `cache`: also put it into the local cache. `known`: its reference,
+        where it was hashed while it was written.
+        """
 
         def put() -> ArtifactRef:
-            ref = ref_of_file(path, media_type, realm)
+            ref = known or ref_of_file(path, media_type, realm)
             with path.open("rb") as file:
                 self._put(ref, file)
             if cache:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +26,14 @@ from connito.data.tensors import Layout, TensorWriter, from_float32, read_header
 from connito.errors import Invalid
 from connito.protocol.merging.by_expert import Grams, Routed, Shares, along, middle, of_submissions, shares
 from connito.protocol.policy.choices import AGGREGATORS
+from connito.runtime.compute import usable_cores
 from connito.v1 import reasons_pb2 as reasons
 
 Gram = NDArray[np.float64]
 
 # Share of submissions that trimmed-mean drops at either end of every coordinate.
 TRIM = 0.2
+COORDINATE_WISE = ("coordinate-median", "trimmed-mean")
 _WEISZFELD_ROUNDS = 200
 
 
@@ -206,14 +210,15 @@ def aggregate(how: Plan, deltas: Deltas, name: str) -> NDArray[np.float64]:
     by_expert = how.shares_of(name)
     if by_expert is not None:
         return _aggregate_by_expert(how, by_expert, deltas, name)
-    if how.kind in {"coordinate-median", "trimmed-mean"}:
+    if how.kind in COORDINATE_WISE:
         stacked = np.sort(np.stack([deltas.load(i, name) for i in range(deltas.count)]), axis=0)
         return _middle(stacked, _trimmed(deltas.count, how.kind))
     total: NDArray[np.float64] | None = None
     for index, (weight, factor) in enumerate(zip(how.weights, how.factors, strict=True)):
         if weight > 0.0:
-            term = deltas.load(index, name).astype(np.float64) * (weight * factor)
-            total = term if total is None else total + term
+            term = deltas.load(index, name).astype(np.float64)
+            term *= weight * factor
+            total = term if total is None else np.add(total, term, out=total)
     assert total is not None, "the weights of a plan sum to 1"
     return total
 
@@ -259,8 +264,16 @@ def outer_step(
     b ← μ·b + Δ;  θ ← θ − lr·(Δ + μ·b). None for momentum means zero, how a run and new rows start. lr 1, μ 0 is the
     weighted average of the θ_i (DiLoCo, Douillard et al., 2023).
     """
-    velocity = delta if momentum is None else mu * momentum.astype(np.float64) + delta
-    stepped = theta.astype(np.float64) - learning_rate * (delta + mu * velocity)
+    if momentum is None:
+        velocity = delta
+    else:
+        velocity = momentum.astype(np.float64)
+        velocity *= mu
+        velocity += delta
+    step = np.multiply(velocity, mu)
+    step += delta
+    step *= learning_rate
+    stepped = np.subtract(theta, step, out=step, dtype=np.float64)
     return stepped.astype(np.float32), velocity.astype(np.float32)
 
 
@@ -293,8 +306,16 @@ class OuterStep:
     mu: float
 
 
-def write_step(how: Plan, deltas: Deltas, step: OuterStep, out_state: Path, out_momentum: Path) -> None:
-    """Write θ_{t+1} and the new outer momentum to files, one tensor in memory at a time.
+@dataclass(frozen=True)
+class Stepped:
+    """SHA-256 in hex and bytes of the two files that a step wrote."""
+
+    state: tuple[str, int]
+    momentum: tuple[str, int]
+
+
+def write_step(how: Plan, deltas: Deltas, step: OuterStep, out_state: Path, out_momentum: Path) -> Stepped:
+    """Write θ_{t+1} and the new outer momentum to files, one tensor for each core in memory at a time.
 
     The state keeps the parent's names, shapes, dtypes and metadata; momentum is float32 over the same rows. Raises
     `Invalid` (NON_FINITE) where a number overflows.
@@ -302,16 +323,33 @@ def write_step(how: Plan, deltas: Deltas, step: OuterStep, out_state: Path, out_
     header = read_header(step.parent)
     layout: Layout = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
     speeds: Layout = {name: ("F32", shape) for name, (_, shape) in layout.items()}
-    with TensorWriter(out_state, layout, header.metadata) as state, TensorWriter(out_momentum, speeds) as velocity:
+    # Where every number is looked at by itself, all submissions' rows of a tensor are in memory.
+    at_once = 1 if how.kind in COORDINATE_WISE else usable_cores()
+    with (
+        ThreadPoolExecutor(at_once) as pool,
+        TensorWriter(out_state, layout, header.metadata) as state,
+        TensorWriter(out_momentum, speeds) as velocity,
+    ):
         # Same dtype everywhere in a state, hence the same order in both files.
         assert state.names == velocity.names, "a state has one dtype"
-        for name in state.names:
-            before = None if step.momentum is None else load_float32(step.momentum, name)
-            with np.errstate(over="ignore", invalid="ignore"):
-                theta = load_float32(step.parent, name)
-                stepped, speed = step_tensor(how, deltas, name, theta, before, step.learning_rate, step.mu)
-                rounded = from_float32(stepped, layout[name][0])
-            if not (np.isfinite(to_float32(rounded, layout[name][0])).all() and np.isfinite(speed).all()):
-                raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE, about=name)
-            state.write(name, rounded)
-            velocity.write(name, speed)
+        for start in range(0, len(state.names), at_once):
+            names = state.names[start : start + at_once]
+            made = pool.map(lambda name: _stepped(how, deltas, step, name, layout[name][0]), names)
+            for name, (rounded, speed) in zip(names, made, strict=True):
+                state.write(name, rounded)
+                velocity.write(name, speed)
+    return Stepped((state.digest, state.size), (velocity.digest, velocity.size))
+
+
+def _stepped(
+    how: Plan, deltas: Deltas, step: OuterStep, name: str, dtype: str
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Return one tensor of the next state, as it is stored, and of the momentum."""
+    before = None if step.momentum is None else load_float32(step.momentum, name)
+    with np.errstate(over="ignore", invalid="ignore"):
+        theta = load_float32(step.parent, name)
+        stepped, speed = step_tensor(how, deltas, name, theta, before, step.learning_rate, step.mu)
+        rounded = from_float32(stepped, dtype)
+    if not (np.isfinite(to_float32(rounded, dtype)).all() and np.isfinite(speed).all()):
+        raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE, about=name)
+    return rounded, speed

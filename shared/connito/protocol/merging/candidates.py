@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, expert_grams
 from connito.data.tensors import TensorWriter, read_header
 from connito.protocol.claims import CAPPED
-from connito.protocol.merging.aggregators import Gram, OuterStep, Plan, needs_grams, plan, plan_by_expert, write_step
+from connito.protocol.merging.aggregators import (
+    Gram,
+    OuterStep,
+    Plan,
+    Stepped,
+    needs_grams,
+    plan,
+    plan_by_expert,
+    write_step,
+)
 from connito.protocol.merging.by_expert import Routed, of_equal_mass
 from connito.v1 import cycle_pb2, run_pb2
 
@@ -55,6 +64,14 @@ class MergeInputs:
             range(len(self.submissions)),
             key=lambda i: (-self.utilities[i], self.submissions[i].commit_sequence, self.submissions[i].miner),
         )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A candidate's share of the merge by miner (those above zero), and SHA-256 and bytes of its files."""
+
+    weights: dict[str, float]
+    files: Stepped
 
 
 @dataclass(frozen=True)
@@ -110,8 +127,8 @@ def plan_of(attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePol
 
 def write_candidate(
     attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePolicy, out_state: Path, out_momentum: Path
-) -> dict[str, float]:
-    """Write the candidate's state and outer momentum; returns the share of the merge by miner (those above zero).
+) -> Candidate:
+    """Write the candidate's state and outer momentum.
 
     Memory: one tensor of each member. Raises `Invalid` (NON_FINITE) when the step overflows.
     """
@@ -122,9 +139,10 @@ def write_candidate(
     else:
         rate, mu = policy.outer_learning_rate, policy.outer_momentum
         step = OuterStep(ingredients.parent, ingredients.momentum, rate, mu)
-    write_step(how, deltas, step, out_state, out_momentum)
+    files = write_step(how, deltas, step, out_state, out_momentum)
     miners = [ingredients.submissions[index].miner for index in attempt.members]
-    return {miner: weight for miner, weight in zip(miners, how.weights, strict=True) if weight > 0.0}
+    weights = {miner: weight for miner, weight in zip(miners, how.weights, strict=True) if weight > 0.0}
+    return Candidate(weights, files)
 
 
 def write_resting_momentum(parent: Path, out: Path) -> None:

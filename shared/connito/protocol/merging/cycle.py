@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.data.pseudo_gradients import DeltaFiles
 from connito.data.safetensors_header import SAFETENSORS
 from connito.data.tensors import read_header
 from connito.errors import Environment, Invalid
 from connito.protocol.claims import claim_of, counts_of
 from connito.protocol.coding import decoded
 from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal, Refusals, finding_of
-from connito.protocol.merging.candidates import Attempt, MergeInputs, attempts, write_candidate, write_resting_momentum
+from connito.protocol.merging.candidates import (
+    Attempt,
+    Candidate,
+    MergeInputs,
+    attempts,
+    write_candidate,
+    write_resting_momentum,
+)
 from connito.protocol.merging.gate import Losses, Outcome, Part, choose
+from connito.protocol.merging.reading import inspect
 from connito.protocol.scoring import copies
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.copies import CopyEvidence, find_copies, gains_of
@@ -25,8 +35,8 @@ from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.functions import function_gram
 from connito.protocol.scoring.own_work import Leaning, own_work
 from connito.protocol.scoring.verdicts import score_cycle, without
-from connito.protocol.submission import expected_layout, validate_move
-from connito.store import ref_of_file
+from connito.protocol.submission import check_header, expected_layout
+from connito.store.cache import digest_of_file
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
@@ -71,11 +81,11 @@ def merge_cycle(
     losses and the gate's decision are taken, and a decision that these facts and files do not even offer comes out as
     another one.
     """
-    files, faulty = _inspect(facts, submissions, files, folder)
+    files, faulty, gram = _inspect(facts, submissions, files, folder)
     refused = {**unusable, **faulty}
     agreed = without(agreed, refused)
-    sound = sorted((entry for entry in submissions if entry.miner not in refused), key=lambda entry: entry.miner)
-    ingredients = _ingredients(facts.require_spec(), sound, agreed, cycle, files)
+    sound = _sorted(entry for entry in submissions if entry.miner not in refused)
+    ingredients = _ingredients(facts.require_spec(), sound, agreed, cycle, files, gram)
     copied, leaning = _whose(facts, cycle, agreed, ingredients)
     useful = _only(
         ingredients, [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
@@ -106,30 +116,44 @@ def _whose(facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs) 
     return copies.refusals(sound, function, found.original), found.leaning
 
 
+def _sorted(entries: Iterable[cycle_pb2.Submission]) -> list[cycle_pb2.Submission]:
+    """Return submissions in the order in which they are merged."""
+    return sorted(entries, key=lambda entry: entry.miner)
+
+
 def _inspect(
     facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files: Files, folder: Path
-) -> tuple[Files, Refusals]:
-    """Decode every submission into `folder` and look at it once more: what goes into a version is checked where it is made."""
-    spec = facts.require_spec()
-    layout = expected_layout(files.parent)
+) -> tuple[Files, Refusals, NDArray[np.float64]]:
+    """Decode every submission into `folder` and look at it once more: what goes into a version is checked where it is made.
+
+    Return the inner products of those that are in order, too.
+    """
+    spec, layout = facts.require_spec(), expected_layout(files.parent)
     refused: dict[str, Refusal] = {}
     states: dict[str, Path] = {}
-    for entry in submissions:
-        if entry.miner in files.states:
-            try:
-                base = files.bases[entry.miner]
-                path = decoded(files.states[entry.miner], base, spec.training, folder)
-                validate_move(path, layout, base, spec)
-                states[entry.miner] = path
-            except Environment:
-                raise
-            except Invalid as error:
-                refused[entry.miner] = Refusal.of(error)
-    return replace(files, states=states), refused
+    for entry in _sorted(entry for entry in submissions if entry.miner in files.states):
+        try:
+            path = decoded(files.states[entry.miner], files.bases[entry.miner], spec.training, folder)
+            claim_of(check_header(path, layout), spec)
+            states[entry.miner] = path
+        except Environment:
+            raise
+        except Invalid as error:
+            refused[entry.miner] = Refusal.of(error)
+    bases = [files.bases[miner] for miner in states]
+    found = inspect(list(states.values()), bases, layout, spec.scoring.max_relative_norm or math.inf)
+    miners = list(states)
+    refused |= {miners[place]: refusal for place, refusal in found.refused.items()}
+    return replace(files, states=states), refused, found.gram
 
 
 def _ingredients(
-    spec: run_pb2.RunSpec, sound: Sequence[cycle_pb2.Submission], agreed: Consensus, cycle: int, files: Files
+    spec: run_pb2.RunSpec,
+    sound: Sequence[cycle_pb2.Submission],
+    agreed: Consensus,
+    cycle: int,
+    files: Files,
+    gram: NDArray[np.float64],
 ) -> MergeInputs:
     deltas = DeltaFiles([files.states[entry.miner] for entry in sound], [files.bases[entry.miner] for entry in sound])
     return MergeInputs(
@@ -139,7 +163,7 @@ def _ingredients(
         deltas,
         [agreed.utilities.get(entry.miner, 0.0) for entry in sound],
         [max(0, cycle - (entry.origin_cycle or cycle)) for entry in sound],
-        gram_matrix(deltas),
+        gram,
         counts_of([claim_of(read_header(files.states[entry.miner]), spec) for entry in sound]),
     )
 
@@ -165,7 +189,7 @@ class _Merge(ABC):
         opened = facts.window("train", cycle).require_opened()
         self.facts, self.cycle, self.spec, self.opened = facts, cycle, facts.require_spec(), opened
         self.ingredients, self.folder = ingredients, folder
-        self._weights: dict[Attempt, dict[str, float]] = {}
+        self._built: dict[Attempt, Candidate] = {}
 
     def _paths(self, attempt: Attempt) -> tuple[Path, Path]:
         stem = f"{self.cycle}-{attempt.decision}"
@@ -183,7 +207,15 @@ class _Merge(ABC):
 
     def weights(self, outcome: Outcome) -> dict[str, float]:
         """Return shares of the merge that stands."""
-        return self._weights.get(outcome.attempt, {})
+        built = self._built.get(outcome.attempt)
+        return {} if built is None else built.weights
+
+    def _build(self, attempt: Attempt) -> tuple[str, Path]:
+        """Write an attempt's files; return digest and path of its state."""
+        state, momentum = self._paths(attempt)
+        built = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
+        self._built[attempt] = built
+        return built.files.state[0], state
 
     def unmerged(self, outcome: Outcome) -> Refusals:
         """Return why each submission that scored has no share in the merge."""
@@ -203,15 +235,20 @@ class _Merge(ABC):
     def result(self, outcome: Outcome, scored: cycle_pb2.CycleScored) -> Merged:
         """Return the messages and the files that go with them."""
         weights = self.weights(outcome)
+        built = self._built.get(outcome.attempt)
         state, momentum = self._paths(outcome.attempt) if weights else self._unmoved()
-        ref = ref_of_file(state, SAFETENSORS, artifacts_pb2.REALM_PUBLIC)
+        ref, outer = (
+            (_ref(*built.files.state), _ref(*built.files.momentum))
+            if built is not None and weights
+            else (_ref(*digest_of_file(state)), _ref(*digest_of_file(momentum)))
+        )
         version = cycle_pb2.VersionPublished(
             run=self.facts.run,
             cycle=self.cycle,
             version=self.opened.version + 1,
             parent=self.opened.version,
             state=ref,
-            outer_state=ref_of_file(momentum, SAFETENSORS, artifacts_pb2.REALM_PUBLIC),
+            outer_state=outer,
             gate=outcome.attempt.decision,
             finding=outcome.refused if outcome.refused.kind else None,
             gate_losses=self._gate_losses(outcome),
@@ -248,14 +285,13 @@ class _Measured(_Merge):
         return self.measure(part, self.opened.state.digest, self.ingredients.parent)
 
     def _try(self, attempt: Attempt) -> Losses | Finding:
-        state, momentum = self._paths(attempt)
         try:
-            self._weights[attempt] = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
+            digest, state = self._build(attempt)
         except Invalid as error:
             if error.reason != reasons_pb2.REASON_NON_FINITE:
                 raise
             return Finding(kind=cycle_pb2.FINDING_KIND_GATE_OVERFLOW, name=error.about)
-        return self.measure("gate", _digest(state), state)
+        return self.measure("gate", digest, state)
 
     def _gate_losses(self, outcome: Outcome) -> list[cycle_pb2.DomainLoss]:
         return self._compare(self._parent_losses("gate"), outcome.after) if outcome.after.sums else []
@@ -300,8 +336,7 @@ class _Recorded(_Merge):
             return Outcome(Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ()), Losses({}), Finding())
         for attempt in tries:
             if attempt.decision == self._published.gate:
-                state, momentum = self._paths(attempt)
-                self._weights[attempt] = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
+                self._build(attempt)
                 return Outcome(attempt, Losses({}), refused)
         return Outcome(Attempt(cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, ()), Losses({}), refused)
 
@@ -312,5 +347,5 @@ class _Recorded(_Merge):
         return list(self._published.losses)
 
 
-def _digest(path: Path) -> str:
-    return ref_of_file(path, "", artifacts_pb2.REALM_PUBLIC).digest
+def _ref(digest: str, size: int) -> artifacts_pb2.ArtifactRef:
+    return artifacts_pb2.ArtifactRef(digest=digest, size=size, media_type=SAFETENSORS, realm=artifacts_pb2.REALM_PUBLIC)

@@ -11,6 +11,7 @@ are more experts: for n miners the cost is n times a reading of their files, and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from connito.data.pseudo_gradients import load_float32
 from connito.data.tensors import read_header
+from connito.runtime.compute import usable_cores
 from connito.wire.hashing import hash_fields
 
 NUMBERS = 1 << 15
@@ -31,8 +33,10 @@ Matrix = NDArray[np.float64]
 
 def function_gram(states: Sequence[Path], bases: Sequence[Path], seed: bytes) -> Matrix:
     """Return inner products [n, n] of the changes of function. Zeros where no expert's layout is understood."""
-    before = {base: outputs(base, seed) for base in set(bases)}
-    rows = [outputs(state, seed) - before[base] for state, base in zip(states, bases, strict=True)]
+    files = list(dict.fromkeys([*bases, *states]))
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        of = dict(zip(files, pool.map(lambda file: outputs(file, seed), files), strict=True))
+    rows = [of[state] - of[base] for state, base in zip(states, bases, strict=True)]
     if not rows:
         return np.zeros((0, 0))
     # Products of overflowing numbers are no likeness.

@@ -173,7 +173,7 @@ def test_a_candidate_is_built_from_claims_and_without_any_as_before(tmp_path: Pa
 
     def result(routed: Mapping[int, np.ndarray]) -> tuple[list[float], dict[str, float]]:
         inputs = MergeInputs(parent, None, entries, deltas, [1.0, 1.0], [0, 0], gram_matrix(deltas), routed)
-        weights = write_candidate(attempt, inputs, policy, tmp_path / "out", tmp_path / "speed")
+        weights = write_candidate(attempt, inputs, policy, tmp_path / "out", tmp_path / "speed").weights
         return read_tensors(tmp_path / "out")[0][NAMES[0]][:, 0].tolist(), weights
 
     assert result({1: np.array([[30.0, 0.0], [10.0, 0.0]])}) == ([1.25, 0.0], {"U0": 0.75, "U1": 0.25})
