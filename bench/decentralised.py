@@ -2,7 +2,8 @@
 
 Target: all four domains of the tiny base at once. IID: every miner draws from all of them. Non-IID: a miner sees one domain
 only. Every miner makes 100 local steps in cycles of H, each merged with the project's own plan, aggregators and outer step; no
-gate. The arm `default` is what a run gets whose policy says nothing, read from it. Two central runs: one with as many steps in a
+gate. The arm `default` is what a run gets whose policy says nothing, read from it, with a run's rule that what does not lower the
+loss by itself is not merged; other arms merge everybody. Two central runs: one with as many steps in a
 row, each on the batches of all miners together, and one with as many tokens in batches of one miner's size; each the best of
 two rates and of a constant and a falling one, chosen with the reported text, which favours it. `kept` is the fall of the
 held-out loss over central's fall.
@@ -54,19 +55,22 @@ MOMENTS, BETA1 = DEFAULTS.training.moments, DEFAULTS.training.beta1
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to work and to merge. `rate` multiplies a miner's learning rate."""
+    """A way to work and to merge. `rate` multiplies a miner's learning rate. `useful`: what does not lower the loss by itself is
+    not merged, which is a run's rule.
+    """
 
     merge: Merge
     work: str = "adamw"
     moments: str = MOMENTS
     beta1: float = BETA1
     rate: float = 1.0
+    useful: bool = False
 
 
 DEFAULT = Merge.default()
 PLAIN = replace(DEFAULT, aggregator="mean", weighting=WHOLE)
 ARMS = {
-    "default": Arm(DEFAULT),
+    "default": Arm(DEFAULT, useful=True),
     "whole, mean": Arm(PLAIN),
     "whole, utility": Arm(replace(PLAIN, aggregator="utility-mean")),
     "tokens, mean": Arm(replace(DEFAULT, aggregator="mean", weighting="tokens")),
@@ -222,11 +226,21 @@ class Bench:
             states = [miner.work(self.model, start, own, rate) for miner, own in zip(miners, cycle, strict=True)]
             exchange(miners)
             utilities = [1.0] * len(states)
-            if arm.merge.counts_utilities:
+            if arm.merge.counts_utilities or arm.useful:
                 before = loss_of(self.evaluator, start, self.score)
-                # Nobody can be rewarded for harm, and a merge needs one positive weight.
-                utilities = [max(1e-9, before - loss_of(self.evaluator, state, self.score)) for state in states]
-            theta, outer = merged(arm.merge, theta, outer, states, utilities, routed, [m.moments for m in miners])
+                utilities = [before - loss_of(self.evaluator, state, self.score) for state in states]
+            # Nobody can be rewarded for harm, and a merge needs one positive weight.
+            chosen = [i for i, utility in enumerate(utilities) if utility > 0 or not arm.useful]
+            if chosen:
+                theta, outer = merged(
+                    arm.merge,
+                    theta,
+                    outer,
+                    [states[i] for i in chosen],
+                    [max(1e-9, utilities[i]) for i in chosen],
+                    [routed[i] for i in chosen if routed],
+                    [miners[i].moments for i in chosen],
+                )
         return tensors(theta)
 
 
