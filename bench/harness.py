@@ -22,7 +22,7 @@ class Options:
     quick: bool
     seeds: int
     out: Path
-    # Words that the name of a part holds that is to be run, where a benchmark keeps its parts.
+    # Words of which the name of a part that is to be run holds one, where a benchmark keeps its parts.
     only: str = ""
 
 
@@ -79,7 +79,9 @@ def main(name: str, run: Callable[[Options], Result], *, doc: str, seeds: int = 
     parser.add_argument(
         "--out", type=Path, default=Path("out/bench"), help="folder for JSON and plots (default %(default)s)"
     )
-    parser.add_argument("--only", default="", help="run the parts whose names hold these words, where parts are kept")
+    parser.add_argument(
+        "--only", default="", help="run the parts whose names hold one of these words, where parts are kept"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
