@@ -1,12 +1,12 @@
 """The same tokens in one place and with several miners: how much of the central improvement each way of merging keeps.
 
 Target: all four domains of the tiny base at once. IID: every miner draws from all of them. Non-IID: a miner sees one domain
-only. Every miner makes 100 local steps in cycles of H, each merged with the project's own plan, aggregators and outer step. The arm
-`default` is the merge of a run whose policy says nothing, read from it; everybody is merged, and there is no gate. `default,
-judged` has both rules of a run: what does not lower the loss by itself is not merged, and a merge that raises it gives way to the
-best submission. Two central runs: one with as many steps in a row, each on the batches of all miners together, and one with as
-many tokens in batches of one miner's size; each the better of a rate that stays and one that falls, chosen with the reported text,
-which favours it. `kept` is the fall of the held-out loss over central's fall.
+only. Every miner makes 100 local steps in cycles of H, each merged with the project's own plan, aggregators and outer step.
+The arm `default` is the merge of a run whose policy says nothing, read from it; everybody is merged, and there is no gate.
+`default, judged` has both rules of a run: what does not lower the loss by itself is not merged, and a merge that raises it
+gives way to the best submission. Two central runs: one with as many steps in a row, each on the batches of all miners
+together, and one with as many tokens in batches of one miner's size; each the better of a rate that stays and one that
+falls, chosen with the reported text, which favours it. `kept` is the fall of the held-out loss over central's fall.
 
 A cell is one seed, data, number of miners, H and arm. It is kept in a file of its own, so a run goes on where it was stopped.
 """
