@@ -46,6 +46,7 @@ async def main(ctx: ServiceContext[AggregatorSettings]) -> None:
         run=settings.run,
         on_fact=on_fact,
         service="aggregator",
+        kept=ctx.kept(STREAMS),
     )
 
     async def begin() -> None:

@@ -38,7 +38,7 @@ def decide(facts: RunFacts, loaded: Container[str]) -> Decision:
     if facts.selection is None or facts.ended is not None:
         return Decision([], None)
     actions = [] if facts.run in loaded else [Action(f"{facts.run}/preload", facts.run, Preload(facts.run))]
-    for cycle in facts.cycles():
+    for cycle in facts.recent:
         ready = (
             facts.window("validate", cycle).closed is not None
             and facts.window("merge", cycle).opened is not None

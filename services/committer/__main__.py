@@ -34,7 +34,9 @@ async def main(
         def decide_now(facts: RunFacts, _now_ms: int) -> Decision:
             return decide(facts, state.heard[facts.run])
 
-        engine = Engine(ctx.bus, state, STREAMS, decide_now, committer.perform, service="committer")
+        engine = Engine(
+            ctx.bus, state, STREAMS, decide_now, committer.perform, service="committer", kept=ctx.kept(STREAMS)
+        )
         life.start(engine.run())
         if not await life.finishes(engine.caught_up.wait()):
             return

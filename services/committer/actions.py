@@ -90,7 +90,7 @@ class Committer:
 
     async def _judge(self, fact: Fact) -> Write | None:
         facts = judging.known_run(self._state.runs.get(fact.run), fact.run)
-        if self._state.said[fact.run].over(fact, facts.require_spec()):
+        if self._state.over(fact):
             return self._over_quota(facts, fact)
         if isinstance(fact.message, cycle_pb2.Commitment):
             answer = judging.judge_commitment(facts, fact)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from connito.errors import Retry
 from connito.protocol import bans
 from connito.protocol.findings import Refusal
 from connito.protocol.scoring.newcomers import over_quota, quota_refusal
@@ -38,7 +37,8 @@ def due(facts: RunFacts) -> Iterator[tuple[str, int]]:
     """Yield windows that are closed and not settled yet."""
     if facts.ended is not None:
         return
-    for cycle in facts.cycles():
+    # What came before was settled, or the cycle would not have opened.
+    for cycle in facts.recent:
         for window in WINDOWS:
             if facts.window(window, cycle).closed is not None and facts.window(window, cycle).settled is None:
                 yield window, cycle
@@ -50,10 +50,8 @@ def refuse(window: str, cycle: int, answer: cycle_pb2.Refused) -> Write:
 
 
 def settle(facts: RunFacts, reveals: Mapping[int, Fact], window: str, cycle: int) -> list[Write]:
-    """Return the facts that settle a window, `settled` last. `reveals` are the run's reveal messages by INGRESS
-    sequence.
-
-    Raises `Retry` when a late reveal that rolls over is not among `reveals` yet.
+    """Return the facts that settle a window, `settled` last. `reveals` are the run's reveal messages by INGRESS sequence: those
+    since the submit window before this one closed, at least, up to this close.
     """
     return _settle_commit(facts, cycle) if window == "commit" else _settle_submit(facts, reveals, cycle)
 
@@ -118,14 +116,11 @@ def _rolled_over(facts: RunFacts, reveals: Mapping[int, Fact], cycle: int) -> di
         return {}
     after, until = (facts.window("submit", c).require_closed().last_sequence for c in (cycle - 1, cycle))
     rolled: dict[str, cycle_pb2.Submission] = {}
-    for origin in range(1, cycle):
-        for fact in facts.window("submit", origin).refused.values():
-            sequence = fact.message.ingress_sequence
-            if fact.message.reason != reasons_pb2.REASON_LATE_REVEAL or not after < sequence <= until:
-                continue
-            if sequence not in reveals:
-                raise Retry(f"the late reveal at INGRESS {sequence} has not been read yet", after=0.1)
-            rolled[fact.message.miner] = judging.submission(facts, reveals[sequence])
+    inside = [fact for sequence, fact in reveals.items() if after < sequence <= until and 1 <= fact.key.cycle < cycle]
+    for fact in sorted(inside, key=lambda fact: (fact.key.cycle, fact.sequence)):
+        refusal = facts.window("submit", fact.key.cycle).refusal(fact.signer, fact.sequence)
+        if refusal is not None and refusal.reason == reasons_pb2.REASON_LATE_REVEAL:
+            rolled[fact.signer] = judging.submission(facts, fact)
     return rolled
 
 

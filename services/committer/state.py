@@ -6,12 +6,13 @@ import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from connito.bus.offences import kind_of, report
 from connito.bus.position import PositionedLog
 from connito.errors import Invalid
 from connito.protocol.entitlement import Naming
-from connito.protocol.quota import LETTERS_PER_KEY, MessageCounter
+from connito.protocol.quota import LETTERS_PER_KEY
 from connito.runtime.limits import RateLimit
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.envelope_pb2 import Envelope
@@ -19,13 +20,15 @@ from connito.wire.checkpoint import Checkpoint
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.heads import leaf_of
+from connito.wire.log import CYCLES_AT_HAND
 from connito.wire.merkle import Tree
 from connito.wire.roster import Roster
-from connito.wire.subjects import run_of
+from connito.wire.subjects import FactKey, run_of
 from connito.wire.verification import INGRESS, verify_ingress
 from google.protobuf.message import DecodeError
 
 from . import judging
+from .said import Said, counted
 
 # What a judgement rests on.
 FACTS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT")
@@ -52,6 +55,17 @@ class Heard:
             self.last_sequence = record.sequence
             self.tree.append(leaf_of(record))
 
+    def note(self) -> list[Any]:
+        """Return all of it as JSON holds it, for `noted`."""
+        subtrees = [one.hex() for one in self.tree.subtrees]
+        return [self.tree.size, subtrees, self.last_sequence, self.number, self.covered]
+
+    @classmethod
+    def noted(cls, note: list[Any]) -> Heard:
+        """Return what `note` was made of."""
+        size, subtrees, *rest = note
+        return cls(Tree(size, [bytes.fromhex(one) for one in subtrees]), *rest)
+
     def given(self, receipt: run_pb2.IngressHead) -> None:
         """Take in a receipt that was written."""
         if receipt.cycle > self.number:
@@ -59,18 +73,17 @@ class Heard:
 
 
 class State(PositionedLog):
-    """`said` counts each miner's messages.
+    """`said` has every message of each run's miners.
 
-    `reveals` holds every reveal by run and INGRESS sequence: of several by one miner `RunFacts` keeps the first. What a key may
+    `reveals` holds the reveals that a cycle may still count, by run and INGRESS sequence. What a key may
     cost is bounded before its signatures are checked: `needless` says of whom everything further goes without an answer.
     """
 
     def __init__(self, roster: Roster, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(roster)
-        self.said: defaultdict[str, MessageCounter] = defaultdict(MessageCounter)
+        self._said: dict[str, Said] = {}
         self.reveals: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
         self._pending: defaultdict[str, dict[int, Fact]] = defaultdict(dict)
-        self._places: defaultdict[tuple[str, str, str, int], list[int]] = defaultdict(list)
         self.naming = Naming()
         self.heard: defaultdict[str, Heard] = defaultdict(Heard)
         # By run, key, kind and cycle, the first message over the quota: it is told so, and what comes after it goes unread.
@@ -102,22 +115,73 @@ class State(PositionedLog):
         said = new or self.verified(record)
         self._count(said)
         self._pending[said.run][record.sequence] = said
-        self._places[said.run, said.signer, said.key.kind, said.key.cycle].append(record.sequence)
         if isinstance(said.message, cycle_pb2.Reveal):
             self.reveals[said.run][record.sequence] = said
         return new
 
+    def _said_in(self, run: str) -> Said:
+        if run not in self._said:
+            self._said[run] = Said(f"{run}/said", shelf=self.kept)
+        return self._said[run]
+
+    def _spec(self, run: str) -> run_pb2.RunSpec | None:
+        facts = self.runs.get(run)
+        return None if facts is None else facts.spec
+
+    def over(self, fact: Fact) -> bool:
+        """Return whether a message is beyond what its run's policy answers one by one."""
+        spec = self._spec(fact.run)
+        return spec is not None and self._said_in(fact.run).over(fact, spec)
+
     def _count(self, said: Fact) -> None:
-        counter, facts = self.said[said.run], self.runs.get(said.run)
-        counter.add(said)
-        if (
-            facts is not None
-            and facts.spec is not None
-            and counter.over(said, facts.spec)
-            and len(self._over) < MAX_OVER
-        ):
-            place = (said.run, said.signer, said.key.kind, _counted(said.key.cycle, facts))
+        spec = self._spec(said.run)
+        self._said_in(said.run).hear(said, spec)
+        if spec is not None and self.over(said) and len(self._over) < MAX_OVER:
+            place = (said.run, said.signer, said.key.kind, counted(said.key.cycle, spec))
             self._over[place] = min(said.sequence, self._over.get(place, said.sequence))
+
+    # What is on the disk.
+
+    def recall(self, run: str, note: dict[str, Any]) -> None:
+        """Take up what is kept of a run."""
+        super().recall(run, note)
+        self.naming.recall(run, note.get("naming", ()))
+        if "heard" not in note:
+            return
+        self.heard[run] = Heard.noted(note["heard"])
+        said = self._said_in(run)
+        said.let_go(note["cycle"] - CYCLES_AT_HAND, whole=note["ended"])
+        for fact in self.kept.since(said.run, said.shelved + 1) if self.kept and not note["ended"] else ():
+            said.add(fact)
+        for name, found in (("pending", self._pending[run]), ("reveals", self.reveals[run])):
+            for place in note[name]:
+                fact = said.at(run, FactKey(*place))
+                found[fact.sequence] = fact
+
+    def note(self, run: str) -> dict[str, Any]:
+        """Return what is to be kept of a run."""
+        found = super().note(run) | {"naming": self.naming.of(run)}
+        if run in self.runs:
+            said, spec = self._said_in(run), self._spec(run)
+            for name, facts in (("pending", self._pending[run]), ("reveals", self.reveals[run])):
+                places = [said.place(fact, spec) for fact in facts.values()]
+                found[name] = [[key.section, key.cycle, key.kind, key.id] for key in places]
+            found["heard"] = self.heard[run].note()
+        return found
+
+    def let_go(self, run: str) -> None:
+        """Keep in memory what of a run is at hand."""
+        super().let_go(run)
+        facts = self.runs.get(run)
+        if facts is None:
+            return
+        self._said_in(run).let_go(facts.cycle - CYCLES_AT_HAND, whole=facts.ended is not None)
+        closed = facts.window("submit", facts.cycle - 2).closed
+        counts_after = -1 if closed is None else closed.last_sequence
+        for sequence in [one for one in self.reveals[run] if one <= counts_after or facts.ended is not None]:
+            del self.reveals[run][sequence]
+        if facts.ended is not None:
+            self._pending[run].clear()
 
     def verified(self, record: Record) -> Fact:
         """Return what a miner said, verified once, whether it comes through the log or the work queue first. Raises `Invalid`."""
@@ -137,17 +201,16 @@ class State(PositionedLog):
     def unanswered(self, run: str, last: int) -> list[int]:
         """Return the messages of a run up to `last` that have no answer in the facts yet and will get one."""
         pending, facts = self._pending[run], self.runs[run]
-        spec, counter = facts.require_spec(), self.said[run]
         for sequence, fact in list(pending.items()):
-            if sequence <= last and (counter.over(fact, spec) or judging.answered(facts, fact)):
+            if sequence <= last and (self.over(fact) or judging.answered(facts, fact)):
                 del pending[sequence]
         return [sequence for sequence in pending if sequence <= last]
 
     def earlier(self, fact: Fact) -> list[int]:
         """Return the messages before this one, by the same key, of its kind and cycle, that have no answer in the facts yet."""
         pending, facts = self._pending[fact.run], self.runs[fact.run]
-        places = self._places[fact.run, fact.signer, fact.key.kind, fact.key.cycle]
-        before = [place for place in places if place < fact.sequence and place in pending]
+        places = self._said_in(fact.run).before(fact, self._spec(fact.run))
+        before = [place for place in places if place in pending and pending[place].key.cycle == fact.key.cycle]
         return [place for place in before if not judging.answered(facts, pending[place])]
 
     def worth_a_letter(self, record: Record, error: Invalid) -> bool:
@@ -197,17 +260,12 @@ def lane_of(record: Record) -> str:
     return f"{run_of(record.subject)} {owner_of(record)}"
 
 
-def _counted(cycle: int, facts: RunFacts) -> int:
-    """Return the cycle that a message counts in; those that the run does not have count as one."""
-    return cycle if 1 <= cycle <= facts.require_spec().cycles else 0
-
-
 def _cycle_of(record: Record, kind: str, facts: RunFacts) -> int:
     """Return the cycle that a message claims, unverified; -1 where it cannot be read."""
     if kind not in INGRESS:
         return -1
     try:
         message = INGRESS[kind].FromString(Envelope.FromString(record.data).payload)
-        return _counted(int(getattr(message, "cycle", 0)), facts)
+        return counted(int(getattr(message, "cycle", 0)), facts.spec)
     except DecodeError:
         return -1

@@ -30,7 +30,7 @@ async def main(ctx: ServiceContext[CoordinatorSettings], serve: rpc.ServeApi = r
     engine = Engine(
         ctx.bus, state, STREAMS, coordinator.decide, coordinator.perform,
         clock=clock.now_ms, on_fact=lambda fact: state.notice(fact, live=engine.caught_up.is_set()),
-        service="coordinator",
+        service="coordinator", kept=ctx.kept(STREAMS),
     )  # fmt: skip
     limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
     admission = Admission(settings.admission, settings.admission_bus or settings.nats_url, ctx.roster)

@@ -20,6 +20,8 @@ _ACTS: dict[str, tuple[tuple[str, str], ...]] = {
     "merge": (("merge", "version"),),
 }
 _SLACK = 6.0
+# Cycles whose windows say how long people take.
+_LATELY = 64
 
 
 def window_ms(facts: RunFacts, window: Window) -> int | None:
@@ -61,5 +63,5 @@ def learned_ms(history_ms: list[int], policy: WindowPolicy) -> int:
 
 def deadline_ms(facts: RunFacts, window: Window, now_ms: int, policy: WindowPolicy) -> int:
     """Return the time at which a window that opens now is closed at the latest (unix milliseconds)."""
-    history = [window_ms(facts, earlier) for earlier in window.before]
+    history = [window_ms(facts, earlier) for earlier in window.before[-_LATELY:]]
     return now_ms + learned_ms([value for value in history if value is not None], policy)

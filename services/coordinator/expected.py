@@ -50,11 +50,21 @@ def _at_start(facts: RunFacts, train: Window, stake: Stake) -> set[str]:
     """
     enrolled, joined = active(facts), set(facts.validators)
     settled, reports = facts.window("commit", train.cycle - 1).settled, facts.reports(train.cycle - 1)
-    known = {key for earlier in train.before for key in earlier.expected}
+    known = _known(train, enrolled | joined)
     committed = set() if settled is None else set(settled.committed)
     miners = (enrolled - known) | (enrolled & committed)
     validators = (joined - known) | (joined & set(reports))
     return (miners or enrolled) | (validators if quorum_of_draw(facts, train.cycle, validators, stake) else joined)
+
+
+def _known(train: Window, keys: set[str]) -> set[str]:
+    """Return those of `keys` whom an earlier cycle has named: most of them the one before."""
+    known: set[str] = set()
+    for earlier in reversed(train.before):
+        if keys <= known:
+            break
+        known |= keys & set(earlier.expected)
+    return known
 
 
 def _trained(facts: RunFacts, window: Window) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from connito.bus.position import PositionedLog
 from connito.protocol.entitlement import Naming
@@ -42,6 +43,17 @@ class State(PositionedLog):
             self._windows.notice(facts)
         if kind == "closed" and live:
             _observe(facts, facts.window(fact.key.section, fact.key.cycle))
+
+    def recall(self, run: str, note: dict[str, Any]) -> None:
+        """Take up what is kept of a run."""
+        super().recall(run, note)
+        self.naming.recall(run, note.get("naming", ()))
+        if (facts := self.runs.get(run)) is not None:
+            self._windows.notice(facts)
+
+    def note(self, run: str) -> dict[str, Any]:
+        """Return what is to be kept of a run."""
+        return super().note(run) | {"naming": self.naming.of(run)}
 
     def paused(self, run: str, here: Present | None) -> None:
         """Take over that a run waits for more people than are `here`, or that it does not."""

@@ -54,7 +54,7 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
 
     engine = Engine(
         context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform,
-        run=settings.run, on_fact=on_fact,
+        run=settings.run, on_fact=on_fact, kept=context.kept(STREAMS, settings.state_dir or settings.work_dir),
     )  # fmt: skip
     context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
     try:

@@ -70,10 +70,9 @@ def decide(facts: RunFacts, me: str, progress: Progress, strategy: Strategy = HO
     """
     if facts.spec is None:
         return Decision([], None)
-    recent = [cycle for cycle in facts.cycles() if cycle >= facts.cycle - 1]
     actions = [
         Action(f"{facts.run}/tell/{tell.cycle}/{tell.name}", facts.run, tell)
-        for cycle in recent
+        for cycle in facts.recent
         for tell in news(facts, me, cycle)
         if tell.name not in _of(progress, me, cycle).told
     ]
@@ -84,7 +83,7 @@ def decide(facts: RunFacts, me: str, progress: Progress, strategy: Strategy = HO
         return Decision(actions, None)
     if me not in facts.miners:
         return Decision([*actions, Action(f"{facts.run}/enrol", facts.run, Enrol())], None)
-    for cycle in recent:
+    for cycle in facts.recent:
         step = _next_step(facts, me, _of(progress, me, cycle), strategy)
         if step is not None:
             name = type(step).__name__.lower()

@@ -46,7 +46,7 @@ async def main(
 
     engine = Engine(
         context.bus, log, STREAMS, decide_now, validator.perform,
-        run=settings.run, on_fact=drop_others_scores, service="validator",
+        run=settings.run, on_fact=drop_others_scores, service="validator", kept=context.kept(STREAMS),
     )  # fmt: skip
     async with Lifecycle(context.stop) as life:
         life.start(engine.run())

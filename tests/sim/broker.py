@@ -228,9 +228,11 @@ class Broker:
         if "last_by_subj" in body:
             found = [one for one in log if one.record.subject == body["last_by_subj"]]
             return [(found[-1].record.data, found[-1].headers)] if found else absent
-        batch = log[body["seq"] - 1 :][: body["batch"]]
+        batch = log[body["seq"] - 1 :][: body.get("batch", 1)]
         if not batch:
             return absent
+        if "batch" not in body:
+            return [(batch[0].record.data, batch[0].headers)]
         left = len(log) - batch[-1].record.sequence
         messages = [(one.record.data, one.headers) for one in batch]
         return [*messages, (b"", {"Status": "204", "Nats-Num-Pending": str(left)})]

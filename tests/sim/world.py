@@ -288,7 +288,7 @@ class Node:
             "http://store", "access", "secret", "connito", "here", self.folder / "cache",
             client=cast(Any, StoreClient(self.world.store, self)),
         )  # fmt: skip
-        settings = settings_of(self.name.split("-")[0])
+        settings = settings_of(self.name.split("-")[0]).model_copy(update={"state_dir": self.folder / "state"})
         return _Context(
             self.name,
             settings,
@@ -438,7 +438,9 @@ class World:
         def decide(facts: RunFacts, _: int) -> Decision:
             return merging.decide(facts, aggregator.evaluators) if keeper.leading else Decision()
 
-        engine = Engine(bus, log, merging.STREAMS, decide, aggregator.perform, clock=bus.host.now_ms)
+        engine = Engine(
+            bus, log, merging.STREAMS, decide, aggregator.perform, clock=bus.host.now_ms, kept=context.kept(merging.STREAMS)
+        )  # fmt: skip
 
         async def begin() -> None:
             engine.wake()
@@ -457,7 +459,7 @@ class World:
             miner = Miner(bus, services, downloads, ledger, trainer, HONEST, lambda run: log.runs[run], node.name, "")
             await Engine(
                 bus, log, MINER_STREAMS, lambda facts, now: decide_with(me, ledger, HONEST, facts, now), miner.perform,
-                clock=bus.host.now_ms,
+                clock=bus.host.now_ms, kept=context.kept(MINER_STREAMS),
             ).run()  # fmt: skip
         finally:
             ledger.close()

@@ -332,14 +332,21 @@ class Bus:
         info = await self._manage(self.js.stream_info(stream), f"stream {stream}")
         return int(info.state.last_seq)
 
+    async def stored_at(self, stream: str, sequence: int) -> Record | None:
+        """Return the message that stands at a place, or None. Raises `Retry`."""
+        return await self._get(stream, {"seq": sequence}, f"{stream} {sequence}")
+
     async def _last(self, stream: str, subject: str) -> Record | None:
-        body = json.dumps({"last_by_subj": subject}).encode()
+        return await self._get(stream, {"last_by_subj": subject}, subject)
+
+    async def _get(self, stream: str, which: Mapping[str, object], what: str) -> Record | None:
+        body = json.dumps(which).encode()
         reply = await self._reading.request(f"$JS.API.DIRECT.GET.{stream}", body)
         if (record := got(stream, reply)) is not None:
             return record
         if (status := (reply.headers or {}).get("Status")) == "404":
             return None
-        raise Retry(f"the broker cannot read {subject}: it answers {status}", dependency="broker")
+        raise Retry(f"the broker cannot read {what}: it answers {status}", dependency="broker")
 
     async def time(self) -> float:
         """Return the broker's clock, in unix seconds. Raises `Retry` when it does not answer."""

@@ -13,6 +13,7 @@ from connito.bus import Bus
 from connito.errors import Retry
 from connito.wire.fact import Fact, Record
 from connito.wire.heads import LogTrees
+from connito.wire.kept import Kept
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 
@@ -38,6 +39,11 @@ class PositionedLog(Log):
         """Count a record as read."""
         self._seen[record.stream] = max(record.sequence, self._seen.get(record.stream, 0))
         self._moved.set()
+
+    def restore(self, kept: Kept) -> None:
+        """Begin with what is kept, and count as read what was read then."""
+        super().restore(kept)
+        self._seen = {stream: sequence for stream, (sequence, _) in kept.positions().items()}
 
     async def reach(self, stream: str, sequence: int) -> None:
         """Wait until `stream` has been read up to `sequence`. Raises `Retry` when that takes unusually long."""

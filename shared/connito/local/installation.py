@@ -168,6 +168,7 @@ class Installation:
             "key_file": str(self.data.keys / f"{role.member.name}.nk"),
             "roster": str(self.data.roster),
             "cache_dir": str(self.data.cache),
+            "state_dir": str(self.data.root / "state"),
             "compute_dir": str(machine_folder()),
             "compute_slots": str(self.machine.slots),
             "torch_threads": str(self.machine.threads),

@@ -63,11 +63,21 @@ class Naming:
 
     def __init__(self) -> None:
         self._runs: defaultdict[str, set[str]] = defaultdict(set)
+        self._digests: defaultdict[str, set[str]] = defaultdict(set)
 
     def add(self, fact: Fact) -> None:
         """Take over what a new fact names."""
-        for ref in named(fact.message):
-            self._runs[ref.digest].add(fact.run)
+        self.recall(fact.run, (ref.digest for ref in named(fact.message)))
+
+    def recall(self, run: str, digests: Iterable[str]) -> None:
+        """Take over what `of` returned of a run."""
+        for digest in digests:
+            self._runs[digest].add(run)
+            self._digests[run].add(digest)
+
+    def of(self, run: str) -> list[str]:
+        """Return what the facts of a run name."""
+        return sorted(self._digests.get(run, ()))
 
     def holder(self, digest: str, runs: Mapping[str, RunFacts]) -> run_pb2.RunSpec | None:
         """Return the spec of the run that was created first among those that name a digest; None where none does."""

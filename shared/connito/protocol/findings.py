@@ -16,6 +16,7 @@ from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.run_pb2 import RunSpec
 from connito.wire.bounds import NAME_BYTES, WORDS_BYTES, cut
+from connito.wire.heads import HEADS_SINCE
 
 # `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings. 2: the documents of a sequence do not
 # see each other, and a corpus may say which tokens count. 3: copies are found by function (`scoring.own_work`); draw, quorum and
@@ -23,7 +24,7 @@ from connito.wire.bounds import NAME_BYTES, WORDS_BYTES, cut
 PROTOCOL_VERSION = 3
 DOCUMENTS_APART = 2
 COPIES_BY_FUNCTION = 3
-CHECKED = 3
+CHECKED = HEADS_SINCE
 
 Outcome: TypeAlias = (
     cycle_pb2.Refused

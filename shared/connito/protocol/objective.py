@@ -12,11 +12,10 @@ def gained(facts: RunFacts, cycle: int) -> float | None:
 
     The gate's subset, not the report's: stopping on what is reported would flatter it. None where it was not measured.
     """
-    versions = facts.versions
-    if cycle not in versions:
+    first, last = facts.version(1), facts.version(cycle)
+    if first is None or last is None:
         return None
-    first, *_ = versions.values()
-    begin, end = _target(facts, first), _target(facts, versions[cycle])
+    begin, end = _target(facts, first), _target(facts, last)
     return None if begin is None or end is None else begin.before - end.after
 
 

@@ -18,6 +18,7 @@ from connito.runtime import logs, metrics, tracing, waiting
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.runtime.waiting import WAITING, Listener, here_and_now
+from connito.service.keeping import Keeping
 from connito.service.pausing import MAX_WAIT, Pauses, publish
 from connito.service.unbegun import Unbegun
 from connito.v1 import reasons_pb2
@@ -25,6 +26,7 @@ from connito.v1.run_pb2 import RunPaused
 from connito.wire.enums import reason_name
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
+from connito.wire.kept import Kept
 from connito.wire.log import Log
 from connito.wire.subjects import run_of
 from connito.wire.verification import by_participant
@@ -85,6 +87,7 @@ class Engine(Listener):
         clock: Callable[[], int] | None = None,
         on_fact: Callable[[Fact], None] | None = None,
         service: str = "",
+        kept: Kept | None = None,
     ) -> None:
         self.caught_up = asyncio.Event()
         self.log = facts
@@ -98,8 +101,8 @@ class Engine(Listener):
         self._newer: set[str] = set()
         self._pauses, self._held_until = Pauses(service), dict[str, int]()
         self._unreadable: set[str] = set()
-        # Who follows one run follows that one; whoever follows all of them sees in RUNS which there are.
-        self._unbegun = Unbegun() if not run and "RUNS" in streams else None
+        self._keeping = Keeping(kept or Kept(), facts, bus)
+        self._unbegun: Unbegun | None = None
         self._something = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
         WAITING.listen(self)
@@ -138,17 +141,23 @@ class Engine(Listener):
             self._failure.cancel()
 
     async def _follow(self) -> None:
-        async for item in self._bus.follow(self._streams, self._run):
-            if isinstance(item, CaughtUp):
-                self.caught_up.set()
-                self.wake()
-                continue
-            if self._unbegun is None:
-                self._apply(item)
-                continue
-            for record in self._unbegun.ready(item):
-                self._apply(record)
-            self.log.read(item)
+        start = await self._keeping.begin()
+        # Who follows one run follows that one; whoever follows all of them sees in RUNS which there are.
+        if not self._run and "RUNS" in self._streams:
+            self._unbegun = Unbegun(self._keeping.kept, self.log.runs)
+        try:
+            async for item in self._bus.follow(self._streams, self._run, start=start):
+                if isinstance(item, CaughtUp):
+                    self._keeping.keep()
+                    self.caught_up.set()
+                    self.wake()
+                    continue
+                for record in (item,) if self._unbegun is None else self._unbegun.ready(item):
+                    self._apply(record)
+                self.log.read(item)
+                self._keeping.read(item)
+        finally:
+            self._keeping.kept.close()
 
     def _apply(self, record: Record) -> None:
         try:
@@ -170,12 +179,14 @@ class Engine(Listener):
             raise
         except Exception as error:
             self._unread(record, error)
+        self._keeping.kept.put(fact)
         self._changed.add(fact.run)
         self._something.set()
 
     def _unread(self, record: Record, error: Exception) -> None:
         """Decide nothing more about a run of which a fact cannot be read here."""
         log.error("a fact makes its reader fail", subject=record.subject, sequence=record.sequence, exc_info=error)
+        self._keeping.stop()
         self._unreadable.add(run_of(record.subject))
         self._leave(run_of(record.subject), READING, error)
 

@@ -11,13 +11,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
+import connito
 from connito.bus import Bus
 from connito.errors import ConnitoError, Fatal, Retry
 from connito.files import write_durably
@@ -30,6 +31,7 @@ from connito.service import certificates, security
 from connito.service.probes import Probes
 from connito.store import ArtifactStore
 from connito.wire.identity import Identity
+from connito.wire.kept import Kept
 from connito.wire.roster import Roster
 
 S = TypeVar("S", bound=ServiceSettings)
@@ -69,6 +71,19 @@ class ServiceContext(Generic[S]):
     def store(self) -> ArtifactStore:
         """Return the artifact store. Raises `Fatal` when the service was given no credentials for it."""
         return ArtifactStore.from_settings(self.settings)
+
+    def kept(self, streams: Sequence[str], folder: Path | None = None) -> Kept:
+        """Return what this service kept of these streams in its folder for that; nothing yet where it has none.
+
+        Under another roster, run or version other messages may be valid: then everything is read again.
+        """
+        folder = folder or self.settings.state_dir
+        if folder is None:
+            return Kept()
+        run, key = self.settings.run, self.identity.public
+        binding = [self.name, key, run, *streams, connito.__version__, self.roster.to_json()]
+        path = folder / f"log-{self.name}-{key[:16]}{run and '-'}{run}.sqlite"
+        return Kept(path, json.dumps(binding).encode(), self.identity.derive("connito.v1.kept", self.name))
 
     @cached_property
     def roster(self) -> Roster:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import Message
 from typing_extensions import TypeVar as DefaultedTypeVar
@@ -62,11 +62,20 @@ class Fact(Generic[M_co]):
         return cast("Fact[M]", self) if isinstance(self.message, message_type) else None
 
 
+class Shelf(Protocol):
+    """Where facts are that are not in memory (`connito.wire.kept`)."""
+
+    def all(self, run: str, section: str, cycle: int, kind: str) -> Mapping[str, Fact]: ...
+
+    def put(self, fact: Fact) -> None: ...
+
+
 @dataclass
 class FactSet:
     """All facts of one run, by key. Insertion is idempotent and commutative: the first message on a subject stands.
 
-    Verification has checked each payload's type against its key, so typed accessors do not check again.
+    Verification has checked each payload's type against its key, so typed accessors do not check again. Those of cycles up to
+    `shelved` are read from the `shelf` when they are asked for; of a run that is there as a `whole`, all are.
     """
 
     run: str
@@ -75,30 +84,55 @@ class FactSet:
     _sorted: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict, compare=False)
     # The newest cycle whose train window, and that of every cycle before it, was opened; 0 before the first.
     cycle: int = 0
+    shelf: Shelf | None = field(default=None, compare=False, repr=False)
+    shelved: int = field(default=0, compare=False)
+    whole: bool = field(default=False, compare=False)
 
     def add(self, fact: Fact) -> bool:
         """Insert and return whether it was new. Of several ingress messages with one key, the smallest sequence stands."""
-        known = self.facts.get(fact.key)
+        known = self.fact(fact.key.section, fact.key.cycle, fact.key.kind, fact.key.id)
         if known is not None and known.sequence <= fact.sequence:
             return False
-        self.facts[fact.key] = fact
-        kind = (fact.key.section, fact.key.cycle, fact.key.kind)
-        self._index.setdefault(kind, {})[fact.key.id] = fact
-        self._sorted.pop(kind, None)
+        if self.shelf is not None and self._is_shelved(fact.key.cycle):
+            self.shelf.put(fact)
+        else:
+            self.facts[fact.key] = fact
+            kind = (fact.key.section, fact.key.cycle, fact.key.kind)
+            self._index.setdefault(kind, {})[fact.key.id] = fact
+            self._sorted.pop(kind, None)
         while self.fact("train", self.cycle + 1, "opened") is not None:
             self.cycle += 1
         return True
 
+    def let_go(self, until: int, *, whole: bool = False) -> None:
+        """Keep the cycles up to `until`, or `whole` everything, on the shelf alone. It has them already."""
+        # In this order: another thread that finds nothing here any more looks there.
+        self.shelved, self.whole = max(self.shelved, until), self.whole or whole
+        for place in [place for place in self._index if self._is_shelved(place[1])]:
+            for id_ in self._index.pop(place):
+                del self.facts[FactKey(*place, id_)]
+            self._sorted.pop(place, None)
+
+    def _is_shelved(self, cycle: int) -> bool:
+        return self.whole or 0 < cycle <= self.shelved
+
+    def _from_shelf(self, section: str, cycle: int, kind: str) -> Mapping[str, Fact]:
+        return self.shelf.all(self.run, section, cycle, kind) if self.shelf and self._is_shelved(cycle) else {}
+
     def fact(self, section: str, cycle: int, kind: str, id_: str = "") -> Fact | None:
         """Return one fact of any kind, or None. Code that knows the kind uses the accessor of that kind."""
-        return self.facts.get(FactKey(section, cycle, kind, id_))
+        return self.facts.get(FactKey(section, cycle, kind, id_)) or self._from_shelf(section, cycle, kind).get(id_)
 
     def all(self, section: str, cycle: int, kind: str) -> Mapping[str, Fact]:
         """Return the facts of any kind by id, as they are now. Code that knows the kind uses the accessor of that kind."""
         key = (section, cycle, kind)
-        if key not in self._sorted:
-            self._sorted[key] = dict(sorted(self._index.get(key, {}).items()))
-        return self._sorted[key]
+        found = self._sorted.get(key)
+        if found is None:
+            here = self._index.get(key)
+            if here is None:
+                return self._from_shelf(section, cycle, kind)
+            found = self._sorted[key] = dict(sorted(here.items()))
+        return found
 
     def has(self, section: str, cycle: int, kind: str, id_: str = "") -> bool:
         """Return whether a fact of any kind is known."""
@@ -106,7 +140,7 @@ class FactSet:
 
     def one(self, of: type[M], section: str, cycle: int, kind: str, id_: str = "") -> Fact[M] | None:
         """Return one fact whose message has the type that verification checks for its kind."""
-        return cast("Fact[M] | None", self.facts.get(FactKey(section, cycle, kind, id_)))
+        return cast("Fact[M] | None", self.fact(section, cycle, kind, id_))
 
     def many(self, of: type[M], section: str, cycle: int, kind: str) -> Mapping[str, Fact[M]]:
         """Return facts by id whose messages have the type that verification checks for their kind."""

@@ -156,6 +156,13 @@ class RunFacts(FactSet):
         """Return the numbers of the cycles whose train window was opened, from 1."""
         return range(1, self.cycle + 1)
 
+    @property
+    def recent(self) -> range:
+        """Return the cycles in which something may be left to do: a cycle opens when the one before has its version, and
+        streams are read side by side.
+        """
+        return range(max(1, self.cycle - 1), self.cycle + 1)
+
     def window(self, name: str, cycle: int) -> Window:
         """Return one window of one cycle."""
         return Window(self, name, cycle)
@@ -254,7 +261,8 @@ class RunFacts(FactSet):
     @property
     def latest_version(self) -> cycle_pb2.VersionPublished | None:
         """Return the newest model version that a cycle produced; None before the first."""
-        return next(reversed(self.versions.values()), None)
+        found = (self.version(cycle) for cycle in reversed(self.cycles()))
+        return next((version for version in found if version is not None), None)
 
     @property
     def versions(self) -> dict[int, cycle_pb2.VersionPublished]:

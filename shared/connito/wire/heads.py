@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from connito.errors import Invalid, Retry
 from connito.v1 import run_pb2
@@ -21,6 +23,8 @@ from connito.wire.identity import Identity
 from connito.wire.merkle import Tree, leaf_hash
 from connito.wire.subjects import ROOT
 
+# `RunSpec.protocol_version` since which a log has heads.
+HEADS_SINCE = 3
 # As heads cover them.
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY")
 # What the library hears of an expert once its run has ended is not of the run.
@@ -93,6 +97,22 @@ class LogTree:
         self.tree, self.number, self._covered = tree, head.cycle, cuts
         return checkpoint
 
+    def note(self) -> dict[str, Any]:
+        """Return the tree as JSON holds it, for `noted`."""
+        pending = {stream: [[place, leaf.hex()] for place, leaf in leaves] for stream, leaves in self._pending.items()}
+        tree = [self.tree.size, [one.hex() for one in self.tree.subtrees]]
+        return {"tree": tree, "number": self.number, "pending": pending, "covered": self._covered}
+
+    @classmethod
+    def noted(cls, note: Mapping[str, Any]) -> LogTree:
+        """Return the tree that `note` was made of."""
+        size, subtrees = note["tree"]
+        pending = {
+            stream: [(place, bytes.fromhex(leaf)) for place, leaf in leaves]
+            for stream, leaves in note["pending"].items()
+        }
+        return cls(Tree(size, [bytes.fromhex(one) for one in subtrees]), note["number"], pending, dict(note["covered"]))
+
     def _up_to(self, cuts: Mapping[str, int]) -> Tree:
         tree = self.tree.copy()
         for stream, before in self._covered.items():
@@ -111,22 +131,34 @@ class LogTree:
 
 @dataclass
 class LogTrees:
-    """The trees of every run that is read, and the checkpoints that were found to be right."""
+    """The trees of every run that is read."""
 
     runs: dict[str, LogTree] = field(default_factory=dict)
-    checked: dict[tuple[str, int], Checkpoint] = field(default_factory=dict)
 
     def of(self, run: str) -> LogTree:
         """Return the tree of a run."""
         return self.runs.setdefault(run, LogTree())
 
+    def note(self, facts: RunFacts) -> dict[str, Any] | None:
+        """Return a run's tree as `LogTree.note`, as far as its heads go; None for a run that has none by its rules."""
+        if facts.spec is None or facts.spec.protocol_version < HEADS_SINCE:
+            return None
+        # One that is not of the log, or covers what was not read yet, is told of by whoever acts on it.
+        with suppress(Invalid, Retry):
+            self.checkpoint(facts, facts.next_head - 1)
+        return self.of(facts.run).note()
+
     def checkpoint(self, facts: RunFacts, number: int) -> Checkpoint:
         """Return the checkpoint of a head that is known, checked with all before it. Raises as `LogTree.check`."""
         tree = self.of(facts.run)
         while tree.number < number:
-            fact = facts.head(tree.number + 1)
-            if fact is None:
-                raise Invalid(f"head {tree.number + 1} is not in the log, and head {number} is")
-            checkpoint = tree.check(facts, fact.message, fact.signer)
-            self.checked[facts.run, tree.number] = checkpoint
-        return self.checked[facts.run, number]
+            tree.check(facts, *self._head(facts, tree.number + 1))
+        # Its text is what was checked: the fact stands as it was written.
+        return Checkpoint.parse(self._head(facts, number)[0].checkpoint)
+
+    @staticmethod
+    def _head(facts: RunFacts, number: int) -> tuple[run_pb2.LogHead, str]:
+        fact = facts.head(number)
+        if fact is None:
+            raise Invalid(f"head {number} is not in the log, and one that follows it is")
+        return fact.message, fact.signer

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import json
+from typing import Any
+
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
-from connito.wire.heads import LogTrees
+from connito.wire.heads import LogTree, LogTrees
+from connito.wire.kept import Kept
 from connito.wire.parts import Parts
 from connito.wire.roster import Roster
 from connito.wire.subjects import is_ingress, run_of
@@ -14,6 +19,8 @@ from connito.wire.verification import by_participant, verify_fact, verify_ingres
 
 # Heads are numbered like cycles, and a few follow the last one.
 HEADS_AFTER = 16
+# Cycles that stay in memory, the current one included: a late reveal counts in the next one.
+CYCLES_AT_HAND = 3
 
 
 class Log:
@@ -24,6 +31,7 @@ class Log:
         self.roster, self.trees = roster, trees
         self.runs: dict[str, RunFacts] = {}
         self.parts = Parts()
+        self.kept: Kept | None = None
 
     def verified(self, record: Record) -> Fact:
         """Return what a miner said, verified. Raises `Invalid`."""
@@ -58,7 +66,7 @@ class Log:
             if whole is None:
                 return None
             fact = verify_fact(whole, self.roster)
-        facts = self.runs.setdefault(fact.run, RunFacts(fact.run))
+        facts = self.runs.setdefault(fact.run, RunFacts(fact.run, shelf=self.kept))
         if (
             facts.spec is not None
             and fact.key.cycle > facts.spec.cycles + HEADS_AFTER
@@ -67,3 +75,44 @@ class Log:
             # Of cycles that will never be there is no end; nothing asks for them, and they are not kept.
             return None
         return fact if facts.add(fact) else None
+
+    # What is on the disk (`connito.wire.kept`).
+
+    def restore(self, kept: Kept) -> None:
+        """Begin with what is kept, and let go of there what is seldom asked for. Raises `Fatal` for a damaged file."""
+        self.kept = kept
+        for run, note in kept.notes():
+            self.recall(run, json.loads(note))
+
+    def recall(self, run: str, note: dict[str, Any]) -> None:
+        """Take up what `note` says of a run, and the facts that are at hand."""
+        if "cycle" in note:
+            facts = self.runs[run] = RunFacts(run, cycle=note["cycle"], shelf=self.kept)
+            facts.let_go(facts.cycle - CYCLES_AT_HAND, whole=note["ended"])
+            for fact in self.kept.since(run, facts.shelved + 1) if self.kept and not note["ended"] else ():
+                facts.add(fact)
+        if self.trees is not None and "tree" in note:
+            self.trees.runs[run] = LogTree.noted(note["tree"])
+        for subject, parts in note.get("parts", {}).items():
+            self.parts.waiting[subject] = {place: base64.b64decode(data) for place, data in parts.items()}
+
+    def note(self, run: str) -> dict[str, Any]:
+        """Return what follows from the log of a run besides its facts, as JSON holds it."""
+        found: dict[str, Any] = {}
+        facts = self.runs.get(run)
+        if facts is not None:
+            found |= {"cycle": facts.cycle, "ended": facts.ended is not None}
+            if self.trees is not None and (tree := self.trees.note(facts)) is not None:
+                found["tree"] = tree
+        waiting = {subject: parts for subject, parts in self.parts.waiting.items() if run_of(subject) == run}
+        if waiting:
+            found["parts"] = {
+                subject: {place: base64.b64encode(data).decode() for place, data in parts.items()}
+                for subject, parts in waiting.items()
+            }
+        return found
+
+    def let_go(self, run: str) -> None:
+        """Keep in memory what of a run is at hand. All of it is on the disk."""
+        if (facts := self.runs.get(run)) is not None:
+            facts.let_go(facts.cycle - CYCLES_AT_HAND, whole=facts.ended is not None)

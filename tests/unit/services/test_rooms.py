@@ -14,7 +14,7 @@ ROOMS = {"__init__", "__main__", "settings", "handlers", "state", "actions", "ad
 # What a service has beside them: its own concepts, each a pure piece of deciding or a piece of performing.
 PURE = {
     "coordinator": {"deadlines", "enrolment", "expected", "status"},
-    "committer": {"judging", "settlement"},
+    "committer": {"judging", "said", "settlement"},
 }
 PERFORMING = {
     "coordinator": {"admission", "reading"},

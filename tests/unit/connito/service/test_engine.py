@@ -50,7 +50,7 @@ class Still:
 
     host = HOST
 
-    async def follow(self, *_: object) -> AsyncIterator[CaughtUp]:
+    async def follow(self, *_: object, **__: object) -> AsyncIterator[CaughtUp]:
         yield CaughtUp()
         await asyncio.Event().wait()
 

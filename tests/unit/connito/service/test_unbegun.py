@@ -8,6 +8,7 @@ from connito.wire.envelope import seal
 from connito.wire.fact import Record
 from connito.wire.heads import LogTrees
 from connito.wire.identity import Identity
+from connito.wire.kept import Kept
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import INSTALLATION, LIBRARY, fact, ingress
@@ -38,7 +39,7 @@ def created(run: str, sequence: int) -> Record:
 
 def test_runs_that_do_not_exist_leave_nothing_in_memory() -> None:
     """One key had the services of all runs hold 3 kB for each of its messages, for good."""
-    aside, log = Unbegun(), Log(ROSTER)
+    aside, log = Unbegun(Kept()), Log(ROSTER)
     for number in range(1, 201):
         for record in (trained(f"ghost-{number}", number), joined(f"ghost-{number}", number)):
             for ready in aside.ready(record):
@@ -50,10 +51,10 @@ def test_runs_that_do_not_exist_leave_nothing_in_memory() -> None:
 def test_what_was_read_before_its_run_began_comes_back_in_its_order() -> None:
     """Streams are read side by side: INGRESS may be ahead of RUNS. A tree over the log is the same either way."""
     records = [trained("r", 7), joined("r", 1), trained("other", 8), created("r", 2), trained("r", 9)]
-    aside, late, plain = Unbegun(), Log(ROSTER, LogTrees()), Log(ROSTER, LogTrees())
+    aside, late, plain = Unbegun(Kept()), Log(ROSTER, LogTrees()), Log(ROSTER, LogTrees())
     steps = [list(aside.ready(record)) for record in records]
-    assert steps == [[], [], [], [records[0], records[1], records[3]], [records[4]]]
-    assert steps[3][0].headers == {"a": "b"}
+    assert steps == [[], [], [], [records[1], records[3], records[0]], [records[4]]]
+    assert steps[3][2].headers == {"a": "b"}
     for ready in (one for step in steps for one in step):
         late.apply(ready)
     for record in (record for record in records if ".other." not in record.subject):
@@ -63,7 +64,7 @@ def test_what_was_read_before_its_run_began_comes_back_in_its_order() -> None:
 
 
 def test_what_is_about_every_run_is_read_at_once_from_services_alone() -> None:
-    aside = Unbegun()
+    aside = Unbegun(Kept())
     ban = said(COORDINATOR, "RUNS", 1, fact(INSTALLATION, "run", 0, "ban", "U-1"), run_pb2.MinerBan(run=INSTALLATION))
     notice = said(COORDINATOR, "LIBRARY", 2, fact(LIBRARY, "library", 0, "notice", "x"), run_pb2.ExpertNotice())
     assert list(aside.ready(ban)) == [ban]

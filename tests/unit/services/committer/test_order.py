@@ -64,5 +64,5 @@ def test_what_goes_without_an_answer_is_not_waited_for(ledger: Ledger) -> None:
     first, flood = ledger.commitment("ma", 1), [ledger.commitment("ma", 1) for _ in range(5)]
     state = state_of(ledger, first, *flood)
     for said in (first, *flood):
-        state.said[RUN].add(said)
+        state._count(said)
     assert state.unanswered(RUN, 1_000) == [first.sequence]

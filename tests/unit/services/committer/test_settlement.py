@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from connito.errors import Retry
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.facts import RunFacts
 from hypothesis import given
@@ -117,16 +116,6 @@ def test_a_reveal_accepted_before_its_close_was_known_rolls_over_too(ledger: Led
     assert refusals(ledger, "submit", 1) == {f"ma-{said.sequence}": reasons_pb2.REASON_LATE_REVEAL}
     to_submit(ledger, 2, miners=())
     assert who(finish(ledger, 2)) == [("ma", 1)]
-
-
-def test_a_late_reveal_that_has_not_been_read_is_waited_for(ledger: Ledger) -> None:
-    to_submit(ledger, miners=("mb",))
-    finish(ledger, 1)
-    reveal(ledger, ledger.reveal("mb", 1))
-    to_submit(ledger, 2, miners=())
-    ledger.closed("submit", 2)
-    with pytest.raises(Retry):
-        settlement.settle(ledger.facts, {}, "submit", 2)
 
 
 def test_windows_fall_due_once_and_not_after_the_end(ledger: Ledger) -> None:

@@ -1,0 +1,89 @@
+"""Keep on the disk what was read of the log, so that a start and the memory do not grow with the age of what is followed.
+
+What a process begins with is what one before it has read and verified, if the log still has the messages that it read last.
+What could not be read here is not kept: the next process tries it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from connito.bus import Bus
+from connito.errors import Retry
+from connito.runtime.logs import get_logger
+from connito.wire.fact import Record
+from connito.wire.kept import Kept, anchor_of
+from connito.wire.log import Log
+from connito.wire.subjects import run_of
+
+log = get_logger("engine")
+
+# After so long or so many messages, what was read is kept. What came since is read again after a kill.
+EVERY_SECONDS, EVERY_MESSAGES = 5.0, 4096
+LOOKS, LOOK_SECONDS = 5, 0.2
+
+
+class Keeping:
+    """Keeps what an engine reads into a log."""
+
+    def __init__(self, kept: Kept, facts: Log, bus: Bus) -> None:
+        self.kept, self._log, self._bus = kept, facts, bus
+        self._last: dict[str, Record] = {}
+        self._changed: set[str] = set()
+        self._messages, self._due, self._stopped = 0, 0.0, False
+
+    async def begin(self) -> dict[str, int]:
+        """Fill the log with what is kept; return by stream where to go on. Raises `Fatal` for a damaged file."""
+        positions = self.kept.positions()
+        for stream, (sequence, anchor) in positions.items():
+            record = await self._stored_at(stream, sequence)
+            if record is None or anchor_of(record) != anchor:
+                log.warning("another log than the one that was kept: it is read from the start", stream=stream)
+                self.kept.forget()
+                positions = {}
+                break
+        self._log.restore(self.kept)
+        return {stream: sequence + 1 for stream, (sequence, _) in positions.items()}
+
+    async def _stored_at(self, stream: str, sequence: int) -> Record | None:
+        looks = 0
+        while True:
+            try:
+                if (found := await self._bus.stored_at(stream, sequence)) or looks == LOOKS:
+                    return found
+                # A replica that is behind has it not yet.
+                looks += 1
+                await asyncio.sleep(LOOK_SECONDS)
+            except Retry as error:
+                log.warning("cannot look where the log was left, trying again", stream=stream, error=str(error))
+                await asyncio.sleep(error.after)
+
+    def read(self, record: Record) -> None:
+        """Take in that a message was read, and what follows from it applied."""
+        self._last[record.stream] = record
+        self._changed.add(run_of(record.subject))
+        self._messages += 1
+        if self._messages >= EVERY_MESSAGES or self._bus.host.monotonic() >= self._due:
+            self.keep()
+
+    def keep(self) -> None:
+        """Keep what was read so far, and let go in memory of what is seldom asked for."""
+        self._messages, self._due = 0, self._bus.host.monotonic() + EVERY_SECONDS
+        if self._stopped:
+            return
+        for run in self._changed:
+            if note := self._log.note(run):
+                self.kept.note(run, json.dumps(note).encode())
+        if self.kept.commit(self._last):
+            for run in self._changed:
+                self._log.let_go(run)
+        else:
+            log.warning("what is read is kept in memory alone", why=self.kept.closed_for_writing)
+            self.stop()
+        self._changed.clear()
+        self._last.clear()
+
+    def stop(self) -> None:
+        """Keep nothing more: what was read last is to be read again."""
+        self._stopped = True

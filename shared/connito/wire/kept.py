@@ -1,0 +1,296 @@
+"""Facts on this machine's disk: what memory let go of, and what a process that starts need not read and verify again.
+
+One SQLite file for each service. Every applied fact is a row with a tag under a key that only this service has; the rows, what
+else follows from the log (`notes`), and how far each stream was read change in one transaction. A file that is damaged, of
+another key, roster or version, or behind which lies another log is thrown away, and everything is read from the start
+(docs/adr/0027-snapshots-of-the-log.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import sqlite3
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+
+from connito.errors import Fatal
+from connito.wire.fact import Fact, Record
+from connito.wire.subjects import FactKey
+from connito.wire.verification import CATALOGUE, INGRESS
+
+FORMAT = 1
+# Facts that were read back and stay in memory.
+REMEMBERED = 20_000
+
+_SCHEMA = """
+create table meta (binding blob);
+create table facts (run text, section text, cycle integer, kind text, id text, signer text, stream text, sequence integer,
+                    time_unix_ms integer, digest blob, payload blob, tag blob,
+                    primary key (run, section, cycle, kind, id)) without rowid;
+create table notes (run text primary key, note blob, tag blob) without rowid;
+create table read (stream text primary key, sequence integer, anchor blob);
+create table aside (number integer primary key, run text, stream text, sequence integer, subject text, data blob,
+                    time_unix_ms integer, headers text);
+create index aside_by_run on aside (run);
+"""
+_STANDING = "select section, cycle, kind, id, signer, stream, sequence, time_unix_ms, digest, payload, tag from facts"
+_OF_A_KIND = f"{_STANDING} where run = ? and section = ? and cycle = ? and kind = ? order by id"
+_SINCE = f"{_STANDING} where run = ? and (cycle = 0 or cycle >= ?)"
+_LAID = "select run, stream, sequence, subject, data, time_unix_ms, headers from aside"
+
+
+def anchor_of(record: Record) -> bytes:
+    """Return what tells a stored message from any other at its place."""
+    fields = (record.stream, str(record.sequence), str(record.time_unix_ms), record.subject)
+    return hashlib.sha256("\n".join(fields).encode() + b"\n" + record.data).digest()
+
+
+class Kept:
+    """The file of one service; without a `path`, a nameless one that ends with the process."""
+
+    def __init__(self, path: Path | None = None, binding: bytes = b"", secret: bytes = b"") -> None:
+        self.path, self._binding, self._secret = path, hashlib.sha256(binding + bytes([FORMAT])).digest(), secret[:32]
+        # Why nothing more is written. What was committed stays readable, and the rest is in memory.
+        self.closed_for_writing = ""
+        self._uncommitted: list[Fact] = []
+        self._beside: dict[tuple[str, str, int, str], dict[str, Fact]] = {}
+        # What was laid aside since the last commit, and in the end everything that was.
+        self._laid: list[tuple[str, Record]] = []
+        self._lock = threading.RLock()
+        self._back: OrderedDict[tuple[str, str, int, str], dict[str, Fact]] = OrderedDict()
+        self._held = 0
+        self.database = self._open()
+
+    # Opening.
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path is None:
+            return _fresh("")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            found = _connect(str(self.path))
+            # Another process with this file has its own view of the log.
+            found.execute("pragma locking_mode = exclusive")
+            found.execute("pragma journal_mode = wal")
+            found.execute("begin immediate")
+            found.execute("commit")
+        except (OSError, sqlite3.OperationalError):
+            return _fresh("")
+        except sqlite3.DatabaseError:
+            return self._anew()
+        try:
+            if found.execute("select binding from meta").fetchall() == [(self._binding,)]:
+                return found
+        except sqlite3.DatabaseError:
+            pass
+        found.close()
+        return self._anew()
+
+    def _anew(self) -> sqlite3.Connection:
+        assert self.path is not None
+        self._remove()
+        try:
+            made = _fresh(str(self.path))
+            made.execute("insert into meta values (?)", (self._binding,))
+        except sqlite3.DatabaseError:
+            return _fresh("")
+        return made
+
+    def _remove(self) -> None:
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(OSError):
+                assert self.path is not None
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Throw everything away: it is of another log than the one that is there."""
+        self.database.close()
+        self._back.clear()
+        self._held = 0
+        self.database = _fresh("") if self.path is None else self._anew()
+
+    def close(self) -> None:
+        """Let go of the file as it was when `commit` was called last."""
+        self.database.close()
+
+    # Writing.
+
+    def put(self, fact: Fact) -> None:
+        """Write down a fact, in place of what was written under its key."""
+        key = fact.key
+        row = (fact.run, key.section, key.cycle, key.kind, key.id, fact.signer, fact.stream, fact.sequence)
+        rest = (fact.time_unix_ms, fact.digest, fact.message.SerializeToString())
+        self._write(
+            "insert or replace into facts values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, *rest, self._tag(*row, *rest)),
+        )
+        with self._lock:
+            self._held -= len(self._back.pop((fact.run, key.section, key.cycle, key.kind), ()))
+        if self.closed_for_writing:
+            self._beside.setdefault((fact.run, key.section, key.cycle, key.kind), {})[key.id] = fact
+        else:
+            self._uncommitted.append(fact)
+
+    def note(self, run: str, note: bytes) -> None:
+        """Write down what else follows from the log of a run."""
+        self._write("insert or replace into notes values (?, ?, ?)", (run, note, self._tag(run, note)))
+
+    def lay(self, run: str, record: Record) -> None:
+        """Write down a message that nobody reads yet."""
+        row = (run, record.stream, record.sequence, record.subject, record.data, record.time_unix_ms)
+        self._write(
+            "insert into aside (run, stream, sequence, subject, data, time_unix_ms, headers) values (?, ?, ?, ?, ?, ?, ?)",
+            (*row, json.dumps(record.headers)),
+        )
+        self._laid.append((run, record))
+
+    def take_up(self, run: str) -> Iterator[Record]:
+        """Yield what was laid aside for a run, in its order, and keep it no longer."""
+        if self.closed_for_writing:
+            yield from (record for where, record in self._laid if where == run)
+            self._laid = [entry for entry in self._laid if entry[0] != run]
+            return
+        for _, record in self._aside(f"{_LAID} where run = ? order by number", (run,)):
+            yield record
+        self._write("delete from aside where run = ?", (run,))
+        self._laid = [entry for entry in self._laid if entry[0] != run]
+
+    def _aside(self, query: str, values: tuple[object, ...] = ()) -> Iterator[tuple[str, Record]]:
+        for run, stream, sequence, subject, data, time_unix_ms, headers in self._read(query, values):
+            yield run, Record(stream, sequence, subject, data, time_unix_ms, json.loads(headers))
+
+    def commit(self, positions: Mapping[str, Record]) -> bool:
+        """Make everything so far what a later process begins with, which goes on behind these records.
+
+        Return whether the disk took it.
+        """
+        for stream, record in positions.items():
+            self._write("insert or replace into read values (?, ?, ?)", (stream, record.sequence, anchor_of(record)))
+        if not self.closed_for_writing and self.database.in_transaction:
+            try:
+                self.database.execute("commit")
+            except sqlite3.OperationalError as error:
+                self._give_up(error)
+        if not self.closed_for_writing:
+            self._uncommitted.clear()
+            self._laid.clear()
+        return not self.closed_for_writing
+
+    def _write(self, statement: str, row: tuple[object, ...]) -> None:
+        if self.closed_for_writing:
+            return
+        try:
+            if not self.database.in_transaction:
+                self.database.execute("begin")
+            self.database.execute(statement, row)
+        except sqlite3.DatabaseError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: sqlite3.Error) -> None:
+        self.closed_for_writing = str(error)
+        with suppress(sqlite3.Error):
+            # A disk that was full has rolled back already.
+            self.database.execute("rollback")
+        self._laid = [*self._aside(f"{_LAID} order by number"), *self._laid]
+        with self._lock:
+            self._back.clear()
+            self._held = 0
+            for fact in self._uncommitted:
+                place = (fact.run, fact.key.section, fact.key.cycle, fact.key.kind)
+                self._beside.setdefault(place, {})[fact.key.id] = fact
+
+    # Reading.
+
+    def positions(self) -> dict[str, tuple[int, bytes]]:
+        """Return the last message that was read of each stream, and its anchor."""
+        rows = self.database.execute("select stream, sequence, anchor from read").fetchall()
+        return {str(stream): (int(sequence), bytes(anchor)) for stream, sequence, anchor in rows}
+
+    def notes(self) -> Iterator[tuple[str, bytes]]:
+        """Yield what was noted of each run. Raises `Fatal` as `all`."""
+        for run, note, tag in self._read("select run, note, tag from notes", ()):
+            self._check(tag, run, note)
+            yield run, note
+
+    def all(self, run: str, section: str, cycle: int, kind: str) -> Mapping[str, Fact]:
+        """Return facts of a kind by id, in the order of ids. Raises `Fatal`, and removes the file, when it is damaged."""
+        place = (run, section, cycle, kind)
+        with self._lock:
+            if place in self._back:
+                self._back.move_to_end(place)
+                return self._back[place]
+            found = {fact.key.id: fact for fact in self._facts(run, _OF_A_KIND, place)}
+            if place in self._beside:
+                found = dict(sorted({**found, **self._beside[place]}.items()))
+            self._back[place] = found
+            self._held += len(found)
+            while self._held > REMEMBERED and len(self._back) > 1:
+                self._held -= len(self._back.popitem(last=False)[1])
+            return found
+
+    def since(self, run: str, cycle: int) -> Iterator[Fact]:
+        """Yield what a run keeps in memory: what belongs to no cycle, and everything from one on. Raises `Fatal` as `all`."""
+        yield from self._facts(run, _SINCE, (run, cycle))
+
+    def _facts(self, run: str, query: str, values: tuple[object, ...]) -> Iterator[Fact]:
+        for *row, payload, tag in self._read(query, values):
+            self._check(tag, run, *row, payload)
+            section, cycle, kind, id_, signer, stream, sequence, time_unix_ms, digest = row
+            key, signed = FactKey(section, cycle, kind, id_), bytes(digest)
+            try:
+                message = _type_of(stream, kind, section).FromString(payload)
+            except (KeyError, DecodeError) as error:
+                raise self._damaged() from error
+            yield Fact(run, key, message, signer, stream, sequence, time_unix_ms, signed)
+
+    def _read(self, query: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        try:
+            return self.database.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged() from error
+
+    def _tag(self, *fields: object) -> bytes:
+        tag = hashlib.blake2b(key=self._secret, digest_size=16)
+        for field in fields:
+            data = field if isinstance(field, bytes) else str(field).encode()
+            tag.update(len(data).to_bytes(4, "big") + data)
+        return tag.digest()
+
+    def _check(self, tag: object, *fields: object) -> None:
+        if not isinstance(tag, bytes) or not hmac.compare_digest(tag, self._tag(*fields)):
+            raise self._damaged()
+
+    def _damaged(self) -> Fatal:
+        self.closed_for_writing = "it is damaged"
+        if self.path is not None:
+            self._remove()
+        return Fatal(
+            f"what this service kept of the log in {self.path} is damaged; started again, it reads the log anew"
+        )
+
+
+def _type_of(stream: str, kind: str, section: str) -> type[Message]:
+    """Return the type of a fact's message: what verification asked for when it was read."""
+    return INGRESS[kind] if stream == "INGRESS" else CATALOGUE[section, kind][0]
+
+
+def _connect(name: str) -> sqlite3.Connection:
+    return sqlite3.connect(name, isolation_level=None, check_same_thread=False, timeout=0)
+
+
+def _fresh(name: str) -> sqlite3.Connection:
+    made = _connect(name)
+    if name:
+        made.execute("pragma locking_mode = exclusive")
+        made.execute("pragma journal_mode = wal")
+        made.execute("pragma synchronous = normal")
+    made.executescript(_SCHEMA)
+    return made

@@ -1,0 +1,212 @@
+"""What is kept on the disk: as it was committed, or thrown away."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from connito.errors import Fatal
+from connito.v1 import cycle_pb2, run_pb2
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
+from connito.wire.kept import Kept, anchor_of
+from connito.wire.subjects import FactKey
+
+SECRET = bytes(range(32))
+
+
+def opened(cycle: int, sequence: int = 1) -> Fact:
+    message = cycle_pb2.WindowOpened(run="r", cycle=cycle, expected=["a", "b"])
+    return Fact("r", FactKey("train", cycle, "opened"), message, "U", "TRAIN", sequence, 5, bytes(32))
+
+
+def trained(cycle: int, miner: str, sequence: int = 1) -> Fact:
+    message = cycle_pb2.TrainingFinished(run="r", cycle=cycle)
+    return Fact("r", FactKey("ingress", cycle, "trained", miner), message, miner, "INGRESS", sequence, 5, bytes(32))
+
+
+def record(sequence: int) -> Record:
+    return Record("TRAIN", sequence, "connito.v1.r.train.1.opened", b"data", 7, {"a": "b"})
+
+
+def path_in(folder: Path) -> Path:
+    return folder / "state" / "log.sqlite"
+
+
+def at(folder: Path, binding: bytes = b"here", secret: bytes = SECRET) -> Kept:
+    return Kept(path_in(folder), binding, secret)
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    kept = at(tmp_path)
+    for cycle in range(1, 5):
+        kept.put(opened(cycle))
+        kept.put(trained(cycle, "b"))
+        kept.put(trained(cycle, "a"))
+    kept.note("r", b"a note")
+    kept.lay("ghost", record(4))
+    assert kept.commit({"TRAIN": record(9)})
+    kept.close()
+    return tmp_path
+
+
+def test_what_was_committed_is_there_again(filled: Path) -> None:
+    kept = at(filled)
+    assert kept.positions() == {"TRAIN": (9, anchor_of(record(9)))}
+    assert list(kept.notes()) == [("r", b"a note")]
+    assert kept.all("r", "ingress", 2, "trained") == {"a": trained(2, "a"), "b": trained(2, "b")}
+    assert list(kept.all("r", "ingress", 2, "trained")) == ["a", "b"]
+    assert {fact.key.cycle for fact in kept.since("r", 3)} == {3, 4}
+    assert list(kept.take_up("ghost")) == [record(4)]
+    assert list(kept.take_up("ghost")) == []
+    assert oct(path_in(filled).parent.stat().st_mode)[-2:] == "00"
+    kept.close()
+
+
+def test_what_was_not_committed_is_not(filled: Path) -> None:
+    kept = at(filled)
+    kept.put(opened(5))
+    kept.note("r", b"another")
+    assert list(kept.all("r", "train", 5, "opened").values()) == [opened(5)]
+    kept.close()
+    kept = at(filled)
+    assert not kept.all("r", "train", 5, "opened")
+    assert list(kept.notes()) == [("r", b"a note")]
+    kept.close()
+
+
+@pytest.mark.parametrize("binding", [b"", b"another roster"])
+def test_a_file_that_is_bound_to_something_else_is_thrown_away(filled: Path, binding: bytes) -> None:
+    kept = at(filled, binding)
+    assert not kept.positions()
+    assert not list(kept.notes())
+    kept.close()
+    assert not at(filled).positions(), "and the other one has its own now"
+
+
+def test_rows_of_another_key_are_not_believed(filled: Path) -> None:
+    kept = at(filled, secret=bytes(32))
+    with pytest.raises(Fatal, match="damaged"):
+        kept.all("r", "train", 1, "opened")
+    kept.close()
+    assert not at(filled).positions(), "it was removed"
+
+
+@pytest.mark.parametrize("column", ["payload", "signer", "sequence", "digest", "time_unix_ms"])
+def test_a_changed_row_is_seen_and_the_file_thrown_away(filled: Path, column: str) -> None:
+    with closing(sqlite3.connect(path_in(filled))) as other, other:
+        other.execute(f"update facts set {column} = substr(hex({column}), 1, 4) where cycle = 2")
+    kept = at(filled)
+    assert kept.all("r", "train", 1, "opened")
+    with pytest.raises(Fatal, match="damaged"):
+        kept.all("r", "ingress", 2, "trained")
+    kept.close()
+    again = at(filled)
+    assert not again.positions()
+    assert again.commit({"TRAIN": record(1)}), "a new one can be made"
+    again.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database" * 100, b"SQLite format 3\x00" + bytes(500)])
+def test_a_file_that_is_no_database_is_thrown_away(filled: Path, content: bytes) -> None:
+    for path in path_in(filled).parent.iterdir():
+        path.unlink()
+    path_in(filled).write_bytes(content)
+    kept = at(filled)
+    assert not kept.positions()
+    kept.put(opened(1))
+    assert kept.commit({"TRAIN": record(3)})
+    kept.close()
+    kept = at(filled)
+    assert kept.positions()
+    kept.close()
+
+
+@pytest.mark.parametrize("flip", range(0, 4096, 311))
+def test_no_flipped_byte_becomes_a_fact(filled: Path, flip: int) -> None:
+    """Either the facts are as they were, or the file is not believed."""
+    data = bytearray(path_in(filled).read_bytes())
+    data[-1 - flip] ^= 0x41
+    path_in(filled).write_bytes(data)
+    wanted = {opened(cycle).key: opened(cycle) for cycle in range(1, 5)}
+    kept = at(filled)
+    try:
+        for fact in (fact for cycle in range(1, 5) for fact in kept.all("r", "train", cycle, "opened").values()):
+            assert fact == wanted[fact.key]
+    except Fatal:
+        pass
+    finally:
+        kept.close()
+
+
+def test_a_second_process_with_the_same_folder_goes_without(filled: Path) -> None:
+    first, second = at(filled), at(filled)
+    assert first.positions()
+    assert not second.positions()
+    second.put(opened(9))
+    assert second.commit({"TRAIN": record(1)})
+    second.close()
+    assert not first.all("r", "train", 9, "opened")
+    first.close()
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file in place of the folder")
+    kept = at(tmp_path)
+    kept.put(opened(1))
+    assert kept.commit({"TRAIN": record(1)})
+    assert kept.all("r", "train", 1, "opened")
+    kept.close()
+
+
+def test_a_full_disk_costs_nothing_but_the_next_start(tmp_path: Path) -> None:
+    kept = at(tmp_path)
+    facts = RunFacts("r", shelf=kept)
+    facts.add(opened(1))
+    kept.put(opened(1))
+    assert kept.commit({"TRAIN": record(1)})
+    facts.let_go(1)
+    pages = kept.database.execute("pragma page_count").fetchone()[0]
+    kept.database.execute(f"pragma max_page_count = {pages}")
+    for number in range(500):
+        late = trained(1, f"m{number:03}", number + 1)
+        assert facts.add(late), "it belongs to a cycle that is on the disk"
+        kept.lay("ghost", record(number))
+    assert kept.closed_for_writing
+    assert not kept.commit({"TRAIN": record(2)})
+    assert facts.window("train", 1).opened == opened(1).message
+    assert list(facts.trained(1)) == [f"m{number:03}" for number in range(500)]
+    assert [one.sequence for one in kept.take_up("ghost")] == list(range(500))
+    kept.close()
+    again = at(tmp_path)
+    assert again.positions()["TRAIN"][0] == 1, "the next process begins where the disk was full"
+    again.close()
+
+
+def test_cycles_that_were_let_go_are_read_as_before() -> None:
+    kept, plain = Kept(), RunFacts("r")
+    facts = RunFacts("r", shelf=kept)
+    created = Fact(
+        "r", FactKey("run", 0, "created"), run_pb2.RunCreated(spec=run_pb2.RunSpec(run="r")), "U", "RUNS", 1, 5
+    )
+    told = [created, *(opened(cycle) for cycle in range(1, 9)), *(trained(cycle, "a", 5) for cycle in range(1, 9))]
+    for fact in told:
+        plain.add(fact)
+        facts.add(fact)
+        kept.put(fact)
+        facts.let_go(facts.cycle - 3)
+    assert len(facts.facts) < len(plain.facts)
+    earlier = trained(2, "a", 3)
+    for one in (facts, plain):
+        assert not one.add(trained(2, "a", 9)), "the first message on a subject stands, wherever it is"
+        assert one.add(earlier)
+        assert one.add(trained(2, "b", 7))
+    for key in plain.facts:
+        assert facts.fact(key.section, key.cycle, key.kind, key.id) == plain.facts[key]
+    assert [dict(facts.trained(cycle)) for cycle in range(10)] == [dict(plain.trained(cycle)) for cycle in range(10)]
+    facts.let_go(0, whole=True)
+    assert not facts.facts
+    assert facts.spec == plain.spec
