@@ -21,7 +21,7 @@ from connito.wire.fact import Record
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.merkle import Tree, leaf_hash
-from connito.wire.subjects import ROOT
+from connito.wire.subjects import ROOT, run_of
 
 # `RunSpec.protocol_version` since which a log has heads.
 HEADS_SINCE = 3
@@ -138,6 +138,11 @@ class LogTrees:
     def of(self, run: str) -> LogTree:
         """Return the tree of a run."""
         return self.runs.setdefault(run, LogTree())
+
+    def add(self, record: Record, facts: RunFacts | None) -> None:
+        """Take in a stored message, also one that does not verify: a head covers it. `facts`: what is known of its run."""
+        if facts is None or facts.spec is None or facts.spec.protocol_version >= HEADS_SINCE:
+            self.of(run_of(record.subject)).add(record)
 
     def note(self, facts: RunFacts) -> dict[str, Any] | None:
         """Return a run's tree as `LogTree.note`, as far as its heads go; None for a run that has none by its rules."""

@@ -60,8 +60,7 @@ class Log:
             fact = self.verified(record)
         else:
             if self.trees is not None:
-                # A head covers every stored message, also one that does not verify.
-                self.trees.of(run_of(record.subject)).add(record)
+                self.trees.add(record, self.runs.get(run_of(record.subject)))
             whole = self.parts.take(record, self.roster)
             if whole is None:
                 return None

@@ -1,0 +1,237 @@
+"""Seconds and memory until a service is ready, by the age of the run that it follows: with what it kept, and without.
+
+A broker of its own holds a signed log of as many cycles with twenty miners and three validators; each service is started as in
+any installation and asked whether it is ready. `first` reads the whole log, `again` begins with what the first has kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from connito.bus import Bus, streams
+from connito.platform.servers import NatsServer
+from connito.v1 import cycle_pb2, run_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire import subjects
+from connito.wire.envelope import seal
+from connito.wire.identity import Identity
+from connito.wire.roster import Roster
+from google.protobuf.message import Message
+
+from bench.harness import Options, Result, main, note
+
+RUN = "aged"
+SERVICES = ("coordinator", "committer", "validator", "trainer")
+AGES, MINERS = (40, 200, 1000), 20
+FAR = 4102444800000
+Said = tuple[Identity, str, Message]
+
+
+class Cast:
+    """Everybody who has written in the log, and their files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        names = ("coordinator", "selector", "committer", "aggregator", "library")
+        self.services = {name: Identity.generate() for name in names}
+        self.validators = [Identity.generate() for _ in range(3)]
+        self.miners = [Identity.generate() for _ in range(MINERS)]
+        members = {name: frozenset({one.public}) for name, one in self.services.items()}
+        roster = Roster(members | {"validator": frozenset(one.public for one in self.validators)})
+        roster.save(folder / "roster.json")
+        own = {**self.services, "validator": self.validators[0], "trainer": self.miners[0]}
+        for name in SERVICES:
+            own[name].save(folder / f"{name}.nk")
+
+    def say(self, section: str, cycle: int, kind: str, message: Message, who: Identity, id_: str = "") -> Said:
+        return who, subjects.fact(RUN, section, cycle, kind, id_), message
+
+
+def beginning(cast: Cast, cycles: int) -> Iterator[Said]:
+    """Yield a run's creation, selection and participants."""
+    coordinator = cast.services["coordinator"]
+    spec = run_pb2.RunSpec(run=RUN, domain="recipes", cycles=cycles + 1, protocol_version=2, emission=100)
+    yield cast.say("run", 0, "created", run_pb2.RunCreated(spec=spec), coordinator)
+    selected = run_pb2.SelectionMade(run=RUN, initial_state=ArtifactRef(digest=f"{0:064x}", size=10))
+    yield cast.say("run", 0, "selected", selected, cast.services["selector"])
+    for miner in cast.miners:
+        yield cast.say("run", 0, "miner", run_pb2.MinerEnrolled(run=RUN, miner=miner.public), coordinator, miner.public)
+    for one in cast.validators:
+        joined = run_pb2.ValidatorJoined(run=RUN, validator=one.public)
+        yield cast.say("run", 0, "validator", joined, one, one.public)
+
+
+def window(cast: Cast, cycle: int, name: str, expected: list[str], stream: str = "INGRESS") -> tuple[Said, Said]:
+    """Return the opening and the close of a window."""
+    state, value = ArtifactRef(digest=f"{cycle:064x}", size=10), subjects.window_value(name)
+    opened = cycle_pb2.WindowOpened(
+        run=RUN, cycle=cycle, window=value, expected=expected, deadline_unix_ms=FAR, state=state
+    )
+    closed = cycle_pb2.WindowClosed(run=RUN, cycle=cycle, window=value, stream=stream, last_sequence=3 * MINERS * cycle)
+    coordinator = cast.services["coordinator"]
+    return (
+        cast.say(name, cycle, "opened", opened, coordinator),
+        cast.say(name, cycle, "closed", closed, coordinator),
+    )
+
+
+def taking_in(cast: Cast, cycle: int) -> Iterator[Said]:
+    """Yield what a cycle writes until its submissions are settled."""
+    committer, miners = cast.services["committer"], [one.public for one in cast.miners]
+    train, commit, submit = (window(cast, cycle, name, miners) for name in ("train", "commit", "submit"))
+    yield train[0]
+    for miner in cast.miners:
+        said = cycle_pb2.TrainingFinished(run=RUN, cycle=cycle)
+        yield miner, subjects.ingress(RUN, miner.public, "trained"), said
+    yield from (train[1], commit[0])
+    for place, miner in enumerate(cast.miners):
+        digest = os.urandom(32)
+        message = cycle_pb2.Commitment(run=RUN, cycle=cycle, digest=digest)
+        yield miner, subjects.ingress(RUN, miner.public, "commitment"), message
+        accepted = cycle_pb2.CommitmentAccepted(
+            run=RUN, cycle=cycle, miner=miner.public, digest=digest, ingress_sequence=place + 1
+        )
+        yield cast.say("commit", cycle, "accepted", accepted, committer, miner.public)
+    yield commit[1]
+    settled = cycle_pb2.WindowSettled(run=RUN, cycle=cycle, window=cycle_pb2.WINDOW_COMMIT, committed=sorted(miners))
+    yield from (cast.say("commit", cycle, "settled", settled, committer), submit[0])
+    entries = []
+    for place, miner in enumerate(cast.miners):
+        work = ArtifactRef(digest=os.urandom(32).hex(), size=10)
+        reveal = cycle_pb2.Reveal(run=RUN, cycle=cycle, artifact=work, salt=bytes(16))
+        yield miner, subjects.ingress(RUN, miner.public, "reveal"), reveal
+        entry = cycle_pb2.Submission(miner=miner.public, artifact=work, origin_cycle=cycle, reveal_sequence=place + 1)
+        entries.append(entry)
+        taken = cycle_pb2.RevealAccepted(run=RUN, cycle=cycle, submission=entry)
+        yield cast.say("submit", cycle, "accepted", taken, committer, miner.public)
+    done = cycle_pb2.WindowSettled(run=RUN, cycle=cycle, window=cycle_pb2.WINDOW_SUBMIT, submissions=entries)
+    yield from (submit[1], cast.say("submit", cycle, "settled", done, committer))
+
+
+def judging(cast: Cast, cycle: int) -> Iterator[Said]:
+    """Yield what a cycle writes from then on."""
+    aggregator, miners = cast.services["aggregator"], [one.public for one in cast.miners]
+    validate = window(cast, cycle, "validate", [one.public for one in cast.validators], "VALIDATE")
+    merge = window(cast, cycle, "merge", [], "MERGE")
+    yield validate[0]
+    for one in cast.validators:
+        losses = [
+            cycle_pb2.SequenceLoss(domain="recipes", sequence=n, before=1.0, after=0.9, tokens=64) for n in range(8)
+        ]
+        scores = [cycle_pb2.SubmissionScore(miner=miner, utility=0.1, losses=losses) for miner in miners]
+        report = cycle_pb2.ScoreReport(run=RUN, cycle=cycle, validator=one.public, scores=scores)
+        yield cast.say("validate", cycle, "report", report, one, one.public)
+    yield from (validate[1], merge[0])
+    verdicts = [cycle_pb2.Verdict(miner=miner, rank=1, reward=5, utility=0.1) for miner in miners]
+    scored = cycle_pb2.CycleScored(run=RUN, cycle=cycle, verdicts=verdicts)
+    yield cast.say("merge", cycle, "scored", scored, aggregator)
+    state = ArtifactRef(digest=f"{cycle:064x}", size=10)
+    version = cycle_pb2.VersionPublished(run=RUN, cycle=cycle, version=cycle, state=state)
+    yield cast.say("merge", cycle, "version", version, aggregator)
+    yield merge[1]
+
+
+def story(cast: Cast, cycles: int) -> Iterator[Said]:
+    """Yield a run of as many cycles, whose next one has begun."""
+    yield from beginning(cast, cycles)
+    for cycle in range(1, cycles + 1):
+        yield from taking_in(cast, cycle)
+        yield from judging(cast, cycle)
+    yield window(cast, cycles + 1, "train", [one.public for one in cast.miners])[0]
+
+
+async def fill(url: str, cast: Cast, cycles: int) -> int:
+    """Write the log into the broker; return its messages."""
+    sent = 0
+    async with await Bus.connect(url, None, "fill") as bus:
+        await streams.ensure(bus.js)
+        for who, subject, message in story(cast, cycles):
+            await bus.js._nc.publish(subject, seal(who, subject, message).SerializeToString())
+            sent += 1
+            if sent % 250 == 0:
+                await settle(bus, sent)
+        await settle(bus, sent)
+    return sent
+
+
+async def settle(bus: Bus, messages: int) -> None:
+    """Wait until the broker has so many messages: of what comes faster than it stores, it refuses some."""
+    await bus.js._nc.flush()
+    async with asyncio.timeout(30):
+        while sum([await bus.last_sequence(name) for name in (*streams.FACT_STREAMS, "INGRESS")]) < messages:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def start(service: str, cast: Cast, url: str, state: Path | None) -> dict[str, Any]:
+    """Start a service; return seconds and bytes in memory when it is ready, and end it."""
+    ports = cast.folder / "ports.json"
+    ports.unlink(missing_ok=True)
+    settings = {
+        "nats_url": url, "key_file": str(cast.folder / f"{service}.nk"), "roster": str(cast.folder / "roster.json"),
+        "s3_access_key": "a", "s3_secret_key": "b", "port_file": str(ports), "cache_dir": str(cast.folder / "cache"),
+        "work_dir": str(cast.folder / "work"), "state_dir": "" if state is None else str(state),
+    }  # fmt: skip
+    given = {f"CONNITO_{name.upper()}": value for name, value in settings.items() if value}
+    began = time.monotonic()
+    with (cast.folder / f"{service}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"services.{service}"], env={**os.environ, **given}, stdout=log, stderr=log
+        )
+    try:
+        while not _is_ready(ports):
+            if process.poll() is not None:
+                raise RuntimeError((cast.folder / f"{service}.log").read_text()[-2000:])
+            time.sleep(0.02)
+        seconds = time.monotonic() - began
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        return {"seconds": round(seconds, 2), "rss_mb": round(resident / 1024, 1)}
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _is_ready(ports: Path) -> bool:
+    with suppress(OSError, ValueError, KeyError):
+        port = json.loads(ports.read_text())["http"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as answer:
+            return bool(answer.status == 200)
+    return False
+
+
+def run(options: Options) -> Result:
+    """Start each service on logs of every age."""
+    rows: list[dict[str, Any]] = []
+    for cycles in (0, AGES[0]) if options.quick else (0, *AGES):
+        with tempfile.TemporaryDirectory() as folder, NatsServer(Path(folder) / "nats") as server:
+            cast = Cast(Path(folder))
+            messages = asyncio.run(fill(server.url, cast, cycles))
+            note(f"{cycles} cycles: {messages} messages")
+            for service in SERVICES:
+                state = Path(folder) / "state"
+                first, again = (start(service, cast, server.url, state) for _ in range(2))
+                kept = sum(path.stat().st_size for path in state.glob(f"log-{service}-*"))
+                row = {"cycles": cycles, "messages": messages, "service": service, "first": first, "again": again}
+                rows.append({**row, "kept_mb": round(kept / 1e6, 1)})
+                note(str(rows[-1]))
+    figures = {
+        f"{row['service']} at {row['cycles']} cycles": f"first {row['first']['seconds']} s, {row['first']['rss_mb']} MB; "
+        f"again {row['again']['seconds']} s, {row['again']['rss_mb']} MB"
+        for row in rows
+    }
+    return Result({"miners": MINERS, "validators": 3}, rows, figures)
+
+
+if __name__ == "__main__":
+    main("starting", run, doc=__doc__ or "")
