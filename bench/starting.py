@@ -39,7 +39,7 @@ Said = tuple[Identity, str, Message]
 
 
 class Cast:
-    """Everybody who has written in the log, and their files."""
+    """Holds everybody who has written in the log, and their files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What miners said in a run, message by message: of several with one key, the facts of a run hold the first alone."""
+"""Keep what miners said in a run, message by message: of several with one key, the facts of a run hold the first alone."""
 
 from __future__ import annotations
 

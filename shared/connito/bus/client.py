@@ -179,7 +179,7 @@ class Bus:
 
     async def _settle(self, subject: str, data: bytes, kind: str) -> bool:
         """Resolve a subject that already has a message: our own (its acknowledgement was lost), another's, or an invalid one."""
-        standing = await self._last(stream_of(subject), subject)
+        standing = await self.look(stream_of(subject), last_by_subj=subject)
         if standing is None or standing.data == data:
             if standing is None:
                 raise Retry(
@@ -310,7 +310,7 @@ class Bus:
 
     async def last_record(self, subject: str) -> Record | None:
         """Return the last message on a subject, a fact as a whole, or None. Raises `Invalid` for a fact without its parts."""
-        record = await self._last(stream_of(subject), subject)
+        record = await self.look(stream_of(subject), last_by_subj=subject)
         return None if record is None else await self.whole(record)
 
     async def whole(self, record: Record) -> Record:
@@ -318,7 +318,7 @@ class Bus:
         places = parts_of(record) if record.stream in FACT_STREAMS else []
         if not places:
             return record
-        parts = [await self._last(record.stream, place) for place in places]
+        parts = [await self.look(record.stream, last_by_subj=place) for place in places]
         if lacking := parts.count(None):
             raise Invalid(f"{record.subject} lacks {lacking} of its {len(parts)} parts")
         return join(record, (read_part(part, self._roster) for part in parts if part is not None))
@@ -327,26 +327,20 @@ class Bus:
         """Return the sequence of the last message that `stream` stored; 0 when it is empty."""
         if self._reading.stranger:
             # Strangers ask no leader: a replica answers, which may be some milliseconds behind.
-            last = await self._last(stream, STREAMS[stream].filter())
+            last = await self.look(stream, last_by_subj=STREAMS[stream].filter())
             return 0 if last is None else last.sequence
         info = await self._manage(self.js.stream_info(stream), f"stream {stream}")
         return int(info.state.last_seq)
 
-    async def stored_at(self, stream: str, sequence: int) -> Record | None:
-        """Return the message that stands at a place, or None. Raises `Retry`."""
-        return await self._get(stream, {"seq": sequence}, f"{stream} {sequence}")
-
-    async def _last(self, stream: str, subject: str) -> Record | None:
-        return await self._get(stream, {"last_by_subj": subject}, subject)
-
-    async def _get(self, stream: str, which: Mapping[str, object], what: str) -> Record | None:
+    async def look(self, stream: str, **which: object) -> Record | None:
+        """Return the message that stands at `seq`, or as the last one on `last_by_subj`; None where none does. Raises `Retry`."""
         body = json.dumps(which).encode()
         reply = await self._reading.request(f"$JS.API.DIRECT.GET.{stream}", body)
         if (record := got(stream, reply)) is not None:
             return record
         if (status := (reply.headers or {}).get("Status")) == "404":
             return None
-        raise Retry(f"the broker cannot read {what}: it answers {status}", dependency="broker")
+        raise Retry(f"the broker cannot read {which} of {stream}: it answers {status}", dependency="broker")
 
     async def time(self) -> float:
         """Return the broker's clock, in unix seconds. Raises `Retry` when it does not answer."""

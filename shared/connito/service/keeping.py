@@ -50,7 +50,7 @@ class Keeping:
         looks = 0
         while True:
             try:
-                if (found := await self._bus.stored_at(stream, sequence)) or looks == LOOKS:
+                if (found := await self._bus.look(stream, seq=sequence)) or looks == LOOKS:
                     return found
                 # A replica that is behind has it not yet.
                 looks += 1

@@ -63,7 +63,7 @@ class Fact(Generic[M_co]):
 
 
 class Shelf(Protocol):
-    """Where facts are that are not in memory (`connito.wire.kept`)."""
+    """Holds facts that are not in memory (`connito.wire.kept`)."""
 
     def all(self, run: str, section: str, cycle: int, kind: str) -> Mapping[str, Fact]: ...
 

@@ -36,8 +36,8 @@ class Stored:
         self.records = {(record.stream, record.sequence): record for record in records}
         self.read = 0
 
-    async def stored_at(self, stream: str, sequence: int) -> Record | None:
-        return self.records.get((stream, sequence))
+    async def look(self, stream: str, seq: int) -> Record | None:
+        return self.records.get((stream, seq))
 
 
 @pytest.fixture(scope="module")
