@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from connito.protocol.quota import COUNTED
@@ -12,8 +11,8 @@ from connito.wire.subjects import FactKey
 
 
 def counted(cycle: int, spec: RunSpec | None) -> int:
-    """Return the cycle that a message counts in; those that the run does not have count as one."""
-    return cycle if spec is not None and 1 <= cycle <= spec.cycles else 0
+    """Return the cycle that a message counts in; those that the run does not have count as one, once its rules are known."""
+    return cycle if spec is None or 1 <= cycle <= spec.cycles else 0
 
 
 @dataclass
@@ -41,8 +40,7 @@ class Said(FactSet):
     def before(self, fact: Fact, spec: RunSpec | None) -> list[int]:
         """Return the sequences of the same miner's messages of that kind in that cycle, in front of this one."""
         key = self.place(fact, spec)
-        ids = list(self.all(key.section, key.cycle, key.kind))
-        return [int(id_) for id_ in ids[: bisect_left(ids, key.id)]]
+        return [int(id_) for id_ in self.all(key.section, key.cycle, key.kind) if id_ < key.id]
 
     def over(self, fact: Fact, spec: RunSpec) -> bool:
         """Return whether a message is beyond what the run's policy answers one by one (`connito.protocol.quota`)."""

@@ -164,8 +164,9 @@ class State(PositionedLog):
         if run in self.runs:
             said, spec = self._said_in(run), self._spec(run)
             for name, facts in (("pending", self._pending[run]), ("reveals", self.reveals[run])):
-                places = [said.place(fact, spec) for fact in facts.values()]
-                found[name] = [[key.section, key.cycle, key.kind, key.id] for key in places]
+                keys = [said.place(fact, spec) for fact in facts.values()]
+                places = [(key.section, key.cycle, key.kind, key.id) for key in keys]
+                found[name] = [list(place) for place in places if said.has(*place)]
             found["heard"] = self.heard[run].note()
         return found
 
