@@ -15,10 +15,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
-import connito
 from connito.bus import Bus
 from connito.errors import ConnitoError, Fatal, Retry
 from connito.files import write_durably
@@ -81,7 +81,7 @@ class ServiceContext(Generic[S]):
         if folder is None:
             return Kept()
         run, key = self.settings.run, self.identity.public
-        binding = [self.name, key, run, *streams, connito.__version__, self.roster.to_json()]
+        binding = [self.name, key, run, *streams, version("connito"), self.roster.to_json()]
         path = folder / f"log-{self.name}-{key[:16]}{run and '-'}{run}.sqlite"
         return Kept(path, json.dumps(binding).encode(), self.identity.derive("connito.v1.kept", self.name))
 
