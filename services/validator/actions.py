@@ -200,10 +200,9 @@ class Validator:
     async def _fetch(self, submission: cycle_pb2.Submission, current: ArtifactRef) -> SubmissionFiles:
         """Return the submission's files. What the committer accepted was there: that it is not now is nobody's fault."""
         artifact = await self._store.fetch(submission.artifact)
-        origin = submission.base_state
+        origin, name = submission.base_state, shared_name(submission, current)
         if origin.digest in ("", current.digest):
-            return SubmissionFiles(artifact, None, submission.artifact.digest)
-        name = f"{submission.artifact.digest} from {origin.digest} on {current.digest}"
+            return SubmissionFiles(artifact, None, name)
         return SubmissionFiles(artifact, await self._store.fetch(origin), name)
 
     def _measure(
@@ -263,6 +262,12 @@ def in_turn(submissions: Sequence[cycle_pb2.Submission], me: str) -> list[int]:
     return sorted(
         range(len(submissions)), key=lambda place: hash_fields(b"turn", me, submissions[place].artifact.digest)
     )
+
+
+def shared_name(submission: cycle_pb2.Submission, current: ArtifactRef) -> str:
+    """Return what the losses of a submission follow from: coded bytes are another state on another θ_t."""
+    origin = submission.base_state.digest or current.digest
+    return f"{submission.artifact.digest} from {origin} on {current.digest}"
 
 
 def secret_of(identity: Identity) -> Callable[[RunFacts, int], bytes]:

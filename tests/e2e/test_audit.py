@@ -93,6 +93,8 @@ def test_a_submission_is_explained(run: Finished, miner: str, status: str, reaso
     assert (document["verdict"]["status"], document["verdict"]["reason"]) == (status, reason)
     row = run.row(2, miner)
     assert (document["verdict"]["utility"], document["verdict"]["reward"]) == (row["utility"], row["reward"])
+    # The run's default codec: ternary digits for every row.
+    assert document["inputs"]["artifact"]["bytes"] * 24 < document["inputs"]["base_state"]["bytes"]
     assert len(document["reports"]) == 3
     assert all(report["losses"] for report in document["reports"])
     assert {row["check"] for row in document["checks"]} >= {"signatures", "artifacts", "losses", "merge", "verdicts"}

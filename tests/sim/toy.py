@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from connito.data.corpus import Corpus
 from connito.data.tensors import read_tensors, tensor_bytes
+from connito.protocol.coding import decoded
 from connito.protocol.holdout import subsets
 from connito.protocol.merging.gate import Losses as GateLosses
 from connito.protocol.policy.check import complete
@@ -76,8 +78,10 @@ class Evaluator(SubmissionEvaluator):
     def submission(
         self, state: Path, files: SubmissionFiles, drawn: Any, before: Any, stop: Any, who: str
     ) -> Measurable:
-        validate(files.artifact, read_header(state))
-        value = value_of(files.artifact)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = decoded(files.artifact, files.origin or state, self._spec.training, Path(folder))
+            validate(rows, read_header(state))
+            value = value_of(rows)
         if files.origin is not None:
             value = value_of(state) + (value - value_of(files.origin))
         return Measurable(before, self._losses(value, drawn), unchanged=False)
@@ -134,4 +138,6 @@ def spec_for(cycles: int, miners: int, validators: int, customer: str) -> RunSpe
     spec.windows.min_miners, spec.windows.min_validators = miners, validators
     spec.windows.floor_seconds, spec.windows.ceiling_seconds, spec.windows.assemble_seconds = 5, 30, 600
     spec.retention.cycles = 1000
+    # Six numbers have hardly more than their signs in three levels, and would be copies of each other.
+    spec.training.codec = "int8"
     return complete(spec, customer)

@@ -57,10 +57,9 @@ class Blocks:
     def _scales(self, blocks: Floats) -> Floats:
         if self.levels > 1:
             return np.asarray(np.abs(blocks).max(axis=1) / self.levels, np.float32)
-        size = np.abs(blocks)
-        kept = _kept(size)
-        count = np.maximum(kept.sum(axis=1), 1)
-        return np.asarray(np.where(kept, size, 0).sum(axis=1) / count, np.float32)
+        # As long as the block was: the nearest would be shorter, and what is left would come a cycle late.
+        count = np.maximum(_kept(np.abs(blocks)).sum(axis=1), 1)
+        return np.asarray(np.sqrt(np.square(blocks.astype(np.float64)).sum(axis=1) / count), np.float32)
 
     def _digits(self, blocks: Floats, steps: Floats) -> NDArray[np.int64]:
         if self.levels == 1:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+from connito.v1.cycle_pb2 import Submission
 from connito.workloads.scoring import rebase
+from services.validator.actions import shared_name
+
+from tests.support.run import ref, theta
 
 
 def test_late_work_is_put_on_the_state_that_stands_now() -> None:
@@ -18,3 +22,10 @@ def test_late_work_is_put_on_the_state_that_stands_now() -> None:
 def test_the_dtype_of_the_standing_state_is_kept() -> None:
     half = {"layers.0.down_proj": torch.ones(1, 2, dtype=torch.bfloat16)}
     assert rebase(half, half, half)["layers.0.down_proj"].dtype is torch.bfloat16
+
+
+def test_the_same_bytes_on_another_state_share_no_losses() -> None:
+    first, second = (Submission(artifact=ref("aa"), base_state=theta(version)) for version in (1, 2))
+    names = [shared_name(first, theta(1)), shared_name(second, theta(2)), shared_name(first, theta(2))]
+    assert len(set(names)) == 3
+    assert shared_name(Submission(artifact=ref("aa")), theta(1)) == names[0]
