@@ -1,10 +1,10 @@
 """Bytes against gain: what a miner uploads under each codec, and how much of the gain of rows as they are it keeps.
 
 A cell is one codec, one number H of local steps, IID or not, one seed: cycles of four miners in a closed loop on the tiny base,
-with the project's own encoder, files, error feedback, decoder and the default policy's merge; no gate. `kept` is the fall of the held-out
-loss over that of the same cell with rows. Bytes are those of the files. A cell that has been computed is a JSON in `<out>/wire/`
-and is not computed again; processes side by side share the cells. Tiny matrices hide what low rank saves, so the bytes of
-one upload are also those of noise in the shapes of the demo's selection.
+with the project's own encoder, files, error feedback, decoder and the default policy's merge; no gate. `kept` is the fall of the
+held-out loss over that of the same cell with rows. Bytes are those of the files. A cell that has been computed is a JSON in
+`<out>/wire/` and is not computed again; processes side by side share the cells. Tiny matrices hide what low rank saves, so the
+bytes of one upload are also those of noise in the shapes of the demo's selection.
 
 Styles of others are their form and their feedback, on the same rig: DeMo's DCT of 64 by 64 and momentum (Peng et al., 2024),
 SparseLoCo's top-k of 4,096 with two bits (Sarfi et al., 2025), eight bits in blocks. No code of theirs runs here.

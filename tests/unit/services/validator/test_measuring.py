@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from connito.v1.cycle_pb2 import Submission
 from connito.workloads.scoring import rebase
-from services.validator.actions import shared_name
 
+from services.validator.actions import shared_name
 from tests.support.run import ref, theta
 
 
