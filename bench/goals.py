@@ -39,7 +39,8 @@ def _row(name: str) -> dict[str, Any]:
     import torch
     from connito.moe.footprint import SWITCHES, Workload, lean
     from connito.moe.residency import FOUR_BIT
-    from connito.workloads.rehearsal import predictor, same_everywhere
+    from connito.workloads.predicting import predictor
+    from connito.workloads.rehearsal import same_everywhere
     from transformers import AutoConfig
 
     family, values = CONFIGS[name]

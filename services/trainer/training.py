@@ -260,7 +260,7 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
     """
     import torch
     from connito.moe.footprint import SWITCHES, Workload, fit, free_bytes
-    from connito.workloads.rehearsal import predictor
+    from connito.workloads.predicting import predictor
 
     policy = facts.require_spec().training
     work = Workload(
@@ -282,7 +282,7 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
     where = "CONNITO_MEMORY_BYTES" if settings.memory_bytes else f"this machine ({device})"
     mine = tuple(switch for switch in SWITCHES if getattr(settings, switch.field, None) == AUTO)
-    predict = predictor(base.config(), *experts_of(facts.require_selection()))
+    predict = predictor(base.config(), *experts_of(facts.require_selection()), settings.cache_dir / "footprints")
     work = fit(predict, work, have, where, mine)
     log.info(
         "memory predicted",

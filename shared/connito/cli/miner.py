@@ -165,7 +165,8 @@ def fits(
     from connito.errors import Invalid
     from connito.moe.footprint import SWITCHES, Workload, fit, free_bytes, lean
     from connito.moe.residency import ALL, AUTO
-    from connito.workloads.rehearsal import config_of, predictor, same_everywhere
+    from connito.workloads.predicting import predictor
+    from connito.workloads.rehearsal import config_of, same_everywhere
 
     if (selection is None) == (not experts):
         raise Invalid("give either --selection FILE, or --experts N for so many targets in every layer")

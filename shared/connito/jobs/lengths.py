@@ -90,7 +90,7 @@ def _in_memory(length: int, job: Job, context: JobContext) -> int:
     """Return the length with which one sequence at a time fits into the job's budget, with one expert a layer selected."""
     if length <= STEP or not job.budget.memory:
         return length
-    from connito.workloads.rehearsal import predictor
+    from connito.workloads.predicting import predictor
 
     predict = predictor(context.config(), {layer: [0] for layer in context.manifest.expert_bytes()}, {})
     while length > STEP and predict(Workload(1, length, packed=True)).total > job.budget.memory:

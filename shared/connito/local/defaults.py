@@ -8,6 +8,7 @@ from pathlib import Path
 from connito.base.corpora import TINY_DOMAINS
 from connito.data.domains import DEMO_DOMAINS
 from connito.errors import Invalid
+from connito.local.machine_limits import multiplies_bf16
 from connito.protocol.policy.choices import ADVERSARIES
 from connito.protocol.policy.law import MAX_CYCLES
 from connito.protocol.policy.profiles import override_text, policies
@@ -65,10 +66,11 @@ class UpOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """Share of the cores: `slots` computations at a time, each with `threads` threads."""
+    """Share of the cores: `slots` computations at a time, each with `threads` threads. `bf16`: miners train in bfloat16."""
 
     slots: int
     threads: int
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ class Profile:
     small: bool = field(default=False)
 
     def machine(self, cores: int) -> Machine:
-        """Return the shares of the cores: one thread for each step of a small model, all cores for one step of a large one."""
-        return Machine(cores, 1) if self.small else Machine(1, cores)
+        """Return the shares of the cores: one thread for each step of a small model, all cores for one step of a large one, in
+        bfloat16 where that is faster.
+        """
+        return Machine(cores, 1) if self.small else Machine(1, cores, multiplies_bf16())
 
 
 def profile(options: UpOptions) -> Profile:

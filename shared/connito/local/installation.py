@@ -144,7 +144,8 @@ class Installation:
     def _miner_settings(self, member: Member) -> dict[str, str]:
         work = self.data.root / "miners"
         kind = member.name.rpartition("-")[0]
-        settings = {"work_dir": str(work / member.name), "label": member.name}
+        half = str(self.machine.bf16).lower()
+        settings = {"work_dir": str(work / member.name), "label": member.name, "bf16_parameters": half}
         if kind != "miner":
             settings |= {"trainer_adversary": kind, "trainer_victim_dir": str(work / "miner-1")}
             second = "miner-2" if "miner-2" in self.members else "miner-1"

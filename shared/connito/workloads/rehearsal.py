@@ -12,7 +12,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ import torch
 from connito.data.packing import ROW, Rows
 from connito.errors import Invalid
 from connito.moe.adamw import AdamW
-from connito.moe.footprint import Footprint, Predict, Workload
+from connito.moe.footprint import Footprint, Workload
 from connito.moe.four_bit import FourBit, PublishedFourBit
 from connito.moe.layout import ROUTER_NAMES, as_targets, find_moe_layers, require_moe_layers
 from connito.moe.live_bytes import LiveBytes
@@ -192,11 +191,6 @@ def with_random_weights(
             if tensor.is_floating_point():
                 tensor.normal_(0, 0.02)
     return prepare(model, work.engine, device) if targets else model
-
-
-def predictor(config: Any, targets: Experts, helpers: Experts) -> Predict:
-    """Return a function that rehearses settings on this model and selection, each only once."""
-    return cache(lambda work: rehearse(config, targets, helpers, work))
 
 
 def config_of(base: Path) -> Any:

@@ -28,6 +28,7 @@ PROFILES: Mapping[str, Mapping[str, float]] = {
         "training.weight_decay": 0,
         "scoring.target_sequences": 8,
         "scoring.general_sequences": 1,
+        "scoring.minimum_sequences": 4,
         "merging.gate_target_sequences": 8,
         "merging.gate_general_sequences": 1,
         "merging.gate_general_margin": 0.02,

@@ -18,7 +18,8 @@ from connito.moe.four_bit import FourBit, frozen_linear
 from connito.moe.residency import ALL, FOUR_BIT, HELPERS
 from connito.moe.resident import adapted_layers, compress, target_parameters
 from connito.moe.training import train_local
-from connito.workloads.rehearsal import config_of, predictor, rehearse
+from connito.workloads.predicting import predictor
+from connito.workloads.rehearsal import config_of, rehearse
 
 from tests.support.files import directory_reader
 from tests.support.models import save_random

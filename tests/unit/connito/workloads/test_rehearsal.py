@@ -12,7 +12,8 @@ import torch
 from connito.base.pretrained import parse_config
 from connito.errors import Invalid, NotFound
 from connito.moe.footprint import SWITCHES, Workload, fit, lean
-from connito.workloads.rehearsal import config_of, predictor, rehearse, rehearse_all, same_everywhere
+from connito.workloads.predicting import predictor
+from connito.workloads.rehearsal import config_of, rehearse, rehearse_all, same_everywhere
 
 from bench.memory import SHAPES, Shape, compare, experts_of, measure, work_of
 from bench.memory import config_of as shape_config

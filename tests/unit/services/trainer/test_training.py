@@ -14,7 +14,7 @@ from connito.moe.footprint import Workload
 from connito.moe.four_bit import FourBit
 from connito.moe.moments import Moment, Moments
 from connito.v1.run_pb2 import LayerSelection, RunSpec, TrainPolicy
-from connito.workloads.rehearsal import predictor
+from connito.workloads.predicting import predictor
 
 from services.trainer.base import Base
 from services.trainer.settings import TrainerSettings
