@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import stat
 from pathlib import Path
 from xml.etree import ElementTree
@@ -153,12 +152,14 @@ def deposited(run: Finished, digest: str) -> Path:
 
 def test_what_is_left_behind_can_be_read(run: Finished) -> None:
     ElementTree.fromstring((run.data / "loss.svg").read_text())
-    text = (run.data / "generation.md").read_text()
-    assert "## Before: tiny" in text
-    assert "## After 2 cycles on recipes" in text
-    losses = [float(loss) for loss in re.findall(r"Loss of the real text: (\S+) nats", text)]
-    assert len(losses) == 6
-    assert sum(losses[1::2]) < sum(losses[::2])
+    ElementTree.fromstring((run.data / "proof.svg").read_text())
+    text = (run.data / "proof.md").read_text()
+    assert "### Written by tiny" in text
+    assert "### Written after the run, on recipes" in text
+    words, *_ = run.report["proof"]
+    assert (words["domain"], words["what"], words["use"]) == ("recipes", "next word", "target")
+    assert words["low"] > 0, "more of its next words are right"
+    assert {row["domain"] for row in run.report["proof"]} == {"recipes", "logs", "poems", "ledgers"}
     for key in (run.data / "keys").iterdir():
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
 

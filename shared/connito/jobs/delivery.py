@@ -7,6 +7,7 @@ sequence, and says how far its own figures are from the aggregator's. Needs torc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from connito.wire.subjects import fact as fact_subject
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from connito.moe.evaluate import Evaluator
     from connito.platform.session import Session
     from connito.wire.fact import Record
     from connito.wire.facts import RunFacts
@@ -183,7 +185,28 @@ def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[s
             row["start"] = float(begun.sum() / tokens.sum())
         rows.append(row)
     evaluator.restore()
-    return {"confidence": CONFIDENCE, "rows": rows, "apart": _apart(facts, rows)}
+    progress("asking for words", 0.9)
+    right = _right(evaluator, context, parts, state)
+    return {"confidence": CONFIDENCE, "rows": rows, "apart": _apart(facts, rows), "right": right}
+
+
+def _right(
+    evaluator: Evaluator, context: JobContext, parts: list[tuple[str, str, npt.NDArray[Any]]], state: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return which next words and answers base and result get right, on the same text."""
+    from connito.data.packing import tokens_of
+    from connito.workloads.proof import GENERAL_TEXTS, TEXTS, Asked, all_right, compared
+
+    asked, target = {}, next(name for use, name, _ in parts if use == "target")
+    for use, name, table in parts:
+        rows = tokens_of(table)[: TEXTS if use == "target" else GENERAL_TEXTS].tolist()
+        texts = [context.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        asked[name] = Asked.of(name, texts, is_target=use == "target")
+    before = all_right(evaluator.model, context.tokenizer, asked)
+    evaluator.put(state)
+    after = all_right(evaluator.model, context.tokenizer, asked)
+    evaluator.restore()
+    return compared(before, after, target)
 
 
 def _parts(spec: run_pb2.RunSpec, context: JobContext) -> list[tuple[str, str, npt.NDArray[Any]]]:

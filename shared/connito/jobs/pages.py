@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from connito.render import formats
@@ -71,12 +71,32 @@ def _result(document: Document) -> str:
         "|---|---|---:|---:|---:|---|---:|---:|---|",
     ]
     lines += [_row(row) for row in found["rows"]]
+    lines += _words(found["right"])
     if any("start" in row for row in found["rows"]):
         begun = ", ".join(f"{row['name']} {row['start']:.4f}" for row in found["rows"])
         lines += ["", f"The run began at its start expert, not at the base: {begun}."]
     if found["apart"] is not None:
         lines += ["", f"These losses are within {found['apart']:.2g} nats per token of those that the run published."]
     return "\n".join(lines)
+
+
+def _words(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the table of what is right: words, and answers that the text asks for."""
+    if not rows:
+        return
+    yield from (
+        "",
+        "Next words, and answers that the text asks for, that greedy decoding gives exactly; change in points of 100.",
+        "",
+        "| text | what | before | after | change | interval | rests on |",
+        "|---|---|---:|---:|---:|---|---|",
+    )
+    for row in rows:
+        yield (
+            f"| {row['domain']} | {row['what']} | {formats.percent(row['before'])} | {formats.percent(row['after'])} "
+            f"| {100 * row['change']:+.1f} | {100 * row['low']:+.1f} to {100 * row['high']:+.1f} "
+            f"| {row['count']:,} in {row['texts']} texts |"
+        )
 
 
 def _row(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Write what `connito up` leaves of a run (report.json, loss.svg, generation.md), and say how it ended."""
+"""Write what `connito up` leaves of a run (report.json, loss.svg, proof.md with proof.svg), and say how it ended."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from connito.errors import Fatal, Invalid, Retry
 from connito.files import write_durably
 from connito.local.defaults import UpOptions
 from connito.platform.datadir import DataDir
+from connito.protocol.progress import merged_anything
 from connito.render import formats
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ def summary(report: dict[str, Any], options: UpOptions) -> str:
         general = totals["general_loss_last"] - totals["general_loss_first"]
         lines.append(f"  {report['domain']} loss   {first:.4f} → {last:.4f} nats per token ({last - first:+.4f})")
         lines.append(f"  general loss   {general:+.4f}")
+    for row in report["proof"] or ():
+        if row["use"] == "target":
+            before, after = formats.percent(row["before"]), formats.percent(row["after"])
+            points = f"{100 * row['change']:+.1f} points, {100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+            lines.append(f"  {row['what']}: {before} → {after} right ({points}; {row['count']} of held-out text)")
     if totals["upload_share_of_model"]:
         upload, share = totals["upload_bytes_per_miner_and_cycle"], totals["upload_share_of_model"]
         lines.append(
@@ -39,7 +45,7 @@ def summary(report: dict[str, Any], options: UpOptions) -> str:
     lines.append(
         f"  time, memory   {formats.duration(totals['seconds']['total'])}, at most {formats.size(totals['peak_memory_bytes'])}"
     )
-    for name in ("report.json", "loss.svg", "generation.md", "logs"):
+    for name in ("report.json", "loss.svg", "proof.md", "logs"):
         if (data.root / name).exists():
             lines.append(f"  {data.root / name}")
     return "\n".join([*lines, *_next(report, data)])
@@ -77,44 +83,46 @@ def check_outcome(report: dict[str, Any], logs: Path) -> None:
     raise Fatal(text)
 
 
-async def generate(installation: Installation, facts: RunFacts, materials: Materials) -> list[dict[str, Any]] | None:
-    """Continue held-out documents with the base and with the adapted model; None without a version."""
+async def measure_proof(installation: Installation, facts: RunFacts, materials: Materials) -> dict[str, Any] | None:
+    """Measure what base and result get right of held-out text, and let both write; None where nothing was merged."""
     from connito.local.materials import run_task
 
     version = facts.version(facts.cycle)
-    if version is None or facts.selection is None or facts.spec is None:
+    if version is None or not merged_anything(facts) or facts.selection is None or facts.spec is None:
         return None
-    state = await installation.store.fetch(version.state)
+    state, held = await installation.store.fetch(version.state), (facts.spec.holdout, *facts.spec.general_holdouts)
     params = {
         "folder": str(materials.folder),
         "state": str(state),
         "layers": {str(layer.layer): list(layer.experts) for layer in facts.selection.layers},
-        "holdout": str(materials.corpus(facts.spec.domain, "holdout")),
+        "holdouts": {ref.domain: str(materials.corpus(ref.domain, "holdout")) for ref in held},
+        "target": facts.spec.domain,
     }
-    texts = await run_task(installation, "generate", params, installation.display.progress)
-    examples: list[dict[str, Any]] = texts["examples"]
-    return examples
+    return await run_task(installation, "proof", params, installation.display.progress)
 
 
 def write_report(
     data: DataDir,
     options: UpOptions,
     facts: RunFacts,
-    texts: list[dict[str, Any]] | None,
+    proof: dict[str, Any] | None,
     materials: Materials,
     totals: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write report.json, also where `--report` says, loss.svg and generation.md; return the report."""
-    from connito.local.generation import markdown
+    """Write report.json, also where `--report` says, loss.svg, proof.md and proof.svg; return the report."""
+    from connito.local.proof import markdown
     from connito.views.loss_plot import loss_svg
+    from connito.views.proof_plot import Row, proof_svg
     from connito.views.run_report import run_report
 
     report = run_report(facts, model_bytes=materials.manifest.size, totals=totals)
+    report["proof"] = None if proof is None else proof["rows"]
     for path in (data.report, options.report):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, json.dumps(report, indent=2) + "\n")
     write_durably(data.root / "loss.svg", loss_svg(report))
-    if texts is not None:
-        write_durably(data.root / "generation.md", markdown(report, texts))
+    if proof is not None:
+        write_durably(data.root / "proof.md", markdown(report, proof))
+        write_durably(data.root / "proof.svg", proof_svg(report["run"], [Row(**row) for row in proof["rows"]]))
     return report

@@ -40,21 +40,19 @@ def corpora(params: dict[str, Any]) -> dict[str, Any]:
     return {"folder": str(build_corpora(Plan.from_json(params), _progress))}
 
 
-def generate(params: dict[str, Any]) -> dict[str, Any]:
-    """Continue held-out documents with the base and with the adapted model."""
-    from connito.local.generation import before_and_after
+def proof(params: dict[str, Any]) -> dict[str, Any]:
+    """Measure what base and adapted model get right of held-out text, and let both write."""
+    from connito.local.proof import prove
 
-    examples = before_and_after(
-        Path(params["folder"]), Path(params["state"]), params["layers"], Path(params["holdout"])
-    )
-    return {"examples": examples}
+    holdouts = {domain: Path(path) for domain, path in params["holdouts"].items()}
+    return prove(Path(params["folder"]), Path(params["state"]), params["layers"], holdouts, params["target"])
 
 
 TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "build_base": build_base,
     "manifest": manifest,
     "corpora": corpora,
-    "generate": generate,
+    "proof": proof,
 }
 
 

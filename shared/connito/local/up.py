@@ -270,9 +270,9 @@ class _Up:
     async def _report(
         self, installation: Installation, facts: RunFacts, materials: Materials, memory: PeakMemory
     ) -> dict[str, Any]:
-        from connito.local.outcome import generate, write_report
+        from connito.local.outcome import measure_proof, write_report
 
-        texts = await generate(installation, facts, materials)
+        proof = await measure_proof(installation, facts, materials)
         await asyncio.to_thread(memory.sample)
         self._lap("report")
         totals = {
@@ -284,7 +284,7 @@ class _Up:
             "adversaries": list(self.options.adversaries),
             "resumed": self.resumed,
         }
-        return write_report(self.data, self.options, facts, texts, materials, totals)
+        return write_report(self.data, self.options, facts, proof, materials, totals)
 
     async def _shelve(self, report: dict[str, Any]) -> None:
         """Put the expert on the shelf of this folder, where it can be taken from when nothing runs here any more."""

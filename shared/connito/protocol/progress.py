@@ -22,7 +22,8 @@ _OF_TRAINING = frozenset(
 )
 # Cycles without anything useful after which a run that never merged anything ends; the rate is then an eighth.
 GIVE_UP = 3
-# The largest share that a run raises its replay to by itself.
+# The share that a run without replay begins with, where it has text for it, and the largest that it raises it to by itself.
+FIRST_REPLAY = 0.125
 MOST_REPLAY = 0.5
 
 
@@ -65,6 +66,6 @@ def training(facts: RunFacts, cycle: int) -> TrainPolicy:
     times = barren_before(facts, cycle) if adapts(facts) else 0
     if times:
         policy.learning_rate *= 0.5**times
-        if 0 < policy.replay_share < MOST_REPLAY:
-            policy.replay_share = min(MOST_REPLAY, policy.replay_share * 2**times)
+        if spec.replay.artifact.digest and policy.replay_share < MOST_REPLAY:
+            policy.replay_share = min(MOST_REPLAY, max(policy.replay_share, FIRST_REPLAY / 2) * 2**times)
     return policy

@@ -34,8 +34,8 @@ def sequences(corpus: Corpus, spec: RunSpec) -> Rows:
 
 
 def replays(spec: RunSpec) -> bool:
-    """Return whether miners mix general text into what they train on."""
-    return spec.training.replay_share > 0 and bool(spec.replay.artifact.digest)
+    """Return whether miners may mix general text into what they train on: a run may begin without, and take it up."""
+    return bool(spec.replay.artifact.digest)
 
 
 def miners_of(facts: RunFacts, cycle: int) -> list[str]:

@@ -66,7 +66,9 @@ def cycle_report(facts: RunFacts, cycle: int) -> dict[str, Any]:
         "target_loss_after": _mean([loss.after for loss in target]),
         "general_loss_before": _mean([loss.before for loss in general]),
         "general_loss_after": _mean([loss.after for loss in general]),
-        "domains": {loss.domain: {"before": loss.before, "after": loss.after} for loss in version.losses},
+        "domains": {
+            loss.domain: {"before": loss.before, "after": loss.after, "tokens": loss.tokens} for loss in version.losses
+        },
         "submissions": rows,
         "validators": [vars(row) for row in validator_rows(facts, cycle)],
         "paid": paid(facts, cycle),

@@ -42,7 +42,7 @@ def test_a_run_without_an_expert_says_so() -> None:
             "domain": "law",
             "base": {"name": "tiny", "manifest": "m"},
             "expert": None,
-            "measured": {"rows": [same], "apart": None, "confidence": 0.95},
+            "measured": {"rows": [same], "apart": None, "confidence": 0.95, "right": []},
             "outcome": {"status": "no-improvement", "reason": "no-improvement", "detail": "nobody's work was of use"},
             "shelf": "for this text the shelf has x",
             "coverage": {"read": 10, "there": 100, "share": 0.1},

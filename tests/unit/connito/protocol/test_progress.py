@@ -8,18 +8,27 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.empty_handed import why_nothing
 
 from services.coordinator import handlers
-from tests.support.run import Run, even
+from tests.support.run import Run, even, ref
 
 BROKEN, COPY = reasons_pb2.REASON_RETENTION_BROKEN, reasons_pb2.REASON_COPY
 TRAINING = run_pb2.TrainPolicy(learning_rate=0.008, replay_share=0.2, local_steps=1, batch_sequences=1)
 
 
-def run_of(*cycles: reasons_pb2.Reason.ValueType | None, version: int = 3, of: int = 6, replay: float = 0.2) -> Run:
+def run_of(
+    *cycles: reasons_pb2.Reason.ValueType | None, version: int = 3, of: int = 6, replay: float = 0.2, text: bool = True
+) -> Run:
     """A run whose cycles each refused their one submission for a reason; None is a cycle that merged it."""
     training = run_pb2.TrainPolicy()
     training.CopyFrom(TRAINING)
     training.replay_share = replay
-    run = Run().created(cycles=of, protocol_version=version, training=training).selected().miners("UA").validators("UV")
+    brought = run_pb2.CorpusRef(domain="general", artifact=ref("a" * 64)) if text else None
+    run = (
+        Run()
+        .created(cycles=of, protocol_version=version, training=training, replay=brought)
+        .selected()
+        .miners("UA")
+        .validators("UV")
+    )
     for cycle, reason in enumerate(cycles, start=1):
         run.opened("train", cycle)
         for window in ("train", "commit", "submit", "validate", "merge"):
@@ -46,7 +55,13 @@ def test_a_useful_cycle_brings_the_settings_back() -> None:
 
 
 def test_without_replay_text_there_is_no_replay_to_raise() -> None:
-    assert progress.training(run_of(BROKEN, replay=0.0).facts, 2).replay_share == 0
+    assert progress.training(run_of(BROKEN, text=False).facts, 2).replay_share == 0.2
+    assert progress.training(run_of(BROKEN, replay=0.0, text=False).facts, 2).replay_share == 0
+
+
+def test_a_run_without_replay_takes_it_up_where_it_has_text_for_it() -> None:
+    run = run_of(BROKEN, BROKEN, replay=0.0)
+    assert [progress.training(run.facts, cycle).replay_share for cycle in (1, 2, 3)] == [0, 0.125, 0.25]
 
 
 @pytest.mark.parametrize(("reasons", "version"), [((COPY, COPY, COPY), 3), ((BROKEN, BROKEN, BROKEN), 2)])

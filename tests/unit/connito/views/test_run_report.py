@@ -8,12 +8,13 @@ from xml.etree import ElementTree
 
 import pytest
 from connito.errors import ConnitoError
-from connito.local.generation import markdown
 from connito.local.outcome import check_outcome
+from connito.local.proof import markdown
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.live import announce, phase
 from connito.views.loss_plot import loss_svg
+from connito.views.proof_plot import Row, proof_svg
 from connito.views.run_report import run_report
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
@@ -175,18 +176,29 @@ def test_the_plot_is_well_formed_and_shows_each_value_and_domain() -> None:
     ElementTree.fromstring(loss_svg(run_report(started().facts)))
 
 
-def test_the_generation_file_quotes_every_line() -> None:
-    example = {
-        "prompt": "one\ntwo",
-        "reference": "",
-        "before": {"text": "b", "loss": 3.25},
-        "after": {"text": "a", "loss": None},
+def test_the_proof_says_what_is_right_and_on_how_much_text() -> None:
+    example = {"prompt": "one\ntwo", "reference": "", "before": "b", "after": "a"}
+    better = {
+        "use": "target",
+        "before": 0.1,
+        "after": 0.3,
+        "change": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+        "count": 1200,
+        "texts": 40,
     }
-    text = markdown(run_report(finished().facts), [example, example])
+    same = better | {"use": "general", "change": 0.0, "low": -0.1, "high": 0.1, "after": 0.1}
+    rows: list[dict[str, Any]] = [
+        {"domain": "medical", "what": "next word", **better},
+        {"domain": "law", "what": "next word", **same},
+    ]
+    text = markdown(run_report(finished().facts), {"rows": rows, "examples": [example, example]})
     assert text.count("> one\n> two") == 2
-    assert text.count("> b\n\nLoss of the real text: 3.250") == 2
-    assert "None" not in text
+    assert "10.0 % | 30.0 % | +20.0 | +10.0 to +30.0 | 1,200 in 40 texts | better |" in text
+    assert "no difference that this much text can show" in text
     assert "3.0000 → 2.9000" in text
+    ElementTree.fromstring(proof_svg("r", [Row(**row) for row in rows]))
 
 
 def test_lines_say_what_happened_and_to_whom() -> None:
