@@ -1,4 +1,4 @@
-"""What base and result get right of held-out text: next words, and answers that the text of a domain asks for.
+"""Count what base and result get right of held-out text: next words, and answers that the text of a domain asks for.
 
 Shares a person can judge, beside losses; with paired intervals over texts.
 """
