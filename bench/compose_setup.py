@@ -116,7 +116,10 @@ def train(source: Path, layers: dict[int, list[int]], table: npt.NDArray[np.int3
 
 
 def branches(seed: int, texts: dict[str, npt.NDArray[np.int32]] | Any, lr: float = 1e-3) -> Any:
-    """Make BTX on the dense model that the tiny base is made from: one branch a domain, every parameter trained, then joined."""
+    """Make BTX on the dense model that the tiny base is made from: one branch a domain, every parameter trained, then joined.
+
+    Returns the MoE, the dense seed, and the branches by domain.
+    """
     import copy
 
     import torch
@@ -142,4 +145,4 @@ def branches(seed: int, texts: dict[str, npt.NDArray[np.int32]] | Any, lr: float
             optimiser.step()
         specialists[domain] = model.requires_grad_(False)
     few = {domain: torch.from_numpy(table[:8, :-1].astype("int64")) for domain, table in texts.items()}
-    return import_branches(dense, specialists, few, moe_layers=2, top_k=2)
+    return import_branches(dense, specialists, few, moe_layers=2, top_k=2), dense, specialists

@@ -103,7 +103,7 @@ def _round(source: Path, seed: int, steps: int, count: int, quick: bool) -> list
     found["joint"] = bench.measure(_jointly(source, places, texts, seed))
     found["flex"] = _flex(bench, texts, seed)
     if not quick:
-        found["btx"] = bench.running(branches(seed, texts))
+        found["btx"] = bench.running(branches(seed, texts)[0])
     plain, single = found["base"], {part.name: found[f"single_{part.name}"][part.name] for part in parts}
     rows = [{"method": name, "losses": losses, **_summary(losses, plain, single)} for name, losses in found.items()]
     return [*rows, *_removals(bench), _upgrade(bench, source, texts), *_predictions(bench), _identity(bench)]

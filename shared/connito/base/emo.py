@@ -1,11 +1,12 @@
 """A tiny base whose experts work in groups: routing is restricted to a pool of experts per document while it learns.
 
 In an ordinary MoE every token picks its experts for itself, so a domain is spread over nearly all of them and taking a subset
-out costs much. Here (after EMO's document-level routing) a document's tokens may only use the few experts that its mean
-router probability ranks first, and a balance term spreads documents over experts. Afterwards nothing is restricted; but
-what a domain needs lies together, and `connito library extract` finds a subset that works.
+out costs much. Here (EMO, Bhagia et al. 2026) a document's tokens may only use the experts that its mean router
+probability ranks first, as many as are drawn for it, so that subsets of every size work; a balance term over the whole
+batch keeps all experts in use. Afterwards nothing is restricted; but what a domain needs lies together, and `connito
+library extract` finds a subset that works.
 
-Shapes: B documents, L tokens each, N experts, m experts in a pool, k experts per token.
+Shapes: B documents, L tokens each, N experts, m experts in a document's pool, k experts per token.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def build_tiny_emo(
             held = blocks([text for domain in DOMAINS for text in tiny_texts(domain, seed + 1, 2)])
             model = upcycle(dense, texts, held, moe_layers=2, experts=8, top_k=2, seed=seed, progress=progress).model
             documents = torch.cat([blocks(tiny_texts(domain, seed + 2000, 160)) for domain in DOMAINS])
-            train_pooled(model, documents, pool=pool, steps=steps, seed=seed, progress=progress)
+            train_pooled(model, documents, pool=pool, steps=steps, seed=seed, sampled=True, progress=progress)
     finally:
         torch.set_num_threads(threads)
     card = {"built_from": "tiny-emo", "seed": str(seed), "document_pool": str(pool)}
@@ -62,12 +63,14 @@ def train_pooled(
     seed: int = 0,
     batch: int = 8,
     learning_rate: float = 2e-3,
+    sampled: bool = False,
     progress: Progress = silent,
 ) -> list[float]:
     """Train everything on `documents` (ids [n, L], one document each) under document pools; returns the losses.
 
-    pool: experts that a document may use, k ≤ m ≤ N; N restricts nothing. Raises `Invalid` for another number, and for a
-    family whose router is not softmax over a linear layer. The model comes back frozen and in eval mode.
+    pool: most experts that a document may use, k ≤ pool ≤ N. sampled: each document's number is drawn evenly from k to
+    `pool` at each step, as published; otherwise all have `pool`, and N restricts nothing. Raises `Invalid` for another
+    number, and for a family whose router is not softmax over a linear layer. The model comes back frozen and in eval mode.
     """
     import torch
 
@@ -76,7 +79,7 @@ def train_pooled(
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    with document_pools(model, pool) as balance:
+    with document_pools(model, pool, generator if sampled else None) as balance:
         for step in range(steps):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * min(1.0, (step + 1) / 10, (steps - step) / (0.5 * steps))
@@ -94,12 +97,15 @@ def train_pooled(
 
 
 @contextmanager
-def document_pools(model: nn.Module, pool: int) -> Iterator[list[torch.Tensor]]:
-    """Restrict each row of a batch, a document, to its `pool` best experts inside the block.
+def document_pools(model: nn.Module, pool: int, draw: torch.Generator | None = None) -> Iterator[list[torch.Tensor]]:
+    """Restrict each row of a batch, a document, to its `pool` best experts inside the block; with `draw` to as many as are
+    drawn for it in each layer, k to `pool`.
 
-    Yields a list that fills with one balance term per layer and forward pass: N·Σ_e f_e·P_e (Fedus et al. 2022, eq. 4)
-    with f_e the share of documents whose pool has e, over the pool's size, and P_e the mean router probability.
+    Yields a list that fills with one balance term per layer and forward pass: N·Σ_e f_e·P_e (Fedus et al. 2022, eq. 4) over
+    the batch, with f_e the share of its slots that go to e and P_e its mean probability within the documents' pools.
     """
+    import torch
+
     from connito.moe.layout import require_moe_layers
 
     layers = require_moe_layers(model)
@@ -117,7 +123,11 @@ def document_pools(model: nn.Module, pool: int) -> Iterator[list[torch.Tensor]]:
             )
 
         def hook(router: Any, args: tuple[Any, ...], output: Any, top_k: int = layer.top_k) -> Any:
-            logits, weights, ids, term = _pooled(router, args[0], lengths[-1], pool, top_k)
+            documents = args[0].numel() // args[0].shape[-1] // lengths[-1]
+            sizes = torch.full((documents,), pool)
+            if draw is not None:
+                sizes = torch.randint(top_k, pool + 1, (documents,), generator=draw)
+            logits, weights, ids, term = _pooled(router, args[0], lengths[-1], sizes, top_k)
             terms.append(term)
             return (logits, weights.to(output[1].dtype), ids, *output[3:])
 
@@ -130,16 +140,18 @@ def document_pools(model: nn.Module, pool: int) -> Iterator[list[torch.Tensor]]:
 
 
 def _pooled(
-    router: Any, hidden: torch.Tensor, length: int, pool: int, top_k: int
+    router: Any, hidden: torch.Tensor, length: int, sizes: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (logits [B·L, N], weights and ids [B·L, k], balance term) when each document keeps to its pool."""
+    """Return (logits [B·L, N], weights and ids [B·L, k], balance term) when each document keeps to its `sizes` [B] best."""
     import torch
 
     logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight).float()
-    by_document = logits.softmax(dim=-1).view(-1, length, logits.shape[-1]).mean(dim=1)
-    chosen = torch.zeros_like(by_document).scatter(1, by_document.topk(pool, dim=-1).indices, 1.0)
-    term = logits.shape[-1] * (chosen.mean(dim=0) / pool * by_document.mean(dim=0)).sum()
-    allowed = chosen.bool().repeat_interleave(length, dim=0)
+    total = logits.shape[-1]
+    by_document = logits.softmax(dim=-1).view(-1, length, total).mean(dim=1)
+    ranks = by_document.argsort(dim=-1, descending=True).argsort(dim=-1)
+    allowed = (ranks < sizes.to(ranks.device)[:, None]).repeat_interleave(length, dim=0)
     logits = logits.masked_fill(~allowed, -torch.inf)
-    weights, ids = logits.softmax(dim=-1).topk(top_k, dim=-1)
-    return logits, weights / weights.sum(dim=-1, keepdim=True), ids, term
+    scores = logits.softmax(dim=-1)
+    weights, ids = scores.topk(top_k, dim=-1)
+    used = torch.nn.functional.one_hot(ids, total).sum(dim=(0, 1)) / ids.numel()
+    return logits, weights / weights.sum(dim=-1, keepdim=True), ids, total * (used * scores.mean(dim=0)).sum()

@@ -139,7 +139,7 @@ def check_growable(layer: MoELayer, call: Call) -> None:
         fits = False
     if not fits:
         raise Invalid(
-            f"{type(layer.router).__name__} cannot be given another expert: use a base of another family",
+            f"{type(layer.router).__name__} cannot be given another expert; use a base of another family",
             reason=reasons_pb2.REASON_SELECTION_FAILED,
         )
 

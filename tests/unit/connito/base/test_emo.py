@@ -68,3 +68,28 @@ def test_two_experts_a_layer_carry_a_domain_only_where_documents_were_pooled(sta
         costs[pool] = float(np.mean([extraction.cost for extraction in found]))
     assert costs[3] < 0.7 * costs[8], costs
     assert costs[3] < 0.03
+
+
+def test_pools_are_drawn_and_the_balance_is_the_published_one(start: Any) -> None:
+    """Each document's own number of experts; N·Σ f·P with f from the slots and P within the pools, written out."""
+    documents = torch.cat([blocks(tiny_texts(domain, 3, 4))[:1] for domain in DOMAINS])
+    router = start.model.layers[2].mlp.gate
+    seen: list[torch.Tensor] = []
+    handle = router.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    sizes = torch.randint(2, 7, (4,), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad(), document_pools(start, 6, torch.Generator().manual_seed(9)) as terms:
+        start(input_ids=documents, use_cache=False)
+    handle.remove()
+    assert len(set(sizes.tolist())) > 1, "all the same size: the test shows nothing"
+    logits = (seen[0] @ router.weight.T).view(4, -1, 8)
+    counts, chances = torch.zeros(8), torch.zeros(8)
+    for document, size in enumerate(sizes.tolist()):
+        pool = set(logits[document].softmax(-1).sum(0).topk(size).indices.tolist())
+        for token in logits[document]:
+            kept = torch.tensor([float(x) if e in pool else -torch.inf for e, x in enumerate(token)]).softmax(-1)
+            chances += kept
+            for expert in kept.topk(2).indices.tolist():
+                counts[expert] += 1
+    tokens = logits.shape[0] * logits.shape[1]
+    want = 8 * float(((counts / (2 * tokens)) * (chances / tokens)).sum())
+    assert float(terms[0]) == pytest.approx(want, rel=1e-4)
