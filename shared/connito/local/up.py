@@ -19,10 +19,12 @@ from connito.errors import ConnitoError, Retry
 from connito.local import begun
 from connito.local.defaults import Profile, UpOptions, profile
 from connito.local.display import Display, choose_display
+from connito.local.footprint import tidy
 from connito.local.machine_limits import check_limits
 from connito.local.outcome import check_outcome
 from connito.platform.datadir import DataDir, is_running
 from connito.platform.session import log_to
+from connito.render import formats
 from connito.runtime.compute import usable_cores
 from connito.runtime.tasks import end_tasks
 
@@ -152,9 +154,15 @@ class _Up:
                     await asyncio.wait([work, failed], return_when=asyncio.FIRST_COMPLETED)
                     if not work.done():
                         failed.result()  # Raises what could not be kept alive.
-                    return await work
+                    report = await work
                 finally:
                     await end_tasks([work])
+            freed = tidy(self.data).bytes
+            if freed:
+                self.display.say(
+                    f"freed {formats.size(freed)}: copies of what the store has, and work that is handed in"
+                )
+            return report
         finally:
             await end_tasks([sampling])
 

@@ -1,0 +1,43 @@
+"""What an ended run may give back: copies and handed-in work, never the base's own file or what is small."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from connito.local import footprint
+from connito.platform.datadir import DataDir
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataDir:
+    monkeypatch.setattr(footprint, "LARGE_BYTES", 100)
+    for cache in ("cache", "cache-miners"):
+        for name, size in (("aa", 200), ("bb", 10), ("cc", 300)):
+            entry = tmp_path / cache / "sha256" / name / (name * 32)
+            entry.parent.mkdir(parents=True)
+            entry.write_bytes(b"x" * size)
+            entry.with_name(entry.name + ".ok").touch()
+    base = tmp_path / "cache" / "sha256" / "cc" / ("cc" * 32)
+    os.link(base, tmp_path / "base.safetensors")
+    work = tmp_path / "miners" / "miner-1" / "run" / "3"
+    work.mkdir(parents=True)
+    (work / "artifact.safetensors").write_bytes(b"x" * 400)
+    (work / "progress.json").write_bytes(b"x" * 400)
+    return DataDir(tmp_path)
+
+
+def test_copies_and_work_go_and_all_else_stays(data: DataDir) -> None:
+    assert footprint.superfluous(data).bytes == 200 + 200 + 300 + 400
+    room = footprint.tidy(data)
+    assert {path.name[:2] for path in room.files} == {"aa", "cc", "ar"}
+    assert (data.cache / "sha256" / "cc" / ("cc" * 32)).is_file(), "a second name of the base's file takes no room"
+    assert (data.cache / "sha256" / "bb" / ("bb" * 32)).is_file()
+    assert not list((data.cache / "sha256" / "aa").iterdir()), "the mark goes with its file"
+    assert (data.root / "miners" / "miner-1" / "run" / "3" / "progress.json").is_file()
+    assert footprint.superfluous(data).files == []
+
+
+def test_an_empty_folder_has_nothing_to_give_back(tmp_path: Path) -> None:
+    assert footprint.tidy(DataDir(tmp_path)).bytes == 0
