@@ -24,6 +24,7 @@ from connito.cli import (
     miner,
     replay,
     select,
+    serve,
     status,
     streams,
     up,
@@ -59,6 +60,7 @@ app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.command("console")(console.console)
+app.command("serve")(serve.serve)
 app.command("replay")(replay.replay)
 app.command("select")(select.select)
 app.command("explain")(explain.explain)

@@ -14,7 +14,7 @@ from connito.client import Client
 from connito.curation.mirror import mirror
 from connito.errors import NotFound, Retry
 from connito.library.artifact import EXPERT_FILE, MODEL_FILE, RECORD_FILE
-from connito.library.governance import Permission, Use, Viewer, check_use
+from connito.library.governance import Permission, Standing, Use, Viewer, check_use
 from connito.library.schema import ExpertRecord, read_record
 from connito.library.shelf import Shelf
 from connito.platform.datadir import DataDir
@@ -72,8 +72,10 @@ class Holdings:
 
     def find(self, name: str) -> Expert:
         """Return an expert by folder, or by id: from the shelf, else fetched from the platform onto it."""
-        if Path(name).is_dir():
-            return read_folder(Path(name))
+        return read_folder(Path(name)) if Path(name).is_dir() else self.by_id(name)
+
+    def by_id(self, name: str) -> Expert:
+        """Return an expert by its id, whatever else bears that name: from the shelf, else fetched from the platform onto it."""
         local = self.open_shelf()
         try:
             return local.get(name)
@@ -86,7 +88,13 @@ class Holdings:
 
     def permit(self, experts: Sequence[Expert], verb: str, agreement: Agreement) -> Permission:
         """Check a use against what shelf and platform say of these experts. Raises `Invalid`."""
-        names = [str(record["expert_id"]) for _, record in experts]
+        standings = self.standings([str(record["expert_id"]) for _, record in experts])
+        use = Use(verb, agreement.commercial, agreement.redistribute, frozenset(agreement.accepted))
+        records = [record for _, record in experts]
+        return check_use(records, use, standings=standings, viewer=self.viewer, allow_yanked=agreement.allow_yanked)
+
+    def standings(self, names: Sequence[str]) -> dict[str, Standing]:
+        """Return what shelf and platform say of experts now; what the platform says against one counts."""
         with self.open_shelf().index() as index:
             standings = {name: index.standing(name) for name in names}
         if (client := self.platform()) is not None:
@@ -95,19 +103,17 @@ class Holdings:
                     with suppress(NotFound):
                         said = client.library.standing(name)
                         standings[name] = said if said.status != "good" else standings[name]
-        use = Use(verb, agreement.commercial, agreement.redistribute, frozenset(agreement.accepted))
-        records = [record for _, record in experts]
-        return check_use(records, use, standings=standings, viewer=self.viewer, allow_yanked=agreement.allow_yanked)
+        return standings
 
-    def meter(self, records: Sequence[Mapping[str, Any]], verb: str) -> None:
-        """Write one use of each expert down: on the shelf, and in the log of the platform that knows the expert."""
+    def meter(self, records: Sequence[Mapping[str, Any]], verb: str, units: int = 1) -> None:
+        """Write `units` uses of each expert down: on the shelf, and in the log of the platform that knows the expert."""
         local, client = self.open_shelf(), self.platform()
         for record in records:
             name = str(record["expert_id"])
-            local.meter(name, verb, self.viewer.name, now_ms())
+            local.meter(name, verb, self.viewer.name, now_ms(), units)
             if client is not None:
                 with suppress(NotFound):
-                    client.library.meter(name, verb)
+                    client.library.meter(name, verb, units)
         if client is not None:
             client.close()
 

@@ -34,6 +34,8 @@ _HOMES = {
     "list": "catalogue",
     "mark": "catalogue",
     "prune": "shrinking",
+    "pull": "hub",
+    "push": "hub",
     "remove": "composing",
     "route": "composing",
     "search": "catalogue",

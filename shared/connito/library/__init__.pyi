@@ -15,12 +15,13 @@ from connito.curation.composing import (
 from connito.curation.exchange import export, verify
 from connito.curation.growing import BranchOptions, GrowOptions, branches, grow, join
 from connito.curation.holdings import Agreement, Holdings
+from connito.curation.hub import pull, push
 from connito.curation.need import demand
 from connito.curation.shrinking import ExtractOptions, PruneOptions, ShrinkSource, extract, prune, skip, steer
 
 __all__ = [
     "Agreement", "BranchOptions", "ComposeOptions", "ExtractOptions", "GrowOptions", "Holdings", "PruneOptions", "RouteOptions",
     "SearchOptions", "ShrinkSource", "UpgradeOptions", "branches", "cluster", "compose", "demand", "deposit",
-    "export", "extract", "grow", "join", "ledger", "list", "mark", "prune",
+    "export", "extract", "grow", "join", "ledger", "list", "mark", "prune", "pull", "push",
     "remove", "route", "search", "show", "skip", "steer", "upgrade", "verify",
 ]  # fmt: skip

@@ -312,3 +312,36 @@ CERTIFICATE_EXPIRY = declare(
     ("endpoint",),
     when_bad="less than two weeks ahead: renew the certificate of that endpoint",
 )
+# Serving (`connito serve`).
+SERVE_REQUESTS = declare(
+    Counter,
+    "serve_requests_total",
+    "Requests to the server, by HTTP status",
+    ("status",),
+    when_bad="5xx rising: see its log; 429: too many wait, start another replica; 403: an expert was yanked",
+)
+SERVE_TOKENS = declare(
+    Counter,
+    "serve_tokens_total",
+    "Tokens of prompts read and of answers written",
+    ("kind",),
+    when_bad="flat while requests come: the model's thread stands; /healthz says so, restart the server",
+)
+SERVE_FIRST_TOKEN = declare(
+    Histogram,
+    "serve_first_token_seconds",
+    "From a request to the first token of its answer",
+    when_bad="rising: requests wait for a place in the batch or for cache; start another replica",
+)
+SERVE_LOADED = declare(
+    Gauge,
+    "serve_loaded_experts",
+    "Experts and compositions that are in memory beside the base",
+    when_bad="at the limit (--experts) while requests are refused with 503: raise it",
+)
+SERVE_ROW_BYTES = declare(
+    Gauge,
+    "serve_row_bytes",
+    "Memory that their rows take",
+    when_bad="near the machine's memory: lower --experts",
+)

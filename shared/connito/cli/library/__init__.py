@@ -6,7 +6,7 @@ from connito.cli.library import compose, export, grow, shelf, shrink
 from connito.cli.library.browse import app
 
 for _verb in (
-    shelf.deposit, shelf.mark, shelf.ledger, export.verify, export.export,
+    shelf.deposit, shelf.mark, shelf.ledger, export.verify, export.export, export.push, export.pull,
     compose.compose, compose.remove, compose.upgrade, compose.cluster, compose.route,
     grow.grow, grow.join, grow.branches, shrink.prune, shrink.extract, shrink.skip, shrink.steer,
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""`connito library`: export and verify."""
+"""`connito library`: export, verify, push and pull."""
 
 from __future__ import annotations
 
@@ -60,3 +60,40 @@ def verify(
 
     checked = exchange.verify(target, base, roster, holdings(shelf, data_dir))
     emit(as_json, {"target": target, "verified": checked}, lambda: "\n".join(f"ok  {what}" for what in checked))
+
+
+def push(
+    target: Annotated[str, typer.Argument(help="Expert id, or folder of an expert or of an exported model.")],
+    repository: Annotated[str, typer.Argument(help="Hugging Face repository, OWNER/NAME.")],
+    revision: Annotated[str, typer.Option(help="Branch to commit to, made if it is not there.")] = "",
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    who: AsOption = "",
+    organisation: OrganisationOption = None,
+    accept_license: AcceptOption = None,
+    commercial: CommercialFlag = False,
+    allow_yanked: YankedFlag = False,
+    shelf: ShelfOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Upload an expert or an exported model to a Hugging Face repository (HF_TOKEN, HF_ENDPOINT); again, it goes on."""
+    from connito.curation import hub
+
+    agreed = agreement(accept_license, commercial, True, allow_yanked)
+    library = holdings(shelf, data_dir, who, organisation)
+    done = hub.push(target, repository, revision=revision, private=private, agreement=agreed, library=library)
+    document = {"address": done.address, "commit": done.commit, "files": done.files}
+    emit(as_json, document, lambda: f"{len(done.files)} files are at {done.address}, commit {done.commit}")
+
+
+def pull(
+    repository: Annotated[str, typer.Argument(help="Hugging Face repository, OWNER/NAME.")],
+    out: OutOption,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Download an expert or a model from a Hugging Face repository and verify it; again, it goes on."""
+    from connito.curation import hub
+
+    checked = hub.pull(repository, out, revision=revision)
+    emit(as_json, {"folder": str(out), "verified": checked}, lambda: "\n".join(f"ok  {what}" for what in checked))

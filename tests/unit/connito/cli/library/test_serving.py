@@ -1,0 +1,273 @@
+"""`connito serve`, asked by the official client over HTTP, and by clients that mean no good."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from connito.base.loading import load_full, load_tokenizer
+from connito.curation.holdings import Holdings
+from connito.curation.serving.http import application
+from connito.curation.serving.run import ServeOptions, prepare, read_keys
+from connito.curation.serving.server import Server
+from connito.errors import Invalid
+from connito.experts.compose import Part, Recipe, layers_of, merge, state_of
+from connito.library.governance import Viewer
+from connito.library.shelf import Shelf
+from connito.moe.rows import write_rows
+
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.slow
+PROMPT = "turnip with leek:\n"
+
+
+class Running:
+    """A server that answers in threads of its own."""
+
+    def __init__(self, server: Server, keys: dict[str, Viewer]) -> None:
+        self.server = server
+        self._clients: list[openai.OpenAI] = []
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        app = application(server, Viewer(), keys)
+        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve([listener])))
+        server.generator.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        for client in self._clients:
+            client.close()
+        self._uvicorn.should_exit = True
+        self._thread.join()
+        self.server.generator.stop()
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        self._clients.append(openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0))
+        return self._clients[-1]
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        content = body if isinstance(body, (bytes, str)) else json.dumps(body)
+        return httpx.post(f"{self.address}/v1/{path}", content=content, timeout=60, **more)
+
+
+@pytest.fixture
+def start(stocked: Any, tiny: Path) -> Iterator[Callable[..., Running]]:
+    running: list[Running] = []
+
+    def begin(keys: dict[str, Viewer] | None = None, shelf: Path = stocked[0], **options: Any) -> Running:
+        chosen = ServeOptions(tiny, "tiny", **{"cache_tokens": 4096, "batch_tokens": 128, **options})
+        running.append(Running(prepare(chosen, Holdings(shelf)), keys or {}))
+        return running[-1]
+
+    yield begin
+    for each in running:
+        each.stop()
+
+
+def greedy(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
+    """What stock transformers generates."""
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def test_a_mixed_batch_answers_as_each_merged_model_does_alone(
+    start: Any, stocked: Any, tiny: Path, parts: dict[str, Part], base: Any
+) -> None:
+    ids, words = stocked[1], load_tokenizer(tiny)
+    running = start()
+    names = {
+        "tiny": {},
+        **{f"tiny+{ids[domain]}": parts[domain].rows for domain in parts},
+        # Written in either order, it is one composition.
+        f"tiny+{ids['recipes']}+{ids['logs']}": merge([parts["recipes"], parts["logs"]], base, Recipe()),
+        f"tiny+{ids['logs']}+{ids['recipes']}": merge([parts["recipes"], parts["logs"]], base, Recipe()),
+    }
+    prompts = [PROMPT, "[2031-01-17 08:00] 10", "ὦ σελήνη"]
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{running.address}/v1", api_key="x", max_retries=0) as client:
+            asked = [
+                client.completions.create(model=name, prompt=prompt, max_tokens=24, temperature=0)
+                for name in names
+                for prompt in prompts
+            ]
+            return [answer.choices[0].text for answer in await asyncio.gather(*asked)]
+
+    found = asyncio.run(ask())
+    wanted = []
+    for rows in names.values():
+        model = load_full(tiny)
+        if rows:
+            write_rows(model, layers_of(rows), state_of(rows))
+        wanted += [greedy(model, words, prompt, 24) for prompt in prompts]
+    assert found == wanted
+    assert len(set(found)) > len(prompts)
+    assert len(running.server.roster.loaded) == 4
+
+
+def test_streams_models_and_usage_are_as_the_official_client_expects(start: Any, stocked: Any) -> None:
+    running, expert = start(), f"tiny+{stocked[1]['recipes']}"
+    client = running.client()
+    assert [model.id for model in client.models.list()] == ["tiny", *(f"tiny+{name}" for name in stocked[1].values())]
+    assert client.models.retrieve(expert).id == expert
+    asked: dict[str, Any] = {"model": expert, "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
+    whole = client.completions.create(**asked)
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(PROMPT), 20)
+    assert whole.choices[0].finish_reason == "length"
+    events = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(event.choices[0].text for event in events if event.choices) == whole.choices[0].text
+    assert sum(1 for event in events if event.choices and event.choices[0].text) > 5
+    assert events[-1].usage == whole.usage
+    stop = whole.choices[0].text[7:10]
+    cut = client.completions.create(**asked, stop=[stop, "never this"])
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.choices[0].text == whole.choices[0].text[: whole.choices[0].text.index(stop)]
+    several = client.completions.create(model="tiny", prompt=[PROMPT, [1, 2, 3]], n=2, max_tokens=3, top_p=0.9)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+
+
+def test_conversations_follow_the_bases_template(start: Any, stocked: Any) -> None:
+    running = start()
+    said: list[Any] = [
+        {"role": "system", "content": "cook"},
+        {"role": "user", "content": [{"type": "text", "text": "leek?"}]},
+    ]
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        running.client().chat.completions.create(model="tiny", messages=said)
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+    )
+    running.server._tokenizer.chat_template = template
+    client = running.client()
+    asked: dict[str, Any] = {"model": f"tiny+{stocked[1]['recipes']}", "temperature": 0}
+    answer = client.chat.completions.create(**asked, messages=said, max_completion_tokens=12)
+    plain = client.completions.create(**asked, prompt="system: cook\nuser: leek?\n> ", max_tokens=12)
+    assert answer.choices[0].message.content == plain.choices[0].text
+    stream = list(client.chat.completions.create(**asked, messages=said, max_tokens=12, stream=True))
+    assert stream[0].choices[0].delta.role == "assistant"
+    assert "".join(event.choices[0].delta.content or "" for event in stream) == plain.choices[0].text
+
+
+def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any) -> None:
+    running = start(waiting=40)
+    good = {"model": "tiny", "prompt": "leek", "max_tokens": 2}
+    bad: list[tuple[Any, int, str]] = [
+        (b"{", 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        ("[" * 100_000, 400, "nested too deep"),
+        ([], 400, "valid dictionary"),
+        ({"model": "tiny"}, 400, "prompt"),
+        (good | {"max_tokens": 10**18}, 400, "context is"),
+        (good | {"max_tokens": 0}, 400, "max_tokens"),
+        (good | {"max_tokens": "many"}, 400, "max_tokens"),
+        (good | {"prompt": "leek " * 2000}, 400, "context is"),
+        (good | {"prompt": [[1, 2], [10**9]]}, 400, "token ids go up to"),
+        (good | {"prompt": [-1]}, 400, "prompt"),
+        (good | {"prompt": ""}, 400, "is empty"),
+        (good | {"stop": [str(number) for number in range(200_000)]}, 400, "at most 4"),
+        (good | {"stop": "x" * 100_000}, 400, "stop"),
+        (good | {"stop": ""}, 400, "stop"),
+        (good | {"n": 10**6}, 400, "n:"),
+        (good | {"n": 32, "prompt": ["a", "b"]}, 400, "too many"),
+        (good | {"temperature": -1}, 400, "temperature"),
+        ('{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
+        (good | {"logprobs": 5}, 400, "does not do logprobs"),
+        (good | {"model": "gpt-4"}, 404, "does not exist"),
+        (good | {"model": "tiny+"}, 404, "does not exist"),
+        (good | {"model": "tiny+nobody"}, 404, "does not exist"),
+        (good | {"model": "tiny+../../etc"}, 404, "does not exist"),
+        (good | {"model": "tiny+/etc"}, 404, "does not exist"),
+        (good | {"model": "tiny+" + "+".join(map(str, range(50)))}, 400, "too many"),
+        ("x" * (5 << 20), 413, "more than"),
+    ]
+    for body, status, why in bad:
+        answer = running.post("completions", body)
+        assert (answer.status_code, str(body)[:80]) == (status, str(body)[:80]), answer.text
+        error = answer.json()["error"]
+        assert why in error["message"]
+        assert set(error) == {"message", "type", "param", "code"}
+    assert httpx.get(f"{running.address}/v1/nothing").json()["error"]["message"] == "Not Found"
+    with pytest.raises(openai.NotFoundError) as found:
+        running.client().completions.create(model="gpt-4", prompt="leek")
+    assert found.value.code == "model_not_found"
+    # Whoever hangs up is not computed for.
+    for stream in (True, False):
+        body = json.dumps(good | {"max_tokens": 100, "n": 20, "stream": stream, "temperature": 1.5}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with socket.create_connection(("127.0.0.1", int(running.address.rpartition(":")[2]))) as left:
+            left.sendall(head + body)
+            wait_until(lambda: running.server.generator.busy() > 0)
+            full = running.post("completions", good | {"n": 32})
+            assert full.status_code in (200, 429)
+        wait_until(lambda: running.server.generator.busy() == 0)
+    manager = running.server.generator._manager
+    wait_until(lambda: not manager.batch_processor.has_pending_requests())
+    assert not manager.output_router.result_handlers
+    assert running.post("completions", good).status_code == 200
+
+
+def test_experts_come_and_go_while_it_runs(start: Any, stocked: Any, exports: Any, run: Any) -> None:
+    shelf, ids = stocked
+    running = start(experts=2)
+    server, ask = running.server, {"prompt": PROMPT, "max_tokens": 2}
+    for domain in ("recipes", "logs", "poems", "recipes"):
+        assert running.post("completions", ask | {"model": f"tiny+{ids[domain]}"}).status_code == 200
+    # Two places: the third took that of the one used longest ago.
+    assert [loaded.experts[0] for loaded in server.roster.loaded.values()] == [ids["poems"], ids["recipes"]]
+    before = server.generator.table.row_bytes()
+    run("mark", ids["recipes"], "yanked", "--reason", "it was poisoned", "--shelf", shelf)
+    asyncio.run(server.look())
+    assert 0 < server.generator.table.row_bytes() < before
+    refused = running.post("completions", ask | {"model": f"tiny+{ids['recipes']}"})
+    assert refused.status_code == 403
+    assert "it was poisoned" in refused.json()["error"]["message"]
+    assert f"tiny+{ids['recipes']}" not in [model.id for model in running.client().models.list()]
+    routed = running.post("completions", ask | {"model": f"tiny+{ids['logs']}|{ids['poems']}"})
+    assert routed.status_code == 200
+    asyncio.run(server.look())
+    with Shelf(shelf).index() as index:
+        assert index.usage(ids["logs"]) == {"serve": 2}
+        assert index.usage(ids["recipes"]) == {"serve": 2}
+
+
+def test_who_asks_is_who_may(start: Any, stocked: Any, exports: Any, run: Any, tmp_path: Path) -> None:
+    ids, shelf = stocked[1], tmp_path / "theirs"
+    record = json.loads((exports["logs"] / "record.json").read_text())
+    private = {**record, "governance": {"visibility": "private", "owner": "ada"}}
+    (exports["logs"] / "record.json").write_text(json.dumps(private))
+    for domain in ("logs", "recipes"):
+        run("deposit", exports[domain], "--shelf", shelf)
+    ada, bob = "a" * 20, "b" * 20
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"- {{key: {ada}, name: ada}}\n- {{key: {bob}, name: bob, organisations: [x]}}\n")
+    running = start(read_keys(file), shelf)
+    model = f"tiny+{ids['logs']}"
+    with pytest.raises(openai.AuthenticationError):
+        running.client("wrong").models.list()
+    assert running.post("completions", {"model": "tiny", "prompt": "a"}).status_code == 401
+    assert model in [found.id for found in running.client(ada).models.list()]
+    assert running.client(ada).completions.create(model=model, prompt="a", max_tokens=1).choices
+    assert model not in [found.id for found in running.client(bob).models.list()]
+    for name in (model, f"tiny+{ids['recipes']}+{ids['logs']}"):
+        with pytest.raises(openai.NotFoundError):
+            running.client(bob).completions.create(model=name, prompt="a", max_tokens=1)
+    for text in ("", "{", "- {name: x}", "- {key: short}", "[]"):
+        file.write_text(text)
+        with pytest.raises(Invalid):
+            read_keys(file)
