@@ -1,7 +1,7 @@
 """The page of systems, from `bench.systems` and this list: `python -m bench.systems_page [--out out/bench]`.
 
-Copies the document of a full run to docs/evidence and renders docs/explanation/systems.md. A unit test renders it again, and
-finds every module, test and verb that an entry names.
+Copies the document of a full run, if there is a new one, to docs/evidence and renders docs/explanation/systems.md. A unit
+test renders it again, and finds every module, test and verb that an entry names.
 """
 
 from __future__ import annotations
@@ -180,9 +180,14 @@ SYSTEMS = (
 
 def render(document: Mapping[str, Any]) -> str:
     """Return the page."""
-    return paragraphs(
-        "\n".join([_HEAD, *(_section(system, document["figures"]) for system in SYSTEMS), _tail(document)])
-    )
+    figures = document.get("figures", {})
+    return paragraphs("\n".join([_HEAD, *(_section(system, figures) for system in SYSTEMS), _tail(document)]))
+
+
+def published() -> Mapping[str, Any]:
+    """Return the document of the last full run, empty where there was none yet."""
+    found: Mapping[str, Any] = json.loads(COPY.read_text()) if COPY.exists() else {}
+    return found
 
 
 _HEAD = """# Systems of the literature, and what they do here
@@ -195,7 +200,8 @@ They compare, and do not carry over to large models as numbers.
 
 
 def _section(system: System, figures: Figures) -> str:
-    effect = system.effect if isinstance(system.effect, str) else system.effect(figures)
+    measured = isinstance(system.effect, str) or bool(figures)
+    effect = _effect(system, figures) if measured else "not measured yet; `python -m bench.systems` does."
     left = f" **Left out:** {system.left}" if system.left else ""
     file, _, name = system.oracle.partition("::")
     return f"""
@@ -209,11 +215,16 @@ def _section(system: System, figures: Figures) -> str:
 """
 
 
+def _effect(system: System, figures: Figures) -> str:
+    return system.effect if isinstance(system.effect, str) else system.effect(figures)
+
+
 def _tail(document: Mapping[str, Any]) -> str:
+    run = ran(document).split("![")[0] if document else "None yet."
     return f"""
 ## The run
 
-{ran(document).split("![")[0]}
+{run}
 
 BTS, BAM and Residual-MoE are not here: neither stitched nor attention-level mixtures of whole models can be built.
 """
@@ -224,13 +235,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.systems_page", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="where bench.systems wrote")
     found = parser.parse_args().out / "systems.json"
-    document = json.loads(found.read_text()) if found.exists() else {}
-    if not document or document["settings"]["quick"]:
-        print(f"{found} is missing or of a quick run: run `python -m bench.systems` first", file=sys.stderr)
-        return 2
-    shutil.copyfile(found, COPY)
-    PAGE.write_text(render(document))
-    print(f"written: {PAGE.relative_to(ROOT)}, {COPY.relative_to(ROOT)}")
+    if found.exists():
+        if json.loads(found.read_text())["settings"]["quick"]:
+            print(f"{found} is of a quick run, which publishes nothing: run it without --quick", file=sys.stderr)
+            return 2
+        shutil.copyfile(found, COPY)
+    PAGE.write_text(render(published()))
+    print(f"written: {PAGE.relative_to(ROOT)}")
     return 0
 
 
