@@ -12,11 +12,13 @@ from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, Retry
 from connito.runtime.host import now_ms
 from connito.runtime.tasks import end_tasks
+from connito.service.unbegun import Unbegun
 from connito.v1.cycle_pb2 import DeadLetter
 from connito.wire.envelope import open_bytes
 from connito.wire.fact import Record
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
+from connito.wire.kept import Kept
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 
@@ -70,6 +72,7 @@ class Feed:
 
     def __post_init__(self) -> None:
         self.log = Log(self.roster)
+        self._unbegun = Unbegun(Kept())
         self.caught_up = asyncio.Event()
         self.connection = Connection(self.bus.connected, caught_up=False, since_unix_ms=self.clock())
         self._moved = asyncio.Event()
@@ -120,7 +123,8 @@ class Feed:
             if record.stream == "DLQ":
                 self.letters.append(StoredLetter(record.sequence, record.time_unix_ms, self._letter(record)))
             else:
-                self.log.apply(record)
+                for ready in self._unbegun.ready(record):
+                    self.log.apply(ready)
         except Invalid as error:
             self.rejected += 1
             # The console reports nothing: the services that act on the message do.

@@ -59,6 +59,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     async def CreateRun(self, request: services_pb2.CreateRunRequest, context: Any) -> services_pb2.CreateRunResponse:  # noqa: N802
         """Create a run; again with the same spec is fine. Raises `Invalid` naming the field that is wrong."""
         asked, customer = open_request(request.envelope, "rpc.CreateRun", run_pb2.RunSpec, self._roster, "customer")
+        self._limit.take(customer)
         spec = complete(asked, customer, self._roster.memberships(customer))
         await self._log.refresh(self._bus, ("RUNS",))
         self._log.naming.check(spec, self._log.runs)

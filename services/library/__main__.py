@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import closing
 from pathlib import Path
 
 from connito.bus.clock import BrokerClock
 from connito.library.index import Index
+from connito.runtime.limits import RateLimit
 from connito.service import rpc
 from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
@@ -31,7 +33,8 @@ async def _serve(ctx: ServiceContext[LibrarySettings], catalogue: Catalogue) -> 
     depositor = Depositor(ctx.bus, ctx.store, ctx.roster, ctx.log)
     reader = CatalogueReader(ctx.bus, ctx.store, ctx.roster, catalogue, ctx.log)
     clock = BrokerClock(ctx.bus.time, ctx.bus.host.monotonic)
-    library = Library(catalogue, ctx.store, ctx.bus, ctx.roster, reader.current, clock.now_ms)
+    limit = RateLimit(ctx.settings.requests_per_second, ctx.settings.requests_burst, time.monotonic)
+    library = Library(catalogue, ctx.store, ctx.bus, ctx.roster, reader.current, clock.now_ms, limit)
     async with Lifecycle(ctx.stop) as life:
         life.start(clock.keep())
         life.start(reader.follow())

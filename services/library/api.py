@@ -11,6 +11,7 @@ from connito.bus import Bus
 from connito.errors import Invalid
 from connito.library.attestation import countersign
 from connito.library.governance import Viewer
+from connito.runtime.limits import RateLimit
 from connito.service import rpc
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
@@ -43,9 +44,10 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         roster: Roster,
         current: Callable[[], Awaitable[None]],
         now_ms: Callable[[], int],
+        limit: RateLimit,
     ) -> None:
         self._catalogue, self._store, self._bus, self._roster = catalogue, store, bus, roster
-        self._current, self._now_ms = current, now_ms
+        self._current, self._now_ms, self._limit = current, now_ms, limit
 
     async def GetExpert(  # noqa: N802 - the name in the proto
         self, request: services_pb2.GetExpertRequest, context: Any
@@ -87,6 +89,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         """Write a notice into the log. Its owner may, and the operator. Raises `Invalid`, `NotFound`."""
         command, signer = rpc.open_request(request.envelope, "rpc.MarkExpert", services_pb2.MarkExpertCommand)
         rpc.check_fresh(request.envelope, self._now_ms())
+        self._limit.take(signer)
         if command.kind not in NOTICES or not command.reason.strip():
             raise Invalid("a status and a reason are required")
         await self._current()
@@ -117,6 +120,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         """Write a use into the log, once however often it is sent. Raises `Invalid`, `NotFound`."""
         command, signer = rpc.open_request(request.envelope, "rpc.MeterUse", services_pb2.MeterUseCommand)
         rpc.check_fresh(request.envelope, self._now_ms())
+        self._limit.take(signer)
         if not any(signer in members for members in self._roster.keys.values()):
             raise Invalid(f"{signer} is not in the operator's roster", reason=reasons_pb2.REASON_NOT_PERMITTED)
         if not command.verb or not 1 <= command.units <= 1_000_000:

@@ -13,7 +13,9 @@ from connito.bus import Bus
 from connito.bus.connection import Connection
 from connito.errors import Invalid, Retry
 from connito.runtime.host import Disk, Host
+from connito.store import ArtifactStore
 from connito.v1 import services_pb2
+from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.fact import Record
 
 from services.trainer.state import Ledger
@@ -173,3 +175,16 @@ class HalfUpload(World):
                 return sent
 
         return Planted(bus, self)
+
+
+class FirstState(World):
+    """A submission's norm is measured from the state that the run began with."""
+
+    def artifacts(self, node: Node) -> type[ArtifactStore]:
+        first = self.selection.initial_state
+
+        class Planted(ArtifactStore):
+            async def fetch(self, ref: ArtifactRef, **options: Any) -> Path:
+                return await super().fetch(first if ref.realm == REALM_PUBLIC else ref, **options)
+
+        return Planted if node.name.startswith("committer") else ArtifactStore

@@ -24,6 +24,7 @@ BUGS: dict[str, tuple[type[World], Callable[[int], Scenario]]] = {
     "files are written in their place": (planted.InPlace, scenarios.torn),
     "the ledger is forgotten": (planted.Forgetful, scenarios.brief),
     "records are passed over": (with_bus(planted.Gap), scenarios.rough),
+    "the norm is measured from the first state": (planted.FirstState, scenarios.drift),
     "half an upload": (planted.HalfUpload, scenarios.drift),
 }
 

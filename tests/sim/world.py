@@ -284,7 +284,7 @@ class Node:
                 return connection
 
     def _context(self, bus: Bus) -> ServiceContext[Any]:
-        store = ArtifactStore(
+        store = self.world.artifacts(self)(
             "http://store", "access", "secret", "connito", "here", self.folder / "cache",
             client=cast(Any, StoreClient(self.world.store, self)),
         )  # fmt: skip

@@ -89,7 +89,7 @@ def explain(evidence: Evidence, artifacts: Artifacts, cycle: int, miner: str, op
     """
     artifacts.check_key()
     content = receipt(evidence, cycle, miner)
-    if cycle < (kept := horizon(evidence.facts)):
+    if options.files and cycle < (kept := horizon(evidence.facts)):
         raise Invalid(
             f"run {evidence.run} keeps the artifacts of cycles from {kept}; an earlier submission cannot be measured again"
         )
@@ -99,12 +99,13 @@ def explain(evidence: Evidence, artifacts: Artifacts, cycle: int, miner: str, op
 
 def _steps(evidence: Evidence, artifacts: Artifacts, cycle: int, miner: str, options: Options) -> Iterator[Step]:
     yield signatures(evidence)
-    yield artifacts.step(miner=miner)
+    if options.files:
+        yield artifacts.step(miner=miner)
     submission = submission_of(evidence, cycle, miner)
     if submission is not None and submission.origin_cycle not in (0, cycle):
         yield intake.commitments(evidence, submission.origin_cycle)
     yield from pure(evidence, cycle)
-    if evidence.facts.spec is None or evidence.facts.window("train", cycle).opened is None:
+    if not options.files or evidence.facts.spec is None or evidence.facts.window("train", cycle).opened is None:
         return
     work = recompute.Recomputation(evidence, artifacts, options.tolerance, say=options.say)
     models = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from connito.bus.follow import CaughtUp
@@ -16,12 +17,14 @@ from connito.errors import Invalid, Retry, VerificationFailed
 from connito.protocol.rules import checked
 from connito.runtime.host import Disk
 from connito.runtime.progress import Notify
+from connito.service.unbegun import Unbegun
 from connito.v1 import run_pb2
 from connito.wire.checkpoint import MAX_BYTES, Checkpoint
 from connito.wire.fact import Record
 from connito.wire.facts import RunFacts
 from connito.wire.heads import LogTrees, origin_of
 from connito.wire.identity import Identity
+from connito.wire.kept import Kept
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import check_token
@@ -52,11 +55,14 @@ class Witness:
         self._remembered = {path.stem: _read(path) for path in paths if path.exists()}
         # Runs whose remembered checkpoint was met again in the log that is read now.
         self._met: set[str] = set()
+        # Runs of which a second history was shown, and what was seen of it: nothing more of them is cosigned.
+        self.refused: dict[str, str] = {}
+        self._unbegun = Unbegun(Kept())
 
     async def watch(self, items: AsyncGenerator[Record | CaughtUp, None], *, once: bool) -> None:
         """Take in what is followed, until cancelled or, with `once`, up to what was stored at the start; `cosigned` counts heads.
 
-        Raises `VerificationFailed` naming the run of which a second history was shown.
+        A run of which a second history was shown is told of and `refused` from then on; the others go on.
         """
         async with aclosing(items):
             async for item in items:
@@ -65,10 +71,25 @@ class Witness:
                     if once:
                         break
                     continue
-                facts = self._take(item)
-                # Whether a run was released is known when all of it was read.
-                if facts is not None and self._caught_up:
-                    self._advance(facts)
+                for record in self._unbegun.ready(item):
+                    facts = self._take(record)
+                    # Whether a run was released is known when all of it was read.
+                    if facts is not None and self._caught_up:
+                        self._attend(facts.run, partial(self._advance, facts))
+
+    def check(self) -> None:
+        """Raise `VerificationFailed` naming the runs that were refused."""
+        if self.refused:
+            raise VerificationFailed("; ".join(self.refused.values()))
+
+    def _attend(self, run: str, work: Callable[[], None]) -> None:
+        if run in self.refused:
+            return
+        try:
+            work()
+        except VerificationFailed as error:
+            self.refused[run] = str(error)
+            self.tell(str(error))
 
     def _take(self, record: Record) -> RunFacts | None:
         with suppress(Invalid):
@@ -83,18 +104,18 @@ class Witness:
         self._caught_up = True
         for facts in list(filter(checked, self._log.runs.values())):
             if facts.archived is None or facts.cycles():
-                self._advance(facts)
+                self._attend(facts.run, partial(self._advance, facts))
             if facts.archived is not None and facts.run not in self._met:
-                self._accept_release(facts, facts.archived)
-        for run in self._remembered.keys() - self._met:
-            what = (
-                "the log ends before the head that was cosigned"
-                if run in self._log.runs
-                else "the log does not hold it"
-            )
-            raise VerificationFailed(
-                f"{run}: {what}; keep {self._path(run)}, and give each platform's witness a folder of its own"
-            )
+                self._attend(facts.run, partial(self._accept_release, facts, facts.archived))
+        for run in sorted(self._remembered.keys() - self._met):
+            self._attend(run, partial(self._miss, run))
+
+    def _miss(self, run: str) -> None:
+        known = run in self._log.runs
+        what = "the log ends before the head that was cosigned" if known else "the log does not hold it"
+        raise VerificationFailed(
+            f"{run}: {what}; keep {self._path(run)}, and give each platform's witness a folder of its own"
+        )
 
     def _accept_release(self, facts: RunFacts, gone: run_pb2.RunArchived) -> None:
         """Go on without a run whose messages are in the operator's archive. Its heads are still there: raise

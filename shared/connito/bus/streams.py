@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -212,12 +213,13 @@ async def _ensure_stream(js: JetStreamContext, config: api.StreamConfig) -> None
         await js.update_stream(replace(config, deny_purge=found.config.deny_purge))
 
 
-async def release(js: JetStreamContext, run: str) -> None:
-    """Drop a run's windows, and what its miners said, from the streams. For the operator, who has them in an archive.
+async def release(js: JetStreamContext, run: str, names: Sequence[str] = RELEASED) -> None:
+    """Drop a run's windows, and what its miners said, from the streams. For the operator, who has them in an archive, or
+    drops what was said of a run that does not exist.
 
     Raises `Invalid` for streams of an earlier version, which never let go.
     """
-    for name in RELEASED:
+    for name in names:
         try:
             await js.purge_stream(name, subject=STREAMS[name].filter(run))
         except APIError as error:

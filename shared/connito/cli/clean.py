@@ -30,7 +30,8 @@ def clean(
 
     Where nothing runs: copies of what the store has, and what miners keep between cycles.
 
-    What an archive took over with `connito archive --release` is found here, and uploads that came to nothing.
+    What an archive took over with `connito archive --release` is found here, uploads that came to nothing, and what was
+    said of runs that nobody has created.
     """
     from connito.client.cleaning import clean as collect
     from connito.platform.datadir import DataDir
@@ -45,14 +46,15 @@ def clean(
     stale, kept = (sum(one.size for one in objects) for objects in (done.stale, done.kept))
     document = {
         "stale": {"objects": len(done.stale), "bytes": stale}, "kept": {"objects": len(done.kept), "bytes": kept},
-        "removed": remove,
+        "strays": len(done.strays), "removed": remove,
     }  # fmt: skip
     verb = "removed" if remove else "would go (--remove deletes them)"
     emit(
         as_json,
         document,
         lambda: (
-            f"{len(done.stale)} objects, {formats.size(stale)}, {verb}; {len(done.kept)}, {formats.size(kept)}, stay"
+            f"{len(done.stale)} objects, {formats.size(stale)}, {verb}; {len(done.kept)}, {formats.size(kept)}, stay\n"
+            f"messages about {len(done.strays)} runs that do not exist {verb}"
         ),
     )
 

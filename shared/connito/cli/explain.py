@@ -21,6 +21,9 @@ def explain(
     folder: FromOption = None,
     data_dir: DataDirOption = None,
     no_model: NoModelFlag = False,
+    log_only: Annotated[
+        bool, typer.Option("--log-only", help="Only what the log itself says: needs no store, and no key to it.")
+    ] = False,
     threads: ThreadsOption = None,
     tolerance: ToleranceOption = 1e-4,
     as_json: JsonFlag = False,
@@ -33,7 +36,7 @@ def explain(
     from connito.audit.runs import explain as recompute
 
     say = silent if as_json else tell
-    options = AuditOptions(folder, data_dir, not no_model, threads, tolerance, say)
+    options = AuditOptions(folder, data_dir, not (no_model or log_only), threads, tolerance, say, files=not log_only)
     evidence, explained = recompute(submission, options)
     document = explained.to_json()
     emit(as_json, document, lambda: _text(document, evidence))

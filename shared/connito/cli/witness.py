@@ -29,9 +29,9 @@ def witness(
 ) -> None:
     """Read the log, check that each signed head extends what was seen before, cosign it and remember it.
 
-    Needs a key that may read. Goes on until it is interrupted or terminated. Exits with 6 where a second history is shown, or
-    less of a run than was cosigned; what the operator released into an archive is said and left. What it keeps,
-    FOLDER/RUN.checkpoint, is for `connito audit --checkpoint`.
+    Needs a key that may read. Goes on until it is interrupted or terminated. Of a run with a second history, or less of it than
+    was cosigned, it says so, goes on with the others, and exits with 6 at the end; what the operator released into an
+    archive is said and left. What it keeps, FOLDER/RUN.checkpoint, is for `connito audit --checkpoint`.
     """
     from connito.audit.witness import Witness
     from connito.bus.streams import FACT_STREAMS
@@ -51,12 +51,18 @@ def witness(
             await seen.watch(bus.follow(FACT_STREAMS, only), once=once)
 
     asyncio.run(_until_told(follow))
-    document = {"witness": signer.public, "cosigned": seen.cosigned, "folder": str(folder)}
+    document = {
+        "witness": signer.public,
+        "cosigned": seen.cosigned,
+        "refused": sorted(seen.refused),
+        "folder": str(folder),
+    }
     emit(
         as_json,
         document,
         lambda: f"{signer.public} cosigned {seen.cosigned} new heads; what it remembers is in {folder}",
     )
+    seen.check()
 
 
 async def _until_told(work: Callable[[], Coroutine[Any, Any, None]]) -> None:

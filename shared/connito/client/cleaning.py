@@ -1,4 +1,4 @@
-"""Collect what nobody refers to any more in the store (ADR 24)."""
+"""Collect what nobody refers to any more in the store, and what was said of runs that do not exist (ADR 24)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from google.protobuf.message import Message
 
 from connito.base.upload import MANIFEST_TYPE
-from connito.bus import Bus
+from connito.bus import Bus, streams
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.platform.session import Session
@@ -20,9 +20,11 @@ from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
 from connito.store.artifacts import StoredObject
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire import subjects
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
+from connito.wire.subjects import run_of
 from connito.wire.verification import verify_fact, verify_ingress
 
 DAY = 86400.0
@@ -33,10 +35,13 @@ _DIGEST = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Objects of the store that nothing refers to, and what stays. `removed`: whether they are gone."""
+    """Objects of the store that nothing refers to, and what stays; runs that never began and of which a miner said something.
+    `removed`: whether they are gone.
+    """
 
     stale: list[StoredObject]
     kept: list[StoredObject]
+    strays: list[str]
     removed: bool
 
 
@@ -85,7 +90,26 @@ async def collect(
             say(f"removing {number} of {len(stale)}")
             await store.remove(one.key, 0.0 if one.digest in expired else older_than_s)
     gone = {one.key for one in stale}
-    return Cleaning(stale, [one for one in objects if one.key not in gone], remove)
+    strays = await stray_runs(bus, older_than_s)
+    for run in strays if remove else ():
+        await streams.release(bus.js, run, ("INGRESS",))
+    return Cleaning(stale, [one for one in objects if one.key not in gone], strays, remove)
+
+
+async def stray_runs(bus: Bus, older_than_s: float) -> list[str]:
+    """Return the names that miners wrote of as of runs, and that are none: nothing was said of them in the last `older_than_s`
+    seconds, and nobody has created them. What a key makes up is stored until this is done.
+    """
+    begun: set[str] = set()
+    last: dict[str, int] = {}
+    async for record in bus.stored(("RUNS", "INGRESS")):
+        run = run_of(record.subject)
+        if record.stream == "INGRESS":
+            last[run] = record.time_unix_ms
+        elif record.subject == subjects.fact(run, "run", 0, "created"):
+            begun.add(run)
+    before = 1000 * (await bus.time() - older_than_s)
+    return sorted(run for run, at in last.items() if run not in begun and at <= before)
 
 
 async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> tuple[set[str], set[str]]:

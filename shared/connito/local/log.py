@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from typing import NoReturn
 
 from connito.bus import Bus, CaughtUp
 from connito.bus.streams import FACT_STREAMS
+from connito.errors import Invalid, Retry
 from connito.local.display import Display
 from connito.platform.log import apply
 from connito.runtime.tasks import end_tasks
+from connito.v1.cycle_pb2 import DeadLetter
+from connito.wire import subjects
+from connito.wire.envelope import open_bytes
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
+from connito.wire.subjects import DLQ_ROOT
 
 _TICK_SECONDS = 0.5
+_LETTER_SECONDS = 5.0
 
 
 async def follow_run(
@@ -49,3 +56,18 @@ async def follow_run(
     finally:
         await end_tasks([ticking])
     return facts
+
+
+async def deposit_refused(bus: Bus, run: str) -> NoReturn:
+    """Wait until the library has put aside what it should make of a run's end. Raises `Invalid` saying why."""
+    while True:
+        await asyncio.sleep(_LETTER_SECONDS)
+        with suppress(Retry):
+            ended = await bus.last_record(subjects.fact(run, "run", 0, "ended"))
+            letter = None if ended is None else await bus.look("DLQ", last_by_subj=f"{DLQ_ROOT}.RUNS.{ended.sequence}")
+            if letter is not None:
+                detail = open_bytes(letter.data, letter.subject).read(DeadLetter).detail
+                raise Invalid(
+                    f"the library has put the expert of {run} aside: {detail}; once that is mended, `connito dlq retry` hands "
+                    "it in again, and `connito up` goes on"
+                )

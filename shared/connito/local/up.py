@@ -257,7 +257,7 @@ class _Up:
                 client.close()
 
     async def _follow(self, installation: Installation, run: str) -> RunFacts:
-        from connito.local.log import follow_run
+        from connito.local.log import deposit_refused, follow_run
         from connito.v1.run_pb2 import RUN_OUTCOME_COMPLETED
 
         def noticed(fact: Fact, facts: RunFacts) -> None:
@@ -271,9 +271,15 @@ class _Up:
             deposits = facts.ended.outcome == RUN_OUTCOME_COMPLETED and facts.ended.final_version > 0
             return not deposits or bool(facts.deposits)
 
-        return await follow_run(
-            installation.bus, installation.roster, run, installation.names, self.display, over, noticed
+        following = asyncio.create_task(
+            follow_run(installation.bus, installation.roster, run, installation.names, self.display, over, noticed)
         )
+        refused = asyncio.create_task(deposit_refused(installation.bus, run))
+        try:
+            await asyncio.wait((following, refused), return_when=asyncio.FIRST_COMPLETED)
+            return await (following if following.done() else refused)
+        finally:
+            await end_tasks([following, refused])
 
     async def _report(
         self, installation: Installation, facts: RunFacts, materials: Materials, memory: PeakMemory

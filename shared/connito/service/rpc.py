@@ -323,9 +323,10 @@ def open_request(
 
 def check_fresh(envelope: Envelope, now_ms: int, reason: reasons.Reason.ValueType = reasons.REASON_MALFORMED) -> None:
     """Raise `Invalid` for a request that was not signed just now, so that a copied one soon opens nothing."""
-    if abs(now_ms - envelope.issued_at_unix_ms) > FRESH_MS:
+    if abs(apart := now_ms - envelope.issued_at_unix_ms) > FRESH_MS:
+        away = f"{abs(apart) / 60_000:.0f} minutes {'behind' if apart > 0 else 'ahead of'}"
         raise Invalid(
-            "the request was not signed just now but more than five minutes ago or from now; sign it again, and check "
-            "the clock with `connito doctor`",
+            f"the request is dated {away} the platform's clock, and five are let through: set the clock of the machine that "
+            "signed it (`timedatectl set-ntp true`), or sign again what was signed then",
             reason=reason,
         )

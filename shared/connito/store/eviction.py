@@ -39,11 +39,13 @@ def make_room(
 
     Only what nobody has asked for in a while goes: where that is not enough, the cache grows past its limit.
     """
-    excess = _excess(folder, need, limit, free or _free)
+    # Without a limit the disk says what is taken, and nobody has to look at every file for it.
+    entries = list(_entries(folder)) if limit else []
+    excess = sum(entry.size for entry in entries) + need - limit if limit else _excess(folder, need, free or _free)
     if excess <= 0:
         return 0
     freed, before = 0, now() - IN_USE_SECONDS
-    for entry in sorted(_entries(folder), key=lambda entry: (not entry.passing, entry.used)):
+    for entry in sorted(entries or _entries(folder), key=lambda entry: (not entry.passing, entry.used)):
         if freed >= excess:
             break
         if entry.used < before:
@@ -56,9 +58,7 @@ def make_room(
     return freed
 
 
-def _excess(folder: Path, need: int, limit: int, free: Callable[[Path], int]) -> int:
-    if limit:
-        return sum(entry.size for entry in _entries(folder)) + need - limit
+def _excess(folder: Path, need: int, free: Callable[[Path], int]) -> int:
     spare = min(FREE_BYTES, int(FREE_SHARE * shutil.disk_usage(folder).total))
     return need + spare - free(folder)
 

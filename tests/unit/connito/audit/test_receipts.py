@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from connito.audit.artifacts import Artifacts
 from connito.audit.audit import Options
 from connito.audit.receipts import SubmissionId, explain, find_miner, receipt
 from connito.errors import Invalid, NotFound
@@ -46,6 +48,23 @@ async def test_honest_work_a_copy_and_late_work_are_explained(told: World, tmp_p
         assert found["verdict"]["status"] == status
     late = receipt(evidence, 2, MINERS["L"])
     assert (late["origin_cycle"], late["inputs"]["reveal_sequence"] > 0) == (1, True)
+
+
+async def test_without_any_file_the_log_alone_is_explained(world: World) -> None:
+    """A miner has no key to the store; what validators signed and the ranks that follow from it are in the log."""
+    options = replace(QUICK, files=False)
+    for cycle, name, status in ((1, "A", "merged"), (1, "C", "rejected"), (2, "L", "merged")):
+        found = explain(world.evidence(), Artifacts(), cycle, MINERS[name], options).to_json()
+        assert found["result"] == "same", found["differences"]
+        assert found["verdict"]["status"] == status
+        assert "artifacts" not in [step["check"] for step in found["checks"]]
+
+    def change(message: c.ScoreReport) -> None:
+        score = next(score for score in message.scores if score.miner == MINERS["B"])
+        score.losses[0].after -= 0.001
+
+    world.resign("validate.1.report.{v1}", change, c.ScoreReport)
+    assert explain(world.evidence(), Artifacts(), 1, MINERS["B"], options).differences
 
 
 async def test_someone_elses_trouble_is_not_in_it(world: World, tmp_path: Path) -> None:

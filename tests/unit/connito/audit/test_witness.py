@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ async def items(records: list[Record]) -> AsyncGenerator[Record | CaughtUp, None
 async def watch(records: list[Record], folder: Path, say: Notify = silent) -> int:
     witness = Witness(folder, ME, ROSTER, say, lambda: 1_700_000_000_000)
     await witness.watch(items(records), once=True)
+    witness.check()
     return witness.cosigned
 
 
@@ -76,6 +78,35 @@ async def test_a_second_history_is_refused_whichever_came_first(told: World, oth
     with pytest.raises(VerificationFailed, match="two histories"):
         await watch(other.records, tmp_path)
     assert (tmp_path / f"{RUN}.refused").exists()
+
+
+async def test_a_refused_run_does_not_end_the_others(told: World, other: World, tmp_path: Path) -> None:
+    """And what comes of it later is not cosigned either."""
+    said: list[str] = []
+    await watch(up_to(told, "run.2.head"), tmp_path)
+    before = (tmp_path / f"{RUN}.checkpoint").read_text()
+    (tmp_path / "gone.checkpoint").write_text(before)
+    witness = Witness(tmp_path, ME, ROSTER, said.append, lambda: 1_700_000_000_000)
+    await witness.watch(items(told.records), once=True)
+    assert set(witness.refused) == {"gone"}
+    assert witness.cosigned > 0, "of the other run"
+    witness = Witness(tmp_path, ME, ROSTER, said.append, lambda: 1_700_000_000_000)
+    await witness.watch(items(other.records), once=True)
+    assert set(witness.refused) == {"gone", RUN}
+    assert not witness.cosigned
+    with pytest.raises(VerificationFailed, match=r"run-1: .*; gone: "):
+        witness.check()
+
+
+async def test_what_is_said_of_runs_that_do_not_exist_is_not_kept(told: World, tmp_path: Path) -> None:
+    record = next(record for record in told.records if ".run.0.validator." in record.subject)
+    ghosts = [replace(record, subject=record.subject.replace(RUN, f"ghost-{n}")) for n in range(50)]
+    witness = Witness(tmp_path, ME, ROSTER, silent, lambda: 1_700_000_000_000)
+    await witness.watch(items([*ghosts, *told.records]), once=True)
+    assert set(witness._log.runs) == {RUN}
+    trees = witness._log.trees
+    assert trees is not None
+    assert set(trees.runs) == {RUN}
 
 
 async def test_a_log_that_ends_before_what_was_seen_is_refused(told: World, tmp_path: Path) -> None:
