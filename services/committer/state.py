@@ -160,6 +160,7 @@ class State(PositionedLog):
 
     def note(self, run: str) -> dict[str, Any]:
         """Return what is to be kept of a run."""
+        self._forget_settled(run)
         found = super().note(run) | {"naming": self.naming.of(run)}
         if run in self.runs:
             said, spec = self._said_in(run), self._spec(run)
@@ -181,8 +182,17 @@ class State(PositionedLog):
         counts_after = -1 if closed is None else closed.last_sequence
         for sequence in [one for one in self.reveals[run] if one <= counts_after or facts.ended is not None]:
             del self.reveals[run][sequence]
-        if facts.ended is not None:
-            self._pending[run].clear()
+
+    def _forget_settled(self, run: str) -> None:
+        """Wait no longer for what lies in front of the close of a window that is settled: it has its answer, or never will."""
+        facts = self.runs.get(run)
+        if facts is None:
+            return
+        windows = [facts.window(name, cycle) for cycle in facts.recent for name in ("commit", "submit")]
+        ends = [window.require_closed().last_sequence for window in windows if window.closed and window.settled]
+        last = max(ends, default=0)
+        for sequence in [one for one in self._pending[run] if one <= last or facts.ended is not None]:
+            del self._pending[run][sequence]
 
     def verified(self, record: Record) -> Fact:
         """Return what a miner said, verified once, whether it comes through the log or the work queue first. Raises `Invalid`."""
