@@ -37,8 +37,9 @@ def run(options: Options) -> Result:
         "worst_general_change": round(max(changes.values()), 4),
         "peak_memory_gib": round(totals["peak_memory_bytes"] / 2**30, 2),
         "upload_bytes_per_miner_and_cycle": totals["upload_bytes_per_miner_and_cycle"],
-        "upload_protocol_bytes": totals["upload_bytes_per_miner_and_cycle"]
-        - 4 * report["selection"]["target_parameters"],
+        "upload_bits_a_number": round(
+            8 * totals["upload_bytes_per_miner_and_cycle"] / report["selection"]["target_parameters"], 3
+        ),
         "upload_share_of_model": round(totals["upload_share_of_model"], 4),
         "seconds": totals["seconds"],
     }

@@ -4,7 +4,7 @@ A cell is one codec, one number H of local steps, IID or not, one seed: cycles o
 with the project's own encoder, files, error feedback, decoder and the default policy's merge; no gate. `kept` is the fall of the
 held-out loss over that of the same cell with rows. Bytes are those of the files. A cell that has been computed is a JSON in
 `<out>/wire/` and is not computed again; processes side by side share the cells. Tiny matrices hide what low rank saves, so the
-bytes of one upload are also those of noise in the shapes of the demo's selection.
+bytes of one upload are also those of noise in the shapes of the demo's selection, of one layer times six.
 
 Styles of others are their form and their feedback, on the same rig: DeMo's DCT of 64 by 64 and momentum (Peng et al., 2024),
 SparseLoCo's top-k of 4,096 with two bits (Sarfi et al., 2025), eight bits in blocks. No code of theirs runs here.
@@ -37,9 +37,9 @@ MINERS, BATCH = 4, 4
 # H -> cycles. A cell has to end within twenty seconds.
 CYCLES = {5: 20, 20: 8, 50: 4}
 DATA = ("IID", "non-IID")
-# The demo's selection: 12 experts of 576 by 1536 in three matrices; its base in float16; values of rows in float32.
-DEMO_SHAPES = {f"layers.{layer}.{name}": ("F32", (2, *shape)) for layer in range(6)
-               for name, shape in (("down_proj", (576, 1536)), ("gate_up_proj", (3072, 576)))}  # fmt: skip
+# Of the demo's selection one layer: 2 experts of 576 by 1536 in three matrices; there are six. Its base in float16.
+LAYERS = 6
+DEMO_SHAPES = {"layers.0.down_proj": ("F32", (2, 576, 1536)), "layers.0.gate_up_proj": ("F32", (2, 3072, 576))}
 DEMO_DENSE = 2 * 246_000_000
 DCT, DECAY = 64, 0.95
 
@@ -72,11 +72,12 @@ ARMS = {
     "top-k 5 %": _arm("top-k", share=0.05),
     "low-rank 4, no feedback": _arm("low-rank", feedback=False, rank=4),
 }
+FIRST = 6
 QUICK = ("rows", "ternary", "low-rank 4")
 
 
 def run(options: Options) -> Result:
-    """Compute the cells that are missing, a seed and H at a time."""
+    """Compute the cells that are missing: a seed at a time, of the first arms before the others."""
     import torch
 
     torch.set_num_threads(1)
@@ -84,13 +85,21 @@ def run(options: Options) -> Result:
     folder.mkdir(exist_ok=True)
     arms = QUICK if options.quick else tuple(ARMS)
     steps, data = ((5,), ("IID",)) if options.quick else (tuple(CYCLES), DATA)
-    cells = [(arm, h, kind, seed) for arm in arms for kind in data for h in steps for seed in range(options.seeds)]
+    tiers = (arms[:FIRST], arms[FIRST:])
+    cells = [
+        (arm, h, kind, seed)
+        for tier in tiers
+        for kind in data
+        for seed in range(options.seeds)
+        for arm in tier
+        for h in steps
+    ]
+    uploads = {arm: _upload(folder, arm) for arm in arms if not ARMS[arm].transformed}
     for number, (arm, h, kind, seed) in enumerate(cells):
         path = folder / f"{arm.replace(' ', '-').replace('%', 'percent')}-{h}-{kind}-{seed}.json"
         if all(part in path.name for part in options.only.split()) and claim(path):
             note(f"cell {number + 1} of {len(cells)}: {arm}, H = {h}, {kind}, seed {seed}")
             _write(path, _cell(folder, arm, h, kind, seed))
-    uploads = {arm: _upload(folder, arm) for arm in arms if not ARMS[arm].transformed}
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*-IID-*.json"))]
     wanted = {(arm, h, kind) for arm, h, kind, _ in cells}
     rows = [row for row in rows if (row["arm"], row["steps"], row["data"]) in wanted]
@@ -238,12 +247,12 @@ def _dct(values: Any, *, inverse: bool) -> Any:
 def _upload(folder: Path, name: str) -> dict[str, float]:
     """Return bytes of one upload in the demo's shapes, and how many times fewer than rows and than the dense model."""
     path = folder / f"upload-{name.replace(' ', '-').replace('%', 'percent')}.txt"
-    rows = 4 * sum(int(np.prod(shape)) for _, shape in DEMO_SHAPES.values())
+    rows = 4 * LAYERS * sum(int(np.prod(shape)) for _, shape in DEMO_SHAPES.values())
     if not path.exists() and name != "rows":
         note(f"an upload in the demo's shapes: {name}")
         with tempfile.TemporaryDirectory() as work:
             write_coded(codec_of(ARMS[name].policy), DEMO_SHAPES, _noise, Path(work) / "coded")
-            path.write_text(str((Path(work) / "coded").stat().st_size))
+            path.write_text(str(LAYERS * (Path(work) / "coded").stat().st_size))
     size = rows if name == "rows" else int(path.read_text())
     return {"bytes": size, "fewer_than_rows": round(rows / size, 1), "fewer_than_dense": round(DEMO_DENSE / size)}
 

@@ -18,6 +18,7 @@ from connito.jobs.check import Checked
 from connito.jobs.findings import Finding, require
 from connito.jobs.pilot import Pilot, try_out
 from connito.moe.footprint import Footprint, Workload
+from connito.protocol.coding import is_coded, usual_bytes
 from connito.protocol.findings import DOCUMENTS_APART
 from connito.protocol.progress import MOST_REPLAY
 from connito.render import formats
@@ -78,10 +79,15 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = silent) 
     trial = None
     if pilot:
         trial = try_out(checked, selection, progress)
-    expert = context.manifest.expert_bytes()
-    upload = sum(expert[layer] * len(experts) for layer, experts in selection.layers.items())
     made = Quote(
-        spec.domain, selection.layers, selection.total, upload, context.manifest.size, memory, spec.cycles, trial
+        spec.domain,
+        selection.layers,
+        selection.total,
+        _upload(checked, selection),
+        context.manifest.size,
+        memory,
+        spec.cycles,
+        trial,
     )
     made.cycles_needed = _cycles_needed(checked, trial)
     made.seconds, made.seconds_from = _duration(context, checked, trial)
@@ -90,6 +96,16 @@ def quote(checked: Checked, *, pilot: bool = True, progress: Progress = silent) 
     made.findings += [*coverage, *_retention(checked, trial), *_budget(checked, made)]
     progress("priced", 1.0)
     return made
+
+
+def _upload(checked: Checked, selection: Selection) -> int:
+    """Return the bytes of a submission: of the rows, or about those of what they are coded to."""
+    manifest, policy = checked.context.manifest, checked.spec.training
+    if not is_coded(policy):
+        expert = manifest.expert_bytes()
+        return sum(expert[layer] * len(experts) for layer, experts in selection.layers.items())
+    chosen = [(layer, expert) for layer, experts in selection.layers.items() for expert in experts]
+    return usual_bytes(policy, [row.shape for layer, expert in chosen for row in manifest.expert_rows(layer, expert)])
 
 
 def _select(checked: Checked) -> Selection:

@@ -6,11 +6,15 @@ the state θ_t that it began from. It is the same to the bit for everybody.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from connito.data.codecs.file import Codec, codec, read_coded, read_note, write_coded
+from connito.data.codecs.planes import write_planes
 from connito.data.codecs.scales import Floats
 from connito.data.pseudo_gradients import load_float32
 from connito.data.tensors import Array, Layout, TensorWriter, from_float32, read_header, to_float32
@@ -29,6 +33,17 @@ def is_coded(policy: TrainPolicy) -> bool:
 def codec_of(policy: TrainPolicy) -> Codec:
     """Return the codec of a policy under which submissions are coded."""
     return codec(policy.codec, policy.codec_rank, policy.codec_share)
+
+
+def usual_bytes(policy: TrainPolicy, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Return about how many bytes a coded submission of tensors of these shapes has: noise codes as pseudo-gradients do."""
+    how, sample = codec_of(policy), (256, 4096)
+    if how.name == "low-rank":
+        # Factors are next to incompressible, and depend on the shape.
+        return sum(size.most for shape in shapes for size in how.sizes(shape))
+    file, noise = BytesIO(), np.random.default_rng(0).standard_normal(sample, np.float32)
+    write_planes(how.encode(noise), file)
+    return sum(map(math.prod, shapes)) * file.tell() // math.prod(sample)
 
 
 def decoded(submission: Path, base: Path, policy: TrainPolicy, folder: Path) -> Path:

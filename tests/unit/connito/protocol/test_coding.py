@@ -9,7 +9,7 @@ import pytest
 from connito.data.pseudo_gradients import load_float32
 from connito.data.tensors import from_float32, read_header, read_tensors, tensor_bytes
 from connito.errors import Invalid
-from connito.protocol.coding import codec_of, decoded, encode, is_coded, stated
+from connito.protocol.coding import codec_of, decoded, encode, is_coded, stated, usual_bytes
 from connito.protocol.policy.choices import CODECS, ROWS
 from connito.protocol.submission import validate
 from connito.v1 import reasons_pb2
@@ -141,6 +141,17 @@ def test_a_move_that_overflows_the_state_is_not_finite(tmp_path: Path) -> None:
     with pytest.raises(Invalid) as error:
         validate(there, read_header(base))
     assert error.value.reason == reasons_pb2.REASON_NON_FINITE
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_a_quote_knows_about_how_many_bytes_it_takes(name: str, tmp_path: Path) -> None:
+    rng, shapes = np.random.default_rng(9), {"layers.0.a": (2, 128, 256), "layers.0.b": (2, 64, 128)}
+    for part, seed in (("base", 1.0), ("rows", 0.9)):
+        rows = {each: (rng.standard_normal(shape) * seed).astype(np.float32) for each, shape in shapes.items()}
+        (tmp_path / part).write_bytes(tensor_bytes(rows))
+    encode(tmp_path / "rows", tmp_path / "base", policy(name), None, tmp_path / "coded", tmp_path / "leaves")
+    size = (tmp_path / "coded").stat().st_size
+    assert 0.9 * size < usual_bytes(policy(name), list(shapes.values())) < 1.1 * size
 
 
 def test_every_choice_of_the_law_has_a_codec() -> None:

@@ -215,6 +215,16 @@ def test_a_bomb_costs_no_more_than_a_submission(how: Codec) -> None:
             assert peak < 40 * 4 * 64 * 64 + 300_000, (place, peak)
 
 
+@pytest.mark.parametrize("how", CODECS, ids=ids)
+def test_a_stream_that_is_stuffed_is_refused(how: Codec) -> None:
+    """Deflate has blocks of nothing, which any number of may stand before the data."""
+    layout: Layout = {"a": ("F32", (4, 64, 64))}
+    streams = [zlib.compress(bytes(size.least), wbits=-15) for size in how.sizes((4, 64, 64))]
+    stuffed = b"\x00\x00\x00\xff\xff" * 30_000 + streams[0]
+    with pytest.raises(Invalid, match="are possible"):
+        decoded(how, framed(how, [stuffed, *streams[1:]]), layout)
+
+
 def test_digits_and_powers_that_do_not_exist_are_refused() -> None:
     layout: Layout = {"a": ("F32", (2, 32))}
     for how, plane, byte in ((codec("ternary"), 1, 81), (codec("int4"), 1, 225), (codec("low-rank", rank=2), 0, 31)):
