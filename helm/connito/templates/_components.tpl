@@ -14,15 +14,22 @@ Every workload of the release, as JSON {"items": [...]}. One entry is
 {{- if and $platform $conf.enabled -}}
 {{- $image := ternary (printf "%s-cuda" $component) $component (eq ($conf.variant | default "cpu") "cuda") -}}
 {{- $secret := required (printf "%s.existingSecret is empty: name the Secret that holds the %s's key under %q" $component $component $.Values.keyName) $conf.existingSecret -}}
+{{- $conf = mergeOverwrite (deepCopy $.Values.pods) (deepCopy $conf) -}}
 {{- $items = append $items (dict "name" $component "component" $component "image" $image "secret" $secret "conf" $conf "instance" dict "api" (and (hasKey $conf "service") (ne $component "console")) "page" (eq $component "console") "stateful" false) -}}
 {{- end -}}
 {{- end -}}
+{{- $secrets := dict -}}
 {{- range $component := list "validator" "trainer" -}}
 {{- $conf := index $.Values $component -}}
 {{- if and $conf.enabled (or $platform (eq $component "trainer")) -}}
 {{- range $conf.instances -}}
-{{- $image := ternary (printf "%s-cuda" $component) $component (eq $conf.variant "cuda") -}}
-{{- $items = append $items (dict "name" (printf "%s-%s" $component .name) "component" $component "image" $image "secret" .existingSecret "conf" $conf "instance" . "api" false "page" false "stateful" true) -}}
+{{- if hasKey $secrets .existingSecret -}}
+{{- fail (printf "%s.instances: %s and %s have the Secret %s both: one key runs once" $component (get $secrets .existingSecret) .name .existingSecret) -}}
+{{- end -}}
+{{- $_ := set $secrets .existingSecret .name -}}
+{{- $own := mergeOverwrite (deepCopy $.Values.pods) (omit (deepCopy $conf) "instances") (omit (deepCopy .) "name" "existingSecret" "run" "existingClaims") -}}
+{{- $image := ternary (printf "%s-cuda" $component) $component (eq $own.variant "cuda") -}}
+{{- $items = append $items (dict "name" (printf "%s-%s" $component .name) "component" $component "image" $image "secret" .existingSecret "conf" $own "instance" . "api" false "page" false "stateful" true) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

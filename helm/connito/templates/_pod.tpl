@@ -1,10 +1,13 @@
+{{/* Security context of a pod: the chart's own, less what OpenShift chooses itself, then what the values say. */}}
 {{- define "connito.podSecurity" -}}
-runAsNonRoot: true
-runAsUser: 10001
-runAsGroup: 10001
-fsGroup: 10001
-fsGroupChangePolicy: OnRootMismatch
-seccompProfile: { type: RuntimeDefault }
+{{- $own := dict "runAsNonRoot" true "seccompProfile" (dict "type" "RuntimeDefault") "fsGroupChangePolicy" "OnRootMismatch" -}}
+{{- if not .Values.openshift -}}
+{{- $_ := set $own "runAsUser" 10001 -}}
+{{- $_ := set $own "runAsGroup" 10001 -}}
+{{- $_ := set $own "fsGroup" 10001 -}}
+{{- end -}}
+{{- include "connito.merge" (list $own .Values.podSecurityContext) -}}
+{{- toYaml $own -}}
 {{- end -}}
 
 {{- define "connito.containerSecurity" -}}
@@ -22,16 +25,14 @@ capabilities: { drop: [ALL] }
 {{- if .root.Values.bus.existingCaConfigMap }}
 - { name: SSL_CERT_FILE, value: /etc/connito/ca/ca.crt }
 {{- end }}
-{{- with .root.Values.tls }}
-{{- if .existingSecret }}
+{{- if include "connito.tlsSecret" .root }}
 - { name: CONNITO_TLS_CA, value: /etc/connito/tls/ca.crt }
 - { name: CONNITO_TLS_CERT, value: /etc/connito/tls/tls.crt }
 - { name: CONNITO_TLS_KEY, value: /etc/connito/tls/tls.key }
 {{- end }}
-{{- if ne .grpc "off" }}
-{{- $_ := required "tls.grpc asks for certificates: name the Secret that holds them in tls.existingSecret" .existingSecret }}
-- { name: CONNITO_GRPC_TLS, value: {{ .grpc | quote }} }
-{{- end }}
+{{- if ne .root.Values.tls.grpc "off" }}
+{{- $_ := required "tls.grpc asks for certificates: name the Secret that holds them in tls.existingSecret" (include "connito.tlsSecret" .root) }}
+- { name: CONNITO_GRPC_TLS, value: {{ .root.Values.tls.grpc | quote }} }
 {{- end }}
 - { name: CONNITO_LOG_FORMAT, value: {{ .root.Values.logs.format | quote }} }
 - { name: CONNITO_LOG_LEVEL, value: {{ .root.Values.logs.level | quote }} }
@@ -53,16 +54,23 @@ capabilities: { drop: [ALL] }
 {{- end }}
 - { name: CONNITO_S3_BUCKET, value: {{ .Values.store.bucket | quote }} }
 - { name: CONNITO_S3_REGION, value: {{ .Values.store.region | quote }} }
+{{- if ne .Values.store.auth "keys" }}
+- { name: CONNITO_S3_CREDENTIALS, value: {{ .Values.store.auth }} }
+{{- if eq .Values.store.auth "web-identity" }}
+- { name: CONNITO_S3_STS_ENDPOINT, value: {{ required "store.sts.endpoint is empty: name the STS that takes the pods' tokens" .Values.store.sts.endpoint | quote }} }
+{{- end }}
+{{- else }}
 {{- $own := get .Values.store.existingSecrets $component }}
-{{- $secret := required "store.existingSecret is empty: name the Secret with the store's access key and secret key" ($own | default .Values.store.existingSecret) }}
+{{- $secret := required "store.existingSecret is empty: name the Secret with the store's access key and secret key, or say in store.auth that pods have an identity" ($own | default .Values.store.existingSecret) }}
 - name: CONNITO_S3_ACCESS_KEY
   valueFrom: { secretKeyRef: { name: {{ $secret | quote }}, key: {{ .Values.store.accessKeyKey | quote }} } }
 - name: CONNITO_S3_SECRET_KEY
   valueFrom: { secretKeyRef: { name: {{ $secret | quote }}, key: {{ .Values.store.secretKeyKey | quote }} } }
 {{- end }}
+{{- end }}
 {{- end -}}
 
-{{/* (dict "root" $ "secret" name) */}}
+{{/* (dict "root" $ "store" bool) */}}
 {{- define "connito.commonMounts" -}}
 - { name: key, mountPath: /etc/connito/key, readOnly: true }
 - { name: tmp, mountPath: /tmp }
@@ -70,8 +78,11 @@ capabilities: { drop: [ALL] }
 {{- if .root.Values.bus.existingCaConfigMap }}
 - { name: ca, mountPath: /etc/connito/ca, readOnly: true }
 {{- end }}
-{{- if .root.Values.tls.existingSecret }}
+{{- if include "connito.tlsSecret" .root }}
 - { name: tls, mountPath: /etc/connito/tls, readOnly: true }
+{{- end }}
+{{- if and .store (eq .root.Values.store.auth "web-identity") }}
+- { name: identity, mountPath: /var/run/secrets/connito, readOnly: true }
 {{- end }}
 {{- end -}}
 
@@ -89,9 +100,62 @@ capabilities: { drop: [ALL] }
 - name: ca
   configMap: { name: {{ . | quote }} }
 {{- end }}
-{{- with .root.Values.tls.existingSecret }}
+{{- with include "connito.tlsSecret" .root }}
 - name: tls
   projected: { defaultMode: 0440, sources: [{ secret: { name: {{ . | quote }} } }] }
+{{- end }}
+{{- if and .store (eq .root.Values.store.auth "web-identity") }}
+- name: identity
+  projected:
+    defaultMode: 0440
+    sources: [{ serviceAccountToken: { path: token, audience: {{ .root.Values.store.sts.audience | quote }}, expirationSeconds: 3600 } }]
+{{- end }}
+{{- end -}}
+
+{{/* metadata of a pod: (list root component conf workload) */}}
+{{- define "connito.podMetadata" -}}
+{{- $conf := index . 2 -}}
+labels:
+  {{- include "connito.labels" (index . 0) | nindent 2 }}
+  app.kubernetes.io/component: {{ index . 1 }}
+  {{- with index . 3 }}
+  connito-workload: {{ . }}
+  {{- end }}
+  {{- with $conf.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- with $conf.podAnnotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Where a pod runs and as whom: (list root component conf) */}}
+{{- define "connito.placement" -}}
+{{- $root := index . 0 -}}
+{{- $conf := index . 2 -}}
+serviceAccountName: {{ include "connito.account" (list $root (index . 1) $conf) }}
+automountServiceAccountToken: false
+# A Service named connito-grpc would otherwise arrive as the setting CONNITO_GRPC_PORT.
+enableServiceLinks: false
+{{- with $root.Values.image.pullSecrets }}
+imagePullSecrets: {{- range . }}{{ printf "\n- name: %s" . }}{{- end }}
+{{- end }}
+{{- range $key := list "priorityClassName" "runtimeClassName" "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" }}
+{{- with get $conf $key }}
+{{ $key }}: {{- if kindIs "string" . }} {{ . | quote }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+{{- end }}
+securityContext: {{- include "connito.podSecurity" $root | nindent 2 }}
+{{- with $conf.initContainers }}
+initContainers: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Variables that the values add: (list conf). A key of `env` replaces the chart's own variable of that name. */}}
+{{- define "connito.moreEnv" -}}
+{{- range $key, $value := .env }}
+- { name: {{ $key }}, value: {{ $value | toString | quote }} }
+{{- end }}
+{{- with .extraEnv }}
+{{ toYaml . }}
 {{- end }}
 {{- end -}}
 
@@ -100,40 +164,12 @@ capabilities: { drop: [ALL] }
 {{- $root := .root -}}
 {{- $item := .item -}}
 {{- $conf := $item.conf -}}
-metadata:
-  labels:
-    {{- include "connito.labels" $root | nindent 4 }}
-    app.kubernetes.io/component: {{ $item.component }}
-    connito-workload: {{ $item.name }}
-    {{- with $conf.podLabels }}{{ toYaml . | nindent 4 }}{{ end }}
-  {{- with $conf.podAnnotations }}
-  annotations: {{- toYaml . | nindent 4 }}
-  {{- end }}
+{{- $store := not (has $item.component (list "trainer" "coordinator")) -}}
+metadata: {{- include "connito.podMetadata" (list $root $item.component $conf $item.name) | nindent 2 }}
 spec:
-  serviceAccountName: {{ include "connito.fullname" $root }}
-  automountServiceAccountToken: false
-  # A Service named connito-grpc would otherwise arrive as the setting CONNITO_GRPC_PORT.
-  enableServiceLinks: false
+  {{- include "connito.placement" (list $root $item.name $conf) | nindent 2 }}
   terminationGracePeriodSeconds: {{ $conf.terminationGracePeriodSeconds | default (ternary 120 30 $item.stateful) }}
-  {{- with $root.Values.image.pullSecrets }}
-  imagePullSecrets: {{- range . }}{{ printf "\n- name: %s" . | indent 4 }}{{- end }}
-  {{- end }}
-  {{- with $conf.priorityClassName }}
-  priorityClassName: {{ . }}
-  {{- end }}
-  {{- with $conf.runtimeClassName }}
-  runtimeClassName: {{ . }}
-  {{- end }}
-  {{- with $conf.nodeSelector }}
-  nodeSelector: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $conf.tolerations }}
-  tolerations: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $conf.affinity }}
-  affinity: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- if not $item.stateful }}
+  {{- if not (or $item.stateful $conf.topologySpreadConstraints) }}
   topologySpreadConstraints:
     - maxSkew: 1
       topologyKey: kubernetes.io/hostname
@@ -143,22 +179,21 @@ spec:
           {{- include "connito.selector" $root | nindent 10 }}
           connito-workload: {{ $item.name }}
   {{- end }}
-  securityContext: {{- include "connito.podSecurity" $root | nindent 4 }}
   containers:
     - name: {{ $item.component }}
-      image: {{ include "connito.image" (list $root $item.image) | quote }}
+      image: {{ include "connito.image" (list $root $item.image $conf.image) | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       securityContext: {{- include "connito.containerSecurity" $root | nindent 8 }}
       env:
         {{- include "connito.commonEnv" . | nindent 8 }}
-        {{- if not (has $item.component (list "trainer" "coordinator")) }}
+        {{- if $store }}
         {{- include "connito.storeEnv" (list $root $item.component) | nindent 8 }}
         {{- end }}
         {{- if $item.api }}
         {{- if $conf.service.advertise }}
         - { name: CONNITO_GRPC_ADVERTISE, value: {{ $conf.service.advertise | quote }} }
         {{- else }}
-        - { name: CONNITO_GRPC_ADVERTISE, value: "{{ include "connito.fullname" $root }}-{{ $item.name }}.{{ $root.Release.Namespace }}.svc:9090" }
+        - { name: CONNITO_GRPC_ADVERTISE, value: "{{ include "connito.object" (list $root $item.name) }}.{{ $root.Release.Namespace }}.svc:9090" }
         {{- end }}
         {{- end }}
         {{- if ($conf.admission).existingSecret }}
@@ -188,9 +223,10 @@ spec:
         # Below the volume's limit, past which the pod itself would be evicted.
         - { name: CONNITO_CACHE_MAX_BYTES, value: "1600000000" }
         {{- end }}
-        {{- range $key, $value := $conf.env }}
-        - { name: {{ $key }}, value: {{ $value | toString | quote }} }
-        {{- end }}
+        {{- include "connito.moreEnv" $conf | nindent 8 }}
+      {{- with $conf.envFrom }}
+      envFrom: {{- toYaml . | nindent 8 }}
+      {{- end }}
       ports:
         - { name: http, containerPort: 8080 }
         {{- if $item.api }}
@@ -213,11 +249,16 @@ spec:
         httpGet: { path: /readyz, port: http }
         periodSeconds: 5
         timeoutSeconds: 5
+      {{- if or $item.api $item.page }}
+      # Until no proxy sends anything to this pod any more.
+      lifecycle:
+        preStop: { exec: { command: [sleep, "5"] } }
+      {{- end }}
       {{- with $conf.resources }}
       resources: {{- toYaml . | nindent 8 }}
       {{- end }}
       volumeMounts:
-        {{- include "connito.commonMounts" . | nindent 8 }}
+        {{- include "connito.commonMounts" (dict "root" $root "store" $store) | nindent 8 }}
         - { name: cache, mountPath: /var/cache/connito }
         {{- if ($conf.admission).existingSecret }}
         - { name: admission, mountPath: /etc/connito/admission, readOnly: true }
@@ -225,8 +266,10 @@ spec:
         {{- if $conf.work }}
         - { name: work, mountPath: /var/lib/connito }
         {{- end }}
+        {{- with $conf.extraVolumeMounts }}{{ toYaml . | nindent 8 }}{{ end }}
+    {{- with $conf.extraContainers }}{{ toYaml . | nindent 4 }}{{ end }}
   volumes:
-    {{- include "connito.commonVolumes" (dict "root" $root "secret" $item.secret) | nindent 4 }}
+    {{- include "connito.commonVolumes" (dict "root" $root "secret" $item.secret "store" $store) | nindent 4 }}
     {{- with ($conf.admission).existingSecret }}
     - name: admission
       secret:
@@ -240,12 +283,20 @@ spec:
     {{- if not $conf.cache }}
     - name: cache
       emptyDir: { sizeLimit: 2Gi }
-    {{- else if not $item.stateful }}
+    {{- else if $item.stateful }}
+    {{- range $use := list "cache" "work" }}
+    {{- with get $conf $use }}
+    - name: {{ $use }}
+      persistentVolumeClaim: { claimName: {{ include "connito.claimName" (list $root $item $use) }} }
+    {{- end }}
+    {{- end }}
+    {{- else }}
     - name: cache
       ephemeral:
         volumeClaimTemplate:
           spec: {{- include "connito.claim" $conf.cache | nindent 12 }}
     {{- end }}
+    {{- with $conf.extraVolumes }}{{ toYaml . | nindent 4 }}{{ end }}
 {{- end -}}
 
 {{- define "connito.claim" -}}
@@ -254,4 +305,12 @@ accessModes: [ReadWriteOnce]
 storageClassName: {{ . | quote }}
 {{- end }}
 resources: { requests: { storage: {{ .size | quote }} } }
+{{- end -}}
+
+{{/* (list root item use). A claim's class cannot change: another class is another claim. */}}
+{{- define "connito.claimName" -}}
+{{- $item := index . 1 -}}
+{{- $use := index . 2 -}}
+{{- $class := (get $item.conf $use).storageClassName -}}
+{{- get ($item.instance.existingClaims | default dict) $use | default (include "connito.short" (list (printf "%s-%s%s" (include "connito.object" (list (index . 0) $item.name)) $use (ternary (printf "-%s" $class) "" (not (empty $class)))) 63)) -}}
 {{- end -}}

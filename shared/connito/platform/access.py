@@ -7,7 +7,7 @@
     miners.txt        the public keys of admitted miners, one a line
     roster.json       which public keys speak, or once spoke, for which role; public, every participant gets a copy
     nats.conf         a NATS server for one host that trusts those accounts
-    nats-values.yaml  the same as values of the official NATS chart, for `helm install -f`
+    nats-values.yaml  the accounts as values of this project's chart, for `helm install -f`
     s3.json, s3.env   identities of a SeaweedFS S3 gateway, and the operator's own credentials; secret
     store/            what the parts of that SeaweedFS know each other by; secret
     s3/<name>.env     the credentials of each service and validator, which open what its role needs; secret
@@ -183,7 +183,7 @@ class Access:
         admits = self.accounts.signers("miner")
         roster = Roster(by_role, before.stakes, before.retired, before.organisations, admits)
         _write(self.folder / "roster.json", roster.to_json())
-        values = {"nats": {"config": self._chart()}, "keda": {"account": self.accounts.platform}}
+        values = {"nats": {"config": self.accounts.server("/data/jwt")}, "keda": {"account": self.accounts.platform}}
         _write(self.folder / "nats.conf", json.dumps(self._server(), indent=2) + "\n")
         # JSON is YAML.
         _write(self.folder / "nats-values.yaml", json.dumps(values, indent=2) + "\n")
@@ -196,14 +196,6 @@ class Access:
             "jetstream": {"store_dir": "/data/jetstream", **JETSTREAM},
             **self._tls().config(),
             **self.accounts.server("/data/jwt"),
-        }
-
-    def _chart(self) -> dict[str, Any]:
-        trusted = self.accounts.server("")
-        resolver = {name: value for name, value in trusted.pop("resolver").items() if name != "dir"}
-        return {
-            "merge": {"max_payload": "<< 2MB >>", **trusted},
-            "resolver": {"enabled": True, "merge": resolver},
         }
 
     def _tls(self) -> Tls:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import yaml
 from connito.bus.streams import DURABLES
+from connito.platform.accounts import JETSTREAM
 
 from .conftest import CHART, Object, environment, find, of_kind, pod_specs, render, rendered, values_of
 
@@ -35,6 +37,8 @@ def test_pods_are_locked_down(objects: list[Object]) -> None:
 def test_secrets_exist_already(objects: list[Object]) -> None:
     assert of_kind(objects, "Secret") == []
     for name, spec in pod_specs(objects).items():
+        if "-rollout-" in name or name.endswith("-nats"):
+            continue
         (key,) = [volume["secret"] for volume in spec["volumes"] if "secret" in volume]
         assert key["secretName"], name
         assert key["defaultMode"] == 0o440, name
@@ -42,7 +46,9 @@ def test_secrets_exist_already(objects: list[Object]) -> None:
 
 def test_liveness_asks_the_process_and_readiness_the_bus(objects: list[Object]) -> None:
     for item in of_kind(objects, "Deployment", "StatefulSet"):
-        (container,) = item["spec"]["template"]["spec"]["containers"]
+        container, *_ = item["spec"]["template"]["spec"]["containers"]
+        if container["name"] == "nats":
+            continue
         assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
         assert container["startupProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
         assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
@@ -53,7 +59,7 @@ def test_bucket_credentials_go_to_services_and_never_to_miners() -> None:
     for name, spec in pod_specs(render(values)).items():
         variables = environment(spec["containers"][0])
         has = "CONNITO_S3_SECRET_KEY" in variables
-        assert has == (not any(part in name for part in ("trainer", "streams", "coordinator"))), name
+        assert has == (not any(part in name for part in ("trainer", "streams", "coordinator", "rollout"))), name
         if has:
             assert variables["CONNITO_S3_SECRET_KEY"] == {"secretKeyRef": {"name": "connito-s3", "key": "secret-key"}}
 
@@ -86,9 +92,12 @@ def test_each_key_runs_once() -> None:
 
 
 def test_the_work_of_a_miner_outlives_the_release() -> None:
-    trainer = find(rendered("trainer"), "StatefulSet", "connito-trainer-gpu-0")["spec"]
-    assert trainer["persistentVolumeClaimRetentionPolicy"] == {"whenDeleted": "Retain", "whenScaled": "Retain"}
-    assert {claim["metadata"]["name"] for claim in trainer["volumeClaimTemplates"]} == {"cache", "work"}
+    objects = rendered("trainer")
+    trainer = find(objects, "StatefulSet", "connito-trainer-gpu-0")["spec"]
+    kept = find(objects, "PersistentVolumeClaim", "connito-trainer-gpu-0-work")["metadata"]["annotations"]
+    assert kept == {"helm.sh/resource-policy": "keep"}
+    claims = {volume["name"] for volume in trainer["template"]["spec"]["volumes"] if "persistentVolumeClaim" in volume}
+    assert claims == {"cache", "work"}
     mounts = {mount["mountPath"] for mount in trainer["template"]["spec"]["containers"][0]["volumeMounts"]}
     assert {"/var/cache/connito", "/var/lib/connito", "/tmp"} <= mounts
 
@@ -126,7 +135,7 @@ def test_services_reach_pods(objects: list[Object]) -> None:
         selector = service["spec"]["selector"]
         chosen = [pod for pod in workloads if selector.items() <= pod["metadata"]["labels"].items()]
         assert len(chosen) == 1, service["metadata"]["name"]
-        ports = {port["name"] for port in chosen[0]["spec"]["containers"][0]["ports"]}
+        ports = {port["name"] for container in chosen[0]["spec"]["containers"] for port in container["ports"]}
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
     for item in of_kind(objects, "StatefulSet"):
         assert item["spec"]["serviceName"] in {service["metadata"]["name"] for service in services}
@@ -173,13 +182,20 @@ def test_keda_scales_on_consumers_that_exist() -> None:
     assert trigger["metadata"]["natsServerMonitoringEndpoint"] == "nats-headless.messaging.svc:8222"
 
 
-def test_bundled_nats_is_found_by_the_official_chart_s_names() -> None:
-    spec = find(rendered("bundled-nats"), "Deployment", "connito-coordinator")["spec"]["template"]["spec"]
+def test_bundled_nats_is_what_the_platform_needs() -> None:
+    objects = rendered("bundled-nats")
+    spec = find(objects, "Deployment", "connito-coordinator")["spec"]["template"]["spec"]
     assert environment(spec["containers"][0])["CONNITO_NATS_URL"] == "nats://connito-nats.ml.svc:4222"
-    values = values_of("bundled-nats")
-    renamed = render(values | {"nats": {"enabled": True, "fullnameOverride": "bus"}}, name="prod")
-    spec = find(renamed, "Deployment", "prod-connito-coordinator")["spec"]["template"]["spec"]
-    assert environment(spec["containers"][0])["CONNITO_NATS_URL"] == "nats://bus.ml.svc:4222"
+    config = json.loads(find(objects, "ConfigMap", "connito-nats")["data"]["nats.conf"])
+    assert JETSTREAM.items() <= config["jetstream"].items()
+    assert config["operator"]
+    assert len(config["cluster"]["routes"]) == find(objects, "StatefulSet", "connito-nats")["spec"]["replicas"] == 3
+    policy = find(objects, "NetworkPolicy", "connito-nats")["spec"]
+    routes, *_ = policy["ingress"]
+    assert [port["port"] for port in routes["ports"]] == [6222]
+    assert routes["from"] == [
+        {"podSelector": {"matchLabels": {"app.kubernetes.io/instance": "connito", "connito-workload": "nats"}}}
+    ]
 
 
 def test_the_streams_job_is_new_when_its_work_is() -> None:
@@ -204,7 +220,8 @@ def test_a_miner_gets_a_miner_s_alerts_and_dashboard() -> None:
     objects = render(values)
     groups = [group["name"] for group in find(objects, "PrometheusRule", "connito")["spec"]["groups"]]
     assert groups == ["connito.everywhere"]
-    assert [item["metadata"]["name"] for item in of_kind(objects, "ConfigMap")] == ["connito-dashboard-miner"]
+    names = {item["metadata"]["name"] for item in of_kind(objects, "ConfigMap")}
+    assert names == {"connito-dashboard-miner", "connito-rollout"}
 
 
 def test_gpus_go_to_the_cuda_image() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
-from connito.platform.accounts import JETSTREAM
+from connito.platform.access import Access
 from helm_python.chart import lint
 from helm_python.errors import HelmError
 
@@ -18,7 +19,7 @@ from .conftest import CHART, VALUES, Object, find, of_kind, pod_specs, render, r
 # The oldest and the newest Kubernetes that the chart promises to work on.
 VERSIONS = ("1.30", "1.37")
 # Objects of operators: their schemas are not Kubernetes' own. test_objects.py and promtool look at them.
-CUSTOM = {"ScaledObject", "ServiceMonitor", "PrometheusRule"}
+CUSTOM = {"PodMonitor", "ScaledObject", "ServiceMonitor", "PrometheusRule"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -40,13 +41,7 @@ def test_strict_mode_refuses_an_unknown_field() -> None:
 @pytest.mark.parametrize("name", sorted(VALUES))
 def test_helm_lint_finds_nothing(name: str) -> None:
     report = lint(CHART, values_of(name), strict=True)
-    # The official NATS chart is fetched by `helm dependency build`; a working tree does not have it.
-    errors = [
-        m["error"]
-        for m in report["messages"]
-        if m["severity"] >= 2 and "missing these dependencies: nats" not in m["error"]
-    ]
-    assert errors == []
+    assert [message["error"] for message in report["messages"] if message["severity"] >= 2] == []
 
 
 def test_names_are_unique(objects: list[Object]) -> None:
@@ -54,8 +49,22 @@ def test_names_are_unique(objects: list[Object]) -> None:
     assert len(names) == len(set(names))
 
 
+def test_nats_takes_its_configuration_with_the_accounts_that_are_exported(tmp_path: Path) -> None:
+    Access(tmp_path / "out").export()
+    values = values_of("bundled-nats")
+    values["nats"] |= json.loads((tmp_path / "out/nats-values.yaml").read_text())["nats"]
+    config = find(render(values), "ConfigMap", "connito-nats")["data"]["nats.conf"]
+    config = config.replace("/data/", f"{tmp_path}/").replace("/var/run/nats", str(tmp_path))
+    (tmp_path / "nats.conf").write_text(config)
+    command = [str(Path(sys.executable).parent / "nats-server"), "-t", "-c", str(tmp_path / "nats.conf"), "--name", "a"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_service_is_there() -> None:
-    expected = {"coordinator", "committer", "library", "selector", "aggregator", "validator", "streams", "test"}
+    expected = {"coordinator", "committer", "library", "selector", "aggregator", "validator", "streams", "test"} | {
+        "rollout"
+    }
     components = {
         item["metadata"]["labels"]["app.kubernetes.io/component"]
         for item in of_kind(rendered("platform"), "Deployment", "StatefulSet", "Job", "Pod")
@@ -64,10 +73,8 @@ def test_every_service_is_there() -> None:
 
 
 def test_trainer_mode_renders_trainers_alone() -> None:
-    assert set(pod_specs(rendered("trainer"))) == {
-        "StatefulSet/connito-trainer-gpu-0",
-        "StatefulSet/connito-trainer-gpu-1",
-    }
+    names = {name for name in pod_specs(rendered("trainer")) if "-rollout-" not in name}
+    assert names == {"StatefulSet/connito-trainer-gpu-0", "StatefulSet/connito-trainer-gpu-1"}
 
 
 def test_platform_and_trainers_fit_one_release() -> None:
@@ -127,20 +134,3 @@ def test_the_schema_refuses(wrong: dict[str, Any]) -> None:
         values[key] = dict(values.get(key) or {}) | value if isinstance(value, dict) else value
     with pytest.raises(HelmError):
         render(values)
-
-
-def test_the_nats_chart_is_installed_when_enabled_and_only_then(tmp_path: Path) -> None:
-    """A stand-in has the place of the official chart, which no test downloads: what is tested is that it gets its values."""
-    chart = tmp_path / "connito"
-    shutil.copytree(CHART, chart)
-    inner = chart / "charts/nats/templates"
-    inner.mkdir(parents=True)
-    (inner.parent / "Chart.yaml").write_text("apiVersion: v2\nname: nats\nversion: 1.2.0\n")
-    (inner / "values.yaml").write_text(
-        "apiVersion: v1\nkind: ConfigMap\nmetadata: { name: stand-in }\ndata:\n  values: {{ .Values | toJson | quote }}\n"
-    )
-    bundled = render(values_of("bundled-nats"), chart=chart)
-    values = json.loads(find(bundled, "ConfigMap", "stand-in")["data"]["values"])
-    assert values["config"]["cluster"] == {"enabled": True, "replicas": 3}
-    assert values["config"]["jetstream"]["merge"] == JETSTREAM
-    assert "stand-in" not in {item["metadata"]["name"] for item in render(values_of("platform"), chart=chart)}

@@ -1,3 +1,4 @@
+{{- define "connito.objects.networkpolicies" -}}
 {{- if .Values.networkPolicy.enabled }}
 {{- $policy := .Values.networkPolicy }}
 {{- $platform := eq .Values.mode "platform" }}
@@ -6,10 +7,7 @@
 # Nothing in, nothing out, unless a policy below allows it.
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" . }}-default-deny
-  namespace: {{ .Release.Namespace }}
-  labels: {{- include "connito.labels" . | nindent 4 }}
+metadata: {{- include "connito.metadata" (list . "default-deny" "") | nindent 2 }}
 spec:
   podSelector:
     matchLabels: {{- include "connito.selector" . | nindent 6 }}
@@ -17,19 +15,20 @@ spec:
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" . }}-dns-and-bus
-  namespace: {{ .Release.Namespace }}
-  labels: {{- include "connito.labels" . | nindent 4 }}
+metadata: {{- include "connito.metadata" (list . "dns-and-bus" "") | nindent 2 }}
 spec:
   podSelector:
     matchLabels: {{- include "connito.selector" . | nindent 6 }}
   policyTypes: [Egress]
   egress:
-    - to: [{ namespaceSelector: {} }]
-      ports:
-        - { port: 53, protocol: UDP }
-        - { port: 53, protocol: TCP }
+    - ports:
+        {{- range concat $policy.dns.ports (ternary (list 5353) list .Values.openshift) | uniq }}
+        - { port: {{ . }}, protocol: UDP }
+        - { port: {{ . }}, protocol: TCP }
+        {{- end }}
+      {{- with $policy.dns.to }}
+      to: {{- toYaml . | nindent 8 }}
+      {{- end }}
     - ports:
         {{- range $busPorts }}
         - { port: {{ . }}, protocol: TCP }
@@ -40,10 +39,7 @@ spec:
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" . }}-store
-  namespace: {{ .Release.Namespace }}
-  labels: {{- include "connito.labels" . | nindent 4 }}
+metadata: {{- include "connito.metadata" (list . "store" "") | nindent 2 }}
 spec:
   podSelector:
     matchLabels: {{- include "connito.selector" . | nindent 6 }}
@@ -51,7 +47,9 @@ spec:
   egress:
     - ports:
         {{- if $platform }}
-        {{- range (include "connito.ports" (dict "urls" (compact (list .Values.store.endpoint .Values.store.publicEndpoint)) "default" 443) | fromJson).ports }}
+        {{- $sts := ternary .Values.store.sts.endpoint "" (eq .Values.store.auth "web-identity") }}
+        {{- $iam := ternary "https://sts" "" (eq .Values.store.auth "iam") }}
+        {{- range (include "connito.ports" (dict "urls" (compact (list .Values.store.endpoint .Values.store.publicEndpoint $sts $iam)) "default" 443) | fromJson).ports }}
         - { port: {{ . }}, protocol: TCP }
         {{- end }}
         {{- else }}
@@ -64,10 +62,7 @@ spec:
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" . }}-monitoring
-  namespace: {{ .Release.Namespace }}
-  labels: {{- include "connito.labels" . | nindent 4 }}
+metadata: {{- include "connito.metadata" (list . "monitoring" "") | nindent 2 }}
 spec:
   podSelector:
     matchLabels: {{- include "connito.selector" . | nindent 6 }}
@@ -83,10 +78,7 @@ spec:
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" . }}-api-clients
-  namespace: {{ .Release.Namespace }}
-  labels: {{- include "connito.labels" . | nindent 4 }}
+metadata: {{- include "connito.metadata" (list . "api-clients" "") | nindent 2 }}
 spec:
   podSelector:
     matchLabels: {{- include "connito.selector" . | nindent 6 }}
@@ -113,10 +105,7 @@ spec:
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" . }}-api
-  namespace: {{ .Release.Namespace }}
-  labels: {{- include "connito.labels" . | nindent 4 }}
+metadata: {{- include "connito.metadata" (list . "api" "") | nindent 2 }}
 spec:
   podSelector:
     matchLabels: {{- include "connito.selector" . | nindent 6 }}
@@ -135,10 +124,7 @@ spec:
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" . }}-page
-  namespace: {{ .Release.Namespace }}
-  labels: {{- include "connito.labels" . | nindent 4 }}
+metadata: {{- include "connito.metadata" (list . "page" "") | nindent 2 }}
 spec:
   podSelector:
     matchLabels:
@@ -152,14 +138,67 @@ spec:
       {{- end }}
 {{- end }}
 {{- end }}
+{{- if and .Values.nats.enabled $platform }}
+---
+# Servers talk to each other, and answer clients and who watches them.
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{- include "connito.metadata" (list . "nats" "nats") | nindent 2 }}
+spec:
+  podSelector:
+    matchLabels:
+      {{- include "connito.selector" . | nindent 6 }}
+      connito-workload: nats
+  policyTypes: [Ingress, Egress]
+  ingress:
+    - ports: [{ port: 6222, protocol: TCP }]
+      from: [{ podSelector: { matchLabels: { app.kubernetes.io/instance: {{ .Release.Name }}, connito-workload: nats } } }]
+    - ports: [{ port: 4222, protocol: TCP }]
+      from:
+        - podSelector:
+            matchLabels: {{- include "connito.selector" . | nindent 14 }}
+        {{- with $policy.api.from }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+    - ports:
+        - { port: 7777, protocol: TCP }
+        - { port: 8222, protocol: TCP }
+      from:
+        {{- if $policy.monitoring.from }}
+        {{- toYaml $policy.monitoring.from | nindent 8 }}
+        {{- else }}
+        - namespaceSelector: {}
+        {{- end }}
+  egress:
+    - ports: [{ port: 6222, protocol: TCP }]
+      to: [{ podSelector: { matchLabels: { app.kubernetes.io/instance: {{ .Release.Name }}, connito-workload: nats } } }]
+{{- end }}
+{{- if .Values.rollout.enabled }}
+---
+# The rollout asks Kubernetes' API, and nobody else does.
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{- include "connito.metadata" (list . "rollout" "rollout") | nindent 2 }}
+spec:
+  podSelector:
+    matchLabels:
+      {{- include "connito.selector" . | nindent 6 }}
+      app.kubernetes.io/component: rollout
+  policyTypes: [Egress]
+  egress:
+    - ports:
+        {{- range $policy.apiServer.ports }}
+        - { port: {{ . }}, protocol: TCP }
+        {{- end }}
+      {{- with $policy.apiServer.to }}
+      to: {{- toYaml . | nindent 8 }}
+      {{- end }}
+{{- end }}
 {{- with .Values.tracing.endpoint }}
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" $ }}-tracing
-  namespace: {{ $.Release.Namespace }}
-  labels: {{- include "connito.labels" $ | nindent 4 }}
+metadata: {{- include "connito.metadata" (list $ "tracing" "") | nindent 2 }}
 spec:
   podSelector:
     matchLabels: {{- include "connito.selector" $ | nindent 6 }}
@@ -174,3 +213,4 @@ spec:
       {{- end }}
 {{- end }}
 {{- end }}
+{{- end -}}

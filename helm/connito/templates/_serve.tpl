@@ -1,5 +1,6 @@
+{{- define "connito.objects.serve" -}}
 {{- if .Values.serve.enabled }}
-{{- $conf := .Values.serve }}
+{{- $conf := mergeOverwrite (deepCopy .Values.pods) (deepCopy .Values.serve) }}
 {{- $keys := required "serve.keysSecret is empty: name the Secret whose keys.yaml says who may ask" $conf.keysSecret }}
 {{- $claim := required "serve.existingClaim is empty: name the volume that holds the base and the shelf" $conf.existingClaim }}
 ---
@@ -7,11 +8,7 @@
 apiVersion: apps/v1
 kind: Deployment
 metadata:
-  name: {{ include "connito.fullname" . }}-serve
-  namespace: {{ .Release.Namespace }}
-  labels:
-    {{- include "connito.labels" . | nindent 4 }}
-    app.kubernetes.io/component: serve
+  {{- include "connito.metadata" (list . "serve" "serve") | nindent 2 }}
 spec:
   replicas: {{ $conf.replicas }}
   selector:
@@ -19,25 +16,13 @@ spec:
       {{- include "connito.selector" . | nindent 6 }}
       connito-workload: serve
   template:
-    metadata:
-      labels:
-        {{- include "connito.labels" . | nindent 8 }}
-        app.kubernetes.io/component: serve
-        connito-workload: serve
+    metadata: {{- include "connito.podMetadata" (list . "serve" $conf "serve") | nindent 6 }}
     spec:
-      serviceAccountName: {{ include "connito.fullname" . }}
-      automountServiceAccountToken: false
-      enableServiceLinks: false
-      {{- with .Values.image.pullSecrets }}
-      imagePullSecrets: {{- range . }}{{ printf "\n- name: %s" . | indent 8 }}{{- end }}
-      {{- end }}
-      {{- with $conf.nodeSelector }}
-      nodeSelector: {{- toYaml . | nindent 8 }}
-      {{- end }}
-      securityContext: {{- include "connito.podSecurity" . | nindent 8 }}
+      {{- include "connito.placement" (list . "serve" $conf) | nindent 6 }}
+      terminationGracePeriodSeconds: {{ $conf.terminationGracePeriodSeconds | default 30 }}
       containers:
         - name: serve
-          image: {{ include "connito.image" (list . (ternary "serve-cuda" "serve" (eq $conf.variant "cuda"))) | quote }}
+          image: {{ include "connito.image" (list . (ternary "serve-cuda" "serve" (eq $conf.variant "cuda")) $conf.image) | quote }}
           imagePullPolicy: {{ .Values.image.pullPolicy }}
           securityContext: {{- include "connito.containerSecurity" . | nindent 12 }}
           env:
@@ -48,6 +33,10 @@ spec:
             - { name: CONNITO_SERVE_EXPERTS, value: {{ $conf.experts | quote }} }
             - { name: CONNITO_SERVE_CACHE_TOKENS, value: {{ $conf.cacheTokens | int | quote }} }
             - { name: CONNITO_SHELF, value: {{ printf "/var/lib/connito/%s" $conf.shelf | quote }} }
+            {{- include "connito.moreEnv" $conf | nindent 12 }}
+          {{- with $conf.envFrom }}
+          envFrom: {{- toYaml . | nindent 12 }}
+          {{- end }}
           ports: [{ name: http, containerPort: 8080 }]
           startupProbe: { httpGet: { path: /healthz, port: http }, periodSeconds: 10, failureThreshold: 180 }
           livenessProbe: { httpGet: { path: /healthz, port: http }, periodSeconds: 20, failureThreshold: 3 }
@@ -57,19 +46,18 @@ spec:
             - { name: library, mountPath: /var/lib/connito }
             - { name: keys, mountPath: /etc/connito/keys, readOnly: true }
             - { name: tmp, mountPath: /tmp }
+            {{- with $conf.extraVolumeMounts }}{{ toYaml . | nindent 12 }}{{ end }}
+        {{- with $conf.extraContainers }}{{ toYaml . | nindent 8 }}{{ end }}
       volumes:
         - { name: library, persistentVolumeClaim: { claimName: {{ $claim | quote }} } }
         - { name: keys, secret: { secretName: {{ $keys | quote }}, defaultMode: 0440 } }
         - { name: tmp, emptyDir: { sizeLimit: 1Gi } }
+        {{- with $conf.extraVolumes }}{{ toYaml . | nindent 8 }}{{ end }}
 ---
 apiVersion: v1
 kind: Service
 metadata:
-  name: {{ include "connito.fullname" . }}-serve
-  namespace: {{ .Release.Namespace }}
-  labels:
-    {{- include "connito.labels" . | nindent 4 }}
-    app.kubernetes.io/component: serve
+  {{- include "connito.metadata" (list . "serve" "serve") | nindent 2 }}
     connito-workload: serve
 spec:
   selector:
@@ -80,10 +68,7 @@ spec:
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata:
-  name: {{ include "connito.fullname" . }}-serve
-  namespace: {{ .Release.Namespace }}
-  labels: {{- include "connito.labels" . | nindent 4 }}
+metadata: {{- include "connito.metadata" (list . "serve" "serve") | nindent 2 }}
 spec:
   podSelector:
     matchLabels:
@@ -97,3 +82,4 @@ spec:
       {{- end }}
 {{- end }}
 {{- end }}
+{{- end -}}

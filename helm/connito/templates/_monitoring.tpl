@@ -1,3 +1,4 @@
+{{- define "connito.objects.monitoring" -}}
 {{- if .Values.monitoring.serviceMonitor.enabled }}
 ---
 apiVersion: monitoring.coreos.com/v1
@@ -18,6 +19,31 @@ spec:
       interval: {{ .Values.monitoring.serviceMonitor.interval }}
       relabelings:
         - { sourceLabels: [__meta_kubernetes_service_label_app_kubernetes_io_component], targetLabel: component }
+        - { sourceLabels: [__meta_kubernetes_service_label_app_kubernetes_io_instance], targetLabel: release }
+{{- end }}
+{{- if .Values.monitoring.podMonitor.enabled }}
+---
+apiVersion: monitoring.coreos.com/v1
+kind: PodMonitor
+metadata:
+  name: {{ include "connito.fullname" . }}
+  namespace: {{ .Release.Namespace }}
+  labels:
+    {{- include "connito.labels" . | nindent 4 }}
+    {{- with .Values.monitoring.podMonitor.labels }}{{ toYaml . | nindent 4 }}{{ end }}
+spec:
+  selector:
+    matchLabels: {{- include "connito.selector" . | nindent 6 }}
+  namespaceSelector: { matchNames: [{{ .Release.Namespace }}] }
+  podMetricsEndpoints:
+    {{- range $port := list "http" "metrics" }}
+    - port: {{ $port }}
+      path: /metrics
+      interval: {{ $.Values.monitoring.podMonitor.interval }}
+      relabelings:
+        - { sourceLabels: [__meta_kubernetes_pod_label_app_kubernetes_io_component], targetLabel: component }
+        - { sourceLabels: [__meta_kubernetes_pod_label_app_kubernetes_io_instance], targetLabel: release }
+    {{- end }}
 {{- end }}
 {{- if .Values.monitoring.prometheusRule.enabled }}
 ---
@@ -47,10 +73,7 @@ spec:
 apiVersion: v1
 kind: ConfigMap
 metadata:
-  name: {{ include "connito.fullname" $root }}-dashboard-{{ $name }}
-  namespace: {{ $root.Release.Namespace }}
-  labels:
-    {{- include "connito.labels" $root | nindent 4 }}
+  {{- include "connito.metadata" (list $root (printf "dashboard-%s" $name) "") | nindent 2 }}
     {{- with $root.Values.monitoring.dashboards.labels }}{{ toYaml . | nindent 4 }}{{ end }}
   {{- with $root.Values.monitoring.dashboards.annotations }}
   annotations: {{- toYaml . | nindent 4 }}
@@ -61,3 +84,4 @@ data:
 {{- end }}
 {{- end }}
 {{- end }}
+{{- end -}}

@@ -1,0 +1,218 @@
+"""What people set renders, is what Kubernetes takes, fits its names, and can be upgraded to and back.
+
+No API server is to be had from package registries: which fields it refuses to change is written down here, from the API
+conventions, and every pair of renderings is compared by it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from helm_python.errors import HelmError
+
+from .conftest import CHART, Object, of_kind, pod_specs, render, values_of
+
+pytestmark = pytest.mark.slow
+
+CORPUS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "corpus.yaml").read_text())
+VERSIONS = ("1.30", "1.34", "1.37")
+# Kinds of operators, which Kubernetes' own schema does not know.
+CUSTOM = {"Certificate", "ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "HTTPRoute", "GRPCRoute"}
+LABEL = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9]|")
+
+
+def over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `more` put over them, as a second `-f` does."""
+    result = deepcopy(values)
+    for key, value in more.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = over(result[key], value) if both else value
+    return result
+
+
+@cache
+def rendered(name: str, release: str = "connito") -> tuple[Object, ...]:
+    """The objects of one case. Do not change what is returned."""
+    case = CORPUS[name]
+    return tuple(render(over(values_of(case["base"]), case["values"]), name=release))
+
+
+@cache
+def validate(item: str, version: str) -> None:
+    """Check an object, which most cases have in common, once."""
+    kubernetes_validate.validate(json.loads(item), version, strict=True)
+
+
+def frozen(item: Object) -> Any:
+    """What of an object an API server refuses to change."""
+    spec = item.get("spec", {})
+    match item["kind"]:
+        case "Deployment":
+            return spec["selector"]
+        case "StatefulSet":
+            may = {"replicas", "template", "updateStrategy", "persistentVolumeClaimRetentionPolicy", "minReadySeconds"}
+            return {key: value for key, value in spec.items() if key not in may}
+        case "Job":
+            return {key: spec.get(key) for key in ("template", "selector", "completions", "completionMode")}
+        case "PersistentVolumeClaim":
+            return {key: value for key, value in spec.items() if key != "resources"}
+        case "Service":
+            return spec.get("clusterIP") == "None"
+        case "RoleBinding":
+            return item["roleRef"]
+    return None
+
+
+def size(item: Object) -> int:
+    """Bytes that a claim asks for."""
+    number, unit = re.fullmatch(r"(\d+)([KMGT]i)?", item["spec"]["resources"]["requests"]["storage"]).groups()  # type: ignore[union-attr]
+    return int(number) << {None: 0, "Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40}[unit]
+
+
+def refused(old: tuple[Object, ...], new: tuple[Object, ...]) -> list[str]:
+    """The kinds of objects that this upgrade would fail on."""
+    before = {(item["kind"], item["metadata"]["name"]): item for item in old}
+    found = []
+    for item in new:
+        same = before.get((item["kind"], item["metadata"]["name"]))
+        if same is None:
+            continue
+        smaller = item["kind"] == "PersistentVolumeClaim" and size(item) < size(same)
+        if frozen(item) != frozen(same) or smaller:
+            found.append(item["kind"])
+    return found
+
+
+def test_the_corpus_is_large() -> None:
+    assert len(CORPUS) >= 60
+
+
+@pytest.mark.parametrize("name", sorted(CORPUS))
+def test_it_is_valid_in_strict_mode_at_three_versions(name: str) -> None:
+    objects = rendered(name)
+    known = [item for item in objects if item["kind"] not in CUSTOM]
+    assert len(known) >= 8
+    for version in VERSIONS:
+        for item in known:
+            validate(json.dumps(item), version)
+    names = [(item["kind"], item["metadata"]["name"]) for item in objects]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", sorted(CORPUS))
+@pytest.mark.parametrize("release", ["connito", "a-release-whose-name-is-as-long-as-helm-lets-it-be-ok"])
+def test_names_and_labels_are_short_enough(name: str, release: str) -> None:
+    for item in rendered(name, release):
+        limit = {"StatefulSet": 52, "Job": 57, "Service": 63}.get(item["kind"], 253)
+        assert len(item["metadata"]["name"]) <= limit, item["metadata"]["name"]
+        template = item.get("spec", {}).get("template", {}) if isinstance(item.get("spec"), dict) else {}
+        for labels in (item["metadata"].get("labels", {}), template.get("metadata", {}).get("labels", {})):
+            for key, value in labels.items():
+                assert LABEL.fullmatch(value), (item["metadata"]["name"], key, value)
+
+
+@pytest.mark.parametrize("name", sorted(CORPUS))
+def test_an_upgrade_to_it_and_back_changes_nothing_that_cannot_change(name: str) -> None:
+    case = CORPUS[name]
+    plain = rendered({"platform": "plain", "production": "everything", "trainer": "miner"}.get(case["base"], "bundled"))
+    assert set(refused(plain, rendered(name))) == set(case.get("immutable", []))
+    if not case.get("grows"):
+        assert set(refused(rendered(name), plain)) == set(case.get("immutable", []))
+
+
+@pytest.mark.parametrize("on", ["platform", "production", "trainer", "bundled-nats"])
+def test_a_new_version_of_the_chart_is_taken_with_the_same_values(on: str, tmp_path: Path) -> None:
+    newer = tmp_path / "connito"
+    shutil.copytree(CHART, newer)
+    said = (newer / "Chart.yaml").read_text().replace("0.1.0", "0.1.1")
+    (newer / "Chart.yaml").write_text(said)
+    old, new = tuple(render(values_of(on))), tuple(render(values_of(on), chart=newer))
+    assert new != old
+    assert refused(old, new) == []
+
+
+def test_the_comparison_sees_a_change_that_a_server_refuses() -> None:
+    old = rendered("plain")
+    new = deepcopy(old)
+    for item in new:
+        if item["kind"] == "Job":
+            item["spec"]["template"]["spec"]["priorityClassName"] = "other"
+        if item["kind"] == "Deployment":
+            item["spec"]["selector"]["matchLabels"]["x"] = "y"
+    assert set(refused(old, new)) == {"Job", "Deployment"}
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "bundled", "miner"])
+def test_two_releases_live_side_by_side(name: str) -> None:
+    first, second = rendered(name, "one"), rendered(name, "two")
+    assert not {(i["kind"], i["metadata"]["name"]) for i in first} & {
+        (i["kind"], i["metadata"]["name"]) for i in second
+    }
+    pods = [
+        item["spec"]["template"]["metadata"]["labels"] for item in of_kind(second, "Deployment", "StatefulSet", "Job")
+    ]
+    for item in of_kind(first, "Service", "NetworkPolicy", "PodDisruptionBudget", "Deployment", "StatefulSet"):
+        spec = item["spec"]
+        chosen = spec.get("podSelector", spec.get("selector"))
+        chosen = chosen.get("matchLabels", chosen)
+        assert not any(chosen.items() <= labels.items() for labels in pods), item["metadata"]["name"]
+
+
+def test_long_names_that_begin_alike_stay_two() -> None:
+    names = [f"a-platform-for-the-department-of-linguistics-{letter}" for letter in "ab"]
+    first, second = ({i["metadata"]["name"] for i in rendered("plain", name)} for name in names)
+    assert not first & second
+
+
+@pytest.mark.parametrize("name", ["openshift", "openshift with nats"])
+def test_openshift_chooses_the_user(name: str) -> None:
+    for spec in pod_specs(rendered(name)).values():
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & set(spec["securityContext"])
+        assert spec["securityContext"]["runAsNonRoot"] is True
+    (policy,) = [i for i in of_kind(rendered(name), "NetworkPolicy") if i["metadata"]["name"] == "connito-dns-and-bus"]
+    assert {53, 5353} <= {port["port"] for port in policy["spec"]["egress"][0]["ports"]}
+
+
+@pytest.mark.parametrize("name", sorted(CORPUS))
+def test_every_own_container_is_restricted(name: str) -> None:
+    for where, spec in pod_specs(rendered(name)).items():
+        assert spec["securityContext"]["runAsNonRoot"] is True, where
+        for container in spec["containers"]:
+            if container["name"] == "proxy":
+                continue
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, where
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False, where
+            assert container["resources"]["limits"]["memory"], where
+
+
+@pytest.mark.parametrize(
+    ("on", "values", "message"),
+    [
+        ("platform", {"coordinator": {"tolerations": [{"kee": "a"}]}}, "kee"),
+        ("platform", {"coordinator": {"resources": {"limit": {"memory": "1Gi"}}}}, "limit"),
+        ("platform", {"coordinator": {"resources": {"limits": {"memroy": "1Gi"}}}}, "memroy"),
+        ("platform", {"validator": {"affinity": {"podAntiAfinity": {}}}}, "podAntiAfinity"),
+        ("platform", {"library": {"extraEnv": [{"nam": "x"}]}}, "nam"),
+        ("platform", {"image": {"digests": {"trainer": "latest"}}}, "digests"),
+        ("platform", {"patches": [{"kind": "Deployment", "name": "nobody", "merge": {}}]}, "fits nothing"),
+        ("platform", {"networkPolicy": {"bus": {"to": [{"cidr": "10.0.0.0/8"}]}}}, "cidr"),
+        ("platform", {"store": {"auth": "web-identity"}}, r"store\.sts\.endpoint"),
+        ("platform", {"tls": {"certManager": {"enabled": True}}}, r"issuer\.name"),
+        ("platform", {"library": {"hpa": {"enabled": True}}, "keda": {"enabled": True, "account": "A"}}, "hpa|KEDA"),
+        ("platform", {"coordinator": {"ingress": {"enabled": True}}}, r"ingress\.hosts"),
+        ("bundled-nats", {"nats": {"config": None}}, "names no accounts|config"),
+        ("trainer", {"trainer": {"instances": [{"name": n, "existingSecret": "one"} for n in "ab"]}}, "one key runs once"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_later_is_refused_at_once(on: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(HelmError, match=message):
+        render(over(values_of(on), values))
