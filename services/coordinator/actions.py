@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from connito.bus import Bus
 from connito.bus.position import PositionedLog
@@ -23,6 +23,32 @@ log = get_logger("coordinator")
 
 # What decisions rest on.
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY", "INGRESS")
+# What the content of a fact rests on, where that is less: whom an opening names and how long
+# such windows took, who acted before a close or a draw. That a
+# window is opened, closed or settled already needs no looking up: the broker admits each fact once.
+RESTS_ON = {
+    ("train", "opened"): ("RUNS", "TRAIN", "COMMIT", "VALIDATE", "MERGE"),
+    ("train", "closed"): ("RUNS", "TRAIN", "INGRESS"),
+    ("commit", "opened"): ("RUNS", "COMMIT", "INGRESS"),
+    ("commit", "closed"): ("RUNS", "COMMIT", "INGRESS"),
+    ("submit", "opened"): ("RUNS", "COMMIT", "SUBMIT"),
+    ("submit", "closed"): ("RUNS", "COMMIT", "SUBMIT", "INGRESS"),
+    ("validate", "opened"): ("RUNS", "TRAIN", "VALIDATE"),
+    ("validate", "drawn"): ("RUNS", "TRAIN", "VALIDATE", "MERGE"),
+    ("validate", "closed"): ("RUNS", "TRAIN", "VALIDATE", "MERGE"),
+    ("merge", "opened"): ("RUNS",),
+    ("merge", "closed"): ("RUNS", "MERGE"),
+}
+
+
+def rests_on(payload: object) -> Sequence[str]:
+    """Return the streams that have to be read to their ends before an action is decided for good."""
+    match payload:
+        case PublishFact(section, _, kind, _):
+            return RESTS_ON.get((section, kind), STREAMS)
+        case CloseWindow(window, _, _, _):
+            return RESTS_ON[window, "closed"]
+    return STREAMS
 
 
 class Coordinator:
@@ -59,7 +85,7 @@ class Coordinator:
         One stream may have been read less far than another; who is expected, and whether everyone acted, must not
         depend on that. Raises `Retry` when the broker is away.
         """
-        await self._facts.refresh(self._bus, STREAMS)
+        await self._facts.refresh(self._bus, rests_on(action.payload))
         again = self.decide(self._facts.runs[action.run], self._clock())
         for confirmed in again.actions:
             if confirmed.key == action.key:
@@ -83,15 +109,16 @@ class Coordinator:
         return trees.of(run).head(facts, self._bus.identity)
 
     async def _close(self, run: str, close: CloseWindow) -> None:
-        """Close a window. Bans in RUNS up to now apply to it, so the local log has to be read that far."""
-        bans_until = await self._bus.last_sequence("RUNS")
-        await self._facts.reach("RUNS", bans_until)
+        """Close a window behind everything that was read for the decision: what the broker had just before it, or more. Bans in
+        RUNS up to there apply to it.
+        """
+        bans_until = self._facts.position("RUNS")
         message = cycle_pb2.WindowClosed(
             run=run,
             cycle=close.cycle,
             window=window_value(close.window),
             stream=close.stream,
-            last_sequence=await self._bus.last_sequence(close.stream),
+            last_sequence=self._facts.position(close.stream),
             cause=close.cause,
             runs_sequence=bans_until,
             banned=sorted(banned(self._facts.runs[run], bans_until)),

@@ -54,7 +54,7 @@ class WriteHead:
 
 @dataclass(frozen=True)
 class CloseWindow:
-    """Close a window at the last sequence that `stream` has when this is performed."""
+    """Close a window at the last sequence of `stream` that was read when this is performed."""
 
     window: str
     cycle: int

@@ -45,6 +45,10 @@ class PositionedLog(Log):
         super().restore(kept)
         self._seen = {stream: sequence for stream, (sequence, _) in kept.positions().items()}
 
+    def position(self, stream: str) -> int:
+        """Return the last sequence of `stream` that was read; 0 before the first."""
+        return self._seen.get(stream, 0)
+
     async def reach(self, stream: str, sequence: int) -> None:
         """Wait until `stream` has been read up to `sequence`. Raises `Retry` when that takes unusually long."""
         try:
