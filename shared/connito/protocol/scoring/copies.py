@@ -123,14 +123,18 @@ def copies(
     Of two submissions whose similarity reaches the threshold, or whose artifacts are the same, the one committed later
     is the copy, never both. A copy of a copy is traced to the first. A threshold of 0 means exact copies only.
     """
-    order = _in_commit_order(submissions)
+    order = np.array(_in_commit_order(submissions), np.int64)
     original: dict[str, str] = {}
-    for place, later in enumerate(order):
-        for earlier in order[:place]:
-            if _alike(submissions[earlier], submissions[later], float(similarity[earlier, later]), threshold):
-                first = submissions[earlier].miner
-                original[submissions[later].miner] = original.get(first, first)
-                break
+    files: dict[str, int] = {}
+    for place, later in enumerate(order.tolist()):
+        miner, digest = submissions[later].miner, submissions[later].artifact.digest
+        earliest = files.setdefault(digest, place) if digest else place
+        if threshold > 0.0:
+            alike = np.flatnonzero(similarity[order[:earliest], later] >= threshold)
+            earliest = int(alike[0]) if len(alike) else earliest
+        if earliest < place:
+            first = submissions[int(order[earliest])].miner
+            original[miner] = original.get(first, first)
     return original
 
 
@@ -230,8 +234,3 @@ def _traced(miner: str, original: Mapping[str, str]) -> str:
     while first in original:
         first = original[first]
     return first
-
-
-def _alike(one: cycle_pb2.Submission, other: cycle_pb2.Submission, similarity: float, threshold: float) -> bool:
-    same_file = one.artifact.digest == other.artifact.digest and one.artifact.digest != ""
-    return same_file or (threshold > 0.0 and similarity >= threshold)

@@ -118,8 +118,11 @@ def _leans(
     for space, limit in ((spaces.weights, WEIGHT_LEAN_LIMIT), (spaces.function, FUNCTION_LEAN_LIMIT)):
         near = _nearest(space, others, one)
         before = sum(place < earlier for place in near)
+        if before == 0:
+            # All that are like it came later: nobody leans on those.
+            continue
         told = novelty(space, [others[place] for place in near], one, before)
-        if before == 0 or told.lean >= LEAN_OWN:
+        if told.lean >= LEAN_OWN:
             continue
         first = submissions[others[near[told.victim]]].miner
         if told.lean <= limit:

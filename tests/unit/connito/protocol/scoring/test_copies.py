@@ -195,3 +195,32 @@ def test_where_everybody_learns_the_same_an_effect_convicts_nobody() -> None:
     assert find_copies(entries(*range(6)), CopyEvidence(deltas @ deltas.T, measured), POLICY) == {}
     two = CopyEvidence(deltas[:2] @ deltas[:2].T, measured)
     assert find_copies(entries(1, 2), two, POLICY) == {}
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.8])
+@pytest.mark.parametrize("seed", range(5))
+def test_pairs_are_those_of_looking_at_each(threshold: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((40, 6))
+    rows[rng.integers(40, size=15)] = rows[rng.integers(40, size=15)]
+    similarity = cosines(rows @ rows.T)
+    similarity[3] = similarity[:, 3] = np.nan
+    entries = [
+        cycle_pb2.Submission(
+            miner=f"U{place}",
+            commit_sequence=int(turn),
+            artifact=artifacts_pb2.ArtifactRef(digest="" if place % 7 == 0 else f"{rng.integers(25):064x}"),
+        )
+        for place, turn in enumerate(rng.permutation(40))
+    ]
+    want: dict[str, str] = {}
+    order = sorted(range(40), key=lambda place: entries[place].commit_sequence)
+    for turn, later in enumerate(order):
+        for earlier in order[:turn]:
+            one, other = entries[earlier].artifact.digest, entries[later].artifact.digest
+            if (one == other != "") or (threshold > 0.0 and similarity[earlier, later] >= threshold):
+                first = entries[earlier].miner
+                want[entries[later].miner] = want.get(first, first)
+                break
+    assert copies(entries, similarity, threshold) == want
+    assert want

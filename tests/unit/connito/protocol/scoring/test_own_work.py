@@ -256,3 +256,10 @@ def test_activations_are_drawn_from_the_seed(tmp_path: Path) -> None:
 def test_an_unknown_layout_says_nothing(tmp_path: Path) -> None:
     (path,) = files(tmp_path, [{"layers.0.odd": np.ones((2, 3), np.float32)}])
     assert not outputs(path, b"a").any()
+
+
+def test_among_many_a_work_whose_likes_all_came_later_leans_on_nobody() -> None:
+    """The first works of a second domain, behind more than are compared of the first: all that is near them came later."""
+    first, second = honest(2, 0.5, seed=1), honest(60, 0.5, seed=2)
+    found = judged([*first, *second])
+    assert (found.original, found.leaning) == ({}, {})
