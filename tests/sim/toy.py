@@ -15,14 +15,17 @@ import numpy as np
 from connito.data.corpus import Corpus
 from connito.data.tensors import read_tensors, tensor_bytes
 from connito.protocol.coding import decoded
+from connito.protocol.findings import Refusal
 from connito.protocol.holdout import subsets
 from connito.protocol.merging.gate import Losses as GateLosses
 from connito.protocol.policy.check import complete
 from connito.protocol.scoring.evaluation import Losses, Measurable, Part
 from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
+from connito.v1 import cycle_pb2
 from connito.v1.run_pb2 import LayerSelection, RunSpec, SelectionMade
 from connito.wire.facts import RunFacts
+from connito.workloads.claims import Recount
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles, read_holdout
 from connito.workloads.shared_losses import SharedLosses
 
@@ -70,6 +73,9 @@ class Evaluator(SubmissionEvaluator):
         self._holdouts = {domain: read_holdout(path, spec, domain) for domain, path in holdouts.items()}
         self._spec, self._shared = spec, SharedLosses(None, spec.run)
 
+    def recount(self, *_: Any) -> Recount:
+        return NoClaims()
+
     def incumbent(
         self, state: Path, drawn: Mapping[str, list[int]], stop: Any, name: str = ""
     ) -> Callable[[Part], Losses]:
@@ -95,6 +101,16 @@ class Evaluator(SubmissionEvaluator):
             return Losses(np.array(sums), np.full(len(numbers), LENGTH))
 
         return measure
+
+
+class NoClaims(Recount):
+    """Nothing to count again: these submissions say nothing of where tokens went."""
+
+    def __init__(self) -> None:
+        """Need no model."""
+
+    def falsehood(self, entry: cycle_pb2.Submission, artifact: Path, start: Path) -> Refusal | None:
+        return None
 
 
 class Gate:
