@@ -125,17 +125,23 @@ class Kept:
 
     def put(self, fact: Fact) -> None:
         """Write down a fact, in place of what was written under its key."""
-        key = fact.key
+        key, place = fact.key, (fact.run, fact.key.section, fact.key.cycle, fact.key.kind)
+        with self._lock:
+            # What is read back stays at hand while others of its kind come: a stream that is behind adds one by one.
+            back = self._back.get(place)
+            if back is not None and back.get(key.id) is fact:
+                return
+            if back is not None:
+                self._back[place] = dict(sorted({**back, key.id: fact}.items()))
+                self._held += len(self._back[place]) - len(back)
         row = (fact.run, key.section, key.cycle, key.kind, key.id, fact.signer, fact.stream, fact.sequence)
         rest = (fact.time_unix_ms, fact.digest, fact.message.SerializeToString())
         self._write(
             "insert or replace into facts values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (*row, *rest, self._tag(*row, *rest)),
         )
-        with self._lock:
-            self._held -= len(self._back.pop((fact.run, key.section, key.cycle, key.kind), ()))
         if self.closed_for_writing:
-            self._beside.setdefault((fact.run, key.section, key.cycle, key.kind), {})[key.id] = fact
+            self._beside.setdefault(place, {})[key.id] = fact
         else:
             self._uncommitted.append(fact)
 
