@@ -37,7 +37,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
             yield
 
     feed = Feed(context.bus, context.roster, settings.run)
-    # The store is optional: without it, there are no cards and no bytes to verify.
+    # Without a store there are no cards and no bytes to verify.
     store = context.store if settings.s3_access_key or settings.s3_credentials != "keys" else None
     figures = ExpertFigures(store, feed.move)
     access = Access(token, user_header=settings.console_user_header, proxies=settings.proxies())

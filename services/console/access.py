@@ -18,6 +18,8 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from connito.wire.facts import RunFacts
+from connito.wire.roster import Roster
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse
@@ -139,3 +141,15 @@ class Guard:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
+
+
+def sees_experts_of(key: str, roster: Roster) -> Callable[[RunFacts], bool]:
+    """Return whether a key may see the expert of a run: a public one, its own, its organisation's, or as the operator any."""
+
+    def sees(facts: RunFacts) -> bool:
+        spec = facts.spec
+        if spec is None or spec.visibility in ("", "public") or key == spec.customer or roster.permits("operator", key):
+            return True
+        return spec.visibility == "organisation" and spec.organisation in roster.memberships(key)
+
+    return sees

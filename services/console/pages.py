@@ -31,8 +31,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from . import charts, views
-from .access import COOKIE, SESSION_SECONDS, Access, Guard
+from .access import COOKIE, SESSION_SECONDS, Access, Guard, sees_experts_of
 from .artifacts import Artifacts
+from .cards import as_html
 from .figures import ExpertFigures
 from .heatmap import FigureMap, Heatmap, figure_map, heatmap
 from .history import Moment, replay
@@ -208,24 +209,30 @@ class Console:
             raise HTTPException(404, "The log holds nothing about this miner in this cycle.")
         return self._of_run("why.html", facts, frame, now, {"why": found})
 
+    def _shown_to_this_key(self) -> dict[str, RunFacts]:
+        """Return the runs whose experts the console's key may see; those of others that are not public it does not name."""
+        sees = sees_experts_of(self.feed.bus.identity.public, self.feed.roster)
+        return {run: facts for run, facts in self.feed.runs.items() if sees(facts)}
+
     def _library(self, request: Request) -> Shown:
         query = request.query_params.get("q", "")
-        total = len(views.library_rows(self.feed.runs))
-        rows = views.library_rows(self.feed.runs, query)
+        seen = self._shown_to_this_key()
+        rows, total = views.library_rows(seen, query), len(views.library_rows(seen))
         return Shown("library.html", "Library", {"experts": rows, "query": query, "total": total})
 
     def _compare(self, request: Request) -> Shown:
         wanted = request.query_params.getlist("id")
-        rows = [row for row in views.library_rows(self.feed.runs) if row.expert_id in wanted]
+        rows = [row for row in views.library_rows(self._shown_to_this_key()) if row.expert_id in wanted]
         values = {"experts": rows, "domains": views.comparison(rows)}
         return Shown("compare.html", "Comparison", values)
 
     async def _expert(self, request: Request) -> Response:
         wanted = request.path_params["expert"]
-        row = next((row for row in views.library_rows(self.feed.runs) if row.expert_id == wanted), None)
+        row = next((row for row in views.library_rows(self._shown_to_this_key()) if row.expert_id == wanted), None)
         if row is None:
             raise HTTPException(404, "There is no such expert in this library.")
-        values = {"expert": row, "card": await self.artifacts.card(row.record)}
+        commands = [f"connito library export {row.expert_id} --out expert", f"connito library verify {row.expert_id}"]
+        values = {"expert": row, "card": as_html(await self.artifacts.card(row.record)), "commands": commands}
         return HTMLResponse(self._render("page.html", request, Shown("expert.html", row.expert_id, values, live=False)))
 
     async def _verify(self, request: Request) -> Response:

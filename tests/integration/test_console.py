@@ -257,7 +257,7 @@ async def test_a_versions_bytes_are_verified_and_an_experts_card_is_shown(
         foreign = await browser.post(f"{verify}/0", headers={"Sec-Fetch-Site": "cross-site"})
         assert foreign.status_code == 403
         page = (await browser.get(f"{address}/library/medical-1")).text
-        assert "# A card of &lt;b&gt;this&lt;/b&gt; expert" in page
+        assert "<h3>A card of &lt;b&gt;this&lt;/b&gt; expert</h3>" in page
         assert (await browser.get(f"{address}/library/medical-3")).status_code == 404
         both = (await browser.get(f"{address}/library/compare?id=medical-1&id=medical-2")).text
         assert both.count('href="/library/medical-') == 2

@@ -22,7 +22,7 @@ PERFORMING = {
     "trainer": {"adversary", "base", "evaluation", "feedback", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {
-        "access", "artifacts", "charts", "figures", "heatmap", "history", "lineage", "pages", "views", "waterfall",
+        "access", "artifacts", "cards", "charts", "figures", "heatmap", "history", "lineage", "pages", "views", "waterfall",
         "why",
     },
 }  # fmt: skip

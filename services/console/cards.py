@@ -1,0 +1,33 @@
+"""An expert's card as a page shows it: Markdown of the library, rendered without anything that could act on a reader."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+# What model hubs read, before the text itself.
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+# A card's pictures lie beside its file, not here.
+_PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)\n?")
+# The page has a title and a heading of its own.
+_DEEPER = {f"h{level}": f"h{min(6, level + 2)}" for level in range(1, 7)}
+
+
+def as_html(card: str) -> Markup:
+    """Return a card as HTML: tags that it holds are text, headings go below the page's, and wide tables scroll."""
+    text = _PICTURE.sub("", _FRONT_MATTER.sub("", card.replace("\r\n", "\n")))
+    parser = _parser()
+    tokens = parser.parse(text)
+    for token in tokens:
+        token.tag = _DEEPER.get(token.tag, token.tag)
+    html = str(parser.renderer.render(tokens, parser.options, {}))
+    html = html.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
+    return Markup(html)  # noqa: S704 - the parser lets no tag of the card's through
+
+
+@cache
+def _parser() -> MarkdownIt:
+    return MarkdownIt("commonmark", {"html": False}).enable("table")
