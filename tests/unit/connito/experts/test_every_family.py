@@ -12,7 +12,7 @@ import torch
 from connito.base.checkpoint import save_checkpoint
 from connito.base.tiny import tokenizer
 from connito.errors import Invalid
-from connito.experts.flex import Addition, grow, opt_in, opt_out
+from connito.experts.flex import Addition, NewRows, grow, opt_in, opt_out
 from connito.experts.prune import masked, prune
 from connito.moe.layout import require_moe_layers
 from connito.moe.rows import fingerprint
@@ -118,3 +118,23 @@ def test_the_joined_layer_is_flexolmos(family: str) -> None:
         if family == "deepseek_v3":
             want = want + block.shared_experts(x)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral"])
+def test_the_new_row_is_trained_against_an_anchor_that_stands_still(family: str) -> None:
+    model = tiny_model(family, buffers=True)
+    opt_in(model, additions(model, 1))
+    rows = NewRows(require_moe_layers(model))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows.open()
+    for step in range(2):
+        rows.begin(step, 2)
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        rows.step(1e-2)
+    for name, tensor in model.state_dict().items():
+        moved = (tensor != before[name]).nonzero()
+        assert not len(moved) or (
+            name.endswith(("gate.weight", "router.weight", "router.bias")) and set(moved[:, 0].tolist()) == {4}
+        )
+    learnt = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert learnt, "nothing learnt: the test shows nothing"
