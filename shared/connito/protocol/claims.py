@@ -5,8 +5,9 @@ stand in the artifact's metadata, so the commitment binds them. They are about t
 that the run gave the miner, in the state that its cycle began from, with the router of the base: whoever has the base can
 count them again, whatever the miner trained on. Validators do so for submissions that the seed draws, an auditor for all.
 
-A miner's own model may hold other experts in fewer bits, or not at all, so that layers above see a little different states:
-counts may differ by `MARGIN` of a layer's tokens. That is also the most a liar can gain unseen.
+A miner's own model may hold other experts in fewer bits, or not at all, so that layers above see other states, the more of them
+lie below: counts may differ by a share of the tokens that grows from layer to layer (`margin`). That is also the most a liar can
+gain unseen. Calling an honest miner a liar costs it a cycle; a lie costs one merge a little.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from connito.wire.hashing import hash_fields
 # Key of the metadata, and what is counted.
 ROUTED = "routed"
 CLAIMED_TOKENS = 4096
-# Of a layer's tokens, what claimed and counted numbers may differ by, added up over its experts.
-MARGIN = 0.1
+# Of the tokens, what claimed and counted numbers may differ by in the first adapted layer, and at most in later ones.
+MARGIN, MOST_MARGIN = 0.1, 0.5
 WHOLE, TOKENS, CAPPED = "whole", "tokens", "capped"
 _TAG = b"connito.v1.claims"
 # Nobody claims more digits than a number of tokens has.
@@ -108,9 +109,9 @@ def drawn_claims(facts: RunFacts, cycle: int, miners: Iterable[str]) -> frozense
 
 def falsehood(claim: Claim, counted: Claim, tokens: int) -> Finding | None:
     """Return why a claim about `tokens` tokens does not hold beside what was counted; None when it does."""
-    for layer, numbers in sorted(counted.items()):
+    for place, (layer, numbers) in enumerate(sorted(counted.items())):
         apart = [abs(said - found) for said, found in zip(claim[layer], numbers, strict=True)]
-        if sum(apart) > MARGIN * tokens:
+        if sum(apart) > margin(place) * tokens:
             worst = apart.index(max(apart))
             return Finding(
                 kind=cycle_pb2.FINDING_KIND_FALSE_CLAIM,
@@ -118,6 +119,11 @@ def falsehood(claim: Claim, counted: Claim, tokens: int) -> Finding | None:
                 count=claim[layer][worst],
                 limit=numbers[worst],
                 share=sum(apart) / tokens,
-                margin=MARGIN,
+                margin=margin(place),
             )
     return None
+
+
+def margin(place: int) -> float:
+    """Return what share of the tokens a claim may differ by, summed over experts, in the adapted layer at a place from 0."""
+    return min(MOST_MARGIN, MARGIN * (place + 1))

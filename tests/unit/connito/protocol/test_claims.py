@@ -97,3 +97,13 @@ def test_a_claim_is_false_when_more_than_the_margin_of_the_tokens_differ(claim: 
     if found is not None:
         assert found.kind == cycle_pb2.FINDING_KIND_FALSE_CLAIM
         assert "claim is false: of layers.2" in sentence(found)
+
+
+def test_layers_above_may_differ_more_as_a_model_with_absent_experts_does() -> None:
+    counted = {layer: [500, 100] for layer in range(7)}
+    for layer, may in enumerate((100, 200, 300, 400, 500, 500, 500)):
+        near, far = ({**counted, layer: [500 + may + more, 100]} for more in (0, 1))
+        assert falsehood(near, counted, 1000) is None
+        found = falsehood(far, counted, 1000)
+        assert found is not None
+        assert found.name == f"layers.{layer}"
