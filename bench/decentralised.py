@@ -14,6 +14,7 @@ A cell is one seed, data, number of miners, H and arm. It is kept in a file of i
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -133,16 +134,23 @@ def run(options: Options) -> Result:
     benches: dict[int, Bench] = {}
     for cell in wanted:
         path = folder / f"{cell.name}.json"
-        if path.exists() or not any(part in cell.name for part in options.only.replace("pilot", "").split() or [""]):
+        if path.exists() or not _named(cell, options.only.replace("pilot", "")):
             continue
         if cell.seed not in benches:
             benches = {cell.seed: Bench(Rig(cell.seed, _base(folder, cell.seed)))}
         note(cell.name)
+        begun = time.monotonic()
         row = {**asdict(cell), **benches[cell.seed].measure(cell)}
+        row["seconds"] = round(time.monotonic() - begun, 1)
         note(f"  gain {row['gain']:.4f}")
         path.write_text(json.dumps(row, indent=2) + "\n")
     names = [folder / f"{cell.name}.json" for cell in wanted]
     return _result(options, [json.loads(path.read_text()) for path in names if path.exists()])
+
+
+def _named(cell: Cell, only: str) -> bool:
+    """Return whether a cell's name ends in one of the words; an empty text names all."""
+    return not only.strip() or any(cell.name.endswith(word) for word in only.split())
 
 
 def _base(folder: Path, seed: int) -> Path:
@@ -284,6 +292,7 @@ def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
                 figures[f"{key}, equal {against}"] = [round(value, 4) for value in interval(kept)] + [len(kept)]
                 if against == "steps" and key.endswith("default"):
                     bars[key.removesuffix(", default")] = interval(kept)
+    figures |= _beside_default(rows, central)
     with axes(options.out / "decentralised.svg", 1) as (share,):
         share.bars(bars, "share of the central improvement kept at equal steps, default policy")
         share.upright(GOAL, RED)
@@ -302,6 +311,18 @@ def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
         "torch_threads": 1,
     }
     return Result(settings, rows, figures)
+
+
+def _beside_default(rows: list[dict[str, Any]], central: dict[Any, float]) -> dict[str, Any]:
+    """Return what the default gains over other arms in the same seed, as a share of central at equal steps."""
+    gains = {(r["data"], r["miners"], r["steps"], r["seed"]): r["gain"] for r in rows if r["arm"] == "default"}
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        place, base = (row["data"], row["miners"], row["steps"], row["seed"]), (row["seed"], row["miners"], "steps")
+        if row["arm"] not in ("default", *CENTRAL_RATES) and place in gains and base in central:
+            name = f"default over {row['arm']}: {row['data']}, {row['miners']} miners, H {row['steps']}"
+            found.setdefault(name, []).append((gains[place] - row["gain"]) / central[base])
+    return {name: [*(round(value, 4) for value in interval(values)), len(values)] for name, values in found.items()}
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.decentralised_page import decentralised
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, COPIES = ROOT / "docs/explanation/evidence.md", ROOT / "docs/evidence"
 ON_PAGE = ("selection", "routing_modes", "residency", "forgetting", "decentralised", "cost", "validator_throughput")
@@ -263,29 +265,6 @@ costs below).
 {ran(document)}"""
 
 
-def _decentralised(document: Document) -> str:
-    found, settings = document["figures"], document["settings"]
-    names = [key.removeprefix("kept ") for key in found if key.startswith("kept ")]
-    met = ", ".join(found["goal_met_by"]) or "none"
-    return f"""
-## The same tokens with several miners
-
-`bench.decentralised`: {settings["cycles"]} cycles of {settings["local_steps"]} local steps,
-{settings["batch_sequences"]} sequences a step and miner; *kept* is the fall of the loss over that of one AdamW run
-with as many steps, each on the batches of all miners together, at the better of two rates. Rates and β₁ were chosen
-on other seeds. Central improvement: {nats(found["central_improvement"])}. The goal is {100 * settings["goal"]:.0f}
-%; met by: {met}.
-
-{table(("data, miners, merge", "kept"), [[name, percent(found[f"kept {name}"])] for name in names])}
-Above 100 %, averaging and outer momentum did better than AdamW alone at any of the rates tried. What made the
-difference is β₁: with AdamW's usual 0.9 and short cycles, local and outer momentum push the same way twice, and
-overshoot (`training.beta1`, {settings["miner_beta1"]} by default). Miners that each see one domain only (non-IID)
-stay short of the goal; the platform shares out one corpus, which is the IID case. Paying only the best submission's
-way (top-1) wastes the others' work, as shown.
-
-{ran(document)}"""
-
-
 def _cost(document: Document) -> str:
     return f"""
 ## What it costs
@@ -335,7 +314,7 @@ _SECTIONS: dict[str, Callable[[Document], str]] = {
     "routing_modes": _routing,
     "residency": _residency,
     "forgetting": _forgetting,
-    "decentralised": _decentralised,
+    "decentralised": decentralised,
     "cost": _cost,
     "validator_throughput": _throughput,
 }

@@ -1,0 +1,77 @@
+"""The part of the page of evidence on several miners (`bench.evidence`), from what `bench.decentralised` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def decentralised(document: Mapping[str, Any]) -> str:
+    """Return the section."""
+    found, settings = document["figures"], document["settings"]
+    policy, goal = settings["default"], settings["goal"]
+    return f"""
+## The same tokens with several miners
+
+`bench.decentralised`: {settings["steps"]} local steps a miner of {settings["batch_sequences"]} sequences, in cycles of H;
+*kept* is the fall of the loss over that of one AdamW run with as many steps, each on the batches of all miners together, and
+over that of one with as many tokens in batches of one miner's size. Rates were chosen on other seeds
+({_list(settings["seeds_tuned_on"])}); the reported ones ({_list(settings["seeds_reported"])}) were named before they ran.
+*Default* is the merge of a run whose policy says nothing (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`).
+*Judged* is the same behind a run's rules: what does not lower the loss by itself is left out, and the gate.
+
+{_table(("data, miners, steps a cycle, arm", "kept at equal steps", "kept at equal tokens", "seeds"), _kept(found))}
+{_goal(found, goal)}
+
+{_table(("gain of the default over others in the same seeds, as a share of central's", "points"), _pairs(found))}
+The longer a cycle is, the fewer merges there are for momentum to work with, whatever the data, and with one domain a miner
+states drift apart as well. A run's own rules cost more than that: work on one domain that does not lower the loss of all of
+them by itself is not merged, though merging it by expert helps. The platform shares out one corpus, which is the IID case.
+
+{len(document["rows"])} measurements on {document["machine"]["cores"]} cores of an {document["machine"]["cpu"]}, no GPU. What
+is not in the table has not been measured. [Every number](../evidence/decentralised.json).
+
+![decentralised](../evidence/decentralised.svg)
+"""
+
+
+def _kept(found: Mapping[str, Any]) -> list[list[str]]:
+    arms = dict.fromkeys(key.rsplit(", equal ", 1)[0] for key in found if ", equal " in key)
+    lines = []
+    for name in arms:
+        both = [found.get(f"{name}, equal {of}") for of in ("steps", "tokens")]
+        shares = ["–" if one is None else f"{_spread(one, '.0f')} %" for one in both]
+        lines.append([name, *shares, str(max(one[3] for one in both if one is not None))])
+    return lines
+
+
+def _goal(found: Mapping[str, Any], goal: float) -> str:
+    default = {
+        key.split(", default")[0]: one[0] for key, one in found.items() if key.endswith(", default, equal steps")
+    }
+    met = [name for name, share in default.items() if share >= goal]
+    missed = [f"{name}, by {100 * (goal - share):.0f} points" for name, share in default.items() if share < goal]
+    return (
+        f"The goal is {100 * goal:.0f} % at equal steps. The default meets it with {'; '.join(met) or 'none'}. "
+        f"It misses it with {'; '.join(missed) or 'none'}."
+    )
+
+
+def _pairs(found: Mapping[str, Any]) -> list[list[str]]:
+    return [[key, _spread(one, "+.0f")] for key, one in found.items() if key.startswith("default over ")]
+
+
+def _spread(one: Sequence[float], how: str) -> str:
+    """Return `86 (80 to 92)` from [mean, low, high, …] as shares, in points; of one seed the mean alone."""
+    mean, low, high = (f"{100 * value:{how}}".replace("-", "−") for value in one[:3])
+    return f"{mean} ({low} to {high})" if one[3] > 1 else mean
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    from bench.evidence import table
+
+    return table(head, rows)
