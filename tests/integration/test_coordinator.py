@@ -148,7 +148,9 @@ class Stage:
         report = cycle_pb2.ScoreReport(run=run, cycle=cycle, validator=validator, seed=drawn.seed)
         await validating.publish_fact(run, "validate", cycle, "report", report, validator)
         await witness.has("merge", cycle, "opened")
-        version = cycle_pb2.VersionPublished(run=run, cycle=cycle, version=cycle, parent=cycle - 1, state=THETA)
+        version = cycle_pb2.VersionPublished(
+            run=run, cycle=cycle, version=cycle, parent=cycle - 1, state=THETA, merged=[miner], weights=[1.0]
+        )
         await aggregator.publish_fact(run, "merge", cycle, "version", version)
         await witness.has("merge", cycle, "closed")
 
