@@ -617,3 +617,63 @@ async def test_killed_after_the_dead_letter_and_before_the_end_of_its_message(
     await start("a").ready()
     await miner.commit(1, trained(0.01))
     assert await stage.to_submit(witness, 1) == [miner.key]
+
+
+async def test_a_missing_object_of_one_run_delays_no_other_run(
+    stage: Stage, witness: Witness, start: Start, make_miner: MakeMiner, roster: Roster, tmp_path: Path
+) -> None:
+    """A reveal that waits for what its run has lost is behind nobody, and is judged when the object is back."""
+    await start("a").ready()
+    lost = save({name: value * 2 for name, value in STATE.items()})
+    ours, theirs = await make_miner(), await make_miner()
+    other = Stage(f"{stage.run}-other", stage.theta, stage.store, stage.coordinator, stage.selector)
+    theirs.stage = other
+    stage.theta = ArtifactRef(digest=hashlib.sha256(lost).hexdigest(), size=len(lost), realm=REALM_PUBLIC)
+    await stage.begin(ours)
+    await stage.to_commit(1)
+    work = save({name: value * 2 + np.float32(0.01) for name, value in STATE.items()})
+    await ours.commit(1, work)
+    await stage.to_submit(witness, 1)
+    await ours.upload(1, work, tmp_path / "work")
+    await ours.reveal(1, work)
+    last = await stage.close("submit", 1)
+    async with Witness.reading(stage.coordinator, roster, other.run) as beside:
+        await other.begin(theirs)
+        await other.to_commit(1)
+        await theirs.commit(1, trained(0.01))
+        assert await other.to_submit(beside, 1) == [theirs.key]
+        await theirs.upload(1, trained(0.01), tmp_path / "theirs")
+        await theirs.reveal(1, trained(0.01))
+        assert await other.settle(beside, 1) == [(theirs.key, 1)]
+    assert witness.facts.window("submit", 1).settled is None, "it waits, and nobody is blamed"
+    assert witness.facts.window("submit", 1).refused == {}
+    await stage.store.put_bytes(lost, "application/octet-stream", REALM_PUBLIC)
+    assert await stage.settle(witness, 1, last) == [(ours.key, 1)]
+
+
+async def test_a_committer_that_starts_again_goes_on_with_what_it_kept(
+    stage: Stage, witness: Witness, start: Start, make_miner: MakeMiner, tmp_path: Path
+) -> None:
+    """Killed between windows, with its state: every answer is the one that it would have given."""
+    state = {"CONNITO_STATE_DIR": str(tmp_path / "state")}
+    service = await start("a", **state).ready()
+    miner, late = await make_miner(), await make_miner()
+    await stage.begin(miner, late)
+    for cycle in (1, 2):
+        await stage.to_commit(cycle)
+        await miner.commit(cycle, trained(0.01 * cycle))
+        await late.commit(cycle, trained(0.03 * cycle))
+        await stage.to_submit(witness, cycle)
+        await miner.upload(cycle, trained(0.01 * cycle), tmp_path / f"work-{cycle}")
+        await miner.reveal(cycle, trained(0.01 * cycle))
+        await witness.has("submit", cycle, "accepted", miner.key)
+        rolled = [(late.key, 1)] if cycle == 2 else []
+        assert sorted(await stage.settle(witness, cycle)) == sorted([(miner.key, cycle), *rolled])
+        if cycle == 1:
+            await late.upload(1, trained(0.03), tmp_path / "late")
+            sequence = await late.reveal(1, trained(0.03))
+            await witness.has("submit", 1, "refused", f"{late.key}-{sequence}")
+        service.kill()
+        (tmp_path / "a").mkdir(exist_ok=True)
+        service = await start(f"again-{cycle}", **state).ready()
+    assert list((tmp_path / "state").glob("log-committer-*.sqlite"))
