@@ -60,6 +60,8 @@ class JobContext:
     sources: dict[str, str] = field(default_factory=dict)
     taken: RunSpec | None = None
     replayed: CorpusRef | None = None
+    # The base of each expert that a run of the platform left, by its id.
+    experts: dict[str, str] = field(default_factory=dict)
     domain: str = ""
     progress: Progress = silent
     _files: dict[str, Path] = field(default_factory=dict)
@@ -166,6 +168,8 @@ def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress
         me, digest = session.identity.public, context.manifest.digest
         context.session, context.name = session, free_base_name(context.name, digest, me, log.runs.values())
     context.domain, context.progress = job.domain, progress
+    deposited = [fact for facts in log.runs.values() for fact in facts.deposits.values()]
+    context.experts = {fact.message.expert_id: fact.message.base_digest for fact in deposited}
     if job.run in log.runs:
         context.taken = log.runs[job.run].spec
     return context

@@ -82,8 +82,9 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def row_names(model: nn.Module, selection: Any) -> set[str]:
-    """Return the names that `fingerprint` gives the rows of the selected experts."""
+    """Return the names that `fingerprint` gives the rows of the selected experts. Raises `Invalid` where there are none."""
     layers = require_moe_layers(model)
+    check_targets(layers, as_targets(selection))
     return {
         f"{layers[index].experts_name}.{name}[{expert}]"
         for index, experts in as_targets(selection).items()

@@ -137,3 +137,9 @@ def test_a_stray_change_puts_the_base_rows_back(model: Any, expert: Path, monkey
         connito.load_expert(model, expert)
 
     assert all(torch.equal(rows, base[name]) for name, rows in read_rows(model, LAYERS).items())
+
+
+@pytest.mark.parametrize("layers", [{99: [0]}, {0: [0, 999]}])
+def test_rows_of_another_base_are_refused_in_a_sentence(model: Any, layers: dict[int, list[int]]) -> None:
+    with pytest.raises(Invalid, match="another base"):
+        base_digests(model, layers)

@@ -1,0 +1,43 @@
+"""A start that cannot be is refused at the check, not minutes into the run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from connito.jobs import check
+from connito.jobs.context import JobContext
+from connito.jobs.spec import parse_job
+
+
+def levels(start: str, *, reached: bool = True) -> list[tuple[str, str]]:
+    job = parse_job({"domain": "law", "data": [{"path": "x"}], "license": "MIT", "start_from": start})
+    context = SimpleNamespace(
+        session=object() if reached else None,
+        experts={"law-0123": "mine", "law-9999": "other"},
+        manifest=SimpleNamespace(digest="mine"),
+    )
+    found = check._start(job, cast(JobContext, cast(Any, context)))
+    return [(finding.level, f"{finding.detail}; {finding.remedy}") for finding in found]
+
+
+@pytest.mark.parametrize("start", ["auto", "none"])
+def test_words_of_their_own_need_no_expert(start: str) -> None:
+    assert levels(start) == []
+
+
+def test_an_expert_of_the_platform_and_the_base_is_fine() -> None:
+    assert [level for level, _ in levels("law-0123")] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("start", "said"), [("law-012", "did you mean law-0123"), ("law-9999", "is of another base (other")]
+)
+def test_another_one_is_refused_with_the_remedy(start: str, said: str) -> None:
+    ((level, text),) = levels(start)
+    assert (level, said in text) == ("error", True)
+
+
+def test_without_a_platform_nobody_can_tell() -> None:
+    assert levels("law-7777", reached=False) == []
