@@ -305,7 +305,9 @@ class _Up:
         from connito.curation.holdings import Holdings
 
         if report["library"] is not None:
-            await asyncio.to_thread(Holdings(data_dir=self.data.root).find, report["library"]["expert_id"])
+            # Whoever reads this folder later fills its shelf from the log where that is still to do.
+            with suppress(ConnitoError):
+                await asyncio.to_thread(Holdings(data_dir=self.data.root).find, report["library"]["expert_id"])
 
     def _lap(self, phase: str) -> None:
         """Record the seconds since the last phase as those of `phase`."""
