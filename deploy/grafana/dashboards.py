@@ -180,8 +180,8 @@ RUN = Dashboard(
     "What a run achieves: losses, windows, submissions, gate.",
     {
         "Result": (
-            Panel("Held-out loss on the target domain", "none", (('connito_target_loss{run=~"$run"}', "{{run}}"),)),
-            Panel("Held-out loss on general domains", "none", (('connito_general_loss{run=~"$run"}', "{{run}}"),)),
+            Panel("Held-out loss on the target domain", "none", (("connito_target_loss", "{{run}}"),)),
+            Panel("Held-out loss on general domains", "none", (("connito_general_loss", "{{run}}"),)),
             Panel("Experts deposited", "none", (("sum(connito_experts_deposited_total)", "experts"),), single=True),
         ),
         "Cycle": (
@@ -278,6 +278,26 @@ MINER = Dashboard(
 
 DASHBOARDS = (PLATFORM, RUN, MINER)
 
+# Name, label and label's values of what filters every panel. Empty where Prometheus adds no such label: then all is shown.
+FILTERS = (("namespace", "Namespace"), ("release", "Release"))
+# From which value on a number is bad, by the panel's title.
+BAD_ABOVE = {"Lag of the followers": 5, "Store errors": 0.01, "Rejected messages": 1, "Security events": 1,
+             "Reconnects": 1, "Leases lost": 1, "Past its deadline": 60, "Validators disagree": 0.3}  # fmt: skip
+
+
+def filtered(expression: str, by_run: bool) -> str:
+    """`expression` with the dashboard's choices in the selector of every metric."""
+
+    def add(match: re.Match[str]) -> str:
+        name, given = match[1], match[2] or ""
+        labels = [f'{label}=~"${label}"' for label, _ in FILTERS]
+        known = re.sub(r"_(bucket|sum|count)$", "", name) if name not in CATALOGUE else name
+        if by_run and "run" in CATALOGUE[known].labels and "run=" not in given:
+            labels.append('run=~"$run"')
+        return f"{name}{{{', '.join([*filter(None, [given]), *labels])}}}"
+
+    return re.sub(r"\b(connito_[a-z0-9_]+)(?:\{([^}]*)\})?", add, expression)
+
 
 def advice(expression: str) -> str:
     """What the catalogue says about the first metric of a query."""
@@ -289,7 +309,7 @@ def advice(expression: str) -> str:
     raise ValueError(f"no metric of the catalogue in {expression!r}")
 
 
-def _panel(panel: Panel) -> stat.Panel | timeseries.Panel:
+def _panel(panel: Panel, by_run: bool) -> stat.Panel | timeseries.Panel:
     built: stat.Panel | timeseries.Panel
     if panel.single:
         built = stat.Panel().reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
@@ -302,11 +322,17 @@ def _panel(panel: Panel) -> stat.Panel | timeseries.Panel:
     for index, (expression, legend) in enumerate(panel.queries):
         built.with_target(
             prometheus.Dataquery()
-            .expr(expression)
+            .expr(filtered(expression, by_run))
             .legend_format(legend)
             .ref_id(chr(ord("A") + index))
             .datasource(SOURCE)
         )
+    if panel.title in BAD_ABOVE:
+        steps = [models.Threshold(None, "green"), models.Threshold(BAD_ABOVE[panel.title], "red")]
+        built.thresholds(build.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(steps))
+        if isinstance(built, timeseries.Panel):
+            shown = common_models.GraphTresholdsStyleMode.DASHED
+            built.thresholds_style(common.GraphThresholdsStyleConfig().mode(shown))
     return built.span(24 // PER_ROW).height(4 if panel.single else 8)
 
 
@@ -317,6 +343,19 @@ def render(dashboard: Dashboard) -> str:
         .refresh("15s").time("now-3h", "now").timezone("browser").readonly()
         .with_variable(build.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
     )  # fmt: skip
+    for name, label in FILTERS:
+        built.with_variable(
+            build.QueryVariable(name).label(label).datasource(SOURCE).query(f"label_values(connito_bus_connected, {name})")
+            .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED).include_all(True).all_value(".*").multi(True)
+        )  # fmt: skip
+    built.link(
+        build.DashboardLink("Connito").type(models.DashboardLinkType.DASHBOARDS).tags(["connito"])
+        .as_dropdown(True).include_vars(True).keep_time(True)
+    )  # fmt: skip
+    built.annotation(
+        build.AnnotationQuery().name("New versions").datasource(SOURCE).enable(True).icon_color("blue")
+        .expr(filtered("changes(connito_gate_decisions_total[1m]) > 0", False))
+    )  # fmt: skip
     if dashboard.by_run:
         built.with_variable(
             build.QueryVariable("run").label("Run").datasource(SOURCE).query("label_values(connito_target_loss, run)")
@@ -325,7 +364,7 @@ def render(dashboard: Dashboard) -> str:
     for heading, panels in dashboard.rows.items():
         built.with_row(build.Row(heading))
         for panel in panels:
-            built.with_panel(_panel(panel))
+            built.with_panel(_panel(panel, dashboard.by_run))
     return json.dumps(built.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
 
 

@@ -60,6 +60,9 @@ spec:
     {{- $platform := eq .Values.mode "platform" }}
     {{- range (.Files.Get "files/rules.yaml" | fromYaml).groups }}
     {{- if or $platform (eq .name "connito.everywhere") }}
+    {{- range $rule := .rules }}
+    {{- if $rule.alert }}{{- $_ := set $rule.annotations "runbook_url" (printf "%s#%s" $.Values.monitoring.prometheusRule.runbooks (lower $rule.alert)) }}{{ end }}
+    {{- end }}
     - {{- toYaml . | nindent 6 }}
     {{- end }}
     {{- end }}

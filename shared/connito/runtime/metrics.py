@@ -345,3 +345,29 @@ SERVE_ROW_BYTES = declare(
     "Memory that their rows take",
     when_bad="near the machine's memory: lower --experts",
 )
+
+# A counter with labels has no series before it is first counted, and nothing rises from nothing to one: what alerts look at
+# is there from the start. Whatever else is counted under other labels, they catch by its appearance.
+for _operation in ("fetch", "get", "list", "put", "range", "remove", "stat"):
+    for _error in ("Retry", "ObjectMissing", "ObjectDamaged", "VerificationFailed"):
+        STORE_ERRORS.labels(_operation, _error)
+for _kind in (
+    "bad_signature",
+    "not_permitted",
+    "banned_key",
+    "quota",
+    "malformed",
+    "denied",
+    "certificate",
+    "unreported",
+):
+    SECURITY_EVENTS.labels(_kind)
+for _durable in ("committer", "selector", "library"):
+    for _outcome in ("ok", "retry", "dead_letter"):
+        MESSAGES_HANDLED.labels(_durable, _outcome)
+for _outcome in ("hit", "miss", "corrupt", "evicted"):
+    CACHE.labels(_outcome)
+for _outcome in ("accepted", "refused"):
+    SUBMISSIONS.labels(_outcome, "")
+for _lease in ("coordinator", "aggregator", "committer"):
+    LEASE_LOST.labels(_lease)
