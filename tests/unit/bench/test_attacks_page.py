@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from connito.v1 import run_pb2
 
-from bench.attacks_page import EVIDENCE, PAGE, render
+from bench.attacks_page import EVIDENCE, LIES, PAGE, render, render_claims
 from bench.work_rates import NUMBERS, Pool, Trial, judge, rates
 
 POLICY = run_pb2.ScorePolicy(copy_threshold=0.95, copy_span_threshold=0.95, copy_effect_threshold=0.08, paid_ranks=10)
@@ -44,3 +44,11 @@ def test_a_cycle_is_judged_in_the_order_of_its_rows(copied: bool) -> None:
     found, earned = judge(pool, [3, 0, 1, 2], POLICY)
     assert found.original == ({"1": "3"} if copied else {})
     assert (earned[2] == 0) == copied
+
+
+def test_lies_about_tokens_are_told_as_they_were_measured() -> None:
+    document = json.loads(LIES.read_text())
+    page = PAGE.read_text()
+    assert page == render_claims(page, document), "run `python -m bench.attacks_page --claims FILE`"
+    document["figures"]["no claim, 1 of 4, tokens"]["share"] = [0.125, 0.0, 0.25]
+    assert "0.125 (0.000 to 0.250)" in render_claims(page, document)
