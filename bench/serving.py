@@ -1,10 +1,11 @@
 """Twenty experts of one base served at once, against the base alone and against twenty merged models swapped in turn.
 
-Random weights of the shapes in `bench.random_moe`; every expert replaces a tenth of the routed experts, at least one a layer,
-drawn by its seed. One request a model, greedy. `base alone`: as many requests, all for the base. `mixed`: one for each
-expert, in one batch. `swapped`: the same requests, one model after the other, rows written into the base and taken out
-again, which is kinder than loading each model. `reloaded`: each merged model read from disk too. Batches, sampling and cache
-are the server's in all arms. Times are processor time of the process, in one thread: the best of several rounds, arms in turn.
+Random weights of the shapes in `bench.random_moe`; every expert replaces 7.5 % of the routed experts, at least one a layer,
+drawn by its seed: the share that ESFT selects of DeepSeek-V2-Lite, though there they take more of the tokens than here. One
+request a model, greedy. `base alone`: as many requests, all for the base. `mixed`: one for each expert, in one batch.
+`swapped`: the same requests, one model after the other, rows written into the base and taken out again, which is kinder than
+loading each model. `reloaded`: each merged model read from disk too. Batches, sampling and cache are the server's in all
+arms. Times are processor time of the process, in one thread: the best of several rounds, arms in turn.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ from connito.moe.rows import read_rows, write_rows
 from bench.harness import Options, Result, main, note
 from bench.random_moe import DEEP, DEMO, WIDE, Shape, build
 
-SHAPES = {"WIDE": WIDE, "DEEP": DEEP, "DEMO": DEMO}
-EXPERTS, PROMPT = 20, 16
+EXPERTS, PROMPT, SHARE = 20, 16, 0.075
+# Many small experts, as DeepSeek-V2-Lite has them.
+FINE = Shape(layers=6, dense_layers=0, hidden=256, intermediate=96, experts=64, top_k=6, vocabulary=2048)
+SHAPES = {"FINE": FINE, "WIDE": WIDE, "DEEP": DEEP, "DEMO": DEMO}
 Requests = Sequence[tuple[list[int], int]]
 
 
 def run(options: Options) -> Result:
-    """Time the arms on two shapes, three without --quick; check that their answers are the same."""
+    """Time the arms on three shapes, four without --quick; check that their answers are the same."""
     torch.set_num_threads(1)
-    names, answer, rounds = (("WIDE", "DEEP"), 16, 2) if options.quick else (("WIDE", "DEEP", "DEMO"), 48, 3)
+    names, answer, rounds = (("FINE", "WIDE", "DEEP"), 16, 2) if options.quick else (tuple(SHAPES), 48, 3)
     result = Result({"experts": EXPERTS, "prompt": PROMPT, "answer": answer, "rounds": rounds})
     for name in names:
         row = {"shape": name, **_measure(SHAPES[name], answer, rounds)}
@@ -146,7 +149,7 @@ def _arms(
 def _expert(model: Any, seed: int) -> Rows:
     draw, rows = torch.Generator().manual_seed(seed), {}
     for index, layer in require_moe_layers(model).items():
-        count = max(1, round(layer.num_experts / 10))
+        count = max(1, round(layer.num_experts * SHARE))
         for expert in torch.randperm(layer.num_experts, generator=draw)[:count].tolist():
             for name in layer.parameters:
                 origin = getattr(layer.experts, name)[expert].detach()

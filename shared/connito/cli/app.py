@@ -17,6 +17,7 @@ from connito.cli import (
     console,
     dlq,
     doctor,
+    evaluate,
     explain,
     job,
     ledger,
@@ -60,6 +61,7 @@ app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.command("console")(console.console)
+app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
 app.command("replay")(replay.replay)
 app.command("select")(select.select)

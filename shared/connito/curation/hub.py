@@ -138,7 +138,8 @@ def _hub() -> Iterator[None]:
         ) from error
     except errors.HFValidationError as error:
         raise Invalid(f"this is no name of a repository: {_line(error)}") from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+    # The library raises RuntimeError where a large file could not be sent.
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status in (401, 403):
             raise Invalid(f"the hub refused: {_line(error)}; set HF_TOKEN to a token that may write there") from error
