@@ -103,8 +103,14 @@ def run(options: Options) -> Result:
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*-IID-*.json"))]
     wanted = {(arm, h, kind) for arm, h, kind, _ in cells}
     rows = [row for row in rows if (row["arm"], row["steps"], row["data"]) in wanted]
-    settings = {"miners": MINERS, "batch_sequences": BATCH, "cycles": {str(h): CYCLES[h] for h in steps}, "base": "tiny",
-                "dead": [row for row in rows if not np.isfinite(row["end"])]}  # fmt: skip
+    settings = {
+        "miners": MINERS,
+        "batch_sequences": BATCH,
+        "cycles": {str(h): CYCLES[h] for h in steps},
+        "base": "tiny",
+        "cells": len(cells),
+        "computed": len(rows),
+    }
     return Result(settings, rows, {**_kept(rows), **{f"upload {arm}": found for arm, found in uploads.items()}})
 
 

@@ -1,0 +1,141 @@
+"""The page on wires, made from what `bench.wire` wrote: `python -m bench.wire_page --from OUT/wire.json`.
+
+Copies the document to `docs/evidence` and writes `docs/explanation/wires.md`, so that no figure there is typed. A unit test
+renders it again from the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bench.evidence import COPIES, ROOT, Document, paragraphs, table
+
+PAGE, EVIDENCE = ROOT / "docs/explanation/wires.md", COPIES / "wire.json"
+DEFAULT = "ternary"
+# (times fewer bytes, than what, share of the gain that is to be kept): rows are what was sent before there were codecs.
+GOALS = ((24, "fewer_than_rows", "rows", 0.98), (500, "fewer_than_dense", "the dense model in float16", 0.95))
+HONEST = 2000
+
+
+def render(document: Document) -> str:
+    """Return the page."""
+    return paragraphs("\n".join([_HEAD, _goals(document), _uploads(document), _cells(document), _END]))
+
+
+def _goals(document: Document) -> str:
+    lines = []
+    for fewer, key, than, share in GOALS:
+        reach = {arm: up for arm, up in _uploaded(document).items() if up[key] >= fewer and _all(document, arm)}
+        best = max(reach, key=lambda arm: _least(document, arm), default="")
+        found = (
+            f"{best} keeps {_least(document, best):.1%} where it keeps least" if best else "no codec was measured there"
+        )
+        verdict = "met" if best and _least(document, best) >= share else "missed"
+        lines.append([f"{fewer} × below {than}", f"{share:.0%} of the gain", found, verdict])
+    far = {
+        arm: up for arm, up in _uploaded(document).items() if up["fewer_than_dense"] >= HONEST and _all(document, arm)
+    }
+    told = (
+        "; ".join(f"{arm} keeps {_least(document, arm):.1%} where it keeps least" for arm in far)
+        or "no codec was measured there"
+    )
+    lines.append([f"{HONEST:,} × below the dense model in float16", "its loss", told, "published" if far else "missed"])
+    return f"## Goals\n\n{table(('upload', 'goal', 'measured', ''), lines)}"
+
+
+def _uploads(document: Document) -> str:
+    rows = [
+        [arm, f"{up['bytes']:,}", f"{up['fewer_than_rows']:g}", f"{up['fewer_than_dense']:,}"]
+        for arm, up in _uploaded(document).items()
+    ]
+    return f"""
+## One upload
+
+Noise in the shapes of the demo's selection, 31.9 M numbers: bytes of the file, and how many times fewer than rows in float32
+and than the dense base in float16.
+
+{table(("codec", "bytes", "× below rows", "× below dense"), rows)}
+"""
+
+
+def _cells(document: Document) -> str:
+    parts = []
+    for key in sorted({(kind, h) for _, h, kind in _measured(document)}):
+        kind, h = key
+        found = {arm: cell for (arm, steps, data), cell in _measured(document).items() if (data, steps) == key}
+        rows = [
+            [arm, f"{cell['fewer']:g}", f"{mean:.1%}", _range(low, high, cell["seeds"]), str(cell["seeds"])]
+            for arm, cell in sorted(found.items(), key=lambda item: item[1]["fewer"])
+            for mean, low, high in [cell["kept"]]
+        ]
+        cycles = document["settings"]["cycles"][str(h)]
+        parts.append(
+            f"### {kind}, H = {h}, {cycles} cycles\n\n{table(('codec', '× below rows', 'kept', '95 % interval', 'seeds'), rows)}"
+        )
+    settings = document["settings"]
+    told = f"{settings['computed']} of the {settings['cells']} cells of `bench.wire` were computed for this page."
+    return "\n\n".join(["## Closed loop on the tiny base", told, *parts])
+
+
+def _range(low: float, high: float, seeds: int) -> str:
+    return f"{low:.1%} to {high:.1%}" if seeds > 1 else "one seed"
+
+
+def _uploaded(document: Document) -> dict[str, dict[str, float]]:
+    return {name.removeprefix("upload "): up for name, up in document["figures"].items() if name.startswith("upload ")}
+
+
+def _measured(document: Document) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """Return the cells by (arm, H, data)."""
+    found = {}
+    for name, cell in document["figures"].items():
+        if not name.startswith("upload "):
+            arm, h, kind = name.rsplit(", ", 2)
+            found[arm, int(h.removeprefix("H = ")), kind] = cell
+    return found
+
+
+def _all(document: Document, arm: str) -> bool:
+    """Return whether an arm was measured at all."""
+    return arm != "rows" and any(of == arm for of, _, _ in _measured(document))
+
+
+def _least(document: Document, arm: str) -> float:
+    """Return the least mean share of the gain that an arm keeps."""
+    return min(float(cell["kept"][0]) for (of, _, _), cell in _measured(document).items() if of == arm)
+
+
+_HEAD = """
+# Wires
+
+What a miner uploads is chosen by the run's policy (`training.codec`). Everybody judges, merges and audits the state that the
+bytes decode to; [ADR 30](../adr/0030-submissions-in-a-coded-form.md) has the form. `bench.wire` prints what follows. *Kept*
+is the fall of the held-out loss over that of the same seed with rows as they are, four miners, the default policy's merge,
+no gate; a goal is met by what an arm keeps where it keeps least. More than 100 % is possible: what coding leaves out is
+noise, too. Styles of others are their form and their feedback on this rig, not their code.
+"""
+_END = """
+## For a run
+
+One line of a `job.yaml`: `policies: {training: {codec: low-rank, codec_rank: 16}}`; `rows` sends everything. A miner that
+sends what coding left out a cycle later is late by that cycle, which shows where cycles are few.
+[Every number](../evidence/wire.json).
+"""
+
+
+def main() -> None:
+    """Copy the document and write the page."""
+    parser = argparse.ArgumentParser(prog="python -m bench.wire_page", description=__doc__)
+    parser.add_argument("--from", dest="source", type=Path, default=Path("out/bench/wire.json"))
+    source = parser.parse_args().source
+    document = json.loads(source.read_text())
+    shutil.copyfile(source, EVIDENCE)
+    PAGE.write_text(render(document))
+
+
+if __name__ == "__main__":
+    main()
