@@ -73,6 +73,8 @@ REASONS = {
     "probation": "it is on probation: a part of the reward is withheld",
     "newcomer-quota": "more new keys than the policy scores in one cycle; earlier commitments went first",
     "does-not-fit": "the training model does not fit into the miner's memory",
+    "bad-claim": "what it says of its routed tokens cannot be read",
+    "false-claim": "the router sends other numbers of its tokens to the experts than it says",
     "banned": "an operator, or the run's customer, has put this key out; the detail says why",
     "invite-invalid": "the invite is for another run, used up or expired",
     "not-invited": "the run takes only keys that were named or invited",
