@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 CONTROL, MODEL = ("coordinator", "committer", "library", "console", "tools"), ("trainer",)
-CONTROL_LIMIT_BYTES = 250_000_000
+# A sixth of it are compiled modules.
+CONTROL_LIMIT_BYTES = 300_000_000
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "cpp", "as", "ld", "make", "rustc", "go", "nvcc")
 # A file system of its own for the process: read-only, with the two folders of the image that may be written.
 ENTER = """
@@ -166,12 +167,13 @@ def test_a_control_plane_image_is_small_and_has_no_torch(control: Images, target
     assert not list((root / "opt/packages").glob("torch*"))
 
 
-def test_the_trainer_s_image_has_torch_without_cuda(model: Images) -> None:
+def test_the_trainer_s_image_has_torch_and_what_it_needs_to_start(model: Images) -> None:
     root = model.filesystem("trainer")
     check_contents(root, model.config("trainer"))
     packages = root / "opt/packages"
-    assert list(packages.glob("torch-*+cpu.dist-info"))
-    assert not list(packages.glob("nvidia*"))
+    assert list(packages.glob("torch-*.dist-info"))
+    # The build for processors only needs nothing of CUDA; the public index has the other one alone.
+    assert bool(list(packages.glob("nvidia*"))) != bool(list(packages.glob("torch-*+cpu.dist-info")))
 
 
 def test_the_tools_image_is_the_command_line(control: Images, tmp_path: Path) -> None:
