@@ -12,6 +12,7 @@ from connito.curation.composing import (
     route,
     upgrade,
 )
+from connito.curation.evaluating import EvaluateOptions, evaluate
 from connito.curation.exchange import export, verify
 from connito.curation.growing import BranchOptions, GrowOptions, branches, grow, join
 from connito.curation.holdings import Agreement, Holdings
@@ -20,8 +21,9 @@ from connito.curation.need import demand
 from connito.curation.shrinking import ExtractOptions, PruneOptions, ShrinkSource, extract, prune, skip, steer
 
 __all__ = [
-    "Agreement", "BranchOptions", "ComposeOptions", "ExtractOptions", "GrowOptions", "Holdings", "PruneOptions", "RouteOptions",
+    "Agreement", "BranchOptions", "ComposeOptions", "EvaluateOptions", "ExtractOptions", "GrowOptions", "Holdings",
+    "PruneOptions", "RouteOptions",
     "SearchOptions", "ShrinkSource", "UpgradeOptions", "branches", "cluster", "compose", "demand", "deposit",
-    "export", "extract", "grow", "join", "ledger", "list", "mark", "prune", "pull", "push",
+    "evaluate", "export", "extract", "grow", "join", "ledger", "list", "mark", "prune", "pull", "push",
     "remove", "route", "search", "show", "skip", "steer", "upgrade", "verify",
 ]  # fmt: skip

@@ -24,6 +24,9 @@ OURS = {name: body for name, body in COMPOSE["services"].items() if body["image"
 
 def known(service: str) -> set[str]:
     """The variables that `python -m services.<service>` reads."""
+    if service == "serve":
+        options = (ROOT / "shared/connito/cli/serve.py").read_text()
+        return {"CONNITO_SHELF", *(f"CONNITO_SERVE_{name}" for name in re.findall(r'_variable\("(\w+)"\)', options))}
     if service not in SERVICES:
         return {row[0] for row in ServiceSettings.describe()}
     module = importlib.import_module(f"services.{service}.settings")

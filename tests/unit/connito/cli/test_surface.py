@@ -118,6 +118,7 @@ def every_verb() -> set[str]:
 
 # What does in Python what a verb does, where it is not `connito.library.VERB` or `Client.job.VERB`.
 COUNTERPARTS = {
+    "evaluate": "connito.library.evaluate",
     "up": "connito.local.up.run_here",
     "down": "connito.local.up.stop",
     "doctor": "connito.local.doctor.doctor",
@@ -151,7 +152,7 @@ COUNTERPARTS = {
     "miner status": "connito.client.runs.miner",
 }
 # These become a process that stays: of a service, for which `python -m services.NAME` is the same thing, or the witness.
-PROCESSES = {"console", "miner run", "witness"}
+PROCESSES = {"console", "miner run", "serve", "witness"}
 
 
 def counterpart(verb: str) -> str:
