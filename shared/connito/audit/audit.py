@@ -13,7 +13,7 @@ from connito.audit.artifacts import Artifacts
 from connito.audit.differences import NOBODY, OPERATOR, Difference, Step
 from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid
-from connito.protocol.claims import TOKENS
+from connito.protocol.policy.choices import TOKENS
 from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 from connito.wire.subjects import WINDOWS

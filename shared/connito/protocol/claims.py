@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from connito.data.packing import Rows
 from connito.data.tensors import Header
 from connito.errors import Invalid
+from connito.protocol.policy.choices import CAPPED, TOKENS
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.run_pb2 import RunSpec
@@ -33,7 +34,6 @@ ROUTED = "routed"
 CLAIMED_TOKENS = 4096
 # Of the tokens, what claimed and counted numbers may differ by in the first adapted layer, and at most in later ones.
 MARGIN, MOST_MARGIN = 0.1, 0.5
-WHOLE, TOKENS, CAPPED = "whole", "tokens", "capped"
 _TAG = b"connito.v1.claims"
 # Nobody claims more digits than a number of tokens has.
 _MAX_BYTES = 1 << 19

@@ -57,4 +57,4 @@ def test_a_figure_is_run_with_its_own_seeds(
 def test_an_unknown_figure_is_not_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["reproduce", "nonsense"])
     assert reproduce.main() == 4
-    assert "no figure is called nonsense; there are cost" in capsys.readouterr().err
+    assert "no figure is called nonsense; there are claim_lies" in capsys.readouterr().err

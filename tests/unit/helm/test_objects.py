@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from connito.bus.streams import DURABLES
 from connito.platform.accounts import JETSTREAM
 
-from .conftest import CHART, Object, environment, find, of_kind, pod_specs, render, rendered, values_of
+from .conftest import CHART, ROOT, Object, environment, find, of_kind, pod_specs, render, rendered, values_of
 
 RELEASE = {"app.kubernetes.io/name": "connito", "app.kubernetes.io/instance": "connito"}
 
@@ -210,7 +211,15 @@ def test_the_streams_job_is_new_when_its_work_is() -> None:
 
 def test_the_prometheus_operator_gets_the_same_rules() -> None:
     rule = find(rendered("production"), "PrometheusRule", "connito")
+    pages = [
+        rule["annotations"].pop("runbook_url")
+        for group in rule["spec"]["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
     assert rule["spec"] == yaml.safe_load((CHART / "files/rules.yaml").read_text())
+    anchors = set(re.findall(r"^#+ (\w+)$", (ROOT / "docs/reference/alerts.md").read_text().lower(), re.M))
+    assert {page.partition("#")[2] for page in pages} <= anchors
     assert rule["metadata"]["labels"]["release"] == "prometheus"
 
 

@@ -22,6 +22,7 @@ from connito.data.documents import parse_json
 from connito.library.governance import Viewer
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
 
 log = get_logger(__name__)
 MAX_BODY = 4 << 20
@@ -128,9 +129,7 @@ async def _answer(
             return Response(status_code=499)
         texts, ends = gathering.result()
     finally:
-        for task in (gathering, leaving):
-            task.cancel()
-        await asyncio.gather(gathering, leaving, return_exceptions=True)
+        await end_tasks((gathering, leaving))
     choices = [form.whole(index, text, ends[index]) for index, text in enumerate(texts)]
     return JSONResponse(form.head(work, asked.model, whole=True) | {"choices": choices, "usage": work.usage.document()})
 

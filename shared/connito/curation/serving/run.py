@@ -24,6 +24,7 @@ from connito.errors import Invalid, NotFound
 from connito.experts.table import ExpertTable
 from connito.library.governance import Viewer
 from connito.moe.device import device_of
+from connito.runtime.tasks import end_tasks
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_LENGTH = 16
@@ -98,8 +99,7 @@ async def run(server: Server, application: Any, listener: socket.socket) -> None
     try:
         await uvicorn.Server(config).serve([listener])
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        await end_tasks((watching,))
         await asyncio.to_thread(server.generator.stop)
         await asyncio.to_thread(server.roster.write_uses)
 

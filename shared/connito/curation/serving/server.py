@@ -19,6 +19,7 @@ from connito.errors import Retry
 from connito.library.governance import Viewer
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
+from connito.runtime.tasks import end_tasks
 
 log = get_logger(__name__)
 
@@ -101,9 +102,7 @@ class Server:
                     left -= piece.finish is not None
                     yield piece
             finally:
-                for job in jobs:
-                    job.cancel()
-                await asyncio.gather(*jobs, return_exceptions=True)
+                await end_tasks(jobs)
 
     async def keep_watch(self) -> None:
         """Write uses down, and take experts out that may no longer be used, until cancelled."""

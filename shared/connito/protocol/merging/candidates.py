@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, expert_grams
 from connito.data.tensors import TensorWriter, read_header
-from connito.protocol.claims import CAPPED
 from connito.protocol.merging.aggregators import (
     Gram,
     OuterStep,
@@ -34,6 +33,7 @@ from connito.protocol.merging.aggregators import (
     write_step,
 )
 from connito.protocol.merging.by_expert import Routed, of_equal_mass
+from connito.protocol.policy.choices import CAPPED
 from connito.v1 import cycle_pb2, run_pb2
 
 # A delta this many times longer than the median one is an outlier.

@@ -29,7 +29,7 @@ AGGREGATORS = (
     "norm-clipped-mean",
 )
 # What decides a share of the merge, see `connito.protocol.claims`.
-WEIGHTINGS = ("whole", "tokens", "capped")
+WEIGHTINGS = WHOLE, TOKENS, CAPPED = "whole", "tokens", "capped"
 ENROLMENT = ("open", "allow-list", "invite")
 
 # No policy: how a miner misbehaves in a drill, see `services.trainer.adversary`.
