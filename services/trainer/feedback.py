@@ -12,8 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from connito.data.codecs.file import CODED
+from connito.data.codecs.scales import codable
+from connito.data.pseudo_gradients import load_float32
 from connito.data.safetensors_header import SAFETENSORS
-from connito.errors import Invalid
+from connito.data.tensors import read_header
+from connito.errors import ConnitoError, Invalid
 from connito.protocol.coding import encode, is_coded
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2
@@ -50,12 +53,26 @@ def code(facts: RunFacts, me: str, cycle: int, state: Path, draft: Path, folder:
 def _left(facts: RunFacts, me: str, cycle: int, folder: Path) -> Path | None:
     """Return the file that a cycle begins with, and remove the others: of this cycle from before a crash, too."""
     kept: Path | None = None
-    for path in sorted(folder.glob("*.safetensors"), key=lambda path: -int(path.stem)):
-        if kept is None and int(path.stem) < cycle and counts(facts, me, int(path.stem)):
+    own = [path for path in folder.glob("*.safetensors") if path.stem.isdecimal() and path.is_file()]
+    for path in sorted(own, key=lambda path: -int(path.stem)):
+        if kept is None and int(path.stem) < cycle and counts(facts, me, int(path.stem)) and _whole(path):
             kept = path
         else:
             path.unlink()
     return kept
+
+
+def _whole(path: Path) -> bool:
+    """Return whether a file is as it was written. What a power cut or a disk made of it must not cost this submission, and
+    every later one with it."""
+    try:
+        entries = read_header(path).entries
+        whole = all(entry.dtype == "F32" and codable(load_float32(path, name)) for name, entry in entries.items())
+    except ConnitoError:
+        whole = False
+    if not whole:
+        log.warning("what coding left out before is damaged, so it is not added", file=str(path))
+    return whole
 
 
 def counts(facts: RunFacts, me: str, cycle: int) -> bool:

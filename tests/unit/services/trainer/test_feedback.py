@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,45 @@ def test_a_cycle_begins_with_what_the_newest_merged_one_left(coded: Run, tmp_pat
     assert second != first, "with what the first left"
     assert handed(3) == second, "the second was not merged: only what the first left"
     assert sorted(path.name for path in left.iterdir()) == ["1.safetensors", "3.safetensors"]
+
+
+def number(value: float) -> bytes:
+    return np.float32(value).tobytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda whole: b"",
+        lambda whole: bytes(len(whole)),
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:-4] + number(np.nan),
+        lambda whole: whole[:-4] + number(np.inf),
+        lambda whole: whole[:-4] + number(1e30),
+        lambda whole: tensor_bytes({"layers.0.w": np.zeros((4, 64), np.int64)}),
+    ],
+    ids=["empty", "zeros", "half", "nan", "infinite", "huge", "integers"],
+)
+def test_a_damaged_remainder_costs_no_submission(coded: Run, tmp_path: Path, content: Callable[[bytes], bytes]) -> None:
+    judged(coded, 1, merged=True)
+    left, state = tmp_path / "left", rows(tmp_path / "state", 0)
+
+    def handed(cycle: int) -> Path:
+        return code(coded.facts, ME, cycle, state, rows(tmp_path / "draft.safetensors", 7), left)
+
+    first = handed(1).read_bytes()
+    kept = left / "1.safetensors"
+    kept.write_bytes(content(kept.read_bytes()))
+    assert handed(2).read_bytes() == first, "as if nothing had been left"
+
+
+def test_foreign_files_beside_a_remainder_are_left_alone(coded: Run, tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    (left / "3.safetensors").mkdir(parents=True)
+    (left / "notes.safetensors").write_bytes(b"mine")
+    found = code(coded.facts, ME, 4, rows(tmp_path / "state", 0), rows(tmp_path / "draft.safetensors", 7), left)
+    assert found.suffix == ".coded"
+    assert (left / "notes.safetensors").read_bytes() == b"mine"
 
 
 def test_rows_of_another_form_are_handed_in_as_they_are(coded: Run, tmp_path: Path) -> None:
