@@ -83,7 +83,12 @@ class ServiceContext(Generic[S]):
         run, key = self.settings.run, self.identity.public
         binding = [self.name, key, run, *streams, version("connito"), self.roster.to_json()]
         path = folder / f"log-{self.name}-{key[:16]}{run and '-'}{run}.sqlite"
-        return Kept(path, json.dumps(binding).encode(), self.identity.derive("connito.v1.kept", self.name))
+        kept = Kept(path, json.dumps(binding).encode(), self.identity.derive("connito.v1.kept", self.name))
+        if kept.fileless:
+            self.log.warning(
+                "nothing can be kept here, so the next start reads everything", file=str(path), why=kept.fileless
+            )
+        return kept
 
     @cached_property
     def roster(self) -> Roster:

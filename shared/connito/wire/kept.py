@@ -26,7 +26,7 @@ from connito.wire.fact import Fact, Record
 from connito.wire.subjects import FactKey
 from connito.wire.verification import CATALOGUE, INGRESS
 
-FORMAT = 1
+FORMAT = 2
 # Facts that were read back and stay in memory.
 REMEMBERED = 20_000
 
@@ -36,15 +36,17 @@ create table facts (run text, section text, cycle integer, kind text, id text, s
                     time_unix_ms integer, digest blob, payload blob, tag blob,
                     primary key (run, section, cycle, kind, id)) without rowid;
 create table notes (run text primary key, note blob, tag blob) without rowid;
-create table read (stream text primary key, sequence integer, anchor blob);
+create table read (stream text primary key, sequence integer, anchor blob, tag blob);
 create table aside (number integer primary key, run text, stream text, sequence integer, subject text, data blob,
-                    time_unix_ms integer, headers text);
+                    time_unix_ms integer, headers text, tag blob);
 create index aside_by_run on aside (run);
 """
 _STANDING = "select section, cycle, kind, id, signer, stream, sequence, time_unix_ms, digest, payload, tag from facts"
 _OF_A_KIND = f"{_STANDING} where run = ? and section = ? and cycle = ? and kind = ? order by id"
 _SINCE = f"{_STANDING} where run = ? and (cycle = 0 or cycle >= ?)"
-_LAID = "select run, stream, sequence, subject, data, time_unix_ms, headers from aside"
+_LAID = "select run, stream, sequence, subject, data, time_unix_ms, headers, tag from aside"
+# What SQLite says of a damaged file; its words may themselves hold bytes of it.
+_DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
 def anchor_of(record: Record) -> bytes:
@@ -60,6 +62,8 @@ class Kept:
         self.path, self._binding, self._secret = path, hashlib.sha256(binding + bytes([FORMAT])).digest(), secret[:32]
         # Why nothing more is written. What was committed stays readable, and the rest is in memory.
         self.closed_for_writing = ""
+        # Why there is no file although there should be one.
+        self.fileless = ""
         self._uncommitted: list[Fact] = []
         self._beside: dict[tuple[str, str, int, str], dict[str, Fact]] = {}
         # What was laid aside since the last commit, and in the end everything that was.
@@ -82,14 +86,18 @@ class Kept:
             found.execute("pragma journal_mode = wal")
             found.execute("begin immediate")
             found.execute("commit")
-        except (OSError, sqlite3.OperationalError):
+        except (OSError, sqlite3.OperationalError) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
+                return self._anew()  # of a format that nobody here writes
+            self.fileless = str(error)
             return _fresh("")
-        except sqlite3.DatabaseError:
+        except _DAMAGE:
             return self._anew()
         try:
             if found.execute("select binding from meta").fetchall() == [(self._binding,)]:
+                found.execute("pragma synchronous = normal")
                 return found
-        except sqlite3.DatabaseError:
+        except _DAMAGE:
             pass
         found.close()
         return self._anew()
@@ -100,7 +108,8 @@ class Kept:
         try:
             made = _fresh(str(self.path))
             made.execute("insert into meta values (?)", (self._binding,))
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            self.fileless = str(error)
             return _fresh("")
         return made
 
@@ -151,10 +160,12 @@ class Kept:
 
     def lay(self, run: str, record: Record) -> None:
         """Write down a message that nobody reads yet."""
-        row = (run, record.stream, record.sequence, record.subject, record.data, record.time_unix_ms)
+        place = (run, record.stream, record.sequence, record.subject)
+        row = (*place, record.data, record.time_unix_ms, json.dumps(record.headers))
         self._write(
-            "insert into aside (run, stream, sequence, subject, data, time_unix_ms, headers) values (?, ?, ?, ?, ?, ?, ?)",
-            (*row, json.dumps(record.headers)),
+            "insert into aside (run, stream, sequence, subject, data, time_unix_ms, headers, tag)"
+            " values (?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, self._tag(*row)),
         )
         self._laid.append((run, record))
 
@@ -170,7 +181,9 @@ class Kept:
         self._laid = [entry for entry in self._laid if entry[0] != run]
 
     def _aside(self, query: str, values: tuple[object, ...] = ()) -> Iterator[tuple[str, Record]]:
-        for run, stream, sequence, subject, data, time_unix_ms, headers in self._read(query, values):
+        for *row, tag in self._read(query, values):
+            self._check(tag, *row)
+            run, stream, sequence, subject, data, time_unix_ms, headers = row
             yield run, Record(stream, sequence, subject, data, time_unix_ms, json.loads(headers))
 
     def commit(self, positions: Mapping[str, Record]) -> bool:
@@ -179,11 +192,12 @@ class Kept:
         Return whether the disk took it.
         """
         for stream, record in positions.items():
-            self._write("insert or replace into read values (?, ?, ?)", (stream, record.sequence, anchor_of(record)))
+            row = (stream, record.sequence, anchor_of(record))
+            self._write("insert or replace into read values (?, ?, ?, ?)", (*row, self._tag(*row)))
         if not self.closed_for_writing and self.database.in_transaction:
             try:
                 self.database.execute("commit")
-            except sqlite3.OperationalError as error:
+            except _DAMAGE as error:
                 self._give_up(error)
         if not self.closed_for_writing:
             self._uncommitted.clear()
@@ -197,10 +211,10 @@ class Kept:
             if not self.database.in_transaction:
                 self.database.execute("begin")
             self.database.execute(statement, row)
-        except sqlite3.DatabaseError as error:
+        except _DAMAGE as error:
             self._give_up(error)
 
-    def _give_up(self, error: sqlite3.Error) -> None:
+    def _give_up(self, error: Exception) -> None:
         self.closed_for_writing = str(error)
         with suppress(sqlite3.Error):
             # A disk that was full has rolled back already.
@@ -216,9 +230,13 @@ class Kept:
     # Reading.
 
     def positions(self) -> dict[str, tuple[int, bytes]]:
-        """Return the last message that was read of each stream, and its anchor."""
-        rows = self.database.execute("select stream, sequence, anchor from read").fetchall()
-        return {str(stream): (int(sequence), bytes(anchor)) for stream, sequence, anchor in rows}
+        """Return the last message that was read of each stream, and its anchor. Raises `Fatal` as `all`."""
+        found = {}
+        for *row, tag in self._read("select stream, sequence, anchor, tag from read", ()):
+            self._check(tag, *row)
+            stream, sequence, anchor = row
+            found[stream] = (sequence, anchor)
+        return found
 
     def notes(self) -> Iterator[tuple[str, bytes]]:
         """Yield what was noted of each run. Raises `Fatal` as `all`."""
@@ -260,7 +278,7 @@ class Kept:
     def _read(self, query: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         try:
             return self.database.execute(query, values).fetchall()
-        except sqlite3.DatabaseError as error:
+        except _DAMAGE as error:
             raise self._damaged() from error
 
     def _tag(self, *fields: object) -> bytes:

@@ -210,3 +210,63 @@ def test_cycles_that_were_let_go_are_read_as_before() -> None:
     facts.let_go(0, whole=True)
     assert not facts.facts
     assert facts.spec == plain.spec
+
+
+def damage(folder: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path_in(folder))) as other, other:
+        other.execute(statement)
+
+
+@pytest.mark.parametrize("column", ["stream", "sequence", "anchor", "tag"])
+@pytest.mark.parametrize("value", ["null", "'x'", "7"])
+def test_a_changed_position_is_seen_and_the_next_start_reads_anew(filled: Path, column: str, value: str) -> None:
+    damage(filled, "create table copy as select * from read; ")
+    damage(filled, f"update copy set {column} = {value}")
+    damage(filled, "drop table read")
+    damage(filled, "alter table copy rename to read")
+    kept = at(filled)
+    with pytest.raises(Fatal, match="damaged"):
+        kept.positions()
+    kept.close()
+    assert not at(filled).positions()
+
+
+@pytest.mark.parametrize("column", ["stream", "sequence", "subject", "data", "time_unix_ms", "headers"])
+def test_a_changed_message_that_was_laid_aside_is_not_taken_for_its_senders(filled: Path, column: str) -> None:
+    damage(filled, f"update aside set {column} = 'other'")
+    kept = at(filled)
+    with pytest.raises(Fatal, match="damaged"):
+        list(kept.take_up("ghost"))
+    kept.close()
+    assert not at(filled).positions()
+
+
+def test_a_damaged_page_anywhere_is_thrown_away_at_the_latest_a_start_later(filled: Path, tmp_path: Path) -> None:
+    whole = path_in(filled).read_bytes()
+    for page in range(len(whole) // 4096):
+        for content in (bytes(4096), b"\xcc" * 4096):
+            path_in(filled).write_bytes(whole[: page * 4096] + content + whole[(page + 1) * 4096 :])
+            for last in (False, True):
+                kept = at(filled)
+                try:
+                    kept.positions(), list(kept.notes()), list(kept.since("r", 0)), list(kept.take_up("ghost"))
+                    kept.put(opened(9))
+                    assert kept.commit({}) or not last
+                except Fatal:
+                    assert not last, "the first has removed it"
+                kept.close()
+            path_in(filled).unlink(missing_ok=True)
+
+
+def test_who_finds_no_place_for_a_file_says_why(filled: Path) -> None:
+    first, second = at(filled), at(filled)
+    assert (first.fileless, second.fileless) == ("", "database is locked")
+    second.close()
+    first.close()
+    damage(filled, "vacuum")
+    with path_in(filled).open("r+b") as file:
+        file.seek(44)
+        file.write(bytes([0, 0, 0, 9]))
+    third = at(filled)
+    assert (third.fileless, third.positions()) == ("", {}), "a format that nobody here writes"
+    third.close()
