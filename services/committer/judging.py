@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from connito.errors import Invalid, NotFound
 from connito.protocol import bans
+from connito.protocol.claims import most_bytes
 from connito.protocol.coding import is_coded
 from connito.protocol.commitment import opens
 from connito.protocol.findings import Refusal, check_version
@@ -24,7 +25,8 @@ from connito.wire.facts import RunFacts
 from connito.wire.subjects import window_value
 
 DIGEST_BYTES = 32
-# Rows are the tensors of the initial state; only the header's metadata may differ in length. What is coded is shorter.
+# Rows are the tensors of the initial state; only the header's metadata may differ in length: by this, and by what is claimed of
+# the text. What is coded is shorter.
 SIZE_TOLERANCE = 4096
 
 
@@ -155,13 +157,13 @@ def _check_ref(facts: RunFacts, cycle: int, artifact: ArtifactRef) -> Refusal | 
     if artifact.realm != REALM_SUBMISSION:
         finding = Finding(kind=cycle_pb2.FINDING_KIND_WRONG_REALM, cycle=cycle)
         return Refusal(reasons_pb2.REASON_MALFORMED, finding)
-    selection = facts.require_selection()
+    spec, selection = facts.require_spec(), facts.require_selection()
     expected = selection.initial_state.size
-    if artifact.size > expected + SIZE_TOLERANCE:
+    if artifact.size > expected + SIZE_TOLERANCE + most_bytes(spec, selection):
         kind = cycle_pb2.FINDING_KIND_TOO_LARGE
         finding = Finding(kind=kind, count=artifact.size, limit=expected, cycle=cycle)
         return Refusal(reasons_pb2.REASON_OVERSIZED, finding)
-    if artifact.size < expected - SIZE_TOLERANCE and not is_coded(facts.require_spec().training):
+    if artifact.size < expected - SIZE_TOLERANCE and not is_coded(spec.training):
         kind = cycle_pb2.FINDING_KIND_TOO_SMALL
         finding = Finding(kind=kind, count=artifact.size, limit=expected, cycle=cycle)
         return Refusal(reasons_pb2.REASON_WRONG_TENSORS, finding)

@@ -25,7 +25,7 @@ from connito.errors import Invalid
 from connito.protocol.policy.choices import CAPPED, TOKENS
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
-from connito.v1.run_pb2 import RunSpec
+from connito.v1.run_pb2 import RunSpec, SelectionMade
 from connito.wire.facts import RunFacts
 from connito.wire.hashing import hash_fields
 
@@ -77,6 +77,15 @@ def claim_of(header: Header, spec: RunSpec) -> Claim | None:
         if not all(type(number) is int and 0 <= number <= most for number in numbers):
             raise _bad(f"layer {layer} has something else than whole numbers from 0 to {most}")
     return {int(layer): numbers for layer, numbers in found.items()}
+
+
+def most_bytes(spec: RunSpec, selection: SelectionMade) -> int:
+    """Return how many bytes of metadata a claim may need, quoted as a header has it; 0 where the run asks for none."""
+    if not by_expert(spec):
+        return 0
+    most = max(CLAIMED_TOKENS, spec.training.sequence_length)
+    longest = {layer.layer: [most] * (len(layer.experts) + len(layer.helpers)) for layer in selection.layers}
+    return len(json.dumps(metadata_of(longest)))
 
 
 def _bad(why: str) -> Invalid:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from connito.errors import Invalid, NotFound
+from connito.protocol.claims import metadata_of
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.v1.services_pb2 import UploadCommand
@@ -247,6 +250,22 @@ def test_the_realm_is_submission(ledger: Ledger) -> None:
 def test_a_size_that_cannot_be_right_is_refused(ledger: Ledger, size: int, expected: int) -> None:
     to_submit(ledger)
     assert reason(reveal(ledger, ledger.reveal("ma", 1, artifact("ma", 1, size)))) == expected
+
+
+@pytest.mark.parametrize(("weighting", "fits"), [("tokens", True), ("capped", True), ("whole", False)])
+def test_what_is_claimed_of_many_experts_has_room(ledger: Ledger, weighting: str, fits: bool) -> None:
+    to_submit(ledger)
+    spec, selection = ledger.facts.require_spec(), ledger.facts.require_selection()
+    spec.merging.weighting = weighting
+    del selection.layers[:]
+    for layer in range(26):
+        selection.layers.add(layer=layer, experts=range(64))
+    claim = json.dumps(metadata_of({layer: [4096] * 64 for layer in range(26)}))
+    assert len(claim) > SIZE_TOLERANCE
+    judged = reveal(ledger, ledger.reveal("ma", 1, artifact("ma", 1, SIZE + len(claim))))
+    assert isinstance(judged, cycle_pb2.RevealAccepted) is fits
+    more = artifact("mb", 1, SIZE + len(claim) + SIZE_TOLERANCE + 1)
+    assert reason(reveal(ledger, ledger.reveal("mb", 1, more))) == reasons_pb2.REASON_OVERSIZED
 
 
 def test_a_reveal_before_the_submit_window_is_too_early(ledger: Ledger) -> None:
