@@ -23,6 +23,7 @@ from connito.cli import (
     ledger,
     library,
     miner,
+    payouts,
     replay,
     select,
     serve,
@@ -80,4 +81,5 @@ app.add_typer(dlq.app, name="dlq")
 app.add_typer(base.app, name="base")
 app.add_typer(job.app, name="job")
 app.add_typer(miner.app, name="miner")
+app.add_typer(payouts.app, name="payouts")
 app.add_typer(library.app, name="library")

@@ -15,7 +15,7 @@ from connito.platform.session import Session
 from connito.protocol.quorum import pause
 from connito.protocol.rules import Stake
 from connito.runtime.tasks import blocking
-from connito.views.ledger import balances, entries
+from connito.views.ledger import Entry, balances, entries
 from connito.views.ledger import check as unbalanced
 from connito.views.live import announce, phase
 from connito.views.run_report import run_report, submission_rows
@@ -46,9 +46,7 @@ def ledger(
 
     `folder`: what an ended `connito up` left; `account`: a label or a public key. Raises `NotFound`.
     """
-    facts = blocking(_facts(run, folder, data_dir))
-    book = entries(facts)
-    wrong = unbalanced(facts, book)
+    facts, book, wrong = book_of(run, folder, data_dir)
     shown = [entry for entry in book if not account or account in (entry.account, entry.name)]
     return {
         "run": run,
@@ -62,6 +60,13 @@ def ledger(
         },
         "conserved": not wrong,
     }, wrong
+
+
+def book_of(run: str, folder: Path | None, data_dir: Path | None) -> tuple[RunFacts, list[Entry], list[str]]:
+    """Return a run, every entry of its ledger, and where a cycle does not come to its emission. Raises `NotFound`."""
+    facts = blocking(_facts(run, folder, data_dir))
+    book = entries(facts)
+    return facts, book, unbalanced(facts, book)
 
 
 def miner(session: Session, key: str) -> list[dict[str, Any]]:
