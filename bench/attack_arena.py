@@ -24,6 +24,7 @@ from connito.protocol.findings import Refusal
 from connito.protocol.holdout import subsets
 from connito.protocol.merging.candidates import Attempt, MergeInputs, write_candidate
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
+from connito.protocol.policy import choices
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.evaluation import Evaluation, score
 from connito.protocol.scoring.verdicts import agree
@@ -115,6 +116,8 @@ class Arena:
         spec = profile(UpOptions(base="tiny", miners=HONEST).checked()).spec
         spec.run, spec.domain, spec.emission = RUN, TARGET, EMISSION
         spec.holdout.domain = TARGET
+        # Uploads are written as what is judged; a code would but round them.
+        spec.training.codec = choices.ROWS
         return spec
 
     @property

@@ -5,6 +5,7 @@ What is offered here is imported when it is first used, so that `import connito`
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from connito.workloads.select_files import select as select
 
 __version__ = "0.1.0"
+
+# A server is started by fork and exec. What gRPC would do in between, in a child without its threads, may abort the child.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 _WHERE = {
     "Client": "connito.client",

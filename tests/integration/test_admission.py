@@ -53,6 +53,7 @@ class Api:
     async def create(self, run: str, policy: run_pb2.EnrolmentPolicy) -> None:
         spec = test_coordinator.spec(run)
         spec.enrolment.CopyFrom(policy)
+        spec.training.codec = "rows"  # which is what the played miners upload
         envelope = seal(self.people["customer"], "rpc.CreateRun", spec)
         await rpc.call(self.stub.CreateRun, services_pb2.CreateRunRequest(envelope=envelope))
 

@@ -52,7 +52,9 @@ class Stage:
             setattr(self.arena.spec.merging, name, value)
         uploads = [self.upload(f"honest-{i}", state) for i, state in enumerate(self.honest)]
         uploads += [self.upload(f"evil-{i}", self.harmful(harm, i)) for i in range(faulty)]
-        return self.arena.play(1, self.standing, uploads, 3, dict.fromkeys(range(3), praise))
+        played = self.arena.play(1, self.standing, uploads, 3, dict.fromkeys(range(3), praise))
+        assert not [miner for miner in played.refused if miner.startswith("honest")]
+        return played
 
     def harmful(self, harm: Harm, index: int) -> State:
         """Made once."""
