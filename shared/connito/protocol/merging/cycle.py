@@ -16,7 +16,7 @@ from connito.data.safetensors_header import SAFETENSORS
 from connito.data.tensors import read_header
 from connito.errors import Environment, Invalid
 from connito.protocol.claims import claim_of, counts_of
-from connito.protocol.coding import decoded
+from connito.protocol.coding import decoded, is_coded
 from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal, Refusals, finding_of
 from connito.protocol.merging.candidates import (
     Attempt,
@@ -113,7 +113,8 @@ def _whose(facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs) 
     # Experts of a form that is not known are compared by their weights alone.
     function = function if function.any() else inputs.gram
     found = own_work(sound, evidence, function, spec.scoring, inputs.deltas.numbers)
-    return copies.refusals(sound, function, found.original), found.leaning
+    again = copies.handed_in_before(facts, cycle) if is_coded(spec.training) else {}
+    return {**copies.refusals(sound, function, found.original), **again}, found.leaning
 
 
 def _sorted(entries: Iterable[cycle_pb2.Submission]) -> list[cycle_pb2.Submission]:

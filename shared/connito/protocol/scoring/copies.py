@@ -25,11 +25,14 @@ from numpy.typing import NDArray
 from connito.protocol.findings import Refusal
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.cycle_pb2 import Finding
+from connito.wire.facts import RunFacts
 
 Vector = NDArray[np.float64]
 # (domain, number of the held-out sequence) -> by how many nats a submission lowers its loss.
 Gains = Mapping[tuple[str, int], float]
 
+# For so many cycles the work of others is remembered by its bytes; what is older is worth little, and a run may be long.
+REMEMBERED_CYCLES = 16
 # Fewer sequences than this say too little about likeness of effects.
 MIN_SEQUENCES = 12
 # Victims that are tried together, out of so many that share most with a submission's weights.
@@ -113,6 +116,26 @@ def refusals(
         finding = Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of=first, cosine=cosine)
         found[miner] = Refusal(reasons_pb2.REASON_COPY, finding)
     return found
+
+
+def handed_in_before(facts: RunFacts, cycle: int) -> dict[str, Refusal]:
+    """Return the refusal of each submission whose very bytes an earlier cycle had, from whomever.
+
+    Where submissions are coded, they stand for another state on the θ_t of now, which may well gain something, and cost
+    nothing: they lie in the store.
+    """
+    first: dict[str, str] = {}
+    for earlier in range(max(1, cycle - REMEMBERED_CYCLES), cycle):
+        for entry in facts.window("submit", earlier).submissions:
+            first.setdefault(entry.artifact.digest, entry.miner)
+    return {
+        entry.miner: Refusal(
+            reasons_pb2.REASON_COPY,
+            Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of=first[entry.artifact.digest], cosine=1.0),
+        )
+        for entry in facts.window("submit", cycle).submissions
+        if entry.artifact.digest in first
+    }
 
 
 def copies(

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from connito.data.tensors import read_header, read_tensors
+from connito.protocol.coding import encode
+from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.merging.gate import Losses
+from connito.protocol.scoring import copies
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree
 from connito.v1 import cycle_pb2, reasons_pb2
@@ -112,6 +115,26 @@ def test_the_mean_of_good_work_is_published(desk: Desk) -> None:
     assert verdicts(merged)["MC"].status == cycle_pb2.VERDICT_STATUS_REJECTED
     assert version.state.digest == hashlib.sha256(merged.state.read_bytes()).hexdigest()
     assert read_header(merged.state).metadata == {"version": "0"}
+
+
+@pytest.mark.parametrize("codec", ["int8", "rows"])
+def test_what_was_handed_in_before_is_not_merged_where_works_are_coded(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    desk.stage.facts.require_spec().protocol_version = COPIES_BY_FUNCTION
+    training = desk.stage.facts.require_spec().training
+    training.codec = codec
+    for miner, value in (("MA", START + 0.5), ("MB", row([0.9, 0.5, 0.1]))):
+        desk.submit(miner, value, 0.2)
+        if codec != "rows":
+            rows, coded = desk.states[miner], desk.folder / f"{miner}.coded"
+            encode(rows, desk.parent, training, None, coded, desk.folder / "leaves")
+            desk.states[miner] = coded
+    again = Refusal(reasons_pb2.REASON_COPY, cycle_pb2.Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of="MZ"))
+    monkeypatch.setattr(copies, "handed_in_before", lambda facts, cycle: {"MB": again})
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+    assert list(merged.version.merged) == (["MA", "MB"] if codec == "rows" else ["MA"])
+    assert (verdicts(merged)["MB"].reason == reasons_pb2.REASON_COPY) is (codec != "rows")
 
 
 def test_the_report_is_told_sequence_by_sequence(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

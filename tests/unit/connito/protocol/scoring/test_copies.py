@@ -7,13 +7,23 @@ import numpy as np
 import pytest
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, gram_matrix
 from connito.errors import Invalid
-from connito.protocol.scoring.copies import CopyEvidence, copies, cosines, distance, explained, find_copies
-from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+from connito.protocol.scoring.copies import (
+    REMEMBERED_CYCLES,
+    CopyEvidence,
+    copies,
+    cosines,
+    distance,
+    explained,
+    find_copies,
+    handed_in_before,
+)
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.support.files import write_tensors
+from tests.support.run import Run, ref
 
 RNG = np.random.default_rng(3)
 SHAPES = {"layers.0.a": (3, 40, 10), "layers.1.a": (2, 40, 10)}
@@ -224,3 +234,26 @@ def test_pairs_are_those_of_looking_at_each(threshold: float, seed: int) -> None
                 break
     assert copies(entries, similarity, threshold) == want
     assert want
+
+
+def test_bytes_of_an_earlier_cycle_are_a_copy_whoever_hands_them_in_again() -> None:
+    run = Run().created().selected()
+    handed = {
+        1: {"UA": "aa", "UB": "bb"},
+        2: {"UA": "cc", "UB": "aa", "UC": "dd"},
+        3: {"UA": "cc", "UC": "ee", "UD": "aa"},
+    }
+    for cycle, by in handed.items():
+        entries = [cycle_pb2.Submission(miner=miner, artifact=ref(digest)) for miner, digest in by.items()]
+        run.say("submit", cycle, "settled", submissions=entries)
+    found = [handed_in_before(run.facts, cycle) for cycle in (1, 2, 3)]
+    assert [{miner: refusal.finding.copy_of for miner, refusal in each.items()} for each in found] == [
+        {},
+        {"UB": "UA"},
+        {"UA": "UA", "UD": "UA"},
+    ]
+    assert {refusal.reason for each in found for refusal in each.values()} == {reasons_pb2.REASON_COPY}
+    last = REMEMBERED_CYCLES + 2
+    again = [cycle_pb2.Submission(miner="UE", artifact=ref("bb")), cycle_pb2.Submission(miner="UF", artifact=ref("dd"))]
+    run.say("submit", last, "settled", submissions=again)
+    assert set(handed_in_before(run.facts, last)) == {"UF"}, "the first cycle is out of mind"
