@@ -113,7 +113,7 @@ def _whole(expert: Expert, base: Path, out: Path, layout: str) -> ExpertRecord:
     from connito.experts.load import load_expert
 
     folder, record = expert
-    model, manifest = load_full(base), build_manifest(base)
+    model, manifest = load_full(base), build_manifest(base, record["base"]["name"])
     load_expert(model, folder)
     source = ModelSource(
         "export", base_of(manifest), parents=[record],

@@ -132,6 +132,9 @@ def _hub() -> Iterator[None]:
 
     try:
         yield
+    # A file that is not here because nobody answered is an EntryNotFoundError too.
+    except errors.LocalEntryNotFoundError as error:
+        raise _silent(error) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
         raise NotFound(
             f"the hub has no such repository or revision, or HF_TOKEN may not see it: {_line(error)}"
@@ -139,13 +142,15 @@ def _hub() -> Iterator[None]:
     except errors.HFValidationError as error:
         raise Invalid(f"this is no name of a repository: {_line(error)}") from error
     # The library raises RuntimeError where a large file could not be sent.
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError, RuntimeError) as error:
+    except (errors.HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status in (401, 403):
             raise Invalid(f"the hub refused: {_line(error)}; set HF_TOKEN to a token that may write there") from error
-        raise Retry(
-            f"the hub does not answer as it should: {_line(error)}; try again, what was sent is kept"
-        ) from error
+        raise _silent(error) from error
+
+
+def _silent(error: BaseException) -> Retry:
+    return Retry(f"the hub does not answer as it should: {_line(error)}; try again, what is done already is kept")
 
 
 def _line(error: BaseException) -> str:

@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from connito.curation.composing import parts_of
 from connito.curation.holdings import Agreement, Expert, Holdings
 from connito.curation.serving.errors import RefusedError
+from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound
 from connito.experts.compose import Part, Recipe, merge
 from connito.experts.table import BASE, ExpertTable
 from connito.library.artifact import EXPERT_FILE
 from connito.library.governance import Viewer
+from connito.library.schema import Base
 
 VERB = "serve"
 MAX_PARTS = 8
@@ -47,13 +49,21 @@ class Roster:
     """Experts of one base for many viewers. Its methods that load or unload change the table: call them while it rests."""
 
     def __init__(
-        self, base: str, manifest: str, table: ExpertTable, holdings: Holdings, agreement: Agreement, *, places: int
+        self,
+        base: str,
+        manifest: Manifest,
+        table: ExpertTable,
+        holdings: Holdings,
+        agreement: Agreement,
+        *,
+        places: int,
     ) -> None:
-        """Serve experts of the base with digest `manifest`, at most `places` ways at once."""
-        self.base, self.manifest, self._table = base, manifest, table
+        """Serve experts of the base that `manifest` describes, at most `places` ways at once."""
+        self.base, self._manifest, self._table = base, manifest, table
         self._holdings, self._agreement, self._places = holdings, agreement, places
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._found: dict[str, Expert] = {}
+        self._digests: dict[str, str] = {}
         self._permitted: dict[tuple[str, Viewer], float] = {}
         self._uses: Counter[tuple[str, Viewer]] = Counter()
 
@@ -173,10 +183,17 @@ class Roster:
                 found = self._holdings.by_id(name)
             except (NotFound, Invalid) as error:
                 raise unknown(name) from error
-            if found[1]["base"]["manifest"] != self.manifest or not (found[0] / EXPERT_FILE).is_file():
+            if not self._is_of(found[1]["base"]) or not (found[0] / EXPERT_FILE).is_file():
                 raise unknown(name)
             self._found[name] = found
         return self._found[name]
+
+    def _is_of(self, base: Base) -> bool:
+        """Whether it is the base served: its digest has its name in it, and a folder may be called anything."""
+        name = base["name"]
+        if name not in self._digests:
+            self._digests[name] = replace(self._manifest, name=name).digest
+        return self._digests[name] == base["manifest"]
 
 
 def unknown(name: str) -> RefusedError:

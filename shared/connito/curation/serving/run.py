@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +86,18 @@ def prepare(options: ServeOptions, library: Holdings) -> Server:
         batch_tokens=options.batch_tokens, requests=options.requests,
     )  # fmt: skip
     name = options.name or manifest.name
-    roster = Roster(name, manifest.digest, table, library, options.agreement, places=options.experts)
+    roster = Roster(name, manifest, table, library, options.agreement, places=options.experts)
     return Server(generator, roster, tokenizer, waiting=options.waiting, seconds=options.seconds)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn that ends as it is told; its own gives itself the signal again, before what was used is written down."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 async def run(server: Server, application: Any, listener: socket.socket) -> None:
@@ -97,7 +109,7 @@ async def run(server: Server, application: Any, listener: socket.socket) -> None
         timeout_graceful_shutdown=5, ws="none",
     )  # fmt: skip
     try:
-        await uvicorn.Server(config).serve([listener])
+        await _Uvicorn(config).serve([listener])
     finally:
         await end_tasks((watching,))
         await asyncio.to_thread(server.generator.stop)

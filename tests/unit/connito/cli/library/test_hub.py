@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,3 +89,9 @@ def test_what_the_hub_refuses_is_one_sentence(hub: Hub, stocked: Any, exports: A
     code, _, said = connito(hub, "push", exports["logs"], "ada/logs", "--shelf", shelf)
     assert (code, "may not be passed on" in said) == (3, True)
     assert not hub.repositories
+
+
+def test_a_hub_that_is_away_is_not_one_without_the_repository(tmp_path: Path) -> None:
+    nobody: Any = SimpleNamespace(endpoint="http://127.0.0.1:9")
+    code, _, said = connito(nobody, "pull", "ada/logs", "--out", tmp_path / "a")
+    assert (code, "try again" in said) == (5, True), said

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -271,3 +274,33 @@ def test_who_asks_is_who_may(start: Any, stocked: Any, exports: Any, run: Any, t
         file.write_text(text)
         with pytest.raises(Invalid):
             read_keys(file)
+
+
+def test_a_base_is_known_by_its_content_whatever_its_folder_is_called(stocked: Any, tiny: Path, tmp_path: Path) -> None:
+    shelf, ids = stocked
+    folder = tmp_path / "the base, copied"
+    folder.symlink_to(tiny)
+    roster = prepare(ServeOptions(folder, "mine"), Holdings(shelf)).roster
+    assert set(roster.names(Viewer())) >= {"mine", f"mine+{ids['logs']}"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_used_is_written_down_when_it_is_told_to_stop(
+    stocked: Any, tiny: Path, number: signal.Signals
+) -> None:
+    shelf, ids = stocked
+    options = ("--base", tiny, "--name", "tiny", "--shelf", shelf, "--port", 0, "--cache-tokens", 4096, "--json")
+    command = [sys.executable, "-P", "-m", "connito.cli", "serve", *map(str, options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")["address"]
+            asked = {"model": f"tiny+{ids['logs']}", "prompt": PROMPT, "max_tokens": 2}
+            assert httpx.post(f"{address}/completions", json=asked, timeout=60).status_code == 200
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, "Traceback" in said) == (0, False), said
+    uses = [event for event in Shelf(shelf).events() if event.kind == "used"]
+    assert [event.subject for event in uses] == [ids["logs"]]
