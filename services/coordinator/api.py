@@ -19,6 +19,7 @@ from connito.runtime.limits import RateLimit
 from connito.service.rpc import check_fresh, open_request
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
+from connito.views.status import status, version
 from connito.wire.enums import plain_name
 from connito.wire.facts import RunFacts
 from connito.wire.identity import is_public_key
@@ -29,7 +30,6 @@ from . import enrolment
 from .admission import Admission
 from .reading import Readers
 from .state import Changes, State
-from .status import status, version
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
 # How long a mutation waits to see its own fact in this replica's projection.

@@ -57,6 +57,15 @@ def test_a_shelf_that_was_lost_is_filled_again_from_the_log(ended: Finished, tmp
     assert answer(copy, "library", "list")["experts"][0]["expert_id"] == ended.report["library"]["expert_id"]
 
 
+def test_the_runs_are_shown_without_anything_running(ended: Finished) -> None:
+    run = ended.report["run"]
+    (row,) = answer(ended.data, "job", "list")["runs"]
+    assert (row["run"], row["phase"], row["version"]) == (run, "completed", 1)
+    assert answer(ended.data, "job", "show", run) == row
+    assert connito(ended.data, "job", "show", "nothing").returncode == 4
+    assert connito(ended.data, "job", "show", "").returncode == 4
+
+
 def test_report_and_audit_read_the_folder(ended: Finished) -> None:
     run = ended.report["run"]
     report = answer(ended.data, "job", "report", run, "--no-measure")

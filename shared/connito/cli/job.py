@@ -46,22 +46,20 @@ def submit(
 
 @app.command("list")
 def list_(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """List the runs."""
-    from connito.client import Client
+    """List the runs, also of a platform that was stopped."""
+    from connito.client.runs import statuses
 
-    with Client.local(data_dir) as client:
-        rows = [_row(status) for status in client.job.list()]
+    rows = [_row(status) for status in statuses(data_dir)]
     headers = ("run", "domain", "phase", "cycle", "cycles", "version")
     emit(as_json, {"runs": rows}, lambda: table(headers, [[row[h] for h in headers] for row in rows], "no runs yet"))
 
 
 @app.command("show")
 def show(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Show the status of one run."""
-    from connito.client import Client
+    """Show the status of one run, also of a platform that was stopped."""
+    from connito.client.runs import statuses
 
-    with Client.local(data_dir) as client:
-        row = _row(client.job.show(run))
+    (row,) = map(_row, statuses(data_dir, run))
     emit(as_json, row, lambda: "\n".join(f"{key:<16} {_plain(value)}" for key, value in row.items()))
 
 

@@ -15,10 +15,12 @@ from connito.platform.session import Session
 from connito.protocol.quorum import pause
 from connito.protocol.rules import Stake
 from connito.runtime.tasks import blocking
+from connito.v1.services_pb2 import RunStatus
 from connito.views.ledger import Entry, balances, entries
 from connito.views.ledger import check as unbalanced
 from connito.views.live import announce, phase
 from connito.views.run_report import run_report, submission_rows
+from connito.views.status import status as shown
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 
@@ -37,6 +39,18 @@ def status(session: Session, run: str = "") -> dict[str, Any]:
         "security_events": _security(session),
         "run": None if facts is None else _run(facts, session.roster.stake),
     }
+
+
+def statuses(data_dir: Path | None, run: str | None = None) -> list[RunStatus]:
+    """Return where every run stands that is shown to this key, or the one named; where nothing runs, what the log of the
+    platform that rests there says. Raises `NotFound`."""
+    from connito.client import Client
+
+    session = Session.open(data_dir, role="customer", wake=True)
+    if session.resting:
+        return blocking(_resting(session, run))
+    with Client.local(data_dir) as client:
+        return [*client.job.list()] if run is None else [client.job.show(run)]
 
 
 def ledger(
@@ -115,6 +129,14 @@ async def _facts(run: str, folder: Path | None, data_dir: Path | None) -> RunFac
         facts = _named(await read_log(bus, session.roster, run), run)
     refuse_released(facts)
     return facts
+
+
+async def _resting(session: Session, run: str | None) -> list[RunStatus]:
+    async with session.bus() as bus:
+        log = await read_log(bus, session.roster, run or "")
+    runs = [facts for facts in log.runs.values() if facts.spec is not None] if run is None else [_named(log, run)]
+    now = time.time_ns() // 1_000_000
+    return [shown(facts, now, session.roster.stake) for facts in runs]
 
 
 def _named(log: Log, run: str) -> RunFacts:

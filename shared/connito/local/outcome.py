@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def summary(report: dict[str, Any], options: UpOptions) -> str:
 
 def _next(report: Mapping[str, Any], data: DataDir) -> list[str]:
     """Return commands to try next; they need nothing that runs."""
-    where = "" if data.root == DataDir.at(None).root else f" --data-dir {data.root}"
+    where = "" if data.root == DataDir.at(None).root else f" --data-dir {shlex.quote(str(data.root))}"
     commands = {f"connito job report {report['run']}{where}": "before and after, measured again, with intervals"}
     if report["library"] is not None:
         expert = report["library"]["expert_id"]

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -129,7 +130,7 @@ class DataDir:
             except BlockingIOError as error:
                 raise Retry(
                     f"another `connito up` (process {self.owner() or 'unknown'}) runs in {self.root}; stop it with "
-                    f"`connito down --data-dir {self.root}`, or choose another --data-dir"
+                    f"`connito down --data-dir {shlex.quote(str(self.root))}`, or choose another --data-dir"
                 ) from error
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
@@ -164,7 +165,10 @@ class DataDir:
         """Return the platform that runs here. Raises `NotFound` with the command that starts one."""
         platform = self.read_platform()
         if platform is None or self.owner() is None:
-            raise NotFound(f"nothing runs in {self.root}; start it with `connito up --no-wait --data-dir {self.root}`")
+            raise NotFound(
+                f"nothing runs in {self.root}; start it with "
+                f"`connito up --no-wait --data-dir {shlex.quote(str(self.root))}`"
+            )
         return platform
 
     def write_pids(self, processes: Mapping[str, Mapping[str, Any]]) -> None:

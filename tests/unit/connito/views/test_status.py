@@ -5,9 +5,9 @@ from __future__ import annotations
 from connito.v1 import cycle_pb2, run_pb2, services_pb2
 from connito.views.live import phase
 from connito.views.run_report import outcome
+from connito.views.status import status, version
 
 from services.coordinator.handlers import decide
-from services.coordinator.status import status, version
 from tests.support.run import RUN, Run, even
 from tests.unit.services.coordinator.world import World
 
