@@ -176,6 +176,9 @@ def test_units_become_weights_of_the_uids_that_the_hotkeys_have(
     assert (few.code, "the subnet wants 3" in few.err) == (3, True)
     capped = json.loads(call(*asked_for, "--max-weight", 32768, "--json").out)["weights"]
     assert capped == [65534, 65535]  # 65533 is nearer, and would be one part too much for the other.
+    bound(wallet, MINERS[2], 1, folder / "shared.json")
+    shared = json.loads(call(*asked_for, "--json").out)
+    assert (shared["units"], shared["left_out"]) == ([800, 1200], {})
     graph.write_text(json.dumps([wallet.names[0]] * 2))
     assert "names a hotkey twice" in call(*asked_for).err
     graph.write_text('{"0": "5"}')
