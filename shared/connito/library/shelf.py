@@ -152,7 +152,7 @@ class Shelf:
     def state(self, kind: str, subject: str, reason: str, at_unix_ms: int) -> None:
         """Deprecate, yank or restore an expert, or opt a data source out or in again; always with a reason."""
         if kind not in ("deprecated", "yanked", "restored", "opted-out", "opted-in"):
-            raise Invalid(f"an expert cannot be {kind!r}")
+            raise Invalid(f"an expert cannot be {kind!r}; say deprecated, yanked, restored, opted-out or opted-in")
         if not reason.strip():
             raise Invalid("a reason is required: add --reason TEXT")
         if not kind.startswith("opted"):

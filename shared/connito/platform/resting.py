@@ -17,8 +17,8 @@ from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir, Platform
 from connito.platform.servers import NatsServer, ObjectStore, Server
 
-# Another reader of the same folder is done by then.
-WAIT_SECONDS = 60.0
+# Another reader of the same folder is done by then, where it is no console.
+WAIT_SECONDS = 20.0
 
 _awake: dict[Path, Platform] = {}
 
@@ -70,8 +70,13 @@ def _hold(data: DataDir, stack: ExitStack) -> None:
             stack.enter_context(data.lock())
         except Retry:
             # An `up` publishes where it is; a reader does not, and is soon done.
-            if data.platform_file.exists() or time.monotonic() > give_up:
+            if data.platform_file.exists():
                 raise
+            if time.monotonic() > give_up:
+                raise Retry(
+                    f"another command (process {data.owner() or 'unknown'}), a console perhaps, reads {data.root}, which one "
+                    "can do at a time where no platform runs: end it, or wait until it is done"
+                ) from None
             time.sleep(0.2)
         else:
             return
