@@ -34,6 +34,8 @@ from tests.unit.connito.audit.world import LENGTH, RUN, TENSOR, World, spec_of
 
 GOAL = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]], np.float32)
 START = np.ones((2, 3), np.float32)
+# How far a submission may go, of the norm of the state that it begins from.
+MOVE = 0.35
 
 
 def value_of(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -57,6 +59,8 @@ class Trainer:
         before = value_of(state)
         noise = np.random.default_rng(self._rng.getrandbits(64))
         step = 0.1 * (GOAL - before) + noise.normal(0, 0.15, before.shape)
+        # An honest miner keeps to what the run allows, whatever its luck.
+        step *= min(1.0, 0.9 * MOVE * np.linalg.norm(before) / np.linalg.norm(step))
         await asyncio.sleep(self._rng.uniform(0.1, 1.5))
         draft.write_bytes(
             tensor_bytes({TENSOR: (before + step).astype(np.float32)}, {"by": self._rng.randbytes(4).hex()})
@@ -146,14 +150,13 @@ def materials() -> tuple[RunSpec, SelectionMade, dict[str, bytes]]:
     return spec, selection, world.objects
 
 
-def spec_for(cycles: int, miners: int, validators: int, customer: str) -> RunSpec:
+def spec_for(cycles: int, miners: int, validators: int, customer: str, codec: str) -> RunSpec:
     spec = RunSpec()
     spec.CopyFrom(materials()[0])
     spec.cycles = cycles
-    spec.scoring.max_relative_norm = 0.35
+    spec.scoring.max_relative_norm = MOVE
     spec.windows.min_miners, spec.windows.min_validators = miners, validators
     spec.windows.floor_seconds, spec.windows.ceiling_seconds, spec.windows.assemble_seconds = 5, 30, 600
     spec.retention.cycles = 1000
-    # Six numbers have hardly more than their signs in three levels, and would be copies of each other.
-    spec.training.codec = "int8"
+    spec.training.codec = codec
     return complete(spec, customer)

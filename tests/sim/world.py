@@ -334,6 +334,8 @@ class Scenario:
     skew: float = 0.0
     # Nobody is away for long: what was committed to is opened.
     brief: bool = False
+    # Six numbers have hardly more than their signs in three levels, and would be copies of each other.
+    codec: str = "int8"
     weather: Weather = field(default_factory=Weather)
     # What happens at a time of its own.
     script: tuple[tuple[float, Callable[[World], object]], ...] = ()
@@ -359,7 +361,8 @@ class World:
             {role: frozenset({who.public}) for role, who in self.identities.items()}
             | {"validator": frozenset(who.public for who in validators)}
         )
-        self.spec = toy.spec_for(scenario.cycles, 1, scenario.quorum, self.identities["customer"].public)
+        customer = self.identities["customer"].public
+        self.spec = toy.spec_for(scenario.cycles, 1, scenario.quorum, customer, scenario.codec)
         self.selection = selection
         holdouts = {corpus.artifact.digest for corpus in (spec.holdout, *spec.general_holdouts)}
         placed = {
