@@ -113,7 +113,9 @@ def _whose(facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs) 
     # Experts of a form that is not known are compared by their weights alone.
     function = function if function.any() else inputs.gram
     found = own_work(sound, evidence, function, spec.scoring, inputs.deltas.numbers)
-    again = copies.handed_in_before(facts, cycle) if is_coded(spec.training) else {}
+    # Whoever moved nothing is told that; such bytes are the same in every cycle.
+    moving = [entry for place, entry in enumerate(sound) if inputs.gram[place, place] > 0]
+    again = copies.handed_in_before(facts, cycle, moving) if is_coded(spec.training) else {}
     return {**copies.refusals(sound, function, found.original), **again}, found.leaning
 
 

@@ -16,7 +16,7 @@ What honest work looks like under each of them, and where the limits come from: 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -118,8 +118,8 @@ def refusals(
     return found
 
 
-def handed_in_before(facts: RunFacts, cycle: int) -> dict[str, Refusal]:
-    """Return the refusal of each submission whose very bytes an earlier cycle had, from whomever.
+def handed_in_before(facts: RunFacts, cycle: int, submissions: Iterable[cycle_pb2.Submission]) -> dict[str, Refusal]:
+    """Return the refusal of each of a cycle's submissions whose very bytes an earlier cycle had, from whomever.
 
     Where submissions are coded, they stand for another state on the θ_t of now, which may well gain something, and cost
     nothing: they lie in the store.
@@ -133,7 +133,7 @@ def handed_in_before(facts: RunFacts, cycle: int) -> dict[str, Refusal]:
             reasons_pb2.REASON_COPY,
             Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of=first[entry.artifact.digest], cosine=1.0),
         )
-        for entry in facts.window("submit", cycle).submissions
+        for entry in submissions
         if entry.artifact.digest in first
     }
 

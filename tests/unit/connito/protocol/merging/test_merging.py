@@ -124,17 +124,22 @@ def test_what_was_handed_in_before_is_not_merged_where_works_are_coded(
     desk.stage.facts.require_spec().protocol_version = COPIES_BY_FUNCTION
     training = desk.stage.facts.require_spec().training
     training.codec = codec
-    for miner, value in (("MA", START + 0.5), ("MB", row([0.9, 0.5, 0.1]))):
-        desk.submit(miner, value, 0.2)
+    for miner, value in (("MA", START + 0.5), ("MB", row([0.9, 0.5, 0.1])), ("MC", START)):
+        desk.submit(miner, value, 0.0 if miner == "MC" else 0.2)
         if codec != "rows":
             rows, coded = desk.states[miner], desk.folder / f"{miner}.coded"
             encode(rows, desk.parent, training, None, coded, desk.folder / "leaves")
             desk.states[miner] = coded
     again = Refusal(reasons_pb2.REASON_COPY, cycle_pb2.Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of="MZ"))
-    monkeypatch.setattr(copies, "handed_in_before", lambda facts, cycle: {"MB": again})
+    monkeypatch.setattr(
+        copies,
+        "handed_in_before",
+        lambda facts, cycle, works: {work.miner: again for work in works if work.miner != "MA"},
+    )
     merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
     assert list(merged.version.merged) == (["MA", "MB"] if codec == "rows" else ["MA"])
     assert (verdicts(merged)["MB"].reason == reasons_pb2.REASON_COPY) is (codec != "rows")
+    assert verdicts(merged)["MC"].reason != reasons_pb2.REASON_COPY, "who moved nothing copied nobody"
 
 
 def test_the_report_is_told_sequence_by_sequence(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

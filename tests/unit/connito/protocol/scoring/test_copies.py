@@ -246,7 +246,7 @@ def test_bytes_of_an_earlier_cycle_are_a_copy_whoever_hands_them_in_again() -> N
     for cycle, by in handed.items():
         entries = [cycle_pb2.Submission(miner=miner, artifact=ref(digest)) for miner, digest in by.items()]
         run.say("submit", cycle, "settled", submissions=entries)
-    found = [handed_in_before(run.facts, cycle) for cycle in (1, 2, 3)]
+    found = [handed_in_before(run.facts, cycle, run.facts.window("submit", cycle).submissions) for cycle in (1, 2, 3)]
     assert [{miner: refusal.finding.copy_of for miner, refusal in each.items()} for each in found] == [
         {},
         {"UB": "UA"},
@@ -256,4 +256,4 @@ def test_bytes_of_an_earlier_cycle_are_a_copy_whoever_hands_them_in_again() -> N
     last = REMEMBERED_CYCLES + 2
     again = [cycle_pb2.Submission(miner="UE", artifact=ref("bb")), cycle_pb2.Submission(miner="UF", artifact=ref("dd"))]
     run.say("submit", last, "settled", submissions=again)
-    assert set(handed_in_before(run.facts, last)) == {"UF"}, "the first cycle is out of mind"
+    assert set(handed_in_before(run.facts, last, again)) == {"UF"}, "the first cycle is out of mind"
