@@ -13,7 +13,7 @@ NAMES = sorted(path.parent.name for path in SERVICES.glob("*/__main__.py"))
 ROOMS = {"__init__", "__main__", "settings", "handlers", "state", "actions", "adapters", "api", "metrics"}
 # What a service has beside them: its own concepts, each a pure piece of deciding or a piece of performing.
 PURE = {
-    "coordinator": {"deadlines", "enrolment", "expected", "status"},
+    "coordinator": {"deadlines", "enrolment", "expected"},
     "committer": {"judging", "said", "settlement"},
 }
 PERFORMING = {
