@@ -12,6 +12,8 @@ from markupsafe import Markup
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 # A card's pictures lie beside its file, not here.
 _PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)\n?")
+# A table of names and values has a head without words, which is no head on a page.
+_NO_HEAD = re.compile(r"<thead>\s*<tr>\s*(?:<th[^>]*></th>\s*)+</tr>\s*</thead>\s*")
 # The page has a title and a heading of its own.
 _DEEPER = {f"h{level}": f"h{min(6, level + 2)}" for level in range(1, 7)}
 
@@ -24,7 +26,11 @@ def as_html(card: str) -> Markup:
     for token in tokens:
         token.tag = _DEEPER.get(token.tag, token.tag)
     html = str(parser.renderer.render(tokens, parser.options, {}))
-    html = html.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
+    html = (
+        _NO_HEAD.sub("", html)
+        .replace("<table>", '<div class="scroll" tabindex="0"><table>')
+        .replace("</table>", "</table></div>")
+    )
     return Markup(html)  # noqa: S704 - the parser lets no tag of the card's through
 
 

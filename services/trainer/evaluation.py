@@ -43,12 +43,15 @@ class Evaluation:
 
     def __init__(self, model: nn.Module, rows: Rows, steps: int, settings: TrainerSettings) -> None:
         """Measure now, and `TIMES` in the `steps` to come; never without rows."""
+        import torch
+        from connito.moe.batches import home_of
         from connito.moe.head import Head
 
         self._model, self._rows, self._patience = model, rows, settings.patience
         self._bf16, self._at_once = settings.bf16 or settings.bf16_parameters, settings.micro_batch
         self._every = max(1, -(-steps // TIMES))
-        self._head: Head = Head(model)
+        with torch.autocast(home_of(model).type, dtype=torch.bfloat16, enabled=self._bf16):
+            self._head: Head = Head(model)
         self._since_best = 0
         self.best: TargetState | None = None
         self.losses: list[float] = []

@@ -117,7 +117,8 @@ class LocalTrainer:
         model = self._model(facts, base)
         check_tokens(model, batches)
         write_targets(model, load_state(state))
-        claim = claim_for(facts, model, batches)
+        bf16 = self._settings.bf16 or self._settings.bf16_parameters
+        claim = claim_for(facts, model, batches, bf16=bf16)
         batches, apart = hold_back(batches, self._settings.evaluation_share)
         own = Evaluation(model, apart, len(batches), self._settings)
         progress = _Progress(len(batches), own)
@@ -132,7 +133,7 @@ class LocalTrainer:
                 learning_rate=policy.learning_rate,
                 weight_decay=policy.weight_decay,
                 betas=betas_of(policy),
-                bf16=self._settings.bf16 or self._settings.bf16_parameters,
+                bf16=bf16,
                 micro_batch=self._settings.micro_batch,
                 factor=lambda step: schedule.factor(cycle, step),
                 optimizer=self._settings.optimizer,
@@ -222,14 +223,20 @@ class OptimizerState:
         moments.save(self._folder / self.NAME)
 
 
-def claim_for(facts: RunFacts, model: nn.Module, batches: Rows) -> dict[str, str]:
-    """Return the metadata that claims the tokens of `batches` by expert, with θ_t in the model; nothing where no run asks."""
+def claim_for(facts: RunFacts, model: nn.Module, batches: Rows, *, bf16: bool) -> dict[str, str]:
+    """Return the metadata that claims the tokens of `batches` by expert, with θ_t in the model; nothing where no run asks.
+
+    `bf16` counts under autocast, as a model with weights of that type needs.
+    """
+    import torch
+    from connito.moe.batches import home_of
     from connito.moe.routed import routed_tokens
 
     if not by_expert(facts.require_spec()):
         return {}
     selected = {layer.layer: list(layer.experts) for layer in facts.require_selection().layers}
-    return metadata_of(routed_tokens(model, selected, claimed_rows(batches)))
+    with torch.autocast(home_of(model).type, dtype=torch.bfloat16, enabled=bf16):
+        return metadata_of(routed_tokens(model, selected, claimed_rows(batches)))
 
 
 def check_tokens(model: nn.Module, batches: Rows) -> None:

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from connito.audit import remeasure
-from connito.base.loading import load_full
+from connito.base.loading import load_full, load_resident_local
 from connito.data.tensors import read_header
 from connito.moe.evaluate import Evaluator
 from connito.moe.resident import compress
@@ -54,7 +55,7 @@ def scene(told: Run, inputs: Inputs, tmp_path: Path) -> tuple[Recount, Path, Cal
     model = compress(load_full(inputs.files), SELECTED, {1: [1, 2]})
 
     def made(miner: str) -> dict[str, str]:
-        return claim_for(facts, model, miner_batches(facts, 1, miner, text.train))
+        return claim_for(facts, model, miner_batches(facts, 1, miner, text.train), bf16=False)
 
     return Recount(evaluator, text, facts, 1, frozenset(MINERS)), theta, made
 
@@ -74,6 +75,18 @@ def test_honest_claims_hold_and_are_not_all_the_same(scene: Any, tmp_path: Path)
     for miner, claim in zip(MINERS, claims, strict=False):
         assert recount.falsehood(entry(miner), hand_in(tmp_path, theta, claim), theta) is None
     assert len({claim["routed"] for claim in claims}) > 1
+
+
+def test_a_miner_that_holds_weights_in_bfloat16_claims_what_others_count(
+    told: Run, inputs: Inputs, scene: Any, tmp_path: Path
+) -> None:
+    recount, theta, _ = scene
+    facts, text = told.facts, Text(told.facts.require_spec(), inputs.probe, None)
+    model = load_resident_local(inputs.files, SELECTED, {1: [1, 2]}, half=True)
+    assert any(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    for miner in MINERS:
+        claim = claim_for(facts, model, miner_batches(facts, 1, miner, text.train), bf16=True)
+        assert recount.falsehood(entry(miner), hand_in(tmp_path, theta, claim), theta) is None
 
 
 @pytest.mark.parametrize("codec", ["rows", "int8"])

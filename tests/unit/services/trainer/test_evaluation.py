@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from connito.base.loading import load_full
+from connito.base.loading import load_full, load_resident_local
 from connito.data.corpus import ENDS, WHOLE, Corpus
 from connito.data.packing import Rows, pack
 from connito.moe.evaluate import Evaluator
@@ -53,6 +53,14 @@ def test_losses_are_those_of_the_training_model_on_what_counts(random_base: Path
         own = Evaluation(model, table, 10, settings(micro_batch=micro))
         assert own.losses == [pytest.approx(float(sums.sum() / tokens.sum()), rel=1e-5)]
     assert Evaluation(model, table[:0], 10, settings()).losses == []
+
+
+def test_weights_in_bfloat16_are_measured_too(random_base: Path) -> None:
+    table = rows(5, seed=1)
+    whole = Evaluation(compress(load_full(random_base), LAYERS, REST), table, 10, settings())
+    model = load_resident_local(random_base, LAYERS, REST, half=True)
+    own = Evaluation(model, table, 10, settings(bf16_parameters=True))
+    assert own.losses == [pytest.approx(whole.losses[0], rel=0.02)]
 
 
 def trained(base: Path, rate: float, **fields: Any) -> tuple[Any, Evaluation, int]:
