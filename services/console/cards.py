@@ -25,6 +25,9 @@ def as_html(card: str) -> Markup:
     tokens = parser.parse(text)
     for token in tokens:
         token.tag = _DEEPER.get(token.tag, token.tag)
+        # Pages allow no style in a tag: a column of numbers has a class.
+        if token.attrs.pop("style", "") == "text-align:right":
+            token.attrs["class"] = "num"
     html = str(parser.renderer.render(tokens, parser.options, {}))
     html = (
         _NO_HEAD.sub("", html)
