@@ -43,14 +43,13 @@ class Evaluation:
 
     def __init__(self, model: nn.Module, rows: Rows, steps: int, settings: TrainerSettings) -> None:
         """Measure now, and `TIMES` in the `steps` to come; never without rows."""
-        import torch
-        from connito.moe.batches import home_of
+        from connito.moe.batches import home_of, mixed
         from connito.moe.head import Head
 
         self._model, self._rows, self._patience = model, rows, settings.patience
-        self._bf16, self._at_once = settings.bf16 or settings.bf16_parameters, settings.micro_batch
+        self._bf16, self._at_once = settings.computes_in_bf16, settings.micro_batch
         self._every = max(1, -(-steps // TIMES))
-        with torch.autocast(home_of(model).type, dtype=torch.bfloat16, enabled=self._bf16):
+        with mixed(home_of(model), bf16=self._bf16):
             self._head: Head = Head(model)
         self._since_best = 0
         self.best: TargetState | None = None
@@ -82,12 +81,12 @@ class Evaluation:
 
     def _measure(self) -> float:
         import torch
-        from connito.moe.batches import batch_of
+        from connito.moe.batches import batch_of, mixed
 
         total = 0.0
         size = self._at_once or len(self._rows)
         for start in range(0, len(self._rows), size):
             part = batch_of(self._rows[start : start + size], self._model)
-            with torch.no_grad(), torch.autocast(part.ids.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            with torch.no_grad(), mixed(part.ids.device, bf16=self._bf16):
                 total += float(self._head.nll(*part).double().sum())
         return total / max(1, int(counted(self._rows).sum()))

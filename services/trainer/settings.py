@@ -93,3 +93,8 @@ class TrainerSettings(ModelSettings):
     trainer_second_victim_dir: Path | None = Field(
         None, description="for the mixed-copier: the work folder of another one; empty: the same"
     )
+
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Return whether all that goes through the model does in bfloat16: weights of that type leave no choice."""
+        return self.bf16 or self.bf16_parameters

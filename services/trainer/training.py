@@ -117,7 +117,7 @@ class LocalTrainer:
         model = self._model(facts, base)
         check_tokens(model, batches)
         write_targets(model, load_state(state))
-        bf16 = self._settings.bf16 or self._settings.bf16_parameters
+        bf16 = self._settings.computes_in_bf16
         claim = claim_for(facts, model, batches, bf16=bf16)
         batches, apart = hold_back(batches, self._settings.evaluation_share)
         own = Evaluation(model, apart, len(batches), self._settings)
@@ -228,14 +228,13 @@ def claim_for(facts: RunFacts, model: nn.Module, batches: Rows, *, bf16: bool) -
 
     `bf16` counts under autocast, as a model with weights of that type needs.
     """
-    import torch
-    from connito.moe.batches import home_of
+    from connito.moe.batches import home_of, mixed
     from connito.moe.routed import routed_tokens
 
     if not by_expert(facts.require_spec()):
         return {}
     selected = {layer.layer: list(layer.experts) for layer in facts.require_selection().layers}
-    with torch.autocast(home_of(model).type, dtype=torch.bfloat16, enabled=bf16):
+    with mixed(home_of(model), bf16=bf16):
         return metadata_of(routed_tokens(model, selected, claimed_rows(batches)))
 
 

@@ -57,6 +57,11 @@ def home_of(model: nn.Module) -> torch.device:
     return home
 
 
+def mixed(device: torch.device, *, bf16: bool) -> torch.autocast:
+    """Return the block in which all that goes through a model does: under autocast with `bf16`, as weights of that type need."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
 def as_taken(rows: Rows, model: nn.Module) -> Rows:
     """Return rows as the model can take them: each document in its own row, where it would mix those of one row."""
     return apart(rows)[0] if several(rows) and not separates(model) else rows

@@ -13,7 +13,7 @@ import torch
 from connito.data.packing import counted
 from connito.errors import Invalid
 from connito.moe.adamw import AdamW
-from connito.moe.batches import Batch, batch_of, get_ready
+from connito.moe.batches import Batch, batch_of, get_ready, mixed
 from connito.moe.engine import EXACT, is_compact
 from connito.moe.head import Head
 from connito.moe.moments import Moments
@@ -108,7 +108,7 @@ def train_local(
     compact = is_compact(optimizer)
     optimiser = AdamW(parameters, betas=betas, weight_decay=weight_decay, compact=compact, start=moments)
     device = next(iter(parameters.values())).device
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    with mixed(device, bf16=bf16):
         head = Head(model)
     get_ready(model, batches)
     work = _Work(head, optimiser, device, beside, gradient_clip, bf16)
@@ -165,7 +165,7 @@ class _Work:
 
     def _accumulate(self, part: Batch, tokens: int) -> torch.Tensor:
         """Add the gradients of a part of a batch in which `tokens` predictions count; return its part of the mean loss, []."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with mixed(self.device, bf16=self.bf16):
             loss = self.head.nll(*part).sum() / tokens
             value = loss.detach().to(self.device)
             if self.beside is not None:
