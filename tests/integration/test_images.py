@@ -22,7 +22,7 @@ from connito.platform.servers import NatsServer, ObjectStore, free_ports
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
-pytestmark = [pytest.mark.images, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.images, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 CONTROL, MODEL = ("coordinator", "committer", "library", "console", "tools"), ("trainer",)
