@@ -55,8 +55,10 @@ def _text(document: dict[str, Any]) -> str:
         seen = ", ".join(f"{count} × {kind}" for kind, count in sorted(document["security_events"].items()))
         parts += ["", f"security: {seen} in the last day; `connito advisories` shows them"]
     for name, waits in groupby(document["waiting"], key=itemgetter("run")):
-        what = ", ".join(f"{row['dependency']} ({row['count']})" for row in waits)
+        rows = list(waits)
+        what = ", ".join(f"{row['dependency']} ({row['count']})" for row in rows)
         parts += ["", f"{name or 'the platform'} waits for {what}"]
+        parts += [f"  {', '.join(row['services'])}: {' '.join(row['error'].split())}" for row in rows]
     run = document["run"]
     if run is None:
         return "\n".join([*parts, "", "no run yet"])

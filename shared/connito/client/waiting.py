@@ -1,47 +1,70 @@
-"""Read from the services of an installation what each run waits for."""
+"""Read from the services of an installation what they cannot do now, and what each run waits for."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
 from contextlib import suppress
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from connito.platform.datadir import DataDir
 
-_GAUGE = "connito_waiting"
 _SECONDS = 1.0
 
 
-def waiting(data: DataDir) -> list[dict[str, Any]]:
-    """Return how many actions and messages wait here, a row a run and dependency. A service that does not answer is left out."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for name in data.read_pids():
-        with suppress(OSError, ValueError, KeyError, HTTPException):
+@dataclass(frozen=True)
+class Wait:
+    """What a service cannot do now: the action or message, its run, what that waits for, and the error in words.
+
+    `given_up`: it is not tried again before the service is started again.
+    """
+
+    service: str
+    what: str
+    run: str
+    dependency: str
+    error: str
+    given_up: bool
+
+    def __str__(self) -> str:
+        where = self.what.removeprefix(f"{self.run}/")
+        until = "has given up" if self.given_up else f"waits for {self.dependency}"
+        return f"{self.service} {until} ({where}): {self.error}"
+
+
+def waits(data: DataDir) -> list[Wait]:
+    """Return what the services here wait for, in the order of their names. One that does not answer is left out."""
+    found = []
+    for name in sorted(data.read_pids()):
+        with suppress(OSError, ValueError, KeyError, TypeError, HTTPException):
             port = json.loads((data.root / "ports" / f"{name}.json").read_text())["http"]
-            counts.update(dict(_gauges(_metrics(port))))
+            found += [Wait(name, **row) for row in json.loads(_page(port))]
+    return found
+
+
+def waiting(data: DataDir) -> list[dict[str, Any]]:
+    """Return how many actions and messages wait here, whose, and why the first of them does: a row a run and dependency."""
+    groups: dict[tuple[str, str], list[Wait]] = defaultdict(list)
+    for wait in waits(data):
+        groups[wait.run, wait.dependency].append(wait)
     return [
-        {"run": run, "dependency": dependency, "count": count}
-        for (run, dependency), count in sorted(counts.items())
-        if count
+        {
+            "run": run,
+            "dependency": dependency,
+            "count": len(group),
+            "services": sorted({wait.service for wait in group}),
+            "error": group[0].error,
+        }
+        for (run, dependency), group in sorted(groups.items())
     ]
 
 
-def _metrics(port: int) -> str:
+def _page(port: int) -> bytes:
     connection = HTTPConnection("127.0.0.1", port, timeout=_SECONDS)
     try:
-        connection.request("GET", "/metrics")
-        return connection.getresponse().read().decode()
+        connection.request("GET", "/waiting")
+        return connection.getresponse().read()
     finally:
         connection.close()
-
-
-def _gauges(text: str) -> Iterator[tuple[tuple[str, str], int]]:
-    for family in text_string_to_metric_families(text):
-        if family.name == _GAUGE:
-            for sample in family.samples:
-                yield (sample.labels["run"], sample.labels["dependency"]), int(sample.value)

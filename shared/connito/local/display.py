@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
@@ -36,6 +36,10 @@ class Display(Protocol):
         """Show a new fact of the run."""
         ...
 
+    def hindrances(self, lines: Sequence[str]) -> None:
+        """Show what cannot be done now; what was shown before and is not among it is over."""
+        ...
+
     def tick(self) -> None:
         """Refresh what depends on the time."""
         ...
@@ -48,6 +52,7 @@ class PlainDisplay:
         self._stream = stream or sys.stdout
         self._began = time.monotonic()
         self._told: dict[str, int] = {}
+        self._hindrances: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +77,12 @@ class PlainDisplay:
         if line is not None:
             self.say(line)
 
+    def hindrances(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            if line not in self._hindrances:
+                self.say(line)
+        self._hindrances = set(lines)
+
     def tick(self) -> None:
         return
 
@@ -88,6 +99,7 @@ class LiveDisplay:
         self._facts: RunFacts | None = None
         self._names: Mapping[str, str] = {}
         self._work = ""
+        self._hindrances: Sequence[str] = ()
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -113,16 +125,21 @@ class LiveDisplay:
         self._facts, self._names = facts, names
         self.tick()
 
+    def hindrances(self, lines: Sequence[str]) -> None:
+        self._hindrances = lines
+
     def tick(self) -> None:
         self._live.update(self._picture(), refresh=True)
 
     def _picture(self) -> RenderableType:
+        from rich.console import Group
         from rich.text import Text
 
-        if self._facts is not None and self._facts.spec is not None:
-            # The validators of this machine have one vote each.
-            return render(self._facts, self._names, time.time_ns() // 1_000_000, lambda validator: 1.0)
-        return Text(self._work)
+        if self._facts is None or self._facts.spec is None:
+            return Text(self._work)
+        # The validators of this machine have one vote each.
+        run = render(self._facts, self._names, time.time_ns() // 1_000_000, lambda validator: 1.0)
+        return Group(run, *(Text(line, style="yellow") for line in self._hindrances))
 
 
 def choose_display(*, as_json: bool) -> Display:

@@ -16,6 +16,7 @@ from connito.bus import Bus, streams
 from connito.files import write_durably
 from connito.local.defaults import Machine
 from connito.local.display import Display
+from connito.local.hindered import Group
 from connito.local.identities import SERVICES, Member, load_members, write_roster
 from connito.local.processes import ForkLauncher, PlainLauncher, Program
 from connito.local.supervisor import Supervisor
@@ -27,6 +28,7 @@ from connito.platform.store_rights import Holder, holders, identities
 from connito.runtime.compute import machine_folder
 from connito.runtime.programs import service_module
 from connito.store import ArtifactStore
+from connito.v1.run_pb2 import RunSpec
 
 # Services that compute with a model are forked from the preloaded process.
 MODEL_SIDE = ("selector", "trainer", "validator", "aggregator")
@@ -140,6 +142,16 @@ class Installation:
     def miners(self) -> list[Role]:
         """Return one process for each miner. An adversary is a trainer with a setting that makes it misbehave."""
         return [Role(m, "trainer", self._miner_settings(m)) for m in self.members.values() if m.role == "miner"]
+
+    def groups(self, spec: RunSpec) -> list[Group]:
+        """Return which processes a run needs how many of: each service, and of miners and validators what its policy asks for."""
+        votes = {role: [m.name for m in self.members.values() if m.role == role] for role in ("miner", "validator")}
+        most = len(votes["validator"]) // 2 + 1
+        return [
+            *(Group(frozenset((name,)), 1) for name in SERVICES),
+            Group(frozenset(votes["miner"]), spec.windows.min_miners),
+            Group(frozenset(votes["validator"]), max(spec.windows.min_validators, most)),
+        ]
 
     def _miner_settings(self, member: Member) -> dict[str, str]:
         work = self.data.root / "miners"

@@ -185,7 +185,7 @@ class _Up:
         installation.publish(run=run)
         collecting = asyncio.create_task(self._collect(installation, spec))
         try:
-            facts = await self._follow(installation, run)
+            facts = await self._follow(installation, spec)
         finally:
             await end_tasks([collecting])
         self._lap("run")
@@ -256,11 +256,16 @@ class _Up:
             finally:
                 client.close()
 
-    async def _follow(self, installation: Installation, run: str) -> RunFacts:
+    async def _follow(self, installation: Installation, spec: RunSpec) -> RunFacts:
+        from connito.local.hindered import Hindered, watch
         from connito.local.log import deposit_refused, follow_run
         from connito.v1.run_pb2 import RUN_OUTCOME_COMPLETED
 
+        run = spec.run
+        hindered = Hindered(run, installation.groups(spec))
+
         def noticed(fact: Fact, facts: RunFacts) -> None:
+            hindered.moved = time.monotonic()
             if fact.key.section == "train" and fact.key.cycle == 1 and fact.key.kind == "opened":
                 self._lap("assembling")
                 installation.publish(ready=True)
@@ -275,11 +280,13 @@ class _Up:
             follow_run(installation.bus, installation.roster, run, installation.names, self.display, over, noticed)
         )
         refused = asyncio.create_task(deposit_refused(installation.bus, run))
+        watching = asyncio.create_task(watch(self.data, hindered, self.display))
+        tasks = (following, refused, watching)
         try:
-            await asyncio.wait((following, refused), return_when=asyncio.FIRST_COMPLETED)
-            return await (following if following.done() else refused)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return await next(task for task in tasks if task.done())
         finally:
-            await end_tasks([following, refused])
+            await end_tasks(tasks)
 
     async def _report(
         self, installation: Installation, facts: RunFacts, materials: Materials, memory: PeakMemory

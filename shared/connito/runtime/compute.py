@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import os
 import tempfile
 import threading
@@ -18,11 +19,16 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from connito.errors import Retry
 from connito.runtime import metrics
+from connito.runtime.waiting import WAITING
 
 R = TypeVar("R")
 
 _POLL_SECONDS = 0.03
+# A wait that lasts so many seconds is shown, as one for this.
+TELL_AFTER, FORGET_AFTER, COMPUTE = 5.0, 86400.0, "compute"
+_NUMBERS = itertools.count()
 
 
 class ComputeBudget:
@@ -44,17 +50,33 @@ class ComputeBudget:
         if self._folder is None:
             yield
             return
-        began = time.monotonic()
-        queue = await self._lock(["queue"], 1)
+        began, what = time.monotonic(), f"compute {purpose} {next(_NUMBERS)}"
+        telling = asyncio.get_running_loop().call_later(TELL_AFTER, self._tell, what)
         try:
-            held = await self._lock([f"core-{number}" for number in range(self._cores)], self._cores_per_slot)
+            queue = await self._lock(["queue"], 1)
+            try:
+                held = await self._lock([f"core-{number}" for number in range(self._cores)], self._cores_per_slot)
+            finally:
+                _release(queue)
         finally:
-            _release(queue)
+            telling.cancel()
+            WAITING.end(what)
         metrics.COMPUTE_WAIT_SECONDS.labels(purpose).observe(time.monotonic() - began)
         try:
             yield
         finally:
             _release(held)
+
+    def _tell(self, what: str) -> None:
+        """Say that somebody else computes here, and who: one that is stopped or hangs holds up everybody."""
+        assert self._folder is not None
+        holders = set[str]()
+        for path in self._folder.glob("core-*"):
+            with suppress(OSError):
+                holders.update(path.read_text().split())
+        processes = ", ".join(sorted(holders, key=len)) or "that are not named"
+        error = Retry(f"the cores of this machine are held by processes {processes}", dependency=COMPUTE)
+        WAITING.begin(what, error, "", FORGET_AFTER)
 
     async def _lock(self, names: list[str], count: int) -> list[int]:
         """Lock `count` of the files as they come free; the descriptors hold the locks until they are closed."""
@@ -76,6 +98,9 @@ class ComputeBudget:
         descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         with suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError):  # For whoever waits; a full disk keeps nobody from computing.
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             return descriptor
         os.close(descriptor)
         return None

@@ -276,7 +276,8 @@ WAITING = declare(
     "waiting",
     "Actions and messages that wait for something here and now, by what it is and for which run",
     ("dependency", "run"),
-    when_bad="above 0 for minutes: repair what `dependency` names, the log says what is wrong; nothing has to be restarted",
+    when_bad="above 0 for minutes: mend what `dependency` names, the log and `connito status` say what is wrong; nothing has "
+    "to be restarted, except for `repair`: what fails by itself is given up after some tries, until its service is started again",
 )
 RUN_PAUSED = declare(
     Gauge,

@@ -10,9 +10,10 @@ import asyncio
 import errno
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from connito.errors import Environment, Retry, Unusable
+from connito.errors import ConnitoError, Environment, Retry, Unusable
 from connito.runtime import metrics
 from connito.v1 import reasons_pb2 as reasons
 
@@ -20,6 +21,8 @@ LONGEST = 5.0
 # An entry that nobody renews is of something that is not wanted any more.
 FORGET_SECONDS = 60.0
 DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG}
+# What something waits for that fails by itself: nothing around it, but somebody who mends it.
+REPAIR = "repair"
 _MEMORY = ("out of memory", "not enough memory", "cannot allocate memory")
 
 
@@ -49,36 +52,65 @@ def of_disk(error: OSError, what: str) -> Unusable:
     )
 
 
+def worded(error: Exception) -> str:
+    """Return an error as a sentence: as it is where it was worded for people, else with what kind it is of."""
+    return str(error) if isinstance(error, ConnitoError) else f"{type(error).__name__}: {error}"
+
+
 def delay(after: float, failures: int, spread: Callable[[float, float], float] = random.uniform) -> float:
     """Return how long to wait after so many failures in a row, in seconds: longer each time, and never all at once."""
     longest = max(LONGEST, after) if failures == 0 else LONGEST
     return min(longest, after * 2.0 ** min(failures, 10)) * spread(0.5, 1.0)
 
 
+@dataclass(frozen=True)
+class Wait:
+    """Something that cannot be done now: what it is, in which run, what it waits for, and the error in words."""
+
+    what: str
+    run: str
+    dependency: str
+    error: str
+    given_up: bool = False
+    forget: asyncio.TimerHandle | None = field(default=None, repr=False, compare=False)
+
+
 class Waiting:
     """The things that wait in one process, each for a dependency in a run."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[str, str, asyncio.TimerHandle]] = {}
+        self._entries: dict[str, Wait] = {}
         # In the order in which they came.
         self._listeners: WeakKeyDictionary[Listener, None] = WeakKeyDictionary()
         self._told: dict[str, float] = {}
 
     def begin(self, what: str, error: Environment, run: str, seconds: float) -> None:
         """Note that `what` tries again after so many seconds."""
-        self.end(what)
         forget = asyncio.get_running_loop().call_later(seconds + FORGET_SECONDS, self.end, what)
-        self._entries[what] = error.dependency, run, forget
-        metrics.WAITING.labels(error.dependency, run).inc()
+        self._add(Wait(what, run, error.dependency, str(error), forget=forget))
+
+    def give_up(self, what: str, error: Exception, run: str) -> None:
+        """Note that `what` is not tried again by itself, until `end` is called or the process ends."""
+        self._add(Wait(what, run, REPAIR, worded(error), given_up=True))
+
+    def _add(self, wait: Wait) -> None:
+        self.end(wait.what)
+        self._entries[wait.what] = wait
+        metrics.WAITING.labels(wait.dependency, wait.run).inc()
 
     def end(self, what: str) -> None:
         """Note that `what` waits no longer."""
         if what in self._entries:
-            dependency, run, forget = self._entries.pop(what)
-            forget.cancel()
-            metrics.WAITING.labels(dependency, run).dec()
-            if not any(entry[:2] == (dependency, run) for entry in self._entries.values()):
-                metrics.WAITING.remove(dependency, run)
+            gone = self._entries.pop(what)
+            if gone.forget is not None:
+                gone.forget.cancel()
+            metrics.WAITING.labels(gone.dependency, gone.run).dec()
+            if not any((entry.dependency, entry.run) == (gone.dependency, gone.run) for entry in self.entries()):
+                metrics.WAITING.remove(gone.dependency, gone.run)
+
+    def entries(self) -> list[Wait]:
+        """Return what waits, from any thread."""
+        return list(self._entries.values())
 
     def listen(self, listener: Listener) -> None:
         """Tell `listener` of every dependency that answers again, for as long as it exists."""
@@ -91,7 +123,7 @@ class Waiting:
         """
         now = asyncio.get_running_loop().time()
         lately = 0.0 <= now - self._told.get(dependency, -1.0) < 1.0
-        if lately or not any(entry[0] == dependency for entry in self._entries.values()):
+        if lately or all(entry.dependency != dependency for entry in self.entries()):
             return
         self._told[dependency] = now
         for listener in list(self._listeners):

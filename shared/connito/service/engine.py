@@ -12,12 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from connito.bus import Bus, CaughtUp, offences
-from connito.errors import Fatal, Invalid
+from connito.errors import Fatal, Invalid, Retry
 from connito.protocol.findings import check_version
 from connito.runtime import logs, metrics, tracing, waiting
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
-from connito.runtime.waiting import WAITING, Listener, here_and_now
+from connito.runtime.waiting import REPAIR, WAITING, Listener, here_and_now, worded
+from connito.service.deaths import Deaths
 from connito.service.keeping import Keeping
 from connito.service.pausing import MAX_WAIT, Pauses, publish
 from connito.service.unbegun import Unbegun
@@ -102,6 +103,9 @@ class Engine(Listener):
         self._pauses, self._held_until = Pauses(service), dict[str, int]()
         self._unreadable: set[str] = set()
         self._keeping = Keeping(kept or Kept(), facts, bus)
+        path = None if kept is None or kept.fileless else kept.path
+        self._deaths = Deaths(None if path is None else path.with_suffix(".doing"))
+        self._begun_ms, self._alone = 0, ""
         self._unbegun: Unbegun | None = None
         self._something = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
@@ -139,6 +143,7 @@ class Engine(Listener):
             running = [state.task for state in self._actions.values() if state.task is not None]
             await end_tasks([*loops, *running])
             self._failure.cancel()
+            self._deaths.forget()
 
     async def _follow(self) -> None:
         start = await self._keeping.begin()
@@ -192,6 +197,7 @@ class Engine(Listener):
 
     async def _schedule(self) -> None:
         await self.caught_up.wait()
+        self._begun_ms = self._clock()
         while True:
             now = self._clock()
             due = self._changed | {run for run, at in self._wake_at.items() if at <= now}
@@ -223,6 +229,7 @@ class Engine(Listener):
             self._undecided(run, now, error)
             return
         self._pauses.succeeded(run, DECIDING)
+        WAITING.end(f"{run}/{DECIDING}")
         self._begin(run, decision, now)
 
     def _undecided(self, run: str, now: int, error: Exception) -> None:
@@ -234,18 +241,47 @@ class Engine(Listener):
 
     def _begin(self, run: str, decision: Decision, now: int) -> None:
         wakes = [] if decision.wake_at_ms is None else [decision.wake_at_ms]
+        self._end_waits(run, {action.key for action in decision.actions})
         for action in decision.actions:
-            state = self._actions.setdefault(action.key, _State())
+            state = self._actions.get(action.key) or self._actions.setdefault(action.key, self._begin_state(action))
             if state.blocked or state.task is not None:
                 continue
             if state.not_before_ms > now:
                 wakes.append(state.not_before_ms)
+            elif self._must_wait_for_others(action.key):
+                wakes.append(now + SETTLE_MS)
             else:
                 self._start(action, state)
         self._wake_at.pop(run, None)
         if wakes:
             # A time that has passed already must not become a busy loop.
             self._wake_at[run] = max(min(wakes), now + SOONEST_MS)
+
+    def _end_waits(self, run: str, wanted: set[str]) -> None:
+        """Let nobody read any more of what was given up and is not asked for any more."""
+        for wait in WAITING.entries():
+            if wait.given_up and wait.run == run and wait.what in self._actions and wait.what not in wanted:
+                WAITING.end(wait.what)
+
+    def _begin_state(self, action: Action) -> _State:
+        """Return the state of an action that is new to this process, whatever ones before it died of."""
+        state, death = _State(), self._deaths.of(action.key)
+        if death is None:
+            return state
+        if death.set_aside:
+            state.blocked = True
+            self._leave(action.run, action.key, Invalid(death.set_aside, reason=reasons_pb2.REASON_FAULT))
+        elif death.rest:
+            state.not_before_ms = self._begun_ms + int(death.rest * 1000)
+            ended = Retry(f"processes ended {death.unexplained} times during it", dependency=REPAIR)
+            WAITING.begin(action.key, ended, action.run, death.rest)
+        return state
+
+    def _must_wait_for_others(self, key: str) -> bool:
+        """Return whether an action may not begin now: what processes ended in is done with nothing beside it."""
+        if self._alone:
+            return True
+        return self._deaths.of(key) is not None and any(state.task is not None for state in self._actions.values())
 
     def _known_rules(self, run: str) -> bool:
         """Return whether this program may act in a run; of one under newer rules, say so once."""
@@ -260,7 +296,8 @@ class Engine(Listener):
         return run not in self._newer
 
     def _leave(self, run: str, action: str, error: Exception) -> None:
-        """Say in the log that this run is waited with, and go on with all others."""
+        """Say in the log that this run is waited with, and go on with all others. A participant says so on its own page."""
+        WAITING.give_up(f"{run}/{action}" if action in (READING, DECIDING) else action, error, run)
         notice = self._pauses.notice(self.facts(run), action, error)
         if notice is not None:
             self._start(Action(f"{run}/paused", run, notice), self._actions.setdefault(f"{run}/paused", _State()))
@@ -273,6 +310,9 @@ class Engine(Listener):
 
     def _start(self, action: Action, state: _State) -> None:
         metrics.ACTIONS_RUNNING.inc()
+        if self._deaths.of(action.key) is not None:
+            self._alone = action.key
+        self._deaths.begin(action.key)
         state.task = asyncio.create_task(self._act(action, state), name=action.key)
 
     async def _act(self, action: Action, state: _State) -> None:
@@ -299,6 +339,8 @@ class Engine(Listener):
         finally:
             metrics.ACTIONS.labels(name, outcome).inc()
             metrics.ACTIONS_RUNNING.dec()
+            self._deaths.end(action.key)
+            self._alone = "" if self._alone == action.key else self._alone
             state.task = None
             state.not_before_ms = self._clock() + int(delay * 1000)
             self.wake(action.run)
@@ -324,4 +366,6 @@ class Engine(Listener):
         state.blocked = wait is None
         if wait is None:
             self._leave(action.run, action.key, error)
-        return "failed", wait or delay
+            return "failed", delay
+        WAITING.begin(action.key, Retry(worded(error), dependency=REPAIR), action.run, wait)
+        return "failed", wait

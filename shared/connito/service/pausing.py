@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from connito.bus import Bus
 from connito.errors import Invalid, Retry
 from connito.runtime.logs import get_logger
-from connito.runtime.waiting import here_and_now
+from connito.runtime.waiting import here_and_now, worded
 from connito.v1 import reasons_pb2, run_pb2
 from connito.wire.bounds import cut
 from connito.wire.facts import RunFacts
@@ -48,14 +48,13 @@ class Pauses:
         if not self.service or facts.spec is None or facts.run in self.told:
             return None
         self.told.add(facts.run)
-        known = isinstance(error, Invalid)
         return run_pb2.RunPaused(
             run=facts.run,
             service=self.service,
             in_cycle=facts.cycle,
             action=cut(action, _MAX_ACTION),
             reason=error.reason if isinstance(error, Invalid) else reasons_pb2.REASON_FAULT,
-            detail=cut(str(error) if known else f"{type(error).__name__}: {error}", _MAX_DETAIL),
+            detail=cut(worded(error), _MAX_DETAIL),
         )
 
 

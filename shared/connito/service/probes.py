@@ -1,5 +1,6 @@
-"""Serve /healthz, /readyz and /metrics from threads, so that no client of them can hold up the service.
+"""Serve /healthz, /readyz, /metrics and /waiting from threads, so that no client of them can hold up the service.
 
+What cannot be done now, and why, is at /waiting as JSON.
 Health is asked of the event loop: a loop that hangs is not healthy, though the threads go on. It never depends on the
 broker, or a broker outage would become a restart storm.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 import socket
 import socketserver
 import threading
@@ -21,6 +23,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 from connito.errors import Fatal
 from connito.runtime.logs import get_logger
+from connito.runtime.waiting import WAITING
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -61,8 +64,13 @@ class Probes:
     def _page(self, path: str) -> tuple[str, str, bytes]:
         if path == "/metrics":
             return "200 OK", CONTENT_TYPE_LATEST, generate_latest()
+        if path == "/waiting":
+            rows = [(one.what, one.run, one.dependency, one.error, one.given_up) for one in WAITING.entries()]
+            names = ("what", "run", "dependency", "error", "given_up")
+            body = json.dumps([dict(zip(names, row, strict=True)) for row in rows])
+            return "200 OK", "application/json", body.encode()
         if path not in ("/healthz", "/readyz"):
-            return "404 Not Found", "text/plain", b"/metrics, /healthz and /readyz are here\n"
+            return "404 Not Found", "text/plain", b"/metrics, /waiting, /healthz and /readyz are here\n"
         missing = self._ask_loop()
         if missing is None:
             return "503 Service Unavailable", "text/plain", b"the event loop hangs\n"

@@ -12,14 +12,14 @@ from connito.cli.status import _text
 from connito.client.waiting import waiting
 from connito.errors import Retry
 from connito.platform.datadir import DataDir
-from connito.runtime import metrics
-from connito.runtime.waiting import Waiting
+from connito.runtime.waiting import WAITING
 from connito.service.probes import Probes
 
 
 async def test_one_line_a_run_of_what_is_waited_for(tmp_path: Path) -> None:
-    metrics.WAITING.clear()  # A process has one page: services of other tests may have stopped while they waited.
-    data, entries = DataDir(tmp_path), Waiting()
+    data, entries = DataDir(tmp_path), WAITING
+    for one in entries.entries():  # A process has one page: services of other tests may have stopped while they waited.
+        entries.end(one.what)
     names = ("committer", "validator-1", "gone")
     data.write_pids({name: {"pid": os.getpid(), "restarts": 0} for name in names})
     (tmp_path / "ports").mkdir()
@@ -37,14 +37,17 @@ async def test_one_line_a_run_of_what_is_waited_for(tmp_path: Path) -> None:
             ("d", "", "broker"),
         ):
             entries.begin(what, Retry("away", dependency=dependency), run, 1.0)
+        entries.give_up("waits-2/1/train", RuntimeError("mat1 and mat2\nmust have the same dtype"), "waits-2")
         rows = await asyncio.to_thread(waiting, data)
     finally:
-        for what in "abcd":
+        for what in ("a", "b", "c", "d", "waits-2/1/train"):
             entries.end(what)
         await probes.close()
     assert [(row["run"], row["dependency"], row["count"]) for row in rows] == [
         ("", "broker", 1), ("waits-1", "disk", 1), ("waits-1", "store", 2),
+        ("waits-2", "repair", 1),
     ]  # fmt: skip
     lines = _text({"services": [], "waiting": rows, "security_events": {}, "run": None}).splitlines()
     assert "waits-1 waits for disk (1), store (2)" in lines
     assert "the platform waits for broker (1)" in lines
+    assert "  committer: RuntimeError: mat1 and mat2 must have the same dtype" in lines

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -8,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from connito.runtime.compute import ComputeBudget, in_thread
+from connito.runtime.compute import COMPUTE, ComputeBudget, in_thread
+from connito.runtime.waiting import WAITING
 
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 HOLDER = """
 import asyncio, sys
@@ -66,6 +68,19 @@ async def test_the_kernel_gives_back_what_a_killed_process_held(tmp_path: Path) 
     await holder.wait()
     async with asyncio.timeout(PATIENCE):
         await waiting
+
+
+async def test_who_waits_long_says_who_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stopped holds up every other process of the machine, and is named."""
+    monkeypatch.setattr("connito.runtime.compute.TELL_AFTER", 0.01)
+    budget = ComputeBudget(tmp_path, 1)
+    async with budget.slot("test"):
+        waiting = asyncio.ensure_future(_take(budget))
+        await until(lambda: any(entry.dependency == COMPUTE for entry in WAITING.entries()))
+        (entry,) = (entry for entry in WAITING.entries() if entry.dependency == COMPUTE)
+        assert entry.error == f"the cores of this machine are held by processes {os.getpid()}"
+    await waiting
+    assert not any(entry.dependency == COMPUTE for entry in WAITING.entries())
 
 
 async def test_given_back_after_an_error_and_after_a_cancelled_wait(tmp_path: Path) -> None:

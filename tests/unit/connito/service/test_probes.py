@@ -59,7 +59,7 @@ async def test_paths_status_codes_and_content_types(port: int, missing: list[str
     status, kind, body = await ask(port, "/metrics")
     assert (status, kind) == (200, CONTENT_TYPE_LATEST)
     assert b"python_info" in body
-    assert await ask(port, "/elsewhere") == (404, "text/plain", b"/metrics, /healthz and /readyz are here\n")
+    assert await ask(port, "/elsewhere") == (404, "text/plain", b"/metrics, /waiting, /healthz and /readyz are here\n")
 
 
 async def test_a_loop_that_hangs_is_not_healthy(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,89 @@
+"""Watch what the participants of a run cannot do, show it, and end the wait for a run in which too few can act."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from connito.client.waiting import Wait, waits
+from connito.errors import ConnitoError, Fatal, Retry
+from connito.local.display import Display
+from connito.platform.datadir import DataDir
+from connito.runtime.compute import COMPUTE
+from connito.wire.bounds import cut
+
+EVERY = 2.0
+# How long a run is waited for in which too few are left that have not given up; and one in which too few are left whom nothing
+# around them hinders, while nothing at all is said in it.
+GIVEN_UP_SECONDS, HINDERED_SECONDS = 10.0, 600.0
+_MAX_ERROR, _MAX_NAMED = 300, 3
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes of one kind, and how many of them a run needs."""
+
+    names: frozenset[str]
+    needed: int
+
+    def lacks(self, hindered: Iterable[str]) -> bool:
+        """Return whether too few are left."""
+        return len(self.names - set(hindered)) < self.needed
+
+
+@dataclass
+class Hindered:
+    """What stands in the way of a run, and since when, on the steady clock."""
+
+    run: str
+    groups: Sequence[Group]
+    _since: dict[str, float] = field(default_factory=dict)
+    _seen: frozenset[str] = frozenset()
+    moved: float = field(default_factory=time.monotonic)
+
+    def lines(self, found: Sequence[Wait]) -> list[str]:
+        """Return what is to be shown: what was given up, and what waits since the last look."""
+        seen = frozenset(f"{wait.service} {wait.what}" for wait in found)
+        shown = [line(wait) for wait in found if wait.given_up or f"{wait.service} {wait.what}" in self._seen]
+        self._seen = seen
+        return shown
+
+    def verdict(self, found: Sequence[Wait], now: float, logs: object) -> ConnitoError | None:
+        """Return why the run is waited for no longer; None while it is."""
+        # Somebody else's turn at the cores is no fault of anything.
+        found = [wait for wait in found if wait.dependency != COMPUTE]
+        given_up = [wait for wait in found if wait.given_up]
+        for name, waiting, longest in (("given up", given_up, GIVEN_UP_SECONDS), ("hindered", found, HINDERED_SECONDS)):
+            if not any(group.lacks(wait.service for wait in waiting) for group in self.groups):
+                self._since.pop(name, None)
+            elif now - max(self._since.setdefault(name, now), self.moved) >= longest:
+                return (Fatal if name == "given up" else Retry)(self._sentence(waiting, logs))
+        return None
+
+    def _sentence(self, waiting: Sequence[Wait], logs: object) -> str:
+        first: Mapping[str, Wait] = {wait.service: wait for wait in reversed(waiting)}
+        named = [line(first[name]) for name in sorted(first)]
+        more = f"; and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
+        return (
+            f"run {self.run} cannot go on: {'; '.join(named[:_MAX_NAMED])}{more}; logs are in {logs}. The run stays as it is: "
+            "mend this and go on with `connito up`, or start another one with `connito up --new`"
+        )
+
+
+def line(wait: Wait) -> str:
+    """Return what somebody waits for in one short line."""
+    return cut(" ".join(str(wait).split()), _MAX_ERROR)
+
+
+async def watch(data: DataDir, hindered: Hindered, display: Display) -> NoReturn:
+    """Look and show for ever. Raises `Fatal` when too few are left that try, `Retry` when too few could do anything for long."""
+    while True:
+        found = [wait for wait in await asyncio.to_thread(waits, data) if wait.run in (hindered.run, "")]
+        display.hindrances(hindered.lines(found))
+        error = hindered.verdict(found, time.monotonic(), data.logs)
+        if error is not None:
+            raise error
+        await asyncio.sleep(EVERY)
