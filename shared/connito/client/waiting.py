@@ -16,7 +16,7 @@ _SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Wait:
-    """What a service cannot do now: the action or message, its run, what that waits for, and the error in words.
+    """An act that a service cannot do now: the action or message, its run, what that waits for, and the error in words.
 
     `given_up`: it is not tried again before the service is started again.
     """

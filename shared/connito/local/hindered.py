@@ -36,7 +36,7 @@ class Group:
 
 @dataclass
 class Hindered:
-    """What stands in the way of a run, and since when, on the steady clock."""
+    """The obstacles in the way of a run, and since when, on the steady clock."""
 
     run: str
     groups: Sequence[Group]

@@ -65,7 +65,7 @@ def delay(after: float, failures: int, spread: Callable[[float, float], float] =
 
 @dataclass(frozen=True)
 class Wait:
-    """Something that cannot be done now: what it is, in which run, what it waits for, and the error in words."""
+    """An act that cannot be done now: what it is, in which run, what it waits for, and the error in words."""
 
     what: str
     run: str

@@ -1,4 +1,4 @@
-"""Which actions of a service ended its process, seen by the process that comes after it.
+"""Find out which actions of a service ended its process, from the process that comes after it.
 
 What is under way stands in a file beside what the service keeps of the log. A process that finds such notes was preceded by one
 that did not end in order. Whether the action did that is told by evidence: what the interpreter writes when native code
@@ -28,7 +28,7 @@ _STATISTICS = Path("/proc/vmstat")
 
 @dataclass
 class Death:
-    """How often processes ended during an action, and what the last one died of, where that is known."""
+    """The number of processes that ended during an action, and what the last one died of, where that is known."""
 
     by_itself: int = 0
     unexplained: int = 0
