@@ -147,7 +147,9 @@ class Arena:
         gate = {domain: rows[parts[domain].gate] for domain, rows in self.held.items()}
         report = {domain: rows[parts[domain].report] for domain, rows in self.held.items()}
         return (
-            SubmissionEvaluator(Evaluator(self.rig.model(), self.selection), holdouts, self.spec),
+            SubmissionEvaluator(
+                Evaluator(self.rig.model(), self.selection), holdouts, self.spec, run_pb2.SelectionMade()
+            ),
             GateEvaluator(Evaluator(self.rig.model(), self.selection), {"gate": gate, "report": report}),
         )
 

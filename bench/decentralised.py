@@ -3,10 +3,11 @@
 Target: all four domains of the tiny base at once. IID: every miner draws from all of them. Non-IID: a miner sees one domain
 only. Every miner makes 100 local steps in cycles of H, each merged with the project's own plan, aggregators and outer step.
 The arm `default` is the merge of a run whose policy says nothing, read from it; everybody is merged, and there is no gate.
-`default, judged` has both rules of a run: what does not lower the loss by itself is not merged, and a merge that raises it
-gives way to the best submission. Two central runs: one with as many steps in a row, each on the batches of all miners
-together, and one with as many tokens in batches of one miner's size; each the better of a rate that stays and one that
-falls, chosen with the reported text, which favours it. `kept` is the fall of the held-out loss over central's fall.
+`default, judged` has both rules of a run: what does not lower the loss, each expert taken as far as a merge would, is not merged,
+and a merge that raises it gives way to the best submission. `default, judged whole` judges submissions as they are. Two central
+runs: one with as many steps in a row, each on the batches of all miners together, and one with as many tokens in batches of one
+miner's size; each the better of a rate that stays and one that falls, chosen with the reported text, which favours it. `kept` is
+the fall of the held-out loss over central's fall.
 
 A cell is one seed, data, number of miners, H and arm. It is kept in a file of its own, so a run goes on where it was stopped.
 """
@@ -24,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from connito.moe.schedule import Schedule
 from connito.moe.training import BETAS
-from connito.protocol.claims import claimed_rows
+from connito.protocol.claims import claimed_rows, counts_of
+from connito.protocol.merging.by_expert import Use, strengths
 from connito.protocol.policy.law import DEFAULTS
+from connito.workloads.scoring import rebase
 
 from bench.compose_setup import base
 from bench.harness import Options, Result, interval, main, note
@@ -57,7 +60,8 @@ MOMENTS, BETA1 = DEFAULTS.training.moments, DEFAULTS.training.beta1
 @dataclass(frozen=True)
 class Arm:
     """A way to work and to merge. `rate` multiplies a miner's learning rate. `judged`: by a run's rules what does not lower the
-    loss by itself is not merged, and a merge that raises it gives way to the best submission.
+    loss is not merged, and a merge that raises it gives way to the best submission; `by_expert`: each expert counts in it as in
+    the merge.
     """
 
     merge: Merge
@@ -66,6 +70,7 @@ class Arm:
     beta1: float = BETA1
     rate: float = 1.0
     judged: bool = False
+    by_expert: bool = True
 
 
 DEFAULT = Merge.default()
@@ -73,6 +78,7 @@ PLAIN = replace(DEFAULT, aggregator="mean", weighting=WHOLE)
 ARMS = {
     "default": Arm(DEFAULT),
     "default, judged": Arm(DEFAULT, judged=True),
+    "default, judged whole": Arm(DEFAULT, judged=True, by_expert=False),
     "whole, mean": Arm(PLAIN),
     "whole, utility": Arm(replace(PLAIN, aggregator="utility-mean")),
     "tokens, utility": Arm(replace(DEFAULT, aggregator="utility-mean", weighting="tokens")),
@@ -189,6 +195,15 @@ class Bench:
 
         return compress(self.rig.model(), self.selection, self.selection.helpers)
 
+    @cached_property
+    def use(self) -> dict[int, Any]:
+        """Return the tokens of the probe that the router sends to each selected expert."""
+        from connito.moe.routed import routed_tokens
+
+        self.evaluator.put(self.evaluator.base)
+        found = counts_of([routed_tokens(self.evaluator.model, self.selection, self.rig.probe(DOMAINS, 8))])
+        return {layer: counts[0] for layer, counts in found.items()}
+
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's gain in nats per token, and the rate it was reached with."""
         if cell.data == "central":
@@ -225,6 +240,7 @@ class Bench:
             return None if arm.moments == "fresh" else Moments(second_only=arm.moments == "second")
 
         miners = [Miner(arm.work, kept(), (arm.beta1, BETAS[1])) for _ in range(shards.shape[1])]
+        use = self.use if arm.by_expert else {}
         theta, outer = {name: rows.numpy() for name, rows in self.evaluator.base.items()}, None
         for cycle in shards:
             start, routed = tensors(theta), []
@@ -235,9 +251,10 @@ class Bench:
             exchange(miners)
             utilities = [1.0] * len(states)
             before = 0.0
+            judged = _as_judged(start, states, routed, use)
             if arm.merge.counts_utilities or arm.judged:
                 before = loss_of(self.evaluator, start, self.score)
-                utilities = [before - loss_of(self.evaluator, state, self.score) for state in states]
+                utilities = [before - loss_of(self.evaluator, state, self.score) for state in judged]
             # Nobody can be rewarded for harm, and a merge needs one positive weight.
             chosen = [i for i, utility in enumerate(utilities) if utility > 0 or not arm.judged]
             if chosen:
@@ -249,13 +266,25 @@ class Bench:
                     [max(1e-9, utilities[i]) for i in chosen],
                     [routed[i] for i in chosen if routed],
                     [miners[i].moments for i in chosen],
+                    use,
                 )
                 if arm.judged and loss_of(self.evaluator, tensors(after), self.score) > before:
-                    best = states[int(np.argmax(utilities))]
+                    best = judged[int(np.argmax(utilities))]
                     after = {name: rows.numpy() for name, rows in best.items()}
                     speed = {name: theta[name] - rows for name, rows in after.items()}
                 theta, outer = after, speed
         return tensors(theta)
+
+
+def _as_judged(theta: Any, states: Sequence[Any], routed: Sequence[dict[int, list[int]]], use: Use) -> Sequence[Any]:
+    """Return states of which each expert counts as a run judges it."""
+    if not routed:
+        return states
+    strength = strengths(counts_of(routed), use)
+    return [
+        rebase(state, theta, theta, {layer: rows[place] for layer, rows in strength.items()})
+        for place, state in enumerate(states)
+    ]
 
 
 def shards_of(rig: Rig, miners: int, steps: int, *, iid: bool, total: int = STEPS, batch: int = BATCH) -> Tokens:

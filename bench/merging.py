@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from connito.data.pseudo_gradients import expert_grams, gram_matrix
 from connito.protocol.merging.aggregators import aggregate, needs_grams, plan, plan_by_expert, step_tensor
-from connito.protocol.merging.by_expert import of_equal_mass
+from connito.protocol.merging.by_expert import Use, of_equal_mass
 from connito.protocol.policy.law import DEFAULTS
 
 WHOLE = "whole"
@@ -68,15 +69,18 @@ def merged(
     utilities: Sequence[float],
     routed: Sequence[dict[int, list[int]]] = (),
     moments: Sequence[Any] = (),
+    use: Use = MappingProxyType({}),
 ) -> tuple[dict[str, Any], Any]:
-    """Return the next state and what the outer step keeps. routed: tokens by layer and expert, of each miner."""
+    """Return the next state and what the outer step keeps. routed: tokens by layer and expert, of each miner;
+    use: the same of the target's probe.
+    """
     deltas, still = StateDeltas(theta, states), [0] * len(states)
     if how.weighting == WHOLE:
         made = plan(how.aggregator, utilities, still, gram_matrix(deltas))
     else:
         counts = _weights(how.weighting, theta, routed, moments)
         grams = expert_grams(deltas) if needs_grams(how.aggregator) else None
-        made = plan_by_expert(how.aggregator, utilities, still, counts, grams)
+        made = plan_by_expert(how.aggregator, utilities, still, counts, grams, use)
     stepped, kept = {}, {}
     for name in deltas.names:
         before = None if outer is None else outer[name]

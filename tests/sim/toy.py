@@ -75,7 +75,7 @@ class Evaluator(SubmissionEvaluator):
         self, spec: RunSpec, selection: SelectionMade, files: Any, holdouts: Mapping[str, Path], **_: Any
     ) -> None:
         self._holdouts = {domain: read_holdout(path, spec, domain) for domain, path in holdouts.items()}
-        self._spec, self._shared = spec, SharedLosses(None, spec.run)
+        self._spec, self._selection, self._shared = spec, selection, SharedLosses(None, spec.run)
 
     def recount(self, *_: Any) -> Recount:
         return NoClaims()

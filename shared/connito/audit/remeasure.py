@@ -159,7 +159,7 @@ def _select(
             ref = made.report
         return run_pb2.SelectionMade(
             run=spec.run,
-            layers=chosen.layers(),
+            layers=[*map(_as_said, chosen.layers(), made.layers)],
             report=ref,
             signature=ref_of_bytes(chosen.signature_bytes(), "application/json", public),
             initial_state=ref_of_file(theta, SAFETENSORS, public),
@@ -171,6 +171,13 @@ def _select(
             # Selections of older programs do not say it.
             routers=chosen.selection.routers if made.routers else "",
         )
+
+
+def _as_said(again: run_pb2.LayerSelection, made: run_pb2.LayerSelection) -> run_pb2.LayerSelection:
+    """Return a layer with the use of its experts as the log has it, where that is the same within rounding, or not said."""
+    if not made.use or _close(list(again.use), list(made.use)):
+        again.use[:] = made.use
+    return again
 
 
 def _agrees(made: Path, again: bytes, version: int) -> bool:

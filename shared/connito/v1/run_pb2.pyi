@@ -1092,6 +1092,7 @@ class LayerSelection(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
     HELPERS_FIELD_NUMBER: _builtins.int
+    USE_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     @_builtins.property
     def experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1099,16 +1100,21 @@ class LayerSelection(_message.Message):
 
     @_builtins.property
     def helpers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def use(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of the probe's tokens, the share that the router sends to each of `experts`, in their order."""
+
     def __init__(
         self,
         *,
         layer: _builtins.int = ...,
         experts: _abc.Iterable[_builtins.int] | None = ...,
         helpers: _abc.Iterable[_builtins.int] | None = ...,
+        use: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "helpers", b"helpers", "layer", b"layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "helpers", b"helpers", "layer", b"layer", "use", b"use"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from connito.data.corpus import Corpus
 from connito.data.packing import Rows
 from connito.errors import Retry
+from connito.protocol.claims import claim_of
 from connito.protocol.coding import decoded
 from connito.protocol.holdout import draw_to_score, subsets
+from connito.protocol.merging.aggregators import layer_of
+from connito.protocol.merging.by_expert import judged
 from connito.protocol.scoring.evaluation import Losses, Measurable, Part
 from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
@@ -68,9 +74,10 @@ class SubmissionEvaluator:
         evaluator: Evaluator,
         holdouts: Mapping[str, Holdout],
         spec: RunSpec,
+        selection: SelectionMade,
         shared: SharedLosses | None = None,
     ) -> None:
-        self._evaluator, self._holdouts, self._spec = evaluator, holdouts, spec
+        self._evaluator, self._holdouts, self._spec, self._selection = evaluator, holdouts, spec, selection
         self._shared = shared or SharedLosses(None, spec.run)
 
     @classmethod
@@ -106,7 +113,7 @@ class SubmissionEvaluator:
         evaluator = Evaluator(model, targets, batch_tokens=batch_tokens, cache_bytes=cache_bytes)
         place = (str(next(model.parameters()).device), torch.__version__, torch.get_num_threads(), batch_tokens)
         base = (spec.base.manifest.digest, str(targets))
-        return cls(evaluator, read, spec, SharedLosses(losses_dir, spec.run, *base, *map(str, place)))
+        return cls(evaluator, read, spec, selection, SharedLosses(losses_dir, spec.run, *base, *map(str, place)))
 
     def close(self) -> None:
         """Let go of what is shared of a run that has ended."""
@@ -143,8 +150,9 @@ class SubmissionEvaluator:
         stop: threading.Event,
         who: str,
     ) -> Measurable:
-        """Return losses with a submission in the model. Raises `Invalid` with the reason for one that cannot be
-        measured.
+        """Return losses with a submission in the model, of which each expert counts as the run's rules have it judged.
+
+        Raises `Invalid` with the reason for one that cannot be measured.
         """
         from connito.moe.state import load_state
 
@@ -152,11 +160,16 @@ class SubmissionEvaluator:
         with tempfile.TemporaryDirectory(prefix="connito-decode-") as folder:
             rows_of = decoded(files.artifact, begun_from, self._spec.training, Path(folder))
             validate(rows_of, read_header(state))
+            strength = judged([claim_of(read_header(rows_of), self._spec)], self._selection)
             artifact = load_state(rows_of)
         origin = load_state(begun_from)
         if all(artifact[name].equal(rows) for name, rows in origin.items()):
             return Measurable(before, before, unchanged=True)
-        candidate = artifact if files.origin is None else rebase(artifact, origin, load_state(state))
+        candidate = artifact
+        if files.origin is not None or any((rows < 1.0).any() for rows in strength.values()):
+            candidate = rebase(
+                artifact, origin, load_state(state), {layer: rows[0] for layer, rows in strength.items()}
+            )
         return Measurable(before, self._measuring(candidate, drawn, stop, who, files.name), unchanged=False)
 
     def _measuring(
@@ -174,12 +187,20 @@ class SubmissionEvaluator:
         return measure
 
 
-def rebase(artifact: State, origin: State, current: State) -> State:
-    """Return θ_t − δ with δ = origin − artifact: late work on the state that stands now, computed in float32."""
-    return {
-        name: (rows.float() + (artifact[name].float() - origin[name].float())).to(rows.dtype)
-        for name, rows in current.items()
-    }
+def rebase(artifact: State, origin: State, current: State, strength: Mapping[int, NDArray[np.float64]]) -> State:
+    """Return θ_t − a·δ with δ = origin − artifact, computed in float32: work on the state that stands now, of which each expert
+    counts by its strength a, [S] by layer; in full in layers without.
+    """
+    import torch
+
+    found = {}
+    for name, rows in current.items():
+        moved = artifact[name].float() - origin[name].float()
+        share = strength.get(layer_of(name))
+        if share is not None:
+            moved *= torch.from_numpy(share).float().view(-1, *([1] * (moved.ndim - 1)))
+        found[name] = (rows.float() + moved).to(rows.dtype)
+    return found
 
 
 def read_holdout(path: Path, spec: RunSpec, domain: str) -> Holdout:

@@ -54,12 +54,16 @@ class Chosen:
     # The merged experts for what is absent, where the policy wants them: a state with one row per tensor.
     background: bytes = b""
     start: run_pb2.StartChoice | None = None
+    # Of the probe's tokens, by layer the share that goes to each of its selected experts.
+    use: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def layers(self) -> list[run_pb2.LayerSelection]:
         """Return the selection map as the log carries it."""
         helpers = self.selection.helpers
         return [
-            run_pb2.LayerSelection(layer=layer, experts=experts, helpers=helpers.get(layer, []))
+            run_pb2.LayerSelection(
+                layer=layer, experts=experts, helpers=helpers.get(layer, []), use=self.use.get(layer, ())
+            )
             for layer, experts in sorted(self.selection.layers.items())
         ]
 
@@ -131,7 +135,16 @@ def choose(
         signature_of(target, served, selection.layers),
         _background(model, selection, usage, theta) if spec.selection.background else b"",
         None if start is None else start.choice,
+        _use(target, selection.layers),
     )
+
+
+def _use(target: RoutingStatistics, layers: Mapping[int, Sequence[int]]) -> dict[int, list[float]]:
+    found = {}
+    for index, experts in layers.items():
+        of = target.layers[index]
+        found[index] = [float(of.counts[expert]) / max(1, of.tokens) for expert in experts]
+    return found
 
 
 def _background(model: nn.Module, selection: Selection, usage: Usage, theta: Path) -> bytes:

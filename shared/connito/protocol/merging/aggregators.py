@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from connito.data.pseudo_gradients import Deltas, load_float32
 from connito.data.tensors import Layout, TensorWriter, from_float32, read_header, to_float32
 from connito.errors import Invalid
-from connito.protocol.merging.by_expert import Grams, Routed, Shares, along, middle, of_submissions, shares
+from connito.protocol.merging.by_expert import Grams, Routed, Shares, Use, along, middle, of_submissions, shares
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.runtime.compute import usable_cores
 from connito.v1 import reasons_pb2 as reasons
@@ -82,14 +83,20 @@ def plan(aggregator: str, utilities: Sequence[float], staleness: Sequence[int], 
 
 
 def plan_by_expert(
-    aggregator: str, utilities: Sequence[float], staleness: Sequence[int], routed: Routed, grams: Grams | None = None
+    aggregator: str,
+    utilities: Sequence[float],
+    staleness: Sequence[int],
+    routed: Routed,
+    grams: Grams | None = None,
+    use: Use = MappingProxyType({}),
 ) -> Plan:
     """Return the plan of a merge expert by expert (`connito.protocol.merging.by_expert`).
 
-    grams: inner products by layer and expert, where `needs_grams`. Raises `Invalid` (BAD_SPEC) like `plan`.
+    grams: inner products by layer and expert, where `needs_grams`. use: that of the target's probe. Raises `Invalid` (BAD_SPEC)
+    like `plan`.
     """
     _check(aggregator)
-    found = shares(_WEIGHINGS[aggregator], utilities, staleness, routed, grams)
+    found = shares(_WEIGHINGS[aggregator], utilities, staleness, routed, grams, use)
     weights = of_submissions(found)
     return Plan(aggregator, weights, tuple(1.0 for _ in weights), found)
 
@@ -226,11 +233,12 @@ def aggregate(how: Plan, deltas: Deltas, name: str) -> NDArray[np.float64]:
 def _aggregate_by_expert(how: Plan, by_expert: Shares, deltas: Deltas, name: str) -> NDArray[np.float64]:
     if how.kind in {"coordinate-median", "trimmed-mean"}:
         stacked = np.stack([deltas.load(i, name) for i in range(deltas.count)])
-        return middle(stacked, by_expert.weights, 0.5 if how.kind == "coordinate-median" else TRIM)
+        found = middle(stacked, by_expert.weights, 0.5 if how.kind == "coordinate-median" else TRIM)
+        return found * along(by_expert.mass, found)
     total: NDArray[np.float64] | None = None
     for index, (weights, factors) in enumerate(zip(by_expert.weights, by_expert.factors, strict=True)):
         rows = deltas.load(index, name)
-        term = rows.astype(np.float64) * along(weights * factors, rows)
+        term = rows.astype(np.float64) * along(weights * factors * by_expert.mass, rows)
         total = term if total is None else total + term
     assert total is not None, "a merge has submissions"
     return total

@@ -9,6 +9,15 @@ with n the tokens that miner i routed to expert e, and v its utility where the a
 its staleness. A robust aggregator judges each expert among the miners that used it. An expert that nobody used keeps its
 rows and its outer momentum to the bit.
 
+A merge takes of a submission the experts that its miner's text used, so that is what is judged, too: not θ_i, but
+
+    θ_t − a[i, e] · δ[i, e],   a[i, e] = min(1, p[i, e] / q[e])
+
+with p the miner's tokens and q those of the target's probe, each as shares of a layer's selected experts. As a whole, the rows
+that a specialist's text hardly touched are noise that hides what its own experts have learned. And so that no expert goes into
+a merge more strongly than it was judged, Δ of one that those who are merged used less than the target does is shortened to
+`mass`[e] = min(1, Σ p / q): with the plain mean, w[i, e] · mass[e] ≤ a[i, e] for everybody.
+
 Shapes: n submissions, S selected experts of a layer.
 """
 
@@ -22,11 +31,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connito.errors import Invalid
+from connito.protocol.claims import Claim, counts_of
 from connito.v1 import reasons_pb2 as reasons
+from connito.v1.run_pb2 import SelectionMade
 
 Floats = NDArray[np.float64]
 # Tokens by layer, [n, S].
 Routed = Mapping[int, Floats]
+# What the target's probe uses of a layer's selected experts, [S], in any unit; empty where the selection does not say it.
+Use = Mapping[int, Floats]
 # Inner products by layer, [S, n, n].
 Grams = Mapping[int, Floats]
 # (utilities, staleness, even weights, inner products of those who take part) -> (weights, factors) of them
@@ -35,10 +48,14 @@ Weighing = Callable[[Sequence[float], Sequence[int], list[float], Floats], tuple
 
 @dataclass(frozen=True)
 class Shares:
-    """Weights and factors of a layer, both [n, S]. A column of weights sums to 1, or is zero where nobody used the expert."""
+    """Weights and factors of a layer, both [n, S], and the length of each expert's merged step, [S], from 0 to 1.
+
+    A column of weights sums to 1, or is zero where nobody used the expert.
+    """
 
     weights: Floats
     factors: Floats
+    mass: Floats
 
     @property
     def used(self) -> NDArray[np.bool_]:
@@ -47,7 +64,7 @@ class Shares:
 
 
 def shares(
-    weigh: Weighing, utilities: Sequence[float], staleness: Sequence[int], routed: Routed, grams: Grams | None
+    weigh: Weighing, utilities: Sequence[float], staleness: Sequence[int], routed: Routed, grams: Grams | None, use: Use
 ) -> dict[int, Shares]:
     """Return the shares by layer. `grams` may be absent where the aggregator looks at no inner products.
 
@@ -65,10 +82,48 @@ def shares(
             worth = [tokens[at] * utilities[i] for at, i in enumerate(users)]
             gram = np.eye(len(users)) if grams is None else grams[layer][expert][np.ix_(users, users)]
             weights[users, expert], factors[users, expert] = weigh(worth, [staleness[i] for i in users], even, gram)
-        found[layer] = Shares(weights, factors)
+        ages = 1.0 + np.asarray(staleness, float)
+        together = (counts / ages[:, None]).sum(axis=0, keepdims=True)
+        found[layer] = Shares(weights, factors, strengths({layer: together}, use)[layer][0])
     if not any(of.used.any() for of in found.values()):
         raise Invalid("there is nothing to merge: no expert was used", reason=reasons.REASON_BAD_SPEC)
     return found
+
+
+def strengths(routed: Routed, use: Use) -> dict[int, Floats]:
+    """Return a by layer, [n, S]: how much of what each row of counts says of an expert is judged. Ones without `use`."""
+    found = {}
+    for layer, counts in routed.items():
+        if layer not in use:
+            found[layer] = np.ones(counts.shape)
+            continue
+        # p / q without a quotient that could be 0 / 0: an expert that neither uses is not judged.
+        mine = counts * float(use[layer].sum())
+        target = counts.sum(axis=1, keepdims=True) * use[layer]
+        found[layer] = np.divide(np.minimum(mine, target), target, out=(mine > 0).astype(float), where=target > 0)
+    return found
+
+
+def use_of(selection: SelectionMade) -> dict[int, NDArray[np.float64]]:
+    """Return what the target's probe uses of the selected experts, [S] by layer; nothing where the selection does not say it."""
+    said = all(len(layer.use) == len(layer.experts) for layer in selection.layers)
+    return {layer.layer: np.asarray(layer.use, float) for layer in selection.layers} if said else {}
+
+
+def judged(claims: Sequence[Claim | None], selection: SelectionMade) -> dict[int, NDArray[np.float64]]:
+    """Return how much of each expert of each submission is judged, [n, S] by layer; all of who makes no claim. Empty: of all."""
+    use = use_of(selection)
+    found = strengths(counts_of(claims), use) if use else {}
+    silent = [claim is None for claim in claims]
+    for rows in found.values():
+        rows[silent] = 1.0
+    return found
+
+
+def alone(strength: Mapping[int, Floats]) -> dict[int, Shares]:
+    """Return the shares of one submission that is stepped to as it was judged: `strength` is its row [S] by layer."""
+    ones = {layer: np.ones((1, len(row))) for layer, row in strength.items()}
+    return {layer: Shares(ones[layer], ones[layer], row) for layer, row in strength.items()}
 
 
 def _normal(values: Sequence[float]) -> list[float]:

@@ -3,8 +3,8 @@
 1. The policy's aggregator over every submission that scored.
 2. The same without outliers: deltas longer than twice the median norm, or pointing against the others (their median
    cosine with the rest is negative).
-3. The best submission alone, stepped to directly: θ_{t+1} = θ_t − δ_best, a state that the validators measured. The
-   outer momentum restarts with it, as a rejected accelerated step calls for (O'Donoghue and Candès, "Adaptive restart
+3. The best submission alone, stepped to directly as the validators measured it: θ_{t+1} = θ_t − δ_best, of which each
+   expert counts as it was judged where the run merges so (`connito.protocol.merging.by_expert`). The outer momentum restarts with it, as a rejected accelerated step calls for (O'Donoghue and Candès, "Adaptive restart
    for accelerated gradient schemes", 2015): b = δ_best.
 
 If none passes, the incumbent stays and its momentum with it: a rejected candidate leaves no trace. Whoever audits a run
@@ -13,7 +13,7 @@ builds the same candidates from the log and the store, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from connito.protocol.merging.aggregators import (
     plan_by_expert,
     write_step,
 )
-from connito.protocol.merging.by_expert import Routed, of_equal_mass
+from connito.protocol.merging.by_expert import Routed, Use, alone, of_equal_mass
 from connito.protocol.policy.choices import CAPPED
 from connito.v1 import cycle_pb2, run_pb2
 
@@ -45,7 +45,8 @@ class MergeInputs:
     """Inputs of a merge. Submissions are in the order of their miners' keys; `gram` [n, n] are inner products.
 
     `staleness` counts cycles between the work and the merge. `momentum` is None before the first version. `routed` are the tokens
-    [n, S] by layer that submissions claim; empty where the run merges whole submissions, or nobody claims any.
+    [n, S] by layer that submissions claim; empty where the run merges whole submissions, or nobody claims any. `use` is that of
+    the target's probe, and `strengths` [n, S] say how much of each submission was judged.
     """
 
     parent: Path
@@ -56,6 +57,8 @@ class MergeInputs:
     staleness: Sequence[int]
     gram: Gram
     routed: Routed = field(default_factory=dict)
+    strengths: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
+    use: Use = field(default_factory=dict)
 
     @property
     def best(self) -> int:
@@ -112,6 +115,9 @@ def plan_of(attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePol
     """Return weights and factors of an attempt's members. Raises `Invalid` for an aggregator that does not exist."""
     members = list(attempt.members)
     direct = attempt.decision == cycle_pb2.GATE_DECISION_TOP_1
+    if direct and ingredients.strengths:
+        rows = {layer: strength[members[0]] for layer, strength in ingredients.strengths.items()}
+        return Plan("top-1", (1.0,), (1.0,), alone(rows))
     utilities = [ingredients.utilities[index] for index in members]
     staleness = [ingredients.staleness[index] for index in members]
     routed = {} if direct else {layer: counts[members] for layer, counts in ingredients.routed.items()}
@@ -122,7 +128,7 @@ def plan_of(attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePol
         return plan("top-1" if direct else policy.aggregator, utilities, staleness, gram)
     deltas = DeltaSubset(ingredients.deltas, members)
     grams = expert_grams(deltas) if needs_grams(policy.aggregator) else None
-    return plan_by_expert(policy.aggregator, utilities, staleness, routed, grams)
+    return plan_by_expert(policy.aggregator, utilities, staleness, routed, grams, ingredients.use)
 
 
 def write_candidate(

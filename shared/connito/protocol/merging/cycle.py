@@ -18,6 +18,7 @@ from connito.errors import Environment, Invalid
 from connito.protocol.claims import claim_of, counts_of
 from connito.protocol.coding import decoded, is_coded
 from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal, Refusals, finding_of
+from connito.protocol.merging.by_expert import judged, use_of
 from connito.protocol.merging.candidates import (
     Attempt,
     Candidate,
@@ -37,7 +38,7 @@ from connito.protocol.scoring.own_work import Leaning, own_work
 from connito.protocol.scoring.verdicts import score_cycle, without
 from connito.protocol.submission import check_header, expected_layout
 from connito.store.cache import digest_of_file
-from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 
@@ -85,7 +86,7 @@ def merge_cycle(
     refused = {**unusable, **faulty}
     agreed = without(agreed, refused)
     sound = _sorted(entry for entry in submissions if entry.miner not in refused)
-    ingredients = _ingredients(facts.require_spec(), sound, agreed, cycle, files, gram)
+    ingredients = _ingredients(facts, sound, agreed, cycle, files, gram)
     copied, leaning = _whose(facts, cycle, agreed, ingredients)
     useful = _only(
         ingredients, [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
@@ -151,14 +152,16 @@ def _inspect(
 
 
 def _ingredients(
-    spec: run_pb2.RunSpec,
+    facts: RunFacts,
     sound: Sequence[cycle_pb2.Submission],
     agreed: Consensus,
     cycle: int,
     files: Files,
     gram: NDArray[np.float64],
 ) -> MergeInputs:
-    deltas = DeltaFiles([files.states[entry.miner] for entry in sound], [files.bases[entry.miner] for entry in sound])
+    selection, paths = facts.require_selection(), [files.states[entry.miner] for entry in sound]
+    deltas = DeltaFiles(paths, [files.bases[entry.miner] for entry in sound])
+    claims = [claim_of(read_header(path), facts.require_spec()) for path in paths]
     return MergeInputs(
         files.parent,
         files.momentum,
@@ -167,7 +170,9 @@ def _ingredients(
         [agreed.utilities.get(entry.miner, 0.0) for entry in sound],
         [max(0, cycle - (entry.origin_cycle or cycle)) for entry in sound],
         gram,
-        counts_of([claim_of(read_header(files.states[entry.miner]), spec) for entry in sound]),
+        counts_of(claims),
+        judged(claims, selection),
+        use_of(selection),
     )
 
 
@@ -182,6 +187,8 @@ def _only(all_: MergeInputs, members: Sequence[int]) -> MergeInputs:
         [all_.staleness[i] for i in rows],
         all_.gram[np.ix_(rows, rows)],
         {layer: counts[rows] for layer, counts in all_.routed.items()},
+        {layer: strength[rows] for layer, strength in all_.strengths.items()},
+        all_.use,
     )
 
 

@@ -12,7 +12,7 @@ from connito.data.tensors import TensorWriter, read_tensors
 from connito.errors import Invalid
 from connito.protocol.claims import counts_of
 from connito.protocol.merging.aggregators import Plan, aggregate, plan, plan_by_expert, step_tensor
-from connito.protocol.merging.by_expert import middle, of_equal_mass
+from connito.protocol.merging.by_expert import judged, middle, of_equal_mass, strengths
 from connito.protocol.merging.candidates import Attempt, MergeInputs, write_candidate
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import cycle_pb2, run_pb2
@@ -155,6 +155,67 @@ def test_whoever_claims_nothing_counts_as_the_mean_of_those_who_do() -> None:
     found = counts_of([{1: [10, 0]}, None, {1: [30, 40]}])
     np.testing.assert_allclose(found[1], [[10, 0], [20, 20], [30, 40]])
     assert counts_of([None, None]) == {}
+
+
+def test_what_a_miners_text_uses_as_the_target_does_is_judged_in_full() -> None:
+    use = {1: np.array([0.1, 0.3, 0.6])}
+    same = strengths({1: np.array([[10.0, 30.0, 60.0]])}, use)[1]
+    specialist = strengths({1: np.array([[900.0, 90.0, 0.0]])}, use)[1]
+    np.testing.assert_allclose(same, [[1, 1, 1]])
+    # 90 of 990 tokens, where the target has three of ten
+    np.testing.assert_allclose(specialist, [[1, 90 / 990 / 0.3, 0]])
+    assert strengths({1: np.zeros((1, 3))}, use)[1].tolist() == [[0.0, 0.0, 0.0]]
+    assert strengths({1: np.array([[1.0, 0.0]])}, {1: np.array([0.0, 1.0])})[1].tolist() == [[1.0, 0.0]]
+    assert strengths({1: np.array([[9.0, 0.0]])}, {})[1].tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_expert_goes_into_a_merge_more_strongly_than_it_was_judged(seed: int) -> None:
+    """Whoever is merged beside it: those who were judged with it may be refused, or be accomplices."""
+    rng = np.random.default_rng(seed)
+    miners = int(rng.integers(1, 6))
+    counts = {layer: np.floor(rng.pareto(0.7, (miners, 4)) * 20) + 1 for layer in (1, 4)}
+    counts[4][:, 0] *= rng.integers(0, 2, miners)
+    use = {layer: rng.pareto(0.7, 4) for layer in (1, 4)}
+    how = plan_by_expert("mean", [1.0] * miners, rng.integers(0, 3, miners).tolist(), counts, None, use)
+    for layer, shares in how.experts.items():
+        assert (shares.weights * shares.mass <= strengths(counts, use)[layer] * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_an_expert_that_the_merged_used_little_takes_a_shorter_step(aggregator: str) -> None:
+    deltas, counts = drawn(3), {layer: np.array([[50.0, 1, 49]] * 3) for layer in (1, 4)}
+    use = {layer: np.array([50.0, 50, 0]) for layer in (1, 4)}
+    grams = expert_grams(deltas)
+    full, short = (plan_by_expert(aggregator, [1.0, 2.0, 3.0], [0] * 3, counts, grams, of) for of in ({}, use))
+    for name in NAMES:
+        wanted = aggregate(full, deltas, name) * np.array([1.0, 0.02, 1.0]).reshape(3, 1, 1)
+        np.testing.assert_allclose(aggregate(short, deltas, name), wanted, rtol=1e-12)
+
+
+def test_who_claims_nothing_is_judged_whole_and_so_is_everybody_where_the_selection_says_no_use() -> None:
+    layer = run_pb2.LayerSelection(layer=1, experts=[4, 2], use=[0.5, 0.5])
+    claimed = [{1: [30, 10]}, None]
+    found = judged(claimed, run_pb2.SelectionMade(layers=[layer]))
+    np.testing.assert_allclose(found[1], [[1.0, 0.5], [1.0, 1.0]])
+    del layer.use[:]
+    assert judged(claimed, run_pb2.SelectionMade(layers=[layer])) == {}
+
+
+def test_the_best_alone_is_stepped_to_as_it_was_judged(tmp_path: Path) -> None:
+    parent = _file(tmp_path / "parent", np.ones((2, 4), np.float32))
+    states = [_file(tmp_path / f"s{i}", np.full((2, 4), float(i + 2), np.float32)) for i in range(2)]
+    deltas = DeltaFiles(states, [parent, parent])
+    entries = [cycle_pb2.Submission(miner=f"U{i}") for i in range(2)]
+    routed, strength = {1: np.array([[30.0, 10], [10, 30]])}, {1: np.array([[1.0, 0.5], [0.25, 1.0]])}
+    inputs = MergeInputs(
+        parent, None, entries, deltas, [1.0, 3.0], [0, 0], gram_matrix(deltas), routed, strength, {1: np.ones(2)}
+    )
+    attempt = Attempt(cycle_pb2.GATE_DECISION_TOP_1, (1,))
+    policy = run_pb2.MergePolicy(aggregator="mean", outer_learning_rate=0.7, outer_momentum=0.9, weighting="tokens")
+    assert write_candidate(attempt, inputs, policy, tmp_path / "out", tmp_path / "speed").weights == {"U1": 1.0}
+    assert read_tensors(tmp_path / "out")[0][NAMES[0]][:, 0].tolist() == [1.5, 3.0]
+    assert read_tensors(tmp_path / "speed")[0][NAMES[0]][:, 0].tolist() == [-0.5, -2.0]
 
 
 def _file(path: Path, rows: np.ndarray) -> Path:
