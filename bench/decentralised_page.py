@@ -17,16 +17,18 @@ def decentralised(document: Mapping[str, Any]) -> str:
 *kept* is the fall of the loss over that of one AdamW run with as many steps, each on the batches of all miners together, and
 over that of one with as many tokens in batches of one miner's size. Rates were chosen on other seeds
 ({_list(settings["seeds_tuned_on"])}); the reported ones ({_list(settings["seeds_reported"])}) were named before they ran.
-*Default* is the merge of a run whose policy says nothing (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`).
-*Judged* is the same behind a run's rules: what does not lower the loss by itself is left out, and the gate.
+*Default* is a run whose policy says nothing: its merge (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`) behind its
+rules. What does not lower the loss of all domains, each expert taken as far as the miner's text uses it, is left out
+([why](../adr/0037-judged-as-merged.md)), and the gate tries the merge. *Judged whole* has every submission judged as it is, as
+in runs of before; *unjudged* merges everybody without a gate, and so do all other arms.
 
 {_table(("data, miners, steps a cycle, arm", "kept at equal steps", "kept at equal tokens", "seeds"), _kept(found))}
 {_goal(found, goal)}
 
 {_table(("gain of the default over others in the same seeds, as a share of central's", "points"), _pairs(found))}
 The longer a cycle is, the fewer merges there are for momentum to work with, whatever the data, and with one domain a miner
-states drift apart as well. A run's own rules cost more than that: work on one domain that does not lower the loss of all of
-them by itself is not merged, though merging it by expert helps. The platform shares out one corpus, which is the IID case.
+states drift apart as well. Judged whole, work on one domain is hardly ever merged: every row moves by about the learning rate,
+and those that the miner's text does not use harm the other domains. The platform shares out one corpus, which is the IID case.
 
 {len(document["rows"])} measurements on {document["machine"]["cores"]} cores of an {document["machine"]["cpu"]}, no GPU. What
 is not in the table has not been measured. [Every number](../evidence/decentralised.json).

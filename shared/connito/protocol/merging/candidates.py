@@ -4,8 +4,9 @@
 2. The same without outliers: deltas longer than twice the median norm, or pointing against the others (their median
    cosine with the rest is negative).
 3. The best submission alone, stepped to directly as the validators measured it: θ_{t+1} = θ_t − δ_best, of which each
-   expert counts as it was judged where the run merges so (`connito.protocol.merging.by_expert`). The outer momentum restarts with it, as a rejected accelerated step calls for (O'Donoghue and Candès, "Adaptive restart
-   for accelerated gradient schemes", 2015): b = δ_best.
+   expert counts as it was judged where the run merges so (`connito.protocol.merging.by_expert`). The outer momentum restarts
+   with it, as a rejected accelerated step calls for (O'Donoghue and Candès, "Adaptive restart for accelerated gradient schemes",
+   2015).
 
 If none passes, the incumbent stays and its momentum with it: a rejected candidate leaves no trace. Whoever audits a run
 builds the same candidates from the log and the store, bit for bit.
