@@ -207,7 +207,12 @@ class Players:
 
         async def reveal(miner: Identity) -> None:
             data = work[miner.public]
-            said = {"run": RUN, "cycle": cycle, "artifact": ref_of(data), "base_state_digest": self.theta.digest}
+            said: dict[str, Any] = {
+                "run": RUN,
+                "cycle": cycle,
+                "artifact": ref_of(data),
+                "base_state_digest": self.theta.digest,
+            }
             request = services_pb2.RequestUploadRequest(
                 envelope=seal(miner, "rpc.RequestUpload", services_pb2.UploadCommand(**said, salt=SALT))
             )

@@ -65,6 +65,7 @@ class ContentCheck:
     async def _examine(self, facts: RunFacts, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
         spec = facts.require_spec()
         finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_UPLOADED, name=artifact.digest)
+        # What lies in the cache under this digest, perhaps in another realm, says nothing about the store.
         stored = await self._store.stat(artifact)
         if stored is None:
             return Refusal(reasons_pb2.REASON_ARTIFACT_MISSING, finding)

@@ -77,7 +77,7 @@ def _check_miner(facts: RunFacts, miner: str) -> None:
     ban = bans.standing(facts, miner)
     if ban is not None and not ban.lifted:
         raise Invalid(sentence(bans.refusal(ban).finding), reason=reasons_pb2.REASON_BANNED)
-    if miner not in facts.enrolled:
+    if not facts.is_enrolled(miner):
         raise Invalid(
             f"you are not enrolled in run {facts.run}; `connito miner run` enrols you",
             reason=reasons_pb2.REASON_NOT_ENROLLED,

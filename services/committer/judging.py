@@ -81,9 +81,9 @@ def judge_quota(facts: RunFacts, fact: Fact) -> cycle_pb2.Refused | None:
     if not 1 <= fact.key.cycle <= spec.cycles:
         # Of a cycle that the run does not have there is no next one, and no end of numbers to be refused under.
         return None
-    for other in facts.window(window, fact.key.cycle).refused.values():
-        if (other.message.miner, other.message.reason) == (fact.signer, reasons_pb2.REASON_QUOTA_EXCEEDED):
-            return None
+    told = facts.window(window, fact.key.cycle).refusals(fact.signer)
+    if any(other.reason == reasons_pb2.REASON_QUOTA_EXCEEDED for other in told):
+        return None
     kind, limit = cycle_pb2.FINDING_KIND_MESSAGE_QUOTA, spec.enrolment.messages_per_cycle
     finding = Finding(kind=kind, limit=limit, name=fact.key.kind, cycle=fact.key.cycle)
     refusal = Refusal(reasons_pb2.REASON_QUOTA_EXCEEDED, finding)
@@ -227,14 +227,14 @@ def describe(answer: cycle_pb2.Refused) -> str:
 
 
 def _answered(facts: RunFacts, window: str, fact: Fact) -> bool:
-    return f"{fact.signer}-{fact.sequence}" in facts.window(window, fact.key.cycle).refused
+    return facts.window(window, fact.key.cycle).refusal(fact.signer, fact.sequence) is not None
 
 
 def _barred(facts: RunFacts, miner: str) -> Refusal | None:
     ban = bans.standing(facts, miner)
     if ban is not None and not ban.lifted:
         return bans.refusal(ban)
-    if miner not in facts.enrolled:
+    if not facts.is_enrolled(miner):
         finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_ENROLLED, name=facts.run)
         return Refusal(reasons_pb2.REASON_NOT_ENROLLED, finding)
     if facts.ended is not None:
@@ -266,10 +266,8 @@ def _not_open(facts: RunFacts, window: str, cycle: int) -> Refusal:
 
 
 def _second_reveal(facts: RunFacts, cycle: int, miner: str) -> Refusal | None:
-    late = any(
-        fact.message.miner == miner and fact.message.reason == reasons_pb2.REASON_LATE_REVEAL
-        for fact in facts.window("submit", cycle).refused.values()
-    )
+    told = facts.window("submit", cycle).refusals(miner)
+    late = any(refusal.reason == reasons_pb2.REASON_LATE_REVEAL for refusal in told)
     if not late and own_reveal(facts, cycle, miner) is None:
         return None
     finding = Finding(kind=cycle_pb2.FINDING_KIND_REVEAL_TAKEN, cycle=cycle)

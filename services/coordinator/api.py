@@ -144,11 +144,11 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         facts = self._known(command.run)
         check_version(facts.require_spec())
         enrolment.check_ban(facts, self._everywhere, miner)
-        if miner not in facts.enrolled:
+        if not facts.is_enrolled(miner):
             if facts.ended is not None:
                 raise _over(facts, facts.ended)
             await self._enrol(facts, command, miner)
-            facts = await self._wait(command.run, lambda facts: miner in facts.enrolled)
+            facts = await self._wait(command.run, lambda facts: facts.is_enrolled(miner))
         if facts.ended is not None:
             raise _over(facts, facts.ended)
         return services_pb2.EnrolMinerResponse(spec=facts.spec)

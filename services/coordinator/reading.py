@@ -50,7 +50,7 @@ class Readers:
         if spec is None:
             return False
         serves = self._roster.serves(key)
-        own = key == spec.customer or key in facts.enrolled or key in spec.enrolment.allowed
+        own = key == spec.customer or facts.is_enrolled(key) or key in spec.enrolment.allowed
         shared = spec.visibility == "organisation" and spec.organisation in self._roster.memberships(key)
         return spec.visibility in ("", "public") or serves or own or shared
 
@@ -84,4 +84,4 @@ class Readers:
             return True
         if not self._roster.admits or admitted(admission, key, self._roster.admits):
             return True
-        return any(key in facts.enrolled for facts in self._log.runs.values())
+        return any(facts.is_enrolled(key) for facts in self._log.runs.values())

@@ -81,7 +81,7 @@ def decide(facts: RunFacts, me: str, progress: Progress, strategy: Strategy = HO
     if me in banned(facts):
         # What was decided is still told; work would be refused.
         return Decision(actions, None)
-    if me not in facts.miners:
+    if not facts.is_enrolled(me):
         return Decision([*actions, Action(f"{facts.run}/enrol", facts.run, Enrol())], None)
     for cycle in facts.recent:
         step = _next_step(facts, me, _of(progress, me, cycle), strategy)
@@ -122,7 +122,7 @@ def _wants_result(facts: RunFacts, me: str, cycle: int, strategy: Strategy) -> b
         cycle == facts.cycle
         and facts.selection is not None
         and facts.window("commit", cycle).closed is None
-        and me not in facts.commitments(cycle)
+        and facts.commitment(cycle, me) is None
         and strategy.may_produce(facts, cycle)
     )
 
@@ -133,7 +133,7 @@ def _may_commit(facts: RunFacts, me: str, mine: CycleProgress) -> bool:
         not mine.committed
         and facts.window("commit", cycle).opened is not None
         and facts.window("commit", cycle).closed is None
-        and me not in facts.commitments(cycle)
+        and facts.commitment(cycle, me) is None
         and not refusals(facts, me, "commit", cycle)
     )
 
@@ -163,14 +163,14 @@ def _answered(facts: RunFacts, me: str, cycle: int) -> bool:
 
 def refusals(facts: RunFacts, me: str, window: str, cycle: int) -> Mapping[str, cycle_pb2.Refused]:
     """Return the committer's refusals of this miner, by fact id."""
-    return {id_: fact.message for id_, fact in facts.window(window, cycle).refused.items() if fact.message.miner == me}
+    return {f"{me}-{refusal.ingress_sequence}": refusal for refusal in facts.window(window, cycle).refusals(me)}
 
 
 def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:
     """Return the decisions about `me` in a cycle, in plain words."""
     told = []
     for window, what in (("commit", "commitment"), ("submit", "reveal")):
-        if me in facts.window(window, cycle).accepted:
+        if facts.has(window, cycle, "accepted", me):
             told.append(LogDecision(cycle, f"{window}-accepted", f"{what} accepted"))
         for id_, refusal in refusals(facts, me, window, cycle).items():
             reason = reason_name(refusal.reason)

@@ -82,6 +82,8 @@ class FactSet:
     facts: dict[FactKey, Fact] = field(default_factory=dict)
     _index: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict)
     _sorted: dict[tuple[str, int, str], dict[str, Fact]] = field(default_factory=dict, compare=False)
+    # Ids of facts of which one party may have several, `<party>-<number>`, by kind and party.
+    _numbered: dict[tuple[str, int, str], dict[str, list[str]]] = field(default_factory=dict, compare=False)
     # The newest cycle whose train window, and that of every cycle before it, was opened; 0 before the first.
     cycle: int = 0
     shelf: Shelf | None = field(default=None, compare=False, repr=False)
@@ -100,6 +102,9 @@ class FactSet:
             kind = (fact.key.section, fact.key.cycle, fact.key.kind)
             self._index.setdefault(kind, {})[fact.key.id] = fact
             self._sorted.pop(kind, None)
+            owner, dash, _ = fact.key.id.rpartition("-")
+            if dash and known is None:
+                self._numbered.setdefault(kind, {}).setdefault(owner, []).append(fact.key.id)
         while self.fact("train", self.cycle + 1, "opened") is not None:
             self.cycle += 1
         return True
@@ -112,6 +117,7 @@ class FactSet:
             for id_ in self._index.pop(place):
                 del self.facts[FactKey(*place, id_)]
             self._sorted.pop(place, None)
+            self._numbered.pop(place, None)
 
     def _is_shelved(self, cycle: int) -> bool:
         return self.whole or 0 < cycle <= self.shelved
@@ -131,8 +137,17 @@ class FactSet:
             here = self._index.get(key)
             if here is None:
                 return self._from_shelf(section, cycle, kind)
+            # In this order the next sort has only what came since to put in its place.
             found = self._sorted[key] = dict(sorted(here.items()))
+            self._index[key] = dict(found)
         return found
+
+    def numbered(self, section: str, cycle: int, kind: str, owner: str) -> list[Fact]:
+        """Return the facts of a kind whose ids are a party's and a number, without a look at anybody else's."""
+        place = (section, cycle, kind)
+        if place in self._index:
+            return [self._index[place][id_] for id_ in self._numbered.get(place, {}).get(owner, ())]
+        return [fact for id_, fact in self._from_shelf(*place).items() if id_.rpartition("-")[0] == owner]
 
     def has(self, section: str, cycle: int, kind: str, id_: str = "") -> bool:
         """Return whether a fact of any kind is known."""

@@ -85,9 +85,13 @@ class RunFacts(FactSet):
         """Return enrolled miners, sorted."""
         return list(self.enrolled)
 
+    def is_enrolled(self, miner: str) -> bool:
+        """Return whether a key is enrolled, without a look at all of them."""
+        return self.has("run", 0, "miner", miner)
+
     def label(self, miner: str) -> str:
         """Return the label that a miner enrolled with; the empty string for none."""
-        enrolled = self.enrolled.get(miner)
+        enrolled = self.one(run_pb2.MinerEnrolled, "run", 0, "miner", miner)
         return "" if enrolled is None else enrolled.message.label
 
     @property

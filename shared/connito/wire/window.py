@@ -96,7 +96,13 @@ class Window:
 
     def refusal(self, miner: str, ingress_sequence: int) -> cycle_pb2.Refused | None:
         """Return why a message of a miner was refused (commit, submit); None for one that was not."""
-        return message_of(self.refused.get(f"{miner}-{ingress_sequence}"))
+        id_ = f"{miner}-{ingress_sequence}"
+        return message_of(self.facts.one(cycle_pb2.Refused, self.name, self.cycle, "refused", id_))
+
+    def refusals(self, miner: str) -> list[cycle_pb2.Refused]:
+        """Return why messages of a miner were refused (commit, submit)."""
+        found = self.facts.numbered(self.name, self.cycle, "refused", miner)
+        return [fact.message for fact in found if isinstance(fact.message, cycle_pb2.Refused)]
 
     def inside(self, fact: Fact) -> bool:
         """Return whether a fact lies inside: not closed yet, or its sequence is at most the last one."""

@@ -37,7 +37,7 @@ def test_a_run_under_newer_rules_is_left_alone(version: int, asked: int) -> None
     spec = run_pb2.RunSpec(run="r", protocol_version=version)
     facts = log.runs.setdefault("r", RunFacts("r"))
     facts.add(Fact("r", FactKey("run", 0, "created"), run_pb2.RunCreated(spec=spec), "K", "RUNS", 1, 0))
-    engine = Engine(cast(Bus, None), log, ("RUNS",), decide, perform)
+    engine = Engine(cast(Bus, Still()), log, ("RUNS",), decide, perform)
 
     engine._decide_run("r", 0)
     engine._decide_run("r", 1)
@@ -126,3 +126,38 @@ async def test_a_dependency_that_answers_ends_the_wait(monkeypatch: pytest.Monke
     WAITING.answered("store")
     await asyncio.wait_for(done.wait(), 10)
     running.cancel()
+
+
+class Slow(Still):
+    """A machine on which nothing but deciding takes time."""
+
+    def __init__(self) -> None:
+        self.seconds, self.host = 100.0, self  # type: ignore[assignment]
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.mark.parametrize(("takes", "most"), [(0.05, 24), (0.001, 1000)])
+def test_deciding_that_takes_long_leaves_time_for_what_it_decides_on(takes: float, most: int) -> None:
+    machine, log, decided = Slow(), Log(Roster({})), list[float]()
+    log.runs["r"] = RunFacts("r")
+
+    def decide(_facts: RunFacts, _now_ms: int) -> Decision:
+        machine.seconds += takes
+        decided.append(machine.seconds)
+        return Decision()
+
+    async def perform(action: Action) -> None:
+        raise AssertionError(action)
+
+    engine = Engine(cast(Bus, machine), log, ("RUNS",), decide, perform)
+    for _ in range(1000):
+        # A fact every ten milliseconds.
+        machine.seconds += 0.01
+        engine._decide_run("r", round(machine.seconds * 1000))
+
+    assert most - 5 <= len(decided) <= most
+    # And what came last is decided on.
+    waits = round(machine.seconds * 1000) < engine._held_until.get("r", 0)
+    assert waits == ("r" in engine._wake_at)

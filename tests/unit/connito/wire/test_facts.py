@@ -257,3 +257,33 @@ def test_a_cycle_starts_from_the_version_before_or_from_the_selection() -> None:
     version = cycle_pb2.VersionPublished(version=1, state=ArtifactRef(digest="s1"))
     facts.add(Fact(RUN, FactKey("merge", 1, "version"), version, "A", "MERGE", 1, 0))
     assert facts.window("train", 2).start == (1, ArtifactRef(digest="s1"))
+
+
+class Shelved:
+    """A shelf that holds what was put there."""
+
+    def __init__(self) -> None:
+        self.facts: dict[FactKey, Fact] = {}
+
+    def all(self, run: str, section: str, cycle: int, kind: str) -> dict[str, Fact]:
+        place = (section, cycle, kind)
+        found = {key.id: fact for key, fact in self.facts.items() if (key.section, key.cycle, key.kind) == place}
+        return dict(sorted(found.items()))
+
+    def put(self, fact: Fact) -> None:
+        self.facts[fact.key] = fact
+
+
+@pytest.mark.parametrize("shelved", [False, True])
+def test_what_was_refused_to_one_party_is_found_without_the_others(shelved: bool) -> None:
+    facts = RunFacts(RUN, shelf=Shelved())
+    if shelved:
+        facts.let_go(1)
+    for sequence, id_ in enumerate(["ma-9", "mb-4", "ma-10", "ma-9", "maa-1", "ma"], 1):
+        message = cycle_pb2.Refused(run=RUN, cycle=1, miner=id_.partition("-")[0])
+        facts.add(Fact(RUN, FactKey("submit", 1, "refused", id_), message, "", "SUBMIT", sequence, 0))
+    assert {fact.key.id for fact in facts.numbered("submit", 1, "refused", "ma")} == {"ma-9", "ma-10"}
+    assert list(facts.window("submit", 1).refused) == ["ma", "ma-10", "ma-9", "maa-1", "mb-4"]
+    assert len(facts.window("submit", 1).refusals("ma")) == 2
+    assert facts.window("submit", 1).refusal("mb", 4) is not None
+    assert facts.numbered("commit", 1, "refused", "ma") == []
