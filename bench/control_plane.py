@@ -1,4 +1,4 @@
-"""What a cycle costs the control plane, by miners: the real broker, store, coordinator and committer, and played people.
+"""Measure what a cycle costs the control plane, by miners: real broker, store, coordinator and committer, and played people.
 
 Miners, one validator, selector and aggregator are played without a model by this process, whose own time does not count: miners
 sign, commit, ask for an upload address, upload a small state and reveal; the validator draws and scores, the aggregator
@@ -101,7 +101,7 @@ async def each(items: Iterable[Any], work: Callable[[Any], Awaitable[object]]) -
 
 @dataclass
 class Players:
-    """Everybody who is no service here."""
+    """The people of a run: everybody who is no service here."""
 
     buses: dict[str, Bus]
     miners: list[Identity]
