@@ -6,9 +6,10 @@ from typing import Any
 
 from connito.bus import Bus
 from connito.errors import Invalid, NotFound, ObjectMissing
+from connito.runtime.host import now_ms
 from connito.runtime.limits import RateLimit
 from connito.runtime.metrics import REFUSALS
-from connito.service.rpc import open_request
+from connito.service.rpc import check_fresh, open_request
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
@@ -21,6 +22,8 @@ from .state import FACTS, NAMING, State
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["SubmissionService"].full_name
 DIGESTS_PER_REQUEST = 16
+# No file of a base is larger; a length that a header cannot hold is none.
+MAX_OBJECT = 1 << 40
 
 
 class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
@@ -38,6 +41,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         `Retry`.
         """
         command, miner = open_request(request.envelope, "rpc.RequestUpload", services_pb2.UploadCommand)
+        check_fresh(request.envelope, now_ms(), reasons_pb2.REASON_NOT_PERMITTED)
         self._limit.take(miner)
         try:
             await (self._permit_upload(miner, command) if command.run else self._permit_corpus(miner, command))
@@ -61,7 +65,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
 
     async def _permit_corpus(self, customer: str, command: services_pb2.UploadCommand) -> None:
         """Let a customer upload what a run of its own may name. The address is good for these bytes alone, whoever asks."""
-        allowed = command.artifact.realm in (REALM_PUBLIC, REALM_HOLDOUT) and command.artifact.size > 0
+        allowed = command.artifact.realm in (REALM_PUBLIC, REALM_HOLDOUT) and 0 < command.artifact.size <= MAX_OBJECT
         if not (allowed and self._state.roster.permits("customer", customer)):
             raise Invalid(
                 "an upload that belongs to no run is a customer's, of text or a base",
@@ -75,6 +79,8 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         the digest that it does not.
         """
         command, signer = open_request(request.envelope, "rpc.RequestDownloads", services_pb2.DownloadsCommand)
+        # Whoever overheard a request gets no addresses with it for ever.
+        check_fresh(request.envelope, now_ms(), reasons_pb2.REASON_NOT_PERMITTED)
         # A look at the store for each: asking for many at once is not cheaper than asking often.
         self._limit.take(signer, max(1.0, len(command.digests) / DIGESTS_PER_REQUEST))
         refs = await self._entitled(signer, command)

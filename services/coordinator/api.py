@@ -115,6 +115,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         key = self._readers.key(request)
         sent: services_pb2.RunStatus | None = None
         with self._readers.stream(key):
+            # Nothing is kept about a name that no run has.
+            self._readers.run(request.run, key)
             while True:
                 changed = self._changes.of(request.run)
                 facts = self._readers.run(request.run, key)

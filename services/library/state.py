@@ -15,6 +15,8 @@ from connito.wire.enums import plain_name
 from connito.wire.fact import Fact
 
 PAGE_SIZE = 50
+# Of a number that the index can hold.
+_MOST_DIGITS = 18
 MAX_PAGE_SIZE = 500
 # What a notice says of its subject, in the words of the index.
 NOTICES = {kind: plain_name(run_pb2.NoticeKind, kind) for kind in run_pb2.NoticeKind.values() if kind}
@@ -169,10 +171,10 @@ def _decode_token(token: str, word: str) -> int:
     try:
         text = base64.urlsafe_b64decode(token.encode()).decode()
         prefix, _, number = text.partition(":")
-        if prefix == word and number.isdecimal():
+        if prefix == word and number.isdecimal() and len(number) <= _MOST_DIGITS:
             return int(number)
     except ValueError:
         pass
     raise Invalid(
-        f"{token!r} is not a page token of this library; take it from the previous page, or start without one"
+        f"{token[:80]!r} is not a page token of this library; take it from the previous page, or start without one"
     )

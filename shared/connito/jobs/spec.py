@@ -15,6 +15,7 @@ from connito.library.governance import VISIBILITIES
 from connito.protocol.policy.choices import ENROLMENT
 from connito.protocol.policy.law import MAX_CYCLES, MAX_EMISSION, MAX_TEXT, choice, number
 from connito.protocol.policy.profiles import PLATFORM, PROFILES
+from connito.render.formats import SHOWN, shown
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import RunSpec
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+# A job is a page of text; a parser takes minutes over what is none.
+_MOST_BYTES = 1 << 20
+# Digits of a number that anything here could hold, and lines about what is wrong.
+_MOST_DIGITS, _MOST_FAULTS = 40, 20
 _NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 
@@ -30,9 +35,9 @@ def parse_size(value: object) -> object:
     """Return the bytes of `20 MB`, `1.5 GiB` or a number. Raises `ValueError` for anything else."""
     if not isinstance(value, str):
         return value
-    found = _SIZE.fullmatch(value)
+    found = _SIZE.fullmatch(value) if len(value) <= _MOST_DIGITS else None
     if found is None or found[2].upper() not in _UNITS:
-        raise ValueError(f"{value!r} is not a size; write for example 20 MB, 1.5 GB or 512 MiB")
+        raise ValueError(f"{value[:SHOWN]!r} is not a size; write for example 20 MB, 1.5 GB or 512 MiB")
     return round(float(found[1]) * _UNITS[found[2].upper()])
 
 
@@ -169,7 +174,9 @@ class Job(_Strict):
         """Return the share of general text that the job says, in its own field or a policy; None where it leaves it open."""
         said = self.policies.get("training", {})
         given = said.get("replay_share", said.get("replayShare"))
-        return self.replay if self.replay is not None or given is None else float(given)
+        # What is no number, the check of policies says.
+        told = float(given) if isinstance(given, int | float) and abs(given) <= 1 else None
+        return told if self.replay is None else self.replay
 
     @property
     def cycles(self) -> int:
@@ -194,9 +201,14 @@ def read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        # As bytes: YAML tells UTF-16 from UTF-8 by itself.
-        node = yaml.compose(text := file.read_bytes(), yaml.SafeLoader)
-        _keys_once(file, node)
+        with file.open("rb") as opened:
+            # As bytes: YAML tells UTF-16 from UTF-8 by itself.
+            text = opened.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise _bad(
+                f"{file} is over {_MOST_BYTES:,} bytes, and no job is; `data:` names files, it does not hold them"
+            )
+        _check_nodes(file, yaml.compose(text, yaml.SafeLoader))
         content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {file}") from error
@@ -207,12 +219,18 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _keys_once(file: Path, root: yaml.Node | None) -> None:
-    """Raise `Invalid` for a mapping that gives a key twice, of which YAML would take the last in silence."""
+def _check_nodes(file: Path, root: yaml.Node | None) -> None:
+    """Raise `Invalid` for a mapping that gives a key twice, of which YAML would take the last in silence, and for a number with
+    more digits than Python writes: hexadecimal, or in base 60, YAML reads any.
+    """
     todo, known = [root], set()
     while todo:
         node = todo.pop()
-        if node in known or node is None or isinstance(node.value, str):
+        if node in known or node is None:
+            continue
+        if isinstance(node.value, str):
+            if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+                raise _bad(f"{file}: the number in line {node.start_mark.line + 1} has {len(node.value)} characters")
             continue
         known.add(node)
         todo += [row[1] if isinstance(row, tuple) else row for row in node.value]
@@ -243,7 +261,10 @@ def parse_job(content: object, where: str = "the job") -> Job:
     try:
         job = Job.model_validate(content)
     except ValidationError as error:
-        raise _bad("\n".join([f"{where} is not a job:", *(_explain(row) for row in error.errors())])) from error
+        rows = error.errors(include_url=False)
+        more = [f"  … and {len(rows) - _MOST_FAULTS} more"] if len(rows) > _MOST_FAULTS else []
+        said = [_explain(row) for row in rows[:_MOST_FAULTS]]
+        raise _bad("\n".join([f"{where} is not a job:", *said, *more])) from error
     if job.privacy.visibility == "organisation" and not job.privacy.organisation:
         raise _bad(f"{where}: privacy.visibility is organisation; say which in privacy.organisation")
     _unique(where, "general", [entry.domain for entry in job.general], job.domain)
@@ -263,12 +284,7 @@ def _explain(row: Any) -> str:
         return f"  {path}: there is no such field; {_known(row['loc'])}"
     if row["type"] == "missing":
         return f"  {path}: is missing; {_MISSING.get(path, 'give it a value')}"
-    shown = repr(row["input"])
-    given = (
-        f" (given: {shown if len(shown) < 80 else shown[:80] + '…'})"
-        if not isinstance(row["input"], (dict, list))
-        else ""
-    )
+    given = "" if isinstance(row["input"], (dict, list)) else f" (given: {shown(row['input'])})"
     return f"  {path}: {_WRONG.get(row['type'], row['msg'].removeprefix('Value error, '))}{given}"
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+# Characters of a value that a sentence quotes.
+SHOWN = 80
+
 
 def size(count: float) -> str:
     """Return bytes in decimal units with three significant digits: `842 B`, `1.50 kB`, `12.3 MB`."""
@@ -51,3 +54,12 @@ def moment(unix_ms: float) -> str:
 def day(unix_ms: float) -> str:
     """Return the date of a moment in UTC: `2026-01-31`."""
     return f"{datetime.fromtimestamp(unix_ms / 1000, UTC):%Y-%m-%d}"
+
+
+def shown(value: object) -> str:
+    """Return the beginning of a value as Python writes it; of a number with thousands of digits, that it is one."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "a number with thousands of digits"
+    return text if len(text) < SHOWN else text[:SHOWN] + "…"

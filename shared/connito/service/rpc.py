@@ -17,7 +17,7 @@ from connito.errors import ConnitoError, Environment, Fatal, Invalid, NotFound, 
 from connito.runtime.logs import extract, get_logger, inject, use
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.envelope_pb2 import Envelope
-from connito.wire.bounds import check_bounds
+from connito.wire.bounds import check_bounds, cut
 from connito.wire.enums import name_of, reason_name
 from connito.wire.envelope import MAX_ENVELOPE_BYTES, check
 from connito.wire.roster import Roster
@@ -37,6 +37,8 @@ _REASONS = frozenset(reasons.Reason.keys())
 AFTER_KEY = "connito-retry-after"
 # How old, or how far ahead, a request may be.
 FRESH_MS = 300_000
+# Longer nobody is sent away.
+_LONGEST_AFTER = 3600.0
 REGISTERED_EVERY = 3.0
 _SILENT = 2
 # A run's status names all who take part.
@@ -46,6 +48,8 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", 64),
 ]
+# What a status says travels in a header, which HTTP/2 libraries bound at 8 KiB.
+_WORDS_BYTES = 2000
 # Of all connections together; what is more is turned away at once.
 _CALLS_AT_ONCE = 2000
 
@@ -78,7 +82,7 @@ def error_of(error: grpc.aio.AioRpcError) -> ConnitoError:
     name = trailer.get(REASON_KEY, "")
     reason = reasons.Reason.Value(name) if name in _REASONS else reasons.REASON_MALFORMED
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED):
-        return Retry(text, after=float(trailer.get(AFTER_KEY, 1.0)))
+        return Retry(text, after=_after(trailer, 1.0))
     if code is grpc.StatusCode.NOT_FOUND:
         return NotFound(text, reason=reason)
     if code is grpc.StatusCode.FAILED_PRECONDITION:
@@ -86,8 +90,17 @@ def error_of(error: grpc.aio.AioRpcError) -> ConnitoError:
     if code is grpc.StatusCode.PERMISSION_DENIED:
         return Invalid(text, reason=reason if name else reasons.REASON_NOT_PERMITTED)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        return Invalid(text, reason=reason, after=float(trailer.get(AFTER_KEY, 0.0)))
+        return Invalid(text, reason=reason, after=_after(trailer, 0.0))
     return Fatal(f"the call failed on the other side: {text}")
+
+
+def _after(trailer: dict[str, str], default: float) -> float:
+    """Return how long to wait, whatever the other side says: it may be no number, or no end."""
+    try:
+        said = float(trailer.get(AFTER_KEY, default))
+    except ValueError:
+        return default
+    return min(said, _LONGEST_AFTER) if said >= 0.0 else default
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,type-arg,unused-ignore]
@@ -116,6 +129,7 @@ def _unary(method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Any) -> Any:
         _continue_trace(context)
         try:
+            check_bounds(request)
             answer = method(request, context)
             return await answer if asyncio.iscoroutine(answer) else answer
         except ConnitoError as error:
@@ -132,6 +146,7 @@ def _stream(method: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
         _continue_trace(context)
         try:
+            check_bounds(request)
             async for item in method(request, context):
                 yield item
         except ConnitoError as error:
@@ -164,7 +179,12 @@ async def _abort(context: Any, error: ConnitoError) -> None:
         log.info("refused a call", reason=reason_name(error.reason), error=str(error))
     else:
         log.error("a call failed", error=str(error))
-    await context.abort(status_of(error), str(error), tuple(trailer))
+    await context.abort(status_of(error), _plain(str(error)), tuple(trailer))
+
+
+def _plain(text: str) -> str:
+    """Return what a status can carry: words of a request that is refused may be any length, and steer a terminal."""
+    return cut("".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text), _WORDS_BYTES)
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from connito.library.governance import VISIBILITIES
 from connito.protocol.policy.law import (
     LAW,
     MAX_ALLOWED,
+    MAX_CORPORA,
     MAX_CYCLES,
     MAX_EMISSION,
     MAX_RANKS,
@@ -97,8 +98,9 @@ def _names(spec: RunSpec, customer: str) -> Iterator[Fault]:
     yield from _token("domain", spec.domain)
     if not 1 <= spec.cycles <= MAX_CYCLES:
         yield Fault("cycles", f"is {spec.cycles}", f"ask for 1 to {MAX_CYCLES}")
-    if not spec.base.name:
-        yield Fault("base.name", "is empty", "name the base model, for example by `connito base show`")
+    if not (0 < len(spec.base.name) <= MAX_SOURCE_NAME and spec.base.name.isprintable()):
+        problem = f"is {spec.base.name[:80]!r}"
+        yield Fault("base.name", problem, f"name the base model in 1 to {MAX_SOURCE_NAME} printable characters")
     if spec.customer != customer:
         yield Fault("customer", f"is {spec.customer!r}, but the spec is signed by {customer}", "leave it empty")
     if spec.start_from:
@@ -126,11 +128,13 @@ def _terms(spec: RunSpec, organisations: Collection[str] | None) -> Iterator[Fau
             "leave it out, or have the operator add the key to the organisation",
             reasons_pb2.REASON_NOT_PERMITTED,
         )
-    if len(spec.data_sources) > MAX_SOURCES or any(not 0 < len(name) <= MAX_SOURCE_NAME for name in spec.data_sources):
+    if len(spec.data_sources) > MAX_SOURCES or any(
+        not (0 < len(name) <= MAX_SOURCE_NAME and name.isprintable()) for name in spec.data_sources
+    ):
         yield Fault(
             "data_sources",
             "names too many sources, or one without a name or with too long a one",
-            f"give at most {MAX_SOURCES} of 1 to {MAX_SOURCE_NAME} characters",
+            f"give at most {MAX_SOURCES} of 1 to {MAX_SOURCE_NAME} printable characters",
         )
     for field in ("license", "data_statement"):
         if len(getattr(spec, field)) > MAX_TEXT:
@@ -162,6 +166,10 @@ def _enrolment(spec: RunSpec) -> Iterator[Fault]:
 
 
 def _artifacts(spec: RunSpec) -> Iterator[Fault]:
+    for name in ("beside", "general_holdouts", "benchmarks"):
+        if len(getattr(spec, name)) > MAX_CORPORA:
+            yield Fault(name, f"has {len(getattr(spec, name))} entries", f"give at most {MAX_CORPORA}")
+            return
     yield from _ref("base.manifest", spec.base.manifest, REALM_PUBLIC)
     yield from _corpus("probe", spec.probe, REALM_PUBLIC, REALM_HOLDOUT)
     yield from _corpus("train", spec.train, REALM_PUBLIC)
@@ -195,7 +203,7 @@ def _corpus(field: str, corpus: CorpusRef, *realms: Realm.ValueType) -> Iterator
 def _ref(field: str, ref: ArtifactRef, *realms: Realm.ValueType) -> Iterator[Fault]:
     if not re.fullmatch(r"[0-9a-f]{64}", ref.digest):
         remedy = "put the artifact into the store and give its SHA-256 in hex"
-        yield Fault(f"{field}.digest", f"is {ref.digest!r}", remedy)
+        yield Fault(f"{field}.digest", f"is {ref.digest[:80]!r}", remedy)
     if ref.size <= 0:
         yield Fault(f"{field}.size", f"is {ref.size}", "give the object's length in bytes")
     if ref.realm not in realms:

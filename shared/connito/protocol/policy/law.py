@@ -20,6 +20,8 @@ MAX_CYCLES = 1000
 # Units above this cannot be shared out exactly.
 MAX_EMISSION = 1 << 53
 MAX_SOURCES, MAX_SOURCE_NAME = 100, 200
+# Corpora of one kind.
+MAX_CORPORA = 256
 MAX_TEXT = 4000
 MAX_RANKS = 10_000
 MAX_ALLOWED = 10_000

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from connito.errors import Invalid
 from connito.protocol.policy.law import DEFAULTS, LAW, Choice, Number, left_out, write
+from connito.render.formats import SHOWN, shown
 from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import RunSpec
 
@@ -86,17 +87,17 @@ def override(spec: RunSpec, path: str, value: object) -> None:
     rule = LAW.get(f"{path.partition('.')[0]}.{name}")
     try:
         ParseDict({name: value}, policy)
-    except ParseError as error:
-        raise _bad(f"{path} cannot be {value!r}; {_choose(policy, name, rule)}") from error
+    except (ParseError, ValueError, OverflowError, RecursionError) as error:
+        raise _bad(f"{path} cannot be {shown(value)}; {_choose(policy, name, rule)}") from error
     if value is None or (rule is not None and rule.default and left_out(policy, name, rule)):
-        raise _bad(f"{path} cannot be {value!r}; {_choose(policy, name, rule)}")
+        raise _bad(f"{path} cannot be {shown(value)}; {_choose(policy, name, rule)}")
 
 
 def override_text(spec: RunSpec, text: str) -> None:
     """Set a field by `SECTION.FIELD=VALUE`; several values are separated by commas. Raises as `override` does."""
     path, _, given = (part.strip() for part in text.partition("="))
     if not given:
-        raise _bad(f"{text!r} is not SECTION.FIELD=VALUE, for example training.local_steps=5")
+        raise _bad(f"{shown(text)} is not SECTION.FIELD=VALUE, for example training.local_steps=5")
     policy, name = _find(spec, path)
     if policy.DESCRIPTOR.fields_by_name[name].is_repeated:
         override(spec, path, given.split(","))
@@ -107,12 +108,12 @@ def override_text(spec: RunSpec, text: str) -> None:
 def _find(spec: RunSpec, path: str) -> tuple[Message, str]:
     section, _, name = path.partition(".")
     if section not in SETTABLE:
-        raise _bad(f"{path}: policies have no section {section!r}; there are {', '.join(SETTABLE)}")
+        raise _bad(f"{path[:SHOWN]}: policies have no section {section[:SHOWN]!r}; there are {', '.join(SETTABLE)}")
     policy: Message = getattr(spec, section)
     known = policy.DESCRIPTOR.fields_by_name
     field = known.get(name) or policy.DESCRIPTOR.fields_by_camelcase_name.get(name)
     if field is None:
-        raise _bad(f"{path}: {section} has no field {name!r}; it has {', '.join(sorted(known))}")
+        raise _bad(f"{path[:SHOWN]}: {section} has no field {name[:SHOWN]!r}; it has {', '.join(sorted(known))}")
     return policy, field.name
 
 
