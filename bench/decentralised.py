@@ -26,7 +26,7 @@ import numpy as np
 from connito.moe.schedule import Schedule
 from connito.moe.training import BETAS
 from connito.protocol.claims import claimed_rows, counts_of
-from connito.protocol.merging.by_expert import Use, strengths
+from connito.protocol.merging.by_expert import Use, judged
 from connito.protocol.policy.law import DEFAULTS
 from connito.workloads.scoring import rebase
 
@@ -156,7 +156,9 @@ def run(options: Options) -> Result:
 
 def _named(cell: Cell, only: str) -> bool:
     """Return whether a cell's name begins or ends with one of the words; an empty text names all."""
-    return not only.strip() or any(cell.name.startswith(word) or cell.name.endswith(word) for word in only.split())
+    return not only.strip() or any(
+        cell.name.startswith(f"{word}-") or cell.name.endswith(word) for word in only.split()
+    )
 
 
 def _base(folder: Path, seed: int) -> Path:
@@ -251,10 +253,10 @@ class Bench:
             exchange(miners)
             utilities = [1.0] * len(states)
             before = 0.0
-            judged = _as_judged(start, states, routed, use)
+            measured = _as_judged(start, states, routed, use)
             if arm.merge.counts_utilities or arm.judged:
                 before = loss_of(self.evaluator, start, self.score)
-                utilities = [before - loss_of(self.evaluator, state, self.score) for state in judged]
+                utilities = [before - loss_of(self.evaluator, state, self.score) for state in measured]
             # Nobody can be rewarded for harm, and a merge needs one positive weight.
             chosen = [i for i, utility in enumerate(utilities) if utility > 0 or not arm.judged]
             if chosen:
@@ -269,7 +271,7 @@ class Bench:
                     use,
                 )
                 if arm.judged and loss_of(self.evaluator, tensors(after), self.score) > before:
-                    best = judged[int(np.argmax(utilities))]
+                    best = measured[int(np.argmax(utilities))]
                     after = {name: rows.numpy() for name, rows in best.items()}
                     speed = {name: theta[name] - rows for name, rows in after.items()}
                 theta, outer = after, speed
@@ -278,9 +280,7 @@ class Bench:
 
 def _as_judged(theta: Any, states: Sequence[Any], routed: Sequence[dict[int, list[int]]], use: Use) -> Sequence[Any]:
     """Return states of which each expert counts as a run judges it."""
-    if not routed:
-        return states
-    strength = strengths(counts_of(routed), use)
+    strength = judged(routed, use) if routed else {}
     return [
         rebase(state, theta, theta, {layer: rows[place] for layer, rows in strength.items()})
         for place, state in enumerate(states)

@@ -25,7 +25,7 @@ from connito.protocol.claims import claim_of
 from connito.protocol.coding import decoded
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.merging.aggregators import layer_of
-from connito.protocol.merging.by_expert import judged
+from connito.protocol.merging.by_expert import judged, use_of
 from connito.protocol.scoring.evaluation import Losses, Measurable, Part
 from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
@@ -160,7 +160,7 @@ class SubmissionEvaluator:
         with tempfile.TemporaryDirectory(prefix="connito-decode-") as folder:
             rows_of = decoded(files.artifact, begun_from, self._spec.training, Path(folder))
             validate(rows_of, read_header(state))
-            strength = judged([claim_of(read_header(rows_of), self._spec)], self._selection)
+            strength = judged([claim_of(read_header(rows_of), self._spec)], use_of(self._selection))
             artifact = load_state(rows_of)
         origin = load_state(begun_from)
         if all(artifact[name].equal(rows) for name, rows in origin.items()):

@@ -11,11 +11,12 @@ rows and its outer momentum to the bit.
 
 A merge takes of a submission the experts that its miner's text used, so that is what is judged, too: not θ_i, but
 
-    θ_t − a[i, e] · δ[i, e],   a[i, e] = min(1, p[i, e] / q[e])
+    θ_t − ½ · a[i, e] · δ[i, e],   a[i, e] = min(1, p[i, e] / q[e])
 
 with p the miner's tokens and q those of the target's probe, each as shares of a layer's selected experts. As a whole, the rows
-that a specialist's text hardly touched are noise that hides what its own experts have learned. And so that no expert goes into
-a merge more strongly than it was judged, Δ of one that those who are merged used less than the target does is shortened to
+that a specialist's text hardly touched are noise that hides what its own experts have learned. Half, as that is the most that a
+merge with one other takes of it: many local steps go too far on their own, and are right in the mean. So that no expert goes
+into a merge more strongly than a says, Δ of one that those who are merged used less than the target does is shortened to
 `mass`[e] = min(1, Σ p / q): with the plain mean, w[i, e] · mass[e] ≤ a[i, e] for everybody.
 
 Shapes: n submissions, S selected experts of a layer.
@@ -42,6 +43,8 @@ Routed = Mapping[int, Floats]
 Use = Mapping[int, Floats]
 # Inner products by layer, [S, n, n].
 Grams = Mapping[int, Floats]
+# Of what a merge of one submission alone would take, the part that is judged.
+JUDGED = 0.5
 # (utilities, staleness, even weights, inner products of those who take part) -> (weights, factors) of them
 Weighing = Callable[[Sequence[float], Sequence[int], list[float], Floats], tuple[list[float], list[float]]]
 
@@ -91,7 +94,7 @@ def shares(
 
 
 def strengths(routed: Routed, use: Use) -> dict[int, Floats]:
-    """Return a by layer, [n, S]: how much of what each row of counts says of an expert is judged. Ones without `use`."""
+    """Return a by layer, [n, S]: how far each row of counts uses experts as the target does. Ones without `use`."""
     found = {}
     for layer, counts in routed.items():
         if layer not in use:
@@ -104,20 +107,18 @@ def strengths(routed: Routed, use: Use) -> dict[int, Floats]:
     return found
 
 
-def use_of(selection: SelectionMade) -> dict[int, NDArray[np.float64]]:
+def use_of(selection: SelectionMade) -> dict[int, Floats]:
     """Return what the target's probe uses of the selected experts, [S] by layer; nothing where the selection does not say it."""
     said = all(len(layer.use) == len(layer.experts) for layer in selection.layers)
     return {layer.layer: np.asarray(layer.use, float) for layer in selection.layers} if said else {}
 
 
-def judged(claims: Sequence[Claim | None], selection: SelectionMade) -> dict[int, NDArray[np.float64]]:
+def judged(claims: Sequence[Claim | None], use: Use) -> dict[int, Floats]:
     """Return how much of each expert of each submission is judged, [n, S] by layer; all of who makes no claim. Empty: of all."""
-    use = use_of(selection)
-    found = strengths(counts_of(claims), use) if use else {}
-    silent = [claim is None for claim in claims]
-    for rows in found.values():
-        rows[silent] = 1.0
-    return found
+    if not use:
+        return {}
+    silent = np.array([claim is None for claim in claims])[:, None]
+    return {layer: np.where(silent, 1.0, JUDGED * rows) for layer, rows in strengths(counts_of(claims), use).items()}
 
 
 def alone(strength: Mapping[int, Floats]) -> dict[int, Shares]:

@@ -159,7 +159,7 @@ def _ingredients(
     files: Files,
     gram: NDArray[np.float64],
 ) -> MergeInputs:
-    selection, paths = facts.require_selection(), [files.states[entry.miner] for entry in sound]
+    use, paths = use_of(facts.require_selection()), [files.states[entry.miner] for entry in sound]
     deltas = DeltaFiles(paths, [files.bases[entry.miner] for entry in sound])
     claims = [claim_of(read_header(path), facts.require_spec()) for path in paths]
     return MergeInputs(
@@ -171,8 +171,8 @@ def _ingredients(
         [max(0, cycle - (entry.origin_cycle or cycle)) for entry in sound],
         gram,
         counts_of(claims),
-        judged(claims, selection),
-        use_of(selection),
+        judged(claims, use),
+        use,
     )
 
 

@@ -12,7 +12,7 @@ from connito.data.tensors import TensorWriter, read_tensors
 from connito.errors import Invalid
 from connito.protocol.claims import counts_of
 from connito.protocol.merging.aggregators import Plan, aggregate, plan, plan_by_expert, step_tensor
-from connito.protocol.merging.by_expert import judged, middle, of_equal_mass, strengths
+from connito.protocol.merging.by_expert import JUDGED, judged, middle, of_equal_mass, strengths, use_of
 from connito.protocol.merging.candidates import Attempt, MergeInputs, write_candidate
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import cycle_pb2, run_pb2
@@ -170,7 +170,7 @@ def test_what_a_miners_text_uses_as_the_target_does_is_judged_in_full() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_expert_goes_into_a_merge_more_strongly_than_it_was_judged(seed: int) -> None:
+def test_no_expert_goes_into_a_merge_more_strongly_than_its_use_allows(seed: int) -> None:
     """Whoever is merged beside it: those who were judged with it may be refused, or be accomplices."""
     rng = np.random.default_rng(seed)
     miners = int(rng.integers(1, 6))
@@ -196,10 +196,10 @@ def test_an_expert_that_the_merged_used_little_takes_a_shorter_step(aggregator: 
 def test_who_claims_nothing_is_judged_whole_and_so_is_everybody_where_the_selection_says_no_use() -> None:
     layer = run_pb2.LayerSelection(layer=1, experts=[4, 2], use=[0.5, 0.5])
     claimed = [{1: [30, 10]}, None]
-    found = judged(claimed, run_pb2.SelectionMade(layers=[layer]))
-    np.testing.assert_allclose(found[1], [[1.0, 0.5], [1.0, 1.0]])
+    found = judged(claimed, use_of(run_pb2.SelectionMade(layers=[layer])))
+    np.testing.assert_allclose(found[1], [[JUDGED, JUDGED * 0.5], [1.0, 1.0]])
     del layer.use[:]
-    assert judged(claimed, run_pb2.SelectionMade(layers=[layer])) == {}
+    assert judged(claimed, use_of(run_pb2.SelectionMade(layers=[layer]))) == {}
 
 
 def test_the_best_alone_is_stepped_to_as_it_was_judged(tmp_path: Path) -> None:
