@@ -24,9 +24,11 @@ from connito.protocol.findings import check_version
 from connito.runtime import metrics
 from connito.runtime.tasks import end_tasks
 from connito.runtime.waiting import LONGEST, WAITING, delay
+from connito.service.pausing import MAX_DETAIL
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire import subjects
+from connito.wire.bounds import cut
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
@@ -51,9 +53,17 @@ class Depositor:
         self._bus, self._store, self._roster, self._log = bus, store, roster, log
 
     async def handle(self, record: Record) -> None:
-        """Deposit the run's expert, if it has one. Raises `Invalid` for a run under newer rules, `Retry` when broker or
-        store are away.
+        """Deposit the run's expert, if it has one, or say in the log that it cannot be. Raises `Invalid` for a run under newer
+        rules, `Retry` when broker or store are away.
         """
+        try:
+            await self._handle(record)
+        except Invalid as error:
+            if not isinstance(error, Environment):
+                await self.tell(record, error)
+            raise
+
+    async def _handle(self, record: Record) -> None:
         fact = verify_fact(record, self._roster)
         facts = await self._read_run(fact.run)
         if facts.spec is not None:
@@ -66,6 +76,19 @@ class Depositor:
         if await self._bus.publish_fact(fact.run, "library", 0, "deposited", message, message.expert_id):
             metrics.EXPERTS_DEPOSITED.inc()
             self._log.info("expert deposited", run=fact.run, expert=message.expert_id, bytes=message.expert.size)
+
+    async def tell(self, record: Record, error: Invalid) -> None:
+        """Say in the log that the deposit of a run is put aside, and why."""
+        fact = verify_fact(record, self._roster)
+        notice = run_pb2.RunPaused(
+            run=fact.run,
+            key=self._bus.identity.public,
+            service="library",
+            action="deposit",
+            reason=error.reason,
+            detail=cut(str(error), MAX_DETAIL),
+        )
+        await self._bus.publish_fact(fact.run, "run", 0, "paused", notice, notice.key)
 
     async def _read_run(self, run: str) -> RunFacts:
         """Return all facts of a run. `run.0.ended` is written last, so what is stored now is everything."""

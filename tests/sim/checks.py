@@ -91,10 +91,15 @@ def _conservation(world: World, evidence: Evidence) -> Iterator[str]:
         yield f"the run ended: {facts.ended.detail}"
     subjects = Counter(record.subject for record in world.broker.records(*FACT_STREAMS))
     yield from (f"{count} messages on {subject}" for subject, count in subjects.items() if count > 1)
+    yield from conserved(evidence)
+    yield from _opened(evidence) if world.scenario.brief else ()
+
+
+def conserved(evidence: Evidence) -> Iterator[str]:
+    """What was acknowledged and is missing, what counts twice, and who was refused for what befell the platform."""
     yield from _verdicts(evidence)
     yield from _versions(evidence)
     yield from _honest(evidence)
-    yield from _opened(evidence) if world.scenario.brief else ()
 
 
 def _verdicts(evidence: Evidence) -> Iterator[str]:

@@ -10,6 +10,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from connito.platform.datadir import DataDir
+from connito.runtime.waiting import REPAIR
 
 _SECONDS = 1.0
 
@@ -30,7 +31,9 @@ class Wait:
 
     def __str__(self) -> str:
         where = self.what.removeprefix(f"{self.run}/")
-        until = "has given up" if self.given_up else f"waits for {self.dependency}"
+        until = f"waits for {self.dependency}"
+        if self.dependency == REPAIR:
+            until = "has given up" if self.given_up else "fails, and tries again"
         return f"{self.service} {until} ({where}): {self.error}"
 
 

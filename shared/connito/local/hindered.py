@@ -19,6 +19,7 @@ EVERY = 2.0
 # How long a run is waited for in which too few are left that have not given up; and one in which too few are left whom nothing
 # around them hinders, while nothing at all is said in it.
 GIVEN_UP_SECONDS, HINDERED_SECONDS = 10.0, 600.0
+TRIED_SECONDS = 60.0
 _MAX_ERROR, _MAX_NAMED = 300, 3
 
 
@@ -40,7 +41,9 @@ class Hindered:
 
     run: str
     groups: Sequence[Group]
-    _since: dict[str, float] = field(default_factory=dict)
+    # Since when too few were left, and since when enough are again, by what it ends with.
+    _since: dict[type[ConnitoError], float] = field(default_factory=dict)
+    _fine: dict[type[ConnitoError], float] = field(default_factory=dict)
     _seen: frozenset[str] = frozenset()
     moved: float = field(default_factory=time.monotonic)
 
@@ -56,11 +59,17 @@ class Hindered:
         # Somebody else's turn at the cores is no fault of anything.
         found = [wait for wait in found if wait.dependency != COMPUTE]
         given_up = [wait for wait in found if wait.given_up]
-        for name, waiting, longest in (("given up", given_up, GIVEN_UP_SECONDS), ("hindered", found, HINDERED_SECONDS)):
-            if not any(group.lacks(wait.service for wait in waiting) for group in self.groups):
-                self._since.pop(name, None)
-            elif now - max(self._since.setdefault(name, now), self.moved) >= longest:
-                return (Fatal if name == "given up" else Retry)(self._sentence(waiting, logs))
+        for kind, waiting, longest, gap in (
+            (Fatal, given_up, GIVEN_UP_SECONDS, 0.0),
+            # What is tried again now and then is not listed while it is tried.
+            (Retry, found, HINDERED_SECONDS, TRIED_SECONDS),
+        ):
+            if any(group.lacks(wait.service for wait in waiting) for group in self.groups):
+                self._fine.pop(kind, None)
+                if now - max(self._since.setdefault(kind, now), self.moved) >= longest:
+                    return kind(self._sentence(waiting, logs))
+            elif now - self._fine.setdefault(kind, now) >= gap:
+                self._since.pop(kind, None)
         return None
 
     def _sentence(self, waiting: Sequence[Wait], logs: object) -> str:

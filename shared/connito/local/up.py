@@ -359,7 +359,7 @@ def _form() -> TypeAdapter[UpOptions]:
     return TypeAdapter(UpOptions)
 
 
-def _main() -> None:
+def main() -> None:
     """Run the detached process of `--no-wait`."""
     from connito.local.display import PlainDisplay
     from connito.runtime.exits import explained
@@ -372,4 +372,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main()

@@ -22,7 +22,7 @@ log = get_logger("engine")
 # Failures in a row after which a run is left, and the longest wait between them, in seconds.
 TRIES = 5
 MAX_WAIT = 30.0
-_MAX_DETAIL, _MAX_ACTION = 1000, 200
+MAX_DETAIL, _MAX_ACTION = 1000, 200
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Pauses:
             in_cycle=facts.cycle,
             action=cut(action, _MAX_ACTION),
             reason=error.reason if isinstance(error, Invalid) else reasons_pb2.REASON_FAULT,
-            detail=cut(worded(error), _MAX_DETAIL),
+            detail=cut(worded(error), MAX_DETAIL),
         )
 
 

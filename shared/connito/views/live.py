@@ -32,9 +32,10 @@ def phase(facts: RunFacts, now_ms: int | None = None, here: Present | None = Non
     spec = facts.spec
     if spec is None:
         return "submitting the job"
+    left = why_left(facts)
     if facts.ended is not None:
-        return f"run {plain_name(run_pb2.RunOutcome, facts.ended.outcome)}"
-    if left := why_left(facts):
+        return f"run {plain_name(run_pb2.RunOutcome, facts.ended.outcome)}" + (left and f"; {left}")
+    if left:
         return left
     if facts.selection is None:
         return "selecting the experts that the domain uses"

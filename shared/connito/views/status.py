@@ -49,9 +49,10 @@ def status(facts: RunFacts, now_ms: int, stake: Stake) -> services_pb2.RunStatus
 
 
 def _detail(facts: RunFacts, here: Present | None) -> str:
+    left = why_left(facts)
     if facts.ended is not None:
-        return facts.ended.detail
-    if left := why_left(facts):
+        return "; ".join(part for part in (facts.ended.detail, left) if part)
+    if left:
         return left
     spec = facts.require_spec()
     if facts.selection is None:

@@ -71,9 +71,14 @@ class RunFacts(FactSet):
 
     @property
     def paused(self) -> list[run_pb2.RunPaused]:
-        """Return who stopped working on the run, in the order of keys, as far as the run has not gone on since."""
-        found = self.many(run_pb2.RunPaused, "run", 0, "paused").values()
-        return [fact.message for fact in found if fact.message.in_cycle == self.cycle and self.ended is None]
+        """Return who stopped working on the run, in the order of keys, as far as the run has not gone on since.
+
+        What is left to do in one that has ended is its deposit.
+        """
+        found = [fact.message for fact in self.many(run_pb2.RunPaused, "run", 0, "paused").values()]
+        if self.ended is not None:
+            return [message for message in found if message.service == "library" and not self.deposits]
+        return [message for message in found if message.in_cycle == self.cycle]
 
     @property
     def enrolled(self) -> Mapping[str, Fact[run_pb2.MinerEnrolled]]:

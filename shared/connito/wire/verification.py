@@ -19,7 +19,7 @@ from connito.wire.subjects import WINDOWS, FactKey, is_ingress, parse_fact, pars
 ANY = "worker"
 # Roles of which each key speaks for itself alone.
 OWN = ("validator", ANY)
-WORKERS = ("coordinator", "committer", "aggregator", "validator")
+WORKERS = ("coordinator", "committer", "aggregator", "validator", "library")
 
 # (section, kind) -> payload type, role that may sign it, field that must equal the subject's id ("" for no id).
 CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {

@@ -60,6 +60,19 @@ def test_what_may_pass_is_waited_for_longer_and_while_anything_happens() -> None
     assert "waits for memory (3/train): out of memory" in str(error)
 
 
+def test_a_short_try_in_between_is_no_recovery() -> None:
+    """An action that is left alone for minutes, and ends its process as soon as it is tried."""
+    watched, found = hindered(), [wait(name, given_up=False) for name in sorted(MINERS)]
+    watched.verdict(found, 0.0, "logs")
+    for now in (299.0, 301.0):
+        assert watched.verdict([], now, "logs") is None
+    assert watched.verdict(found, HINDERED_SECONDS - 1, "logs") is None
+    assert isinstance(watched.verdict(found, HINDERED_SECONDS, "logs"), Retry)
+    for now in (601.0, 700.0):
+        assert watched.verdict([], now, "logs") is None
+    assert watched.verdict(found, 701.0, "logs") is None
+
+
 def test_waits_are_shown_when_they_last_and_what_was_given_up_at_once() -> None:
     watched, passing, lasting = hindered(), wait("miner-1", given_up=False), wait("miner-2")
     assert watched.lines([passing, lasting]) == ["miner-2 has given up (3/train): RuntimeError: other dtype"]

@@ -95,3 +95,14 @@ def test_a_run_that_a_service_has_left_says_so_until_it_goes_on() -> None:
         assert said == "the committer cannot go on (r1/settle): KeyError: 'x'"
     run.opened("train", 2)
     assert "committer" not in status(run.facts, 0, even).detail
+
+
+def test_a_run_whose_expert_the_library_put_aside_says_so_until_it_is_deposited() -> None:
+    run = Run().created().selected().ended()
+    run.say("run", 0, "paused", key="UL", service="library", action="deposit", detail="upgrade it")
+    run.say("run", 0, "paused", key="UC", service="committer", action="r1/settle", detail="nothing is left to do")
+    why = "the library cannot go on (deposit): upgrade it"
+    assert status(run.facts, 0, even).detail.endswith(why)
+    assert phase(run.facts) == f"run completed; {why}"
+    run.say("library", 0, "deposited", expert_id="r1-v1")
+    assert phase(run.facts) == "run completed"

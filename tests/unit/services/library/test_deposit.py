@@ -19,6 +19,7 @@ from connito.wire.roster import Roster
 
 from services.library.actions import Depositor
 
+LIBRARY = Identity.generate(b"library".ljust(32))
 COORDINATOR = Identity.generate(b"coordinator".ljust(32))
 
 
@@ -31,7 +32,15 @@ class Stored:
     """A broker that holds these records."""
 
     def __init__(self, *records: Record) -> None:
-        self.records = records
+        self.records, self.identity = records, LIBRARY
+        self.written: list[tuple[str, str, run_pb2.RunPaused]] = []
+
+    async def publish_fact(
+        self, run: str, section: str, cycle: int, kind: str, message: run_pb2.RunPaused, id_: str
+    ) -> bool:
+        assert (section, cycle, id_) == ("run", 0, LIBRARY.public)
+        self.written.append((run, kind, message))
+        return True
 
     async def stored(self, _streams: Sequence[str], _run: str) -> AsyncIterator[Record]:
         for each in self.records:
@@ -46,3 +55,6 @@ async def test_a_run_under_newer_rules_is_left_to_newer_programs() -> None:
 
     with pytest.raises(Invalid, match="upgrade"):
         await Depositor(cast(Bus, bus), cast(ArtifactStore, None), roster, log).handle(ended)
+    ((run, kind, notice),) = bus.written
+    assert (run, kind, notice.service, notice.action) == ("r", "paused", "library", "deposit")
+    assert "upgrade" in notice.detail

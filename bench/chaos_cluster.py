@@ -1,0 +1,114 @@
+"""`connito up` over a broker of three nodes that keep every stream three times: `python -m bench.chaos_cluster OPTIONS`, as JSON.
+
+A node that dies is started again. Their process ids are in `nats/nodes.json` of the data directory. Services stay up when the run
+has ended, until SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+from unittest.mock import patch
+
+from connito.bus import streams
+from connito.errors import ConnitoError
+from connito.files import write_durably
+from connito.local import installation, up
+from connito.platform.accounts import Accounts
+from connito.platform.servers import NatsServer, free_ports
+from connito.runtime.progress import Notify
+
+NODES, LOOK_SECONDS = 3, 0.2
+
+
+class Node(NatsServer):
+    """One server of the cluster."""
+
+    def __init__(self, folder: Path, number: int, ports: list[tuple[int, int, int]], accounts: Accounts | None) -> None:
+        super().__init__(folder / f"node-{number}", ports[number][0], accounts)
+        self._name, self._route, self._monitor = f"node-{number}", ports[number][1], ports[number][2]
+        self._routes = [f"nats://127.0.0.1:{route}" for _, route, _ in ports]
+
+    def _config(self) -> dict[str, Any]:
+        cluster = {"name": "chaos", "listen": f"127.0.0.1:{self._route}", "routes": self._routes}
+        return super()._config() | {
+            "server_name": self._name, "cluster": cluster, "http": f"127.0.0.1:{self._monitor}"
+        }  # fmt: skip
+
+    def _not_ready(self) -> str:
+        """Return whether the node has caught up with the others."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._monitor}/healthz", timeout=2) as answer:
+                return "" if answer.status == 200 else "not healthy"
+        except OSError as error:
+            return str(error)
+
+
+class Cluster(NatsServer):
+    """Three nodes that look like one server to whoever supervises it."""
+
+    def __init__(
+        self, data_dir: Path, port: int = 0, accounts: Accounts | None = None, log_file: Path | None = None
+    ) -> None:
+        super().__init__(data_dir, port, accounts, log_file)
+        free = free_ports(3 * NODES)
+        ports = [(free[3 * n], free[3 * n + 1], free[3 * n + 2]) for n in range(NODES)]
+        self.nodes = [Node(data_dir, number, ports, accounts) for number in range(NODES)]
+        self._over = threading.Event()
+
+    @property
+    def url(self) -> str:
+        """Return the addresses of all nodes."""
+        return ",".join(node.url for node in self.nodes)
+
+    @property
+    def running(self) -> bool:
+        """Return whether the cluster is kept alive."""
+        return not self._over.is_set()
+
+    def start(self, progress: Notify | None = None) -> Self:
+        """Start all nodes at once, and keep them alive from then on."""
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(NODES) as pool:
+            list(pool.map(Node.start, self.nodes))
+        self.process = self.nodes[0].process
+        self._note()
+        threading.Thread(target=self._keep, daemon=True).start()
+        return self
+
+    def stop(self, grace: float = 2.0) -> None:
+        """End all nodes."""
+        self._over.set()
+        for node in self.nodes:
+            node.stop(grace)
+
+    def _keep(self) -> None:
+        while not self._over.is_set():
+            for node in self.nodes:
+                if not node.running and not self._over.is_set():
+                    with suppress(ConnitoError):
+                        node.start()
+                    self._note()
+            time.sleep(LOOK_SECONDS)
+
+    def _note(self) -> None:
+        pids = [node.pid for node in self.nodes if node.process is not None]
+        write_durably(self.data_dir / "nodes.json", json.dumps(pids))
+
+
+def main() -> None:
+    """Run as the process of `connito up --no-wait` does."""
+    thrice = partial(streams.ensure, replicas=NODES)
+    with patch.object(installation, "NatsServer", Cluster), patch.object(streams, "ensure", thrice):
+        up.main()
+
+
+if __name__ == "__main__":
+    main()
