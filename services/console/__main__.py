@@ -24,7 +24,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
         from .access import Access
         from .artifacts import Artifacts
         from .figures import ExpertFigures
-        from .pages import Console
+        from .pages import LEADERBOARD, Console
         from .state import Feed
     except ImportError as error:
         raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error
@@ -40,7 +40,8 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     # Without a store there are no cards and no bytes to verify.
     store = context.store if settings.s3_access_key or settings.s3_credentials != "keys" else None
     figures = ExpertFigures(store, feed.move)
-    access = Access(token, user_header=settings.console_user_header, proxies=settings.proxies())
+    public = [LEADERBOARD] if settings.console_public_leaderboard else []
+    access = Access(token, user_header=settings.console_user_header, proxies=settings.proxies(), public=public)
     console = Console(feed, access, Artifacts(store), figures, secure_cookie=settings.console_secure_cookie)
     config = uvicorn.Config(
         console.app(), log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,

@@ -18,6 +18,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from connito.v1.run_pb2 import RunSpec
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
 from starlette.datastructures import Headers, MutableHeaders
@@ -49,10 +50,12 @@ class Access:
 
     def __init__(
         self, token: str, clock: Callable[[], float] = time.time, *, user_header: str = "",
-        proxies: Sequence[IPv4Network | IPv6Network] = (),
+        proxies: Sequence[IPv4Network | IPv6Network] = (), public: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.token, self._clock = token, clock
         self._user_header, self._proxies = user_header, tuple(proxies)
+        # Pages that everybody may see. They show what is public, whoever asks.
+        self.public = frozenset(public)
 
     @property
     def open(self) -> bool:
@@ -123,11 +126,13 @@ class Guard:
         peer = request.client.host if request.client else ""
         if self._access.admits(request.headers, request.cookies, peer):
             return self._app
+        path = request.scope["path"]
+        if path in self._access.public or (self._access.public and path.startswith("/static/")):
+            return self._app
         if self._access.open:
             return PlainTextResponse("this console answers to 127.0.0.1 and localhost only\n", 421)
         if not self._access.token:
             return PlainTextResponse("come through the operator's proxy, which asks who you are\n", 401)
-        path = request.scope["path"]
         if path == "/login" or path.startswith("/static/"):
             return self._app
         if "text/html" in request.headers.get("accept", ""):
@@ -143,12 +148,17 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+def is_public(spec: RunSpec) -> bool:
+    """Return whether everybody may see what comes out of a run."""
+    return spec.visibility in ("", "public")
+
+
 def sees_experts_of(key: str, roster: Roster) -> Callable[[RunFacts], bool]:
     """Return whether a key may see the expert of a run: a public one, its own, its organisation's, or as the operator any."""
 
     def sees(facts: RunFacts) -> bool:
         spec = facts.spec
-        if spec is None or spec.visibility in ("", "public") or key == spec.customer or roster.permits("operator", key):
+        if spec is None or is_public(spec) or key == spec.customer or roster.permits("operator", key):
             return True
         return spec.visibility == "organisation" and spec.organisation in roster.memberships(key)
 

@@ -16,11 +16,13 @@ from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views import words
+from connito.views.leaderboard import leaderboard
 from connito.views.run_report import miner_name
 from connito.views.sentences import detail_of
 from connito.views.standings import validator_rows
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
+from connito.wire.identity import short_key
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -31,7 +33,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from . import charts, views
-from .access import COOKIE, SESSION_SECONDS, Access, Guard, sees_experts_of
+from .access import COOKIE, SESSION_SECONDS, Access, Guard, is_public, sees_experts_of
 from .artifacts import Artifacts
 from .cards import as_html
 from .figures import ExpertFigures
@@ -47,6 +49,7 @@ HERE = Path(__file__).parent
 SOONEST_SECONDS = 0.25
 HEARTBEAT_SECONDS = 5.0
 MAX_FORM_BYTES = 4096
+LEADERBOARD = "/leaderboard"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Console:
     ) -> None:
         self.feed, self.access, self.artifacts, self.figures = feed, access, artifacts, figures
         self._secure_cookie = secure_cookie
+        self._board: tuple[int, Mapping[str, Any]] | None = None
         self._templates = Environment(
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -98,6 +102,7 @@ class Console:
         }
         routes: list[Route | Mount] = [Route(path, self._endpoint(page)) for path, page in pages.items()]
         routes += [
+            Route(LEADERBOARD, self._leaderboard),
             Route("/library/{expert}", self._expert),
             Route("/runs/{run}/verify/{version:int}", self._verify, methods=["POST"]),
             Route("/login", self._login, methods=["GET", "POST"]),
@@ -213,6 +218,16 @@ class Console:
         """Return the runs whose experts the console's key may see; those of others that are not public it does not name."""
         sees = sees_experts_of(self.feed.bus.identity.public, self.feed.roster)
         return {run: facts for run, facts in self.feed.runs.items() if sees(facts)}
+
+    async def _leaderboard(self, request: Request) -> Response:
+        """Return what everybody earned in public runs: the same for everybody, whatever else they may see, and no stream,
+        which a stranger could hold open.
+        """
+        if self._board is None or self._board[0] != self.feed.version:
+            runs = [facts for facts in self.feed.runs.values() if facts.spec is not None and is_public(facts.spec)]
+            self._board = self.feed.version, {"places": leaderboard(runs), "runs": len(runs), "short": short_key}
+        shown = Shown("leaderboard.html", "Leaderboard", self._board[1], live=False)
+        return HTMLResponse(self._render("page.html", request, shown))
 
     def _library(self, request: Request) -> Shown:
         query = request.query_params.get("q", "")

@@ -26,6 +26,10 @@ class ConsoleSettings(ServiceSettings):
     console_proxies: str = Field(
         "", description="addresses or networks of that proxy, by commas; from elsewhere the header counts for nothing"
     )
+    console_public_leaderboard: bool = Field(
+        False,
+        description="true shows the leaderboard of public runs to everybody who reaches the page, without a token",
+    )
     console_secure_cookie: bool = Field(False, description="true where a proxy in front of the console speaks TLS")
 
     def proxies(self) -> list[IPv4Network | IPv6Network]:

@@ -1,6 +1,6 @@
-"""A miner's path: from nothing to the first accepted submission, with the trainer alone against a running platform.
+"""A miner's path: one line with an invite, from nothing to the first merged reward, against a running platform.
 
-Everything a newcomer sees is kept: `pytest -s` prints it with the seconds since `miner init`.
+Everything a newcomer sees is kept: `pytest -s` prints it with the seconds since that line.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.support.waiting import wait_until
 
 from .conftest import environment
 
@@ -40,32 +38,25 @@ AFTER = (
 
 
 class Newcomer:
-    """A folder with a key in it, and what the operator told: the bus and the roster."""
+    """A folder with a key in it, or none yet. Nobody set a variable for it."""
 
-    def __init__(self, folder: Path, bus: str, roster: Path) -> None:
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
         self.folder, self.log = folder, folder / "miner.log"
         private = {"CONNITO_WORK_DIR": str(folder / "work"), "CONNITO_CACHE_DIR": str(folder / "cache")}
-        self.env = environment() | private | {"CONNITO_NATS_URL": bus, "CONNITO_ROSTER": str(roster)}
+        self.env = environment() | private
 
-    def connito(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "connito.cli", "miner", *arguments, "--key", "miner.nk", "--json"]
-        return subprocess.run(
-            command, cwd=self.folder, env=self.env, capture_output=True, text=True, check=False, timeout=120
+    def connito(self, *arguments: str, code: int = 0) -> dict[str, Any]:
+        command = [sys.executable, "-m", "connito.cli", *arguments, "--json"]
+        env = self.env | {"CONNITO_KEY_FILE": "miner.nk"}
+        done = subprocess.run(
+            command, cwd=self.folder, env=env, capture_output=True, text=True, check=False, timeout=120
         )
+        assert done.returncode == code, done.stderr
+        return dict(json.loads(done.stdout)) if done.stdout else {}
 
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-m",
-            "connito.cli",
-            "miner",
-            "run",
-            "--key",
-            "miner.nk",
-            "--label",
-            "newcomer",
-            "--json",
-        ]
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "connito.cli", "miner", "run", "--label", "newcomer", "--json", *arguments]
         with self.log.open("wb") as log:
             return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL, stderr=log)
 
@@ -74,11 +65,11 @@ class Newcomer:
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
 
-def admit(data: Path, key: str) -> str:
-    """What the operator does: sign a pass, with nothing to be told to the broker."""
-    command = [sys.executable, "-m", "connito.cli", "access", "add", str(data), key, "--json"]
+def invited(data: Path) -> str:
+    """What the operator does: sign an invite, with nothing to be told to the broker."""
+    command = [sys.executable, "-m", "connito.cli", "invite", "--data-dir", str(data), "--json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True, timeout=60)
-    return str(json.loads(done.stdout)["passes"][key])
+    return str(json.loads(done.stdout)["token"])
 
 
 @pytest.fixture
@@ -97,33 +88,30 @@ def platform(tmp_path: Path) -> Iterator[Path]:
     subprocess.run([*connito, "down", "--data-dir", str(data)], env=environment(), check=False, capture_output=True)
 
 
-def test_from_nothing_to_an_accepted_submission(platform: Path, tmp_path: Path) -> None:
+def test_from_nothing_to_a_merged_reward(platform: Path, tmp_path: Path) -> None:
     bus = json.loads((platform / "platform.json").read_text())["nats_url"]
-    (tmp_path / "newcomer").mkdir()
-    newcomer = Newcomer(tmp_path / "newcomer", bus, platform / "roster.json")
-    began, zero = time.monotonic(), time.time()
-
-    made = json.loads(newcomer.connito("init").stdout)
-    refused = newcomer.start()
+    stranger = Newcomer(tmp_path / "stranger")
+    made = stranger.connito("miner", "init")
+    refused = stranger.start("--bus", bus, "--roster", str(platform / "roster.json"))
     assert refused.wait(120) != 0
-    said = newcomer.log.read_text()
+    said = stranger.log.read_text()
     assert f"refuses {made['public_key']}; the operator has to admit that key" in said
 
-    told = time.monotonic()
-    joined = newcomer.connito("join", admit(platform, made["public_key"]))
-    assert joined.returncode == 0, joined.stderr
-    assert time.monotonic() - told < 5.0, "a key is admitted in seconds"
-    miner = newcomer.start()
+    newcomer, token = Newcomer(tmp_path / "newcomer"), invited(platform)
+    began, zero = time.monotonic(), time.time()
+    miner = newcomer.start("--invite", token)
     try:
         rows: list[dict[str, Any]] = []
-        while not any(row["status"] in ("scored", "merged") for row in rows):
+        while not any(row["status"] == "merged" for row in rows):
             assert miner.poll() is None, newcomer.log.read_text()
             assert time.monotonic() - began < 240, f"{rows}\n{newcomer.log.read_text()[-4000:]}"
-            status = newcomer.connito("status")
-            assert status.returncode == 0, status.stderr
-            rows = json.loads(status.stdout)["cycles"]
+            if "reveal accepted" not in newcomer.log.read_text():
+                time.sleep(0.2)
+                continue
+            rows = newcomer.connito("miner", "status")["cycles"]
         seconds = time.monotonic() - began
-        wait_until(lambda: "reveal accepted" in newcomer.log.read_text(), "the miner to tell of its reveal")
+        best = next(row for row in rows if row["status"] == "merged")
+        told_to_a_miner(newcomer, best)
     finally:
         miner.terminate()
         stopped = miner.wait(60)
@@ -136,8 +124,6 @@ def test_from_nothing_to_an_accepted_submission(platform: Path, tmp_path: Path) 
         assert places == sorted(places), story
     for before, after in AFTER:
         assert story.index(before) < story.index(after), story
-    # With the miner's own key.
-    best = next(row for row in rows if row["status"] in ("scored", "merged"))
     assert (best["miner"], best["reward"] > 0) == ("newcomer", True)
     print(f"\n{said.strip().splitlines()[-1]}")
     for event in events[: story.index("reveal accepted") + 3]:
@@ -146,7 +132,23 @@ def test_from_nothing_to_an_accepted_submission(platform: Path, tmp_path: Path) 
             f"[{since:5.1f} s] {event['event']}",
             *(f"{k}={event[k]}" for k in ("cycle", "steps", "bytes") if k in event),
         )
-    print(f"accepted after {seconds:.1f} s; reward {best['reward']} in cycle {best['cycle']}")
+    print(f"merged after {seconds:.1f} s; reward {best['reward']} in cycle {best['cycle']}")
+
+
+def told_to_a_miner(newcomer: Newcomer, best: dict[str, Any]) -> None:
+    """With the miner's own key, and no key of the store."""
+    top = newcomer.connito("miner", "top")
+    own = next(place for place in top["places"] if place["miner"] == top["miner"])
+    assert (own["label"], own["earned"][best["run"]] >= best["reward"]) == ("newcomer", True)
+    ledger = newcomer.connito("ledger", best["run"], "--account", "newcomer")
+    assert best["reward"] in [entry["units"] for entry in ledger["entries"]]
+    explained = newcomer.connito("explain", f"{best['run']}/{best['cycle']}/newcomer")
+    assert (explained["result"], explained["verdict"]["reward"]) == ("same", best["reward"])
+    checks = {check["name"]: check for check in newcomer.connito("doctor")["checks"]}
+    assert "enrolled" in checks[f"run {best['run']}"]["found"]
+    assert "down" in checks["bandwidth"]["found"]
+    assert "training needs" in checks[f"fit of {best['run']}"]["found"]
+    assert "units for a submission" in checks[f"reward of {best['run']}"]["found"]
 
 
 def _unix(timestamp: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -96,9 +96,15 @@ def audit(
 
 
 def explain(submission: str, options: AuditOptions | None = None) -> tuple[Evidence, Receipt]:
-    """Recompute what `<run>/<cycle>/<miner>` rests on. Raises as `audit`, and for a submission that is not there."""
+    """Recompute what `<run>/<cycle>/<miner>` rests on: without credentials for the store, as far as the log goes.
+
+    Raises as `audit`, and for a submission that is not there.
+    """
     options = options or AuditOptions()
     check_tolerance(options.tolerance)
+    if options.files and options.folder is None and not _has_store(options.data_dir):
+        options.say("without keys of the store, what the log says is recomputed, and no file")
+        options = replace(options, files=False, model=False)
     wanted = SubmissionId.parse(submission)
 
     def choose(evidence: Evidence) -> Callable[[Named], bool]:
@@ -110,6 +116,10 @@ def explain(submission: str, options: AuditOptions | None = None) -> tuple[Evide
         return recompute_submission(evidence, artifacts, wanted.cycle, miner, options.recomputing())
 
     return blocking(_read_and(wanted.run, options, choose, work))
+
+
+def _has_store(data_dir: Path | None) -> bool:
+    return Session.open(data_dir, role="customer", wake=True).has_store
 
 
 async def _read_and(

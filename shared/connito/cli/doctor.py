@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,11 +14,22 @@ if TYPE_CHECKING:
     from connito.local.doctor_platform import Check
 
 
-def doctor(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
-    """Check versions, disk, memory and ports, and, where a platform is known, its broker, clock, store, bandwidth,
+def doctor(
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", help="A miner's key file: also whether the runs on offer fit, and what they pay."),
+    ] = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check versions, disk, memory, GPUs and ports, and, where a platform is known, its broker, clock, store, bandwidth,
     certificates and runs; exit 5 when something is missing."""
+    import os
+
     from connito.local import doctor as machine
 
+    if key is not None:
+        os.environ["CONNITO_KEY_FILE"] = str(key)
     checks = machine.doctor(data_dir)
     ok = all(check.ok or check.warning for check in checks)
     emit(as_json, {"ok": ok, "checks": [asdict(check) for check in checks]}, lambda: _text(checks))

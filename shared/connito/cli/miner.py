@@ -12,7 +12,9 @@ from connito.cli.output import DataDirOption, JsonFlag, emit, table
 from connito.render import formats
 
 if TYPE_CHECKING:
-    from connito.wire.identity import Identity
+    from collections.abc import Sequence
+
+    from connito.views.leaderboard import Place
 
 app = typer.Typer(no_args_is_help=True, help="Take part as a miner.")
 KeyFile = Annotated[Path, typer.Option("--key", help="The miner's key file.", envvar="CONNITO_KEY_FILE")]
@@ -38,7 +40,8 @@ def init(
         as_json,
         document,
         lambda: (
-            f"{identity.public}\n\nThe seed is in {key}; keep a copy. Give the line above to the operator, then run\n"
+            f"{identity.public}\n\nThe seed is in {key}; keep a copy. With an invite: connito miner run --key {key} --invite …\n"
+            "Without: give the line above to the operator, then run\n"
             f"  connito miner join PASS --key {key}\n"
             f"  CONNITO_NATS_URL=nats://… CONNITO_ROSTER=roster.json connito miner run --key {key}\n"
             "with the pass, the address and the roster that the operator gives you."
@@ -61,86 +64,72 @@ def join(
     as_json: JsonFlag = False,
 ) -> None:
     """Put a pass into the key file: with it the broker lets the key in. An invite is changed for one first."""
-    from connito.wire.identity import Identity
-    from connito.wire.passes import parse
+    from connito.client.joining import join as let_in
 
-    identity = Identity.load(key)
-    path = Path(text) if len(text) < 256 else None
-    word = path.read_text() if path is not None and path.is_file() else text
-    # Passes are JWTs, of three parts each.
-    if "." in word:
-        tokens, bus, roster = parse(word, identity.public), "", ""
-    else:
-        tokens, bus, roster = _change(word, identity, api, key.with_name("roster.json"))
-    identity.with_passes(tokens).save(key)
+    identity, told = let_in(text, key, api)
     emit(
         as_json,
-        {"key_file": str(key), "public_key": identity.public, "passes": len(tokens), "bus": bus, "roster": roster},
+        {
+            "key_file": str(key),
+            "public_key": identity.public,
+            "passes": len(identity.passes),
+            "bus": told.bus,
+            "roster": told.roster,
+        },
         lambda: (
             f"{identity.public} may log in; start it with\n  "
-            + (f"CONNITO_NATS_URL={bus} CONNITO_ROSTER={roster} " if bus else "")
+            + ("" if told.bus else "CONNITO_NATS_URL=nats://… CONNITO_ROSTER=roster.json ")
             + f"connito miner run --key {key}"
-            + (" --invite …" if bus else "")
         ),
     )
-
-
-def _change(token: str, identity: Identity, api: str, roster: Path) -> tuple[tuple[str, ...], str, str]:
-    """Return the passes for an invite, the bus's address and the roster's path; a roster that is there stays."""
-    from contextlib import closing
-
-    from connito.client.connection import Connection
-    from connito.errors import Invalid
-    from connito.v1.services_pb2 import AdmitMinerCommand, AdmitMinerRequest
-    from connito.wire.invites import parse, unverified
-    from connito.wire.passes import parse as parse_passes
-    from connito.wire.tls import Tls
-
-    invite = parse(token)
-    address = api or unverified(invite).api
-    if not address:
-        raise Invalid("the invite names no API; add --api HOST:PORT, the coordinator's, which the operator knows")
-    with closing(Connection(lambda _: address, identity, Tls.from_environment(os.environ))) as coordinator:
-        asked = coordinator.seal("rpc.AdmitMiner", AdmitMinerCommand(invite=invite))
-        answer = coordinator.call("coordinator", "AdmitMiner", AdmitMinerRequest(envelope=asked))
-    tokens = parse_passes("\n".join(answer.passes), identity.public)
-    if not roster.exists():
-        roster.write_text(answer.roster_json)
-    return tokens, answer.bus, str(roster)
 
 
 @app.command("run")
 def run(
     key: KeyFile = DEFAULT_KEY,
-    label: Annotated[str, typer.Option(help="A name to show beside the key.")] = "",
+    label: Annotated[str, typer.Option(help="A name to show beside the key.", envvar="CONNITO_LABEL")] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document, and log JSON lines on stderr from then on.")
     ] = False,
-    invite: Annotated[str, typer.Option(help="Invitation token, for runs that require one.")] = "",
+    invite: Annotated[
+        str,
+        typer.Option(
+            help="Invitation token. It is all that a newcomer needs: a key is made and let in.", envvar="CONNITO_INVITE"
+        ),
+    ] = "",
+    bus: Annotated[
+        str, typer.Option(help="The broker's address. Default: as told with the invite.", envvar="CONNITO_NATS_URL")
+    ] = "",
+    roster: Annotated[
+        Path | None, typer.Option(help="The operator's roster. Default: as above.", envvar="CONNITO_ROSTER")
+    ] = None,
 ) -> NoReturn:
     """Take part until interrupted: run the trainer with this key. Other settings: CONNITO_… variables."""
     import sys
 
+    from connito.client.joining import admitted
     from connito.errors import Invalid
     from connito.runtime.programs import service_module
-    from connito.wire.identity import Identity
 
-    identity = Identity.load(key)  # Says what is wrong before a process is started for it.
-    if not os.environ.get("CONNITO_NATS_URL"):
-        raise Invalid("CONNITO_NATS_URL is not set; the operator tells you the broker's address (nats://host:port)")
-    form = "json" if as_json else "console"
-    environment = {**os.environ, "CONNITO_KEY_FILE": str(key.absolute()), "CONNITO_LOG_FORMAT": form}
-    document = {"miner": identity.public, "bus": os.environ["CONNITO_NATS_URL"], "key_file": str(key.absolute())}
+    identity, told = admitted(key, invite)  # Says what is wrong before a process is started for it.
+    address = bus or told.bus
+    if not address:
+        raise Invalid(
+            "nobody said where the broker is: add --invite TOKEN, or --bus nats://host:port (CONNITO_NATS_URL) as the "
+            "operator tells you"
+        )
+    chosen = {
+        "CONNITO_KEY_FILE": str(key.absolute()),
+        "CONNITO_LOG_FORMAT": "json" if as_json else "console",
+        "CONNITO_NATS_URL": address,
+        "CONNITO_ROSTER": str(roster or told.roster),
+        "CONNITO_INVITE": told.invite or invite,
+        "CONNITO_LABEL": label,
+    }
+    environment = {**os.environ, **{name: value for name, value in chosen.items() if value}}
     if as_json:
-        emit(as_json, document, str)
+        emit(as_json, {"miner": identity.public, "bus": address, "key_file": str(key.absolute())}, str)
         sys.stdout.flush()
-    if invite:
-        from connito.wire.invites import parse
-
-        parse(invite)
-        environment["CONNITO_INVITE"] = invite
-    if label:
-        environment["CONNITO_LABEL"] = label
     command = [sys.executable, "-P", "-m", service_module("trainer")]
     os.execve(sys.executable, command, environment)  # noqa: S606 - no shell
 
@@ -247,6 +236,47 @@ def status(
             + f"\n\nreward in all: {total}"
         ),
     )
+
+
+@app.command("top")
+def top(
+    key: KeyFile = DEFAULT_KEY,
+    limit: Annotated[int, typer.Option(min=1, help="Miners to show; yours is shown anyway.")] = 20,
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show who earned how much over all runs: rank, merged submissions, rating, and what was held against them. Yours is
+    marked where the key file is there.
+    """
+    from connito.client import runs
+    from connito.platform.session import Session
+    from connito.wire.identity import Identity, short_key
+
+    mine = Identity.load(key).public if key.exists() else ""
+    if mine:
+        os.environ.setdefault("CONNITO_KEY_FILE", str(key))
+    places = runs.top(Session.open(data_dir, role="customer", wake=True))
+    shown = [place for number, place in enumerate(places) if number < limit or place.miner == mine]
+    headers = ("", "rank", "miner", "reward", "runs", "judged", "merged", "rating", "why not more")
+    rows = [
+        ("→" if p.miner == mine else "", p.rank, p.label or short_key(p.miner), p.reward, len(p.earned), p.judged, p.merged,
+         p.skill, p.why) for p in shown
+    ]  # fmt: skip
+    emit(
+        as_json,
+        {"miner": mine, "miners": len(places), "places": [place.to_json() for place in shown]},
+        lambda: table(headers, rows, "nobody has taken part in a cycle yet") + _own(mine, key, places),
+    )
+
+
+def _own(mine: str, key: Path, places: Sequence[Place]) -> str:
+    """Return the caller's earnings by run, and the command that recomputes the last of them."""
+    place = next((place for place in places if place.miner == mine), None)
+    if place is None:
+        return ""
+    lines = [f"{units:>12}  {run}" for run, units in place.earned.items()]
+    command = f"CONNITO_KEY_FILE={key} connito explain RUN/CYCLE/{mine}"
+    return "\n".join(["\n", "you earned", *lines, f"each cycle: connito miner status --key {key}", f"why: {command}"])
 
 
 def _cells(row: dict[str, Any], headers: tuple[str, ...]) -> list[Any]:

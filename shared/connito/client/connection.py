@@ -15,7 +15,11 @@ from connito.wire.identity import Identity
 from connito.wire.tls import Tls
 
 DEADLINE_SECONDS = 10.0
-_STUBS = {"coordinator": "RunServiceStub", "library": "LibraryServiceStub"}
+_STUBS = {
+    "coordinator": "RunServiceStub",
+    "committer": "SubmissionServiceStub",
+    "library": "LibraryServiceStub",
+}
 
 
 class Connection:

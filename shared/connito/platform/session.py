@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from connito.errors import Invalid, NotFound
 from connito.platform.datadir import DataDir, Platform
+from connito.platform.membership import Membership
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 from connito.wire.tls import PLAIN, Tls
@@ -37,17 +38,20 @@ class Session:
 
     @classmethod
     def open(cls, data_dir: Path | None, *, role: str, wake: bool = False) -> Self:
-        """Return `CONNITO_NATS_URL`, `CONNITO_KEY_FILE` and `CONNITO_ROSTER` where the first is set and no folder was
-        named, else the platform of the data directory, as its `role`. Raises `NotFound` when none runs there.
+        """Return the installation that `CONNITO_NATS_URL`, `CONNITO_KEY_FILE` and `CONNITO_ROSTER` name, where the first is set
+        or the key file is a miner's that was told the rest, and no folder was named. Else return the platform of the data
+        directory, as its `role`. Raises `NotFound` when none runs there.
 
         With `wake`, for who reads only: where none runs, start broker and store of the one that rests there.
         """
-        url = os.environ.get("CONNITO_NATS_URL", "")
+        key = os.environ.get("CONNITO_KEY_FILE", "")
+        told = Membership.of(Path(key)) if key else Membership()
+        url = os.environ.get("CONNITO_NATS_URL", "") or told.bus
         if url and data_dir is None:
             return cls(
                 url,
                 Identity.load(_path("CONNITO_KEY_FILE")),
-                Roster.load(_path("CONNITO_ROSTER")),
+                Roster.load(_path("CONNITO_ROSTER", told.roster)),
                 tls=Tls.from_environment(os.environ),
             )
         data = DataDir.at(data_dir)
@@ -77,6 +81,12 @@ class Session:
         if self.data is not None:
             return self.data.cache
         return Path(os.environ.get("CONNITO_CACHE_DIR") or default_cache_dir())
+
+    @property
+    def has_store(self) -> bool:
+        """Return whether there is something to reach the store with: elsewhere, a miner has no credentials for it."""
+        own = os.environ.get("CONNITO_S3_ACCESS_KEY") or os.environ.get("CONNITO_S3_CREDENTIALS", "keys") != "keys"
+        return self.platform is not None or bool(own)
 
     def direct(self) -> ArtifactStore | None:
         """Return the store itself where no service is there to sign addresses for it."""
@@ -133,8 +143,8 @@ def log_to(path: Path | None) -> None:
 BUCKET, REGION = "connito", "us-east-1"
 
 
-def _path(variable: str) -> Path:
-    value = os.environ.get(variable, "")
+def _path(variable: str, otherwise: str = "") -> Path:
+    value = os.environ.get(variable, "") or otherwise
     if not value:
         raise Invalid(f"CONNITO_NATS_URL is set, but {variable} is not; set it to the file's path")
     return Path(value)

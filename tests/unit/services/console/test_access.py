@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.errors import Fatal
 from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
 
-from services.console.access import COOKIE, SESSION_SECONDS, Access
+from services.console.access import COOKIE, SESSION_SECONDS, Access, Guard
 from services.console.settings import ConsoleSettings
 
 TOKEN = "correct-horse-battery"
@@ -93,3 +96,38 @@ def test_a_token_opens_beside_the_proxy() -> None:
     assert access.admits(Headers({"authorization": f"Bearer {TOKEN}"}), {}, "192.0.2.1")
     assert access.admits(Headers({HEADER: "ada"}), {}, "10.1.0.1")
     assert not access.admits(Headers({HEADER: "ada"}), {}, "192.0.2.1")
+
+
+async def test_a_public_page_is_the_only_one_that_strangers_see() -> None:
+    async def page(scope: object, receive: object, send: object) -> None:
+        await PlainTextResponse("shown")(scope, receive, send)  # type: ignore[arg-type]
+
+    always = {"/static/console.css", "/login"}
+    for public, seen in ((["/leaderboard"], {"/leaderboard", *always}), ([], always)):
+        guard = Guard(page, Access(TOKEN, public=public))
+        paths = ["/", "/leaderboard", "/leaderboard/", "/leaderboardx", "//leaderboard", "/runs/leaderboard", "/login",
+                 "/bus", "/static/console.css", "/library"]  # fmt: skip
+        answered = {path for path in paths if await asked(guard, path) == 200}
+        assert answered == seen, public
+
+
+async def asked(app: Guard, path: str) -> int:
+    status: list[int] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            status.append(message["status"])
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request"}
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "headers": [],
+        "query_string": b"",
+        "client": ("192.0.2.1", 1),
+    }
+    await app(scope, receive, send)
+    return status[0]
