@@ -66,7 +66,8 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
     async def _permit_corpus(self, customer: str, command: services_pb2.UploadCommand) -> None:
         """Let a customer upload what a run of its own may name. The address is good for these bytes alone, whoever asks."""
         allowed = command.artifact.realm in (REALM_PUBLIC, REALM_HOLDOUT) and 0 < command.artifact.size <= MAX_OBJECT
-        if not (allowed and self._state.roster.permits("customer", customer)):
+        roster = self._state.roster
+        if not (allowed and roster.permits("customer", customer) and not roster.only_reads(customer)):
             raise Invalid(
                 "an upload that belongs to no run is a customer's, of text or a base",
                 reason=reasons_pb2.REASON_NOT_PERMITTED,

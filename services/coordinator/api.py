@@ -26,7 +26,7 @@ from connito.wire.identity import is_public_key
 from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import INSTALLATION
 
-from . import enrolment
+from . import enrolment, tenancy
 from .admission import Admission
 from .reading import Readers
 from .state import Changes, State
@@ -63,6 +63,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         spec = complete(asked, customer, self._roster.memberships(customer))
         await self._log.refresh(self._bus, ("RUNS",))
         self._log.naming.check(spec, self._log.runs)
+        tenancy.check_submission(spec, customer, self._roster, self._log.runs)
         await self._bus.publish_fact(spec.run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
         facts = await self._wait(spec.run, lambda facts: facts.spec is not None)
         if facts.spec != spec:
@@ -87,12 +88,12 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         )
 
     async def CancelRun(self, request: services_pb2.CancelRunRequest, context: Any) -> services_pb2.CancelRunResponse:  # noqa: N802
-        """End a run now; again is fine. Only its own customer may. Raises `NotFound`, `Invalid`."""
+        """End a run now; again is fine. Its customer may, and an owner of its organisation. Raises `NotFound`, `Invalid`."""
         command, signer = open_request(
             request.envelope, "rpc.CancelRun", services_pb2.CancelRunCommand, self._roster, "customer"
         )
         facts = self._known(command.run)
-        if facts.spec is None or facts.spec.customer != signer:
+        if facts.spec is None or not tenancy.may_cancel(facts.spec, signer, self._roster):
             raise Invalid(f"run {command.run!r} belongs to another customer", reason=reasons_pb2.REASON_NOT_PERMITTED)
         if facts.ended is None:
             ended = run_pb2.RunEnded(
@@ -200,7 +201,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
             raise Invalid(f"the reason may have up to {MAX_WHY} printable characters; shorten it")
         operator = self._roster.permits(OPERATOR, signer)
         spec = None if order.run == "" else self._known(order.run).spec
-        if not operator and (spec is None or spec.customer != signer):
+        customer = spec is not None and spec.customer == signer and self._roster.permits("customer", signer)
+        if not operator and not (customer and not self._roster.only_reads(signer)):
             raise Invalid(
                 f"{signer} is neither an operator in the roster nor this run's customer; ask one of them",
                 reason=reasons_pb2.REASON_NOT_PERMITTED,

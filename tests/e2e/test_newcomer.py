@@ -52,7 +52,7 @@ class Newcomer:
         done = subprocess.run(
             command, cwd=self.folder, env=env, capture_output=True, text=True, check=False, timeout=120
         )
-        assert done.returncode == code, done.stderr
+        assert done.returncode == code, (done.stdout, done.stderr)
         return dict(json.loads(done.stdout)) if done.stdout else {}
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:

@@ -78,6 +78,65 @@ def revoke(folder: Folder, keys: Keys, bus: Broker = "", reload: PidFile = None,
     _report(access, {"action": "revoke", "keys": access.revoke(keys)}, bus, reload, as_json)
 
 
+@app.command("enlist")
+def enlist(
+    folder: Folder,
+    organisation: Annotated[str, typer.Argument(help="The organisation's name; the first member makes it.")],
+    key: Annotated[str, typer.Argument(help="The member's public key, as `connito miner init` prints one.")],
+    duty: Annotated[
+        str,
+        typer.Option("--as", help="owner: also cancels its members' runs; submitter; reader: sees, submits nothing."),
+    ] = "reader",
+    max_runs: Annotated[
+        int | None, typer.Option(help="Runs of the organisation that may be under way at once, from now on.")
+    ] = None,
+    bus: Broker = "",
+    reload: PidFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a key a member of an organisation, and print its pass. The roster goes to the services, which take it over."""
+    from connito.platform.access import Access
+
+    access = Access.open(folder)
+    again = key in access.accounts.revoked
+    token = access.enlist(organisation, key, duty, max_runs)
+    document = {"action": "enlist", "organisation": organisation, "keys": [key], "duty": duty, "passes": {key: token}}
+    _report(access, document | {"readmitted": [key] if again else []}, bus, reload, as_json)
+
+
+@app.command("dismiss")
+def dismiss(
+    folder: Folder,
+    key: Annotated[str, typer.Argument(help="The member's public key.")],
+    bus: Broker = "",
+    reload: PidFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Take a member out of its organisation and void its pass. Its runs go on; an owner may cancel them."""
+    from connito.platform.access import Access
+
+    access = Access.open(folder)
+    _report(access, {"action": "dismiss", "organisation": access.dismiss(key), "keys": [key]}, bus, reload, as_json)
+
+
+@app.command("acts")
+def acts(folder: Folder, as_json: JsonFlag = False) -> None:
+    """Show what was done with the folder, when and by whom, each signed by the operator's key. Exits with 6 where the record
+    was changed; keep the newest hash elsewhere to notice that its end is gone.
+    """
+    from connito.platform.access import Access
+    from connito.render import formats
+
+    rows = Access.open(folder).acts.read()
+    frame = ("act", "unix_ms", "user", "by", "previous", "hash")
+    cells = [
+        (formats.moment(row["unix_ms"]), row["user"], row["act"],
+         ", ".join(f"{name} {value}" for name, value in row.items() if name not in frame and value not in (None, [])),
+         row["hash"][:16]) for row in rows
+    ]  # fmt: skip
+    emit(as_json, {"acts": rows}, lambda: table(("when", "user", "act", "of", "hash"), cells, "nothing yet"))
+
+
 @app.command("rotate")
 def rotate(
     folder: Folder,
@@ -115,6 +174,12 @@ def list_(folder: Folder, as_json: JsonFlag = False) -> None:
     access = Access.open(folder)
     rows = [{"name": m.name, "role": m.role, "key": m.key, "previous": m.previous} for m in access.members()]
     rows += [{"name": "", "role": "miner", "key": key, "previous": ""} for key in access.miners]
+    roster = access.roster()
+    rows += [
+        {"name": name, "role": roster.duty(name, key), "key": key, "previous": ""}
+        for name, members in sorted(roster.organisations.items())
+        for key in sorted(members)
+    ]
     retired = {key: {"role": role, "until_unix_ms": at} for key, (role, at) in access.roster().retired.items()}
     headers = ("name", "role", "key", "previous")
     emit(
@@ -139,7 +204,7 @@ def _report(access: Access, document: dict[str, Any], bus: str, pid_file: Path |
 def _concerns_broker(document: dict[str, Any]) -> bool:
     """Return whether what was done has to reach a broker that runs: new keys of miners need not."""
     action = document["action"]
-    return bool(document["readmitted"] if action == "add" else action != "rotate" or document["finished"])
+    return bool(document["readmitted"] if action in ("add", "enlist") else action != "rotate" or document["finished"])
 
 
 def _tell(access: Access, url: str) -> bool:
@@ -168,7 +233,9 @@ def _reload(pid_file: Path | None) -> bool:
 def _next_steps(access: Access, document: dict[str, Any]) -> list[str]:
     folder, action = access.folder, document["action"]
     lines = [f"{document['members']} keys and {document['miners']} admitted miners in {folder}"]
-    if action in ("add", "renew"):
+    if action in ("enlist", "dismiss"):
+        lines.append(f"give everybody {folder}/roster.json; services take it over by themselves")
+    if action in ("add", "renew", "enlist"):
         for key, text in document["passes"].items():
             lines += [f"{key} joins with", f"  connito miner join {text}"]
     if action == "rotate" and not document["finished"]:

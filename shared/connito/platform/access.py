@@ -8,6 +8,7 @@
     roster.json       which public keys speak, or once spoke, for which role; public, every participant gets a copy
     nats.conf         a NATS server for one host that trusts those accounts
     nats-values.yaml  the accounts as values of this project's chart, for `helm install -f`
+    acts.jsonl        what was done with this folder, when and by whom, signed: see `connito.platform.acts`
     s3.json, s3.env   identities of a SeaweedFS S3 gateway, and the operator's own credentials; secret
     store/            what the parts of that SeaweedFS know each other by; secret
     s3/<name>.env     the credentials of each service and validator, which open what its role needs; secret
@@ -24,17 +25,19 @@ import secrets
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from connito.errors import Fatal, Invalid, NotFound
 from connito.platform import store_guard, store_rights
 from connito.platform.accounts import JETSTREAM, Accounts
+from connito.platform.acts import Acts
 from connito.platform.datadir import DataDir
 from connito.wire import passes
 from connito.wire.identity import Identity, is_public_key
-from connito.wire.roster import Roster
+from connito.wire.roster import DUTIES, Roster
+from connito.wire.subjects import check_token
 
 SERVICES = ("coordinator", "selector", "committer", "aggregator", "library", "customer", "operator")
 
@@ -71,6 +74,7 @@ class Access:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.accounts = Accounts(folder)
+        self.acts = Acts(folder, self._seed("operator"))
 
     @classmethod
     def open(cls, folder: Path) -> Access:
@@ -83,16 +87,20 @@ class Access:
         """Make what is missing and write everything; keys and stakes that are there stay."""
         self.accounts.make()
         self._grow(max(validators, self._validators()))
+        miners = list(miners)
         if tls is not None:
             _write(self.folder / "tls.json", json.dumps(tls.__dict__, indent=2) + "\n")
         # Who was admitted before there were passes gets one.
         self._admit([*self.miners, *miners])
         self.write()
         self._write_store()
+        self.acts.write("export", validators=self._validators(), admitted=list(miners))
 
     def add(self, keys: Iterable[str]) -> dict[str, str]:
         """Admit miners; return the pass of each. Raises `Invalid` for what is no public key, or belongs to a service."""
-        return self._admit(keys)
+        found = self._admit(keys)
+        self.acts.write("add", keys=list(found))
+        return found
 
     def revoke(self, keys: Iterable[str]) -> list[str]:
         """Put miners out; the broker closes their connections when it is told. Raises `Invalid` for what is no miner's key."""
@@ -103,16 +111,56 @@ class Access:
         for key in gone:
             self._pass(key).unlink(missing_ok=True)
         self.write()
+        self.acts.write("revoke", keys=gone)
         return gone
+
+    def enlist(self, organisation: str, key: str, duty: str, max_runs: int | None = None) -> str:
+        """Make a key a member of an organisation, or give it another duty there; return its pass. `max_runs`: the quota of the
+        organisation from now on, None leaves it. Raises `Invalid`.
+        """
+        check_token(organisation, "organisation")
+        self._check([key])
+        roster = self.roster()
+        if duty not in DUTIES or (max_runs is not None and max_runs < 0):
+            raise Invalid(f"a member is {', '.join(DUTIES)}, and a quota is a number of runs; not {duty!r}, {max_runs}")
+        if other := sorted(roster.memberships(key) - {organisation}):
+            raise Invalid(f"{key} belongs to {other[0]}; one key is of one organisation, so that quotas hold")
+        if key in self.miners:
+            raise Invalid(f"{key} is a miner's; a member needs a key of its own: `connito miner init --key FILE`")
+        self.accounts.readmit([key])
+        roster.organisations[organisation] = roster.organisations.get(organisation, frozenset()) | {key}
+        roster.duties.setdefault(organisation, {})[key] = duty
+        if max_runs is not None:
+            roster.quotas[organisation] = max_runs
+        self.write(roster)
+        self.acts.write("enlist", organisation=organisation, key=key, duty=duty, max_runs=max_runs)
+        return passes.JOINT.join(self.accounts.admit("customer", key))
+
+    def dismiss(self, key: str) -> str:
+        """Take a member out of its organisation and void its pass; return the organisation. Raises `NotFound`."""
+        roster = self.roster()
+        found = sorted(roster.memberships(key))
+        if not found:
+            raise NotFound(f"{key} is of no organisation; `connito access list` shows the members")
+        for organisation in found:
+            roster.organisations[organisation] -= {key}
+            roster.duties.get(organisation, {}).pop(key, None)
+        self.accounts.revoke([key])
+        self.write(roster)
+        self.acts.write("dismiss", organisation=found[0], key=key)
+        return found[0]
 
     def rotate(self, name: str) -> Member:
         """Give a member a second key. Both may speak until `finish`. Raises `NotFound`, `Invalid` while one is under way."""
         member = self.member(name)
         if member.previous:
             raise Invalid(f"the rotation of {name} is under way; end it with `--finish` first")
+        # The old key signs that it hands over to the new one.
+        signer = Acts(self.folder, self._old_seed(name)) if name == "operator" else self.acts
         self._seed(name).replace(self._old_seed(name))
         self._make(name)
         self.write()
+        signer.write(f"rotate {name}", key=self.member(name).key)
         return self.member(name)
 
     def renew_passes(self) -> dict[str, str]:
@@ -120,6 +168,7 @@ class Access:
         self.accounts.renew("miner")
         found = self._admit(self.miners)
         self.write()
+        self.acts.write("rotate miners", keys=list(found))
         return found
 
     def finish(self, name: str, now_ms: int | None = None) -> Member:
@@ -135,7 +184,8 @@ class Access:
             stakes.setdefault(member.key, stakes[member.previous])
         self._old_seed(name).unlink()
         self.accounts.revoke([member.previous])
-        self.write(Roster({}, stakes, {**roster.retired, **retired}, roster.organisations))
+        self.write(replace(roster, stakes=stakes, retired={**roster.retired, **retired}))
+        self.acts.write(f"finish {name}", key=member.key, retired=member.previous)
         return self.member(name)
 
     # Reading.
@@ -179,9 +229,9 @@ class Access:
         keys: dict[str, set[str]] = {}
         for member in self.members():
             keys.setdefault(member.role, set()).update({member.key, member.previous} - {""})
+        keys.setdefault("customer", set()).update(*before.organisations.values())
         by_role = {role: frozenset(some) for role, some in keys.items()}
-        admits = self.accounts.signers("miner")
-        roster = Roster(by_role, before.stakes, before.retired, before.organisations, admits)
+        roster = replace(before, keys=by_role, admits=self.accounts.signers("miner"))
         _write(self.folder / "roster.json", roster.to_json())
         values = {"nats": {"config": self.accounts.server("/data/jwt")}, "keda": {"account": self.accounts.platform}}
         _write(self.folder / "nats.conf", json.dumps(self._server(), indent=2) + "\n")

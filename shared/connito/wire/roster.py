@@ -13,6 +13,9 @@ from connito.wire.identity import is_public_key
 ROLES = ("coordinator", "selector", "committer", "aggregator", "library", "validator", "customer")
 # Writes no facts; orders bans and invites, which a coordinator then writes down.
 OPERATOR = "operator"
+# What a member of an organisation may do: everything, submit runs as well, or see what is the organisation's.
+OWNER, SUBMITTER, READER = "owner", "submitter", "reader"
+DUTIES = (OWNER, SUBMITTER, READER)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Roster:
     retired: dict[str, tuple[str, int]] = field(default_factory=dict)
     # By name, the keys whose holders see what the library keeps to that organisation.
     organisations: dict[str, frozenset[str]] = field(default_factory=dict)
+    # By organisation, what its members may do there; who is not named submits.
+    duties: dict[str, dict[str, str]] = field(default_factory=dict)
+    # By organisation, how many runs of its members may be under way at once; unlimited for one without a quota.
+    quotas: dict[str, int] = field(default_factory=dict)
     # Public keys of those who sign miners' passes. Empty: whoever reaches an API may enrol.
     admits: set[str] = field(default_factory=set)
 
@@ -51,6 +58,8 @@ class Roster:
             (self.stakes, other.stakes),
             (self.retired, other.retired),
             (self.organisations, other.organisations),
+            (self.duties, other.duties),
+            (self.quotas, other.quotas),
             (self.admits, other.admits),
         )
         for mine, theirs in pairs:
@@ -60,6 +69,16 @@ class Roster:
     def memberships(self, signer: str) -> frozenset[str]:
         """Return the organisations that `signer` belongs to."""
         return frozenset(name for name, members in self.organisations.items() if signer in members)
+
+    def duty(self, organisation: str, signer: str) -> str:
+        """Return what `signer` may do in an organisation; empty for who is no member."""
+        if signer not in self.organisations.get(organisation, frozenset()):
+            return ""
+        return self.duties.get(organisation, {}).get(signer, SUBMITTER)
+
+    def only_reads(self, signer: str) -> bool:
+        """Return whether `signer` is a reader of its organisation, who may change nothing."""
+        return any(self.duty(name, signer) == READER for name in self.memberships(signer))
 
     def stake(self, validator: str) -> float:
         """Return the weight of a validator's vote; 0 for a key that is not a validator's."""
@@ -77,6 +96,11 @@ class Roster:
             organisations = {
                 str(name): frozenset(map(str, members)) for name, members in raw.get("organisations", {}).items()
             }
+            duties = {
+                str(name): {str(key): str(duty) for key, duty in members.items()}
+                for name, members in raw.get("organisation_duties", {}).items()
+            }
+            quotas = {str(name): int(runs) for name, runs in raw.get("organisation_quotas", {}).items()}
             admits = set(map(str, raw.get("admits", [])))
         except OSError as error:
             raise Invalid(
@@ -97,7 +121,8 @@ class Roster:
         for key, (role, _) in retired.items():
             if role not in (*ROLES, OPERATOR) or not is_public_key(key):
                 raise Invalid(f"the roster {path} retires {key!r} as {role!r}, which is no key or no role")
-        return cls(keys, stakes, retired, organisations, admits)
+        _check_duties(path, organisations, duties, quotas)
+        return cls(keys, stakes, retired, organisations, duties, quotas, admits)
 
     def save(self, path: Path) -> None:
         """Write the file that `load` reads."""
@@ -114,6 +139,30 @@ class Roster:
             raw["retired"] = {key: {"role": role, "until_unix_ms": at} for key, (role, at) in self.retired.items()}
         if self.organisations:
             raw["organisations"] = {name: sorted(members) for name, members in self.organisations.items()}
+        if self.duties:
+            raw["organisation_duties"] = self.duties
+        if self.quotas:
+            raw["organisation_quotas"] = self.quotas
         if self.admits:
             raw["admits"] = sorted(self.admits)
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"
+
+
+def _check_duties(
+    path: Path,
+    organisations: dict[str, frozenset[str]],
+    duties: dict[str, dict[str, str]],
+    quotas: dict[str, int],
+) -> None:
+    """Raise `Invalid` for what would grant nothing or anything: a typing error must not open a door."""
+    for name in (*duties, *quotas):
+        if name not in organisations:
+            raise Invalid(f"the roster {path} says what may be done in {name!r}, which is no organisation there")
+    for name, members in duties.items():
+        for key, duty in members.items():
+            if duty not in DUTIES or key not in organisations[name]:
+                raise Invalid(
+                    f"the roster {path} makes {key!r} {duty!r} of {name!r}; duties are {', '.join(DUTIES)}, of members"
+                )
+    if any(runs < 0 for runs in quotas.values()):
+        raise Invalid(f"the roster {path} holds a negative quota")
