@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from connito.client.connection import Connection
 from connito.data.manifest import FileEntry, Manifest
 from connito.errors import ConnitoError, Retry
-from connito.local.doctor_platform import PROBE_BYTES, SLOW_BYTES_PER_SECOND, Check
+from connito.local.doctor_platform import PROBE_BYTES, SLOW_BYTES_PER_SECOND, Check, clock
 from connito.platform.log import read_runs
 from connito.protocol.findings import DOCUMENTS_APART
 from connito.render import formats
@@ -54,7 +55,7 @@ def _runs(session: Session, where: Mapping[str, str], runs: list[RunFacts]) -> I
             yield check
             if links is not None and not measured:
                 measured = True
-                yield _bandwidth(links)
+                yield from _line(links)
             yield _fits(facts, links)
             yield _pays(facts)
 
@@ -65,15 +66,17 @@ class _Links:
     def __init__(self, apis: Connection, facts: RunFacts) -> None:
         self._apis, self._run = apis, facts.run
         ref = facts.require_spec().base.manifest
-        data = _get(self._url(ref), 0, ref.size)
+        data = _get(self.url(ref), 0, ref.size)
         if ref_of_bytes(data, ref.media_type, ref.realm).digest != ref.digest:
             raise Retry("the store answered with other bytes than the base's manifest")
         self.manifest = Manifest.from_bytes(data)
 
     def read(self, entry: FileEntry, start: int, length: int) -> bytes:
-        return _get(self._url(entry.ref), start, length)
+        """Return a range of a file."""
+        return _get(self.url(entry.ref), start, length)
 
-    def _url(self, ref: ArtifactRef) -> str:
+    def url(self, ref: ArtifactRef) -> str:
+        """Return the address that reads an object."""
         command = services_pb2.DownloadsCommand(run=self._run, digests=[ref.digest])
         request = services_pb2.RequestDownloadsRequest(envelope=self._apis.seal("rpc.RequestDownloads", command))
         urls: Mapping[str, str] = self._apis.call("committer", "RequestDownloads", request).urls
@@ -97,26 +100,34 @@ def _links(apis: Connection, facts: RunFacts, me: str) -> tuple[_Links | None, C
 
 
 def _get(url: str, start: int, length: int) -> bytes:
+    return _fetch(url, start, length)[0]
+
+
+def _fetch(url: str, start: int, length: int) -> tuple[bytes, str]:
+    """Return a range of an object, and the store's date."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{start + length - 1}"})  # noqa: S310 - signed by the committer
     with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-        data: bytes = answer.read(length)
-    return data
+        return answer.read(length), answer.headers.get("Date", "")
 
 
-def _bandwidth(links: _Links) -> Check:
+def _line(links: _Links) -> Iterator[Check]:
+    """Measure the way to the store, and its clock, which refuses links that are dated otherwise."""
     largest = max(links.manifest.files.values(), key=lambda entry: entry.size)
     size = min(largest.size, PROBE_BYTES)
     try:
+        url = links.url(largest.ref)
         began = time.monotonic()
-        links.read(largest, 0, size)
+        _, date = _fetch(url, 0, size)
         rate = size / max(time.monotonic() - began, 1e-6)
     except (ConnitoError, OSError) as error:
-        return Check(
-            "bandwidth", False, str(error), "the store's address cannot be reached from here: a firewall, or DNS"
-        )
+        remedy = "the store's address cannot be reached from here: a firewall, or DNS"
+        yield Check("bandwidth", False, str(error), remedy)
+        return
     found = f"{formats.size(rate)}/s down ({formats.size(size)}); up is measured with the first result"
     remedy = "a result has to arrive within the submit window: use a faster line"
-    return Check("bandwidth", rate >= SLOW_BYTES_PER_SECOND or size < PROBE_BYTES, found, remedy, warning=True)
+    yield Check("bandwidth", rate >= SLOW_BYTES_PER_SECOND or size < PROBE_BYTES, found, remedy, warning=True)
+    if date:
+        yield clock(email.utils.parsedate_to_datetime(date).timestamp() + 0.5 - time.time(), "store")
 
 
 def _fits(facts: RunFacts, links: _Links | None) -> Check:
