@@ -31,6 +31,8 @@ log = get_logger("bus.consume")
 
 PULL_SECONDS = 5.0
 BATCH = 256
+# With so many lanes at hand nothing more is drawn: of all that is held the broker has to hear every few moments.
+AHEAD = 256
 # One that made its handler fail, with an error that has no meaning, so often.
 FAULT_LIMIT = 4
 SKIPPED_SECONDS = 0.03
@@ -45,7 +47,7 @@ class Worker(Listener):
 
     Each message is in a lane, and of a lane one message is handled at a time, in order; lanes take turns. Without `lane` every
     message is a lane of its own, as many are drawn as are handled, and one that has to wait goes back to the broker. With it,
-    as many are drawn as the consumer admits, and what has to wait holds up its lane and no other.
+    some are drawn ahead, up to what the consumer admits, and what has to wait holds up its lane and no other.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Worker(Listener):
     async def _draw(self, inbox: str) -> None:
         """Ask for as many messages as there is room for, one request at a time; what is held stays through lost connections."""
         while True:
-            wanted = min(BATCH, self.most - len(self.held))
+            wanted = self._wanted()
             self.room.clear()
             if wanted <= 0:
                 await self.room.wait()
@@ -119,6 +121,11 @@ class Worker(Listener):
                     raise Fatal(f"the broker closed the connection of {self.durable.name}") from error
                 log.warning("cannot read the work queue, trying again", durable=self.durable.name, error=str(error))
                 await asyncio.sleep(error.after if isinstance(error, Retry) else 0.5)
+
+    def _wanted(self) -> int:
+        """Return how many messages there is room for. A lane that waits for its next try does not count as at hand."""
+        at_hand = len(self.lanes) - len(self.later)
+        return 0 if self.lane is not None and at_hand >= AHEAD else min(BATCH, self.most - len(self.held))
 
     async def _request(self, inbox: str, wanted: int) -> None:
         """Ask, and return when the request is over: answered in full, expired at the broker, or lost with the connection."""
@@ -190,6 +197,7 @@ class Worker(Listener):
             delay = await self._handle(self.held[sequence])
             if delay is not None:
                 self.later[lane] = asyncio.get_running_loop().call_later(delay, self._again, lane)
+                self.room.set()
                 continue
             self.lanes[lane].remove(sequence)
             del self.held[sequence], self.tries[sequence]
