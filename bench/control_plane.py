@@ -329,6 +329,7 @@ def main() -> int:
     parser.add_argument("--miners", default="4,16,64,256,1000", help="numbers of miners (default %(default)s)")
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--note", default="", help="what else this machine did meanwhile, for the page")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / "control_plane.json"
@@ -337,7 +338,13 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="connito-bench-") as folder:
             fresh = asyncio.run(measured(miners, asked.cycles, Path(folder)))
         rows = [row for row in rows if row["miners"] != miners] + fresh
-        document = {"name": "control_plane", "machine": machine(), "rows": rows, "figures": figures(rows)}
+        document = {
+            "name": "control_plane",
+            "machine": machine(),
+            "settings": {"note": asked.note},
+            "rows": rows,
+            "figures": figures(rows),
+        }
         path.write_text(json.dumps(document, indent=2) + "\n")
     for name, value in figures(rows).items():
         print(f"  {name}: {value}")

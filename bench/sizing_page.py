@@ -1,7 +1,7 @@
-"""The figures of `docs/explanation/sizing.md`: `python -m bench.sizing_page --from OUT/starting.json`.
+"""The figures of `docs/explanation/sizing.md`: `python -m bench.sizing_page OUT/starting.json OUT/control_plane.json`.
 
-Copies the document to `docs/evidence` and writes the page's part anew, so that no figure there is typed. A unit test renders
-it again from the copy.
+Copies either document, or both, to `docs/evidence` and writes the page's parts anew, so that no figure there is typed. A unit
+test renders them again from the copies.
 """
 
 from __future__ import annotations
@@ -13,18 +13,48 @@ from pathlib import Path
 
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
 
-PAGE, EVIDENCE = ROOT / "docs/explanation/sizing.md", COPIES / "starting.json"
-BEGIN, END = "<!-- starts, written by bench.sizing_page -->\n", "<!-- until here -->\n"
+PAGE = ROOT / "docs/explanation/sizing.md"
+END = "<!-- until here -->\n"
 
 
 def render(page: str, document: Document) -> str:
-    """Return the page with its part written anew."""
-    before, _, rest = page.partition(BEGIN)
+    """Return the page with a document's part written anew."""
+    name = document["name"]
+    begin = f"<!-- {name}, written by bench.sizing_page -->\n"
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(END)
-    return before + BEGIN + "\n" + paragraphs(_part(document)) + "\n" + END + after
+    return before + begin + "\n" + paragraphs(PARTS[name](document)) + "\n" + END + after
 
 
-def _part(document: Document) -> str:
+def _cycles(document: Document) -> str:
+    machine, rows = document["machine"], document["rows"]
+    sizes = sorted({row["miners"] for row in rows})
+    # Of each size the last cycle: in the first one a start still shows.
+    last = [max((row for row in rows if row["miners"] == size), key=lambda row: row["cycle"]) for size in sizes]
+    parts = ("coordinator", "committer", "broker", "store")
+    lines = [
+        [
+            f"{row['miners']:,}",
+            *(f"{row[f'{part}_cpu_s']:.2f}" for part in parts),
+            f"{1000 * row['cpu_s'] / row['miners']:.0f} ms",
+            f"{row['in_msgs'] / row['miners']:.0f}",
+            f"{row['out_bytes'] / row['miners'] / 1000:.0f} kB",
+            f"{row['coordinator_rss_mb']}, {row['committer_rss_mb']} MB",
+        ]
+        for row in last
+    ]
+    head = ("miners", *parts, "a miner", "messages a miner", "read a miner", "coordinator, committer")
+    note = document["settings"].get("note", "")
+    return f"""
+`bench.control_plane`: CPU seconds that a cycle costs each process, with played people and submissions of 8 kB, on
+{machine["cores"]} cores of an {machine["cpu"]}{note and ", "}{note}. Miners share one connection to the broker.
+
+{table(head, lines)}
+[Every number](../evidence/control_plane.json).
+"""
+
+
+def _starts(document: Document) -> str:
     settings, machine, rows = document["settings"], document["machine"], document["rows"]
     lines = [
         [
@@ -50,12 +80,16 @@ What is kept takes {min(each, default=0):.0f} to {max(each, default=0):.0f} byte
 
 
 def main() -> None:
-    """Copy the document and write the page."""
+    """Copy the documents and write the page."""
     parser = argparse.ArgumentParser(prog="python -m bench.sizing_page", description=__doc__)
-    parser.add_argument("--from", dest="source", type=Path, default=Path("out/bench/starting.json"))
-    shutil.copyfile(parser.parse_args().source, EVIDENCE)
-    PAGE.write_text(render(PAGE.read_text(), json.loads(EVIDENCE.read_text())))
+    parser.add_argument("documents", nargs="+", type=Path)
+    for path in parser.parse_args().documents:
+        document = json.loads(path.read_text())
+        shutil.copyfile(path, COPIES / f"{document['name']}.json")
+        PAGE.write_text(render(PAGE.read_text(), document))
 
+
+PARTS = {"starting": _starts, "control_plane": _cycles}
 
 if __name__ == "__main__":
     main()

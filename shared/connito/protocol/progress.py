@@ -34,7 +34,9 @@ def adapts(facts: RunFacts) -> bool:
 
 def merged_anything(facts: RunFacts) -> bool:
     """Return whether any version holds the work of a miner."""
-    return any(version.merged for version in facts.versions.values())
+    # One by one from the first: where anything was, it was early, and a long run need not be looked through.
+    versions = (facts.version(cycle) for cycle in facts.cycles())
+    return any(version is not None and version.merged for version in versions)
 
 
 def barren(facts: RunFacts, cycle: int) -> bool:
