@@ -32,7 +32,8 @@ def render(values: dict[str, Any], chart: Path = CHART, **options: Any) -> list[
         document
         for path, text in sorted(files.items())
         if not path.endswith("NOTES.txt")
-        for document in yaml.safe_load_all(text)
+        # Seven times as fast as the loader in Python, and most of what a rendering costs.
+        for document in yaml.load_all(text, yaml.CSafeLoader)
         if document
     ]
 

@@ -27,6 +27,7 @@ CORPUS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "cor
 VERSIONS = ("1.30", "1.34", "1.37")
 # Kinds of operators, which Kubernetes' own schema does not know.
 CUSTOM = {"Certificate", "ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "HTTPRoute", "GRPCRoute"}
+LONG = "a-release-whose-name-is-as-long-as-helm-lets-it-be-ok"
 LABEL = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9]|")
 
 
@@ -97,8 +98,17 @@ def test_the_corpus_is_large() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(CORPUS))
-def test_it_is_valid_in_strict_mode_at_three_versions(name: str) -> None:
+def test_a_case_is_valid_restricted_short_and_can_be_upgraded_to(name: str) -> None:
+    """One test a case: Helm takes most of the time, and renderings are shared within a process only."""
     objects = rendered(name)
+    check_valid_in_strict_mode_at_three_versions(objects)
+    check_every_own_container_is_restricted(objects)
+    for one in (objects, rendered(name, LONG)):
+        check_names_and_labels_are_short_enough(one)
+    check_an_upgrade_and_back_change_nothing_that_cannot_change(name)
+
+
+def check_valid_in_strict_mode_at_three_versions(objects: tuple[Object, ...]) -> None:
     known = [item for item in objects if item["kind"] not in CUSTOM]
     assert len(known) >= 8
     for version in VERSIONS:
@@ -108,10 +118,8 @@ def test_it_is_valid_in_strict_mode_at_three_versions(name: str) -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("name", sorted(CORPUS))
-@pytest.mark.parametrize("release", ["connito", "a-release-whose-name-is-as-long-as-helm-lets-it-be-ok"])
-def test_names_and_labels_are_short_enough(name: str, release: str) -> None:
-    for item in rendered(name, release):
+def check_names_and_labels_are_short_enough(objects: tuple[Object, ...]) -> None:
+    for item in objects:
         limit = {"StatefulSet": 52, "Job": 57, "Service": 63}.get(item["kind"], 253)
         assert len(item["metadata"]["name"]) <= limit, item["metadata"]["name"]
         template = item.get("spec", {}).get("template", {}) if isinstance(item.get("spec"), dict) else {}
@@ -120,8 +128,7 @@ def test_names_and_labels_are_short_enough(name: str, release: str) -> None:
                 assert LABEL.fullmatch(value), (item["metadata"]["name"], key, value)
 
 
-@pytest.mark.parametrize("name", sorted(CORPUS))
-def test_an_upgrade_to_it_and_back_changes_nothing_that_cannot_change(name: str) -> None:
+def check_an_upgrade_and_back_change_nothing_that_cannot_change(name: str) -> None:
     case = CORPUS[name]
     plain = rendered({"platform": "plain", "production": "everything", "trainer": "miner"}.get(case["base"], "bundled"))
     assert set(refused(plain, rendered(name))) == set(case.get("immutable", []))
@@ -182,9 +189,8 @@ def test_openshift_chooses_the_user(name: str) -> None:
     assert {53, 5353} <= {port["port"] for port in policy["spec"]["egress"][0]["ports"]}
 
 
-@pytest.mark.parametrize("name", sorted(CORPUS))
-def test_every_own_container_is_restricted(name: str) -> None:
-    for where, spec in pod_specs(rendered(name)).items():
+def check_every_own_container_is_restricted(objects: tuple[Object, ...]) -> None:
+    for where, spec in pod_specs(objects).items():
         assert spec["securityContext"]["runAsNonRoot"] is True, where
         for container in spec["containers"]:
             if container["name"] == "proxy":
