@@ -26,7 +26,7 @@ from connito.wire.fact import Fact, Record
 from connito.wire.subjects import FactKey
 from connito.wire.verification import CATALOGUE, INGRESS
 
-FORMAT = 2
+FORMAT = 3
 # Facts that were read back and stay in memory.
 REMEMBERED = 20_000
 
@@ -40,7 +40,17 @@ create table read (stream text primary key, sequence integer, anchor blob, tag b
 create table aside (number integer primary key, run text, stream text, sequence integer, subject text, data blob,
                     time_unix_ms integer, headers text, tag blob);
 create index aside_by_run on aside (run);
+create table tally (facts integer, notes integer, aside integer, tag blob);
+insert into tally values (0, 0, 0, null);
 """
+# Damage can leave each row whole and take others with it, or bring old ones back: sums of all tags are kept with every change.
+_SUMMED = """
+create trigger {0}_in after insert on {0} begin update tally set {0} = {0} + number(new.tag); end;
+create trigger {0}_out after delete on {0} begin update tally set {0} = {0} - number(old.tag); end;
+"""
+_SUMS = "select facts, notes, aside, tag from tally"
+_SUMS_OF_ROWS = """select (select sum(number(tag)) from facts), (select sum(number(tag)) from notes),
+                          (select sum(number(tag)) from aside)"""
 _STANDING = "select section, cycle, kind, id, signer, stream, sequence, time_unix_ms, digest, payload, tag from facts"
 _OF_A_KIND = f"{_STANDING} where run = ? and section = ? and cycle = ? and kind = ? order by id"
 _SINCE = f"{_STANDING} where run = ? and (cycle = 0 or cycle >= ?)"
@@ -94,7 +104,7 @@ class Kept:
         except _DAMAGE:
             return self._anew()
         try:
-            if found.execute("select binding from meta").fetchall() == [(self._binding,)]:
+            if found.execute("select binding from meta").fetchall() == [(self._binding,)] and self._whole(found):
                 found.execute("pragma synchronous = normal")
                 return found
         except _DAMAGE:
@@ -102,12 +112,21 @@ class Kept:
         found.close()
         return self._anew()
 
+    def _whole(self, found: sqlite3.Connection) -> bool:
+        """Return whether every page is where it belongs, and the rows are those of the last commit."""
+        if found.execute("pragma quick_check(1)").fetchall() != [("ok",)]:
+            return False
+        ((*sums, tag),), (rows,) = found.execute(_SUMS).fetchall(), found.execute(_SUMS_OF_ROWS).fetchall()
+        same = sums == [row or 0 for row in rows]
+        return same and isinstance(tag, bytes) and hmac.compare_digest(tag, self._tag(*sums))
+
     def _anew(self) -> sqlite3.Connection:
         assert self.path is not None
         self._remove()
         try:
             made = _fresh(str(self.path))
             made.execute("insert into meta values (?)", (self._binding,))
+            made.execute("update tally set tag = ?", (self._tag(0, 0, 0),))
         except sqlite3.DatabaseError as error:
             self.fileless = str(error)
             return _fresh("")
@@ -196,6 +215,8 @@ class Kept:
             self._write("insert or replace into read values (?, ?, ?, ?)", (*row, self._tag(*row)))
         if not self.closed_for_writing and self.database.in_transaction:
             try:
+                ((*sums, _),) = self.database.execute(_SUMS).fetchall()
+                self.database.execute("update tally set tag = ?", (self._tag(*sums),))
                 self.database.execute("commit")
             except _DAMAGE as error:
                 self._give_up(error)
@@ -306,8 +327,17 @@ def _type_of(stream: str, kind: str, section: str) -> type[Message]:
     return INGRESS[kind] if stream == "INGRESS" else CATALOGUE[section, kind][0]
 
 
+def _number(tag: object) -> int:
+    """Return a tag as a number of which any count of rows can be summed, and never 0."""
+    return 1 + int.from_bytes(tag[:4], "big") if isinstance(tag, bytes) else 1
+
+
 def _connect(name: str) -> sqlite3.Connection:
-    return sqlite3.connect(name, isolation_level=None, check_same_thread=False, timeout=0)
+    made = sqlite3.connect(name, isolation_level=None, check_same_thread=False, timeout=0)
+    # Without, a row that is replaced is not counted as taken away.
+    made.execute("pragma recursive_triggers = on")
+    made.create_function("number", 1, _number, deterministic=True)
+    return made
 
 
 def _fresh(name: str) -> sqlite3.Connection:
@@ -316,5 +346,5 @@ def _fresh(name: str) -> sqlite3.Connection:
         made.execute("pragma locking_mode = exclusive")
         made.execute("pragma journal_mode = wal")
         made.execute("pragma synchronous = normal")
-    made.executescript(_SCHEMA)
+    made.executescript(_SCHEMA + "".join(map(_SUMMED.format, ("facts", "notes", "aside"))))
     return made
