@@ -231,7 +231,7 @@ class Arena:
         facts = self._facts(cycle, standing, validators)
         refused, settled, files = {}, [], {}
         for place, upload in enumerate(uploads):
-            refusal = check_artifact(str(upload.path), str(self.start().state), self.spec)
+            refusal = check_artifact(str(upload.path), str(self.start().state), self.spec, run_pb2.SelectionMade())
             if refusal is not None:
                 refused[upload.miner] = refusal
                 continue

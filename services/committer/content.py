@@ -18,7 +18,7 @@ from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.cycle_pb2 import Finding
-from connito.v1.run_pb2 import RunSpec
+from connito.v1.run_pb2 import RunSpec, SelectionMade
 from connito.wire.facts import RunFacts
 
 log = get_logger("committer.content")
@@ -79,17 +79,17 @@ class ContentCheck:
                 # Nobody has looked at it before: these are the bytes that were uploaded.
                 return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, Refusal.of(error).finding)
             start = await self._store.fetch(base)
-            return await asyncio.to_thread(check_artifact, str(path), str(start), spec)
+            return await asyncio.to_thread(check_artifact, str(path), str(start), spec, facts.require_selection())
 
 
-def check_artifact(path: str, base: str, spec: RunSpec) -> Refusal | None:
+def check_artifact(path: str, base: str, spec: RunSpec, selection: SelectionMade) -> Refusal | None:
     """Return why the file at `path` is no submission to a cycle whose θ_t is at `base`; None when it is one. Raises
     only for what is wrong with this machine.
     """
     expected = read_header(base)
     try:
         with tempfile.TemporaryDirectory(prefix="connito-examine-") as folder:
-            validate_move(decoded(Path(path), Path(base), spec.training, Path(folder)), expected, base, spec)
+            validate_move(decoded(Path(path), Path(base), spec.training, Path(folder)), expected, base, spec, selection)
     except Exception as error:  # a hostile file must not be able to stop the service
         if here_and_now(error) is not None:
             raise

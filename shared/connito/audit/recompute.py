@@ -227,7 +227,7 @@ def refused_content(work: Recomputation, cycle: int) -> Step:
         try:
             base = work.artifacts.paths.get(opened.state.digest) if opened is not None else None
             layout = read_header(work.artifacts.path(selection.initial_state))
-            validate_move(path, layout, base, spec)
+            validate_move(path, layout, base, spec, selection)
         except Invalid:
             continue
         name = reason_name(refused.reason) if refused is not None else "unknown"

@@ -174,9 +174,13 @@ def _select(
 
 
 def _as_said(again: run_pb2.LayerSelection, made: run_pb2.LayerSelection) -> run_pb2.LayerSelection:
-    """Return a layer with the use of its experts as the log has it, where that is the same within rounding, or not said."""
+    """Return a layer with what older programs do not say left out, and the use of its experts as the log has it, where that is
+    the same within rounding.
+    """
     if not made.use or _close(list(again.use), list(made.use)):
         again.use[:] = made.use
+    if not made.per_token:
+        again.per_token = 0
     return again
 
 

@@ -48,22 +48,33 @@ def claimed_rows(batches: Rows) -> Rows:
     return rows[: max(1, CLAIMED_TOKENS // (rows.shape[1] - 1))]
 
 
+def claimable(spec: RunSpec) -> int:
+    """Return how many tokens a miner's claim is about at most: those that `claimed_rows` has of one cycle's batches."""
+    policy = spec.training
+    most = max(CLAIMED_TOKENS, policy.sequence_length)
+    if not (policy.local_steps and policy.batch_sequences and policy.sequence_length):
+        return most
+    rows = min(policy.local_steps * policy.batch_sequences, max(1, CLAIMED_TOKENS // policy.sequence_length))
+    return min(most, rows * policy.sequence_length)
+
+
 def metadata_of(claim: Claim) -> dict[str, str]:
     """Return the metadata that an artifact states a claim with."""
     text = json.dumps({str(layer): list(counts) for layer, counts in sorted(claim.items())}, separators=(",", ":"))
     return {ROUTED: text}
 
 
-def claim_of(header: Header, spec: RunSpec) -> Claim | None:
+def claim_of(header: Header, spec: RunSpec, selection: SelectionMade) -> Claim | None:
     """Return the claim of an artifact; None where it makes none, or the run asks for none.
 
-    Raises `Invalid` (BAD_CLAIM) for anything but whole numbers of tokens, one for each row, of each layer.
+    Raises `Invalid` (BAD_CLAIM) for anything but whole numbers of tokens, one for each row, of each layer, and for more of them
+    than the text has, in a layer together than its router sends. Whoever takes part or audits asks this one rule.
     """
     text = header.metadata.get(ROUTED)
     if text is None or not by_expert(spec):
         return None
     rows = {int(name.split(".")[1]): entry.shape[0] for name, entry in header.entries.items()}
-    most = max(CLAIMED_TOKENS, spec.training.sequence_length)
+    most, each = claimable(spec), {layer.layer: layer.per_token for layer in selection.layers}
     try:
         found = json.loads(text) if len(text) <= _MAX_BYTES else None
     except (ValueError, RecursionError):
@@ -76,6 +87,9 @@ def claim_of(header: Header, spec: RunSpec) -> Claim | None:
             raise _bad(f"layer {layer} needs {count} numbers, one for each selected expert")
         if not all(type(number) is int and 0 <= number <= most for number in numbers):
             raise _bad(f"layer {layer} has something else than whole numbers from 0 to {most}")
+        # Selections of older programs do not say how many experts a token has.
+        if each.get(layer) and sum(numbers) > most * each[layer]:
+            raise _bad(f"layer {layer} has {sum(numbers)} tokens, and {most} have {each[layer]} experts each")
     return {int(layer): numbers for layer, numbers in found.items()}
 
 

@@ -27,7 +27,7 @@ from connito.data.tensors import (
 from connito.errors import Invalid, Unusable
 from connito.protocol.claims import claim_of
 from connito.v1 import reasons_pb2 as reasons
-from connito.v1.run_pb2 import RunSpec
+from connito.v1.run_pb2 import RunSpec, SelectionMade
 
 __all__ = ["Layout", "expected_layout", "max_submission_bytes", "read_header", "validate", "validate_move"]
 
@@ -98,12 +98,14 @@ def check_header(
     return header
 
 
-def validate_move(source: Path | str, layout: Layout | Header, start: Path | str | None, spec: RunSpec) -> Header:
+def validate_move(
+    source: Path | str, layout: Layout | Header, start: Path | str | None, spec: RunSpec, selection: SelectionMade
+) -> Header:
     """Check a submission as everybody does who judges one: its norm by `start`, the state θ_t that its own cycle started
     from, or not at all where that is lost. Over a run the state may move as far as it likes. What it claims has to be a claim.
     """
     header = validate(source, layout, start, spec.scoring.max_relative_norm or math.inf)
-    claim_of(header, spec)
+    claim_of(header, spec, selection)
     return header
 
 

@@ -1093,7 +1093,10 @@ class LayerSelection(_message.Message):
     EXPERTS_FIELD_NUMBER: _builtins.int
     HELPERS_FIELD_NUMBER: _builtins.int
     USE_FIELD_NUMBER: _builtins.int
+    PER_TOKEN_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    per_token: _builtins.int
+    """Experts that the router chooses for a token: no claim of a layer's tokens is over that many times the text."""
     @_builtins.property
     def experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Best first."""
@@ -1111,10 +1114,11 @@ class LayerSelection(_message.Message):
         experts: _abc.Iterable[_builtins.int] | None = ...,
         helpers: _abc.Iterable[_builtins.int] | None = ...,
         use: _abc.Iterable[_builtins.float] | None = ...,
+        per_token: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "helpers", b"helpers", "layer", b"layer", "use", b"use"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "helpers", b"helpers", "layer", b"layer", "per_token", b"per_token", "use", b"use"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,9 +46,9 @@ class Recount:
 
         if entry.miner not in self._drawn:
             return None
-        spec = self._facts.require_spec()
+        spec, selection = self._facts.require_spec(), self._facts.require_selection()
         try:
-            claim = claim_of(replace(read_header(start), metadata=stated(artifact, spec.training)), spec)
+            claim = claim_of(replace(read_header(start), metadata=stated(artifact, spec.training)), spec, selection)
         except Invalid:
             return None  # whoever reads its tensors says so
         if claim is None:

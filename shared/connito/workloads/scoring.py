@@ -160,7 +160,8 @@ class SubmissionEvaluator:
         with tempfile.TemporaryDirectory(prefix="connito-decode-") as folder:
             rows_of = decoded(files.artifact, begun_from, self._spec.training, Path(folder))
             validate(rows_of, read_header(state))
-            strength = judged([claim_of(read_header(rows_of), self._spec)], use_of(self._selection))
+            claim = claim_of(read_header(rows_of), self._spec, self._selection)
+            strength = judged([claim], use_of(self._selection))
             artifact = load_state(rows_of)
         origin = load_state(begun_from)
         if all(artifact[name].equal(rows) for name, rows in origin.items()):

@@ -56,13 +56,19 @@ class Chosen:
     start: run_pb2.StartChoice | None = None
     # Of the probe's tokens, by layer the share that goes to each of its selected experts.
     use: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    # How many experts a token has, by layer.
+    per_token: Mapping[int, int] = field(default_factory=dict)
 
     def layers(self) -> list[run_pb2.LayerSelection]:
         """Return the selection map as the log carries it."""
         helpers = self.selection.helpers
         return [
             run_pb2.LayerSelection(
-                layer=layer, experts=experts, helpers=helpers.get(layer, []), use=self.use.get(layer, ())
+                layer=layer,
+                experts=experts,
+                helpers=helpers.get(layer, []),
+                use=self.use.get(layer, ()),
+                per_token=self.per_token.get(layer, 0),
             )
             for layer, experts in sorted(self.selection.layers.items())
         ]
@@ -136,6 +142,7 @@ def choose(
         _background(model, selection, usage, theta) if spec.selection.background else b"",
         None if start is None else start.choice,
         _use(target, selection.layers),
+        {index: target.layers[index].top_k for index in selection.layers},
     )
 
 

@@ -138,7 +138,7 @@ def _inspect(
     for entry in _sorted(entry for entry in submissions if entry.miner in files.states):
         try:
             path = decoded(files.states[entry.miner], files.bases[entry.miner], spec.training, folder)
-            claim_of(check_header(path, layout), spec)
+            claim_of(check_header(path, layout), spec, facts.require_selection())
             states[entry.miner] = path
         except Environment:
             raise
@@ -159,9 +159,9 @@ def _ingredients(
     files: Files,
     gram: NDArray[np.float64],
 ) -> MergeInputs:
-    use, paths = use_of(facts.require_selection()), [files.states[entry.miner] for entry in sound]
+    selection, paths = facts.require_selection(), [files.states[entry.miner] for entry in sound]
     deltas = DeltaFiles(paths, [files.bases[entry.miner] for entry in sound])
-    claims = [claim_of(read_header(path), facts.require_spec()) for path in paths]
+    claims = [claim_of(read_header(path), facts.require_spec(), selection) for path in paths]
     return MergeInputs(
         files.parent,
         files.momentum,
@@ -171,8 +171,8 @@ def _ingredients(
         [max(0, cycle - (entry.origin_cycle or cycle)) for entry in sound],
         gram,
         counts_of(claims),
-        judged(claims, use),
-        use,
+        judged(claims, use_of(selection)),
+        use_of(selection),
     )
 
 

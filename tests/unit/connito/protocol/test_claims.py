@@ -13,6 +13,9 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import sentence
 
 CLAIM = {2: [10, 0, 400], 7: [4096, 5]}
+SELECTION = run_pb2.SelectionMade(
+    layers=[run_pb2.LayerSelection(layer=2, per_token=2), run_pb2.LayerSelection(layer=7, per_token=2)]
+)
 
 
 def spec(weighting: str = "tokens") -> run_pb2.RunSpec:
@@ -31,13 +34,13 @@ def header(text: str | None) -> Header:
 
 
 def test_a_claim_comes_back_as_it_was_made() -> None:
-    assert claim_of(header(metadata_of(CLAIM)["routed"]), spec()) == CLAIM
+    assert claim_of(header(metadata_of(CLAIM)["routed"]), spec(), SELECTION) == CLAIM
 
 
 def test_nothing_is_claimed_where_nothing_is_said_or_the_run_merges_whole_submissions() -> None:
-    assert claim_of(header(None), spec()) is None
-    assert claim_of(header("rubbish"), spec("whole")) is None
-    assert claim_of(header("rubbish"), spec("")) is None
+    assert claim_of(header(None), spec(), SELECTION) is None
+    assert claim_of(header("rubbish"), spec("whole"), SELECTION) is None
+    assert claim_of(header("rubbish"), spec(""), SELECTION) is None
 
 
 HOSTILE = {
@@ -49,6 +52,7 @@ HOSTILE = {
     "negative": '{"2":[-1,0,1],"7":[1,1]}',
     "huge": '{"2":[1e308,0,1],"7":[1,1]}',
     "more than there are": '{"2":[4097,0,1],"7":[1,1]}',
+    "more than the router sends": '{"2":[4096,4096,1],"7":[1,1]}',
     "beyond 64 bits": json.dumps({"2": [10**40, 0, 1], "7": [1, 1]}),
     "more digits than Python reads": '{"2":[' + "9" * 5000 + ',0,1],"7":[1,1]}',
     "a fraction": '{"2":[0.5,0,1],"7":[1,1]}',
@@ -68,7 +72,7 @@ HOSTILE = {
 @pytest.mark.parametrize("weighting", ["tokens", "capped"])
 def test_hostile_claims_are_refused_by_name(text: str, weighting: str) -> None:
     with pytest.raises(Invalid, match="claim of routed tokens") as refused:
-        claim_of(header(text), spec(weighting))
+        claim_of(header(text), spec(weighting), SELECTION)
     assert refused.value.reason == reasons_pb2.REASON_BAD_CLAIM
     assert len(str(refused.value)) < 300
 
@@ -107,3 +111,26 @@ def test_layers_above_may_differ_more_as_a_model_with_absent_experts_does() -> N
         found = falsehood(far, counted, 1000)
         assert found is not None
         assert found.name == f"layers.{layer}"
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "length", "tokens"),
+    [(2, 3, 64, 384), (100, 8, 64, 4096), (100, 8, 63, 4095), (1, 1, 8192, 8192), (0, 0, 64, 4096)],
+)
+def test_nobody_claims_more_tokens_than_its_batches_have(steps: int, batch: int, length: int, tokens: int) -> None:
+    of = spec()
+    of.training.local_steps, of.training.batch_sequences, of.training.sequence_length = steps, batch, length
+    batches = np.zeros((steps, batch, length + 1))
+    assert not steps or claimed_rows(batches)[:, :-1].size == tokens
+    for much, fine in ((tokens, True), (tokens + 1, False)):
+        text = json.dumps({"2": [much, 0, 0], "7": [1, 1]})
+        if fine:
+            assert claim_of(header(text), of, SELECTION)
+        else:
+            with pytest.raises(Invalid, match="claim of routed tokens"):
+                claim_of(header(text), of, SELECTION)
+
+
+def test_a_selection_of_before_bounds_no_sum() -> None:
+    old = run_pb2.SelectionMade(layers=[run_pb2.LayerSelection(layer=2), run_pb2.LayerSelection(layer=7)])
+    assert claim_of(header('{"2":[4096,4096,4096],"7":[1,1]}'), spec(), old)

@@ -121,7 +121,7 @@ def test_nothing_is_said_of_those_who_were_not_drawn_or_claim_nothing(scene: Any
     recount, theta, _ = scene
     assert recount.falsehood(entry(MINERS[0]), hand_in(tmp_path, theta, {}), theta) is None
     lie = hand_in(tmp_path, theta, {"routed": '{"1":[60,60]}'})
-    assert claim_of(read_header(lie), recount._facts.require_spec()) is not None
+    assert claim_of(read_header(lie), recount._facts.require_spec(), recount._facts.require_selection()) is not None
     assert recount.falsehood(entry("somebody else"), lie, theta) is None
 
 
