@@ -31,6 +31,7 @@ from connito.wire.hashing import hash_fields
 from connito.wire.heads import LogTrees
 from connito.wire.identity import Identity
 from connito.wire.sealing import MEDIA_TYPE as SEALED
+from connito.wire.sealing import parse_boxes
 from connito.workloads.claims import Recount, Text
 from connito.workloads.fetching import fetch_base, fetch_holdouts, fetch_text, holdout_refs
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
@@ -139,9 +140,14 @@ class Validator:
         if not any(ref.media_type == SEALED for ref in holdout_refs(spec).values()):
             return
         try:
-            await fetch_holdouts(self._store, spec, self._bus.identity)
+            await fetch_holdouts(self._store, spec, self._bus.identity, self._lent())
         except Invalid as error:
             raise Retry(f"this validator takes no part in run {run}: {error}", after=30.0) from error
+
+    def _lent(self) -> dict[str, str]:
+        """Return the boxes that were lent to this validator; read each time, because it waits for them."""
+        path = self._settings.lent
+        return {} if path is None or not path.exists() else parse_boxes(path.read_bytes(), str(path))
 
     async def _evaluator(self, run: str) -> SubmissionEvaluator:
         """Return the run's model and hold-outs, loaded once."""
@@ -155,7 +161,7 @@ class Validator:
         spec, selection = facts.require_spec(), facts.require_selection()
         base, holdouts = (
             await fetch_base(self._store, spec),
-            await fetch_holdouts(self._store, spec, self._bus.identity),
+            await fetch_holdouts(self._store, spec, self._bus.identity, self._lent()),
         )
         settings = self._settings
         load = partial(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connito.cli.output import JsonFlag, emit, table
+from connito.cli.output import DataDirOption, JsonFlag, emit, table
 
 if TYPE_CHECKING:
     from connito.platform.access import Access
@@ -164,6 +164,30 @@ def rotate(
     member = access.finish(name) if finish else access.rotate(name)
     document = {"action": "rotate", "name": name, "key": member.key, "previous": member.previous, "finished": finish}
     _report(access, document, bus, reload, as_json)
+
+
+@app.command("lend")
+def lend(
+    run: Annotated[str, typer.Argument(help="The run whose hold-outs are sealed.")],
+    key: Annotated[str, typer.Argument(help="The public key of a validator that was admitted after the run began.")],
+    out: Annotated[Path, typer.Argument(help="The file to write. The validator reads it by CONNITO_LENT.")],
+    role: Annotated[
+        str, typer.Option(help="Whose key opens them here: the customer's or the operator's.")
+    ] = "operator",
+    data_dir: DataDirOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Let a validator read the sealed hold-outs of a run that goes on: it judges from the next cycle."""
+    import json
+
+    from connito.client.lending import boxes
+    from connito.files import write_durably
+    from connito.platform.session import Session
+
+    found = boxes(Session.open(data_dir, role=role), run, key)
+    write_durably(out, json.dumps(found, sort_keys=True).encode(), 0o600)
+    document = {"run": run, "validator": key, "hold_outs": sorted(found), "file": str(out)}
+    emit(as_json, document, lambda: f"{out} opens {len(found)} hold-outs for that key alone: give it to the validator")
 
 
 @app.command("list")

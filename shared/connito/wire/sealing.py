@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from nacl import bindings
@@ -66,9 +67,29 @@ def seal_file(source: Path, target: Path, owner: Identity, readers: Iterable[str
             chunk, index = following, index + 1
 
 
-def unsealed(path: Path, ref: ArtifactRef, me: Identity | None, owner: str) -> Path:
+def parse_boxes(data: bytes, where: str) -> dict[str, str]:
+    """Return boxes by digest, as `connito access lend` writes them. Raises `Invalid` for anything else."""
+    try:
+        boxes = json.loads(data)
+    except (ValueError, RecursionError):
+        boxes = None
+    if not isinstance(boxes, dict) or not all(isinstance(box, str) for box in boxes.values()):
+        raise Invalid(f"{where} is no file of `connito access lend`; ask the operator for one")
+    return boxes
+
+
+def lend(path: Path, me: Identity, reader: str) -> str:
+    """Return the box with which another reader, who was admitted since, opens a sealed file. Raises `Invalid` as `unsealed`."""
+    with path.open("rb") as file:
+        return _box(_content_key(_parse(_read_header(file))["boxes"], me), reader).hex()
+
+
+def unsealed(
+    path: Path, ref: ArtifactRef, me: Identity | None, owner: str, lent: Mapping[str, str] = MappingProxyType({})
+) -> Path:
     """Return an artifact's file in clear, kept beside a sealed one; a file that is not sealed is returned as it is.
 
+    `lent`: by digest, the box that a reader gave to `me`. Whoever gave it: the content authenticates the key.
     Raises `Invalid` (NOT_PERMITTED) where it was sealed for others, or by another than `owner`: whoever copies somebody's
     sealed file into a run of its own must not have it judged there. Raises `VerificationFailed` for one that is damaged.
     """
@@ -85,23 +106,18 @@ def unsealed(path: Path, ref: ArtifactRef, me: Identity | None, owner: str) -> P
     with replacing(target) as draft, path.open("rb") as file:
         draft.touch(0o600)
         with draft.open("wb") as out:
-            _unseal(file, out, me, owner)
+            _unseal(file, out, me, owner, lent.get(ref.digest, ""))
     return target
 
 
-def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str) -> None:
+def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str, lent: str) -> None:
     header = _read_header(file)
     fields = _parse(header)
     if fields["owner"] != owner:
         raise Invalid("it was sealed by another than this run's customer", reason=reasons.REASON_NOT_PERMITTED)
     boxes = fields["boxes"]
-    if me.public not in boxes:
-        raise NoKey(
-            f"it was sealed for {len(boxes)} other keys than {short_key(me.public)}, which was not admitted then",
-            reason=reasons.REASON_NOT_PERMITTED,
-        )
+    key = _content_key({**({me.public: lent} if lent else {}), **boxes}, me)
     try:
-        key = SealedBox(me.exchange_key).decrypt(bytes.fromhex(boxes[me.public]))
         fair = all(_box(key, reader).hex() == box for reader, box in boxes.items())
     except (CryptoError, ValueError) as error:
         raise _damaged("its key does not open") from error
@@ -118,6 +134,19 @@ def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str) -> None:
         if not following:
             return
         chunk, index = following, index + 1
+
+
+def _content_key(boxes: Mapping[str, str], me: Identity) -> bytes:
+    if me.public not in boxes:
+        raise NoKey(
+            f"it was sealed for {len(boxes)} other keys than {short_key(me.public)}, which was not admitted then; who may read "
+            "it can lend it to that key: `connito access lend`",
+            reason=reasons.REASON_NOT_PERMITTED,
+        )
+    try:
+        return SealedBox(me.exchange_key).decrypt(bytes.fromhex(boxes[me.public]))
+    except (CryptoError, ValueError) as error:
+        raise _damaged("its key does not open") from error
 
 
 def _read_header(file: BinaryIO) -> bytes:

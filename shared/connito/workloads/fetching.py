@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from connito.data.manifest import Manifest
@@ -50,12 +52,14 @@ async def fetch_text(source: Source, facts: RunFacts) -> tuple[Path, Path | None
     return await source.fetch(spec.train.artifact), replay
 
 
-async def fetch_holdouts(source: Source, spec: RunSpec, me: Identity) -> dict[str, Path]:
+async def fetch_holdouts(
+    source: Source, spec: RunSpec, me: Identity, lent: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Path]:
     """Fetch the run's held-out corpora by domain, the target first, and open them. Raises what `Source.fetch` raises, and
-    `Invalid` where they are sealed to others than `me`.
+    `Invalid` where they are sealed to others than `me` and not `lent` to it either.
     """
     found = {}
     for domain, ref in holdout_refs(spec).items():
         path = await source.fetch(ref)
-        found[domain] = await asyncio.to_thread(unsealed, path, ref, me, spec.customer)
+        found[domain] = await asyncio.to_thread(unsealed, path, ref, me, spec.customer, lent)
     return found

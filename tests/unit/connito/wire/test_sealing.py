@@ -13,7 +13,7 @@ from connito.v1.artifacts_pb2 import REALM_HOLDOUT, ArtifactRef
 from connito.wire import sealing
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
-from connito.wire.sealing import CHUNK, MEDIA_TYPE, judges, seal_file, unsealed
+from connito.wire.sealing import CHUNK, MEDIA_TYPE, judges, lend, parse_boxes, seal_file, unsealed
 from nacl.public import SealedBox
 
 CLINIC, JUDGE, SECOND, MINER, MALLORY = (Identity.generate(bytes([n]) * 32) for n in range(1, 6))
@@ -145,3 +145,37 @@ def test_those_who_judge_and_the_customer_read_it_and_no_miner_or_librarian() ->
         }
     )
     assert judges(roster, "customer") == {"customer", "selector", "aggregator", "validator", "operator"}
+
+
+def test_a_reader_lends_it_to_one_who_came_later_and_to_nobody_else(tmp_path: Path) -> None:
+    path, ref = sealed(tmp_path)
+    late, other = Identity.generate(b"late".ljust(32)), Identity.generate(b"other".ljust(32))
+    for giver in (CLINIC, JUDGE, SECOND):
+        boxes = {ref.digest: lend(path, giver, late.public)}
+        assert unsealed(path, ref, late, CLINIC.public, boxes).read_bytes() == TEXT
+        with pytest.raises(VerificationFailed, match="does not open"):
+            unsealed(path, ref, other, CLINIC.public, boxes)
+    with pytest.raises(Invalid, match="was not admitted then"):
+        lend(path, late, other.public)
+    with pytest.raises(Invalid, match="another than this run's customer"):
+        unsealed(path, ref, late, MALLORY.public, boxes)
+
+
+@pytest.mark.parametrize("box", ["00", "zz", "", "00" * 80, "a key of another file"])
+def test_a_box_that_is_not_of_this_file_opens_nothing(box: str, tmp_path: Path) -> None:
+    path, ref = sealed(tmp_path)
+    (tmp_path / "b").mkdir()
+    elsewhere, _ = sealed(tmp_path / "b", b"something else")
+    late = Identity.generate(b"late".ljust(32))
+    lent = lend(elsewhere, CLINIC, late.public) if box.startswith("a key") else box
+    with pytest.raises((Invalid, VerificationFailed)):
+        unsealed(path, ref, late, CLINIC.public, {ref.digest: lent})
+    # What a reader was given when the file was made counts before what somebody lends it.
+    assert unsealed(path, ref, JUDGE, CLINIC.public, {ref.digest: lent}).read_bytes() == TEXT
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"a": 1}', b"\xff", b"[" * 100_000, b"null"])
+def test_a_file_of_boxes_is_one_or_is_refused(data: bytes) -> None:
+    with pytest.raises(Invalid, match="access lend"):
+        parse_boxes(data, "it")
+    assert parse_boxes(b'{"a": "00"}', "it") == {"a": "00"}

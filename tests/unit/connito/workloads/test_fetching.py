@@ -12,7 +12,7 @@ from connito.v1 import artifacts_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, RunSpec
 from connito.wire.identity import Identity
-from connito.wire.sealing import MEDIA_TYPE, seal_file
+from connito.wire.sealing import MEDIA_TYPE, lend, seal_file
 from connito.workloads.fetching import fetch_base, fetch_holdouts
 
 ME, CUSTOMER = Identity.generate(b"m" * 32), Identity.generate(b"c" * 32)
@@ -93,6 +93,9 @@ async def test_sealed_hold_outs_are_opened_for_those_who_judge_and_for_nobody_el
     assert (await fetch_holdouts(folder, spec, ME))["medical"].read_bytes() == b"held out"
     with pytest.raises(Invalid, match="was not admitted then"):
         await fetch_holdouts(folder, spec, Identity.generate())
+    late = Identity.generate()
+    lent = {spec.holdout.artifact.digest: lend(tmp_path / "sealed", ME, late.public)}
+    assert (await fetch_holdouts(folder, spec, late, lent))["medical"].read_bytes() == b"held out"
     spec.customer = Identity.generate().public
     with pytest.raises(Invalid, match="another than this run's customer"):
         await fetch_holdouts(folder, spec, ME)

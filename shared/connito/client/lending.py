@@ -1,0 +1,29 @@
+"""Lending a run's sealed hold-outs to a validator that was admitted after the run began."""
+
+from __future__ import annotations
+
+from connito.errors import Invalid, NotFound
+from connito.platform.log import read_log
+from connito.platform.session import Session
+from connito.runtime.tasks import blocking
+from connito.wire.identity import is_public_key
+from connito.wire.sealing import MEDIA_TYPE, lend
+from connito.workloads.fetching import holdout_refs
+
+
+def boxes(session: Session, run: str, reader: str) -> dict[str, str]:
+    """Return by digest the boxes with which a validator opens the hold-outs of a run. Raises `Invalid`, `NotFound`."""
+    if not is_public_key(reader) or not session.roster.permits("validator", reader):
+        raise Invalid(f"{reader[:80]} is no validator of the roster; `connito access export --validators` admits one")
+    return blocking(_boxes(session, run, reader))
+
+
+async def _boxes(session: Session, run: str, reader: str) -> dict[str, str]:
+    async with session.bus() as bus:
+        log = await read_log(bus, session.roster, run)
+    spec = log.runs[run].spec if run in log.runs else None
+    if spec is None:
+        raise NotFound(f"the log has no run {run!r}; `connito job list` shows the runs")
+    refs = [ref for ref in holdout_refs(spec).values() if ref.media_type == MEDIA_TYPE]
+    store = session.store()
+    return {ref.digest: lend(await store.fetch(ref), session.identity, reader) for ref in refs}
