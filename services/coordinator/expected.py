@@ -50,20 +50,28 @@ def _at_start(facts: RunFacts, train: Window, stake: Stake) -> set[str]:
     """
     enrolled, joined = active(facts), set(facts.validators)
     settled, reports = facts.window("commit", train.cycle - 1).settled, facts.reports(train.cycle - 1)
-    known = _known(train, enrolled | joined)
+    known = _known(facts, train, enrolled | joined)
     committed = set() if settled is None else set(settled.committed)
     miners = (enrolled - known) | (enrolled & committed)
     validators = (joined - known) | (joined & set(reports))
     return (miners or enrolled) | (validators if quorum_of_draw(facts, train.cycle, validators, stake) else joined)
 
 
-def _known(train: Window, keys: set[str]) -> set[str]:
-    """Return those of `keys` whom an earlier cycle has named: most of them the one before."""
-    known: set[str] = set()
-    for earlier in reversed(train.before):
-        if keys <= known:
+def _known(facts: RunFacts, train: Window, keys: set[str]) -> set[str]:
+    """Return those of `keys` whom an earlier cycle has named: most of them the one before.
+
+    Heads tell it without a look at old cycles, as they stand in the stream of who came: whoever stood before a cycle's head was
+    named by then, unless banned, and nobody was named in a cycle who came behind the head of the next one.
+    """
+    came = {key: fact.sequence for key, fact in facts.joined.items()}
+    came |= {key: min(fact.sequence, came.get(key, fact.sequence)) for key, fact in facts.enrolled.items()}
+    last, banned_once = facts.head(train.cycle - 1), {fact.message.miner for fact in facts.bans.values()}
+    known = {key for key in keys - banned_once if last is not None and came[key] < last.sequence}
+    for cycle in range(train.cycle - 1, 0, -1):
+        head = facts.head(cycle + 1)
+        if all(head is not None and came[key] > head.sequence for key in keys - known):
             break
-        known |= keys & set(earlier.expected)
+        known |= keys & set(facts.window("train", cycle).expected)
     return known
 
 

@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import pytest
 from connito.protocol.beacon import draw_seed
+from connito.protocol.findings import CHECKED
 from connito.service.engine import Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.wire.facts import RunFacts
+from connito.wire.window import Window
 
+from services.coordinator import expected
 from services.coordinator.deadlines import window_ms
 from services.coordinator.handlers import CloseWindow, PublishFact, decide
-from tests.support.run import RUN, even, secret_of, theta
+from tests.support.run import RUN, Run, even, secret_of, theta
 from tests.unit.services.coordinator.world import World
 
 
@@ -517,3 +521,28 @@ def test_a_secret_whose_commitment_was_not_read_yet_is_not_left_out_of_the_draw(
         world.seed_revealed(validator, 1)
     assert nothing(without(world, "TRAIN")) is not None
     assert step(world).kind == "drawn"  # type: ignore[union-attr]
+
+
+def test_a_newcomer_is_one_whom_no_cycle_named_without_a_look_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, looked = Run().created(protocol_version=CHECKED, windows={"min_validators": 1}), list[int]()
+    run.selected().miners("a", "b").validators("v")
+    for cycle in range(1, 41):
+        run.say("run", cycle, "head").opened("train", cycle, ["a", "v"] if cycle > 1 else ["a", "b", "v"])
+        run.closed("commit", cycle).settled("commit", cycle, committed=["a"])
+        if cycle == 40:
+            run.miners("late")
+    run.say("run", 41, "head")
+    window = RunFacts.window
+
+    def look(facts: RunFacts, name: str, cycle: int) -> Window:
+        looked.append(cycle)
+        return window(facts, name, cycle)
+
+    monkeypatch.setattr(RunFacts, "window", look)
+    # Who was named once and never came is no newcomer, however long ago that was.
+    assert expected.named(run.facts, run.facts.next_train, even) == ["a", "late", "v"]
+    assert set(looked) == {40}
+    # Of one that was banned for a while, its cycles tell it.
+    run.banned("b").banned("b", 2, lifted=True)
+    assert expected.named(run.facts, run.facts.next_train, even) == ["a", "late", "v"]
+    assert set(looked) == set(range(1, 41))
