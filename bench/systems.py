@@ -2,13 +2,16 @@
 
 Every expert and router of the base was trained on all four domains. Smaller models are calibrated and measured on recipes, on
 different text; `cost` is what they add to the full model's loss, in nats per token. Experts of recipes, logs and poems
-are trained apart for what composes them. `python -m bench.systems_page` renders docs/explanation/systems.md from it.
+are trained apart for what composes them. Each part of a seed is kept in a file of its own, and one that is there is not
+measured again; `--only` names parts. `python -m bench.systems_page` renders docs/explanation/systems.md from it.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +22,39 @@ from bench.harness import Options, Result, interval, main, note
 
 DOMAIN, DOMAINS = "recipes", ("recipes", "logs", "poems")
 Figures = dict[str, float]
+Part = Callable[[Path, int, int], Figures]
 
 
 def run(options: Options) -> Result:
-    """Measure every system once a seed."""
+    """Measure the parts that are not there yet, of those that `only` names, and gather all that are."""
     import torch
 
     torch.set_num_threads(1)
     steps, count = (20, 4) if options.quick else (100, 16)
-    rows: list[dict[str, Any]] = []
+    kept = options.out / ("systems-quick" if options.quick else "systems-parts")
+    kept.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]]
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seeds):
-            note(f"seed {seed}: base")
-            source = trained_base(Path(folder), seed, steps)
-            for part in (_smaller, _running, _weights, _beside, _groups, _branches):
+            wanted = [part for part in PARTS if not options.only or part.__name__[1:] in options.only.split()]
+            missing = [part for part in wanted if not _file(kept, seed, part).exists()]
+            source = trained_base(Path(folder), seed, steps) if any(part in ON_BASE for part in missing) else Path()
+            for part in missing:
                 note(f"seed {seed}: {part.__name__[1:]}")
-                rows += [{"seed": seed, "figure": name, "value": x} for name, x in part(source, seed, count).items()]
+                found = part(source, seed, count).items()
+                rows = [{"seed": seed, "figure": name, "value": value} for name, value in found]
+                _file(kept, seed, part).write_text(json.dumps(rows))
+    files = [_file(kept, seed, part) for seed in range(options.seeds) for part in PARTS]
+    rows = [row for path in files if path.exists() for row in json.loads(path.read_text())]
     names = list(dict.fromkeys(row["figure"] for row in rows))
     figures = {
         name: [round(x, 4) for x in interval([row["value"] for row in rows if row["figure"] == name])] for name in names
     }
     return Result({"training_batches": steps, "held_out_sequences": count, "length": 64}, rows, figures)
+
+
+def _file(folder: Path, seed: int, part: Part) -> Path:
+    return folder / f"{seed}-{part.__name__[1:]}.json"
 
 
 def _smaller(source: Path, seed: int, count: int) -> Figures:
@@ -190,6 +205,94 @@ def _branches(_: Path, seed: int, count: int) -> Figures:
     train_routers(moe, {d: torch.from_numpy(t[:32, :-1].astype("int64")) for d, t in tables.items()}, 40)
     return {**found, "btx routed": before - loss(moe, held)}
 
+
+def _pools(_: Path, seed: int, count: int) -> Figures:
+    import torch
+    from connito.base.emo import train_pooled
+    from connito.base.tiny import DOMAINS as EVERY
+    from connito.base.tiny import blocks, tiny_texts
+    from connito.experts.extraction import extract_domain
+
+    start = _upcycled(seed, top_k=2)
+    documents = torch.cat([blocks(tiny_texts(domain, seed + 2000, 160)) for domain in EVERY])
+    found = Figures()
+    for way, pool in {"free": 8, "pools": 4}.items():
+        model = copy.deepcopy(start)
+        train_pooled(model, documents, pool=pool, steps=100, seed=seed, sampled=way == "pools")
+        for name, kept in {"25 %": 2, "12.5 %": 1}.items():
+            subsets = [
+                extract_domain(
+                    model, text(d, 8, 5000 + seed), text(d, count, 6000 + seed), per_layer=kept, accept_loss=True
+                )
+                for d in EVERY
+            ]
+            found[f"cost {name}, {way}"] = float(np.mean([subset.cost for subset in subsets]))
+    return found
+
+
+def _residual(_: Path, seed: int, count: int) -> Figures:
+    from connito.base.residual import as_residual
+    from connito.experts.measure import loss
+    from connito.experts.tuning import tune_experts
+
+    copies, more = _upcycled(seed, top_k=1), np.concatenate([text(domain, 80, 50 + seed) for domain in DOMAINS])
+    more = more[np.random.default_rng(seed).permutation(len(more))]
+    held = np.concatenate([text(domain, count, 900 + seed) for domain in DOMAINS])
+    before, found = loss(copies, held), Figures()
+    for way, model in {"copies": copies, "residual": as_residual(copies)}.items():
+        tune_experts(model, more, 60)
+        found[f"{way} saved"] = before - loss(model, held)
+    return found
+
+
+def _upcycled(seed: int, top_k: int) -> Any:
+    """Return the tiny dense model, of 60 steps, as eight copies a layer."""
+    import torch
+    from connito.base.tiny import DOMAINS as EVERY
+    from connito.base.tiny import blocks, pretrain, tiny_texts
+    from connito.base.upcycle import upcycle
+    from connito.runtime.progress import silent
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dense = pretrain(seed, 60, silent)
+    texts = {domain: blocks(tiny_texts(domain, seed, 24))[:12] for domain in EVERY}
+    held = blocks(tiny_texts("logs", seed + 1, 2))
+    return upcycle(dense, texts, held, moe_layers=2, experts=8, top_k=top_k, seed=seed).model
+
+
+def _miners(source: Path, seed: int, count: int) -> Figures:
+    from connito.base.loading import load_full
+    from connito.experts.extraction import ranking
+    from connito.experts.measure import loss
+    from connito.moe.distillation import Distillation, ShadowRouters
+    from connito.moe.resident import compress
+    from connito.moe.rows import write_rows
+    from connito.moe.statistics import collect
+    from connito.moe.training import train_local
+
+    model, held = load_full(source), text(DOMAIN, count, 900 + seed)
+    order = ranking(collect(model, text(DOMAIN, 8, 600 + seed)[:, :-1]))
+    chosen = {index: sorted(experts[:3]) for index, experts in order.items()}
+    others = {index: sorted(experts[3:]) for index, experts in order.items()}
+    batches = text(DOMAIN, 80, 50 + seed).reshape(20, 4, -1)
+    losses = Figures()
+    for way in ("plain", "shadow", "thin"):
+        worker = compress(load_full(source), chosen, others, top_k=1 if way == "thin" else 0)
+        shadow = ShadowRouters(worker, Distillation(0.1)) if way == "shadow" else None
+        state, _ = train_local(worker, batches, learning_rate=3e-3, beside=shadow)
+        write_rows(model, chosen, state)
+        losses[way] = loss(model, held)
+    return {
+        "miner saved": loss(load_full(source), held) - losses["plain"],
+        "shadow saved": losses["plain"] - losses["shadow"],
+        "cost one expert a token": losses["thin"] - losses["plain"],
+    }
+
+
+# Those that need the base with trained experts, and all.
+ON_BASE: tuple[Part, ...] = (_smaller, _running, _beside, _groups, _miners)
+PARTS: tuple[Part, ...] = (*ON_BASE, _weights, _branches, _pools, _residual)
 
 if __name__ == "__main__":
     main("systems", run, doc=__doc__, seeds=5)

@@ -156,7 +156,10 @@ SYSTEMS = (
         "DES-MoE", "Li et al. 2025", "an adaptive router, a map of experts by domain and three phases adapt many domains at once",
         "shared/connito/moe/distillation.py", "connito select --method des-moe",
         f"{MOE}/test_selection.py::test_des_moe_takes_everything_near_the_best",
-        "not measured by itself.",
+        lambda f: (
+            f"three selected experts save a miner {_saved(f, 'miner saved')}; a router that learns beside the shipped one for "
+            f"half of the steps adds {_saved(f, 'shadow saved')} to that."
+        ),
         "simplified: the router's correction is linear and thrown away, the weight of its distillation is constant, there are "
         "two phases, and gradients are not masked by batch: miners train one domain, and the shipped router never moves.",
     ),
@@ -164,16 +167,33 @@ SYSTEMS = (
         "FFT-MoE", "Hu et al. 2025", "clients of different means train with routers and numbers of experts of their own",
         "shared/connito/moe/resident.py", "CONNITO_TOP_K",
         f"{MOE}/test_options.py::test_a_miner_may_use_fewer_experts_per_token",
-        "not measured by itself.",
+        lambda f: (
+            f"a miner that trains with one expert a token instead of two ends {_cost(f, 'one expert a token')} above, on the "
+            "full model."
+        ),
         "simplified: a miner has its own number of experts a token, and with training.router_distillation a router of its own "
         "for a cycle; no balance loss by heterogeneity.",
+    ),
+    System(
+        "Residual-MoE", "Rajbhandari et al. 2022", "a dense MLP for every token and an expert that corrects it do as two experts",
+        "shared/connito/base/residual.py", "connito base build --residual",
+        "tests/unit/connito/base/test_residual.py::test_a_layer_is_the_dense_mlp_and_the_scored_correction",
+        lambda f: (
+            f"trained for the same steps, corrections beside dense MLPs save {_saved(f, 'residual saved')}, copies of the MLPs "
+            f"{_saved(f, 'copies saved')}."
+        ),
+        "made from a dense model, not pretrained; the published code's coefficient weighs both parts, here a gate weighs the "
+        "dense one; numbers of experts do not grow with depth.",
     ),
     System(
         "EMO", "Bhagia et al. 2026", "documents held to pools of experts make subsets of experts that work alone",
         "shared/connito/base/emo.py", "connito base build --from tiny-emo",
         "tests/unit/connito/base/test_emo.py::test_pools_are_drawn_and_the_balance_is_the_published_one",
-        "see [smaller models](library.md#smaller-models).",
-        "a base of half a million parameters, not pretrained from the start, drawn from pools of two and three of eight experts.",
+        lambda f: (
+            f"a quarter of the experts cost {_cost(f, '25 %, pools')} after training in pools and {_cost(f, '25 %, free')} "
+            f"without; an eighth {_cost(f, '12.5 %, pools')} and {_cost(f, '12.5 %, free')}."
+        ),
+        "a base of half a million parameters, not pretrained from the start, pools of two to four of eight experts.",
     ),
 )  # fmt: skip
 
@@ -226,7 +246,8 @@ def _tail(document: Mapping[str, Any]) -> str:
 
 {run}
 
-BTS, BAM and Residual-MoE are not here: neither stitched nor attention-level mixtures of whole models can be built.
+BTS and BAM are not here: neither stitched nor attention-level mixtures of whole models can be built. Both need a model of
+their own, which transformers does not load, and every result here is one that transformers loads.
 """
 
 

@@ -31,6 +31,7 @@ class Recipe:
     """A recipe for a base. `source`: demo, tiny, tiny-emo, or the folder of a dense model; `data`: text files, one a domain.
 
     branches: (domain, folder) of dense models that were trained apart from `source`; with them, they are the experts.
+    residual: the dense MLPs stay, and experts correct them.
     """
 
     source: str
@@ -41,6 +42,7 @@ class Recipe:
     data: tuple[str, ...] = ()
     branches: tuple[tuple[str, str], ...] = ()
     router_steps: int = 0
+    residual: bool = False
 
 
 def cache_root() -> Path:
@@ -117,6 +119,8 @@ def build_cached(name: str, progress: Progress) -> Path:
 
 
 def _build(recipe: Recipe, out: Path, progress: Progress) -> None:
+    if recipe.residual and (recipe.branches or recipe.source in _MAKERS):
+        raise Invalid("--residual is for a dense model that is turned into experts: give --from DIR, and no --branch")
     if recipe.source == "tiny":
         from connito.base.tiny import build_tiny
 
@@ -136,7 +140,7 @@ def _build(recipe: Recipe, out: Path, progress: Progress) -> None:
 
         build_demo_base(out, _texts(recipe), progress, **shape)
         return
-    _upcycle_folder(Path(recipe.source), out, _texts(recipe), shape, progress)
+    _upcycle_folder(Path(recipe.source), out, _texts(recipe), shape, progress, residual=recipe.residual)
 
 
 def _join_branches(recipe: Recipe, out: Path, progress: Progress) -> None:
@@ -175,10 +179,17 @@ def _join_branches(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _upcycle_folder(
-    source: Path, out: Path, texts: dict[str, Iterable[str]], shape: dict[str, int], progress: Progress
+    source: Path,
+    out: Path,
+    texts: dict[str, Iterable[str]],
+    shape: dict[str, int],
+    progress: Progress,
+    *,
+    residual: bool,
 ) -> None:
     from connito.base.checkpoint import save_checkpoint
     from connito.base.loading import load_full, load_tokenizer
+    from connito.base.residual import as_residual
     from connito.base.smollm import probe_blocks
     from connito.base.upcycle import upcycle
 
@@ -188,9 +199,11 @@ def _upcycle_folder(
         )
     tokenizer = load_tokenizer(source)
     probe, held = probe_blocks(tokenizer, texts)
-    made = upcycle(load_full(source), probe, held, progress=progress, **shape)
+    made = upcycle(load_full(source), probe, held, progress=progress, **shape).model
+    made = as_residual(made) if residual else made
     card = {"built_from": source.name, "clustered_on": ", ".join(sorted(texts))}
-    save_checkpoint(made.model, out, tokenizer, card, lambda share: progress("writing the base", share))
+    card |= {"residual": "experts correct the dense MLP"} if residual else {}
+    save_checkpoint(made, out, tokenizer, card, lambda share: progress("writing the base", share))
 
 
 def _texts(recipe: Recipe) -> dict[str, Iterable[str]]:

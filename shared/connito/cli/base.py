@@ -36,6 +36,9 @@ def build(
         ),
     ] = None,
     router_steps: Annotated[int, typer.Option(help="With --branch: steps of training for the routers.")] = 0,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="Keep the dense MLPs; experts start as corrections of them.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -46,7 +49,9 @@ def build(
     from connito.local.display import choose_display
 
     branches = tuple(_branch(entry) for entry in branch or [])
-    recipe = Recipe(source, moe_layers, experts, top_k, seed, tuple(map(str, data or [])), branches, router_steps)
+    recipe = Recipe(
+        source, moe_layers, experts, top_k, seed, tuple(map(str, data or [])), branches, router_steps, residual
+    )
     with choose_display(as_json=as_json) as display:
         build_base(recipe, out.absolute(), display.progress)
     manifest = folders.show(out)
