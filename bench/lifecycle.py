@@ -128,7 +128,7 @@ def _smaller(source: Path, seed: int, count: int) -> Iterator[Row]:
 
 def _single_expert(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.base.loading import load_full
-    from connito.experts.export import to_dense
+    from connito.experts.dense import to_dense
     from connito.experts.measure import loss
     from connito.experts.prune import progressive
 

@@ -15,7 +15,8 @@ from connito.curation.texts import cut_by_domain, cut_sequences, digests, halves
 from connito.errors import Invalid
 from connito.experts import prune as pruning
 from connito.experts.choose import choose, expert_costs
-from connito.experts.export import ModelSource, export_model, to_dense
+from connito.experts.dense import check_dense, to_dense
+from connito.experts.export import ModelSource, export_model
 from connito.experts.extraction import equalise, extract_domain, ranking
 from connito.experts.load import load_expert
 from connito.experts.lowrank import low_rank, sparsify
@@ -93,6 +94,8 @@ def prune(
     if not (options.max_experts or options.max_bytes or options.method in WITHOUT_BUDGET):
         raise Invalid("pruning needs a size: give --max-experts or --max-bytes")
     loaded = _load(source, library or Holdings())
+    if options.dense:
+        check_dense(loaded.model)
     return _thin(loaded, out, options) if options.method in ("zeros", "low-rank") else _prune(loaded, out, options)
 
 
@@ -172,13 +175,14 @@ def _load(source: ShrinkSource, library: Holdings) -> _Loaded:
 def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     model, budget = loaded.model, {"max_experts": options.max_experts, "max_bytes": options.max_bytes}
     settings: dict[str, Any] = {"method": options.method, **budget, "data": digests(loaded.source.data)}
+    # Before anything is trained: what is tuned stands in the model afterwards.
+    measured = {"full": loss(model, loaded.held_out)}
     if options.method == "task":
         keep = _for_task(loaded, options.steps, settings)
     else:
         chosen = choose(model, loaded.text, options.method, **budget)
         keep, padding = equalise(chosen, ranking(collect(model, loaded.text[:, :-1])))
         settings["padding"] = {str(index): experts for index, experts in padding.items() if experts}
-    measured = {"full": loss(model, loaded.held_out)}
     extra: dict[str, Mapping[str, torch.Tensor]] = {}
     if options.method == "moe-i2" and options.share is not None:
         extra["factors.safetensors"] = _shorten(loaded, keep, options.share, settings)

@@ -26,7 +26,6 @@ from connito.library.card import write_card
 from connito.library.derived import model_record
 from connito.library.record import encode
 from connito.library.schema import Base, ExpertRecord, Loss, read_record
-from connito.moe.layout import require_moe_layers
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -188,49 +187,6 @@ def _other_tensor(model: nn.Module, folder: Path) -> str:
     mine, made = model.state_dict(), load_full(folder).state_dict()
     odd = (name for name, tensor in mine.items() if name not in made or not torch.equal(made[name], tensor.to("cpu")))
     return next(odd, next(iter(made.keys() - mine.keys()), ""))
-
-
-def to_dense(model: Any) -> nn.Module:
-    """Return a dense model with the function of one whose every layer has one expert and an empty shared expert.
-
-    A Llama (Qwen2 where attention has biases) with the expert as its MLP. Raises `Invalid` for a model with more
-    experts, with a shared expert that does something, or whose gate weight of a lone expert is not 1.
-    """
-    from transformers import LlamaConfig, Qwen2Config
-
-    from connito.base.loading import build_empty
-
-    source = model.config
-    layers = require_moe_layers(model)
-    if source.model_type != "qwen2_moe" or any(layer.num_experts != 1 for layer in layers.values()):
-        raise Invalid("only a Qwen2-MoE with one expert in every layer has a dense form here; prune it to one first")
-    if not source.norm_topk_prob:
-        raise Invalid("a lone expert's gate weight is only 1 in a family that normalises its top-k weights")
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    for layer in layers.values():
-        mlp = layer.experts_name.rpartition(".")[0]
-        if tensors[f"{mlp}.shared_expert.down_proj.weight"].any():
-            raise Invalid(f"the shared expert of layer {layer.index} is not empty: a dense MLP cannot hold it too")
-        gate, up = tensors[f"{mlp}.experts.gate_up_proj"][0].chunk(2)
-        down = tensors[f"{mlp}.experts.down_proj"][0]
-        for name in [name for name in tensors if name.startswith(f"{mlp}.")]:
-            del tensors[name]
-        tensors |= {f"{mlp}.gate_proj.weight": gate.contiguous(), f"{mlp}.up_proj.weight": up.contiguous(),
-                    f"{mlp}.down_proj.weight": down.contiguous()}  # fmt: skip
-    if source.moe_intermediate_size != source.intermediate_size and len(layers) != source.num_hidden_layers:
-        raise Invalid("dense and sparse layers of this model have MLPs of different widths")
-    if source.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    family = Qwen2Config if source.qkv_bias else LlamaConfig
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-             "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id",
-             "eos_token_id", "pad_token_id", "dtype")  # fmt: skip
-    config = family(
-        **{name: getattr(source, name) for name in names},
-        intermediate_size=source.moe_intermediate_size,
-        architectures=["Qwen2ForCausalLM" if source.qkv_bias else "LlamaForCausalLM"],
-    )
-    return build_empty(config, tensors).to(model.device)
 
 
 def _digest(path: Path) -> str:

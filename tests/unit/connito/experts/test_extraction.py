@@ -12,7 +12,8 @@ import torch
 from connito.base.description import build_manifest
 from connito.base.loading import load_tokenizer
 from connito.errors import Invalid, NotFound, VerificationFailed
-from connito.experts.export import ModelSource, export_model, to_dense, verify_export
+from connito.experts.dense import to_dense
+from connito.experts.export import ModelSource, export_model, verify_export
 from connito.experts.extraction import equalise, extract_domain, ranking
 from connito.experts.measure import loss
 from connito.experts.prune import masked, progressive, prune
