@@ -130,11 +130,12 @@ def train_routers(
     """
     import inspect
 
+    from connito.moe.adamw import AdamW
     from connito.moe.layout import require_moe_layers
 
     routers = [p for layer in require_moe_layers(model).values() for p in layer.router.parameters()]
     wanted = [p for p in model.parameters() if p.is_floating_point()] if everything else routers
-    optimiser = torch.optim.AdamW(wanted, lr=learning_rate, weight_decay=0.0)
+    optimiser = AdamW({str(number): parameter for number, parameter in enumerate(wanted)}, betas=(0.9, 0.999))
     options = (
         {"output_router_logits": True} if "output_router_logits" in inspect.signature(model.forward).parameters else {}
     )
@@ -148,9 +149,8 @@ def train_routers(
             length = min(map(len, rows))
             ids = torch.stack([row[:length] for row in rows]).long().to(wanted[0].device)
             loss = model(input_ids=ids, labels=ids, use_cache=False, **options).loss
-            optimiser.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimiser.step(learning_rate)
             losses.append(float(loss.detach()))
     finally:
         model.requires_grad_(False)

@@ -26,10 +26,12 @@ from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.prune import Keep, prune
 from connito.experts.removal import ROUTER, check_prunable, count_again, set_counts, tables
 from connito.experts.tape import Tape, each_layer
+from connito.moe.adamw import AdamW
 from connito.moe.layout import MoELayer, require_moe_layers
 from connito.moe.resident import compress
 from connito.moe.router import Call, choice
 from connito.moe.state import raw_bytes, split_name
+from connito.moe.training import BETAS, train_local
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -165,8 +167,6 @@ def grow(
     the direction of the text's hidden states from the anchor's mean, as long as the anchor's rows are on average; both
     are then trained, everything of the anchor frozen.
     """
-    from connito.moe.training import train_local
-
     own = batches.reshape(-1, batches.shape[-1])[:, :-1]
     start = _start(model, name, own, anchor_text)
     grown = copy.deepcopy(model)
@@ -193,7 +193,7 @@ class NewRows:
             for part in tables(layer)
             if part.name.startswith(ROUTER) and isinstance(part.tensor, torch.nn.Parameter)
         ]
-        self._optimiser: torch.optim.Optimizer | None = None
+        self._optimiser = AdamW({}, betas=BETAS)
 
     @property
     def rows(self) -> dict[int, dict[str, torch.Tensor]]:
@@ -210,13 +210,10 @@ class NewRows:
             here = torch.zeros_like(part.tensor)
             here.select(part.dim, place).fill_(1.0)
             part.tensor.register_hook(partial(torch.mul, here))  # type: ignore[no-untyped-call]
-        wanted = [part.tensor for _, _, part in self._places]
-        self._optimiser = torch.optim.AdamW(wanted, betas=(0.9, 0.95), weight_decay=0.0) if wanted else None
+        self._optimiser = AdamW({f"{index} {part.name}": part.tensor for index, _, part in self._places}, betas=BETAS)
 
     def begin(self, _: int, __: int) -> None:
-        """Forget the gradients of the step before."""
-        if self._optimiser is not None:
-            self._optimiser.zero_grad(set_to_none=True)
+        """Do nothing: a step lets go of its gradients."""
 
     def loss(self) -> torch.Tensor:
         """Return nothing to add to the loss."""
@@ -224,9 +221,7 @@ class NewRows:
 
     def step(self, rate: float) -> None:
         """Apply one AdamW step to the rows."""
-        if self._optimiser is not None:
-            self._optimiser.param_groups[0]["lr"] = rate
-            self._optimiser.step()
+        self._optimiser.step(rate)
 
 
 def _start(model: nn.Module, name: str, own: npt.NDArray[Any], anchor_text: npt.NDArray[Any]) -> Addition:

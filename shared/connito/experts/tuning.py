@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from connito.errors import Invalid
+from connito.moe.adamw import AdamW
 from connito.moe.batches import batch_of
 from connito.moe.head import Head
 from connito.moe.layout import MoELayer, require_moe_layers
@@ -61,18 +62,18 @@ def distil(
     if not all(torch.is_floating_point(bank) for bank in banks):
         raise Invalid("experts of whole numbers cannot be trained: load the model in F32 or BF16")
     masks = [bank.detach() != 0 for bank in banks]
-    optimiser, head, losses = torch.optim.AdamW(banks, lr=rate, betas=(0.9, 0.95), weight_decay=0.0), Head(model), []
+    optimiser = AdamW({str(number): bank for number, bank in enumerate(banks)}, betas=(0.9, 0.95))
+    head, losses = Head(model), []
     for bank in banks:
         bank.requires_grad_(True)
     try:
         for batch in batches_of(sequences, steps):
             loss = _loss(head, layers, masters, batch, weight)
-            optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            with torch.no_grad():
-                for bank, mask in zip(banks, masks, strict=True):
-                    bank.mul_(mask)
+            for bank, mask in zip(banks, masks, strict=True):
+                if bank.grad is not None:  # What never has a gradient, Adam leaves alone.
+                    bank.grad.mul_(mask)
+            optimiser.step(rate)
             losses.append(float(loss.detach()))
     finally:
         for bank in banks:
