@@ -5,9 +5,9 @@ only. Every miner makes 100 local steps in cycles of H, each merged with the pro
 The arm `default` is a run whose policy says nothing: its merge, read from the policy, and its rules. What does not lower the
 loss, each expert taken as far as a merge would, is not merged, and a merge that raises it gives way to the best submission.
 `default, judged whole` judges submissions as they are, as earlier runs did; in `default, unjudged` and the other arms everybody
-is merged, and there is no gate. Two central runs: one with as many steps in a row, each on the batches of all miners together,
-and one with as many tokens in batches of one miner's size; each the better of a rate that stays and one that falls, chosen with
-the reported text, which favours it. `kept` is the fall of the held-out loss over central's fall.
+is merged, no step is shortened, and there is no gate. Two central runs: one with as many steps in a row, each on the batches of
+all miners together, and one with as many tokens in batches of one miner's size; each the better of a rate that stays and one that
+falls, chosen with the reported text, which favours it. `kept` is the fall of the held-out loss over central's fall.
 
 A cell is one seed, data, number of miners, H and arm. It is kept in a file of its own, so a run goes on where it was stopped.
 """
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 DOMAINS = ("recipes", "logs", "poems", "ledgers")
-# Named before the first run that is reported; nothing was chosen on them.
-SEEDS = (3111, 3112, 3113, 3114, 3115)
+# Named before the first run of the merge; the rules on judging were chosen later, with a look at two of them (`PILOT_SEEDS`), of
+# which the default is therefore not reported.
+SEEDS = (2101, 2102, 2103, 2104, 2105)
 # What rates and the default were chosen on.
 PILOT_SEEDS = (901, 902, 903, 2101, 2103, 3101, 3102)
 STEPS, BATCH, HELD, PER_LAYER, GOAL = 100, 4, 24, 3, 0.98
@@ -77,7 +78,7 @@ DEFAULT = Merge.default()
 PLAIN = replace(DEFAULT, aggregator="mean", weighting=WHOLE)
 ARMS = {
     "default": Arm(DEFAULT, judged=True),
-    "default, unjudged": Arm(DEFAULT),
+    "default, unjudged": Arm(DEFAULT, by_expert=False),
     "default, judged whole": Arm(DEFAULT, judged=True, by_expert=False),
     "whole, mean": Arm(PLAIN),
     "whole, utility": Arm(replace(PLAIN, aggregator="utility-mean")),
@@ -319,11 +320,11 @@ def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
             kept = [r["gain"] / central[of] for r in found if (of := (r["seed"], r["miners"], against)) in central]
             if kept:
                 figures[f"{key}, equal {against}"] = [round(value, 4) for value in interval(kept)] + [len(kept)]
-                if against == "steps" and key.endswith("default"):
-                    bars[key.removesuffix(", default")] = interval(kept)
+                if against == "steps" and key.endswith((", default", ", default, unjudged")):
+                    bars[key.replace(", default", "")] = interval(kept)
     figures |= _beside_default(rows, central)
     with axes(options.out / "decentralised.svg", 1) as (share,):
-        share.bars(bars, "share of the central improvement kept at equal steps, default policy")
+        share.bars(bars, "share of the central improvement kept at equal steps, default merge")
         share.upright(GOAL, RED)
     settings = {
         "steps": STEPS,

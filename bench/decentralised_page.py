@@ -15,8 +15,9 @@ def decentralised(document: Mapping[str, Any]) -> str:
 
 `bench.decentralised`: {settings["steps"]} local steps a miner of {settings["batch_sequences"]} sequences, in cycles of H;
 *kept* is the fall of the loss over that of one AdamW run with as many steps, each on the batches of all miners together, and
-over that of one with as many tokens in batches of one miner's size. Rates were chosen on other seeds
-({_list(settings["seeds_tuned_on"])}); the reported ones ({_list(settings["seeds_reported"])}) were named before they ran.
+over that of one with as many tokens in batches of one miner's size. Reported are
+the seeds {_list(settings["seeds_reported"])}; rates and rules were chosen on {_list(settings["seeds_tuned_on"])}. Of seeds in
+both, the default is left out.
 *Default* is a run whose policy says nothing: its merge (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`) behind its
 rules. What does not lower the loss of all domains, each expert taken as far as the miner's text uses it, is left out
 ([why](../adr/0037-judged-as-merged.md)), and the gate tries the merge. *Judged whole* has every submission judged as it is, as
@@ -51,6 +52,8 @@ def _goal(found: Mapping[str, Any], goal: float) -> str:
     default = {
         key.split(", default")[0]: one[0] for key, one in found.items() if key.endswith(", default, equal steps")
     }
+    if not default:
+        return f"The goal is {100 * goal:.0f} % at equal steps, of the default, which has not been measured on other seeds."
     met = [name for name, share in default.items() if share >= goal]
     missed = [f"{name}, by {100 * (goal - share):.0f} points" for name, share in default.items() if share < goal]
     return (
