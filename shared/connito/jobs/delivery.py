@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,16 +196,16 @@ def _right(
 ) -> list[dict[str, Any]]:
     """Return which next words and answers base and result get right, on the same text."""
     from connito.data.packing import tokens_of
-    from connito.workloads.proof import GENERAL_TEXTS, TEXTS, Asked, all_right, compared
+    from connito.workloads.proof import GENERAL_TEXTS, TEXTS, Asked, before_and_after, compared
 
     asked, target = {}, next(name for use, name, _ in parts if use == "target")
     for use, name, table in parts:
         rows = tokens_of(table)[: TEXTS if use == "target" else GENERAL_TEXTS].tolist()
         texts = [context.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         asked[name] = Asked.of(name, texts, is_target=use == "target")
-    before = all_right(evaluator.model, context.tokenizer, asked)
-    evaluator.put(state)
-    after = all_right(evaluator.model, context.tokenizer, asked)
+    before, after = before_and_after(
+        evaluator.model, context.tokenizer, asked, evaluator.targets, partial(evaluator.put, state)
+    )
     evaluator.restore()
     return compared(before, after, target)
 

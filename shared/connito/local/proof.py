@@ -11,7 +11,16 @@ from typing import Any
 
 from connito.render import formats
 from connito.views.proof_plot import Row
-from connito.workloads.proof import CONFIDENCE, GENERAL_TEXTS, GENERAL_TOKENS, TEXTS, TOKENS, Asked, all_right, compared
+from connito.workloads.proof import (
+    CONFIDENCE,
+    GENERAL_TEXTS,
+    GENERAL_TOKENS,
+    TEXTS,
+    TOKENS,
+    Asked,
+    before_and_after,
+    compared,
+)
 
 # A vocabulary below this is one of letters.
 _LETTERS = 1000
@@ -34,9 +43,10 @@ def prove(
     model, tokenizer = load_full(base, device=device_of()), load_tokenizer(base)
     corpora = {domain: Corpus.load(path) for domain, path in holdouts.items()}
     asked = {domain: _asked(domain, corpus, tokenizer, domain == target) for domain, corpus in corpora.items()}
-    before, said = all_right(model, tokenizer, asked), _write(model, tokenizer, corpora[target])
-    write_rows(model, {int(layer): list(experts) for layer, experts in layers.items()}, load_state(state))
-    after, now = all_right(model, tokenizer, asked), _write(model, tokenizer, corpora[target])
+    rows = {int(layer): list(experts) for layer, experts in layers.items()}
+    said = _write(model, tokenizer, corpora[target])
+    before, after = before_and_after(model, tokenizer, asked, rows, lambda: write_rows(model, rows, load_state(state)))
+    now = _write(model, tokenizer, corpora[target])
     examples = [{**old, "after": new["before"]} for old, new in zip(said, now, strict=True)]
     return {"rows": compared(before, after, target), "examples": examples}
 
@@ -56,32 +66,32 @@ def _write(model: Any, tokenizer: Any, corpus: Any) -> list[dict[str, Any]]:
     length = PROMPT_TOKENS + NEW_TOKENS
     fitting = [i for i in range(corpus.documents) if len(corpus.document(i)) >= length] or [0]
     spread = fitting[:: max(1, len(fitting) // EXAMPLES)][:EXAMPLES]
+    documents = [corpus.document(index)[:length].tolist() for index in spread]
+    # All at once: a step reads all weights, however many texts it writes.
+    begun = max(1, min(PROMPT_TOKENS, *(len(document) - 1 for document in documents)))
+    prompts = torch.tensor([document[:begun] for document in documents], device=model.device)
     # Where tokens are letters, text repeats them as it should.
-    found, letters = list[dict[str, Any]](), len(tokenizer) < _LETTERS
-    for index in spread:
-        document = corpus.document(index)[:length].tolist()
-        prompt = document[:PROMPT_TOKENS]
-        set_seed(index)
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=torch.tensor([prompt], device=model.device),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=True,
-                temperature=0.6,
-                top_p=0.9,
-                repetition_penalty=1.0 if letters else 1.2,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        written = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
-        found.append(
-            {
-                "prompt": tokenizer.decode(prompt),
-                "reference": tokenizer.decode(document[PROMPT_TOKENS:]),
-                "before": str(written),
-            }
+    letters = len(tokenizer) < _LETTERS
+    set_seed(spread[0])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=True,
+            temperature=0.6,
+            top_p=0.9,
+            repetition_penalty=1.0 if letters else 1.2,
+            pad_token_id=tokenizer.eos_token_id,
         )
-    return found
+    return [
+        {
+            "prompt": tokenizer.decode(document[:begun]),
+            "reference": tokenizer.decode(document[begun:]),
+            "before": str(tokenizer.decode(written[begun:], skip_special_tokens=True)),
+        }
+        for document, written in zip(documents, out, strict=True)
+    ]
 
 
 def markdown(report: Mapping[str, Any], proof: Mapping[str, Any]) -> str:

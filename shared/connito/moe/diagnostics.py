@@ -147,25 +147,28 @@ def causal_effects(
     order = _by_rank(layers)[: budget or None]
     effects: dict[int, dict[int, float]] = {index: {} for index in sorted({index for index, _ in order})}
     device, size = next(model.parameters()).device, max(1, KL_TOKENS // max(1, sequences.shape[1]))
-    done = 0
+    totals, done = dict.fromkeys(order, 0.0), 0
+    starts = range(0, len(sequences), size) if order else ()
     with torch.inference_mode():
-        for index, measured in effects.items():
-            experts = [expert for i, expert in order if i == index]
-            totals = dict.fromkeys(experts, 0.0)
-            for start in range(0, len(sequences), size):
-                rows = sequences[start : start + size]
-                ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
-                text = torch.from_numpy(text_of(rows)).to(device)
-                from_here = PartialForward(model, found[index].experts_name, ids, positions_of(rows, device))
-                whole = from_here.logits().float().log_softmax(dim=-1)
-                for expert in experts:
-                    with _gates(found[index].router, partial(_without, expert)):
-                        changed = from_here.logits().float().log_softmax(dim=-1)
-                    totals[expert] += float((whole.exp() * (whole - changed)).sum(dim=-1)[text].double().sum())
-            measured |= {expert: max(0.0, total / tokens) for expert, total in totals.items()}
-            done += len(experts)
-            if progress is not None:
-                progress(done, len(order))
+        for start in starts:
+            rows = sequences[start : start + size]
+            ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
+            text = torch.from_numpy(text_of(rows)).to(device)
+            names = {index: found[index].experts_name for index in effects}
+            forward = PartialForward(model, names.values(), ids, positions_of(rows, device))
+            logits = forward.begin()
+            for name in names.values():
+                forward.check(name, logits)
+            whole = logits.float().log_softmax(dim=-1)
+            for index, expert in order:
+                with _gates(found[index].router, partial(_without, expert)):
+                    changed = forward.logits(names[index]).float().log_softmax(dim=-1)
+                totals[index, expert] += float((whole.exp() * (whole - changed)).sum(dim=-1)[text].double().sum())
+                done += 1
+                if progress is not None:
+                    progress(done, len(order) * len(starts))
+    for (index, expert), total in totals.items():
+        effects[index][expert] = max(0.0, total / tokens)
     return effects
 
 

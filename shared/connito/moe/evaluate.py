@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,32 +178,50 @@ class Evaluator:
 
 
 class PartialForward:
-    """Token ids [n, L] of which the layers below one with experts have run; what is above runs as often as asked.
+    """Token ids [n, L] that run through a model once; from a layer with experts up they run as often as asked.
 
     positions: [n, L], where rows hold several documents.
     """
 
     def __init__(
-        self, model: nn.Module, experts_name: str, ids: torch.Tensor, positions: torch.Tensor | None = None
+        self, model: nn.Module, experts_names: Iterable[str], ids: torch.Tensor, positions: torch.Tensor | None = None
     ) -> None:
         self._model, self._ids, self._positions = model, ids, positions
-        self._shortcut = _Shortcut.find(model, experts_name)
-        if self._shortcut is not None:
-            self._hidden = self._shortcut.capture(model, ids, positions)
-            try:
-                same = torch.allclose(self._whole(), self.logits(), rtol=1e-4, atol=1e-5)
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-                same = False
-            self._shortcut = self._shortcut if same else None
+        self._shortcuts = {name: _Shortcut.find(model, name) for name in experts_names}
+        self._hidden: dict[str, torch.Tensor] = {}
 
-    def logits(self) -> torch.Tensor:
-        """Return logits [n, L, V] of the model as it is now."""
-        if self._shortcut is None:
-            return self._whole()
-        with self._shortcut.enter_with(self._hidden):
-            return self._whole()
+    def begin(self) -> torch.Tensor:
+        """Return logits [n, L, V] of the whole model, and keep what enters the layers that were named."""
+        with ExitStack() as stack:
+            for name, shortcut in self._shortcuts.items():
+                if shortcut is not None:
+                    stack.enter_context(shortcut.seen(partial(self._hidden.__setitem__, name)))
+            return self._forward()
 
-    def _whole(self) -> torch.Tensor:
+    @property
+    def kept_bytes(self) -> int:
+        """Return the size of what is kept."""
+        return sum(map(_bytes, self._hidden.values()))
+
+    def check(self, experts_name: str, whole: torch.Tensor) -> bool:
+        """Return whether the shortcut to this layer gives the logits of `begin`, with the model as it was then; else drop it."""
+        try:
+            same = torch.allclose(whole, self.logits(experts_name), rtol=1e-4, atol=1e-5)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+            same = False
+        if not same:
+            self._shortcuts[experts_name] = None
+        return same
+
+    def logits(self, experts_name: str) -> torch.Tensor:
+        """Return logits [n, L, V] of the model as it is now, where it has changed in this layer and above only."""
+        shortcut = self._shortcuts[experts_name]
+        if shortcut is None:
+            return self._forward()
+        with shortcut.enter_with(self._hidden[experts_name]):
+            return self._forward()
+
+    def _forward(self) -> torch.Tensor:
         out: torch.Tensor = self._model(input_ids=self._ids, use_cache=False, **placed(self._positions)).logits
         return out
 
@@ -235,20 +254,28 @@ class _Shortcut:
 
     def capture(self, model: nn.Module, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Return the input of layer k, [n, L, H]."""
-        seen: list[torch.Tensor] = []
+        found: list[torch.Tensor] = []
+
+        def stop(hidden: torch.Tensor) -> None:
+            found.append(hidden)
+            raise _Stop
+
+        with self.seen(stop), suppress(_Stop):
+            model(input_ids=ids, use_cache=False, **placed(positions))
+        return found[0]
+
+    @contextmanager
+    def seen(self, show: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Show what enters layer k, [n, L, H], in every forward pass inside the block."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
+            show(args[0] if args else kwargs["hidden_states"])
 
         handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            model(input_ids=ids, use_cache=False, **placed(positions))
-        except _Stop:
-            pass
+            yield
         finally:
             handle.remove()
-        return seen[0]
 
     @contextmanager
     def enter_with(self, hidden: torch.Tensor) -> Iterator[None]:

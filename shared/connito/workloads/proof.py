@@ -5,9 +5,12 @@ Shares a person can judge, beside losses; with paired intervals over texts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from connito.moe.predictions import Likeliest
 
 CONFIDENCE = 0.95
 # Texts of the target and of a general domain that are asked about, and tokens of each that are read.
@@ -45,14 +48,27 @@ class Asked:
         return cls(list(texts), spans)
 
 
-def all_right(model: Any, tokenizer: Any, asked: Mapping[str, Asked]) -> Right:
+def before_and_after(
+    model: Any, tokenizer: Any, asked: Mapping[str, Asked], layers: Iterable[int], change: Callable[[], None]
+) -> tuple[Right, Right]:
+    """Return what a model gets right of the texts before `change()`, which writes rows of these layers, and after it."""
+    from connito.moe.layout import require_moe_layers
+    from connito.moe.predictions import Likeliest
+
+    likeliest = Likeliest(model, require_moe_layers(model)[min(layers)].experts_name)
+    before = _all_right(likeliest, tokenizer, asked)
+    change()
+    return before, _all_right(likeliest, tokenizer, asked)
+
+
+def _all_right(likeliest: Likeliest, tokenizer: Any, asked: Mapping[str, Asked]) -> Right:
     """Return, for each domain and kind of span, which spans of each text are right; texts without any are left out."""
     from connito.moe.predictions import right
 
     found: Right = {}
     for domain, of in asked.items():
         groups = [
-            right(model, tokenizer, text, spans) for text, *spans in zip(of.texts, *of.spans.values(), strict=True)
+            right(likeliest, tokenizer, text, spans) for text, *spans in zip(of.texts, *of.spans.values(), strict=True)
         ]
         for number, kind in enumerate(of.spans):
             rows = [group[number] for group in groups if group[number]]

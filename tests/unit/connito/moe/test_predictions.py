@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
-from connito.moe.predictions import answers_of, right, words_of
+from connito.moe.layout import require_moe_layers
+from connito.moe.predictions import Likeliest, answers_of, right, words_of
 
 
-class Parrot(torch.nn.Module):
+class Parrot:
     """Knows one text by heart: after each token of it, the next one; elsewhere token 0."""
 
     def __init__(self, known: list[int]) -> None:
-        super().__init__()
-        self.known, self.scale = known, torch.nn.Parameter(torch.ones(1))
+        self.known = known
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        ids = input_ids[0].tolist()
-        logits = torch.zeros(1, len(ids), 256)
-        for place in range(len(ids)):
-            heart = ids[: place + 1] == self.known[: place + 1] and place + 1 < len(self.known)
-            logits[0, place, self.known[place + 1] if heart else 0] = 1
-        return SimpleNamespace(logits=logits)
+    def __call__(self, ids: list[int]) -> list[int]:
+        known = [self.known[: place + 1] == ids[: place + 1] for place in range(len(ids))]
+        return [
+            self.known[place + 1] if heart and place + 1 < len(self.known) else 0 for place, heart in enumerate(known)
+        ]
 
 
 def spell(text: str, **_: bool) -> dict[str, Any]:
@@ -44,3 +42,42 @@ def test_an_answer_is_what_the_pattern_asks_for() -> None:
     assert right(Parrot(list(text.encode())), spell, text, [spans, []]) == [[True, True], []]
     assert right(Parrot(wrong), spell, text, [spans]) == [[True, False]]
     assert answers_of("Answer: 2", r"\nAnswer: ([^\n]+)") == []
+
+
+def test_texts_asked_about_again_go_through_the_changed_layers_alone(
+    full: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, ids = require_moe_layers(full), [3, 1, 4, 1, 5, 9, 2, 6]
+    first = layers[min(layers)]
+    likeliest, below = Likeliest(full, first.experts_name), full.get_submodule(f"model.layers.{min(layers) - 1}")
+    runs: list[int] = []
+    handle = below.self_attn.register_forward_hook(lambda *_: runs.append(1))
+
+    def plain() -> list[int]:
+        with torch.no_grad():
+            found: list[int] = full(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        return found
+
+    try:
+        before = likeliest(ids)
+        assert len(runs) == 1
+        with torch.no_grad():
+            for name in first.parameters:
+                getattr(first.experts, name).mul_(-3)
+        after = likeliest(ids)
+        assert len(runs) == 1, "the layers below did not run again"
+        assert after == plain()
+        assert before != after
+        # Without room, and where the shortcut does not give what the model does, all layers run.
+        monkeypatch.setattr("connito.moe.predictions.KEPT_BYTES", 0)
+        careful = Likeliest(full, first.experts_name)
+        assert careful(ids) == careful(ids) == plain()
+        monkeypatch.undo()
+        monkeypatch.setattr("connito.moe.evaluate.PartialForward.check", lambda *_: False)
+        careful = Likeliest(full, first.experts_name)
+        careful(ids)
+        runs.clear()
+        assert careful(ids) == plain()
+        assert len(runs) == 2
+    finally:
+        handle.remove()
