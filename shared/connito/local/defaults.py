@@ -8,10 +8,10 @@ from pathlib import Path
 from connito.base.corpora import TINY_DOMAINS
 from connito.data.domains import DEMO_DOMAINS
 from connito.errors import Invalid
-from connito.local.machine_limits import multiplies_bf16
 from connito.protocol.policy.choices import ADVERSARIES
 from connito.protocol.policy.law import MAX_CYCLES
 from connito.protocol.policy.profiles import override_text, policies
+from connito.runtime.compute import multiplies_bf16
 from connito.v1.run_pb2 import RunSpec
 
 MAX_PARTICIPANTS = 64

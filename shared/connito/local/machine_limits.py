@@ -9,24 +9,11 @@ from pathlib import Path
 from connito.errors import Retry
 from connito.render import formats
 
-# What a processor that multiplies in bfloat16 says of itself: Intel's and AMD's, then ARM's.
-BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
-CPUINFO = Path("/proc/cpuinfo")
 # Broker, store and a dozen services with their connections, with room for a few runs.
 OPEN_FILES = 1024
 # Go programs reserve address space far beyond what they use.
 ADDRESS_SPACE = 16 << 30
 FREE_DISK = 256 << 20
-
-
-def multiplies_bf16() -> bool:
-    """Return whether this processor has instructions for products in bfloat16; without them they are slower than float32's."""
-    try:
-        lines = CPUINFO.read_text().splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return not BF16.isdisjoint(flags.split())
 
 
 def check_limits(folder: Path) -> None:

@@ -8,6 +8,7 @@ share the cores, and the kernel gives a core back when its holder is killed.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import fcntl
 import itertools
 import os
@@ -29,6 +30,11 @@ _POLL_SECONDS = 0.03
 # A wait that lasts so many seconds is shown, as one for this.
 TELL_AFTER, FORGET_AFTER, COMPUTE = 5.0, 86400.0, "compute"
 _NUMBERS = itertools.count()
+# A computation of this length has left free memory behind that is worth giving back.
+LONG_SECONDS = 1.0
+# What a processor that multiplies in bfloat16 says of itself: Intel's and AMD's, then ARM's.
+BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class ComputeBudget:
@@ -62,10 +68,13 @@ class ComputeBudget:
             telling.cancel()
             WAITING.end(what)
         metrics.COMPUTE_WAIT_SECONDS.labels(purpose).observe(time.monotonic() - began)
+        began = time.monotonic()
         try:
             yield
         finally:
             _release(held)
+            if time.monotonic() - began > LONG_SECONDS:
+                await asyncio.to_thread(give_back_memory)
 
     def _tell(self, what: str) -> None:
         """Say that somebody else computes here, and who: one that is stopped or hangs holds up everybody."""
@@ -109,6 +118,22 @@ class ComputeBudget:
 def usable_cores() -> int:
     """Return cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def give_back_memory() -> None:
+    """Give memory that is free in this process back to the machine; the C library, where it is GNU's, keeps it otherwise."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def multiplies_bf16() -> bool:
+    """Return whether this processor has instructions for products in bfloat16; without them they are slower than float32's."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return not BF16.isdisjoint(flags.split())
 
 
 def machine_folder() -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from connito.runtime.compute import COMPUTE, ComputeBudget, in_thread
+from connito.runtime.compute import COMPUTE, ComputeBudget, in_thread, multiplies_bf16
 from connito.runtime.waiting import WAITING
 
 from tests.support.waiting import PATIENCE, until
@@ -130,3 +132,37 @@ async def test_a_job_that_wants_every_core_waits_for_one_that_has_one(
         assert not waiting.done()
     async with asyncio.timeout(PATIENCE):
         await waiting
+
+
+@pytest.mark.parametrize(
+    ("said", "has"),
+    [
+        ("model name\t: A\nflags\t\t: fpu avx512_bf16 vnni\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f\n", False),
+        ("model name\t: bf16\n", False),
+        ("", False),
+    ],
+)
+def test_a_processor_says_whether_it_multiplies_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, has: bool
+) -> None:
+    monkeypatch.setattr("connito.runtime.compute.CPUINFO", tmp_path / "cpuinfo")
+    assert not multiplies_bf16()
+    (tmp_path / "cpuinfo").write_text(said)
+    assert multiplies_bf16() is has
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library keeps no memory back, or cannot give it"
+)
+async def test_memory_that_a_computation_left_free_goes_back_to_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("connito.runtime.compute.LONG_SECONDS", -1.0)
+    process, blocks = psutil.Process(), [bytes(64 << 10) for _ in range(2000)]
+    async with ComputeBudget(tmp_path).slot("train"):
+        full = process.memory_info().rss
+        # The last one keeps the heap from shrinking by itself.
+        del blocks[:-1]
+    assert process.memory_info().rss < full - (64 << 20)
