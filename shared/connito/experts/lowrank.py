@@ -17,7 +17,6 @@ import torch
 from connito.errors import Invalid
 from connito.experts.tape import Tape, each_layer
 from connito.moe.layout import MoELayer, require_moe_layers
-from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,12 +39,7 @@ def sparsify(model: nn.Module, sequences: npt.NDArray[Any], share: float) -> dic
         banks = [getattr(tape.layer.experts, name) for name in tape.layer.parameters if name in MAPS]
         return sum(int((bank == 0).sum()) for bank in banks) / sum(int(bank.numel()) for bank in banks)
 
-    return each_layer(model, sequences, look, check=_check_maps)
-
-
-def _check_maps(layer: MoELayer) -> None:
-    if getattr(layer.experts, "is_transposed", False):
-        raise Invalid("experts with transposed weights are not supported here", reason=reasons_pb2.REASON_WRONG_SHAPE)
+    return each_layer(model, sequences, look)
 
 
 def _sparsify_expert(tape: Tape, expert: int, share: float) -> None:
@@ -54,11 +48,18 @@ def _sparsify_expert(tape: Tape, expert: int, share: float) -> None:
     x, gate = tape.inputs[token], tape.weights[token, slot, None]
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     with torch.no_grad():
-        _zero_lowest(getattr(experts, up)[expert], x * gate, share)
+        weight, bias = _map(experts, up, expert), getattr(experts, f"{up}_bias", None)
+        _zero_lowest(weight, x * gate, share)
         if len(x):
-            hidden = torch.nn.functional.linear(x, getattr(experts, up)[expert])
+            hidden = torch.nn.functional.linear(x, weight, None if bias is None else bias[expert])
             x = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        _zero_lowest(experts.down_proj[expert], x * gate if len(x) else x, share)
+        _zero_lowest(_map(experts, "down_proj", expert), x * gate if len(x) else x, share)
+
+
+def _map(experts: Any, name: str, expert: int) -> torch.Tensor:
+    """Return an expert's map as a view [out, in], also of a family that stores [in, out]."""
+    weight: torch.Tensor = getattr(experts, name)[expert]
+    return weight.mT if getattr(experts, "is_transposed", False) else weight
 
 
 def _zero_lowest(weight: torch.Tensor, inputs: torch.Tensor, share: float) -> None:
