@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
@@ -228,8 +229,10 @@ class Installation:
         }
 
     def _store_secret(self) -> str:
-        """Return the store's secret key, made once for this data directory."""
+        """Return the store's secret key, made once for this data directory, and anew when its file is damaged."""
         path = self.data.keys / "store.secret"
-        if not path.exists():
-            write_durably(path, secrets.token_hex(20), 0o600)
-        return path.read_text().strip()
+        known = path.read_bytes() if path.exists() else b""
+        if not re.fullmatch(rb"[0-9a-f]{40}", known):
+            known = secrets.token_hex(20).encode()
+            write_durably(path, known, 0o600)
+        return known.decode()

@@ -54,7 +54,12 @@ class Accounts:
 
     def make(self) -> None:
         """Make what is missing; keys that are there stay."""
-        state = self._state() if self.exist else {"accounts": {}, "revoked": {}}
+        state = self._state() if self.exist else {"accounts": self._stored(), "revoked": {}}
+        if (stored := self._stored()) and stored[PLATFORM] != state["accounts"][PLATFORM]:
+            raise Invalid(
+                f"{self._path} is damaged: its platform is not the account {stored[PLATFORM]}, whose log lies here; put back its "
+                "copy, or remove the file to have it made again"
+            )
         if not self._seed("operator").exists():
             Authority.generate(passes.OPERATOR).save(self._seed("operator"))
         for name in (SYSTEM, PLATFORM, *ACCOUNTS):
@@ -63,6 +68,11 @@ class Accounts:
                 # Its own seed is never needed: the operator signs the account, the file beside it signs passes.
                 state["accounts"][name] = Authority.generate(passes.ACCOUNT).public
         self._write(state)
+
+    def _stored(self) -> dict[str, str]:
+        """Return the account of the log that a broker keeps in this folder; nothing else names it when the file is lost."""
+        found = [path.name for path in (self.folder / "nats" / "jetstream" / "jetstream").glob("A*")]
+        return {PLATFORM: found[0]} if len(found) == 1 else {}
 
     # Admitting.
 
@@ -188,8 +198,12 @@ class Accounts:
 
     def _state(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self._path.read_text()))
-        except (OSError, ValueError) as error:
+            state = json.loads(self._path.read_text())
+            accounts = {name: state["accounts"][name] for name in (SYSTEM, PLATFORM)}
+            if not all(isinstance(key, str) for key in accounts.values()):
+                raise ValueError("an account has no key")
+            return dict(state)
+        except (OSError, ValueError, TypeError, LookupError) as error:
             raise Invalid(
                 f"{self._path} cannot be read ({error}); make it with `connito access export {self.folder}`"
             ) from error

@@ -176,10 +176,12 @@ class DataDir:
         write_durably(self.pids, json.dumps(processes, indent=1, sort_keys=True) + "\n", 0o600)
 
     def read_pids(self) -> dict[str, dict[str, Any]]:
-        """Return the processes that `write_pids` wrote last; empty when nothing runs."""
+        """Return the processes that `write_pids` wrote last; empty when nothing runs, or the file is damaged."""
         try:
             rows: dict[str, dict[str, Any]] = json.loads(self.pids.read_text())
-        except (OSError, ValueError):
+            for row in rows.values():
+                int(row["pid"]), int(row["restarts"])
+        except (OSError, ValueError, TypeError, LookupError, AttributeError):
             return {}
         return rows
 

@@ -54,7 +54,9 @@ class Authority:
     def load(cls, path: Path) -> Authority:
         """Read a file that `save` wrote. Raises `Invalid` naming it."""
         try:
-            return cls.from_seed(path.read_text())
+            return cls.from_seed(path.read_bytes().decode("ascii", "replace"))
+        except Invalid as error:
+            raise Invalid(f"{path} is damaged: {error}; put back its copy") from error
         except OSError as error:
             raise Invalid(f"cannot read {path}: {error.strerror}; it is the operator's, and admits with it") from error
 
