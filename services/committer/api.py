@@ -6,13 +6,13 @@ from typing import Any
 
 from connito.bus import Bus
 from connito.errors import Invalid, NotFound, ObjectMissing
-from connito.runtime.host import now_ms
 from connito.runtime.limits import RateLimit
 from connito.runtime.metrics import REFUSALS
 from connito.service.rpc import check_fresh, open_request
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
+from connito.v1.envelope_pb2 import Envelope
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 
@@ -22,6 +22,8 @@ from .state import FACTS, NAMING, State
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["SubmissionService"].full_name
 DIGESTS_PER_REQUEST = 16
+# Two clocks that are half an hour off, one each way, are let through.
+RECENT_MS = 7_200_000
 # No file of a base is larger; a length that a header cannot hold is none.
 MAX_OBJECT = 1 << 40
 
@@ -41,7 +43,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         `Retry`.
         """
         command, miner = open_request(request.envelope, "rpc.RequestUpload", services_pb2.UploadCommand)
-        check_fresh(request.envelope, now_ms(), reasons_pb2.REASON_NOT_PERMITTED)
+        self._check_recent(request.envelope)
         self._limit.take(miner)
         try:
             await (self._permit_upload(miner, command) if command.run else self._permit_corpus(miner, command))
@@ -54,6 +56,12 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
             return services_pb2.RequestUploadResponse(present=True)
         url, headers = self._store.presign_put(artifact, self._presign_seconds)
         return services_pb2.RequestUploadResponse(url=url, headers=headers)
+
+    def _check_recent(self, envelope: Envelope) -> None:
+        """Raise `Invalid` for a request signed hours ago: whoever overheard it gets no addresses with it for ever, and a miner
+        whose clock is off gets its own all the same.
+        """
+        check_fresh(envelope, self._bus.host.now_ms(), reasons_pb2.REASON_NOT_PERMITTED, RECENT_MS)
 
     async def _permit_upload(self, miner: str, command: services_pb2.UploadCommand) -> None:
         try:
@@ -80,8 +88,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         the digest that it does not.
         """
         command, signer = open_request(request.envelope, "rpc.RequestDownloads", services_pb2.DownloadsCommand)
-        # Whoever overheard a request gets no addresses with it for ever.
-        check_fresh(request.envelope, now_ms(), reasons_pb2.REASON_NOT_PERMITTED)
+        self._check_recent(request.envelope)
         # A look at the store for each: asking for many at once is not cheaper than asking often.
         self._limit.take(signer, max(1.0, len(command.digests) / DIGESTS_PER_REQUEST))
         refs = await self._entitled(signer, command)

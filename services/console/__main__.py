@@ -16,8 +16,7 @@ from .settings import ConsoleSettings
 
 async def main(context: ServiceContext[ConsoleSettings]) -> None:
     """Run until told to stop. The page is there at once; until the log has been read, it says so."""
-    settings = context.settings
-    token = settings.check_access()
+    settings, token = context.settings, context.settings.check_access()
     try:
         import uvicorn
 

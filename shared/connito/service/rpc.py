@@ -341,12 +341,17 @@ def open_request(
     return message, opened.signer
 
 
-def check_fresh(envelope: Envelope, now_ms: int, reason: reasons.Reason.ValueType = reasons.REASON_MALFORMED) -> None:
-    """Raise `Invalid` for a request that was not signed just now, so that a copied one soon opens nothing."""
-    if abs(apart := now_ms - envelope.issued_at_unix_ms) > FRESH_MS:
+def check_fresh(
+    envelope: Envelope,
+    now_ms: int,
+    reason: reasons.Reason.ValueType = reasons.REASON_MALFORMED,
+    within_ms: int = FRESH_MS,
+) -> None:
+    """Raise `Invalid` for a request that was not signed within `within_ms` of now, so that a copied one opens nothing later."""
+    if abs(apart := now_ms - envelope.issued_at_unix_ms) > within_ms:
         away = f"{abs(apart) / 60_000:.0f} minutes {'behind' if apart > 0 else 'ahead of'}"
         raise Invalid(
-            f"the request is dated {away} the platform's clock, and five are let through: set the clock of the machine that "
-            "signed it (`timedatectl set-ntp true`), or sign again what was signed then",
+            f"the request is dated {away} the platform's clock, and {within_ms // 60_000} are let through: set the "
+            "clock of the machine that signed it (`timedatectl set-ntp true`), or sign again what was signed then",
             reason=reason,
         )

@@ -17,7 +17,7 @@ PURE = {
     "committer": {"judging", "said", "settlement"},
 }
 PERFORMING = {
-    "coordinator": {"admission", "reading"},
+    "coordinator": {"admission", "reading", "tenancy"},
     "committer": {"content", "downloads"},
     "trainer": {"adversary", "base", "evaluation", "feedback", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
