@@ -15,6 +15,7 @@ from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
+from connito.wire.subjects import LIBRARY
 
 from . import judging
 from .downloads import Downloads
@@ -97,14 +98,14 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
 
     async def _entitled(self, signer: str, command: services_pb2.DownloadsCommand) -> dict[str, ArtifactRef]:
         try:
-            refs = await self._downloads.entitled(self._facts(command.run), signer)
+            refs = await self._downloads.entitled(self._naming_facts(command.run), signer)
             if set(command.digests) <= set(refs):
                 return refs
         except (Invalid, NotFound):
             pass
         # The facts here may be a moment behind what the signer has already seen.
         await self._state.refresh(self._bus, NAMING)
-        return await self._downloads.entitled(self._facts(command.run), signer)
+        return await self._downloads.entitled(self._naming_facts(command.run), signer)
 
     async def _url(self, ref: ArtifactRef | None, digest: str, run: str) -> str:
         if ref is None:
@@ -112,6 +113,9 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         if await self._store.stat(ref) is None:
             raise ObjectMissing(f"the store has no {digest}, which run {run} needs; restore it from a copy")
         return self._store.presign_get(ref, self._presign_seconds)
+
+    def _naming_facts(self, run: str) -> RunFacts:
+        return self._state.runs.get(run, RunFacts(run)) if run == LIBRARY else self._facts(run)
 
     def _facts(self, run: str) -> RunFacts:
         return judging.known_run(self._state.runs.get(run), run)

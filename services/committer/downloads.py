@@ -6,13 +6,15 @@ from collections import OrderedDict
 
 from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound
+from connito.library.governance import Viewer
 from connito.protocol import bans
-from connito.protocol.entitlement import base_proof, for_customer, for_miners, for_viewers
+from connito.protocol.entitlement import base_proof, for_customer, for_miners, for_viewers, of_deposit
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
+from connito.wire.subjects import LIBRARY
 
 from .state import State
 
@@ -28,6 +30,8 @@ class Downloads:
 
     async def entitled(self, facts: RunFacts, key: str) -> dict[str, ArtifactRef]:
         """Return by digest what a key may read because of a run. Raises `Invalid` for one that has no part in it."""
+        if facts.run == LIBRARY:
+            return self._derived(facts, key)
         spec = facts.require_spec()
         if key == spec.customer:
             refs = for_customer(facts)
@@ -41,6 +45,22 @@ class Downloads:
             if not self._state.naming.allows(corpus.artifact, spec, self._state.runs):
                 found.pop(corpus.artifact.digest, None)
         return found | await self._base(spec)
+
+    def _derived(self, facts: RunFacts, key: str) -> dict[str, ArtifactRef]:
+        """Return what customers derived from experts, as far as a key may see it. Who deposits names files, and to name what
+        another's run brought is no right to it."""
+        viewer = Viewer(key, self._state.roster.memberships(key))
+        if not self._state.roster.permits("customer", key):
+            return {}
+        found, as_customer = dict[str, ArtifactRef](), run_pb2.RunSpec(customer=key)
+        for fact in facts.deposits.values():
+            said = fact.message
+            rules = {"owner": said.owner, "visibility": said.visibility, "organisation": said.organisation}
+            if viewer.sees({"governance": rules}):
+                named = (ref for ref in of_deposit(said) if ref.digest)
+                allows = self._state.naming.allows
+                found |= {ref.digest: ref for ref in named if allows(ref, as_customer, self._state.runs)}
+        return found
 
     def _sees(self, spec: run_pb2.RunSpec, key: str) -> bool:
         """Return whether a key is another customer's that may see what came out of the run."""

@@ -19,6 +19,7 @@ from connito.v1.envelope_pb2 import Envelope
 from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import LIBRARY
 
+from .joining import Joining
 from .state import NOTICES, Catalogue, summarise
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["LibraryService"].full_name
@@ -46,6 +47,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         now_ms: Callable[[], int],
         limit: RateLimit,
     ) -> None:
+        self._joining = Joining(catalogue, store, bus)
         self._catalogue, self._store, self._bus, self._roster = catalogue, store, bus, roster
         self._current, self._now_ms, self._limit = current, now_ms, limit
 
@@ -82,6 +84,24 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         """Return a page of experts by words and domain, best first. `Invalid` for a foreign page token."""
         hits, token = self._catalogue.search(request, await self._viewer(request))
         return services_pb2.SearchExpertsResponse(hits=hits, next_page_token=token)
+
+    async def DepositExpert(  # noqa: N802
+        self, request: services_pb2.DepositExpertRequest, context: Any
+    ) -> services_pb2.DepositExpertResponse:
+        """Take in what a customer made of experts that are here. Raises `Invalid`, `Retry`."""
+        command, signer = rpc.open_request(request.envelope, "rpc.DepositExpert", services_pb2.DepositExpertCommand)
+        rpc.check_fresh(request.envelope, self._now_ms())
+        self._limit.take(signer)
+        if not self._roster.permits("customer", signer):
+            raise Invalid(
+                f"{signer} is no customer of this platform, and only a customer deposits",
+                reason=reasons_pb2.REASON_NOT_PERMITTED,
+            )
+        await self._current()
+        viewer = Viewer(signer, self._roster.memberships(signer))
+        message = await self._joining.take(command, request.envelope, viewer)
+        await self._current()
+        return services_pb2.DepositExpertResponse(expert=self._catalogue.get(message.expert_id, viewer))
 
     async def MarkExpert(  # noqa: N802
         self, request: services_pb2.MarkExpertRequest, context: Any

@@ -33,6 +33,7 @@ def summarise(fact: Fact[run_pb2.ExpertDeposited]) -> services_pb2.ExpertSummary
         expert=message.expert,
         record=message.record,
         deposited_at_unix_ms=fact.time_unix_ms,
+        files=message.files,
     )
 
 

@@ -16,7 +16,12 @@ from connito.base.loading import load_full
 from connito.bus import Bus, streams
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, NotFound
+from connito.experts.assemble import Mixture, compose_experts
+from connito.experts.compose import Recipe
 from connito.library.attestation import check_attestation
+from connito.library.membership import claimed
+from connito.library.record import encode
+from connito.library.schema import ExpertRecord, read_record
 from connito.moe.rows import base_digests, fingerprint, read_rows
 from connito.moe.state import load_state, save_state
 from connito.platform.servers import NatsServer, ObjectStore
@@ -296,3 +301,56 @@ async def test_health_is_there(process: ServiceProcess, buses: dict[str, Bus]) -
             health_pb2.HealthCheckRequest(service="connito.v1.LibraryService")
         )
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_what_a_customer_derives_joins_with_lineage_and_signature(
+    buses: dict[str, Bus],
+    process: ServiceProcess,
+    store: ArtifactStore,
+    roster: Roster,
+    identities: dict[str, Identity],
+    run_id: str,
+    tmp_path: Path,
+) -> None:
+    bus, customer = buses["coordinator"], identities["customer"]
+    await process.start().ready()
+    await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
+    fact = await deposited(bus, roster, run_id)
+    stub = await ask(bus)
+    answer = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    shutil.copy(await store.fetch(fact.expert), parent / "expert.safetensors")
+    found = (parent, read_record(answer.record_json, parent))
+    made = compose_experts(
+        load_full(tiny_base()), [found], tmp_path / "made", Mixture(Recipe("sum"), {fact.expert_id: 0.5}),
+        license=found[1]["license"], created="2031-01-01T00:00:00.000+00:00",
+    )  # fmt: skip
+
+    async def put(signer: Identity, record: ExpertRecord) -> services_pb2.DepositExpertResponse:
+        command = services_pb2.DepositExpertCommand(
+            expert=await store.put_file(tmp_path / "made" / "expert.safetensors", SAFETENSORS, REALM_PUBLIC),
+            record=await store.put_bytes(encode(record), "application/json", REALM_PUBLIC),
+        )
+        request = services_pb2.DepositExpertRequest(envelope=seal(signer, "rpc.DepositExpert", command))
+        done: services_pb2.DepositExpertResponse = await rpc.call(stub.DepositExpert, request)
+        return done
+
+    owned = claimed(made, customer.public)
+    with pytest.raises(Invalid, match="no customer"):
+        await put(Identity.generate(), made)
+    with pytest.raises(Invalid, match="owner"):
+        await put(customer, made)
+    with pytest.raises(Invalid, match="licence"):
+        await put(customer, {**owned, "license": "CC0-1.0"})
+    with pytest.raises(Invalid, match="file that you deposit"):
+        await put(customer, {**owned, "expert": {**owned["expert"], "bytes": 7}})
+    for _ in range(2):
+        assert (await put(customer, owned)).expert.expert_id == made["expert_id"]
+
+    said = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=made["expert_id"]))
+    check_it(tmp_path / "made" / "expert.safetensors", said, roster, tmp_path / "home")
+    assert json.loads(said.record_json)["derived"]["parents"][0]["expert_id"] == fact.expert_id
+    hits = (await rpc.call(stub.SearchExperts, services_pb2.SearchExpertsRequest(text=TARGET))).hits
+    assert {hit.expert.expert_id for hit in hits} == {fact.expert_id, made["expert_id"]}
+    assert await bus.last_sequence("LIBRARY") == 2

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from connito.client.connection import Connection
 from connito.errors import Invalid
+from connito.library.attestation import DEPOSIT_SUBJECT
 from connito.library.schema import ExpertRecord, read_record
 from connito.v1 import run_pb2, services_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.services_pb2 import ExpertSummary
 
 if TYPE_CHECKING:
@@ -81,6 +83,15 @@ class Library:
 
         answer = self._get(expert_id)
         return Standing(answer.status or "good", answer.reason)
+
+    def deposit(self, expert: ArtifactRef, record: ArtifactRef, files: Sequence[ArtifactRef] = ()) -> ExpertSummary:
+        """Bring in what was made of the library's experts and uploaded before. Raises `Invalid` where it does not follow
+        from them."""
+        command = services_pb2.DepositExpertCommand(expert=expert, record=record, files=files)
+        sealed = self._connection.seal(DEPOSIT_SUBJECT, command)
+        answer = self._call("DepositExpert", services_pb2.DepositExpertRequest(envelope=sealed))
+        found: ExpertSummary = answer.expert
+        return found
 
     def mark(self, subject: str, status: str, reason: str) -> None:
         """Deprecate, yank or restore an expert, or opt a data source out or in. Raises `NotFound` for an unknown

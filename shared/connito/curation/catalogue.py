@@ -1,4 +1,4 @@
-"""`connito.library`: list, show, search, deposit, mark, ledger and demand."""
+"""`connito.library`: list, show, search, mark, ledger and demand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 from connito.client import Client
 from connito.curation.holdings import Holdings, now_ms, read_folder
 from connito.errors import Invalid, NotFound
-from connito.library.artifact import EXPERT_FILE
 from connito.library.governance import attribute
 from connito.library.hits import Hit, Ranked
 from connito.library.hits import search as find
-from connito.library.schema import ExpertRecord
 from connito.library.searches import remember
 
 if TYPE_CHECKING:
@@ -127,17 +125,6 @@ def _of_the_shelf_alone(client: Client, expert: str) -> bool:
 
 def _better(hit: Hit) -> tuple[float, float, str]:
     return (-hit.score, -(hit.saving if hit.saving is not None else float("-inf")), hit.expert_id)
-
-
-def deposit(folder: Path, library: Holdings | None = None) -> ExpertRecord:
-    """Put an expert, or a model made of experts, on the shelf; returns its record."""
-    folder, record = read_folder(Path(folder))
-    local = (library or Holdings()).open_shelf(make=True)
-    if (folder / EXPERT_FILE).is_file():
-        local.deposit(folder / EXPERT_FILE, record, now_ms())
-    else:
-        local.deposit_model(folder, now_ms())
-    return record
 
 
 def mark(subject: str, status: str, reason: str, library: Holdings | None = None) -> None:

@@ -64,17 +64,22 @@ def verify(
     library = library or Holdings()
     folder = Path(target) if Path(target).is_dir() else library.find(str(target))[0]
     if not (folder / EXPERT_FILE).is_file():
-        return _verify_model(folder, base, library)
+        return [*_verify_model(folder, base, library), *_signatures(folder, roster)]
     _, record = read_folder(folder)
     check_expert(folder / EXPERT_FILE, record)
     done = ["the file is the one its record describes: digest, base, domain, rows"]
     if base is not None:
         done.append(_verify_on((folder, record), base, library))
-    if (folder / ATTESTATION_FILE).is_file():
-        done += check_attestation(folder, None if roster is None else Roster.load(roster))
-    elif not record.get("derived"):
+    signed = _signatures(folder, roster)
+    if not signed and not record.get("derived"):
         done.append("nobody's signature came with it: it was not exported from a platform's library")
-    return done
+    return [*done, *signed]
+
+
+def _signatures(folder: Path, roster: Path | None) -> list[str]:
+    if not (folder / ATTESTATION_FILE).is_file():
+        return []
+    return check_attestation(folder, None if roster is None else Roster.load(roster))
 
 
 def _verify_model(folder: Path, base: Path | None, library: Holdings) -> list[str]:

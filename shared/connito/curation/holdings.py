@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.client import Client
-from connito.curation.mirror import mirror
+from connito.curation.mirror import mirror, shelve
 from connito.errors import NotFound, Retry
 from connito.library.artifact import EXPERT_FILE, MODEL_FILE, RECORD_FILE
 from connito.library.governance import Permission, Standing, Use, Viewer, check_use
@@ -21,6 +21,7 @@ from connito.platform.datadir import DataDir
 from connito.platform.session import Session
 from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
+from connito.v1.artifacts_pb2 import ArtifactRef
 
 Expert = tuple[Path, ExpertRecord]  # folder, record
 
@@ -119,12 +120,15 @@ class Holdings:
 
     def _fetch(self, name: str, local: Shelf) -> None:
         """Mirror one expert of the platform's library. `NotFound` when none runs here or it has no such expert."""
-        session = Session.open(self.data_dir, role="customer")
+        store = CustomerStore(Session.open(self.data_dir, role="customer"))
         with Client.local(self.data_dir) as client:
             summary, record = client.library.show(name)
             attestation = client.library.attestation(name)
-        file = blocking(CustomerStore(session).fetch(summary.expert, summary.run))
-        local.deposit(file, record, summary.deposited_at_unix_ms, attestation or None)
+
+        async def fetch(ref: ArtifactRef) -> Path:
+            return await store.fetch(ref, summary.run)
+
+        blocking(shelve(local, summary, record, fetch, summary.deposited_at_unix_ms, attestation or None))
 
 
 def read_folder(path: Path) -> Expert:

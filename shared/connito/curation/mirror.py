@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 
 from connito.errors import Environment, Invalid
-from connito.library.attestation import countersign, encode
+from connito.library.attestation import countersign
+from connito.library.attestation import encode as encode_attestation
 from connito.library.governance import Viewer
-from connito.library.schema import read_record
+from connito.library.schema import ExpertRecord, read_record
 from connito.library.shelf import Shelf
 from connito.platform.datadir import DataDir
 from connito.platform.log import read_log
@@ -18,6 +22,8 @@ from connito.platform.session import Session
 from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
 from connito.v1 import run_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.services_pb2 import ExpertSummary
 from connito.wire.fact import Fact, Record
 from connito.wire.subjects import fact as fact_subject
 from connito.wire.verification import verify_fact
@@ -68,9 +74,8 @@ async def _shelve(
     attestation = None
     if said.HasField("attestation") and signed is not None:
         part = json.loads(await store.get_bytes(said.attestation))
-        attestation = encode(countersign(part, signed.subject, signed.data)).decode()
-    file = await store.fetch(said.expert)
-    await asyncio.to_thread(shelf.deposit, file, record, deposit.time_unix_ms, attestation)
+        attestation = encode_attestation(countersign(part, signed.subject, signed.data)).decode()
+    await shelve(shelf, said, record, store.fetch, deposit.time_unix_ms, attestation)
 
 
 def _notice(record: Record, session: Session) -> tuple[int, run_pb2.ExpertNotice] | None:
@@ -90,3 +95,22 @@ def _say(shelf: Shelf, notices: list[tuple[int, run_pb2.ExpertNotice]]) -> None:
         here = kind.startswith("opted") or shelf.path(notice.subject).is_dir()
         if kind and here and (kind, notice.subject, at) not in repeated:
             shelf.state(kind, notice.subject, notice.reason, at)
+
+
+async def shelve(
+    shelf: Shelf,
+    said: ExpertSummary | run_pb2.ExpertDeposited,
+    record: ExpertRecord,
+    fetch: Callable[[ArtifactRef], Awaitable[Path]],
+    at_unix_ms: int,
+    attestation: str | None,
+) -> None:
+    """Put what a platform's library holds, an expert or a whole model, onto a shelf."""
+    if not said.files:
+        await asyncio.to_thread(shelf.deposit, await fetch(said.expert), record, at_unix_ms, attestation)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {ref.digest: await fetch(ref) for ref in said.files}
+        for name, entry in record["files"].items():
+            (Path(scratch) / name).symlink_to(files[entry["digest"]])
+        await asyncio.to_thread(shelf.deposit_model, Path(scratch), at_unix_ms, record, attestation)

@@ -22,6 +22,7 @@ from connito.base.hub_layout import copy_companions, save_hub
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.prune import Keep, prune
 from connito.library.artifact import MODEL_FILE, MODEL_FORMAT, RECORD_FILE, tensor_sizes
+from connito.library.attestation import ATTESTATION_FILE
 from connito.library.card import write_card
 from connito.library.derived import model_record
 from connito.library.record import encode
@@ -138,7 +139,7 @@ def verify_export(folder: Path, base: Path | None = None) -> ExpertRecord:
     record = read_record(path.read_bytes(), path)
     if record["format"] != FORMAT:
         raise VerificationFailed(f"{path} is not the record of a model, but {record['format']!r}")
-    present = {file.name for file in folder.iterdir()} - {RECORD_FILE}
+    present = {file.name for file in folder.iterdir()} - {RECORD_FILE, ATTESTATION_FILE}
     if odd := sorted(present ^ set(record["files"])):
         raise VerificationFailed(f"{folder} and its record disagree about the file {odd[0]}; export it again")
     for name, entry in record["files"].items():

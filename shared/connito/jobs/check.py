@@ -17,7 +17,7 @@ from connito.jobs.policies import check_policies, run_spec
 from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
 from connito.library.governance import TERMS
-from connito.library.start import AUTO, NONE
+from connito.library.start import AUTO, NONE, refusal
 from connito.moe.helper_experts import frozen_and_trained
 from connito.render import formats
 from connito.runtime.progress import Progress, silent
@@ -94,7 +94,7 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
         progress("tokenising", 0.6)
         checked.corpora = build(job, texts, spec, context, template_of(job.chat_template, root))
         checked.findings += [*checked.corpora.findings, _coverage(job, spec, checked.corpora)]
-    checked.findings += [*check_policies(job, spec, context), *_start(job, context), *_budget(job, context)]
+    checked.findings += [*check_policies(job, spec, context), *_start(job, spec, context), *_budget(job, context)]
     progress("checked", 1.0)
     return checked
 
@@ -134,24 +134,37 @@ def _lent(context: JobContext) -> Iterator[Finding]:
         yield Finding("base", "warning", detail, remedy)
 
 
-def _start(job: Job, context: JobContext) -> Iterator[Finding]:
-    """Check that the expert that the job names as its start is one of the platform's, of this base; its terms are checked by
-    the selector, which reads its record."""
+def _start(job: Job, spec: RunSpec, context: JobContext) -> Iterator[Finding]:
+    """Check that the job may begin where it says, by the selector's own rules."""
     if job.start_from in (AUTO, NONE) or context.session is None:
         return
-    base = context.experts.get(job.start_from)
-    if base is None:
+    wanted = RunSpec()
+    wanted.CopyFrom(spec)
+    wanted.customer = context.session.identity.public
+    said, record = context.experts.get(job.start_from), context.record_of(job.start_from)
+    if said is None or record is None:
         near = difflib.get_close_matches(job.start_from, [*context.experts, AUTO], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         remedy = (
-            f"{hint}name an expert that a run of this platform left (`connito library list`), or write start_from: auto"
+            f"{hint}name an expert of the platform's library (`connito library list`; `connito library deposit` brings in what "
+            "is made of its experts), or write start_from: auto"
         )
-        yield Finding("start", "error", f"the platform's library has no expert {job.start_from!r} from a run", remedy)
-    elif base != context.manifest.digest:
-        detail = f"{job.start_from} is of another base ({base[:12]}…) than this job's ({context.manifest.digest[:12]}…)"
+        yield Finding("start", "error", f"the platform's library has no expert {job.start_from!r}", remedy)
+    elif said.base_digest != context.manifest.digest:
+        base, mine = said.base_digest, context.manifest.digest
+        detail = f"{job.start_from} is of another base ({base[:12]}…) than this job's ({mine[:12]}…)"
         yield Finding("start", "error", detail, "start from one of the same base, or write start_from: auto")
+    elif said.files:
+        remedy = "export it and make it the base of the job, or write start_from: auto"
+        yield Finding(
+            "start", "error", f"{job.start_from} is a whole model made of experts, not rows of this base", remedy
+        )
+    elif why := refusal(record, wanted):
+        yield Finding(
+            "start", "error", f"the run cannot begin at {job.start_from}: {why}", "write start_from: auto or none"
+        )
     else:
-        yield Finding("start", "ok", f"the run begins at {job.start_from}, where its terms allow it")
+        yield Finding("start", "ok", f"the run begins at {job.start_from}")
 
 
 def _coverage(job: Job, spec: RunSpec, corpora: Corpora) -> Finding:

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 from connito.data.corpus import Corpus
 from connito.data.encoding import encoder_of
 from connito.data.manifest import Manifest
-from connito.errors import NotFound
+from connito.errors import Invalid, NotFound
 from connito.jobs.spec import Job
+from connito.library.governance import Viewer
+from connito.library.schema import ExpertRecord, read_record
 from connito.platform.session import Session
 from connito.protocol.entitlement import free_base_name
 from connito.runtime.progress import Progress, silent
 from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.v1.run_pb2 import CorpusRef, RunSpec
+from connito.v1.run_pb2 import CorpusRef, ExpertDeposited, RunSpec
 from connito.wire.sealing import unsealed
 
 if TYPE_CHECKING:
@@ -60,8 +62,8 @@ class JobContext:
     sources: dict[str, str] = field(default_factory=dict)
     taken: RunSpec | None = None
     replayed: CorpusRef | None = None
-    # The base of each expert that a run of the platform left, by its id.
-    experts: dict[str, str] = field(default_factory=dict)
+    # Each expert that the platform's library was given, by its id.
+    experts: dict[str, ExpertDeposited] = field(default_factory=dict)
     domain: str = ""
     progress: Progress = silent
     _files: dict[str, Path] = field(default_factory=dict)
@@ -90,6 +92,17 @@ class JobContext:
         if self.session is None:
             raise NotFound("there is no platform to fetch from; start one with `connito up --no-wait`")
         return blocking(CustomerStore(self.session).fetch(ref, self.sources.get(ref.digest, self.run)))
+
+    def record_of(self, expert: str) -> ExpertRecord | None:
+        """Return the record of a library expert; None for one that is not there, or not for this customer."""
+        if self.session is None or (said := self.experts.get(expert)) is None:
+            return None
+        try:
+            file = blocking(CustomerStore(self.session).fetch(said.record, said.run))
+            record = read_record(file.read_bytes(), expert)
+        except (Invalid, NotFound):
+            return None
+        return record if Viewer(self.session.identity.public).sees(record) else None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -169,7 +182,7 @@ def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress
         context.session, context.name = session, free_base_name(context.name, digest, me, log.runs.values())
     context.domain, context.progress = job.domain, progress
     deposited = [fact for facts in log.runs.values() for fact in facts.deposits.values()]
-    context.experts = {fact.message.expert_id: fact.message.base_digest for fact in deposited}
+    context.experts = {fact.message.expert_id: fact.message for fact in deposited}
     if job.run in log.runs:
         context.taken = log.runs[job.run].spec
     return context

@@ -16,14 +16,16 @@ from typing import Any
 
 from connito.data.documents import parse_json
 from connito.errors import ConnitoError, VerificationFailed
-from connito.library.artifact import EXPERT_FILE, RECORD_FILE, read_safetensors_header
-from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.library.artifact import EXPERT_FILE, MODEL_FILE, RECORD_FILE, read_safetensors_header
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.wire.envelope import MAX_WHOLE_BYTES, Opened, open_bytes
 from connito.wire.identity import short_key
 from connito.wire.roster import Roster
+from connito.wire.subjects import LIBRARY
 
 FORMAT = "connito-attestation/1"
 ATTESTATION_FILE = "attestation.json"
+DEPOSIT_SUBJECT = "rpc.DepositExpert"
 
 
 def attest(version_subject: str, version: bytes, state: Path) -> dict[str, Any]:
@@ -32,6 +34,11 @@ def attest(version_subject: str, version: bytes, state: Path) -> dict[str, Any]:
     with state.open("rb") as file:
         head = file.read(start)
     return {"format": FORMAT, "aggregator": _entry(version_subject, version), "state_head": _text(head)}
+
+
+def attest_derived(envelope: bytes) -> dict[str, Any]:
+    """Return the part of whoever derived an expert from others: the signed envelope with which it was deposited."""
+    return {"format": FORMAT, "depositor": _entry(DEPOSIT_SUBJECT, envelope)}
 
 
 def encode(attestation: Mapping[str, Any]) -> bytes:
@@ -57,28 +64,47 @@ def check_attestation(folder: Path, roster: Roster | None = None) -> list[str]:
 
     Without a `roster` it is shown who signed, not that they were entitled to. Raises `VerificationFailed`.
     """
+    weights = folder / (EXPERT_FILE if (folder / EXPERT_FILE).is_file() else MODEL_FILE)
     try:
         attestation = parse_json((folder / ATTESTATION_FILE).read_bytes())
-        library, aggregator = _open(attestation["library"]), _open(attestation["aggregator"])
+        library = _open(attestation["library"])
         deposit = library.read(run_pb2.ExpertDeposited)
-        version = aggregator.read(cycle_pb2.VersionPublished)
-        head = base64.b64decode(attestation["state_head"])
+        if _digest(folder / RECORD_FILE) != deposit.record.digest or _digest(weights) != deposit.expert.digest:
+            raise _broken(f"record or weights in {folder} are not those that the library signed")
+        derived = deposit.run == LIBRARY
+        maker, said = _derived(attestation, deposit) if derived else _of_run(attestation, deposit, weights)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _broken(f"{folder / ATTESTATION_FILE} cannot be read: {error!r}") from error
+    except VerificationFailed:
+        raise
     except ConnitoError as error:
         raise _broken(f"a signature in {folder / ATTESTATION_FILE} does not hold: {error}") from error
-    if _digest(folder / RECORD_FILE) != deposit.record.digest or _digest(folder / EXPERT_FILE) != deposit.expert.digest:
-        raise _broken(f"record or expert file in {folder} are not those that the library signed")
-    if version.run != deposit.run or _state_digest(folder / EXPERT_FILE, head) != version.state.digest:
-        raise _broken(f"the tensors in {folder / EXPERT_FILE} are not the state that the aggregator signed")
-    for role, opened in (("library", library), ("aggregator", aggregator)):
-        if roster is not None and not roster.permits(role, opened.signer):
+    for role, opened in (("library", library), ("aggregator", maker)):
+        if roster is not None and not (derived and role == "aggregator") and not roster.permits(role, opened.signer):
             raise _broken(f"{opened.signer} signed as the {role}, which the roster does not have")
     known = "" if roster is not None else "; no roster was given to check the key against"
-    return [
-        f"the library {_short(library)} signed the record and the file{known}",
-        f"the aggregator {_short(aggregator)} signed their tensors as version {version.version} of run {version.run}{known}",
-    ]
+    return [f"the library {_short(library)} signed the record and the file{known}", f"{said}{known}"]
+
+
+def _of_run(attestation: Mapping[str, Any], deposit: run_pb2.ExpertDeposited, expert: Path) -> tuple[Opened, str]:
+    """Return the aggregator's signature on what a run made, and what it says."""
+    opened = _open(attestation["aggregator"])
+    version = opened.read(cycle_pb2.VersionPublished)
+    head = base64.b64decode(attestation["state_head"])
+    if version.run != deposit.run or _state_digest(expert, head) != version.state.digest:
+        raise _broken(f"the tensors in {expert} are not the state that the aggregator signed")
+    return opened, (
+        f"the aggregator {_short(opened)} signed their tensors as version {version.version} of run {version.run}"
+    )
+
+
+def _derived(attestation: Mapping[str, Any], deposit: run_pb2.ExpertDeposited) -> tuple[Opened, str]:
+    """Return the signature of whoever derived an expert from others, and what it says."""
+    opened = _open(attestation["depositor"])
+    command = opened.read(services_pb2.DepositExpertCommand)
+    if (command.expert, command.record, opened.signer) != (deposit.expert, deposit.record, deposit.owner):
+        raise _broken("what was deposited is not what its owner signed")
+    return opened, f"{_short(opened)}, who derived it, signed what it is made of and what was measured"
 
 
 def _open(entry: Mapping[str, str]) -> Opened:

@@ -62,6 +62,8 @@ class Terms:
     share_alike: bool = False
 
 
+# How SPDX writes that several licences hold together.
+_JOINED = " AND "
 # By SPDX identifier. Not a lawyer's reading: the terms that a program can hold people to.
 TERMS: dict[str, Terms] = {
     "CC0-1.0": Terms(attribution=False),
@@ -79,6 +81,21 @@ TERMS: dict[str, Terms] = {
     "CC-BY-NC-ND-4.0": Terms(commercial=False, derivatives=False),
     "LicenseRef-internal": Terms(redistribution=False),
 }
+
+
+def terms_of(licence: str) -> Terms | None:
+    """Return the terms of a licence, or of several that hold together (`A AND B`); None where one is not in the table."""
+    parts = [TERMS.get(name) for name in licence.split(_JOINED)]
+    known = [terms for terms in parts if terms is not None]
+    if len(known) < len(parts):
+        return None
+    return Terms(
+        commercial=all(terms.commercial for terms in known),
+        derivatives=all(terms.derivatives for terms in known),
+        redistribution=all(terms.redistribution for terms in known),
+        attribution=any(terms.attribution for terms in known),
+        share_alike=any(terms.share_alike for terms in known),
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ def check_use(
     credited = tuple(
         f"{record['expert_id']} ({record.get('license') or 'no licence stated'})"
         for record in records
-        if TERMS.get(str(record.get("license", "")), Terms()).attribution
+        if (terms_of(str(record.get("license", ""))) or Terms()).attribution
     )
     return Permission(licence, credited, tuple(warnings))
 
@@ -149,7 +166,7 @@ def _standing(name: str, standing: Standing, allow_yanked: bool) -> list[str]:
 
 
 def _terms_allow(name: str, licence: str, use: Use) -> None:
-    terms = TERMS.get(licence)
+    terms = terms_of(licence)
     if terms is None:
         if licence in use.accepted:
             return
@@ -171,10 +188,10 @@ def _joint_licence(records: Sequence[Described], use: Use) -> str:
     """Return the licence of what is made of all of them: the share-alike one if there is one, else all of them,
     joined.
     """
-    licences = sorted({str(record.get("license", "")) for record in records})
+    licences = sorted({name for record in records for name in str(record.get("license", "")).split(_JOINED)})
     binding = [name for name in licences if TERMS.get(name, Terms()).share_alike]
     if len(licences) == 1 or use.verb not in DERIVING:
-        return " AND ".join(licences)
+        return _JOINED.join(licences)
     if len(binding) > 1:
         raise _refused(f"{' and '.join(binding)} each demand that the result carries them: these cannot be composed")
     if binding:
@@ -182,7 +199,7 @@ def _joint_licence(records: Sequence[Described], use: Use) -> str:
         if limits and TERMS[binding[0]].commercial:
             raise _refused(f"{binding[0]} forbids the further limits of {limits[0]}: these cannot be composed")
         return binding[0]
-    return " AND ".join(licences)
+    return _JOINED.join(licences)
 
 
 def _refused(message: str) -> Invalid:

@@ -107,12 +107,15 @@ class Shelf:
 
         return self._place(str(record["expert_id"]), encode(record), fill, at_unix_ms)
 
-    def deposit_model(self, folder: Path, at_unix_ms: int) -> str:
-        """Put a model made of experts, as pruning and extraction export it, on the shelf; returns the id.
+    def deposit_model(
+        self, folder: Path, at_unix_ms: int, record: ExpertRecord | None = None, attestation: str | None = None
+    ) -> str:
+        """Put a model made of experts, as pruning and extraction export it, on the shelf; returns the id. `record`: in place
+        of the folder's own.
 
         Raises `VerificationFailed` for a folder whose files are not those of its record.
         """
-        data = (folder / RECORD_FILE).read_bytes()
+        data = (folder / RECORD_FILE).read_bytes() if record is None else encode(record)
         record = read_record(data, folder / RECORD_FILE)
         if record["format"] != MODEL_FORMAT:
             raise Invalid(f"{folder} is not a model of the library: its record is {record['format']!r}")
@@ -128,6 +131,8 @@ class Shelf:
         def fill(target: Path) -> None:
             for entry in record["files"]:
                 shutil.copyfile(folder / entry, target / entry)
+            if attestation:
+                (target / ATTESTATION_FILE).write_text(attestation)
 
         return self._place(str(record["expert_id"]), data, fill, at_unix_ms)
 

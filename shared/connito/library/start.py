@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connito.errors import Invalid
-from connito.library.governance import TERMS, VISIBILITIES, Viewer
+from connito.library.governance import VISIBILITIES, Viewer, terms_of
 from connito.library.schema import Described, Start
 from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2
 from connito.wire.fact import Fact
@@ -37,12 +37,15 @@ def deposits(library: Iterable[Fact], spec: run_pb2.RunSpec, upto: int) -> list[
     Only the expert that the job names, if it names one. Raises `Invalid` (START_IMPOSSIBLE) when that one is not there.
     """
     found: dict[str, run_pb2.ExpertDeposited] = {}
+    models: set[str] = set()
     other_bases: dict[str, str] = {}
     for fact in sorted(library, key=lambda fact: fact.sequence):
         message = fact.message
         if not isinstance(message, run_pb2.ExpertDeposited) or fact.sequence > upto:
             continue
-        if message.base_digest == spec.base.manifest.digest:
+        if message.files:
+            models.add(message.expert_id)
+        elif message.base_digest == spec.base.manifest.digest:
             found.setdefault(message.expert_id, message)
         else:
             other_bases[message.expert_id] = message.base_digest
@@ -54,6 +57,11 @@ def deposits(library: Iterable[Fact], spec: run_pb2.RunSpec, upto: int) -> list[
         raise _impossible(
             f"{spec.start_from} is of another base ({other_bases[spec.start_from][:12]}…) than this job's "
             f"({spec.base.manifest.digest[:12]}…); start from one of the same base, or write start_from: auto"
+        )
+    if spec.start_from in models:
+        raise _impossible(
+            f"{spec.start_from} is a whole model made of experts, and no rows of this base: to train it further make it the "
+            f"base of a job (`connito library export {spec.start_from}`, then base: FOLDER)"
         )
     raise unknown(spec)
 
@@ -111,14 +119,14 @@ def refusal(record: Described, spec: run_pb2.RunSpec) -> str:
     if VISIBILITIES.index(wanted) < VISIBILITIES.index(shown):
         return f"it is {shown}, and what is made of it would be {wanted}"
     licence = str(record.get("license", ""))
-    terms = TERMS.get(licence)
+    terms = terms_of(licence)
     if terms is None:
         return "" if licence and licence == spec.license else f"its licence {licence!r} is not known here"
     if not terms.derivatives:
         return f"{licence} allows no derivatives"
     if terms.share_alike and spec.license != licence:
         return f"{licence} demands that what is made of it carries it, and the job's licence is {spec.license!r}"
-    mine = TERMS.get(spec.license)
+    mine = terms_of(spec.license)
     if not terms.commercial and (mine is None or mine.commercial):
         return f"{licence} forbids commercial use, and the job's licence {spec.license!r} does not"
     return ""

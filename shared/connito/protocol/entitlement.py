@@ -49,7 +49,12 @@ def for_customer(facts: RunFacts) -> Iterator[ArtifactRef]:
 def for_viewers(facts: RunFacts) -> Iterator[ArtifactRef]:
     """Yield what everybody reads who may see the expert of a run."""
     for fact in facts.deposits.values():
-        yield from (fact.message.expert, fact.message.record, fact.message.attestation)
+        yield from of_deposit(fact.message)
+
+
+def of_deposit(message: run_pb2.ExpertDeposited) -> Iterator[ArtifactRef]:
+    """Yield the artifacts that a deposit names."""
+    yield from (message.expert, message.record, message.attestation, *message.files)
 
 
 def corpora(spec: run_pb2.RunSpec) -> list[run_pb2.CorpusRef]:
@@ -124,7 +129,7 @@ def named(message: Message) -> Iterator[ArtifactRef]:
     elif isinstance(message, cycle_pb2.VersionPublished):
         yield from (message.state, message.outer_state)
     elif isinstance(message, run_pb2.ExpertDeposited):
-        yield from (message.expert, message.record, message.attestation)
+        yield from of_deposit(message)
 
 
 def free_base_name(name: str, manifest: str, customer: str, runs: Iterable[RunFacts]) -> str:

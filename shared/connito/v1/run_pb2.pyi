@@ -1403,10 +1403,18 @@ class ExpertDeposited(_message.Message):
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
     PARENTS_FIELD_NUMBER: _builtins.int
     ATTESTATION_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
+    ORGANISATION_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     expert_id: _builtins.str
     domain: _builtins.str
     base_digest: _builtins.str
+    owner: _builtins.str
+    """Of what a customer derived from other experts, in the run `library`: its owner, and who may see it."""
+    visibility: _builtins.str
+    organisation: _builtins.str
     @_builtins.property
     def expert(self) -> _artifacts_pb2.ArtifactRef: ...
     @_builtins.property
@@ -1419,7 +1427,13 @@ class ExpertDeposited(_message.Message):
 
     @_builtins.property
     def attestation(self) -> _artifacts_pb2.ArtifactRef:
-        """JSON: the aggregator's envelope on the state, and what is needed to see that the expert file holds that state."""
+        """JSON: the aggregator's envelope on the state, and what is needed to see that the expert file holds that state. Of one that a
+        customer derived: the customer's envelope on the deposit.
+        """
+
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.ArtifactRef]:
+        """Every file of a model made of experts, of which `expert` is the weights; empty for an expert."""
 
     def __init__(
         self,
@@ -1432,10 +1446,14 @@ class ExpertDeposited(_message.Message):
         base_digest: _builtins.str = ...,
         parents: _abc.Iterable[_builtins.str] | None = ...,
         attestation: _artifacts_pb2.ArtifactRef | None = ...,
+        owner: _builtins.str = ...,
+        visibility: _builtins.str = ...,
+        organisation: _builtins.str = ...,
+        files: _abc.Iterable[_artifacts_pb2.ArtifactRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attestation", b"attestation", "expert", b"expert", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation", b"attestation", "base_digest", b"base_digest", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "parents", b"parents", "record", b"record", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation", b"attestation", "base_digest", b"base_digest", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "files", b"files", "organisation", b"organisation", "owner", b"owner", "parents", b"parents", "record", b"record", "run", b"run", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -776,6 +776,7 @@ class ExpertSummary(_message.Message):
     EXPERT_FIELD_NUMBER: _builtins.int
     RECORD_FIELD_NUMBER: _builtins.int
     DEPOSITED_AT_UNIX_MS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     expert_id: _builtins.str
     run: _builtins.str
     domain: _builtins.str
@@ -785,6 +786,10 @@ class ExpertSummary(_message.Message):
     def expert(self) -> _artifacts_pb2.ArtifactRef: ...
     @_builtins.property
     def record(self) -> _artifacts_pb2.ArtifactRef: ...
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.ArtifactRef]:
+        """Every file of a model made of experts."""
+
     def __init__(
         self,
         *,
@@ -795,10 +800,11 @@ class ExpertSummary(_message.Message):
         expert: _artifacts_pb2.ArtifactRef | None = ...,
         record: _artifacts_pb2.ArtifactRef | None = ...,
         deposited_at_unix_ms: _builtins.int = ...,
+        files: _abc.Iterable[_artifacts_pb2.ArtifactRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "deposited_at_unix_ms", b"deposited_at_unix_ms", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "record", b"record", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "deposited_at_unix_ms", b"deposited_at_unix_ms", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "files", b"files", "record", b"record", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1017,6 +1023,78 @@ class SearchExpertsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SearchExpertsResponse: _TypeAlias = SearchExpertsResponse  # noqa: Y015
+
+@_typing.final
+class DepositExpertCommand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def expert(self) -> _artifacts_pb2.ArtifactRef:
+        """What was uploaded before, all of it REALM_PUBLIC: the weights, the record, and of a model every file."""
+
+    @_builtins.property
+    def record(self) -> _artifacts_pb2.ArtifactRef: ...
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.ArtifactRef]: ...
+    def __init__(
+        self,
+        *,
+        expert: _artifacts_pb2.ArtifactRef | None = ...,
+        record: _artifacts_pb2.ArtifactRef | None = ...,
+        files: _abc.Iterable[_artifacts_pb2.ArtifactRef] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "files", b"files", "record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DepositExpertCommand: _TypeAlias = DepositExpertCommand  # noqa: Y015
+
+@_typing.final
+class DepositExpertRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def envelope(self) -> _envelope_pb2.Envelope:
+        """DepositExpertCommand, signed by its owner, subject `rpc.DepositExpert`."""
+
+    def __init__(
+        self,
+        *,
+        envelope: _envelope_pb2.Envelope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DepositExpertRequest: _TypeAlias = DepositExpertRequest  # noqa: Y015
+
+@_typing.final
+class DepositExpertResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def expert(self) -> Global___ExpertSummary: ...
+    def __init__(
+        self,
+        *,
+        expert: Global___ExpertSummary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DepositExpertResponse: _TypeAlias = DepositExpertResponse  # noqa: Y015
 
 @_typing.final
 class MarkExpertCommand(_message.Message):

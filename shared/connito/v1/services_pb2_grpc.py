@@ -548,6 +548,11 @@ class LibraryServiceStub:
                 request_serializer=connito_dot_v1_dot_services__pb2.SearchExpertsRequest.SerializeToString,
                 response_deserializer=connito_dot_v1_dot_services__pb2.SearchExpertsResponse.FromString,
                 _registered_method=True)
+        self.DepositExpert = channel.unary_unary(
+                '/connito.v1.LibraryService/DepositExpert',
+                request_serializer=connito_dot_v1_dot_services__pb2.DepositExpertRequest.SerializeToString,
+                response_deserializer=connito_dot_v1_dot_services__pb2.DepositExpertResponse.FromString,
+                _registered_method=True)
         self.MarkExpert = channel.unary_unary(
                 '/connito.v1.LibraryService/MarkExpert',
                 request_serializer=connito_dot_v1_dot_services__pb2.MarkExpertRequest.SerializeToString,
@@ -583,6 +588,13 @@ class LibraryServiceServicer:
 
     def SearchExperts(self, request, context):
         """By words and domain, best first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DepositExpert(self, request, context):
+        """Take in what a customer made of other experts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -626,6 +638,11 @@ def add_LibraryServiceServicer_to_server(servicer, server):
                     servicer.SearchExperts,
                     request_deserializer=connito_dot_v1_dot_services__pb2.SearchExpertsRequest.FromString,
                     response_serializer=connito_dot_v1_dot_services__pb2.SearchExpertsResponse.SerializeToString,
+            ),
+            'DepositExpert': grpc.unary_unary_rpc_method_handler(
+                    servicer.DepositExpert,
+                    request_deserializer=connito_dot_v1_dot_services__pb2.DepositExpertRequest.FromString,
+                    response_serializer=connito_dot_v1_dot_services__pb2.DepositExpertResponse.SerializeToString,
             ),
             'MarkExpert': grpc.unary_unary_rpc_method_handler(
                     servicer.MarkExpert,
@@ -725,6 +742,33 @@ class LibraryService:
             '/connito.v1.LibraryService/SearchExperts',
             connito_dot_v1_dot_services__pb2.SearchExpertsRequest.SerializeToString,
             connito_dot_v1_dot_services__pb2.SearchExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DepositExpert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/connito.v1.LibraryService/DepositExpert',
+            connito_dot_v1_dot_services__pb2.DepositExpertRequest.SerializeToString,
+            connito_dot_v1_dot_services__pb2.DepositExpertResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -177,6 +177,8 @@ class LibraryServiceStub:
     ListExperts: _grpc.UnaryUnaryMultiCallable[_services_pb2.ListExpertsRequest, _services_pb2.ListExpertsResponse]
     SearchExperts: _grpc.UnaryUnaryMultiCallable[_services_pb2.SearchExpertsRequest, _services_pb2.SearchExpertsResponse]
     """By words and domain, best first."""
+    DepositExpert: _grpc.UnaryUnaryMultiCallable[_services_pb2.DepositExpertRequest, _services_pb2.DepositExpertResponse]
+    """Take in what a customer made of other experts."""
     MarkExpert: _grpc.UnaryUnaryMultiCallable[_services_pb2.MarkExpertRequest, _services_pb2.MarkExpertResponse]
     """Deprecate, yank or restore an expert, or opt a data source out or in."""
     MeterUse: _grpc.UnaryUnaryMultiCallable[_services_pb2.MeterUseRequest, _services_pb2.MeterUseResponse]
@@ -193,6 +195,8 @@ class LibraryServiceAsyncStub(LibraryServiceStub):
     ListExperts: _aio.UnaryUnaryMultiCallable[_services_pb2.ListExpertsRequest, _services_pb2.ListExpertsResponse]  # type: ignore[assignment]
     SearchExperts: _aio.UnaryUnaryMultiCallable[_services_pb2.SearchExpertsRequest, _services_pb2.SearchExpertsResponse]  # type: ignore[assignment]
     """By words and domain, best first."""
+    DepositExpert: _aio.UnaryUnaryMultiCallable[_services_pb2.DepositExpertRequest, _services_pb2.DepositExpertResponse]  # type: ignore[assignment]
+    """Take in what a customer made of other experts."""
     MarkExpert: _aio.UnaryUnaryMultiCallable[_services_pb2.MarkExpertRequest, _services_pb2.MarkExpertResponse]  # type: ignore[assignment]
     """Deprecate, yank or restore an expert, or opt a data source out or in."""
     MeterUse: _aio.UnaryUnaryMultiCallable[_services_pb2.MeterUseRequest, _services_pb2.MeterUseResponse]  # type: ignore[assignment]
@@ -224,6 +228,14 @@ class LibraryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_services_pb2.SearchExpertsResponse, _abc.Awaitable[_services_pb2.SearchExpertsResponse]]:
         """By words and domain, best first."""
+
+    @_abc_1.abstractmethod
+    def DepositExpert(
+        self,
+        request: _services_pb2.DepositExpertRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_services_pb2.DepositExpertResponse, _abc.Awaitable[_services_pb2.DepositExpertResponse]]:
+        """Take in what a customer made of other experts."""
 
     @_abc_1.abstractmethod
     def MarkExpert(

@@ -22,12 +22,14 @@ def deposit(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Add an expert, or a model made of experts, to the local library."""
-    from connito.curation import catalogue
+    """Add an expert, or a model made of experts, to the shelf, and to the running platform's library what is made of its own."""
+    from connito.curation import joining
 
-    record = catalogue.deposit(expert, holdings(shelf, data_dir))
-    name, digest = record["expert_id"], record["expert"]["digest"]
-    emit(as_json, {"expert_id": name, "digest": digest}, lambda: f"deposited {name}")
+    done = joining.deposit(expert, holdings(shelf, data_dir))
+    name, digest = done.record["expert_id"], done.record["expert"]["digest"]
+    where = "in the platform's library and on the shelf" if done.on_platform else f"on the shelf alone: {done.why}"
+    document = {"expert_id": name, "digest": digest, "on_platform": done.on_platform}
+    emit(as_json, document, lambda: f"deposited {name} {where}")
 
 
 def mark(

@@ -9,16 +9,30 @@ import pytest
 from connito.jobs import check
 from connito.jobs.context import JobContext
 from connito.jobs.spec import parse_job
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.run_pb2 import ExpertDeposited, RunSpec
+
+from tests.support.library import expert_record
+
+SHELF = {
+    "law-0123": ExpertDeposited(base_digest="mine"),
+    "law-9999": ExpertDeposited(base_digest="other"),
+    "law-prune-1": ExpertDeposited(base_digest="mine", files=[ArtifactRef(digest="a")]),
+    "law-no": ExpertDeposited(base_digest="mine"),
+}
 
 
 def levels(start: str, *, reached: bool = True) -> list[tuple[str, str]]:
     job = parse_job({"domain": "law", "data": [{"path": "x"}], "license": "MIT", "start_from": start})
+    licence = "CC-BY-ND-4.0" if start == "law-no" else "CC-BY-4.0 AND CC0-1.0"
+    record = {**expert_record(start, "law"), "license": licence}
     context = SimpleNamespace(
-        session=object() if reached else None,
-        experts={"law-0123": "mine", "law-9999": "other"},
+        session=SimpleNamespace(identity=SimpleNamespace(public="UME")) if reached else None,
+        experts=SHELF,
+        record_of=lambda name: record if name in SHELF else None,
         manifest=SimpleNamespace(digest="mine"),
     )
-    found = check._start(job, cast(JobContext, cast(Any, context)))
+    found = check._start(job, RunSpec(license="MIT"), cast(JobContext, cast(Any, context)))
     return [(finding.level, f"{finding.detail}; {finding.remedy}") for finding in found]
 
 
@@ -32,7 +46,13 @@ def test_an_expert_of_the_platform_and_the_base_is_fine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "said"), [("law-012", "did you mean law-0123"), ("law-9999", "is of another base (other")]
+    ("start", "said"),
+    [
+        ("law-012", "did you mean law-0123"),
+        ("law-9999", "is of another base (other"),
+        ("law-prune-1", "a whole model"),
+        ("law-no", "allows no derivatives"),
+    ],
 )
 def test_another_one_is_refused_with_the_remedy(start: str, said: str) -> None:
     ((level, text),) = levels(start)
