@@ -1,4 +1,4 @@
-"""Whether what a customer made of other experts may stand beside them in a platform's library. Pure.
+"""Check whether what a customer made of other experts may stand beside them in a platform's library. Pure.
 
 Nothing of such a record is taken on trust that follows from the parents: base, credit, data sources, visibility, licence and
 routing signature are worked out again. The measured effect is the depositor's word, and signed with it.
