@@ -153,6 +153,7 @@ COUNTERPARTS = {
     "access list": "connito.platform.access.Access.members",
     "access enlist": "connito.platform.access.Access.enlist",
     "access dismiss": "connito.platform.access.Access.dismiss",
+    "access lend": "connito.client.lending.boxes",
     "access acts": "connito.platform.acts.Acts.read",
     "base build": "connito.base.recipes.build_base",
     "base show": "connito.base.folders.show",
