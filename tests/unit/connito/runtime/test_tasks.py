@@ -35,7 +35,7 @@ async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same() -> N
     assert all(task.done() for task in tasks)
 
 
-# Futures, a timer, a run of the platform, and the signal that begins an orderly stop: no task to be waited for.
+# Futures, timers, a run of the platform, and the signal that begins an orderly stop: no task to be waited for.
 CANCELS = {
     "shared/connito/bus/connection.py: failed.cancel",
     "shared/connito/bus/consume.py: handle.cancel",
@@ -46,7 +46,8 @@ CANCELS = {
     "shared/connito/local/up.py: client.job.cancel",
     "shared/connito/local/up.py: task.cancel",
     "shared/connito/runtime/tasks.py: task.cancel",
-    "shared/connito/runtime/waiting.py: forget.cancel",
+    "shared/connito/runtime/compute.py: telling.cancel",
+    "shared/connito/runtime/waiting.py: gone.forget.cancel",
     "shared/connito/service/engine.py: self._failure.cancel",
     "shared/connito/service/probes.py: self._deadline.cancel",
 }
