@@ -19,6 +19,7 @@ PURE = {
 PERFORMING = {
     "coordinator": {"admission", "reading", "tenancy"},
     "committer": {"content", "downloads"},
+    "library": {"joining"},
     "trainer": {"adversary", "base", "evaluation", "feedback", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {
