@@ -276,6 +276,8 @@ class Arena:
     def _facts(self, cycle: int, standing: Standing, validators: int) -> RunFacts:
         facts = RunFacts(RUN)
         _put(facts, "run", 0, "created", run_pb2.RunCreated(spec=self.spec))
+        # Nobody claims where tokens went, and a selection that says nothing of it judges submissions whole.
+        _put(facts, "run", 0, "selected", run_pb2.SelectionMade(run=RUN))
         opened = cycle_pb2.WindowOpened(run=RUN, cycle=cycle, version=cycle - 1, state=_ref(standing.state))
         _put(facts, "train", cycle, "opened", opened)
         names = [_validator(number) for number in range(validators)]
