@@ -140,16 +140,15 @@ class ForkLauncher:
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
         self._begun(self._process.pid)
 
-    async def ready(self) -> None:
-        """Wait until the imports are done. Raises `Fatal` naming the log when they failed."""
-        await asyncio.shield(self._ready)
-
     async def start(self, program: Program, *, stdout: int | None = None) -> Process:
         """Fork `program`. Raises `Fatal` when no preloaded process can be kept alive."""
         for _ in range(_ATTEMPTS):
             async with self._beginning:
-                if self._control.fileno() < 0 and self._ready.exception() is None:
-                    await self._process.wait()
+                if self._control.fileno() < 0:
+                    code = await self._process.wait()
+                    # What ends by itself while it imports would end again; what was killed would not.
+                    if code >= 0 and self._ready.exception() is not None:
+                        raise self._gone()
                     await self._begin()
             try:
                 return await self._fork(program, stdout)
@@ -158,7 +157,7 @@ class ForkLauncher:
         raise self._gone()
 
     async def _fork(self, program: Program, stdout: int | None) -> Process:
-        await self.ready()
+        await asyncio.shield(self._ready)
         starting = self._starting[program.name] = asyncio.get_running_loop().create_future()
         with program.log.open("ab") as log:
             self._send(_request(program), log, stdout)
@@ -219,7 +218,7 @@ class ForkLauncher:
         asyncio.get_running_loop().remove_reader(self._control.fileno())
         self._control.close()
         if not self._ready.done():
-            self._ready.set_exception(self._gone())
+            self._ready.set_exception(_LostError())
             self._ready.exception()  # Retrieved here, so that nobody has to wait for it.
         self.losses += 1
         self._early.clear()

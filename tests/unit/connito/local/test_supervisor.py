@@ -150,6 +150,26 @@ async def test_a_preloaded_process_that_was_killed_is_replaced(
     await gone(fork_server.pid)
 
 
+async def test_a_preloaded_process_that_was_killed_while_it_imported_is_replaced(
+    tmp_path: Path, program: Callable[..., Program]
+) -> None:
+    begun: list[int] = []
+    (tmp_path / "first_never_ends.py").write_text(
+        "import time\nfrom pathlib import Path\nseen = Path(__file__).with_suffix('.seen')\n"
+        "if not seen.exists():\n    seen.touch()\n    time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    fork_server = await ForkLauncher.open(tmp_path / "log", environment, ["first_never_ends"], begun=begun.append)
+    starting = asyncio.create_task(fork_server.start(wanted := program("child", ENDLESS)))
+    await until((tmp_path / "first_never_ends.seen").exists)
+    os.kill(fork_server.pid, signal.SIGKILL)
+    process = await starting
+    await until_logged(wanted.log, "up")
+    assert len(set(begun)) == 2
+    await fork_server.close()
+    await gone(process.pid)
+
+
 async def test_an_import_that_fails_is_reported_with_its_log(tmp_path: Path, program: Callable[..., Program]) -> None:
     fork_server = await ForkLauncher.open(tmp_path / "fork-server.log", dict(os.environ), ["no_such_module_here"])
     with pytest.raises(Fatal, match=r"fork-server\.log"):
