@@ -6,14 +6,16 @@ import asyncio
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from connito.bus import Bus, streams
+from connito.errors import Retry
 from connito.files import write_durably
 from connito.local.defaults import Machine
 from connito.local.display import Display
@@ -32,6 +34,8 @@ from connito.store import ArtifactStore
 from connito.v1.run_pb2 import RunSpec
 
 # Services that compute with a model are forked from the preloaded process.
+T = TypeVar("T")
+PATIENCE_SECONDS, ASK_EVERY = 60.0, 0.2
 MODEL_SIDE = ("selector", "trainer", "validator", "aggregator")
 
 
@@ -114,9 +118,9 @@ class Installation:
         self._stack.callback(self.data.platform_file.unlink, missing_ok=True)
         self.data.write_platform(self.platform)
         operator = self.members["operator"].identity
-        self.bus = await self._stack.enter_async_context(await Bus.connect(nats.url, operator, "up", self.roster))
-        self.store = local_store(self.platform, self.data)
-        await asyncio.gather(streams.ensure(self.bus.js), self.store.ensure_bucket())
+        bus = await _patiently(lambda: Bus.connect(nats.url, operator, "up", self.roster))
+        self.bus, self.store = await self._stack.enter_async_context(bus), local_store(self.platform, self.data)
+        await asyncio.gather(_patiently(lambda: streams.ensure(self.bus.js)), _patiently(self.store.ensure_bucket))
 
     def publish(self, **changes: Any) -> None:
         """Publish properties of the platform to other commands."""
@@ -236,3 +240,15 @@ class Installation:
             known = secrets.token_hex(20).encode()
             write_durably(path, known, 0o600)
         return known.decode()
+
+
+async def _patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Return what `attempt` does. A server that ended since it was ready is started anew, and asked again until then."""
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return await attempt()
+        except Retry:
+            if time.monotonic() > give_up:
+                raise
+            await asyncio.sleep(ASK_EVERY)
