@@ -27,8 +27,8 @@ from connito.runtime.waiting import WAITING
 R = TypeVar("R")
 
 _POLL_SECONDS = 0.03
-# A wait that lasts so many seconds is shown, as one for this.
-TELL_AFTER, FORGET_AFTER, COMPUTE = 5.0, 86400.0, "compute"
+# A wait that lasts so many seconds is shown, as one for this: miners that take turns wait for minutes, and nothing is wrong.
+TELL_AFTER, FORGET_AFTER, COMPUTE = 300.0, 86400.0, "compute"
 _NUMBERS = itertools.count()
 # A computation of this length has left free memory behind that is worth giving back.
 LONG_SECONDS = 1.0
