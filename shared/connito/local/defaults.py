@@ -81,10 +81,13 @@ class Profile:
     small: bool = field(default=False)
 
     def machine(self, cores: int) -> Machine:
-        """Return the shares of the cores: one thread for each step of a small model, all cores for one step of a large one, in
-        bfloat16 where that is faster.
+        """Return the shares of the cores: one thread for each step of a small model; of a large one two steps at a time, whose
+        products leave half of the cores idle otherwise, in bfloat16 where that is faster.
         """
-        return Machine(cores, 1) if self.small else Machine(1, cores, multiplies_bf16())
+        if self.small:
+            return Machine(cores, 1)
+        slots = min(cores, 2)
+        return Machine(slots, cores // slots, multiplies_bf16())
 
 
 def profile(options: UpOptions) -> Profile:

@@ -162,17 +162,7 @@ class Installation:
         work = self.data.root / "miners"
         kind = member.name.rpartition("-")[0]
         half = str(self.machine.bf16).lower()
-        miners = sum(other.role == "miner" for other in self.members.values())
-        # A step's products are too small for many threads. Nobody computes again what a miner did, so that its threads are its
-        # own affair; those who judge, and the audit, have to use as many as each other.
-        at_once = min(miners, self.machine.threads)
-        settings = {
-            "work_dir": str(work / member.name),
-            "label": member.name,
-            "bf16_parameters": half,
-            "compute_slots": str(self.machine.slots * at_once),
-            "torch_threads": str(self.machine.threads // at_once),
-        }
+        settings = {"work_dir": str(work / member.name), "label": member.name, "bf16_parameters": half}
         if kind != "miner":
             settings |= {"trainer_adversary": kind, "trainer_victim_dir": str(work / "miner-1")}
             second = "miner-2" if "miner-2" in self.members else "miner-1"

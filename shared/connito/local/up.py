@@ -142,7 +142,8 @@ class _Up:
         machine = chosen.machine(usable_cores())
         if self.begun is not None:
             # Sums come out to the bit only with as many threads as before.
-            machine = replace(machine, threads=self.data.threads or machine.threads)
+            threads = self.data.threads or machine.threads
+            machine = replace(machine, threads=threads, slots=max(1, usable_cores() // threads))
         installation = Installation(self.data, members, machine, options.seed, self.display)
         try:
             self.display.say(f"starting the broker and the store in {self.data.root}")
