@@ -115,6 +115,8 @@ def named(evidence: Evidence) -> Iterator[Named]:
         yield Named("record of the library expert", fact.message.record)
         if fact.message.HasField("attestation"):
             yield Named("attestation of the library expert", fact.message.attestation)
+        for file in fact.message.files:
+            yield Named("file of the library model", file)
 
 
 def _considered(evidence: Evidence) -> Iterator[Named]:

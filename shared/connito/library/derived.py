@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.library.artifact import MODEL_FORMAT, ExpertHeader
 from connito.library.governance import VISIBILITIES, governance
@@ -25,6 +24,9 @@ from connito.library.schema import (
     Selection,
 )
 from connito.library.signature import joint_signature
+
+if TYPE_CHECKING:
+    from connito.data.manifest import Manifest
 
 Weighted = Sequence[tuple[ExpertRecord, float]]
 

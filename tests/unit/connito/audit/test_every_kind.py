@@ -209,7 +209,8 @@ def told_with(told: World, path: str) -> tuple[World, set[str]]:
         for field in fields[:-1]:
             message = getattr(message, field)
             message = message.add() if hasattr(message, "add") else message
-        getattr(message, fields[-1]).CopyFrom(made)
+        named = getattr(message, fields[-1])
+        named.append(made) if hasattr(named, "append") else named.CopyFrom(made)
 
     key = facts[0].key
     subject = ".".join(part for part in (key.section, str(key.cycle), key.kind, key.id) if part)

@@ -113,6 +113,8 @@ def test_without_a_folder_nothing_is_noted() -> None:
 
 @pytest.fixture
 def clear() -> Iterator[None]:
+    for one in WAITING.entries():
+        WAITING.end(one.what)
     yield
     for one in WAITING.entries():
         WAITING.end(one.what)
