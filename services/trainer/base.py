@@ -20,8 +20,7 @@ from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Retry, VerificationFailed
 from connito.files import write_durably
 from connito.moe.residency import HELPERS
-from connito.v1.run_pb2 import SelectionMade
-from connito.wire.facts import RunFacts
+from connito.wire.facts import RunFacts, experts_of
 
 from .adapters import Downloads, RangeReader
 
@@ -114,12 +113,6 @@ class Base:
             ) from error
         finally:
             self.ranges.close()
-
-
-def experts_of(selection: SelectionMade) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Return targets and helpers by layer."""
-    targets = {layer.layer: list(layer.experts) for layer in selection.layers}
-    return targets, {layer.layer: list(layer.helpers) for layer in selection.layers}
 
 
 class Ranges:

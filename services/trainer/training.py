@@ -27,10 +27,10 @@ from connito.protocol.sequences import miner_batches, replays, sequences
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
 from connito.v1.run_pb2 import CorpusRef, RunSpec, TrainPolicy
-from connito.wire.facts import RunFacts
+from connito.wire.facts import RunFacts, experts_of
 
 from .adapters import Downloads
-from .base import Base, experts_of
+from .base import Base
 from .evaluation import Evaluation, hold_back
 from .settings import TrainerSettings
 from .strategy import Effort
@@ -233,7 +233,7 @@ def claim_for(facts: RunFacts, model: nn.Module, batches: Rows, *, bf16: bool) -
 
     if not by_expert(facts.require_spec()):
         return {}
-    selected = {layer.layer: list(layer.experts) for layer in facts.require_selection().layers}
+    selected, _ = experts_of(facts.require_selection())
     with mixed(home_of(model), bf16=bf16):
         return metadata_of(routed_tokens(model, selected, claimed_rows(batches)))
 

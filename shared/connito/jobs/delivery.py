@@ -166,12 +166,13 @@ def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[s
     from connito.moe.device import device_of
     from connito.moe.evaluate import Evaluator
     from connito.moe.state import load_state
+    from connito.wire.facts import experts_of
 
     spec, selection = facts.require_spec(), facts.require_selection()
     last = facts.latest_version
     final = selection.initial_state if last is None else last.state
     progress("loading the base", 0.1)
-    layers = {layer.layer: list(layer.experts) for layer in selection.layers}
+    layers, _ = experts_of(selection)
     evaluator = Evaluator(load_full(context.files(), device=device_of()), layers)
     state, origin = load_state(context.fetch(final)), load_state(context.fetch(selection.initial_state))
     rows: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from connito.render import formats
 from connito.store.artifacts import ref_of_bytes
 from connito.v1 import cycle_pb2, services_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.wire.facts import RunFacts
+from connito.wire.facts import RunFacts, experts_of
 
 if TYPE_CHECKING:
     from connito.moe.footprint import Workload
@@ -89,7 +89,7 @@ def _links(apis: Connection, facts: RunFacts, me: str) -> tuple[_Links | None, C
     name = f"run {facts.run}"
     spec = facts.require_spec()
     told = f"{spec.domain} on {spec.base.name}, cycle {facts.cycle} of {spec.cycles}, {len(facts.miners)} miners"
-    if me not in facts.enrolled:
+    if not facts.is_enrolled(me):
         return None, Check(name, True, f"{told}; not enrolled yet, `connito miner run` does that")
     try:
         return _Links(apis, facts), Check(name, True, f"{told}; enrolled")
@@ -179,9 +179,7 @@ def _predicted(facts: RunFacts, links: _Links, have: int, *, cuda: bool) -> tupl
         links.manifest.headers(),
         links.manifest.extra.get("dtype", ""),
     ).plan()
-    targets = {layer.layer: list(layer.experts) for layer in selection.layers}
-    helpers = {layer.layer: list(layer.helpers) for layer in selection.layers}
-    predict = predictor(config, targets, helpers)
+    predict = predictor(config, *experts_of(selection))
     work: Workload = Workload(
         policy.batch_sequences,
         policy.sequence_length,

@@ -278,3 +278,9 @@ class RunFacts(FactSet):
         """Return published model versions by cycle, the first cycle first."""
         known = {cycle: self.version(cycle) for cycle in self.cycles()}
         return {cycle: version for cycle, version in known.items() if version is not None}
+
+
+def experts_of(selection: run_pb2.SelectionMade) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Return target experts and helpers by layer."""
+    targets = {layer.layer: list(layer.experts) for layer in selection.layers}
+    return targets, {layer.layer: list(layer.helpers) for layer in selection.layers}

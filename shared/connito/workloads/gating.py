@@ -16,6 +16,7 @@ from connito.protocol.holdout import subsets
 from connito.protocol.merging.gate import Losses, Part
 from connito.protocol.sequences import sequences
 from connito.v1 import run_pb2
+from connito.wire.facts import experts_of
 
 if TYPE_CHECKING:
     from connito.moe.evaluate import Evaluator
@@ -55,7 +56,7 @@ class GateEvaluator:
             parts = subsets(rows, spec, domain)
             held["gate"][domain] = rows[parts.gate]
             held["report"][domain] = rows[parts.report]
-        layers = {layer.layer: list(layer.experts) for layer in selection.layers}
+        layers, _ = experts_of(selection)
         return cls(Evaluator(load_full(files, device=device_of()), layers), held)
 
     def measure(self, part: Part, digest: str, state: Path) -> Losses:

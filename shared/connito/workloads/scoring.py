@@ -31,7 +31,7 @@ from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
 from connito.runtime import logs
 from connito.v1.run_pb2 import RunSpec, SelectionMade
-from connito.wire.facts import RunFacts
+from connito.wire.facts import RunFacts, experts_of
 from connito.workloads.claims import Recount, Text
 from connito.workloads.shared_losses import SharedLosses
 
@@ -109,7 +109,7 @@ class SubmissionEvaluator:
             torch.set_num_threads(threads)
         read = {domain: read_holdout(path, spec, domain) for domain, path in holdouts.items()}
         model = load_full(files, device=device_of(device))
-        targets = {layer.layer: list(layer.experts) for layer in selection.layers}
+        targets, _ = experts_of(selection)
         evaluator = Evaluator(model, targets, batch_tokens=batch_tokens, cache_bytes=cache_bytes)
         place = (str(next(model.parameters()).device), torch.__version__, torch.get_num_threads(), batch_tokens)
         base = (spec.base.manifest.digest, str(targets))
