@@ -124,6 +124,11 @@ class Bus:
         """Return JetStream itself, for declaring streams."""
         return self._connection.js
 
+    @property
+    def connection(self) -> Connection:
+        """Return the connection that writes, for the broker's own API."""
+        return self._connection
+
     # Writing.
 
     async def publish_fact(

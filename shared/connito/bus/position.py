@@ -10,12 +10,17 @@ import asyncio
 from collections.abc import Sequence
 
 from connito.bus import Bus
+from connito.bus.streams import STREAMS
 from connito.errors import Retry
+from connito.runtime.tasks import end_tasks
 from connito.wire.fact import Fact, Record
 from connito.wire.heads import LogTrees
 from connito.wire.kept import Kept
 from connito.wire.log import Log
 from connito.wire.roster import Roster
+
+# A message that is stored is there when replicas were asked for it so often, so far apart.
+LOOKS, LOOK_SECONDS = 3, 1.0
 
 
 class PositionedLog(Log):
@@ -65,4 +70,19 @@ class PositionedLog(Log):
     async def refresh(self, bus: Bus, streams: Sequence[str]) -> None:
         """Wait until everything that the broker has stored in `streams` by now is in the facts. Raises `Retry`."""
         ends = await asyncio.gather(*(bus.last_sequence(stream) for stream in streams))
-        await asyncio.gather(*(self.reach(stream, end) for stream, end in zip(streams, ends, strict=True)))
+        await asyncio.gather(*(self._reach_end(bus, stream, end) for stream, end in zip(streams, ends, strict=True)))
+
+    async def _reach_end(self, bus: Bus, stream: str, end: int) -> None:
+        """Reach the end of a stream, or what is left of it: with a run that was released, or in a backup, its end may be gone."""
+        reaching, absent = asyncio.ensure_future(self.reach(stream, end)), 0
+        try:
+            while not (await asyncio.wait([reaching], timeout=LOOK_SECONDS))[0]:
+                last = await bus.look(stream, last_by_subj=STREAMS[stream].filter())
+                gone = await bus.look(stream, seq=end) is None
+                absent = absent + 1 if gone and (last is None or last.sequence <= self.position(stream)) else 0
+                if absent == LOOKS:
+                    self._seen[stream] = max(end, self.position(stream))
+                    self._moved.set()
+            await reaching
+        finally:
+            await end_tasks([reaching])

@@ -12,6 +12,7 @@ from connito.cli import (
     advisories,
     archive,
     audit,
+    backup,
     base,
     clean,
     console,
@@ -70,6 +71,8 @@ app.command("explain")(explain.explain)
 app.command("audit")(audit.audit)
 app.command("archive")(archive.archive)
 app.command("clean")(clean.clean)
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.command("witness")(witness.witness)
 app.command("ledger")(ledger.ledger)
 app.command("advisories")(advisories.advisories)

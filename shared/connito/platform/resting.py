@@ -29,6 +29,13 @@ def rests(data: DataDir) -> bool:
     return all((data.root / name).exists() for name in needed)
 
 
+def make_room(data: DataDir) -> None:
+    """Let broker and store of a folder that lost them start with nothing, where the keys of them are there."""
+    if (data.keys / "store.secret").exists():
+        for name in ("nats", "objects"):
+            (data.root / name).mkdir(mode=0o700, exist_ok=True)
+
+
 def wake(data: DataDir) -> Platform:
     """Return the broker and the store of a folder at rest, started once for this process. Raises `NotFound` for a folder
     without, `Retry` while another process holds it."""

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -252,6 +253,23 @@ class ArtifactStore:
             ]
 
         return await self._call("list", self.bucket, read)
+
+    async def copy(self, one: StoredObject, path: Path) -> str | None:
+        """Write an object to `path`, verified, and return its media type; None if it is gone. Raises `VerificationFailed`."""
+        ref = ArtifactRef(digest=one.digest, size=one.size)
+
+        def download() -> str:
+            response = self._client.get_object(self.bucket, one.key)
+            try:
+                save_verified(response.read, ref, path)
+            finally:
+                response.close()
+                response.release_conn()
+            return str(response.headers.get("content-type", ""))
+
+        with suppress(ObjectMissing):
+            return await self._call("copy", one.digest, download)
+        return None
 
     async def media_type(self, key: str) -> str:
         """Return what the object at `key` was stored as; empty if it is gone."""

@@ -1,0 +1,185 @@
+"""Everything that cannot be made again, but the keys, as files in a folder; and a platform made again from them.
+
+Streams first, then objects: what the log names was stored before it was named, so it is there when it is copied. Back the
+other way round: objects first, so that no service reads of one that is not there yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from connito.bus import Bus, snapshots, streams
+from connito.bus.snapshots import Copied
+from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.files import replacing, write_durably
+from connito.platform.session import Session
+from connito.runtime.progress import Notify, silent
+from connito.runtime.tasks import blocking
+from connito.store import ArtifactStore
+from connito.store.artifacts import REALMS, StoredObject
+from connito.store.cache import digest_of_file
+
+T = TypeVar("T")
+
+FORMAT = 1
+CONTENTS = "backup.json"
+AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class SavedStream:
+    """A stream in a backup: its file, what the broker says of it, and the sequence up to which it counts."""
+
+    file: str
+    sha256: str
+    last_sequence: int
+    copied: Copied
+
+
+@dataclass(frozen=True)
+class Backup:
+    """What a folder holds. `at`: the broker's clock at the cut. `objects`: media types by key; each key ends in a SHA-256."""
+
+    format: int
+    at: datetime.datetime
+    streams: dict[str, SavedStream]
+    objects: dict[str, str]
+
+    @property
+    def messages(self) -> int:
+        """Return how many messages the streams hold, those behind the cut included."""
+        return sum(int(saved.copied.state["messages"]) for saved in self.streams.values())
+
+
+_FORM = TypeAdapter(Backup)
+
+
+def backup(session: Session, folder: Path, *, say: Notify = silent) -> Backup:
+    """Copy streams and objects of a platform, running or not, into `folder`; objects that are there from before are not read
+    again. For the operator.
+
+    Raises `Invalid` where the folder cannot be written, `Retry` while broker or store are away or the log is never still.
+    """
+
+    async def work() -> Backup:
+        async with session.bus() as bus:
+            return await save(bus, session.store(), folder, say)
+
+    return blocking(work())
+
+
+def restore(session: Session, folder: Path, *, replicas: int = 0, say: Notify = silent) -> Backup:
+    """Make streams and objects of a platform again from `folder`, before its services start. For the operator.
+
+    `replicas`: copies of each stream, as many as it had for 0. Raises `NotFound` where the folder holds no backup,
+    `VerificationFailed` where it is damaged, `Invalid` where the broker is not empty; then nothing was changed in the broker.
+    """
+
+    async def work() -> Backup:
+        async with session.bus() as bus:
+            return await load(bus, session.store(), folder, replicas, say)
+
+    return blocking(work())
+
+
+async def save(bus: Bus, store: ArtifactStore, folder: Path, say: Notify = silent) -> Backup:
+    """Do what `backup` does, over connections that there are."""
+    at = datetime.datetime.fromtimestamp(await bus.time(), datetime.UTC)
+    ends = await snapshots.consistent_cut(bus)
+    place = f"streams-{at:%Y%m%dT%H%M%S.%f}"
+    try:
+        (folder / place).mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise Invalid(f"cannot write a backup into {folder}: {error.strerror}") from error
+    saved = {}
+    for name, last in ends.items():
+        say(f"copying stream {name}, {last} messages")
+        file = folder / place / f"{name}.snapshot"
+        copied = await snapshots.save(bus, name, file)
+        saved[name] = SavedStream(f"{place}/{name}.snapshot", digest_of_file(file)[0], last, copied)
+    done = Backup(FORMAT, at, saved, await _save_objects(store, folder / "objects", say))
+    write_durably(folder / CONTENTS, _FORM.dump_json(done, indent=1) + b"\n", 0o600)
+    for earlier in folder.glob("streams-*"):
+        if earlier.name != place:
+            shutil.rmtree(earlier)
+    return done
+
+
+async def _save_objects(store: ArtifactStore, folder: Path, say: Notify) -> dict[str, str]:
+    known = _contents(folder.parent).objects if (folder.parent / CONTENTS).exists() else {}
+    kept: dict[str, str] = {}
+
+    async def take(one: StoredObject) -> None:
+        file = folder / one.key
+        if one.key in known and file.is_file() and file.stat().st_size == one.size:
+            kept[one.key] = known[one.key]
+            return
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with replacing(file) as draft:
+            media_type = await store.copy(one, draft)
+            if media_type is None:
+                draft.touch()  # removed since; nothing that is kept names it
+                return
+        kept[one.key] = media_type
+
+    objects = await store.objects()
+    for number, some in _some(objects):
+        say(f"copying object {number} of {len(objects)}")
+        await asyncio.gather(*map(take, some))
+    return dict(sorted(kept.items()))
+
+
+async def load(bus: Bus, store: ArtifactStore, folder: Path, replicas: int = 0, say: Notify = silent) -> Backup:
+    """Do what `restore` does, over connections that there are."""
+    found = _contents(folder)
+    for name, saved in found.streams.items():
+        say(f"checking stream {name}")
+        _check(folder / saved.file, saved.sha256)
+    await store.ensure_bucket()
+    for number, some in _some([*found.objects]):
+        say(f"storing object {number} of {len(found.objects)}")
+        await asyncio.gather(*(_store(store, folder / "objects", key, found.objects[key]) for key in some))
+    await snapshots.make_room(bus, [*found.streams])
+    for name, saved in found.streams.items():
+        say(f"restoring stream {name}, {saved.last_sequence} messages")
+        await snapshots.load(bus, name, folder / saved.file, saved.copied, saved.last_sequence, replicas)
+    await streams.ensure(bus.js, replicas or next(iter(found.streams.values())).copied.config["num_replicas"])
+    return found
+
+
+async def _store(store: ArtifactStore, folder: Path, key: str, media_type: str) -> None:
+    _check(folder / key, key.rpartition("/")[2])
+    realm = next(realm for realm, name in REALMS.items() if key.startswith(f"{name}/"))
+    await store.put_file(folder / key, media_type, realm)
+
+
+def _contents(folder: Path) -> Backup:
+    try:
+        found = _FORM.validate_json((folder / CONTENTS).read_bytes())
+    except FileNotFoundError as error:
+        raise NotFound(f"{folder} holds no backup: {CONTENTS} is missing, which is written last") from error
+    except ValidationError as error:
+        raise VerificationFailed(f"{folder / CONTENTS} is damaged or of another version") from error
+    if found.format != FORMAT:
+        raise Invalid(f"{folder} is a backup of format {found.format}; this version reads {FORMAT}")
+    return found
+
+
+def _check(file: Path, sha256: str) -> None:
+    if not file.is_file():
+        raise VerificationFailed(f"the backup lacks {file}; bring back another copy of it")
+    if digest_of_file(file)[0] != sha256:
+        raise VerificationFailed(f"{file} is damaged: its SHA-256 is not {sha256}; bring back another copy of it")
+
+
+def _some(everything: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
+    for start in range(0, len(everything), AT_ONCE):
+        yield start + 1, everything[start : start + AT_ONCE]

@@ -1,0 +1,72 @@
+"""Broker and store are lost in the middle of a run, with all that services kept: the platform goes on from a backup."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.waiting import wait_until
+
+from .test_detached import SMALL, Platform
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+TWO_CYCLES = tuple("2" if SMALL[at - 1] == "--cycles" else option for at, option in enumerate(SMALL))
+# What an operator keeps elsewhere: who is who, and with `connito up` what the run was begun with.
+KEPT = {"keys", "accounts", "accounts.json", "roster.json", "begun.json", "threads"}
+
+
+def facts_of(platform: Platform, run: str) -> dict[tuple[str, int], Any]:
+    messages = platform.json("replay", run)["messages"]
+    return {(message["stream"], message["sequence"]): message for message in messages}
+
+
+def lose(platform: Platform) -> None:
+    """As when the machine is gone: no process ends in order, and nothing is left but what was kept elsewhere."""
+    pids = [row["pid"] for row in json.loads((platform.data / "pids.json").read_text()).values()]
+    for pid in (json.loads((platform.data / "platform.json").read_text())["pid"], *pids):
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not platform.processes(), "what was killed to end")
+    for path in platform.data.iterdir():
+        if path.name not in KEPT:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_platform_goes_on_from_a_backup(tmp_path: Path) -> None:
+    platform, backup = Platform(tmp_path / "data"), tmp_path / "backup"
+    earlier = platform.json("up", *SMALL, "--domain", "logs")["run"]
+    run = platform.json("up", *TWO_CYCLES, "--no-wait")["run"]
+    wait_until(lambda: platform.json("job", "show", run)["version"] >= 1, "the first version", 200)
+    saved = platform.json("backup", str(backup))
+    heads = {other: platform.json("audit", other, "--no-model")["chain"]["head"] for other in (earlier,)}
+    before = facts_of(platform, run)
+
+    lose(platform)
+    restored = platform.json("restore", str(backup))
+    assert restored == saved
+    kept = {place: fact for place, fact in before.items() if place[1] <= saved["streams"][place[0]]}
+    assert ("MERGE", "version") in {(stream, fact["subject"].split(".")[-1]) for (stream, _), fact in kept.items()}
+    assert facts_of(platform, run) == kept
+
+    report = platform.json("up", *TWO_CYCLES)
+    assert (report["run"], report["outcome"]["status"], report["totals"]["resumed"]) == (run, "completed", True)
+    assert [cycle["merged"] for cycle in report["cycles"]] == [["miner-1"], ["miner-1"]]
+    new = platform.json("up", *SMALL, "--no-wait")["run"]
+    assert platform.json("job", "watch", new)["phase"] == "completed"
+    audited = {one: platform.json("audit", one, "--no-model") for one in (earlier, run, new)}
+    assert {one: found["result"] for one, found in audited.items()} == dict.fromkeys(audited, "same")
+    assert audited[earlier]["chain"]["head"] == heads[earlier]
+    experts = platform.json("library", "list")["experts"]
+    assert {expert["run"] for expert in experts} == {earlier, run, new}
+    for expert in experts:
+        assert platform.json("library", "show", expert["expert_id"])["record"]
+    assert platform.json("down")["stopped"]
+    assert platform.json("audit", run)["result"] == "same", "with the model, to the bit"
