@@ -53,11 +53,6 @@ class Backup:
     streams: dict[str, SavedStream]
     objects: dict[str, str]
 
-    @property
-    def messages(self) -> int:
-        """Return how many messages the streams hold, those behind the cut included."""
-        return sum(int(saved.copied.state["messages"]) for saved in self.streams.values())
-
 
 _FORM = TypeAdapter(Backup)
 
