@@ -36,7 +36,7 @@ async def cut_off(bus: Bus) -> None:
     async def on_disconnected() -> None:
         closed.set()
 
-    bus._connection.nc._disconnected_cb = on_disconnected
+    bus.connection.nc._disconnected_cb = on_disconnected
     if bus.connected:
         await asyncio.wait_for(closed.wait(), PATIENCE)
 
@@ -48,7 +48,7 @@ class Follower:
         self.bus, self.broken = bus, 0
         self.seen: list[Record] = []
         self.moved = asyncio.Event()
-        bus._connection.on_reconnect.append(self._break)
+        bus.connection.on_reconnect.append(self._break)
         self.task = asyncio.create_task(self._read())
 
     def _break(self) -> None:

@@ -80,7 +80,7 @@ async def flood(miner: Miner, run: str, make: Make) -> AsyncIterator[None]:
     async def shout() -> None:
         began = time.monotonic()
         for number, (subject, body) in enumerate(data):
-            await miner.bus._connection.nc.publish(subject, body)
+            await miner.bus.connection.nc.publish(subject, body)
             if (ahead := number / PER_SECOND - (time.monotonic() - began)) > 0:
                 await asyncio.sleep(ahead)
 

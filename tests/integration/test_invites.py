@@ -250,7 +250,7 @@ async def test_an_address_that_knocks_without_end_is_not_heard(house: House) -> 
 
 async def until_cut_off(bus: Bus) -> None:
     began = time.monotonic()
-    while bus._connection.connected or bus._reading.connected:
+    while bus.connection.connected or bus._reading.connected:
         assert time.monotonic() - began < 2.0
         await asyncio.sleep(0.005)
 

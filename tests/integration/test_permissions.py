@@ -131,4 +131,4 @@ async def test_a_miner_cannot_take_messages_from_a_work_queue(connect: Connect, 
 async def test_a_stranger_is_not_let_in(connect: Connect) -> None:
     operator = await connect("operator")
     with pytest.raises((Invalid, Retry)):
-        await Bus.connect(operator._connection.url, Identity.generate(), "stranger")
+        await Bus.connect(operator.connection.url, Identity.generate(), "stranger")

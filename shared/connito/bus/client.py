@@ -59,7 +59,8 @@ class Bus:
     def __init__(
         self, connection: Connection, reading: Connection, roster: Roster | None = None, host: Host = HOST
     ) -> None:
-        self._connection, self._reading = connection, reading
+        # `connection` is also there for the broker's own API.
+        self.connection, self._reading = connection, reading
         self._roster, self.host = roster, host
 
     @classmethod
@@ -99,35 +100,30 @@ class Bus:
 
     async def close(self) -> None:
         """Flush and disconnect. Followers and consumers should have been cancelled before."""
-        for connection in {self._connection, self._reading}:
+        for connection in {self.connection, self._reading}:
             await connection.close()
 
     @property
     def connected(self) -> bool:
         """Return whether the broker is there right now."""
-        return self._connection.connected and self._reading.connected
+        return self.connection.connected and self._reading.connected
 
     @property
     def identity(self) -> Identity:
         """Return the identity that signs. Raises `Fatal` on a connection without a key."""
-        if self._connection.identity is None:
+        if self.connection.identity is None:
             raise Fatal("this connection has no key to sign with; set CONNITO_KEY_FILE")
-        return self._connection.identity
+        return self.connection.identity
 
     @property
     def tls(self) -> Tls:
         """Return how this process speaks TLS: with the bus, and with the APIs that it finds there."""
-        return self._connection.tls
+        return self.connection.tls
 
     @property
     def js(self) -> JetStreamContext:
         """Return JetStream itself, for declaring streams."""
-        return self._connection.js
-
-    @property
-    def connection(self) -> Connection:
-        """Return the connection that writes, for the broker's own API."""
-        return self._connection
+        return self.connection.js
 
     # Writing.
 
@@ -223,7 +219,7 @@ class Bus:
             attempt += 1
             try:
                 with metrics.PUBLISH_SECONDS.time():
-                    msg = await self._connection.request(subject, data, headers)
+                    msg = await self.connection.request(subject, data, headers)
                 ack = self._read_ack(json.loads(msg.data), subject)
             except Retry as error:
                 if self.host.monotonic() + error.after > give_up:
@@ -306,7 +302,7 @@ class Bus:
             await handler(await self.whole(record))
 
         beat = heartbeat if heartbeat is not None else DURABLES[durable].ack_wait / 3
-        worker = Worker(self._connection, durable, handle, self._dead_letter, beat, concurrency, lane, skip, aside)
+        worker = Worker(self.connection, durable, handle, self._dead_letter, beat, concurrency, lane, skip, aside)
         await worker.run()
 
     async def _dead_letter(self, letter: DeadLetter) -> None:
@@ -349,7 +345,7 @@ class Bus:
 
     async def time(self) -> float:
         """Return the broker's clock, in unix seconds. Raises `Retry` when it does not answer."""
-        reply = await self._connection.request("$JS.API.STREAM.INFO.RUNS", b"")
+        reply = await self.connection.request("$JS.API.STREAM.INFO.RUNS", b"")
         stamp = str(json.loads(reply.data).get("ts", ""))
         if not stamp:
             raise Retry("the broker's clock cannot be read; run `connito streams ensure`", dependency="broker")
@@ -371,14 +367,14 @@ class Bus:
         except NotFoundError as error:
             raise Retry(f"the broker has no {what}; run `connito streams ensure`", dependency="broker") from error
         except (TimeoutError, NatsError, OSError) as error:
-            raise self._connection.explain(error, what) from error
+            raise self.connection.explain(error, what) from error
 
     # Finding each other.
 
     async def register_endpoint(self, name: str, address: str) -> None:
         """Say where the API of `name` is reached (host:port)."""
         subject = f"$KV.{ENDPOINTS}.{name}"
-        reply = await self._connection.request(subject, address.encode())
+        reply = await self.connection.request(subject, address.encode())
         self._read_ack(json.loads(reply.data), subject)
 
     async def find_endpoint(self, name: str, timeout: float = 30.0) -> str:

@@ -33,7 +33,7 @@ def backup(folder: Folder, data_dir: DataDirOption = None, as_json: JsonFlag = F
     )
 
 
-def restore(
+def recover(
     folder: Folder,
     replicas: Annotated[int, typer.Option(min=0, max=5, help="Copies of each stream; 0: as many as it had.")] = 0,
     data_dir: DataDirOption = None,
@@ -50,7 +50,7 @@ def restore(
 
     make_room(DataDir.at(data_dir))
     session = Session.open(data_dir, role="operator", wake=True)
-    done = backups.restore(session, folder, replicas=replicas, say=silent if as_json else tell)
+    done = backups.recover(session, folder, replicas=replicas, say=silent if as_json else tell)
     emit(as_json, _document(done, folder), lambda: f"{_text(done)} are restored, as of {done.at:%Y-%m-%d %H:%M:%S} UTC")
 
 

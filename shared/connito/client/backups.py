@@ -1,4 +1,4 @@
-"""Everything that cannot be made again, but the keys, as files in a folder; and a platform made again from them.
+"""Copy streams and objects of a platform into a folder, and make a platform again from them.
 
 Streams first, then objects: what the log names was stored before it was named, so it is there when it is copied. Back the
 other way round: objects first, so that no service reads of one that is not there yet.
@@ -46,7 +46,7 @@ class SavedStream:
 
 @dataclass(frozen=True)
 class Backup:
-    """What a folder holds. `at`: the broker's clock at the cut. `objects`: media types by key; each key ends in a SHA-256."""
+    """Contents of a folder. `at`: the broker's clock at the cut. `objects`: media types by key; each key ends in a SHA-256."""
 
     format: int
     at: datetime.datetime
@@ -71,7 +71,7 @@ def backup(session: Session, folder: Path, *, say: Notify = silent) -> Backup:
     return blocking(work())
 
 
-def restore(session: Session, folder: Path, *, replicas: int = 0, say: Notify = silent) -> Backup:
+def recover(session: Session, folder: Path, *, replicas: int = 0, say: Notify = silent) -> Backup:
     """Make streams and objects of a platform again from `folder`, before its services start. For the operator.
 
     `replicas`: copies of each stream, as many as it had for 0. Raises `NotFound` where the folder holds no backup,
@@ -133,7 +133,7 @@ async def _save_objects(store: ArtifactStore, folder: Path, say: Notify) -> dict
 
 
 async def load(bus: Bus, store: ArtifactStore, folder: Path, replicas: int = 0, say: Notify = silent) -> Backup:
-    """Do what `restore` does, over connections that there are."""
+    """Do what `recover` does, over connections that there are."""
     found = _contents(folder)
     for name, saved in found.streams.items():
         say(f"checking stream {name}")

@@ -137,7 +137,7 @@ COUNTERPARTS = {
     "archive": "connito.audit.runs.archive",
     "clean": "connito.client.cleaning.clean",
     "backup": "connito.client.backups.backup",
-    "restore": "connito.client.backups.restore",
+    "restore": "connito.client.backups.recover",
     "explain": "connito.audit.runs.explain",
     "ban": "connito.Client.ban",
     "invite": "connito.wire.invites.issue",
