@@ -117,7 +117,7 @@ async def test_a_miner_cannot_take_messages_from_a_work_queue(connect: Connect, 
     coordinator, miner = await connect("coordinator"), await connect("miner")
     await coordinator.publish_fact(run_id, "run", 0, "created", run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run_id)))
     with pytest.raises(Invalid, match=r"MSG\.NEXT\.RUNS\.selector"):
-        await miner._connection.request("$JS.API.CONSUMER.MSG.NEXT.RUNS.selector", b'{"batch":1,"no_wait":true}')
+        await miner.connection.request("$JS.API.CONSUMER.MSG.NEXT.RUNS.selector", b'{"batch":1,"no_wait":true}')
     taken = asyncio.Event()
 
     async def handle(record: object) -> None:

@@ -59,7 +59,7 @@ async def test_offences_are_written_to_advisories(
         data = coordinator._sealed(subject, created)
         poison = f"connito.v1.{run_id}.run.0.ended"
         header = {"Nats-Msg-Id": hashlib.sha256(data).hexdigest()}
-        await operator._connection.request(poison, b"poison", header)
+        await operator.connection.request(poison, b"poison", header)
         await coordinator._publish(subject, data, {}, "test")
         stored = await operator.last_record(subject)
         assert stored is not None, "a poisoned id does not keep a message out"

@@ -495,7 +495,7 @@ async def test_a_banned_key_is_out_at_once_and_nobody_else(boundary: Boundary, t
     began = time.monotonic()
     access.revoke([leaving.public])
     await access.accounts.push(boundary.server.url)
-    while gone._connection.connected or gone._reading.connected:
+    while gone.connection.connected or gone._reading.connected:
         assert time.monotonic() - began < 2.0
         await asyncio.sleep(0.005)
     with pytest.raises(ConnitoError):

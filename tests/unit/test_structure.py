@@ -14,7 +14,6 @@ MODULE_LINES, FUNCTION_LINES = 400, 60
 REASON = "# Long: "
 # Defined for others than the product: whoever has it must not find it gone.
 FOR_OTHERS = {
-    "connito.experts.lowrank.restore": "reads the factors that a thinned export carries",
     "connito.protocol.scoring.payout.register": "what an installed payout calls to make itself known",
 }
 Modules = Mapping[str, tuple[str, ast.Module]]
