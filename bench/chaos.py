@@ -1,13 +1,17 @@
 """Storms over a whole `connito up`: what is lost, and how long it is until the log goes on.
 
-    python -m bench.chaos --only storm --faults 200
+    python -m bench.chaos --only storm --faults 1000 --minutes 14
     python -m bench.chaos --only cluster
 
-`storm`: runs on the tiny base; a seed chooses which process is killed (SIGKILL, now and then the whole `connito up`, which
-is then started again) or stopped for some seconds. `cluster`: the same run over a broker of three nodes with three copies of
-every stream, once undisturbed and once with a node killed every five seconds. Each run ends with an audit, and with a check
-that every acknowledged reveal has one answer and every cycle one version. Parts that were carried out before stay in the
-document.
+`storm`: runs on the tiny base, each with a seed of its own that chooses what befalls it: a process is killed (now and then
+the whole `connito up`, which is then started again) or stopped for some seconds, the disk is full for a while, a bit of a
+cached file flips, an object is gone from the store and comes back. `cluster`: the same run over a broker of three nodes with
+three copies of every stream, `calm`, with a node killed every five seconds, and `current`: with one killed as soon after
+five seconds as all nodes have caught up. Each run ends with an audit, and with a check that every acknowledged reveal has one
+answer and every cycle one version.
+
+Figures add up over calls: what was carried out stays in the document, storms begin with the seed after the last one there, and
+end when all of them together had `--faults`, or after `--minutes`.
 """
 
 from __future__ import annotations
@@ -15,14 +19,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import random
-import signal
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import aclosing, suppress
+from collections import Counter
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,19 +34,24 @@ from typing import Any
 from connito.audit.access import opened
 from connito.bus import CaughtUp
 from connito.bus.streams import FACT_STREAMS
-from connito.errors import ConnitoError, Invalid, NotFound
+from connito.errors import ConnitoError, Invalid
+from connito.files import write_durably
 from connito.local.defaults import UpOptions
 from connito.platform.datadir import DataDir
 from connito.platform.session import Session
 from connito.wire.log import Log
 from pydantic import TypeAdapter
 
+from bench.chaos_faults import SHARES, Faults, small_disk
 from bench.harness import machine, note
 from tests.sim.checks import conserved
 
-# Seconds: between faults on average, of a process that is stopped, between kills of a node, and at most for one run.
-EVERY, STOPPED, NODE_EVERY, LONGEST = 1.5, (1.0, 4.0), 5.0, 900.0
-STOPS, WHOLE = 0.15, 0.03
+# Seconds: between faults on average, between kills of a node, and at most for one run.
+EVERY, NODE_EVERY, LONGEST = 1.5, 5.0, 900.0
+# By part: seconds between kills of a node (none where 0), and whether to wait until all nodes are current.
+CLUSTERS = {"cluster calm": (0.0, False), "cluster": (NODE_EVERY, False), "cluster current": (NODE_EVERY, True)}
+# A command that ends so often although nobody ended it will not get better.
+MOST_ENDS = 5
 Row = dict[str, Any]
 
 
@@ -53,17 +62,24 @@ class Storm:
     folder: Path
     seed: int
     cycles: int
-    cluster: bool = False
+    part: str
+    own_disk: bool = False
     facts: list[float] = field(default_factory=list)
-    kills: list[float] = field(default_factory=list)
-    stops: int = 0
     opened: dict[int, float] = field(default_factory=dict)
+    ends: list[str] = field(default_factory=list)
     ended: bool = False
     run: str = ""
 
     def __post_init__(self) -> None:
-        self.data, self.rng = DataDir.open(self.folder), random.Random(self.seed)
+        self.data, self.cluster = DataDir.open(self.folder), self.part in CLUSTERS
+        self.faults = Faults(self.data, self.seed, self._kill_everything, own_disk=self.own_disk)
         self.up: subprocess.Popen[bytes] | None = None
+
+    def _kill_everything(self) -> None:
+        assert self.up is not None
+        self.up.kill()
+        self.up.wait()
+        self.start()
 
     def start(self) -> None:
         """Start `connito up`, or go on with what one before has left."""
@@ -101,42 +117,18 @@ class Storm:
             self.opened.setdefault(cycle, time.monotonic())
         self.ended = self.ended or (section, kind) == ("library", "deposited") or (section, kind) == ("run", "ended")
 
-    def strike(self) -> None:
-        """Kill or stop one process, or everything."""
+    async def strike(self) -> None:
+        """Let one fault happen."""
         if self.cluster:
-            pids = json.loads((self.folder / "nats" / "nodes.json").read_text())
-            self._signal(self.rng.choice(pids), signal.SIGKILL)
-            return
-        assert self.up is not None
-        if self.rng.random() < WHOLE:
-            self.up.kill()
-            self.up.wait()
-            self.kills.append(time.monotonic())
-            self.start()
-            return
-        rows = self.data.read_pids()
-        if not rows:
-            return
-        pid = rows[self.rng.choice(sorted(rows))]["pid"]
-        if self.rng.random() < STOPS:
-            self.stops += 1
-            self._signal(pid, signal.SIGSTOP)
-            after = self.rng.uniform(*STOPPED)
-            asyncio.get_running_loop().call_later(after, self._signal, pid, signal.SIGCONT)
+            await self.faults.node(wait=CLUSTERS[self.part][1])
         else:
-            self._signal(pid, signal.SIGKILL)
-
-    def _signal(self, pid: int, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-            if number == signal.SIGKILL:
-                self.kills.append(time.monotonic())
+            await self.faults.strike()
 
     def waits(self) -> list[float]:
         """Return by kill the seconds until the log went on; of kills after the last fact, none."""
         found, rest = [], iter(sorted(self.facts))
         fact = next(rest, None)
-        for kill in sorted(self.kills):
+        for kill in sorted(self.faults.kills):
             while fact is not None and fact <= kill:
                 fact = next(rest, None)
             if fact is not None:
@@ -144,30 +136,37 @@ class Storm:
         return found
 
 
-async def weather(storm: Storm, every: float, faults: int) -> None:
+async def weather(storm: Storm, every: float, faults: int, until: float) -> None:
     """Strike as often as asked for, from the first cycle on."""
     while not storm.opened:  # noqa: ASYNC110 - what sets it reads a log, and is cancelled with it
         await asyncio.sleep(0.05)
-    while not storm.ended and len(storm.kills) + storm.stops < faults:
-        await asyncio.sleep(every if storm.cluster else storm.rng.uniform(0.5, 1.5) * every)
+    while every and not storm.ended and storm.faults.counts.total() < faults and time.monotonic() < until:
+        await asyncio.sleep(every if storm.cluster else storm.faults.rng.uniform(0.5, 1.5) * every)
         with suppress(OSError, ValueError):
-            storm.strike()
+            await storm.strike()
 
 
-async def carry_out(storm: Storm, every: float, faults: int) -> Row:
+async def carry_out(storm: Storm, every: float, faults: int, until: float) -> Row:
     """Let a run go through its storm; return what came of it."""
     storm.start()
-    tasks = [asyncio.create_task(storm.follow()), asyncio.create_task(weather(storm, every, faults))]
+    tasks = [asyncio.create_task(storm.follow()), asyncio.create_task(weather(storm, every, faults, until))]
     began = time.monotonic()
     try:
-        while not storm.ended and time.monotonic() - began < LONGEST:
+        while not storm.ended and time.monotonic() - began < LONGEST and len(storm.ends) < MOST_ENDS:
             await asyncio.sleep(0.2)
             assert storm.up is not None
             if storm.up.poll() is not None:
-                note(f"connito up ended with {storm.up.returncode}: {(storm.folder / 'up.log').read_text()[-600:]}")
-                break
+                # What its operator would do.
+                said = (storm.folder / "up.log").read_text()[-600:]
+                storm.ends.append(f"{storm.up.returncode}: {said}")
+                note(f"connito up ended with {storm.ends[-1]}")
+                storm.start()
+        tasks[1].cancel()
+        async with asyncio.timeout(60):
+            await storm.faults.over()
+        # The library and the report have their facts, too.
         await asyncio.sleep(3.0)
-        wrong = await judged(storm)
+        wrong = await judged(storm) if storm.cluster else []
     finally:
         for task in tasks:
             task.cancel()
@@ -175,68 +174,113 @@ async def carry_out(storm: Storm, every: float, faults: int) -> Row:
         assert storm.up is not None
         storm.up.terminate()
         storm.up.wait()
+    if not storm.cluster:
+        wrong = await judged(storm)
+    if not storm.ended:
+        wrong.append(f"the run has not ended after {time.monotonic() - began:.0f} s")
     spans = sorted(storm.opened.values())
-    cycles = len(spans) - 1
-    waits = sorted(storm.waits())
+    cycles, counts = len(spans) - 1, storm.faults.counts
     return {
-        "part": "cluster" if storm.cluster else "storm", "seed": storm.seed, "cycles": cycles, "kills": len(storm.kills),
-        "stops": storm.stops, "ended": storm.ended, "wrong": wrong, "waits": [round(wait, 2) for wait in waits],
+        "part": storm.part, "seed": storm.seed, "cycles": cycles, "faults": dict(counts), "ends": storm.ends,
+        "ended": storm.ended, "wrong": wrong, "waits": [round(wait, 2) for wait in sorted(storm.waits())],
         "seconds_a_cycle": round((spans[-1] - spans[0]) / cycles, 2) if cycles > 0 else None,
     }  # fmt: skip
 
 
 async def judged(storm: Storm) -> list[str]:
-    """Return everything that is wrong with the log of a run, and with what an audit makes of it."""
+    """Return everything that is wrong with the log of a run, and with what an audit makes of it.
+
+    A broker of several nodes is read while it runs; otherwise what lies in the folder is read, after everything has ended.
+    """
+    folder, data_dir = (None, storm.folder) if storm.cluster else (storm.folder, None)
     try:
-        async with opened(None, storm.folder) as access:
+        async with opened(folder, data_dir) as access:
             wrong = list(conserved(await access.evidence(storm.run)))
-    except (NotFound, ConnitoError) as error:
+    except ConnitoError as error:
         return [f"cannot be read: {error}"]
-    audit = [sys.executable, "-m", "connito.cli", "audit", storm.run, "--data-dir", str(storm.folder)]
+    audit = [sys.executable, "-m", "connito.cli", "audit", storm.run]
+    audit += ["--data-dir" if storm.cluster else "--from", str(storm.folder)]
     done = await asyncio.create_subprocess_exec(*audit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     out, _ = await done.communicate()
     return wrong if done.returncode == 0 else [*wrong, f"audit: {out.decode()[-300:]}"]
 
 
-def parts(only: str, faults: int, cycles: int, first: int) -> list[Row]:
-    """Carry out the parts whose names hold `only`."""
-    rows: list[Row] = []
-    for name, cluster, every in (("storm", False, EVERY), ("cluster calm", True, 0.0), ("cluster", True, NODE_EVERY)):
-        if only not in name:
-            continue
-        left, seed = faults if name == "storm" else 1, first
-        while left > 0:
-            most = left if name == "storm" else (0 if not every else 10**6)
-            with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-                row = asyncio.run(carry_out(Storm(Path(folder), seed, cycles, cluster), every, most))
-            rows.append({**row, "part": name})
-            note(str({key: value for key, value in rows[-1].items() if key != "waits"}))
-            left, seed = left - (row["kills"] + row["stops"] or left if name == "storm" else 1), seed + 1
+def one(part: str, seed: int, cycles: int, faults: int, until: float) -> Row:
+    """Carry out one run in a folder that goes with it."""
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name, ExitStack() as stack:
+        own_disk = part not in CLUSTERS and stack.enter_context(small_disk(Path(name)))
+        storm = Storm(Path(name), seed, cycles, part, own_disk)
+        row = asyncio.run(carry_out(storm, EVERY if part == "storm" else CLUSTERS[part][0], faults, until))
+        if row["wrong"]:
+            kept = Path(tempfile.mkdtemp(prefix=f"chaos-wrong-{seed}-"))
+            shutil.copytree(storm.data.logs, kept / "logs")
+            note(f"logs are kept in {kept}")
+    note(str({key: value for key, value in row.items() if key != "waits"}))
+    return row
+
+
+def total(rows: list[Row]) -> Row:
+    """Return what all storms together come to."""
+    storms = [row for row in rows if row["part"] == "storm"]
+    counts = sum((Counter(row["faults"]) for row in storms), Counter[str]())
+    waits = sorted(wait for row in storms for wait in row["waits"])
+    return {
+        "runs": len(storms), "cycles": sum(row["cycles"] for row in storms), "faults": counts.total(), "by_kind": dict(counts),
+        "ended": sum(row["ended"] for row in storms), "wrong": sum(bool(row["wrong"]) for row in storms),
+        "commands_that_ended": sum(len(row["ends"]) for row in storms),
+        "median_s": statistics.median(waits) if waits else None,
+        "p99_s": waits[min(len(waits) - 1, int(0.99 * len(waits)))] if waits else None,
+    }  # fmt: skip
+
+
+def keep(out: Path, row: Row) -> list[Row]:
+    """Put a row into the document, in place of one that is the same run; return all rows."""
+    rows = known(out)
+    rows = [one for one in rows if (one["part"], one["seed"]) != (row["part"], row["seed"])] + [row]
+    settings = {"miners": 2, "validators": 2, "every": EVERY, "node_every": NODE_EVERY, "shares": SHARES}
+    document = {"name": "chaos", "machine": machine(), "settings": settings, "storms": total(rows), "rows": rows}
+    write_durably(out, json.dumps(document, indent=1) + "\n")
     return rows
+
+
+def known(out: Path) -> list[Row]:
+    """Return the rows of what was carried out before."""
+    return list(json.loads(out.read_text())["rows"]) if out.exists() else []
+
+
+def carry_on(asked: argparse.Namespace) -> list[Row]:
+    """Carry out the parts whose names begin with `only`; return the rows of this call."""
+    fresh: list[Row] = []
+    until = time.monotonic() + 60 * asked.minutes
+    for part in ("storm", *CLUSTERS):
+        if not (part == asked.only if asked.exactly else part.startswith(asked.only)):
+            continue
+        if part in CLUSTERS:
+            fresh.append(one(part, asked.first, asked.cycles, 10**6, until))
+            keep(asked.out, fresh[-1])
+            continue
+        rows = known(asked.out)
+        while (done := total(rows)["faults"]) < asked.faults and time.monotonic() < until:
+            seed = max((row["seed"] for row in rows if row["part"] == "storm"), default=asked.first - 1) + 1
+            fresh.append(one(part, seed, asked.cycles, asked.faults - done, until))
+            rows = keep(asked.out, fresh[-1])
+            note(str(total(rows)))
+    return fresh
 
 
 def main() -> int:
     """Return the exit code: 6 when anything was lost, or differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="storm, cluster or cluster calm")
+    parser.add_argument("--only", default="", help="how the names of the parts begin: storm, cluster, cluster calm, …")
+    parser.add_argument("--exactly", action="store_true", help="the part of just that name")
     parser.add_argument("--faults", type=int, default=1000, help="of all storms together")
+    parser.add_argument("--minutes", type=float, default=600.0, help="no fault comes after so long")
     parser.add_argument("--cycles", type=int, default=20, help="of each run")
     parser.add_argument("--from", type=int, default=1, dest="first", help="the first seed")
     parser.add_argument("--out", type=Path, default=Path("out/bench/chaos.json"))
     asked = parser.parse_args()
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = parts(asked.only, asked.faults, asked.cycles, asked.first)
-    before = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
-    again = {(row["part"], row["seed"]) for row in rows}
-    kept = [row for row in before if (row["part"], row["seed"]) not in again]
-    document = {
-        "name": "chaos",
-        "machine": machine(),
-        "settings": {"miners": 2, "validators": 2, "every": EVERY, "node_every": NODE_EVERY},
-        "rows": kept + rows,
-    }
-    asked.out.write_text(json.dumps(document, indent=1) + "\n")
-    return 6 if any(row["wrong"] for row in rows) else 0
+    return 6 if any(row["wrong"] for row in carry_on(asked)) else 0
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from typing import Any, Self
 from unittest.mock import patch
 
 from connito.bus import streams
-from connito.errors import ConnitoError
+from connito.errors import ConnitoError, Retry
 from connito.files import write_durably
 from connito.local import installation, up
 from connito.platform.accounts import Accounts
-from connito.platform.servers import NatsServer, free_ports
+from connito.platform.servers import START_SECONDS, NatsServer, free_ports
 from connito.runtime.progress import Notify
 
 NODES, LOOK_SECONDS = 3, 0.2
@@ -33,22 +33,14 @@ class Node(NatsServer):
 
     def __init__(self, folder: Path, number: int, ports: list[tuple[int, int, int]], accounts: Accounts | None) -> None:
         super().__init__(folder / f"node-{number}", ports[number][0], accounts)
-        self._name, self._route, self._monitor = f"node-{number}", ports[number][1], ports[number][2]
+        self._name, self._route, self.monitor = f"node-{number}", ports[number][1], ports[number][2]
         self._routes = [f"nats://127.0.0.1:{route}" for _, route, _ in ports]
 
     def _config(self) -> dict[str, Any]:
         cluster = {"name": "chaos", "listen": f"127.0.0.1:{self._route}", "routes": self._routes}
         return super()._config() | {
-            "server_name": self._name, "cluster": cluster, "http": f"127.0.0.1:{self._monitor}"
+            "server_name": self._name, "cluster": cluster, "http": f"127.0.0.1:{self.monitor}"
         }  # fmt: skip
-
-    def _not_ready(self) -> str:
-        """Return whether the node has caught up with the others."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._monitor}/healthz", timeout=2) as answer:
-                return "" if answer.status == 200 else "not healthy"
-        except OSError as error:
-            return str(error)
 
 
 class Cluster(NatsServer):
@@ -61,7 +53,7 @@ class Cluster(NatsServer):
         free = free_ports(3 * NODES)
         ports = [(free[3 * n], free[3 * n + 1], free[3 * n + 2]) for n in range(NODES)]
         self.nodes = [Node(data_dir, number, ports, accounts) for number in range(NODES)]
-        self._over = threading.Event()
+        self._over, self._noting = threading.Event(), threading.Lock()
 
     @property
     def url(self) -> str:
@@ -74,13 +66,19 @@ class Cluster(NatsServer):
         return not self._over.is_set()
 
     def start(self, progress: Notify | None = None) -> Self:
-        """Start all nodes at once, and keep them alive from then on."""
+        """Start all nodes at once, and keep each alive from then on, whatever becomes of the others."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(NODES) as pool:
             list(pool.map(Node.start, self.nodes))
         self.process = self.nodes[0].process
+        give_up = time.monotonic() + START_SECONDS
+        while behind := [problem for node in self.nodes if (problem := lag(node.monitor))]:
+            if time.monotonic() > give_up:
+                raise Retry(f"the cluster is not ready: {behind}", dependency="broker")
+            time.sleep(LOOK_SECONDS)
         self._note()
-        threading.Thread(target=self._keep, daemon=True).start()
+        for node in self.nodes:
+            threading.Thread(target=self._keep, args=(node,), daemon=True).start()
         return self
 
     def stop(self, grace: float = 2.0) -> None:
@@ -89,18 +87,26 @@ class Cluster(NatsServer):
         for node in self.nodes:
             node.stop(grace)
 
-    def _keep(self) -> None:
-        while not self._over.is_set():
-            for node in self.nodes:
-                if not node.running and not self._over.is_set():
-                    with suppress(ConnitoError):
-                        node.start()
-                    self._note()
-            time.sleep(LOOK_SECONDS)
+    def _keep(self, node: Node) -> None:
+        while not self._over.wait(LOOK_SECONDS):
+            if not node.running:
+                with suppress(ConnitoError):
+                    node.start()
+                self._note()
 
     def _note(self) -> None:
-        pids = [node.pid for node in self.nodes if node.process is not None]
-        write_durably(self.data_dir / "nodes.json", json.dumps(pids))
+        rows = [{"pid": node.pid, "monitor": node.monitor} for node in self.nodes if node.process is not None]
+        with self._noting:
+            write_durably(self.data_dir / "nodes.json", json.dumps(rows))
+
+
+def lag(monitor: int) -> str:
+    """Return what the node with this monitoring port is behind in; the empty string when it is current in everything."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{monitor}/healthz", timeout=2) as answer:
+            return "" if answer.status == 200 else f"status {answer.status}"
+    except OSError as error:
+        return str(error)
 
 
 def main() -> None:

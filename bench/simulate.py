@@ -1,9 +1,11 @@
 """Carry out as many simulated storms as asked for, and print the seeds in which something was wrong.
 
-    python -m bench.simulate --seeds 10000 --from 0 --done .simulated
+    python -m bench.simulate --seeds 10000 --minutes 14
+    python -m bench.simulate --just 1024 --say
 
-`--done` keeps what was carried out already: a second call goes on behind it. `--say` shows what the services of one seed
-log. Exit code 6 when a seed shows a fault.
+Figures add up over calls: what was carried out stays in the document, and a call goes on with the first seed that is not in
+it, until all `--seeds` are, or for `--minutes`. `--just` carries out one seed alone and writes nothing; with `--say` it shows
+what its services log. Exit code 6 when a seed showed a fault.
 """
 
 from __future__ import annotations
@@ -11,48 +13,79 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import structlog
+from connito.files import write_durably
 
+from bench.harness import machine
 from tests.sim.checks import trace, wrong_with
 from tests.sim.scenarios import storm_of
 from tests.sim.world import carry_out, forget
+
+
+@dataclass
+class Done:
+    """What came of all seeds below `next`: faults (kills among them), virtual and CPU seconds of all, and what was wrong by seed."""
+
+    next: int = 0
+    faults: int = 0
+    kills: int = 0
+    virtual_s: float = 0.0
+    cpu_s: float = 0.0
+    wrong: dict[str, list[str]] = field(default_factory=dict)
+
+    def carry_out(self, seed: int) -> None:
+        """Carry out one seed, and take in what came of it."""
+        began, world = time.process_time(), carry_out(seed, storm_of(seed))
+        try:
+            found = wrong_with(world)
+            self.faults += len(world.faults)
+            self.kills += world.kills
+            self.virtual_s += world.loop.now
+            self.cpu_s += time.process_time() - began
+            if found:
+                self.wrong[str(seed)] = found[:5]
+                print(f"seed {seed}: {'; '.join(found[:3])} (trace {trace(world)[:16]})", flush=True)
+        finally:
+            forget(world)
+
+    def write(self, path: Path) -> None:
+        """Write the document anew."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"name": "simulate", "machine": machine(), "figures": asdict(self)}
+        write_durably(path, json.dumps(document, indent=1) + "\n")
+        print(
+            f"{self.next} seeds, {len(self.wrong)} with a fault, {self.faults} faults, {self.cpu_s:.0f} s", flush=True
+        )
 
 
 def main() -> int:
     """Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1000)
-    parser.add_argument("--from", type=int, default=0, dest="first")
-    parser.add_argument("--done", type=Path, default=None)
+    parser.add_argument("--minutes", type=float, default=600.0)
+    parser.add_argument("--just", type=int, help="carry out this seed alone, and write nothing")
+    parser.add_argument("--out", type=Path, default=Path("out/bench/simulate.json"))
     parser.add_argument("--say", action="store_true")
     asked = parser.parse_args()
     level = "info" if asked.say else "critical"
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
-    done = json.loads(asked.done.read_text()) if asked.done is not None and asked.done.exists() else {}
-    began = told = time.monotonic()
-    for seed in range(asked.first, asked.first + asked.seeds):
-        if str(seed) not in done:
-            done[str(seed)] = _one(seed)
-        if time.monotonic() - told > 5 or seed == asked.first + asked.seeds - 1:
+    if asked.just is not None:
+        alone = Done()
+        alone.carry_out(asked.just)
+        return 6 if alone.wrong else 0
+    done = Done(**json.loads(asked.out.read_text())["figures"]) if asked.out.exists() else Done()
+    until, told = time.monotonic() + 60 * asked.minutes, time.monotonic()
+    while done.next < asked.seeds and time.monotonic() < until:
+        done.carry_out(done.next)
+        done.next += 1
+        if time.monotonic() - told > 10:
             told = time.monotonic()
-            bad = sum(1 for found in done.values() if found)
-            print(f"{len(done)} seeds, {bad} with a fault, {told - began:.0f} s", flush=True)
-            if asked.done is not None:
-                asked.done.write_text(json.dumps(done))
-    return 6 if any(done.values()) else 0
-
-
-def _one(seed: int) -> list[str]:
-    world = carry_out(seed, storm_of(seed))
-    try:
-        wrong = wrong_with(world)
-        if wrong:
-            print(f"seed {seed}: {'; '.join(wrong[:3])} (trace {trace(world)[:16]})", flush=True)
-        return wrong
-    finally:
-        forget(world)
+            done.write(asked.out)
+    done.write(asked.out)
+    return 6 if done.wrong else 0
 
 
 if __name__ == "__main__":

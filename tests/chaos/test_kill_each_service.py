@@ -122,4 +122,6 @@ async def test_killing_every_process_once_loses_nothing(tmp_path: Path) -> None:
     ]
     assert judged == [{"miner-1": True, "miner-2": True}] * 3
     assert report["library"]["expert_id"]
+    # What the killed ones had there was removed by those who came after them.
+    assert list(tmp_path.glob("stormy/cache*/scratch/*")) == []
     await audited(report["run"], tmp_path / "stormy")

@@ -25,6 +25,7 @@ from connito.local.outcome import check_outcome
 from connito.platform.datadir import DataDir, is_running
 from connito.platform.session import log_to
 from connito.render import formats
+from connito.runtime import scratch
 from connito.runtime.compute import usable_cores
 from connito.runtime.tasks import end_tasks
 
@@ -53,7 +54,7 @@ def run_here(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
     """
     data = DataDir.open(options.data_dir)
     check_limits(data.root)
-    with data.lock(), choose_display(as_json=as_json) as display:
+    with data.lock(), scratch.own(data.cache, "up"), choose_display(as_json=as_json) as display:
         return asyncio.run(_interruptible(_Up(options, data, display).run))
 
 
@@ -368,7 +369,7 @@ def main() -> None:
     with explained():
         options = _form().validate_json(sys.argv[1])
         data = DataDir.open(options.data_dir)
-        with data.lock(), PlainDisplay() as display:
+        with data.lock(), scratch.own(data.cache, "up"), PlainDisplay() as display:
             asyncio.run(_interruptible(_Up(options, data, display, stay=True).run))
 
 

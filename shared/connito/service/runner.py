@@ -22,7 +22,7 @@ from typing import Generic, NoReturn, TypeVar
 from connito.bus import Bus
 from connito.errors import ConnitoError, Fatal, Retry
 from connito.files import write_durably
-from connito.runtime import tracing
+from connito.runtime import scratch, tracing
 from connito.runtime.logs import Logger, get_logger, setup_logging
 from connito.runtime.programs import service_module
 from connito.runtime.settings import ServiceSettings
@@ -110,7 +110,9 @@ def run_service(name: str, main: Callable[[ServiceContext[S]], Awaitable[None]],
         )
         sys.exit(2)
     try:
-        asyncio.run(_Service(name, main, settings_cls.load()).run())
+        settings = settings_cls.load()
+        with scratch.own(settings.cache_dir, name):
+            asyncio.run(_Service(name, main, settings).run())
     except ConnitoError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
