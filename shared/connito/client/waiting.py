@@ -19,7 +19,7 @@ _SECONDS = 1.0
 class Wait:
     """An act that a service cannot do now: the action or message, its run, what that waits for, and the error in words.
 
-    `given_up`: it is not tried again before the service is started again.
+    `given_up`: it is tried again only now and then, or when the service is started again.
     """
 
     service: str

@@ -22,7 +22,10 @@ from typing import TypeVar
 
 from connito.errors import Retry
 from connito.runtime import metrics
+from connito.runtime.logs import get_logger
 from connito.runtime.waiting import WAITING
+
+log = get_logger("compute")
 
 R = TypeVar("R")
 
@@ -85,6 +88,8 @@ class ComputeBudget:
                 holders.update(path.read_text().split())
         processes = ", ".join(sorted(holders, key=len)) or "that are not named"
         error = Retry(f"the cores of this machine are held by processes {processes}", dependency=COMPUTE)
+        # Where nobody reads the page of this process, its log says what it waits for.
+        log.warning("waiting", action=what, waits_for=COMPUTE, error=str(error))
         WAITING.begin(what, error, "", FORGET_AFTER)
 
     async def _lock(self, names: list[str], count: int) -> list[int]:

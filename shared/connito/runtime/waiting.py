@@ -90,7 +90,7 @@ class Waiting:
         self._add(Wait(what, run, error.dependency, str(error), forget=forget))
 
     def give_up(self, what: str, error: Exception, run: str) -> None:
-        """Note that `what` is not tried again by itself, until `end` is called or the process ends."""
+        """Note that `what` is tried again only now and then, until `end` is called or the process ends."""
         self._add(Wait(what, run, REPAIR, worded(error), given_up=True))
 
     def _add(self, wait: Wait) -> None:

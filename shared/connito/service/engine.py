@@ -41,6 +41,8 @@ LOOK_SECONDS = 5.0
 # Where deciding takes long, facts gather for so many times as long before the next decision: of thousands that arrive one by
 # one, deciding then takes a tenth of the time, and not the square of their number.
 LONG_SECONDS, REST = 0.002, 9
+# What was given up is tried again after so long: whoever has mended something need not start the service again.
+GIVEN_UP_SECONDS = 600.0
 # What fails where there is no action yet.
 READING, DECIDING = "reading", "deciding"
 
@@ -363,15 +365,14 @@ class Engine(Listener):
             )  # fmt: skip
             return "retry", delay
         WAITING.end(action.key)
+        state.waits_for = ""
         if isinstance(error, Invalid):
-            state.blocked = True
             log.error("action is not possible", action=action.key, reason=reason_name(error.reason), error=str(error))
             self._leave(action.run, action.key, error)
-            return "invalid", delay
+            return "invalid", GIVEN_UP_SECONDS
         wait = self._pauses.failed(action.run, action.key, error)
-        state.blocked = wait is None
         if wait is None:
             self._leave(action.run, action.key, error)
-            return "failed", delay
+            return "failed", GIVEN_UP_SECONDS
         WAITING.begin(action.key, Retry(worded(error), dependency=REPAIR), action.run, wait)
         return "failed", wait

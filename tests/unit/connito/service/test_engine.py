@@ -112,6 +112,22 @@ async def test_what_is_about_content_is_not_tried_again() -> None:
     assert len(tried) == 1
 
 
+async def test_what_was_given_up_goes_on_after_somebody_has_mended_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a start of the service."""
+    monkeypatch.setattr("connito.service.engine.GIVEN_UP_SECONDS", 0.05)
+    done, tried = asyncio.Event(), list[int]()
+    engine = engine_for(iter([Invalid("a file of the base is damaged"), None]), done, tried)
+    running = asyncio.create_task(engine.run())
+    while not tried:  # noqa: ASYNC110 - the engine's turn
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert [(one.given_up, one.error) for one in WAITING.entries()] == [(True, "a file of the base is damaged")]
+    await asyncio.wait_for(done.wait(), 10)
+    await asyncio.sleep(0)
+    assert WAITING.entries() == []
+    running.cancel()
+
+
 async def test_a_dependency_that_answers_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("connito.runtime.waiting.delay", lambda after, failures: 3600.0)
     done, tried = asyncio.Event(), list[int]()
