@@ -1,4 +1,4 @@
-"""What befalls a run in `bench.chaos`: a seed chooses faults of the machine, one after the other."""
+"""Faults that befall a run in `bench.chaos`: a seed chooses them, one after the other."""
 
 from __future__ import annotations
 

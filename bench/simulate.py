@@ -27,7 +27,7 @@ from tests.sim.world import carry_out, forget
 
 @dataclass
 class Done:
-    """What came of all seeds below `next`: faults (kills among them), virtual and CPU seconds of all, and what was wrong by seed."""
+    """Adds up all seeds below `next`: faults, kills among them, virtual and CPU seconds, and what was wrong by seed."""
 
     next: int = 0
     faults: int = 0

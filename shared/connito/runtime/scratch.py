@@ -1,7 +1,7 @@
 """Scratch of one process: a folder that it holds while it lives, and that the next one beside it removes.
 
-Whoever is killed removes nothing. So temporary files lie where a process that comes later looks, and not in the machine's own folder
-for them, in which nobody knows what belonged to whom.
+Whoever is killed removes nothing. So temporary files lie where a process that comes later looks, and not in the machine's own
+folder for them, in which nobody knows what belonged to whom.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = "scratch"
 
 @contextmanager
 def own(beside: Path, name: str) -> Iterator[None]:
-    """Let temporary files of this process lie in `beside/scratch` until the block ends; remove those of processes that are gone.
+    """Let this process's temporary files lie in `beside/scratch` until the block ends; remove those of processes that are gone.
 
     Where nothing can be written there, the machine's own folder for them is as good as it was.
     """
