@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from connito.v1.run_pb2 import RunSpec
-from connito.wire.facts import RunFacts
-from connito.wire.roster import Roster
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse
@@ -151,15 +149,3 @@ def _digest(text: str) -> bytes:
 def is_public(spec: RunSpec) -> bool:
     """Return whether everybody may see what comes out of a run."""
     return spec.visibility in ("", "public")
-
-
-def sees_experts_of(key: str, roster: Roster) -> Callable[[RunFacts], bool]:
-    """Return whether a key may see the expert of a run: a public one, its own, its organisation's, or as the operator any."""
-
-    def sees(facts: RunFacts) -> bool:
-        spec = facts.spec
-        if spec is None or is_public(spec) or key == spec.customer or roster.permits("operator", key):
-            return True
-        return spec.visibility == "organisation" and spec.organisation in roster.memberships(key)
-
-    return sees

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 
 from connito.errors import ConnitoError, Invalid
+from connito.library.card import render
 from connito.library.record import CARD_MEDIA_TYPE
+from connito.library.schema import ExpertRecord, read_record
 from connito.store import ArtifactStore
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
@@ -22,6 +25,14 @@ class Check:
 
     holds: bool
     text: str
+
+
+@dataclass(frozen=True)
+class About:
+    """The card of an expert, or why there is none, and its record where it could be read."""
+
+    card: str
+    record: ExpertRecord | None = None
 
 
 class Artifacts:
@@ -57,21 +68,33 @@ class Artifacts:
             return Check(False, f"The store's bytes have another digest, {digest.hexdigest()}.")
         return Check(True, f"The store's {ref.size} bytes have the digest that the log names.")
 
-    async def card(self, record: ArtifactRef) -> str:
-        """Return the Markdown card that an expert's record names, or a sentence on why it cannot be shown."""
+    async def about(self, record: ArtifactRef) -> About:
+        """Return an expert's record with the Markdown card that it names, or a sentence on why it cannot be shown."""
         if self._store is None:
-            return "The card is in the store, and this console has no credentials for it."
+            return About("The card is in the store, and this console has no credentials for it.")
         try:
             if record.size > MAX_RECORD_BYTES:
                 raise Invalid(f"the record has {record.size} bytes")
-            named = json.loads(await self._store.get_bytes(record))["card"]
+            data = await self._store.get_bytes(record)
+            named = json.loads(data).get("card")
+            if named is None:
+                # What a customer made of experts is described by its record alone.
+                made = read_record(data, "the record")
+                return About(render(made), made)
             ref = ArtifactRef(
                 digest=str(named["digest"]), size=int(named["bytes"]), media_type=CARD_MEDIA_TYPE, realm=REALM_PUBLIC
             )
             if not 0 <= ref.size <= MAX_RECORD_BYTES:
                 raise Invalid(f"the card has {ref.size} bytes")
-            return (await self._store.get_bytes(ref)).decode()
+            return About((await self._store.get_bytes(ref)).decode(), _record(data))
         except ConnitoError as error:
-            return f"The card could not be read: {error}"
-        except (ValueError, KeyError, TypeError) as error:
-            return f"The record does not name a card: {error!r}"
+            return About(f"The card could not be read: {error}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return About(f"The record does not name a card: {error!r}")
+
+
+def _record(data: bytes) -> ExpertRecord | None:
+    """Return a record; None for one that this version cannot read, whose card is shown all the same."""
+    with suppress(Invalid):
+        return read_record(data, "the record")
+    return None

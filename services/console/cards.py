@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cache
 
+from connito.library.schema import ExpertRecord
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
@@ -35,6 +37,31 @@ def as_html(card: str) -> Markup:
         .replace("</table>", "</table></div>")
     )
     return Markup(html)  # noqa: S704 - the parser lets no tag of the card's through
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The effect of an expert on the loss of a domain, nats per token: `change` within `low` and `high`; negative is better."""
+
+    domain: str
+    before: float
+    change: float
+    low: float
+    high: float
+    tokens: int
+    own: bool
+
+
+def effects(record: ExpertRecord | None) -> list[Effect]:
+    """Return the measured effects that a record tells, its own domain first."""
+    found = []
+    for row in () if record is None else record.get("losses", []):
+        before, after = row["before"], row["after"]
+        if before is not None and after is not None:
+            low, high = row.get("change_low", after - before), row.get("change_high", after - before)
+            own = record is not None and row["domain"] == record["domain"]
+            found.append(Effect(str(row["domain"]), before, after - before, low, high, int(row["tokens"]), own))
+    return sorted(found, key=lambda effect: not effect.own)
 
 
 @cache

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from connito.render import formats, svg
 
+from .cards import Effect
 from .heatmap import FigureMap, Heatmap
 from .views import Curve
 from .waterfall import Bar
@@ -81,6 +82,43 @@ def intervals(measurements: Sequence[Measurement]) -> svg.Picture:
     return svg.inline(width, height, "; ".join(map(_interval_words, measurements)), parts)
 
 
+def effects(found: Sequence[Effect]) -> svg.Picture:
+    """Draw what an expert does to the loss on each domain, with its interval; left of zero it is lower."""
+    width, row, left = 640, 28, 150
+    x = svg.Scale(*svg.padded([0.0, *(value for one in found for value in (one.low, one.high))]), left, width - 14)
+    height = row * len(found) + 26
+    parts = [
+        svg.line((x(0.0), 2), (x(0.0), height - 20), class_="zero"),
+        svg.text(x(0.0), height - 6, "0", "middle"),
+        svg.text(left, height - 6, "← lower loss", "start"),
+    ]
+    for index, one in enumerate(found):
+        y, kind = index * row + 16, "good" if one.high < 0 else "bad" if one.low > 0 else "unsure"
+        parts.append(svg.text(0, y + 4, one.domain[:22], "start"))
+        parts.append(svg.line((x(one.low), y), (x(one.high), y), class_=f"interval {kind}"))
+        parts.append(svg.dot(x(one.change), y, 4, _effect_words(one), class_=f"effect {kind}"))
+    return svg.inline(width, height, "; ".join(map(_effect_words, found)), parts)
+
+
+def lineage(name: str, parents: Sequence[str], children: Sequence[str]) -> svg.Picture:
+    """Draw an expert between what it was made of and what was made of it."""
+    width, row, box = 760, 30, 220
+    height = row * max(1, len(parents), len(children)) + 12
+    columns = ((0, parents), (270, [name]), (540, children))
+    parts = []
+    for x, names in columns:
+        for index, each in enumerate(names):
+            y = height / 2 + row * (index - (len(names) - 1) / 2)
+            kind = "here" if x == 270 else "relative"
+            if x != 270:
+                ends = ((box, y), (270, height / 2)) if x == 0 else ((270 + box, height / 2), (540, y))
+                parts.append(svg.line(*ends, class_="descent"))
+            parts.append(svg.bar((x, x + box), y - 11, 22, each, class_=f"expert {kind}", rx=4))
+            parts.append(svg.text(x + 8, y + 4, each if len(each) < 31 else f"{each[:29]}…", "start"))
+    made = f"{name}, made of {', '.join(parents) or 'the base'}"
+    return svg.inline(width, height, f"{made}; made of it: {', '.join(children) or 'nothing yet'}", parts)
+
+
 def selection(grid: Heatmap) -> svg.Picture:
     """Draw layer by expert; the better its place in the layer, the stronger the colour; helpers have one of their own."""
     rows = [
@@ -145,6 +183,11 @@ def _ticks(end: float) -> list[float]:
 def _curve_words(curve: Curve) -> str:
     (start, before), (stop, after) = curve.points[0], curve.points[-1]
     return f"{curve.domain}: {formats.loss(before)} nats per token at version {start}, {formats.loss(after)} at version {stop}"
+
+
+def _effect_words(one: Effect) -> str:
+    change, low, high = map(formats.change, (one.change, one.low, one.high))
+    return f"{one.domain}: {change}, between {low} and {high} nats per token"
 
 
 def _interval_words(item: Measurement) -> str:

@@ -32,10 +32,10 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from . import charts, views
-from .access import COOKIE, SESSION_SECONDS, Access, Guard, is_public, sees_experts_of
+from . import charts, experts, views
+from .access import COOKIE, SESSION_SECONDS, Access, Guard, is_public
 from .artifacts import Artifacts
-from .cards import as_html
+from .cards import as_html, effects
 from .figures import ExpertFigures
 from .heatmap import FigureMap, Heatmap, figure_map, heatmap
 from .history import Moment, replay
@@ -97,6 +97,7 @@ class Console:
             "/runs/{run}/why/{cycle:int}/{miner}": self._why,
             "/library": self._library,
             "/library/compare": self._compare,
+            "/library/demand": self._demand,
             "/dead-letters": self._dead_letters,
             "/bus": self._bus,
         }
@@ -176,6 +177,8 @@ class Console:
             "bars": waterfall(facts, cycle, now),
             "miners": views.miner_rows(facts, cycle),
             "validators": validator_rows(facts, cycle),
+            "board": leaderboard([facts]),
+            "made": [name for name, fact in facts.deposits.items() if self._seen()(facts, fact.message)],
             "name": partial(miner_name, facts),
         }
         return self._of_run("run.html", facts, frame, now, values)
@@ -214,10 +217,12 @@ class Console:
             raise HTTPException(404, "The log holds nothing about this miner in this cycle.")
         return self._of_run("why.html", facts, frame, now, {"why": found})
 
-    def _shown_to_this_key(self) -> dict[str, RunFacts]:
-        """Return the runs whose experts the console's key may see; those of others that are not public it does not name."""
-        sees = sees_experts_of(self.feed.bus.identity.public, self.feed.roster)
-        return {run: facts for run, facts in self.feed.runs.items() if sees(facts)}
+    def _seen(self) -> experts.Sees:
+        """Return which experts the console's key may see; those of others that are not public it does not name."""
+        return experts.seen_by(self.feed.bus.identity.public, self.feed.roster)
+
+    def _experts(self) -> list[experts.ExpertRow]:
+        return experts.expert_rows(self.feed.runs, self._seen())
 
     async def _leaderboard(self, request: Request) -> Response:
         """Return what everybody earned in public runs: the same for everybody, whatever else they may see, and no stream,
@@ -230,24 +235,36 @@ class Console:
         return HTMLResponse(self._render("page.html", request, shown))
 
     def _library(self, request: Request) -> Shown:
-        query = request.query_params.get("q", "")
-        seen = self._shown_to_this_key()
-        rows, total = views.library_rows(seen, query), len(views.library_rows(seen))
-        return Shown("library.html", "Library", {"experts": rows, "query": query, "total": total})
+        asked, rows = request.query_params, self._experts()
+        wanted = experts.Wanted(
+            asked.get("q", ""), asked.get("domain", ""), asked.get("base", ""), everything="all" in asked
+        )
+        values = {
+            "experts": experts.matching(rows, wanted), "wanted": wanted, "total": len(rows),
+            "domains": sorted({row.domain for row in rows}), "bases": sorted({row.base for row in rows if row.base}),
+        }  # fmt: skip
+        return Shown("library.html", "Library", values)
+
+    def _demand(self, request: Request) -> Shown:
+        return Shown("demand.html", "Demand", {"domains": experts.wanted_next(self.feed.runs, self._seen())})
 
     def _compare(self, request: Request) -> Shown:
         wanted = request.query_params.getlist("id")
-        rows = [row for row in views.library_rows(self._shown_to_this_key()) if row.expert_id in wanted]
-        values = {"experts": rows, "domains": views.comparison(rows)}
+        rows = [row for row in self._experts() if row.expert_id in wanted]
+        values = {"experts": rows, "domains": experts.comparison(rows)}
         return Shown("compare.html", "Comparison", values)
 
     async def _expert(self, request: Request) -> Response:
-        wanted = request.path_params["expert"]
-        row = next((row for row in views.library_rows(self._shown_to_this_key()) if row.expert_id == wanted), None)
+        wanted, rows = request.path_params["expert"], self._experts()
+        row = next((row for row in rows if row.expert_id == wanted), None)
         if row is None:
             raise HTTPException(404, "There is no such expert in this library.")
+        about = await self.artifacts.about(row.record)
         commands = [f"connito library export {row.expert_id} --out expert", f"connito library verify {row.expert_id}"]
-        values = {"expert": row, "card": as_html(await self.artifacts.card(row.record)), "commands": commands}
+        values = {
+            "expert": row, "card": as_html(about.card), "commands": [] if row.withdrawn else commands,
+            "effects": effects(about.record), "family": experts.family(row, rows),
+        }  # fmt: skip
         return HTMLResponse(self._render("page.html", request, Shown("expert.html", row.expert_id, values, live=False)))
 
     async def _verify(self, request: Request) -> Response:

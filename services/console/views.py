@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 from connito.protocol.quorum import Present, pause
 from connito.protocol.rules import Stake
-from connito.render import formats
 from connito.v1 import cycle_pb2
-from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views import words
 from connito.views.live import phase
 from connito.views.run_report import outcome, submission_rows
@@ -23,7 +23,10 @@ OVERDUE_MS = 5000
 
 @dataclass(frozen=True)
 class Head:
-    """The top of a run's pages. `deadline_unix_ms` is 0 where nothing is waited for; `stale` says what is overdue."""
+    """The top of a run's pages. `deadline_unix_ms` is 0 where nothing is waited for; `stale` says what is overdue.
+
+    `left_seconds`: what the cycles to come would take if each took as long as those that are over; 0 where none is.
+    """
 
     run: str
     domain: str
@@ -40,6 +43,7 @@ class Head:
     planned: int
     miners: int
     validators: int
+    left_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,31 +88,6 @@ class Curve:
         return self.points[-1][1] - self.points[0][1]
 
 
-@dataclass(frozen=True)
-class ExpertRow:
-    """An expert in the library, with what its run says about it."""
-
-    expert_id: str
-    run: str
-    domain: str
-    base: str
-    base_digest: str
-    digest: str
-    size: str
-    record: ArtifactRef
-    deposited_unix_ms: int
-    curves: tuple[Curve, ...]
-
-    @property
-    def target(self) -> Curve | None:
-        """Return the loss curve on the expert's own domain."""
-        return next((curve for curve in self.curves if curve.target), None)
-
-    def curve(self, domain: str) -> Curve | None:
-        """Return the loss curve on a domain, if its run measured it."""
-        return next((curve for curve in self.curves if curve.domain == domain), None)
-
-
 def run_rows(runs: Mapping[str, RunFacts], now_ms: int, stake: Stake) -> list[RunRow]:
     """Return every run that was created, the newest first."""
     rows = [_run_row(facts, now_ms, stake) for facts in runs.values() if facts.spec is not None]
@@ -136,7 +115,18 @@ def head(facts: RunFacts, now_ms: int, stake: Stake) -> Head:
         planned=spec.cycles,
         miners=len(facts.miners),
         validators=len(facts.validators),
+        left_seconds=0.0 if facts.ended is not None else _left(facts, now_ms),
     )
+
+
+def _left(facts: RunFacts, now_ms: int) -> float:
+    """Return the seconds until the last planned cycle is over, by the middle one of those that are."""
+    opened = [facts.window("train", cycle).opened_fact for cycle in facts.cycles()]
+    starts = [fact.time_unix_ms for fact in opened if fact is not None]
+    if len(starts) < 2:
+        return 0.0
+    took = median(later - earlier for earlier, later in pairwise(starts))
+    return max(0.0, starts[-1] + took * (1 + facts.require_spec().cycles - facts.cycle) - now_ms) / 1000
 
 
 def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
@@ -193,27 +183,6 @@ def curves(facts: RunFacts) -> list[Curve]:
     return [Curve(domain, domain == target, tuple(dict(line).items())) for domain, line in points.items()]
 
 
-def library_rows(runs: Mapping[str, RunFacts], query: str = "") -> list[ExpertRow]:
-    """Return experts whose id, run, domain or base holds every word of `query`, the newest first."""
-    rows = [row for facts in runs.values() for row in _expert_rows(facts)]
-    return sorted(_matching(rows, query.lower().split()), key=lambda row: (-row.deposited_unix_ms, row.expert_id))
-
-
-def comparison(rows: Iterable[ExpertRow]) -> list[str]:
-    """Return the domains that at least one of these experts was measured on, targets first."""
-    found = [curve for row in rows for curve in row.curves]
-    return list(
-        dict.fromkeys(curve.domain for curve in sorted(found, key=lambda curve: (not curve.target, curve.domain)))
-    )
-
-
-def _matching(rows: Iterable[ExpertRow], terms: list[str]) -> Iterable[ExpertRow]:
-    for row in rows:
-        text = " ".join((row.expert_id, row.run, row.domain, row.base, row.digest)).lower()
-        if all(term in text for term in terms):
-            yield row
-
-
 def _run_row(facts: RunFacts, now_ms: int, stake: Stake) -> RunRow:
     created = facts.created_fact
     assert created is not None
@@ -229,23 +198,6 @@ def _overdue(window: Window | None, deadline_ms: int, now_ms: int, here: Present
         f"The {window.name} window should have closed, and nothing was heard since. The coordinator may be down: its log and "
         "`connito doctor` say more."
     )
-
-
-def _expert_rows(facts: RunFacts) -> Iterable[ExpertRow]:
-    for fact in facts.deposits.values():
-        message = fact.message
-        yield ExpertRow(
-            expert_id=message.expert_id,
-            run=fact.run,
-            domain=message.domain,
-            base="" if facts.spec is None else facts.spec.base.name,
-            base_digest=message.base_digest,
-            digest=message.expert.digest,
-            size=formats.size(message.expert.size),
-            record=message.record,
-            deposited_unix_ms=fact.time_unix_ms,
-            curves=tuple(curves(facts)),
-        )
 
 
 def _measured(facts: RunFacts, cycle: int) -> set[str]:

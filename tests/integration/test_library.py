@@ -12,6 +12,9 @@ import connito
 import grpc
 import psutil
 import pytest
+from connito import library
+from connito.base.checks import check_base
+from connito.base.description import build_manifest
 from connito.base.loading import load_full
 from connito.bus import Bus, streams
 from connito.data.safetensors_header import SAFETENSORS
@@ -328,13 +331,7 @@ async def test_what_a_customer_derives_joins_with_lineage_and_signature(
     )  # fmt: skip
 
     async def put(signer: Identity, record: ExpertRecord) -> services_pb2.DepositExpertResponse:
-        command = services_pb2.DepositExpertCommand(
-            expert=await store.put_file(tmp_path / "made" / "expert.safetensors", SAFETENSORS, REALM_PUBLIC),
-            record=await store.put_bytes(encode(record), "application/json", REALM_PUBLIC),
-        )
-        request = services_pb2.DepositExpertRequest(envelope=seal(signer, "rpc.DepositExpert", command))
-        done: services_pb2.DepositExpertResponse = await rpc.call(stub.DepositExpert, request)
-        return done
+        return await give(stub, store, signer, tmp_path / "made", record)
 
     owned = claimed(made, customer.public)
     with pytest.raises(Invalid, match="no customer"):
@@ -354,3 +351,67 @@ async def test_what_a_customer_derives_joins_with_lineage_and_signature(
     hits = (await rpc.call(stub.SearchExperts, services_pb2.SearchExpertsRequest(text=TARGET))).hits
     assert {hit.expert.expert_id for hit in hits} == {fact.expert_id, made["expert_id"]}
     assert await bus.last_sequence("LIBRARY") == 2
+
+
+async def give(
+    stub: LibraryServiceStub, store: ArtifactStore, signer: Identity, folder: Path, record: ExpertRecord
+) -> services_pb2.DepositExpertResponse:
+    names = list(record.get("files", {})) or ["expert.safetensors"]
+    refs = {name: await store.put_file(folder / name, SAFETENSORS, REALM_PUBLIC) for name in names}
+    weights = next(ref for ref in refs.values() if ref.digest == record["expert"]["digest"])
+    command = services_pb2.DepositExpertCommand(
+        expert=weights,
+        record=await store.put_bytes(encode(record), "application/json", REALM_PUBLIC),
+        files=refs.values() if "files" in record else (),
+    )
+    request = services_pb2.DepositExpertRequest(envelope=seal(signer, "rpc.DepositExpert", command))
+    done: services_pb2.DepositExpertResponse = await rpc.call(stub.DepositExpert, request)
+    return done
+
+
+async def test_models_made_of_an_expert_join_from_a_folder_of_any_name(
+    buses: dict[str, Bus],
+    process: ServiceProcess,
+    store: ArtifactStore,
+    roster: Roster,
+    identities: dict[str, Identity],
+    run_id: str,
+    tmp_path: Path,
+) -> None:
+    """Pruned with the expert in it, and grown beside it: their lineage and what they measured are in the library."""
+    bus, customer = buses["coordinator"], identities["customer"]
+    await process.start().ready()
+    await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
+    fact = await deposited(bus, roster, run_id)
+    stub = await ask(bus)
+    answer = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
+    expert, text, base = tmp_path / "expert", tmp_path / "notes.txt", tmp_path / "my own name for it"
+    expert.mkdir()
+    shutil.copy(await store.fetch(fact.expert), expert / "expert.safetensors")
+    (expert / "record.json").write_text(answer.record_json)
+    shutil.copytree(tiny_base(), base)
+    text.write_text(" ".join(f"step {n}: stir the {n % 7} eggs slowly." for n in range(400)))
+    (tmp_path / "shelf").mkdir()
+    here, made = library.Holdings(shelf=tmp_path / "shelf"), dict[str, ExpertRecord]()
+    agreed = library.Agreement(accepted=[json.loads(answer.record_json)["license"]])
+    made["pruned"] = library.prune(
+        library.ShrinkSource(base, [text], within=[expert], agreement=agreed),
+        tmp_path / "pruned",
+        library.PruneOptions(max_experts=9),
+        here,
+    )
+    library.grow("own", base, tmp_path / "own.safetensors", library.GrowOptions([text], [text], steps=1))
+    made["grown"] = library.join([tmp_path / "own.safetensors"], base, tmp_path / "grown", {"notes": text})
+
+    for name, record in made.items():
+        owned = claimed(record, customer.public)
+        taken = (await give(stub, store, customer, tmp_path / name, owned)).expert
+        said = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=taken.expert_id))
+        kept = json.loads(said.record_json)
+        assert len(taken.files) == len(record["files"])
+        assert kept["losses"][0]["before"] > 0
+        assert kept["base"]["manifest"] == fact.base_digest == build_manifest(base).digest
+        check_base(tmp_path / name)  # A job can have it as its base.
+    assert [len(experts) for experts in made["pruned"]["experts"].values()] == [4, 4]
+    assert made["pruned"]["derived"]["parents"][0]["expert_id"] == fact.expert_id
+    assert made["grown"]["settings"]["additions"][0]["name"] == "own"

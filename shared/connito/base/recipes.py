@@ -8,16 +8,17 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from connito.data.manifest import Manifest
 from connito.data.reading.texts import name_of, read_texts
 from connito.errors import Invalid, NotFound
 from connito.runtime.progress import Progress
 from connito.runtime.settings import default_cache_dir
 
-MANIFEST = "manifest.json"
+_MANIFEST = "manifest.json"
 # What a base is made by: when one of these changes, an older base is not what this version would build.
 _MAKERS = {
     "demo": ("connito.base.smollm", "connito.base.upcycle", "connito.base.checkpoint", "connito.data.domains"),
@@ -53,6 +54,11 @@ def cache_root() -> Path:
 def cached_base(name: str) -> Path:
     """Return the folder of the base called `name` (demo, tiny or tiny-emo), built or not."""
     return cache_root() / "bases" / f"{name}-{source_digest(*_MAKERS[name])[:12]}"
+
+
+def cached_manifest(name: str) -> Manifest:
+    """Return the manifest of the base called `name`, which is built, as one built now has it. Raises `Invalid`."""
+    return replace(Manifest.load(cached_base(name) / _MANIFEST), name=name, named=False)
 
 
 def source_digest(*modules: str) -> str:
@@ -112,7 +118,7 @@ def build_cached(name: str, progress: Progress) -> Path:
     with fresh_folder(target) as draft:
         if draft is not None:
             _build(Recipe(name), draft / "model", progress)
-            (draft / MANIFEST).write_bytes(build_manifest(draft / "model", name, progress).to_bytes())
+            (draft / _MANIFEST).write_bytes(build_manifest(draft / "model", name, progress).to_bytes())
             for path in (draft / "model").iterdir():
                 path.chmod(0o444)  # Caches link to it.
     return target

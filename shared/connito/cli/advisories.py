@@ -26,7 +26,7 @@ def advisories(
     from connito.platform.session import Session
 
     after = time.time() - seconds(since)
-    session = Session.open(data_dir, role="operator")
+    session = Session.open(data_dir, role="operator", wake=True)
     rows = security.advisories(session, after, broker_log)
     headers = ("at", "kind", "count", "key", "reporter", "subject", "detail")
     emit(

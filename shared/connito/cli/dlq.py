@@ -18,7 +18,7 @@ def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     from connito.client import dead_letters
     from connito.platform.session import Session
 
-    rows = [letter.to_json() for letter in dead_letters.ls(Session.open(data_dir, role="operator"))]
+    rows = [letter.to_json() for letter in dead_letters.ls(Session.open(data_dir, role="operator", wake=True))]
     emit(
         as_json,
         {"letters": rows},
@@ -36,7 +36,7 @@ def show(number: Sequence, data_dir: DataDirOption = None, as_json: JsonFlag = F
     from connito.client import dead_letters
     from connito.platform.session import Session
 
-    found = dead_letters.show(Session.open(data_dir, role="operator"), number)
+    found = dead_letters.show(Session.open(data_dir, role="operator", wake=True), number)
     document = {**found.to_json(), "body_bytes": len(found.letter.body), "message": found.message()}
     emit(as_json, document, lambda: "\n".join(f"{key:<11} {value}" for key, value in document.items()))
 

@@ -32,7 +32,7 @@ def ls(data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     from connito.client import streams
     from connito.platform.session import Session
 
-    rows = streams.ls(Session.open(data_dir, role="operator"))
+    rows = streams.ls(Session.open(data_dir, role="operator", wake=True))
     headers = ("name", "messages", "bytes", "consumers", "subject")
     emit(
         as_json,

@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import Self
 
 from connito.client.connection import Connection
-from connito.client.jobs import Jobs
+from connito.client.jobs import Jobs, RestingJobs
 from connito.client.library import Library
-from connito.errors import Invalid
+from connito.errors import Invalid, NotFound
+from connito.platform.datadir import DataDir
 from connito.runtime.tasks import blocking
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import BanOrder
@@ -23,6 +24,9 @@ class Client:
     Reading needs addresses only; creating and cancelling runs needs the key of a customer in the operator's roster.
     Every method raises `Retry` when the service is away, `NotFound` and `Invalid` as the service says.
     """
+
+    job: Jobs
+    library: Library
 
     def __init__(
         self, coordinator: str = "", library: str = "", identity: Identity | None = None, tls: Tls = PLAIN
@@ -42,19 +46,38 @@ class Client:
     @classmethod
     def local(cls, data_dir: Path | str | None = None, role: str = "customer") -> Self:
         """Return a client, as the customer or another `role`, of the platform that `connito up` runs on this machine, or
-        of the one that CONNITO_NATS_URL names, with the key in CONNITO_KEY_FILE. Raises `NotFound` when none runs."""
+        of the one that CONNITO_NATS_URL names, with the key in CONNITO_KEY_FILE.
 
+        Where none runs, what reads reads the one that rests in the folder, as an ended `connito up` left it, and what writes
+        raises `NotFound`. Raises that at once where nothing was ever run."""
+
+        from connito.platform.resting import rests
         from connito.platform.session import Session
 
-        folder = None if data_dir is None else Path(data_dir)
-        session = Session.open(folder, role=role)
+        folder, client = None if data_dir is None else Path(data_dir), cls.__new__(cls)
+        try:
+            session = Session.open(folder, role=role)
+        except NotFound as error:
+            if not rests(data := DataDir.at(folder)):
+                raise
+            client._rest(data, Identity.load(data.keys / f"{role}.nk"), str(error))
+            return client
 
         def find(service: str) -> str:
             return blocking(session.endpoints(service))[service]
 
-        client = cls.__new__(cls)
         client._use(Connection(find, session.identity, session.tls), folder)
         return client
+
+    def _rest(self, data: DataDir, identity: Identity, why: str) -> None:
+        from connito.client.resting import RestingLibrary
+
+        def find(service: str) -> str:
+            raise NotFound(why)
+
+        self._connection = Connection(find, identity, PLAIN)
+        self.job = RestingJobs(self._connection, data.root)
+        self.library = RestingLibrary(self._connection, data, identity)
 
     def _use(self, connection: Connection, data_dir: Path | None) -> None:
         self._connection = connection

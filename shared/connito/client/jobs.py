@@ -104,3 +104,24 @@ class Jobs:
     def _create(self, spec: RunSpec) -> str:
         request = services_pb2.CreateRunRequest(envelope=self._connection.seal("rpc.CreateRun", spec))
         return str(self._connection.call("coordinator", "CreateRun", request).run)
+
+
+class RestingJobs(Jobs):
+    """The runs of a platform at rest, as its log tells them. What starts or ends one raises `NotFound`."""
+
+    def list(self) -> Sequence[RunStatus]:
+        """Return where every run stands."""
+        from connito.client.runs import statuses
+
+        return statuses(self._data_dir)
+
+    def show(self, run: str) -> RunStatus:
+        """Return where a run stands. Raises `NotFound` for an unknown one."""
+        from connito.client.runs import statuses
+
+        (found,) = statuses(self._data_dir, run)
+        return found
+
+    def watch(self, run: str) -> Iterator[RunStatus]:
+        """Yield where the run stands: nothing changes while the platform rests."""
+        yield self.show(run)

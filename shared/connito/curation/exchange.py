@@ -118,10 +118,10 @@ def _whole(expert: Expert, base: Path, out: Path, layout: str) -> ExpertRecord:
     from connito.experts.load import load_expert
 
     folder, record = expert
-    model, manifest = load_full(base), build_manifest(base, record["base"]["name"])
+    model, manifest = load_full(base), build_manifest(base)
     load_expert(model, folder)
     source = ModelSource(
-        "export", base_of(manifest), parents=[record],
+        "export", base_of(manifest, [record]), parents=[record],
         license=str(record.get("license", "")), domain=str(record["domain"]), losses=record.get("losses", []),
         created=str(record["created"]),
     )  # fmt: skip

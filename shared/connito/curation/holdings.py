@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.client import Client
-from connito.curation.mirror import mirror, shelve
+from connito.client.mirror import mirror, shelve
 from connito.errors import NotFound, Retry
 from connito.library.artifact import EXPERT_FILE, MODEL_FILE, RECORD_FILE
 from connito.library.governance import Permission, Standing, Use, Viewer, check_use

@@ -47,7 +47,7 @@ def _shelved(record: Mapping[str, Any], at: int, trainings: dict[str, Training])
 def _of_platform(data_dir: Path | None) -> tuple[list[Training], list[tuple[str, int]]]:
     """Return every run of the platform that runs here, and the metered uses (expert id, units); nothing without one."""
     try:
-        session = Session.open(data_dir, role="customer")
+        session = Session.open(data_dir, role="customer", wake=True)
     except NotFound:
         return [], []
 

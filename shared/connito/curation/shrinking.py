@@ -17,7 +17,7 @@ from connito.experts import prune as pruning
 from connito.experts.choose import choose, expert_costs
 from connito.experts.dense import check_dense, to_dense
 from connito.experts.export import ModelSource, export_model
-from connito.experts.extraction import equalise, extract_domain, ranking
+from connito.experts.extraction import extract_domain
 from connito.experts.load import load_expert
 from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import BaselineLosses, loss
@@ -29,7 +29,6 @@ from connito.library.schema import Base, ExpertRecord
 from connito.moe.device import device_of
 from connito.moe.layout import require_moe_layers
 from connito.moe.rows import read_rows, write_rows
-from connito.moe.statistics import collect
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -180,9 +179,7 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     if options.method == "task":
         keep = _for_task(loaded, options.steps, settings)
     else:
-        chosen = choose(model, loaded.text, options.method, **budget)
-        keep, padding = equalise(chosen, ranking(collect(model, loaded.text[:, :-1])))
-        settings["padding"] = {str(index): experts for index, experts in padding.items() if experts}
+        keep = choose(model, loaded.text, options.method, **budget, even=True)
     extra: dict[str, Mapping[str, torch.Tensor]] = {}
     if options.method == "moe-i2" and options.share is not None:
         extra["factors.safetensors"] = _shorten(loaded, keep, options.share, settings)
@@ -257,7 +254,7 @@ def _export(
         settings = {**source.settings, "dense": True, "experts": source.keep}
         model, source = to_dense(model), replace(source, settings=settings, keep={})
     source = replace(
-        source, base=base_of(manifest), losses=loaded.before.compare(model),
+        source, base=base_of(manifest, loaded.parents), losses=loaded.before.compare(model),
         domain=loaded.domain, total=total, parents=loaded.parents, license=loaded.license, created=now_iso(),
     )  # fmt: skip
     return export_model(model, out, loaded.tokenizer, source, extra)

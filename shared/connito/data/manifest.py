@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,18 +109,22 @@ class Manifest:
     `extra` says what names alone do not: `banks`, tensors whose experts follow another rule than the usual names; `dtypes`,
     in what type tensors are loaded that are stored in another; `dtype`, the model's where its configuration has none;
     `quantised`, how its publisher packed it.
+
+    `name` is for people. `named`: it stands in the manifest, and so in its digest, as in those written until content alone
+    became a base's identity.
     """
 
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
     name: str = ""
     extra: dict[str, str] = field(default_factory=dict)
+    named: bool = False
 
     def to_bytes(self) -> bytes:
         """Return the manifest as reproducible JSON."""
         data = {
             "version": 1,
-            "name": self.name,
+            "name": self.name if self.named else "",
             "extra": self.extra,
             "files": [asdict(self.files[name]) for name in sorted(self.files)],
             "tensors": [asdict(self.tensors[name]) for name in sorted(self.tensors)],
@@ -149,7 +153,8 @@ class Manifest:
             for tensor in tensors.values():
                 inside = tensor.file in files and tensor.start + tensor.length <= files[tensor.file].size
                 _require(inside, f"{tensor.name} lies in no file")
-            manifest = cls(files, tensors, _text(parsed["name"], 1024), _texts(parsed["extra"]))
+            name = _text(parsed["name"], 1024)
+            manifest = cls(files, tensors, name, _texts(parsed["extra"]), named=bool(name))
             manifest._check_extra()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise Invalid(f"this is not a base manifest: {error or type(error).__name__}") from error
@@ -159,6 +164,10 @@ class Manifest:
     def digest(self) -> str:
         """Return hex SHA-256 of the manifest: the base's identity."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def is_known_as(self, name: str, digest: str) -> bool:
+        """Return whether somebody who wrote down a base's name and the digest of its manifest meant this base."""
+        return digest in (self.digest, replace(self, named=False).digest, replace(self, name=name, named=True).digest)
 
     @property
     def quantised(self) -> str:

@@ -45,12 +45,14 @@ def choose(
     max_experts: int = 0,
     max_bytes: int = 0,
     max_tokens: int = 2048,
+    even: bool = False,
 ) -> Keep:
     """Return the experts to keep when at most `max_experts` (over all layers), or `max_bytes` of expert tensors, may
     stay.
 
     sequences: calibration text int32 [n, L + 1]. naee keeps equally many in every layer, the others as many as each
-    layer earns, at least one. Raises `Invalid` (BAD_SPEC) for a budget below one expert a layer.
+    layer earns, at least one; with `even` all do, since a checkpoint has one number for all its layers. Raises `Invalid`
+    (BAD_SPEC) for a budget below one expert a layer.
     """
     layers = require_moe_layers(model)
     budget = _budget(layers, max_experts, max_bytes)
@@ -58,12 +60,15 @@ def choose(
         raise Invalid(f"unknown pruning method {method!r}: use {', '.join(METHODS)}")
     totals = {index: layer.num_experts for index, layer in layers.items()}
     text = sequences[:, :-1]
+    counts = {index: max(1, min(budget // len(layers), total)) for index, total in totals.items()}
     if method == "router-weighted":
-        return _best(each_layer(model, text, Tape.importance, max_tokens=max_tokens, check=check_prunable), budget)
+        scores = each_layer(model, text, Tape.importance, max_tokens=max_tokens, check=check_prunable)
+        return {index: _largest(scores[index], counts[index]) for index in scores} if even else _best(scores, budget)
+    if method == "moe-i2" and even:
+        return _searched(model, text, counts, max_tokens)
     if method == "moe-i2":
         costs = {index: float(np.mean(rises)) for index, rises in expert_costs(model, sequences).items()}
         return _searched(model, text, deal(costs, totals, budget), max_tokens)
-    counts = {index: max(1, min(budget // len(layers), total)) for index, total in totals.items()}
     return each_layer(
         model, text, lambda tape: naee(tape, counts[tape.layer.index]), max_tokens=max_tokens, check=check_prunable
     )
@@ -108,6 +113,10 @@ def naee(tape: Tape, count: int) -> list[int]:
         drop = min(keep, key=lambda e: (tape.error([x for x in keep if x != e]), e))
         keep.remove(drop)
     return keep
+
+
+def _largest(scores: npt.NDArray[np.float64], count: int) -> list[int]:
+    return sorted(int(expert) for expert in np.argsort(-scores, kind="stable")[:count])
 
 
 def _best(importance: Mapping[int, npt.NDArray[np.float64]], budget: int) -> Keep:

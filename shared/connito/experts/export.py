@@ -78,7 +78,7 @@ def export_model(
     counts = {len(experts) for experts in source.keep.values()}
     if len(counts) > 1:
         raise Invalid(
-            f"layers keep {sorted(counts)} experts, and this family stores one number: pad them with `equalise` first",
+            f"layers keep {sorted(counts)} experts, and this family stores one number: keep equally many in every layer",
             reason=reasons_pb2.REASON_WRONG_SHAPE,
         )
     file = _save(model, out, tokenizer, source, layout)
@@ -172,7 +172,7 @@ def _compare_with_base(folder: Path, base: Path, record: ExpertRecord) -> None:
     from connito.base.description import build_manifest
     from connito.base.loading import load_full
 
-    if build_manifest(base, record["base"]["name"]).digest != record["base"]["manifest"]:
+    if not build_manifest(base).is_known_as(record["base"]["name"], record["base"]["manifest"]):
         raise VerificationFailed(f"{base} is not the base {record['base']['name']} of this model")
     keep = {int(index): experts for index, experts in record["experts"].items()}
     if not keep:

@@ -89,17 +89,3 @@ def ranking(statistics: RoutingStatistics) -> Keep:
         index: [int(e) for e in np.argsort(-layer.token_score, kind="stable")]
         for index, layer in statistics.layers.items()
     }
-
-
-def equalise(keep: Keep, order: Keep) -> tuple[Keep, Keep]:
-    """Return (kept with padding, padding): every layer filled up to the largest with its next best experts in `order`.
-
-    Families whose configuration has one number of experts cannot hold fewer in one layer than in another. The padding
-    is real experts: an empty one would have to be kept from being routed to, which a router without bias cannot promise.
-    """
-    size = max(map(len, keep.values()))
-    padding = {
-        index: [e for e in order[index] if e not in set(experts)][: size - len(experts)]
-        for index, experts in keep.items()
-    }
-    return {index: sorted([*experts, *padding[index]]) for index, experts in keep.items()}, padding

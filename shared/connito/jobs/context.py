@@ -127,12 +127,12 @@ class JobContext:
     def shipped(self) -> Path | None:
         """Return the folder of the corpora that come with a named base, made where it is missing; None for another base."""
         from connito.base.corpora import Plan, build_corpora
-        from connito.base.recipes import MANIFEST, cached_base
+        from connito.base.recipes import cached_base, cached_manifest
 
         for name in NAMED:
-            file = cached_base(name) / MANIFEST
-            if file.is_file() and Manifest.load(file).digest == self.manifest.digest:
-                plan = Plan.of(file.parent / "model", self.manifest.digest, tiny=name == "tiny")
+            folder = cached_base(name)
+            if folder.is_dir() and cached_manifest(name).is_known_as(name, self.manifest.digest):
+                plan = Plan.of(folder / "model", self.manifest.digest, tiny=name == "tiny")
                 return build_corpora(plan, self.progress)
         return None
 
@@ -281,8 +281,8 @@ def _folder(base: str, root: Path, progress: Progress) -> Path:
 
 def _manifest(base: str, folder: Path, progress: Progress) -> Manifest:
     from connito.base.description import build_manifest
-    from connito.base.recipes import MANIFEST
+    from connito.base.recipes import cached_manifest
 
     if base in NAMED:
-        return Manifest.load(folder.parent / MANIFEST)
+        return cached_manifest(base)
     return build_manifest(folder, folder.name, progress)

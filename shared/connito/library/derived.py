@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 Weighted = Sequence[tuple[ExpertRecord, float]]
 
 
-def base_of(manifest: Manifest) -> Base:
-    """Return what a record says of a base."""
+def base_of(manifest: Manifest, parents: Sequence[ExpertRecord] = ()) -> Base:
+    """Return what a record says of a base; where it is that of its `parents`, what theirs say of it."""
+    for parent in parents:
+        if manifest.is_known_as(parent["base"]["name"], parent["base"]["manifest"]):
+            return parent["base"]
     base: Base = {"name": manifest.name, "manifest": manifest.digest}
     if manifest.quantised:
         base["quantised"] = manifest.quantised

@@ -9,13 +9,13 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from connito.base.corpora import Plan
-from connito.base.recipes import MANIFEST, cached_base
+from connito.base.recipes import cached_base, cached_manifest
 from connito.base.upload import HOLDOUT, PUBLIC, upload_base
 from connito.data.corpus import Corpus
 from connito.data.manifest import FileEntry, Manifest
@@ -114,11 +114,11 @@ async def _base(installation: Installation, options: UpOptions, display: Display
         if not target.is_dir():
             display.say(f"building the {options.base} base, once for this machine, into {target}")
             await run_task(installation, "build_base", {"name": options.base}, display.progress)
-        return target / "model", Manifest.load(target / MANIFEST)
+        return target / "model", cached_manifest(options.base)
     folder, out = Path(options.base).absolute(), installation.data.root / "base-manifest.json"
-    params = {"folder": str(folder), "name": folder.name, "out": str(out)}
+    params = {"folder": str(folder), "out": str(out)}
     await run_task(installation, "manifest", params, display.progress)
-    return folder, Manifest.load(out)
+    return folder, replace(Manifest.load(out), name=folder.name)
 
 
 async def upload(

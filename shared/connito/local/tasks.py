@@ -29,7 +29,7 @@ def manifest(params: dict[str, Any]) -> dict[str, Any]:
     from connito.base.description import build_manifest
 
     check_base(Path(params["folder"]))
-    Path(params["out"]).write_bytes(build_manifest(Path(params["folder"]), params["name"], _progress).to_bytes())
+    Path(params["out"]).write_bytes(build_manifest(Path(params["folder"]), progress=_progress).to_bytes())
     return {"manifest": params["out"]}
 
 

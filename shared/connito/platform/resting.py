@@ -1,14 +1,17 @@
 """A platform at rest: what an ended `connito up` left, its broker and store started for somebody who reads.
 
-No service runs, and nothing is written but the servers' own files. Both servers end with this process.
+No service runs, and nothing is written but the servers' own files. Both servers end with this process. Any number may read a
+folder at once: whoever is not the first has servers of its own, on a copy.
 """
 
 from __future__ import annotations
 
 import atexit
-import time
+import os
+import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,8 +20,11 @@ from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir, Platform
 from connito.platform.servers import NatsServer, ObjectStore, Server
 
-# Another reader of the same folder is done by then, where it is no console.
-WAIT_SECONDS = 20.0
+# The folder of a reader that is not the only one, with the number of its process.
+READER = ".reader-"
+# Messages and objects, of which servers that take nothing new in change none.
+_ADDED_TO = re.compile(r"\d+\.blk|connito_\d+\.dat")
+_SOCKETS = shutil.ignore_patterns("*.sock", "*.pid")
 
 _awake: dict[Path, Platform] = {}
 
@@ -38,7 +44,7 @@ def make_room(data: DataDir) -> None:
 
 def wake(data: DataDir) -> Platform:
     """Return the broker and the store of a folder at rest, started once for this process. Raises `NotFound` for a folder
-    without, `Retry` while another process holds it."""
+    without, `Retry` while a platform runs in it."""
     root = data.root.resolve()
     if root not in _awake:
         if not rests(data):
@@ -56,12 +62,12 @@ def wake(data: DataDir) -> Platform:
 
 
 def _start(data: DataDir, stack: ExitStack) -> Platform:
-    _hold(data, stack)
+    root = data.root if _hold(data, stack) else _copy(data, stack)
     logs = Path(stack.enter_context(TemporaryDirectory(prefix="connito-reader-")))
     secret = (data.root / "keys" / "store.secret").read_text().strip()
     accounts = Accounts(data.root) if (data.root / "accounts").is_dir() else None
-    nats = NatsServer(data.root / "nats", accounts=accounts, log_file=logs / "nats-server.log")
-    weed = ObjectStore(data.root / "objects", secret_key=secret, log_file=logs / "weed.log")
+    nats = NatsServer(root / "nats", accounts=accounts, log_file=logs / "nats-server.log")
+    weed = ObjectStore(root / "objects", secret_key=secret, log_file=logs / "weed.log")
     servers: tuple[Server, ...] = (nats, weed)
     for server in servers:
         stack.callback(server.stop)
@@ -70,20 +76,41 @@ def _start(data: DataDir, stack: ExitStack) -> Platform:
     return Platform(0, nats.url, weed.url, weed.access_key, secret, finished=True)
 
 
-def _hold(data: DataDir, stack: ExitStack) -> None:
-    give_up = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            stack.enter_context(data.lock())
-        except Retry:
-            # An `up` publishes where it is; a reader does not, and is soon done.
-            if data.platform_file.exists():
-                raise
-            if time.monotonic() > give_up:
-                raise Retry(
-                    f"another command (process {data.owner() or 'unknown'}), a console perhaps, reads {data.root}, which one "
-                    "can do at a time where no platform runs: end it, or wait until it is done"
-                ) from None
-            time.sleep(0.2)
+def _hold(data: DataDir, stack: ExitStack) -> bool:
+    """Take the folder, unless another reader has it. Raises `Retry` where a platform runs there."""
+    try:
+        stack.enter_context(data.lock())
+    except Retry:
+        # An `up` publishes where it is; a reader does not.
+        if data.platform_file.exists():
+            raise
+        return False
+    return True
+
+
+def _copy(data: DataDir, stack: ExitStack) -> Path:
+    """Return a folder with the log and the objects as they are now, for servers of this reader's own; it goes with the reader.
+
+    It lies in the data directory, so that what is only ever added to, messages and objects, need not be copied but linked.
+    """
+    for old in data.root.glob(f"{READER}*"):
+        if not _lives(old):
+            shutil.rmtree(old, ignore_errors=True)
+    root = Path(stack.enter_context(TemporaryDirectory(prefix=f"{READER}{os.getpid()}-", dir=data.root)))
+    for part in ("nats", "objects"):
+        shutil.copytree(data.root / part, root / part, copy_function=_take, symlinks=True, ignore=_SOCKETS)
+    return root
+
+
+def _take(source: str, target: str) -> None:
+    # The other reader's servers may put away what they had for themselves.
+    with suppress(FileNotFoundError):
+        if _ADDED_TO.fullmatch(Path(source).name):
+            os.link(source, target)
         else:
-            return
+            shutil.copyfile(source, target)
+
+
+def _lives(folder: Path) -> bool:
+    number = folder.name.removeprefix(READER).partition("-")[0]
+    return number.isdigit() and Path("/proc", number).exists()

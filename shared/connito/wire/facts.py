@@ -134,6 +134,11 @@ class RunFacts(FactSet):
         """Return uses of library experts that were declared, by id."""
         return self.many(run_pb2.ExpertUsed, "library", 0, "used")
 
+    @property
+    def notices(self) -> Mapping[str, Fact[run_pb2.ExpertNotice]]:
+        """Return what was said about experts and sources of data, by id."""
+        return self.many(run_pb2.ExpertNotice, "library", 0, "notice")
+
     # The log itself.
 
     @property

@@ -63,7 +63,7 @@ class Roster:
         self._holdings, self._agreement, self._places = holdings, agreement, places
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._found: dict[str, Expert] = {}
-        self._digests: dict[str, str] = {}
+        self._bases: dict[tuple[str, str], bool] = {}
         self._permitted: dict[tuple[str, Viewer], float] = {}
         self._uses: Counter[tuple[str, Viewer]] = Counter()
 
@@ -189,11 +189,11 @@ class Roster:
         return self._found[name]
 
     def _is_of(self, base: Base) -> bool:
-        """Whether it is the base served: its digest has its name in it, and a folder may be called anything."""
-        name = base["name"]
-        if name not in self._digests:
-            self._digests[name] = replace(self._manifest, name=name).digest
-        return self._digests[name] == base["manifest"]
+        """Return whether it is the base served."""
+        known = (base["name"], base["manifest"])
+        if known not in self._bases:
+            self._bases[known] = self._manifest.is_known_as(*known)
+        return self._bases[known]
 
 
 def unknown(name: str) -> RefusedError:

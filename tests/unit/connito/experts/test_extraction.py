@@ -14,7 +14,7 @@ from connito.base.loading import load_tokenizer
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.dense import to_dense
 from connito.experts.export import ModelSource, export_model, verify_export
-from connito.experts.extraction import equalise, extract_domain, ranking
+from connito.experts.extraction import extract_domain, ranking
 from connito.experts.measure import loss
 from connito.experts.prune import masked, progressive, prune
 from connito.moe.statistics import collect
@@ -62,12 +62,6 @@ def test_a_subset_that_hurts_must_be_accepted(full: Any, sequences: Sequences) -
     taken = extract_domain(full, probe, held, margin=-1.0, per_layer=2, accept_loss=True)
     assert f"{taken.cost:+.4f}" in str(caught.value)
     assert taken.kept == 4
-
-
-def test_padding_fills_layers_up_with_real_experts() -> None:
-    kept, padding = equalise({2: [5], 3: [0, 1, 2]}, {2: [5, 7, 1, 0], 3: [0, 1, 2, 3]})
-    assert kept == {2: [1, 5, 7], 3: [0, 1, 2]}
-    assert padding == {2: [7, 1], 3: []}
 
 
 @pytest.fixture
@@ -126,7 +120,7 @@ def test_a_record_that_names_other_experts_than_are_inside_is_noticed(exported: 
 
 def test_uneven_layers_and_full_folders_are_refused(full: Any, tiny: Path, tmp_path: Path) -> None:
     uneven = {2: [0], 3: [0, 1]}
-    with pytest.raises(Invalid, match="equalise"):
+    with pytest.raises(Invalid, match="equally many"):
         export_model(
             prune(full, uneven),
             tmp_path / "out",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from connito.wire.roster import Roster
 
-from services.console.access import sees_experts_of
 from services.console.cards import as_html
+from services.console.experts import seen_by
 from tests.support.run import Run
 
 CARD = """---
@@ -49,4 +49,4 @@ def test_a_card_is_rendered_and_harmless() -> None:
 def test_an_expert_is_shown_to_whom_it_is_for(visibility: str, who: str, *, seen: bool) -> None:
     roster = Roster({"operator": frozenset({"operator"})}, organisations={"lab": frozenset({"colleague"})})
     facts = Run().created(visibility=visibility, organisation="lab", customer="owner").facts
-    assert sees_experts_of(who, roster)(facts) is seen
+    assert seen_by(who, roster)(facts, None) is seen

@@ -203,18 +203,6 @@ def test_a_lineage_that_holds_and_one_that_does_not(story: Run) -> None:
     assert "cycle 2 started from version 1 with another state" in lineage(other.facts)[1].broken
 
 
-def test_the_library_is_searched_by_every_word(story: Run) -> None:
-    assert views.library_rows({RUN: story.facts}) == []
-    end(story)
-    (row,) = views.library_rows({RUN: story.facts}, "MEDICAL tiny")
-    assert (row.expert_id, row.size) == ("medical-1", "2.05 kB")
-    assert row.target is not None
-    assert row.target.points == ((0, 2.0), (1, 1.9))
-    assert views.comparison([row]) == ["medical", "code"]
-    assert row.curve("legal") is None
-    assert views.library_rows({RUN: story.facts}, "medical legal") == []
-
-
 def test_a_replay_is_the_run_as_it_was(story: Run) -> None:
     end(story)
     length = len(story.facts.facts)
