@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt requirements-data.txt
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@test -x $(PY) || python3 -m venv $(VENV)
 	@scripts/install-torch $(PY)
-	@$(PIP) install --quiet -c constraints.txt -e '.[model,data,demo,console,tracing,dev]'
+	@$(PIP) install --quiet -c constraints.txt -e '.[model,data,demo,console,oidc,tracing,dev]'
 	@$(PIP) install --quiet --no-deps -r requirements-data.txt
 	@touch $@
 

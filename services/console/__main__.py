@@ -19,11 +19,13 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     settings, token = context.settings, context.settings.check_access()
     try:
         import uvicorn
+        from connito.service.oidc import secure, tokens_of
 
         from .access import Access
         from .artifacts import Artifacts
         from .figures import ExpertFigures
         from .pages import LEADERBOARD, Console
+        from .sign_in import SignIn
         from .state import Feed
     except ImportError as error:
         raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error
@@ -40,7 +42,17 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     store = context.store if settings.s3_access_key or settings.s3_credentials != "keys" else None
     figures = ExpertFigures(store, feed.move)
     public = [LEADERBOARD] if settings.console_public_leaderboard else []
-    access = Access(token, user_header=settings.console_user_header, proxies=settings.proxies(), public=public)
+    tokens, sign_in = tokens_of(settings, context.roster), None
+    if tokens is not None and settings.console_oidc_client:
+        sign_in = SignIn(
+            tokens, settings.console_oidc_client, settings.console_oidc_secret.get_secret_value(),
+            secure(settings.console_url, "CONNITO_CONSOLE_URL"), settings.console_oidc_scopes,
+            context.bus.identity.derive("console", "sign-in"),
+        )  # fmt: skip
+    access = Access(
+        token, user_header=settings.console_user_header, proxies=settings.proxies(), public=public, tokens=tokens,
+        sign_in=sign_in,
+    )  # fmt: skip
     console = Console(feed, access, Artifacts(store), figures, secure_cookie=settings.console_secure_cookie)
     config = uvicorn.Config(
         console.app(), log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,

@@ -1,4 +1,5 @@
-"""Access control of the console: open on loopback, elsewhere by token or by the user that the operator's proxy names.
+"""Access control of the console: open on loopback, elsewhere by token, by the user that the operator's proxy names, or by what an
+identity provider says of the reader (`sign_in`).
 
 The proxy speaks OpenID Connect with the operator's identity provider and names the user in a header. That header counts
 only in a connection that comes from the proxy's own address: anybody can send one.
@@ -18,12 +19,16 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from connito.errors import Invalid, Retry
+from connito.library.governance import Viewer
+from connito.service.oidc import Tokens
 from connito.v1.run_pb2 import RunSpec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse
 
 from .settings import LOOPBACK
+from .sign_in import BACK, BEGIN, SignIn
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,9 +53,11 @@ class Access:
 
     def __init__(
         self, token: str, clock: Callable[[], float] = time.time, *, user_header: str = "",
-        proxies: Sequence[IPv4Network | IPv6Network] = (), public: Sequence[str] = (),
+        proxies: Sequence[IPv4Network | IPv6Network] = (), public: Sequence[str] = (), tokens: Tokens | None = None,
+        sign_in: SignIn | None = None,
     ) -> None:  # fmt: skip
         self.token, self._clock = token, clock
+        self.tokens, self.sign_in = tokens, sign_in
         self._user_header, self._proxies = user_header, tuple(proxies)
         # Pages that everybody may see. They show what is public, whoever asks.
         self.public = frozenset(public)
@@ -58,7 +65,7 @@ class Access:
     @property
     def open(self) -> bool:
         """Return whether local requests may read without a token."""
-        return not self.token and not self._user_header
+        return not self.token and not self._user_header and self.tokens is None
 
     def knows(self, token: str) -> bool:
         """Return whether this is the token, in constant time."""
@@ -94,6 +101,12 @@ class Access:
         genuine = hmac.compare_digest(mac.encode(), self._mac(expiry).encode())
         return genuine and expiry.isdecimal() and int(expiry) > self._clock()
 
+    async def viewer(self, headers: Headers, cookies: dict[str, str]) -> Viewer | None:
+        """Return the reader for whom an identity provider vouches, None where none does. Raises `Invalid`, `Retry`."""
+        if self.sign_in is not None and (found := self.sign_in.viewer(cookies)):
+            return found
+        return None if self.tokens is None else await self.tokens.bearer(headers.get("authorization", ""))
+
     def _mac(self, expiry: str) -> str:
         return hmac.new(self.token.encode(), b"connito.console.v1\x00" + expiry.encode(), hashlib.sha256).hexdigest()
 
@@ -118,23 +131,34 @@ class Guard:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        await self._choose(HTTPConnection(scope))(scope, receive, with_headers)
+        chosen = await self._choose(HTTPConnection(scope))
+        await chosen(scope, receive, with_headers)
 
-    def _choose(self, request: HTTPConnection) -> ASGIApp:
+    async def _choose(self, request: HTTPConnection) -> ASGIApp:
         peer = request.client.host if request.client else ""
         if self._access.admits(request.headers, request.cookies, peer):
             return self._app
+        try:
+            if (viewer := await self._access.viewer(request.headers, request.cookies)) is not None:
+                request.scope["viewer"] = viewer
+                return self._app
+        except (Invalid, Retry) as error:
+            return PlainTextResponse(f"{error}\n", 401 if isinstance(error, Invalid) else 503)
         path = request.scope["path"]
+        if self._access.sign_in is not None and path in (BEGIN, BACK):
+            return self._app
         if path in self._access.public or (self._access.public and path.startswith("/static/")):
             return self._app
         if self._access.open:
             return PlainTextResponse("this console answers to 127.0.0.1 and localhost only\n", 421)
-        if not self._access.token:
+        if not self._access.token and self._access.sign_in is None:
+            if self._access.tokens is not None:
+                return PlainTextResponse("send a token of the identity provider\n", 401, {"WWW-Authenticate": "Bearer"})
             return PlainTextResponse("come through the operator's proxy, which asks who you are\n", 401)
         if path == "/login" or path.startswith("/static/"):
             return self._app
         if "text/html" in request.headers.get("accept", ""):
-            return RedirectResponse("/login", 303)
+            return RedirectResponse("/login" if self._access.token else BEGIN, 303)
         return PlainTextResponse(
             "a token is needed: send `Authorization: Bearer <token>`, or log in at /login\n",
             401,

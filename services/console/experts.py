@@ -88,10 +88,14 @@ class Wanted:
 
 def seen_by(key: str, roster: Roster) -> Sees:
     """Return whether a key may see an expert, or a run's: a public one, its own, its organisation's, as the operator any."""
-    viewer, operator = Viewer(key, roster.memberships(key)), roster.permits("operator", key)
+    return seen_as(Viewer(key, roster.memberships(key), everything=roster.permits("operator", key)))
+
+
+def seen_as(viewer: Viewer) -> Sees:
+    """Return whether a reader may see an expert, or a run's."""
 
     def sees(facts: RunFacts, deposit: run_pb2.ExpertDeposited | None) -> bool:
-        return operator or viewer.sees({"governance": _rules(facts, deposit)})
+        return viewer.sees({"governance": _rules(facts, deposit)})
 
     return sees
 

@@ -40,6 +40,7 @@ from .figures import ExpertFigures
 from .heatmap import FigureMap, Heatmap, figure_map, heatmap
 from .history import Moment, replay
 from .lineage import lineage
+from .sign_in import BEGIN, SESSION
 from .state import Feed
 from .waterfall import waterfall
 from .why import why
@@ -106,6 +107,7 @@ class Console:
             Route(LEADERBOARD, self._leaderboard),
             Route("/library/{expert}", self._expert),
             Route("/runs/{run}/verify/{version:int}", self._verify, methods=["POST"]),
+            *(sign_in.routes(secure=self._secure_cookie) if (sign_in := self.access.sign_in) else ()),
             Route("/login", self._login, methods=["GET", "POST"]),
             Route("/logout", self._logout, methods=["POST"]),
             Mount("/static", StaticFiles(directory=HERE / "static")),
@@ -147,8 +149,8 @@ class Console:
             here=str(request.url.path) + (f"?{request.url.query}" if request.url.query else ""),
             now=self.feed.clock(),
             connection=self.feed.connection,
-            letters=len(self.feed.letters),
-            logged_in=bool(self.access.token),
+            letters=len(self.feed.letters) if _whole(request) else 0,
+            logged_in=bool(self.access.token or self.access.sign_in),
             charts=charts,
             **shown.values,
         )
@@ -164,9 +166,8 @@ class Console:
     # Pages.
 
     def _runs(self, request: Request) -> Shown:
-        return Shown(
-            "runs.html", "Runs", {"runs": views.run_rows(self.feed.runs, self.feed.clock(), self.feed.roster.stake)}
-        )
+        runs = {run: facts for run, facts in self.feed.runs.items() if _sees(request, facts)}
+        return Shown("runs.html", "Runs", {"runs": views.run_rows(runs, self.feed.clock(), self.feed.roster.stake)})
 
     def _run(self, request: Request) -> Shown:
         facts, frame, now = self._facts(request)
@@ -217,12 +218,16 @@ class Console:
             raise HTTPException(404, "The log holds nothing about this miner in this cycle.")
         return self._of_run("why.html", facts, frame, now, {"why": found})
 
-    def _seen(self) -> experts.Sees:
-        """Return which experts the console's key may see; those of others that are not public it does not name."""
+    def _seen(self, request: Request) -> experts.Sees:
+        """Return which experts the reader, or else the console's key, may see; those of others that are not public it does
+        not name.
+        """
+        if (viewer := request.scope.get("viewer")) is not None:
+            return experts.seen_as(viewer)
         return experts.seen_by(self.feed.bus.identity.public, self.feed.roster)
 
-    def _experts(self) -> list[experts.ExpertRow]:
-        return experts.expert_rows(self.feed.runs, self._seen())
+    def _experts(self, request: Request) -> list[experts.ExpertRow]:
+        return experts.expert_rows(self.feed.runs, self._seen(request))
 
     async def _leaderboard(self, request: Request) -> Response:
         """Return what everybody earned in public runs: the same for everybody, whatever else they may see, and no stream,
@@ -235,7 +240,7 @@ class Console:
         return HTMLResponse(self._render("page.html", request, shown))
 
     def _library(self, request: Request) -> Shown:
-        asked, rows = request.query_params, self._experts()
+        asked, rows = request.query_params, self._experts(request)
         wanted = experts.Wanted(
             asked.get("q", ""), asked.get("domain", ""), asked.get("base", ""), everything="all" in asked
         )
@@ -246,16 +251,16 @@ class Console:
         return Shown("library.html", "Library", values)
 
     def _demand(self, request: Request) -> Shown:
-        return Shown("demand.html", "Demand", {"domains": experts.wanted_next(self.feed.runs, self._seen())})
+        return Shown("demand.html", "Demand", {"domains": experts.wanted_next(self.feed.runs, self._seen(request))})
 
     def _compare(self, request: Request) -> Shown:
         wanted = request.query_params.getlist("id")
-        rows = [row for row in self._experts() if row.expert_id in wanted]
+        rows = [row for row in self._experts(request) if row.expert_id in wanted]
         values = {"experts": rows, "domains": experts.comparison(rows)}
         return Shown("compare.html", "Comparison", values)
 
     async def _expert(self, request: Request) -> Response:
-        wanted, rows = request.path_params["expert"], self._experts()
+        wanted, rows = request.path_params["expert"], self._experts(request)
         row = next((row for row in rows if row.expert_id == wanted), None)
         if row is None:
             raise HTTPException(404, "There is no such expert in this library.")
@@ -280,9 +285,11 @@ class Console:
         return HTMLResponse(self._render("page.html", request, Shown("verified.html", run, values, live=False)))
 
     def _dead_letters(self, request: Request) -> Shown:
+        _only_whole(request)
         return Shown("dead_letters.html", "Dead letters", {"rows": self.feed.letters[::-1]})
 
     def _bus(self, request: Request) -> Shown:
+        _only_whole(request)
         values = {"streams": self.feed.streams, "rejected": self.feed.rejected}
         return Shown("bus.html", "Bus", values)
 
@@ -298,8 +305,9 @@ class Console:
 
     def _facts(self, request: Request) -> tuple[RunFacts, Moment | None, int]:
         """Return the run, now or at the point of its past that `?at=` names, and the time it is there."""
-        facts = self.feed.runs.get(request.path_params["run"])
-        if facts is None or facts.spec is None:
+        run = request.path_params["run"]
+        facts = self.feed.runs.get(run)
+        if facts is None or facts.spec is None or not _sees(request, facts):
             if not self.feed.connection.caught_up:
                 raise HTTPException(503, "The log is still being read.", {"Refresh": "2"})
             raise HTTPException(404, "There is no such run.")
@@ -315,7 +323,7 @@ class Console:
 
     async def _login(self, request: Request) -> Response:
         if not self.access.token:
-            return RedirectResponse("/", 303)
+            return RedirectResponse("/" if self.access.sign_in is None else BEGIN, 303)
         wrong = False
         if request.method == "POST":
             if self.access.knows(await _token_of(request)):
@@ -326,13 +334,32 @@ class Console:
                 )  # fmt: skip
                 return answer
             wrong = True
-        html = self._templates.get_template("login.html").render(wrong=wrong)
+        begin = BEGIN if self.access.sign_in is not None else ""
+        html = self._templates.get_template("login.html").render(wrong=wrong, begin=begin)
         return HTMLResponse(html, 403 if wrong else 200)
 
     async def _logout(self, request: Request) -> Response:
         answer = RedirectResponse("/login" if self.access.token else "/", 303)
         answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
+        answer.delete_cookie(SESSION, httponly=True, samesite="lax")
         return answer
+
+
+def _whole(request: Request) -> bool:
+    """Return whether the reader sees the installation, and not only what is public or of an organisation."""
+    viewer = request.scope.get("viewer")
+    return viewer is None or viewer.everything
+
+
+def _sees(request: Request, facts: RunFacts) -> bool:
+    """Return whether a run is shown to the reader: whoever has no name of their own sees what the console sees."""
+    viewer = request.scope.get("viewer")
+    return viewer is None or experts.seen_as(viewer)(facts, None)
+
+
+def _only_whole(request: Request) -> None:
+    if not _whole(request):
+        raise HTTPException(404, "Operators see this page.")
 
 
 def _state_of(facts: RunFacts, number: int) -> ArtifactRef | None:

@@ -30,6 +30,12 @@ class ConsoleSettings(ServiceSettings):
         False,
         description="true shows the leaderboard of public runs to everybody who reaches the page, without a token",
     )
+    console_oidc_client: str = Field(
+        "", description="the console as CONNITO_OIDC_ISSUER knows it: readers sign in there, with a code and PKCE"
+    )
+    console_oidc_secret: SecretStr = Field(SecretStr(""), description="its secret, where the provider gave it one")
+    console_oidc_scopes: str = Field("openid", description="what it asks the provider for, by spaces")
+    console_url: str = Field("", description="https:// address that readers find the console at; needed to sign in")
     console_secure_cookie: bool = Field(False, description="true where a proxy in front of the console speaks TLS")
 
     def proxies(self) -> list[IPv4Network | IPv6Network]:
@@ -47,7 +53,12 @@ class ConsoleSettings(ServiceSettings):
                 f"anybody can send {self.console_user_header}; set CONNITO_CONSOLE_PROXIES to the address of the proxy that "
                 "does, or leave CONNITO_CONSOLE_USER_HEADER out"
             )
-        if not token and not self.console_user_header and self.console_host not in LOOPBACK:
+        if self.console_oidc_client and not (self.oidc_issuer and self.console_url):
+            raise Fatal(
+                "readers can sign in where CONNITO_OIDC_ISSUER, CONNITO_CONSOLE_OIDC_CLIENT and CONNITO_CONSOLE_URL are all set"
+            )
+        guarded = token or self.console_user_header or self.oidc_issuer
+        if not guarded and self.console_host not in LOOPBACK:
             raise Fatal(
                 f"the console would show every run to whoever reaches {self.console_host}; set CONNITO_CONSOLE_TOKEN "
                 f"to at least {TOKEN_LENGTH} random characters, or CONNITO_CONSOLE_HOST to 127.0.0.1"

@@ -11,6 +11,7 @@ from connito.runtime.tasks import end_tasks
 from connito.service import rpc
 from connito.service.engine import Engine
 from connito.service.lifecycle import Lifecycle
+from connito.service.oidc import tokens_of
 from connito.service.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
 
@@ -34,7 +35,9 @@ async def main(ctx: ServiceContext[CoordinatorSettings], serve: rpc.ServeApi = r
     )  # fmt: skip
     limit = RateLimit(settings.requests_per_second, settings.requests_burst, time.monotonic)
     admission = Admission(settings.admission, settings.admission_bus or settings.nats_url, ctx.roster)
-    api = RunApi(ctx.bus, state, ctx.roster, state.changes, limit, clock.now_ms, admission)
+    api = RunApi(
+        ctx.bus, state, ctx.roster, state.changes, limit, clock.now_ms, admission, tokens_of(settings, ctx.roster)
+    )
     async with Lifecycle(ctx.stop) as life:
         life.start(clock.keep())
         if not await life.finishes(clock.known.wait()):

@@ -16,6 +16,7 @@ from connito.protocol.findings import check_version
 from connito.protocol.policy.check import complete
 from connito.runtime.host import now_ms
 from connito.runtime.limits import RateLimit
+from connito.service.oidc import Tokens
 from connito.service.rpc import check_fresh, open_request
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
@@ -50,11 +51,12 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         limit: RateLimit | None = None,
         clock: Callable[[], int] = now_ms,
         admission: Admission | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         self._bus, self._log, self._roster, self._changes, self._clock = bus, log, roster, changes, clock
         self._limit = limit or RateLimit(math.inf, math.inf, time.monotonic)
         self._admission = admission or Admission(None, "", roster)
-        self._readers = Readers(log, roster, clock)
+        self._readers = Readers(log, roster, clock, tokens)
 
     async def CreateRun(self, request: services_pb2.CreateRunRequest, context: Any) -> services_pb2.CreateRunResponse:  # noqa: N802
         """Create a run; again with the same spec is fine. Raises `Invalid` naming the field that is wrong."""
@@ -75,13 +77,13 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
 
     async def GetRun(self, request: services_pb2.GetRunRequest, context: Any) -> services_pb2.GetRunResponse:  # noqa: N802
         """Return the status of a run that is shown to the signer. Raises `NotFound`, `Invalid`."""
-        facts = self._readers.run(request.run, self._readers.key(request))
+        facts = self._readers.run(request.run, await self._readers.viewer(request, context))
         return services_pb2.GetRunResponse(status=status(facts, self._clock(), self._roster.stake))
 
     async def ListRuns(self, request: services_pb2.ListRunsRequest, context: Any) -> services_pb2.ListRunsResponse:  # noqa: N802
         """Return every run that is shown to the signer, oldest first. Raises `Invalid`."""
-        key, now = self._readers.key(request), self._clock()
-        created = [(facts.created_fact, facts) for facts in self._log.runs.values() if self._readers.may(facts, key)]
+        viewer, now = await self._readers.viewer(request, context), self._clock()
+        created = [(facts.created_fact, facts) for facts in self._log.runs.values() if self._readers.may(facts, viewer)]
         known = sorted((fact.sequence, facts.run) for fact, facts in created if fact is not None)
         return services_pb2.ListRunsResponse(
             runs=[status(self._log.runs[run], now, self._roster.stake) for _, run in known]
@@ -113,14 +115,14 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         self, request: services_pb2.WatchRunRequest, context: Any
     ) -> AsyncIterator[services_pb2.WatchRunResponse]:
         """Yield the status now and whenever it changes, until the run has ended. Raises `NotFound`, `Invalid`."""
-        key = self._readers.key(request)
+        viewer = await self._readers.viewer(request, context)
         sent: services_pb2.RunStatus | None = None
-        with self._readers.stream(key):
+        with self._readers.stream(viewer.name):
             # Nothing is kept about a name that no run has.
-            self._readers.run(request.run, key)
+            self._readers.run(request.run, viewer)
             while True:
                 changed = self._changes.of(request.run)
-                facts = self._readers.run(request.run, key)
+                facts = self._readers.run(request.run, viewer)
                 current = status(facts, self._clock(), self._roster.stake)
                 if current != sent:
                     yield services_pb2.WatchRunResponse(status=current)

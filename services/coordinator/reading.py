@@ -6,10 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from connito.errors import Invalid, NotFound
+from connito.library.governance import Viewer
 from connito.runtime.limits import RateLimit
-from connito.service.rpc import check_fresh, open_request
+from connito.service.oidc import Tokens
+from connito.service.rpc import authorization, check_fresh, open_request
 from connito.v1 import reasons_pb2, services_pb2
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
@@ -25,13 +28,23 @@ STREAMS_PER_KEY = 8
 class Readers:
     """Keys that read: those of the roster, those that were admitted as miners, and those that take part in a run."""
 
-    def __init__(self, log: Log, roster: Roster, clock: Callable[[], int]) -> None:
-        self._log, self._roster, self._clock = log, roster, clock
+    def __init__(self, log: Log, roster: Roster, clock: Callable[[], int], tokens: Tokens | None = None) -> None:
+        self._log, self._roster, self._clock, self._tokens = log, roster, clock, tokens
         self._limit = RateLimit(READS_PER_SECOND, READS_AT_ONCE, time.monotonic)
         self._streams: Counter[str] = Counter()
 
-    def key(self, request: Request) -> str:
-        """Return who reads, and count it. Raises `Invalid` (BAD_SIGNATURE, NOT_PERMITTED, QUOTA_EXCEEDED)."""
+    async def viewer(self, request: Request, context: Any) -> Viewer:
+        """Return who reads, by key or by a provider's token, and count it.
+
+        Raises `Invalid` (BAD_SIGNATURE, NOT_PERMITTED, QUOTA_EXCEEDED), `Retry` while the provider is away.
+        """
+        if self._tokens is not None and (viewer := await self._tokens.bearer(authorization(context))):
+            self._limit.take(viewer.name)
+            return viewer
+        key = self._key(request)
+        return Viewer(key, self._roster.memberships(key))
+
+    def _key(self, request: Request) -> str:
         _, key = open_request(request.viewer, "rpc.ReadRuns", services_pb2.ReadRunsCommand)
         check_fresh(request.viewer, self._clock(), reasons_pb2.REASON_NOT_PERMITTED)
         # Before anything is kept about a key: fresh ones cost nothing.
@@ -44,20 +57,21 @@ class Readers:
         self._limit.take(key)
         return key
 
-    def may(self, facts: RunFacts, key: str) -> bool:
-        """Return whether a run is shown to a key: a public one to all, another to who has a part in it or serves it."""
+    def may(self, facts: RunFacts, viewer: Viewer) -> bool:
+        """Return whether a run is shown to a viewer: a public one to all, another to who has a part in it or serves it."""
         spec = facts.spec
         if spec is None:
             return False
-        serves = self._roster.serves(key)
+        key = viewer.name
+        serves = viewer.everything or self._roster.serves(key)
         own = key == spec.customer or facts.is_enrolled(key) or key in spec.enrolment.allowed
-        shared = spec.visibility == "organisation" and spec.organisation in self._roster.memberships(key)
+        shared = spec.visibility == "organisation" and spec.organisation in viewer.organisations
         return spec.visibility in ("", "public") or serves or own or shared
 
-    def run(self, run: str, key: str) -> RunFacts:
-        """Return the facts of a run that is shown to a key. Raises `NotFound`: for one that is not, as if there were none."""
+    def run(self, run: str, viewer: Viewer) -> RunFacts:
+        """Return the facts of a run that is shown to a viewer. Raises `NotFound`: for one that is not, as if there were none."""
         facts = self._log.runs.get(run)
-        if facts is None or not self.may(facts, key):
+        if facts is None or not self.may(facts, viewer):
             raise NotFound(
                 f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN
             )

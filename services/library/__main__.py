@@ -12,6 +12,7 @@ from connito.library.index import Index
 from connito.runtime.limits import RateLimit
 from connito.service import rpc
 from connito.service.lifecycle import Lifecycle
+from connito.service.oidc import tokens_of
 from connito.service.runner import ServiceContext, run_service
 from connito.v1 import services_pb2_grpc
 
@@ -34,7 +35,8 @@ async def _serve(ctx: ServiceContext[LibrarySettings], catalogue: Catalogue) -> 
     reader = CatalogueReader(ctx.bus, ctx.store, ctx.roster, catalogue, ctx.log)
     clock = BrokerClock(ctx.bus.time, ctx.bus.host.monotonic)
     limit = RateLimit(ctx.settings.requests_per_second, ctx.settings.requests_burst, time.monotonic)
-    library = Library(catalogue, ctx.store, ctx.bus, ctx.roster, reader.current, clock.now_ms, limit)
+    tokens = tokens_of(ctx.settings, ctx.roster)
+    library = Library(catalogue, ctx.store, ctx.bus, ctx.roster, reader.current, clock.now_ms, limit, tokens)
     async with Lifecycle(ctx.stop) as life:
         life.start(clock.keep())
         life.start(reader.follow())

@@ -13,6 +13,7 @@ from connito.library.attestation import countersign
 from connito.library.governance import Viewer
 from connito.runtime.limits import RateLimit
 from connito.service import rpc
+from connito.service.oidc import Tokens
 from connito.store import ArtifactStore
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
@@ -46,16 +47,17 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         current: Callable[[], Awaitable[None]],
         now_ms: Callable[[], int],
         limit: RateLimit,
+        tokens: Tokens | None = None,
     ) -> None:
         self._joining = Joining(catalogue, store, bus)
         self._catalogue, self._store, self._bus, self._roster = catalogue, store, bus, roster
-        self._current, self._now_ms, self._limit = current, now_ms, limit
+        self._current, self._now_ms, self._limit, self._tokens = current, now_ms, limit, tokens
 
     async def GetExpert(  # noqa: N802 - the name in the proto
         self, request: services_pb2.GetExpertRequest, context: Any
     ) -> services_pb2.GetExpertResponse:
         """Return one expert with its record. `NotFound` for an unknown id, `Retry` when the store is away."""
-        fact = self._catalogue.fact(request.expert_id, await self._viewer(request))
+        fact = self._catalogue.fact(request.expert_id, await self._viewer(request, context))
         expert = summarise(fact)
         record = await self._store.get_bytes(expert.record)
         attestation, standing = "", self._catalogue.index.standing(request.expert_id)
@@ -75,14 +77,16 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         self, request: services_pb2.ListExpertsRequest, context: Any
     ) -> services_pb2.ListExpertsResponse:
         """Return a page of experts in the order of their deposit. `Invalid` for a foreign page token."""
-        experts, token = self._catalogue.page(request.page_size, request.page_token, await self._viewer(request))
+        experts, token = self._catalogue.page(
+            request.page_size, request.page_token, await self._viewer(request, context)
+        )
         return services_pb2.ListExpertsResponse(experts=experts, next_page_token=token)
 
     async def SearchExperts(  # noqa: N802
         self, request: services_pb2.SearchExpertsRequest, context: Any
     ) -> services_pb2.SearchExpertsResponse:
         """Return a page of experts by words and domain, best first. `Invalid` for a foreign page token."""
-        hits, token = self._catalogue.search(request, await self._viewer(request))
+        hits, token = self._catalogue.search(request, await self._viewer(request, context))
         return services_pb2.SearchExpertsResponse(hits=hits, next_page_token=token)
 
     async def DepositExpert(  # noqa: N802
@@ -162,10 +166,13 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         self, request: services_pb2.GetLedgerRequest, context: Any
     ) -> services_pb2.GetLedgerResponse:
         """Return uses of an expert and whom they are credited to. `NotFound` for an unknown id."""
-        return self._catalogue.ledger(request.expert_id, await self._viewer(request))
+        return self._catalogue.ledger(request.expert_id, await self._viewer(request, context))
 
-    async def _viewer(self, request: _Read) -> Viewer:
-        """Return whoever signed the request, nobody where nobody did, once the catalogue is level with the log."""
+    async def _viewer(self, request: _Read, context: Any) -> Viewer:
+        """Return who a provider vouches for, or who signed the request, or nobody, once the catalogue is level with the log."""
+        if self._tokens is not None and (vouched := await self._tokens.bearer(rpc.authorization(context))):
+            await self._current()
+            return vouched
         signer = ""
         if request.HasField("viewer"):
             _, signer = rpc.open_request(request.viewer, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand)

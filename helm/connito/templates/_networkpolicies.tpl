@@ -194,6 +194,26 @@ spec:
       to: {{- toYaml . | nindent 8 }}
       {{- end }}
 {{- end }}
+{{- with .Values.oidc.issuer }}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{- include "connito.metadata" (list $ "oidc" "") | nindent 2 }}
+spec:
+  podSelector:
+    matchLabels: {{- include "connito.selector" $ | nindent 6 }}
+    matchExpressions:
+      - { key: app.kubernetes.io/component, operator: In, values: [coordinator, library, console] }
+  policyTypes: [Egress]
+  egress:
+    - ports:
+        {{- range (include "connito.ports" (dict "urls" (list .) "default" 443) | fromJson).ports }}
+        - { port: {{ . }}, protocol: TCP }
+        {{- end }}
+      {{- with $policy.oidc.to }}
+      to: {{- toYaml . | nindent 8 }}
+      {{- end }}
+{{- end }}
 {{- with .Values.tracing.endpoint }}
 ---
 apiVersion: networking.k8s.io/v1

@@ -200,9 +200,28 @@ spec:
         - { name: CONNITO_ADMISSION, value: /etc/connito/admission }
         - { name: CONNITO_ADMISSION_BUS, value: {{ $conf.admission.bus | quote }} }
         {{- end }}
+        {{- if or $item.page (has $item.component (list "coordinator" "library")) }}
+        {{- with $root.Values.oidc.issuer }}
+        - { name: CONNITO_OIDC_ISSUER, value: {{ . | quote }} }
+        - { name: CONNITO_OIDC_AUDIENCE, value: {{ required "oidc.audience is empty: tokens that the provider made for anybody would open the APIs" $root.Values.oidc.audience | quote }} }
+        - { name: CONNITO_OIDC_CLAIM, value: {{ $root.Values.oidc.claim | quote }} }
+        {{- end }}
+        {{- end }}
         {{- if $item.page }}
-        {{- if not (or $conf.tokenSecret $conf.userHeader) }}
-        {{- fail "the console would show every run to whoever reaches it: set console.tokenSecret, or console.userHeader and console.proxies" }}
+        {{- if not (or $conf.tokenSecret $conf.userHeader $root.Values.oidc.issuer) }}
+        {{- fail "the console would show every run to whoever reaches it: set console.tokenSecret, or oidc, or console.userHeader and console.proxies" }}
+        {{- end }}
+        {{- with $conf.oidc }}
+        {{- if .client }}
+        {{- $_ := required "console.oidc.client is set and oidc.issuer is not" $root.Values.oidc.issuer }}
+        - { name: CONNITO_CONSOLE_OIDC_CLIENT, value: {{ .client | quote }} }
+        - { name: CONNITO_CONSOLE_OIDC_SCOPES, value: {{ .scopes | quote }} }
+        - { name: CONNITO_CONSOLE_URL, value: {{ required "console.oidc.url is empty: the provider sends readers back there" .url | quote }} }
+        {{- if .secretName }}
+        - name: CONNITO_CONSOLE_OIDC_SECRET
+          valueFrom: { secretKeyRef: { name: {{ .secretName | quote }}, key: {{ .secretKey | quote }} } }
+        {{- end }}
+        {{- end }}
         {{- end }}
         - { name: CONNITO_CONSOLE_HOST, value: 0.0.0.0 }
         - { name: CONNITO_CONSOLE_PORT, value: "8088" }

@@ -29,9 +29,14 @@ class Client:
     library: Library
 
     def __init__(
-        self, coordinator: str = "", library: str = "", identity: Identity | None = None, tls: Tls = PLAIN
+        self,
+        coordinator: str = "",
+        library: str = "",
+        identity: Identity | None = None,
+        tls: Tls = PLAIN,
+        token: str = "",
     ) -> None:
-        """Connect to `coordinator` and `library` (`host:port`) as `tls` says."""
+        """Connect to `coordinator` and `library` (`host:port`) as `tls` says. `token`: an identity provider's, to read with."""
         addresses = {"coordinator": coordinator, "library": library}
 
         def find(service: str) -> str:
@@ -41,7 +46,7 @@ class Client:
                 )
             return addresses[service]
 
-        self._use(Connection(find, identity, tls), None)
+        self._use(Connection(find, identity, tls, token), None)
 
     @classmethod
     def local(cls, data_dir: Path | str | None = None, role: str = "customer") -> Self:

@@ -25,9 +25,11 @@ _STUBS = {
 class Connection:
     """Channels to services by name, opened when they are first called."""
 
-    def __init__(self, find: Callable[[str], str], identity: Identity | None, tls: Tls) -> None:
-        """Use `find` for the `host:port` of a service and `identity` to sign requests."""
+    def __init__(self, find: Callable[[str], str], identity: Identity | None, tls: Tls, token: str = "") -> None:
+        """Use `find` for the `host:port` of a service and `identity` to sign requests; who has none may read with an identity
+        provider's `token`."""
         self._find, self._identity, self._tls = find, identity, tls
+        self._beside = [("authorization", f"Bearer {token}")] if token else None
         self._open: dict[str, tuple[str, Any, Any]] = {}
 
     def call(self, service: str, method: str, request: Message) -> Any:
@@ -38,7 +40,7 @@ class Connection:
 
         address, _, stub = self._reach(service)
         try:
-            return getattr(stub, method)(request, timeout=DEADLINE_SECONDS, wait_for_ready=True)
+            return getattr(stub, method)(request, timeout=DEADLINE_SECONDS, wait_for_ready=True, metadata=self._beside)
         except grpc.RpcError as error:
             found = error_of(cast(Any, error))
             if isinstance(found, Retry):
@@ -52,7 +54,7 @@ class Connection:
         from connito.service.rpc import error_of
 
         try:
-            yield from getattr(self._reach(service)[2], method)(request)
+            yield from getattr(self._reach(service)[2], method)(request, metadata=self._beside)
         except grpc.RpcError as error:
             raise error_of(cast(Any, error)) from error
 
@@ -69,7 +71,9 @@ class Connection:
         return seal(self._identity, "rpc.ReadLibrary", services_pb2.ReadLibraryCommand(purpose="read"))
 
     def reader(self) -> dict[str, Any]:
-        """Return the fields with which a request says who reads runs. Raises `Invalid` without an identity."""
+        """Return the fields with which a request says who reads runs. Raises `Invalid` without an identity and a token."""
+        if self._identity is None and self._beside:
+            return {}
         sealed = self.seal("rpc.ReadRuns", services_pb2.ReadRunsCommand())
         assert self._identity is not None
         return {"viewer": sealed, "admission": next(iter(self._identity.passes), "")}

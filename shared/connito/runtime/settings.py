@@ -67,6 +67,13 @@ class ServiceSettings(BaseSettings):
         "off",
         description="how APIs are served and called: in clear, with a server's certificate, with one on both sides",
     )
+    oidc_issuer: str = Field(
+        "", description="identity provider whose tokens let people read at APIs and console; empty: none do"
+    )
+    oidc_audience: str = Field("", description="the audience that such a token has to be for")
+    oidc_claim: str = Field(
+        "groups", description="its claim that lists ORGANISATION:owner, :submitter or :reader, or operator"
+    )
     log_format: Literal["json", "console"] = Field("json", description="json lines, or coloured text")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least that is logged")
     compute_dir: Path | None = Field(None, description="folder of the machine-wide compute budget; empty: no budget")

@@ -222,6 +222,12 @@ Serves = Callable[[str, Tls], Awaitable[bool]]
 ServeApi = Callable[["ServiceContext[Any]", Servicer], AbstractAsyncContextManager[str]]
 
 
+def authorization(context: Any) -> str:
+    """Return what a caller sends as `authorization` beside the request; empty where nothing is."""
+    sent = dict(context.invocation_metadata() or ()) if context is not None else {}
+    return str(sent.get("authorization", ""))
+
+
 @asynccontextmanager
 async def serve_api(context: ServiceContext[Any], servicer: Servicer) -> AsyncIterator[str]:
     """Serve a service's API where its settings say; yields the address that others reach it at. Raises `Fatal`."""

@@ -51,3 +51,23 @@ def test_traces_are_sent_by_everybody_or_nobody() -> None:
         assert variables["OTEL_TRACES_SAMPLER_ARG"] == "0.1"
     egress = find(objects, "NetworkPolicy", "connito-tracing")["spec"]["egress"]
     assert [port["port"] for rule in egress for port in rule["ports"]] == [4318]
+
+
+def test_who_checks_tokens_reaches_the_provider_and_nobody_else_does() -> None:
+    oidc = {"oidc": {"issuer": "https://login.example.com:8443/x", "audience": "connito"}}
+    page = {"client": "console", "url": "https://c.example.com", "secretName": "sso"}
+    objects = render(with_console(oidc=page) | oidc)
+    knows = {
+        name.partition("/")[2]
+        for name, spec in pod_specs(objects).items()
+        if environment(spec["containers"][0]).get("CONNITO_OIDC_ISSUER")
+    }
+    assert knows == {"connito-coordinator", "connito-library", "connito-console"}
+    variables = environment(pod_specs(objects)["Deployment/connito-console"]["containers"][0])
+    assert variables["CONNITO_CONSOLE_OIDC_SECRET"] == {"secretKeyRef": {"name": "sso", "key": "client-secret"}}
+    assert variables["CONNITO_CONSOLE_URL"] == "https://c.example.com"
+    egress = find(objects, "NetworkPolicy", "connito-oidc")["spec"]["egress"]
+    assert [port["port"] for rule in egress for port in rule["ports"]] == [8443]
+    for wrong, words in (({"oidc": {**oidc["oidc"], "audience": ""}}, "audience"), ({}, "issuer")):
+        with pytest.raises(HelmError, match=words):
+            render(with_console(tokenSecret="t", oidc=page) | wrong)
