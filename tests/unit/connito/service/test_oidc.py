@@ -152,6 +152,13 @@ async def test_what_is_not_signed_for_us_is_refused_in_a_sentence(what: str, des
     assert desk.there.asked in ([], [f"{ISSUER}/.well-known/openid-configuration", f"{ISSUER}/keys"]), "asked elsewhere"
 
 
+async def test_nobody_is_asked_for_the_key_of_an_algorithm_that_is_not_accepted(desk: Desk) -> None:
+    for what in ("no algorithm", "no algorithm, written otherwise", "the public key as a secret", "huge"):
+        with pytest.raises(Invalid):
+            await desk.bearer(HOSTILE[what]())
+    assert desk.there.asked == []
+
+
 async def test_clocks_may_be_a_minute_apart(desk: Desk) -> None:
     for good in (sign(exp=int(time.time()) - 50), sign(nbf=int(time.time()) + 50), sign(iat=int(time.time()) + 50)):
         assert await desk.bearer(good)
