@@ -179,7 +179,7 @@ class Console:
             "miners": views.miner_rows(facts, cycle),
             "validators": validator_rows(facts, cycle),
             "board": leaderboard([facts]),
-            "made": [name for name, fact in facts.deposits.items() if self._seen()(facts, fact.message)],
+            "made": [name for name, fact in facts.deposits.items() if self._seen(request)(facts, fact.message)],
             "name": partial(miner_name, facts),
         }
         return self._of_run("run.html", facts, frame, now, values)
