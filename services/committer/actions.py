@@ -217,7 +217,7 @@ class Committer:
         Where nothing is left in the queue, what has no answer is a dead letter.
         """
         await self._state.refresh(self._bus, FACTS)
-        while self._state.unanswered(run, sequence) and await self._bus.ack_floor(DURABLE) < sequence:
+        while self._state.unanswered(run, sequence) is not None and await self._bus.ack_floor(DURABLE) < sequence:
             self._handled.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._handled.wait(), LOOK_SECONDS)

@@ -209,13 +209,17 @@ class State(PositionedLog):
             raise found
         return found
 
-    def unanswered(self, run: str, last: int) -> list[int]:
-        """Return the messages of a run up to `last` that have no answer in the facts yet and will get one."""
+    def unanswered(self, run: str, last: int) -> int | None:
+        """Return a message of a run up to `last` that has no answer in the facts yet and will get one; None where there is none.
+
+        Asked after every answer: what has one is looked at once, and of the others the first.
+        """
         pending, facts = self._pending[run], self.runs[run]
-        for sequence, fact in list(pending.items()):
-            if sequence <= last and (self.over(fact) or judging.answered(facts, fact)):
-                del pending[sequence]
-        return [sequence for sequence in pending if sequence <= last]
+        for sequence in [sequence for sequence in pending if sequence <= last]:
+            if not self.over(pending[sequence]) and not judging.answered(facts, pending[sequence]):
+                return sequence
+            del pending[sequence]
+        return None
 
     def earlier(self, fact: Fact) -> list[int]:
         """Return the messages before this one, by the same key, of its kind and cycle, that have no answer in the facts yet."""

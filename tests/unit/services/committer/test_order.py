@@ -42,20 +42,37 @@ def state_of(ledger: Ledger, *said: Fact) -> State:
 def test_a_window_waits_for_each_message_of_its_own_run_up_to_its_close(ledger: Ledger) -> None:
     first, second, late = (ledger.commitment(miner, 1) for miner in ("ma", "mb", "ma"))
     state = state_of(ledger, first, second, late)
-    assert state.unanswered(RUN, second.sequence) == [first.sequence, second.sequence]
     for said in (first, second):
+        assert state.unanswered(RUN, second.sequence) == said.sequence
         answer = judging.judge_commitment(ledger.facts, said)
         assert isinstance(answer, cycle_pb2.CommitmentAccepted)
         ledger.publish("commit", 1, "accepted", answer, answer.miner)
-        assert said.sequence not in state.unanswered(RUN, second.sequence)
-    assert state.unanswered(RUN, second.sequence) == []
-    assert state.unanswered(RUN, late.sequence) == [late.sequence], "it is refused as a second one, in its turn"
+    assert state.unanswered(RUN, second.sequence) is None
+    assert state.unanswered(RUN, late.sequence) == late.sequence, "it is refused as a second one, in its turn"
 
 
 def test_another_run_s_messages_are_not_waited_for(ledger: Ledger) -> None:
     state = state_of(ledger)
     state._pending["another"][1] = ledger.commitment("ma", 1)
-    assert state.unanswered(RUN, 1_000) == []
+    assert state.unanswered(RUN, 1_000) is None
+
+
+def test_waiting_for_many_looks_at_each_a_few_times(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [ledger.commitment(f"m{number}", 1) for number in range(200)]
+    state, looked = state_of(ledger, *said), list[int]()
+
+    def answered(_facts: object, fact: Fact) -> bool:
+        looked.append(fact.sequence)
+        return fact.sequence in done
+
+    monkeypatch.setattr(judging, "answered", answered)
+    done: set[int] = set()
+    # They are answered side by side, each in a lane of its own.
+    for fact in sorted(said, key=lambda fact: fact.sequence ^ 7):
+        assert state.unanswered(RUN, 1_000) is not None
+        done.add(fact.sequence)
+    assert state.unanswered(RUN, 1_000) is None
+    assert len(looked) < 3 * len(said)
 
 
 def test_what_goes_without_an_answer_is_not_waited_for(ledger: Ledger) -> None:
@@ -65,4 +82,4 @@ def test_what_goes_without_an_answer_is_not_waited_for(ledger: Ledger) -> None:
     state = state_of(ledger, first, *flood)
     for said in (first, *flood):
         state._count(said)
-    assert state.unanswered(RUN, 1_000) == [first.sequence]
+    assert state.unanswered(RUN, 1_000) == first.sequence
