@@ -49,10 +49,7 @@ class Committer:
     async def handle(self, record: Record) -> None:
         """Answer one message. Raises `Invalid` for what nobody can be answered about, `Retry` when something is away."""
         try:
-            fact = self._state.verified(record)
-            # `trained` is for the coordinator.
-            if fact.key.kind != "trained":
-                await self._answer(fact)
+            await self._answer(self._state.verified(record))
         except Invalid as error:
             if self._state.worth_a_letter(record, error):
                 raise
@@ -228,8 +225,6 @@ class Committer:
         """Answer a message that is put aside, if anybody can be answered about it: what is acknowledged ends in a verdict."""
         try:
             fact = self._state.verified(record)
-            if fact.key.kind == "trained":
-                return
             judging.known_run(self._state.runs.get(fact.run), fact.run)
         except Invalid:
             return

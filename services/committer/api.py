@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from connito.bus import Bus
@@ -23,6 +24,8 @@ from .state import FACTS, NAMING, State
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["SubmissionService"].full_name
 DIGESTS_PER_REQUEST = 16
+# Uploads of which an address was asked for.
+REMEMBERED = 100_000
 # Two clocks that are half an hour off, one each way, are let through.
 RECENT_MS = 7_200_000
 # No file of a base is larger; a length that a header cannot hold is none.
@@ -36,6 +39,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         self._bus, self._state, self._store = bus, state, store
         self._limit, self._presign_seconds = limit, presign_seconds
         self._downloads = Downloads(state, store)
+        self._asked: OrderedDict[str, None] = OrderedDict()
 
     async def RequestUpload(  # noqa: N802
         self, request: services_pb2.RequestUploadRequest, context: Any
@@ -53,10 +57,20 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
             raise
         # What the object is called in the store follows from digest and realm alone.
         artifact = command.artifact
-        if await self._store.stat(artifact) == artifact.size:
+        if self._may_be_there(command) and await self._store.stat(artifact) == artifact.size:
             return services_pb2.RequestUploadResponse(present=True)
         url, headers = self._store.presign_put(artifact, self._presign_seconds)
         return services_pb2.RequestUploadResponse(url=url, headers=headers)
+
+    def _may_be_there(self, command: services_pb2.UploadCommand) -> bool:
+        """Return whether the store is asked before an address is given: not for a submission that nobody has asked to upload.
+        What is there all the same is not stored twice, and its miner is told so then.
+        """
+        again = command.artifact.digest in self._asked
+        self._asked[command.artifact.digest] = None
+        if len(self._asked) > REMEMBERED:
+            self._asked.popitem(last=False)
+        return again or not command.run
 
     def _check_recent(self, envelope: Envelope) -> None:
         """Raise `Invalid` for a request signed hours ago: whoever overheard it gets no addresses with it for ever, and a miner

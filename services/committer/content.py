@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import OrderedDict
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from connito.errors import Invalid, ObjectDamaged
-from connito.protocol.coding import decoded
+from connito.errors import ConnitoError, Invalid, ObjectDamaged, ObjectMissing, Retry
+from connito.protocol.coding import decoded, is_coded
 from connito.protocol.findings import Refusal
 from connito.protocol.submission import read_header, validate_move
 from connito.runtime.logs import get_logger
@@ -23,7 +24,7 @@ from connito.wire.facts import RunFacts
 
 log = get_logger("committer.content")
 
-REMEMBERED = 10_000
+REMEMBERED, BASES = 10_000, 16
 
 
 class ContentCheck:
@@ -35,6 +36,8 @@ class ContentCheck:
     def __init__(self, store: ArtifactStore, slots: int) -> None:
         self._store = store
         self._slots = asyncio.Semaphore(slots)
+        # States that cycles began from, hashed when they were fetched. A refusal is never given by one of these alone.
+        self._bases: OrderedDict[str, Path] = OrderedDict()
         self._verdicts: OrderedDict[tuple[str, str, str], asyncio.Task[Refusal | None]] = OrderedDict()
 
     async def __call__(self, facts: RunFacts, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
@@ -63,23 +66,44 @@ class ContentCheck:
         await end_tasks(self._verdicts.values())
 
     async def _examine(self, facts: RunFacts, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
-        spec = facts.require_spec()
-        finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_UPLOADED, name=artifact.digest)
-        # What lies in the cache under this digest, perhaps in another realm, says nothing about the store.
+        async with self._slots:
+            try:
+                # What lies in the cache under this digest, perhaps in another realm, says nothing about the store.
+                path = await self._store.fetch(artifact, stored=True)
+            except (ObjectMissing, ObjectDamaged, Retry) as error:
+                return await self._not_as_said(artifact, error)
+            return await self._check(facts, path, base)
+
+    async def _not_as_said(self, artifact: ArtifactRef, error: ConnitoError) -> Refusal:
+        """Return the refusal of what is not in the store, or is something else there. Raises `error` for a fault of the store."""
         stored = await self._store.stat(artifact)
         if stored is None:
+            finding = Finding(kind=cycle_pb2.FINDING_KIND_NOT_UPLOADED, name=artifact.digest)
             return Refusal(reasons_pb2.REASON_ARTIFACT_MISSING, finding)
         if stored != artifact.size:
             finding = Finding(kind=cycle_pb2.FINDING_KIND_OTHER_SIZE, count=stored, limit=artifact.size)
             return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, finding)
-        async with self._slots:
-            try:
-                path = await self._store.fetch(artifact)
-            except ObjectDamaged as error:
-                # Nobody has looked at it before: these are the bytes that were uploaded.
-                return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, Refusal.of(error).finding)
-            start = await self._store.fetch(base)
-            return await asyncio.to_thread(check_artifact, str(path), str(start), spec, facts.require_selection())
+        if isinstance(error, ObjectDamaged):
+            # Nobody has looked at it before: these are the bytes that were uploaded.
+            return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, Refusal.of(error).finding)
+        raise error
+
+    async def _check(self, facts: RunFacts, path: Path, base: ArtifactRef) -> Refusal | None:
+        async def by(start: Path) -> Refusal | None:
+            spec, selection = facts.require_spec(), facts.require_selection()
+            refusal = await asyncio.to_thread(check_artifact, str(path), str(start), spec, selection)
+            self._bases[base.digest] = start
+            if len(self._bases) > BASES:
+                self._bases.popitem(last=False)
+            return refusal
+
+        known = self._bases.pop(base.digest, None)
+        if known is not None:
+            # It may be gone from the cache by now, or a disk return other bytes than before.
+            with suppress(ConnitoError, OSError):
+                if await by(known) is None:
+                    return None
+        return await by(await self._store.fetch(base))
 
 
 def check_artifact(path: str, base: str, spec: RunSpec, selection: SelectionMade) -> Refusal | None:
@@ -88,8 +112,12 @@ def check_artifact(path: str, base: str, spec: RunSpec, selection: SelectionMade
     """
     expected = read_header(base)
     try:
-        with tempfile.TemporaryDirectory(prefix="connito-examine-") as folder:
-            validate_move(decoded(Path(path), Path(base), spec.training, Path(folder)), expected, base, spec, selection)
+        with ExitStack() as stack:
+            rows = Path(path)
+            if is_coded(spec.training):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="connito-examine-")))
+                rows = decoded(rows, Path(base), spec.training, folder)
+            validate_move(rows, expected, base, spec, selection)
     except Exception as error:  # a hostile file must not be able to stop the service
         if here_and_now(error) is not None:
             raise

@@ -96,9 +96,9 @@ class State(PositionedLog):
         """Apply a record as `PositionedLog.apply` does, and keep reveals."""
         if record.stream == "INGRESS":
             self.heard[run_of(record.subject)].add(record)
-        if record.stream == "INGRESS" and self._without_an_answer(record):
-            self.read(record)
-            return None
+            if _for_others(record) or self._without_an_answer(record):
+                self.read(record)
+                return None
         try:
             new = super().apply(record)
         except Invalid:
@@ -254,7 +254,7 @@ class State(PositionedLog):
             except Invalid as error:
                 report("quota", key=owner_of(record), subject=record.subject, reason=error.reason, detail="no such run")
                 return True
-        return False
+        return _for_others(record)
 
     def _without_an_answer(self, record: Record) -> bool:
         facts = self.runs.get(run_of(record.subject)) if self._over else None
@@ -268,6 +268,11 @@ class State(PositionedLog):
 def owner_of(record: Record) -> str:
     """Return the key that alone may write on a message's subject."""
     return record.subject.split(".")[4]
+
+
+def _for_others(record: Record) -> bool:
+    """Return whether a message is the coordinator's to read, whatever is in it."""
+    return record.subject.endswith(".trained")
 
 
 def lane_of(record: Record) -> str:

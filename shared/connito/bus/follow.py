@@ -31,8 +31,9 @@ LOOK_SECONDS = 5.0
 BATCH, BATCH_BYTES = 256, 4 << 20
 # A replica that answers may be behind the one that hinted: look again this soon, then ever later, then wait for the next hint.
 SOON, LATE = 0.01, 0.5
-# So many looks in a row are free. Of a stream that never rests there are so many a second, and each takes what has gathered.
-FREE_LOOKS, LOOKS_PER_SECOND = 50.0, 25.0
+# So many looks in a row are free. Of a stream that never rests there are so many a second, without hints, and each takes what has
+# gathered, until so many find nothing.
+FREE_LOOKS, LOOKS_PER_SECOND, EMPTY_LOOKS = 50.0, 25.0, 10
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class _Reader:
         self.reached_end = reached_end
         self.live = False
         self.hint, self.hinted = asyncio.Event(), 0
-        self.free, self.looked_at = FREE_LOOKS, 0.0
+        self.free, self.looked_at, self.empty = FREE_LOOKS, 0.0, 0
         self.answers: asyncio.Queue[Any] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -130,43 +131,54 @@ class _Reader:
         """Read to the end again and again, through an inbox that no answer to an earlier question reaches."""
         nc, inbox, self.answers = self.connection.nc, self.connection.nc.new_inbox(), asyncio.Queue()
         self.connection.on_reconnect.append(self.hint.set)
-        subscriptions = []
+        hints, answers = None, None
         try:
-            subscriptions.append(await nc.subscribe(live(self.stream, self.filter), cb=self._on_hint))
-            subscriptions.append(await nc.subscribe(inbox, cb=self.answers.put))
+            answers = await nc.subscribe(inbox, cb=self.answers.put)
             delay = SOON
             while True:
-                await self._pace()
+                flooded = await self._pace()
+                if flooded and hints is not None:
+                    await hints.unsubscribe()
+                    hints = None
+                elif not flooded and hints is None:
+                    hints = await nc.subscribe(live(self.stream, self.filter), cb=self._on_hint)
                 self.hint.clear()
+                before = self.next_sequence
                 while await self._ask(inbox):
                     pass
+                self.empty = self.empty + 1 if self.next_sequence == before else 0
                 if not self.live:
                     self.live = True
                     await self.reached_end(self.stream)
-                delay = await self._rest(delay)
+                if not flooded:
+                    delay = await self._rest(delay)
         except (NatsError, OSError) as error:
             raise self.connection.explain(error, f"stream {self.stream}") from error
         finally:
             self.connection.on_reconnect.remove(self.hint.set)
             if not nc.is_closed:
-                for subscription in subscriptions:
+                for subscription in (hints, answers):
                     with suppress(NatsError):
-                        await subscription.unsubscribe()
+                        if subscription is not None:
+                            await subscription.unsubscribe()
 
     async def _on_hint(self, msg: Any) -> None:
         with suppress(ValueError):
             self.hinted = max(self.hinted, int((msg.headers or {}).get("Nats-Sequence", 0)))
         self.hint.set()
 
-    async def _pace(self) -> None:
-        """Wait a moment where one look has followed the other for long: a flood is read by the batch."""
+    async def _pace(self) -> bool:
+        """Wait a moment where one look has followed the other for long; return whether hints would tell nothing: a flood is
+        read by the batch.
+        """
         now = time.monotonic()
         self.free = min(FREE_LOOKS, self.free + (now - self.looked_at) * LOOKS_PER_SECOND) - 1
-        self.looked_at = now
-        if self.free < 0:
+        flooded = self.free < 0
+        if flooded:
             self.free = 0.0
             await asyncio.sleep(1 / LOOKS_PER_SECOND)
-            self.looked_at = time.monotonic()
+        self.looked_at = time.monotonic()
+        return flooded and self.empty < EMPTY_LOOKS
 
     async def _rest(self, delay: float) -> float:
         """Wait for a hint or for a while; return how long to wait next time, where what was hinted at is not there yet."""

@@ -197,10 +197,10 @@ class ArtifactStore:
             raise _damaged("get", ref)
         return data
 
-    async def fetch(self, ref: ArtifactRef, *, progress: Progress | None = None) -> Path:
+    async def fetch(self, ref: ArtifactRef, *, progress: Progress | None = None, stored: bool = False) -> Path:
         """Return the artifact as a read-only file in the local cache, verified. Raises `NotFound`,
         `VerificationFailed`, and `Invalid` naming the folder when the disk is full. `progress(done, total)` is called
-        from another thread.
+        from another thread. `stored`: raise `NotFound` also where the cache has it and the store has not.
         """
         key, downloaded = key_of(ref), False
 
@@ -218,6 +218,8 @@ class ArtifactStore:
         if downloaded:
             # What was in the cache says nothing about the store.
             self._answered("disk")
+        elif stored and await self.stat(ref) is None:
+            raise ObjectMissing(f"the store has no {ref.digest}")
         return path
 
     async def read_range(self, ref: ArtifactRef, start: int, length: int, sha256: str | None = None) -> bytes:

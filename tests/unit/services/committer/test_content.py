@@ -26,16 +26,20 @@ class Shelf:
     def __init__(self, folder: Path, good: bytes) -> None:
         self.good, self.upload = folder / "good", folder / "upload"
         self.good.write_bytes(good)
-        self.fetched = 0
+        self.fetched, self.began, self.size = 0, list[str](), 0
         self.states: dict[str, Path] = {}
         self.failure: Exception | None = None
 
     async def stat(self, ref: ArtifactRef) -> int | None:
-        return ref.size if self.upload.exists() else None
+        return (self.size or ref.size) if self.upload.exists() else None
 
-    async def fetch(self, ref: ArtifactRef) -> Path:
+    async def fetch(self, ref: ArtifactRef, *, stored: bool = False) -> Path:
         if ref.digest != artifact("ma", 1).digest:
+            self.began.append(ref.digest)
             return self.states.get(ref.digest, self.good)
+        assert stored, "what another realm has in the cache was not uploaded"
+        if not self.upload.exists():
+            raise ObjectMissing("nothing was uploaded")
         self.fetched += 1
         await asyncio.sleep(0)
         if self.failure is not None:
@@ -162,3 +166,41 @@ async def test_a_submission_is_measured_from_the_state_that_its_own_cycle_starte
     refusal = await check(facts, artifact("ma", 1), theta(1))
     assert refusal is not None
     assert refusal.reason == reasons_pb2.REASON_NORM_EXCEEDED
+
+
+async def test_the_state_of_a_cycle_is_hashed_once_and_again_before_a_refusal(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck
+) -> None:
+    shelf.upload.write_bytes(save(STATE))
+    for _ in range(3):
+        check._verdicts.clear()
+        assert await check(facts, artifact("ma", 1), theta(1)) is None
+    assert shelf.began == [theta(1).digest]
+    # The disk returns other bytes, from which this would be a leap; what is fetched anew is right again.
+    shelf.good.write_bytes(save({name: value * 9 for name, value in STATE.items()}))
+    shelf.states[theta(1).digest] = shelf.upload
+    check._verdicts.clear()
+    assert await check(facts, artifact("ma", 1), theta(1)) is None
+    assert shelf.began == [theta(1).digest] * 2
+
+
+async def test_a_state_that_is_gone_from_the_cache_is_fetched_again(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck
+) -> None:
+    shelf.upload.write_bytes(save(STATE))
+    assert await check(facts, artifact("ma", 1), theta(1)) is None
+    check._verdicts.clear()
+    shelf.states[theta(1).digest] = shelf.good.rename(shelf.good.with_name("again"))
+    assert await check(facts, artifact("ma", 1), theta(1)) is None
+
+
+@pytest.mark.parametrize("failure", [Retry("the download ended early"), ObjectDamaged("longer than it was said")])
+async def test_an_object_of_another_size_than_was_said_is_refused(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck, failure: Exception
+) -> None:
+    shelf.upload.write_bytes(save(STATE))
+    shelf.failure, shelf.size = failure, artifact("ma", 1).size - 1
+    refusal = await check(facts, artifact("ma", 1), theta(1))
+    assert refusal is not None
+    assert refusal.reason == reasons_pb2.REASON_DIGEST_MISMATCH
+    assert refusal.finding.count == shelf.size

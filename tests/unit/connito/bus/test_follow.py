@@ -1,0 +1,124 @@
+"""Following a stream: by hints while it rests, by the batch while it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from connito.bus import follow as following
+from connito.bus.follow import CaughtUp, follow
+from connito.wire.fact import Record
+
+from tests.sim.clockwork import VirtualLoop
+
+Callback = Callable[[Any], Awaitable[None]]
+
+
+class Client:
+    """A broker with one stream, and the connection to it."""
+
+    is_closed = False
+
+    def __init__(self) -> None:
+        self.stored: list[bytes] = []
+        self.listening: dict[str, Callback] = {}
+        self.hints = self.looks = 0
+        self.nc, self.on_reconnect = self, list[Callable[[], None]]()
+
+    def require(self) -> None:
+        """Stand."""
+
+    @contextmanager
+    def failure_of(self, _subject: str) -> Iterator[asyncio.Future[Exception]]:
+        yield asyncio.get_running_loop().create_future()
+
+    def new_inbox(self) -> str:
+        return "inbox"
+
+    async def subscribe(self, subject: str, cb: Callback) -> Any:
+        self.listening[subject] = cb
+
+        async def unsubscribe() -> None:
+            del self.listening[subject]
+
+        return SimpleNamespace(unsubscribe=unsubscribe)
+
+    async def publish(self, _subject: str, data: bytes, reply: str) -> None:
+        self.looks += 1
+        for number in range(json.loads(data)["seq"], len(self.stored) + 1):
+            headers = {
+                "Nats-Sequence": str(number),
+                "Nats-Subject": "connito.v1.r.run.0.created",
+                "Nats-Time-Stamp": "2026-11-26T13:16:43.779441275Z",
+            }
+            await self.listening[reply](SimpleNamespace(headers=headers, data=self.stored[number - 1]))
+        await self.listening[reply](SimpleNamespace(headers={"Status": "404"}, data=b""))
+
+    async def store(self, data: bytes) -> None:
+        self.stored.append(data)
+        await self.hint(len(self.stored))
+
+    async def hint(self, sequence: int) -> None:
+        for subject, hear in list(self.listening.items()):
+            if subject.startswith("live."):
+                self.hints += 1
+                await hear(SimpleNamespace(headers={"Nats-Sequence": str(sequence)}))
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[VirtualLoop]:
+    loop = VirtualLoop()
+    monkeypatch.setattr(following, "time", SimpleNamespace(monotonic=loop.time, time=loop.time))
+    yield loop
+    loop.close()
+
+
+def test_a_flood_is_read_without_hints_and_a_stream_at_rest_by_them(loop: VirtualLoop) -> None:
+    async def follow_it() -> None:
+        client = Client()
+        items = follow(client, ["RUNS"], "", {})  # type: ignore[arg-type]
+        assert isinstance(await anext(items), CaughtUp)
+        said = [str(number).encode() for number in range(5000)]
+
+        async def speak() -> None:
+            for data in said:
+                await client.store(data)
+                await asyncio.sleep(0.002)
+
+        speaking = asyncio.create_task(speak())
+        heard = [await anext(items) for _ in said]
+        await speaking
+        assert [record.data for record in heard if isinstance(record, Record)] == said
+        assert client.hints < len(said) / 20, "of each message nobody needs to hear"
+        assert client.looks < 10 * following.LOOKS_PER_SECOND + 2 * following.FREE_LOOKS
+        # At rest nobody looks more than now and then, and what comes is read at once.
+        await asyncio.sleep(10)
+        looks, hints, now = client.looks, client.hints, loop.time()
+        await client.store(b"later")
+        found = await anext(items)
+        assert isinstance(found, Record)
+        assert (found.data, client.hints, loop.time()) == (b"later", hints + 1, now)
+        await asyncio.sleep(10)
+        assert client.looks < looks + 10
+        await items.aclose()
+
+    loop.run_until_complete(follow_it())
+
+
+def test_hints_at_nothing_do_not_make_a_reader_busy(loop: VirtualLoop) -> None:
+    async def follow_it() -> None:
+        client = Client()
+        items = follow(client, ["RUNS"], "", {})  # type: ignore[arg-type]
+        assert isinstance(await anext(items), CaughtUp)
+        for _ in range(20_000):
+            await client.hint(0)
+            await asyncio.sleep(0.0005)
+        assert client.looks < 10 * following.LOOKS_PER_SECOND + 2 * following.FREE_LOOKS
+        await items.aclose()
+
+    loop.run_until_complete(follow_it())
