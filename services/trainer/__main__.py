@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from connito.runtime.compute import ComputeBudget
 from connito.service.engine import Decision, Engine
 from connito.service.lifecycle import Lifecycle
@@ -17,6 +15,7 @@ from .actions import Miner
 from .adapters import Downloads, Services
 from .adversary import choose
 from .handlers import STREAMS, decide
+from .own import Own
 from .settings import TrainerSettings
 from .state import Ledger
 from .strategy import Strategy
@@ -48,19 +47,31 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         settings.invite,
     )
 
+    # Who misbehaves looks at what others do.
+    own = Own(context.bus, me, log, ledger) if not strategy.name else None
+
     def on_fact(fact: Fact) -> None:
         if isinstance(fact.message, IngressHead):
             ledger.keep_receipt(fact.run, fact.message)
+        if own is not None:
+            own.notice(fact)
+
+    def decide_now(facts: RunFacts, now_ms: int) -> Decision:
+        if own is not None and not own.knows(facts.run):
+            return Decision()
+        return decide_with(me, ledger, strategy, facts, now_ms)
 
     engine = Engine(
-        context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy), miner.perform,
-        run=settings.run, on_fact=on_fact, kept=context.kept(STREAMS, settings.state_dir or settings.work_dir),
+        context.bus, log, STREAMS, decide_now, miner.perform, run=settings.run, on_fact=on_fact,
+        kept=context.kept(STREAMS, settings.state_dir or settings.work_dir), of_all=own is not None,
     )  # fmt: skip
     context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
     try:
         async with Lifecycle(context.stop) as life:
             life.start(engine.run())
             if await life.finishes(engine.caught_up.wait()):
+                if own is not None:
+                    life.start(own.follow(engine.take, engine.wake))
                 context.ready()
             await life.over()
     finally:

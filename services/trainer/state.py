@@ -46,6 +46,8 @@ class CycleProgress:
     told: tuple[str, ...] = ()
     # Where what was said stands in INGRESS, until the committer's receipt for it is kept.
     unreceipted: tuple[int, ...] = ()
+    # The same, for good: what is answered has an answer named after it.
+    places: tuple[int, ...] = ()
     # Losses of what the miner held back, the first before any step.
     evaluated: tuple[float, ...] = ()
 
@@ -114,7 +116,9 @@ class Ledger:
 
     def said(self, run: str, cycle: int, sequence: int, **changes: object) -> None:
         """Note that something was said, where it stands in INGRESS, and that its receipt is still to be kept."""
-        self.update(run, cycle, unreceipted=(*self.cycle(run, cycle).unreceipted, sequence), **changes)
+        mine = self.cycle(run, cycle)
+        places = {"unreceipted": (*mine.unreceipted, sequence), "places": (*mine.places, sequence)}
+        self.update(run, cycle, **places, **changes)
         if run in self._receipts:
             self.keep_receipt(run, self._receipts[run])
 
@@ -148,7 +152,7 @@ def read_progress(path: Path) -> CycleProgress:
     try:
         raw = json.loads(path.read_text())
         return CycleProgress(
-            **{**raw, **{name: tuple(raw.get(name, ())) for name in ("told", "unreceipted", "evaluated")}}
+            **{**raw, **{name: tuple(raw.get(name, ())) for name in ("told", "unreceipted", "places", "evaluated")}}
         )
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Invalid(f"{path} is not a miner's progress ({error!r}); remove its folder to skip that cycle") from error

@@ -19,7 +19,7 @@ from connito.bus.connection import Connection
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow, got, milliseconds
 from connito.bus.offences import report
-from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, STREAMS, stream_of
+from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, STREAMS, live, stream_of
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import metrics, tracing
 from connito.runtime.host import HOST, Host
@@ -258,15 +258,48 @@ class Bus:
     # Reading.
 
     def follow(
-        self, streams: Sequence[str], run: str = "", *, start: Mapping[str, int] | None = None
+        self, streams: Sequence[str], run: str = "", *, start: Mapping[str, int] | None = None, of_all: bool = False
     ) -> AsyncGenerator[Record | CaughtUp, None]:
         """Yield the records of `streams` (of one run, or of all), from the beginning or from the sequences in `start`.
 
         In order per stream, each message once; yields `CaughtUp` once, when everything that was stored at the start
         has been delivered. Goes on for ever, through restarts and stalls of the broker. Raises `Invalid` when this key
-        may not read and `Fatal` when the broker closes the connection for good.
+        may not read and `Fatal` when the broker closes the connection for good. `of_all`: what is said of all who take part,
+        and no answer to one of them; each fact as a whole.
         """
-        return follow(self._reading, streams, run, dict(start or {}))
+        items = follow(self._reading, streams, run, dict(start or {}), of_all=of_all)
+        return self._in_whole(items) if of_all else items
+
+    async def _in_whole(
+        self, items: AsyncGenerator[Record | CaughtUp, None]
+    ) -> AsyncGenerator[Record | CaughtUp, None]:
+        """Fetch the parts of facts in streams of which those are not followed."""
+        async with aclosing(items):
+            async for item in items:
+                if isinstance(item, CaughtUp) or not STREAMS[item.stream].of_all:
+                    yield item
+                else:
+                    yield await self._patiently_whole(item)
+
+    async def _patiently_whole(self, record: Record) -> Record:
+        while True:
+            try:
+                return await self.whole(record)
+            except Retry as error:
+                await asyncio.sleep(error.after)
+            except Invalid:
+                # Who applies it says so.
+                return record
+
+    async def hear(self, stream: str, subject: str, heard: Callable[[], None]) -> None:
+        """Call `heard` when something may have been stored on a subject, which may have wildcards, as long as this connection
+        lives. Hints get lost, and lie: look now and then all the same.
+        """
+
+        async def hint(_: object) -> None:
+            heard()
+
+        await self._reading.nc.subscribe(live(stream, subject), cb=hint)
 
     async def stored(self, streams: Sequence[str], run: str = "") -> AsyncGenerator[Record, None]:
         """Yield what is stored in `streams` now, as `follow` does, and end."""

@@ -72,7 +72,7 @@ def milliseconds(stamp: str) -> int:
 
 
 async def follow(
-    connection: Connection, streams: Sequence[str], run: str, start: Mapping[str, int]
+    connection: Connection, streams: Sequence[str], run: str, start: Mapping[str, int], *, of_all: bool = False
 ) -> AsyncGenerator[Record | CaughtUp, None]:
     """Follow streams as `Bus.follow` says."""
     queue: asyncio.Queue[Item] = asyncio.Queue(maxsize=2 * BATCH)
@@ -84,7 +84,8 @@ async def follow(
             if not behind:
                 await queue.put(CaughtUp())
 
-    readers = [_Reader(connection, name, run, start.get(name, 1), queue, reached_end) for name in streams]
+    filters = {name: STREAMS[name].filter(run, of_all=of_all) for name in streams}
+    readers = [_Reader(connection, name, filters[name], start.get(name, 1), queue, reached_end) for name in streams]
     tasks = [asyncio.create_task(reader.run()) for reader in readers]
     try:
         if not readers:
@@ -102,12 +103,18 @@ class _Reader:
     """Follows one stream into a queue."""
 
     def __init__(
-        self, connection: Connection, stream: str, run: str, start: int, queue: asyncio.Queue[Item], reached_end: Any
+        self,
+        connection: Connection,
+        stream: str,
+        filter_: str,
+        start: int,
+        queue: asyncio.Queue[Item],
+        reached_end: Any,
     ) -> None:
         self.connection, self.stream, self.queue = connection, stream, queue
         self.subject = f"$JS.API.DIRECT.GET.{stream}"
-        self.filter = STREAMS[stream].filter(run)
-        self.narrow = bool(run or STREAMS[stream].beside)
+        self.filter = filter_
+        self.narrow = filter_ != STREAMS[stream].filter() or bool(STREAMS[stream].beside)
         self.next_sequence = start
         self.reached_end = reached_end
         self.live = False

@@ -35,10 +35,15 @@ class Stream:
     max_per_subject: int = -1
     # Subjects that are stored too, and not followed.
     beside: tuple[str, ...] = ()
+    # What is said of all who take part, where the stream has an answer for each of them too.
+    of_all: str = ""
 
-    def filter(self, run: str = "") -> str:
-        """Return the subject filter for one run, or for all. Raises `Invalid` for what cannot be a run's id."""
-        return self.subject.format(run=check_token(run, "run id") if run else "*")
+    def filter(self, run: str = "", *, of_all: bool = False) -> str:
+        """Return the subject filter for one run, or for all; `of_all`: without answers to one miner, and without parts of facts.
+        Raises `Invalid` for what cannot be a run's id.
+        """
+        subject = (of_all and self.of_all) or self.subject
+        return subject.format(run=check_token(run, "run id") if run else "*")
 
 
 def live(stream: str, subject: str) -> str:
@@ -57,13 +62,19 @@ class Durable:
     max_ack_pending: int = -1
 
 
+def _answers(name: str) -> Stream:
+    """Return the stream of a window in which each miner is answered."""
+    window = f"{ROOT}.{{run}}.{name.lower()}"
+    return Stream(name, f"{window}.>", max_message_bytes=MAX_FACT_BYTES, of_all=f"{window}.*.*")
+
+
 STREAMS: dict[str, Stream] = {
     stream.name: stream
     for stream in (
         Stream("RUNS", f"{ROOT}.{{run}}.run.>", max_message_bytes=MAX_FACT_BYTES),
         Stream("TRAIN", f"{ROOT}.{{run}}.train.>", max_message_bytes=MAX_FACT_BYTES),
-        Stream("COMMIT", f"{ROOT}.{{run}}.commit.>", max_message_bytes=MAX_FACT_BYTES),
-        Stream("SUBMIT", f"{ROOT}.{{run}}.submit.>", max_message_bytes=MAX_FACT_BYTES),
+        _answers("COMMIT"),
+        _answers("SUBMIT"),
         Stream("VALIDATE", f"{ROOT}.{{run}}.validate.>", max_message_bytes=MAX_FACT_BYTES),
         Stream("MERGE", f"{ROOT}.{{run}}.merge.>", max_message_bytes=MAX_FACT_BYTES),
         Stream("LIBRARY", f"{ROOT}.{{run}}.library.>", max_message_bytes=MAX_FACT_BYTES),

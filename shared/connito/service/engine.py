@@ -94,10 +94,12 @@ class Engine(Listener):
         on_fact: Callable[[Fact], None] | None = None,
         service: str = "",
         kept: Kept | None = None,
+        of_all: bool = False,
     ) -> None:
+        """Decide on what is followed: `of_all`, without answers to single miners, of which who needs one gives it to `take`."""
         self.caught_up = asyncio.Event()
         self.log = facts
-        self._bus, self._streams, self._run = bus, tuple(streams), run
+        self._bus, self._streams, self._run, self._of_all = bus, tuple(streams), run, of_all
         self._decide, self._perform, self._on_fact = decide, perform, on_fact
         self._clock = clock or (lambda: round(bus.host.monotonic() * 1000))
         self._changed: set[str] = set()
@@ -156,7 +158,7 @@ class Engine(Listener):
         if not self._run and "RUNS" in self._streams:
             self._unbegun = Unbegun(self._keeping.kept, self.log.runs)
         try:
-            async for item in self._bus.follow(self._streams, self._run, start=start):
+            async for item in self._bus.follow(self._streams, self._run, start=start, of_all=self._of_all):
                 if isinstance(item, CaughtUp):
                     self._keeping.keep()
                     self.caught_up.set()
@@ -168,6 +170,10 @@ class Engine(Listener):
                 self._keeping.read(item)
         finally:
             self._keeping.kept.close()
+
+    def take(self, record: Record) -> None:
+        """Apply what was looked up and not followed."""
+        self._apply(record)
 
     def _apply(self, record: Record) -> None:
         try:

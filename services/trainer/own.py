@@ -1,0 +1,98 @@
+"""Answers to this miner, each looked up where it stands: what the committer tells everybody else is not read.
+
+A miner follows what is said of all (windows, settlements, versions). Its own acceptances and refusals have subjects that it knows
+beforehand, by its key and by where its messages stand in INGRESS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from connito.bus import Bus
+from connito.errors import Retry
+from connito.wire import subjects
+from connito.wire.fact import Fact, Record
+from connito.wire.facts import RunFacts
+from connito.wire.log import Log
+
+from .state import Ledger
+
+WINDOWS = ("commit", "submit")
+LOOK_SECONDS = 5.0
+# Of a settled window all answers are there; a replica of the broker may be a moment behind.
+LAST_LOOK_SECONDS = 2 * LOOK_SECONDS
+
+
+class Own:
+    """Gives the engine (`take`) what is said to `me` in the cycles that may still matter, and wakes it then."""
+
+    def __init__(self, bus: Bus, me: str, log: Log, ledger: Ledger) -> None:
+        self._bus, self._me, self._log, self._ledger = bus, me, log, ledger
+        self._due, self._began = asyncio.Event(), set[str]()
+        # When a window was first seen to be settled.
+        self._settled = dict[tuple[str, str, int], float]()
+
+    def knows(self, run: str) -> bool:
+        """Return whether what was said of this miner before it started is known."""
+        return run in self._began
+
+    def notice(self, fact: Fact) -> None:
+        """Look soon: something was decided, or a run begins."""
+        if fact.key.kind in ("created", "opened", "settled"):
+            self._due.set()
+
+    async def follow(self, take: Callable[[Record], None], wake: Callable[[str], None]) -> None:
+        """Look whenever there may be an answer, until cancelled."""
+        for window in WINDOWS:
+            subject = f"{subjects.ROOT}.*.{window}.*.accepted.{self._me}"
+            await self._bus.hear(window.upper(), subject, self._due.set)
+        while True:
+            self._due.clear()
+            try:
+                for run in list(self._log.runs):
+                    await self._look(self._log.runs[run], take)
+                    if run not in self._began:
+                        self._began.add(run)
+                        wake(run)
+            except Retry as error:
+                await asyncio.sleep(error.after)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._due.wait()
+
+    async def _look(self, facts: RunFacts, take: Callable[[Record], None]) -> None:
+        if facts.spec is None or facts.ended is not None:
+            return
+        for cycle in facts.recent:
+            for window in WINDOWS:
+                for kind, id_ in self._open_questions(facts, window, cycle):
+                    place = subjects.fact(facts.run, window, cycle, kind, id_)
+                    record = await self._bus.look(window.upper(), last_by_subj=place)
+                    if record is not None:
+                        take(record)
+
+    def _open_questions(self, facts: RunFacts, window: str, cycle: int) -> Iterator[tuple[str, str]]:
+        """Yield kinds and ids of facts that may be there and are not known; refusals only where nothing was accepted."""
+        view, settled = facts.window(window, cycle), facts.window(window, cycle).settled
+        if view.opened is None or (settled is not None and self._too_late(facts.run, window, cycle)):
+            return
+        places = [place for one in (cycle - 1, cycle) for place in self._ledger.cycle(facts.run, one).places]
+        if not facts.has(window, cycle, "accepted", self._me) and (places or not self.knows(facts.run)):
+            yield "accepted", self._me
+        if settled is None:
+            answered = facts.has(window, cycle, "accepted", self._me)
+        else:
+            answered = self._me in (*settled.committed, *(entry.miner for entry in settled.submissions))
+        if settled is not None:
+            # What never came.
+            places.append(0)
+        for place in () if answered else places:
+            if view.refusal(self._me, place) is None:
+                yield "refused", f"{self._me}-{place}"
+
+    def _too_late(self, run: str, window: str, cycle: int) -> bool:
+        now = self._bus.host.monotonic()
+        return now > self._settled.setdefault((run, window, cycle), now) + LAST_LOOK_SECONDS
