@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from connito.runtime.compute import ComputeBudget
 from connito.service.engine import Decision, Engine
 from connito.service.lifecycle import Lifecycle
@@ -56,14 +58,9 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         if own is not None:
             own.notice(fact)
 
-    def decide_now(facts: RunFacts, now_ms: int) -> Decision:
-        if own is not None and not own.knows(facts.run):
-            return Decision()
-        return decide_with(me, ledger, strategy, facts, now_ms)
-
     engine = Engine(
-        context.bus, log, STREAMS, decide_now, miner.perform, run=settings.run, on_fact=on_fact,
-        kept=context.kept(STREAMS, settings.state_dir or settings.work_dir), of_all=own is not None,
+        context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy, own), miner.perform, run=settings.run,
+        on_fact=on_fact, kept=context.kept(STREAMS, settings.state_dir or settings.work_dir), of_all=own is not None,
     )  # fmt: skip
     context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
     try:
@@ -79,8 +76,12 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
         ledger.close()
 
 
-def decide_with(me: str, ledger: Ledger, strategy: Strategy, facts: RunFacts, _now_ms: int) -> Decision:
-    """Return the decision of `decide` on the content of the work folder."""
+def decide_with(
+    me: str, ledger: Ledger, strategy: Strategy, own: Own | None, facts: RunFacts, _now_ms: int
+) -> Decision:
+    """Return the decision of `decide` on the content of the work folder; nothing before this miner's own answers are known."""
+    if own is not None and not own.knows(facts.run):
+        return Decision()
     return decide(facts, me, ledger.progress(facts.run), strategy)
 
 

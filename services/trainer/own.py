@@ -45,15 +45,16 @@ class Own:
 
     async def follow(self, take: Callable[[Record], None], wake: Callable[[str], None]) -> None:
         """Look whenever there may be an answer, until cancelled."""
-        for window in WINDOWS:
-            subject = f"{subjects.ROOT}.*.{window}.*.accepted.{self._me}"
-            await self._bus.hear(window.upper(), subject, self._due.set)
+        heard = False
         while True:
             self._due.clear()
             try:
-                for run in list(self._log.runs):
-                    await self._look(self._log.runs[run], take)
-                    if run not in self._began:
+                if not heard:
+                    await self._hear()
+                    heard = True
+                for run, facts in list(self._log.runs.items()):
+                    await self._look(facts, take)
+                    if run not in self._began and facts.spec is not None:
                         self._began.add(run)
                         wake(run)
             except Retry as error:
@@ -62,6 +63,11 @@ class Own:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._due.wait()
+
+    async def _hear(self) -> None:
+        for window in WINDOWS:
+            subject = f"{subjects.ROOT}.*.{window}.*.accepted.{self._me}"
+            await self._bus.hear(window.upper(), subject, self._due.set)
 
     async def _look(self, facts: RunFacts, take: Callable[[Record], None]) -> None:
         if facts.spec is None or facts.ended is not None:

@@ -99,6 +99,16 @@ class Weather:
     behind: float = 0.0
 
 
+def _matches(subject: str, pattern: str) -> bool:
+    parts, wanted = subject.split("."), pattern.split(".")
+    if wanted[-1] == ">":
+        wanted = wanted[:-1]
+        parts, longer = parts[: len(wanted)], len(parts) > len(wanted)
+        if not longer:
+            return False
+    return len(parts) == len(wanted) and all(two in ("*", one) for one, two in zip(parts, wanted, strict=True))
+
+
 class Broker:
     def __init__(self, loop: VirtualLoop, rng: Random, weather: Weather) -> None:
         self.loop, self.rng, self.weather = loop, rng, weather
@@ -228,12 +238,13 @@ class Broker:
         if "last_by_subj" in body:
             found = [one for one in log if one.record.subject == body["last_by_subj"]]
             return [(found[-1].record.data, found[-1].headers)] if found else absent
-        batch = log[body["seq"] - 1 :][: body.get("batch", 1)]
+        wanted = [one for one in log[body["seq"] - 1 :] if _matches(one.record.subject, body.get("next_by_subj", ">"))]
+        batch = wanted[: body.get("batch", 1)]
         if not batch:
             return absent
         if "batch" not in body:
             return [(batch[0].record.data, batch[0].headers)]
-        left = len(log) - batch[-1].record.sequence
+        left = len(wanted) - len(batch)
         messages = [(one.record.data, one.headers) for one in batch]
         return [*messages, (b"", {"Status": "204", "Nats-Num-Pending": str(left)})]
 

@@ -56,6 +56,7 @@ from services.trainer.__main__ import decide_with
 from services.trainer.actions import Miner
 from services.trainer.adapters import Services
 from services.trainer.handlers import STREAMS as MINER_STREAMS
+from services.trainer.own import Own
 from services.trainer.state import Ledger
 from services.trainer.strategy import HONEST
 from services.validator.__main__ import main as validator_main
@@ -460,10 +461,19 @@ class World:
             downloads = cast(Any, MinersDownloads(services, self, node.folder / "cache"))
             trainer = toy.Trainer(node.process.rng)
             miner = Miner(bus, services, downloads, ledger, trainer, HONEST, lambda run: log.runs[run], node.name, "")
-            await Engine(
-                bus, log, MINER_STREAMS, lambda facts, now: decide_with(me, ledger, HONEST, facts, now), miner.perform,
-                clock=bus.host.now_ms, kept=context.kept(MINER_STREAMS),
-            ).run()  # fmt: skip
+            own = Own(bus, me, log, ledger)
+            engine = Engine(
+                bus, log, MINER_STREAMS, functools.partial(decide_with, me, ledger, HONEST, own), miner.perform,
+                on_fact=own.notice, clock=bus.host.now_ms, kept=context.kept(MINER_STREAMS), of_all=True,
+            )  # fmt: skip
+
+            async def look() -> None:
+                await engine.caught_up.wait()
+                await own.follow(engine.take, engine.wake)
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(engine.run())
+                group.create_task(look())
         finally:
             ledger.close()
 

@@ -293,13 +293,16 @@ class Bus:
 
     async def hear(self, stream: str, subject: str, heard: Callable[[], None]) -> None:
         """Call `heard` when something may have been stored on a subject, which may have wildcards, as long as this connection
-        lives. Hints get lost, and lie: look now and then all the same.
+        lives. Hints get lost, and lie: look now and then all the same. Raises `Retry`.
         """
 
         async def hint(_: object) -> None:
             heard()
 
-        await self._reading.nc.subscribe(live(stream, subject), cb=hint)
+        try:
+            await self._reading.nc.subscribe(live(stream, subject), cb=hint)
+        except (NatsError, OSError) as error:
+            raise self._reading.explain(error, f"stream {stream}") from error
 
     async def stored(self, streams: Sequence[str], run: str = "") -> AsyncGenerator[Record, None]:
         """Yield what is stored in `streams` now, as `follow` does, and end."""
