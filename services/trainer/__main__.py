@@ -5,22 +5,18 @@ from __future__ import annotations
 from functools import partial
 
 from connito.runtime.compute import ComputeBudget
-from connito.service.engine import Decision, Engine
+from connito.service.engine import Engine
 from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
-from connito.v1.run_pb2 import IngressHead
-from connito.wire.fact import Fact
-from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 
 from .actions import Miner
 from .adapters import Downloads, Services
 from .adversary import choose
-from .handlers import STREAMS, decide
-from .own import Own
+from .handlers import STREAMS
+from .own import Own, decide_with
 from .settings import TrainerSettings
 from .state import Ledger
-from .strategy import Strategy
 from .training import LocalTrainer
 
 
@@ -50,39 +46,24 @@ async def main(context: ServiceContext[TrainerSettings]) -> None:
     )
 
     # Who misbehaves looks at what others do.
-    own = Own(context.bus, me, log, ledger) if not strategy.name else None
-
-    def on_fact(fact: Fact) -> None:
-        if isinstance(fact.message, IngressHead):
-            ledger.keep_receipt(fact.run, fact.message)
-        if own is not None:
-            own.notice(fact)
+    own = Own(context.bus, me, log, ledger, all_follow=bool(strategy.name))
 
     engine = Engine(
         context.bus, log, STREAMS, partial(decide_with, me, ledger, strategy, own), miner.perform, run=settings.run,
-        on_fact=on_fact, kept=context.kept(STREAMS, settings.state_dir or settings.work_dir), of_all=own is not None,
+        on_fact=own.notice, kept=context.kept(STREAMS, settings.state_dir or settings.work_dir), of_all=not strategy.name,
     )  # fmt: skip
     context.log.info("miner", key=me, label=settings.label, work_dir=str(settings.work_dir))
     try:
         async with Lifecycle(context.stop) as life:
             life.start(engine.run())
             if await life.finishes(engine.caught_up.wait()):
-                if own is not None:
+                if not strategy.name:
                     life.start(own.follow(engine.take, engine.wake))
                 context.ready()
             await life.over()
     finally:
         await services.close()
         ledger.close()
-
-
-def decide_with(
-    me: str, ledger: Ledger, strategy: Strategy, own: Own | None, facts: RunFacts, _now_ms: int
-) -> Decision:
-    """Return the decision of `decide` on the content of the work folder; nothing before this miner's own answers are known."""
-    if own is not None and not own.knows(facts.run):
-        return Decision()
-    return decide(facts, me, ledger.progress(facts.run), strategy)
 
 
 if __name__ == "__main__":

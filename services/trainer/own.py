@@ -12,12 +12,16 @@ from contextlib import suppress
 
 from connito.bus import Bus
 from connito.errors import Retry
+from connito.service.engine import Decision
+from connito.v1.run_pb2 import IngressHead
 from connito.wire import subjects
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 
+from .handlers import decide
 from .state import Ledger
+from .strategy import Strategy
 
 WINDOWS = ("commit", "submit")
 LOOK_SECONDS = 5.0
@@ -26,20 +30,25 @@ LAST_LOOK_SECONDS = 2 * LOOK_SECONDS
 
 
 class Own:
-    """Gives the engine (`take`) what is said to `me` in the cycles that may still matter, and wakes it then."""
+    """Gives the engine (`take`) what is said to `me` in the cycles that may still matter, and wakes it then.
 
-    def __init__(self, bus: Bus, me: str, log: Log, ledger: Ledger) -> None:
-        self._bus, self._me, self._log, self._ledger = bus, me, log, ledger
+    `all_follow`: the engine follows what is said to everybody, and there is nothing to look up.
+    """
+
+    def __init__(self, bus: Bus, me: str, log: Log, ledger: Ledger, *, all_follow: bool = False) -> None:
+        self._bus, self._me, self._log, self._ledger, self._all_follow = bus, me, log, ledger, all_follow
         self._due, self._began = asyncio.Event(), set[str]()
         # When a window was first seen to be settled.
         self._settled = dict[tuple[str, str, int], float]()
 
     def knows(self, run: str) -> bool:
         """Return whether what was said of this miner before it started is known."""
-        return run in self._began
+        return self._all_follow or run in self._began
 
     def notice(self, fact: Fact) -> None:
-        """Look soon: something was decided, or a run begins."""
+        """Look soon where something was decided, or a run begins; keep a receipt."""
+        if isinstance(fact.message, IngressHead):
+            self._ledger.keep_receipt(fact.run, fact.message)
         if fact.key.kind in ("created", "opened", "settled"):
             self._due.set()
 
@@ -102,3 +111,8 @@ class Own:
     def _too_late(self, run: str, window: str, cycle: int) -> bool:
         now = self._bus.host.monotonic()
         return now > self._settled.setdefault((run, window, cycle), now) + LAST_LOOK_SECONDS
+
+
+def decide_with(me: str, ledger: Ledger, strategy: Strategy, own: Own, facts: RunFacts, _now_ms: int) -> Decision:
+    """Return the decision of `decide` on the content of the work folder; nothing before this miner's own answers are known."""
+    return decide(facts, me, ledger.progress(facts.run), strategy) if own.knows(facts.run) else Decision()

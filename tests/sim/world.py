@@ -52,11 +52,10 @@ from services.committer.__main__ import main as committer_main
 from services.committer.settings import CommitterSettings
 from services.coordinator.__main__ import main as coordinator_main
 from services.coordinator.settings import CoordinatorSettings
-from services.trainer.__main__ import decide_with
 from services.trainer.actions import Miner
 from services.trainer.adapters import Services
 from services.trainer.handlers import STREAMS as MINER_STREAMS
-from services.trainer.own import Own
+from services.trainer.own import Own, decide_with
 from services.trainer.state import Ledger
 from services.trainer.strategy import HONEST
 from services.validator.__main__ import main as validator_main

@@ -17,9 +17,9 @@ from nats.js.errors import NotFoundError
 
 from connito.bus.connection import Connection
 from connito.bus.consume import Worker
-from connito.bus.follow import CaughtUp, follow, got, milliseconds
+from connito.bus.follow import CaughtUp, follow, got, hear, in_whole, milliseconds
 from connito.bus.offences import report
-from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, STREAMS, live, stream_of
+from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, STREAMS, stream_of
 from connito.errors import Fatal, Invalid, Retry
 from connito.runtime import metrics, tracing
 from connito.runtime.host import HOST, Host
@@ -40,12 +40,6 @@ log = get_logger("bus")
 
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 PUBLISH_SECONDS = 8.0
-
-
-def _tls_of(settings_or_url: object) -> Tls:
-    tls = getattr(settings_or_url, "tls", PLAIN)
-    assert isinstance(tls, Tls)
-    return tls
 
 
 class _HasNatsUrl(Protocol):
@@ -80,7 +74,8 @@ class Bus:
         by itself, however long the broker is away.
         """
         url = settings_or_url if isinstance(settings_or_url, str) else settings_or_url.nats_url
-        tls = tls if tls is not None else _tls_of(settings_or_url)
+        tls = tls if tls is not None else getattr(settings_or_url, "tls", PLAIN)
+        assert isinstance(tls, Tls)
         passes = identity.passes if identity is not None else ()
         connections = [Connection(url, identity, name, tls, token) for token in passes or ("",)]
         async with AsyncExitStack() as opened:
@@ -264,45 +259,14 @@ class Bus:
 
         In order per stream, each message once; yields `CaughtUp` once, when everything that was stored at the start
         has been delivered. Goes on for ever, through restarts and stalls of the broker. Raises `Invalid` when this key
-        may not read and `Fatal` when the broker closes the connection for good. `of_all`: what is said of all who take part,
-        and no answer to one of them; each fact as a whole.
+        may not read, `Fatal` when the broker closes the connection for good. `of_all`: no answers to single miners.
         """
         items = follow(self._reading, streams, run, dict(start or {}), of_all=of_all)
-        return self._in_whole(items) if of_all else items
-
-    async def _in_whole(
-        self, items: AsyncGenerator[Record | CaughtUp, None]
-    ) -> AsyncGenerator[Record | CaughtUp, None]:
-        """Fetch the parts of facts in streams of which those are not followed."""
-        async with aclosing(items):
-            async for item in items:
-                if isinstance(item, CaughtUp) or not STREAMS[item.stream].of_all:
-                    yield item
-                else:
-                    yield await self._patiently_whole(item)
-
-    async def _patiently_whole(self, record: Record) -> Record:
-        while True:
-            try:
-                return await self.whole(record)
-            except Retry as error:
-                await asyncio.sleep(error.after)
-            except Invalid:
-                # Who applies it says so.
-                return record
+        return in_whole(items, self.whole) if of_all else items
 
     async def hear(self, stream: str, subject: str, heard: Callable[[], None]) -> None:
-        """Call `heard` when something may have been stored on a subject, which may have wildcards, as long as this connection
-        lives. Hints get lost, and lie: look now and then all the same. Raises `Retry`.
-        """
-
-        async def hint(_: object) -> None:
-            heard()
-
-        try:
-            await self._reading.nc.subscribe(live(stream, subject), cb=hint)
-        except (NatsError, OSError) as error:
-            raise self._reading.explain(error, f"stream {stream}") from error
+        """Call `heard` when something may have been stored on a subject, which may have wildcards. Raises `Retry`."""
+        await hear(self._reading, stream, subject, heard)
 
     async def stored(self, streams: Sequence[str], run: str = "") -> AsyncGenerator[Record, None]:
         """Yield what is stored in `streams` now, as `follow` does, and end."""
@@ -326,11 +290,10 @@ class Bus:
         """Process a durable consumer's messages until cancelled, `concurrency` at once.
 
         `Retry` from the handler: again after a growing delay. `Invalid`: a signed copy to the DLQ, and done. `Fatal` is raised
-        here. Anything else: again, and after a few times as `Invalid`. While messages are here, the broker is told so
-        every `heartbeat` seconds (a third of the consumer's acknowledgement time unless given).
+        here. Anything else: again, and after a few times as `Invalid`. Every `heartbeat` seconds the broker hears what is here.
 
-        Without `lane` every replica takes a share. With it, messages of one lane are handled one at a time and in order, and
-        lanes take turns; then one replica may consume at a time (`Lease`). What `skip` says so of is done without being handled.
+        Without `lane` every replica takes a share. With it, messages of one lane are handled one at a time and in order;
+        then one replica may consume at a time (`Lease`). What `skip` says so of is done without being handled.
         `aside` is told of a message whose handler failed, or ended the process, too often, before its dead letter is written.
         """
 

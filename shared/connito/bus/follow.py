@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -97,6 +97,41 @@ async def follow(
             yield item
     finally:
         await end_tasks(tasks)
+
+
+async def in_whole(
+    items: AsyncGenerator[Record | CaughtUp, None], whole: Callable[[Record], Awaitable[Record]]
+) -> AsyncGenerator[Record | CaughtUp, None]:
+    """Yield the same, each fact with its parts where those are not followed."""
+    async with aclosing(items):
+        async for item in items:
+            if isinstance(item, CaughtUp) or not STREAMS[item.stream].of_all:
+                yield item
+            else:
+                yield await _patiently(item, whole)
+
+
+async def _patiently(record: Record, whole: Callable[[Record], Awaitable[Record]]) -> Record:
+    while True:
+        try:
+            return await whole(record)
+        except Retry as error:
+            await asyncio.sleep(error.after)
+        except Invalid:
+            # Who applies it says so.
+            return record
+
+
+async def hear(connection: Connection, stream: str, subject: str, heard: Callable[[], None]) -> None:
+    """Call `heard` at every hint about a subject, as long as the connection lives. Hints get lost, and lie."""
+
+    async def hint(_: object) -> None:
+        heard()
+
+    try:
+        await connection.nc.subscribe(live(stream, subject), cb=hint)
+    except (NatsError, OSError) as error:
+        raise connection.explain(error, f"stream {stream}") from error
 
 
 class _Reader:

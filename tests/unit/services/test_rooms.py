@@ -20,7 +20,7 @@ PERFORMING = {
     "coordinator": {"admission", "reading", "tenancy"},
     "committer": {"content", "downloads"},
     "library": {"joining"},
-    "trainer": {"adversary", "base", "evaluation", "feedback", "strategy", "training"},
+    "trainer": {"adversary", "base", "evaluation", "feedback", "own", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {
         "access", "artifacts", "cards", "charts", "experts", "figures", "heatmap", "history", "lineage", "pages", "views",
