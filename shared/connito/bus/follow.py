@@ -31,9 +31,9 @@ LOOK_SECONDS = 5.0
 BATCH, BATCH_BYTES = 256, 4 << 20
 # A replica that answers may be behind the one that hinted: look again this soon, then ever later, then wait for the next hint.
 SOON, LATE = 0.01, 0.5
-# So many looks in a row are free. Of a stream that never rests there are so many a second, without hints, and each takes what has
-# gathered, until so many find nothing.
-FREE_LOOKS, LOOKS_PER_SECOND, EMPTY_LOOKS = 50.0, 25.0, 10
+# So many looks in a row are free. Of a stream that never rests there are so many a second, and each takes what has gathered;
+# where that is many, on average, nobody needs hints.
+FREE_LOOKS, LOOKS_PER_SECOND, MANY = 50.0, 25.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _Reader:
         self.reached_end = reached_end
         self.live = False
         self.hint, self.hinted = asyncio.Event(), 0
-        self.free, self.looked_at, self.empty = FREE_LOOKS, 0.0, 0
+        self.free, self.looked_at, self.gained, self.taken = FREE_LOOKS, 0.0, 0.0, 0
         self.answers: asyncio.Queue[Any] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -184,11 +184,13 @@ class _Reader:
                     hints = None
                 elif not flooded and hints is None:
                     hints = await nc.subscribe(live(self.stream, self.filter), cb=self._on_hint)
+                    # What came just before may be where no replica that answers has it yet.
+                    self.hinted = self.next_sequence if self.live else 0
                 self.hint.clear()
-                before = self.next_sequence
+                before = self.taken
                 while await self._ask(inbox):
                     pass
-                self.empty = self.empty + 1 if self.next_sequence == before else 0
+                self.gained += (min(self.taken - before, 10 * MANY) - self.gained) / 10
                 if not self.live:
                     self.live = True
                     await self.reached_end(self.stream)
@@ -220,7 +222,7 @@ class _Reader:
             self.free = 0.0
             await asyncio.sleep(1 / LOOKS_PER_SECOND)
         self.looked_at = time.monotonic()
-        return flooded and self.empty < EMPTY_LOOKS
+        return flooded and self.gained >= MANY
 
     async def _rest(self, delay: float) -> float:
         """Wait for a hint or for a while; return how long to wait next time, where what was hinted at is not there yet."""
@@ -281,6 +283,7 @@ class _Reader:
                 f"the broker answers {record.sequence} of {self.stream} where {self.next_sequence} was asked for"
             )
         await self.queue.put(record)
+        self.taken += 1
         self.next_sequence = record.sequence + 1
         metrics.EVENTS_RECEIVED.labels(self.stream).inc()
         if self.live:

@@ -83,7 +83,7 @@ def test_a_flood_is_read_without_hints_and_a_stream_at_rest_by_them(loop: Virtua
         client = Client()
         items = follow(client, ["RUNS"], "", {})  # type: ignore[arg-type]
         assert isinstance(await anext(items), CaughtUp)
-        said = [str(number).encode() for number in range(5000)]
+        said = [str(number).encode() for number in range(1500)]
 
         async def speak() -> None:
             for data in said:
@@ -94,8 +94,8 @@ def test_a_flood_is_read_without_hints_and_a_stream_at_rest_by_them(loop: Virtua
         heard = [await anext(items) for _ in said]
         await speaking
         assert [record.data for record in heard if isinstance(record, Record)] == said
-        assert client.hints < len(said) / 20, "of each message nobody needs to hear"
-        assert client.looks < 10 * following.LOOKS_PER_SECOND + 2 * following.FREE_LOOKS
+        assert client.hints < len(said) / 5, "of each message nobody needs to hear"
+        assert client.looks < 3 * following.LOOKS_PER_SECOND + 2 * following.FREE_LOOKS
         # At rest nobody looks more than now and then, and what comes is read at once.
         await asyncio.sleep(10)
         looks, hints, now = client.looks, client.hints, loop.time()
@@ -110,15 +110,36 @@ def test_a_flood_is_read_without_hints_and_a_stream_at_rest_by_them(loop: Virtua
     loop.run_until_complete(follow_it())
 
 
+def test_a_stream_of_a_few_messages_a_second_is_read_by_hints(loop: VirtualLoop) -> None:
+    async def follow_it() -> None:
+        client = Client()
+        items = follow(client, ["RUNS"], "", {})  # type: ignore[arg-type]
+        assert isinstance(await anext(items), CaughtUp)
+        # After a flood, too.
+        for number in range(900):
+            await client.store(b"")
+            await anext(items)
+            await asyncio.sleep(0.002 if number < 700 else 0.2)
+        looks = client.looks
+        for _ in range(100):
+            await client.store(b"")
+            await anext(items)
+            await asyncio.sleep(0.2)
+        assert client.looks - looks < 150, "no more than one for each message, and now and then one"
+        await items.aclose()
+
+    loop.run_until_complete(follow_it())
+
+
 def test_hints_at_nothing_do_not_make_a_reader_busy(loop: VirtualLoop) -> None:
     async def follow_it() -> None:
         client = Client()
         items = follow(client, ["RUNS"], "", {})  # type: ignore[arg-type]
         assert isinstance(await anext(items), CaughtUp)
-        for _ in range(20_000):
+        for _ in range(4000):
             await client.hint(0)
             await asyncio.sleep(0.0005)
-        assert client.looks < 10 * following.LOOKS_PER_SECOND + 2 * following.FREE_LOOKS
+        assert client.looks < 2 * following.LOOKS_PER_SECOND + 2 * following.FREE_LOOKS
         await items.aclose()
 
     loop.run_until_complete(follow_it())
