@@ -14,19 +14,22 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 # Texts of the target and of a general domain that are asked about, and tokens of each that are read.
-TEXTS, TOKENS, GENERAL_TEXTS, GENERAL_TOKENS = 120, 256, 16, 128
+TEXTS, TOKENS, GENERAL_TEXTS, GENERAL_TOKENS = 96, 256, 8, 128
 
 Right = dict[tuple[str, str], list[list[bool]]]
 
 # What a domain's texts ask for: a pattern whose first group has to be given, and what that is called.
 _TASKS: Mapping[str, tuple[str, str]] = {
-    "medical": (r"\nAlso called: ([^,.\n]+)", "say what else a clinical finding is called"),
     "math": (r"\nAnswer: ([^\n]+)", "solve an exercise"),
     "logs": (r" = (\d{3})", "give the status of a log line"),
     "ledgers": (r"\n[A-Z]+ \| [^|\n]+ \| ([A-Z]+)", "give the currency of an entry"),
     "recipes": (r"\n\w+ the \w+( until soft, then \w+ the) ", "say how a step of a recipe goes on"),
 }
 _ANY = (r"\n[^\n]* ([^\s]+)\n", "give the last word of a line")
+# The same where every word of the group counts on its own: nobody gives a whole definition as its authors did.
+_BY_WORD: Mapping[str, tuple[str, str]] = {
+    "medical": (r"\A[^.\n]+\. ([^\n]+)", "complete the definition of a clinical finding, word by word"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class Asked:
         from connito.moe.predictions import answers_of, words_of
 
         spans = {"next word": [words_of(text) for text in texts]}
-        if is_target:
+        if is_target and domain in _BY_WORD:
+            pattern, what = _BY_WORD[domain]
+            spans[what] = [words_of(text, answers_of(text, pattern)) for text in texts]
+        elif is_target:
             pattern, what = _TASKS.get(domain, _ANY)
             spans[what] = [answers_of(text, pattern) for text in texts]
         return cls(list(texts), spans)
@@ -67,9 +73,7 @@ def _all_right(likeliest: Likeliest, tokenizer: Any, asked: Mapping[str, Asked])
 
     found: Right = {}
     for domain, of in asked.items():
-        groups = [
-            right(likeliest, tokenizer, text, spans) for text, *spans in zip(of.texts, *of.spans.values(), strict=True)
-        ]
+        groups = right(likeliest, tokenizer, of.texts, [*zip(*of.spans.values(), strict=True)])
         for number, kind in enumerate(of.spans):
             rows = [group[number] for group in groups if group[number]]
             if rows:
