@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 from connito.data.pseudo_gradients import expert_grams, gram_matrix
-from connito.protocol.merging.aggregators import aggregate, needs_grams, plan, plan_by_expert, step_tensor
+from connito.protocol.merging.aggregators import (
+    COUNT_UTILITIES,
+    aggregate,
+    needs_grams,
+    plan,
+    plan_by_expert,
+    step_tensor,
+)
 from connito.protocol.merging.by_expert import Use, of_equal_mass
 from connito.protocol.policy.law import DEFAULTS
 
@@ -36,7 +43,7 @@ class Merge:
     @property
     def counts_utilities(self) -> bool:
         """Return whether utilities decide anything."""
-        return self.aggregator in {"top-1", "utility-mean", "krum", "multi-krum"}
+        return self.aggregator in COUNT_UTILITIES
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,12 @@ CARD_MEDIA_TYPE = "text/markdown"
 
 # Gate outcomes under which a version differs from its parent.
 MERGED = frozenset(
-    {cycle_pb2.GATE_DECISION_ACCEPTED, cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS, cycle_pb2.GATE_DECISION_TOP_1}
+    {
+        cycle_pb2.GATE_DECISION_ACCEPTED,
+        cycle_pb2.GATE_DECISION_WITH_GAINLESS,
+        cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS,
+        cycle_pb2.GATE_DECISION_TOP_1,
+    }
 )
 
 

@@ -23,7 +23,7 @@ from connito.wire.heads import HEADS_SINCE
 # closing are checked (`protocol.rules`), and the log has signed heads.
 PROTOCOL_VERSION = 3
 DOCUMENTS_APART = 2
-COPIES_BY_FUNCTION = 3
+COPIES_BY_FUNCTION = GAINLESS_TRIED = 3
 CHECKED = HEADS_SINCE
 
 Outcome: TypeAlias = (

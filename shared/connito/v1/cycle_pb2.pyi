@@ -73,6 +73,8 @@ class _GateDecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GateDeci
     GATE_DECISION_TOP_1: _GateDecision.ValueType  # 3
     GATE_DECISION_KEPT_INCUMBENT: _GateDecision.ValueType  # 4
     GATE_DECISION_NOTHING_TO_MERGE: _GateDecision.ValueType  # 5
+    GATE_DECISION_WITH_GAINLESS: _GateDecision.ValueType  # 6
+    """With the submissions that gained nothing by themselves (protocol_version 3 on, where a run judges by expert)."""
 
 class GateDecision(_GateDecision, metaclass=_GateDecisionEnumTypeWrapper): ...
 
@@ -82,6 +84,8 @@ GATE_DECISION_WITHOUT_OUTLIERS: GateDecision.ValueType  # 2
 GATE_DECISION_TOP_1: GateDecision.ValueType  # 3
 GATE_DECISION_KEPT_INCUMBENT: GateDecision.ValueType  # 4
 GATE_DECISION_NOTHING_TO_MERGE: GateDecision.ValueType  # 5
+GATE_DECISION_WITH_GAINLESS: GateDecision.ValueType  # 6
+"""With the submissions that gained nothing by themselves (protocol_version 3 on, where a run judges by expert)."""
 Global___GateDecision: _TypeAlias = GateDecision  # noqa: Y015
 
 class _FindingKind:

@@ -56,6 +56,7 @@ def _words(f: Finding) -> dict[str, str]:
 
 CANDIDATES = {
     c.GATE_DECISION_ACCEPTED: "all together",
+    c.GATE_DECISION_WITH_GAINLESS: "with those that gained nothing alone",
     c.GATE_DECISION_WITHOUT_OUTLIERS: "without outliers",
     c.GATE_DECISION_TOP_1: "the best alone",
 }

@@ -16,6 +16,7 @@ WINDOWS = {
 
 GATES = {
     cycle_pb2.GATE_DECISION_ACCEPTED: "accepted: the merge of all",
+    cycle_pb2.GATE_DECISION_WITH_GAINLESS: "accepted: the merge of all, with those that gain only together",
     cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS: "accepted: the merge without outliers",
     cycle_pb2.GATE_DECISION_TOP_1: "accepted: the best one alone",
     cycle_pb2.GATE_DECISION_KEPT_INCUMBENT: "rejected: the incumbent stays",

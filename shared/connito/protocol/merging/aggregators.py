@@ -35,6 +35,8 @@ Gram = NDArray[np.float64]
 # Share of submissions that trimmed-mean drops at either end of every coordinate.
 TRIM = 0.2
 COORDINATE_WISE = ("coordinate-median", "trimmed-mean")
+# To whom a utility says more than that somebody takes part.
+COUNT_UTILITIES = frozenset({"top-1", "utility-mean", "krum", "multi-krum"})
 _WEISZFELD_ROUNDS = 200
 
 

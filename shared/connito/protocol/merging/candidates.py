@@ -1,7 +1,9 @@
 """The candidates for the next model version, in the order the gate tries them, and how each is built.
 
-1. The policy's aggregator over every submission that scored.
-2. The same without outliers: deltas longer than twice the median norm, or pointing against the others (their median
+1. The policy's aggregator over every submission that scored; and, where the run judges by expert, over these and the ones that
+   gained nothing by themselves. Of the two the gate takes the one with the lower loss: work on one domain may harm the others
+   alone, and belong to the merge all the same, which has the others' work on theirs.
+2. The first without outliers: deltas longer than twice the median norm, or pointing against the others (their median
    cosine with the rest is negative).
 3. The best submission alone, stepped to directly as the validators measured it: θ_{t+1} = θ_t − δ_best, of which each
    expert counts as it was judged where the run merges so (`connito.protocol.merging.by_expert`). The outer momentum restarts
@@ -47,7 +49,8 @@ class MergeInputs:
 
     `staleness` counts cycles between the work and the merge. `momentum` is None before the first version. `routed` are the tokens
     [n, S] by layer that submissions claim; empty where the run merges whole submissions, or nobody claims any. `use` is that of
-    the target's probe, and `strengths` [n, S] say how much of each submission was judged.
+    the target's probe, and `strengths` [n, S] say how much of each submission was judged. `gainless` are those that were judged
+    and gained nothing.
     """
 
     parent: Path
@@ -60,12 +63,18 @@ class MergeInputs:
     routed: Routed = field(default_factory=dict)
     strengths: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
     use: Use = field(default_factory=dict)
+    gainless: frozenset[int] = frozenset()
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """Return the submissions with a utility."""
+        return tuple(index for index in range(len(self.submissions)) if index not in self.gainless)
 
     @property
     def best(self) -> int:
         """Return the submission with the highest utility; of equal ones the one committed first."""
         return min(
-            range(len(self.submissions)),
+            self.scored,
             key=lambda i: (-self.utilities[i], self.submissions[i].commit_sequence, self.submissions[i].miner),
         )
 
@@ -101,12 +110,15 @@ def outliers(gram: Gram) -> list[int]:
 
 def attempts(ingredients: MergeInputs) -> Iterator[Attempt]:
     """Yield the candidates in order; nothing without submissions."""
-    everyone = tuple(range(len(ingredients.submissions)))
-    if not everyone:
+    scored = ingredients.scored
+    if scored:
+        yield Attempt(cycle_pb2.GATE_DECISION_ACCEPTED, scored)
+    if ingredients.gainless:
+        yield Attempt(cycle_pb2.GATE_DECISION_WITH_GAINLESS, tuple(range(len(ingredients.submissions))))
+    if not scored:
         return
-    yield Attempt(cycle_pb2.GATE_DECISION_ACCEPTED, everyone)
-    odd = set(outliers(ingredients.gram))
-    calm = tuple(index for index in everyone if index not in odd)
+    odd = {scored[place] for place in outliers(ingredients.gram[np.ix_(scored, scored)])}
+    calm = tuple(index for index in scored if index not in odd)
     if calm and odd:
         yield Attempt(cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS, calm)
     yield Attempt(cycle_pb2.GATE_DECISION_TOP_1, (ingredients.best,))
@@ -119,7 +131,9 @@ def plan_of(attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePol
     if direct and ingredients.strengths:
         rows = {layer: strength[members[0]] for layer, strength in ingredients.strengths.items()}
         return Plan("top-1", (1.0,), (1.0,), alone(rows))
-    utilities = [ingredients.utilities[index] for index in members]
+    wide = attempt.decision == cycle_pb2.GATE_DECISION_WITH_GAINLESS
+    # Of aggregators that count utilities there is no such attempt; to others a utility says only who takes part.
+    utilities = [1.0 if wide else ingredients.utilities[index] for index in members]
     staleness = [ingredients.staleness[index] for index in members]
     routed = {} if direct else {layer: counts[members] for layer, counts in ingredients.routed.items()}
     if policy.weighting == CAPPED:

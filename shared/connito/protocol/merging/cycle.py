@@ -17,7 +17,8 @@ from connito.data.tensors import read_header
 from connito.errors import Environment, Invalid
 from connito.protocol.claims import claim_of, counts_of
 from connito.protocol.coding import decoded, is_coded
-from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal, Refusals, finding_of
+from connito.protocol.findings import COPIES_BY_FUNCTION, GAINLESS_TRIED, Refusal, Refusals, finding_of
+from connito.protocol.merging.aggregators import COUNT_UTILITIES
 from connito.protocol.merging.by_expert import judged, use_of
 from connito.protocol.merging.candidates import (
     Attempt,
@@ -42,6 +43,7 @@ from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 
+_NO_GAIN = (cycle_pb2.FINDING_KIND_NO_GAIN, cycle_pb2.FINDING_KIND_UNCERTAIN_GAIN)
 # (part of the hold-out, digest of a state, its file) -> losses
 Measure = Callable[[Part, str, Path], Losses]
 
@@ -88,9 +90,9 @@ def merge_cycle(
     sound = _sorted(entry for entry in submissions if entry.miner not in refused)
     ingredients = _ingredients(facts, sound, agreed, cycle, files, gram)
     copied, leaning = _whose(facts, cycle, agreed, ingredients)
-    useful = _only(
-        ingredients, [i for i, entry in enumerate(sound) if ingredients.utilities[i] > 0 and entry.miner not in copied]
-    )
+    own = [place for place, entry in enumerate(sound) if entry.miner not in copied]
+    gainless = _gainless(facts, agreed, ingredients)
+    useful = _only(ingredients, [place for place in own if ingredients.utilities[place] > 0 or place in gainless])
     merge = (
         _Recorded(facts, cycle, useful, losses, folder)
         if isinstance(losses, cycle_pb2.VersionPublished)
@@ -100,6 +102,19 @@ def merge_cycle(
     unmerged = merge.unmerged(outcome)
     scored = score_cycle(facts, cycle, submissions, agreed, copied, merge.weights(outcome), unmerged, leaning)
     return merge.result(outcome, scored)
+
+
+def _gainless(facts: RunFacts, agreed: Consensus, inputs: MergeInputs) -> frozenset[int]:
+    """Return the submissions that were judged by expert and gained nothing, where they may be merged with others."""
+    spec = facts.require_spec()
+    if spec.protocol_version < GAINLESS_TRIED or not inputs.use or spec.merging.aggregator in COUNT_UTILITIES:
+        return frozenset()
+    reasons = [agreed.reasons.get(entry.miner) for entry in inputs.submissions]
+    return frozenset(
+        place
+        for place, reason in enumerate(reasons)
+        if inputs.utilities[place] == 0 and reason is not None and reason.finding.kind in _NO_GAIN
+    )
 
 
 def _whose(facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs) -> tuple[Refusals, Leaning]:
@@ -189,6 +204,7 @@ def _only(all_: MergeInputs, members: Sequence[int]) -> MergeInputs:
         {layer: counts[rows] for layer, counts in all_.routed.items()},
         {layer: strength[rows] for layer, strength in all_.strengths.items()},
         all_.use,
+        frozenset(place for place, i in enumerate(rows) if all_.utilities[i] == 0),
     )
 
 

@@ -64,19 +64,29 @@ def choose(
     target: str,
     general_margin: float,
 ) -> Outcome:
-    """Return the first attempt that the gate lets through, else the incumbent.
+    """Return the first attempt that the gate lets through, else the incumbent. Of those with and without submissions that
+    gained nothing alone, it is the one with the lower target loss.
 
     `measure` builds a candidate and gives its losses, or why there is no such candidate.
     """
     refused: list[Finding] = []
+    passed: Outcome | None = None
     for attempt in tries:
+        if passed is not None and attempt.decision != cycle_pb2.GATE_DECISION_WITH_GAINLESS:
+            break
         after = measure(attempt)
         why = after if isinstance(after, Finding) else judge(incumbent, after, target, general_margin)
         if why is None:
             assert isinstance(after, Losses)
-            return Outcome(attempt, after, _refusals(refused))
+            if passed is None or after.per_token()[target] < passed.after.per_token()[target]:
+                passed = Outcome(attempt, after, _refusals(refused))
+            continue
+        if passed is not None:
+            break
         why.attempt = attempt.decision
         refused.append(why)
+    if passed is not None:
+        return passed
     if not refused:
         return Outcome(Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ()), incumbent, Finding())
     return Outcome(Attempt(cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, ()), incumbent, _refusals(refused))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from connito.v1 import cycle_pb2, run_pb2
 ALL = cycle_pb2.GATE_DECISION_ACCEPTED
 CALM = cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS
 BEST = cycle_pb2.GATE_DECISION_TOP_1
+WIDE = cycle_pb2.GATE_DECISION_WITH_GAINLESS
 
 
 def ingredients(
@@ -50,6 +52,16 @@ def test_fallbacks_come_in_order() -> None:
     assert list(attempts(wild)) == [Attempt(ALL, (0, 1, 2)), Attempt(CALM, (0, 1)), Attempt(BEST, (1,))]
     assert list(attempts(torn)) == [Attempt(ALL, (0, 1)), Attempt(BEST, (0,))]
     assert list(attempts(ingredients([], []))) == []
+
+
+def test_what_gained_nothing_alone_is_tried_with_the_others_and_counts_in_nothing_else() -> None:
+    found = replace(ingredients([[1, 0], [9, 9], [1, 0.1]], [0.1, 0.0, 0.2]), gainless=frozenset({1}))
+
+    assert list(attempts(found)) == [Attempt(ALL, (0, 2)), Attempt(WIDE, (0, 1, 2)), Attempt(BEST, (2,))]
+    how = plan_of(Attempt(WIDE, (0, 1, 2)), found, run_pb2.MergePolicy(aggregator="mean"))
+    assert how.weights == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    nobody = replace(ingredients([[1, 0], [0, 1]], [0.0, 0.0]), gainless=frozenset({0, 1}))
+    assert list(attempts(nobody)) == [Attempt(WIDE, (0, 1))]
 
 
 def test_the_earlier_commitment_is_the_best_of_equals() -> None:

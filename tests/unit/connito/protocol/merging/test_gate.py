@@ -10,6 +10,7 @@ from connito.views.sentences import sentence
 ALL = cycle_pb2.GATE_DECISION_ACCEPTED
 CALM = cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS
 BEST = cycle_pb2.GATE_DECISION_TOP_1
+WIDE = cycle_pb2.GATE_DECISION_WITH_GAINLESS
 KEPT = cycle_pb2.GATE_DECISION_KEPT_INCUMBENT
 TRIES = [Attempt(ALL, (0, 1, 2)), Attempt(CALM, (0, 1)), Attempt(BEST, (1,))]
 
@@ -77,3 +78,20 @@ def test_without_candidates_there_is_nothing_to_merge() -> None:
     outcome = choose([], Losses({}), lambda _: losses(0.0), "medical", 0.0)
 
     assert outcome.attempt == Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ())
+
+
+@pytest.mark.parametrize(
+    ("with_all", "with_wide", "decision"),
+    [(2.5, 2.4, WIDE), (2.5, 2.5, ALL), (2.4, 2.5, ALL), (2.5, 3.5, ALL), (3.5, 2.9, WIDE), (3.5, 3.5, BEST)],
+)
+def test_the_better_of_the_merges_with_and_without_the_gainless_stands(
+    with_all: float, with_wide: float, decision: int
+) -> None:
+    tries = [Attempt(ALL, (0,)), Attempt(WIDE, (0, 1)), Attempt(BEST, (0,))]
+    after = {ALL: with_all, WIDE: with_wide, BEST: 2.8}
+    outcome = choose(tries, losses(3.0), lambda attempt: losses(after[attempt.decision]), "medical", 0.0)
+
+    assert outcome.attempt.decision == decision
+    assert outcome.after.per_token()["medical"] == after[decision]
+    refused = [part.attempt for part in outcome.refused.parts]
+    assert refused == ([ALL, WIDE] if decision == BEST else [ALL] if with_all > 3 else [])

@@ -142,6 +142,47 @@ def test_what_was_handed_in_before_is_not_merged_where_works_are_coded(
     assert verdicts(merged)["MC"].reason != reasons_pb2.REASON_COPY, "who moved nothing copied nobody"
 
 
+@pytest.mark.parametrize(
+    ("version", "kind", "merged"),
+    [
+        (3, cycle_pb2.FINDING_KIND_NO_GAIN, ["MA", "MB"]),
+        (3, cycle_pb2.FINDING_KIND_FALSE_CLAIM, ["MA"]),
+        (3, cycle_pb2.FINDING_KIND_GENERAL_LOSS_ROSE, ["MA"]),
+        (2, cycle_pb2.FINDING_KIND_NO_GAIN, ["MA"]),
+    ],
+)
+def test_work_that_gains_with_others_alone_is_merged_with_them_and_not_paid(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, version: int, kind: int, merged: list[str]
+) -> None:
+    """Alone MB ends farther from the goal, and half-way between MA and MB is nearest."""
+    facts, report = desk.stage.facts, desk.stage.report
+    facts.require_spec().protocol_version = version
+    facts.require_selection().layers.add(layer=0, experts=[0, 1], use=[0.5, 0.5])
+    desk.submit("MA", row([1.6, 0.2, 0.2]), 0.2)
+    desk.submit("MB", row([-1.0, 2.4, 2.4]), 0.0)
+
+    def found(validator: str, utilities: dict[str, float], **changes: Any) -> cycle_pb2.ScoreReport:
+        made = report(validator, utilities, **changes)
+        made.scores[1].reason = reasons_pb2.REASON_NOT_SIGNIFICANT
+        made.scores[1].finding.kind = kind  # type: ignore[assignment]
+        return made
+
+    monkeypatch.setattr(desk.stage, "report", found)
+    result = desk.merge(aggregator="mean", outer_learning_rate=1.0, gate_general_margin=9.0)
+    assert list(result.version.merged) == merged
+    wide = result.version.gate == cycle_pb2.GATE_DECISION_WITH_GAINLESS
+    assert wide == (len(merged) == 2)
+    assert (verdicts(result)["MB"].reward, verdicts(result)["MB"].status) == (0, cycle_pb2.VERDICT_STATUS_REJECTED)
+    # An audit builds what the version names, from the same facts and files, without a model.
+    folder, facts = desk.folder / "again", desk.stage.facts
+    folder.mkdir()
+    settled = [s for s in facts.window("submit", 1).require_settled().submissions if s.miner in desk.states]
+    agreed = agree(facts, 1, read_reports(facts, 1), settled, lambda _: 1.0)
+    files = Files(desk.parent, None, desk.states, dict.fromkeys(desk.states, desk.parent))
+    again = merge_cycle(facts, 1, settled, agreed, {}, files, result.version, folder)
+    assert (again.version, again.scored) == (result.version, result.scored)
+
+
 def test_the_report_is_told_sequence_by_sequence(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = distance
 
