@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.harness import Options, Result, interval, main, note
+from bench.compose_setup import base
+from bench.harness import Options, Result, by_seed, interval, main, note
 from bench.plots import axes
-from bench.tiny_rig import LENGTH, Rig, Tokens, rig_settings, rigs, spread, used_seeds
+from bench.tiny_rig import LENGTH, Rig, Tokens, rig_settings, spread, used_seeds
 
 if TYPE_CHECKING:
     from connito.library.start import Shelved
@@ -80,22 +81,31 @@ def _dialect(number: int, seed: int, count: int) -> list[str]:
 
 def run(options: Options) -> Result:
     """Run both chains, for every seed."""
-    rows: list[dict[str, Any]] = []
-    with rigs(options, quick_seeds=QUICK_SEEDS) as found:
-        for rig in found:
-            for chain in _chains(options):
-                note(f"seed {rig.seed}: {chain.name}")
-                with tempfile.TemporaryDirectory() as folder:
-                    rows += _learn(rig, chain, Path(folder))
+    rows = by_seed(options, "compounding", _seed, used_seeds(options, QUICK_SEEDS))
     _plot(rows, options.out / "compounding.svg")
     settings = {
+        "in_parts": True,
         **rig_settings(options, QUICK_SEEDS), "steps": STEPS, "look_every": LOOK, "batch": BATCH, "learning_rate": RATE,
         "experts_per_layer": PER_LAYER, "target_share": SHARE, "held_sequences": HELD,
     }  # fmt: skip
     return Result(settings, rows, _figures(rows, used_seeds(options, QUICK_SEEDS)))
 
 
-def _chains(options: Options) -> list[Chain]:
+def _seed(seed: int) -> list[dict[str, Any]]:
+    import torch
+
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        rig = Rig(seed, base(Path(folder), seed))
+        for chain in _chains():
+            note(f"  {chain.name}")
+            (Path(folder) / chain.name).mkdir()
+            rows += _learn(rig, chain, Path(folder) / chain.name)
+    return rows
+
+
+def _chains() -> list[Chain]:
     from connito.base.tiny import DOMAINS
 
     dialects = [f"dialect-{number}" for number in range(DIALECTS)]

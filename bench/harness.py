@@ -67,6 +67,22 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     return mean, mean - half, mean + half
 
 
+def by_seed(
+    options: Options, name: str, measure: Callable[[int], list[dict[str, Any]]], seeds: int
+) -> list[dict[str, Any]]:
+    """Return the rows of all seeds. Each seed's are kept in a file, so that a run goes on where it was stopped."""
+    folder = options.out / (f"{name}-quick" if options.quick else f"{name}-seeds")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        path = folder / f"{seed}.json"
+        if not path.exists():
+            note(f"{name}: seed {seed}")
+            path.write_text(json.dumps(measure(seed)))
+        rows += json.loads(path.read_text())
+    return rows
+
+
 def note(text: str) -> None:
     """Print progress on stderr, so that `--json` stays clean."""
     print(text, file=sys.stderr, flush=True)

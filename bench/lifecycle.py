@@ -4,7 +4,8 @@ Two tiny bases of one seed and as much training: `standard`, every expert and ro
 `emo`, the same with each document held to four of the eight experts of a layer. Calibration and measurement are on
 recipes, on different text. `cost` is nats per token above the base's own full model, `bytes` what the checkpoint's
 tensors take as stored (zeros as a bitmap beside what is left, low rank as two factors). `random` is the mean of ten
-random choices, `tuned` trains what is left on the calibration text after each halving.
+random choices, `tuned` trains experts on more of the calibration's text, in forty
+batches, half of them while experts go and half when one a layer is left.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from connito.render import svg
 
 from bench.compose_setup import text, trained_base
-from bench.harness import Options, Result, interval, main, note
+from bench.harness import Options, Result, by_seed, interval, main, note
 from bench.plots import BLUE, GREEN, axes
 
 DOMAIN = "recipes"
@@ -35,17 +36,28 @@ def run(options: Options) -> Result:
     torch.set_num_threads(1)
     count, steps = (6, 30) if options.quick else (24, 160)
     seeds = min(options.seeds, 1) if options.quick else options.seeds
-    rows: list[Row] = []
-    for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            for name, pool in BASES.items():
-                note(f"seed {seed}: {name} base")
-                source = trained_base(Path(folder), seed, steps, pool)
-                note(f"seed {seed}: {name}: leaving experts out")
-                rows += [{"seed": seed, "base": name, **row} for row in _all(source, seed, count)]
+    rows = by_seed(options, "lifecycle", lambda seed: _seed(seed, steps, count), seeds)
     _plot(rows, options.out)
-    settings = {"domain": DOMAIN, "held_out_sequences": count, "length": 64, "training_batches": steps, "seeds": seeds}
+    settings = {
+        "in_parts": True,
+        "domain": DOMAIN,
+        "held_out_sequences": count,
+        "length": 64,
+        "training_batches": steps,
+        "seeds": seeds,
+    }
     return Result(settings, rows, _figures(rows))
+
+
+def _seed(seed: int, steps: int, count: int) -> list[Row]:
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, pool in BASES.items():
+            note(f"  {name} base")
+            source = trained_base(Path(folder), seed, steps, pool)
+            note(f"  {name}: leaving experts out")
+            rows += [{"seed": seed, "base": name, **row} for row in _all(source, seed, count)]
+    return rows
 
 
 def _all(source: Path, seed: int, count: int) -> Iterator[Row]:
@@ -131,34 +143,17 @@ def _single_expert(source: Path, seed: int, count: int) -> Iterator[Row]:
     from connito.experts.dense import to_dense
     from connito.experts.measure import loss
     from connito.experts.prune import progressive
+    from connito.experts.tuning import tune_for_task
 
     probe, held = text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
     full = loss(load_full(source), held)
-    for method, tune in (("one_expert_dense", None), ("one_expert_dense_tuned", _tune(seed, count))):
+    more = text(DOMAIN, 32 if count > 6 else 8, 300 + seed)
+    for method, steps in (("one_expert_dense", 0), ("one_expert_dense_tuned", 40)):
         model = load_full(source)
-        keep, history = progressive(model, probe, tune=tune)
+        keep, history = tune_for_task(model, probe, more, steps) if steps else progressive(model, probe)
         dense = to_dense(model)
         yield {"method": method, "full": full, "cost": loss(dense, held) - full, "bytes": size(dense), "keep": keep,
                "history": history}  # fmt: skip
-
-
-def _tune(seed: int, count: int) -> Any:
-    """Train eight batches of four on the remaining experts, on text of the calibration's domain, after each halving."""
-    from connito.moe.layout import require_moe_layers
-    from connito.moe.resident import compress
-    from connito.moe.rows import write_rows
-    from connito.moe.training import train_local
-
-    def tune(model: Any) -> None:
-        import copy
-
-        places = {index: list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
-        table = text(DOMAIN, 32 if count > 6 else 8, 300 + seed)
-        batches = table.reshape(-1, 4, table.shape[1])
-        state, _ = train_local(compress(copy.deepcopy(model), places), batches, learning_rate=1e-3)
-        write_rows(model, places, state)
-
-    return tune
 
 
 def _figures(rows: list[Row]) -> dict[str, Any]:

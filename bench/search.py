@@ -24,7 +24,7 @@ from connito.library.hits import search
 from connito.library.index import Index, LibraryEvent
 
 from bench.example_search import by_example
-from bench.harness import Options, Result, interval, main, note
+from bench.harness import Options, Result, by_seed, interval, main
 
 VOCABULARY = 4000
 DOMAINS = 40
@@ -34,23 +34,27 @@ def run(options: Options) -> Result:
     """Rebuild, then query; --quick runs fewer queries on the same number of records."""
     records, queries = 10_000, 200 if options.quick else 2000
     seeds = min(options.seeds, 1) if options.quick else options.seeds
-    rows = [_round(seed, records, queries) for seed in range(seeds)]
+    every = by_seed(
+        options,
+        "search",
+        lambda seed: [_round(seed, records, queries), *by_example(seed, quick=options.quick)],
+        seeds,
+    )
+    rows, examples = ([row for row in every if ("method" in row) is of] for of in (False, True))
     figures: dict[str, Any] = {key: statistics.fmean(row[key] for row in rows) for key in rows[0] if key != "seed"}
-    examples = []
-    for seed in range(seeds):
-        note(f"seed {seed}: twelve experts, ten queries by example")
-        examples += by_example(seed, quick=options.quick)
     for method in ("signature", "gradient", "gradient_then_5_measured"):
         of_method = [row for row in examples if row["method"] == method]
-        hits = _by_seed(of_method, lambda row: float(row["first_is_best"]))
+        hits = _of_seeds(of_method, lambda row: float(row["first_is_best"]))
         figures[f"{method}_first_is_best"] = [round(x, 4) for x in interval(hits)]
         figures[f"{method}_best_in_first_3"] = statistics.fmean(row["best_in_first_3"] for row in of_method)
-        figures[f"{method}_regret"] = [round(x, 4) for x in interval(_by_seed(of_method, lambda row: row["regret"]))]
+        figures[f"{method}_regret"] = [round(x, 4) for x in interval(_of_seeds(of_method, lambda row: row["regret"]))]
         figures[f"{method}_loss_saved_share"] = sum(r["saved"] for r in of_method) / sum(r["best"] for r in of_method)
-    return Result({"records": records, "queries": queries, "seeds": seeds}, [*rows, *examples], figures)
+    return Result(
+        {"in_parts": True, "records": records, "queries": queries, "seeds": seeds}, [*rows, *examples], figures
+    )
 
 
-def _by_seed(rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> list[float]:
+def _of_seeds(rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> list[float]:
     seeds = sorted({row["seed"] for row in rows})
     return [statistics.fmean(value(row) for row in rows if row["seed"] == seed) for seed in seeds]
 

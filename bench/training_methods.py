@@ -90,8 +90,18 @@ def gradient_masking(load: Load, targets: Targets, name: str = "gradient masking
     )
 
 
-def lora(load: Load, rank: int, name: str = "LoRA", layers: Iterable[int] | None = None) -> Job:
-    """Train adapters of `rank` on the fused tensors of every expert, by peft's `target_parameters`.
+def everything_but(model: nn.Module, targets: Targets) -> dict[int, list[int]]:
+    """Return the experts of the adapted layers that are no targets: with them for helpers nothing is missing."""
+    from connito.moe.layout import require_moe_layers
+
+    layers = require_moe_layers(model)
+    return {i: [e for e in range(layers[i].num_experts) if e not in set(chosen)] for i, chosen in targets.items()}
+
+
+def lora(
+    load: Load, rank: int, name: str = "LoRA", layers: Iterable[int] | None = None, modules: Sequence[str] = ()
+) -> Job:
+    """Train adapters of `rank` on the fused tensors of every expert, by peft's `target_parameters`; or on `modules` alone.
 
     peft adapts whole fused tensors: rows cannot be chosen. Raises `RuntimeError` when peft is not installed.
     """
@@ -106,7 +116,8 @@ def lora(load: Load, rank: int, name: str = "LoRA", layers: Iterable[int] | None
         if layers is None or index in set(layers)
         for parameter in layer.parameters
     ]
-    adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_parameters=names)
+    where = {"target_modules": list(modules)} if modules else {"target_parameters": names}
+    adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **where)
     peft.get_peft_model(model, adapters)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Job(name, model, parameters, _nothing, lambda: model, lambda: _numbers(parameters))
