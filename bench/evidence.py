@@ -102,9 +102,10 @@ def percent(found: Sequence[float]) -> str:
 def ran(document: Document) -> str:
     """Return what a benchmark ran on, with links to its numbers and its picture."""
     machine, what = document["machine"], "repetitions" if document["name"] == "cost" else "seeds"
+    took = "" if document["settings"].get("in_parts") else f", {document['seconds'] / 60:.0f} minutes"
     return (
         f"{document['settings']['seeds']} {what}, {machine['cores']} cores of an {machine['cpu']}, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB, no GPU, {document['seconds'] / 60:.0f} minutes. "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, no GPU{took}. "
         f"[Every number](../evidence/{document['name']}.json).\n\n![{document['name']}](../evidence/{document['name']}.svg)\n"
     )
 

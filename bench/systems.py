@@ -50,7 +50,9 @@ def run(options: Options) -> Result:
     figures = {
         name: [round(x, 4) for x in interval([row["value"] for row in rows if row["figure"] == name])] for name in names
     }
-    return Result({"training_batches": steps, "held_out_sequences": count, "length": 64}, rows, figures)
+    return Result(
+        {"in_parts": True, "training_batches": steps, "held_out_sequences": count, "length": 64}, rows, figures
+    )
 
 
 def _file(folder: Path, seed: int, part: Part) -> Path:
@@ -60,10 +62,11 @@ def _file(folder: Path, seed: int, part: Part) -> Path:
 def _smaller(source: Path, seed: int, count: int) -> Figures:
     from connito.base.loading import load_full
     from connito.experts.choose import choose
+    from connito.experts.dense import to_dense
     from connito.experts.lowrank import sparsify
     from connito.experts.measure import loss
     from connito.experts.prune import masked, progressive
-    from connito.experts.tuning import distil, tune_experts
+    from connito.experts.tuning import distil, tune_for_task
 
     model, probe, held = load_full(source), text(DOMAIN, count, 600 + seed), text(DOMAIN, count, 900 + seed)
     more, full, found = text(DOMAIN, 64, 300 + seed), loss(model, held), Figures()
@@ -72,8 +75,9 @@ def _smaller(source: Path, seed: int, count: int) -> Figures:
             found[f"cost {method}"] = loss(model, held) - full
     plain, tuned = copy.deepcopy(model), copy.deepcopy(model)
     progressive(plain, probe)
-    progressive(tuned, probe, tune=lambda small: tune_experts(small, more, 4))
+    tune_for_task(tuned, probe, more, 40)
     found |= {"cost one expert": loss(plain, held) - full, "cost one expert, tuned": loss(tuned, held) - full}
+    found["dense differs"] = abs(loss(to_dense(tuned), held) - loss(tuned, held))
     thin = copy.deepcopy(model)
     sparsify(thin, probe[:, :-1], 0.75)
     found["cost zeros"] = loss(thin, held) - full
@@ -186,7 +190,9 @@ def _groups(source: Path, seed: int, count: int) -> Figures:
 def _branches(_: Path, seed: int, count: int) -> Figures:
     import torch
     from connito.base import btm
-    from connito.base.branches import train_routers
+    from connito.base.bam import mix_branches
+    from connito.base.branches import train_on, train_routers
+    from connito.base.bts import Stitched
     from connito.experts.measure import loss
 
     tables = {domain: text(domain, 120, 50 + seed) for domain in DOMAINS}
@@ -202,8 +208,17 @@ def _branches(_: Path, seed: int, count: int) -> Figures:
         "btm mean": before - loss(merged, held),
         "btx joined": before - loss(moe, held),
     }
-    train_routers(moe, {d: torch.from_numpy(t[:32, :-1].astype("int64")) for d, t in tables.items()}, 40)
-    return {**found, "btx routed": before - loss(moe, held)}
+    mixed = {d: torch.from_numpy(t[:32, :-1].astype("int64")) for d, t in tables.items()}
+    whole, stitched = copy.deepcopy(moe), Stitched(dense, specialists)
+    train_routers(moe, mixed, 40)
+    attention = mix_branches(dense, specialists, mixed, moe_layers=2)
+    found |= {"btx routed": before - loss(moe, held), "bts begun": before - loss(stitched, held)}
+    train_on(stitched, [*stitched.stitches.parameters()], mixed, 40)
+    found |= {"bts": before - loss(stitched, held), "bam begun": before - loss(attention, held)}
+    for name, model in {"btx whole": whole, "bam": attention}.items():
+        train_on(model, [*model.parameters()], mixed, 40)
+        found[name] = before - loss(model, held)
+    return found
 
 
 def _pools(_: Path, seed: int, count: int) -> Figures:
@@ -265,7 +280,7 @@ def _miners(source: Path, seed: int, count: int) -> Figures:
     from connito.base.loading import load_full
     from connito.experts.extraction import ranking
     from connito.experts.measure import loss
-    from connito.moe.distillation import Distillation, ShadowRouters
+    from connito.moe.personal import Personal, PersonalRouters
     from connito.moe.resident import compress
     from connito.moe.rows import write_rows
     from connito.moe.statistics import collect
@@ -277,21 +292,79 @@ def _miners(source: Path, seed: int, count: int) -> Figures:
     others = {index: sorted(experts[3:]) for index, experts in order.items()}
     batches = text(DOMAIN, 80, 50 + seed).reshape(20, 4, -1)
     losses = Figures()
-    for way in ("plain", "shadow", "thin"):
+    for way in ("plain", "own", "thin"):
         worker = compress(load_full(source), chosen, others, top_k=1 if way == "thin" else 0)
-        shadow = ShadowRouters(worker, Distillation(0.1)) if way == "shadow" else None
-        state, _ = train_local(worker, batches, learning_rate=3e-3, beside=shadow)
+        own = PersonalRouters(worker, Personal(0.1)) if way == "own" else None
+        state, _ = train_local(worker, batches, learning_rate=3e-3, beside=own)
         write_rows(model, chosen, state)
         losses[way] = loss(model, held)
     return {
         "miner saved": loss(load_full(source), held) - losses["plain"],
-        "shadow saved": losses["plain"] - losses["shadow"],
+        "own router saved": losses["plain"] - losses["own"],
         "cost one expert a token": losses["thin"] - losses["plain"],
     }
 
 
+def _clients(source: Path, seed: int, count: int) -> Figures:
+    """FFT-MoE: clients of one domain and 1, 2 or 2 experts a token merge experts in 4 cycles of 10 steps, and use their own."""
+    import torch
+    from connito.base.loading import load_full
+    from connito.experts.measure import loss
+    from connito.moe.personal import Personal, PersonalRouters
+    from connito.moe.resident import compress, read_targets, write_targets
+    from connito.moe.training import train_local
+
+    everything, found = {index: list(range(8)) for index in (2, 3)}, Figures()
+    for way in ("shipped", "own"):
+        clients = [compress(load_full(source), everything, top_k=k) for k in (1, 2, 2)]
+        tables = [text(domain, count, 900 + seed) for domain in DOMAINS]
+        begun = float(np.mean([loss(client, table) for client, table in zip(clients, tables, strict=True)]))
+        settings = Personal(0.01, 1.0)
+        routers = [PersonalRouters(client, settings) if way == "own" else None for client in clients]
+        state = read_targets(clients[0])
+        for cycle in range(4):
+            states = []
+            for client, domain, own in zip(clients, DOMAINS, routers, strict=True):
+                write_targets(client, state)
+                batches = text(domain, 160, 50 + seed)[40 * cycle : 40 * cycle + 40].reshape(10, 4, -1)
+                states.append(train_local(client, batches, learning_rate=3e-3, beside=own)[0])
+            state = {name: torch.stack([each[name] for each in states]).mean(dim=0) for name in state}
+        losses = []
+        for client, table in zip(clients, tables, strict=True):
+            write_targets(client, state)
+            losses.append(loss(client, table))
+        found[f"clients {way}"] = begun - float(np.mean(losses))
+    return {**found, "clients gain": found["clients own"] - found["clients shipped"]}
+
+
+def _domains(source: Path, seed: int, count: int) -> Figures:
+    """DES-MoE beside training all experts and routers: what three domains gain, and what the fourth loses."""
+    import torch
+    from connito.base.loading import load_full
+    from connito.experts.des_moe import Phases, adapt, fold, routed_by
+    from connito.experts.measure import loss
+
+    texts = {domain: torch.from_numpy(text(domain, 80, 50 + seed)) for domain in DOMAINS}
+    held = {domain: text(domain, count, 900 + seed) for domain in (*DOMAINS, "ledgers")}
+    start, found = load_full(source), Figures()
+    before = {domain: loss(start, table) for domain, table in held.items()}
+
+    def change(model: Any, domains: tuple[str, ...]) -> float:
+        return float(np.mean([before[domain] - loss(model, held[domain]) for domain in domains]))
+
+    for way, phases in {"des-moe": Phases(), "everything": Phases(1.0, 1.0, 0.0)}.items():
+        model = copy.deepcopy(start)
+        adapted = adapt(model, texts, 60, phases=phases, seed=seed)
+        with routed_by(model, adapted.routers):
+            found |= {f"{way} saved": change(model, DOMAINS), f"{way} forgot": -change(model, ("ledgers",))}
+        if way == "des-moe":
+            folded = fold(model, adapted, torch.cat([*texts.values()])[:64, :-1])
+            found["folding costs"] = found["des-moe saved"] - change(folded, DOMAINS)
+    return {**found, "kept from forgetting": found["everything forgot"] - found["des-moe forgot"]}
+
+
 # Those that need the base with trained experts, and all.
-ON_BASE: tuple[Part, ...] = (_smaller, _running, _beside, _groups, _miners)
+ON_BASE: tuple[Part, ...] = (_smaller, _running, _beside, _groups, _miners, _clients, _domains)
 PARTS: tuple[Part, ...] = (*ON_BASE, _weights, _branches, _pools, _residual)
 
 if __name__ == "__main__":

@@ -134,8 +134,11 @@ SYSTEMS = (
         "Task-specific pruning", "Chen et al. 2022", "experts go window by window of fine-tuning, to one dense model",
         "shared/connito/experts/prune.py", "connito library prune --method task --steps",
         f"{EXPERTS}/test_tuning.py::test_the_schedule_is_that_of_accumulated_gate_shares",
-        lambda f: f"one expert a layer costs {_cost(f, 'one expert')}, tuned on the way {_cost(f, 'one expert, tuned')}.",
-        "only experts are fine-tuned; windows are five, thresholds linear in them, which is our reading of the schedule.",
+        lambda f: (
+            f"one expert a layer costs {_cost(f, 'one expert')}, tuned on the way {_cost(f, 'one expert, tuned')}; as a dense "
+            f"model its loss differs by {f['dense differs'][0]:.3f}."
+        ),
+        "only experts are fine-tuned; five windows in the first half of the steps, thresholds linear in them.",
     ),
     System(
         "Driver experts", "Hu et al. 2026", "a few experts cause the output; more weight on them helps their domain",
@@ -154,25 +157,49 @@ SYSTEMS = (
     ),
     System(
         "DES-MoE", "Li et al. 2025", "an adaptive router, a map of experts by domain and three phases adapt many domains at once",
-        "shared/connito/moe/distillation.py", "connito select --method des-moe",
-        f"{MOE}/test_selection.py::test_des_moe_takes_everything_near_the_best",
+        "shared/connito/experts/des_moe.py", "connito.experts.des_moe.adapt",
+        f"{EXPERTS}/test_des_moe.py::test_the_map_the_mask_and_the_distance_are_the_papers",
         lambda f: (
-            f"three selected experts save a miner {_saved(f, 'miner saved')}; a router that learns beside the shipped one for "
-            f"half of the steps adds {_saved(f, 'shadow saved')} to that."
+            f"three domains at once save {_saved(f, 'des-moe saved')} and cost a fourth {_saved(f, 'des-moe forgot')}, "
+            f"training all experts and routers {_saved(f, 'everything saved')} and {_saved(f, 'everything forgot')}. "
+            f"As linear routers, which transformers loads, adaptive ones are {_saved(f, 'folding costs')} worse."
         ),
-        "simplified: the router's correction is linear and thrown away, the weight of its distillation is constant, there are "
-        "two phases, and gradients are not masked by batch: miners train one domain, and the shipped router never moves.",
+        "shared parameters are frozen in all phases; how the weight of distillation falls, and where phases end, is our reading. "
+        "A run's router never moves, so that this makes a base; `connito select --method des-moe` has the map for runs.",
     ),
     System(
         "FFT-MoE", "Hu et al. 2025", "clients of different means train with routers and numbers of experts of their own",
-        "shared/connito/moe/resident.py", "CONNITO_TOP_K",
-        f"{MOE}/test_options.py::test_a_miner_may_use_fewer_experts_per_token",
+        "shared/connito/moe/personal.py", "CONNITO_TOP_K",
+        f"{MOE}/test_personal.py::test_own_routers_and_their_loss_are_the_papers",
         lambda f: (
-            f"a miner that trains with one expert a token instead of two ends {_cost(f, 'one expert a token')} above, on the "
-            "full model."
+            f"three clients of one domain each save {_saved(f, 'clients own')} with routers of their own and "
+            f"{_saved(f, 'clients shipped')} without, a difference of {_saved(f, 'clients gain')}. In a run, "
+            f"where the shipped router is what counts, an own one in the first half of a cycle's "
+            f"steps adds {_saved(f, 'own router saved')}, and one expert a "
+            f"token instead of two costs {_cost(f, 'one expert a token')}."
         ),
-        "simplified: a miner has its own number of experts a token, and with training.router_distillation a router of its own "
-        "for a cycle; no balance loss by heterogeneity.",
+        "experts are the base's own, not adapters beside it; how the balance loss follows heterogeneity is our reading.",
+    ),
+    System(
+        "BTS", "Zhang et al. 2025", "stitches between a frozen seed and frozen specialists make them one generalist",
+        "shared/connito/base/bts.py", "connito.base.bts.Stitched",
+        "tests/unit/connito/base/test_stitched.py::test_a_stitch_into_the_hub_is_the_papers_mixture",
+        lambda f: (
+            f"three branches stitched after every layer save {_saved(f, 'bts')} once stitches are trained, "
+            f"{_saved(f, 'bts begun')} before."
+        ),
+        "no checkpoint of transformers holds it; the forms of the gates are our reading.",
+    ),
+    System(
+        "BAM", "Zhang et al. 2024", "attention of dense branches becomes experts too, mixed softly",
+        "shared/connito/base/bam.py", "connito.base.bam.mix_branches",
+        "tests/unit/connito/base/test_stitched.py::test_attention_is_the_soft_mixture_of_all_branches",
+        lambda f: (
+            f"three branches with their attention save {_saved(f, 'bam')} after training all of it, "
+            f"{_saved(f, 'bam begun')} before; joined as in BTX, with averaged attention, "
+            f"{_saved(f, 'btx whole')} after the same training."
+        ),
+        "no checkpoint of transformers holds it; attention and MLP in sequence, as in the seed, not side by side.",
     ),
     System(
         "Residual-MoE", "Rajbhandari et al. 2022", "a dense MLP for every token and an expert that corrects it do as two experts",
@@ -245,9 +272,6 @@ def _tail(document: Mapping[str, Any]) -> str:
 ## The run
 
 {run}
-
-BTS and BAM are not here: neither stitched nor attention-level mixtures of whole models can be built. Both need a model of
-their own, which transformers does not load, and every result here is one that transformers loads.
 """
 
 

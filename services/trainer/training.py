@@ -36,13 +36,15 @@ from .settings import TrainerSettings
 from .strategy import Effort
 
 if TYPE_CHECKING:
-    from connito.moe.distillation import ShadowRouters
     from connito.moe.footprint import Workload
     from connito.moe.moments import Moments
+    from connito.moe.personal import PersonalRouters
     from connito.moe.training import Step
     from torch import nn
 
 PROGRESS_SECONDS = 2.0
+# A miner's own routers, in the cycle's folder.
+ROUTERS = "routers.safetensors"
 
 log = logs.get_logger("training")
 
@@ -125,7 +127,7 @@ class LocalTrainer:
         schedule = schedule_of(facts.require_spec())
         remembered, second_only = policy.moments not in ("", "fresh"), policy.moments == "second"
         moments = OptimizerState(draft.parent).load(second_only=second_only) if remembered else None
-        shadow = shadow_of(model, policy)
+        own_routers = routers_of(model, policy, draft.parent)
         try:
             result, stats = train_local(
                 model,
@@ -138,13 +140,14 @@ class LocalTrainer:
                 factor=lambda step: schedule.factor(cycle, step),
                 optimizer=self._settings.optimizer,
                 moments=moments,
-                beside=shadow,
+                beside=own_routers,
                 on_step=progress,
                 should_stop=lambda: should_stop() or own.stopped,
             )
         finally:
-            if shadow is not None:
-                shadow.close()
+            if own_routers is not None:
+                own_routers.close()
+                own_routers.save(draft.parent / ROUTERS)
         if moments is not None:
             OptimizerState(draft.parent).save(moments)
         save_state(own.best if own.stopped and own.best is not None else result, draft, claim)
@@ -250,13 +253,16 @@ def schedule_of(spec: RunSpec) -> Schedule:
     return Schedule(spec.cycles, policy.local_steps, policy.final_rate_share or 1.0, policy.warmup_steps)
 
 
-def shadow_of(model: nn.Module, policy: TrainPolicy) -> ShadowRouters | None:
-    """Return routers that learn beside the shipped ones for this cycle, where the policy asks for them."""
-    from connito.moe.distillation import Distillation, ShadowRouters
+def routers_of(model: nn.Module, policy: TrainPolicy, folder: Path) -> PersonalRouters | None:
+    """Return this miner's own routers as the cycle before `folder` left them, where the policy asks for them."""
+    from connito.moe.personal import Personal, PersonalRouters
+    from safetensors.torch import load_file
 
     if policy.router_distillation <= 0:
         return None
-    return ShadowRouters(model, Distillation(policy.router_distillation, policy.distillation_share))
+    before = folder.parent / str(int(folder.name) - 1) / ROUTERS
+    start = load_file(before) if before.exists() else None
+    return PersonalRouters(model, Personal(policy.router_distillation, policy.distillation_share), start)
 
 
 def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSettings, engine: Engine) -> Workload:

@@ -128,13 +128,27 @@ def train_routers(
     Experts and shared parameters are frozen, as where BAR routes after its experts were trained apart; with `everything`
     all parameters learn, as in BTX's last stage. Where the family has a load-balancing loss, it counts.
     """
-    import inspect
-
-    from connito.moe.adamw import AdamW
     from connito.moe.layout import require_moe_layers
 
     routers = [p for layer in require_moe_layers(model).values() for p in layer.router.parameters()]
     wanted = [p for p in model.parameters() if p.is_floating_point()] if everything else routers
+    return train_on(model, wanted, texts, steps, learning_rate=learning_rate, seed=seed)
+
+
+def train_on(
+    model: Any,
+    wanted: Sequence[nn.Parameter],
+    texts: Mapping[str, torch.Tensor],
+    steps: int,
+    *,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> list[float]:
+    """Train the parameters `wanted` of a model on all domains' texts (ids [n, L] by name), drawn alike; returns the losses."""
+    import inspect
+
+    from connito.moe.adamw import AdamW
+
     optimiser = AdamW({str(number): parameter for number, parameter in enumerate(wanted)}, betas=(0.9, 0.999))
     options = (
         {"output_router_logits": True} if "output_router_logits" in inspect.signature(model.forward).parameters else {}

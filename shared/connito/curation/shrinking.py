@@ -23,7 +23,7 @@ from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import BaselineLosses, loss
 from connito.experts.steering import Steered, steer_drivers
 from connito.experts.token_skipping import experts_choose, skip_thresholds, skipping
-from connito.experts.tuning import distil, tune_experts
+from connito.experts.tuning import distil, tune_for_task
 from connito.library.derived import base_of
 from connito.library.schema import Base, ExpertRecord
 from connito.moe.device import device_of
@@ -191,15 +191,12 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
 def _for_task(loaded: _Loaded, steps: int, settings: dict[str, Any]) -> pruning.Keep:
     """Return the experts left for the task; with `steps`, their trained rows are in the model afterwards."""
     small = copy.deepcopy(loaded.model)
-    each = -(-steps // pruning.WINDOWS)
-
-    def tune(model: Any) -> None:
-        tune_experts(model, loaded.text, each)
-
-    keep, settings["history"] = pruning.progressive(small, loaded.text, tune=tune if steps else None)
-    if steps:
-        settings |= {"steps": each * pruning.WINDOWS, "tuned": True}
-        _put(loaded.model, keep, small)
+    if not steps:
+        keep, settings["history"] = pruning.progressive(small, loaded.text)
+        return keep
+    keep, settings["history"] = tune_for_task(small, loaded.text, loaded.text, steps)
+    settings |= {"steps": steps, "tuned": True}
+    _put(loaded.model, keep, small)
     return keep
 
 

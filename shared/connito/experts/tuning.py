@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from connito.errors import Invalid
+from connito.experts.prune import WINDOWS, Keep, progressive
 from connito.moe.adamw import AdamW
 from connito.moe.batches import batch_of
 from connito.moe.head import Head
@@ -42,6 +43,20 @@ def tune_experts(model: nn.Module, sequences: npt.NDArray[Any], steps: int, rate
     worker = compress(copy.deepcopy(model), places)
     state, _ = train_local(worker, batches_of(sequences, steps), learning_rate=rate)
     write_rows(model, places, state)
+
+
+def tune_for_task(
+    model: nn.Module, sequences: npt.NDArray[Any], text: npt.NDArray[Any], steps: int, rate: float = LEARNING_RATE
+) -> tuple[Keep, list[tuple[int, float]]]:
+    """Train experts for a task, in place, while all but one a layer go; returns what `progressive` does.
+
+    One pass of fine-tuning on `text` [n, L + 1] (Task-Specific Expert Pruning, Chen et al. 2022): experts are counted on
+    `sequences` and dropped window by window in its first half, and the one that is left trains alone in the other.
+    """
+    each = max(1, steps // 2 // WINDOWS)
+    found = progressive(model, sequences, tune=lambda small: tune_experts(small, text, each, rate))
+    tune_experts(model, text, max(1, steps - each * WINDOWS), rate)
+    return found
 
 
 def distil(

@@ -48,6 +48,24 @@ def choice(output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return output[0], output[1], output[2]
 
 
+def linear_map(router: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight [C, H] and bias [C] of the one map that scores experts. Raises `Invalid` where there is not one."""
+    maps = [m for m in router.modules() if isinstance(w := getattr(m, "weight", None), torch.Tensor) and w.dim() == 2]
+    if len(maps) != 1:
+        raise Invalid(
+            f"{type(router).__name__} does not score experts by one linear map, so no other can stand in its place",
+            reason=reasons_pb2.REASON_BAD_SPEC,
+        )
+    found: Any = maps[0]
+    return found.weight, getattr(found, "bias", None)
+
+
+def scores_of(router: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return what a router's linear map says of `tokens` [T, H], float32 [T, C]."""
+    weight, bias = linear_map(router)
+    return F.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a router: the module, what it was given, and what it reported."""
@@ -75,6 +93,20 @@ class Call:
     def fewer(self, top_k: int, allowed: torch.Tensor | None = None) -> tuple[Any, ...]:
         """Return what the router reports at another `top_k`; with `allowed`, bool [T, C], each token among its own."""
         return self._asked(_Candidates(self.classes, self.classes, top_k, allowed=allowed))
+
+    def scored(self, logits: torch.Tensor, top_k: int = 0) -> tuple[Any, ...]:
+        """Return what the router reports where its linear map gives `logits` [T, C]; `top_k` 0 is the family's own.
+
+        Biases of the choice, groups, norms and scales are the family's. Raises `Invalid` for a router that has no such map.
+        """
+        with _Scores(linear_map(self.router)[0].shape, logits) as scores:
+            output = self.fewer(top_k)
+        if not scores.used:
+            raise Invalid(
+                f"{type(self.router).__name__} does not score experts by one linear map, so no other can stand in its place",
+                reason=reasons_pb2.REASON_BAD_SPEC,
+            )
+        return output
 
     def _asked(self, candidates: _Candidates) -> tuple[Any, ...]:
         view: Any = copy.copy(self.router)
@@ -158,6 +190,23 @@ class _Candidates(TorchFunctionMode):
             return scores
         lowest = scores.amin(dim=(-2, -1), keepdim=True) - 1
         return torch.where(self.absent[: self.num_experts].view(scores.shape[-2:]), lowest, scores)
+
+
+class _Scores(TorchFunctionMode):
+    """Gives a router other scores inside the block: `logits` in the place of what its map of that `shape` gives."""
+
+    def __init__(self, shape: torch.Size, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.shape, self.logits, self.used = shape, logits, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run `func` as it is, unless it is the map."""
+        if func is F.linear and args[1].shape == self.shape:
+            self.used = True
+            return self.logits.to(args[0].dtype).view(*args[0].shape[:-1], self.shape[0])
+        return func(*args, **dict(kwargs or {}))
 
 
 def _last(args: tuple[Any, ...], known: Mapping[str, Any], position: int) -> bool:

@@ -32,7 +32,7 @@ BETAS = (0.9, 0.95)
 
 
 class Beside(Protocol):
-    """Parameters that learn beside the target rows, such as routers (`connito.moe.distillation`, `connito.experts.flex`)."""
+    """Parameters that learn beside the target rows, such as routers (`connito.moe.personal`, `connito.experts.flex`)."""
 
     def begin(self, step: int, steps: int) -> None:
         """Get ready for local step `step` of `steps`."""
@@ -94,7 +94,7 @@ def train_local(
 
     micro_batch: sequences per forward and backward pass, gradients add up over the batch; 0 is the whole batch.
     factor: what the rate is multiplied by at step h. optimizer: see `connito.moe.engine`. moments: where AdamW starts;
-    left as it ends. beside: routers that learn beside the shipped ones (`connito.moe.distillation`).
+    left as it ends. beside: routers that learn beside the shipped ones (`connito.moe.personal`).
 
     Deterministic for a thread count. Stops before the next step when `should_stop()`; at least one step is made.
     Raises `Invalid` for an uncompressed model or empty batches, and `NON_FINITE` when the loss leaves the numbers.

@@ -245,9 +245,9 @@ class TrainPolicy(_message.Message):
     warmup_steps: _builtins.int
     """Local steps at the start of every cycle in which the rate rises linearly."""
     router_distillation: _builtins.float
-    """Weight of KL(shipped router || shadow router) while a router that is thrown away learns beside the experts. 0: none."""
+    """Weight of KL(shipped router || miner's own) while a router that nobody else gets learns beside the experts. 0: none."""
     distillation_share: _builtins.float
-    """Share of a cycle's steps, from its start, in which the shadow router takes part."""
+    """Share of a cycle's steps, from its start, in which the miner's own router chooses."""
     beta1: _builtins.float
     """β₁, how much of AdamW's first moment a local step keeps. Outer momentum points the same way, so the two overshoot together
     when cycles are short. Absent, as in runs of before it existed: 0.9.

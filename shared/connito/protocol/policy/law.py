@@ -27,7 +27,7 @@ MAX_RANKS = 10_000
 MAX_ALLOWED = 10_000
 # What a selection's report holds, since diagnostics by domain and exact statistics.
 REPORT_VERSION = 1
-# Share of a cycle's steps with a shadow router, where the router is distilled and no share is given.
+# Share of a cycle's steps with a miner's own router, where there is one and no share is given.
 DISTILLATION_SHARE = 0.5
 
 

@@ -11,9 +11,8 @@ import torch
 from connito.base.loading import load_full, load_resident_local
 from connito.errors import Invalid
 from connito.moe.background import background, weights_of
-from connito.moe.distillation import Distillation, ShadowRouters, shifted
 from connito.moe.moments import Moments
-from connito.moe.resident import adapted_layers, add_background, compress, read_targets, write_targets
+from connito.moe.resident import adapted_layers, add_background, compress, read_targets
 from connito.moe.rows import fingerprint
 from connito.moe.schedule import Schedule
 from connito.moe.statistics import collect
@@ -192,46 +191,6 @@ def test_one_absent_expert_is_its_own_background(tiny: Path, full: Any, sequence
     ids = torch.from_numpy(sequences("logs", 3, 1)).long()
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, full(input_ids=ids).logits, rtol=0, atol=2e-5)
-
-
-def test_a_shadow_router_learns_and_leaves_the_shipped_one_alone(tiny: Path, sequences: Any) -> None:
-    table = sequences("logs", 20, 1)
-    plain = train(tiny, table, steps=8)
-    model = compress(load_full(tiny), SELECTION, HELPERS)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    shadow = ShadowRouters(model, Distillation(weight=0.1, share=0.5))
-    state, _ = train_local(model, batches(table, 8, 4), learning_rate=1e-3, beside=shadow)
-    assert all(float(shift.detach().abs().sum()) > 0 for shift in shadow.shift.values())
-    assert distance(state, plain) > 0
-    shadow.close()
-    write_targets(model, read_targets(compress(load_full(tiny), SELECTION, HELPERS)))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "no router moved"
-
-
-def test_a_strong_distillation_holds_the_shadow_and_no_share_is_plain_training(tiny: Path, sequences: Any) -> None:
-    table = sequences("logs", 20, 1)
-
-    def size(weight: float) -> float:
-        model = compress(load_full(tiny), SELECTION, HELPERS)
-        shadow = ShadowRouters(model, Distillation(weight, share=1.0))
-        train_local(model, batches(table, 12, 4), learning_rate=1e-3, beside=shadow)
-        with torch.no_grad():
-            model(input_ids=torch.from_numpy(table[:4]).long())
-        return float(shadow.loss().detach()) / weight
-
-    assert size(100.0) < 0.5 * size(0.01)
-    model = compress(load_full(tiny), SELECTION, HELPERS)
-    idle = ShadowRouters(model, Distillation(1.0, share=0.0))
-    off = train_local(model, batches(table, 4, 4), learning_rate=1e-3, beside=idle)[0]
-    assert distance(off, train(tiny, table)) == 0
-
-
-def test_shifted_gates_keep_their_sum_and_are_untouched_by_a_zero_shift() -> None:
-    weights, ids = torch.tensor([[0.5, 0.25], [0.0, 0.0]]), torch.tensor([[2, 0], [1, 0]])
-    assert torch.equal(shifted(weights, torch.zeros(2, 3), ids), weights)
-    moved = shifted(weights, torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), ids)
-    assert torch.allclose(moved.sum(-1), weights.sum(-1))
-    assert moved[0, 1] > moved[0, 0]
 
 
 def test_nothing_below_the_first_adapted_layer_is_differentiated(tiny: Path, sequences: Any) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from connito.base.loading import load_full, load_resident_local
 from connito.errors import Invalid
-from connito.moe.distillation import Distillation, ShadowRouters
 from connito.moe.engine import Engine
 from connito.moe.head import Head
+from connito.moe.personal import Personal, PersonalRouters
 from connito.moe.prepare import decoder_halves, prepare, share
 from connito.moe.residency import ALL, FOUR_BIT
 from connito.moe.resident import compress, target_parameters
@@ -72,7 +72,7 @@ def test_training_with_checkpointing_is_training_without(tiny: Path, sequences: 
     results = []
     for checkpointing in (False, True):
         model = made(tiny, Engine(checkpointing=checkpointing))
-        shadow = ShadowRouters(model, Distillation(5.0, 1.0)) if shadowed else None
+        shadow = PersonalRouters(model, Personal(5.0, 1.0)) if shadowed else None
         state, _ = train_local(model, table, learning_rate=1e-3, bf16=True, micro_batch=2, beside=shadow)
         results.append(state)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
