@@ -85,7 +85,7 @@ def test_without_candidates_there_is_nothing_to_merge() -> None:
     [(2.5, 2.4, WIDE), (2.5, 2.5, ALL), (2.4, 2.5, ALL), (2.5, 3.5, ALL), (3.5, 2.9, WIDE), (3.5, 3.5, BEST)],
 )
 def test_the_better_of_the_merges_with_and_without_the_gainless_stands(
-    with_all: float, with_wide: float, decision: int
+    with_all: float, with_wide: float, decision: cycle_pb2.GateDecision.ValueType
 ) -> None:
     tries = [Attempt(ALL, (0,)), Attempt(WIDE, (0, 1)), Attempt(BEST, (0,))]
     after = {ALL: with_all, WIDE: with_wide, BEST: 2.8}
