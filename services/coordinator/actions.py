@@ -8,6 +8,7 @@ from connito.bus import Bus
 from connito.bus.position import PositionedLog
 from connito.protocol.bans import banned
 from connito.protocol.quorum import Present, pause
+from connito.runtime import logs
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, run_pb2
@@ -94,6 +95,9 @@ class Coordinator:
     async def _do(self, action: Action) -> None:
         match action.payload:
             case PublishFact(section, cycle, kind, message):
+                if (section, kind) == ("train", "opened"):
+                    # A cycle is a trace: one of a whole run would have no end.
+                    logs.use("")
                 await self._publish(action.run, section, cycle, kind, message)
             case CloseWindow():
                 await self._close(action.run, action.payload)

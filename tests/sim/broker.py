@@ -29,6 +29,10 @@ def _stamp(seconds: float) -> str:
     return datetime.fromtimestamp(EPOCH + seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "000Z"
 
 
+# What the broker adds to the headers of a stored message where it is read from the stream.
+ADDED = ("Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp")
+
+
 @dataclass
 class Stored:
     record: Record
@@ -185,7 +189,8 @@ class Broker:
         if expected is not None and not self.admits(self.last.get(subject, 0), int(expected)):
             return {"error": {"code": 400, "err_code": 10071, "description": "wrong last sequence"}}
         log, now = self.streams[stream], self.loop.now
-        own = {"Nats-Subject": subject, "Nats-Sequence": str(len(log) + 1), "Nats-Time-Stamp": _stamp(now)}
+        # What the sender wrote is kept, and what the broker adds stands behind it.
+        own = {**headers, "Nats-Subject": subject, "Nats-Sequence": str(len(log) + 1), "Nats-Time-Stamp": _stamp(now)}
         # One time, as whoever reads it has it: rounded once.
         record = Record(stream, len(log) + 1, subject, data, milliseconds(_stamp(now)))
         log.append(Stored(record, own))
@@ -301,7 +306,8 @@ class Broker:
             one = log[sequence - 1]
             place = f"{queue.durable.stream}.{queue.durable.name}.{queue.deliveries[sequence]}.{sequence}.{queue.given}"
             reply = f"$JS.ACK.{place}.{one.record.time_unix_ms * 1_000_000}.{len(log) - sequence}"
-            pull.client.send(pull.inbox, [(one.record.data, {})], one.record.subject, reply)
+            sent = {name: text for name, text in one.headers.items() if name not in ADDED}
+            pull.client.send(pull.inbox, [(one.record.data, sent)], one.record.subject, reply)
             self._later(queue, queue.durable.ack_wait)
 
     def _later(self, queue: Queue, seconds: float) -> None:

@@ -105,7 +105,8 @@ class Engine(Listener):
         self._changed: set[str] = set()
         self._wake_at: dict[str, int] = {}
         self._actions: dict[str, _State] = {}
-        self._traces: dict[str, str] = {}
+        # By run, the newest cycle that somebody spoke of, and the trace in which they did.
+        self._traces: dict[str, tuple[int, str]] = {}
         self._newer: set[str] = set()
         self._pauses, self._held_until = Pauses(service), dict[str, int]()
         self._unreadable: set[str] = set()
@@ -187,7 +188,10 @@ class Engine(Listener):
         if fact is None:
             return
         if trace := logs.extract(record.headers):
-            self._traces[fact.run] = trace
+            # What is numbered in the run's own section, such as receipts, is not a cycle's.
+            cycle = 0 if fact.key.section == "run" else fact.key.cycle
+            if cycle >= self._traces.get(fact.run, (0, ""))[0]:
+                self._traces[fact.run] = cycle, trace
         try:
             if self._on_fact is not None:
                 self._on_fact(fact)
@@ -330,7 +334,7 @@ class Engine(Listener):
         state.task = asyncio.create_task(self._act(action, state), name=action.key)
 
     async def _act(self, action: Action, state: _State) -> None:
-        cause = self._traces.get(action.run, "")
+        _, cause = self._traces.get(action.run, (0, ""))
         logs.bind_run(action.run)
         logs.use(cause)
         name = type(action.payload).__name__ if action.payload is not None else action.key.split(":")[0].split(".")[0]
