@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from connito.platform.servers import NatsServer, ObjectStore, free_ports
 from connito.protocol.beacon import secret_digest
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.findings import PROTOCOL_VERSION
+from connito.runtime.tasks import end_tasks
 from connito.service import rpc
 from connito.store import ArtifactStore, put_presigned
 from connito.v1 import cycle_pb2, run_pb2, services_pb2
@@ -46,7 +48,7 @@ from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.log import Log
 from connito.wire.roster import ROLES, Roster
-from connito.wire.subjects import ingress
+from connito.wire.subjects import fact, ingress
 from google.protobuf.message import Message
 from safetensors.numpy import save
 
@@ -56,6 +58,7 @@ from tests.integration.witness import ServiceProcess
 SALT, SECRET, RUN = b"s" * 32, b"b" * 32, "bench"
 STATE = np.linspace(-1, 1, 2048, dtype=np.float32).reshape(2, 32, 32)
 AT_ONCE = 32
+MINERS_READ = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "MERGE")
 WINDOWS = ("train", "commit", "submit", "validate", "merge")
 # Facts one by one, of which players need none.
 OF_ONE_MINER = (".accepted.", ".refused.", ".run.0.miner.", ".ingress.")
@@ -110,6 +113,9 @@ class Players:
     roster: Roster
     facts: RunFacts = field(default_factory=lambda: RunFacts(RUN))
     moved: asyncio.Event = field(default_factory=asyncio.Event)
+    # What stands in the streams that a miner reads from, and what of it one miner reads: messages and bytes.
+    stands: Counter[str] = field(default_factory=Counter)
+    reads: Counter[str] = field(default_factory=Counter)
 
     async def read(self) -> None:
         """Follow what is said of everybody at once."""
@@ -117,10 +123,26 @@ class Players:
         async for item in self.buses["coordinator"].follow(
             ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE"), RUN
         ):
+            if not isinstance(item, CaughtUp) and item.stream in MINERS_READ:
+                self.stands.update(messages=1, bytes=len(item.data))
             if not isinstance(item, CaughtUp) and not any(part in item.subject for part in OF_ONE_MINER):
                 log.apply(item)
                 self.facts = log.runs.get(RUN, self.facts)
             self.moved.set()
+
+    async def read_along(self) -> None:
+        """Follow as one miner does (`services.trainer.own`); its own answers are counted with the cycle."""
+        async for item in self.buses["validator"].follow(MINERS_READ, RUN, of_all=True):
+            if not isinstance(item, CaughtUp):
+                self.reads.update(messages=1, bytes=len(item.data))
+
+    async def answers(self, cycle: int) -> None:
+        """Look up what the committer said to the first miner."""
+        for window in ("commit", "submit"):
+            place = fact(RUN, window, cycle, "accepted", self.miners[0].public)
+            found = await self.buses["validator"].look(window.upper(), last_by_subj=place)
+            assert found is not None
+            self.reads.update(messages=1, bytes=len(found.data))
 
     async def until(self, satisfied: Callable[[RunFacts], object]) -> float:
         """Wait for facts; return the time at which they were there."""
@@ -276,13 +298,11 @@ async def measured(miners: int, cycles: int, folder: Path) -> list[dict[str, Any
             for role in ("coordinator", "selector", "validator", "aggregator")
         }
         players = Players(buses, [Identity.generate() for _ in range(miners)], theta, folder, roster)
-        reading = asyncio.create_task(players.read())
+        reading = [asyncio.create_task(work) for work in (players.read(), players.read_along())]
         try:
             return await _rows(players, broker, pids, cycles)
         finally:
-            reading.cancel()
-            with suppress(asyncio.CancelledError):
-                await reading
+            await end_tasks(reading)
 
 
 async def _rows(players: Players, broker: Broker, pids: dict[str, int], cycles: int) -> list[dict[str, Any]]:
@@ -293,13 +313,16 @@ async def _rows(players: Players, broker: Broker, pids: dict[str, int], cycles: 
     enrolling = _spent(pids)
     note(f"{len(players.miners)} miners: enrolled for {sum(enrolling.values()) - sum(before.values()):.1f} CPU s")
     for cycle in range(1, cycles + 1):
-        spent, counted = _spent(pids), broker.counted()
+        spent, counted, read = _spent(pids), broker.counted(), (players.stands.copy(), players.reads.copy())
         windows = await players.cycle(cycle)
         now, then = _spent(pids), broker.counted()
         row: dict[str, Any] = {"miners": len(players.miners), "cycle": cycle}
         row |= {f"{name}_cpu_s": round(now[name] - spent[name], 3) for name in pids}
         row["cpu_s"] = round(sum(now.values()) - sum(spent.values()), 3)
         row |= {name: then[name] - counted[name] for name in counted}
+        await players.answers(cycle)
+        for name, now_read, was in zip(("stands", "miner_reads"), (players.stands, players.reads), read, strict=True):
+            row |= {f"{name}_{what}": now_read[what] - was[what] for what in ("messages", "bytes")}
         row |= {f"{name}_seconds": round(windows[name], 2) for name in WINDOWS}
         row |= {f"{name}_rss_mb": round(psutil.Process(pid).memory_info().rss / 1e6) for name, pid in pids.items()}
         note(str(row))

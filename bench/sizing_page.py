@@ -40,10 +40,21 @@ def _cycles(document: Document) -> str:
             f"{row['in_msgs'] / row['miners']:.0f}",
             f"{row['out_bytes'] / row['miners'] / 1000:.0f} kB",
             f"{row['coordinator_rss_mb']}, {row['committer_rss_mb']} MB",
+            f"{row['miner_reads_messages']:,} of {row['stands_messages']:,}",
+            f"{row['miner_reads_bytes'] / 1000:,.0f} of {row['stands_bytes'] / 1000:,.0f} kB",
         ]
         for row in last
     ]
-    head = ("miners", *parts, "a miner", "messages a miner", "read a miner", "coordinator, committer")
+    head = (
+        "miners",
+        *parts,
+        "a miner",
+        "asked a miner",
+        "sent a miner",
+        "coordinator, committer",
+        "a miner reads",
+        "bytes",
+    )
     note = document["settings"].get("note", "")
     return f"""
 `bench.control_plane`: CPU seconds that a cycle costs each process, with played people and submissions of 8 kB, on

@@ -71,6 +71,7 @@ ARMS = {
     "int4": _arm("int4"),
     "top-k 5 %": _arm("top-k", share=0.05),
     "low-rank 4, no feedback": _arm("low-rank", feedback=False, rank=4),
+    "top-k 1 %, no feedback": _arm("top-k", feedback=False),
 }
 FIRST = 6
 QUICK = ("rows", "ternary", "low-rank 4")

@@ -1,4 +1,4 @@
-"""Error feedback: what coding left out of a submission is added to the next one.
+"""Error feedback: what a codec left out of a submission is added to the next one, where that is worth it (`carries`).
 
     <work_dir>/<run>/left/<cycle>.safetensors     float32 over the target rows
 
@@ -17,7 +17,7 @@ from connito.data.pseudo_gradients import load_float32
 from connito.data.safetensors_header import SAFETENSORS
 from connito.data.tensors import read_header
 from connito.errors import ConnitoError, Invalid
-from connito.protocol.coding import encode, is_coded
+from connito.protocol.coding import carries, encode, is_coded
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2
 from connito.wire.facts import RunFacts
@@ -38,10 +38,12 @@ def code(facts: RunFacts, me: str, cycle: int, state: Path, draft: Path, folder:
     policy = facts.require_spec().training
     if not is_coded(policy):
         return draft
-    folder.mkdir(exist_ok=True, mode=0o700)
-    left, coded = _left(facts, me, cycle, folder), draft.with_suffix(".coded")
+    coded, left, leaves = draft.with_suffix(".coded"), None, None
+    if carries(policy):
+        folder.mkdir(exist_ok=True, mode=0o700)
+        left, leaves = _left(facts, me, cycle, folder), folder / f"{cycle}.safetensors"
     try:
-        encode(draft, state, policy, left, coded, folder / f"{cycle}.safetensors")
+        encode(draft, state, policy, left, coded, leaves)
     except Invalid as error:
         log.warning("handing in rows that cannot be coded", because=str(error))
         return draft

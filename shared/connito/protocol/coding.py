@@ -20,7 +20,7 @@ from connito.data.pseudo_gradients import load_float32
 from connito.data.tensors import Array, Layout, TensorWriter, from_float32, read_header, to_float32
 from connito.errors import Invalid
 from connito.protocol.claims import ROUTED
-from connito.protocol.policy.choices import ROWS
+from connito.protocol.policy.choices import ROWS, SPARSE
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import TrainPolicy
 
@@ -33,6 +33,13 @@ def is_coded(policy: TrainPolicy) -> bool:
 def codec_of(policy: TrainPolicy) -> Codec:
     """Return the codec of a policy under which submissions are coded."""
     return codec(policy.codec, policy.codec_rank, policy.codec_share)
+
+
+def carries(policy: TrainPolicy) -> bool:
+    """Return whether a miner adds what coding left out to its next submission: directions that were not sent are missed, and the
+    rounding of numbers that all were sent is noise, of more harm than use a cycle later (`bench.wire`).
+    """
+    return policy.codec in SPARSE
 
 
 def usual_bytes(policy: TrainPolicy, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -71,7 +78,9 @@ def stated(submission: Path, policy: TrainPolicy) -> dict[str, str]:
     return {ROUTED: note.decode(errors="replace")} if note else {}
 
 
-def encode(rows: Path, base: Path, policy: TrainPolicy, left: Path | None, coded: Path, leaves: Path) -> None:
+def encode(
+    rows: Path, base: Path, policy: TrainPolicy, left: Path | None, coded: Path, leaves: Path | None = None
+) -> None:
     """Write the pseudo-gradient of the state in `rows`, begun from `base`, to `coded`, and what coding leaves out to `leaves`.
 
     `left` is what coding left out before, float32 over the same rows: it is added. Numbers that are not finite are coded as such,
@@ -88,6 +97,8 @@ def encode(rows: Path, base: Path, policy: TrainPolicy, left: Path | None, coded
             return delta if before is None else delta + load_float32(before, name)
 
     write_coded(how, layout, wanted, coded, read_header(rows).metadata.get(ROUTED, "").encode())
+    if leaves is None:
+        return
     try:
         with TensorWriter(leaves, {name: ("F32", shape) for name, (_, shape) in layout.items()}) as writer:
             for name, delta in read_coded(how, layout, coded):

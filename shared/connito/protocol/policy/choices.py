@@ -16,7 +16,9 @@ ROUTING_MODES = ("natural", "masked", "restricted")
 MOMENTS = ("fresh", "kept", "second")
 # Forms of a submission, see docs/adr/0030-submissions-in-a-coded-form.md.
 ROWS = "rows"
-CODECS = ("ternary", "int4", "int8", "low-rank", "top-k", ROWS)
+# Those that leave out whole directions, and not only the rounding of each number.
+SPARSE = ("low-rank", "top-k")
+CODECS = ("ternary", "int4", "int8", *SPARSE, ROWS)
 AGGREGATORS = (
     "mean",
     "utility-mean",

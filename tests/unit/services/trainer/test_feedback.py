@@ -58,8 +58,22 @@ def rows(path: Path, seed: int) -> Path:
 
 @pytest.fixture
 def coded(story: Run) -> Run:
-    story.facts.require_spec().training.codec = "ternary"
+    training = story.facts.require_spec().training
+    training.codec, training.codec_share = "top-k", 0.1
     return story
+
+
+@pytest.mark.parametrize("codec", ["ternary", "int4", "int8"])
+def test_what_only_rounds_leaves_nothing_for_later(coded: Run, tmp_path: Path, codec: str) -> None:
+    coded.facts.require_spec().training.codec = codec
+    judged(coded, 1, merged=True)
+    left, state = tmp_path / "left", rows(tmp_path / "state", 0)
+    handed = [
+        code(coded.facts, ME, cycle, state, rows(tmp_path / "draft.safetensors", 7), left).read_bytes()
+        for cycle in (1, 2)
+    ]
+    assert handed[0] == handed[1], "each cycle sends its own work"
+    assert not left.exists()
 
 
 def test_a_cycle_begins_with_what_the_newest_merged_one_left(coded: Run, tmp_path: Path) -> None:
