@@ -21,6 +21,7 @@ from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.run_pb2 import RunSpec, SelectionMade
 from connito.wire.facts import RunFacts
+from connito.wire.locked import unlocked
 
 log = get_logger("committer.content")
 
@@ -38,13 +39,14 @@ class ContentCheck:
         self._slots = asyncio.Semaphore(slots)
         # States that cycles began from, hashed when they were fetched. A refusal is never given by one of these alone.
         self._bases: OrderedDict[str, Path] = OrderedDict()
-        self._verdicts: OrderedDict[tuple[str, str, str], asyncio.Task[Refusal | None]] = OrderedDict()
+        self._verdicts: OrderedDict[tuple[str, ...], asyncio.Task[Refusal | None]] = OrderedDict()
 
     async def __call__(self, facts: RunFacts, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
         """Check an upload against the state that its cycle started from. Raises an
         `Environment` when that is not possible here and now.
         """
-        key = (facts.run, artifact.digest, base.digest)
+        # Whoever names the same bytes with another key must not decide for the one whose they are.
+        key = (facts.run, artifact.digest, artifact.key.hex(), artifact.content, base.digest)
         task = self._verdicts.get(key)
         if task is None:
             task = self._verdicts[key] = asyncio.create_task(self._examine(facts, artifact, base))
@@ -54,7 +56,7 @@ class ContentCheck:
         # One caller that is cancelled must not take the examination from the others.
         return await asyncio.shield(task)
 
-    def _forget_passing(self, key: tuple[str, str, str], task: asyncio.Task[Refusal | None]) -> None:
+    def _forget_passing(self, key: tuple[str, ...], task: asyncio.Task[Refusal | None]) -> None:
         """Forget a temporary fault, or an object that may still be uploaded, so that it is checked again."""
         failed = task.cancelled() or task.exception() is not None
         refusal = None if failed else task.result()
@@ -72,7 +74,7 @@ class ContentCheck:
                 path = await self._store.fetch(artifact, stored=True)
             except (ObjectMissing, ObjectDamaged, Retry) as error:
                 return await self._not_as_said(artifact, error)
-            return await self._check(facts, path, base)
+            return await self._check(facts, path, artifact, base)
 
     async def _not_as_said(self, artifact: ArtifactRef, error: ConnitoError) -> Refusal:
         """Return the refusal of what is not in the store, or is something else there. Raises `error` for a fault of the store."""
@@ -88,10 +90,10 @@ class ContentCheck:
             return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, Refusal.of(error).finding)
         raise error
 
-    async def _check(self, facts: RunFacts, path: Path, base: ArtifactRef) -> Refusal | None:
+    async def _check(self, facts: RunFacts, path: Path, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
         async def by(start: Path) -> Refusal | None:
             spec, selection = facts.require_spec(), facts.require_selection()
-            refusal = await asyncio.to_thread(check_artifact, str(path), str(start), spec, selection)
+            refusal = await asyncio.to_thread(check_artifact, path, artifact, start, spec, selection)
             self._bases[base.digest] = start
             if len(self._bases) > BASES:
                 self._bases.popitem(last=False)
@@ -106,24 +108,26 @@ class ContentCheck:
         return await by(await self._store.fetch(base))
 
 
-def check_artifact(path: str, base: str, spec: RunSpec, selection: SelectionMade) -> Refusal | None:
-    """Return why the file at `path` is no submission to a cycle whose θ_t is at `base`; None when it is one. Raises
+def check_artifact(
+    path: Path, artifact: ArtifactRef, base: Path, spec: RunSpec, selection: SelectionMade
+) -> Refusal | None:
+    """Return why an upload, the file at `path`, is no submission to a cycle whose θ_t is at `base`; None when it is one. Raises
     only for what is wrong with this machine.
     """
     expected = read_header(base)
     try:
         with ExitStack() as stack:
-            rows = Path(path)
-            if is_coded(spec.training):
+            rows = path
+            if artifact.key or is_coded(spec.training):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="connito-examine-")))
-                rows = decoded(rows, Path(base), spec.training, folder)
+                rows = decoded(unlocked(path, artifact, folder), base, spec.training, folder)
             validate_move(rows, expected, base, spec, selection)
     except Exception as error:  # a hostile file must not be able to stop the service
         if here_and_now(error) is not None:
             raise
         if isinstance(error, Invalid):
             return Refusal.of(error)
-        log.error("an artifact broke its examination", security=True, path=path, error=repr(error))
+        log.error("an artifact broke its examination", security=True, path=str(path), error=repr(error))
         text = f"the file cannot be read as safetensors: {error!r}"
         return Refusal.of(Invalid(text, reason=reasons_pb2.REASON_BAD_HEADER))
     return None

@@ -13,7 +13,7 @@ from connito.protocol import bans
 from connito.protocol.claims import most_bytes
 from connito.protocol.coding import is_coded
 from connito.protocol.commitment import opens
-from connito.protocol.findings import Refusal, check_version
+from connito.protocol.findings import LOCKED, Refusal, check_version
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.v1.cycle_pb2 import Finding
@@ -22,6 +22,7 @@ from connito.views.sentences import detail_of, sentence
 from connito.wire.enums import reason_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+from connito.wire.locked import is_key, locked_bytes
 from connito.wire.subjects import window_value
 
 DIGEST_BYTES = 32
@@ -158,8 +159,11 @@ def _check_ref(facts: RunFacts, cycle: int, artifact: ArtifactRef) -> Refusal | 
         finding = Finding(kind=cycle_pb2.FINDING_KIND_WRONG_REALM, cycle=cycle)
         return Refusal(reasons_pb2.REASON_MALFORMED, finding)
     spec, selection = facts.require_spec(), facts.require_selection()
+    if (artifact.key or artifact.content) and (spec.protocol_version < LOCKED or not is_key(artifact)):
+        return Refusal(reasons_pb2.REASON_MALFORMED, Finding(kind=cycle_pb2.FINDING_KIND_NO_KEY, cycle=cycle))
     expected = selection.initial_state.size
-    if artifact.size > expected + SIZE_TOLERANCE + most_bytes(spec, selection):
+    most = expected + SIZE_TOLERANCE + most_bytes(spec, selection)
+    if artifact.size > (locked_bytes(most) if spec.protocol_version >= LOCKED else most):
         kind = cycle_pb2.FINDING_KIND_TOO_LARGE
         finding = Finding(kind=kind, count=artifact.size, limit=expected, cycle=cycle)
         return Refusal(reasons_pb2.REASON_OVERSIZED, finding)

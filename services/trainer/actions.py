@@ -12,6 +12,7 @@ from typing import Protocol
 from connito.bus import Bus
 from connito.errors import Environment, Invalid
 from connito.protocol.commitment import commitment_digest
+from connito.protocol.findings import LOCKED
 from connito.protocol.provenance import check_start
 from connito.runtime import logs, metrics
 from connito.service.engine import Action
@@ -20,6 +21,7 @@ from connito.v1 import cycle_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
+from connito.wire.locked import lock_file
 
 from . import feedback
 from .adapters import Downloads, Services
@@ -90,7 +92,11 @@ class Miner:
 
         effort = await self.strategy.produce(Work(run, cycle, self.me, state, draft, spec.training, honest))
         code = partial(feedback.code, facts, self.me, cycle, state, draft, ledger.folder(run, cycle).parent / "left")
-        artifact = ledger.keep_artifact(run, cycle, await asyncio.to_thread(code))
+        made = await asyncio.to_thread(code)
+        key, content = b"", ""
+        if spec.protocol_version >= LOCKED:
+            made, key, content = await asyncio.to_thread(self._locked, run, cycle, made)
+        artifact = ledger.keep_artifact(run, cycle, made)
         digest, size = await asyncio.to_thread(digest_of_file, artifact)
         salt = self._salt(run, cycle, digest)
         commitment = commitment_digest(run, cycle, self.me, opened.state.digest, digest, salt)
@@ -100,6 +106,8 @@ class Miner:
             base_state=opened.state.digest,
             artifact=digest,
             size=size,
+            key=key.hex(),
+            content=content,
             commitment=commitment.hex(),
             steps=effort.steps,
             tokens=effort.tokens,
@@ -142,6 +150,8 @@ class Miner:
             metrics.REFUSALS.labels(reason_name(refusal.reason)).inc()
             if not self.strategy.reveals_after(refusal):
                 raise
+        # Told only now: the upload was nobody's to read before.
+        artifact.key, artifact.content = bytes.fromhex(mine.key), mine.content
         reveal = cycle_pb2.Reveal(run=run, cycle=cycle, artifact=artifact, base_state_digest=mine.base_state, salt=salt)
         self.ledger.said(run, cycle, await self.bus.publish_ingress(run, "reveal", reveal), revealed=True)
         log.info("revealed", artifact=mine.artifact[:12])
@@ -157,6 +167,14 @@ class Miner:
         if await self.services.upload(slot, self.ledger.artifact_path(run, mine.cycle)):
             metrics.UPLOAD_BYTES.inc(artifact.size)
             log.info("uploaded", bytes=artifact.size)
+
+    def _locked(self, run: str, cycle: int, made: Path) -> tuple[Path, bytes, str]:
+        """Lock a result under a key of its own; return the new file in its place, the key, and what it opens to."""
+        content, _ = digest_of_file(made)
+        key, locked = self.bus.identity.derive("locked", run, str(cycle), content), made.with_suffix(".locked")
+        lock_file(made, locked, key, content)
+        made.unlink()
+        return locked, key, content
 
     def _salt(self, run: str, cycle: int, artifact_digest: str) -> bytes:
         return self.bus.identity.derive("salt", run, str(cycle), artifact_digest)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from connito.errors import Fatal, Invalid, Retry
 from connito.protocol.coding import decoded
 from connito.protocol.policy.choices import ADVERSARIES
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
+from connito.wire.locked import unlocked
 
 from .settings import TrainerSettings
 from .state import read_progress
@@ -75,9 +77,11 @@ class Copier(_Idle):
         """Return the rows of the victim's result of this cycle. Raises `Retry` while it is not there."""
         folder = self.victim_dir / work.run / str(work.cycle)
         path = folder / "artifact.safetensors"
-        if not path.exists() or not read_progress(folder / "progress.json").artifact:
+        mine = read_progress(folder / "progress.json") if path.exists() else None
+        if mine is None or not mine.artifact:
             raise Retry(f"the victim has no result in {folder} yet", after=0.5)
-        return decoded(path, work.state, work.policy, work.draft.parent)
+        ref = ArtifactRef(digest=mine.artifact, key=bytes.fromhex(mine.key), content=mine.content)
+        return decoded(unlocked(path, ref, work.draft.parent), work.state, work.policy, work.draft.parent)
 
 
 class NoisyCopier(Copier):

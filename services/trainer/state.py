@@ -4,7 +4,8 @@
     <work_dir>/miner                               the public key that works here
     <work_dir>/<run>/<cycle>/progress.json        one small document, replaced atomically
     <work_dir>/<run>/receipts/<cycle>-<sequence>.checkpoint   for `connito audit --receipt`
-    <work_dir>/<run>/<cycle>/artifact.safetensors  never changed once progress.json names its digest; coded, by the run's policy
+    <work_dir>/<run>/<cycle>/artifact.safetensors  never changed once progress.json names its digest; coded and
+                                                  locked, by the run's rules
     <work_dir>/<run>/left/<cycle>.safetensors      what coding left out (`services.trainer.feedback`)
 
 The order of writes carries the guarantee: the artifact is on disk before `progress.json` names it, and it is named
@@ -36,6 +37,9 @@ class CycleProgress:
     base_state: str = ""
     artifact: str = ""
     size: int = 0
+    # Of an upload that is locked: the key in hex, and the digest of what is inside.
+    key: str = ""
+    content: str = ""
     commitment: str = ""
     steps: int = 0
     tokens: int = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from connito.wire.facts import RunFacts
 from connito.wire.hashing import hash_fields
 from connito.wire.heads import LogTrees
 from connito.wire.identity import Identity
+from connito.wire.locked import unlocked
 from connito.wire.sealing import MEDIA_TYPE as SEALED
 from connito.wire.sealing import parse_boxes
 from connito.workloads.claims import Recount, Text
@@ -231,9 +234,10 @@ class Validator:
         scores: dict[int, cycle_pb2.SubmissionScore] = {}
         for place in in_turn(submissions, self.me):
             submission = submissions[place]
-            with metrics.SCORE_SECONDS.time():
-                found = files[submission.miner]
+            with metrics.SCORE_SECONDS.time(), tempfile.TemporaryDirectory(prefix="connito-unlock-") as folder:
                 try:
+                    clear = unlocked(files[submission.miner].artifact, submission.artifact, Path(folder))
+                    found = replace(files[submission.miner], artifact=clear)
                     lie = recount and recount.falsehood(submission, found.artifact, found.origin or state)
                     measurable = evaluator.submission(state, found, drawn, before, stop, submission.miner)
                     evaluation = Evaluation(drawn, measurable, facts.require_spec().holdout.domain)

@@ -213,7 +213,9 @@ def draw_of(spec: run_pb2.RunSpec, artifacts: Artifacts, seed: bytes) -> list[tu
 def refused_content(work: Recomputation, cycle: int) -> Step:
     """Check reveals that were refused for their artifact's content, where the artifact still exists."""
     from connito.audit.artifacts import refused_reveals
+    from connito.protocol.coding import decoded
     from connito.protocol.submission import read_header, validate_move
+    from connito.wire.locked import unlocked
 
     evidence, facts, found, compared = work.evidence, work.evidence.facts, [], 0
     for entry in refused_reveals(evidence):
@@ -227,7 +229,11 @@ def refused_content(work: Recomputation, cycle: int) -> Step:
         try:
             base = work.artifacts.paths.get(opened.state.digest) if opened is not None else None
             layout = read_header(work.artifacts.path(selection.initial_state))
-            validate_move(path, layout, base, spec, selection)
+            with tempfile.TemporaryDirectory(prefix="connito-unlock-") as folder:
+                clear = unlocked(path, entry.ref, Path(folder))
+                # Where θ_t is lost, what is coded stands for nothing.
+                rows = clear if base is None else decoded(clear, base, spec.training, Path(folder))
+                validate_move(rows, layout, base, spec, selection)
         except Invalid:
             continue
         name = reason_name(refused.reason) if refused is not None else "unknown"

@@ -36,6 +36,7 @@ from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import sentence
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
+from connito.wire.locked import unlocked
 from connito.workloads import gating, scoring
 from connito.workloads.claims import Recount, Text
 from connito.workloads.fetching import holdout_refs
@@ -252,13 +253,15 @@ def _measure(
             continue
         work.say(f"measuring {work.evidence.name(entry.miner)} of cycle {cycle} again")
         same_base = entry.base_state.digest in ("", opened.state.digest)
-        files = SubmissionFiles(artifacts.path(entry.artifact), None if same_base else artifacts.path(entry.base_state))
-        try:
-            measurable = models.scoring.submission(state, files, drawn, before, stop, entry.miner)
-            evaluation = Evaluation(drawn, measurable, spec.holdout.domain)
-            found[entry.miner] = _Remeasured(score(entry, evaluation, spec), evaluation)
-        except Invalid as error:
-            found[entry.miner] = _Remeasured(rejected(entry, Refusal.of(error)), None)
+        path, origin = artifacts.path(entry.artifact), None if same_base else artifacts.path(entry.base_state)
+        with tempfile.TemporaryDirectory(prefix="connito-unlock-") as folder:
+            try:
+                files = SubmissionFiles(unlocked(path, entry.artifact, Path(folder)), origin)
+                measurable = models.scoring.submission(state, files, drawn, before, stop, entry.miner)
+                evaluation = Evaluation(drawn, measurable, spec.holdout.domain)
+                found[entry.miner] = _Remeasured(score(entry, evaluation, spec), evaluation)
+            except Invalid as error:
+                found[entry.miner] = _Remeasured(rejected(entry, Refusal.of(error)), None)
     return found
 
 
@@ -278,7 +281,9 @@ def claims(work: Recomputation, models: Models, cycle: int, only: str = "") -> S
     for entry in entries:
         work.say(f"counting the claim of {work.evidence.name(entry.miner)} of cycle {cycle} again")
         start = work.artifacts.path(entry.base_state if entry.base_state.digest else opened.state)
-        lie = recount.falsehood(entry, work.artifacts.path(entry.artifact), start)
+        with tempfile.TemporaryDirectory(prefix="connito-unlock-") as folder:
+            clear = unlocked(work.artifacts.path(entry.artifact), entry.artifact, Path(folder))
+            lie = recount.falsehood(entry, clear, start)
         if entry.miner in drawn:
             found += _claim_faults(work, cycle, entry, lie)
         elif lie is not None:

@@ -20,10 +20,11 @@ from connito.wire.heads import HEADS_SINCE
 
 # `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings. 2: the documents of a sequence do not
 # see each other, and a corpus may say which tokens count. 3: copies are found by function (`scoring.own_work`); draw, quorum and
-# closing are checked (`protocol.rules`), and the log has signed heads.
+# closing are checked (`protocol.rules`), the log has signed heads, and uploads are locked until they are revealed
+# (`wire.locked`).
 PROTOCOL_VERSION = 3
 DOCUMENTS_APART = 2
-COPIES_BY_FUNCTION = GAINLESS_TRIED = 3
+COPIES_BY_FUNCTION = GAINLESS_TRIED = LOCKED = 3
 CHECKED = HEADS_SINCE
 
 Outcome: TypeAlias = (
@@ -46,6 +47,7 @@ OF_THE_FILE = frozenset(
     {
         reasons_pb2.REASON_ARTIFACT_MISSING,
         reasons_pb2.REASON_DIGEST_MISMATCH,
+        reasons_pb2.REASON_KEY_MISMATCH,
         reasons_pb2.REASON_OVERSIZED,
         reasons_pb2.REASON_BAD_HEADER,
         reasons_pb2.REASON_WRONG_TENSORS,

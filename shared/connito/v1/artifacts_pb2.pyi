@@ -53,12 +53,19 @@ class ArtifactRef(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     MEDIA_TYPE_FIELD_NUMBER: _builtins.int
     REALM_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """Lower-case hex SHA-256 of the object's bytes."""
     size: _builtins.int
     """Length in bytes."""
     media_type: _builtins.str
     realm: Global___Realm.ValueType
+    key: _builtins.bytes
+    """For a file that is locked until its owner tells the key (`connito.wire.locked`, protocol_version 3 on): the key of 32 bytes,
+    and the SHA-256 of what is inside, of which `media_type` speaks. Empty for all others.
+    """
+    content: _builtins.str
     def __init__(
         self,
         *,
@@ -66,10 +73,12 @@ class ArtifactRef(_message.Message):
         size: _builtins.int = ...,
         media_type: _builtins.str = ...,
         realm: Global___Realm.ValueType = ...,
+        key: _builtins.bytes = ...,
+        content: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "media_type", b"media_type", "realm", b"realm", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "digest", b"digest", "key", b"key", "media_type", b"media_type", "realm", b"realm", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -190,6 +190,8 @@ class _FindingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingKi
     """name (digest of the artifact)."""
     FINDING_KIND_OTHER_SIZE: _FindingKind.ValueType  # 78
     """count, limit (bytes of the object, and those declared)."""
+    FINDING_KIND_NO_KEY: _FindingKind.ValueType  # 79
+    """A reveal tells a key that is none, or in a run in which uploads are not locked."""
     FINDING_KIND_RULE_NAMED: _FindingKind.ValueType  # 90
     """A rule of the run that a cycle breaks (`connito.protocol.rules`). miners: validators that committed in time and are not
     named, or are named and did not.
@@ -314,6 +316,8 @@ FINDING_KIND_NOT_UPLOADED: FindingKind.ValueType  # 77
 """name (digest of the artifact)."""
 FINDING_KIND_OTHER_SIZE: FindingKind.ValueType  # 78
 """count, limit (bytes of the object, and those declared)."""
+FINDING_KIND_NO_KEY: FindingKind.ValueType  # 79
+"""A reveal tells a key that is none, or in a run in which uploads are not locked."""
 FINDING_KIND_RULE_NAMED: FindingKind.ValueType  # 90
 """A rule of the run that a cycle breaks (`connito.protocol.rules`). miners: validators that committed in time and are not
 named, or are named and did not.
@@ -513,7 +517,7 @@ Global___Commitment: _TypeAlias = Commitment  # noqa: Y015
 
 @_typing.final
 class Reveal(_message.Message):
-    """Ingress `reveal`, by a miner, after the upload: opens the commitment."""
+    """Ingress `reveal`, by a miner, after the upload: opens the commitment, and tells the key of what was uploaded."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -74,6 +74,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """A value is NaN or infinite. Lower the learning rate, or check the accelerator."""
     REASON_NORM_EXCEEDED: _Reason.ValueType  # 48
     """Rows moved further than the policy allows."""
+    REASON_KEY_MISMATCH: _Reason.ValueType  # 49
+    """The key in the reveal does not open what was uploaded. Lock, commit and reveal with one key."""
     REASON_BAD_CLAIM: _Reason.ValueType  # 150
     """The submission's claim of routed tokens is not one. Write what `connito.protocol.claims` reads."""
     REASON_FALSE_CLAIM: _Reason.ValueType  # 151
@@ -200,6 +202,8 @@ REASON_NON_FINITE: Reason.ValueType  # 47
 """A value is NaN or infinite. Lower the learning rate, or check the accelerator."""
 REASON_NORM_EXCEEDED: Reason.ValueType  # 48
 """Rows moved further than the policy allows."""
+REASON_KEY_MISMATCH: Reason.ValueType  # 49
+"""The key in the reveal does not open what was uploaded. Lock, commit and reveal with one key."""
 REASON_BAD_CLAIM: Reason.ValueType  # 150
 """The submission's claim of routed tokens is not one. Write what `connito.protocol.claims` reads."""
 REASON_FALSE_CLAIM: Reason.ValueType  # 151

@@ -142,6 +142,9 @@ SENTENCES: dict[int, str] = {
         "cycle {f.cycle} starts from state {f.expected:.12}…, you trained from {f.name:.12}…; fetch the state that "
         "train.opened names"
     ),
+    c.FINDING_KIND_NO_KEY: (
+        "the key of a locked upload has 32 bytes and comes with the digest of what is inside, from protocol version 3 on"
+    ),
     c.FINDING_KIND_WRONG_REALM: "a submission is uploaded to, and named in, REALM_SUBMISSION",
     c.FINDING_KIND_TOO_LARGE: "{f.count} bytes, but the selected experts take {f.limit}; upload only their tensors",
     c.FINDING_KIND_TOO_SMALL: (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -32,7 +32,7 @@ MEDIA_TYPE = "application/vnd.connito.sealed"
 CHUNK = 1 << 20
 _MAGIC = b"connito.v1.sealed\n"
 _MAX_HEADER = 1 << 20
-_TAG = bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES
+CHUNK_TAG = bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES
 
 
 class NoKey(Invalid):
@@ -56,15 +56,7 @@ def seal_file(source: Path, target: Path, owner: Identity, readers: Iterable[str
     ).encode()
     with source.open("rb") as plain, target.open("wb") as out:
         out.write(_MAGIC + len(header).to_bytes(4, "big") + header)
-        chunk, index = plain.read(CHUNK), 0
-        while True:
-            following = plain.read(CHUNK)
-            out.write(
-                _crypt(bindings.crypto_aead_xchacha20poly1305_ietf_encrypt, chunk, header, key, index, not following)
-            )
-            if not following:
-                return
-            chunk, index = following, index + 1
+        encrypt(plain, out, header, key)
 
 
 def parse_boxes(data: bytes, where: str) -> dict[str, str]:
@@ -123,17 +115,8 @@ def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str, lent: str) 
         raise _damaged("its key does not open") from error
     if not fair:
         raise _damaged("its readers were not all given the same key")
-    chunk, index = file.read(CHUNK + _TAG), 0
-    while True:
-        following = file.read(CHUNK + _TAG)
-        try:
-            decrypt = bindings.crypto_aead_xchacha20poly1305_ietf_decrypt
-            out.write(_crypt(decrypt, chunk, header, key, index, not following))
-        except (CryptoError, ValueError) as error:
-            raise _damaged(f"chunk {index} does not open") from error
-        if not following:
-            return
-        chunk, index = following, index + 1
+    for chunk in decrypted(file, header, key):
+        out.write(chunk)
 
 
 def _content_key(boxes: Mapping[str, str], me: Identity) -> bytes:
@@ -177,11 +160,31 @@ def _box(key: bytes, reader: str) -> bytes:
     return bytes(sender.public_key) + Box(sender, theirs).encrypt(key, nonce).ciphertext
 
 
-def _crypt(
-    work: Callable[[bytes, bytes, bytes, bytes], bytes], chunk: bytes, header: bytes, key: bytes, index: int, last: bool
-) -> bytes:
-    nonce = index.to_bytes(23, "big") + bytes([last])
-    return work(chunk, hashlib.sha256(header).digest(), nonce, key)
+def encrypt(plain: BinaryIO, out: BinaryIO, header: bytes, key: bytes) -> None:
+    """Write what is left of `plain` in chunks that are bound to a header and to their order. A key is for one content."""
+    work = bindings.crypto_aead_xchacha20poly1305_ietf_encrypt
+    for chunk, nonce in _chunks(plain, CHUNK):
+        out.write(work(chunk, hashlib.sha256(header).digest(), nonce, key))
+
+
+def decrypted(file: BinaryIO, header: bytes, key: bytes) -> Iterator[bytes]:
+    """Yield the chunks that `encrypt` wrote, in clear. Raises `VerificationFailed` at the first that is not of header and key."""
+    work = bindings.crypto_aead_xchacha20poly1305_ietf_decrypt
+    for index, (chunk, nonce) in enumerate(_chunks(file, CHUNK + CHUNK_TAG)):
+        try:
+            yield work(chunk, hashlib.sha256(header).digest(), nonce, key)
+        except (CryptoError, ValueError) as error:
+            raise _damaged(f"chunk {index} does not open") from error
+
+
+def _chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield chunks, an empty one of an empty file, each with a nonce of its place and of whether it is the last."""
+    chunk, index, last = file.read(size), 0, False
+    while not last:
+        following = file.read(size)
+        last = not following
+        yield chunk, index.to_bytes(23, "big") + bytes([last])
+        chunk, index = following, index + 1
 
 
 def _damaged(what: str) -> VerificationFailed:

@@ -42,6 +42,7 @@ from connito.store.cache import digest_of_file
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
+from connito.wire.locked import unlocked
 
 _NO_GAIN = (cycle_pb2.FINDING_KIND_NO_GAIN, cycle_pb2.FINDING_KIND_UNCERTAIN_GAIN)
 # (part of the hold-out, digest of a state, its file) -> losses
@@ -143,7 +144,7 @@ def _sorted(entries: Iterable[cycle_pb2.Submission]) -> list[cycle_pb2.Submissio
 def _inspect(
     facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files: Files, folder: Path
 ) -> tuple[Files, Refusals, NDArray[np.float64]]:
-    """Decode every submission into `folder` and look at it once more: what goes into a version is checked where it is made.
+    """Unlock and decode every submission into `folder` and look at it once more: a version is checked where it is made.
 
     Return the inner products of those that are in order, too.
     """
@@ -152,7 +153,8 @@ def _inspect(
     states: dict[str, Path] = {}
     for entry in _sorted(entry for entry in submissions if entry.miner in files.states):
         try:
-            path = decoded(files.states[entry.miner], files.bases[entry.miner], spec.training, folder)
+            clear = unlocked(files.states[entry.miner], entry.artifact, folder)
+            path = decoded(clear, files.bases[entry.miner], spec.training, folder)
             claim_of(check_header(path, layout), spec, facts.require_selection())
             states[entry.miner] = path
         except Environment:

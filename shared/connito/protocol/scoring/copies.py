@@ -127,15 +127,20 @@ def handed_in_before(facts: RunFacts, cycle: int, submissions: Iterable[cycle_pb
     first: dict[str, str] = {}
     for earlier in range(max(1, cycle - REMEMBERED_CYCLES), cycle):
         for entry in facts.window("submit", earlier).submissions:
-            first.setdefault(entry.artifact.digest, entry.miner)
+            first.setdefault(_content(entry), entry.miner)
     return {
         entry.miner: Refusal(
             reasons_pb2.REASON_COPY,
-            Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of=first[entry.artifact.digest], cosine=1.0),
+            Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of=first[_content(entry)], cosine=1.0),
         )
         for entry in submissions
-        if entry.artifact.digest in first
+        if _content(entry) in first
     }
+
+
+def _content(entry: cycle_pb2.Submission) -> str:
+    """Return what the bytes of a submission hash to in clear: under another key the same work is another upload."""
+    return entry.artifact.content or entry.artifact.digest
 
 
 def copies(

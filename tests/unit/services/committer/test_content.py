@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from connito.errors import Environment, ObjectDamaged, ObjectMissing, Retry, Unu
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
+from connito.wire.locked import lock_file
 from safetensors.numpy import save
 
 from services.committer import content
@@ -204,3 +206,37 @@ async def test_an_object_of_another_size_than_was_said_is_refused(
     assert refusal is not None
     assert refusal.reason == reasons_pb2.REASON_DIGEST_MISMATCH
     assert refusal.finding.count == shelf.size
+
+
+def locked_upload(shelf: Shelf, state: dict[str, np.ndarray]) -> ArtifactRef:
+    rows = save(state)
+    (shelf.upload.parent / "rows").write_bytes(rows)
+    content = hashlib.sha256(rows).hexdigest()
+    lock_file(shelf.upload.parent / "rows", shelf.upload, b"k" * 32, content)
+    ref = artifact("ma", 1, shelf.upload.stat().st_size)
+    ref.key, ref.content = b"k" * 32, content
+    return ref
+
+
+async def test_a_locked_upload_is_looked_into_with_the_key_of_its_reveal(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck
+) -> None:
+    assert await check(facts, locked_upload(shelf, STATE), theta(1)) is None
+    broken = {name: np.full_like(rows, np.nan) for name, rows in STATE.items()}
+    refusal = await check(facts, locked_upload(shelf, broken), theta(1))
+    assert refusal is not None
+    assert refusal.reason == reasons_pb2.REASON_NON_FINITE
+
+
+async def test_a_wrong_key_is_its_senders_fault_and_nobody_elses(
+    facts: RunFacts, shelf: Shelf, check: ContentCheck
+) -> None:
+    good = locked_upload(shelf, STATE)
+    wrong = ArtifactRef()
+    wrong.CopyFrom(good)
+    wrong.key = b"x" * 32
+    for ref in (wrong, ArtifactRef(digest=good.digest, size=good.size, realm=good.realm)):
+        refusal = await check(facts, ref, theta(1))
+        assert refusal is not None
+        assert refusal.reason == (reasons_pb2.REASON_KEY_MISMATCH if ref.key else reasons_pb2.REASON_BAD_HEADER)
+    assert await check(facts, good, theta(1)) is None, "who named it first with another key does not decide"

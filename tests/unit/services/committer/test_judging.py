@@ -13,6 +13,7 @@ from connito.v1.services_pb2 import UploadCommand
 from connito.views.sentences import detail_of
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+from connito.wire.locked import locked_bytes
 
 from services.committer import settlement
 from services.committer.judging import (
@@ -250,6 +251,45 @@ def test_the_realm_is_submission(ledger: Ledger) -> None:
 def test_a_size_that_cannot_be_right_is_refused(ledger: Ledger, size: int, expected: int) -> None:
     to_submit(ledger)
     assert reason(reveal(ledger, ledger.reveal("ma", 1, artifact("ma", 1, size)))) == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "key", "content", "good"),
+    [
+        (3, b"k" * 32, "ab" * 32, True),
+        (3, b"", "", True),
+        (3, b"k" * 31, "ab" * 32, False),
+        (3, b"k" * 32, "", False),
+        (3, b"", "ab" * 32, False),
+        (3, b"k" * 32, "../" * 20, False),
+        (2, b"k" * 32, "ab" * 32, False),
+    ],
+)
+def test_a_key_is_one_and_belongs_to_runs_whose_uploads_are_locked(
+    ledger: Ledger, version: int, key: bytes, content: str, good: bool
+) -> None:
+    to_submit(ledger)
+    ledger.facts.require_spec().protocol_version = version
+    made = artifact("ma", 1)
+    made.key, made.content = key, content
+    answer = reveal(ledger, ledger.reveal("ma", 1, made))
+    if good:
+        assert isinstance(answer, cycle_pb2.RevealAccepted)
+        assert answer.submission.artifact == made
+    else:
+        assert reason(answer) == reasons_pb2.REASON_MALFORMED
+
+
+def test_a_locked_upload_has_room_for_its_lock(ledger: Ledger) -> None:
+    ledger.miners("mc")
+    to_submit(ledger, miners=("ma", "mb", "mc"))
+    largest = locked_bytes(SIZE + SIZE_TOLERANCE)
+    assert reason(reveal(ledger, ledger.reveal("ma", 1, artifact("ma", 1, largest)))) == reasons_pb2.REASON_OVERSIZED
+    ledger.facts.require_spec().protocol_version = 3
+    fits = reveal(ledger, ledger.reveal("mb", 1, artifact("mb", 1, largest)))
+    assert isinstance(fits, cycle_pb2.RevealAccepted)
+    over = reveal(ledger, ledger.reveal("mc", 1, artifact("mc", 1, largest + 1)))
+    assert reason(over) == reasons_pb2.REASON_OVERSIZED
 
 
 @pytest.mark.parametrize(("weighting", "fits"), [("tokens", True), ("capped", True), ("whole", False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from connito.protocol.policy.choices import ADVERSARIES
 from connito.protocol.submission import expected_layout, validate
 from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import TrainPolicy
+from connito.wire.locked import lock_file
 
 from services.trainer.adversary import Copier, MixedCopier, choose
 from services.trainer.handlers import Commit, LogDecision, ReportTrained, Reveal, Train, decide
@@ -114,6 +116,19 @@ async def test_noise_has_the_size_of_an_honest_delta_and_is_well_formed(work: Wo
 async def test_the_copier_has_its_victims_bytes(work: Work, victim: Path) -> None:
     await strategy("copier", victim).produce(work)
     assert work.draft.read_bytes() == (victim / RUN / "1" / "artifact.safetensors").read_bytes()
+
+
+async def test_the_copier_takes_the_key_with_the_locked_result(work: Work, victim: Path) -> None:
+    path = victim / RUN / "1" / "artifact.safetensors"
+    rows, locked = path.read_bytes(), victim / "locked"
+    content = hashlib.sha256(rows).hexdigest()
+    lock_file(path, locked, b"k" * 32, content)
+    locked.replace(path)
+    ledger = Ledger(victim, VICTIM)
+    ledger.update(RUN, 1, size=path.stat().st_size, key=(b"k" * 32).hex(), content=content)
+    ledger.close()
+    await strategy("copier", victim).produce(work)
+    assert work.draft.read_bytes() == rows
 
 
 async def test_the_noisy_copier_differs_by_one_percent_of_the_delta(work: Work, victim: Path) -> None:

@@ -257,3 +257,13 @@ def test_bytes_of_an_earlier_cycle_are_a_copy_whoever_hands_them_in_again() -> N
     again = [cycle_pb2.Submission(miner="UE", artifact=ref("bb")), cycle_pb2.Submission(miner="UF", artifact=ref("dd"))]
     run.say("submit", last, "settled", submissions=again)
     assert set(handed_in_before(run.facts, last, again)) == {"UF"}, "the first cycle is out of mind"
+
+
+def test_under_another_key_the_same_work_was_handed_in_before() -> None:
+    run = Run().created().selected()
+    for cycle, (digest, content) in enumerate([("aa", "11"), ("bb", "11"), ("cc", "22"), ("11", "")], 1):
+        entry = cycle_pb2.Submission(miner=f"U{cycle}", artifact=ref(digest))
+        entry.artifact.content = content
+        run.say("submit", cycle, "settled", submissions=[entry])
+    found = [handed_in_before(run.facts, cycle, run.facts.window("submit", cycle).submissions) for cycle in range(1, 5)]
+    assert [sorted(each) for each in found] == [[], ["U2"], [], ["U4"]]
