@@ -125,7 +125,8 @@ async def test_the_copier_takes_the_key_with_the_locked_result(work: Work, victi
     lock_file(path, locked, b"k" * 32, content)
     locked.replace(path)
     ledger = Ledger(victim, VICTIM)
-    ledger.update(RUN, 1, size=path.stat().st_size, key=(b"k" * 32).hex(), content=content)
+    size, key = path.stat().st_size, (b"k" * 32).hex()
+    ledger.update(RUN, 1, artifact="ab" * 32, size=size, key=key, content=content)
     ledger.close()
     await strategy("copier", victim).produce(work)
     assert work.draft.read_bytes() == rows
