@@ -57,7 +57,7 @@ being 1.
 
 Together found or unpaid: {"; ".join(families)}.
 
-Honest hand-ins called a copy: {"; ".join(f"{row['world']} {_rate([row], 'found')}" for row in honest)}; together
+Honest hand-ins called a copy, or paid nothing: {"; ".join(f"{row['world']} {_rate([row], 'found')}" for row in honest)}; together
 {_rate(honest, "found")}, goal at most {ACCUSED_GOAL:.1%}, {"shown" if shown else "not shown by so many"}. Paid a part:
 {"; ".join(f"{row['world']} {row['paid_in_part']} (paid {row['share']:.1%} on average)" for row in honest)}.
 """

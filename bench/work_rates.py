@@ -9,7 +9,7 @@ non-IID      a miner's text is from one of two domains
 same text    everybody reads the same 32 sequences, each in an order of its own
 few answers  everybody reads the same six sequences again and again
 
-Bases, domains and text are apart from those that the limits were found on: --calibration takes those.
+Bases and text are apart from those that the limits were found on: --calibration takes the domains that most of them come from.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class Trial:
-    """One hand-in that was judged; `honest` is what the others of its cycle earned on average, `share` what it was paid of."""
+    """One hand-in that was judged; `found` a copy, or honest work that is refused as one or paid nothing. `honest` is what the
+    others of its cycle earned on average, `share` what it was paid of.
+    """
 
     kind: str
     world: str
@@ -201,9 +203,8 @@ def trials(pool: Pool, policy: run_pb2.ScorePolicy) -> Iterator[Trial]:
         mean = float(np.mean(earned))
         for row, pay in zip(order, earned, strict=True):
             share = found.leaning[str(row)].share if str(row) in found.leaning else 1.0
-            yield Trial(
-                "honest", pool.world, f"{pool.seed} {pool.steps} {row}", str(row) in found.original, pay, mean, share
-            )
+            refused = str(row) in found.original or share == 0.0
+            yield Trial("honest", pool.world, f"{pool.seed} {pool.steps} {row}", refused, pay, mean, share)
     thieves = [row for row, kind in enumerate(pool.kinds) if kind != "honest" and not kind.endswith(": first")]
     for row, count in itertools.product(thieves, COMPANY):
         victims = pool.victims[row]

@@ -16,6 +16,7 @@ from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import LIBRARY
 
+from .judging import check_shown
 from .state import State
 
 REMEMBERED = 64
@@ -38,6 +39,7 @@ class Downloads:
         elif self._sees(spec, key):
             refs = for_viewers(facts)
         else:
+            check_shown(facts, key)
             _check_miner(facts, key)
             refs = for_miners(facts)
         found = {ref.digest: ref for ref in refs if ref.digest}

@@ -46,11 +46,21 @@ def known_run(facts: RunFacts | None, run: str) -> RunFacts:
     could stand.
     """
     if facts is None or facts.spec is None:
-        raise NotFound(
-            f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN
-        )
+        raise unknown(run)
     check_version(facts.spec)
     return facts
+
+
+def unknown(run: str) -> NotFound:
+    """Return the answer about a run that there is not, or that its key has no part in though it is not public."""
+    return NotFound(f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN)
+
+
+def check_shown(facts: RunFacts, miner: str) -> None:
+    """Raise `NotFound` for a run that is not public, and that a key has no part in."""
+    spec = facts.require_spec()
+    if spec.visibility not in ("", "public") and not facts.is_enrolled(miner) and miner not in spec.enrolment.allowed:
+        raise unknown(facts.run)
 
 
 def refused(window: str, fact: Fact, refusal: Refusal) -> cycle_pb2.Refused:
@@ -180,7 +190,8 @@ def answered(facts: RunFacts, fact: Fact) -> bool:
 
 
 def judge_upload(facts: RunFacts, miner: str, command: UploadCommand) -> None:
-    """Raise `Invalid` unless the miner may upload now what it opens its commitment to. A late upload still may."""
+    """Raise `Invalid` unless the miner may upload now what it opens its commitment to, a late one too, or `NotFound`."""
+    check_shown(facts, miner)
     cycle = command.cycle
     refusal = _barred(facts, miner) or _submit_window(facts, cycle)
     refusal = refusal or check_opening(facts, cycle, miner, command.artifact, command.base_state_digest, command.salt)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from connito.bus import Bus
-from connito.errors import Invalid, NotFound, Retry
+from connito.errors import Invalid, Retry
 from connito.protocol import bans
 from connito.protocol.findings import check_version
 from connito.protocol.policy.check import complete
@@ -29,7 +29,7 @@ from connito.wire.subjects import INSTALLATION
 
 from . import enrolment, tenancy
 from .admission import Admission
-from .reading import Readers
+from .reading import Readers, unknown
 from .state import Changes, State
 
 NAME = services_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
@@ -95,7 +95,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
             request.envelope, "rpc.CancelRun", services_pb2.CancelRunCommand, self._roster, "customer"
         )
         facts = self._known(command.run)
-        if facts.spec is None or not tenancy.may_cancel(facts.spec, signer, self._roster):
+        if not tenancy.may_cancel(facts.require_spec(), signer, self._roster):
+            self._readers.run(command.run, self._readers.by_key(signer))
             raise Invalid(f"run {command.run!r} belongs to another customer", reason=reasons_pb2.REASON_NOT_PERMITTED)
         if facts.ended is None:
             ended = run_pb2.RunEnded(
@@ -147,6 +148,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         enrolment.check_label(command.label)
         enrolment.check_key(miner, self._roster)
         facts = self._known(command.run)
+        if not enrolment.may_ask(facts, command, miner, self._roster, self._clock()):
+            self._readers.run(command.run, self._readers.by_key(miner))
         check_version(facts.require_spec())
         enrolment.check_ban(facts, self._everywhere, miner)
         if not facts.is_enrolled(miner):
@@ -205,6 +208,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         spec = None if order.run == "" else self._known(order.run).spec
         customer = spec is not None and spec.customer == signer and self._roster.permits("customer", signer)
         if not operator and not (customer and not self._roster.only_reads(signer)):
+            if order.run:
+                self._readers.run(order.run, self._readers.by_key(signer))
             raise Invalid(
                 f"{signer} is neither an operator in the roster nor this run's customer; ask one of them",
                 reason=reasons_pb2.REASON_NOT_PERMITTED,
@@ -246,9 +251,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
     def _known(self, run: str) -> RunFacts:
         facts = self._log.runs.get(run)
         if facts is None or facts.spec is None:
-            raise NotFound(
-                f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN
-            )
+            raise unknown(run)
         return facts
 
     async def _wait(self, run: str, satisfied: Callable[[RunFacts], bool]) -> RunFacts:

@@ -54,6 +54,17 @@ def check_ban(facts: RunFacts, everywhere: RunFacts, miner: str) -> None:
             raise Invalid(sentence(refusal(ban).finding), reason=reasons_pb2.REASON_BANNED)
 
 
+def may_ask(facts: RunFacts, command: services_pb2.EnrolMinerCommand, miner: str, roster: Roster, now_ms: int) -> bool:
+    """Return whether a key may take part, as far as it goes by who it is: what else bars it may be told to it."""
+    spec = facts.require_spec()
+    try:
+        if facts.is_enrolled(miner) or not needs_invite(spec.enrolment, miner):
+            return True
+        return command.HasField("invite") and bool(verify(command.invite, facts.run, spec.customer, roster, now_ms))
+    except Invalid:
+        return False
+
+
 def invite_for(
     facts: RunFacts, command: services_pb2.EnrolMinerCommand, miner: str, roster: Roster, now_ms: int
 ) -> run_pb2.Invite | None:

@@ -25,6 +25,11 @@ READS_PER_SECOND, READS_AT_ONCE = 10.0, 100.0
 STREAMS_PER_KEY = 8
 
 
+def unknown(run: str) -> NotFound:
+    """Return the answer about a run that there is not, or that the one who asks has no part in: the same words for both."""
+    return NotFound(f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN)
+
+
 class Readers:
     """Keys that read: those of the roster, those that were admitted as miners, and those that take part in a run."""
 
@@ -41,7 +46,10 @@ class Readers:
         if self._tokens is not None and (viewer := await self._tokens.bearer(authorization(context))):
             self._limit.take(viewer.name)
             return viewer
-        key = self._key(request)
+        return self.by_key(self._key(request))
+
+    def by_key(self, key: str) -> Viewer:
+        """Return who a key is to those who show runs."""
         return Viewer(key, self._roster.memberships(key))
 
     def _key(self, request: Request) -> str:
@@ -72,9 +80,7 @@ class Readers:
         """Return the facts of a run that is shown to a viewer. Raises `NotFound`: for one that is not, as if there were none."""
         facts = self._log.runs.get(run)
         if facts is None or not self.may(facts, viewer):
-            raise NotFound(
-                f"no run is called {run!r}; `connito job list` shows them", reason=reasons_pb2.REASON_UNKNOWN_RUN
-            )
+            raise unknown(run)
         return facts
 
     @contextmanager

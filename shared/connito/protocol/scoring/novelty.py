@@ -8,6 +8,11 @@ shows in the same comparison with the rest, so that a cycle in which everybody l
 
 span   ‖e‖², the part that lies outside the span of earlier work.
 lean   1 − the share of the largest g coefficients in their sum: what is left to everybody else.
+
+A third says how much of a work is its own where it leans on one and has steps of its own too:
+
+own    what nobody explains, over what the others leave of the one that is leant on, less the correlation that the two have
+       beside everybody else. Honest work shares with another what both share with the rest, and its noise with nobody.
 """
 
 from __future__ import annotations
@@ -34,13 +39,15 @@ _DIGITS = 9
 
 @dataclass(frozen=True)
 class Novelty:
-    """Ratios of a submission to the least novel other one (infinite where there is no comparison), and whom it leans on most,
-    as a place among the others.
+    """Ratios of a submission to the least novel other one (infinite where there is no comparison), whom it leans on most, as a
+    place among the others, `own`, and the part that the others leave at least of any of them.
     """
 
     span: float
     lean: float
     victim: int
+    own: float = float("inf")
+    usual: float = 1.0
 
 
 def novelty(similarity: Matrix, earlier: Sequence[int], later: int, victims: int | None = None) -> Novelty:
@@ -58,7 +65,16 @@ def novelty(similarity: Matrix, earlier: Sequence[int], later: int, victims: int
         span = round(rest * float(np.diag(inverse).max()), _DIGITS)
     if count >= FOR_LEAN:
         lean = round(_lean(parts, inverse, count if victims is None else victims), _DIGITS)
-    return Novelty(span, lean, int(np.argmax(np.round(parts[:victims], _DIGITS))))
+    victim, outside = int(np.argmax(np.round(parts[:victims], _DIGITS))), 1.0 / np.diag(inverse)
+    return Novelty(span, lean, victim, _own(rest, float(parts[victim]), float(outside[victim])), float(outside.min()))
+
+
+def _own(rest: float, part: float, outside: float) -> float:
+    """Return `own` by the coefficient of the one leant on and what others leave of it; infinite for one alone in its domain."""
+    if 1.0 - outside < EXPLAINED:
+        return float("inf")
+    alike = part * np.sqrt(outside / max(RIDGE, rest + part * part * outside))
+    return round(float(rest / outside - alike), _DIGITS)
 
 
 def _lean(parts: Matrix, inverse: Matrix, victims: int) -> float:

@@ -32,6 +32,9 @@ SAME_FUNCTION = 0.9995
 # A copy's ratios are below these; from the larger ones on, work is its own altogether.
 SPAN_LIMIT, SPAN_OWN = 0.18, 0.5
 WEIGHT_LEAN_LIMIT, FUNCTION_LEAN_LIMIT, LEAN_OWN = 0.15, 0.1, 0.6
+# Where fewer are before it, or all learn nearly the same, `own` of honest work falls as low as a thief's. From its limit on,
+# which depends on their number, work is paid a part, and in full when it is so much above.
+FOR_OWN, LEAST_USUAL, OWN_PAID = 3, 0.085, 0.2
 # Two earlier works say little of what is usual.
 FEW, FEW_SPAN_LIMIT = 2, 0.08
 # A few vectors of so few numbers explain any other by chance.
@@ -72,6 +75,21 @@ class _Spaces:
                 own = 0.0 if ratio <= low else 1.0 if ratio >= high else (ratio - low) / (high - low)
                 found.append((ratio, own, near[told.victim]))
         return found
+
+    def part(self, earlier: Sequence[int], later: int) -> tuple[float, int]:
+        """Return the part of a work that is paid for its own steps, 0 for none, and on whom it leans, as a place in `earlier`."""
+        near = _nearest(self.function, earlier, later)
+        told = novelty(self.function, [earlier[place] for place in near], later)
+        if len(near) < FOR_OWN or told.own == float("inf"):
+            return 1.0, 0
+        if novelty(self.weights, [earlier[place] for place in near], later).usual < LEAST_USUAL:
+            return 1.0, 0
+        return min(1.0, max(0.0, (told.own - own_limit(len(near))) / OWN_PAID)), near[told.victim]
+
+
+def own_limit(earlier: int) -> float:
+    """Return the value of `own` up to which nothing is paid, by the number of earlier works: more of them tell more."""
+    return -0.1 - 0.45 / earlier
 
 
 def own_work(
@@ -170,10 +188,14 @@ def _judge(
             names = [submissions[firsts[place]].miner for place in near]
             if _same_effect(miner, names, evidence):
                 own, victim = 0.0, nearest
-    first = submissions[firsts[victim]].miner
     if own == 0.0:
-        found.original[miner] = first
-    elif own < 1.0:
+        found.original[miner] = submissions[firsts[victim]].miner
+        return
+    if policy.copy_span_threshold > 0.0:
+        part, leant_on = spaces.part(firsts, later)
+        own, victim = min((own, victim), (part, leant_on))
+    if own < 1.0:
+        first = submissions[firsts[victim]].miner
         share = round(own, _SHARE_DIGITS)
         found.leaning[miner] = Finding(kind=cycle_pb2.FINDING_KIND_LEANS, copy_of=first, share=share)
 

@@ -231,6 +231,19 @@ def test_work_on_another_state_is_stale(ledger: Ledger) -> None:
     assert reason(reveal(ledger, ledger.reveal("ma", 1, base=theta(7)))) == reasons_pb2.REASON_STALE_BASE
 
 
+def test_a_run_that_is_not_public_looks_like_none_to_who_has_no_part_in_it(ledger: Ledger) -> None:
+    to_submit(ledger)
+    ledger.facts.require_spec().visibility = "private"
+    command = UploadCommand(run=RUN, cycle=1, artifact=artifact("mx", 1), base_state_digest=theta(1).digest, salt=SALT)
+    with pytest.raises(NotFound) as caught:
+        judge_upload(ledger.facts, "mx", command)
+    with pytest.raises(NotFound) as none:
+        known_run(None, RUN)
+    assert str(caught.value) == str(none.value)
+    command.artifact.CopyFrom(artifact("ma", 1))
+    judge_upload(ledger.facts, "ma", command)
+
+
 def test_the_realm_is_submission(ledger: Ledger) -> None:
     made = artifact("ma", 1)
     made.realm = REALM_PUBLIC

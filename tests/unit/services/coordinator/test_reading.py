@@ -9,10 +9,12 @@ from typing import Any, cast
 import pytest
 from connito.bus import Bus
 from connito.errors import Invalid, NotFound
-from connito.v1 import reasons_pb2, services_pb2
+from connito.protocol import bans
+from connito.v1 import reasons_pb2, run_pb2, services_pb2
 from connito.wire import passes
 from connito.wire.envelope import seal
 from connito.wire.identity import Identity
+from connito.wire.invites import SUBJECT as INVITE_SUBJECT
 from connito.wire.roster import Roster
 
 from services.coordinator import reading
@@ -79,6 +81,49 @@ async def test_a_run_that_is_not_shown_looks_like_none(door: Door) -> None:
         assert str(caught.value) == f"no run is called {run!r}; `connito job list` shows them"
         with pytest.raises(NotFound):
             await anext(door.api.WatchRun(services_pb2.WatchRunRequest(run=run, **door.signed(OTHER)), None))
+
+
+@pytest.mark.parametrize("run", ["private", "nosuch"])
+async def test_nor_does_any_other_call_tell_that_there_is_one(door: Door, run: str) -> None:
+    """Neither who asks to end it, to ban somebody or to take part learns more than that nothing is shown to it."""
+    if run == "private":
+        door.state.runs[run].require_spec().enrolment.mode = "invite"
+    forged = run_pb2.Invite(run=run, uses=1, id="i", expires_unix_ms=1 << 60)
+    commands = {
+        "CancelRun": (
+            seal(OTHER, "rpc.CancelRun", services_pb2.CancelRunCommand(run=run)),
+            services_pb2.CancelRunRequest,
+        ),
+        "BanMiner": (
+            seal(OTHER, bans.ORDER_SUBJECT, run_pb2.BanOrder(run=run, miner=MINER.public, why="w")),
+            services_pb2.BanMinerRequest,
+        ),
+        "EnrolMiner": (
+            seal(MINER, "rpc.EnrolMiner", services_pb2.EnrolMinerCommand(run=run)),
+            services_pb2.EnrolMinerRequest,
+        ),
+        "EnrolMiner with a made-up invite": (
+            seal(
+                MINER,
+                "rpc.EnrolMiner",
+                services_pb2.EnrolMinerCommand(run=run, invite=seal(STRANGER, INVITE_SUBJECT, forged)),
+            ),
+            services_pb2.EnrolMinerRequest,
+        ),
+    }
+    for name, (envelope, kind) in commands.items():
+        request: Any = kind(envelope=envelope)
+        if isinstance(request, services_pb2.EnrolMinerRequest):
+            request.admission = ADMITS.sign(MINER.public, "miners-say", "user", {}, 1)
+        with pytest.raises(NotFound) as caught:
+            await getattr(door.api, name.split(maxsplit=1)[0])(request, None)
+        assert str(caught.value) == f"no run is called {run!r}; `connito job list` shows them", name
+
+
+async def test_who_sees_a_run_is_told_that_it_is_anothers(door: Door) -> None:
+    envelope = seal(OTHER, "rpc.CancelRun", services_pb2.CancelRunCommand(run="public"))
+    with pytest.raises(Invalid, match="belongs to another customer"):
+        await door.api.CancelRun(services_pb2.CancelRunRequest(envelope=envelope), None)
 
 
 async def test_who_is_not_known_or_did_not_sign_reads_nothing(door: Door) -> None:

@@ -147,14 +147,29 @@ def test_works_that_moved_nothing_or_anywhere_shield_nobody() -> None:
     assert set(judged([idle, anywhere, *works, *thefts_]).original) == {"U8", "U9"}
 
 
-def test_half_stolen_work_is_paid_a_part() -> None:
-    works = honest(6, 0.6)
-    own = honest(7, 0.6)[6]
-    found = judged([*works, 0.55 * works[2] + 0.45 * own])
+@pytest.mark.parametrize("earlier", [3, 4, 6, 12])
+@pytest.mark.parametrize(("stolen", "low", "high"), [(0.55, 0.0, 0.0), (0.4, 0.0, 0.9), (0.15, 1.0, 1.0)])
+def test_stolen_work_is_no_copy_and_only_its_own_part_is_paid(
+    earlier: int, stolen: float, low: float, high: float
+) -> None:
+    works = honest(earlier, 0.6)
+    own = honest(earlier + 1, 0.6)[earlier]
+    found = judged([*works, stolen * works[2] + (1.0 - stolen) * own])
     assert not found.original
-    assert set(found.leaning) == {"U6"}
-    assert found.leaning["U6"].copy_of == "U2"
-    assert 0.0 < found.leaning["U6"].share < 0.9
+    thief = f"U{earlier}"
+    assert set(found.leaning) <= {thief}
+    assert low <= (found.leaning[thief].share if found.leaning else 1.0) <= high
+    assert not found.leaning or found.leaning[thief].copy_of == "U2"
+
+
+def test_of_two_that_share_a_domain_alone_neither_leans() -> None:
+    pair, others = honest(2, 0.5, seed=3), honest(4, 0.6, seed=4)
+    assert judged([*others, *pair]).leaning == {}
+
+
+def test_where_all_learn_nearly_the_same_nobody_is_said_to_lean() -> None:
+    for seed in range(5):
+        assert judged(honest(6, 0.97, seed=seed)).leaning == {}
 
 
 def test_a_sign_that_the_policy_leaves_out_convicts_nobody() -> None:
