@@ -231,7 +231,8 @@ class Arena:
         facts = self._facts(cycle, standing, validators)
         refused, settled, files = {}, [], {}
         for place, upload in enumerate(uploads):
-            refusal = check_artifact(str(upload.path), str(self.start().state), self.spec, run_pb2.SelectionMade())
+            begun, selection = self.start().state, run_pb2.SelectionMade()
+            refusal = check_artifact(upload.path, _ref(upload.path), begun, self.spec, selection)
             if refusal is not None:
                 refused[upload.miner] = refusal
                 continue
