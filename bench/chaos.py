@@ -181,7 +181,7 @@ async def carry_out(storm: Storm, every: float, faults: int, until: float) -> Ro
     spans = sorted(storm.opened.values())
     cycles, counts = len(spans) - 1, storm.faults.counts
     return {
-        "part": storm.part, "seed": storm.seed, "cycles": cycles, "faults": dict(counts), "ends": storm.ends,
+        "part": storm.part, "seed": storm.seed, "every": every, "cycles": cycles, "faults": dict(counts), "ends": storm.ends,
         "ended": storm.ended, "wrong": wrong, "waits": [round(wait, 2) for wait in sorted(storm.waits())],
         "seconds_a_cycle": round((spans[-1] - spans[0]) / cycles, 2) if cycles > 0 else None,
     }  # fmt: skip
@@ -205,12 +205,12 @@ async def judged(storm: Storm) -> list[str]:
     return wrong if done.returncode == 0 else [*wrong, f"audit: {out.decode()[-300:]}"]
 
 
-def one(part: str, seed: int, cycles: int, faults: int, until: float) -> Row:
+def one(part: str, seed: int, cycles: int, every: float, faults: int, until: float) -> Row:
     """Carry out one run in a folder that goes with it."""
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name, ExitStack() as stack:
         own_disk = part not in CLUSTERS and stack.enter_context(small_disk(Path(name)))
         storm = Storm(Path(name), seed, cycles, part, own_disk)
-        row = asyncio.run(carry_out(storm, EVERY if part == "storm" else CLUSTERS[part][0], faults, until))
+        row = asyncio.run(carry_out(storm, every if part == "storm" else CLUSTERS[part][0], faults, until))
         if row["wrong"]:
             kept = Path(tempfile.mkdtemp(prefix=f"chaos-wrong-{seed}-"))
             shutil.copytree(storm.data.logs, kept / "logs")
@@ -237,7 +237,7 @@ def keep(out: Path, row: Row) -> list[Row]:
     """Put a row into the document, in place of one that is the same run; return all rows."""
     rows = known(out)
     rows = [one for one in rows if (one["part"], one["seed"]) != (row["part"], row["seed"])] + [row]
-    settings = {"miners": 2, "validators": 2, "every": EVERY, "node_every": NODE_EVERY, "shares": SHARES}
+    settings = {"miners": 2, "validators": 2, "node_every": NODE_EVERY, "shares": SHARES}
     document = {"name": "chaos", "machine": machine(), "settings": settings, "storms": total(rows), "rows": rows}
     write_durably(out, json.dumps(document, indent=1) + "\n")
     return rows
@@ -256,13 +256,13 @@ def carry_on(asked: argparse.Namespace) -> list[Row]:
         if not (part == asked.only if asked.exactly else part.startswith(asked.only)):
             continue
         if part in CLUSTERS:
-            fresh.append(one(part, asked.first, asked.cycles, 10**6, until))
+            fresh.append(one(part, asked.first, asked.cycles, asked.every, 10**6, until))
             keep(asked.out, fresh[-1])
             continue
         rows = known(asked.out)
         while (done := total(rows)["faults"]) < asked.faults and time.monotonic() < until:
             seed = max((row["seed"] for row in rows if row["part"] == "storm"), default=asked.first - 1) + 1
-            fresh.append(one(part, seed, asked.cycles, asked.faults - done, until))
+            fresh.append(one(part, seed, asked.cycles, asked.every, asked.faults - done, until))
             rows = keep(asked.out, fresh[-1])
             note(str(total(rows)))
     return fresh
@@ -276,6 +276,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=1000, help="of all storms together")
     parser.add_argument("--minutes", type=float, default=600.0, help="no fault comes after so long")
     parser.add_argument("--cycles", type=int, default=20, help="of each run")
+    parser.add_argument("--every", type=float, default=EVERY, help="seconds between the faults of a storm")
     parser.add_argument("--from", type=int, default=1, dest="first", help="the first seed")
     parser.add_argument("--out", type=Path, default=Path("out/bench/chaos.json"))
     asked = parser.parse_args()

@@ -35,10 +35,11 @@ WINDOWS = ("run", "train", "commit", "submit", "validate", "merge", "library")
 Row = dict[str, Any]
 
 
-async def rounds(js: JetStreamContext, done: list[float]) -> None:
-    """Publish a message to each stream in turn, again and again; note when each round was complete."""
+async def rounds(js: JetStreamContext, done: list[float], pace: float) -> None:
+    """Publish a message to each stream in turn, `pace` seconds after the one before; note when each round was complete."""
     while True:
         for window in WINDOWS:
+            await asyncio.sleep(pace)
             subject = f"{ROOT}.bare.{window}.{len(done)}.opened"
             while True:
                 with suppress(Exception):
@@ -71,7 +72,7 @@ def wait_until_current(cluster: Cluster) -> None:
         time.sleep(0.1)
 
 
-async def carry_out(part: str, seconds: float, every: float, seed: int) -> Row:
+async def carry_out(part: str, seconds: float, every: float, seed: int, pace: float) -> Row:
     """Write for so many seconds, kill meanwhile, and then wait for the cluster to be whole."""
     done: list[float] = []
     kills: list[float] = []
@@ -85,7 +86,7 @@ async def carry_out(part: str, seconds: float, every: float, seed: int) -> Row:
             await streams.ensure(nc.jetstream(timeout=10), replicas=NODES)
             began = time.monotonic()
             tasks = [
-                asyncio.create_task(rounds(nc.jetstream(), done)),
+                asyncio.create_task(rounds(nc.jetstream(), done, pace)),
                 asyncio.create_task(killing(cluster, seed, 0.0 if part == "calm" else every, part == "current", kills)),
             ]
             await asyncio.sleep(seconds)
@@ -103,7 +104,7 @@ async def carry_out(part: str, seconds: float, every: float, seed: int) -> Row:
             await asyncio.to_thread(cluster.stop)
     times = [began, *(at for at in done if at <= over), over]
     return {
-        "part": part, "seed": seed, "every": every, "seconds": seconds, "rounds": before, "kills": len(kills),
+        "part": part, "seed": seed, "every": every, "pace": pace, "seconds": seconds, "rounds": before, "kills": len(kills),
         "longest_silence": round(max(b - a for a, b in itertools.pairwise(times)), 1),
         "whole_after": round(whole, 1),
     }  # fmt: skip
@@ -114,13 +115,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=5.0)
+    parser.add_argument("--pace", type=float, default=0.0, help="seconds between messages")
     parser.add_argument("--parts", default="calm,every,current")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/bench/chaos_bare.json"))
     asked = parser.parse_args()
     rows = []
     for part in asked.parts.split(","):
-        rows.append(asyncio.run(carry_out(part, asked.seconds, asked.every, asked.seed)))
+        rows.append(asyncio.run(carry_out(part, asked.seconds, asked.every, asked.seed, asked.pace)))
         note(str(rows[-1]))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {"nodes": NODES, "streams": len(WINDOWS)}

@@ -50,6 +50,7 @@ class Faults:
         self.counts: Counter[str] = Counter()
         self.kills: list[float] = []
         self._restoring: list[asyncio.Task[None]] = []
+        self._rotten: dict[Path, bytes] = {}
         shares = {kind: share for kind, share in SHARES.items() if own_disk or kind != "full"}
         self._kinds, self._weights = list(shares), list(shares.values())
 
@@ -125,6 +126,7 @@ class Faults:
         draft.chmod(times.st_mode & 0o777)
         os.utime(draft, ns=(times.st_atime_ns, times.st_mtime_ns))
         draft.replace(path)
+        self._rotten[path] = bytes(content)
         self._count("rot")
 
     async def _lose(self) -> None:
@@ -156,5 +158,8 @@ class Faults:
         return None if platform is None else local_store(platform, self.data)
 
     async def over(self) -> None:
-        """Wait until everything that was taken out is back."""
+        """Wait until everything that was taken out is back, and remove the flipped copies that nobody has asked for since."""
         await asyncio.gather(*self._restoring)
+        for path, content in self._rotten.items():
+            if path.exists() and path.read_bytes() == content:
+                path.unlink()

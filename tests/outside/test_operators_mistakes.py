@@ -141,3 +141,27 @@ def test_a_full_disk() -> None:
     assert done.returncode == 5
     assert "No space left on device; free space on its disk" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_service_that_may_write_nothing(tmp_path: Path) -> None:
+    """What it cannot write is named in one sentence, and its end is one that passes: whoever starts it, starts it again."""
+    from connito.wire.identity import Identity
+
+    Identity.generate().save(tmp_path / "key")
+    given = {"CONNITO_KEY_FILE": str(tmp_path / "key"), "CONNITO_PORT_FILE": str(tmp_path / "ports.json")}
+    done = connito(
+        env=given, module="services.library", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    )
+    assert done.returncode == 5
+    assert "File too large; free space there" in said(done)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_lost_and_nothing_else() -> None:
+    from connito.local.display import PlainDisplay
+    from connito.runtime.logs import LineLogger
+
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115 - closing it fails, too
+    LineLogger(full).error("lost")
+    PlainDisplay(full).say("lost")
+    with pytest.raises(OSError, match="No space left"):
+        full.close()

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
 from connito.render import formats
+from connito.runtime.waiting import DISK
 from connito.views.live import announce, render
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
@@ -63,7 +64,12 @@ class PlainDisplay:
         self._stream.flush()
 
     def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._began:6.1f} s] {text}", file=self._stream, flush=True)
+        try:
+            print(f"[{time.monotonic() - self._began:6.1f} s] {text}", file=self._stream, flush=True)
+        except OSError as error:
+            # A line less, where its file is on a full disk; nobody reads what goes into a pipe that was closed.
+            if error.errno not in DISK:
+                raise
 
     def progress(self, what: str, share: float) -> None:
         """Print a line at the start and at every half, so that a log stays short."""

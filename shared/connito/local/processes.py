@@ -17,7 +17,8 @@ from typing import IO, Any, Protocol, Self
 from connito.errors import Fatal
 from connito.local.fork_server import PACKET_BYTES
 
-_ATTEMPTS = 3
+# So many preloaded processes in a row may be lost to one program: each takes seconds to import, in which it may be killed.
+_ATTEMPTS = 6
 
 
 class _LostError(Exception):

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from connito.errors import Fatal
+from connito.errors import Fatal, Invalid, Retry
 from connito.local.processes import Launcher, Process, Program
 from connito.platform.datadir import DataDir, start_time
 from connito.platform.servers import Server, last_lines
 from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import here_and_now
 
 # What dies this often within the window will not get better by being started once more.
 GIVE_UP_AFTER = 6
 GIVE_UP_WITHIN = 30.0
 _FIRST_DELAY, _LAST_DELAY = 0.2, 5.0
 _LOOK_EVERY = 0.25
+# With less than this free nothing that is started can write, which is no fault of its own.
+_FULL_BYTES = 16 << 20
 
 
 @dataclass
@@ -102,9 +107,9 @@ class Supervisor:
         while True:
             assert kept.process is not None
             code = await asyncio.shield(kept.process.exited)
-            await asyncio.sleep(kept.died(code, time.monotonic()))
+            await self._rest(kept, code)
             self._again(kept, code)
-            await self._launch(kept, program, launcher)
+            await self._patiently(kept, partial(self._launch, kept, program, launcher))
 
     async def _watch_server(self, kept: _Supervised, server: Server) -> None:
         while True:
@@ -113,12 +118,45 @@ class Supervisor:
                 continue
             assert server.process is not None
             code = int(server.process.returncode)
-            await asyncio.sleep(kept.died(code, time.monotonic()))
+            await self._rest(kept, code)
             self._again(kept, code)
-            # Not to be left half-way: a server that starts while everything stops must still be stopped.
-            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(server.start)))
+            try:
+                await self._patiently(kept, partial(_start_again, server))
+            except (Invalid, Retry):
+                # One that was killed while it started, or has no room to, is started again like any other.
+                if server.process.returncode is None or (server.process.returncode >= 0 and not self._full()):
+                    raise
+                continue
             kept.pid = server.pid
             self._write_pids()
+
+    def _full(self) -> bool:
+        return shutil.disk_usage(self._data.root).free < _FULL_BYTES
+
+    async def _rest(self, kept: _Supervised, code: int) -> None:
+        """Wait until what died may start again, on a full disk until there is room. Raises `Fatal` when it died too often."""
+        told = False
+        while self._full():
+            if not told:
+                self._announce(f"{kept.name} ended, and waits: the disk of {self._data.root} is full; free space there")
+            told, kept.deaths = True, []
+            await asyncio.sleep(_FIRST_DELAY)
+        await asyncio.sleep(kept.died(code, time.monotonic()))
+
+    async def _patiently(self, kept: _Supervised, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Do what starts a process, again and again while the machine has no room for it."""
+        told = False
+        while True:
+            try:
+                return await attempt()
+            except OSError as error:
+                fault = here_and_now(error)
+                if fault is None or fault.dependency not in ("disk", "memory"):
+                    raise
+                if not told:
+                    self._announce(f"{kept.name} cannot be started yet: {fault}")
+                told = True
+                await asyncio.sleep(_LAST_DELAY / 5)
 
     def _again(self, kept: _Supervised, code: int) -> None:
         kept.restarts += 1
@@ -150,6 +188,11 @@ class Supervisor:
             for name, kept in self._kept.items()
             if kept.pid
         }
+
+
+async def _start_again(server: Server) -> None:
+    """Start a server; one that starts while everything stops must still be stopped, and so is not left half-way."""
+    await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(server.start)))
 
 
 def describe_exit(code: int) -> str:

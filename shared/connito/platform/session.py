@@ -130,14 +130,14 @@ def log_to(path: Path | None) -> None:
     """Send what the library logs to a file, or nowhere: a command's own output is not the place for it."""
     import structlog
 
-    from connito.runtime.logs import setup_logging
+    from connito.runtime.logs import LineLogger, setup_logging
 
     setup_logging("cli", "json", "info" if path is not None else "error")
     if path is None:
         structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
         return
     stream = path.open("a")  # As long as the process.
-    structlog.configure(logger_factory=lambda *_: structlog.WriteLogger(stream))
+    structlog.configure(logger_factory=lambda *_: LineLogger(stream))
 
 
 BUCKET, REGION = "connito", "us-east-1"

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -39,9 +40,20 @@ def _configure(renderer: Any, level: str) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         # Looked up when a logger is made: whoever replaced sys.stderr gets the lines.
-        logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),
+        logger_factory=lambda *_: LineLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+class LineLogger(structlog.WriteLogger):
+    """A logger whose lines are lost where they cannot be written: a full disk must not end what is told of there."""
+
+    def msg(self, message: str) -> None:
+        """Write a line."""
+        with suppress(OSError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = fatal = failure = err = error = critical = exception = msg
 
 
 def _console() -> Any:

@@ -27,6 +27,7 @@ from connito.runtime.logs import Logger, get_logger, setup_logging
 from connito.runtime.programs import service_module
 from connito.runtime.settings import ServiceSettings
 from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import here_and_now
 from connito.service import certificates, security
 from connito.service.probes import Probes
 from connito.store import ArtifactStore
@@ -116,6 +117,11 @@ def run_service(name: str, main: Callable[[ServiceContext[S]], Awaitable[None]],
     except ConnitoError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (OSError, MemoryError) as error:
+        if (fault := here_and_now(error)) is None:
+            raise
+        print(f"{name}: {fault}", file=sys.stderr)
+        sys.exit(Retry.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import pytest
 from connito.errors import Fatal
 from connito.local import supervisor as supervising
 from connito.local.fork_server import check_fork_safe
-from connito.local.processes import ForkLauncher, Launcher, PlainLauncher, Program
+from connito.local.processes import ForkLauncher, Launcher, PlainLauncher, Process, Program
 from connito.local.supervisor import Supervisor
 from connito.platform.datadir import DataDir, is_running
 
@@ -113,6 +114,60 @@ async def test_a_service_that_cannot_live_fails_with_the_end_of_its_log(
     await supervisor.start(program("doomed", "import sys; sys.exit('the disk is on fire')"), PlainLauncher())
     with pytest.raises(Fatal, match=r"doomed ended 3 times(.|\n)*the disk is on fire"):
         await asyncio.wait_for(supervisor.failed, PATIENCE)
+    await supervisor.stop()
+
+
+async def test_what_dies_for_want_of_room_is_never_given_up(
+    data: DataDir, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(supervising, "_FULL_BYTES", 1 << 62)
+    said: list[str] = []
+    supervisor = Supervisor(data, said.append)
+    starts = data.root / "starts"
+    source = f"""
+        from pathlib import Path
+        import sys, time
+        starts = Path({str(starts)!r})
+        starts.write_text(starts.read_text() + "." if starts.exists() else ".")
+        time.sleep(60 if len(starts.read_text()) > 2 else 0)
+        sys.exit(5)
+    """
+    await supervisor.start(program("full", source), PlainLauncher())
+    await until(lambda: bool(said))
+    assert "waits: the disk of" in said[0]
+    await asyncio.sleep(0.05)
+    assert (starts.read_text(), supervisor.failed.done()) == (".", False)
+    monkeypatch.setattr(supervising, "_FULL_BYTES", 0)
+    await until(lambda: len(starts.read_text()) > 2)
+    assert not supervisor.failed.done()
+    await supervisor.stop()
+
+
+async def test_a_start_for_which_there_is_no_room_is_tried_again(
+    data: DataDir, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(supervising, "_LAST_DELAY", 0.01)
+
+    class Full(PlainLauncher):
+        """A launcher whose log cannot be made for some time."""
+
+        failures = -1
+
+        async def start(self, program: Program, *, stdout: int | None = None) -> Process:
+            self.failures += 1
+            if 1 <= self.failures <= 10:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return await super().start(program, stdout=stdout)
+
+    said: list[str] = []
+    supervisor, launcher = Supervisor(data, said.append), Full()
+    await supervisor.start(program("again", ENDLESS), launcher)
+    os.kill(data.read_pids()["again"]["pid"], signal.SIGKILL)
+    await until(lambda: launcher.failures == 11)
+    assert [line for line in said if "cannot be started yet" in line and "No space left" in line]
+    assert not supervisor.failed.done()
     await supervisor.stop()
 
 
