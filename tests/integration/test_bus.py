@@ -19,6 +19,7 @@ from connito.bus.consume import FAULT_LIMIT
 from connito.errors import Fatal, Invalid, ObjectMissing, Retry
 from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
+from connito.runtime.waiting import WAITING
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire import subjects
 from connito.wire.envelope import open_bytes, seal
@@ -709,3 +710,21 @@ async def test_a_message_that_waits_for_the_environment_is_never_given_up(
         assert await bus.last_record(f"connito.dlq.v1.INGRESS.{sequence}") is None
         task.cancel()
         await asyncio.wait([task])
+
+
+async def test_a_stream_that_is_not_there_is_named_to_who_reads_and_shown_by_who_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a broker's files are damaged: a command ends, a service waits."""
+    monkeypatch.setattr("connito.bus.client.STORED_PATIENCE", 0.1)
+    with NatsServer(tmp_path) as server:
+        async with await Bus.connect(server.url, None, "reader") as bus:
+            with pytest.raises(Retry, match="for stream RUNS; run `connito streams ensure`"):
+                await anext(bus.stored(["RUNS"]))
+            following = asyncio.ensure_future(anext(bus.follow(["MERGE"])))
+            async with asyncio.timeout(PATIENCE):
+                while not any("MERGE" in one.what for one in WAITING.entries()):  # noqa: ASYNC110 - a reader's turn
+                    await asyncio.sleep(0.01)
+            await streams.ensure(bus.js)
+            assert isinstance(await asyncio.wait_for(following, PATIENCE), CaughtUp)
+            assert not any("MERGE" in one.what for one in WAITING.entries())

@@ -40,6 +40,8 @@ log = get_logger("bus")
 
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 PUBLISH_SECONDS = 8.0
+# A broker that starts, or elects, answers sooner than this.
+STORED_PATIENCE = 30.0
 
 
 class _HasNatsUrl(Protocol):
@@ -269,8 +271,8 @@ class Bus:
         await hear(self._reading, stream, subject, heard)
 
     async def stored(self, streams: Sequence[str], run: str = "") -> AsyncGenerator[Record, None]:
-        """Yield what is stored in `streams` now, as `follow` does, and end."""
-        async with aclosing(self.follow(streams, run)) as items:
+        """Yield what is stored in `streams` now, as `follow` does, and end. Raises `Retry` for one that is away for long."""
+        async with aclosing(follow(self._reading, streams, run, {}, patience=STORED_PATIENCE)) as items:
             async for item in items:
                 if isinstance(item, CaughtUp):
                     return

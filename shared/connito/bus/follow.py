@@ -7,7 +7,9 @@ to look again and never evidence, since others may be able to write there. Who m
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -23,6 +25,7 @@ from connito.errors import Invalid, Retry
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import WAITING
 from connito.wire.fact import Record
 
 log = get_logger("bus.follow")
@@ -34,6 +37,7 @@ SOON, LATE = 0.01, 0.5
 # So many looks in a row are free. Of a stream that never rests there are so many a second, and each takes what has gathered;
 # where that is many, on average, nobody needs hints.
 FREE_LOOKS, LOOKS_PER_SECOND, MANY = 50.0, 25.0, 2.0
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,15 @@ def milliseconds(stamp: str) -> int:
 
 
 async def follow(
-    connection: Connection, streams: Sequence[str], run: str, start: Mapping[str, int], *, of_all: bool = False
+    connection: Connection,
+    streams: Sequence[str],
+    run: str,
+    start: Mapping[str, int],
+    *,
+    of_all: bool = False,
+    patience: float = math.inf,
 ) -> AsyncGenerator[Record | CaughtUp, None]:
-    """Follow streams as `Bus.follow` says."""
+    """Follow streams as `Bus.follow` says. Raises `Retry` for one that cannot be read for `patience` seconds."""
     queue: asyncio.Queue[Item] = asyncio.Queue(maxsize=2 * BATCH)
     behind = set(streams)
 
@@ -85,7 +95,9 @@ async def follow(
                 await queue.put(CaughtUp())
 
     filters = {name: STREAMS[name].filter(run, of_all=of_all) for name in streams}
-    readers = [_Reader(connection, name, filters[name], start.get(name, 1), queue, reached_end) for name in streams]
+    readers = [
+        _Reader(connection, name, filters[name], start.get(name, 1), queue, reached_end, patience) for name in streams
+    ]
     tasks = [asyncio.create_task(reader.run()) for reader in readers]
     try:
         if not readers:
@@ -145,8 +157,11 @@ class _Reader:
         start: int,
         queue: asyncio.Queue[Item],
         reached_end: Any,
+        patience: float,
     ) -> None:
+        self.patience, self.answered_at = patience, time.monotonic()
         self.connection, self.stream, self.queue = connection, stream, queue
+        self.what = f"reading {stream} {next(_NUMBERS)}"
         self.subject = f"$JS.API.DIRECT.GET.{stream}"
         self.filter = filter_
         self.narrow = filter_ != STREAMS[stream].filter() or bool(STREAMS[stream].beside)
@@ -165,9 +180,14 @@ class _Reader:
                     await self._read()
                 except Retry as error:
                     log.warning("cannot read a stream, trying again", stream=self.stream, error=str(error))
+                    if time.monotonic() - self.answered_at > self.patience:
+                        raise
+                    WAITING.begin(self.what, error, "", error.after)
                     await asyncio.sleep(error.after)
         except Exception as error:
             await self.queue.put(error)
+        finally:
+            WAITING.end(self.what)
 
     async def _read(self) -> None:
         """Read to the end again and again, through an inbox that no answer to an earlier question reaches."""
@@ -191,6 +211,8 @@ class _Reader:
                 while await self._ask(inbox):
                     pass
                 self.gained += (min(self.taken - before, 10 * MANY) - self.gained) / 10
+                self.answered_at = time.monotonic()
+                WAITING.end(self.what)
                 if not self.live:
                     self.live = True
                     await self.reached_end(self.stream)
@@ -284,6 +306,7 @@ class _Reader:
             )
         await self.queue.put(record)
         self.taken += 1
+        self.answered_at = time.monotonic()
         self.next_sequence = record.sequence + 1
         metrics.EVENTS_RECEIVED.labels(self.stream).inc()
         if self.live:

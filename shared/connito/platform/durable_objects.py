@@ -19,6 +19,7 @@ from connito.files import write_durably
 _DATABASE = '[sqlite]\nenabled = true\ndbFile = "objects/filer.db"\n'
 # Of a folder that an earlier version made.
 _UNSYNCED_DATABASE = '[leveldb2]\nenabled = true\ndir = "objects/filerldb2"\n'
+_ENTRY_BYTES, _EMPTY_VOLUME_BYTES = 16, 8
 _REFUSED = "/etc/connito-rules-in-force"
 _RULES = json.dumps(
     {"locations": [{"locationPrefix": "/", "fsync": True}, {"locationPrefix": _REFUSED, "readOnly": True}]}
@@ -33,10 +34,16 @@ def prepare(folder: Path) -> None:
     write_durably(folder / "filer.toml", _UNSYNCED_DATABASE if unsynced else _DATABASE)
     mark, boot = objects / "boot", _boot_id()
     before = mark.read_text() if mark.exists() else ""
-    if not (boot and before == boot):
-        for index in objects.glob("*.idx"):
+    for index in objects.glob("*.idx"):
+        if not (boot and before == boot) or _is_torn(index):
             index.unlink()
     write_durably(mark, boot)
+
+
+def _is_torn(index: Path) -> bool:
+    """Return whether an index ends within an entry, or is empty beside a volume that is not."""
+    volume, size = index.with_suffix(".dat"), index.stat().st_size
+    return size % _ENTRY_BYTES > 0 or (not size and volume.exists() and volume.stat().st_size > _EMPTY_VOLUME_BYTES)
 
 
 def not_synced(filer: grpc.Channel) -> str:

@@ -131,7 +131,8 @@ class Server:
                 code = self.process.returncode
                 self._reap()
                 raise Invalid(
-                    f"{self.program} ended with code {code} while starting; its log ends with:\n{last_lines(self.log_file)}"
+                    f"{self.program} ended with code {code} while starting; its log ends with:\n{last_lines(self.log_file)}\n"
+                    f"  If its files are damaged, restore {self.data_dir} from a copy."
                 )
             problem = self._not_ready()
             if not problem:

@@ -372,7 +372,8 @@ class ArtifactStore:
                     dependency="credentials",
                     reason=reasons.REASON_NOT_PERMITTED,
                 )
-            return Retry(f"{away}: {error.code} {error.message}", dependency="store")
+            broken = "; if this stays, restore its files from a copy" if error.code == "InternalError" else ""
+            return Retry(f"{away}: {error.code} {error.message}{broken}", dependency="store")
         if isinstance(error, (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)):
             return Retry(f"{away}: {error}", dependency="store")
         if isinstance(error, OSError):
