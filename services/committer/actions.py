@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from connito.bus import Bus
-from connito.bus.lease import Lease
+from connito.bus.lease import Lease, token_of
 from connito.bus.offences import kind_of, report
 from connito.bus.streams import DURABLES
 from connito.errors import Invalid, NotFound, Retry
@@ -152,8 +152,9 @@ class Committer:
         One replica at a time: what one key says is judged in its order. What a replica that was killed had taken comes back
         before anything new, once the broker has waited for it.
         """
+        token = token_of(self._bus)
         while True:
-            async with Lease(self._bus, DURABLE, lease_seconds) as lease:
+            async with Lease(self._bus, DURABLE, lease_seconds, token) as lease:
                 await self._let_come_back()
                 consuming = asyncio.create_task(
                     self._bus.consume(

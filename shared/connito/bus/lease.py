@@ -29,12 +29,12 @@ class Lease:
     never believed for longer than the broker grants it. `ttl` must be the bucket's (see `connito.bus.streams`), or less.
     """
 
-    def __init__(self, bus: Bus, name: str, ttl: float = LEASE_TTL) -> None:
+    def __init__(self, bus: Bus, name: str, ttl: float = LEASE_TTL, token: bytes = b"") -> None:
         self._bus, self.name, self.ttl = bus, name, ttl
         self.revision = 0
         self.lost = asyncio.Event()
-        # Tells our own entry from that of a replica with the same key.
-        self._token = f"{bus.identity.public}.{bus.host.entropy(8).hex()}".encode()
+        # Tells our own entry from that of a replica with the same key; one of before is taken over.
+        self._token = token or token_of(bus)
         self._last = 0
         self._good_until = 0.0
         self._renewing: asyncio.Task[None] | None = None
@@ -91,7 +91,8 @@ class Lease:
     async def _write(self, last: int | None) -> bool:
         """Write the entry where there is none, or over our own at `last`; False when somebody else's stands there.
 
-        Ours it is as well where the acknowledgement of an earlier write was lost. Raises what the client library raises.
+        Ours it is as well where the acknowledgement of an earlier write was lost, or a term of ours was. Raises what the client
+        library raises.
         """
         bucket = await self._bucket()
         try:
@@ -102,11 +103,12 @@ class Lease:
         except KeyWrongLastSequenceError:
             try:
                 entry = await bucket.get(self.name)
-            except KeyNotFoundError:
+                if entry.value != self._token:
+                    return False
+                # Written anew: what stands there may be about to expire.
+                self._last = await bucket.update(self.name, self._token, last=entry.revision)
+            except (KeyNotFoundError, KeyWrongLastSequenceError):
                 return False
-            if entry.value != self._token:
-                return False
-            self._last = entry.revision
         return True
 
     async def _renew(self) -> None:
@@ -137,11 +139,18 @@ class Lease:
         self.lost.set()
 
 
+def token_of(bus: Bus) -> bytes:
+    """Return what tells the entries of one holder from those of all others, with the same key too."""
+    return f"{bus.identity.public}.{bus.host.entropy(8).hex()}".encode()
+
+
 class LeaseKeeper:
     """Stand by for a lease, and again whenever it is lost."""
 
     def __init__(self, bus: Bus, name: str, seconds: float = LEASE_TTL) -> None:
         self._bus, self._name, self._seconds = bus, name, seconds
+        # One for all terms: a broker that elects loses us the lease, and would make us wait until our own entry expires.
+        self._token = token_of(bus)
         self._lease: Lease | None = None
 
     @property
@@ -152,7 +161,7 @@ class LeaseKeeper:
     async def keep(self, begin: Callable[[], Awaitable[None]]) -> None:
         """Acquire the lease, run `begin`, and start over when the lease is lost; until cancelled."""
         while True:
-            async with Lease(self._bus, self._name, self._seconds) as lease:
+            async with Lease(self._bus, self._name, self._seconds, self._token) as lease:
                 self._lease = lease
                 try:
                     await begin()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from connito.bus import Bus
-from connito.bus.lease import Lease
+from connito.bus.lease import Lease, LeaseKeeper
 from connito.runtime.host import HOST
 from connito.wire.identity import Identity
 from nats.errors import ConnectionClosedError, NoRespondersError
@@ -38,6 +39,10 @@ class Bucket:
     async def get(self, name: str) -> Any:
         return self._next("get")
 
+    async def update(self, name: str, value: bytes, last: int) -> int:
+        self.updated = last
+        return int(self._next("update"))
+
 
 def standby(bucket: Bucket | Exception, monkeypatch: pytest.MonkeyPatch) -> Lease:
     async def key_value(name: str) -> Bucket:
@@ -65,11 +70,34 @@ async def test_it_knows_its_own_entry_and_that_of_others(monkeypatch: pytest.Mon
     taken = KeyWrongLastSequenceError(description="wrong last sequence: 7")
     lease = standby(Bucket(create=[taken] * 3, get=[KeyNotFoundError()]), monkeypatch)
     assert not await lease._try_acquire()
-    lease = standby(bucket := Bucket(create=[taken] * 2, get=[]), monkeypatch)
+    lease = standby(bucket := Bucket(create=[taken] * 3, get=[], update=[12, taken]), monkeypatch)
     bucket.answers["get"] = [
         SimpleNamespace(value=b"another", revision=7),
         SimpleNamespace(value=lease._token, revision=9),
+        SimpleNamespace(value=lease._token, revision=13),
     ]
     assert not await lease._try_acquire()
+    # Renewed: it may be an old one that is about to expire.
     assert await lease._try_acquire()
-    assert lease._last == 9
+    assert (bucket.updated, lease._last) == (9, 12)
+    # Expired, and somebody else's, between the question and the answer.
+    assert not await lease._try_acquire()
+
+
+async def test_a_keeper_takes_over_its_own_entry_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that elects loses it the lease, and the entry stands there for as long as nobody counts its age."""
+    taken, gave_back = KeyWrongLastSequenceError(description="wrong last sequence: 7"), asyncio.CancelledError
+    bucket = Bucket(create=[3, taken], get=[], update=[8])
+    keeper, terms = LeaseKeeper(standby(bucket, monkeypatch)._bus, "coordinator", 0.0), list[int]()
+    bucket.answers["get"] = [SimpleNamespace(value=keeper._token, revision=7)]
+
+    async def begin() -> None:
+        assert keeper._lease is not None
+        terms.append(keeper._lease.revision)
+        if len(terms) == 2:
+            raise gave_back
+        keeper._lease._lose("the broker elects")
+
+    with pytest.raises(gave_back):
+        await keeper.keep(begin)
+    assert terms == [3, 8]
