@@ -41,6 +41,8 @@ class State(PositionedLog):
         facts, kind = self.runs[fact.run], fact.key.kind
         if kind in ("opened", "closed", "ended"):
             self._windows.notice(facts)
+        if kind in ("head", "cosigned", "ended"):
+            _audited(facts)
         if kind == "closed" and live:
             _observe(facts, facts.window(fact.key.section, fact.key.cycle))
 
@@ -50,6 +52,7 @@ class State(PositionedLog):
         self.naming.recall(run, note.get("naming", ()))
         if (facts := self.runs.get(run)) is not None:
             self._windows.notice(facts)
+            _audited(facts)
 
     def note(self, run: str) -> dict[str, Any]:
         """Return what is to be kept of a run."""
@@ -70,6 +73,17 @@ def _observe(facts: RunFacts, window: Window) -> None:
     if length is not None and closed is not None:
         cause = plain_name(cycle_pb2.CloseCause, closed.cause).replace("-", "_")
         metrics.WINDOW_SECONDS.labels(window.name, cause).observe(length / 1000)
+
+
+def _audited(facts: RunFacts) -> None:
+    """Show how many heads no validator has cosigned; nothing of a run that is over and whole."""
+    last = facts.next_head - 1
+    if facts.head(last) is None:
+        return  # none yet, or a run of before there were any
+    waiting = next((behind for behind in range(last) if facts.cosigned(last - behind)), last)
+    metrics.UNAUDITED_CYCLES.labels(facts.run).set(waiting)
+    if facts.ended is not None and not waiting:
+        metrics.UNAUDITED_CYCLES.remove(facts.run)
 
 
 class Changes:

@@ -286,6 +286,13 @@ RUN_PAUSED = declare(
     ("run",),
     when_bad="1: `connito status` says how many are there; start or admit more, or cancel the run",
 )
+UNAUDITED_CYCLES = declare(
+    Gauge,
+    "unaudited_cycles",
+    "Cycles of a run whose signed head no validator has cosigned yet; one cosignature stands for all before it",
+    ("run",),
+    when_bad="above 1: validators do not read the log, or object to it; `connito audit RUN` says whether it is right",
+)
 CONSUMER_PENDING = declare(
     Gauge,
     "consumer_pending_messages",

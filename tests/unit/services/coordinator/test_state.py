@@ -52,6 +52,34 @@ def test_no_window_is_open_after_the_end_and_a_merge_has_no_deadline() -> None:
     assert _gauges("merge") == (0.0, 0.0)
 
 
+def test_cycles_count_as_unaudited_until_a_validator_signs_a_head_behind_them(roster: Roster) -> None:
+    state, facts = State(roster), RunFacts("heads")
+    state.runs["heads"] = facts
+
+    def tell(kind: str, number: int, message: Message, id_: str = "") -> float | None:
+        key = FactKey("run", number, kind, id_)
+        fact = Fact("heads", key, message, "signer", "RUNS", len(facts.facts) + 1, 1000)
+        assert facts.add(fact)
+        state.notice(fact, live=True)
+        return REGISTRY.get_sample_value("connito_unaudited_cycles", {"run": "heads"})
+
+    head, cosigned = run_pb2.LogHead(run="heads"), run_pb2.HeadCosigned(run="heads")
+    assert [tell("head", 1, head), tell("head", 2, head), tell("head", 3, head)] == [1, 2, 3]
+    assert tell("cosigned", 2, cosigned, "UA") == 1
+    assert tell("ended", 0, run_pb2.RunEnded(run="heads")) == 1, "over, and its last cycle is nobody's"
+    assert tell("cosigned", 3, cosigned, "UA") is None
+
+
+def test_a_run_without_heads_has_nothing_to_be_signed(roster: Roster) -> None:
+    state, facts = State(roster), RunFacts("headless")
+    state.runs["headless"] = facts
+    for cycle in (1, 2, 3):
+        _add(facts, "train", "opened", cycle_pb2.WindowOpened(run="headless", cycle=cycle), 1_000, cycle=cycle)
+    _add(facts, "run", "ended", run_pb2.RunEnded(run="headless"), 11_000, cycle=0)
+    state.notice(facts.facts[FactKey("run", 0, "ended")], live=True)
+    assert REGISTRY.get_sample_value("connito_unaudited_cycles", {"run": "headless"}) is None
+
+
 def test_a_paused_run_is_not_overdue_and_says_that_it_waits(roster: Roster) -> None:
     world = World(min_miners=2)
     world.created().selected().miners("ma").validators("va").opened("train", deadline_unix_ms=5_000)
