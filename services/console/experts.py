@@ -113,7 +113,7 @@ def _rules(facts: RunFacts, deposit: run_pb2.ExpertDeposited | None) -> dict[str
 def expert_rows(runs: Runs, sees: Sees) -> list[ExpertRow]:
     """Return the experts that may be seen, the newest first."""
     deposits = {fact.message.expert_id: fact for facts in runs.values() for fact in facts.deposits.values()}
-    against = notices((fact for facts in runs.values() for fact in facts.notices.values()), _ALL)
+    against = notices(fact for facts in runs.values() for fact in facts.notices.values())
     rows = [
         _row(runs, facts, fact, deposits, against)
         for facts in runs.values()
@@ -121,9 +121,6 @@ def expert_rows(runs: Runs, sees: Sees) -> list[ExpertRow]:
         if sees(facts, fact.message)
     ]
     return sorted(rows, key=lambda row: (-row.deposited_unix_ms, row.expert_id))
-
-
-_ALL = 1 << 62
 
 
 def matching(rows: Iterable[ExpertRow], wanted: Wanted) -> list[ExpertRow]:

@@ -17,7 +17,7 @@ from connito.jobs.policies import check_policies, run_spec
 from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
 from connito.library.governance import TERMS
-from connito.library.start import AUTO, NONE, refusal
+from connito.library.start import AUTO, NONE, notice_of, refusal
 from connito.moe.helper_experts import frozen_and_trained
 from connito.render import formats
 from connito.runtime.progress import Progress, silent
@@ -159,7 +159,7 @@ def _start(job: Job, spec: RunSpec, context: JobContext) -> Iterator[Finding]:
         yield Finding(
             "start", "error", f"{job.start_from} is a whole model made of experts, not rows of this base", remedy
         )
-    elif why := refusal(record, wanted):
+    elif why := notice_of(record, job.start_from, context.against) or refusal(record, wanted):
         yield Finding(
             "start", "error", f"the run cannot begin at {job.start_from}: {why}", "write start_from: auto or none"
         )

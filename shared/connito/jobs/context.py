@@ -19,6 +19,7 @@ from connito.errors import Invalid, NotFound
 from connito.jobs.spec import Job
 from connito.library.governance import Viewer
 from connito.library.schema import ExpertRecord, read_record
+from connito.library.start import notices
 from connito.platform.session import Session
 from connito.protocol.entitlement import free_base_name
 from connito.runtime.progress import Progress, silent
@@ -64,6 +65,8 @@ class JobContext:
     replayed: CorpusRef | None = None
     # Each expert that the platform's library was given, by its id.
     experts: dict[str, ExpertDeposited] = field(default_factory=dict)
+    # What its library says against experts and sources of data, by subject.
+    against: dict[str, str] = field(default_factory=dict)
     domain: str = ""
     progress: Progress = silent
     _files: dict[str, Path] = field(default_factory=dict)
@@ -183,6 +186,7 @@ def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress
     context.domain, context.progress = job.domain, progress
     deposited = [fact for facts in log.runs.values() for fact in facts.deposits.values()]
     context.experts = {fact.message.expert_id: fact.message for fact in deposited}
+    context.against = notices(fact for facts in log.runs.values() for fact in facts.notices.values())
     if job.run in log.runs:
         context.taken = log.runs[job.run].spec
     return context

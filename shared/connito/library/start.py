@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from connito.errors import Invalid
@@ -80,7 +81,7 @@ def seen_by(spec: run_pb2.RunSpec, record: Described) -> bool:
     return Viewer(spec.customer, organisations).sees(record)
 
 
-def notices(library: Iterable[Fact], upto: int) -> dict[str, str]:
+def notices(library: Iterable[Fact], upto: float = inf) -> dict[str, str]:
     """Return the notices against experts and data sources at sequence `upto` of LIBRARY: by subject, with the reason."""
     against: dict[str, str] = {}
     for fact in sorted(library, key=lambda fact: fact.sequence):

@@ -19,6 +19,8 @@ SHELF = {
     "law-9999": ExpertDeposited(base_digest="other"),
     "law-prune-1": ExpertDeposited(base_digest="mine", files=[ArtifactRef(digest="a")]),
     "law-no": ExpertDeposited(base_digest="mine"),
+    "law-bad": ExpertDeposited(base_digest="mine"),
+    "law-gone": ExpertDeposited(base_digest="mine"),
 }
 
 
@@ -26,9 +28,12 @@ def levels(start: str, *, reached: bool = True) -> list[tuple[str, str]]:
     job = parse_job({"domain": "law", "data": [{"path": "x"}], "license": "MIT", "start_from": start})
     licence = "CC-BY-ND-4.0" if start == "law-no" else "CC-BY-4.0 AND CC0-1.0"
     record = {**expert_record(start, "law"), "license": licence}
+    if start == "law-gone":
+        record["governance"] = {"sources": ["ward-notes"]}
     context = SimpleNamespace(
         session=SimpleNamespace(identity=SimpleNamespace(public="UME")) if reached else None,
         experts=SHELF,
+        against={"law-bad": "yanked: a leak", "ward-notes": "the owner of a source of its data has opted out: a wish"},
         record_of=lambda name: record if name in SHELF else None,
         manifest=SimpleNamespace(digest="mine"),
     )
@@ -52,6 +57,8 @@ def test_an_expert_of_the_platform_and_the_base_is_fine() -> None:
         ("law-9999", "is of another base (other"),
         ("law-prune-1", "a whole model"),
         ("law-no", "allows no derivatives"),
+        ("law-bad", "yanked: a leak"),
+        ("law-gone", "has opted out"),
     ],
 )
 def test_another_one_is_refused_with_the_remedy(start: str, said: str) -> None:
