@@ -19,17 +19,28 @@ DEFAULT = "ternary"
 # (times fewer bytes, than what, share of the gain that is to be kept): rows are what was sent before there were codecs.
 GOALS = ((24, "fewer_than_rows", "rows", 0.98), (500, "fewer_than_dense", "the dense model in float16", 0.95))
 HONEST = 2000
+# An arm with feedback, and the same without.
+PAIRS = {
+    "ternary": "ternary, no feedback",
+    "low-rank 4": "low-rank 4, no feedback",
+    "SparseLoCo style, 1 %": "top-k 1 %, no feedback",
+}
 
 
 def render(document: Document) -> str:
     """Return the page."""
-    return paragraphs("\n".join([_HEAD, _goals(document), _uploads(document), _cells(document), _END]))
+    parts = [_HEAD, _goals(document), _uploads(document), _feedback(document), _cells(document), _END]
+    return paragraphs("\n".join(parts))
 
 
 def _goals(document: Document) -> str:
     lines = []
     for fewer, key, than, share in GOALS:
-        reach = {arm: up for arm, up in _uploaded(document).items() if up[key] >= fewer and _as_dense(document, arm)}
+        reach = [
+            arm
+            for arm, up in _uploaded(document).items()
+            if up[key] >= fewer and _as_dense(document, arm) and _everywhere(document, arm)
+        ]
         best = max(reach, key=lambda arm: _least(document, arm), default="")
         found = (
             f"{best} keeps {_least(document, best):.1%} where it keeps least" if best else "no codec was measured there"
@@ -65,6 +76,28 @@ and than the dense base in float16.
 
 {table(("codec", "bytes", "× below rows", "× below dense"), rows)}
 """
+
+
+def _feedback(document: Document) -> str:
+    """Return what feedback does to a codec, by pairs of cells of the same seed."""
+    gains = {
+        (row["arm"], row["steps"], row["data"], row["seed"]): row["start"] - row["end"] for row in document["rows"]
+    }
+    rows = []
+    for with_it, without in PAIRS.items():
+        pairs = [
+            (gain, gains[with_it, *key])
+            for (arm, *key), gain in gains.items()
+            if arm == without and (with_it, *key) in gains
+        ]
+        if pairs:
+            more = sum(left < right for left, right in pairs)
+            ratio = sum(right / left for left, right in pairs) / len(pairs)
+            rows.append([with_it, str(len(pairs)), str(more), f"{ratio:.1%}"])
+    told = """What coding left out is added to the next submission, or not: pairs of cells of the same seed, data and H. Miners
+do so for `low-rank` and `top-k` alone."""
+    head = ("codec", "pairs", "of them with more gain by feedback", "gain with feedback, of that without")
+    return f"## Error feedback\n\n{told}\n\n{table(head, rows)}\n"
 
 
 def _cells(document: Document) -> str:
@@ -109,6 +142,13 @@ def _all(document: Document, arm: str) -> bool:
     return arm != "rows" and any(of == arm for of, _, _ in _measured(document))
 
 
+def _everywhere(document: Document, arm: str) -> bool:
+    """Return whether an arm was measured at every number of local steps, or where it is worst may not be known."""
+    return {str(h) for of, h, kind in _measured(document) if (of, kind) == (arm, "IID")} == set(
+        document["settings"]["cycles"]
+    )
+
+
 def _as_dense(document: Document, arm: str) -> bool:
     """Return whether an arm was measured at about as few bits a number as it has in the demo's shapes."""
     found = [cell["fewer"] for (of, _, _), cell in _measured(document).items() if of == arm and of != "rows"]
@@ -132,8 +172,8 @@ noise, too. Styles of others are their form and their feedback on this rig, not 
 _END = """
 ## For a run
 
-One line of a `job.yaml`: `policies: {training: {codec: low-rank, codec_rank: 16}}`; `rows` sends everything. A miner that
-sends what coding left out a cycle later is late by that cycle, which shows where cycles are few.
+One line of a `job.yaml`: `policies: {training: {codec: low-rank, codec_rank: 16}}`; `rows` sends everything. The default is
+*ternary, no feedback*. A miner that sends what coding left out a cycle later is late by that cycle.
 [Every number](../evidence/wire.json).
 """
 
