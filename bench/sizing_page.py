@@ -10,11 +10,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
 
 PAGE = ROOT / "docs/explanation/sizing.md"
 END = "<!-- until here -->\n"
+# Miners, and CPU seconds of a cycle of theirs.
+FAR, GOAL = 10_000, 60
 
 
 def render(page: str, document: Document) -> str:
@@ -61,8 +64,20 @@ def _cycles(document: Document) -> str:
 {machine["cores"]} cores of an {machine["cpu"]}{note and ", "}{note}. Miners share one connection to the broker.
 
 {table(head, lines)}
-[Every number](../evidence/control_plane.json).
+{_far(last, document["figures"])} *Asked* and *sent* are messages into the broker and bytes out of it. What *a miner reads* is of
+what stands in the streams that it reads from. [Every number](../evidence/control_plane.json).
 """
+
+
+def _far(last: list[dict[str, Any]], figures: dict[str, Any]) -> str:
+    """Return how CPU seconds grow at the far end, and what that makes of the goal."""
+    sizes = [row["miners"] for row in last]
+    slope = figures[f"exponent_cpu_s_{sizes[-2]}_{sizes[-1]}"]
+    seconds = last[-1]["cpu_s"] * (FAR / sizes[-1]) ** max(1.0, slope)
+    verdict = "met" if seconds <= GOAL else "missed"
+    kind = "measured" if sizes[-1] == FAR else "by that exponent, or 1 where it is less,"
+    return f"""From {sizes[-2]:,} to {sizes[-1]:,} miners CPU seconds grow with the power {slope:.2f} of their number. For {FAR:,}
+that is {seconds:.0f} CPU seconds a cycle {kind} where {GOAL} are the goal: {verdict}."""
 
 
 def _starts(document: Document) -> str:
