@@ -479,7 +479,7 @@ async def test_a_run_opens_nothing_of_another_customers(
             with pytest.raises(NotFound, match="gives you no artifact"):
                 await miner.urls(ref.digest, run=run)
     assert set(await rival.urls(train.digest, manifest.digest, weights.digest, run="clinic"))
-    with pytest.raises(Invalid, match="not enrolled"):
+    with pytest.raises(NotFound, match="no run is called"):
         await miner.urls(train.digest, run="clinic")
     with pytest.raises(NotFound, match="gives you no artifact"):
         await rival.urls(expert.digest, run="clinic")
@@ -533,7 +533,7 @@ async def test_a_customer_uploads_and_downloads_with_its_key_alone(
     spec.holdout.artifact.CopyFrom(ref)
     await stage.coordinator.publish_fact("mine", "run", 0, "created", run_pb2.RunCreated(spec=spec))
     assert (await mine.fetch(ref, "mine")).read_bytes() == raw
-    with pytest.raises(Invalid, match="not enrolled"):
+    with pytest.raises(NotFound, match="no run is called"):
         await store_of("nobody").fetch(ref, "mine")
 
 
