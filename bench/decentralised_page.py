@@ -16,20 +16,21 @@ def decentralised(document: Mapping[str, Any]) -> str:
 `bench.decentralised`: {settings["steps"]} local steps a miner of {settings["batch_sequences"]} sequences, in cycles of H;
 *kept* is the fall of the loss over that of one AdamW run with as many steps, each on the batches of all miners together, and
 over that of one with as many tokens in batches of one miner's size. Reported are
-the seeds {_list(settings["seeds_reported"])}; rates and rules were chosen on {_list(settings["seeds_tuned_on"])}. Of seeds in
-both, the default is left out.
+the seeds {_list(settings["seeds_reported"])}, named before their first run; rates and rules were chosen on
+{_list(settings["seeds_tuned_on"])}.
 *Default* is a run whose policy says nothing: its merge (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`) behind its
-rules. What does not lower the loss of all domains, each expert taken as far as the miner's text uses it, is left out
-([why](../adr/0037-judged-as-merged.md)), and the gate tries the merge. *Judged whole* has every submission judged as it is, as
-in runs of before; *unjudged* merges everybody without a gate, and so do all other arms.
+rules. Of the merge with and the merge without what does not lower the loss of all domains, each expert taken as far as the miner's
+text uses it ([why](../adr/0037-judged-as-merged.md)), the gate takes the better one ([why](../adr/0045-what-gains-only-together.md)).
+*Gainers alone* has only the merge without; *judged whole* has every submission judged as it is, as in runs of before;
+*unjudged* merges everybody without a gate, and so do all other arms.
 
 {_table(("data, miners, steps a cycle, arm", "kept at equal steps", "kept at equal tokens", "seeds"), _kept(found))}
 {_goal(found, goal)}
 
 {_table(("gain of the default over others in the same seeds, as a share of central's", "points"), _pairs(found))}
-The longer a cycle is, the fewer merges there are for momentum to work with, whatever the data, and with one domain a miner
-states drift apart as well. Judged whole, work on one domain is hardly ever merged: every row moves by about the learning rate,
-and those that the miner's text does not use harm the other domains. The platform shares out one corpus, which is the IID case.
+The longer a cycle is, the fewer merges there are of the same steps for momentum to work with, whatever the data, and with one
+domain a miner states drift apart as well. On the pilot seeds a higher rate, one that falls, and a larger outer rate all kept less in
+long cycles. The platform shares out one corpus, which is the IID case.
 
 {len(document["rows"])} measurements on {document["machine"]["cores"]} cores of an {document["machine"]["cpu"]}, no GPU. What
 is not in the table has not been measured. [Every number](../evidence/decentralised.json).

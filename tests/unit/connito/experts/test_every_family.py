@@ -71,6 +71,33 @@ def test_a_joined_model_is_one_that_transformers_loads(family: str, tmp_path: Pa
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
 
 
+ODD = [
+    ("qwen2_moe", {"tie_word_embeddings": True, "mlp_only_layers": [0], "shared_expert_intermediate_size": 24}),
+    ("deepseek_v3", {"tie_word_embeddings": True, "first_k_dense_replace": 1, "n_shared_experts": 2}),
+    ("glm4_moe", {"first_k_dense_replace": 1, "n_shared_experts": 1, "attention_bias": True}),
+    ("qwen3_moe", {"tie_word_embeddings": True, "decoder_sparse_step": 2}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), ODD, ids=[family for family, _ in ODD])
+def test_odd_checkpoints_are_pruned_and_grown_as_transformers_loads_them(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Tied words, dense layers between or before, several shared experts: what is written is the same function elsewhere."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(family, buffers=True, **changes)
+    keep = {index: [0, 2, 3] for index in require_moe_layers(model)}
+    assert len(keep) < model.config.num_hidden_layers
+    grown, pruned = copy.deepcopy(model), prune(copy.deepcopy(model), keep)
+    opt_in(grown, additions(model))
+    for name, made in {"pruned": pruned, "grown": grown}.items():
+        save_checkpoint(made, tmp_path / name, tokenizer())
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name, experts_implementation="eager").eval()
+        torch.testing.assert_close(logits(again), logits(made), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral"])
 def test_router_rows_learn_and_the_anchors_do_not(family: str) -> None:
     model = tiny_model(family, buffers=True)
