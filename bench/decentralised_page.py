@@ -19,8 +19,9 @@ over that of one with as many tokens in batches of one miner's size. Reported ar
 the seeds {_list(settings["seeds_reported"])}, named before their first run; rates and rules were chosen on
 {_list(settings["seeds_tuned_on"])}.
 *Default* is a run whose policy says nothing: its merge (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`) behind its
-rules. Of the merge with and the merge without what does not lower the loss of all domains, each expert taken as far as the miner's
-text uses it ([why](../adr/0037-judged-as-merged.md)), the gate takes the better one ([why](../adr/0045-what-gains-only-together.md)).
+rules. Of the merge with and the merge without what does not lower the loss of all domains, each expert taken as far as the
+miner's text uses it ([why](../adr/0037-judged-as-merged.md)), the gate takes the better one
+([why](../adr/0045-what-gains-only-together.md)).
 *Gainers alone* has only the merge without; *judged whole* has every submission judged as it is, as in runs of before;
 *unjudged* merges everybody without a gate, and so do all other arms.
 
@@ -29,8 +30,8 @@ text uses it ([why](../adr/0037-judged-as-merged.md)), the gate takes the better
 
 {_table(("gain of the default over others in the same seeds, as a share of central's", "points"), _pairs(found))}
 The longer a cycle is, the fewer merges there are of the same steps for momentum to work with, whatever the data, and with one
-domain a miner states drift apart as well. On the pilot seeds a higher rate, one that falls, and a larger outer rate all kept less in
-long cycles. The platform shares out one corpus, which is the IID case.
+domain a miner states drift apart as well. On pilot seeds a higher rate, one that falls, and a larger outer rate all kept less
+in long cycles ([notes](lab-notes.md)). The platform shares out one corpus, which is the IID case.
 
 {len(document["rows"])} measurements on {document["machine"]["cores"]} cores of an {document["machine"]["cpu"]}, no GPU. What
 is not in the table has not been measured. [Every number](../evidence/decentralised.json).
