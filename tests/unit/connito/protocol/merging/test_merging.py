@@ -143,23 +143,24 @@ def test_what_was_handed_in_before_is_not_merged_where_works_are_coded(
 
 
 @pytest.mark.parametrize(
-    ("version", "kind", "merged"),
+    ("version", "kind", "value", "merged"),
     [
-        (3, cycle_pb2.FINDING_KIND_NO_GAIN, ["MA", "MB"]),
-        (3, cycle_pb2.FINDING_KIND_FALSE_CLAIM, ["MA"]),
-        (3, cycle_pb2.FINDING_KIND_GENERAL_LOSS_ROSE, ["MA"]),
-        (2, cycle_pb2.FINDING_KIND_NO_GAIN, ["MA"]),
+        (3, cycle_pb2.FINDING_KIND_NO_GAIN, [-1.0, 2.4, 2.4], ["MA", "MB"]),
+        (3, cycle_pb2.FINDING_KIND_NO_GAIN, [-9.0, 9.0, -9.0], ["MA"]),
+        (3, cycle_pb2.FINDING_KIND_FALSE_CLAIM, [-1.0, 2.4, 2.4], ["MA"]),
+        (3, cycle_pb2.FINDING_KIND_GENERAL_LOSS_ROSE, [-1.0, 2.4, 2.4], ["MA"]),
+        (2, cycle_pb2.FINDING_KIND_NO_GAIN, [-1.0, 2.4, 2.4], ["MA"]),
     ],
 )
 def test_work_that_gains_with_others_alone_is_merged_with_them_and_not_paid(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, version: int, kind: int, merged: list[str]
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, version: int, kind: int, value: list[float], merged: list[str]
 ) -> None:
-    """Alone MB ends farther from the goal, and half-way between MA and MB is nearest."""
+    """Alone MB ends farther from the goal; half-way between MA and MB is nearest, or farther too where MB only harms."""
     facts, report = desk.stage.facts, desk.stage.report
     facts.require_spec().protocol_version = version
     facts.require_selection().layers.add(layer=0, experts=[0, 1], use=[0.5, 0.5])
     desk.submit("MA", row([1.6, 0.2, 0.2]), 0.2)
-    desk.submit("MB", row([-1.0, 2.4, 2.4]), 0.0)
+    desk.submit("MB", row(value), 0.0)
 
     def found(validator: str, utilities: dict[str, float], **changes: Any) -> cycle_pb2.ScoreReport:
         made = report(validator, utilities, **changes)
