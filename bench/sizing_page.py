@@ -85,21 +85,22 @@ def _starts(document: Document) -> str:
     lines = [
         [
             row["service"],
+            str(row["miners"]),
             str(row["cycles"]),
             str(row["messages"]),
             *(f"{row[start]['seconds']:.1f} s, {row[start]['rss_mb']:.0f} MB" for start in ("first", "again")),
             f"{row['kept_mb']:.1f} MB",
         ]
-        for row in sorted(rows, key=lambda row: (row["service"], row["cycles"]))
+        for row in sorted(rows, key=lambda row: (row["service"], row["miners"], row["cycles"]))
     ]
     each = [row["kept_mb"] * 1e6 / row["messages"] for row in rows if row["cycles"] >= 100]
     note = document["settings"].get("note", "")
     return f"""
-`bench.starting`: seconds and memory until a service is ready, {settings["miners"]} miners, {settings["validators"]}
-validators, {machine["cores"]} cores of an {machine["cpu"]}{note and ", "}{note}. *First* reads and verifies the whole log;
+`bench.starting`: seconds and memory until a service is ready, {settings["validators"]} validators,
+{machine["cores"]} cores of an {machine["cpu"]}{note and ", "}{note}. *First* reads and verifies the whole log;
 *again* begins with what the first has kept in `CONNITO_STATE_DIR`, and most of it is the interpreter's own start.
 
-{table(("service", "cycles", "messages", "first", "again", "kept"), lines)}
+{table(("service", "miners", "cycles", "messages", "first", "again", "kept"), lines)}
 What is kept takes {min(each, default=0):.0f} to {max(each, default=0):.0f} bytes for each message of the log.
 [Every number](../evidence/starting.json).
 """

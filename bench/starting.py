@@ -1,7 +1,8 @@
 """Seconds and memory until a service is ready, by the age of the run that it follows: with what it kept, and without.
 
-A broker of its own holds a signed log of as many cycles with twenty miners and three validators; each service is started as in
-any installation and asked whether it is ready. `first` reads the whole log, `again` begins with what the first has kept.
+A broker of its own holds a signed log of as many cycles with so many miners and three validators; each service is started as
+in any installation and asked whether it is ready. `first` reads the whole log, `again` begins with what the first has kept.
+Each age is kept in a file: `--only 100x200`, miners and cycles, measures one, and the document has all that were.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.bus import Bus, streams
+from connito.files import write_durably
 from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -33,7 +35,8 @@ from bench.harness import Options, Result, main, note
 
 RUN = "aged"
 SERVICES = ("coordinator", "committer", "validator", "trainer")
-AGES, MINERS = (40, 200, 1000), 20
+# Miners and cycles.
+AGES = ((20, 0), (20, 40), (20, 200), (20, 1000), (100, 40), (100, 200), (100, 1000))
 FAR = 4102444800000
 Said = tuple[Identity, str, Message]
 
@@ -41,12 +44,12 @@ Said = tuple[Identity, str, Message]
 class Cast:
     """Holds everybody who has written in the log, and their files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, miners: int) -> None:
         self.folder = folder
         names = ("coordinator", "selector", "committer", "aggregator", "library")
         self.services = {name: Identity.generate() for name in names}
         self.validators = [Identity.generate() for _ in range(3)]
-        self.miners = [Identity.generate() for _ in range(MINERS)]
+        self.miners = [Identity.generate() for _ in range(miners)]
         members = {name: frozenset({one.public}) for name, one in self.services.items()}
         roster = Roster(members | {"validator": frozenset(one.public for one in self.validators)})
         roster.save(folder / "roster.json")
@@ -78,7 +81,9 @@ def window(cast: Cast, cycle: int, name: str, expected: list[str], stream: str =
     opened = cycle_pb2.WindowOpened(
         run=RUN, cycle=cycle, window=value, expected=expected, deadline_unix_ms=FAR, state=state
     )
-    closed = cycle_pb2.WindowClosed(run=RUN, cycle=cycle, window=value, stream=stream, last_sequence=3 * MINERS * cycle)
+    closed = cycle_pb2.WindowClosed(
+        run=RUN, cycle=cycle, window=value, stream=stream, last_sequence=3 * len(cast.miners) * cycle
+    )
     coordinator = cast.services["coordinator"]
     return (
         cast.say(name, cycle, "opened", opened, coordinator),
@@ -210,27 +215,38 @@ def _is_ready(ports: Path) -> bool:
     return False
 
 
-def run(options: Options) -> Result:
-    """Start each service on logs of every age."""
+def measured(miners: int, cycles: int) -> list[dict[str, Any]]:
+    """Start each service on a log of one age, twice; return a row for each."""
     rows: list[dict[str, Any]] = []
-    for cycles in (0, AGES[0]) if options.quick else (0, *AGES):
-        with tempfile.TemporaryDirectory() as folder, NatsServer(Path(folder) / "nats") as server:
-            cast = Cast(Path(folder))
-            messages = asyncio.run(fill(server.url, cast, cycles))
-            note(f"{cycles} cycles: {messages} messages")
-            for service in SERVICES:
-                state = Path(folder) / "state"
-                first, again = (start(service, cast, server.url, state) for _ in range(2))
-                kept = sum(path.stat().st_size for path in state.glob(f"log-{service}-*"))
-                row = {"cycles": cycles, "messages": messages, "service": service, "first": first, "again": again}
-                rows.append({**row, "kept_mb": round(kept / 1e6, 1)})
-                note(str(rows[-1]))
+    with tempfile.TemporaryDirectory() as folder, NatsServer(Path(folder) / "nats") as server:
+        cast = Cast(Path(folder), miners)
+        messages = asyncio.run(fill(server.url, cast, cycles))
+        note(f"{cycles} cycles of {miners} miners: {messages} messages")
+        for service in SERVICES:
+            state = Path(folder) / "state"
+            first, again = (start(service, cast, server.url, state) for _ in range(2))
+            kept = sum(path.stat().st_size for path in state.glob(f"log-{service}-*"))
+            row = {"miners": miners, "cycles": cycles, "messages": messages, "service": service}
+            rows.append({**row, "first": first, "again": again, "kept_mb": round(kept / 1e6, 1)})
+            note(str(rows[-1]))
+    return rows
+
+
+def run(options: Options) -> Result:
+    """Measure each age that is not kept from an earlier call; return what all of them showed."""
+    folder = options.out / "starting-ages"
+    folder.mkdir(parents=True, exist_ok=True)
+    ages = AGES[:2] if options.quick else AGES
+    for name, age in {f"{miners}x{cycles}": (miners, cycles) for miners, cycles in ages}.items():
+        if not (folder / f"{name}.json").exists() and options.only in ("", name):
+            write_durably(folder / f"{name}.json", json.dumps(measured(*age)))
+    rows = [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
     figures = {
-        f"{row['service']} at {row['cycles']} cycles": f"first {row['first']['seconds']} s, {row['first']['rss_mb']} MB; "
-        f"again {row['again']['seconds']} s, {row['again']['rss_mb']} MB"
+        f"{row['service']}, {row['miners']} miners, {row['cycles']} cycles": f"first {row['first']['seconds']} s, "
+        f"{row['first']['rss_mb']} MB; again {row['again']['seconds']} s, {row['again']['rss_mb']} MB"
         for row in rows
     }
-    return Result({"miners": MINERS, "validators": 3}, rows, figures)
+    return Result({"validators": 3}, rows, figures)
 
 
 if __name__ == "__main__":
