@@ -39,6 +39,7 @@ from connito.files import write_durably
 from connito.local.defaults import UpOptions
 from connito.platform.datadir import DataDir
 from connito.platform.session import Session
+from connito.runtime.tasks import end_tasks
 from connito.wire.log import Log
 from pydantic import TypeAdapter
 
@@ -74,6 +75,7 @@ class Storm:
         self.data, self.cluster = DataDir.open(self.folder), self.part in CLUSTERS
         self.faults = Faults(self.data, self.seed, self._kill_everything, own_disk=self.own_disk)
         self.up: subprocess.Popen[bytes] | None = None
+        self.begun = asyncio.Event()
 
     def _kill_everything(self) -> None:
         assert self.up is not None
@@ -83,6 +85,7 @@ class Storm:
 
     def start(self) -> None:
         """Start `connito up`, or go on with what one before has left."""
+        self.begun.set()
         options = UpOptions(
             base="tiny", cycles=self.cycles, miners=2, validators=2, seed=self.seed, data_dir=self.folder
         )
@@ -94,20 +97,29 @@ class Storm:
     async def follow(self) -> None:
         """Note when each fact came, through every restart."""
         while True:
-            with suppress(ConnitoError, OSError):
-                session = Session.open(self.folder, role="operator")
-                log = Log(session.roster)
-                async with session.bus() as bus, aclosing(bus.follow(FACT_STREAMS)) as records:
-                    new = False
-                    async for item in records:
-                        if isinstance(item, CaughtUp):
-                            new = True
-                            continue
-                        with suppress(Invalid):
-                            fact = log.apply(item)
-                            if fact is not None:
-                                self._note(fact.key.section, fact.key.cycle, fact.key.kind, fact.run, new=new)
+            self.begun.clear()
+            tasks = [asyncio.create_task(work) for work in (self._follow(), self.begun.wait())]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await end_tasks(tasks)
             await asyncio.sleep(0.1)
+
+    async def _follow(self) -> None:
+        """Follow one broker: the next `connito up` has another, at another address."""
+        with suppress(ConnitoError, OSError):
+            session = Session.open(self.folder, role="operator")
+            log = Log(session.roster)
+            async with session.bus() as bus, aclosing(bus.follow(FACT_STREAMS)) as records:
+                new = False
+                async for item in records:
+                    if isinstance(item, CaughtUp):
+                        new = True
+                        continue
+                    with suppress(Invalid):
+                        fact = log.apply(item)
+                        if fact is not None:
+                            self._note(fact.key.section, fact.key.cycle, fact.key.kind, fact.run, new=new)
 
     def _note(self, section: str, cycle: int, kind: str, run: str, *, new: bool) -> None:
         self.run = run
@@ -195,7 +207,9 @@ async def judged(storm: Storm) -> list[str]:
     folder, data_dir = (None, storm.folder) if storm.cluster else (storm.folder, None)
     try:
         async with opened(folder, data_dir) as access:
-            wrong = list(conserved(await access.evidence(storm.run)))
+            evidence = await access.evidence(storm.run)
+        wrong = list(conserved(evidence))
+        storm.ended = evidence.facts.ended is not None
     except ConnitoError as error:
         return [f"cannot be read: {error}"]
     audit = [sys.executable, "-m", "connito.cli", "audit", storm.run]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,36 @@ def test_a_full_disk() -> None:
     assert done.returncode == 5
     assert "No space left on device; free space on its disk" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small file system on `folder`; the test is skipped where nobody may mount one."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "connito-tests", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here, which root may where the system allows it")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small ünd 小", "size=1m"):
+        done = up(tmp_path / "small ünd 小")
+    assert done.returncode == 5
+    assert "are needed; free some, or choose another --data-dir" in said(done)
+
+
+@pytest.mark.parametrize(
+    ("verb", "code"), [("up --base tiny", 3), ("status", 4), ("job list", 4), ("down", 5), ("clean", 5)]
+)
+def test_a_data_directory_that_can_only_be_read(tmp_path: Path, verb: str, code: int) -> None:
+    with mounted(tmp_path / "read only", "ro"):
+        done = connito(*verb.split(), "--data-dir", str(tmp_path / "read only"))
+    assert done.returncode == code, done.stdout + done.stderr
+    said(done)
 
 
 def test_a_service_that_may_write_nothing(tmp_path: Path) -> None:
