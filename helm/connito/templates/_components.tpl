@@ -19,10 +19,16 @@ Every workload of the release, as JSON {"items": [...]}. One entry is
 {{- end -}}
 {{- end -}}
 {{- $secrets := dict -}}
+{{- $names := dict -}}
 {{- range $component := list "validator" "trainer" -}}
 {{- $conf := index $.Values $component -}}
 {{- if and $conf.enabled (or $platform (eq $component "trainer")) -}}
 {{- range $conf.instances -}}
+{{- $mine := printf "%s %s" $component .name -}}
+{{- if hasKey $names $mine -}}
+{{- fail (printf "%s.instances: two are called %s, and their objects would be" $component .name) -}}
+{{- end -}}
+{{- $_ := set $names $mine true -}}
 {{- if hasKey $secrets .existingSecret -}}
 {{- fail (printf "%s.instances: %s and %s have the Secret %s both: one key runs once" $component (get $secrets .existingSecret) .name .existingSecret) -}}
 {{- end -}}

@@ -66,6 +66,8 @@
 {{- end -}}
 {{- range $root.Values.extraObjects }}
 ---
-{{ if kindIs "string" . }}{{ tpl . $root }}{{ else }}{{ toYaml . }}{{ end }}
+{{- $text := ternary (tpl (toString .) $root) (toYaml .) (kindIs "string" .) }}
+{{- if not (regexMatch "(?m)^kind:" $text) }}{{ fail (printf "extraObjects: %q is no object, which has a kind" (trunc 60 $text)) }}{{ end }}
+{{ $text }}
 {{- end -}}
 {{- end -}}

@@ -152,7 +152,9 @@ initContainers: {{- toYaml . | nindent 2 }}
 {{/* Variables that the values add: (list conf). A key of `env` replaces the chart's own variable of that name. */}}
 {{- define "connito.moreEnv" -}}
 {{- range $key, $value := .env }}
-- { name: {{ $key }}, value: {{ $value | toString | quote }} }
+{{- /* Helm reads every number as a fraction, and would write a large one as 1.7e+10. A name may read as yes or no. */}}
+{{- if and (kindIs "float64" $value) (eq $value (floor $value)) }}{{ $value = int64 $value }}{{ end }}
+- { name: {{ $key | quote }}, value: {{ $value | toString | quote }} }
 {{- end }}
 {{- with .extraEnv }}
 {{ toYaml . }}
