@@ -69,7 +69,7 @@ def render_claims(page: str, document: Document) -> str:
     _, _, after = rest.partition(END)
     settings, found = document["settings"], document["figures"]
     lines = [
-        [name, one["found"], *(_mean(one[what]) for what in ("share", "most", "rise"))]
+        [name, one["found"], *(_mean(one[what]) for what in ("share", "most", "rise", "judged"))]
         for name, one in found.items()
         if isinstance(one, dict)
     ]
@@ -77,9 +77,10 @@ def render_claims(page: str, document: Document) -> str:
 `bench.claim_lies`: {settings["miners"]} miners of one domain each, {settings["local_steps"]} local steps,
 {settings["seeds"]} bases whose experts differ; liars hand in noise that validators are taken to have let pass. *Found*: liars
 that a recount calls so. *Share* and *most*: the liars' share of the merge, over experts and of one; *rise*: of the loss, over
-the same merge with true claims.
+the same merge with true claims; *judged*: of the loss that validators measure of a liar's own state, by what it claims. What
+does not lower that loss significantly is not paid.
 
-{table(("lie, liars, weighting", "found", "share", "most", "rise (nats per token)"), lines)}
+{table(("lie, liars, weighting", "found", "share", "most", "rise (nats per token)", "judged"), lines)}
 Honest claims, by miners with two frozen helpers a layer, differ from the recount by at most
 {found["honest claims apart at most"]:.0%} of a layer's tokens; {settings["margin"]:.0%} may in the first adapted layer, twice
 that in the second. Under `capped` nobody recounts: what would have been found is shown for comparison.

@@ -3,7 +3,8 @@
 Four miners of one domain each make one cycle's steps, and one of them lies, or two. A liar's rows are worthless: noise as
 long as an honest pseudo-gradient, which validators are taken to have let pass, so that all that holds it back is its weight.
 `share` is the liars' mean share of the merge over experts, and `most` the largest of one expert; `rise` by how much the loss
-after the merge is above that of the same merge with the true claim, in nats per token.
+after the merge is above that of the same merge with the true claim, in nats per token. `judged` is by how much a liar's own
+state raises it as validators measure it, by what the liar claims: what is not above zero would not have been refused.
 The base's experts differ, and miners hold two frozen helpers a layer beside the selected ones, so that honest claims differ
 from what the full model counts: `apart` by this share of a layer's tokens, at most.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from connito.protocol.claims import CLAIMED_TOKENS, MARGIN, claimed_rows, counts_of, falsehood, margin
 from connito.protocol.merging.aggregators import aggregate, plan_by_expert
-from connito.protocol.merging.by_expert import of_equal_mass
+from connito.protocol.merging.by_expert import judged, of_equal_mass
 
 from bench.decentralised import DOMAINS, PER_LAYER, loss_of, shards_of, tensors
 from bench.harness import Options, Result, main, note
@@ -74,7 +75,7 @@ def run(options: Options) -> Result:
         group = [row for row in rows if (row["lie"], row["liars"], row["weighting"]) == key]
         figures[f"{key[0]}, {key[1]} of {MINERS}, {key[2]}"] = {
             "found": f"{sum(row['found'] for row in group)} of {sum(row['liars'] for row in group)}",
-            **{name: spread([row[name] for row in group], 3) for name in ("share", "most", "rise")},
+            **{name: spread([row[name] for row in group], 3) for name in ("share", "most", "rise", "judged")},
         }
     figures["honest claims apart at most"] = max(row["apart"] for row in rows)
     settings = {
@@ -92,6 +93,7 @@ def _tried(rig: Rig) -> list[dict[str, Any]]:
     from connito.moe.resident import compress, write_targets
     from connito.moe.routed import routed_tokens
     from connito.moe.training import train_local
+    from connito.workloads.scoring import rebase
 
     selection = rig.select(DOMAINS, PER_LAYER)
     evaluator = Evaluator(rig.model(), selection)
@@ -112,6 +114,9 @@ def _tried(rig: Rig) -> list[dict[str, Any]]:
         for layer in mine
     )
     theta = {name: rows.numpy() for name, rows in evaluator.base.items()}
+    use = counts_of([routed_tokens(evaluator.model, selection, rig.probe(DOMAINS, 8))])
+    of_target = {layer: counts[0] for layer, counts in use.items()}
+    before = loss_of(evaluator, evaluator.base, held)
     rows: list[dict[str, Any]] = []
     for liars in (1, 2):
         handed = _with_noise(theta, states, liars, rig.seed)
@@ -122,11 +127,14 @@ def _tried(rig: Rig) -> list[dict[str, Any]]:
             counts = counts_of(told)
             counts = of_equal_mass(counts) if weighting == "capped" else counts
             deltas = StateDeltas(theta, handed)
-            how = plan_by_expert("mean", [1.0] * MINERS, [0] * MINERS, counts)
+            how = plan_by_expert("mean", [1.0] * MINERS, [0] * MINERS, counts, use=of_target)
             merged = {name: (theta[name] - aggregate(how, deltas, name)).astype(np.float32) for name in theta}
             most = max(float(of.weights[:liars].sum(axis=0).max()) for of in how.experts.values())
             loss = loss_of(evaluator, tensors(merged), held)
-            return {"share": sum(how.weights[:liars]), "most": most, "loss": loss}
+            strength = {layer: rows[0] for layer, rows in judged(told, of_target).items()}
+            shown = rebase(handed[0], evaluator.base, evaluator.base, strength)
+            alone = loss_of(evaluator, shown, held) - before
+            return {"share": sum(how.weights[:liars]), "most": most, "loss": loss, "judged": alone}
 
         for weighting in WEIGHTINGS:
             honest = outcome(list(claims), weighting)
