@@ -114,8 +114,7 @@ def _tried(rig: Rig) -> list[dict[str, Any]]:
         for layer in mine
     )
     theta = {name: rows.numpy() for name, rows in evaluator.base.items()}
-    use = counts_of([routed_tokens(evaluator.model, selection, rig.probe(DOMAINS, 8))])
-    of_target = {layer: counts[0] for layer, counts in use.items()}
+    of_target = _use(routed_tokens(evaluator.model, selection, rig.probe(DOMAINS, 8)))
     before = loss_of(evaluator, evaluator.base, held)
     rows: list[dict[str, Any]] = []
     for liars in (1, 2):
@@ -132,9 +131,8 @@ def _tried(rig: Rig) -> list[dict[str, Any]]:
             most = max(float(of.weights[:liars].sum(axis=0).max()) for of in how.experts.values())
             loss = loss_of(evaluator, tensors(merged), held)
             strength = {layer: rows[0] for layer, rows in judged(told, of_target).items()}
-            shown = rebase(handed[0], evaluator.base, evaluator.base, strength)
-            alone = loss_of(evaluator, shown, held) - before
-            return {"share": sum(how.weights[:liars]), "most": most, "loss": loss, "judged": alone}
+            alone = loss_of(evaluator, rebase(handed[0], evaluator.base, evaluator.base, strength), held)
+            return {"share": sum(how.weights[:liars]), "most": most, "loss": loss, "judged": alone - before}
 
         for weighting in WEIGHTINGS:
             honest = outcome(list(claims), weighting)
@@ -150,6 +148,10 @@ def _tried(rig: Rig) -> list[dict[str, Any]]:
                 common = {"seed": rig.seed, "lie": name, "liars": liars, "weighting": weighting, "apart": apart}
                 rows.append({**common, "found": found, **got, "rise": rise, "honest_share": honest["share"]})
     return rows
+
+
+def _use(counted: Claim) -> dict[int, Any]:
+    return {layer: counts[0] for layer, counts in counts_of([counted]).items()}
 
 
 def _with_noise(theta: Any, states: Any, liars: int, seed: int) -> Any:
