@@ -110,7 +110,7 @@ def train_local(
     device = next(iter(parameters.values())).device
     with mixed(device, bf16=bf16):
         head = Head(model)
-    get_ready(model, batches)
+        get_ready(model, batches)
     work = _Work(head, optimiser, device, beside, gradient_clip, bf16)
     losses, tokens, started = [], 0, time.perf_counter()
     with _deterministic():

@@ -11,7 +11,7 @@ import torch
 from connito.base.loading import load_full
 from connito.data.corpus import ENDS, WHOLE, Corpus
 from connito.data.packing import counted, pack
-from connito.moe.batches import batch_of, separates
+from connito.moe.batches import batch_of, mixed, separates
 from connito.moe.diagnostics import causal_effects, top1_ratio
 from connito.moe.evaluate import Evaluator
 from connito.moe.head import Head
@@ -19,7 +19,14 @@ from connito.moe.resident import compress, target_parameters
 from connito.moe.statistics import collect
 from connito.moe.training import train_local
 from numpy.typing import NDArray
-from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Lfm2MoeConfig, Lfm2MoeForCausalLM
+from transformers import (
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Lfm2MoeConfig,
+    Lfm2MoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from tests.support.families import FAMILIES, SMALL, tiny_model
 from tests.support.models import save_random
@@ -38,6 +45,12 @@ CONVOLVED: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 1,
     "layer_types": ["conv", "full_attention", "conv"],
+}  # fmt: skip
+DEEP: dict[str, Any] = {
+    "initializer_range": 0.05,
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16, "num_hidden_layers": 24,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
+    "shared_expert_intermediate_size": 8,
 }  # fmt: skip
 
 
@@ -81,6 +94,20 @@ def all_models(base: Path) -> dict[str, Any]:
 def test_a_family_is_asked_whether_it_keeps_documents_apart(base: Path) -> None:
     found = {name: separates(model) for name, model in all_models(base).items()}
     assert found == {"attention": True, "states": False, "convolutions": False}
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_family_is_asked_in_bfloat16_too(base: Path, weights: torch.dtype) -> None:
+    """Where a deep model computes in a shorter type than it is stored in, rounding must not pass for mixing."""
+    torch.manual_seed(2)
+    deep = Qwen2MoeForCausalLM(Qwen2MoeConfig(**DEEP)).eval()
+    with torch.no_grad():
+        for parameter in deep.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    models = {**all_models(base), "deep attention": deep}
+    with mixed(torch.device("cpu"), bf16=True):
+        found = {name: separates(model.to(weights)) for name, model in models.items()}
+    assert found == {"attention": True, "deep attention": True, "states": False, "convolutions": False}
 
 
 @pytest.mark.parametrize("name", ["attention", "states", "convolutions"])
