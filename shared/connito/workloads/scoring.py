@@ -121,7 +121,7 @@ class SubmissionEvaluator:
 
     def recount(self, text: Text, facts: RunFacts, cycle: int, drawn: Container[str]) -> Recount:
         """Return what counts the claims of drawn submissions again, on this model."""
-        return Recount(self._evaluator, text, facts, cycle, drawn)
+        return Recount(self._evaluator, text, facts, cycle, drawn, self._shared)
 
     def draw(self, seed: bytes) -> dict[str, list[int]]:
         """Return the numbers of the held-out sequences that the seed gives, by domain, the target first."""

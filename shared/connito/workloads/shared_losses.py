@@ -1,4 +1,4 @@
-"""Losses that the validators of one owner on one machine measure once: a file for each state and each part of a draw.
+"""What the validators of one owner on one machine measure once: losses of each state on each part of a draw, tokens of claims.
 
 Who may write into the folder may say what anything is worth, so it is the owner's alone or it is not used at all. A value is
 found under the hash of all that it follows from, and carries a checksum: what a power cut left of it is measured again.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +26,8 @@ from connito.runtime.logs import get_logger
 from connito.wire.hashing import hash_fields
 
 log = get_logger("measuring")
+
+T = TypeVar("T")
 
 TAG = b"connito.shared-losses"
 _DIGEST = hashlib.sha256().digest_size
@@ -40,12 +45,36 @@ class SharedLosses:
 
     def of(self, state: str, rows: Rows, measure: Callable[[], Losses]) -> Losses:
         """Return the losses of a state on rows [n, L + 1]. `state` is named by its digests; without a name it is not shared."""
+        return self._once(state, rows, measure, _packed, partial(_losses, len(rows)))
+
+    def counts(self, state: str, rows: Rows, count: Callable[[], dict[int, list[int]]]) -> dict[int, list[int]]:
+        """Return by layer how many tokens of rows [n, L + 1] go to each selected expert; the state is named as in `of`."""
+        return self._once(state and f"tokens of {state}", rows, count, _text, _counts)
+
+    def _once(
+        self,
+        state: str,
+        rows: Rows,
+        measure: Callable[[], T],
+        pack: Callable[[T], bytes],
+        unpack: Callable[[bytes], T | None],
+    ) -> T:
         if self._folder is None or not state:
             return measure()
         content = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
         path = self._folder / hash_fields(TAG, *self._judge, state, str(rows.dtype), len(rows), content).hex()
+
+        def known() -> T | None:
+            body = _read(path)
+            return None if body is None else unpack(body)
+
         try:
-            return self._known(path, len(rows), measure)
+            if (found := known()) is None:
+                with _alone(path.with_suffix(".lock")):
+                    if (found := known()) is None:
+                        found = measure()
+                        _write(path, pack(found))
+            return found
         except OSError as error:
             log.warning("losses cannot be shared", folder=str(self._folder), error=str(error))
             self._folder = None
@@ -55,17 +84,6 @@ class SharedLosses:
         """Let go of what is known, once nobody will ask again."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _known(self, path: Path, count: int, measure: Callable[[], Losses]) -> Losses:
-        found = _read(path, count)
-        if found is not None:
-            return found
-        with _alone(path.with_suffix(".lock")):
-            found = _read(path, count)
-            if found is None:
-                found = measure()
-                _write(path, found)
-        return found
 
 
 def _own(folder: Path) -> Path | None:
@@ -83,17 +101,33 @@ def _own(folder: Path) -> Path | None:
     return folder
 
 
-def _read(path: Path, count: int) -> Losses | None:
+def _packed(found: Losses) -> bytes:
+    return found.sums.astype("<f8").tobytes() + found.tokens.astype("<i8").tobytes()
+
+
+def _losses(count: int, body: bytes) -> Losses | None:
+    if len(body) != 16 * count:
+        return None
+    return Losses(np.frombuffer(body, "<f8", count).copy(), np.frombuffer(body, "<i8", count, 8 * count).copy())
+
+
+def _text(found: dict[int, list[int]]) -> bytes:
+    return json.dumps(sorted(found.items())).encode()
+
+
+def _counts(body: bytes) -> dict[int, list[int]]:
+    return dict(json.loads(body))
+
+
+def _read(path: Path) -> bytes | None:
     with suppress(FileNotFoundError):
         data = path.read_bytes()
-        body = data[_DIGEST:]
-        if len(body) == 16 * count and hashlib.sha256(body).digest() == data[:_DIGEST]:
-            return Losses(np.frombuffer(body, "<f8", count).copy(), np.frombuffer(body, "<i8", count, 8 * count).copy())
+        if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
+            return data[_DIGEST:]
     return None
 
 
-def _write(path: Path, found: Losses) -> None:
-    body = found.sums.astype("<f8").tobytes() + found.tokens.astype("<i8").tobytes()
+def _write(path: Path, body: bytes) -> None:
     draft = path.with_suffix(f".{os.getpid()}")
     # Not synced: what a power cut takes of it is measured again.
     draft.write_bytes(hashlib.sha256(body).digest() + body)

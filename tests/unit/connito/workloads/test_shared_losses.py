@@ -37,6 +37,17 @@ def test_another_process_finds_the_losses_to_the_last_bit(tmp_path: Path) -> Non
     assert same(SharedLosses(tmp_path / "losses", "r", "model").of("state", ROWS, never), FOUND)
 
 
+def test_counted_tokens_are_shared_too_and_apart_from_losses(tmp_path: Path) -> None:
+    counts = {3: [5, 0], 11: [7, 2]}
+    first = SharedLosses(tmp_path / "losses", "r", "model")
+    first.of("state", ROWS, counting([]))
+    assert first.counts("state", ROWS, lambda: counts) == counts
+    second = SharedLosses(tmp_path / "losses", "r", "model")
+    assert second.counts("state", ROWS, dict) == counts
+    assert second.counts("state", ROWS[:2], lambda: {3: [1, 1]}) == {3: [1, 1]}
+    assert second.counts("", ROWS, lambda: {3: [9, 9]}) == {3: [9, 9]}
+
+
 @pytest.mark.parametrize(
     ("run", "judge", "state", "rows"),
     [
