@@ -66,10 +66,13 @@ class UpOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """Share of the cores: `slots` computations at a time, each with `threads` threads. `bf16`: miners train in bfloat16."""
+    """Share of the cores: `slots` computations at a time, each with `threads` threads; `alone`: the threads of what has nothing
+    beside it, such as a selection and a merge. `bf16`: miners train in bfloat16.
+    """
 
     slots: int
     threads: int
+    alone: int = 1
     bf16: bool = False
 
 
@@ -87,7 +90,7 @@ class Profile:
         if self.small:
             return Machine(cores, 1)
         slots = min(cores, 2)
-        return Machine(slots, cores // slots, multiplies_bf16())
+        return Machine(slots, cores // slots, cores, multiplies_bf16())
 
 
 def profile(options: UpOptions) -> Profile:

@@ -33,10 +33,11 @@ from connito.runtime.programs import service_module
 from connito.store import ArtifactStore
 from connito.v1.run_pb2 import RunSpec
 
-# Services that compute with a model are forked from the preloaded process.
 T = TypeVar("T")
 PATIENCE_SECONDS, ASK_EVERY = 60.0, 0.2
+# Services that compute with a model are forked from the preloaded process. While one of `ALONE` computes, the others wait for it.
 MODEL_SIDE = ("selector", "trainer", "validator", "aggregator")
+ALONE = ("selector", "aggregator")
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class Installation:
             "torch_threads": str(self.machine.threads),
             "port_file": str(ports / f"{role.member.name}.json"),
         }
+        if role.service in ALONE and self.machine.alone > 1:
+            settings |= {"compute_slots": "1", "torch_threads": str(self.machine.alone)}
         holder = self.holders.get(role.member.name)
         if role.member.role == "miner":
             # As anywhere else, a miner has no bucket credentials; and no cache in which held-out text could lie.
@@ -213,9 +216,9 @@ class Installation:
         return self.data.root / "cache-miners"
 
     def task_environment(self) -> dict[str, str]:
-        """Return the environment of a task: its cache folder, and as many threads as one computation gets."""
+        """Return the environment of a task: its cache folder, and the threads of what computes alone."""
         cache = {name: value for name, value in os.environ.items() if name == "CONNITO_CACHE_DIR"}
-        return {**self._environment(), **cache, "CONNITO_TORCH_THREADS": str(self.machine.threads)}
+        return {**self._environment(), **cache, "CONNITO_TORCH_THREADS": str(self.machine.alone)}
 
     def _environment(self) -> dict[str, str]:
         """Return the surrounding environment without Connito's settings, and with the threads of this machine."""

@@ -1,4 +1,4 @@
-"""What the validators of one owner on one machine measure once: losses of each state on each part of a draw, tokens of claims.
+"""Losses and counted tokens that the validators of one owner on one machine measure once: a file for each.
 
 Who may write into the folder may say what anything is worth, so it is the owner's alone or it is not used at all. A value is
 found under the hash of all that it follows from, and carries a checksum: what a power cut left of it is measured again.
