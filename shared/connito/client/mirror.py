@@ -51,11 +51,13 @@ def mirror(data: DataDir, shelf: Shelf) -> None:
 
 
 async def _copy(session: Session, shelf: Shelf) -> None:
-    viewer, store = Viewer(session.identity.public), session.store()
+    viewer, store, held = Viewer(session.identity.public), session.store(), shelf.held()
     async with session.bus() as bus:
         log = await read_log(bus, session.roster)
         for run, facts in log.runs.items():
             for expert, deposit in facts.deposits.items():
+                if expert in held:
+                    continue
                 signed = await bus.last_record(fact_subject(run, "library", 0, "deposited", expert))
                 await _shelve(store, shelf, viewer, deposit, signed)
         found = [_notice(record, session) async for record in bus.stored(["LIBRARY"])]
@@ -66,8 +68,6 @@ async def _shelve(
     store: ArtifactStore, shelf: Shelf, viewer: Viewer, deposit: Fact[run_pb2.ExpertDeposited], signed: Record | None
 ) -> None:
     said = deposit.message
-    if (shelf.path(said.expert_id) / "record.json").is_file():
-        return
     record = read_record(await store.get_bytes(said.record), said.expert_id)
     if not viewer.sees(record):
         return

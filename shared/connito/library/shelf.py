@@ -74,6 +74,12 @@ class Shelf:
             index.apply(self.events(index.last_sequence(ORIGIN)))
             yield index
 
+    def held(self) -> set[str]:
+        """Return the experts that are on the shelf and in its journal: one whose entry was cut off is not found, and has to
+        be deposited again."""
+        with self.index() as index:
+            return {str(name) for (name,) in index.select("SELECT expert_id FROM experts")}
+
     def path(self, expert_id: str) -> Path:
         """Return the folder of an expert, present or not. Raises `Invalid` for an id that is not a plain name."""
         if not expert_id or expert_id in (".", "..") or "/" in expert_id or "\\" in expert_id:

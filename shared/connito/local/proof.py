@@ -24,7 +24,7 @@ from connito.workloads.proof import (
 
 # A vocabulary below this is one of letters.
 _LETTERS = 1000
-EXAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
+EXAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 28
 
 
 def prove(

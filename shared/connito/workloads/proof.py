@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 # Texts of the target and of a general domain that are asked about, and tokens of each that are read.
-TEXTS, TOKENS, GENERAL_TEXTS, GENERAL_TOKENS = 96, 256, 8, 128
+TEXTS, TOKENS, GENERAL_TEXTS, GENERAL_TOKENS = 144, 96, 8, 96
 
 Right = dict[tuple[str, str], list[list[bool]]]
 

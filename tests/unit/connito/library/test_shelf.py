@@ -150,3 +150,17 @@ def test_an_expert_that_was_placed_and_not_written_down_is_written_down(
     (shelf.root / "journal.jsonl").write_bytes(b"")
     assert shelf.deposit(path, record, 6) == name
     assert [(event.kind, event.subject) for event in shelf.events()] == [("deposited", name)]
+
+
+def test_an_expert_whose_entry_was_cut_off_is_not_held_until_it_is_deposited_again(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    shelf, (path, _, record) = Shelf(tmp_path / "shelf"), make()
+    shelf.deposit(path, record, 1)
+    assert shelf.held() == {record["expert_id"]}
+    journal = shelf.root / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-5])
+    (shelf.root / "index.sqlite").unlink()
+    assert shelf.held() == set(), "its folder is there, and nothing finds it"
+    shelf.deposit(path, record, 2)
+    assert shelf.held() == {record["expert_id"]}
