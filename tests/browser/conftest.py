@@ -71,6 +71,7 @@ class Site:
             "nothing-found": "/library?q=nothing-like-it",
             "expert": f"/library/{self.expert}",
             "comparison": f"/library/compare?id={self.expert}",
+            "demand": "/library/demand",
             "dead-letters": "/dead-letters",
             "bus": "/bus",
             "problem": "/runs/no-such-run",
