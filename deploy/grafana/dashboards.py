@@ -225,6 +225,7 @@ RUN = Dashboard(
                 (("min by (validator) (connito_validator_trust_ratio)", "{{validator}}"),),
             ),
             Panel("Gate", "none", (("sum by (decision) (connito_gate_decisions_total)", "{{decision}}"),)),
+            Panel("Cycles nobody cosigned", "none", (("max by (run) (connito_unaudited_cycles)", "{{run}}"),)),
         ),
         "Start": (
             Panel(
@@ -282,7 +283,8 @@ DASHBOARDS = (PLATFORM, RUN, MINER)
 FILTERS = (("namespace", "Namespace"), ("release", "Release"))
 # From which value on a number is bad, by the panel's title.
 BAD_ABOVE = {"Lag of the followers": 5, "Store errors": 0.01, "Rejected messages": 1, "Security events": 1,
-             "Reconnects": 1, "Leases lost": 1, "Past its deadline": 60, "Validators disagree": 0.3}  # fmt: skip
+             "Reconnects": 1, "Leases lost": 1, "Past its deadline": 60, "Validators disagree": 0.3,
+             "Cycles nobody cosigned": 2}  # fmt: skip
 
 
 def filtered(expression: str, by_run: bool) -> str:
@@ -352,10 +354,15 @@ def render(dashboard: Dashboard) -> str:
         build.DashboardLink("Connito").type(models.DashboardLinkType.DASHBOARDS).tags(["connito"])
         .as_dropdown(True).include_vars(True).keep_time(True)
     )  # fmt: skip
-    built.annotation(
-        build.AnnotationQuery().name("New versions").datasource(SOURCE).enable(True).icon_color("blue")
-        .expr(filtered("changes(connito_gate_decisions_total[1m]) > 0", False))
-    )  # fmt: skip
+    for name, metric, shown in (
+        ("New versions", "connito_gate_decisions_total", True),
+        # Five a cycle: shown by whoever asks for them.
+        ("Windows that open", "connito_window_opened_timestamp_seconds", False),
+    ):
+        built.annotation(
+            build.AnnotationQuery().name(name).datasource(SOURCE).enable(shown).icon_color("blue")
+            .expr(filtered(f"changes({metric}[1m]) > 0", False))
+        )  # fmt: skip
     if dashboard.by_run:
         built.with_variable(
             build.QueryVariable("run").label("Run").datasource(SOURCE).query("label_values(connito_target_loss, run)")

@@ -61,7 +61,7 @@ spec:
     {{- range (.Files.Get "files/rules.yaml" | fromYaml).groups }}
     {{- if or $platform (eq .name "connito.everywhere") }}
     {{- range $rule := .rules }}
-    {{- if $rule.alert }}{{- $_ := set $rule.annotations "runbook_url" (printf "%s#%s" $.Values.monitoring.prometheusRule.runbooks (lower $rule.alert)) }}{{ end }}
+    {{- if and $rule.alert $.Values.monitoring.prometheusRule.runbooks }}{{- $_ := set $rule.annotations "runbook_url" (printf "%s#%s" $.Values.monitoring.prometheusRule.runbooks (lower $rule.alert)) }}{{ end }}
     {{- end }}
     - {{- toYaml . | nindent 6 }}
     {{- end }}

@@ -219,6 +219,7 @@ def test_the_prometheus_operator_gets_the_same_rules() -> None:
     ]
     assert rule["spec"] == yaml.safe_load((CHART / "files/rules.yaml").read_text())
     anchors = set(re.findall(r"^#+ (\w+)$", (ROOT / "docs/reference/alerts.md").read_text().lower(), re.M))
+    assert {page.partition("#")[0] for page in pages} == {"https://docs.example.com/reference/alerts.html"}
     assert {page.partition("#")[2] for page in pages} <= anchors
     assert rule["metadata"]["labels"]["release"] == "prometheus"
 
@@ -229,6 +230,8 @@ def test_a_miner_gets_a_miner_s_alerts_and_dashboard() -> None:
     objects = render(values)
     groups = [group["name"] for group in find(objects, "PrometheusRule", "connito")["spec"]["groups"]]
     assert groups == ["connito.everywhere"]
+    # Nobody said where the page is served, and a link that leads nowhere is worse than none.
+    assert "runbook_url" not in str(find(objects, "PrometheusRule", "connito"))
     names = {item["metadata"]["name"] for item in of_kind(objects, "ConfigMap")}
     assert names == {"connito-dashboard-miner", "connito-rollout"}
 

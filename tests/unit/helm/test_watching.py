@@ -55,7 +55,9 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize(("where", "expression"), queries(), ids=lambda value: value if "/" in value[:40] else "")
 def test_queries_know_their_metrics(where: str, expression: str) -> None:
     names = NAME.findall(expression)
-    assert names or re.search(r"\b(up|gnatsd_\w+|kubelet_\w+)\{?", expression), f"{where} asks for nothing of ours"
+    assert names or re.search(r"\b(up|gnatsd_\w+|kubelet_\w+|SeaweedFS_\w+)\{?", expression), (
+        f"{where} asks for nothing of ours"
+    )
     for name in names:
         if ":" in name:
             assert name in RECORDED, f"{where} asks for {name}, which no rule records"
