@@ -6,16 +6,12 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from connito.errors import Fatal
 from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
 
 from .settings import ConsoleSettings
-
-if TYPE_CHECKING:
-    from .access import Access
 
 
 async def main(context: ServiceContext[ConsoleSettings]) -> None:
@@ -27,6 +23,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
         from .artifacts import Artifacts
         from .figures import ExpertFigures
         from .pages import Console
+        from .sign_in import access_of
         from .state import Feed
     except ImportError as error:
         raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error
@@ -42,7 +39,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     # Without a store there are no cards and no bytes to verify.
     store = context.store if settings.s3_access_key or settings.s3_credentials != "keys" else None
     figures = ExpertFigures(store, feed.move)
-    access = _access(context, token)
+    access = access_of(settings, context.roster, context.bus.identity, token)
     console = Console(feed, access, Artifacts(store), figures, secure_cookie=settings.console_secure_cookie)
     config = uvicorn.Config(
         console.app(), log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
@@ -65,29 +62,6 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     finally:
         await figures.close()
         listener.close()
-
-
-def _access(context: ServiceContext[ConsoleSettings], token: str) -> Access:
-    """Return who may read, as the settings say. Raises `Fatal`, `Invalid` for those that are not whole."""
-    from connito.service.oidc import secure, tokens_of
-
-    from .access import Access
-    from .pages import LEADERBOARD
-    from .sign_in import SignIn
-
-    settings = context.settings
-    public = [LEADERBOARD] if settings.console_public_leaderboard else []
-    tokens, sign_in = tokens_of(settings, context.roster), None
-    if tokens is not None and settings.console_oidc_client:
-        sign_in = SignIn(
-            tokens, settings.console_oidc_client, settings.console_oidc_secret.get_secret_value(),
-            secure(settings.console_url, "CONNITO_CONSOLE_URL"), settings.console_oidc_scopes,
-            context.bus.identity.derive("console", "sign-in"),
-        )  # fmt: skip
-    return Access(
-        token, user_header=settings.console_user_header, proxies=settings.proxies(), public=public, tokens=tokens,
-        sign_in=sign_in,
-    )  # fmt: skip
 
 
 def _listen(host: str, port: int) -> socket.socket:

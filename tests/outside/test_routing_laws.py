@@ -58,7 +58,7 @@ def test_with_every_expert_in_memory_a_mode_is_the_full_model(case: str, mode: s
         with pytest.raises(Invalid, match=r"HashRouter does not choose experts by a top-k"):
             logits(resident(model, mode, list(range(EXPERTS))))
         return
-    torch.testing.assert_close(logits(resident(model, mode, list(range(EXPERTS)))), logits(model), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(resident(model, mode, list(range(EXPERTS)))), logits(model), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -38,6 +38,7 @@ REASONS = {
     "duplicate-reveal": "the commitment was opened already",
     "no-commitment": "there was no commitment to open",
     "commitment-mismatch": "what was revealed is not what was committed to",
+    "key-mismatch": "the key that was revealed does not open the upload",
     "stale-base": "the work started from another state than the cycle's",
     "not-revealed": "committed, but not revealed in time",
     "artifact-missing": "the upload is not in the store",

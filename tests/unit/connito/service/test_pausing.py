@@ -46,7 +46,7 @@ class Broker:
     identity: Identity = COORDINATOR
     host: Host = HOST
 
-    async def follow(self, streams: Any, run: str, start: Any) -> AsyncIterator[Record | CaughtUp]:
+    async def follow(self, streams: Any, run: str, start: Any, of_all: bool) -> AsyncIterator[Record | CaughtUp]:
         for record in self.stored:
             yield record
         yield CaughtUp()

@@ -193,7 +193,10 @@ def test_the_proof_says_what_is_right_and_on_how_much_text() -> None:
         {"domain": "medical", "what": "next word", **better},
         {"domain": "law", "what": "next word", **same},
     ]
-    text = markdown(run_report(finished().facts), {"rows": rows, "examples": [example, example]})
+    text = markdown(
+        run_report(finished().facts), {"rows": rows, "examples": [example, example], "precision": "bfloat16"}
+    )
+    assert "bfloat16" in text
     assert text.count("> one\n> two") == 2
     assert "10.0 % | 30.0 % | +20.0 | +10.0 to +30.0 | 1,200 in 40 texts | better |" in text
     assert "no difference that this much text can show" in text
