@@ -99,6 +99,8 @@ def test_prometheus_scrapes_every_service_of_compose() -> None:
         target.split(":")[0] for entry in config["scrape_configs"][0]["static_configs"] for target in entry["targets"]
     }
     assert targets == set(OURS) - {"streams", "bucket"}
+    (store,) = config["scrape_configs"][1]["static_configs"][0]["targets"]
+    assert f"-metricsPort={store.partition(':')[2]}" in COMPOSE["services"]["store"]["command"]
 
 
 def test_locks_agree_with_the_constraints() -> None:
