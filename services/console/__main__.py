@@ -23,7 +23,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
         from .artifacts import Artifacts
         from .figures import ExpertFigures
         from .pages import Console
-        from .sign_in import access_of
+        from .readers import access_of
         from .state import Feed
     except ImportError as error:
         raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error

@@ -12,22 +12,15 @@ import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from connito.errors import Invalid, Retry
 from connito.library.governance import Viewer
-from connito.service.oidc import Tokens, claims_at, refusal, secure, tokens_of
-from connito.wire.identity import Identity
-from connito.wire.roster import Roster
+from connito.service.oidc import Tokens, claims_at, refusal
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
-
-from .settings import ConsoleSettings
-
-if TYPE_CHECKING:
-    from .access import Access
 
 FLOW, SESSION = "connito_sign_in", "connito_session"
 FLOW_SECONDS, SESSION_SECONDS = 600, 12 * 3600
@@ -167,22 +160,3 @@ def _explained(page: Callable[[Request], Awaitable[Response]]) -> Callable[[Requ
             return PlainTextResponse(f"{error}\n", 403 if isinstance(error, Invalid) else 503)
 
     return answer
-
-
-def access_of(settings: ConsoleSettings, roster: Roster, identity: Identity, token: str) -> Access:
-    """Return who may read, as the settings say. Raises `Fatal`, `Invalid` for those that are not whole."""
-    from .access import Access
-    from .pages import LEADERBOARD
-
-    public = [LEADERBOARD] if settings.console_public_leaderboard else []
-    tokens, sign_in = tokens_of(settings, roster), None
-    if tokens is not None and settings.console_oidc_client:
-        sign_in = SignIn(
-            tokens, settings.console_oidc_client, settings.console_oidc_secret.get_secret_value(),
-            secure(settings.console_url, "CONNITO_CONSOLE_URL"), settings.console_oidc_scopes,
-            identity.derive("console", "sign-in"),
-        )  # fmt: skip
-    return Access(
-        token, user_header=settings.console_user_header, proxies=settings.proxies(), public=public, tokens=tokens,
-        sign_in=sign_in,
-    )  # fmt: skip
