@@ -1,4 +1,4 @@
-"""Who may read the console, as its settings say: by token, through a proxy, or signed in at a provider."""
+"""Access to the console as its settings say: by token, through a proxy, or signed in at a provider."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sign_in import SignIn
 
 
 def access_of(settings: ConsoleSettings, roster: Roster, identity: Identity, token: str) -> Access:
-    """Return who may read, as the settings say. Raises `Fatal`, `Invalid` for those that are not whole."""
+    """Return the access that the settings ask for. Raises `Fatal`, `Invalid` for those that are not whole."""
     public = [LEADERBOARD] if settings.console_public_leaderboard else []
     tokens, sign_in = tokens_of(settings, roster), None
     if tokens is not None and settings.console_oidc_client:
