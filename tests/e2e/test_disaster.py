@@ -33,7 +33,7 @@ def hold_in_the_middle(platform: Platform, run: str) -> None:
     """Behind its first version nothing goes on: who says what comes next is frozen, until it is lost with the rest."""
     coordinator = psutil.Process(json.loads((platform.data / "pids.json").read_text())["coordinator"]["pid"])
     with Client.local(platform.data) as client:
-        wait_until(lambda: client.job.show(run).version >= 1, "the first version", 200)
+        assert any(status.version >= 1 for status in client.job.watch(run)), "the run ended without a version"
         coordinator.suspend()
 
 
