@@ -306,6 +306,14 @@ async def test_health_is_there(process: ServiceProcess, buses: dict[str, Bus]) -
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def shown(
+    bus: Bus, roster: Roster, run: str
+) -> tuple[run_pb2.ExpertDeposited, LibraryServiceStub, services_pb2.GetExpertResponse]:
+    """The deposit of a run that has ended, the library's stub, and what it shows of the expert."""
+    fact, stub = await deposited(bus, roster, run), await ask(bus)
+    return fact, stub, await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
+
+
 async def test_what_a_customer_derives_joins_with_lineage_and_signature(
     buses: dict[str, Bus],
     process: ServiceProcess,
@@ -318,9 +326,7 @@ async def test_what_a_customer_derives_joins_with_lineage_and_signature(
     bus, customer = buses["coordinator"], identities["customer"]
     await process.start().ready()
     await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
-    fact = await deposited(bus, roster, run_id)
-    stub = await ask(bus)
-    answer = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
+    fact, stub, answer = await shown(bus, roster, run_id)
     parent = tmp_path / "parent"
     parent.mkdir()
     shutil.copy(await store.fetch(fact.expert), parent / "expert.safetensors")
@@ -382,9 +388,7 @@ async def test_models_made_of_an_expert_join_from_a_folder_of_any_name(
     bus, customer = buses["coordinator"], identities["customer"]
     await process.start().ready()
     await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
-    fact = await deposited(bus, roster, run_id)
-    stub = await ask(bus)
-    answer = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
+    fact, stub, answer = await shown(bus, roster, run_id)
     expert, text, base = tmp_path / "expert", tmp_path / "notes.txt", tmp_path / "my own name for it"
     expert.mkdir()
     shutil.copy(await store.fetch(fact.expert), expert / "expert.safetensors")

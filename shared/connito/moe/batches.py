@@ -120,7 +120,7 @@ def _measured(model: Any) -> bool:
         found: torch.Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
         return found[:, -second:].float()
 
-    def apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return (one - other).abs().mean(dim=-1)
 
     # The same second documents behind other first ones.
@@ -128,8 +128,8 @@ def _measured(model: Any) -> bool:
     try:
         with torch.no_grad():
             alone, behind = states(ids[:, first:]), states(ids, position_ids=positions)
-            mixed, kept = apart(states(ids), alone), apart(behind, alone).amax(dim=0)
-            leaks = apart(behind, states(others, position_ids=positions)).amax(dim=0)
+            mixed, kept = distance(states(ids), alone), distance(behind, alone).amax(dim=0)
+            leaks = distance(behind, states(others, position_ids=positions)).amax(dim=0)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
     exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
