@@ -225,7 +225,12 @@ RUN = Dashboard(
                 (("min by (validator) (connito_validator_trust_ratio)", "{{validator}}"),),
             ),
             Panel("Gate", "none", (("sum by (decision) (connito_gate_decisions_total)", "{{decision}}"),)),
-            Panel("Cycles nobody cosigned", "none", (("max by (run) (connito_unaudited_cycles)", "{{run}}"),)),
+            # The series goes with its run; what it was last still shows.
+            Panel(
+                "Cycles nobody cosigned",
+                "none",
+                (("max by (run) (last_over_time(connito_unaudited_cycles[$__rate_interval]))", "{{run}}"),),
+            ),
         ),
         "Start": (
             Panel(
