@@ -26,7 +26,7 @@ from .adapters import Downloads, RangeReader
 
 if TYPE_CHECKING:
     from connito.moe.footprint import Workload
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,25 @@ class Base:
                 self.ranges.close()
         return describe(data, self.manifest.headers(), self.manifest.extra.get("dtype", "")).plan()
 
-    def load(self, facts: RunFacts, device: Any, work: Workload, *, top_k: int = 0) -> nn.Module:
+    def load(
+        self, facts: RunFacts, device: Any, work: Workload, state: Mapping[str, Tensor], *, top_k: int = 0
+    ) -> nn.Module:
         """Return the training model, made ready for this machine. Blocking. Raises `Retry` when the store is away or
         damaged bytes came.
 
-        work and top_k are the miner's own choice: what is resident and as what, and experts per token.
+        work and top_k are the miner's own choice: what is resident and as what, and experts per token. state: the target rows
+        to begin from, which the caller writes into the model before each cycle; the base's are not fetched.
         """
         from connito.moe.prepare import prepare
         from connito.moe.resident import add_background
         from connito.moe.state import load_state
 
-        model = self._load(facts, work, top_k)
+        model = self._load(facts, work, state, top_k)
         if self.background is not None and work.residency == HELPERS:
             add_background(model, load_state(self.background))
         return prepare(model, work.engine, device)
 
-    def _load(self, facts: RunFacts, work: Workload, top_k: int) -> nn.Module:
+    def _load(self, facts: RunFacts, work: Workload, state: Mapping[str, Tensor], top_k: int) -> nn.Module:
         from connito.base.loading import load_resident, load_resident_local
 
         selection = facts.require_selection()
@@ -104,7 +107,7 @@ class Base:
             return load_resident_local(self.files, targets, helpers, mode, **how)
         assert self.ranges is not None
         try:
-            return load_resident(self.manifest, self.ranges.read, targets, helpers, mode, **how)
+            return load_resident(self.manifest, self.ranges.read, targets, helpers, mode, state=state, **how)
         except VerificationFailed as error:
             # Whether the cache or the transfer was damaged, a fresh copy is the remedy.
             self.ranges.forget()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from connito.moe.footprint import Workload
     from connito.moe.moments import Moments
     from connito.moe.personal import PersonalRouters
+    from connito.moe.state import TargetState
     from connito.moe.training import Step
     from torch import nn
 
@@ -116,9 +117,11 @@ class LocalTrainer:
         from connito.moe.training import betas_of, train_local
 
         policy, begun = training(facts, cycle), time.perf_counter()
-        model = self._model(facts, base)
+        begin = load_state(state)
+        model = self._model(facts, base, begin)
         check_tokens(model, batches)
-        write_targets(model, load_state(state))
+        write_targets(model, begin)
+        del begin
         bf16 = self._settings.computes_in_bf16
         claim = claim_for(facts, model, batches, bf16=bf16)
         batches, apart = hold_back(batches, self._settings.evaluation_share)
@@ -162,7 +165,7 @@ class LocalTrainer:
         )
         return Effort(stats.steps, stats.tokens, time.perf_counter() - begun, tuple(own.losses))
 
-    def _model(self, facts: RunFacts, base: Base) -> nn.Module:
+    def _model(self, facts: RunFacts, base: Base, state: TargetState) -> nn.Module:
         """Return the training model of the run; another run's is released first."""
         if self._loaded is None or self._loaded.run != facts.run:
             self._loaded = None
@@ -172,7 +175,7 @@ class LocalTrainer:
             devices = devices_of(settings.device)
             device = devices[0]
             work = check_memory(facts, base, device, settings, engine_of(settings, devices))
-            model = base.load(facts, device, work, top_k=settings.top_k)
+            model = base.load(facts, device, work, state, top_k=settings.top_k)
             log.info("model loaded", source=base.source, seconds=round(time.perf_counter() - begun, 2))
             self._loaded = _Loaded(facts.run, model)
         return self._loaded.model

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from connito.base.loading import load_resident_local
 from connito.bus import Bus
 from connito.errors import Invalid, Retry
 from connito.moe.footprint import Workload
 from connito.moe.moments import Moments
-from connito.moe.resident import read_targets
+from connito.moe.resident import read_targets, write_targets
 from connito.protocol import commitment
 from connito.protocol.submission import read_header, validate
 from connito.service import rpc
@@ -301,25 +302,27 @@ async def test_byte_ranges_give_the_same_model_and_heal_when_damaged(
     facts, targets, cpu = facts_of(tiny), tiny.targets, torch.device("cpu")
     urls = {name: store.presign_get(entry.ref, 600) for name, entry in tiny.manifest.files.items()}
     base = Base(tiny.manifest, None, Ranges(urls, tmp_path / "ranges"))
+    start = {name: rows + 1 for name, rows in read_targets(load_resident_local(tiny_base(), targets)).items()}
 
     def states_of(model: Any) -> dict[str, Any]:
+        write_targets(model, start)
         return dict(model.state_dict()) | read_targets(model)
 
     whole = Base(tiny.manifest, {name: tiny_base() / name for name in tiny.manifest.files}, None)
-    expected = states_of(await asyncio.to_thread(whole.load, facts, cpu, work))
-    fetched = states_of(await asyncio.to_thread(base.load, facts, cpu, work))
+    expected = states_of(await asyncio.to_thread(whole.load, facts, cpu, work, start))
+    fetched = states_of(await asyncio.to_thread(base.load, facts, cpu, work, start))
     assert fetched.keys() == expected.keys()
     assert all(fetched[name].equal(expected[name]) for name in expected)
-    # Per adapted layer, two targets and one helper of eight experts were read.
+    # Per adapted layer, one helper of eight experts was read, and of the two targets nothing.
     read = list((tmp_path / "ranges").rglob("*-*"))
-    unread = sum(5 * tiny.manifest.expert_bytes()[layer] for layer in targets)
+    unread = sum(7 * tiny.manifest.expert_bytes()[layer] for layer in targets)
     assert sum(path.stat().st_size for path in read) <= tiny.manifest.size + (1 << 16) - unread
 
     largest = max(read, key=lambda path: path.stat().st_size)
     largest.write_bytes(bytes(largest.stat().st_size))
     with pytest.raises(Retry, match="damaged"):
-        await asyncio.to_thread(base.load, facts, cpu, work)
-    healed = states_of(await asyncio.to_thread(base.load, facts, cpu, work))
+        await asyncio.to_thread(base.load, facts, cpu, work, start)
+    healed = states_of(await asyncio.to_thread(base.load, facts, cpu, work, start))
     assert all(healed[name].equal(expected[name]) for name in expected)
 
 

@@ -18,7 +18,7 @@ from connito.errors import Invalid
 from connito.moe.footprint import Workload
 from connito.moe.layout import require_moe_layers
 from connito.moe.residency import ALL, FOUR_BIT, HELPERS
-from connito.moe.resident import compress, target_parameters
+from connito.moe.resident import compress, read_targets, target_parameters, write_targets
 from connito.moe.training import train_local
 from connito.workloads.rehearsal import config_of, rehearse
 from safetensors.torch import load_file, save_file
@@ -173,6 +173,9 @@ def test_a_miner_trains_the_model_that_is_judged(base: Path, residency: str) -> 
         same(model, expected)
         if residency != FOUR_BIT or json.loads((base / "config.json").read_text())["model_type"] != "gpt_oss":
             assert torch.equal(logits(model), logits(expected))
+    state = {name: rows + 1 for name, rows in read_targets(expected).items()}
+    write_targets(expected, state)
+    same(ranged(base, helpers=helpers, residency=residency, state=state), expected)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])

@@ -83,6 +83,7 @@ def load_resident(
     half: bool = False,
     residency: str = HELPERS,
     routers: str = "",
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """Return `compress(load_full(…))` without ever holding the full model, or fetching what is not kept of it.
 
@@ -93,7 +94,11 @@ def load_resident(
     half: matrices that stay frozen are held in bfloat16, routers excepted, each cast as it arrives; train under autocast.
     residency: with `four-bit` every frozen expert is packed as it arrives, one at a time (`connito.moe.residency`).
     routers: digest of the base's routing, if known; a model that routes otherwise is refused (`Invalid`).
+    state: the target rows to begin from, by state name. The base's own rows of targets are not read then, except in a layer
+    that is read whole. Raises `Invalid` for a state of other names or shapes.
     """
+    from connito.moe.resident import write_targets
+
     config = manifest_file(manifest, reader, "config.json")
     description = describe(config, manifest.headers(), manifest.extra.get("dtype", ""))
 
@@ -106,8 +111,12 @@ def load_resident(
         ranges = [manifest.row(name, expert) for expert in experts]
         return torch.stack([_tensor(manifest.read_range(reader, part), part) for part in ranges])
 
-    how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency, routers)
-    return _resident(description, Source(tensor, rows), how)
+    given = state is not None
+    how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency, routers, given)
+    model = _resident(description, Source(tensor, rows), how)
+    if state is not None:
+        write_targets(model, state)
+    return model
 
 
 def load_resident_local(
@@ -132,7 +141,7 @@ def load_resident_local(
 
 @dataclass(frozen=True)
 class _Training:
-    """The part of a model that is trained, and settings of the training model."""
+    """The part of a model that is trained, and settings of the training model. `given`: target rows come from elsewhere."""
 
     targets: Mapping[int, list[int]]
     helpers: Mapping[int, Iterable[int]]
@@ -141,6 +150,7 @@ class _Training:
     half: bool
     residency: str
     routers: str
+    given: bool = False
 
     def held(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a frozen matrix as it is kept."""
@@ -172,7 +182,10 @@ def _resident(description: Description, source: Source, how: _Training) -> nn.Mo
                 published = description.published(layers[index], part, stored)
             else:
                 pick, published = getattr(layer.experts, part).detach().__getitem__, None
-            banks[part] = _rows(pick, published, getattr(layers[index].experts, part), residents, how)
+            bank = getattr(layers[index].experts, part)
+            if how.given and index in apart:
+                pick = partial(_without_targets, pick, bank, residents)
+            banks[part] = _rows(pick, published, bank, residents, how)
         install(layer, residents, banks, how.routing_mode, how.top_k)
     return model
 
@@ -186,6 +199,19 @@ def _in(model: nn.Module, layer: MoELayer) -> MoELayer:
         router=model.get_submodule(layer.router_name),
         block=model.get_submodule(block),
     )
+
+
+def _without_targets(
+    pick: Callable[[Sequence[int]], torch.Tensor], bank: torch.Tensor, residents: Residents, experts: Sequence[int]
+) -> torch.Tensor:
+    """Return rows of a bank of which those of targets are zeros that nobody read; one expert is in memory beside them."""
+    if not set(experts) & set(residents.targets):
+        return pick(experts)
+    rows = bank.new_zeros(len(experts), *bank.shape[1:], device="cpu")
+    for at, expert in enumerate(experts):
+        if expert not in residents.targets:
+            rows[at] = pick([expert])[0]
+    return rows
 
 
 def _rows(

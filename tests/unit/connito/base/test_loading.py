@@ -12,9 +12,12 @@ from connito.base.checkpoint import save_checkpoint
 from connito.base.description import build_manifest
 from connito.base.loading import build_empty, load_full, load_resident, load_resident_local
 from connito.base.tiny import tokenizer
+from connito.data.manifest import FileEntry
 from connito.errors import Invalid, NotFound
 from connito.moe.layout import require_moe_layers, router_digest
-from connito.moe.resident import compress, read_targets
+from connito.moe.residency import ALL, FOUR_BIT
+from connito.moe.residency import HELPERS as HELPED
+from connito.moe.resident import compress, read_targets, write_targets
 from connito.moe.rows import write_rows
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -72,6 +75,36 @@ def test_full_and_ranged_loading_agree_with_transformers(tmp_path: Path, layout:
     assert all(torch.equal(value, read_targets(whole)[name]) for name, value in read_targets(ranged).items())
     if layout == "fused":
         assert torch.equal(logits(ranged), logits(whole))
+
+
+@pytest.mark.parametrize("residency", [ALL, FOUR_BIT, HELPED])
+@pytest.mark.parametrize("layout", ["fused", "single"])
+def test_rows_that_a_state_replaces_are_never_asked_for(tmp_path: Path, layout: str, residency: str) -> None:
+    model = model_of(False)
+    save_checkpoint(model, tmp_path, tokenizer()) if layout == "fused" else model.save_pretrained(tmp_path)
+    expected = load_resident_local(tmp_path, SELECTION, HELPERS, residency=residency)
+    state = {name: rows + 1 for name, rows in read_targets(expected).items()}
+    write_targets(expected, state)
+    manifest, disk, asked = build_manifest(tmp_path), directory_reader(tmp_path), []
+
+    def reader(entry: FileEntry, start: int, length: int) -> bytes:
+        asked.append((entry.name, start, length))
+        return disk(entry, start, length)
+
+    made = load_resident(manifest, reader, SELECTION, HELPERS, residency=residency, state=state)
+    own, theirs = ({**each.state_dict(), **read_targets(each)} for each in (made, expected))
+    assert own.keys() == theirs.keys()
+    assert all(own[name].dtype == rows.dtype and torch.equal(own[name], rows) for name, rows in theirs.items())
+    assert torch.equal(logits(made), logits(expected))
+    rows = {(r.file, r.start, r.length) for expert in SELECTION[1] for r in manifest.expert_rows(1, expert)}
+    assert rows
+    assert not rows & set(asked)
+    beside = {(r.file, r.start, r.length) for r in manifest.expert_rows(1, 2)}
+    assert beside <= set(asked)
+    short = {name: rows[:1] for name, rows in state.items()}
+    for wrong, why in (({}, "not in both"), (short, "has shape")):
+        with pytest.raises(Invalid, match=why):
+            load_resident(manifest, disk, SELECTION, HELPERS, residency=residency, state=wrong)
 
 
 @pytest.mark.parametrize("family", ["minimax_m2", "deepseek_v3", "qwen3_moe"])

@@ -20,7 +20,7 @@ from connito.moe.head import Head
 from connito.moe.layout import require_moe_layers
 from connito.moe.prepare import prepare
 from connito.moe.residency import FOUR_BIT
-from connito.moe.resident import compress, target_parameters
+from connito.moe.resident import compress, read_targets, target_parameters, write_targets
 from connito.moe.rows import assert_only_changed, fingerprint, write_rows
 from connito.moe.selection import select_experts
 from connito.moe.state import load_state, save_state
@@ -112,6 +112,12 @@ def test_every_loader_gives_what_transformers_gives(family: str, layout: str, tm
 
     assert_same(load_resident(manifest, reader, selection, helpers), wanted)
     assert sum(read) <= manifest.size - absent
+    # Nor are those of targets, where a state has them.
+    state = {name: rows + 1 for name, rows in read_targets(wanted).items()}
+    write_targets(wanted, state)
+    read.clear()
+    assert_same(load_resident(manifest, reader, selection, helpers, state=state), wanted)
+    assert sum(read) <= manifest.size - 3 * absent
     assert manifest.experts() == dict.fromkeys(layers, 4)
     assert manifest.expert_bytes()[top] == absent
 

@@ -66,7 +66,7 @@ def test_a_miner_holds_the_best_that_its_memory_allows_and_loads_that(random_bas
     ):
         work = check_memory(facts, base, device, settings(given, memory), Engine())
         assert work.residency == chosen, (given, memory)
-        experts: Any = base.load(facts, device, work).get_submodule("model.layers.1.mlp.experts")
+        experts: Any = base.load(facts, device, work, {}).get_submodule("model.layers.1.mlp.experts")
         assert isinstance(experts.helper_down_proj, FourBit) == (chosen == "four-bit")
         assert len(experts.connito_where) == (3 if chosen == "helpers" else 8)
     with pytest.raises(Invalid, match=r"needs .* and CONNITO_MEMORY_BYTES has"):
