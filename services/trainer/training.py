@@ -112,16 +112,11 @@ class LocalTrainer:
         batches: Rows,
         should_stop: Callable[[], bool],
     ) -> Effort:
-        from connito.moe.resident import write_targets
-        from connito.moe.state import load_state, save_state
+        from connito.moe.state import save_state
         from connito.moe.training import betas_of, train_local
 
         policy, begun = training(facts, cycle), time.perf_counter()
-        begin = load_state(state)
-        model = self._model(facts, base, begin)
-        check_tokens(model, batches)
-        write_targets(model, begin)
-        del begin
+        model = self._begun(facts, base, state, batches)
         bf16 = self._settings.computes_in_bf16
         claim = claim_for(facts, model, batches, bf16=bf16)
         batches, apart = hold_back(batches, self._settings.evaluation_share)
@@ -164,6 +159,17 @@ class LocalTrainer:
             stopped_early=own.stopped,
         )
         return Effort(stats.steps, stats.tokens, time.perf_counter() - begun, tuple(own.losses))
+
+    def _begun(self, facts: RunFacts, base: Base, state: Path, batches: Rows) -> nn.Module:
+        """Return the training model of the run with the target rows of `state`, which takes these tokens."""
+        from connito.moe.resident import write_targets
+        from connito.moe.state import load_state
+
+        begin = load_state(state)
+        model = self._model(facts, base, begin)
+        check_tokens(model, batches)
+        write_targets(model, begin)
+        return model
 
     def _model(self, facts: RunFacts, base: Base, state: TargetState) -> nn.Module:
         """Return the training model of the run; another run's is released first."""
