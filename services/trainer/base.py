@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,9 @@ from .adapters import Downloads, RangeReader
 if TYPE_CHECKING:
     from connito.moe.footprint import Workload
     from torch import Tensor, nn
+
+# Ranges fetched at once, and files to lock of them.
+CONNECTIONS, LOCKS = 8, 64
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,10 @@ class Base:
             return load_resident_local(self.files, targets, helpers, mode, **how)
         assert self.ranges is not None
         try:
-            return load_resident(self.manifest, self.ranges.read, targets, helpers, mode, state=state, **how)
+            ahead = self.ranges.ahead
+            return load_resident(
+                self.manifest, self.ranges.read, targets, helpers, mode, state=state, ahead=ahead, **how
+            )
         except VerificationFailed as error:
             # Whether the cache or the transfer was damaged, a fresh copy is the remedy.
             self.ranges.forget()
@@ -119,12 +127,23 @@ class Base:
 
 
 class Ranges:
-    """Byte ranges of a base's files by presigned URL, each kept in `folder` under its file's digest and position."""
+    """Byte ranges of a base's files by presigned URL, each kept in `folder` under its file's digest and position.
+
+    For several threads: each has a connection of its own to each file.
+    """
 
     def __init__(self, urls: Mapping[str, str], folder: Path) -> None:
         self._urls, self._folder = urls, folder
-        self._readers: dict[str, RangeReader] = {}
+        self._own = threading.local()
+        self._readers: list[RangeReader] = []
         self._touched: set[Path] = set()
+        self._fetching: ThreadPoolExecutor | None = None
+
+    def ahead(self, ranges: Iterable[tuple[FileEntry, int, int]]) -> None:
+        """Begin to fetch these, several at once. What cannot be fetched is told to whoever reads it."""
+        self._fetching = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="ranges")
+        for each in ranges:
+            self._fetching.submit(self.read, *each)
 
     def read(self, entry: FileEntry, start: int, length: int) -> bytes:
         """Return these bytes of a file; `connito.data.manifest` checks their digest. Raises `Retry`."""
@@ -136,7 +155,8 @@ class Ranges:
         if path.exists():
             return path.read_bytes()
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("a") as lock:
+        # Others on this machine wait for one who fetches the same; so many files are enough for whoever fetches at once.
+        with (folder / f"lock{start // 8 % LOCKS}").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
                 return path.read_bytes()
@@ -146,16 +166,26 @@ class Ranges:
 
     def forget(self) -> None:
         """Drop what was read from the cache."""
+        self._stop()
         for folder in self._touched:
             shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Close the connections."""
-        for reader in self._readers.values():
+        self._stop()
+        for reader in self._readers:
             reader.close()
         self._readers.clear()
+        self._own = threading.local()
+
+    def _stop(self) -> None:
+        if self._fetching is not None:
+            self._fetching.shutdown(cancel_futures=True)
+            self._fetching = None
 
     def _fetch(self, name: str, start: int, length: int) -> bytes:
-        if name not in self._readers:
-            self._readers[name] = RangeReader(self._urls[name])
-        return self._readers[name].read(start, length)
+        mine: dict[str, RangeReader] = self._own.__dict__
+        if name not in mine:
+            mine[name] = RangeReader(self._urls[name])
+            self._readers.append(mine[name])
+        return mine[name].read(start, length)

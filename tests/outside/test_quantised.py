@@ -14,6 +14,7 @@ from connito.base.description import build_manifest
 from connito.base.folders import left_alone
 from connito.base.loading import load_full, load_resident, load_resident_local
 from connito.base.tiny import tokenizer
+from connito.data.manifest import FileEntry
 from connito.errors import Invalid
 from connito.moe.footprint import Workload
 from connito.moe.layout import require_moe_layers
@@ -153,7 +154,19 @@ def same(one: Any, other: Any) -> None:
 
 
 def ranged(folder: Path, **how: Any) -> Any:
-    return load_resident(build_manifest(folder), directory_reader(folder), SELECTION, **how)
+    """What ranges give; what is read was said before, and nothing else was."""
+    disk = directory_reader(folder)
+    read: set[tuple[FileEntry, int, int]] = set()
+    told: set[tuple[FileEntry, int, int]] = set()
+
+    def reader(entry: FileEntry, start: int, length: int) -> bytes:
+        if entry.name != "config.json":
+            read.add((entry, start, length))
+        return disk(entry, start, length)
+
+    model = load_resident(build_manifest(folder), reader, SELECTION, ahead=told.update, **how)
+    assert read == told
+    return model
 
 
 def test_the_whole_model_is_what_the_library_dequantises(base: Path) -> None:

@@ -20,7 +20,7 @@ from connito.base.pickled import pickled_tensors
 from connito.base.pretrained import from_tensors, in_types, quiet
 from connito.base.stored import Source, torch_dtypes
 from connito.data.checkpoint_files import TOKENIZER_FILES, CheckpointFiles, find_checkpoint, read_json
-from connito.data.manifest import Manifest, Range, Reader, TensorEntry, checked
+from connito.data.manifest import FileEntry, Manifest, Range, Reader, TensorEntry, checked
 from connito.errors import Invalid, NotFound
 from connito.moe.device import moved
 from connito.moe.layout import MoELayer, as_targets, check_routers
@@ -84,6 +84,7 @@ def load_resident(
     residency: str = HELPERS,
     routers: str = "",
     state: Mapping[str, torch.Tensor] | None = None,
+    ahead: Callable[[Sequence[tuple[FileEntry, int, int]]], None] | None = None,
 ) -> nn.Module:
     """Return `compress(load_full(…))` without ever holding the full model, or fetching what is not kept of it.
 
@@ -96,6 +97,7 @@ def load_resident(
     routers: digest of the base's routing, if known; a model that routes otherwise is refused (`Invalid`).
     state: the target rows to begin from, by state name. The base's own rows of targets are not read then, except in a layer
     that is read whole. Raises `Invalid` for a state of other names or shapes.
+    ahead: is told all that `reader` will be asked for, before it is: (file, first byte, length).
     """
     from connito.moe.resident import write_targets
 
@@ -113,6 +115,8 @@ def load_resident(
 
     given = state is not None
     how = _Training(as_targets(selection), helpers or {}, routing_mode, top_k, half, residency, routers, given)
+    if ahead is not None:
+        ahead(_asked(manifest, description, how))
     model = _resident(description, Source(tensor, rows), how)
     if state is not None:
         write_targets(model, state)
@@ -160,12 +164,34 @@ class _Training:
         return tensor.to(torch.bfloat16) if self.half and wide else tensor
 
 
+def _plan(description: Description, how: _Training) -> tuple[dict[int, Residents], dict[int, MoELayer]]:
+    """Return the experts that stay of each layer, and the layers of which no others are read."""
+    from connito.moe.resident import resident_plan
+
+    layers = description.layers
+    plan = resident_plan(layers, how.targets, how.helpers, how.routing_mode, how.residency)
+    return plan, {index: layers[index] for index in plan if description.rowwise(layers[index])}
+
+
+def _asked(manifest: Manifest, description: Description, how: _Training) -> list[tuple[FileEntry, int, int]]:
+    """Return the ranges that a loader reads, in about the order in which it does."""
+    plan, apart = _plan(description, how)
+    packed = (description.packed.get(name, name) for name in description.names())
+    stored = [part for each in packed for part in ((each,) if isinstance(each, str) else (each.values, each.scales))]
+    wanted: list[TensorEntry | Range] = [
+        manifest.tensors[name] for name in dict.fromkeys(stored) if manifest.is_expert(name) not in apart
+    ]
+    for index in apart:
+        for expert in sorted({*plan[index].helpers, *(() if how.given else plan[index].targets)}):
+            wanted += manifest.expert_rows(index, expert)
+    return [(manifest.files[part.file], part.start, part.length) for part in wanted]
+
+
 def _resident(description: Description, source: Source, how: _Training) -> nn.Module:
-    from connito.moe.resident import install, resident_plan
+    from connito.moe.resident import install
 
     layers, stored, source = description.layers, source, description.numbers(source)
-    plan = resident_plan(layers, how.targets, how.helpers, how.routing_mode, how.residency)
-    apart = {index: layers[index] for index in plan if description.rowwise(layers[index])}
+    plan, apart = _plan(description, how)
     model: nn.Module = from_tensors(
         description.config,
         _turns(description, source, apart),

@@ -116,8 +116,11 @@ def test_every_loader_gives_what_transformers_gives(family: str, layout: str, tm
     state = {name: rows + 1 for name, rows in read_targets(wanted).items()}
     write_targets(wanted, state)
     read.clear()
-    assert_same(load_resident(manifest, reader, selection, helpers, state=state), wanted)
+    told: list[Any] = []
+    assert_same(load_resident(manifest, reader, selection, helpers, state=state, ahead=told.extend), wanted)
     assert sum(read) <= manifest.size - 3 * absent
+    # What will be read is said before, and nothing that will not be.
+    assert sorted(length for _, _, length in told) == sorted(length for length in read if length)
     assert manifest.experts() == dict.fromkeys(layers, 4)
     assert manifest.expert_bytes()[top] == absent
 
