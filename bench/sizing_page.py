@@ -1,6 +1,7 @@
-"""The figures of `docs/explanation/sizing.md`: `python -m bench.sizing_page OUT/starting.json OUT/control_plane.json`.
+"""The figures of `docs/explanation/sizing.md` and `running-costs.md`:
+`python -m bench.sizing_page OUT/starting.json OUT/control_plane.json`.
 
-Copies either document, or both, to `docs/evidence` and writes the page's parts anew, so that no figure there is typed. A unit
+Copies either document, or both, to `docs/evidence` and writes the pages' parts anew, so that no figure there is typed. A unit
 test renders them again from the copies.
 """
 
@@ -9,24 +10,28 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
 
 PAGE = ROOT / "docs/explanation/sizing.md"
+COSTS = ROOT / "docs/explanation/running-costs.md"
 END = "<!-- until here -->\n"
 # Miners, and CPU seconds of a cycle of theirs.
 FAR, GOAL = 10_000, 60
+# Minutes of a cycle, days of a month, and copies of each stream, of the page on costs.
+CYCLE, MONTH, COPIES_OF_STREAMS = 10, 30, 3
 
 
-def render(page: str, document: Document) -> str:
-    """Return the page with a document's part written anew."""
+def render(page: str, document: Document, parts: Mapping[str, Callable[[Document], str]] | None = None) -> str:
+    """Return the page with a document's part, one of `PARTS` unless others are given, written anew."""
     name = document["name"]
     begin = f"<!-- {name}, written by bench.sizing_page -->\n"
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(END)
-    return before + begin + "\n" + paragraphs(PARTS[name](document)) + "\n" + END + after
+    return before + begin + "\n" + paragraphs((PARTS if parts is None else parts)[name](document)) + "\n" + END + after
 
 
 def _cycles(document: Document) -> str:
@@ -66,6 +71,30 @@ def _cycles(document: Document) -> str:
 {table(head, lines)}
 {_far(last, document["figures"])} *Asked* and *sent* are messages into the broker and bytes out of it. What *a miner reads* is of
 what stands in the streams that it reads from. [Every number](../evidence/control_plane.json).
+"""
+
+
+def _month(document: Document) -> str:
+    cycles, machine = MONTH * 24 * 60 // CYCLE, document["machine"]
+    last = {row["miners"]: row for row in sorted(document["rows"], key=lambda row: row["cycle"])}
+    lines = [
+        [
+            f"{miners:,}",
+            *(
+                f"{row[f'{part}_cpu_s'] * cycles / 3600:.1f}"
+                for part in ("coordinator", "committer", "broker", "store")
+            ),
+            f"{row['in_bytes'] * cycles * COPIES_OF_STREAMS / 1e9:.1f} GB",
+            f"{row['out_bytes'] * cycles / 1e9:.1f} GB",
+        ]
+        for miners, row in sorted(last.items())
+    ]
+    return f"""
+One run that never stops, cycles of {CYCLE} minutes, {MONTH} days: {cycles:,} cycles. Hours of one core of an
+{machine["cpu"]} by `bench.control_plane`; disk of NATS with {COPIES_OF_STREAMS} copies of each stream, at most; bytes out
+of NATS:
+
+{table(("miners", "coordinator", "committer", "NATS", "store", "disk of NATS", "out of NATS"), lines)}
 """
 
 
@@ -114,9 +143,12 @@ def main() -> None:
         document = json.loads(path.read_text())
         shutil.copyfile(path, COPIES / f"{document['name']}.json")
         PAGE.write_text(render(PAGE.read_text(), document))
+        if document["name"] in COST_PARTS:
+            COSTS.write_text(render(COSTS.read_text(), document, COST_PARTS))
 
 
 PARTS = {"starting": _starts, "control_plane": _cycles}
+COST_PARTS = {"control_plane": _month}
 
 if __name__ == "__main__":
     main()

@@ -7,13 +7,20 @@ import json
 import pytest
 
 from bench.evidence import COPIES
-from bench.sizing_page import PAGE, PARTS, render
+from bench.sizing_page import COST_PARTS, COSTS, PAGE, PARTS, render
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_the_page_is_what_the_documents_say(name: str) -> None:
     document = json.loads((COPIES / f"{name}.json").read_text())
     assert PAGE.read_text() == render(PAGE.read_text(), document), "run `python -m bench.sizing_page`"
+
+
+def test_the_page_of_costs_is_too() -> None:
+    document = json.loads((COPIES / "control_plane.json").read_text())
+    assert COSTS.read_text() == render(COSTS.read_text(), document, COST_PARTS), "run `python -m bench.sizing_page`"
+    document["rows"][-1]["committer_cpu_s"] = 3600.0
+    assert "4320.0" in render(COSTS.read_text(), document, COST_PARTS)
 
 
 def test_a_figure_that_changes_changes_the_page() -> None:

@@ -48,11 +48,11 @@ def test_the_code_map_names_every_wing() -> None:
 
 
 def test_the_images_are_up_to_date(tmp_path: Path) -> None:
-    script = ROOT / "scripts/generate-code-map"
+    script = ROOT / "scripts/generate-diagrams"
     subprocess.run([sys.executable, script, tmp_path], check=True)
-    for image in ("wings.svg", "submission.svg"):
+    for image in ("wings.svg", "submission.svg", "system.svg", "cycle.svg"):
         current = (ROOT / "docs/images" / image).read_text()
-        assert (tmp_path / image).read_text() == current, "run scripts/generate-code-map and commit the result"
+        assert (tmp_path / image).read_text() == current, "run scripts/generate-diagrams and commit the result"
     drawn = re.findall(r">((?:shared|services)/[\w/.]+)<", (tmp_path / "submission.svg").read_text())
     assert len(drawn) == 10
     assert [path for path in drawn if not (ROOT / path).is_file()] == []
