@@ -8,6 +8,8 @@ IID          everybody has text of its own from one domain
 non-IID      a miner's text is from one of two domains
 same text    everybody reads the same 32 sequences, each in an order of its own
 few answers  everybody reads the same six sequences again and again
+niche        everybody has text of its own from one domain but one, alone with another that the target has too; it is in
+             every cycle, and the first victim of every theft
 
 Bases and text are apart from those that the limits were found on: --calibration takes the domains that most of them come from.
 """
@@ -41,9 +43,11 @@ from bench.harness import machine, note
 from bench.tiny_rig import LENGTH, Rig, Tokens, batched
 from bench.work_kinds import COPIES, PARTLY, Make, State
 
-WORLDS, STEPS = ("IID", "non-IID", "same text", "few answers"), (8, 16)
+WORLDS, STEPS = ("IID", "non-IID", "same text", "few answers", "niche"), (8, 16)
 MINERS, MADE, COMPANY, ORDERS = 12, 2, (3, 4, 6), 4
 DISTINCT = {"same text": 32, "few answers": 6}
+# The miner that is alone with its domain where one is, and what its own hand-ins are called.
+NICHE, ALONE = 1, "honest, alone in its domain"
 CALIBRATED_ON, MEASURED_ON = ("recipes", "logs"), ("poems", "ledgers")
 EMISSION = 1_000_000
 # Of the tiny base's pseudo-gradients, more than any company needs.
@@ -59,7 +63,7 @@ class Ground(Arena):
     @property
     def domains(self) -> tuple[str, ...]:
         """Return the domains that the target consists of."""
-        return self.target_domains if self.world == "non-IID" else self.target_domains[:1]
+        return self.target_domains if self.world in ("non-IID", "niche") else self.target_domains[:1]
 
     @cached_property
     def held(self) -> dict[str, Tokens]:
@@ -72,7 +76,8 @@ class Ground(Arena):
         """Return a miner's batches [steps, B, L + 1]."""
         size = self.spec.training.batch_sequences
         if self.world not in DISTINCT:
-            return self.shard(miner, 1, steps)
+            # An odd miner's text is of the second domain, where there are two.
+            return self.shard(2 * miner if self.world == "niche" and miner != NICHE else miner, 1, steps)
         distinct = DISTINCT[self.world]
         rows = text(self.domains[0], distinct, 33_000 + self.rig.seed, LENGTH)
         order = [rng.permutation(distinct) for _ in range(-(-steps * size // distinct))]
@@ -133,12 +138,17 @@ def build(
 
     works: list[tuple[str, list[int], State]] = [("honest", [], state) for state in honest]
     for (name, make), _ in itertools.product(kinds.items(), range(MADE)):
-        order = [int(place) for place in rng.permutation(MINERS)[:3]]
+        order = _with_niche(world, [int(place) for place in rng.permutation(MINERS)])[:3]
         made = make(theta, [honest[place] for place in order], train, rng)
         works.append((name if len(made) == 1 else f"{name}: first", order, made[0]))
         first = len(works) - 1
         works += [(name, [first, *order], one) for one in made[1:]]
     return _compared(ground, standing.state, works, steps)
+
+
+def _with_niche(world: str, order: list[int]) -> list[int]:
+    """Return an order with the miner of a domain of its own first, where there is one."""
+    return sorted(order, key=lambda place: place != NICHE) if world == "niche" else order
 
 
 def _compared(ground: Ground, base_state: Path, works: Sequence[tuple[str, list[int], State]], steps: int) -> Pool:
@@ -198,13 +208,15 @@ def trials(pool: Pool, policy: run_pb2.ScorePolicy) -> Iterator[Trial]:
     """Yield what was judged: every honest hand-in in drawn orders, and each theft in drawn companies."""
     rng = np.random.default_rng([pool.seed, pool.steps, 5])
     for count, _ in itertools.product((*COMPANY, MINERS), range(ORDERS)):
-        order = [int(row) for row in rng.permutation(MINERS)[:count]]
+        order = _with_niche(pool.world, [int(row) for row in rng.permutation(MINERS)])[:count]
+        order = [int(row) for row in rng.permutation(order)] if pool.world == "niche" else order
         found, earned = judge(pool, order, policy)
         mean = float(np.mean(earned))
         for row, pay in zip(order, earned, strict=True):
             share = found.leaning[str(row)].share if str(row) in found.leaning else 1.0
             refused = str(row) in found.original or share == 0.0
-            yield Trial("honest", pool.world, f"{pool.seed} {pool.steps} {row}", refused, pay, mean, share)
+            kind = ALONE if pool.world == "niche" and row == NICHE else "honest"
+            yield Trial(kind, pool.world, f"{pool.seed} {pool.steps} {row}", refused, pay, mean, share)
     thieves = [row for row, kind in enumerate(pool.kinds) if kind != "honest" and not kind.endswith(": first")]
     for row, count in itertools.product(thieves, COMPANY):
         victims = pool.victims[row]
