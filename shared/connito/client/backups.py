@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ T = TypeVar("T")
 FORMAT = 1
 CONTENTS = "backup.json"
 AT_ONCE = 8
+_SNAPSHOT = re.compile(r"streams-[0-9T.]+/[A-Z]+\.snapshot")
+_OBJECT = re.compile(rf"objects/({'|'.join(REALMS.values())})/sha256/[0-9a-f]{{64}}")
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,31 @@ def _contents(folder: Path) -> Backup:
         found = _FORM.validate_json((folder / CONTENTS).read_bytes())
     except FileNotFoundError as error:
         raise NotFound(f"{folder} holds no backup: {CONTENTS} is missing, which is written last") from error
-    except ValidationError as error:
+    except (ValidationError, OSError) as error:
         raise VerificationFailed(f"{folder / CONTENTS} is damaged or of another version") from error
     if found.format != FORMAT:
         raise Invalid(f"{folder} is a backup of format {found.format}; this version reads {FORMAT}")
+    if odd := next(_odd(found, folder), ""):
+        raise VerificationFailed(f"{folder / CONTENTS} is damaged, or somebody changed it: {odd}")
     return found
+
+
+def _odd(found: Backup, folder: Path) -> Iterator[str]:
+    """Yield what no backup has: whoever brings one back reads and stores what it names, and nothing beside it."""
+    if not found.streams:
+        yield "it has no streams"
+    files = [
+        *((saved.file, name) for name, saved in found.streams.items()),
+        *((f"objects/{k}", k) for k in found.objects),
+    ]
+    for file, what in files:
+        if not (_SNAPSHOT if what in found.streams else _OBJECT).fullmatch(file):
+            yield f"{what[:100]!r} cannot be in it"
+        if not (folder / file).resolve().is_relative_to(folder.resolve()):
+            yield f"{file} leads out of it"
+    for name, saved in found.streams.items():
+        if name not in streams.STREAMS or not isinstance(saved.copied.config.get("num_replicas"), int):
+            yield f"{name[:100]!r} is no stream"
 
 
 def _check(file: Path, sha256: str) -> None:

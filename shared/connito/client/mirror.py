@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
-from connito.errors import Environment, Invalid
+from connito.errors import Environment, Invalid, VerificationFailed
 from connito.library.attestation import countersign
 from connito.library.attestation import encode as encode_attestation
 from connito.library.governance import Viewer
@@ -111,6 +111,8 @@ async def shelve(
         return
     with tempfile.TemporaryDirectory() as scratch:
         files = {ref.digest: await fetch(ref) for ref in said.files}
-        for name, entry in record["files"].items():
+        for name, entry in record.get("files", {}).items():
+            if entry["digest"] not in files:
+                raise VerificationFailed(f"the library names no file {name} of {said.expert_id}; tell its operator")
             (Path(scratch) / name).symlink_to(files[entry["digest"]])
         await asyncio.to_thread(shelf.deposit_model, Path(scratch), at_unix_ms, record, attestation)

@@ -6,14 +6,38 @@ with fields that a later version added.
 
 from __future__ import annotations
 
+import math
+import re
+import unicodedata
 from collections.abc import Mapping
-from typing import Any, NotRequired, cast
+from typing import Annotated, Any, NotRequired, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from connito.data.checkpoint_files import plain_name
 from connito.data.documents import parse_json
 from connito.errors import Invalid
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_LARGEST = 1 << 63
+
+
+def _is_id(text: str) -> str:
+    if not _ID.fullmatch(text):
+        raise ValueError("it may hold only letters, digits, '-' and '_' (1 to 80 of them)")
+    return text
+
+
+def _is_file(text: str) -> str:
+    if not plain_name(text):
+        raise ValueError("a file in a folder has a plain name, without a path")
+    return text
+
+
+# Both become names in folders of whoever takes an expert over.
+ExpertId = Annotated[str, AfterValidator(_is_id)]
+FileName = Annotated[str, AfterValidator(_is_file)]
 
 
 class Base(TypedDict):
@@ -111,7 +135,7 @@ class Start(TypedDict):
 class Parent(TypedDict):
     """An expert that went into another with a weight."""
 
-    expert_id: str
+    expert_id: ExpertId
     digest: str
     weight: float
 
@@ -128,7 +152,7 @@ class ExpertRecord(TypedDict):
     """The record of a library expert, or of a model made of experts."""
 
     format: str
-    expert_id: str
+    expert_id: ExpertId
     domain: str
     version: NotRequired[int]
     parents: NotRequired[list[str]]
@@ -158,7 +182,7 @@ class ExpertRecord(TypedDict):
     experts: NotRequired[dict[str, list[int]]]
     settings: NotRequired[dict[str, Any]]
     measured: NotRequired[dict[str, Any]]
-    files: NotRequired[dict[str, File]]
+    files: NotRequired[dict[FileName, File]]
 
 
 # A record, or the little that is known of one: an expert that the platform names without showing its record.
@@ -171,7 +195,9 @@ def read_record(data: bytes | str, where: object) -> ExpertRecord:
     """Return the record that `data` holds; `where` names its place. Raises `Invalid` naming the field that does not fit."""
     try:
         document = parse_json(data)
-        _SCHEMA.validate_python(document)
+        # What is handed on is what came: a number that is written as text would be taken here and fail whoever counts with it.
+        _SCHEMA.validate_python(document, strict=True)
+        _check_values(document)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "it"
@@ -182,3 +208,19 @@ def read_record(data: bytes | str, where: object) -> ExpertRecord:
     except ValueError as error:
         raise Invalid(f"{where} is no record of a library expert: it is not JSON ({error}); get it again") from error
     return cast("ExpertRecord", document)
+
+
+def _check_values(value: Any) -> None:
+    """Raise `ValueError` for what JSON cannot say, no table can hold, or a terminal obeys, anywhere in a document."""
+    if isinstance(value, dict):
+        for name, inside in value.items():
+            _check_values(name)
+            _check_values(inside)
+    elif isinstance(value, list):
+        for inside in value:
+            _check_values(inside)
+    elif isinstance(value, str):
+        if any(unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\r\t" for sign in value):
+            raise ValueError("it holds control characters or halves of characters")
+    elif isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < _LARGEST):
+        raise ValueError("it holds a number that is too large, or none")

@@ -60,3 +60,57 @@ def test_what_does_not_fit_is_refused_with_its_field_and_a_remedy(document: obje
 def test_what_is_no_json_is_refused() -> None:
     with pytest.raises(Invalid, match="it is not JSON"):
         read_record(b"{", "record.json")
+
+
+MODEL = {**expert_record("law-1", "law"), "format": "connito-model/1"}
+FILE = {"digest": "d" * 64, "bytes": 3}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../pwned",
+        "/tmp/pwned",
+        "a/b",
+        "..",
+        ".bashrc",
+        "",
+        "a\\b",
+        "c:evil",
+        "a\x00",
+        "a\n",
+        "a\x1b[2J",
+        "x" * 300,
+        "\ud800",
+    ],
+)
+def test_a_name_that_leads_out_of_a_folder_is_refused(name: str) -> None:
+    with pytest.raises(Invalid, match="no record of a library expert"):
+        read_record(json.dumps({**MODEL, "files": {name: FILE}}), "it")
+    with pytest.raises(Invalid, match="no record of a library expert"):
+        read_record(json.dumps({**MODEL, "expert_id": name}), "it")
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"model_parameters": "1000"},
+        {"model_parameters": True},
+        {"model_parameters": 1 << 64},
+        {"model_parameters": 1.0},
+        {"losses": [{"domain": "law", "before": float("nan"), "after": 2.5, "tokens": 10}]},
+        {"losses": [{"domain": "law", "before": float("inf"), "after": 2.5, "tokens": 10}]},
+        {"domain": "law\x1b]0;owned\x07"},
+        {"data_statement": "half a character \ud83d"},
+        {"settings": {"deep": [{"x": float("-inf")}]}},
+        {"tags": ["\x9b2J"]},
+    ],
+)
+def test_values_that_break_who_reads_them_are_refused(strange: dict[str, Any]) -> None:
+    with pytest.raises(Invalid, match=r"get the record again|get it again"):
+        read_record(json.dumps({**expert_record("law-1", "law"), **strange}), "it")
+
+
+def test_text_of_any_language_and_lines_stay() -> None:
+    said = {**expert_record("law-1", "droit\u00a0français, قانون"), "data_statement": "one\n\ttwo\r\n"}
+    assert read_record(json.dumps(said), "it") == said
