@@ -12,6 +12,7 @@ from connito.bus import Bus, offences
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import VerificationFailed
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
+from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.provenance import check_settled, check_start
 from connito.protocol.rules import quorum_fault
 from connito.protocol.scoring.consensus import Consensus
@@ -132,7 +133,8 @@ class Aggregator:
         wanted = {opened.state.digest: opened.state}
         if previous is not None:
             wanted[previous.outer_state.digest] = previous.outer_state
-        for entry in submissions:
+        before = earlier_works(facts, cycle)
+        for entry in (*before, *submissions):
             base = entry.base_state if entry.base_state.digest else opened.state
             wanted |= {entry.artifact.digest: entry.artifact, base.digest: base}
         found = await asyncio.gather(*map(self._store.fetch, wanted.values()))
@@ -142,6 +144,7 @@ class Aggregator:
             None if previous is None else path[previous.outer_state.digest],
             {entry.miner: path[entry.artifact.digest] for entry in submissions},
             {entry.miner: path[entry.base_state.digest or opened.state.digest] for entry in submissions},
+            [EarlierWork(one, path[one.artifact.digest], path[one.base_state.digest]) for one in before],
         )
 
     async def _publish(self, run: str, cycle: int, merged: Merged) -> None:

@@ -107,6 +107,9 @@ def named(evidence: Evidence) -> Iterator[Named]:
             continue
         for entry in settled.submissions if settled is not None else ():
             yield Named(f"submission of {evidence.name(entry.miner)}", entry.artifact, cycle, entry.miner)
+            # That of the first cycle is no version's; of the first that is kept, none of a kept one's.
+            if entry.base_state.digest and cycle <= kept:
+                yield Named("state that it began from", entry.base_state, cycle)
         if version is not None:
             yield Named(f"state of version {version.version}", version.state, cycle)
             yield Named(f"outer state of version {version.version}", version.outer_state, cycle)

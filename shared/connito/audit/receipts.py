@@ -54,10 +54,12 @@ def find_miner(evidence: Evidence, wanted: SubmissionId) -> str:
 
 
 def needs(entry: Named, cycle: int) -> bool:
-    """Return whether an artifact has a part in the result of a cycle: not what other cycles' miners sent, nor what
-    came later.
+    """Return whether an artifact has a part in the result of a cycle: works of earlier ones do, which its own are held against;
+    not what was refused then, nor what came later.
     """
-    return entry.cycle == cycle or (entry.cycle < cycle and not entry.miner and "library" not in entry.what)
+    return entry.cycle == cycle or (
+        entry.cycle < cycle and not entry.what.startswith("refused") and "library" not in entry.what
+    )
 
 
 @dataclass(frozen=True)

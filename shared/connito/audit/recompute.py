@@ -22,6 +22,7 @@ from connito.errors import Invalid
 from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
 from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle
+from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.sequences import sequences
 from connito.runtime.progress import Notify, silent
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
@@ -95,7 +96,11 @@ def _files(
             continue
         states[entry.miner] = artifacts.path(entry.artifact)
         bases[entry.miner] = artifacts.path(entry.base_state) if entry.base_state.digest else parent
-    return Files(parent, momentum, states, bases), unusable
+    earlier = [
+        EarlierWork(entry, artifacts.path(entry.artifact), artifacts.path(entry.base_state))
+        for entry in earlier_works(facts, cycle)
+    ]
+    return Files(parent, momentum, states, bases, earlier), unusable
 
 
 def _compare(

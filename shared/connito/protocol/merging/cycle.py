@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from connito.data.pseudo_gradients import DeltaFiles
+from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
 from connito.data.tensors import read_header
 from connito.errors import Environment, Invalid
@@ -28,6 +28,7 @@ from connito.protocol.merging.candidates import (
     write_candidate,
     write_resting_momentum,
 )
+from connito.protocol.merging.earlier import EarlierWork
 from connito.protocol.merging.gate import Losses, Outcome, Part, choose
 from connito.protocol.merging.reading import inspect
 from connito.protocol.scoring import copies
@@ -35,7 +36,7 @@ from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.copies import CopyEvidence, find_copies, gains_of
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.functions import function_gram
-from connito.protocol.scoring.own_work import Leaning, own_work
+from connito.protocol.scoring.own_work import Leaning, handed_in_again, own_work
 from connito.protocol.scoring.verdicts import score_cycle, without
 from connito.protocol.submission import check_header, expected_layout
 from connito.store.cache import digest_of_file
@@ -51,12 +52,13 @@ Measure = Callable[[Part, str, Path], Losses]
 
 @dataclass(frozen=True)
 class Files:
-    """Local files of a cycle's artifacts. `states` and `bases` are by miner."""
+    """Local files of a cycle's artifacts. `states` and `bases` are by miner; `earlier`: those of `earlier_works`."""
 
     parent: Path
     momentum: Path | None
     states: Mapping[str, Path]
     bases: Mapping[str, Path]
+    earlier: Sequence[EarlierWork] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def merge_cycle(
     agreed = without(agreed, refused)
     sound = _sorted(entry for entry in submissions if entry.miner not in refused)
     ingredients = _ingredients(facts, sound, agreed, cycle, files, gram)
-    copied, leaning = _whose(facts, cycle, agreed, ingredients)
+    copied, leaning = _whose(facts, cycle, agreed, ingredients, _clear(facts, files.earlier, folder))
     own = [place for place, entry in enumerate(sound) if entry.miner not in copied]
     gainless = _gainless(facts, agreed, ingredients)
     useful = _only(ingredients, [place for place in own if ingredients.utilities[place] > 0 or place in gainless])
@@ -118,7 +120,9 @@ def _gainless(facts: RunFacts, agreed: Consensus, inputs: MergeInputs) -> frozen
     )
 
 
-def _whose(facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs) -> tuple[Refusals, Leaning]:
+def _whose(
+    facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs, earlier: Sequence[EarlierWork]
+) -> tuple[Refusals, Leaning]:
     """Return the copies among submissions that are in order, and who is paid a part; by the rules of the run's version."""
     spec, sound = facts.require_spec(), inputs.submissions
     measured = gains_of(read_reports(facts, cycle).counted)
@@ -126,14 +130,29 @@ def _whose(facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs) 
     if spec.protocol_version < COPIES_BY_FUNCTION:
         return copies.refusals(sound, inputs.gram, find_copies(sound, evidence, spec.scoring)), {}
     drawn = facts.drawn(cycle)
-    function = function_gram(inputs.deltas.states, inputs.deltas.bases, b"" if drawn is None else drawn.seed)
+    states = [*(work.state for work in earlier), *inputs.deltas.states]
+    bases = [*(work.base for work in earlier), *inputs.deltas.bases]
+    weights = gram_matrix(DeltaFiles(states, bases)) if earlier and sound else inputs.gram
+    functions = function_gram(states, bases, b"" if drawn is None else drawn.seed)
     # Experts of a form that is not known are compared by their weights alone.
-    function = function if function.any() else inputs.gram
+    functions = functions if functions.any() else weights
+    function = functions[len(earlier) :, len(earlier) :]
     found = own_work(sound, evidence, function, spec.scoring, inputs.deltas.numbers)
     # Whoever moved nothing is told that; such bytes are the same in every cycle.
     moving = [entry for place, entry in enumerate(sound) if inputs.gram[place, place] > 0]
-    again = copies.handed_in_before(facts, cycle, moving) if is_coded(spec.training) else {}
-    return {**copies.refusals(sound, function, found.original), **again}, found.leaning
+    same = copies.handed_in_before(facts, cycle, moving) if is_coded(spec.training) else {}
+    before = [work.entry for work in earlier]
+    again = handed_in_again(moving, sound, before, (weights, functions), spec.scoring, inputs.deltas.numbers)
+    return {**copies.refusals(sound, function, found.original), **again, **same}, found.leaning
+
+
+def _clear(facts: RunFacts, earlier: Sequence[EarlierWork], folder: Path) -> list[EarlierWork]:
+    """Return the works with their files unlocked and decoded into `folder`."""
+    training = facts.require_spec().training
+    return [
+        replace(work, state=decoded(unlocked(work.state, work.entry.artifact, folder), work.base, training, folder))
+        for work in earlier
+    ]
 
 
 def _sorted(entries: Iterable[cycle_pb2.Submission]) -> list[cycle_pb2.Submission]:

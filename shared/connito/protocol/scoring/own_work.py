@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from connito.protocol.findings import Refusal
 from connito.protocol.scoring.copies import MIN_SEQUENCES, CopyEvidence, copies, cosines
 from connito.protocol.scoring.novelty import Novelty, novelty
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
@@ -43,7 +44,7 @@ NUMBERS_EACH = 64
 EFFECT_LIMITS = ((5, 0.06), (3, 0.04))
 # Effects alone convict nobody: honest miners may learn the same. Functions have to share something too.
 SHARED_FLOOR = 0.2
-_SHARE_DIGITS = 3
+_SHARE_DIGITS, _COSINE_DIGITS = 3, 6
 
 # Miner -> whose earlier work it leans on, and the part of its reward that is paid.
 Leaning: TypeAlias = Mapping[str, Finding]
@@ -75,6 +76,24 @@ class _Spaces:
                 own = 0.0 if ratio <= low else 1.0 if ratio >= high else (ratio - low) / (high - low)
                 found.append((ratio, own, near[told.victim]))
         return found
+
+    def again(self, earlier: Sequence[int], others: Sequence[int], later: int) -> int | None:
+        """Return the earlier work that this is, or that most of it is where it is a mix; None for new work. On `others` it may
+        not lean either.
+        """
+        for space, lean in ((self.weights, WEIGHT_LEAN_LIMIT), (self.function, FUNCTION_LEAN_LIMIT)):
+            same = [place for place in earlier if space[later, place] >= SAME_FUNCTION]
+            if same:
+                return same[0]
+            for works, by_span in ((earlier, True), (others, False)):
+                if not works:
+                    continue
+                near = _nearest(space, works, later)
+                told = novelty(space, [works[place] for place in near], later)
+                limit = FEW_SPAN_LIMIT if len(near) <= FEW else SPAN_LIMIT
+                if told.span <= limit if by_span else told.lean <= lean:
+                    return works[near[told.victim]]
+        return None
 
     def part(self, earlier: Sequence[int], later: int) -> tuple[float, int]:
         """Return the part of a work that is paid for its own steps, 0 for none, and on whom it leans, as a place in `earlier`."""
@@ -150,6 +169,35 @@ def _leans(
         if miner not in found.leaning or share < found.leaning[miner].share:
             found.leaning[miner] = Finding(kind=cycle_pb2.FINDING_KIND_LEANS, copy_of=first, share=share)
     return False
+
+
+def handed_in_again(
+    asked: Sequence[cycle_pb2.Submission],
+    submissions: Sequence[cycle_pb2.Submission],
+    earlier: Sequence[cycle_pb2.Submission],
+    grams: tuple[NDArray[np.float64], NDArray[np.float64]],
+    policy: run_pb2.ScorePolicy,
+    numbers: int,
+) -> dict[str, Refusal]:
+    """Return the refusal of each work that is one of an earlier cycle, or a mix of such, in whatever bytes.
+
+    `grams` of weights and of functions have rows for `earlier`, then for `submissions`. Nobody is held against what was
+    committed later than its own work. A miner may read the same text in every cycle, and leans on its own earlier work then.
+    """
+    spaces = _Spaces(cosines(grams[0]), cosines(grams[1]))
+    found = {}
+    for entry in asked if policy.copy_span_threshold > 0.0 else ():
+        row = len(earlier) + submissions.index(entry)
+        before = [place for place, work in enumerate(earlier) if work.commit_sequence < entry.commit_sequence]
+        others = [place for place in before if earlier[place].miner != entry.miner]
+        if (
+            numbers >= NUMBERS_EACH * len(before[:NEAREST])
+            and (victim := spaces.again(before, others, row)) is not None
+        ):
+            cosine = round(float(spaces.function[row, victim]), _COSINE_DIGITS)
+            kind, whose = cycle_pb2.FINDING_KIND_COPY, earlier[victim].miner
+            found[entry.miner] = Refusal(reasons_pb2.REASON_COPY, Finding(kind=kind, copy_of=whose, cosine=cosine))
+    return found
 
 
 def withhold(verdict: cycle_pb2.Verdict, leaning: Finding | None) -> None:

@@ -25,6 +25,7 @@ from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.findings import CHECKED, PROTOCOL_VERSION
 from connito.protocol.merging.cycle import Files, merge_cycle
+from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.store import ref_of_bytes
@@ -388,6 +389,10 @@ class Cycle:
             None if previous is None else folder / previous.outer_state.digest,
             {entry.miner: folder / entry.artifact.digest for entry in self.submissions},
             {entry.miner: folder / entry.base_state.digest for entry in self.submissions},
+            [
+                EarlierWork(one, folder / one.artifact.digest, folder / one.base_state.digest)
+                for one in earlier_works(evidence.facts, self.number)
+            ],
         )
         submissions = evidence.facts.window("submit", self.number).submissions
         agreed = consensus_of(evidence, self.number, submissions)

@@ -12,12 +12,15 @@ from connito.data.tensors import read_header, read_tensors
 from connito.protocol.coding import encode
 from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
+from connito.protocol.merging.earlier import EarlierWork
 from connito.protocol.merging.gate import Losses
 from connito.protocol.scoring import copies
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree
 from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import detail_of
+from connito.wire.locked import lock_file
 from numpy.typing import NDArray
 
 from tests.support.files import write_tensors
@@ -58,6 +61,7 @@ class Desk:
         write_tensors(self.parent, {NAME: START}, {"version": "0"})
         self.states: dict[str, Path] = {}
         self.momentum: Path | None = None
+        self.earlier: list[EarlierWork] = []
 
     def submit(self, miner: str, value: NDArray[Any], utility: float) -> None:
         path = self.folder / f"{miner}.state"
@@ -85,7 +89,7 @@ class Desk:
         folder = self.folder / out
         folder.mkdir()
         origins = {**dict.fromkeys(self.states, self.parent), **(bases or {})}
-        files = Files(self.parent, self.momentum, self.states, origins)
+        files = Files(self.parent, self.momentum, self.states, origins, self.earlier)
         return merge_cycle(facts, 1, settled, agreed, {}, files, distance, folder)
 
 
@@ -115,6 +119,34 @@ def test_the_mean_of_good_work_is_published(desk: Desk) -> None:
     assert verdicts(merged)["MC"].status == cycle_pb2.VERDICT_STATUS_REJECTED
     assert version.state.digest == hashlib.sha256(merged.state.read_bytes()).hexdigest()
     assert read_header(merged.state).metadata == {"version": "0"}
+
+
+def test_works_of_earlier_cycles_are_unlocked_and_compared(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of both cycles, each from the state that it began from, reach the judgement, and what it finds is refused."""
+    desk.stage.facts.require_spec().protocol_version = COPIES_BY_FUNCTION
+    for miner, value in (("MA", START + 0.5), ("MB", row([0.9, 0.5, 0.1]))):
+        desk.submit(miner, value, 0.2)
+    before, began, locked = desk.folder / "before", desk.folder / "began", desk.folder / "locked"
+    write_tensors(began, {NAME: np.asarray(START - 1.0, np.float32)})
+    write_tensors(before, {NAME: np.asarray(START - 0.5, np.float32)})
+    content = hashlib.sha256(before.read_bytes()).hexdigest()
+    lock_file(before, locked, b"k" * 32, content)
+    entry = cycle_pb2.Submission(miner="MZ", artifact=ArtifactRef(digest="aa", key=b"k" * 32, content=content))
+    desk.earlier = [EarlierWork(entry, locked, began)]
+    told = Refusal(reasons_pb2.REASON_COPY, cycle_pb2.Finding(kind=cycle_pb2.FINDING_KIND_COPY, copy_of="MZ"))
+
+    def judge(
+        asked: object, sound: object, earlier: list[cycle_pb2.Submission], grams: Any, *_: object
+    ) -> dict[str, Refusal]:
+        assert earlier == [entry]
+        np.testing.assert_allclose(np.diag(grams[0])[:2], [1.5, 1.5])
+        assert grams[0].shape == grams[1].shape == (3, 3)
+        return {"MA": told}
+
+    monkeypatch.setattr("connito.protocol.merging.cycle.handed_in_again", judge)
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+    assert list(merged.version.merged) == ["MB"]
+    assert verdicts(merged)["MA"].finding.copy_of == "MZ"
 
 
 @pytest.mark.parametrize("codec", ["int8", "rows"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.tensors import tensor_bytes
 from connito.protocol.scoring.copies import CopyEvidence
 from connito.protocol.scoring.functions import function_gram, outputs
-from connito.protocol.scoring.own_work import OwnWork, own_work, withhold
+from connito.protocol.scoring.own_work import OwnWork, handed_in_again, own_work, withhold
 from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
 from numpy.typing import NDArray
 
@@ -282,3 +282,64 @@ def test_among_many_a_work_whose_likes_all_came_later_leans_on_nobody() -> None:
     first, second = honest(2, 0.5, seed=1), honest(60, 0.5, seed=2)
     found = judged([*first, *second])
     assert (found.original, found.leaning) == ({}, {})
+
+
+def told_again(
+    earlier: Sequence[Array], works: Sequence[Array], miners: Sequence[str], policy: run_pb2.ScorePolicy = POLICY
+) -> dict[str, str]:
+    """Whose earlier work each is; earlier ones are of U0, U1 …, and those of now were committed later."""
+    before, now = submissions(len(earlier)), submissions(len(works))
+    for place, entry in enumerate(now):
+        entry.miner, entry.commit_sequence = miners[place], 100 + place
+    rows = np.stack([*earlier, *works])
+    gram = rows @ rows.T
+    found = handed_in_again(now, now, before, (gram, gram), policy, NUMBERS)
+    return {miner: refusal.finding.copy_of for miner, refusal in found.items()}
+
+
+REPACKED: dict[str, Callable[[list[Array]], Array]] = {
+    "as it was": lambda works: works[1],
+    "scaled": lambda works: 0.3 * works[1],
+    "under little noise": lambda works: works[1] + noise(0.1),
+    "under noise": lambda works: works[1] + noise(0.5),
+    "under much noise": lambda works: works[1] + noise(1.0),
+    "mixed": lambda works: 0.7 * works[1] + 0.3 * works[2],
+    "of all": lambda works: np.stack(works).mean(axis=0),
+}
+
+
+@pytest.mark.parametrize("how", REPACKED)
+@pytest.mark.parametrize("count", [3, 8])
+def test_work_of_an_earlier_cycle_is_known_however_it_is_packed(how: str, count: int) -> None:
+    before = honest(count, 0.4)
+    assert told_again(before, [REPACKED[how](before)], ["UTHIEF"])["UTHIEF"] in {"U0", "U1"}
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_work_of_now_is_no_earlier_work(alike: float, count: int) -> None:
+    works = honest(2 * count, alike)
+    names = [f"U{place}" for place in range(count)]
+    assert told_again(works[:count], works[count:], names) == {}
+
+
+def test_a_miner_that_reads_the_same_text_in_every_cycle_leans_on_its_own_work_alone() -> None:
+    before = honest(6, 0.3)
+    works = [0.85 * each + noise(0.53, 100 + place) for place, each in enumerate(before)]
+    assert told_again(before, works, [f"U{place}" for place in range(6)]) == {}
+    assert told_again(before, works[:1], ["UTHIEF"]) == {"UTHIEF": "U0"}
+    assert told_again(before, [0.7 * before[0]], ["U0"]) == {"U0": "U0"}, "its very own again is no work"
+
+
+def test_nobody_is_held_against_what_was_committed_later() -> None:
+    """A reveal that rolls over counts in the next cycle, when whoever copied it was on time."""
+    before, works = submissions(3), honest(3, 0.4)
+    late = submissions(1)
+    late[0].miner, late[0].commit_sequence = "ULATE", 1
+    rows = np.stack([*works, works[2]])
+    gram = rows @ rows.T
+    assert handed_in_again(late, late, before, (gram, gram), POLICY, NUMBERS) == {}
+    off = run_pb2.ScorePolicy(copy_threshold=0.95)
+    late[0].commit_sequence = 9
+    assert set(handed_in_again(late, late, before, (gram, gram), POLICY, NUMBERS)) == {"ULATE"}
+    assert handed_in_again(late, late, before, (gram, gram), off, NUMBERS) == {}
