@@ -23,7 +23,7 @@ from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import BaselineLosses, loss
 from connito.experts.steering import Steered, steer_drivers
 from connito.experts.token_skipping import experts_choose, skip_thresholds, skipping
-from connito.experts.tuning import distil, tune_for_task
+from connito.experts.tuning import distil, recover, tune_for_task
 from connito.library.derived import base_of
 from connito.library.schema import Base, ExpertRecord
 from connito.moe.device import device_of
@@ -55,7 +55,7 @@ class PruneOptions:
     """naee, router-weighted and moe-i2 under `max_experts` or `max_bytes`; task, to one expert a layer, which `dense`
     writes as a dense model; zeros and low-rank keep every expert and a `share` of its numbers (half, if left out), moe-i2
     with a `share` of those that stay. `steps` of training on the text: for task spread over its windows, for zeros
-    distilled from the full model."""
+    distilled from the full model, for low rank of the factors by LoRA."""
 
     method: str = "naee"
     max_experts: int = 0
@@ -182,7 +182,7 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
         keep = choose(model, loaded.text, options.method, **budget, even=True)
     extra: dict[str, Mapping[str, torch.Tensor]] = {}
     if options.method == "moe-i2" and options.share is not None:
-        extra["factors.safetensors"] = _shorten(loaded, keep, options.share, settings)
+        extra["factors.safetensors"] = _shorten(loaded, keep, options, settings)
     with pruning.masked(model, keep):
         measured["pruned"] = loss(model, loaded.held_out)
     return _export(loaded, out, ModelSource("prune", _UNNAMED, keep, settings, measured), extra, dense=options.dense)
@@ -200,13 +200,34 @@ def _for_task(loaded: _Loaded, steps: int, settings: dict[str, Any]) -> pruning.
     return keep
 
 
-def _shorten(loaded: _Loaded, keep: pruning.Keep, share: float, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _shorten(
+    loaded: _Loaded, keep: pruning.Keep, options: PruneOptions, settings: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """Give the experts that stay low-rank maps, of ranks by what each one's absence costs; returns the factors (MoE-I²)."""
     small = pruning.prune(copy.deepcopy(loaded.model), keep)
-    factors, ranks = low_rank(small, loaded.text[:, :-1], share, expert_costs(small, loaded.text))
-    settings |= {"share": share, "tuned": True, "ranks": {str(index): chosen for index, chosen in ranks.items()}}
+    factors = _factors(small, loaded, options, settings, expert_costs(small, loaded.text))
+    settings |= {"share": options.share, "tuned": True}
     _put(loaded.model, keep, small)
     return factors
+
+
+def _factors(
+    model: Any,
+    loaded: _Loaded,
+    options: PruneOptions,
+    settings: dict[str, Any],
+    costs: Mapping[int, Sequence[float]] | None = None,
+) -> dict[str, torch.Tensor]:
+    factors, ranks = low_rank(model, loaded.text[:, :-1], _share(options), costs)
+    settings["ranks"] = {str(index): chosen for index, chosen in ranks.items()}
+    if options.steps:
+        recover(model, factors, loaded.text, options.steps)
+        settings["steps"] = options.steps
+    return factors
+
+
+def _share(options: PruneOptions) -> float:
+    return 0.5 if options.share is None else options.share
 
 
 def _put(model: Any, keep: pruning.Keep, small: Any) -> None:
@@ -219,7 +240,7 @@ def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     model, extra = loaded.model, dict[str, Mapping[str, "torch.Tensor"]]()
     measured = {"full": loss(model, loaded.held_out)}
     method, text = options.method, loaded.text[:, :-1]
-    share = 0.5 if options.share is None else options.share
+    share = _share(options)
     teacher = copy.deepcopy(model) if method == "zeros" and options.steps else None
     settings: dict[str, Any] = {"method": method, "share": share, "data": digests(loaded.source.data), "tuned": True}
     if method == "zeros":
@@ -228,8 +249,7 @@ def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
             distil(model, teacher, loaded.text, options.steps)
             settings["steps"] = options.steps
     else:
-        extra["factors.safetensors"], ranks = low_rank(model, text, share)
-        settings["ranks"] = {str(index): chosen for index, chosen in ranks.items()}
+        extra["factors.safetensors"] = _factors(model, loaded, options, settings)
     measured["pruned"] = loss(model, loaded.held_out)
     keep = {index: list(range(layer.num_experts)) for index, layer in require_moe_layers(model).items()}
     return _export(loaded, out, ModelSource("prune", _UNNAMED, keep, settings, measured), extra)

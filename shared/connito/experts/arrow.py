@@ -132,11 +132,7 @@ def train_router(
         raise Invalid("there is no text to train the router on: give some of every expert's domain")
     touched = layers_of({key: None for part in parts for key in part.rows})
     layers = require_moe_layers(model)
-    gates = {
-        index: torch.zeros(len(parts), _width(layers[index].router), requires_grad=True)
-        for index in touched
-        if index in layers
-    }
+    gates = {index: _gate(layers[index].experts, len(parts)) for index in touched if index in layers}
     optimiser = torch.optim.Adam(list(gates.values()), lr=learning_rate)
     head, device = Head(model), next(model.parameters()).device
     with variants(model, parts, base, linear_router(gates)):
@@ -146,11 +142,13 @@ def train_router(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-    return {index: gate.detach() for index, gate in gates.items()}
+    return {index: gate.detach().cpu() for index, gate in gates.items()}
 
 
-def _width(router: Any) -> int:
-    return int(router.weight.shape[-1])
+def _gate(experts: Any, count: int) -> torch.Tensor:
+    """Return G = 0 [V, H], beside the experts that it mixes."""
+    bank = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    return torch.zeros(count, bank.shape[1 if experts.is_transposed else 2], device=bank.device, requires_grad=True)
 
 
 @contextmanager

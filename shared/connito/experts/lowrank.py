@@ -16,7 +16,6 @@ import torch
 
 from connito.errors import Invalid
 from connito.experts.tape import Tape, each_layer
-from connito.moe.layout import MoELayer, require_moe_layers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -134,13 +133,3 @@ def low_rank(
         return chosen
 
     return factors, each_layer(model, sequences, look)
-
-
-def restore(model: nn.Module, factors: Mapping[str, torch.Tensor]) -> None:
-    """Write stored factors into a model of the same shape: the inverse of what `low_rank` returned."""
-    layers: dict[int, MoELayer] = require_moe_layers(model)
-    for name in (name for name in factors if name.endswith(".a")):
-        _, index, parameter, expert, _ = name.split(".")
-        with torch.no_grad():
-            bank = getattr(layers[int(index)].experts, parameter)
-            bank[int(expert)].copy_(factors[name] @ factors[name[:-1] + "b"])

@@ -2,6 +2,9 @@
 
 Expert-wise distillation (MoE-Pruner, Xie et al. 2024, section 3.3): L = L_CE + λ Σ_l Σ_e MSE(E_t(x), E_s(x)), x what the
 student's router sends to expert e of layer l. Weights that were set to zero stay zero.
+
+LoRA on low-rank experts (MoE-I², Yang et al. 2024, section 3.3): of W = A B each factor learns a change of low rank, so that
+the product has the rank that it had.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 BATCH = 4
 LEARNING_RATE = 1e-3
+# Of LoRA: rank, and what the change is multiplied by.
+RANK, SCALE = 8, 2.0
 
 
 def batches_of(sequences: npt.NDArray[Any], steps: int) -> npt.NDArray[Any]:
@@ -94,6 +99,74 @@ def distil(
         for bank in banks:
             bank.requires_grad_(False)
     return losses
+
+
+def recover(
+    model: nn.Module,
+    factors: dict[str, torch.Tensor],
+    sequences: npt.NDArray[Any],
+    steps: int,
+    *,
+    rank: int = RANK,
+    rate: float = LEARNING_RATE,
+) -> list[float]:
+    """Train the factors of `low_rank` on `sequences` int32 [n, L + 1] by LoRA, in place in both; returns the losses.
+
+    A becomes A + s U V with U [out, r'] zero at first and V [r', r] drawn, B the same. Everything else is frozen.
+    """
+    layers, draw = require_moe_layers(model), torch.Generator().manual_seed(0)
+    banks = {name: _bank(layers, name) for name in factors if name.endswith(".a")}
+    start, changes = dict[str, torch.Tensor](), dict[str, tuple[torch.Tensor, torch.Tensor]]()
+    for name, factor in factors.items():
+        device = banks[f"{name[:-1]}a"][0].device
+        start[name], changes[name] = factor.float().to(device), _change(factor, rank, draw, device)
+    optimiser = AdamW(
+        {f"{name}.{side}": part for name, pair in changes.items() for side, part in zip("uv", pair, strict=True)},
+        betas=(0.9, 0.95),
+    )
+    head, losses = Head(model), []
+
+    def product(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        a, b = (start[each] + SCALE * changes[each][0] @ changes[each][1] for each in (name, f"{name[:-1]}b"))
+        return a.to(dtype) @ b.to(dtype)
+
+    for bank, _ in banks.values():
+        bank.requires_grad_(True)
+    try:
+        for batch in batches_of(sequences, steps):
+            loss = head.nll(*batch_of(batch, model)).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(float(loss.detach()))
+            for name, (bank, expert) in banks.items():
+                if bank.grad is not None:
+                    product(name).backward(bank.grad[expert].float())  # type: ignore[no-untyped-call]
+            optimiser.step(rate)
+            with torch.no_grad():
+                for name, (bank, expert) in banks.items():
+                    bank[expert].copy_(product(name, bank.dtype))
+                    bank.grad = None
+    finally:
+        for bank, _ in banks.values():
+            bank.requires_grad_(False)
+    with torch.no_grad():
+        for name, (u, v) in changes.items():
+            factors[name] = (start[name] + SCALE * u @ v).to(factors[name])
+    return losses
+
+
+def _bank(layers: dict[int, MoELayer], name: str) -> tuple[torch.Tensor, int]:
+    """Return the tensor of all experts that a factor `layers.<l>.<map>.<expert>.a` is of, and which expert."""
+    _, index, parameter, expert, _ = name.split(".")
+    return getattr(layers[int(index)].experts, parameter), int(expert)
+
+
+def _change(
+    factor: torch.Tensor, rank: int, draw: torch.Generator, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, width = factor.shape
+    rank = min(rank, *factor.shape)
+    v = (torch.rand(rank, width, generator=draw) * 2 - 1) / width**0.5
+    return torch.zeros(out, rank, device=device).requires_grad_(True), v.to(device).requires_grad_(True)
 
 
 def _loss(

@@ -48,7 +48,11 @@ def prune(
         typer.Option(help="Of the experts' numbers, what may stay: zeros and low-rank [0.5], moe-i2 [all]."),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=0, help="Steps of training: task tunes what is left, zeros distils from the full model.")
+        int,
+        typer.Option(
+            min=0,
+            help="Steps of training: task tunes what is left, zeros distils from the full model, low rank learns by LoRA.",
+        ),
     ] = 0,
     domain: DomainOption = "",
     within: WithOption = None,

@@ -79,6 +79,33 @@ def test_the_prototype_of_a_rank_one_change_is_its_input_direction(base: Any) ->
     assert not prototype({key: base[key]}, base, (2, 0)).any()
 
 
+def test_a_layer_mixes_inside_every_map_token_by_token(full: Any, parts: dict[str, Part], base: Any) -> None:
+    """MoLoRA's layer from its formula, a token and a variant at a time: y = Σ_v softmax(G x)_v W_v x in each map."""
+    three, generator = list(parts.values()), torch.Generator().manual_seed(3)
+    gates = {layer: torch.randn(3, 64, generator=generator) for layer in (2, 3)}
+    x, weights = torch.randn(12, 64, generator=generator), torch.rand(12, 2, generator=generator)
+    chosen = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(12)])
+    bank = full.model.layers[2].mlp.experts
+
+    def mixed(name: str, expert: int, alpha: Any, token: Any) -> Any:
+        if (2, expert, name) not in base:
+            return getattr(bank, name)[expert] @ token
+        rows = [part.rows.get((2, expert, name), base[2, expert, name]) for part in three]
+        return sum(float(share) * (row @ token) for share, row in zip(alpha, rows, strict=True))
+
+    want = torch.zeros(12, 64)
+    for t in range(12):
+        for expert, weight in zip(chosen[t].tolist(), weights[t], strict=True):
+            scores = torch.exp(gates[2] @ x[t])
+            alpha = scores / scores.sum()
+            gate, up = mixed("gate_up_proj", expert, alpha, x[t]).chunk(2)
+            inner = gate / (1 + torch.exp(-gate)) * up
+            want[t] += weight * mixed("down_proj", expert, alpha, inner)
+    assert {expert for layer, expert, _ in base if layer == 2} & set(chosen.flatten().tolist())
+    with variants(full, three, base, linear_router(gates)), torch.inference_mode():
+        torch.testing.assert_close(bank(x, chosen, weights), want, rtol=1e-4, atol=1e-5)
+
+
 def test_gates_can_be_learned(full: Any, parts: dict[str, Part], base: Any, sequences: Sequences) -> None:
     """MoLoRA's router is trained with everything else frozen."""
     from connito.moe.head import Head

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from connito.experts.lowrank import sparsify
+from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import loss
 from connito.experts.prune import WINDOWS, proficient, progressive
-from connito.experts.tuning import distil, expert_error, tune_experts
+from connito.experts.tuning import distil, expert_error, recover, tune_experts
 from connito.moe.layout import require_moe_layers
 from connito.moe.rows import fingerprint
 
@@ -68,6 +68,54 @@ def test_distillation_brings_a_thinned_model_back_and_keeps_its_zeros(full: Any,
     assert loss(tuned, held) < before - 0.3 * (before - plain)
     assert all((down(layer)[zeros[i]] == 0).all() for i, layer in require_moe_layers(tuned).items())
     assert fingerprint(full) == digests, "the teacher was touched"
+
+
+@pytest.mark.slow
+def test_recovery_is_lora_on_the_factors(full: Any, sequences: Sequences) -> None:
+    """By autograd through a model whose experts are products of factors and their changes, and torch's own AdamW."""
+    text, held = sequences("recipes", 16, 60), sequences("recipes", 8, 61)
+    factors, _ = low_rank(full, text[:6, :-1], 0.25)
+    before, plain = loss(full, held), copy.deepcopy(full)
+    start = {name: factor.clone() for name, factor in factors.items()}
+    draw = torch.Generator().manual_seed(0)
+    pairs = {}
+    for name, factor in start.items():
+        width, rank = factor.shape[1], min(8, *factor.shape)
+        down_map = ((torch.rand(rank, width, generator=draw) * 2 - 1) / width**0.5).requires_grad_(True)
+        pairs[name] = torch.zeros(len(factor), rank, requires_grad=True), down_map
+
+    def whole(name: str) -> torch.Tensor:
+        up_map, down_map = pairs[name]
+        return torch.addmm(start[name], up_map, down_map, alpha=2.0)
+
+    def experts() -> dict[str, torch.Tensor]:
+        return {
+            f"model.layers.{layer}.mlp.experts.{bank}": torch.stack(
+                [whole(f"layers.{layer}.{bank}.{e}.a") @ whole(f"layers.{layer}.{bank}.{e}.b") for e in range(8)]
+            )
+            for layer in (2, 3)
+            for bank in ("gate_up_proj", "down_proj")
+        }
+
+    optimiser = torch.optim.AdamW(
+        [part for pair in pairs.values() for part in pair], 1e-3, betas=(0.9, 0.95), weight_decay=0
+    )
+    for step in range(3):
+        ids = torch.from_numpy(text[4 * step : 4 * step + 4].astype("int64"))
+        out = torch.func.functional_call(plain, experts(), kwargs={"input_ids": ids[:, :-1], "use_cache": False})
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), ids[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    losses = recover(full, factors, text, 3)
+    for name in factors:
+        torch.testing.assert_close(factors[name], whole(name).detach(), rtol=1e-3, atol=2e-5)
+    losses += recover(full, factors, text, 12)
+    assert losses[11] < losses[0], "the same batch"
+    assert loss(full, held) < before
+    for name in (name for name in factors if name.endswith(".a")):
+        _, layer, bank, expert, _ = name.split(".")
+        row = getattr(full.model.layers[int(layer)].mlp.experts, bank)[int(expert)]
+        assert torch.equal(row, factors[name] @ factors[name[:-1] + "b"]), "what is stored is not what runs"
 
 
 def test_proficiency_has_to_reach_a_rising_share_of_the_best() -> None:
