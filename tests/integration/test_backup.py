@@ -16,6 +16,7 @@ from connito.bus.position import PositionedLog
 from connito.bus.streams import FACT_STREAMS
 from connito.client import backups
 from connito.errors import ConnitoError, Invalid, NotFound, VerificationFailed
+from connito.platform.datadir import DataDir
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.runtime.tasks import end_tasks
 from connito.store import ArtifactStore
@@ -130,6 +131,36 @@ async def test_a_second_backup_reads_new_objects_alone_and_is_whole_when_the_fir
     async with a_broker(tmp_path / "new") as bus:
         await backups.load(bus, another(store, object_store, tmp_path), tmp_path / "backup")
         assert len(await stored(bus)) == 2
+
+
+async def test_the_shelf_and_what_goes_on_are_kept_as_well(
+    source: Bus, store: ArtifactStore, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    data = DataDir.open(tmp_path / "data")
+    kept = {
+        "begun.json": "{}",
+        "threads": "2",
+        "shelf/journal.jsonl": "{}\n",
+        "shelf/experts/one/sub/record.json": "{}",
+    }
+    others = {
+        "shelf/experts/.two.partial/record.json": "half",
+        "shelf/index.sqlite": "made again",
+        "keys/a.nk": "secret",
+    }
+    for name, text in {**kept, **others}.items():
+        (data.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (data.root / name).write_text(text)
+    await Writer(source, store).say()
+    saved = await backups.save(source, store, tmp_path / "backup", data=data)
+    assert set(saved.files) == set(kept)
+
+    new = DataDir.open(tmp_path / "new-data")
+    (new.root / "threads").write_text("8")
+    async with a_broker(tmp_path / "new") as bus:
+        await backups.load(bus, another(store, object_store, tmp_path), tmp_path / "backup", data=new)
+    back = {path.relative_to(new.root).as_posix(): path.read_text() for path in new.root.rglob("*") if path.is_file()}
+    assert back == {**kept, "threads": "8"}
 
 
 async def test_services_do_not_wait_for_what_a_backup_does_not_have(

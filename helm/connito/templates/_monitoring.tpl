@@ -1,3 +1,21 @@
+{{/* Where alerts are explained: where it is said, else at the console, if its address is known. */}}
+{{- define "connito.runbooks" -}}
+{{- $console := .Values.console -}}
+{{- $page := "" -}}
+{{- if $console.enabled -}}
+{{- $ingress := $console.ingress | default dict -}}
+{{- $route := $console.route | default dict -}}
+{{- if and $console.oidc.client $console.oidc.url -}}
+{{- $page = trimSuffix "/" $console.oidc.url -}}
+{{- else if and $ingress.enabled $ingress.hosts (eq (trimSuffix "/" ($ingress.path | default "")) "") -}}
+{{- $page = printf "%s://%s" (ternary "https" "http" (not (empty $ingress.tlsSecret))) (first $ingress.hosts) -}}
+{{- else if and $route.enabled $route.hostnames -}}
+{{- $page = printf "https://%s" (first $route.hostnames) -}}
+{{- end -}}
+{{- end -}}
+{{- .Values.monitoring.prometheusRule.runbooks | default (ternary (printf "%s/static/alerts.html" $page) "" (ne $page "")) -}}
+{{- end -}}
+
 {{- define "connito.objects.monitoring" -}}
 {{- if .Values.monitoring.serviceMonitor.enabled }}
 ---
@@ -58,10 +76,11 @@ metadata:
 spec:
   groups:
     {{- $platform := eq .Values.mode "platform" }}
+    {{- $runbooks := include "connito.runbooks" . }}
     {{- range (.Files.Get "files/rules.yaml" | fromYaml).groups }}
     {{- if or $platform (eq .name "connito.everywhere") }}
     {{- range $rule := .rules }}
-    {{- if and $rule.alert $.Values.monitoring.prometheusRule.runbooks }}{{- $_ := set $rule.annotations "runbook_url" (printf "%s#%s" $.Values.monitoring.prometheusRule.runbooks (lower $rule.alert)) }}{{ end }}
+    {{- if and $rule.alert $runbooks }}{{- $_ := set $rule.annotations "runbook_url" (printf "%s#%s" $runbooks (lower $rule.alert)) }}{{ end }}
     {{- end }}
     - {{- toYaml . | nindent 6 }}
     {{- end }}

@@ -20,8 +20,9 @@ Folder = Annotated[Path, typer.Argument(help="Folder of the backup.")]
 def backup(folder: Folder, data_dir: DataDirOption = None, as_json: JsonFlag = False) -> None:
     """Copy what cannot be made again into a folder: the streams as they were at one moment, and all objects of the store.
 
-    The platform may run meanwhile. Objects that the folder has already are not read again. Keys and the roster are not
-    in it. Needs the operator's key and credentials that may list the store.
+    Of a platform of `connito up` also the shelf, and the run that it goes on with. The platform may run meanwhile.
+    Objects that the folder has already are not read again. Keys and the roster are not in it. Needs the operator's key and
+    credentials that may list the store.
     """
     from connito.client import backups
     from connito.platform.session import Session
@@ -41,7 +42,8 @@ def recover(
 ) -> None:
     """Make the streams and objects of a platform again from a folder that `connito backup` wrote.
 
-    Into an empty broker, before any service runs; objects that the store has already stay. Everything is verified.
+    Into an empty broker, before any service runs; objects that the store has already stay, and files that the folder of
+    `connito up` has. Everything is verified.
     """
     from connito.client import backups
     from connito.platform.datadir import DataDir
@@ -56,8 +58,10 @@ def recover(
 
 def _document(done: Backup, folder: Path) -> dict[str, Any]:
     ends = {name: saved.last_sequence for name, saved in done.streams.items()}
-    return {"folder": str(folder), "at": done.at.isoformat(), "streams": ends, "objects": len(done.objects)}
+    counts = {"objects": len(done.objects), "files": len(done.files)}
+    return {"folder": str(folder), "at": done.at.isoformat(), "streams": ends, **counts}
 
 
 def _text(done: Backup) -> str:
-    return f"{len(done.streams)} streams and {len(done.objects)} objects"
+    beside = f", {len(done.files)} files beside them" if done.files else ""
+    return f"{len(done.streams)} streams and {len(done.objects)} objects{beside}"

@@ -1,4 +1,5 @@
-"""Copy streams and objects of a platform into a folder, and make a platform again from them.
+"""Copy streams and objects of a platform into a folder, and make a platform again from them; of one that `connito up` has in a
+folder also its shelf, and what it goes on with.
 
 Streams first, then objects: what the log names was stored before it was named, so it is there when it is copied. Back the
 other way round: objects first, so that no service reads of one that is not there yet.
@@ -11,8 +12,8 @@ import datetime
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +22,7 @@ from connito.bus import Bus, snapshots, streams
 from connito.bus.snapshots import Copied
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.files import replacing, write_durably
+from connito.platform.datadir import DataDir
 from connito.platform.session import Session
 from connito.runtime.progress import Notify, silent
 from connito.runtime.tasks import blocking
@@ -34,7 +36,11 @@ FORMAT = 1
 CONTENTS = "backup.json"
 AT_ONCE = 8
 _SNAPSHOT = re.compile(r"streams-[0-9T.]+/[A-Z]+\.snapshot")
+_FILE = re.compile(r"files/(begun\.json|threads|shelf/journal\.jsonl|shelf/experts/[^./\s][^/\s]*(/[^/\s]+)+)")
 _OBJECT = re.compile(rf"objects/({'|'.join(REALMS.values())})/sha256/[0-9a-f]{{64}}")
+# Of the folder of `connito up`: the run that it goes on with, threads of a computation, the shelf. Its journal comes before the
+# experts, which are there before the journal names them.
+FILES = ("begun.json", "threads", "shelf/journal.jsonl", "shelf/experts/[!.]*/**/*")
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,15 @@ class SavedStream:
 
 @dataclass(frozen=True)
 class Backup:
-    """Contents of a folder. `at`: the broker's clock at the cut. `objects`: media types by key; each key ends in a SHA-256."""
+    """Contents of a folder. `at`: the broker's clock at the cut. `objects`: media types by key; each key ends in a SHA-256.
+    `files`: SHA-256 by path in the folder of `connito up`.
+    """
 
     format: int
     at: datetime.datetime
     streams: dict[str, SavedStream]
     objects: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
 
 
 _FORM = TypeAdapter(Backup)
@@ -69,7 +78,7 @@ def backup(session: Session, folder: Path, *, say: Notify = silent) -> Backup:
 
     async def work() -> Backup:
         async with session.bus() as bus:
-            return await save(bus, session.store(), folder, say)
+            return await save(bus, session.store(), folder, say, session.data)
 
     return blocking(work())
 
@@ -83,12 +92,14 @@ def recover(session: Session, folder: Path, *, replicas: int = 0, say: Notify = 
 
     async def work() -> Backup:
         async with session.bus() as bus:
-            return await load(bus, session.store(), folder, replicas, say)
+            return await load(bus, session.store(), folder, replicas, say, session.data)
 
     return blocking(work())
 
 
-async def save(bus: Bus, store: ArtifactStore, folder: Path, say: Notify = silent) -> Backup:
+async def save(
+    bus: Bus, store: ArtifactStore, folder: Path, say: Notify = silent, data: DataDir | None = None
+) -> Backup:
     """Do what `backup` does, over connections that there are."""
     at = datetime.datetime.fromtimestamp(await bus.time(), datetime.UTC)
     ends = await snapshots.consistent_cut(bus)
@@ -103,12 +114,25 @@ async def save(bus: Bus, store: ArtifactStore, folder: Path, say: Notify = silen
         file = folder / place / f"{name}.snapshot"
         copied = await snapshots.save(bus, name, file)
         saved[name] = SavedStream(f"{place}/{name}.snapshot", digest_of_file(file)[0], last, copied)
-    done = Backup(FORMAT, at, saved, await _save_objects(store, folder / "objects", say))
+    files = {} if data is None else _save_files(data.root, folder / "files")
+    done = Backup(FORMAT, at, saved, await _save_objects(store, folder / "objects", say), files)
     write_durably(folder / CONTENTS, _FORM.dump_json(done, indent=1) + b"\n", 0o600)
     for earlier in folder.glob("streams-*"):
         if earlier.name != place:
             shutil.rmtree(earlier)
     return done
+
+
+def _save_files(root: Path, folder: Path) -> dict[str, str]:
+    kept = {}
+    for source in (source for pattern in FILES for source in sorted(root.glob(pattern)) if source.is_file()):
+        name = source.relative_to(root).as_posix()
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with replacing(target) as draft:
+            shutil.copyfile(source, draft)
+        kept[name] = digest_of_file(target)[0]
+    return kept
 
 
 async def _save_objects(store: ArtifactStore, folder: Path, say: Notify) -> dict[str, str]:
@@ -135,12 +159,16 @@ async def _save_objects(store: ArtifactStore, folder: Path, say: Notify) -> dict
     return dict(sorted(kept.items()))
 
 
-async def load(bus: Bus, store: ArtifactStore, folder: Path, replicas: int = 0, say: Notify = silent) -> Backup:
+async def load(
+    bus: Bus, store: ArtifactStore, folder: Path, replicas: int = 0, say: Notify = silent, data: DataDir | None = None
+) -> Backup:
     """Do what `recover` does, over connections that there are."""
     found = _contents(folder)
     for name, saved in found.streams.items():
         say(f"checking stream {name}")
         _check(folder / saved.file, saved.sha256)
+    for name, sha256 in found.files.items():
+        _check(folder / "files" / name, sha256)
     await store.ensure_bucket()
     for number, some in _some([*found.objects]):
         say(f"storing object {number} of {len(found.objects)}")
@@ -150,7 +178,18 @@ async def load(bus: Bus, store: ArtifactStore, folder: Path, replicas: int = 0, 
         say(f"restoring stream {name}, {saved.last_sequence} messages")
         await snapshots.load(bus, name, folder / saved.file, saved.copied, saved.last_sequence, replicas)
     await streams.ensure(bus.js, replicas or next(iter(found.streams.values())).copied.config["num_replicas"])
+    if data is not None:
+        _load_files(found, folder / "files", data.root)
     return found
+
+
+def _load_files(found: Backup, folder: Path, root: Path) -> None:
+    """Put files where none are; what a folder has of its own stays."""
+    for name in found.files:
+        if not (root / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with replacing(root / name) as draft:
+                shutil.copyfile(folder / name, draft)
 
 
 async def _store(store: ArtifactStore, folder: Path, key: str, media_type: str) -> None:
@@ -178,14 +217,15 @@ def _odd(found: Backup, folder: Path) -> Iterator[str]:
     if not found.streams:
         yield "it has no streams"
     files = [
-        *((saved.file, name) for name, saved in found.streams.items()),
-        *((f"objects/{k}", k) for k in found.objects),
+        *((saved.file, _SNAPSHOT) for saved in found.streams.values()),
+        *((f"objects/{key}", _OBJECT) for key in found.objects),
+        *((f"files/{name}", _FILE) for name in found.files),
     ]
-    for file, what in files:
-        if not (_SNAPSHOT if what in found.streams else _OBJECT).fullmatch(file):
-            yield f"{what[:100]!r} cannot be in it"
+    for file, form in files:
+        if not form.fullmatch(file) or ".." in PurePosixPath(file).parts:
+            yield f"{file[:100]!r} cannot be in it"
         if not (folder / file).resolve().is_relative_to(folder.resolve()):
-            yield f"{file} leads out of it"
+            yield f"{file[:100]!r} leads out of it"
     for name, saved in found.streams.items():
         if name not in streams.STREAMS or not isinstance(saved.copied.config.get("num_replicas"), int):
             yield f"{name[:100]!r} is no stream"

@@ -224,6 +224,31 @@ def test_the_prometheus_operator_gets_the_same_rules() -> None:
     assert rule["metadata"]["labels"]["release"] == "prometheus"
 
 
+@pytest.mark.parametrize(("console", "page"), [
+    ({"oidc": {"client": "connito", "url": "https://one.example.com/", "secretName": "sso"}}, "https://one.example.com"),
+    ({"ingress": {"enabled": True, "hosts": ["two.example.com"], "tlsSecret": "two"}}, "https://two.example.com"),
+    ({"ingress": {"enabled": True, "hosts": ["three.internal"]}}, "http://three.internal"),
+    ({"ingress": {"enabled": True, "hosts": ["four.example.com"], "path": "/connito"}}, ""),
+    ({"route": {"enabled": True, "parentRefs": [{"name": "out"}], "hostnames": ["five.example.com"]}}, "https://five.example.com"),
+    ({"enabled": False, "ingress": {"enabled": True, "hosts": ["six.example.com"]}}, ""),
+])  # fmt: skip
+def test_an_alert_links_to_the_console_that_explains_it(console: dict[str, Any], page: str) -> None:
+    values = values_of("platform") | {
+        "console": {"enabled": True, "existingSecret": "reader", "tokenSecret": "token"} | console,
+        "oidc": {"issuer": "https://login.example.com", "audience": "connito"},
+        "monitoring": {"prometheusRule": {"enabled": True}},
+    }
+    groups = find(render(values), "PrometheusRule", "connito")["spec"]["groups"]
+    links = {
+        rule["annotations"].get("runbook_url", "") for group in groups for rule in group["rules"] if "alert" in rule
+    }
+    text = (ROOT / "services/console/static/alerts.html").read_text()
+    for link in links:
+        address, _, place = link.partition("#")
+        assert address == (f"{page}/static/alerts.html" if page else "")
+        assert not place or f'id="{place}"' in text
+
+
 def test_a_miner_gets_a_miner_s_alerts_and_dashboard() -> None:
     values = values_of("trainer")
     values["monitoring"] = values["monitoring"] | {"prometheusRule": {"enabled": True}}

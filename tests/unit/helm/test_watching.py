@@ -117,6 +117,10 @@ def test_what_is_generated_is_current(tmp_path: Path) -> None:
         run(f"scripts/{script}", str(tmp_path / page))
         current = (ROOT / "docs/reference" / page).read_text()
         assert (tmp_path / page).read_text() == current, f"run scripts/{script} and commit the result"
+    served = (ROOT / "services/console/static/alerts.html").read_text()
+    assert (tmp_path / "alerts.html").read_text() == served, (
+        "run scripts/generate-alerts-reference and commit the result"
+    )
 
 
 def test_what_alerts_count_is_there_before_it_is_first_counted() -> None:

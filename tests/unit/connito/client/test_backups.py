@@ -58,6 +58,10 @@ CHANGED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "a stream elsewhere": lambda folder: {**WHOLE, "streams": {"RUNS": {**STREAM, "file": "../secret"}}},
     "a stream that is none": lambda folder: {**WHOLE, "streams": {"ELSE": {**STREAM, "file": "streams-1/ELSE.snapshot"}}},
     "a bucket": lambda folder: {**WHOLE, "streams": {"KV_LEASES": STREAM}},
+    "a file elsewhere": lambda folder: {**WHOLE, "files": {"../secret": SHA}},
+    "a key": lambda folder: {**WHOLE, "files": {"keys/operator.nk": SHA}},
+    "a file out of the shelf": lambda folder: {**WHOLE, "files": {"shelf/experts/a/../../../../secret": SHA}},
+    "an absolute file": lambda folder: {**WHOLE, "files": {f"{folder.parent}/secret": SHA}},
     "no streams": lambda folder: {**WHOLE, "streams": {}},
     "no replicas": lambda folder: {
         **WHOLE,
