@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from connito.moe.footprint import Workload
     from connito.moe.moments import Moments
     from connito.moe.personal import PersonalRouters
+    from connito.moe.prefix import Beginnings
     from connito.moe.state import TargetState
     from connito.moe.training import Step
     from torch import nn
@@ -56,6 +57,7 @@ class _Loaded:
 
     run: str
     model: nn.Module
+    beginnings: Beginnings
 
 
 class LocalTrainer:
@@ -116,9 +118,10 @@ class LocalTrainer:
         from connito.moe.training import betas_of, train_local
 
         policy, begun = training(facts, cycle), time.perf_counter()
-        model = self._begun(facts, base, state, batches)
+        loaded = self._begun(facts, base, state, batches)
+        model = loaded.model
         bf16 = self._settings.computes_in_bf16
-        claim = claim_for(facts, model, batches, bf16=bf16)
+        claim = claim_for(facts, model, batches, loaded.beginnings, bf16=bf16)
         batches, apart = hold_back(batches, self._settings.evaluation_share)
         own = Evaluation(model, apart, len(batches), self._settings)
         progress = _Progress(len(batches), own)
@@ -139,6 +142,7 @@ class LocalTrainer:
                 optimizer=self._settings.optimizer,
                 moments=moments,
                 beside=own_routers,
+                beginnings=loaded.beginnings,
                 on_step=progress,
                 should_stop=lambda: should_stop() or own.stopped,
             )
@@ -160,19 +164,21 @@ class LocalTrainer:
         )
         return Effort(stats.steps, stats.tokens, time.perf_counter() - begun, tuple(own.losses))
 
-    def _begun(self, facts: RunFacts, base: Base, state: Path, batches: Rows) -> nn.Module:
+    def _begun(self, facts: RunFacts, base: Base, state: Path, batches: Rows) -> _Loaded:
         """Return the training model of the run with the target rows of `state`, which takes these tokens."""
         from connito.moe.resident import write_targets
         from connito.moe.state import load_state
 
         begin = load_state(state)
-        model = self._model(facts, base, begin)
-        check_tokens(model, batches)
-        write_targets(model, begin)
-        return model
+        loaded = self._model(facts, base, begin)
+        check_tokens(loaded.model, batches)
+        write_targets(loaded.model, begin)
+        return loaded
 
-    def _model(self, facts: RunFacts, base: Base, state: TargetState) -> nn.Module:
+    def _model(self, facts: RunFacts, base: Base, state: TargetState) -> _Loaded:
         """Return the training model of the run; another run's is released first."""
+        from connito.moe.prefix import Beginnings
+
         if self._loaded is None or self._loaded.run != facts.run:
             self._loaded = None
             begun = time.perf_counter()
@@ -183,8 +189,8 @@ class LocalTrainer:
             work = check_memory(facts, base, device, settings, engine_of(settings, devices))
             model = base.load(facts, device, work, state, top_k=settings.top_k)
             log.info("model loaded", source=base.source, seconds=round(time.perf_counter() - begun, 2))
-            self._loaded = _Loaded(facts.run, model)
-        return self._loaded.model
+            self._loaded = _Loaded(facts.run, model, Beginnings(model, bf16=settings.computes_in_bf16))
+        return self._loaded
 
 
 class _Progress:
@@ -235,10 +241,12 @@ class OptimizerState:
         moments.save(self._folder / self.NAME)
 
 
-def claim_for(facts: RunFacts, model: nn.Module, batches: Rows, *, bf16: bool) -> dict[str, str]:
+def claim_for(
+    facts: RunFacts, model: nn.Module, batches: Rows, beginnings: Beginnings, *, bf16: bool
+) -> dict[str, str]:
     """Return the metadata that claims the tokens of `batches` by expert, with θ_t in the model; nothing where no run asks.
 
-    `bf16` counts under autocast, as a model with weights of that type needs.
+    `bf16` counts under autocast, as a model with weights of that type needs. `beginnings` keeps what the first steps need again.
     """
     from connito.moe.batches import home_of, mixed
     from connito.moe.routed import routed_tokens
@@ -246,8 +254,9 @@ def claim_for(facts: RunFacts, model: nn.Module, batches: Rows, *, bf16: bool) -
     if not by_expert(facts.require_spec()):
         return {}
     selected, _ = experts_of(facts.require_selection())
-    with mixed(home_of(model), bf16=bf16):
-        return metadata_of(routed_tokens(model, selected, claimed_rows(batches)))
+    rows = claimed_rows(batches)
+    with mixed(home_of(model), bf16=bf16), beginnings.keep(rows):
+        return metadata_of(routed_tokens(model, selected, rows))
 
 
 def check_tokens(model: nn.Module, batches: Rows) -> None:

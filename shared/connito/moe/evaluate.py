@@ -7,9 +7,8 @@ its layers is left to the family: the model's own forward runs, with the layers 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from connito.errors import Invalid
 from connito.moe.batches import batch_of, placed, separates, several
 from connito.moe.head import Head
 from connito.moe.layout import as_targets, check_routers, check_targets, require_moe_layers
+from connito.moe.prefix import Shortcut, row_key
 from connito.moe.rows import check_state, read_rows
 from connito.moe.state import split_name
 from connito.v1 import reasons_pb2
@@ -58,8 +58,8 @@ class Evaluator:
         self._cache: dict[bytes, torch.Tensor] = {}
         self._cached = 0
         self._device = next(model.parameters()).device
-        self._shortcut = _Shortcut.find(model, self._layers[min(self.targets)].experts_name)
-        if self._shortcut is not None and not self._agrees():
+        self._shortcut = Shortcut.find(model, self._layers[min(self.targets)].experts_name)
+        if self._shortcut is not None and not self._shortcut.agrees(self._head):
             self._shortcut = None
 
     def put(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -131,7 +131,7 @@ class Evaluator:
         """Return hidden states [n, L, H] that enter the first adapted layer, from the cache where they are."""
         if self._shortcut is None:
             return None
-        keys = [_key(row) for row in part]
+        keys = [row_key(row) for row in part]
         rows = [self._cache[key] if key in self._cache else self._captured(part[[i]]) for i, key in enumerate(keys)]
         for key, row in zip(keys, rows, strict=True):
             self._remember(key, row)
@@ -152,7 +152,7 @@ class Evaluator:
         """Let go of the hidden states of all sequences [L + 1] but these, unless there is room for as many again."""
         if 2 * self._cached <= self._cache_bytes:
             return
-        wanted = {_key(document) for row in sequences for document in self._taken(row[None])[0]}
+        wanted = {row_key(document) for row in sequences for document in self._taken(row[None])[0]}
         self._cache = {key: row for key, row in self._cache.items() if key in wanted}
         self._cached = sum(_bytes(row) for row in self._cache.values())
 
@@ -160,21 +160,6 @@ class Evaluator:
         if key not in self._cache and self._cached + _bytes(row) <= self._cache_bytes:
             self._cache[key] = row.clone()
             self._cached += _bytes(row)
-
-    def _agrees(self) -> bool:
-        """Return whether the shortcut gives the full model's logits, tried on two short sequences."""
-        assert self._shortcut is not None
-        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        ids = (torch.arange(48, device=self._device).view(2, 24) * 7919) % vocabulary
-        try:
-            with torch.inference_mode():
-                hidden = self._shortcut.capture(self.model, ids[:, :-1])
-                full = self._head.nll(ids[:, :-1], ids[:, 1:])
-                with self._shortcut.enter_with(hidden):
-                    quick = self._head.nll(ids[:, :-1], ids[:, 1:])
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-            return False
-        return bool(torch.allclose(full, quick, rtol=1e-5, atol=1e-6))
 
 
 class PartialForward:
@@ -187,7 +172,7 @@ class PartialForward:
         self, model: nn.Module, experts_names: Iterable[str], ids: torch.Tensor, positions: torch.Tensor | None = None
     ) -> None:
         self._model, self._ids, self._positions = model, ids, positions
-        self._shortcuts = {name: _Shortcut.find(model, name) for name in experts_names}
+        self._shortcuts = {name: Shortcut.find(model, name) for name in experts_names}
         self._hidden: dict[str, torch.Tensor] = {}
 
     def begin(self) -> torch.Tensor:
@@ -226,76 +211,5 @@ class PartialForward:
         return out
 
 
-def _key(sequence: npt.NDArray[Any]) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(sequence).tobytes()).digest()
-
-
 def _bytes(row: torch.Tensor) -> int:
     return row.numel() * row.element_size()
-
-
-class _Stop(Exception):  # noqa: N818 - not an error
-    """Leaves a forward pass once the wanted hidden states are there."""
-
-
-class _Shortcut:
-    """Enters a decoder at layer k: the layers below hand their input on, layer k starts from given hidden states."""
-
-    def __init__(self, below: list[nn.Module], entry: nn.Module) -> None:
-        self._below, self._entry = below, entry
-
-    @classmethod
-    def find(cls, model: nn.Module, experts_name: str) -> _Shortcut | None:
-        """Return the decoder layer list that `experts_name` lies in, or None when there is no such list."""
-        stem, _, rest = experts_name.rpartition("layers.")
-        index = int(rest.split(".")[0])
-        layers = list(model.get_submodule(stem + "layers").children())
-        return cls(layers[:index], layers[index]) if index < len(layers) else None
-
-    def capture(self, model: nn.Module, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the input of layer k, [n, L, H]."""
-        found: list[torch.Tensor] = []
-
-        def stop(hidden: torch.Tensor) -> None:
-            found.append(hidden)
-            raise _Stop
-
-        with self.seen(stop), suppress(_Stop):
-            model(input_ids=ids, use_cache=False, **placed(positions))
-        return found[0]
-
-    @contextmanager
-    def seen(self, show: Callable[[torch.Tensor], None]) -> Iterator[None]:
-        """Show what enters layer k, [n, L, H], in every forward pass inside the block."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            show(args[0] if args else kwargs["hidden_states"])
-
-        handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def enter_with(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Make a forward pass skip the layers below and start layer k from `hidden` inside the block."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
-        for layer in self._below:
-            layer.forward = _pass_through
-        try:
-            yield
-        finally:
-            handle.remove()
-            for layer in self._below:
-                del layer.forward
-
-
-def _pass_through(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return hidden_states

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from connito.data.packing import counted
+from connito.data.packing import Rows, counted
 from connito.errors import Invalid
 from connito.moe.adamw import AdamW
-from connito.moe.batches import Batch, batch_of, get_ready, mixed
+from connito.moe.batches import batch_of, get_ready, mixed
 from connito.moe.engine import EXACT, is_compact
 from connito.moe.head import Head
 from connito.moe.moments import Moments
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import nn
 
+    from connito.moe.prefix import Beginnings
     from connito.v1.run_pb2 import TrainPolicy
 
 # AdamW's usual (β₁, β₂) for language models.
@@ -84,6 +86,7 @@ def train_local(
     optimizer: str = EXACT,
     moments: Moments | None = None,
     beside: Beside | None = None,
+    beginnings: Beginnings | None = None,
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[TargetState, TrainStats]:
@@ -94,7 +97,8 @@ def train_local(
 
     micro_batch: sequences per forward and backward pass, gradients add up over the batch; 0 is the whole batch.
     factor: what the rate is multiplied by at step h. optimizer: see `connito.moe.engine`. moments: where AdamW starts;
-    left as it ends. beside: routers that learn beside the shipped ones (`connito.moe.personal`).
+    left as it ends. beside: routers that learn beside the shipped ones (`connito.moe.personal`). beginnings: where the first
+    pass over rows may begin.
 
     Deterministic for a thread count. Stops before the next step when `should_stop()`; at least one step is made.
     Raises `Invalid` for an uncompressed model or empty batches, and `NON_FINITE` when the loss leaves the numbers.
@@ -111,7 +115,7 @@ def train_local(
     with mixed(device, bf16=bf16):
         head = Head(model)
         get_ready(model, batches)
-    work = _Work(head, optimiser, device, beside, gradient_clip, bf16)
+    work = _Work(head, optimiser, device, beside, beginnings, gradient_clip, bf16)
     losses, tokens, started = [], 0, time.perf_counter()
     with _deterministic():
         for index, batch in enumerate(batches):
@@ -137,6 +141,7 @@ class _Work:
     optimiser: AdamW
     device: torch.device
     beside: Beside | None
+    beginnings: Beginnings | None
     clip: float
     bf16: bool
 
@@ -145,10 +150,7 @@ class _Work:
         if self.beside is not None:
             self.beside.begin(index, steps)
         tokens = int(counted(batch).sum())
-        parts = [
-            self._accumulate(batch_of(batch[start : start + size], self.head.model), tokens)
-            for start in range(0, len(batch), size)
-        ]
+        parts = [self._accumulate(batch[start : start + size], tokens) for start in range(0, len(batch), size)]
         norm = self.optimiser.norm()
         # The one place where a step waits for the device.
         loss, length = torch.stack([torch.stack(parts).sum(), norm]).tolist()
@@ -163,9 +165,11 @@ class _Work:
             self.beside.step(rate)
         return float(loss)
 
-    def _accumulate(self, part: Batch, tokens: int) -> torch.Tensor:
+    def _accumulate(self, rows: Rows, tokens: int) -> torch.Tensor:
         """Add the gradients of a part of a batch in which `tokens` predictions count; return its part of the mean loss, []."""
-        with mixed(self.device, bf16=self.bf16):
+        part = batch_of(rows, self.head.model)
+        begun = nullcontext() if self.beginnings is None else self.beginnings.enter(rows)
+        with mixed(self.device, bf16=self.bf16), begun:
             loss = self.head.nll(*part).sum() / tokens
             value = loss.detach().to(self.device)
             if self.beside is not None:

@@ -15,7 +15,9 @@ from connito.moe.batches import batch_of, mixed, separates
 from connito.moe.diagnostics import causal_effects, top1_ratio
 from connito.moe.evaluate import Evaluator
 from connito.moe.head import Head
+from connito.moe.prefix import Beginnings
 from connito.moe.resident import compress, target_parameters
+from connito.moe.routed import routed_tokens
 from connito.moe.statistics import collect
 from connito.moe.training import train_local
 from numpy.typing import NDArray
@@ -143,9 +145,13 @@ def test_a_training_step_is_the_step_on_each_document_alone(base: Path) -> None:
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     optimiser.step()
     rows = pack(corpus, 24)
-    for micro in (0, 1, 2):
+    for micro, keeps in ((0, False), (1, False), (2, False), (2, True)):
         model = compress(load_full(base), LAYERS, everything)
-        state, stats = train_local(model, rows[None], learning_rate=1e-3, micro_batch=micro)
+        beginnings = Beginnings(model, bf16=False)
+        if keeps:
+            with beginnings.keep(rows):
+                routed_tokens(model, LAYERS, rows)
+        state, stats = train_local(model, rows[None], learning_rate=1e-3, micro_batch=micro, beginnings=beginnings)
         assert stats.first_loss == pytest.approx(float(total.detach()) / tokens, rel=1e-5)
         for key, value in parameters.items():
             torch.testing.assert_close(state[key], value.detach(), rtol=1e-4, atol=2e-5)

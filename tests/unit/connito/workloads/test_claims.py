@@ -14,6 +14,7 @@ from connito.audit import remeasure
 from connito.base.loading import load_full, load_resident_local
 from connito.data.tensors import read_header
 from connito.moe.evaluate import Evaluator
+from connito.moe.prefix import Beginnings
 from connito.moe.resident import compress
 from connito.moe.state import load_state, save_state
 from connito.protocol.claims import claim_of, drawn_claims
@@ -55,7 +56,9 @@ def scene(told: Run, inputs: Inputs, tmp_path: Path) -> tuple[Recount, Path, Cal
     model = compress(load_full(inputs.files), SELECTED, {1: [1, 2]})
 
     def made(miner: str) -> dict[str, str]:
-        return claim_for(facts, model, miner_batches(facts, 1, miner, text.train), bf16=False)
+        return claim_for(
+            facts, model, miner_batches(facts, 1, miner, text.train), Beginnings(model, bf16=False), bf16=False
+        )
 
     return Recount(evaluator, text, facts, 1, frozenset(MINERS)), theta, made
 
@@ -84,8 +87,9 @@ def test_a_miner_that_holds_weights_in_bfloat16_claims_what_others_count(
     facts, text = told.facts, Text(told.facts.require_spec(), inputs.probe, None)
     model = load_resident_local(inputs.files, SELECTED, {1: [1, 2]}, half=True)
     assert any(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    beginnings = Beginnings(model, bf16=True)
     for miner in MINERS:
-        claim = claim_for(facts, model, miner_batches(facts, 1, miner, text.train), bf16=True)
+        claim = claim_for(facts, model, miner_batches(facts, 1, miner, text.train), beginnings, bf16=True)
         assert recount.falsehood(entry(miner), hand_in(tmp_path, theta, claim), theta) is None
 
 
