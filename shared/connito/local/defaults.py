@@ -66,8 +66,8 @@ class UpOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """Share of the cores: `slots` computations at a time, each with `threads` threads; `alone`: the threads of what has nothing
-    beside it, such as a selection and a merge. `bf16`: miners train in bfloat16.
+    """Share of the cores: `slots` trainings at a time, each with `threads` threads; `alone`: the threads of what has nothing
+    beside it: all that selects, judges and merges. `bf16`: miners train in bfloat16.
     """
 
     slots: int

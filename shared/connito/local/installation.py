@@ -35,9 +35,10 @@ from connito.v1.run_pb2 import RunSpec
 
 T = TypeVar("T")
 PATIENCE_SECONDS, ASK_EVERY = 60.0, 0.2
-# Services that compute with a model are forked from the preloaded process. While one of `ALONE` computes, the others wait for it.
+# Services that compute with a model are forked from the preloaded process. While one of `ALONE` computes, the others wait for it:
+# a validator that measures with all cores leaves the others nothing to measure, and hidden states are computed once.
 MODEL_SIDE = ("selector", "trainer", "validator", "aggregator")
-ALONE = ("selector", "aggregator")
+ALONE = ("selector", "validator", "aggregator")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Installation:
         self._stack.push_async_callback(self.supervisor.stop)
         await asyncio.gather(self.supervisor.serve(nats), self.supervisor.serve(weed))
         self.platform = Platform(os.getpid(), nats.url, weed.url, weed.access_key, secret)
-        self.data.keep_threads(self.machine.threads)
+        self.data.keep_threads(self.machine.alone)
         self._stack.callback(self.data.platform_file.unlink, missing_ok=True)
         self.data.write_platform(self.platform)
         operator = self.members["operator"].identity

@@ -143,8 +143,7 @@ class _Up:
         machine = chosen.machine(usable_cores())
         if self.begun is not None:
             # Sums come out to the bit only with as many threads as before.
-            threads = self.data.threads or machine.threads
-            machine = replace(machine, threads=threads, slots=max(1, usable_cores() // threads))
+            machine = replace(machine, alone=self.data.threads or machine.alone)
         installation = Installation(self.data, members, machine, options.seed, self.display)
         try:
             self.display.say(f"starting the broker and the store in {self.data.root}")
