@@ -1,4 +1,4 @@
-"""Bytes against gain: what a miner uploads under each codec, and how much of the gain of rows as they are it keeps.
+"""Bytes against gain: what a miner uploads under each codec, what it downloads, and how much of the gain of rows it keeps.
 
 A cell is one codec, one number H of local steps, IID or not, one seed: cycles of four miners in a closed loop on the tiny base,
 with the project's own encoder, files, error feedback, decoder and the default policy's merge; no gate. `kept` is the fall of the
@@ -16,14 +16,14 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from connito.data.codecs.file import read_coded, write_coded
+from connito.data.codecs.file import codec, read_coded, write_coded
 from connito.protocol.claims import claimed_rows
-from connito.protocol.coding import codec_of, decoded, encode
+from connito.protocol.coding import code_step, codec_of, decoded, encode
 from connito.v1.run_pb2 import TrainPolicy
 
 from bench.compose_setup import base
@@ -46,15 +46,21 @@ DCT, DECAY = 64, 0.95
 
 @dataclass(frozen=True)
 class Arm:
-    """A codec, whether what it leaves out is kept, and whether it works on a DCT of blocks."""
+    """A codec, whether what it leaves out is kept, whether it works on a DCT of blocks, and the codec of outer steps."""
 
     policy: TrainPolicy
     feedback: bool = True
     transformed: bool = False
+    step: str = "rows"
 
 
-def _arm(codec: str, feedback: bool = True, rank: int = 16, share: float = 0.01, transformed: bool = False) -> Arm:
-    return Arm(TrainPolicy(codec=codec, codec_rank=rank, codec_share=share), feedback, transformed)
+def _arm(name: str, feedback: bool = True, rank: int = 16, share: float = 0.01, transformed: bool = False) -> Arm:
+    return Arm(TrainPolicy(codec=name, codec_rank=rank, codec_share=share), feedback, transformed)
+
+
+def _down(step: str) -> Arm:
+    """Return the arm of uploads as by default whose outer steps are coded."""
+    return replace(_arm("ternary", feedback=False), step=step)
 
 
 # In the order in which cells are computed: what matters most comes first.
@@ -72,6 +78,9 @@ ARMS = {
     "top-k 5 %": _arm("top-k", share=0.05),
     "low-rank 4, no feedback": _arm("low-rank", feedback=False, rank=4),
     "top-k 1 %, no feedback": _arm("top-k", feedback=False),
+    "steps in int8": _down("int8"),
+    "steps in int4": _down("int4"),
+    "steps in ternary": _down("ternary"),
 }
 FIRST = 6
 QUICK = ("rows", "ternary", "low-rank 4")
@@ -95,7 +104,7 @@ def run(options: Options) -> Result:
         for arm in tier
         for h in steps
     ]
-    uploads = {arm: _upload(folder, arm) for arm in arms if not ARMS[arm].transformed}
+    uploads = {arm: _upload(folder, arm) for arm in arms if not ARMS[arm].transformed and ARMS[arm].step == "rows"}
     for number, (arm, h, kind, seed) in enumerate(cells):
         path = folder / f"{arm.replace(' ', '-').replace('%', 'percent')}-{h}-{kind}-{seed}.json"
         if all(part in path.name for part in options.only.split()) and claim(path):
@@ -152,7 +161,7 @@ def _cell(folder: Path, name: str, h: int, kind: str, seed: int) -> dict[str, An
     bench = Bench(_rig(folder, seed))
     shards = shards_of(bench.rig, MINERS, h, iid=kind == "IID", total=CYCLES[h] * h, batch=BATCH)
     with tempfile.TemporaryDirectory() as work:
-        losses, sizes = _loop(bench, shards, RATES[h], ARMS[name], Path(work))
+        losses, sizes, down = _loop(bench, shards, RATES[h], ARMS[name], Path(work))
     return {
         "arm": name,
         "steps": h,
@@ -162,12 +171,14 @@ def _cell(folder: Path, name: str, h: int, kind: str, seed: int) -> dict[str, An
         "end": losses[-1],
         "curve": losses,
         "bytes": sum(sizes) / len(sizes),
+        "down_bytes": sum(down) / len(down),
         "cpu_seconds": round(time.process_time() - begun, 1),
     }
 
 
-def _loop(bench: Bench, shards: Tokens, rate: float, arm: Arm, work: Path) -> tuple[list[float], list[int]]:
-    """Return the loss after each cycle, and the sizes of all uploads. Merged as a run's policy says that says nothing."""
+def _loop(bench: Bench, shards: Tokens, rate: float, arm: Arm, work: Path) -> tuple[list[float], list[int], list[int]]:
+    """Return the loss after each cycle, the sizes of all uploads, and of what a miner fetches of each version. Merged as a run's
+    policy says that says nothing."""
     from connito.moe.moments import Moments
     from connito.moe.resident import write_targets
     from connito.moe.routed import routed_tokens
@@ -178,7 +189,7 @@ def _loop(bench: Bench, shards: Tokens, rate: float, arm: Arm, work: Path) -> tu
     kept = [Moments(second_only=MOMENTS == "second") for _ in range(MINERS)]
     miners = [Miner("adamw", moments, (BETA1, BETAS[1])) for moments in kept]
     wires = [_Wire(arm, work / str(number)) for number in range(MINERS)]
-    losses, sizes = [], []
+    losses, sizes, down = [], [], []
     for cycle in shards:
         start, states, routed = tensors(theta), [], []
         save_state(start, work / "theta")
@@ -195,8 +206,21 @@ def _loop(bench: Bench, shards: Tokens, rate: float, arm: Arm, work: Path) -> tu
             before = loss_of(bench.evaluator, start, bench.score)
             utilities = [max(1e-9, before - loss_of(bench.evaluator, state, bench.score)) for state in states]
         theta, outer = merged(how, theta, outer, states, utilities, routed, kept)
+        theta, fetched = _version(theta, arm.step, work)
+        down.append(fetched)
         losses.append(loss_of(bench.evaluator, tensors(theta), bench.report))
-    return losses, sizes
+    return losses, sizes, down
+
+
+def _version(theta: Any, step: str, work: Path) -> tuple[Any, int]:
+    """Return the version that a merge leads to, and the bytes that whoever has the one before fetches of it."""
+    from connito.moe.state import load_state, save_state
+
+    save_state(tensors(theta), work / "exact")
+    if step == "rows":
+        return theta, (work / "exact").stat().st_size
+    code_step(codec(step), work / "theta", work / "exact", work / "next", work / "step")
+    return {name: rows.numpy() for name, rows in load_state(work / "next").items()}, (work / "step").stat().st_size
 
 
 class _Wire:

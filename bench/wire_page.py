@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
+from bench.harness import interval
 
 PAGE, EVIDENCE = ROOT / "docs/explanation/wires.md", COPIES / "wire.json"
 DEFAULT = "ternary"
@@ -26,10 +27,21 @@ PAIRS = {
     "SparseLoCo style, 1 %": "top-k 1 %, no feedback",
 }
 
+# Arms of coded outer steps, and the same with versions as rows.
+STEPS, UNCODED = ("steps in int8", "steps in int4", "steps in ternary"), "ternary, no feedback"
+
 
 def render(document: Document) -> str:
     """Return the page."""
-    parts = [_HEAD, _goals(document), _uploads(document), _feedback(document), _cells(document), _END]
+    parts = [
+        _HEAD,
+        _goals(document),
+        _uploads(document),
+        _downloads(document),
+        _feedback(document),
+        _cells(document),
+        _END,
+    ]
     return paragraphs("\n".join(parts))
 
 
@@ -78,18 +90,37 @@ and than the dense base in float16.
 """
 
 
-def _feedback(document: Document) -> str:
-    """Return what feedback does to a codec, by pairs of cells of the same seed."""
+def _downloads(document: Document) -> str:
+    """Return what coded outer steps do, by pairs of cells of the same seed."""
+    rows = []
+    for arm in STEPS:
+        pairs = _pairs(document, arm, UNCODED)
+        if pairs:
+            mean, low, high = interval([right / left for left, right in pairs])
+            cells = [row for row in document["rows"] if row["arm"] == arm]
+            whole = next(row["bytes"] for row in document["rows"] if row["arm"] == "rows")
+            fewer = sum(whole / row["down_bytes"] for row in cells) / len(cells)
+            rows.append([arm, f"{fewer:.1f}", str(len(pairs)), f"{mean:.1%}", f"{low:.1%} to {high:.1%}"])
+    told = """Whoever holds the version before fetches the outer step alone, coded as `merging.step_codec` says, and the version
+*is* what that decodes to, for everybody ([ADR 52](../adr/0052-versions-as-coded-steps.md)). Uploads as by default, pairs of cells
+with versions as rows and of the same seed, data and H; nothing that coding a step leaves out is carried to the next."""
+    head = ("versions", "× below the state", "pairs", "gain, of that with rows", "95 % interval")
+    return f"## Downloads\n\n{told}\n\n{table(head, rows)}\n"
+
+
+def _pairs(document: Document, arm: str, other: str) -> list[tuple[float, float]]:
+    """Return the gains of an arm behind those of another one in cells that are the same otherwise."""
     gains = {
         (row["arm"], row["steps"], row["data"], row["seed"]): row["start"] - row["end"] for row in document["rows"]
     }
+    return [(gain, gains[arm, *key]) for (of, *key), gain in gains.items() if of == other and (arm, *key) in gains]
+
+
+def _feedback(document: Document) -> str:
+    """Return what feedback does to a codec, by pairs of cells of the same seed."""
     rows = []
     for with_it, without in PAIRS.items():
-        pairs = [
-            (gain, gains[with_it, *key])
-            for (arm, *key), gain in gains.items()
-            if arm == without and (with_it, *key) in gains
-        ]
+        pairs = _pairs(document, with_it, without)
         if pairs:
             more = sum(left < right for left, right in pairs)
             ratio = sum(right / left for left, right in pairs) / len(pairs)
@@ -172,8 +203,9 @@ noise, too. Styles of others are their form and their feedback on this rig, not 
 _END = """
 ## For a run
 
-One line of a `job.yaml`: `policies: {training: {codec: low-rank, codec_rank: 16}}`; `rows` sends everything. The default is
-*ternary, no feedback*. A miner that sends what coding left out a cycle later is late by that cycle.
+One line of a `job.yaml`: `policies: {training: {codec: low-rank, codec_rank: 16}}`, or `policies: {merging: {step_codec:
+ternary}}`; `rows` sends everything. The default is *ternary, no feedback* up and *steps in int4* down. A miner that sends what
+coding left out a cycle later is late by that cycle.
 [Every number](../evidence/wire.json).
 """
 

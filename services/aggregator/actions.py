@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from connito.bus import Bus, offences
-from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import VerificationFailed
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
@@ -152,9 +151,12 @@ class Aggregator:
         if not self._leading():
             # Whoever leads now makes the same version out of the same facts.
             return
-        made = ((merged.state, merged.version.state), (merged.momentum, merged.version.outer_state))
+        version = merged.version
+        made = [(merged.state, version.state), (merged.momentum, version.outer_state)]
+        if merged.step is not None:
+            made.append((merged.step, version.step))
         await asyncio.gather(
-            *(self._store.put_file(path, SAFETENSORS, PUBLIC, cache=True, known=ref) for path, ref in made)
+            *(self._store.put_file(path, ref.media_type, PUBLIC, cache=True, known=ref) for path, ref in made)
         )
         for message in (merged.scored, merged.version):
             as_recorded(message, self._facts(run).spec)

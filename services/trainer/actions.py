@@ -22,6 +22,7 @@ from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.locked import lock_file
+from connito.workloads.fetching import fetch_state
 
 from . import feedback
 from .adapters import Downloads, Services
@@ -84,7 +85,7 @@ class Miner:
         opened, spec = facts.window("train", cycle).require_opened(), facts.require_spec()
         check_start(facts, cycle)
         ledger.prune(run, before=cycle - 1)
-        state = await self.downloads.fetch(run, opened.state)
+        state = await fetch_state(facts, opened.state, self.downloads.cache, partial(self.downloads.fetch, run))
         draft = ledger.folder(run, cycle) / "draft.safetensors"
 
         async def honest() -> Effort:

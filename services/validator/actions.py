@@ -36,7 +36,7 @@ from connito.wire.locked import unlocked
 from connito.wire.sealing import MEDIA_TYPE as SEALED
 from connito.wire.sealing import parse_boxes
 from connito.workloads.claims import Recount, Text
-from connito.workloads.fetching import fetch_base, fetch_holdouts, fetch_text, holdout_refs
+from connito.workloads.fetching import fetch_base, fetch_holdouts, fetch_state, fetch_text, holdout_refs
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
 from .handlers import CommitSeed, Cosign, Join, Object, Preload, RevealSeed, Score, Unload
@@ -181,7 +181,7 @@ class Validator:
         facts = self._facts(run)
         seed = facts.require_drawn(cycle).seed
         opened, settled = facts.window("train", cycle).require_opened(), facts.window("submit", cycle).require_settled()
-        state = await self._store.fetch(opened.state)
+        state = await fetch_state(facts, opened.state, self._store.cache, self._store.fetch)
         duties = assigned(facts, cycle)
         submissions = [entry for entry in settled.submissions if duties is None or entry.miner in duties[self.me]]
         fetched = await asyncio.gather(*(self._fetch(item, opened.state) for item in submissions))

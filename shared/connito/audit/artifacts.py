@@ -113,6 +113,8 @@ def named(evidence: Evidence) -> Iterator[Named]:
         if version is not None:
             yield Named(f"state of version {version.version}", version.state, cycle)
             yield Named(f"outer state of version {version.version}", version.outer_state, cycle)
+            if version.HasField("step"):
+                yield Named(f"coded step of version {version.version}", version.step, cycle)
     for fact in facts.deposits.values():
         yield Named("library expert", fact.message.expert)
         yield Named("record of the library expert", fact.message.record)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connito.audit.artifacts import Artifacts
+from connito.audit.coded_step import step_fault
 from connito.audit.differences import Difference, Step, differing, first_difference
 from connito.audit.distances import Distances
 from connito.audit.evidence import Evidence
@@ -33,6 +34,8 @@ from connito.wire.facts import RunFacts
 
 # Fields of a version that are not recomputed: losses have a comparison of their own.
 _MEASURED = ("gate_losses", "losses")
+# Nor are the bytes of a coded step: another library compresses them otherwise. What they decode to is checked.
+_COMPRESSED = ("step",)
 
 
 @dataclass
@@ -124,7 +127,10 @@ def _compare(
     skip = ("before", "after", "change") if distances.largest else ()
     for what in differing(merged.scored, scored, skip):
         yield Difference("merge", evidence.subject("merge", cycle, "scored"), what, cycle)
-    for what in differing(merged.version, version, (*_MEASURED, *skip)):
+    for what in differing(merged.version, version, (*_MEASURED, *_COMPRESSED, *skip)):
+        yield Difference("merge", where, what, cycle)
+    what = step_fault(evidence.facts, work.artifacts, version, wanted=merged.step is not None)
+    if what:
         yield Difference("merge", where, what, cycle)
 
 

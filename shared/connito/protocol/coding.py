@@ -7,9 +7,10 @@ the state θ_t that it began from. It is the same to the bit for everybody.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -22,7 +23,10 @@ from connito.errors import Invalid
 from connito.protocol.claims import ROUTED
 from connito.protocol.policy.choices import ROWS, SPARSE
 from connito.v1 import reasons_pb2 as reasons
-from connito.v1.run_pb2 import TrainPolicy
+from connito.v1.run_pb2 import MergePolicy, TrainPolicy
+
+# SHA-256 in hex, and bytes.
+Digested = tuple[str, int]
 
 
 def is_coded(policy: TrainPolicy) -> bool:
@@ -40,6 +44,11 @@ def carries(policy: TrainPolicy) -> bool:
     rounding of numbers that all were sent is noise, of more harm than use a cycle later (`bench.wire`).
     """
     return policy.codec in SPARSE
+
+
+def step_codec(policy: MergePolicy) -> Codec | None:
+    """Return the codec of a policy's outer steps; None where versions are published as rows alone."""
+    return None if policy.step_codec in ("", ROWS) else codec(policy.step_codec)
 
 
 def usual_bytes(policy: TrainPolicy, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -61,13 +70,38 @@ def decoded(submission: Path, base: Path, policy: TrainPolicy, folder: Path) -> 
     """
     if not is_coded(policy):
         return submission
-    header, layout = read_header(base), _shapes(base)
     path = folder / f"{submission.name}-{base.name}.rows"
-    with TensorWriter(path, layout, header.metadata | stated(submission, policy)) as writer:
-        assert writer.names == sorted(layout), "a state has one dtype"
-        for name, delta in read_coded(codec_of(policy), layout, submission):
-            writer.write(name, _moved(base, name, delta, layout[name][0]))
+    decode_to(path, codec_of(policy), submission, base, stated(submission, policy))
     return path
+
+
+def decode_to(
+    out: Path, how: Codec, coded: Path, base: Path, said: Mapping[str, str] = MappingProxyType({})
+) -> Digested:
+    """Write the state that lies a coded δ from the one in `base`, with its metadata and what is `said`; return SHA-256 and bytes.
+
+    Raises `Invalid` for bytes that no encoder writes. One tensor is in memory at a time.
+    """
+    layout = _shapes(base)
+    with TensorWriter(out, layout, {**read_header(base).metadata, **said}) as writer:
+        assert writer.names == sorted(layout), "a state has one dtype"
+        for name, delta in read_coded(how, layout, coded):
+            writer.write(name, _moved(base, name, delta, layout[name][0]))
+    return writer.digest, writer.size
+
+
+def code_step(how: Codec, parent: Path, stepped: Path, out: Path, coded: Path) -> Digested:
+    """Code the outer step from one state to another, and write the state that it decodes to, which is the version then.
+
+    Nothing of what coding leaves out is kept: the next cycle's work starts from where this one came to. Return SHA-256 and
+    bytes of the state. Raises `Invalid` (NON_FINITE) for numbers that have no scale.
+    """
+
+    def wanted(name: str) -> Floats:
+        return load_float32(parent, name) - load_float32(stepped, name)
+
+    write_coded(how, _same_layout(parent, stepped), wanted, coded)
+    return decode_to(out, how, coded, parent)
 
 
 def stated(submission: Path, policy: TrainPolicy) -> dict[str, str]:

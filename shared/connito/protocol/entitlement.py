@@ -32,6 +32,7 @@ def for_miners(facts: RunFacts) -> Iterator[ArtifactRef]:
         opened = facts.window("train", cycle).opened
         if opened is not None:
             yield opened.state
+    yield from (version.step for version in facts.versions.values() if version.HasField("step"))
 
 
 def for_customer(facts: RunFacts) -> Iterator[ArtifactRef]:
@@ -127,7 +128,7 @@ def named(message: Message) -> Iterator[ArtifactRef]:
     elif isinstance(message, run_pb2.SelectionMade):
         yield from (message.initial_state, message.background, message.report, message.signature)
     elif isinstance(message, cycle_pb2.VersionPublished):
-        yield from (message.state, message.outer_state)
+        yield from (message.state, message.outer_state, message.step)
     elif isinstance(message, run_pb2.ExpertDeposited):
         yield from of_deposit(message)
 

@@ -1420,6 +1420,7 @@ class VersionPublished(_message.Message):
     MERGED_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     FINDING_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     version: _builtins.int
@@ -1448,6 +1449,12 @@ class VersionPublished(_message.Message):
     def finding(self) -> Global___Finding:
         """The candidates that the gate refused before it decided (protocol_version 1 on; `gate_detail` before)."""
 
+    @_builtins.property
+    def step(self) -> _artifacts_pb2.ArtifactRef:
+        """The outer step, coded as the policy says: θ_t minus what it decodes to is θ_{t+1}, to the bit. Absent where the incumbent stays,
+        and in runs whose policy has no codec for it.
+        """
+
     def __init__(
         self,
         *,
@@ -1464,10 +1471,11 @@ class VersionPublished(_message.Message):
         merged: _abc.Iterable[_builtins.str] | None = ...,
         weights: _abc.Iterable[_builtins.float] | None = ...,
         finding: Global___Finding | None = ...,
+        step: _artifacts_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "outer_state", b"outer_state", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "outer_state", b"outer_state", "state", b"state", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "finding", b"finding", "gate", b"gate", "gate_detail", b"gate_detail", "gate_losses", b"gate_losses", "losses", b"losses", "merged", b"merged", "outer_state", b"outer_state", "parent", b"parent", "run", b"run", "state", b"state", "version", b"version", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "finding", b"finding", "gate", b"gate", "gate_detail", b"gate_detail", "gate_losses", b"gate_losses", "losses", b"losses", "merged", b"merged", "outer_state", b"outer_state", "parent", b"parent", "run", b"run", "state", b"state", "step", b"step", "version", b"version", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

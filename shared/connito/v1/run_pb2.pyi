@@ -375,6 +375,7 @@ class MergePolicy(_message.Message):
     REPORT_GENERAL_SEQUENCES_FIELD_NUMBER: _builtins.int
     WEIGHTING_FIELD_NUMBER: _builtins.int
     CHECKED_CLAIMS_FIELD_NUMBER: _builtins.int
+    STEP_CODEC_FIELD_NUMBER: _builtins.int
     aggregator: _builtins.str
     """How the submissions of a cycle become one pseudo-gradient."""
     outer_learning_rate: _builtins.float
@@ -398,6 +399,10 @@ class MergePolicy(_message.Message):
     """
     checked_claims: _builtins.float
     """Share of a cycle's submissions whose tokens validators recount, drawn by the seed, rounded up. Absent: 0."""
+    step_codec: _builtins.str
+    """How the outer step is coded (int8, int4, ternary), so that who holds θ_t fetches the step alone: θ_{t+1} is θ_t minus what it
+    decodes to, for everybody. Or not at all (rows; and empty, as in runs of before it existed).
+    """
     def __init__(
         self,
         *,
@@ -411,10 +416,11 @@ class MergePolicy(_message.Message):
         report_general_sequences: _builtins.int = ...,
         weighting: _builtins.str = ...,
         checked_claims: _builtins.float | None = ...,
+        step_codec: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "checked_claims", b"checked_claims"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "aggregator", b"aggregator", "checked_claims", b"checked_claims", "gate_general_margin", b"gate_general_margin", "gate_general_sequences", b"gate_general_sequences", "gate_target_sequences", b"gate_target_sequences", "outer_learning_rate", b"outer_learning_rate", "outer_momentum", b"outer_momentum", "report_general_sequences", b"report_general_sequences", "report_target_sequences", b"report_target_sequences", "weighting", b"weighting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "aggregator", b"aggregator", "checked_claims", b"checked_claims", "gate_general_margin", b"gate_general_margin", "gate_general_sequences", b"gate_general_sequences", "gate_target_sequences", b"gate_target_sequences", "outer_learning_rate", b"outer_learning_rate", "outer_momentum", b"outer_momentum", "report_general_sequences", b"report_general_sequences", "report_target_sequences", b"report_target_sequences", "step_codec", b"step_codec", "weighting", b"weighting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checked_claims: _TypeAlias = _typing.Literal["checked_claims"]  # noqa: Y015
     _WhichOneofArgType__checked_claims: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims"]  # noqa: Y015

@@ -1,21 +1,28 @@
-"""Fetch what a run is computed on, from the store or from a cache that was filled before: the base and the hold-outs."""
+"""Fetch what a run is computed on, from the store or from a cache that was filled before: base, states and hold-outs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
 from connito.data.manifest import Manifest
+from connito.errors import Environment, Invalid, VerificationFailed
+from connito.protocol.coding import decode_to, step_codec
 from connito.protocol.sequences import replays
+from connito.runtime.logs import get_logger
+from connito.store.cache import Cache
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.cycle_pb2 import VersionPublished
 from connito.v1.run_pb2 import RunSpec
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.sealing import unsealed
+
+log = get_logger("states")
 
 
 class Source(Protocol):
@@ -63,3 +70,48 @@ async def fetch_holdouts(
         path = await source.fetch(ref)
         found[domain] = await asyncio.to_thread(unsealed, path, ref, me, spec.customer, lent)
     return found
+
+
+async def fetch_state(
+    facts: RunFacts, ref: ArtifactRef, cache: Cache, fetch: Callable[[ArtifactRef], Awaitable[Path]]
+) -> Path:
+    """Return a state of a run as a verified file: from the newest one that is in `cache`, by the coded steps since, where these
+    are fewer bytes than it has. Raises what `fetch` raises, which fetches one artifact through that cache.
+    """
+    way = _steps_to(facts, ref, cache)
+    try:
+        for version in way:
+            await _step(facts, version, cache, await fetch(version.step))
+    except Environment:
+        raise
+    except Invalid as error:
+        log.warning("a state is fetched whole: a coded step to it is of no use", run=facts.run, why=str(error))
+    return await fetch(ref)
+
+
+def _steps_to(facts: RunFacts, ref: ArtifactRef, cache: Cache) -> list[VersionPublished]:
+    """Return the versions whose steps lead to a state, in their order; none where it is here, or is shorter than they are."""
+    made = {version.state.digest: version for version in facts.versions.values() if version.HasField("step")}
+    at, way, size = ref, list[VersionPublished](), 0
+    while not cache.path(at).exists():
+        version = made.pop(at.digest, None)
+        if version is None or (size := size + version.step.size) >= ref.size:
+            return []
+        way.insert(0, version)
+        at = facts.window("train", version.cycle).require_opened().state
+    return way
+
+
+async def _step(facts: RunFacts, version: VersionPublished, cache: Cache, step: Path) -> None:
+    how = step_codec(facts.require_spec().merging)
+    parent = cache.path(facts.window("train", version.cycle).require_opened().state)
+
+    def write(target: Path) -> None:
+        if how is None or decode_to(target, how, step, parent)[0] != version.state.digest:
+            raise VerificationFailed(
+                f"the coded step of version {version.version} does not lead from the state before to its own; one of the three "
+                "is damaged"
+            )
+
+    await asyncio.to_thread(cache.get, version.state, write)
+    log.info("stepped", run=facts.run, version=version.version, bytes=version.step.size, of=version.state.size)

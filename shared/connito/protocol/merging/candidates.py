@@ -17,7 +17,7 @@ builds the same candidates from the log and the store, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, expert_grams
 from connito.data.tensors import TensorWriter, read_header
+from connito.protocol.coding import code_step, step_codec
 from connito.protocol.merging.aggregators import (
     Gram,
     OuterStep,
@@ -147,9 +148,14 @@ def plan_of(attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePol
 
 
 def write_candidate(
-    attempt: Attempt, ingredients: MergeInputs, policy: run_pb2.MergePolicy, out_state: Path, out_momentum: Path
+    attempt: Attempt,
+    ingredients: MergeInputs,
+    policy: run_pb2.MergePolicy,
+    out_state: Path,
+    out_momentum: Path,
+    out_step: Path | None = None,
 ) -> Candidate:
-    """Write the candidate's state and outer momentum.
+    """Write the candidate's state and outer momentum; and its coded step, whose decoded state it is then.
 
     Memory: one tensor of each member. Raises `Invalid` (NON_FINITE) when the step overflows.
     """
@@ -160,7 +166,13 @@ def write_candidate(
     else:
         rate, mu = policy.outer_learning_rate, policy.outer_momentum
         step = OuterStep(ingredients.parent, ingredients.momentum, rate, mu)
-    files = write_step(how, deltas, step, out_state, out_momentum)
+    coded, exact = step_codec(policy), out_state.with_suffix(".exact")
+    if coded is None or out_step is None:
+        files = write_step(how, deltas, step, out_state, out_momentum)
+    else:
+        files = write_step(how, deltas, step, exact, out_momentum)
+        files = replace(files, state=code_step(coded, ingredients.parent, exact, out_state, out_step))
+        exact.unlink()
     miners = [ingredients.submissions[index].miner for index in attempt.members]
     weights = {miner: weight for miner, weight in zip(miners, how.weights, strict=True) if weight > 0.0}
     return Candidate(weights, files)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from connito.data.codecs.file import CODED
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
 from connito.data.tensors import read_header
@@ -63,12 +64,14 @@ class Files:
 
 @dataclass(frozen=True)
 class Merged:
-    """The result of a cycle. `state` and `momentum` are files to publish; `state` is the parent's where nothing changed."""
+    """The result of a cycle. `state`, `momentum` and `step` are files to publish; `state` is the parent's where nothing changed.
+    There is no `step` then, nor where the run codes none."""
 
     scored: cycle_pb2.CycleScored
     version: cycle_pb2.VersionPublished
     state: Path
     momentum: Path
+    step: Path | None = None
 
 
 def merge_cycle(
@@ -260,7 +263,9 @@ class _Merge(ABC):
     def _build(self, attempt: Attempt) -> tuple[str, Path]:
         """Write an attempt's files; return digest and path of its state."""
         state, momentum = self._paths(attempt)
-        built = write_candidate(attempt, self.ingredients, self.spec.merging, state, momentum)
+        built = write_candidate(
+            attempt, self.ingredients, self.spec.merging, state, momentum, state.with_suffix(".step")
+        )
         self._built[attempt] = built
         return built.files.state[0], state
 
@@ -303,7 +308,11 @@ class _Merge(ABC):
             merged=list(weights),
             weights=list(weights.values()),
         )
-        return Merged(scored, version, state, momentum)
+        step = state.with_suffix(".step")
+        if not (weights and step.exists()):
+            return Merged(scored, version, state, momentum)
+        version.step.CopyFrom(_ref(*digest_of_file(step), CODED))
+        return Merged(scored, version, state, momentum, step)
 
     def _unmoved(self) -> tuple[Path, Path]:
         """Return the incumbent, with the momentum it came with."""
@@ -394,5 +403,5 @@ class _Recorded(_Merge):
         return list(self._published.losses)
 
 
-def _ref(digest: str, size: int) -> artifacts_pb2.ArtifactRef:
-    return artifacts_pb2.ArtifactRef(digest=digest, size=size, media_type=SAFETENSORS, realm=artifacts_pb2.REALM_PUBLIC)
+def _ref(digest: str, size: int, media_type: str = SAFETENSORS) -> artifacts_pb2.ArtifactRef:
+    return artifacts_pb2.ArtifactRef(digest=digest, size=size, media_type=media_type, realm=artifacts_pb2.REALM_PUBLIC)

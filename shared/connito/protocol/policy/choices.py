@@ -19,6 +19,8 @@ ROWS = "rows"
 # Those that leave out whole directions, and not only the rounding of each number.
 SPARSE = ("low-rank", "top-k")
 CODECS = ("ternary", "int4", "int8", *SPARSE, ROWS)
+# Of the outer step: what leaves out whole directions would leave them out for everybody.
+STEP_CODECS = ("int4", "int8", "ternary", ROWS)
 AGGREGATORS = (
     "mean",
     "utility-mean",

@@ -93,6 +93,7 @@ LAW: Mapping[str, Number | Choice] = {
     "merging.weighting": Choice("tokens", choices.WEIGHTINGS),
     # A lie moves one merge a little and is paid nothing; found out, it costs a cycle.
     "merging.checked_claims": Number(0.25, 0, 1, zero=True),
+    "merging.step_codec": Choice(choices.STEP_CODECS[0], choices.STEP_CODECS),
     "merging.outer_learning_rate": Number(0.7, 1e-6, 10),
     "merging.outer_momentum": Number(0.9, 0, 0.999, zero=True),
     "merging.gate_target_sequences": Number(32, 1, 1_000_000),

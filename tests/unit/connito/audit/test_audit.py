@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import pytest
 from connito.audit import chain
 from connito.audit.audit import Audit, Options, against, audit, pure
 from connito.audit.recompute import Recomputation, draws, merge
+from connito.data.codecs.file import codec, read_coded
 from connito.protocol.quota import LETTERS_PER_KEY
 from connito.v1 import cycle_pb2 as c
 from connito.v1 import run_pb2 as r
 
-from tests.unit.connito.audit.world import MINERS, RUN, World, distance, tell
+from tests.unit.connito.audit.world import MINERS, RUN, TENSOR, World, distance, tell
 
 QUICK = Options(model=False, tolerance=0.0)
 
@@ -197,6 +199,40 @@ async def test_another_state_is_found_by_merging_again(world: World, tmp_path: P
     assert found.first is not None
     assert (found.first.check, found.first.where, found.first.cycle) == ("merge", "merge.2.version", 2)
     assert found.first.what.startswith(f"state.digest: '{version.state.digest}' recomputed")
+
+
+@pytest.mark.parametrize("cheat", ["elsewhere", "no code", "none"])
+async def test_a_coded_step_has_to_lead_to_the_state(world: World, tmp_path: Path, cheat: str) -> None:
+    """The aggregator publishes the right state, and a step by which whoever held the one before comes to another, or nowhere."""
+    facts = world.evidence().facts
+    first, second = facts.version(1), facts.version(2)
+    assert first is not None
+    assert second is not None
+    other = {"elsewhere": first.step, "no code": world.upload(b"connito\x01" + bytes(60)), "none": None}[cheat]
+    world.resign(
+        "merge.2.version", lambda m: m.step.CopyFrom(other) if other else m.ClearField("step"), c.VersionPublished
+    )
+    found = await look(world, tmp_path)
+    assert found.first is not None
+    assert (found.first.check, found.first.where, found.first.cycle) == ("merge", "merge.2.version", 2)
+    why = {"elsewhere": "step: leads to", "no code": "step: cannot be decoded", "none": "step: one recomputed, none"}
+    assert found.first.what.startswith(why[cheat])
+
+
+async def test_a_step_that_another_library_compressed_is_the_same(world: World, tmp_path: Path) -> None:
+    version = world.evidence().facts.version(2)
+    assert version is not None
+    how, layout = codec("int8"), {TENSOR: ("F32", (2, 3))}
+    ((_, delta),) = read_coded(how, layout, world.objects[version.step.digest])
+    file, planes = world.objects[version.step.digest][:13], how.encode(delta)
+    for plane in planes:
+        stored = zlib.compressobj(0, zlib.DEFLATED, -15)
+        coded = stored.compress(plane.tobytes()) + stored.flush()
+        file += len(coded).to_bytes(4, "little") + coded
+    other = world.upload(file)
+    assert other.digest != version.step.digest
+    world.resign("merge.2.version", lambda m: m.step.CopyFrom(other), c.VersionPublished)
+    assert not [each for each in (await look(world, tmp_path)).differences if each.check in ("merge", "artifacts")]
 
 
 async def test_the_gate_is_recomputed_where_states_can_be_measured(world: World, tmp_path: Path) -> None:

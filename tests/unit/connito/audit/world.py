@@ -219,6 +219,7 @@ def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
         merging=run_pb2.MergePolicy(
             aggregator="mean", outer_learning_rate=0.7, outer_momentum=0.9, gate_general_margin=0.1,
             gate_target_sequences=2, gate_general_sequences=2, report_target_sequences=2, report_general_sequences=2,
+            step_codec="int8" if world.rules.protocol_version > 2 else "",
         ),
         windows=run_pb2.WindowPolicy(min_miners=1, min_validators=2),
         rewards=rewards, protocol_version=world.rules.protocol_version,
@@ -397,7 +398,7 @@ class Cycle:
         submissions = evidence.facts.window("submit", self.number).submissions
         agreed = consensus_of(evidence, self.number, submissions)
         merged = merge_cycle(evidence.facts, self.number, submissions, agreed, {}, files, distance, folder)
-        for path in (merged.state, merged.momentum):
+        for path in (merged.state, merged.momentum, *([merged.step] if merged.step else [])):
             self.world.upload(path.read_bytes())
         self.world.publish("merge", self.number, "scored", merged.scored, signer="aggregator")
         self.world.publish("merge", self.number, "version", merged.version, signer="aggregator")
