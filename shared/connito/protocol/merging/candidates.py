@@ -79,6 +79,23 @@ class MergeInputs:
             key=lambda i: (-self.utilities[i], self.submissions[i].commit_sequence, self.submissions[i].miner),
         )
 
+    def only(self, members: Sequence[int]) -> MergeInputs:
+        """Return the inputs of some submissions, by their places."""
+        rows = list(members)
+        return MergeInputs(
+            self.parent,
+            self.momentum,
+            [self.submissions[i] for i in rows],
+            DeltaFiles([self.deltas.states[i] for i in rows], [self.deltas.bases[i] for i in rows]),
+            [self.utilities[i] for i in rows],
+            [self.staleness[i] for i in rows],
+            self.gram[np.ix_(rows, rows)],
+            {layer: counts[rows] for layer, counts in self.routed.items()},
+            {layer: strength[rows] for layer, strength in self.strengths.items()},
+            self.use,
+            frozenset(place for place, i in enumerate(rows) if self.utilities[i] == 0),
+        )
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -98,7 +98,7 @@ def merge_cycle(
     copied, leaning = _whose(facts, cycle, agreed, ingredients, _clear(facts, files.earlier, folder))
     own = [place for place, entry in enumerate(sound) if entry.miner not in copied]
     gainless = _gainless(facts, agreed, ingredients)
-    useful = _only(ingredients, [place for place in own if ingredients.utilities[place] > 0 or place in gainless])
+    useful = ingredients.only([place for place in own if ingredients.utilities[place] > 0 or place in gainless])
     merge = (
         _Recorded(facts, cycle, useful, losses, folder)
         if isinstance(losses, cycle_pb2.VersionPublished)
@@ -212,23 +212,6 @@ def _ingredients(
         counts_of(claims),
         judged(claims, use_of(selection)),
         use_of(selection),
-    )
-
-
-def _only(all_: MergeInputs, members: Sequence[int]) -> MergeInputs:
-    rows = list(members)
-    return MergeInputs(
-        all_.parent,
-        all_.momentum,
-        [all_.submissions[i] for i in rows],
-        DeltaFiles([all_.deltas.states[i] for i in rows], [all_.deltas.bases[i] for i in rows]),
-        [all_.utilities[i] for i in rows],
-        [all_.staleness[i] for i in rows],
-        all_.gram[np.ix_(rows, rows)],
-        {layer: counts[rows] for layer, counts in all_.routed.items()},
-        {layer: strength[rows] for layer, strength in all_.strengths.items()},
-        all_.use,
-        frozenset(place for place, i in enumerate(rows) if all_.utilities[i] == 0),
     )
 
 
