@@ -49,7 +49,9 @@ class AdamW:
         """Return the Euclidean norm of all gradients, float32 [], on the first tensor's device."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         device = next(iter(self.parameters.values())).device
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32).to(device) for g in gradients]
+        # float64 is not narrowed on the way.
+        single = [g.float() if g.dtype == torch.float64 else g for g in gradients]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32).to(device) for g in single]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
 
     @torch.no_grad()
