@@ -112,6 +112,10 @@ class Arena:
 
     @cached_property
     def spec(self) -> run_pb2.RunSpec:
+        """Return the run's policy."""
+        return self.policy()
+
+    def policy(self) -> run_pb2.RunSpec:
         """Return the policy that `connito up --base tiny` takes, over this world's domains."""
         spec = profile(UpOptions(base="tiny", miners=HONEST).checked()).spec
         spec.run, spec.domain, spec.emission = RUN, TARGET, EMISSION
@@ -124,6 +128,13 @@ class Arena:
     def domains(self) -> tuple[str, ...]:
         """Return the domains that the target consists of."""
         return WORLDS[self.world]
+
+    @cached_property
+    def selected(self) -> run_pb2.SelectionMade:
+        """Return the selection as the log has it. It says nothing of use, and nobody claims where tokens went: so submissions
+        are judged whole.
+        """
+        return run_pb2.SelectionMade(run=RUN)
 
     @cached_property
     def selection(self) -> Selection:
@@ -147,9 +158,7 @@ class Arena:
         gate = {domain: rows[parts[domain].gate] for domain, rows in self.held.items()}
         report = {domain: rows[parts[domain].report] for domain, rows in self.held.items()}
         return (
-            SubmissionEvaluator(
-                Evaluator(self.rig.model(), self.selection), holdouts, self.spec, run_pb2.SelectionMade()
-            ),
+            SubmissionEvaluator(Evaluator(self.rig.model(), self.selection), holdouts, self.spec, self.selected),
             GateEvaluator(Evaluator(self.rig.model(), self.selection), {"gate": gate, "report": report}),
         )
 
@@ -231,8 +240,7 @@ class Arena:
         facts = self._facts(cycle, standing, validators)
         refused, settled, files = {}, [], {}
         for place, upload in enumerate(uploads):
-            begun, selection = self.start().state, run_pb2.SelectionMade()
-            refusal = check_artifact(upload.path, _ref(upload.path), begun, self.spec, selection)
+            refusal = check_artifact(upload.path, _ref(upload.path), self.start().state, self.spec, self.selected)
             if refusal is not None:
                 refused[upload.miner] = refusal
                 continue
@@ -277,8 +285,7 @@ class Arena:
     def _facts(self, cycle: int, standing: Standing, validators: int) -> RunFacts:
         facts = RunFacts(RUN)
         _put(facts, "run", 0, "created", run_pb2.RunCreated(spec=self.spec))
-        # Nobody claims where tokens went, and a selection that says nothing of it judges submissions whole.
-        _put(facts, "run", 0, "selected", run_pb2.SelectionMade(run=RUN))
+        _put(facts, "run", 0, "selected", self.selected)
         opened = cycle_pb2.WindowOpened(run=RUN, cycle=cycle, version=cycle - 1, state=_ref(standing.state))
         _put(facts, "train", cycle, "opened", opened)
         names = [_validator(number) for number in range(validators)]

@@ -1,5 +1,5 @@
-"""The figures of `docs/explanation/attacks.md`: `python -m bench.attacks_page --from OUT/work_rates.json`, or of lies about
-tokens with `--claims OUT/claim_lies.json`.
+"""The figures of `docs/explanation/attacks.md`: `python -m bench.attacks_page --from OUT/work_rates.json`, of lies about tokens
+with `--claims OUT/claim_lies.json`, of earlier works with `--again`, of merges by expert with `--merges`.
 
 Copies the document to `docs/evidence` and writes the page's part anew, so that no rate there is typed. A unit test renders
 it again from the copy.
@@ -21,6 +21,8 @@ from bench.work_rates import WORLDS
 
 PAGE, EVIDENCE = ROOT / "docs/explanation/attacks.md", COPIES / "work_rates.json"
 CLAIMS, LIES = "<!-- claims, written by bench.attacks_page -->\n", COPIES / "claim_lies.json"
+AGAIN, WORKS_AGAIN = "<!-- again, written by bench.attacks_page -->\n", COPIES / "work_again.json"
+MERGES, MERGE_LIES = "<!-- merges, written by bench.attacks_page -->\n", COPIES / "merge_lies.json"
 BEGIN, END = "<!-- rates, written by bench.attacks_page -->\n", "<!-- until here -->\n"
 GOALS = {"copies": 0.99, "partly own work": 0.95}
 ACCUSED_GOAL = 0.001
@@ -28,9 +30,13 @@ ACCUSED_GOAL = 0.001
 
 def render(page: str, document: Document) -> str:
     """Return the page with its part written anew."""
-    before, _, rest = page.partition(BEGIN)
+    return _between(page, BEGIN, _part(document))
+
+
+def _between(page: str, begin: str, text: str) -> str:
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(END)
-    return before + BEGIN + "\n" + paragraphs(_part(document)) + "\n" + END + after
+    return before + begin + "\n" + paragraphs(text) + "\n" + END + after
 
 
 def _part(document: Document) -> str:
@@ -65,8 +71,6 @@ Honest hand-ins called a copy, or paid nothing: {"; ".join(f"{row['world']} {_ra
 
 def render_claims(page: str, document: Document) -> str:
     """Return the page with its part on claims of routed tokens written anew."""
-    before, _, rest = page.partition(CLAIMS)
-    _, _, after = rest.partition(END)
     settings, found = document["settings"], document["figures"]
     lines = [
         [name, one["found"], *(_mean(one[what]) for what in ("share", "most", "rise", "judged"))]
@@ -85,7 +89,55 @@ Honest claims, by miners with two frozen helpers a layer, differ from the recoun
 {found["honest claims apart at most"]:.0%} of a layer's tokens; {settings["margin"]:.0%} may in the first adapted layer, twice
 that in the second. Under `capped` nobody recounts: what would have been found is shown for comparison.
 """
-    return before + CLAIMS + "\n" + paragraphs(text) + "\n" + END + after
+    return _between(page, CLAIMS, text)
+
+
+def render_again(page: str, document: Document) -> str:
+    """Return the page with its part on works of earlier cycles written anew."""
+    settings, found = document["settings"], document["figures"]
+    worlds = list(found["honest"])
+    lines = [[kind, *(_of(*found[kind][world]) for world in worlds)] for kind in found if kind != "honest"]
+    honest = [sum(found["honest"][world][part] for world in worlds) for part in (0, 1)]
+    text = f"""
+`bench.work_again`: {settings["miners"]} honest miners of the domains {" and ".join(settings["domains"])} train
+{settings["cycles"]} cycles of {settings["local_steps"]} steps on each of {settings["seeds"]} bases. From the second on
+works of the one before are handed in again on the state of now, by a thief and by the miner whose they were. They read fresh
+text in each cycle, their own text again, or all the same six answers. Each cell: found, with the 95 % Wilson interval;
+hand-ins of one base are not independent.
+
+{table(("handed in again", *worlds), lines)}
+Honest hand-ins of the same cycles called one of an earlier: {_of(*honest)}.
+"""
+    return _between(page, AGAIN, text)
+
+
+def render_merges(page: str, document: Document) -> str:
+    """Return the page with its part on attacks on merges by expert written anew."""
+    settings, found = document["settings"], document["figures"]
+    lines = [
+        [
+            name, one["found"], one["merged"], "–" if one["earned"] is None else f"{one['earned']:.2f}", one["gate"],
+            *(_mean(one[what]) for what in ("gained", "rise", "general")),
+        ]
+        for name, one in found.items()
+    ]  # fmt: skip
+    text = f"""
+`bench.merge_lies`: {settings["honest_miners"]} honest miners of one of two domains each, one cycle, {settings["seeds"]} bases
+whose experts differ; after each attack the local steps of the cycle. Attackers commit last and know what the others made,
+and what they claim is taken as true. *Found*: refused, for whatever reason; *merged*: hand-ins of attackers in the published
+versions; *earned*: an honest miner's mean being 1; *gained*: fall of the published target loss by the cycle, in nats per
+token; *rise* of it, and of the *general* domains', by the attack.
+
+{table(("attack; steps", "found", "merged", "earned", "gate", "gained", "rise", "general"), lines)}
+"""
+    return _between(page, MERGES, text)
+
+
+def _of(hits: int, trials: int) -> str:
+    from scipy.stats import binomtest
+
+    found = binomtest(hits, trials).proportion_ci(method="wilson")
+    return f"{hits} of {trials} ({found.low:.1%} to {found.high:.1%})"
 
 
 def _mean(one: Sequence[float]) -> str:
@@ -126,8 +178,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.attacks_page", description=__doc__)
     parser.add_argument("--from", dest="source", type=Path, help="what bench.work_rates wrote")
     parser.add_argument("--claims", type=Path, help="what bench.claim_lies wrote")
+    parser.add_argument("--again", type=Path, help="what bench.work_again wrote")
+    parser.add_argument("--merges", type=Path, help="what bench.merge_lies wrote")
     arguments = parser.parse_args()
-    for source, kept, part in ((arguments.source, EVIDENCE, render), (arguments.claims, LIES, render_claims)):
+    parts = (
+        (arguments.source, EVIDENCE, render),
+        (arguments.claims, LIES, render_claims),
+        (arguments.again, WORKS_AGAIN, render_again),
+        (arguments.merges, MERGE_LIES, render_merges),
+    )
+    for source, kept, part in parts:
         if source is not None:
             shutil.copyfile(source, kept)
             PAGE.write_text(part(PAGE.read_text(), json.loads(kept.read_text())))

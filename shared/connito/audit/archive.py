@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from connito.audit.artifacts import Artifacts, Named, gather
 from connito.audit.evidence import Evidence, Stored, read_stored
@@ -33,6 +33,8 @@ FORMAT = 1
 _TIME = (1980, 1, 1, 0, 0, 0)
 _ABOUT, _ROSTER, _LOG = "archive.json", "roster.json", "log.jsonl"
 _LISTS = ("records", "dead_letters", "library")
+# The broker counts in 64 bits, and the calendar ends with the year 9999.
+_LAST_SEQUENCE, _LAST_MS = 1 << 63, 253_402_300_800_000
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,7 @@ class Archive:
         with _reading(self.path), self.zip.open(_LOG) as lines:
             for line in lines:
                 row = parse_json(line)
-                lists[row["list"]].append(
-                    Record(
-                        row["stream"],
-                        int(row["sequence"]),
-                        row["subject"],
-                        base64.b64decode(row["data"], validate=True),
-                        int(row["ms"]),
-                    )
-                )
+                lists[row["list"]].append(_record(row))
         return Stored(*(lists[name] for name in _LISTS))
 
     async def artifacts(self, evidence: Evidence, wanted: Callable[[Named], bool], say: Notify) -> Artifacts:
@@ -80,7 +74,7 @@ class Archive:
             member = self.zip.getinfo(key_of(ref))
         except KeyError:
             raise NotFound("is not in the archive") from None
-        if member.compress_type != zipfile.ZIP_STORED or ref.size not in (0, member.file_size):
+        if ref.size not in (0, member.file_size):
             raise VerificationFailed(f"has {member.file_size} bytes in the archive; the log says {ref.size}")
         whole = ArtifactRef(digest=ref.digest, size=member.file_size, realm=ref.realm)
         try:
@@ -91,6 +85,15 @@ class Archive:
         return path
 
 
+def _record(row: dict[str, Any]) -> Record:
+    """Return the message of a line. Raises as `_reading` expects for one that no broker stored."""
+    stream, subject, sequence, ms = (row[name] for name in ("stream", "subject", "sequence", "ms"))
+    words = isinstance(stream, str) and isinstance(subject, str)
+    if not (words and type(sequence) is type(ms) is int and 0 < sequence < _LAST_SEQUENCE and 0 <= ms < _LAST_MS):
+        raise ValueError("a message has no place in a stream")
+    return Record(stream, sequence, subject, base64.b64decode(row["data"], validate=True), ms)
+
+
 @contextmanager
 def unsealed(path: Path, folder: Path, me: Identity | None = None) -> Iterator[Archive]:
     """Open an archive; `folder` takes what is unpacked, `me` reads what is sealed.
@@ -98,6 +101,9 @@ def unsealed(path: Path, folder: Path, me: Identity | None = None) -> Iterator[A
     Raises `Invalid` for a file that is none, or of a newer format.
     """
     with _reading(path), zipfile.ZipFile(path) as file:
+        # What is only as long as it lies there fills no memory and no disk.
+        if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+            raise ValueError("something in it is compressed")
         about = parse_json(file.read(_ABOUT))
         if about["format"] != FORMAT:
             raise Invalid(f"{path} has format {about['format']}; this program reads {FORMAT}: use a newer one")
@@ -164,6 +170,7 @@ def _reading(path: Path) -> Iterator[None]:
         AttributeError,
         EOFError,
         NotImplementedError,
+        RuntimeError,
     ) as error:
         raise Invalid(f"{path} is not a whole archive of a run ({error}); `connito archive` writes one") from error
     except OSError as error:
