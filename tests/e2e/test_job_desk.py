@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import json
+import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from connito.data.corpus import Corpus
+from connito.errors import Invalid
+from connito.platform.datadir import DataDir
+from connito.platform.log import read_log
+from connito.platform.session import Session
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.facts import RunFacts
+from connito.wire.identity import Identity
+from connito.wire.locked import unlocked
+from connito.wire.sealing import MEDIA_TYPE, NoKey, parse_boxes, unsealed
+from connito.workloads.fetching import holdout_refs
 
 from .test_detached import SMALL, Platform, until_finished
 
@@ -51,7 +64,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import decimal
     import email.message
     import pathlib
-    import shutil
     import statistics
     import tarfile
     import zipfile
@@ -141,6 +153,62 @@ def test_the_delivery_report_measures_and_the_expert_loads(platform: Platform, r
     record = json.loads((out / "expert" / "record.json").read_text())
     assert record["governance"]["visibility"] == "private"
     assert {"files", "more"} < set(record["governance"]["sources"])
+
+
+async def _facts(platform: Platform, run: str) -> tuple[RunFacts, Session]:
+    session = Session.open(platform.data, role="operator")
+    async with session.bus() as bus:
+        return (await read_log(bus, session.roster, run)).runs[run], session
+
+
+async def test_what_miners_upload_for_a_job_is_noise_without_the_key_of_its_reveal(
+    platform: Platform, run: str, tmp_path: Path
+) -> None:
+    facts, session = await _facts(platform, run)
+    entries = facts.window("submit", 1).submissions
+    assert entries
+    for entry in entries:
+        stored = await session.store().fetch(entry.artifact)
+        assert stored.read_bytes().startswith(b"connito.v1.locked\n")
+        clear = unlocked(stored, entry.artifact, tmp_path)
+        assert hashlib.sha256(clear.read_bytes()).hexdigest() == entry.artifact.content
+        assert clear.read_bytes()[64:] not in stored.read_bytes()
+        wrong = ArtifactRef()
+        wrong.CopyFrom(entry.artifact)
+        wrong.key = bytes(32)
+        with pytest.raises(Invalid, match="not the one that the upload was locked with"):
+            unlocked(stored, wrong, tmp_path)
+
+
+async def test_a_validator_that_is_admitted_late_reads_the_hold_outs_that_are_lent_to_it(
+    platform: Platform, run: str, tmp_path: Path
+) -> None:
+    late, file = Identity.generate(), tmp_path / "lent.json"
+    refused = platform.connito("access", "lend", run, late.public, str(file))
+    assert (refused.returncode, file.exists()) == (3, False), refused.stderr
+    assert "is no validator of the roster" in refused.stderr
+    facts, session = await _facts(platform, run)
+    spec, place = facts.require_spec(), DataDir.at(platform.data).roster
+    before = place.read_text()
+    roster = json.loads(before)
+    roster["keys"]["validator"] = [*roster["keys"]["validator"], late.public]
+    place.write_text(json.dumps(roster))
+    try:
+        platform.json("access", "lend", run, late.public, str(file))
+    finally:
+        place.write_text(before)
+    assert file.stat().st_mode & 0o777 == 0o600
+    lent = parse_boxes(file.read_bytes(), str(file))
+    refs = [ref for ref in holdout_refs(spec).values() if ref.media_type == MEDIA_TYPE]
+    assert set(lent) == {ref.digest for ref in refs} != set()
+    for ref in refs:
+        sealed = tmp_path / ref.digest
+        shutil.copyfile(await session.store().fetch(ref), sealed)
+        with pytest.raises(NoKey):
+            unsealed(sealed, ref, late, spec.customer)
+        assert Corpus.load(unsealed(sealed, ref, late, spec.customer, lent).read_bytes())
+        with pytest.raises(Invalid):
+            unsealed(sealed, ref, Identity.generate(), spec.customer, lent)
 
 
 def test_the_next_job_starts_from_the_shelf_and_the_audit_chooses_again(

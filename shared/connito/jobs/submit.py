@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import secrets
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ async def _upload(checked: Checked, store: CustomerStore, progress: Progress) ->
     readers = sealing.judges(context.session.roster, me.public)
     spec = RunSpec()
     spec.CopyFrom(checked.spec)
-    spec.run = job.run or _run_id(job.domain)
+    spec.run = job.run or _run_id(job.domain, guessable=job.privacy.visibility == "public")
     spec.base.CopyFrom(await _base(checked, store, progress))
     spec.base.proof = base_proof(me.public, context.manifest.to_bytes())
 
@@ -123,5 +124,7 @@ async def _base(checked: Checked, store: CustomerStore, progress: Progress) -> B
     return BaseRef(name=context.name, manifest=manifest)
 
 
-def _run_id(domain: str) -> str:
-    return f"{domain}-{datetime.datetime.now(datetime.UTC).strftime('%Y%m%d-%H%M%S')}"
+def _run_id(domain: str, *, guessable: bool) -> str:
+    """Return a name for a run. Whoever asks for a name learns that it is taken, so that of a private run is not to be guessed."""
+    name = f"{domain[:48]}-{datetime.datetime.now(datetime.UTC).strftime('%Y%m%d-%H%M%S')}"
+    return name if guessable else f"{name}-{secrets.token_hex(6)}"

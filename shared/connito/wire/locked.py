@@ -48,14 +48,16 @@ def unlocked(path: Path, ref: ArtifactRef, folder: Path) -> Path:
     if not ref.key:
         return path
     target, header, read = folder / f"{ref.digest}.clear", _header(ref.key, ref.content), hashlib.sha256()
-    target.touch(0o600)
-    with path.open("rb") as file, target.open("wb") as out:
+    with path.open("rb") as file:
+        # Before anything is written: the file in clear of the one whose upload it is may lie there.
         if not hmac.compare_digest(file.read(len(header)), header):
             raise _mismatch("the key in the reveal is not the one that the upload was locked with")
+        target.touch(0o600)
         try:
-            for chunk in decrypted(file, header, ref.key):
-                read.update(chunk)
-                out.write(chunk)
+            with target.open("wb") as out:
+                for chunk in decrypted(file, header, ref.key):
+                    read.update(chunk)
+                    out.write(chunk)
         except VerificationFailed as error:
             raise _mismatch("a part of the upload does not open") from error
     if read.hexdigest() != ref.content:

@@ -24,6 +24,14 @@ def locked(folder: Path, work: bytes = WORK, key: bytes = KEY) -> tuple[Path, Ar
     return path, ArtifactRef(digest=digest, size=len(raw), realm=REALM_SUBMISSION, key=key, content=content)
 
 
+def test_a_false_key_for_the_same_upload_leaves_what_was_opened(tmp_path: Path) -> None:
+    path, ref = locked(tmp_path)
+    clear = unlocked(path, ref, tmp_path)
+    false = ArtifactRef(digest=ref.digest, key=bytes(32), content=ref.content)
+    assert refused(path, false, tmp_path)
+    assert clear.read_bytes() == WORK
+
+
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 7])
 def test_the_key_opens_it_and_without_it_nothing_is_read(tmp_path: Path, size: int) -> None:
     work = (WORK * (size // len(WORK) + 1))[:size]
