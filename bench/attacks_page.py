@@ -17,11 +17,12 @@ from typing import Any
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
 from bench.work_kinds import COPIES as KINDS_OF_COPIES
 from bench.work_kinds import PARTLY
-from bench.work_rates import WORLDS
+from bench.work_rates import ALONE, WORLDS
 
 PAGE, EVIDENCE = ROOT / "docs/explanation/attacks.md", COPIES / "work_rates.json"
 CLAIMS, LIES = "<!-- claims, written by bench.attacks_page -->\n", COPIES / "claim_lies.json"
 AGAIN, WORKS_AGAIN = "<!-- again, written by bench.attacks_page -->\n", COPIES / "work_again.json"
+FRAMED = ("framed a cycle ahead", "framed in the same cycle")
 MERGES, MERGE_LIES = "<!-- merges, written by bench.attacks_page -->\n", COPIES / "merge_lies.json"
 BEGIN, END = "<!-- rates, written by bench.attacks_page -->\n", "<!-- until here -->\n"
 GOALS = {"copies": 0.99, "partly own work": 0.95}
@@ -42,8 +43,10 @@ def _between(page: str, begin: str, text: str) -> str:
 def _part(document: Document) -> str:
     settings, rows = document["settings"], document["rows"]
     honest = [row for row in rows if row["kind"] == "honest"]
+    worlds = [world for world in WORLDS if any(row["world"] == world for row in rows)]
+    alone = [row for row in rows if row["kind"] == ALONE]
     lines = [
-        [kind, *(_cell([row for row in rows if (row["kind"], row["world"]) == (kind, world)]) for world in WORLDS)]
+        [kind, *(_cell([row for row in rows if (row["kind"], row["world"]) == (kind, world)]) for world in worlds)]
         for kind in (*KINDS_OF_COPIES, *PARTLY)
     ]
     families = [
@@ -59,14 +62,21 @@ honest miners beside each thief; {document["machine"]["cpu"]}, {document["machin
 unpaid, with the 95 % Wilson interval over works that differ, then what the thief earned, an honest miner of the same cycles
 being 1.
 
-{table(("handed in", *WORLDS), lines)}
+{table(("handed in", *worlds), lines)}
 
 Together found or unpaid: {"; ".join(families)}.
 
 Honest hand-ins called a copy, or paid nothing: {"; ".join(f"{row['world']} {_rate([row], 'found')}" for row in honest)}; together
 {_rate(honest, "found")}, goal at most {ACCUSED_GOAL:.1%}, {"shown" if shown else "not shown by so many"}. Paid a part:
 {"; ".join(f"{row['world']} {row['paid_in_part']} (paid {row['share']:.1%} on average)" for row in honest)}.
-"""
+{_alone(alone)}"""
+
+
+def _alone(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    told = "; ".join(f"{_rate([row], 'found')}, paid {row['share']:.1%} on average" for row in rows)
+    return f"\nA niche expert alone, the one miner of its domain: called a copy, or paid nothing {told}.\n"
 
 
 def render_claims(page: str, document: Document) -> str:
@@ -96,7 +106,10 @@ def render_again(page: str, document: Document) -> str:
     """Return the page with its part on works of earlier cycles written anew."""
     settings, found = document["settings"], document["figures"]
     worlds = list(found["honest"])
-    lines = [[kind, *(_of(*found[kind][world]) for world in worlds)] for kind in found if kind != "honest"]
+    lines = [
+        [kind, *(_of(*found[kind][world]) for world in worlds)] for kind in found if kind not in ("honest", *FRAMED)
+    ]
+    framed = "; ".join(f"{kind} {_of(*map(sum, zip(*found[kind].values(), strict=True)))}" for kind in FRAMED)
     honest = [sum(found["honest"][world][part] for world in worlds) for part in (0, 1)]
     text = f"""
 `bench.work_again`: {settings["miners"]} honest miners of the domains {" and ".join(settings["domains"])} train
@@ -106,7 +119,8 @@ text in each cycle, their own text again, or all the same six answers. Each cell
 hand-ins of one base are not independent.
 
 {table(("handed in again", *worlds), lines)}
-Honest hand-ins of the same cycles called one of an earlier: {_of(*honest)}.
+Honest hand-ins of the same cycles called one of an earlier: {_of(*honest)}. Which text a miner is given follows from the log.
+Honest hand-ins called a copy where somebody else had trained from their text, and committed that first: {framed}.
 """
     return _between(page, AGAIN, text)
 

@@ -4,6 +4,10 @@ Six honest miners really train three cycles on a tiny base, each from the mean o
 hands in work of an earlier one, in each of the forms below, and so does the miner whose it was. All are judged by the rule of
 runs (`handed_in_again`) against all works of the cycles before.
 
+Which text a miner is given next follows from the log. `framed`: somebody trained from it a cycle earlier, and handed that in, so
+that the honest miner's work of now be called a copy. `framed now`: somebody trains from it in the same cycle, in another
+order, and commits first; judged by `own_work`.
+
 fresh text   everybody has other text of its domain in each cycle; miners of two domains
 own text     everybody reads its own text again in each cycle
 few answers  everybody reads the same six sequences in each cycle, in another order
@@ -19,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.protocol.scoring.copies import CopyEvidence
 from connito.protocol.scoring.functions import function_gram
-from connito.protocol.scoring.own_work import handed_in_again
-from connito.v1 import cycle_pb2
+from connito.protocol.scoring.own_work import handed_in_again, own_work
+from connito.v1 import artifacts_pb2, cycle_pb2
 
 from bench.compose_setup import text
 from bench.harness import Options, Result, main, note
@@ -56,9 +61,13 @@ AGAIN: Mapping[str, Again] = {
 
 @dataclass
 class _Cycle:
+    """A cycle's start, honest works and their moves; works made from the text that its miners get next, and twins of now."""
+
     theta: Path
     works: list[Path]
     moves: list[State]
+    ahead: list[Path]
+    twins: list[Path]
 
 
 def run(options: Options) -> Result:
@@ -86,12 +95,22 @@ def _world(rig: Rig, world: str, folder: Path) -> list[dict[str, Any]]:
         paths = [folder / f"{cycle}-{miner}.safetensors" for miner in range(MINERS)]
         for path, state in zip(paths, works, strict=True):
             save_state(state, path)
+        ahead, twins = (
+            [folder / f"ahead-{cycle}-{n}" for n in range(MINERS)],
+            [folder / f"twin-{cycle}-{n}" for n in range(MINERS)],
+        )
+        for miner in range(MINERS):
+            save_state(ground.train(theta, _text(ground, world, miner, cycle + 1, rng)), ahead[miner])
+            own = _text(ground, world, miner, cycle, rng)
+            flat = rng.permutation(own.reshape(-1, own.shape[-1]))
+            save_state(ground.train(theta, flat.reshape(own.shape)), twins[miner])
+        now = _Cycle(theta, paths, [delta(before, state) for state in works], ahead, twins)
         if told:
             rows += _judged(rig.seed, world, cycle, told, theta, paths, folder, rng)
-        moves = [delta(before, state) for state in works]
-        told.append(_Cycle(theta, paths, moves))
+            rows += [*_framed(rig.seed, world, cycle, told, now), *_framed_now(rig.seed, world, cycle, now)]
+        told.append(now)
         theta = folder / f"theta-{cycle}.safetensors"
-        save_state(plus(before, *((OUTER / MINERS, move) for move in moves)), theta)
+        save_state(plus(before, *((OUTER / MINERS, move) for move in now.moves)), theta)
     return rows
 
 
@@ -131,10 +150,44 @@ def _judged(
         keep = np.array([*range(len(earlier)), place_of[path]])
         own = tuple(gram[np.ix_(keep, keep)] for gram in grams)
         found = handed_in_again([entry], [entry], before, (own[0], own[1]), _policy(), NUMBERS)
-        rows.append(
-            {"seed": seed, "world": world, "cycle": cycle, "kind": kind, "work": path.stem, "found": bool(found)}
-        )
+        rows.append(_row(seed, world, cycle, kind, path, bool(found)))
     return rows
+
+
+def _framed(seed: int, world: str, cycle: int, told: Sequence[_Cycle], now: _Cycle) -> list[dict[str, Any]]:
+    last, rows = told[-1], []
+    for miner, work in enumerate(now.works):
+        files = [*last.works, last.ahead[miner], work]
+        bases = [*[last.theta] * (MINERS + 1), now.theta]
+        grams = gram_matrix(DeltaFiles(files, bases)), function_gram(files, bases, bytes([cycle]) * 32)
+        names = [*(f"M{n}" for n in range(MINERS)), "framer"]
+        before = [cycle_pb2.Submission(miner=name, commit_sequence=1 + n) for n, name in enumerate(names)]
+        entry = cycle_pb2.Submission(miner=f"M{miner}", commit_sequence=1000)
+        found = handed_in_again([entry], [entry], before, grams, _policy(), NUMBERS)
+        rows.append(_row(seed, world, cycle, "framed a cycle ahead", work, bool(found)))
+    return rows
+
+
+def _framed_now(seed: int, world: str, cycle: int, now: _Cycle) -> list[dict[str, Any]]:
+    rows = []
+    for miner, work in enumerate(now.works):
+        others = [path for place, path in enumerate(now.works) if place != miner]
+        files = [now.twins[miner], *others, work]
+        bases = [now.theta] * len(files)
+        grams = gram_matrix(DeltaFiles(files, bases)), function_gram(files, bases, bytes([cycle]) * 32)
+        entries = [
+            cycle_pb2.Submission(
+                miner=f"F{place}", commit_sequence=1 + place, artifact=artifacts_pb2.ArtifactRef(digest=f"{place:064x}")
+            )
+            for place in range(len(files))
+        ]
+        found = own_work(entries, CopyEvidence(grams[0]), grams[1], _policy(), NUMBERS)
+        rows.append(_row(seed, world, cycle, "framed in the same cycle", work, entries[-1].miner in found.original))
+    return rows
+
+
+def _row(seed: int, world: str, cycle: int, kind: str, work: Path, found: bool) -> dict[str, Any]:
+    return {"seed": seed, "world": world, "cycle": cycle, "kind": kind, "work": work.stem, "found": found}
 
 
 def _policy() -> Any:

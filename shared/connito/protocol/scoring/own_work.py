@@ -30,6 +30,9 @@ NEAREST_EFFECTS = 8
 SWEEPS = 4
 # The function of another, to three digits of its change.
 SAME_FUNCTION = 0.9995
+# Of an earlier cycle, the same step under some noise. What is less alike may have been trained from the text that a miner is
+# given next, which everybody knows, to have its owner called a copier.
+SAME_STEP = 0.95
 # A copy's ratios are below these; from the larger ones on, work is its own altogether.
 SPAN_LIMIT, SPAN_OWN = 0.18, 0.5
 WEIGHT_LEAN_LIMIT, FUNCTION_LEAN_LIMIT, LEAN_OWN = 0.15, 0.1, 0.6
@@ -90,9 +93,10 @@ class _Spaces:
                     continue
                 near = _nearest(space, works, later)
                 told = novelty(space, [works[place] for place in near], later)
+                victim = works[near[told.victim]]
                 limit = FEW_SPAN_LIMIT if len(near) <= FEW else SPAN_LIMIT
-                if told.span <= limit if by_span else told.lean <= lean:
-                    return works[near[told.victim]]
+                if told.span <= limit if by_span else told.lean <= lean and space[later, victim] >= SAME_STEP:
+                    return victim
         return None
 
     def part(self, earlier: Sequence[int], later: int) -> tuple[float, int]:

@@ -301,8 +301,7 @@ REPACKED: dict[str, Callable[[list[Array]], Array]] = {
     "as it was": lambda works: works[1],
     "scaled": lambda works: 0.3 * works[1],
     "under little noise": lambda works: works[1] + noise(0.1),
-    "under noise": lambda works: works[1] + noise(0.5),
-    "under much noise": lambda works: works[1] + noise(1.0),
+    "under noise": lambda works: works[1] + noise(0.3),
     "mixed": lambda works: 0.7 * works[1] + 0.3 * works[2],
     "of all": lambda works: np.stack(works).mean(axis=0),
 }
@@ -323,11 +322,13 @@ def test_work_of_now_is_no_earlier_work(alike: float, count: int) -> None:
     assert told_again(works[:count], works[count:], names) == {}
 
 
-def test_a_miner_that_reads_the_same_text_in_every_cycle_leans_on_its_own_work_alone() -> None:
+def test_work_from_the_same_text_in_another_cycle_is_no_copy() -> None:
     before = honest(6, 0.3)
     works = [0.85 * each + noise(0.53, 100 + place) for place, each in enumerate(before)]
     assert told_again(before, works, [f"U{place}" for place in range(6)]) == {}
-    assert told_again(before, works[:1], ["UTHIEF"]) == {"UTHIEF": "U0"}
+    assert told_again(before, works, [f"UOTHER{place}" for place in range(6)]) == {}, (
+        "nor is it a copy of whoever trained from its text before, so that it be called one"
+    )
     assert told_again(before, [0.7 * before[0]], ["U0"]) == {"U0": "U0"}, "its very own again is no work"
 
 
