@@ -20,8 +20,8 @@ from .test_detached import SMALL, Platform
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 THREE_CYCLES = tuple("3" if SMALL[at - 1] == "--cycles" else option for at, option in enumerate(SMALL))
-# What an operator keeps elsewhere: who is who, and with `connito up` what the run was begun with.
-KEPT = {"keys", "accounts", "accounts.json", "roster.json", "begun.json", "threads"}
+# What an operator keeps elsewhere: who is who.
+KEPT = {"keys", "accounts", "accounts.json", "roster.json"}
 
 
 def facts_of(platform: Platform, run: str) -> dict[tuple[str, int], Any]:

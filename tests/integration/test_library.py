@@ -80,12 +80,14 @@ async def finish(
     tmp_path: Path,
     gate: cycle_pb2.GateDecision.ValueType,
     owner: Identity | None = None,
+    organisation: str = "",
 ) -> TinyRun:
     """Tell a run of one cycle from its creation to its end. The merged state is the base's rows, moved a little; with an
-    `owner`, the expert is private to them."""
+    `owner`, the expert is private to them, or to their `organisation`."""
     tiny = await prepare(store, run, tmp_path)
     if owner is not None:
-        tiny.spec.customer, tiny.spec.visibility = owner.public, "private"
+        tiny.spec.customer, tiny.spec.organisation = owner.public, organisation
+        tiny.spec.visibility = "organisation" if organisation else "private"
     model = load_full(tiny_base())
     base = base_digests(model, tiny.targets)
     report = json.dumps({"base": {"rest": base.rest, "rows": base.rows}}).encode()

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -18,14 +19,17 @@ from urllib.parse import parse_qs, urlencode, urljoin, urlsplit
 import httpx2
 import pytest
 from connito.client import Client
-from connito.errors import Invalid
-from connito.platform.servers import NatsServer, free_ports
-from connito.v1 import run_pb2
+from connito.errors import Invalid, NotFound
+from connito.platform.servers import NatsServer, ObjectStore, free_ports
+from connito.store import ArtifactStore
+from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
 from tests.integration.conftest import BusFactory
 from tests.integration.test_console import Console
+from tests.integration.test_library import deposited, finish
+from tests.integration.test_selector import store_env
 from tests.integration.witness import ServiceProcess
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -238,3 +242,44 @@ async def test_programs_read_with_a_token_and_change_nothing(house: House, provi
         pytest.raises(Invalid, match="customer's key"),
     ):
         await asyncio.to_thread(client.job.cancel, "ward", "because")
+
+
+async def test_a_token_shows_the_experts_that_its_organisation_may_see(
+    provider: Provider, own_nats: NatsServer, bus_factory: BusFactory, tmp_path: Path, identities: dict[str, Identity],
+    roster: Roster, object_store: ObjectStore, store: ArtifactStore,
+) -> None:  # fmt: skip
+    customer = identities["customer"]
+    known = replace(roster, organisations={"clinic": frozenset({customer.public}), "bank": frozenset()})
+    buses = {
+        role: await bus_factory(identities[role], own_nats.url) for role in ("coordinator", "selector", "aggregator")
+    }
+    env = {
+        "CONNITO_NATS_URL": own_nats.url, "CONNITO_OIDC_ISSUER": provider.issuer, "CONNITO_OIDC_AUDIENCE": "connito",
+        "NO_PROXY": "127.0.0.1", **store_env(object_store, store),
+    }  # fmt: skip
+    library = ServiceProcess("library", tmp_path / "library", identities["library"], known, env)
+    try:
+        await library.start().ready()
+        experts = {}
+        for name, owner, organisation in (("open", None, ""), ("ward", customer, "clinic"), ("own", customer, "")):
+            await finish(buses, store, name, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED, owner, organisation)
+            experts[name] = (await deposited(buses["coordinator"], known, name)).expert_id
+        address = f"127.0.0.1:{library.ports['grpc']}"
+
+        def seen(token: str) -> tuple[set[str], set[str]]:
+            with Client(library=address, token=token) as client:
+                listed = {expert.expert_id for expert in client.library.list()}
+                shown = set()
+                for name in experts.values():
+                    with suppress(NotFound):
+                        shown.add(client.library.show(name)[0].expert_id)
+                return listed, shown
+
+        ada, identity = await token_of("ada", provider)
+        for token, names in ((ada, {"open", "ward"}), ((await token_of("bob", provider))[0], {"open"}), ("", {"open"})):
+            may = {experts[name] for name in names}
+            assert await asyncio.to_thread(seen, token) == (may, may)
+        with pytest.raises(Invalid, match="its audience is not"):
+            await asyncio.to_thread(seen, identity)
+    finally:
+        library.kill()

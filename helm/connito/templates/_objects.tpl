@@ -23,6 +23,30 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Refuse a patch that makes another object of one, or one that no server takes: (list index object before) */}}
+{{- define "connito.patched" -}}
+{{- $where := printf "patches[%d] on %s %s" (index . 0) (index . 2).kind (index . 2).metadata.name -}}
+{{- $object := index . 1 -}}
+{{- $before := index . 2 -}}
+{{- range $key := list "apiVersion" "kind" -}}
+{{- if ne (toString (get $object $key)) (get $before $key) -}}{{- fail (printf "%s may not change %s" $where $key) -}}{{- end -}}
+{{- end -}}
+{{- range $key := list "metadata" "spec" "data" "rules" "roleRef" "subjects" -}}
+{{- if and (hasKey $before $key) (ne (kindOf (get $object $key)) (kindOf (get $before $key))) -}}{{- fail (printf "%s takes %s away, which the object needs" $where $key) -}}{{- end -}}
+{{- end -}}
+{{- range $key := list "name" "namespace" -}}
+{{- if ne (toString (get $object.metadata $key)) (toString (get $before.metadata $key)) -}}{{- fail (printf "%s may not change metadata.%s" $where $key) -}}{{- end -}}
+{{- end -}}
+{{- if and (kindIs "map" $before.spec) (hasKey $before.spec "selector") (not (deepEqual $before.spec.selector (get $object.spec "selector"))) -}}
+{{- fail (printf "%s may not change spec.selector: pods would be nobody's, and no upgrade would be taken" $where) -}}
+{{- end -}}
+{{- range $key := list "labels" "annotations" -}}
+{{- range $name, $value := (get $object.metadata $key | default dict) -}}
+{{- if not (kindIs "string" $value) -}}{{- fail (printf "%s: metadata.%s.%s is %v and has to be a text: quote it" $where $key $name $value) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Everything the chart makes: common labels, patches, and for a Job a name that says what is in it. (list root names) */}}
 {{- define "connito.emit" -}}
 {{- $root := index . 0 -}}
@@ -46,7 +70,9 @@
 {{- range $index, $patch := $root.Values.patches -}}
 {{- $suffix := trimPrefix (printf "%s-" $full) $object.metadata.name -}}
 {{- if and (eq $patch.kind $object.kind) (or (not $patch.name) (has $patch.name (list $suffix $object.metadata.name))) -}}
+{{- $before := deepCopy $object -}}
 {{- include "connito.merge" (list $object $patch.merge) -}}
+{{- include "connito.patched" (list $index $object $before) -}}
 {{- $_ := set $fitted (toString $index) true -}}
 {{- end -}}
 {{- end -}}
@@ -67,7 +93,9 @@
 {{- range $root.Values.extraObjects }}
 ---
 {{- $text := ternary (tpl (toString .) $root) (toYaml .) (kindIs "string" .) }}
-{{- if not (regexMatch "(?m)^kind:" $text) }}{{ fail (printf "extraObjects: %q is no object, which has a kind" (trunc 60 $text)) }}{{ end }}
+{{- range $key := list "kind" "apiVersion" "metadata" }}
+{{- if not (regexMatch (printf "(?m)^%s:" $key) $text) }}{{ fail (printf "extraObjects: %q is no object, which has %s" (trunc 60 $text) (ternary "a kind" $key (eq $key "kind"))) }}{{ end }}
+{{- end }}
 {{ $text }}
 {{- end -}}
 {{- end -}}

@@ -189,6 +189,11 @@ def test_openshift_chooses_the_user(name: str) -> None:
     assert {53, 5353} <= {port["port"] for port in policy["spec"]["egress"][0]["ports"]}
 
 
+def patch(kind: str, merge: dict[str, Any]) -> dict[str, Any]:
+    """Values with one merge patch on every object of a kind."""
+    return {"patches": [{"kind": kind, "merge": merge}]}
+
+
 def check_every_own_container_is_restricted(objects: tuple[Object, ...]) -> None:
     for where, spec in pod_specs(objects).items():
         assert spec["securityContext"]["runAsNonRoot"] is True, where
@@ -210,6 +215,16 @@ def check_every_own_container_is_restricted(objects: tuple[Object, ...]) -> None
         ("platform", {"library": {"extraEnv": [{"nam": "x"}]}}, "nam"),
         ("platform", {"image": {"digests": {"trainer": "latest"}}}, "digests"),
         ("platform", {"patches": [{"kind": "Deployment", "name": "nobody", "merge": {}}]}, "fits nothing"),
+        ("platform", patch("Deployment", {"kind": "DaemonSet"}), r"patches\[0\] on Deployment .* may not change kind"),
+        ("platform", patch("Deployment", {"apiVersion": None}), "may not change apiVersion"),
+        ("platform", patch("Deployment", {"metadata": {"name": "mine"}}), r"may not change metadata\.name"),
+        ("platform", patch("Deployment", {"metadata": {"namespace": "other"}}), r"may not change metadata\.namespace"),
+        ("platform", patch("Deployment", {"metadata": None}), "takes metadata away"),
+        ("platform", patch("Deployment", {"spec": None}), "takes spec away"),
+        ("platform", patch("Service", {"spec": {"selector": {"app": "mine"}}}), r"may not change spec\.selector"),
+        ("platform", patch("Deployment", {"metadata": {"labels": {"tier": 1}}}), r"metadata\.labels\.tier is 1 .* quote it"),
+        ("platform", {"extraObjects": [{"kind": "ConfigMap", "metadata": {"name": "a"}}]}, "has apiVersion"),
+        ("platform", {"extraObjects": [{"kind": "ConfigMap", "apiVersion": "v1"}]}, "has metadata"),
         ("platform", {"networkPolicy": {"bus": {"to": [{"cidr": "10.0.0.0/8"}]}}}, "cidr"),
         ("platform", {"store": {"auth": "web-identity"}}, r"store\.sts\.endpoint"),
         ("platform", {"tls": {"certManager": {"enabled": True}}}, r"issuer\.name"),
