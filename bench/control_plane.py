@@ -154,7 +154,16 @@ class Players:
     async def say(self, miner: Identity, kind: str, message: Message) -> None:
         """Say something as a miner."""
         subject = ingress(RUN, miner.public, kind)
-        await self.buses["selector"].js.publish(subject, seal(miner, subject, message).SerializeToString(), timeout=60)
+        data = seal(miner, subject, message).SerializeToString()
+        name = {"Nats-Msg-Id": hashlib.sha256(data).hexdigest()}
+
+        async def publish() -> None:
+            try:
+                await self.buses["selector"].js.publish(subject, data, timeout=60, headers=name)
+            except TimeoutError as error:
+                raise Retry("the broker is busy") from error
+
+        await _patiently(publish)
 
     async def fact(self, role: str, section: str, cycle: int, kind: str, message: Message, id_: str = "") -> None:
         """Write a fact in a role."""

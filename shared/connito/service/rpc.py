@@ -81,7 +81,11 @@ def error_of(error: grpc.aio.AioRpcError) -> ConnitoError:
     trailer = {str(name): str(value) for name, value in pairs}
     name = trailer.get(REASON_KEY, "")
     reason = reasons.Reason.Value(name) if name in _REASONS else reasons.REASON_MALFORMED
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    # A side that ends a call at its deadline, or because it is ending itself, may say so before this side's own clock does.
+    if code in (
+        grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.CANCELLED,
+    ):  # fmt: skip
         return Retry(text, after=_after(trailer, 1.0))
     if code is grpc.StatusCode.NOT_FOUND:
         return NotFound(text, reason=reason)

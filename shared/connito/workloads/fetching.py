@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from connito.data.manifest import Manifest
-from connito.errors import Environment, Invalid, VerificationFailed
+from connito.errors import Invalid, VerificationFailed
 from connito.protocol.coding import decode_to, step_codec
 from connito.protocol.sequences import replays
 from connito.runtime.logs import get_logger
@@ -82,9 +82,7 @@ async def fetch_state(
     try:
         for version in way:
             await _step(facts, version, cache, await fetch(version.step))
-    except Environment:
-        raise
-    except Invalid as error:
+    except Invalid as error:  # also of a store that has lost the step, or keeps it damaged
         log.warning("a state is fetched whole: a coded step to it is of no use", run=facts.run, why=str(error))
     return await fetch(ref)
 

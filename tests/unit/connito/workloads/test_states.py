@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from connito.data.codecs.file import codec
 from connito.data.tensors import tensor_bytes
-from connito.errors import NotFound, Retry
+from connito.errors import ObjectDamaged, ObjectMissing, Retry
 from connito.protocol.coding import code_step
 from connito.store import ref_of_bytes
 from connito.store.cache import Cache
@@ -27,6 +27,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.cache, self.objects = Cache(folder / "cache"), dict[str, bytes]()
         self.fetched: list[str] = []
+        self.damaged: set[str] = set()
 
     def put(self, data: bytes) -> ArtifactRef:
         ref = ref_of_bytes(data, "", REALM_PUBLIC)
@@ -36,7 +37,9 @@ class Store:
     async def fetch(self, ref: ArtifactRef) -> Path:
         def download(target: Path) -> None:
             if ref.digest not in self.objects:
-                raise NotFound(f"no {ref.digest}")
+                raise ObjectMissing(f"no {ref.digest}")
+            if ref.digest in self.damaged:
+                raise ObjectDamaged(f"{ref.digest} is damaged")
             self.fetched.append(ref.digest)
             target.write_bytes(self.objects[ref.digest])
 
@@ -113,7 +116,7 @@ async def test_who_was_away_for_long_or_joins_fetches_what_is_shorter(tmp_path: 
     assert later.store.fetched == [later.states[CYCLES].digest]
 
 
-@pytest.mark.parametrize("damage", ["other", "no code", "gone", "huge", "parent"])
+@pytest.mark.parametrize("damage", ["other", "no code", "gone", "damaged", "huge", "parent"])
 async def test_a_step_of_no_use_costs_the_whole_state_and_nothing_else(tmp_path: Path, damage: str) -> None:
     told = Told(tmp_path)
     await told.get(0)
@@ -125,6 +128,8 @@ async def test_a_step_of_no_use_costs_the_whole_state_and_nothing_else(tmp_path:
         version.step.CopyFrom(told.store.put(b"connito\x01" + bytes(500)))
     elif damage == "gone":
         del told.store.objects[version.step.digest]
+    elif damage == "damaged":
+        told.store.damaged.add(version.step.digest)
     elif damage == "huge":
         version.step.size = 1 << 60
     else:
