@@ -86,7 +86,7 @@
 {{- end -}}
 {{- end -}}
 {{- range $index, $patch := $root.Values.patches -}}
-{{- if not (hasKey $fitted (toString $index)) -}}
+{{- if not (or (hasKey $fitted (toString $index)) $root.Values.stopped) -}}
 {{- fail (printf "patches[%d] fits nothing: there is no %s %s" $index $patch.kind ($patch.name | default "")) -}}
 {{- end -}}
 {{- end -}}

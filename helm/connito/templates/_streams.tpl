@@ -1,6 +1,9 @@
 {{- define "connito.objects.streams" -}}
 {{- if and .Values.streams.enabled (eq .Values.mode "platform") }}
 {{- $secret := required "streams.existingSecret is empty: name the Secret with the operator's key, which may create streams" .Values.streams.existingSecret }}
+{{- if and .Values.nats.enabled (gt (int .Values.bus.streamReplicas) (int .Values.nats.replicas)) }}
+{{- fail (printf "bus.streamReplicas is %v and nats.replicas %v: a server keeps one copy of a stream" .Values.bus.streamReplicas .Values.nats.replicas) }}
+{{- end }}
 {{- $conf := mergeOverwrite (deepCopy .Values.pods) (deepCopy .Values.streams) }}
 ---
 # An ordinary Job, not a hook: services wait for their streams, and hooks would wait for the services.

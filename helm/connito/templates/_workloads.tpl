@@ -9,7 +9,7 @@ apiVersion: apps/v1
 kind: StatefulSet
 metadata: {{- include "connito.metadata" (list $root .name .component) | nindent 2 }}
 spec:
-  replicas: 1
+  replicas: {{ ternary 0 1 $root.Values.stopped }}
   serviceName: {{ include "connito.object" (list $root .name) }}
   updateStrategy: { type: {{ ternary "OnDelete" "RollingUpdate" $root.Values.rollout.enabled }} }
   selector:
@@ -43,8 +43,8 @@ apiVersion: apps/v1
 kind: Deployment
 metadata: {{- include "connito.metadata" (list $root .name .component) | nindent 2 }}
 spec:
-  {{- if not (or (and $root.Values.keda.enabled .conf.autoscaling) (.conf.hpa).enabled) }}
-  replicas: {{ .conf.replicas }}
+  {{- if or $root.Values.stopped (not (or (and $root.Values.keda.enabled .conf.autoscaling) (.conf.hpa).enabled)) }}
+  replicas: {{ ternary 0 .conf.replicas $root.Values.stopped }}
   {{- end }}
   selector:
     matchLabels:

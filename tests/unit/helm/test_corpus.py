@@ -194,6 +194,37 @@ def patch(kind: str, merge: dict[str, Any]) -> dict[str, Any]:
     return {"patches": [{"kind": kind, "merge": merge}]}
 
 
+@pytest.mark.parametrize("base", ["platform", "production", "bundled-nats", "trainer"])
+def test_a_release_that_is_stopped_has_no_pod_and_starts_again(base: str) -> None:
+    plain = values_of(base)
+    there, stopped = tuple(render(plain)), tuple(render(over(plain, {"stopped": True})))
+    running = {
+        item["metadata"]["name"]: item["spec"].get("replicas")
+        for item in of_kind(stopped, "Deployment", "StatefulSet")
+        if item["spec"].get("replicas") != 0
+    }
+    assert set(running) == {
+        item["metadata"]["name"] for item in of_kind(there, "StatefulSet") if "-nats" in item["metadata"]["name"]
+    }
+    assert not of_kind(stopped, "Job", "Pod", "ScaledObject", "HorizontalPodAutoscaler")
+    kept = {
+        (item["kind"], item["metadata"]["name"])
+        for item in of_kind(there, "PersistentVolumeClaim", "Service", "Secret")
+    }
+    assert kept <= {(item["kind"], item["metadata"]["name"]) for item in stopped}
+    assert refused(there, stopped) == refused(stopped, there) == []
+
+
+def test_a_chart_of_charts_may_name_a_condition(tmp_path: Path) -> None:
+    shutil.copytree(CHART, tmp_path / "charts/connito")
+    depends = {"name": "connito", "version": "*", "repository": "", "condition": "connito.enabled"}
+    chart = {"apiVersion": "v2", "name": "all", "version": "1.0.0", "dependencies": [depends]}
+    (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(chart))
+    values = values_of("platform")
+    assert render({"connito": values | {"enabled": True}, "global": {"a": 1}}, tmp_path) == render(values)
+    assert render({"connito": values | {"enabled": False}}, tmp_path) == []
+
+
 def check_every_own_container_is_restricted(objects: tuple[Object, ...]) -> None:
     for where, spec in pod_specs(objects).items():
         assert spec["securityContext"]["runAsNonRoot"] is True, where
@@ -215,6 +246,11 @@ def check_every_own_container_is_restricted(objects: tuple[Object, ...]) -> None
         ("platform", {"library": {"extraEnv": [{"nam": "x"}]}}, "nam"),
         ("platform", {"image": {"digests": {"trainer": "latest"}}}, "digests"),
         ("platform", {"patches": [{"kind": "Deployment", "name": "nobody", "merge": {}}]}, "fits nothing"),
+        ("bundled-nats", {"bus": {"streamReplicas": 5}}, "a server keeps one copy"),
+        ("platform", {"store": {"endpoint": "http://minio:9000/connito"}}, "store/endpoint"),
+        ("platform", {"coordinator": {"service": {"advertise": "connito.example.com"}}}, "advertise"),
+        ("platform", {"validator": {"cache": {"size": "0"}}}, "cache/size"),
+        ("platform", {"tls": {"certManager": {"enabled": True, "issuer": {"name": "i"}, "duration": "90d"}}}, "duration"),
         ("platform", patch("Deployment", {"kind": "DaemonSet"}), r"patches\[0\] on Deployment .* may not change kind"),
         ("platform", patch("Deployment", {"apiVersion": None}), "may not change apiVersion"),
         ("platform", patch("Deployment", {"metadata": {"name": "mine"}}), r"may not change metadata\.name"),
