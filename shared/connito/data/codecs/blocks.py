@@ -49,10 +49,11 @@ class Blocks:
                 np.zeros(blocks.size // self.packed, np.uint8),
             ]
         scales = code_scales(self._scales(blocks))
-        digits = self._digits(blocks, read_scales(scales, self.name)[:, None])
-        weights = (2 * self.levels + 1) ** np.arange(self.packed)
-        packed = ((digits + self.levels).reshape(-1, self.packed) * weights).sum(axis=1)
-        return [scales, packed.astype(np.uint8)]
+        digits = self._digits(blocks, read_scales(scales, self.name)[:, None]).reshape(-1, self.packed)
+        packed = digits[:, 0].copy()
+        for place in range(1, self.packed):
+            packed += digits[:, place] * np.uint8((2 * self.levels + 1) ** place)
+        return [scales, packed]
 
     def _scales(self, blocks: Floats) -> Floats:
         if self.levels > 1:
@@ -65,12 +66,13 @@ class Blocks:
             squares = squares[:, ::2] + squares[:, 1::2]
         return np.asarray(np.sqrt(squares[:, 0] / count), np.float32)
 
-    def _digits(self, blocks: Floats, steps: Floats) -> NDArray[np.int64]:
+    def _digits(self, blocks: Floats, steps: Floats) -> Plane:
+        """Return digits from 0 on."""
         if self.levels == 1:
             digits = np.sign(blocks) * _kept(np.abs(blocks)) * (steps > 0)
         else:
             digits = np.rint(np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps > 0))
-        return np.asarray(np.clip(digits, -self.levels, self.levels), np.int64)
+        return np.asarray(np.clip(digits, -self.levels, self.levels) + self.levels, np.uint8)
 
     def decode(self, planes: Sequence[Plane], shape: Sequence[int], about: str) -> Floats:
         """Return a tensor. Raises `Invalid` for bytes that stand for no digits."""
