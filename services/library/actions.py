@@ -23,7 +23,7 @@ from connito.library.start import start_ref
 from connito.protocol.findings import check_version
 from connito.runtime import metrics
 from connito.runtime.tasks import end_tasks
-from connito.runtime.waiting import LONGEST, WAITING, delay
+from connito.runtime.waiting import LONGEST, WAITING, delay, here_and_now
 from connito.service.pausing import MAX_DETAIL
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, run_pb2
@@ -174,17 +174,18 @@ class CatalogueReader:
                 continue
             try:
                 await self._add(item)
-            except Environment as error:
-                # What one expert's record waits for keeps no other from the shelf.
-                self._log.warning("an entry is read later", subject=item.subject, error=str(error))
-                self._late.append(asyncio.create_task(self._add_later(item)))
-            except Invalid as error:
-                offences.ignore(item, error, new=self.complete.is_set())
             except Fatal:
                 raise
             except Exception as error:
-                # What one run's expert says of itself keeps no other from the shelf.
-                self._log.error("an entry cannot be read", subject=item.subject, exc_info=error)
+                if (fault := here_and_now(error)) is not None:
+                    # What one expert's record waits for keeps no other from the shelf.
+                    self._log.warning("an entry is read later", subject=item.subject, error=str(fault))
+                    self._late.append(asyncio.create_task(self._add_later(item)))
+                elif isinstance(error, Invalid):
+                    offences.ignore(item, error, new=self.complete.is_set())
+                else:
+                    # What one run's expert says of itself keeps no other from the shelf.
+                    self._log.error("an entry cannot be read", subject=item.subject, exc_info=error)
             async with self._moved:
                 self._position = item.sequence
                 self._moved.notify_all()
@@ -198,10 +199,10 @@ class CatalogueReader:
             await asyncio.sleep(delay(1.0, tries))
             try:
                 await self._add(item)
-            except Environment as error:
-                WAITING.begin(item.subject, error, run_of(item.subject), LONGEST)
-                continue
             except Exception as error:
+                if (fault := here_and_now(error)) is not None:
+                    WAITING.begin(item.subject, fault, run_of(item.subject), LONGEST)
+                    continue
                 self._log.error("an entry cannot be read", subject=item.subject, exc_info=error)
             WAITING.end(item.subject)
             return

@@ -26,7 +26,7 @@ from connito.workloads.fetching import fetch_state
 
 from . import feedback
 from .adapters import Downloads, Services
-from .handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train
+from .handlers import Commit, Enrol, KeepReceipt, LogDecision, ReportTrained, Reveal, Train
 from .state import CycleProgress, Ledger
 from .strategy import Effort, Strategy, Work
 
@@ -72,6 +72,9 @@ class Miner:
                 await self._commit(action.run, cycle)
             case Reveal(cycle):
                 await self._reveal(action.run, cycle)
+            case KeepReceipt():
+                if (receipt := self.facts(action.run).newest_receipt) is not None:
+                    self.ledger.keep_receipt(action.run, receipt)
             case LogDecision() as tell:
                 self._log(action.run, tell)
 

@@ -52,6 +52,11 @@ class Reveal:
 
 
 @dataclass(frozen=True)
+class KeepReceipt:
+    """Keep the committer's newest receipt for what was said and has none."""
+
+
+@dataclass(frozen=True)
 class LogDecision:
     """Log what was decided about this miner; `reason` when it was held against it. `name` is told once."""
 
@@ -76,6 +81,8 @@ def decide(facts: RunFacts, me: str, progress: Progress, strategy: Strategy = HO
         for tell in news(facts, me, cycle)
         if tell.name not in _of(progress, me, cycle).told
     ]
+    if _has_receipt(facts, progress):
+        actions.append(Action(f"{facts.run}/receipt", facts.run, KeepReceipt()))
     if facts.ended is not None:
         return Decision(actions, None)
     if me in banned(facts):
@@ -89,6 +96,13 @@ def decide(facts: RunFacts, me: str, progress: Progress, strategy: Strategy = HO
             name = type(step).__name__.lower()
             actions.append(Action(f"{facts.run}/{cycle}/{name}", facts.run, step))
     return Decision(actions, None)
+
+
+def _has_receipt(facts: RunFacts, progress: Progress) -> bool:
+    """Return whether there is a receipt for something that was said and has none here."""
+    said = [sequence for mine in progress.values() for sequence in mine.unreceipted]
+    receipt = facts.newest_receipt if said else None
+    return receipt is not None and min(said) <= receipt.last_sequence
 
 
 def _of(progress: Progress, me: str, cycle: int) -> CycleProgress:

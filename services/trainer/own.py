@@ -13,7 +13,6 @@ from contextlib import suppress
 from connito.bus import Bus
 from connito.errors import Retry
 from connito.service.engine import Decision
-from connito.v1.run_pb2 import IngressHead
 from connito.wire import subjects
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
@@ -46,9 +45,7 @@ class Own:
         return self._all_follow or run in self._began
 
     def notice(self, fact: Fact) -> None:
-        """Look soon where something was decided, or a run begins; keep a receipt."""
-        if isinstance(fact.message, IngressHead):
-            self._ledger.keep_receipt(fact.run, fact.message)
+        """Look soon where something was decided, or a run begins."""
         if fact.key.kind in ("created", "opened", "settled"):
             self._due.set()
 

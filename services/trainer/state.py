@@ -66,7 +66,6 @@ class Ledger:
         """Lock `work_dir`. Raises `Fatal` when another trainer holds it or it cannot be written."""
         self.work_dir, self.miner, self._disk = work_dir, miner, disk
         self._known: dict[str, dict[int, CycleProgress]] = {}
-        self._receipts: dict[str, IngressHead] = {}
         try:
             work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(work_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -123,12 +122,9 @@ class Ledger:
         mine = self.cycle(run, cycle)
         places = {"unreceipted": (*mine.unreceipted, sequence), "places": (*mine.places, sequence)}
         self.update(run, cycle, **places, **changes)
-        if run in self._receipts:
-            self.keep_receipt(run, self._receipts[run])
 
     def keep_receipt(self, run: str, receipt: IngressHead) -> None:
-        """Keep a receipt of the committer's if it covers anything that was said and has none. It outlives its cycle's folder."""
-        self._receipts[run] = receipt
+        """Keep a receipt of the committer's for what it covers that was said and has none. It outlives its cycle's folder."""
         for mine in list(self.progress(run).values()):
             covered = [sequence for sequence in mine.unreceipted if sequence <= receipt.last_sequence]
             if covered:

@@ -164,7 +164,7 @@ class Broker:
         elif subject.startswith("$JS.API.CONSUMER.MSG.NEXT."):
             self._pull(client, subject.rsplit(".", 1)[1], json.loads(data), reply)
         elif subject.startswith("$JS.API."):
-            answer = self._info(subject.split(".")[2:])
+            answer = self._info(subject.split(".")[2:], json.loads(data or b"{}"))
             if answer is not None:
                 client.send(reply, [(json.dumps(answer).encode(), {})])
         else:
@@ -241,7 +241,7 @@ class Broker:
         log, behind = self.streams[where[0]], self.rng.random() < self.weather.behind
         log = log[: max(0, len(log) - self.rng.randint(1, 3))] if behind else log
         if "last_by_subj" in body:
-            found = [one for one in log if one.record.subject == body["last_by_subj"]]
+            found = [one for one in log if _matches(one.record.subject, body["last_by_subj"])]
             return [(found[-1].record.data, found[-1].headers)] if found else absent
         wanted = [one for one in log[body["seq"] - 1 :] if _matches(one.record.subject, body.get("next_by_subj", ">"))]
         batch = wanted[: body.get("batch", 1)]
@@ -253,11 +253,15 @@ class Broker:
         messages = [(one.record.data, one.headers) for one in batch]
         return [*messages, (b"", {"Status": "204", "Nats-Num-Pending": str(left)})]
 
-    def _info(self, what: list[str]) -> dict[str, Any] | None:
-        """Answer for a stream or a consumer: None when nobody does."""
-        kind, name = what[0], what[2]
+    def _info(self, what: list[str], body: dict[str, Any]) -> dict[str, Any] | None:
+        """Answer for a stream, one of its messages, or a consumer: None when nobody does."""
+        kind, name = what[0], what[3 if what[1] == "MSG" else 2]
         if not self._led(name):
             return None
+        if what[1] == "MSG":
+            pattern = body.get("last_by_subj") or body["next_by_subj"]
+            there = any(_matches(one.record.subject, pattern) for one in self.streams[name][body.get("seq", 1) - 1 :])
+            return {"message": {}} if there else {"error": {"code": 404, "err_code": 10037}}
         stamp = _stamp(self.loop.now)
         if kind == "CONSUMER":
             queue = self.queues[what[3]]

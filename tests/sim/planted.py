@@ -85,6 +85,13 @@ class StaleEnd(Bus):
         return int(known[stream][1])
 
 
+class ReplicasWord(Bus):
+    """Takes what the replica that answers has not for gone."""
+
+    async def gone(self, stream: str, **which: Any) -> bool:
+        return await self.look(stream, **which) is None
+
+
 class SettleEarly(Bus):
     """Does not wait until everything inside a window is answered."""
 

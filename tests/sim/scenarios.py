@@ -31,6 +31,12 @@ def rough(seed: int) -> Scenario:
     return Scenario(storm=("kill", "cut", "pause", "broker"), every=0.7, weather=weather, limit=300)
 
 
+def behind(seed: int) -> Scenario:
+    """Replicas that are behind, and hints that get lost, so that readers are behind too."""
+    weather = Weather(lost_hint=0.3, behind=0.3)
+    return Scenario(storm=("skew",), every=5.0, seconds=60, weather=weather, limit=300)
+
+
 def brief(seed: int) -> Scenario:
     return Scenario(cycles=3, storm=("brief",), every=0.4, seconds=30, brief=True)
 

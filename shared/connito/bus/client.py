@@ -15,6 +15,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
+from connito.bus.absent import gone, parts_at
 from connito.bus.connection import Connection
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow, got, hear, in_whole, milliseconds
@@ -69,8 +70,7 @@ class Bus:
         tls: Tls | None = None,
     ) -> Self:
         """Log in with the identity's key and passes, or without. Who has two passes speaks and reads in accounts apart,
-        over a connection each. With a roster, a fact that someone without the role wrote
-        does not keep its true author from writing it.
+        over a connection each. With a roster, what someone without the role wrote keeps no author from writing it.
 
         Raises `Retry` when the broker is away and `Invalid` when it refuses the key. Later the connection comes back
         by itself, however long the broker is away.
@@ -318,12 +318,9 @@ class Bus:
     async def whole(self, record: Record) -> Record:
         """Return a fact with its payload, also where that lies in parts in front of it. Raises `Invalid` where they do not."""
         places = parts_of(record) if record.stream in FACT_STREAMS else []
-        if not places:
-            return record
-        parts = [await self.look(record.stream, last_by_subj=place) for place in places]
-        if lacking := parts.count(None):
-            raise Invalid(f"{record.subject} lacks {lacking} of its {len(parts)} parts")
-        return join(record, (read_part(part, self._roster) for part in parts if part is not None))
+        return (
+            join(record, await parts_at(self.look, self._reading, record, places, self._roster)) if places else record
+        )
 
     async def last_sequence(self, stream: str) -> int:
         """Return the sequence of the last message that `stream` stored; 0 when it is empty."""
@@ -343,6 +340,10 @@ class Bus:
         if (status := (reply.headers or {}).get("Status")) == "404":
             return None
         raise Retry(f"the broker cannot read {which} of {stream}: it answers {status}", dependency="broker")
+
+    async def gone(self, stream: str, **which: object) -> bool:
+        """Return whether the stream's leader, which is never behind, has no such message (as in `look`). For services."""
+        return await gone(self._reading, stream, which)
 
     async def time(self) -> float:
         """Return the broker's clock, in unix seconds. Raises `Retry` when it does not answer."""

@@ -77,7 +77,8 @@ def permissions(role: str, key: str) -> Permissions:
         *_buckets(role),
         f"{SECURITY_ROOT}.*.{key}",
     ]
-    publish += [f"$JS.API.STREAM.INFO.{stream}" for stream in streams]
+    # Of the leader, which is never behind: where a stream ends, and whether a message is gone.
+    publish += [f"$JS.API.STREAM.{question}.{stream}" for question in ("INFO", "MSG.GET") for stream in streams]
     durables = _DURABLES.get(role, ())
     publish += [subject for name in durables for subject in _durable(name)]
     if durables:

@@ -19,8 +19,8 @@ from connito.wire.kept import Kept
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 
-# A message that is stored is there when replicas were asked for it so often, so far apart.
-LOOKS, LOOK_SECONDS = 3, 1.0
+# Who reads is asked first, and the broker after so long.
+LOOK_SECONDS = 1.0
 
 
 class PositionedLog(Log):
@@ -74,13 +74,11 @@ class PositionedLog(Log):
 
     async def _reach_end(self, bus: Bus, stream: str, end: int) -> None:
         """Reach the end of a stream, or what is left of it: with a run that was released, or in a backup, its end may be gone."""
-        reaching, absent = asyncio.ensure_future(self.reach(stream, end)), 0
+        reaching, filter_ = asyncio.ensure_future(self.reach(stream, end)), STREAMS[stream].filter()
         try:
             while not (await asyncio.wait([reaching], timeout=LOOK_SECONDS))[0]:
-                last = await bus.look(stream, last_by_subj=STREAMS[stream].filter())
-                gone = await bus.look(stream, seq=end) is None
-                absent = absent + 1 if gone and (last is None or last.sequence <= self.position(stream)) else 0
-                if absent == LOOKS:
+                if await bus.gone(stream, seq=self.position(stream) + 1, next_by_subj=filter_):
+                    # Of what was stored up to the end, everything that is left has been read.
                     self._seen[stream] = max(end, self.position(stream))
                     self._moved.set()
             await reaching

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -23,6 +24,11 @@ FORGET_SECONDS = 60.0
 DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG}
 # What something waits for that fails by itself: nothing around it, but somebody who mends it.
 REPAIR = "repair"
+# What SQLite says of a disk that is full, failing or not writable, and of a file that another process holds.
+_SQLITE = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM,
+}  # fmt: skip
 _MEMORY = ("out of memory", "not enough memory", "cannot allocate memory")
 
 
@@ -37,6 +43,8 @@ def here_and_now(error: Exception) -> Environment | None:
         return Retry(
             f"this machine is out of memory: {text[:300]}; free some, or use smaller batches", dependency="memory"
         )
+    if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE:
+        return Retry(f"a file of this machine cannot be used: {text}", dependency="disk")
     if isinstance(error, OSError):
         return of_disk(error, "a file") if error.errno in DISK else Retry(text, dependency="machine")
     return None

@@ -198,6 +198,9 @@ class Engine(Listener):
         except Fatal:
             raise
         except Exception as error:
+            if here_and_now(error) is not None:
+                # No fact's doing: the process ends, and the next one reads it again.
+                raise
             self._unread(record, error)
         self._keeping.kept.put(fact)
         self._changed.add(fact.run)

@@ -7,6 +7,7 @@ pure function of that set and the time (each service's `handlers.py`), evaluated
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import count
 
@@ -158,6 +159,13 @@ class RunFacts(FactSet):
     def received(self, number: int) -> Fact[run_pb2.IngressHead] | None:
         """Return a receipt for what miners had said."""
         return self.one(run_pb2.IngressHead, "run", number, "received")
+
+    @property
+    def newest_receipt(self) -> run_pb2.IngressHead | None:
+        """Return the last of the receipts, which are numbered without gaps; None before the first."""
+        beyond = next(1 << power for power in count() if self.received(1 << power) is None)
+        last = bisect_left(range(1, beyond), True, key=lambda number: self.received(number) is None)
+        return message_of(self.received(last))
 
     @property
     def next_head(self) -> int:

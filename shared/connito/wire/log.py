@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from connito.errors import Invalid
+from connito.errors import ConnitoError, Invalid
 from connito.v1 import reasons_pb2
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
@@ -43,11 +43,12 @@ class Log:
     def apply(self, record: Record) -> Fact | None:
         """Verify and insert. Returns the fact if it was new, None if known.
 
-        Raises `Invalid` if it does not verify, or (FAULT) if it makes its reader fail.
+        Raises `Invalid` if it does not verify, or (FAULT) if it makes its reader fail. What is wrong with this machine, or with
+        what it keeps, is no message's fault.
         """
         try:
             return self._apply(record)
-        except Invalid:
+        except (ConnitoError, OSError, MemoryError):
             raise
         except Exception as error:
             raise Invalid(

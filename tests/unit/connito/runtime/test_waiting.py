@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from connito.errors import Environment, Invalid, ObjectDamaged, ObjectMissing, Retry, Unusable, VerificationFailed
@@ -44,6 +47,20 @@ def test_what_is_here_and_now_names_what_is_to_be_repaired(error: Exception, dep
     assert isinstance(fault, Environment)
     assert fault.dependency == dependency
     assert str(fault)
+
+
+def test_a_full_disk_below_a_database_is_a_fault_of_the_disk_and_a_wrong_statement_is_none(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "index", isolation_level=None)) as database:
+        database.execute("create table t (x)")
+        database.execute("pragma max_page_count = 2")
+        with pytest.raises(sqlite3.OperationalError) as full:
+            database.execute("insert into t values (zeroblob(100000))")
+        with pytest.raises(sqlite3.OperationalError) as wrong:
+            database.execute("insert into nothing values (1)")
+    fault = here_and_now(full.value)
+    assert fault is not None
+    assert fault.dependency == "disk"
+    assert here_and_now(wrong.value) is None
 
 
 @pytest.mark.parametrize(

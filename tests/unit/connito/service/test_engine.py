@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import cast
 
 import pytest
 from connito.bus import Bus, CaughtUp
-from connito.errors import Invalid, ObjectDamaged, ObjectMissing, Retry, Unusable
+from connito.errors import Fatal, Invalid, ObjectDamaged, ObjectMissing, Retry, Unusable
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.runtime.host import HOST
 from connito.runtime.waiting import WAITING
 from connito.service.engine import Action, Decision, Engine
 from connito.v1 import reasons_pb2, run_pb2
-from connito.wire.fact import Fact
+from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
@@ -177,3 +177,66 @@ def test_deciding_that_takes_long_leaves_time_for_what_it_decides_on(takes: floa
     # And what came last is decided on.
     waits = round(machine.seconds * 1000) < engine._held_until.get("r", 0)
     assert waits == ("r" in engine._wake_at)
+
+
+class OneFact(Still):
+    """A broker with one fact; what is published goes nowhere."""
+
+    async def follow(self, *_: object, **__: object) -> AsyncIterator[Record | CaughtUp]:  # type: ignore[override]
+        yield Record("RUNS", 1, "connito.v1.r.run.0.created", b"", 0)
+        yield CaughtUp()
+        await asyncio.Event().wait()
+
+
+class Given(Log):
+    """A log in which everything verifies, or meets `fault`."""
+
+    fault: Exception | None = None
+
+    def _apply(self, record: Record) -> Fact | None:
+        if self.fault is not None:
+            raise self.fault
+        self.runs.setdefault("r", RunFacts("r"))
+        return Fact("r", FactKey("run", 1, "received"), run_pb2.IngressHead(), "K", "RUNS", 1, 0)
+
+
+def reading(log: Log, on_fact: Callable[[Fact], None] | None = None) -> Engine:
+    async def perform(action: Action) -> None:
+        raise AssertionError(action)
+
+    def decide(facts: RunFacts, now: int) -> Decision:
+        return Decision()
+
+    return Engine(cast(Bus, OneFact()), log, ("RUNS",), decide, perform, on_fact=on_fact, service="committer")
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(), Retry("away")])
+async def test_a_fault_of_the_machine_while_a_fact_is_taken_in_condemns_no_run(fault: Exception) -> None:
+    def on_fact(fact: Fact) -> None:
+        raise fault
+
+    engine = reading(Given(Roster({})), on_fact)
+    with pytest.raises(type(fault)):
+        await asyncio.wait_for(engine.run(), 5)
+    assert "r/reading" not in [wait.what for wait in WAITING.entries()]
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), Fatal("what was kept is damaged"), OSError(errno.EIO, "broken")])
+async def test_neither_does_one_while_it_is_put_with_the_others(fault: Exception) -> None:
+    log = Given(Roster({}))
+    log.fault = fault
+    with pytest.raises(type(fault)):
+        await asyncio.wait_for(reading(log).run(), 5)
+    assert "r/reading" not in [wait.what for wait in WAITING.entries()]
+
+
+async def test_a_run_whose_fact_makes_its_reader_fail_is_left() -> None:
+    log = Given(Roster({}))
+    log.fault = ZeroDivisionError()
+    engine = reading(log)
+    running = asyncio.create_task(engine.run())
+    await asyncio.wait_for(engine.caught_up.wait(), 5)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert "r/reading" in [wait.what for wait in WAITING.entries()]
+    WAITING.end("r/reading")

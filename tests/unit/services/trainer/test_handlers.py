@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
-from services.trainer.handlers import Commit, Enrol, LogDecision, ReportTrained, Reveal, Train, decide, describe
-from services.trainer.state import CycleProgress
+from services.trainer.handlers import (
+    Commit,
+    Enrol,
+    KeepReceipt,
+    LogDecision,
+    ReportTrained,
+    Reveal,
+    Train,
+    decide,
+    describe,
+)
+from services.trainer.state import CycleProgress, Ledger
 from tests.support.run import ME, Run
 
 COMMITMENT = "ab" * 32
@@ -199,3 +210,30 @@ def test_keys_are_unique_per_run_cycle_and_step(story: Run) -> None:
     assert "r1/1/reveal" in keys
     assert "r1/2/train" in keys
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(("covered", "kept"), [((), (4,)), ((6,), (4,)), ((7,), (4, 7)), ((4, 5, 6, 9), (4, 7))])
+def test_a_receipt_is_kept_for_what_it_covers(
+    story: Run, tmp_path: Path, covered: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
+    story.opened("train")
+    for number, last in enumerate((2, 3, 4, *covered), 1):
+        story.put("run", number, "received", run_pb2.IngressHead(last_sequence=last, checkpoint=f"up to {last}"))
+    ledger = Ledger(tmp_path, ME)
+    ledger.said("run-1", 1, 4, said=True)
+    ledger.said("run-1", 1, 7, committed=True)
+    progress = ledger.progress("run-1")
+    assert KeepReceipt() in steps(story, *progress.values())
+    receipt = story.facts.newest_receipt
+    assert receipt is not None
+    ledger.keep_receipt("run-1", receipt)
+    assert ledger.cycle("run-1", 1).unreceipted == tuple(place for place in (4, 7) if place not in kept)
+    assert KeepReceipt() not in steps(story, *ledger.progress("run-1").values())
+    ledger.close()
+
+
+def test_without_anything_said_no_receipt_is_looked_for(story: Run) -> None:
+    assert KeepReceipt() not in steps(story, SAID)
+    story.put("run", 1, "received", run_pb2.IngressHead(last_sequence=2))
+    assert KeepReceipt() not in steps(story, SAID)
+    assert KeepReceipt() not in steps(story, replace(SAID, unreceipted=(3,)))
