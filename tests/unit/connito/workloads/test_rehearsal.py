@@ -137,7 +137,7 @@ def test_a_folder_without_configuration_and_a_wrong_number_are_refused(tmp_path:
 @pytest.mark.parametrize("name", ["GQA, top 4 of 16", "checkpointing, four bits, MLA"])
 @pytest.mark.parametrize("micro_batch", [0, 1])
 def test_a_few_layers_stand_for_many(name: str, micro_batch: int) -> None:
-    shape = replace(BY_NAME[name], config={**BY_NAME[name].config, "num_hidden_layers": 9})
+    shape = replace(BY_NAME[name], config={**BY_NAME[name].config, "num_hidden_layers": 6})
     config, work = shape_config(shape), replace(work_of(shape), sequences=2, length=64, micro_batch=micro_batch)
     targets, helpers = experts_of(shape, config)
     # Not every layer has as many.
