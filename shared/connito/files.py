@@ -1,4 +1,4 @@
-"""Write files that are whole after a crash or a power cut: each has its old content or its new one."""
+"""Names of files, and files that are whole after a crash or a power cut: each has its old content or its new one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def plain_name(name: str) -> bool:
+    """Return whether `name` is that of a file and nothing of a path."""
+    return 0 < len(name) <= 200 and name.isprintable() and not set(name) & set('/\\:\0"') and name[0] not in ". "
 
 
 def write_durably(path: Path, content: bytes | str, mode: int = 0o644) -> None:

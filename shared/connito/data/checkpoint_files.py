@@ -15,6 +15,7 @@ from typing import Any
 from connito.data.documents import parse_json
 from connito.data.tensors import STORED_BITS, TensorEntry, read_header
 from connito.errors import Invalid, NotFound
+from connito.files import plain_name
 from connito.v1 import reasons_pb2
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -247,11 +248,6 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise _invalid(f"{path.name} in {where} is damaged: it holds no JSON object; copy it again")
     return parsed
-
-
-def plain_name(name: str) -> bool:
-    """Return whether `name` is that of a file and nothing of a path."""
-    return 0 < len(name) <= 200 and name.isprintable() and not set(name) & set('/\\:\0"') and name[0] not in ". "
 
 
 def _evident(there: Mapping[str, Path]) -> tuple[str, ...]:

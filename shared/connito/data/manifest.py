@@ -17,10 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from connito.data.checkpoint_files import Header, plain_name
+from connito.data.checkpoint_files import Header
 from connito.data.documents import parse_json
 from connito.data.tensors import STORED_BITS
 from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.files import plain_name
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 

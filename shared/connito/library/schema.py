@@ -15,9 +15,9 @@ from typing import Annotated, Any, NotRequired, cast
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from connito.data.checkpoint_files import plain_name
 from connito.data.documents import parse_json
 from connito.errors import Invalid
+from connito.files import plain_name
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _LARGEST = 1 << 63

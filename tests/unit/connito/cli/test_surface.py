@@ -348,22 +348,24 @@ def test_doctor_prints_one_document_with_a_remedy_for_what_is_missing(tmp_path: 
     assert all(check["ok"] or check["remedy"] for check in checks.values())
 
 
-def test_whether_a_selection_fits_is_said_before_anything_is_loaded(tmp_path: Path, random_base: Path) -> None:
+def test_whether_a_selection_fits_is_said_before_anything_is_loaded(
+    tmp_path: Path, random_base: Path, call: Call
+) -> None:
     (tmp_path / "config.json").write_text((random_base / "config.json").read_text())
     selection = tmp_path / "selection.json"
     selection.write_text(json.dumps({"layers": {"1": [1, 2]}, "helpers": {"1": [3]}}))
     asked = ("miner", "fits", "--base", tmp_path, "--selection", selection, "--json", "--memory-bytes")
-    said = json.loads(connito(*asked, 10**9).stdout)
+    said = json.loads(call(*asked, 10**9).out)
     assert (said["fits"], said["residency"], said["settings"]) == (True, "all", {})
-    tight = json.loads(connito(*asked, said["total"] - 1).stdout)
+    tight = json.loads(call(*asked, said["total"] - 1).out)
     assert tight["fits"]
     assert tight["total"] < said["total"]
     assert list(tight["settings"]) == ["CONNITO_MICRO_BATCH=1"]
-    refused = connito(*asked, 1000)
-    assert refused.returncode == 3
-    assert "even with CONNITO_MICRO_BATCH=1 and" in refused.stderr
+    refused = call(*asked, 1000)
+    assert refused.code == 3
+    assert "even with CONNITO_MICRO_BATCH=1 and" in refused.err
     selection.write_text("{}")
-    assert "connito select --json" in connito(*asked, 1000).stderr
+    assert "connito select --json" in call(*asked, 1000).err
 
 
 def test_a_miner_key_is_private_and_never_overwritten(tmp_path: Path) -> None:
