@@ -118,8 +118,8 @@ async def test_a_flipped_byte_in_any_artifact_of_the_store_is_found(run: Finishe
     kinds = {entry.what.split(" of ")[0].split("'s ")[0] for entry in named}
     assert kinds >= {
         "base manifest", "base model", "probe corpus", "training corpus", "hold-out corpus", "selection report",
-        "routing statistics", "initial state θ_0", "submission", "state", "outer state", "library expert", "record",
-        "card",
+        "routing statistics", "initial state θ_0", "submission", "state", "outer state", "coded step",
+        "library expert", "record", "card",
     }  # fmt: skip
     # What an object names is only known from the object: those that name others are damaged in a second audit.
     code, document, errors = audit(run, copy, "--no-model")

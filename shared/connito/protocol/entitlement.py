@@ -32,7 +32,10 @@ def for_miners(facts: RunFacts) -> Iterator[ArtifactRef]:
         opened = facts.window("train", cycle).opened
         if opened is not None:
             yield opened.state
-    yield from (version.step for version in facts.versions.values() if version.HasField("step"))
+            # The last version is not for miners, nor is the step to it.
+            before = facts.version(cycle - 1)
+            if before is not None:
+                yield before.step
 
 
 def for_customer(facts: RunFacts) -> Iterator[ArtifactRef]:

@@ -14,6 +14,7 @@ from connito.wire.facts import RunFacts
 from tests.support.run import Run, ref, theta
 
 TRAIN, PROBE, HELD, GENERAL, BENCH, MANIFEST, EXPERT, OUTER = (ref(letter * 64) for letter in "123456ab")
+STEPS = {cycle: ref(str(cycle) * 63 + "f") for cycle in (1, 2)}
 
 
 def corpus(artifact: ArtifactRef, *, held: bool = False) -> run_pb2.CorpusRef:
@@ -38,7 +39,8 @@ def whole(name: str = "clinic", customer: str = "clinic", visibility: str = "pri
         benchmarks=[corpus(BENCH, held=True)],
     ).selected()  # fmt: skip
     for cycle in (1, 2):
-        run.opened("train", cycle).say("merge", cycle, "version", state=theta(cycle), outer_state=OUTER)
+        made = {"state": theta(cycle), "outer_state": OUTER, "step": STEPS[cycle]}
+        run.opened("train", cycle).say("merge", cycle, "version", **made)
     return run.say("library", 0, "deposited", expert_id="e", expert=EXPERT)
 
 
@@ -59,7 +61,8 @@ def digests(refs: Any) -> set[str]:
 
 
 def test_miners_read_what_they_train_from_and_nothing_that_is_held_out() -> None:
-    assert digests(for_miners(whole().facts)) == {TRAIN.digest, theta(0).digest, theta(1).digest}
+    """Of the version that no cycle began from, which is what the run delivers, not even the step that leads to it."""
+    assert digests(for_miners(whole().facts)) == {TRAIN.digest, theta(0).digest, theta(1).digest, STEPS[1].digest}
 
 
 def test_a_customer_reads_what_it_brought_and_what_came_out() -> None:
@@ -67,7 +70,7 @@ def test_a_customer_reads_what_it_brought_and_what_came_out() -> None:
     assert mine >= {one.digest for one in (TRAIN, PROBE, HELD, GENERAL, BENCH, EXPERT, theta(2))}
 
 
-@pytest.mark.parametrize("taken", [TRAIN, PROBE, HELD, GENERAL, BENCH, EXPERT, OUTER, theta(0), theta(2)])
+@pytest.mark.parametrize("taken", [TRAIN, PROBE, HELD, GENERAL, BENCH, EXPERT, OUTER, STEPS[2], theta(0), theta(2)])
 @pytest.mark.parametrize("use", ["train", "probe", "replay", "holdout", "general_holdouts", "benchmarks", "beside"])
 def test_to_name_what_another_customer_keeps_to_itself_is_no_right_to_it(taken: ArtifactRef, use: str) -> None:
     held = use in ("holdout", "general_holdouts", "benchmarks")
