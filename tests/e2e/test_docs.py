@@ -84,4 +84,4 @@ def test_the_commands_of_a_page_work(page: str, shell: Shell) -> None:
 
 def test_the_pages_that_teach_commands_are_run() -> None:
     assert {"README.md", "docs/tutorial/first-cycle.md", "docs/how-to/audit-a-run.md", "docs/how-to/drain.md",
-            "docs/how-to/restore.md", "docs/how-to/deploy.md"} <= set(PAGES)  # fmt: skip
+            "docs/how-to/restore.md", "docs/how-to/deploy.md", "docs/how-to/keep-and-remove.md"} <= set(PAGES)  # fmt: skip
