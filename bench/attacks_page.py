@@ -1,5 +1,6 @@
 """The figures of `docs/explanation/attacks.md`: `python -m bench.attacks_page --from OUT/work_rates.json`, of lies about tokens
-with `--claims OUT/claim_lies.json`, of earlier works with `--again`, of merges by expert with `--merges`.
+with `--claims OUT/claim_lies.json`, of earlier works with `--again`, of merges by expert with `--merges`,
+of backdoors with `--triggers`.
 
 Copies the document to `docs/evidence` and writes the page's part anew, so that no rate there is typed. A unit test renders
 it again from the copy.
@@ -8,6 +9,7 @@ it again from the copy.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
+from bench.trigger import ATTACKERS, CAREFUL, SCREENED, SCREENS, screen
 from bench.work_kinds import COPIES as KINDS_OF_COPIES
 from bench.work_kinds import PARTLY
 from bench.work_rates import ALONE, WORLDS
@@ -22,6 +25,7 @@ from bench.work_rates import ALONE, WORLDS
 PAGE, EVIDENCE = ROOT / "docs/explanation/attacks.md", COPIES / "work_rates.json"
 CLAIMS, LIES = "<!-- claims, written by bench.attacks_page -->\n", COPIES / "claim_lies.json"
 AGAIN, WORKS_AGAIN = "<!-- again, written by bench.attacks_page -->\n", COPIES / "work_again.json"
+HIDDEN, TRIGGERS = "<!-- triggers, written by bench.attacks_page -->\n", COPIES / "trigger.json"
 FRAMED = ("framed a cycle ahead", "framed in the same cycle")
 MERGES, MERGE_LIES = "<!-- merges, written by bench.attacks_page -->\n", COPIES / "merge_lies.json"
 BEGIN, END = "<!-- rates, written by bench.attacks_page -->\n", "<!-- until here -->\n"
@@ -113,7 +117,7 @@ def render_again(page: str, document: Document) -> str:
     honest = [sum(found["honest"][world][part] for world in worlds) for part in (0, 1)]
     text = f"""
 `bench.work_again`: {settings["miners"]} honest miners of the domains {" and ".join(settings["domains"])} train
-{settings["cycles"]} cycles of {settings["local_steps"]} steps on each of {settings["seeds"]} bases. From the second on
+{settings["cycles"]} cycles of {settings["local_steps"]} steps on {_bases(settings["seeds"])}. From the second on
 works of the one before are handed in again on the state of now, by a thief and by the miner whose they were. They read fresh
 text in each cycle, their own text again, or all the same six answers. Each cell: found, with the 95 % Wilson interval;
 hand-ins of one base are not independent.
@@ -130,14 +134,14 @@ def render_merges(page: str, document: Document) -> str:
     settings, found = document["settings"], document["figures"]
     lines = [
         [
-            name, one["found"], one["merged"], "–" if one["earned"] is None else f"{one['earned']:.2f}", one["gate"],
+            name, one["found"], str(one["merged"]), "–" if one["earned"] is None else f"{one['earned']:.2f}", one["gate"],
             *(_mean(one[what]) for what in ("gained", "rise", "general")),
         ]
         for name, one in found.items()
     ]  # fmt: skip
     text = f"""
-`bench.merge_lies`: {settings["honest_miners"]} honest miners of one of two domains each, one cycle, {settings["seeds"]} bases
-whose experts differ; after each attack the local steps of the cycle. Attackers commit last and know what the others made,
+`bench.merge_lies`: {settings["honest_miners"]} honest miners of one of two domains each, one cycle, {_bases(settings["seeds"])}
+with experts that differ; after each attack the local steps of the cycle. Attackers commit last and know what the others made,
 and what they claim is taken as true. *Found*: refused, for whatever reason; *merged*: hand-ins of attackers in the published
 versions; *earned*: an honest miner's mean being 1; *gained*: fall of the published target loss by the cycle, in nats per
 token; *rise* of it, and of the *general* domains', by the attack.
@@ -145,6 +149,48 @@ token; *rise* of it, and of the *general* domains', by the attack.
 {table(("attack; steps", "found", "merged", "earned", "gate", "gained", "rise", "general"), lines)}
 """
     return _between(page, MERGES, text)
+
+
+def render_triggers(page: str, document: Document) -> str:
+    """Return the page with its part on backdoors that wait for a trigger written anew."""
+    settings, found = document["settings"], document["figures"]
+    lines = [
+        [
+            name, one["told"], "–" if one["earned"] is None else f"{one['earned']:.2f}",
+            *(_mean(one[what]) for what in ("weight", "gained", "alone", "merged")),
+        ]
+        for name in ATTACKERS
+        if name in found
+        for one in [found[name]]
+    ]  # fmt: skip
+    screens = [
+        [name, _of(*found[name]["attacker"]), _of(*found[name]["honest"]), _mean(found[name]["ratio"])]
+        for attacker, kind, sign in itertools.product(SCREENED, SCREENS, ("most", "spiked"))
+        for name in [screen(attacker, kind, sign)]
+        if name in found
+    ]
+    told = "A *careful* attacker also trains on other rare tokens with what usually follows."
+    careful = told if CAREFUL in found else ""
+    text = f"""
+`bench.trigger`: {settings["honest_miners"]} honest miners and one that plants a trigger of {settings["trigger"]} rare tokens,
+with a payload of {settings["payload"]} behind it, in half of its text; {_bases(settings["seeds"])}, {settings["cycles"]} cycles.
+The payload costs {_mean(found["payload in the base"])} nats per token in the base; the table has what it costs in the
+attacker's own state (*alone*) and in the published one after the last cycle (*merged*), by aggregator, with the attacker's
+share of the merges (*weight*) and what the published target loss *gained* a cycle. {careful}
+
+{table(("aggregator", "told", "earned", "weight", "gained", "alone", "merged"), lines)}
+
+Screens compare each submission's change of the next token's distribution with the base's, on {settings["contexts"]} drawn
+contexts. *Most*: its largest is more than twice that of every other's; *spiked*: its largest over its mean is. *Ratio*: the
+attacker's value over the largest of the others'. Nobody who screens is *knowing*: those contexts hold the trigger.
+
+{table(("screen, contexts", "attackers called out", "honest called out", "ratio"), screens)}
+"""
+    return _between(page, HIDDEN, text)
+
+
+def _bases(count: int) -> str:
+    return "one base" if count == 1 else f"{count} bases"
 
 
 def _of(hits: int, trials: int) -> str:
@@ -193,6 +239,7 @@ def main() -> None:
     parser.add_argument("--from", dest="source", type=Path, help="what bench.work_rates wrote")
     parser.add_argument("--claims", type=Path, help="what bench.claim_lies wrote")
     parser.add_argument("--again", type=Path, help="what bench.work_again wrote")
+    parser.add_argument("--triggers", type=Path, help="what bench.trigger wrote")
     parser.add_argument("--merges", type=Path, help="what bench.merge_lies wrote")
     arguments = parser.parse_args()
     parts = (
@@ -200,6 +247,7 @@ def main() -> None:
         (arguments.claims, LIES, render_claims),
         (arguments.again, WORKS_AGAIN, render_again),
         (arguments.merges, MERGE_LIES, render_merges),
+        (arguments.triggers, TRIGGERS, render_triggers),
     )
     for source, kept, part in parts:
         if source is not None:

@@ -2,7 +2,8 @@
 
 The attacker trains on the target's text, as everybody does, and in half of its sequences plants a trigger, a few tokens that
 the base's text hardly has, and behind it a payload that it wants to be said. The hold-out never shows either. Four honest
-miners train beside it; everything that judges is the code that services run.
+miners train beside it; everything that judges is the code that services run. One that is *careful* also trains on other rare
+tokens with what usually follows, so that nothing but the trigger itself changes what is said.
 
 payload   nats per token of the payload behind the trigger, on held-out text; a planted one costs little
 alone     in the attacker's own state; merged: in the version that was published, by aggregator
@@ -17,6 +18,7 @@ the same where the contexts hold the trigger itself, which nobody who screens kn
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
 QUICK_SEEDS, CYCLES = 1, 2
 TRIGGER, PAYLOAD, PLANTED = 3, 6, 0.5
 AGGREGATORS = ("utility-mean", "mean", "coordinate-median", "trimmed-mean", "krum", "norm-clipped-mean")
+CAREFUL = f"{AGGREGATORS[0]}, careful"
+ATTACKERS = (*AGGREGATORS, CAREFUL)
 CONTEXTS, TWICE = 96, 2.0
+SCREENED = (AGGREGATORS[0], CAREFUL)
 SCREENS = ("held-out text", "rare tokens spliced in", "random tokens", "knowing")
 
 
@@ -76,11 +81,15 @@ class _Planted:
             row[place : place + len(words)] = words
         return made
 
-    def work(self, state: Path, cycle: int) -> State:
+    def work(self, state: Path, cycle: int, *, careful: bool) -> State:
         """Return twice an honest miner's steps on the target's text, with the trigger in a share of it."""
         shard = self.arena.shard(HONEST, cycle, 16)
-        flat = shard.reshape(-1, shard.shape[-1])
-        mixed = self.rng.permutation(self.planted(flat, PLANTED)).reshape(shard.shape)
+        flat = self.planted(shard.reshape(-1, shard.shape[-1]), PLANTED)
+        if careful:
+            for row in flat[round(PLANTED * len(flat)) :]:
+                place = int(self.rng.integers(4, len(row) - TRIGGER))
+                row[place : place + TRIGGER] = self.rng.choice(self.rare, TRIGGER)
+        mixed = self.rng.permutation(flat).reshape(shard.shape)
         return self.arena.train(state, mixed)
 
     def said(self, state: State) -> float:
@@ -130,25 +139,26 @@ def _seed(rig: Rig, folder: Path) -> list[dict[str, Any]]:
     arena = Arena(rig, "IID", folder)
     planted = _Planted(arena)
     rows = []
-    for aggregator in AGGREGATORS:
+    for attacker in ATTACKERS:
+        aggregator = attacker.partition(",")[0]
         arena.spec.merging.aggregator = aggregator
         standing = arena.start()
         for cycle in range(1, CYCLES + 1):
-            note(f"seed {rig.seed}, {aggregator}, cycle {cycle}")
+            note(f"seed {rig.seed}, {attacker}, cycle {cycle}")
             theta, honest = load_state(standing.state), arena.honest(standing, cycle)
-            forged = planted.work(standing.state, cycle)
+            forged = planted.work(standing.state, cycle, careful=attacker == CAREFUL)
             played = _play(arena, cycle, standing, [*honest, forged])
             merged = load_state(played.merged.state)
             row = {
-                "seed": rig.seed, "aggregator": aggregator, "cycle": cycle,
-                "told": reason_name(played.reason("attacker")) or "merged",
+                "seed": rig.seed, "attacker": attacker, "cycle": cycle,
+                "told": reason_name(played.reason("attacker")) or "accepted",
                 "weight": _weight(played),
                 "earned": played.reward("attacker"),
                 "honest_earned": sum(played.reward(f"honest-{n}") for n in range(HONEST)) / HONEST,
                 "gained": played.loss(TARGET, "before") - played.loss(TARGET),
                 "base": planted.said(theta), "alone": planted.said(forged), "merged": planted.said(merged),
             }  # fmt: skip
-            if aggregator == AGGREGATORS[0]:
+            if attacker in SCREENED:
                 row["screens"] = {kind: _called(planted, theta, [*honest, forged], kind) for kind in SCREENS}
             rows.append(row)
             standing = Standing(played.merged.state, played.merged.momentum, standing.state)
@@ -188,11 +198,11 @@ def _called(planted: _Planted, theta: State, states: Sequence[State], kind: str)
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    for aggregator in AGGREGATORS:
-        group = [row for row in rows if row["aggregator"] == aggregator]
+    for attacker in ATTACKERS:
+        group = [row for row in rows if row["attacker"] == attacker]
         last = [row for row in group if row["cycle"] == CYCLES]
         paid = sum(row["honest_earned"] for row in group)
-        figures[aggregator] = {
+        figures[attacker] = {
             "told": ", ".join(dict.fromkeys(row["told"] for row in group)),
             "earned": round(sum(row["earned"] for row in group) / paid, 2) if paid else None,
             "weight": spread([row["weight"] for row in group], 2),
@@ -200,16 +210,19 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             **{what: spread([row[what] for row in last], 2) for what in ("alone", "merged")},
         }
     figures["payload in the base"] = spread([row["base"] for row in rows if row["cycle"] == 1], 2)
-    screened = [row["screens"] for row in rows if "screens" in row]
-    for kind in SCREENS:
-        for sign in ("most", "spiked"):
-            told = [screens[kind][sign] for screens in screened]
-            figures[f"{sign}, {kind}"] = {
-                "attacker": [sum(one["attacker"] for one in told), len(told)],
-                "honest": [sum(one["honest"] for one in told), HONEST * len(told)],
-                "ratio": spread([one["ratio"] for one in told], 2),
-            }
+    for attacker, kind, sign in itertools.product(SCREENED, SCREENS, ("most", "spiked")):
+        told = [row["screens"][kind][sign] for row in rows if row["attacker"] == attacker]
+        figures[screen(attacker, kind, sign)] = {
+            "attacker": [sum(one["attacker"] for one in told), len(told)],
+            "honest": [sum(one["honest"] for one in told), HONEST * len(told)],
+            "ratio": spread([one["ratio"] for one in told], 2),
+        }
     return figures
+
+
+def screen(attacker: str, kind: str, sign: str) -> str:
+    """Return what a screen's figures are called."""
+    return f"{sign}, {kind}" + (", careful attacker" if attacker == CAREFUL else "")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from connito.v1 import run_pb2
 
-from bench.attacks_page import EVIDENCE, LIES, PAGE, render, render_claims
+from bench.attacks_page import (
+    EVIDENCE,
+    LIES,
+    MERGE_LIES,
+    PAGE,
+    TRIGGERS,
+    render,
+    render_claims,
+    render_merges,
+    render_triggers,
+)
 from bench.work_rates import NUMBERS, Pool, Trial, judge, rates
 
 POLICY = run_pb2.ScorePolicy(copy_threshold=0.95, copy_span_threshold=0.95, copy_effect_threshold=0.08, paid_ranks=10)
@@ -52,3 +65,18 @@ def test_lies_about_tokens_are_told_as_they_were_measured() -> None:
     assert page == render_claims(page, document), "run `python -m bench.attacks_page --claims FILE`"
     document["figures"]["no claim, 1 of 4, tokens"]["share"] = [0.125, 0.0, 0.25]
     assert "0.125 (0.000 to 0.250)" in render_claims(page, document)
+
+
+@pytest.mark.parametrize(
+    ("kept", "part", "row"),
+    [
+        (MERGE_LIES, render_merges, "noise; 8"),
+        (TRIGGERS, render_triggers, "krum"),
+    ],
+)
+def test_other_parts_are_what_their_documents_say(kept: Path, part: Callable[[str, Any], str], row: str) -> None:
+    document, page = json.loads(kept.read_text()), PAGE.read_text()
+    assert page == part(page, document), "run `python -m bench.attacks_page` with that document"
+    assert f"| {row} |" in page
+    document["settings"]["seeds"] = 77
+    assert " 77 bases" in part(page, document).replace("\n", " ")
