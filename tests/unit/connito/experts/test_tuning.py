@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from connito.experts import tuning
 from connito.experts.lowrank import low_rank, sparsify
 from connito.experts.measure import loss
 from connito.experts.prune import WINDOWS, proficient, progressive
@@ -179,6 +180,27 @@ def test_the_schedule_is_that_of_accumulated_gate_shares(full: Any, sequences: S
             sizes.append(max(map(len, left.values())))
     assert keep == left
     assert sorted({size for size, _ in history}, reverse=True) == sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "each", "last"), [(40, 4, 20), (43, 4, 23), (7, 1, 2)])
+def test_experts_go_in_the_first_half_and_the_last_one_trains_alone_in_the_other(
+    full: Any, sequences: Sequences, monkeypatch: pytest.MonkeyPatch, steps: int, each: int, last: int
+) -> None:
+    trained: list[tuple[int, int]] = []
+
+    def note(model: Any, _: Any, count: int, __: float) -> None:
+        trained.append((max(layer.num_experts for layer in require_moe_layers(model).values()), count))
+
+    monkeypatch.setattr(tuning, "tune_experts", note)
+    text = sequences("recipes", 3, 60)
+    keep, history = tuning.tune_for_task(full, text, text, steps)
+    assert [count for _, count in trained[:-1]] == [each] * (len(trained) - 1)
+    assert trained[0] == (8, each), "the first window is counted on all experts"
+    assert trained[-1] == (1, last), "what is left trains alone"
+    assert [left for left, _ in trained] == sorted((left for left, _ in trained), reverse=True)
+    assert [len(experts) for experts in keep.values()] == [1, 1]
+    assert history[-1][0] == 1
 
 
 @pytest.mark.slow
