@@ -45,7 +45,7 @@ def experts(model: Any) -> None:
     teacher = copy.deepcopy(model)
     for bank in banks(teacher):
         bank.down_proj.data *= 1.5
-    distil(model, teacher, np.concatenate([TEXT, TEXT]), STEPS, weight=100.0, rate=RATE)
+    distil(model, teacher, np.concatenate([TEXT, TEXT]), STEPS, rate=RATE)
 
 
 def trained(model: Any, what: str) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 """Train what is left of a pruned model: its experts on text, and thinned experts beside those that they were.
 
 Expert-wise distillation (MoE-Pruner, Xie et al. 2024, section 3.3): L = L_CE + λ Σ_l Σ_e MSE(E_t(x), E_s(x)), x what the
-student's router sends to expert e of layer l. Weights that were set to zero stay zero.
+student's router sends to expert e of layer l, λ the quotient of both as they begin. Weights that were set to zero stay zero.
 
 LoRA on low-rank experts (MoE-I², Yang et al. 2024, section 3.3): of W = A B each factor learns a change of low rank, so that
 the product has the rank that it had.
@@ -70,12 +70,11 @@ def distil(
     sequences: npt.NDArray[Any],
     steps: int,
     *,
-    weight: float = 1.0,
     rate: float = LEARNING_RATE,
 ) -> list[float]:
     """Train the experts of the thinned `model`, in place, towards those of `teacher`; returns the losses.
 
-    sequences: int32 [n, L + 1]. weight: λ. Zeros of a bank stay zeros.
+    sequences: int32 [n, L + 1]. Zeros of a bank stay zeros.
     """
     layers, masters = require_moe_layers(model), require_moe_layers(teacher)
     banks = [getattr(layer.experts, name) for layer in layers.values() for name in layer.parameters]
@@ -83,12 +82,16 @@ def distil(
         raise Invalid("experts of whole numbers cannot be trained: load the model in F32 or BF16")
     masks = [bank.detach() != 0 for bank in banks]
     optimiser = AdamW({str(number): bank for number, bank in enumerate(banks)}, betas=(0.9, 0.95))
-    head, losses = Head(model), []
+    head, losses, weight = Head(model), list[float](), 0.0
     for bank in banks:
         bank.requires_grad_(True)
     try:
         for batch in batches_of(sequences, steps):
-            loss = _loss(head, layers, masters, batch, weight)
+            text, distance = _losses(head, layers, masters, batch)
+            if not losses:
+                both = float(text.detach()), float(distance.detach())
+                weight = both[0] / both[1] if both[1] else 1.0
+            loss = text + weight * distance
             loss.backward()  # type: ignore[no-untyped-call]
             for bank, mask in zip(banks, masks, strict=True):
                 if bank.grad is not None:  # What never has a gradient, Adam leaves alone.
@@ -169,9 +172,10 @@ def _change(
     return torch.zeros(out, rank, device=device).requires_grad_(True), v.to(device).requires_grad_(True)
 
 
-def _loss(
-    head: Head, layers: dict[int, MoELayer], masters: dict[int, MoELayer], batch: npt.NDArray[Any], weight: float
-) -> torch.Tensor:
+def _losses(
+    head: Head, layers: dict[int, MoELayer], masters: dict[int, MoELayer], batch: npt.NDArray[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy and the distance of the experts, both []."""
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with ExitStack() as stack:
         for index, layer in layers.items():
@@ -181,9 +185,8 @@ def _loss(
 
             stack.callback(layer.experts.register_forward_pre_hook(look).remove)
         loss = head.nll(*batch_of(batch, head.model)).mean()
-    return loss + weight * sum(
-        (expert_error(layers[index], masters[index], *seen[index]) for index in layers), torch.zeros(())
-    ).to(loss)
+    distances = [expert_error(layers[index], masters[index], *seen[index]).to(loss) for index in layers]
+    return loss, torch.stack(distances).sum()
 
 
 def expert_error(layer: MoELayer, master: MoELayer, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

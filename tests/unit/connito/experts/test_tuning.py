@@ -65,6 +65,7 @@ def test_distillation_brings_a_thinned_model_back_and_keeps_its_zeros(full: Any,
     before, digests, plain = loss(thin, held), fingerprint(full), loss(full, held)
     tuned = copy.deepcopy(thin)
     losses = distil(tuned, full, text, 20)
+    assert losses[0] == pytest.approx(2 * loss(thin, text[:4]), rel=1e-4), "both parts weigh the same at first"
     assert losses[-1] < losses[0]
     assert loss(tuned, held) < before - 0.3 * (before - plain)
     assert all((down(layer)[zeros[i]] == 0).all() for i, layer in require_moe_layers(tuned).items())
