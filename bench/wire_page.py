@@ -100,7 +100,7 @@ def _downloads(document: Document) -> str:
             cells = [row for row in document["rows"] if row["arm"] == arm]
             whole = next(row["bytes"] for row in document["rows"] if row["arm"] == "rows")
             fewer = sum(whole / row["down_bytes"] for row in cells) / len(cells)
-            rows.append([arm, f"{fewer:.1f}", str(len(pairs)), f"{mean:.1%}", f"{low:.1%} to {high:.1%}"])
+            rows.append([arm, f"{fewer:.1f}", str(len(pairs)), f"{mean:.1%}", _range(low, high, len(pairs))])
     told = """Whoever holds the version before fetches the outer step alone, coded as `merging.step_codec` says, and the version
 *is* what that decodes to, for everybody ([ADR 52](../adr/0052-versions-as-coded-steps.md)). Uploads as by default, pairs of cells
 with versions as rows and of the same seed, data and H; nothing that coding a step leaves out is carried to the next."""
