@@ -189,7 +189,7 @@ class MinersDownloads:
     """Public artifacts through the addresses that the committer gives."""
 
     def __init__(self, services: MinersServices, world: World, folder: Path) -> None:
-        self._services, self._world, self._cache = services, world, Cache(folder)
+        self._services, self._world, self.cache = services, world, Cache(folder)
 
     async def fetch(self, run: str, ref: ArtifactRef) -> Path:
         urls = await self._services.download_urls(run, [ref.digest])
@@ -198,7 +198,7 @@ class MinersDownloads:
         def download(path: Path) -> None:
             path.write_bytes(data)
 
-        return self._cache.get(ref, download)
+        return self.cache.get(ref, download)
 
 
 class Node:
