@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from connito.client.connection import Connection
 from connito.errors import Invalid, NotFound
@@ -12,6 +12,7 @@ from connito.runtime.progress import Progress, silent
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import RunSpec
 from connito.v1.services_pb2 import RunStatus
+from connito.views.notebook import Report, Rows
 from connito.wire.identity import is_public_key
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Jobs:
     def list(self) -> Sequence[RunStatus]:
         """Return where every run stands that is shown to this key."""
         request = services_pb2.ListRunsRequest(**self._connection.reader())
-        return [*self._connection.call("coordinator", "ListRuns", request).runs]
+        return Rows(self._connection.call("coordinator", "ListRuns", request).runs)
 
     def show(self, run: str) -> RunStatus:
         """Return where a run stands. Raises `NotFound` for an unknown one."""
@@ -82,13 +83,14 @@ class Jobs:
         with_base: bool = False,
         measure: bool = True,
         progress: Progress = silent,
-    ) -> dict[str, Any]:
+    ) -> Report:
         """Return the delivery report of a run that has ended; with `out`, write it there with plot and expert too."""
         from connito.jobs.delivery import deliver
         from connito.platform.session import Session
 
         session, folder = Session.open(self._data_dir, role="customer", wake=True), None if out is None else Path(out)
-        return deliver(session, run, folder, with_base=with_base, measure=measure, progress=progress).document
+        found = deliver(session, run, folder, with_base=with_base, measure=measure, progress=progress)
+        return Report(found.document)
 
     def miner(self, key: str) -> str:
         """Return the one miner of all runs whose public key begins so. Raises `NotFound` for none, `Invalid` for several."""
@@ -113,7 +115,7 @@ class RestingJobs(Jobs):
         """Return where every run stands."""
         from connito.client.runs import statuses
 
-        return statuses(self._data_dir)
+        return Rows(statuses(self._data_dir))
 
     def show(self, run: str) -> RunStatus:
         """Return where a run stands. Raises `NotFound` for an unknown one."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from connito.client.connection import Connection
 from connito.errors import Invalid
 from connito.library.attestation import DEPOSIT_SUBJECT
-from connito.library.schema import ExpertRecord, read_record
+from connito.library.schema import read_record
 from connito.v1 import run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.services_pb2 import ExpertSummary
+from connito.views.notebook import Expert, Rows
 
 if TYPE_CHECKING:
     from connito.library.governance import Standing
@@ -33,7 +34,7 @@ class Library:
 
     def list(self) -> Sequence[ExpertSummary]:
         """Return every expert in the order of deposit."""
-        found: list[ExpertSummary] = []
+        found = Rows[ExpertSummary]()
         request = services_pb2.ListExpertsRequest(page_size=PAGE, viewer=self._connection.viewer())
         while True:
             page = self._call("ListExperts", request)
@@ -66,12 +67,12 @@ class Library:
             request.page_token = page.next_page_token
             if not page.next_page_token:
                 break
-        return found[:limit]
+        return Rows(found[:limit])
 
-    def show(self, expert_id: str) -> tuple[ExpertSummary, ExpertRecord]:
+    def show(self, expert_id: str) -> Expert:
         """Return one expert and its record. Raises `NotFound` for an unknown id."""
         answer = self._get(expert_id)
-        return answer.expert, read_record(answer.record_json, expert_id)
+        return Expert(answer.expert, read_record(answer.record_json, expert_id))
 
     def attestation(self, expert_id: str) -> str:
         """Return the signatures behind an expert, JSON for `attestation.json`; empty for deposits older than they are."""

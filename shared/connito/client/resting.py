@@ -13,10 +13,10 @@ from connito.errors import NotFound
 from connito.library.artifact import RECORD_FILE
 from connito.library.attestation import ATTESTATION_FILE
 from connito.library.governance import Viewer, attribute
-from connito.library.schema import ExpertRecord
 from connito.library.shelf import Shelf
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.services_pb2 import ExpertSummary
+from connito.views.notebook import Expert, Rows
 from connito.wire.identity import Identity
 
 if TYPE_CHECKING:
@@ -39,16 +39,16 @@ class RestingLibrary(Library):
 
         with self._shelf().index() as index:
             names = [name for _, name in visible(index, self._viewer, limit=-1)]
-        return [self.show(name)[0] for name in names]
+        return Rows(self.show(name)[0] for name in names)
 
     def search(self, text: str = "", *, domain: str = "", everything: bool = False, limit: int = 20) -> Sequence[Hit]:
         """Find experts by words and domain, best first."""
         from connito.library.hits import search
 
         with self._shelf().index() as index:
-            return search(index, text, domain=domain, viewer=self._viewer, everything=everything, limit=limit)
+            return Rows(search(index, text, domain=domain, viewer=self._viewer, everything=everything, limit=limit))
 
-    def show(self, expert_id: str) -> tuple[ExpertSummary, ExpertRecord]:
+    def show(self, expert_id: str) -> Expert:
         """Return one expert and its record. Raises `NotFound` for an unknown id."""
         folder, record = self._shelf().get(expert_id)
         if not self._viewer.sees(record):
@@ -66,7 +66,7 @@ class RestingLibrary(Library):
             deposited_at_unix_ms=next((int(at) for (at,) in rows), 0),
             files=[ArtifactRef(digest=e["digest"], size=e["bytes"]) for e in record.get("files", {}).values()],
         )
-        return summary, record
+        return Expert(summary, record)
 
     def attestation(self, expert_id: str) -> str:
         """Return the signatures behind an expert; empty for deposits older than they are."""

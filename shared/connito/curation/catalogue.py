@@ -15,6 +15,7 @@ from connito.library.governance import attribute
 from connito.library.hits import Hit, Ranked
 from connito.library.hits import search as find
 from connito.library.searches import remember
+from connito.views.notebook import Card, Rows
 
 if TYPE_CHECKING:
     from connito.v1.services_pb2 import ExpertSummary
@@ -40,7 +41,7 @@ class SearchOptions:
 def list_(library: Holdings | None = None) -> list[dict[str, Any]]:
     """Return the experts, oldest first: the platform's and those on the shelf. Raises `NotFound` with neither."""
     library = library or Holdings()
-    rows: list[dict[str, Any]] = []
+    rows = Rows[dict[str, Any]]()
     if (client := library.platform()) is not None:
         with client:
             found = client.library.search(everything=True, limit=MOST_STANDINGS)
@@ -60,15 +61,15 @@ def show(expert: str | Path, library: Holdings | None = None) -> dict[str, Any]:
     library, folder = library or Holdings(), Path(expert)
     if folder.is_dir():
         record = read_folder(folder)[1]
-        return {**_of_record(record), "record": record}
+        return Card(_of_record(record), record=record)
     if (client := library.platform()) is not None:
         with client, suppress(NotFound):
             summary, record = client.library.show(str(expert))
-            return {**_row(summary), "record": record}
+            return Card(_row(summary), record=record)
     record = library.open_shelf().get(str(expert))[1]
     if not library.viewer.sees(record):
         raise NotFound(f"there is no expert {str(expert)!r} that you may see")
-    return {**_of_record(record), "record": record}
+    return Card(_of_record(record), record=record)
 
 
 def search(
@@ -90,10 +91,10 @@ def search(
         ranked = rank_by_example(hits, options.base, options.like, options.measure, library)[: options.limit]
         best = max((row.measured for row in ranked if row.measured is not None), default=0.0)
         remember(root, words, options.domain, len(ranked), now_ms(), best)
-        return ranked
+        return Rows(ranked)
     if words or options.domain:
         remember(root, words, options.domain, len(hits), now_ms())
-    return hits
+    return Rows(hits)
 
 
 def _by_words(text: str, options: SearchOptions, library: Holdings) -> list[Hit]:
