@@ -47,7 +47,7 @@ def list_(library: Holdings | None = None) -> list[dict[str, Any]]:
             found = client.library.search(everything=True, limit=MOST_STANDINGS)
             standings = {hit.expert_id: str(hit.standing) for hit in found}
             listed = client.library.list()
-            rows = [{**_row(expert), "standing": standings.get(expert.expert_id, "good")} for expert in listed]
+            rows += [{**_row(expert), "standing": standings.get(expert.expert_id, "good")} for expert in listed]
     known = {row["expert_id"] for row in rows}
     rows += [row for row in _on_shelf(library) if row["expert_id"] not in known]
     if not rows and client is None and library.shelf is None:
