@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from connito.client.aio import Aio
 from connito.client.connection import Connection
 from connito.client.jobs import Jobs, RestingJobs
 from connito.client.library import Library
@@ -95,6 +96,11 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def aio(self) -> Aio:
+        """Return the same verbs to be awaited, over the same connections: `await client.aio.job.list()`."""
+        return Aio(self)
 
     def close(self) -> None:
         """Close the connections."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ class Connection:
         self._find, self._identity, self._tls = find, identity, tls
         self._beside = [("authorization", f"Bearer {token}")] if token else None
         self._open: dict[str, tuple[str, Any, Any]] = {}
+        self._opening = threading.Lock()
 
     def call(self, service: str, method: str, request: Message) -> Any:
         """Return the answer. Raises `Retry` when the service is away, else what it refused the call with."""
@@ -91,11 +93,12 @@ class Connection:
     def _reach(self, service: str) -> tuple[str, Any, Any]:
         from connito.v1 import services_pb2_grpc
 
-        if service not in self._open:
-            address = self._find(service)
-            channel = _channel(address, self._tls)
-            self._open[service] = address, channel, getattr(services_pb2_grpc, _STUBS[service])(channel)
-        return self._open[service]
+        with self._opening:
+            if service not in self._open:
+                address = self._find(service)
+                channel = _channel(address, self._tls)
+                self._open[service] = address, channel, getattr(services_pb2_grpc, _STUBS[service])(channel)
+            return self._open[service]
 
 
 def _silent(service: str, address: str, error: Any) -> Retry | None:

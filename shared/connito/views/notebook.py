@@ -1,4 +1,4 @@
-"""What notebooks show of lists, experts and reports: builtins with a rich form, every word of a stranger's escaped."""
+"""Lists, experts and reports as notebooks show them: builtins with a rich form, every word of a stranger's escaped."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Card(dict[str, Any]):
 
 
 class Expert(NamedTuple):
-    """What a platform says of an expert, and its record, which a notebook shows as its card."""
+    """An expert as a platform describes it, and its record, which a notebook shows as its card."""
 
     summary: ExpertSummary
     record: ExpertRecord
