@@ -57,6 +57,27 @@ def rows(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"name": text[:20], "body": text}) + "\n" for text in texts))
 
 
+def quiz(folder: Path) -> None:
+    """A task of lm-evaluation-harness: whether code goes on as code or as verse."""
+    folder.mkdir()
+    items = [
+        {"given": f"def f{n}(self, value):\n    ", "good": f"return value + {n}", "bad": "ὦ σελήνη"} for n in range(12)
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "task.yaml").write_text("""
+task: goes_on
+dataset_path: json
+dataset_kwargs: {data_files: {test: items.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{given}}"
+doc_to_choice: "{{[bad, good]}}"
+doc_to_target: 1
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""")
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A customer's folder: two sources, general text, a benchmark, and jobs over them."""
@@ -74,6 +95,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "files" / f"{number:03}.txt").write_text(text)
     rows(folder / "more.jsonl", functions(argparse, tarfile, zipfile, ast))
     rows(folder / "exam.jsonl", functions(inspect)[:40])
+    quiz(folder / "quiz")
     rows(folder / "prose.jsonl", docstrings(decimal, pathlib, email.message, argparse, statistics, inspect))
     job(folder)
     return folder
@@ -86,7 +108,10 @@ def job(folder: Path, name: str = "job.yaml", **changes: Any) -> Path:
         "profile": "tiny",
         "data": [{"path": "files/"}, {"path": "more.jsonl", "text": "# {name}\n{body}", "weight": 2, "name": "more"}],
         "general": [{"domain": "prose", "path": "prose.jsonl", "text": "{body}"}],
-        "benchmarks": [{"name": "exam", "path": "exam.jsonl", "text": "{body}"}],
+        "benchmarks": [
+            {"name": "exam", "path": "exam.jsonl", "text": "{body}"},
+            {"name": "quiz", "task": "quiz/task.yaml"},
+        ],
         "objective": {"max_cycles": 1},
         "budget": {"upload": "2 MB", "memory": "500 MB"},
         "privacy": {"visibility": "private"},
@@ -145,6 +170,10 @@ def test_the_delivery_report_measures_and_the_expert_loads(platform: Platform, r
     page = (out / "report.md").read_text()
     assert "connito.load_expert" in page
     assert "| exam | benchmark |" in page
+    (scored,) = report["measured"]["tasks"]
+    assert (scored["task"], scored["metric"], scored["items"]) == ("quiz", "acc", 12)
+    assert scored["interval"][0] <= scored["score"] - scored["base"] <= scored["interval"][1]
+    assert "| quiz | acc |" in page
     loaded = connito.load_expert(load_full(out / "base"), out / "expert")
     assert loaded.changed
     verified = platform.json("library", "verify", str(out / "expert"), "--base", str(out / "base"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,17 +28,48 @@ def output(command: Sequence[str | Path], folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel, and after it on the path the packages that this checkout uses."""
-    folder = tmp_path_factory.mktemp("wheel")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("dist")
     output([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], ROOT)
-    (wheel,) = folder.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a repository with what this checkout's git would commit, for pip to clone."""
+    folder = tmp_path_factory.mktemp("repository")
+    listed = output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    me = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    for command in (("init", "-q"), ("add", "-A"), (*me, "commit", "-q", "-m", "all")):
+        output(["git", *command], folder)
+    return f"git+file://{folder}"
+
+
+def environment_with(source: str | Path, folder: Path) -> Path:
+    """A virtual environment with `source`, and after it on the path the packages that this checkout uses."""
     output([sys.executable, "-m", "venv", folder / "venv"], folder)
     python = folder / "venv" / "bin" / "python"
-    output([python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel], folder)
     # A folder named on the path, unlike a site folder, has none of its .pth files read: no editable install comes along.
     (site_packages(python, folder) / "others.pth").write_text(str(Path(typer.__file__).parents[1]))
+    alone = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
+    output([python, "-m", "pip", "install", *alone, source], folder)
     return python
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment_with(wheel, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def cloned(repository: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment_with(f"connito @ {repository}", tmp_path_factory.mktemp("git"))
 
 
 def site_packages(python: Path, folder: Path) -> Path:
@@ -49,6 +81,25 @@ def test_one_name_is_put_on_the_path(installed: Path, tmp_path: Path) -> None:
     record = next(site_packages(installed, tmp_path).glob("connito-*.dist-info")) / "RECORD"
     names = {line.split(",")[0].split("/")[0] for line in record.read_text().splitlines()}
     assert {name for name in names if name != ".." and not name.endswith(".dist-info")} == {"connito"}
+
+
+@pytest.mark.parametrize("source", ["installed", "cloned"])
+def test_what_pip_installs_says_its_version_and_what_the_machine_lacks(
+    source: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    from connito import __version__
+
+    python: Path = request.getfixturevalue(source)
+    connito = python.parent / "connito"
+    assert output([connito, "--version"], tmp_path) == f"connito {__version__}\n"
+    found = subprocess.run([connito, "doctor", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    checks = json.loads(found.stdout)["checks"]
+    assert {"python", "nats-server", "weed"} <= {check["name"] for check in checks}
+    assert all(check["ok"] or check["remedy"] for check in checks)
+    # Typed for whoever checks code against it.
+    marker = output([python, "-c", "import connito, pathlib; print(pathlib.Path(connito.__file__).parent)"], tmp_path)
+    assert (Path(marker.strip()) / "py.typed").is_file()
+    assert Path(marker.strip()).is_relative_to(python.parents[1])
 
 
 def test_the_installed_package_is_the_one_that_runs(installed: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def _of_spec(spec: run_pb2.RunSpec) -> Iterator[Named]:
     yield Named("base manifest", spec.base.manifest)
     corpora = [("probe", spec.probe), ("training", spec.train), ("hold-out", spec.holdout)]
     corpora += [("hold-out", corpus) for corpus in spec.general_holdouts]
-    corpora += [("benchmark", corpus) for corpus in spec.benchmarks]
+    corpora += [("benchmark", corpus) for corpus in (*spec.benchmarks, *spec.tasks)]
     corpora += [("replay", spec.replay)] if spec.HasField("replay") else []
     corpora += [("probe", corpus) for corpus in spec.beside]
     for use, corpus in corpora:

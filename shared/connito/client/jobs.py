@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from connito.client.connection import Connection
 from connito.errors import Invalid, NotFound
-from connito.runtime.progress import Progress, silent
+from connito.runtime.progress import Progress, below_the_cell
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import RunSpec
 from connito.v1.services_pb2 import RunStatus
@@ -22,36 +22,40 @@ if TYPE_CHECKING:
 
 
 class Jobs:
-    """A customer's runs. Every verb raises as `Client` says."""
+    """A customer's runs. Every verb raises as `Client` says; without `progress`, a notebook shows a bar below the cell."""
 
     def __init__(self, connection: Connection, data_dir: Path | None) -> None:
         """Take `data_dir`, the folder of the local platform whose base and store a job.yaml may use."""
         self._connection, self._data_dir = connection, data_dir
 
-    def check(self, file: Path | str, *, profile: str = "", progress: Progress = silent) -> Checked:
+    def check(self, file: Path | str, *, profile: str = "", progress: Progress | None = None) -> Checked:
         """Check a job.yaml before anything is spent; `.ok`, `.findings`. `profile` replaces the file's."""
         from connito.jobs.check import check_file
 
-        return check_file(Path(file), self._data_dir, progress, profile=profile)
+        return check_file(Path(file), self._data_dir, progress or below_the_cell(), profile=profile)
 
-    def quote(self, file: Path | str, *, profile: str = "", pilot: bool = True, progress: Progress = silent) -> Quote:
+    def quote(
+        self, file: Path | str, *, profile: str = "", pilot: bool = True, progress: Progress | None = None
+    ) -> Quote:
         """Return what a job.yaml will take. Raises `Invalid` for one that cannot be submitted. Imports torch."""
         from connito.jobs.quote import quote
 
-        return quote(self.check(file, profile=profile, progress=progress), pilot=pilot, progress=progress)
+        tell = progress or below_the_cell()
+        return quote(self.check(file, profile=profile, progress=tell), pilot=pilot, progress=tell)
 
     def submit(
-        self, job: Path | str | Checked | RunSpec, *, profile: str = "", progress: Progress = silent
+        self, job: Path | str | Checked | RunSpec, *, profile: str = "", progress: Progress | None = None
     ) -> Submitted:
         """Create a run; `.run` is its id. `job`: a job.yaml or what its check found, whose corpora are uploaded; or a
         RunSpec, also as a YAML file. Raises `Invalid` naming the field that cannot be."""
         from connito.jobs.submit import Submitted, prepare, submit
 
+        tell = progress or below_the_cell()
         if isinstance(job, (Path, str)):
-            job = prepare(Path(job), self._data_dir, progress, profile=profile)
+            job = prepare(Path(job), self._data_dir, tell, profile=profile)
         if isinstance(job, RunSpec):
             return Submitted(self._create(job), job)
-        return submit(job, self._create, progress)
+        return submit(job, self._create, tell)
 
     def list(self) -> Sequence[RunStatus]:
         """Return where every run stands that is shown to this key."""
@@ -82,14 +86,15 @@ class Jobs:
         *,
         with_base: bool = False,
         measure: bool = True,
-        progress: Progress = silent,
+        progress: Progress | None = None,
     ) -> Report:
         """Return the delivery report of a run that has ended; with `out`, write it there with plot and expert too."""
         from connito.jobs.delivery import deliver
         from connito.platform.session import Session
 
         session, folder = Session.open(self._data_dir, role="customer", wake=True), None if out is None else Path(out)
-        found = deliver(session, run, folder, with_base=with_base, measure=measure, progress=progress)
+        tell = progress or below_the_cell()
+        found = deliver(session, run, folder, with_base=with_base, measure=measure, progress=tell)
         return Report(found.document)
 
     def miner(self, key: str) -> str:

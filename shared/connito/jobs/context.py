@@ -163,10 +163,14 @@ class JobContext:
 
     def corpus(self, ref: CorpusRef) -> Corpus:
         """Return a corpus of the customer's own from the platform, opened where it is sealed."""
-        path = self.fetch(ref.artifact)
+        return Corpus.load(self.sealed(ref.artifact))
+
+    def sealed(self, ref: ArtifactRef) -> Path:
+        """Return a file of the customer's own from the platform, opened where it is sealed."""
+        path = self.fetch(ref)
         assert self.session is not None, "it was fetched from there"
         me = self.session.identity
-        return Corpus.load(unsealed(path, ref.artifact, me, me.public))
+        return unsealed(path, ref, me, me.public)
 
 
 def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress = silent) -> JobContext:

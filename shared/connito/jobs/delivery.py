@@ -8,7 +8,7 @@ sequence, and says how far its own figures are from the aggregator's. Needs torc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,7 +189,27 @@ def measured(facts: RunFacts, context: JobContext, progress: Progress) -> dict[s
     evaluator.restore()
     progress("asking for words", 0.9)
     right = _right(evaluator, context, parts, state)
-    return {"confidence": CONFIDENCE, "rows": rows, "apart": _apart(facts, rows), "right": right}
+    scores = _tasks(evaluator, context, spec, state, progress)
+    return {"confidence": CONFIDENCE, "rows": rows, "apart": _apart(facts, rows), "right": right, **scores}
+
+
+def _tasks(
+    evaluator: Evaluator, context: JobContext, spec: run_pb2.RunSpec, state: Mapping[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Return the scores of base and result on the tasks that the job named, or why there are none."""
+    if not spec.tasks:
+        return {"tasks": []}
+    from connito.jobs.tasks import Task, compare
+
+    progress("asking the tasks", 0.95)
+    tasks = [Task.decode(context.sealed(ref.artifact).read_bytes()) for ref in spec.tasks]
+    try:
+        found = compare(tasks, evaluator.model, context.tokenizer, partial(evaluator.put, state))
+    except Invalid as error:
+        return {"tasks": [], "tasks_missing": str(error)}
+    finally:
+        evaluator.restore()
+    return {"tasks": [asdict(row) for row in found]}
 
 
 def _right(

@@ -72,6 +72,7 @@ def _result(document: Document) -> str:
     ]
     lines += [_row(row) for row in found["rows"]]
     lines += _words(found["right"])
+    lines += _tasks(found)
     if any("start" in row for row in found["rows"]):
         begun = ", ".join(f"{row['name']} {row['start']:.4f}" for row in found["rows"])
         lines += ["", f"The run began at its start expert, not at the base: {begun}."]
@@ -96,6 +97,28 @@ def _words(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"| {row['domain']} | {row['what']} | {formats.percent(row['before'])} | {formats.percent(row['after'])} "
             f"| {100 * row['change']:+.1f} | {100 * row['low']:+.1f} to {100 * row['high']:+.1f} "
             f"| {row['count']:,} in {row['texts']} texts |"
+        )
+
+
+def _tasks(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of the job's tasks, which were fixed before the run began."""
+    if found.get("tasks_missing"):
+        yield from ("", f"The job's tasks were not measured: {found['tasks_missing']}.")
+    if not found.get("tasks"):
+        return
+    yield from (
+        "",
+        "Tasks of lm-evaluation-harness, fixed before the run. No item shares thirteen words in a row with the training text.",
+        "Change in points of 100, paired by item.",
+        "",
+        "| task | metric | before | after | change | interval | items |",
+        "|---|---|---:|---:|---:|---|---:|",
+    )
+    for row in found["tasks"]:
+        low, high = row["interval"]
+        yield (
+            f"| {row['task']} | {row['metric']} | {formats.percent(row['base'])} | {formats.percent(row['score'])} "
+            f"| {100 * (row['score'] - row['base']):+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {row['items']} |"
         )
 
 

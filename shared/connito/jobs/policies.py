@@ -113,7 +113,8 @@ def _with_stand_ins(job: Job, spec: RunSpec, context: JobContext) -> RunSpec:
     asked.general_holdouts.extend(_corpus(name, REALM_HOLDOUT) for name in names)
     if spec.training.replay_share:
         asked.replay.CopyFrom(_corpus("general", REALM_PUBLIC))
-    asked.benchmarks.extend(_corpus(entry.name, REALM_HOLDOUT) for entry in job.benchmarks)
+    for entry in job.benchmarks:
+        (asked.tasks if entry.task else asked.benchmarks).append(_corpus(entry.name, REALM_HOLDOUT))
     return asked
 
 
@@ -130,6 +131,16 @@ def _same_policies(one: RunSpec, other: RunSpec) -> bool:
     first, second = RunSpec(), RunSpec()
     for spec, copy in ((one, first), (other, second)):
         copy.CopyFrom(spec)
-        for name in ("base", "probe", "train", "holdout", "general_holdouts", "replay", "benchmarks", "beside"):
+        for name in (
+            "base",
+            "probe",
+            "train",
+            "holdout",
+            "general_holdouts",
+            "replay",
+            "benchmarks",
+            "tasks",
+            "beside",
+        ):
             copy.ClearField(name)
     return first == second

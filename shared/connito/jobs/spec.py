@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from google.protobuf.json_format import ParseDict, ParseError
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from connito.errors import Invalid, NotFound
 from connito.library.governance import VISIBILITIES
@@ -93,9 +93,20 @@ class General(Source):
 
 
 class Benchmark(Source):
-    """Held-out text that the delivery report measures on and that decides nothing."""
+    """Held-out text, or a task of lm-evaluation-harness, that the delivery report measures on and that decides nothing."""
 
+    path: str = ""
+    # The task's YAML file.
+    task: str = ""
     name: str = Field(pattern=_NAME)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if bool(self.path) == bool(self.task):
+            raise ValueError("give either `path`, to held-out text, or `task`, a task file of lm-evaluation-harness")
+        if self.task and self.model_fields_set - {"task", "name", "path"}:
+            raise ValueError("a task file says itself where its data are: leave the other fields out")
+        return self
 
 
 class Objective(_Strict):

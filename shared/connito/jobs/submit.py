@@ -96,8 +96,11 @@ async def _upload(checked: Checked, store: CustomerStore, progress: Progress) ->
             if realm == PUBLIC:
                 artifact = await store.put_file(file, SAFETENSORS, realm)
                 return CorpusRef(domain=domain, artifact=artifact, tokens=len(corpus.tokens))
-            sealing.seal_file(file, sealed := Path(folder) / "sealed", me, readers)
-            return CorpusRef(domain=domain, artifact=await store.put_file(sealed, sealing.MEDIA_TYPE, realm))
+            return CorpusRef(domain=domain, artifact=await seal(file))
+
+    async def seal(file: Path) -> artifacts_pb2.ArtifactRef:
+        sealing.seal_file(file, sealed := file.with_name("sealed"), me, readers)
+        return await store.put_file(sealed, sealing.MEDIA_TYPE, HOLDOUT)
 
     spec.probe.CopyFrom(await put(job.domain, corpora.probe, PUBLIC))
     spec.train.CopyFrom(await put(job.domain, corpora.train, PUBLIC))
@@ -109,6 +112,10 @@ async def _upload(checked: Checked, store: CustomerStore, progress: Progress) ->
         spec.replay.CopyFrom(await put("general", corpora.replay, PUBLIC))
     for name, corpus in corpora.benchmarks.items():
         spec.benchmarks.append(await put(name, corpus, HOLDOUT))
+    for task in checked.texts.tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            (file := Path(folder) / "task.json").write_bytes(task.encode())
+            spec.tasks.append(CorpusRef(domain=task.name, artifact=await seal(file)))
     return spec
 
 

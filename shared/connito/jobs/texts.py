@@ -13,17 +13,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from connito.data.dedup import contaminated, deduplicate
 from connito.data.prepare import Split, part_of
 from connito.data.spool import Records
-from connito.errors import Invalid
+from connito.errors import Invalid, NotFound
 from connito.jobs.findings import Finding
 from connito.jobs.sources import Document, Reach, document_spool, read_source, rows_of
-from connito.jobs.spec import Job, Source
+from connito.jobs.spec import Benchmark, Job, Source
 from connito.runtime.progress import Progress, silent
 from connito.wire.hashing import hash_fields
+
+if TYPE_CHECKING:
+    from connito.jobs.tasks import Task
 
 WEIGHT_TAG = b"connito.v1.job.weight"
 # Shared passages (a header, a licence notice) make a few documents look alike; above this share it is no accident.
@@ -52,6 +55,7 @@ class Texts:
     general: dict[str, Documents] = field(default_factory=dict)
     replay: dict[str, Documents] = field(default_factory=dict)
     benchmarks: dict[str, Documents] = field(default_factory=dict)
+    tasks: list[Task] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     progress: Progress = silent
 
@@ -68,11 +72,15 @@ def sort_texts(job: Job, root: Path, progress: Progress = silent) -> Texts:
     held = _unique(_read_all(texts, "holdout", job.holdout, root))
     general = {row.domain: _unique(_read_all(texts, f"general {row.domain}", [row], root)) for row in job.general}
     for benchmark in job.benchmarks:
+        if benchmark.task:
+            _read_task(texts, benchmark, root)
+            continue
         read = _read_all(texts, f"benchmark {benchmark.name}", [benchmark], root)
         texts.benchmarks[benchmark.name] = _unique(read)
     _part(texts, job, _deduplicate(texts, job, data), held)
     _part_general(texts, job, general)
     _decontaminate(texts, job)
+    _without_tasks(texts, job)
     _overlap(texts)
     texts.train = weighted(texts.train, [source.weight for source in job.data])
     return texts
@@ -203,6 +211,46 @@ def _decontaminate(texts: Texts, job: Job) -> None:
         else:
             remedy = f"{dropped} training documents were dropped" if dropped else ""
             texts.note("contamination", "warning" if given and hit else "ok", detail, remedy, **numbers)
+
+
+def _read_task(texts: Texts, benchmark: Benchmark, root: Path) -> None:
+    from connito.jobs.tasks import read_task
+
+    texts.progress(f"reading the task {benchmark.name}", _READING)
+    try:
+        task = read_task(root / benchmark.task, benchmark.name)
+    except (Invalid, NotFound, OSError) as error:
+        texts.note("task", "error", f"benchmark {benchmark.name}: {error}", "correct the task file, or leave it out")
+        return
+    texts.tasks.append(task)
+    metrics = ", ".join(str(metric["metric"]) for metric in task.metrics)
+    detail = f"benchmark {task.name}: {len(task.items)} items of {task.kind}, scored by {metrics}"
+    texts.note("task", "ok", detail, items=len(task.items))
+
+
+def _without_tasks(texts: Texts, job: Job) -> None:
+    """Drop training text that shares a run of words with a task's item; where it is more than an accident, the job is refused
+    unless it says `contamination: drop`."""
+    for task in texts.tasks:
+        hit, before = task.seen_in(chain(_texts(texts.train), _texts(texts.probe))), len(texts.train) + len(texts.probe)
+        if not hit:
+            texts.note("contamination", "ok", f"no item of the task {task.name} is in the training data", found=0)
+            continue
+        texts.train, texts.probe = _apart(texts.train, task), _apart(texts.probe, task)
+        dropped, share = before - len(texts.train) - len(texts.probe), len(hit) / len(task.items)
+        numbers: dict[str, float | list[int]] = {"share": share, "found": len(hit), "dropped": dropped}
+        detail = f"{len(hit)} of the {len(task.items)} items of the task {task.name} share a run of words with the training data"
+        if share > TOLERATED and job.contamination == "refuse":
+            first = ", ".join(str(place + 1) for place in hit[:_EXAMPLES])
+            remedy = f"take them out of one of the two (first: items {first}), or write `contamination: drop`"
+            texts.note("contamination", "error", detail, remedy, **numbers, examples=hit[:_EXAMPLES])
+        else:
+            texts.note("contamination", "warning", detail, f"{dropped} training documents were dropped", **numbers)
+
+
+def _apart(documents: Documents, task: Task) -> Documents:
+    dirty = task.held_by(_texts(documents))
+    return _take(documents, (place for place in range(len(documents)) if place not in dirty))
 
 
 def _overlap(texts: Texts) -> None:

@@ -57,3 +57,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = importlib.import_module(f"connito.curation.{_HOMES[name]}")
     return getattr(home, "list_" if name == "list" else name)
+
+
+def __dir__() -> list[str]:
+    """Return the verbs, for completion in a notebook."""
+    return sorted(__all__)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from connito.local.doctor_platform import Check
 from connito.render import formats
+from connito.runtime.tasks import blocking
 
 # JetStream behaves as the bus needs it from here on.
 _OLDEST = {"nats-server": (2, 11)}
@@ -142,8 +143,6 @@ def _port(kind: str, host: str, port: int) -> Check:
 
 def _platform(root: Path) -> Iterator[Check]:
     """Yield the checks of the platform on this machine, or of the one that the environment names."""
-    import asyncio
-
     from connito.errors import ConnitoError
     from connito.platform.datadir import DataDir
     from connito.platform.session import Session
@@ -159,10 +158,10 @@ def _platform(root: Path) -> Iterator[Check]:
         return
     from connito.local import doctor_miner, doctor_platform
 
-    yield from asyncio.run(doctor_platform.look(session, with_store=session.has_store))
+    yield from blocking(doctor_platform.look(session, with_store=session.has_store))
     me, roster = session.identity.public, session.roster
     if not roster.serves(me) and not roster.permits("customer", me):
-        yield from asyncio.run(doctor_miner.look(session))
+        yield from blocking(doctor_miner.look(session))
 
 
 def _elsewhere() -> bool:

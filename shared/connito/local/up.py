@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
@@ -27,7 +28,7 @@ from connito.platform.session import log_to
 from connito.render import formats
 from connito.runtime import scratch
 from connito.runtime.compute import usable_cores
-from connito.runtime.tasks import end_tasks
+from connito.runtime.tasks import blocking, end_tasks
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -55,7 +56,7 @@ def run_here(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
     data = DataDir.open(options.data_dir)
     check_limits(data.root)
     with data.lock(), scratch.own(data.cache, "up"), choose_display(as_json=as_json) as display:
-        return asyncio.run(_interruptible(_Up(options, data, display).run))
+        return blocking(_interruptible(_Up(options, data, display).run))
 
 
 def run_detached(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
@@ -106,8 +107,10 @@ async def _interruptible(work: Callable[[], Awaitable[T]]) -> T:
             # Once: what comes after is the stopping itself, which a second one would break off.
             task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, interrupt, number)
+    # In the thread of a notebook's cell there are none to take; interrupting the cell cancels this.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, interrupt, number)
     try:
         return await task
     except asyncio.CancelledError:

@@ -63,8 +63,8 @@ def of_deposit(message: run_pb2.ExpertDeposited) -> Iterator[ArtifactRef]:
 
 def corpora(spec: run_pb2.RunSpec) -> list[run_pb2.CorpusRef]:
     """Return every corpus of a run that has one, those that are held out last."""
-    named = [spec.probe, spec.train, spec.replay, *spec.beside, spec.holdout, *spec.general_holdouts, *spec.benchmarks]
-    return [corpus for corpus in named if corpus.artifact.digest]
+    named = [spec.probe, spec.train, spec.replay, *spec.beside, spec.holdout, *spec.general_holdouts]
+    return [corpus for corpus in (*named, *spec.benchmarks, *spec.tasks) if corpus.artifact.digest]
 
 
 class Naming:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -28,10 +29,23 @@ async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
 
 def blocking(work: Coroutine[Any, Any, T]) -> T:
     """Return what a coroutine returns, from code that is not asynchronous itself, also inside a running loop: every cell of
-    a notebook is. There it runs in a thread of its own."""
+    a notebook is. There it runs in a thread of its own, and whoever interrupts the cell cancels it."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
+    begun: Future[Callable[[], object]] = Future()
+
+    async def cancellable() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        begun.set_result(partial(loop.call_soon_threadsafe, task.cancel))
+        return await work
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        running = pool.submit(asyncio.run, cancellable())
+        try:
+            return running.result()
+        except KeyboardInterrupt:
+            begun.result()()
+            raise

@@ -48,3 +48,14 @@ def test_a_public_name_means_one_thing() -> None:
             homes.setdefault(name, {})[package] = getattr(importlib.import_module(package), name)
     assert len(homes) > 20
     assert {name: list(found) for name, found in homes.items() if len({id(o) for o in found.values()}) > 1} == {}
+
+
+def test_what_is_offered_is_what_completion_shows() -> None:
+    import connito.library as library
+
+    assert set(dir(connito)) == set(connito.__all__)
+    assert set(dir(library)) == set(library.__all__)
+    client = connito.Client()
+    assert {"job", "library", "aio", "ban", "local", "close"} <= set(dir(client))
+    assert "check" in dir(client.aio.job)
+    assert dir(client.aio.job) == [name for name in dir(client.job) if not name.startswith("_")]

@@ -166,7 +166,7 @@ def _enrolment(spec: RunSpec) -> Iterator[Fault]:
 
 
 def _artifacts(spec: RunSpec) -> Iterator[Fault]:
-    for name in ("beside", "general_holdouts", "benchmarks"):
+    for name in ("beside", "general_holdouts", "benchmarks", "tasks"):
         if len(getattr(spec, name)) > MAX_CORPORA:
             yield Fault(name, f"has {len(getattr(spec, name))} entries", f"give at most {MAX_CORPORA}")
             return
@@ -182,8 +182,8 @@ def _artifacts(spec: RunSpec) -> Iterator[Fault]:
         yield Fault("beside", "names a domain twice, or the target's own", "give each further domain once")
     if not spec.general_holdouts:
         yield Fault("general_holdouts", "is empty", "give at least one, or forgetting could not be measured")
-    for field, corpora in (("general_holdouts", spec.general_holdouts), ("benchmarks", spec.benchmarks)):
-        for index, corpus in enumerate(corpora):
+    for field in ("general_holdouts", "benchmarks", "tasks"):
+        for index, corpus in enumerate(getattr(spec, field)):
             yield from _corpus(f"{field}[{index}]", corpus, REALM_HOLDOUT)
     if spec.holdout.domain != spec.domain:
         yield Fault("holdout.domain", f"is {spec.holdout.domain!r}", f"it has to be the run's domain, {spec.domain!r}")
