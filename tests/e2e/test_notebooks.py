@@ -7,6 +7,8 @@ from typing import Any
 
 import nbformat
 import pytest
+from connito.local.up import stop
+from connito.platform.datadir import DataDir
 from nbclient import NotebookClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -21,10 +23,14 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Any]]
     """By notebook: what each of its cells showed. A cell that raises fails."""
     folder = tmp_path_factory.mktemp("notebooks")
     found = {}
-    for name in ORDER:
-        book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-        NotebookClient(book, timeout=280, resources={"metadata": {"path": str(folder)}}).execute()
-        found[name] = [cell.outputs for cell in book.cells if cell.cell_type == "code"]
+    try:
+        for name in ORDER:
+            book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+            NotebookClient(book, timeout=280, resources={"metadata": {"path": str(folder)}}).execute()
+            found[name] = [cell.outputs for cell in book.cells if cell.cell_type == "code"]
+    finally:
+        # What a cell started that failed.
+        stop(DataDir.open(folder / "notebook" / "data"))
     return found
 
 

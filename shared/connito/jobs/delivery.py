@@ -7,6 +7,8 @@ sequence, and says how far its own figures are from the aggregator's. Needs torc
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound, Retry
 from connito.jobs.context import JobContext
+from connito.library.deposit_plan import Deposit as Due
+from connito.library.deposit_plan import plan
 from connito.library.schema import ExpertRecord, read_record
 from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 # Sequences of a benchmark that are measured; the first ones, so that the figure is the same again.
 BENCHMARK_SEQUENCES = 512
+# How long a report waits for the expert of a run that has just ended, and between looks.
+DEPOSIT_SECONDS, POLL_SECONDS = 60.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -95,12 +101,20 @@ def deliver(
 
 
 async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
-    """Return the run's facts, and the library's message on its deposit as it is stored."""
+    """Return the run's facts, and the library's message on its deposit as it is stored. A run ends before its expert is there:
+    that is waited for. Raises `Retry` where the library does not come to it."""
     from connito.platform.log import read_log
     from connito.wire.facts import RunFacts
 
     async with session.bus() as bus:
-        facts = (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
+        give_up = time.monotonic() + DEPOSIT_SECONDS
+        while True:
+            facts = (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
+            if session.resting or facts.paused or not isinstance(plan(facts), Due):
+                break
+            if time.monotonic() > give_up:
+                raise Retry(f"run {run} has ended, and the library has not deposited its expert yet; ask again later")
+            await asyncio.sleep(POLL_SECONDS)
         deposits = list(facts.deposits)
         subject = fact_subject(run, "library", 0, "deposited", deposits[0]) if deposits else ""
         return facts, await bus.last_record(subject) if deposits else None
