@@ -162,7 +162,8 @@ def wanted_next(runs: Runs, sees: Sees, cycles: int = 4) -> list[Demand]:
         domain, units = facts.require_spec().domain, sum(fact.message.units for fact in facts.uses.values())
         uses[domain] = uses.get(domain, 0) + units
     trainings = [training for facts in seen if (training := training_of(facts)) is not None]
-    return demand(trainings, {domain: units for domain, units in uses.items() if units}, (), cycles=cycles)
+    withdrawn = {row.expert_id for row in expert_rows(runs, sees) if row.withdrawn}
+    return demand(trainings, {domain: units for domain, units in uses.items() if units}, (), withdrawn, cycles=cycles)
 
 
 def _row(

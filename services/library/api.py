@@ -58,9 +58,9 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
     ) -> services_pb2.GetExpertResponse:
         """Return one expert with its record. `NotFound` for an unknown id, `Retry` when the store is away."""
         fact = self._catalogue.fact(request.expert_id, await self._viewer(request, context))
-        expert = summarise(fact)
+        standing = self._catalogue.index.standing(request.expert_id)
+        expert, attestation = summarise(fact, standing), ""
         record = await self._store.get_bytes(expert.record)
-        attestation, standing = "", self._catalogue.index.standing(request.expert_id)
         envelope = self._catalogue.envelopes.get(request.expert_id)
         if fact.message.HasField("attestation") and envelope is not None:
             part = json.loads(await self._store.get_bytes(fact.message.attestation))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from connito.errors import Invalid, NotFound
-from connito.library.governance import Viewer, attribute
+from connito.library.governance import Standing, Viewer, attribute
 from connito.library.hits import Hit, search, visible
 from connito.library.index import Index, LibraryEvent, deposit_event
 from connito.v1 import run_pb2, services_pb2
@@ -22,7 +22,7 @@ MAX_PAGE_SIZE = 500
 NOTICES = {kind: plain_name(run_pb2.NoticeKind, kind) for kind in run_pb2.NoticeKind.values() if kind}
 
 
-def summarise(fact: Fact[run_pb2.ExpertDeposited]) -> services_pb2.ExpertSummary:
+def summarise(fact: Fact[run_pb2.ExpertDeposited], standing: Standing) -> services_pb2.ExpertSummary:
     """Return one row of the catalogue."""
     message = fact.message
     return services_pb2.ExpertSummary(
@@ -34,6 +34,8 @@ def summarise(fact: Fact[run_pb2.ExpertDeposited]) -> services_pb2.ExpertSummary
         record=message.record,
         deposited_at_unix_ms=fact.time_unix_ms,
         files=message.files,
+        status=standing.status,
+        reason=standing.reason,
     )
 
 
@@ -93,7 +95,7 @@ class Catalogue:
 
     def get(self, expert_id: str, viewer: Viewer | None = None) -> services_pb2.ExpertSummary:
         """Return one expert. Raises `NotFound`."""
-        return summarise(self.fact(expert_id, viewer))
+        return summarise(self.fact(expert_id, viewer), self.index.standing(expert_id))
 
     def page(self, size: int, token: str, viewer: Viewer | None = None) -> tuple[list[services_pb2.ExpertSummary], str]:
         """Return up to `size` experts after the one `token` stands for, oldest first, and the token of the next page.
@@ -105,7 +107,7 @@ class Catalogue:
         rest = visible(self.index, viewer or Viewer(), after=_decode_token(token, "after"), limit=size + 1)
         shown = [self.facts[name] for _, name in rest[:size] if name in self.facts]
         following = _encode_token("after", rest[size - 1][0]) if len(rest) > size else ""
-        return [summarise(fact) for fact in shown], following
+        return [summarise(fact, self.index.standing(fact.message.expert_id)) for fact in shown], following
 
     def search(
         self, request: services_pb2.SearchExpertsRequest, viewer: Viewer
@@ -130,7 +132,7 @@ class Catalogue:
     def _rows(self, hits: Sequence[Hit]) -> list[services_pb2.ExpertHit]:
         return [
             services_pb2.ExpertHit(
-                expert=summarise(self.facts[hit.expert_id]),
+                expert=summarise(self.facts[hit.expert_id], hit.standing),
                 license=hit.license,
                 saving=hit.saving,
                 score=hit.score,

@@ -55,6 +55,7 @@ class RestingLibrary(Library):
             raise NotFound(f"there is no expert {expert_id!r} in this library; see `connito library list`")
         with self._shelf().index() as index:
             rows = index.select("SELECT deposited_at FROM experts WHERE expert_id = ?", (expert_id,))
+            standing = index.standing(expert_id)
         data, expert = (folder / RECORD_FILE).read_bytes(), record["expert"]
         summary = ExpertSummary(
             expert_id=expert_id,
@@ -65,6 +66,8 @@ class RestingLibrary(Library):
             record=ArtifactRef(digest=hashlib.sha256(data).hexdigest(), size=len(data)),
             deposited_at_unix_ms=next((int(at) for (at,) in rows), 0),
             files=[ArtifactRef(digest=e["digest"], size=e["bytes"]) for e in record.get("files", {}).values()],
+            status=standing.status,
+            reason=standing.reason,
         )
         return Expert(summary, record)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from connito.client import Client
 from connito.curation.holdings import Holdings, now_ms, read_folder
 from connito.errors import Invalid, NotFound
-from connito.library.governance import attribute
+from connito.library.governance import Standing, attribute
 from connito.library.hits import Hit, Ranked
 from connito.library.hits import search as find
 from connito.library.searches import remember
@@ -19,10 +19,6 @@ from connito.views.notebook import Card, Rows
 
 if TYPE_CHECKING:
     from connito.v1.services_pb2 import ExpertSummary
-
-
-# Experts whose standing a list shows.
-MOST_STANDINGS = 10_000
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,7 @@ def list_(library: Holdings | None = None) -> list[dict[str, Any]]:
     rows = Rows[dict[str, Any]]()
     if (client := library.platform()) is not None:
         with client:
-            found = client.library.search(everything=True, limit=MOST_STANDINGS)
-            standings = {hit.expert_id: str(hit.standing) for hit in found}
-            listed = client.library.list()
-            rows += [{**_row(expert), "standing": standings.get(expert.expert_id, "good")} for expert in listed]
+            rows += map(_row, client.library.list())
     known = {row["expert_id"] for row in rows}
     rows += [row for row in _on_shelf(library) if row["expert_id"] not in known]
     if not rows and client is None and library.shelf is None:
@@ -180,4 +173,5 @@ def _row(expert: ExpertSummary) -> dict[str, Any]:
         "expert_id": expert.expert_id, "run": expert.run, "domain": expert.domain, "base_digest": expert.base_digest,
         "digest": expert.expert.digest, "bytes": expert.expert.size,
         "deposited_at_unix_ms": expert.deposited_at_unix_ms,
+        "standing": str(Standing(expert.status or "good", expert.reason)),
     }  # fmt: skip

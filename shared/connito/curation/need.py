@@ -8,6 +8,7 @@ from typing import Any
 
 from connito.curation.holdings import Holdings
 from connito.errors import NotFound
+from connito.library.governance import Standing
 from connito.library.searches import recall
 from connito.library.training_demand import Demand, Training, training_of, training_of_record
 from connito.library.training_demand import demand as rank
@@ -24,17 +25,27 @@ def demand(cycles: int = 4, library: Holdings | None = None) -> list[Demand]:
     trainings = {training.expert_id or f"run {training.at}": training for training in trained}
     uses: dict[str, int] = {}
     domains = {training.expert_id: training.domain for training in trainings.values()}
-    with local.index():
+    with local.index() as index:
         for event in local.events():
             if event.kind == "deposited":
                 _shelved(event.body, event.sequence, trainings)
                 domains[event.subject] = str(event.body["domain"])
             elif event.kind == "used":
                 used.append((event.subject, int(event.body.get("units", 1))))
+        withdrawn = {name for name in trainings if index.standing(name).withdrawn} | _withdrawn(library)
     for expert_id, units in used:
         domain = domains.get(expert_id, expert_id)
         uses[domain] = uses.get(domain, 0) + units
-    return rank([*trainings.values()], uses, recall(local.root), cycles=cycles)
+    return rank([*trainings.values()], uses, recall(local.root), withdrawn, cycles=cycles)
+
+
+def _withdrawn(library: Holdings) -> set[str]:
+    """Return what the library of the platform says may not be used any more."""
+    if (client := library.platform()) is None:
+        return set()
+    with client:
+        said = {row.expert_id: Standing(row.status or "good", row.reason) for row in client.library.list()}
+    return {name for name, standing in said.items() if standing.withdrawn}
 
 
 def _shelved(record: Mapping[str, Any], at: int, trainings: dict[str, Training]) -> None:

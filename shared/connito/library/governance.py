@@ -126,6 +126,11 @@ class Standing:
     status: str = "good"
     reason: str = ""
 
+    @property
+    def withdrawn(self) -> bool:
+        """Return whether it is not to be used any more."""
+        return self.status in ("yanked", "opted-out")
+
     def __str__(self) -> str:
         return self.status if self.status == "good" else f"{self.status}: {self.reason}"
 

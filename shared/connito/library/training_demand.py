@@ -17,7 +17,7 @@ the numbers rank, they do not promise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -90,10 +90,12 @@ def demand(
     trainings: Sequence[Training],
     uses: Mapping[str, int],
     searches: Iterable[Search],
+    withdrawn: Collection[str] = (),
     *,
     cycles: int = 4,
 ) -> list[Demand]:
-    """Rank domains, most wanted first; those without an expectation come last, by interest. `uses` by domain.
+    """Rank domains, most wanted first; those without an expectation come last, by interest. `uses` by domain. Experts that
+    are `withdrawn` serve nobody: a domain that has no other is expected to be like the others.
 
     Raises `Invalid` for less than one further cycle.
     """
@@ -106,11 +108,13 @@ def demand(
     for domain, count in uses.items():
         rows.setdefault(domain, Demand(domain)).uses = count
     for training in sorted(trainings, key=lambda training: training.at):
-        _train(rows.setdefault(training.domain, Demand(training.domain)), training, trainings, cycles)
+        row = rows.setdefault(training.domain, Demand(training.domain))
+        if not training.expert_id or training.expert_id not in withdrawn:
+            _train(row, training, trainings, cycles)
     first = [training.gains[0] for training in trainings if training.gains]
     for row in rows.values():
         if not row.basis:
-            _never_trained(row, first, trainings, cycles)
+            _as_others(row, first, trainings, cycles)
     return sorted(
         rows.values(),
         key=lambda row: (row.score is None, -(row.score if row.score is not None else row.interest), row.domain),
@@ -132,14 +136,15 @@ def _train(row: Demand, training: Training, everything: Sequence[Training], cycl
     row.basis = f"last cycle {row.last_cycle:+.4f}, each later one {ratio:.2f} of it"
 
 
-def _never_trained(row: Demand, first: Sequence[float], trainings: Sequence[Training], cycles: int) -> None:
+def _as_others(row: Demand, first: Sequence[float], trainings: Sequence[Training], cycles: int) -> None:
     if not first:
         row.basis = "nothing was trained yet"
         return
     ratio = decay(trainings)
     typical = max(0.0, median(first))
     row.expected = typical * (1 + series(ratio, cycles - 1))
-    row.basis = f"never trained; median first cycle of other domains {typical:+.4f}"
+    known = any(training.domain == row.domain for training in trainings)
+    row.basis = f"{'its expert was withdrawn' if known else 'never trained'}; median first cycle of other domains {typical:+.4f}"
 
 
 def decay(trainings: Iterable[Training]) -> float:

@@ -777,11 +777,16 @@ class ExpertSummary(_message.Message):
     RECORD_FIELD_NUMBER: _builtins.int
     DEPOSITED_AT_UNIX_MS_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     expert_id: _builtins.str
     run: _builtins.str
     domain: _builtins.str
     base_digest: _builtins.str
     deposited_at_unix_ms: _builtins.int
+    status: _builtins.str
+    """good, deprecated, yanked or opted-out, and why."""
+    reason: _builtins.str
     @_builtins.property
     def expert(self) -> _artifacts_pb2.ArtifactRef: ...
     @_builtins.property
@@ -801,10 +806,12 @@ class ExpertSummary(_message.Message):
         record: _artifacts_pb2.ArtifactRef | None = ...,
         deposited_at_unix_ms: _builtins.int = ...,
         files: _abc.Iterable[_artifacts_pb2.ArtifactRef] | None = ...,
+        status: _builtins.str = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "deposited_at_unix_ms", b"deposited_at_unix_ms", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "files", b"files", "record", b"record", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "deposited_at_unix_ms", b"deposited_at_unix_ms", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "files", b"files", "reason", b"reason", "record", b"record", "run", b"run", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -86,7 +86,8 @@ def _cells(row: object) -> Mapping[str, Any]:
         return {"run": row.spec.run, "domain": row.spec.domain, "phase": phase, "cycle": row.cycle,
                 "version": row.version, "detail": row.detail}  # fmt: skip
     if isinstance(row, ExpertSummary):
-        return {"expert_id": row.expert_id, "domain": row.domain, "run": row.run, "size": formats.size(row.expert.size)}
+        return {"expert_id": row.expert_id, "domain": row.domain, "run": row.run, "size": formats.size(row.expert.size),
+                "standing": row.status or "good"}  # fmt: skip
     if isinstance(row, Mapping):
         return row
     to_json = getattr(row, "to_json", None)

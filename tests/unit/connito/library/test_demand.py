@@ -90,3 +90,12 @@ def test_searches_are_counted_without_keeping_texts(tmp_path: Path) -> None:
 def test_the_gain_of_no_further_cycle_is_not_asked_for(cycles: int) -> None:
     with pytest.raises(Invalid, match=f"cycles is {cycles}; ask for 1 or more"):
         demand([LAW], {}, [], cycles=cycles)
+
+
+def test_a_domain_whose_expert_was_withdrawn_has_none() -> None:
+    found = rows([LAW, POEMS], {"law": 3}, [], {"law-1"}, cycles=1)
+
+    assert (found["law"].experts, found["law"].saved, found["law"].uses) == (0, 0.0, 3)
+    assert found["law"].expected == pytest.approx(0.25)  # As of a domain that was only searched for.
+    assert found["law"].basis.startswith("its expert was withdrawn")
+    assert found["poems"] == rows([LAW, POEMS], {}, [], cycles=1)["poems"]
