@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # Items of a task that are kept; the first ones, so that the figure is the same again.
 MOST_ITEMS = 500
-MEDIA_TYPE = "application/json"
 CHOICE, ANSWER = "multiple_choice", "generate_until"
 
 
