@@ -53,13 +53,13 @@ def test_what_is_kept_of_a_notebook_is_its_text_alone() -> None:
 
 
 def test_a_job_has_its_bars_its_curve_and_its_card(shown: dict[str, list[list[Any]]]) -> None:
-    _, _, check, quote, submit, watch, report, card, left = shown["adapt"]
+    _, _, check, quote, submit, report, card, left = shown["adapt"]
     assert "True" in values(check)
     for working in (check, quote, submit, report):
         # One bar, which was moved to its end.
         assert pages(working).count("<progress") >= 1
     assert "100%" in values(quote)
-    assert "done" in values(watch)
+    assert "cycles done" in values(submit)
     assert "<svg" in pages(report)
     assert "<h3>python-" in pages(card)
     assert "python-" in values(left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -35,17 +36,22 @@ def blocking(work: Coroutine[Any, Any, T]) -> T:
     except RuntimeError:
         return asyncio.run(work)
     begun: Future[Callable[[], object]] = Future()
+    ended = threading.Event()
 
     async def cancellable() -> T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         begun.set_result(partial(loop.call_soon_threadsafe, task.cancel))
-        return await work
+        try:
+            return await work
+        finally:
+            ended.set()
 
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(asyncio.run, cancellable())
         try:
-            return running.result()
+            return pool.submit(asyncio.run, cancellable()).result()
         except KeyboardInterrupt:
             begun.result()()
+            # The pool waits for threads that it knows; interrupted while it starts one, it does not know it.
+            ended.wait()
             raise

@@ -101,7 +101,10 @@ def test_notices_and_uses_are_projected_once(catalogue: Catalogue) -> None:
         catalogue.add(fact)
         catalogue.add(said(21, run_pb2.NOTICE_KIND_YANKED, "code-2"))
     assert catalogue.index.standing("code-2").status == "yanked"
-    assert {row.expert_id: (row.status, row.reason) for row in catalogue.page(0, "")[0]}["code-2"] == ("yanked", "wrong")
+    assert {row.expert_id: (row.status, row.reason) for row in catalogue.page(0, "")[0]}["code-2"] == (
+        "yanked",
+        "wrong",
+    )
     assert catalogue.get("code-2").status == "yanked"
     ledger = catalogue.ledger("code-2", Viewer())
     assert (dict(ledger.uses), ledger.uncredited) == ({"export": 3}, 3)
