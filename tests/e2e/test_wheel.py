@@ -69,7 +69,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cloned(repository: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment_with(f"connito @ {repository}", tmp_path_factory.mktemp("git"))
+    return environment_with(repository, tmp_path_factory.mktemp("git"))
 
 
 def site_packages(python: Path, folder: Path) -> Path:
