@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.compose_setup import base, branches, text, train
-from bench.harness import Options, Result, interval, main, note
+from bench.harness import Options, Result, by_seed, interval, main, note
 from bench.plots import axes
 
 if TYPE_CHECKING:
@@ -39,16 +39,17 @@ def run(options: Options) -> Result:
     torch.set_num_threads(1)
     steps, count = (8, 6) if options.quick else (30, 24)
     seeds = min(options.seeds, 2) if options.quick else options.seeds
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(seeds):
-            note(f"seed {seed}: base and experts")
-            source = base(Path(folder), 0 if options.quick else seed)
-            rows += [{"seed": seed, **row} for row in _round(source, seed, steps, count, options.quick)]
+    rows = by_seed(options, "composition", lambda seed: _seed(seed, steps, count, options.quick), seeds)
     _plot(rows, options.out)
-    settings = {"train_steps": steps, "held_out_sequences": count, "length": 64, "seeds": seeds,
+    settings = {"in_parts": True, "train_steps": steps, "held_out_sequences": count, "length": 64, "seeds": seeds,
                 "bases": "one, shared by the seeds" if options.quick else "one a seed"}  # fmt: skip
     return Result(settings, rows, _figures(rows))
+
+
+def _seed(seed: int, steps: int, count: int, quick: bool) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        source = base(Path(folder), 0 if quick else seed)
+        return [{"seed": seed, **row} for row in _round(source, seed, steps, count, quick)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +28,12 @@ from connito.moe.schedule import Schedule
 from connito.moe.training import BETAS
 from connito.protocol.claims import claimed_rows, counts_of
 from connito.protocol.merging.by_expert import Use, judged
-from connito.protocol.policy.law import DEFAULTS
 from connito.workloads.scoring import rebase
 
 from bench.compose_setup import base
 from bench.harness import Options, Result, interval, main, note
 from bench.local_work import Miner, exchange
-from bench.merging import WHOLE, Merge, merged
+from bench.merging import ARMS, DEFAULT, WHOLE, Arm, merged
 from bench.plots import RED, axes
 from bench.tiny_rig import LENGTH, Rig, Tokens
 
@@ -49,55 +48,15 @@ SEEDS = (4101, 4102, 4103, 4104, 4105)
 # What rates and rules were chosen on.
 PILOT_SEEDS = (901, 902, 903, 2101, 2102, 2103, 2104, 2105, 3101, 3102)
 STEPS, BATCH, HELD, PER_LAYER, GOAL = 100, 4, 24, 3, 0.98
-LOCAL_STEPS, MINERS = (1, 5, 20, 50), (4, 8, 32)
+LOCAL_STEPS, MINERS, LONG = (1, 5, 20, 50), (4, 8, 32), 400
 DATA = ("IID", "non-IID")
 # Of a miner, by H.
 RATES = {1: 8e-3, 5: 8e-3, 20: 8e-3, 50: 8e-3}
 # Of central, with what each falls to by a cosine: the two best of twice as many.
+SAME = "steps, same rate"
 CENTRAL_RATES = {"steps": ((8e-3, 1.0), (1.6e-2, 0.1)), "tokens": ((8e-3, 1.0), (8e-3, 0.1))}
-MOMENTS, BETA1 = DEFAULTS.training.moments, DEFAULTS.training.beta1
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A way to work and to merge. `rate` multiplies a miner's learning rate. `judged`: by a run's rules what does not lower the
-    loss is not merged, and a merge that raises it gives way to the best submission; `by_expert`: each expert counts in it as in
-    the merge. `gainless`: the merge with what gained nothing alone is tried beside the one without, and the better one stands.
-    """
-
-    merge: Merge
-    work: str = "adamw"
-    moments: str = MOMENTS
-    beta1: float = BETA1
-    rate: float = 1.0
-    judged: bool = False
-    by_expert: bool = True
-    gainless: bool = False
-
-
-DEFAULT = Merge.default()
-PLAIN = replace(DEFAULT, aggregator="mean", weighting=WHOLE)
-ARMS = {
-    "default": Arm(DEFAULT, judged=True, gainless=True),
-    "default, gainers alone": Arm(DEFAULT, judged=True),
-    "default, unjudged": Arm(DEFAULT, by_expert=False),
-    "default, judged whole": Arm(DEFAULT, judged=True, by_expert=False),
-    "whole, mean": Arm(PLAIN),
-    "whole, utility": Arm(replace(PLAIN, aggregator="utility-mean")),
-    "tokens, utility": Arm(replace(DEFAULT, aggregator="utility-mean", weighting="tokens")),
-    "capped tokens, mean": Arm(replace(DEFAULT, aggregator="mean", weighting="capped")),
-    "Fisher, mean": Arm(replace(DEFAULT, aggregator="mean", weighting="fisher")),
-    "tokens, geometric median": Arm(replace(DEFAULT, aggregator="geometric-median", weighting="tokens")),
-    "tokens, trimmed mean": Arm(replace(DEFAULT, aggregator="trimmed-mean", weighting="tokens")),
-    "tokens, norm-clipped": Arm(replace(DEFAULT, aggregator="norm-clipped-mean", weighting="tokens")),
-    "tokens, no outer momentum": Arm(replace(DEFAULT, aggregator="mean", weighting="tokens", rate=1.0, momentum=0.0)),
-    "FedAvg": Arm(replace(PLAIN, rate=1.0, momentum=0.0)),
-    "FedProx": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="fedprox"),
-    "SCAFFOLD": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="scaffold"),
-    "FedAdam": Arm(replace(PLAIN, server="adam", rate=8e-3)),
-    "MuLoCo": Arm(PLAIN, work="muon"),
-    "DiLoCo": Arm(PLAIN, moments="kept", beta1=BETAS[0]),
-}
 # Arms beside the default are measured where the miners differ most; robust ones and baselines with four miners.
 BESIDE = ("default, unjudged", "default, gainers alone")
 
@@ -111,11 +70,14 @@ class Cell:
     miners: int
     steps: int
     arm: str
+    # Local steps of a miner.
+    total: int = STEPS
 
     @property
     def name(self) -> str:
         """Return the name by which cells are kept and chosen."""
-        return f"{self.seed}-{self.data}-{self.miners}x{self.steps}-{self.arm}".replace(" ", "_").replace(",", "")
+        long = "" if self.total == STEPS else f"-of_{self.total}"
+        return f"{self.seed}-{self.data}-{self.miners}x{self.steps}-{self.arm}{long}".replace(" ", "_").replace(",", "")
 
 
 def cells(seeds: Sequence[int]) -> Iterator[Cell]:
@@ -132,10 +94,18 @@ def cells(seeds: Sequence[int]) -> Iterator[Cell]:
                         yield from (Cell(seed, data, miners, steps, arm) for arm in BESIDE)
 
 
+def longer(seeds: Sequence[int]) -> Iterator[Cell]:
+    """Yield cells with as many merges of long cycles as there are of short ones otherwise."""
+    for seed in seeds:
+        yield Cell(seed, "central", 4, 0, "steps", LONG)
+        yield from (Cell(seed, data, 4, 20, "default", LONG) for data in DATA)
+
+
 def run(options: Options) -> Result:
     """Measure the cells that are not there yet, of those named by `only`, and gather all that are."""
     seeds = PILOT_SEEDS[:1] if options.quick else SEEDS[: options.seeds]
-    wanted = list(cells(PILOT_SEEDS if "pilot" in options.only else seeds))
+    seeds = PILOT_SEEDS if "pilot" in options.only else seeds
+    wanted = [*cells(seeds), *longer(seeds)]
     if options.quick:
         wanted = [cell for cell in wanted if cell.miners == 4 and cell.steps in (0, 20) and cell.arm in QUICK]
     folder = options.out / ("decentralised-quick" if options.quick else "decentralised-cells")
@@ -214,16 +184,18 @@ class Bench:
         if cell.data == "central":
             return self._central(cell)
         arm, rate = ARMS[cell.arm], RATES[cell.steps] * ARMS[cell.arm].rate
-        theta = self._cycles(arm, rate, shards_of(self.rig, cell.miners, cell.steps, iid=cell.data == "IID"))
+        theta = self._cycles(
+            arm, rate, shards_of(self.rig, cell.miners, cell.steps, cell.total, iid=cell.data == "IID")
+        )
         return {"rate": rate, "gain": self.start - loss_of(self.evaluator, theta, self.report)}
 
     def _central(self, cell: Cell) -> dict[str, Any]:
         from connito.moe.resident import write_targets
         from connito.moe.training import train_local
 
-        shards = shards_of(self.rig, cell.miners, STEPS, iid=True)[0]
+        shards = shards_of(self.rig, cell.miners, cell.total, cell.total, iid=True)[0]
         together = shards.swapaxes(0, 1)
-        batches = together.reshape(STEPS, -1, LENGTH + 1)
+        batches = together.reshape(cell.total, -1, LENGTH + 1)
         if cell.arm == "tokens":
             batches = together.reshape(-1, BATCH, LENGTH + 1)
         found = []
@@ -304,7 +276,7 @@ def _as_judged(theta: Any, states: Sequence[Any], routed: Sequence[dict[int, lis
     ]
 
 
-def shards_of(rig: Rig, miners: int, steps: int, *, iid: bool, total: int = STEPS, batch: int = BATCH) -> Tokens:
+def shards_of(rig: Rig, miners: int, steps: int, total: int = STEPS, *, iid: bool, batch: int = BATCH) -> Tokens:
     """Return [cycles, miners, H, B, L + 1]; both arrangements hold exactly the same sequences."""
     each = total * batch
     by_domain = [rig.train(domain, each * miners // len(DOMAINS)) for domain in DOMAINS]
@@ -328,12 +300,16 @@ def loss_of(evaluator: Evaluator, state: Any, table: Tokens) -> float:
 
 
 def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
-    central = {(r["seed"], r["miners"], r["arm"]): r["gain"] for r in rows if r["data"] == "central"}
+    central = {(*_whose(r), r["arm"]): r["gain"] for r in rows if r["data"] == "central"}
+    # The first that is tried has the miners' rate, and stays.
+    central |= {
+        (*_whose(r), SAME): r["tried"][0]["gain"] for r in rows if (r["data"], r["arm"]) == ("central", "steps")
+    }
     figures: dict[str, Any] = {}
     bars: dict[str, tuple[float, float, float]] = {}
     for key, found in _groups(rows).items():
-        for against in CENTRAL_RATES:
-            kept = [r["gain"] / central[of] for r in found if (of := (r["seed"], r["miners"], against)) in central]
+        for against in (*CENTRAL_RATES, SAME):
+            kept = [r["gain"] / central[of] for r in found if (of := (*_whose(r), against)) in central]
             if kept:
                 figures[f"{key}, equal {against}"] = [round(value, 4) for value in interval(kept)] + [len(kept)]
                 if against == "steps" and key.endswith((", default", ", default, unjudged")):
@@ -343,6 +319,8 @@ def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
         share.bars(bars, "share of the central improvement kept at equal steps, default merge")
         share.upright(GOAL, RED)
     settings = {
+        # So that as much is run again, and no more.
+        "only": " ".join(Cell(**{key: row[key] for key in Cell.__annotations__ if key in row}).name for row in rows),
         "steps": STEPS,
         "batch_sequences": BATCH,
         "sequence_length": LENGTH,
@@ -361,10 +339,11 @@ def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
 
 def _beside_default(rows: list[dict[str, Any]], central: dict[Any, float]) -> dict[str, Any]:
     """Return what the default gains over other arms in the same seed, as a share of central at equal steps."""
+    rows = [row for row in rows if row.get("total", STEPS) == STEPS]
     gains = {(r["data"], r["miners"], r["steps"], r["seed"]): r["gain"] for r in rows if r["arm"] == "default"}
     found: dict[str, list[float]] = {}
     for row in rows:
-        place, base = (row["data"], row["miners"], row["steps"], row["seed"]), (row["seed"], row["miners"], "steps")
+        place, base = (row["data"], row["miners"], row["steps"], row["seed"]), (*_whose(row), "steps")
         if row["arm"] not in ("default", *CENTRAL_RATES) and place in gains and base in central:
             name = f"default over {row['arm']}: {row['data']}, {row['miners']} miners, H {row['steps']}"
             found.setdefault(name, []).append((gains[place] - row["gain"]) / central[base])
@@ -375,8 +354,16 @@ def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["data"] != "central":
-            found.setdefault(f"{row['data']}, {row['miners']} miners, H {row['steps']}, {row['arm']}", []).append(row)
+            long = "" if row.get("total", STEPS) == STEPS else f", {row['total']} steps a miner"
+            found.setdefault(f"{row['data']}, {row['miners']} miners, H {row['steps']}{long}, {row['arm']}", []).append(
+                row
+            )
     return found
+
+
+def _whose(row: dict[str, Any]) -> tuple[int, int, int]:
+    """Return which central run a row is compared with."""
+    return row["seed"], row["miners"], row.get("total", STEPS)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ miner's text uses it ([why](../adr/0037-judged-as-merged.md)), the gate takes th
 *Gainers alone* has only the merge without; *judged whole* has every submission judged as it is, as in runs of before;
 *unjudged* merges everybody without a gate, and so do all other arms.
 
-{_table(("data, miners, steps a cycle, arm", "kept at equal steps", "kept at equal tokens", "seeds"), _kept(found))}
+{_table(_HEAD, _kept(found))}
 {_goal(found, goal)}
 
 {_table(("gain of the default over others in the same seeds, as a share of central's", "points"), _pairs(found))}
@@ -40,11 +40,14 @@ is not in the table has not been measured. [Every number](../evidence/decentrali
 """
 
 
+_HEAD = ("data, miners, steps a cycle, arm", "kept at equal steps", "of a rate that stays", "at equal tokens", "seeds")
+
+
 def _kept(found: Mapping[str, Any]) -> list[list[str]]:
     arms = dict.fromkeys(key.rsplit(", equal ", 1)[0] for key in found if ", equal " in key)
     lines = []
     for name in arms:
-        both = [found.get(f"{name}, equal {of}") for of in ("steps", "tokens")]
+        both = [found.get(f"{name}, equal {of}") for of in ("steps", "steps, same rate", "tokens")]
         shares = ["–" if one is None else f"{_spread(one, '.0f')} %" for one in both]
         lines.append([name, *shares, str(max(one[3] for one in both if one is not None))])
     return lines

@@ -1,8 +1,8 @@
-"""The page of evidence, made from what the benchmarks wrote: `python -m bench.evidence [--out out/bench]`.
+"""Every page whose figures benchmarks print, made from what they wrote: `python -m bench.evidence [--out out/bench]`.
 
-Copies JSON and plots of the full runs to `docs/evidence`. Renders `docs/explanation/evidence.md` from them, and of
-`docs/explanation/costs.md` the parts on the engine and on published models' memory (`bench.costs_page`), so that no figure
-there is typed. A quick run is refused. A unit test renders both again from the copies.
+Copies JSON and plots of full runs that are in the folder to `docs/evidence`, where what was published before stays
+otherwise, and renders all pages of `bench.pages` from there, so that no figure on them is typed. A quick run is refused. Unit
+tests render them again from the copies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,15 @@ from bench.decentralised_page import decentralised
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, COPIES = ROOT / "docs/explanation/evidence.md", ROOT / "docs/evidence"
-ON_PAGE = ("selection", "routing_modes", "residency", "forgetting", "decentralised", "cost", "validator_throughput")
-NAMES = (*ON_PAGE, "engine", "goals")
+ON_PAGE = (
+    "selection",
+    "routing_modes",
+    "residency",
+    "forgetting",
+    "decentralised",
+    "cost",
+    "validator_throughput",
+)
 Document = Mapping[str, Any]
 
 
@@ -42,42 +49,45 @@ def _wrapped(paragraph: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) if plain else text
 
 
-def load(folder: Path) -> dict[str, Document]:
-    """Return the documents in a folder. Raises `ValueError` where one is missing or is of a quick run."""
-    found = {}
-    for name in NAMES:
-        path = folder / f"{name}.json"
-        if not path.exists():
-            raise ValueError(f"{path} is missing: run `python -m bench.{name} --out {folder}` first")
-        found[name] = json.loads(path.read_text())
-        if found[name]["settings"]["quick"]:
-            raise ValueError(f"{path} is of a quick run, which publishes nothing: run it without --quick")
-    return found
+def published() -> dict[str, Document]:
+    """Return all published documents by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(COPIES.glob("*.json"))}
+
+
+def publish(folder: Path, names: Iterable[str]) -> list[str]:
+    """Copy the documents of these names that are in `folder`, with their plots; returns their names.
+
+    Raises `ValueError` where one is of a quick run.
+    """
+    there = [name for name in names if (folder / f"{name}.json").exists()]
+    for name in there:
+        if json.loads((folder / f"{name}.json").read_text())["settings"].get("quick"):
+            raise ValueError(f"{folder / name}.json is of a quick run, which publishes nothing: run it without --quick")
+    for name in there:
+        for file in (f"{name}.json", f"{name}.svg"):
+            if (folder / file).exists():
+                shutil.copyfile(folder / file, COPIES / file)
+    return there
 
 
 def main() -> int:
-    """Render and copy; 2 with the reason on stderr where a document is missing."""
-    from bench.costs_page import COSTS, render_costs
+    """Copy and render; 2 with the reason on stderr where a run publishes nothing."""
+    from bench.pages import EVERY, NAMES
 
     parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("out/bench"), help="where the benchmarks wrote (default %(default)s)"
     )
-    folder = parser.parse_args().out
     try:
-        documents = load(folder)
+        new = publish(parser.parse_args().out, NAMES)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    COPIES.mkdir(exist_ok=True)
-    for name in NAMES:
-        for file in (f"{name}.json", f"{name}.svg"):
-            # Predictions have no picture.
-            if file != "goals.svg":
-                shutil.copyfile(folder / file, COPIES / file)
-    PAGE.write_text(render(documents))
-    COSTS.write_text(render_costs(COSTS.read_text(), documents))
-    print(f"written: {PAGE.relative_to(ROOT)}, {COSTS.relative_to(ROOT)}, {COPIES.relative_to(ROOT)}")
+    documents = published()
+    for part in EVERY:
+        part.path.write_text(part.written(documents))
+    pages = dict.fromkeys(str(part.path.relative_to(ROOT)) for part in EVERY)
+    print(f"new: {', '.join(new) or 'nothing'}; written: {', '.join(pages)}")
     return 0
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from connito.data.pseudo_gradients import expert_grams, gram_matrix
+from connito.moe.training import BETAS
 from connito.protocol.merging.aggregators import (
     COUNT_UTILITIES,
     aggregate,
@@ -120,3 +121,48 @@ def _adam(theta: Any, delta: Any, before: Any, rate: float) -> tuple[Any, Any]:
     first, second = (np.zeros_like(delta), np.zeros_like(delta)) if before is None else before
     first, second = 0.9 * first + 0.1 * delta, 0.99 * second + 0.01 * delta**2
     return (theta - rate * first / (np.sqrt(second) + 1e-3)).astype(np.float32), (first, second)
+
+
+MOMENTS, BETA1 = DEFAULTS.training.moments, DEFAULTS.training.beta1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to work and to merge. `rate` multiplies a miner's learning rate. `judged`: by a run's rules what does not lower the
+    loss is not merged, and a merge that raises it gives way to the best submission; `by_expert`: each expert counts in it as in
+    the merge. `gainless`: the merge with what gained nothing alone is tried beside the one without, and the better one stands.
+    """
+
+    merge: Merge
+    work: str = "adamw"
+    moments: str = MOMENTS
+    beta1: float = BETA1
+    rate: float = 1.0
+    judged: bool = False
+    by_expert: bool = True
+    gainless: bool = False
+
+
+DEFAULT = Merge.default()
+PLAIN = replace(DEFAULT, aggregator="mean", weighting=WHOLE)
+ARMS = {
+    "default": Arm(DEFAULT, judged=True, gainless=True),
+    "default, gainers alone": Arm(DEFAULT, judged=True),
+    "default, unjudged": Arm(DEFAULT, by_expert=False),
+    "default, judged whole": Arm(DEFAULT, judged=True, by_expert=False),
+    "whole, mean": Arm(PLAIN),
+    "whole, utility": Arm(replace(PLAIN, aggregator="utility-mean")),
+    "tokens, utility": Arm(replace(DEFAULT, aggregator="utility-mean", weighting="tokens")),
+    "capped tokens, mean": Arm(replace(DEFAULT, aggregator="mean", weighting="capped")),
+    "Fisher, mean": Arm(replace(DEFAULT, aggregator="mean", weighting="fisher")),
+    "tokens, geometric median": Arm(replace(DEFAULT, aggregator="geometric-median", weighting="tokens")),
+    "tokens, trimmed mean": Arm(replace(DEFAULT, aggregator="trimmed-mean", weighting="tokens")),
+    "tokens, norm-clipped": Arm(replace(DEFAULT, aggregator="norm-clipped-mean", weighting="tokens")),
+    "tokens, no outer momentum": Arm(replace(DEFAULT, aggregator="mean", weighting="tokens", rate=1.0, momentum=0.0)),
+    "FedAvg": Arm(replace(PLAIN, rate=1.0, momentum=0.0)),
+    "FedProx": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="fedprox"),
+    "SCAFFOLD": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="scaffold"),
+    "FedAdam": Arm(replace(PLAIN, server="adam", rate=8e-3)),
+    "MuLoCo": Arm(PLAIN, work="muon"),
+    "DiLoCo": Arm(PLAIN, moments="kept", beta1=BETAS[0]),
+}

@@ -9,7 +9,7 @@ are chosen with the reported text, which favours whoever has more of them; so th
 
 Two bases: `tiny`, half a million parameters and bytes for words, and `demo`, SmolLM2-135M with copied experts. Each arm of a
 seed is kept in a file of its own, and so is the state of a run of miners after each cycle: what is stopped goes on. `--only`
-names parts: `tiny miners`, say. Seeds were named before the first run.
+names parts: `tiny miners`, say, or whole arms by the names of their files. Seeds were named before the first run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(options: Options) -> Result:
     words = options.only.split()
     for base, seed, arm in wanted:
         path = folder / f"{base}-{seed}-{arm.replace(' ', '_')}.json"
-        if path.exists() or not all(word in (base, str(seed), *arm.split()) for word in words):
+        if path.exists() or not (path.stem in words or all(word in (base, str(seed), *arm.split()) for word in words)):
             continue
         if (base, seed) not in pilots:
             pilots = {(base, seed): Pilot(base, seed, folder)}
@@ -85,7 +85,9 @@ def run(options: Options) -> Result:
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     rows = [row for row in rows if row["seed"] in seeds]
     _plot(rows, options.out)
-    settings = {"in_parts": True, "seeds_named": SEEDS, "miners": MINERS, "length": LENGTH, "held_out_sequences": HELD,
+    names = " ".join(f"{row['base']}-{row['seed']}-{row['arm'].replace(' ', '_')}" for row in rows)
+    settings = {"in_parts": True, "only": names, "seeds_named": SEEDS, "miners": MINERS, "length": LENGTH,
+                "held_out_sequences": HELD,
                 "sizes": {base: vars(size) for base, size in SIZES.items()}, "torch_threads": 1}  # fmt: skip
     return Result(settings, rows, figures(rows))
 

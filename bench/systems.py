@@ -73,6 +73,7 @@ def _smaller(source: Path, seed: int, count: int) -> Figures:
     for method in ("naee", "moe-i2"):
         with masked(model, choose(model, probe, method, max_experts=6)):
             found[f"cost {method}"] = loss(model, held) - full
+    found |= _low_rank(model, probe, more, held, full)
     plain, tuned = copy.deepcopy(model), copy.deepcopy(model)
     progressive(plain, probe)
     tune_for_task(tuned, probe, more, 40)
@@ -84,6 +85,20 @@ def _smaller(source: Path, seed: int, count: int) -> Figures:
     distil(thin, model, more, 16)
     found["cost zeros, distilled"] = loss(thin, held) - full
     return found
+
+
+def _low_rank(model: Any, probe: Any, more: Any, held: Any, full: float) -> Figures:
+    from connito.experts.choose import choose, expert_costs
+    from connito.experts.lowrank import low_rank
+    from connito.experts.measure import loss
+    from connito.experts.prune import prune
+    from connito.experts.tuning import recover
+
+    small = prune(copy.deepcopy(model), choose(model, probe, "moe-i2", max_experts=6))
+    factors, _ = low_rank(small, probe[:, :-1], 0.5, expert_costs(small, probe))
+    found = {"cost moe-i2, low rank": loss(small, held) - full}
+    recover(small, factors, more, 16)
+    return found | {"cost moe-i2, recovered": loss(small, held) - full}
 
 
 def _running(source: Path, seed: int, count: int) -> Figures:

@@ -1,23 +1,16 @@
-"""The page of systems, from `bench.systems` and this list: `python -m bench.systems_page [--out out/bench]`.
-
-Copies the document of a full run, if there is a new one, to docs/evidence and renders docs/explanation/systems.md. A unit
-test renders it again, and finds every module, test and verb that an entry names.
+"""The page of systems, from what `bench.systems` wrote and this list. A unit test renders it again, and finds every module,
+test and verb that an entry names.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from bench.evidence import COPIES, ROOT, nats, paragraphs, ran
+from bench.evidence import ROOT, nats, paragraphs, ran
 
-PAGE, COPY = ROOT / "docs/explanation/systems.md", COPIES / "systems.json"
+PAGE = ROOT / "docs/explanation/systems.md"
 Figures = Mapping[str, Any]
 
 
@@ -54,6 +47,25 @@ SYSTEMS = (
         "all published sets for DeepSeek-V2-Lite are reproduced, in order, where its traces are at hand; " + SELECTION,
     ),
     System(
+        "DiLoCo", "Douillard et al. 2023", "workers that meet now and then, and step on with Nesterov, do as one",
+        "shared/connito/protocol/merging/aggregators.py", "connito up",
+        "tests/unit/connito/protocol/merging/test_aggregators.py::test_the_outer_step_is_torchs_nesterov",
+        "what is kept of one machine's gain, by data, miners and steps between merges: [evidence](evidence.md).",
+        "each expert is averaged by the tokens that miners sent to it; the first moment begins anew in every cycle.",
+    ),
+    System(
+        "TIES", "Yadav et al. 2023", "merging what is large and agrees in sign loses less than averaging",
+        "shared/connito/experts/compose.py", "connito library compose --method ties --density",
+        f"{EXPERTS}/test_compose.py::test_ties_on_numbers_worked_by_hand",
+        "see [the library](library.md#composition).",
+    ),
+    System(
+        "Arrow", "Ostapenko et al. 2024", "tokens find their module, untrained, by the direction that it moves most",
+        "shared/connito/experts/arrow.py", "connito library route --method arrow",
+        f"{EXPERTS}/test_arrow.py::test_the_prototype_of_a_rank_one_change_is_its_input_direction",
+        "see [the library](library.md#composition).",
+    ),
+    System(
         "LoRAHub", "Huang et al. 2023", "few examples and a search without gradients mix modules for a new task",
         "shared/connito/experts/lorahub.py", "connito library compose --learn",
         f"{EXPERTS}/test_learned.py::test_the_optimum_of_a_synthetic_loss_is_found_without_gradients",
@@ -77,7 +89,7 @@ SYSTEMS = (
     System(
         "BTX", "Sukhbaatar et al. 2024", "dense branches become the experts of one MoE, which is then trained",
         "shared/connito/base/branches.py", "connito library branches --router-steps",
-        f"{EXPERTS}/test_branches.py::test_routers_learn_over_frozen_experts_and_everything_where_asked",
+        f"{EXPERTS}/test_branches.py::test_experts_are_the_branches_mlps_and_the_rest_their_mean",
         lambda f: f"three branches joined save {_saved(f, 'btx joined')}, with trained routers {_saved(f, 'btx routed')}.",
         "seeds are Llama-like.",
     ),
@@ -97,8 +109,9 @@ SYSTEMS = (
     System(
         "MoLoRA", "Zadouri et al. 2023", "a router mixes modules token by token inside every linear map",
         "shared/connito/experts/arrow.py", "connito library route --method molora",
-        f"{EXPERTS}/test_growing.py::test_a_trained_router_beats_the_uniform_mixture_and_touches_nothing",
+        f"{EXPERTS}/test_arrow.py::test_a_layer_mixes_inside_every_map_token_by_token",
         "see [the library](library.md#composition).",
+        "variants are full rows, not vectors or low-rank maps.",
     ),
     System(
         "NAEE", "Lu et al. 2024", "experts are left out by their layer's error, and skipped token by token",
@@ -118,17 +131,19 @@ SYSTEMS = (
     ),
     System(
         "MoE-I²", "Yang et al. 2024", "pruning ratios by layer, a genetic search, then low-rank experts",
-        "shared/connito/experts/genetic.py", "connito library prune --method moe-i2 --share",
-        f"{EXPERTS}/test_genetic.py::test_neighbouring_layers_are_chosen_together",
-        lambda f: f"six of sixteen experts cost {_cost(f, 'moe-i2')}.",
-        "no LoRA fine-tuning at the end; gate and up are factorised together.",
+        "shared/connito/experts/genetic.py", "connito library prune --method moe-i2 --share --steps",
+        f"{EXPERTS}/test_tuning.py::test_recovery_is_lora_on_the_factors",
+        lambda f: (
+            f"six of sixteen experts cost {_cost(f, 'moe-i2')}; with half of the numbers of what stays "
+            f"{_cost(f, 'moe-i2, low rank')}, after LoRA on the factors {_cost(f, 'moe-i2, recovered')}."
+        ),
+        "gate and up are factorised together; LoRA trains experts alone.",
     ),
     System(
         "MoE-Pruner", "Xie et al. 2024", "weights are pruned by magnitude, input and gate; experts are distilled back",
         "shared/connito/experts/tuning.py", "connito library prune --method zeros --steps",
         f"{EXPERTS}/test_tuning.py::test_the_distance_of_experts_is_the_papers",
         lambda f: f"three quarters zero cost {_cost(f, 'zeros')}, after distillation {_cost(f, 'zeros, distilled')}.",
-        "the weight of the distance is 1; how the paper sets it was not found.",
     ),
     System(
         "Task-specific pruning", "Chen et al. 2022", "experts go window by window of fine-tuning, to one dense model",
@@ -227,19 +242,13 @@ SYSTEMS = (
 
 def render(document: Mapping[str, Any]) -> str:
     """Return the page."""
-    figures = document.get("figures", {})
+    figures = document["figures"]
     return paragraphs("\n".join([_HEAD, *(_section(system, figures) for system in SYSTEMS), _tail(document)]))
-
-
-def published() -> Mapping[str, Any]:
-    """Return the document of the last full run, empty where there was none yet."""
-    found: Mapping[str, Any] = json.loads(COPY.read_text()) if COPY.exists() else {}
-    return found
 
 
 _HEAD = """# Systems of the literature, and what they do here
 
-Written by `python -m bench.systems_page`; do not edit. For each system: what its paper says, where it is and how to reach it, the
+Written by `python -m bench.evidence`; do not edit. For each system: what its paper says, where it is and how to reach it, the
 test that computes it anew from the formula and compares, what was measured, and what is left out. Figures are means with 95 %
 t intervals over the seeds of `bench.systems`: nats per token on held-out text of a tiny base, positive costs are worse.
 They compare, and do not carry over to large models as numbers.
@@ -247,8 +256,7 @@ They compare, and do not carry over to large models as numbers.
 
 
 def _section(system: System, figures: Figures) -> str:
-    measured = isinstance(system.effect, str) or bool(figures)
-    effect = _effect(system, figures) if measured else "not measured yet; `python -m bench.systems` does."
+    effect = system.effect if isinstance(system.effect, str) else system.effect(figures)
     left = f" **Left out:** {system.left}" if system.left else ""
     file, _, name = system.oracle.partition("::")
     return f"""
@@ -262,33 +270,9 @@ def _section(system: System, figures: Figures) -> str:
 """
 
 
-def _effect(system: System, figures: Figures) -> str:
-    return system.effect if isinstance(system.effect, str) else system.effect(figures)
-
-
 def _tail(document: Mapping[str, Any]) -> str:
-    run = ran(document).split("![")[0] if document else "None yet."
     return f"""
 ## The run
 
-{run}
+{ran(document).split("![")[0]}
 """
-
-
-def main() -> int:
-    """Copy and render; 2 with the reason where there is no full run."""
-    parser = argparse.ArgumentParser(prog="python -m bench.systems_page", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="where bench.systems wrote")
-    found = parser.parse_args().out / "systems.json"
-    if found.exists():
-        if json.loads(found.read_text())["settings"]["quick"]:
-            print(f"{found} is of a quick run, which publishes nothing: run it without --quick", file=sys.stderr)
-            return 2
-        shutil.copyfile(found, COPY)
-    PAGE.write_text(render(published()))
-    print(f"written: {PAGE.relative_to(ROOT)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -27,10 +27,10 @@ from connito.protocol.coding import code_step, codec_of, decoded, encode
 from connito.v1.run_pb2 import TrainPolicy
 
 from bench.compose_setup import base
-from bench.decentralised import BETA1, MOMENTS, RATES, Bench, loss_of, shards_of, tensors
+from bench.decentralised import RATES, Bench, loss_of, shards_of, tensors
 from bench.harness import Options, Result, interval, main, note
 from bench.local_work import Miner
-from bench.merging import WHOLE, Merge, merged
+from bench.merging import BETA1, MOMENTS, WHOLE, Merge, merged
 from bench.tiny_rig import Rig, Tokens
 
 MINERS, BATCH = 4, 4

@@ -3,47 +3,66 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
+from bench import evidence
 from bench.costs_page import COSTS, render_costs
-from bench.evidence import COPIES, NAMES, PAGE, load, nats, percent, render
+from bench.evidence import nats, percent, publish, published, render
+from bench.pages import EVERY, NAMES, Page
+
+PUBLISHED = [page for page in EVERY if set(page.names) <= set(published())]
 
 
-def test_the_page_is_what_the_documents_say() -> None:
-    documents = load(COPIES)
-    assert PAGE.read_text() == render(documents), "run `python -m bench.evidence` after the benchmarks"
-    assert COSTS.read_text() == render_costs(COSTS.read_text(), documents), "the same"
+@pytest.mark.parametrize("page", PUBLISHED, ids=lambda page: "-".join(page.names[:2]))
+def test_a_page_is_what_the_documents_say(page: Page) -> None:
+    documents = published()
+    assert page.path.read_text() == page.written(documents), "run `python -m bench.evidence` after the benchmarks"
+
+
+def test_every_published_document_is_on_a_page() -> None:
+    assert set(published()) <= set(NAMES)
+    assert len(PUBLISHED) > 6
 
 
 def test_every_quality_claim_has_five_seeds() -> None:
-    documents = load(COPIES)
-    for name in ("selection", "routing_modes", "residency", "forgetting", "decentralised", "engine"):
+    documents = published()
+    for name in (
+        "selection",
+        "routing_modes",
+        "residency",
+        "forgetting",
+        "decentralised",
+        "engine",
+    ):
         assert documents[name]["settings"]["seeds"] >= 5
         assert len({row["seed"] for row in documents[name]["rows"] if "seed" in row}) >= 5
 
 
 def test_a_figure_that_changes_changes_the_page() -> None:
-    documents = {name: json.loads(json.dumps(document)) for name, document in load(COPIES).items()}
+    documents = json.loads(json.dumps(published()))
     documents["selection"]["figures"]["gain_selected"] = [9.125, 9.0, 9.25]
     assert "9.125 (9.000 to 9.250)" in render(documents)
     documents["engine"]["figures"]["speed, connito"]["tokens_per_second"] = 98765
     assert "| connito | 98765 |" in render_costs(COSTS.read_text(), documents)
 
 
-def test_quick_and_missing_runs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"selection\.json is missing: run"):
-        load(tmp_path)
-    for name in NAMES:
-        shutil.copyfile(COPIES / f"{name}.json", tmp_path / f"{name}.json")
-    assert set(load(tmp_path)) == set(NAMES)
-    quick = json.loads((tmp_path / "cost.json").read_text())
-    quick["settings"]["quick"] = True
-    (tmp_path / "cost.json").write_text(json.dumps(quick))
+def test_full_runs_are_published_and_quick_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(evidence, "COPIES", kept)
+    assert publish(tmp_path, NAMES) == []
+    for name in ("selection", "goals", "unknown"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {"quick": False}}))
+    (tmp_path / "selection.svg").write_text("<svg/>")
+    assert publish(tmp_path, ("cost", "selection", "goals")) == ["selection", "goals"]
+    assert sorted(path.name for path in kept.iterdir()) == ["goals.json", "selection.json", "selection.svg"]
+    (tmp_path / "cost.json").write_text(json.dumps({"settings": {"quick": True}}))
+    (tmp_path / "selection.json").write_text(json.dumps({"settings": {"quick": False}, "rows": [1]}))
     with pytest.raises(ValueError, match="quick run"):
-        load(tmp_path)
+        publish(tmp_path, NAMES)
+    assert "rows" not in json.loads((kept / "selection.json").read_text())
 
 
 def test_figures_are_written_with_their_interval() -> None:

@@ -9,9 +9,9 @@ import pytest
 from connito.protocol.policy.law import fill
 from connito.v1.run_pb2 import RunSpec
 
-from bench.decentralised import ARMS, DOMAINS, shards_of
+from bench.decentralised import DOMAINS, shards_of
 from bench.forgetting import frontier
-from bench.merging import Merge, merged
+from bench.merging import ARMS, Merge, merged
 from bench.published_models import Assumed, count, rows
 from bench.random_moe import DEEP, DEMO, Shape, build, copies
 from bench.tiny_rig import Rig, batched, everything_else, mean_loss
