@@ -24,8 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from connito.errors import Fatal, Invalid
+from connito.runtime import logs
 from connito.runtime.host import HOST, Disk
 from connito.v1.run_pb2 import IngressHead
+from pydantic import TypeAdapter
+
+log = logs.get_logger("miner")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class CycleProgress:
 
 
 Progress = Mapping[int, CycleProgress]
+_FORM = TypeAdapter(CycleProgress)
 
 
 class Ledger:
@@ -89,10 +94,20 @@ class Ledger:
     def progress(self, run: str) -> Progress:
         """Return the recorded progress of a run, by cycle."""
         if run not in self._known:
-            folders = (self.work_dir / run).glob("*/progress.json")
-            found = [_present(read_progress(path), path.parent) for path in folders]
-            self._known[run] = {item.cycle: item for item in found if item.miner == self.miner}
+            found = [self._read(path) for path in (self.work_dir / run).glob("*/progress.json")]
+            self._known[run] = {item.cycle: item for item in found if item is not None and item.miner == self.miner}
         return self._known[run]
+
+    def _read(self, path: Path) -> CycleProgress | None:
+        """Return a cycle's progress. A damaged file is laid aside: the cycle begins anew, and without the salt of what it had
+        committed to is over for this miner.
+        """
+        try:
+            return _present(read_progress(path), path.parent)
+        except Invalid as error:
+            log.error("damaged progress of a cycle is laid aside", file=str(path), error=str(error))
+            path.replace(path.with_suffix(".damaged"))
+            return None
 
     def cycle(self, run: str, cycle: int) -> CycleProgress:
         """Return one cycle's progress; a blank one if nothing was done yet."""
@@ -148,14 +163,12 @@ class Ledger:
 
 
 def read_progress(path: Path) -> CycleProgress:
-    """Read a `progress.json`. Raises `Invalid` naming the file when it is not one."""
+    """Read a `progress.json`. Raises `Invalid` naming the file when it is not one, and `OSError` where it cannot be read."""
     try:
-        raw = json.loads(path.read_text())
-        return CycleProgress(
-            **{**raw, **{name: tuple(raw.get(name, ())) for name in ("told", "unreceipted", "places", "evaluated")}}
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise Invalid(f"{path} is not a miner's progress ({error!r}); remove its folder to skip that cycle") from error
+        return _FORM.validate_json(path.read_bytes())
+    except ValueError as error:
+        why = str(error).splitlines()[0]
+        raise Invalid(f"{path} is not a miner's progress ({why}); remove its folder to skip that cycle") from error
 
 
 def _present(progress: CycleProgress, folder: Path) -> CycleProgress:

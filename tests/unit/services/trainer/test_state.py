@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,43 @@ def test_a_torn_temporary_file_is_ignored(tmp_path: Path) -> None:
     assert Ledger(tmp_path, "UME").cycle("r", 1).steps == 7
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "progress.json"
-    path.write_text("[]")
-    with pytest.raises(Invalid, match=r"progress\.json"):
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "torn": lambda good: good[: len(good) // 2],
+    "empty": lambda _: b"",
+    "zeros, as after a power cut": lambda good: bytes(len(good)),
+    "a list": lambda _: b"[]",
+    "a number for a cycle's digest": lambda good: good.replace(b'"ab"', b"7"),
+    "words for the cycle": lambda good: good.replace(b'"cycle": 1', b'"cycle": "one"'),
+    "nested without end": lambda _: b"[" * 100_000,
+    "no text": lambda _: b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_file_is_named_and_costs_its_cycle_alone(how: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, "UME")
+    for cycle in (1, 2):
+        ledger.artifact_path("r", cycle).write_bytes(b"xyz")
+        ledger.update("r", cycle, artifact="ab", size=3)
+    ledger.close()
+    path = tmp_path / "r" / "1" / "progress.json"
+    path.write_bytes(DAMAGED[how](path.read_bytes()))
+    with pytest.raises(Invalid, match=r"progress\.json is not a miner's progress"):
         read_progress(path)
+    again = Ledger(tmp_path, "UME")
+    assert list(again.progress("r")) == [2]
+    assert again.cycle("r", 1).artifact == ""
+    assert path.with_suffix(".damaged").exists()
+    again.update("r", 1, steps=3)
+    again.close()
+    assert Ledger(tmp_path, "UME").cycle("r", 1).steps == 3
+
+
+def test_a_file_that_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, "UME")
+    (ledger.folder("r", 1) / "progress.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        ledger.progress("r")
 
 
 def test_pruning_forgets_old_cycles_only(tmp_path: Path) -> None:
