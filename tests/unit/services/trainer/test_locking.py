@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from connito.protocol.commitment import opens
 from connito.store import ref_of_file
+from connito.store.cache import Cache
 from connito.v1 import services_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC
 from connito.wire.identity import Identity
@@ -35,6 +36,10 @@ class World:
     said: list[Message] = field(default_factory=list)
     asked: list[services_pb2.UploadCommand] = field(default_factory=list)
     uploads: list[bytes] = field(default_factory=list)
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(self.folder / "cache")
 
     async def publish_ingress(self, _run: str, _kind: str, message: Message) -> int:
         self.said.append(message)
