@@ -38,6 +38,14 @@ def test_systemd_takes_the_units(tmp_path: Path, gpu: bool) -> None:
     assert verify(tmp_path, gpu=gpu) == ""
 
 
+def test_the_package_comes_from_where_its_owner_says() -> None:
+    starts = (UNITS / "connito-trainer-update.service").read_text().splitlines()
+    assert [line for line in starts if "pip install" in line] == [
+        "ExecStart=/opt/connito/bin/pip install --upgrade ${CONNITO_PACKAGE}"
+    ]
+    assert "EnvironmentFile=/etc/connito/update.env" in starts
+
+
 @pytest.mark.parametrize(("wrong", "said"), [
     (("Restart=always", "Restart=allways"), "allways"),
     (("ProtectSystem=strict", "ProtectSytem=strict"), "ProtectSytem"),
