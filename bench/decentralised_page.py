@@ -15,7 +15,8 @@ def decentralised(document: Mapping[str, Any]) -> str:
 
 `bench.decentralised`: {settings["steps"]} local steps a miner of {settings["batch_sequences"]} sequences, in cycles of H;
 *kept* is the fall of the loss over that of one AdamW run with as many steps, each on the batches of all miners together, and
-over that of one with as many tokens in batches of one miner's size. Reported are
+over that of one with as many tokens in batches of one miner's size; of each the better of a rate that stays and one that
+falls. *Of a rate that stays* is over the first at the miners' rate, held constant; a dash was not measured. Reported are
 the seeds {_list(settings["seeds_reported"])}, named before their first run; rates and rules were chosen on
 {_list(settings["seeds_tuned_on"])}.
 *Default* is a run whose policy says nothing: its merge (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`) behind its
@@ -40,7 +41,13 @@ is not in the table has not been measured. [Every number](../evidence/decentrali
 """
 
 
-_HEAD = ("data, miners, steps a cycle, arm", "kept at equal steps", "of a rate that stays", "at equal tokens", "seeds")
+_HEAD = (
+    "data, miners, steps a cycle, arm",
+    "kept at equal steps",
+    "of a rate that stays",
+    "kept at equal tokens",
+    "seeds",
+)
 
 
 def _kept(found: Mapping[str, Any]) -> list[list[str]]:
