@@ -45,7 +45,9 @@ def prune(
     ] = False,
     share: Annotated[
         float | None,
-        typer.Option(help="Of the experts' numbers, what may stay: zeros and low-rank [0.5], moe-i2 [all]."),
+        typer.Option(
+            help="Of the experts' numbers, what may stay: by default half with zeros and low-rank, all with moe-i2."
+        ),
     ] = None,
     steps: Annotated[
         int,
