@@ -304,6 +304,7 @@ _WRONG = {
     "dict_type": _MAPPING,
     "model_type": _MAPPING,
     "list_type": "has to be a list: begin each entry with `-`",
+    "too_short": "is empty: give at least one entry",
     "string_type": "has to be text: put it in quotes",
     "string_pattern_mismatch": "use 1 to 64 letters, digits, '-' and '_'",
 }

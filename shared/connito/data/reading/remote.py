@@ -16,18 +16,21 @@ _ACCESS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (AWS_ENDPOINT_URL for another server)",
     "hf": "log in with `hf auth login`, or set HF_TOKEN, and accept the data set's terms on its page",
 }
+_WHOLE = {"s3": "write s3://BUCKET/FOLDER", "hf": "write hf://datasets/OWNER/NAME"}
 _NEEDS = "reading addresses takes what pip install 'connito[data]' brings"
 
 
 def find_remote(location: str, wanted: Wanted, account: Account) -> list[Place]:
     """Return the files behind an address: a file, a folder or a glob. Raises `NotFound`, `Invalid`, or `Retry` when the
     server cannot be reached."""
+    scheme, _, name = location.partition("://")
+    if not name.strip("/ ") or (scheme == "hf" and name.strip("/ ") == "datasets"):
+        raise unreadable(f"{location} names nothing: {_WHOLE.get(scheme, f'write {scheme}://HOST/PATH')}")
     with _sentences(location):
         import fsspec
 
         # Access may have changed since an earlier reading.
         system, path = fsspec.core.url_to_fs(location, skip_instance_cache=True)
-        scheme = location.partition("://")[0]
 
         def place(name: str, chosen: bool = False) -> Place:
             return Place(system.unstrip_protocol(name), lambda: _open(system, name, location), chosen)

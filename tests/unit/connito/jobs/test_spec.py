@@ -25,6 +25,7 @@ def test_three_fields_are_a_job() -> None:
         ({"policies": {"training": None}}, "policies.training: has to be a mapping: write `field: value`, one a line"),
         ({"split": 0.2}, "split: has to be a mapping"),
         ({"data": "texts/"}, "data: has to be a list: begin each entry with `-` (given: 'texts/')"),
+        ({"data": []}, "data: is empty: give at least one entry"),
         ({"budget": {"upload": 10**30}}, "budget.upload: "),
         ({"data_statement": "x" * 4001}, "(given: 'xx"),
         ({"licence": "MIT"}, "licence: there is no such field; known fields: base, benchmarks"),

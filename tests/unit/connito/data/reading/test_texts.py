@@ -7,7 +7,10 @@ import pytest
 from connito.base.recipes import Recipe, _texts
 from connito.data.prepare import Split, part_of
 from connito.data.reading.passages import passages
+from connito.data.reading.remote import find_remote
+from connito.data.reading.rows import Account, Wanted
 from connito.data.reading.texts import name_of
+from connito.errors import Invalid
 
 WORDS = [f"w{i}" for i in range(2000)]
 
@@ -25,6 +28,12 @@ WORDS = [f"w{i}" for i in range(2000)]
 )
 def test_text_is_named_after_its_file(location: str, name: str) -> None:
     assert name_of(location) == name
+
+
+@pytest.mark.parametrize("location", ["s3://", "s3:///", "hf://", "hf://datasets/", "hf://datasets", "gs://"])
+def test_an_address_without_a_name_is_no_matter_of_trying_again(location: str) -> None:
+    with pytest.raises(Invalid, match=f"^{location} names nothing: write "):
+        find_remote(location, Wanted(), Account())
 
 
 def test_passages_are_the_same_from_pieces_of_any_size() -> None:
