@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from connito.moe.batches import as_taken, home_of, mixed, placed
+from connito.moe.batches import as_taken, home_of, mixed, placed, separates
 from connito.moe.head import Head
 from connito.moe.prepare import decoder_halves
 
@@ -43,6 +43,8 @@ class Beginnings:
     def keep(self, rows: Rows) -> AbstractContextManager[None]:
         """Let go of what was kept, and keep what the one forward pass over `rows` inside the block shows."""
         self._rows.clear()
+        # Before anything listens: whoever takes rows measures this once, by passes over rows of its own.
+        separates(self._model)
         # A model that mixes documents takes other rows than these.
         if not self._use or as_taken(rows, self._model) is not rows:
             return nullcontext()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from connito.base.loading import load_full, load_resident_local
-from connito.moe.batches import mixed
+from connito.moe.batches import mixed, separates
 from connito.moe.engine import Engine
 from connito.moe.prefix import Beginnings
 from connito.moe.prepare import decoder_halves, prepare
@@ -123,3 +123,13 @@ def test_nothing_lies_below_a_first_layer(tmp_path: Path, sequences: Any) -> Non
     with beginnings.keep(batches[0]):
         routed_tokens(model, {0: [1]}, batches[0])
     assert train_local(model, batches, learning_rate=1e-3, beginnings=beginnings)[1].steps == 1
+
+
+def test_what_is_kept_does_not_hear_how_documents_are_told_apart(tiny: Path, sequences: Any) -> None:
+    """Rows of one document each come first: the model is asked about more than one when they are counted."""
+    kept, rows = compress(load_full(tiny), SELECTION), sequences("logs", 3, 1)
+    beginnings = Beginnings(kept, bf16=False)
+    with beginnings.keep(rows):
+        routed_tokens(kept, SELECTION, rows)
+    assert separates(kept)
+    assert separates(compress(load_full(tiny), SELECTION)), "without anybody listening"
