@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired, cast
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from connito.data.documents import parse_json
+from connito.data.documents import is_shown, parse_json
 from connito.errors import Invalid
 from connito.files import plain_name
 
@@ -205,7 +204,7 @@ def read_record(data: bytes | str, where: object) -> ExpertRecord:
             f"{where} is no record of a library expert: {field}: {first['msg'].lower()}; get the record again from the "
             "library that it came from"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Invalid(f"{where} is no record of a library expert: it is not JSON ({error}); get it again") from error
     return cast("ExpertRecord", document)
 
@@ -220,7 +219,7 @@ def _check_values(value: Any) -> None:
         for inside in value:
             _check_values(inside)
     elif isinstance(value, str):
-        if any(unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\r\t" for sign in value):
+        if not is_shown(value):
             raise ValueError("it holds control characters or halves of characters")
     elif isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < _LARGEST):
         raise ValueError("it holds a number that is too large, or none")

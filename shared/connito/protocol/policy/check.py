@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from connito.data.documents import is_shown
 from connito.errors import Invalid
 from connito.library.governance import VISIBILITIES
 from connito.protocol.policy.law import (
@@ -139,6 +140,9 @@ def _terms(spec: RunSpec, organisations: Collection[str] | None) -> Iterator[Fau
     for field in ("license", "data_statement"):
         if len(getattr(spec, field)) > MAX_TEXT:
             yield Fault(field, f"is longer than {MAX_TEXT} characters", "link to the long text instead")
+        elif not is_shown(getattr(spec, field)):
+            # It goes into the expert's record, which nobody could read then.
+            yield Fault(field, "holds control characters", "leave out all but letters, signs and ends of lines")
 
 
 def _payout(rewards: RewardPolicy) -> Iterator[Fault]:

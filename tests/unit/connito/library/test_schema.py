@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from connito.errors import Invalid
+from connito.library import schema
 from connito.library.derived import model_record
 from connito.library.record import build_record, encode
 from connito.library.schema import read_record
@@ -114,3 +115,14 @@ def test_values_that_break_who_reads_them_are_refused(strange: dict[str, Any]) -
 def test_text_of_any_language_and_lines_stay() -> None:
     said = {**expert_record("law-1", "droit\u00a0français, قانون"), "data_statement": "one\n\ttwo\r\n"}
     assert read_record(json.dumps(said), "it") == said
+
+
+def test_what_only_the_reader_of_json_can_follow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on it goes deeper than a function may."""
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    record = {**expert_record("law-1", "law"), "settings": {"deep": deep}}
+    monkeypatch.setattr(schema, "parse_json", lambda _: record)
+    with pytest.raises(Invalid, match="get it again"):
+        read_record(b"", "it")

@@ -141,6 +141,8 @@ def set_(path: str, value: object) -> Callable[[RunSpec], None]:
         (set_("customer", "somebody"), "customer"),
         (set_("emission", 1 << 60), "emission"),
         (set_("license", "x" * 5000), "license"),
+        (set_("license", "one page\x0cand another"), "license holds control characters"),
+        (set_("data_statement", "red \x1b[31m text"), "data_statement holds control characters"),
         (set_("visibility", "secret"), "visibility.*organisation, private"),
         (set_("visibility", "organisation"), "organisation is empty"),
         (lambda spec: spec.data_sources.append(""), "data_sources"),
