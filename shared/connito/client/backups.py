@@ -36,7 +36,7 @@ FORMAT = 1
 CONTENTS = "backup.json"
 AT_ONCE = 8
 _SNAPSHOT = re.compile(r"streams-[0-9T.]+/[A-Z]+\.snapshot")
-_FILE = re.compile(r"files/(begun\.json|threads|shelf/journal\.jsonl|shelf/experts/[^./\s][^/\s]*(/[^/\s]+)+)")
+_FILE = re.compile(r"files/(begun\.json|threads|shelf/journal\.jsonl|shelf/experts/[^./][^/]*(/[^/]+)+)")
 _OBJECT = re.compile(rf"objects/({'|'.join(REALMS.values())})/sha256/[0-9a-f]{{64}}")
 # Of the folder of `connito up`: the run that it goes on with, threads of a computation, the shelf. Its journal comes before the
 # experts, which are there before the journal names them.
@@ -129,8 +129,11 @@ def _save_files(root: Path, folder: Path) -> dict[str, str]:
         name = source.relative_to(root).as_posix()
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with replacing(target) as draft:
-            shutil.copyfile(source, draft)
+        try:
+            with replacing(target) as draft:
+                shutil.copyfile(source, draft)
+        except FileNotFoundError:
+            continue  # A run has just ended, and there is nothing to go on with.
         kept[name] = digest_of_file(target)[0]
     return kept
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -87,3 +88,34 @@ def test_what_is_no_list_of_contents_is_refused(data: bytes, tmp_path: Path) -> 
     (tmp_path / backups.CONTENTS).write_bytes(data)
     with pytest.raises((VerificationFailed, Invalid), match="damaged or of another version"):
         blocking(backups.load(cast(Bus, None), cast(ArtifactStore, Store()), tmp_path))
+
+
+def test_every_file_that_a_shelf_may_hold_can_be_brought_back(tmp_path: Path) -> None:
+    """Files of a model are called what its record says: with spaces too."""
+    root, folder = tmp_path / "data", tmp_path / "backup"
+    expert = root / "shelf/experts/law-1"
+    expert.mkdir(parents=True)
+    for name in ("model part 1.safetensors", "بيان", "record.json"):
+        (expert / name).write_text(name)
+    (root / "begun.json").write_text("{}")
+    files = backups._save_files(root, folder / "files")
+    assert len(files) == 4
+    contents = {**WHOLE, "files": files}
+    (folder / backups.CONTENTS).write_text(json.dumps(contents))
+    assert backups._contents(folder).files == files
+
+
+def test_what_ends_meanwhile_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "begun.json").write_text("{}")
+    (root / "threads").write_text("1")
+    copy = shutil.copyfile
+
+    def ends(source: Path, target: Path) -> None:
+        (root / "begun.json").unlink(missing_ok=True)
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", ends)
+    assert list(backups._save_files(root, tmp_path / "files")) == ["threads"]
+    assert not list((tmp_path / "files").glob("begun.json*"))
