@@ -14,6 +14,7 @@ from connito.audit.evidence import Evidence, signatures
 from connito.errors import Invalid, NotFound
 from connito.protocol.assignment import assigned
 from connito.protocol.retention import horizon
+from connito.protocol.scoring.copies import REMEMBERED_CYCLES
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import detail_of
@@ -54,12 +55,12 @@ def find_miner(evidence: Evidence, wanted: SubmissionId) -> str:
 
 
 def needs(entry: Named, cycle: int) -> bool:
-    """Return whether an artifact has a part in the result of a cycle: works of earlier ones do, which its own are held against;
-    not what was refused then, nor what came later.
+    """Return whether an artifact has a part in the result of a cycle: works of the last ones before do, which its own are held
+    against; not what was refused then, nor what came later.
     """
-    return entry.cycle == cycle or (
-        entry.cycle < cycle and not entry.what.startswith("refused") and "library" not in entry.what
-    )
+    if entry.cycle >= cycle or entry.what.startswith("refused") or "library" in entry.what:
+        return entry.cycle == cycle
+    return not entry.miner or entry.cycle >= cycle - REMEMBERED_CYCLES
 
 
 @dataclass(frozen=True)
