@@ -216,8 +216,9 @@ def _tasks(
     from connito.jobs.tasks import Task, compare
 
     progress("asking the tasks", 0.95)
-    tasks = [Task.decode(context.sealed(ref.artifact).read_bytes()) for ref in spec.tasks]
+    stored = [context.sealed(ref.artifact).read_bytes() for ref in spec.tasks]
     try:
+        tasks = [Task.decode(data) for data in stored]
         found = compare(tasks, evaluator.model, context.tokenizer, partial(evaluator.put, state))
     except Invalid as error:
         return {"tasks": [], "tasks_missing": str(error)}

@@ -20,6 +20,7 @@ import yaml
 from connito.data.documents import parse_json
 from connito.errors import Invalid
 from connito.experts.harness import TaskScore, harness, is_seen, ngrams, run, score, task_name
+from connito.files import plain_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -47,8 +48,14 @@ class Task:
 
     @classmethod
     def decode(cls, data: bytes) -> Task:
-        """Read a stored task."""
-        return cls(**parse_json(data))
+        """Read a stored task. Raises `Invalid` for anything else: who writes a run's spec by hand may name any file."""
+        try:
+            task = cls(**parse_json(data))
+            if plain_name(task.name) and task.kind in (CHOICE, ANSWER):
+                return task
+        except (TypeError, ValueError):
+            pass
+        raise Invalid("what the run names as a task is none: submit tasks in a job.yaml, under `benchmarks`")
 
     def texts(self) -> Iterator[str]:
         """Yield each item with its right answer, as text."""
@@ -152,7 +159,8 @@ def _item(file: Path, task: Any, kind: str, doc: Any) -> dict[str, Any]:
 def compare(tasks: Sequence[Task], model: Any, tokenizer: Any, put: Callable[[], None]) -> list[TaskScore]:
     """Return every metric of the tasks, for the model as it is and after `put` has changed it. Raises `Invalid`."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [task.write(Path(folder)) for task in tasks]
+        with harness():
+            files = [task.write(Path(folder)) for task in tasks]
         before = run(model, tokenizer, files)
         put()
         after = run(model, tokenizer, files)
