@@ -19,6 +19,7 @@ from connito.platform.datadir import DataDir
 from connito.platform.log import read_log
 from connito.platform.resting import rests
 from connito.platform.session import Session
+from connito.runtime.logs import get_logger
 from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
 from connito.v1 import run_pb2
@@ -27,6 +28,8 @@ from connito.v1.services_pb2 import ExpertSummary
 from connito.wire.fact import Fact, Record
 from connito.wire.subjects import fact as fact_subject
 from connito.wire.verification import verify_fact
+
+log = get_logger("mirror")
 
 _SAID = {
     run_pb2.NOTICE_KIND_DEPRECATED: "deprecated",
@@ -53,13 +56,19 @@ def mirror(data: DataDir, shelf: Shelf) -> None:
 async def _copy(session: Session, shelf: Shelf) -> None:
     viewer, store, held = Viewer(session.identity.public), session.store(), shelf.held()
     async with session.bus() as bus:
-        log = await read_log(bus, session.roster)
-        for run, facts in log.runs.items():
+        runs = (await read_log(bus, session.roster)).runs
+        for run, facts in runs.items():
             for expert, deposit in facts.deposits.items():
                 if expert in held:
                     continue
-                signed = await bus.last_record(fact_subject(run, "library", 0, "deposited", expert))
-                await _shelve(store, shelf, viewer, deposit, signed)
+                try:
+                    signed = await bus.last_record(fact_subject(run, "library", 0, "deposited", expert))
+                    await _shelve(store, shelf, viewer, deposit, signed)
+                except Environment:
+                    raise
+                except Invalid as error:
+                    # The platform's library leaves such a one out too; it keeps no other from the shelf.
+                    log.warning("an expert is not copied", expert=expert, error=str(error))
         found = [_notice(record, session) async for record in bus.stored(["LIBRARY"])]
     _say(shelf, [notice for notice in found if notice is not None])
 

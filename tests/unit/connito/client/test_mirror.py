@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from connito.client import mirror
 from connito.client.mirror import shelve
 from connito.errors import Invalid, VerificationFailed
 from connito.library.schema import read_record
 from connito.library.shelf import Shelf
+from connito.platform.session import Session
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.services_pb2 import ExpertSummary
 
@@ -59,3 +64,32 @@ def test_no_file_is_written_beside_the_expert(tmp_path: Path) -> None:
 def test_what_the_library_did_not_name_is_not_taken(tmp_path: Path) -> None:
     with pytest.raises(VerificationFailed, match=r"names no file model\.safetensors"):
         take(model("model.safetensors"), tmp_path, "e" * 64)
+
+
+def test_one_that_cannot_be_read_keeps_no_other_from_the_shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf, copied = Shelf(tmp_path), list[str]()
+
+    class Log:
+        async def last_record(self, _: str) -> None: ...
+
+        async def stored(self, _: list[str]) -> AsyncIterator[object]:
+            for record in list[object]():
+                yield record
+
+    @asynccontextmanager
+    async def bus() -> AsyncIterator[Log]:
+        yield Log()
+
+    async def read(*_: object) -> object:
+        return SimpleNamespace(runs={"run": SimpleNamespace(deposits={"damaged": "damaged", "whole": "whole"})})
+
+    async def shelve_one(_store: object, _shelf: object, _viewer: object, deposit: str, _signed: object) -> None:
+        if deposit == "damaged":
+            raise Invalid("it is no record of a library expert")
+        copied.append(deposit)
+
+    monkeypatch.setattr(mirror, "read_log", read)
+    monkeypatch.setattr(mirror, "_shelve", shelve_one)
+    session = SimpleNamespace(identity=SimpleNamespace(public="C"), roster=None, store=lambda: None, bus=bus)
+    asyncio.run(mirror._copy(cast(Session, session), shelf))
+    assert copied == ["whole"]
