@@ -9,6 +9,8 @@ from connito.render import formats, svg
 
 _COLOURS = {True: svg.BETTER, False: svg.FAINT}
 LOSSES, EXPERTS = "losses.svg", "experts.svg"
+# Of the picture of experts; the largest models have a tenth of it.
+MOST_CELLS, _DIGITS = 1 << 18, 6
 _WIDTH, _ROW, _LEFT, _RIGHT, _TOP = 720, 26, 170, 90, 40
 
 
@@ -18,9 +20,17 @@ def plots(record: ExpertRecord) -> dict[str, str]:
     rows = [row for row in record.get("losses", []) if row.get("before") is not None and row.get("after") is not None]
     if rows:
         drawn[LOSSES] = _changes(rows, str(record.get("domain", "")))
-    if record.get("selection", {}).get("layers"):
-        drawn[EXPERTS] = _grid(record["selection"]["layers"])
+    if _drawable(layers := record.get("selection", {}).get("layers") or {}):
+        drawn[EXPERTS] = _grid(layers)
     return drawn
+
+
+def _drawable(layers: Mapping[str, Sequence[int]]) -> bool:
+    """Return whether these are layers and experts of some model: of one that a stranger deposited, only its files are checked."""
+    if not layers or not all(layer.isdecimal() and len(layer) <= _DIGITS for layer in layers):
+        return False
+    experts = [expert for chosen in layers.values() for expert in chosen]
+    return min(experts, default=0) >= 0 and len(layers) * (1 + max(experts, default=0)) <= MOST_CELLS
 
 
 def _changes(rows: Sequence[Loss], own: str) -> str:

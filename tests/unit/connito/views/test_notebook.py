@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 
+import pytest
 from connito.library.hits import Ranked
 from connito.v1.run_pb2 import RunSpec
 from connito.v1.services_pb2 import RUN_PHASE_RUNNING, ExpertSummary, RunStatus
@@ -54,6 +55,27 @@ def test_no_word_of_a_stranger_is_markup() -> None:
 def test_a_run_has_its_curve_and_a_record_its_picture() -> None:
     assert {"svg", "polyline"} <= Tags(shown(Report(REPORT))).names
     assert {"svg", "h3"} <= Tags(shown(Card(record=RECORD))).names
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"0": [10**15]},
+        {"0": [-1]},
+        {"first": [0]},
+        {"²": [0]},
+        {"9" * 5000: [0]},
+        {str(layer): [5000] for layer in range(100)},
+        {"0": []},
+        {},
+    ],
+    ids=range(8),
+)
+def test_a_card_is_shown_whatever_its_record_says_of_layers(layers: dict[str, list[int]]) -> None:
+    """Of a model that a customer deposits, only the files and the parents are checked."""
+    record = {**RECORD, "selection": {"layers": layers}}
+    page = Card(record=record)._repr_html_()
+    assert ("Experts by layer" in page) is (layers == {"0": []})
 
 
 def test_rows_are_a_table_of_what_they_have() -> None:
