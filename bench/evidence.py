@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.decentralised_page import decentralised
+from bench.pilot_page import pilot
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, COPIES = ROOT / "docs/explanation/evidence.md", ROOT / "docs/evidence"
 ON_PAGE = (
+    "pilot",
     "selection",
     "routing_modes",
     "residency",
@@ -321,6 +323,7 @@ With a race on top (`scoring.minimum_sequences`), on trained submissions:
 
 
 _SECTIONS: dict[str, Callable[[Document], str]] = {
+    "pilot": pilot,
     "selection": _selection,
     "routing_modes": _routing,
     "residency": _residency,

@@ -50,7 +50,8 @@ class Size:
     ranks: tuple[int, ...]
 
 
-EXPERT_RATES, LORA_RATES, FULL_RATES = (4e-3, 8e-3, 1.6e-2), (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2)
+EXPERT_RATES, LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2), (1e-3, 3e-3, 1e-2, 3e-2)
+FULL_RATES = (1e-3, 3e-3, 1e-2)
 TINY_RATES = {"expert-only": EXPERT_RATES, "ESFT": EXPERT_RATES, "LoRA": LORA_RATES, "full": FULL_RATES}
 # A large base takes steps so many times smaller.
 DEMO_RATES = {method: tuple(rate / 40 for rate in rates) for method, rates in TINY_RATES.items()}
@@ -86,7 +87,8 @@ def run(options: Options) -> Result:
     rows = [row for row in rows if row["seed"] in seeds]
     _plot(rows, options.out)
     names = " ".join(f"{row['base']}-{row['seed']}-{row['arm'].replace(' ', '_')}" for row in rows)
-    settings = {"in_parts": True, "only": names, "seeds_named": SEEDS, "miners": MINERS, "length": LENGTH,
+    settings = {"in_parts": True, "only": names, "seeds": len({row["seed"] for row in rows}),
+                "seeds_named": SEEDS, "miners": MINERS, "length": LENGTH,
                 "held_out_sequences": HELD,
                 "sizes": {base: vars(size) for base, size in SIZES.items()}, "torch_threads": 1}  # fmt: skip
     return Result(settings, rows, figures(rows))
@@ -309,10 +311,14 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    with axes(out / "pilot.svg", len(SIZES)) as panels:
-        for panel, base in zip(panels, SIZES, strict=True):
+    shown = [row for row in rows if row["arm"] in ("miners", "central")]
+    bases = [base for base in SIZES if any(row["base"] == base for row in shown)]
+    if not bases:
+        return
+    with axes(out / "pilot.svg", len(bases)) as panels:
+        for panel, base in zip(panels, bases, strict=True):
             for arm, colour in (("miners", "#0b6e99"), ("central", "#8a8a8a")):
-                mine = [[at["sums"] for at in r["cycles"]] for r in rows if (r["base"], r["arm"]) == (base, arm)]
+                mine = [[at["sums"] for at in r["cycles"]] for r in shown if (r["base"], r["arm"]) == (base, arm)]
                 if mine:
                     panel.line(list(enumerate(np.mean(mine, axis=0).tolist())), colour, arm)
             panel.title, panel.x_label, panel.y_label = base, "cycles", "held-out loss of sums, nats per token"

@@ -10,6 +10,8 @@ import pytest
 from bench import evidence
 from bench.costs_page import COSTS, render_costs
 from bench.evidence import nats, percent, publish, published, render
+from bench.library_page import PAGE as LIBRARY
+from bench.library_page import render as render_library
 from bench.pages import EVERY, NAMES, Page
 
 PUBLISHED = [page for page in EVERY if set(page.names) <= set(published())]
@@ -35,6 +37,9 @@ def test_every_quality_claim_has_five_seeds() -> None:
         "forgetting",
         "decentralised",
         "engine",
+        "search",
+        "lifecycle",
+        "compounding",
     ):
         assert documents[name]["settings"]["seeds"] >= 5
         assert len({row["seed"] for row in documents[name]["rows"] if "seed" in row}) >= 5
@@ -46,6 +51,8 @@ def test_a_figure_that_changes_changes_the_page() -> None:
     assert "9.125 (9.000 to 9.250)" in render(documents)
     documents["engine"]["figures"]["speed, connito"]["tokens_per_second"] = 98765
     assert "| connito | 98765 |" in render_costs(COSTS.read_text(), documents)
+    documents["search"]["figures"]["search_p50_ms"] = 4713.0
+    assert "4713.0 ms at the median" in render_library(LIBRARY.read_text(), documents["search"])
 
 
 def test_full_runs_are_published_and_quick_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
