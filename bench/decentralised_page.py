@@ -30,11 +30,11 @@ miner's text uses it ([why](../adr/0037-judged-as-merged.md)), the gate takes th
 {_goal(found, goal)}
 
 {_table(("gain of the default over others in the same seeds, as a share of central's", "points"), _pairs(found))}
-The longer a cycle is, the fewer merges there are of the same steps for momentum to build up
-in, whatever the data, and with one domain a miner states drift apart as well. On two pilot seeds no rate, momentum, β or
-schedule that was tried kept more of IID data in five merges; in twenty merges as long nothing was lost against a rate that
-stays. In cycles of one step the gate takes noise for harm and refuses most merges ([notes](lab-notes.md)). The platform shares
-out one corpus, which is the IID case.
+The longer a cycle is, the fewer merges there are of the same steps for momentum to build up in, whatever the data, and with
+one domain a miner states drift apart as well. On two pilot seeds no rate, momentum, β or schedule that was tried kept more
+of IID data in five merges; in twenty merges as long nothing was lost against a rate that stays. In cycles of one and of five
+steps the gate takes noise for harm and refuses merges ([notes](lab-notes.md)). The platform shares out one corpus, which is
+the IID case.
 
 {len(document["rows"])} measurements on {document["machine"]["cores"]} cores of an {document["machine"]["cpu"]}, no GPU. What
 is not in the table has not been measured. [Every number](../evidence/decentralised.json).

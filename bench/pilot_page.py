@@ -73,20 +73,19 @@ def _best(found: Mapping[str, Any], base: str) -> list[list[str]]:
 
 
 def _edges(found: Mapping[str, Any], bases: Sequence[str]) -> str:
-    """Return which methods' best arms have the highest or lowest rate of those measured beside them."""
+    """Return which methods' best arms have the highest or lowest rate, or the highest rank, of those measured beside them."""
     said = []
     for base in bases:
         for method, label in METHODS.items():
-            arms, every = arms_of(found, base, method), _named(found, base, method)
-            rates = sorted({float(arm.split()[-1]) for arm in every} if len(every) > 1 else ())
-            best = min(arms, key=lambda arm: found[f"{arm}: sums"][0]).split()[-1] if rates else ""
-            if rates and float(best) in (rates[0], rates[-1]):
-                said.append(f"{base}, {label}")
-    return (
-        f" At the edge of the rates that were measured, so that there may be better ones: {'; '.join(said)}."
-        if said
-        else ""
-    )
+            every = [arm.split() for arm in _named(found, base, method)]
+            if len(every) < 2:
+                continue
+            best = min(arms_of(found, base, method), key=lambda arm: found[f"{arm}: sums"][0]).split()
+            rates = [float(arm[-1]) for arm in every]
+            highest = method.startswith("LoRA") and int(best[-2]) == max(int(arm[-2]) for arm in every)
+            if float(best[-1]) in (min(rates), max(rates)) or highest:
+                said.append(f"{base}, {label}{' (rank)' if highest else ''}")
+    return f" At the edge of what was measured, so that there may be better arms: {'; '.join(said)}." if said else ""
 
 
 def _what(method: str) -> str:
