@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 
 import pytest
 from connito.wire.identity import Identity
@@ -17,6 +18,14 @@ from hypothesis import HealthCheck, settings
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits() -> None:
+    """What an earlier test in this process left waiting is no matter of the next one."""
+    if (waiting := sys.modules.get("connito.runtime.waiting")) is not None:
+        for entry in waiting.WAITING.entries():
+            waiting.WAITING.end(entry.what)
 
 
 @pytest.fixture(scope="session")

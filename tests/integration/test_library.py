@@ -120,8 +120,12 @@ async def finish(
     return tiny
 
 
-async def ask(bus: Bus) -> LibraryServiceStub:
-    return LibraryServiceStub(rpc.channel(await bus.find_endpoint("library")))
+async def ask(bus: Bus, process: ServiceProcess) -> LibraryServiceStub:
+    """Ask the process that runs now: it listens a moment before its address replaces that of one before."""
+    async with asyncio.timeout(PATIENCE):
+        while not (address := await bus.find_endpoint("library")).endswith(f":{process.ports.get('grpc')}"):  # noqa: ASYNC110 - the log's progress
+            await asyncio.sleep(0.02)
+    return LibraryServiceStub(rpc.channel(address))
 
 
 async def deposited(bus: Bus, roster: Roster, run: str) -> run_pb2.ExpertDeposited:
@@ -140,7 +144,7 @@ async def test_a_finished_runs_expert_is_deposited_found_and_loaded(
     tiny = await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
     fact = await deposited(bus, roster, run_id)
 
-    stub = await ask(bus)
+    stub = await ask(bus, process)
     found = await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
     listed = await rpc.call(stub.ListExperts, services_pb2.ListExpertsRequest())
     record = json.loads(found.record_json)
@@ -174,7 +178,7 @@ async def test_it_is_searched_marked_metered_and_private_things_stay_so(
     await process.start().ready()
     await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED, customer)
     fact = await deposited(bus, roster, run_id)
-    stub, name = await ask(bus), fact.expert_id
+    stub, name = await ask(bus, process), fact.expert_id
     public = await rpc.call(stub.SearchExperts, services_pb2.SearchExpertsRequest(text=TARGET))
     assert not public.hits
     with pytest.raises(NotFound):
@@ -214,7 +218,7 @@ async def test_it_is_searched_marked_metered_and_private_things_stay_so(
         assert (dict(answer.uses), dict(answer.credited)) == ({"export": 2}, {"UA": 2})
         process.kill()
         await process.start().ready()
-        stub = await ask(bus)
+        stub = await ask(bus, process)
     assert await bus.last_sequence("LIBRARY") == 3
 
 
@@ -309,10 +313,10 @@ async def test_health_is_there(process: ServiceProcess, buses: dict[str, Bus]) -
 
 
 async def shown(
-    bus: Bus, roster: Roster, run: str
+    bus: Bus, process: ServiceProcess, roster: Roster, run: str
 ) -> tuple[run_pb2.ExpertDeposited, LibraryServiceStub, services_pb2.GetExpertResponse]:
     """The deposit of a run that has ended, the library's stub, and what it shows of the expert."""
-    fact, stub = await deposited(bus, roster, run), await ask(bus)
+    fact, stub = await deposited(bus, roster, run), await ask(bus, process)
     return fact, stub, await rpc.call(stub.GetExpert, services_pb2.GetExpertRequest(expert_id=fact.expert_id))
 
 
@@ -328,7 +332,7 @@ async def test_what_a_customer_derives_joins_with_lineage_and_signature(
     bus, customer = buses["coordinator"], identities["customer"]
     await process.start().ready()
     await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
-    fact, stub, answer = await shown(bus, roster, run_id)
+    fact, stub, answer = await shown(bus, process, roster, run_id)
     parent = tmp_path / "parent"
     parent.mkdir()
     shutil.copy(await store.fetch(fact.expert), parent / "expert.safetensors")
@@ -390,7 +394,7 @@ async def test_models_made_of_an_expert_join_from_a_folder_of_any_name(
     bus, customer = buses["coordinator"], identities["customer"]
     await process.start().ready()
     await finish(buses, store, run_id, tmp_path, cycle_pb2.GATE_DECISION_ACCEPTED)
-    fact, stub, answer = await shown(bus, roster, run_id)
+    fact, stub, answer = await shown(bus, process, roster, run_id)
     expert, text, base = tmp_path / "expert", tmp_path / "notes.txt", tmp_path / "my own name for it"
     expert.mkdir()
     shutil.copy(await store.fetch(fact.expert), expert / "expert.safetensors")
