@@ -73,6 +73,8 @@ def wrong_with(world: World) -> list[str]:
         f"audit: {one.check} {one.where}: {one.what}"
         for one in audit(evidence, artifacts, Options(False, 0, 0.0)).differences
     ]
+    # No power cut damages what is written whole: a service that copes with a damaged file must not hide that there is one.
+    found += [f"{path.relative_to(world.folder)} was damaged" for path in sorted(world.folder.rglob("*.damaged"))]
     for node in world.nodes:
         found += [f"{node.name} crashed: {error!r}" for error in node.crashes if not _told(error)]
     return found
