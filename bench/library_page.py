@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.evidence import ROOT, Document, nats, paragraphs, ran, table
+from bench.evidence import ROOT, Document, nats, paragraphs, percent, ran, table
 
 PAGE = ROOT / "docs/explanation/library.md"
 END = "<!-- until here -->\n"
@@ -161,7 +161,7 @@ def _compounding(document: Document) -> str:
                 [chain, str(place + 1), *steps, f"{sum(bool(row['started_from']) for row in mine)} of {len(mine)}"]
             )
     said = [
-        f"{chain}: steps saved {_share(found[f'{chain}: steps saved, share'])}, loss at the end "
+        f"{chain}: steps saved {percent(found[f'{chain}: steps saved, share'])}, loss at the end "
         f"{nats(found[f'{chain}: loss at the end, shelf − base'])} against the base's, slower than from the base "
         f"{found[f'{chain}: slower than from the base']} times"
         for chain in ("dialects", "strangers")
@@ -185,11 +185,6 @@ def _steps(values: Sequence[float]) -> str:
 
     mean, low, high = interval([float(value) for value in values])
     return f"{mean:.0f} ({low:.0f} to {high:.0f})"
-
-
-def _share(found: Sequence[float]) -> str:
-    mean, low, high = (f"{100 * value:.0f}".replace("-", "−") for value in found)
-    return f"{mean} % ({low} to {high})"
 
 
 def _two(found: Sequence[float]) -> str:
