@@ -23,7 +23,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
         from .artifacts import Artifacts
         from .figures import ExpertFigures
         from .pages import Console
-        from .readers import access_of
+        from .readers import access_of, trial_of
         from .state import Feed
     except ImportError as error:
         raise Fatal(f"{error.name} is not installed; `pip install 'connito[console]'` brings it") from error
@@ -40,7 +40,8 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     store = context.store if settings.s3_access_key or settings.s3_credentials != "keys" else None
     figures = ExpertFigures(store, feed.move)
     access = access_of(settings, context.roster, context.bus.identity, token)
-    console = Console(feed, access, Artifacts(store), figures, secure_cookie=settings.console_secure_cookie)
+    trial = trial_of(settings)
+    console = Console(feed, access, Artifacts(store), figures, trial, secure_cookie=settings.console_secure_cookie)
     config = uvicorn.Config(
         console.app(), log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=2, ws="none",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from connito.render import formats, svg
 
@@ -20,20 +21,31 @@ WIDTH, HEIGHT = 320, 132
 # Round times, in seconds, to put on an axis.
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 22
+MARKS = 16
 
 
-def sparkline(curve: Curve) -> svg.Picture:
-    """Draw a loss curve by version on an axis of its own: curves differ in level, and each one's course counts."""
+def span(curves: Iterable[Curve]) -> float:
+    """Return the nats that every curve's axis covers, so that equal slopes are equal changes: the widest course, with room."""
+    courses = [[loss for _, loss in curve.points] for curve in curves]
+    return max((high - low for low, high in (svg.padded(course) for course in courses)), default=0.0)
+
+
+def sparkline(curve: Curve, nats: float = 0.0, here: int | None = None) -> svg.Picture:
+    """Draw a loss curve by version, around its own level, on an axis of `nats`; version `here` is marked."""
     first, last = curve.points[0][0], curve.points[-1][0]
     x = svg.Scale(first, max(last, first + 1), LEFT, WIDTH - RIGHT)
-    y = svg.Scale(*svg.padded(loss for _, loss in curve.points), HEIGHT - BOTTOM, TOP)
-    parts = []
+    low, high = svg.padded(loss for _, loss in curve.points)
+    more = max(0.0, nats - (high - low)) / 2
+    y = svg.Scale(low - more, high + more, HEIGHT - BOTTOM, TOP)
+    parts = [] if here is None else [svg.line((x(here), TOP), (x(here), HEIGHT - BOTTOM), class_="zero")]
     for value, label in y.ticks(3):
         parts.append(svg.line((LEFT, y(value)), (WIDTH - RIGHT, y(value)), class_="grid"))
         parts.append(svg.text(LEFT - 5, y(value) + 4, label, "end"))
     kind = "target" if curve.target else "general"
     parts.append(svg.polyline(((x(version), y(loss)) for version, loss in curve.points), class_=f"line {kind}"))
-    for version, loss in curve.points:
+    # Many marks would hide the line.
+    marked = curve.points if len(curve.points) <= MARKS else [p for p in curve.points if p[0] in (first, here, last)]
+    for version, loss in marked:
         parts.append(svg.dot(x(version), y(loss), 3, f"version {version}: {formats.loss(loss)}", class_="dot"))
     for version in sorted({first, last}):
         parts.append(svg.text(x(version), HEIGHT - 6, f"v{version}", "start" if version == first else "end"))
@@ -57,47 +69,54 @@ def waterfall(bars: Sequence[Bar]) -> svg.Picture:
 
 def intervals(measurements: Sequence[Measurement]) -> svg.Picture:
     """Draw effect and interval of each validator on one axis with zero on it; left of zero the loss rose."""
-    width, row, left = 640, 28, 150
-    ends = [
-        value
+    rows = [
+        Interval(
+            item.validator, item.score.effect, item.score.effect_low, item.score.effect_high, _interval_words(item)
+        )
         for item in measurements
-        for value in (item.score.effect_low, item.score.effect_high, item.score.effect)
-        if math.isfinite(value)
     ]
-    low, high = svg.padded([0.0, *ends])
-    x = svg.Scale(low, high, left, width - 14)
-    height = row * len(measurements) + 26
-    parts = [
-        svg.line((x(0.0), 2), (x(0.0), height - 20), class_="zero"),
-        svg.text(x(0.0), height - 6, "0", "middle"),
-        svg.text(width - 14, height - 6, "lower loss →", "end"),
-    ]
-    for index, item in enumerate(measurements):
-        y, effect, sides = index * row + 16, item.score.effect, [item.score.effect_low, item.score.effect_high]
-        kind = "good" if sides[0] > 0 else "bad" if sides[1] < 0 else "unsure"
-        start, stop = (x(min(max(value, low), high)) for value in sides)
-        parts.append(svg.text(0, y + 4, item.validator, "start"))
-        parts.append(svg.line((start, y), (stop, y), class_=f"interval {kind}"))
-        parts.append(svg.dot(x(effect), y, 4, _interval_words(item), class_=f"effect {kind}"))
-    return svg.inline(width, height, "; ".join(map(_interval_words, measurements)), parts)
+    return _intervals(rows, better=1)
 
 
 def effects(found: Sequence[Effect]) -> svg.Picture:
     """Draw what an expert does to the loss on each domain, with its interval; left of zero it is lower."""
-    width, row, left = 640, 28, 150
-    x = svg.Scale(*svg.padded([0.0, *(value for one in found for value in (one.low, one.high))]), left, width - 14)
-    height = row * len(found) + 26
+    return _intervals(
+        [Interval(one.domain, one.change, one.low, one.high, _effect_words(one)) for one in found], better=-1
+    )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured figure with its interval: whose it is, and what it says to who does not see it."""
+
+    name: str
+    at: float
+    low: float
+    high: float
+    words: str
+
+
+def _intervals(rows: Sequence[Interval], better: int) -> svg.Picture:
+    """Draw intervals below each other, each under its name: on a telephone, too, the picture fits. `better`: side of zero."""
+    width, row = 460, 40
+    ends = [value for one in rows for value in (one.low, one.high, one.at) if math.isfinite(value)]
+    low, high = svg.padded([0.0, *ends])
+    x = svg.Scale(low, high, 8, width - 8)
+    height = row * len(rows) + 24
+    words, place, anchor = ("lower loss →", width - 2, "end") if better > 0 else ("← lower loss", 2, "start")
     parts = [
         svg.line((x(0.0), 2), (x(0.0), height - 20), class_="zero"),
         svg.text(x(0.0), height - 6, "0", "middle"),
-        svg.text(left, height - 6, "← lower loss", "start"),
+        svg.text(place, height - 6, words, anchor),
     ]
-    for index, one in enumerate(found):
-        y, kind = index * row + 16, "good" if one.high < 0 else "bad" if one.low > 0 else "unsure"
-        parts.append(svg.text(0, y + 4, one.domain[:22], "start"))
-        parts.append(svg.line((x(one.low), y), (x(one.high), y), class_=f"interval {kind}"))
-        parts.append(svg.dot(x(one.change), y, 4, _effect_words(one), class_=f"effect {kind}"))
-    return svg.inline(width, height, "; ".join(map(_effect_words, found)), parts)
+    for index, one in enumerate(rows):
+        y, worst, best = index * row + 28, *sorted((better * one.low, better * one.high))
+        kind = "good" if worst > 0 else "bad" if best < 0 else "unsure"
+        start, stop = (x(min(max(value, low), high)) for value in (one.low, one.high))
+        parts.append(svg.text(2, y - 12, one.name[:48], "start"))
+        parts.append(svg.line((start, y), (stop, y), class_=f"interval {kind}"))
+        parts.append(svg.dot(x(one.at), y, 4, one.words, class_=f"effect {kind}"))
+    return svg.inline(width, height, "; ".join(one.words for one in rows), parts)
 
 
 def lineage(name: str, parents: Sequence[str], children: Sequence[str]) -> svg.Picture:

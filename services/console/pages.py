@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import urlencode
 
+from connito.errors import Invalid, Retry
 from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -27,21 +28,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from . import charts, experts, views
-from .access import COOKIE, SESSION_SECONDS, Access, Guard, is_public
+from . import charts, experts, login, views
+from .access import Access, Guard, is_public
 from .artifacts import Artifacts
 from .cards import as_html, effects
 from .figures import ExpertFigures
 from .heatmap import FigureMap, Heatmap, figure_map, heatmap
 from .history import Moment, replay
 from .lineage import lineage
-from .sign_in import BEGIN, SESSION
 from .state import Feed
+from .trial import LENGTHS, MAX_TEXT, Asked, Offer, Piece, Trial, as_events
+from .trial import MAX_FORM_BYTES as MAX_TRY_BYTES
 from .waterfall import waterfall
 from .why import why
 
@@ -49,7 +51,6 @@ HERE = Path(__file__).parent
 # A browser gets at most this many pictures a second, and a sign of life this often.
 SOONEST_SECONDS = 0.25
 HEARTBEAT_SECONDS = 5.0
-MAX_FORM_BYTES = 4096
 LEADERBOARD = "/leaderboard"
 
 
@@ -70,22 +71,20 @@ class Console:
     """The pages over one feed."""
 
     def __init__(
-        self, feed: Feed, access: Access, artifacts: Artifacts, figures: ExpertFigures, *, secure_cookie: bool = False
-    ) -> None:
-        self.feed, self.access, self.artifacts, self.figures = feed, access, artifacts, figures
+        self, feed: Feed, access: Access, artifacts: Artifacts, figures: ExpertFigures, trial: Trial, *,
+        secure_cookie: bool = False,
+    ) -> None:  # fmt: skip
+        self.feed, self.access, self.artifacts, self.figures, self.trial = feed, access, artifacts, figures, trial
         self._secure_cookie = secure_cookie
         self._board: tuple[int, Mapping[str, Any]] | None = None
         self._templates = Environment(
-            loader=FileSystemLoader(HERE / "templates"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
+            loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
             lstrip_blocks=True,
-        )
+        )  # fmt: skip
         self._templates.filters.update(
             clock=formats.moment, iso=_iso, loss=formats.loss, signed=formats.change, duration=formats.duration,
-            size=formats.size, code=reason_name, gate=words.gate,
-            in_words=words.in_words, clause=words.clause, detail=detail_of, status=_status,
+            size=formats.size, code=reason_name, gate=words.gate, in_words=words.in_words, clause=words.clause,
+            detail=detail_of, status=_status,
         )  # fmt: skip
 
     def app(self) -> ASGIApp:
@@ -107,9 +106,8 @@ class Console:
             Route(LEADERBOARD, self._leaderboard),
             Route("/library/{expert}", self._expert),
             Route("/runs/{run}/verify/{version:int}", self._verify, methods=["POST"]),
-            *(sign_in.routes(secure=self._secure_cookie) if (sign_in := self.access.sign_in) else ()),
-            Route("/login", self._login, methods=["GET", "POST"]),
-            Route("/logout", self._logout, methods=["POST"]),
+            Route("/library/{expert}/try", self._try, methods=["POST"]),
+            *login.routes(self.access, self._templates.get_template("login.html").render, secure=self._secure_cookie),
             Mount("/static", StaticFiles(directory=HERE / "static")),
         ]
         return Guard(Starlette(routes=routes, exception_handlers={HTTPException: self._problem}), self.access)
@@ -178,7 +176,8 @@ class Console:
             "bars": waterfall(facts, cycle, now),
             "miners": views.miner_rows(facts, cycle),
             "validators": validator_rows(facts, cycle),
-            "board": leaderboard([facts]),
+            "board": leaderboard([facts], cycle),
+            "merge": next((v for v in lineage(facts) if v.published and v.published.cycle == cycle), None),
             "made": [name for name, fact in facts.deposits.items() if self._seen(request)(facts, fact.message)],
             "name": partial(miner_name, facts),
         }
@@ -260,22 +259,56 @@ class Console:
         return Shown("compare.html", "Comparison", values)
 
     async def _expert(self, request: Request) -> Response:
-        wanted, rows = request.path_params["expert"], self._experts(request)
-        row = next((row for row in rows if row.expert_id == wanted), None)
+        row = self._row(request)
+        return await self._show_expert(request, row, await self._offer(row))
+
+    async def _try(self, request: Request) -> Response:
+        """Return the answers of an expert and its base to a reader's text: as they come, or on the page in whole."""
+        login.own_pages_only(request)
+        row = self._row(request)
+        offer, streams = await self._offer(row), request.headers.get("accept", "").startswith("text/event-stream")
+        try:
+            if offer.problem:
+                raise Invalid(offer.problem)
+            asked = Asked.read(await login.form(request, MAX_TRY_BYTES))
+            if streams:
+                headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+                pieces = as_events(self.trial.pieces(offer, asked))
+                return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
+            return await self._show_expert(request, row, offer, asked, await self.trial.answers(offer, asked))
+        except (Invalid, Retry) as error:
+            if streams:
+                return PlainTextResponse(str(error), 400 if isinstance(error, Invalid) else 503)
+            return await self._show_expert(request, row, Offer(problem=str(error)))
+
+    def _row(self, request: Request) -> experts.ExpertRow:
+        row = next((row for row in self._experts(request) if row.expert_id == request.path_params["expert"]), None)
         if row is None:
             raise HTTPException(404, "There is no such expert in this library.")
+        return row
+
+    async def _offer(self, row: experts.ExpertRow) -> Offer:
+        if row.withdrawn:
+            return Offer(problem="It is withdrawn: nobody may use it any more.")
+        return await self.trial.offer(row.expert_id)
+
+    async def _show_expert(
+        self, request: Request, row: experts.ExpertRow, offer: Offer, asked: Asked | None = None,
+        answers: Mapping[str, Piece] | None = None,
+    ) -> Response:  # fmt: skip
         about = await self.artifacts.about(row.record)
         commands = [f"connito library export {row.expert_id} --out expert", f"connito library verify {row.expert_id}"]
         values = {
             "expert": row, "card": as_html(about.card), "commands": [] if row.withdrawn else commands,
-            "effects": effects(about.record), "family": experts.family(row, rows),
+            "effects": effects(about.record), "family": experts.family(row, self._experts(request)),
+            "offer": offer, "serve": self.trial.url, "asked": asked or Asked(""), "answers": answers or {},
+            "lengths": LENGTHS, "most": MAX_TEXT,
         }  # fmt: skip
         return HTMLResponse(self._render("page.html", request, Shown("expert.html", row.expert_id, values, live=False)))
 
     async def _verify(self, request: Request) -> Response:
-        """Return whether a request for much reading comes from this console's own pages."""
-        if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
-            raise HTTPException(403, "Only the console's own pages may ask for this.")
+        """Return whether the store holds the bytes of a version."""
+        login.own_pages_only(request)
         facts, _, _ = self._facts(request)
         number, run = request.path_params["version"], facts.run
         ref = _state_of(facts, number)
@@ -319,31 +352,6 @@ class Console:
             raise HTTPException(404, "At this point the run had not been created.")
         return past, moment, moment.time_unix_ms
 
-    # Coming in and going.
-
-    async def _login(self, request: Request) -> Response:
-        if not self.access.token:
-            return RedirectResponse("/" if self.access.sign_in is None else BEGIN, 303)
-        wrong = False
-        if request.method == "POST":
-            if self.access.knows(await _token_of(request)):
-                answer = RedirectResponse("/", 303)
-                answer.set_cookie(
-                    COOKIE, self.access.cookie(), max_age=SESSION_SECONDS, httponly=True, samesite="strict",
-                    secure=self._secure_cookie or request.url.scheme == "https",
-                )  # fmt: skip
-                return answer
-            wrong = True
-        begin = BEGIN if self.access.sign_in is not None else ""
-        html = self._templates.get_template("login.html").render(wrong=wrong, begin=begin)
-        return HTMLResponse(html, 403 if wrong else 200)
-
-    async def _logout(self, request: Request) -> Response:
-        answer = RedirectResponse("/login" if self.access.token else "/", 303)
-        answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
-        answer.delete_cookie(SESSION, httponly=True, samesite="lax")
-        return answer
-
 
 def _whole(request: Request) -> bool:
     """Return whether the reader sees the installation, and not only what is public or of an organisation."""
@@ -367,16 +375,6 @@ def _state_of(facts: RunFacts, number: int) -> ArtifactRef | None:
     if number == 0:
         return None if facts.selection is None else facts.selection.initial_state
     return next((found.state for found in facts.versions.values() if found.version == number), None)
-
-
-async def _token_of(request: Request) -> str:
-    """Return the form's token; the empty string for a body that is no such form or too large to be one."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_FORM_BYTES:
-            return ""
-    return parse_qs(body.decode(errors="replace")).get("token", [""])[0].strip()
 
 
 def _cycle(request: Request, facts: RunFacts) -> int:

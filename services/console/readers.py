@@ -1,4 +1,4 @@
-"""Access to the console as its settings say: by token, through a proxy, or signed in at a provider."""
+"""What readers come by, as the settings say: access by token, proxy or sign-in, and a server to try experts on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .access import Access
 from .pages import LEADERBOARD
 from .settings import ConsoleSettings
 from .sign_in import SignIn
+from .trial import Trial
 
 
 def access_of(settings: ConsoleSettings, roster: Roster, identity: Identity, token: str) -> Access:
@@ -26,3 +27,8 @@ def access_of(settings: ConsoleSettings, roster: Roster, identity: Identity, tok
         token, user_header=settings.console_user_header, proxies=settings.proxies(), public=public, tokens=tokens,
         sign_in=sign_in,
     )  # fmt: skip
+
+
+def trial_of(settings: ConsoleSettings) -> Trial:
+    """Return the server of experts that the settings name. Raises `Fatal` for an address that is none."""
+    return Trial(settings.serve(), settings.console_serve_key.get_secret_value())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Network, IPv6Network, ip_network
+from urllib.parse import urlsplit
 
 from connito.errors import Fatal
 from connito.runtime.settings import ServiceSettings
@@ -37,6 +38,25 @@ class ConsoleSettings(ServiceSettings):
     console_oidc_scopes: str = Field("openid", description="what it asks the provider for, by spaces")
     console_url: str = Field("", description="https:// address that readers find the console at; needed to sign in")
     console_secure_cookie: bool = Field(False, description="true where a proxy in front of the console speaks TLS")
+
+    console_serve_url: str = Field(
+        "",
+        description="address of a `connito serve`, e.g. http://127.0.0.1:8000/v1: readers then try experts beside their base",
+    )
+    console_serve_key: SecretStr = Field(SecretStr(""), description="the console's key there, where it asks for one")
+
+    def serve(self) -> str:
+        """Return the address of the server of experts. Raises `Fatal` for what is none."""
+        try:
+            parts = urlsplit(self.console_serve_url)
+            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            good = False
+        if self.console_serve_url and not good:
+            raise Fatal(
+                f"CONNITO_CONSOLE_SERVE_URL is {self.console_serve_url!r}; write an address like http://127.0.0.1:8000/v1"
+            )
+        return self.console_serve_url
 
     def proxies(self) -> list[IPv4Network | IPv6Network]:
         """Return the networks that may name a user. Raises `Fatal` for what is no network."""

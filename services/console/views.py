@@ -12,9 +12,10 @@ from connito.protocol.rules import Stake
 from connito.v1 import cycle_pb2
 from connito.views import words
 from connito.views.live import phase
-from connito.views.run_report import outcome, submission_rows
+from connito.views.run_report import miner_name, outcome, submission_rows
 from connito.views.standings import rating_text
 from connito.wire.facts import RunFacts
+from connito.wire.identity import short_key
 from connito.wire.window import Window
 
 # A window may close this much after its deadline before somebody should be told.
@@ -131,7 +132,7 @@ def _left(facts: RunFacts, now_ms: int) -> float:
 
 def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
     """Return the miners that were expected or acted in a cycle: best rank first, then those refused."""
-    totals, scored = rewards(facts), judged(facts, cycle)
+    totals, scored = rewards(facts, cycle), judged(facts, cycle)
     rows = []
     for row in submission_rows(facts, cycle):
         verdict = scored.get(row["key"])
@@ -141,7 +142,7 @@ def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
                 name=row["miner"],
                 status=row["status"],
                 reason=words.clause(row["reason"]),
-                detail=row["detail"],
+                detail=named(facts, row["detail"]),
                 rank=row["rank"],
                 utility=None if verdict is None else verdict.utility,
                 reward=None if verdict is None else verdict.reward,
@@ -154,16 +155,23 @@ def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
     return rows
 
 
+def named(facts: RunFacts, text: str) -> str:
+    """Return a sentence with miners' labels in place of the beginnings of their keys."""
+    for key in facts.miners:
+        text = text.replace(short_key(key), miner_name(facts, key))
+    return text
+
+
 def judged(facts: RunFacts, cycle: int) -> dict[str, cycle_pb2.Verdict]:
     """Return the verdicts of a cycle by miner; empty until they are published."""
     scored = facts.scored(cycle)
     return {} if scored is None else {verdict.miner: verdict for verdict in scored.verdicts}
 
 
-def rewards(facts: RunFacts) -> dict[str, int]:
-    """Return units of the emission that each miner was given in the run so far."""
+def rewards(facts: RunFacts, until: int) -> dict[str, int]:
+    """Return units of the emission that each miner was given in the run's cycles up to one."""
     totals: dict[str, int] = {}
-    for cycle in facts.cycles():
+    for cycle in (number for number in facts.cycles() if number <= until):
         for miner, verdict in judged(facts, cycle).items():
             totals[miner] = totals.get(miner, 0) + verdict.reward
     return totals

@@ -87,9 +87,8 @@ class Validator:
         match action.payload:
             case Join():
                 await self._check_readable(run)
-                await self._bus.publish_fact(
-                    run, "run", 0, "validator", run_pb2.ValidatorJoined(run=run, validator=self.me), self.me
-                )
+                joined = run_pb2.ValidatorJoined(run=run, validator=self.me, label=self._settings.label)
+                await self._bus.publish_fact(run, "run", 0, "validator", joined, self.me)
             case Preload():
                 await self._evaluator(run)
             case Unload():

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from connito.base.recipes import cached_base
 from connito.bus import Bus, streams
 from connito.platform.servers import NatsServer
 from connito.wire.identity import Identity
@@ -62,6 +64,7 @@ class Site:
         return {
             "runs": "/",
             "run": run,
+            "cycle": f"{run}?cycle=1",
             "replay": f"{run}?at=40",
             "selection": f"{run}/selection",
             "lineage": f"{run}/lineage",
@@ -103,33 +106,37 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     started = connito("up", *up, "--set", "training.local_steps=16", "--no-wait", data=data)
     try:
         connito("job", "watch", started["run"], data=data)
-        command = [sys.executable, "-m", "connito.cli", "console", "--port", "0", "--json", "--data-dir", str(data)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as console:
-            try:
-                assert console.stdout is not None
-                lines: list[str] = []
-                while not lines or lines[-1] != "}\n":
-                    lines.append(console.stdout.readline())
-                    assert lines[-1], "the console ended"
-                keys = {
-                    path.stem: Identity.load(path).public
-                    for path in (data / "keys").glob("*.nk")
-                    if path.stem in ("miner-1", "nan-1", "copier-1")
-                }
-                address = json.loads("".join(lines))["address"].rstrip("/")
-                until_read(address, started["run"])
-                experts = connito("library", "list", data=data)["experts"]
-                yield Site(
-                    address,
-                    data,
-                    started["run"],
-                    experts[0]["expert_id"],
-                    keys,
-                )
-            finally:
-                console.terminate()
+        base = cached_base("tiny") / "model"
+        with (
+            serving("serve", "--base", str(base), data=data) as served,
+            serving("console", data=data, CONNITO_CONSOLE_SERVE_URL=served) as address,
+        ):
+            keys = {
+                path.stem: Identity.load(path).public
+                for path in (data / "keys").glob("*.nk")
+                if path.stem in ("miner-1", "nan-1", "copier-1")
+            }
+            until_read(address.rstrip("/"), started["run"])
+            expert = connito("library", "list", data=data)["experts"][0]["expert_id"]
+            yield Site(address.rstrip("/"), data, started["run"], expert, keys)
     finally:
         connito("down", data=data)
+
+
+@contextmanager
+def serving(verb: str, *options: str, data: Path, **variables: str) -> Iterator[str]:
+    """A command that prints its address and stays, until the block is left."""
+    command = [sys.executable, "-m", "connito.cli", verb, *options, "--port", "0", "--json", "--data-dir", str(data)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment() | variables) as process:
+        try:
+            assert process.stdout is not None
+            lines: list[str] = []
+            while not lines or lines[-1] != "}\n":
+                lines.append(process.stdout.readline())
+                assert lines[-1], f"{verb} ended"
+            yield json.loads("".join(lines))["address"]
+        finally:
+            process.terminate()
 
 
 @dataclass

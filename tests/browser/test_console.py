@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 from connito.v1 import run_pb2
 
-from tests.browser.chromium import Chromium
-from tests.browser.conftest import Bench, Site
+from tests.browser.chromium import Chromium, Page
+from tests.browser.conftest import Bench, Site, serving, until_read
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -25,15 +26,19 @@ def created(run: str) -> run_pb2.RunCreated:
     )
 
 
+WIDTHS = (375, 768, 1280)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_no_page_has_barriers_or_errors(browser: Chromium, site: Site, axe: Path, dark: bool) -> None:
+def test_no_page_has_barriers_or_errors(browser: Chromium, site: Site, axe: Path, dark: bool, width: int) -> None:
     found: dict[str, list[str]] = {}
     for name, path in site.pages().items():
-        with browser.page(site.address + path, dark=dark) as page:
+        with browser.page(site.address + path, dark=dark, width=width) as page:
             page.until("document.querySelector('main h1')", "a heading")
             page.until("!document.body.innerText.includes('being read')", "what is in the store")
             if SHOTS:
-                page.screenshot(Path(SHOTS) / f"{name}-{'dark' if dark else 'light'}.png")
+                page.screenshot(Path(SHOTS) / f"{name}-{width}-{'dark' if dark else 'light'}.png")
             barriers = page.barriers(axe)
             # The one thing that a browser reports about a page that is rightly not there.
             errors = [text for text in page.problems() if not (name == "problem" and "404" in text)]
@@ -43,9 +48,93 @@ def test_no_page_has_barriers_or_errors(browser: Chromium, site: Site, axe: Path
 
 
 def test_pages_fit_a_narrow_screen(browser: Chromium, site: Site) -> None:
+    """Nothing scrolls sideways, tables neither: each of their cells says what it is."""
     for name, path in site.pages().items():
-        with browser.page(site.address + path, width=400) as page:
+        with browser.page(site.address + path, width=375) as page:
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
+            wide = "[...document.querySelectorAll('.scroll:has(thead)')].filter((one) => one.scrollWidth > one.clientWidth)"
+            assert page.evaluate(f"{wide}.length") == 0, f"a table of {name} scrolls sideways"
+            nameless = "[...document.querySelectorAll('table.rows td')].filter((one) => one.dataset.name === undefined)"
+            assert page.evaluate(f"{nameless}.length") == 0, f"a cell of {name} does not say what it is"
+
+
+def test_a_table_stays_labelled_while_the_page_is_replaced(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/runs/{site.run}", width=375) as page:
+        named = "[...document.querySelectorAll('#main td')].map((one) => one.dataset.name)"
+        before = page.evaluate(named)
+        assert "utility, nats per token" in before
+        html = page.evaluate("fetch(location.href).then((answer) => answer.text())")
+        page.evaluate(
+            f"replace(new DOMParser().parseFromString({json.dumps(html)}, 'text/html').getElementById('main').innerHTML)"
+        )
+        assert page.evaluate(named) == before
+
+
+def test_a_cycle_is_chosen_by_keyboard(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/runs/{site.run}") as page:
+        text = "document.getElementById('main').innerText"
+        assert page.evaluate("document.getElementById('cycle-at').value") == "2"
+        page.evaluate("document.getElementById('cycle-at').focus()")
+        page.press("ArrowLeft")
+        page.until("location.search === '?cycle=1'", "the first cycle")
+        assert page.evaluate("document.activeElement.id") == "cycle-at"
+        shown = page.evaluate(text)
+        for part in ("Merge and gate of cycle 1", "up to cycle 1", "Version 1 from version 0", "validator-1"):
+            assert part in shown, part
+        # The page stays at that cycle when it is sent again.
+        page.until("main.dataset.live.endsWith('?cycle=1')", "the cycle to be followed")
+        page.press("End")
+        page.until("location.search === '?cycle=2'", "the last cycle")
+        assert "Merge and gate of cycle 2" in page.evaluate(text)
+        assert page.problems() == []
+
+
+def test_curves_of_one_run_have_one_scale(browser: Chromium, site: Site) -> None:
+    with browser.page(f"{site.address}/runs/{site.run}") as page:
+        heights = "[...one.querySelectorAll('line.grid')].map((line) => +line.getAttribute('y1'))"
+        ticks = f"[...document.querySelectorAll('figure svg')].map((one) => {heights})"
+        steps = {round(abs(lines[0] - lines[1]), 1) for lines in page.evaluate(ticks)}
+        assert len(steps) == 1, "equal distances are unequal losses"
+
+
+ANSWERS = "['base', 'expert'].map((one) => document.querySelector(`[data-side=${one}]`).innerText)"
+
+
+def try_it(page: Page, text: str, answered: str) -> list[str]:
+    page.evaluate("document.getElementById('text').focus()")
+    page.call("Input.insertText", text=text)
+    page.evaluate("document.querySelector('[data-try] button').focus()")
+    page.press("Enter")
+    page.until(answered, "both answers")
+    found: list[str] = page.evaluate(ANSWERS)
+    return found
+
+
+def test_an_expert_is_tried_beside_its_base(browser: Chromium, site: Site, axe: Path) -> None:
+    with browser.page(f"{site.address}/library/{site.expert}") as page:
+        base, expert = try_it(page, "turnip with leek: ", "announce.textContent.includes('Both')")
+        assert base.startswith("turnip with leek:")
+        assert expert.startswith("turnip with leek:")
+        assert base != expert
+        assert page.barriers(axe) == []
+        # The same without a script, in whole.
+        page.evaluate("document.querySelector('[data-try]').removeAttribute('data-try')")
+        page.evaluate("document.querySelector('.try button').click()")
+        page.until("location.pathname.endsWith('/try') && document.querySelector('.answer')", "the answers' page")
+        assert page.evaluate(ANSWERS) == [base, expert]
+        assert page.barriers(axe) == []
+        assert page.problems() == []
+
+
+def test_without_a_server_the_page_says_so(browser: Chromium, site: Site, axe: Path) -> None:
+    with serving("console", data=site.data, CONNITO_CONSOLE_SERVE_URL="http://127.0.0.1:9/v1") as address:
+        until_read(address, site.run)
+        with browser.page(f"{address}library/{site.expert}") as page:
+            page.until("document.querySelector('[aria-labelledby=try]')", "the section")
+            said = page.evaluate("document.querySelector('[aria-labelledby=try]').innerText")
+            assert "No server answers at http://127.0.0.1:9/v1" in said
+            assert "connito serve" in said
+            assert page.barriers(axe) == []
 
 
 def test_a_barrier_would_be_found(browser: Chromium, site: Site, axe: Path) -> None:

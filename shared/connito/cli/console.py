@@ -38,6 +38,8 @@ def console(
     if port == 0:
         port = free_ports(1)[0]
     environment["CONNITO_CONSOLE_PORT"] = str(port)
+    # Where `connito serve` listens unless told otherwise.
+    environment.setdefault("CONNITO_CONSOLE_SERVE_URL", "http://127.0.0.1:8000/v1")
     environment.setdefault("CONNITO_LOG_FORMAT", "console")
     environment.setdefault("CONNITO_LOG_LEVEL", "warning")
     _check_free(host, port, Invalid)

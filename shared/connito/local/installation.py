@@ -144,7 +144,9 @@ class Installation:
     def validators(self) -> list[Role]:
         """Return one process for each validator."""
         shared = {"losses_dir": str(self.data.root / "losses")}
-        return [Role(m, "validator", shared) for m in self.members.values() if m.role == "validator"]
+        return [
+            Role(m, "validator", shared | {"label": m.name}) for m in self.members.values() if m.role == "validator"
+        ]
 
     def miners(self) -> list[Role]:
         """Return one process for each miner. An adversary is a trainer with a setting that makes it misbehave."""

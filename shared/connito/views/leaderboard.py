@@ -53,11 +53,13 @@ class Place:
         return None if self.rating is None else {"mu": self.rating.mu, "sigma": self.rating.sigma}
 
 
-def leaderboard(runs: Iterable[RunFacts]) -> list[Place]:
-    """Return everybody who took part in a cycle, the largest reward first; equal rewards share a rank."""
+def leaderboard(runs: Iterable[RunFacts], until: int | None = None) -> list[Place]:
+    """Return who took part in a cycle, the largest reward first; equal rewards share a rank. `until`: its last cycle."""
     places = _Places()
     for facts in runs:
         for cycle in facts.cycles():
+            if until is not None and cycle > until:
+                break
             _refusals(facts, cycle, places)
             _result(facts, cycle, places)
     ordered = sorted(places.values(), key=lambda place: (-place.reward, -place.merged, place.miner))

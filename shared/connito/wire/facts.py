@@ -95,10 +95,13 @@ class RunFacts(FactSet):
         """Return whether a key is enrolled, without a look at all of them."""
         return self.has("run", 0, "miner", miner)
 
-    def label(self, miner: str) -> str:
-        """Return the label that a miner enrolled with; the empty string for none."""
-        enrolled = self.one(run_pb2.MinerEnrolled, "run", 0, "miner", miner)
-        return "" if enrolled is None else enrolled.message.label
+    def label(self, key: str) -> str:
+        """Return the label that a miner enrolled with, or a validator joined with; the empty string for none."""
+        enrolled = self.one(run_pb2.MinerEnrolled, "run", 0, "miner", key)
+        if enrolled is not None:
+            return enrolled.message.label
+        joined = self.joined.get(key)
+        return "" if joined is None or not joined.message.label.isprintable() else joined.message.label
 
     @property
     def joined(self) -> Mapping[str, Fact[run_pb2.ValidatorJoined]]:

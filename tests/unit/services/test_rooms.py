@@ -23,8 +23,8 @@ PERFORMING = {
     "trainer": {"adversary", "base", "evaluation", "feedback", "own", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {
-        "access", "artifacts", "cards", "charts", "experts", "figures", "heatmap", "history", "lineage", "pages", "readers",
-        "sign_in", "views", "waterfall", "why",
+        "access", "artifacts", "cards", "charts", "experts", "figures", "heatmap", "history", "lineage", "login", "pages",
+        "readers", "sign_in", "trial", "views", "waterfall", "why",
     },
 }  # fmt: skip
 # Who decides elsewhere: auditors share the library's plan of a deposit.

@@ -1,0 +1,235 @@
+"""Try an expert beside its base: a reader's text goes on to the `connito serve` that the console knows; both answers come back.
+
+The server permits what it permits its own users, of whom the console is one. What a reader may not see, pages do not offer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+from connito.errors import Invalid, Retry
+from connito.runtime.tasks import end_tasks
+
+SIDES = ("base", "expert")
+MAX_TEXT, MAX_FORM_BYTES, MAX_LINE = 4000, 64 << 10, 1 << 20
+LENGTHS = (32, 64, 128)
+# Readers whose answers are computed at once; offers are asked for again after so long.
+AT_ONCE, FRESH_SECONDS = 4, 5.0
+ASK_SECONDS, ANSWER_SECONDS = 2.0, 120.0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The names under which a server has an expert and its base, or the sentence that says why it cannot be tried."""
+
+    models: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A reader's wish: the text to go on with, the most tokens, and whether words are drawn or the likeliest."""
+
+    text: str
+    tokens: int = LENGTHS[1]
+    drawn: bool = False
+
+    @classmethod
+    def read(cls, form: Mapping[str, str]) -> Asked:
+        """Read a form. Raises `Invalid` for one that the page cannot have sent."""
+        text, tokens = form.get("text", ""), form.get("tokens", "")
+        if not text.strip():
+            raise Invalid("There is no text to go on with.")
+        if len(text) > MAX_TEXT:
+            raise Invalid(f"The text has {len(text):,} characters; try at most {MAX_TEXT:,}.")
+        if tokens not in map(str, LENGTHS):
+            raise Invalid(f"An answer has {', '.join(map(str, LENGTHS))} tokens.")
+        return cls(text, int(tokens), form.get("words") == "drawn")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of the answer of one side; `problem`: why there will be no more of it."""
+
+    side: str
+    text: str = ""
+    problem: str = ""
+
+
+async def as_events(pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
+    """Give pieces as events of a stream, and a last one with the name `end`."""
+    async with aclosing(pieces):
+        try:
+            async for piece in pieces:
+                yield f"event: piece\ndata: {json.dumps(vars(piece))}\n\n"
+        except Retry as error:
+            yield f"event: piece\ndata: {json.dumps(vars(Piece(SIDES[0], problem=str(error))))}\n\n"
+    yield "event: end\ndata:\n\n"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    line: socket.socket
+    body: HTTPResponse
+
+    def cut(self) -> None:
+        """End it, also under a thread that reads: the server then computes no more."""
+        with suppress(OSError):
+            self.line.shutdown(socket.SHUT_RDWR)
+        self.line.close()
+
+
+class Trial:
+    """A server of experts as the console asks it. Without an address nothing can be tried."""
+
+    def __init__(self, url: str = "", key: str = "") -> None:
+        self._parts, self.url = urlsplit(url), url.rstrip("/")
+        self._key, self._running = key, 0
+        self._names: tuple[float, list[str]] = (0.0, [])
+
+    async def offer(self, expert: str) -> Offer:
+        """Return how the server names an expert and its base."""
+        if not self.url:
+            return Offer(
+                problem="This console knows no server to ask: CONNITO_CONSOLE_SERVE_URL names it a `connito serve`."
+            )
+        try:
+            names = await self._models()
+        except (Retry, Invalid) as error:
+            return Offer(problem=str(error))
+        name = next((name for name in names if name.endswith(f"+{expert}")), "")
+        if not name:
+            return Offer(
+                problem=f"The server at {self.url} has no such expert: it serves another base, or its terms leave it out."
+            )
+        return Offer({"base": name.removesuffix(f"+{expert}"), "expert": name})
+
+    async def pieces(self, offer: Offer, asked: Asked) -> AsyncGenerator[Piece]:
+        """Give both answers as they come. Leaving early ends them at the server, too. Raises `Retry` where too many ask."""
+        if self._running >= AT_ONCE:
+            raise Retry("Others are trying experts at this moment; try again in a minute.")
+        self._running += 1
+        queue: asyncio.Queue[Piece | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._side(side, offer.models[side], asked, queue)) for side in SIDES]
+        try:
+            left = len(tasks)
+            while left:
+                if (piece := await queue.get()) is None:
+                    left -= 1
+                else:
+                    yield piece
+        finally:
+            self._running -= 1
+            await end_tasks(tasks)
+
+    async def answers(self, offer: Offer, asked: Asked) -> dict[str, Piece]:
+        """Return both answers in whole."""
+        found = {side: Piece(side) for side in SIDES}
+        async with aclosing(self.pieces(offer, asked)) as pieces:
+            async for piece in pieces:
+                found[piece.side] = Piece(piece.side, found[piece.side].text + piece.text, piece.problem)
+        return found
+
+    async def _models(self) -> list[str]:
+        asked_at, names = self._names
+        if time.monotonic() - asked_at > FRESH_SECONDS:
+            document = await asyncio.to_thread(self._whole, "/models")
+            try:
+                names = [str(entry["id"]) for entry in document["data"]]
+            except (TypeError, KeyError) as error:
+                raise self._other(error) from error
+            self._names = time.monotonic(), names
+        return names
+
+    def _whole(self, path: str) -> Any:
+        answer = self._open("GET", path, None, ASK_SECONDS)
+        try:
+            return json.loads(answer.body.read(MAX_LINE))
+        except (OSError, HTTPException, ValueError) as error:
+            raise self._other(error) from error
+        finally:
+            answer.cut()
+
+    async def _side(self, side: str, model: str, asked: Asked, queue: asyncio.Queue[Piece | None]) -> None:
+        try:
+            async with aclosing(self._texts(model, asked)) as texts:
+                async for text in texts:
+                    queue.put_nowait(Piece(side, text))
+        except (Invalid, Retry) as error:
+            queue.put_nowait(Piece(side, problem=str(error)))
+        finally:
+            queue.put_nowait(None)
+
+    async def _texts(self, model: str, asked: Asked) -> AsyncGenerator[str]:
+        body = {
+            "model": model, "prompt": asked.text, "max_tokens": asked.tokens, "stream": True,
+            **({"temperature": 0.8, "top_p": 0.95} if asked.drawn else {"temperature": 0}),
+        }  # fmt: skip
+        answer = await asyncio.to_thread(self._open, "POST", "/completions", body, ANSWER_SECONDS)
+        try:
+            while line := await asyncio.to_thread(self._line, answer):
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                document = self._read(line.removeprefix(b"data: "))
+                if error := document.get("error"):
+                    raise Invalid(str(error.get("message", error)))
+                for choice in document.get("choices", ()):
+                    yield str(choice.get("text", ""))
+        finally:
+            answer.cut()
+
+    def _line(self, answer: _Answer) -> bytes:
+        try:
+            return answer.body.readline(MAX_LINE)
+        except (OSError, HTTPException, ValueError) as error:
+            raise self._away(error) from error
+
+    def _read(self, data: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(data)
+        except ValueError as error:
+            raise self._other(error) from error
+        if not isinstance(found, dict):
+            raise self._other(TypeError(type(found).__name__))
+        return found
+
+    def _open(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> _Answer:
+        """Ask, and return the answer to be read. Raises `Retry` where nobody answers, `Invalid` with what a refusal says."""
+        kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        try:
+            connection = kind(self._parts.hostname or "", self._parts.port, timeout=seconds)
+            connection.connect()
+            line = connection.sock
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, self._parts.path.rstrip("/") + path, data, headers)
+            answer = _Answer(line, connection.getresponse())
+        except (OSError, HTTPException) as error:
+            raise self._away(error) from error
+        if answer.body.status == 200:
+            return answer
+        try:
+            said = json.loads(answer.body.read(MAX_LINE))["error"]["message"]
+        except (OSError, HTTPException, ValueError, KeyError, TypeError):
+            said = f"{answer.body.status} {answer.body.reason}"
+        finally:
+            answer.cut()
+        raise Invalid(f"The server at {self.url} refuses: {said}")
+
+    def _away(self, error: Exception) -> Retry:
+        why = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
+        return Retry(f"No server answers at {self.url} ({why}); `connito serve --base BASE` starts one.")
+
+    def _other(self, error: Exception) -> Invalid:
+        return Invalid(f"What answers at {self.url} is no `connito serve` ({type(error).__name__}).")

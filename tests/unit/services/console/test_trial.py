@@ -1,0 +1,152 @@
+"""Trying an expert: what goes to the server, what comes back, and what is said where none answers or another does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from connito.errors import Fatal, Invalid, Retry
+
+from services.console.settings import ConsoleSettings
+from services.console.trial import AT_ONCE, MAX_TEXT, Asked, Offer, Piece, Trial
+
+Answer = Callable[[str, dict[str, object], asyncio.StreamWriter], Awaitable[None]]
+OFFER = Offer({"base": "tiny", "expert": "tiny+law-1"})
+
+
+def document(status: str, body: object) -> bytes:
+    data = json.dumps(body).encode()
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+@asynccontextmanager
+async def server(answer: Answer) -> AsyncIterator[str]:
+    """A socket that answers as a test says; its address."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = next((int(line.split(":")[1]) for line in head.splitlines() if line.startswith("content-length")), 0)
+        body = json.loads(await reader.readexactly(length)) if length else {}
+        await answer(head, body, writer)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
+
+
+async def test_both_models_get_the_same_question_and_the_key() -> None:
+    asked: list[dict[str, object]] = []
+
+    async def answer(head: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        assert "authorization: bearer a-key" in head
+        asked.append(body)
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        for text in ("one ", str(body["model"])):
+            writer.write(f"data: {json.dumps({'choices': [{'text': text}]})}\n\n".encode())
+        writer.write(b"data: [DONE]\n\n")
+
+    async with server(answer) as address:
+        found = await Trial(address, "a-key").answers(OFFER, Asked("By law", 32))
+    assert {side: piece.text for side, piece in found.items()} == {"base": "one tiny", "expert": "one tiny+law-1"}
+    one, other = ({**body, "model": ""} for body in asked)
+    assert one == other
+    assert (one["prompt"], one["max_tokens"], one["temperature"]) == ("By law", 32, 0)
+
+
+async def test_a_reader_who_leaves_ends_the_answers() -> None:
+    closed = asyncio.Semaphore(0)
+
+    async def answer(_: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        try:
+            while True:
+                writer.write(b'data: {"choices": [{"text": "more"}]}\n\n')
+                await writer.drain()
+                await asyncio.sleep(0)
+        except ConnectionError:
+            closed.release()
+
+    async with server(answer) as address, asyncio.timeout(20):
+        trial = Trial(address)
+        async with aclosing(trial.pieces(OFFER, Asked("By law"))) as pieces:
+            assert (await anext(pieces)).text == "more"
+        await closed.acquire()
+        await closed.acquire()
+        # Its place is free again.
+        assert trial._running == 0
+
+
+async def test_more_readers_than_the_server_is_asked_for_are_told_so() -> None:
+    trial = Trial("http://127.0.0.1:9/v1")
+    trial._running = AT_ONCE
+    with pytest.raises(Retry, match="Others are trying"):
+        await trial.answers(OFFER, Asked("By law"))
+
+
+async def test_a_refusal_is_told_in_the_servers_words() -> None:
+    async def answer(_: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(document("403 Forbidden", {"error": {"message": "law-1 is CC-BY-NC-4.0: no commercial use"}}))
+
+    async with server(answer) as address:
+        found = await Trial(address).answers(OFFER, Asked("By law"))
+    assert "refuses: law-1 is CC-BY-NC-4.0: no commercial use" in found["expert"].problem
+
+
+async def test_an_error_within_a_stream_is_told() -> None:
+    async def answer(_: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        writer.write(b'data: {"choices": [{"text": "so"}]}\n\ndata: {"error": {"message": "law-1 is yanked"}}\n\n')
+
+    async with server(answer) as address:
+        found = await Trial(address).answers(OFFER, Asked("By law"))
+    assert found["expert"] == Piece("expert", "so", "law-1 is yanked")
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"data": 1}', b'{"data": [{}]}'])
+async def test_what_is_no_server_of_experts_is_named(body: bytes) -> None:
+    async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body)
+
+    async with server(answer) as address:
+        assert "is no `connito serve`" in (await Trial(address).offer("law-1")).problem
+
+
+async def test_an_offer_names_the_expert_and_the_base_as_the_server_does() -> None:
+    async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        names = ("my base", "my base+law-1", "my base+other-law-1")
+        writer.write(document("200 OK", {"data": [{"id": name} for name in names]}))
+
+    async with server(answer) as address:
+        trial = Trial(address)
+        assert (await trial.offer("law-1")).models == {"base": "my base", "expert": "my base+law-1"}
+        assert "no such expert" in (await trial.offer("law-2")).problem
+
+
+async def test_nobody_there_and_nobody_named_are_sentences() -> None:
+    assert "CONNITO_CONSOLE_SERVE_URL" in (await Trial().offer("law-1")).problem
+    said = (await Trial("http://127.0.0.1:9/v1").offer("law-1")).problem
+    assert said.startswith("No server answers at http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"text": " ", "tokens": "32"},
+        {"text": "x" * (MAX_TEXT + 1), "tokens": "32"},
+        {"text": "x", "tokens": "9999"},
+    ],
+)
+def test_a_form_that_the_page_cannot_send_is_refused(form: dict[str, str]) -> None:
+    with pytest.raises(Invalid):
+        Asked.read(form)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "file:///etc/passwd", "http://", "http://a:b", "http://a:0"])
+def test_an_address_that_is_none_ends_the_console(url: str) -> None:
+    with pytest.raises(Fatal, match="CONNITO_CONSOLE_SERVE_URL"):
+        ConsoleSettings.model_validate({"key_file": Path("key"), "console_serve_url": url}).serve()
