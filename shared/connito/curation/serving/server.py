@@ -68,6 +68,8 @@ class Server:
         """Answer at most `waiting` requests at once; look every `seconds` whether experts may still be used."""
         self.generator, self.roster, self._tokenizer = generator, roster, tokenizer
         self._waiting, self._seconds = waiting, seconds
+        # Characters of the longest token.
+        self._longest = max(map(len, tokenizer.get_vocab()), default=1)
         self._changing, self._thread_bound = asyncio.Lock(), asyncio.Lock()
 
     async def prepare(self, request: ChatRequest | CompletionRequest, viewer: Viewer) -> Work:
@@ -172,6 +174,7 @@ class Server:
             queue.put_nowait(RefusedError(500, f"the answer failed: {type(error).__name__}"))
 
     def _ids(self, prompt: str | list[int] | ChatRequest) -> list[int]:
+        self._check_length(prompt)
         if isinstance(prompt, str):
             ids = list(self._tokenizer(prompt)["input_ids"])
         elif isinstance(prompt, list):
@@ -184,6 +187,18 @@ class Server:
             raise RefusedError(400, "the prompt is empty", param="prompt")
         metrics.SERVE_TOKENS.labels("prompt").inc(len(ids))
         return ids
+
+    def _check_length(self, prompt: str | list[int] | ChatRequest) -> None:
+        """Refuse text that cannot fit, whatever its tokens are, before it is made into them."""
+        if isinstance(prompt, list):
+            return
+        texts = [prompt] if isinstance(prompt, str) else [message.plain()["content"] for message in prompt.messages]
+        characters, most = sum(map(len, texts)), self.generator.context * self._longest
+        if characters > most:
+            raise RefusedError(
+                400, f"the model's context is {self.generator.context} tokens, and this request has {characters} characters: "
+                "shorten it", code="context_length_exceeded", param="prompt" if isinstance(prompt, str) else "messages",
+            )  # fmt: skip
 
     def _conversation(self, request: ChatRequest) -> list[int]:
         from jinja2 import TemplateError

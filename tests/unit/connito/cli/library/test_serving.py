@@ -45,7 +45,8 @@ class Running:
         self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         app = application(server, Viewer(), keys)
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve([listener])))
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=lambda: self.loop.run_until_complete(self._uvicorn.serve([listener])))
         server.generator.start()
         self._thread.start()
 
@@ -54,6 +55,7 @@ class Running:
             client.close()
         self._uvicorn.should_exit = True
         self._thread.join()
+        self.loop.close()
         self.server.generator.stop()
 
     def client(self, key: str = "none") -> openai.OpenAI:
@@ -180,6 +182,13 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
         (good | {"max_tokens": 0}, 400, "max_tokens"),
         (good | {"max_tokens": "many"}, 400, "max_tokens"),
         (good | {"prompt": "leek " * 2000}, 400, "context is"),
+        (good | {"prompt": "leek " * 700_000}, 400, "3500000 characters"),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "unicode"),
+        (b'{"model": "tiny+\\udfff", "prompt": "a"}', 400, "unicode"),
+        (b'{"model": "tiny", "prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", 400, "not JSON"),
+        (good | {"prompt": ["a"] * 100_000}, 400, "too many"),
+        (good | {"prompt": [[]]}, 400, "prompt"),
+        (good | {"prompt": [2**70]}, 400, "token ids go up to"),
         (good | {"prompt": [[1, 2], [10**9]]}, 400, "token ids go up to"),
         (good | {"prompt": [-1]}, 400, "prompt"),
         (good | {"prompt": ""}, 400, "is empty"),
@@ -223,6 +232,64 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
     wait_until(lambda: not manager.batch_processor.has_pending_requests())
     assert not manager.output_router.result_handlers
     assert running.post("completions", good).status_code == 200
+
+
+def test_fifty_clients_at_once_are_answered_as_each_alone_and_leave_nothing(start: Any, stocked: Any) -> None:
+    running = start(requests=8)
+    names = ["tiny", *(f"tiny+{expert}" for expert in stocked[1].values())]
+    asked = [
+        {
+            "model": names[number % len(names)],
+            "prompt": f"{number} leek",
+            "max_tokens": 24,
+            "temperature": 0,
+            "stream": True,
+        }
+        for number in range(50)
+    ]
+    alone = [running.post("completions", body | {"stream": False}).json()["choices"][0]["text"] for body in asked]
+
+    async def read(client: httpx.AsyncClient, number: int) -> str:
+        text = ""
+        async with client.stream("POST", f"{running.address}/v1/completions", json=asked[number]) as answer:
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                # Every third is cut within its stream.
+                if text and number % 3 == 0:
+                    return text
+        return text
+
+    async def every() -> list[str]:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=50)) as client:
+            return await asyncio.gather(*(read(client, number) for number in range(50)))
+
+    for number, text in enumerate(asyncio.run(every())):
+        assert alone[number].startswith(text) if number % 3 == 0 else alone[number] == text, number
+    wait_until(lambda: running.server.generator.busy() == 0)
+    assert all(loaded.busy == 0 for loaded in running.server.roster.loaded.values())
+
+
+def test_an_expert_that_goes_ends_its_answers_and_no_others(start: Any, stocked: Any, run: Any) -> None:
+    shelf, ids = stocked
+    running = start()
+    gone, stays = f"tiny+{ids['recipes']}", f"tiny+{ids['logs']}"
+    body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0, "stream": True}
+    with (
+        httpx.stream("POST", f"{running.address}/v1/completions", json=body | {"model": gone}, timeout=60) as ended,
+        httpx.stream("POST", f"{running.address}/v1/completions", json=body | {"model": stays}, timeout=60) as whole,
+    ):
+        lines, others = ended.iter_lines(), whole.iter_lines()
+        assert "choices" in next(lines)
+        run("mark", ids["recipes"], "yanked", "--reason", "it was poisoned", "--shelf", shelf)
+        asyncio.run_coroutine_threadsafe(running.server.look(), running.loop).result(60)
+        last = [line for line in lines if line.startswith("data: {")][-1]
+        assert "it was poisoned" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        documents = [json.loads(line.removeprefix("data: ")) for line in others if line.startswith("data: {")]
+    assert not any("error" in document for document in documents)
+    assert documents[-1]["choices"][0]["finish_reason"] in ("length", "stop")
+    assert gone not in running.server.roster.loaded
 
 
 def test_experts_come_and_go_while_it_runs(start: Any, stocked: Any, exports: Any, run: Any) -> None:
