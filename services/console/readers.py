@@ -1,4 +1,4 @@
-"""What readers come by, as the settings say: access by token, proxy or sign-in, and a server to try experts on."""
+"""Access for readers as the settings say (token, proxy or sign-in), and the server that they try experts on."""
 
 from __future__ import annotations
 
