@@ -12,9 +12,9 @@ Every workload of the release, as JSON {"items": [...]}. One entry is
 {{- range $component := list "coordinator" "committer" "library" "selector" "aggregator" "console" -}}
 {{- $conf := index $.Values $component -}}
 {{- if and $platform $conf.enabled -}}
-{{- $image := ternary (printf "%s-cuda" $component) $component (eq ($conf.variant | default "cpu") "cuda") -}}
 {{- $secret := required (printf "%s.existingSecret is empty: name the Secret that holds the %s's key under %q" $component $component $.Values.keyName) $conf.existingSecret -}}
 {{- $conf = mergeOverwrite (deepCopy $.Values.pods) (deepCopy $conf) -}}
+{{- $image := include "connito.variant" (list $component $component $conf) -}}
 {{- $items = append $items (dict "name" $component "component" $component "image" $image "secret" $secret "conf" $conf "instance" dict "api" (and (hasKey $conf "service") (ne $component "console")) "page" (eq $component "console") "stateful" false) -}}
 {{- end -}}
 {{- end -}}
@@ -34,7 +34,7 @@ Every workload of the release, as JSON {"items": [...]}. One entry is
 {{- end -}}
 {{- $_ := set $secrets .existingSecret .name -}}
 {{- $own := mergeOverwrite (deepCopy $.Values.pods) (omit (deepCopy $conf) "instances") (omit (deepCopy .) "name" "existingSecret" "run" "existingClaims") -}}
-{{- $image := ternary (printf "%s-cuda" $component) $component (eq $own.variant "cuda") -}}
+{{- $image := include "connito.variant" (list (printf "%s.instances: %s" $component .name) $component $own) -}}
 {{- $items = append $items (dict "name" (printf "%s-%s" $component .name) "component" $component "image" $image "secret" .existingSecret "conf" $own "instance" . "api" false "page" false "stateful" true) -}}
 {{- end -}}
 {{- end -}}

@@ -52,6 +52,20 @@ labels:
   {{- end }}
 {{- end -}}
 
+{{/* (list where image-name its-values): the image with CUDA where they say so, and ask for a GPU. */}}
+{{- define "connito.variant" -}}
+{{- $conf := index . 2 -}}
+{{- if ne ($conf.variant | default "cpu") "cuda" -}}
+{{- index . 1 -}}
+{{- else -}}
+{{- $resources := $conf.resources | default dict -}}
+{{- if not (or $resources.claims (contains "/" (keys ($resources.limits | default dict) | join " "))) -}}
+{{- fail (printf "%s.variant is cuda, and %s.resources.limits asks for no GPU: the pod would get none. Set nvidia.com/gpu: 1 there, or variant: cpu" (index . 0) (index . 0)) -}}
+{{- end -}}
+{{- printf "%s-cuda" (index . 1) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* (list root image-name component's-own) */}}
 {{- define "connito.image" -}}
 {{- $root := index . 0 -}}

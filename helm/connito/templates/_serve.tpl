@@ -22,7 +22,7 @@ spec:
       terminationGracePeriodSeconds: {{ $conf.terminationGracePeriodSeconds | default 30 }}
       containers:
         - name: serve
-          image: {{ include "connito.image" (list . (ternary "serve-cuda" "serve" (eq $conf.variant "cuda")) $conf.image) | quote }}
+          image: {{ include "connito.image" (list . (include "connito.variant" (list "serve" "serve" $conf)) $conf.image) | quote }}
           imagePullPolicy: {{ .Values.image.pullPolicy }}
           securityContext: {{- include "connito.containerSecurity" . | nindent 12 }}
           env:

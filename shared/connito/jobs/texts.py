@@ -154,7 +154,8 @@ def _deduplicate(texts: Texts, job: Job, documents: Records[Document]) -> Record
         "share": share,
     }
     if len(unique.kept) < 4:
-        remedy = f"only {len(unique.kept)} different documents are left: add text that is not a copy"
+        remedy = f"{len(unique.kept)} different documents are too few to train on some and judge by others: add text"
+        remedy += " that is not a copy" if lost else ""
         texts.note("duplicates", "error", detail, remedy, **numbers)
     elif share > MANY_DUPLICATES:
         texts.note("duplicates", "warning", detail, "they are dropped; more different text would help", **numbers)
@@ -208,6 +209,14 @@ def _decontaminate(texts: Texts, job: Job) -> None:
             examples = [documents[index].where for index in hit[:_EXAMPLES]]
             remedy = f"take them out of one of the two (first: {', '.join(examples)}), or write `contamination: drop`"
             texts.note("contamination", "error", detail, remedy, **numbers, examples=examples)
+        elif dropped > before / 2:
+            left = f"{dropped} of {before} training documents were dropped, which share most of their text with held-out ones"
+            remedy = (
+                f"{left}: take out what documents have in common (headers, templates), or name a `holdout` of your own"
+            )
+            texts.note(
+                "contamination", "warning" if texts.train and texts.probe else "error", detail, remedy, **numbers
+            )
         else:
             remedy = f"{dropped} training documents were dropped" if dropped else ""
             texts.note("contamination", "warning" if given and hit else "ok", detail, remedy, **numbers)

@@ -167,6 +167,10 @@ class Access:
         """Replace the seeds that admit miners, and sign the passes of those who are admitted anew; return them."""
         self.accounts.renew("miner")
         found = self._admit(self.miners)
+        # Miners of `connito up` have their keys here.
+        spoken = {path for member in self.members() for path in (self._seed(member.name), self._old_seed(member.name))}
+        for path in {*(self.folder / "keys").glob("*.nk")} - spoken:
+            self.accounts.welcome("miner", Identity.load(path)).save(path)
         self.write()
         self.acts.write("rotate miners", keys=list(found))
         return found

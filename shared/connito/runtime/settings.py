@@ -11,11 +11,10 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from connito.errors import Fatal, Invalid
+from connito.runtime.variables import PREFIX, unknown
 from connito.wire.addresses import broker_addresses
 from connito.wire.subjects import check_token
 from connito.wire.tls import Tls
-
-PREFIX = "CONNITO_"
 
 
 def default_cache_dir() -> Path:
@@ -105,7 +104,9 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def load(cls) -> Self:
-        """Read the environment. Raises `Fatal` naming each variable that is missing or wrong."""
+        """Read the environment. Raises `Fatal` naming each variable that is missing or wrong, or that nothing reads."""
+        if strange := "; ".join(unknown(os.environ)):
+            raise Fatal(f"bad settings: {strange}. `--help` lists the variables of this service")
         try:
             return cls()  # type: ignore[call-arg]  # the environment fills them in
         except ValidationError as error:

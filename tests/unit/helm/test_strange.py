@@ -66,6 +66,10 @@ REFUSED = {
     "oidc: { issuer: 'http://login.example.com', audience: connito }": "oidc/issuer",
     "oidc: { issuer: 'https://login.example.com' }": "oidc.audience is empty",
     "console: { enabled: true, existingSecret: c, tokenSecret: 123 }": "console/tokenSecret",
+    "selector: { variant: cuda }": "selector.resources.limits asks for no GPU",
+    "aggregator: { variant: cuda, resources: { limits: { memory: 8Gi } } }": "aggregator.variant is cuda",
+    "validator: { variant: cuda, instances: [{ name: a, existingSecret: s }] }": "validator.instances: a.resources.limits",
+    "serve: { enabled: true, keysSecret: k, existingClaim: c, variant: cuda }": "serve.resources.limits asks for no GPU",
 }
 TAKEN = (
     "validator: { instances: [] }",
@@ -74,6 +78,7 @@ TAKEN = (
     f"fullnameOverride: {'a' * 200}",
     "committer: { resources: { requests: { cpu: 0.5, memory: 512000000 } }, env: { CONNITO_CACHE_MAX_BYTES: 17179869184 } }",
     "bus: { url: 'nats://[fd00::1]:4222' }\nstore: { endpoint: 'http://[fd00::2]:8333' }",
+    "validator: { variant: cuda, instances: [{ name: a, existingSecret: s, resources: { limits: { g.io/mig-1g.5gb: 1 } } }] }",
     "fullnameOverride: ''\nextraObjects: []\npatches: []\npods: { tolerations: [] }",
 )  # fmt: skip
 

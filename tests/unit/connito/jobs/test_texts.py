@@ -60,6 +60,9 @@ def test_parts_are_disjoint_and_the_same_again(code: list[str], tmp_path: Path) 
     assert not [finding for finding in one.findings if finding.level == "error"]
 
 
+WORDS = [f"{first}{second} " for first in "abcdefgh" for second in "klmnopqr"]
+
+
 def test_copies_are_found_within_and_across_sources(code: list[str], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", [*code[:20], code[0].upper()])
     write(tmp_path / "more.jsonl", [code[3], *code[20:30]])
@@ -80,7 +83,30 @@ def test_all_duplicates_is_an_error(code: list[str], tmp_path: Path) -> None:
     (finding,) = found(texts, "duplicates")
     assert finding.level == "error"
     assert "49 of 50 documents repeat another one (49 exactly" in finding.detail
-    assert "only 1 different documents are left" in finding.remedy
+    assert "1 different documents are too few" in finding.remedy
+    assert "not a copy" in finding.remedy
+
+
+def test_one_document_is_not_called_a_copy(code: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", code[:1])
+
+    (finding,) = found(sort_texts(job(), tmp_path), "duplicates")
+
+    assert finding.level == "error"
+    assert finding.remedy == "1 different documents are too few to train on some and judge by others: add text"
+
+
+@pytest.mark.parametrize(("rows", "level"), [(0, "error"), (40, "warning")])
+def test_documents_that_share_a_template_are_told_why_nothing_is_left(
+    code: list[str], rows: int, level: str, tmp_path: Path
+) -> None:
+    template = "This is the same long header that every document of ours begins with, word for word. " * 5
+    write(tmp_path / "data.jsonl", [*(f"{template} {word * 40}" for word in WORDS), *code[:rows]])
+
+    told = found(sort_texts(job(), tmp_path), "contamination")
+
+    assert [finding.level for finding in told] == [level]
+    assert "which share most of their text with held-out ones: take out what documents have in common" in told[0].remedy
 
 
 def test_a_contaminated_hold_out_is_refused_with_examples_or_dropped_from_training(
