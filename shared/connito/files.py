@@ -24,11 +24,18 @@ def write_durably(path: Path, content: bytes | str, mode: int = 0o644) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a place beside `path` for its next content, which takes the name when the block ends without an error."""
+    """Yield a place beside `path` for its next content, which takes the name when the block ends without an error.
+
+    An `OSError` names `path`, also where the system does not.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield draft
         keep(draft, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         with suppress(FileNotFoundError):
             draft.unlink()

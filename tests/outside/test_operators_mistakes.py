@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,13 +167,35 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "code"), [("up --base tiny", 3), ("status", 4), ("job list", 4), ("down", 5), ("clean", 5)]
+    ("verb", "code"), [("up --base tiny", 3), ("status", 4), ("job list", 4), ("down", 0), ("clean", 5)]
 )
 def test_a_data_directory_that_can_only_be_read(tmp_path: Path, verb: str, code: int) -> None:
-    with mounted(tmp_path / "read only", "ro"):
+    with mounted(tmp_path / "read only", "size=1m"):
+        # As an `up` leaves it that was killed there.
+        (tmp_path / "read only" / "lock").write_text("1\n")
+        (tmp_path / "read only" / "pids.json").write_text("{}\n")
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "read only")], check=True)
         done = connito(*verb.split(), "--data-dir", str(tmp_path / "read only"))
     assert done.returncode == code, done.stdout + done.stderr
     said(done)
+
+
+@pytest.mark.parametrize("verb", ["up --base tiny", "status", "down"])
+def test_a_data_directory_of_another_user(tmp_path: Path, verb: str) -> None:
+    """One sentence that names the folder and what to do, and not the form for a wrong option."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("only root can become another user")
+    theirs = Path(tempfile.mkdtemp(prefix="connito-tests-"))
+    try:
+        other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "connito.cli"]
+        done = subprocess.run(
+            [*other, *verb.split(), "--data-dir", str(theirs)], capture_output=True, text=True, check=False, env=CLEAN
+        )
+    finally:
+        theirs.rmdir()
+    line = said(done)
+    assert (done.returncode in (3, 5), str(theirs) in line) == (True, True), line
+    assert "choose" in line
 
 
 def test_a_service_that_may_write_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 DataDirOption = Annotated[
     Path | None,
     typer.Option(
-        "--data-dir", help="Folder of the local platform [CONNITO_DATA_DIR, or .connito].", show_default=False
+        "--data-dir",
+        help="Folder of the local platform [CONNITO_DATA_DIR, or .connito].",
+        show_default=False,
+        readable=False,  # Whoever opens it says what is wrong with it, and what to do.
     ),
 ]
 

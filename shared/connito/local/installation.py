@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,6 +22,7 @@ from connito.local.defaults import Machine
 from connito.local.display import Display
 from connito.local.hindered import Group
 from connito.local.identities import SERVICES, Member, load_members, write_roster
+from connito.local.patience import patiently
 from connito.local.processes import ForkLauncher, PlainLauncher, Program
 from connito.local.supervisor import Supervisor
 from connito.platform.accounts import Accounts
@@ -116,18 +118,26 @@ class Installation:
         self._stack.push_async_callback(self.supervisor.stop)
         await asyncio.gather(self.supervisor.serve(nats), self.supervisor.serve(weed))
         self.platform = Platform(os.getpid(), nats.url, weed.url, weed.access_key, secret)
-        self.data.keep_threads(self.machine.alone)
-        self._stack.callback(self.data.platform_file.unlink, missing_ok=True)
-        self.data.write_platform(self.platform)
+        await self.note(partial(self.data.keep_threads, self.machine.alone))
+        self._stack.callback(self.data.forget, self.data.platform_file)
+        await self.publish()
         operator = self.members["operator"].identity
-        bus = await _patiently(lambda: Bus.connect(nats.url, operator, "up", self.roster))
+        bus = await _asking(lambda: Bus.connect(nats.url, operator, "up", self.roster))
         self.bus, self.store = await self._stack.enter_async_context(bus), local_store(self.platform, self.data)
-        await asyncio.gather(_patiently(lambda: streams.ensure(self.bus.js)), _patiently(self.store.ensure_bucket))
+        await asyncio.gather(_asking(lambda: streams.ensure(self.bus.js)), _asking(self.store.ensure_bucket))
 
-    def publish(self, **changes: Any) -> None:
+    async def publish(self, **changes: Any) -> None:
         """Publish properties of the platform to other commands."""
         self.platform = replace(self.platform, **changes)
-        self.data.write_platform(self.platform)
+        await self.note(lambda: self.data.write_platform(self.platform))
+
+    async def note(self, write: Callable[[], object]) -> None:
+        """Write a small file of the folder, as soon as its disk takes it."""
+
+        async def attempt() -> None:
+            write()
+
+        await patiently("a note of this run", attempt, self.display.say)
 
     async def start(self, roles: Iterable[Role]) -> None:
         """Start services and keep them running."""
@@ -248,7 +258,7 @@ class Installation:
         return known.decode()
 
 
-async def _patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+async def _asking(attempt: Callable[[], Awaitable[T]]) -> T:
     """Return what `attempt` does. A server that ended since it was ready is started anew, and asked again until then."""
     give_up = time.monotonic() + PATIENCE_SECONDS
     while True:

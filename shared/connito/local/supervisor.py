@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import Fatal, Invalid, Retry
+from connito.local.patience import patiently
 from connito.local.processes import Launcher, Process, Program
 from connito.platform.datadir import DataDir, start_time
 from connito.platform.servers import Server, last_lines
 from connito.runtime.tasks import end_tasks
-from connito.runtime.waiting import here_and_now
 
 # What dies this often within the window will not get better by being started once more.
 GIVE_UP_AFTER = 6
@@ -75,7 +77,7 @@ class Supervisor:
 
     async def serve(self, server: Server) -> None:
         """Start a broker or store, and start it again on the same ports and data when it dies."""
-        await asyncio.to_thread(server.start)
+        await patiently(server.program, partial(self._start_server, server), self._announce)
         self._servers.append(server)
         kept = self._kept[server.program] = _Supervised(server.program, server.log_file, pid=server.pid)
         self._write_pids()
@@ -84,7 +86,7 @@ class Supervisor:
     async def start(self, program: Program, launcher: Launcher) -> None:
         """Start a service and keep it running."""
         kept = self._kept[program.name] = _Supervised(program.name, program.log, program.module)
-        await self._launch(kept, program, launcher)
+        await patiently(kept.name, partial(self._launch, kept, program, launcher), self._announce)
         self._keep(self._watch_service(kept, program, launcher))
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
@@ -96,7 +98,7 @@ class Supervisor:
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in self._servers))
         if not self.failed.done():
             self.failed.cancel()
-        self._data.pids.unlink(missing_ok=True)
+        self._data.forget(self._data.pids)
 
     async def _launch(self, kept: _Supervised, program: Program, launcher: Launcher) -> None:
         kept.process = await launcher.start(program)
@@ -109,7 +111,7 @@ class Supervisor:
             code = await asyncio.shield(kept.process.exited)
             await self._rest(kept, code)
             self._again(kept, code)
-            await self._patiently(kept, partial(self._launch, kept, program, launcher))
+            await patiently(kept.name, partial(self._launch, kept, program, launcher), self._announce)
 
     async def _watch_server(self, kept: _Supervised, server: Server) -> None:
         while True:
@@ -121,14 +123,26 @@ class Supervisor:
             await self._rest(kept, code)
             self._again(kept, code)
             try:
-                await self._patiently(kept, partial(_start_again, server))
+                await patiently(server.program, partial(self._start_server, server), self._announce)
             except (Invalid, Retry):
-                # One that was killed while it started, or has no room to, is started again like any other.
-                if server.process.returncode is None or (server.process.returncode >= 0 and not self._full()):
+                # One that was killed while it started is started again like any other.
+                if server.process.returncode is None or server.process.returncode >= 0:
                     raise
                 continue
             kept.pid = server.pid
             self._write_pids()
+
+    async def _start_server(self, server: Server) -> None:
+        """Start a server; one that starts while everything stops must still be stopped, and so is not left half-way.
+
+        Raises `OSError` when it ended for want of room.
+        """
+        try:
+            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(server.start)))
+        except (Invalid, Retry):
+            if not self._full():
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(server.data_dir)) from None
 
     def _full(self) -> bool:
         return shutil.disk_usage(self._data.root).free < _FULL_BYTES
@@ -142,21 +156,6 @@ class Supervisor:
             told, kept.deaths = True, []
             await asyncio.sleep(_FIRST_DELAY)
         await asyncio.sleep(kept.died(code, time.monotonic()))
-
-    async def _patiently(self, kept: _Supervised, attempt: Callable[[], Awaitable[None]]) -> None:
-        """Do what starts a process, again and again while the machine has no room for it."""
-        told = False
-        while True:
-            try:
-                return await attempt()
-            except OSError as error:
-                fault = here_and_now(error)
-                if fault is None or fault.dependency not in ("disk", "memory"):
-                    raise
-                if not told:
-                    self._announce(f"{kept.name} cannot be started yet: {fault}")
-                told = True
-                await asyncio.sleep(_LAST_DELAY / 5)
 
     def _again(self, kept: _Supervised, code: int) -> None:
         kept.restarts += 1
@@ -188,11 +187,6 @@ class Supervisor:
             for name, kept in self._kept.items()
             if kept.pid
         }
-
-
-async def _start_again(server: Server) -> None:
-    """Start a server; one that starts while everything stops must still be stopped, and so is not left half-way."""
-    await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(server.start)))
 
 
 def describe_exit(code: int) -> str:

@@ -1,7 +1,8 @@
 """Run tasks that need torch or much memory, each in a process of its own: `python -m connito.local.tasks NAME JSON`.
 
 What it prints on stdout are JSON lines: `{"progress": [what, share]}` while it works, then `{"result": …}`, or
-`{"error": {"type", "message"}}` for an error that has a meaning.
+`{"error": {"type", "message"}}` for an error that has a meaning,
+`{"lack": {"message", "dependency"}}` for what the machine lacks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import ConnitoError
+from connito.runtime.waiting import here_and_now
 
 
 def build_base(params: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +75,14 @@ def main(name: str, params: dict[str, Any]) -> None:
         torch.set_num_threads(threads)
     try:
         _print({"result": TASKS[name](params)})
-    except ConnitoError as error:
-        _print({"error": {"type": type(error).__name__, "message": str(error)}})
+    except Exception as error:
+        fault = None if isinstance(error, PermissionError) else here_and_now(error)
+        if fault is not None:
+            _print({"lack": {"message": str(fault), "dependency": fault.dependency}})
+        elif isinstance(error, ConnitoError):
+            _print({"error": {"type": type(error).__name__, "message": str(error)}})
+        else:
+            raise
 
 
 def read_lines(lines: Iterator[str], progress: Callable[[str, float], None]) -> dict[str, Any] | None:
@@ -85,6 +93,8 @@ def read_lines(lines: Iterator[str], progress: Callable[[str, float], None]) -> 
         message = json.loads(line)
         if "progress" in message:
             progress(*message["progress"])
+        elif "lack" in message:
+            raise errors.Retry(**message["lack"])
         elif "error" in message:
             raise getattr(errors, message["error"]["type"])(message["error"]["message"])
         else:

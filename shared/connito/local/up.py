@@ -172,31 +172,35 @@ class _Up:
 
     async def _run_job(self, installation: Installation, chosen: Profile, memory: PeakMemory) -> dict[str, Any]:
         from connito.local.materials import prepare, upload
+        from connito.local.patience import patiently
 
         display = self.display
         await installation.start(installation.services())
-        materials = await prepare(installation, self.options, chosen, display)
+        preparing = partial(prepare, installation, self.options, chosen, display)
+        materials = await patiently("preparing the run", preparing, display.say)
         self._lap("materials")
         run = await self._choose_run(installation)
-        spec = await upload(installation, materials, chosen, run, display)
+        uploading = partial(upload, installation, materials, chosen, run, display)
+        spec = await patiently("putting the base into the store", uploading, display.say)
         self._lap("upload")
         await installation.start([*installation.validators(), *installation.miners()])
         if not self.resumed:
             # Noted first: what is created and not noted would be nobody's.
-            begun.note(self.data, run, self.options)
+            await installation.note(partial(begun.note, self.data, run, self.options))
             await self._create(installation, spec)
             display.say(f"run {run}: adapting {materials.name} to {spec.domain}, {spec.cycles} cycles")
-        installation.publish(run=run)
+        await installation.publish(run=run)
         collecting = asyncio.create_task(self._collect(installation, spec))
         try:
             facts = await self._follow(installation, spec)
         finally:
             await end_tasks([collecting])
         self._lap("run")
-        report = await self._report(installation, facts, materials, memory)
+        reporting = partial(self._report, installation, facts, materials, memory)
+        report = await patiently("the report of the run", reporting, display.say)
         await self._shelve(report)
-        begun.forget(self.data)
-        installation.publish(finished=True)
+        await installation.note(partial(begun.forget, self.data))
+        await installation.publish(finished=True)
         if self.stay:
             display.say("the run has ended; services stay up until `connito down`")
             await asyncio.Event().wait()
@@ -267,12 +271,17 @@ class _Up:
 
         run = spec.run
         hindered = Hindered(run, installation.groups(spec))
+        opened = asyncio.Event()
 
         def noticed(fact: Fact, facts: RunFacts) -> None:
             hindered.moved = time.monotonic()
             if fact.key.section == "train" and fact.key.cycle == 1 and fact.key.kind == "opened":
                 self._lap("assembling")
-                installation.publish(ready=True)
+                opened.set()
+
+        async def tell() -> None:
+            await opened.wait()
+            await installation.publish(ready=True)
 
         def over(facts: RunFacts) -> bool:
             if facts.ended is None:
@@ -285,12 +294,12 @@ class _Up:
         )
         refused = asyncio.create_task(deposit_refused(installation.bus, run))
         watching = asyncio.create_task(watch(self.data, hindered, self.display))
-        tasks = (following, refused, watching)
+        tasks, telling = (following, refused, watching), asyncio.create_task(tell())
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             return await next(task for task in tasks if task.done())
         finally:
-            await end_tasks(tasks)
+            await end_tasks([*tasks, telling])
 
     async def _report(
         self, installation: Installation, facts: RunFacts, materials: Materials, memory: PeakMemory
@@ -317,7 +326,7 @@ class _Up:
 
         if report["library"] is not None:
             # Whoever reads this folder later fills its shelf from the log where that is still to do.
-            with suppress(ConnitoError):
+            with suppress(ConnitoError, OSError):
                 await asyncio.to_thread(Holdings(data_dir=self.data.root).find, report["library"]["expert_id"])
 
     def _lap(self, phase: str) -> None:

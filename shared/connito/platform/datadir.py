@@ -142,7 +142,7 @@ class DataDir:
         path = self.root / "lock"
         if not path.exists():
             return None
-        with path.open("r+") as file:
+        with path.open() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -158,6 +158,8 @@ class DataDir:
         """Return the platform that `write_platform` wrote last, running or not."""
         try:
             return Platform(**json.loads(self.platform_file.read_text()))
+        except PermissionError:
+            raise  # Whether anything runs there is for its owner to see.
         except (OSError, ValueError, TypeError):
             return None
 
@@ -197,8 +199,13 @@ class DataDir:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
                     ended.append(name)
-        self.pids.unlink(missing_ok=True)
+        self.forget(self.pids)
         return ended
+
+    def forget(self, path: Path) -> None:
+        """Say that what `path` tells of runs no more. Where nothing can be written it stays: readers ask who holds the folder."""
+        with suppress(OSError):
+            path.unlink()
 
 
 def start_time(pid: int) -> int | None:

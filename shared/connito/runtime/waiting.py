@@ -29,6 +29,11 @@ _SQLITE = {
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM,
 }  # fmt: skip
+# How a disk is made to take things again, where it is not by freeing space.
+_REMEDY = dict.fromkeys((errno.EACCES, errno.EPERM), "let this user write there") | {
+    errno.EROFS: "make it writable",
+    errno.EIO: "look at the disk's health",
+}
 _MEMORY = ("out of memory", "not enough memory", "cannot allocate memory")
 
 
@@ -52,9 +57,9 @@ def here_and_now(error: Exception) -> Environment | None:
 
 def of_disk(error: OSError, what: str) -> Unusable:
     """Return the fault of a disk that is full, read-only or failing."""
-    path = error.filename or what
+    path, remedy = error.filename or what, _REMEDY.get(error.errno or 0, "free space there")
     return Unusable(
-        f"cannot write {path}: {error.strerror}; free space there, or point CONNITO_CACHE_DIR elsewhere",
+        f"cannot write {path}: {error.strerror}; {remedy}, or point CONNITO_CACHE_DIR elsewhere",
         dependency="disk",
         reason=reasons.REASON_STORE_UNAVAILABLE,
     )

@@ -18,11 +18,11 @@ async def test_a_server_that_ended_since_it_was_ready_is_asked_again(monkeypatch
         return answer
 
     monkeypatch.setattr(installation, "ASK_EVERY", 0.0)
-    assert await installation._patiently(connect) == "here"
+    assert await installation._asking(connect) == "here"
     asked = iter([Invalid("the key is refused")])
     with pytest.raises(Invalid):
-        await installation._patiently(connect)
+        await installation._asking(connect)
     monkeypatch.setattr(installation, "PATIENCE_SECONDS", -1.0)
     asked = iter([Retry("the broker is away for good")])
     with pytest.raises(Retry, match="for good"):
-        await installation._patiently(connect)
+        await installation._asking(connect)

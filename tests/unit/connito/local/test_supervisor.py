@@ -166,7 +166,7 @@ async def test_a_start_for_which_there_is_no_room_is_tried_again(
     await supervisor.start(program("again", ENDLESS), launcher)
     os.kill(data.read_pids()["again"]["pid"], signal.SIGKILL)
     await until(lambda: launcher.failures == 11)
-    assert [line for line in said if "cannot be started yet" in line and "No space left" in line]
+    assert [line for line in said if line.startswith("again waits") and "No space left" in line]
     assert not supervisor.failed.done()
     await supervisor.stop()
 

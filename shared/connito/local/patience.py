@@ -1,0 +1,28 @@
+"""Do again what the machine has no room for, until somebody makes room."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from connito.runtime.waiting import here_and_now
+
+T = TypeVar("T")
+AGAIN_SECONDS = 1.0
+
+
+async def patiently(what: str, attempt: Callable[[], Awaitable[T]], announce: Callable[[str], None]) -> T:
+    """Return what `attempt` does; while the disk or the memory does not let it, say so once and try again."""
+    told = False
+    while True:
+        try:
+            return await attempt()
+        except Exception as error:
+            fault = here_and_now(error)
+            if fault is None or fault.dependency not in ("disk", "memory"):
+                raise
+            if not told:
+                announce(f"{what} waits: {fault}")
+            told = True
+            await asyncio.sleep(AGAIN_SECONDS)
