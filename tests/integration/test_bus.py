@@ -40,6 +40,13 @@ def opened(run: str, cycle: int, version: int = 0) -> cycle_pb2.WindowOpened:
     return cycle_pb2.WindowOpened(run=run, cycle=cycle, window=cycle_pb2.WINDOW_TRAIN, version=version)
 
 
+class FewSubscriptions(NatsServer):
+    """Allows each connection as many as following four streams takes, and a few more."""
+
+    def _config(self) -> dict[str, Any]:
+        return super()._config() | {"max_subscriptions": 12}
+
+
 async def next_record(items: AsyncIterator[Record | CaughtUp], timeout: float = PATIENCE) -> Record:
     async with asyncio.timeout(timeout):
         async for item in items:
@@ -275,6 +282,28 @@ class TestFollow:
         assert (await next_record(items)).subject.endswith("train.3.opened")
         await publishing
         await items.aclose()
+
+    # The client library leaves its halves of the connections that the stalled broker never took up.
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    async def test_asks_for_nothing_anew_while_the_broker_is_away(
+        self, tmp_path: Path, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
+        """The client library keeps each subscription for the broker that comes back, which may allow few, and hangs up then."""
+        names = ["TRAIN", "MERGE", "COMMIT", "SUBMIT"]
+        with FewSubscriptions(tmp_path / "nats") as server:
+            await declare_streams(server.url)
+            reader = await bus_factory(identities["miner"], server.url)
+            items = reader.follow(names, run_id)
+            assert isinstance(await anext(items), CaughtUp)
+            os.kill(server.pid, signal.SIGSTOP)
+            # Long enough for some attempts at each stream.
+            waiting = asyncio.create_task(next_record(items, 80))
+            await asyncio.wait([waiting], timeout=25)
+            os.kill(server.pid, signal.SIGCONT)
+            writer = await bus_factory(identities["coordinator"], server.url)
+            await self._publish_stubbornly(writer, run_id)
+            assert (await waiting).subject.endswith("train.2.opened")
+            await items.aclose()
 
     async def test_waits_for_streams_that_are_not_there_yet(
         self, tmp_path: Path, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str

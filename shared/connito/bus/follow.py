@@ -195,6 +195,8 @@ class _Reader:
         self.connection.on_reconnect.append(self.hint.set)
         hints, answers = None, None
         try:
+            # What is asked for while the broker is away, the client library asks for once it is back, wanted or not.
+            self.connection.require()
             answers = await nc.subscribe(inbox, cb=self.answers.put)
             delay = SOON
             while True:
