@@ -26,13 +26,15 @@ def named(facts: RunFacts, window: Window, stake: Stake) -> list[str]:
     return committed_in_time(facts, window.cycle) if window.name == "validate" else []
 
 
-def waiting(facts: RunFacts, window: Window) -> list[str]:
-    """Return the participants whose message an open window other than validate still waits for."""
+def waiting(facts: RunFacts, window: Window) -> bool:
+    """Return whether an open window other than validate still waits for anybody's message. Asked with every message that comes:
+    it looks no further than the first who owes one.
+    """
     if window.name == "train":
-        return _idle(facts, window)
+        return _someone_idle(facts, window)
     if window.name == "merge":
-        return [] if facts.version(window.cycle) is not None else ["aggregator"]
-    return _unanswered(facts, window)
+        return facts.version(window.cycle) is None
+    return _someone_unanswered(facts, window)
 
 
 def unreported(facts: RunFacts, drawn: SeedDrawn) -> list[str]:
@@ -84,26 +86,33 @@ def _committed(commit: Window) -> list[str]:
     return [] if commit.settled is None else sorted(commit.settled.committed)
 
 
-def _idle(facts: RunFacts, window: Window) -> list[str]:
-    """Return named miners that have not trained and named validators that have not committed a seed.
+def _someone_idle(facts: RunFacts, window: Window) -> bool:
+    """Return whether a named miner has not trained or a named validator has not committed a seed.
 
     Somebody who was named by another leader and whose enrolment was not read yet counts as idle.
     """
-    miners, validators, out = set(facts.miners), set(facts.validators), set(banned(facts))
-    trained, seeded = facts.trained(window.cycle), facts.seed_commitments(window.cycle)
-    return [
-        key
-        for key in window.expected
-        if (key not in miners | validators and key not in out)
-        or (key in miners - out and key not in trained)
-        or (key in validators and key not in seeded)
-    ]
+    cycle, out = window.cycle, set(banned(facts))
+
+    def idle(key: str) -> bool:
+        trains, judges = facts.is_enrolled(key) and key not in out, facts.has("run", 0, "validator", key)
+        if not trains and not judges:
+            return key not in out
+        trained = not trains or facts.has("ingress", cycle, "trained", key)
+        return not trained or (judges and facts.seed_commitment(cycle, key) is None)
+
+    return any(idle(key) for key in window.require_opened().expected)
 
 
-def _unanswered(facts: RunFacts, window: Window) -> list[str]:
-    """Return miners with neither an accepted nor a refused message, of those named when a commit or submit window
-    opened and those who, in the case of commit, trained since."""
-    since = _trained(facts, window) if window.name == "commit" else _committed(facts.window("commit", window.cycle))
-    refused = {fact.message.miner for fact in window.refused.values()}
-    owing = {*window.expected, *since} - refused - set(banned(facts))
-    return [miner for miner in sorted(owing) if miner not in window.accepted]
+def _someone_unanswered(facts: RunFacts, window: Window) -> bool:
+    """Return whether a miner has neither an accepted nor a refused message, of those named when a commit or submit window opened
+    and those who, in the case of commit, trained since."""
+    name, cycle, out = window.name, window.cycle, set(banned(facts))
+
+    def owes(miner: str) -> bool:
+        answered = facts.has(name, cycle, "accepted", miner) or window.refusals(miner)
+        return not answered and miner not in out
+
+    if any(owes(miner) for miner in window.require_opened().expected):
+        return True
+    since = _trained(facts, window) if name == "commit" else _committed(facts.window("commit", cycle))
+    return any(owes(miner) for miner in since)

@@ -140,7 +140,7 @@ def _in_window(facts: RunFacts, window: Window, now_ms: int, stake: rules.Stake)
         drawn = window.drawn_fact
         if drawn is None:
             return _draw(facts, window, now_ms, stake)
-        waiting = expected.unreported(facts, drawn.message)
+        waiting = bool(expected.unreported(facts, drawn.message))
     else:
         waiting = expected.waiting(facts, window)
     if waiting and window.name == "merge":

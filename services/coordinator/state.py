@@ -12,7 +12,7 @@ from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.v1 import cycle_pb2
 from connito.wire.enums import plain_name
-from connito.wire.fact import Fact
+from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.heads import LogTrees
 from connito.wire.roster import Roster
@@ -30,6 +30,15 @@ class State(PositionedLog):
     def __init__(self, roster: Roster) -> None:
         super().__init__(roster, LogTrees())
         self.changes, self.naming, self._windows = Changes(), Naming(), OpenWindows()
+
+    def apply(self, record: Record) -> Fact | None:
+        """Apply a record as `PositionedLog.apply` does; what miners commit to and reveal is the committer's to read, whatever is
+        in it, and counts here by its answer.
+        """
+        if record.stream == "INGRESS" and not record.subject.endswith(".trained"):
+            self.read(record)
+            return None
+        return super().apply(record)
 
     def notice(self, fact: Fact, *, live: bool) -> None:
         """Take over a fact that has just been applied; `live` when it was not there before this process."""

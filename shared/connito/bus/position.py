@@ -56,6 +56,8 @@ class PositionedLog(Log):
 
     async def reach(self, stream: str, sequence: int) -> None:
         """Wait until `stream` has been read up to `sequence`. Raises `Retry` when that takes unusually long."""
+        if self._seen.get(stream, 0) >= sequence:
+            return
         try:
             async with asyncio.timeout(self._patience_s):
                 while self._seen.get(stream, 0) < sequence:

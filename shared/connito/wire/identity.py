@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -83,7 +84,9 @@ class Identity:
 
     def sign(self, message: bytes) -> bytes:
         """Return 64-byte ed25519 signature over the tag and `message`."""
-        return bytes(self._key.sign(SIGNATURE_TAG + message).signature)
+        signature = bytes(self._key.sign(SIGNATURE_TAG + message).signature)
+        _remember((self.public, message, signature), True)
+        return signature
 
     def sign_nonce(self, nonce: bytes) -> bytes:
         """Answer a broker's login challenge, unless the challenge is crafted to be something that we sign."""
@@ -145,11 +148,25 @@ def is_public_key(text: str) -> bool:
     return True
 
 
-# Whoever reads a message from the log and from a work queue looks at it twice.
-@lru_cache(maxsize=4096)
+# Whoever reads a message from the log and from a work queue looks at it twice, and whoever signs one reads it back.
+_REMEMBERED = 4096
+_known: dict[tuple[str, bytes, bytes], bool] = {}
+
+
+def _remember(signed: tuple[str, bytes, bytes], holds: bool) -> bool:
+    _known[signed] = holds
+    if len(_known) > _REMEMBERED:
+        # The oldest; another thread may have taken it meanwhile.
+        with suppress(StopIteration, RuntimeError):
+            _known.pop(next(iter(_known)), None)
+    return holds
+
+
 def verify(public: str, message: bytes, signature: bytes) -> bool:
     """Return whether `signature` is `public`'s over `message`. Malformed keys and signatures are simply not valid."""
-    return verify_text(public, SIGNATURE_TAG + message, signature)
+    signed = (public, message, signature)
+    known = _known.get(signed)
+    return known if known is not None else _remember(signed, verify_text(public, SIGNATURE_TAG + message, signature))
 
 
 def raw_key(public: str) -> bytes:

@@ -5,6 +5,7 @@ from pathlib import Path
 import nkeys
 import pytest
 from connito.errors import Invalid
+from connito.wire import identity
 from connito.wire.identity import SIGNATURE_TAG, Identity, is_public_key, verify
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +44,17 @@ def test_a_signature_holds_for_its_signer_and_message_only(message: bytes) -> No
 def test_malformed_keys_are_not_valid_and_do_not_raise(public: str) -> None:
     assert not is_public_key(public)
     assert not verify(public, b"m", ALICE.sign(b"m"))
+
+
+def test_what_was_signed_here_is_read_back_without_a_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    signature, looks = ALICE.sign(b"own"), list[bytes]()
+    monkeypatch.setattr(identity, "verify_text", lambda public, text, signature: bool(looks.append(text)))
+    assert verify(ALICE.public, b"own", signature)
+    assert not looks
+    for public, message in ((ALICE.public, b"other"), (BOB.public, b"own")):
+        assert not verify(public, message, signature)
+    assert not verify(ALICE.public, b"own", b"x" * 64)
+    assert len(looks) == 3
 
 
 @pytest.mark.parametrize("signature", [b"", b"short", b"x" * 63, b"x" * 65])

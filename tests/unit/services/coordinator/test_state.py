@@ -1,17 +1,20 @@
-"""The gauges of open windows follow the facts."""
+"""The gauges of open windows follow the facts; what is read at all, and how far."""
 
 from __future__ import annotations
 
 from connito.protocol.quorum import present
 from connito.runtime import metrics
 from connito.v1 import cycle_pb2, run_pb2
-from connito.wire.fact import Fact
+from connito.wire.envelope import seal
+from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
+from connito.wire.identity import Identity
 from connito.wire.roster import Roster
-from connito.wire.subjects import FactKey
+from connito.wire.subjects import FactKey, ingress
 from google.protobuf.message import Message
 from prometheus_client import REGISTRY
 
+from services.coordinator.expected import waiting
 from services.coordinator.state import OpenWindows, State
 from tests.support.run import RUN, even
 from tests.unit.services.coordinator.world import World
@@ -98,3 +101,40 @@ def test_a_paused_run_is_not_overdue_and_says_that_it_waits(roster: Roster) -> N
     for _ in range(2):
         state.paused(RUN, None)
         assert (shown("run_paused"), shown("window_deadline_timestamp_seconds")) == (None, 5)
+
+
+def test_what_miners_commit_to_is_not_even_opened_here_and_counts_as_read(roster: Roster) -> None:
+    state, miner = State(roster), Identity.generate(b"m" * 32)
+
+    def heard(sequence: int, kind: str, data: bytes) -> Fact | None:
+        return state.apply(Record("INGRESS", sequence, ingress(RUN, miner.public, kind), data, 1))
+
+    assert heard(1, "commitment", b"no envelope") is None
+    assert heard(2, "reveal", b"no envelope") is None
+    assert state.position("INGRESS") == 2
+    subject, said = ingress(RUN, miner.public, "trained"), cycle_pb2.TrainingFinished(run=RUN, cycle=1)
+    assert heard(3, "trained", seal(miner, subject, said).SerializeToString()) is not None
+    assert list(state.runs[RUN].trained(1)) == [miner.public]
+
+
+class _Counting(RunFacts):
+    """Facts that count how often one of them is asked for."""
+
+    asked = 0
+
+    def has(self, section: str, cycle: int, kind: str, id_: str = "") -> bool:
+        self.asked += 1
+        return super().has(section, cycle, kind, id_)
+
+
+def test_a_window_is_waited_for_without_a_look_behind_the_first_who_owes_something() -> None:
+    everybody = [f"m{number:04}" for number in range(1000)]
+    world = World().created().selected().miners(*everybody).validators("v").opened("train", expected=everybody)
+    world.seed_committed("v").closed("train").opened("commit", expected=everybody)
+    facts = _Counting(world.name)
+    for fact in world.facts.facts.values():
+        facts.add(fact)
+    for window in ("train", "commit"):
+        facts.asked = 0
+        assert waiting(facts, facts.window(window, 1))
+        assert facts.asked < 10
