@@ -16,7 +16,7 @@ import torch
 
 from connito.moe.batches import as_taken, home_of, mixed, placed, separates
 from connito.moe.head import Head
-from connito.moe.prepare import decoder_halves
+from connito.moe.prepare import decoder_halves, decoder_layers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -69,9 +69,7 @@ class Shortcut:
     @classmethod
     def find(cls, model: nn.Module, experts_name: str) -> Shortcut | None:
         """Return the decoder layer list that `experts_name` lies in, or None when there is no such list."""
-        stem, _, rest = experts_name.rpartition("layers.")
-        index = int(rest.split(".")[0])
-        layers = list(model.get_submodule(stem + "layers").children())
+        index, layers = int(experts_name.rpartition("layers.")[2].split(".")[0]), decoder_layers(model, experts_name)
         return cls(layers[:index], layers[index]) if index < len(layers) else None
 
     def capture(self, model: nn.Module, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:

@@ -50,8 +50,13 @@ def decoder_halves(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the decoder layers below the first adapted one, and the others."""
     first, (experts, _) = next(iter(adapted_layers(model).items()))
     name = next(name for name, module in model.named_modules() if module is experts)
-    layers = list(model.get_submodule(name.rpartition("layers.")[0] + "layers").children())
+    layers = decoder_layers(model, name)
     return layers[:first], layers[first:]
+
+
+def decoder_layers(model: nn.Module, inside: str) -> list[nn.Module]:
+    """Return the decoder's layers, of which one holds the module that is called `inside`."""
+    return list(model.get_submodule(inside.rpartition("layers.")[0] + "layers").children())
 
 
 def share(sizes: Sequence[int], parts: int) -> list[int]:

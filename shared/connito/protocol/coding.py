@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from connito.data.codecs.file import Codec, codec, read_coded, read_note, write_coded
+from connito.data.codecs.file import Codec, codec, coding, read_coded, read_note
 from connito.data.codecs.planes import write_planes
 from connito.data.codecs.scales import Floats
 from connito.data.pseudo_gradients import load_float32
@@ -86,22 +86,28 @@ def decode_to(
     with TensorWriter(out, layout, {**read_header(base).metadata, **said}) as writer:
         assert writer.names == sorted(layout), "a state has one dtype"
         for name, delta in read_coded(how, layout, coded):
-            writer.write(name, _moved(base, name, delta, layout[name][0]))
+            writer.write(name, _moved(load_float32(base, name), delta, layout[name][0]))
     return writer.digest, writer.size
 
 
 def code_step(how: Codec, parent: Path, stepped: Path, out: Path, coded: Path) -> Digested:
     """Code the outer step from one state to another, and write the state that it decodes to, which is the version then.
 
-    Nothing of what coding leaves out is kept: the next cycle's work starts from where this one came to. Return SHA-256 and
-    bytes of the state. Raises `Invalid` (NON_FINITE) for numbers that have no scale.
+    Each tensor of both is read once. Nothing of what coding leaves out is kept: the next cycle's work starts from where this
+    one came to. Return SHA-256 and bytes of the state. Raises `Invalid` (NON_FINITE) for numbers that have no scale.
     """
+    layout, before = _same_layout(parent, stepped), dict[str, Floats]()
 
     def wanted(name: str) -> Floats:
-        return load_float32(parent, name) - load_float32(stepped, name)
+        before[name] = load_float32(parent, name)
+        return before[name] - load_float32(stepped, name)
 
-    write_coded(how, _same_layout(parent, stepped), wanted, coded)
-    return decode_to(out, how, coded, parent)
+    with TensorWriter(out, layout, read_header(parent).metadata) as writer:
+        assert writer.names == sorted(layout), "a state has one dtype"
+        for name, _, planes in coding(how, layout, wanted, coded):
+            dtype, shape = layout[name]
+            writer.write(name, _moved(before.pop(name), how.decode(planes, shape, name), dtype))
+    return writer.digest, writer.size
 
 
 def stated(submission: Path, policy: TrainPolicy) -> dict[str, str]:
@@ -130,18 +136,19 @@ def encode(
             delta = load_float32(base, name) - load_float32(rows, name)
             return delta if before is None else delta + load_float32(before, name)
 
-    write_coded(how, layout, wanted, coded, read_header(rows).metadata.get(ROUTED, "").encode())
-    if leaves is None:
-        return
+    work = coding(how, layout, wanted, coded, read_header(rows).metadata.get(ROUTED, "").encode())
     try:
-        with TensorWriter(leaves, {name: ("F32", shape) for name, (_, shape) in layout.items()}) as writer:
-            for name, delta in read_coded(how, layout, coded):
-                dtype = layout[name][0]
-                moved = load_float32(base, name) - to_float32(_moved(base, name, delta, dtype), dtype)
-                writer.write(name, wanted(name) - moved)
+        if leaves is not None:
+            with TensorWriter(leaves, {name: ("F32", shape) for name, (_, shape) in layout.items()}) as writer:
+                for name, values, planes in work:
+                    dtype, shape = layout[name]
+                    moved = _moved(start := load_float32(base, name), how.decode(planes, shape, name), dtype)
+                    writer.write(name, values - (start - to_float32(moved, dtype)))
     except Invalid as error:
         if error.reason != reasons.REASON_NON_FINITE:
             raise
+    for _ in work:  # What is not finite is written all the same.
+        pass
 
 
 def _same_layout(base: Path, rows: Path) -> Layout:
@@ -155,7 +162,7 @@ def _shapes(state: Path) -> Layout:
     return {name: (entry.dtype, entry.shape) for name, entry in read_header(state).entries.items()}
 
 
-def _moved(base: Path, name: str, delta: Floats, dtype: str) -> Array:
+def _moved(start: Floats, delta: Floats, dtype: str) -> Array:
     """Return θ_t − δ of one tensor as the state stores it: one subtraction and one rounding."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return from_float32(load_float32(base, name) - delta, dtype)
+        return from_float32(start - delta, dtype)

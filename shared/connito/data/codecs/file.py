@@ -78,10 +78,21 @@ def most_bytes(how: Codec, layout: Layout) -> int:
 
 def write_coded(how: Codec, layout: Layout, load: Callable[[str], Floats], path: Path, note: bytes = b"") -> None:
     """Write the tensors that `load` returns by name, one in memory at a time, behind a note."""
+    for _ in coding(how, layout, load, path, note):
+        pass
+
+
+def coding(
+    how: Codec, layout: Layout, load: Callable[[str], Floats], path: Path, note: bytes = b""
+) -> Iterator[tuple[str, Floats, list[Plane]]]:
+    """Do as `write_coded`, and yield of each tensor name, numbers and planes, of which a reader of the file decodes it."""
     with path.open("wb") as file:
         file.write(_WITH_NOTE + _about(how) + len(note).to_bytes(4, "little") + note if note else _PREFIX + _about(how))
         for name in sorted(layout):
-            write_planes(how.encode(load(name)), file)
+            values = load(name)
+            planes = how.encode(values)
+            write_planes(planes, file)
+            yield name, values, planes
 
 
 def read_coded(how: Codec, layout: Layout, source: Path | bytes) -> Iterator[tuple[str, Floats]]:
