@@ -105,8 +105,12 @@ def _far(last: list[dict[str, Any]], figures: dict[str, Any]) -> str:
     seconds = last[-1]["cpu_s"] * (FAR / sizes[-1]) ** max(1.0, slope)
     verdict = "met" if seconds <= GOAL else "missed"
     kind = "measured" if sizes[-1] == FAR else "by that exponent, or 1 where it is less,"
+    parts = sorted(("coordinator", "committer", "broker", "store"), key=lambda part: -last[-1][f"{part}_cpu_s"])
+    shares = ", ".join(f"{part} {last[-1][f'{part}_cpu_s'] / last[-1]['cpu_s']:.0%}" for part in parts)
+    if seconds > GOAL:
+        verdict += f" by a factor of {seconds / GOAL:.1f}"
     return f"""From {sizes[-2]:,} to {sizes[-1]:,} miners CPU seconds grow with the power {slope:.2f} of their number. For {FAR:,}
-that is {seconds:.0f} CPU seconds a cycle {kind} where {GOAL} are the goal: {verdict}."""
+that is {seconds:.0f} CPU seconds a cycle {kind} where {GOAL} are the goal: {verdict}. They go to: {shares}."""
 
 
 def _starts(document: Document) -> str:

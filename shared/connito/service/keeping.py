@@ -21,6 +21,8 @@ log = get_logger("engine")
 
 # After so long or so many messages, what was read is kept. What came since is read again after a kill.
 EVERY_SECONDS, EVERY_MESSAGES = 5.0, 4096
+# Keeping notes what is open, which with thousands of miners is much: it is done again after so many times as long as it took.
+REST = 100
 LOOKS, LOOK_SECONDS = 5, 0.2
 
 
@@ -31,7 +33,7 @@ class Keeping:
         self.kept, self._log, self._bus = kept, facts, bus
         self._last: dict[str, Record] = {}
         self._changed: set[str] = set()
-        self._messages, self._due, self._stopped = 0, 0.0, False
+        self._messages, self._due, self._soonest, self._stopped = 0, 0.0, 0.0, False
 
     async def begin(self) -> dict[str, int]:
         """Fill the log with what is kept; return by stream where to go on. Raises `Fatal` for a damaged file."""
@@ -64,8 +66,12 @@ class Keeping:
         self._last[record.stream] = record
         self._changed.add(run_of(record.subject))
         self._messages += 1
-        if self._messages >= EVERY_MESSAGES or self._bus.host.monotonic() >= self._due:
+        now = self._bus.host.monotonic()
+        if now >= self._due or (self._messages >= EVERY_MESSAGES and now >= self._soonest):
             self.keep()
+            done = self._bus.host.monotonic()
+            self._soonest = done + REST * (done - now)
+            self._due = max(self._due, self._soonest)
 
     def keep(self) -> None:
         """Keep what was read so far, and let go in memory of what is seldom asked for."""

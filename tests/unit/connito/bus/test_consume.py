@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 from connito.bus.connection import Connection
-from connito.bus.consume import AHEAD, BATCH, Worker
+from connito.bus.consume import AHEAD, Worker
 from connito.errors import Retry
 from connito.wire.fact import Record
 
@@ -84,7 +84,7 @@ async def test_what_is_held_does_not_grow_with_the_queue(held_up: bool) -> None:
 
     worker = Worker(cast(Connection, queue), "committer", handle, bury, 0.01, concurrency=8, lane=key)
     running = asyncio.create_task(worker.run())
-    most = STORED if held_up else AHEAD + BATCH
+    most = STORED if held_up else 2 * AHEAD
     async with asyncio.timeout(10):
         while queue.kept_alive < 3 * min(most, AHEAD) or (held_up and len(worker.held) < STORED):
             await asyncio.sleep(0)
