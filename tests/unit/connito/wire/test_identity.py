@@ -48,7 +48,12 @@ def test_malformed_keys_are_not_valid_and_do_not_raise(public: str) -> None:
 
 def test_what_was_signed_here_is_read_back_without_a_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
     signature, looks = ALICE.sign(b"own"), list[bytes]()
-    monkeypatch.setattr(identity, "verify_text", lambda public, text, signature: bool(looks.append(text)))
+
+    def look(public: str, text: bytes, signature: bytes) -> bool:
+        looks.append(text)
+        return False
+
+    monkeypatch.setattr(identity, "verify_text", look)
     assert verify(ALICE.public, b"own", signature)
     assert not looks
     for public, message in ((ALICE.public, b"other"), (BOB.public, b"own")):
