@@ -7,12 +7,13 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.errors import Fatal, Invalid, Retry
 
 from services.console.settings import ConsoleSettings
-from services.console.trial import AT_ONCE, MAX_TEXT, Asked, Offer, Piece, Trial
+from services.console.trial import AT_ONCE, MAX_TEXT, SIDES, Asked, Offer, Piece, Trial
 
 Answer = Callable[[str, dict[str, object], asyncio.StreamWriter], Awaitable[None]]
 OFFER = Offer({"base": "tiny", "expert": "tiny+law-1"})
@@ -24,14 +25,18 @@ def document(status: str, body: object) -> bytes:
 
 
 @asynccontextmanager
-async def server(answer: Answer) -> AsyncIterator[str]:
-    """A socket that answers as a test says; its address."""
+async def server(answer: Answer, left: asyncio.Semaphore | None = None) -> AsyncIterator[str]:
+    """A socket that answers as a test says; its address. With `left` it then waits until it is left, and says so."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         length = next((int(line.split(":")[1]) for line in head.splitlines() if line.startswith("content-length")), 0)
         body = json.loads(await reader.readexactly(length)) if length else {}
         await answer(head, body, writer)
+        if left is not None:
+            await writer.drain()
+            await reader.read()
+            left.release()
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
@@ -58,25 +63,27 @@ async def test_both_models_get_the_same_question_and_the_key() -> None:
 
 
 async def test_a_reader_who_leaves_ends_the_answers() -> None:
-    closed = asyncio.Semaphore(0)
+    left = asyncio.Semaphore(0)
 
     async def answer(_: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
-        try:
-            while True:
-                writer.write(b'data: {"choices": [{"text": "more"}]}\n\n')
-                await writer.drain()
-                await asyncio.sleep(0)
-        except ConnectionError:
-            closed.release()
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b'data: {"choices": [{"text": "more"}]}\n\n')
 
-    async with server(answer) as address, asyncio.timeout(20):
-        trial = Trial(address)
+    class Watched(Trial):
+        reads = 0
+
+        def _line(self, answer: Any) -> bytes:
+            self.reads += 1
+            return super()._line(answer)
+
+    async with server(answer, left) as address, asyncio.timeout(20):
+        trial = Watched(address)
         async with aclosing(trial.pieces(OFFER, Asked("By law"))) as pieces:
-            assert (await anext(pieces)).text == "more"
-        await closed.acquire()
-        await closed.acquire()
-        # Its place is free again.
+            assert [(await anext(pieces)).text for _ in SIDES] == ["more", "more"]
+            # Nothing more comes, and a thread a side waits for it behind the first line and an empty one.
+            while trial.reads < 6:
+                await asyncio.sleep(0.01)
+        await left.acquire()
+        await left.acquire()
         assert trial._running == 0
 
 
