@@ -55,6 +55,7 @@ def run(options: Options) -> Result:
             "memory_over_rows",
             "mixed_of_base_alone",
             "mixed_times_swapped",
+            "base_alone_times_swapped",
             "mixed_times_reloaded",
             "same_answers",
         ):
@@ -145,6 +146,8 @@ def _arms(
         "tokens_per_second": {name: round(tokens / best[name], 1) for name in ("base alone", "mixed", "swapped")},
         "mixed_of_base_alone": round(best["base alone"] / best["mixed"], 3),
         "mixed_times_swapped": round(best["swapped"] / best["mixed"], 2),
+        # What batching alone gains: more than that no mixed batch can.
+        "base_alone_times_swapped": round(best["swapped"] / best["base alone"], 2),
         "mixed_times_reloaded": round((best["swapped"] + best["reloaded"]) / best["mixed"], 2),
         "same_answers": sum(a == b for a, b in zip(said["mixed"], said["swapped"], strict=True)) / EXPERTS,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -68,11 +69,11 @@ async def test_a_reader_who_leaves_ends_the_answers() -> None:
     async def answer(_: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b'data: {"choices": [{"text": "more"}]}\n\n')
 
-    class Watched(Trial):
-        reads = 0
+    reading = threading.Semaphore(0)
 
+    class Watched(Trial):
         def _line(self, answer: Any) -> bytes:
-            self.reads += 1
+            reading.release()
             return super()._line(answer)
 
     async with server(answer, left) as address, asyncio.timeout(20):
@@ -80,8 +81,8 @@ async def test_a_reader_who_leaves_ends_the_answers() -> None:
         async with aclosing(trial.pieces(OFFER, Asked("By law"))) as pieces:
             assert [(await anext(pieces)).text for _ in SIDES] == ["more", "more"]
             # Nothing more comes, and a thread a side waits for it behind the first line and an empty one.
-            while trial.reads < 6:
-                await asyncio.sleep(0.01)
+            for _ in range(6):
+                await asyncio.to_thread(reading.acquire)
         await left.acquire()
         await left.acquire()
         assert trial._running == 0
