@@ -11,7 +11,7 @@ from typing import Any
 
 from connito.bus import Bus
 from connito.errors import Invalid, Retry
-from connito.protocol import bans
+from connito.protocol import bans, tenancy
 from connito.protocol.findings import check_version
 from connito.protocol.policy.check import complete
 from connito.runtime.host import now_ms
@@ -27,7 +27,7 @@ from connito.wire.identity import is_public_key
 from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import INSTALLATION
 
-from . import enrolment, tenancy
+from . import enrolment
 from .admission import Admission
 from .reading import Readers, unknown
 from .state import Changes, State

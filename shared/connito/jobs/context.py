@@ -62,6 +62,8 @@ class JobContext:
     run: str = ""
     sources: dict[str, str] = field(default_factory=dict)
     taken: RunSpec | None = None
+    # Every run that the log holds.
+    runs: Mapping[str, RunFacts] | None = None
     replayed: CorpusRef | None = None
     # Each expert that the platform's library was given, by its id.
     experts: dict[str, ExpertDeposited] = field(default_factory=dict)
@@ -191,6 +193,7 @@ def open_context(job: Job, root: Path, data_dir: Path | None, progress: Progress
     deposited = [fact for facts in log.runs.values() for fact in facts.deposits.values()]
     context.experts = {fact.message.expert_id: fact.message for fact in deposited}
     context.against = notices(fact for facts in log.runs.values() for fact in facts.notices.values())
+    context.runs = log.runs
     if job.run in log.runs:
         context.taken = log.runs[job.run].spec
     return context

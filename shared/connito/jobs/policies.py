@@ -12,9 +12,11 @@ from connito.jobs.spec import Job
 from connito.protocol.policy.check import faults
 from connito.protocol.policy.law import fill
 from connito.protocol.policy.profiles import override, policies
+from connito.protocol.tenancy import check_submission
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
 from connito.v1.reasons_pb2 import REASON_BAD_SPEC
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
+from connito.wire.bounds import check_bounds
 
 # An id for the check alone, where the job names none: submitting makes one of domain and time.
 _UNNAMED = "unnamed"
@@ -91,6 +93,15 @@ def check_policies(job: Job, spec: RunSpec, context: JobContext) -> Iterator[Fin
         problem = fault.problem.replace("windows.min_miners", "people.miners")
         found.append(Finding("policy", "error", f"{_IN_JOB.get(fault.field, fault.field)} {problem}", fault.remedy))
     yield from found
+    if context.session is not None and context.runs is not None:
+        try:
+            context.session.roster.require("customer", customer)
+            check_bounds(asked)
+            check_submission(asked, customer, context.session.roster, context.runs)
+        except Invalid as error:
+            detail, _, remedy = str(error).partition("; ")
+            found.append(Finding("customer", "error", detail, remedy))
+            yield found[-1]
     if context.taken is not None and not _same_policies(context.taken, asked):
         detail = f"run is {job.run!r}, and a run of that id asks for something else"
         yield Finding("policy", "error", detail, "choose another id, or leave it out")

@@ -341,11 +341,8 @@ def open_request(
             reason=reasons.REASON_BAD_SIGNATURE,
         )
     opened = check(envelope, subject)
-    if role and (roster is None or not roster.permits(role, opened.signer)):
-        raise Invalid(
-            f"{opened.signer} is not a {role} in the operator's roster; ask the operator to add the key",
-            reason=reasons.REASON_NOT_PERMITTED,
-        )
+    if role:
+        (roster or Roster({})).require(role, opened.signer)
     message = opened.read(message_type)
     check_bounds(message)
     return message, opened.signer

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from connito.errors import Invalid
 from connito.files import write_durably
+from connito.v1 import reasons_pb2
 from connito.wire.identity import is_public_key
 
 ROLES = ("coordinator", "selector", "committer", "aggregator", "library", "validator", "customer")
@@ -41,6 +42,14 @@ class Roster:
     def permits(self, role: str, signer: str) -> bool:
         """Return whether `signer` may speak as `role`."""
         return signer in self.keys.get(role, frozenset())
+
+    def require(self, role: str, signer: str) -> None:
+        """Raise `Invalid` (NOT_PERMITTED) unless `signer` may speak as `role`."""
+        if not self.permits(role, signer):
+            raise Invalid(
+                f"{signer} is not a {role} in the operator's roster; ask the operator to add the key",
+                reason=reasons_pb2.REASON_NOT_PERMITTED,
+            )
 
     def permitted(self, role: str, signer: str, time_unix_ms: int) -> bool:
         """Return whether `signer` might write as `role` when the broker stored its message."""

@@ -17,7 +17,7 @@ PURE = {
     "committer": {"judging", "said", "settlement"},
 }
 PERFORMING = {
-    "coordinator": {"admission", "reading", "tenancy"},
+    "coordinator": {"admission", "reading"},
     "committer": {"content", "downloads"},
     "library": {"joining"},
     "trainer": {"adversary", "base", "evaluation", "feedback", "own", "strategy", "training"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,15 @@ from connito.platform.session import Session
 from connito.protocol.policy.check import complete
 from connito.protocol.policy.choices import METHODS
 from connito.protocol.policy.law import DEFAULTS
+from connito.protocol.tenancy import check_submission
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
+from connito.wire.facts import RunFacts
+from connito.wire.roster import Roster
+
+from tests.support.run import Run
+
+COORDINATOR = Path(__file__).parents[4] / "services/coordinator/api.py"
 
 JOB = {
     "domain": "code", "base": "base", "data": [{"path": "code.jsonl"}], "license": "PSF-2.0", "data_statement": "Python.",
@@ -115,18 +123,92 @@ def test_every_fault_is_told_at_once(customer: Path) -> None:
     assert len([row for row in found.findings if (row.check, row.level) == ("policy", "error")]) == 2
 
 
-class Organisations:
-    """A roster as the check reads it."""
-
-    def memberships(self, key: str) -> frozenset[str]:
-        return frozenset({"hospital"})
+ME, OTHER = "U" + "A" * 55, "U" + "B" * 55
+KNOWN = Roster({"customer": frozenset({ME})}, organisations={"hospital": frozenset({ME, OTHER})})
 
 
-def on_a_platform(customer: Path, taken: RunSpec | None = None, **fields: Any) -> list[str]:
+def on_a_platform(
+    customer: Path,
+    taken: RunSpec | None = None,
+    roster: Roster = KNOWN,
+    runs: dict[str, RunFacts] | None = None,
+    **fields: Any,
+) -> list[str]:
     found = checked(customer, **fields)
-    session = SimpleNamespace(identity=SimpleNamespace(public="U" + "A" * 55), roster=Organisations())
-    context = replace(found.context, session=cast(Session, session), taken=taken)
+    session = SimpleNamespace(identity=SimpleNamespace(public=ME), roster=roster)
+    context = replace(found.context, session=cast(Session, session), taken=taken, runs=runs or {})
     return [row.detail for row in check_policies(found.job, found.spec, context) if row.level == "error"]
+
+
+def under_way(*names: str) -> dict[str, RunFacts]:
+    return {name: Run(name=name).created(customer=OTHER).facts for name in names}
+
+
+# By the coordinator's own words, for which a key, an organisation or the log is the reason.
+REFUSED: dict[str, dict[str, Any]] = {
+    "is not a customer in the operator's roster": {"roster": Roster({"customer": frozenset()})},
+    "is a reader of its organisation": {"roster": replace(KNOWN, duties={"hospital": {ME: "reader"}})},
+    "hospital may have 1 runs under way and has 1 (theirs)": {
+        "roster": replace(KNOWN, quotas={"hospital": 1}), "runs": under_way("theirs"),
+    },
+    "to which the roster does not count": {"privacy": {"visibility": "organisation", "organisation": "court"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_the_coordinator_refuses_of_a_customer_the_check_refuses_in_its_words(customer: Path, said: str) -> None:
+    given = REFUSED[said]
+    (found,) = on_a_platform(customer, **given)
+    assert said in found
+    # What the coordinator does with a request, in its order.
+    known, spec = given.get("roster", KNOWN), checked(customer, privacy=given.get("privacy", {})).spec
+    with pytest.raises(Invalid) as refusal:
+        coordinate(known, whole(spec), given.get("runs", {}))
+    assert said in str(refusal.value)
+
+
+def coordinate(roster: Roster, asked: RunSpec, runs: dict[str, RunFacts]) -> None:
+    roster.require("customer", ME)
+    check_submission(complete(asked, ME, roster.memberships(ME)), ME, roster, runs)
+
+
+def whole(spec: RunSpec) -> RunSpec:
+    """A spec as an upload completes it."""
+    public, held_out = (ArtifactRef(digest="0" * 64, size=1, realm=realm) for realm in (REALM_PUBLIC, REALM_HOLDOUT))
+    asked = RunSpec()
+    asked.CopyFrom(spec)
+    asked.run = asked.run or "new"
+    asked.base.CopyFrom(BaseRef(name="base", manifest=public))
+    for corpus in (asked.probe, asked.train):
+        corpus.CopyFrom(CorpusRef(domain=asked.domain, artifact=public))
+    asked.holdout.CopyFrom(CorpusRef(domain=asked.domain, artifact=held_out))
+    asked.general_holdouts.append(CorpusRef(domain="prose", artifact=held_out))
+    return asked
+
+
+def test_the_coordinator_refuses_nothing_that_the_check_does_not_ask(customer: Path) -> None:
+    """Whoever gives the coordinator another reason to refuse a run has to ask for it here, too."""
+    asked = {
+        "open_request",
+        "take",
+        "complete",
+        "memberships",
+        "refresh",
+        "check",
+        "check_submission",
+        "publish_fact",
+        "_wait",
+    }
+    create = next(
+        node for node in ast.walk(ast.parse(COORDINATOR.read_text()))
+        if isinstance(node, ast.AsyncFunctionDef) and node.name == "CreateRun"
+    )  # fmt: skip
+    called = {
+        call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id
+        for call in ast.walk(create)
+        if isinstance(call, ast.Call) and isinstance(call.func, (ast.Attribute, ast.Name))
+    }
+    assert called - {"Invalid", "RunCreated", "CreateRunResponse"} == asked
 
 
 def test_an_organisation_has_to_count_the_customer(customer: Path) -> None:

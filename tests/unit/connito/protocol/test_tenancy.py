@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 from connito.errors import Invalid
+from connito.protocol.tenancy import check_submission, may_cancel
 from connito.v1 import reasons_pb2
 from connito.v1.run_pb2 import RunSpec
 from connito.wire.roster import Roster
 
-from services.coordinator.tenancy import check_submission, may_cancel
 from tests.support.run import Run
 
 ANN, SAM, REX, OUT, COURT = "UANN", "USAM", "UREX", "UOUT", "UCOURT"
