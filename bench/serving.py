@@ -90,14 +90,8 @@ def _measure(shape: Shape, answer: int, rounds: int) -> dict[str, Any]:
 
 
 def _arms(
-    generator: Generator,
-    table: ExpertTable,
-    rows: Sequence[Rows],
-    slots: Sequence[int],
-    base: Path,
-    answer: int,
-    rounds: int,
-) -> dict[str, Any]:
+    generator: Generator, table: ExpertTable, rows: Sequence[Rows], slots: Sequence[int], base: Path, answer: int, rounds: int
+) -> dict[str, Any]:  # fmt: skip
     draw = torch.Generator().manual_seed(7)
     prompts = [torch.randint(2, 250, (PROMPT,), generator=draw).tolist() for _ in rows]
     how = Sampling(answer, temperature=0.0)
