@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import gc
 import json
+import socket
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import psutil
 import pytest
 from connito.bus import Bus, CaughtUp, streams
+from connito.bus.guard import SHARE, Guard
 from connito.bus.lease import Lease
+from connito.bus.offences import collect
 from connito.bus.permissions import ACCOUNTS, PLATFORM, accounts_of
 from connito.errors import ConnitoError
 from connito.platform.access import Access
 from connito.platform.servers import NatsServer
+from connito.runtime.tasks import end_tasks
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.envelope import seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.passes import Authority
 from connito.wire.subjects import fact, ingress
+from connito.wire.tls import PLAIN
 from nats.aio.client import Client
 
 from tests.support.waiting import PATIENCE
@@ -566,6 +574,94 @@ async def test_who_asks_without_end_delays_nobody_for_long(boundary: Boundary) -
     for task in asking:
         task.cancel()
     assert slowest < 0.5
+
+
+@contextmanager
+def deaf(boundary: Boundary, identity: Identity, questions: int) -> Iterator[socket.socket]:
+    """A connection that asks for all of a stream, many times over, and reads none of it."""
+    token = identity.passes[-1]
+    with socket.create_connection(("127.0.0.1", boundary.server.port), timeout=30) as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        nonce = json.loads(link.makefile("rb").readline().removeprefix(b"INFO "))["nonce"]
+        signature = base64.urlsafe_b64encode(identity.sign_nonce(nonce.encode())).rstrip(b"=").decode()
+        connect = {"jwt": token, "sig": signature, "nkey": identity.public, "verbose": False, "headers": True}
+        inbox, body = f"_INBOX.{identity.public}.a", b'{"seq":1,"batch":1000000}'
+        asked = b"PUB $JS.API.DIRECT.GET.MERGE %s %d\r\n%s\r\n" % (inbox.encode(), len(body), body)
+        link.sendall(f"CONNECT {json.dumps(connect)}\r\nSUB {inbox} 1\r\n".encode() + questions * asked)
+        yield link
+
+
+async def test_who_asks_and_does_not_read_fills_no_memory(boundary: Boundary) -> None:
+    """One key, twenty connections: what they asked for and left was 12 GB after half a minute, and nobody else was answered."""
+    js = boundary.operator.js
+    for cycle in range(600):
+        await js.publish(f"connito.v1.{RUN}.merge.{cycle}.scored", bytes(60_000))
+    assert boundary.server.process is not None
+    server, attacker = psutil.Process(boundary.server.process.pid), boundary.newcomer()
+    before, peak, slowest = server.memory_info().rss, 0, 0.0
+    with ExitStack() as stack:
+        for _ in range(20):
+            await asyncio.to_thread(stack.enter_context, deaf(boundary, attacker, questions=20))
+        ends = time.monotonic() + 6
+        while time.monotonic() < ends:
+            began = time.monotonic()
+            await js.publish(f"connito.v1.{RUN}.merge.{began}.scored", b"", timeout=5)
+            slowest, peak = max(slowest, time.monotonic() - began), max(peak, server.memory_info().rss)
+            await asyncio.sleep(0.05)
+    print(f"{(peak - before) / 20e6:.1f} MB for each connection; slowest answer {slowest:.2f} s")
+    assert peak - before < 20 * (64 << 20)
+    assert slowest < 4
+
+
+async def test_strangers_leave_room_for_services(boundary: Boundary) -> None:
+    """The server has one limit for all connections, and services need theirs when they come back."""
+    assert sum(account.connections for account in ACCOUNTS.values()) < 60_000
+    account = dataclasses.replace(ACCOUNTS["customers"], connections=5)
+    with patch.dict(ACCOUNTS, {"customers": account}):
+        boundary.access.accounts.make()
+        await boundary.access.accounts.push(boundary.server.url)
+    customer = boundary.newcomer("customer")
+    links = [await log_in(boundary.server.url, customer, customer.passes[0]) for _ in range(5)]
+    with pytest.raises(Exception, match=r"(?i)maximum account active connections"):
+        await log_in(boundary.server.url, customer, customer.passes[0])
+    await boundary.bus(boundary.key("coordinator"))
+    for link in links:
+        await link.close()
+
+
+async def test_a_key_holds_its_share_of_connections_and_no_more(boundary: Boundary) -> None:
+    """Before the guard was there and while it is; whoever was first stays."""
+
+    async def crowd(key: Identity, number: int) -> list[Client]:
+        links = [await log_in(boundary.server.url, key, key.passes[-1]) for _ in range(number)]
+        boundary.opened.extend(links)
+        return links
+
+    async def thinned(links: Sequence[Client]) -> list[bool]:
+        async with asyncio.timeout(PATIENCE):
+            while sum(link.is_connected for link in links) > SHARE:  # noqa: ASYNC110 - the library tells nobody
+                await asyncio.sleep(0.02)
+        return [link.is_connected for link in links]
+
+    early, late, honest = boundary.newcomer(), boundary.newcomer(), await boundary.bus(boundary.newcomer())
+    before = await crowd(early, SHARE + 5)
+    services = [await boundary.bus(boundary.key("coordinator")) for _ in range(SHARE + 5)]
+    committer = boundary.key("committer")
+    watching = asyncio.create_task(Guard(boundary.server.url, committer, "committer", PLAIN).watch())
+    assert await thinned(before) == [True] * SHARE + [False] * 5
+    began = time.monotonic()
+    crowded = await crowd(late, 3 * SHARE)
+    assert await thinned(crowded) == [True] * SHARE + [False] * 2 * SHARE
+    assert time.monotonic() - began < 5
+    await crowded[0].close()
+    (again,) = await crowd(late, 1)
+    await boundary.bus(late)
+    await again.flush()
+    assert all(service.connected for service in services)
+    await honest.publish_ingress(RUN, "trained", cycle_pb2.TrainingFinished(run=RUN, cycle=1))
+    assert {offence.key for offence in collect() if offence.kind == "connections"} == {early.public, late.public}
+    assert not watching.done()
+    await end_tasks([watching])
 
 
 async def test_a_burst_is_what_its_sender_waits_for(boundary: Boundary) -> None:

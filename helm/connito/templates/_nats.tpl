@@ -2,7 +2,7 @@
 {{- define "connito.natsConfig" -}}
 {{- $name := include "connito.object" (list . "nats") -}}
 {{- $peers := include "connito.object" (list . "nats-headless") -}}
-{{- $config := dict "port" 4222 "http_port" 8222 "max_payload" 2097152 "pid_file" "/var/run/nats/nats.pid" "lame_duck_duration" "30s" "lame_duck_grace_period" "10s" -}}
+{{- $config := dict "port" 4222 "http_port" 8222 "max_payload" 2097152 "max_pending" 4194304 "write_deadline" "5s" "pid_file" "/var/run/nats/nats.pid" "lame_duck_duration" "30s" "lame_duck_grace_period" "10s" -}}
 {{- $_ := set $config "jetstream" (dict "store_dir" "/data/jetstream" "sync_interval" "always" "max_buffered_msgs" 500) -}}
 {{- if gt (int .Values.nats.replicas) 1 -}}
 {{- $routes := list -}}

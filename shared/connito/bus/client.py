@@ -16,7 +16,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
 from connito.bus.absent import gone, parts_at
-from connito.bus.connection import Connection
+from connito.bus.connection import Connection, speaking
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow, got, hear, in_whole, milliseconds
 from connito.bus.offences import report
@@ -78,7 +78,7 @@ class Bus:
         url = settings_or_url if isinstance(settings_or_url, str) else settings_or_url.nats_url
         tls = tls if tls is not None else getattr(settings_or_url, "tls", PLAIN)
         assert isinstance(tls, Tls)
-        passes = identity.passes if identity is not None else ()
+        passes = speaking(identity.passes) if identity is not None else ()
         connections = [Connection(url, identity, name, tls, token) for token in passes or ("",)]
         async with AsyncExitStack() as opened:
             for connection in connections:

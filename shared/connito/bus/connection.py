@@ -7,7 +7,7 @@ import base64
 import re
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 
 from connito.bus.offences import report
-from connito.bus.permissions import ACCOUNTS
+from connito.bus.permissions import ACCOUNTS, SYSTEM
 from connito.errors import Fatal, Invalid, Retry, Unusable
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
@@ -39,6 +39,11 @@ REQUEST_TIMEOUT = 2.0
 CLOSE_SECONDS = 0.5
 MAX_REFUSALS = 4
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
+
+
+def speaking(passes: Iterable[str]) -> tuple[str, ...]:
+    """Return the passes of accounts in which something is said or read: not a guard's (`connito.bus.guard`)."""
+    return tuple(token for token in passes if claims_of(token)["name"] != SYSTEM)
 
 
 class Connection:

@@ -31,7 +31,7 @@ from connito.wire.fact import Record
 log = get_logger("bus.follow")
 
 LOOK_SECONDS = 5.0
-BATCH, BATCH_BYTES = 256, 4 << 20
+BATCH, BATCH_BYTES = 256, 1 << 18
 # A replica that answers may be behind the one that hinted: look again this soon, then ever later, then wait for the next hint.
 SOON, LATE = 0.01, 0.5
 # So many looks in a row are free. Of a stream that never rests there are so many a second, and each takes what has gathered;

@@ -21,7 +21,12 @@ from connito.wire.verification import ANY, CATALOGUE, INGRESS, LARGE, WORKERS
 
 # Everything that an audit of the log rests on: whoever takes part may make one.
 READ_STREAMS = (*FACT_STREAMS, "INGRESS", "DLQ")
-PLATFORM = "platform"
+PLATFORM, SYSTEM = "platform", "system"
+# Who answers strangers also sees that none of them takes all connections (`connito.bus.guard`).
+GUARDS = ("committer",)
+CONNECTED = "$SYS.ACCOUNT.*.CONNECT"
+SERVERS = "$SYS.REQ.SERVER.PING.IDZ"
+CONNECTIONS_OF, KICK = "$SYS.REQ.SERVER.{server}.CONNZ", "$SYS.REQ.SERVER.{server}.KICK"
 # Stands for the key of whoever logs in, in rights that are written down once for all keys of an account.
 SELF = "{{subject()}}"
 
@@ -53,7 +58,8 @@ class Account:
     """An account of strangers. `services` are answered by the platform's account, `heard` comes from there.
 
     `grants` hold for each key in it, with `SELF` for the key. A connection has at most `subscriptions`, and sends messages of
-    at most `payload` bytes.
+    at most `payload` bytes. All keys of an account together have at most `connections` to a server: those of all accounts are
+    fewer than a server takes, so that services get in whoever else knocks.
     """
 
     name: str
@@ -63,6 +69,7 @@ class Account:
     heard: tuple[str, ...] = ()
     payload: int = _HEADERS
     subscriptions: int = 64
+    connections: int = 1_000
 
 
 def permissions(role: str, key: str) -> Permissions:
@@ -87,16 +94,22 @@ def permissions(role: str, key: str) -> Permissions:
     return Permissions(tuple(publish), _hearing(streams, key))
 
 
-def _readers(name: str, role: str, streams: Sequence[str]) -> Account:
+def guarding(key: str) -> Permissions:
+    """Return the rights of a guard in the server's own account: to hear who connects, to ask who is, to close a connection."""
+    asks = (SERVERS, CONNECTIONS_OF.format(server="*"), KICK.format(server="*"))
+    return Permissions(asks, (CONNECTED, f"{inbox_prefix(key)}.>"))
+
+
+def _readers(name: str, role: str, streams: Sequence[str], connections: int) -> Account:
     asks = (*_reading(streams), *_endpoints())
     heard = tuple(live(stream, ">") for stream in streams)
-    return Account(name, role, Permissions(asks, _hearing(streams, SELF)), asks, heard)
+    return Account(name, role, Permissions(asks, _hearing(streams, SELF)), asks, heard, connections=connections)
 
 
-def _speakers(name: str, role: str, said: Sequence[str], payload: int) -> Account:
+def _speakers(name: str, role: str, said: Sequence[str], payload: int, connections: int) -> Account:
     grants = Permissions(tuple(said), (f"{inbox_prefix(SELF)}.>",))
     services = tuple(subject.replace(SELF, "*") for subject in said)
-    return Account(name, role, grants, services, payload=payload + _HEADERS, subscriptions=8)
+    return Account(name, role, grants, services, payload=payload + _HEADERS, subscriptions=8, connections=connections)
 
 
 def _facts(role: str, id_: str) -> Iterable[str]:
@@ -147,15 +160,16 @@ _VALIDATOR_SAYS = [*_facts("validator", SELF), *_facts(ANY, SELF), f"{SECURITY_R
 ACCOUNTS: dict[str, Account] = {
     account.name: account
     for account in (
-        _speakers("miners-say", "miner", _MINER_SAYS, STREAMS["INGRESS"].max_message_bytes),
-        _readers("miners-read", "miner", READ_STREAMS),
-        _speakers("validators-say", "validator", _VALIDATOR_SAYS, MAX_FACT_BYTES),
-        _readers("validators-read", "validator", FACT_STREAMS),
-        _readers("customers", "customer", READ_STREAMS),
+        _speakers("miners-say", "miner", _MINER_SAYS, STREAMS["INGRESS"].max_message_bytes, 20_000),
+        _readers("miners-read", "miner", READ_STREAMS, 20_000),
+        _speakers("validators-say", "validator", _VALIDATOR_SAYS, MAX_FACT_BYTES, 1_000),
+        _readers("validators-read", "validator", FACT_STREAMS, 1_000),
+        _readers("customers", "customer", READ_STREAMS, 5_000),
     )
 }
 
 
 def accounts_of(role: str) -> tuple[str, ...]:
     """Return the accounts that a key of a role has a pass for: where it speaks first, where it reads last."""
-    return tuple(name for name, account in ACCOUNTS.items() if account.role == role) or (PLATFORM,)
+    strangers = tuple(name for name, account in ACCOUNTS.items() if account.role == role)
+    return strangers or ((PLATFORM, SYSTEM) if role in GUARDS else (PLATFORM,))

@@ -23,6 +23,7 @@ from connito.errors import Invalid, Retry
 from connito.files import replacing
 
 CHUNK_BYTES = 1 << 17
+WINDOW_BYTES = 1 << 20
 ANSWER_SECONDS = 30.0
 # So long it is tried to see all streams at one moment.
 STILL_SECONDS, LOOK_AGAIN = 30.0, 0.02
@@ -67,6 +68,8 @@ async def save(bus: Bus, name: str, path: Path) -> Copied:
         subscription = await nc.subscribe(inbox, cb=chunks.put)
         try:
             asked = {"deliver_subject": inbox, "no_consumers": True, "chunk_size": CHUNK_BYTES, "jsck": True}
+            # Under what a server keeps for a client that is slow; one before 2.14 knows no such limit, and has 8 MiB.
+            asked["window_size"] = WINDOW_BYTES
             head = await _ask(bus, f"$JS.API.STREAM.SNAPSHOT.{name}", json.dumps(asked).encode())
             with replacing(path) as draft, draft.open("wb") as file:
                 while (chunk := await asyncio.wait_for(chunks.get(), ANSWER_SECONDS)).data:

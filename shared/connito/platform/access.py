@@ -31,7 +31,7 @@ from typing import Any
 
 from connito.errors import Fatal, Invalid, NotFound
 from connito.platform import store_guard, store_rights
-from connito.platform.accounts import JETSTREAM, Accounts
+from connito.platform.accounts import JETSTREAM, SERVER, Accounts
 from connito.platform.acts import Acts
 from connito.platform.datadir import DataDir
 from connito.wire import passes
@@ -246,7 +246,7 @@ class Access:
         return {
             "server_name": "connito",
             "http": "0.0.0.0:8222",
-            "max_payload": 2 << 20,
+            **SERVER,
             "jetstream": {"store_dir": "/data/jetstream", **JETSTREAM},
             **self._tls().config(),
             **self.accounts.server("/data/jwt"),

@@ -20,7 +20,17 @@ from typing import Any
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from connito.bus.permissions import ACCOUNTS, PLATFORM, SELF, Account, Permissions, accounts_of, permissions
+from connito.bus.permissions import (
+    ACCOUNTS,
+    PLATFORM,
+    SELF,
+    SYSTEM,
+    Account,
+    Permissions,
+    accounts_of,
+    guarding,
+    permissions,
+)
 from connito.errors import Invalid, Retry
 from connito.files import write_durably
 from connito.wire import passes
@@ -29,11 +39,14 @@ from connito.wire.identity import Identity
 from connito.wire.passes import Authority
 from connito.wire.tls import PLAIN, Tls
 
-SYSTEM = "system"
 PUSH_SECONDS = 5.0
 # Each message is synced before it is acknowledged, which takes most of a millisecond. So many wait for it in a stream; what comes
 # on top is refused, or one key's burst would be what everybody else waits for. Who waits for an answer asks again.
 JETSTREAM = {"sync_interval": "always", "max_buffered_msgs": 500}
+
+# What a client has not taken is held in memory, for each of its connections: whoever asks and does not read is let go at this
+# size or after this time. All streams that a service follows on one connection ask for half of it at once.
+SERVER = {"max_payload": 2 << 20, "max_pending": 4 << 20, "write_deadline": "5s"}
 
 _UNLIMITED = {"subs": -1, "data": -1, "payload": -1}
 _ANY = _UNLIMITED | {"imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": 0}
@@ -91,8 +104,9 @@ class Accounts:
         public = self._state()["accounts"][account]
         body: dict[str, Any] = {"issuer_account": public}
         if account not in ACCOUNTS:
-            granted = permissions(role, key) if account == PLATFORM else Permissions((">",), (">",))
-            body |= _UNLIMITED | _rights(granted)
+            granted = permissions(role, key) if account == PLATFORM else guarding(key)
+            # Who pushes claims is the operator, with a key of the moment.
+            body |= _UNLIMITED | _rights(Permissions((">",), (">",)) if role == SYSTEM else granted)
         return Authority.load(self._seed(account)).sign(
             key, account, "user", body, _now() if issued_at is None else issued_at
         )
@@ -187,7 +201,8 @@ class Accounts:
             scope = {"kind": "user_scope", "key": signer, "role": account.role, "template": _template(account)}
             imports = [_import(subject, "service", platform) for subject in account.services]
             imports += [_import(subject, "stream", platform) for subject in account.heard]
-            return {"limits": _ANY, "imports": imports, "signing_keys": [scope], "revocations": dict(revoked)}
+            limits = _ANY | {"conn": account.connections}
+            return {"limits": limits, "imports": imports, "signing_keys": [scope], "revocations": dict(revoked)}
         body: dict[str, Any] = {"limits": _ANY, "signing_keys": [signer], "revocations": dict(revoked)}
         if name == PLATFORM:
             body |= {"limits": _ANY | _STORAGE, "exports": _exports()}

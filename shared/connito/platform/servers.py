@@ -24,7 +24,7 @@ from typing import Any, Self
 from connito.errors import Fatal, Invalid, Retry
 from connito.files import write_durably
 from connito.platform import durable_objects, store_guard
-from connito.platform.accounts import JETSTREAM, Accounts
+from connito.platform.accounts import JETSTREAM, SERVER, Accounts
 from connito.platform.spawning import spawn
 from connito.runtime.progress import Notify
 
@@ -209,7 +209,7 @@ class NatsServer(Server):
             "host": "127.0.0.1",
             "port": self.port,
             "server_name": "connito-local",
-            "max_payload": 2 << 20,
+            **SERVER,
             "jetstream": {"store_dir": "jetstream", **JETSTREAM},
         }
         # The server keeps streams in a folder that is named after their account; `$G` where there were none.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from connito.bus.streams import DURABLES
-from connito.platform.accounts import JETSTREAM
+from connito.platform.accounts import JETSTREAM, SERVER
 
 from .conftest import CHART, ROOT, Object, environment, find, of_kind, pod_specs, render, rendered, values_of
 
@@ -189,6 +189,7 @@ def test_bundled_nats_is_what_the_platform_needs() -> None:
     assert environment(spec["containers"][0])["CONNITO_NATS_URL"] == "nats://connito-nats.ml.svc:4222"
     config = json.loads(find(objects, "ConfigMap", "connito-nats")["data"]["nats.conf"])
     assert JETSTREAM.items() <= config["jetstream"].items()
+    assert SERVER.items() <= config.items()
     assert config["operator"]
     assert len(config["cluster"]["routes"]) == find(objects, "StatefulSet", "connito-nats")["spec"]["replicas"] == 3
     policy = find(objects, "NetworkPolicy", "connito-nats")["spec"]
