@@ -134,4 +134,5 @@ class ModelSettings(ServiceSettings):
 
 
 def _plain(kind: str, message: str) -> str:
+    message = message.removeprefix("Value error, ")
     return "is not set" if kind == "missing" else message[:1].lower() + message[1:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import errno
 import json
 import socket
 import socketserver
@@ -44,9 +45,10 @@ class Probes:
         try:
             self._server = _Server(host, port)
         except OSError as error:
-            raise Fatal(
-                f"cannot listen on {host}:{port}: {error.strerror}; set CONNITO_HTTP_PORT to a free port"
-            ) from error
+            # Another port helps where that one is taken or reserved; else the address is not this machine's.
+            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            remedy = "CONNITO_HTTP_PORT to a free port" if taken else "CONNITO_HTTP_HOST to an address of this machine"
+            raise Fatal(f"cannot listen on {host}:{port}: {error.strerror}; set {remedy}") from error
         self.port: int = self._server.server_port
         self._server.set_app(self._answer)
         threading.Thread(target=self._server.serve_forever, args=(0.1,), name="probes", daemon=True).start()

@@ -67,7 +67,8 @@ class Identity:
             identity = cls.from_seed(seed)
             return identity.with_passes(passes.parse(tokens, identity.public)) if tokens.strip() else identity
         except (Invalid, UnicodeDecodeError) as error:
-            raise Invalid(f"the key file {path} is damaged or another kind of file: {error}") from error
+            why = error if isinstance(error, Invalid) else "it is not text; a key file is made by `connito miner init`"
+            raise Invalid(f"the key file {path} is damaged or another kind of file: {why}") from error
         except OSError as error:
             raise Invalid(
                 f"cannot read the key file {path}: {error.strerror}; make one with `connito miner init`"

@@ -116,9 +116,9 @@ class Roster:
                 f"cannot read the roster {path}: {error.strerror}; set CONNITO_ROSTER to the operator's file"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Invalid(
-                f"the roster {path} is not of the form {{'keys': {{role: [public keys]}}}}: {error!r}"
-            ) from error
+            unread = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
+            why = "it is not JSON" if unread else "a field of it has another form"
+            raise Invalid(f"{path} is no roster: {why}; set CONNITO_ROSTER to the operator's roster.json") from error
         for role, members in keys.items():
             if role not in (*ROLES, OPERATOR):
                 raise Invalid(f"the roster {path} names an unknown role {role!r}; known: {', '.join(ROLES)}")

@@ -53,3 +53,9 @@ def test_every_setting_is_described() -> None:
     assert [name for name, _, description in rows if not description] == []
     assert ("CONNITO_PATIENCE", "3.0", "how long it waits") in rows
     assert ("CONNITO_KEY_FILE", "required", "file with this service's nkey seed") in rows
+
+
+def test_an_address_of_another_kind_is_told_without_the_words_of_a_library(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("CONNITO_NATS_URL", "http://x:1")
+    with pytest.raises(Fatal, match="CONNITO_NATS_URL: 'http://x:1' is not the address of a broker"):
+        Settings.load()

@@ -111,3 +111,8 @@ async def test_beyond_so_many_connections_the_next_is_hung_up_on(port: int, monk
 async def test_a_taken_port_says_what_to_set(port: int) -> None:
     with pytest.raises(Fatal, match=f"cannot listen on 127.0.0.1:{port}: .*set CONNITO_HTTP_PORT"):
         Probes("127.0.0.1", port, lambda: "")
+
+
+async def test_an_address_that_is_not_here_says_what_to_set() -> None:
+    with pytest.raises(Fatal, match=r"cannot listen on 192\.0\.2\.7:0: .*set CONNITO_HTTP_HOST"):
+        Probes("192.0.2.7", 0, lambda: "")

@@ -37,13 +37,13 @@ def test_organisations_are_kept_and_tell_memberships(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("not json", "form"),
-        ("[]", "form"),
-        ("{}", "form"),
+        ("not json", "no roster"),
+        ("[]", "no roster"),
+        ("{}", "no roster"),
         (json.dumps({"keys": {"king": [KEY]}}), "king"),
         (json.dumps({"keys": {"validator": ["nonsense"]}}), "nonsense"),
         (json.dumps({"keys": {}, "stakes": {KEY: -1}}), "negative"),
-        (json.dumps({"keys": {}, "stakes": {KEY: "much"}}), "form"),
+        (json.dumps({"keys": {}, "stakes": {KEY: "much"}}), "no roster"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, content: str, message: str) -> None:
