@@ -52,7 +52,10 @@ __all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - names of the table below r
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
+        from connito.runtime.extras import extras_named
+
+        with extras_named():
+            return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'connito' has no attribute {name!r}")
 
 

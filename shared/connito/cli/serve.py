@@ -57,12 +57,7 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a base and every expert of it under OpenAI's interface: models BASE, BASE+EXPERT, BASE+A+B, BASE+A|B."""
-    from connito.errors import Invalid
-
-    try:
-        from connito.curation.serving.run import ServeOptions, serve
-    except ImportError as error:
-        raise Invalid(f"{error.name} is not installed; `pip install 'connito[model,serve]'` brings it") from error
+    from connito.curation.serving.run import ServeOptions, serve
 
     options = ServeOptions(
         base, name, host, port, keys, experts, cache_tokens, batch_tokens, requests, waiting,

@@ -52,7 +52,9 @@ def up(
     from connito.local.defaults import UpOptions
     from connito.local.outcome import summary
     from connito.local.up import run_detached, run_here
+    from connito.runtime.extras import require
 
+    require("torch", "transformers", "cryptography", "psutil")
     kinds = tuple(kind.strip() for kind in adversaries.split(",") if kind.strip())
     options = UpOptions(
         cycles=cycles,

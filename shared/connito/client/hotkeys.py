@@ -15,6 +15,7 @@ from typing import Any
 from connito.client import runs
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.files import write_durably
+from connito.runtime.extras import extras_named
 from connito.views.weights import U16_MAX, earned, vector
 from connito.wire.identity import Identity, is_public_key, verify_text
 
@@ -127,10 +128,8 @@ def _json(file: Path) -> Any:
 
 
 def _verified(hotkey: str, message: bytes, signature: bytes) -> bool:
-    try:
+    with extras_named():
         from bittensor_wallet import Keypair
-    except ImportError as error:
-        raise Invalid("bittensor_wallet is not installed; `pip install 'connito[bittensor]'` brings it") from error
     try:
         key = Keypair(ss58_address=hotkey)
     except (ValueError, TypeError) as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from connito.client.connection import Connection
 from connito.errors import Invalid, NotFound
+from connito.runtime.extras import extras_named
 from connito.runtime.progress import Progress, below_the_cell
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import RunSpec
@@ -28,12 +29,14 @@ class Jobs:
         """Take `data_dir`, the folder of the local platform whose base and store a job.yaml may use."""
         self._connection, self._data_dir = connection, data_dir
 
+    @extras_named()
     def check(self, file: Path | str, *, profile: str = "", progress: Progress | None = None) -> Checked:
         """Check a job.yaml before anything is spent; `.ok`, `.findings`. `profile` replaces the file's."""
         from connito.jobs.check import check_file
 
         return check_file(Path(file), self._data_dir, progress or below_the_cell(), profile=profile)
 
+    @extras_named()
     def quote(
         self, file: Path | str, *, profile: str = "", pilot: bool = True, progress: Progress | None = None
     ) -> Quote:
@@ -43,6 +46,7 @@ class Jobs:
         tell = progress or below_the_cell()
         return quote(self.check(file, profile=profile, progress=tell), pilot=pilot, progress=tell)
 
+    @extras_named()
     def submit(
         self, job: Path | str | Checked | RunSpec, *, profile: str = "", progress: Progress | None = None
     ) -> Submitted:
@@ -79,6 +83,7 @@ class Jobs:
         sealed = self._connection.seal("rpc.CancelRun", services_pb2.CancelRunCommand(run=run, detail=why))
         self._connection.call("coordinator", "CancelRun", services_pb2.CancelRunRequest(envelope=sealed))
 
+    @extras_named()
     def report(
         self,
         run: str,

@@ -22,6 +22,7 @@ from connito.library.artifact import CARD_FILE, EXPERT_FILE, MODEL_FILE, RECORD_
 from connito.library.card import render
 from connito.library.record import encode
 from connito.library.schema import read_record
+from connito.runtime.extras import extras_named
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -124,10 +125,8 @@ def _carded(folder: Path, licence: str) -> dict[str, bytes]:
 @contextmanager
 def _hub() -> Iterator[None]:
     """Say what the hub refuses in one sentence."""
-    try:
+    with extras_named():
         from huggingface_hub import errors
-    except ImportError as error:
-        raise Invalid("huggingface_hub is not installed; `pip install 'connito[model]'` brings it") from error
     import httpx2
 
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from connito.errors import Invalid, NotFound
 from connito.library.interval import change_interval
+from connito.runtime.extras import sentence
 
 NGRAM = 13
 _WORD = re.compile(r"\w+")
@@ -131,11 +132,7 @@ def harness() -> Iterator[None]:
     except (Invalid, NotFound):
         raise
     except ImportError as error:
-        if (error.name or "").split(".")[0] in ("lm_eval", "datasets"):
-            raise Invalid(
-                f"{error.name} is not installed; `pip install 'connito[model,evaluate]'` brings it"
-            ) from error
-        raise Invalid(f"a task cannot be run: {error}") from error
+        raise Invalid(sentence(error) or f"a task cannot be run: {error}") from error
     except Exception as error:
         why = next(iter(str(error).splitlines()), "")[:300]
         raise Invalid(f"a task cannot be run ({type(error).__name__} {why}): look at its file and its data") from error

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from connito.errors import ConnitoError
+from connito.errors import ConnitoError, Invalid
+from connito.runtime.extras import sentence
 
 _REMEDIES = {
     errno.ENOSPC: "free space on its disk",
@@ -32,6 +33,11 @@ def explained() -> Iterator[None]:
     except ConnitoError as error:
         print(f"connito: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
+    except ModuleNotFoundError as error:
+        if not (said := sentence(error)):
+            raise
+        print(f"connito: {said}", file=sys.stderr)
+        raise SystemExit(Invalid.exit_code) from error
     except BrokenPipeError as error:
         raise SystemExit(0) from error
     except OSError as error:
