@@ -68,11 +68,17 @@ class Upload:
 
 @dataclass
 class Standing:
-    """The state of a run before a cycle: state and outer momentum as files, and the state before that."""
+    """The state of a run before a cycle: state and outer momentum as files, the state before that, and earlier versions."""
 
     state: Path
     momentum: Path | None = None
     previous: Path | None = None
+    versions: tuple[cycle_pb2.VersionPublished, ...] = ()
+
+    def after(self, played: MergedCycle) -> Standing:
+        """Return what a cycle leaves."""
+        merged = played.merged
+        return Standing(merged.state, merged.momentum, self.state, (*self.versions, merged.version))
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,8 @@ class Arena:
         opened = cycle_pb2.WindowOpened(run=RUN, cycle=cycle, version=cycle - 1, state=_ref(standing.state))
         _put(facts, "train", cycle, "opened", opened)
         names = [_validator(number) for number in range(validators)]
+        for version in standing.versions:
+            _put(facts, "merge", version.cycle, "version", version)
         draw = cycle_pb2.SeedDrawn(run=RUN, cycle=cycle, seed=_seed(self.rig.seed, cycle), validators=names)
         _put(facts, "validate", cycle, "drawn", draw)
         return facts

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from connito.wire.enums import reason_name
 
-from bench.attack_arena import HONEST, TARGET, WORLDS, Arena, MergedCycle, Standing, Upload
+from bench.attack_arena import HONEST, TARGET, WORLDS, Arena, MergedCycle, Upload
 from bench.attack_kinds import ATTACKS, Attack, Knowledge, upload
 from bench.attack_messages import MESSAGE_ATTACKS
 from bench.harness import Options, Result, interval, main, note
@@ -100,7 +100,7 @@ def _run(arena: Arena, attack: Attack | None, cycles: int) -> list[Cycle]:
         lies = attack.lies(validators) if attack is not None else {}
         played = arena.play(cycle, standing, [*honest, *hostile], validators, lies)
         found.append((played, [entry.miner for entry in hostile], arena.naive(standing, [*honest, *hostile])))
-        standing = Standing(played.merged.state, played.merged.momentum, standing.state)
+        standing = standing.after(played)
     return found
 
 

@@ -1,6 +1,6 @@
 """The figures of `docs/explanation/attacks.md`: `python -m bench.attacks_page --from OUT/work_rates.json`, of lies about tokens
 with `--claims OUT/claim_lies.json`, of earlier works with `--again`, of merges by expert with `--merges`,
-of backdoors with `--triggers`.
+of harm within chance with `--drift`, of backdoors with `--triggers`.
 
 Copies the document to `docs/evidence` and writes the page's part anew, so that no rate there is typed. A unit test renders
 it again from the copy.
@@ -27,6 +27,7 @@ CLAIMS, LIES = "<!-- claims, written by bench.attacks_page -->\n", COPIES / "cla
 AGAIN, WORKS_AGAIN = "<!-- again, written by bench.attacks_page -->\n", COPIES / "work_again.json"
 HIDDEN, TRIGGERS = "<!-- triggers, written by bench.attacks_page -->\n", COPIES / "trigger.json"
 FRAMED = ("framed a cycle ahead", "framed in the same cycle")
+DRIFTS, DRIFT = "<!-- drift, written by bench.attacks_page -->\n", COPIES / "gate_drift.json"
 MERGES, MERGE_LIES = "<!-- merges, written by bench.attacks_page -->\n", COPIES / "merge_lies.json"
 BEGIN, END = "<!-- rates, written by bench.attacks_page -->\n", "<!-- until here -->\n"
 GOALS = {"copies": 0.99, "partly own work": 0.95}
@@ -151,6 +152,25 @@ token; *rise* of it, and of the *general* domains', by the attack.
     return _between(page, MERGES, text)
 
 
+def render_drift(page: str, document: Document) -> str:
+    """Return the page with its part on merges that harm within what the gate takes for chance written anew."""
+    settings, found = document["settings"], document["figures"]
+    tried = dict.fromkeys((row["kind"], row["rule"]) for row in document["rows"])
+    lines = [[*one, *(_mean(found[f"{', '.join(one)}: {part}"]) for part in ("gate", "report"))] for one in tried]
+    seeds = settings["seeds_named"]
+    text = f"""
+`bench.gate_drift`: {settings["cycles"]} cycles on {_bases(len(seeds))}, the seeds {", ".join(map(str, seeds))}, named before
+their first run. Nothing but the gate holds the attacker back: it makes the merge as it likes, knows the rule and the gate's
+{settings["sequences"]} sequences, and takes the furthest step that passes. *Strict* refuses every rise; *forgetful* one
+beyond chance, against the incumbent alone; *landed* is the default, with a margin of {settings["margin"]} nats per token and
+the best version so far. Shown is how far the loss lay above the first version's where it was highest, in nats per token: on
+the gate's own text and on text that decides nothing.
+
+{table(("what is done", "rule", "gate", "other text"), lines)}
+"""
+    return _between(page, DRIFTS, text)
+
+
 def render_triggers(page: str, document: Document) -> str:
     """Return the page with its part on backdoors that wait for a trigger written anew."""
     settings, found = document["settings"], document["figures"]
@@ -240,6 +260,7 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, help="what bench.claim_lies wrote")
     parser.add_argument("--again", type=Path, help="what bench.work_again wrote")
     parser.add_argument("--triggers", type=Path, help="what bench.trigger wrote")
+    parser.add_argument("--drift", type=Path, help="what bench.gate_drift wrote")
     parser.add_argument("--merges", type=Path, help="what bench.merge_lies wrote")
     arguments = parser.parse_args()
     parts = (
@@ -247,6 +268,7 @@ def main() -> None:
         (arguments.claims, LIES, render_claims),
         (arguments.again, WORKS_AGAIN, render_again),
         (arguments.merges, MERGE_LIES, render_merges),
+        (arguments.drift, DRIFT, render_drift),
         (arguments.triggers, TRIGGERS, render_triggers),
     )
     for source, kept, part in parts:

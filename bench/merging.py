@@ -131,6 +131,7 @@ class Arm:
     """A way to work and to merge. `rate` multiplies a miner's learning rate. `judged`: by a run's rules what does not lower the
     loss is not merged, and a merge that raises it gives way to the best submission; `by_expert`: each expert counts in it as in
     the merge. `gainless`: the merge with what gained nothing alone is tried beside the one without, and the better one stands.
+    `margin`: by how much the gate lets the target's loss rise where that may be chance.
     """
 
     merge: Merge
@@ -141,15 +142,17 @@ class Arm:
     judged: bool = False
     by_expert: bool = True
     gainless: bool = False
+    margin: float = DEFAULTS.merging.gate_target_margin
 
 
 DEFAULT = Merge.default()
 PLAIN = replace(DEFAULT, aggregator="mean", weighting=WHOLE)
 ARMS = {
     "default": Arm(DEFAULT, judged=True, gainless=True),
-    "default, gainers alone": Arm(DEFAULT, judged=True),
+    "default, strict gate": Arm(DEFAULT, judged=True, gainless=True, margin=0.0),
+    "default, gainers alone": Arm(DEFAULT, judged=True, margin=0.0),
     "default, unjudged": Arm(DEFAULT, by_expert=False),
-    "default, judged whole": Arm(DEFAULT, judged=True, by_expert=False),
+    "default, judged whole": Arm(DEFAULT, judged=True, by_expert=False, margin=0.0),
     "whole, mean": Arm(PLAIN),
     "whole, utility": Arm(replace(PLAIN, aggregator="utility-mean")),
     "tokens, utility": Arm(replace(DEFAULT, aggregator="utility-mean", weighting="tokens")),

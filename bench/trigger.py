@@ -161,7 +161,7 @@ def _seed(rig: Rig, folder: Path) -> list[dict[str, Any]]:
             if attacker in SCREENED:
                 row["screens"] = {kind: _called(planted, theta, [*honest, forged], kind) for kind in SCREENS}
             rows.append(row)
-            standing = Standing(played.merged.state, played.merged.momentum, standing.state)
+            standing = standing.after(played)
     return rows
 
 

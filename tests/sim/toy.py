@@ -128,11 +128,13 @@ class Gate:
 
     def measure(self, part: str, digest: str, state: Path) -> GateLosses:
         value, sums = value_of(state), dict[str, tuple[float, int]]()
+        rows = dict[str, tuple[tuple[float, ...], tuple[int, ...]]]()
         for (which, domain), numbers in self._parts.items():
             if which == part:
                 losses = [loss_of(value, domain, self._target, number) for number in numbers]
                 sums[domain] = (math.fsum(losses), LENGTH * len(numbers))
-        return GateLosses(sums)
+                rows[domain] = (tuple(losses), (LENGTH,) * len(numbers))
+        return GateLosses(sums, rows)
 
 
 @functools.cache

@@ -158,12 +158,15 @@ def _version(evidence: Evidence, cycle: int) -> Iterator[Difference]:
         names = name_of(cycle_pb2.GateDecision, version.gate)
         yield wrong(f"{names} with {len(version.merged)} merged and {len(version.weights)} weights")
     if before is not None:
-        left = {loss.domain: (loss.after, loss.tokens) for loss in before.losses}
-        for loss in version.losses:
-            was, tokens = left.get(loss.domain, (math.nan, 0))
+        left = {("", loss.domain): (loss.after, loss.tokens) for loss in before.losses}
+        left |= {("gate ", loss.domain): (loss.after, loss.tokens) for loss in before.gate_losses}
+        # Where nothing was tried, the gate measured nothing.
+        gated = version.gate_losses if before.gate_losses else ()
+        for part, loss in (*(("", loss) for loss in version.losses), *(("gate ", loss) for loss in gated)):
+            was, tokens = left.get((part, loss.domain), (math.nan, 0))
             # Another machine may have measured the same state in between.
             if tokens != loss.tokens or not math.isclose(was, loss.before, rel_tol=LOSS_TOLERANCE):
-                yield wrong(f"losses of {loss.domain} begin at {loss.before!r}; the version before left {was!r}")
+                yield wrong(f"{part}losses of {loss.domain} begin at {loss.before!r}; the version before left {was!r}")
 
 
 def ending(evidence: Evidence) -> Step:

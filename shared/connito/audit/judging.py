@@ -10,7 +10,7 @@ from connito.errors import Invalid
 from connito.protocol import rules
 from connito.protocol.assignment import assigned
 from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals, finding_of
-from connito.protocol.merging.gate import Losses, judge
+from connito.protocol.merging.gate import Losses, Rule, judge
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.evaluation import MAX_REPORT_BYTES
@@ -182,11 +182,14 @@ def gate(evidence: Evidence, cycle: int) -> Step:
     spec = facts.spec
     if version is None or spec is None or not version.merged:
         return Step("gate", cycle, 0, note="" if version is None else "the incumbent stayed")
-    before = Losses({loss.domain: (loss.before * loss.tokens, loss.tokens) for loss in version.gate_losses})
-    after = Losses({loss.domain: (loss.after * loss.tokens, loss.tokens) for loss in version.gate_losses})
+    before, after = (Losses.published(version.gate_losses, side) for side in ("before", "after"))
     target = version.gate_losses[0].domain if version.gate_losses else ""
-    refused = judge(before, after, spec.holdout.domain, spec.merging.gate_general_margin)
+    refused = judge(before, after, Rule.of(facts, cycle))
     why = "" if refused is None else sentence(refused)
+    for loss in version.gate_losses:
+        summed = [losses.per_token().get(loss.domain) for losses in (before, after)]
+        if loss.sequence_tokens and summed != [loss.before, loss.after]:
+            why = f"the losses of {loss.domain} are not those of its sequences"
     if target != spec.holdout.domain:
         why = f"what it measured first is {target or 'nothing'!r}, not the target {spec.holdout.domain!r}"
     where = evidence.subject("merge", cycle, "version")

@@ -140,6 +140,10 @@ class _FindingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingKi
     """A general domain's loss would rise: attempt, domain, change, margin."""
     FINDING_KIND_GATE_OVERFLOW: _FindingKind.ValueType  # 34
     """The outer step overflows: attempt, name (of the tensor)."""
+    FINDING_KIND_GATE_ABOVE_BEST: _FindingKind.ValueType  # 35
+    """The target's loss would lie above that of the best version so far: attempt, domain, before, after."""
+    FINDING_KIND_GATE_GENERAL_DRIFTED: _FindingKind.ValueType  # 36
+    """A general domain's loss would lie far above the lowest of any version: attempt, domain, change, margin."""
     FINDING_KIND_REPORT_LATE: _FindingKind.ValueType  # 40
     """Why a report does not count."""
     FINDING_KIND_REPORT_NOT_DRAWN: _FindingKind.ValueType  # 41
@@ -266,6 +270,10 @@ FINDING_KIND_GATE_GENERAL_ROSE: FindingKind.ValueType  # 33
 """A general domain's loss would rise: attempt, domain, change, margin."""
 FINDING_KIND_GATE_OVERFLOW: FindingKind.ValueType  # 34
 """The outer step overflows: attempt, name (of the tensor)."""
+FINDING_KIND_GATE_ABOVE_BEST: FindingKind.ValueType  # 35
+"""The target's loss would lie above that of the best version so far: attempt, domain, before, after."""
+FINDING_KIND_GATE_GENERAL_DRIFTED: FindingKind.ValueType  # 36
+"""A general domain's loss would lie far above the lowest of any version: attempt, domain, change, margin."""
 FINDING_KIND_REPORT_LATE: FindingKind.ValueType  # 40
 """Why a report does not count."""
 FINDING_KIND_REPORT_NOT_DRAWN: FindingKind.ValueType  # 41
@@ -1374,8 +1382,9 @@ class DomainLoss(_message.Message):
     tokens: _builtins.int
     @_builtins.property
     def before_sums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The report subset sequence by sequence, in its order: sums of token negative log-likelihoods, and tokens. From the
-        first version's `before` and the last one's `after` follows the interval of what the whole run changed.
+        """The subset sequence by sequence, in its order (that of the gate where the policy has a target margin): sums of token negative
+        log-likelihoods, and tokens. From the first version's `before` and the last one's `after` on the report subset follows the
+        interval of what the whole run changed.
         """
 
     @_builtins.property

@@ -376,6 +376,8 @@ class MergePolicy(_message.Message):
     WEIGHTING_FIELD_NUMBER: _builtins.int
     CHECKED_CLAIMS_FIELD_NUMBER: _builtins.int
     STEP_CODEC_FIELD_NUMBER: _builtins.int
+    GATE_TARGET_MARGIN_FIELD_NUMBER: _builtins.int
+    GATE_GENERAL_DRIFT_FIELD_NUMBER: _builtins.int
     aggregator: _builtins.str
     """How the submissions of a cycle become one pseudo-gradient."""
     outer_learning_rate: _builtins.float
@@ -403,6 +405,12 @@ class MergePolicy(_message.Message):
     """How the outer step is coded (int8, int4, ternary), so that who holds θ_t fetches the step alone: θ_{t+1} is θ_t minus what it
     decodes to, for everybody. Or not at all (rows; and empty, as in runs of before it existed).
     """
+    gate_target_margin: _builtins.float
+    """Target loss on the gate subset may lie above the incumbent's, and above that of the best version so far, by what chance explains
+    in its sequences, and by this many nats per token at most. 0, as in runs of before it existed: not at all.
+    """
+    gate_general_drift: _builtins.float
+    """General loss on the gate subset may lie above the lowest that any version had, by this many nats per token. 0: no bound."""
     def __init__(
         self,
         *,
@@ -417,14 +425,25 @@ class MergePolicy(_message.Message):
         weighting: _builtins.str = ...,
         checked_claims: _builtins.float | None = ...,
         step_codec: _builtins.str = ...,
+        gate_target_margin: _builtins.float | None = ...,
+        gate_general_drift: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "checked_claims", b"checked_claims"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "_gate_general_drift", b"_gate_general_drift", "_gate_target_margin", b"_gate_target_margin", "checked_claims", b"checked_claims", "gate_general_drift", b"gate_general_drift", "gate_target_margin", b"gate_target_margin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "aggregator", b"aggregator", "checked_claims", b"checked_claims", "gate_general_margin", b"gate_general_margin", "gate_general_sequences", b"gate_general_sequences", "gate_target_sequences", b"gate_target_sequences", "outer_learning_rate", b"outer_learning_rate", "outer_momentum", b"outer_momentum", "report_general_sequences", b"report_general_sequences", "report_target_sequences", b"report_target_sequences", "step_codec", b"step_codec", "weighting", b"weighting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims", "_gate_general_drift", b"_gate_general_drift", "_gate_target_margin", b"_gate_target_margin", "aggregator", b"aggregator", "checked_claims", b"checked_claims", "gate_general_drift", b"gate_general_drift", "gate_general_margin", b"gate_general_margin", "gate_general_sequences", b"gate_general_sequences", "gate_target_margin", b"gate_target_margin", "gate_target_sequences", b"gate_target_sequences", "outer_learning_rate", b"outer_learning_rate", "outer_momentum", b"outer_momentum", "report_general_sequences", b"report_general_sequences", "report_target_sequences", b"report_target_sequences", "step_codec", b"step_codec", "weighting", b"weighting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checked_claims: _TypeAlias = _typing.Literal["checked_claims"]  # noqa: Y015
     _WhichOneofArgType__checked_claims: _TypeAlias = _typing.Literal["_checked_claims", b"_checked_claims"]  # noqa: Y015
+    _WhichOneofReturnType__gate_general_drift: _TypeAlias = _typing.Literal["gate_general_drift"]  # noqa: Y015
+    _WhichOneofArgType__gate_general_drift: _TypeAlias = _typing.Literal["_gate_general_drift", b"_gate_general_drift"]  # noqa: Y015
+    _WhichOneofReturnType__gate_target_margin: _TypeAlias = _typing.Literal["gate_target_margin"]  # noqa: Y015
+    _WhichOneofArgType__gate_target_margin: _TypeAlias = _typing.Literal["_gate_target_margin", b"_gate_target_margin"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checked_claims) -> _WhichOneofReturnType__checked_claims | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gate_general_drift) -> _WhichOneofReturnType__gate_general_drift | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gate_target_margin) -> _WhichOneofReturnType__gate_target_margin | None: ...
 
 Global___MergePolicy: _TypeAlias = MergePolicy  # noqa: Y015
 

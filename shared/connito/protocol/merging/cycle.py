@@ -30,7 +30,7 @@ from connito.protocol.merging.candidates import (
     write_resting_momentum,
 )
 from connito.protocol.merging.earlier import EarlierWork
-from connito.protocol.merging.gate import Losses, Outcome, Part, choose
+from connito.protocol.merging.gate import Losses, Outcome, Part, Rule, choose
 from connito.protocol.merging.reading import inspect
 from connito.protocol.scoring import copies
 from connito.protocol.scoring.consensus import Consensus
@@ -317,8 +317,7 @@ class _Measured(_Merge):
         """Try the candidates. Without any, nothing is measured."""
         tries = list(attempts(self.ingredients))
         incumbent = self._parent_losses("gate") if tries else Losses({})
-        margin = self.spec.merging.gate_general_margin
-        return choose(tries, incumbent, self._try, self.spec.holdout.domain, margin)
+        return choose(tries, incumbent, self._try, Rule.of(self.facts, self.cycle))
 
     def _parent_losses(self, part: Part) -> Losses:
         return self.measure(part, self.opened.state.digest, self.ingredients.parent)
@@ -333,25 +332,12 @@ class _Measured(_Merge):
         return self.measure("gate", digest, state)
 
     def _gate_losses(self, outcome: Outcome) -> list[cycle_pb2.DomainLoss]:
-        return self._compare(self._parent_losses("gate"), outcome.after) if outcome.after.sums else []
+        # By sequence where later cycles are held to them.
+        by_sequence = self.spec.merging.gate_target_margin > 0.0
+        return _compared(self._parent_losses("gate"), outcome.after, by_sequence) if outcome.after.sums else []
 
     def _report_losses(self, digest: str, state: Path) -> list[cycle_pb2.DomainLoss]:
-        before, after = self._parent_losses("report"), self.measure("report", digest, state)
-        losses = self._compare(before, after)
-        for loss in losses:
-            if loss.domain in before.rows and loss.domain in after.rows:
-                loss.before_sums.extend(before.rows[loss.domain][0])
-                loss.after_sums.extend(after.rows[loss.domain][0])
-                loss.sequence_tokens.extend(before.rows[loss.domain][1])
-        return losses
-
-    @staticmethod
-    def _compare(before: Losses, after: Losses) -> list[cycle_pb2.DomainLoss]:
-        old, new = before.per_token(), after.per_token()
-        return [
-            cycle_pb2.DomainLoss(domain=domain, before=old[domain], after=new[domain], tokens=before.sums[domain][1])
-            for domain in old
-        ]
+        return _compared(self._parent_losses("report"), self.measure("report", digest, state), by_sequence=True)
 
 
 class _Recorded(_Merge):
@@ -384,6 +370,18 @@ class _Recorded(_Merge):
 
     def _report_losses(self, digest: str, state: Path) -> list[cycle_pb2.DomainLoss]:
         return list(self._published.losses)
+
+
+def _compared(before: Losses, after: Losses, by_sequence: bool) -> list[cycle_pb2.DomainLoss]:
+    old, new, found = before.per_token(), after.per_token(), []
+    for domain in old:
+        loss = cycle_pb2.DomainLoss(domain=domain, before=old[domain], after=new[domain], tokens=before.sums[domain][1])
+        if by_sequence and domain in before.rows and domain in after.rows:
+            loss.before_sums.extend(before.rows[domain][0])
+            loss.after_sums.extend(after.rows[domain][0])
+            loss.sequence_tokens.extend(before.rows[domain][1])
+        found.append(loss)
+    return found
 
 
 def _ref(digest: str, size: int, media_type: str = SAFETENSORS) -> artifacts_pb2.ArtifactRef:

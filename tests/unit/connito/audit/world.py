@@ -7,6 +7,7 @@ state's loss is its distance to a point, and what validators measured is a table
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,8 @@ def distance(part: str, digest: str, path: Path) -> Losses:
     """What the gate measures: squared distance to the goal, and for general text how far the state went beyond 40."""
     value = read_tensors(path, [TENSOR])[0][TENSOR]
     away = max(0.0, float(np.square(value).sum()) - 40.0)
-    return Losses({TARGET: (float(np.square(value - GOAL).sum()), 7), GENERAL: (away, 5)})
+    rows = tuple(float(np.square(row).sum()) for row in value - GOAL)
+    return Losses({TARGET: (math.fsum(rows), 7), GENERAL: (away, 5)}, {TARGET: (rows, (4, 3))})
 
 
 class World(Run):
@@ -220,6 +222,7 @@ def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
             aggregator="mean", outer_learning_rate=0.7, outer_momentum=0.9, gate_general_margin=0.1,
             gate_target_sequences=2, gate_general_sequences=2, report_target_sequences=2, report_general_sequences=2,
             step_codec="int8" if world.rules.protocol_version > 2 else "",
+            gate_target_margin=0.05 if world.rules.protocol_version > 2 else None,
         ),
         windows=run_pb2.WindowPolicy(min_miners=1, min_validators=2),
         rewards=rewards, protocol_version=world.rules.protocol_version,

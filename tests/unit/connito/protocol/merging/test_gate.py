@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from connito.protocol.merging.candidates import Attempt
-from connito.protocol.merging.gate import Losses, choose, judge
+from connito.protocol.merging.gate import Losses, Rule, choose, judge
 from connito.v1 import cycle_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.views.sentences import sentence
@@ -12,6 +12,7 @@ CALM = cycle_pb2.GATE_DECISION_WITHOUT_OUTLIERS
 BEST = cycle_pb2.GATE_DECISION_TOP_1
 WIDE = cycle_pb2.GATE_DECISION_WITH_GAINLESS
 KEPT = cycle_pb2.GATE_DECISION_KEPT_INCUMBENT
+STRICT = Rule("medical", 0.0)
 TRIES = [Attempt(ALL, (0, 1, 2)), Attempt(CALM, (0, 1)), Attempt(BEST, (1,))]
 
 
@@ -33,7 +34,7 @@ def losses(target: float, **general: float) -> Losses:
     ],
 )
 def test_a_candidate_passes_only_if_target_and_every_general_domain_agree(after: Losses, why: str) -> None:
-    refused = judge(losses(3.0, code=2.0, law=2.0), after, "medical", 0.0500001)
+    refused = judge(losses(3.0, code=2.0, law=2.0), after, Rule("medical", 0.0500001))
     verdict = "" if refused is None else sentence(refused)
 
     assert verdict.startswith(why)
@@ -43,7 +44,7 @@ def test_a_candidate_passes_only_if_target_and_every_general_domain_agree(after:
 def test_a_domain_without_gate_sequences_is_not_judged() -> None:
     before, after = Losses({"medical": (0.0, 0), "code": (2.0, 1)}), Losses({"medical": (0.0, 0), "code": (2.0, 1)})
 
-    assert judge(before, after, "medical", 0.0) is None
+    assert judge(before, after, STRICT) is None
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_the_first_attempt_that_passes_stands(good: set[int], decision: int) -> 
         tried.append(attempt.decision)
         return losses(2.5 if attempt.decision in good else 3.5)
 
-    outcome = choose(TRIES, losses(3.0), measure, "medical", 0.0)
+    outcome = choose(TRIES, losses(3.0), measure, STRICT)
 
     assert outcome.attempt.decision == decision
     assert outcome.after.per_token()["medical"] == (3.0 if decision == KEPT else 2.5)
@@ -69,13 +70,13 @@ def test_the_first_attempt_that_passes_stands(good: set[int], decision: int) -> 
 
 def test_a_candidate_that_cannot_be_built_is_refused_with_the_reason() -> None:
     overflow = Finding(kind=cycle_pb2.FINDING_KIND_GATE_OVERFLOW, name="down_proj")
-    outcome = choose(TRIES[:2], losses(3.0), lambda a: overflow if a.decision == ALL else losses(2.0), "medical", 0.0)
+    outcome = choose(TRIES[:2], losses(3.0), lambda a: overflow if a.decision == ALL else losses(2.0), STRICT)
 
     assert (outcome.attempt.decision, sentence(outcome.refused)) == (CALM, "all together: merging down_proj overflows")
 
 
 def test_without_candidates_there_is_nothing_to_merge() -> None:
-    outcome = choose([], Losses({}), lambda _: losses(0.0), "medical", 0.0)
+    outcome = choose([], Losses({}), lambda _: losses(0.0), STRICT)
 
     assert outcome.attempt == Attempt(cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE, ())
 
@@ -89,7 +90,7 @@ def test_the_better_of_the_merges_with_and_without_the_gainless_stands(
 ) -> None:
     tries = [Attempt(ALL, (0,)), Attempt(WIDE, (0, 1)), Attempt(BEST, (0,))]
     after = {ALL: with_all, WIDE: with_wide, BEST: 2.8}
-    outcome = choose(tries, losses(3.0), lambda attempt: losses(after[attempt.decision]), "medical", 0.0)
+    outcome = choose(tries, losses(3.0), lambda attempt: losses(after[attempt.decision]), STRICT)
 
     assert outcome.attempt.decision == decision
     assert outcome.after.per_token()["medical"] == after[decision]
