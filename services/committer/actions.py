@@ -175,15 +175,17 @@ class Committer:
                     await end_tasks([consuming, losing])
 
     async def _let_come_back(self) -> None:
+        """Draw nothing before what one before has drawn and not answered is the next to come."""
+        host = self._bus.host
+        give_up = host.monotonic() + DURABLES[DURABLE].ack_wait
         while True:
             try:
-                if await self._bus.unacknowledged(DURABLE):
-                    await asyncio.sleep(DURABLES[DURABLE].ack_wait)
+                if await self._bus.take_over(DURABLE) or host.monotonic() > give_up:
+                    return
+                await asyncio.sleep(LOOK_SECONDS)
             except Retry as error:
                 log.warning("cannot ask for what was taken before, trying again", error=str(error))
                 await asyncio.sleep(error.after)
-            else:
-                return
 
     async def perform(self, action: Action) -> None:
         """Do what `handlers.decide` found. Raises `Retry`."""

@@ -492,6 +492,46 @@ class TestConsume:
         task.cancel()
         await asyncio.wait([task])
 
+    async def test_what_somebody_drew_and_left_comes_first_and_at_once(
+        self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
+    ) -> None:
+        """Not after the time that the broker leaves a handler, and not while somebody who stands still would get it."""
+        before = await bus_factory(identities["committer"], own_nats.url)
+        after = await bus_factory(identities["committer"], own_nats.url)
+        nc, drawn = before.connection.nc, asyncio.Queue[Any]()
+        inbox = nc.new_inbox()
+        await nc.subscribe(inbox, cb=drawn.put)
+        ask = "$JS.API.CONSUMER.MSG.NEXT.INGRESS.committer"
+        await self.say(after, run_id, 3)
+        await nc.publish(ask, b'{"batch": 3, "expires": 30000000000}', reply=inbox)
+        async with asyncio.timeout(PATIENCE):
+            first, *_ = [await drawn.get() for _ in range(3)]
+        await first.ack()
+        await nc.publish(ask, b'{"batch": 1, "expires": 30000000000}', reply=inbox)
+        await nc.flush()
+        assert not await after.take_over("committer")
+        await before.close()
+        began = time.monotonic()
+        async with asyncio.timeout(PATIENCE):
+            while not await after.take_over("committer"):  # noqa: ASYNC110 - the broker's state, asked for
+                await asyncio.sleep(0.02)
+        await self.say(after, run_id, 5)
+        seen: list[int] = []
+        done = asyncio.Event()
+
+        async def handle(record: Record) -> None:
+            seen.append(record.sequence)
+            if len(seen) == 4:
+                done.set()
+
+        task = asyncio.create_task(after.consume("committer", handle))
+        async with asyncio.timeout(PATIENCE):
+            await done.wait()
+        assert seen == [2, 3, 4, 5]
+        assert time.monotonic() - began < streams.DURABLES["committer"].ack_wait - 1
+        task.cancel()
+        await asyncio.wait([task])
+
     async def test_invalid_goes_to_the_dead_letters_and_the_next_is_handled(
         self, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str
     ) -> None:

@@ -267,6 +267,10 @@ class Broker:
             queue = self.queues[what[3]]
             return {
                 "name": what[3], "stream_name": name, "config": {}, "created": stamp, "num_ack_pending": len(queue.busy),
+                "num_waiting": sum(
+                    pull.client.reaches and pull.inbox in pull.client.subscriptions and pull.until > self.loop.now
+                    for pull in queue.pulls
+                ),
                 "delivered": {"consumer_seq": queue.given, "stream_seq": queue.next - 1},
                 "ack_floor": {"consumer_seq": queue.floor, "stream_seq": queue.floor}, "ts": stamp,
             }  # fmt: skip

@@ -16,7 +16,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
 from connito.bus.absent import gone, parts_at
-from connito.bus.connection import Connection, speaking
+from connito.bus.connection import REQUEST_TIMEOUT, Connection, speaking
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow, got, hear, in_whole, milliseconds
 from connito.bus.offences import report
@@ -341,6 +341,11 @@ class Bus:
             return None
         raise Retry(f"the broker cannot read {which} of {stream}: it answers {status}", dependency="broker")
 
+    @property
+    def stranger(self) -> bool:
+        """Return whether this side may ask no leader of a stream."""
+        return self._reading.stranger
+
     async def gone(self, stream: str, **which: object) -> bool:
         """Return whether the stream's leader, which is never behind, has no such message (as in `look`). For services."""
         return await gone(self._reading, stream, which)
@@ -358,10 +363,26 @@ class Bus:
         info = await self._manage(self.js.consumer_info(DURABLES[durable].stream, durable), f"consumer {durable}")
         return int(info.ack_floor.stream_seq) if info.ack_floor else 0
 
-    async def unacknowledged(self, durable: str) -> int:
-        """Return how many messages were drawn from this durable consumer and not finished."""
-        info = await self._manage(self.js.consumer_info(DURABLES[durable].stream, durable), f"consumer {durable}")
-        return int(info.num_ack_pending or 0)
+    async def take_over(self, durable: str) -> bool:
+        """Have what somebody drew from this durable consumer and did not finish delivered anew, before what is new.
+
+        Returns False while somebody else asks for messages there, who would get it: one that stands still, for as long as
+        the broker keeps its question.
+        """
+        stream = DURABLES[durable].stream
+        info = await self._manage(self.js.consumer_info(stream, durable), f"consumer {durable}")
+        if info.num_waiting:
+            return False
+        if info.num_ack_pending and info.ack_floor and info.delivered:
+            try:
+                for sequence in range(info.ack_floor.stream_seq + 1, info.delivered.stream_seq + 1):
+                    # Of what is finished the broker drops it.
+                    place = f"$JS.ACK.{stream}.{durable}.1.{sequence}.{info.delivered.consumer_seq}.0.0"
+                    await self.connection.nc.publish(place, b"-NAK")
+                await self.connection.nc.flush(timeout=REQUEST_TIMEOUT)
+            except (TimeoutError, NatsError, OSError) as error:
+                raise self.connection.explain(error, f"consumer {durable}") from error
+        return True
 
     async def _manage(self, call: Awaitable[Any], what: str) -> Any:
         try:

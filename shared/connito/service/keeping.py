@@ -52,10 +52,10 @@ class Keeping:
         looks = 0
         while True:
             try:
-                if (found := await self._bus.look(stream, seq=sequence)) or looks == LOOKS:
+                found, looks = await self._bus.look(stream, seq=sequence), looks + 1
+                # A replica that is behind has it not yet; who may not ask the leader gives it a moment.
+                if found or (looks > LOOKS if self._bus.stranger else await self._bus.gone(stream, seq=sequence)):
                     return found
-                # A replica that is behind has it not yet.
-                looks += 1
                 await asyncio.sleep(LOOK_SECONDS)
             except Retry as error:
                 log.warning("cannot look where the log was left, trying again", stream=stream, error=str(error))
