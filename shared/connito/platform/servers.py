@@ -284,6 +284,8 @@ class ObjectStore(Server):
             "master.peers": "none",
             "master.telemetry": "false",
             "master.volumeSizeLimitMB": 1024,
+            # Room of removed objects comes back within minutes, not within a quarter of an hour.
+            "master.vacuumIntervalSeconds": 60,
             # Volumes grow as they fill; counting them in advance against the free disk runs out after a few buckets.
             "volume.max": 10000,
             "volume.preStopSeconds": 0,

@@ -30,6 +30,8 @@ log = get_logger("measuring")
 T = TypeVar("T")
 
 TAG = b"connito.shared-losses"
+# Files that one run has at most, and a tenth more; each value has two.
+MOST = 1000
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -42,6 +44,7 @@ class SharedLosses:
     def __init__(self, folder: Path | None, run: str, *judge: str) -> None:
         self._folder = None if folder is None else _own(folder / run)
         self._judge = judge
+        self._written = 0
 
     def of(self, state: str, rows: Rows, measure: Callable[[], Losses]) -> Losses:
         """Return the losses of a state on rows [n, L + 1]. `state` is named by its digests; without a name it is not shared."""
@@ -74,11 +77,22 @@ class SharedLosses:
                     if (found := known()) is None:
                         found = measure()
                         _write(path, pack(found))
+                        self._forget_old()
             return found
         except OSError as error:
             log.warning("losses cannot be shared", folder=str(self._folder), error=str(error))
             self._folder = None
         return measure()
+
+    def _forget_old(self) -> None:
+        """Keep what was measured last: a long run asks for the states of its latest cycles only."""
+        self._written += 1
+        if self._folder is None or self._written % (MOST // 10):
+            return
+        with suppress(FileNotFoundError):  # Another validator forgets just now.
+            kept = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for path in kept[MOST:]:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of what is known, once nobody will ask again."""

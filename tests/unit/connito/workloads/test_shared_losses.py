@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from connito.protocol.scoring.evaluation import Losses
-from connito.workloads.shared_losses import SharedLosses
+from connito.workloads.shared_losses import MOST, SharedLosses
 
 ROWS = np.arange(12, dtype=np.int64).reshape(3, 4)
 FOUND = Losses(np.array([1.25, 1 / 3, 7e-300]), np.array([3, 3, 2]))
@@ -124,6 +124,18 @@ def test_who_comes_while_another_measures_waits_for_it(tmp_path: Path) -> None:
 def test_a_full_or_missing_disk_costs_time_alone(tmp_path: Path) -> None:
     (tmp_path / "losses").write_text("a file where the folder would be")
     assert same(SharedLosses(tmp_path / "losses", "r").of("state", ROWS, counting([])), FOUND)
+
+
+def test_a_long_run_keeps_what_was_measured_last(tmp_path: Path) -> None:
+    shared = SharedLosses(tmp_path / "losses", "r", "model")
+    for number in range(MOST):
+        shared.of(f"state {number}", ROWS, counting([]))
+    files = list((tmp_path / "losses" / "r").iterdir())
+    assert MOST <= len(files) <= 1.1 * MOST + 2
+    assert same(shared.of(f"state {MOST - 1}", ROWS, never), FOUND)
+    again: list[int] = []
+    shared.of("state 0", ROWS, counting(again))
+    assert again
 
 
 def test_an_ended_run_leaves_nothing(tmp_path: Path) -> None:
