@@ -151,7 +151,34 @@ def main() -> None:
             COSTS.write_text(render(COSTS.read_text(), document, COST_PARTS))
 
 
-PARTS = {"starting": _starts, "control_plane": _cycles}
+def _soak(document: Document) -> str:
+    settings, machine, rows, found = document["settings"], document["machine"], document["rows"], document["figures"]
+    at = [rows[round(share * (len(rows) - 1))] for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
+    lines = [
+        *(
+            [f"`{name}/`", *(f"{row['disk'][name] / 1e6:.1f}" for row in at), f"{found['disk_kb_a_cycle'][name]:+.0f}"]
+            for name in rows[-1]["disk"]
+        ),
+        [
+            "memory of all processes",
+            *(f"{sum(row['memory'].values()) / 1e6:.0f}" for row in at),
+            f"{sum(found['memory_kb_a_cycle'].values()):+.0f}",
+        ],
+    ]
+    head = ("MB in", *(f"cycle {row['cycle']}" for row in at), "kB a cycle, last half")
+    note = settings.get("note", "")
+    audit = "The audit afterwards says *same*." if not found["wrong"] else "The audit afterwards found a difference."
+    return f"""
+`bench.soak`: `connito up` on the tiny base, {settings["miners"]} miners and {settings["validators"]} validators,
+artifacts of the last {settings["kept"]} cycles kept, {found["cycles"]} cycles of {found["seconds_a_cycle"]:.1f} s,
+seed {settings["seed"]}, {machine["cores"]} cores of an {machine["cpu"]}{note and ", "}{note}.
+
+{table(head, lines)}
+{audit} [Every number](../evidence/soak.json).
+"""
+
+
+PARTS = {"starting": _starts, "control_plane": _cycles, "soak": _soak}
 COST_PARTS = {"control_plane": _month}
 
 if __name__ == "__main__":
