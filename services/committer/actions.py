@@ -6,6 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from connito.bus import Bus
+from connito.bus.handover import take_over
 from connito.bus.lease import Lease, token_of
 from connito.bus.offences import kind_of, report
 from connito.bus.streams import DURABLES
@@ -180,7 +181,7 @@ class Committer:
         give_up = host.monotonic() + DURABLES[DURABLE].ack_wait
         while True:
             try:
-                if await self._bus.take_over(DURABLE) or host.monotonic() > give_up:
+                if await take_over(self._bus, DURABLE) or host.monotonic() > give_up:
                     return
                 await asyncio.sleep(LOOK_SECONDS)
             except Retry as error:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from connito.bus import Bus, CaughtUp, streams
 from connito.bus.consume import FAULT_LIMIT
+from connito.bus.handover import take_over
 from connito.errors import Fatal, Invalid, ObjectMissing, Retry
 from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer
@@ -509,11 +510,11 @@ class TestConsume:
         await first.ack()
         await nc.publish(ask, b'{"batch": 1, "expires": 30000000000}', reply=inbox)
         await nc.flush()
-        assert not await after.take_over("committer")
+        assert not await take_over(after, "committer")
         await before.close()
         began = time.monotonic()
         async with asyncio.timeout(PATIENCE):
-            while not await after.take_over("committer"):  # noqa: ASYNC110 - the broker's state, asked for
+            while not await take_over(after, "committer"):  # noqa: ASYNC110 - the broker's state, asked for
                 await asyncio.sleep(0.02)
         await self.say(after, run_id, 5)
         seen: list[int] = []

@@ -16,7 +16,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
 from connito.bus.absent import gone, parts_at
-from connito.bus.connection import REQUEST_TIMEOUT, Connection, speaking
+from connito.bus.connection import Connection, speaking
 from connito.bus.consume import Worker
 from connito.bus.follow import CaughtUp, follow, got, hear, in_whole, milliseconds
 from connito.bus.offences import report
@@ -328,7 +328,7 @@ class Bus:
             # Strangers ask no leader: a replica answers, which may be some milliseconds behind.
             last = await self.look(stream, last_by_subj=STREAMS[stream].filter())
             return 0 if last is None else last.sequence
-        info = await self._manage(self.js.stream_info(stream), f"stream {stream}")
+        info = await self.manage(self.js.stream_info(stream), f"stream {stream}")
         return int(info.state.last_seq)
 
     async def look(self, stream: str, **which: object) -> Record | None:
@@ -360,31 +360,11 @@ class Bus:
 
     async def ack_floor(self, durable: str) -> int:
         """Return the stream sequence up to which everything for this durable consumer has been handled."""
-        info = await self._manage(self.js.consumer_info(DURABLES[durable].stream, durable), f"consumer {durable}")
+        info = await self.manage(self.js.consumer_info(DURABLES[durable].stream, durable), f"consumer {durable}")
         return int(info.ack_floor.stream_seq) if info.ack_floor else 0
 
-    async def take_over(self, durable: str) -> bool:
-        """Have what somebody drew from this durable consumer and did not finish delivered anew, before what is new.
-
-        Returns False while somebody else asks for messages there, who would get it: one that stands still, for as long as
-        the broker keeps its question.
-        """
-        stream = DURABLES[durable].stream
-        info = await self._manage(self.js.consumer_info(stream, durable), f"consumer {durable}")
-        if info.num_waiting:
-            return False
-        if info.num_ack_pending and info.ack_floor and info.delivered:
-            try:
-                for sequence in range(info.ack_floor.stream_seq + 1, info.delivered.stream_seq + 1):
-                    # Of what is finished the broker drops it.
-                    place = f"$JS.ACK.{stream}.{durable}.1.{sequence}.{info.delivered.consumer_seq}.0.0"
-                    await self.connection.nc.publish(place, b"-NAK")
-                await self.connection.nc.flush(timeout=REQUEST_TIMEOUT)
-            except (TimeoutError, NatsError, OSError) as error:
-                raise self.connection.explain(error, f"consumer {durable}") from error
-        return True
-
-    async def _manage(self, call: Awaitable[Any], what: str) -> Any:
+    async def manage(self, call: Awaitable[Any], what: str) -> Any:
+        """Return what a question about a stream or a consumer is answered. Raises it explained."""
         try:
             return await call
         except NotFoundError as error:
