@@ -328,8 +328,7 @@ class Bus:
             # Strangers ask no leader: a replica answers, which may be some milliseconds behind.
             last = await self.look(stream, last_by_subj=STREAMS[stream].filter())
             return 0 if last is None else last.sequence
-        info = await self.manage(self.js.stream_info(stream), f"stream {stream}")
-        return int(info.state.last_seq)
+        return int((await self.manage(self.js.stream_info(stream), f"stream {stream}")).state.last_seq)
 
     async def look(self, stream: str, **which: object) -> Record | None:
         """Return the message that stands at `seq`, or as the last one on `last_by_subj`; None where none does. Raises `Retry`."""
