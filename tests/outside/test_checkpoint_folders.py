@@ -324,7 +324,8 @@ def test_a_file_that_the_system_withholds(base: Path, call: Call, name: str, mon
     monkeypatch.setattr(Path, "open", withheld)
     done = call("base", "show", base)
     assert (done.code, done.out) == (5, "")
-    assert done.err == f"connito: {base / name}: Permission denied; check its rights and its disk, then try again\n"
+    remedy = "give this user the right to it, or become the user that it belongs to, then try again"
+    assert done.err == f"connito: {base / name}: Permission denied; {remedy}\n"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ _REMEDIES = {
     errno.ENOSPC: "free space on its disk",
     errno.EDQUOT: "free space within the quota",
     errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "choose one that is yours, or become the user that it belongs to",
+    errno.EACCES: "give this user the right to it, or become the user that it belongs to",
     errno.EMFILE: "allow more open files (`ulimit -n 4096`)",
     errno.ENFILE: "close other programs: the whole machine has no file handles left",
     errno.EAGAIN: "allow more processes and threads (`ulimit -u`)",

@@ -105,7 +105,8 @@ class ServiceSettings(BaseSettings):
     @classmethod
     def load(cls) -> Self:
         """Read the environment. Raises `Fatal` naming each variable that is missing or wrong, or that nothing reads."""
-        if strange := "; ".join(unknown(os.environ)):
+        own = (PREFIX + name.upper() for name in cls.model_fields)
+        if strange := "; ".join(unknown(os.environ, own)):
             raise Fatal(f"bad settings: {strange}. `--help` lists the variables of this service")
         try:
             return cls()  # type: ignore[call-arg]  # the environment fills them in

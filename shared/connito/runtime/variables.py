@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 PREFIX = "CONNITO_"
 
@@ -32,14 +32,15 @@ KNOWN = SETTINGS | {PREFIX + name for name in _ELSEWHERE.split()}
 _LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
 
-def unknown(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a sentence about each `CONNITO_…` variable that has a value and that nothing reads."""
+def unknown(environment: Mapping[str, str], own: Iterable[str] = ()) -> Iterator[str]:
+    """Yield a sentence about each `CONNITO_…` variable that has a value and that nothing reads; `own` are read all the same."""
+    known = KNOWN.union(own)
     for name, value in sorted(environment.items()):
-        if not name.startswith(PREFIX) or name in KNOWN or not value:
+        if not name.startswith(PREFIX) or name in known or not value:
             continue
         if _LINK.search(name) or re.match(r"(tcp|udp|sctp)://", value):
             continue
         from difflib import get_close_matches
 
-        near = get_close_matches(name, sorted(KNOWN), 1, 0.75)
+        near = get_close_matches(name, sorted(known), 1, 0.75)
         yield f"nothing reads {name}" + (f"; the nearest name is {near[0]}" if near else "; take it out")
