@@ -106,7 +106,7 @@ def _far(last: list[dict[str, Any]], figures: dict[str, Any]) -> str:
     verdict = "met" if seconds <= GOAL else "missed"
     kind = "measured" if sizes[-1] == FAR else "by that exponent, or 1 where it is less,"
     parts = sorted(("coordinator", "committer", "broker", "store"), key=lambda part: -last[-1][f"{part}_cpu_s"])
-    shares = ", ".join(f"{part} {last[-1][f'{part}_cpu_s'] / last[-1]['cpu_s']:.0%}" for part in parts)
+    shares = ", ".join(f"{part} {100 * last[-1][f'{part}_cpu_s'] / last[-1]['cpu_s']:.0f} %" for part in parts)
     if seconds > GOAL:
         verdict += f" by a factor of {seconds / GOAL:.1f}"
     return f"""From {sizes[-2]:,} to {sizes[-1]:,} miners CPU seconds grow with the power {slope:.2f} of their number. For {FAR:,}
@@ -151,18 +151,23 @@ def main() -> None:
             COSTS.write_text(render(COSTS.read_text(), document, COST_PARTS))
 
 
+def _change(number: float) -> str:
+    """Return a rounded number with its sign; none of nothing."""
+    return f"{round(number):+,}".replace("-", "−") if round(number) else "0"
+
+
 def _soak(document: Document) -> str:
     settings, machine, rows, found = document["settings"], document["machine"], document["rows"], document["figures"]
     at = [rows[round(share * (len(rows) - 1))] for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
     lines = [
         *(
-            [f"`{name}/`", *(f"{row['disk'][name] / 1e6:.1f}" for row in at), f"{found['disk_kb_a_cycle'][name]:+.0f}"]
+            [f"`{name}/`", *(f"{row['disk'][name] / 1e6:.1f}" for row in at), _change(found["disk_kb_a_cycle"][name])]
             for name in rows[-1]["disk"]
         ),
         [
             "memory of all processes",
             *(f"{sum(row['memory'].values()) / 1e6:.0f}" for row in at),
-            f"{sum(found['memory_kb_a_cycle'].values()):+.0f}",
+            _change(sum(found["memory_kb_a_cycle"].values())),
         ],
     ]
     head = ("MB in", *(f"cycle {row['cycle']}" for row in at), "kB a cycle, last half")
