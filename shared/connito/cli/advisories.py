@@ -20,7 +20,7 @@ def advisories(
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show security events, newest last: denied subjects, bad signatures, banned keys, floods, poisoned message ids."""
+    """Show security events, newest last: denied subjects, bad signatures, banned keys, floods, connections, poisoned ids."""
     from connito.cli.admission import seconds
     from connito.client import security
     from connito.platform.session import Session
