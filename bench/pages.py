@@ -40,6 +40,7 @@ EVERY = (
     _part(attacks_page.PAGE, "claim_lies", attacks_page.render_claims),
     _part(attacks_page.PAGE, "work_again", attacks_page.render_again),
     _part(attacks_page.PAGE, "merge_lies", attacks_page.render_merges),
+    _part(attacks_page.PAGE, "gate_drift", attacks_page.render_drift),
     _part(attacks_page.PAGE, "trigger", attacks_page.render_triggers),
     *(_part(sizing_page.PAGE, name, sizing_page.render) for name in sizing_page.PARTS),
 )
