@@ -23,7 +23,7 @@ from unittest.mock import patch
 import psutil
 import pytest
 from connito.bus import Bus, CaughtUp, streams
-from connito.bus.guard import SHARE, Guard
+from connito.bus.guard import ANSWERS_SECONDS, SHARE, Guard
 from connito.bus.lease import Lease
 from connito.bus.offences import collect
 from connito.bus.permissions import ACCOUNTS, PLATFORM, accounts_of
@@ -662,6 +662,67 @@ async def test_a_key_holds_its_share_of_connections_and_no_more(boundary: Bounda
     assert {offence.key for offence in collect() if offence.kind == "connections"} == {early.public, late.public}
     assert not watching.done()
     await end_tasks([watching])
+
+
+async def test_who_says_to_be_somebody_else_is_closed(boundary: Boundary) -> None:
+    """The server tells what a client says of itself: one key had any number of names, or another's."""
+    victim, liar = boundary.newcomer(), boundary.newcomer()
+    watching = asyncio.create_task(Guard(boundary.server.url, boundary.key("committer"), "committer", PLAIN).watch())
+
+    async def says(name: str) -> Client:
+        def lying(client: Client) -> bytes:
+            word, _, said = honest(client).partition(b" ")
+            return bytes(word) + b" " + json.dumps(json.loads(said) | {"user": name}).encode() + b"\r\n"
+
+        honest = Client._connect_command
+        with patch.object(Client, "_connect_command", lying):
+            link = await log_in(boundary.server.url, liar, liar.passes[-1])
+        boundary.opened.append(link)
+        return link
+
+    false = [await says(victim.public) for _ in range(SHARE + 2)] + [await says(f"u{number}") for number in range(5)]
+    bus = await boundary.bus(victim)
+    async with asyncio.timeout(PATIENCE):
+        while any(link.is_connected for link in false):  # noqa: ASYNC110 - the library tells nobody
+            await asyncio.sleep(0.02)
+    await bus.publish_ingress(RUN, "trained", cycle_pb2.TrainingFinished(run=RUN, cycle=1))
+    assert bus.connected
+    assert victim.public not in {offence.key for offence in collect()}
+    await end_tasks([watching])
+
+
+async def test_a_guard_outlives_its_broker(boundary: Boundary) -> None:
+    """It stands beside the committer, which must not end with it."""
+    watching = asyncio.create_task(Guard(boundary.server.url, boundary.key("committer"), "committer", PLAIN).watch())
+    await boundary.operator.close()
+    for _ in range(2):
+        await asyncio.to_thread(boundary.server.stop)
+        await asyncio.sleep(1.5 * ANSWERS_SECONDS)
+        boundary.server.start()
+        await asyncio.sleep(0.5 * ANSWERS_SECONDS)
+    key = boundary.newcomer()
+    links = [await log_in(boundary.server.url, key, key.passes[-1]) for _ in range(SHARE + 3)]
+    boundary.opened.extend(links)
+    async with asyncio.timeout(PATIENCE):
+        while sum(link.is_connected for link in links) > SHARE:
+            assert not watching.done()
+            await asyncio.sleep(0.02)
+    await end_tasks([watching])
+
+
+async def test_a_committer_that_is_put_out_guards_nothing(boundary: Boundary) -> None:
+    committer, accounts = boundary.key("committer"), boundary.access.accounts
+    links = [await log_in(boundary.server.url, committer, token) for token in committer.passes]
+    assert len(links) == 2
+    accounts.revoke([committer.public])
+    await accounts.push(boundary.server.url)
+    async with asyncio.timeout(PATIENCE):
+        while any(link.is_connected for link in links):  # noqa: ASYNC110 - the library tells nobody
+            await asyncio.sleep(0.02)
+    for token in committer.passes:
+        with pytest.raises(Exception, match=r"(?i)authorization|revoked"):
+            await log_in(boundary.server.url, committer, token)
+    await accounts.push(boundary.server.url)
 
 
 async def test_a_burst_is_what_its_sender_waits_for(boundary: Boundary) -> None:

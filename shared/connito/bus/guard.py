@@ -9,13 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
+
+from nats.errors import Error as NatsError
 
 from connito.bus.connection import Connection
 from connito.bus.offences import report
 from connito.bus.permissions import CONNECTED, CONNECTIONS_OF, KICK, SERVERS, SYSTEM
-from connito.errors import Retry
+from connito.errors import Invalid, Retry
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.identity import Identity, short_key
@@ -40,7 +44,7 @@ class Place(NamedTuple):
 
 
 class Guard:
-    """Closes what a stranger's key opens beyond its share, the newest first.
+    """Closes what a stranger's key opens beyond its share, the newest first, and whoever says to be another than its pass.
 
     Connections are only counted up: at the share they are looked at, and what is found there is the count from then on.
     """
@@ -50,52 +54,68 @@ class Guard:
         self._token = next((token for token, of in claims if of["name"] == SYSTEM), "")
         # Services and the operator are nobody's to count.
         self._own = {str(of["nats"].get("issuer_account", of["iss"])) for _, of in claims}
-        self._connection = Connection(url, identity, f"{name} guard", tls, self._token)
+        self._connect: Callable[[], Connection] = partial(Connection, url, identity, f"{name} guard", tls, self._token)
+        self._connection = self._connect()
         self._seen: Counter[Place] = Counter()
         self._crowded: set[Place] = set()
+        # Servers and connections there.
+        self._liars: set[tuple[str, int]] = set()
         self._wake, self._anew = asyncio.Event(), False
 
     async def watch(self) -> None:
-        """Run until cancelled."""
+        """Run until cancelled. What fails here is tried again, and ends nothing beside it."""
         if not self._token:
             # A broker that lets in by key alone has no accounts, and no strangers.
             if self._own:
                 log.warning("connections of one key are not limited; `connito access export` gives a pass for it")
             await asyncio.Event().wait()
-        try:
-            while True:
-                with suppress(Retry):
-                    await self._connection.open()
-                    break
+        while True:
+            try:
+                await self._watch_once()
+            except Exception as error:
+                log.warning("connections are not limited at the moment", error=str(error) or type(error).__name__)
+            finally:
+                await self._connection.close()
+            await asyncio.sleep(AGAIN_SECONDS)
+            self._connection = self._connect()
+
+    async def _watch_once(self) -> None:
+        await self._connection.open()
+        await self._connection.nc.subscribe(CONNECTED, cb=self._on_connect)
+        self._connection.on_reconnect.append(self._start_anew)
+        self._start_anew()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._look()
+            except Retry as error:
+                log.info("cannot look at connections, trying again", error=str(error))
+                self._start_anew()
                 await asyncio.sleep(AGAIN_SECONDS)
-            await self._connection.nc.subscribe(CONNECTED, cb=self._on_connect)
-            self._connection.on_reconnect.append(self._start_anew)
-            self._start_anew()
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                try:
-                    await self._look()
-                except Retry as error:
-                    log.info("cannot look at connections, trying again", error=str(error))
-                    self._wake.set()
-                    await asyncio.sleep(AGAIN_SECONDS)
-        finally:
-            await self._connection.close()
 
     def _start_anew(self) -> None:
-        """Who is connected already was not heard of."""
+        """Who is connected already was not heard of; a server that came back has another name."""
         self._anew = True
         self._wake.set()
 
     async def _on_connect(self, msg: Any) -> None:
         with suppress(ValueError, LookupError, TypeError):
             said = json.loads(msg.data)
-            self._count(Place(said["server"]["id"], said["client"]["acc"], said["client"]["user"]))
+            who = said["client"]
+            self._note(said["server"]["id"], who["acc"], who["id"], who["user"], who.get("jwt", ""))
+
+    def _note(self, server: str, account: str, cid: int, user: str, token: str) -> None:
+        """Count a connection. `user` is what the client says of itself; its pass is what the server has checked."""
+        if account in self._own:
+            return
+        if user != _holder(token):
+            self._liars.add((server, int(cid)))
+            self._wake.set()
+        else:
+            self._count(Place(server, account, user))
 
     def _count(self, place: Place) -> None:
-        if place.account in self._own:
-            return
         self._seen[place] += 1
         if self._seen[place] > SHARE:
             self._crowded.add(place)
@@ -104,51 +124,58 @@ class Guard:
     async def _look(self) -> None:
         if self._anew:
             self._seen.clear()
+            self._crowded.clear()
+            self._liars.clear()
             for server in await self._servers():
                 await self._count_all(server)
             self._anew = False
-        while self._crowded:
-            place = self._crowded.pop()
-            try:
-                await self._thin_out(place)
-            except Retry:
-                self._crowded.add(place)
-                raise
+        while self._liars or self._crowded:
+            while self._liars:
+                server, cid = self._liars.pop()
+                await self._kick(server, cid)
+                log.warning("closed a connection that is not its key's", security=True, connection=cid)
+            if self._crowded:
+                await self._thin_out(self._crowded.pop())
 
     async def _thin_out(self, place: Place) -> None:
         """Close all but the oldest connections of a key."""
         heard = self._seen[place]
         page = await self._page(place.server, {"user": place.key, "acc": place.account, "sort": "cid"})
-        found = sorted(int(one["cid"]) for one in page["connections"])
+        # Others may say that they are this key.
+        found = sorted(int(one["cid"]) for one in page if _holder(one.get("jwt", "")) == place.key)
         for cid in found[SHARE:]:
-            # Without somebody who waits for the answer the server does nothing.
-            await self._connection.request(KICK.format(server=place.server), json.dumps({"cid": cid}).encode())
+            await self._kick(place.server, cid)
         # Who came while it was looked at may be in it or not.
         self._seen[place] += min(SHARE, len(found)) - heard
-        if len(found) == PAGE or self._seen[place] > SHARE:
+        if len(page) == PAGE or self._seen[place] > SHARE:
             self._crowded.add(place)
         if closed := len(found[SHARE:]):
             detail = f"more than {SHARE} connections at once; the newest are closed"
             report("connections", key=place.key, reason=reasons.REASON_QUOTA_EXCEEDED, detail=detail)
             log.warning("closed connections of one key", security=True, key=short_key(place.key), closed=closed)
 
+    async def _kick(self, server: str, cid: int) -> None:
+        # Without somebody who waits for the answer the server does nothing.
+        await self._connection.request(KICK.format(server=server), json.dumps({"cid": cid}).encode())
+
     async def _count_all(self, server: str) -> None:
         offset = 0
-        while connections := (await self._page(server, {"offset": offset, "sort": "cid"}))["connections"]:
-            for one in connections:
-                self._count(Place(server, str(one.get("account")), str(one.get("authorized_user"))))
-            offset += len(connections)
+        while page := await self._page(server, {"offset": offset, "sort": "cid"}):
+            for one in page:
+                user, token = one.get("authorized_user", ""), one.get("jwt", "")
+                self._note(server, one.get("account", ""), one["cid"], user, token)
+            offset += len(page)
 
-    async def _page(self, server: str, asked: dict[str, Any]) -> dict[str, Any]:
+    async def _page(self, server: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
         body = json.dumps({"auth": True, "limit": PAGE, **asked}).encode()
         answer = json.loads((await self._connection.request(CONNECTIONS_OF.format(server=server), body)).data)
         if "data" not in answer:
             raise Retry(f"the broker does not tell its connections: {answer.get('error')}", dependency="broker")
-        page: dict[str, Any] = answer["data"]
-        return page | {"connections": page.get("connections") or []}
+        return list(answer["data"].get("connections") or ())
 
     async def _servers(self) -> list[str]:
         """Return the servers of the cluster. Each answers for itself; there is no telling how many will."""
+        self._connection.require()
         nc, inbox = self._connection.nc, self._connection.nc.new_inbox()
         found: list[str] = []
 
@@ -156,7 +183,21 @@ class Guard:
             found.append(str(json.loads(msg.data)["id"]))
 
         subscription = await nc.subscribe(inbox, cb=take)
-        await nc.publish(SERVERS, b"", reply=inbox)
-        await asyncio.sleep(ANSWERS_SECONDS)
-        await subscription.unsubscribe()
+        try:
+            await nc.publish(SERVERS, b"", reply=inbox)
+            await asyncio.sleep(ANSWERS_SECONDS)
+        except (NatsError, OSError) as error:
+            raise self._connection.explain(error, SERVERS) from error
+        finally:
+            with suppress(NatsError, OSError):
+                await subscription.unsubscribe()
+        if not found:
+            raise Retry("no server of the broker says that it is there", dependency="broker")
         return found
+
+
+def _holder(token: str) -> str:
+    try:
+        return str(claims_of(token)["sub"])
+    except Invalid:
+        return ""

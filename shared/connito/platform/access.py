@@ -170,7 +170,8 @@ class Access:
         # Miners of `connito up` have their keys here.
         spoken = {path for member in self.members() for path in (self._seed(member.name), self._old_seed(member.name))}
         for path in {*(self.folder / "keys").glob("*.nk")} - spoken:
-            self.accounts.welcome("miner", Identity.load(path)).save(path)
+            if (miner := Identity.load(path)).public not in self.accounts.revoked:
+                self.accounts.welcome("miner", miner).save(path)
         self.write()
         self.acts.write("rotate miners", keys=list(found))
         return found

@@ -168,7 +168,8 @@ class Accounts:
                 broker_addresses(url), user_jwt_cb=token.encode, allow_reconnect=False, connect_timeout=2, error_cb=_silent,
                 signature_cb=lambda nonce: base64.b64encode(someone.sign_nonce(nonce.encode())), **options,
             )  # fmt: skip
-            for name in (PLATFORM, *ACCOUNTS):
+            # The server's own account last: this very connection is one of it.
+            for name in (PLATFORM, *ACCOUNTS, SYSTEM):
                 claims = tokens[self._state()["accounts"][name]].encode()
                 reply = await client.request("$SYS.REQ.CLAIMS.UPDATE", claims, timeout=PUSH_SECONDS)
                 if (refused := json.loads(reply.data).get("error")) is not None:

@@ -34,3 +34,17 @@ def test_miners_with_a_key_in_the_folder_get_their_new_passes(tmp_path: Path) ->
     for name in ("miner-1", "miner-2", "copier-1"):
         assert issuers(data.keys / f"{name}.nk") <= signers
     assert {path: path.read_text() for path in others} == others
+
+
+def test_a_miner_that_was_put_out_stays_out(tmp_path: Path) -> None:
+    """A pass that is signed after a revocation is good."""
+    data, accounts = DataDir(tmp_path), Accounts(tmp_path)
+    accounts.make()
+    write_roster(data, accounts, load_members(data, accounts, participants(2, 1, ()), seed=None))
+    access = Access.open(tmp_path)
+    out = data.keys / "miner-1.nk"
+    before = out.read_text()
+    access.accounts.revoke([Identity.load(out).public])
+    access.renew_passes()
+    assert out.read_text() == before
+    assert issuers(data.keys / "miner-2.nk") <= access.accounts.signers("miner")
