@@ -21,6 +21,8 @@ import pytest
 from connito.base.recipes import cached_base
 from connito.wire.identity import Identity
 
+from tests.support.waiting import wait_until
+
 from .conftest import environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -96,10 +98,16 @@ def a_platform(shell: Shell) -> None:
     shell.variables["RUN"] = json.loads(started.stdout)["run"]
     ended = shell.run("bash", 'connito job watch "$RUN" --json')
     assert ended.returncode == 0, ended.stderr
-    shelf = json.loads(shell.run("bash", "connito library list --json").stdout)
+    shelf: list[dict[str, str]] = []
+
+    def laid_down() -> bool:
+        shelf[:] = json.loads(shell.run("bash", "connito library list --json").stdout)["experts"]
+        return bool(shelf)
+
+    wait_until(laid_down, "the run's expert, which the library lays down after its end")
     more = {
         "BUS": json.loads((shell.folder / ".connito/platform.json").read_text())["nats_url"],
-        "EXPERT": shelf["experts"][0]["expert_id"],
+        "EXPERT": shelf[0]["expert_id"],
         "BASE": str(cached_base("tiny") / "model"),
     }
     shell.variables.update(more)
