@@ -6,21 +6,24 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from connito.runtime.waiting import here_and_now
+from connito.runtime.waiting import here_and_now, of_rights
 
 T = TypeVar("T")
 AGAIN_SECONDS = 1.0
 
 
 async def patiently(what: str, attempt: Callable[[], Awaitable[T]], announce: Callable[[str], None]) -> T:
-    """Return what `attempt` does; while the disk or the memory does not let it, say so once and try again."""
+    """Return what `attempt` does; while the disk or the memory has no room for it, say so once and try again.
+
+    Where this user may not write, no wait helps: that is raised, like everything else.
+    """
     told = False
     while True:
         try:
             return await attempt()
         except Exception as error:
             fault = here_and_now(error)
-            if fault is None or fault.dependency not in ("disk", "memory"):
+            if fault is None or fault.dependency not in ("disk", "memory") or of_rights(error):
                 raise
             if not told:
                 announce(f"{what} waits: {fault}")

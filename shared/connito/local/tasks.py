@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from connito.errors import ConnitoError
-from connito.runtime.waiting import here_and_now
+from connito.errors import ConnitoError, Invalid, Unusable
+from connito.runtime.waiting import here_and_now, of_rights
 
 
 def build_base(params: dict[str, Any]) -> dict[str, Any]:
@@ -76,11 +76,12 @@ def main(name: str, params: dict[str, Any]) -> None:
     try:
         _print({"result": TASKS[name](params)})
     except Exception as error:
-        fault = None if isinstance(error, PermissionError) else here_and_now(error)
-        if fault is not None:
+        fault = here_and_now(error)
+        if fault is not None and not (fault.dependency in ("disk", "machine") and of_rights(error)):
             _print({"lack": {"message": str(fault), "dependency": fault.dependency}})
         elif isinstance(error, ConnitoError):
-            _print({"error": {"type": type(error).__name__, "message": str(error)}})
+            kind = Invalid if isinstance(error, Unusable) else type(error)
+            _print({"error": {"type": kind.__name__, "message": str(error)}})
         else:
             raise
 

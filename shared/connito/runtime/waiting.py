@@ -22,6 +22,8 @@ LONGEST = 5.0
 # An entry that nobody renews is of something that is not wanted any more.
 FORGET_SECONDS = 60.0
 DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG}
+# Those of them that are no want of room: who may not write there now may not later either.
+_RIGHTS = {errno.EROFS, errno.EACCES, errno.EPERM}
 # What something waits for that fails by itself: nothing around it, but somebody who mends it.
 REPAIR = "repair"
 # What SQLite says of a disk that is full, failing or not writable, and of a file that another process holds.
@@ -53,6 +55,13 @@ def here_and_now(error: Exception) -> Environment | None:
     if isinstance(error, OSError):
         return of_disk(error, "a file") if error.errno in DISK else Retry(text, dependency="machine")
     return None
+
+
+def of_rights(error: BaseException | None) -> bool:
+    """Return whether an error is that this user may not write there: itself, or what it was raised from."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return isinstance(error, PermissionError) or (error is not None and error.errno in _RIGHTS)
 
 
 def of_disk(error: OSError, what: str) -> Unusable:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from connito.errors import Invalid, Retry
 from connito.files import write_durably
 from connito.local import patience, tasks
 from connito.local.patience import patiently
+from connito.runtime.waiting import of_disk
+
+from tests.support.waiting import PATIENCE
 
 
 def failing(error: Exception, times: int) -> Callable[[], object]:
@@ -28,7 +33,7 @@ def failing(error: Exception, times: int) -> Callable[[], object]:
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        OSError(errno.EROFS, "Read-only file system", "there"),
+        OSError(errno.EIO, "Input/output error", "there"),
         Retry("no room", dependency="disk"),
         MemoryError(),
     ],
@@ -46,6 +51,18 @@ async def test_room_is_waited_for_and_said_once(error: Exception, monkeypatch: p
 async def test_everything_else_is_raised(error: Exception) -> None:
     with pytest.raises(type(error)):
         await patiently("this", failing(error, 1), print)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+async def test_what_this_user_may_not_write_is_raised(number: int) -> None:
+    bare = OSError(number, os.strerror(number), "there")
+    worded = of_disk(bare, "a file")
+    worded.__cause__ = bare
+    for error in (bare, worded):
+        with pytest.raises(type(error)) as raised:
+            async with asyncio.timeout(PATIENCE):
+                await patiently("this", failing(error, 1), print)  # type: ignore[arg-type]
+        assert raised.value is error
 
 
 def test_a_file_that_a_full_disk_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +99,25 @@ def test_a_task_says_what_it_lacks(
     with pytest.raises(kind) as raised:
         tasks.read_lines(iter(capsys.readouterr().out.splitlines()), lambda what, share: None)
     assert getattr(raised.value, "dependency", None) == dependency
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_task_that_may_not_write_ends(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bare(params: object) -> dict[str, object]:
+        raise OSError(number, os.strerror(number), "there")
+
+    def worded(params: object) -> dict[str, object]:
+        try:
+            return bare(params)
+        except OSError as error:
+            raise of_disk(error, "a file") from error
+
+    monkeypatch.setitem(tasks.TASKS, "proof", bare)
+    with pytest.raises(OSError, match="there"):
+        tasks.main("proof", {})
+    monkeypatch.setitem(tasks.TASKS, "proof", worded)
+    tasks.main("proof", {})
+    with pytest.raises(Invalid, match="cannot write there"):
+        tasks.read_lines(iter(capsys.readouterr().out.splitlines()), lambda what, share: None)
