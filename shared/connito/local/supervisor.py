@@ -135,14 +135,16 @@ class Supervisor:
     async def _start_server(self, server: Server) -> None:
         """Start a server; one that starts while everything stops must still be stopped, and so is not left half-way.
 
-        Raises `OSError` when it ended for want of room.
+        Raises `OSError` when its process began, and ended for want of room.
         """
+        before = server.process
         try:
             await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(server.start)))
-        except (Invalid, Retry):
-            if not self._full():
+        except (Invalid, Retry) as error:
+            # One whose port is taken, or that is set up wrongly, has no process yet: that is no want of room.
+            if server.process is before or server.running or not self._full():
                 raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(server.data_dir)) from None
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(server.data_dir)) from error
 
     def _full(self) -> bool:
         return shutil.disk_usage(self._data.root).free < _FULL_BYTES

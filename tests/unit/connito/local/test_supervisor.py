@@ -6,18 +6,21 @@ import asyncio
 import errno
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Self
 
 import pytest
-from connito.errors import Fatal
+from connito.errors import Fatal, Invalid, Retry
 from connito.local import supervisor as supervising
 from connito.local.fork_server import check_fork_safe
 from connito.local.processes import ForkLauncher, Launcher, PlainLauncher, Process, Program
 from connito.local.supervisor import Supervisor
 from connito.platform.datadir import DataDir, is_running
+from connito.platform.servers import Server
 
 from tests.support.waiting import PATIENCE, until, until_logged
 
@@ -169,6 +172,51 @@ async def test_a_start_for_which_there_is_no_room_is_tried_again(
     assert [line for line in said if line.startswith("again waits") and "No space left" in line]
     assert not supervisor.failed.done()
     await supervisor.stop()
+
+
+class Short(Server):
+    """A server that does not come up: its port is taken, or its process ends."""
+
+    program = "short"
+
+    def __init__(self, data_dir: Path, error: Exception, *, began: bool) -> None:
+        super().__init__(data_dir)
+        self.error, self.began = error, began
+
+    def start(self, progress: object = None) -> Self:
+        if self.began:
+            self.begin_and_end()
+        raise self.error
+
+    def begin_and_end(self) -> None:
+        self.process = subprocess.Popen(["false"])
+        self.process.wait()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the first time", "again"])
+@pytest.mark.parametrize("error", [Invalid("its port is taken"), Retry("not now")])
+async def test_a_server_that_did_not_begin_keeps_its_cause_on_a_full_disk(
+    error: Exception, again: bool, data: DataDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_FULL_BYTES", 1 << 62)
+    server = Short(data.root, error, began=False)
+    if again:
+        server.begin_and_end()
+    with pytest.raises(type(error)) as raised:
+        async with asyncio.timeout(PATIENCE):
+            await Supervisor(data, lambda _: None).serve(server)
+    assert raised.value is error
+
+
+async def test_a_server_that_ends_on_a_full_disk_waits_and_the_cause_is_kept(
+    data: DataDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_FULL_BYTES", 1 << 62)
+    error = Invalid("it ended with code 1")
+    supervisor = Supervisor(data, lambda _: None)
+    with pytest.raises(OSError, match="No space left") as raised:
+        await supervisor._start_server(Short(data.root, error, began=True))
+    assert raised.value.__cause__ is error
 
 
 async def test_forked_services_end_with_the_preloaded_process(tmp_path: Path, program: Callable[..., Program]) -> None:
