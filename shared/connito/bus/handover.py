@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from nats.errors import Error as NatsError
 
 from connito.bus.client import Bus
 from connito.bus.connection import REQUEST_TIMEOUT
 from connito.bus.streams import DURABLES
+
+# After so many the broker is waited for, so that they do not pile up here.
+AT_ONCE = 1000
 
 
 async def take_over(bus: Bus, durable: str) -> bool:
@@ -21,10 +26,13 @@ async def take_over(bus: Bus, durable: str) -> bool:
         return False
     if info.num_ack_pending and info.ack_floor and info.delivered:
         try:
-            for sequence in range(info.ack_floor.stream_seq + 1, info.delivered.stream_seq + 1):
+            for count, sequence in enumerate(range(info.ack_floor.stream_seq + 1, info.delivered.stream_seq + 1), 1):
                 # Of what is finished the broker drops it.
                 place = f"$JS.ACK.{stream}.{durable}.1.{sequence}.{info.delivered.consumer_seq}.0.0"
                 await bus.connection.nc.publish(place, b"-NAK")
+                if count % AT_ONCE == 0:
+                    await bus.connection.nc.flush(timeout=REQUEST_TIMEOUT)
+                    await asyncio.sleep(0)
             await bus.connection.nc.flush(timeout=REQUEST_TIMEOUT)
         except (TimeoutError, NatsError, OSError) as error:
             raise bus.connection.explain(error, f"consumer {durable}") from error
