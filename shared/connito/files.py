@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# What the system says of writing and syncing an open file, without its name.
+_WRITING = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ESTALE,
+}  # fmt: skip
 
 
 def plain_name(name: str) -> bool:
@@ -26,14 +32,15 @@ def write_durably(path: Path, content: bytes | str, mode: int = 0o644) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a place beside `path` for its next content, which takes the name when the block ends without an error.
 
-    An `OSError` names `path`, also where the system does not.
+    An `OSError` of the file system names `path`, also where the system does not.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield draft
         keep(draft, path)
     except OSError as error:
-        if error.filename is None:
+        # What comes over a network while the content is fetched is an `OSError`, too, and says nothing about this file.
+        if error.filename is None and error.errno in _WRITING:
             error.filename = str(path)
         raise
     finally:

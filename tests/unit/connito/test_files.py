@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,23 @@ def test_an_error_while_writing_keeps_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(CutError):
         half()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (TimeoutError(), False),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), False),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), False),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), False),
+        (OSError("cannot be read"), False),
+    ],
+)
+def test_only_errors_of_the_file_system_name_the_file(error: OSError, named: bool, tmp_path: Path) -> None:
+    with suppress(OSError), replacing(tmp_path / "file"):
+        raise error
+    assert error.filename == (str(tmp_path / "file") if named else None)
 
 
 def test_a_secret_is_never_readable_by_others(tmp_path: Path) -> None:
