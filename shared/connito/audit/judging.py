@@ -10,7 +10,7 @@ from connito.errors import Invalid
 from connito.protocol import rules
 from connito.protocol.assignment import assigned
 from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals, finding_of
-from connito.protocol.merging.gate import Losses, Rule, judge
+from connito.protocol.merging.gate import Losses, Rule, finite, judge, misshapen
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.evaluation import MAX_REPORT_BYTES
@@ -180,6 +180,10 @@ def gate(evidence: Evidence, cycle: int) -> Step:
     """Check that the gate's published losses support its published decision."""
     facts, version = evidence.facts, evidence.facts.version(cycle)
     spec = facts.spec
+    where = evidence.subject("merge", cycle, "version")
+    if version is not None and (malformed := _malformed(version)):
+        found = (Difference("gate", where, f"losses that no gate publishes: {malformed}", cycle),)
+        return Step("gate", cycle, len(version.gate_losses), found)
     if version is None or spec is None or not version.merged:
         return Step("gate", cycle, 0, note="" if version is None else "the incumbent stayed")
     before, after = (Losses.published(version.gate_losses, side) for side in ("before", "after"))
@@ -192,6 +196,20 @@ def gate(evidence: Evidence, cycle: int) -> Step:
             why = f"the losses of {loss.domain} are not those of its sequences"
     if target != spec.holdout.domain:
         why = f"what it measured first is {target or 'nothing'!r}, not the target {spec.holdout.domain!r}"
-    where = evidence.subject("merge", cycle, "version")
-    found = (Difference("gate", where, f"should not have passed: {why}", cycle),) if why else ()
-    return Step("gate", cycle, len(version.gate_losses), found)
+    differences = (Difference("gate", where, f"should not have passed: {why}", cycle),) if why else ()
+    return Step("gate", cycle, len(version.gate_losses), differences)
+
+
+def _malformed(version: cycle_pb2.VersionPublished) -> str:
+    """Return what makes a version's gate losses none. Those of an incumbent that stayed may be no numbers."""
+    seen: set[str] = set()
+    for loss in version.gate_losses:
+        what = misshapen(loss)
+        if not what and version.merged and not (finite(loss, "before") and finite(loss, "after")):
+            what = "not finite"
+        if loss.domain in seen:
+            what = "given twice"
+        if what:
+            return f"{loss.domain}: {what}"
+        seen.add(loss.domain)
+    return ""

@@ -21,11 +21,32 @@ from connito.wire.facts import RunFacts
 
 # A rise is more than chance where it lies outside this one-sided interval.
 LEVEL = 0.95
+# Nats. What is larger is no loss, and squares of what is not are numbers.
+_LARGEST = 1e100
 Side = Literal["before", "after"]
 _SIDES: tuple[Side, ...] = ("before", "after")
 
 # The parts of a hold-out that candidates are measured on: one decides, the other is only reported.
 Part = Literal["gate", "report"]
+
+
+def misshapen(loss: cycle_pb2.DomainLoss) -> str:
+    """Return why published losses of a domain are not in the form that they are published in; empty when they are."""
+    counts = loss.sequence_tokens
+    if not loss.tokens:
+        return "of no tokens"
+    if not len(loss.before_sums) == len(loss.after_sums) == len(counts):
+        return f"{len(loss.before_sums)} sums before, {len(loss.after_sums)} after and {len(counts)} token counts"
+    if counts and not min(counts):
+        return "a sequence without tokens"
+    if counts and sum(counts) != loss.tokens:
+        return f"sequences of {sum(counts)} tokens, in all {loss.tokens}"
+    return ""
+
+
+def finite(loss: cycle_pb2.DomainLoss, side: Side) -> bool:
+    """Return whether one side of published losses has numbers only, which can be summed and squared."""
+    return all(abs(value) < _LARGEST for value in (getattr(loss, side), *getattr(loss, f"{side}_sums")))
 
 
 @dataclass(frozen=True)
@@ -72,15 +93,18 @@ class Rule:
         """Return the rule of a cycle, from what the versions before it say of their losses."""
         spec = facts.require_spec()
         target, policy = spec.holdout.domain, spec.merging
-        best: tuple[cycle_pb2.VersionPublished, Side] | None = None
+        best: tuple[cycle_pb2.DomainLoss, Side] | None = None
         lowest: dict[str, float] = {}
         for version in filter(None, map(facts.version, range(1, cycle))):
             for loss, side in itertools.product(version.gate_losses, _SIDES):
+                # What no gate publishes is that version's fault, and nothing that later ones are held to.
+                if misshapen(loss) or not finite(loss, side):
+                    continue
                 if getattr(loss, side) < lowest.get(loss.domain, math.inf):
                     lowest[loss.domain] = getattr(loss, side)
-                    best = (version, side) if loss.domain == target else best
+                    best = (loss, side) if loss.domain == target else best
         # Without a margin the incumbent is the best one.
-        held = Losses.published(best[0].gate_losses, best[1]) if best and policy.gate_target_margin else None
+        held = Losses.published([best[0]], best[1]) if best and policy.gate_target_margin else None
         return cls(
             target, policy.gate_general_margin, policy.gate_target_margin, policy.gate_general_drift, held, lowest
         )
