@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,8 @@ from connito.wire.window import Window
 
 # A window may close this much after its deadline before somebody should be told.
 OVERDUE_MS = 5000
+# What `short_key` makes of a miner's key.
+SHORT_KEY = re.compile(r"\bU[A-Z2-7]{11}…")
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def _left(facts: RunFacts, now_ms: int) -> float:
 
 def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
     """Return the miners that were expected or acted in a cycle: best rank first, then those refused."""
-    totals, scored = rewards(facts, cycle), judged(facts, cycle)
+    totals, scored, measured = rewards(facts, cycle), judged(facts, cycle), _measured(facts, cycle)
+    names = {short_key(key): miner_name(facts, key) for key in facts.miners}
     rows = []
     for row in submission_rows(facts, cycle):
         verdict = scored.get(row["key"])
@@ -142,24 +146,22 @@ def miner_rows(facts: RunFacts, cycle: int) -> list[MinerRow]:
                 name=row["miner"],
                 status=row["status"],
                 reason=words.clause(row["reason"]),
-                detail=named(facts, row["detail"]),
+                detail=named(names, row["detail"]),
                 rank=row["rank"],
                 utility=None if verdict is None else verdict.utility,
                 reward=None if verdict is None else verdict.reward,
                 total_reward=totals.get(row["key"], 0),
                 origin_cycle=row["origin_cycle"] if row["origin_cycle"] not in (0, cycle) else 0,
-                scored=verdict is not None or row["key"] in _measured(facts, cycle),
+                scored=verdict is not None or row["key"] in measured,
                 rating=rating_text(row["rating"]),
             )
         )
     return rows
 
 
-def named(facts: RunFacts, text: str) -> str:
-    """Return a sentence with miners' labels in place of the beginnings of their keys."""
-    for key in facts.miners:
-        text = text.replace(short_key(key), miner_name(facts, key))
-    return text
+def named(names: Mapping[str, str], text: str) -> str:
+    """Return a sentence with names in place of the beginnings of keys (`short_key`) that have one."""
+    return SHORT_KEY.sub(lambda found: names.get(found[0], found[0]), text)
 
 
 def judged(facts: RunFacts, cycle: int) -> dict[str, cycle_pb2.Verdict]:

@@ -9,6 +9,7 @@ from connito.views.run_report import miner_name
 from connito.views.standings import validator_rows
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
+from connito.wire.identity import short_key
 
 from services.console import views
 from services.console.heatmap import heatmap
@@ -219,3 +220,24 @@ def test_a_replay_is_the_run_as_it_was(story: Run) -> None:
     past, moment = replay(story.facts, 10**6)
     assert (moment.position, moment.last) == (length, True)
     assert past.facts == story.facts.facts
+
+
+def test_names_stand_for_keys_once_and_are_looked_up_once_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = begun()
+    keys = [f"UA{letter}{'B' * 53}" for letter in "CDEF"]
+    # A name that looks like the next one's key stays as it was given.
+    for key, other in zip(keys, [*keys[1:], keys[0]], strict=True):
+        story.miners(key, label=f"not {short_key(other)}").refused(
+            "submit", key, detail=f"copies {short_key(key)} of U…"
+        )
+    asked: list[str] = []
+
+    def counted(key: str) -> str:
+        asked.append(key)
+        return short_key(key)
+
+    monkeypatch.setattr(views, "short_key", counted)
+    rows = {row.key: row for row in views.miner_rows(story.facts, 1)}
+    for key, other in zip(keys, [*keys[1:], keys[0]], strict=True):
+        assert rows[key].detail == f"copies not {short_key(other)} of U…"
+    assert len(asked) == len(story.facts.miners)
